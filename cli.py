@@ -93,7 +93,8 @@ def imported(name: str) -> TyperCommand:
 def print_versions(asked: bool) -> None:
     """Print the versions and exit; torch's comes from its metadata, as importing it is slow."""
     if asked:
-        own, torch = import_module(str(__package__)).__version__, metadata.version("torch")
+        own = import_module(str(__package__)).__version__
+        torch = metadata.version("torch")
         typer.echo(f"seqmix {own} (torch {torch}, Python {platform.python_version()})")
         raise typer.Exit
 

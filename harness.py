@@ -80,7 +80,8 @@ class SeqmixLM(TemplateLM):
             model = load_run(str(run), device=device if device and usable else "cpu", choice=checkpoint)
         if model.tokenizer is None:
             raise SeqmixError("lm-eval's tasks are text, and the tokens of this model are not")
-        self.model, self.max_gen_toks = model.eval(), max_gen_toks
+        self.model = model.eval()
+        self.max_gen_toks = max_gen_toks
         self._device = model.device
         self._tokens: Tokenizer = model.tokenizer
         self._scorer = Scorer(model, batch_size=int(batch_size))

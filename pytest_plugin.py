@@ -29,7 +29,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     from .testing.check import CHECKS, KERNEL_CHECKS
     from .testing.parametrize import COMMAND_LINE, BoundCheck
 
-    names, examples = set(config.getoption("seqmix_check") or ()), config.getoption("seqmix_examples")
+    names = set(config.getoption("seqmix_check") or ())
+    examples = config.getoption("seqmix_examples")
     try:
         for name in names:
             require_name("check", name, [*CHECKS, *KERNEL_CHECKS])
@@ -43,7 +44,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return
     if examples is not None:
         COMMAND_LINE["examples"] = examples
-    kept, left_out = [], []
+    kept = []
+    left_out = []
     for item in items:
         check = getattr(getattr(item, "callspec", None), "params", {}).get("check")
         (left_out if names and isinstance(check, BoundCheck) and check.name not in names else kept).append(item)

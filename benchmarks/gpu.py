@@ -72,12 +72,14 @@ def measure(
     `runner` runs a part, with its file and its seconds, and returns what went wrong; `note` is given the part that
     begins, in words. A part may take `time_limit` seconds, all together `budget`: what is left then is not begun.
     """
-    folder, end = out / "parts", time.perf_counter() + budget
+    folder = out / "parts"
+    end = time.perf_counter() + budget
     folder.mkdir(parents=True, exist_ok=True)
     outcomes: list[Outcome] = []
     for index, part in enumerate(parts):
         file = folder / f"{part.group}--{part.name.replace(':', '-').replace('/', '-')}.json"
-        began, failed = time.perf_counter(), False
+        began = time.perf_counter()
+        failed = False
         problem = part.skipped
         left = end - began
         if problem is None and not file.exists() and left < LEAST:

@@ -132,7 +132,8 @@ def _paper(
     """A part a peer: two of this size are not in memory together."""
     benchmark, preset = words[:2]
     size = Size(model_to_measure(preset, ()))
-    needed, gib = size.parameters * bytes_each, 2**30
+    needed = size.parameters * bytes_each
+    gib = 2**30
     device = torch.device("cpu" if rehearsal else "cuda")
     # in a rehearsal ours alone, unless another is named: the rest have the same words
     wanted = (only or "seqmix",) if rehearsal else (only,) if only else [kind.name for kind in PEERS]

@@ -40,8 +40,11 @@ class NanoGpt(nn.Module):
 
     def __init__(self, config: RunConfig) -> None:
         super().__init__()
-        vocab, width, layers = config.model.vocab_size, config.model.d_model, config.model.n_layers
-        self.embedding, self.positions = nn.Embedding(vocab, width), nn.Embedding(config.data.sequence_length, width)
+        vocab = config.model.vocab_size
+        width = config.model.d_model
+        layers = config.model.n_layers
+        self.embedding = nn.Embedding(vocab, width)
+        self.positions = nn.Embedding(config.data.sequence_length, width)
         self.blocks = nn.Sequential(*(GptBlock(width, 4, 4 * width, fused=True) for _ in range(layers)))
         self.norm = nn.LayerNorm(width, bias=False)
         self.head = nn.Linear(width, vocab, bias=False)
@@ -64,7 +67,8 @@ class Learning:
         swap = ATTENTION if name.startswith("attention") else ()
         given = [*BUDGET, *swap, *changes]
         steps = load_config("retnet-tiny", [*given, "training.warmup_steps=0"]).training.steps
-        self.steps, self.done = steps * 5 // 8 if name.endswith("-5/8") else steps, 0
+        self.steps = steps * 5 // 8 if name.endswith("-5/8") else steps
+        self.done = 0
         schedule = [f"training.steps={self.steps}", f"training.warmup_steps={min(100, self.steps)}"]
         self.config = load_config("retnet-tiny", [*given, *schedule])
         torch.manual_seed(self.config.seed)
@@ -77,7 +81,8 @@ class Learning:
         """Nats, summed."""
         if isinstance(self.model, LanguageModel):
             return self.model(batch.inputs, targets=batch.targets, reduction="sum").loss
-        logits, targets = self.model(batch.inputs).flatten(0, 1), batch.targets.flatten()
+        logits = self.model(batch.inputs).flatten(0, 1)
+        targets = batch.targets.flatten()
         return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
 
     def turn(self) -> None:

@@ -17,8 +17,10 @@ from ..models.onednn_linear import USE_ONEDNN, onednn_linear
 from .measure import Call
 
 T = TypeVar("T")
-STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-MEMORY, PROCESSOR = Path("/proc/meminfo"), Path("/proc/cpuinfo")
+STATUS = Path("/proc/self/status")
+CLEAR = Path("/proc/self/clear_refs")
+MEMORY = Path("/proc/meminfo")
+PROCESSOR = Path("/proc/cpuinfo")
 
 
 def synchronizer(device: torch.device) -> Callable[[], Any]:
@@ -102,7 +104,8 @@ def with_peak_memory(call: Callable[[], T], device: torch.device) -> tuple[T, in
         torch.cuda.synchronize()
         return result, torch.cuda.max_memory_allocated() - before
     held = _reset_peak()
-    result, most = call(), _bytes(STATUS, "VmHWM")
+    result = call()
+    most = _bytes(STATUS, "VmHWM")
     return result, None if held is None or most is None else max(0, most - held)
 
 

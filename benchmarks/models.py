@@ -32,7 +32,10 @@ class ModelImplementation(Implementation):
     """A peer in a benchmark, built when it is first asked for."""
 
     def __init__(self, benchmark: "ModelBenchmark", kind: type[Peer], size: Size, *, compiled: bool = False) -> None:
-        self.benchmark, self.kind, self.size, self.compiled = benchmark, kind, size, compiled
+        self.benchmark = benchmark
+        self.kind = kind
+        self.size = size
+        self.compiled = compiled
         self.name = f"{kind.name}-compiled" if compiled else kind.name
         self.base = kind.name if compiled else None
 
@@ -116,8 +119,10 @@ class TrainBenchmark(ModelBenchmark):
 
     def entry(self, implementation: ModelImplementation, length: int) -> Entry:
         tokens = self.tokens(self.rows(length), length + 1)
-        inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-        peer, dtype = implementation.peer, self.settings.dtype
+        inputs = tokens[:, :-1].contiguous()
+        targets = tokens[:, 1:].contiguous()
+        peer = implementation.peer
+        dtype = self.settings.dtype
         optimizer = peer.optimizer
         assert optimizer is not None
         peer.module.train()
@@ -163,7 +168,8 @@ class PrefillBenchmark(ModelBenchmark):
     title = "Reading a prompt"
 
     def entry(self, implementation: ModelImplementation, length: int) -> Entry:
-        peer, tokens = implementation.peer, self.tokens(self.settings.batch, length)
+        peer = implementation.peer
+        tokens = self.tokens(self.settings.batch, length)
         peer.module.eval()
 
         @torch.no_grad()
@@ -189,7 +195,8 @@ class DecodeBenchmark(ModelBenchmark):
     order = 1
 
     def entry(self, implementation: ModelImplementation, length: int) -> Entry:
-        peer, batch = implementation.peer, self.settings.batch
+        peer = implementation.peer
+        batch = self.settings.batch
         peer.module.eval()
         with torch.no_grad():
             state: Any = peer.state_after(length, batch, STEPS)
@@ -199,7 +206,8 @@ class DecodeBenchmark(ModelBenchmark):
         @torch.no_grad()
         def run() -> None:
             # the last state is not kept: one that is a value has not changed, and one that is not is renewed
-            tokens, after = first, state
+            tokens = first
+            after = state
             for _ in range(STEPS):
                 logits, after = peer.step(tokens, after)
                 tokens = logits.argmax(-1)

@@ -91,8 +91,10 @@ class OpBenchmark(Benchmark):
         }
 
     def _implementations(self, *, backward: bool) -> list[Implementation]:
-        s, settings = Shapes.of(self.settings.model), self.settings
-        device, own = settings.device, settings.dtype
+        s = Shapes.of(self.settings.model)
+        settings = self.settings
+        device = settings.device
+        own = settings.dtype
         log_decay = torch.log1p(-(2.0 ** (-5 - torch.arange(s.heads, device=device))))
         triton = find("decay", Paradigm.CHUNKWISE, "triton")
         probe = Probe(
@@ -146,7 +148,9 @@ class Theirs:
     """torchscale's function on given queries, keys and values."""
 
     def __init__(self, settings: Settings, shapes: Shapes, *, chunkwise: bool) -> None:
-        self.settings, self.shapes, self.chunkwise = settings, shapes, chunkwise
+        self.settings = settings
+        self.shapes = shapes
+        self.chunkwise = chunkwise
         self.positions: tuple[int, Any] = (0, None)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -165,7 +169,9 @@ class Theirs:
         return output.reshape(v.shape)
 
     def _positions(self, length: int) -> tuple[Any, Any]:
-        s, dtype, theirs = self.shapes, self.settings.dtype, torchscale()
+        s = self.shapes
+        dtype = self.settings.dtype
+        theirs = torchscale()
         config = theirs.Config(
             decoder_embed_dim=s.heads * s.keys, decoder_retention_heads=s.heads, recurrent_chunk_size=min(CHUNK, length)
         )

@@ -78,7 +78,8 @@ class Recorder(TorchDispatchMode):
             names = [argument.name for argument in func._schema.arguments]
             self._count_attention({**dict(zip(names, args, strict=False)), **kwargs}, backward="backward" in name)
         elif name == "_linear_pointwise":
-            x, weight = args[0].flatten(0, -2), args[1]
+            x = args[0].flatten(0, -2)
+            weight = args[1]
             turned = not x.is_contiguous(), not weight.is_contiguous()
             self.products[Product(1, len(x), x.shape[1], len(weight), x.dtype, turned)] += 1
         return func(*args, **kwargs)
@@ -92,8 +93,11 @@ class Recorder(TorchDispatchMode):
         """Scores and output; backward, scores again and a gradient of each of scores, queries, keys and values."""
         q, k, v = given["query"], given["key"], given["value"]
         causal = given.get("is_causal", False)
-        batch, queries, keys = math.prod(q.shape[:-2]), q.shape[-2], k.shape[-2]
-        rows, columns = min(queries, BLOCK), min(keys, BLOCK)
+        batch = math.prod(q.shape[:-2])
+        queries = q.shape[-2]
+        keys = k.shape[-2]
+        rows = min(queries, BLOCK)
+        columns = min(keys, BLOCK)
         scored = queries * (queries + 1) / 2 if causal and queries == keys else queries * keys
         blocks = scored / (rows * columns)
         scores = Product(batch, rows, q.shape[-1], columns, q.dtype)

@@ -16,9 +16,13 @@ from ..ops.scan import scan, selective_scan
 from .measure import Call
 from .suite import Benchmark, Entry, Implementation, Settings
 
-HEADS, KEYS, VALUES = 4, 64, 64
-CHANNELS, STATE = 256, 16
-CHUNKWISE, LOOP = "chunkwise", "loop"
+HEADS = 4
+KEYS = 64
+VALUES = 64
+CHANNELS = 256
+STATE = 16
+CHUNKWISE = "chunkwise"
+LOOP = "loop"
 
 Inputs = dict[str, Tensor]
 Normal = Callable[..., Tensor]
@@ -49,7 +53,8 @@ class Recurrence(Implementation):
         return None
 
     def entry(self, length: int) -> Entry:
-        batch, generator = self.settings.batch, torch.Generator().manual_seed(0)
+        batch = self.settings.batch
+        generator = torch.Generator().manual_seed(0)
 
         def normal(*shape: int) -> Tensor:
             x = torch.randn(batch, length, *shape, generator=generator)
@@ -114,7 +119,8 @@ def _matrix_loop(x: Inputs) -> Tensor:
     if (beta := x.get("beta")) is not None:
         a, b, v = k, -beta[..., None] * k, beta[..., None] * v
     decay = None if g is None else (g if g.ndim == 4 else g[..., None]).exp()[..., None].unbind(1)
-    state, outputs = q.new_zeros(len(q), HEADS, KEYS, VALUES), []
+    state = q.new_zeros(len(q), HEADS, KEYS, VALUES)
+    outputs = []
     for t in range(q.shape[1]):
         state = state if decay is None else decay[t] * state
         if a is not None and b is not None:
@@ -126,7 +132,8 @@ def _matrix_loop(x: Inputs) -> Tensor:
 
 def _scan_loop(x: Inputs) -> Tensor:
     """h_t = exp(g_t) h_{t-1} + x_t."""
-    state, outputs = torch.zeros_like(x["x"][:, 0]), []
+    state = torch.zeros_like(x["x"][:, 0])
+    outputs = []
     for factor, written in zip(x["log_decay"].exp().unbind(1), x["x"].unbind(1), strict=True):
         state = factor * state + written
         outputs.append(state)
@@ -135,7 +142,8 @@ def _scan_loop(x: Inputs) -> Tensor:
 
 def _selective_loop(x: Inputs) -> Tensor:
     """h_t = exp(step_t rate) h_{t-1} + k_t x_t^T and o_t = q_t h_t."""
-    state, outputs = x["x"].new_zeros(len(x["x"]), STATE, CHANNELS), []
+    state = x["x"].new_zeros(len(x["x"]), STATE, CHANNELS)
+    outputs = []
     for u, step, k, q in zip(*(x[name].unbind(1) for name in ("x", "step", "k", "q")), strict=True):
         state = (step[:, None] * x["rate"]).exp() * state + k[:, :, None] * u[:, None]
         outputs.append((q[:, None] @ state)[:, 0])

@@ -53,7 +53,8 @@ def from_json(text: str) -> Report:
 
 def conditions(report: Report) -> str:
     """One line: the machine, and how it was measured."""
-    machine, settings = report.machine, report.settings
+    machine = report.machine
+    settings = report.settings
     where = machine["device"]
     if where == "cpu":
         where = f"{machine['processor']}, {machine['threads']} thread{'s' * (machine['threads'] != 1)}"

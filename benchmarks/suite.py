@@ -220,7 +220,8 @@ class Forecast:
     """What a call will take, by what it took at shorter lengths: a sequence's cost grows at most as last seen."""
 
     def __init__(self, order: int, settings: Settings) -> None:
-        self.order, self.settings = order, settings
+        self.order = order
+        self.settings = settings
         self.seen: dict[str, list[tuple[int, float, float]]] = {}
         """Length, seconds and bytes, both of one sequence."""
 
@@ -243,7 +244,8 @@ class Forecast:
         seconds, peak = (rows * self._grown([(row[0], row[i]) for row in seen], length) for i in (1, 2))
         if seconds > self.settings.limit:
             raise Skip(f"would take about {seconds:,.2g} s a call, above the limit of {self.settings.limit:,g} s")
-        available, gib = available_memory(self.settings.device), 2**30
+        available = available_memory(self.settings.device)
+        gib = 2**30
         if peak > 0.9 * available:
             raise Skip(f"would need about {peak / gib:,.0f} GiB, and {available / gib:,.0f} GiB are free")
 
@@ -307,7 +309,8 @@ class _Rounds:
             if place in skipped:
                 yield Row(what=self.what, length=length, name=implementation.name, skipped=skipped[place])
                 continue
-            found, seconds = ready[place], samples[place]
+            found = ready[place]
+            seconds = samples[place]
             reference = next(other for other in ready if other[like] == place[like])
             base = ready.get((implementation.base or "", length))
             products = found.products or (base and base.products)
@@ -360,7 +363,8 @@ class _Rounds:
 
     def _warm(self, implementation: Implementation, length: int) -> tuple[Entry, int | None]:
         """Make an entry, run it to be warm, and once more to see its memory and remember its time."""
-        device, rows = self.benchmark.settings.device, self.benchmark.rows(length)
+        device = self.benchmark.settings.device
+        rows = self.benchmark.rows(length)
         self.forecast.require(implementation.base or implementation.name, length, rows)
         entry = implementation.entry(length)
         entry.call.prepare()

@@ -77,7 +77,9 @@ class Block(nn.Module):
         memo: Memo | None = None,
     ) -> tuple[Any, ...]:
         """One layer over one segment; arguments and result are the mixer's."""
-        norm, ffn, ffn_norm = self.mixer_norm, self.ffn, self.ffn_norm  # each read of a part is a call
+        norm = self.mixer_norm
+        ffn = self.ffn
+        ffn_norm = self.ffn_norm  # each read of a part is a call
         x, given = self._given(x, norm)
         options: dict[str, Any] = {}
         if return_values or first_values is not None:

@@ -109,10 +109,13 @@ def check(
     from ..testing.source import source as source_of
 
     require_writable(json_file, junit_file)
-    console, kernel, chosen = terminal(), kernel_of(source), examples or (QUICK if quick else EXAMPLES)
+    console = terminal()
+    kernel = kernel_of(source)
+    chosen = examples or (QUICK if quick else EXAMPLES)
     asked: dict[str, Any] = {"checks": only or None, "device": device, "examples": chosen, "seed": seed}
     asked |= {"shrink": shrink, "expected_failures": dict(_pairs("--expected-failure CHECK=REASON", expected_failure))}
-    found, left_out = list[Tested](), list[str]()
+    found = list[Tested]()
+    left_out = list[str]()
     if kernel is not None:
         mixers_alone = {"KEY=VALUE": changes, "--paradigm": paradigm, "--d-model": d_model, "--tolerance": tolerance}
         if given := [name for name, value in mixers_alone.items() if value]:
@@ -167,7 +170,8 @@ def _pairs(option: str, given: Sequence[str] | None) -> Iterator[tuple[str, str]
 def _tolerances(given: Sequence[str] | None) -> dict[torch.dtype, float]:
     from ..testing.compare import LOW_PRECISION
 
-    dtypes, found = {str(dtype).removeprefix("torch."): dtype for dtype in LOW_PRECISION}, {}
+    dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in LOW_PRECISION}
+    found = {}
     for name, text in _pairs("--tolerance DTYPE=NUMBER", given):
         require_name("low-precision dtype", name, dtypes)
         try:
@@ -275,7 +279,8 @@ def _example(cls: type[MixerConfig], changes: Sequence[str]) -> MixerConfig:
     except ConfigError as error:
         # the command line is responsible for its own changes, not for the examples of the class
         said = {change.partition("=")[0].partition(".")[0] for change in changes}
-        fields, cause = {name: value for name, value in filled.items() if name not in said}, error.__cause__
+        fields = {name: value for name, value in filled.items() if name not in said}
+        cause = error.__cause__
         if isinstance(cause, ValidationError) and (sentence := cls.example_error(cause, fields, alone=not said)):
             raise SeqmixError(sentence) from error
         raise

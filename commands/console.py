@@ -30,7 +30,8 @@ def terminal(*, quiet: bool = False) -> Console:
     nothing."""
     console = _Console(markup=False, highlight=False, quiet=quiet)
     if not console.is_terminal and "COLUMNS" not in os.environ:
-        console.width, console.soft_wrap = WIDE, True  # lines in a file are never wrapped
+        console.width = WIDE
+        console.soft_wrap = True  # lines in a file are never wrapped
     return console
 
 

@@ -45,7 +45,8 @@ def convert(
     """
     if to is None and not dry_run:
         raise SeqmixError("convert needs --to DIR, or --dry-run to print the plan alone")
-    out, is_own = None if dry_run else to, source.is_file() and source.suffix == ".safetensors"
+    out = None if dry_run else to
+    is_own = source.is_file() and source.suffix == ".safetensors"
     if target is None and (is_own or (source / CONFIG_FILE).is_file()):
         raise SeqmixError(f"{source} is a model of seqmix: name what to write with --as: {', '.join(ARCHITECTURES)}")
     if target is None:

@@ -78,7 +78,8 @@ def generate(
     prompts = prompt or []
     _require_sense(prompts, max_new_tokens, state, save_state)
     keep_freed_memory()
-    where, choice = require_device(device), checkpoint_choice(checkpoint)
+    where = require_device(device)
+    choice = checkpoint_choice(checkpoint)
     require_name("number format", dtype, DTYPES)
     model = load_run(run, device=where, choice=choice, tell=note, ema=ema, trust=trust).to(DTYPES[dtype])
     after = None if state is None else load_prompt_cache(state, model)

@@ -69,7 +69,8 @@ def linearize(
 def _show_plan(work: Linearization, console: Console) -> None:
     """Layers with their parameters and states, and the stages."""
     size = work.run.data.sequence_length
-    before, after = account(work.run.model, length=size), account(work.config().model, length=size)
+    before = account(work.run.model, length=size)
+    after = account(work.config().model, length=size)
     rows = []
     for i, (old, new) in enumerate(zip(before.layers, after.layers, strict=True)):
         counts = f"{old.mixer_parameters:,}", f"{new.mixer_parameters:,}"

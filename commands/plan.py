@@ -48,7 +48,8 @@ def plan(
         names = {change.partition("=")[0] for change in best}
         kept = [change for change in overrides or [] if change.partition("=")[0] not in names]
         console.print(f"The first: {shlex.join([config, *kept, *best])}")
-    tokens, links = run.training.batch_size * run.data.sequence_length, planner.gpu
+    tokens = run.training.batch_size * run.data.sequence_length
+    links = planner.gpu
     console.print(
         "Received and copies: bytes per micro-batch. Computing, sending and step: seconds per step of "
         f"{tokens:,} tokens, which takes the larger of the two at best, and their sum at worst. Assumed, not measured: "

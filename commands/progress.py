@@ -50,7 +50,9 @@ def run_with_progress(config: RunConfig, run: Path, *, resume: bool = False, dev
 def follow(events: Iterable[Event], settings: TrainingConfig, console: Console) -> tuple[bool, Source | None]:
     """Show the events of a run; whether it has finished, and its data."""
     shown = Steps(console, settings)
-    source, done, early = None, 0, False
+    source = None
+    done = 0
+    early = False
     try:
         for event in events:
             done = event.step
@@ -84,7 +86,8 @@ class Steps:
     """The steps of a run: a progress bar on a terminal, an occasional line in a file or a pipe."""
 
     def __init__(self, console: Console, settings: TrainingConfig) -> None:
-        self.console, self.settings = console, settings
+        self.console = console
+        self.settings = settings
         self.bar = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
@@ -99,7 +102,8 @@ class Steps:
         self.task = self.bar.add_task("train", total=settings.steps, measured="")
         self.recent: deque[tuple[float, float]] = deque(maxlen=20)
         """Of the last steps: tokens per second, and seconds between steps without evaluations."""
-        self.before, self.printed = time.monotonic(), -math.inf
+        self.before = time.monotonic()
+        self.printed = -math.inf
         """When the last step ended, and the last line was printed."""
 
     def start(self, done: int) -> None:
@@ -110,7 +114,8 @@ class Steps:
 
     def step(self, event: Stepped) -> None:
         """Advance the bar, or print a line if one is due."""
-        now, steps = time.monotonic(), self.settings.steps
+        now = time.monotonic()
+        steps = self.settings.steps
         self.recent.append((event.tokens_per_second, now - self.before))
         self.before = now
         speed, seconds = (median(each) for each in zip(*self.recent, strict=True))

@@ -68,7 +68,8 @@ def print_cost(config: RunConfig, length: int | None = None, *, as_json: bool = 
 
 
 def _cells(cost: LayerCost | ModelCost) -> tuple[str, ...]:
-    size, work = f"{cost.parameters:,}", f"{si(cost.flops_per_token)}FLOP"
+    size = f"{cost.parameters:,}"
+    work = f"{si(cost.flops_per_token)}FLOP"
     return size, work, si_bytes(cost.state_bytes), si_bytes(cost.activation_bytes)
 
 

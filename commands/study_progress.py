@@ -17,7 +17,8 @@ class Forecast:
     """Progress of a study and the time left; runs are weighted by their FLOPs."""
 
     def __init__(self, weights: dict[str, float], clock: Callable[[], float] = time.monotonic) -> None:
-        self.weights, self.clock = weights, clock
+        self.weights = weights
+        self.clock = clock
         """FLOPs of each run that is not finished."""
         self.shares: dict[str, float] = {}
         self.first: dict[str, float] = {}
@@ -51,7 +52,8 @@ class StudyProgress(Observer):
         super().__init__(console.print)
         self.console = console
         self.forecast = Forecast({})
-        self.left, self.total = 0, 0
+        self.left = 0
+        self.total = 0
         """Unfinished runs, and all runs."""
         self.tasks: dict[str, TaskID] = {}
         self.printed = 0.0
@@ -78,7 +80,8 @@ class StudyProgress(Observer):
     def begin(self, runs: Sequence[PlannedRun], total: int) -> None:
         """Draw a bar over all runs."""
         self.forecast = Forecast({run.name: run.flops for run in runs})
-        self.left, self.total = len(runs), total
+        self.left = len(runs)
+        self.total = total
         super().begin(runs, total)
         self._move_whole()
         if self.console.is_terminal:
@@ -94,7 +97,8 @@ class StudyProgress(Observer):
         """Advance the bar of a run, and the bar over all runs."""
         if "step" not in message:
             return
-        steps, step = run.config.training.steps, message["step"]
+        steps = run.config.training.steps
+        step = message["step"]
         self.forecast.move(run.name, step / steps)
         value = f"loss {message['loss']:.3f}" if "loss" in message else f"validation {message['validation_loss']:.4f}"
         self.bar.update(self.tasks[run.name], completed=step, value=value)

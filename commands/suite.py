@@ -98,7 +98,8 @@ def suite(
 
     [bold]seqmix suite my_module:MyMixer --beside results/suite.json[/bold]
     """
-    console, settings = terminal(), load_settings(size)
+    console = terminal()
+    settings = load_settings(size)
     if quick and budget is not None:
         raise SeqmixError("--quick and --budget both say how much is run: leave one out")
     if list_all:
@@ -120,9 +121,11 @@ def suite(
     candidates = list(named.values())
     if not candidates:
         raise SeqmixError("nothing is measured: name a mixer, or leave out --no-references")
-    given_jobs, jobs = jobs is not None, jobs or default_jobs(1)
+    given_jobs = jobs is not None
+    jobs = jobs or default_jobs(1)
     with tempfile.TemporaryDirectory() as temporary, console.status("") as status:
-        extent, names = Extent(one_rate=quick, one_seed=quick), list(chosen)
+        extent = Extent(one_rate=quick, one_seed=quick)
+        names = list(chosen)
         asked = (str(size), str(match), budget or "", *chosen)
         if budget is not None:
             planned = write_studies(Path(temporary), settings, chosen, candidates, match, extent, status.update)
@@ -154,7 +157,8 @@ def suite(
         "--quick, --budget 10m or --tasks NAME; --dry-run shows the plan; Ctrl-C stops, and the same command resumes",
         soft_wrap=True,
     )
-    failed, shown = 0, scores
+    failed = 0
+    shown = scores
     for number, task in enumerate(planned):
         later = sum(run.flops for other in planned[number + 1 :] for run in other.plan.runs)
         console.print(f"{task.name}, task {number + 1} of {len(planned)}: {task.task.measures}")

@@ -108,7 +108,8 @@ class _Config(DocumentsConfig):
 
 def _config(sources: Sequence[str]) -> _Config:
     """Split the sources into paths and overrides of `data`."""
-    fields, of_training = _Config.model_fields, TextConfig.model_fields.keys() - _Config.model_fields.keys()
+    fields = _Config.model_fields
+    of_training = TextConfig.model_fields.keys() - _Config.model_fields.keys()
     paths: list[str] = []
     changes: list[str] = []
     for source in sources:

@@ -52,14 +52,16 @@ def train(
                 f"--resume uses the configuration of the run, {resume}/config.yaml, which you may edit: it takes no "
                 "CONFIG, overrides or options, except distributed.KEY=VALUE for another number of processes"
             )
-        loaded, run = read_config(resume, changes, tell=note), resume
+        loaded = read_config(resume, changes, tell=note)
+        run = resume
     elif config is None:
         raise SeqmixError("train needs a CONFIG (a preset such as retnet-tiny, or a YAML file) or --resume RUN")
     else:
         loaded = load_config(config, overrides or [])
         run = out or Path("runs") / Path(config).name.removesuffix(".yaml").removesuffix(".yml")
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and (run / CONFIG_FILE).is_file():
-        loaded, resume = read_config(run, tell=note) if resume is None else loaded, run  # torchrun --max-restarts
+        loaded = read_config(run, tell=note) if resume is None else loaded
+        resume = run  # torchrun --max-restarts
     if dry_run:
         loaded.data.require_files(loaded.model.vocab_size)
         print_cost(loaded)

@@ -48,7 +48,9 @@ class Architecture:
     """A regular expression of the names of tensors that carry nothing: buffers that their code computes."""
     aliases: ClassVar[Mapping[str, str]] = {}
     """Parts of names of tensors that other versions of their library write, and what they stand for."""
-    embedding, norm, head = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+    embedding = "model.embed_tokens.weight"
+    norm = "model.norm.weight"
+    head = "lm_head.weight"
     layers = "model.layers"
 
     def block(self, block: Block) -> Layout:
@@ -91,10 +93,12 @@ class Architecture:
         Raises:
             SeqmixError: a field has another type than theirs, or no counterpart here.
         """
-        values, known = self.unfolded(typed(values, where), where), {*self.harmless.split(), *self.kinds}
+        values = self.unfolded(typed(values, where), where)
+        known = {*self.harmless.split(), *self.kinds}
         types = [self._types(name, values, where) for name in self.kinds]
         pattern = ["-".join(layer) for layer in zip(*types, strict=True)] or ["layer"]
-        blocks, model = {}, {}
+        blocks = {}
+        model = {}
         for label in dict.fromkeys(pattern):
             table = self.common
             for tables, kind in zip(self.kinds.values(), label.split("-"), strict=False):
@@ -112,7 +116,8 @@ class Architecture:
         """
         written: dict[str, Any] = {name: [] for name in self.kinds}
         for label in m.layers:
-            ours, table = flat(m, label), self.common
+            ours = flat(m, label)
+            table = self.common
             for name, tables in self.kinds.items():
                 kind = next((kind for kind, each in tables.items() if each.matches(ours)), next(iter(tables)))
                 table |= tables[kind]

@@ -107,7 +107,8 @@ def export_to(
     """
     architecture = architecture_of(name)
     config, tensors, vocabulary = read_weights(run, choice=choice, tell=tell, trust=trust)
-    fields, model = architecture.fields(config), build_meta(config)
+    fields = architecture.fields(config)
+    model = build_meta(config)
     rules = list(architecture.rules(model))
     if out is not None:
         theirs = to_theirs(rules, tensors) | architecture.derived(model)

@@ -57,8 +57,13 @@ def only(value: Any, *more: Any) -> Field:
 def choice(path: str, values: Mapping[Any, Any], default: Any = REQUIRED) -> Field:
     """A field whose values have other names here; of several for one here, the first is written."""
     back = {here: theirs for theirs, here in reversed(list(values.items()))}
-    read, write = (lambda value, _: values[value]), (lambda value, _: back.get(value, value))
-    return Field((path,), default, read, write, tuple(values))
+    return Field(
+        (path,),
+        default,
+        lambda value, _: values[value],
+        lambda value, _: back.get(value, value),
+        tuple(values),
+    )
 
 
 def width(path: str, default: Any = REQUIRED, over: str = "hidden_size") -> Field:
@@ -138,7 +143,8 @@ def require_known(values: Values, known: set[str], where: object) -> None:
 
 def flat(m: ModelConfig, layer: str) -> dict[str, Any]:
     """Fields of a model and one of its blocks by the paths of `Field`; numbers of heads are resolved."""
-    ffn, block = m.blocks[layer].ffn, m.blocks[layer].model_dump(mode="json")
+    ffn = m.blocks[layer].ffn
+    block = m.blocks[layer].model_dump(mode="json")
     found = m.model_dump(mode="json", exclude={"blocks", "pattern", "norm", "init", "dropout"})
     parts = {"mixer": block.pop("mixer"), "ffn": block.pop("ffn"), "norm": block.pop("norm"), "block": block}
     for name, fields in parts.items():
@@ -172,7 +178,8 @@ def require_same(ours: ModelConfig, again: ModelConfig, name: str) -> None:
     Raises:
         SeqmixError: the first field, or the first tensor's shape, that differs.
     """
-    mine, other = _function(ours), _function(again)
+    mine = _function(ours)
+    other = _function(again)
     for path in sorted((*mine, *other), key=lambda path: not path.endswith("kind")):
         if mine.get(path) != other.get(path):
             raise SeqmixError(f"{path} is {shown(mine.get(path))}, and in {name} it is {shown(other.get(path))}")

@@ -44,13 +44,12 @@ class Fla(Architecture):
     shared = BASE | Table(
         {"ffn.kind": "swiglu"},
         {
-            **{
-                "num_heads": "mixer.n_heads",
-                "intermediate_size": network_width(4),
-                "hidden_act": choice("ffn.activation", {"swish": "silu"}, default="swish"),
-            },
+            "num_heads": "mixer.n_heads",
+            "intermediate_size": network_width(4),
+            "hidden_act": choice("ffn.activation", {"swish": "silu"}, default="swish"),
             "norm_eps": same("norm.eps", "mixer.norm_eps", default=1e-6),
-            **{"attn": only(None), "attnres_block_size": only(None)},
+            "attn": only(None),
+            "attnres_block_size": only(None),
         },
     )
     harmless = "attn_mode fuse_norm fuse_swiglu fuse_cross_entropy fuse_linear_cross_entropy use_l2warp hidden_ratio"
@@ -90,7 +89,9 @@ def attention_like(expand_k: float, expand_v: float) -> dict[str, str | Field]:
 class GLA(Fla):
     """Gated linear attention."""
 
-    name, model_type, class_name = "gla", "gla", "GLAForCausalLM"
+    name = "gla"
+    model_type = "gla"
+    class_name = "GLAForCausalLM"
     common = Fla.shared | Table(
         {"mixer.kind": "gla", "mixer.head_norm": "rms"},
         attention_like(0.5, 1.0)
@@ -112,7 +113,9 @@ class GLA(Fla):
 class RetNet(GLA):
     """fla's RetNet: turned as RoFormer's, RMS norms with weights, no row normaliser."""
 
-    name, model_type, class_name = "fla-retnet", "retnet", "RetNetForCausalLM"
+    name = "fla-retnet"
+    model_type = "retnet"
+    class_name = "RetNetForCausalLM"
     common = Fla.shared | Table(
         {"mixer.kind": "retention", "mixer.head_norm": "rms", "mixer.rotation": "rope", "mixer.row_norm": False},
         attention_like(1.0, 2.0) | {"intermediate_size": network_width(2)},
@@ -127,14 +130,18 @@ class RetNet(GLA):
 class DeltaNet(Fla):
     """DeltaNet."""
 
-    name, model_type, class_name = "delta-net", "delta_net", "DeltaNetForCausalLM"
+    name = "delta-net"
+    model_type = "delta_net"
+    class_name = "DeltaNetForCausalLM"
     common = Fla.shared | Table(
         {"mixer.kind": "delta_net"},
         {
             "expand_k": same("mixer.expand_k", default=1.0),
             "expand_v": same("mixer.expand_v", default=1.0),
             "use_gate": choice("mixer.gate", {True: "swish", False: "none"}, default=False),
-            **{"qk_activation": only("silu"), "qk_norm": only("l2"), "use_beta": only(True)},
+            "qk_activation": only("silu"),
+            "qk_norm": only("l2"),
+            "use_beta": only(True),
             "use_output_norm": only(True),
         }
         | convolved()
@@ -170,7 +177,9 @@ def widths(expand_v: float) -> dict[str, str | Field]:
 class GatedDeltaNet(Fla):
     """Gated DeltaNet."""
 
-    name, model_type, class_name = "gated-deltanet", "gated_deltanet", "GatedDeltaNetForCausalLM"
+    name = "gated-deltanet"
+    model_type = "gated_deltanet"
+    class_name = "GatedDeltaNetForCausalLM"
     common = Fla.shared | Table(
         {"mixer.kind": "gated_delta_net"},
         widths(2.0)
@@ -200,7 +209,9 @@ class GatedDeltaNet(Fla):
 class KDA(GatedDeltaNet):
     """Kimi Delta Attention."""
 
-    name, model_type, class_name = "kda", "kda", "KDAForCausalLM"
+    name = "kda"
+    model_type = "kda"
+    class_name = "KDAForCausalLM"
     common = Fla.shared | Table(
         {"mixer.kind": "kda", "mixer.gate": "sigmoid", "mixer.gate_bias": True},
         widths(1.0) | convolved() | NEGATIVE | {"safe_gate": only(False), "lower_bound": only(None)},
@@ -217,7 +228,8 @@ class KDA(GatedDeltaNet):
 
 def projections(mixer: Any, at: str, turned: str = "") -> tuple[Part, ...]:
     """What is projected, one tensor of theirs each; of names in `turned`, pairs of rows lie side by side here."""
-    d_model, pairs = mixer.in_proj.in_features, {"h": mixer.n_heads, "pair": 2}
+    d_model = mixer.in_proj.in_features
+    pairs = {"h": mixer.n_heads, "pair": 2}
     return tuple(
         part(f"{at}.{PROJECTIONS[name]}.weight", rows, d_model, pattern=PAIRS if name in turned else "", **pairs)
         for name, rows in mixer.widths.items()
@@ -226,6 +238,7 @@ def projections(mixer: Any, at: str, turned: str = "") -> tuple[Part, ...]:
 
 def convolutions(mixer: Any, at: str) -> Layout:
     """Short convolutions of queries, keys and values, which are one here."""
-    size, widths = mixer.convolution.weight.shape[1], mixer.widths
+    size = mixer.convolution.weight.shape[1]
+    widths = mixer.widths
     parts = (part(f"{at}.{name}_conv1d.weight", widths[name], 1, size, pattern="c 1 w -> c w") for name in "qkv")
     return {"mixer.convolution.weight": tuple(parts)}

@@ -15,7 +15,8 @@ from .layout import Part, part
 from .llama import HEADS, MODEL, ROPE, SILU, SWIGLU, Rotating, attention, norms, swiglu, turned_rows
 from .mamba import convolution
 
-FULL, LINEAR = "full_attention", "linear_attention"
+FULL = "full_attention"
+LINEAR = "linear_attention"
 KINDS = ("full_attn", "linear_attn", "mlp")
 NORM_EPS = {"rms_norm_eps": same("norm.eps", "mixer.norm_eps", default=1e-6)}
 ATTENTION = HEADS | ROPE
@@ -45,7 +46,9 @@ def experts_of(theirs: str, mixer: Any, names: tuple[str, str, str] = ("gate_pro
 class Qwen3Next(Rotating):
     """Gated DeltaNet and gated attention, partly turned; zero-centered norms; experts with a gated shared one."""
 
-    name, model_type, class_name = "qwen3-next", "qwen3_next", "Qwen3NextForCausalLM"
+    name = "qwen3-next"
+    model_type = "qwen3_next"
+    class_name = "Qwen3NextForCausalLM"
     common = MODEL | Table({"norm.zero_centered": True}, {**NORM_EPS, "attention_bias": only(False)})
     kinds: ClassVar = {
         "layer_types": {
@@ -65,7 +68,8 @@ class Qwen3Next(Rotating):
                     "num_experts_per_tok": "ffn.top_k",
                     "moe_intermediate_size": width("ffn.expansion"),
                     "shared_expert_intermediate_size": width("ffn.shared_expansion"),
-                    **{"hidden_act": SILU, "norm_topk_prob": only(True)},
+                    "hidden_act": SILU,
+                    "norm_topk_prob": only(True),
                 },
             ),
         },
@@ -75,11 +79,13 @@ class Qwen3Next(Rotating):
     unread = r".*inv_freq|mtp\..*"  # layers that predict further tokens
 
     def unfolded(self, values: Mapping[str, Any], where: object) -> dict[str, Any]:
-        found, n = super().unfolded(values, where), values.get("num_hidden_layers", 0)
+        found = super().unfolded(values, where)
+        n = values.get("num_hidden_layers", 0)
         if not found.get("layer_types"):
             interval = values.get("full_attention_interval", 4)
             found["layer_types"] = [LINEAR if (i + 1) % interval else FULL for i in range(n)]
-        step, dense = values.get("decoder_sparse_step", 1), values.get("mlp_only_layers") or []
+        step = values.get("decoder_sparse_step", 1)
+        dense = values.get("mlp_only_layers") or []
         sparse = [bool(values.get("num_experts")) and i not in dense and (i + 1) % step == 0 for i in range(n)]
         return found | {"networks": ["sparse" if each else "dense" for each in sparse]}
 
@@ -98,7 +104,10 @@ class Qwen3Next(Rotating):
 
     def attention(self, mixer: Any) -> Layout:
         """Attention, whose queries and gates are one tensor: by head, a query and then its gate."""
-        heads, groups, size, d_model = mixer.n_heads, mixer.n_kv_heads, mixer.head_dim, mixer.in_proj.in_features
+        heads = mixer.n_heads
+        groups = mixer.n_kv_heads
+        size = mixer.head_dim
+        d_model = mixer.in_proj.in_features
         both = ("self_attn.q_proj.weight", 2 * heads * size, d_model)
         keys = ("self_attn.k_proj.weight", groups * size, d_model)
         return {
@@ -119,8 +128,10 @@ class Qwen3Next(Rotating):
 
     def delta(self, mixer: Any) -> Layout:
         """Gated DeltaNet, whose rows are by head of keys: its query, key, values and gates; and its rates and steps."""
-        groups, d_model = mixer.n_qk_heads, mixer.in_proj.in_features
-        big, small = [mixer.widths[n] // groups for n in ("q", "k", "v", "gate")], [mixer.n_heads // groups] * 2
+        groups = mixer.n_qk_heads
+        d_model = mixer.in_proj.in_features
+        big = [mixer.widths[n] // groups for n in ("q", "k", "v", "gate")]
+        small = [mixer.n_heads // groups] * 2
         return {
             "mixer.in_proj.weight": (
                 *by_group("linear_attn.in_proj_qkvz.weight", groups, big, d_model),
@@ -144,7 +155,9 @@ def by_group(name: str, groups: int, widths: list[int], d_model: int) -> Iterato
 class MiniMax(Rotating):
     """MiniMax-01: lightning and softmax attention, norms on the stream, experts without balance."""
 
-    name, model_type, class_name = "minimax", "minimax", "MiniMaxForCausalLM"
+    name = "minimax"
+    model_type = "minimax"
+    class_name = "MiniMaxForCausalLM"
     common = MODEL | Table(
         {"ffn.kind": "moe", "ffn.scores": "softmax", "ffn.routed_scale": 1.0, "block.norm_placement": "stream"},
         {
@@ -185,7 +198,8 @@ class MiniMax(Rotating):
     def lightning(self, mixer: Any) -> Layout:
         """Lightning attention, whose rows are by head: its query, key and values."""
         rows = [mixer.key_dim, mixer.key_dim, mixer.value_dim]
-        d_model, gate = mixer.in_proj.in_features, mixer.widths["gate"]
+        d_model = mixer.in_proj.in_features
+        gate = mixer.widths["gate"]
         return {
             "mixer.in_proj.weight": (
                 *by_group("self_attn.qkv_proj.weight", mixer.n_heads, rows, d_model),
@@ -208,7 +222,8 @@ class MiniMax(Rotating):
 def minimax_decays(heads: int, layer: int, layers: int, size: int = 256) -> dict[str, Tensor]:
     """Its decays of a layer inside blocks of its default size."""
     slopes = (1 / (2 ** (8 / heads))) ** (torch.arange(heads) + 1) * (1 - layer / (layers - 1 + 1e-5) + 1e-5)
-    slopes, n = slopes[:, None, None], torch.arange(size) + 1
+    slopes = slopes[:, None, None]
+    n = torch.arange(size) + 1
     distance = slopes * (n[:, None] - n)[None, None]
     return {
         "slope_rate": slopes,
@@ -221,7 +236,9 @@ def minimax_decays(heads: int, layer: int, layers: int, size: int = 256) -> dict
 class OlmoHybrid(Rotating):
     """OLMo Hybrid: Gated DeltaNet, and attention whose norms are on the branches' outputs."""
 
-    name, model_type, class_name = "olmo-hybrid", "olmo_hybrid", "OlmoHybridForCausalLM"
+    name = "olmo-hybrid"
+    model_type = "olmo_hybrid"
+    class_name = "OlmoHybridForCausalLM"
     common = MODEL | SWIGLU | Table({}, {"attention_bias": only(False)})
     kinds: ClassVar = {
         "layer_types": {

@@ -40,7 +40,10 @@ EXPERTS = Table(
             write=lambda shared, ours: round(shared / ours["ffn.expansion"]),
         ),
         "routed_scaling_factor": "ffn.routed_scale",
-        **{"hidden_act": SILU, "moe_renormalize": only(True), "num_expert_group": only(1), "topk_group": only(1)},
+        "hidden_act": SILU,
+        "moe_renormalize": only(True),
+        "num_expert_group": only(1),
+        "topk_group": only(1),
     },
 )
 
@@ -48,7 +51,9 @@ EXPERTS = Table(
 class KimiLinear(Architecture):
     """Kimi Linear."""
 
-    name, model_type, class_name = "kimi-linear", "kimi_linear", "KimiLinearForCausalLM"
+    name = "kimi-linear"
+    model_type = "kimi_linear"
+    class_name = "KimiLinearForCausalLM"
     common = MODEL | Table({}, {"attention_bias": only(False)})
     kinds: ClassVar = {
         "layer_types": {FULL: LATENT, LINEAR: KDA},
@@ -69,7 +74,9 @@ class KimiLinear(Architecture):
 
     def latent(self, mixer: Any) -> Layout:
         """Latent attention."""
-        d_model, widths, low = mixer.in_proj.in_features, mixer.widths, mixer.q_up is not None
+        d_model = mixer.in_proj.in_features
+        widths = mixer.widths
+        low = mixer.q_up is not None
         first = part(f"self_attn.q_{'a_' if low else ''}proj.weight", widths["q"], d_model)
         latents = part("self_attn.kv_a_proj_with_mqa.weight", widths["latent"] + widths["rotary"], d_model)
         queries: Layout = {"mixer.q_norm.weight": "self_attn.q_a_layernorm.weight"}

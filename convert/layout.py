@@ -112,7 +112,8 @@ def to_theirs(rules: Iterable[Rule], ours: Mapping[str, Tensor]) -> dict[str, Te
     rules = list(rules)
     missing: dict[str, Tensor] = {}
     for rule in rules:
-        x, sizes = ours[rule.name], {name: math.prod(shape) for name, shape in rule.sources.items()}
+        x = ours[rule.name]
+        sizes = {name: math.prod(shape) for name, shape in rule.sources.items()}
         if not rule.parts:
             continue
         if len(rule.parts) == 1 and rule.parts[0].action == "as it is":
@@ -122,7 +123,8 @@ def to_theirs(rules: Iterable[Rule], ours: Mapping[str, Tensor]) -> dict[str, Te
         positions = torch.arange(sum(sizes.values())).split(list(sizes.values()))
         places = {name: at.view(rule.sources[name]) for name, at in zip(sizes, positions, strict=True)}
         taken = rule(places).flatten()
-        numbers, known = x.new_zeros(sum(sizes.values())), torch.zeros(sum(sizes.values()), dtype=torch.bool)
+        numbers = x.new_zeros(sum(sizes.values()))
+        known = torch.zeros(sum(sizes.values()), dtype=torch.bool)
         numbers[taken], known[taken] = x.flatten(), True
         for name, at in places.items():
             theirs.setdefault(name, x.new_zeros(at.shape))[known[at]] = numbers[at][known[at]]
@@ -143,9 +145,11 @@ def plan(rules: Iterable[Rule]) -> list[tuple[str, str, str, str]]:
     once."""
     rows: dict[tuple[str, str, str, str], list[str]] = {}
     for rule in rules:
-        at, done = re.search(r"\.(\d+)\.", rule.name), 0
+        at = re.search(r"\.(\d+)\.", rule.name)
+        done = 0
         for (source, shape, action), same in groupby(rule.parts, key=lambda each: _described(each, bool(at))):
-            first, done = done + 1, done + len(list(same))
+            first = done + 1
+            done = done + len(list(same))
             several = f"{first} to {done}" if done > first else f"{first}"
             joined = f"part {several} of {len(rule.parts)}: " if len(rule.parts) > 1 else ""
             name = re.sub(r"\.\d+\.", ".N.", rule.name, count=1)

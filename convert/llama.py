@@ -83,7 +83,9 @@ class Rotating(Architecture):
 class Llama(Rotating):
     """Llama."""
 
-    name, model_type, class_name = "llama", "llama", "LlamaForCausalLM"
+    name = "llama"
+    model_type = "llama"
+    class_name = "LlamaForCausalLM"
     common = (
         MODEL
         | SWIGLU
@@ -100,14 +102,18 @@ class Llama(Rotating):
 class Mistral(Llama):
     """Llama with a window."""
 
-    name, model_type, class_name = "mistral", "mistral", "MistralForCausalLM"
+    name = "mistral"
+    model_type = "mistral"
+    class_name = "MistralForCausalLM"
     common = MODEL | SWIGLU | HEADS | ROPE | Table({}, {"sliding_window": same("mixer.window", default=None)})
 
 
 class Qwen2(Llama):
     """Llama with biases of queries, keys and values; some layers may have a window."""
 
-    name, model_type, class_name = "qwen2", "qwen2", "Qwen2ForCausalLM"
+    name = "qwen2"
+    model_type = "qwen2"
+    class_name = "Qwen2ForCausalLM"
     common = MODEL | SWIGLU | HEADS | ROPE | Table({"mixer.bias": "qkv"})
     kinds: ClassVar = {
         "layer_types": {
@@ -130,7 +136,9 @@ class Qwen2(Llama):
 class Qwen3(Qwen2):
     """Qwen2 with norms of queries and keys instead of biases."""
 
-    name, model_type, class_name = "qwen3", "qwen3", "Qwen3ForCausalLM"
+    name = "qwen3"
+    model_type = "qwen3"
+    class_name = "Qwen3ForCausalLM"
     common = Llama.common | Table({"mixer.qk_norm": "rms"}, {"rms_norm_eps": same("norm.eps", "mixer.norm_eps")})
 
 
@@ -157,7 +165,8 @@ def swiglu(
 
 def attention(mixer: Any, at: str = "self_attn") -> Layout:
     """Attention: queries and keys whose pairs lie side by side, then values."""
-    size, turning = mixer.head_dim, mixer.rotary_dim
+    size = mixer.head_dim
+    turning = mixer.rotary_dim
     layout: Layout = {}
 
     def turned(name: str, heads: int, *columns: int) -> Part:

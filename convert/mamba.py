@@ -16,7 +16,9 @@ SHARED = BASE | Table(
     {
         "state_size": "mixer.d_state",
         "conv_kernel": same("mixer.short_conv", default=4),
-        **{"use_bias": only(False), "use_conv_bias": only(True), "hidden_act": only("silu")},
+        "use_bias": only(False),
+        "use_conv_bias": only(True),
+        "hidden_act": only("silu"),
     },
 )
 
@@ -29,7 +31,9 @@ def whole(expand: float, _: Values) -> Any:
 class Mamba(Architecture):
     """Mamba (S6)."""
 
-    name, model_type, class_name = "mamba", "mamba", "MambaForCausalLM"
+    name = "mamba"
+    model_type = "mamba"
+    class_name = "MambaForCausalLM"
     common = SHARED | Table(
         {"mixer.kind": "mamba"},
         {
@@ -47,7 +51,9 @@ class Mamba(Architecture):
         },
     )
     harmless = STEPS + "expand time_step_init_scheme time_step_scale use_mambapy use_associative_scan"
-    embedding, norm, layers = "backbone.embeddings.weight", "backbone.norm_f.weight", "backbone.layers"
+    embedding = "backbone.embeddings.weight"
+    norm = "backbone.norm_f.weight"
+    layers = "backbone.layers"
     copied = "D in_proj.weight x_proj.weight dt_proj.weight dt_proj.bias out_proj.weight"
 
     def block(self, block: Block) -> Layout:
@@ -85,7 +91,9 @@ EPS = same("norm.eps", "mixer.norm_eps", default=1e-5)
 class Mamba2(Mamba):
     """Mamba-2 (SSD)."""
 
-    name, model_type, class_name = "mamba2", "mamba2", "Mamba2ForCausalLM"
+    name = "mamba2"
+    model_type = "mamba2"
+    class_name = "Mamba2ForCausalLM"
     common = SSD | Table({}, {"layer_norm_epsilon": EPS, "time_step_limit": LIMIT})
     harmless = STEPS + "chunk_size rms_norm norm_before_gate"  # the last two are read by no version
     copied = "D in_proj.weight out_proj.weight"
@@ -98,12 +106,17 @@ class Mamba2(Mamba):
 class FlaMamba2(Mamba2):
     """Mamba-2 as fla writes it: the same tensors under other fields."""
 
-    name, library, marker = "fla-mamba2", "fla", "dt_limit"
+    name = "fla-mamba2"
+    library = "fla"
+    marker = "dt_limit"
     common = SSD | Table(
         {},
         {
-            **{"norm_eps": EPS, "dt_limit": LIMIT},
-            **{"rmsnorm": only(True), "norm_before_gate": only(False), "D_has_hdim": only(False)},
+            "norm_eps": EPS,
+            "dt_limit": LIMIT,
+            "rmsnorm": only(True),
+            "norm_before_gate": only(False),
+            "D_has_hdim": only(False),
         },
     )
     harmless = "chunk_size fuse_norm fuse_cross_entropy fuse_linear_cross_entropy use_l2warp A_init_range conv_init "
@@ -112,7 +125,8 @@ class FlaMamba2(Mamba2):
 
 def convolution(mixer: Any, at: str) -> Layout:
     """A short convolution of one tensor: theirs has a dimension of size 1 more."""
-    weight, bias = mixer.convolution.weight, mixer.convolution.bias
+    weight = mixer.convolution.weight
+    bias = mixer.convolution.bias
     layout: Layout = {} if bias is None else {"mixer.convolution.bias": f"{at}.bias"}
     shape = (weight.shape[0], 1, weight.shape[1])
     return layout | {"mixer.convolution.weight": part(f"{at}.weight", *shape, pattern="c 1 w -> c w")}

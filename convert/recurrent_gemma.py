@@ -12,14 +12,17 @@ from .layout import part
 from .llama import BASE, ROPE, Rotating, attention, norms, swiglu
 from .mamba import convolution
 
-SCALE, TYPES = "embedding_scale", "layer_types"
+SCALE = "embedding_scale"
+TYPES = "layer_types"
 """Fields that theirs computes of others."""
 
 
 class RecurrentGemma(Rotating):
     """Scaled embeddings, capped logits, zero-centered norms, and biases in networks and recurrent blocks."""
 
-    name, model_type, class_name = "recurrent-gemma", "recurrent_gemma", "RecurrentGemmaForCausalLM"
+    name = "recurrent-gemma"
+    model_type = "recurrent_gemma"
+    class_name = "RecurrentGemmaForCausalLM"
     common = BASE | Table(
         {"norm.zero_centered": True, "ffn.kind": "swiglu", "ffn.activation": "gelu_tanh", "ffn.bias": True},
         {
@@ -78,9 +81,11 @@ class RecurrentGemma(Rotating):
         mixer: Any = block.mixer
         if mixer.kind == "attention":
             return layout | attention(mixer, "temporal_block")
-        at, gates = "temporal_block", ("recurrent_gate", "input_gate")
+        at = "temporal_block"
+        gates = ("recurrent_gate", "input_gate")
         heads, size, _ = mixer.gate_weight.shape
-        d_model, lru = mixer.in_proj.in_features, mixer.width
+        d_model = mixer.in_proj.in_features
+        lru = mixer.width
         return {
             **layout,
             **convolution(mixer, f"{at}.conv_1d"),

@@ -10,7 +10,8 @@ from .architecture import Architecture, Layout
 from .fields import Field, Table, only, refusal, same, width
 from .layout import Part, part
 
-TIME, CHANNEL = "time", "channel"
+TIME = "time"
+CHANNEL = "channel"
 NORM = {"kind": "layernorm", "eps": 1e-5, "bias": True}
 
 
@@ -38,11 +39,15 @@ class Halves(Architecture):
 class RWKV4(Halves):
     """RWKV-4."""
 
-    name, model_type, class_name = "rwkv4", "rwkv", "RwkvForCausalLM"
+    name = "rwkv4"
+    model_type = "rwkv"
+    class_name = "RwkvForCausalLM"
     common = Table(
         {"ffn": None, "embedding_norm": NORM, **{f"norm.{name}": value for name, value in NORM.items()}},
         {
-            **{"hidden_size": "d_model", "num_hidden_layers": "n_layers", "vocab_size": "vocab_size"},
+            "hidden_size": "d_model",
+            "num_hidden_layers": "n_layers",
+            "vocab_size": "vocab_size",
             "tie_word_embeddings": same("tie_embeddings", default=False),
             "layer_norm_epsilon": only(1e-5),  # the last norm has no field
         },
@@ -60,7 +65,9 @@ class RWKV4(Halves):
         }
     }
     harmless = "context_length rescale_every"  # which halves what the norms undo
-    embedding, norm, head = "rwkv.embeddings.weight", "rwkv.ln_out.weight", "head.weight"
+    embedding = "rwkv.embeddings.weight"
+    norm = "rwkv.ln_out.weight"
+    head = "head.weight"
     layers = "rwkv.blocks"
 
     def outside(self, model: LanguageModel) -> Layout:
@@ -88,15 +95,22 @@ class RWKV4(Halves):
 class RWKV7(Halves):
     """RWKV-7 as fla has it."""
 
-    name, library, model_type, class_name = "rwkv7", "fla", "rwkv7", "RWKV7ForCausalLM"
+    name = "rwkv7"
+    library = "fla"
+    model_type = "rwkv7"
+    class_name = "RWKV7ForCausalLM"
     common = Table(
         {"ffn": None, "norm.kind": "layernorm", "norm.bias": True},
         {
-            **{"hidden_size": "d_model", "num_hidden_layers": "n_layers", "vocab_size": "vocab_size"},
+            "hidden_size": "d_model",
+            "num_hidden_layers": "n_layers",
+            "vocab_size": "vocab_size",
             "tie_word_embeddings": same("tie_embeddings", default=False),
             "norm_eps": same("norm.eps", default=1e-5),
             "embedding_norm": "embedding_norm",
-            **{"norm_first": only(True), "norm_bias": only(True), "attn": only(None)},
+            "norm_first": only(True),
+            "norm_bias": only(True),
+            "attn": only(None),
         },
     )
     kinds: ClassVar = {
@@ -139,7 +153,8 @@ class RWKV7(Halves):
         }
     }
     harmless = "attn_mode fuse_cross_entropy fuse_linear_cross_entropy use_l2warp hidden_ratio num_heads"
-    embedding, layers = "model.embeddings.weight", "model.layers"
+    embedding = "model.embeddings.weight"
+    layers = "model.layers"
 
     def unfolded(self, values: Mapping[str, Any], where: object) -> dict[str, Any]:
         values = {"head_dim": 64, **{name: x for name, x in values.items() if x is not None}}
@@ -167,7 +182,8 @@ class RWKV7(Halves):
             layout: Layout = {f"mixer_norm.{kind}": f"ffn_norm.{kind}" for kind in ("weight", "bias")}
             layout |= {"mixer.k_proj.weight": "ffn.key.weight", "mixer.v_proj.weight": "ffn.value.weight"}
             return layout | {"mixer.shift": part("ffn.x_k", d_model, pattern="d -> 1 d")}
-        heads, d_model = mixer.n_heads, mixer.out_proj.in_features
+        heads = mixer.n_heads
+        d_model = mixer.out_proj.in_features
 
         def by_head(name: str) -> Part:
             return part(f"attn.{name}", d_model, pattern="(h k) -> h k", h=heads)

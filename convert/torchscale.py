@@ -19,7 +19,10 @@ D_MODEL = "decoder_embed_dim"
 class TorchscaleRetNet(Architecture):
     """RetNet: RMS norms, retention without head weights, a gated network."""
 
-    name, library, model_type, class_name = "torchscale-retnet", "torchscale", None, "RetNetDecoder"
+    name = "torchscale-retnet"
+    library = "torchscale"
+    model_type = None
+    class_name = "RetNetDecoder"
     marker = "decoder_retention_heads"
     common = Table(
         {"mixer.kind": "retention", "mixer.head_norm": "rms", "ffn.kind": "swiglu", "norm.kind": "rmsnorm"},
@@ -34,15 +37,20 @@ class TorchscaleRetNet(Architecture):
             "activation_fn": choice("ffn.activation", ACTIVATIONS, default="gelu"),
             "layernorm_eps": same("norm.eps", "mixer.norm_eps", default=1e-6),
             **{name: only(False) for name in ("use_xmoe", "deepnorm", "multiway", "layernorm_embedding")},
-            **{"no_output_layer": only(False), "xpos_rel_pos": only(False)},
-            **{"moe_freq": only(0), "no_scale_embedding": only(True)},
+            "no_output_layer": only(False),
+            "xpos_rel_pos": only(False),
+            "moe_freq": only(0),
+            "no_scale_embedding": only(True),
         },
     )
     harmless = "dropout drop_path_rate activation_dropout subln max_target_positions chunkwise_recurrent "
     harmless += "recurrent_chunk_size checkpoint_activations fsdp ddp_rank decoder_normalize_before moe_top1_expert "
     harmless += "moe_expert_count moe_gating_use_fp32 moe_eval_capacity_token_fraction moe_second_expert_policy "
     harmless += "moe_normalize_gate_prob_before_dropping rel_pos_buckets max_rel_pos xpos_scale_base"
-    embedding, norm, head, layers = "embed_tokens.weight", "layer_norm.weight", "output_projection.weight", "layers"
+    embedding = "embed_tokens.weight"
+    norm = "layer_norm.weight"
+    head = "output_projection.weight"
+    layers = "layers"
     unread = r"retnet_rel_pos\.(angle|decay)"
 
     def block(self, block: Block) -> Layout:

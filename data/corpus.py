@@ -86,10 +86,12 @@ def read_corpus(config: CorpusConfig, tokenizer: Tokenizer | None = None) -> Cor
     Raises:
         SeqmixError: a source is missing, unreadable, empty, or shorter than a sequence.
     """
-    tokenizer, length = tokenizer or config.tokenizer_of(), config.sequence_length
+    tokenizer = tokenizer or config.tokenizer_of()
+    length = config.sequence_length
     identity = hashlib.sha256(tokenizer.identity.encode())
     parts: dict[str, list[_Part]] = {"training": [], "validation": []}
-    splits, sizes = list[str](), list[int]()
+    splits = list[str]()
+    sizes = list[int]()
     for source in config.parts:
         if source.streamed:
             identity.update(source.model_dump_json().encode())
@@ -198,7 +200,8 @@ class _InMemory:
     """Documents in memory."""
 
     def __init__(self, config: DocumentsConfig, tokenizer: Tokenizer) -> None:
-        self._config, documents = config, list(tokenized(read_documents(config), tokenizer))
+        self._config = config
+        documents = list(tokenized(read_documents(config), tokenizer))
         if not documents:
             raise SeqmixError(f"the corpus is empty: no text in {source_name(config)} (glob {config.glob})")
         begin = np.array([tokenizer.begin], dtype=tokenizer.dtype)

@@ -11,7 +11,8 @@ from ..models import TOKENIZER_FILE, ByteTokenizer, Tokenizer, load_tokenizer
 from ..registry import Config, SeqmixError
 from .source import DataConfig
 
-UTF8, BYTES = "utf-8", "bytes"
+UTF8 = "utf-8"
+BYTES = "bytes"
 """Encodings with a meaning of their own."""
 MOST_FOLDERS = 2
 """Times that a glob may have `**`."""

@@ -108,7 +108,8 @@ def _documents(config: DocumentsConfig) -> Iterator[Document]:
 
 def _read(key: str, path: Path, config: DocumentsConfig) -> Iterator[Document]:
     """The documents of a file: one, or one per line or row."""
-    field, suffix = config.text_field, format_of(path)[0]
+    field = config.text_field
+    suffix = format_of(path)[0]
     if suffix == TOKENS:
         raise SeqmixError(f"{path} is a token file: it holds tokens, and no text")
     try:
@@ -144,7 +145,8 @@ def _mapping(name: str, line: bytes | str) -> dict[str, object]:
 def _text(row: dict[str, object], field: str, name: str, config: DocumentsConfig) -> bytes:
     if field not in row:
         fields = ", ".join(row) or "none"
-        source, validation = isinstance(config, WeightedSourceConfig), isinstance(config, SourceConfig)
+        source = isinstance(config, WeightedSourceConfig)
+        validation = isinstance(config, SourceConfig)
         setting = "text_field of this one of data.sources" if source else "data.validation.text_field"
         setting = setting if source or validation else "data.text_field"
         raise SeqmixError(

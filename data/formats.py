@@ -14,7 +14,9 @@ from typing import Any, BinaryIO, cast
 from ..registry import SeqmixError
 from .corpus_config import BYTES, UTF8
 
-JSON_LINES, PARQUET, ARROW = ".jsonl", ".parquet", ".arrow"
+JSON_LINES = ".jsonl"
+PARQUET = ".parquet"
+ARROW = ".arrow"
 """Suffixes of files whose lines or rows are documents."""
 COMPRESSED = {".gz": "gzip", ".xz": "lzma", ".bz2": "bz2", ".zst": "zstd"}
 """Suffixes of compressed text and JSON lines, and the modules that read them."""
@@ -22,7 +24,8 @@ PIECE = 2**20
 """Bytes read and checked at a time."""
 FEW, ODD = 8, 0.02
 """Bytes of a piece that need not be UTF-8 or printable: so many, or this share."""
-LARGE, EXPANSION = 2**26, 500
+LARGE = 2**26
+EXPANSION = 500
 """Bytes from which a compressed file may not expand more than so many times; text expands 3 to 20 times."""
 CONTROL = bytes({*range(32), 127} - set(b"\b\t\n\v\f\r\x1b"))
 """Control characters that no text has."""
@@ -74,7 +77,9 @@ class _Expanded(io.RawIOBase):
     """A compressed file as it expands."""
 
     def __init__(self, path: Path, suffix: str) -> None:
-        self.path, self.suffix, self.size = path, suffix, 0
+        self.path = path
+        self.suffix = suffix
+        self.size = 0
         module = _zstd(path) if suffix == ".zst" else import_module(COMPRESSED[suffix])
         self._file = path.open("rb")
         self._content = cast(BinaryIO, module.open(self._file))
@@ -114,7 +119,8 @@ def read_text(path: Path, encoding: str) -> bytes:
     Raises:
         SeqmixError: it is not text, or not of this encoding.
     """
-    pieces, size = [], 0
+    pieces = []
+    size = 0
     with open_bytes(path) as file:
         while piece := file.read(PIECE):
             if encoding == UTF8:

@@ -27,7 +27,8 @@ def mixture(weights: Sequence[float], batch_size: int, *, seed: int, step: int) 
         return np.zeros(batch_size, dtype=np.int64), step * batch_size + np.arange(batch_size, dtype=np.int64)
     counts = _counts(tuple(weights))
     cycles, places = np.divmod(step * batch_size + np.arange(batch_size, dtype=np.int64), CYCLE)
-    sources, numbers = np.empty_like(places), np.empty_like(places)
+    sources = np.empty_like(places)
+    numbers = np.empty_like(places)
     for cycle in np.unique(cycles).tolist():
         now = cycles == cycle
         of, number = _cycle(counts, seed, cycle)
@@ -113,7 +114,8 @@ def permuted(numbers: np.ndarray, epochs: np.ndarray, samples: int, seed: int) -
     found = numbers.astype(np.uint64)
     outside = np.ones(len(found), dtype=bool)
     while outside.any():
-        left, right = found[outside] >> half, found[outside] & mask
+        left = found[outside] >> half
+        right = found[outside] & mask
         for turn in range(ROUNDS):
             left, right = right, left ^ (_mixed(right ^ _mixed(keys[outside] + np.uint64(turn))) & mask)
         found[outside] = left << half | right

@@ -21,7 +21,11 @@ class Cut:
     of a mixture has its own, by its number."""
 
     def __init__(self, tokens: Tokens, span: range, length: int, order: str, source: int = 0) -> None:
-        self.tokens, self.span, self.length, self.order, self.source = tokens, span, length, order, source
+        self.tokens = tokens
+        self.span = span
+        self.length = length
+        self.order = order
+        self.source = source
 
     def read(self, numbers: np.ndarray, wanted: np.ndarray, *, seed: int, step: int) -> np.ndarray:
         """Some sequences of a step, int64 [wanted, length + 1]: each has one more token for its last target. The last
@@ -35,7 +39,9 @@ class Cut:
 
     def starts(self, numbers: np.ndarray, *, seed: int, step: int) -> np.ndarray:
         """The position of each sequence in the stream, [N]."""
-        size, length, source = len(self.span), self.length, self.source
+        size = len(self.span)
+        length = self.length
+        source = self.source
         if self.order == "epochs":
             return self.span.start + epoch_starts(size, length, numbers, seed=seed, source=source)
         return self.span.start + random_starts(size, length, len(numbers), seed=seed, step=step, source=source)
@@ -49,7 +55,9 @@ class Streamed:
     """
 
     def __init__(self, config: DocumentsConfig, tokenizer: Tokenizer, length: int) -> None:
-        self.config, self.tokenizer, self.length = config, tokenizer, length
+        self.config = config
+        self.tokenizer = tokenizer
+        self.length = length
         self.place: dict[str, Any] | None = None
         """Where the stream is: seed, sequences before, and the place in the dataset. None before the first step."""
         self._stream: DatasetStream | None = None
@@ -57,13 +65,16 @@ class Streamed:
 
     def resume(self, place: dict[str, Any] | None) -> None:
         """Go on from a place."""
-        self.place, self._stream, self._last = place, None, None
+        self.place = place
+        self._stream = None
+        self._last = None
 
     def read(self, numbers: np.ndarray, wanted: np.ndarray, *, seed: int, step: int) -> np.ndarray:
         """As `Cut.read`."""
         if len(numbers) == 0:
             return np.empty((0, self.length + 1), dtype=np.int64)
-        first, count = int(numbers[0]), len(numbers)
+        first = int(numbers[0])
+        count = len(numbers)
         if self._last is None or self._last[:2] != (seed, range(first, first + count)):
             self._last = seed, range(first, first + count), self._read(first, count, seed)
         return self._last[2][wanted]
@@ -72,7 +83,8 @@ class Streamed:
         """Sequences first to first + count - 1."""
         place = self.place
         if place is None or place["seed"] != seed or place["sequences"] > first:
-            place, self._stream = {"seed": seed, "sequences": 0, "dataset": START}, None
+            place = {"seed": seed, "sequences": 0, "dataset": START}
+            self._stream = None
         if self._stream is None:
             self._stream = DatasetStream(self.config, self.tokenizer, seed, place["dataset"])
         for _ in range(place["sequences"], first):

@@ -39,7 +39,8 @@ class Slices:
     """
 
     def __init__(self, config: SlicesConfig, train: np.ndarray, trained: int) -> None:
-        self.config, self.trained = config, trained
+        self.config = config
+        self.trained = trained
         self._known = np.sort(hashes(train, config.ngram))
 
     def of(self, batch: Batch, documents: Int[np.ndarray, "B T"] | None = None) -> dict[str, LossSlice]:

@@ -78,7 +78,8 @@ class Stream:
             if not skipped:
                 tokens[0] = self._begin
             found.append(tokens)
-            start, at = start + taken, at + 1
+            start = start + taken
+            at = at + 1
         return np.concatenate(found) if found else np.array([], dtype=np.uint16)
 
 

@@ -30,8 +30,11 @@ class DatasetStream:
     def __init__(
         self, config: DocumentsConfig, tokenizer: Tokenizer, seed: int, place: Mapping[str, Any] = START
     ) -> None:
-        self.config, self.tokenizer, self.seed = config, tokenizer, seed
-        self._place, self._token = dict(place), place["token"]
+        self.config = config
+        self.tokenizer = tokenizer
+        self.seed = seed
+        self._place = dict(place)
+        self._token = place["token"]
         self._rows: Any = None
         self._documents = self._read(deepcopy(self._place))
         self._read_ahead = deque[tuple[dict[str, Any], np.ndarray]]()
@@ -61,22 +64,28 @@ class DatasetStream:
     def _read(self, place: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
         """Each document from a place on, with its own place."""
         begin = np.array([self.tokenizer.begin], dtype=self.tokenizer.dtype)
-        number, first, some = place["pass"], place["document"], False
+        number = place["pass"]
+        first = place["document"]
+        some = False
         while True:
             for block, documents in self._blocks(place):
                 order = np.random.default_rng([self.seed, number, block["block"]]).permutation(len(documents))
                 for at in range(first, len(documents)):
                     yield {"pass": number, **block, "document": at}, np.concatenate((begin, documents[order[at]]))
-                first, some = 0, some or bool(documents)
+                first = 0
+                some = some or bool(documents)
             if not some:
                 raise SeqmixError(f"the dataset is empty: no text in {source_name(self.config)}")
-            number, place = number + 1, START
+            number = number + 1
+            place = START
 
     def _blocks(self, place: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], list[np.ndarray]]]:
         """The blocks of one pass from a place on: number, first row and where it is in the dataset; and documents."""
         dataset = self.config.dataset
         assert dataset is not None
-        number, row, where = place["block"], place["row"], place["rows"]
+        number = place["block"]
+        row = place["row"]
+        where = place["rows"]
         with explain_dataset(dataset):
             if self._rows is None:
                 rows = open_dataset(dataset)
@@ -86,4 +95,6 @@ class DatasetStream:
             while block := list(row_documents(self.config, islice(remaining, dataset.shuffle_buffer), row)):
                 documents = tokenized((document for document in block if document.text), self.tokenizer)
                 yield {"block": number, "row": row, "rows": where}, [document.tokens for document in documents]
-                number, row, where = number + 1, row + len(block), deepcopy(self._rows.state_dict())
+                number = number + 1
+                row = row + len(block)
+                where = deepcopy(self._rows.state_dict())

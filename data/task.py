@@ -19,7 +19,9 @@ from ..models import IGNORED
 from .corpus import Corpus
 from .source import Batch, DataConfig, Examples, Source, blank, share
 
-TRAINING, EVALUATION, ORDER = 1, 2, 3
+TRAINING = 1
+EVALUATION = 2
+ORDER = 3
 """First words of the seeds of both splits, and of the order of a training split."""
 BLOCK = 64
 """Evaluation examples generated together: example i of a difficulty does not depend on how many are generated."""
@@ -154,12 +156,16 @@ class Task(Source):
     """
 
     def __init__(self, config: TaskConfig, corpus: Corpus | None = None) -> None:
-        self.config, self.name, self.vocab_size = config, f"the task {config.kind}", config.n_tokens
-        self.corpus, self.tokenizer = corpus, None if corpus is None else corpus.tokenizer
+        self.config = config
+        self.name = f"the task {config.kind}"
+        self.vocab_size = config.n_tokens
+        self.corpus = corpus
+        self.tokenizer = None if corpus is None else corpus.tokenizer
 
     @property
     def summary(self) -> str:
-        config, text = self.config, "" if self.corpus is None else f", in {self.corpus.name}"
+        config = self.config
+        text = "" if self.corpus is None else f", in {self.corpus.name}"
         trained, measured = (", ".join(map(str, d)) for d in (config.difficulties, self._measured))
         return f"{config.axis} {trained} in {config.sequence_length:,} tokens, measured at {measured}{text}"
 
@@ -168,7 +174,8 @@ class Task(Source):
     ) -> None:
         """Generate examples of one split."""
         if self.corpus is not None:
-            stream, length = self.corpus.validation if validation else self.corpus.train, inputs.shape[1]
+            stream = self.corpus.validation if validation else self.corpus.train
+            length = inputs.shape[1]
             starts = rng.integers(max(len(stream) - length, 1), size=len(inputs))
             for row, start in zip(inputs, starts.tolist(), strict=True):
                 row[:] = np.resize(stream[start : start + length], length)
@@ -176,7 +183,8 @@ class Task(Source):
 
     def training_batch(self, step: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> Batch:
         """The examples of one step; rows cycle through the difficulties."""
-        wanted, difficulties = share(batch_size, rank, world_size), self.config.difficulties
+        wanted = share(batch_size, rank, world_size)
+        difficulties = self.config.difficulties
         if self.config.training_examples is not None:
             batches = max(self.config.training_examples // batch_size, 1)
             order = np.random.default_rng([ORDER, seed, step // batches]).permutation(batches)
@@ -190,7 +198,8 @@ class Task(Source):
 
     def evaluation_batches(self, batch_size: int, limit: int | None, length: int | None = None) -> Iterator[Examples]:
         """The same examples in every run, equally many of each difficulty."""
-        config, trained = self.config, length or self.config.sequence_length
+        config = self.config
+        trained = length or self.config.sequence_length
         wanted = config.evaluation_examples if limit is None else min(limit * batch_size, config.evaluation_examples)
         each = -(-wanted // len(self._measured))
         widths = {difficulty: max(trained, config.length_of(difficulty)) for difficulty in self._measured}
@@ -215,7 +224,8 @@ class Task(Source):
         """The first examples of a difficulty."""
         inputs, targets = blank(count + -count % BLOCK, length)
         for part, at in enumerate(range(0, count, BLOCK)):
-            rng, rows = np.random.default_rng([EVALUATION, difficulty, part]), slice(at, at + BLOCK)
+            rng = np.random.default_rng([EVALUATION, difficulty, part])
+            rows = slice(at, at + BLOCK)
             self.fill(rng, inputs[rows], targets[rows], difficulty, validation=True)
         return inputs[:count], targets[:count]
 

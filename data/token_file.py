@@ -83,7 +83,8 @@ class TokenFile:
             SeqmixError: a block, verified on its first read, is damaged.
         """
         for block in range(start // BLOCK, -(-stop // BLOCK)):
-            first, last = block * BLOCK, min((block + 1) * BLOCK, int(self.ends[-1]))
+            first = block * BLOCK
+            last = min((block + 1) * BLOCK, int(self.ends[-1]))
             if not self._checked[block]:
                 self._check_block(block, first, self._tokens[first:last])
             self._checked[block] = True
@@ -131,7 +132,9 @@ def write_token_file(
 def _write_documents(file: BinaryIO, documents: Iterable[TokenDocument], tokenizer: Tokenizer) -> None:
     """Write a token file from its start."""
     dtype = np.dtype(tokenizer.dtype).newbyteorder("<")
-    ends, digests, checks = array("q"), array("Q"), array("I")
+    ends = array("q")
+    digests = array("Q")
+    checks = array("I")
     size = total = 0
     file.write(bytes(HEADER))
     pending = bytearray()
@@ -169,7 +172,8 @@ def _header(lengths: Mapping[str, tuple[np.dtype, int]], metadata: Mapping[str, 
     entries: dict[str, object] = {"__metadata__": {f"seqmix.{key}": str(value) for key, value in metadata.items()}}
     end = 0
     for name, (dtype, length) in lengths.items():
-        start, end = end, end + length * dtype.itemsize
+        start = end
+        end = end + length * dtype.itemsize
         kind = f"{dtype.kind.upper()}{8 * dtype.itemsize}"
         entries[name] = {"dtype": kind, "shape": [length], "data_offsets": [start, end]}
     return (HEADER - 8).to_bytes(8, "little") + json.dumps(entries).encode().ljust(HEADER - 8)
@@ -195,7 +199,8 @@ def _open(path: Path) -> tuple[Any, dict[str, np.ndarray], dict[str, str]]:
         raise SeqmixError(f"{path} is damaged: it lacks {min(lacks)}")
     for name, kinds in KINDS.items():
         tensor = tensors.get_slice(name)
-        kind, shape = tensor.get_dtype(), tensor.get_shape()
+        kind = tensor.get_dtype()
+        shape = tensor.get_shape()
         if kind not in kinds or len(shape) != 1 or not shape[0]:
             raise SeqmixError(f"{path} is damaged: its {name} are {kind} {shape}")
     return tensors.get_slice("tokens"), {name: tensors.get_tensor(name) for name in TABLES}, metadata

@@ -22,7 +22,8 @@ from .study import PaperFigure
 from .summary import summarise
 
 C = TypeVar("C", bound=Config)
-RUNS, JOBS_FILE = "runs", "jobs.jsonl"
+RUNS = "runs"
+JOBS_FILE = "jobs.jsonl"
 """In a study's folder: that of the runs, and a line for each process that made one: how many ran at once."""
 EVALUATED = ("validation_loss", "accuracy", "accuracy_by", "validation_loss_by", "validation_loss_by_length")
 """What of a run is that of its final evaluation."""

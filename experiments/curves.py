@@ -87,8 +87,10 @@ def figures_of(runs: Sequence[Curves]) -> list[Figure]:
 
     faint = "Faint: training batches, as logged. With markers: the evaluations."
     shared = f"{faint} Time is that of training steps; what else ran on the machine is in it."
-    rate, speed = Axis("learning rate", zero=True, log=False), Axis("tokens per second", zero=True, log=False)
-    memory, norm = Axis("peak memory", unit="bytes", zero=True, log=False), Axis("gradient norm")
+    rate = Axis("learning rate", zero=True, log=False)
+    speed = Axis("tokens per second", zero=True, log=False)
+    memory = Axis("peak memory", unit="bytes", zero=True, log=False)
+    norm = Axis("gradient norm")
     time = Axis("time of training steps", unit="seconds", log=False)
     return drawable(
         [

@@ -20,7 +20,8 @@ from ..registry import Config, SeqmixError, nearest
 
 Metric = Literal["parameters", "flops", "state"]
 UNITS: dict[Metric, str] = {"parameters": "parameters", "flops": "FLOPs per token", "state": "bytes of state"}
-DOUBLINGS, HALVINGS = 20, 20
+DOUBLINGS = 20
+HALVINGS = 20
 """How often a field is doubled and halved at most, from the value it has; and how often what is between is halved."""
 HOLES = 64
 """Neighbours of a whole number that are tried where a model cannot be built with it."""
@@ -189,7 +190,8 @@ def _fields(node: Any, keys: Sequence[str], place: tuple[str, ...]) -> list[tupl
     if not children:
         raise MatchError(f"{'.'.join(place)} {'is null' if node is None else 'has no fields'}")
     if key == "*":
-        found, problems = [], []
+        found = []
+        problems = []
         for name in children:
             try:
                 found += _fields(node, [name, *rest], place)

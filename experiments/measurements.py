@@ -37,7 +37,9 @@ def _integer(digits: str) -> float:
 
 def add_time(lines: list[Measurement], tokens_per_step: int) -> None:
     """Add to each line its tokens and seconds of training so far; a step is as fast as the next one that was logged."""
-    steps, seconds, pace = [0], [0.0], 0.0
+    steps = [0]
+    seconds = [0.0]
+    pace = 0.0
     for line in lines:
         speed = line.get("tokens_per_second")
         if isinstance(speed, int | float) and speed > 0:

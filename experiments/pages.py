@@ -23,7 +23,8 @@ def fill(file: Path, parts: Mapping[str, Sequence[str]]) -> str:
     """
     page = file.read_text(encoding="utf-8")
     for name, lines in parts.items():
-        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+        begin = f"<!-- {name}: begin -->"
+        end = f"<!-- {name}: end -->"
         before, found, rest = page.partition(begin)
         _, found_end, after = rest.partition(end)
         if not (found and found_end):

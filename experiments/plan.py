@@ -139,7 +139,9 @@ class _Variant:
     """The entries of one variant."""
 
     def __init__(self, study: Study, file: Path, variant: Variant, solved: dict[Any, Matched]) -> None:
-        self.study, self.file, self.variant = study, file, variant
+        self.study = study
+        self.file = file
+        self.variant = variant
         self.solved = solved
         """Of other variants too: many have the same models."""
         self.read: dict[str, RunConfig] = {}
@@ -178,7 +180,8 @@ class _Variant:
 
     def _with_model_of(self, source: str, tree: Node) -> Node:
         """The tree with another configuration's model, but its own vocabulary."""
-        other, before = self._tree(source).child("model"), tree.child("model")
+        other = self._tree(source).child("model")
+        before = tree.child("model")
         if other is None or other.entries is None:
             raise StudyError(f"{source} has no model to extend")
         vocabulary = before and before.child("vocab_size")
@@ -191,7 +194,8 @@ class _Variant:
             raise StudyError(f"{self.file}: entries match each other in a circle: {' -> '.join((*waiting, name))}")
         if name in self.done:
             return self.done[name]
-        config, matched = self.read[name], None
+        config = self.read[name]
+        matched = None
         own = self.study.entries.get(name)
         match = own.match if own is not None and "match" in own.model_fields_set else self.study.match
         if match is not None and match.wanted != name:
@@ -271,7 +275,8 @@ def _fairness(study: Study, variants: list[list[PlannedEntry]]) -> Iterator[str]
     """Sentences for a reader who has to trust the comparison."""
     entries = variants[0]
     config = entries[0].config
-    training, data = config.training, config.data
+    training = config.training
+    data = config.data
     tokens = training.steps * training.batch_size * data.sequence_length
     vary = f"; in variants by {', '.join(study.vary)}, the same for all" if study.vary else ""
     yield (

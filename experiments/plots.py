@@ -15,10 +15,12 @@ from .scaling import scaling_lines
 from .summary import statistic
 from .timings import NOISE
 
-VALIDATION, TRAINING = Axis(f"validation {LOSS.label}", log=False), Axis(f"training {LOSS.label}", log=False)
+VALIDATION = Axis(f"validation {LOSS.label}", log=False)
+TRAINING = Axis(f"training {LOSS.label}", log=False)
 MEASURED = {"accuracy": ACCURACY, "validation_loss": VALIDATION, "loss": TRAINING}
 """The axis of each field of a point."""
-RATE, STATE = Axis("tokens per second", zero=True, log=False), Axis("state", unit="bytes")
+RATE = Axis("tokens per second", zero=True, log=False)
+STATE = Axis("state", unit="bytes")
 MEMORY = Axis("peak memory", unit="bytes", zero=True, log=False, noise=NOISE)
 TIME = Axis("time per token", unit="seconds", zero=True, log=False)
 COSTS = {
@@ -261,7 +263,8 @@ def _mean_course(runs: Sequence[RunResult], over: str, measure: str) -> Iterator
 
 def _course(values: Mapping[Any, Statistic | None], x: Axis, y: Axis) -> list[Point]:
     """Means and, if any deviate, their deviations, in order; no accuracy is above 1, and none below 0."""
-    found, most = [], 1.0 if y is ACCURACY else math.inf
+    found = []
+    most = 1.0 if y is ACCURACY else math.inf
     for place in x.names or sorted(values):
         if (value := values.get(place)) is not None:
             spread = value.spread or 0.0

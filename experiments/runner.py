@@ -120,19 +120,23 @@ def make_runs(
     """
     waiting = [run for run in plan.runs if not is_finished(run, folder / RUNS / run.name)]
     observer.begin(waiting, len(plan.runs))
-    outcome, messages = Outcome(), Queue[tuple["_Process", Message | None]]()
+    outcome = Outcome()
+    messages = Queue[tuple["_Process", Message | None]]()
     at_once = min(jobs, len(waiting))
-    slots, running = list(range(jobs)), set["_Process"]()
+    slots = list(range(jobs))
+    running = set["_Process"]()
     gpus = visible_gpus()
     (folder / LOGS).mkdir(parents=True, exist_ok=True)
     try:
         while waiting or running:
             if not outcome.stopped and stop():
-                outcome.stopped, waiting = True, []
+                outcome.stopped = True
+                waiting = []
                 for process in running:
                     process.ask_to_stop()
             while waiting and slots:
-                run, slot = waiting.pop(0), slots.pop(0)
+                run = waiting.pop(0)
+                slot = slots.pop(0)
                 _clear(run, folder / RUNS / run.name, observer)
                 gpu = gpus[slot % len(gpus)] if gpus else None
                 with (folder / JOBS_FILE).open("a", encoding="utf-8") as file:
@@ -211,7 +215,10 @@ class _Process:
         gpu: str | None,
         messages: "Queue[tuple[_Process, Message | None]]",
     ) -> None:
-        self.run, self.slot, self.messages, self.folder = run, slot, messages, folder / RUNS / run.name
+        self.run = run
+        self.slot = slot
+        self.messages = messages
+        self.folder = folder / RUNS / run.name
         self.log = folder / LOGS / f"{run.name}.txt"
         self.last: Message = {}
         threads = plan.study.threads

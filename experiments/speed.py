@@ -93,7 +93,8 @@ def _measured(
             raise KeyboardInterrupt  # the rounds ended early
         return report.rows
 
-    train, decode = [], []
+    train = []
+    decode = []
     if speed.train is not None:
         train = rows(_TrainSpeed(settings(lengths=speed.train.lengths, tokens=speed.train.tokens)))
     if speed.decode is not None:

@@ -51,7 +51,8 @@ def _edge(rate: float, rates: Sequence[float]) -> Literal["lowest", "highest"] |
 
 def _row(runs: Sequence[RunResult], rate: float, edge: Literal["lowest", "highest"] | None) -> SummaryRow:
     ranges = [run.tokens_per_second_range for run in runs if run.tokens_per_second_range is not None]
-    speeds, accuracies = _values(runs, "tokens_per_second"), _values(runs, "accuracy")
+    speeds = _values(runs, "tokens_per_second")
+    accuracies = _values(runs, "accuracy")
     return SummaryRow(
         entry=runs[0].entry,
         variant=runs[0].variant,

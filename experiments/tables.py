@@ -53,7 +53,8 @@ def speed_of(results: Results) -> tuple[Callable[[SummaryRow], str], str]:
     Where training was timed, entry beside entry, it is that speed at the training length or the length nearest to it;
     else that of the runs' own steps, which may have shared the machine.
     """
-    speed, trained = results.speed, {run.sequence_length for run in results.runs if run.sequence_length is not None}
+    speed = results.speed
+    trained = {run.sequence_length for run in results.runs if run.sequence_length is not None}
     lengths = {row.length for row in speed.train if row.tokens_per_second is not None}
     if lengths and not any(row.variant for row in results.summary):
         at = min(lengths, key=lambda length: min((abs(length - other) for other in trained), default=-length))

@@ -32,9 +32,12 @@ def figures_of(report: Report) -> list[Figure]:
         caption = f"Medians of {report.settings['repeat']} rounds, from the lowest to the highest. Lower is faster."
         figures.append(Figure(name, title, caption, x, Axis("time", unit="seconds", log=True), series(what, seconds)))
     if report.benchmark == "decode":
-        held, caption, memory = "state", "Of all sequences.", Axis("state", unit="bytes", log=True)
+        held = "state"
+        caption = "Of all sequences."
+        memory = Axis("state", unit="bytes", log=True)
     else:
-        held, caption = "peak", "Beyond what was allocated before."
+        held = "peak"
+        caption = "Beyond what was allocated before."
         memory = Axis("peak memory", unit="bytes", zero=True, log=False, noise=NOISE)
 
     def bytes_of(row: Row) -> tuple[float, ...] | None:

@@ -25,7 +25,9 @@ from ..training.interrupt import StopRequest
 from ..training.monitoring.events import Evaluated, Noted, Stepped
 from ..training.monitoring.memory import keep_freed_memory
 
-FINISHED, FAILED, STOPPED = 0, 2, 130
+FINISHED = 0
+FAILED = 2
+STOPPED = 130
 """Exit statuses."""
 SECONDS_BETWEEN_STEPS = 0.2
 """At least so long between two steps that are reported."""
@@ -51,7 +53,8 @@ def main() -> None:
 
 def _train(config: RunConfig, folder: Path, stop: StopRequest, tell: Callable[..., None]) -> int:
     """Begin, or go on; the last step that was made."""
-    done, reported = 0, 0.0
+    done = 0
+    reported = 0.0
     for event in train(config, folder, resume=(folder / CONFIG_FILE).exists(), stop=stop.made):
         done = event.step
         match event:

@@ -29,7 +29,8 @@ class StateLayer(CacheLayerMixin):
     def __init__(self, max_length: int = 0) -> None:
         super().__init__()
         self.state: Any = None
-        self.seen, self.capacity = 0, max_length
+        self.seen = 0
+        self.capacity = max_length
 
     def before(self, mixer: SequenceMixer[Any], rows: int, needed: int) -> Any:
         """The state of so many rows before a segment, with room for so many tokens in all."""
@@ -56,7 +57,8 @@ class StateLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length
 
     def reset(self) -> None:
-        self.state, self.seen = None, 0
+        self.state = None
+        self.seen = 0
 
     def batch_select_indices(self, indices: Tensor) -> None:
         if self.state is not None:
@@ -102,5 +104,6 @@ def mix_cached(
     how = tuple(mixer.traits.prefer(*order, from_state=True) for mixer in mixers)
     y, after = mix_rows(lambda x, state, packed: run(x, state, how, packed, True), x, before, rows, mixers)
     for layer, state in zip(layers, after, strict=True):
-        layer.state, layer.seen = state, layer.seen + length
+        layer.state = state
+        layer.seen = layer.seen + length
     return y

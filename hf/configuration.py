@@ -51,10 +51,12 @@ class SeqmixConfig(PretrainedConfig):
         use_cache = kwargs.pop("use_cache", True)
         self.model: dict[str, Any]
         if isinstance(model, Mapping) and unimported(model):
-            self.model, fields = dict(model), dict(model)
+            self.model = dict(model)
+            fields = dict(model)
         else:
             config = model if isinstance(model, ModelConfig) else validated(ModelConfig, model, NAME)
-            self.model, fields = json.loads(config.model_dump_json()), config.model_dump(include=set(SIZES.values()))
+            self.model = json.loads(config.model_dump_json())
+            fields = config.model_dump(include=set(SIZES.values()))
         sizes = {name: fields.get(ours) for name, ours in SIZES.items()}
         for name, value in given.items():
             if value != sizes[name]:

@@ -104,7 +104,8 @@ class SeqmixPreTrainedModel(PreTrainedModel):
         self, tokens: Tensor | None, attention_mask: Tensor | None, options: Mapping[str, Any]
     ) -> tuple[Tensor, Rows, SeqmixCache | None]:
         """The residual stream after the last block [B T D], what its rows are made of, and the cache."""
-        embeddings, caches = options.get("inputs_embeds"), (options.get("cache"), options.get("past_key_values"))
+        embeddings = options.get("inputs_embeds")
+        caches = (options.get("cache"), options.get("past_key_values"))
         if options.get("output_attentions") or options.get("output_hidden_states"):
             raise SeqmixError("a seqmix model returns no attentions and hidden states: use forward hooks")
         if (tokens is None) == (embeddings is None):
@@ -114,7 +115,8 @@ class SeqmixPreTrainedModel(PreTrainedModel):
         cache = next((cache for cache in caches if cache is not None), None)
         if not isinstance(cache, SeqmixCache | None):
             raise SeqmixError(f"the cache of a seqmix model is a SeqmixCache, and a {type(cache).__name__} was given")
-        model, mixers = self.model, [block.mixer for block in self.model.blocks]
+        model = self.model
+        mixers = [block.mixer for block in self.model.blocks]
         x = model.embed(tokens) if embeddings is None else model.dropout(embeddings)
         rows = rows_of(x.shape[:2], attention_mask, options, cached=cache is not None and cache.get_seq_length() > 0)
         if (use_cache := options.get("use_cache")) is None:

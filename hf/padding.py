@@ -69,7 +69,8 @@ def mix_rows(
     if all(mixer.traits.packing for mixer in mixers):
         y, after = mix(x[mask][None], state, F.pad(mask.sum(1).cumsum(0), (1, 0)))
         return _spread(y[0], mask), after
-    parts, states = [], []
+    parts = []
+    states = []
     for row, real in enumerate(mask):
         before = None if state is None else select(state, torch.tensor([row]))
         if real.any():

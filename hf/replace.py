@@ -74,12 +74,14 @@ class MixerAsAttention(nn.Module):
 
     def __init__(self, mixer: SequenceMixer[Any], layer_idx: int) -> None:
         super().__init__()
-        self.mixer, self.layer_idx = mixer, layer_idx
+        self.mixer = mixer
+        self.layer_idx = layer_idx
         self._resolved: tuple[torch.device, torch.dtype] | None = None
 
     def forward(self, hidden_states: Tensor, *_: Any, **kwargs: Any) -> tuple[Tensor, None]:
         """Mix hidden states [B T D]; there are no attention weights to return."""
-        mixer, cache = self.mixer, kwargs.get("cache", kwargs.get("past_key_values"))
+        mixer = self.mixer
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))
         if self._resolved != (asked := (hidden_states.device, hidden_states.dtype)):
             mixer.resolve_backend(hidden_states.dtype)
             self._resolved = asked
@@ -107,7 +109,8 @@ def _give_rows(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     """Pass a decoder's layers what its own mask of four dimensions does not tell."""
     given = inspect.signature(decoder.forward).bind_partial(*args, **kwargs).arguments
     given |= given.pop("kwargs", {})
-    tokens, cache = given.get("input_ids"), given.get(NAME)
+    tokens = given.get("input_ids")
+    cache = given.get(NAME)
     shape = (given["inputs_embeds"] if tokens is None else tokens).shape[:2]
     cached = cache is not None and cache.get_seq_length() > 0
     rows = rows_of(shape, given.get("attention_mask"), given, cached=cached)

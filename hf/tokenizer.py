@@ -57,5 +57,6 @@ def _map(tokenizer: OurTokenizer) -> tuple[Tokenizer, str]:
 
 def _letters() -> list[str]:
     """The letter that stands for each byte in a byte-level vocabulary: itself, if it is printable."""
-    printable, others = {*range(33, 127), *range(161, 173), *range(174, 256)}, iter(range(256, 512))
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = iter(range(256, 512))
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]

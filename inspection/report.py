@@ -57,7 +57,8 @@ def rows_of(view: LayerView) -> list[tuple[str, ...]]:
 
 def maps_of(view: LayerView) -> list[tuple[str, str, str]]:
     """The heads' names and pictures, and what they show, for those who do not see it."""
-    what, found = "weights" if view.of_heads else "gradient norms", []
+    what = "weights" if view.of_heads else "gradient norms"
+    found = []
     for head, values in enumerate(() if view.maps is None else view.maps[:MOST_HEADS]):
         name = f"head {head}" if view.of_heads else "gradients"
         words = f"{what} of layer {view.layer}, {name}: mean distance {view.reach[head]:.1f} tokens"

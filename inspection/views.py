@@ -19,9 +19,11 @@ from ..mixers.state import is_inexact, to_dict
 from ..models import LanguageModel
 from ..ops.runtime.recording import recorded
 
-ROWS, POINTS = 64, 16
+ROWS = 64
+POINTS = 16
 """Tokens whose weights are measured, and at which states are, at most; spread evenly."""
-OPEN, SHUT = 0.999, 0.01
+OPEN = 0.999
+SHUT = 0.01
 """A decay beyond these, and a gate's sigmoid beyond 0.95 and 0.05, is called saturated."""
 
 
@@ -84,7 +86,8 @@ def look(model: LanguageModel, tokens: Int[Tensor, "1 T"]) -> list[LayerView]:
 
 
 def _layer(number: int, mixer: SequenceMixer, seen: Seen) -> LayerView:
-    x, length = seen.x, seen.x.shape[1]
+    x = seen.x
+    length = seen.x.shape[1]
     queries = spread(length, ROWS)
     view = LayerView(number, mixer.kind, queries)
     if mixer.traits.differentiable:
@@ -120,7 +123,9 @@ def _states(mixer: SequenceMixer, seen: Seen, view: LayerView) -> None:
     if not mixer.traits.has_state:
         return
     how = mixer.traits.prefer(Paradigm.CHUNKWISE, Paradigm.PARALLEL, from_state=True)
-    state, before, found = None, 0, dict[str, StateView]()
+    state = None
+    before = 0
+    found = dict[str, StateView]()
     view.points = [n + 1 for n in spread(seen.x.shape[1], POINTS)]
     for point in view.points:
         options = {name: value[:, before:point] for name, value in seen.options.items()}

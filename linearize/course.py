@@ -33,7 +33,10 @@ from .objectives import OBJECTIVES
 from .plan import Plan, StageName, mixers_of, run_config, student_of
 from .transfer import calibrate, initial_of, transfer
 
-PLAN_FILE, PREPARED_FILE, RESULT_FILE, TABLE_FILE = "plan.yaml", "prepared.json", "linearize.json", "linearize.md"
+PLAN_FILE = "plan.yaml"
+PREPARED_FILE = "prepared.json"
+RESULT_FILE = "linearize.json"
+TABLE_FILE = "linearize.md"
 MARK = "# of "
 """Begins a plan that was written here, before its source."""
 
@@ -94,7 +97,9 @@ class Linearization:
         self, source: Path, plan: Plan, out: Path, *, device: str | None = None, tokenizer: str | None = None
     ) -> None:
         require_alone("linearize")
-        self.source, self.plan, self.out = source, plan, out
+        self.source = source
+        self.plan = plan
+        self.out = out
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.written = f"{MARK}{source.absolute()}\n{dump(plan)}"
         if (out / PLAN_FILE).is_file():
@@ -116,7 +121,8 @@ class Linearization:
         config = read_config(self.source)
         if (file := self.source / TOKENIZER_FILE).is_file():
             config = config.model_copy(update={"data": config.data.model_copy(update={"tokenizer": str(file)})})
-        self.run, self.mixers = config, mixers_of(plan, config.model)
+        self.run = config
+        self.mixers = mixers_of(plan, config.model)
         for stage in plan.staged.values():
             run_config(config, plan, student_of(config.model, self.mixers), stage)
         if len(self.mixers) < (0 if plan.keep is None else plan.keep.best):
@@ -142,7 +148,8 @@ class Linearization:
 
     def prepare(self) -> Prepared:
         """Load the teacher, and make the student: transfer, calibration, and which layers are kept."""
-        folder, plan = self.folders[0], self.plan
+        folder = self.folders[0]
+        plan = self.plan
         self.teacher = load_run(self.source, device=self.device)
         if (folder / PREPARED_FILE).is_file():
             return self.prepared
@@ -158,11 +165,14 @@ class Linearization:
             student = self._random_student(mixers)
             return student, measured(student), self._teach(student, list(mixers), source, config)
 
-        teacher, costs, kept = measured(self.teacher), dict[int, float](), tuple[int, ...]()
+        teacher = measured(self.teacher)
+        costs = dict[int, float]()
+        kept = tuple[int, ...]()
         student, start, taken = made(self.mixers)
         if plan.keep is not None:
             for layer in self.mixers:
-                block, mixer = self.teacher.blocks[layer], self.teacher.blocks[layer].mixer
+                block = self.teacher.blocks[layer]
+                mixer = self.teacher.blocks[layer].mixer
                 block.mixer = student.blocks[layer].mixer
                 costs[layer] = measured(self.teacher).loss - teacher.loss
                 block.mixer = mixer
@@ -184,7 +194,8 @@ class Linearization:
     def _random_student(self, mixers: dict[int, MixerConfig]) -> LanguageModel:
         """The teacher with random new mixers."""
         student = build_model(student_of(self.run.model, mixers), device=self.device, seed=self.plan.seed)
-        theirs, new = self.teacher.state_dict(), tuple(f"blocks.{layer}.mixer." for layer in mixers)
+        theirs = self.teacher.state_dict()
+        new = tuple(f"blocks.{layer}.mixer." for layer in mixers)
         with torch.no_grad():
             for name, tensor in student.state_dict().items():
                 if not name.startswith(new):
@@ -198,7 +209,8 @@ class Linearization:
         pairs = {i: (self.teacher.blocks[i].mixer, student.blocks[i].mixer) for i in layers}
         before = {i: {n: p.detach().clone() for n, p in new.named_parameters()} for i, (_, new) in pairs.items()}
         done = {i: transfer(old, new, self.plan.transfer) for i, (old, new) in pairs.items()}
-        rows, tokens = config.training.batch_size // config.training.grad_accum_steps, self.plan.calibration_tokens
+        rows = config.training.batch_size // config.training.grad_accum_steps
+        tokens = self.plan.calibration_tokens
         more = calibrate(self.teacher, student, layers, source, rows, tokens) if layers else {}
         taken = []
         for i, (old, new) in pairs.items():
@@ -209,7 +221,8 @@ class Linearization:
 
     def stage(self, name: StageName, stop: Callable[[], bool] = lambda: False) -> Iterator[Event] | None:
         """Train a stage, or continue it, after those before it: events as of `train`; None where it has ended."""
-        folder, config = self.folders[self._number(name)], self.config(name)
+        folder = self.folders[self._number(name)]
+        config = self.config(name)
         if (found := checkpoints(folder)) and step_of(found[-1]) == config.training.steps:
             return None
         alone = self.trained(name) == "mixers"
@@ -221,10 +234,14 @@ class Linearization:
 
     def finish(self) -> Result:
         """Write the result, and compare it with the teacher."""
-        names, last = list(self.plan.staged), self.folders[-1]
-        student, config = load_run(last, device=self.device), self.config()
-        source, prepared = config.open_data(last), self.prepared
-        found, size = measure(student, self.teacher, source, config), config.data.sequence_length
+        names = list(self.plan.staged)
+        last = self.folders[-1]
+        student = load_run(last, device=self.device)
+        config = self.config()
+        source = config.open_data(last)
+        prepared = self.prepared
+        found = measure(student, self.teacher, source, config)
+        size = config.data.sequence_length
         steps = [self.config(name).training.steps for name in names]
         result = Result(
             source=str(self.source),
@@ -257,7 +274,8 @@ class Linearization:
 
 def table(result: Result) -> tuple[list[str], list[list[str]]]:
     """The comparison: heads, and a row for each model on the way."""
-    before, rows = result.prepared, list[list[str]]()
+    before = result.prepared
+    rows = list[list[str]]()
     found = {"teacher": before.teacher, "random mixers": before.start, "transferred": before.transferred}
     losses = {name: one.loss for name, one in found.items()}
     losses |= {f"after {name}": loss for name, loss in result.stages.items()} | {"student": result.student.loss}
@@ -265,7 +283,8 @@ def table(result: Result) -> tuple[list[str], list[list[str]]]:
     for name, loss in losses.items():
         gap = gap_closed(before.start.loss, loss, before.teacher.loss)
         cells = [name, f"{loss:.4f}", "" if gap is None else f"{gap:.3f}"]
-        one, speed = found.get(name), result.decoding.get(name)
+        one = found.get(name)
+        speed = result.decoding.get(name)
         cells += ["", ""] if one is None else [f"{one.divergence:.4f}", f"{one.agreement:.1%}"]
         rows.append(cells + (["", ""] if speed is None else [f"{speed.milliseconds:.2f}", f"{speed.state_bytes:,}"]))
     return ["", "loss", "gap closed", "KL", "agreement", "ms/token", "state bytes"], rows

@@ -45,12 +45,18 @@ def gap_closed(start: float, found: float, teacher: float) -> float | None:
 @torch.no_grad()
 def measure(model: LanguageModel, teacher: LanguageModel, source: Source, config: RunConfig) -> Measured:
     """Measure a model on the batches of the final evaluation."""
-    loss, apart, same, asked, settings = 0.0, 0.0, 0, 0, config.training
-    limit, parts = settings.final_evaluation_batches, settings.grad_accum_steps
+    loss = 0.0
+    apart = 0.0
+    same = 0
+    asked = 0
+    settings = config.training
+    limit = settings.final_evaluation_batches
+    parts = settings.grad_accum_steps
     model.eval()
     for found, _ in source.evaluation_batches(settings.batch_size // parts, None if limit is None else limit * parts):
         batch = source.packed(Batch(*(part.to(model.device) for part in found)))
-        targets, size = batch.targets[batch.targets != IGNORED], tokens_at_once(model.head.weight)
+        targets = batch.targets[batch.targets != IGNORED]
+        size = tokens_at_once(model.head.weight)
         streams = [stream(each, batch).split(size) for each in (model, teacher)]
         for own, theirs, wanted in zip(*streams, targets.split(size), strict=True):
             logits = model.logits(own)

@@ -23,7 +23,9 @@ class Text(Objective):
     """
 
     def __init__(self, teacher: LanguageModel, layers: Sequence[int], *, mixers_alone: bool) -> None:
-        self.teacher, self.layers, self.mixers_alone = teacher, layers, mixers_alone
+        self.teacher = teacher
+        self.layers = layers
+        self.mixers_alone = mixers_alone
 
     def prepare(self, model: LanguageModel) -> None:
         """Freeze what does not train."""
@@ -42,9 +44,11 @@ class MixerOutput(Text):
         mixers = {layer: self.teacher.blocks[layer].mixer for layer in self.layers}
         with torch.no_grad(), captured(mixers) as found:
             self.teacher.run_blocks(self.teacher.embed(batch.inputs), cu_seqlens=batch.cu_seqlens)
-        loss, first = torch.zeros((), device=model.device), None
+        loss = torch.zeros((), device=model.device)
+        first = None
         for layer, (x, wanted, _) in found.items():
-            mixer, options = model.blocks[layer].mixer, {"return_values": True, "first_values": first}
+            mixer = model.blocks[layer].mixer
+            options = {"return_values": True, "first_values": first}
             if mixer.takes_first_values and first is None:
                 raise SeqmixError(f"stage mixer_output: layer {layer} takes the values of a layer that is not swapped")
             residual = mixer.traits.value_residual
@@ -92,7 +96,8 @@ OBJECTIVES: dict[StageName, type[Text]] = {
 
 def relative_error(y: Tensor, wanted: Tensor, targets: Tensor) -> Tensor:
     """The mean over tokens of |y - wanted|^2, over that of |wanted|^2, times the number of targets."""
-    y, wanted = y.float(), wanted.float()
+    y = y.float()
+    wanted = wanted.float()
     return F.mse_loss(y, wanted) / wanted.square().mean().clamp(min=1e-12) * (targets != IGNORED).sum()
 
 

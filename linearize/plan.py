@@ -117,13 +117,15 @@ def student_of(teacher: ModelConfig, mixers: dict[int, MixerConfig]) -> ModelCon
     """
     if not mixers:
         return teacher
-    blocks, pattern = dict(teacher.blocks), list(teacher.layers)
+    blocks = dict(teacher.blocks)
+    pattern = list(teacher.layers)
     for layer, mixer in mixers.items():
         block = teacher.blocks[old := teacher.layers[layer]].model_copy(update={"mixer": mixer, "shared": False})
         name = base = f"{old}_{str(mixer.kind).rpartition(':')[2]}"
         number = 2
         while blocks.get(name, block) != block:
-            name, number = f"{base}_{number}", number + 1
+            name = f"{base}_{number}"
+            number = number + 1
         blocks[name], pattern[layer] = block, name
     used = {name: block.model_dump() for name, block in blocks.items() if name in pattern}
     fields = teacher.model_dump() | {"pattern": tuple(pattern), "blocks": used}

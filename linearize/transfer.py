@@ -29,7 +29,9 @@ def transfer(old: SequenceMixer, new: SequenceMixer, roles: Sequence[str]) -> di
         for name, parameter in same.items():
             parameter.copy_(theirs[name])
         return dict.fromkeys(same, "copied")
-    done, source, target = {}, old.projections, new.projections
+    done = {}
+    source = old.projections
+    target = new.projections
     for role in roles:
         if role not in source or role not in target:
             continue
@@ -65,10 +67,12 @@ def calibrate(
     """
     done: dict[int, list[str]] = {layer: [] for layer in layers}
     sums: dict[int, tuple[Any, Any, nn.Linear]] = {}
-    seen, step = 0, 0
+    seen = 0
+    step = 0
     while seen < tokens:
         batch = source.training_batch(step, rows, seed=2**31 - 1)  # not those of the stages
-        seen, step = seen + batch.inputs.numel(), step + 1
+        seen = seen + batch.inputs.numel()
+        step = step + 1
         with torch.no_grad(), captured({layer: teacher.blocks[layer].mixer for layer in layers}) as found:
             teacher.run_blocks(teacher.embed(batch.inputs.to(teacher.device)))
         for layer, (x, y, _) in found.items():
@@ -78,7 +82,8 @@ def calibrate(
             if (linear := _output(new)) is not None and new.kind != old.kind:
                 with torch.no_grad(), captured({0: linear}) as inner:
                     new(x)
-                h, wanted = inner[0].x.flatten(0, -2).double(), y.flatten(0, -2).double()
+                h = inner[0].x.flatten(0, -2).double()
+                wanted = y.flatten(0, -2).double()
                 gram, product, _ = sums.get(layer, (0.0, 0.0, linear))
                 sums[layer] = gram + h.T @ h, product + h.T @ wanted, linear
     for layer, (gram, product, linear) in sums.items():
@@ -99,7 +104,8 @@ def _set_reach(old: SequenceMixer, new: SequenceMixer, x: Tensor) -> list[str]:
         new(x)
     if not calls:
         return []
-    reach, heads = reach_of(weights_of(old, x, queries)[0], queries), calls[-1].output.shape[2]
+    reach = reach_of(weights_of(old, x, queries)[0], queries)
+    heads = calls[-1].output.shape[2]
     by = reach.clamp(min=0.1).log()[:, None, None]
     regrouped = by_heads(by, heads)
     mean = by.mean().expand(heads) if regrouped is None else regrouped.flatten(1).mean(1)

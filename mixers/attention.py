@@ -142,7 +142,8 @@ class Attention(CachedMixer):
         self.n_kv_heads = config.n_kv_heads or config.n_heads
         self.head_dim = config.head_dim or _head_dim(config, d_model)
         self.rotary_dim = rotary_dim(config.partial_rotary_factor, self.head_dim) if config.turns else 0
-        queries, keys = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
+        queries = self.n_heads * self.head_dim
+        keys = self.n_kv_heads * self.head_dim
         self.widths = {"q": queries, "k": keys, "v": keys}
         if config.gate != "none":
             self.widths["gate"] = queries
@@ -150,7 +151,8 @@ class Attention(CachedMixer):
             self.widths["forget"] = self.n_heads
         # one product for all of it
         self.in_proj = nn.Linear(d_model, sum(self.widths.values()), bias=config.bias in ("qkv", "all"))
-        kind, heads = config.qk_norm, (self.n_heads, self.n_kv_heads)
+        kind = config.qk_norm
+        heads = (self.n_heads, self.n_kv_heads)
         how = {"all_heads": kind == "rms_all_heads", "zero_centered": kind == "rms_zero_centered"}
         self.qk_norm = None if kind == "none" else QKNorm(heads, self.head_dim, config.norm_eps, **how)
         self.forget_heads = self.n_heads if config.forget_gate else None
@@ -182,7 +184,8 @@ class Attention(CachedMixer):
 
     def _project(self, x: Float[Tensor, "B T D"], call: Call) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
         """Queries, keys and values by head, and what else is projected, by name."""
-        names, widths = list(self.widths)[3:], list(self.widths.values())
+        names = list(self.widths)[3:]
+        widths = list(self.widths.values())
         qkv, *others = self.in_proj(x).split([sum(widths[:3]), *widths[3:]], dim=-1)
         heads = [self.n_heads + self.n_kv_heads, self.n_kv_heads]
         qk, v = qkv.unflatten(-1, (-1, self.head_dim)).split(heads, dim=2)
@@ -243,7 +246,8 @@ class Attention(CachedMixer):
     def _changes(self) -> dict[str, bool]:
         """Whether scores are changed by what kernels may not know, by the names of the op."""
         config = self.config
-        capped, sloped = config.softcap is not None, config.positions == "alibi"
+        capped = config.softcap is not None
+        sloped = config.positions == "alibi"
         return {"log_forget": config.forget_gate, "slopes": sloped, "softcap": capped, "sinks": config.sinks}
 
 

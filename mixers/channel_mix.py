@@ -59,9 +59,12 @@ class ChannelMix(SequenceMixer[ChannelMixState]):
 
     def __init__(self, config: ChannelMixConfig, d_model: int, layer_idx: int, n_layers: int) -> None:
         super().__init__(config)
-        self.gated, self.left, width = config.gate, 1 - layer_idx / n_layers, max(round(config.expansion * d_model), 1)
+        self.gated = config.gate
+        self.left = 1 - layer_idx / n_layers
+        width = max(round(config.expansion * d_model), 1)
         self.shift = nn.Parameter(torch.empty(1 + config.gate, d_model))
-        self.k_proj, self.v_proj = nn.Linear(d_model, width, bias=False), nn.Linear(width, d_model, bias=False)
+        self.k_proj = nn.Linear(d_model, width, bias=False)
+        self.v_proj = nn.Linear(width, d_model, bias=False)
         self.r_proj = nn.Linear(d_model, d_model, bias=False) if config.gate else None
         self.reset_parameters()
 

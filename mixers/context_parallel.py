@@ -36,7 +36,9 @@ def mix_in_turn(mixer: Mixer, x: Tensor, call: Call) -> tuple[Any, ...]:
     Raises:
         ContractError: the state grows, so that ranks have states of different shapes.
     """
-    cp, documents, length = call.cp_group, call.documents, x.shape[1]
+    cp = call.cp_group
+    documents = call.documents
+    length = x.shape[1]
     assert cp is not None
     if mixer.traits.state == "growing":
         raise ContractError(
@@ -85,7 +87,8 @@ class _Send(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, anchor: Tensor, cp: ContextParallel, *leaves: Tensor) -> Tensor:  # noqa: ARG004
-        ctx.cp, ctx.likes = cp, [leaf.detach() for leaf in leaves]
+        ctx.cp = cp
+        ctx.likes = [leaf.detach() for leaf in leaves]
         for leaf in leaves:
             dist.send(leaf.detach().contiguous(), group=cp.group, group_dst=cp.rank + 1)
         return y.view_as(y)

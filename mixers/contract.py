@@ -80,7 +80,8 @@ class MixerConfig(Config, ABC):
     def example_error(cls, error: ValidationError, fields: Collection[str], *, alone: bool = True) -> str | None:
         """What is wrong with the class where an example of `fields` (`alone`: no others) raised an error, if it is."""
         for detail in error.errors(include_url=False):
-            place, reason = detail["loc"], detail["msg"].removeprefix("Value error, ")
+            place = detail["loc"]
+            reason = detail["msg"].removeprefix("Value error, ")
             if not place and alone:  # of the whole: the traits, or a rule of the class about several fields
                 return f"{cls.__name__}: {reason}"
             if not place or (name := place[0]) not in fields:
@@ -441,7 +442,8 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
             )
 
     def _documents(self, x: Tensor, cu_seqlens: Tensor | None) -> Documents | None:
-        length, size = x.shape[1], 1 if self.cp_group is None else self.cp_group.size
+        length = x.shape[1]
+        size = 1 if self.cp_group is None else self.cp_group.size
         start = 0 if self.cp_group is None else self.cp_group.start(length)
         try:
             return Documents.of(cu_seqlens, length, start, size * length)

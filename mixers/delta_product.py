@@ -41,7 +41,8 @@ class DeltaProduct(QKVMixer):
     silu = True
 
     def __init__(self, config: DeltaProductConfig, d_model: int) -> None:
-        self.steps, heads = config.n_steps, config.n_heads
+        self.steps = config.n_steps
+        heads = config.n_heads
         gate = {"dt": heads} if config.forget_gate else {}
         super().__init__(config, d_model, beta=self.steps * heads, **gate)
         self.decay = TimeStepDecay(heads) if config.forget_gate else None

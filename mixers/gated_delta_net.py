@@ -35,7 +35,8 @@ class GatedDeltaNetConfig(GroupedValuesConfig):
 class GatedDeltaNet(QKVMixer):
     """The layer of `GatedDeltaNetConfig`; the decays start as in the authors' code."""
 
-    log_decay_shape, silu = "B T H", True
+    log_decay_shape = "B T H"
+    silu = True
 
     def __init__(self, config: GatedDeltaNetConfig, d_model: int) -> None:
         super().__init__(config, d_model, beta=config.n_heads, dt=config.n_heads)

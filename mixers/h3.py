@@ -78,8 +78,10 @@ class H3(ScanMixer):
     def diagonal(self) -> tuple[Float[Tensor, "K D"], Float[Tensor, "K D"], Float[Tensor, "K D 2"]]:
         """Delta A, real and imaginary, and 2 C B, in real numbers, which compilers know; float64, as angles need."""
         step, rate, turn, c = (y.double() for y in (self.log_step, self.A_log, self.A_imag, self.C))
-        step, rate = step.exp(), -rate.exp()
-        log_decay, angle = step * rate, step * turn
+        step = step.exp()
+        rate = -rate.exp()
+        log_decay = step * rate
+        angle = step * turn
         # e^{Delta A} - 1, whose real part is small where Delta is: e^a cos b - 1 = expm1(a) cos b - 2 sin(b/2)^2
         real = torch.expm1(log_decay) * angle.cos() - 2 * (angle / 2).sin().square()
         imaginary = log_decay.exp() * angle.sin()

@@ -42,7 +42,8 @@ class HGRN2Config(QKVConfig):
 class HGRN2(QKVMixer):
     """The layer of `HGRN2Config`; `bound` is where the lower bounds start, and 0 is for good."""
 
-    log_decay_shape, activation = "B T H K", "none"  # silu would keep forget gates from closing
+    log_decay_shape = "B T H K"
+    activation = "none"  # silu would keep forget gates from closing
 
     def __init__(self, config: HGRN2Config, d_model: int, bound: float) -> None:
         super().__init__(config, d_model)

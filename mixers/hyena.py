@@ -124,7 +124,8 @@ class Hyena(SequenceMixer[HyenaState]):
         self.config = config
         self.d_model = d_model
         self.n_filters = config.order - (not config.first_filter)
-        streams, width = (config.order + 1) * d_model, config.filter_width
+        streams = (config.order + 1) * d_model
+        width = config.filter_width
         self.in_proj = nn.Linear(d_model, streams, bias=False)
         self.convolution = ShortConvolution(streams, config.short_conv, bias=True, activation="none")
         widths = [1 + 2 * config.n_bands, *[width] * (config.filter_depth - 1)]
@@ -143,10 +144,12 @@ class Hyena(SequenceMixer[HyenaState]):
         nn.init.normal_(self.skip)
 
     def mix(self, x: Float[Tensor, "B T D"], call: Call) -> tuple[Float[Tensor, "B T D"], HyenaState | None]:
-        state, length = call.state, x.shape[1] * (1 if call.cp_group is None else call.cp_group.size)
+        state = call.state
+        length = x.shape[1] * (1 if call.cp_group is None else call.cp_group.size)
         streams, recent = self.convolution(self.in_proj(x), call.enter("recent"))
         v, *gates = streams.to(self.state_dtype).chunk(self.config.order + 1, dim=-1)  # products leave 16 bits' range
-        allocated, room = isinstance(state, AllocatedHyenaState), 0 if state is None else state.inputs.shape[1]
+        allocated = isinstance(state, AllocatedHyenaState)
+        room = 0 if state is None else state.inputs.shape[1]
         # with return_state the tokens have to fit into an allocated state; without, they need not
         fits = allocated and call.return_state
         filters = (call.once(self.filters, room) if fits else self.filters(room + length)).unbind()
@@ -174,7 +177,8 @@ class Hyena(SequenceMixer[HyenaState]):
 
         Sines of sines make thousands of roundings of one in float32. Besides, autocast leaves float64 alone.
         """
-        config, exact = self.config, torch.float64
+        config = self.config
+        exact = torch.float64
         s = torch.arange(length, device=self.device, dtype=exact)[:, None] / config.filter_length
         angles = 2 * math.pi * s * torch.arange(1, config.n_bands + 1, device=self.device, dtype=exact)
         hidden = torch.cat((s, angles.cos(), -angles.sin()), dim=1)

@@ -71,8 +71,10 @@ def head_weights(call: Recorded, length: int, queries: Sequence[int]) -> Float[T
     """The weights of a recorded call of an op over `length` tokens; None where it reads no values of its own."""
     if not call.v.shape[-1] or not call.output.requires_grad or not call.v.requires_grad:
         return None
-    heads, groups = call.output.shape[2], call.v.shape[2]
-    steps, read = call.output.shape[1] // length, call.v.shape[1] // length
+    heads = call.output.shape[2]
+    groups = call.v.shape[2]
+    steps = call.output.shape[1] // length
+    read = call.v.shape[1] // length
     rows = []
     for n in queries:
         first = call.output[:, n * steps + steps - 1, :, 0].unflatten(1, (groups, -1))  # [B G H/G]
@@ -85,7 +87,8 @@ def head_weights(call: Recorded, length: int, queries: Sequence[int]) -> Float[T
 
 def reach_of(weights: Float[Tensor, "B H Q T"], queries: Sequence[int]) -> Float[Tensor, " H"]:
     """The mean distance from a query to what it reads, in tokens, by absolute weight; the mean of the queries."""
-    size, at = weights.abs().double(), torch.arange(weights.shape[-1], device=weights.device)
+    size = weights.abs().double()
+    at = torch.arange(weights.shape[-1], device=weights.device)
     distance = torch.tensor(list(queries), device=weights.device)[:, None] - at
     return ((size * distance).sum(-1) / size.sum(-1).clamp(min=1e-30)).mean((0, 2))
 

@@ -48,15 +48,20 @@ class KDAConfig(KeyDecayConfig, GroupedValuesConfig):  # pyright: ignore[reportI
 class KDA(QKVMixer):
     """The layer of `KDAConfig`; the decays start as in the authors' code."""
 
-    log_decay_shape, silu, projects_gate = "B T H K", True, False
+    log_decay_shape = "B T H K"
+    silu = True
+    projects_gate = False
 
     def __init__(self, config: KeyDecayConfig, d_model: int, **more: int) -> None:
         super().__init__(config, d_model, **more)
-        rank, gate = config.gate_rank or self.value_dim, config.gate != "none"
+        rank = config.gate_rank or self.value_dim
+        gate = config.gate != "none"
         self.decay_proj = LowRank(d_model, rank, self.n_heads * self.key_dim, bias=False)
-        bound, rates = config.decay_lower_bound, (1.0, 16.0 if config.decay_lower_bound is None else 1.0)
+        bound = config.decay_lower_bound
+        rates = (1.0, 16.0 if config.decay_lower_bound is None else 1.0)
         self.decay = TimeStepDecay(self.n_heads, rates, key_dim=self.key_dim, lower_bound=bound)
-        values, bias = self.n_heads * self.value_dim, config.gate_bias
+        values = self.n_heads * self.value_dim
+        bias = config.gate_bias
         self.gate_proj = LowRank(d_model, rank, values, bias=bias) if gate else None
 
     def project(self, x: Tensor, call: Call) -> QKV:

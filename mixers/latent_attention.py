@@ -135,7 +135,8 @@ class LatentAttention(CachedMixer):
 
     def _expanded(self, q: Tensor, latents: Tensor, call: Call) -> tuple[Tensor, Cache | None]:
         """Every head has its own keys and values, of the cached latents too."""
-        past, window = call.state, self.config.window
+        past = call.state
+        window = self.config.window
         if past is not None:
             keys, values = self._keys_and_values(past.keys.to(q.dtype))
             past = past._replace(keys=keys, values=values)
@@ -151,7 +152,10 @@ class LatentAttention(CachedMixer):
         plain, turned = q.split([self.key_dim, self.rotary_dim], dim=-1)
         queries = torch.cat((torch.einsum("bthk,hkr->bthr", plain, to_keys), turned), dim=-1)
         output, final_state = softmax_attention(
-            *(queries, latents, latents[..., :0], call),
+            queries,
+            latents,
+            latents[..., :0],
+            call,
             scale=q.shape[-1] ** -0.5,
             window=self.config.window,
             value_dims=self.rank,
@@ -175,7 +179,8 @@ class LatentAttention(CachedMixer):
 
     def flops(self, length: int, paradigm: Paradigm, context: int = 0) -> int:
         absorbed = paradigm is Paradigm.RECURRENT
-        key, value = self.key_dim + self.rotary_dim, self.value_dim
+        key = self.key_dim + self.rotary_dim
+        value = self.value_dim
         options = {"window": self.config.window, "chunk_size": self.config.chunk_size, "context": context}
         weights = self.in_proj.weight.numel() + self.out_proj.weight.numel()
         weights += 0 if self.q_up is None else self.q_up.weight.numel()

@@ -42,12 +42,14 @@ class LightningConfig(QKVConfig):
 class Lightning(QKVMixer):
     """The layer of `LightningConfig`."""
 
-    log_decay_shape, silu = "H", True
+    log_decay_shape = "H"
+    silu = True
     gains = (2**-0.5, 1.0)
 
     def __init__(self, config: LightningConfig, d_model: int, layer_idx: int, n_layers: int) -> None:
         super().__init__(config, d_model)
-        self.layer_idx, self.n_layers = layer_idx, n_layers
+        self.layer_idx = layer_idx
+        self.n_layers = n_layers
         self.norm = self.output_norm(self.n_heads * self.value_dim)
 
     def recur(self, x: Tensor, h: QKV, call: Call) -> RecurrenceOutput:

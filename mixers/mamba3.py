@@ -80,7 +80,8 @@ class Mamba3(StateSpaceMixer):
         self.key_norm = nn.Parameter(torch.empty(2, self.key_dim))
         self.key_bias = nn.Parameter(torch.empty(2, self.n_heads, self.key_dim))
         self.dt_bias = nn.Parameter(torch.empty(self.n_heads))
-        norm, eps = config.head_norm, config.norm_eps
+        norm = config.head_norm
+        eps = config.norm_eps
         self.norm = GatedNorm(self.value_dim, norm, "swish", affine=True, eps=eps, heads=self.n_heads)
         self.reset_parameters()
 
@@ -95,13 +96,19 @@ class Mamba3(StateSpaceMixer):
     def mix(  # pyright: ignore[reportIncompatibleMethodOverride] a state with another leaf
         self, x: Float[Tensor, "B T D"], call: Call
     ) -> tuple[Float[Tensor, "B T D"], Mamba3State | None]:
-        wide, by_head, heads, values = self.state_dtype, (self.n_heads, -1), self.n_heads, self.widths[0]
+        wide = self.state_dtype
+        by_head = (self.n_heads, -1)
+        heads = self.n_heads
+        values = self.widths[0]
         widths = [values, values, 2 * self.widths[1], 3 * heads, self.pairs]
         gate, u, bc, scalars, theta = self.in_proj(x).split(widths, dim=-1)
         gate, u, (dt, a, mix) = gate.unflatten(-1, by_head), u.unflatten(-1, by_head), scalars.to(wide).split(heads, -1)
         _, recent, angle, position = call.state or (None,) * 4
-        step, share = F.softplus(dt + self.dt_bias.to(wide)), mix.sigmoid()
-        log_decay, own, older = -step * F.softplus(a).clamp(min=RATE), share * step, (1 - share) * step
+        step = F.softplus(dt + self.dt_bias.to(wide))
+        share = mix.sigmoid()
+        log_decay = -step * F.softplus(a).clamp(min=RATE)
+        own = share * step
+        older = (1 - share) * step
         turn, angle = self.angles(step, theta.to(wide), angle, call)
         k, q = self.keys(bc, turn).to(u.dtype).unbind(2)
         # the token before each, and the last one, of which S has what W has not
@@ -134,9 +141,11 @@ class Mamba3(StateSpaceMixer):
     def keys(self, bc: Float[Tensor, "B T 2*G*K"], turn: Rotation) -> Float[Tensor, "B T 2 H K"]:
         """Keys and queries: normed, biased, turned."""
         x = bc.unflatten(-1, (2, self.n_groups, 1, self.key_dim)).to(self.state_dtype)
-        norm, bias = self.key_norm[:, None, None].to(x.dtype), self.key_bias.to(x.dtype)
+        norm = self.key_norm[:, None, None].to(x.dtype)
+        bias = self.key_bias.to(x.dtype)
         x = F.rms_norm(x, x.shape[-1:], eps=self.config.norm_eps) * norm + bias.unflatten(1, (self.n_groups, -1))
-        x, turn = x.flatten(3, 4), Rotation(turn.cos[:, :, None], turn.sin[:, :, None])
+        x = x.flatten(3, 4)
+        turn = Rotation(turn.cos[:, :, None], turn.sin[:, :, None])
         return torch.cat((rotate(x[..., : 2 * self.pairs], turn), x[..., 2 * self.pairs :]), dim=-1)
 
     def init_state(  # pyright: ignore[reportIncompatibleMethodOverride]

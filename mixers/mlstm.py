@@ -76,7 +76,8 @@ class MLSTM(QKVMixer):
         self.reset_parameters()
 
     def output_norm(self, width: int) -> GatedNorm:
-        config, heads = self.config, self.n_heads
+        config = self.config
+        heads = self.n_heads
         return GatedNorm(
             width, config.head_norm, config.gate, affine=config.norm_affine, eps=config.norm_eps, heads=heads
         )
@@ -107,7 +108,8 @@ class MLSTM(QKVMixer):
 
     def gates(self, h: QKV) -> tuple[Float[Tensor, "B T H"], Float[Tensor, "B T H"]]:
         """i_t and log sigmoid(f_t), wide."""
-        wide, cap = self.state_dtype, self.config.gate_soft_cap
+        wide = self.state_dtype
+        cap = self.config.gate_soft_cap
         i, f = (h.more[name].to(wide) + b for name, b in zip("if", self.gate_bias.to(wide), strict=True))
         if cap is not None:
             i, f = (cap * torch.tanh(y / cap) for y in (i, f))
@@ -115,7 +117,8 @@ class MLSTM(QKVMixer):
 
     def recur(self, x: Tensor, h: QKV, call: Call) -> RecurrenceOutput:
         # the old and the new have the parts sigmoid(kept) and sigmoid(-kept)
-        kept, weights = h.more["kept"], h.more["weights"]
+        kept = h.more["kept"]
+        weights = h.more["weights"]
         k = ((-kept).sigmoid()[..., None] * h.k).to(h.k.dtype)
         values = F.pad(h.v, (0, 1), value=1.0)
         o, memory = decay(h.q, k, values, F.logsigmoid(kept), call, wide_output=True)

@@ -106,7 +106,8 @@ class ParallelHybrid(SequenceMixer[Any]):
 
     def __init__(self, config: ParallelHybridConfig, mixers: list[SequenceMixer[Any]]) -> None:
         super().__init__(config)
-        self.mixers, self.state_type = nn.ModuleList(mixers), state_type(len(mixers))
+        self.mixers = nn.ModuleList(mixers)
+        self.state_type = state_type(len(mixers))
         self.scales = config.scales or (1.0,) * len(mixers)
         self.supports_context_parallel = all(mixer.supports_context_parallel for mixer in mixers)
 
@@ -121,7 +122,8 @@ class ParallelHybrid(SequenceMixer[Any]):
             mixer.reset_parameters()
 
     def mix(self, x: Float[Tensor, "B T D"], call: Call) -> tuple[Float[Tensor, "B T D"], Any]:
-        outputs, states = [], []
+        outputs = []
+        states = []
         for number, (mixer, scale) in enumerate(zip(self.parts, self.scales, strict=True)):
             own = call._replace(
                 state=None if call.state is None else call.state[number],

@@ -74,7 +74,8 @@ class Retention(QKVMixer):
         return self.config.row_norm or super().counts_positions
 
     def recur(self, x: Tensor, h: QKV, call: Call) -> RecurrenceOutput:
-        q, scale = h.q, self.key_dim**-0.5
+        q = h.q
+        scale = self.key_dim**-0.5
         exact, log_decay = self.decay.log_decays(x.device, self.state_dtype, call.memo)
         if h.positions is not None and self.config.row_norm:
             q = q * materialize(call.once(normalizers, h.positions, exact, scale, q.dtype), 2)

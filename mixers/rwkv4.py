@@ -60,8 +60,10 @@ class RWKV4(ScanMixer):
             matrix = torch.empty_like(layer.weight, dtype=self.state_dtype)  # which 16 bits have no decomposition for
             nn.init.orthogonal_(matrix, gain=max(layer.out_features / layer.in_features, 1) ** 0.5)
             layer.weight.copy_(matrix)
-        depth, left = self.depth[0], 1 - self.depth[1]
-        device, exact = self.device, torch.float64
+        depth = self.depth[0]
+        left = 1 - self.depth[1]
+        device = self.device
+        exact = torch.float64
         channel = torch.arange(self.width, device=device, dtype=exact)
         part = torch.arange(len(self.mix_k), device=device, dtype=exact) / len(self.mix_k)
         self.time_decay.copy_(-5 + 8 * (channel / max(self.width - 1, 1)) ** (0.7 + 1.3 * depth))

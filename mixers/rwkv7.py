@@ -36,7 +36,8 @@ class RWKV7Config(LowRanks, MatrixStateConfig):
     """RWKV-7: a matrix state per head whose key dimensions decay, and in which each token replaces what it removes."""
 
     kind: Literal["rwkv7"] = "rwkv7"
-    family, value_residual = DPLR._replace(flops=partial(DPLR.flops, n_keys=2)), True
+    family = DPLR._replace(flops=partial(DPLR.flops, n_keys=2))
+    value_residual = True
     n_heads: Heads
     key_eps: float = Field(default=1e-6, gt=0)
     """Added to |kappa|^2."""
@@ -55,7 +56,9 @@ class RWKV7(MatrixStateMixer):
 
     def __init__(self, config: RWKV7Config, d_model: int, layer_idx: int, n_layers: int) -> None:
         super().__init__(config)
-        self.config, self.n_heads, self.depth = config, config.n_heads, layer_idx / max(n_layers - 1, 1)
+        self.config = config
+        self.n_heads = config.n_heads
+        self.depth = layer_idx / max(n_layers - 1, 1)
         self.key_dim = self.value_dim = head_width(d_model, 1.0, config.n_heads, "1")
         self.convolution = TokenShift(d_model, [p * (1 - layer_idx / n_layers) for p in (0.2, 0.9, 0.7, 0.7, 0.9, 0.2)])
         self.removed, self.replaced = (nn.Parameter(torch.empty(self.n_heads, self.key_dim)) for _ in range(2))
@@ -79,7 +82,8 @@ class RWKV7(MatrixStateMixer):
         for weight, gain in zip((*self.in_proj.weight.chunk(3), self.out_proj.weight), (1, 0.1, 1, 1), strict=True):
             weight.copy_(nn.init.orthogonal_(torch.empty_like(weight, dtype=torch.float32), gain=gain))
         channel = torch.arange(self.removed.numel(), device=self.device, dtype=torch.float64)
-        part, inner = channel / max(len(channel) - 1, 1), 2 * (channel % self.key_dim) / max(self.key_dim - 1, 1) - 1
+        part = channel / max(len(channel) - 1, 1)
+        inner = 2 * (channel % self.key_dim) / max(self.key_dim - 1, 1) - 1
         zigzag = inner * inner.abs()
         self.decay_proj.up.bias.copy_(-5.5 + 6 * part ** (1 + self.depth**0.3) + 2.5 * zigzag)
         self.rate_proj.up.bias.copy_(-0.19 + 0.3 * zigzag + 0.4 * (part - 0.5))
@@ -87,12 +91,15 @@ class RWKV7(MatrixStateMixer):
         self.replaced.fill_(1.02)
 
     def mix(self, x: Float[Tensor, "B T D"], call: Call) -> Mixed[MatrixState]:
-        wide, by_head = self.state_dtype, (self.n_heads, -1)
+        wide = self.state_dtype
+        by_head = (self.n_heads, -1)
         (xr, xw, xk, xv, xa, xg), recent = self.convolve(x, call)
         r, k, own = map(F.linear, (xr, xk, xv), self.in_proj.weight.chunk(3))
         v = own if self.value_proj is None else self.value_proj.mixed(own, call.first_values, xv)
         r, k, v, decay, rate = (y.unflatten(-1, by_head) for y in (r, k, v, self.decay_proj(xw), self.rate_proj(xa)))
-        log_decay, rate, k = -0.6065306597126334 * decay.to(wide).sigmoid(), rate.to(wide).sigmoid(), k.to(wide)
+        log_decay = -0.6065306597126334 * decay.to(wide).sigmoid()
+        rate = rate.to(wide).sigmoid()
+        k = k.to(wide)
         kappa = unit_norm(k * self.removed.to(wide), self.config.key_eps)
         k = (k * (1 + (rate - 1) * self.replaced.to(wide))).to(r.dtype)
         o, memory = dplr(r, k, v, -kappa * (-log_decay).exp(), rate * kappa, log_decay, call.enter("memory"), scale=1.0)

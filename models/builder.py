@@ -92,7 +92,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 def _explain_memory(model: LanguageModel, device: torch.device | str) -> Iterator[None]:
     """Turn an error of memory into a SeqmixError with the model's size."""
     parameters = list(model.parameters())  # a tied one once
-    count, size = sum(p.numel() for p in parameters), sum(p.nbytes for p in parameters)
+    count = sum(p.numel() for p in parameters)
+    size = sum(p.nbytes for p in parameters)
     try:
         yield
     except (MemoryError, RuntimeError) as error:

@@ -56,7 +56,8 @@ class ModelConfig(Config):
     @field_validator("pattern")
     @classmethod
     def _pattern_names_blocks(cls, pattern: tuple[str, ...] | None, info: ValidationInfo) -> tuple[str, ...] | None:
-        blocks, n_layers = info.data.get("blocks"), info.data.get("n_layers")
+        blocks = info.data.get("blocks")
+        n_layers = info.data.get("n_layers")
         if blocks is None or n_layers is None:
             return pattern  # their own errors are reported
         if pattern is None:

@@ -14,7 +14,8 @@ from ..ops.runtime.memo import Memo
 from .compiling import compiled_for, rows_as_sums
 from .language_model import LanguageModel, ModelState
 
-STREAMED, COMPILED_FROM = 256, 8192
+STREAMED = 256
+COMPILED_FROM = 8192
 """Tokens that are decoded before a step is compiled unasked, and tokens that must then be left. Compiling takes about
 two seconds per layer on a CPU, which 3,000 to 5,000 tokens save again: with more than these left, it gains. The numbers
 do not come from a clock, so that a text is a function of its seed."""
@@ -38,7 +39,8 @@ class Decoder:
     """
 
     def __init__(self, model: LanguageModel, state: ModelState, *, compiled: bool = False) -> None:
-        self.model, self.state = model, state
+        self.model = model
+        self.state = state
         self._step = compiled_for(model, decode_step, backend=rows_as_sums) if compiled else decode_step
         self._captured: _Captured | None = None
         self._may_capture = model.device.type == "cuda"
@@ -87,7 +89,8 @@ class Held:
 
     def __init__(self, step: Callable[..., tuple[Tensor, ModelState]], tokens: Tensor, state: ModelState) -> None:
         self._step = step
-        self.tokens, self.state = tokens.clone(), _apart(state)
+        self.tokens = tokens.clone()
+        self.state = _apart(state)
         self.logits: Tensor | None = None
 
     def __call__(self) -> None:

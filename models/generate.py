@@ -178,7 +178,8 @@ def stream_text(
     """
     if isinstance(stop, str):
         raise SeqmixError(f"stop is a list of texts: give [{stop[:20]!r}]")
-    tokenizer, encoded = _tokenizer(model), _encoded(model, prompts, after)
+    tokenizer = _tokenizer(model)
+    encoded = _encoded(model, prompts, after)
     texts = [_Text(decoder, tuple(stop)) for decoder in _decoders(model, encoded, after)]
     tokens = generate_tokens(
         model,
@@ -253,7 +254,8 @@ class _Text:
     """One text as it grows: decodes tokens, and holds back what may begin a stop string."""
 
     def __init__(self, decoder: TextDecoder, stop: tuple[str, ...]) -> None:
-        self.decoder, self.stop = decoder, tuple(text for text in stop if text)
+        self.decoder = decoder
+        self.stop = tuple(text for text in stop if text)
         self.held = ""
         self.stopped = False
 
@@ -269,7 +271,8 @@ class _Text:
         # the end of the held text may be the start of a stop string
         starts = (text[:n] for text in self.stop for n in range(1, len(text))) if token is not None else ()
         certain = len(self.held) - max((len(start) for start in starts if self.held.endswith(start)), default=0)
-        piece, self.held = self.held[:certain], self.held[certain:]
+        piece = self.held[:certain]
+        self.held = self.held[certain:]
         return piece
 
 

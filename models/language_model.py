@@ -167,7 +167,8 @@ class LanguageModel(nn.Module):
 
     def embed(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B _ D"]:
         """The residual stream before the first block, of this rank's tokens."""
-        x, scale = self.embedding(self._part(tokens)), self.config.embedding_scale
+        x = self.embedding(self._part(tokens))
+        scale = self.config.embedding_scale
         x = x if scale == 1 else scale * x
         x = x if self.embedding_norm is None else self.embedding_norm(x)
         return self.dropout(x) if self.dropout.p else x
@@ -199,7 +200,8 @@ class LanguageModel(nn.Module):
         for what, given in (("state", states), ("paradigms", paradigms)):
             if len(given) != len(self.blocks):
                 raise ContractError(f"{what} has {len(given)} entries, and the model has {len(self.blocks)} layers")
-        after, first_values = [], None
+        after = []
+        first_values = None
         eager = not torch.compiler.is_compiling() and not torch.is_grad_enabled()
         memo = (Memo() if memo is None else memo).next_pass() if eager else None
         for block, before, how in zip(self.blocks, states, paradigms, strict=True):
@@ -231,7 +233,9 @@ class LanguageModel(nn.Module):
         self, x: Float[Tensor, "B T D"], targets: Tensor, reduction: Reduction, return_predictions: bool
     ) -> tuple[Tensor, Tensor | None]:
         """The loss of the residual stream after the last block, and the predictions."""
-        own, predictions, softcap = self.local_targets(targets), None, self.config.logit_softcap
+        own = self.local_targets(targets)
+        predictions = None
+        softcap = self.config.logit_softcap
         reduce = "sum" if reduction == "mean" else reduction
         if return_predictions:  # nothing is computed at the other places
             asked = own != IGNORED

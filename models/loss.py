@@ -65,7 +65,8 @@ def linear_predictions(
 ) -> tuple[Float[Tensor, "..."], Int[Tensor, " M"]]:
     """The cross-entropy as above, and the most probable token at each place: the first one of several."""
     size = tokens_at_once(weight)
-    losses, found = [], []
+    losses = []
+    found = []
     for part, target in zip(hidden.split(size), targets.split(size), strict=True):
         logits = capped(linear(part, weight), softcap)
         losses.append(_cross_entropy(logits, target, reduction))

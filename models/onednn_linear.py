@@ -109,7 +109,8 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
     if not wants_weight:
         return d_x, None
     # the first operand is copied to lie row by row, which should be the smaller one
-    rows, columns = grad.flatten(0, -2).T, x.flatten(0, -2).T
+    rows = grad.flatten(0, -2).T
+    columns = x.flatten(0, -2).T
     swapped = len(columns) < len(rows)
     return d_x, multiply(columns, rows).T if swapped else multiply(rows, columns)
 

@@ -62,7 +62,8 @@ def prefill(
         ]
         return torch.cat([logits for logits, _ in alone]), concatenate([state for _, state in alone])
     ends = list(accumulate(len(prompt) for prompt in prompts))
-    tokens, boundaries = torch.cat(list(prompts)).to(model.device)[None], torch.tensor([0, *ends], device=model.device)
+    tokens = torch.cat(list(prompts)).to(model.device)[None]
+    boundaries = torch.tensor([0, *ends], device=model.device)
     constant = all(mixer.state == "constant" for mixer in traits)
     if compiled and not constant:
         raise SeqmixError("compiled prefill needs states of constant size, and the state of a layer grows")

@@ -41,7 +41,8 @@ class Scorer:
     def __init__(self, model: LanguageModel, *, batch_size: int = 16) -> None:
         if batch_size < 1:
             raise SeqmixError(f"the batch size must be at least 1, and is {batch_size}")
-        self.model, self.batch_size = model, batch_size
+        self.model = model
+        self.batch_size = batch_size
         self.forwarded_tokens = 0
         """Tokens that the model has processed, without padding."""
 
@@ -98,7 +99,8 @@ class Scorer:
         constant = all(block.mixer.traits.state == "constant" for block in self.model.blocks)
         size = max(SEGMENT // len(rows), 1) if constant else max(inputs.shape[1], 1)
         for start in range(0, inputs.shape[1], size):
-            part, wanted = inputs[:, start : start + size], targets[:, start : start + size]
+            part = inputs[:, start : start + size]
+            wanted = targets[:, start : start + size]
             # the texts have any length, and blocks may have been compiled for those of training
             with torch.compiler.set_stance("force_eager"):
                 output = self.model(
@@ -110,7 +112,8 @@ class Scorer:
                     return_state=start + size < inputs.shape[1],
                     return_predictions=True,
                 )
-            state, asked = output.state, wanted != IGNORED
+            state = output.state
+            asked = wanted != IGNORED
             total -= output.loss.double().sum(1)
             greedy &= torch.ones_like(asked).masked_scatter(asked, output.predictions == wanted[asked]).all(1)
         self.forwarded_tokens += sum(len(row) - 1 for row in rows)

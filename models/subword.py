@@ -53,9 +53,11 @@ class SubwordTokenizer(Tokenizer):
             )
         self._name = name
         if begin is None:
-            self.begin, self.vocab_size = self.vocab_size, self.vocab_size + 1
+            self.begin = self.vocab_size
+            self.vocab_size = self.vocab_size + 1
         elif begin in tokens:
-            self.begin, self.identity = tokens[begin], f"{self.identity} {begin}"
+            self.begin = tokens[begin]
+            self.identity = f"{self.identity} {begin}"
         else:
             raise SeqmixError(
                 f"the tokenizer {name} has no token {begin!r} to open documents with{nearest(begin, tokens)}"
@@ -76,7 +78,8 @@ class SubwordTokenizer(Tokenizer):
 
     def decoder(self) -> TextDecoder:
         """A decoder that shows special tokens too."""
-        stream, held = _library().decoders.DecodeStream(skip_special_tokens=False), []
+        stream = _library().decoders.DecodeStream(skip_special_tokens=False)
+        held = []
 
         def decode(token: int | None) -> str:
             with _explained(f"the tokenizer {self._name} cannot decode what was generated"):
@@ -109,7 +112,8 @@ def load_tokenizer(name: str | Path, begin: str | None = None) -> Tokenizer:
     file = Path(name).expanduser()
     _library()  # a missing library is reported before a missing file
     if file.is_dir():
-        folder, file = file, file / TOKENIZER_FILE
+        folder = file
+        file = file / TOKENIZER_FILE
         if not file.is_file():
             raise SeqmixError(
                 f"the tokenizer {folder} is a folder without {TOKENIZER_FILE}; transformers writes one from other "

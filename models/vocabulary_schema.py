@@ -61,7 +61,8 @@ def _expansion(part: Any) -> float:
         return times
     if not isinstance(part, dict):
         return 1.0
-    kind, inserted = part.get("type"), part.get("content", part.get("prepend"))
+    kind = part.get("type")
+    inserted = part.get("content", part.get("prepend"))
     size = len(inserted.encode(errors="replace")) if isinstance(inserted, str) else 0
     if size > LONGEST:
         raise ValueError(f"its {kind} puts {size:,} bytes into a text, and {LONGEST:,} are read")

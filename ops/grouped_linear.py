@@ -64,7 +64,8 @@ def _backward(x: _Grouped, gradients: Gradients) -> dict[str, Tensor]:
     if x.at_once:
         d_x = F.grouped_mm(d_y, x.weight.mT, offs=x.ends)
         return {"x": d_x, "weight": F.grouped_mm(x.x.mT, d_y, offs=x.ends)}
-    d_x, d_weight = torch.empty_like(x.x), torch.empty_like(x.weight)
+    d_x = torch.empty_like(x.x)
+    d_weight = torch.empty_like(x.weight)
     for group, rows in x.groups():
         torch.mm(d_y[rows], x.weight[group].mT, out=d_x[rows])
         torch.mm(x.x[rows].mT, d_y[rows], out=d_weight[group])

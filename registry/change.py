@@ -33,8 +33,10 @@ def _renamed(node: Node, cls: type[Config], base: Node | None, path: str) -> Nod
         if name != key and name in given:
             name = key  # the class refuses both
         elif name != key:
-            source, line = entry.origin.source, entry.origin.line or 1
-            sentence, shown = deprecation(path + key, path + name), _warned.setdefault(source, {})
+            source = entry.origin.source
+            line = entry.origin.line or 1
+            sentence = deprecation(path + key, path + name)
+            shown = _warned.setdefault(source, {})
             warnings.warn_explicit(sentence, FutureWarning, source, line, registry=shown)
         field = cls.model_fields.get(name)
         annotation = None if field is None else field.rebuild_annotation()

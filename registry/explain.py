@@ -70,14 +70,16 @@ def _sentences(problems: Sequence[str | _Need]) -> Iterator[str]:
     """What is wrong in one place. The branches of a union become one: "needs a number or 'auto'"."""
     yield from (problem for problem in problems if isinstance(problem, str))
     if branches := [problem for problem in problems if isinstance(problem, _Need)]:
-        needs, given = " or ".join(dict.fromkeys(branch.needs for branch in branches)), branches[0].given
+        needs = " or ".join(dict.fromkeys(branch.needs for branch in branches))
+        given = branches[0].given
         choices = [choice for branch in branches for choice in branch.choices]
         yield f"needs {needs}, and was given {shown(given)}{nearest(given, choices) if isinstance(given, str) else ''}"
 
 
 def _place(detail: ErrorDetails, tree: Node) -> str:
     """`run.yaml:3: model.pattern[2]: `, or without keys for the whole."""
-    location, kind = detail["loc"], detail["type"]
+    location = detail["loc"]
+    kind = detail["type"]
     if kind == "union_tag_invalid":
         location = (*location, _quoted(detail.get("ctx", {})["discriminator"])[0])
     keys, node = tree.find(location)
@@ -90,7 +92,10 @@ def _place(detail: ErrorDetails, tree: Node) -> str:
 
 
 def _problem(detail: ErrorDetails) -> str | _Need:
-    kind, given, message, context = detail["type"], detail["input"], detail["msg"], detail.get("ctx", {})
+    kind = detail["type"]
+    given = detail["input"]
+    message = detail["msg"]
+    context = detail.get("ctx", {})
     should_be = message.removeprefix("Input should be ")
     match kind:
         case "missing":

@@ -143,7 +143,8 @@ def _deferring_signals() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # which alone may set handlers
         yield
         return
-    process, received = os.getpid(), list[int]()
+    process = os.getpid()
+    received = list[int]()
 
     def leave(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
         signal.signal(number, signal.SIG_DFL)

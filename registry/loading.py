@@ -96,7 +96,8 @@ def _difference(base: Node | None, keys: Sequence[str], depth: int, value: Node)
     if depth == len(keys):
         return value
     if base is not None and base.entries is None:
-        path, parent = ".".join(keys), ".".join(keys[:depth])
+        path = ".".join(keys)
+        parent = ".".join(keys[:depth])
         raise ConfigError(f"{COMMAND_LINE}: {path}: {parent} is {shown(base.plain())} ({base.origin}), not a mapping")
     inner = _difference(base and base.child(keys[depth]), keys, depth + 1, value)
     return Node({keys[depth]: inner}, base.origin if base else value.origin)

@@ -113,7 +113,8 @@ def unimported(value: Any) -> list[str]:
 
     Whoever reads a file of someone else asks this before validating it, which imports them.
     """
-    found, parts = set[str](), [value]
+    found = set[str]()
+    parts = [value]
     while parts:  # not by recursion: a file may be nested deeper than Python's stack
         part = parts.pop()
         if isinstance(part, str) and ":" in part and part.partition(":")[0] not in sys.modules:

@@ -74,7 +74,8 @@ class Registry(Generic[C]):
         Raises:
             ConfigError: the class is not a configuration of the family, or another class provides its kind.
         """
-        kind, added = require_kind(config, self.base), cast(type[C], config)
+        kind = require_kind(config, self.base)
+        added = cast(type[C], config)
         before = self._registered.get(kind, added)
         if path_of(before) != path_of(added):
             raise self._conflict(kind, [path_of(before), path_of(added)])
@@ -89,7 +90,8 @@ class Registry(Generic[C]):
 
         Built-in files are not imported; plug-ins are, so that broken ones are left out.
         """
-        built_in, broken = dict(files(self._package)), self.broken()
+        built_in = dict(files(self._package))
+        broken = self.broken()
         return sorted(kind for kind in self._providers() if kind in built_in or kind not in broken)
 
     def built_in(self) -> dict[str, type[C]]:
@@ -98,7 +100,8 @@ class Registry(Generic[C]):
 
     def broken(self) -> dict[str, str]:
         """The broken plug-ins by kind, each with the reason: its import fails, or its kind is taken."""
-        reasons, providers = {}, self._providers()
+        reasons = {}
+        providers = self._providers()
         for kind, _ in entry_points(self._group):
             if (reason := self._shadowed(kind, providers[kind])) is not None:
                 reasons[kind] = reason

@@ -57,7 +57,8 @@ def _read(
 
 
 def _locate(name: str, folder: Path, presets: Path, named_at: str) -> Path:
-    path, preset = folder / name, presets / f"{name}.yaml"
+    path = folder / name
+    preset = presets / f"{name}.yaml"
     if path.suffix in (".yaml", ".yml") or "/" in name or os.sep in name or _is_file(path):
         return path
     if _is_file(preset):

@@ -66,7 +66,8 @@ class Node:
         """
         if self.entries is None or difference.entries is None:
             return difference
-        kind, new_kind = self.child("kind"), difference.child("kind")
+        kind = self.child("kind")
+        new_kind = difference.child("kind")
         if kind is not None and new_kind is not None and kind.plain() != new_kind.plain():
             # if keys of the new kind are missing, the error belongs where the kind was changed
             return Node(difference.entries, new_kind.origin)
@@ -85,7 +86,8 @@ class Node:
         for part in location:
             child = node.child(part)
             if child is not None:
-                keys, node = (*keys, part), child
+                keys = (*keys, part)
+                node = child
         return keys, node
 
     def child(self, key: Key) -> "Node | None":

@@ -200,7 +200,9 @@ class RunConfig(Config):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
-        carried, data, processes = self.training.carry_state, self.data, self.distributed.context_parallel
+        carried = self.training.carry_state
+        data = self.data
+        processes = self.distributed.context_parallel
         packed = isinstance(data, TextConfig) and data.packing
         if carried and data.sequence_length % processes:
             raise ValueError(

@@ -78,7 +78,8 @@ def open_text(config: RunConfig, run: Any, lengths: Sequence[int]) -> Text:
         raise SeqmixError(f"evaluate needs a run trained on text, and this one was trained on {config.data.kind}")
     source = config.data.open(config.model.vocab_size, run)
     assert isinstance(source, Text)
-    available, longest = len(source.corpus.validation), max(lengths, default=0)
+    available = len(source.corpus.validation)
+    longest = max(lengths, default=0)
     if longest >= available:
         raise SeqmixError(
             f"a sequence of {longest:,} tokens and its last target need {longest + 1:,} validation tokens, "
@@ -111,7 +112,8 @@ def by_length(
     rows = max(1, BATCH_TOKENS // longest)
     for length in lengths:
         chosen = paradigms(length)
-        counted, difference = torch.zeros(length, dtype=torch.int64), 0.0
+        counted = torch.zeros(length, dtype=torch.int64)
+        difference = 0.0
         sums = {paradigm: torch.zeros(length, dtype=torch.float64) for paradigm in chosen}
         for example in source.evaluation_batches(rows, max(1, tokens // (rows * longest)), longest):
             batch = Batch(*(part[:, : longest // length * length].reshape(-1, length) for part in example.batch))
@@ -138,7 +140,8 @@ def by_context(
     longest = max(contexts)
     rows = max(1, BATCH_TOKENS // longest)
     for context in contexts:
-        total, counted = 0.0, 0
+        total = 0.0
+        counted = 0
         for example in source.evaluation_batches(rows, max(1, tokens // (rows * longest)), longest):
             inputs, targets = (part[:, longest - context :] for part in example.batch)
             total += _losses(model, source, Batch(inputs, targets), None)[:, -scored:].double().sum().item()

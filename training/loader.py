@@ -29,7 +29,10 @@ class Loader:
         *,
         ahead: bool | None = None,
     ) -> None:
-        self.config, self.source, self.device, self.groups = config, source, device, groups
+        self.config = config
+        self.source = source
+        self.device = device
+        self.groups = groups
         ahead = device.type == "cuda" if ahead is None else ahead
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches") if ahead else None
         self._reads: dict[int, Future[_Read]] = {}
@@ -49,7 +52,8 @@ class Loader:
         return self._reads[min(self._reads)].result()[1] if self._reads else self.source.state_dict()
 
     def _read(self, step: int) -> _Read:
-        size, groups = self.config.training.batch_size, self.groups
+        size = self.config.training.batch_size
+        groups = self.groups
         batch = self.source.training_batch(step, size, self.config.seed, groups.dp_rank, groups.dp_size)
         if self.device.type == "cuda":
             with torch.cuda.device(self.device):  # a new thread has the first one

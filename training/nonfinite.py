@@ -58,7 +58,8 @@ def first_module(model: nn.Module, calls: Callable[[], Iterable[object]], *, bac
             some = tokens is not None and (done or not tokens.all())
             found.append(Place(names[module] + at_fault, done, tokens if some else None, backward))
 
-    eager, hooks = torch.compiler.set_stance("force_eager"), register_module_forward_hook(watch)
+    eager = torch.compiler.set_stance("force_eager")
+    hooks = register_module_forward_hook(watch)
     with hooks, eager, torch.set_grad_enabled(backward):
         for _ in calls():  # to the end: processes call each other in it
             done += 1

@@ -9,7 +9,8 @@ from ..models import ModelConfig, build_meta, build_model, flops_per_token
 from ..ops.recurrence import products
 from .config import RunConfig, TrainingConfig
 
-FEWEST, MOST = 2**30, 2**34
+FEWEST = 2**30
+MOST = 2**34
 """Operations of a step from which a trial is made, and those of the trial at most: some tenths of a second."""
 GAIN = 0.95
 """The share of float32's time that bfloat16 may take at most to be chosen."""
@@ -37,13 +38,12 @@ def tried(config: RunConfig, clock: Callable[[], float] = time.process_time) -> 
     Returns:
         The configuration, and a sentence where bfloat16 was chosen.
     """
-    training, model = config.training, config.model
+    training = config.training
+    model = config.model
     if training.precision != "auto" or not products.HAS_BFLOAT16:
         return config, None
-    small, length = (
-        model.model_copy(update={"n_layers": len(model.pattern or model.blocks)}),
-        config.data.sequence_length,
-    )
+    small = model.model_copy(update={"n_layers": len(model.pattern or model.blocks)})
+    length = config.data.sequence_length
     rows = max(training.batch_size // training.grad_accum_steps, 1)
     cost = 3 * length * flops_per_token(build_meta(small), length)
     if rows * cost < FEWEST:

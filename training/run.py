@@ -74,11 +74,14 @@ def train(
             objective.prepare(model)
         optimizer = build_optimizer(model, config.training)
         course = Course(Trainer(config, source, model, optimizer, groups, objective), run)
-        device, precision = model.device, course.trainer.precision
-        start, notes = 0, [*config.training.shortened, *([] if begun is None else [begun.note])]
+        device = model.device
+        precision = course.trainer.precision
+        start = 0
+        notes = [*config.training.shortened, *([] if begun is None else [begun.note])]
         with groups.raise_together():
             if found is not None:
-                start, notes = found.manifest.step, [*notes, *found.notes, *course.restore(found)]
+                start = found.manifest.step
+                notes = [*notes, *found.notes, *course.restore(found)]
             elif not resume and groups.is_main:
                 kernels = "".join(f", {name}: {backend}" for name, backend in model.backends.items())
                 starting.enter_context(
@@ -110,9 +113,12 @@ class Course:
     """A trainer with its run directory."""
 
     def __init__(self, trainer: Trainer, run: Path) -> None:
-        self.trainer, self.run = trainer, run
-        self.config, self.groups = trainer.config, trainer.groups
-        settings, model = self.config.training, trainer.model
+        self.trainer = trainer
+        self.run = run
+        self.config = trainer.config
+        self.groups = trainer.groups
+        settings = self.config.training
+        model = trainer.model
         self.metrics = Metrics(run, self.config)
         self.writer = checkpoint.Writer(run, self.groups, keep=settings.keep_checkpoints, keep_best=settings.keep_best)
         self.best = Best()
@@ -145,7 +151,8 @@ class Course:
 
     def steps(self, start: int, stop: Callable[[], bool]) -> Iterator[Event]:
         """All steps from `start` on, with evaluations and checkpoints, until a stop request or early stopping."""
-        settings, first = self.config.training, 0.0
+        settings = self.config.training
+        first = 0.0
         if self._out_of_patience:
             yield self._stopped_early(start)
             return
@@ -159,7 +166,8 @@ class Course:
                     first = seconds
                 elif settings.compile and step == start + 1:
                     yield Compiled(done, first - seconds, len(set(self.config.model.layers)))
-                stepped, last = self._stepped(result, seconds), done == settings.steps
+                stepped = self._stepped(result, seconds)
+                last = done == settings.steps
                 if done % settings.log_every == 0 or last:
                     self._record(asdict(stepped))
                 yield stepped
@@ -168,8 +176,10 @@ class Course:
                 measured = {"loss": result.loss}
                 if last or done % settings.evaluate_every == 0:
                     measured["validation_loss"] = yield from self._evaluations(last=last)
-                stopping, early = self.groups.any(stop()), self._out_of_patience and not last
-                ending, best = last or early or stopping, settings.keep_best and self.best.step == done
+                stopping = self.groups.any(stop())
+                early = self._out_of_patience and not last
+                ending = last or early or stopping
+                best = settings.keep_best and self.best.step == done
                 if ending or best or done % settings.checkpoint_every == 0:
                     # an evaluation is a check too, but for what only training reads
                     evaluated = "validation_loss" in measured and not settings.carry_state
@@ -192,8 +202,10 @@ class Course:
 
     def save(self, step: int, metrics: dict[str, float], *, wait: bool = False) -> Saved:
         """Start to write a checkpoint after `step` steps; CheckpointError: it, or the previous one, failed."""
-        trainer, groups = self.trainer, self.groups
-        source, best = trainer.source, self.best
+        trainer = self.trainer
+        groups = self.groups
+        source = trainer.source
+        best = self.best
         manifest = Manifest(
             step=step,
             processes=groups.size,
@@ -231,7 +243,8 @@ class Course:
 
         Returns the loss to compare with other evaluations: always over the same number of batches.
         """
-        settings, evaluate = self.config.training, self.trainer.evaluate
+        settings = self.config.training
+        evaluate = self.trainer.evaluate
         found = at_end = evaluate(final=last)
         if last and settings.final_evaluation_batches != settings.evaluation_batches:
             found = evaluate(final=False)
@@ -239,14 +252,16 @@ class Course:
         if not last:
             yield self._evaluated(found, final=False)
             if self._out_of_patience:
-                last, at_end = True, evaluate(final=True)
+                last = True
+                at_end = evaluate(final=True)
         if last:
             yield self._evaluated(at_end, final=True)
         return found.loss
 
     def _evaluated(self, found: Measured, *, final: bool) -> Evaluated:
         """Record an evaluation, with the further lengths."""
-        lengths, trained = self.config.training.evaluation_lengths, self.config.data.sequence_length
+        lengths = self.config.training.evaluation_lengths
+        trained = self.config.data.sequence_length
         longer = {length: self.trainer.evaluate(final=final, length=length) for length in lengths}
         by_length = {length: each.loss for length, each in longer.items()}
         # positions of the longest sequences
@@ -274,13 +289,16 @@ def _open(
 ) -> tuple[Source, LanguageModel, Found | None, Beginning | None]:
     """The data, the model, sharded over the processes, the checkpoint to resume from, or where else its weights came
     from; nothing is written."""
-    begun, device, found = None, torch.device(given or ("cuda" if torch.cuda.is_available() else "cpu")), None
+    begun = None
+    device = torch.device(given or ("cuda" if torch.cuda.is_available() else "cpu"))
+    found = None
     with groups.raise_together():
         if given is not None and groups.size > 1:
             raise TrainingError("several processes choose their devices by rank: leave out the device")
         if not resume and groups.is_main:
             require_free(run)
-        settings, shares = config.training, groups.dp_size
+        settings = config.training
+        shares = groups.dp_size
         if settings.batch_size % (shares * settings.grad_accum_steps):
             raise TrainingError(
                 f"training.batch_size = {settings.batch_size} must be a multiple of {shares} data-parallel ranks "
@@ -342,7 +360,8 @@ def _without_optimizer(run: Path) -> str:
 def _require_shared_mixers(model: LanguageModel, settings: TrainingConfig, groups: ProcessGroups) -> None:
     """Refuse a mixer that does not support context parallelism."""
     for name, block in zip(model.config.layers, model.blocks, strict=True) if groups.cp_group is not None else ():
-        mixer, given = block.mixer, f"distributed.context_parallel = {groups.context_parallel}"
+        mixer = block.mixer
+        given = f"distributed.context_parallel = {groups.context_parallel}"
         if mixer.supports_context_parallel:
             continue
         if settings.compile:

@@ -6,7 +6,8 @@ from statistics import median
 
 from .config import TrainingConfig
 
-WINDOW, LEAST = 64, 16
+WINDOW = 64
+LEAST = 16
 """Steps whose gradient norms are remembered at most, and those without which nothing is a spike."""
 IN_A_ROW = 10
 """Steps in a row that are skipped for numbers that are not finite: after more, the parameters are at fault."""

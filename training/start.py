@@ -28,7 +28,8 @@ from .config import RunConfig
 from .distributed.sharding import assign
 from .tensor_files import read_tensors
 
-HF_CONFIG, HF_TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
+HF_CONFIG = "config.json"
+HF_TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
 class Described(NamedTuple):
@@ -100,7 +101,8 @@ def describe(folder: Path) -> Described:
         config = read_config(folder)
         if not config.data.is_text:
             return Described(config.model.model_dump(mode="json"), None)
-        copy, data = folder / TOKENIZER_FILE, config.data.model_dump(include={"tokenizer", "begin_token"})
+        copy = folder / TOKENIZER_FILE
+        data = config.data.model_dump(include={"tokenizer", "begin_token"})
         tokenizer = str(copy) if copy.is_file() else data["tokenizer"]
         return Described(config.model.model_dump(mode="json"), tokenizer, data["begin_token"])
     try:
@@ -145,7 +147,9 @@ def _of_hugging_face(folder: Path) -> Described:
 
 def _complete(tree: Node) -> Node:
     """A configuration with the model and the tokenizer of what it starts from, where it has none of its own."""
-    training, model, data = tree.child("training"), tree.child("model"), tree.child("data")
+    training = tree.child("training")
+    model = tree.child("model")
+    data = tree.child("data")
     given = training and training.child("start_from")
     if given is None or not isinstance(given.value, str):
         return tree
@@ -154,7 +158,8 @@ def _complete(tree: Node) -> Node:
     without_model = model is None or model.value is None
     if not (without_model or without_tokenizer):
         return tree
-    described, taken = describe(Path(given.value)), {}
+    described = describe(Path(given.value))
+    taken = {}
     if without_model:
         taken["model"] = described.model
     if without_tokenizer and described.tokenizer is not None:

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ..registry import SeqmixError, replacing
 
-BEGINS, BEGIN = "DCP_SHARDING_INFO", "saved_offsets"
+BEGINS = "DCP_SHARDING_INFO"
+BEGIN = "saved_offsets"
 
 
 class CheckpointError(SeqmixError):
@@ -165,7 +166,8 @@ def fill(files: Sequence[Path], wanted: Mapping[str, Chunk]) -> None:
                 f"{_all(files)} belongs to another model: its {name} has shape {list(shape)} "
                 f"instead of {list(chunk.shape)}"
             )
-        found, ours = chunks[name][0].values, chunk.values
+        found = chunks[name][0].values
+        ours = chunk.values
         if found.is_floating_point() != ours.is_floating_point():
             raise CheckpointError(f"{_all(files)} is damaged: its {name} is {found.dtype}, and not {ours.dtype}")
     for name, chunk in wanted.items():
@@ -185,7 +187,8 @@ def require_same_names(files: Sequence[Path], found: Mapping[str, object], wante
     Raises:
         CheckpointError: they do.
     """
-    lacking, extra = wanted.keys() - found.keys(), found.keys() - wanted.keys()
+    lacking = wanted.keys() - found.keys()
+    extra = found.keys() - wanted.keys()
     for names, sentence in ((lacking, "it lacks {}"), (extra, "it has an additional {}")):
         if names:
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""

@@ -65,7 +65,11 @@ class Trainer:
         groups: ProcessGroups = ALONE,
         objective: Objective | None = None,
     ) -> None:
-        self.config, self.source, self.model, self.optimizer, self.groups = config, source, model, optimizer, groups
+        self.config = config
+        self.source = source
+        self.model = model
+        self.optimizer = optimizer
+        self.groups = groups
         self.objective = objective or Objective()
         self.rows = config.training.batch_size // groups.dp_size
         """Rows of a batch on this process."""
@@ -88,7 +92,8 @@ class Trainer:
             NotFiniteError: the loss or the gradient is not finite, without training.skip_nonfinite; the parameters are
                 unchanged.
         """
-        settings, states = self.config.training, []
+        settings = self.config.training
+        states = []
         self.model.train()
         total = torch.zeros((), device=self.model.device)
         once = self.config.distributed.gather_once and self.groups.size > 1
@@ -99,19 +104,27 @@ class Trainer:
             total += loss.detach()
             states += [] if state is None else [detach(state)]
         loss = self.groups.sum(total).item()
-        parameters, rate = list(self.model.parameters()), learning_rate(step, settings)
+        parameters = list(self.model.parameters())
+        rate = learning_rate(step, settings)
         norm = full_tensor(get_total_norm([p.grad for p in parameters if p.grad is not None]))
         state = concatenate(states) if states else None
         try:
-            in_step, backward = self._in_step(step), lambda: (loss.backward() for loss, _ in self._losses(step))
+            in_step = self._in_step(step)
             self._require_finite("loss", loss, lambda: self._losses(step), in_step)
-            self._require_finite("gradient's norm", norm.item(), backward, in_step, True)
+            self._require_finite(
+                "gradient's norm",
+                norm.item(),
+                lambda: (loss.backward() for loss, _ in self._losses(step)),
+                in_step,
+                True,
+            )
             skipped = self.skipping.reason(norm.item())
         except NotFiniteError as error:
             if not settings.skip_nonfinite or self.skipping.hopeless():
                 raise
             # what is carried on is not finite either
-            skipped, state = str(error), None
+            skipped = str(error)
+            state = None
         if skipped is not None:
             self.skipping.skipped += 1
             self.optimizer.zero_grad(set_to_none=True)
@@ -145,13 +158,15 @@ class Trainer:
         Raises:
             NotFiniteError: the loss is not finite.
         """
-        settings, trained = self.config.training, self.config.data.sequence_length
+        settings = self.config.training
+        trained = self.config.data.sequence_length
         limit = settings.final_evaluation_batches if final else settings.evaluation_batches
         length = length or trained
         # the same number of tokens as in a micro-batch of training
         rows = max(self.rows // settings.grad_accum_steps * trained // length, 1)
         limit = None if limit is None else max(limit * settings.batch_size * trained // (rows * length), 1)
-        score, total = Score(), Score()
+        score = Score()
+        total = Score()
         list(self._scored(score, rows, limit, length))
         for counts in self.groups.gather(asdict(score)):
             total.merge(counts)
@@ -167,8 +182,8 @@ class Trainer:
         self.model.eval()
         step += self.config.training.carry_state  # a carried state belongs to the next batch
         loss, _ = next(self._losses(step))
-        loss, calls = self.groups.sum(loss).item(), lambda: islice(self._losses(step), 1)
-        self._require_finite("loss after the update", loss, calls, self._in_step(step))
+        loss = self.groups.sum(loss).item()
+        self._require_finite("loss after the update", loss, lambda: islice(self._losses(step), 1), self._in_step(step))
 
     def parameters_are_finite(self) -> bool:
         """Whether all parameters are, on all processes; a loss of them may still overflow."""
@@ -183,7 +198,9 @@ class Trainer:
         """Of each micro-batch, its share of the batch's loss, and the state after it if it is carried."""
         self._seed(step)
         parts = self.config.training.grad_accum_steps
-        batch, state, rows = self.batch(step), self._state_before(step), self.rows // parts
+        batch = self.batch(step)
+        state = self._state_before(step)
+        rows = self.rows // parts
         # all ranks of a context-parallel group have counted the same targets
         asked = self.groups.sum((batch.targets != IGNORED).sum()) // self.groups.context_parallel
         for number, part in enumerate(zip(*(x.chunk(parts) for x in batch), strict=True)):
@@ -258,7 +275,8 @@ class Trainer:
 
     def _own_batches(self, batches: Iterator[Examples]) -> Iterator[Examples]:
         """This rank's batches, round-robin; without targets where there are no more."""
-        batches, rank = iter(batches), self.groups.dp_rank
+        batches = iter(batches)
+        rank = self.groups.dp_rank
         while part := list(islice(batches, self.groups.dp_size)):
             batch, slices = part[min(rank, len(part) - 1)]
             if rank >= len(part):
@@ -278,7 +296,8 @@ class Trainer:
         raise NotFiniteError(f"the {what} is {value:g}{at and f', first in the {at}{sequence}'}")
 
     def _in_step(self, step: int) -> _Named:
-        rows, length = self.rows // self.config.training.grad_accum_steps, self.config.data.sequence_length
+        rows = self.rows // self.config.training.grad_accum_steps
+        length = self.config.data.sequence_length
         origin = partial(self.source.origin, step, self.config.training.batch_size, self.config.seed)
         return partial(self._sequence, "batch", origin, (rows, length, self.rows, rows))
 
@@ -294,7 +313,8 @@ class Trainer:
         row, at = (int(i) for i in tokens.nonzero()[-1 if place.backward else 0])
         # ranks share every row of the model's input, which has all sequences where documents are packed
         at += (row * ranks + self.groups.rank % ranks) * tokens.shape[1]
-        row, token = at // length + self.groups.dp_rank * by_rank + place.call * by_call, at % length
+        row = at // length + self.groups.dp_rank * by_rank + place.call * by_call
+        token = at % length
         where = "" if (found := origin(row, token)) is None else f" ({found})"
         side = f"up to token {token}" if place.backward else f"from token {token} on"
         return f", in sequence {row} of the {of} {side}{where}"

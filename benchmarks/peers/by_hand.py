@@ -35,7 +35,8 @@ def why_not(config: ModelConfig) -> str | None:
     """Why a model is not the one that is written here."""
     plain = not config.tie_embeddings and not config.dropout and isinstance(config.norm, LayerNormConfig)
     for block in (config.blocks[name] for name in set(config.layers)):
-        mixer, ffn = block.mixer, block.ffn
+        mixer = block.mixer
+        ffn = block.ffn
         free = {"n_heads", "decay", "gamma", "chunk_size", "norm_eps"}
         plain = (
             plain
@@ -56,15 +57,19 @@ class HandWrittenLayer(nn.Module):
 
     def __init__(self, d_model: int, config: RetentionConfig, hidden: int, eps: float) -> None:
         super().__init__()
-        self.n_heads, self.chunk_size, self.norm_eps = config.n_heads, config.chunk_size, config.norm_eps
-        self.key_dim, self.value_dim = d_model // config.n_heads, 2 * d_model // config.n_heads
+        self.n_heads = config.n_heads
+        self.chunk_size = config.chunk_size
+        self.norm_eps = config.norm_eps
+        self.key_dim = d_model // config.n_heads
+        self.value_dim = 2 * d_model // config.n_heads
         self.mixer_norm = nn.LayerNorm(d_model, eps=eps, bias=False)
         self.in_proj = nn.Linear(d_model, 6 * d_model, bias=False)
         self.out_proj = nn.Linear(2 * d_model, d_model, bias=False)
         self.ffn_norm = nn.LayerNorm(d_model, eps=eps, bias=False)
         self.up_proj = nn.Linear(d_model, hidden, bias=False)
         self.down_proj = nn.Linear(hidden, d_model, bias=False)
-        self.decay, self.gamma = config.decay, config.gamma
+        self.decay = config.decay
+        self.gamma = config.gamma
 
     def forward(
         self, x: Tensor, state: LayerState | None, *, decode: bool, memo: Memo | None = None
@@ -76,7 +81,8 @@ class HandWrittenLayer(nn.Module):
 
     def init_state(self, batch: int) -> LayerState:
         """Of nothing read."""
-        weight, shape = self.in_proj.weight, (batch, self.n_heads, self.key_dim, self.value_dim)
+        weight = self.in_proj.weight
+        shape = (batch, self.n_heads, self.key_dim, self.value_dim)
         recent = torch.zeros(batch, 0, 0, device=weight.device, dtype=weight.dtype)
         position = torch.zeros(batch, device=weight.device, dtype=torch.int64)
         memory = torch.zeros(shape, device=weight.device, dtype=torch.promote_types(weight.dtype, torch.float32))

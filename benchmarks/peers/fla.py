@@ -20,7 +20,8 @@ class Fla(Peer):
     def build(self) -> nn.Module:
         from fla.models import RetNetConfig, RetNetForCausalLM  # type: ignore[import-not-found]
 
-        c, retention = self.size.config, self.size.retention
+        c = self.size.config
+        retention = self.size.retention
         assert retention is not None
         return RetNetForCausalLM(
             RetNetConfig(

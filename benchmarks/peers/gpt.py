@@ -22,10 +22,14 @@ class GptBlock(nn.Module):
 
     def __init__(self, d_model: int, n_heads: int, hidden: int, *, fused: bool) -> None:
         super().__init__()
-        self.n_heads, self.fused = n_heads, fused
-        self.norm_1, self.norm_2 = nn.LayerNorm(d_model, bias=False), nn.LayerNorm(d_model, bias=False)
-        self.qkv, self.out = nn.Linear(d_model, 3 * d_model, bias=False), nn.Linear(d_model, d_model, bias=False)
-        self.up, self.down = nn.Linear(d_model, hidden, bias=False), nn.Linear(hidden, d_model, bias=False)
+        self.n_heads = n_heads
+        self.fused = fused
+        self.norm_1 = nn.LayerNorm(d_model, bias=False)
+        self.norm_2 = nn.LayerNorm(d_model, bias=False)
+        self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
+        self.out = nn.Linear(d_model, d_model, bias=False)
+        self.up = nn.Linear(d_model, hidden, bias=False)
+        self.down = nn.Linear(hidden, d_model, bias=False)
 
     def forward(self, x: Tensor, cache: tuple[Tensor, Tensor] | None = None, read: int = 0) -> Tensor:
         """One layer; keys and values go to the cache after the `read` tokens that it holds."""
@@ -99,7 +103,8 @@ class GptSdpa(Peer):
         return self.module(tokens)
 
     def _cache(self, batch: int, capacity: int) -> Cache:
-        c, heads = self.size.config, self.size.n_heads
+        c = self.size.config
+        heads = self.size.n_heads
         shape = (batch, heads, capacity, c.d_model // heads)
         return [(self.random(*shape), self.random(*shape)) for _ in range(c.n_layers)]
 

@@ -21,7 +21,8 @@ class Llama(Peer):
     def build(self) -> nn.Module:
         from transformers import LlamaConfig, LlamaForCausalLM  # type: ignore[import-not-found]
 
-        c, heads = self.size.config, self.size.n_heads
+        c = self.size.config
+        heads = self.size.n_heads
         self.theirs = LlamaConfig(
             vocab_size=c.vocab_size,
             hidden_size=c.d_model,
@@ -51,7 +52,8 @@ class Llama(Peer):
         return cache
 
     def state_after(self, context: int, batch: int, room: int) -> Any:
-        cache, heads = self.cache(context + room), self.size.n_heads
+        cache = self.cache(context + room)
+        heads = self.size.n_heads
         shape = (batch, heads, context, self.size.config.d_model // heads)
         for layer in cache.layers:
             layer.update(self.random(*shape), self.random(*shape))
@@ -59,7 +61,8 @@ class Llama(Peer):
 
     def renew(self, state: Any, context: int) -> Any:
         for layer in state.layers:
-            layer.keys, layer.values = layer.keys[:, :, :context], layer.values[:, :, :context]
+            layer.keys = layer.keys[:, :, :context]
+            layer.values = layer.values[:, :, :context]
         return state
 
     def step(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:

@@ -86,7 +86,9 @@ class Peer(ABC):
     """That of the benchmark of training."""
 
     def __init__(self, size: Size, device: torch.device, dtype: torch.dtype) -> None:
-        self.size, self.device, self.dtype = size, device, dtype
+        self.size = size
+        self.device = device
+        self.dtype = dtype
         before = torch.get_default_dtype()
         torch.set_default_dtype(dtype)  # made as it is needed: the largest do not fit twice
         try:

@@ -22,7 +22,8 @@ class TorchscaleParallel(Peer):
     chunkwise: ClassVar[bool] = False
 
     def build(self) -> nn.Module:
-        c, retention = self.size.config, self.size.retention
+        c = self.size.config
+        retention = self.size.retention
         assert retention is not None
         config = torchscale().Config(
             vocab_size=c.vocab_size,

@@ -68,9 +68,12 @@ class Moe(FeedForward):
 
     def __init__(self, config: MoeConfig, d_model: int) -> None:
         super().__init__()
-        self.config, experts, hidden = config, config.n_experts, config.hidden_width(d_model)
+        self.config = config
+        experts = config.n_experts
+        hidden = config.hidden_width(d_model)
         self.router = nn.Linear(d_model, experts, bias=False)
-        self.gate_proj, self.up_proj = ExpertLinear(experts, d_model, hidden), ExpertLinear(experts, d_model, hidden)
+        self.gate_proj = ExpertLinear(experts, d_model, hidden)
+        self.up_proj = ExpertLinear(experts, d_model, hidden)
         self.down_proj = ExpertLinear(experts, hidden, d_model)
         self.shared: Swiglu | None = None
         if config.shared_expansion:

@@ -19,7 +19,8 @@ class CompositionalMqarConfig(TaskConfig):
     at places as in `mqar`, in groups of three.
     """
 
-    field, axis = "pairs", "pairs"
+    field = "pairs"
+    axis = "pairs"
     kind: Literal["compositional_mqar"] = "compositional_mqar"
     vocab_size: int = Field(default=96, ge=6, le=2**20)
     """Vocabulary size of the task: a third each are first tokens of keys, second tokens and values."""
@@ -59,8 +60,12 @@ class CompositionalMqarConfig(TaskConfig):
             )
 
     def fill(self, rng: np.random.Generator, inputs: np.ndarray, targets: np.ndarray, difficulty: int) -> None:
-        rows, third, start, side = len(inputs), self.vocab_size // 3, 3 * difficulty, isqrt(difficulty)
-        first, second = 1 + distinct(rng, rows, third - 1, side), third + distinct(rng, rows, third, side)
+        rows = len(inputs)
+        third = self.vocab_size // 3
+        start = 3 * difficulty
+        side = isqrt(difficulty)
+        first = 1 + distinct(rng, rows, third - 1, side)
+        second = third + distinct(rng, rows, third, side)
         order = distinct(rng, rows, difficulty, difficulty)
         keys = (np.take_along_axis(first, order // side, 1), np.take_along_axis(second, order % side, 1))
         values = 2 * third + distinct(rng, rows, self.vocab_size - 2 * third, difficulty)

@@ -15,7 +15,9 @@ class CompressionConfig(TaskConfig):
     The end token is the last of the vocabulary; shorter examples are padded with it on the left, without targets.
     """
 
-    field, axis, readout = "lengths", "length", "last"
+    field = "lengths"
+    axis = "length"
+    readout = "last"
     kind: Literal["compression"] = "compression"
     sequence_length: int = Field(default=32, gt=1, le=2**20)
     """Training sequence length in tokens."""

@@ -14,7 +14,8 @@ class CopyingConfig(TaskConfig):
     Symbols are drawn uniformly and may repeat. The rest of the sequence is blank.
     """
 
-    field, axis = "lengths", "length"
+    field = "lengths"
+    axis = "length"
     kind: Literal["copying"] = "copying"
     symbols: int = Field(default=26, gt=1, le=2**20)
     """Different symbols: tokens 1 to symbols; token 0 is blank, and the last one is the query."""

@@ -35,7 +35,9 @@ class ForgettingMqarConfig(MqarConfig):
         return super().length_of(difficulty) + 2 * self.updates
 
     def fill(self, rng: np.random.Generator, inputs: np.ndarray, targets: np.ndarray, difficulty: int) -> None:
-        rows, half, start = len(inputs), self.vocab_size // 2, 2 * (difficulty + self.updates)
+        rows = len(inputs)
+        half = self.vocab_size // 2
+        start = 2 * (difficulty + self.updates)
         keys = 1 + distinct(rng, rows, half - 1, difficulty)
         n_values = self.vocab_size - half
         values = distinct(rng, rows, n_values, difficulty)

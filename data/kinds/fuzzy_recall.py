@@ -17,7 +17,8 @@ class FuzzyRecallConfig(NextTokenConfig):
     few final keys unshown; here all are shown before.
     """
 
-    field, axis = "key_lengths", "key length"
+    field = "key_lengths"
+    axis = "key length"
     kind: Literal["fuzzy_recall"] = "fuzzy_recall"
     sequence_length: int = Field(default=128, gt=0, le=2**20)
     """Training sequence length in tokens."""
@@ -59,7 +60,8 @@ class FuzzyRecallConfig(NextTokenConfig):
     def _fill_row(
         self, rng: np.random.Generator, inputs: np.ndarray, targets: np.ndarray, shortest: int, longest: int
     ) -> None:
-        length, half = len(inputs) + 1, self._half  # the last token is a target only
+        length = len(inputs) + 1
+        half = self._half  # the last token is a target only
         most = longest + self.value_length
         drawn = -(-length // 2)  # pairs have two tokens or more
         sizes = rng.integers((shortest, 1), (longest + 1, self.value_length + 1), size=(drawn, 2)).tolist()
@@ -95,7 +97,8 @@ class FuzzyRecallConfig(NextTokenConfig):
     def solve(self, tokens: list[int]) -> dict[int, int]:
         known: dict[tuple[int, ...], list[int]] = {}
         answers: dict[int, int] = {}
-        key, place = (), tokens.count(self.vocab_size - 1)
+        key = ()
+        place = tokens.count(self.vocab_size - 1)
         for is_key, run in groupby(tokens[place:], lambda token: token < self._half):
             found = list(run)
             if is_key:

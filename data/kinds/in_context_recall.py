@@ -16,7 +16,8 @@ class InContextRecallConfig(NextTokenConfig):
     variant has `noise_tokens`: a pair is two of them with probability `noise`.
     """
 
-    field, axis = "keys", "keys"
+    field = "keys"
+    axis = "keys"
     kind: Literal["in_context_recall"] = "in_context_recall"
     sequence_length: int = Field(default=128, gt=3, le=2**20)
     """Training sequence length in tokens."""
@@ -46,7 +47,9 @@ class InContextRecallConfig(NextTokenConfig):
             raise ValueError(f"keys {difficulty} are more than vocab_size {self.vocab_size} has: {self.hardest}")
 
     def fill(self, rng: np.random.Generator, inputs: np.ndarray, targets: np.ndarray, difficulty: int) -> None:
-        rows, pairs, half = len(inputs), inputs.shape[1] // 2, self.vocab_size // 2
+        rows = len(inputs)
+        pairs = inputs.shape[1] // 2
+        half = self.vocab_size // 2
         used = distinct(rng, rows, half, difficulty)
         keys = np.take_along_axis(used, rng.integers(difficulty, size=(rows, pairs)), axis=1)
         real = np.ones((rows, pairs), dtype=bool)

@@ -16,7 +16,8 @@ class InductionHeadsConfig(TaskConfig):
     that followed its first occurrence (arXiv 2312.00752).
     """
 
-    field, axis = "lengths", "length"
+    field = "lengths"
+    axis = "length"
     easiest = 3
     kind: Literal["induction_heads"] = "induction_heads"
     symbols: int = Field(default=15, gt=1, le=2**20)

@@ -29,7 +29,9 @@ class ListopsConfig(TaskConfig):
     `depth` and the logarithm (base 2) of the length, and all again until more than half of the length is used.
     """
 
-    field, axis, easiest = "lengths", "length", 8
+    field = "lengths"
+    axis = "length"
+    easiest = 8
     kind: Literal["listops"] = "listops"
     depth: int = Field(default=10, gt=1, le=100)
     """Most lists inside of each other: 20 in the paper, 10 in Long Range Arena."""
@@ -43,10 +45,12 @@ class ListopsConfig(TaskConfig):
         return len(NAMES) + 1
 
     def fill(self, rng: np.random.Generator, inputs: np.ndarray, targets: np.ndarray, difficulty: int) -> None:
-        draw, deepest = Random(rng.bytes(8)), min(self.depth, int(np.log2(difficulty)))
+        draw = Random(rng.bytes(8))
+        deepest = min(self.depth, int(np.log2(difficulty)))
         inputs[:] = len(NAMES)
         for row, wanted in zip(inputs, targets, strict=True):
-            tokens, value = list[int](), 0
+            tokens = list[int]()
+            value = 0
             while not difficulty / 2 < len(tokens) <= difficulty:
                 tokens.clear()
                 value = self._draw(draw, tokens, draw.randint(2, deepest), difficulty)

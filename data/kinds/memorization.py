@@ -16,7 +16,8 @@ class MemorizationConfig(TaskConfig):
     Keys are tokens 0 on, as many as half of the other tokens; then values; the query is the last token.
     """
 
-    field, axis = "facts", "facts"
+    field = "facts"
+    axis = "facts"
     kind: Literal["memorization"] = "memorization"
     sequence_length: int = Field(default=32, gt=1, le=2**20)
     """Training sequence length in tokens."""

@@ -22,7 +22,8 @@ class ModularArithmeticConfig(TaskConfig):
     single operand may have a minus sign: a stack is needed.
     """
 
-    field, axis = "lengths", "length"
+    field = "lengths"
+    axis = "length"
     kind: Literal["modular_arithmetic"] = "modular_arithmetic"
     sequence_length: int = Field(default=40, gt=1, le=2**20)
     """Training sequence length in tokens."""
@@ -45,7 +46,9 @@ class ModularArithmeticConfig(TaskConfig):
 
     def fill(self, rng: np.random.Generator, inputs: np.ndarray, targets: np.ndarray, difficulty: int) -> None:
         end = difficulty if self.brackets else difficulty - (difficulty + 1) % 2
-        plus, minus, times = self.modulus, self.modulus + 1, self.modulus + 2
+        plus = self.modulus
+        minus = self.modulus + 1
+        times = self.modulus + 2
         inputs[:, end] = self.modulus + SIGNS.index("=")
         if self.brackets:
             for row, wanted in zip(inputs, targets, strict=True):
@@ -53,10 +56,12 @@ class ModularArithmeticConfig(TaskConfig):
             return
         digits = rng.integers(self.modulus, size=(len(inputs), end // 2 + 1))
         inputs[:, 0:end:2], inputs[:, 1:end:2] = digits, rng.integers(plus, times + 1, size=(len(inputs), end // 2))
-        total, product = np.zeros(len(inputs), dtype=np.int64), digits[:, 0]
+        total = np.zeros(len(inputs), dtype=np.int64)
+        product = digits[:, 0]
         for place in range(0, end, 2):
             if place:
-                sign, digit = inputs[:, place - 1], digits[:, place // 2]
+                sign = inputs[:, place - 1]
+                digit = digits[:, place // 2]
                 total = np.where(sign == times, total, total + product) % self.modulus
                 factor = np.where(sign == times, product, np.where(sign == minus, -1, 1))
                 product = factor * digit % self.modulus
@@ -89,7 +94,8 @@ class ModularArithmeticConfig(TaskConfig):
 
     def _value(self, names: Iterator[str]) -> int:
         """The value of what comes before the next closing bracket, equals sign or end."""
-        terms, ended = [[1]], False  # factors of each term; whether an operand comes right before
+        terms = [[1]]
+        ended = False  # factors of each term; whether an operand comes right before
         for name in names:
             if name in ")=":
                 break

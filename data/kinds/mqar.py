@@ -21,7 +21,8 @@ class MqarConfig(TaskConfig):
     64, random filler shows a key again before it is asked in 11 to 16 % of the questions.
     """
 
-    field, axis = "pairs", "pairs"
+    field = "pairs"
+    axis = "pairs"
     kind: Literal["mqar"] = "mqar"
     vocab_size: int = Field(default=64, ge=4, le=2**20)
     """Vocabulary size of the task: half of it are keys, half values."""
@@ -52,7 +53,9 @@ class MqarConfig(TaskConfig):
             )
 
     def fill(self, rng: np.random.Generator, inputs: np.ndarray, targets: np.ndarray, difficulty: int) -> None:
-        rows, half, start = len(inputs), self.vocab_size // 2, 2 * difficulty
+        rows = len(inputs)
+        half = self.vocab_size // 2
+        start = 2 * difficulty
         keys = 1 + distinct(rng, rows, half - 1, difficulty)
         values = half + distinct(rng, rows, self.vocab_size - half, difficulty)
         inputs[:, 0:start:2], inputs[:, 1:start:2] = keys, values

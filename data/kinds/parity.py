@@ -13,7 +13,8 @@ from ..task import Difficulties, TaskConfig
 class ParityConfig(TaskConfig):
     """Parity: bits, with the parity of the prefix as the target at each position, or at the last (arXiv 2411.12537)."""
 
-    field, axis = "lengths", "length"
+    field = "lengths"
+    axis = "length"
     kind: Literal["parity"] = "parity"
     lengths: Difficulties | None = None
     """Numbers of bits, which rows cycle through; null for the whole sequence. `evaluate_at` may be longer."""
@@ -30,7 +31,8 @@ class ParityConfig(TaskConfig):
         targets[:, first:difficulty] = (inputs.cumsum(axis=1) % 2)[:, first:difficulty]
 
     def solve(self, tokens: list[int]) -> dict[int, int]:
-        answers, parity = {}, 0
+        answers = {}
+        parity = 0
         for place, bit in enumerate(tokens):
             parity ^= bit
             answers[place] = parity

@@ -13,7 +13,8 @@ from ..source import Source
 from ..task import Difficulties, Task, TaskConfig
 from .text import TextConfig
 
-NEEDLE, QUESTION = b"\nThe pass key is %s. Remember it.\n", b"\nWhat is the pass key? The pass key is "
+NEEDLE = b"\nThe pass key is %s. Remember it.\n"
+QUESTION = b"\nWhat is the pass key? The pass key is "
 
 
 class PasskeyConfig(TaskConfig):
@@ -23,7 +24,8 @@ class PasskeyConfig(TaskConfig):
     Tokens are bytes and the begin token. Training uses the training split of the text, evaluation the validation split.
     """
 
-    field, axis = "depths", "depth"
+    field = "depths"
+    axis = "depth"
     kind: Literal["passkey"] = "passkey"
     sequence_length: int = Field(default=512, gt=0, le=2**20)
     """Training sequence length in tokens."""
@@ -55,7 +57,8 @@ class PasskeyConfig(TaskConfig):
     def fill(self, rng: np.random.Generator, inputs: np.ndarray, targets: np.ndarray, difficulty: int) -> None:
         """Hide numbers in the text, which loses its last tokens, and ask for them at the end."""
         numbers = rng.integers(ord("0"), ord("9") + 1, size=(len(inputs), self.digits))
-        needle, end = list(NEEDLE % bytes(self.digits)), inputs.shape[1] - len(QUESTION) - self.digits + 1
+        needle = list(NEEDLE % bytes(self.digits))
+        end = inputs.shape[1] - len(QUESTION) - self.digits + 1
         place = round((end - len(needle)) * difficulty / 100)
         number = place + NEEDLE.index(b"%s")
         inputs[:, place + len(needle) : end] = inputs[:, place : end - len(needle)]

@@ -28,7 +28,8 @@ class PermutationConfig(TaskConfig):
     permutations of four items with the rotations of five.
     """
 
-    field, axis = "lengths", "length"
+    field = "lengths"
+    axis = "length"
     kind: Literal["permutation"] = "permutation"
     n: int = Field(default=5, ge=2, le=6)
     """Number of items."""
@@ -50,7 +51,8 @@ class PermutationConfig(TaskConfig):
 
     def fill(self, rng: np.random.Generator, inputs: np.ndarray, targets: np.ndarray, difficulty: int) -> None:
         inputs[:, :difficulty] = rng.integers(self.n_tokens, size=(len(inputs), difficulty))
-        table, product = _table(self._factors), np.zeros(len(inputs), dtype=np.int64)
+        table = _table(self._factors)
+        product = np.zeros(len(inputs), dtype=np.int64)
         for place in range(difficulty):
             product = table[inputs[:, place], product]
             if self.ask == "every" or place == difficulty - 1:
@@ -58,7 +60,8 @@ class PermutationConfig(TaskConfig):
 
     def solve(self, tokens: list[int]) -> dict[int, int]:
         elements = _elements(self._factors)
-        items, answers = list(elements[0]), {}
+        items = list(elements[0])
+        answers = {}
         for place, token in enumerate(tokens):
             items = [elements[token][item] for item in items]
             answers[place] = elements.index(tuple(items))

@@ -14,10 +14,13 @@ from ...models import ByteTokenizer
 from ..task import Difficulties, TaskConfig
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
-NEEDLE, ASKED = "One of the special magic {}s for {} is: {}.", "The special magic {} for {} mentioned in the text is: "
+NEEDLE = "One of the special magic {}s for {} is: {}."
+ASKED = "The special magic {} for {} mentioned in the text is: "
 SHORTEST = {"niah_single_1": 192, "niah_multikey_2": 192, "niah_multikey_3": 320, "vt": 224, "cwe": 1024, "fwe": 640}
 """Bytes that any example of a task fits into."""
-VARIABLES, COMMON, FREQUENT = 5, 10, 3
+VARIABLES = 5
+COMMON = 10
+FREQUENT = 3
 """Answers of `vt`, `cwe` and `fwe`."""
 Rng = np.random.Generator
 
@@ -31,7 +34,8 @@ class RulerConfig(TaskConfig):
     counts fall with the square of their rank, but the first. Words are random letters, and instructions are left out.
     """
 
-    field, axis = "lengths", "length"
+    field = "lengths"
+    axis = "length"
     kind: Literal["ruler"] = "ruler"
     sequence_length: int = Field(default=1024, gt=0, le=2**20)
     """Training sequence length in bytes."""
@@ -62,7 +66,8 @@ class RulerConfig(TaskConfig):
 
     def solve(self, tokens: list[int]) -> dict[int, int]:
         body, _, question = bytes(token for token in tokens if token).decode().rpartition("\n")
-        asked, words = question[: question.index(": ") + 2], re.findall("[a-z]{6}", body)
+        asked = question[: question.index(": ") + 2]
+        words = re.findall("[a-z]{6}", body)
         if self.task.startswith("niah"):
             key = asked.split(" for ")[1].split(" ")[0]
             answer = body.split(f" for {key} is: ")[1].split(".")[0]
@@ -120,19 +125,23 @@ def _needle(rng: Rng, length: int, task: str) -> tuple[str, str]:
 
 
 def _variables(rng: Rng, length: int) -> tuple[str, str]:
-    names, value = [_word(rng, ascii_uppercase, 5) for _ in range(VARIABLES)], str(rng.integers(10**4, 10**5))
+    names = [_word(rng, ascii_uppercase, 5) for _ in range(VARIABLES)]
+    value = str(rng.integers(10**4, 10**5))
     lines = [
         f"VAR {name} = {before}" for name, before in zip(names, [value, *(f"VAR {n}" for n in names)], strict=False)
     ]
-    asked, answer = f"Variables that are assigned the value {value}: ", " ".join(names)
+    asked = f"Variables that are assigned the value {value}: "
+    answer = " ".join(names)
     return _hidden(rng, lines, lambda: NOISE, length - len(asked + answer)) + asked + answer, answer
 
 
 def _common(rng: Rng, length: int) -> tuple[str, str]:
     many, few = (30, 3) if length >= 8192 else (6, 1)
     common = sorted(_word(rng) for _ in range(COMMON))
-    asked, answer = "The 10 most common words in the list are: ", " ".join(common)
-    words, room = common * many, length - len(asked + answer) - 1
+    asked = "The 10 most common words in the list are: "
+    answer = " ".join(common)
+    words = common * many
+    room = length - len(asked + answer) - 1
     # entries have a word of six letters, two spaces, and a number
     size = sum(len(str(n)) + 8 for n in range(1, len(words) + 1))
     while (size := size + sum(len(str(n)) + 8 for n in range(len(words) + 1, len(words) + few + 1))) <= room:

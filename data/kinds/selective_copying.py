@@ -21,7 +21,8 @@ class SelectiveCopyingConfig(TaskConfig):
     stands before one of the symbols, any with equal probability.
     """
 
-    field, axis = "symbols", "symbols"
+    field = "symbols"
+    axis = "symbols"
     kind: Literal["selective_copying"] = "selective_copying"
     alphabet: int = Field(default=14, gt=1, le=2**20)
     """Different symbols: tokens 1 to alphabet; token 0 is blank, and the last one is the query."""
@@ -38,7 +39,8 @@ class SelectiveCopyingConfig(TaskConfig):
         return 2 * difficulty + (self.layout == "mad")
 
     def fill(self, rng: np.random.Generator, inputs: np.ndarray, targets: np.ndarray, difficulty: int) -> None:
-        rows, end = len(inputs), inputs.shape[1] - difficulty
+        rows = len(inputs)
+        end = inputs.shape[1] - difficulty
         symbols = rng.integers(1, self.alphabet + 1, size=(rows, difficulty))
         if self.layout == "mad":
             before = rng.integers(difficulty, size=(rows, end - 1 - difficulty))

@@ -48,14 +48,21 @@ class Text(Source):
     """
 
     def __init__(self, config: TextConfig, corpus: Corpus, *, carried: bool = False) -> None:
-        self.config, self.corpus, self.carried = config, corpus, carried
-        self.name, self.tokenizer, self.vocab_size = corpus.name, corpus.tokenizer, corpus.tokenizer.vocab_size
-        self.bytes_per_token, self.unigram_entropy = corpus.bytes_per_token, corpus.unigram_entropy
-        self.begin, self.digest = corpus.tokenizer.begin, corpus.digest
+        self.config = config
+        self.corpus = corpus
+        self.carried = carried
+        self.name = corpus.name
+        self.tokenizer = corpus.tokenizer
+        self.vocab_size = corpus.tokenizer.vocab_size
+        self.bytes_per_token = corpus.bytes_per_token
+        self.unigram_entropy = corpus.unigram_entropy
+        self.begin = corpus.tokenizer.begin
+        self.digest = corpus.digest
         self._most_documents: dict[int, int] = {}
         self._slices: Slices | None = None
         self._sources: list[Cut | Streamed] = []
-        length, start = config.sequence_length, 0
+        length = config.sequence_length
+        start = 0
         for number, (part, size) in enumerate(zip(config.parts, corpus.sizes, strict=True)):
             if part.streamed:
                 self._sources.append(Streamed(part, corpus.tokenizer, length))
@@ -65,7 +72,8 @@ class Text(Source):
 
     @property
     def summary(self) -> str:
-        corpus, parts = self.corpus, self.config.parts
+        corpus = self.corpus
+        parts = self.config.parts
         streamed = [part.dataset.path for part in parts if part.dataset is not None and part.streamed]
         shares = f"; {len(parts)} sources, {' : '.join(f'{x:g}' for x in self.config.weights)}" if parts[1:] else ""
         return (
@@ -77,7 +85,9 @@ class Text(Source):
 
     def training_batch(self, step: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> Batch:
         """The sequences of one step; the last sequence of an epoch is padded, without targets there."""
-        tokens, length, rows = self.corpus.train, self.config.sequence_length, share(batch_size, rank, world_size)
+        tokens = self.corpus.train
+        length = self.config.sequence_length
+        rows = share(batch_size, rank, world_size)
         if self.carried:
             starts = contiguous_starts(len(tokens), length, batch_size, seed=seed, step=step)
             return cut(tokens, starts[rows], length, self.begin)  # never packed
@@ -92,11 +102,13 @@ class Text(Source):
 
     def origin(self, step: int, batch_size: int, seed: int, row: int, token: int) -> str | None:
         if self.carried:
-            length, size = self.config.sequence_length, len(self.corpus.train)
+            length = self.config.sequence_length
+            size = len(self.corpus.train)
             start = contiguous_starts(size, length, batch_size, seed=seed, step=step)[row]
         else:
             sources, numbers = mixture(self.config.weights, batch_size, seed=seed, step=step)
-            source, of = self._sources[sources[row]], sources == sources[row]
+            source = self._sources[sources[row]]
+            of = sources == sources[row]
             if isinstance(source, Streamed):
                 return source_name(source.config)
             start = source.starts(numbers[of], seed=seed, step=step)[of[:row].sum()]
@@ -118,7 +130,8 @@ class Text(Source):
 
     def evaluation_batches(self, batch_size: int, limit: int | None, length: int | None = None) -> Iterator[Examples]:
         """Contiguous sequences of the validation split; the last batch is padded."""
-        tokens, length = self.corpus.validation, length or self.config.sequence_length
+        tokens = self.corpus.validation
+        length = length or self.config.sequence_length
         starts = self._evaluation_starts(batch_size, limit, length)
         for at in range(0, len(starts), batch_size):
             part = starts[at : at + batch_size]

@@ -38,7 +38,8 @@ def scales(figure: Figure) -> dict[str, dict[str, dict[str, Any]]]:
 def chart(figure: Figure, *, interactive: bool = False) -> alt.LayerChart:
     """The chart of a figure. An interactive one has no legend, and `shown`, the names of the series that are seen."""
     names = {one.name: one.style for one in figure.series}
-    found, rows = figure.scales(), figure.rows()
+    found = figure.scales()
+    rows = figure.rows()
     base = alt.Chart()
     spread = any(row["low"] < row["high"] for row in rows if "low" in row)
     dodge: dict[str, Any] = {"xOffset": alt.expr("datum.dodge || 0")} if any("dodge" in row for row in rows) else {}

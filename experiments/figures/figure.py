@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 
 from ..units import suited
 
-MOST_POINTS, FEW = 600, 12
+MOST_POINTS = 600
+FEW = 12
 """Points that are drawn of a series; up to how many have a marker and an error bar each, more have a band."""
-DECADES, DOUBLINGS = 20.0, 8.0
+DECADES = 20.0
+DOUBLINGS = 8.0
 """The ratio of largest to smallest from which on an axis starts logarithmic; and one with chosen values as ticks."""
 DODGE = 3.0
 """Points between the error bars of neighbours, so that none hides another."""
@@ -114,7 +116,8 @@ def resolve(axis: Axis, values: Sequence[float]) -> Scale:
     """The scale of an axis for its values, all finite; of categories there are none."""
     if axis.names or not values:
         return Scale(axis.label, 1.0, ())
-    low, high = min(values), max(values)
+    low = min(values)
+    high = max(values)
     possible = low > 0 and low >= axis.noise and high > low
     log = possible and (high / low >= (DOUBLINGS if axis.ticks else DECADES) if axis.log is None else axis.log)
     unit, divisor = suited(axis.unit, math.sqrt(low * high) if log else max(abs(low), abs(high)))

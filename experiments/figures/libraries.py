@@ -14,7 +14,8 @@ try:
 except ImportError:  # there are none on Windows
     resource = None
 
-ADDRESSES, DATA = 66 * 2**30, 2**30
+ADDRESSES = 66 * 2**30
+DATA = 2**30
 """Bytes of addresses that vl-convert's JavaScript engine reserves, and of memory that it writes, with some to spare."""
 STATISTICS = Path("/proc/self/statm")
 

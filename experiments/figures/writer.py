@@ -13,7 +13,8 @@ from .libraries import charts_module, engine, vega
 ENDINGS = (".html", ".svg", ".png", ".pdf")
 COLUMN = 3.25
 """The width of a paper's column, in inches."""
-POINTS, DOTS = 72, 300
+POINTS = 72
+DOTS = 300
 """Of an inch: a spec's units, and a picture's."""
 SIZE = re.compile(r'width="([\d.]+)" height="([\d.]+)"')
 
@@ -61,7 +62,8 @@ def content_of(figures: Sequence[Figure], ending: str, *, width: float = COLUMN,
 
 def drawing(figures: Sequence[Figure], width: float) -> str:
     """SVG in points, its colours CSS variables: figures side by side where there is room for two."""
-    charts, convert = charts_module(), engine()
+    charts = charts_module()
+    convert = engine()
     columns = 2 if width > 1.5 * COLUMN and len(figures) > 1 else 1
     whole = POINTS * width
     plot = whole / columns - 44

@@ -57,7 +57,8 @@ def prove(claim: str, *, scale: Scale, jobs: int | None, kept: Path | None, tell
     require_name("claim", claim, CLAIMS)
     tell(f"{claim}:")
     if claim in STUDIES:
-        file, folder = file_of(claim, scale), folder_of(claim, scale)
+        file = file_of(claim, scale)
+        folder = folder_of(claim, scale)
         found, outcome = run_study(plan(load_study(file), file), folder, jobs=jobs, observer=Observer(tell))
         status = STOPPED if outcome.stopped else 1 if outcome.failed else 0
         tell("stopped; the same command resumes it" if outcome.stopped else f"{folder} has report.html and every run")

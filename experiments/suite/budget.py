@@ -52,7 +52,8 @@ def time_runs(tasks: Sequence[PlannedTask]) -> dict[str, dict[str, float]]:
 
 
 def _seconds(run: PlannedRun) -> float:
-    config, gpu = run.config, torch.cuda.is_available()
+    config = run.config
+    gpu = torch.cuda.is_available()
     model = build_model(config.model, seed=config.seed).to("cuda" if gpu else "cpu")
     # on a CPU the time of a core, which does not depend on what else runs
     clock = time.perf_counter if gpu else time.process_time

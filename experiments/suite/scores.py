@@ -17,7 +17,8 @@ from ..results import AccuracyBy, Machine, Results, RunResult, Statistic
 from ..summary import statistic
 from .tasks import Metric, PlannedTask, Size, SuiteTask
 
-SCORES_FILE, PAGE_FILE = "suite.json", "suite.md"
+SCORES_FILE = "suite.json"
+PAGE_FILE = "suite.md"
 PUBLISHED = Path(__file__).with_name("results")
 """What docs/leaderboard.md is made from: a file for each size and matching."""
 
@@ -115,7 +116,8 @@ def task_scores(planned: PlannedTask, results: Results) -> TaskScores:
 
 def conditions_of(planned: PlannedTask) -> Conditions:
     """What all entries of a task share."""
-    config, study = planned.plan.runs[0].config, planned.plan.study
+    config = planned.plan.runs[0].config
+    study = planned.plan.study
     match = study.match
     training = config.training.model_copy(update={"learning_rate": study.learning_rates[0]})
     return Conditions(

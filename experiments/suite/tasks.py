@@ -150,7 +150,8 @@ class Candidate:
                 "extends": self.source,
                 "model": {"d_model": base.model.d_model, "n_layers": layers, "pattern": pattern},
             }
-        mixer, heads = self.mixer or {}, getattr(base.model.blocks["mixer"].mixer, "n_heads", None)
+        mixer = self.mixer or {}
+        heads = getattr(base.model.blocks["mixer"].mixer, "n_heads", None)
         if "n_heads" in MIXERS.resolve(mixer["kind"]).model_fields:
             mixer = {"kind": mixer["kind"], "n_heads": heads} | mixer
         return {"set": {"model.blocks.mixer.mixer": mixer}}
@@ -235,7 +236,8 @@ def _plan(name: str, task: SuiteTask, study: dict[str, Any], file: Path) -> Plan
         write_file(to_yaml(study | {"entries": dict(entries)}), file)
         return plan(load_study(file), file)
 
-    entries, left_out = study["entries"], dict[str, str]()
+    entries = study["entries"]
+    left_out = dict[str, str]()
     try:
         return PlannedTask(name, task, planned(entries), left_out)
     except SeqmixError:

@@ -12,7 +12,8 @@ class BonusNorm(nn.Module):
 
     def __init__(self, n_heads: int, width: int, eps: float, start: float) -> None:
         super().__init__()
-        self.eps, self.start = width * eps, start
+        self.eps = width * eps
+        self.start = start
         self.weight, self.bias, self.bonus = (nn.Parameter(torch.empty(n_heads, width)) for _ in range(3))
         self.reset_parameters()
 

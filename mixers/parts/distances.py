@@ -21,5 +21,6 @@ def alibi_slopes(n_heads: int, device: torch.device) -> Float[torch.Tensor, " H"
     2^(-8 h / H) for h = 1 .. H if H is a power of 2. Else, as in the authors' code, the heads of the power below have
     its slopes, and the others every second one of the power above.
     """
-    power, head = 2 ** (n_heads.bit_length() - 1), torch.arange(n_heads, device=device, dtype=torch.float64)
+    power = 2 ** (n_heads.bit_length() - 1)
+    head = torch.arange(n_heads, device=device, dtype=torch.float64)
     return 2 ** -torch.where(head < power, 8 * (head + 1) / power, 8 * (head - power + 0.5) / power)

@@ -26,7 +26,8 @@ class FixedDecay(nn.Module):
 
     def __init__(self, n_heads: int, schedule: DecaySchedule, gamma: float | None, *, learnable: bool) -> None:
         super().__init__()
-        self.n_heads, self.gamma = n_heads, gamma
+        self.n_heads = n_heads
+        self.gamma = gamma
         self.schedule: DecaySchedule = schedule
         self.logit = nn.Parameter(torch.empty(n_heads)) if learnable else None
         self.reset_parameters()

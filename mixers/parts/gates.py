@@ -88,7 +88,9 @@ class GatedNorm(nn.Module):
         self, width: int, norm: HeadNorm, gate: Gate, *, affine: bool, eps: float, heads: int | None = None
     ) -> None:
         super().__init__()
-        self.norm, self.gate, self.eps = norm, gate, eps
+        self.norm = norm
+        self.gate = gate
+        self.eps = eps
         shape = (width,) if heads is None else (heads, width)
         self.weight = nn.Parameter(torch.empty(shape)) if affine and norm != "none" else None
         self.reset_parameters()
@@ -101,7 +103,8 @@ class GatedNorm(nn.Module):
     def forward(self, x: Float[Tensor, "*batch D"], gate: Float[Tensor, "*batch D"] | None) -> Tensor:
         """The map; no gate where there is none."""
         wide = torch.float32 if x.dtype == torch.float16 else x.dtype
-        y, weight = x if x.dtype == wide else x.to(wide), self.weight
+        y = x if x.dtype == wide else x.to(wide)
+        weight = self.weight
         weight = None if weight is None else weight.to(wide)
         shared = weight if weight is not None and weight.ndim == 1 else None
         if self.norm == "group":

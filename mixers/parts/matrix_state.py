@@ -91,7 +91,8 @@ class MatrixStateMixer(SequenceMixer[MatrixState]):
 
     def __init__(self, config: MatrixStateConfig) -> None:
         super().__init__(config)
-        self.family, self.convolution = config.family, None
+        self.family = config.family
+        self.convolution = None
 
     def convolve(self, x: Float[Tensor, "B T C"], call: Call) -> tuple[Tensor, Tensor | None]:
         """The short convolution of x, and its last inputs if they are wanted: the leaf `recent` of the state."""

@@ -22,7 +22,10 @@ class QKNorm(nn.Module):
         self, n_heads: tuple[int, int], width: int, eps: float, *, all_heads: bool = False, zero_centered: bool = False
     ) -> None:
         super().__init__()
-        self.n_heads, self.eps, self.all_heads, self.zero_centered = n_heads, eps, all_heads, zero_centered
+        self.n_heads = n_heads
+        self.eps = eps
+        self.all_heads = all_heads
+        self.zero_centered = zero_centered
         shapes = [(n, width) if all_heads else (width,) for n in n_heads]
         self.q_weight, self.k_weight = (nn.Parameter(torch.empty(shape)) for shape in shapes)
         self.reset_parameters()

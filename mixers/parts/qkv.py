@@ -111,13 +111,15 @@ class QKVMixer(MatrixStateMixer):
 
     def __init__(self, config: Any, d_model: int, **more: int) -> None:
         super().__init__(config)
-        self.config, self.n_heads = config, config.n_heads
+        self.config = config
+        self.n_heads = config.n_heads
         self.n_qk_heads: int = getattr(config, "n_qk_heads", None) or config.n_heads
         self.key_dim = head_width(d_model, config.expand_k, self.n_qk_heads, "expand_k")
         self.value_dim = head_width(d_model, config.expand_v, config.n_heads, "expand_v")
         if config.rotation != "none" and self.key_dim % 2:
             raise ContractError(f"rotation turns pairs, and a head's keys are {self.key_dim} wide: make that even")
-        keys, values = self.n_qk_heads * self.key_dim, self.n_heads * self.value_dim
+        keys = self.n_qk_heads * self.key_dim
+        values = self.n_heads * self.value_dim
         gate = {"gate": values} if config.gate != "none" and self.projects_gate else {}
         written = self.steps * keys, self.steps * values
         self.widths = {"q": keys, "k": written[0], "v": written[1], **gate, **more}
@@ -175,10 +177,12 @@ class QKVMixer(MatrixStateMixer):
             qk, v, *others = self.in_proj(x).split_with_sizes([q + k, v, *rest], -1)
             _, recent = self.convolve(qk, call)
         more = dict(zip(self.others, others, strict=True))
-        heads, written = self.n_heads, self.steps * self.n_heads
+        heads = self.n_heads
+        written = self.steps * self.n_heads
         qk = torch.unflatten(qk, -1, ((1 + self.steps) * self.n_qk_heads, -1))  # not Tensor's, which takes longer
         v = torch.unflatten(v, -1, (written, -1))
-        qk, positions = self.features(qk), None
+        qk = self.features(qk)
+        positions = None
         if self.counts_positions:
             positions = call.positions(x, None if call.state is None else call.state.position)
             if self.config.rotation != "none":  # the last of all: what is turned sees distances alone

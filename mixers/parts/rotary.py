@@ -55,7 +55,8 @@ def scaled(theta: Float[Tensor, " K/2"], by: LinearScaling | Llama3Scaling | Non
         return theta
     if isinstance(by, LinearScaling):
         return theta / by.factor
-    low, high = by.low_freq_factor, by.high_freq_factor
+    low = by.low_freq_factor
+    high = by.high_freq_factor
     share = ((by.original_length * theta / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
     return torch.lerp(theta / by.factor, theta, share)
 
@@ -113,7 +114,8 @@ def rotation(positions: Int[Tensor, "B T"], theta: Float[Tensor, " K/2"], dtype:
 
 def rotate(x: Float[Tensor, "B T H K"], by: Rotation) -> Float[Tensor, "B T H K"]:
     """Turn each interleaved pair (a, b) of dimensions to (a cos - b sin, b cos + a sin), in the angles' dtype."""
-    dtype, wide = x.dtype, torch.promote_types(x.dtype, by.cos.dtype)
+    dtype = x.dtype
+    wide = torch.promote_types(x.dtype, by.cos.dtype)
     x = x if dtype == wide else x.to(wide)  # a call even where it changes nothing
     pairs = torch.unflatten(x, -1, (-1, 2))
     # eager, one complex product takes a third of the time of the real ones; a compiler fuses those, but has no complex

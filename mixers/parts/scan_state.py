@@ -50,7 +50,9 @@ class ScanMixer(SequenceMixer[ScanState]):
 
     def __init__(self, config: Any, *memory: int) -> None:
         super().__init__(config)
-        self.config, self.memory, self.convolution = config, memory, None
+        self.config = config
+        self.memory = memory
+        self.convolution = None
 
     def convolve(self, x: Float[Tensor, "B T C"], call: Call) -> tuple[Tensor, Tensor]:
         """The short convolution of x, and its last inputs: the leaf `recent` of the state, if they are wanted."""

@@ -48,10 +48,14 @@ class StateSpaceMixer(MatrixStateMixer):
 
     def __init__(self, config: Any, d_model: int, n_layers: int, *more: int | None) -> None:
         super().__init__(config)
-        self.config, self.n_layers, self.n_groups = config, n_layers, config.n_groups
+        self.config = config
+        self.n_layers = n_layers
+        self.n_groups = config.n_groups
         self.n_heads = heads_of(d_model, config.expand, config.head_dim, config.n_groups)
-        self.key_dim, self.value_dim = config.d_state, config.head_dim
-        values, keys = self.n_heads * config.head_dim, config.n_groups * config.d_state
+        self.key_dim = config.d_state
+        self.value_dim = config.head_dim
+        values = self.n_heads * config.head_dim
+        keys = config.n_groups * config.d_state
         self.widths = [values, keys, keys]
         self.in_widths = [values, sum(self.widths), *(self.n_heads if width is None else width for width in more)]
         self.in_proj = nn.Linear(d_model, sum(self.in_widths), bias=False)
@@ -69,8 +73,8 @@ class StateSpaceMixer(MatrixStateMixer):
 
     @property
     def projections(self) -> dict[str, Float[Tensor, "H _ D"]]:
-        names, groups = ("gate", "v", "k", "q"), self.n_groups
-        widths = dict(zip(names, (self.in_widths[0], *self.widths), strict=True))
+        groups = self.n_groups
+        widths: dict[str, int] = dict(zip(("gate", "v", "k", "q"), (self.in_widths[0], *self.widths), strict=True))
         widths["more"] = self.in_proj.out_features - sum(widths.values())
         return projections_of(self.in_proj, self.out_proj, widths, {"q": groups, "k": groups, "v": self.n_heads})
 

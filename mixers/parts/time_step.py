@@ -24,7 +24,8 @@ def in_range(least: float, most: float) -> AfterValidator:
 
 
 def _limit(given: tuple[float, float | None]) -> tuple[float, float | None]:
-    low, high = given[0], math.inf if given[1] is None else given[1]
+    low = given[0]
+    high = math.inf if given[1] is None else given[1]
     if not (0 <= low <= 1e3 and low < high and (high <= 1e3 or high == math.inf)):
         raise ValueError(
             f"limits of the step size need 0 <= lowest < highest <= 1000, or .inf for no highest, and are {given}"
@@ -83,7 +84,10 @@ class TimeStepDecay(nn.Module):
         lower_bound: float | None = None,
     ) -> None:
         super().__init__()
-        self.rates, self.steps, self.limit, self.lower_bound = rates, steps, limit, lower_bound
+        self.rates = rates
+        self.steps = steps
+        self.limit = limit
+        self.lower_bound = lower_bound
         self.A_log = nn.Parameter(torch.empty(n_heads))
         self.dt_bias = nn.Parameter(torch.empty(n_heads) if key_dim is None else torch.empty(n_heads, key_dim))
         self.reset_parameters()
@@ -99,7 +103,8 @@ class TimeStepDecay(nn.Module):
     @torch.no_grad()
     def set_reach(self, tokens: Float[Tensor, " H"]) -> list[str]:
         """As `SequenceMixer.set_reach`, where the input adds nothing; the biases do it, and rates stay."""
-        log_decay, rate = -torch.log1p(1 / tokens), self.A_log.exp()
+        log_decay = -torch.log1p(1 / tokens)
+        rate = self.A_log.exp()
         if self.lower_bound is None:
             step = (-log_decay / rate).clamp(*(self.limit or (0.0, None)))
             bias = step + torch.log(-torch.expm1(-step))

@@ -31,7 +31,8 @@ class TokenShift(nn.Module):
 
     def __init__(self, width: int, powers: Sequence[float]) -> None:
         super().__init__()
-        self.powers, self.weight = tuple(powers), nn.Parameter(torch.empty(len(powers), width))
+        self.powers = tuple(powers)
+        self.weight = nn.Parameter(torch.empty(len(powers), width))
         self.reset_parameters()
 
     @torch.no_grad()

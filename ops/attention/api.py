@@ -107,7 +107,8 @@ def softmax_attention(
 
 
 def _over_ranks(x: Attention, call: Call) -> AttentionOutput:
-    cp, length = call.cp_group, x.q.shape[1]
+    cp = call.cp_group
+    length = x.q.shape[1]
     assert cp is not None
     x = x._replace(documents=cp.whole(x.documents, length))
     size = call.chunk_size if call.paradigm is Paradigm.CHUNKWISE else length

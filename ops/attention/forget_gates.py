@@ -46,7 +46,8 @@ def gate_bias(
     In float32 a sum is two numbers, the nearest to it and the rest. Differences of the first are exact or far from 0.
     """
     of_key, of_query = (x.transpose(1, 2).contiguous() for x in sums)
-    of_key, of_query = of_key[:, :, None], of_query[..., None]
+    of_key = of_key[:, :, None]
+    of_query = of_query[..., None]
     if dtype == torch.float64:
         return of_query - of_key
     near = [x.detach().to(dtype) for x in (of_query, of_key)]
@@ -56,7 +57,8 @@ def gate_bias(
 
 def _later(cache: ForgettingCache) -> Float[Tensor, "N S H"]:
     """By slot, the sum of the gates of later tokens."""
-    ring, gates = cache.cache, cache.log_forget.double()
+    ring = cache.cache
+    gates = cache.log_forget.double()
     if not isinstance(ring, RingCache):
         return _exclusive(gates)
     # slots by position; empty ones, which hold zeros, come first

@@ -157,7 +157,8 @@ def _decayed(x: Tensor, distance: Tensor, log_decay: Tensor) -> Tensor:
 
 def visible_keys(places: Tensor, offer: Offer, window: int | None) -> Bool[Tensor, "_ 1 T M"]:
     """Which keys each query sees."""
-    query, key = places[:, None], offer.places[:, None]
+    query = places[:, None]
+    key = offer.places[:, None]
     visible = key <= query
     if window is not None:
         visible = visible & (key > query - window)
@@ -237,7 +238,8 @@ def _require_cache(x: Attention, rows: int) -> None:
     needed = [[rows, n_kv_heads, key_dim], [rows, n_kv_heads, value_dim], [rows]]
     leaves = list(kept)
     if isinstance(x.cache, ForgettingCache):
-        needed, leaves = [*needed, [rows, x.q.shape[2]]], [*leaves, x.cache.log_forget]
+        needed = [*needed, [rows, x.q.shape[2]]]
+        leaves = [*leaves, x.cache.log_forget]
     if needed != [[*leaf.shape[:1], *leaf.shape[2:]] for leaf in leaves]:
         raise SeqmixError(
             f"the cache must have {rows} rows of {n_kv_heads} heads of {key_dim} (keys) and {value_dim} (values); "

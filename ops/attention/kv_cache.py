@@ -194,7 +194,8 @@ def offer_of(k: Tensor, v: Tensor, cache: KeyCache | None, documents: Documents 
     own = None if documents is None else documents.of_token
     if cache is None:
         return Offer(k, v, own_places, None if own is None else (own, own), 0)
-    keys, values = cache.keys.to(k.dtype), cache.values.to(v.dtype)
+    keys = cache.keys.to(k.dtype)
+    values = cache.values.to(v.dtype)
     places = _places_of_slots(cache, cache.length, length, documents)
     pairs = None
     if own is not None:
@@ -238,7 +239,8 @@ def final_cache(
     if cache is None:
         rows = batch_size if documents is None else documents.number
         kind, capacity = (GrowingCache, 0) if window is None else (RingCache, window)
-        sizes, forget_heads = (k.shape[2], k.shape[3], v.shape[3]), None if log_forget is None else log_forget.shape[2]
+        sizes = (k.shape[2], k.shape[3], v.shape[3])
+        forget_heads = None if log_forget is None else log_forget.shape[2]
         cache = empty_cache(kind, rows, capacity, sizes, k, forget_heads)
     kept = key_cache(cache)
     read = advance(kept.length, batch_size, length, documents, k.device)

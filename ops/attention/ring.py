@@ -65,7 +65,17 @@ def attend_in_ring(x: Attention, cp: ContextParallel) -> Float[Tensor, "B T H V"
         sums = sums + cp.gather(sums[:, -1:])[: cp.rank].sum(dim=0)
     documents = None if x.documents is None else x.documents.of_token
     call = Ring(
-        *(x.q, x.k, x.v, sums, documents, x.log_decay, x.slopes, x.scale, x.softcap, x.window, x.value_dims),
+        x.q,
+        x.k,
+        x.v,
+        sums,
+        documents,
+        x.log_decay,
+        x.slopes,
+        x.scale,
+        x.softcap,
+        x.window,
+        x.value_dims,
         # what has no numbers is only counted, at any length
         *(x.q.shape[1] if x.q.device.type == "meta" else x.chunk_size, cp.name, cp.rank, cp.size),
     )
@@ -92,10 +102,13 @@ class _Blocks:
     """The blocks of keys, values and sums that a rank reads."""
 
     def __init__(self, x: Ring, cp: ContextParallel) -> None:
-        self.x, self.cp, self.length = x, cp, x.q.shape[1]
+        self.x = x
+        self.cp = cp
+        self.length = x.q.shape[1]
         self.own = [tensor for tensor in (x.k, x.v, x.sums) if tensor is not None]
         seen = self.length * cp.size if x.window is None else x.window - 1
-        self.kept, self.reach = min(seen, self.length), min(-(-seen // self.length), cp.size - 1)
+        self.kept = min(seen, self.length)
+        self.reach = min(-(-seen // self.length), cp.size - 1)
 
     def sent(self) -> list[Tensor]:
         """What ranks after this one see of its own."""
@@ -106,7 +119,8 @@ class _Blocks:
 
         The next is on its way while one is computed with.
         """
-        sent, coming = self.sent(), None
+        sent = self.sent()
+        coming = None
         for distance in range(self.reach + 1):
             block, works = (self.own, []) if coming is None else coming
             for work in works:
@@ -126,14 +140,17 @@ class _Blocks:
         """The tiles of a block, by the number of their chunk."""
         if not block:
             return
-        x, start = self.x, self.cp.start(self.length)
+        x = self.x
+        start = self.cp.start(self.length)
         k, v, *more = block
         origin = start + self.length - k.shape[1] - distance * self.length
         for number, at in enumerate(range(0, self.length, x.chunk_size)):
             stop = min(at + x.chunk_size, self.length)
-            first, last = start + at, start + stop
+            first = start + at
+            last = start + stop
             begin = 0 if x.window is None else max(0, first - x.window + 1 - origin)
-            queries, keys = slice(at, stop), slice(begin, min(k.shape[1], last - origin))
+            queries = slice(at, stop)
+            keys = slice(begin, min(k.shape[1], last - origin))
             if keys.start >= keys.stop:
                 continue
             values = v[:, keys] if x.value_dims is None else k[:, keys, :, : x.value_dims]
@@ -162,7 +179,8 @@ _Reads: TypeAlias = dict[int, tuple[Tensor, Tensor, Tensor]]
 
 def _attend(x: Ring, cp: ContextParallel) -> tuple[Tensor, Tensor]:
     """The output, and the log of the sum of each query's weights."""
-    blocks, reads = _Blocks(x, cp), _Reads()
+    blocks = _Blocks(x, cp)
+    reads = _Reads()
     for distance, block in blocks:
         _read(x, blocks.tiles(distance, block), reads)
         del block  # the next are there before it is bound again
@@ -182,12 +200,14 @@ def _read(x: Ring, tiles: Iterable[tuple[int, _Tile]], reads: _Reads) -> None:
         if number in reads:  # own keys come first, of which a query sees one: the maximum is finite
             top = torch.maximum(top, reads[number][0])
         weights = (found - top[..., None]).exp()
-        total, values = weights.sum(-1), tile.offer.values.transpose(1, 2).to(weights.dtype)
+        total = weights.sum(-1)
+        values = tile.offer.values.transpose(1, 2).to(weights.dtype)
         read = by_head(product(by_group(weights, x.k.shape[2]), values), x.q.shape[2])
         if number in reads:
             before, total_before, read_before = reads[number]
             shrunk = (before - top).exp()
-            total, read = total + total_before * shrunk, read + read_before * shrunk[..., None]
+            total = total + total_before * shrunk
+            read = read + read_before * shrunk[..., None]
         reads[number] = top, total, read
 
 
@@ -196,7 +216,8 @@ class _Backward:
 
     def __init__(self, x: Ring, gradients: Gradients) -> None:
         (d_output, d_log_sum), (output, self.log_sum) = gradients.outputs, gradients.saved
-        self.x, self.wide = x, self.log_sum.dtype
+        self.x = x
+        self.wide = self.log_sum.dtype
         d_output = torch.zeros_like(output) if d_output is None else d_output
         self.d_output = d_output.to(self.wide).transpose(1, 2)
         taken = (self.d_output * output.to(self.wide).transpose(1, 2)).sum(-1)
@@ -212,7 +233,9 @@ class _Backward:
         return owed
 
     def _add(self, tile: _Tile, owed: list[Tensor]) -> None:
-        x, groups, n_heads = self.x, self.x.k.shape[2], self.x.q.shape[2]
+        x = self.x
+        groups = self.x.k.shape[2]
+        n_heads = self.x.q.shape[2]
         q, keys, bounded, found = _scores(x, tile)
         weights = (found - self.log_sum[:, :, tile.queries, None]).exp()
         d_read = by_group(self.d_output[:, :, tile.queries], groups)
@@ -235,7 +258,8 @@ class _Backward:
 
 
 def _differentiate(x: Ring, cp: ContextParallel, gradients: Gradients) -> dict[str, Tensor]:
-    blocks, backward = _Blocks(x, cp), _Backward(x, gradients)
+    blocks = _Blocks(x, cp)
+    backward = _Backward(x, gradients)
     totals: list[Tensor] = []
     for distance, block in blocks:
         owed = backward.owed(block, (tile for _, tile in blocks.tiles(distance, block)))

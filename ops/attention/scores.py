@@ -50,7 +50,8 @@ def weighed(
 
 def products(x: Attention, q: Float[Tensor, "B T H K"], keys: Float[Tensor, "B M G K"]) -> Float[Tensor, "B H T M"]:
     """scale q . k, or under a cap the tanh of its share of the cap; not under autocast."""
-    wide, scale = torch.promote_types(q.dtype, torch.float32), x.scale if x.softcap is None else x.scale / x.softcap
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scale = x.scale if x.softcap is None else x.scale / x.softcap
     queries = by_group(q.transpose(1, 2).to(wide) * scale, keys.shape[2])
     found = by_head(product(queries, keys.permute(0, 2, 3, 1).to(wide)), q.shape[2])
     return found if x.softcap is None else found.tanh_()  # in place where no backward pass needs what was there

@@ -68,10 +68,12 @@ def _at_once(x: Attention) -> Float[Tensor, "B T H V"]:
 
 def attend_in_blocks(x: Attention, size: int, start: int = 0) -> Float[Tensor, "B T H V"]:
     """Queries at the places start, start + 1, ... read in blocks, whose masks are recomputed in the backward pass."""
-    offer, outputs = x.offer(), []
+    offer = x.offer()
+    outputs = []
     for at in range(0, x.q.shape[1], size):
         block = x._replace(q=x.q[:, at : at + size])
-        first, last = start + at, start + at + block.q.shape[1]
+        first = start + at
+        last = start + at + block.q.shape[1]
         read = offer.up_to(first, last, x.window)
         if x.q.shape[1] > size and torch.is_grad_enabled():
             outputs.append(checkpoint(_attend, block, read, first, use_reentrant=False, preserve_rng_state=False))
@@ -82,13 +84,15 @@ def attend_in_blocks(x: Attention, size: int, start: int = 0) -> Float[Tensor, "
 
 def _attend(x: Attention, offer: Offer, start: int = 0) -> Float[Tensor, "B T H V"]:
     """Queries at the places start, start + 1, ... read an offer."""
-    length, window = x.q.shape[1], x.window
+    length = x.q.shape[1]
+    window = x.window
     q, keys = factored(x.q, start, offer, x.log_decay)
     places = torch.arange(start, start + length, device=q.device)
     whole = offer.cached == 0 and offer.documents is None and start == 0 and (window is None or window >= length)
     if whole and not x.scores:
         return _fused(q, keys, offer.values, x.scale, None)
-    seen, bias = visible_keys(places, offer, window), x.bias(places, offer)
+    seen = visible_keys(places, offer, window)
+    bias = x.bias(places, offer)
     if needs_weights(x, bias):
         return weighed(x, q, keys, offer.values, seen, bias)
     with no_autocast(q.device):  # it would narrow the bias
@@ -97,7 +101,8 @@ def _attend(x: Attention, offer: Offer, start: int = 0) -> Float[Tensor, "B T H 
 
 def _fused(q: Tensor, keys: Tensor, values: Tensor, scale: float, mask: Tensor | None) -> Float[Tensor, "B T H V"]:
     """One call of SDPA, causal without a mask."""
-    n_heads, groups = q.shape[2], keys.shape[2]
+    n_heads = q.shape[2]
+    groups = keys.shape[2]
     if q.shape[1] == 1 and groups < n_heads:  # the heads that share a key are its queries, or it would be copied
         rows = q.reshape(q.shape[0], groups, -1, q.shape[3]).transpose(1, 2)
         if mask is None:

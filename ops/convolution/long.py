@@ -56,14 +56,18 @@ def long_convolution(
     """
     call = Call.given(call, x.shape[1], options, paradigm=Paradigm.PARALLEL)
     require_convolution(x, filters, call, "filters [D L] with L")
-    rows, state = call.rows(x.shape[0]), call.state
+    rows = call.rows(x.shape[0])
+    state = call.state
     if state is not None and (state.ndim != 3 or (state.shape[0], state.shape[2]) != (rows, x.shape[2])):
         raise SeqmixError(f"the initial state must be [{rows} P {x.shape[2]}], and is {list(state.shape)}")
     if call.paradigm is Paradigm.CHUNKWISE:
         raise SeqmixError("a long convolution is parallel or recurrent, not chunkwise")
-    row, documents, length = x, call.documents, x.shape[1]
+    row = x
+    documents = call.documents
+    length = x.shape[1]
     if call.cp_group is not None:
-        row, stop = call.cp_group.gather_tokens(x), call.cp_group.start(length) + length
+        row = call.cp_group.gather_tokens(x)
+        stop = call.cp_group.start(length) + length
         x = row[:, :stop]
         if documents is not None:
             boundaries = documents.boundaries and tuple(min(boundary, stop) for boundary in documents.boundaries)
@@ -140,7 +144,8 @@ def _backward(call: _Long, gradients: Gradients) -> dict[str, Tensor]:
     if past is not None:
         out["past"] = past.new_zeros(past.shape)
     for stretch in call.documents:
-        seen, length = call.seen(stretch), stretch.stop - stretch.start
+        seen = call.seen(stretch)
+        length = stretch.stop - stretch.start
         differentiate = _sums_backward if call.direct else _by_fft_backward
         d_new = d_output[:, stretch.start : stretch.stop].to(seen.dtype)
         d_seen, d_taps = differentiate(d_new, seen, filters)
@@ -174,7 +179,8 @@ def _by_fft(seen: Tensor, filters: Tensor, length: int) -> Tensor:
 
 def _by_fft_backward(d_new: Tensor, seen: Tensor, filters: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of what was seen and of the taps that it met: correlations, where `_by_fft` has convolutions."""
-    length, width = d_new.shape[1], seen.shape[1]
+    length = d_new.shape[1]
+    width = seen.shape[1]
     seen, taps = seen.transpose(1, 2), filters[:, :width].to(seen.dtype)
     size = _fast_size(taps.shape[1] + length - 1)
     d_new = torch.fft.rfft(F.pad(d_new.transpose(1, 2), (width - length, 0)), n=size)
@@ -190,16 +196,20 @@ def _fast_size(at_least: int) -> int:
 
 def _sums(seen: Tensor, filters: Tensor, length: int) -> Tensor:
     """The outputs of the last `length` tokens of those seen, by the definition."""
-    taps, first = _reversed(filters, seen), seen.shape[1] - length
+    taps = _reversed(filters, seen)
+    first = seen.shape[1] - length
     return torch.stack([_newest(seen[:, : t + 1], taps) for t in range(first, seen.shape[1])], dim=1)
 
 
 def _sums_backward(d_new: Tensor, seen: Tensor, filters: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of what was seen and of the taps that it met, by the definition."""
-    taps, first = _reversed(filters, seen), seen.shape[1] - d_new.shape[1]
-    d_seen, d_taps = torch.zeros_like(seen), torch.zeros_like(taps)
+    taps = _reversed(filters, seen)
+    first = seen.shape[1] - d_new.shape[1]
+    d_seen = torch.zeros_like(seen)
+    d_taps = torch.zeros_like(taps)
     for t in range(first, seen.shape[1]):
-        met, above = min(t + 1, len(taps)), d_new[:, t - first, None]
+        met = min(t + 1, len(taps))
+        above = d_new[:, t - first, None]
         d_seen[:, t + 1 - met : t + 1] += above * taps[-met:]
         d_taps[-met:] += (above * seen[:, t + 1 - met : t + 1]).sum(0)
     return d_seen, d_taps.flip(0).T

@@ -111,17 +111,23 @@ def _in_segment(
 
 def _entered(x: Tensor, state: Tensor, call: Call) -> Tensor:
     """The state before this rank's segment: the last inputs of the ranks before it."""
-    cp, documents, length, past = call.cp_group, call.documents, x.shape[1], state.shape[1]
+    cp = call.cp_group
+    documents = call.documents
+    length = x.shape[1]
+    past = state.shape[1]
     assert cp is not None
     if not past:
         return state
     # of segments shorter than that, several make it up
     tails = cp.gather(x[:, -min(length, past) :])[: cp.rank].transpose(0, 1).flatten(1, 2)
     read = F.pad(tails, (0, 0, past, 0))[:, -past:]
-    start, slot, before = cp.start(length), torch.arange(past, device=x.device), state
+    start = cp.start(length)
+    slot = torch.arange(past, device=x.device)
+    before = state
     if documents is not None:
         document = documents.of_token[:1]
-        start, before = start - documents.cu_seqlens[document], state.index_select(0, document)
+        start = start - documents.cu_seqlens[document]
+        before = state.index_select(0, document)
     left = past - torch.as_tensor(start, device=x.device).clamp(max=past)  # slots that the initial state still has
     old = before.index_select(1, (slot + past - left).clamp(max=past - 1))
     return cp.continued(torch.where((slot < left)[:, None], old, read), state, documents)
@@ -129,7 +135,8 @@ def _entered(x: Tensor, state: Tensor, call: Call) -> Tensor:
 
 def _shifted_products(seen: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The outputs of the tokens whose whole window was seen: [B W-1+T D] -> [B T D], in the same dtype."""
-    dtype, wide = seen.dtype, torch.promote_types(seen.dtype, torch.float32)
+    dtype = seen.dtype
+    wide = torch.promote_types(seen.dtype, torch.float32)
     seen, length = seen.to(wide), seen.shape[1] - weight.shape[1] + 1
     # contiguous weights make it four times as fast in 16 bits; a separate multiply and add, a fifth faster backward
     oldest, *newer = weight.to(wide).T.contiguous().unbind()

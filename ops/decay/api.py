@@ -112,7 +112,8 @@ def decay_flops(
         context: tokens read before; any adds the product with the initial state.
         key_decays: whether log_decay is [B T H K], whose chunks form products of queries and keys by halves.
     """
-    per_pair, per_state = 2 * (key_width + value_width), 2 * key_width * value_width
+    per_pair = 2 * (key_width + value_width)
+    per_state = 2 * key_width * value_width
     if paradigm is Paradigm.RECURRENT:
         return 2 * length * per_state
     if paradigm is Paradigm.PARALLEL:

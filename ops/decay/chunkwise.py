@@ -32,12 +32,14 @@ from ..recurrence.products import add_product, product, product_dtype
 
 class _DecayChunks(Chunks):
     def __init__(self, x: Recurrence, needs_log_decay: bool) -> None:
-        self.most, self.needs_log_decay = most_chunks(x.v, x.chunk_size, sum(x.matrix[1:])), needs_log_decay
+        self.most = most_chunks(x.v, x.chunk_size, sum(x.matrix[1:]))
+        self.needs_log_decay = needs_log_decay
         self.decays = decays_of(x, x.scale)
         self.dtype = product_dtype(x) if x.log_decay is None or x.log_decay.ndim < 4 else x.wide
 
     def forward(self, group: Group, x: Tokens, states: ChunkStates, exits: list[Tensor]) -> Tensor:
-        chunks, entries = self.decays.chunks(group), states.entries
+        chunks = self.decays.chunks(group)
+        entries = states.entries
         tile = product(chunks.scores(x.q, x.k), x.v)
         left = len(exits) * entries[0].shape[:2].numel()
         if left:
@@ -54,9 +56,16 @@ class _DecayChunks(Chunks):
     def backward(
         self, group: Group, x: Tokens, d_out: Tensor, states: ChunkStates, d_states: Tensor, leaving: slice
     ) -> dict[str, Tensor]:
-        chunks, entries, reading = self.decays.chunks(group), states.entries, states.reading
-        total, before, after = x.q.shape[0], reading.start, x.q.shape[0] - leaving.stop
-        d_exits, d_read, d_left, decayed = d_states[1:], None, None, None
+        chunks = self.decays.chunks(group)
+        entries = states.entries
+        reading = states.reading
+        total = x.q.shape[0]
+        before = reading.start
+        after = x.q.shape[0] - leaving.stop
+        d_exits = d_states[1:]
+        d_read = None
+        d_left = None
+        decayed = None
         if before < total:
             changes = product(scaled(x.q, chunks.prefix)[reading].mT, d_out[reading]).view(-1, *entries.shape[1:])
             numbers = range(entries.shape[0])[-changes.shape[0] :]

@@ -16,8 +16,14 @@ def decay_parallel(x: Recurrence) -> RecurrenceOutput:
     x = x.by_head()
     if x.wide_output:  # products of 16 bits would be of their range
         x = x.widened()
-    q, k, v, log_decay, initial_state, cu_seqlens = x.q, x.k, x.v, x.log_decay, x.initial_state, x.cu_seqlens
-    length, wide = q.shape[1], x.wide
+    q = x.q
+    k = x.k
+    v = x.v
+    log_decay = x.log_decay
+    initial_state = x.initial_state
+    cu_seqlens = x.cu_seqlens
+    length = q.shape[1]
+    wide = x.wide
     token = torch.arange(length, device=q.device)
     causal = token[:, None] >= token
     if cu_seqlens is None:
@@ -36,7 +42,8 @@ def decay_parallel(x: Recurrence) -> RecurrenceOutput:
             scores = _pair_scores(q, k, a, causal).to(v.dtype)
         output = (scores @ v).to(wide)
         if initial_state is not None:
-            query, state = q.to(wide), initial_state.to(wide)
+            query = q.to(wide)
+            state = initial_state.to(wide)
             if a is not None:
                 query = query * (a.cumsum(2) if cu_seqlens is None else _sum_where(causal, a)).exp()
             if cu_seqlens is None:

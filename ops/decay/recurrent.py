@@ -20,7 +20,8 @@ class _Decay(TokenRule):
         with no_autocast(x.q.device):
             x = x if x.q.dtype == x.wide else x.widened()
             # not transposed: an axis of one would keep its stride, which the state would take over
-            column, value = materialize(x.k.squeeze(1).unsqueeze(3), 2), x.v.squeeze(1).unsqueeze(2)
+            column = materialize(x.k.squeeze(1).unsqueeze(3), 2)
+            value = x.v.squeeze(1).unsqueeze(2)
             kept, own = entry_of(x)
             state = column * value if kept is None else add_outer(kept, own, column, value)
             query = x.q.transpose(1, 2)

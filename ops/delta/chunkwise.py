@@ -57,13 +57,18 @@ class DeltaChunks(Chunks):
     def __init__(self, x: Recurrence, needs_log_decay: bool) -> None:
         # of a chunk there are thrice the keys and values, and their pairs
         width = 3 * (sum(x.matrix[1:]) + x.chunk_size) // 2
-        self.most, self.needs_log_decay = most_chunks(x.k, x.chunk_size, width), needs_log_decay
-        self.decays, self.scale = decays_of(x, 1.0, 2), x.scale
+        self.most = most_chunks(x.k, x.chunk_size, width)
+        self.needs_log_decay = needs_log_decay
+        self.decays = decays_of(x, 1.0, 2)
+        self.scale = x.scale
         self.sign, self.c, self.dtype = (*((-1, 1) if x.b is None else (1, 2)), x.wide)
 
     def forward(self, group: Group, x: Tokens, states: ChunkStates, exits: list[Tensor]) -> Tensor:
-        system, entries, reading = self._system(group, x), states.entries, states.reading
-        reads, keys = scaled(system.reads, system.decays.prefix), scaled(system.keys, system.decays.suffix)
+        system = self._system(group, x)
+        entries = states.entries
+        reading = states.reading
+        reads = scaled(system.reads, system.decays.prefix)
+        keys = scaled(system.keys, system.decays.suffix)
         value, written, writes = self._value(x, system.pairs), *self._writes(x)
         for number, part in self._parts(group, x):
             own = value[part]
@@ -81,17 +86,23 @@ class DeltaChunks(Chunks):
     def backward(
         self, group: Group, x: Tokens, d_out: Tensor, states: ChunkStates, d_states: Tensor, leaving: slice
     ) -> dict[str, Tensor]:
-        system, reading = self._system(group, x), states.reading
-        entries, exits = states.entries.flatten(0, 2)[reading], d_states[1:].flatten(0, 2)[leaving]
-        total, before, after = len(d_out), reading.start, len(d_out) - leaving.stop
-        reads, keys = scaled(system.reads, system.decays.prefix), scaled(system.keys, system.decays.suffix)
+        system = self._system(group, x)
+        reading = states.reading
+        entries = states.entries.flatten(0, 2)[reading]
+        exits = d_states[1:].flatten(0, 2)[leaving]
+        total = len(d_out)
+        before = reading.start
+        after = len(d_out) - leaving.stop
+        reads = scaled(system.reads, system.decays.prefix)
+        keys = scaled(system.keys, system.decays.suffix)
         value, written, writes = self._value(x, system.pairs), *self._writes(x)
         if before < total:
             value = value + among(torch.bmm(reads[reading, 1::2], entries), before, 0)
         torch.bmm(system.inverse, value if x.beta is None else x.beta * value, out=written)
 
         d_writes = torch.bmm(system.pairs[:, ::2].mT, d_out)
-        d_read, solved = d_out.new_empty(*d_out.shape[:2], 2, d_out.shape[2]), torch.empty_like(value)
+        d_read = d_out.new_empty(*d_out.shape[:2], 2, d_out.shape[2])
+        solved = torch.empty_like(value)
         d_read[:, :, 0], d_reads = d_out, d_read.flatten(1, 2)
         for number, part in reversed(self._parts(group, x)):
             if part.start < leaving.stop:
@@ -130,13 +141,16 @@ class DeltaChunks(Chunks):
         return found if d_a is None else found | {"log_decay": d_a}
 
     def _system(self, group: Group, x: Tokens) -> _System:
-        decays, a = self.decays.chunks(group), x.k if x.a is None else x.a
+        decays = self.decays.chunks(group)
+        a = x.k if x.a is None else x.a
         both = a.new_empty(*a.shape[:2], 2, a.shape[2])
         torch.mul(x.q, self.scale, out=both[:, :, 0])
         torch.mul(a, self.sign, out=both[:, :, 1])
-        reads, keys = both.flatten(1, 2), x.k if x.b is None else torch.stack((x.b, x.k), dim=2).flatten(1, 2)
+        reads = both.flatten(1, 2)
+        keys = x.k if x.b is None else torch.stack((x.b, x.k), dim=2).flatten(1, 2)
         pairs = decays.scores(reads, keys)
-        recursive, eye = pairs[:, 1::2, :: self.c], torch.eye(group.length, dtype=a.dtype, device=a.device)
+        recursive = pairs[:, 1::2, :: self.c]
+        eye = torch.eye(group.length, dtype=a.dtype, device=a.device)
         matrix = -recursive if x.beta is None else -x.beta * recursive
         # of the matrix only what is below the diagonal is read; x A = 1 is solved faster than A x = 1
         inverse = torch.linalg.solve_triangular(matrix, eye, upper=False, left=False, unitriangular=True)

@@ -36,7 +36,8 @@ class DeltaRule(TokenRule):
                 else:
                     state = add_outer(state, own, materialize(x.b.transpose(1, 2).to(x.wide).mT, 2), found)
             value = value if x.beta is None else x.beta[:, 0, :, None, None].to(x.wide) * value
-            column, value = materialize(key.transpose(2, 3), 2), materialize(value, 3)
+            column = materialize(key.transpose(2, 3), 2)
+            value = materialize(value, 3)
             state = column * value if state is None else add_outer(state, own, column, value)
             output = materialize(x.scale * query, 3) @ state
         return output.to(x.q.dtype).transpose(1, 2), state
@@ -54,7 +55,8 @@ class DeltaRule(TokenRule):
 
     def gradients(self, x: Tokens, entries: Tensor, d_states: Tensor) -> Mapping[str, Tensor]:
         decayed = x.decayed(entries)
-        found, d_found = x.a @ decayed, _d_found(x, d_states)
+        found = x.a @ decayed
+        d_found = _d_found(x, d_states)
         gradients = {"a": decayed @ d_found.mT}
         if x.decay is not None:  # <P, dP> by what P is read for already
             gradients["log_decay"] = (decayed * d_states).sum(3, keepdim=True).addcmul_(x.a.mT, gradients["a"])

@@ -45,7 +45,8 @@ MIN_WIDTH = 16
 
 def limits(probe: Probe) -> list[str]:
     """Why it cannot run what it is asked about, beside the dtype."""
-    device, reasons = probe.device.type, without_scores("flex", probe)
+    device = probe.device.type
+    reasons = without_scores("flex", probe)
     if device not in ("cpu", "cuda"):
         return [f"it runs on CUDA devices and CPUs, not on {device}"]
     if device == "cpu" and probe.needs_grad:
@@ -110,7 +111,8 @@ def _eager(*args: Any, **options: Any) -> Tensor:
 
 def visible(offer: Offer, window: int | None) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """The function of a row, a head, a query and a key (by their indices) that says whether the query sees the key."""
-    places, documents = offer.places, offer.documents
+    places = offer.places
+    documents = offer.documents
     shared = places.shape[0] == 1
 
     def mask(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -133,7 +135,8 @@ def block_mask(length: int, offer: Offer, window: int | None) -> "BlockMask":
     from torch.nn.attention.flex_attention import BlockMask
 
     some, every = blocks(length, offer, window)
-    partial, full = some & ~every, every
+    partial = some & ~every
+    full = every
     return BlockMask.from_kv_blocks(
         *_ordered(partial),
         *_ordered(full),

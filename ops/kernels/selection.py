@@ -179,7 +179,12 @@ def _trial(op: str, probe: Probe, length: int, learned: bool) -> dict[str, Tenso
 def _results(kernel: Kernel, probe: Probe, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Output, final state and all gradients that are wanted."""
     call = Recurrence(
-        **{"log_decay": None, "beta": None, **tensors},
+        q=tensors["q"],
+        k=tensors["k"],
+        v=tensors["v"],
+        log_decay=tensors.get("log_decay"),
+        beta=tensors.get("beta"),
+        initial_state=tensors.get("initial_state"),
         cu_seqlens=None,
         boundaries=None,
         scale=tensors["q"].shape[3] ** -0.5,

@@ -95,10 +95,13 @@ def softmax_parallel_xformers(x: Attention) -> AttentionOutput:
     """
     KERNEL.require(x.probe())
     require_range(x.log_decay, x.q.shape[1], x.q.dtype)
-    offer, kept = x.offer(), x.kept
+    offer = x.offer()
+    kept = x.kept
     query, keys = factored(x.q, 0, offer, x.log_decay)
     inputs = _Inputs(
-        *(query, keys, offer.values),
+        query,
+        keys,
+        offer.values,
         None if kept is None else kept.length,
         None if x.documents is None else x.documents.cu_seqlens,
         None if x.documents is None else x.documents.boundaries,
@@ -168,7 +171,8 @@ def plan(
     queries = [stop - start for _, start, stop in spans]
     if read is None:
         return Plan(queries, queries, boundaries is not None, None)
-    keys, chosen = [], []
+    keys = []
+    chosen = []
     offered = capacity + length  # of one row of a batch
     for (row, start, stop), tokens in zip(spans, queries, strict=True):
         last = read[row]
@@ -209,7 +213,9 @@ def _call(x: _Inputs) -> _Call:
         ring=x.ring,
         window=x.window or None,
     )
-    q, keys, values = x.q, x.keys, x.values
+    q = x.q
+    keys = x.keys
+    values = x.values
     chosen = None if found.chosen is None else found.chosen.to(q.device)
     if chosen is not None:
         keys, values = (y.flatten(0, 1).index_select(0, chosen) for y in (keys, values))
@@ -231,7 +237,8 @@ def _readable(x: Tensor) -> Tensor:
 
 def _grouped(call: _Call) -> tuple[Tensor, Tensor, Tensor]:
     """[B M G H/G .]: each key head serves several query heads without a copy."""
-    n_kv_heads, several = call.k.shape[2], call.q.shape[2] // call.k.shape[2]
+    n_kv_heads = call.k.shape[2]
+    several = call.q.shape[2] // call.k.shape[2]
     k, v = (x[:, :, :, None].expand(-1, -1, -1, several, -1) for x in (call.k, call.v))
     return call.q.unflatten(2, (n_kv_heads, several)), k, v
 

@@ -110,7 +110,9 @@ def chunkwise_kernel(name: str, chunks: MakeChunks) -> Run:
 
 def _allocate(x: Recurrence) -> tuple[Tensor, Tensor, Tensor]:
     """Output, final state [N H K V] and chunk entry states [chunks B H K V]; the last two are empty unless wanted."""
-    length, chunk, nothing = x.q.shape[1], x.chunk_size, x.q.new_empty(0, dtype=x.wide)
+    length = x.q.shape[1]
+    chunk = x.chunk_size
+    nothing = x.q.new_empty(0, dtype=x.wide)
     # documents have no more later chunks than they would have as one, however many they are
     saved = -(-length // chunk) if x.cu_seqlens is None else (length - 1) // chunk
     final_state = x.new_state(x.rows).zero_() if x.output_final_state else nothing
@@ -135,12 +137,15 @@ def _tokens(x: Recurrence, group: Group, dtype: torch.dtype) -> Tokens:
 def _forward(rule: MakeChunks, x: Recurrence) -> tuple[Tensor, Tensor, Tensor]:
     chunks = rule(x, False)
     output, final_state, entries = _allocate(x)
-    rows, batch, index = x.q.shape[0] * x.matrix[0], x.q.shape[0], 0
+    rows = x.q.shape[0] * x.matrix[0]
+    batch = x.q.shape[0]
+    index = 0
     room = entries if x.needs_grad and x.cu_seqlens is None else x.new_state(chunks.most + 1, batch)
     for stretch in x.stretches:
         state = None if x.initial_state is None else x.initial_state[stretch.rows]
         for group in groups(stretch, x.chunk_size, chunks.most):
-            first, last = group.start == stretch.start, group.stop == stretch.stop
+            first = group.start == stretch.start
+            last = group.stop == stretch.stop
             unsaved = _unsaved(x, stretch, group)
             saved = entries[index : index + group.chunks - unsaved]
             # the states before each chunk and after the last, each formed in its place
@@ -159,7 +164,8 @@ def _forward(rule: MakeChunks, x: Recurrence) -> tuple[Tensor, Tensor, Tensor]:
             store(output, group, chunks.forward(group, _tokens(x, group, chunks.dtype), around, states[1:]))
             if x.needs_grad and unsaved:
                 saved.copy_(entered[1:])
-            index, state = index + len(saved), states[-1]
+            index = index + len(saved)
+            state = states[-1]
         if x.output_final_state and state is not None and stretch.start == stretch.stop:
             final_state[stretch.rows].copy_(state)
     if x.needs_grad:
@@ -179,7 +185,8 @@ def _backward(rule: MakeChunks, x: Recurrence, gradients: Gradients) -> dict[str
         out["log_decay"] = torch.zeros_like(x.log_decay, dtype=x.wide, memory_format=torch.contiguous_format)
     if x.initial_state is not None:
         out["initial_state"] = x.initial_state.new_zeros(x.initial_state.shape)
-    rows, most = x.q.shape[0] * x.matrix[0], chunks.most
+    rows = x.q.shape[0] * x.matrix[0]
+    most = chunks.most
     runs = [(stretch, groups(stretch, x.chunk_size, most)) for stretch in x.stretches]
     index = sum(group.chunks - _unsaved(x, stretch, group) for stretch, cuts in runs for group in cuts)
     # of the states before each chunk of a group and after the last

@@ -180,7 +180,8 @@ def recur(
         SeqmixError: shapes or dtypes do not fit, or the kernel does not take them.
     """
     kernel = chosen(family.name, call.paradigm, call.backend).function
-    cp, documents = call.cp_group, call.documents
+    cp = call.cp_group
+    documents = call.documents
     local = documents if cp is None else cp.local(documents, q.shape[1])
     x = Recurrence(
         q,

@@ -89,7 +89,10 @@ class _ScalarChunk(ChunkDecays):
     """One decay for all key dimensions: A is a product with a mask scale * D [n B|1 H|1 m*r m]."""
 
     def __init__(self, mask: Tensor, prefix: Tensor | None, suffix: Tensor | None, total: Tensor | None) -> None:
-        self.mask, self.prefix, self.suffix, self.total = mask, prefix, suffix, total
+        self.mask = mask
+        self.prefix = prefix
+        self.suffix = suffix
+        self.total = total
 
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
         return self._masked(product(q, k.mT))
@@ -101,7 +104,8 @@ class _ScalarChunk(ChunkDecays):
             left = None if outer.d_key is None else _vecdot(k, outer.d_key, m)
             decayed = None if outer.decayed is None else outer.decayed.sum(1)
             pairs = scores.mul_(d_scores)
-            readers, keys = pairs.shape[1] // m, pairs.shape[2] // m
+            readers = pairs.shape[1] // m
+            keys = pairs.shape[2] // m
             # faster than a sum over two inner dimensions
             pairs = reduce(torch.add, (pairs[:, r::readers, c::keys] for r in range(readers) for c in range(keys)))
             d_a = self._log_decay_gradient(pairs, read, left, decayed)
@@ -141,7 +145,8 @@ class _FixedChunk(_ScalarChunk):
     def _log_decay_gradient(
         self, pairs: Tensor, read: Tensor | None, left: Tensor | None, decayed: Tensor | None
     ) -> Tensor:
-        m, count = len(self.distance), self.distance[:, 0]
+        m = len(self.distance)
+        count = self.distance[:, 0]
         grad = pairs.mul_(self.distance).sum((1, 2))
         if read is not None:
             grad += read @ (count + 1)
@@ -162,14 +167,16 @@ class _VectorChunk(ChunkDecays):
 
     def __init__(self, a: Tensor, reads: _Reads) -> None:
         self.scale = reads.scale
-        self.length, self.size = a.shape[3], 1 << (a.shape[3] - 1).bit_length()
+        self.length = a.shape[3]
+        self.size = 1 << (a.shape[3] - 1).bit_length()
         # from the block's first token up to each token, and from after each token up to the block's last
         up_to = a.new_zeros(a.shape[:3].numel(), self.size, a.shape[4])
         up_to[:, : self.length] = a.flatten(0, 2)
         after = torch.zeros_like(up_to)
         self.levels = []
         while (half := 1 << len(self.levels)) < self.size:
-            sums, rest = _halves(up_to, half), _halves(after, half)
+            sums = _halves(up_to, half)
+            rest = _halves(after, half)
             self.levels.append((sums[:, :, 1].exp().mul_(self.scale), rest[:, :, 0].exp()))
             rest[:, :, 0] += sums[:, :, 1, -1:]
             sums[:, :, 1] += sums[:, :, 0, -1:]
@@ -178,7 +185,8 @@ class _VectorChunk(ChunkDecays):
         self.suffix = after[:, : self.length].exp().unflatten(0, (-1, a.shape[2]))
 
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
-        readers, keys = q.shape[1] // self.length, k.shape[1] // self.length
+        readers = q.shape[1] // self.length
+        keys = k.shape[1] // self.length
         scores = q.new_zeros(q.shape[0], self.size * readers, self.size * keys)
         own = (q[:, ::readers, None] * k.unflatten(1, (-1, keys))).sum(3)
         self._own(scores)[:, : self.length] = own.mul_(self.scale)
@@ -188,7 +196,8 @@ class _VectorChunk(ChunkDecays):
 
     def scores_backward(self, q: Tensor, k: Tensor, scores: Tensor, d_scores: Tensor, outer: Outer | None) -> Grads:
         del scores
-        readers, keys = q.shape[1] // self.length, k.shape[1] // self.length
+        readers = q.shape[1] // self.length
+        keys = k.shape[1] // self.length
         d_sums = None if outer is None else self._sums_gradients(q, k, outer)
         d_scores = self._padded(self._padded(d_scores, readers).mT, keys).mT
         d_own = self._own(d_scores)[:, : self.length, :, None] * self.scale
@@ -197,7 +206,8 @@ class _VectorChunk(ChunkDecays):
         dk[:, : k.shape[1]] = (d_own * q[:, ::readers, None]).flatten(1, 2)
         for half, query, key, from_middle, to_middle in self._products(q, k):
             d_corners = _corners(d_scores, half * readers, half * keys)
-            d_query, d_key = d_corners @ key, d_corners.mT @ query
+            d_query = d_corners @ key
+            d_key = d_corners.mT @ query
             _add_weighed(_halves(dq, half * readers)[:, :, 1], d_query, from_middle)
             _add_weighed(_halves(dk, half * keys)[:, :, 0], d_key, to_middle)
             if d_sums is not None:
@@ -225,7 +235,8 @@ class _VectorChunk(ChunkDecays):
     def _products(self, q: Tensor, k: Tensor) -> Iterator[tuple[int, Tensor, Tensor, Tensor, Tensor]]:
         """Each size of a half, the largest first, its queries and keys [G n half*r K] as seen from the middle, and by
         what they decay."""
-        readers, keys = q.shape[1] // self.length, k.shape[1] // self.length
+        readers = q.shape[1] // self.length
+        keys = k.shape[1] // self.length
         q, k = self._padded(q, readers), self._padded(k, keys)
         for from_middle, to_middle in reversed(self.levels):
             half = to_middle.shape[2]
@@ -256,7 +267,8 @@ class _FixedDecays:
     def __init__(self, log_decay: Tensor | None, size: int, reads: _Reads, like: Tensor) -> None:
         token = torch.arange(size, device=like.device, dtype=like.dtype)
         self._distance = token[:, None] - token
-        self.log_decay, self._reads = log_decay, reads
+        self.log_decay = log_decay
+        self._reads = reads
         self._formed: dict[int, ChunkDecays] = {}
         if log_decay is None:
             self._pairs = like.new_ones(1, 1, size, size)
@@ -287,13 +299,16 @@ class _GivenDecays:
     """log_decay [B T H] or [B T H K]: formed group by group."""
 
     def __init__(self, log_decay: Tensor, reads: _Reads, like: Tensor) -> None:
-        self.log_decay, self._reads, self.dtype = log_decay, reads, like.dtype
+        self.log_decay = log_decay
+        self._reads = reads
+        self.dtype = like.dtype
 
     def chunks(self, group: Group) -> ChunkDecays:
         a = cut(self.log_decay, group).to(self.dtype)
         if a.ndim == 5:
             return _VectorChunk(a, self._reads)
-        m, rows = a.shape[3], a.flatten(0, 2)
+        m = a.shape[3]
+        rows = a.flatten(0, 2)
         later = torch.ones(m, m, dtype=torch.bool, device=a.device).tril(-1)
         # entry [i, j] adds up a[l] for j < l <= i; it is 0 above the diagonal
         pairs = torch.where(later, rows[:, :, None], 0).cumsum_(1).exp_().unflatten(0, (-1, a.shape[2]))
@@ -304,7 +319,8 @@ class _GivenDecays:
 
 def decays_of(x: Recurrence, scale: float, readers: int = 1) -> _FixedDecays | _GivenDecays:
     """The decays of a call, whose `chunks` are those of a group; `readers` is r."""
-    like, size = x.q.new_empty(0, dtype=x.wide), min(x.chunk_size, x.q.shape[1])
+    like = x.q.new_empty(0, dtype=x.wide)
+    size = min(x.chunk_size, x.q.shape[1])
     reads = _Reads(scale, readers, size, like)
     if x.log_decay is None or x.log_decay.ndim == 1:
         return _FixedDecays(x.log_decay, size, reads, like)

@@ -107,7 +107,9 @@ def recurrent_kernel(name: str, rule: TokenRule) -> Run:
         return RecurrenceOutput(output, state if x.output_final_state else None)
 
     # errors and traces name the family's kernel
-    compute.__module__, compute.__name__, compute.__qualname__ = type(rule).__module__, name, name
+    compute.__module__ = type(rule).__module__
+    compute.__name__ = name
+    compute.__qualname__ = name
     return compute
 
 
@@ -129,7 +131,8 @@ def _forward(rule: TokenRule, x: Recurrence) -> tuple[Tensor, Tensor, Tensor]:
             if x.needs_grad and start > stretch.start and (start - stretch.start) % BLOCK == 0:
                 saved[index] = state.unflatten(0, saved.shape[1:3])
                 index += 1
-            tokens, states = _tokens(x, start, stop), room[: stop - start + 1]
+            tokens = _tokens(x, start, stop)
+            states = room[: stop - start + 1]
             _write(rule, tokens.each(), states)
             _store(output, start, stop, tokens.q @ states[1:])
             state = states[-1]
@@ -148,8 +151,10 @@ def _backward(rule: TokenRule, x: Recurrence, gradients: Gradients) -> dict[str,
     x = x.widened()
     d_output = torch.zeros_like(x.v) if d_output is None else d_output.to(x.wide)
     runs = [(stretch, _parts(stretch.start, stretch.stop, BLOCK)) for stretch in x.stretches]
-    index, size = sum(max(len(blocks) - 1, 0) for _, blocks in runs), _at_once(x)
-    room, d_states = _room(x, BLOCK, 1), _room(x, size, 0)
+    index = sum(max(len(blocks) - 1, 0) for _, blocks in runs)
+    size = _at_once(x)
+    room = _room(x, BLOCK, 1)
+    d_states = _room(x, size, 0)
     for stretch, blocks in reversed(runs):
         d_state = torch.zeros_like(room[0])
         if d_final_state is not None:
@@ -158,14 +163,17 @@ def _backward(rule: TokenRule, x: Recurrence, gradients: Gradients) -> dict[str,
             if start > stretch.start:
                 index -= 1
             room[0] = saved[index].flatten(0, 1) if start > stretch.start else _initial(x, stretch)
-            tokens, d_out = _tokens(x, start, stop), _rows(d_output, start, stop)[..., None, :]
-            each, states = tokens.each(), room[: stop - start + 1]
+            tokens = _tokens(x, start, stop)
+            d_out = _rows(d_output, start, stop)[..., None, :]
+            each = tokens.each()
+            states = room[: stop - start + 1]
             _write(rule, each, states)
             for first, last in reversed(_parts(0, stop - start, size)):
                 for t in reversed(range(first, last)):
                     d_state = torch.addcmul(d_state, each[t].q.mT, d_out[t], out=d_states[t - first])
                     d_state = rule.carry(each[t], d_state)
-                part, entries = tokens.part(first, last), states[first:last]
+                part = tokens.part(first, last)
+                entries = states[first:last]
                 found = {"q": x.scale * (d_out[first:last] @ states[first + 1 : last + 1].mT)}
                 found |= rule.gradients(part, entries, d_states[: last - first])
                 if x.a is None and "a" in found:  # the keys read
@@ -208,7 +216,9 @@ def _rows(x: Tensor, start: int, stop: int) -> Tensor:
 def _tokens(x: Recurrence, start: int, stop: int) -> Tokens:
     q, k, v = (_rows(tensor, start, stop) for tensor in (x.q, x.k, x.v))
     a, b, beta = (None if tensor is None else _rows(tensor, start, stop) for tensor in (x.a, x.b, x.beta))
-    rate, column, decay = None if beta is None else beta[..., None, None], k[..., None], x.log_decay
+    rate = None if beta is None else beta[..., None, None]
+    column = k[..., None]
+    decay = x.log_decay
     if decay is not None:
         fixed = decay.ndim == 1
         decay = (decay.repeat(x.q.shape[0]).expand(stop - start, -1) if fixed else _rows(decay, start, stop)).exp()
@@ -253,7 +263,8 @@ def no_autocast(device: torch.device) -> AbstractContextManager[object]:
 
 def entry_of(x: Recurrence) -> tuple[Tensor | None, bool]:
     """exp(a) S before the one token, and whether that may be written: a donated state has decayed in its own place."""
-    state, wide = x.initial_state, x.wide
+    state = x.initial_state
+    wide = x.wide
     if state is None:
         return None, False
     own = x.output_final_state and x.donated and state.dtype == wide and state.is_contiguous()

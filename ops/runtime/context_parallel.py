@@ -85,7 +85,8 @@ class ContextParallel:
         """The documents inside this rank's segment, whose boundaries go from 0 to `length`; others are empty."""
         if documents is None:
             return None
-        start, boundaries = self.start(length), documents.boundaries
+        start = self.start(length)
+        boundaries = documents.boundaries
         if boundaries is not None:
             boundaries = tuple(min(max(boundary - start, 0), length) for boundary in boundaries)
         return Documents((documents.cu_seqlens - start).clamp(0, length), documents.of_token, boundaries)
@@ -115,7 +116,8 @@ class ContextParallel:
         """The same where `row` is what the rank before left, whose last document may end at this segment's start."""
         if documents is None:
             return row
-        own, last = documents.of_token[:1], self.last_documents(documents, length)
+        own = documents.of_token[:1]
+        last = self.last_documents(documents, length)
         row = torch.where(last[self.rank - 1] == own, row, rows.index_select(0, own))
         return self.continued(row, rows, documents)
 
@@ -137,7 +139,8 @@ class ContextParallel:
         unfinished (one row). Initial state (None is zero) and documents are the whole row's; `apply` is M S, and
         `add` the sum.
         """
-        transitions, states = self.gather(transition), self.gather(written)
+        transitions = self.gather(transition)
+        states = self.gather(written)
         used = torch.arange(self.size, device=written.device) < self.rank
         if documents is None:
             state = rows = torch.zeros_like(written) if initial_state is None else initial_state.to(written.dtype)

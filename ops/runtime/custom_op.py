@@ -130,7 +130,8 @@ class Op(Generic[I]):
         return outputs[0] if self.outputs == 1 else outputs
 
     def _differentiate(self, op: Any, arguments: str) -> None:
-        name, given = f"{self.name}_backward", self.outputs - self.saves
+        name = f"{self.name}_backward"
+        given = self.outputs - self.saves
         results = ", ".join(["Tensor"] * len(self.tensors))
         d_outputs = "".join(f"Tensor? d_{i}, " for i in range(given))
         saved = "".join(f", Tensor saved_{i}" for i in range(self.reads + self.saves))
@@ -151,7 +152,8 @@ class Op(Generic[I]):
         def gradients(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
             found: list[Tensor | None] = [None] * len(ctx.rest)
             unpacked = ctx.saved_tensors  # once: activation checkpointing recomputes what is unpacked
-            inputs, saved = unpacked[: len(tensors)], unpacked[len(tensors) :]
+            inputs = unpacked[: len(tensors)]
+            saved = unpacked[len(tensors) :]
             arguments = list(ctx.rest)
             for i, tensor in zip(tensors, inputs, strict=True):
                 arguments[i] = tensor
@@ -170,9 +172,11 @@ class Op(Generic[I]):
 
     def _unpacked(self, args: tuple[Any, ...]) -> tuple[I, Gradients]:
         """The arguments of the backward op."""
-        given, count = self.outputs - self.saves, len(self.inputs._fields)
+        given = self.outputs - self.saves
+        count = len(self.inputs._fields)
         x = self.inputs._make(args[given : given + count])
-        saved, wanted = args[given + count : -1], args[-1]
+        saved = args[given + count : -1]
+        wanted = args[-1]
         names = frozenset(name for name, wants in zip(self.tensors, wanted, strict=True) if wants)
         return x, Gradients(args[:given], tuple(saved), names)
 

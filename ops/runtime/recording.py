@@ -35,7 +35,8 @@ def recorded() -> Iterator[list[Recorded]]:
 
     In eager mode only; calls of a context-parallel group are not recorded.
     """
-    before, found = _records.open, list[Recorded]()
+    before = _records.open
+    found = list[Recorded]()
     _records.open = (*before, found)
     try:
         yield found

@@ -207,7 +207,8 @@ def _diagonal_shapes(x: Tensor, log_decay: Tensor) -> list[list[int]]:
 
 def _polar(log_decay: Tensor, angle: Tensor) -> Tensor:
     """exp(log_decay + i angle) as pairs of real numbers."""
-    log_decay, angle = log_decay.double(), angle.double()  # an angle of many turns has few digits left
+    log_decay = log_decay.double()
+    angle = angle.double()  # an angle of many turns has few digits left
     return log_decay.exp()[..., None] * torch.stack((angle.cos(), angle.sin()), dim=-1)
 
 
@@ -260,7 +261,9 @@ def _in_group(
     add: Callable[[Tensor, Tensor], Tensor] = torch.add,
 ) -> ScanOutput:
     """Of a segment's tokens, where `transition` is M of S -> M S + U, the segment as a map of the state."""
-    cp, documents, length = call.cp_group, call.documents, x.x.shape[1]
+    cp = call.cp_group
+    documents = call.documents
+    length = x.x.shape[1]
     assert cp is not None
     local = cp.local(documents, length)
     packed: tuple[Any, Any] = (None, None) if local is None else (local.cu_seqlens, local.boundaries)

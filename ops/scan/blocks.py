@@ -177,7 +177,8 @@ def rows_of(edges: Edges | None, x: Tensor, before: int = 0) -> Rows:
     rows: Rows = {}
     if edges is not None:
         inside = edges.token >= before
-        token, block = edges.token[inside] - before, edges.block[inside]
+        token = edges.token[inside] - before
+        block = edges.block[inside]
         for t, n, value in zip(token.tolist(), block.tolist(), x[token, block].unbind(), strict=True):
             rows.setdefault(t, []).append((n, value))
     return rows
@@ -219,7 +220,8 @@ def run_tokens(decay: Tensor, written: Tensor, entered: Tensor, starts: Rows, st
 
 def _exits(decay: Tensor, written: Tensor, starts: Rows, step: Step) -> Tensor:
     """The states after the last tokens of blocks that start from zero: [m ..] -> [..]."""
-    factors, h = decay.unbind(), written.unbind()
+    factors = decay.unbind()
+    h = written.unbind()
     state = h[0].clone()
     for t in range(1, len(h)):
         step(h[t], factors[t], state, out=state)
@@ -230,7 +232,8 @@ def _exits(decay: Tensor, written: Tensor, starts: Rows, step: Step) -> Tensor:
 
 def _run_back(decay: Tensor, d_states: Tensor, ends: Rows) -> None:
     """g of dh in place: [m ..], the last token's already has what comes from later blocks."""
-    factors, g = decay.unbind(), d_states.unbind()
+    factors = decay.unbind()
+    g = d_states.unbind()
     for t in range(len(g) - 2, -1, -1):
         g[t].addcmul_(factors[t + 1], g[t + 1])
         for block, last in ends.get(t, ()):
@@ -239,7 +242,8 @@ def _run_back(decay: Tensor, d_states: Tensor, ends: Rows) -> None:
 
 def _exits_back(decay: Tensor, d_states: Tensor, ends: Rows, firsts: Edges | None) -> Tensor:
     """The gradient of the states before the first tokens, of what is inside alone: [m ..] -> [..]."""
-    factors, above = decay.unbind(), d_states.unbind()
+    factors = decay.unbind()
+    above = d_states.unbind()
     state = above[-1].clone()
     for t in range(len(above) - 2, -1, -1):
         torch.addcmul(above[t], factors[t + 1], state, out=state)
@@ -261,7 +265,8 @@ def _chain(
     step: Step = torch.addcmul,
 ) -> None:
     """States [n ..] between blocks, in an order: `first`, then of each block but the last what it makes of its own."""
-    state, cut = first, set() if firsts is None else set(firsts.block.tolist())  # a document starts in these
+    state = first
+    cut = set() if firsts is None else set(firsts.block.tolist())  # a document starts in these
     for at, i in enumerate(order):
         if at:
             passed = order[at - 1]
@@ -293,7 +298,8 @@ def _terms(x: Any, rule: Rule[Any], group: Group, firsts: Edges | None, initial:
         decay = log_decay.exp().to(written.dtype).expand_as(written)
         total = (group.length * log_decay).exp().to(written.dtype).expand(written.shape[1:])
         if firsts is not None:
-            decay, total = decay.clone(), total.clone()
+            decay = decay.clone()
+            total = total.clone()
     else:
         total = log_decay.sum(0).exp_()
         decay = log_decay.exp_()
@@ -329,11 +335,13 @@ def _initial(x: Any, rule: Rule[Any], dtype: torch.dtype) -> Tensor | None:
 
 
 def _allocate(x: Any, rule: Rule[Any]) -> Outputs:
-    output, shape = x.x.new_empty(x.x.shape), rule.shape(x)
+    output = x.x.new_empty(x.x.shape)
+    shape = rule.shape(x)
     batch, length = output.shape[:2]
     rows = batch if x.cu_seqlens is None else x.cu_seqlens.shape[0] - 1
     blocks = -(-length // x.chunk_size) if x.needs_grad else 0
-    dtype, shape = wide(output), (*shape, 2) if rule.is_complex else shape
+    dtype = wide(output)
+    shape = (*shape, 2) if rule.is_complex else shape
     final = output.new_empty((rows, *shape) if x.output_final_state else (0,), dtype=dtype)
     return output, final, output.new_empty((blocks, batch, *shape), dtype=dtype)
 
@@ -341,7 +349,8 @@ def _allocate(x: Any, rule: Rule[Any]) -> Outputs:
 def _forward(x: Any, rule: Rule[Any]) -> Outputs:
     results = _allocate(x, rule)
     output, (final, entries) = results[0], (_as_states(y, rule) for y in results[1:])
-    layout, index = Layout.of(x.cu_seqlens, x.boundaries, output.shape[1]), 0
+    layout = Layout.of(x.cu_seqlens, x.boundaries, output.shape[1])
+    index = 0
     initial = _initial(x, rule, results[1].dtype)
     if layout is None and initial is not None:
         state = initial
@@ -374,7 +383,8 @@ def _forward(x: Any, rule: Rule[Any]) -> Outputs:
 
 def _backward(x: Any, gradients: Gradients, rule: Rule[Any]) -> dict[str, Tensor]:
     (d_output, d_final), (saved,) = gradients.outputs, gradients.saved
-    output, entries = x.x.new_empty(x.x.shape), _as_states(saved, rule)
+    output = x.x.new_empty(x.x.shape)
+    entries = _as_states(saved, rule)
     d_output = torch.zeros_like(output) if d_output is None else d_output
     d_final = None if d_final is None or not d_final.numel() else _as_states(d_final.to(saved.dtype).contiguous(), rule)
     layout = Layout.of(x.cu_seqlens, x.boundaries, output.shape[1])
@@ -390,7 +400,8 @@ def _backward(x: Any, gradients: Gradients, rule: Rule[Any]) -> dict[str, Tensor
     index = len(entries)
     for group in reversed(groups_of):
         index -= group.chunks
-        entered, firsts = entries[index : index + group.chunks], None if layout is None else layout.firsts(group)
+        entered = entries[index : index + group.chunks]
+        firsts = None if layout is None else layout.firsts(group)
         terms = _terms(x, rule, group, firsts, initial)
         run_tokens(terms.decay, terms.written, entered, rows_of(firsts, terms.written))
         terms = _conjugated(terms)
@@ -403,7 +414,8 @@ def _backward(x: Any, gradients: Gradients, rule: Rule[Any]) -> dict[str, Tensor
         if terms.total is None:
             d_states[-1, 0] += above
         else:
-            inside, after = _exits_back(terms.decay, d_states, ends, firsts), torch.empty_like(entered)
+            inside = _exits_back(terms.decay, d_states, ends, firsts)
+            after = torch.empty_like(entered)
             _chain(above, terms.total, inside, after, range(group.chunks - 1, -1, -1), firsts)
             d_states[-1] += after
         _run_back(terms.decay, d_states, ends)

@@ -53,7 +53,8 @@ class DiagonalScan(Rule[Diagonal]):
     def terms(self, x: Diagonal, group: Group) -> tuple[Tensor, Tensor]:
         dtype = wide(x.x)
         # an angle of many turns, or of many tokens, has few digits left
-        log_decay, new = torch.complex(x.log_decay.double(), x.angle.double()), cut(x.x, group, dtype)
+        log_decay = torch.complex(x.log_decay.double(), x.angle.double())
+        new = cut(x.x, group, dtype)
         written = new.new_zeros((*new.shape[:3], *log_decay.shape, 2))
         written[..., 0].copy_(new[..., None, :])
         return log_decay, torch.view_as_complex(written)

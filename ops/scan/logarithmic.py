@@ -40,12 +40,14 @@ def _allocate(x: Scan) -> tuple[Tensor, Tensor, Tensor]:
 
 def _forward(x: Scan) -> tuple[Tensor, Tensor, Tensor]:
     output, final, saved = _allocate(x)
-    layout, initial = _layout(x), _initial(x)
+    layout = _layout(x)
+    initial = _initial(x)
     if x.output_final_state:
         final.copy_(initial)  # of documents without tokens
     state = initial if layout is None else initial.new_full((1, *initial.shape[1:]), -torch.inf)
     for group in cuts(x, output, state[0].numel()):
-        log_decay, h = own(x.log_decay, group, initial.dtype), own(x.x, group, initial.dtype)
+        log_decay = own(x.log_decay, group, initial.dtype)
+        h = own(x.x, group, initial.dtype)
         firsts = None if layout is None else layout.firsts(group)
         if firsts is not None:
             firsts.put(h, log_step(firsts.of(h), firsts.of(log_decay), initial[firsts.document]))
@@ -67,7 +69,8 @@ def _forward(x: Scan) -> tuple[Tensor, Tensor, Tensor]:
 def _backward(x: Scan, gradients: Gradients) -> dict[str, Tensor]:
     (d_output, d_final), (h,) = gradients.outputs, gradients.saved
     above = torch.zeros_like(h) if d_output is None else d_output.to(h.dtype, copy=True)
-    layout, initial = _layout(x), _initial(x)
+    layout = _layout(x)
+    initial = _initial(x)
     row, first = (slice(None), 0) if layout is None else (0, layout.first)
     document = slice(None) if layout is None else layout.document
     d_initial = torch.zeros_like(initial)

@@ -27,7 +27,8 @@ def average_run(run: Path, out: Path, *, checkpoints: int) -> list[int]:
     Raises:
         SeqmixError: it is not a run, has fewer checkpoints, one is damaged, or the directory cannot be written.
     """
-    config, found = read_config(run), checkpoint.checkpoints(run)
+    config = read_config(run)
+    found = checkpoint.checkpoints(run)
     if not 2 <= checkpoints <= len(found):
         raise CheckpointError(
             f"--checkpoints is {checkpoints}, which is 2 at least, and {run} holds {len(found)}: "

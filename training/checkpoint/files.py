@@ -130,7 +130,10 @@ class Writer:
     """
 
     def __init__(self, run: Path, groups: ProcessGroups = ALONE, *, keep: int, keep_best: bool) -> None:
-        self.run, self.groups, self.keep, self.keep_best = run, groups.background, keep, keep_best
+        self.run = run
+        self.groups = groups.background
+        self.keep = keep
+        self.keep_best = keep_best
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: tuple[Path, Future[None]] | None = None
 
@@ -185,7 +188,8 @@ def write(
     Raises:
         SeqmixError: a process cannot write its part.
     """
-    folder, files = folder_of(run, manifest.step), dict[str, dict[str, Any]]()
+    folder = folder_of(run, manifest.step)
+    files = dict[str, dict[str, Any]]()
     partial = folder.with_name(f".{folder.name}.partial")
     with _failing_together(groups):
         partial.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,9 @@ from ...registry import SeqmixError, dump, is_vacant, try_lock, write_file
 from ..config import RunConfig
 from .errors import TrainingError
 
-CONFIG_FILE, LOCK_FILE, SCORES_FILE = "config.yaml", "run.lock", "scores.json"
+CONFIG_FILE = "config.yaml"
+LOCK_FILE = "run.lock"
+SCORES_FILE = "scores.json"
 
 
 def require_free(run: Path) -> None:

@@ -18,8 +18,12 @@ from ..tensor_files import CheckpointError, read_tensors, write_tensors
 from .provenance import seqmix_version
 
 FORMAT = "1"
-FORMAT_KEY, MODEL_KEY, CHECKSUM_KEY = "seqmix.prompt_cache", "seqmix.model", "seqmix.sha256"
-STATE, RECENT, LENGTHS = "state.", "recent", "lengths"
+FORMAT_KEY = "seqmix.prompt_cache"
+MODEL_KEY = "seqmix.model"
+CHECKSUM_KEY = "seqmix.sha256"
+STATE = "state."
+RECENT = "recent"
+LENGTHS = "lengths"
 COUNTS = ("position", "length")
 """Names of leaves that count tokens."""
 
@@ -71,7 +75,8 @@ def load_prompt_cache(file: str | Path, model: LanguageModel) -> PromptCache:
             f"{file} belongs to another model: a prompt cache is valid only for the same weights and configuration"
         )
     try:
-        recent, lengths = tensors.pop(RECENT), tensors.pop(LENGTHS)
+        recent = tensors.pop(RECENT)
+        lengths = tensors.pop(LENGTHS)
         leaves = {name.removeprefix(STATE): leaf.to(model.device) for name, leaf in tensors.items()}
         _require_tokens(recent, lengths, model.config.vocab_size)
         _require_rows(leaves, len(lengths))
@@ -107,7 +112,8 @@ def _require_leaves(leaves: dict[str, Tensor], tokens: Tensor, model: LanguageMo
     like, roomy = (to_dict(model.init_state(1, max_length=most)) for most in (None, 1))
     longest = int(tokens.max())
     for name, leaf in leaves.items():
-        wanted, grown = like[name], roomy.get(name, like[name])
+        wanted = like[name]
+        grown = roomy.get(name, like[name])
         # where an empty state has no room, and one for a token has it, the state grows with the text; one that does
         # not count its tokens leaves out those that change nothing
         counted = any(f"{name.rpartition('.')[0]}.{count}" in leaves for count in COUNTS)

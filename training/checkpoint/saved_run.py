@@ -112,7 +112,8 @@ def read_weights(
         config, found, tokenizer = _read_file(run, trust)
     else:
         whole = read_config(run, tell=tell)
-        config, tokenizer = whole.model, whole.data.tokenizer_of(run)
+        config = whole.model
+        tokenizer = whole.data.tokenizer_of(run)
         read: list[Mapping[str, Tensor]] = []
 
         def use(folder: Path) -> None:

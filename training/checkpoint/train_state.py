@@ -20,7 +20,10 @@ from ..optimizer import AnyOptimizer, start_moments
 from ..tensor_files import Chunk, fill, read_chunks, require_same_names
 from .files import CheckpointError, Parts, files_of
 
-MODEL, OPTIMIZER, STATE, EMA = "model", "optimizer", "state", "ema"
+MODEL = "model"
+OPTIMIZER = "optimizer"
+STATE = "state"
+EMA = "ema"
 """The parts of a checkpoint."""
 LONGEST = 2**53
 """Tokens that a state counts are below it: float64 has them exactly."""
@@ -56,7 +59,8 @@ def _own(tensors: Mapping[str, Tensor], groups: ProcessGroups) -> dict[str, Chun
 
 def rows_of(leaf: Tensor, groups: ProcessGroups) -> Chunk:
     """A state's leaf as this process's rows of the global batch."""
-    rows, rest = leaf.shape[0], leaf.shape[1:]
+    rows = leaf.shape[0]
+    rest = leaf.shape[1:]
     return Chunk(leaf, (groups.dp_rank * rows, *(0 for _ in rest)), (groups.dp_size * rows, *rest))
 
 
@@ -127,8 +131,10 @@ def load_state(folder: Path, model: LanguageModel, batch_size: int, groups: Proc
     Raises:
         CheckpointError: it is missing, damaged, or of another model or batch.
     """
-    files, rows = files_of(folder, STATE), batch_size // groups.dp_size
-    found, like = read_chunks(files)[0], model.init_state(rows)
+    files = files_of(folder, STATE)
+    rows = batch_size // groups.dp_size
+    found = read_chunks(files)[0]
+    like = model.init_state(rows)
     leaves = to_dict(like)
     require_same_names(files, found, leaves)
     if any(first.shape[:1] != (batch_size,) for first, *_ in found.values()):
@@ -147,7 +153,8 @@ def _require_leaf(file: Path, name: str, found: Chunk, leaf: Tensor) -> None:
     Raises:
         CheckpointError: it has.
     """
-    dtype, expected = found.values.dtype, leaf.dtype
+    dtype = found.values.dtype
+    expected = leaf.dtype
     alike = dtype == expected or (dtype.is_floating_point and expected.is_floating_point)
     if found.shape[1:] != leaf.shape[1:] or not alike:
         shape = ", ".join(["rows", *map(str, leaf.shape[1:])])
@@ -173,7 +180,8 @@ def _require_same_model(file: Path, metadata: Mapping[str, str], config: ModelCo
     if written is None:
         return []
     what, how = _split(config)
-    what_before, how_before = None, {}
+    what_before = None
+    how_before = {}
     with suppress(ValueError, RecursionError):
         fields = json.loads(written)
         if not unimported(fields):  # the run's own model is built by now, so another one names other code

@@ -103,11 +103,13 @@ class Planner:
     """
 
     def __init__(self, config: RunConfig, gpu: str = "h100") -> None:
-        self.config, self.gpu = config, GPUS[gpu]
+        self.config = config
+        self.gpu = GPUS[gpu]
         self.dtype = torch.float32 if config.training.precision == "float32" else torch.bfloat16
         peak = peak_of(gpu.upper(), self.dtype)
         assert peak is not None
-        self.rate, self.length = SHARE * peak, config.data.sequence_length
+        self.rate = SHARE * peak
+        self.length = config.data.sequence_length
         self.cost = account(config.model, length=self.length)
         narrow = account(config.model, length=self.length, dtype=self.dtype)
         activations = [layer.activation_bytes for layer in narrow.layers]
@@ -124,19 +126,24 @@ class Planner:
 
     def layout(self, *, data: int, shard: int, context_parallel: int = 1, sequences: int) -> Layout:
         """A layout that computes so many sequences at once."""
-        pieces, gpus = shard * context_parallel, data * shard * context_parallel
-        settings, parameters = self.config.training, self.cost.parameters
+        pieces = shard * context_parallel
+        gpus = data * shard * context_parallel
+        settings = self.config.training
+        parameters = self.cost.parameters
         parts = settings.batch_size // (data * shard * sequences)
         # parameters, gradients and two moments in pieces; a block is recomputed when the loss has no logits any more
-        rows, vocab_size = sequences / context_parallel, self.config.model.vocab_size
+        rows = sequences / context_parallel
+        vocab_size = self.config.model.vocab_size
         logits = LOGIT * min(rows * self.length * vocab_size, LOGITS_AT_ONCE["cuda"])
         memory = 16 * parameters / pieces + rows * self.kept + max(rows * self.inside, logits)
         # blocks are gathered twice, the rest once, and gradients scattered once; pieces are added up over copies
-        rest, width = parameters - sum(layer.parameters for layer in self.cost.layers), self.width
+        rest = parameters - sum(layer.parameters for layer in self.cost.layers)
+        width = self.width
         received = (width * (2 * parameters - rest) + 4 * parameters) * (pieces - 1) / pieces
         copied = 2 * 4 * parameters / pieces * (data - 1) / data
         if self.config.distributed.gather_once:  # and once per step, with the whole model and gradients in memory
-            received, copied = (width + 4) * parameters * (pieces - 1) / pieces / parts, copied / parts
+            received = (width + 4) * parameters * (pieces - 1) / pieces / parts
+            copied = copied / parts
         if gpus > 1:
             memory += (width + 4) * parameters if self.config.distributed.gather_once else self.gathered
         tokens = settings.batch_size * self.length

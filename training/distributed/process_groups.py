@@ -129,14 +129,18 @@ def join_processes(config: DistributedConfig) -> Iterator[ProcessGroups]:
 
     SeqmixError: the configured layout needs another number of processes, or a process is lost.
     """
-    size, rank = _number("WORLD_SIZE", "1"), _number("RANK", "0")
+    size = _number("WORLD_SIZE", "1")
+    rank = _number("RANK", "0")
     if dist.is_available() and dist.is_initialized():
-        size, rank = dist.get_world_size(), dist.get_rank()
-    shard, cp_size = _shards(config, size), config.context_parallel
+        size = dist.get_world_size()
+        rank = dist.get_rank()
+    shard = _shards(config, size)
+    cp_size = config.context_parallel
     if size == 1:
         yield ALONE
         return
-    ours, patience = not dist.is_initialized(), timedelta(seconds=config.timeout)
+    ours = not dist.is_initialized()
+    patience = timedelta(seconds=config.timeout)
     if ours:
         gpu = torch.cuda.is_available()
         if gpu:

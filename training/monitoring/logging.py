@@ -16,8 +16,11 @@ class Metrics:
     """Writes the metrics of a run; SeqmixError: a logger is not available."""
 
     def __init__(self, run: Path, config: RunConfig) -> None:
-        self.run, self.config, self.file = run, config, run / METRICS_FILE
-        self._loggers, self._begun = [make_logger(name) for name in config.training.loggers], list[Logger]()
+        self.run = run
+        self.config = config
+        self.file = run / METRICS_FILE
+        self._loggers = [make_logger(name) for name in config.training.loggers]
+        self._begun = list[Logger]()
 
     def begin(self, step: int) -> None:
         """Delete metrics of steps that will run again, and invalid lines (a truncated write)."""

@@ -56,7 +56,8 @@ class Score:
             slices: the value of each row, by axis of difficulty.
         """
         asked = targets != IGNORED
-        self.loss, self.asked = self.loss + loss, self.asked + int(asked.sum())
+        self.loss = self.loss + loss
+        self.asked = self.asked + int(asked.sum())
         if predicted is None:
             return
         right = asked.clone()
@@ -74,7 +75,8 @@ class Score:
 
     def merge(self, other: Mapping[str, Any]) -> None:
         """Add the counts of other batches: another score's `asdict`."""
-        self.loss, self.asked = self.loss + other["loss"], self.asked + other["asked"]
+        self.loss = self.loss + other["loss"]
+        self.asked = self.asked + other["asked"]
         if other["right"] is not None:
             self.right = (self.right or 0) + other["right"]
         for mine, theirs in ((self.answers, other["answers"]), (self.losses, other["losses"])):
