@@ -27,7 +27,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return
     from .registry import SeqmixError, require_name
     from .testing.check import CHECKS, KERNEL_CHECKS
-    from .testing.parametrize import COMMAND_LINE, BoundCheck
+    from .testing.engine.parametrize import COMMAND_LINE, BoundCheck
 
     names, examples = set(config.getoption("seqmix_check") or ()), config.getoption("seqmix_examples")
     try:

@@ -105,8 +105,8 @@ def check(
     [bold]seqmix check decay/chunkwise/triton --device cuda --junit kernel.xml[/bold]
     """
     from ..testing import CHECKS, EXAMPLES, check_kernel, check_mixer
-    from ..testing.mixer_options import not_varied
-    from ..testing.source import source as source_of
+    from ..testing.engine.source import source as source_of
+    from ..testing.mixer.options import not_varied
 
     require_writable(json_file, junit_file)
     console, kernel, chosen = terminal(), kernel_of(source), examples or (QUICK if quick else EXAMPLES)

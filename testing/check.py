@@ -9,11 +9,11 @@ import torch
 from ..mixers.contract import MixerConfig, SequenceMixer
 from ..mixers.state import to_dict
 from ..ops.kernels import Kernel
-from .kernel_case import KernelDraw
-from .kernel_trial import KernelTrial
-from .mixer_case import Draw
-from .mixer_options import alternatives
-from .mixer_trial import Trial
+from .kernel.case import KernelDraw
+from .kernel.trial import KernelTrial
+from .mixer.case import Draw
+from .mixer.options import alternatives
+from .mixer.trial import Trial
 
 S = TypeVar("S")
 D = TypeVar("D")

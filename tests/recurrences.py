@@ -6,7 +6,7 @@ from seqmix.ops.decay import decay_recurrence
 from seqmix.ops.delta import delta_rule
 from seqmix.ops.dplr import dplr_recurrence
 from seqmix.testing import DecayCase
-from seqmix.testing.kernel_families import DeltaCase, DplrCase
+from seqmix.testing.kernel.families import DeltaCase, DplrCase
 
 INPUTS = ["q", "k", "v", "beta", "a", "b", "log_decay", "state"]
 OPS = {DecayCase: decay_recurrence, DeltaCase: delta_rule, DplrCase: dplr_recurrence}

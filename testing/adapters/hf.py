@@ -24,7 +24,7 @@ from ...mixers.traits import ContractError, Traits
 from ...ops.paradigm import Paradigm
 from ...registry import SeqmixError, import_named, load, nearest
 from ...registry.yaml import parse, write
-from ..adapt import AdaptedConfig, Result
+from .module import AdaptedConfig, Result
 
 D_MODEL = 16
 """The width, where `config` has none."""

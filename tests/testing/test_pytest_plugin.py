@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from seqmix.testing import parametrize
+from seqmix.testing.engine import parametrize
 
 pytest_plugins = ["pytester"]
 PLUGIN = "seqmix.pytest_plugin"

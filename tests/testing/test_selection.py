@@ -21,9 +21,9 @@ from seqmix.mixers.retention import Retention, RetentionConfig
 from seqmix.mixers.traits import ContractError
 from seqmix.registry import SeqmixError
 from seqmix.testing import CHECKS, Case, Outcome, Status, check, check_mixer, parametrize_checks, parametrize_kernels
-from seqmix.testing.mixer_options import alternatives, changed, chunk_sizes
-from seqmix.testing.outcome import Outcomes
-from seqmix.testing.source import source
+from seqmix.testing.engine.run.outcome import Outcomes
+from seqmix.testing.engine.source import source
+from seqmix.testing.mixer.options import alternatives, changed, chunk_sizes
 
 RETENTION = RetentionConfig(n_heads=2)
 

@@ -8,7 +8,7 @@ from unusual import UNUSUAL, Alternating, Counted, NoState, TorchGRU, Unusual
 from seqmix import ContractError
 from seqmix.testing import CHECKS, CheckFailure, Status, check_mixer
 from seqmix.testing.compare import Differences
-from seqmix.testing.mixer_checks.context_parallel import _over_ranks
+from seqmix.testing.stress.context_parallel import _over_ranks
 
 NIGHTLY = settings().max_examples >= 1000
 LONG = {"thousands_of_tokens_agree", "long_segments_do_not_drift"}

@@ -1,0 +1,100 @@
+"""Values of a model's first layer, which later ones mix into their own: an input beside the tokens, and an output."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...mixers.contract import SequenceMixer
+from ..check import check, differentiable, value_residual
+from ..compare import near, require
+from ..contract.packing import alone, described, together
+from ..mixer.case import Draw
+from ..mixer.trial import Call, Trial, learnable
+
+GRADIENT = "the gradient of"
+
+
+@check(
+    value_residual,
+    differentiable,
+    use="layers that mix in the first one's values: these are lost in a paradigm, a piece or a document",
+    share=0.08,
+    draw=Draw(pieces=(1, 3), tokens=(1, 9), long=12, batch_size=(1, 2), lists=((3, 1, 5),)),
+)
+def first_values_are_read_with_their_tokens(trial: Trial) -> None:
+    """Every paradigm, pieces and packed documents give the same output, values, final state and gradients, of given
+    first values too; what mixes them in learns. Wanted values change nothing."""
+    mixer, x, state = taking(trial), trial.tokens(), trial.state()
+    both = torch.cat((x, trial.like(x)), dim=-1)
+    whole = compared(trial, "with first values", partial(with_values, mixer), both, state, mixer)
+    require(whole[f"{GRADIENT} the input"][..., x.shape[-1] :].any(), "first values have no gradient")
+    for name in learnable(mixer).keys() - learnable(trial.mixer).keys():
+        require(whole[f"{GRADIENT} {name}"].any(), f"{name} has no gradient: nothing depends on it")
+    first = compared(trial, "of the first layer", partial(with_values, trial.mixer), x, state, trial.mixer)
+    y, _ = trial.mix(x, state, paradigm=trial.reference)
+    trial.compare("values wanted against not", (first["the output"][..., : x.shape[-1]], None), (y, None))
+    _under_autocast(trial, x.float())
+
+
+def _under_autocast(trial: Trial, x: Tensor) -> None:
+    """Values that a first layer gives under autocast are such as a later one takes there: two layers' roundings."""
+    layers = trial.rebuilt(torch.float32), taking(trial).float()
+
+    def run(on: bool) -> Tensor:
+        with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16, enabled=on):
+            *_, values = layers[0](x, return_values=True)
+            return layers[1](x, first_values=values)[0]
+
+    what = "under autocast, with values that the first layer gives there"
+    near("the output", what, run(True), run(False), 2 * trial.subject.tolerances[torch.bfloat16])
+
+
+def taking(trial: Trial) -> SequenceMixer:
+    """The case's mixer as a later layer, which takes first values."""
+    mixer = trial.rebuilt()
+    mixer.accept_first_values()
+    require(mixer.takes_first_values, "accept_first_values leaves takes_first_values False")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        mixer.reset_parameters()
+    with torch.no_grad():
+        for parameter in mixer.parameters():
+            parameter.add_(0.1 * trial.like(parameter))
+    return mixer.to(trial.subject.device, trial.case.dtype)
+
+
+def with_values(mixer: SequenceMixer, x: Tensor, state: Any, **options: Any) -> tuple[Tensor, Any]:
+    """Output and values, side by side, [B T 2D], of tokens, or of tokens and the first values that a mixer takes."""
+    x, *first = x.chunk(2, dim=-1) if mixer.takes_first_values else (x,)
+    y, after, values = mixer(x, state, first_values=first[0] if first else None, return_values=True, **options)
+    return torch.cat((y, values), dim=-1), after
+
+
+def compared(
+    trial: Trial, what: str, mix: Callable[..., Any], x: Tensor, state: Any, mixer: SequenceMixer
+) -> dict[str, Tensor]:
+    """Output and gradients of the whole in the reference paradigm, which all others gave."""
+    kept = x.clone()
+    whole = trial.differentiate(trial.call(trial.reference, mix), x, state, mixer=mixer)
+    for paradigm in trial.paradigms:
+        call = trial.call(paradigm, mix)
+        ways: dict[str, Call] = {}
+        if paradigm != trial.reference:
+            ways[f"{paradigm}"] = call
+        if len(trial.case.lengths) > 1:
+            ways[f"{paradigm}, in pieces,"] = trial.in_pieces(call)
+        for way, used in ways.items():
+            found = trial.differentiate(used, x, state, mixer=mixer)
+            trial.compare(f"{what}: {way} against {trial.reference}", found, whole)
+    if (boundaries := trial.boundaries()) is not None:
+        before = trial.state(len(trial.case.lengths))
+        separate = alone(trial, trial.mix, x, before, mixer=mix)
+        for paradigm in trial.paradigms:
+            packed, _ = trial.mix(x, before, mix, cu_seqlens=boundaries, paradigm=paradigm)
+            said = f"{what}: documents of {described(trial)} tokens, {paradigm}, and alone"
+            trial.compare(said, (packed, None), (together(separate, trial.case.lengths), None))
+    require(torch.equal(x, kept), f"{what}: a call writes into its tokens or first values")
+    return whole[0]
