@@ -37,9 +37,11 @@ class Check(Generic[S, D, T]):
     share: float
     """Cases, as a share of the examples asked for; 0 means one."""
     compiles: bool = False
-    """Whether it compiles, which is slow."""
+    """True if it compiles, which is slow: left out of quick runs."""
     long: bool = False
-    """Whether it reads hundreds of tokens in most cases: left out of quick runs, as what compiles is."""
+    """True if most of its cases have hundreds of tokens: left out of quick runs."""
+    stress: bool = False
+    """True if it runs under `--stress` alone."""
     use: str = ""
     """Which use breaks where the property does not hold, and how: "training on packed text: documents leak"."""
 
@@ -69,6 +71,7 @@ def check(
     draw: Draw | None = None,
     compiles: bool = False,
     long: bool = False,
+    stress: bool = False,
     use: str = "",
 ) -> Callable[[Callable[[Trial], None]], Callable[[Trial], None]]:
     """Register a function of a `Trial` as a check of mixers; its docstring is the property.
@@ -77,7 +80,7 @@ def check(
         ValueError: its name is taken, or it has no docstring.
     """
     draw = draw or Draw()
-    return _registers(CHECKS, needs=needs, share=share, draw=draw, compiles=compiles, long=long, use=use)
+    return _registers(CHECKS, needs=needs, share=share, draw=draw, compiles=compiles, long=long, stress=stress, use=use)
 
 
 def kernel_check(
@@ -142,7 +145,6 @@ def several_paradigms(config: MixerConfig, _: SequenceMixer) -> str | None:
 
 
 UNMOVED = "shift_state moves no leaf of the state"
-IN_TURN = "supports_context_parallel is False: states go from rank to rank, as for any mixer"
 
 optional = needing("Options.", lambda c, _: alternatives(c), "the configuration has no options to vary")
 packing = needing("Packing.", lambda c, _: c.traits.packing, "traits.packing is False")
@@ -166,13 +168,3 @@ exact_gradients = needing(
     lambda c, _: not c.traits.surrogate_gradients,
     "traits.surrogate_gradients is True",
 )
-sets_reach = needing(
-    "Decays that can be set.",
-    lambda _, m: (
-        any(hasattr(part, "set_reach") for part in m.children()) or type(m).set_reach != SequenceMixer.set_reach
-    ),
-    "neither the mixer nor a part has a set_reach of its own",
-)
-projected = needing("Projections.", lambda _, m: m.projections, "projections names none")
-value_residual = needing("A value residual.", lambda c, _: c.traits.value_residual, "traits.value_residual is False")
-context_parallel = needing("Its own context parallelism.", lambda _, m: m.supports_context_parallel, IN_TURN)

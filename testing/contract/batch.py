@@ -8,10 +8,8 @@ import torch
 from torch import Tensor
 
 from ...mixers.state import map_state, select
-from ...ops.paradigm import Paradigm
 from ..check import check
-from ..compare import require
-from ..mixer.case import CROWDS, FIXED, Draw
+from ..mixer.case import CROWDS, Draw
 from ..mixer.trial import Trial
 
 FEW = 4
@@ -23,12 +21,6 @@ SAMPLES = 2
 LOUD = 30.0
 """How much larger the tokens of one row are: relative to the largest of all rows, the others are nothing."""
 
-COUNTED = (257, 257)
-"""Rows and tokens of a batch with more than 65,536 tokens."""
-
-CHUNK = 16
-"""Tokens of its chunks, where there are such."""
-
 
 @check(
     use="any batch: a sequence's result depends on its neighbours",
@@ -38,12 +30,11 @@ CHUNK = 16
 def rows_are_independent(trial: Trial) -> None:
     """A sequence gives the same alone as beside others in a batch, much louder ones too, and beside few as beside many,
     with a final state and without."""
-    many = trial.case.seed == FIXED and trial.case.batch_size == CROWDS[-1]  # of which every eighth few are enough
-    rows = COUNTED[0] if many else trial.case.batch_size
+    rows = trial.case.batch_size
     x, state = trial.tokens(rows), trial.state(rows)
     x[0] *= LOUD if trial.case.seed % 2 else 1
     has_state, crowded = trial.mixer.traits.has_state, rows >= CROWDS[0]
-    few = trial.index(*range(rows)).split(1 if rows < CROWDS[0] else FEW)[:: 8 if many else 1]
+    few = trial.index(*range(rows)).split(1 if rows < CROWDS[0] else FEW)
     # of many rows, without a state the last ones are enough
     ways = [(has_state, few), (False, few[-1:])] if crowded else [(has_state and trial.case.seed // 2 % 2 == 1, few)]
     for paradigm, (wanted, chosen) in itertools.product(trial.paradigms, ways):
@@ -54,20 +45,6 @@ def rows_are_independent(trial: Trial) -> None:
             )
             what = f"{paradigm}, rows {some.tolist()} of {len(x)} against them without the others"
             trial.compare(what, (y[some], None if states is None else select(states, some)), alone)
-    if many:
-        _tens_of_thousands(trial)
-
-
-def _tens_of_thousands(trial: Trial) -> None:
-    """The last rows of a batch of more tokens than 16 bits count, against them alone."""
-    x, paradigm = trial.tokens(*COUNTED).float(), trial.mixer.traits.prefer(Paradigm.CHUNKWISE, Paradigm.PARALLEL)
-    # pairs of a chunk's tokens take the time
-    small = trial.subject.accepts({**trial.case.options, "chunk_size": CHUNK})
-    mixer = trial.rebuilt(torch.float32, **({"chunk_size": CHUNK} if small else {}))
-    y, alone = (trial.mix(tokens, None, mixer, paradigm=paradigm)[0] for tokens in (x, x[-FEW:]))
-    off, largest = (numbers.abs().max().item() for numbers in (y[-FEW:] - alone, alone))
-    what = f"{paradigm}, the last rows of {len(x):,}, of {x.shape[1]} tokens each: output against them alone"
-    require(off <= 1e-2 * largest, f"{what} is off by {off:.1e}, of up to {largest:.1e}")
 
 
 @check(

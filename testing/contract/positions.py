@@ -10,10 +10,10 @@ from ...mixers.state import is_inexact, to_dict
 from ...ops.paradigm import Paradigm
 from ...registry import SeqmixError
 from ..check import check, exact_gradients, invariant, positioned, shiftable, shifted, stateful
-from ..compare import EXACT, near, require
+from ..compare import EXACT, require
 from ..memory_limit import limited_memory
 from ..mixer.case import Draw
-from ..mixer.trial import Trial
+from ..mixer.trial import Trial, late_start
 
 PREFIX, FARTHEST = 64, 8192
 """Prefix length of the earlier of two positions, at least and at most: a window's cache is full (of zeros) then."""
@@ -45,7 +45,7 @@ BLANK = (16, 17, 300, 8200)
     shiftable,
     use="long text: late tokens are mixed in another way than early ones",
     share=0.04,
-    draw=Draw(tokens=(9, 9), batch_size=(2, 2), starts=("initial",)),
+    draw=Draw(tokens=(9, 9), batch_size=(2, 2), starts=("initial",), options=True),
 )
 def position_matters_only_where_declared(trial: Trial) -> None:
     """Where shift invariance is declared, the same tokens give the same after 64, a million and 2^31 others, or so many
@@ -89,7 +89,7 @@ def position_matters_only_where_declared(trial: Trial) -> None:
     exact_gradients,
     use="a prompt that is cut off or padded: blocks, or positions, move with it",
     share=0.03,
-    draw=Draw(tokens=(7, 7), batch_size=(1, 1), starts=("none",), always="values", chunk_size=16),
+    draw=Draw(tokens=(7, 7), batch_size=(1, 1), starts=("none",), options=True, chunk_size=16),
 )
 def an_unseen_prefix_changes_nothing(trial: Trial) -> None:
     """Where shift invariance is declared, a token that gives the same after two prefixes, which are out of a window or
@@ -132,46 +132,6 @@ def _zeros_move_nothing(trial: Trial, x: Tensor) -> None:
         require(off <= ROUNDED, said.format(BLANK[-1], off, BLANK[-2]))
 
 
-LATE = Draw(
-    tokens=(12, 24), fixed=40, batch_size=(2, 2), starts=("initial",), dtypes=(torch.float32, torch.bfloat16), wide=10
-)
-
-
-@check(
-    stateful, positioned, use="long text in low precision: late positions are rounded", share=0.06, long=True, draw=LATE
-)
-def late_positions_are_exact(trial: Trial) -> None:
-    """After a million tokens float32, also under autocast, and bfloat16 are as near float64 as at the start, or so many
-    are refused."""
-    exact, device = trial.rebuilt(torch.float64), trial.subject.device.type
-    x, tolerances = trial.tokens(), trial.subject.tolerances
-    for number, start in enumerate((10**6, 2**31 - 2)):
-        in_pieces = trial.paradigms[(trial.case.seed + number) % len(trial.paradigms)]
-        try:
-            with limited_memory():
-                expected, _ = trial.mix(x.double(), _late(exact, len(x), start), exact, paradigm=trial.reference)
-        except SeqmixError:
-            return
-        for paradigm in trial.paradigms:
-            y, after = trial.mix(x, _late(trial.mixer, len(x), start), paradigm=paradigm)
-            what = f"{paradigm}, {trial.case.dtype} at position {start:,}"
-            near("the output", what, y, expected, tolerances[trial.case.dtype])
-            if trial.case.dtype == torch.float32:  # products have 8 bits there, and an angle may be one
-                with torch.autocast(device, torch.bfloat16):
-                    y, _ = trial.mix(x, _late(trial.mixer, len(x), start), paradigm=paradigm)
-                near("the output", f"{what} under autocast", y, expected, tolerances[torch.bfloat16])
-            for name, leaf in to_dict(after).items():
-                if shifted(trial.mixer, start).get(name):
-                    sentence = f"{paradigm}: the state's {name} went from {start:,} to {leaf.min().item():,}"
-                    require((leaf >= start).all(), f"{sentence}; positions are int64")
-        pieces, between = [], _late(exact, len(x), start)
-        for piece in x.double().split(PIECE, dim=1):
-            z, between = trial.mix(piece, between, exact, paradigm=in_pieces)
-            pieces.append(z)
-        what = f"{in_pieces} at position {start:,}, pieces against the whole"
-        trial.compare(what, (torch.cat(pieces, dim=1), None), (expected, None), ROUNDED)
-
-
 def _no_count_matters(trial: Trial, x: Tensor) -> None:
     """Of a state without a position: where a token that is read again and again changes integers that count alone, the
     counts may not matter."""
@@ -200,14 +160,9 @@ def _close(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and torch.allclose(one.double(), other.double(), EXACT / 10, EXACT / 10)
 
 
-def _late(mixer: SequenceMixer, rows: int, start: int) -> Any:
-    """The initial state, at a later position."""
-    return mixer.shift_state(mixer.init_state(rows), start)
-
-
 def _outputs(trial: Trial, x: Tensor, boundaries: Tensor, start: int, paradigm: Any) -> Tensor:
     """In two pieces, and packed where that is declared."""
-    state = _late(trial.mixer, len(x), start)
+    state = late_start(trial.mixer, len(x), start)
     y1, between = trial.mix(x[:, :5], state, paradigm=paradigm)
     y2, _ = trial.mix(x[:, 5:], between, paradigm=paradigm)
     outputs = [y1, y2]

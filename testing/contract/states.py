@@ -1,6 +1,5 @@
 """A state is a value: it can be saved, batched, split, reordered and used again."""
 
-import itertools
 from functools import partial
 from typing import Any
 
@@ -9,8 +8,6 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ...mixers.state import clone, concatenate, from_dict, map_state, nbytes, select, to_dict
-from ...ops.donation import donate_state
-from ...ops.once import Formed, constants_kept, formed_once
 from ...ops.paradigm import Paradigm
 from ...registry import SeqmixError
 from ..check import check, constant, declares, differentiable, stateful
@@ -18,8 +15,8 @@ from ..compare import require
 from ..mixer.case import Draw
 from ..mixer.trial import Trial, as_leaves, float_leaves, learnable, leaves_of, named_results
 
-STEPS = 40
-"""More than there are buffers in a pool."""
+STEPS = 3
+"""Steps after which a state that a step gave has to be as it was."""
 
 DEEP, GROWN = 12, 40
 """Layers of a model, and tokens after which a state has grown."""
@@ -28,7 +25,7 @@ DEEP, GROWN = 12, 40
 @check(
     stateful,
     use="the start of a text: it depends on how the state was made",
-    share=0.06,
+    share=0.04,
     draw=Draw(tokens=(1, 8), starts=("none",)),
 )
 def the_initial_state_is_nothing_read(trial: Trial) -> None:
@@ -172,11 +169,11 @@ def a_state_is_never_written_under_grad(trial: Trial) -> None:
     declares("size", "A state that grows or not"),
     use="prompts that are used again: the shared state is another after the first answer",
     share=0.04,
-    draw=Draw(tokens=(1, 5), lists=((1,), (70,), (130,)), batch_size=(1, 2), starts=("initial", "read", "moved")),
+    draw=Draw(tokens=(1, 5), lists=((1,), (70,)), batch_size=(1, 2), starts=("initial", "read", "moved")),
 )
 def a_constant_state_is_never_written(trial: Trial) -> None:
     """A constant state keeps its values where no gradients are wanted, too: under `no_grad` and `inference_mode`, and
-    after tens of steps."""
+    after further steps."""
     x, given, token = trial.tokens(), trial.state(), trial.tokens(length=1)
     for mode in (torch.no_grad, torch.inference_mode):
         for paradigm in trial.paradigms:
@@ -196,36 +193,6 @@ def a_constant_state_is_never_written(trial: Trial) -> None:
         for _ in range(STEPS):
             _, later = step(token, later)
     trial.compare(f"a state that a step gave, {STEPS} steps later against then", (None, after), (None, before), 0)
-
-
-@check(
-    stateful,
-    use="generation: what is decoded changes the model, or the next text",
-    share=0.04,
-    draw=Draw(tokens=(2, 6), batch_size=(1, 2), starts=("none",)),
-)
-def a_donated_state_may_be_written(trial: Trial) -> None:
-    """Where a state is donated, as a `Decoder` does with those it owns, and what only constants decide is kept, text
-    after text is decoded as elsewhere, in every paradigm, and no parameter or buffer is written."""
-    x, mixer, constants = trial.tokens(), trial.rebuilt(), Formed()
-    tensors = dict(mixer.named_parameters()) | dict(mixer.named_buffers())
-    saved = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-    expected, _ = trial.mix(x, None)
-
-    def decoded(paradigm: Paradigm) -> Tensor:
-        state, outputs = mixer.init_state(len(x), max_length=x.shape[1]), []
-        for token in x.split(1, dim=1):
-            with donate_state(), constants_kept(constants), formed_once():
-                y, state = mixer(token, state, paradigm=trial.after(paradigm), return_state=True)
-            outputs.append(y.clone())
-        return torch.cat(outputs, dim=1)
-
-    with torch.no_grad():
-        for paradigm, text in itertools.product(trial.paradigms, ("a text", "the next text")):
-            what = f"{paradigm}, {text} from states that may be written"
-            trial.compare(what, (decoded(paradigm), None), (expected, None))
-    now = {name: tensor.detach() for name, tensor in tensors.items()}
-    trial.compare("parameters and buffers after decoding against before", (now, None), (saved, None), 0)
 
 
 @check(

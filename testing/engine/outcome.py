@@ -1,6 +1,6 @@
 """How checks end, and which are selected, for mixers and for kernels."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -60,10 +60,14 @@ def known_names(names: Iterable[str], checks: Collection[str]) -> list[str]:
     return [name for name in checks if name in names]
 
 
-def chosen_names(names: Iterable[str] | None, checks: Collection[str]) -> list[str]:
-    """Names of the checks to run: all where None is given; an empty selection is a SeqmixError."""
+def chosen_names(names: Iterable[str] | None, checks: Mapping[str, Check], *, stress: bool = False) -> list[str]:
+    """Names of the checks to run; None chooses the default ones, and with `stress` all.
+
+    Raises:
+        SeqmixError: a name that is no check's, or an empty selection.
+    """
     if names is None:
-        return list(checks)
+        return [name for name, check in checks.items() if stress or not check.stress]
     if isinstance(names, str):
         raise SeqmixError(f"checks needs a list of names, and was given {names!r}: write [{names!r}]")
     if not (found := known_names(names, checks)):

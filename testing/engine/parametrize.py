@@ -1,6 +1,6 @@
 """Checks as pytest cases."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -8,10 +8,19 @@ from typing import Any
 from hypothesis import core, settings
 
 from ...registry import SeqmixError, nearest
+from ..check import Check
 from .outcome import Outcomes, Status, chosen_names, known_names
 
-COMMAND_LINE: dict[str, Any] = {}
-"""Options given to pytest itself (pytest_plugin.py), which hold whatever tests say."""
+
+@dataclass
+class CommandLine:
+    """Options given to pytest itself (pytest_plugin.py), which hold whatever tests say."""
+
+    examples: int | None = None
+    stress: bool = False
+
+
+COMMAND_LINE = CommandLine()
 
 
 @dataclass(frozen=True)
@@ -28,7 +37,9 @@ class BoundCheck:
 
         if fixed := sorted({"checks", "expected_failures"} & options.keys()):
             raise SeqmixError(f"{fixed[0]} is given where tests are made of checks, not where one is run")
-        given = {"seed": _seed(), "examples": settings().max_examples, **self.options, **options, **COMMAND_LINE}
+        given = {"seed": _seed(), "examples": settings().max_examples, **self.options, **options}
+        if COMMAND_LINE.examples is not None:
+            given["examples"] = COMMAND_LINE.examples
         try:
             report = self.run(**given)
         except SeqmixError as error:  # nothing that a traceback of the kit would explain
@@ -44,10 +55,11 @@ class BoundCheck:
 
 def parametrized(
     tested: Sequence[tuple[str, str, Callable[..., Outcomes]]],
-    known: Collection[str],
+    known: Mapping[str, Check],
     *,
     what: str,
     checks: Iterable[str] | None,
+    stress: bool = False,
     expected_failures: Mapping[str, Mapping[str, str]] | None,
     options: Mapping[str, Any],
 ) -> Any:
@@ -55,7 +67,8 @@ def parametrized(
     "kind" or "kernel") that `expected_failures` has for it, and what runs checks on it."""
     import pytest
 
-    chosen, expected = chosen_names(checks, known), expected_failures or {}
+    chosen = chosen_names(checks, known, stress=stress or COMMAND_LINE.stress)
+    expected = expected_failures or {}
     names = dict.fromkeys(name for _, name, _ in tested)
     for name, failures in expected.items():
         if name not in names:

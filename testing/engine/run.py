@@ -79,13 +79,14 @@ def run_checks(
     seed: int | None,
     shrink: bool,
     compiles: bool = True,
+    stress: bool = False,
     on_outcome: Callable[[Outcome], None] | None = None,
     on_case: Callable[[Any, int], None] | None = None,
 ) -> list[Outcome]:
     """Run checks, of those known, on what is tested; arguments and errors are those of `check_mixer`."""
     expected = dict(expected_failures or {})
     known_names(expected, known)
-    names = chosen_names(checks, known)
+    names = chosen_names(checks, known, stress=stress)
     if not isinstance(examples, int) or isinstance(examples, bool) or examples < 1:
         raise SeqmixError(f"examples needs an integer >= 1, and was given {examples!r}")
     if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or seed < 0):

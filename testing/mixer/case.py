@@ -43,8 +43,8 @@ CROWDS = (9, 33)
 MANY = 9
 """Documents beside a few."""
 
-HEADS = (12, 36, 1)
-"""Heads of a wide mixer, beside its own: several, more than a block of 32, and one of more than 128 channels."""
+HEADS = (12, 1)
+"""Heads of a wide mixer, beside its own: several, and one of more than 128 channels."""
 
 FIXED = 1
 """The seed of cases that run in any case."""
@@ -129,8 +129,8 @@ class Draw:
     scales: tuple[float, ...] = (1.0,)
     wide: int = 0
     """One case in so many, on average, has a wide mixer, if one fits; 0 is none."""
-    always: Literal["none", "values", "pairs"] = "none"
-    """Whether every value of an option comes by itself in a case that always runs, or any two of two options meet."""
+    options: bool = False
+    """True if every value of every option comes by itself in a case that always runs."""
     dtypes: tuple[torch.dtype, ...] = (torch.float64,)
     """Of parameters and inputs."""
 

@@ -98,24 +98,6 @@ def singly(config: MixerConfig, accepts: Callable[[dict[str, Any]], bool]) -> li
     return found
 
 
-def pairs(config: MixerConfig, accepts: Callable[[dict[str, Any]], bool], most: int = 24) -> list[dict[str, Any]]:
-    """A few changes of the configuration in which any two values of two options meet, if they go together."""
-    chance, values = Random(0), _all_values(config)
-    left = [(one, other) for n, one in enumerate(values) for other in values[n + 1 :] if one[0] != other[0]]
-    found = singly(config, accepts)
-    most += len(found)
-    while left and len(found) < most:
-        options = dict(left.pop(0))
-        if not accepts(options):
-            continue
-        for name, value in chance.sample(values, len(values)):
-            if name not in options and accepts(options | {name: value}):
-                options[name] = value
-        left = [pair for pair in left if not all(options.get(name) == value for name, value in pair)]
-        found.append(options)
-    return found
-
-
 def shared(config: MixerConfig, accepts: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
     """Heads that share something, neither one nor each for itself: which head reads which can be wrong there alone."""
     names = [name for name in alternatives(config) if "heads" in name or "group" in name]

@@ -41,6 +41,7 @@ def check_mixer(
     seed: int | None = 0,
     vary: bool = True,
     compiles: bool = True,
+    stress: bool = False,
     tolerances: Mapping[torch.dtype, float] | None = None,
     compile_backend: str = BACKEND,
     expected_failures: Mapping[str, str] | None = None,
@@ -52,7 +53,7 @@ def check_mixer(
 
     Args:
         config: what is tested.
-        checks: names of the checks to run; all by default.
+        checks: names of the checks to run; by default those of the contract.
         d_model: width of the residual stream; by default the smallest of a few that fits.
         device: where it is tested.
         paradigms: those to test, of the declared ones, each against the reference; all by default.
@@ -60,6 +61,7 @@ def check_mixer(
         seed: of the cases drawn; None leaves it to hypothesis.
         vary: whether checks may change options of the configuration: Literals, booleans, None, and fields' `examples`.
         compiles: whether the checks that compile run, which take several seconds each, or are skipped.
+        stress: whether the checks of `--stress` run too, where `checks` names none.
         tolerances: allowed in low precision per dtype, relative to the norm, where the kit's own do not do.
         compile_backend: what the checks that compile use: `aot_eager`, which is quick, or `inductor`; with the first
             forward alone is traced where only sizes are looked at.
@@ -75,9 +77,20 @@ def check_mixer(
     made = {"paradigms": paradigms, "vary": vary, "tolerances": tolerances, "compile_backend": compile_backend}
     subject = Subject(config, d_model=d_model, device=device, **made)
     subject.probe()
-    asked = {"checks": checks, "expected_failures": expected_failures, "compiles": compiles, "shrink": shrink}
-    asked |= {"examples": examples, "seed": seed, "on_outcome": on_outcome, "on_case": on_case}
-    return Report(config, subject.d_model, outcomes=run_checks(TestedMixer(subject, examples), CHECKS, **asked))
+    outcomes = run_checks(
+        TestedMixer(subject, examples),
+        CHECKS,
+        checks=checks,
+        stress=stress,
+        expected_failures=expected_failures,
+        compiles=compiles,
+        shrink=shrink,
+        examples=examples,
+        seed=seed,
+        on_outcome=on_outcome,
+        on_case=on_case,
+    )
+    return Report(config, subject.d_model, outcomes=outcomes)
 
 
 def reproduce(name: str, config: MixerConfig, case: Case, **options: Any) -> None:
@@ -97,6 +110,7 @@ def parametrize_checks(
     configs: Sequence[MixerConfig],
     *,
     checks: Iterable[str] | None = None,
+    stress: bool = False,
     expected_failures: Mapping[str, Mapping[str, str]] | None = None,
     **options: Any,
 ) -> Any:
@@ -107,7 +121,8 @@ def parametrize_checks(
 
     Args:
         configs: what is tested.
-        checks: names of the checks to run; all by default.
+        checks: names of the checks to run; by default those of the contract.
+        stress: whether the checks of `--stress` run too, where `checks` names none.
         expected_failures: by kind, checks that are known to fail, each with a reason.
         options: as `check_mixer` has them.
 
@@ -119,8 +134,8 @@ def parametrize_checks(
     if not configs:
         raise SeqmixError("parametrize_checks was given no configuration, so nothing would be tested")
     tested = [(_label(config, configs), config.kind, partial(check_mixer, config)) for config in configs]
-    known = {"checks": checks, "expected_failures": expected_failures}
-    return parametrized(tested, CHECKS, what="kind", **known, options=options)
+    chosen = {"checks": checks, "stress": stress, "expected_failures": expected_failures}
+    return parametrized(tested, CHECKS, what="kind", **chosen, options=options)
 
 
 def _label(config: MixerConfig, configs: Sequence[MixerConfig]) -> str:
@@ -150,11 +165,14 @@ class TestedMixer(Tested[Case]):
 
     def fixed_cases(self, check: MixerCheck) -> list[Case]:
         draw = check.draw.of(self.subject.traits)
-        met = self.subject.always(draw.always)
-        met = [*met, *self.subject.always("shared")] if draw.wide or draw.always != "none" else met
-        short = Case((5,) * draw.pieces[0], start=draw.starts[-1], seed=FIXED, dtype=draw.dtypes[0])
-        found = draw.fixed_cases(self.subject.traits) + [replace(short, options=options) for options in met]
-        return as_many_as_asked(found, self.examples)
+        tokens = max(draw.tokens[0], min(5, draw.tokens[1]))
+        short = Case((tokens,) * draw.pieces[0], draw.batch_size[0], draw.starts[-1], seed=FIXED, dtype=draw.dtypes[0])
+        found = draw.fixed_cases(self.subject.traits)
+        if draw.options or draw.wide:
+            found += [replace(short, options=options) for options in self.subject.shared_options]
+        # every option's every value is tried, however few examples are asked for
+        singly = self.subject.single_options if draw.options else []
+        return as_many_as_asked(found, self.examples) + [replace(short, options=options) for options in singly]
 
     def simpler(self, check: MixerCheck, case: Case) -> Iterable[Case]:
         return check.draw.of(self.subject.traits).simpler(case)

@@ -5,7 +5,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cached_property
 from random import Random
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -16,7 +16,7 @@ from ...registry import SeqmixError
 from ..compare import LOW_PRECISION
 from ..engine.search import where_raised
 from .case import LAYERS
-from .options import changed, drawn_options, pairs, require_examples, shared, singly
+from .options import changed, drawn_options, require_examples, shared, singly
 
 D_MODELS = (12, 8, 16, 24, 32, 48, 64, 96, 128, 256, 512)
 """Widths to try for a configuration that comes without one."""
@@ -73,7 +73,6 @@ class Subject:
         self.arguments["compile_backend"] = compile_backend
         self._built: dict[Any, SequenceMixer | None] = {}
         self._accepted: dict[str, bool] = {}
-        self._always: dict[str, list[dict[str, Any]]] = {}
 
     def renewed(self) -> "Subject":
         """The same with mixers of its own, that have not been called."""
@@ -92,13 +91,15 @@ class Subject:
         """Changes of the configuration."""
         return drawn_options(self.config, vary=self.vary, accepts=self.accepts)
 
-    def always(self, which: Literal["none", "values", "pairs", "shared"]) -> list[dict[str, Any]]:
-        """Changes that are tried in any case: see `Draw.always`."""
-        if not self.vary or which == "none":
-            return []
-        if which not in self._always:
-            self._always[which] = {"values": singly, "pairs": pairs, "shared": shared}[which](self.config, self.accepts)
-        return self._always[which]
+    @cached_property
+    def single_options(self) -> list[dict[str, Any]]:
+        """Changes of the configuration in which every value of every option comes once."""
+        return singly(self.config, self.accepts) if self.vary else []
+
+    @cached_property
+    def shared_options(self) -> list[dict[str, Any]]:
+        """Changes of the configuration in which heads share something."""
+        return shared(self.config, self.accepts) if self.vary else []
 
     def accepts(self, options: dict[str, Any]) -> bool:
         """Whether a mixer with these options is one: neither the configuration nor `build` refuses them."""

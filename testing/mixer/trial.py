@@ -309,3 +309,8 @@ def as_leaves(state: Any) -> Any:
 def learnable(mixer: SequenceMixer) -> dict[str, Tensor]:
     """The parameters that are not frozen."""
     return {name: parameter for name, parameter in mixer.named_parameters() if parameter.requires_grad}
+
+
+def late_start(mixer: SequenceMixer, rows: int, start: int) -> Any:
+    """The initial state, at a later position."""
+    return mixer.shift_state(mixer.init_state(rows), start)

@@ -1,7 +1,7 @@
 """Segments of hundreds and thousands of tokens: blocks, tables of positions and windows end there."""
 
 from functools import cache
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from ...mixers.contract import SequenceMixer
 from ...mixers.state import clone, concatenate
 from ...ops.paradigm import Paradigm
 from ...registry import SeqmixError
-from ..check import check, stateful
+from ..check import check
 from ..compare import EXACT
 from ..mixer.case import LENGTHS, Draw
 from ..mixer.options import chunk_sizes
@@ -19,14 +19,10 @@ from ..mixer.trial import Trial
 MOVED = 3.0
 """How far vectors are moved: by so much a gate is open, or closed."""
 
-GATED = 30.0
-"""How large a token is whose gates are open, or closed."""
 
 BLOCKS = (256, 512, 1024)
 """Tokens that blocks divide."""
 
-WIDE = (130, 290)
-"""Windows that are wider than a block, and than 8 bits count."""
 
 HEAD = 9
 """Tokens read before thousands, or of a document that begins after a block."""
@@ -36,6 +32,7 @@ CONTEXT = 8192
 
 
 @check(
+    stress=True,
     use="long sequences: what is cut into blocks of a thousand tokens is another map, or has another gradient",
     share=0,
     long=True,
@@ -193,33 +190,6 @@ def _whole_blocks(trial: Trial, text: Tensor, state: Any) -> None:
             whole, _ = trial.mix(text[:, : start + 1], state, mixer)
             what = f"a step after {start} tokens against the whole, vectors moved by {shift:g}"
             trial.compare(what, (y, None), (whole[:, start:], None))
-
-
-@check(
-    stateful,
-    use="decoding after a long prompt: what was read long ago is kept badly, or found no more",
-    share=0,
-    long=True,
-    draw=Draw(tokens=(302, 302), batch_size=(2, 2), starts=("none",)),
-)
-def memory_reaches_back(trial: Trial) -> None:
-    """Steps after 300 tokens give what the whole does, where one token is repeated and gates stay open or closed; and
-    so they do where what may be limited (a window) is 130 or 290."""
-    x, repeated = trial.tokens(), GATED * trial.tokens(length=1)
-    mixers = {"the configuration": trial.mixer}
-    for name, field in type(trial.config).model_fields.items():
-        if getattr(trial.config, name) is None and int in get_args(field.annotation):
-            limited = {f"{name} = {wide}": trial.subject.mixer({name: wide}) for wide in WIDE}
-            mixers |= {said: mixer for said, mixer in limited.items() if mixer is not None}
-    for said, mixer in mixers.items():
-        for text in (x, x + repeated):
-            whole, _ = trial.mix(text, None, mixer)
-            with torch.no_grad():
-                before = mixer.init_state(len(text), max_length=text.shape[1])
-            _, after = trial.mix(text[:, :-2], before, mixer)
-            stepped, _ = trial.decode(text[:, -2:], after, trial.call(trial.reference, mixer))
-            what = f"{said}: steps after {text.shape[1] - 2} tokens against the whole"
-            trial.compare(what, (stepped, None), (whole[:, -2:], None))
 
 
 def _as_long_as_it_takes(trial: Trial) -> tuple[Tensor, Tensor | None]:

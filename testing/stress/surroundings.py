@@ -32,6 +32,7 @@ PATIENCE = 0.05
 
 
 @check(
+    stress=True,
     use="servers with threads, models of several layers, and code under another default dtype",
     share=0.05,
     draw=Draw(tokens=(1, 6), batch_size=(1, 2), lists=((4,),)),
