@@ -49,7 +49,8 @@ def _fields(outcome: "Outcome") -> dict[str, Any]:
     ended = {name: getattr(outcome, name) for name in ("status", "reason", "examples", "seconds")}
     case = None if outcome.case is None else repr(outcome.case)
     about = {name: getattr(outcome.check, name) for name in ("name", "property", "use")}
-    return {**about, **ended, "case": case, "reproduce": list(outcome.script)}
+    more = {"same_as": outcome.same_as, "warnings": list(outcome.notes)}
+    return {**about, **ended, "case": case, "reproduce": list(outcome.script), **more}
 
 
 def as_junit(found: Sequence[Tested]) -> str:

@@ -15,7 +15,7 @@ from . import contract, stress  # noqa: F401  importing them registers the check
 from .adapters.module import adapt
 from .check import CHECKS, KERNEL_CHECKS, Check, check, kernel_check
 from .compare import CheckFailure
-from .engine.outcome import Outcome, Status
+from .engine.outcome import CheckOutcome, Status
 from .engine.run import EXAMPLES
 from .kernel import checks as _kernel_checks  # noqa: F401  importing it registers the checks of kernels
 from .kernel.case import KernelDraw
@@ -26,6 +26,9 @@ from .mixer.case import Case, Draw
 from .mixer.run import Report, check_mixer, parametrize_checks, reproduce
 from .mixer.trial import Trial
 
+Outcome = CheckOutcome
+"""The name of `CheckOutcome` in 0.2."""
+
 __all__ = [
     "CHECKS",
     "EXAMPLES",
@@ -33,6 +36,7 @@ __all__ = [
     "Case",
     "Check",
     "CheckFailure",
+    "CheckOutcome",
     "DecayCase",
     "DeltaCase",
     "Draw",

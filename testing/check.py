@@ -44,6 +44,8 @@ class Check(Generic[S, D, T]):
     """True if it runs under `--stress` alone."""
     use: str = ""
     """Which use breaks where the property does not hold, and how: "training on packed text: documents leak"."""
+    remedy: str = ""
+    """What to declare or override where a mixer is meant to be so: "declare traits.packing=False"."""
 
     def examples(self, asked: int) -> int:
         """How many cases to run where `asked` were asked for."""
@@ -73,6 +75,7 @@ def check(
     long: bool = False,
     stress: bool = False,
     use: str = "",
+    remedy: str = "",
 ) -> Callable[[Callable[[Trial], None]], Callable[[Trial], None]]:
     """Register a function of a `Trial` as a check of mixers; its docstring is the property.
 
@@ -80,7 +83,9 @@ def check(
         ValueError: its name is taken, or it has no docstring.
     """
     draw = draw or Draw()
-    return _registers(CHECKS, needs=needs, share=share, draw=draw, compiles=compiles, long=long, stress=stress, use=use)
+    return _registers(
+        CHECKS, needs=needs, share=share, draw=draw, compiles=compiles, long=long, stress=stress, use=use, remedy=remedy
+    )
 
 
 def kernel_check(

@@ -56,7 +56,7 @@ class HFConfig(AdaptedConfig):
     """What is checked: the call of training, without a cache; the same with packed documents, as
     `DataCollatorWithFlattening` gives them; or calls with a cache, which has no gradients."""
 
-    not_varied: ClassVar[tuple[str, ...]] = ("path", "mask", "use")
+    not_varied: ClassVar[tuple[str, ...]] = ("path", "config", "layer_idx", "mask", "use")
 
     @property
     def fixed_d_model(self) -> int:

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...mixers.state import map_state, select
+from ...mixers.state import is_inexact, map_state, select
 from ..check import check
+from ..gradients import strided, time_first, with_gradient_laid_out
 from ..mixer.case import CROWDS, Draw
 from ..mixer.trial import Trial
 
@@ -58,17 +59,17 @@ def strides_change_nothing(trial: Trial) -> None:
     as samples of a prompt whose state is expanded do."""
     x, state = trial.tokens(), trial.state()
     # time first is what other libraries have
-    lay = _time_first if trial.case.seed % 3 == 0 else _strided
+    lay = time_first if trial.case.seed % 3 == 0 else strided
     for paradigm in trial.paradigms:
         call = trial.call(paradigm)
 
-        def strided(x, state, call=call):
-            y, after = call(lay(x), _laid(_strided, state))
-            # the gradient of a strided view is strided
-            return _GradientTimeFirst.apply(y) if lay is _time_first else _strided(y), map_state(_strided, after)
+        def with_strides(x, state, call=call):
+            y, after = call(lay(x), _laid(strided, state))
+            after = _laid(lambda leaf: with_gradient_laid_out(leaf, strided) if is_inexact(leaf) else leaf, after)
+            return with_gradient_laid_out(y, lay), after
 
         expected = trial.differentiate(call, x, state)
-        actual = trial.differentiate(strided, x, state)
+        actual = trial.differentiate(with_strides, x, state)
         trial.compare(f"{paradigm}, strided inputs against contiguous ones", actual, expected)
         if trial.case.seed % 3 == 1:
             inner = trial.differentiate(lambda x, state, call=call: call(_inside(x), _laid(_inside, state)), x, state)
@@ -102,18 +103,6 @@ def _samples_share_a_prompt(trial: Trial, prompt: Tensor) -> None:
     )
 
 
-class _GradientTimeFirst(torch.autograd.Function):
-    """The gradient from above lies in memory as [T B D]."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:  # noqa: ARG004
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:  # noqa: ARG004
-        return _time_first(*gradients)
-
-
 def _laid(lay: Callable[[Tensor], Tensor], state: Any) -> Any:
     return None if state is None else map_state(lay, state)
 
@@ -126,14 +115,3 @@ def _inside(x: Tensor) -> Tensor:
 def _every_other(x: Tensor) -> Tensor:
     """The same numbers, with rows of others between them."""
     return torch.stack((x, torch.ones_like(x)), dim=1).flatten(0, 1)[::2]
-
-
-def _time_first(x: Tensor) -> Tensor:
-    return x.transpose(0, 1).contiguous().transpose(0, 1)
-
-
-def _strided(x: Tensor) -> Tensor:
-    """The same numbers with other strides: the last dimension is not the innermost."""
-    if x.ndim < 2:
-        return torch.stack((x, x), dim=-1)[..., 0]
-    return torch.stack((x, x), dim=-1).transpose(-3, -2).contiguous().transpose(-3, -2)[..., 0]

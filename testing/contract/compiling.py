@@ -4,14 +4,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo.testing import CompileCounterWithBackend
 
 from ...mixers.state import concatenate, to_dict
 from ...registry import SeqmixError
 from ..check import check, compilable, recurrent, stateful
 from ..compare import require
 from ..mixer.case import Draw
-from ..mixer.compiled import PREFIX, backend_of, one_graph, require_one_graph, rows_may_differ
+from ..mixer.compiled import PREFIX, backend_of, counting_backend, one_graph, require_one_graph, rows_may_differ
 from ..mixer.trial import Trial
 
 NOTHING = Draw(tokens=(7, 7), batch_size=(2, 2), starts=("none",), uses=("training",))
@@ -40,7 +39,7 @@ def decoding_compiles_once(trial: Trial) -> None:
     tokens; a growing state for which nothing is allocated, whatever `max_length`, may take further graphs, as its sizes
     are others at every token."""
     torch._dynamo.reset()
-    counter = CompileCounterWithBackend(backend_of(trial))
+    counter = counting_backend(backend_of(trial))
     step = torch.compile(trial.mixer.step, fullgraph=True, backend=counter)
     x = trial.tokens()
     with one_graph(), torch._dynamo.config.patch(recompile_limit=2 * x.shape[1]):

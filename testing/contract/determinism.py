@@ -16,7 +16,7 @@ from ..check import check
 from ..compare import CheckFailure, require
 from ..gradients import gradients
 from ..mixer.case import Draw
-from ..mixer.trial import Call, Trial, learnable, named_results
+from ..mixer.trial import SegmentCall, Trial, learnable, named_results
 
 LOSS_SCALE = 2.0**16
 """What losses are multiplied by in float16."""
@@ -75,7 +75,7 @@ def results_are_deterministic(trial: Trial) -> None:
     trial.compare("parameters and buffers after mixing against before", (now, None), (saved, None), 0)
 
 
-def _and_then(call: Call, other: Tensor, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+def _and_then(call: SegmentCall, other: Tensor, x: Tensor, state: Any) -> tuple[Tensor, Any]:
     again = None if state is None else clone(state)  # a cache with room may be consumed
     found = call(x, state)
     call(other, again)

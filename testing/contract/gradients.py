@@ -58,11 +58,13 @@ def gradients_are_derivatives(trial: Trial) -> None:
     leaves |= {f"the parameter {name}": parameter.detach() for name, parameter in learnable(trial.mixer).items()}
     # an empty slot of a cache stays empty
     along = {name: trial.like(leaf) * (leaf != 0) for name, leaf in leaves.items() if leaf.is_floating_point()}
-    if state is not None:  # towards another state: one where its leaves depend on each other
-        for name, other in to_dict(trial.mixer.perturb_state(state, trial.generator)).items():
+    if state is not None:  # towards a state that other tokens lead to: leaves may depend on each other
+        length = trial.prefix if trial.mixer.traits.state == "growing" else max(trial.prefix, 3)
+        others = to_dict(trial.state_after(length, len(next(iter(to_dict(state).values())))) if length else state)
+        for name, other in others.items():
             leaf = leaves[f"the state's {name}"]
             if leaf.is_floating_point():
-                along[f"the state's {name}"] = torch.where(leaf.isfinite(), other - leaf, 0).detach()
+                along[f"the state's {name}"] = torch.where(leaf.isfinite() & other.isfinite(), other - leaf, 0).detach()
     above: dict[str, Tensor] = {}
 
     def loss(moved: Mapping[str, Tensor], paradigm: Paradigm, mixer: torch.nn.Module) -> Tensor:

@@ -11,8 +11,9 @@ from torch import Tensor
 from ...mixers.state import concatenate, map_state, select
 from ...ops.packing import Documents
 from ..check import check, differentiable, packing
+from ..gradients import strided, with_gradient_laid_out
 from ..mixer.case import USES, Draw
-from ..mixer.trial import Call, Trial
+from ..mixer.trial import SegmentCall, Trial
 
 LISTS = ((130,), (0, 1, 0), (0, 0, 3, 0, 0, 5, 0), (0, 1, 2, 1) * 10, (70, 0, 65))
 """Documents that are not left to chance: a long one; one token between empty ones; empty ones first, last and
@@ -99,8 +100,7 @@ def gradients_of_documents_are_those_of_sequences(trial: Trial) -> None:
 
         def packed(x, state, paradigm=paradigm):
             y, states = trial.used(paradigm, cu_seqlens=boundaries)(x, state)
-            # the gradient of a strided view is strided
-            return torch.stack((y, y), dim=-1)[..., 0] if trial.case.seed % 2 else y, states
+            return with_gradient_laid_out(y, strided) if trial.case.seed % 2 else y, states
 
         actual = trial.differentiate(trial.kept(packed), x, state, used=True)
         what = f"{paradigm}, {trial.use}, documents of {described(trial)} tokens packed against each alone"
@@ -125,7 +125,7 @@ Group = tuple[list[int], Tensor | None, Any]
 """Documents of one length: their numbers, their outputs [N T D] (None of empty ones) and their final states."""
 
 
-def alone(trial: Trial, call: Call, x: Tensor, state: Any, **options: Any) -> list[Group]:
+def alone(trial: Trial, call: SegmentCall, x: Tensor, state: Any, **options: Any) -> list[Group]:
     """What each document gives that is not packed; those of one length are the rows of a batch."""
     lengths, groups = trial.case.lengths, []
     initial = trial.initial_state(len(lengths)) if state is None else state

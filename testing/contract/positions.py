@@ -12,7 +12,7 @@ from ...registry import SeqmixError
 from ..check import check, exact_gradients, invariant, positioned, shiftable, shifted, stateful
 from ..compare import EXACT, require
 from ..memory_limit import limited_memory
-from ..mixer.case import Draw
+from ..mixer.case import FIXED, Draw
 from ..mixer.trial import Trial, late_start
 
 PREFIX, FARTHEST = 64, 8192
@@ -78,7 +78,8 @@ def position_matters_only_where_declared(trial: Trial) -> None:
             )
             continue
         # the last crosses what a 32-bit integer holds; angles there are rounded to 1e-6
-        for start, allowed in ((first + 937, 1e-8), (10**6, 1e-8), (2**31 - 4, 1e-5)):
+        swept = trial.case.seed == FIXED and trial.case.options  # an option's value: a near shift is enough
+        for start, allowed in ((first + 937, 1e-8), (10**6, 1e-8), (2**31 - 4, 1e-5))[: 1 if swept else 3]:
             off = change(start)
             later = f"{start - first:,} tokens later the same tokens give an output that is {off:.1e} off"
             require(off <= allowed, f"{paradigm}: traits.shift_invariant is True, and {later}")

@@ -250,7 +250,8 @@ def steps_equal_the_whole(trial: Trial) -> None:
     draw=Draw(tokens=(2, 12), long=3, batch_size=(1, 2), scales=(1.0, 2 * LARGE)),
 )
 def the_future_changes_nothing(trial: Trial) -> None:
-    """The output at a token depends on no later token, and the token is read, there or later."""
+    """The output at a token depends on no later token, nor on how many there are, and the token is read, there or
+    later."""
     x, state, other, wanted = trial.tokens(), trial.state(), trial.tokens(), trial.case.seed % 2 == 0
     options: dict[str, Any] = {"return_state": wanted and trial.mixer.traits.has_state}
     # of every token but the first, and of a long segment around the boundaries of blocks
@@ -260,6 +261,12 @@ def the_future_changes_nothing(trial: Trial) -> None:
     for paradigm in trial.paradigms:
         later = torch.arange(trial.case.length, device=x.device) >= torch.tensor(cuts, device=x.device)[:, None]
         mixed = torch.where(later[:, None, :, None], other, x).flatten(0, 1)
+        if trial.case.scale == 1:
+            whole, _ = trial.mix(x, state, paradigm=paradigm, **options)
+            for cut in {cuts[0], cuts[-1]}:
+                alone, _ = trial.mix(x[:, :cut], state, paradigm=paradigm, **options)
+                what = f"{paradigm}, {cut} tokens by themselves against the first {cut} of {x.shape[1]}"
+                trial.compare(what, (alone, None), (whole[:, :cut], None))
         # batches of one size: another number of rows may be rounded in another way
         y, _ = trial.mix(x[copies], given, paradigm=paradigm, **options)
         y_other, _ = trial.mix(mixed, given, paradigm=paradigm, **options)

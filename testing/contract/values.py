@@ -261,7 +261,7 @@ def _describe(trial: Trial, options: dict[str, Any], x: Tensor) -> Any:
         numbers = [y, *found.values(), *mixer.parameters(), *mixer.buffers(), *to_dict(after).values()]
     return (
         mixer.traits,
-        mixer.flops(9, mixer.paradigm),
+        None if "flops" in getattr(mixer, "undeclared", {}) else mixer.flops(9, mixer.paradigm),
         [] if later is None else [p.shape for p in later.parameters()],
         [(n.shape, n.detach().double().sum().item()) for n in numbers],
     )

@@ -19,13 +19,13 @@ class Status(StrEnum):
 
 
 @dataclass(frozen=True)
-class Outcome:
+class CheckOutcome:
     """One check on one mixer or kernel."""
 
     check: Check
     status: Status
     reason: str = ""
-    """Why it was skipped or expected to fail; of a failure, the whole report."""
+    """Why it was skipped or expected to fail; of a failure, the whole report, or where its cause is reported."""
     examples: int = 0
     """Cases run, until one failed."""
     seconds: float = 0.0
@@ -33,13 +33,17 @@ class Outcome:
     """Of a failure, the case: the smallest found, where cases are reduced."""
     script: tuple[str, ...] = ()
     """Of a failure on a case, the lines that reproduce it."""
+    same_as: str = ""
+    """Of a failure whose cause an earlier check has reported, that check's name."""
+    notes: tuple[str, ...] = ()
+    """Warnings: what is no failure, and worth knowing."""
 
 
 @dataclass
 class Outcomes:
     """All checks on one mixer or kernel."""
 
-    outcomes: list[Outcome] = field(default_factory=list, kw_only=True)
+    outcomes: list[CheckOutcome] = field(default_factory=list, kw_only=True)
 
     @property
     def passed(self) -> bool:
@@ -47,7 +51,7 @@ class Outcomes:
         return not self.failures
 
     @property
-    def failures(self) -> list[Outcome]:
+    def failures(self) -> list[CheckOutcome]:
         """The checks that failed."""
         return [outcome for outcome in self.outcomes if outcome.status is Status.FAILED]
 

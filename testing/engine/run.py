@@ -1,6 +1,7 @@
 """The engine of mixer and kernel checks: it runs them on drawn cases, and reports a small one that fails."""
 
 import gc
+import re
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -13,7 +14,8 @@ from hypothesis.strategies import SearchStrategy
 
 from ...registry import SeqmixError
 from ..check import Check
-from .outcome import Outcome, Status, chosen_names, known_names
+from ..memory_limit import MOST
+from .outcome import CheckOutcome, Status, chosen_names, known_names
 from .search import describe_error, search
 
 EXAMPLES = 100
@@ -24,15 +26,15 @@ ALONE = "Alone and on a new {what} this case passes: the result depends on earli
 C = TypeVar("C")
 
 
-class Tested(ABC, Generic[C]):
+class CheckedSubject(ABC, Generic[C]):
     """A mixer or kernel under test, and what the engine needs of it; `C` is the class of its cases."""
 
     what: str
     """"mixer" or "kernel"."""
     name: str
     """As reports have it."""
-    described: tuple[str, ...] = ()
-    """Lines about it in a report."""
+    notes: dict[str, None]
+    """Warnings of the check that runs, each once."""
 
     @abstractmethod
     def skip_reason(self, check: Check) -> str | None:
@@ -70,7 +72,7 @@ def as_many_as_asked(fixed: list[C], examples: int) -> list[C]:
 
 
 def run_checks(
-    tested: Tested,
+    tested: CheckedSubject,
     known: Mapping[str, Check],
     *,
     checks: Iterable[str] | None,
@@ -80,13 +82,14 @@ def run_checks(
     shrink: bool,
     compiles: bool = True,
     stress: bool = False,
-    on_outcome: Callable[[Outcome], None] | None = None,
+    on_outcome: Callable[[CheckOutcome], None] | None = None,
     on_case: Callable[[Any, int], None] | None = None,
-) -> list[Outcome]:
+) -> list[CheckOutcome]:
     """Run checks, of those known, on what is tested; arguments and errors are those of `check_mixer`."""
     expected = dict(expected_failures or {})
     known_names(expected, known)
     names = chosen_names(checks, known, stress=stress)
+    causes: dict[str, str] = {}
     if not isinstance(examples, int) or isinstance(examples, bool) or examples < 1:
         raise SeqmixError(f"examples needs an integer >= 1, and was given {examples!r}")
     if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or seed < 0):
@@ -98,10 +101,10 @@ def run_checks(
             if reason is None and check.compiles and not compiles:
                 reason = "it compiles, and compiling was left out"
             if reason is not None:
-                outcome = Outcome(check, Status.SKIPPED, reason)
+                outcome = CheckOutcome(check, Status.SKIPPED, reason)
             else:
                 report_case = None if on_case is None else partial(on_case, check)
-                outcome = _run(tested, check, asked, shrink, expected.get(check.name), report_case)
+                outcome = _run(tested, check, asked, shrink, expected.get(check.name), report_case, causes)
             outcomes.append(outcome)
             if on_outcome is not None:
                 on_outcome(outcome)
@@ -109,16 +112,18 @@ def run_checks(
 
 
 def _run(
-    tested: Tested,
+    tested: CheckedSubject,
     check: Check,
     asked: dict[str, Any],
     shrink: bool,
     expected: str | None,
     on_case: Callable[[int], None] | None,
-) -> Outcome:
+    causes: dict[str, str],
+) -> CheckOutcome:
     started = time.perf_counter()
+    tested.notes = {}
     with _one_thread():
-        error, case, count = search(
+        result = search(
             partial(tested.attempt, check),
             tested.cases(check),
             examples=check.examples(asked["examples"]),
@@ -128,27 +133,50 @@ def _run(
             on_case=on_case,
         )
         alone = True
-        if case is not None and expected is None:
+        if result.case is not None and expected is None:
             with suppress(Exception):
-                tested.renewed().attempt(check, case)
+                tested.renewed().attempt(check, result.case)
                 alone = False
-    ended = partial(Outcome, check, examples=count, seconds=time.perf_counter() - started, case=case)
-    if error is None and expected is None:
+    notes = list(tested.notes)
+    if result.too_large is not None:
+        notes.append(f"left out: {result.too_large!r} asks for more than {MOST / 2**30:g} GiB of memory")
+    seconds = time.perf_counter() - started
+    ended = partial(
+        CheckOutcome, check, examples=result.examples, seconds=seconds, case=result.case, notes=tuple(notes)
+    )
+    if result.error is None and not result.examples and notes:
+        return ended(Status.SKIPPED, notes[-1])
+    if result.error is None and expected is None:
         return ended(Status.PASSED)
-    if error is None:
-        return ended(Status.FAILED, f"{check.name} passed, and was expected to fail: {expected}")
+    if result.error is None:
+        return ended(Status.FAILED, f"expected {check.name} to fail ({expected}), and it passed")
     if expected is not None:
         return ended(Status.EXPECTED_FAILURE, expected)
-    lines = [f"{tested.name} fails {check.name}: {check.property}"]
-    lines += [f"This breaks: {check.use}"] if check.use else []
-    lines += describe_error(error).splitlines()
-    script: tuple[str, ...] = ()
-    if case is not None:
-        lines += [*tested.described, f"The {'smallest ' if shrink else ''}case: {case!r}"]
+    difference = describe_error(result.error)
+    cause = cause_of(difference)
+    if cause in causes:
+        return ended(
+            Status.FAILED,
+            f"fails as {causes[cause]} does: {difference.splitlines()[-1].strip()}",
+            same_as=causes[cause],
+        )
+    causes[cause] = check.name
+    lines, script = difference.splitlines(), ()
+    if result.case is not None:
+        script = tuple(tested.script(check, result.case) if alone else tested.script(check, None, **asked))
         lines += ["To reproduce:"] if alone else [ALONE.format(what=tested.what), "To run all cases again:"]
-        script = tuple(tested.script(check, case) if alone else tested.script(check, None, **asked))
         lines += [f"    {line}" for line in script]
+    lines += [f"{check.name}: {check.property}"]
+    lines += [f"Without it breaks: {check.use}"] if check.use else []
+    lines += [f"If that is intended: {check.remedy}"] if check.remedy else []
     return ended(Status.FAILED, "\n".join(lines), script=script)
+
+
+def cause_of(difference: str) -> str:
+    """What makes two failures one: the line that raised; of a difference, its sentence without numbers."""
+    if (raised := re.search(r"raised \w+: .*", difference)) is not None:
+        return raised[0]
+    return re.sub(r"[-+\d.]+(e[-+]\d+)?", "N", difference)
 
 
 @contextmanager

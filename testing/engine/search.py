@@ -14,22 +14,25 @@ from hypothesis.internal.conjecture.providers import HypothesisProvider
 from hypothesis.strategies import SearchStrategy
 
 from ..compare import CheckFailure
+from ..memory_limit import MemoryBoundError
 from .shrink import shrink
 
 C = TypeVar("C")
 
-FLAKY = "the same case passed once and failed once: the result is not a function of its arguments. When it failed:"
+FLAKY = "the result is not a function of its arguments: the same case passed once and failed once. When it failed:"
 
 
-class Found(NamedTuple, Generic[C]):
-    """What a search found."""
+class SearchResult(NamedTuple, Generic[C]):
+    """How a search for a case that fails ended."""
 
     error: Exception | None
-    """Of the case; None if nothing raised."""
+    """Of the case that failed; None if none did."""
     case: C | None
-    """The case on which it raised, reduced where that was asked for."""
+    """The case that failed, reduced where that was asked for."""
     examples: int
-    """Cases run until one raised, that one included; neither those that are not possible nor those of shrinking."""
+    """Cases run until one failed, that one included; neither impossible ones nor those of shrinking."""
+    too_large: C | None = None
+    """A case that asked for more memory than a case may take, and was left out."""
 
 
 def search(
@@ -41,32 +44,36 @@ def search(
     fixed: Iterable[C] = (),
     simpler: Callable[[C], Iterable[C]] | None = None,
     on_case: Callable[[int], None] | None = None,
-) -> Found[C]:
-    """Try cases until one raises, at most `examples`; then the fixed ones; and of one that raised, simpler ones.
+) -> SearchResult[C]:
+    """Run cases until one fails, at most `examples`; then the fixed ones; and of one that failed, simpler ones.
 
-    A seed of None leaves the cases to hypothesis. `simpler` gives simpler cases than the one that raised; None leaves
-    it as it was found. `on_case` is called with the number of cases tried, after each.
+    A seed of None leaves the cases to hypothesis. `simpler` gives simpler cases than the one that failed; None leaves
+    it as it is. `on_case` is called after each case, with the number of cases so far.
     """
-    tried = passed = 0
-    failed: list[tuple[C, Exception]] = []
+    count = passed = 0
+    failures: list[tuple[C, Exception]] = []
+    too_large: list[C] = []
     # hypothesis' objects refer to each other and so live until garbage is collected: not with what is attempted, which
     # holds every mixer and tensor of a check
     held = [attempt]
 
     def once(case: C) -> None:
-        nonlocal tried, passed
-        tried += 1
+        nonlocal count, passed
+        count += 1
         try:
             held[0](case)
         except UnsatisfiedAssumption:  # not a case
             raise
+        except MemoryBoundError as error:
+            too_large.append(case)
+            raise UnsatisfiedAssumption from error
         except Exception as error:
-            failed.append((case, error))
+            failures.append((case, error))
             raise
         finally:
             if on_case is not None:
-                on_case(tried)
-        if not failed:
+                on_case(count)
+        if not failures:
             passed += 1
 
     options = settings(
@@ -84,6 +91,7 @@ def search(
     # another test that ran before, or a plug-in, would make other cases. It has no setting for that; what is switched
     # off is not public: a test says if it has gone
     without = patch.object(HypothesisProvider, "_maybe_draw_constant", lambda *_, **__: None, create=True)
+    large = lambda: too_large[0] if too_large else None  # noqa: E731
     try:
         with without:
             (run if seed is None else with_seed(seed)(run))()
@@ -91,23 +99,25 @@ def search(
             with suppress(UnsatisfiedAssumption):
                 once(case)
     except Unsatisfiable:
-        text = f"none of the {tried} cases drawn can be run: the configuration refuses the options of every one"
-        return Found(CheckFailure(text), None, 0)
+        if too_large:
+            return SearchResult(None, None, 0, large())
+        text = f"none of {count} cases could be run: the configuration refuses the options of every one"
+        return SearchResult(CheckFailure(text), None, 0)
     except Flaky:  # with what hypothesis says of it, which is for authors of strategies
-        if not failed:
+        if not failures:
             raise
-        case, error = failed[-1]
-        return Found(CheckFailure(f"{FLAKY}\n{describe_error(error)}"), case, passed + 1)
+        case, error = failures[-1]
+        return SearchResult(CheckFailure(f"{FLAKY}\n{describe_error(error)}"), case, passed + 1)
     except Exception as error:
-        if not failed:
-            return Found(error, None, passed)
-        case = failed[-1][0]
+        if not failures:
+            return SearchResult(error, None, passed)
+        case = failures[-1][0]
         if simpler is not None:
             case, error = shrink(once, case, error, simpler)
-        return Found(error, case, passed + 1)
+        return SearchResult(error, case, passed + 1)
     finally:
         held.clear()
-    return Found(None, None, passed)
+    return SearchResult(None, None, passed, large())
 
 
 def describe_error(error: Exception) -> str:

@@ -15,9 +15,9 @@ from ...ops.kernels import KERNELS, Kernel, Probe, all_kernels
 from ...ops.triton_launch import interpreted
 from ...registry import SeqmixError
 from ..check import KERNEL_CHECKS, KernelCheck
-from ..engine.outcome import Outcome, Outcomes, chosen_names
+from ..engine.outcome import CheckOutcome, Outcomes, chosen_names
 from ..engine.parametrize import parametrized
-from ..engine.run import EXAMPLES, Tested, as_many_as_asked, run_checks, strict_numerics
+from ..engine.run import EXAMPLES, CheckedSubject, as_many_as_asked, run_checks, strict_numerics
 from ..engine.source import call_source, imports
 from .case import KernelCase
 from .families import FAMILIES
@@ -45,7 +45,7 @@ def check_kernel(
     seed: int | None = 0,
     shrink: bool = True,
     expected_failures: Mapping[str, str] | None = None,
-    on_outcome: Callable[[Outcome], None] | None = None,
+    on_outcome: Callable[[CheckOutcome], None] | None = None,
 ) -> KernelReport:
     """Test what a kernel declares, which need not have been declared; arguments are those of `check_mixer`.
 
@@ -56,14 +56,14 @@ def check_kernel(
     """
     asked = {"checks": checks, "examples": examples, "seed": seed, "shrink": shrink}
     asked |= {"expected_failures": expected_failures, "on_outcome": on_outcome}
-    tested = TestedKernel(kernel, torch.device(device), examples)
+    tested = CheckedKernel(kernel, torch.device(device), examples)
     return KernelReport(kernel, outcomes=run_checks(tested, KERNEL_CHECKS, **asked))
 
 
 def reproduce_kernel(name: str, kernel: Kernel, case: KernelCase, *, device: str | torch.device = "cpu") -> None:
     """Run one check on one case, as a report of a failure says; raises as the check does."""
     (known,) = chosen_names([name], KERNEL_CHECKS)
-    TestedKernel(kernel, torch.device(device)).attempt(KERNEL_CHECKS[known], case)
+    CheckedKernel(kernel, torch.device(device)).attempt(KERNEL_CHECKS[known], case)
 
 
 def parametrize_kernels(
@@ -89,14 +89,14 @@ def parametrize_kernels(
     return parametrized(named, KERNEL_CHECKS, what="kernel", **known, options=options)
 
 
-class TestedKernel(Tested[KernelCase]):
+class CheckedKernel(CheckedSubject[KernelCase]):
     """A kernel on a device, as the engine needs it."""
 
     what = "kernel"
 
     def __init__(self, kernel: Kernel, device: torch.device, examples: int = EXAMPLES) -> None:
         self.kernel, self.device, self.name = kernel, device, f"the kernel {kernel.key}"
-        self.examples = examples
+        self.examples, self.notes = examples, {}
         if kernel.op not in FAMILIES:
             known = ", ".join(FAMILIES)
             raise SeqmixError(f"the op {kernel.op} has no definition to test kernels by; ops that have: {known}")

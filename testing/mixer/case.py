@@ -15,8 +15,9 @@ from ..engine.shrink import fewer
 from ..engine.source import WrittenCase
 
 Start = Literal["none", "initial", "read", "moved"]
-"""The state before the segment: None; the initial state; the state after a prefix of a few tokens; such a state with
-every float in it moved, so that no short prefix leads to it."""
+"""The state before the segment: None; the initial state; the state after a prefix of a few tokens; and after a prefix
+of tokens of many sizes, which of a constant state is longer. All are states that tokens lead to, so that leaves which
+depend on each other, as those of a symmetric matrix do, are as the mixer makes them."""
 
 STARTS: tuple[Start, ...] = ("none", "initial", "read", "moved")
 
@@ -165,6 +166,17 @@ class Draw:
             return found
         return [replace(case, paradigms=(p,) * len(case.lengths)) for case in found for p in sorted(traits.paradigms)]
 
+    def typical(self, traits: Traits, options: dict[str, Any]) -> Case:
+        """A case in which most of what can be drawn plays a part: several tokens and rows, a state, any paradigm."""
+        least, most = self.tokens
+        own = sorted(traits.paradigms)
+        rows = self.batch_size[1]
+        case = Case((max(least, min(most, 7)),) * self.pieces[0], rows, self.starts[-1], use=self.uses[-1])
+        if self.paradigms:
+            case = replace(case, paradigms=tuple(own[i % len(own)] for i in range(self.pieces[0])))
+        rearranged = (rows - 1, 0) if self.rows else ()
+        return replace(case, rows=rearranged, dtype=self.dtypes[0], scale=self.scales[0], options=options)
+
     def simpler(self, case: Case) -> Iterator[Case]:
         """Cases that are simpler in one respect, within what is drawn; options may be none of the configuration."""
         lengths, options, own = case.lengths, dict(case.options), case.options.get("chunk_size", math.inf)
@@ -206,11 +218,8 @@ class Draw:
 
         def case(number: int) -> Case:
             chance, lengths = Random(number), ()
-            if number == 0:  # what hypothesis tries first, the simplest
-                own = (sorted(traits.paradigms)[0],) * few if self.paradigms else ()
-                simple = Case((self.tokens[0] or 1,) * few, self.batch_size[0], self.starts[0], own)
-                simple = replace(simple, rows=(0,) if self.rows else (), use=self.uses[0], dtype=self.dtypes[0])
-                return replace(simple, scale=self.scales[0], options=options(chance, False))
+            if number == 0:  # what hypothesis tries first, and a quick run alone
+                return self.typical(traits, options(chance, False))
             pieces = _sometimes(chance, self.many, range(most + 1, most + MANY), (few, most))
             while not sum(lengths):
                 lengths = tuple(_sometimes(chance, self.long, long, self.tokens) for _ in range(pieces))

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo.testing import CompileCounterWithBackend
 
 from ...mixers.state import concatenate
 from ..compare import CheckFailure, require
@@ -15,6 +14,13 @@ from .trial import Trial
 
 PREFIX = 5
 """Tokens before a segment that is compiled: of a cache that holds none, a mistake is not seen."""
+
+
+def counting_backend(name: str) -> Any:
+    """A backend of the compiler that counts graphs; imported where something compiles, for it takes a second."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    return CompileCounterWithBackend(name)
 
 
 def backend_of(trial: Trial) -> str:
@@ -28,7 +34,7 @@ def require_one_graph(
 ) -> None:
     """Fail unless calls with these boundaries compile into one graph that gives what eager gives."""
     torch._dynamo.reset()
-    counter = CompileCounterWithBackend(backend_of(trial))
+    counter = counting_backend(backend_of(trial))
     compiled = torch.compile(function, fullgraph=True, backend=counter)
     for cuts in boundaries:
         options = {} if cuts is None else {"cu_seqlens": cuts}

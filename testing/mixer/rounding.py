@@ -10,7 +10,7 @@ from torch import Tensor
 from ...mixers.contract import SequenceMixer
 from ...mixers.state import is_inexact, map_state
 from ..compare import GRADIENTS, near
-from .trial import Call, Trial, named_results
+from .trial import SegmentCall, Trial, named_results
 
 LOW = (torch.float32, torch.bfloat16, torch.float16)
 """The dtypes that are compared with float64."""
@@ -29,8 +29,8 @@ JUMP = 3
 
 def require_near_float64(
     trial: Trial,
-    calls: Mapping[str, Call],
-    whole: Call,
+    calls: Mapping[str, SegmentCall],
+    whole: SegmentCall,
     x: Tensor,
     state: Any,
     exact: SequenceMixer,
@@ -62,9 +62,14 @@ def require_near_float64(
 
 
 def tolerance_after(length: int, trial: Trial) -> float:
-    """The tolerance after so many tokens: a decay that float32 rounds once is as many roundings off after as many."""
+    """The tolerance after so many tokens.
+
+    A state of float32 is rounded once a token, and all roundings may go one way: after T tokens they are T units of
+    roundoff, 2^-24 T. What is allowed at first is as much as 32 such roundings, so it grows from 32 tokens on. States
+    are float32 in 16 bits too, whose own roundings do not add up.
+    """
     dtype = trial.case.dtype
-    return trial.subject.tolerances[dtype] * (max(1, length / 64) if dtype == torch.float32 else 1)
+    return trial.subject.tolerances[dtype] * (max(1, length / 32) if dtype == torch.float32 else 1)
 
 
 def step_by_step(trial: Trial, exact: SequenceMixer) -> Rounded:
@@ -125,3 +130,17 @@ def rows_moved(
         return moves
 
     return lambda name: rows()[name]
+
+
+def is_copied(trial: Trial, leaf: str) -> bool:
+    """Whether what a leaf holds after a token is, where it depends on what the leaf held before, one of those numbers,
+    or was with others: that tells a cache, or a maximum, whose rounding stays what it was, from a sum, whose rounding
+    adds up."""
+    exact = trial.rebuilt(torch.float64)  # where two numbers are not equal by rounding
+    _, before = trial.mix(trial.tokens(2, 4).double(), None, exact)
+    leaves = to_dict(before)
+    others = leaves[leaf] * trial.like(leaves[leaf]).exp()
+    moved, token = from_dict(before, leaves | {leaf: others}), trial.tokens(2, 1).double()
+    after, otherwise = (to_dict(trial.mix(token, state, exact)[1])[leaf] for state in (before, moved))
+    copied = torch.isin(after, leaves[leaf]) | torch.isin(otherwise, others)
+    return bool(copied[after != otherwise].all())

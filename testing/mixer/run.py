@@ -1,6 +1,7 @@
 """Checking mixers: one configuration, one case of it, or configurations as pytest cases."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -13,10 +14,11 @@ from ...mixers.contract import MixerConfig
 from ...ops.paradigm import Paradigm
 from ...registry import SeqmixError
 from ..check import CHECKS, MixerCheck
-from ..engine.outcome import Outcome, Outcomes, chosen_names
+from ..engine.outcome import CheckOutcome, Outcomes, chosen_names
 from ..engine.parametrize import parametrized
-from ..engine.run import EXAMPLES, Tested, as_many_as_asked, run_checks, strict_numerics
+from ..engine.run import EXAMPLES, CheckedSubject, as_many_as_asked, run_checks, strict_numerics
 from ..engine.source import call_source, given, imports, source
+from ..memory_limit import limited_memory
 from .case import FIXED, Case
 from .subject import BACKEND, Subject
 from .trial import Trial
@@ -46,7 +48,7 @@ def check_mixer(
     compile_backend: str = BACKEND,
     expected_failures: Mapping[str, str] | None = None,
     shrink: bool = True,
-    on_outcome: Callable[[Outcome], None] | None = None,
+    on_outcome: Callable[[CheckOutcome], None] | None = None,
     on_case: Callable[[MixerCheck, int], None] | None = None,
 ) -> Report:
     """Run the conformance kit on a configuration.
@@ -78,7 +80,7 @@ def check_mixer(
     subject = Subject(config, d_model=d_model, device=device, **made)
     subject.probe()
     outcomes = run_checks(
-        TestedMixer(subject, examples),
+        CheckedMixer(subject, examples),
         CHECKS,
         checks=checks,
         stress=stress,
@@ -103,7 +105,7 @@ def reproduce(name: str, config: MixerConfig, case: Case, **options: Any) -> Non
         options: those of `check_mixer` that make the mixer: d_model, device, paradigms, tolerances, compile_backend.
     """
     (known,) = chosen_names([name], CHECKS)
-    TestedMixer(Subject(config, **options)).attempt(CHECKS[known], case)
+    CheckedMixer(Subject(config, **options)).attempt(CHECKS[known], case)
 
 
 def parametrize_checks(
@@ -144,14 +146,14 @@ def _label(config: MixerConfig, configs: Sequence[MixerConfig]) -> str:
     return config.kind if len(same) == 1 else f"{config.kind}{same.index(config)}"
 
 
-class TestedMixer(Tested[Case]):
+class CheckedMixer(CheckedSubject[Case]):
     """A mixer, as the engine needs it."""
 
     what = "mixer"
 
     def __init__(self, subject: Subject, examples: int = EXAMPLES) -> None:
         self.subject, self.name, self.examples = subject, subject.config.kind, examples
-        self.described = (f"The configuration: {source(subject.config)}",)
+        self.notes = {}
 
     def skip_reason(self, check: MixerCheck) -> str | None:
         return check.skip_reason(self.subject.config, self.subject.mixer({}))
@@ -179,16 +181,21 @@ class TestedMixer(Tested[Case]):
 
     def attempt(self, check: MixerCheck, case: Case) -> None:
         if check.compiles:  # runs as in use
-            check.test(Trial(self.subject, case))
+            self._test(check, Trial(self.subject, case))
             return
-        with strict_numerics():
+        limited = limited_memory if self.subject.device.type == "cpu" else nullcontext
+        with strict_numerics(), limited():
             trial = Trial(self.subject, case)
             if check.skip_reason(trial.config, trial.mixer):
                 raise UnsatisfiedAssumption
-            check.test(trial)
+            self._test(check, trial)
 
-    def renewed(self) -> "TestedMixer":
-        return TestedMixer(self.subject.renewed())
+    def _test(self, check: MixerCheck, trial: Trial) -> None:
+        check.test(trial)
+        self.notes |= dict.fromkeys(trial.notes)
+
+    def renewed(self) -> "CheckedMixer":
+        return CheckedMixer(self.subject.renewed())
 
     def script(self, check: MixerCheck, case: Case | None, **asked: Any) -> list[str]:
         # what else decides how a case ends is written where it is not the default

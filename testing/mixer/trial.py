@@ -19,10 +19,13 @@ from .case import IN_WORDS, Case, Start
 from .options import changed
 from .subject import Subject, build, reference_paradigm
 
-Call = Callable[[Tensor, Any], tuple[Tensor, Any]]
+SegmentCall = Callable[[Tensor, Any], tuple[Tensor, Any]]
 """Gives output and final state of a segment and a state: the mixer, or something that calls it."""
 
-Result = tuple[Tensor | Mapping[str, Tensor] | None, Any]
+LONGER = 9
+"""Tokens by which the prefix of a "moved" constant state is longer."""
+
+SegmentResult = tuple[Tensor | Mapping[str, Tensor] | None, Any]
 """Output, or output and gradients by name, and the final state."""
 
 
@@ -44,6 +47,10 @@ class Trial:
         self.config: MixerConfig = config
         self.mixer: SequenceMixer = mixer
         self.generator = torch.Generator().manual_seed(case.seed)
+        self.prefix = 0
+        """Tokens that the latest of `state` has read."""
+        self.notes: list[str] = []
+        """What a report says of the case that is no failure."""
 
     @property
     def paradigms(self) -> list[Paradigm]:
@@ -83,11 +90,18 @@ class Trial:
             return None
         if start == "initial":
             return self.mixer.init_state(rows)
-        length = int(torch.randint(1, 8, (), generator=self.generator))
+        self.prefix = int(torch.randint(1, 8, (), generator=self.generator))
+        if start == "moved" and self.mixer.traits.state == "constant":
+            self.prefix += LONGER
+        return self.state_after(self.prefix, rows, sizes=start == "moved")
+
+    def state_after(self, length: int, rows: int, *, sizes: bool = False) -> Any:
+        """A state after so many tokens of the case's own scale, or of many `sizes`."""
+        x = self.tokens(rows, length)
+        if sizes:
+            x = x * self.randn(rows, length, 1).exp()
         with torch.no_grad():
-            _, state = self.mixer(self.tokens(rows, length), return_state=True)
-            if start == "moved":
-                state = self.mixer.perturb_state(state, self.generator)
+            _, state = self.mixer(x, return_state=True)
         return state
 
     def initial_state(self, rows: int) -> Any:
@@ -115,12 +129,14 @@ class Trial:
         paradigm = paradigm or self.mixer.paradigm
         return paradigm if self.mixer.traits.takes_state(paradigm) else self.reference
 
-    def call(self, paradigm: Paradigm | None = None, mixer: Callable[..., Any] | None = None, **options: Any) -> Call:
+    def call(
+        self, paradigm: Paradigm | None = None, mixer: Callable[..., Any] | None = None, **options: Any
+    ) -> SegmentCall:
         """The mixer as a function of a segment and a state, which a paradigm `after` this one takes."""
         mixed = partial(mixer or self.mixer, **{"return_state": self.mixer.traits.has_state, **options})
         return lambda x, state: mixed(x, state, paradigm=paradigm if state is None else self.after(paradigm))
 
-    def used(self, paradigm: Paradigm | None = None, **options: Any) -> Call:
+    def used(self, paradigm: Paradigm | None = None, **options: Any) -> SegmentCall:
         """The mixer as the case uses it, without dropout: see `Use`."""
         return self.call(paradigm, self.mixer_in_use, return_state=self.final_state, **options)
 
@@ -140,13 +156,14 @@ class Trial:
         other = self.rebuilt(**(none if changed(self.config, none) is not None else {}))
         for name, parameter in self.mixer.named_parameters():  # gradients are of the same
             module, _, leaf = name.rpartition(".")
-            other.get_submodule(module)._parameters[leaf] = parameter
+            # as an assignment: modules such as nn.GRU keep lists of their parameters
+            setattr(other.get_submodule(module), leaf, parameter)
         for module in other.modules():
             if isinstance(module, _DropoutNd):
                 module.p = 0.0
         return other
 
-    def kept(self, call: Call) -> Call:
+    def kept(self, call: SegmentCall) -> SegmentCall:
         """A call whose final state is left out where states grow: they may hold a row's tokens in more room than it
         needs alone."""
 
@@ -161,7 +178,7 @@ class Trial:
         with torch.no_grad():
             return self.call(mixer=mixer, **options)(x, None if state is None else clone(state))
 
-    def in_pieces(self, *calls: Call) -> Call:
+    def in_pieces(self, *calls: SegmentCall) -> SegmentCall:
         """Consecutive pieces of a segment, as long as the case's lengths: each by its own call, or all by one."""
 
         def call(x: Tensor, state: Any) -> tuple[Tensor, Any]:
@@ -173,7 +190,7 @@ class Trial:
 
         return call
 
-    def decode(self, x: Tensor, state: Any, step: Call | None = None) -> tuple[Tensor, Any]:
+    def decode(self, x: Tensor, state: Any, step: SegmentCall | None = None) -> tuple[Tensor, Any]:
         """Output and final state token by token, without grad; the state given may be consumed."""
         outputs = []
         with torch.no_grad():
@@ -184,7 +201,7 @@ class Trial:
 
     def differentiate(
         self,
-        call: Call,
+        call: SegmentCall,
         x: Tensor,
         state: Any,
         *,
@@ -226,7 +243,7 @@ class Trial:
         return above
 
     def sensitivity(
-        self, call: Call, x: Tensor, state: Any, results: tuple[dict[str, Tensor], Any]
+        self, call: SegmentCall, x: Tensor, state: Any, results: tuple[dict[str, Tensor], Any]
     ) -> dict[str, float]:
         """How far outputs, gradients and state move, by name, where tokens move by 1e-10 of themselves: large numbers
         cancel, and what is left is as far off in any order of computing it."""
@@ -267,8 +284,8 @@ class Trial:
     def compare(
         self,
         what: str,
-        actual: Result,
-        expected: Result,
+        actual: SegmentResult,
+        expected: SegmentResult,
         tolerance: float = EXACT,
         slack: Mapping[str, float] | None = None,
     ) -> None:

@@ -5,12 +5,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo.testing import CompileCounterWithBackend
 
 from ..check import check, compilable, packing, stateful
 from ..compare import require
 from ..mixer.case import Draw
-from ..mixer.compiled import one_graph, require_one_graph
+from ..mixer.compiled import counting_backend, one_graph, require_one_graph
 from ..mixer.subject import BACKEND
 from ..mixer.trial import Trial
 
@@ -70,7 +69,7 @@ def graphs_follow_sizes(trial: Trial) -> None:
     torch._dynamo.reset()
     # what holds a size is seen where forward is traced; other checks trace backward
     asked = trial.subject.compile_backend
-    counter = CompileCounterWithBackend("eager" if asked == BACKEND else asked)
+    counter = counting_backend("eager" if asked == BACKEND else asked)
     graph = torch.compile(function, fullgraph=True, backend=counter)
 
     def compiled(x: Tensor, state: Any, **options: Tensor) -> tuple[Tensor, Any]:

@@ -1,29 +1,25 @@
 """Values of a model's first layer, which later ones mix into their own: an input beside the tokens, and an output."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
-from torch import Tensor
+from feature_cases import mixers_with, require_property
+from mutants.specimen import Specimen, SpecimenConfig
+from torch import Tensor, nn
 
-from ...mixers.contract import SequenceMixer
-from ..check import check, differentiable, value_residual
-from ..compare import near, require
-from ..contract.packing import alone, described, together
-from ..mixer.case import Draw
-from ..mixer.trial import Call, Trial, learnable
+from seqmix.mixers.contract import SequenceMixer
+from seqmix.testing.compare import CheckFailure, near, require
+from seqmix.testing.contract.packing import alone, described, together
+from seqmix.testing.mixer.case import Draw
+from seqmix.testing.mixer.trial import SegmentCall, Trial, learnable
 
 GRADIENT = "the gradient of"
 
 
-@check(
-    value_residual,
-    differentiable,
-    use="layers that mix in the first one's values: these are lost in a paradigm, a piece or a document",
-    share=0.08,
-    draw=Draw(pieces=(1, 3), tokens=(1, 9), long=12, batch_size=(1, 2), lists=((3, 1, 5),)),
-)
 def first_values_are_read_with_their_tokens(trial: Trial) -> None:
     """Every paradigm, pieces and packed documents give the same output, values, final state and gradients, of given
     first values too; what mixes them in learns. Wanted values change nothing."""
@@ -81,7 +77,7 @@ def compared(
     whole = trial.differentiate(trial.call(trial.reference, mix), x, state, mixer=mixer)
     for paradigm in trial.paradigms:
         call = trial.call(paradigm, mix)
-        ways: dict[str, Call] = {}
+        ways: dict[str, SegmentCall] = {}
         if paradigm != trial.reference:
             ways[f"{paradigm}"] = call
         if len(trial.case.lengths) > 1:
@@ -98,3 +94,64 @@ def compared(
             trial.compare(said, (packed, None), (together(separate, trial.case.lengths), None))
     require(torch.equal(x, kept), f"{what}: a call writes into its tokens or first values")
     return whole[0]
+
+
+DRAW = Draw(pieces=(1, 3), tokens=(1, 9), long=12, batch_size=(1, 2), lists=((3, 1, 5),))
+
+
+def has_values(mixer):
+    return mixer.traits.value_residual and mixer.traits.differentiable
+
+
+@mixers_with(has_values)
+def test_first_values_are_read_with_their_tokens(config):
+    require_property(first_values_are_read_with_their_tokens, config, DRAW, has_values)
+
+
+class Residual(Specimen):
+    """A healthy layer that mixes the first one's values into its own."""
+
+    first = None
+
+    def accept_first_values(self):
+        self.takes_first_values = True
+        self.share = nn.Parameter(torch.zeros(self.config.n_heads * self.width, device=self.device, dtype=self.dtype))
+
+    def mix(self, x, call):
+        self.first = self.given(call)
+        y, after = super().mix(x, call)
+        return y, after, super().heads(x)[1].transpose(1, 2).flatten(2)
+
+    def given(self, call):
+        return call.first_values
+
+    def heads(self, x):
+        qk, v, a = super().heads(x)
+        if self.first is not None:
+            own = v.transpose(1, 2).flatten(2)
+            mixed = own.lerp(self.first.to(own), self.share.sigmoid().to(own))
+            v = mixed.unflatten(-1, (-1, self.width)).transpose(1, 2)
+        return qk, v, a
+
+
+class DetachesFirstValues(Residual):
+    """In the recurrent form, the first layer's values have no gradient (fla PR #145)."""
+
+    def given(self, call):
+        first = super().given(call)
+        return first if first is None or call.paradigm != "recurrent" else first.detach()
+
+
+class ResidualConfig(SpecimenConfig):
+    layer = Residual
+
+    @property
+    def traits(self):
+        return replace(super().traits, value_residual=True)
+
+
+def test_what_is_wrong_is_caught():
+    require_property(first_values_are_read_with_their_tokens, ResidualConfig(), DRAW, has_values, examples=4)
+    wrong = type("WrongConfig", (ResidualConfig,), {"layer": DetachesFirstValues, "__module__": __name__})()
+    with pytest.raises(CheckFailure, match="gradient"):
+        require_property(first_values_are_read_with_their_tokens, wrong, DRAW, has_values)

@@ -1,17 +1,20 @@
-"""What `seqmix linearize` takes over: projections by role and head, and how far memories reach."""
+"""What `seqmix linearize` takes over: `projections` by role and head, and `set_reach`."""
 
 import math
 from collections.abc import Iterable
 from typing import Any
 
+import pytest
 import torch
+from feature_cases import mixers_with, require_property
+from mutants.specimen import Specimen, SpecimenConfig
 from torch import Tensor
 
-from ...mixers.state import to_dict
-from ..check import check, constant, projected, sets_reach
-from ..compare import EXACT, require
-from ..mixer.case import Draw
-from ..mixer.trial import Trial
+from seqmix.mixers.contract import SequenceMixer
+from seqmix.mixers.state import to_dict
+from seqmix.testing.compare import EXACT, CheckFailure, require
+from seqmix.testing.mixer.case import Draw
+from seqmix.testing.mixer.trial import Trial
 
 WIDEST = 70
 """Tokens that no short convolution sees at once."""
@@ -26,12 +29,6 @@ BETWEEN, AFTER = 120, 40
 """Tokens over which fading is measured, and those that follow."""
 
 
-@check(
-    projected,
-    use="`seqmix linearize`: the new mixer is given other heads, or keys for queries",
-    share=0.02,
-    draw=Draw(tokens=(9, 9), batch_size=(2, 2), starts=("none",)),
-)
 def projections_have_their_roles(trial: Trial) -> None:
     """`projections` are views of what is read, in their order. A head's q, k and v change nothing where its o is zero;
     a query counts at its own token alone, a value later too; and of one token's output, a key changes no more than the
@@ -112,13 +109,6 @@ def _outputs(trial: Trial, x: Tensor, rows: Any, zero: Iterable[int] = (), times
     return found
 
 
-@check(
-    constant,
-    sets_reach,
-    use="`seqmix linearize`: the new mixer remembers more or less than the old one",
-    share=0.01,
-    draw=Draw(tokens=(1, 1), batch_size=(32, 32), starts=("none",)),
-)
 def memory_reaches_as_far_as_is_set(trial: Trial) -> None:
     """After `set_reach`, what a token wrote fades by tokens / (tokens + 1) with every token of zeros."""
     rows, (few, many) = trial.case.batch_size, REACH
@@ -138,3 +128,54 @@ def memory_reaches_as_far_as_is_set(trial: Trial) -> None:
         reach = gamma / (1 - gamma) if gamma < 1 else math.inf
         sentence = f"set_reach of {max(asked):g} tokens: what a token wrote reaches {reach:.3g} tokens"
         require(abs(reach / max(asked) - 1) < 1 / 3, sentence)
+
+
+ROLES = Draw(tokens=(9, 9), batch_size=(2, 2), starts=("none",))
+DECAYS = Draw(tokens=(1, 1), batch_size=(32, 32), starts=("none",))
+
+
+def has_projections(mixer):
+    return bool(mixer.projections)
+
+
+def sets_reach(mixer):
+    own = type(mixer).set_reach is not SequenceMixer.set_reach
+    return mixer.traits.state == "constant" and (own or any(hasattr(part, "set_reach") for part in mixer.children()))
+
+
+@mixers_with(has_projections)
+def test_projections_have_their_roles(config):
+    require_property(projections_have_their_roles, config, ROLES, has_projections, examples=4)
+
+
+@mixers_with(sets_reach)
+def test_memory_reaches_as_far_as_is_set(config):
+    require_property(memory_reaches_as_far_as_is_set, config, DECAYS, sets_reach, examples=3)
+
+
+class NamesKeysValues(Specimen):
+    @property
+    def projections(self):
+        q, v, k = self.in_proj.weight.unflatten(0, (3, self.config.n_heads, -1)).unbind(0)
+        return {"q": q, "k": k, "v": v, "o": self.out_proj.weight.T.unflatten(0, (self.config.n_heads, -1))}
+
+
+class SetsTheDecayForItsLogit(Specimen):
+    @torch.no_grad()
+    def set_reach(self, tokens):
+        self.decay_proj.bias.copy_(tokens / (tokens + 1))
+        return ["decay_proj.bias"]
+
+
+@pytest.mark.parametrize(
+    ("layer", "test", "draw", "named"),
+    [
+        (NamesKeysValues, projections_have_their_roles, ROLES, "projections: "),
+        (SetsTheDecayForItsLogit, memory_reaches_as_far_as_is_set, DECAYS, "set_reach of "),
+    ],
+    ids=["roles", "reach"],
+)
+def test_what_is_wrong_is_caught(layer, test, draw, named):
+    config = type("WrongConfig", (SpecimenConfig,), {"layer": layer, "__module__": __name__})()
+    with pytest.raises(CheckFailure, match=named):
+        require_property(test, config, draw, lambda mixer: True)

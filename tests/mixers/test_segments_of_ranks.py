@@ -1,4 +1,4 @@
-"""Context parallelism, where a mixer offers its own: processes are threads here, and what they gather is one graph."""
+"""Context parallelism of the mixers that have their own, over ranks that are threads and gather in one graph."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -6,16 +6,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
+from feature_cases import mixers_with, require_property
+from mutants.specimen import Specimen, SpecimenConfig
 from torch import Tensor
 
-from ...mixers.contract import SequenceMixer
-from ...mixers.state import clone
-from ...ops.context_parallel import ContextParallel
-from ..check import check, context_parallel
-from ..compare import require
-from ..mixer.case import FIXED, Draw
-from ..mixer.trial import Call, Trial
+from seqmix.mixers.contract import SequenceMixer
+from seqmix.mixers.state import clone
+from seqmix.ops.context_parallel import ContextParallel
+from seqmix.testing.compare import CheckFailure, require
+from seqmix.testing.mixer.case import FIXED, Draw
+from seqmix.testing.mixer.trial import SegmentCall, Trial
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Threads(ContextParallel):
     def exchange(
         self,
         sent: Sequence[Tensor],
-        like: Sequence[Tensor],  # noqa: ARG002
+        like: Sequence[Tensor],
         distance: int,
     ) -> tuple[list[Tensor], list[Any]]:
         """Those of the rank so far before, with the graph that made them: what backward sends is not asked for."""
@@ -48,15 +50,9 @@ class Threads(ContextParallel):
         return [x[self.rank - distance] for x in every] if self.rank >= distance else [], []
 
 
-DRAW = Draw(pieces=(2, 5), tokens=(1, 9), long=6, longest=33, batch_size=(1, 2), lists=((6,) * 4,), always="values")
+DRAW = Draw(pieces=(2, 5), tokens=(1, 9), long=6, longest=33, batch_size=(1, 2), lists=((6,) * 4,))
 
 
-@check(
-    context_parallel,
-    use="context parallelism: a sequence over several processes is another than on one",
-    share=0.03,
-    draw=DRAW,
-)
 def segments_of_ranks_are_the_whole(trial: Trial) -> None:
     """Over several ranks, packed documents too, output, final state and gradients are those of one: no process but
     this one is needed to see it."""
@@ -82,7 +78,9 @@ def segments_of_ranks_are_the_whole(trial: Trial) -> None:
         trial.compare(what, actual, expected)
 
 
-def _over_ranks(mixers: Sequence[SequenceMixer], calls: Callable[[SequenceMixer], Call], kept: int) -> Call:
+def _over_ranks(
+    mixers: Sequence[SequenceMixer], calls: Callable[[SequenceMixer], SegmentCall], kept: int
+) -> SegmentCall:
     """A call by several ranks, each with its mixer and segment; the final state is that of one of them."""
 
     def call(x: Tensor, state: Any) -> tuple[Tensor, Any]:
@@ -112,3 +110,40 @@ def _over_ranks(mixers: Sequence[SequenceMixer], calls: Callable[[SequenceMixer]
         return torch.cat([y for y, _ in results], dim=1), results[kept][1]
 
     return call
+
+
+def splits(mixer):
+    return mixer.supports_context_parallel
+
+
+@mixers_with(splits)
+def test_segments_of_ranks_are_the_whole(config):
+    require_property(segments_of_ranks_are_the_whole, config, DRAW, splits, examples=4)
+
+
+class ReadsTwoRanksBack(Specimen):
+    """Gathers the tokens of all ranks, and leaves out those of more than two before."""
+
+    supports_context_parallel = True
+
+    def mix(self, x, call):
+        if (group := call.cp_group) is None:
+            return super().mix(x, call)
+        every = group.gather(x)
+        whole = torch.cat([part if rank >= group.rank - 2 else 0 * part for rank, part in enumerate(every)], dim=1)
+        documents = group.whole(call.documents, x.shape[1])
+        y, after = super().mix(whole, call._replace(cp_group=None, documents=documents))
+        return group.part(y), after
+
+
+def test_what_is_wrong_is_caught():
+    wrong = type("WrongConfig", (SpecimenConfig,), {"layer": ReadsTwoRanksBack, "__module__": __name__})()
+    with pytest.raises(CheckFailure, match="ranks of"):
+        require_property(segments_of_ranks_are_the_whole, wrong, DRAW, splits)
+
+
+def test_what_a_rank_has_sent_may_be_written():
+    ranks, x = [torch.nn.Module() for _ in range(3)], torch.arange(12.0).view(1, 6, 2)
+    call = lambda rank: lambda x, _: (rank.cp_group.gather(sent := x.clone()).sum(0), sent.zero_())  # noqa: E731
+    y, _ = _over_ranks(ranks, call, 0)(x, None)
+    assert torch.equal(y, x.unflatten(1, (3, 2)).sum(1).repeat(1, 3, 1))

@@ -8,7 +8,6 @@ from unusual import UNUSUAL, Alternating, Counted, NoState, TorchGRU, Unusual
 from seqmix import ContractError
 from seqmix.testing import CHECKS, CheckFailure, Status, check_mixer
 from seqmix.testing.compare import Differences
-from seqmix.testing.stress.context_parallel import _over_ranks
 
 NIGHTLY = settings().max_examples >= 1000
 LONG = {"thousands_of_tokens_agree", "long_segments_do_not_drift"}
@@ -86,10 +85,3 @@ def test_what_is_not_finite_is_said_where_the_tolerance_is_not_either():
     not_finite = pytest.raises(CheckFailure, match=r"differs in 2 of 2 elements.*not finite on either side")
     with not_finite, Differences("steps", 1e-9, {"the state": torch.nan}) as found:
         found.tensor("the state", x, x)
-
-
-def test_what_a_rank_has_sent_may_be_written():
-    ranks, x = [torch.nn.Module() for _ in range(3)], torch.arange(12.0).view(1, 6, 2)
-    call = lambda rank: lambda x, _: (rank.cp_group.gather(sent := x.clone()).sum(0), sent.zero_())  # noqa: E731
-    y, _ = _over_ranks(ranks, call, 0)(x, None)
-    assert torch.equal(y, x.unflatten(1, (3, 2)).sum(1).repeat(1, 3, 1))
