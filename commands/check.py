@@ -24,7 +24,7 @@ from .console import plain_table, terminal
 from .options import JsonFile, require_writable
 
 if TYPE_CHECKING:
-    from ..testing import Check, Outcome
+    from ..testing import Check, CheckOutcome
 
 QUICK = 10
 """Examples of --quick."""
@@ -303,7 +303,7 @@ def _case(status: Status, check: "Check", tried: int) -> None:
     status.update(f"{check.name}: {tried} {'case' if tried == 1 else 'cases'} tried")
 
 
-def _line(console: Console, outcome: "Outcome", *, headings: list[str]) -> None:
+def _line(console: Console, outcome: "CheckOutcome", *, headings: list[str]) -> None:
     """One line per check as it ends, after headings that are still to be printed."""
     while headings:
         console.print(headings.pop(), soft_wrap=True)
@@ -336,7 +336,10 @@ def _summary(console: Console, found: Sequence[Tested]) -> None:
 def _conclude(console: Console, found: Sequence[Tested]) -> None:
     """Say what fails of what, and exit with 1 if anything does."""
     for one in found:
-        if names := [outcome.check.name for outcome in one.outcomes if outcome.status == "failed"]:
-            console.print(f"{one.kind} fails {', '.join(names)}", style="red", soft_wrap=True)
+        failed = [outcome for outcome in one.outcomes if outcome.status == "failed"]
+        if names := [outcome.check.name for outcome in failed if not outcome.same_as]:
+            folded = [outcome.check.name for outcome in failed if outcome.same_as]
+            also = f"; also fails: {', '.join(folded)}" if folded else ""
+            console.print(f"{one.kind} fails {', '.join(names)}{also}", style="red", soft_wrap=True)
     if any(one.count("failed") for one in found):
         raise typer.Exit(1)

@@ -112,6 +112,13 @@ def _registers(checks: dict[str, Any], **fields: Any) -> Callable[[Callable[...,
     return register
 
 
+# ---- what to declare where a mixer is meant to be so
+
+NOT_PACKED = "declare traits.packing=False"
+NOT_INVARIANT = "declare traits.shift_invariant=False, or override shift_state where another leaf is the position"
+LESS_PRECISE = "give tolerances={torch.bfloat16: 4e-2} (--tolerance bfloat16=0.04)"
+NOT_COMPILED = "declare traits.compiles=False"
+
 # ---- what checks of mixers need
 
 

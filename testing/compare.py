@@ -67,7 +67,7 @@ class Differences:
             self.lines += _difference(name, actual, expected, wrong, axes, _allowed(tolerance, absolute))
 
     def _near(self, actual: Tensor, expected: Tensor) -> bool:
-        """Whether no element is further off than is allowed of the smallest: most are not, which is quickly seen."""
+        """True if no element is further off than is allowed of the smallest: most are not, which is quickly seen."""
         return is_inexact(actual) and bool(((actual - expected).abs() <= self.tolerance).all())
 
     def close(

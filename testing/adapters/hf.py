@@ -51,7 +51,7 @@ class HFConfig(AdaptedConfig):
     layer_idx: int = Field(default=0, ge=0)
     """The layer's index."""
     mask: bool = True
-    """Whether a layer is given the mask that its model makes, where it takes one."""
+    """True if a layer is given the mask that its model makes, where it takes one."""
     use: Literal["training", "packed", "decoding"] = "training"
     """What is checked: the call of training, without a cache; the same with packed documents, as
     `DataCollatorWithFlattening` gives them; or calls with a cache, which has no gradients."""

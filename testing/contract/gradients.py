@@ -21,6 +21,7 @@ LARGER = 6.0
 
 @check(
     use="training: it computes another function than evaluation, or other gradients",
+    remedy="dropout is set to 0 in nn.Dropout and in fields with `dropout` in their name",
     share=0.06,
     draw=Draw(tokens=(1, 11), long=4, lists=((130,),), batch_size=(1, 2), crowded=6, uses=USES),
 )
@@ -45,6 +46,7 @@ def modes_change_nothing(trial: Trial) -> None:
     differentiable,
     exact_gradients,
     use="training: gradients are wrong",
+    remedy="declare traits.surrogate_gradients=True, or differentiable=False",
     share=0.06,
     draw=Draw(pieces=(1, 3), tokens=(1, 8), batch_size=(1, 2), uses=USES, scales=(1.0, 1.0, LARGER)),
 )

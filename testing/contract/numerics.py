@@ -9,7 +9,7 @@ from torch import Tensor
 from ...mixers.state import to_dict
 from ...ops.paradigm import Paradigm
 from ...registry import SeqmixError
-from ..check import check, packing, shifted
+from ..check import LESS_PRECISE, check, packing, shifted
 from ..compare import FEW, near, require
 from ..mixer.case import LENGTHS, USES, Draw
 from ..mixer.rounding import LOW, is_copied, require_near_float64, rows_moved, step_by_step, tolerance_after, widened
@@ -25,6 +25,7 @@ MANY = 24
 
 @check(
     use="training and evaluation in low precision",
+    remedy=LESS_PRECISE,
     share=0.08,
     draw=Draw(pieces=(2, 3), tokens=(8, 16), fixed=30, batch_size=(2, 2), starts=("none", "read"), dtypes=LOW),
 )
@@ -43,6 +44,7 @@ def low_precision_is_near_float64(trial: Trial) -> None:
 @check(
     packing,
     use="packed training in low precision",
+    remedy=LESS_PRECISE,
     share=0.06,
     draw=Draw(pieces=(2, 4), tokens=(0, 16), many=8, lists=((0, 70, 9, 0),), batch_size=(1, 1), uses=USES, dtypes=LOW),
 )
@@ -69,7 +71,13 @@ LENGTHY = Draw(
 )
 
 
-@check(use="long sequences in low precision: errors add up", share=0.04, long=True, draw=LENGTHY)
+@check(
+    use="long sequences in low precision: errors add up",
+    remedy=LESS_PRECISE,
+    share=0.02,
+    long=True,
+    draw=LENGTHY,
+)
 def long_segments_do_not_drift(trial: Trial) -> None:
     """At the end of hundreds of tokens low precision is as near float64 as at the start, in every paradigm, with
     extreme gates and decays too."""
@@ -107,11 +115,11 @@ def _does_not_drift(trial: Trial, length: int) -> None:
         spare = again or paradigm is not trial.mixer.paradigm
         if paradigm is Paradigm.PARALLEL and length > LONG and spare:
             continue
-        found = ends(*trial.mix(x, state, paradigm=paradigm))
+        actual = ends(*trial.mix(x, state, paradigm=paradigm))
         what = f"{paradigm} in {dtype}, the last {last} of {length} tokens"
         for name, result in expected.items():
             ends_here = lambda name=name: shifted()[name]  # noqa: E731
-            near(name, what, found[name], result, tolerance, moved=moved, shifted=ends_here)
+            near(name, what, actual[name], result, tolerance, moved=moved, shifted=ends_here)
 
 
 @check(
@@ -146,11 +154,11 @@ def dtypes_are_kept(trial: Trial) -> None:
             wanted = initial[name].dtype
             require(leaf.dtype == wanted, f"{paradigm}: the state's {name} is {leaf.dtype}, and init_state's {wanted}")
         # what has 16 bits is short after a few tokens, and what is added to a number of 24 bits is not
-        many, taken = trial.tokens(length=MANY), mixer.traits.takes_state(paradigm)
-        fine = trial.state(start="moved") if taken else None
+        many, takes_state = trial.tokens(length=MANY), mixer.traits.takes_state(paradigm)
+        fine = trial.state(start="moved") if takes_state else None
         _, after = trial.mix(many, fine, paradigm=paradigm)
         # one token has code of its own
-        _, stepped = trial.mix(many[:, :1], after, paradigm=paradigm) if taken else (None, after)
+        _, stepped = trial.mix(many[:, :1], after, paradigm=paradigm) if takes_state else (None, after)
         leaves = [*to_dict(after).items(), *to_dict(stepped).items()]
         for name, leaf in leaves:
             if leaf.dtype == torch.float32 and _is_coarse(leaf):
@@ -161,7 +169,7 @@ def dtypes_are_kept(trial: Trial) -> None:
 
 
 def _is_coarse(leaf: Tensor) -> bool:
-    """Whether the float32 numbers have the 10 bits of float16 or TF32, or the 7 of bfloat16; of a few, no telling."""
+    """True if the float32 numbers have the 10 bits of float16 or TF32, or the 7 of bfloat16; of a few, no telling."""
     numbers = leaf[(leaf != 0) & leaf.isfinite()]
     return numbers.numel() >= FEW and not (numbers.view(torch.int32) & 0x1FFF).any()
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...mixers.state import concatenate, map_state, select
 from ...ops.packing import Documents
-from ..check import check, differentiable, packing
+from ..check import NOT_PACKED, check, differentiable, packing
 from ..gradients import strided, with_gradient_laid_out
 from ..mixer.case import USES, Draw
 from ..mixer.trial import SegmentCall, Trial
@@ -19,11 +19,15 @@ LISTS = ((130,), (0, 1, 0), (0, 0, 3, 0, 0, 5, 0), (0, 1, 2, 1) * 10, (70, 0, 65
 """Documents that are not left to chance: a long one; one token between empty ones; empty ones first, last and
 adjacent; more than 32; long ones."""
 
-DOCUMENTS = Draw(pieces=(2, 4), tokens=(0, 6), long=12, many=8, lists=LISTS, batch_size=(1, 1), wide=10)
+DOCUMENTS = Draw(pieces=(2, 4), tokens=(0, 6), long=12, many=8, lists=LISTS, batch_size=(1, 1))
 
 
 @check(
-    packing, use="packed text: documents leak into each other, or start from a wrong state", share=0.17, draw=DOCUMENTS
+    packing,
+    use="packed text: documents leak into each other, or start from a wrong state",
+    remedy=NOT_PACKED,
+    share=0.12,
+    draw=DOCUMENTS,
 )
 def documents_are_sequences(trial: Trial) -> None:
     """Packed documents, empty ones too, give what each gives alone: output, final state, and what is read later."""
@@ -52,15 +56,17 @@ def documents_are_sequences(trial: Trial) -> None:
             trial.compare(f"{paradigm}, packed, boundaries that are on the device alone", unread, (y, states))
         z, _ = trial.mix(following, states)
         what = f"{paradigm}, documents of {described(trial)} tokens packed against each alone"
-        with trial.differences(what) as found:
+        with trial.differences(what) as differences:
             for (rows, part, after), two in zip(groups, later, strict=True):
                 if part is not None:
-                    found.tensor(f"document {rows[0]}'s output", documents(y, trial.case.lengths, rows), part, "NTD")
+                    differences.tensor(
+                        f"document {rows[0]}'s output", documents(y, trial.case.lengths, rows), part, "NTD"
+                    )
                 # a growing state may hold a document's tokens in more room than it would need alone
                 index = trial.index(*rows)
                 if trial.mixer.traits.state == "constant":
-                    found.state(f"document {rows[0]}'s final state", select(states, index), after)
-                found.tensor(f"document {rows[0]}'s output of two tokens later", z[index], two, "NTD")
+                    differences.state(f"document {rows[0]}'s final state", select(states, index), after)
+                differences.tensor(f"document {rows[0]}'s output of two tokens later", z[index], two, "NTD")
 
 
 @contextmanager
@@ -69,8 +75,8 @@ def _not_as_numbers() -> Iterator[None]:
     of = Documents.of
 
     def unread(*args: Any, **options: Any) -> Documents | None:
-        found = of(*args, **options)
-        return None if found is None else found._replace(boundaries=None)
+        documents = of(*args, **options)
+        return None if documents is None else documents._replace(boundaries=None)
 
     with patch.object(Documents, "of", unread):
         yield
@@ -80,7 +86,8 @@ def _not_as_numbers() -> Iterator[None]:
     differentiable,
     packing,
     use="training on packed text: gradients leak between documents",
-    share=0.09,
+    remedy=NOT_PACKED,
+    share=0.07,
     draw=Draw(pieces=(2, 4), tokens=(0, 6), long=12, many=12, lists=LISTS[1:2], batch_size=(1, 1), uses=USES),
 )
 def gradients_of_documents_are_those_of_sequences(trial: Trial) -> None:

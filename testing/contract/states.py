@@ -25,6 +25,7 @@ DEEP, GROWN = 12, 40
 @check(
     stateful,
     use="the start of a text: it depends on how the state was made",
+    remedy="a learned beginning is what init_state returns, with its graph",
     share=0.04,
     draw=Draw(tokens=(1, 8), starts=("none",)),
 )
@@ -44,10 +45,10 @@ def the_initial_state_is_nothing_read(trial: Trial) -> None:
         )
         trial.compare(f"{paradigm}, gradients from init_state() against no state", learned, unsaid)
         y, allocated = trial.mix(x, trial.mixer.init_state(batch_size, max_length=length + 1), paradigm=paradigm)
-        with trial.differences(f"{paradigm}, init_state(max_length={length + 1}) against no state") as found:
-            found.tensor("the output", y, nothing[0], "BTD")
+        with trial.differences(f"{paradigm}, init_state(max_length={length + 1}) against no state") as differences:
+            differences.tensor("the output", y, nothing[0], "BTD")
             later = trial.mix(following, nothing[1], paradigm=paradigm)[0]
-            found.tensor("the output later", trial.mix(following, allocated, paradigm=paradigm)[0], later, "BTD")
+            differences.tensor("the output later", trial.mix(following, allocated, paradigm=paradigm)[0], later, "BTD")
         with torch.no_grad():
             unwanted = trial.mixer(x, paradigm=paradigm)
         trial.compare(f"{paradigm}, return_state=False", unwanted, (nothing[0], None))
@@ -129,8 +130,12 @@ def _in_other_room(trial: Trial, paradigm: Paradigm, x: Tensor, following: Tenso
     for room, state in {"the least": least, f"{length + more}": trial.mixer.resize_state(least, length + more)}.items():
         output = trial.mix(following, state, paradigm=paradigm)[0]
         trial.compare(f"{paradigm}, from a state with room for {room} tokens", (output, None), (expected, None))
-    with trial.differences(f"{paradigm}, a state without room to spare, and given some and none again", 0) as found:
-        found.state("the state", trial.mixer.resize_state(trial.mixer.resize_state(least, length + more), None), least)
+    with trial.differences(
+        f"{paradigm}, a state without room to spare, and given some and none again", 0
+    ) as differences:
+        differences.state(
+            "the state", trial.mixer.resize_state(trial.mixer.resize_state(least, length + more), None), least
+        )
 
 
 @check(
@@ -155,8 +160,8 @@ def a_state_is_never_written_under_grad(trial: Trial) -> None:
             roots = [*learnable(trial.mixer).values(), *(s for s in float_leaves(state).values() if s.requires_grad)]
             if roots and total.requires_grad:
                 torch.autograd.grad(total, roots, allow_unused=True, retain_graph=True)  # of init_state
-            with trial.differences(f"{paradigm}, a state after it was given, against before", 0) as found:
-                found.state("the state", state, before)
+            with trial.differences(f"{paradigm}, a state after it was given, against before", 0) as differences:
+                differences.state("the state", state, before)
             same = [leaf._version for leaf in leaves_of(state).values()] == versions
             require(same, f"{paradigm}: a state was written in place, if only with its own values")
         # consumed or not, its clone is as good as it was
@@ -183,8 +188,8 @@ def a_constant_state_is_never_written(trial: Trial) -> None:
                 call = trial.mixer.step if steps else trial.call(paradigm)
                 call(x, state)
             what = f"{paradigm}, {mode.__name__}, a state after it was given, against before"
-            with trial.differences(what, 0) as found:
-                found.state("the state", state, given)
+            with trial.differences(what, 0) as differences:
+                differences.state("the state", state, given)
     # a segment of one token, where nothing steps
     step = trial.mixer.step if Paradigm.RECURRENT in trial.mixer.traits.paradigms else trial.call()
     with torch.no_grad():
@@ -208,15 +213,15 @@ def a_state_is_tensors_batch_first(trial: Trial) -> None:
     x, state = trial.tokens(), trial.state()
     for paradigm in trial.paradigms:
         states[str(paradigm)] = trial.mix(x, state, paradigm=paradigm)[1]
-    for source, found in states.items():
-        require(_is_state(found), f"{source} gives {type(found).__name__}, not a (nested) NamedTuple of tensors")
-        require(bool(to_dict(found)), f"{source} gives a state without tensors")
-        for name, leaf in to_dict(found).items():
+    for source, state in states.items():
+        require(_is_state(state), f"{source} gives {type(state).__name__}, not a (nested) NamedTuple of tensors")
+        require(bool(to_dict(state)), f"{source} gives a state without tensors")
+        for name, leaf in to_dict(state).items():
             shape = list(leaf.shape)
             require(shape[:1] == [rows], f"{source}: {name} is {shape}, and {rows} sequences need {rows} rows")
             require(leaf.device.type == trial.subject.device.type, f"{source}: {name} is on {leaf.device}")
     wanted = list(to_dict(states["init_state"]))
-    for source, leaves in ((source, list(to_dict(found))) for source, found in states.items()):
+    for source, leaves in ((source, list(to_dict(state))) for source, state in states.items()):
         require(leaves == wanted, f"{source} has the leaves {leaves}, init_state {wanted}")
 
 
@@ -224,6 +229,7 @@ def a_state_is_tensors_batch_first(trial: Trial) -> None:
     stateful,
     declares("size", "A state that grows or not"),
     use="memory in decoding: it grows where it should not",
+    remedy="declare traits.state as it is: constant or growing",
     share=0.02,
     draw=Draw(tokens=(1, 1), batch_size=(1, 2), starts=("none",)),
 )

@@ -40,10 +40,10 @@ def results_share_no_memory(trial: Trial) -> None:
         require(y.data_ptr() != tokens.data_ptr(), f"{paradigm}: the output is the tokens' own memory")
         y.fill_(torch.nan)
         tokens.fill_(torch.nan)
-        with trial.differences(f"{paradigm}, after writing into tokens and output against before", 0) as found:
-            found.state("the final state", after, before)
+        with trial.differences(f"{paradigm}, after writing into tokens and output against before", 0) as differences:
+            differences.state("the final state", after, before)
             for (name, parameter), saved in zip(trial.mixer.named_parameters(), parameters, strict=True):
-                found.tensor(name, parameter.detach(), saved)
+                differences.tensor(name, parameter.detach(), saved)
 
 
 def _arguments_are_kept(trial: Trial, paradigm: Paradigm, x: Tensor, state: Any) -> None:
@@ -97,8 +97,8 @@ def copies_are_as_good(trial: Trial) -> None:
         with torch.no_grad():
             for parameter in original.parameters():
                 parameter.zero_()
-        found = trial.mix(x, None, other)
-        trial.compare(f"{what} after the mixer was changed against before", found, expected, tolerance=0)
+        actual = trial.mix(x, None, other)
+        trial.compare(f"{what} after the mixer was changed against before", actual, expected, tolerance=0)
     again, once = (trial.mix(x, state) for state in (copy.deepcopy(expected[1]), expected[1]))
     trial.compare("from a deep copy of a state against from the state", again, once, tolerance=0)
 
@@ -121,8 +121,8 @@ def init_state_is_where_the_mixer_is(trial: Trial) -> None:
         ]
         require(not tied, f"init_state: writing into another leaf of the state writes into {' and '.join(tied)}")
         said = f"init_state(2, max_length={room}) after another was written against before"
-        with trial.differences(said, 0) as found:
-            found.state("the state", second, kept)
+        with trial.differences(said, 0) as differences:
+            differences.state("the state", second, kept)
     with torch.device("meta"):
         mixer = trial.config.build(trial.d_model, layer_idx=trial.case.layer, n_layers=LAYERS)
     on_meta = to_dict(mixer.to(trial.case.dtype).init_state(2))
@@ -190,31 +190,39 @@ def rows_may_differ_in_length(trial: Trial) -> None:
         }
         z, _ = trial.mix(following, after, paradigm=paradigm)
         what = f"{paradigm}, rows of {', '.join(map(str, lengths))} tokens together against each alone"
-        with trial.differences(what) as found:
+        with trial.differences(what) as differences:
             for row in rows:
                 expected, alone = trial.mix(following[row : row + 1], states[row], paradigm=paradigm)
-                found.tensor(f"row {row}'s output", y[row : row + 1], expected, "BTD")
+                differences.tensor(f"row {row}'s output", y[row : row + 1], expected, "BTD")
                 for name, step in steps.items():
-                    found.tensor(f"row {row}'s output of a step{name}", step[row : row + 1], expected[:, :1], "BTD")
+                    differences.tensor(
+                        f"row {row}'s output of a step{name}", step[row : row + 1], expected[:, :1], "BTD"
+                    )
                 later = trial.mix(following[row : row + 1], alone, paradigm=paradigm)[0]
-                found.tensor(f"row {row}'s output later", z[row : row + 1], later, "BTD")
+                differences.tensor(f"row {row}'s output later", z[row : row + 1], later, "BTD")
                 split = trial.mix(following[row : row + 1], select(after, trial.index(row)), paradigm=paradigm)[0]
-                found.tensor(f"row {row}'s output after the split", split, later, "BTD")
+                differences.tensor(f"row {row}'s output after the split", split, later, "BTD")
             if not growing:
                 continue
             trimmed = trial.mixer.resize_state(clone(after), None)
             w, _ = trial.mix(following, trimmed, paradigm=paradigm)
-            found.tensor("the output from the state without spare room", w, z, "BTD")
+            differences.tensor("the output from the state without spare room", w, z, "BTD")
             if len(set(lengths)) > 1:
                 tight = trial.mixer.resize_state(concatenate([clone(state) for state in states]), max(lengths) + 1)
                 try:
                     v, _ = trial.mix(following, tight, paradigm=paradigm)
                 except (SeqmixError, RuntimeError):  # the longest does not fit
                     continue
-                found.tensor("the output from a state with room for one more", v, y, "BTD")
+                differences.tensor("the output from a state with room for one more", v, y, "BTD")
 
 
-@check(optional, use="ablations: an option is accepted and does nothing", share=0.01, draw=ONCE)
+@check(
+    optional,
+    use="ablations: an option is accepted and does nothing",
+    remedy="name the field in the configuration's `not_varied`",
+    share=0.01,
+    draw=ONCE,
+)
 def every_option_changes_something(trial: Trial) -> None:
     """Every value of an option that a check varies changes parameters, results, gradients, costs, or what is refused,
     beside some values of the others."""
@@ -256,9 +264,9 @@ def _describe(trial: Trial, options: dict[str, Any], x: Tensor) -> Any:
     if later is not None:
         later.accept_first_values()
     parameters = learnable(mixer)
-    found = gradients({"y": y}, {"y": torch.ones_like(y)}, parameters)
+    slopes = gradients({"y": y}, {"y": torch.ones_like(y)}, parameters)
     with torch.no_grad():
-        numbers = [y, *found.values(), *mixer.parameters(), *mixer.buffers(), *to_dict(after).values()]
+        numbers = [y, *slopes.values(), *mixer.parameters(), *mixer.buffers(), *to_dict(after).values()]
     return (
         mixer.traits,
         None if "flops" in getattr(mixer, "undeclared", {}) else mixer.flops(9, mixer.paradigm),

@@ -47,7 +47,7 @@ class Outcomes:
 
     @property
     def passed(self) -> bool:
-        """Whether nothing failed."""
+        """True if nothing failed."""
         return not self.failures
 
     @property
@@ -74,6 +74,6 @@ def chosen_names(names: Iterable[str] | None, checks: Mapping[str, Check], *, st
         return [name for name, check in checks.items() if stress or not check.stress]
     if isinstance(names, str):
         raise SeqmixError(f"checks needs a list of names, and was given {names!r}: write [{names!r}]")
-    if not (found := known_names(names, checks)):
+    if not (chosen := known_names(names, checks)):
         raise SeqmixError("checks names none, so nothing would be checked: leave it out for all of them")
-    return found
+    return chosen

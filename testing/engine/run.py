@@ -140,36 +140,32 @@ def _run(
     notes = list(tested.notes)
     if result.too_large is not None:
         notes.append(f"left out: {result.too_large!r} asks for more than {MOST / 2**30:g} GiB of memory")
-    seconds = time.perf_counter() - started
-    ended = partial(
-        CheckOutcome, check, examples=result.examples, seconds=seconds, case=result.case, notes=tuple(notes)
-    )
-    if result.error is None and not result.examples and notes:
-        return ended(Status.SKIPPED, notes[-1])
-    if result.error is None and expected is None:
-        return ended(Status.PASSED)
-    if result.error is None:
-        return ended(Status.FAILED, f"expected {check.name} to fail ({expected}), and it passed")
+    about: dict[str, Any] = {"examples": result.examples, "seconds": time.perf_counter() - started}
+    about |= {"case": result.case, "notes": tuple(notes)}
+    if result.error is None and expected is not None:
+        sentence = f"expected {check.name} to fail ({expected}), and it passed"
+        return CheckOutcome(check, Status.FAILED, sentence, **about)
     if expected is not None:
-        return ended(Status.EXPECTED_FAILURE, expected)
+        return CheckOutcome(check, Status.EXPECTED_FAILURE, expected, **about)
+    if result.error is None:
+        nothing_ran = bool(notes) and not result.examples
+        if nothing_ran:
+            return CheckOutcome(check, Status.SKIPPED, notes[-1], **about)
+        return CheckOutcome(check, Status.PASSED, **about)
     difference = describe_error(result.error)
-    cause = cause_of(difference)
-    if cause in causes:
-        return ended(
-            Status.FAILED,
-            f"fails as {causes[cause]} does: {difference.splitlines()[-1].strip()}",
-            same_as=causes[cause],
-        )
-    causes[cause] = check.name
-    lines, script = difference.splitlines(), ()
+    first = causes.setdefault(cause_of(difference), check.name)
+    if first != check.name:
+        sentence = f"fails as {first} does: {difference.splitlines()[0]}"
+        return CheckOutcome(check, Status.FAILED, sentence, same_as=first, **about)
+    script: tuple[str, ...] = ()
     if result.case is not None:
         script = tuple(tested.script(check, result.case) if alone else tested.script(check, None, **asked))
-        lines += ["To reproduce:"] if alone else [ALONE.format(what=tested.what), "To run all cases again:"]
-        lines += [f"    {line}" for line in script]
+    heading = "To reproduce:" if alone else f"{ALONE.format(what=tested.what)}\nTo run all cases again:"
+    lines = [difference, heading, *(f"    {line}" for line in script)] if script else [difference]
     lines += [f"{check.name}: {check.property}"]
     lines += [f"Without it breaks: {check.use}"] if check.use else []
     lines += [f"If that is intended: {check.remedy}"] if check.remedy else []
-    return ended(Status.FAILED, "\n".join(lines), script=script)
+    return CheckOutcome(check, Status.FAILED, "\n".join(lines), script=script, **about)
 
 
 def cause_of(difference: str) -> str:

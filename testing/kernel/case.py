@@ -42,7 +42,7 @@ class Exact(NamedTuple):
     gradients_terms: Tensors
 
 
-def taken(kernel: Kernel, probe: Probe) -> bool:
+def takes(kernel: Kernel, probe: Probe) -> bool:
     """What the kernel takes."""
     return not kernel.unsupported(probe)
 
@@ -64,16 +64,16 @@ class Drawn(NamedTuple):
 class KernelDraw:
     """What a check of kernels wants drawn."""
 
-    asks: Callable[[Kernel, Probe], bool] = taken
-    """Whether it asks a kernel for this."""
+    asks: Callable[[Kernel, Probe], bool] = takes
+    """True if it asks a kernel for this."""
     tokens: st.SearchStrategy[int] = LENGTHS
     """Lengths of rows and documents."""
     cut: bool = False
-    """Whether rows and documents are cut."""
+    """True if rows and documents are cut."""
     rare: bool = False
-    """Whether a few cases have more of something than usual."""
+    """True if a few cases have more of something than usual."""
     fixed: bool = False
-    """Whether the cases that are not left to chance run."""
+    """True if the cases that are not left to chance run."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -93,7 +93,7 @@ class KernelCase(WrittenCase, ABC):
     wide_output: bool = False
     initial_state: bool = False
     final_state: bool = False
-    """Whether one is wanted."""
+    """True if one is wanted."""
     grad: tuple[str, ...] = ()
     """Inputs that a gradient is taken of; without any, grad mode is off."""
     upstream: Literal["both", "output", "state"] = "both"
@@ -113,7 +113,7 @@ class KernelCase(WrittenCase, ABC):
     """Kinds of log-decays that the op has."""
     widens: ClassVar[tuple[bool, ...]] = (False,)  # whether outputs of 16-bit inputs may be wide
     windows: ClassVar[tuple[bool, ...]] = (False,)
-    """Whether a call has a window."""
+    """True if a call has a window."""
     changes: ClassVar[tuple[tuple[str, ...], ...]] = ((),)
     """What may change scores, by the names of the op's arguments."""
     extras: ClassVar[tuple[str, ...]] = ()
@@ -129,7 +129,7 @@ class KernelCase(WrittenCase, ABC):
     fixed: ClassVar[tuple[Fields, ...]] = FIXED
     """What cases that are not left to chance hold."""
     adds_up: ClassVar[bool]
-    """Whether a state is a sum over tokens, which rounding can wear away, and not the tokens themselves."""
+    """True if a state is a sum over tokens, which rounding can wear away, and not the tokens themselves."""
 
     # ---- what is drawn
 

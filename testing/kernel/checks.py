@@ -16,7 +16,7 @@ from ...ops.kernels import Kernel, Probe
 from ..check import kernel_check
 from ..compare import CheckFailure, Differences, require
 from ..gradients import gradients
-from .case import KernelDraw, Tensors, leaves, taken, wide
+from .case import KernelDraw, Tensors, leaves, takes, wide
 from .families import FAMILIES
 from .trial import KernelTrial
 
@@ -26,7 +26,7 @@ FEW = st.integers(1, 9)
 
 def with_grad(kernel: Kernel, probe: Probe) -> bool:
     """What it takes with gradients."""
-    return probe.needs_grad and taken(kernel, probe)
+    return probe.needs_grad and takes(kernel, probe)
 
 
 def widest_with_grad(kernel: Kernel, probe: Probe) -> bool:
@@ -36,7 +36,7 @@ def widest_with_grad(kernel: Kernel, probe: Probe) -> bool:
 
 def in_pieces(kernel: Kernel, probe: Probe) -> bool:
     """What it takes as a whole and as pieces."""
-    return probe.final_state and taken(kernel, probe) and taken(kernel, replace(probe, initial_state=True))
+    return probe.final_state and takes(kernel, probe) and takes(kernel, replace(probe, initial_state=True))
 
 
 def carried_low(kernel: Kernel, probe: Probe) -> bool:
@@ -54,7 +54,7 @@ def calls_no_higher_order_op(kernel: Kernel) -> str | None:
 
 @kernel_check(
     share=1.0,
-    draw=KernelDraw(asks=lambda kernel, probe: not probe.needs_grad and taken(kernel, probe), rare=True, fixed=True),
+    draw=KernelDraw(asks=lambda kernel, probe: not probe.needs_grad and takes(kernel, probe), rare=True, fixed=True),
     use="every call: the numbers are wrong",
 )
 def outputs_are_the_definitions(trial: KernelTrial) -> None:
@@ -120,9 +120,9 @@ def results_are_deterministic(trial: KernelTrial) -> None:
     except Exception:  # of what is retained only in part
         again = {}
     for what, results in (("a second call against the first", second), ("a second backward pass of a graph", again)):
-        with Differences(what, 0) as found:
+        with Differences(what, 0) as differences:
             for name, tensor in results.items():
-                found.tensor(name, tensor, first[name], trial.case.axes_of(name.removeprefix("the gradient of ")))
+                differences.tensor(name, tensor, first[name], trial.case.axes_of(name.removeprefix("the gradient of ")))
 
 
 @kernel_check(
@@ -155,7 +155,7 @@ def inputs_are_left_alone(trial: KernelTrial) -> None:
 
 @kernel_check(
     share=0.2,
-    draw=KernelDraw(asks=lambda kernel, probe: not taken(kernel, probe), tokens=FEW, rare=True),
+    draw=KernelDraw(asks=lambda kernel, probe: not takes(kernel, probe), tokens=FEW, rare=True),
     use="the choice of a kernel: what it cannot compute, it computes wrongly without a word",
 )
 def what_is_not_taken_is_refused(trial: KernelTrial) -> None:
@@ -201,10 +201,12 @@ def tangents_are_right_or_refused(trial: KernelTrial) -> None:
     if (actual := _unless_refused(lambda: tangents(trial.run, case.inputs(trial.device)))) is None:
         return
     # a tangent that is missing is all wrong; how exact one is, is not declared
-    with Differences("tangents against the definition's", 0.1) as found:
+    with Differences("tangents against the definition's", 0.1) as differences:
         for name, tangent in exact.items():
             size = trial.exact.outputs_terms[name] + tangent.abs() + 10 * torch.finfo(case.dtype_of(name)).tiny
-            found.close(f"the tangent of {name}", actual[name], tangent, case.dtype_of(name), size, case.axes_of(name))
+            differences.close(
+                f"the tangent of {name}", actual[name], tangent, case.dtype_of(name), size, case.axes_of(name)
+            )
 
 
 @kernel_check(
@@ -231,11 +233,11 @@ def second_derivatives_are_right_or_refused(trial: KernelTrial) -> None:
     if (actual := _unless_refused(lambda: second(trial.run, trial.leaves()))) is None:
         return
     lost = 100 * torch.finfo(case.dtype).eps
-    with Differences("second derivatives against the definition's", 0.1) as found:
+    with Differences("second derivatives against the definition's", 0.1) as differences:
         for name, derivative in exact.items():
             size = derivative.abs() + derivative.abs().mean() + lost
             shown = f"the second derivative of {name}"
-            found.close(shown, actual[name], derivative, case.dtype_of(name), size, case.axes_of(name))
+            differences.close(shown, actual[name], derivative, case.dtype_of(name), size, case.axes_of(name))
 
 
 @kernel_check(
@@ -322,8 +324,8 @@ def _require_boundaries_read(trial: KernelTrial) -> None:
     again, _ = trial.kernel.function(later._replace(cu_seqlens=boundaries.copy_(later.cu_seqlens)))
     with Differences(
         "with boundaries written over those of the call before, against boundaries of their own", 0
-    ) as found:
-        found.tensor("the output", again, expected, case.axes_of("output"))
+    ) as differences:
+        differences.tensor("the output", again, expected, case.axes_of("output"))
 
 
 def _with_gradients(outputs: Tensors, gradients: Tensors) -> Tensors:

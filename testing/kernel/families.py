@@ -37,7 +37,7 @@ class DecayCase(KernelCase):
     resets: tuple[int, ...] = ()
     """Tokens whose log-decay is -inf; heads, where there is one scalar per head."""
     resets_one_key: bool = False
-    """Whether a reset is one of the first key dimension alone."""
+    """True if a reset is one of the first key dimension alone."""
     shared: int = 1
     """Heads of each of the `n_heads` queries and keys."""
 
@@ -271,7 +271,7 @@ class DplrCase(DeltaCase):
     nothing but roundings."""
 
     has_b: bool = True
-    """Whether b is given; if not, it is -k."""
+    """True if b is given; if not, it is -k."""
 
     extras = ("a", "b")
     axes: ClassVar[Mapping[str, str]] = {**DecayCase.axes, "a": "BTHK", "b": "BTHK"}

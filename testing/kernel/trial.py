@@ -51,20 +51,22 @@ class KernelTrial:
         case, exact, tolerance = self.case, self.exact, self.kernel.tolerances[self.case.dtype]
         lost = torch.finfo(case.dtype).tiny / tolerance
         defined = {name: x for name, x in exact.outputs.items() if name not in case.undefined}
-        with Differences(what, tolerance) as found:
+        with Differences(what, tolerance) as differences:
             for name, value in defined.items():
                 shown = {"output": "the output", "state": "the final state"}.get(name, f"the final state's {name}")
                 axes = case.axes_of(name)
                 if value.is_floating_point():
                     size = _size(exact.outputs_terms[name], axes)
                     size += case.lost(name) / tolerance
-                    found.close(shown, outputs[name], value, case.dtype_of(name), size, axes)
+                    differences.close(shown, outputs[name], value, case.dtype_of(name), size, axes)
                 else:
-                    found.tensor(shown, outputs[name].cpu(), value, axes)
+                    differences.tensor(shown, outputs[name].cpu(), value, axes)
             for name, gradient in (gradients or {}).items():
                 axes = case.axes_of(name)
                 size = _size(exact.gradients_terms[name], axes) + lost
-                found.close(f"the gradient of {name}", gradient, exact.gradients[name], case.dtype_of(name), size, axes)
+                differences.close(
+                    f"the gradient of {name}", gradient, exact.gradients[name], case.dtype_of(name), size, axes
+                )
 
 
 def _size(terms: Tensor, axes: str) -> Tensor:

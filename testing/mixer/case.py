@@ -79,7 +79,7 @@ class Case(WrittenCase):
     layer: int = 0
     """The layer's index, of `LAYERS`."""
     wide: bool = False
-    """Whether the mixer has several tiles of channels or many heads, and not the fewest that fit."""
+    """True if the mixer has several tiles of channels or many heads, and not the fewest that fit."""
     seed: int = 0
     dtype: torch.dtype = torch.float64
     """Of parameters and inputs."""
@@ -88,7 +88,7 @@ class Case(WrittenCase):
 
     @property
     def final_state(self) -> bool:
-        """Whether its use wants a final state."""
+        """True if its use wants a final state."""
         return self.use in ("evaluation", "truncated")
 
     @property
@@ -123,9 +123,9 @@ class Draw:
     """One batch in so many, on average, has one of `CROWDS` as rows instead; 0 is none."""
     starts: tuple[Start, ...] = STARTS
     paradigms: bool = False
-    """Whether every piece has its own paradigm."""
+    """True if every piece has its own paradigm."""
     rows: bool = False
-    """Whether rows of the state are chosen."""
+    """True if rows of the state are chosen."""
     uses: tuple[Use, ...] = ("evaluation",)
     scales: tuple[float, ...] = (1.0,)
     wide: int = 0
@@ -143,45 +143,49 @@ class Draw:
         """What is not left to chance: long segments in every paradigm, a large batch, each dtype, use and scale."""
         lengths = (self.fixed or self.tokens[1],) * self.pieces[0]
         usual = Case(lengths, self.batch_size[0], self.starts[-1], seed=FIXED, dtype=self.dtypes[0])
-        long = [(17, 65)] if self.pieces[1] > 1 else [(length,) for length in (65, 130) if length <= self.longest]
-        found = [replace(usual, lengths=lengths) for lengths in long if self.long and not self.fixed and not self.lists]
+        long = (
+            [(17, min(65, self.longest))]
+            if self.pieces[1] > 1
+            else [(length,) for length in (65, 130) if length <= self.longest]
+        )
+        cases = [replace(usual, lengths=lengths) for lengths in long if self.long and not self.fixed and not self.lists]
         listed = replace(usual, use=(*self.uses, *self.uses)[1])
-        found += [replace(listed, lengths=lengths) for lengths in self.lists]
-        found += [replace(listed, lengths=lengths, start=self.starts[0]) for lengths in self.lists]
+        cases += [replace(listed, lengths=lengths) for lengths in self.lists]
+        cases += [replace(listed, lengths=lengths, start=self.starts[0]) for lengths in self.lists]
         if self.crowded:
-            found += [replace(usual, batch_size=rows) for rows in CROWDS]
+            cases += [replace(usual, batch_size=rows) for rows in CROWDS]
         if len(self.dtypes) > 1:
-            found += [replace(usual, dtype=dtype) for dtype in self.dtypes]
-        found += [replace(usual, use=use, layer=LAYERS - 1) for use in self.uses[1:]]
+            cases += [replace(usual, dtype=dtype) for dtype in self.dtypes]
+        cases += [replace(usual, use=use, layer=LAYERS - 1) for use in self.uses[1:]]
         begun = dict.fromkeys((self.starts[-1], self.starts[0]))
-        found += [replace(usual, scale=scale, start=start) for scale in {*self.scales} - {1.0} for start in begun]
+        cases += [replace(usual, scale=scale, start=start) for scale in {*self.scales} - {1.0} for start in begun]
         heads: list[dict[str, Any]] = [{}, *({"options": {"n_heads": number}} for number in HEADS)]
         heads = heads[:-1] if max(self.tokens[1], self.fixed) > SHORT else heads
-        found += [replace(usual, wide=True, **more) for more in heads] if self.wide else []
-        found += [replace(usual, wide=True, lengths=long[0])] if self.wide and self.long and not self.lists else []
+        cases += [replace(usual, wide=True, **more) for more in heads] if self.wide else []
+        cases += [replace(usual, wide=True, lengths=long[0])] if self.wide and self.long and not self.lists else []
         if self.wide and len(self.dtypes) > 1:  # of many heads, some decays are nearest to 1
             many = replace(usual, wide=True, dtype=self.dtypes[1], options={"n_heads": 12})
-            found = [many, *found, replace(usual, wide=True, dtype=self.dtypes[-1])]
+            cases = [many, *cases, replace(usual, wide=True, dtype=self.dtypes[-1])]
         if not self.paradigms:
-            return found
-        return [replace(case, paradigms=(p,) * len(case.lengths)) for case in found for p in sorted(traits.paradigms)]
+            return cases
+        return [replace(case, paradigms=(p,) * len(case.lengths)) for case in cases for p in sorted(traits.paradigms)]
 
     def typical(self, traits: Traits, options: dict[str, Any]) -> Case:
         """A case in which most of what can be drawn plays a part: several tokens and rows, a state, any paradigm."""
         least, most = self.tokens
-        own = sorted(traits.paradigms)
+        declared = sorted(traits.paradigms)
         rows = self.batch_size[1]
         case = Case((max(least, min(most, 7)),) * self.pieces[0], rows, self.starts[-1], use=self.uses[-1])
         if self.paradigms:
-            case = replace(case, paradigms=tuple(own[i % len(own)] for i in range(self.pieces[0])))
+            case = replace(case, paradigms=tuple(declared[i % len(declared)] for i in range(self.pieces[0])))
         rearranged = (rows - 1, 0) if self.rows else ()
         return replace(case, rows=rearranged, dtype=self.dtypes[0], scale=self.scales[0], options=options)
 
     def simpler(self, case: Case) -> Iterator[Case]:
         """Cases that are simpler in one respect, within what is drawn; options may be none of the configuration."""
-        lengths, options, own = case.lengths, dict(case.options), case.options.get("chunk_size", math.inf)
+        lengths, options, chunk_size = case.lengths, dict(case.options), case.options.get("chunk_size", math.inf)
         for size in (2, 16):  # the second boundary of small chunks may do for one that many tokens lead to
-            if size < own and case.length > 4 * size:
+            if size < chunk_size and case.length > 4 * size:
                 short = tuple(min(length, max(2 * size + 1, self.tokens[0])) for length in lengths)
                 yield replace(case, lengths=short, options=options | {"chunk_size": size})
         for i in range(len(lengths)) if len(lengths) > self.pieces[0] else ():
@@ -199,10 +203,12 @@ class Draw:
             now = getattr(case, name)  # of a case that always runs, it may be none of those that are drawn
             yield from (replace(case, **{name: value}) for value in values[: values.index(now) if now in values else 0])
         # some go together: without one alone the others may be refused
-        yield from (replace(case, options=few) for few in ({}, {"chunk_size": own}) if {*few} < {*options})
+        yield from (replace(case, options=few) for few in ({}, {"chunk_size": chunk_size}) if {*few} < {*options})
         for name in options:
             yield replace(case, options={other: value for other, value in options.items() if other != name})
-        yield from (replace(case, options=options | {"chunk_size": size}) for size in (1, 2) if size < own < math.inf)
+        yield from (
+            replace(case, options=options | {"chunk_size": size}) for size in (1, 2) if size < chunk_size < math.inf
+        )
         yield from (replace(case, paradigms=(one,) * len(lengths)) for one in dict.fromkeys(case.paradigms))
         yield from (replace(case, rows=case.rows[:i]) for i in range(1, len(case.rows)))
         yield replace(case, seed=0)

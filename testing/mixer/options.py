@@ -37,7 +37,7 @@ FAR = 64
 def alternatives(config: MixerConfig, *, guessed: bool = False) -> dict[str, list[Any]]:
     """Values to try for each field, beside the one it has; `guessed` of floats that name none too, twice of what they
     have, which may be too much for 16 bits."""
-    found: dict[str, list[Any]] = {}
+    values_by_field: dict[str, list[Any]] = {}
     for name, field in type(config).model_fields.items():
         if name in FIXED or name in getattr(config, "not_varied", ()):
             continue
@@ -49,8 +49,8 @@ def alternatives(config: MixerConfig, *, guessed: bool = False) -> dict[str, lis
         # a value may be a list, which is not hashed, and which the configuration makes another type of
         others = [value for n, value in enumerate(values) if value not in values[:n]]
         if others := [value for value in others if value != own and _accepted(config, name, value) != own]:
-            found[name] = others
-    return found
+            values_by_field[name] = others
+    return values_by_field
 
 
 def not_varied(config: MixerConfig) -> list[str]:
@@ -91,19 +91,19 @@ def drawn_options(
 
 def singly(config: MixerConfig, accepts: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
     """Each value by itself, or with the one other that it needs: among all others no plain path is taken."""
-    values, found = _all_values(config), []
+    values, changes = _all_values(config), []
     for one in values:
         few = ({one[0]: one[1]}, *({one[0]: one[1], other[0]: other[1]} for other in values if other[0] != one[0]))
-        found += [options for options in few if accepts(options)][:1]
-    return found
+        changes += [options for options in few if accepts(options)][:1]
+    return changes
 
 
 def shared(config: MixerConfig, accepts: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
     """Heads that share something, neither one nor each for itself: which head reads which can be wrong there alone."""
     names = [name for name in alternatives(config) if "heads" in name or "group" in name]
     sizes = ((4, 2), (6, 2), (6, 3), (8, 2), (12, 3))
-    tried = [[{many: n, few: each} for n, each in sizes] for many, few in permutations(names, 2)]
-    return [options for each in tried for options in list(filter(accepts, each))[:1]]
+    candidates = [[{many: n, few: each} for n, each in sizes] for many, few in permutations(names, 2)]
+    return [options for each in candidates for options in list(filter(accepts, each))[:1]]
 
 
 def _all_values(config: MixerConfig) -> list[tuple[str, Any]]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...mixers.contract import SequenceMixer
-from ...mixers.state import is_inexact, map_state
+from ...mixers.state import from_dict, is_inexact, map_state, to_dict
 from ..compare import GRADIENTS, near
 from .trial import SegmentCall, Trial, named_results
 
@@ -49,15 +49,15 @@ def require_near_float64(
 
     def named(x: Tensor, state: Any, rounds: bool) -> dict[str, Tensor]:
         call = whole if rounded is None else partial(rounded, rounds=rounds)
-        found, after = trial.differentiate(call, x, state, mixer=exact, zeros=results)
-        return named_results(found.pop("the output"), after) | found
+        tensors, after = trial.differentiate(call, x, state, mixer=exact, zeros=results)
+        return named_results(tensors.pop("the output"), after) | tensors
 
     moved = rows_moved(named, x, state, dtype)
     for what, call in calls.items():
-        found, after = trial.differentiate(call, x, state, zeros=results, used=True)
-        for name, result in named_results(found.pop("the output"), after).items():
+        tensors, after = trial.differentiate(call, x, state, zeros=results, used=True)
+        for name, result in named_results(tensors.pop("the output"), after).items():
             near(name, what, result, results[name], tolerance, moved=moved)
-        for name, gradient in found.items():
+        for name, gradient in tensors.items():
             near(name, what, gradient, expected[name], GRADIENTS * tolerance, floor=floor, moved=moved)
 
 
@@ -121,9 +121,9 @@ def rows_moved(
         moves = {name: torch.zeros_like(result.norm(dim=-1)) for name, result in results.items()}
         for seed, times in enumerate(DRAWS):
             inputs, before = rounding(dtype, seed, times), rounding(torch.float32, seed, times)
-            found = exact(inputs(x.double()), before(widened(state)), True)
+            rounded_results = exact(inputs(x.double()), before(widened(state)), True)
             for name, far in moves.items():
-                here = (found[name] - results[name]).norm(dim=-1)
+                here = (rounded_results[name] - results[name]).norm(dim=-1)
                 # what is smooth moves as many times further, and what jumps does not
                 here = torch.where(here > JUMP * times * far, here, here / times) if times > 1 else here
                 moves[name] = torch.maximum(far, here)
@@ -133,7 +133,7 @@ def rows_moved(
 
 
 def is_copied(trial: Trial, leaf: str) -> bool:
-    """Whether what a leaf holds after a token is, where it depends on what the leaf held before, one of those numbers,
+    """True if what a leaf holds after a token is, where it depends on what the leaf held before, one of those numbers,
     or was with others: that tells a cache, or a maximum, whose rounding stays what it was, from a sum, whose rounding
     adds up."""
     exact = trial.rebuilt(torch.float64)  # where two numbers are not equal by rounding

@@ -169,12 +169,12 @@ class CheckedMixer(CheckedSubject[Case]):
         draw = check.draw.of(self.subject.traits)
         tokens = max(draw.tokens[0], min(5, draw.tokens[1]))
         short = Case((tokens,) * draw.pieces[0], draw.batch_size[0], draw.starts[-1], seed=FIXED, dtype=draw.dtypes[0])
-        found = draw.fixed_cases(self.subject.traits)
+        cases = draw.fixed_cases(self.subject.traits)
         if draw.options or draw.wide:
-            found += [replace(short, options=options) for options in self.subject.shared_options]
+            cases += [replace(short, options=options) for options in self.subject.shared_options]
         # every option's every value is tried, however few examples are asked for
         singly = self.subject.single_options if draw.options else []
-        return as_many_as_asked(found, self.examples) + [replace(short, options=options) for options in singly]
+        return as_many_as_asked(cases, self.examples) + [replace(short, options=options) for options in singly]
 
     def simpler(self, check: MixerCheck, case: Case) -> Iterable[Case]:
         return check.draw.of(self.subject.traits).simpler(case)

@@ -102,7 +102,7 @@ class Subject:
         return shared(self.config, self.accepts) if self.vary else []
 
     def accepts(self, options: dict[str, Any]) -> bool:
-        """Whether a mixer with these options is one: neither the configuration nor `build` refuses them."""
+        """True if a mixer with these options is one: neither the configuration nor `build` refuses them."""
         key = repr(sorted(options.items()))
         if key not in self._accepted:  # without the mixer, of hundreds that are asked for few are used
             try:

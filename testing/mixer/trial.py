@@ -142,7 +142,7 @@ class Trial:
 
     @property
     def final_state(self) -> bool:
-        """Whether the case's use wants a final state, and there is one."""
+        """True if the case's use wants a final state, and there is one."""
         return self.case.final_state and self.mixer.traits.has_state
 
     @cached_property
@@ -273,9 +273,9 @@ class Trial:
         cast, given = dict(self.mixer.named_buffers()), dict(unrounded.named_buffers() if unrounded is not None else ())
         # a call may register some
         for name, buffer in exact.named_buffers():
-            own, wide = cast.get(name), given.get(name)
-            if own is not None and wide is not None and buffer.is_floating_point() and wide.shape == buffer.shape:
-                buffer.copy_(wide if torch.equal(wide.to(own.dtype), own) else buffer)
+            rounded, wide = cast.get(name), given.get(name)
+            if rounded is not None and wide is not None and buffer.is_floating_point() and wide.shape == buffer.shape:
+                buffer.copy_(wide if torch.equal(wide.to(rounded.dtype), rounded) else buffer)
 
     def differences(self, what: str, tolerance: float = EXACT, slack: Mapping[str, float] | None = None) -> Differences:
         """A comparison: a context manager that fails at its end if something differed."""
@@ -290,17 +290,19 @@ class Trial:
         slack: Mapping[str, float] | None = None,
     ) -> None:
         """Outputs and final state of the one against the other's: as `mix` gives them, or `differentiate`."""
-        with self.differences(what, tolerance, slack) as found:
+        with self.differences(what, tolerance, slack) as differences:
             if actual[0] is not None and expected[0] is not None:
-                found.tensors(*({"the output": y} if isinstance(y, Tensor) else y for y in (actual[0], expected[0])))
-            found.state("the final state", actual[1], expected[1])
+                differences.tensors(
+                    *({"the output": y} if isinstance(y, Tensor) else y for y in (actual[0], expected[0]))
+                )
+            differences.state("the final state", actual[1], expected[1])
 
 
 def leaves_of(state: Any) -> dict[str, Tensor]:
     """The leaves of a state by name, themselves: those of `to_dict` may be copies, which have no gradient."""
-    found: list[Tensor] = []
-    map_state(lambda leaf: found.append(leaf) or leaf, state)
-    return dict(zip(to_dict(state), found, strict=True))
+    leaves: list[Tensor] = []
+    map_state(lambda leaf: leaves.append(leaf) or leaf, state)
+    return dict(zip(to_dict(state), leaves, strict=True))
 
 
 def float_leaves(state: Any) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..check import check, compilable, packing, stateful
+from ..check import NOT_COMPILED, check, compilable, packing, stateful
 from ..compare import require
 from ..mixer.case import Draw
 from ..mixer.compiled import counting_backend, one_graph, require_one_graph
@@ -27,6 +27,7 @@ SIZES = Draw(pieces=(2, 2), tokens=(4, 4), batch_size=(1, 1), starts=("none",), 
     compilable,
     stress=True,
     use="prefill and truncated backpropagation with torch.compile",
+    remedy=NOT_COMPILED,
     share=0,
     draw=STATE,
     compiles=True,
@@ -36,7 +37,16 @@ def segments_compile_into_one_graph(trial: Trial) -> None:
     require_one_graph(trial, trial.call())
 
 
-@check(compilable, packing, stress=True, use="packed training with torch.compile", share=0, draw=PACKED, compiles=True)
+@check(
+    compilable,
+    packing,
+    stress=True,
+    use="packed training with torch.compile",
+    remedy=NOT_COMPILED,
+    share=0,
+    draw=PACKED,
+    compiles=True,
+)
 def packing_compiles_into_one_graph(trial: Trial) -> None:
     """Packed training, from states and with final states and with neither, compiles with fullgraph and does not
     recompile for other boundaries, empty documents included."""
@@ -54,6 +64,7 @@ def packing_compiles_into_one_graph(trial: Trial) -> None:
     compilable,
     stress=True,
     use="compiled training or evaluation where lengths, batches or documents change",
+    remedy=NOT_COMPILED,
     share=0,
     draw=SIZES,
     compiles=True,

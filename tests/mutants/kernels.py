@@ -72,19 +72,6 @@ def rounds_the_state(x):
     return output, None if state is None else state.to(x.q.dtype).to(state.dtype)
 
 
-STRETCHES: list[object] = [None, None]
-
-
-@kernel_mutant(check="results_are_deterministic", after="fla's tensor_cache: a memo by the identity of a tensor")
-def keeps_what_boundaries_were(x):
-    """What is made of boundaries is kept while the same tensor is given, in which a loader may have written others."""
-    if x.cu_seqlens is None:
-        return decay_chunkwise(x)
-    if STRETCHES[0] is not x.cu_seqlens:
-        STRETCHES[:] = x.cu_seqlens, x.cu_seqlens.clone()
-    return decay_chunkwise(x._replace(cu_seqlens=STRETCHES[1]))
-
-
 REVERSED = cycle([False, True])
 """Every second call adds from the other end: by chance alone a case would fail once and pass when it is repeated."""
 

@@ -64,7 +64,7 @@ def test_complex_numbers_are_compared_within_the_tolerance():
     z = torch.complex(torch.linspace(-1, 1, 5), torch.ones(5)).to(torch.complex128)
     with Differences("steps", 1e-9) as found:
         found.tensor("the state", z * (1 + 1e-15), z)
-    with pytest.raises(CheckFailure, match=r"the state differs .* off by up to 0\.001 in 5 of 5 elements"), found:
+    with pytest.raises(CheckFailure, match=r"the state differs .*off by up to 0\.001 in 5 of 5 elements"), found:
         found.tensor("the state", z + 1e-3, z)
 
 
