@@ -33,12 +33,10 @@ def require_one_graph(
     trial: Trial,
     function: Callable[..., Any],
     boundaries: Sequence[Tensor | None] = (None, None),
-    *,
-    backend: str | None = None,
 ) -> None:
     """Fail unless calls with these boundaries compile into one graph that gives what eager gives."""
     torch._dynamo.reset()
-    counter = counting_backend(backend or backend_of(trial))
+    counter = counting_backend(backend_of(trial))
     compiled = torch.compile(function, fullgraph=True, backend=counter)
     for cuts in boundaries:
         options = {} if cuts is None else {"cu_seqlens": cuts}

@@ -33,8 +33,10 @@ SIZES = Draw(pieces=(2, 2), tokens=(4, 4), batch_size=(1, 1), starts=("none",), 
     compiles=True,
 )
 def segments_compile_into_one_graph(trial: Trial) -> None:
-    """A segment from a state, with the final state and gradients through both, compiles with fullgraph."""
-    require_one_graph(trial, trial.call())
+    """A segment from a state, with the final state and gradients through both, compiles with fullgraph in every
+    paradigm."""
+    for paradigm in trial.paradigms:
+        require_one_graph(trial, trial.call(paradigm))
 
 
 @check(
