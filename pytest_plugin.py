@@ -25,13 +25,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Hand on what decorators need to know while tests are collected."""
-    names = config.getoption("seqmix_check")
-    if config.getoption("seqmix_stress") or names:
+    names, stress = config.getoption("seqmix_check") or [], bool(config.getoption("seqmix_stress"))
+    if stress or names:
         from .testing import CHECKS
         from .testing.engine.parametrize import COMMAND_LINE
 
         named = any(CHECKS[name].stress for name in names if name in CHECKS)
-        COMMAND_LINE.stress = named or config.getoption("seqmix_stress")
+        COMMAND_LINE.stress = named or stress
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
