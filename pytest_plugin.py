@@ -1,4 +1,4 @@
-"""Options of pytest for the conformance tests of any project: `--seqmix-check NAME` and `--seqmix-examples N`.
+"""Options of pytest for the conformance tests of any project: `--seqmix-check`, `--seqmix-stress`, `--seqmix-examples`.
 
 pytest imports this whenever seqmix is installed, so it imports nothing of the library but what the tests have imported.
 """
@@ -19,6 +19,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--seqmix-check", action="append", default=[], metavar="NAME", help=text)
     text = "cases of the largest check, whatever the tests ask for; others take a share"
     group.addoption("--seqmix-examples", type=int, metavar="N", help=text)
+    text = "the checks of `seqmix check --stress` too, where tests do not name checks"
+    group.addoption("--seqmix-stress", action="store_true", help=text)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hand on what decorators need to know while tests are collected."""
+    names, stress = config.getoption("seqmix_check") or [], bool(config.getoption("seqmix_stress"))
+    if stress or names:
+        from .testing import CHECKS
+        from .testing.engine.parametrize import COMMAND_LINE
+
+        named = any(CHECKS[name].stress for name in names if name in CHECKS)
+        COMMAND_LINE.stress = named or stress
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -27,10 +40,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return
     from .registry import SeqmixError, require_name
     from .testing.check import CHECKS, KERNEL_CHECKS
-    from .testing.parametrize import COMMAND_LINE, BoundCheck
+    from .testing.engine.parametrize import COMMAND_LINE, BoundCheck
 
-    names = set(config.getoption("seqmix_check") or ())
-    examples = config.getoption("seqmix_examples")
+    names, examples = set(config.getoption("seqmix_check") or ()), config.getoption("seqmix_examples")
     try:
         for name in names:
             require_name("check", name, [*CHECKS, *KERNEL_CHECKS])
@@ -43,9 +55,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         output[ERROR], items[:] = str(error), []  # a worker of pytest-xdist cannot say what is wrong
         return
     if examples is not None:
-        COMMAND_LINE["examples"] = examples
-    kept = []
-    left_out = []
+        COMMAND_LINE.examples = examples
+    kept, left_out = [], []
     for item in items:
         check = getattr(getattr(item, "callspec", None), "params", {}).get("check")
         (left_out if names and isinstance(check, BoundCheck) and check.name not in names else kept).append(item)

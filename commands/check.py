@@ -24,7 +24,7 @@ from .console import plain_table, terminal
 from .options import JsonFile, require_writable
 
 if TYPE_CHECKING:
-    from ..testing import Check, Outcome
+    from ..testing import Check, CheckOutcome
 
 QUICK = 10
 """Examples of --quick."""
@@ -48,13 +48,18 @@ def check(
         list[str] | None, typer.Option(help="Check this paradigm (against the reference); all by default.")
     ] = None,
     only: Annotated[
-        list[str] | None, typer.Option(help="Run this check; may be repeated; all by default.", metavar="CHECK")
+        list[str] | None,
+        typer.Option(help="Run this check; may be repeated; the contract's by default.", metavar="CHECK"),
     ] = None,
     quick: Annotated[
         bool,
         typer.Option(
-            "--quick", help="A few seconds: 10 examples, and no check that compiles or is long, if not asked for."
+            "--quick",
+            help="A few seconds: 10 examples, every value of every option once, and no check that compiles or is long.",
         ),
+    ] = False,
+    stress: Annotated[
+        bool, typer.Option("--stress", help="Also checks of thousands of tokens, autocast, threads, more graphs.")
     ] = False,
     examples: Annotated[
         int | None, typer.Option(help="Cases of the largest check, 100 by default; others take a share.", min=1)
@@ -98,6 +103,8 @@ def check(
 
     [bold]seqmix check retention --quick[/bold]
 
+    [bold]seqmix check retention --stress[/bold]
+
     [bold]seqmix check attention window=4 --device cuda[/bold]
 
     [bold]seqmix check my_mixers:MyConfig --only paradigms_agree --examples 1000[/bold]
@@ -105,37 +112,38 @@ def check(
     [bold]seqmix check decay/chunkwise/triton --device cuda --junit kernel.xml[/bold]
     """
     from ..testing import CHECKS, EXAMPLES, check_kernel, check_mixer
-    from ..testing.mixer_options import not_varied
-    from ..testing.source import source as source_of
+    from ..testing.engine.source import source as source_of
+    from ..testing.mixer.options import not_varied
 
     require_writable(json_file, junit_file)
-    console = terminal()
-    kernel = kernel_of(source)
-    chosen = examples or (QUICK if quick else EXAMPLES)
+    if quick and stress:
+        raise SeqmixError("--quick and --stress exclude each other: expected at most one of them")
+    console, kernel, chosen = terminal(), kernel_of(source), examples or (QUICK if quick else EXAMPLES)
     asked: dict[str, Any] = {"checks": only or None, "device": device, "examples": chosen, "seed": seed}
     asked |= {"shrink": shrink, "expected_failures": dict(_pairs("--expected-failure CHECK=REASON", expected_failure))}
-    found = list[Tested]()
-    left_out = list[str]()
+    found, left_out = list[Tested](), list[str]()
     if kernel is not None:
-        mixers_alone = {"KEY=VALUE": changes, "--paradigm": paradigm, "--d-model": d_model, "--tolerance": tolerance}
+        mixers_alone = {"--stress": stress, "KEY=VALUE": changes, "--paradigm": paradigm, "--d-model": d_model}
+        mixers_alone |= {"--tolerance": tolerance}
         if given := [name for name, value in mixers_alone.items() if value]:
             raise SeqmixError(f"{source} is a kernel, and {given[0]} is for mixers")
         report = check_kernel(kernel, **asked, on_outcome=partial(_line, console, headings=[]))
         found = [Tested(str(kernel.key), {}, report.outcomes)]
     else:
         compiler = compile_with or ("none" if quick else "aot_eager")
-        left_out = [name for name, each in CHECKS.items() if each.compiles and compiler == "none"]
+        known = {name: each for name, each in CHECKS.items() if stress or only or not each.stress}
+        left_out = [name for name, each in known.items() if each.compiles and compiler == "none"]
         if refused := [name for name in only or [] if name in left_out]:
             option = "--compile none" if compile_with else "--quick"
             raise SeqmixError(f"{option} leaves out {refused[0]}, which --only asks for")
         if quick and not only:
-            left_out += [name for name, each in CHECKS.items() if each.long]
-            asked["checks"] = [name for name in CHECKS if name not in left_out]
+            left_out += [name for name, each in known.items() if each.long]
+            asked["checks"] = [name for name in known if name not in left_out]
         configs, vary = mixers_of(source, changes or [], hf_config)
         for name in paradigm or []:
             require_name("paradigm", name, list(Paradigm))
         asked |= {"d_model": d_model, "paradigms": tuple(map(Paradigm, paradigm or [])) or None, "vary": vary}
-        asked |= {"tolerances": _tolerances(tolerance), "compiles": compiler != "none"}
+        asked |= {"tolerances": _tolerances(tolerance), "compiles": compiler != "none", "stress": stress}
         asked |= {"compile_backend": "aot_eager" if compiler == "none" else compiler}
         for config in configs:
             # the heading comes with the first line, after all arguments are known to be valid
@@ -170,8 +178,7 @@ def _pairs(option: str, given: Sequence[str] | None) -> Iterator[tuple[str, str]
 def _tolerances(given: Sequence[str] | None) -> dict[torch.dtype, float]:
     from ..testing.compare import LOW_PRECISION
 
-    dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in LOW_PRECISION}
-    found = {}
+    dtypes, found = {str(dtype).removeprefix("torch."): dtype for dtype in LOW_PRECISION}, {}
     for name, text in _pairs("--tolerance DTYPE=NUMBER", given):
         require_name("low-precision dtype", name, dtypes)
         try:
@@ -240,7 +247,7 @@ def _adapted(path: str) -> MixerConfig | None:
     module, _, name = path.partition(":")
     try:
         found = getattr(import_named(module), name)
-    except Exception:
+    except (Exception, SystemExit):
         return None
     if isinstance(found, type) and issubclass(found, nn.Module) and not issubclass(found, SequenceMixer):
         _require_width_alone(path, found)
@@ -267,7 +274,10 @@ def _class_of(kind: str) -> type[MixerConfig]:
     if colon and not (module and name):
         lacks = "the class after" if module else "the module before"
         raise SeqmixError(f"{kind!r} lacks {lacks} the colon: write my_module:MyConfig")
-    return MIXERS.resolve(kind)
+    try:
+        return MIXERS.resolve(kind)
+    except SystemExit as error:  # what else an import raises, the registry reports
+        raise SeqmixError(f"module {module} calls sys.exit({error.code}) when it is imported") from None
 
 
 def _example(cls: type[MixerConfig], changes: Sequence[str]) -> MixerConfig:
@@ -279,8 +289,7 @@ def _example(cls: type[MixerConfig], changes: Sequence[str]) -> MixerConfig:
     except ConfigError as error:
         # the command line is responsible for its own changes, not for the examples of the class
         said = {change.partition("=")[0].partition(".")[0] for change in changes}
-        fields = {name: value for name, value in filled.items() if name not in said}
-        cause = error.__cause__
+        fields, cause = {name: value for name, value in filled.items() if name not in said}, error.__cause__
         if isinstance(cause, ValidationError) and (sentence := cls.example_error(cause, fields, alone=not said)):
             raise SeqmixError(sentence) from error
         raise
@@ -294,7 +303,7 @@ def _case(status: Status, check: "Check", tried: int) -> None:
     status.update(f"{check.name}: {tried} {'case' if tried == 1 else 'cases'} tried")
 
 
-def _line(console: Console, outcome: "Outcome", *, headings: list[str]) -> None:
+def _line(console: Console, outcome: "CheckOutcome", *, headings: list[str]) -> None:
     """One line per check as it ends, after headings that are still to be printed."""
     while headings:
         console.print(headings.pop(), soft_wrap=True)
@@ -302,11 +311,15 @@ def _line(console: Console, outcome: "Outcome", *, headings: list[str]) -> None:
     text = f"  {MARKS[outcome.status]} {outcome.check.name:<48}"
     if outcome.status == "skipped":
         console.print(f"{text} skipped: {outcome.reason}", style="dim", soft_wrap=True)
+    elif outcome.status == "failed" and outcome.same_as:
+        console.print(f"{text} {cases}  also fails: as {outcome.same_as}", style="red", soft_wrap=True)
     elif outcome.status == "failed":
         console.print(f"{text} {cases}", style="red")
         console.print("\n".join(f"      {line}" for line in outcome.reason.splitlines()), soft_wrap=True)
     else:  # an expected failure has its reason
         console.print(f"{text} {cases}" + (f"  {outcome.reason}" if outcome.reason else ""), soft_wrap=True)
+    for note in outcome.notes if outcome.status != "skipped" else ():
+        console.print(f"      warning: {note}", soft_wrap=True)
 
 
 def _summary(console: Console, found: Sequence[Tested]) -> None:
@@ -323,7 +336,10 @@ def _summary(console: Console, found: Sequence[Tested]) -> None:
 def _conclude(console: Console, found: Sequence[Tested]) -> None:
     """Say what fails of what, and exit with 1 if anything does."""
     for one in found:
-        if names := [outcome.check.name for outcome in one.outcomes if outcome.status == "failed"]:
-            console.print(f"{one.kind} fails {', '.join(names)}", style="red", soft_wrap=True)
+        failed = [outcome for outcome in one.outcomes if outcome.status == "failed"]
+        if names := [outcome.check.name for outcome in failed if not outcome.same_as]:
+            folded = [outcome.check.name for outcome in failed if outcome.same_as]
+            also = f"; also fails: {', '.join(folded)}" if folded else ""
+            console.print(f"{one.kind} fails {', '.join(names)}{also}", style="red", soft_wrap=True)
     if any(one.count("failed") for one in found):
         raise typer.Exit(1)

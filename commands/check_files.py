@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 import torch
 
 if TYPE_CHECKING:
-    from ..testing import Outcome
+    from ..testing import CheckOutcome
 
 NOT_IN_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 """Characters that no XML file may hold; the message of an exception may hold any."""
@@ -24,7 +24,7 @@ class Tested:
     """Of a mixer, or the name of a kernel."""
     about: dict[str, Any]
     """What else JSON says of it: the configuration."""
-    outcomes: Sequence["Outcome"]
+    outcomes: Sequence["CheckOutcome"]
 
     def count(self, *statuses: str) -> int:
         """Checks that ended so."""
@@ -45,11 +45,12 @@ def as_json(found: Sequence[Tested], *, seed: int) -> str:
     return json.dumps({**about, "tested": tested}, indent=2) + "\n"
 
 
-def _fields(outcome: "Outcome") -> dict[str, Any]:
+def _fields(outcome: "CheckOutcome") -> dict[str, Any]:
     ended = {name: getattr(outcome, name) for name in ("status", "reason", "examples", "seconds")}
     case = None if outcome.case is None else repr(outcome.case)
     about = {name: getattr(outcome.check, name) for name in ("name", "property", "use")}
-    return {**about, **ended, "case": case, "reproduce": list(outcome.script)}
+    more = {"same_as": outcome.same_as, "warnings": list(outcome.notes)}
+    return {**about, **ended, "case": case, "reproduce": list(outcome.script), **more}
 
 
 def as_junit(found: Sequence[Tested]) -> str:

@@ -37,12 +37,17 @@ LIMITS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "ma
 def files() -> dict[Path, str]:
     """The reference, the page of checks, and that of presets."""
     checks = [
-        (f"`{check.name}`", check.property, ", ".join((need.__doc__ or "").rstrip(".") for need in check.needs))
+        (
+            f"`{check.name}`",
+            check.property,
+            ", ".join((need.__doc__ or "").rstrip(".") for need in check.needs),
+            "`--stress`" if check.stress else "",
+        )
         for check in CHECKS.values()
     ]
     of_kernels = [(f"`{check.name}`", check.property) for check in KERNEL_CHECKS.values()]
     parts = {
-        "checks": table(["check", "property", "needs"], checks),
+        "checks": table(["check", "property", "needs", "runs under"], checks),
         "kernel checks": table(["check", "property"], of_kernels),
         "kernels": _kernels(),
     }

@@ -7,7 +7,7 @@ from typing import Any
 warnings.warn("seqmix.mixers.testing is now seqmix.testing: import it from there", DeprecationWarning, stacklevel=2)
 
 
-MODULES = {"KernelCase": ".kernel_case", "KernelReport": ".check_kernel", "Subject": ".mixer_subject"}
+MODULES = {"KernelCase": ".kernel.case", "KernelReport": ".kernel.run", "Subject": ".mixer.subject"}
 """Modules of the names that `seqmix.testing` itself no longer has."""
 
 

@@ -9,11 +9,11 @@ import torch
 from ..mixers.contract import MixerConfig, SequenceMixer
 from ..mixers.state import to_dict
 from ..ops.runtime.kernel import Kernel
-from .kernel_case import KernelDraw
-from .kernel_trial import KernelTrial
-from .mixer_case import Draw
-from .mixer_options import alternatives
-from .mixer_trial import Trial
+from .kernel.case import KernelDraw
+from .kernel.trial import KernelTrial
+from .mixer.case import Draw
+from .mixer.options import alternatives
+from .mixer.trial import Trial
 
 S = TypeVar("S")
 D = TypeVar("D")
@@ -37,11 +37,15 @@ class Check(Generic[S, D, T]):
     share: float
     """Cases, as a share of the examples asked for; 0 means one."""
     compiles: bool = False
-    """Whether it compiles, which is slow."""
+    """True if it compiles, which is slow: left out of quick runs."""
     long: bool = False
-    """Whether it reads hundreds of tokens in most cases: left out of quick runs, as what compiles is."""
+    """True if most of its cases have hundreds of tokens: left out of quick runs."""
+    stress: bool = False
+    """True if it runs under `--stress` alone."""
     use: str = ""
     """Which use breaks where the property does not hold, and how: "training on packed text: documents leak"."""
+    remedy: str = ""
+    """What to declare or override where a mixer is meant to be so: "declare traits.packing=False"."""
 
     def examples(self, asked: int) -> int:
         """How many cases to run where `asked` were asked for."""
@@ -69,7 +73,9 @@ def check(
     draw: Draw | None = None,
     compiles: bool = False,
     long: bool = False,
+    stress: bool = False,
     use: str = "",
+    remedy: str = "",
 ) -> Callable[[Callable[[Trial], None]], Callable[[Trial], None]]:
     """Register a function of a `Trial` as a check of mixers; its docstring is the property.
 
@@ -77,7 +83,9 @@ def check(
         ValueError: its name is taken, or it has no docstring.
     """
     draw = draw or Draw()
-    return _registers(CHECKS, needs=needs, share=share, draw=draw, compiles=compiles, long=long, use=use)
+    return _registers(
+        CHECKS, needs=needs, share=share, draw=draw, compiles=compiles, long=long, stress=stress, use=use, remedy=remedy
+    )
 
 
 def kernel_check(
@@ -103,6 +111,13 @@ def _registers(checks: dict[str, Any], **fields: Any) -> Callable[[Callable[...,
 
     return register
 
+
+# ---- what to declare where a mixer is meant to be so
+
+NOT_PACKED = "declare traits.packing=False"
+NOT_INVARIANT = "declare traits.shift_invariant=False, or override shift_state where another leaf is the position"
+LESS_PRECISE = "give tolerances={torch.bfloat16: 4e-2} (--tolerance bfloat16=0.04)"
+NOT_COMPILED = "declare traits.compiles=False"
 
 # ---- what checks of mixers need
 
@@ -142,7 +157,6 @@ def several_paradigms(config: MixerConfig, _: SequenceMixer) -> str | None:
 
 
 UNMOVED = "shift_state moves no leaf of the state"
-IN_TURN = "supports_context_parallel is False: states go from rank to rank, as for any mixer"
 
 optional = needing("Options.", lambda c, _: alternatives(c), "the configuration has no options to vary")
 packing = needing("Packing.", lambda c, _: c.traits.packing, "traits.packing is False")
@@ -166,13 +180,3 @@ exact_gradients = needing(
     lambda c, _: not c.traits.surrogate_gradients,
     "traits.surrogate_gradients is True",
 )
-sets_reach = needing(
-    "Decays that can be set.",
-    lambda _, m: (
-        any(hasattr(part, "set_reach") for part in m.children()) or type(m).set_reach != SequenceMixer.set_reach
-    ),
-    "neither the mixer nor a part has a set_reach of its own",
-)
-projected = needing("Projections.", lambda _, m: m.projections, "projections names none")
-value_residual = needing("A value residual.", lambda c, _: c.traits.value_residual, "traits.value_residual is False")
-context_parallel = needing("Its own context parallelism.", lambda _, m: m.supports_context_parallel, IN_TURN)

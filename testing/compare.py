@@ -28,6 +28,10 @@ class CheckFailure(AssertionError):  # noqa: N818  a failure, as test frameworks
     """A mixer or kernel lacks a property; the message says which and where."""
 
 
+MOST_LINES = 5
+"""Tensors beside the first of which a failure says how they differ."""
+
+
 class Differences:
     """Collects what differs, so that one failure names every tensor that is wrong.
 
@@ -44,23 +48,26 @@ class Differences:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None and self.lines:
-            raise CheckFailure("\n".join([f"{self.what}:", *(f"  {line}" for line in self.lines)]))
+            first, *others = self.lines
+            more = [f"  and {line}" for line in others[:MOST_LINES]]
+            more += [f"  and {len(others) - MOST_LINES} more tensors"] if len(others) > MOST_LINES else []
+            raise CheckFailure("\n".join([f"{self.what}: {first}", *more]))
 
     def tensor(self, name: str, actual: Tensor, expected: Tensor, axes: Sequence[str] = ()) -> None:
         """Shape, dtype and every element; `axes` name the dimensions where they are known."""
         if actual.shape != expected.shape or actual.dtype != expected.dtype:
-            self.lines.append(f"{name} is {_kind(actual)} instead of {_kind(expected)}")
+            self.lines.append(f"expected {name} to be {_kind(expected)}, got {_kind(actual)}")
         elif actual.device != expected.device:
-            self.lines.append(f"{name} is on {actual.device} instead of {expected.device}")
+            self.lines.append(f"expected {name} on {expected.device}, got it on {actual.device}")
         elif not torch.equal(actual, expected) and not self._near(actual, expected):
             tolerance = self.tolerance if is_inexact(actual) else 0
             slack = self.slack.get(name, 0.0)
             absolute = tolerance * max(1.0, _size(expected)) + (slack if math.isfinite(slack) else 0.0)
             wrong = ~torch.isclose(actual, expected, rtol=tolerance, atol=absolute)
-            self.lines += _difference(name, actual, expected, wrong, axes)
+            self.lines += _difference(name, actual, expected, wrong, axes, _allowed(tolerance, absolute))
 
     def _near(self, actual: Tensor, expected: Tensor) -> bool:
-        """Whether no element is further off than is allowed of the smallest: most are not, which is quickly seen."""
+        """True if no element is further off than is allowed of the smallest: most are not, which is quickly seen."""
         return is_inexact(actual) and bool(((actual - expected).abs() <= self.tolerance).all())
 
     def close(
@@ -68,11 +75,12 @@ class Differences:
     ) -> None:
         """A result of any dtype against the exact one in float64: the tolerance is relative to `size`, by element."""
         if actual.shape != exact.shape or actual.dtype != dtype:
-            self.lines.append(f"{name} is {_kind(actual)} instead of {_kind(exact.to(dtype))}")
+            self.lines.append(f"expected {name} to be {_kind(exact.to(dtype))}, got {_kind(actual)}")
             return
-        found = actual.detach().to(exact.device, exact.dtype)
-        wrong = ~((found - exact).abs() <= self.tolerance * size)  # a nan is wrong
-        self.lines += _difference(name, found, exact, wrong, axes)
+        result = actual.detach().to(exact.device, exact.dtype)
+        wrong = ~((result - exact).abs() <= self.tolerance * size)  # a nan is wrong
+        allowed = f"{self.tolerance:.2g} of the sum of the absolute terms"
+        self.lines += _difference(name, result, exact, wrong, axes, allowed)
 
     def tensors(self, actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
         """Output and gradients by name, as `Trial.differentiate` gives them."""
@@ -82,7 +90,7 @@ class Differences:
     def state(self, name: str, actual: Any, expected: Any) -> None:
         """Every leaf of a state."""
         if type(actual) is not type(expected):
-            self.lines.append(f"{name} is a {type(actual).__name__} instead of a {type(expected).__name__}")
+            self.lines.append(f"expected {name} to be a {type(expected).__name__}, got a {type(actual).__name__}")
             return
         if expected is None:
             return
@@ -125,9 +133,9 @@ def near(
         CheckFailure: it is; the first element that is not finite, or of an output the step furthest off, is named.
     """
     if actual.shape != exact.shape:
-        raise CheckFailure(f"{what}: {name} is {list(actual.shape)} instead of {list(exact.shape)}")
+        raise CheckFailure(f"{what}: expected {name} of shape {list(exact.shape)}, got {list(actual.shape)}")
     lost = exact.isfinite() & (exact.abs() <= torch.finfo(actual.dtype).max) & ~actual.isfinite()
-    if lines := _difference(name, actual.to(exact.dtype), exact, lost, axes_of(name)):
+    if lines := _difference(name, actual.to(exact.dtype), exact, lost, axes_of(name), "finite"):
         raise CheckFailure(f"{what}: {lines[0]}")
     if exact.numel() < FEW:
         return
@@ -140,9 +148,9 @@ def near(
         error = torch.where(error <= ROUNDINGS * moved(name), 0, error)
         typical = _typical(error)
     if typical > tolerance * size:
-        off = f"off by {typical / size:.1e} of its norm, and {tolerance:.1e} is allowed" if size else "not zero"
-        step = f"; most at step {error.amax(0).argmax().item()}" if axes_of(name) else ""
-        raise CheckFailure(f"{what}: {name} is {off}{step}")
+        off = f"off by {typical / size:.1e} of its norm" if size else "not zero"
+        step = f", most at step {error.amax(0).argmax().item()}" if axes_of(name) else ""
+        raise CheckFailure(f"{what}: {name} is {off}{step} (allowed {tolerance:.1e})")
 
 
 def _typical(error: Tensor) -> float:
@@ -160,8 +168,10 @@ def require(holds: bool | Tensor, sentence: str) -> None:
         raise CheckFailure(sentence)
 
 
-def _difference(name: str, actual: Tensor, expected: Tensor, wrong: Tensor, axes: Sequence[str]) -> list[str]:
-    """The line that says it, if anything is wrong."""
+def _difference(
+    name: str, actual: Tensor, expected: Tensor, wrong: Tensor, axes: Sequence[str], allowed: str
+) -> list[str]:
+    """The line that says where, what was expected, and how much over which bound; none if nothing is wrong."""
     if not wrong.any():
         return []
     where = wrong.nonzero()
@@ -170,21 +180,27 @@ def _difference(name: str, actual: Tensor, expected: Tensor, wrong: Tensor, axes
     first = tuple(where[0].tolist())
     distance = (actual - expected).abs() if is_inexact(actual) else (actual != expected).to(torch.float64)
     largest = distance[wrong].nan_to_num(torch.inf, posinf=torch.inf).max().item()
-    sizes = f"by up to {largest:.2g}" if largest < torch.inf else "with values that are not finite"
+    got, wanted = actual[first].item(), expected[first].item()
+    digits = 6 if f"{got:.6g}" != f"{wanted:.6g}" else 17
+    values = f"expected {wanted:.{digits}g}, got {got:.{digits}g}"
+    if not any(map(cmath.isfinite, (got, wanted))):
+        values = "not finite on either side"
+    if not first:
+        return [f"{name} differs: {values} (allowed: {allowed})"]
+    off = f"off by up to {largest:.2g}" if largest < torch.inf else "with values that are not finite"
     heads = ""
     if "H" in axes:
         axis = axes.index("H")
         bad = sorted(set(where[:, axis].tolist()))
-        heads = f" in head{'s' if len(bad) > 1 else ''} {', '.join(map(str, bad))} of {actual.shape[axis]}"
-    found, wanted = actual[first].item(), expected[first].item()
-    digits = 6 if f"{found:.6g}" != f"{wanted:.6g}" else 17
-    values = f"{found:.{digits}g} instead of {wanted:.{digits}g}"
-    if not any(map(cmath.isfinite, (found, wanted))):
-        values = "not finite on either side"
-    if not first:
-        return [f"{name} differs: {values}"]
-    count = f"{wrong.sum().item()} of {wrong.numel()} elements"
-    return [f"{name} differs in {count}{heads}, {sizes}, first at {_place(first, axes)}: {values}"]
+        heads = f", in head{'s' if len(bad) > 1 else ''} {', '.join(map(str, bad))} of {actual.shape[axis]}"
+    count = f"{wrong.sum().item()} of {wrong.numel()} elements{heads}"
+    return [f"{name} differs at {_place(first, axes)}: {values} ({off} in {count}; allowed: {allowed})"]
+
+
+def _allowed(relative: float, absolute: float) -> str:
+    if not relative and not absolute:
+        return "equal bits"
+    return f"{max(relative, absolute):.2g}"
 
 
 def _place(index: tuple[int, ...], axes: Sequence[str]) -> str:

@@ -12,9 +12,13 @@ except ImportError:  # there are none on Windows
     resource = None
 
 MOST = 4 * 2**30
-"""Bytes that a call may take: a table of two billion positions has more."""
+"""Bytes that a case may take: a table of two billion positions has more."""
 
 STATISTICS = Path("/proc/self/statm")
+
+
+class MemoryBoundError(SeqmixError):
+    """More main memory was asked for than a case may take."""
 
 
 @contextmanager
@@ -22,7 +26,7 @@ def limited_memory() -> Iterator[None]:
     """Inside, allocations of more than 4 GiB on the CPU are refused (on Linux; elsewhere nothing changes).
 
     Raises:
-        SeqmixError: something was refused.
+        MemoryBoundError: something was refused.
     """
     if resource is None or not STATISTICS.exists():
         yield
@@ -36,6 +40,6 @@ def limited_memory() -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
             raise
-        raise SeqmixError(f"it asks for more than {MOST / 2**30:g} GiB") from error
+        raise MemoryBoundError(f"asks for more than {MOST / 2**30:g} GiB of memory") from error
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, before)

@@ -6,7 +6,7 @@ from seqmix.ops.decay import decay
 from seqmix.ops.delta import delta
 from seqmix.ops.dplr import dplr
 from seqmix.testing import DecayCase
-from seqmix.testing.kernel_families import DeltaCase, DplrCase
+from seqmix.testing.kernel.families import DeltaCase, DplrCase
 
 INPUTS = ["q", "k", "v", "beta", "a", "b", "log_decay", "state"]
 OPS = {DecayCase: decay, DeltaCase: delta, DplrCase: dplr}

@@ -9,13 +9,14 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
+import seqmix.testing
 from seqmix import __version__ as seqmix_version
 from seqmix.ops.runtime.kernel import KERNELS, all_kernels
 from seqmix.testing import CHECKS
 
 QUICK = ("--only", "paradigms_agree", "--examples", "4")
 STEP = "decay/recurrent/reference"
-SMALLEST = "The smallest case: Case(start='initial')\n"
+SMALLEST = "case = Case(start='initial')\n"
 
 
 @pytest.fixture
@@ -38,23 +39,62 @@ def test_check_prints_one_line_per_check_and_a_table(seqmix):
     assert re.search(rf"retention +12 +2 +0 +0 +0 +{sum(counts)} ", done.out)
 
 
-def test_every_check_runs_by_default_and_quick_leaves_out_what_is_slow(seqmix):
-    quick, whole = (
-        seqmix("check", "retention", "--examples", "1", *more) for more in (["--quick"], ["--compile=none"])
-    )
-    assert (quick.status, whole.status) == (0, 0)
-    slow = [name for name, check in CHECKS.items() if check.compiles] + [n for n, check in CHECKS.items() if check.long]
-    assert f"quick: 1 examples (the default is 100), and without {', '.join(slow)}\n" in quick.out
-    # what retention does not declare: first values, and that positions are nothing
-    of_others = {"first_values_are_read_with_their_tokens", "an_unseen_prefix_changes_nothing"}
+def test_the_contract_runs_by_default_quick_leaves_out_what_is_slow_and_stress_adds_the_rest(seqmix):
+    contract = {name: check for name, check in CHECKS.items() if not check.stress}
+    slow = [name for name, check in contract.items() if check.compiles]
+    slow += [name for name, check in contract.items() if check.long]
     compiling = {name for name, check in CHECKS.items() if check.compiles}
-    for done, names, skipped in (
-        (quick, [name for name in CHECKS if name not in slow], of_others),
-        (whole, list(CHECKS), of_others | compiling),
+    # positions count in retention, which divides by the number of tokens
+    of_others = {"an_unseen_prefix_changes_nothing"}
+    for options, names, skipped in (
+        (["--quick"], [name for name in contract if name not in slow], of_others),
+        (["--compile=none"], list(contract), of_others | compiling & contract.keys()),
+        (["--compile=none", "--stress"], list(CHECKS), of_others | compiling),
     ):
+        done = seqmix("check", "retention", "--examples", "1", *options)
+        assert done.status == 0
         found = re.findall(r"^  ([✓-]) (\w+) ", done.out, re.M)
         assert [name for _, name in found] == names
         assert {name for mark, name in found if mark == "-"} == skipped
+        without = f"quick: 1 examples (the default is 100), and without {', '.join(slow)}\n"
+        assert (without in done.out) == (options == ["--quick"])
+
+
+def test_an_option_that_is_wrong_is_refused_by_quick(seqmix):
+    """A value that is not the default's is tried once, however few examples there are."""
+    Path("inherits.py").write_text(INHERITS)
+    done = seqmix("check", "inherits:InheritsConfig", "--quick", "--only", "position_matters_only_where_declared")
+    assert done.status == 1
+    assert "'absolute': True" in done.out
+    assert "If that is intended: declare traits.shift_invariant=False" in done.out
+
+
+INHERITS = """
+from typing import Literal
+
+import torch
+
+from seqmix.mixers.retention import Retention, RetentionConfig
+
+
+class InheritsConfig(RetentionConfig):
+    kind: Literal["inherits"] = "inherits"
+    n_heads: int = 2
+    row_norm: bool = False
+    absolute: bool = False
+
+    def build(self, d_model, *, layer_idx, n_layers):
+        return Inherits(self, d_model)
+
+
+class Inherits(Retention):
+    def mix(self, x, call):
+        if not self.config.absolute:
+            return super().mix(x, call)
+        before = self.init_state(call.rows(len(x))) if call.state is None else call.state
+        turned = call.positions(x, before.position)[..., None].to(x.dtype).cos()
+        return super().mix(x + turned, call)
+"""
 
 
 def test_a_failure_is_status_1_with_the_smallest_case(forgetful):
@@ -68,7 +108,7 @@ def test_a_failure_is_status_1_with_the_smallest_case(forgetful):
     first = forgetful("--no-shrink").out
     assert SMALLEST not in first
     # cases that shrinking tries are not counted
-    assert re.search(r"(\d+) cases?", done.out)[1] == re.search(r"(\d+) cases", first)[1]
+    assert re.search(r"(\d+) cases?", done.out)[1] == re.search(r"(\d+) cases?", first)[1]
 
 
 def test_results_are_files_for_other_programs(forgetful, monkeypatch):
@@ -124,10 +164,16 @@ def test_a_paradigm_that_is_right_passes_alone(seqmix, forgetful):
     assert seqmix(*check, "--paradigm", "parallel").status == 1
 
 
-def test_cases_are_a_function_of_the_seed(forgetful):
-    cases = [re.search("The case: (.*)", forgetful("--seed", seed, "--no-shrink").out)[1] for seed in "0123411"]
-    assert cases[1] == cases[5] == cases[6]
-    assert len(set(cases)) == 5
+def test_the_seed_and_the_number_of_examples_are_those_of_the_kit(forgetful, monkeypatch):
+    def recording(config, **options):
+        asked.append((options["seed"], options["examples"]))
+        return check_mixer(config, **options)
+
+    asked, check_mixer = [], seqmix.testing.check_mixer
+    monkeypatch.setattr(seqmix.testing, "check_mixer", recording)
+    forgetful("--seed", "3", "--examples", "7", "--no-shrink")
+    forgetful("--quick", "--no-shrink")
+    assert asked == [(3, 7), (0, 10)]
 
 
 def test_a_terminal_shows_the_case_that_runs(seqmix, monkeypatch):
@@ -279,9 +325,10 @@ def test_a_kernel_is_checked_by_its_name(seqmix, monkeypatch):
     assert (done.status, done.err) == (0, "")
     assert re.fullmatch(r"  ✓ outputs_are_the_definitions +\d+ cases +\d+\.\d s\n", done.out)
     right = all_kernels()[STEP]
-    monkeypatch.setitem(KERNELS, right.key, replace(right, function=lambda q, *rest: right.function(2 * q, *rest)))
+    monkeypatch.setitem(KERNELS, right.key, replace(right, function=lambda x: right.function(x._replace(q=2 * x.q))))
     done = seqmix("check", STEP, "--only", "outputs_are_the_definitions", "--examples", "2")
     assert done.status == 1
-    assert re.search(r"✗ outputs_are_the_definitions.*\n.*\n +This breaks: every call", done.out)
-    assert re.search(r"The smallest case: DecayCase\((dtype=[\w.]+)?\)\n", done.out)
+    assert re.search(r"✗ outputs_are_the_definitions.*\n +against the definition: the output differs at ", done.out)
+    assert re.search(r" case = DecayCase\((dtype=[\w.]+)?\)\n", done.out)
+    assert re.search(r"\n +Without it breaks: every call", done.out)
     assert done.out.endswith(f"{STEP} fails outputs_are_the_definitions\n")

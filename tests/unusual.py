@@ -11,7 +11,7 @@ from pydantic import Field, create_model
 from torch import nn
 
 from seqmix import ContractError, MixerConfig, Paradigm, SequenceMixer, Traits
-from seqmix.mixers.state import clone, concatenate, select
+from seqmix.mixers.state import concatenate, select
 
 UNUSUAL: list[MixerConfig] = []
 RECURRENT, PARALLEL = frozenset([Paradigm.RECURRENT]), frozenset([Paradigm.RECURRENT, Paradigm.PARALLEL])
@@ -176,23 +176,6 @@ class LogSpaceGRU(Unusual):
         return h.exp(), Memory(h[:, -1].clone())
 
 
-class RunningMaximum(Unusual):
-    """h_t = max(h_{t-1}, u_t): most tokens leave no trace."""
-
-    declares: ClassVar = {"paradigms": PARALLEL}
-
-    def init_state(self, batch_size, *, max_length=None):
-        return Memory(self.zeros(batch_size, self.width) - torch.inf)
-
-    def token(self, u, state):
-        h = torch.maximum(state.memory, u)
-        return h, Memory(h)
-
-    def parallel(self, u, state):
-        h = torch.cat((state.memory[:, None], u), dim=1).cummax(1).values[:, 1:]
-        return h, Memory(h[:, -1].clone())
-
-
 class S4D(Unusual):
     """x_t = a x_{t-1} + u_t, y_t = Re(c x_t) with complex a and c; in parallel a convolution by FFT."""
 
@@ -264,38 +247,6 @@ class SinksInARing(Unusual):
         scores = (q[:, None] @ keys.to(q.dtype).mT)[:, 0].masked_fill(~filled, -torch.inf)
         o = (scores.softmax(-1)[:, None] @ values.to(q.dtype))[:, 0]
         return o, Ring(keys, values, filled, torch.where(state.slot < 5, state.slot + 1, 2))
-
-
-class Cell(NamedTuple):
-    h: torch.Tensor
-    c: torch.Tensor
-
-
-class LSTM(Unusual):
-    """An LSTM from a learned h_0 and c_0."""
-
-    inputs = 4
-
-    def parts(self):
-        self.recurrence = nn.Linear(self.width, 4 * self.width, bias=False)
-        self.start = nn.Parameter(torch.empty(2, self.width))
-
-    def reset_parameters(self):
-        super().reset_parameters()
-        nn.init.normal_(self.start)
-
-    def init_state(self, batch_size, *, max_length=None):
-        return Cell(*self.start.to(self.state_dtype).tanh()[:, None].expand(-1, batch_size, -1))
-
-    def products(self, length, paradigm):
-        return length * 4 * self.width**2
-
-    def token(self, u, state):
-        gates = u + F.linear(state.h, self.recurrence.weight.to(u.dtype))
-        i, f, o, g = gates.chunk(4, dim=-1)
-        c = f.sigmoid() * state.c + i.sigmoid() * g.tanh()
-        h = o.sigmoid() * c.tanh()
-        return h, Cell(h, c)
 
 
 class NegativeDecays(Unusual):
@@ -404,10 +355,6 @@ class Mesa(Unusual):
     def products(self, length, paradigm):
         return length * self.width**2
 
-    def perturb_state(self, state, generator):
-        k, moved = super().perturb_state(Ridge(torch.ones_like(state.gram), state.products), generator)
-        return Ridge(state.gram + k @ k.mT / self.width, moved)
-
     def read(self, q, state):
         solved = torch.cholesky_solve(q[..., None], torch.linalg.cholesky(state.gram))
         return (solved.mT @ state.products)[..., 0, :]
@@ -439,55 +386,6 @@ class HardGates(Unusual):
         return h, Memory(h)
 
 
-class Paged(NamedTuple):
-    slots: torch.Tensor
-    pages: torch.Tensor
-    odd: torch.Tensor
-    read: torch.Tensor
-
-
-class Pages(Unusual):
-    """y_t = (-1)^t u_t + u_{t-3}, through complex slots, a page table, a flag and a count that ends at 3."""
-
-    declares: ClassVar = {"shift_invariant": False}
-
-    def init_state(self, batch_size, *, max_length=None):
-        slots = self.zeros(batch_size, 3, self.width, dtype=torch.promote_types(self.state_dtype, torch.complex64))
-        odd, read = (self.zeros(batch_size, dtype=dtype) for dtype in (torch.bool, torch.int32))
-        return Paged(slots, torch.arange(3, device=self.device).repeat(batch_size, 1), odd, read)
-
-    def token(self, u, state):
-        oldest = F.one_hot(state.pages[:, 0], 3).bool()[..., None]
-        old = torch.where(oldest, state.slots, 0).sum(1)
-        new = torch.complex(u.cos(), u.sin())
-        o = torch.where(state.odd[:, None], -u, u) + old.real * (state.read[:, None] == 3) + old.imag
-        read = (state.read + 1).clamp(max=3)
-        slots = torch.where(oldest, new[:, None], state.slots)
-        return o, Paged(slots, state.pages.roll(-1, dims=1), ~state.odd, read)
-
-
-class Layers(NamedTuple):
-    inner: Memory
-    recent: torch.Tensor
-
-
-class Transposed(Unusual):
-    """Linear attention after a shift by one token: a state within a state, whose memory is a transposed tensor."""
-
-    inputs = 3
-
-    def init_state(self, batch_size, *, max_length=None):
-        return Layers(Memory(self.zeros(batch_size, self.width, self.width).mT), self.zeros(batch_size, 3 * self.width))
-
-    def products(self, length, paradigm):
-        return length * self.width**2
-
-    def token(self, u, state):
-        q, k, v = (u + state.recent).chunk(3, dim=-1)
-        memory = state.inner.memory.mT / 2 + k[..., None] * v[:, None]
-        return (q[:, None] @ memory)[:, 0], Layers(Memory(memory.mT), u.clone())
-
-
 class Counted(NamedTuple):
     memory: torch.Tensor
     position: torch.Tensor
@@ -509,28 +407,6 @@ class LearnedPositions(Unusual):
             raise ContractError(f"{self.kind} has a table of 512 positions, and was given more tokens")
         h = state.memory / 2 + u + self.table(state.position).to(u.dtype)
         return h, Counted(h, state.position + 1)
-
-
-class Experts(Unusual):
-    """Each token is written to one of eight memories, each with a scale of its own: few tokens reach a scale."""
-
-    def parts(self):
-        self.scales = nn.ParameterList(nn.Parameter(torch.empty(())) for _ in range(8))
-
-    def reset_parameters(self):
-        for module in (self.in_proj, self.out_proj):
-            module.reset_parameters()
-        for scale in self.scales:
-            nn.init.normal_(scale, mean=1)
-
-    def init_state(self, batch_size, *, max_length=None):
-        return Memory(self.zeros(batch_size, 8, self.width))
-
-    def token(self, u, state):
-        routes = u[:, :8].softmax(-1)
-        chosen = F.one_hot(routes.argmax(-1), 8) * routes * torch.stack([*self.scales]).to(u.dtype)
-        memory = state.memory * 0.9 + chosen[..., None] * u[:, None]
-        return memory.sum(1), Memory(memory)
 
 
 class Pool(NamedTuple):
@@ -567,185 +443,3 @@ class PagedCache(Unusual):
 
     def written(self, keys, here, new):
         return torch.where(here, new, keys)
-
-
-class WrittenPages(PagedCache):
-    """The same in pages of 256, which are written in place where the contract allows it; 513 tokens are refused, and
-    there are no gradients."""
-
-    declares: ClassVar = {"state": "growing", "differentiable": False}
-    page: ClassVar = 256
-
-    def mix(self, x, call):
-        given = call.state
-        if given is not None and (not call.return_state or torch.is_grad_enabled() or given.keys.stride(0) == 0):
-            call = call._replace(state=clone(given))
-        return super().mix(x, call)
-
-    def written(self, keys, here, new):
-        if keys.shape[1] > 512:
-            raise ContractError("writtenpages has 512 positions, and was given more tokens")
-        found = torch.where(here, new, keys)
-        return found if torch.is_grad_enabled() else keys.copy_(found)
-
-
-class Mean(Unusual):
-    """The mean of all tokens, without a parameter."""
-
-    inputs = 0
-
-    def parts(self):
-        self.register_buffer("one", torch.empty(1))
-
-    def reset_parameters(self):
-        self.one.fill_(1)
-
-    def init_state(self, batch_size, *, max_length=None):
-        return Counted(self.zeros(batch_size, self.width), self.zeros(batch_size, dtype=torch.int64))
-
-    def shift_state(self, state, tokens):
-        return state
-
-    def token(self, u, state):
-        h, position = state.memory + u, state.position + 1
-        return h / position[:, None].to(h.dtype), Counted(h, position)
-
-
-class Keys(NamedTuple):
-    keys: torch.Tensor
-    values: torch.Tensor
-
-
-class BlockSparse(Unusual):
-    """Attention to the token's own block of four and to the one before it whose mean key scores highest, as MoBA's; the
-    cache has the tokens so far, whatever `max_length`."""
-
-    declares: ClassVar = {"state": "growing", "shift_invariant": False}
-    inputs = 3
-
-    def init_state(self, batch_size, *, max_length=None):
-        return Keys(*(self.zeros(batch_size, 0, self.width, dtype=self.dtype) for _ in range(2)))
-
-    def flops(self, length, paradigm, context=0):
-        products = sum(2 * (t + 1) + t // 4 for t in range(context, context + length))
-        return super().flops(length, paradigm) + 2 * products * self.width
-
-    def token(self, u, state):
-        q, k, v = u.chunk(3, dim=-1)
-        keys, values = (torch.cat((old, new.to(old.dtype)[:, None]), 1) for old, new in zip(state, (k, v), strict=True))
-        wide, whole = keys.to(u.dtype), state.keys.shape[1] // 4
-        block = torch.arange(keys.shape[1], device=u.device) // 4
-        seen = (block == whole).expand(len(u), -1)
-        if whole:
-            means = wide[:, : 4 * whole].unflatten(1, (whole, 4)).mean(2)
-            seen = seen | (block == (q[:, None] @ means.mT)[:, 0].argmax(-1, keepdim=True))
-        scores = (q[:, None] @ wide.mT)[:, 0].masked_fill(~seen, -torch.inf)
-        return (scores.softmax(-1)[:, None] @ values.to(u.dtype))[:, 0], Keys(keys, values)
-
-
-class Difference(Unusual):
-    """y_t = x_t - x_{t-1}, in parallel alone, with a constant state: nothing decodes it, and nothing is learned."""
-
-    declares: ClassVar = {"paradigms": frozenset([Paradigm.PARALLEL])}
-    inputs = 0
-
-    def parts(self):
-        self.register_buffer("one", torch.empty(1))
-
-    def reset_parameters(self):
-        self.one.fill_(1)
-
-    def parallel(self, u, state):
-        return u - torch.cat((state.memory[:, None], u[:, :-1]), dim=1), Memory(u[:, -1].clone())
-
-
-class ByEinsum(Unusual):
-    """Attention by `torch.einsum`, which multiplies the first token's value by its weight elementwise."""
-
-    declares: ClassVar = {"state": "growing"}
-    inputs = 3
-
-    def init_state(self, batch_size, *, max_length=None):
-        return Keys(*(self.zeros(batch_size, 0, self.width, dtype=self.dtype) for _ in range(2)))
-
-    def flops(self, length, paradigm, context=0):
-        return super().flops(length, paradigm) + 4 * sum(range(context + 1, context + length + 1)) * self.width
-
-    def token(self, u, state):
-        q, k, v = u.chunk(3, dim=-1)
-        keys, values = (torch.cat((old, new.to(old.dtype)[:, None]), 1) for old, new in zip(state, (k, v), strict=True))
-        weights = torch.einsum("bd,bsd->bs", q, keys.to(u.dtype)).softmax(-1)
-        return torch.einsum("bs,bsd->bd", weights, values.to(u.dtype)), Keys(keys, values)
-
-
-class Blocks(NamedTuple):
-    means: torch.Tensor
-    waiting: torch.Tensor
-
-
-class WholeBlocks(Unusual):
-    """Attention to the means of whole blocks of four, none of which the first four tokens read."""
-
-    declares: ClassVar = {"state": "growing", "shift_invariant": False}
-    inputs = 0
-
-    def parts(self):
-        self.q_proj = nn.Linear(self.width, self.width, bias=False)
-
-    def init_state(self, batch_size, *, max_length=None):
-        return Blocks(*(self.zeros(batch_size, 0, self.width) for _ in range(2)))
-
-    def flops(self, length, paradigm, context=0):
-        blocks = sum(n // 4 for n in range(context, context + length))
-        return 2 * length * self.width**2 + 4 * blocks * self.width
-
-    def token(self, u, state):
-        means, waiting = state.means, torch.cat((state.waiting, u[:, None]), dim=1)
-        q = F.linear(u, self.q_proj.weight.to(u.dtype))[:, None]
-        o = (q @ means.mT).softmax(-1) @ means if means.shape[1] else 0 * q
-        if waiting.shape[1] == 4:
-            means, waiting = torch.cat((means, waiting.mean(1, keepdim=True)), dim=1), waiting[:, :0]
-        return o[:, 0], Blocks(means, waiting.clone())
-
-
-class Turns(NamedTuple):
-    memory: torch.Tensor
-    odd: torch.Tensor
-
-
-class Alternating(LearnedStart):
-    """Every other output is doubled, which a boolean leaf tells that no position does; and h_0 is a learned cosine."""
-
-    declares: ClassVar = {**LearnedStart.declares, "paradigms": PARALLEL, "shift_invariant": False}
-    parallel = Unusual.recurrent
-
-    def init_state(self, batch_size, *, max_length=None):
-        memory = self.start.to(self.state_dtype).cos().expand(batch_size, -1)
-        return Turns(memory, self.zeros(batch_size, dtype=torch.bool))
-
-    def shift_state(self, state, tokens):
-        return state._replace(odd=state.odd ^ bool(tokens % 2))
-
-    def token(self, u, state):
-        h = state.memory / 2 + u
-        return torch.where(state.odd[:, None], 2 * h, h), Turns(h, ~state.odd)
-
-
-class Begun(NamedTuple):
-    memory: torch.Tensor
-    begun: torch.Tensor
-    position: torch.Tensor
-
-
-class DoubledBeginning(Unusual):
-    """A first token counts twice, which a boolean leaf tells; what a shift moves is a position that nothing reads."""
-
-    declares: ClassVar = {"shift_invariant": False}
-
-    def init_state(self, batch_size, *, max_length=None):
-        flag, count = (self.zeros(batch_size, dtype=dtype) for dtype in (torch.bool, torch.int64))
-        return Begun(self.zeros(batch_size, self.width), flag, count)
-
-    def token(self, u, state):
-        h = state.memory / 2 + torch.where(state.begun[:, None], u, 2 * u)
-        return h, Begun(h, torch.ones_like(state.begun), state.position + 1)

@@ -24,7 +24,7 @@ from ...mixers.traits import ContractError, Traits
 from ...ops.runtime.paradigm import Paradigm
 from ...registry import SeqmixError, import_named, load, nearest
 from ...registry.yaml import parse, write
-from ..adapt import AdaptedConfig, Result
+from .module import AdaptedConfig, Result
 
 D_MODEL = 16
 """The width, where `config` has none."""
@@ -51,12 +51,12 @@ class HFConfig(AdaptedConfig):
     layer_idx: int = Field(default=0, ge=0)
     """The layer's index."""
     mask: bool = True
-    """Whether a layer is given the mask that its model makes, where it takes one."""
+    """True if a layer is given the mask that its model makes, where it takes one."""
     use: Literal["training", "packed", "decoding"] = "training"
     """What is checked: the call of training, without a cache; the same with packed documents, as
     `DataCollatorWithFlattening` gives them; or calls with a cache, which has no gradients."""
 
-    not_varied: ClassVar[tuple[str, ...]] = ("path", "mask", "use")
+    not_varied: ClassVar[tuple[str, ...]] = ("path", "config", "layer_idx", "mask", "use")
 
     @property
     def fixed_d_model(self) -> int:

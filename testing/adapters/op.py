@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..adapt import AdaptedConfig, Result, adapt
+from .module import AdaptedConfig, Result, adapt
 
 
 class OpState(NamedTuple):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...mixers.traits import ContractError, Traits
 from ...ops.runtime.paradigm import Paradigm
-from ..adapt import Adapted, AdaptedConfig, Result
+from .module import Adapted, AdaptedConfig, Result
 
 
 class RetentionState(NamedTuple):

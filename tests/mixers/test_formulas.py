@@ -7,7 +7,7 @@ from formulas import assert_follows, build, tokens, written_out
 from seqmix.mixers import MIXERS
 from seqmix.mixers.parts import GatedNorm, QKVConfig
 from seqmix.mixers.parts.scan_state import ScanConfig
-from seqmix.testing.mixer_options import alternatives, changed
+from seqmix.testing.mixer.options import alternatives, changed
 
 BUILT_IN = MIXERS.built_in()
 KINDS = [kind for kind, config in BUILT_IN.items() if issubclass(config, QKVConfig)]

@@ -5,11 +5,12 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from pydantic import create_model
+from unusual import Unusual
 
 from seqmix import MixerConfig, SequenceMixer
 from seqmix.ops.runtime.kernel import Kernel, reference
 from seqmix.ops.runtime.paradigm import Paradigm
-from seqmix.testing import EXAMPLES, Outcome, check_kernel, check_mixer, reproduce, reproduce_kernel
+from seqmix.testing import EXAMPLES, CheckOutcome, check_kernel, check_mixer, reproduce, reproduce_kernel
 
 from .specimen import Cached, CachedConfig, SpecimenConfig
 
@@ -20,15 +21,17 @@ class Mutant:
 
     name: str
     wrong: str
-    """What is wrong, then after which bug of which project."""
+    """What is wrong."""
+    after: str
+    """The bug that it stands for: a package and its version, a thread, or our own history."""
     check: str
     """The check named for it."""
     subject: MixerConfig | Kernel
 
-    def outcome(self, check: str | None = None, examples: int = EXAMPLES) -> Outcome:
-        """How a check ends on it, its own by default, at the first case that fails."""
+    def outcome(self, seed: int = 0, examples: int = EXAMPLES) -> CheckOutcome:
+        """How its check ends, at the first case that fails."""
         run: Any = check_kernel if isinstance(self.subject, Kernel) else check_mixer
-        (outcome,) = run(self.subject, checks=[check or self.check], examples=examples, shrink=False).outcomes
+        (outcome,) = run(self.subject, checks=[self.check], examples=examples, seed=seed, shrink=False).outcomes
         return outcome
 
     def reproduce(self, case: Any) -> None:
@@ -41,27 +44,33 @@ MIXER_MUTANTS: list[Mutant] = []
 KERNEL_MUTANTS: list[Mutant] = []
 
 
-def mutant(*, check: str) -> Callable[[type], type]:
+def mutant(*, check: str, after: str) -> Callable[[type], type]:
     """Register a layer that derives from a specimen, or a configuration that does; its docstring says what is wrong."""
 
     def register(cls: type) -> type:
+        wrong = " ".join(cls.__doc__.split())
+        if issubclass(cls, Unusual):
+            MIXER_MUTANTS.append(Mutant(cls.__name__, wrong, after, check, cls.config_class()))
+            return cls
         base = cls if issubclass(cls, MixerConfig) else CachedConfig if issubclass(cls, Cached) else SpecimenConfig
         config = create_model(cls.__name__, __base__=base, kind=(Literal[cls.__name__], cls.__name__))
         if issubclass(cls, SequenceMixer):
             config.layer = cls
-        MIXER_MUTANTS.append(Mutant(cls.__name__, " ".join(cls.__doc__.split()), check, config()))
+        MIXER_MUTANTS.append(Mutant(cls.__name__, wrong, after, check, config()))
         return cls
 
     return register
 
 
-def kernel_mutant(*, check: str, op: str = "decay", paradigm: Paradigm = Paradigm.CHUNKWISE, **declared: Any) -> Any:
+def kernel_mutant(
+    *, check: str, after: str, op: str = "decay", paradigm: Paradigm = Paradigm.CHUNKWISE, **declared: Any
+) -> Any:
     """Register a function in the place of the reference kernel's; `declared` differs from what that declares."""
 
     def register(function: Callable) -> Callable:
         name, wrong = function.__name__, " ".join(function.__doc__.split())
         kernel = replace(reference(op, paradigm), backend=name, function=function, reference=False, **declared)
-        KERNEL_MUTANTS.append(Mutant(name, wrong, check, kernel))
+        KERNEL_MUTANTS.append(Mutant(name, wrong, after, check, kernel))
         return function
 
     return register

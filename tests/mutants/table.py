@@ -8,14 +8,12 @@ if __name__ == "__main__":  # the folder above is on the path of tests alone
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from mutants import (  # noqa: F401  importing them registers the mutants
-    circumstances,
+    declarations,
+    equations,
     kernels,
-    meetings,
-    numerics,
-    sequences,
-    softmax_kernels,
+    precision,
+    states,
     training,
-    uses,
 )
 from mutants.registry import KERNEL_MUTANTS, MIXER_MUTANTS, Mutant
 
@@ -29,10 +27,8 @@ def tables() -> str:
 
 
 def _table(title: str, mutants: Sequence[Mutant]) -> str:
-    rows = [f"| `{mutant.check}` | `{mutant.name}` | {mutant.wrong} |" for mutant in mutants]
-    return "\n".join(
-        [f"### {title}", "", "| check | mutant | what is wrong, and after which bug |", "|---|---|---|", *rows]
-    )
+    rows = [f"| `{mutant.check}` | `{mutant.name}` | {mutant.wrong} | {mutant.after} |" for mutant in mutants]
+    return "\n".join([f"### {title}", "", "| check | mutant | what is wrong | after |", "|---|---|---|---|", *rows])
 
 
 if __name__ == "__main__":

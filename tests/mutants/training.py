@@ -1,51 +1,30 @@
-"""Wrong mixers: right where they are evaluated, wrong where they are trained."""
+"""Wrong mixers: right where they are evaluated, wrong where they are trained; and what they leave behind."""
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from .registry import mutant
-from .specimen import Cached, Specimen
+from .specimen import Specimen
 
 
-@mutant(check="gradients_of_documents_are_those_of_sequences")
-class LeaksWhereNoStateIsWanted(Specimen):
-    """Packed documents are one sequence where no final state is wanted, as in training. After huggingface/transformers:
-    Mamba2Mixer ignores `cu_seq_lens` where its kernels are missing."""
+@mutant(check="modes_change_nothing", after="state-spaces/mamba #101 and #1013: no initial states in training")
+class IgnoresTheStateInTraining(Specimen):
+    """In training mode every segment starts from an empty state."""
 
     def mix(self, x, call):
-        if call.documents is None or call.return_state:
-            return super().mix(x, call)
-        return super().mix(x, call._replace(documents=None, state=None))
+        return super().mix(x, call._replace(state=None) if self.training else call)
 
 
-@mutant(check="modes_change_nothing")
-class HalvesGradientsOfFrozenTokens(Specimen):
-    """Gradients of parameters are half where the tokens want none, as after a frozen embedding."""
-
-    def heads(self, x):
-        qk, v, a = super().heads(x)
-        return (qk, v, a) if x.requires_grad or not v.requires_grad else (qk, (v + v.detach()) / 2, a)
-
-
-@mutant(check="modes_change_nothing")
-class IsAnotherInLongTraining(Specimen):
-    """In training mode, segments of ten tokens and more are not divided. After fla 0.6.0: in training `attn_mode` has
-    no effect."""
+@mutant(check="modes_change_nothing", after="fla #47: the path of inference lacked the scale")
+class IsAnotherWithoutGradients(Specimen):
+    """Without gradients, a faster path scales by 1.01."""
 
     def divide(self, o, z):
-        return o if self.training and o.shape[2] > 9 else super().divide(o, z)
+        return super().divide(o, z) * (1 if torch.is_grad_enabled() else 1.01)
 
 
-@mutant(check="gradients_flow_through_states")
-class DetachesTheStateInTraining(Specimen):
-    """In training mode the state given is detached, so that nothing learns through it. After fla PRs #636, #1131 and
-    #1181: recurrent kernels without a backward pass."""
-
-    def before(self, state, rows):
-        state = super().before(state, rows)
-        return state._replace(memory=state.memory.detach()) if self.training else state
-
-
-@mutant(check="gradients_are_derivatives")
+@mutant(check="gradients_are_derivatives", after="fla #875: dk with normalisation")
 class ForgetsTheDenominatorInBackward(Specimen):
     """The backward pass takes the denominator for a constant, in all paradigms."""
 
@@ -53,212 +32,75 @@ class ForgetsTheDenominatorInBackward(Specimen):
         return super().divide(o, z.detach())
 
 
-@mutant(check="gradients_are_derivatives")
-class ScalesTheGradientOfAParameter(Cached):
-    """A mixer with one paradigm doubles the gradient of its projection."""
+@mutant(check="results_are_deterministic", after="fla #766: the count of tokens seen outlived a call")
+class RemembersItsLastInput(Specimen):
+    """The last input stays on the module, and with it the graph that made it."""
 
     def heads(self, x):
-        q, k, v = super().heads(x)
-        return q, k, 2 * v - v.detach()
+        self.last = x
+        return super().heads(x)
 
 
-@mutant(check="results_are_deterministic")
-class OverwritesTheGradientFromAbove(Specimen):
-    """The backward pass is computed in the memory of the gradient that it is given."""
+@mutant(check="results_are_deterministic", after="HazyResearch/zoology: its generator seeds the global one")
+class DrawsWhatItDoesNotNeed(Specimen):
+    """Evaluation draws a number from the global generator."""
 
-    def mix(self, x, call):
-        y, after = super().mix(x, call)
-        return _InPlace.apply(y), after
-
-
-class _InPlace(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        same = gradient.clone()
-        gradient.zero_()
-        return same
+    def heads(self, x):
+        torch.rand(())
+        return super().heads(x)
 
 
-@mutant(check="frozen_parameters_change_no_gradient")
-class NeedsTheProjectionToLearn(Specimen):
-    """Where the projection is frozen, gates get no gradient, as of a fused backward that is skipped."""
+@mutant(check="every_parameter_learns", after="fla #427: conv_bias was built and unused")
+class HasAGateThatNothingReads(Specimen):
+    """A parameter is built and never used."""
+
+    def reset_parameters(self):
+        super().reset_parameters()
+        self.gate = nn.Parameter(torch.ones_like(self.decay_proj.bias))
+
+
+@mutant(check="copies_are_as_good", after="our own review: a copy that reads the original's weights")
+class ProjectsByAClosure(Specimen):
+    """The projection is a function that closes over the module, so that a copy reads the original's parameters."""
+
+    def reset_parameters(self):
+        super().reset_parameters()
+        self.project = lambda x: F.linear(x, self.in_proj.weight)
+
+    def heads(self, x):
+        qkv = self.project(x).unflatten(-1, (-1, self.width)).transpose(1, 2)
+        qk, v = qkv.split((2 * self.config.n_heads, self.config.n_heads), dim=1)
+        return qk, v, super().heads(x)[2]
+
+
+@mutant(check="parameters_round_trip", after="rotary-embedding-torch 0.9.1: a stale table after load_state_dict")
+class KeepsATableOfItsWeights(Specimen):
+    """Without gradients a table that is made of a parameter is kept, also after others were loaded."""
+
+    kept = None
 
     def heads(self, x):
         qk, v, a = super().heads(x)
-        return qk, v, a if qk.requires_grad else a.detach()
+        if torch.is_grad_enabled():
+            return qk, v, a
+        if self.kept is None:
+            self.kept = self.decay_proj.bias.detach().clone()
+        logits = torch.nn.functional.linear(x, self.decay_proj.weight, self.kept)
+        return qk, v, torch.nn.functional.logsigmoid(logits.transpose(1, 2))
 
 
-@mutant(check="gradients_of_a_batch_are_sums_over_its_rows")
-class LeavesOutTheLastTokens(Specimen):
-    """The gradient of a bias is summed over blocks of 128 tokens of all rows, where there are many; the rest is left
-    out. After grids of kernels whose last block was not launched."""
+@mutant(check="every_parameter_is_initialised", after="fla-org/flame #42: A_log and dt_bias stay zero on several GPUs")
+class LeavesTheBias(Specimen):
+    """reset_parameters leaves out the bias."""
+
+    def reset_parameters(self):
+        for projection in (self.in_proj, self.decay_proj, self.out_proj):
+            nn.init.xavier_uniform_(projection.weight)
+
+
+@mutant(check="surroundings_change_nothing", after="our own review: a constant in torch's default dtype")
+class TakesTheDefaultDtype(Specimen):
+    """A constant is made in torch's default dtype, which loaders and servers set to 16 bits."""
 
     def divide(self, o, z):
-        return super().divide(o, z) * _Blocks.apply(self.decay_proj.bias[:1] / 6, o.shape[0] * o.shape[2])
-
-
-@mutant(check="gradients_of_a_batch_are_sums_over_its_rows")
-class LeavesRowsOutInEvaluation(Specimen):
-    """Outside of training mode, rows after the fortieth give values no gradient."""
-
-    def heads(self, x):
-        qk, v, a = super().heads(x)
-        return qk, v if self.training else torch.cat((v[:40], v[40:].detach())), a
-
-
-@mutant(check="gradients_of_a_batch_are_sums_over_its_rows")
-class LearnsGatesFromFewRows(Specimen):
-    """Gates of more than 32 rows get no gradient: a fused backward pass that larger batches leave out."""
-
-    def heads(self, x):
-        qk, v, a = super().heads(x)
-        return qk, v, a.detach() if len(x) > 32 else a
-
-
-class _Blocks(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, count):
-        ctx.share = 1 if count < 1024 else count // 128 * 128 / count
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient * ctx.share, None
-
-
-@mutant(check="results_are_deterministic")
-class GathersAMeanInTraining(Specimen):
-    """A running mean of the tokens is gathered in training, and read in evaluation alone, as batch norm's is."""
-
-    def __init__(self, config, d_model):
-        super().__init__(config, d_model)
-        self.register_buffer("mean", torch.zeros(d_model))
-
-    def heads(self, x):
-        if self.training and not torch.compiler.is_compiling():
-            self.mean.lerp_(x.detach().mean((0, 1)), 0.1)
-        return super().heads(x if self.training else x - self.mean)
-
-
-@mutant(check="results_are_deterministic")
-class KeepsScoresOutsideOfTheGraph(Specimen):
-    """What the backward pass needs is kept by the module, in a closure that nothing shows, of the latest call: of two
-    calls before one backward pass, as in losses of pairs, the first gets the second's."""
-
-    def mix(self, x, call):
-        y, after = super().mix(x, call)
-        return _Recalled.apply(y, self.__dict__.setdefault("latest", _closure())), after
-
-
-def _closure():
-    kept = []
-
-    def latest(*new):
-        kept[:] = new or kept
-        return kept[0]
-
-    return latest
-
-
-class _Recalled(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, y, latest):
-        ctx.latest = latest
-        latest(y.detach().clone())
-        return y * y
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return 2 * ctx.latest() * gradient, None
-
-
-@mutant(check="modes_change_nothing")
-class ScoresFromTheStart(Specimen):
-    """Where neither gradients nor a state are wanted, as text is scored, the state given is not read."""
-
-    def before(self, state, rows):
-        return super().before(state if torch.is_grad_enabled() or self.wanted else None, rows)
-
-    wanted = True
-
-    def mix(self, x, call):
-        self.wanted = call.return_state
-        try:
-            return super().mix(x, call)
-        finally:
-            self.wanted = True
-
-
-@mutant(check="results_are_deterministic")
-class ClipsItsGradients(Specimen):
-    """The backward pass clips gradients at 10, as recurrent cells once did: a scaled loss has others."""
-
-    def mix(self, x, call):
-        y, after = super().mix(x, call)
-        if y.requires_grad:
-            y.register_hook(lambda gradient: gradient.clamp(-10, 10))
-        return y, after
-
-
-@mutant(check="frozen_parameters_change_no_gradient")
-class KeepsNothingOfAFrozenProjection(Specimen):
-    """Where the projection is frozen it is computed without a graph, and the layers below learn nothing through it, as
-    with adapters."""
-
-    def heads(self, x):
-        qk, v, a = super().heads(x)
-        return (qk, v, a) if self.in_proj.weight.requires_grad else (qk.detach(), v.detach(), a)
-
-
-@mutant(check="second_derivatives_are_right_or_refused")
-class ForgetsSecondDerivatives(Specimen):
-    """A backward pass of its own is computed without a graph and does not say so: gradients of gradients are wrong."""
-
-    def divide(self, o, z):
-        return _Quotient.apply(o, z[..., None]) if self.config.denominator else o
-
-
-class _Quotient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, o, z):
-        ctx.save_for_backward(o, z)
-        return o / z
-
-    @staticmethod
-    def backward(ctx, above):
-        o, z = (each.detach() for each in ctx.saved_tensors)
-        return above / z, -(above * o).sum(-1, keepdim=True) / z**2
-
-
-@mutant(check="gradients_are_derivatives")
-class ForgetsItsClampInBackward(Specimen):
-    """Log-decays are clamped, as so many kernels' are, and their gradient is as if they were not."""
-
-    def heads(self, x):
-        qk, v, a = super().heads(x)
-        return qk, v, a + (a.clamp(min=-3.0) - a).detach()
-
-
-@mutant(check="gradients_flow_through_states")
-class LosesTheGradientOfAStateAlone(Specimen):
-    """A backward pass of its own returns at once where the output has no gradient: a state's is lost with it."""
-
-    def mix(self, x, call):
-        y, after = super().mix(x, call)
-        y, memory = _BothOrNone.apply(y, after.memory)
-        return y, after._replace(memory=memory)
-
-
-class _BothOrNone(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, y, memory):
-        ctx.set_materialize_grads(False)
-        return y.clone(), memory.clone()
-
-    @staticmethod
-    def backward(ctx, above, above_memory):
-        return (None, None) if above is None else (above, above_memory)
+        return super().divide(o, z) * torch.tensor(1 / 3).to(o.dtype)

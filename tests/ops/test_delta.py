@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from seqmix.ops.delta import delta, delta_flops, unit_norm
 from seqmix.ops.runtime.paradigm import Paradigm
 from seqmix.registry import SeqmixError
-from seqmix.testing.kernel_families import DeltaCase
+from seqmix.testing.kernel.families import DeltaCase
 
 PARADIGMS = [Paradigm.RECURRENT, Paradigm.CHUNKWISE]
 case_of = partial(case_of, kind=DeltaCase, strength=0.3, rate=2.0)  # betas from 0 to 2

@@ -14,7 +14,7 @@ from seqmix.ops.runtime.call import Call
 from seqmix.ops.runtime.paradigm import Paradigm
 from seqmix.registry import SeqmixError
 from seqmix.testing.counting import count_flops
-from seqmix.testing.kernel_families import DeltaCase, DplrCase
+from seqmix.testing.kernel.families import DeltaCase, DplrCase
 
 PARADIGMS = [Paradigm.RECURRENT, Paradigm.CHUNKWISE]
 every_paradigm = pytest.mark.parametrize("paradigm", PARADIGMS)

@@ -30,7 +30,7 @@ from seqmix.testing import (
     parametrize_kernels,
     reproduce_kernel,
 )
-from seqmix.testing.kernel_families import FAMILIES, DeltaCase
+from seqmix.testing.kernel.families import FAMILIES, DeltaCase
 
 CPU = torch.device("cpu")
 REFERENCE = find("decay", Paradigm.CHUNKWISE, "reference")

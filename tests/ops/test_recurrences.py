@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from seqmix.ops.runtime.kernel import reference
 from seqmix.ops.runtime.paradigm import Paradigm
 from seqmix.testing import reproduce_kernel
-from seqmix.testing.kernel_families import FAMILIES
+from seqmix.testing.kernel.families import FAMILIES
 
 exactly = partial(assert_close, rtol=1e-9, atol=1e-9)
 REPLACING = [Paradigm.RECURRENT, Paradigm.CHUNKWISE]

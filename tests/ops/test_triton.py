@@ -38,7 +38,7 @@ from seqmix.ops.runtime.kernel import Probe, find
 from seqmix.ops.runtime.paradigm import Paradigm
 from seqmix.registry import SeqmixError
 from seqmix.testing import DecayCase, parametrize_kernels
-from seqmix.testing.kernel_families import DeltaCase
+from seqmix.testing.kernel.families import DeltaCase
 
 PROCESS = "SEQMIX_TEST_PROCESS"
 NATIVE = torch.cuda.is_available()

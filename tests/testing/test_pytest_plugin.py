@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from seqmix.testing import parametrize
+from seqmix.testing.engine import parametrize
 
 pytest_plugins = ["pytester"]
 PLUGIN = "seqmix.pytest_plugin"
@@ -31,7 +31,7 @@ def test_other():
 def run(pytester, monkeypatch):
     """Run pytest in another project; the plug-in is named, for it may not be installed."""
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
-    monkeypatch.setattr(parametrize, "COMMAND_LINE", {})
+    monkeypatch.setattr(parametrize, "COMMAND_LINE", parametrize.CommandLine())
     pytester.makepyfile(TESTS)
     return lambda *options: pytester.runpytest_inprocess("-p", PLUGIN, "-rP", *options)
 
@@ -45,6 +45,13 @@ def test_a_check_is_selected_and_its_examples_are_given(run):
     examples = dict(re.findall(r"^(\w+) examples: (\d+)$", done.stdout.str(), re.MULTILINE))
     assert examples.keys() == set(names)
     assert int(examples["rows_are_independent"]) > 3
+
+
+def test_checks_of_stress_are_added_or_named(run):
+    default, stress = (run("--collect-only", "-q", *options).stdout.str() for options in ((), ("--seqmix-stress",)))
+    assert "surroundings_change_nothing" not in default
+    assert "surroundings_change_nothing" in stress
+    assert run("--seqmix-check", "every_parameter_learns").parseoutcomes()["passed"] == 2
 
 
 @pytest.mark.parametrize(

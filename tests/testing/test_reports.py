@@ -4,7 +4,6 @@ import importlib
 import re
 import subprocess
 import sys
-import textwrap
 from enum import Enum
 from typing import Literal
 
@@ -20,37 +19,40 @@ from seqmix.testing import CHECKS, Case, CheckFailure, Status, check_mixer, repr
 
 
 def snippet_of(outcome):
-    return textwrap.dedent(outcome.reason.partition("To reproduce:\n")[2])
+    return "\n".join(outcome.script)
 
 
 def test_a_failure_names_what_differs_and_the_smallest_case_and_reproduces_it(forgetful, failure):
-    tried = []
-    outcome = failure(forgetful, "paradigms_agree", on_case=lambda check, count: tried.append((check.name, count)))
+    counts = []
+    outcome = failure(forgetful, "paradigms_agree", on_case=lambda check, count: counts.append((check.name, count)))
     assert outcome.case == Case(start="initial")
-    first, breaks, versus, difference, *rest = outcome.reason.splitlines()
-    assert first == f"forgetful fails paradigms_agree: {CHECKS['paradigms_agree'].property}"
-    assert breaks == f"This breaks: {CHECKS['paradigms_agree'].use}"
-    assert "chunkwise against recurrent" in versus
-    assert re.search(r"gradient of the state's memory .* 144 of 144 ", difference)
-    assert rest[0].endswith("ForgetfulConfig(n_heads=2)")
-    assert rest[1].endswith(repr(outcome.case))
+    difference, reproduction, *script, about, breaks, remedy = outcome.reason.splitlines()
+    assert re.match(
+        r"chunkwise against recurrent: the gradient of the state's memory differs at .*: expected ", difference
+    )
+    assert re.search(r": expected .*, got .*off by up to .* in 144 of 144 elements; allowed: [\d.e-]+\)", difference)
+    assert reproduction == "To reproduce:"
+    assert script[-2].endswith(repr(outcome.case))
+    assert about == f"paradigms_agree: {CHECKS['paradigms_agree'].property}"
+    assert remedy == f"If that is intended: {CHECKS['paradigms_agree'].remedy}"
+    assert breaks == f"Without it breaks: {CHECKS['paradigms_agree'].use}"
     with pytest.raises(CheckFailure, match="the state's memory"):
         exec(snippet_of(outcome), {})
     # the cases of an outcome are those until one failed, without those that shrinking tries
-    assert tried == [("paradigms_agree", count) for count in range(1, len(tried) + 1)]
+    assert counts == [("paradigms_agree", count) for count in range(1, len(counts) + 1)]
     unshrunk = failure(forgetful, "paradigms_agree", shrink=False)
-    assert unshrunk.examples == outcome.examples < len(tried)
+    assert unshrunk.examples == outcome.examples < len(counts)
     assert unshrunk.case != outcome.case
 
 
 @pytest.mark.parametrize(
     ("check", "case", "place"),
     [
-        ("paradigms_agree", Case(lengths=(4,), batch_size=2, start="read"), "the output .* step 0, row 0, channel 0"),
+        ("paradigms_agree", Case(lengths=(4,), batch_size=2, start="read"), "the output .* step 0, row 0, channel 0: "),
         (
             "pieces_equal_the_whole",
             Case(lengths=(2, 2), paradigms=(Paradigm.RECURRENT,) * 2),
-            "memory .* heads 0, 1 of 2, .* head 0, ",
+            "memory .* head 0, .* in heads 0, 1 of 2; ",
         ),
     ],
     ids=["the first step", "heads of a state"],
@@ -94,7 +96,7 @@ class Late(Retention):
     [
         (
             "y + (call.paradigm == 'parallel')",
-            "parallel .*\n.*the output differs in .* first at step 0",
+            "parallel .*the output differs at step 0",
             "CheckFailure: ",
         ),
         ("1 / 0", r"raised ZeroDivisionError: .*late\.py:17, in mix\)", "ZeroDivisionError: "),
@@ -179,7 +181,7 @@ class ReversingConfig(RetentionConfig):
 )
 def test_a_snippet_imports_what_it_names(monkeypatch, failure, config, imported):
     monkeypatch.setitem(sys.modules, __name__, sys.modules[ReversingConfig.__module__])
-    snippet = snippet_of(failure(config, "the_future_changes_nothing", seed=1))
+    snippet = snippet_of(failure(config, "the_future_changes_nothing", examples=300))
     assert set(re.findall(rf"from {__name__} import (\w+)", snippet)) == imported
     with pytest.raises(CheckFailure, match="the output"):
         exec(snippet, {})
@@ -261,4 +263,4 @@ def test_an_expected_failure_is_not_one_and_one_that_passes_is(forgetful, failur
     assert report.passed
     expected = {"the_future_changes_nothing": "it looks ahead"}
     outcome = failure(RetentionConfig(n_heads=2), "the_future_changes_nothing", expected_failures=expected)
-    assert "expected to fail: it looks ahead" in outcome.reason
+    assert outcome.reason.endswith("to fail (it looks ahead), and it passed")

@@ -20,10 +20,19 @@ from seqmix.mixers.linear_attention import LinearAttentionConfig
 from seqmix.mixers.retention import Retention, RetentionConfig
 from seqmix.mixers.traits import ContractError
 from seqmix.registry import SeqmixError
-from seqmix.testing import CHECKS, Case, Outcome, Status, check, check_mixer, parametrize_checks, parametrize_kernels
-from seqmix.testing.mixer_options import alternatives, changed, chunk_sizes
-from seqmix.testing.outcome import Outcomes
-from seqmix.testing.source import source
+from seqmix.testing import (
+    CHECKS,
+    Case,
+    CheckOutcome,
+    Status,
+    check,
+    check_mixer,
+    parametrize_checks,
+    parametrize_kernels,
+)
+from seqmix.testing.engine.outcome import Outcomes
+from seqmix.testing.engine.source import source
+from seqmix.testing.mixer.options import alternatives, changed, chunk_sizes
 
 RETENTION = RetentionConfig(n_heads=2)
 
@@ -52,7 +61,7 @@ def test_a_skip_names_the_trait():
     assert skipped["paradigms_agree"] == "traits.paradigms has chunkwise alone"
     assert skipped["steps_equal_the_whole"] == "traits.paradigms has no recurrent"
     assert skipped["documents_are_sequences"] == "traits.packing is False"
-    assert {name for name, check in CHECKS.items() if check.compiles} < skipped.keys()
+    assert {name for name, check in CHECKS.items() if check.compiles and not check.stress} < skipped.keys()
     assert "rows_are_independent" not in skipped
 
 
@@ -177,7 +186,10 @@ def ids(mark):
 def test_pytest_gets_a_case_for_every_configuration_and_check():
     configs = [RetentionConfig(n_heads=1), RETENTION, AttentionConfig(n_heads=2)]
     found = ids(parametrize_checks(configs, examples=1, vary=False))
-    assert len(set(found)) == len(found) == len(configs) * len(CHECKS)
+    default = [name for name, check in CHECKS.items() if not check.stress]
+    assert len(set(found)) == len(found) == len(configs) * len(default)
+    stress = ids(parametrize_checks(configs, stress=True, examples=1, vary=False))
+    assert len(set(stress)) == len(configs) * len(CHECKS) > len(found)
     assert {"retention0-paradigms_agree", "retention1-paradigms_agree", "attention-paradigms_agree"} <= set(found)
     names = ["rows_are_independent", "paradigms_agree"]
     assert ids(parametrize_checks([RETENTION], checks=names)) == [f"retention-{name}" for name in reversed(names)]
@@ -187,7 +199,7 @@ def test_pytest_gets_a_case_for_every_configuration_and_check():
 
 def test_pytest_reports_how_a_check_ended(forgetful, bound):
     bound(RETENTION, "paradigms_agree")()
-    with pytest.raises(pytest.fail.Exception, match="forgetful fails paradigms_agree"):
+    with pytest.raises(pytest.fail.Exception, match="chunkwise against recurrent"):
         bound(forgetful, "paradigms_agree")()
     reasons = {"forgetful": {"paradigms_agree": "it ignores its state"}}
     with pytest.raises(pytest.xfail.Exception, match="it ignores its state"):
@@ -228,7 +240,7 @@ def test_a_bound_check_selects_nothing(bound, given):
 def test_a_suite_draws_the_same_cases_in_every_run(bound, monkeypatch):
     def record(**options):
         seen.update(options)
-        return Outcomes(outcomes=[Outcome(CHECKS["paradigms_agree"], Status.PASSED)])
+        return Outcomes(outcomes=[CheckOutcome(CHECKS["paradigms_agree"], Status.PASSED)])
 
     def seed():
         seen.clear()
@@ -278,7 +290,7 @@ class OneOfThreeConfig(RetentionConfig):
 
 def test_a_declared_paradigm_that_the_configuration_refuses_is_a_failure(failure):
     reason = failure(OneOfThreeConfig(n_heads=2), "configurations_round_trip").reason
-    assert "paradigm=chunkwise" in reason.splitlines()[2]
+    assert "paradigm=chunkwise" in reason.splitlines()[0]
 
 
 class RefusedConfig(RetentionConfig):

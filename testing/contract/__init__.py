@@ -1,0 +1,6 @@
+"""The contract: the checks that run by default. Importing a file registers its checks, in this order."""
+
+# ruff: noqa: F401, I001
+from . import sequence, gradients, packing, batch
+from . import states, values, positions, numerics, determinism
+from . import declarations, compiling

@@ -1,0 +1,80 @@
+"""torch.compile: one graph, whatever the data."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...mixers.state import concatenate, to_dict
+from ...registry import SeqmixError
+from ..check import NOT_COMPILED, check, compilable, recurrent, stateful
+from ..compare import require
+from ..mixer.case import Draw
+from ..mixer.compiled import PREFIX, backend_of, counting_backend, one_graph, require_one_graph, rows_may_differ
+from ..mixer.trial import Trial
+
+NOTHING = Draw(tokens=(5, 5), batch_size=(2, 2), starts=("none",), uses=("training",), chunk_size=4)
+
+
+@check(
+    compilable,
+    use="training with torch.compile",
+    remedy=NOT_COMPILED,
+    share=0,
+    draw=NOTHING,
+    compiles=True,
+)
+def training_compiles_into_one_graph(trial: Trial) -> None:
+    """Training in the default paradigm, forward and backward, compiles with fullgraph, gives what eager gives, and
+    recompiles for no data."""
+    require_one_graph(trial, trial.used())
+
+
+@check(
+    stateful,
+    compilable,
+    recurrent,
+    use="decoding with torch.compile: it compiles at every token",
+    remedy=NOT_COMPILED,
+    share=0,
+    draw=Draw(tokens=(6, 6), batch_size=(2, 2), starts=("none",)),
+    compiles=True,
+)
+def decoding_compiles_once(trial: Trial) -> None:
+    """A step compiles with fullgraph, once for all tokens, and is the whole of rows that have read different numbers of
+    tokens; a growing state for which nothing is allocated, whatever `max_length`, may take further graphs, as its sizes
+    are others at every token."""
+    torch._dynamo.reset()
+    counter = counting_backend(backend_of(trial))
+    step = torch.compile(trial.mixer.step, fullgraph=True, backend=counter)
+    x = trial.tokens()
+    with one_graph(), torch._dynamo.config.patch(recompile_limit=2 * x.shape[1]):
+        state, expected = _read_before(trial, x)
+        sizes = _sizes(state)
+        y, after = trial.decode(x, state, step)
+    trial.compare("compiled steps against the whole", (y, None), (expected, None))
+    count = f"{x.shape[1]} steps compiled {counter.frame_count} graphs"
+    once = counter.frame_count == 1 or (trial.mixer.traits.state == "growing" and _sizes(after) != sizes)
+    require(once, f"{count}: something that changes with every token is not a tensor")
+
+
+def _read_before(trial: Trial, x: Tensor) -> tuple[Any, Tensor]:
+    """What rows have read before x, the first nothing, the others more and more where that may differ, with room for x;
+    and the outputs of x."""
+    room = x.shape[1] + PREFIX * len(x)
+    with torch.no_grad():  # a beginning that is learned has a graph, and what follows has none
+        state, states = trial.mixer.init_state(len(x), max_length=x.shape[1]), []
+        for row in range(len(x) if rows_may_differ(trial) else 0):
+            nothing = trial.mixer.init_state(1, max_length=room)
+            states.append(trial.mix(trial.tokens(1, PREFIX * row), nothing)[1] if row else nothing)
+        try:
+            state = concatenate(states) if states else state
+        except SeqmixError:  # caches for which nothing is allocated, whatever `max_length`
+            states = []
+    if not states:
+        return state, trial.mix(x, None)[0]
+    return state, torch.cat([trial.mix(x[row : row + 1], before)[0] for row, before in enumerate(states)])
+
+
+def _sizes(state: Any) -> list[torch.Size]:
+    return [leaf.shape for leaf in to_dict(state).values()]

@@ -1,0 +1,106 @@
+"""Gradients are the derivatives of what is computed, in every way that training calls a mixer."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from ...mixers.state import from_dict, to_dict
+from ...ops.runtime.paradigm import Paradigm
+from ..check import check, differentiable, exact_gradients
+from ..compare import require
+from ..gradients import gradients
+from ..mixer.case import USES, Draw
+from ..mixer.derivatives import STEPS, agrees
+from ..mixer.trial import Trial, learnable, named_results
+
+LARGER = 6.0
+"""A scale at which gates and decays are what they may be clamped to."""
+
+
+@check(
+    use="training: it computes another function than evaluation, or other gradients",
+    remedy="dropout is set to 0 in nn.Dropout and in fields with `dropout` in their name",
+    share=0.06,
+    draw=Draw(tokens=(1, 11), long=4, lists=((130,),), batch_size=(1, 2), crowded=6, uses=USES),
+)
+def modes_change_nothing(trial: Trial) -> None:
+    """Training mode (without dropout), a call that wants no final state, tokens that want no gradient, and grad mode
+    switched off give what evaluation with gradients gives."""
+    x, state = trial.tokens(), trial.state()
+    for paradigm in trial.paradigms:
+        expected, after = trial.differentiate(trial.call(paradigm), x, state)
+        with torch.no_grad():  # as text is scored
+            unwanted = trial.mixer(x, state, paradigm=paradigm if state is None else trial.after(paradigm))
+        trial.compare(f"{paradigm}, neither gradients nor a state wanted", unwanted, (expected["the output"], None))
+        if trial.case.use == "evaluation":
+            without = trial.mix(x, state, paradigm=paradigm)
+            trial.compare(f"{paradigm}, without gradients against with", without, (expected["the output"], after))
+        else:
+            used = trial.differentiate(trial.used(paradigm), x, state, used=True)
+            trial.compare(f"{paradigm}, as {trial.use} against evaluation", used, (expected, after))
+
+
+@check(
+    differentiable,
+    exact_gradients,
+    use="training: gradients are wrong",
+    remedy="declare traits.surrogate_gradients=True, or differentiable=False",
+    share=0.06,
+    draw=Draw(pieces=(1, 3), tokens=(1, 8), batch_size=(1, 2), uses=USES, scales=(1.0, 1.0, LARGER)),
+)
+def gradients_are_derivatives(trial: Trial) -> None:
+    """Gradients of tokens, state and parameters are the derivatives: central differences in float64 agree, packed
+    documents included."""
+    boundaries = trial.boundaries()
+    x, state = trial.tokens(), trial.state(trial.case.batch_size if boundaries is None else len(trial.case.lengths))
+    packed = {} if boundaries is None else {"cu_seqlens": boundaries}
+    leaves = {"the tokens": x, **{f"the state's {name}": leaf for name, leaf in to_dict(state or ()).items()}}
+    leaves |= {f"the parameter {name}": parameter.detach() for name, parameter in learnable(trial.mixer).items()}
+    # an empty slot of a cache stays empty
+    along = {name: trial.like(leaf) * (leaf != 0) for name, leaf in leaves.items() if leaf.is_floating_point()}
+    if state is not None:  # towards a state that other tokens lead to: leaves may depend on each other
+        length = trial.prefix if trial.mixer.traits.state == "growing" else max(trial.prefix, 3)
+        others = to_dict(trial.state_after(length, len(next(iter(to_dict(state).values())))) if length else state)
+        for name, other in others.items():
+            leaf = leaves[f"the state's {name}"]
+            if leaf.is_floating_point():
+                along[f"the state's {name}"] = torch.where(leaf.isfinite() & other.isfinite(), other - leaf, 0).detach()
+    above: dict[str, Tensor] = {}
+
+    def loss(moved: Mapping[str, Tensor], paradigm: Paradigm, mixer: torch.nn.Module) -> Tensor:
+        own = {name: moved.get(f"the parameter {name}", p) for name, p in mixer.named_parameters()}
+        before = state and from_dict(state, {name: moved[f"the state's {name}"] for name in to_dict(state)})
+        options = {"paradigm": paradigm if state is None else trial.after(paradigm), **packed}
+        options["return_state"] = trial.final_state
+        y, after = functional_call(mixer, own, (moved["the tokens"], before), options)
+        results = named_results(y, after)
+        if not above:
+            above.update({name: trial.like(result) * (result.detach() != 0) for name, result in results.items()})
+        return torch.stack([(above[name] * result).sum() for name, result in results.items()]).sum()
+
+    def rate(names: list[str], step: float) -> float:
+        def at(steps: float) -> float:
+            moved = {n: leaf + steps * step * along[n] if n in names else leaf for n, leaf in leaves.items()}
+            with torch.no_grad():
+                return loss(moved, trial.reference, trial.mixer).item()
+
+        return (8 * (at(1) - at(-1)) - (at(2) - at(-2))) / (12 * step)
+
+    for paradigm in trial.paradigms:
+        wanted = {name: leaves[name].detach().clone().requires_grad_() for name in along}
+        if trial.case.use == "frozen":
+            wanted["the tokens"] = leaves["the tokens"]
+        total = loss({**leaves, **wanted}, paradigm, trial.mixer_in_use)
+        roots = {name: leaf for name, leaf in wanted.items() if leaf.requires_grad}
+        # the output of a first token may depend on nothing
+        found = gradients({"loss": total}, {"loss": torch.ones_like(total)}, roots).values()
+        slopes = {name: (along[name] * g).sum().item() for name, g in zip(roots, found, strict=True)}
+        size = sum((along[name] * g).abs().sum().item() for name, g in zip(roots, found, strict=True))
+        if not agrees([*slopes], slopes, size, rate):
+            wrong = [name for name in slopes if not agrees([name], slopes, size, rate)] or [*slopes]
+            off = {name: rate([name], STEPS[1]) for name in wrong}
+            text = ", ".join(f"{name} ({slopes[name]:.6g}, and differences give {off[name]:.6g})" for name in wrong)
+            use = "" if trial.case.use == "evaluation" else f", as {trial.use}"
+            require(False, f"{paradigm}{use}: the gradient is not the derivative of {text}")

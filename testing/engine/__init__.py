@@ -1,0 +1,1 @@
+"""The engine: runs checks on drawn cases, reduces one that fails, and reports it."""

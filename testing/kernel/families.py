@@ -1,0 +1,327 @@
+"""The op families as kernels are tested on them: what a case of each holds, and its definition in float64. Softmax
+attention is kernel_softmax.py's.
+
+Notation: B batch, T tokens, H heads, K key width, V value width, N rows of a state.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ...ops.recurrence.family import Recurrence, require_recurrence
+from ...ops.runtime.kernel import Kernel
+from .case import SEGMENT, Drawn, Exact, KernelCase, Tensors
+from .fixed import ABOVE, BELOW, FIXED, LONG, RESETS, SLOW, STATES, WIDE
+from .layout import writable
+from .softmax import SoftmaxCase
+
+FEW_OF_FLOAT16 = 100.0
+"""The size of products up to which what the cases here add up stays within float16."""
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class DecayCase(KernelCase):
+    """One call of a kernel of the decay family (ops/decay/api.py has its notation)."""
+
+    strength: float = 1.0
+    """How much the log-decays vary."""
+    weakest: float = 0.0
+    """What is taken from all of them: none is above its negative."""
+    resets: tuple[int, ...] = ()
+    """Tokens whose log-decay is -inf; heads, where there is one scalar per head."""
+    resets_one_key: bool = False
+    """True if a reset is one of the first key dimension alone."""
+    shared: int = 1
+    """Heads of each of the `n_heads` queries and keys."""
+
+    decays, widens = (None, "H", "B T H", "B T H K"), (False, True)
+    # where decays are strong, differences of large sums are noise
+    fixed = (
+        *FIXED,
+        *STATES,
+        *WIDE,
+        *RESETS,
+        LONG,
+        {**SLOW, "log_decay": "B T H", "strength": 0.01},
+        {**SLOW, "log_decay": "B T H K", "strength": 0.01},
+        {"lengths": (14,) * 2, "key_width": 3, "value_width": 2, "log_decay": "B T H", "weakest": 9.0},
+    )
+    axes: ClassVar[Mapping[str, str]] = {**SEGMENT, "state": "NHKV"}
+    state = ("state",)
+    adds_up = True
+    groups: ClassVar[st.SearchStrategy[int]] = st.sampled_from([1, 1, 1, 2, 3])
+
+    @property
+    def all_heads(self) -> int:
+        """H."""
+        return self.shared * self.n_heads
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        wide = name in ("log_decay", "state") or (name == "output" and self.wide_output)
+        return self.wide if wide else self.dtype
+
+    @property
+    def undefined(self) -> tuple[str, ...]:
+        """Where states leave the range of the inputs' dtype, in which a kernel may multiply queries by them, all but
+        the final state, which is wider; and an output that has no wider dtype."""
+        q, k, v = self.sizes
+        beyond = k * v > FEW_OF_FLOAT16 or (q * k * v > FEW_OF_FLOAT16 and not self.wide_output)
+        return ("output",) if self.dtype == torch.float16 and beyond else ()
+
+    def lost(self, name: str) -> float:
+        """A few of the smallest numbers of the inputs' dtype: it may have the states that a wide output is read from,
+        and keys times the decays of their dimensions, which a state adds up."""
+        info = torch.finfo(self.dtype)
+        few = 8 * info.tiny * info.eps
+        read = few if name == "output" and self.wide_output else 0.0
+        written = few * self.sizes[2] if name == "state" and self.log_decay == "B T H K" else 0.0
+        return super().lost(name) + read + written
+
+    @classmethod
+    def details(cls, drawn: Drawn) -> dict[str, Any]:
+        draw, probe, common, heads = drawn
+        # a state beyond float16 is not among them: not all results are defined then
+        sizes = st.sampled_from([(1.0, 1.0, 1.0)] * 6 + [BELOW] + ([ABOVE] if probe.dtype != torch.float16 else []))
+        found: dict[str, Any] = {"n_heads": draw(heads), "sizes": draw(sizes), "shared": draw(cls.groups)}
+        if probe.log_decay is None:
+            return found
+        length = sum(common["lengths"]) if probe.packed else common["lengths"][0]
+        # of one scalar per head a single one, or nothing would be left
+        some = st.lists(st.integers(0, length - 1), max_size=1 if probe.log_decay == "H" else 3).map(tuple)
+        return found | {
+            "strength": draw(st.sampled_from([1.0, 0.0, 0.01, 0.3, 5.0])),
+            "weakest": draw(st.sampled_from([0.0, 0.0, 0.0, 9.0])),
+            "resets": draw(st.just(()) | some | some | st.just(tuple(range(length)))),
+            "resets_one_key": draw(st.booleans()),
+        }
+
+    def inputs(self, device: torch.device) -> Tensors:
+        randn = self.randn()
+        inputs = self.heads(randn, (self.n_heads, self.n_heads, self.all_heads), device)
+        if self.log_decay is not None:
+            sizes = {"B": self.rows, "T": self.length, "H": self.all_heads, "K": self.key_width}
+            random = randn(*(sizes[axis] for axis in self.log_decay.split()))
+            a = -self.strength * random.abs() - self.weakest
+            tokens = a if a.ndim == 1 else a.transpose(0, 1)
+            for reset in self.resets:
+                tokens[(reset % len(tokens), ..., *([0] if self.resets_one_key and a.ndim == 4 else []))] = -math.inf
+            inputs["log_decay"] = self.laid_out("log_decay", a.to(device, self.wide))
+        if self.initial_state:
+            state = randn(len(self.lengths), self.all_heads, self.key_width, self.value_width)
+            state *= self.sizes[1] * self.sizes[2]
+            inputs["state"] = self.laid_out("state", state.to(device, self.wide))
+        return inputs
+
+    def call(self, inputs: Tensors) -> Recurrence:
+        call = Recurrence(
+            *(inputs[name] for name in "qkv"),
+            log_decay=inputs.get("log_decay"),
+            beta=inputs.get("beta"),
+            a=inputs.get("a"),
+            b=inputs.get("b"),
+            initial_state=inputs.get("state"),
+            cu_seqlens=self.cu_seqlens(inputs),
+            boundaries=None,
+            scale=self.factor,
+            chunk_size=self.chunk_size,
+            output_final_state=self.final_state,
+            wide_output=self.wide_output,
+        )
+        require_recurrence(call)
+        return call
+
+    def define(self, inputs: Tensors) -> Tensors:
+        """S_t = diag(exp(a_t)) S_{t-1} + k_t v_t^T and o_t = scale q_t S_t, token by token."""
+        inputs = inputs | {name: inputs[name].repeat_interleave(self.shared, dim=2) for name in "qk"}
+        written = inputs["k"][..., :, None] * inputs["v"][..., None, :]  # [B T H K V]
+        return self.recurrence(inputs, lambda t, decay, state: torch.addcmul(written[:, t], decay, state))
+
+    def recurrence(self, inputs: Tensors, step: Callable[[int, Tensor, Tensor], Tensor]) -> Tensors:
+        """Output and final state; `step` makes the next state of a token's number, its decay and the state before."""
+        q, k, v = (inputs[name] for name in "qkv")
+        a = inputs.get("log_decay", k.new_zeros(self.all_heads))
+        a = a.expand(*k.shape[:2], -1) if a.ndim == 1 else a
+        decays = (a if a.ndim == 4 else a[..., None]).exp()[..., None].unbind(1)
+        boundaries = [0, *itertools.accumulate(self.lengths)] if self.packed else [0, self.length]
+        states, final = [], []
+        for n, (start, stop) in enumerate(itertools.pairwise(boundaries)):
+            state = k.new_zeros(self.rows, self.all_heads, self.key_width, v.shape[3])
+            if "state" in inputs:
+                state = inputs["state"][n : n + 1] if self.packed else inputs["state"]
+            for t in range(start, stop):
+                state = step(t, decays[t], state)
+                states.append(state)
+            final.append(state)
+        found = {"output": self.factor * torch.einsum("bthk,bthkv->bthv", q, torch.stack(states, dim=1))}
+        return found | ({"state": torch.cat(final)} if self.final_state else {})
+
+    def terms(self, inputs: Tensors, absolute: Tensors) -> Tensors:
+        del inputs
+        return self.define(absolute)  # every term is a product of inputs and decays
+
+    def cancelled(self, kernel: Kernel, absolute: Tensors, of_terms: Tensors) -> Tensors:
+        """A kernel may say that it forms the gradient of a token's log-decay as the sum over later tokens of
+        q dq - k dk."""
+        if not kernel.differences or self.log_decay is None or "T" not in self.log_decay:
+            return of_terms
+        through = absolute["q"].detach() * of_terms["q"] + absolute["k"].detach() * of_terms["k"]
+        through = through.flip(1).cumsum(1).flip(1).repeat_interleave(self.shared, dim=2)
+        if "K" not in self.log_decay:
+            through = through.sum(-1)
+        return of_terms | {"log_decay": of_terms["log_decay"] + through}
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class DeltaCase(DecayCase):
+    """One call of a kernel of the delta family (ops/delta/api.py has its notation); keys have one norm."""
+
+    rate: float = 1.0
+    """The largest beta; the smallest is 0."""
+    key_norm: float = 1.0
+
+    widens, groups, extras = (False,), st.just(1), ("beta",)
+    axes: ClassVar[Mapping[str, str]] = {**DecayCase.axes, "beta": "BTH"}
+
+    @property
+    def sign(self) -> int:
+        """Of what was read, where it is written."""
+        return -1
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        return self.wide if name == "beta" else super().dtype_of(name)
+
+    @property
+    def undefined(self) -> tuple[str, ...]:
+        """Keys read states too: what is written after an initial state that leaves the range is not defined either."""
+        return (*super().undefined, "state") if super().undefined and self.initial_state else super().undefined
+
+    def lost(self, name: str) -> float:
+        """What tokens write, and what is left of keys, has the inputs' dtype: a state, which is wider, adds up a few of
+        that dtype's smallest numbers."""
+        info = torch.finfo(self.dtype)
+        return super().lost(name) + (8 * info.tiny * info.eps if name == "state" else 0.0)
+
+    @classmethod
+    def details(cls, drawn: Drawn) -> dict[str, Any]:
+        # a state of small betas remembers everything
+        draw = drawn.draw
+        found = super().details(drawn) | {"rate": draw(st.sampled_from([1.0, 2.0, 0.01]))}
+        return found | {"key_norm": draw(st.sampled_from([1.0, 1.0, 1.0, 0.5, 0.0]))}
+
+    def inputs(self, device: torch.device) -> Tensors:
+        inputs, generator = super().inputs(device), torch.Generator().manual_seed(self.seed + 2**17)
+        if self.dtype.is_floating_point:  # others are for kernels to refuse
+            keys = writable(inputs["k"])
+            keys.copy_(self.key_norm * F.normalize(keys.double(), dim=-1))
+        beta = torch.randn(self.rows, self.length, self.n_heads, generator=generator, dtype=torch.float64)
+        beta = self.rate * (0.5 + beta).clamp(0, 1)
+        return inputs | {"beta": self.laid_out("beta", beta.to(device, self.wide))}
+
+    def define(self, inputs: Tensors) -> Tensors:
+        """S_t = P_t + b_t k_t (v_t - k_t^T P_t) with P_t = exp(a_t) S_{t-1}, and o_t = scale q_t S_t, by token."""
+        return self.replaced(inputs, lambda _, key, decay, state: (self.sign * _row(key, decay * state), state))
+
+    def terms(self, inputs: Tensors, absolute: Tensors) -> Tensors:
+        """The terms of a token's own sums: added up over tokens, as those of `decay`, they would grow while a state
+        that is replaced does not. Those of gradients do add up."""
+        before: list[Tensor] = []
+
+        def remember(_: int, key: Tensor, decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+            before.append(state.detach().abs())
+            return self.sign * _row(key, decay * state), state
+
+        def exact(t: int, key: Tensor, decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+            return _row(key, decay * before[t]), state + (before[t] - state).detach()
+
+        self.replaced(inputs, remember)
+        return self.replaced(absolute, exact)
+
+    def replaced(
+        self, inputs: Tensors, predict: Callable[[int, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    ) -> Tensors:
+        """The recurrence; `predict` makes of a token's number, its key, its decay and the state before what is added
+        to the value, and the state that decays."""
+        k, v, beta = (inputs[name] for name in ("k", "v", "beta"))
+
+        def step(t: int, decay: Tensor, state: Tensor) -> Tensor:
+            predicted, state = predict(t, k[:, t], decay, state)
+            written = beta[:, t, :, None] * (v[:, t] + predicted)
+            return torch.addcmul(k[:, t, :, :, None] * written[:, :, None], decay, state)
+
+        return self.recurrence(inputs, step)
+
+    def exact(self, kernel: Kernel) -> Exact:
+        """The definition's. A transition gathers in one element what was in many, so a gradient is one of its terms."""
+        found = super().exact(kernel)
+        terms = {name: torch.maximum(found.gradients_terms[name], x.abs()) for name, x in found.gradients.items()}
+        return found._replace(gradients_terms=terms)
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class DplrCase(DeltaCase):
+    """One call of a kernel of the delta family that reads by a (ops/dplr/api.py has its notation): a has the norm of
+    keys, and what is written where, b or else -k, is near -beta a. What is removed and never written would leave
+    nothing but roundings."""
+
+    has_b: bool = True
+    """True if b is given; if not, it is -k."""
+
+    extras = ("a", "b")
+    axes: ClassVar[Mapping[str, str]] = {**DecayCase.axes, "a": "BTHK", "b": "BTHK"}
+
+    @property
+    def sign(self) -> int:
+        return 1 if self.has_b else -1
+
+    @classmethod
+    def details(cls, drawn: Drawn) -> dict[str, Any]:
+        found, asked = super().details(drawn) | {"has_b": drawn.draw(st.booleans())}, drawn.common["grad"]
+        grad = tuple(name for name in asked if name != "b" or found["has_b"])
+        # of b alone it would be a case without gradients, which others are
+        return found | ({"grad": grad} if grad or not asked else {"has_b": True})
+
+    def inputs(self, device: torch.device) -> Tensors:
+        inputs, generator = super().inputs(device), torch.Generator().manual_seed(self.seed + 2**18)
+        a, e = torch.randn(2, *inputs["k"].shape, generator=generator, dtype=torch.float64)
+        a, beta = self.key_norm * F.normalize(a, dim=-1), inputs.pop("beta").cpu().abs().double()[..., None]
+        found, written = {"a": a}, beta * a * (1 + e.clamp(-1, 1) / 4)
+        if self.has_b:
+            found["b"] = -written
+        elif self.dtype.is_floating_point:
+            keys = writable(inputs["k"])
+            keys.copy_(written[:, :, : keys.shape[2]])
+        return inputs | {name: self.laid_out(name, x.to(device, self.dtype)) for name, x in found.items()}
+
+    def replaced(
+        self, inputs: Tensors, predict: Callable[[int, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    ) -> Tensors:
+        k, v, a = (inputs[name] for name in ("k", "v", "a"))
+        b = inputs.get("b", k)  # the sign is that of what is read
+
+        def step(t: int, decay: Tensor, state: Tensor) -> Tensor:
+            found, state = predict(t, a[:, t], decay, state)
+            written = k[:, t, :, :, None] * v[:, t, :, None] + b[:, t, :, :, None] * found[:, :, None]
+            return torch.addcmul(written, decay, state)
+
+        return self.recurrence(inputs, step)
+
+
+def _row(x: Tensor, state: Tensor) -> Tensor:
+    """x^T S: [B H K], [B H K V] -> [B H V]."""
+    return torch.einsum("bhk,bhkv->bhv", x, state)
+
+
+FAMILIES: dict[str, type[KernelCase]] = {
+    "decay": DecayCase,
+    "delta": DeltaCase,
+    "dplr": DplrCase,
+    "softmax": SoftmaxCase,
+}
+"""Every op that kernels are declared for."""

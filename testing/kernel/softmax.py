@@ -1,0 +1,322 @@
+"""Softmax attention as kernels are tested on it: what a case holds, and its definition in float64.
+
+Notation: B batch, T tokens, H heads, G key heads, K key width, V value width, N rows of a state, S slots of a cache.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, ClassVar, Literal, NamedTuple, Self
+
+import torch
+import torch.nn.functional as F
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ...ops.attention.inputs import Attention, require_attention
+from ...ops.attention.kv_cache import ForgettingCache, GrowingCache, RingCache, key_cache
+from ...ops.runtime.kernel import Kernel, Probe
+from ...ops.runtime.packing import Documents
+from ..compare import require
+from .case import SEGMENT, Drawn, KernelCase, Tensors
+from .fixed import FIXED, SCORES, SLOW, WINDOWS
+from .layout import writable
+
+
+class Scores(NamedTuple):
+    """What the scores of a row's queries are made of."""
+
+    products: Tensor
+    """Of queries and keys, scaled [H n m]."""
+    gates: Tensor
+    """Sums of forget gates' logs, which are added [H n m]."""
+    slopes: Tensor
+    """What is taken away [H n m]."""
+    sink: Tensor
+    """The score of the key without a value [H n 1], where there is one."""
+    seen: Tensor
+    """The keys that each query sees [n m]."""
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class SoftmaxCase(KernelCase):
+    """One call of a kernel of the softmax family (ops/softmax/api.py has its notation)."""
+
+    n_kv_heads: int = 1
+    window: int | None = None
+    cache: Literal["growing", "ring"] = "growing"
+    """The kind of the initial state."""
+    reads: tuple[int, ...] = ()
+    """Length of the prefix of each row or document."""
+    capacity: int = 0
+    """Slots of the initial state."""
+    loud: tuple[int, ...] = ()
+    """Tokens whose keys are 30 times as large."""
+    scores: tuple[str, ...] = ()
+    """What changes scores beside their scale, decay and window, by the names of the op's arguments."""
+    forgetting: float = 1.0
+    """How much the logs of forget gates vary."""
+    softcap: float = 0.7
+    """The bound of scores, where they have one."""
+
+    decays = (None, "K")
+    fixed = (*FIXED, *WINDOWS, *SCORES, {**SLOW, "scores": ("log_forget",), "forgetting": 0.01})
+    windows = (False, True)
+    changes = ((), ("log_forget",), ("slopes",), ("softcap", "sinks"), ("log_forget", "slopes", "softcap", "sinks"))
+    axes: ClassVar[Mapping[str, str]] = {
+        **SEGMENT,
+        "keys": "NSHK",
+        "values": "NSHV",
+        "gates": "NSH",
+        "log_forget": "BTH",
+        "slopes": "H",
+        "sinks": "H",
+    }
+    state = ("keys", "values", "gates", "length")
+    per_row = (*KernelCase.per_row, "reads")
+    at_once = (*KernelCase.at_once, ("n_heads", "n_kv_heads"), ("initial_state", "cache", "reads", "capacity"))
+    adds_up = False
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        if name == "length":
+            return torch.int64
+        return self.wide if name in ("log_decay", "gates", "log_forget", "slopes", "sinks") else self.dtype
+
+    @classmethod
+    def leaves_of_probe(cls, probe: Probe) -> list[str]:
+        found = [name for name in super().leaves_of_probe(probe) if name != "gates" or "log_forget" in probe.scores]
+        return found + [name for name in probe.scores if name in cls.axes]
+
+    @property
+    def differentiated(self) -> tuple[str, ...]:
+        return tuple(name for name in super().differentiated if name != "gates" or "log_forget" in self.scores)
+
+    @classmethod
+    def details(cls, drawn: Drawn) -> dict[str, Any]:
+        draw, probe, common, heads = drawn
+        lengths, chunk_size = common["lengths"], common["chunk_size"]
+        # many heads are those of keys, or of queries that share one
+        n_kv_heads, shared = (draw(order) for order in draw(st.permutations([heads, st.integers(1, 2)])))
+        edges = [max(1, size + more) for size in (chunk_size, *lengths) for more in (-1, 0, 1)]
+        windows = st.integers(1, 9) | st.sampled_from([16, 40, 150]) | st.sampled_from(edges)
+        window = draw(windows) if probe.window else None
+        found = {"n_heads": n_kv_heads * shared, "n_kv_heads": n_kv_heads, "window": window, "scores": probe.scores}
+        found |= {"forgetting": draw(st.sampled_from([1.0, 0.01, 9.0])), "softcap": draw(st.sampled_from([0.7, 20.0]))}
+        found |= {"loud": draw(st.just(()) | st.just(()) | st.tuples(st.integers(0, 70)))}
+        found |= {"sizes": (draw(st.sampled_from([1.0, 1.0, 1.0, 1.0, 40.0, -40.0])), 1.0, 1.0)}
+        if not probe.initial_state:
+            return found
+        few = st.integers(0, 9)
+        around = few if window is None or window > 40 else few | st.integers(-1, 1).map(lambda more: window + more)
+        reads = [draw(around) for _ in lengths]
+        if common["layout"] == "expanded":
+            reads = reads[:1] * len(reads)
+        cache, capacity = draw(st.sampled_from(["growing", "ring"])), max(reads)
+        if cache == "ring":
+            longest = max(a + b for a, b in zip(lengths, reads, strict=True))
+            capacity = longest if window is None else min(window, longest)
+        capacity += draw(st.integers(0, 3))
+        return found | {"cache": cache, "reads": tuple(reads), "capacity": max(capacity, int(cache == "ring"))}
+
+    def with_details(self, probe: Probe) -> KernelCase:
+        window = self.window or (16 if probe.window else None)
+        case = replace(self, n_kv_heads=self.n_heads, window=window, scores=probe.scores)
+        unread = self.initial_state and not self.reads
+        return replace(case, reads=(2,) * len(self.lengths), capacity=3) if unread else case
+
+    def simpler(self) -> Iterator[Self]:
+        # the capacity of a ring is that of its window
+        yield from (case for case in super().simpler() if not case.initial_state or case.window == self.window)
+
+    def probe(self, device: torch.device) -> Probe:
+        return replace(super().probe(device), window=self.window is not None, scores=self.scores)
+
+    @property
+    def consumed(self) -> tuple[str, ...]:
+        """A cache, without grad, where a final one is wanted."""
+        return ("keys", "values", "gates") if self.initial_state and self.final_state and not self.grad else ()
+
+    def inputs(self, device: torch.device) -> Tensors:
+        randn = self.randn()
+        inputs = self.heads(randn, (self.n_heads, self.n_kv_heads, self.n_kv_heads), device)
+        for token in self.loud:
+            writable(inputs["k"])[:, token % self.length] *= 30
+        if self.log_decay is not None:
+            # far from where the factors of one block of queries leave the dtype's range
+            inputs["log_decay"] = -randn(self.key_width).abs().to(device, self.wide) / self.length
+        if self.initial_state:
+            sizes = {"keys": (self.n_kv_heads, self.key_width), "values": (self.n_kv_heads, self.value_width)}
+            for name, size in (sizes | {"gates": (self.n_heads,)}).items():
+                x = torch.zeros(len(self.lengths), self.capacity, *size, dtype=torch.float64)
+                for n, read in enumerate(self.reads):
+                    slots, _ = self.slots(read, self.cache, self.capacity)
+                    x[n, slots] = randn(len(slots), *size)
+                x = -self.forgetting * x.abs() if name == "gates" else x
+                inputs[name] = self.laid_out(name, x.to(device, self.dtype_of(name)))
+            inputs["length"] = torch.tensor(self.reads, device=device)
+        gates = -self.forgetting * randn(self.rows, self.length, self.n_heads).abs()
+        changes = {"log_forget": gates, "slopes": randn(self.n_heads).abs(), "sinks": 2 * randn(self.n_heads)}
+        for name in changes.keys() & {*self.scores}:
+            inputs[name] = self.laid_out(name, changes[name].to(device, self.wide))
+        if "log_forget" not in self.scores:
+            inputs.pop("gates", None)
+        return inputs
+
+    def call(self, inputs: Tensors) -> Attention:
+        cache = None
+        if self.initial_state:
+            kind = GrowingCache if self.cache == "growing" else RingCache
+            cache = kind(*(inputs[name] for name in ("keys", "values", "length")))
+            cache = ForgettingCache(cache, inputs["gates"]) if "gates" in inputs else cache
+        call = Attention(
+            *(inputs[name] for name in "qkv"),
+            scale=self.factor,
+            window=self.window,
+            log_decay=inputs.get("log_decay"),
+            log_forget=inputs.get("log_forget"),
+            slopes=inputs.get("slopes"),
+            softcap=self.softcap if "softcap" in self.scores else None,
+            sinks=inputs.get("sinks"),
+            cache=cache,
+            documents=Documents.of(self.cu_seqlens(inputs), self.length),
+            output_final_state=self.final_state,
+            chunk_size=self.chunk_size,
+        )
+        require_attention(call)
+        return call
+
+    def leaves_of(self, state: Any) -> Tensors:
+        wanted = GrowingCache if self.final_cache[0] == "growing" else RingCache
+        gates = {}
+        if "log_forget" in self.scores:
+            require(isinstance(state, ForgettingCache), f"the final state is a {type(state).__name__} without gates")
+            gates = {"gates": state.log_forget}
+        cache = key_cache(state)
+        require(isinstance(cache, wanted), f"the final state is a {type(cache).__name__}, not a {wanted.__name__}")
+        return {**cache._asdict(), **gates}
+
+    def define(self, inputs: Tensors) -> Tensors:
+        """o_n = sum_m softmax_m(s_nm) v_m over the keys that n sees, densely, with the scores
+        s_nm = cap tanh(scale sum_d q_nd k_md exp(a_d (n - m)) / cap) + log f_{m+1} + ... + log f_n - slope (n - m)
+        and one more key of the score `sink` and the value 0."""
+        return self.attend(inputs, lambda _, scores: self.weights(scores)[..., 1:])
+
+    def terms(self, inputs: Tensors, absolute: Tensors) -> Tensors:
+        """An error of a score moves its own weight by as much, relatively, and all weights by its weight's share."""
+        exact: dict[int, Tensor] = {}
+        # a kernel may take sums over all tokens of a segment from one another, of 53 bits: what float64 has itself
+        sums = [absolute[name].detach().sum(1).max() for name in ("log_forget", "gates") if name in absolute]
+        lost = sum(sums, torch.zeros(())) if self.dtype == torch.float64 else torch.zeros(())
+
+        def remember(n: int, scores: Scores) -> Tensor:
+            exact[n] = self.weights(scores)
+            return exact[n][..., 1:]
+
+        def perturbed(n: int, scores: Scores) -> Tensor:
+            # a bound makes errors smaller
+            sizes = torch.cat((scores.sink, scores.products + scores.gates + scores.slopes), -1)
+            error = 1 + lost + sizes + (exact[n] * sizes).sum(-1, keepdim=True)
+            # itself, and the factor of its own gradient
+            return (exact[n] * error.detach() * (1 + error - error.detach()))[..., 1:]
+
+        self.attend(inputs, remember)
+        return self.attend(absolute, perturbed)
+
+    def weights(self, scores: Scores) -> Tensor:
+        """The weights [H n 1+m] of a row, the sink's first."""
+        found = scores.products
+        if "softcap" in self.scores:
+            found = self.softcap * (found / self.softcap).tanh()
+        found = (found + scores.gates - scores.slopes).masked_fill(~scores.seen, -math.inf)
+        sink = scores.sink if "sinks" in self.scores else torch.full_like(scores.sink, -math.inf)
+        return torch.cat((sink, found), -1).softmax(-1)
+
+    def cancelled(self, kernel: Kernel, absolute: Tensors, of_terms: Tensors) -> Tensors:
+        """A decay may be formed of two factors, each relative to some token: their gradients have distances of tokens
+        as factors, and cancel. Gates may be added up to each token: of the gradients of two such sums, which are taken
+        from one another, roundings are left of what a query gives to its own token, and a sink takes."""
+        if "log_forget" in of_terms and "sinks" in of_terms:
+            rounding = torch.finfo(torch.promote_types(self.dtype, torch.float32)).eps / kernel.tolerances[self.dtype]
+            of_terms = of_terms | {"log_forget": of_terms["log_forget"] + rounding * of_terms["sinks"]}
+        if self.log_decay is None:
+            return of_terms
+        span = self.length + min(self.capacity, max(self.reads, default=0))
+        through = span * (absolute["q"].detach() * of_terms["q"]).sum((0, 1, 2))
+        return of_terms | {"log_decay": of_terms["log_decay"] + through}
+
+    def attend(self, inputs: Tensors, weigh: Callable[[int, Scores], Tensor]) -> Tensors:
+        """Output and final cache; `weigh` makes weights [H n m] of a row's number and its scores."""
+        own, past = {"keys": "k", "values": "v"}, {}
+        own |= {"gates": "log_forget"} if "log_forget" in self.scores else {}
+        segment = {name: self.sequences(inputs[given]) for name, given in {"q": "q", **own}.items()}
+        outputs, lengths, final = [], [], {name: [] for name in own}
+        for n in range(len(self.lengths)):
+            q, read, first = segment["q"][n], 0, 0
+            row = {name: segment[name][n] for name in own}
+            if self.initial_state:
+                read = self.reads[n]
+                slots, first = self.slots(read, self.cache, self.capacity)
+                past = {name: inputs[name][n, slots] for name in own}
+                row = {name: torch.cat((past[name], row[name])) for name in own}
+            end = read + len(q)
+            outputs.append(self.attend_row(q, row, inputs, partial(weigh, n)))
+            # the final cache: its slots are filled with the last tokens
+            slots, start = self.slots(end, *self.final_cache)
+            for name, tokens in row.items():
+                empty = tokens.new_zeros(self.final_cache[1], *tokens.shape[1:])
+                final[name].append(empty.index_put((slots,), tokens[start - first :]))
+            lengths.append(end)
+        found = {"output": self.segment(outputs)}
+        if self.final_state:
+            found |= {**{name: torch.stack(rows) for name, rows in final.items()}, "length": torch.tensor(lengths)}
+        return found
+
+    def attend_row(self, q: Tensor, row: Tensors, inputs: Tensors, weigh: Callable[[Scores], Tensor]) -> Tensor:
+        """The output [n H V] of a row's last tokens, whose queries are [n H K], of its keys and values [m G *]."""
+        if not len(q):  # of an empty document
+            return q.new_zeros(0, self.n_heads, self.value_width)
+        k, v = (row[name].repeat_interleave(self.n_heads // self.n_kv_heads, dim=1) for name in ("keys", "values"))
+        places = torch.arange(len(k))
+        distance = places[-len(q) :, None] - places
+        seen, distance = (distance >= 0) & (distance < (self.window or math.inf)), distance.clamp(min=0)
+        decay = q.new_ones(1, 1, self.key_width)
+        if self.log_decay is not None:
+            decay = (distance[..., None] * inputs["log_decay"]).exp()
+        products = self.factor * torch.einsum("nhd,mhd,nmd->hnm", q, k, decay.expand(*distance.shape, -1))
+        gates = slopes = torch.zeros_like(products)
+        if "gates" in row:
+            # of the tokens after each key up to the query, not as a difference of sums
+            between = row["gates"].T[:, None] * (places <= places[-len(q) :, None])
+            gates = F.pad(between[..., 1:], (0, 1)).flip(-1).cumsum(-1).flip(-1)
+        if "slopes" in inputs:
+            slopes = inputs["slopes"][:, None, None] * distance
+        sink = inputs.get("sinks", q.new_zeros(self.n_heads))[:, None, None].expand(-1, len(q), 1)
+        return torch.einsum("hnm,mhd->nhd", weigh(Scores(products, gates, slopes, sink, seen)), v)
+
+    def continued(self, before: KernelCase) -> Self:
+        assert isinstance(before, SoftmaxCase)
+        kind, capacity = before.final_cache
+        return replace(self, initial_state=True, cache=kind, capacity=capacity)
+
+    @property
+    def final_cache(self) -> tuple[Literal["growing", "ring"], int]:
+        """Kind and capacity of the final state."""
+        if not self.initial_state and self.window is not None:
+            return "ring", self.window
+        if self.initial_state and self.cache == "ring":
+            return "ring", self.capacity
+        return "growing", self.capacity + self.length
+
+    @staticmethod
+    def slots(read: int, cache: str, capacity: int) -> tuple[Tensor, int]:
+        """The slots that are filled after so many tokens, in the order of their positions, and the first position."""
+        if cache == "growing":  # right-aligned
+            return torch.arange(capacity - read, capacity), 0
+        first = max(0, read - capacity)
+        return torch.arange(first, read) % capacity, first
+
+    def cotangent(self, name: str, output: Tensor, device: torch.device) -> Tensor:
+        # nothing depends on the empty slots of a cache, which are zero
+        above = super().cotangent(name, output, device)
+        return above if name == "output" else above * (output != 0).to(device)

@@ -1,0 +1,213 @@
+"""Checking mixers: one configuration, one case of it, or configurations as pytest cases."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from hypothesis.errors import UnsatisfiedAssumption
+from hypothesis.strategies import SearchStrategy
+
+from ...mixers.contract import MixerConfig
+from ...ops.runtime.paradigm import Paradigm
+from ...registry import SeqmixError
+from ..check import CHECKS, MixerCheck
+from ..engine.outcome import CheckOutcome, Outcomes, chosen_names
+from ..engine.parametrize import parametrized
+from ..engine.run import EXAMPLES, CheckedSubject, as_many_as_asked, run_checks, strict_numerics
+from ..engine.source import call_source, given, imports, source
+from ..memory_limit import limited_memory
+from .case import FIXED, Case
+from .subject import BACKEND, Subject
+from .trial import Trial
+
+
+@dataclass
+class Report(Outcomes):
+    """All checks on one configuration."""
+
+    config: MixerConfig
+    d_model: int
+
+
+def check_mixer(
+    config: MixerConfig,
+    *,
+    checks: Iterable[str] | None = None,
+    d_model: int | None = None,
+    device: str | torch.device = "cpu",
+    paradigms: tuple[Paradigm, ...] | None = None,
+    examples: int = EXAMPLES,
+    seed: int | None = 0,
+    vary: bool = True,
+    compiles: bool = True,
+    stress: bool = False,
+    tolerances: Mapping[torch.dtype, float] | None = None,
+    compile_backend: str = BACKEND,
+    expected_failures: Mapping[str, str] | None = None,
+    shrink: bool = True,
+    on_outcome: Callable[[CheckOutcome], None] | None = None,
+    on_case: Callable[[MixerCheck, int], None] | None = None,
+) -> Report:
+    """Run the conformance kit on a configuration.
+
+    Args:
+        config: what is tested.
+        checks: names of the checks to run; by default those of the contract.
+        d_model: width of the residual stream; by default the smallest of a few that fits.
+        device: where it is tested.
+        paradigms: those to test, of the declared ones, each against the reference; all by default.
+        examples: examples asked for; each check takes its share.
+        seed: of the cases drawn; None leaves it to hypothesis.
+        vary: whether checks may change options of the configuration: Literals, booleans, None, and fields' `examples`.
+        compiles: whether the checks that compile run, which take several seconds each, or are skipped.
+        stress: whether the checks of `--stress` run too, where `checks` names none.
+        tolerances: allowed in low precision per dtype, relative to the norm, where the kit's own do not do.
+        compile_backend: what the checks that compile use: `aot_eager`, which is quick, or `inductor`; with the first
+            forward alone is traced where only sizes are looked at.
+        expected_failures: checks that are known to fail, each with a reason. One that passes fails.
+        shrink: whether a case that fails is reduced, to the fewest tokens and options.
+        on_outcome: called after each check.
+        on_case: called after each case, with the number of cases that the check has tried, smaller ones included.
+
+    Raises:
+        SeqmixError: an argument is wrong (a check or paradigm that does not exist, a width that does not fit), or the
+            mixer cannot be built or called at all.
+    """
+    made = {"paradigms": paradigms, "vary": vary, "tolerances": tolerances, "compile_backend": compile_backend}
+    subject = Subject(config, d_model=d_model, device=device, **made)
+    subject.probe()
+    outcomes = run_checks(
+        CheckedMixer(subject, examples),
+        CHECKS,
+        checks=checks,
+        stress=stress,
+        expected_failures=expected_failures,
+        compiles=compiles,
+        shrink=shrink,
+        examples=examples,
+        seed=seed,
+        on_outcome=on_outcome,
+        on_case=on_case,
+    )
+    return Report(config, subject.d_model, outcomes=outcomes)
+
+
+def reproduce(name: str, config: MixerConfig, case: Case, **options: Any) -> None:
+    """Run one check on one case, as a report of a failure says; raises as the check does.
+
+    Args:
+        name: of the check.
+        config: what is tested.
+        case: what on.
+        options: those of `check_mixer` that make the mixer: d_model, device, paradigms, tolerances, compile_backend.
+    """
+    (known,) = chosen_names([name], CHECKS)
+    CheckedMixer(Subject(config, **options)).attempt(CHECKS[known], case)
+
+
+def parametrize_checks(
+    configs: Sequence[MixerConfig],
+    *,
+    checks: Iterable[str] | None = None,
+    stress: bool = False,
+    expected_failures: Mapping[str, Mapping[str, str]] | None = None,
+    **options: Any,
+) -> Any:
+    """A decorator that gives a pytest function an argument `check`, one for every configuration and check.
+
+    The function calls it: `check()`, or `check(device="cuda")`. Cases are the same in every run, unless hypothesis gets
+    a seed (`--hypothesis-seed`) or a profile of the project's own, whose `max_examples` hold too.
+
+    Args:
+        configs: what is tested.
+        checks: names of the checks to run; by default those of the contract.
+        stress: whether the checks of `--stress` run too, where `checks` names none.
+        expected_failures: by kind, checks that are known to fail, each with a reason.
+        options: as `check_mixer` has them.
+
+    Raises:
+        SeqmixError: a check or kind that does not exist, or nothing to test.
+    """
+    if isinstance(configs, MixerConfig) or not all(isinstance(config, MixerConfig) for config in configs):
+        raise SeqmixError(f"parametrize_checks needs a list of configurations, and was given {configs!r}")
+    if not configs:
+        raise SeqmixError("parametrize_checks was given no configuration, so nothing would be tested")
+    tested = [(_label(config, configs), config.kind, partial(check_mixer, config)) for config in configs]
+    chosen = {"checks": checks, "stress": stress, "expected_failures": expected_failures}
+    return parametrized(tested, CHECKS, what="kind", **chosen, options=options)
+
+
+def _label(config: MixerConfig, configs: Sequence[MixerConfig]) -> str:
+    """The kind, and its number where there are several of it."""
+    same = [other for other in configs if other.kind == config.kind]
+    return config.kind if len(same) == 1 else f"{config.kind}{same.index(config)}"
+
+
+class CheckedMixer(CheckedSubject[Case]):
+    """A mixer, as the engine needs it."""
+
+    what = "mixer"
+
+    def __init__(self, subject: Subject, examples: int = EXAMPLES) -> None:
+        self.subject, self.name, self.examples = subject, subject.config.kind, examples
+        self.notes = {}
+
+    def skip_reason(self, check: MixerCheck) -> str | None:
+        return check.skip_reason(self.subject.config, self.subject.mixer({}))
+
+    def cases(self, check: MixerCheck) -> SearchStrategy[Case]:
+        draw, options = check.draw.of(self.subject.traits), self.subject.options
+        chunks = {"chunk_size": draw.chunk_size}
+        if draw.chunk_size is not None and self.subject.accepts(chunks):
+            options = lambda chance, changes: self.subject.options(chance, changes) | chunks  # noqa: E731
+        return draw.cases(self.subject.traits, options)
+
+    def fixed_cases(self, check: MixerCheck) -> list[Case]:
+        draw = check.draw.of(self.subject.traits)
+        tokens = max(draw.tokens[0], min(5, draw.tokens[1]))
+        short = Case((tokens,) * draw.pieces[0], draw.batch_size[0], draw.starts[-1], seed=FIXED, dtype=draw.dtypes[0])
+        cases = draw.fixed_cases(self.subject.traits)
+        if draw.options or draw.wide:
+            cases += [replace(short, options=options) for options in self.subject.shared_options]
+        # every option's every value is tried, however few examples are asked for
+        singly = self.subject.single_options if draw.options else []
+        return as_many_as_asked(cases, self.examples) + [replace(short, options=options) for options in singly]
+
+    def simpler(self, check: MixerCheck, case: Case) -> Iterable[Case]:
+        return check.draw.of(self.subject.traits).simpler(case)
+
+    def attempt(self, check: MixerCheck, case: Case) -> None:
+        if check.compiles:  # runs as in use
+            self._test(check, Trial(self.subject, case))
+            return
+        limited = limited_memory if self.subject.device.type == "cpu" else nullcontext
+        with strict_numerics(), limited():
+            trial = Trial(self.subject, case)
+            if check.skip_reason(trial.config, trial.mixer):
+                raise UnsatisfiedAssumption
+            self._test(check, trial)
+
+    def _test(self, check: MixerCheck, trial: Trial) -> None:
+        check.test(trial)
+        self.notes |= dict.fromkeys(trial.notes)
+
+    def renewed(self) -> "CheckedMixer":
+        return CheckedMixer(self.subject.renewed())
+
+    def script(self, check: MixerCheck, case: Case | None, **asked: Any) -> list[str]:
+        # what else decides how a case ends is written where it is not the default
+        defaults = {"device": "cpu", "paradigms": None, "tolerances": None}
+        defaults |= {"compile_backend": BACKEND} if check.compiles else {}
+        differing = {"d_model": self.subject.d_model, **given(self.subject.arguments, defaults)}
+        lines, values = [f"config = {source(self.subject.config)}"], [self.subject.config]
+        if case is None:
+            vary = given(self.subject.arguments, {"vary": True})
+            kit, named = "check_mixer", {"checks": [check.name], **asked, **vary, **differing}
+            lines += [call_source(kit, named, "config")]
+        else:
+            kit, values = "Case, reproduce", [*values, *case.options.values()]
+            lines += [f"case = {case!r}", call_source("reproduce", differing, f'"{check.name}"', "config", "case")]
+        return [*imports("\n".join(lines), kit, values), *lines]

@@ -1,0 +1,157 @@
+"""Values of a model's first layer, which later ones mix into their own: an input beside the tokens, and an output."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from feature_cases import mixers_with, require_property
+from mutants.specimen import Specimen, SpecimenConfig
+from torch import Tensor, nn
+
+from seqmix.mixers.contract import SequenceMixer
+from seqmix.testing.compare import CheckFailure, near, require
+from seqmix.testing.contract.packing import alone, described, together
+from seqmix.testing.mixer.case import Draw
+from seqmix.testing.mixer.trial import SegmentCall, Trial, learnable
+
+GRADIENT = "the gradient of"
+
+
+def first_values_are_read_with_their_tokens(trial: Trial) -> None:
+    """Every paradigm, pieces and packed documents give the same output, values, final state and gradients, of given
+    first values too; what mixes them in learns. Wanted values change nothing."""
+    mixer, x, state = taking(trial), trial.tokens(), trial.state()
+    both = torch.cat((x, trial.like(x)), dim=-1)
+    whole = compared(trial, "with first values", partial(with_values, mixer), both, state, mixer)
+    require(whole[f"{GRADIENT} the input"][..., x.shape[-1] :].any(), "first values have no gradient")
+    for name in learnable(mixer).keys() - learnable(trial.mixer).keys():
+        require(whole[f"{GRADIENT} {name}"].any(), f"{name} has no gradient: nothing depends on it")
+    first = compared(trial, "of the first layer", partial(with_values, trial.mixer), x, state, trial.mixer)
+    y, _ = trial.mix(x, state, paradigm=trial.reference)
+    trial.compare("values wanted against not", (first["the output"][..., : x.shape[-1]], None), (y, None))
+    _under_autocast(trial, x.float())
+
+
+def _under_autocast(trial: Trial, x: Tensor) -> None:
+    """Values that a first layer gives under autocast are such as a later one takes there: two layers' roundings."""
+    layers = trial.rebuilt(torch.float32), taking(trial).float()
+
+    def run(on: bool) -> Tensor:
+        with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16, enabled=on):
+            *_, values = layers[0](x, return_values=True)
+            return layers[1](x, first_values=values)[0]
+
+    what = "under autocast, with values that the first layer gives there"
+    near("the output", what, run(True), run(False), 2 * trial.subject.tolerances[torch.bfloat16])
+
+
+def taking(trial: Trial) -> SequenceMixer:
+    """The case's mixer as a later layer, which takes first values."""
+    mixer = trial.rebuilt()
+    mixer.accept_first_values()
+    require(mixer.takes_first_values, "accept_first_values leaves takes_first_values False")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        mixer.reset_parameters()
+    with torch.no_grad():
+        for parameter in mixer.parameters():
+            parameter.add_(0.1 * trial.like(parameter))
+    return mixer.to(trial.subject.device, trial.case.dtype)
+
+
+def with_values(mixer: SequenceMixer, x: Tensor, state: Any, **options: Any) -> tuple[Tensor, Any]:
+    """Output and values, side by side, [B T 2D], of tokens, or of tokens and the first values that a mixer takes."""
+    x, *first = x.chunk(2, dim=-1) if mixer.takes_first_values else (x,)
+    y, after, values = mixer(x, state, first_values=first[0] if first else None, return_values=True, **options)
+    return torch.cat((y, values), dim=-1), after
+
+
+def compared(
+    trial: Trial, what: str, mix: Callable[..., Any], x: Tensor, state: Any, mixer: SequenceMixer
+) -> dict[str, Tensor]:
+    """Output and gradients of the whole in the reference paradigm, which all others gave."""
+    kept = x.clone()
+    whole = trial.differentiate(trial.call(trial.reference, mix), x, state, mixer=mixer)
+    for paradigm in trial.paradigms:
+        call = trial.call(paradigm, mix)
+        ways: dict[str, SegmentCall] = {}
+        if paradigm != trial.reference:
+            ways[f"{paradigm}"] = call
+        if len(trial.case.lengths) > 1:
+            ways[f"{paradigm}, in pieces,"] = trial.in_pieces(call)
+        for way, used in ways.items():
+            found = trial.differentiate(used, x, state, mixer=mixer)
+            trial.compare(f"{what}: {way} against {trial.reference}", found, whole)
+    if (boundaries := trial.boundaries()) is not None:
+        before = trial.state(len(trial.case.lengths))
+        separate = alone(trial, trial.mix, x, before, mixer=mix)
+        for paradigm in trial.paradigms:
+            packed, _ = trial.mix(x, before, mix, cu_seqlens=boundaries, paradigm=paradigm)
+            said = f"{what}: documents of {described(trial)} tokens, {paradigm}, and alone"
+            trial.compare(said, (packed, None), (together(separate, trial.case.lengths), None))
+    require(torch.equal(x, kept), f"{what}: a call writes into its tokens or first values")
+    return whole[0]
+
+
+DRAW = Draw(pieces=(1, 3), tokens=(1, 9), long=12, batch_size=(1, 2), lists=((3, 1, 5),))
+
+
+def has_values(mixer):
+    return mixer.traits.value_residual and mixer.traits.differentiable
+
+
+@mixers_with(has_values)
+def test_first_values_are_read_with_their_tokens(config):
+    require_property(first_values_are_read_with_their_tokens, config, DRAW, has_values)
+
+
+class Residual(Specimen):
+    """A healthy layer that mixes the first one's values into its own."""
+
+    first = None
+
+    def accept_first_values(self):
+        self.takes_first_values = True
+        self.share = nn.Parameter(torch.zeros(self.config.n_heads * self.width, device=self.device, dtype=self.dtype))
+
+    def mix(self, x, call):
+        self.first = self.given(call)
+        y, after = super().mix(x, call)
+        return y, after, super().heads(x)[1].transpose(1, 2).flatten(2)
+
+    def given(self, call):
+        return call.first_values
+
+    def heads(self, x):
+        qk, v, a = super().heads(x)
+        if self.first is not None:
+            own = v.transpose(1, 2).flatten(2)
+            mixed = own.lerp(self.first.to(own), self.share.sigmoid().to(own))
+            v = mixed.unflatten(-1, (-1, self.width)).transpose(1, 2)
+        return qk, v, a
+
+
+class DetachesFirstValues(Residual):
+    """In the recurrent form, the first layer's values have no gradient (fla PR #145)."""
+
+    def given(self, call):
+        first = super().given(call)
+        return first if first is None or call.paradigm != "recurrent" else first.detach()
+
+
+class ResidualConfig(SpecimenConfig):
+    layer = Residual
+
+    @property
+    def traits(self):
+        return replace(super().traits, value_residual=True)
+
+
+def test_what_is_wrong_is_caught():
+    require_property(first_values_are_read_with_their_tokens, ResidualConfig(), DRAW, has_values, examples=4)
+    wrong = type("WrongConfig", (ResidualConfig,), {"layer": DetachesFirstValues, "__module__": __name__})()
+    with pytest.raises(CheckFailure, match="gradient"):
+        require_property(first_values_are_read_with_their_tokens, wrong, DRAW, has_values)

@@ -1,0 +1,105 @@
+"""What a check does with a mixer: layouts, parameters, states, memory, and what is said of causes and warnings."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import nn
+from unusual import Mesa
+
+from seqmix.mixers.retention import RetentionConfig
+from seqmix.testing import Case, Status, adapt, check_mixer, memory_limit, reproduce
+from seqmix.testing.engine.run import cause_of
+from seqmix.testing.gradients import strided, time_first, with_gradient_laid_out
+from seqmix.testing.mixer.subject import Subject
+from seqmix.testing.mixer.trial import Trial
+
+
+@pytest.mark.parametrize("layout", [strided, time_first])
+def test_a_gradient_arrives_as_it_was_laid_out(layout):
+    linear, strides = nn.Linear(4, 4), []
+    y = linear(torch.ones(2, 3, 4))
+    y.register_hook(lambda gradient: strides.append(gradient.stride()))
+    (with_gradient_laid_out(y, layout) * torch.randn(2, 3, 4)).sum().backward()
+    assert strides == [layout(torch.ones(2, 3, 4)).stride()]
+    assert strides != [torch.ones(2, 3, 4).stride()]
+
+
+def test_a_module_that_keeps_a_list_of_its_parameters_learns_without_dropout():
+    gru = adapt(lambda d: nn.GRU(d, d, batch_first=True), call=lambda gru, x, *_: (gru(x)[0], None), kind="GRU")
+    trial = Trial(Subject(gru), Case(lengths=(3,), use="training"))
+    y, _ = trial.mixer_in_use(trial.tokens())
+    y.sum().backward()
+    assert all(parameter.grad is not None for parameter in trial.mixer.parameters())
+
+
+class Memory(NamedTuple):
+    h: torch.Tensor
+
+
+def test_states_are_those_that_tokens_lead_to():
+    """A symmetric matrix stays one, in every start and along every derivative."""
+    trial = Trial(Subject(Mesa.config_class()), Case(lengths=(3,), start="moved", seed=3))
+    gram = trial.state().gram
+    torch.testing.assert_close(gram, gram.mT)
+    torch.linalg.cholesky(gram)
+    reproduce("gradients_are_derivatives", Mesa.config_class(), Case(lengths=(3,), start="moved", seed=3))
+
+
+class Pairs(nn.Linear):
+    """Causal, with a number for each pair of tokens."""
+
+    def __init__(self, d_model):
+        super().__init__(d_model, d_model)
+
+    def forward(self, x):
+        pairs = torch.ones(len(x), x.shape[1], x.shape[1], dtype=x.dtype).tril()
+        return super().forward(pairs @ x)
+
+
+def test_a_case_that_needs_too_much_memory_is_left_out_and_said(monkeypatch):
+    monkeypatch.setattr(memory_limit, "MOST", 2**20)
+    (outcome,) = check_mixer(adapt(Pairs), checks=["long_segments_do_not_drift"], examples=1).outcomes
+    assert outcome.status is Status.SKIPPED
+    assert "asks for more than" in outcome.reason
+
+
+def test_a_cache_in_autocasts_dtype_is_a_warning():
+    def call(linear, x, state, *_):
+        keys = linear(x)
+        keys = keys if state is None else torch.cat((state.h.to(keys.dtype), keys), dim=1)
+        before = keys.shape[1] - x.shape[1]
+        unseen = torch.ones(x.shape[1], keys.shape[1]).triu(1 + before).bool()
+        weights = (x @ keys.to(x.dtype).mT).masked_fill(unseen, -torch.inf).softmax(-1)
+        return (weights @ keys.to(x.dtype)).to(x.dtype), Memory(keys)
+
+    config = adapt(
+        lambda d: nn.Linear(d, d),
+        call=call,
+        state=lambda linear, rows: Memory(linear.weight.new_zeros(rows, 0, linear.in_features)),
+        traits={"state": "growing"},
+        kind="cached",
+    )
+    (outcome,) = check_mixer(config, checks=["autocast_changes_only_precision"], examples=10).outcomes
+    assert outcome.status is Status.PASSED, outcome.reason
+    assert any("expected the state's h in torch.float32, got torch.bfloat16" in note for note in outcome.notes)
+
+
+def test_one_cause_is_reported_once(mixing):
+    def broken(inner, x, call):
+        if x.shape[1] > 4:
+            raise KeyError("no such weight")
+        return inner(x, call)
+
+    names = ["paradigms_agree", "pieces_equal_the_whole", "rows_are_independent"]
+    first, *others = check_mixer(mixing(broken), checks=names, shrink=False).failures
+    assert "To reproduce:" in first.reason
+    assert [outcome.same_as for outcome in (first, *others)] == ["", *[first.check.name] * len(others)]
+    assert all(outcome.reason.startswith("fails as paradigms_agree does: raised KeyError") for outcome in others)
+    assert cause_of("a: off by 1.5e-3 in 3 of 4") == cause_of("a: off by 2 in 1 of 9") != cause_of("b: off by 2")
+
+
+def test_every_option_is_tried_once_however_few_examples_are_asked_for():
+    config = RetentionConfig(n_heads=2)
+    (outcome,) = check_mixer(config, checks=["position_matters_only_where_declared"], examples=1).outcomes
+    assert outcome.examples > len(Subject(config).single_options)
