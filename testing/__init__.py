@@ -14,16 +14,16 @@ def test_kernel(check):
 from . import contract, stress  # noqa: F401  importing them registers the checks
 from .adapters.module import adapt
 from .check import CHECKS, KERNEL_CHECKS, Check, check, kernel_check
+from .check_kernel import check_kernel, parametrize_kernels, reproduce_kernel
+from .check_mixer import Report, check_mixer, parametrize_checks, reproduce
 from .compare import CheckFailure
+from .contract import kernels as _kernel_checks  # noqa: F401  importing it registers the checks of kernels
 from .engine.outcome import CheckOutcome, Status
 from .engine.run import EXAMPLES
-from .kernel import checks as _kernel_checks  # noqa: F401  importing it registers the checks of kernels
 from .kernel.case import KernelDraw
 from .kernel.families import DecayCase, DeltaCase, SoftmaxCase
-from .kernel.run import check_kernel, parametrize_kernels, reproduce_kernel
 from .kernel.trial import KernelTrial
 from .mixer.case import Case, Draw
-from .mixer.run import Report, check_mixer, parametrize_checks, reproduce
 from .mixer.trial import Trial
 
 Outcome = CheckOutcome

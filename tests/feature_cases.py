@@ -5,8 +5,8 @@ import pytest
 from seqmix import MIXERS
 from seqmix.testing import CheckFailure, Draw, Status
 from seqmix.testing.check import Check
+from seqmix.testing.check_mixer import CheckedMixer
 from seqmix.testing.engine.run import run_checks
-from seqmix.testing.mixer.run import CheckedMixer
 from seqmix.testing.mixer.subject import Subject, build
 
 BUILT_IN = [kind for kind in MIXERS.kinds() if MIXERS.origin(kind).startswith("seqmix.")]

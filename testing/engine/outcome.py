@@ -6,7 +6,7 @@ from enum import StrEnum
 from typing import Any
 
 from ...registry import SeqmixError, require_name
-from ..check import Check
+from .check import Check
 
 
 class Status(StrEnum):

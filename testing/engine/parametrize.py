@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import core, settings
 
 from ...registry import SeqmixError, nearest
-from ..check import Check
+from .check import Check
 from .outcome import Outcomes, Status, chosen_names, known_names
 
 

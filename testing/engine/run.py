@@ -13,8 +13,8 @@ import torch
 from hypothesis.strategies import SearchStrategy
 
 from ...registry import SeqmixError
-from ..check import Check
 from ..memory_limit import MOST
+from .check import Check
 from .outcome import CheckOutcome, Status, chosen_names, known_names
 from .search import describe_error, search
 

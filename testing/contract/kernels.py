@@ -16,9 +16,9 @@ from ...ops.runtime.kernel import Kernel, Probe
 from ..check import kernel_check
 from ..compare import CheckFailure, Differences, require
 from ..gradients import gradients
-from .case import KernelDraw, Tensors, leaves, takes, wide
-from .families import FAMILIES
-from .trial import KernelTrial
+from ..kernel.case import KernelDraw, Tensors, leaves, takes, wide
+from ..kernel.families import FAMILIES
+from ..kernel.trial import KernelTrial
 
 FEW = st.integers(1, 9)
 """Lengths where every one costs much, or none shows more than a short one."""

@@ -11,20 +11,20 @@ from typing import Any
 import torch
 from hypothesis.strategies import SearchStrategy
 
-from ...ops.kernels.triton.launch import interpreted
-from ...ops.runtime.kernel import KERNELS, Kernel, Probe, all_kernels
-from ...registry import SeqmixError
-from ..check import KERNEL_CHECKS, KernelCheck
-from ..engine.outcome import CheckOutcome, Outcomes, chosen_names
-from ..engine.parametrize import parametrized
-from ..engine.run import EXAMPLES, CheckedSubject, as_many_as_asked, run_checks, strict_numerics
-from ..engine.source import call_source, imports
-from .case import KernelCase
-from .families import FAMILIES
-from .fixed import PROGRAMS
-from .sizes import WIDE
-from .source import kernel_source
-from .trial import KernelTrial
+from ..ops.kernels.triton.launch import interpreted
+from ..ops.runtime.kernel import KERNELS, Kernel, Probe, all_kernels
+from ..registry import SeqmixError
+from .check import KERNEL_CHECKS, KernelCheck
+from .engine.outcome import CheckOutcome, Outcomes, chosen_names
+from .engine.parametrize import parametrized
+from .engine.run import EXAMPLES, CheckedSubject, as_many_as_asked, run_checks, strict_numerics
+from .engine.source import call_source, imports
+from .kernel.case import KernelCase
+from .kernel.families import FAMILIES
+from .kernel.fixed import PROGRAMS
+from .kernel.sizes import WIDE
+from .kernel.source import kernel_source
+from .kernel.trial import KernelTrial
 
 all_kernels()  # imports what declares them: a report's lines find a kernel by its name
 

@@ -10,18 +10,18 @@ import torch
 from hypothesis.errors import UnsatisfiedAssumption
 from hypothesis.strategies import SearchStrategy
 
-from ...mixers.contract import MixerConfig
-from ...ops.runtime.paradigm import Paradigm
-from ...registry import SeqmixError
-from ..check import CHECKS, MixerCheck
-from ..engine.outcome import CheckOutcome, Outcomes, chosen_names
-from ..engine.parametrize import parametrized
-from ..engine.run import EXAMPLES, CheckedSubject, as_many_as_asked, run_checks, strict_numerics
-from ..engine.source import call_source, given, imports, source
-from ..memory_limit import limited_memory
-from .case import FIXED, Case
-from .subject import BACKEND, Subject
-from .trial import Trial
+from ..mixers.contract import MixerConfig
+from ..ops.runtime.paradigm import Paradigm
+from ..registry import SeqmixError
+from .check import CHECKS, MixerCheck
+from .engine.outcome import CheckOutcome, Outcomes, chosen_names
+from .engine.parametrize import parametrized
+from .engine.run import EXAMPLES, CheckedSubject, as_many_as_asked, run_checks, strict_numerics
+from .engine.source import call_source, given, imports, source
+from .memory_limit import limited_memory
+from .mixer.case import FIXED, Case
+from .mixer.subject import BACKEND, Subject
+from .mixer.trial import Trial
 
 
 @dataclass
