@@ -30,7 +30,7 @@ LEAST = 15.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
+class PartOutcome:
     """What became of a part."""
 
     part: Part
@@ -66,7 +66,7 @@ def measure(
     *,
     time_limit: float = 600.0,
     budget: float = float("inf"),
-) -> list[Outcome]:
+) -> list[PartOutcome]:
     """Run the parts that have not been run, in order, and write what there is into the folder `out` after each.
 
     `runner` runs a part, with its file and its seconds, and returns what went wrong; `note` is given the part that
@@ -75,7 +75,7 @@ def measure(
     folder = out / "parts"
     end = time.perf_counter() + budget
     folder.mkdir(parents=True, exist_ok=True)
-    outcomes: list[Outcome] = []
+    outcomes: list[PartOutcome] = []
     for index, part in enumerate(parts):
         file = folder / f"{part.group}--{part.name.replace(':', '-').replace('/', '-')}.json"
         began = time.perf_counter()
@@ -93,12 +93,12 @@ def measure(
         there = part.measures and problem is None and file.exists()
         report = from_json(file.read_text(encoding="utf-8")) if there else None
         took = time.perf_counter() - began
-        outcomes.append(Outcome(part=part, problem=problem, failed=failed, seconds=took, report=report))
+        outcomes.append(PartOutcome(part=part, problem=problem, failed=failed, seconds=took, report=report))
         write(outcomes, out)
     return outcomes
 
 
-def write(outcomes: Sequence[Outcome], out: Path) -> None:
+def write(outcomes: Sequence[PartOutcome], out: Path) -> None:
     """gpu.json and gpu.md."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     parts = [
@@ -124,7 +124,7 @@ def write(outcomes: Sequence[Outcome], out: Path) -> None:
         archive.add(out, out.name)
 
 
-def _section(outcomes: Sequence[Outcome]) -> Iterator[str]:
+def _section(outcomes: Sequence[PartOutcome]) -> Iterator[str]:
     reports = [outcome.report for outcome in outcomes if outcome.report is not None]
     if reports:
         report = combined(reports)

@@ -18,7 +18,7 @@ from ..training import RunConfig, load_config
 from ..training.optimizer import build_optimizer
 from ..training.schedule import learning_rate
 from .machine import describe
-from .measure import Call, Spread, interleaved, ratio
+from .measure import Spread, TimedCall, interleaved, ratio
 from .peers.gpt import GptBlock
 from .suite import Report, Row, chosen_names
 
@@ -119,7 +119,7 @@ def run(changes: Sequence[str], only: Sequence[str], progress: Callable[[str], o
     config = next(iter(learned.values())).config
     rounds = math.ceil(config.training.steps / TURN)
     samples = interleaved(
-        {name: Call(learning.turn, units=TURN) for name, learning in learned.items()},
+        {name: TimedCall(learning.turn, units=TURN) for name, learning in learned.items()},
         repeat=rounds,
         on_call=lambda name: progress(f"learn: {name}, {learned[name].done:,} of {learned[name].steps:,} steps"),
     )

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 
 from ..models.onednn_linear import USE_ONEDNN, onednn_linear
-from .measure import Call
+from .measure import TimedCall
 
 T = TypeVar("T")
 STATUS = Path("/proc/self/status")
@@ -70,14 +70,14 @@ class Rates:
         """Large enough to be limited by arithmetic, and by memory beyond every cache."""
         return cls(8192, 2**30) if device.type == "cuda" else cls(2048, 2**28)
 
-    def calls(self, device: torch.device, dtype: torch.dtype) -> dict[str, Call]:
+    def calls(self, device: torch.device, dtype: torch.dtype) -> dict[str, TimedCall]:
         """The two calls."""
         a, b, out = (torch.randn(self.size, self.size, device=device).to(dtype) for _ in range(3))
         source = torch.zeros(self.copied, dtype=torch.uint8, device=device)
         target = torch.zeros_like(source)
         onednn = device.type == "cpu" and dtype == torch.float32 and USE_ONEDNN
-        product = Call(lambda: onednn_linear(a, b)) if onednn else Call(lambda: torch.mm(a, b, out=out))
-        return {"product": product, "copy": Call(lambda: target.copy_(source))}
+        product = TimedCall(lambda: onednn_linear(a, b)) if onednn else TimedCall(lambda: torch.mm(a, b, out=out))
+        return {"product": product, "copy": TimedCall(lambda: target.copy_(source))}
 
     @property
     def flops(self) -> int:

@@ -19,7 +19,7 @@ def _nothing() -> None:
 
 
 @dataclass(frozen=True)
-class Call:
+class TimedCall:
     """Something to be timed."""
 
     run: Callable[[], Any]
@@ -34,12 +34,12 @@ SHORTEST = 5e-3
 """Seconds that a timed call takes at least: beside them, reading the clock and waiting for a device are nothing."""
 
 
-def lengthened(call: Call, seconds: float) -> Call:
+def lengthened(call: TimedCall, seconds: float) -> TimedCall:
     """The same done several times over, if a unit is short; what must be prepared stays as it is."""
     times = min(100, math.ceil(SHORTEST / max(seconds * call.units, 1e-9)))
     if times <= 1 or call.prepare is not _nothing:
         return call
-    return Call(repeated(call.run, times), units=times * call.units)
+    return TimedCall(repeated(call.run, times), units=times * call.units)
 
 
 def repeated(once: Callable[[], Any], times: int) -> Callable[[], None]:
@@ -67,7 +67,7 @@ class Spread:
 
 
 def interleaved(
-    calls: Mapping[Name, Call],
+    calls: Mapping[Name, TimedCall],
     *,
     repeat: int,
     clock: Callable[[], float] = time.perf_counter,

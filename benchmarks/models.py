@@ -10,7 +10,7 @@ import torch
 from ..models import ModelConfig
 from ..training import load_config
 from ..training.monitoring.memory import keep_freed_memory, return_freed_memory
-from .measure import Call
+from .measure import TimedCall
 from .peers import PEERS, Peer, Size
 from .suite import Benchmark, Entry, Implementation
 
@@ -139,7 +139,7 @@ class TrainBenchmark(ModelBenchmark):
 
         return Entry(
             # the memory that a step finds on a CPU is what the step before has left, which is to be its own
-            call=Call(run, run) if self.settings.device.type == "cpu" else Call(run),
+            call=TimedCall(run, run) if self.settings.device.type == "cpu" else TimedCall(run),
             tokens=inputs.numel(),
             parameters=peer.parameters,
             record=None if implementation.compiled else run,
@@ -177,7 +177,7 @@ class PrefillBenchmark(ModelBenchmark):
             peer.read(tokens)
 
         record = None if implementation.compiled else run
-        return Entry(call=Call(run), tokens=tokens.numel(), parameters=peer.parameters, record=record)
+        return Entry(call=TimedCall(run), tokens=tokens.numel(), parameters=peer.parameters, record=record)
 
     def notes(self) -> Iterable[str]:
         yield from super().notes()
@@ -220,7 +220,7 @@ class DecodeBenchmark(ModelBenchmark):
             state = peer.renew(state, length)
 
         return Entry(
-            call=Call(run, prepare, units=STEPS),
+            call=TimedCall(run, prepare, units=STEPS),
             tokens=batch,
             parameters=peer.parameters,
             state_bytes=sum(x.nbytes for x in peer.tensors(state)),

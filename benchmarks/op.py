@@ -13,7 +13,7 @@ from ..models import ModelConfig
 from ..ops.decay import decay
 from ..ops.runtime.kernel import Probe, find
 from ..registry import SeqmixError
-from .measure import Call
+from .measure import TimedCall
 from .peers.gpt import eager_attention
 from .peers.peer import GPU_ONLY, Size, not_installed
 from .peers.torchscale import CHUNK, torchscale
@@ -75,7 +75,7 @@ class OpImplementation(Implementation):
                 output.backward(upstream)
                 q.grad = k.grad = v.grad = None
 
-        return Entry(call=Call(run), tokens=batch * length, record=None if self.base else run)
+        return Entry(call=TimedCall(run), tokens=batch * length, record=None if self.base else run)
 
 
 class OpBenchmark(Benchmark):

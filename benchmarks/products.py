@@ -16,7 +16,7 @@ from torch._library.custom_ops import OPDEFS  # no public way leads to the funct
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..models.onednn_linear import onednn_linear
-from .measure import Call, repeated
+from .measure import TimedCall, repeated
 
 LONGEST = 4096
 """Rows, columns or summands beyond it are timed in pieces: a product grows in proportion."""
@@ -129,13 +129,13 @@ def in_pieces(products: Counter[Product]) -> dict[Product, float]:
     return pieces
 
 
-def timed_alone(products: Iterable[Product], device: torch.device) -> dict[Product, Call]:
+def timed_alone(products: Iterable[Product], device: torch.device) -> dict[Product, TimedCall]:
     """A call for each product, which does it once, or several times if it is short."""
     calls = {}
     for product in products:
         times = min(100, max(1, math.ceil(1e8 / product.flops)))
         once = _by_onednn(product) if product.turned else _by_torch(product, device)
-        calls[product] = Call(repeated(once, times), units=times)
+        calls[product] = TimedCall(repeated(once, times), units=times)
     return calls
 
 

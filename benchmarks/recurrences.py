@@ -13,7 +13,7 @@ from ..ops.decay import decay
 from ..ops.delta import delta
 from ..ops.dplr import dplr
 from ..ops.scan import scan, selective_scan
-from .measure import Call
+from .measure import TimedCall
 from .suite import Benchmark, Entry, Implementation, Settings
 
 HEADS = 4
@@ -66,7 +66,7 @@ class Recurrence(Implementation):
         def run() -> None:
             torch.autograd.grad(self.function(inputs), list(inputs.values()), above)
 
-        return Entry(call=Call(run), tokens=batch * length, record=run if self.name == CHUNKWISE else None)
+        return Entry(call=TimedCall(run), tokens=batch * length, record=run if self.name == CHUNKWISE else None)
 
 
 class RecurrenceBenchmark(Benchmark):

@@ -17,7 +17,7 @@ import torch
 from ..models import ModelConfig
 from ..registry import require_name
 from .machine import Rates, available_memory, describe, synchronizer, with_peak_memory
-from .measure import Call, Spread, interleaved, lengthened, ratio
+from .measure import Spread, TimedCall, interleaved, lengthened, ratio
 from .products import Product, in_pieces, recorded, timed_alone
 
 
@@ -59,7 +59,7 @@ class Settings:
 class Entry:
     """One implementation at one length, ready to run."""
 
-    call: Call
+    call: TimedCall
     tokens: int
     """Tokens a unit of the call."""
     parameters: int | None = None
@@ -292,7 +292,7 @@ class _Rounds:
         calls = {place: found.entry.call for place, found in ready.items()}
         own = self.rates.calls(settings.device, settings.dtype) if ready and settings.shares else {}
         alone = timed_alone({p for found in ready.values() for p in found.products or ()}, settings.device)
-        together: dict[Any, Call] = {**calls, **own, **alone}
+        together: dict[Any, TimedCall] = {**calls, **own, **alone}
         samples = interleaved(
             together,
             repeat=settings.repeat,
@@ -370,7 +370,7 @@ class _Rounds:
         entry.call.prepare()
         entry.call.run()
         entry.call.prepare()  # whose memory is not the call's
-        once = partial(interleaved, {"": Call(entry.call.run)}, repeat=1, synchronize=synchronizer(device))
+        once = partial(interleaved, {"": TimedCall(entry.call.run)}, repeat=1, synchronize=synchronizer(device))
         samples, peak = with_peak_memory(once, device)
         (seconds,) = samples[""]
         self.forecast.add(implementation.name, length, seconds / rows, (peak or 0) / rows)

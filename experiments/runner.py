@@ -69,7 +69,7 @@ class Observer:
 
 
 @dataclass
-class Outcome:
+class StudyOutcome:
     """How it went."""
 
     failed: dict[str, str] = field(default_factory=dict)
@@ -78,7 +78,7 @@ class Outcome:
     """Whether a stop was asked for before all runs were finished."""
 
 
-def run_study(plan: Plan, folder: Path, *, jobs: int | None, observer: Observer) -> tuple[Results, Outcome]:
+def run_study(plan: Plan, folder: Path, *, jobs: int | None, observer: Observer) -> tuple[Results, StudyOutcome]:
     """Run a study, or resume it, and write its results, tables and report.
 
     The first Ctrl-C (or SIGTERM) stops the runs, each with a checkpoint. At once run `jobs`, by default `default_jobs`.
@@ -112,7 +112,7 @@ def _write(plan: Plan, folder: Path, failed: Mapping[str, str], timed: SpeedResu
 
 def make_runs(
     plan: Plan, folder: Path, *, jobs: int, observer: Observer, stop: Callable[[], bool] = lambda: False
-) -> Outcome:
+) -> StudyOutcome:
     """Train the runs that are not finished; the caller holds the folder's lock.
 
     At once run `jobs`; each has one of the GPUs, if there are any. `stop` is asked now and then; true lets running ones
@@ -120,7 +120,7 @@ def make_runs(
     """
     waiting = [run for run in plan.runs if not is_finished(run, folder / RUNS / run.name)]
     observer.begin(waiting, len(plan.runs))
-    outcome = Outcome()
+    outcome = StudyOutcome()
     messages = Queue[tuple["_Process", Message | None]]()
     at_once = min(jobs, len(waiting))
     slots = list(range(jobs))

@@ -19,7 +19,7 @@ from ..models import TOKENIZER_FILE, LanguageModel, build_meta, build_model, flo
 from .checkpoint import files as checkpoint
 from .checkpoint import train_state
 from .checkpoint.errors import TrainingError, explain_errors, newest_checkpoint
-from .checkpoint.files import Best, CheckpointError, Found, Manifest
+from .checkpoint.files import Best, CheckpointError, IntactCheckpoint, Manifest
 from .checkpoint.provenance import record_session
 from .checkpoint.run_dir import CONFIG_FILE, LOCK_FILE, claimed, held, require_free
 from .config import RunConfig, TrainingConfig
@@ -128,7 +128,7 @@ class Course:
         # each matrix product has two more in the backward pass
         self.flops_per_token = 3 * flops_per_token(model, self.config.data.sequence_length)
 
-    def restore(self, found: Found) -> list[str]:
+    def restore(self, found: IntactCheckpoint) -> list[str]:
         """Resume from a checkpoint; returns a sentence for each difference from an uninterrupted run."""
         trainer = self.trainer
         if not found.manifest.files_of(train_state.OPTIMIZER):
@@ -286,7 +286,7 @@ class Course:
 
 def _open(
     config: RunConfig, run: Path, resume: bool, groups: ProcessGroups, given: torch.device | str | None
-) -> tuple[Source, LanguageModel, Found | None, Beginning | None]:
+) -> tuple[Source, LanguageModel, IntactCheckpoint | None, Beginning | None]:
     """The data, the model, sharded over the processes, the checkpoint to resume from, or where else its weights came
     from; nothing is written."""
     begun = None

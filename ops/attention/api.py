@@ -27,7 +27,7 @@ from ..runtime.call import Call, CallOptions
 from ..runtime.kernel import chosen, declare_references
 from ..runtime.paradigm import Paradigm
 from ..runtime.recording import record
-from .inputs import Attention, AttentionOutput, require_attention, require_range
+from .inputs import AttentionInputs, AttentionOutput, require_attention, require_range
 from .kv_cache import first_key
 from .ring import attend_in_ring, can_ring
 from .sdpa import attend_in_blocks, softmax_chunkwise, softmax_parallel, softmax_recurrent
@@ -96,7 +96,9 @@ def softmax_attention(
     call = Call.given(call, q.shape[1], own, paradigm=Paradigm.PARALLEL, chunk_size=512)
     if scores.get("scale") is None:
         scores["scale"] = q.shape[-1] ** -0.5
-    x = Attention(q, k, v, 1.0, call.state, call.documents, call.return_state, call.chunk_size, donated=call.donated)
+    x = AttentionInputs(
+        q, k, v, 1.0, call.state, call.documents, call.return_state, call.chunk_size, donated=call.donated
+    )
     x = x._replace(**scores)
     require_attention(x)
     if call.cp_group is not None:
@@ -106,7 +108,7 @@ def softmax_attention(
     return result
 
 
-def _over_ranks(x: Attention, call: Call) -> AttentionOutput:
+def _over_ranks(x: AttentionInputs, call: Call) -> AttentionOutput:
     cp = call.cp_group
     length = x.q.shape[1]
     assert cp is not None

@@ -17,7 +17,7 @@ from .forget_gates import gate_bias, offered_sums, written_sums
 from .kv_cache import Cache, ForgettingCache, KeyCache, Offer, final_cache, key_cache, offer_of, offer_written, row_of
 
 
-class Attention(NamedTuple):
+class AttentionInputs(NamedTuple):
     """One call of softmax attention: what a kernel takes."""
 
     q: Float[Tensor, "B T H K"]
@@ -90,14 +90,14 @@ class Attention(NamedTuple):
             bias = sloped if bias is None else bias.add_(sloped)
         return bias
 
-    def by_document(self) -> list["Attention"]:
+    def by_document(self) -> list["AttentionInputs"]:
         """The call as one of each document, which cost their sum; itself where the host does not know them."""
         if self.documents is None or self.documents.boundaries is None:
             return [self]
         spans = enumerate(pairwise(self.documents.boundaries))
         return [self._document(n, slice(*span)) for n, span in spans if span[0] < span[1]]
 
-    def _document(self, number: int, tokens: slice) -> "Attention":
+    def _document(self, number: int, tokens: slice) -> "AttentionInputs":
         return self._replace(
             q=self.q[:, tokens],
             k=self.k[:, tokens],
@@ -181,7 +181,7 @@ def require_range(log_decay: Tensor | None, length: int, dtype: torch.dtype) -> 
     )
 
 
-def require_attention(x: Attention) -> None:
+def require_attention(x: AttentionInputs) -> None:
     """Refuse shapes and dtypes that no kernel takes."""
     q, k, v = x.q, x.k, x.v
     require_floats(q, k, v)
@@ -209,7 +209,7 @@ def require_attention(x: Attention) -> None:
     _require_cache(x, q.shape[0] if x.documents is None else x.documents.number)
 
 
-def _require_scores(x: Attention) -> None:
+def _require_scores(x: AttentionInputs) -> None:
     """Refuse what does not fit the heads, or is no bound of scores."""
     n_heads = x.q.shape[2]
     shapes = {"log_forget": (*x.k.shape[:2], n_heads), "slopes": (n_heads,), "sinks": (n_heads,)}
@@ -227,7 +227,7 @@ def _require_scores(x: Attention) -> None:
         )
 
 
-def _require_cache(x: Attention, rows: int) -> None:
+def _require_cache(x: AttentionInputs, rows: int) -> None:
     """Refuse a cache of another call."""
     if x.cache is None:
         return

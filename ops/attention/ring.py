@@ -25,7 +25,7 @@ from torch.nn.functional import logsigmoid
 from ..recurrence.token_loop import no_autocast
 from ..runtime.context_parallel import ContextParallel
 from ..runtime.custom_op import Gradients, Op, needs_grad
-from .inputs import Attention, factored, visible_keys
+from .inputs import AttentionInputs, factored, visible_keys
 from .kv_cache import Offer
 from .scores import by_group, by_head, product, products, scores
 
@@ -52,12 +52,12 @@ class Ring(NamedTuple):
     size: int
 
 
-def can_ring(x: Attention) -> bool:
+def can_ring(x: AttentionInputs) -> bool:
     """Whether keys and values need not be gathered: a state is the cache of the whole row, and so is its gradient."""
     return x.cache is None and not x.output_final_state and not needs_grad(x.log_decay, x.slopes)
 
 
-def attend_in_ring(x: Attention, cp: ContextParallel) -> Float[Tensor, "B T H V"]:
+def attend_in_ring(x: AttentionInputs, cp: ContextParallel) -> Float[Tensor, "B T H V"]:
     """What this rank's queries read; keys, values and gates are its own tokens' too, documents the whole row's."""
     sums = None
     if x.log_forget is not None:
@@ -165,7 +165,7 @@ class _Blocks:
 def _scores(x: Ring, tile: _Tile) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Queries and keys with their factors, products (or their tanh), and scores [B H C M]."""
     offer = tile.offer
-    call = Attention(x.q[:, tile.queries], x.k, x.v, x.scale, None, None, False, x.chunk_size)
+    call = AttentionInputs(x.q[:, tile.queries], x.k, x.v, x.scale, None, None, False, x.chunk_size)
     call = call._replace(softcap=x.softcap, slopes=x.slopes)
     q, keys = factored(call.q, tile.first, offer, x.log_decay)
     places = torch.arange(tile.first, tile.first + q.shape[1], device=q.device)

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from ..recurrence.token_loop import no_autocast
-from .inputs import Attention
+from .inputs import AttentionInputs
 
 
-def needs_weights(x: Attention, bias: Tensor | None) -> bool:
+def needs_weights(x: AttentionInputs, bias: Tensor | None) -> bool:
     """Whether SDPA cannot compute a call, or not well.
 
     It has neither caps nor sinks, and no fused kernel for two widths. Beside queries of 16 bits it takes a wider bias,
@@ -29,7 +29,7 @@ def needs_weights(x: Attention, bias: Tensor | None) -> bool:
 
 
 def weighed(
-    x: Attention,
+    x: AttentionInputs,
     q: Float[Tensor, "B T H K"],
     keys: Float[Tensor, "B M G K"],
     values: Float[Tensor, "B M G V"],
@@ -48,7 +48,9 @@ def weighed(
     return output.transpose(1, 2).to(q.dtype)
 
 
-def products(x: Attention, q: Float[Tensor, "B T H K"], keys: Float[Tensor, "B M G K"]) -> Float[Tensor, "B H T M"]:
+def products(
+    x: AttentionInputs, q: Float[Tensor, "B T H K"], keys: Float[Tensor, "B M G K"]
+) -> Float[Tensor, "B H T M"]:
     """scale q . k, or under a cap the tanh of its share of the cap; not under autocast."""
     wide = torch.promote_types(q.dtype, torch.float32)
     scale = x.scale if x.softcap is None else x.scale / x.softcap
@@ -58,7 +60,10 @@ def products(x: Attention, q: Float[Tensor, "B T H K"], keys: Float[Tensor, "B M
 
 
 def scores(
-    x: Attention, found: Float[Tensor, "B H T M"], seen: Bool[Tensor, "_ 1 T M"], bias: Float[Tensor, "_ H T M"] | None
+    x: AttentionInputs,
+    found: Float[Tensor, "B H T M"],
+    seen: Bool[Tensor, "_ 1 T M"],
+    bias: Float[Tensor, "_ H T M"] | None,
 ) -> Float[Tensor, "B H T M"]:
     """The scores of `products`, which may be overwritten; -inf where a key is not seen."""
     found = found if x.softcap is None else found * x.softcap

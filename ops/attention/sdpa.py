@@ -10,12 +10,12 @@ from torch.utils.checkpoint import checkpoint
 
 from ..recurrence.token_loop import no_autocast
 from ..runtime.custom_op import differentiable_once
-from .inputs import Attention, AttentionOutput, factored, require_range, visible_keys
+from .inputs import AttentionInputs, AttentionOutput, factored, require_range, visible_keys
 from .kv_cache import GrowingCache, Offer
 from .scores import needs_weights, weighed
 
 
-def softmax_parallel(x: Attention) -> AttentionOutput:
+def softmax_parallel(x: AttentionInputs) -> AttentionOutput:
     """All queries at once, against the cache and the segment's own keys.
 
     Without cache, window and packing this is one call of SDPA with its own causal mask. Otherwise the mask is explicit:
@@ -24,7 +24,7 @@ def softmax_parallel(x: Attention) -> AttentionOutput:
     return _each(x, _at_once), x.final()
 
 
-def softmax_recurrent(x: Attention) -> AttentionOutput:
+def softmax_recurrent(x: AttentionInputs) -> AttentionOutput:
     """The cache is written first, then the queries read it: decoding copies nothing but its own token.
 
     Where a query could need what the cache has evicted by then (several tokens under a window), and where documents are
@@ -39,7 +39,7 @@ def softmax_recurrent(x: Attention) -> AttentionOutput:
     return _each(x, _at_once), x.final()
 
 
-def softmax_chunkwise(x: Attention) -> AttentionOutput:
+def softmax_chunkwise(x: AttentionInputs) -> AttentionOutput:
     """Queries in blocks of C, each against the keys from its window's start to its own end.
 
     Time is quadratic in T, and linear under a window. Memory is linear in T, forward and backward: one block's mask and
@@ -48,25 +48,25 @@ def softmax_chunkwise(x: Attention) -> AttentionOutput:
     whose boundaries only the device knows, every block reads every document's cache.
     """
 
-    def in_blocks(part: Attention) -> Tensor:
+    def in_blocks(part: AttentionInputs) -> Tensor:
         require_range(x.log_decay, min(x.chunk_size, part.q.shape[1]), x.q.dtype)
         return attend_in_blocks(part, x.chunk_size)
 
     return _each(x, in_blocks), x.final()
 
 
-def _each(x: Attention, attend: Callable[[Attention], Tensor]) -> Float[Tensor, "B T H V"]:
+def _each(x: AttentionInputs, attend: Callable[[AttentionInputs], Tensor]) -> Float[Tensor, "B T H V"]:
     """Document by document, where their boundaries are known."""
     outputs = [attend(part) for part in x.by_document()]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
 
-def _at_once(x: Attention) -> Float[Tensor, "B T H V"]:
+def _at_once(x: AttentionInputs) -> Float[Tensor, "B T H V"]:
     require_range(x.log_decay, x.q.shape[1], x.q.dtype)
     return _attend(x, x.offer())
 
 
-def attend_in_blocks(x: Attention, size: int, start: int = 0) -> Float[Tensor, "B T H V"]:
+def attend_in_blocks(x: AttentionInputs, size: int, start: int = 0) -> Float[Tensor, "B T H V"]:
     """Queries at the places start, start + 1, ... read in blocks, whose masks are recomputed in the backward pass."""
     offer = x.offer()
     outputs = []
@@ -82,7 +82,7 @@ def attend_in_blocks(x: Attention, size: int, start: int = 0) -> Float[Tensor, "
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
 
-def _attend(x: Attention, offer: Offer, start: int = 0) -> Float[Tensor, "B T H V"]:
+def _attend(x: AttentionInputs, offer: Offer, start: int = 0) -> Float[Tensor, "B T H V"]:
     """Queries at the places start, start + 1, ... read an offer."""
     length = x.q.shape[1]
     window = x.window

@@ -23,7 +23,7 @@ shorter: nothing is padded.
 
 from torch import Tensor
 
-from ..recurrence.chunk_loop import Chunks, ChunkStates, Tokens, chunkwise_kernel
+from ..recurrence.chunk_loop import Chunks, ChunkStates, GroupTokens, chunkwise_kernel
 from ..recurrence.family import Recurrence
 from ..recurrence.groups import Group, most_chunks
 from ..recurrence.intra_chunk import Outer, among, decays_of, scaled
@@ -37,7 +37,7 @@ class _DecayChunks(Chunks):
         self.decays = decays_of(x, x.scale)
         self.dtype = product_dtype(x) if x.log_decay is None or x.log_decay.ndim < 4 else x.wide
 
-    def forward(self, group: Group, x: Tokens, states: ChunkStates, exits: list[Tensor]) -> Tensor:
+    def forward(self, group: Group, x: GroupTokens, states: ChunkStates, exits: list[Tensor]) -> Tensor:
         chunks = self.decays.chunks(group)
         entries = states.entries
         tile = product(chunks.scores(x.q, x.k), x.v)
@@ -54,7 +54,7 @@ class _DecayChunks(Chunks):
         return tile
 
     def backward(
-        self, group: Group, x: Tokens, d_out: Tensor, states: ChunkStates, d_states: Tensor, leaving: slice
+        self, group: Group, x: GroupTokens, d_out: Tensor, states: ChunkStates, d_states: Tensor, leaving: slice
     ) -> dict[str, Tensor]:
         chunks = self.decays.chunks(group)
         entries = states.entries

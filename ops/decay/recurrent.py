@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..recurrence.family import Recurrence
-from ..recurrence.token_loop import TokenRule, Tokens, add_outer, entry_of, no_autocast, recurrent_kernel
+from ..recurrence.token_loop import TokenRule, TokenVectors, add_outer, entry_of, no_autocast, recurrent_kernel
 from ..runtime.materialize import materialize
 
 
@@ -28,13 +28,13 @@ class _Decay(TokenRule):
             output = materialize(query if x.scale == 1 else x.scale * query, 3) @ state
         return output.to(dtype).transpose(1, 2), state
 
-    def write(self, token: Tokens, state: Tensor, out: Tensor) -> None:
+    def write(self, token: TokenVectors, state: Tensor, out: Tensor) -> None:
         torch.addcmul(token.decayed(state), token.k, token.v, out=out)
 
-    def carry(self, token: Tokens, d_state: Tensor) -> Tensor:
+    def carry(self, token: TokenVectors, d_state: Tensor) -> Tensor:
         return token.decayed(d_state)
 
-    def gradients(self, x: Tokens, entries: Tensor, d_states: Tensor) -> Mapping[str, Tensor]:
+    def gradients(self, x: TokenVectors, entries: Tensor, d_states: Tensor) -> Mapping[str, Tensor]:
         found = {"k": d_states @ x.v.mT, "v": x.k.mT @ d_states}
         if x.decay is not None:
             found["log_decay"] = (x.decayed(entries) * d_states).sum(3, keepdim=True)

@@ -31,7 +31,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..recurrence.chunk_loop import Chunks, ChunkStates, Tokens, chunkwise_kernel
+from ..recurrence.chunk_loop import Chunks, ChunkStates, GroupTokens, chunkwise_kernel
 from ..recurrence.family import Recurrence
 from ..recurrence.groups import Group, most_chunks
 from ..recurrence.intra_chunk import ChunkDecays, Outer, among, decays_of, scaled
@@ -63,7 +63,7 @@ class DeltaChunks(Chunks):
         self.scale = x.scale
         self.sign, self.c, self.dtype = (*((-1, 1) if x.b is None else (1, 2)), x.wide)
 
-    def forward(self, group: Group, x: Tokens, states: ChunkStates, exits: list[Tensor]) -> Tensor:
+    def forward(self, group: Group, x: GroupTokens, states: ChunkStates, exits: list[Tensor]) -> Tensor:
         system = self._system(group, x)
         entries = states.entries
         reading = states.reading
@@ -84,7 +84,7 @@ class DeltaChunks(Chunks):
         return tile
 
     def backward(
-        self, group: Group, x: Tokens, d_out: Tensor, states: ChunkStates, d_states: Tensor, leaving: slice
+        self, group: Group, x: GroupTokens, d_out: Tensor, states: ChunkStates, d_states: Tensor, leaving: slice
     ) -> dict[str, Tensor]:
         system = self._system(group, x)
         reading = states.reading
@@ -140,7 +140,7 @@ class DeltaChunks(Chunks):
             found["b"] = dk[:, ::2]
         return found if d_a is None else found | {"log_decay": d_a}
 
-    def _system(self, group: Group, x: Tokens) -> _System:
+    def _system(self, group: Group, x: GroupTokens) -> _System:
         decays = self.decays.chunks(group)
         a = x.k if x.a is None else x.a
         both = a.new_empty(*a.shape[:2], 2, a.shape[2])
@@ -156,17 +156,17 @@ class DeltaChunks(Chunks):
         inverse = torch.linalg.solve_triangular(matrix, eye, upper=False, left=False, unitriangular=True)
         return _System(decays, reads, keys, pairs, inverse)
 
-    def _value(self, x: Tokens, pairs: Tensor) -> Tensor:
+    def _value(self, x: GroupTokens, pairs: Tensor) -> Tensor:
         """v, or what a reads of it where it is written by keys of its own."""
         return x.v if x.b is None else torch.bmm(pairs[:, 1::2, 1::2], x.v)
 
-    def _writes(self, x: Tokens) -> tuple[Tensor, Tensor]:
+    def _writes(self, x: GroupTokens) -> tuple[Tensor, Tensor]:
         """Room for U, [G m V], and Y of which it is a part, [G m*c V]."""
         writes = x.v.new_empty(*x.v.shape[:2], self.c, x.v.shape[2])
         writes[:, :, 1:] = x.v[:, :, None]
         return writes[:, :, 0], writes.flatten(1, 2)
 
-    def _parts(self, group: Group, x: Tokens) -> list[tuple[int, slice]]:
+    def _parts(self, group: Group, x: GroupTokens) -> list[tuple[int, slice]]:
         """The chunks of a group: number, and rows of G."""
         rows = len(x.v) // group.chunks
         return [(number, slice(number * rows, (number + 1) * rows)) for number in range(group.chunks)]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..recurrence.family import Recurrence
-from ..recurrence.token_loop import TokenRule, Tokens, add_outer, entry_of, no_autocast, recurrent_kernel
+from ..recurrence.token_loop import TokenRule, TokenVectors, add_outer, entry_of, no_autocast, recurrent_kernel
 from ..runtime.materialize import materialize
 
 
@@ -42,7 +42,7 @@ class DeltaRule(TokenRule):
             output = materialize(x.scale * query, 3) @ state
         return output.to(x.q.dtype).transpose(1, 2), state
 
-    def write(self, token: Tokens, state: Tensor, out: Tensor) -> None:
+    def write(self, token: TokenVectors, state: Tensor, out: Tensor) -> None:
         decayed = token.decayed(state)
         if token.b is None:
             error = torch.baddbmm(token.v, token.a, decayed, alpha=-1)
@@ -50,10 +50,10 @@ class DeltaRule(TokenRule):
         else:
             torch.addcmul(decayed.addcmul(token.b, token.a @ decayed), token.k, token.v, out=out)
 
-    def carry(self, token: Tokens, d_state: Tensor) -> Tensor:
+    def carry(self, token: TokenVectors, d_state: Tensor) -> Tensor:
         return token.decayed(d_state.addcmul(token.a.mT, _d_found(token, d_state)))
 
-    def gradients(self, x: Tokens, entries: Tensor, d_states: Tensor) -> Mapping[str, Tensor]:
+    def gradients(self, x: TokenVectors, entries: Tensor, d_states: Tensor) -> Mapping[str, Tensor]:
         decayed = x.decayed(entries)
         found = x.a @ decayed
         d_found = _d_found(x, d_states)
@@ -67,7 +67,7 @@ class DeltaRule(TokenRule):
         return gradients | {"k": key, "v": -d_found, "beta": x.k.mT @ written}
 
 
-def _d_found(x: Tokens, d_state: Tensor) -> Tensor:
+def _d_found(x: TokenVectors, d_state: Tensor) -> Tensor:
     """dr of dS."""
     return -(x.written.mT @ d_state) if x.b is None else x.b.mT @ d_state
 

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..attention.api import TOLERANCES
-from ..attention.inputs import Attention, AttentionOutput, factored, require_range, without_scores
+from ..attention.inputs import AttentionInputs, AttentionOutput, factored, require_range, without_scores
 from ..attention.kv_cache import Offer
 from ..runtime.kernel import Kernel, Probe, declare
 from ..runtime.paradigm import Paradigm
@@ -60,7 +60,7 @@ def limits(probe: Probe) -> list[str]:
     return reasons
 
 
-def softmax_parallel_flex(x: Attention) -> AttentionOutput:
+def softmax_parallel_flex(x: AttentionInputs) -> AttentionOutput:
     """The parallel paradigm by FlexAttention: what it sees is known block by block, and never stored pair by pair.
 
     Raises:

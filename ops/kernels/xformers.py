@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..attention.inputs import Attention, AttentionOutput, factored, require_range, without_scores
+from ..attention.inputs import AttentionInputs, AttentionOutput, factored, require_range, without_scores
 from ..attention.kv_cache import RingCache
 from ..runtime.custom_op import Gradients, Op, needs_grad
 from ..runtime.kernel import Kernel, Probe, declare, installed
@@ -87,7 +87,7 @@ class _Inputs(NamedTuple):
     scale: float
 
 
-def softmax_parallel_xformers(x: Attention) -> AttentionOutput:
+def softmax_parallel_xformers(x: AttentionInputs) -> AttentionOutput:
     """The parallel paradigm by xformers.
 
     Raises:

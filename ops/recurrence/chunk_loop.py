@@ -23,7 +23,7 @@ from .family import Recurrence, RecurrenceOutput, Run
 from .groups import Group, groups, operand, store
 
 
-class Tokens(NamedTuple):
+class GroupTokens(NamedTuple):
     """A group's tokens, [G m D] each, in the family's `Chunks.dtype`."""
 
     q: Tensor
@@ -53,7 +53,7 @@ class Chunks(ABC):
     """Of the tokens that they are given, and of the gradients of outputs."""
 
     @abstractmethod
-    def forward(self, group: Group, x: Tokens, states: ChunkStates, exits: list[Tensor]) -> Tensor:
+    def forward(self, group: Group, x: GroupTokens, states: ChunkStates, exits: list[Tensor]) -> Tensor:
         """The output of a group, [G m V]; fills `exits`.
 
         Args:
@@ -65,7 +65,7 @@ class Chunks(ABC):
 
     @abstractmethod
     def backward(
-        self, group: Group, x: Tokens, d_out: Tensor, states: ChunkStates, d_states: Tensor, leaving: slice
+        self, group: Group, x: GroupTokens, d_out: Tensor, states: ChunkStates, d_states: Tensor, leaving: slice
     ) -> Mapping[str, Tensor]:
         """The gradients of a group: of q, k, v, beta, a, b [G m D], and of log_decay if it is wanted.
 
@@ -125,13 +125,13 @@ def _unsaved(x: Recurrence, stretch: Stretch, group: Group) -> int:
     return int(x.cu_seqlens is not None and group.start == stretch.start)
 
 
-def _tokens(x: Recurrence, group: Group, dtype: torch.dtype) -> Tokens:
+def _tokens(x: Recurrence, group: Group, dtype: torch.dtype) -> GroupTokens:
     # what is multiplied with a view would be laid out as it is
     beta = None if x.beta is None else operand(x.beta[..., None], group, dtype).contiguous()
     q, k = (operand(tensor, group, dtype, x.shared) for tensor in (x.q, x.k))
     v = operand(x.v, group, dtype)
     a, b = (None if tensor is None else operand(tensor, group, dtype) for tensor in (x.a, x.b))
-    return Tokens(q, k, v, beta, a, b)
+    return GroupTokens(q, k, v, beta, a, b)
 
 
 def _forward(rule: MakeChunks, x: Recurrence) -> tuple[Tensor, Tensor, Tensor]:

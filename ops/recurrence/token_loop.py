@@ -34,7 +34,7 @@ CACHED = 2**19
 """Elements of the states of tokens that are computed at once, at most, on a CPU."""
 
 
-class Tokens(NamedTuple):
+class TokenVectors(NamedTuple):
     """Some n tokens, in the dtype of states, and R = B H; those of `each` lack the first axis."""
 
     q: Tensor
@@ -54,14 +54,16 @@ class Tokens(NamedTuple):
     decay: Tensor | None
     """exp(log_decay), [n R K 1] or [n R 1 1]."""
 
-    def each(self) -> "list[Tokens]":
+    def each(self) -> "list[TokenVectors]":
         """One by one."""
         count = len(self.q)
-        return [Tokens(*x) for x in zip(*([None] * count if x is None else x.unbind(0) for x in self), strict=True)]
+        return [
+            TokenVectors(*x) for x in zip(*([None] * count if x is None else x.unbind(0) for x in self), strict=True)
+        ]
 
-    def part(self, start: int, stop: int) -> "Tokens":
+    def part(self, start: int, stop: int) -> "TokenVectors":
         """Some of them."""
-        return Tokens._make(None if x is None else x[start:stop] for x in self)
+        return TokenVectors._make(None if x is None else x[start:stop] for x in self)
 
     def decayed(self, state: Tensor) -> Tensor:
         """What is left of states before the tokens."""
@@ -76,15 +78,15 @@ class TokenRule(ABC):
         """Output [B 1 H V] and state of one token, in plain operations, which a compiler fuses."""
 
     @abstractmethod
-    def write(self, token: Tokens, state: Tensor, out: Tensor) -> None:
+    def write(self, token: TokenVectors, state: Tensor, out: Tensor) -> None:
         """S_t of S_{t-1}, to its place."""
 
     @abstractmethod
-    def carry(self, token: Tokens, d_state: Tensor) -> Tensor:
+    def carry(self, token: TokenVectors, d_state: Tensor) -> Tensor:
         """dS_{t-1}^+ of dS_t."""
 
     @abstractmethod
-    def gradients(self, x: Tokens, entries: Tensor, d_states: Tensor) -> Mapping[str, Tensor]:
+    def gradients(self, x: TokenVectors, entries: Tensor, d_states: Tensor) -> Mapping[str, Tensor]:
         """Of S_{t-1} and dS_t of all tokens [n R K V], the gradients of k, v, beta, a and b, and of log_decay
         [n R K 1]: those that the family has."""
 
@@ -213,7 +215,7 @@ def _rows(x: Tensor, start: int, stop: int) -> Tensor:
     return x[:, start:stop].transpose(0, 1).flatten(1, 2)
 
 
-def _tokens(x: Recurrence, start: int, stop: int) -> Tokens:
+def _tokens(x: Recurrence, start: int, stop: int) -> TokenVectors:
     q, k, v = (_rows(tensor, start, stop) for tensor in (x.q, x.k, x.v))
     a, b, beta = (None if tensor is None else _rows(tensor, start, stop) for tensor in (x.a, x.b, x.beta))
     rate = None if beta is None else beta[..., None, None]
@@ -223,13 +225,13 @@ def _tokens(x: Recurrence, start: int, stop: int) -> Tokens:
         fixed = decay.ndim == 1
         decay = (decay.repeat(x.q.shape[0]).expand(stop - start, -1) if fixed else _rows(decay, start, stop)).exp()
         decay = decay[(...,) + (None,) * (4 - decay.ndim)]
-    return Tokens(
+    return TokenVectors(
         *((x.scale * q)[..., None, :], column, v[..., None, :], rate, column if rate is None else rate * column),
         *((k if a is None else a)[..., None, :], None if b is None else b[..., None], decay),
     )
 
 
-def _write(rule: TokenRule, tokens: list[Tokens], states: Tensor) -> None:
+def _write(rule: TokenRule, tokens: list[TokenVectors], states: Tensor) -> None:
     """The states after each token, after the one before them."""
     each = states.unbind(0)
     for token, before, after in zip(tokens, each[:-1], each[1:], strict=True):

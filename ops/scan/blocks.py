@@ -62,11 +62,11 @@ class Rule(ABC, Generic[I]):
         """dh_t, what the output alone makes of it: [m n B *E], overwritten; d_output is [m n B *]."""
 
     @abstractmethod
-    def gradients(self, x: I, group: Group, found: "Found", out: dict[str, Tensor]) -> None:
+    def gradients(self, x: I, group: Group, of: "GroupGradients", out: dict[str, Tensor]) -> None:
         """Fills or adds the gradients of the family's own inputs, which `out` has by name, those wanted."""
 
 
-class Found(NamedTuple):
+class GroupGradients(NamedTuple):
     """What the backward pass knows of a group, [m n B *E] each, and the output's gradient, [m n B *]."""
 
     states: Tensor
@@ -428,7 +428,7 @@ def _backward(x: Any, gradients: Gradients, rule: Rule[Any]) -> dict[str, Tensor
             if d_initial is not None:
                 d_initial[firsts.document] = terms.kept * firsts.of(d_states)
         d_log_decay = before.conj_physical_().mul_(terms.decay).mul_(d_states)
-        rule.gradients(x, group, Found(terms.written, d_states, d_log_decay, d_above), out)
+        rule.gradients(x, group, GroupGradients(terms.written, d_states, d_log_decay, d_above), out)
     if d_initial is not None and layout is None:
         d_initial.copy_(above)
     return out

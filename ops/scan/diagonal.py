@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..recurrence.groups import Group
-from .blocks import Found, Rule, cut, scan_op, tokens_first, wide
+from .blocks import GroupGradients, Rule, cut, scan_op, tokens_first, wide
 
 
 class Diagonal(NamedTuple):
@@ -65,17 +65,17 @@ class DiagonalScan(Rule[Diagonal]):
     def d_states(self, x: Diagonal, group: Group, d_output: Tensor) -> Tensor:  # noqa: ARG002
         return x.w.conj_physical() * d_output.to(wide(x.x))[..., None, :]
 
-    def gradients(self, x: Diagonal, group: Group, found: Found, out: dict[str, Tensor]) -> None:
+    def gradients(self, x: Diagonal, group: Group, of: GroupGradients, out: dict[str, Tensor]) -> None:
         if "x" in out:
-            tokens_first(out["x"], group).copy_(torch.view_as_real(found.d_written)[..., 0].sum(-2))
+            tokens_first(out["x"], group).copy_(torch.view_as_real(of.d_written)[..., 0].sum(-2))
         if "log_decay" in out or "angle" in out:
-            both = torch.view_as_real(found.d_log_decay).sum((0, 1, 2))
+            both = torch.view_as_real(of.d_log_decay).sum((0, 1, 2))
             for i, name in enumerate(("log_decay", "angle")):
                 if name in out:
                     out[name] += both[..., i]
         if "weight" in out:
-            d_output = found.d_output.to(wide(x.x))[..., None, :]
-            d_weight = (found.states * d_output).sum((0, 1, 2)).conj_physical()
+            d_output = of.d_output.to(wide(x.x))[..., None, :]
+            d_weight = (of.states * d_output).sum((0, 1, 2)).conj_physical()
             out["weight"] += torch.view_as_real(d_weight)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..recurrence.groups import Group
-from .blocks import Found, Rule, own, scan_op, tokens_first, wide
+from .blocks import GroupGradients, Rule, own, scan_op, tokens_first, wide
 
 
 class Scan(NamedTuple):
@@ -45,8 +45,8 @@ class Elementwise(Rule[Scan]):
     def d_states(self, x: Scan, group: Group, d_output: Tensor) -> Tensor:  # noqa: ARG002
         return d_output.to(wide(x.x), copy=True, memory_format=torch.contiguous_format)
 
-    def gradients(self, x: Scan, group: Group, found: Found, out: dict[str, Tensor]) -> None:  # noqa: ARG002
-        for name, gradient in {"x": found.d_written, "log_decay": found.d_log_decay}.items():
+    def gradients(self, x: Scan, group: Group, of: GroupGradients, out: dict[str, Tensor]) -> None:  # noqa: ARG002
+        for name, gradient in {"x": of.d_written, "log_decay": of.d_log_decay}.items():
             if name in out:
                 tokens_first(out[name], group).copy_(gradient)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..recurrence.groups import Group
-from .blocks import Found, Rule, cut, scan_op, tokens_first, wide
+from .blocks import GroupGradients, Rule, cut, scan_op, tokens_first, wide
 
 
 class Selective(NamedTuple):
@@ -57,19 +57,19 @@ class SelectiveScan(Rule[Selective]):
         dtype = wide(x.x)
         return _per_channel(x.q, group, dtype) * d_output.to(dtype)[..., None, :]
 
-    def gradients(self, x: Selective, group: Group, found: Found, out: dict[str, Tensor]) -> None:
-        dtype = found.states.dtype
+    def gradients(self, x: Selective, group: Group, of: GroupGradients, out: dict[str, Tensor]) -> None:
+        dtype = of.states.dtype
         new: dict[str, Tensor] = {}
         if "x" in out:
-            new["x"] = (cut(x.k, group, dtype)[..., None, :] @ found.d_written)[..., 0, :]
+            new["x"] = (cut(x.k, group, dtype)[..., None, :] @ of.d_written)[..., 0, :]
         if "k" in out:
-            new["k"] = (found.d_written @ cut(x.x, group, dtype)[..., None])[..., 0]
+            new["k"] = (of.d_written @ cut(x.x, group, dtype)[..., None])[..., 0]
         if "q" in out:
-            new["q"] = (found.states @ found.d_output.to(dtype)[..., None])[..., 0]
+            new["q"] = (of.states @ of.d_output.to(dtype)[..., None])[..., 0]
         if "step" in out:
-            new["step"] = (found.d_log_decay * x.rate.to(dtype)).sum(-2)
+            new["step"] = (of.d_log_decay * x.rate.to(dtype)).sum(-2)
         if "rate" in out:
-            out["rate"] += (found.d_log_decay * _per_key(x.step, group, dtype)).sum((0, 1, 2))
+            out["rate"] += (of.d_log_decay * _per_key(x.step, group, dtype)).sum((0, 1, 2))
         for name, gradient in new.items():
             tokens_first(out[name], group).copy_(gradient)
 

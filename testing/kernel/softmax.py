@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ...ops.attention.inputs import Attention, require_attention
+from ...ops.attention.inputs import AttentionInputs, require_attention
 from ...ops.attention.kv_cache import ForgettingCache, GrowingCache, RingCache, key_cache
 from ...ops.runtime.kernel import Kernel, Probe
 from ...ops.runtime.packing import Documents
@@ -163,13 +163,13 @@ class SoftmaxCase(KernelCase):
             inputs.pop("gates", None)
         return inputs
 
-    def call(self, inputs: Tensors) -> Attention:
+    def call(self, inputs: Tensors) -> AttentionInputs:
         cache = None
         if self.initial_state:
             kind = GrowingCache if self.cache == "growing" else RingCache
             cache = kind(*(inputs[name] for name in ("keys", "values", "length")))
             cache = ForgettingCache(cache, inputs["gates"]) if "gates" in inputs else cache
-        call = Attention(
+        call = AttentionInputs(
             *(inputs[name] for name in "qkv"),
             scale=self.factor,
             window=self.window,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from seqmix.benchmarks import suite
-from seqmix.benchmarks.measure import Call
+from seqmix.benchmarks.measure import TimedCall
 from seqmix.benchmarks.models import STEPS, DecodeBenchmark, TrainBenchmark
 from seqmix.benchmarks.op import OpBenchmark
 from seqmix.benchmarks.peers import Seqmix
@@ -66,7 +66,7 @@ def test_the_memory_of_what_is_prepared_is_not_the_calls(settings, monkeypatch):
     monkeypatch.setattr(suite, "with_peak_memory", watched)
     found = implementation(TrainBenchmark(settings()), "seqmix")
     entry = found.entry(32)
-    call = Call(lambda: held.append(("run", bool(inside))), lambda: held.append(("prepare", bool(inside))))
+    call = TimedCall(lambda: held.append(("run", bool(inside))), lambda: held.append(("prepare", bool(inside))))
     monkeypatch.setattr(found, "entry", lambda length: replace(entry, call=call))
     forecast = suite.Forecast(1, settings())
     suite._Rounds(found.benchmark, settings().rates, "train", [32], forecast, str)._warm(found, 32)

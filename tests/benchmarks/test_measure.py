@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from seqmix.benchmarks import suite
 from seqmix.benchmarks.machine import available_memory, with_peak_memory
-from seqmix.benchmarks.measure import Call, Spread, interleaved, lengthened, ratio, turns
+from seqmix.benchmarks.measure import Spread, TimedCall, interleaved, lengthened, ratio, turns
 from seqmix.benchmarks.models import PrefillBenchmark
 from seqmix.benchmarks.op import OpBenchmark
 from seqmix.benchmarks.products import LARGEST, LONGEST, Product, in_pieces, recorded, timed_alone
@@ -36,7 +36,7 @@ def test_calls_take_turns_and_are_prepared_outside_the_time():
             log.append(f"prepare {name}")
             now[0] += 100.0
 
-        return Call(run, prepare, units=units)
+        return TimedCall(run, prepare, units=units)
 
     calls = {"a": call("a", 1.0), "b": call("b", 6.0, units=3)}
     samples = interleaved(calls, repeat=3, clock=lambda: now[0], synchronize=lambda: None)
@@ -59,18 +59,18 @@ def test_a_ratio_is_formed_in_each_round():
 
 def test_the_device_is_waited_for_before_and_behind_each_call():
     log = []
-    interleaved({"a": Call(lambda: log.append("run"))}, repeat=2, synchronize=lambda: log.append("wait"))
+    interleaved({"a": TimedCall(lambda: log.append("run"))}, repeat=2, synchronize=lambda: log.append("wait"))
     assert log == ["wait", "run", "wait"] * 2
 
 
 def test_a_short_call_is_done_several_times_over():
     log = []
-    call = Call(lambda: log.append("run"), units=2)
+    call = TimedCall(lambda: log.append("run"), units=2)
     longer = lengthened(call, seconds=1e-3)  # of a unit
     longer.run()
     assert (len(log), longer.units) == (3, 6)
     assert lengthened(call, seconds=1.0) is call
-    prepared = Call(call.run, prepare=lambda: None)
+    prepared = TimedCall(call.run, prepare=lambda: None)
     assert lengthened(prepared, seconds=1e-6) is prepared
 
 
@@ -159,7 +159,7 @@ class Fake(Implementation):
         self.lengths.append(length)
         if self.error is not None and length >= 64:
             raise self.error
-        return Entry(call=Call(lambda: None), tokens=length)
+        return Entry(call=TimedCall(lambda: None), tokens=length)
 
 
 class FakeBenchmark(suite.Benchmark):
@@ -243,7 +243,7 @@ def test_the_op_and_a_model_have_shares_ratios_and_sizes(settings):
 def test_a_copy_rate_makes_the_floor_of_what_moves_bytes(settings):
     class Mover(Fake):
         def entry(self, length):
-            return Entry(call=Call(lambda: None), tokens=1, moved=1000)
+            return Entry(call=TimedCall(lambda: None), tokens=1, moved=1000)
 
     (row,) = run(FakeBenchmark(settings(), Mover("mover"))).rows
     assert row.floor > 0
@@ -255,7 +255,7 @@ def test_lengths_take_turns_where_that_is_asked_for(settings):
 
     class Logged(Fake):
         def entry(self, length):
-            return Entry(call=Call(lambda: order.append((self.name, length)), units=10**9), tokens=length)
+            return Entry(call=TimedCall(lambda: order.append((self.name, length)), units=10**9), tokens=length)
 
     def places(**options):
         order.clear()

@@ -114,7 +114,7 @@ class Manifest(Config):
 
 
 @dataclass(frozen=True)
-class Found:
+class IntactCheckpoint:
     """An intact checkpoint."""
 
     folder: Path
@@ -259,7 +259,7 @@ def file_of(part: str, groups: ProcessGroups = ALONE) -> str:
 
 def find(
     run: Path, which: Choice = "newest", *, parts: tuple[str, ...] | None = None, groups: ProcessGroups = ALONE
-) -> Found:
+) -> IntactCheckpoint:
     """An intact checkpoint: if the newest (or the best) is damaged, the previous one (or the next best).
 
     `parts` limits which files must be intact; `groups` share the work, in a collective call. CheckpointError: there is
@@ -284,7 +284,7 @@ def find(
     notes: list[str] = []
     for folder in candidates:
         try:
-            return Found(folder, verify(folder, parts, groups), tuple(f"{note}; skipped" for note in notes))
+            return IntactCheckpoint(folder, verify(folder, parts, groups), tuple(f"{note}; skipped" for note in notes))
         except CheckpointError as error:
             if not folder.exists():  # a run that trains has deleted it meanwhile, and has newer ones
                 return find(run, which, parts=parts, groups=groups)
@@ -292,7 +292,7 @@ def find(
     raise CheckpointError(notes[0] + (f"; the {len(notes) - 1} others are damaged too" if notes[1:] else ""))
 
 
-def read(run: Path, which: Choice, part: str, use: Callable[[Path], object]) -> Found:
+def read(run: Path, which: Choice, part: str, use: Callable[[Path], object]) -> IntactCheckpoint:
     """Find a checkpoint by an intact part and `use` its folder; if a run that trains deletes it meanwhile, the next."""
     while True:
         found = find(run, which, parts=(part,))

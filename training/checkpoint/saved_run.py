@@ -203,7 +203,7 @@ def add_run(
 
 def _read(
     run: Path, choice: Choice, part: str, use: Callable[[Path], object], tell: Callable[[str], object]
-) -> checkpoint.Found:
+) -> checkpoint.IntactCheckpoint:
     # damaged moments do not matter: only the parameters are needed
     found = checkpoint.read(run, choice, part, use)
     for note in found.notes:
