@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 
 from ..registry import replacing, write_file
+from .benchmark import Report, Row
 from .gpu_plan import GROUPS, Part
 from .measure import Spread
 from .report import from_json, markdown, to_json
-from .suite import Report, Row
 
 PROGRAM = (sys.executable, "-c", "from seqmix.cli import main; main()")
 LEAST = 15.0

@@ -17,10 +17,10 @@ from ..models import IGNORED, LanguageModel, build_model
 from ..training import RunConfig, load_config
 from ..training.optimizer import build_optimizer
 from ..training.schedule import learning_rate
+from .benchmark import Report, Row, chosen_names
 from .machine import describe
 from .measure import Spread, TimedCall, interleaved, ratio
 from .peers.gpt import GptBlock
-from .suite import Report, Row, chosen_names
 
 BUDGET = (
     "data={split: tail, sequence_length: 64}",

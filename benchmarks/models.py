@@ -10,9 +10,9 @@ import torch
 from ..models import ModelConfig
 from ..training import load_config
 from ..training.monitoring.memory import keep_freed_memory, return_freed_memory
+from .benchmark import Benchmark, Entry, Implementation
 from .measure import TimedCall
 from .peers import PEERS, Peer, Size
-from .suite import Benchmark, Entry, Implementation
 
 MODEL = ("model.d_model=512", "model.n_layers=6", "model.blocks.ret.mixer={n_heads: 4, chunk_size: 128}")
 """The model where no configuration is given, about 20M parameters: how it differs from retnet-tiny."""

@@ -13,11 +13,11 @@ from ..models import ModelConfig
 from ..ops.decay import decay
 from ..ops.runtime.kernel import Probe, find
 from ..registry import SeqmixError
+from .benchmark import Benchmark, Entry, Implementation, Settings, Skip
 from .measure import TimedCall
 from .peers.gpt import eager_attention
 from .peers.peer import GPU_ONLY, Size, not_installed
 from .peers.torchscale import CHUNK, torchscale
-from .suite import Benchmark, Entry, Implementation, Settings, Skip
 
 
 class Shapes(NamedTuple):

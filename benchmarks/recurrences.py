@@ -13,8 +13,8 @@ from ..ops.decay import decay
 from ..ops.delta import delta
 from ..ops.dplr import dplr
 from ..ops.scan import scan, selective_scan
+from .benchmark import Benchmark, Entry, Implementation, Settings
 from .measure import TimedCall
-from .suite import Benchmark, Entry, Implementation, Settings
 
 HEADS = 4
 KEYS = 64

@@ -6,8 +6,8 @@ from dataclasses import asdict
 
 from pydantic import TypeAdapter
 
+from .benchmark import Report, Row
 from .measure import Spread
-from .suite import Report, Row
 
 COLUMNS: dict[str, Callable[[Row], str]] = {
     "ms": lambda row: _number(row.seconds, 1e3),

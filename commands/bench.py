@@ -11,13 +11,13 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from ..benchmarks import learn
+from ..benchmarks.benchmark import Report, Settings, run
 from ..benchmarks.models import DecodeBenchmark, PrefillBenchmark, TrainBenchmark, model_to_measure
 from ..benchmarks.op import OpBenchmark
 from ..benchmarks.recurrences import RecurrenceBenchmark
 from ..benchmarks.report import cells, conditions, markdown, name_columns, skipped, to_json
-from ..benchmarks.suite import Report, Settings, run
+from ..experiments.benchmark_figures import figures_of
 from ..experiments.figures.writer import COLUMN, draw, require_drawable
-from ..experiments.timings import figures_of
 from ..registry import SeqmixError, require_name, write_file
 from ..training.monitoring.memory import keep_freed_memory
 from .console import plain_table, terminal

@@ -19,7 +19,7 @@ from ..configs import PRESETS
 from ..mixers import MIXERS, MixerConfig, Paradigm, SequenceMixer
 from ..ops.runtime.kernel import Kernel, all_kernels
 from ..registry import ConfigError, SeqmixError, import_named, load, nearest, read_mapping, require_name, write_file
-from .check_files import Tested, as_json, as_junit
+from .check_output import Tested, as_json, as_junit
 from .console import plain_table, terminal
 from .options import JsonFile, require_writable
 

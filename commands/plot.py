@@ -6,12 +6,12 @@ from typing import Annotated
 
 import typer
 
-from ..experiments.curves import figures_of, read_curves
 from ..experiments.figures.figure import Figure
 from ..experiments.figures.writer import COLUMN, draw, require_drawable
-from ..experiments.plots import Plots
 from ..experiments.report import write_report
 from ..experiments.results import RESULTS_FILE, read_results
+from ..experiments.run_figures import figures_of, read_curves
+from ..experiments.study_figures import Plots
 from ..registry import SeqmixError, require_name
 from ..training.monitoring.logging import METRICS_FILE
 from .output import visible

@@ -12,8 +12,8 @@ from ..configs import PRESETS
 from ..data.corpus_config import DocumentsConfig
 from ..data.files import TOKENS, Document, read_documents
 from ..data.kinds.text import TextConfig
-from ..data.stream import tokenized
 from ..data.token_file import write_token_file
+from ..data.token_store import tokenized
 from ..models import ByteTokenizer, load_tokenizer
 from ..models import train_bpe as learn
 from ..registry import SeqmixError, explain_fields, load, was_unfinished

@@ -3,11 +3,12 @@
 from .corpus import Corpus, read_corpus
 from .corpus_config import DatasetConfig, DocumentsConfig, WeightedSourceConfig
 from .files import read_documents
-from .kinds.text import TextConfig, most_documents, pack
+from .kinds.text import TextConfig
+from .packing import most_documents, pack
 from .source import DATA, Batch, DataConfig, Examples, Packed, Source
-from .stream import Stream, tokenized
 from .task import Difficulties, Task, TaskConfig
 from .token_file import TokenFile, write_token_file
+from .token_store import Stream, tokenized
 
 __all__ = [
     "DATA",

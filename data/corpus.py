@@ -17,8 +17,8 @@ from .corpus_config import CorpusConfig, DocumentsConfig
 from .files import TOKENS, read_documents, source_files, source_name
 from .formats import has_rows
 from .sequences import Tokens
-from .stream import Store, Stream, digest, tokenized
 from .token_file import TokenFile
+from .token_store import Store, Stream, digest, tokenized
 
 _Part: TypeAlias = tuple[Store, np.ndarray]
 """A store, and the start and end of the pieces of it, [N 2]."""

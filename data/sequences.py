@@ -6,9 +6,9 @@ import numpy as np
 
 from ..models import Tokenizer
 from .corpus_config import DocumentsConfig
+from .dataset_stream import START, DatasetStream
 from .order import epoch_starts, random_starts
-from .stream import Stream
-from .streaming import START, DatasetStream
+from .token_store import Stream
 
 Tokens: TypeAlias = np.ndarray | Stream
 """A token stream, in memory or mapped: it has a length, and its slices are arrays."""

@@ -32,7 +32,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..models import Tokenizer
 from ..registry import SeqmixError, replacing_all
-from .stream import TokenDocument, digest
+from .token_store import TokenDocument, digest
 
 VERSION = "1"
 BLOCK = 2**16

@@ -15,9 +15,9 @@ from typing import Any
 from seqmix.experiments.figures.figure import Axis, Figure, Point, Series
 from seqmix.experiments.figures.writer import adaptive
 from seqmix.experiments.pages import fill, table
-from seqmix.experiments.plots import Plots
 from seqmix.experiments.results import Results, read_results
 from seqmix.experiments.retnet_paper.claims import KEPT, OF_RUNS
+from seqmix.experiments.study_figures import Plots
 from seqmix.registry import write_file
 
 PAGES = Path(__file__).with_name("explanation")

@@ -7,9 +7,9 @@ from typing import Any
 from ..registry import write_file
 from .differences import compared, shown
 from .figures import page
-from .plots import Plots, said
 from .results import Machine, Results, Statistic, SummaryRow
 from .study import shipped
+from .study_figures import Plots, said
 from .summary import best_first
 from .tables import Columns, filled, speed_of, state_size
 from .units import number, quantity

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
+from ..benchmarks.benchmark import Implementation, Row, Settings, run
 from ..benchmarks.models import DecodeBenchmark, ModelBenchmark, ModelImplementation, TrainBenchmark
 from ..benchmarks.peers.ours import Seqmix
 from ..benchmarks.peers.peer import Size
-from ..benchmarks.suite import Implementation, Row, Settings, run
 from ..models import ModelConfig
 from ..registry import dump, write_file
 from .plan import Plan

@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from torch import Tensor, nn
 
 from ..ops.kernels.selection import choose
-from ..ops.runtime.call import Call
+from ..ops.runtime.call import CHUNK_SIZE, Call
 from ..ops.runtime.context_parallel import ContextParallel
 from ..ops.runtime.kernel import Probe
 from ..ops.runtime.memo import Memo
@@ -148,7 +148,7 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
         self.kind = config.kind
         self.traits = config.traits
         self.paradigm = config.paradigm
-        self.chunk_size: int = getattr(config, "chunk_size", 128)
+        self.chunk_size: int = getattr(config, "chunk_size", CHUNK_SIZE)
         self.backend: str = getattr(config, "backend", "auto")
         """The kernel backend that is asked for."""
         self.backends: dict[Paradigm, str] = {}

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..ops.decay import DECAY, decay
 from ..ops.runtime.materialize import materialize
 from .parts import QKV, Call, FixedDecay, QKVConfig, QKVMixer, RecurrenceOutput
-from .parts.fixed_decay import DecaySchedule
+from .parts.decay_rates import DecaySchedule
 from .parts.qkv import OutputNorm, Rotation, ValueExpansion
 from .traits import Traits
 

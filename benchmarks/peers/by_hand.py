@@ -16,7 +16,7 @@ from ...blocks.ffn.mlp import MlpConfig
 from ...blocks.norm.layernorm import LayerNormConfig
 from ...mixers import Paradigm
 from ...mixers.parts import rotated
-from ...mixers.parts.fixed_decay import scheduled
+from ...mixers.parts.decay_rates import scheduled
 from ...mixers.retention import RetentionConfig, normalizers
 from ...models import IGNORED, LanguageModel, ModelConfig, linear_cross_entropy
 from ...models.onednn_linear import use_onednn_linear

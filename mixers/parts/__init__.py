@@ -4,7 +4,7 @@ from ...ops.recurrence.family import RecurrenceOutput
 from ...ops.runtime.call import Call
 from ...ops.runtime.paradigm import Paradigm
 from .cached import CachedMixer
-from .fixed_decay import FixedDecay
+from .decay_rates import FixedDecay
 from .gates import Gate, GatedNorm, HeadNorm, LowRank
 from .matrix_state import MatrixState, MatrixStateConfig, MatrixStateMixer, ShortConv
 from .qk_norm import QKNorm

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...ops.decay import DECAY, Backend
 from ...ops.recurrence.family import Family
-from ...ops.runtime.call import Call
+from ...ops.runtime.call import CHUNK_SIZE, Call
 from ...ops.runtime.kernel import Probe
 from ...ops.runtime.paradigm import Paradigm
 from ..contract import MixerConfig, SequenceMixer
@@ -40,7 +40,7 @@ class MatrixStateConfig(MixerConfig):
     """Whether layers give their values to later ones."""
     norm_eps: float = Field(default=1e-6, ge=0)
     """Added to the variance or the mean square of the output's norm."""
-    chunk_size: Chunk = 128
+    chunk_size: Chunk = CHUNK_SIZE
     backend: Backend = "auto"
     """The kernel backend of the chunkwise paradigm, and of decoding steps; changes the cost, never the result."""
     paradigm: Paradigm = Field(default=Paradigm.CHUNKWISE, strict=False)

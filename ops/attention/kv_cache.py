@@ -59,8 +59,8 @@ class ForgettingCache(NamedTuple):
     """A cache under forget gates: with every key the gate of its own token.
 
     The gates themselves, and no running sum of them: after 100,000 tokens of log f = -0.01, the last 1,000 of a float32
-    sum are off by 1e-2; a sum that every token renormalises is off by 6e-3 after 100,000 of -1e-4. `forget.py` adds
-    the gates up in float64 at each call, a small part of reading the keys.
+    sum are off by 1e-2; a sum that every token renormalises is off by 6e-3 after 100,000 of -1e-4. forget_gates.py
+    adds the gates up in float64 at each call, a small part of reading the keys.
     """
 
     cache: KeyCache

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..recurrence.family import Family, Recurrence, RecurrenceOutput, Run, recur
 from ..recurrence.intra_chunk import pairs_by_halves
-from ..runtime.call import Call, CallOptions
+from ..runtime.call import CHUNK_SIZE, Call, CallOptions
 from ..runtime.kernel import declare_references
 from ..runtime.packing import Documents
 from ..runtime.paradigm import Paradigm
@@ -97,7 +97,7 @@ def decay_flops(
     key_width: int,
     value_width: int,
     *,
-    chunk_size: int = 128,
+    chunk_size: int = CHUNK_SIZE,
     context: int = 0,
     key_decays: bool = False,
 ) -> int:

@@ -16,6 +16,8 @@ and backward, from dS' and do:
 Every term of da is added to the decays that it went through, and none is taken away again: sums of q dq - k dk are as
 much, but where decays are strong they are all rounding errors.
 
+A, D and da are formed in recurrence/intra_chunk.py: for decays per head, and for decays per key dimension (GLA).
+
 The forward saves the chunks' entry states only; the backward recomputes the rest. Only states wait for each other: what
 is inside chunks is formed for a group of n of them together (recurrence/groups.py). A ragged last chunk is simply
 shorter: nothing is padded.

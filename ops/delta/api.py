@@ -35,6 +35,9 @@ from ..runtime.paradigm import Paradigm
 from .chunkwise import delta_chunkwise
 from .recurrent import delta_recurrent
 
+CHUNK_SIZE = 64
+"""Default chunk length in tokens: its triangular solve is cubic in it, so it is half the decay family's."""
+
 
 def delta(
     q: Float[Tensor, "B T H K"],
@@ -65,7 +68,7 @@ def delta(
     Raises:
         SeqmixError: shapes or dtypes do not fit, or the paradigm does not exist.
     """
-    call = Call.given(call, q.shape[1], options, paradigm=Paradigm.CHUNKWISE, chunk_size=64)
+    call = Call.given(call, q.shape[1], options, paradigm=Paradigm.CHUNKWISE, chunk_size=CHUNK_SIZE)
     require_paradigm(call.paradigm)
     return recur(DELTA, q, k, v, call, beta=beta, log_decay=log_decay, scale=scale)
 
@@ -100,7 +103,7 @@ def delta_product(
     Raises:
         SeqmixError: shapes or dtypes do not fit, or the paradigm does not exist.
     """
-    call = Call.given(call, q.shape[1], options, paradigm=Paradigm.CHUNKWISE, chunk_size=64)
+    call = Call.given(call, q.shape[1], options, paradigm=Paradigm.CHUNKWISE, chunk_size=CHUNK_SIZE)
     batch, length, heads = q.shape[:3]
     steps = k.shape[1] // length
     if steps < 1 or k.shape[1] != steps * length:
@@ -156,7 +159,7 @@ def delta_flops(
     key_width: int,
     value_width: int,
     *,
-    chunk_size: int = 64,
+    chunk_size: int = CHUNK_SIZE,
     context: int = 0,
     key_decays: bool = False,
     n_keys: int = 1,

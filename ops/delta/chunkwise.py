@@ -16,7 +16,7 @@ Where b is given, a token has two keys [b; k], which write Y = [U; v], and v in 
 And backward, from dS' and do:
 
     dY = A^T do + (k * s) dS'    z = T^T dU      dR = e z         de = <R, z>       dv = dR, or its part of dY + L^T dR
-    dP = [do; dR] Y^T            dX, dk, da through P, as in chunk_decays.py
+    dP = [do; dR] Y^T            dX, dk, da through P, as in recurrence/intra_chunk.py
     dX += ([do; dR] S^T) * p     dk += (Y dS'^T) * s              dS = g * dS' + (X * p)^T [do; dR]
 
 T is formed once per chunk, by a solve: products with it are several times as fast as solves. Its entries are as bounded

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..decay.api import TOLERANCES, LogDecay
-from ..delta.api import CHUNKWISE_TOLERANCES, PARADIGMS, delta_flops, require_paradigm, segment
+from ..delta.api import CHUNK_SIZE, CHUNKWISE_TOLERANCES, PARADIGMS, delta_flops, require_paradigm, segment
 from ..delta.chunkwise import DeltaChunks
 from ..delta.recurrent import DeltaRule
 from ..recurrence.chunk_loop import chunkwise_kernel
@@ -62,7 +62,7 @@ def dplr(
     Raises:
         SeqmixError: shapes or dtypes do not fit, or the paradigm does not exist.
     """
-    call = Call.given(call, q.shape[1], options, paradigm=Paradigm.CHUNKWISE, chunk_size=64)
+    call = Call.given(call, q.shape[1], options, paradigm=Paradigm.CHUNKWISE, chunk_size=CHUNK_SIZE)
     require_paradigm(call.paradigm)
     return recur(DPLR, q, k, v, call, a=a, b=b, log_decay=log_decay, scale=scale)
 

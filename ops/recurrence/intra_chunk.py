@@ -157,7 +157,7 @@ class _FixedChunk(_ScalarChunk):
         return grad
 
 
-class _VectorChunk(ChunkDecays):
+class _PerKeyChunk(ChunkDecays):
     """One decay per key dimension, a [n B H m K]: every pair by way of the middle of the smallest block that holds it.
 
     The chunk, padded to a power of two, is cut into blocks of 2, of 4, .. tokens. Those pairs of a block whose key is
@@ -306,7 +306,7 @@ class _GivenDecays:
     def chunks(self, group: Group) -> ChunkDecays:
         a = cut(self.log_decay, group).to(self.dtype)
         if a.ndim == 5:
-            return _VectorChunk(a, self._reads)
+            return _PerKeyChunk(a, self._reads)
         m = a.shape[3]
         rows = a.flatten(0, 2)
         later = torch.ones(m, m, dtype=torch.bool, device=a.device).tril(-1)

@@ -16,6 +16,10 @@ from .paradigm import Paradigm
 R = TypeVar("R")
 
 
+CHUNK_SIZE = 128
+"""Default chunk length in tokens of the chunkwise paradigm."""
+
+
 class CallOptions(TypedDict, total=False):
     """Keywords of an op that is called by itself, in the words of fla and flash-attn; a mixer passes a `Call` instead.
 
@@ -48,7 +52,7 @@ class Call(NamedTuple):
     """Those of a packed row."""
     return_state: bool = False
     """Whether the state after the segment is wanted."""
-    chunk_size: int = 128
+    chunk_size: int = CHUNK_SIZE
     """Tokens per chunk of the chunkwise paradigm; changes the cost, never the result."""
     backend: str = "reference"
     """The kernel backend; changes the cost, never the result."""
@@ -69,7 +73,7 @@ class Call(NamedTuple):
         initial_state: Any = None,
         output_final_state: bool = False,
         cu_seqlens: Tensor | None = None,
-        chunk_size: int = 128,
+        chunk_size: int = CHUNK_SIZE,
         backend: str = "reference",
         donate_state: bool = False,
     ) -> "Call":
@@ -91,7 +95,7 @@ class Call(NamedTuple):
 
     @classmethod
     def given(
-        cls, call: "Call | None", length: int, options: CallOptions, *, paradigm: Paradigm, chunk_size: int = 128
+        cls, call: "Call | None", length: int, options: CallOptions, *, paradigm: Paradigm, chunk_size: int = CHUNK_SIZE
     ) -> "Call":
         """The call that a mixer passed, or that of an op called by itself with `options` on `length` tokens.
 

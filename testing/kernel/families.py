@@ -1,5 +1,5 @@
 """The op families as kernels are tested on them: what a case of each holds, and its definition in float64. Softmax
-attention is kernel_softmax.py's.
+attention is softmax.py's.
 
 Notation: B batch, T tokens, H heads, K key width, V value width, N rows of a state.
 """

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from seqmix import load_config
+from seqmix.benchmarks.benchmark import Settings
 from seqmix.benchmarks.machine import Rates
-from seqmix.benchmarks.suite import Settings
 
 
 @pytest.fixture

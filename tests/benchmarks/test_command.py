@@ -24,7 +24,7 @@ def refused_at_once(refused, monkeypatch):
     def measured(*arguments):
         raise AssertionError("something was measured")
 
-    monkeypatch.setattr("seqmix.benchmarks.suite.interleaved", measured)
+    monkeypatch.setattr("seqmix.benchmarks.benchmark.interleaved", measured)
     return lambda *arguments: refused("bench", *arguments)
 
 

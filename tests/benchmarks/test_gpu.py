@@ -10,11 +10,11 @@ import torch
 
 from seqmix import MIXERS
 from seqmix.benchmarks import gpu
+from seqmix.benchmarks.benchmark import Report, Row
 from seqmix.benchmarks.gpu import combined, measure, run_process
 from seqmix.benchmarks.gpu_plan import GROUPS, Part, plan
 from seqmix.benchmarks.measure import Spread
 from seqmix.benchmarks.report import to_json
-from seqmix.benchmarks.suite import Report, Row
 from seqmix.commands.bench import BENCHMARKS
 from seqmix.ops.runtime.kernel import all_kernels
 

@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 
 from seqmix.benchmarks import suite
+from seqmix.benchmarks.benchmark import Entry, Forecast, Implementation, Skip, run
 from seqmix.benchmarks.machine import available_memory, with_peak_memory
 from seqmix.benchmarks.measure import Spread, TimedCall, interleaved, lengthened, ratio, turns
 from seqmix.benchmarks.models import PrefillBenchmark
 from seqmix.benchmarks.op import OpBenchmark
 from seqmix.benchmarks.products import LARGEST, LONGEST, Product, in_pieces, recorded, timed_alone
-from seqmix.benchmarks.suite import Entry, Forecast, Implementation, Skip, run
 from seqmix.ops.decay import decay
 from seqmix.ops.decay.api import decay_flops
 from seqmix.ops.runtime.paradigm import Paradigm

@@ -12,8 +12,8 @@ from runs import refusal, require_same_run, run_of, stopped
 from seqmix.data import TextConfig, read_corpus
 from seqmix.data.files import Document
 from seqmix.data.order import CYCLE, mixture
-from seqmix.data.stream import tokenized
 from seqmix.data.token_file import write_token_file
+from seqmix.data.token_store import tokenized
 from seqmix.models import IGNORED, ByteTokenizer
 
 WEIGHTS = (0.5, 0.3, 0.2)

@@ -14,8 +14,8 @@ from streams import evaluation_batches, training_batch
 from seqmix import SeqmixError
 from seqmix.data import Stream, TextConfig, TokenFile, read_corpus, write_token_file
 from seqmix.data.files import Document
-from seqmix.data.stream import tokenized
 from seqmix.data.token_file import BLOCK, HEADER
+from seqmix.data.token_store import tokenized
 from seqmix.models import ByteTokenizer
 
 BEGIN = 256

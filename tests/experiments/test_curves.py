@@ -10,9 +10,9 @@ import pytest
 from studies import few, recall
 
 from seqmix.commands.plot import names_of
-from seqmix.experiments.curves import figures_of, read_curves
 from seqmix.experiments.figures import libraries
 from seqmix.experiments.results import Results, write
+from seqmix.experiments.run_figures import figures_of, read_curves
 
 
 def step(n: int, **changes) -> dict:

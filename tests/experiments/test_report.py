@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from studies import STUDIES, few, recall, text, varied
 
-from seqmix.experiments.plots import Plots
 from seqmix.experiments.report import REPORT_FILE, answer, measured, render, write_report
 from seqmix.experiments.results import Results, Statistic, read_results, write
+from seqmix.experiments.study_figures import Plots
 from seqmix.experiments.summary import best_first
 from seqmix.registry import SeqmixError
 

@@ -12,9 +12,9 @@ import pytest
 from seqmix import SeqmixError
 from seqmix.commands.study_progress import Forecast
 from seqmix.experiments.collect import collect, run_result
-from seqmix.experiments.plots import Plots
 from seqmix.experiments.results import EntryResult, Results, RunResult, read_results, write
 from seqmix.experiments.scaling import scaling_lines
+from seqmix.experiments.study_figures import Plots
 from seqmix.experiments.summary import best_first, summarise
 from seqmix.experiments.tables import markdown, write_tables
 from seqmix.registry.yaml import write as to_yaml

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from ..benchmarks.suite import Report, Row
+from ..benchmarks.benchmark import Report, Row
 from .figures.figure import Axis, Figure, Point, Series, drawable
 from .figures.theme import COLORS
 

@@ -9,11 +9,11 @@ from operator import attrgetter
 from statistics import fmean
 from typing import Any
 
+from .benchmark_figures import NOISE
 from .figures.figure import ACCURACY, LOSS, Axis, Figure, Point, Series, drawable
 from .results import Results, RunResult, Statistic, SummaryRow
 from .scaling import scaling_lines
 from .summary import statistic
-from .timings import NOISE
 
 VALIDATION = Axis(f"validation {LOSS.label}", log=False)
 TRAINING = Axis(f"training {LOSS.label}", log=False)

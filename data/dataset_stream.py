@@ -17,7 +17,7 @@ from ..models import Tokenizer
 from ..registry import SeqmixError
 from .corpus_config import DocumentsConfig
 from .files import explain_dataset, open_dataset, row_documents, source_name
-from .stream import tokenized
+from .token_store import tokenized
 
 START: Mapping[str, Any] = {"pass": 0, "block": 0, "row": 0, "rows": None, "document": 0, "token": 0}
 """The place of the first token."""
