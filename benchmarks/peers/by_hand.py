@@ -108,6 +108,7 @@ class HandWrittenLayer(nn.Module):
             return_state=memory is not None,
             chunk_size=self.chunk_size,
             donated=decode and not torch.is_grad_enabled(),
+            memo=memo,
         )
         output, memory = decay(q, k, v, log_decay, call, scale=1.0)
         output = output.to(torch.float32 if output.dtype == torch.float16 else output.dtype)
