@@ -1,8 +1,8 @@
 """Write everything in the repository that programs write: `python docs/regenerate.py`.
 
 `--kernels` compiles every configuration of the Triton kernels as well, which takes minutes: after a change of
-ops/kernels/triton. `--peers` measures every converter beside the other library's model: after a change of convert/, with
-transformers, torchscale and fla installed.
+ops/kernels/triton. `--peers` measures every converter beside the other library's model: after a change of convert/,
+with transformers, torchscale and fla installed.
 """
 
 import subprocess

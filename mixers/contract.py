@@ -18,7 +18,7 @@ from ..ops.runtime.packing import Documents
 from ..ops.runtime.paradigm import Paradigm
 from ..registry import Config, Registry, SeqmixError
 from .context_parallel import mix_in_turn
-from .state import S, from_dict, is_inexact, map_state, to_dict
+from .state import S, from_dict, to_dict
 from .traits import ContractError, Traits, require_compiles, require_paradigm, require_state, require_state_is_taken
 
 IMPLEMENTATION_FIELDS = ("paradigm", "chunk_size", "backend")
@@ -276,23 +276,6 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
             ContractError: the processed prefix is longer than max_length.
         """
         return state
-
-    def perturb_state(self, state: S, generator: torch.Generator) -> S:
-        """A state that no short prefix leads to: the conformance kit continues from it.
-
-        Every float is multiplied by a random factor above 0. A mixer whose leaves depend on each other, as those of a
-        symmetric matrix do, overrides this method.
-
-        Args:
-            state: the state after some tokens.
-            generator: where random numbers come from, on the CPU.
-        """
-
-        def moved(leaf: Tensor) -> Tensor:
-            factor = torch.randn(leaf.shape, generator=generator, dtype=torch.float64).exp()
-            return leaf * factor.to(leaf.device, leaf.real.dtype) if is_inexact(leaf) else leaf
-
-        return map_state(moved, state)
 
     def shift_state(self, state: S, tokens: int) -> S:
         """The state as if so many more tokens had been read before all that it holds, for the conformance kit.

@@ -141,9 +141,6 @@ class ParallelHybrid(SequenceMixer[Any]):
     def resize_state(self, state: Any, max_length: int | None) -> Any:
         return self._each("resize_state", state, max_length)
 
-    def perturb_state(self, state: Any, generator: torch.Generator) -> Any:
-        return self._each("perturb_state", state, generator)
-
     def shift_state(self, state: Any, tokens: int) -> Any:
         return self._each("shift_state", state, tokens)
 

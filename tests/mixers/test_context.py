@@ -55,8 +55,7 @@ MIXERS_OF_ALL_OPS = (
     ("seqmix_mingru:MinGRUConfig", {}),  # knows nothing of context parallelism
     # states of any dtype, and a learned beginning
     ("unusual:S4DConfig", {}),
-    ("unusual:PagesConfig", {}),
-    ("unusual:LSTMConfig", {}),
+    ("unusual:TorchGRUConfig", {}),
     ("unusual:LearnedStartConfig", {}),
 )
 IDS = [" ".join((kind, *(f"{k}={v}" for k, v in fields.items()))) for kind, fields in MIXERS_OF_ALL_OPS]

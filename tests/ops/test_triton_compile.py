@@ -172,7 +172,7 @@ def chunkwise(
         if beta:
             found = delta(q, k, v, torch.ones(1, length, heads, requires_grad=True), a, **options)
         else:
-            found = decay(q, k, v, a, wide_output=wide_output, **options)
+            found = decay_op(q, k, v, a, wide_output=wide_output, **options)
         torch.autograd.backward([found.output, found.final_state], [torch.zeros_like(found.output), state.detach()])
     return recorder.launches
 
