@@ -30,6 +30,7 @@ import pytest
 import torch
 
 from seqmix.experiments.pages import fill, table
+from seqmix.ops.decay import decay as decay_op
 from seqmix.ops.delta import delta
 from seqmix.ops.kernels.triton.decay import launch as triton_launch
 from seqmix.ops.kernels.triton.decay import op as decay_triton
