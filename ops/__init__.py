@@ -9,3 +9,7 @@ scan         recurrences with a vector state, element by element: Mamba, RG-LRU
 convolution  short and long causal convolutions
 kernels      other backends (Triton, fla, FlexAttention, xformers), and which one `auto` takes
 """
+
+from ..registry.moved import find_moved_modules
+
+find_moved_modules()

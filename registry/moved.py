@@ -51,7 +51,7 @@ class _Finder(MetaPathFinder, Loader):
 def find_moved_modules() -> None:
     """Let Python find the modules of `MODULES` under their former names."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.append(_Finder())
+        sys.meta_path.insert(0, _Finder())
 
 
 def former_names(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:

@@ -65,5 +65,5 @@ def test_the_boundaries_of_a_packed_row_are_read_once_a_call(kind, monkeypatch):
         listed.clear()
         y, _ = mixer(x, paradigm=paradigm, cu_seqlens=BOUNDARIES, return_state=True)
         y.sum().backward()
-        assert len(listed) == 1, paradigm
-        assert listed[0] is BOUNDARIES
+        # scans read tensors of places too, which they have made of the boundaries on the host
+        assert len([tensor for tensor in listed if tensor is BOUNDARIES]) == 1, paradigm

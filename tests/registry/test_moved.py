@@ -1,0 +1,60 @@
+"""Former names of modules and functions give the present ones, with a warning that names them."""
+
+import importlib
+import sys
+
+import pytest
+
+from seqmix.registry.moved import MODULES
+
+FORMER = {
+    "seqmix.ops.autograd": "Op",
+    "seqmix.ops.call": "Call",
+    "seqmix.ops.packing": "Documents",
+    "seqmix.ops.softmax": "softmax_attention",
+    "seqmix.ops.softmax.cache": "GrowingCache",
+    "seqmix.training.optim": "build_optimizer",
+    "seqmix.training.saved_run": "load_run",
+}
+FUNCTIONS = {
+    "seqmix.ops.decay": {"decay_recurrence": "decay"},
+    "seqmix.ops.delta": {"delta_rule": "delta"},
+    "seqmix.ops.dplr": {"dplr_recurrence": "dplr"},
+    "seqmix.ops.scan": {"scan_recurrence": "scan", "selective_recurrence": "selective_scan"},
+    "seqmix.ops.convolution": {"convolve_short": "short_convolution", "convolve_long": "long_convolution"},
+    "seqmix.ops.attention": {"softmax": "softmax_attention"},
+}
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    """As in a process that has not imported them."""
+    for name in MODULES:
+        sys.modules.pop(name, None)
+    yield
+    for name in MODULES:
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize(("former", "name"), FORMER.items())
+def test_a_former_module_gives_the_present_one(former, name):
+    with pytest.warns(DeprecationWarning, match=f"{former} is now {MODULES[former]}"):
+        module = importlib.import_module(former)
+    assert getattr(module, name) is getattr(importlib.import_module(MODULES[former]), name)
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = module.no_such_name
+
+
+@pytest.mark.parametrize("former", MODULES)
+def test_every_present_module_exists(former):
+    assert importlib.import_module(MODULES[former])
+
+
+@pytest.mark.parametrize(("module", "names"), FUNCTIONS.items())
+def test_a_former_function_is_the_present_one(module, names):
+    found = importlib.import_module(module)
+    for former, present in names.items():
+        with pytest.warns(DeprecationWarning, match=f"{former} is now {present}"):
+            assert getattr(found, former) is getattr(found, present)
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = found.no_such_name
