@@ -81,9 +81,9 @@ def test_a_gpu_is_given_more_at_once(elements, least, most, monkeypatch):
     x = case_of("B T H K", [4096], n_heads=1, key_width=64, value_width=128, chunk_size=128, dtype=torch.float32)
     x = x.call(x.inputs(CPU))._replace(needs_grad=True)
     with Watched() as watched:
-        output, final, entries = chunkwise._forward(x, _DecayChunks(x, False))
+        output, final, entries = chunkwise._forward(_DecayChunks, x)
         gradients = Gradients((output, final), (entries,), frozenset(["log_decay"]))
-        chunkwise._backward(x, gradients, _DecayChunks(x, True))
+        chunkwise._backward(_DecayChunks, x, gradients)
     free = (
         "view",
         "slice",
