@@ -117,7 +117,13 @@ def is_like(pattern: str, text: str) -> bool:
     return re.fullmatch(".*".join(map(re.escape, pattern.strip().split("..."))), text.strip(), re.DOTALL) is not None
 
 
-@pytest.mark.parametrize("page", PAGES, ids=names(PAGES))
+def paged(page):
+    """A page as a parameter: all but those that a newcomer reads first are slow."""
+    first = page.name in ("README.md", "get-started.md")
+    return pytest.param(page, marks=() if first else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("page", map(paged, PAGES), ids=names(PAGES))
 def test_a_page_does_what_it_says(page, folder):
     if missing := [name for name in NEEDS.get(page.name, ()) if find_spec(name) is None]:
         pytest.skip(f"needs pip install {' '.join(missing)}")

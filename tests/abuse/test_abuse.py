@@ -9,6 +9,8 @@ from hypothesis import settings
 
 from seqmix import SeqmixError
 
+pytestmark = pytest.mark.slow
+
 SAMPLE = 8
 """Cases of a group that are tried in every run."""
 

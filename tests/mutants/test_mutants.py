@@ -13,6 +13,7 @@ FEW = 10
 NIGHTLY = settings().max_examples >= 1000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", (0, 1, 2) if NIGHTLY else (0,))
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_each_mutant_is_caught_by_its_check(mutant, seed):

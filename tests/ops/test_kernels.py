@@ -177,7 +177,7 @@ def test_a_failure_names_the_place_and_how_to_reproduce_it(monkeypatch):
     monkeypatch.setitem(KERNELS, WRONG.key, WRONG)
     (outcome,) = check_kernel(WRONG, checks=["outputs_are_the_definitions"]).outcomes
     assert outcome.status is Status.FAILED
-    named = ["decay/chunkwise/off_by_a_step", "outputs_are_the_definitions", "2 of 2", "step 0, head 0, row 0, V 0"]
+    named = ["outputs_are_the_definitions", "2 of 2", "step 0, head 0, row 0, V 0", "expected", "got"]
     assert all(words in outcome.reason for words in named)
     assert outcome.case == DecayCase(lengths=(2,), dtype=outcome.case.dtype)
     rest = outcome.reason.splitlines()

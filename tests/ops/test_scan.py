@@ -169,13 +169,8 @@ def test_it_is_one_node_for_a_compiler(op, packed, counter):
 def test_its_op_passes_opcheck(op, packed):
     given, boundaries = tensors(op, [4, 9] if packed else [13, 13], packed)
     numbers = None if boundaries is None else boundaries.tolist()
-    name = (
-        op.__name__.removesuffix("_recurrence")
-        .replace("selective", "selective_scan")
-        .replace("diagonal", "diagonal_scan")
-    )
     arguments = (*given, boundaries, numbers, 4, True, False, True)
-    torch.library.opcheck(getattr(torch.ops.seqmix, name).default, arguments)
+    torch.library.opcheck(getattr(torch.ops.seqmix, op.__name__).default, arguments)
 
 
 @pytest.mark.parametrize("op", [scan, selective_scan, diagonal_scan])

@@ -60,6 +60,7 @@ runs = pytest.mark.skipif(not (NATIVE or INTERPRETS), reason="in the interpreter
 on_a_gpu = pytest.mark.skipif(not NATIVE, reason="needs a GPU")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(NATIVE or INTERPRETS, reason="here the tests run themselves")
 def test_in_the_interpreter(request):
     pytest.importorskip("triton")

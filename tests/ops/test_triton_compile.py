@@ -44,9 +44,12 @@ from seqmix.ops.runtime.kernel import Kernel, Probe
 
 triton = pytest.importorskip("triton") if __name__ != "__main__" else __import__("triton")
 
-pytestmark = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET is set: nothing can be compiled"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET is set: nothing can be compiled"
+    ),
+]
 
 SHARED_LIMIT = 227 * 1024
 """Bytes that a block can have on sm_90."""

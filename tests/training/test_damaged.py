@@ -26,6 +26,8 @@ from seqmix.registry.yaml import parse, write
 from seqmix.training import export_run, read_config
 from seqmix.training.checkpoint.files import MANIFEST_FILE, WrittenFile, checkpoints, read_manifest
 
+pytestmark = pytest.mark.slow
+
 
 def cases(share: float) -> settings:
     """A share of the profile's cases, always the same ones, each within a minute: waiting for ever is a fault too."""

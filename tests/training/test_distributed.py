@@ -29,6 +29,8 @@ from seqmix.training.config import DistributedConfig
 from seqmix.training.distributed.process_groups import join_processes
 from seqmix.training.tensor_files import read_tensors
 
+pytestmark = pytest.mark.slow
+
 DELTA = "model.blocks.attn.mixer={kind: gated_delta_net, n_heads: 2}"
 LINEAR = "model.blocks.attn.mixer={kind: linear_attention, n_heads: 2}"
 TWENTY = ("training.steps=20", "training.evaluate_every=10")

@@ -15,6 +15,8 @@ from runs import checkpoint_bytes, require_same_run, steps_of, wait_for_steps
 
 from seqmix.training.checkpoint.files import checkpoints, verify
 
+pytestmark = pytest.mark.slow
+
 STEPS = 40
 PRESET = (
     *("retnet-tiny", "model.d_model=16", "model.n_layers=2", "model.dropout=0.1", "data.sequence_length=16"),

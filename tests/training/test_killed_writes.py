@@ -12,6 +12,8 @@ import torch
 
 from seqmix.training import load_run
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
