@@ -72,11 +72,8 @@ def missing(probe: Probe) -> list[str]:
 
 def padded(op: Op[Recurrence], x: Recurrence) -> RecurrenceOutput:
     """What a chunkwise op makes of a call, in widths that are multiples of UNIT; decays and states are float32."""
-    key_width = x.q.shape[3]
-    value_width = x.v.shape[3]
-    wanted = x.output_final_state
-    more_keys = -key_width % UNIT
-    more_values = -value_width % UNIT
+    key_width, value_width, wanted = x.q.shape[3], x.v.shape[3], x.output_final_state
+    more_keys, more_values = -key_width % UNIT, -value_width % UNIT
     log_decay = None if x.log_decay is None else x.log_decay.float()
     if log_decay is not None and log_decay.ndim == 4:
         log_decay = F.pad(log_decay, (0, more_keys))
@@ -117,8 +114,7 @@ def chunk_table(cu_seqlens: Tensor, length: int, chunk: int, *, starts: bool, en
     own = number - firsts[document]
     start = boundaries[document] + own * chunk
     tokens = (boundaries[document + 1] - start).clamp_(0, chunk)
-    entering = number
-    leaving = number
+    entering, leaving = number, number
     if not (starts and ends):
         # of a document's chunks, all but one leave their state to the next
         inner = F.pad((firsts.diff() - 1).clamp_(min=0).cumsum(0), (1, 0))[document] + own

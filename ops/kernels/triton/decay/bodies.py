@@ -41,8 +41,7 @@ from ..tiles import (
 def clocks(log_decay, clocks, table, length, heads, chunks, chunks_a_row, plane, C: tl.constexpr):
     """The clocks of one chunk and head: log_decay [B T H] to [2 B H T]; a program each."""
     pid = tl.program_id(0).to(tl.int64)
-    h = pid // chunks
-    chunk = pid % chunks
+    h, chunk = pid // chunks, pid % chunks
     row, start, m = chunk_at(chunk, table, length, chunks_a_row, C)
     rows = tl.arange(0, C)
     a = tl.load(log_decay + (row * length + start + rows) * heads + h, mask=rows < m, other=0.0)
@@ -74,8 +73,7 @@ def state_scan(
     across: tl.constexpr = (V + TILE_V - 1) // TILE_V
     tiles: tl.constexpr = (K + TILE_K - 1) // TILE_K * across
     pid = tl.program_id(0).to(tl.int64)
-    tile = (pid % tiles).to(tl.int32)
-    sequence = pid // tiles
+    tile, sequence = (pid % tiles).to(tl.int32), pid // tiles
     n, h = sequence // heads, sequence % heads
     ks = tile // across * TILE_K + tl.arange(0, TILE_K)
     vs = tile % across * TILE_V + tl.arange(0, TILE_V)
@@ -85,16 +83,12 @@ def state_scan(
     rate = rate_of(rates, h)
 
     row, first, count = sequence_at(n, firsts, length, chunks_a_row, C)
-    x_at = x + row * x_row + h // shared * x_head
-    w_at = w + row * w_row + h * w_head
-    clock_at = (row * heads + h) * length
-    size = length
+    x_at, w_at = x + row * x_row + h // shared * x_head, w + row * w_row + h * w_head
+    clock_at, size = (row * heads + h) * length, length
     if boundaries is not None:
         begin = tl.load(boundaries + n).to(tl.int64)
         size = (tl.load(boundaries + n + 1) - begin).to(tl.int32)
-        x_at = x_at + begin * x_token
-        w_at = w_at + begin * w_token
-        clock_at = clock_at + begin
+        x_at, w_at, clock_at = x_at + begin * x_token, w_at + begin * w_token, clock_at + begin
 
     if initial is None:
         acc = tl.zeros((TILE_K, TILE_V), tl.float32)
@@ -112,8 +106,7 @@ def state_scan(
             entry = tl.load(entries + state + place, mask=inside, other=0.0).to(tl.float32)
             tl.store(products + (index * heads + h) * tiles + tile, tl.sum(entry * acc))
         # not of the table: a load of an address that was loaded has no stage of its own
-        start = (number * C).to(tl.int64)
-        m = tl.minimum(size - number * C, C)
+        start, m = (number * C).to(tl.int64), tl.minimum(size - number * C, C)
         x_tile = tl.trans(load_tile(x_at + start * x_token, x_token, rows, m, ks, K))
         w_tile = load_tile(w_at + start * w_token, w_token, rows, m, vs, V)
         if rates is None and clocks is None:
@@ -212,9 +205,7 @@ def band_forward(
     """o = scale (reached q) S + A v; a program for every V tile, chunk and head."""
     tiles: tl.constexpr = (V + TILE_OUTER - 1) // TILE_OUTER
     pid = tl.program_id(0).to(tl.int64)
-    tile = (pid % tiles).to(tl.int32)
-    chunk = pid // tiles % chunks
-    h = pid // tiles // chunks
+    tile, chunk, h = (pid % tiles).to(tl.int32), pid // tiles % chunks, pid // tiles // chunks
     row, start, m = chunk_at(chunk, table, length, chunks_a_row, C)
     if m <= 0:
         return
@@ -246,14 +237,11 @@ def band_backward(
     v_tiles: tl.constexpr = (V + TILE_OUTER - 1) // TILE_OUTER
     roles: tl.constexpr = 2 * k_tiles + (0 if dv is None else v_tiles)
     pid = tl.program_id(0).to(tl.int64)
-    role = (pid % roles).to(tl.int32)
-    chunk = pid // roles % chunks
-    h = pid // roles // chunks
+    role, chunk, h = (pid % roles).to(tl.int32), pid // roles % chunks, pid // roles // chunks
     row, start, m = chunk_at(chunk, table, length, chunks_a_row, C)
     if m <= 0:
         return
-    m = m.to(tl.int32)
-    plane = plane.to(tl.int64)
+    m, plane = m.to(tl.int32), plane.to(tl.int64)
     q += row * q_row + start * q_token + h // shared * q_head
     k += row * k_row + start * k_token + h // shared * k_head
     v += row * v_row + start * v_token + h * v_head
@@ -320,13 +308,11 @@ def decay_gradient(
     term is 0.
     """
     pid = tl.program_id(0).to(tl.int64)
-    h = pid // chunks
-    chunk = pid % chunks
+    h, chunk = pid // chunks, pid % chunks
     row, start, m = chunk_at(chunk, table, length, chunks_a_row, C)
     if m <= 0:
         return
-    m = m.to(tl.int32)
-    plane = plane.to(tl.int64)
+    m, plane = m.to(tl.int32), plane.to(tl.int64)
     rows = tl.arange(0, C)
     q += row * q_row + start * q_token + h // shared * q_head
     k += row * k_row + start * k_token + h // shared * k_head
@@ -385,8 +371,7 @@ def step(
     """S = decay S + k v^T in place, and o = scale q S; a program for every V tile, row and head, K in one piece."""
     tiles: tl.constexpr = (V + TILE_V - 1) // TILE_V
     pid = tl.program_id(0).to(tl.int64)
-    tile = (pid % tiles).to(tl.int32)
-    sequence = pid // tiles
+    tile, sequence = (pid % tiles).to(tl.int32), pid // tiles
     n, h = sequence // heads, sequence % heads
     ks = tl.arange(0, WIDTH)
     vs = tile * TILE_V + tl.arange(0, TILE_V)

@@ -16,8 +16,7 @@ from ....recurrence.groups import capacity
 from ....runtime.kernel import Probe
 from ..launch import FUSED, Launch, chunk_table, interpreted, kernels, readable, strides
 
-MAX_KEY_WIDTH = 256
-MAX_VALUE_WIDTH = 512
+MAX_KEY_WIDTH, MAX_VALUE_WIDTH = 256, 512
 """The paper's head."""
 
 
@@ -58,13 +57,10 @@ def configurations(bits: int, key_width: int, value_width: int, *, tf32x3: bool 
         forward, backward = (Launch((32, 64 if width <= 64 else 128), 8, 2) for width in (value_width, key_width))
         return (Configuration(64, scan, scan, forward, backward, backward, precision="tf32x3"),)
     if bits == 32:
-        scan = Launch((64, 64), 8, 3)
-        forward = Launch((32, 64), 8, 2)
-        backward = Launch((32, 32), 4, 2, blocks=2)
+        scan, forward, backward = Launch((64, 64), 8, 3), Launch((32, 64), 8, 2), Launch((32, 32), 4, 2, blocks=2)
         return (Configuration(32, scan, scan, forward, backward, backward, Launch((32, 32), 8, 2)),)
     if max(key_width, value_width) <= 64:
-        four = Launch((64, 64), 4, 3, blocks=4)
-        three = Launch((64, 64), 4, 3, blocks=3)
+        four, three = Launch((64, 64), 4, 3, blocks=4), Launch((64, 64), 4, 3, blocks=3)
         return (Configuration(64, four, three, four, four, three, Launch((64, 32), 8, 2)),)
     # a forward band has as many columns as a value
     columns = 64 if value_width <= 64 else 128
@@ -109,8 +105,7 @@ class Launcher:
     """One call of the chunkwise op: what its bodies have in common, and how each is launched."""
 
     def __init__(self, x: Recurrence, needs_log_decay: bool = False, *, d_final: bool = False) -> None:
-        log_decay = x.log_decay
-        cu_seqlens = x.cu_seqlens
+        log_decay, cu_seqlens = x.log_decay, x.cu_seqlens
         self.kernels = kernels("decay")
         self.configuration = configuration_of(x)
         self.chunk = self.configuration.chunk
@@ -118,22 +113,16 @@ class Launcher:
         self.backward = self.configuration.decay_backward if full else self.configuration.backward
         self.q, self.k, self.v = (readable(tensor, self.chunk) for tensor in (x.q, x.k, x.v))
         # of the scans
-        self.queries = self.q
-        self.keys = self.k
+        self.queries, self.keys = self.q, self.k
         # where every key dimension decays by itself: the decays of chunks, [chunks H K], and A, [chunks H C C]; of the
         # delta rule also what predicts, [B T H K], and the pairs of keys, [chunks H C C]
-        self.totals = None
-        self.scores = None
-        self.reads = None
-        self.pairs = None
+        self.totals, self.scores, self.reads, self.pairs = None, None, None, None
         self.batch, self.length, self.heads, self.value_width = x.v.shape
-        self.key_width = x.q.shape[3]
-        self.shared = x.shared
+        self.key_width, self.shared = x.q.shape[3], x.shared
         self.log_decay = None if log_decay is None else log_decay.contiguous()
         # its kernels take no stride of the boundaries, which may be a column
         self.boundaries = None if cu_seqlens is None else cu_seqlens.contiguous()
-        self.firsts = None
-        self.table = None
+        self.firsts, self.table = None, None
         if cu_seqlens is not None:
             edges = {"starts": x.initial_state is not None, "ends": d_final}
             self.firsts, self.table = chunk_table(cu_seqlens, self.length, self.chunk, **edges)
@@ -246,10 +235,8 @@ class Launcher:
         Of the latter, and of products [chunks H tiles], there may be none. Where it is strict, queries see no keys of
         their own.
         """
-        launch = self.backward
-        sums = None
-        dv = out.get("v")
-        log_decay = out.get("log_decay")
+        launch, sums = self.backward, None
+        dv, log_decay = out.get("v"), out.get("log_decay")
         if log_decay is not None:
             sums = log_decay.new_empty(2, self.key_tiles, self.batch, self.heads, self.length)
         roles = 2 * self.key_tiles + (0 if dv is None else -(-self.value_width // launch.tile[1]))

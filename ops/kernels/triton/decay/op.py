@@ -178,8 +178,7 @@ def _backward(x: Recurrence, gradients: Gradients) -> dict[str, Tensor]:
     if not states.numel():
         states = call.new_states(call.entries)
         call.scan(call.keys, call.v, states, {"initial": contiguous(x.initial_state)})
-    products = call.new_products(call.scan_tiles) if needs_log_decay else None
-    d_states = call.new_states(call.exits)
+    products, d_states = call.new_products(call.scan_tiles) if needs_log_decay else None, call.new_states(call.exits)
     ends = {"initial": d_final, "final": out.get("initial_state")}
     if products is not None:
         ends |= {"entries": states, "products": products}
@@ -199,12 +198,9 @@ def _step(x: Recurrence) -> tuple[Tensor]:
     """The output of one token; the initial state is updated."""
     (output,) = _allocate_step(x)
     batch, (heads, key_width, value_width) = x.q.shape[0], x.matrix
-    tile = STEP.tile[1]
-    log_decay = x.log_decay
+    tile, log_decay = STEP.tile[1], x.log_decay
     q, k, v = (readable(tensor, 1) for tensor in (x.q, x.k, x.v))
-    row = 0
-    head = 0
-    key = 0
+    row, head, key = 0, 0, 0
     if log_decay is not None and log_decay.ndim == 1:
         head = log_decay.stride(0)
     elif log_decay is not None:

@@ -2,9 +2,9 @@
 """The Triton bodies of the decay family where every key dimension decays by itself: jitted code alone.
 
 Notation of bodies.py; per_key_launch.py has the map of the bodies. Pairs of tokens are formed as in
-ops/recurrence/intra_chunk.py: a chunk is cut into blocks of 2, of 4, .. tokens, and a pair goes by way of the middle
-of the smallest block that holds it, with its query in the second half and its key in the first. The blocks of one size
-are one product of the whole chunk, of which a mask leaves those pairs: but for roundings, no factor is above 1.
+ops/recurrence/intra_chunk.py: a chunk is cut into blocks of 2, of 4, .. tokens, and a pair goes by way of the middle of
+the smallest block that holds it, with its query in the second half and its key in the first. The blocks of one size are one
+product of the whole chunk, of which a mask leaves those pairs: but for roundings, no factor is above 1.
 
 Clocks are those of ../tiles.py, [2 B T H K]; where inputs have 16 bits [1 B T H K], their sums alone.
 """
@@ -32,15 +32,12 @@ def key_decay(
     every tile of keys, chunk and head."""
     tiles: tl.constexpr = (K + TILE_OUTER - 1) // TILE_OUTER
     pid = tl.program_id(0).to(tl.int64)
-    tile = (pid % tiles).to(tl.int32)
-    chunk = pid // tiles % chunks
-    h = pid // tiles // chunks
+    tile, chunk, h = (pid % tiles).to(tl.int32), pid // tiles % chunks, pid // tiles // chunks
     row, start, m = chunk_at(chunk, table, length, chunks_a_row, C)
     if m <= 0:
         return
     m = m.to(tl.int32)
-    rows = tl.arange(0, C)
-    ks = tile * TILE_OUTER + tl.arange(0, TILE_OUTER)
+    rows, ks = tl.arange(0, C), tile * TILE_OUTER + tl.arange(0, TILE_OUTER)
     inside = (rows[:, None] < m) & (ks[None, :] < K)
     at = ((row * length + start) * heads + h) * K + rows[:, None] * (heads * K) + ks[None, :]
     a = tl.load(log_decay + at, mask=inside, other=0.0)
@@ -79,8 +76,7 @@ def _clock_of(clocks, plane, token, rows, m, ks, K: tl.constexpr, EXACT: tl.cons
 def _to_middle(clocks, plane, token, whole, part, rows, m, ks, half, K: tl.constexpr, EXACT: tl.constexpr):
     """Of the blocks of two halves: the decays of queries since the middle, and of keys up to it. Rows of the other half
     have 0."""
-    second = (rows & half) != 0
-    middle = (rows | (2 * half - 1)) - half  # the last token of the first half
+    second, middle = (rows & half) != 0, (rows | (2 * half - 1)) - half  # the last token of the first half
     whole_0, part_0 = _clock_of(clocks, plane, token, middle, m, ks, K, EXACT)
     since = between(whole, part, whole_0, part_0, 0.0, True)
     since = tl.where(second[:, None], since, -since)
@@ -104,33 +100,26 @@ def key_pairs(
     """A of one chunk and head, to scores [chunks H C C]; a program each. C is two to the power of LEVELS."""
     exact: tl.constexpr = q.dtype.element_ty == tl.float32
     pid = tl.program_id(0).to(tl.int64)
-    h = pid // chunks
-    chunk = pid % chunks
+    h, chunk = pid // chunks, pid % chunks
     row, start, m = chunk_at(chunk, table, length, chunks_a_row, C)
     if m <= 0:
         return
-    m = m.to(tl.int32)
-    plane = plane.to(tl.int64) * K
-    token = heads * K
+    m, plane, token = m.to(tl.int32), plane.to(tl.int64) * K, heads * K
     rows = tl.arange(0, C)
     q += row * q_row + start * q_token + h // shared * q_head
     k += row * k_row + start * k_token + h // shared * k_head
     clocks += ((row * length + start) * heads + h) * K
-    found = tl.zeros((C, C), tl.float32)
-    own = tl.zeros((C,), tl.float32)
+    found, own = tl.zeros((C, C), tl.float32), tl.zeros((C,), tl.float32)
     for i in range(0, K, TILE_OUTER):
         ks = i + tl.arange(0, TILE_OUTER)
-        q_tile = load_tile(q, q_token, rows, m, ks, K)
-        k_tile = load_tile(k, k_token, rows, m, ks, K)
-        wide_q = q_tile.to(tl.float32)
-        wide_k = k_tile.to(tl.float32)
+        q_tile, k_tile = load_tile(q, q_token, rows, m, ks, K), load_tile(k, k_token, rows, m, ks, K)
+        wide_q, wide_k = q_tile.to(tl.float32), k_tile.to(tl.float32)
         own += tl.sum(wide_q * wide_k, 1)
         whole, part = _clock_of(clocks, plane, token, rows, m, ks, K, exact)
         for level in range(LEVELS):
             half = 1 << level
             reached, left = _to_middle(clocks, plane, token, whole, part, rows, m, ks, half, K, exact)
-            query = (wide_q * reached).to(q_tile.dtype)
-            key = (wide_k * left).to(k_tile.dtype)
+            query, key = (wide_q * reached).to(q_tile.dtype), (wide_k * left).to(k_tile.dtype)
             product = dot(query, tl.trans(key), tl.zeros((C, C), tl.float32))
             seen = _same_block(rows, 2 * half) & ((rows[:, None] & half) > (rows[None, :] & half))
             found += tl.where(seen, product, 0.0)
@@ -151,15 +140,12 @@ def key_band(
     """out = x S + A z, in reverse with A^T; a program for every V tile, chunk and head. x [B T H K] has decayed."""
     tiles: tl.constexpr = (V + TILE_OUTER - 1) // TILE_OUTER
     pid = tl.program_id(0).to(tl.int64)
-    tile = (pid % tiles).to(tl.int32)
-    chunk = pid // tiles % chunks
-    h = pid // tiles // chunks
+    tile, chunk, h = (pid % tiles).to(tl.int32), pid // tiles % chunks, pid // tiles // chunks
     row, start, m = chunk_at(chunk, table, length, chunks_a_row, C)
     if m <= 0:
         return
     m, at = m.to(tl.int32), (row * length + start) * heads + h
-    rows = tl.arange(0, C)
-    columns = tile * TILE_OUTER + tl.arange(0, TILE_OUTER)
+    rows, columns = tl.arange(0, C), tile * TILE_OUTER + tl.arange(0, TILE_OUTER)
     # in reverse the states are gradients of those that leave
     states += (state_at(chunk, table, REVERSE) * heads + h) * K * V
     weights = tl.load(scores + (chunk * heads + h) * C * C + rows[:, None] * C + rows[None, :])
@@ -184,8 +170,7 @@ def _through(same, rows, x, high, low, EXACT: tl.constexpr, REVERSE: tl.constexp
     if EXACT or INTERPRETED:
         return dot(weights.to(tl.float32), x, high), low
     else:
-        first = x.to(tl.bfloat16)
-        weights = weights.to(tl.bfloat16)
+        first, weights = x.to(tl.bfloat16), weights.to(tl.bfloat16)
         return dot(weights, first, high), dot(weights, (x - first.to(tl.float32)).to(tl.bfloat16), low)
 
 
@@ -202,8 +187,7 @@ def _side(
     """
     exact: tl.constexpr = x.dtype.element_ty == tl.float32
     rows = tl.arange(0, C)
-    acc = tl.zeros((C, TILE_OUTER), tl.float32)
-    d_scores = tl.zeros((C, C), tl.float32)
+    acc, d_scores = tl.zeros((C, TILE_OUTER), tl.float32), tl.zeros((C, C), tl.float32)
     for i in range(0, V, TILE_INNER):
         inner = i + tl.arange(0, TILE_INNER)
         x_tile = load_tile(x, x_token, rows, m, inner, V)
@@ -222,8 +206,7 @@ def _side(
     other_tile = load_tile(other, other_token, rows, m, ks, K)
     wide = other_tile.to(tl.float32)
     # what goes through decays: of one size of blocks after another, each added up a turn later
-    through = my_tile * acc
-    low = tl.zeros((C, TILE_OUTER), tl.float32)
+    through, low = my_tile * acc, tl.zeros((C, TILE_OUTER), tl.float32)
     d_scores *= scale
     if not STRICT:
         acc += tl.sum(tl.where(rows[:, None] == rows[None, :], d_scores, 0.0), 1)[:, None] * wide
@@ -261,17 +244,12 @@ def key_backward(
     """
     tiles: tl.constexpr = (K + TILE_OUTER - 1) // TILE_OUTER
     pid = tl.program_id(0).to(tl.int64)
-    tile = (pid % tiles).to(tl.int32)
-    chunk = pid // tiles % chunks
-    h = pid // tiles // chunks
+    tile, chunk, h = (pid % tiles).to(tl.int32), pid // tiles % chunks, pid // tiles // chunks
     row, start, m = chunk_at(chunk, table, length, chunks_a_row, C)
     if m <= 0:
         return
-    m = m.to(tl.int32)
-    plane = plane.to(tl.int64) * K
-    token = heads * K
-    rows = tl.arange(0, C)
-    ks = tile * TILE_OUTER + tl.arange(0, TILE_OUTER)
+    m, plane, token = m.to(tl.int32), plane.to(tl.int64) * K, heads * K
+    rows, ks = tl.arange(0, C), tile * TILE_OUTER + tl.arange(0, TILE_OUTER)
     q += row * q_row + start * q_token + h // shared * q_head
     k += row * k_row + start * k_token + h // shared * k_head
     v += row * v_row + start * v_token + h * v_head

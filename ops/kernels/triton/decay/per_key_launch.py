@@ -41,8 +41,7 @@ class KeyLauncher(Launcher):
         # what the scan reads has been scaled and has decayed
         super().__init__(x._replace(log_decay=None, scale=1.0), d_final=d_final)
         assert self.configuration.keys is not None
-        self.launch = self.configuration.keys
-        predicts = x.beta is not None
+        self.launch, predicts = self.configuration.keys, x.beta is not None
         per_key = (*x.v.shape[:3], self.key_width)
         self.queries, self.keys = (self.q.new_empty(per_key) for _ in range(2))
         self.reads = self.q.new_empty(per_key) if predicts else None
@@ -58,8 +57,7 @@ class KeyLauncher(Launcher):
         self.pairs = self.reading(1.0, q=self.k)._pairs(torch.float32) if predicts else None
 
     def reading(self, scale: float | None = None, **operands: Tensor) -> "KeyLauncher":
-        other = copy(self)
-        given = {} if scale is None else {"scale": scale}
+        other, given = copy(self), {} if scale is None else {"scale": scale}
         other.v = operands.pop("v", self.v)
         other.own = {**self.own, **operands, **strides(**operands), **given}
         return other
@@ -89,8 +87,7 @@ class KeyLauncher(Launcher):
         self._band(self.queries, self.v, states, output)
 
     def _band(self, x: Tensor, z: Tensor, states: Tensor, out: Tensor, *, reverse: bool = False) -> None:
-        launch = self.configuration.forward
-        given = {"x": x, "z": z, "scores": self.scores, "states": states}
+        launch, given = self.configuration.forward, {"x": x, "z": z, "scores": self.scores, "states": states}
         given |= {"out": out, "V": self.value_width, "REVERSE": reverse}
         self._run("key_band", launch, self.value_width, **given, **strides(z=z))
 

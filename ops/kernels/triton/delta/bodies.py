@@ -28,8 +28,7 @@ def solve(
     as a column.
     """
     pid = tl.program_id(0).to(tl.int64)
-    h = pid // chunks
-    chunk = pid % chunks
+    h, chunk = pid // chunks, pid % chunks
     row, start, m = chunk_at(chunk, table, length, chunks_a_row, C)
     if m <= 0:
         return
@@ -38,21 +37,18 @@ def solve(
     q += row * q_row + start * q_token + h * q_head
     k += row * k_row + start * k_token + h * k_head
     square = (chunk * heads + h) * C * C
-    place = rows[:, None] * C + rows[None, :]
-    transposed = rows[None, :] * C + rows[:, None]
+    place, transposed = rows[:, None] * C + rows[None, :], rows[None, :] * C + rows[:, None]
     if pairs is not None:
         system = tl.load(pairs + square + transposed)
     else:
-        system = tl.zeros((C, C), tl.float32)
-        scores = tl.zeros((C, C), tl.float32)
+        system, scores = tl.zeros((C, C), tl.float32), tl.zeros((C, C), tl.float32)
         for i in range(0, K, TILE_INNER):
             inner = i + tl.arange(0, TILE_INNER)
             k_tile = load_tile(k, k_token, rows, m, inner, K)
             system = dot(k_tile, tl.trans(k_tile), system)
             if weights is not None:
                 scores = dot(k_tile, tl.trans(load_tile(q, q_token, rows, m, inner, K)), scores)
-        at = (row * heads + h) * length + start
-        rate = rate_of(rates, h)
+        at, rate = (row * heads + h) * length + start, rate_of(rates, h)
         whole, part = clock_of(clocks, plane, at, rows, m)
         decay = between(whole[None, :], part[None, :], whole[:, None], part[:, None], rate, clocks is not None)
         seen = (rows[:, None] <= rows[None, :]) & (rows[None, :] < m)
@@ -90,8 +86,7 @@ def delta_scan(
     """
     tiles: tl.constexpr = (V + TILE_V - 1) // TILE_V
     pid = tl.program_id(0).to(tl.int64)
-    tile = (pid % tiles).to(tl.int32)
-    sequence = pid // tiles
+    tile, sequence = (pid % tiles).to(tl.int32), pid // tiles
     n, h = sequence // heads, sequence % heads
     ks = tl.arange(0, TILE_K)
     vs = tile * TILE_V + tl.arange(0, TILE_V)
@@ -127,8 +122,7 @@ def delta_scan(
         # of the table: sums of the document's boundary take registers
         row, start, m = chunk_at(index, table, length, chunks_a_row, C)
         m = m.to(tl.int32)
-        at = (row * heads + h) * length + start
-        token = (row * length + start) * heads + h
+        at, token = (row * heads + h) * length + start, (row * length + start) * heads + h
         whole, part = clock_of(clocks, plane, at, rows, m)
         whole_m, part_m = last_clock(clocks, plane, at, m)
         reached = tl.exp2(between(whole, part, 0.0, 0.0, rate, clocks is not None))

@@ -81,17 +81,14 @@ class DeltaLauncher:
         if bands.decays["clocks"] is not None and bands.backward.tile[1] > 64:  # larger steps spill
             bands.backward = bands.backward._replace(tile=(32, bands.backward.tile[1]))
         self.own = configuration(8 * x.q.element_size(), bands.key_width)
-        self.beta = x.beta.contiguous()
-        self.initial_state = contiguous(x.initial_state)
-        self.states = bands.new_states(bands.entries)
-        self.written = x.q.new_empty(x.v.shape)
+        self.beta, self.initial_state = x.beta.contiguous(), contiguous(x.initial_state)
+        self.states, self.written = bands.new_states(bands.entries), x.q.new_empty(x.v.shape)
         self.inverse = x.q.new_empty(bands.chunks, bands.heads, bands.chunk, bands.chunk)
         self.weights = bands.scores
 
     def solve(self, weights: Tensor | None) -> None:
         """Fill `inverse`, and `weights` if they are wanted."""
-        bands = self.bands
-        launch = self.own.solve
+        bands, launch = self.bands, self.own.solve
         operands = {"q": bands.q, "k": bands.k}
         kernels("delta").solve[(bands.chunks * bands.heads,)](
             beta=self.beta,
@@ -109,8 +106,7 @@ class DeltaLauncher:
 
     def walk(self, v: Tensor, states: Tensor, written: Tensor, *, reverse: bool = False, **ends: Tensor | None) -> None:
         """Fill `states`, `written`, and of `ends` what is wanted; in reverse, v is do."""
-        bands = self.bands
-        launch = self.own.reverse if reverse else self.own.scan
+        bands, launch = self.bands, self.own.reverse if reverse else self.own.scan
         operands = {"q": bands.queries, "k": bands.keys, "v": v}
         kernels("delta").delta_scan[(self.tiles * bands.rows * bands.heads,)](
             states=states,
@@ -175,8 +171,7 @@ def _backward(x: Recurrence, gradients: Gradients) -> dict[str, Tensor]:
     products = bands.new_products(call.tiles) if needs_log_decay else None
     if products is not None:
         ends |= {"entries": call.states, "products": products}
-    d_states = bands.new_states(bands.exits)
-    solved = torch.empty_like(call.written)
+    d_states, solved = bands.new_states(bands.exits), torch.empty_like(call.written)
     call.walk(do, d_states, solved, reverse=True, **ends)
 
     rate = call.beta[..., None].float()
@@ -186,8 +181,7 @@ def _backward(x: Recurrence, gradients: Gradients) -> dict[str, Tensor]:
     own, more = ({name: y.new_empty(y.shape) for name, y in given.items() if y is not None} for _ in range(2))
     written.gradients(do, own, products, states=call.states, d_states=d_states)
     predicting.gradients(solved, more, None, strict=True, states=call.states, d_states=None)
-    wide = solved.float()
-    dx = more["q"].float()
+    wide, dx = solved.float(), more["q"].float()
     found |= {"q": own["q"], "k": (own["k"].float() + more["k"]).addcmul_(rate, dx), "v": rate * wide}
     found["beta"] = torch.linalg.vecdot(wide, x.v.float()) + torch.linalg.vecdot(dx, x.k.float())
     if needs_log_decay:
