@@ -3,8 +3,8 @@
 
 Notation of bodies.py; per_key_launch.py has the map of the bodies. Pairs of tokens are formed as in
 ops/recurrence/intra_chunk.py: a chunk is cut into blocks of 2, of 4, .. tokens, and a pair goes by way of the middle of
-the smallest block that holds it, with its query in the second half and its key in the first. The blocks of one size are one
-product of the whole chunk, of which a mask leaves those pairs: but for roundings, no factor is above 1.
+the smallest block that holds it, with its query in the second half and its key in the first. The blocks of one size are
+one product of the whole chunk, of which a mask leaves those pairs: but for roundings, no factor is above 1.
 
 Clocks are those of ../tiles.py, [2 B T H K]; where inputs have 16 bits [1 B T H K], their sums alone.
 """
