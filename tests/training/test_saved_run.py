@@ -101,7 +101,7 @@ def test_a_vocabulary_goes_with_the_weights(run, tmp_path, monkeypatch):
 
     (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("tokenizer: bytes", "tokenizer: own"))
     (run / "tokenizer.json").write_text('{"of": "the run, ä"}', encoding="utf-8")
-    for module in ("training.saved_run", "models.subword"):
+    for module in ("training.checkpoint.saved_run", "models.subword"):
         monkeypatch.setattr(f"seqmix.{module}.SubwordTokenizer", Vocabulary)
     export_run(run, tmp_path / "model.safetensors")
     (run / "tokenizer.json").unlink()
