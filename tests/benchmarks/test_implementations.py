@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from seqmix.benchmarks import suite
+from seqmix.benchmarks import benchmark
 from seqmix.benchmarks.measure import TimedCall
 from seqmix.benchmarks.models import STEPS, DecodeBenchmark, TrainBenchmark
 from seqmix.benchmarks.op import OpBenchmark
@@ -63,11 +63,11 @@ def test_the_memory_of_what_is_prepared_is_not_the_calls(settings, monkeypatch):
         inside.clear()
         return result, None
 
-    monkeypatch.setattr(suite, "with_peak_memory", watched)
+    monkeypatch.setattr(benchmark, "with_peak_memory", watched)
     found = implementation(TrainBenchmark(settings()), "seqmix")
     entry = found.entry(32)
     call = TimedCall(lambda: held.append(("run", bool(inside))), lambda: held.append(("prepare", bool(inside))))
     monkeypatch.setattr(found, "entry", lambda length: replace(entry, call=call))
-    forecast = suite.Forecast(1, settings())
-    suite._Rounds(found.benchmark, settings().rates, "train", [32], forecast, str)._warm(found, 32)
+    forecast = benchmark.Forecast(1, settings())
+    benchmark._Rounds(found.benchmark, settings().rates, "train", [32], forecast, str)._warm(found, 32)
     assert held == [("prepare", False), ("run", False), ("prepare", False), ("run", True)]

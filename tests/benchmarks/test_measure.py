@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from seqmix.benchmarks import suite
+from seqmix.benchmarks import benchmark
 from seqmix.benchmarks.benchmark import Entry, Forecast, Implementation, Skip, run
 from seqmix.benchmarks.machine import available_memory, with_peak_memory
 from seqmix.benchmarks.measure import Spread, TimedCall, interleaved, lengthened, ratio, turns
@@ -162,7 +162,7 @@ class Fake(Implementation):
         return Entry(call=TimedCall(lambda: None), tokens=length)
 
 
-class FakeBenchmark(suite.Benchmark):
+class FakeBenchmark(benchmark.Benchmark):
     name = title = "fake"
 
     def __init__(self, settings, *implementations):
@@ -277,7 +277,7 @@ def test_the_clock_is_the_processors_where_that_is_asked_for(settings, monkeypat
         clocks.append(clock)
         return interleaved(*arguments, **options)
 
-    monkeypatch.setattr(suite, "interleaved", watched)
+    monkeypatch.setattr(benchmark, "interleaved", watched)
     run(FakeBenchmark(settings(cpu_time=True), Fake("a")))
     run(FakeBenchmark(settings(), Fake("a")))
     assert [clock for clock in clocks if clock] == [time.process_time, time.perf_counter]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from runs import refusal
 
-from seqmix.data import TextConfig, streaming
+from seqmix.data import TextConfig, dataset_stream
 
 datasets = pytest.importorskip("datasets")
 BEGIN = 256
@@ -98,14 +98,14 @@ def test_a_place_is_gone_on_from_without_reading_what_was_before(folders, kind, 
     whole = text_of(folders, kind)
     steps = [whole.training_batch(step, 4, seed=3) for step in range(30)]
     # every row that is read, beyond those of the block
-    count, read = [0], streaming.row_documents
+    count, read = [0], dataset_stream.row_documents
 
     def counted(config, given, first):
         for document in read(config, given, first):
             count[0] += 1
             yield document
 
-    monkeypatch.setattr(streaming, "row_documents", counted)
+    monkeypatch.setattr(dataset_stream, "row_documents", counted)
     for stop in (1, 9, 23):
         text = text_of(folders, kind)
         for step in range(stop):

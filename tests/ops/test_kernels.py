@@ -181,7 +181,8 @@ def test_a_failure_names_the_place_and_how_to_reproduce_it(monkeypatch):
     assert all(words in outcome.reason for words in named)
     assert outcome.case == DecayCase(lengths=(2,), dtype=outcome.case.dtype)
     rest = outcome.reason.splitlines()
-    snippet = textwrap.dedent("\n".join(rest[rest.index("To reproduce:") + 1 :]))
+    lines = rest[rest.index("To reproduce:") + 1 :]
+    snippet = textwrap.dedent("\n".join(line for line in lines if line.startswith("    ")))
     with pytest.raises(CheckFailure, match="2 of 2"):
         exec(snippet)
 
