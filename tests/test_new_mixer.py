@@ -113,5 +113,4 @@ def test_a_new_mixer_is_one_file_and_one_preset(copy):
         "test_a_tiny_preset_trains[leaky-average-tiny]",
         "test_the_tiny_presets_are_equally_large_and_differ_only_in_the_model",
         "test_there_is_a_preset_of_every_mixer",
-        "test_a_floor_imports_only_floors_below_it[seqmix.mixers.leaky_average]",
     } <= found
