@@ -27,13 +27,13 @@ class CallOptions(TypedDict, total=False):
     """
 
     initial_state: Any
-    """What came before the first token, N rows; None (the default) means nothing."""
+    """State before the first token, N rows; None (the default) means nothing came before."""
     output_final_state: bool
     """True if the state after the last token is wanted; False by default."""
     cu_seqlens: Int[Tensor, "N+1"] | None
     """Boundaries of N documents packed into one row (B = 1); states then have N rows. Empty documents are legal."""
     paradigm: Paradigm | str
-    """How it is computed; changes the cost, never the result."""
+    """Parallel, recurrent or chunkwise; changes the cost, never the result."""
     chunk_size: int
     """Chunk length in tokens of the chunkwise paradigm; changes the cost, never the result."""
     backend: str
@@ -43,15 +43,15 @@ class CallOptions(TypedDict, total=False):
 
 
 class Call(NamedTuple):
-    """How one segment is mixed: immutable, and made once, by `SequenceMixer.forward`."""
+    """Everything that goes with a segment from a mixer to its op; immutable, made by `SequenceMixer.forward`."""
 
     paradigm: Paradigm
     state: Any = None
-    """What came before the segment: a mixer's state, or the leaf of it that an op reads; None means nothing."""
+    """State before the segment, a mixer's or the leaf of it that an op reads; None means nothing came before."""
     documents: Documents | None = None
-    """Those of a packed row."""
+    """Documents of a packed row; None if the batch is not packed."""
     return_state: bool = False
-    """Whether the state after the segment is wanted."""
+    """True if the state after the segment is wanted."""
     chunk_size: int = CHUNK_SIZE
     """Tokens per chunk of the chunkwise paradigm; changes the cost, never the result."""
     backend: str = "reference"
