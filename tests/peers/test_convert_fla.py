@@ -133,7 +133,7 @@ class Layer:
 
     def delta_net(self, x, q, k, v):
         first = (y.transpose(1, 2) for y in (unit(q), unit(k), v, self.beta(x)))
-        return loaded("delta").delta_rule_recurrence(*first)[0].transpose(1, 2)
+        return loaded("delta_rule").delta_rule_recurrence(*first)[0].transpose(1, 2)
 
     def gated_deltanet(self, x, q, k, v):
         g = -self.tensors["attn.A_log"].exp() * F.softplus(self.map("attn.a_proj", x) + self.tensors["attn.dt_bias"])

@@ -37,7 +37,7 @@ every_paradigm = pytest.mark.parametrize("paradigm", PARADIGMS)
 
 def theirs(oracle):
     """One of their functions with the arguments of ours: it gives output and final state, or None."""
-    function = getattr(loaded("gated_delta_rule" if ORACLES[oracle] else "delta"), oracle)
+    function = getattr(loaded("gated_delta_rule" if ORACLES[oracle] else "delta_rule"), oracle)
 
     def heads_first(*arguments):
         output, state = function(*arguments)

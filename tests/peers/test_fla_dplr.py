@@ -56,7 +56,7 @@ ORACLES = {
     "naive_chunk_kda": ("kda", kda),
     "naive_recurrent_gdn2": ("gdn2", gdn2),
     "naive_chunk_gdn2": ("gdn2", gdn2),
-    "dplr": ("generalized_delta_rule/dplr", theirs_dplr),
+    "dplr_recurrence": ("generalized_delta_rule/dplr", theirs_dplr),
     "naive_recurrent_gated_delta_product": ("gated_delta_product", product),
 }
 
