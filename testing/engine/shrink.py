@@ -17,7 +17,7 @@ def shrink(
 ) -> tuple[C, Exception]:
     """Return a simpler case that raises an exception of the same type, and that exception.
 
-    Each simpler case that still fails is the start of the next step; a case that cannot be reduced is returned as it is.
+    Each simpler case that still fails is the start of the next step. If no simpler case fails, the case is returned.
     """
     seen, end = {repr(case)}, time.monotonic() + SECONDS
     candidates = iter(simpler(case))
