@@ -40,7 +40,7 @@ class Config(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _read_mapping(cls, value: Any) -> Any:
-        """Rename deprecated keys, and refuse unknown ones first: a typo would otherwise be reported as a missing key."""
+        """Rename deprecated keys, and refuse unknown ones first: a typo would otherwise appear as a missing key."""
         if not isinstance(value, Mapping):
             return value
         allowed = [field.alias or name for name, field in cls.model_fields.items()]
