@@ -81,7 +81,7 @@ class PromptCache:
         return prefill(model, texts, state=state, max_length=max_length)
 
     def extend(self, state: ModelState | None, texts: Sequence[Int[Tensor, " T"]]) -> "PromptCache":
-        """Return the cache after the tokens of `broadcast`; `state` is the state after all but each text's last token."""
+        """Return the cache after the tokens of `broadcast`; `state` is the state before each text's last token."""
         parts = zip(self.recent[:, :-1], texts, strict=True)
         recent = torch.stack([torch.cat((old, new.cpu()))[-RECENT:] for old, new in parts])
         lengths = (self.lengths - 1).clamp(min=0) + torch.tensor([len(new) for new in texts])

@@ -71,7 +71,7 @@ def test_compiled_variants_take_part_when_asked_for(bench, tmp_path, monkeypatch
         (("op", *SMALL, "--batch", "0"), "--batch is 0; allowed: from 1 to 1,048,576"),
         (("train", *SMALL, "--tokens", "-1"), "--tokens is -1; allowed: from 1 to 16,777,216"),
         (("op", *SMALL, "--limit", "nan"), "--limit is nan; allowed: at least 0"),
-        (("op", *SMALL, "--dtype", "float23"), 'bfloat16; did you mean "float32"'),
+        (("op", *SMALL, "--dtype", "float23"), 'did you mean "float32"? Number formats: '),
         (("op", *SMALL, "--device", "gpu"), "device 'gpu' cannot be used here: "),
         (("op", "attention-tiny"), "bench op times retention, and the model's mixers are attention"),
         (("op", *SMALL, "--json", "no/such/out.json"), "no/such/out.json cannot be written: there is no folder "),

@@ -48,14 +48,14 @@ def test_every_field_that_a_converter_computes_with_has_a_type(name):
 
 
 FAULTS = {
-    "hidden_size": ("x", "config.json: hidden_size: needs an integer, and was given 'x'"),
-    "intermediate_size": ({}, "config.json: intermediate_size: needs an integer, and was given {}"),
-    "num_attention_heads": (2**63, "config.json: num_attention_heads: needs a number <= 65536, and was given 92233720"),
-    "head_dim": (2**63, "config.json: head_dim: needs a number <= 1048576, and was given 9223372036854775808"),
-    "rope_parameters": ("x", "config.json: rope_parameters: needs a mapping, and was given 'x'"),
+    "hidden_size": ("x", "config.json: hidden_size: expected an integer, got 'x'"),
+    "intermediate_size": ({}, "config.json: intermediate_size: expected an integer, got {}"),
+    "num_attention_heads": (2**63, "config.json: num_attention_heads: expected a number <= 65536, got 92233720"),
+    "head_dim": (2**63, "config.json: head_dim: expected a number <= 1048576, got 9223372036854775808"),
+    "rope_parameters": ("x", "config.json: rope_parameters: expected a mapping, got 'x'"),
     "rope_scaling": (
         {"rope_type": "linear", "factor": "x"},
-        "config.json: rope: factor: needs a number, and was given 'x'",
+        "config.json: rope: factor: expected a number, got 'x'",
     ),
     "num_hidden_layers": (None, "config.json lacks num_hidden_layers"),
     "eos_token_id": ({}, "config.json: eos_token_id: needs "),

@@ -297,7 +297,7 @@ def test_an_impossible_task_is_refused(kind, fields, named):
         ("training.evaluation_lengths=[8]", r"training\.evaluation_lengths .*mqar"),
         ("data.packing=true", "'packing'; allowed: kind, sequence_length"),
         ("data.order=epochs", "'order'"),
-        ("data.kind=mqr", "'mqr'; allowed: compositional_mqar, .*\"mqar\""),
+        ("data.kind=mqr", "'mqr'; did you mean \"mqar\"[?] Allowed: compositional_mqar, "),
     ],
     ids=str,
 )

@@ -174,7 +174,7 @@ def test_patience_is_refused(planned, small):
             ALONE + "mixers: [retention]\ndata: {kind: parity}\ntraining: {carry_state: true}\n",
             "small.yaml: training.carry_state",
         ),
-        (ALONE + "mixers: [retention, atention]\n", "unknown mixer kind 'atention'; allowed: .*\"attention\"?"),
+        (ALONE + "mixers: [retention, atention]\n", "unknown mixer kind 'atention'; did you mean \"attention\"."),
         (ALONE + "entries: {a: {model: {n_layer: 2}}}\n", "entries.a: model.n_layer"),
         (ALONE + "entries: {a: {extends: retnet-tinny}}\n", "unknown preset 'retnet-tinny'; .*\"retnet-tiny\"?"),
         (ALONE + "mixers: [retention]\nvary: {data.sequence_lenth: [1]}\n", "vary: data.sequence_lenth"),
