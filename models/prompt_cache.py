@@ -43,7 +43,7 @@ class PromptCache:
         """
         for row in rows:
             if not 0 <= row < len(self):
-                raise SeqmixError(f"the prompt cache has texts 0 to {len(self) - 1}, got {row}")
+                raise SeqmixError(f"the prompt cache has no text {row}: expected a row from 0 to {len(self) - 1}")
         index = torch.tensor(rows, dtype=torch.int64)
         state = None if self.state is None else select(self.state, index)
         return PromptCache(state, self.recent[index], self.lengths[index])
