@@ -58,7 +58,7 @@ FAULTS = {
         "config.json: rope: factor: expected a number, got 'x'",
     ),
     "num_hidden_layers": (None, "config.json lacks num_hidden_layers"),
-    "eos_token_id": ({}, "config.json: eos_token_id: needs "),
+    "eos_token_id": ({}, "config.json: eos_token_id: expected "),
 }
 
 
