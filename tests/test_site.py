@@ -35,6 +35,7 @@ def site(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("words", "page"), WANTED.items(), ids=WANTED)
 def test_the_search_finds(site, words, page):
     documents = json.loads((site / "search" / "search_index.json").read_text())["docs"]

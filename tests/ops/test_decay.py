@@ -37,6 +37,7 @@ def relative_error(actual, expected):
     return ((actual.double() - expected).norm() / expected.norm()).item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("elements", [1, 400])
 @pytest.mark.parametrize("op", ["decay", "delta", "dplr"])
 def test_tokens_one_by_one_and_several_at_once_are_the_definition(op, elements):
@@ -62,6 +63,7 @@ def test_the_gradient_of_a_reset_is_zero_where_products_overflow():
     assert log_decay.grad[0, :3, 0].tolist() == [0.0, 0.0, 0.0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("elements", [1, 100, 400])
 def test_chunks_one_by_one_and_in_groups_are_the_definition(elements):
     checks = ["outputs_are_the_definitions", "gradients_are_the_definitions"]
