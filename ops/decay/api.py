@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..recurrence.family import Family, Recurrence, RecurrenceOutput, Run, recur
-from ..recurrence.intra_chunk import pairs_by_halves
+from ..recurrence.intra_chunk import count_product_pairs
 from ..runtime.call import CHUNK_SIZE, Call, CallOptions
 from ..runtime.kernel import declare_references
 from ..runtime.packing import Documents
@@ -71,7 +71,7 @@ def decay(
     return recur(DECAY, q, k, v, call, log_decay=log_decay, scale=scale, wide_output=wide_output)
 
 
-def _segment(x: Recurrence, kernel: Run, call: Call) -> tuple[Tensor, Tensor]:
+def _segment_map(x: Recurrence, kernel: Run, call: Call) -> tuple[Tensor, Tensor]:
     """Return the map S -> M S + U of a segment: its decay M, [1|B H 1|K 1], and the state U that it writes.
 
     For packed documents, both are those of the document of the segment's last token.
@@ -125,7 +125,7 @@ def decay_flops(
         return length * length * per_pair + (length * per_state if context else 0)
     whole, ragged = divmod(length, chunk_size)
     squares = whole * chunk_size**2 + ragged**2
-    pairs = whole * pairs_by_halves(chunk_size) + pairs_by_halves(ragged) if key_decays else squares
+    pairs = whole * count_product_pairs(chunk_size) + count_product_pairs(ragged) if key_decays else squares
     inside = 2 * (pairs * key_width + squares * value_width)
     # every chunk but the first reads a state, every chunk but the last writes one
     last = ragged or chunk_size
@@ -146,5 +146,5 @@ declare_references(
     },
 )
 
-DECAY = Family("decay", frozenset(Paradigm), decay_flops, _segment, torch.mul)
+DECAY = Family("decay", frozenset(Paradigm), decay_flops, _segment_map, torch.mul)
 """Description of the family for mixers."""

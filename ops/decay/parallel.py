@@ -69,11 +69,11 @@ def per_token(a: Tensor, length: int) -> Tensor:
 
 def _sum_where(mask: Tensor, a: Tensor) -> Tensor:
     """Return masked sums, out[i] = sum of a[l] over l with mask[i, l]: [I L], [.. L K] -> [.. I K]."""
-    sums = [torch.where(mask, part[..., None, :], 0).sum(-1) for part in _by_keys(len(mask), a.mT)]
+    sums = [torch.where(mask, part[..., None, :], 0).sum(-1) for part in _split_keys(len(mask), a.mT)]
     return torch.cat(sums, dim=-2).mT
 
 
-def _by_keys(rows: int, a: Tensor) -> tuple[Tensor, ...]:
+def _split_keys(rows: int, a: Tensor) -> tuple[Tensor, ...]:
     """Split log-decays [.. K L] into single key dimensions if `rows` times their number is too large for one piece."""
     return a.split(a.shape[-2] if rows * a.shape[-1] * a.shape[-2] <= MAX_PAIR_DECAYS else 1, dim=-2)
 
@@ -90,7 +90,7 @@ def _pair_scores(q: Tensor, k: Tensor, a: Tensor | None, causal: Tensor) -> Tens
         return (q @ k.transpose(2, 3)).masked_fill(~causal, 0)
     if a.shape[-1] == 1:
         return (q @ k.transpose(2, 3)) * _pair_decays(a.mT, causal)[:, :, 0]
-    parts = _by_keys(len(causal), a.mT)
+    parts = _split_keys(len(causal), a.mT)
     q, k = q.to(a.dtype), k.to(a.dtype)
     if len(parts) == 1:
         return torch.einsum("bhik,bhjk,bhkij->bhij", q, k, _pair_decays(parts[0], causal))

@@ -29,7 +29,7 @@ from torch import Tensor
 from ...registry import SeqmixError
 from ..decay.api import TOLERANCES, LogDecay
 from ..recurrence.family import Family, Recurrence, RecurrenceOutput, Run, recur
-from ..recurrence.intra_chunk import pairs_by_halves
+from ..recurrence.intra_chunk import count_product_pairs
 from ..runtime.call import Call, CallOptions
 from ..runtime.kernel import declare_references
 from ..runtime.paradigm import Paradigm
@@ -122,7 +122,7 @@ def delta_product(
     return RecurrenceOutput(output[:, steps - 1 :: steps], state)
 
 
-def segment(x: Recurrence, kernel: Run, call: Call) -> tuple[Tensor, Tensor]:
+def segment_map(x: Recurrence, kernel: Run, call: Call) -> tuple[Tensor, Tensor]:
     """Return the map S -> M S + U of a segment: M, [B H K K], and the state U that it writes.
 
     For packed documents, both are those of the document of the segment's last token. The recurrence is linear in the
@@ -201,7 +201,7 @@ def delta_flops(
     length *= steps
     whole, ragged = divmod(length, chunk_size)
     squares = whole * chunk_size**2 + ragged**2
-    pairs = whole * pairs_by_halves(chunk_size) + pairs_by_halves(ragged) if key_decays else squares
+    pairs = whole * count_product_pairs(chunk_size) + count_product_pairs(ragged) if key_decays else squares
     # scores of queries and read keys with the keys; products of the inverse and of the scores with the values
     inside = 4 * n_keys * pairs * key_width + 4 * n_keys * squares * value_width
     # every chunk but the first reads a state twice, every chunk but the last writes one
@@ -220,5 +220,5 @@ declare_references(
     {Paradigm.RECURRENT: (delta_recurrent, TOLERANCES), Paradigm.CHUNKWISE: (delta_chunkwise, CHUNKWISE_TOLERANCES)},
 )
 
-DELTA = Family("delta", PARADIGMS, delta_flops, segment, torch.matmul)
+DELTA = Family("delta", PARADIGMS, delta_flops, segment_map, torch.matmul)
 """Description of the family for mixers."""

@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..decay.api import TOLERANCES, LogDecay
-from ..delta.api import CHUNK_SIZE, CHUNKWISE_TOLERANCES, PARADIGMS, delta_flops, require_paradigm, segment
+from ..delta.api import CHUNK_SIZE, CHUNKWISE_TOLERANCES, PARADIGMS, delta_flops, require_paradigm, segment_map
 from ..delta.chunkwise import DeltaChunks
 from ..delta.recurrent import DeltaRule
 from ..recurrence.chunk_loop import chunkwise_kernel
@@ -77,5 +77,5 @@ declare_references(
     },
 )
 
-DPLR = Family("dplr", PARADIGMS, delta_flops, segment, torch.matmul)
+DPLR = Family("dplr", PARADIGMS, delta_flops, segment_map, torch.matmul)
 """Description of the family for mixers; pass `n_keys=2` to its flops for calls with b."""

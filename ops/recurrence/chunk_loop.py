@@ -19,7 +19,7 @@ from torch import Tensor
 from ..runtime.custom_op import Gradients, Op
 from ..runtime.packing import Stretch
 from .family import Recurrence, RecurrenceOutput, Run
-from .groups import Group, groups, operand, store
+from .groups import Group, group_rows, groups, store_group
 
 
 class GroupTokens(NamedTuple):
@@ -122,7 +122,7 @@ def _allocate(x: Recurrence) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_output(), final_state, entries
 
 
-def _unsaved(x: Recurrence, stretch: Stretch, group: Group) -> int:
+def _count_unsaved(x: Recurrence, stretch: Stretch, group: Group) -> int:
     """Return the number of entry states of a group that are not saved: 1 if it has a document's first chunk, else 0.
 
     The entry state of a document's first chunk is the document's initial state.
@@ -132,10 +132,10 @@ def _unsaved(x: Recurrence, stretch: Stretch, group: Group) -> int:
 
 def _tokens(x: Recurrence, group: Group, dtype: torch.dtype) -> GroupTokens:
     # contiguous, because a product with a view would take over its layout
-    beta = None if x.beta is None else operand(x.beta[..., None], group, dtype).contiguous()
-    q, k = (operand(tensor, group, dtype, x.shared) for tensor in (x.q, x.k))
-    v = operand(x.v, group, dtype)
-    a, b = (None if tensor is None else operand(tensor, group, dtype) for tensor in (x.a, x.b))
+    beta = None if x.beta is None else group_rows(x.beta[..., None], group, dtype).contiguous()
+    q, k = (group_rows(tensor, group, dtype, x.shared) for tensor in (x.q, x.k))
+    v = group_rows(x.v, group, dtype)
+    a, b = (None if tensor is None else group_rows(tensor, group, dtype) for tensor in (x.a, x.b))
     return GroupTokens(q, k, v, beta, a, b)
 
 
@@ -151,7 +151,7 @@ def _forward(make_chunks: MakeChunks, x: Recurrence) -> tuple[Tensor, Tensor, Te
         for group in groups(stretch, x.chunk_size, chunks.max_chunks):
             first = group.start == stretch.start
             last = group.stop == stretch.stop
-            unsaved = _unsaved(x, stretch, group)
+            unsaved = _count_unsaved(x, stretch, group)
             saved = entries[index : index + group.chunks - unsaved]
             # the states before each chunk and after the last are computed where they are stored
             group_entries = saved if x.needs_grad and not unsaved else buffer[: group.chunks]
@@ -166,7 +166,7 @@ def _forward(make_chunks: MakeChunks, x: Recurrence) -> tuple[Tensor, Tensor, Te
                 states[0].copy_(state)
             # a zero state contributes nothing to the output
             before = ChunkStates(group_entries, slice(rows if state is None else 0, None))
-            store(output, group, chunks.forward(group, _tokens(x, group, chunks.dtype), before, states[1:]))
+            store_group(output, group, chunks.forward(group, _tokens(x, group, chunks.dtype), before, states[1:]))
             if x.needs_grad and unsaved:
                 saved.copy_(group_entries[1:])
             index = index + len(saved)
@@ -192,14 +192,14 @@ def _backward(make_chunks: MakeChunks, x: Recurrence, gradients: Gradients) -> d
         out["initial_state"] = x.initial_state.new_zeros(x.initial_state.shape)
     rows = x.q.shape[0] * x.matrix[0]
     plan = [(stretch, groups(stretch, x.chunk_size, chunks.max_chunks)) for stretch in x.stretches]
-    index = sum(group.chunks - _unsaved(x, stretch, group) for stretch, parts in plan for group in parts)
+    index = sum(group.chunks - _count_unsaved(x, stretch, group) for stretch, parts in plan for group in parts)
     # gradients of the states before each chunk of a group and after the last
     d_states = x.new_state(chunks.max_chunks + 1, x.q.shape[0])
     for stretch, parts in reversed(plan):
         # the gradient of the state after the group; None if the loss does not depend on it
         d_state = None if d_final_state is None else d_final_state[stretch.rows]
         for group in reversed(parts):
-            unsaved = _unsaved(x, stretch, group)
+            unsaved = _count_unsaved(x, stretch, group)
             index -= group.chunks - unsaved
             group_entries = entries[index : index + group.chunks - unsaved]
             if unsaved:
@@ -216,7 +216,7 @@ def _backward(make_chunks: MakeChunks, x: Recurrence, gradients: Gradients) -> d
             group_gradients = chunks.backward(
                 group,
                 _tokens(x, group, chunks.dtype),
-                operand(d_output, group, chunks.dtype),
+                group_rows(d_output, group, chunks.dtype),
                 ChunkStates(group_entries, slice(zero_rows, None)),
                 d_group_states,
                 slice(0, group.chunks * rows - unused_rows),
@@ -239,4 +239,4 @@ def _add(out: Tensor, group: Group, gradient: Tensor, shared: int) -> None:
     if out.ndim == 1:
         out += gradient.view(-1, len(out)).sum(0)
     else:
-        store(out if out.ndim == 4 else out[..., None], group, gradient.view(*gradient.shape[:2], -1))
+        store_group(out if out.ndim == 4 else out[..., None], group, gradient.view(*gradient.shape[:2], -1))

@@ -207,7 +207,7 @@ def recur(
         call.return_state,
         a=optional.get("a"),
         b=optional.get("b"),
-        decay=_fixed_decay_of(call, q, optional.get("log_decay")),
+        decay=_memoized_decay(call, q, optional.get("log_decay")),
         donated=call.donated,
         wide_output=wide_output,
     )
@@ -222,7 +222,7 @@ def recur(
     return RecurrenceOutput(output, None if final_state is None else cp.final(final_state, documents, q.shape[1]))
 
 
-def _fixed_decay_of(call: Call, q: Tensor, log_decay: Tensor | None) -> Tensor | None:
+def _memoized_decay(call: Call, q: Tensor, log_decay: Tensor | None) -> Tensor | None:
     """Return exp(log_decay) from the memo that layers and decoding steps share; None if that does not apply."""
     if call.memo is None or q.shape[1] > 1 or log_decay is None or log_decay.ndim > 1:
         return None

@@ -63,7 +63,7 @@ def capacity(length: int, chunk_size: int, cu_seqlens: Tensor | None) -> int:
     return -(-length // chunk_size) + (0 if cu_seqlens is None else cu_seqlens.shape[0] - 1)
 
 
-def cut(x: Tensor, group: Group) -> Tensor:
+def group_view(x: Tensor, group: Group) -> Tensor:
     """Return a group's tokens of x [B T H *] as a view [n B H m *]."""
     batch, _, heads, *rest = x.shape
     row, token, head, *inner = x.stride()
@@ -75,18 +75,18 @@ def cut(x: Tensor, group: Group) -> Tensor:
     )
 
 
-def operand(x: Tensor, group: Group, dtype: torch.dtype, shared: int = 1) -> Tensor:
+def group_rows(x: Tensor, group: Group, dtype: torch.dtype, shared: int = 1) -> Tensor:
     """Return a group's tokens of x [B T H D] as [G m D] in a dtype, each head repeated `shared` times.
 
     The result is a view where the layout permits, such as for one chunk of one row.
     """
-    x = cut(x, group).to(dtype)
+    x = group_view(x, group).to(dtype)
     return (x if shared == 1 else x[:, :, :, None].expand(-1, -1, -1, shared, -1, -1)).flatten(0, -3)
 
 
-def store(out: Tensor, group: Group, x: Tensor) -> None:
-    """Write a group's tokens x [G m D] to their place in out [B T H D]; the inverse of `operand`."""
-    destination = cut(out, group)
+def store_group(out: Tensor, group: Group, x: Tensor) -> None:
+    """Write a group's tokens x [G m D] to their place in out [B T H D]; the inverse of `group_rows`."""
+    destination = group_view(out, group)
     destination.copy_(x.view(destination.shape))
 
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .family import Recurrence
-from .groups import Group, cut, sum_after
+from .groups import Group, group_view, sum_after
 from .products import product
 
 Grads: TypeAlias = tuple[Tensor, Tensor, Tensor | None]
@@ -277,7 +277,7 @@ class _PerKeyChunk(ChunkDecays):
         return blocks[:, :, 0].diagonal(dim1=1, dim2=2).mT
 
 
-def pairs_by_halves(tokens: int) -> int:
+def count_product_pairs(tokens: int) -> int:
     """Return the number of token pairs whose scores are matrix products, in a chunk with decays per key dimension.
 
     These are the pairs of two different tokens, each once, after padding to a power of two of tokens.
@@ -332,7 +332,7 @@ class _TokenDecays:
         self.dtype = like.dtype
 
     def chunks(self, group: Group) -> ChunkDecays:
-        a = cut(self.log_decay, group).to(self.dtype)
+        a = group_view(self.log_decay, group).to(self.dtype)
         if a.ndim == 5:
             return _PerKeyChunk(a, self._mask)
         m = a.shape[3]
