@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .registry import ConfigError, SeqmixError
     from .training import RunConfig, load_config, load_run, train
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 __all__ = [
     "MIXERS",
