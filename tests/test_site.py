@@ -25,7 +25,6 @@ WANTED = {
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
     pytest.importorskip("mkdocs")
-    pytest.importorskip("mkdocstrings")
     pytest.importorskip("latex2mathml")
     from mkdocs.commands.build import build
     from mkdocs.config import load_config
