@@ -29,7 +29,7 @@ class MinGRUConfig(MixerConfig):
 
     kind: Literal["mingru"] = "mingru"
     expansion: int = Field(default=1, gt=0, le=1000, examples=[2])
-    """Width of the state over d_model."""
+    """Width of the state, divided by d_model."""
     paradigm: Paradigm = Field(default=Paradigm.PARALLEL, strict=False)
     """The paradigm of training and evaluation."""
 
