@@ -208,8 +208,10 @@ def evaluate_tasks(
 
 @lru_cache(maxsize=1)
 def _task_manager(tasks: tuple[str, ...], include_path: str | Path | None) -> Any:
-    """Return lm-eval's task index; lm-eval's own tasks, half a minute of indexing, are left out if the folder has
-    all."""
+    """Return lm-eval's task index, without lm-eval's own tasks if the folder has all that are needed.
+
+    Indexing lm-eval's own tasks takes half a minute.
+    """
     make_manager = partial(import_module("lm_eval.tasks").TaskManager, include_path=include_path and str(include_path))
     if include_path is not None:
         local = make_manager(include_defaults=False)

@@ -48,8 +48,7 @@ class StateLayer(CacheLayerMixin):
         return self.length
 
     def get_mask_sizes(self, query: int | Tensor) -> tuple[int, int]:
-        """Return the length and offset of the keys that an attention layer would have; masks of other layers need
-        them."""
+        """Return the length and offset of keys, as an attention layer would: masks of other layers need them."""
         return self.length + (query if isinstance(query, int) else len(query)), 0
 
     def get_max_length(self) -> int:
