@@ -30,8 +30,8 @@ def pytest_configure(config: pytest.Config) -> None:
         from .testing import CHECKS
         from .testing.engine.parametrize import COMMAND_LINE
 
-        named = any(CHECKS[name].stress for name in names if name in CHECKS)
-        COMMAND_LINE.stress = named or stress
+        names_stress_check = any(CHECKS[name].stress for name in names if name in CHECKS)
+        COMMAND_LINE.stress = names_stress_check or stress
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

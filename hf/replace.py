@@ -48,8 +48,8 @@ def replace_mixers(
     if isinstance(layers, int):
         raise SeqmixError(f"layers expects a list, such as [{layers}], got {layers}")
     replaceable = [index for index, layer in enumerate(decoder.layers) if hasattr(layer, "self_attn")]
-    chosen = replaceable if layers is None else list(layers)
-    if missing := [index for index in chosen if index not in replaceable]:
+    indices = replaceable if layers is None else list(layers)
+    if missing := [index for index in indices if index not in replaceable]:
         raise SeqmixError(
             f"{type(model).__name__} has no layer {missing[0]} with attention; layers with attention, counted from 0: "
             f"{', '.join(map(str, replaceable))}"
@@ -58,12 +58,12 @@ def replace_mixers(
         mixer = config if isinstance(config, MixerConfig) else _MIXER.validate_python(config)
     except ValidationError as error:
         raise SeqmixError(explain_fields(error, config, "the mixer")) from error
-    for index in chosen:
+    for index in indices:
         attention = decoder.layers[index].self_attn
         weight = next(attention.parameters())
-        new = mixer.build(model.config.get_text_config().hidden_size, layer_idx=index, n_layers=count)
-        new = new.to(weight.device, weight.dtype)
-        decoder.layers[index].self_attn = MixerAsAttention(new, index).train(attention.training)
+        replacement = mixer.build(model.config.get_text_config().hidden_size, layer_idx=index, n_layers=count)
+        replacement = replacement.to(weight.device, weight.dtype)
+        decoder.layers[index].self_attn = MixerAsAttention(replacement, index).train(attention.training)
     if not any(hook is _pass_rows for hook in decoder._forward_pre_hooks.values()):
         decoder.register_forward_pre_hook(_pass_rows, with_kwargs=True)
     model._is_stateful = True  # makes transformers reject assisted decoding

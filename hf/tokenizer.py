@@ -62,5 +62,5 @@ def _fast_tokenizer(tokenizer: OurTokenizer) -> tuple[Tokenizer, str]:
 def _byte_letters() -> list[str]:
     """Return the letter of each byte in a byte-level vocabulary; a printable byte is its own letter."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = iter(range(256, 512))
-    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+    substitutes = iter(range(256, 512))
+    return [chr(byte if byte in printable else next(substitutes)) for byte in range(256)]

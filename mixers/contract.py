@@ -107,7 +107,7 @@ class MixerConfig(Config, ABC):
         return Paradigm(value) if isinstance(value, str) and value in list(Paradigm) else value
 
     @model_validator(mode="after")
-    def _default_paradigm_is_declared(self) -> "MixerConfig":
+    def _check_default_paradigm(self) -> "MixerConfig":
         require_paradigm(self.paradigm, _traits_of(self), self.kind)
         return self
 

@@ -117,7 +117,7 @@ class LatentAttention(CachedMixer):
         q, latents = self._project(x, call)
         # with context parallelism, processes exchange latents, which are smaller than keys and values
         absorbed = call.paradigm is Paradigm.RECURRENT or call.cp_group is not None
-        output, final_state = (self._absorbed if absorbed else self._expanded)(q, latents, call)
+        output, final_state = (self._attend_to_latents if absorbed else self._attend_to_keys)(q, latents, call)
         if final_state is not None:
             final_state = stored_as(final_state, self.dtype)  # under autocast, a new cache has a narrower dtype
         return self.out_proj(output.flatten(2)), final_state
@@ -127,16 +127,16 @@ class LatentAttention(CachedMixer):
         a, latent, rotary = self.in_proj(x).split(list(self.widths.values()), dim=-1)
         if self.q_norm is not None and self.q_up is not None:
             a = self.q_up(self.q_norm(a, None).to(a.dtype))
-        plain, turning = a.unflatten(-1, (self.n_heads, -1)).split([self.key_dim, self.rotary_dim], dim=-1)
+        plain, to_rotate = a.unflatten(-1, (self.n_heads, -1)).split([self.key_dim, self.rotary_dim], dim=-1)
         positions = call.positions(x, None if call.state is None else call.state.length)
-        turned = torch.cat((turning, rotary[:, :, None]), dim=2)
+        rotary_heads = torch.cat((to_rotate, rotary[:, :, None]), dim=2)
         if self.config.positions == "rope":
-            turned = rotated(turned, positions, "rope", self.config.rope_base, memo=call.memo)
-        latent = self.kv_norm(latent, None).to(turned.dtype)[:, :, None]
-        q = torch.cat((plain, turned[:, :, : self.n_heads]), dim=-1)
-        return q, torch.cat((latent, turned[:, :, self.n_heads :]), dim=-1)
+            rotary_heads = rotated(rotary_heads, positions, "rope", self.config.rope_base, memo=call.memo)
+        latent = self.kv_norm(latent, None).to(rotary_heads.dtype)[:, :, None]
+        q = torch.cat((plain, rotary_heads[:, :, : self.n_heads]), dim=-1)
+        return q, torch.cat((latent, rotary_heads[:, :, self.n_heads :]), dim=-1)
 
-    def _expanded(self, q: Tensor, latents: Tensor, call: Call) -> tuple[Tensor, Cache | None]:
+    def _attend_to_keys(self, q: Tensor, latents: Tensor, call: Call) -> tuple[Tensor, Cache | None]:
         """Attend with keys and values per head, computed from new and cached latents."""
         past = call.state
         window = self.config.window
@@ -149,11 +149,11 @@ class LatentAttention(CachedMixer):
             return output, None
         return output, final_cache(latents, latents[..., :0], window, call.state, call.documents, donated=call.donated)
 
-    def _absorbed(self, q: Tensor, latents: Tensor, call: Call) -> tuple[Tensor, Cache | None]:
+    def _attend_to_latents(self, q: Tensor, latents: Tensor, call: Call) -> tuple[Tensor, Cache | None]:
         """Attend to the latents directly, with queries of the width of the latents."""
         to_keys, to_values = self._up().split([self.key_dim, self.value_dim], dim=1)
-        plain, turned = q.split([self.key_dim, self.rotary_dim], dim=-1)
-        queries = torch.cat((torch.einsum("bthk,hkr->bthr", plain, to_keys), turned), dim=-1)
+        plain, rotary_queries = q.split([self.key_dim, self.rotary_dim], dim=-1)
+        queries = torch.cat((torch.einsum("bthk,hkr->bthr", plain, to_keys), rotary_queries), dim=-1)
         output, final_state = softmax_attention(
             queries,
             latents,
@@ -176,8 +176,8 @@ class LatentAttention(CachedMixer):
     def _keys_and_values(self, latents: Float[Tensor, "_ M 1 R+P"]) -> tuple[Tensor, Tensor]:
         """Compute keys [_ M H K+P] and values [_ M H V] from latents."""
         latent, rotary = latents.split([self.rank, self.rotary_dim], dim=-1)
-        both = self.kv_up(latent[:, :, 0]).unflatten(-1, (self.n_heads, -1))
-        plain, values = both.split([self.key_dim, self.value_dim], dim=-1)
+        keys_and_values = self.kv_up(latent[:, :, 0]).unflatten(-1, (self.n_heads, -1))
+        plain, values = keys_and_values.split([self.key_dim, self.value_dim], dim=-1)
         return torch.cat((plain, rotary.expand(-1, -1, self.n_heads, -1)), dim=-1), values
 
     def flops(self, length: int, paradigm: Paradigm, context: int = 0) -> int:
@@ -187,7 +187,7 @@ class LatentAttention(CachedMixer):
         options = {"window": self.config.window, "chunk_size": self.config.chunk_size, "context": context}
         weights = self.in_proj.weight.numel() + self.out_proj.weight.numel()
         weights += 0 if self.q_up is None else self.q_up.weight.numel()
-        expanded = length + (0 if absorbed else self.cached(context))
+        expanded = length + (0 if absorbed else self.cache_slots(context))
         widths = (self.rank + self.rotary_dim, self.rank) if absorbed else (key, value)
         return (
             2 * length * weights

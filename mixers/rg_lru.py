@@ -94,11 +94,11 @@ class RGLRU(ScanMixer):
         logits = torch.einsum("bthi,hij->bthj", by_head, self.gate_weight.to(u.dtype)).to(self.state_dtype)
         r, i = (logits + self.gate_bias.to(logits.dtype)).sigmoid().chunk(2, dim=-1)
         log_decay = -SHARPNESS * F.softplus(self.rate.to(logits.dtype)) * r.flatten(2)
-        written = _sqrt(-torch.expm1(2 * log_decay))
+        input_scale = _sqrt(-torch.expm1(2 * log_decay))
         if self.config.unit_start:
             first = call.positions(x, None if call.state is None else call.state.position) == 0
-            written = torch.where(first[..., None], 1.0, written)
-        h, memory = scan(written * i.flatten(2) * u.to(logits.dtype), log_decay, call.enter("memory"))
+            input_scale = torch.where(first[..., None], 1.0, input_scale)
+        h, memory = scan(input_scale * i.flatten(2) * u.to(logits.dtype), log_decay, call.enter("memory"))
         y = self.out_proj((h * F.gelu(gate.to(h.dtype), approximate="tanh")).to(u.dtype))
         return y, self.state_after(x, memory, recent, call)
 

@@ -96,7 +96,7 @@ class RWKV7(MatrixStateMixer):
         by_head = (self.n_heads, -1)
         (xr, xw, xk, xv, xa, xg), recent = self.convolve(x, call)
         r, k, own_values = map(F.linear, (xr, xk, xv), self.in_proj.weight.chunk(3))
-        v = own_values if self.value_proj is None else self.value_proj.mixed(own_values, call.first_values, xv)
+        v = own_values if self.value_proj is None else self.value_proj.mix_in(own_values, call.first_values, xv)
         r, k, v, decay, rate = (y.unflatten(-1, by_head) for y in (r, k, v, self.decay_proj(xw), self.rate_proj(xa)))
         log_decay = -0.6065306597126334 * decay.to(wide).sigmoid()
         rate = rate.to(wide).sigmoid()

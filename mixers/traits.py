@@ -95,8 +95,8 @@ def require_initial_state(paradigm: Paradigm, traits: Traits, kind: str) -> None
     """Reject an initial state in a paradigm that does not accept one."""
     if not traits.takes_state(paradigm):
         require_state(traits, kind)
-        others = ", ".join(sorted(traits.paradigms - {paradigm}))
-        raise ContractError(f"{kind} takes no state in the {paradigm} paradigm; it takes one in: {others}")
+        accepting = ", ".join(sorted(traits.paradigms - {paradigm}))
+        raise ContractError(f"{kind} takes no state in the {paradigm} paradigm; it takes one in: {accepting}")
 
 
 def require_compiles(traits: Traits, kind: str) -> None:

@@ -37,11 +37,11 @@ class CachedMixer(SequenceMixer[Cache]):
         require_capacity(processed, max_length, self.kind)
         return moved(state, *self._cache_type(max_length, min(processed, key_cache(state).keys.shape[1])))
 
-    def _cache_type(self, max_length: int | None, used: int) -> tuple[type[RingCache] | type[GrowingCache], int]:
+    def _cache_type(self, max_length: int | None, slots: int) -> tuple[type[RingCache] | type[GrowingCache], int]:
         """Return the cache type and its number of slots: a ring buffer if the size is bounded, else a growing cache."""
         bounds = [bound for bound in (self.config.window, max_length) if bound is not None]
-        return RingCache if bounds else GrowingCache, min(bounds, default=used)
+        return RingCache if bounds else GrowingCache, min(bounds, default=slots)
 
-    def cached(self, context: int) -> int:
+    def cache_slots(self, context: int) -> int:
         """Return the number of cache slots after a prefix of `context` tokens."""
         return 0 if context == 0 else context if self.config.window is None else self.config.window

@@ -135,11 +135,11 @@ class QKVMixer(MatrixStateMixer):
         keys = self.n_qk_heads * self.key_dim
         values = self.n_heads * self.value_dim
         gate = {"gate": values} if config.gate != "none" and self.projects_gate else {}
-        written = self.steps * keys, self.steps * values
-        self.widths = {"q": keys, "k": written[0], "v": written[1], **gate, **more}
-        self.others = tuple(self.widths)[3:]
+        step_widths = self.steps * keys, self.steps * values
+        self.widths = {"q": keys, "k": step_widths[0], "v": step_widths[1], **gate, **more}
+        self.extra_names = tuple(self.widths)[3:]
         self.in_proj = nn.Linear(d_model, sum(self.widths.values()), bias=False)
-        channels = keys + sum(written)
+        channels = keys + sum(step_widths)
         self.convolution = ShortConvolution.of(config.short_conv, channels, activation=self.activation)
         self.norm = self.output_norm(self.value_dim)
         self.out_proj = nn.Linear(values, d_model, bias=False)
@@ -190,11 +190,11 @@ class QKVMixer(MatrixStateMixer):
         else:  # a single split, so that backward concatenates the gradients once
             qk, v, *others = self.in_proj(x).split_with_sizes([q + k, v, *rest], -1)
             _, recent = self.convolve(qk, call)
-        more = dict(zip(self.others, others, strict=True))
+        more = dict(zip(self.extra_names, others, strict=True))
         heads = self.n_heads
-        written = self.steps * self.n_heads
+        kv_heads = self.steps * self.n_heads
         qk = torch.unflatten(qk, -1, ((1 + self.steps) * self.n_qk_heads, -1))  # faster than Tensor.unflatten
-        v = torch.unflatten(v, -1, (written, -1))
+        v = torch.unflatten(v, -1, (kv_heads, -1))
         qk = self.features(qk)
         positions = None
         if self.counts_positions:
@@ -203,7 +203,7 @@ class QKVMixer(MatrixStateMixer):
                 qk = rotated(qk, positions, self.config.rotation, self.config.rotation_base, memo=call.memo)
         if self.n_qk_heads != heads:  # several value heads share queries and keys
             qk = qk.repeat_interleave(heads // self.n_qk_heads, dim=2)
-        q, k = qk.to(self.op_dtype(v.dtype)).split_with_sizes([heads, written], 2)
+        q, k = qk.to(self.op_dtype(v.dtype)).split_with_sizes([heads, kv_heads], 2)
         gate = more.pop("gate", None)
         gate = None if gate is None else torch.unflatten(gate, -1, (heads, -1))
         if self.steps != 1:

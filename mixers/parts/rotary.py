@@ -49,16 +49,16 @@ class Llama3Scaling(Config):
 RopeScaling = Annotated[LinearScaling | Llama3Scaling, Field(discriminator="kind")]
 
 
-def scaled(theta: Float[Tensor, " K/2"], by: LinearScaling | Llama3Scaling | None) -> Float[Tensor, " K/2"]:
+def scale_angles(theta: Float[Tensor, " K/2"], scaling: LinearScaling | Llama3Scaling | None) -> Float[Tensor, " K/2"]:
     """Scale angles for an extended context; None leaves them unchanged."""
-    if by is None:
+    if scaling is None:
         return theta
-    if isinstance(by, LinearScaling):
-        return theta / by.factor
-    low = by.low_freq_factor
-    high = by.high_freq_factor
-    share = ((by.original_length * theta / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
-    return torch.lerp(theta / by.factor, theta, share)
+    if isinstance(scaling, LinearScaling):
+        return theta / scaling.factor
+    low = scaling.low_freq_factor
+    high = scaling.high_freq_factor
+    share = ((scaling.original_length * theta / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+    return torch.lerp(theta / scaling.factor, theta, share)
 
 
 def frequencies(head_dim: int, schedule: Schedule, base: float, device: torch.device) -> Float[Tensor, " K/2"]:
@@ -90,8 +90,8 @@ def rotated(
         memo: that of the call, because all layers use the same angles.
     """
     if dims is not None and dims < x.shape[-1]:
-        turned = rotated(x[..., :dims], positions, schedule, base, None, scaling, memo)
-        return torch.cat((turned, x[..., dims:]), dim=-1)
+        rotated_dims = rotated(x[..., :dims], positions, schedule, base, None, scaling, memo)
+        return torch.cat((rotated_dims, x[..., dims:]), dim=-1)
     theta = once(memo, frequencies, x.shape[-1], schedule, base, positions.device)
     wide = torch.promote_types(x.dtype, torch.float32)
     return rotate(x, once(memo, _rotation_at, positions, theta, scaling, wide))
@@ -100,7 +100,7 @@ def rotated(
 def _rotation_at(
     positions: Tensor, theta: Tensor, scaling: LinearScaling | Llama3Scaling | None, dtype: torch.dtype
 ) -> "Rotation":
-    angles = rotation(positions, scaled(theta, scaling), dtype)
+    angles = rotation(positions, scale_angles(theta, scaling), dtype)
     return angles if torch.compiler.is_compiling() else angles._replace(unit=torch.complex(angles.cos, angles.sin))
 
 
@@ -128,11 +128,11 @@ def rotate(x: Float[Tensor, "B T H K"], by: Rotation) -> Float[Tensor, "B T H K"
     # one complex product takes a third of the time of real ones; compilers fuse real ones and do not support complex
     if not torch.compiler.is_compiling() and _is_complex_view(x):
         unit = torch.complex(by.cos, by.sin) if by.unit is None else by.unit
-        turned = torch.view_as_real(torch.view_as_complex(pairs) * unit).flatten(-2)
+        rotated_pairs = torch.view_as_real(torch.view_as_complex(pairs) * unit).flatten(-2)
     else:
         cos, sin = (torch.stack(pair, dim=-1).flatten(-2) for pair in ((by.cos, by.cos), (-by.sin, by.sin)))
-        turned = torch.addcmul(x * cos, pairs.flip(-1).flatten(-2), sin)
-    return turned if dtype == wide else turned.to(dtype)
+        rotated_pairs = torch.addcmul(x * cos, pairs.flip(-1).flatten(-2), sin)
+    return rotated_pairs if dtype == wide else rotated_pairs.to(dtype)
 
 
 def _is_complex_view(x: Tensor) -> bool:

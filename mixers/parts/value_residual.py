@@ -20,7 +20,7 @@ class ValueResidual(LowRank):
         bias = self.up.bias
         bias.copy_(torch.linspace(0.93, 0.53, len(bias), device=bias.device, dtype=torch.float64))
 
-    def mixed(
+    def mix_in(
         self, v: Float[Tensor, "B T C"], first: Float[Tensor, "B T C"] | None, x: Float[Tensor, "B T C"]
     ) -> Float[Tensor, "B T C"]:
         """Return v mixed with the values of the first layer."""
