@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...mixers.state import is_inexact, map_state, select
 from ..check import check
-from ..gradients import strided, time_first, with_gradient_laid_out
+from ..gradients import strided, time_first, with_gradient_layout
 from ..mixer.case import CROWDS, Draw
 from ..mixer.trial import Trial
 
@@ -65,8 +65,8 @@ def strides_change_nothing(trial: Trial) -> None:
 
         def with_strides(x, state, call=call):
             y, after = call(lay(x), _laid(strided, state))
-            after = _laid(lambda leaf: with_gradient_laid_out(leaf, strided) if is_inexact(leaf) else leaf, after)
-            return with_gradient_laid_out(y, lay), after
+            after = _laid(lambda leaf: with_gradient_layout(leaf, strided) if is_inexact(leaf) else leaf, after)
+            return with_gradient_layout(y, lay), after
 
         expected = trial.differentiate(call, x, state)
         actual = trial.differentiate(with_strides, x, state)

@@ -10,7 +10,14 @@ from ...registry import SeqmixError
 from ..check import NOT_COMPILED, check, compilable, recurrent, stateful
 from ..compare import require
 from ..mixer.case import Draw
-from ..mixer.compiled import PREFIX, backend_of, counting_backend, one_graph, require_one_graph, rows_may_differ
+from ..mixer.compiled import (
+    PREFIX,
+    backend_of,
+    compiler_errors_as_failures,
+    counting_backend,
+    require_one_graph,
+    rows_may_differ,
+)
 from ..mixer.trial import Trial
 
 NOTHING = Draw(tokens=(5, 5), batch_size=(2, 2), starts=("none",), uses=("training",), chunk_size=4)
@@ -48,7 +55,7 @@ def decoding_compiles_once(trial: Trial) -> None:
     counter = counting_backend(backend_of(trial))
     step = torch.compile(trial.mixer.step, fullgraph=True, backend=counter)
     x = trial.tokens()
-    with one_graph(), torch._dynamo.config.patch(recompile_limit=2 * x.shape[1]):
+    with compiler_errors_as_failures(), torch._dynamo.config.patch(recompile_limit=2 * x.shape[1]):
         state, expected = _read_before(trial, x)
         sizes = _sizes(state)
         y, after = trial.decode(x, state, step)

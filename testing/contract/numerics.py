@@ -9,8 +9,8 @@ from torch import Tensor
 from ...mixers.state import to_dict
 from ...ops.runtime.paradigm import Paradigm
 from ...registry import SeqmixError
-from ..check import LESS_PRECISE, check, packing, shifted
-from ..compare import FEW, near, require
+from ..check import LESS_PRECISE, check, packing, shifted_leaves
+from ..compare import FEW, require, require_near
 from ..mixer.case import LENGTHS, USES, Draw
 from ..mixer.rounding import LOW, is_copied, require_near_float64, rows_moved, step_by_step, tolerance_after, widened
 from ..mixer.trial import Trial, named_leaves, named_results
@@ -119,7 +119,7 @@ def _does_not_drift(trial: Trial, length: int) -> None:
         what = f"{paradigm} in {dtype}, the last {last} of {length} tokens"
         for name, result in expected.items():
             ends_here = lambda name=name: shifted()[name]  # noqa: E731
-            near(name, what, actual[name], result, tolerance, moved=moved, shifted=ends_here)
+            require_near(name, what, actual[name], result, tolerance, row_moves=moved, perturbed=ends_here)
 
 
 @check(
@@ -133,7 +133,7 @@ def dtypes_are_kept(trial: Trial) -> None:
     mixer, x, state = trial.mixer, trial.tokens(), trial.state()
     initial = to_dict(trial.initial_state(trial.case.batch_size))
     for name, leaf in initial.items():
-        if shifted(mixer).get(name):
+        if shifted_leaves(mixer).get(name):
             require(leaf.dtype == torch.int64, f"init_state: {name} is {leaf.dtype}; positions are int64")
         elif leaf.is_floating_point():
             allowed = (torch.promote_types(leaf.dtype, mixer.state_dtype), mixer.dtype)

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...mixers.state import concatenate, map_state, select
 from ...ops.runtime.packing import Documents
 from ..check import NOT_PACKED, check, differentiable, packing
-from ..gradients import strided, with_gradient_laid_out
+from ..gradients import strided, with_gradient_layout
 from ..mixer.case import USES, Draw
 from ..mixer.trial import SegmentCall, Trial
 
@@ -107,7 +107,7 @@ def gradients_of_documents_are_those_of_sequences(trial: Trial) -> None:
 
         def packed(x, state, paradigm=paradigm):
             y, states = trial.used(paradigm, cu_seqlens=boundaries)(x, state)
-            return with_gradient_laid_out(y, strided) if trial.case.seed % 2 else y, states
+            return with_gradient_layout(y, strided) if trial.case.seed % 2 else y, states
 
         actual = trial.differentiate(trial.kept(packed), x, state, used=True)
         what = f"{paradigm}, {trial.use}, documents of {described(trial)} tokens packed against each alone"

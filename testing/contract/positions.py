@@ -9,7 +9,7 @@ from ...mixers.contract import SequenceMixer
 from ...mixers.state import is_inexact, to_dict
 from ...ops.runtime.paradigm import Paradigm
 from ...registry import SeqmixError
-from ..check import NOT_INVARIANT, check, exact_gradients, invariant, positioned, shiftable, shifted, stateful
+from ..check import NOT_INVARIANT, check, exact_gradients, invariant, positioned, shiftable, shifted_leaves, stateful
 from ..compare import EXACT, require
 from ..memory_limit import limited_memory
 from ..mixer.case import FIXED, Draw
@@ -152,7 +152,7 @@ def _no_count_matters(trial: Trial, x: Tensor) -> None:
 
 def _has_flags(mixer: SequenceMixer[Any]) -> bool:
     """True if a state has integers or booleans that a shift of positions leaves alone."""
-    counts, before = shifted(mixer, 1), to_dict(mixer.init_state(1))
+    counts, before = shifted_leaves(mixer, 1), to_dict(mixer.init_state(1))
     return any(not counts.get(name) for name, leaf in before.items() if not is_inexact(leaf))
 
 

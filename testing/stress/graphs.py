@@ -9,7 +9,7 @@ from torch import Tensor
 from ..check import NOT_COMPILED, check, compilable, packing, stateful
 from ..compare import require
 from ..mixer.case import Draw
-from ..mixer.compiled import counting_backend, one_graph, require_one_graph
+from ..mixer.compiled import compiler_errors_as_failures, counting_backend, require_one_graph
 from ..mixer.subject import BACKEND
 from ..mixer.trial import Trial
 
@@ -100,7 +100,7 @@ def graphs_follow_sizes(trial: Trial) -> None:
         calls = [(trial.tokens(rows, length), {}) for rows, length in ((2, 9), (4, 14))]
     for number, (x, options) in enumerate(calls):
         expected = trial.differentiate(partial(function, **options), x, None)
-        with one_graph():
+        with compiler_errors_as_failures():
             actual = trial.differentiate(partial(compiled, **options), x, None)
         what = f"compiled against eager, {list(x.shape)} after other sizes"
         trial.compare(f"{what}, documents {options['cu_seqlens'].tolist()}" if options else what, actual, expected)

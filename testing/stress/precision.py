@@ -8,8 +8,8 @@ from torch import Tensor
 from ...mixers.state import to_dict
 from ...ops.runtime.paradigm import Paradigm
 from ...registry import SeqmixError
-from ..check import LESS_PRECISE, check, positioned, shifted, stateful
-from ..compare import near, require
+from ..check import LESS_PRECISE, check, positioned, shifted_leaves, stateful
+from ..compare import require, require_near
 from ..memory_limit import limited_memory
 from ..mixer.case import FIXED, USES, Draw
 from ..mixer.rounding import LOW, is_copied, require_near_float64, rows_moved, step_by_step, tolerance_after
@@ -56,13 +56,13 @@ def late_positions_are_exact(trial: Trial) -> None:
         for paradigm in trial.paradigms:
             y, after = trial.mix(x, late_start(trial.mixer, len(x), start), paradigm=paradigm)
             what = f"{paradigm}, {trial.case.dtype} at position {start:,}"
-            near("the output", what, y, expected, tolerances[trial.case.dtype])
+            require_near("the output", what, y, expected, tolerances[trial.case.dtype])
             if trial.case.dtype == torch.float32:  # products have 8 bits there, and an angle may be one
                 with torch.autocast(device, torch.bfloat16):
                     y, _ = trial.mix(x, late_start(trial.mixer, len(x), start), paradigm=paradigm)
-                near("the output", f"{what} under autocast", y, expected, tolerances[torch.bfloat16])
+                require_near("the output", f"{what} under autocast", y, expected, tolerances[torch.bfloat16])
             for name, leaf in to_dict(after).items():
-                if shifted(trial.mixer, start).get(name):
+                if shifted_leaves(trial.mixer, start).get(name):
                     sentence = f"{paradigm}: the state's {name} went from {start:,} to {leaf.min().item():,}"
                     require((leaf >= start).all(), f"{sentence}; positions are int64")
         pieces, between = [], late_start(exact, len(x), start)
@@ -105,7 +105,7 @@ def long_decoding_does_not_drift(trial: Trial) -> None:
         what = f"the last {last} of {STEPS} segments of one token in {trial.case.dtype}, one of {rows} rows"
         for row in torch.arange(rows).split(1):
             far = lambda name, row=row: moved(name)[row]  # noqa: E731
-            near("the output", what, y[row, -last:], expected[row], tolerance, moved=far)
+            require_near("the output", what, y[row, -last:], expected[row], tolerance, row_moves=far)
 
 
 @check(

@@ -12,7 +12,7 @@ from mutants.specimen import Specimen, SpecimenConfig
 from torch import Tensor, nn
 
 from seqmix.mixers.contract import SequenceMixer
-from seqmix.testing.compare import CheckFailure, near, require
+from seqmix.testing.compare import CheckFailure, require, require_near
 from seqmix.testing.contract.packing import alone, described, together
 from seqmix.testing.mixer.case import Draw
 from seqmix.testing.mixer.trial import SegmentCall, Trial, learnable
@@ -45,7 +45,7 @@ def _under_autocast(trial: Trial, x: Tensor) -> None:
             return layers[1](x, first_values=values)[0]
 
     what = "under autocast, with values that the first layer gives there"
-    near("the output", what, run(True), run(False), 2 * trial.subject.tolerances[torch.bfloat16])
+    require_near("the output", what, run(True), run(False), 2 * trial.subject.tolerances[torch.bfloat16])
 
 
 def taking(trial: Trial) -> SequenceMixer:
