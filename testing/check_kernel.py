@@ -134,7 +134,7 @@ class CheckedKernel(CheckedSubject[KernelCase]):
         if kernel.op not in FAMILIES:
             known = ", ".join(FAMILIES)
             raise SeqmixError(
-                f"expected a kernel of an op with a definition, got op {kernel.op}; ops with one: {known}"
+                f"expected a kernel of an op with a definition, got the op {kernel.op}; defined ops: {known}"
             )
         family = FAMILIES[kernel.op]
         self.probes, self.wide = list(family.probes(device)), list(family.probes(device, WIDE))
