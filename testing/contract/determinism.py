@@ -37,10 +37,8 @@ def results_are_deterministic(trial: Trial) -> None:
     graph. A call draws no random numbers, and leaves nothing of its input in parameters, buffers, attributes or
     upstream gradients."""
     x, state, other = trial.tokens(), trial.state(), trial.tokens()
-    mixer, sampled = (
-        trial.mixer_in_use,
-        trial.rebuilt(),
-    )  # before the generator's state is saved: building draws numbers
+    # build before the generator's state is saved: building draws random numbers
+    mixer, sampled = trial.mixer_in_use, trial.rebuilt()
     if trial.case.options or trial.case.use == "training":
         _train_after_sampling(trial)
     generator_state = torch.random.get_rng_state()

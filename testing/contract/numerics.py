@@ -112,7 +112,7 @@ def _require_no_drift(trial: Trial, length: int) -> None:
     else:
         moved = rows_moved(lambda x, *_: ends(*trial.mix(x, None, exact)), x, None, dtype)
     for paradigm in trial.paradigms:
-        # parallel is quadratic in time: run thousands of tokens only if it is the default, and only from a state
+        # parallel takes quadratic time: thousands of tokens only if it is the default, and from a state if it takes one
         has_case_with_state = state is None and trial.mixer.traits.takes_state(paradigm)
         expendable = has_case_with_state or paradigm is not trial.mixer.paradigm
         if paradigm is Paradigm.PARALLEL and length > LONG and expendable:

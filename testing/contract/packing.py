@@ -174,6 +174,6 @@ def stack_states(groups: list[Group]) -> Any:
 def _refill(buffer: Tensor, boundaries: Tensor, seed: int) -> None:
     """Write boundaries into a tensor: with torch or, for half of the seeds, without autograd's version counter.
 
-    A data loader that fills the memory through numpy does not count a version either.
+    A data loader that fills the memory through numpy does not increase the counter either.
     """
     (buffer if seed % 4 < 2 else buffer.data).copy_(boundaries)

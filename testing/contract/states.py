@@ -183,8 +183,8 @@ def a_state_is_never_written_under_grad(trial: Trial) -> None:
     draw=Draw(tokens=(1, 5), lists=((1,), (70,)), batch_size=(1, 2), starts=("initial", "read", "moved")),
 )
 def a_constant_state_is_never_written(trial: Trial) -> None:
-    """A call never writes into a constant state without autograd either: not under `no_grad` or `inference_mode`, and
-    not during later steps."""
+    """Without autograd too, a call never writes into a constant state: neither under `no_grad` nor `inference_mode`,
+    and not during later steps."""
     x, original, token = trial.tokens(), trial.state(), trial.tokens(length=1)
     for mode in (torch.no_grad, torch.inference_mode):
         for paradigm in trial.paradigms:

@@ -105,7 +105,7 @@ class Case(WrittenCase):
 
 @dataclass(frozen=True, kw_only=True)
 class Draw:
-    """What a check wants drawn. The defaults draw one segment from any state."""
+    """Specification of the cases that a check draws. The defaults draw one segment from any state."""
 
     pieces: tuple[int, int] = (1, 1)
     """Fewest and most pieces or documents."""

@@ -1,4 +1,4 @@
-"""The options of a configuration that checks vary.
+"""Options of a configuration that checks vary.
 
 Every value of a Literal or a boolean is tried, and None for `X | None`. Numbers come from pydantic's `examples` of the
 field, which are tried first, and from its bounds: somebody will set whatever a field allows. For a float without

@@ -1,4 +1,4 @@
-"""The operations that a check uses on one case: draw tensors, call the mixer, differentiate, compare."""
+"""Operations that a check uses on one case: draw tensors, call the mixer, differentiate, compare."""
 
 from collections.abc import Callable, Mapping
 from functools import cached_property, partial
@@ -52,14 +52,14 @@ class Trial:
 
     @property
     def paradigms(self) -> list[Paradigm]:
-        """The paradigms under test, the configured default first."""
+        """Paradigms under test, the configured default first."""
         declared = self.mixer.traits.paradigms
         chosen = declared if self.subject.paradigms is None else declared & frozenset(self.subject.paradigms)
         return sorted(chosen, key=lambda p: (p is not self.mixer.paradigm, p))
 
     @property
     def reference(self) -> Paradigm:
-        """The paradigm that others are compared with."""
+        """Paradigm that others are compared with."""
         return reference_paradigm(self.config)
 
     def randn(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -125,7 +125,7 @@ class Trial:
 
     @property
     def use(self) -> str:
-        """The use of the case, in words."""
+        """How the case calls the mixer, in words, such as "training without a final state"."""
         return IN_WORDS[self.case.use]
 
     def boundaries(self, dtype: torch.dtype = torch.int64) -> Tensor | None:
@@ -171,7 +171,7 @@ class Trial:
 
     @cached_property
     def mixer_in_use(self) -> SequenceMixer:
-        """The mixer in the mode of the case's use, training or evaluation, without dropout."""
+        """Mixer in the mode of the case's use, training or evaluation, without dropout."""
         return self.mixer if self.case.use == "evaluation" else self.without_dropout().train()
 
     def without_dropout(self) -> SequenceMixer:

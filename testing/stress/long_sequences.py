@@ -122,7 +122,7 @@ def _compare_without_states(trial: Trial, text: Tensor, whole: Tensor) -> None:
 
 
 def _compare_documents(trial: Trial, text: Tensor) -> None:
-    """Compare packed documents with each alone: of a thousand tokens, and such that begin at boundaries of blocks."""
+    """Compare packed documents with each alone. Some are a thousand tokens long, some begin at boundaries of blocks."""
     if not trial.mixer.traits.packing:
         return
     length = text.shape[1]

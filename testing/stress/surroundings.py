@@ -77,7 +77,7 @@ def surroundings_change_nothing(trial: Trial) -> None:
 
 
 def _compare_deterministic_algorithms(trial: Trial, paradigm: Paradigm, x: Tensor) -> None:
-    """Compare results and gradients with and without torch's deterministic algorithms, with packing if there is.
+    """Compare results and gradients with and without torch's deterministic algorithms; packed, if the mixer can pack.
 
     Other checks run with deterministic algorithms alone.
     """
