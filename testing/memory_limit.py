@@ -41,6 +41,6 @@ def limited_memory() -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
             raise
-        raise MemoryBoundError(f"asks for more than {MOST / 2**30:g} GiB of memory") from error
+        raise MemoryBoundError(f"the case asks for more than {MOST / 2**30:g} GiB of memory") from error
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, before)

@@ -85,10 +85,12 @@ def configurations_round_trip(trial: Trial) -> None:
     same = parsed is not None and type(config).model_validate(parsed.plain()) == config
     require(same, f"expected the same configuration from its YAML, got a different one from: {text}")
     for name in ("kind", "traits", "paradigm"):
-        require(getattr(mixer, name) == getattr(config, name), f"the mixer's {name} is not its configuration's")
+        value, declared = getattr(mixer, name), getattr(config, name)
+        require(value == declared, f"expected the mixer's {name} to be its configuration's, {declared}, got {value}")
     for paradigm in trial.paradigms:
         other = trial.rebuilt(paradigm=paradigm)
-        require(other.paradigm is paradigm, f"paradigm: {paradigm} builds a mixer of {other.paradigm}")
+        built = f"expected paradigm={paradigm} to build a mixer with that default, got {other.paradigm}"
+        require(other.paradigm is paradigm, built)
         for length in (1, 4):
             explicit = trial.mix(x[:, :length], None, other, paradigm=paradigm)
             default = trial.mix(x[:, :length], None, other)

@@ -152,10 +152,10 @@ def inputs_are_left_alone(trial: KernelTrial) -> None:
             require(same, f"the upstream gradient of {name} was written in place")
         for name, result in results.items():
             shared = memory.get(result.untyped_storage().data_ptr()) if result.numel() else None
-            require(shared is None, f"{name} is a view of {shared}")
+            require(shared is None, f"{name} is a view of the input {shared}")
     for name, version in versions.items():
         same = inputs[name]._version == version and torch.equal(inputs[name].detach(), before[name].detach())
-        require(same, f"{name} was written in place")
+        require(same, f"the input {name} was written in place")
 
 
 @kernel_check(

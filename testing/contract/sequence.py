@@ -272,7 +272,7 @@ def the_future_changes_nothing(trial: Trial) -> None:
             whole, _ = trial.mix(x, state, paradigm=paradigm, **options)
             for cut in {cuts[0], cuts[-1]}:
                 alone, _ = trial.mix(x[:, :cut], state, paradigm=paradigm, **options)
-                what = f"{paradigm}, {cut} tokens by themselves against the first {cut} of {x.shape[1]}"
+                what = f"{paradigm}, a segment of {cut} tokens against the first {cut} of {x.shape[1]}"
                 trial.compare(what, (alone, None), (whole[:, :cut], None))
         # both batches have the same size: with another number of rows, results may be rounded differently
         y, _ = trial.mix(x[copies], states, paradigm=paradigm, **options)
