@@ -33,7 +33,7 @@ NOTHING = Draw(tokens=(5, 5), batch_size=(2, 2), starts=("none",), uses=("traini
 )
 def training_compiles_into_one_graph(trial: Trial) -> None:
     """Training in the default paradigm compiles with `fullgraph=True`, forward and backward. It gives the results of
-    eager mode, and other data never cause a recompilation."""
+    eager mode, and no data causes a recompilation."""
     require_one_graph(trial, trial.used())
 
 

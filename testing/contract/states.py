@@ -111,8 +111,8 @@ def rows_of_a_state_can_be_rearranged(trial: Trial) -> None:
     draw=Draw(tokens=(1, 6), batch_size=(1, 2)),
 )
 def a_state_survives_the_disk(trial: Trial) -> None:
-    """A state saved as safetensors and loaded continues bit for bit as the original. Resizing a state to other room
-    changes no result."""
+    """A state saved as safetensors and loaded continues bit for bit as the original. Resizing a state changes no
+    result."""
     x, following, state = trial.tokens(), trial.tokens(length=2), trial.state()
     for paradigm in trial.paradigms:
         _, before = trial.mix(x, state, paradigm=paradigm)
