@@ -76,8 +76,10 @@ class Row:
     """Figures of one implementation at one length."""
 
     what: str
+    """Part of the benchmark, such as "forward"."""
     length: int
     name: str
+    """Name of the implementation."""
     skipped: str | None = None
     """Reason why there are no figures; None if there are."""
     parameters: int | None = None

@@ -101,8 +101,8 @@ def measure(
                 file.write_text("{}\n", encoding="utf-8")  # marks the part as passed
         has_report = part.measures and problem is None and file.exists()
         report = from_json(file.read_text(encoding="utf-8")) if has_report else None
-        took = time.perf_counter() - began
-        outcomes.append(PartOutcome(part=part, problem=problem, failed=failed, seconds=took, report=report))
+        seconds = time.perf_counter() - began
+        outcomes.append(PartOutcome(part=part, problem=problem, failed=failed, seconds=seconds, report=report))
         write(outcomes, out)
     return outcomes
 

@@ -12,11 +12,11 @@ NOISE = 2.0**20
 
 def figures_of(report: Report) -> list[Figure]:
     """Return a figure of the time of each part of a benchmark, and one of the memory of the last part."""
-    whats = list(dict.fromkeys(row.what for row in report.rows))
+    parts = list(dict.fromkeys(row.what for row in report.rows))
     x = Axis("tokens", log=True, ticks=sorted({row.length for row in report.rows}))
 
-    def series(what: str, value: Callable[[Row], tuple[float, ...] | None]) -> list[Series]:
-        rows = [row for row in report.rows if row.what == what]
+    def series(part: str, value: Callable[[Row], tuple[float, ...] | None]) -> list[Series]:
+        rows = [row for row in report.rows if row.what == part]
         return [
             Series(name, [Point(row.length, *y) for row in rows if row.name == name and (y := value(row))], style)
             for name, style in _styles(report).items()
@@ -26,11 +26,11 @@ def figures_of(report: Report) -> list[Figure]:
         return row.seconds and (row.seconds.median, row.seconds.low, row.seconds.high)
 
     figures = []
-    for what in whats:
-        title = what if what == report.benchmark else f"{report.benchmark}: {what}"
+    for part in parts:
+        title = part if part == report.benchmark else f"{report.benchmark}: {part}"
         name = title.replace(": ", "-").replace(" + ", "-").replace(" ", "-")
         caption = f"Medians of {report.settings['repeat']} rounds; bars from lowest to highest. Lower is faster."
-        figures.append(Figure(name, title, caption, x, Axis("time", unit="seconds", log=True), series(what, seconds)))
+        figures.append(Figure(name, title, caption, x, Axis("time", unit="seconds", log=True), series(part, seconds)))
     if report.benchmark == "decode":
         kind = "state"
         caption = "State of all sequences together."
@@ -43,7 +43,7 @@ def figures_of(report: Report) -> list[Figure]:
     def bytes_of(row: Row) -> tuple[float, ...] | None:
         return (value,) if (value := getattr(row, f"{kind}_bytes")) else None
 
-    figures.append(Figure("memory", f"{kind.capitalize()} memory", caption, x, memory, series(whats[-1], bytes_of)))
+    figures.append(Figure("memory", f"{kind.capitalize()} memory", caption, x, memory, series(parts[-1], bytes_of)))
     return drawable(figures)
 
 

@@ -26,9 +26,11 @@ from ..training.monitoring.events import Evaluated, Noted, Stepped
 from ..training.monitoring.memory import keep_freed_memory
 
 FINISHED = 0
+"""Exit status of a run that was trained to the end."""
 FAILED = 2
+"""Exit status of a run that failed with an error."""
 STOPPED = 130
-"""Exit status of a run that was stopped; FINISHED and FAILED are those of other runs."""
+"""Exit status of a run that was stopped."""
 SECONDS_BETWEEN_STEPS = 0.2
 """Least seconds between two reported steps."""
 

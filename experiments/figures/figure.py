@@ -15,7 +15,7 @@ FEW = 12
 DECADES = 20.0
 """Ratio of largest to smallest value from which an axis is logarithmic by default."""
 DOUBLINGS = 8.0
-"""The same ratio for an axis with chosen values as ticks."""
+"""Ratio of largest to smallest value from which an axis with chosen ticks is logarithmic by default."""
 DODGE = 3.0
 """Points (1/72 inch) between the error bars of neighbouring series, so that none hides another."""
 
@@ -97,7 +97,7 @@ class Figure:
         rows = []
         for i, one in enumerate(self.series):
             kept = [one.points[k] for k in thin([p.y for p in one.points], MOST_POINTS)]
-            every = 1 if len(kept) <= FEW else max(1, len(kept) // 5)  # a few markers, at other places per series
+            every = 1 if len(kept) <= FEW else max(1, len(kept) // 5)  # a few markers, elsewhere in each series
             first = (one.style * every) // 5 % every
             for k, point in enumerate(kept):
                 row = {"series": one.name, "x": point.x if isinstance(point.x, str) else point.x / x, "y": point.y / y}
