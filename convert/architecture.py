@@ -18,7 +18,7 @@ class Joined(NamedTuple):
 
     parts: tuple[Part, ...]
     dim: int
-    """The dimension."""
+    """Dimension along which the parts are concatenated."""
 
 
 Source = str | Part | tuple[Part, ...] | Joined
@@ -188,7 +188,7 @@ class Architecture:
 
     @property
     def mixers(self) -> list[str]:
-        """The seqmix mixers that layers of this architecture convert to."""
+        """Mixers of seqmix that layers of this architecture convert to."""
         return sorted({table.ours["mixer.kind"] for table in self._tables() if "mixer.kind" in table.ours})
 
     def _tables(self) -> Iterator[Table]:

@@ -105,7 +105,7 @@ class Table:
 
     @property
     def fields(self) -> dict[str, Field]:
-        """The fields of config.json, by name."""
+        """Fields of config.json, by name."""
         return {name: same(x) if isinstance(x, str) else x for name, x in self.theirs.items()}
 
     def read(self, values: Values, where: object) -> dict[str, Any]:

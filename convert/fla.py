@@ -93,7 +93,7 @@ def retention_fields(expand_k: float, expand_v: float) -> dict[str, str | Field]
 
 
 class GLA(Fla):
-    """Gated linear attention."""
+    """Gated linear attention (GLA) of fla."""
 
     name = "gla"
     model_type = "gla"
@@ -117,7 +117,7 @@ class GLA(Fla):
 
 
 class RetNet(GLA):
-    """fla's RetNet: RoPE instead of xPos, RMS norms with weights, and no row normaliser."""
+    """RetNet of fla: RoPE instead of xPos, RMS norms with weights, and no row normaliser."""
 
     name = "fla-retnet"
     model_type = "retnet"
@@ -134,7 +134,7 @@ class RetNet(GLA):
 
 
 class DeltaNet(Fla):
-    """DeltaNet."""
+    """DeltaNet of fla."""
 
     name = "delta-net"
     model_type = "delta_net"
@@ -184,7 +184,7 @@ def head_fields(expand_v: float) -> dict[str, str | Field]:
 
 
 class GatedDeltaNet(Fla):
-    """Gated DeltaNet."""
+    """Gated DeltaNet of fla."""
 
     name = "gated-deltanet"
     model_type = "gated_deltanet"
@@ -216,7 +216,7 @@ class GatedDeltaNet(Fla):
 
 
 class KDA(GatedDeltaNet):
-    """Kimi Delta Attention."""
+    """Kimi Delta Attention (KDA) of fla."""
 
     name = "kda"
     model_type = "kda"

@@ -49,7 +49,7 @@ EXPERTS = Table(
 
 
 class KimiLinear(Architecture):
-    """Kimi Linear."""
+    """Kimi Linear of transformers."""
 
     name = "kimi-linear"
     model_type = "kimi_linear"

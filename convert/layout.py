@@ -56,7 +56,7 @@ def part(name: str, *shape: int, pattern: str = "", index: int | tuple[int, ...]
 
 @dataclass(frozen=True)
 class Rule:
-    """The origin of a seqmix tensor: parts concatenated along `dim`, or zeros if there are no parts."""
+    """Origin of a seqmix tensor: parts concatenated along `dim`, or zeros if there are no parts."""
 
     name: str
     """Name of the seqmix tensor."""

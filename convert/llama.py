@@ -84,7 +84,7 @@ class Rotating(Architecture):
 
 
 class Llama(Rotating):
-    """Llama."""
+    """Llama of transformers."""
 
     name = "llama"
     model_type = "llama"

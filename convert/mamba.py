@@ -29,7 +29,7 @@ def integer_or_float(expand: float, _: Values) -> Any:
 
 
 class Mamba(Architecture):
-    """Mamba (S6)."""
+    """Mamba (S6) of transformers."""
 
     name = "mamba"
     model_type = "mamba"
@@ -91,7 +91,7 @@ EPS = same("norm.eps", "mixer.norm_eps", default=1e-5)
 
 
 class Mamba2(Mamba):
-    """Mamba-2 (SSD)."""
+    """Mamba-2 (SSD) of transformers."""
 
     name = "mamba2"
     model_type = "mamba2"

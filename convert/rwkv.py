@@ -41,7 +41,7 @@ class Halves(Architecture):
 
 
 class RWKV4(Halves):
-    """RWKV-4."""
+    """RWKV-4 of transformers."""
 
     name = "rwkv4"
     model_type = "rwkv"

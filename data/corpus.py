@@ -39,7 +39,7 @@ class Corpus:
     documents: int
     """Number of documents in both splits together."""
     split: str
-    """How the documents were split: `by_document`, `by_file`, `tail` or `data.validation`."""
+    """Kind of split: `by_document`, `by_file`, `tail` or `data.validation`; several kinds are joined by commas."""
     train: Tokens
     """Training tokens of all sources that are not streamed, concatenated."""
     validation: Tokens
@@ -52,7 +52,7 @@ class Corpus:
     parts: tuple[int, ...] | None = None
     """Training tokens per source, 0 for a streamed source; None if there is only one source."""
     stores: Mapping[str, Sequence[_Part]] = field(default_factory=dict)
-    """The stores and pieces behind the splits, under the keys `training` and `validation`."""
+    """Stores and pieces behind the splits, under the keys `training` and `validation`."""
 
     @property
     def sizes(self) -> tuple[int, ...]:

@@ -62,7 +62,7 @@ class DocumentsConfig(Config):
 
     @property
     def parts(self) -> "Sequence[DocumentsConfig]":
-        """The sources of documents, in order."""
+        """Sources of documents, in order."""
         return (self,)
 
     @property
@@ -178,7 +178,7 @@ class CorpusConfig(DocumentsConfig, DataConfig):
 
     @property
     def weights(self) -> tuple[float, ...]:
-        """The weight of each source in `parts`; (1.0,) for a single source."""
+        """Weight of each source in `parts`; (1.0,) for a single source."""
         return tuple(source.weight for source in self.sources or ()) or (1.0,)
 
     def tokenizer_of(self, run: Path | None = None, vocab_size: int | None = None) -> Tokenizer:

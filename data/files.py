@@ -29,7 +29,7 @@ class Document(NamedTuple):
     name: str
     """Name in error messages."""
     text: bytes
-    """The text, UTF-8 unless `data.encoding` is `bytes`."""
+    """Text of the document, UTF-8 unless `data.encoding` is `bytes`."""
 
 
 def read_documents(config: DocumentsConfig) -> Iterator[Document]:

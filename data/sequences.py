@@ -34,20 +34,20 @@ class Cut:
         self.order = order
         self.source = source
 
-    def read(self, numbers: np.ndarray, wanted: np.ndarray, *, seed: int, step: int) -> np.ndarray:
+    def read(self, numbers: np.ndarray, selected: np.ndarray, *, seed: int, step: int) -> np.ndarray:
         """Read some of this source's sequences of a step; the last sequence of an epoch is padded.
 
         Args:
             numbers: numbers of all sequences of this source in the step, consecutive and ascending, [N].
-            wanted: True for the sequences to read, [N].
+            selected: True for the sequences to read, [N].
             seed: seed of the data order.
             step: the step.
 
         Returns:
-            int64 [number of wanted, length + 1]; the additional token is the last target.
+            int64 [number of selected sequences, length + 1]; the additional token is the last target.
         """
         starts = self.starts(numbers, seed=seed, step=step)
-        return windows(self.tokens, starts[wanted], self.length, self.span.stop)
+        return windows(self.tokens, starts[selected], self.length, self.span.stop)
 
     def starts(self, numbers: np.ndarray, *, seed: int, step: int) -> np.ndarray:
         """Return the position of each sequence in the stream, [N]."""
@@ -81,7 +81,7 @@ class Streamed:
         self._stream = None
         self._last_read = None
 
-    def read(self, numbers: np.ndarray, wanted: np.ndarray, *, seed: int, step: int) -> np.ndarray:
+    def read(self, numbers: np.ndarray, selected: np.ndarray, *, seed: int, step: int) -> np.ndarray:
         """Read some of this source's sequences of a step, with the arguments of `Cut.read`."""
         if len(numbers) == 0:
             return np.empty((0, self.length + 1), dtype=np.int64)
@@ -89,7 +89,7 @@ class Streamed:
         count = len(numbers)
         if self._last_read is None or self._last_read[:2] != (seed, range(first, first + count)):
             self._last_read = seed, range(first, first + count), self._read_range(first, count, seed)
-        return self._last_read[2][wanted]
+        return self._last_read[2][selected]
 
     def _read_range(self, first: int, count: int, seed: int) -> np.ndarray:
         """Read the sequences `first` to `first + count - 1`, int64 [count, length + 1]."""

@@ -1,4 +1,4 @@
-"""The interface of every kind of data: a configuration that opens a source of batches."""
+"""Interface of every kind of data: a configuration that opens a source of batches."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -56,7 +56,7 @@ class Source(ABC):
     vocab_size: int
     """Size of the vocabulary."""
     tokenizer: Tokenizer | None = None
-    """The tokenizer; None if tokens are not text."""
+    """Tokenizer; None if tokens are not text."""
     bytes_per_token: float | None = None
     """Mean bytes per token; None if tokens are not text."""
     digest: str | None = None
@@ -162,7 +162,7 @@ class Source(ABC):
 
 
 class DataConfig(Config, ABC):
-    """The configuration of one kind of data, which a plug-in registers.
+    """Base class of the configuration of a kind of data, which a plug-in registers.
 
     A subclass declares `kind: Literal["its_name"]` and implements `open`.
     """

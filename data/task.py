@@ -39,7 +39,7 @@ class TaskConfig(DataConfig):
     axis: ClassVar[str]
     """Name of the difficulty in evaluations."""
     easiest: ClassVar[int] = 1
-    """The smallest difficulty."""
+    """Smallest difficulty."""
     sequence_length: int = Field(default=64, gt=0, le=2**20)
     """Training sequence length in tokens."""
     evaluate_at: Difficulties | None = None
@@ -83,7 +83,7 @@ class TaskConfig(DataConfig):
 
     @property
     def hardest(self) -> int:
-        """The largest difficulty that fits into a training sequence; 0 if not even the easiest fits."""
+        """Largest difficulty that fits into a training sequence; 0 if not even the easiest fits."""
         length = self.sequence_length
         fitting = bisect_right(range(self.easiest, length + 1), length, key=self.length_of)
         return self.easiest + fitting - 1 if fitting else 0
@@ -103,7 +103,7 @@ class TaskConfig(DataConfig):
 
     @property
     def difficulties(self) -> tuple[int, ...]:
-        """The training difficulties."""
+        """Training difficulties."""
         return getattr(self, self.field) or (self.hardest,)
 
     def open(self, vocab_size: int, run: Path | None = None) -> Source:

@@ -58,16 +58,16 @@ NAMES = {
 """Display names of the entries, as in the paper."""
 
 
-def files(kept: Path = KEPT) -> dict[Path, str]:
+def files(results_dir: Path = KEPT) -> dict[Path, str]:
     """Return the text of the page with its tables."""
-    return {TARGET: fill(TARGET, {claim: part(claim, kept) for claim in PARTS})}
+    return {TARGET: fill(TARGET, {claim: part(claim, results_dir) for claim in PARTS})}
 
 
-def drawings(kept: Path = KEPT) -> dict[Path, str]:
+def drawings(results_dir: Path = KEPT) -> dict[Path, str]:
     """Return the picture of each measured claim in `DRAWN`, as SVG."""
     pictures = {}
     for claim, draw in DRAWN.items():
-        if results := _read(claim, kept):
+        if results := _read(claim, results_dir):
             figures = [
                 replace(figure, series=[replace(series, name=NAMES[series.name]) for series in figure.series])
                 for figure in draw(*results)
@@ -76,9 +76,9 @@ def drawings(kept: Path = KEPT) -> dict[Path, str]:
     return pictures
 
 
-def part(claim: str, kept: Path) -> list[str]:
+def part(claim: str, results_dir: Path) -> list[str]:
     """Return the lines of a claim; if it is not measured yet, a line with the command that measures it."""
-    results = _read(claim, kept)
+    results = _read(claim, results_dir)
     return PARTS[claim](*results) if results else [f"Not measured yet: `seqmix paper {' '.join(_names(claim))}`."]
 
 
@@ -213,9 +213,9 @@ def _names(claim: str) -> list[str]:
     return ["figure6", "figure6-batch8"] if claim == "figure6" else [claim]
 
 
-def _read(claim: str, kept: Path) -> list[Any]:
+def _read(claim: str, results_dir: Path) -> list[Any]:
     """Read the results of a claim; an empty list if any of them is missing."""
-    result_files = [kept / f"{name}.json" for name in _names(claim)]
+    result_files = [results_dir / f"{name}.json" for name in _names(claim)]
     if not all(file.is_file() for file in result_files):
         return []
     return [json.loads(file.read_text()) if claim in OF_RUNS else read_results(file) for file in result_files]

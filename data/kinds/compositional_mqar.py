@@ -42,7 +42,7 @@ class CompositionalMqarConfig(TaskConfig):
 
     @property
     def _max_side(self) -> int:
-        """The square root of the largest number of keys for which the vocabulary has enough tokens."""
+        """Square root of the largest number of keys for which the vocabulary has enough tokens."""
         third = self.vocab_size // 3
         return min(third - 1, isqrt(self.vocab_size - 2 * third))
 

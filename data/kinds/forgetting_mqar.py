@@ -43,7 +43,7 @@ class ForgettingMqarConfig(MqarConfig):
         n_values = self.vocab_size - half
         values = distinct(rng, rows, n_values, difficulty)
         updated = distinct(rng, rows, difficulty, self.updates)
-        # adding 1 to n_values - 1 never gives the old value
+        # a shift by 1 to n_values - 1 never gives the old value
         new = (np.take_along_axis(values, updated, 1) + rng.integers(1, n_values, size=updated.shape)) % n_values
         inputs[:, 0:start:2] = np.concatenate((keys, np.take_along_axis(keys, updated, 1)), axis=1)
         inputs[:, 1:start:2] = half + np.concatenate((values, new), axis=1)
