@@ -3,7 +3,7 @@
 Papers are the arXiv numbers in the first paragraph of each mixer's module docstring. Formulas come from
 docs/mixers.yaml; for a mixer that is missing there, the indented lines of its docstring are shown as code. With the
 folder of a study (`seqmix compare families`), its results replace the table of trained models; otherwise that table is
-kept. The README takes its training speeds from it.
+kept.
 """
 
 import ast
@@ -57,13 +57,15 @@ USED_IN = {
 """Released models with the mixer. Mixers that are missing here are only known from papers."""
 
 FAMILIES = {
-    "softmax": "softmax",
-    "decay": "linear attention, decays",
+    "attention": "softmax attention",
+    "decay": "linear attention and decays",
     "delta": "delta rule",
-    "scan": "scan",
-    "convolution": "convolution",
+    "scan": "recurrences by channel",
+    "convolution": "long convolution",
 }
-"""Names of the op families in the picture. A mixer belongs to the first that its module imports, or is a hybrid."""
+"""Names of the op families. A mixer belongs to the first family whose op its module imports."""
+HYBRID = "combinations"
+"""The family of a mixer that imports no op."""
 
 INLINE = {
     r"\b([a-z])_([a-z])\b": r"$\1_\2$",
@@ -87,7 +89,7 @@ def files(study: str | None = None) -> dict[Path, str]:
         parts["trained"] = trained(results)
         pictures[PICTURE] = adaptive([families(results)], 6.0)
     page = fill(TARGET, parts)
-    return {TARGET: page, README: fill(README, {"mixers": _summary(presets, page)}), **pictures}
+    return {TARGET: page, README: fill(README, {"mixers": _summary()}), **pictures}
 
 
 def _traits(presets: dict[str, RunConfig]) -> list[str]:
@@ -177,23 +179,12 @@ def _costs(presets: dict[str, RunConfig]) -> list[str]:
     return table(["mixer", "preset", "parameters", "layers", "FLOPs per token", "state, bytes"], rows)
 
 
-def _summary(presets: dict[str, RunConfig], page: str) -> list[str]:
-    """Return the README's table: paper and state of each mixer, and its training speed relative to retention.
-
-    The speeds are read from the table of trained models on the page.
-    """
-    speeds = dict(re.findall(r"^\| `(\w+)` \| `[\w-]+` .* \((\d+\.\d\d)\) \|", page, re.MULTILINE))
-    configs = {mixer_kind(preset): preset for preset in presets.values()}
-    rows = []
+def _summary() -> list[str]:
+    """Return the README's table: the mixers of each family, with links to their equations."""
+    members: dict[str, list[str]] = {family: [] for family in (*FAMILIES.values(), HYBRID)}
     for kind in MIXERS.built_in():
-        title = _docstring(kind).partition("\n\n")[0]
-        papers = ARXIV.sub(LINK, next(iter(ARXIV.findall(title)), ""))
-        size, state = "", ""
-        if kind in configs:
-            mixer = build_meta(configs[kind].model).blocks[0].mixer
-            size, state = f"{nbytes(mixer.init_state(1, max_length=LENGTH)):,}", mixer.traits.state
-        rows.append((f"`{kind}`", papers, state, size, speeds.get(kind, "")))
-    return table(["mixer", "arXiv", "state", "bytes", "speed"], rows)
+        members[_family(kind)].append(f"[`{kind}`](docs/reference/mixers.md#{kind})")
+    return table(["family", "mixers"], [(family, ", ".join(kinds)) for family, kinds in members.items()])
 
 
 def trained(results: Results) -> list[str]:
@@ -231,7 +222,7 @@ def families(results: Results) -> Figure:
     for run in results.runs:
         if run.validation_loss is not None:
             losses.setdefault(run.entry, []).append(run.validation_loss)
-    points: dict[str, list[Point]] = {name: [] for name in (*FAMILIES.values(), "hybrid")}
+    points: dict[str, list[Point]] = {name: [] for name in (*FAMILIES.values(), HYBRID)}
     for entry in results.entries:
         entry_losses = losses.get(entry.name, [])
         if entry_losses:
@@ -249,10 +240,10 @@ def families(results: Results) -> Figure:
 
 
 def _family(kind: str) -> str:
-    """Return the name of a mixer's op family in the picture."""
+    """Return the name of a mixer's op family."""
     source = Path(importlib.import_module(MIXERS.origin(kind)).__file__ or "").read_text(encoding="utf-8")
     imported = [name for name in FAMILIES if f"from ..ops.{name} import" in source.replace("ops.dplr", "ops.delta")]
-    return FAMILIES[imported[0]] if imported else "hybrid"
+    return FAMILIES[imported[0]] if imported else HYBRID
 
 
 def _docstring(kind: str) -> str:

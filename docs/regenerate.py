@@ -12,6 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = {
+    "docs/api.py": "pages of the Python API",
     "docs/generate.py": "pages of fields, commands, checks and presets",
     "docs/mixers.py": "page of mixers, and the README's table",
     "docs/scaling.py": "memory and traffic on several GPUs",
