@@ -1,4 +1,4 @@
-"""The scan of channels that are independent of each other: the state is what is read.
+"""Scan of independent elements; the output is the state itself.
 
 h_t = exp(a_t) h_{t-1} + x_t                    output  h_t
 """
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ..recurrence.groups import Group
-from .blocks import GroupGradients, Rule, own, scan_op, tokens_first, wide
+from .blocks import GroupGradients, Rule, copy_group_tokens, scan_op, state_dtype, tokens_first
 
 
 class Scan(NamedTuple):
-    """One call of the scan, or of that of logarithms."""
+    """Inputs of `scan` and `log_scan`."""
 
     x: Tensor
     """[B T *E]."""
@@ -31,22 +31,23 @@ class Scan(NamedTuple):
 
 
 class Elementwise(Rule[Scan]):
-    """The family of `Scan`."""
+    """Recurrence of `scan`."""
 
     def shape(self, x: Scan) -> tuple[int, ...]:
         return tuple(x.x.shape[2:])
 
     def terms(self, x: Scan, group: Group) -> tuple[Tensor, Tensor]:
-        return own(x.log_decay, group, wide(x.x)), own(x.x, group, wide(x.x))
+        dtype = state_dtype(x.x)
+        return copy_group_tokens(x.log_decay, group, dtype), copy_group_tokens(x.x, group, dtype)
 
     def read(self, x: Scan, group: Group, states: Tensor) -> Tensor:  # noqa: ARG002
         return states
 
     def d_states(self, x: Scan, group: Group, d_output: Tensor) -> Tensor:  # noqa: ARG002
-        return d_output.to(wide(x.x), copy=True, memory_format=torch.contiguous_format)
+        return d_output.to(state_dtype(x.x), copy=True, memory_format=torch.contiguous_format)
 
-    def gradients(self, x: Scan, group: Group, of: GroupGradients, out: dict[str, Tensor]) -> None:  # noqa: ARG002
-        for name, gradient in {"x": of.d_written, "log_decay": of.d_log_decay}.items():
+    def gradients(self, x: Scan, group: Group, grads: GroupGradients, out: dict[str, Tensor]) -> None:  # noqa: ARG002
+        for name, gradient in {"x": grads.d_written, "log_decay": grads.d_log_decay}.items():
             if name in out:
                 tokens_first(out[name], group).copy_(gradient)
 
