@@ -158,7 +158,7 @@ def _measure_states(mixer: SequenceMixer, call: Seen, view: LayerView) -> None:
 
 def _matrices(name: str, leaf: Tensor) -> Tensor:
     """Return a state tensor of one sequence as matrices, one per head: [H K V]."""
-    if name.rpartition(".")[2] in ("keys", "values"):  # of a cache, [B S G K]
+    if name.rpartition(".")[2] in ("keys", "values"):  # a cache has [B S G K]
         leaf = leaf.transpose(1, 2)
     return leaf.reshape(-1, *leaf.shape[-2:]) if leaf.ndim >= 3 else leaf.reshape(1, 1, -1)
 

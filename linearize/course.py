@@ -42,7 +42,7 @@ MARK = "# of "
 
 
 class LayerTransfer(Config):
-    """What the new mixer of a layer took over from the old one."""
+    """Record of the parameters that a layer's new mixer took over from the old one."""
 
     layer: int
     """Index of the layer, from 0."""
@@ -51,7 +51,7 @@ class LayerTransfer(Config):
     new: str
     """Kind of the new mixer."""
     done: tuple[str, ...]
-    """What was copied or fitted, in words."""
+    """Descriptions of what was copied or fitted."""
     initial: tuple[str, ...]
     """Parameters that keep their random initialisation."""
 
@@ -60,7 +60,7 @@ class Prepared(Config):
     """The student before its first stage."""
 
     taken: tuple[LayerTransfer, ...]
-    """What the new mixer of each swapped layer took over."""
+    """Transfers from old to new mixers, one per swapped layer."""
     costs: dict[str, float]
     """Increase of the teacher's loss if one layer alone is swapped, by layer; empty unless the plan keeps layers."""
     kept: tuple[int, ...]

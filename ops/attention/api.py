@@ -33,7 +33,7 @@ from .ring import attend_in_ring, can_ring
 from .sdpa import attend_in_blocks, softmax_chunkwise, softmax_parallel, softmax_recurrent
 
 Backend = Literal["auto", "sdpa", "flex", "xformers"]
-"""The kernel backend: `auto` is resolved when a model is built; `sdpa` and `flex` are torch's."""
+"""Name of a kernel backend; `auto` is resolved when a model is built; `sdpa` and `flex` are torch's own."""
 
 
 class SoftmaxOptions(CallOptions, total=False):
@@ -68,7 +68,7 @@ def softmax_attention(
 
     In a context-parallel group, keys and values of earlier processes arrive one block at a time (ring attention). If a
     state is passed or requested, every process gathers all keys and values instead, because the state is the cache of
-    the whole row. Both ignore the backend.
+    the whole row. Either way the backend is ignored.
 
     The state is a KV cache. The final cache has the type of the initial one. Without an initial cache it is a ring of
     `window` slots if there is a window, else a growing cache; with forget gates, a `ForgettingCache` around it. A

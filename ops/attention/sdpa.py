@@ -100,7 +100,7 @@ def _attend(x: AttentionInputs, kv: KeyValues, start: int = 0) -> Float[Tensor, 
     if needs_weights(x, bias):
         return attend_by_scores(x, q, keys, kv.values, visible, bias)
     mask = visible if bias is None else bias.masked_fill_(~visible, -torch.inf)
-    with no_autocast(q.device):  # it would narrow the bias
+    with no_autocast(q.device):  # autocast would round the bias to 16 bits
         return _sdpa(q, keys, kv.values, x.scale, mask)
 
 

@@ -20,21 +20,27 @@ class Diagonal(NamedTuple):
     """Inputs of the diagonal scan."""
 
     x: Tensor
-    """[B T C]."""
+    """Inputs, [B T C]."""
     log_decay: Tensor
-    """[K C]."""
+    """Natural log of the decays a, <= 0, [K C]."""
     angle: Tensor
-    """[K C]."""
+    """Rotation per token in radians, [K C]."""
     weight: Tensor
-    """w, [K C 2]."""
+    """Output weights w as pairs of real numbers, [K C 2]."""
     initial_state: Tensor | None
-    """[N K C 2]."""
+    """Initial states as pairs of real numbers, [N K C 2]; None means zeros."""
     cu_seqlens: Tensor | None
+    """Boundaries of packed documents, [N+1]; None if the batch is not packed."""
     boundaries: Sequence[int] | None
+    """The boundaries as numbers, if they are known on the host."""
     chunk_size: int
+    """Tokens per block."""
     output_final_state: bool
+    """True if the final state is requested."""
     single: bool
+    """True if blocks are computed one by one, False if several at once."""
     needs_grad: bool = False
+    """True if a backward pass may follow; set by the op."""
 
     @property
     def w(self) -> Tensor:

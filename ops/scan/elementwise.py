@@ -17,17 +17,23 @@ class Scan(NamedTuple):
     """Inputs of `scan` and `log_scan`."""
 
     x: Tensor
-    """[B T *E]."""
+    """Inputs (for `log_scan` their logarithms), [B T *E]."""
     log_decay: Tensor
-    """[B T *E]."""
+    """Natural log of the decays, <= 0, [B T *E]."""
     initial_state: Tensor | None
-    """[N *E]."""
+    """Initial states, [N *E]; None means 0, or -inf for `log_scan`."""
     cu_seqlens: Tensor | None
+    """Boundaries of packed documents, [N+1]; None if the batch is not packed."""
     boundaries: Sequence[int] | None
+    """The boundaries as numbers, if they are known on the host."""
     chunk_size: int
+    """Tokens per block."""
     output_final_state: bool
+    """True if the final state is requested."""
     single: bool
+    """True if blocks are computed one by one, False if several at once."""
     needs_grad: bool = False
+    """True if a backward pass may follow; set by the op."""
 
 
 class Elementwise(Rule[Scan]):

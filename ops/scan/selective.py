@@ -21,23 +21,29 @@ class Selective(NamedTuple):
     """Inputs of the selective scan."""
 
     x: Tensor
-    """[B T C]."""
+    """Inputs, [B T C]."""
     step: Tensor
-    """[B T C]."""
+    """Step sizes, >= 0, [B T C]."""
     rate: Tensor
-    """[K C]."""
+    """Log-decay per unit of step, <= 0, [K C]."""
     k: Tensor
-    """[B T K]."""
+    """Keys, [B T K]."""
     q: Tensor
-    """[B T K]."""
+    """Queries, [B T K]."""
     initial_state: Tensor | None
-    """[N K C]."""
+    """Initial states, [N K C]; None means zeros."""
     cu_seqlens: Tensor | None
+    """Boundaries of packed documents, [N+1]; None if the batch is not packed."""
     boundaries: Sequence[int] | None
+    """The boundaries as numbers, if they are known on the host."""
     chunk_size: int
+    """Tokens per block."""
     output_final_state: bool
+    """True if the final state is requested."""
     single: bool
+    """True if blocks are computed one by one, False if several at once."""
     needs_grad: bool = False
+    """True if a backward pass may follow; set by the op."""
 
 
 class SelectiveScan(Rule[Selective]):
