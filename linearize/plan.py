@@ -147,9 +147,15 @@ def run_config(
         start: run directory whose weights the stage starts from.
     """
     data = source.data if plan.data is None else plan.data
-    turned_off = {"patience": None, "ema": None, "carry_state": False, "keep_best": False, "evaluation_lengths": ()}
-    start_from = {"start_from": None if start is None else str(start)}
-    fields = source.training.model_dump() | turned_off | start_from | plan.training
+    overrides: dict[str, Any] = {
+        "patience": None,
+        "ema": None,
+        "carry_state": False,
+        "keep_best": False,
+        "evaluation_lengths": (),
+        "start_from": None if start is None else str(start),
+    }
+    fields = source.training.model_dump() | overrides | plan.training
     if stage is not None:
         steps = -(-stage.tokens // (fields["batch_size"] * data.sequence_length))
         warmup = min(fields["warmup_steps"], max(steps // 10, 1))

@@ -9,10 +9,7 @@ from . import ACTIVATIONS, Activation, FeedForward, FfnConfig
 
 
 class SwigluConfig(FfnConfig):
-    """Configuration of the gated network (f(x W_g) * x W_u) W_d.
-
-    With an expansion of 8/3 it has as many parameters as an mlp with an expansion of 4.
-    """
+    """Gated network (f(x W_g) * x W_u) W_d; with an expansion of 8/3 it has the parameters of an mlp with expansion 4."""
 
     kind: Literal["swiglu"] = "swiglu"
     activation: Activation = "silu"
