@@ -2,8 +2,7 @@
 
 Papers are those of each mixer's module docstring, whose first paragraph names them by their arXiv numbers. Its formulas
 are set from docs/mixers.yaml; a mixer that is not there has the indented lines of its docstring, as code. The table of
-what was trained is that of the study (`seqmix compare families`) whose folder is given, and else stays as it is; the
-README takes its speeds from there.
+what was trained is that of the study (`seqmix compare families`) whose folder is given, and else stays as it is.
 """
 
 import ast
@@ -57,13 +56,15 @@ USED_IN = {
 """Released models with the mixer; of the others there is a paper alone."""
 
 FAMILIES = {
-    "softmax": "softmax",
-    "decay": "linear attention, decays",
+    "attention": "softmax attention",
+    "decay": "linear attention and decays",
     "delta": "delta rule",
-    "scan": "scan",
-    "convolution": "convolution",
+    "scan": "recurrences by channel",
+    "convolution": "long convolution",
 }
-"""Op families as the picture calls them: the first that a mixer's module imports; what imports none is a hybrid."""
+"""Names of the op families. A mixer belongs to the first one that its module imports."""
+HYBRID = "combinations"
+"""The family of a mixer that imports no op."""
 
 INLINE = {
     r"\b([a-z])_([a-z])\b": r"$\1_\2$",
@@ -87,7 +88,7 @@ def files(study: str | None = None) -> dict[Path, str]:
         parts["trained"] = trained(results)
         drawn[PICTURE] = adaptive([families(results)], 6.0)
     page = fill(TARGET, parts)
-    return {TARGET: page, README: fill(README, {"mixers": _summary(presets, page)}), **drawn}
+    return {TARGET: page, README: fill(README, {"mixers": _summary()}), **drawn}
 
 
 def _traits(presets: dict[str, RunConfig]) -> list[str]:
@@ -175,20 +176,12 @@ def _costs(presets: dict[str, RunConfig]) -> list[str]:
     return table(["mixer", "preset", "parameters", "layers", "FLOPs per token", "state, bytes"], rows)
 
 
-def _summary(presets: dict[str, RunConfig], page: str) -> list[str]:
-    """What the README says of each mixer: paper, state, and the training speed over retention's that the page has."""
-    speeds = dict(re.findall(r"^\| `(\w+)` \| `[\w-]+` .* \((\d+\.\d\d)\) \|", page, re.MULTILINE))
-    configs = {mixer_kind(preset): preset for preset in presets.values()}
-    rows = []
+def _summary() -> list[str]:
+    """The README's table: the mixers of each family, with links to their equations."""
+    members: dict[str, list[str]] = {family: [] for family in (*FAMILIES.values(), HYBRID)}
     for kind in MIXERS.built_in():
-        title = _docstring(kind).partition("\n\n")[0]
-        papers = ARXIV.sub(LINK, next(iter(ARXIV.findall(title)), ""))
-        size, state = "", ""
-        if kind in configs:
-            mixer = build_meta(configs[kind].model).blocks[0].mixer
-            size, state = f"{nbytes(mixer.init_state(1, max_length=LENGTH)):,}", mixer.traits.state
-        rows.append((f"`{kind}`", papers, state, size, speeds.get(kind, "")))
-    return table(["mixer", "arXiv", "state", "bytes", "speed"], rows)
+        members[_family(kind)].append(f"[`{kind}`](docs/reference/mixers.md#{kind})")
+    return table(["family", "mixers"], [(family, ", ".join(kinds)) for family, kinds in members.items()])
 
 
 def trained(results: Results) -> list[str]:
@@ -224,7 +217,7 @@ def families(results: Results) -> Figure:
     for run in results.runs:
         if run.validation_loss is not None:
             losses.setdefault(run.entry, []).append(run.validation_loss)
-    points: dict[str, list[Point]] = {name: [] for name in (*FAMILIES.values(), "hybrid")}
+    points: dict[str, list[Point]] = {name: [] for name in (*FAMILIES.values(), HYBRID)}
     for entry in results.entries:
         found = losses.get(entry.name, [])
         if found:
@@ -242,7 +235,7 @@ def families(results: Results) -> Figure:
 def _family(kind: str) -> str:
     source = Path(importlib.import_module(MIXERS.origin(kind)).__file__ or "").read_text(encoding="utf-8")
     found = [name for name in FAMILIES if f"from ..ops.{name} import" in source.replace("ops.dplr", "ops.delta")]
-    return FAMILIES[found[0]] if found else "hybrid"
+    return FAMILIES[found[0]] if found else HYBRID
 
 
 def _docstring(kind: str) -> str:

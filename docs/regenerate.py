@@ -12,6 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = {
+    "docs/api.py": "the Python API, from docstrings",
     "docs/generate.py": "fields, commands, checks, presets",
     "docs/mixers.py": "the table of the README, and the page of mixers",
     "docs/scaling.py": "memory and traffic on several GPUs",

@@ -164,6 +164,7 @@ def thousand(kind: str, fields: dict) -> list[tuple[list[int], Labels]]:
     return list(zip(inputs.tolist(), labels, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "fields", "program"), CASES, ids=lambda value: value if isinstance(value, str) else ""
 )

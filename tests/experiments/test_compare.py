@@ -196,6 +196,7 @@ def test_a_run_that_cannot_be_gone_on_with_is_laid_aside(made, tmp_path, monkeyp
     assert shown.notes == [f"{run.name} {why} and is trained again; what was there is now {aside}"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="needs signals")
 def test_a_study_that_is_stopped_and_killed_ends_as_the_undisturbed_one(made, tmp_path, small):
     (tmp_path / "text.txt").write_text((made[0] / "text.txt").read_text())

@@ -132,6 +132,7 @@ def test_what_draws_must_be_installed(refused, folders, monkeypatch, missing):
     assert "pip install 'seqmix[plots]'" in refused("plot", "one")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not libraries.STATISTICS.exists(), reason="needs Linux's limits of memory")
 @pytest.mark.parametrize(
     ("option", "limit", "file"), [("-v", 8 * 2**20, "a.svg"), ("-v", 8 * 2**20, "a.html"), ("-d", 2**19, "a.pdf")]

@@ -19,6 +19,7 @@ def test_there_is_a_preset_of_every_mixer():
     assert kinds == {mixer_kind(config) for config in PRESETS.values()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("preset", "metric", "factor"),
     [*((preset, "parameters", 1.4) for preset in sorted(PRESETS)), ("retnet-tiny", "flops", 0.9)],
@@ -41,6 +42,7 @@ def test_every_mixer_is_matched_by_its_network(preset, metric, factor):
     assert found.model.model_copy(update={"blocks": model.blocks}) == model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", sorted(PRESETS))
 def test_every_mixer_is_matched_by_the_state(preset):
     model = PRESETS[preset].model

@@ -203,6 +203,7 @@ def test_a_study_is_found(written, tmp_path):
 
 
 # short-convolution has the entries of short-convolution-text
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in shipped() if NIGHTLY or name != "short-convolution-text"])
 def test_shipped_studies_can_be_made(name):
     found = plan(load_study(STUDIES / f"{name}.yaml"), STUDIES / f"{name}.yaml")

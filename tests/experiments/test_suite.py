@@ -135,6 +135,7 @@ def tiny(monkeypatch):
     monkeypatch.setattr("seqmix.commands.suite.load_settings", lambda size: TINY)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiny")
 def test_a_plug_in_gets_its_row_beside_retention_and_attention(seqmix, refused):
     Path("suited.py").write_text(MINE)

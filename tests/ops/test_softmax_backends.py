@@ -138,6 +138,7 @@ CALLS = {
 LOG_DECAY = -torch.rand(16, generator=torch.Generator().manual_seed(3)) / 200
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", ["alone", "ring", "grown documents"])
 @torch.no_grad()
 def test_flex_traces_into_one_graph(call):

@@ -574,7 +574,7 @@ def test_reasons(native, asked, named):
     assert "per dimension must be at most 128 wide, got 129" in delta.unsupported(replace(by_key, key_width=129))[0]
     assert not TF32X3_KERNEL.unsupported(PROBE)
     assert "take more registers" in TF32X3_KERNEL.unsupported(replace(PROBE, log_decay=KEYS))[0]
-    assert "takes float32, not bfloat16" in TF32X3_KERNEL.unsupported(replace(PROBE, dtype=torch.bfloat16))[0]
+    assert "supports float32, got bfloat16" in TF32X3_KERNEL.unsupported(replace(PROBE, dtype=torch.bfloat16))[0]
     native.setenv("TRITON_INTERPRET", "1")
     assert not KERNEL.unsupported(replace(PROBE, device=torch.device("cpu")))
     assert "interpreter" in KERNEL.unsupported(replace(PROBE, dtype=torch.bfloat16))[0]
