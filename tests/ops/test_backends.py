@@ -9,6 +9,7 @@ import torch
 import seqmix.ops.kernels.selection as module
 from seqmix import build_model, load_config
 from seqmix.mixers import Paradigm
+from seqmix.ops import attention  # noqa: F401 (declares the kernels of softmax)
 from seqmix.ops.decay.chunkwise import decay_chunkwise
 from seqmix.ops.kernels.selection import choose, described, disagreement
 from seqmix.ops.runtime.kernel import Probe, chosen, find, reference
