@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .registry import ConfigError, SeqmixError
     from .training import RunConfig, load_config, load_run, train
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 __all__ = [
     "MIXERS",
@@ -38,17 +38,17 @@ __all__ = [
     "train",
 ]
 
-_ROOMS = ("registry", "mixers", "models", "training")
-"""The packages of the names above, lowest layer first: importing one imports only those below it."""
+_PACKAGES = ("registry", "mixers", "models", "training")
+"""Packages that define the names above, lowest layer first: importing one imports only those below it."""
 
 
 def __getattr__(name: str) -> Any:
-    """A public name or a package, imported on first use: the command answers --help without torch."""
-    if name in _ROOMS:
+    """Import a public name or a package on first use, so that the command answers --help without importing torch."""
+    if name in _PACKAGES:
         return import_module(f".{name}", __name__)
     if name in __all__:
-        for room in _ROOMS:
-            module = import_module(f".{room}", __name__)
+        for package in _PACKAGES:
+            module = import_module(f".{package}", __name__)
             if name in module.__all__:
                 globals()[name] = getattr(module, name)
                 return globals()[name]
@@ -56,4 +56,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_ROOMS})
+    return sorted({*globals(), *__all__, *_PACKAGES})

@@ -1,6 +1,6 @@
-"""Hugging Face transformers: our models as theirs, and our mixers in their models.
+"""Hugging Face transformers: seqmix models as transformers models, and seqmix mixers in transformers decoders.
 
-Importing it registers `AutoConfig`, `AutoModel` and `AutoModelForCausalLM` for the model type "seqmix".
+Importing this package registers `AutoConfig`, `AutoModel` and `AutoModelForCausalLM` for the model type "seqmix".
 """
 
 try:

@@ -1,4 +1,4 @@
-"""The cache of Hugging Face's `generate`, whose layers hold states of mixers."""
+"""Cache for the `generate` of Hugging Face, whose layers hold mixer states instead of keys and values."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,15 +13,15 @@ from ..mixers.traits import require_state
 from ..registry import SeqmixError
 from .padding import Rows, mix_rows
 
-NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
-"""What this release of transformers calls the cache, in arguments and outputs."""
+CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+"""Name of the cache in arguments and outputs; it depends on the installed release of transformers."""
 
 
 class StateLayer(CacheLayerMixin):
-    """The state of one layer after all tokens so far.
+    """State of one layer after all tokens so far.
 
     Args:
-        max_length: the capacity in tokens, so that a KV cache is allocated once; more is allocated when needed.
+        max_length: capacity in tokens, so that a KV cache is allocated once; it grows when more is needed.
     """
 
     is_sliding = False
@@ -29,27 +29,27 @@ class StateLayer(CacheLayerMixin):
     def __init__(self, max_length: int = 0) -> None:
         super().__init__()
         self.state: Any = None
-        self.seen = 0
+        self.length = 0
         self.capacity = max_length
 
-    def before(self, mixer: SequenceMixer[Any], rows: int, needed: int) -> Any:
-        """The state of so many rows before a segment, with room for so many tokens in all."""
+    def reserve(self, mixer: SequenceMixer[Any], batch_size: int, length: int) -> Any:
+        """Return the state before a segment, with capacity for `length` tokens including the segment."""
         require_state(mixer.traits, mixer.kind)
         if self.state is None:
-            self.capacity = max(self.capacity, needed)
-            self.state = mixer.init_state(rows, max_length=self.capacity)
-        elif needed > self.capacity:
-            self.capacity = needed + needed // 2  # a token is then copied a constant number of times on average
+            self.capacity = max(self.capacity, length)
+            self.state = mixer.init_state(batch_size, max_length=self.capacity)
+        elif length > self.capacity:
+            self.capacity = length + length // 2  # geometric growth: amortised constant cost per token
             self.state = mixer.resize_state(self.state, self.capacity)
         return self.state
 
     def get_seq_length(self, *_: Any) -> int:
-        """Tokens so far, padding included."""
-        return self.seen
+        """Return the number of tokens so far, including padding."""
+        return self.length
 
     def get_mask_sizes(self, query: int | Tensor) -> tuple[int, int]:
-        """Length and offset of the keys, as if it were attention: what the masks of other layers are made for."""
-        return self.seen + (query if isinstance(query, int) else len(query)), 0
+        """Return the length and offset of keys, as an attention layer would: masks of other layers need them."""
+        return self.length + (query if isinstance(query, int) else len(query)), 0
 
     def get_max_length(self) -> int:
         return -1
@@ -58,7 +58,7 @@ class StateLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         self.state = None
-        self.seen = 0
+        self.length = 0
 
     def batch_select_indices(self, indices: Tensor) -> None:
         if self.state is not None:
@@ -67,20 +67,20 @@ class StateLayer(CacheLayerMixin):
     reorder_cache = batch_select_indices
 
     def crop(self, *_: Any) -> None:
-        raise SeqmixError("a recurrent state cannot take tokens back, as assisted decoding and crop() need")
+        raise SeqmixError("crop() and assisted decoding are not supported: a recurrent state cannot take tokens back")
 
     def update(self, *_: Any, **__: Any) -> Any:
-        raise SeqmixError("this layer of the cache holds the state of a mixer, and was given keys and values")
+        raise SeqmixError("this cache layer holds the state of a mixer, got keys and values")
 
     lazy_initialization = update
 
 
 class SeqmixCache(Cache):
-    """A cache for `SeqmixForCausalLM`: pass it from call to call, copy.deepcopy it to continue a prefix twice.
+    """Cache for `SeqmixForCausalLM`. Pass it from call to call; to continue a prefix twice, copy it with copy.deepcopy.
 
     Args:
         n_layers: layers of the model.
-        max_length: as in `StateLayer`.
+        max_length: capacity in tokens, so that KV caches are allocated once; they grow when more is needed.
     """
 
     def __init__(self, n_layers: int, max_length: int = 0) -> None:
@@ -90,20 +90,33 @@ class SeqmixCache(Cache):
 def mix_cached(
     run: Callable[..., Any], x: Tensor, mixers: Sequence[SequenceMixer[Any]], layers: Sequence[StateLayer], rows: Rows
 ) -> Tensor:
-    """Mix a batch [B T D] from the states of a cache, which then holds those after it; returns the output [B T D].
+    """Mix a batch from the states of a cache, and store the states after it in the cache.
 
-    `run` takes a segment without padding, a state and a paradigm per mixer, `cu_seqlens` and `return_state`; each mixer
-    has a layer of the cache.
+    Args:
+        run: a function of a segment without padding, a state per mixer, a paradigm per mixer, `cu_seqlens` and
+            `return_state`, which returns the output and the states after the segment.
+        x: the batch, [B T D].
+        mixers: the mixers.
+        layers: cache layer of each mixer.
+        rows: padding and packed documents of the batch.
+
+    Returns:
+        The output [B T D].
+
+    Raises:
+        SeqmixError: documents are packed.
     """
     if rows.cu_seqlens is not None:
-        raise SeqmixError("packed documents leave no cache: give use_cache=False")
-    # decoding is by one token; a longer segment is a prompt
+        raise SeqmixError("packed documents leave no cache: set use_cache=False")
+    # a segment of one token is a decoding step, a longer one is a prompt
     count, length, _ = x.shape
     order = (Paradigm.RECURRENT, Paradigm.CHUNKWISE) if length == 1 else (Paradigm.CHUNKWISE, Paradigm.PARALLEL)
-    before = tuple(layer.before(mixer, count, layer.seen + length) for layer, mixer in zip(layers, mixers, strict=True))
-    how = tuple(mixer.traits.prefer(*order, from_state=True) for mixer in mixers)
-    y, after = mix_rows(lambda x, state, packed: run(x, state, how, packed, True), x, before, rows, mixers)
+    before = tuple(
+        layer.reserve(mixer, count, layer.length + length) for layer, mixer in zip(layers, mixers, strict=True)
+    )
+    paradigms = tuple(mixer.traits.prefer(*order, from_state=True) for mixer in mixers)
+    y, after = mix_rows(lambda x, state, packed: run(x, state, paradigms, packed, True), x, before, rows, mixers)
     for layer, state in zip(layers, after, strict=True):
         layer.state = state
-        layer.seen = layer.seen + length
+        layer.length = layer.length + length
     return y

@@ -1,4 +1,4 @@
-"""The configuration of Hugging Face: our model's, and what other libraries ask of one."""
+"""Configuration class of Hugging Face for seqmix models, with the fields that other libraries expect."""
 
 import json
 from collections.abc import Mapping
@@ -11,8 +11,8 @@ from ..models import ModelConfig
 from ..registry import SeqmixError, require_trusted, unimported, validated
 from ..registry.errors import shown
 
-NAME = "the model of config.json"
-
+SOURCE = "the model of config.json"
+"""Name of the configuration in error messages."""
 
 SIZES = {
     "vocab_size": "vocab_size",
@@ -20,21 +20,21 @@ SIZES = {
     "num_hidden_layers": "n_layers",
     "tie_word_embeddings": "tie_embeddings",
 }
-"""Sizes by the name that transformers asks for, and that of our configuration."""
+"""Fields of `ModelConfig` by the name that transformers uses for them."""
 
 
 class SeqmixConfig(PretrainedConfig):
-    """A model of seqmix as transformers sees it; config.json holds the `model` of a YAML file.
+    """Configuration of a seqmix model in transformers; config.json has the section `model` of a YAML file.
 
-    Nothing is imported for it: fields that name code which is not imported yet (`kind: my_module:MyConfig`) are kept as
-    they are, and are validated once a model is built of them.
+    Loading it imports no modules. Fields that name code which is not imported yet (`kind: my_module:MyConfig`) are kept
+    unchanged, and are validated when a model is built.
 
     Args:
-        model: our configuration, or its fields as config.json has them.
-        kwargs: fields of every configuration of transformers, such as `use_cache` or `bos_token_id`.
+        model: a `ModelConfig`, or its fields as in config.json.
+        kwargs: fields of every transformers configuration, such as `use_cache` or `bos_token_id`.
 
     Raises:
-        SeqmixError: the model is missing or not valid, or a size differs from it.
+        SeqmixError: the model is missing or not valid, or a size in `kwargs` differs from that of the model.
     """
 
     model_type = "seqmix"
@@ -47,27 +47,27 @@ class SeqmixConfig(PretrainedConfig):
         if (kind := kwargs.pop("model_type", self.model_type)) != self.model_type:
             raise SeqmixError(f"config.json: model_type: expected {self.model_type!r}, got {shown(kind)}")
         _require_types(kwargs)
-        given = {name: kwargs.pop(name) for name in SIZES if name in kwargs}
+        given_sizes = {name: kwargs.pop(name) for name in SIZES if name in kwargs}
         use_cache = kwargs.pop("use_cache", True)
         self.model: dict[str, Any]
         if isinstance(model, Mapping) and unimported(model):
             self.model = dict(model)
             fields = dict(model)
         else:
-            config = model if isinstance(model, ModelConfig) else validated(ModelConfig, model, NAME)
+            config = model if isinstance(model, ModelConfig) else validated(ModelConfig, model, SOURCE)
             self.model = json.loads(config.model_dump_json())
             fields = config.model_dump(include=set(SIZES.values()))
-        sizes = {name: fields.get(ours) for name, ours in SIZES.items()}
-        for name, value in given.items():
+        sizes = {name: fields.get(field) for name, field in SIZES.items()}
+        for name, value in given_sizes.items():
             if value != sizes[name]:
-                raise SeqmixError(f"config.json has another {name} than its model, {sizes[name]}: change the model's")
+                raise SeqmixError(f"config.json has another {name} than its model, {sizes[name]}: got {shown(value)}")
         super().__init__(**kwargs)
         for name, value in {**sizes, "use_cache": use_cache}.items():
             setattr(self, name, value)
 
     @property
     def model_config(self) -> ModelConfig:
-        """Our configuration.
+        """Validated configuration of the model.
 
         Raises:
             SeqmixError: it names code that is not imported yet, or is not valid.
@@ -75,33 +75,36 @@ class SeqmixConfig(PretrainedConfig):
         return self.read()
 
     def read(self, *, trust: bool = False) -> ModelConfig:
-        """Our configuration; with `trust` the modules that it names are imported.
+        """Return the validated configuration of the model.
+
+        Args:
+            trust: True to import the modules that the configuration names.
 
         Raises:
-            SeqmixError: it is not valid, or names code that is not imported yet, without `trust`.
+            SeqmixError: the configuration is not valid; or it names code that is not imported yet, without `trust`.
         """
         if not trust:
-            require_trusted(self.model, NAME, "import its modules before, or give trust_remote_code=True")
-        return validated(ModelConfig, self.model, NAME)
+            require_trusted(self.model, SOURCE, "import its modules first, or set trust_remote_code=True")
+        return validated(ModelConfig, self.model, SOURCE)
 
 
 def _require_types(fields: Mapping[str, Any]) -> None:
-    """Refuse values of other types in fields that transformers computes with.
+    """Check the types of fields that transformers computes with.
 
     Raises:
-        SeqmixError: a dtype that torch does not have, or a token that is not a number.
+        SeqmixError: a dtype does not exist in torch, or a token is not an integer.
     """
     for name, value in fields.items():
         if name in ("dtype", "torch_dtype"):
-            known = value is None or isinstance(
+            valid = value is None or isinstance(
                 getattr(torch, value, None) if isinstance(value, str) else value, torch.dtype
             )
-            expected = "the name of a dtype of torch, such as bfloat16"
+            expected = "the name of a torch dtype, such as bfloat16"
         elif name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             numbers = value if isinstance(value, list) and name == "eos_token_id" else [value]
-            known = all(number is None or type(number) is int for number in numbers)
-            expected = "the number of a token, or null"
+            valid = all(number is None or type(number) is int for number in numbers)
+            expected = "a token ID, or null"
         else:
             continue
-        if not known:
+        if not valid:
             raise SeqmixError(f"config.json: {name}: expected {expected}, got {shown(value)}")

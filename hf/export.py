@@ -1,4 +1,4 @@
-"""A run as a folder of Hugging Face: config.json, model.safetensors and the tokenizer's files."""
+"""Export of a run to a Hugging Face folder: config.json, model.safetensors and the tokenizer's files."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,17 +19,17 @@ def export_hf(
     """Write the trained model of a run for `AutoModelForCausalLM.from_pretrained`, which needs `import seqmix.hf`.
 
     Args:
-        run: the run directory, or a file of `export_run`.
-        out: the folder, new or empty.
-        choice: which checkpoint, as in `load_run`.
-        tell: as in `load_run`.
-        ema: as in `load_run`.
+        run: run directory, or a file from `export_run`.
+        out: output folder, new or empty.
+        choice: which checkpoint to export, as in `load_run`.
+        tell: function that receives warnings, as in `load_run`.
+        ema: True to export the averaged weights, as in `load_run`.
 
     Raises:
-        SeqmixError: it is not a run, or the folder holds something or cannot be written.
+        SeqmixError: `run` is not a run, or the folder is not empty or cannot be written.
     """
     if not is_vacant(out):
-        raise CheckpointError(f"{out} exists and is not an empty folder: give the name of a new one")
+        raise CheckpointError(f"{out} exists and is not an empty folder: choose a new name")
     model = load_run(run, choice=choice, tell=tell, ema=ema)
     files = [SeqmixForCausalLM.wrap(model), *([] if model.tokenizer is None else [hf_tokenizer(model.tokenizer)])]
     try:

@@ -1,4 +1,4 @@
-"""Models of Hugging Face around a `LanguageModel`: training, and `generate` with a cache of states."""
+"""Hugging Face model classes around a `LanguageModel`: training, and `generate` with a cache of states."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
@@ -11,18 +11,18 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from ..models import IGNORED, LanguageModel
 from ..models.onednn_linear import use_onednn_linear
 from ..registry import SeqmixError
-from .cache import NAME, SeqmixCache, mix_cached
+from .cache import CACHE_NAME, SeqmixCache, mix_cached
 from .configuration import SeqmixConfig
 from .padding import Rows, mix_rows, rows_of
 
 
 class SeqmixPreTrainedModel(PreTrainedModel):
-    """What the models share.
+    """Base class of the seqmix models for transformers.
 
     Args:
         config: the configuration.
         model: the model to wrap, whose parameters are shared; None to build and initialise one.
-        trust: whether the modules that the configuration names by dotted paths may be imported.
+        trust: True to import modules that the configuration names by dotted paths.
     """
 
     config_class = SeqmixConfig
@@ -43,7 +43,7 @@ class SeqmixPreTrainedModel(PreTrainedModel):
         names: dict[int, list[str]] = {}
         for name, tensor in self.state_dict(keep_vars=True).items():
             names.setdefault(id(tensor), []).append(name)
-        # tied embeddings, and blocks that share their parameters: by name of every copy the name that is saved
+        # maps the name of each tied or shared tensor to the name under which it is saved
         self._tied_weights_keys = {copy: saved for saved, *copies in names.values() for copy in copies}
         self.post_init()
 
@@ -53,25 +53,25 @@ class SeqmixPreTrainedModel(PreTrainedModel):
     ) -> Any:
         """Load a model as `PreTrainedModel.from_pretrained` does.
 
-        Modules that config.json names by dotted paths are imported with trust_remote_code=True alone.
+        Modules that config.json names by dotted paths are imported only with trust_remote_code=True.
 
         Raises:
-            SeqmixError: config.json is not valid or names code that is not imported yet; a tensor is missing, has
-                another shape, or is none of the model's.
+            SeqmixError: config.json is not valid, or names code that is not imported yet; a tensor is missing,
+                unexpected, or has the wrong shape.
         """
         if trust_remote_code:
-            kwargs["trust"] = True  # what transformers has no use for is given to the constructor
-        kwargs["ignore_mismatched_sizes"] = True  # refused below, with names
+            kwargs["trust"] = True  # transformers passes unknown arguments to the constructor
+        kwargs["ignore_mismatched_sizes"] = True  # rejected below with the names of the tensors
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        for what in ("missing", "unexpected", "mismatched"):
-            if wrong := sorted(map(str, info[f"{what}_keys"])):
-                raise SeqmixError(f"the file of weights has {what} tensors: {', '.join(wrong)}")
+        for problem in ("missing", "unexpected", "mismatched"):
+            if names := sorted(map(str, info[f"{problem}_keys"])):
+                raise SeqmixError(f"the file of weights has {problem} tensors: {', '.join(names)}")
         model.restore_buffers()
         return (model, info) if output_loading_info else model
 
     @torch.no_grad()
     def restore_buffers(self) -> None:
-        """Initialise the buffers that are not saved."""
+        """Initialise the buffers that are not saved; everything else stays unchanged."""
         for block in self.model.distinct_blocks:
             if any(module._non_persistent_buffers_set for module in block.modules()):
                 saved = {name: tensor.clone() for name, tensor in block.state_dict().items()}
@@ -80,7 +80,7 @@ class SeqmixPreTrainedModel(PreTrainedModel):
                 block.load_state_dict(saved)
 
     def _init_weights(self, module: torch.nn.Module) -> None:
-        """Nothing: the constructor initialises, and a file of weights is complete."""
+        """Do nothing: the constructor initialises, and a file of weights is complete."""
 
     def get_expanded_tied_weights_keys(self, *_: Any, **__: Any) -> dict[str, str]:
         parameters = dict(self.named_parameters(remove_duplicate=False))
@@ -93,28 +93,30 @@ class SeqmixPreTrainedModel(PreTrainedModel):
         return self.model.head
 
     def resize_token_embeddings(self, *_: Any, **__: Any) -> Any:
-        raise SeqmixError("the vocabulary is fixed by the configuration: build a model of another vocab_size")
+        raise SeqmixError("the vocabulary is fixed by the configuration: build a model with another vocab_size")
 
     def _set_gradient_checkpointing(self, enable: bool = True, *_: Any, every_n_layers: int = 1, **__: Any) -> None:
         if every_n_layers != 1:
-            raise SeqmixError("activation checkpointing is of every block: every_n_layers is 1")
+            raise SeqmixError(
+                f"activation checkpointing covers every block: expected every_n_layers = 1, got {every_n_layers}"
+            )
         self.gradient_checkpointing = self.model.activation_checkpointing = enable
 
     def _hidden(
         self, tokens: Tensor | None, attention_mask: Tensor | None, options: Mapping[str, Any]
     ) -> tuple[Tensor, Rows, SeqmixCache | None]:
-        """The residual stream after the last block [B T D], what its rows are made of, and the cache."""
+        """Return the residual stream after the last block [B T D], the layout of its rows, and the cache."""
         embeddings = options.get("inputs_embeds")
         caches = (options.get("cache"), options.get("past_key_values"))
         if options.get("output_attentions") or options.get("output_hidden_states"):
-            raise SeqmixError("a seqmix model returns no attentions and hidden states: use forward hooks")
+            raise SeqmixError("output_attentions and output_hidden_states are not supported: use forward hooks")
         if (tokens is None) == (embeddings is None):
-            raise SeqmixError("give input_ids or inputs_embeds, and not both")
+            raise SeqmixError("expected either input_ids or inputs_embeds, got both or neither: give one, not both")
         if None not in caches:
-            raise SeqmixError("cache and past_key_values are two names of one argument, and both are given")
+            raise SeqmixError("cache and past_key_values are two names of one argument, got both: give one")
         cache = next((cache for cache in caches if cache is not None), None)
         if not isinstance(cache, SeqmixCache | None):
-            raise SeqmixError(f"the cache of a seqmix model is a SeqmixCache, and a {type(cache).__name__} was given")
+            raise SeqmixError(f"expected a SeqmixCache as the cache, got a {type(cache).__name__}")
         model = self.model
         mixers = [block.mixer for block in self.model.blocks]
         x = model.embed(tokens) if embeddings is None else model.dropout(embeddings)
@@ -124,10 +126,11 @@ class SeqmixPreTrainedModel(PreTrainedModel):
             use_cache = use_cache and all(mixer.traits.has_state for mixer in mixers)
         if cache is None and use_cache:
             cache = SeqmixCache(len(mixers))
-        narrow = torch.is_autocast_enabled(x.device.type)
-        if self._resolved != (asked := (x.device, torch.get_autocast_dtype(x.device.type) if narrow else x.dtype)):
-            model.resolve_backends(asked[1])
-            self._resolved = asked
+        autocast = torch.is_autocast_enabled(x.device.type)
+        dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+        if self._resolved != (x.device, dtype):
+            model.resolve_backends(dtype)
+            self._resolved = (x.device, dtype)
         if cache is None:
             x, _ = mix_rows(lambda x, _, packed: model.run_blocks(x, cu_seqlens=packed), x, None, rows, mixers)
         else:
@@ -136,29 +139,29 @@ class SeqmixPreTrainedModel(PreTrainedModel):
 
 
 class SeqmixModel(SeqmixPreTrainedModel):
-    """A model without its output projection: hidden states after the last norm."""
+    """seqmix model without its output projection, which returns hidden states after the last norm."""
 
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **options: Any
     ) -> BaseModelOutputWithPast:
-        """Hidden states [B T D] of tokens [B T]; arguments as those of `SeqmixForCausalLM`."""
+        """Return the hidden states [B T D] of tokens [B T]; arguments are those of `SeqmixForCausalLM.forward`."""
         x, _, after = self._hidden(input_ids, attention_mask, options)
-        return BaseModelOutputWithPast(last_hidden_state=self.model.norm(x), **{NAME: after})
+        return BaseModelOutputWithPast(last_hidden_state=self.model.norm(x), **{CACHE_NAME: after})
 
 
 class SeqmixForCausalLM(SeqmixPreTrainedModel, GenerationMixin):
-    """A language model for transformers' `generate` and `Trainer`; its `model` is the `LanguageModel`."""
+    """seqmix language model for `generate` and `Trainer` of transformers; its `model` is the `LanguageModel`."""
 
     @classmethod
     def wrap(cls, model: LanguageModel) -> Self:
-        """Our model as one of transformers; they share the parameters."""
+        """Wrap a `LanguageModel` for transformers; both share the parameters."""
         wrapped = cls(SeqmixConfig(model.config), model)
         if (tokenizer := model.tokenizer) is not None and tokenizer.begin < model.config.vocab_size:
-            # it opens documents, and so ends them; if it were not the end, `generate` would take it for padding
+            # the begin token separates documents, so it ends them too; otherwise `generate` would treat it as padding
             for role in ("bos_token_id", "eos_token_id", "pad_token_id"):
                 setattr(wrapped.config, role, tokenizer.begin)
                 setattr(wrapped.generation_config, role, tokenizer.begin)
-            # as in our generation, only tokens that stand for text
+            # as in seqmix's own generation, only tokens that stand for text are sampled
             wrapped.generation_config.suppress_tokens = (
                 list(range(tokenizer.text_tokens, model.config.vocab_size)) or None
             )
@@ -172,33 +175,36 @@ class SeqmixForCausalLM(SeqmixPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **options: Any,
     ) -> Any:
-        """Logits of the next token after each token of a segment.
+        """Return the logits of the next token after each token of a segment.
 
         Args:
             input_ids: the segment, [B T].
-            attention_mask: which of all tokens so far are real, [B S]. Padding is skipped, wherever it is.
-            labels: the tokens again, -100 where no loss is asked; they are shifted here.
-            logits_to_keep: only the last so many tokens get logits, or those of these indices; 0 for all.
-            options: `cache` (or `past_key_values`) that an earlier call returned; `use_cache`, whether one is returned,
-                by default in evaluation; `inputs_embeds` [B T D] in place of tokens; `position_ids` or `cu_seq_lens_q`
-                of documents packed in one row; `num_items_in_batch` of the loss; `return_dict`.
+            attention_mask: True for real tokens and False for padding, for all tokens so far, [B S]. Padding is skipped
+                wherever it is.
+            labels: target tokens, -100 for no loss. Pass the tokens of the segment: this method shifts them.
+            logits_to_keep: compute logits only for the last `logits_to_keep` tokens, or for these indices; 0 for all.
+            options: `cache` (or `past_key_values`) from an earlier call; `use_cache`, True to return a cache (the
+                default in evaluation); `inputs_embeds` [B T D] instead of tokens; `position_ids` or `cu_seq_lens_q` of
+                documents packed in one row; `num_items_in_batch` for the loss; `return_dict`.
 
         Raises:
-            SeqmixError: what is given or asked for does not fit.
+            SeqmixError: an argument has the wrong shape or is not supported.
         """
         x, rows, after = self._hidden(input_ids, attention_mask, options)
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.model.logits(x[:, kept])
+        positions = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.model.logits(x[:, positions])
         loss = None
         if labels is not None:
             if rows.mask is not None:  # nothing predicts the first token of a row
                 labels = labels.masked_fill(~(rows.mask & rows.mask.roll(1, dims=1)), IGNORED)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **options)
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, **{NAME: after})
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE_NAME: after})
         return output.to_tuple() if options.get("return_dict", self.config.return_dict) is False else output
 
     def init_continuous_batching(self, *_: Any, **__: Any) -> Any:
-        raise SeqmixError("continuous batching needs keys and values in pages, and a seqmix model has states")
+        raise SeqmixError(
+            "continuous batching is not supported: it needs pages of keys and values, and a seqmix model has states"
+        )
 
     generate_batch = init_continuous_batching
 
@@ -210,6 +216,6 @@ class SeqmixForCausalLM(SeqmixPreTrainedModel, GenerationMixin):
         self, generation_config: Any, model_kwargs: dict[str, Any], _: Any, __: int, max_cache_length: int
     ) -> None:
         if (kind := generation_config.cache_implementation) is not None:
-            raise SeqmixError(f"a seqmix model has its own cache: cache_implementation={kind!r} is not for it")
-        if model_kwargs.get(NAME) is None and generation_config.use_cache:
-            model_kwargs[NAME] = SeqmixCache(len(self.model.blocks), max_cache_length)
+            raise SeqmixError(f"a seqmix model has its own cache: remove cache_implementation, got {kind!r}")
+        if model_kwargs.get(CACHE_NAME) is None and generation_config.use_cache:
+            model_kwargs[CACHE_NAME] = SeqmixCache(len(self.model.blocks), max_cache_length)

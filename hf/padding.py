@@ -1,4 +1,4 @@
-"""Padded batches: rows of a batch without their padding, each mixed as if it were alone."""
+"""Padded batches: each row is mixed without its padding, as if it were alone."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -14,31 +14,33 @@ from ..registry import SeqmixError
 
 
 class Rows(NamedTuple):
-    """What the rows of a segment [B T] are made of."""
+    """Layout of the rows of a segment [B T]: padding and packed documents."""
 
     mask: Bool[Tensor, "B T"] | None = None
-    """Which tokens are real; None where all are."""
+    """True for real tokens, False for padding; None without padding."""
     cu_seqlens: Int[Tensor, "N+1"] | None = None
-    """The boundaries of documents that are packed in one row."""
+    """Boundaries of documents packed in one row; None if none are packed."""
 
 
 def rows_of(shape: tuple[int, int], attention_mask: Tensor | None, options: Mapping[str, Any], *, cached: bool) -> Rows:
-    """What Hugging Face says of the rows of a segment.
+    """Return the layout of the rows of a segment, from the arguments of a Hugging Face model.
 
     Args:
         shape: B and T.
-        attention_mask: [B S], of all tokens so far: the segment is the last T.
+        attention_mask: mask of all tokens so far, [B S]; the segment is the last T tokens.
         options: `cu_seq_lens_q`, or `position_ids` [B T], which count from 0 in every packed document.
-        cached: whether the segment continues states, which have their own positions.
+        cached: True if the segment continues states, which have their own positions.
 
     Raises:
-        SeqmixError: the mask has not one entry per token, or documents are packed in several rows.
+        SeqmixError: the mask does not have one entry per token, or documents are packed in several rows.
     """
     count, length = shape
     if attention_mask is not None:
         if attention_mask.dim() != 2 or len(attention_mask) != count or attention_mask.shape[1] < length:
-            given = list(attention_mask.shape)
-            raise SeqmixError(f"an attention mask has one entry per token, {[count, length]}, and its shape is {given}")
+            mask_shape = list(attention_mask.shape)
+            raise SeqmixError(
+                f"attention_mask must have one entry per token, {[count, length]}, got shape {mask_shape}"
+            )
         mask = attention_mask[:, -length:].bool()
         if not mask.all():
             return Rows(mask)
@@ -49,19 +51,27 @@ def rows_of(shape: tuple[int, int], attention_mask: Tensor | None, options: Mapp
     if not starts[:, 1:].any():
         return Rows()
     if count > 1:
-        raise SeqmixError("packed documents come in one row, and positions start again at 0 in a batch of several")
+        raise SeqmixError(
+            f"packed documents must be in one row, got position_ids that restart at 0 in a batch of {count} rows"
+        )
     return Rows(None, F.pad(starts[0].nonzero()[:, 0], (0, 1), value=length))
 
 
 def mix_rows(
     mix: Callable[..., Any], x: Float[Tensor, "B T D"], state: Any, rows: Rows, mixers: Sequence[SequenceMixer[Any]]
 ) -> tuple[Float[Tensor, "B T D"], Any]:
-    """Mix a batch whose rows may have padding anywhere: the real tokens as packed documents, or row by row.
+    """Mix a batch whose rows may have padding anywhere: its real tokens as packed documents, or row by row.
 
-    `mix` takes a segment without padding, a state and `cu_seqlens`, and returns the output and the state after it.
+    Args:
+        mix: a function of a segment without padding, a state and `cu_seqlens`, which returns the output and the state
+            after the segment.
+        x: the batch.
+        state: state of B rows before the batch; None for none.
+        rows: padding and packed documents.
+        mixers: the mixers; real tokens are packed only if all of them declare packing.
 
     Returns:
-        The output, 0 at padding, and the state of B rows: padding leaves it as it was.
+        The output, 0 at padding, and the state of B rows, which padding does not change.
     """
     mask = rows.mask
     if mask is None:
@@ -81,7 +91,7 @@ def mix_rows(
 
 
 def _spread(y: Float[Tensor, "N D"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
-    """The outputs of real tokens at their places."""
+    """Put the outputs of real tokens at their places in the batch; padding gets 0."""
     spread = y.new_zeros(*mask.shape, y.shape[-1])
     spread[mask] = y
     return spread

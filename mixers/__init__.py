@@ -1,6 +1,7 @@
 """Sequence mixers: the contract, and one file per mixer.
 
-A file here is a built-in mixer if its config says `kind: Literal["<the file's name>"]`; parts/ is what they share.
+A file of this folder is a built-in mixer if its configuration declares `kind: Literal["<the file's name>"]`. parts/ has
+the components that several mixers share.
 """
 
 from ..ops.runtime.call import Call

@@ -1,11 +1,11 @@
 """Softmax attention with grouped heads, a sliding window, and relative positions (arXiv 1706.03762, 2305.13245).
 
-    q, k, v = x W_Q, x W_K, x W_V by head          rope, xpos: q and k turn by the angle n theta at position n
+    q, k, v = x W_Q, x W_K, x W_V by head          rope, xpos: q and k rotated by the angle n theta at position n
     s_nm = q_n . k_m / sqrt(K)
     o_n = sum_m softmax_m(s_nm) v_m          over the keys  max(0, n - window + 1) <= m <= n
     xpos: each product of a pair j of dimensions shrinks by zeta_j^((n - m) / 512), zeta_j = (j / (K/2) + 0.4) / 1.4
 
-    qk_norm        q, k <- RMSNorm(q), RMSNorm(k)            per head or over all, before they turn (Qwen3, OLMo)
+    qk_norm        q, k <- RMSNorm(q), RMSNorm(k)            per head or over all heads, before rotation (Qwen3, OLMo)
     softcap        s <- c tanh(s / c)                        (Gemma 2)
     forget_gate    s_nm += sum_{m < l <= n} log f_l          f = sigmoid(x W_F + b), by head (FoX)
     alibi          s_nm -= slope (n - m)                     slopes 2^(-8 h / H), h = 1 .. H
@@ -13,8 +13,9 @@
     gate           o <- o * sigmoid(x W_G)                   element by element (Qwen3-Next)
 
 xPos is Eq. 17 of arXiv 2212.10554 with gamma = 0.4 and a base of 512 tokens, as in the authors' code; ALiBi is arXiv
-2108.12409, FoX arXiv 2503.02130. The state is a KV cache; its keys are turned but not shrunk, and under a
-forget gate each has the gate of its token. Differs from the RetNet paper's Transformer baseline: no biases by default.
+2108.12409, FoX arXiv 2503.02130. The state is a KV cache. Cached keys are rotated, without the factor of xPos; with a
+forget gate, the cache also has the gate of each token. Unlike the Transformer baseline of the RetNet paper, there are
+no biases by default.
 """
 
 from typing import Literal
@@ -38,7 +39,7 @@ from .parts.widths import rotary_dim
 from .traits import ContractError, Traits
 
 AttentionState = Cache
-"""The KV cache: a ring buffer under a window or with max_length, else a growing cache."""
+"""KV cache: a ring buffer if a window or max_length bounds it, else a growing cache."""
 
 
 class AttentionConfig(MixerConfig):
@@ -46,82 +47,82 @@ class AttentionConfig(MixerConfig):
 
     kind: Literal["attention"] = "attention"
     n_heads: int = Field(gt=0, examples=[2, 1, 6])
-    """Query heads."""
+    """Number of query heads."""
     n_kv_heads: int | None = Field(default=None, gt=0, examples=[1])
-    """Key and value heads, each shared by n_heads / n_kv_heads query heads; as many as query heads when null."""
+    """Key and value heads, each shared by n_heads / n_kv_heads query heads; n_heads when null."""
     head_dim: int | None = Field(default=None, gt=0, examples=[8])
     """Width of one head; d_model / n_heads when null."""
     positions: Literal["rope", "xpos", "alibi", "none"] = "rope"
-    """`rope` turns queries and keys (RoFormer); `xpos` also shrinks their products with distance; `alibi` lowers scores
-    with distance instead; or `none`."""
+    """Position encoding: `rope` rotates queries and keys (RoFormer), `xpos` also shrinks their products with distance,
+    `alibi` lowers scores with distance instead, `none` has no positions."""
     rope_base: float = Field(default=10000.0, gt=1, examples=[100.0])
-    """The base of the angles."""
+    """Base of the rotation frequencies."""
     rope_scaling: RopeScaling | None = Field(default=None, examples=[LinearScaling(factor=2.0)])
-    """Angles of a model whose context was extended, with positions = rope: `linear` or `llama3`; null for none."""
+    """Scaling of the angles to extend the context, with positions = rope: `linear` or `llama3`; null for none."""
     partial_rotary_factor: float = Field(default=1.0, gt=0, le=1, examples=[0.5])
-    """The share of a head's dimensions that `rope` turns: the first of them."""
+    """Fraction of the dimensions of a head that `rope` rotates, counted from the first."""
     qk_norm: Literal["rms", "rms_zero_centered", "rms_all_heads", "none"] = "none"
-    """The norm of queries and keys before they turn: `rms` of each head, with weights that all heads share;
-    `rms_zero_centered` the same with factors 1 + weight (Qwen3-Next); `rms_all_heads` over all heads (OLMo)."""
+    """Norm of queries and keys before rotation: `rms` is per head, with weights that all heads share;
+    `rms_zero_centered` is the same with factors 1 + weight (Qwen3-Next); `rms_all_heads` is over all heads (OLMo)."""
     norm_eps: float = Field(default=1e-6, ge=0)
-    """Added to the mean square of that norm."""
+    """Added to the mean square in `qk_norm`."""
     softcap: float | None = Field(default=None, gt=0, examples=[2.0])
-    """The bound of scores, which approach it as tanh does; none when null."""
+    """Bound c on the scores s, which become c tanh(s / c) (Gemma 2); null for no bound."""
     forget_gate: bool = False
-    """Whether keys fade: scores add the log forget gates of the tokens after the key, one gate per query head."""
+    """True to add the log forget gates of all tokens after a key to its scores, one gate per query head (FoX)."""
     sinks: bool = False
-    """Whether each head's softmax has one more score, a parameter, whose weight reads nothing."""
+    """True for an attention sink per head: one more score in the softmax, learned, without a value."""
     bias: Literal["none", "qkv", "output", "all"] = "none"
-    """Which products have biases: that of queries, keys, values and gates (`qkv`, Qwen2), the `output`'s, or `all`."""
+    """Projections that have biases: `qkv` (queries, keys, values and gates, as in Qwen2), `output`, `all` or `none`."""
     gate: Gate = "none"
-    """The output gate, element by element."""
+    """Elementwise output gate."""
     window: int | None = Field(default=None, gt=0, examples=[4, 1])
-    """Keys that a query sees, its own included; all when null. It bounds the state."""
+    """Number of keys that a query sees, including its own; null for all. A window bounds the state."""
     chunk_size: int = Field(default=512, gt=0, le=2**20)
     """Queries per block of the chunkwise paradigm; changes the cost, never the result."""
     backend: Backend = "auto"
-    """The kernel backend of the parallel paradigm; changes the cost, never the result."""
+    """Kernel backend of the parallel paradigm; changes the cost, never the result."""
     paradigm: Paradigm = Field(default=Paradigm.PARALLEL, strict=False)
-    """The paradigm of training and evaluation."""
+    """Paradigm of training and evaluation."""
 
     @model_validator(mode="after")
-    def _heads_fit(self) -> "AttentionConfig":
+    def _check_heads(self) -> "AttentionConfig":
         if self.n_kv_heads is not None and self.n_heads % self.n_kv_heads:
             raise ValueError(
-                f"n_kv_heads must divide n_heads = {self.n_heads}, and {self.n_kv_heads} does not: "
+                f"n_kv_heads must divide n_heads = {self.n_heads}, got {self.n_kv_heads}: "
                 f"choose one of {divisors(self.n_heads)}"
             )
-        if self.turns and self.head_dim is not None and self.head_dim % 2:
+        if self.rotates and self.head_dim is not None and self.head_dim % 2:
             raise ValueError(
-                f"{self.positions} turns pairs of dimensions, so head_dim must be even, not {self.head_dim}"
+                f"head_dim must be even, got {self.head_dim}: {self.positions} rotates pairs of dimensions"
             )
         if self.partial_rotary_factor != 1 and self.positions != "rope":
             raise ValueError(
-                f"partial_rotary_factor = {self.partial_rotary_factor:g} is for positions = rope, and with "
-                f"{self.positions} it is 1"
+                f"partial_rotary_factor = {self.partial_rotary_factor:g} needs positions = rope, "
+                f"got positions = {self.positions}"
             )
         if self.rope_scaling is not None and self.positions != "rope":
-            raise ValueError(f"rope_scaling is for positions = rope, not for {self.positions}")
+            raise ValueError(f"rope_scaling needs positions = rope, got positions = {self.positions}")
         return self
 
     @model_validator(mode="after")
-    def _a_window_leaves_a_choice(self) -> "AttentionConfig":
+    def _check_window(self) -> "AttentionConfig":
         unused = {"forget_gate": self.forget_gate, "qk_norm": self.qk_norm != "none" and not self.sinks}
-        if self.window == 1 and (names := [name for name, given in unused.items() if given]):
+        if self.window == 1 and (names := [name for name, enabled in unused.items() if enabled]):
             raise ValueError(
-                f"in a window of 1 the query's own key has all the weight: {' and '.join(names)} would learn nothing, "
-                "so 2 is the smallest"
+                f"{' and '.join(names)} would learn nothing with window = 1, where a query sees only its own key: "
+                "set window >= 2"
             )
         return self
 
     @property
-    def turns(self) -> bool:
-        """Whether queries and keys turn."""
+    def rotates(self) -> bool:
+        """True if queries and keys are rotated (RoPE, xPos)."""
         return self.positions in ("rope", "xpos")
 
     @property
     def traits(self) -> Traits:
-        """All paradigms; only a window bounds the state."""
+        """Traits: all paradigms; the state grows unless a window bounds it."""
         return Traits(
             paradigms=frozenset(Paradigm),
             state="growing" if self.window is None else "constant",
@@ -134,14 +135,14 @@ class AttentionConfig(MixerConfig):
 
 
 class Attention(CachedMixer):
-    """The layer of `AttentionConfig`."""
+    """Layer configured by `AttentionConfig`."""
 
     def __init__(self, config: AttentionConfig, d_model: int) -> None:
         super().__init__(config)
         self.n_heads = config.n_heads
         self.n_kv_heads = config.n_kv_heads or config.n_heads
         self.head_dim = config.head_dim or _head_dim(config, d_model)
-        self.rotary_dim = rotary_dim(config.partial_rotary_factor, self.head_dim) if config.turns else 0
+        self.rotary_dim = rotary_dim(config.partial_rotary_factor, self.head_dim) if config.rotates else 0
         queries = self.n_heads * self.head_dim
         keys = self.n_kv_heads * self.head_dim
         self.widths = {"q": queries, "k": keys, "v": keys}
@@ -149,12 +150,12 @@ class Attention(CachedMixer):
             self.widths["gate"] = queries
         if config.forget_gate:
             self.widths["forget"] = self.n_heads
-        # one product for all of it
+        # one matrix product for all projections
         self.in_proj = nn.Linear(d_model, sum(self.widths.values()), bias=config.bias in ("qkv", "all"))
         kind = config.qk_norm
         heads = (self.n_heads, self.n_kv_heads)
-        how = {"all_heads": kind == "rms_all_heads", "zero_centered": kind == "rms_zero_centered"}
-        self.qk_norm = None if kind == "none" else QKNorm(heads, self.head_dim, config.norm_eps, **how)
+        options = {"all_heads": kind == "rms_all_heads", "zero_centered": kind == "rms_zero_centered"}
+        self.qk_norm = None if kind == "none" else QKNorm(heads, self.head_dim, config.norm_eps, **options)
         self.forget_heads = self.n_heads if config.forget_gate else None
         self.forget_bias = nn.Parameter(torch.empty(self.n_heads)) if config.forget_gate else None
         self.sinks = nn.Parameter(torch.empty(self.n_heads)) if config.sinks else None
@@ -163,8 +164,8 @@ class Attention(CachedMixer):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Xavier-uniform with gain 2^-0.5 (1 for the output), as the RetNet authors' Transformer; biases and sinks of
-        0."""
+        """Initialise as the RetNet authors' Transformer: Xavier-uniform with gain 2^-0.5 (1 for the output projection),
+        zeros for biases and sinks."""
         for projection in self.in_proj.weight.split(list(self.widths.values())):
             nn.init.xavier_uniform_(projection, gain=2**-0.5)
         if self.qk_norm is not None:
@@ -175,15 +176,15 @@ class Attention(CachedMixer):
         nn.init.xavier_uniform_(self.out_proj.weight)
 
     def mix(self, x: Float[Tensor, "B T D"], call: Call) -> tuple[Float[Tensor, "B T D"], AttentionState | None]:
-        q, k, v, more = self._project(x, call)
-        output, final_state = softmax_attention(q, k, v, call, **self._scores(more))
+        q, k, v, extras = self._project(x, call)
+        output, final_state = softmax_attention(q, k, v, call, **self._score_options(extras))
         if final_state is not None:
-            final_state = stored_as(final_state, self.dtype)  # autocast narrows those of a new cache
-        gate = more["gate"].unflatten(-1, (self.n_heads, -1)) if "gate" in more else None
+            final_state = stored_as(final_state, self.dtype)  # under autocast, a new cache has a narrower dtype
+        gate = extras["gate"].unflatten(-1, (self.n_heads, -1)) if "gate" in extras else None
         return self.out_proj(self.gate(output, gate).to(output.dtype).flatten(2)), final_state
 
     def _project(self, x: Float[Tensor, "B T D"], call: Call) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-        """Queries, keys and values by head, and what else is projected, by name."""
+        """Return queries, keys and values by head, and the other projections (gates) by name."""
         names = list(self.widths)[3:]
         widths = list(self.widths.values())
         qkv, *others = self.in_proj(x).split([sum(widths[:3]), *widths[3:]], dim=-1)
@@ -191,7 +192,7 @@ class Attention(CachedMixer):
         qk, v = qkv.unflatten(-1, (-1, self.head_dim)).split(heads, dim=2)
         if self.qk_norm is not None:
             qk = self.qk_norm(qk)
-        if self.config.turns:
+        if self.config.rotates:
             positions = call.positions(x, None if call.state is None else call.state.length)
             qk = rotated(
                 qk, positions, "rope", self.config.rope_base, self.rotary_dim, self.config.rope_scaling, call.memo
@@ -199,15 +200,15 @@ class Attention(CachedMixer):
         q, k = qk.split([self.n_heads, self.n_kv_heads], dim=2)
         return q, k, v, dict(zip(names, others, strict=True))
 
-    def _scores(self, more: dict[str, Tensor]) -> SoftmaxOptions:
-        """What changes the scores."""
+    def _score_options(self, extras: dict[str, Tensor]) -> SoftmaxOptions:
+        """Return the options of the op that change the scores."""
         options: SoftmaxOptions = {"window": self.config.window, "softcap": self.config.softcap, "sinks": self.sinks}
         if self.config.positions == "xpos":
             options["log_decay"] = xpos_log_decay(self.head_dim, self.device)
         if self.config.positions == "alibi":
             options["slopes"] = alibi_slopes(self.n_heads, self.device)
         if self.forget_bias is not None:
-            options["log_forget"] = gate_decay(more["forget"].to(self.state_dtype) + self.forget_bias, 1)
+            options["log_forget"] = gate_decay(extras["forget"].to(self.state_dtype) + self.forget_bias, 1)
         return options
 
     @property
@@ -239,12 +240,12 @@ class Attention(CachedMixer):
             value_width=self.head_dim,
             log_decay="K" if self.config.positions == "xpos" else None,
             window=self.config.window is not None,
-            scores=tuple(name for name, changed in self._changes.items() if changed),
+            scores=tuple(name for name, changed in self._score_changes.items() if changed),
         )
 
     @property
-    def _changes(self) -> dict[str, bool]:
-        """Whether scores are changed by what kernels may not know, by the names of the op."""
+    def _score_changes(self) -> dict[str, bool]:
+        """Score options that a kernel may not support, by the op's names: True if this layer uses the option."""
         config = self.config
         capped = config.softcap is not None
         sloped = config.positions == "alibi"
@@ -252,12 +253,16 @@ class Attention(CachedMixer):
 
 
 def _head_dim(config: AttentionConfig, d_model: int) -> int:
-    """d_model / n_heads, or an error that names the nearest numbers of heads that would do."""
-    unit = 2 if config.turns else 1
+    """Return d_model / n_heads.
+
+    Raises:
+        ContractError: n_heads does not divide d_model; the message names the nearest numbers of heads that do.
+    """
+    unit = 2 if config.rotates else 1
     workable = [n for n in divisors(d_model) if d_model // n % unit == 0 and n % (config.n_kv_heads or 1) == 0]
     if config.n_heads in workable:
         return d_model // config.n_heads
     nearest = nearest_of(workable, config.n_heads)
-    into = "evenly" if unit == 1 else f"into heads of even width, as {config.positions} turns pairs of dimensions"
-    advice = f"n_heads = {nearest} would, or set head_dim" if nearest else "set head_dim"
+    into = "evenly" if unit == 1 else f"into heads of even width, as {config.positions} rotates pairs of dimensions"
+    advice = f"set n_heads = {nearest}, or set head_dim" if nearest else "set head_dim"
     raise ContractError(f"{config.n_heads} heads do not divide d_model = {d_model} {into}: {advice}")

@@ -1,11 +1,12 @@
-"""RWKV's channel mixing: a network that reads the token before too (Peng et al., arXiv 2305.13048, Eq. 18).
+"""RWKV's channel mixing: a network that also reads the previous token (Peng et al., arXiv 2305.13048, Eq. 18).
 
     k_t, r_t = (mu * x_t + (1 - mu) * x_{t-1}) W      a mu and a W for each of the two
     y_t      = sigmoid(r_t) * (relu(k_t)^2 W_v)
     ungated: k_t = (x_t + mu * (x_{t-1} - x_t)) W,  y_t = relu(k_t)^2 W_v        RWKV-7 (arXiv 2503.14456, Eq. 22)
 
-As its state is the last token, it is a mixer here, in a block of its own without a network: RWKV-4 is the pattern
-[rwkv4, channel_mix]. Differs: W_v starts orthogonal, as the others do, where the authors of RWKV-7 have 0.
+Its state is the last token, so it is a mixer here. It has a block of its own without a feed-forward network: RWKV-4 is
+the pattern [rwkv4, channel_mix]. One difference: W_v starts orthogonal like the other matrices, and at 0 in the code of
+RWKV-7's authors.
 """
 
 from typing import Literal, NamedTuple
@@ -24,19 +25,19 @@ from .traits import Traits
 
 
 class ChannelMixConfig(MixerConfig):
-    """A network of squared ReLUs whose input is mixed with the token before."""
+    """RWKV's channel mixing: squared ReLUs of each token mixed with the previous one."""
 
     kind: Literal["channel_mix"] = "channel_mix"
     expansion: float = Field(default=4.0, gt=0, le=1000, examples=[2.0])
-    """Hidden width over d_model, rounded to a whole number."""
+    """Hidden width divided by d_model; the width is rounded to a whole number."""
     gate: bool = True
-    """Whether there is a gate (RWKV-4). Without it, mu weighs the token before, as in RWKV-7."""
+    """True for a gated network (RWKV-4). If False, mu is the weight of the previous token, as in RWKV-7."""
     paradigm: Paradigm = Field(default=Paradigm.CHUNKWISE, strict=False)
-    """The paradigm of training and evaluation; all are one computation."""
+    """Paradigm of training and evaluation; all paradigms are the same computation here."""
 
     @property
     def traits(self) -> Traits:
-        """A constant state; positions do not matter."""
+        """Traits of a mixer with a constant state that does not depend on positions."""
         return Traits(paradigms=SCAN_PARADIGMS, state="constant", packing=True, shift_invariant=True)
 
     def build(self, d_model: int, *, layer_idx: int, n_layers: int) -> "ChannelMix":
@@ -44,23 +45,23 @@ class ChannelMixConfig(MixerConfig):
 
 
 class ChannelMixState(NamedTuple):
-    """The state after a prefix."""
+    """State after a prefix."""
 
     recent: Float[Tensor, "B 1 D"]
-    """The last token."""
+    """Input of the last token."""
     position: Int[Tensor, " B"]
     """Tokens processed."""
 
 
 class ChannelMix(SequenceMixer[ChannelMixState]):
-    """The layer of `ChannelMixConfig`; mixtures start as the authors' code has them for its depth."""
+    """Layer configured by `ChannelMixConfig`; mu starts as in the authors' code for a layer of this depth."""
 
     supports_context_parallel = True
 
     def __init__(self, config: ChannelMixConfig, d_model: int, layer_idx: int, n_layers: int) -> None:
         super().__init__(config)
         self.gated = config.gate
-        self.left = 1 - layer_idx / n_layers
+        self.remaining_depth = 1 - layer_idx / n_layers
         width = max(round(config.expansion * d_model), 1)
         self.shift = nn.Parameter(torch.empty(1 + config.gate, d_model))
         self.k_proj = nn.Linear(d_model, width, bias=False)
@@ -70,15 +71,15 @@ class ChannelMix(SequenceMixer[ChannelMixState]):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Mixtures by channel and depth, orthogonal matrices."""
+        """Initialise mu by channel and depth, and the matrices as orthogonal."""
         for layer in (self.k_proj, self.v_proj, self.r_proj):
             if layer is not None:
-                matrix = torch.empty_like(layer.weight, dtype=self.state_dtype)  # 16 bits have no decomposition
+                matrix = torch.empty_like(layer.weight, dtype=self.state_dtype)  # orthogonal_ needs a wide dtype
                 nn.init.orthogonal_(matrix, gain=max(layer.out_features / layer.in_features, 1) ** 0.5)
                 layer.weight.copy_(matrix)
         d_model = self.shift.shape[1]
-        part = torch.arange(d_model, device=self.device, dtype=torch.float64) / d_model
-        self.shift.copy_(part**self.left if self.gated else 1 - part ** (self.left**4))
+        fraction = torch.arange(d_model, device=self.device, dtype=torch.float64) / d_model
+        self.shift.copy_(fraction**self.remaining_depth if self.gated else 1 - fraction ** (self.remaining_depth**4))
 
     def mix(self, x: Float[Tensor, "B T D"], call: Call) -> tuple[Float[Tensor, "B T D"], ChannelMixState | None]:
         state = self.init_state(call.rows(x.shape[0])) if call.state is None else call.state

@@ -1,6 +1,7 @@
-"""Context parallelism for any mixer: the contract f(x1 ++ x2, s) = f(x1, s) ++ f(x2, s1) says that the state s1 is all
-that a rank needs of the ranks before it. Ranks run one after another: each sends the state to the next, and backward
-sends its gradient back.
+"""Sequential context parallelism, for any mixer whose state has a constant size.
+
+By the contract, f(x1 ++ x2, s) = f(x1, s) ++ f(x2, s1): a rank needs nothing but the state s1 of the ranks before it.
+Ranks run one after another. Each sends its state to the next rank, and the backward pass sends the gradient back.
 """
 
 from typing import Any, Protocol
@@ -16,25 +17,28 @@ from .traits import ContractError, Traits
 
 
 class Mixer(Protocol):
-    """The part of a `SequenceMixer` that is needed here."""
+    """Interface of `SequenceMixer` that sequential context parallelism needs."""
 
     kind: Any
     traits: Traits
 
     def init_state(self, batch_size: int) -> Any:
-        """The initial state."""
+        """Return the initial state."""
         ...
 
     def mix(self, x: Tensor, call: Call) -> tuple[Any, ...]:
-        """What it computes."""
+        """Compute the output and final state of a segment."""
         ...
 
 
-def mix_in_turn(mixer: Mixer, x: Tensor, call: Call) -> tuple[Any, ...]:
-    """What `mix` computes of this rank's segment, from the final state of the ranks before it.
+def mix_sequentially(mixer: Mixer, x: Tensor, call: Call) -> tuple[Any, ...]:
+    """Call `mix` on this rank's segment, starting from the final state of the ranks before it.
+
+    Returns:
+        The output of this rank's tokens, the final state of the whole row (None unless requested), and any values.
 
     Raises:
-        ContractError: the state grows, so that ranks have states of different shapes.
+        ContractError: the state grows, so that ranks would have states of different shapes; or `mix` returns no state.
     """
     cp = call.cp_group
     documents = call.documents
@@ -42,20 +46,22 @@ def mix_in_turn(mixer: Mixer, x: Tensor, call: Call) -> tuple[Any, ...]:
     assert cp is not None
     if mixer.traits.state == "growing":
         raise ContractError(
-            f"{mixer.kind} has no context parallelism: its state grows with the sequence length, and its "
-            "`mix` does not read `call.cp_group`; set distributed.context_parallel to 1, or choose another mixer"
+            f"{mixer.kind} does not support context parallelism: its state grows with the sequence length, and its "
+            "`mix` does not read `call.cp_group`. Set distributed.context_parallel to 1, or choose another mixer"
         )
-    alone = call._replace(documents=cp.local(documents, length), cp_group=None, return_state=True)
-    before = mixer.init_state(alone.rows(x.shape[0])) if call.state is None else call.state
-    anchor = x.new_zeros((), requires_grad=torch.is_grad_enabled())  # so that backward comes by, whatever x is
+    local_call = call._replace(documents=cp.local(documents, length), cp_group=None, return_state=True)
+    before = mixer.init_state(local_call.rows(x.shape[0])) if call.state is None else call.state
+    anchor = x.new_zeros(
+        (), requires_grad=torch.is_grad_enabled()
+    )  # makes backward reach _Receive, even if x needs no gradient
     if cp.rank > 0:
         leaves = to_dict(before)
-        likes = [cp.last_row(leaf, documents) for leaf in leaves.values()]
-        received = zip(leaves.items(), _Receive.apply(anchor, cp, *likes), strict=True)
+        templates = [cp.last_row(leaf, documents) for leaf in leaves.values()]
+        received = zip(leaves.items(), _Receive.apply(anchor, cp, *templates), strict=True)
         before = from_dict(before, {name: cp.after(row, leaf, documents, length) for (name, leaf), row in received})
-    y, after, *values = mixer.mix(x, alone._replace(state=before))
+    y, after, *values = mixer.mix(x, local_call._replace(state=before))
     if after is None:
-        raise ContractError(f"{mixer.kind}: mix has to return a state where one is wanted, and returned None")
+        raise ContractError(f"{mixer.kind}: mix must return a state when call.return_state is True, got None")
     if cp.rank < cp.size - 1:
         y = _Send.apply(y, anchor, cp, *(cp.last_row(leaf, documents) for leaf in to_dict(after).values()))
     final = map_state(lambda leaf: cp.final(leaf, documents, length), after) if call.return_state else None
@@ -63,12 +69,12 @@ def mix_in_turn(mixer: Mixer, x: Tensor, call: Call) -> tuple[Any, ...]:
 
 
 class _Receive(torch.autograd.Function):
-    """Tensors like the given ones from the rank before; backward sends it their gradients."""
+    """Receive tensors shaped like the templates from the previous rank; backward sends their gradients to it."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, cp: ContextParallel, *likes: Tensor) -> tuple[Tensor, ...]:  # noqa: ARG004
+    def forward(ctx: Any, anchor: Tensor, cp: ContextParallel, *templates: Tensor) -> tuple[Tensor, ...]:  # noqa: ARG004
         ctx.cp = cp
-        received = tuple(torch.empty_like(like, memory_format=torch.contiguous_format) for like in likes)
+        received = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in templates)
         for tensor in received:
             dist.recv(tensor, group=cp.group, group_src=cp.rank - 1)
         ctx.mark_non_differentiable(*(tensor for tensor in received if not tensor.is_floating_point()))
@@ -83,12 +89,12 @@ class _Receive(torch.autograd.Function):
 
 
 class _Send(torch.autograd.Function):
-    """y as it is, and tensors to the next rank; backward receives their gradients from it."""
+    """Return y, and send tensors to the next rank; backward receives their gradients from it."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, anchor: Tensor, cp: ContextParallel, *leaves: Tensor) -> Tensor:  # noqa: ARG004
         ctx.cp = cp
-        ctx.likes = [leaf.detach() for leaf in leaves]
+        ctx.templates = [leaf.detach() for leaf in leaves]
         for leaf in leaves:
             dist.send(leaf.detach().contiguous(), group=cp.group, group_dst=cp.rank + 1)
         return y.view_as(y)
@@ -96,11 +102,11 @@ class _Send(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         received: list[Tensor | None] = []
-        for like in ctx.likes:
-            if like.is_floating_point():
-                owed = torch.empty_like(like, memory_format=torch.contiguous_format)
-                dist.recv(owed, group=ctx.cp.group, group_src=ctx.cp.rank + 1)
-                received.append(owed)
+        for template in ctx.templates:
+            if template.is_floating_point():
+                gradient = torch.empty_like(template, memory_format=torch.contiguous_format)
+                dist.recv(gradient, group=ctx.cp.group, group_src=ctx.cp.rank + 1)
+                received.append(gradient)
             else:
                 received.append(None)
         return grad_outputs[0], None, None, *received

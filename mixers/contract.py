@@ -1,4 +1,4 @@
-"""The contract: what a sequence mixer is, what it declares, and how a plug-in registers one."""
+"""The mixer contract: base classes of configurations and modules, and the registry of all mixers."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
@@ -17,30 +17,30 @@ from ..ops.runtime.memo import Memo
 from ..ops.runtime.packing import Documents
 from ..ops.runtime.paradigm import Paradigm
 from ..registry import Config, Registry, SeqmixError
-from .context_parallel import mix_in_turn
+from .context_parallel import mix_sequentially
 from .state import S, from_dict, to_dict
-from .traits import ContractError, Traits, require_compiles, require_paradigm, require_state, require_state_is_taken
+from .traits import ContractError, Traits, require_compiles, require_initial_state, require_paradigm, require_state
 
 IMPLEMENTATION_FIELDS = ("paradigm", "chunk_size", "backend")
-"""Fields of mixers that choose how a map is computed: by the contract, they change nothing but its rounding."""
+"""Fields of a mixer that choose the algorithm; by the contract, they change nothing but rounding."""
 
 
 class MixerConfig(Config, ABC):
-    """The configuration of a mixer, and what a plug-in registers.
+    """Configuration of a mixer; a plug-in registers a subclass.
 
-    A subclass declares `kind: Literal["its_name"]`, gives the paradigm it uses by default, and builds its module.
-    It never holds the sizes of its parent: `d_model` and the layer's index arrive at `build`.
+    A subclass declares `kind: Literal["its_name"]`, sets the default paradigm, and builds its module in `build`. It has
+    no fields for the sizes of the model: `build` receives `d_model` and the index of the layer.
     """
 
     kind: Any
-    """The name it is registered under: a `Literal` in every subclass."""
+    """Name of the mixer in the registry and in YAML; a `Literal` in every subclass."""
     paradigm: Paradigm = Field(strict=False)
-    """The paradigm used when a call names none: that of training and evaluation."""
+    """Paradigm of training and evaluation, used by every call that names none."""
 
     @property
     @abstractmethod
     def traits(self) -> Traits:
-        """What a mixer of this configuration declares."""
+        """Traits that a mixer of this configuration declares."""
 
     @abstractmethod
     def build(self, d_model: int, *, layer_idx: int, n_layers: int) -> "SequenceMixer[Any]":
@@ -52,17 +52,17 @@ class MixerConfig(Config, ABC):
             n_layers: number of layers of the model.
 
         Raises:
-            SeqmixError: the configuration does not fit `d_model`, in one sentence.
+            SeqmixError: the configuration does not fit `d_model`; the message is one sentence.
         """
 
     @classmethod
     def example(cls) -> Self:
-        """A small configuration of this kind, for tables and checks.
+        """Return a small configuration of this kind, for tables and checks.
 
-        Required fields have the first of their `examples` (pydantic's own: `Field(gt=0, examples=[2])`), or 1.
+        A required field takes the first of its `examples`, as in `Field(gt=0, examples=[2])`, or 1 if it has none.
 
         Raises:
-            ContractError: a field refuses its own example, or is not a number and has no example.
+            ContractError: a field rejects its own example, or has no example and rejects 1.
         """
         fields = cls.example_fields()
         try:
@@ -72,22 +72,28 @@ class MixerConfig(Config, ABC):
 
     @classmethod
     def example_fields(cls) -> dict[str, Any]:
-        """The fields that `example` gives."""
+        """Return the fields that `example` passes to the constructor, by name."""
         required = {name: field for name, field in cls.model_fields.items() if field.is_required()}
         return {name: field.examples[0] if field.examples else 1 for name, field in required.items()}
 
     @classmethod
     def example_error(cls, error: ValidationError, fields: Collection[str], *, alone: bool = True) -> str | None:
-        """What is wrong with the class where an example of `fields` (`alone`: no others) raised an error, if it is."""
+        """Explain why a configuration of example values is invalid, if the class is at fault; return None if it is not.
+
+        Args:
+            error: the error that the constructor raised.
+            fields: names of the fields that have example values.
+            alone: True if no other fields were given: errors that name no field are then the class's fault too.
+        """
         for detail in error.errors(include_url=False):
             place = detail["loc"]
             reason = detail["msg"].removeprefix("Value error, ")
-            if not place and alone:  # of the whole: the traits, or a rule of the class about several fields
+            if not place and alone:  # no field is named: the traits are wrong, or a validator of several fields
                 return f"{cls.__name__}: {reason}"
             if not place or (name := place[0]) not in fields:
                 continue
             if cls.model_fields[str(name)].examples:
-                return f"{cls.__name__}: field {name} refuses the first of its own examples: {reason}"
+                return f"{cls.__name__}: field {name} rejects the first of its own examples: {reason}"
             return (
                 f"{cls.__name__}: field {name} is required and has no examples: give {name}=..., "
                 "or declare Field(examples=[...])"
@@ -97,51 +103,51 @@ class MixerConfig(Config, ABC):
     @field_validator("paradigm", mode="before")
     @classmethod
     def _paradigm_by_name(cls, value: Any) -> Any:
-        # YAML has names; a subclass that redeclares the field need not know that enums are strict
+        # YAML gives names: converted here, so that a subclass may redeclare the field without strict=False
         return Paradigm(value) if isinstance(value, str) and value in list(Paradigm) else value
 
     @model_validator(mode="after")
-    def _default_paradigm_is_declared(self) -> "MixerConfig":
+    def _check_default_paradigm(self) -> "MixerConfig":
         require_paradigm(self.paradigm, _traits_of(self), self.kind)
         return self
 
 
 MIXERS = Registry("mixer", MixerConfig, package="seqmix.mixers", entry_points="seqmix.mixers")
-"""All mixers: the files of this folder, plug-ins (entry points `seqmix.mixers`), and what a program registers."""
+"""Registry of all mixers: the files of this folder, plug-ins (entry points `seqmix.mixers`), and registered classes."""
 
 
 Mixed: TypeAlias = (
     tuple[Float[Tensor, "B T D"], S | None] | tuple[Float[Tensor, "B T D"], S | None, Float[Tensor, "B T D"]]
 )
-"""Output and final state, and values for later layers if they are wanted."""
+"""Output and final state; a third entry, if there is one, has the values for later layers."""
 
 
 class SequenceMixer(nn.Module, ABC, Generic[S]):
     """A causal map (x, state) -> (y, state') over a segment of any length T >= 1.
 
-    The state summarises everything before the segment; None means nothing before. Paradigms are algorithms, not
+    The state summarises all tokens before the segment; None means that there are none. Paradigms are algorithms, not
     semantics: for every segment, every state and every declared paradigm, output, final state and gradients agree up
     to rounding, and mixing a whole segment equals mixing its pieces in order:
 
         f_p(x, s) = f_q(x, s)        f(x1 ++ x2, s) = y1 ++ f(x2, s1)   where (y1, s1) = f(x1, s)
 
-    A mixer that cannot satisfy this for some input refuses that input with an error that says why. The contract is
-    stated for evaluation, and for training without dropout.
+    A mixer that cannot satisfy this for some input rejects that input with an error that gives the reason. The contract
+    holds in evaluation, and in training without dropout.
 
     A state is a NamedTuple of tensors, batch first in every leaf, with no Python numbers. Under autograd it is never
-    written in place; without, a growing state may be (it is donated: the caller clones what it needs again). Positions
-    live in the state, as an int64 tensor [B] named `position` or `length`.
+    written in place. Without autograd a growing state may be: the call donates it, and a caller that needs the state
+    again clones it first. Positions are part of the state, as an int64 tensor [B] named `position` or `length`.
 
-    All of it is stated for finite numbers: NaN or infinity at a token may reach earlier tokens, and other documents of
-    its row.
+    The contract covers finite numbers only: NaN or infinity at one token may reach earlier tokens, and other documents
+    of its row.
     """
 
     traits: Traits
     supports_context_parallel: bool = False
-    """Whether `mix` reads `call.cp_group` itself: x is then this rank's segment, and everything else the whole row's.
-    Otherwise the state goes from rank to rank, each of which waits for the one before."""
+    """True if `mix` reads `call.cp_group` itself: x is then this rank's segment, and all other arguments are those of
+    the whole row. If False, the state is sent from rank to rank, and each rank waits for the one before it."""
     takes_first_values: bool = False
-    """Whether calls have to give `first_values`: after `accept_first_values`."""
+    """True if every call must pass `first_values`; set by `accept_first_values`."""
 
     def __init__(self, config: MixerConfig) -> None:
         super().__init__()
@@ -150,11 +156,11 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
         self.paradigm = config.paradigm
         self.chunk_size: int = getattr(config, "chunk_size", CHUNK_SIZE)
         self.backend: str = getattr(config, "backend", "auto")
-        """The kernel backend that is asked for."""
+        """Kernel backend that the configuration asks for."""
         self.backends: dict[Paradigm, str] = {}
-        """The backend of each paradigm, once it is resolved."""
+        """Kernel backend of each paradigm; empty until `resolve_backend`."""
         self.cp_group: ContextParallel | None = None
-        """The processes that share a row of tokens, one segment each; None where a call gives all tokens."""
+        """Processes that share a row of tokens, one segment each; None if x has all tokens."""
 
     @final
     def forward(
@@ -173,35 +179,36 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
         """Mix one segment.
 
         Args:
-            x: the segment, [B T D], T >= 1. With a `cp_group`, this rank's part of it; all else is the whole row's.
-            state: what came before, B rows (N rows with `cu_seqlens`); None means nothing.
-            paradigm: how to compute it; the configured default when None. It is never guessed from T.
+            x: the segment, [B T D], T >= 1. With a `cp_group` it is this rank's segment; all other arguments are those
+                of the whole row.
+            state: the state before the segment, B rows (N rows with `cu_seqlens`); None if no tokens came before.
+            paradigm: the algorithm; the configured default when None. It is never guessed from T.
             cu_seqlens: boundaries of N documents packed into one row (B = 1): document n is tokens
-                cu_seqlens[n] to cu_seqlens[n+1] - 1. Empty documents are legal.
-            return_state: whether the final state is wanted.
-            first_values: the values of the first layer with a value residual, of the same tokens.
-            return_values: whether the mixer's own values are wanted, for later layers.
+                cu_seqlens[n] to cu_seqlens[n+1] - 1. Empty documents are allowed.
+            return_state: True to return the final state.
+            first_values: values of the first layer with a value residual, for the same tokens.
+            return_values: True to return this mixer's values, for later layers.
             donate_state: True if the next state may be written over `state`, which the caller does not need again;
                 ignored under grad. A growing state is donated in any case.
-            memo: results that the layers of a model have in common; not under grad, and not in compiled code.
+            memo: results that the layers of a model share; for eager calls without gradients only.
 
         Returns:
-            The output [B T D], and the final state (None unless wanted); then the values [B T D], if they are wanted.
+            The output [B T D] and the final state (None unless requested), then the values [B T D] if requested.
 
         Raises:
-            ContractError: the mixer does not declare the paradigm, a state in it or at all, packing or compiling, the
-                dtypes or shapes do not fit, or its own `mix` returns something else than an output of the segment's
-                shape and a state.
+            ContractError: the mixer does not declare the paradigm, states (at all, or in this paradigm), packing or
+                compiling; dtypes or shapes do not fit; or its own `mix` returns anything but an output of the shape of
+                x and a state.
         """
         paradigm = self.paradigm if paradigm is None else paradigm
         require_paradigm(paradigm, self.traits, self.kind)
         if compiling := torch.compiler.is_compiling():
             require_compiles(self.traits, self.kind)
-        paradigm = paradigm if isinstance(paradigm, Paradigm) else Paradigm(paradigm)  # of its name
+        paradigm = paradigm if isinstance(paradigm, Paradigm) else Paradigm(paradigm)  # from its name
         self._require_shapes(x, state, cu_seqlens)
-        in_turn = self.cp_group is not None and not self.supports_context_parallel
-        if state is not None or in_turn:  # from rank to rank goes a state
-            require_state_is_taken(paradigm, self.traits, self.kind)
+        sequential = self.cp_group is not None and not self.supports_context_parallel
+        if state is not None or sequential:  # each rank starts from the state of the rank before it
+            require_initial_state(paradigm, self.traits, self.kind)
         elif return_state:
             require_state(self.traits, self.kind)
         self._require_values(x, first_values, return_values)
@@ -218,8 +225,8 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
             donate_state and not torch.is_grad_enabled(),
             memo,
         )
-        result = mix_in_turn(self, x, call) if in_turn else self.mix(x, call)
-        if not compiling:  # a graph needs no guard for what the eager call has shown
+        result = mix_sequentially(self, x, call) if sequential else self.mix(x, call)
+        if not compiling:  # in compiled code the checks would add guards to the graph
             self._require_result(result, x)
         y, final_state, *values = result
         final_state = final_state if return_state else None
@@ -227,24 +234,25 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
 
     @final
     def step(self, x: Float[Tensor, "B 1 D"], state: S) -> tuple[Float[Tensor, "B 1 D"], S]:
-        """Mix one token in the recurrent paradigm: decoding."""
+        """Mix one token in the recurrent paradigm, as decoding does."""
         if x.shape[1] != 1:
-            raise ContractError(f"a step mixes one token, and {x.shape[1]} were given: call the mixer itself")
+            raise ContractError(f"step expects one token, got {x.shape[1]}: call the mixer for a longer segment")
         y, state_after = self(x, state, paradigm=Paradigm.RECURRENT, return_state=True)
         return y, state_after
 
     @abstractmethod
     def mix(self, x: Float[Tensor, "B T D"], call: Call) -> Mixed[S]:
-        """What `forward` computes, its arguments resolved and checked; the state may be None unless wanted.
+        """Compute the output and final state of a segment; `forward` has resolved and checked the arguments.
 
-        A mixer with the trait `value_residual` returns its own values, [B T D], as the third.
+        The final state may be None unless `call.return_state` is set. A mixer with the trait `value_residual` returns
+        its values, [B T D], as a third entry.
         """
 
     def accept_first_values(self) -> None:
-        """Add what mixes values of the first layer into the mixer's own; calls have to give them from then on.
+        """Add the parameters that mix values of the first layer into the mixer's own values.
 
-        A model calls it on later layers than the first with the trait `value_residual`, before parameters are
-        initialised. Alone, and as the first, a layer has its own values alone.
+        Every later call must pass `first_values`. A model calls this method before parameters are initialised, on every
+        layer with the trait `value_residual` but the first. Without it, a layer uses only its own values.
 
         Raises:
             ContractError: the mixer has no value residual.
@@ -253,24 +261,24 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
 
     @abstractmethod
     def init_state(self, batch_size: int, *, max_length: int | None = None) -> S:
-        """The initial state, on the parameters' device.
+        """Return the initial state, on the parameters' device.
 
         Recurrent leaves are float32 (float64 under float64 parameters), caches have the parameters' dtype.
 
         Args:
             batch_size: rows of the state.
-            max_length: the capacity in tokens; lets a growing state be allocated once.
+            max_length: capacity in tokens, so that a growing state is allocated once.
         """
 
     def resize_state(self, state: S, max_length: int | None) -> S:
-        """The same state with another capacity in tokens: to save it, or to continue from it.
+        """Return the state with another capacity in tokens, to save it or to continue from it.
 
         A mixer whose `init_state` uses max_length overrides this method; any other state has a fixed size.
 
         Args:
-            state: the state; not changed, but the result may share its memory.
-            max_length: the capacity in tokens, the processed prefix included; None for a state without spare room, as
-                `init_state` makes it without max_length.
+            state: the state, which is not changed; the result may share its memory.
+            max_length: capacity in tokens, including the processed prefix; None for no spare capacity, as in
+                `init_state`.
 
         Raises:
             ContractError: the processed prefix is longer than max_length.
@@ -278,18 +286,19 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
         return state
 
     def shift_state(self, state: S, tokens: int) -> S:
-        """The state as if so many more tokens had been read before all that it holds, for the conformance kit.
+        """Return the state as if `tokens` more tokens had come before the whole prefix; for the conformance kit.
 
-        Integers named `position` or `length` are moved. A mixer overrides this method where another leaf is its
-        position, or where none is, and returns the state as it is: a cache's length may count what the cache holds.
+        The integer leaves named `position` or `length` grow. A mixer overrides this method if another leaf holds its
+        position. It also overrides it, and returns the state unchanged, if no leaf does: for example if `length` counts
+        the entries of a cache.
 
         Args:
             state: the state.
-            tokens: by how many its position moves.
+            tokens: number of tokens added to the position.
         """
         leaves = to_dict(state)
-        moved = {name for name in leaves if name.rpartition(".")[2] in ("position", "length")}
-        return from_dict(state, {name: leaf + tokens if name in moved else leaf for name, leaf in leaves.items()})
+        positions = {name for name in leaves if name.rpartition(".")[2] in ("position", "length")}
+        return from_dict(state, {name: leaf + tokens if name in positions else leaf for name, leaf in leaves.items()})
 
     @abstractmethod
     def reset_parameters(self) -> None:
@@ -297,70 +306,73 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
 
     @property
     def projections(self) -> Mapping[str, Float[Tensor, "H _ D"]]:
-        """Weights by role and head, views that may be written: `q`, `k`, `v` [H K D], and `o` [H V D], transposed.
+        """Projection weights by role and head, as writable views: `q`, `k`, `v` [H K D], and `o` transposed, [H V D].
 
-        What `seqmix linearize` gives another mixer, of roles that exist. A head's q, k and v count through its o alone.
+        `seqmix linearize` copies them to another mixer, for the roles that both mixers have. The q, k and v of a head
+        affect the output only through its o.
         """
         return {}
 
     def set_reach(self, tokens: Float[Tensor, " H"]) -> list[str]:
-        """Set decays so that each head's memory reaches so many tokens back on average: gamma / (1 - gamma).
+        """Set decays gamma so that each head's memory reaches back `tokens` = gamma / (1 - gamma) tokens on average.
 
-        By default the parts of the mixer do it that have the method; a mixer whose decays are its own overrides it.
+        By default this calls the `set_reach` of each submodule that has one. A mixer that computes decays itself
+        overrides it.
 
         Returns:
-            Names of the parameters that were set; none where decays do not exist, or are fixed or functions of tokens.
+            Names of the parameters that were set; empty if there are no decays, or if they are fixed or depend on the
+            tokens alone.
         """
         parts = {name: part for name, part in self.named_children() if hasattr(part, "set_reach")}
-        return [f"{name}.{each}" for name, part in parts.items() for each in cast("Any", part).set_reach(tokens)]
+        return [f"{name}.{leaf}" for name, part in parts.items() for leaf in cast("Any", part).set_reach(tokens)]
 
     @abstractmethod
     def flops(self, length: int, paradigm: Paradigm, context: int = 0) -> int:
-        """Floating-point operations of the matrix products of one forward pass over one sequence.
+        """Count the floating-point operations of matrix products in one forward pass over one sequence.
 
         Args:
             length: tokens of the segment.
-            paradigm: how it is computed.
-            context: the length of the prefix in tokens.
+            paradigm: the algorithm.
+            context: tokens of the prefix before the segment.
         """
 
     def kernels(self, dtype: torch.dtype) -> tuple[str, Probe] | None:
-        """The op and the probe of its kernels for activations of `dtype`; None where there is no choice of backend."""
+        """Return the op and the kernel probe for activations of `dtype`; None if there is no choice of backend."""
         return None
 
     def resolve_backend(self, dtype: torch.dtype) -> None:
-        """Choose the kernel backends, for the device of the parameters and activations of `dtype`.
+        """Choose the kernel backends for the parameters' device and activations of `dtype`.
 
         Raises:
-            SeqmixError: the backend that the configuration names cannot run: its reasons.
+            SeqmixError: the configured backend cannot run; the message gives the reasons.
         """
-        if (asked := self.kernels(dtype)) is not None:
-            op, probe = asked
+        if (kernels := self.kernels(dtype)) is not None:
+            op, probe = kernels
             self.backends = dict(choose(op, self.backend, probe))
 
     def backend_of(self, paradigm: Paradigm) -> str:
-        """The backend of a paradigm: the one asked for until it is resolved."""
+        """Return the kernel backend of a paradigm; the configured one until `resolve_backend` has chosen."""
         return self.backends.get(paradigm, self.backend)
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are, or the buffers of a mixer without parameters."""
+        """Device of the parameters, or of the buffers if there are no parameters."""
         return self._tensor().device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The parameters' dtype, or that of the buffers of a mixer without parameters."""
+        """Dtype of the parameters, or of the floating-point buffers if there are no parameters."""
         return self._tensor().dtype
 
     @property
     def state_dtype(self) -> torch.dtype:
-        """The dtype of recurrent state: float32, or float64 under float64 parameters."""
+        """Dtype of recurrent states: float32, or float64 under float64 parameters."""
         return torch.promote_types(self.dtype, torch.float32)
 
     def _tensor(self) -> Tensor:
-        """The tensor whose device and dtype the mixer computes with."""
+        """Return the first parameter or floating-point buffer, whose device and dtype the mixer computes with."""
         parts: list[nn.Module | None] = [self]
-        while parts:  # parameters() takes several times as long, and this is asked for every token
+        while parts:  # called for every token, and parameters() would take several times as long
             if (module := parts.pop()) is not None:
                 if (parameter := next((p for p in module._parameters.values() if p is not None), None)) is not None:
                     return parameter
@@ -369,59 +381,59 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
             if buffer.is_floating_point():  # integers are indices or positions
                 return buffer
         raise ContractError(
-            f"{self.kind} has neither a parameter nor a floating-point buffer, so its device and dtype are unknown: "
-            'register one, as self.register_buffer("one", torch.ones(1))'
+            f"{self.kind} needs a parameter or a floating-point buffer to have a device and a dtype, and has neither: "
+            'register one, for example self.register_buffer("one", torch.ones(1))'
         )
 
     def _require_values(self, x: Tensor, first_values: Tensor | None, return_values: bool) -> None:
         if return_values and not self.traits.value_residual:
-            raise ContractError(f"{self.kind} gives no values (traits.value_residual is False)")
+            raise ContractError(f"{self.kind} cannot return values: traits.value_residual is False")
         if self.takes_first_values != (first_values is not None):
-            needs = "needs first_values" if self.takes_first_values else "takes no first_values (accept_first_values)"
-            raise ContractError(f"{self.kind} {needs}")
+            if self.takes_first_values:
+                raise ContractError(f"{self.kind} needs first_values, got None")
+            raise ContractError(f"{self.kind} takes no first_values: call accept_first_values() first")
         if first_values is not None and first_values.shape != x.shape:
-            raise ContractError(f"first_values must be {list(x.shape)}, and is {list(first_values.shape)}")
+            raise ContractError(
+                f"{self.kind} expects first_values of shape {list(x.shape)}, got {list(first_values.shape)}"
+            )
 
     def _require_result(self, result: Any, x: Tensor) -> None:
         values = self.traits.value_residual
         if not isinstance(result, tuple) or len(result) != 2 + values:
             length = f" of {len(result)}" if isinstance(result, (tuple, list)) else ""
-            wanted = "(output, state, values)" if values else "(output, state)"
-            raise ContractError(
-                f"{self.kind}: mix has to return {wanted}, and returned a {type(result).__name__}{length}"
-            )
+            expected = "(output, state, values)" if values else "(output, state)"
+            raise ContractError(f"{self.kind}: mix must return {expected}, got a {type(result).__name__}{length}")
         y = result[0]
         if not isinstance(y, Tensor):
-            raise ContractError(f"{self.kind}: mix has to return a tensor as output, and returned a {type(y).__name__}")
+            raise ContractError(f"{self.kind}: mix must return a tensor as output, got a {type(y).__name__}")
         if y.shape != x.shape:
             raise ContractError(
-                f"{self.kind}: mix has to return an output of the segment's shape {list(x.shape)}, and returned one of "
-                f"{list(y.shape)}"
+                f"{self.kind}: mix must return an output of the shape of x, {list(x.shape)}, got {list(y.shape)}"
             )
 
     def _require_shapes(self, x: Tensor, state: tuple[Any, ...] | None, cu_seqlens: Tensor | None) -> None:
         if x.ndim != 3 or x.shape[1] < 1:
-            raise ContractError(f"{self.kind} takes [batch, tokens >= 1, d_model], and was given {list(x.shape)}")
+            remedy = ": add a batch dimension with x[None]" if x.ndim == 2 else ""
+            raise ContractError(f"{self.kind} expects x of shape [B, T >= 1, d_model], got {list(x.shape)}{remedy}")
         if not x.is_floating_point() or (x.dtype != self.dtype and not torch.is_autocast_enabled(x.device.type)):
             raise ContractError(
-                f"{self.kind} has parameters of {self.dtype} and was given {x.dtype}: convert the one or the other, "
-                "or use torch.autocast"
+                f"{self.kind} expects x of dtype {self.dtype}, that of its parameters, got {x.dtype}: "
+                "convert one of them, or use torch.autocast"
             )
         rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         first: Any = state
-        while isinstance(first, tuple) and first:  # parts may have states of their own
+        while isinstance(first, tuple) and first:  # states may be nested
             first = first[0]
-        if isinstance(first, Tensor) and (given := first.shape[0]) != rows:
-            raise ContractError(f"{self.kind} was given {rows} sequences and a state of {given}")
+        if isinstance(first, Tensor) and (state_rows := first.shape[0]) != rows:
+            raise ContractError(f"{self.kind} expects a state of {rows} rows, one per sequence, got {state_rows}")
         if cu_seqlens is None:
             return
         if not self.traits.packing:
-            raise ContractError(f"{self.kind} does not declare packing: pass its documents one by one, not cu_seqlens")
+            raise ContractError(f"{self.kind} does not declare packing: pass documents one by one, without cu_seqlens")
         if x.shape[0] != 1 or cu_seqlens.ndim != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
             raise ContractError(
-                "packed documents are one row of tokens with integer boundaries [N+1]; "
-                f"{self.kind} was given a batch of {x.shape[0]} and boundaries {list(cu_seqlens.shape)} "
-                f"{cu_seqlens.dtype}"
+                f"{self.kind}: cu_seqlens requires batch size 1 and integer boundaries of shape [N+1], "
+                f"got batch size {x.shape[0]} and boundaries of shape {list(cu_seqlens.shape)}, {cu_seqlens.dtype}"
             )
 
     def _documents(self, x: Tensor, cu_seqlens: Tensor | None) -> Documents | None:
@@ -435,10 +447,10 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
 
 
 def _traits_of(config: MixerConfig) -> Traits:
-    """The traits of a configuration, which may be a plug-in's.
+    """Return the traits of a configuration, which may be a plug-in's.
 
     Raises:
-        ContractError: they are not `Traits`, or computing them raised.
+        ContractError: the value is not a `Traits`, or computing it raised an error.
     """
     try:
         traits = config.traits
@@ -447,5 +459,5 @@ def _traits_of(config: MixerConfig) -> Traits:
     except Exception as error:
         raise ContractError(f"{config.kind}: traits raised {type(error).__name__}: {error}") from error
     if not isinstance(traits, Traits):
-        raise ContractError(f"{config.kind}: traits has to be a Traits(...), and is {traits!r}")
+        raise ContractError(f"{config.kind}: traits must be a Traits(...), got {traits!r}")
     return traits

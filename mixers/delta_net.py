@@ -3,11 +3,12 @@
     q, k, v = silu(conv(x W_Q)), silu(conv(x W_K)), silu(conv(x W_V)) by head;  q and k divided by their norms
     beta_t = sigmoid(x_t W_b)   one scalar per head, from 0 to 1 (to 2 with allow_neg_eigval)
     S_t = S_{t-1} + beta_t k_t (v_t - k_t^T S_{t-1})^T         o_t = q_t S_t / sqrt(K)
-    y   = RMSNorm(o) W_O                    the norm is per head, its weights are the same for all heads
+    y   = RMSNorm(o) W_O                    the norm is per head, its weights are shared by all heads
 
-What the state has at k_t is replaced by v_t, to the part beta_t, where linear attention adds. With beta up to 2 a
-direction may change its sign (Grazzi et al., arXiv 2411.12537). Differs from the paper, as the authors' code does:
-there is a factor 1/sqrt(K), which the norm hides but for its eps. An output gate is theirs too, off by default.
+The value that the state stores at k_t is replaced by v_t, in the proportion beta_t; linear attention adds instead. With
+beta up to 2, a direction of the state may change its sign (Grazzi et al., arXiv 2411.12537). Like the authors' code,
+and unlike the paper, there is a factor 1/sqrt(K), which the norm cancels except for its eps. The output gate of the
+authors' code is available and off by default.
 """
 
 from typing import Annotated, Literal, Self
@@ -26,45 +27,45 @@ DeltaChunk = Annotated[
     Field(
         gt=0,
         le=256,
-        description="Chunk length in tokens; changes the cost, and the result by rounding alone: in float32 by 2e-5 of "
-        "it at 256, and would by 1e-4 at 2048.",
+        description="Chunk length in tokens; changes the cost, and the result only by rounding. The relative change in "
+        "float32 is 2e-5 at 256, and would be 1e-4 at 2048.",
     ),
 ]
 
 
 class DeltaConfig(QKVConfig):
-    """Fields of the mixers of the delta family."""
+    """Fields of every mixer of the delta family."""
 
     family = DELTA
     short_conv: ShortConv = 4
-    qk_norm: Literal["l2"] = "l2"  # pyright: ignore[reportIncompatibleVariableOverride] fewer values
-    """Keys of length 1: the state's transition would grow without bound with longer ones."""
+    qk_norm: Literal["l2"] = "l2"  # pyright: ignore[reportIncompatibleVariableOverride] narrower type
+    """Norm of queries and keys; always `l2`, because the state could grow without bound if keys were longer than 1."""
     allow_neg_eigval: bool = False
-    """Whether b goes up to 2: eigenvalues of the state's transition then lie between -1 and 1."""
+    """True to scale the write rate up to 2, so that eigenvalues of the state transition lie between -1 and 1."""
     norm_affine: Affine = True
     norm_eps: float = Field(default=1e-5, ge=0)
-    """Added to the mean square of a head's output."""
+    """Added to the mean square in the output norm."""
     chunk_size: DeltaChunk = 64
 
 
 class GroupedValuesConfig(DeltaConfig):
-    """Fields of the mixers whose heads may share queries and keys (Qwen3-Next)."""
+    """Fields of mixers in which several value heads may share queries and keys (Qwen3-Next)."""
 
     n_qk_heads: int | None = Field(default=None, gt=0, examples=[1])
-    """Heads of queries and keys, each for n_heads / n_qk_heads heads of values; as many as those when null."""
+    """Query and key heads, each shared by n_heads / n_qk_heads value heads; n_heads when null."""
 
     @model_validator(mode="after")
-    def _groups_are_equal(self) -> Self:
+    def _check_groups(self) -> Self:
         if self.n_qk_heads is not None and self.n_heads % self.n_qk_heads:
             raise ValueError(
-                f"n_qk_heads must divide n_heads = {self.n_heads}, and {self.n_qk_heads} does not: "
+                f"n_qk_heads must divide n_heads = {self.n_heads}, got {self.n_qk_heads}: "
                 f"choose one of {divisors(self.n_heads)}"
             )
         return self
 
 
 class DeltaNetConfig(DeltaConfig):
-    """DeltaNet: a matrix state per head, in which a key's value is replaced."""
+    """DeltaNet: a matrix state per head, in which each token replaces the value of its key."""
 
     kind: Literal["delta_net"] = "delta_net"
     gate: OutputGate = "none"
@@ -74,7 +75,7 @@ class DeltaNetConfig(DeltaConfig):
 
 
 class DeltaNet(QKVMixer):
-    """The layer of `DeltaNetConfig`."""
+    """Layer configured by `DeltaNetConfig`."""
 
     silu = True
 
@@ -87,6 +88,6 @@ class DeltaNet(QKVMixer):
 
 
 def write_rate(logits: Float[Tensor, "B T H"], dtype: torch.dtype, *, neg_eigval: bool) -> Float[Tensor, "B T H"]:
-    """beta_t, from 0 to 1, or to 2 for negative eigenvalues."""
+    """Return beta_t, from 0 to 1, or from 0 to 2 if negative eigenvalues are allowed."""
     beta = logits.to(dtype).sigmoid()
     return 2 * beta if neg_eigval else beta

@@ -4,10 +4,10 @@
     beta_i  = sigmoid(x_t W_bi)   one scalar per head and step i = 1 .. n, from 0 to 1 (to 2 with allow_neg_eigval)
     alpha_t = exp(-e^{A_log} softplus(x_t W_a + dt_bias))   one scalar per head, as in Gated DeltaNet; 1 without
     S      <- alpha_t S;  then n times  S <- S + beta_i k_i (v_i - k_i^T S)^T          o_t = q_t S / sqrt(K)
-    y       = (silu(x W_G) * RMSNorm(o)) W_O    the norm is per head, its weights are the same for all heads
+    y       = (silu(x W_G) * RMSNorm(o)) W_O    the norm is per head, its weights are shared by all heads
 
-A token's transition is a product of n Householder matrices, which can be any rotation of n dimensions where DeltaNet's
-is a reflection at most: with n = 1 it is Gated DeltaNet. The factor 1/sqrt(K) is hidden by the norm but for its eps.
+A token's transition is a product of n Householder matrices, which can be any rotation of n dimensions. In DeltaNet it
+is at most a reflection. With n = 1 this is Gated DeltaNet. The norm cancels the factor 1/sqrt(K) except for its eps.
 """
 
 from typing import Literal
@@ -25,18 +25,18 @@ class DeltaProductConfig(DeltaConfig):
 
     kind: Literal["delta_product"] = "delta_product"
     n_steps: int = Field(default=2, gt=0, le=128, examples=[1, 3, 4])
-    """n: keys that a token writes to."""
+    """Delta-rule steps per token, each with its own key and value."""
     forget_gate: bool = True
-    """Whether the state decays before a token's steps."""
+    """True if the state decays before the steps of a token."""
     allow_neg_eigval: bool = True
-    """Whether beta goes up to 2: a step can then reflect, and two of them rotate."""
+    """True to scale the write rate up to 2: one step can then reflect the state, and two steps can rotate it."""
 
     def build(self, d_model: int, *, layer_idx: int, n_layers: int) -> "DeltaProduct":
         return DeltaProduct(self, d_model)
 
 
 class DeltaProduct(QKVMixer):
-    """The layer of `DeltaProductConfig`; the decays start as in Gated DeltaNet."""
+    """Layer configured by `DeltaProductConfig`; the decays start as in Gated DeltaNet."""
 
     silu = True
 

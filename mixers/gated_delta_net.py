@@ -4,12 +4,12 @@
     beta_t = sigmoid(x_t W_b)   one scalar per head, from 0 to 1 (to 2 with allow_neg_eigval)
     alpha_t = exp(-e^{A_log} softplus(x_t W_a + dt_bias))   one scalar per head
     S_t = alpha_t S_{t-1} + beta_t k_t (v_t - alpha_t k_t^T S_{t-1})^T                 o_t = q_t S_t / sqrt(K)
-    y   = (silu(x W_G) * RMSNorm(o)) W_O    the norm is per head, its weights are the same for all heads
+    y   = (silu(x W_G) * RMSNorm(o)) W_O    the norm is per head, its weights are shared by all heads
 
-The state decays by alpha_t, as Mamba-2's does, and replaces what it has at k_t, as DeltaNet's does. The authors' models
-have keys 3/4 as wide as d_model, and values twice as wide as keys; here keys are as wide as d_model, which fits any
-number of heads that divides it. Differs from the paper, as the authors' code does: there is a factor 1/sqrt(K), which
-the norm hides but for its eps.
+The state decays by alpha_t as in Mamba-2, and the value at k_t is replaced as in DeltaNet. In the authors' models, keys
+are 3/4 as wide as d_model and values twice as wide as keys. Here keys are as wide as d_model, which allows any number
+of heads that divides d_model. Like the authors' code, and unlike the paper, there is a factor 1/sqrt(K), which the norm
+cancels except for its eps.
 """
 
 from typing import Literal
@@ -23,7 +23,7 @@ from .parts.qkv import ValueExpansion
 
 
 class GatedDeltaNetConfig(GroupedValuesConfig):
-    """Gated DeltaNet: a matrix state per head that decays, and in which a key's value is replaced."""
+    """Gated DeltaNet: a matrix state per head that decays, and in which each token replaces the value of its key."""
 
     kind: Literal["gated_delta_net"] = "gated_delta_net"
     expand_v: ValueExpansion = 2.0
@@ -33,7 +33,7 @@ class GatedDeltaNetConfig(GroupedValuesConfig):
 
 
 class GatedDeltaNet(QKVMixer):
-    """The layer of `GatedDeltaNetConfig`; the decays start as in the authors' code."""
+    """Layer configured by `GatedDeltaNetConfig`; decays start as in the authors' code."""
 
     log_decay_shape = "B T H"
     silu = True

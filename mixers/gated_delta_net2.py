@@ -1,10 +1,11 @@
 """Gated DeltaNet-2 (Hatamizadeh, Choi and Kautz, arXiv 2605.22791).
 
     q, k, v = silu(conv(x W_Q)), silu(conv(x W_K)), silu(conv(x W_V)) by head;  q and k divided by their norms
-    b_t, w_t = sigmoid(x_t W_b), sigmoid(x_t W_w)   what is erased of each key dimension, what is written of each value
+    b_t, w_t = sigmoid(x_t W_b), sigmoid(x_t W_w)   erase rate per key dimension, write rate per value dimension
     S_t     = (I - k_t (b_t * k_t)^T) diag(alpha_t) S_{t-1} + k_t (w_t * v_t)^T        o_t = q_t S_t / sqrt(K)
 
-With alpha and y as in KDA, which it is where b and w are one scalar. b goes up to 2 with allow_neg_eigval.
+alpha and y are as in KDA. If b and w are the same scalar for all dimensions, this is KDA. b goes up to 2 with
+allow_neg_eigval.
 """
 
 from typing import Literal
@@ -18,7 +19,7 @@ from .parts import QKV, Call, RecurrenceOutput, head_width
 
 
 class GatedDeltaNet2Config(KeyDecayConfig):
-    """Gated DeltaNet-2: KDA with a gate for what is erased and another for what is written, each by dimension."""
+    """Gated DeltaNet-2: KDA with separate gates for erasing and for writing, each per dimension."""
 
     kind: Literal["gated_delta_net2"] = "gated_delta_net2"
     family = DPLR
@@ -28,7 +29,7 @@ class GatedDeltaNet2Config(KeyDecayConfig):
 
 
 class GatedDeltaNet2(KDA):
-    """The layer of `GatedDeltaNet2Config`."""
+    """Layer configured by `GatedDeltaNet2Config`."""
 
     def __init__(self, config: GatedDeltaNet2Config, d_model: int) -> None:
         keys = head_width(d_model, config.expand_k, config.n_heads, "expand_k")

@@ -1,12 +1,12 @@
 """Gated retention, gRet (YOCO, arXiv 2405.05254, §3.1).
 
-    q, k, v = x W_Q, x W_K, x W_V by head;  q and k turn by the angle n theta at position n
+    q, k, v = x W_Q, x W_K, x W_V by head;  q and k are rotated by the angle n theta at position n
     gamma_n = sigmoid(x_n W_gamma)^(1/tau)      one scalar per head
     S_n = gamma_n S_{n-1} + k_n^T v_n           o_n = q_n S_n / sqrt(K)
     y   = (swish(x W_G) * RMSNorm(o)) W_O       the norm is per head, without weights
 
-It is retention with decays that the tokens choose. Values are as wide as the model, where retention's are twice that.
-Differs from the authors' code in two defaults: that has RetNet's angles (`rotation: retnet`) and an eps of 1e-5.
+This is retention with decays that depend on the token. Values are as wide as the model; retention has them twice as
+wide. Two defaults differ from the authors' code, which has RetNet's angles (`rotation: retnet`) and an eps of 1e-5.
 """
 
 from typing import Literal
@@ -21,11 +21,11 @@ from .parts.qkv import Rotation
 
 
 class GatedRetentionConfig(QKVConfig):
-    """Gated retention: a matrix state per head, with a decay that each token chooses for each head."""
+    """Gated retention: a matrix state per head, with a decay that depends on the token."""
 
     kind: Literal["gated_retention"] = "gated_retention"
     gate_logit_normalizer: float = Field(default=16.0, ge=1e-3, le=1e6, examples=[1.0])
-    """tau: the larger, the longer the memory; 16 as in the authors' code."""
+    """Exponent tau of the forget gates: larger values give a longer memory; 16 as in the authors' code."""
     rotation: Rotation = "rope"
 
     def build(self, d_model: int, *, layer_idx: int, n_layers: int) -> "GatedRetention":
@@ -33,7 +33,7 @@ class GatedRetentionConfig(QKVConfig):
 
 
 class GatedRetention(QKVMixer):
-    """The layer of `GatedRetentionConfig`."""
+    """Layer configured by `GatedRetentionConfig`."""
 
     log_decay_shape = "B T H"
 

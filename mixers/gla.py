@@ -3,10 +3,11 @@
     q, k, v = x W_Q, x W_K, x W_V by head
     alpha_t = sigmoid(x_t W_1 W_2 + b)^(1/tau)      one scalar per key dimension; W_1 W_2 has rank 16
     S_t = diag(alpha_t) S_{t-1} + k_t^T v_t         o_t = q_t S_t / sqrt(K)
-    y   = (swish(x W_R) * RMSNorm(o)) W_O           the norm is per head, its weights are the same for all heads
+    y   = (swish(x W_R) * RMSNorm(o)) W_O           the norm is per head, its weights are shared by all heads
 
-Differs from the paper, as the authors' code does: the norm is an RMS norm and no layer norm, the output gate has no
-bias, and there is a factor 1/sqrt(K), which the norm hides but for its eps (1e-6 here, 1e-5 in their layer).
+Like the authors' code, and unlike the paper, the norm is an RMS norm instead of a layer norm, the output gate has no
+bias, and there is a factor 1/sqrt(K), which the norm cancels except for its eps (1e-6 here, 1e-5 in the authors'
+layer).
 """
 
 from typing import Literal
@@ -23,17 +24,17 @@ from .parts.qkv import Affine, KeyExpansion
 
 
 class GLAConfig(QKVConfig):
-    """GLA: a matrix state per head, with a decay that each token chooses for each key dimension."""
+    """GLA: a matrix state per head, with a decay per key dimension that depends on the token."""
 
     kind: Literal["gla"] = "gla"
     expand_k: KeyExpansion = 0.5
     gate_rank: int = Field(default=16, gt=0, le=2**20, examples=[2])
     """Rank of the map from tokens to decays."""
     gate_logit_normalizer: float = Field(default=16.0, ge=1e-3, le=1e6, examples=[1.0])
-    """tau: the larger, the longer the memory."""
-    rotation: Literal["none"] = "none"  # pyright: ignore[reportIncompatibleVariableOverride] fewer values
-    """None: decays that differ within a pair of dimensions do not commute with turning it, and distances alone would
-    no longer count."""
+    """Exponent tau of the forget gates: larger values give a longer memory."""
+    rotation: Literal["none"] = "none"  # pyright: ignore[reportIncompatibleVariableOverride] narrower type
+    """Always `none`: decays that differ within a pair of dimensions do not commute with rotating the pair, so scores
+    would depend on absolute position."""
     norm_affine: Affine = True
 
     def build(self, d_model: int, *, layer_idx: int, n_layers: int) -> "GLA":
@@ -41,7 +42,7 @@ class GLAConfig(QKVConfig):
 
 
 class GLA(QKVMixer):
-    """The layer of `GLAConfig`; the decays start near 2^(-1/tau)."""
+    """Layer configured by `GLAConfig`; decays start near 2^(-1/tau)."""
 
     log_decay_shape = "B T H K"
 
@@ -52,7 +53,7 @@ class GLA(QKVMixer):
     @torch.no_grad()
     def set_reach(self, tokens: Float[Tensor, " H"]) -> list[str]:
         power = -self.config.gate_logit_normalizer * torch.log1p(1 / tokens)
-        bias = power - torch.log(-torch.expm1(power))  # whose sigmoid is e^power
+        bias = power - torch.log(-torch.expm1(power))  # sigmoid(bias) = e^power
         self.decay_proj.up.bias.copy_(bias.repeat_interleave(self.key_dim))
         return ["decay_proj.up.bias"]
 

@@ -5,9 +5,9 @@
     h_t = e^{Delta A} h_{t-1} + u_t         the diagonal SSM: N / 2 complex numbers per channel, A = -e^{a} + i b
     o_t = q_t * (2 Re(C B h_t) + D u_t)     B = (e^{Delta A} - 1) / A           y = o W_O
 
-The state space model is S4D's (Gu et al., arXiv 2206.11893), discretised by a zero-order hold: of complex numbers in
-conjugate pairs it has one each. The authors' code computes it as a long convolution; here it is a scan, so that the
-state has one size in every paradigm. Their shift has as many tokens as the state has numbers.
+The state space model is S4D's (Gu et al., arXiv 2206.11893), discretised by a zero-order hold. Its complex numbers come
+in conjugate pairs, of which only one is stored. The authors' code computes it as a long convolution; here it is a scan,
+so that the state has the same size in every paradigm. In the authors' code, the shift sees N tokens.
 """
 
 import math
@@ -26,15 +26,15 @@ from .parts.time_step import in_range
 
 
 class H3Config(ScanConfig):
-    """H3: two state space models, a shift and a diagonal one, and a product before and after the second."""
+    """H3: a shift and a diagonal state space model, with a multiplication before and after the diagonal one."""
 
     kind: Literal["h3"] = "h3"
     d_state: int = Field(default=64, ge=2, le=2**20, multiple_of=2, examples=[6, 2])
-    """N: real numbers that the state has per channel."""
+    """Size N of the state per channel, in real numbers."""
     short_conv: int = Field(default=4, gt=0, le=64, examples=[2])
-    """Tokens that the shift sees."""
+    """Width of the shift in tokens."""
     time_step_range: Annotated[tuple[float, float], in_range(1e-6, 1e3)] = Field(default=(1e-3, 0.1), strict=False)
-    """Delta at the start lies between these two, evenly in its logarithm; from 1e-6 to 1e3."""
+    """Range of the initial step sizes Delta, evenly spaced in the logarithm; from 1e-6 to 1e3."""
     chunk_size: Chunk = 16
 
     def build(self, d_model: int, *, layer_idx: int, n_layers: int) -> "H3":
@@ -42,7 +42,7 @@ class H3Config(ScanConfig):
 
 
 class H3(ScanMixer):
-    """The layer of `H3Config`."""
+    """Layer configured by `H3Config`."""
 
     def __init__(self, config: H3Config, d_model: int) -> None:
         pairs = config.d_state // 2
@@ -58,7 +58,7 @@ class H3(ScanMixer):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """S4D-Lin: A = -1/2 + i pi n; normal C and D, and torch's own for the rest."""
+        """Initialise A as S4D-Lin, -1/2 + i pi n; C and D from normal distributions, and the rest as torch does."""
         super().reset_parameters()
         self.log_step.uniform_(*map(math.log, self.config.time_step_range))
         nn.init.constant_(self.A_log, math.log(0.5))
@@ -76,7 +76,10 @@ class H3(ScanMixer):
         return y, self.state_after(x, memory, recent, call)
 
     def diagonal(self) -> tuple[Float[Tensor, "K D"], Float[Tensor, "K D"], Float[Tensor, "K D 2"]]:
-        """Delta A, real and imaginary, and 2 C B, in real numbers, which compilers know; float64, as angles need."""
+        """Return real part and imaginary part of Delta A, and 2 C B as pairs of real numbers, all in float64.
+
+        Compilers do not support complex numbers, and angles need float64.
+        """
         step, rate, turn, c = (y.double() for y in (self.log_step, self.A_log, self.A_imag, self.C))
         step = step.exp()
         rate = -rate.exp()

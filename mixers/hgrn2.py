@@ -5,10 +5,10 @@
     S_t   = diag(f_t) S_{t-1} + (1 - f_t)^T v_t         o_t = q_t S_t / sqrt(K)
     y     = RMSNorm(o) W_O                              the norm is over all heads, with weights
 
-What a key dimension keeps and what it takes add up to 1, so there are no keys. gamma, the lower bound, is 0 in the
-first of L layers and starts at l / L in layer l (from 0): deeper layers remember longer (HGRN, arXiv 2311.04823).
-Differs from the paper: there the bounds of all layers are one cumulative softmax, which begins at the same values; here
-each layer learns its own, one per key dimension. There is a factor 1/sqrt(K), which the norm hides but for its eps.
+Each key is 1 - f_t, so there is no key projection. gamma, the lower bound of the forget gate, is 0 in the first of L
+layers and starts at l / L in layer l (from 0): deeper layers remember longer (HGRN, arXiv 2311.04823). In the paper,
+the bounds of all layers are a cumulative softmax that starts at the same values; here each layer learns its own bounds,
+one per key dimension. There is a factor 1/sqrt(K), which the norm cancels except for its eps.
 """
 
 import math
@@ -25,13 +25,13 @@ from .parts.qkv import Affine, OutputGate
 
 
 class HGRN2Config(QKVConfig):
-    """HGRN2: a matrix state per head, whose decays and keys add up to 1."""
+    """HGRN2: a matrix state per head, in which decays and keys add up to 1."""
 
     kind: Literal["hgrn2"] = "hgrn2"
-    qk_norm: Literal["none"] = "none"  # pyright: ignore[reportIncompatibleVariableOverride] fewer values
-    """None: keys are what decays leave."""
+    qk_norm: Literal["none"] = "none"  # pyright: ignore[reportIncompatibleVariableOverride] narrower type
+    """Always `none`: keys are 1 minus the decays."""
     rotation: Literal["none"] = "none"  # pyright: ignore[reportIncompatibleVariableOverride]
-    """None: decays that differ within a pair of dimensions do not commute with turning it."""
+    """Always `none`: decays that differ within a pair of dimensions do not commute with rotating the pair."""
     gate: OutputGate = "none"
     norm_affine: Affine = True
 
@@ -40,10 +40,10 @@ class HGRN2Config(QKVConfig):
 
 
 class HGRN2(QKVMixer):
-    """The layer of `HGRN2Config`; `bound` is where the lower bounds start, and 0 is for good."""
+    """Layer configured by `HGRN2Config`. Lower bounds start at `bound`; 0 means that there are none."""
 
     log_decay_shape = "B T H K"
-    activation = "none"  # silu would keep forget gates from closing
+    activation = "none"  # silu would prevent forget gates from closing
 
     def __init__(self, config: HGRN2Config, d_model: int, bound: float) -> None:
         super().__init__(config, d_model)
@@ -51,8 +51,8 @@ class HGRN2(QKVMixer):
         self.norm = self.output_norm(self.n_heads * self.value_dim)
 
     def recur(self, x: Tensor, h: QKV, call: Call) -> RecurrenceOutput:
-        log_forget, taken = self.forget(h.k.to(self.state_dtype))
-        return decay(F.silu(h.q), taken.to(h.q.dtype), h.v, log_forget, call)
+        log_forget, keys = self.forget(h.k.to(self.state_dtype))
+        return decay(F.silu(h.q), keys.to(h.q.dtype), h.v, log_forget, call)
 
     def gated_norm(self, o: Float[Tensor, "B T H V"], gate: Float[Tensor, "B T H V"] | None) -> Tensor:
         # one norm over all heads
@@ -60,7 +60,7 @@ class HGRN2(QKVMixer):
 
 
 class ForgetGate(nn.Module):
-    """f_t of logits, with a lower bound per key dimension that starts at `bound`; there is none where that is 0."""
+    """Forget gate f_t from logits, with a learned lower bound per key dimension that starts at `bound`; 0 for none."""
 
     def __init__(self, n_heads: int, key_dim: int, bound: float) -> None:
         super().__init__()
@@ -69,15 +69,15 @@ class ForgetGate(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """All bounds at the start."""
+        """Initialise all lower bounds at `bound`."""
         if self.bound is not None:
             nn.init.constant_(self.bound, math.log(self.start / (1 - self.start)))
 
     def forward(self, logits: Float[Tensor, "B T H K"]) -> tuple[Float[Tensor, "B T H K"], Float[Tensor, "B T H K"]]:
-        """Natural log of f_t, and 1 - f_t: neither is formed as a difference from 1, where it is small."""
+        """Return the natural log of f_t, and 1 - f_t; a small result is never computed as a difference from 1."""
         if self.bound is None:
             return F.logsigmoid(logits), (-logits).sigmoid()
         bound = self.bound.to(logits.dtype)
-        taken = (-bound).sigmoid() * (-logits).sigmoid()
-        little = torch.logaddexp(F.logsigmoid(bound), F.logsigmoid(-bound) + F.logsigmoid(logits))
-        return torch.where(taken < 0.5, torch.log1p(-taken.clamp(max=0.5)), little), taken
+        complement = (-bound).sigmoid() * (-logits).sigmoid()  # 1 - f_t
+        log_small = torch.logaddexp(F.logsigmoid(bound), F.logsigmoid(-bound) + F.logsigmoid(logits))
+        return torch.where(complement < 0.5, torch.log1p(-complement.clamp(max=0.5)), log_small), complement

@@ -6,17 +6,18 @@
     h_n(t) = FFN_n(features(t / L)) * (exp(-delta t / L) + shift)       delta: one rate per channel
     features(s) = s, cos(2 pi k s), -sin(2 pi k s)      for k = 1 .. K      the FFN has sines between its layers
 
-The filters are functions of the distance t in tokens, computed again in every call. Their scale is L, a field
-(`filter_length`), never the length of the segment. The paper's filters end at L; here they continue: the features keep
-turning, s grows, the window falls to its shift. So any length is legal, but untrained lengths may be poor. Decoding is
-a sum over all inputs of the long convolutions, which are the state: the cost of a step grows with its position. In the
-parallel paradigm later tokens reach earlier ones through the rounding of FFTs, and an inf or nan does wholly.
+The filters are functions of the distance t in tokens, and are computed in every call. Their scale is the field
+`filter_length`, L, not the length of the segment. The paper's filters end at L. Here they continue: the features keep
+oscillating, s grows, and the window falls to its shift. So any length is allowed, but untrained lengths may give poor
+results. Decoding sums over all inputs of the long convolutions, which are the state, so the cost of a step grows with
+its position. In the parallel paradigm, later tokens affect earlier ones through the rounding of FFTs, and an inf or nan
+spreads to all tokens.
 
-Differs from the authors' code: that has one filter fewer than the paper (`first_filter` has both), biases in the
-projections and dropout, a k from 0 to K - 1, of which 0 says nothing, an s of t / (L - 1), and rates that are spread
-over all filters instead of over each. Its features are learned, with a learning rate of their own, and its runs have
-sines of frequency 14 or 10. As there, the filters have one FFN but for its last layer, and its sines have frequencies
-that all its layers share.
+Differences from the authors' code: it has one filter fewer than the paper (`first_filter` selects either), biases in
+the projections, dropout, k from 0 to K - 1 (k = 0 carries no information), s = t / (L - 1), and rates that are spread
+over all filters together instead of over each. Its features are learned, with their own learning rate, and its runs use
+sine frequencies of 14 or 10. As in the authors' code, all filters share one FFN except for its last layer, and all
+layers of the FFN share the frequencies of the sines.
 """
 
 import math
@@ -35,53 +36,53 @@ from ..ops.runtime.packing import require_async
 from ..ops.runtime.paradigm import Paradigm
 from .contract import MixerConfig, SequenceMixer
 from .parts import ShortConvolution
-from .traits import Traits, require_room
+from .traits import Traits, require_capacity
 
 FAINT = 0.01
-"""What is left of a filter when its window has decayed."""
+"""Value to which a window decays over the distances in `decay_range`."""
 
 
 class HyenaConfig(MixerConfig):
-    """Hyena: gates, and convolutions over all tokens whose filters are functions of the distance."""
+    """Hyena: gates alternate with convolutions over all tokens, whose filters are functions of the distance."""
 
     deprecated_names: ClassVar = {"conv_size": "short_conv"}
     kind: Literal["hyena"] = "hyena"
     order: int = Field(default=2, gt=0, le=4, examples=[1, 3])
-    """Gates, each after a long convolution."""
+    """Number of gates, each applied after a long convolution."""
     first_filter: bool = True
-    """Whether there is one before the first gate, as in the paper; the authors' code has none."""
+    """True for a long convolution before the first gate, as in the paper; the authors' code has none."""
     short_conv: int = Field(default=3, gt=0, le=64, examples=[1])
-    """Tokens that the short convolution of the projections sees."""
+    """Width in tokens of the short convolution of the projections."""
     filter_length: int = Field(default=1024, gt=0, le=2**40, examples=[5])
-    """L: tokens that the filters are laid out for. There may be more."""
+    """Length L in tokens that the filters are scaled for; longer sequences are allowed."""
     n_bands: int = Field(default=16, gt=0, le=2**16, examples=[2, 1])
-    """K: frequencies of the features, of 1 to K turns in L tokens."""
+    """Number K of feature frequencies, from 1 to K periods in L tokens."""
     filter_width: int = Field(default=64, gt=0, le=2**20, examples=[4])
-    """Width of the FFN of the filters."""
+    """Hidden width of the FFN that computes the filters."""
     filter_depth: int = Field(default=4, ge=2, le=64, examples=[2, 3])
-    """Linear layers of that FFN."""
+    """Number of linear layers of the FFN that computes the filters."""
     sine_frequency: float = Field(default=1.0, gt=0, le=1e3)
-    """Factor in the sines at the start; each of the FFN's dimensions learns its own. More makes rougher filters, and
-    gradients of the first layers that grow by its powers."""
+    """Initial frequency of the sines in the FFN; each hidden dimension learns its own. Larger values give rougher
+    filters, and gradients of the first layers that grow with powers of the frequency."""
     decay_range: tuple[float, float] = Field(default=(0.3, 1.5), strict=False)
-    """Parts of L after which the fastest and the slowest channel's window has fallen to 0.01; from 1e-6 to 1e6."""
+    """Fractions of L at which the windows of the fastest and the slowest channel fall to 0.01; from 1e-6 to 1e6."""
     decay_shift: float = Field(default=0.05, ge=0, le=1)
-    """Added to the window, which so never closes."""
+    """Added to the window, which therefore never falls to 0."""
     paradigm: Paradigm = Field(default=Paradigm.PARALLEL, strict=False)
-    """The paradigm of training and evaluation."""
+    """Paradigm of training and evaluation."""
 
     @model_validator(mode="after")
-    def _options_agree(self) -> "HyenaConfig":
+    def _check_options(self) -> "HyenaConfig":
         if self.order == 1 and not self.first_filter:
-            raise ValueError("without the first filter, order 1 has none: it needs an order of at least 2")
+            raise ValueError("first_filter = false needs order >= 2, got order = 1, which would have no filter")
         fast, slow = self.decay_range
         if not 1e-6 <= fast <= slow <= 1e6:
-            raise ValueError(f"decay_range needs 1e-06 <= fastest <= slowest <= 1e+06, and is {self.decay_range}")
+            raise ValueError(f"decay_range expects 1e-06 <= fastest <= slowest <= 1e+06, got {self.decay_range}")
         return self
 
     @property
     def traits(self) -> Traits:
-        """No chunkwise paradigm, and a state of all inputs; only distances matter."""
+        """Traits: no chunkwise paradigm, a growing state, no dependence on absolute position."""
         return Traits(
             paradigms=frozenset({Paradigm.PARALLEL, Paradigm.RECURRENT}),
             state="growing",
@@ -94,16 +95,16 @@ class HyenaConfig(MixerConfig):
 
 
 class GrowingHyenaState(NamedTuple):
-    """The state after a prefix; it grows by T with every segment, in packed rows too."""
+    """State after a prefix; each segment of T tokens adds T entries, also if its row is packed."""
 
     recent: Float[Tensor, "B W-1 D*(N+1)"]
-    """The last inputs of the short convolution, oldest first."""
+    """Last inputs of the short convolution, oldest first."""
     inputs: Float[Tensor, "B P N D"]
-    """All inputs of every long convolution, oldest first, left-padded with zeros in rows of fewer than P tokens."""
+    """All inputs of each long convolution, oldest first; rows with fewer than P tokens are left-padded with zeros."""
 
 
 class AllocatedHyenaState(NamedTuple):
-    """The same, preallocated for P tokens."""
+    """State after a prefix, preallocated for P tokens."""
 
     recent: Float[Tensor, "B W-1 D*(N+1)"]
     inputs: Float[Tensor, "B P N D"]
@@ -115,7 +116,7 @@ HyenaState: TypeAlias = GrowingHyenaState | AllocatedHyenaState
 
 
 class Hyena(SequenceMixer[HyenaState]):
-    """The layer of `HyenaConfig`."""
+    """Layer configured by `HyenaConfig`."""
 
     supports_context_parallel = True
 
@@ -137,7 +138,7 @@ class Hyena(SequenceMixer[HyenaState]):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """As the authors' code: torch's defaults for linear layers and convolutions, normal numbers for b."""
+        """Initialise as the authors' code: torch's defaults for linear layers and convolutions, a normal b."""
         for layer in (self.in_proj, self.convolution, *self._filter_layers(), self.filter_out, self.out_proj):
             layer.reset_parameters()
         nn.init.constant_(self.frequency, self.config.sine_frequency)
@@ -149,16 +150,16 @@ class Hyena(SequenceMixer[HyenaState]):
         streams, recent = self.convolution(self.in_proj(x), call.enter("recent"))
         v, *gates = streams.to(self.state_dtype).chunk(self.config.order + 1, dim=-1)  # products leave 16 bits' range
         allocated = isinstance(state, AllocatedHyenaState)
-        room = 0 if state is None else state.inputs.shape[1]
-        # with return_state the tokens have to fit into an allocated state; without, they need not
+        capacity = 0 if state is None else state.inputs.shape[1]
+        # tokens must fit into an allocated state only if a final state is returned
         fits = allocated and call.return_state
-        filters = (call.once(self.filters, room) if fits else self.filters(room + length)).unbind()
+        filters = (call.once(self.filters, capacity) if fits else self.filters(capacity + length)).unbind()
         inputs = []
         for n, gate in enumerate(gates, start=self.n_filters - self.config.order):
-            if n >= 0:  # below that it is the gate that has no filter
+            if n >= 0:  # the first gate has no filter if first_filter is False
                 before = None if state is None else state.inputs[:, :, n]
-                v, read = long_convolution(v, filters[n], call._replace(state=before), grows=not allocated)
-                inputs.append(read)
+                v, seen = long_convolution(v, filters[n], call._replace(state=before), grows=not allocated)
+                inputs.append(seen)
             v = gate * v
         y = self.out_proj(v.to(streams.dtype))
         if not call.return_state:
@@ -166,16 +167,17 @@ class Hyena(SequenceMixer[HyenaState]):
         after = torch.stack(inputs, dim=2)
         if not isinstance(state, AllocatedHyenaState):
             return y, GrowingHyenaState(recent, after)
-        read = call.advance(x, state.length)
+        processed = call.advance(x, state.length)
         require_async(
-            (read <= room).all(), "the state was allocated for fewer tokens: pass a larger max_length to init_state"
+            (processed <= capacity).all(),
+            "the state was allocated for fewer tokens: pass a larger max_length to init_state",
         )
-        return y, AllocatedHyenaState(recent, after, read)
+        return y, AllocatedHyenaState(recent, after, processed)
 
     def filters(self, length: int) -> Float[Tensor, "N D length"]:
-        """h_n at the distances 0 to length - 1, with b_n added at 0; float64.
+        """Return h_n at the distances 0 to length - 1, with b_n added at distance 0; float64.
 
-        Sines of sines make thousands of roundings of one in float32. Besides, autocast leaves float64 alone.
+        In float32, nested sines would amplify one rounding error a thousandfold. Autocast also leaves float64 alone.
         """
         config = self.config
         exact = torch.float64
@@ -202,26 +204,26 @@ class Hyena(SequenceMixer[HyenaState]):
         return AllocatedHyenaState(recent, inputs, torch.zeros(batch_size, device=self.device, dtype=torch.int64))
 
     def resize_state(self, state: HyenaState, max_length: int | None) -> HyenaState:
-        held = state.inputs.shape[1]
-        # a growing state does not count its tokens; leading zeros, in rows of fewer tokens, count as none
+        entries = state.inputs.shape[1]
+        # a growing state does not count its tokens, so the leading zeros of padded rows are not counted
         length = (
             state.length
             if isinstance(state, AllocatedHyenaState)
             else (state.inputs.flatten(2).any(-1).cumsum(1) > 0).sum(1)
         )
-        read = int(length.max())
-        require_room(read, max_length, self.kind)
-        inputs = state.inputs[:, held - read :]
+        processed = int(length.max())
+        require_capacity(processed, max_length, self.kind)
+        inputs = state.inputs[:, entries - processed :]
         if max_length is None:
             return GrowingHyenaState(state.recent, inputs)
-        return AllocatedHyenaState(state.recent, F.pad(inputs, (0, 0, 0, 0, max_length - read, 0)), length)
+        return AllocatedHyenaState(state.recent, F.pad(inputs, (0, 0, 0, 0, max_length - processed, 0)), length)
 
     def flops(self, length: int, paradigm: Paradigm, context: int = 0) -> int:
         projections = self.in_proj.weight.numel() + self.out_proj.weight.numel()
-        of_filters = sum(layer.weight.numel() for layer in (*self._filter_layers(), self.filter_out))
-        return 2 * (length * projections + (context + length) * of_filters)
+        filter_weights = sum(layer.weight.numel() for layer in (*self._filter_layers(), self.filter_out))
+        return 2 * (length * projections + (context + length) * filter_weights)
 
     def _filter_layers(self) -> list[nn.Linear]:
-        """The layers of the filters' FFN, but for the last."""
-        # whatever stands there: an adapter is no nn.Linear, and has the attributes of one
+        """Return the layers of the filters' FFN except for the last."""
+        # the cast is safe: an adapter is not an nn.Linear, but has the attributes of one
         return cast("list[nn.Linear]", list(self.filter_layers))

@@ -1,7 +1,7 @@
-"""Which tokens an output reads, and how far back: weights of heads, measured by gradients.
+"""Influence of tokens on outputs: the weights of heads, measured by gradients, and how far back they reach.
 
-The ops with heads are linear in the values, o_n = sum_m w_nm v_m with one w per head, so the gradient of one dimension
-of o_n with respect to that of v_m is the weight: exactly that of the parallel paradigm, whatever computed it.
+The ops with heads are linear in the values, o_n = sum_m w_nm v_m with one w per head. So the gradient of one dimension
+of o_n with respect to the same dimension of v_m is the weight w_nm itself, in every paradigm.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,31 +17,31 @@ from .contract import SequenceMixer
 
 
 class Seen(NamedTuple):
-    """A call of a module."""
+    """Recorded call of a module."""
 
     x: Tensor
-    """Its first argument."""
+    """First argument of the call."""
     output: Tensor
-    """Its first output."""
+    """First output of the call."""
     options: dict[str, Any]
-    """Of a mixer: what it has to be given beside x, the values of the first layer."""
+    """Keyword arguments that a mixer needs to repeat the call: `first_values`, if they were passed."""
 
 
 @contextmanager
 def captured(modules: Mapping[int, nn.Module]) -> Iterator[dict[int, Seen]]:
-    """By number of a module, its last call while the context is open."""
-    found: dict[int, Seen] = {}
+    """Record the last call of each module, by its number, while the context is open."""
+    calls: dict[int, Seen] = {}
 
     def hook(number: int) -> Any:
         def store(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:  # noqa: ARG001
             options = {name: kwargs[name] for name in ("first_values",) if kwargs.get(name) is not None}
-            found[number] = Seen(args[0], output[0] if isinstance(output, tuple) else output, options)
+            calls[number] = Seen(args[0], output[0] if isinstance(output, tuple) else output, options)
 
         return store
 
     handles = [module.register_forward_hook(hook(n), with_kwargs=True) for n, module in modules.items()]
     try:
-        yield found
+        yield calls
     finally:
         for handle in handles:
             handle.remove()
@@ -50,50 +50,55 @@ def captured(modules: Mapping[int, nn.Module]) -> Iterator[dict[int, Seen]]:
 def weights_of(
     mixer: SequenceMixer, x: Float[Tensor, "B T D"], queries: Sequence[int], **options: Any
 ) -> tuple[Float[Tensor, "B H Q T"], bool]:
-    """The weights with which outputs at some tokens read all tokens, and whether they are those of an op's heads.
+    """Return the weights with which outputs at some tokens read all tokens, and True if they belong to an op's heads.
 
-    Without an op with heads there is one head: the norms of the gradients of the output with respect to the mixer's
-    inputs, summed over the output's dimensions with random signs (fixed by a seed). `queries` are indices of tokens,
-    from 0; parameters need no gradients.
+    If the mixer calls no op with heads, the result has one head. Its weights are norms of the gradient of the output
+    with respect to the mixer's input; the dimensions of the output are summed with random signs from a fixed seed.
+
+    Args:
+        mixer: the mixer, whose parameters need no gradients.
+        x: the segment.
+        queries: indices of the tokens whose outputs are examined, from 0.
+        options: further arguments of the mixer.
     """
     x = x.detach().requires_grad_()
     with torch.enable_grad(), recorded() as calls:
         y = mixer(x, **options)[0]
-    found = [weights for call in calls if (weights := head_weights(call, x.shape[1], queries)) is not None]
-    if found:
-        return torch.cat(found, dim=1), True
+    per_call = [weights for call in calls if (weights := head_weights(call, x.shape[1], queries)) is not None]
+    if per_call:
+        return torch.cat(per_call, dim=1), True
     signs = torch.randint(2, y.shape[2:], generator=torch.Generator().manual_seed(0)).to(y) * 2 - 1
     rows = [_gradient(y[:, n] @ signs, x).norm(dim=-1) for n in queries]
     return torch.stack(rows, dim=1)[:, None], False
 
 
 def head_weights(call: Recorded, length: int, queries: Sequence[int]) -> Float[Tensor, "B H Q T"] | None:
-    """The weights of a recorded call of an op over `length` tokens; None where it reads no values of its own."""
+    """Return the weights of a recorded op call over `length` tokens; None if it has no values, or no gradients."""
     if not call.v.shape[-1] or not call.output.requires_grad or not call.v.requires_grad:
         return None
     heads = call.output.shape[2]
     groups = call.v.shape[2]
     steps = call.output.shape[1] // length
-    read = call.v.shape[1] // length
+    values_per_token = call.v.shape[1] // length
     rows = []
     for n in queries:
         first = call.output[:, n * steps + steps - 1, :, 0].unflatten(1, (groups, -1))  # [B G H/G]
-        # heads that share a value are told apart by as many backward passes
+        # heads that share a value need one backward pass each
         parts = [_gradient(first[..., j].sum(), call.v)[..., 0] for j in range(heads // groups)]
-        weights = torch.stack(parts, dim=-1).flatten(2)  # [B T*read H]
-        rows.append(weights.unflatten(1, (length, read)).sum(2))
+        weights = torch.stack(parts, dim=-1).flatten(2)  # [B T*values_per_token H]
+        rows.append(weights.unflatten(1, (length, values_per_token)).sum(2))
     return torch.stack(rows, dim=1).permute(0, 3, 1, 2)
 
 
 def reach_of(weights: Float[Tensor, "B H Q T"], queries: Sequence[int]) -> Float[Tensor, " H"]:
-    """The mean distance from a query to what it reads, in tokens, by absolute weight; the mean of the queries."""
+    """Return the mean distance in tokens from a query to what it reads, by absolute weight, averaged over queries."""
     size = weights.abs().double()
-    at = torch.arange(weights.shape[-1], device=weights.device)
-    distance = torch.tensor(list(queries), device=weights.device)[:, None] - at
+    position = torch.arange(weights.shape[-1], device=weights.device)
+    distance = torch.tensor(list(queries), device=weights.device)[:, None] - position
     return ((size * distance).sum(-1) / size.sum(-1).clamp(min=1e-30)).mean((0, 2))
 
 
 def _gradient(y: Tensor, x: Tensor) -> Tensor:
-    """The gradient of the sum of y; zero where x takes no part."""
-    (found,) = torch.autograd.grad(y.sum(), x, retain_graph=True, allow_unused=True)
-    return torch.zeros_like(x) if found is None else found.detach()
+    """Return the gradient of y.sum() with respect to x; zero if y does not depend on x."""
+    (gradient,) = torch.autograd.grad(y.sum(), x, retain_graph=True, allow_unused=True)
+    return torch.zeros_like(x) if gradient is None else gradient.detach()

@@ -4,11 +4,12 @@
     beta_t  = sigmoid(x_t W_b)  one scalar per head, from 0 to 1 (to 2 with allow_neg_eigval)
     alpha_t = exp(-e^{A_log} softplus(x_t W_1 W_2 + dt_bias))  one scalar per key dimension, a rate e^{A_log} per head
     S_t     = (I - beta_t k_t k_t^T) diag(alpha_t) S_{t-1} + beta_t k_t v_t^T          o_t = q_t S_t / sqrt(K)
-    y       = (sigmoid(x W_3 W_4) * RMSNorm(o)) W_O    the norm is per head, its weights are the same for all heads
+    y       = (sigmoid(x W_3 W_4) * RMSNorm(o)) W_O    the norm is per head, its weights are shared by all heads
 
-Gated DeltaNet with a decay per key dimension. The maps of decays and output gate have the rank of a head's width. As in
-the released models the gate has no bias unless asked for; the factor 1/sqrt(K) is hidden by the norm but for its eps.
-With decay_lower_bound c, as in GLM, alpha_t = exp(c sigmoid(e^{A_log} (x_t W_1 W_2 + dt_bias))), and A_log starts at 0.
+KDA is Gated DeltaNet with a decay per key dimension. The rank of the maps to decays and output gate is the width of a
+head. As in the released models, the gate has no bias by default. The norm cancels the factor 1/sqrt(K) except for its
+eps. With decay_lower_bound c, as in GLM, alpha_t = exp(c sigmoid(e^{A_log} (x_t W_1 W_2 + dt_bias))), and A_log starts
+at 0.
 """
 
 from typing import Literal
@@ -23,21 +24,21 @@ from .parts.qkv import OutputGate
 
 
 class KeyDecayConfig(DeltaConfig):
-    """Fields of the mixers of the delta family whose key dimensions decay each by themselves."""
+    """Fields of mixers of the delta family with a decay per key dimension."""
 
-    rotation: Literal["none"] = "none"  # pyright: ignore[reportIncompatibleVariableOverride] fewer values
-    """None: decays that differ within a pair of dimensions do not commute with turning it."""
+    rotation: Literal["none"] = "none"  # pyright: ignore[reportIncompatibleVariableOverride] narrower type
+    """Always `none`: decays that differ within a pair of dimensions do not commute with rotating the pair."""
     gate: OutputGate = "sigmoid"
     gate_rank: int | None = Field(default=None, gt=0, le=2**20, examples=[3, None])
-    """Rank of the maps from tokens to decays and to the output gate; null for the width of a head's values."""
+    """Rank of the maps from tokens to decays and to the output gate; the width of a head's values when null."""
     gate_bias: bool = False
-    """Whether the output gate has a bias, as in fla's layer."""
+    """True if the output gate has a bias, as in fla's layer."""
     decay_lower_bound: float | None = Field(default=None, lt=0, ge=-1000, examples=[-5.0])
-    """Log-decays lie between this and 0, by a sigmoid; null for no bound, by softplus."""
+    """Lower bound of the log-decays, enforced by a sigmoid; null for unbounded log-decays, from softplus."""
 
 
-class KDAConfig(KeyDecayConfig, GroupedValuesConfig):  # pyright: ignore[reportIncompatibleVariableOverride] fewer values
-    """KDA: a matrix state per head, each of whose key dimensions decays, and in which a key's value is replaced."""
+class KDAConfig(KeyDecayConfig, GroupedValuesConfig):  # pyright: ignore[reportIncompatibleVariableOverride] narrower type
+    """KDA: a matrix state per head with a decay per key dimension; each token replaces the value of its key."""
 
     kind: Literal["kda"] = "kda"
 
@@ -46,7 +47,7 @@ class KDAConfig(KeyDecayConfig, GroupedValuesConfig):  # pyright: ignore[reportI
 
 
 class KDA(QKVMixer):
-    """The layer of `KDAConfig`; the decays start as in the authors' code."""
+    """Layer configured by `KDAConfig`; decays start as in the authors' code."""
 
     log_decay_shape = "B T H K"
     silu = True
@@ -69,7 +70,7 @@ class KDA(QKVMixer):
         return h if self.gate_proj is None else h._replace(gate=self.gate_proj(x).unflatten(-1, (self.n_heads, -1)))
 
     def log_decay(self, x: Tensor) -> Tensor:
-        """Natural log of alpha, [B T H K]."""
+        """Return the natural log of alpha, [B T H K]."""
         return self.decay(self.decay_proj(x).unflatten(-1, (self.n_heads, -1)))[1]
 
     def recur(self, x: Tensor, h: QKV, call: Call) -> RecurrenceOutput:

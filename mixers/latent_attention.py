@@ -1,15 +1,15 @@
 """Multi-head latent attention, MLA (DeepSeek-V2, arXiv 2405.04434, §2.1).
 
     c_t = RMSNorm(x_t W_DKV)                    one latent per token, R wide
-    r_t = x_t W_KR, turned by position          one rotary key for all heads, P wide
+    r_t = x_t W_KR, rotated by position         one rotary key for all heads, P wide
     k_t = [c_t W_UK, r_t],  v_t = c_t W_UV      by head, K + P and V wide
-    q_t = [a_t W_UQ, a_t W_QR], its second part turned;  a = x, or RMSNorm(x W_DQ)
+    q_t = [a_t W_UQ, a_t W_QR], its second part rotated;  a = x, or RMSNorm(x W_DQ)
     o_n = sum_m softmax_m(q_n . k_m / sqrt(K + P)) v_m      y = o W_O
     absorbed:  q . k_m = [q_1 W_UK^T, q_2] . [c_m, r_m]     o = (sum_m p_m c_m) W_UV
 
-The state holds [c, r] of each token. The parallel and the chunkwise paradigm make keys and values of it; the recurrent
-one absorbs W_UK and W_UV into queries and outputs, and all heads read the latents themselves. So does a process that
-shares a sequence with others: they send latents alone.
+The state holds [c, r] of each token. The parallel and the chunkwise paradigm compute keys and values from it. The
+recurrent paradigm absorbs W_UK and W_UV into queries and outputs, so that all heads read the latents directly. Context
+parallelism does the same, so that processes only exchange latents.
 """
 
 from typing import Literal
@@ -29,39 +29,39 @@ from .traits import Traits
 
 
 class LatentAttentionConfig(MixerConfig):
-    """Multi-head latent attention: keys and values are linear in one latent per token, which is all that is cached."""
+    """Multi-head latent attention: keys and values are linear in one latent per token, which alone is cached."""
 
     kind: Literal["latent_attention"] = "latent_attention"
     n_heads: int = Field(gt=0, examples=[2, 1, 3])
-    """Heads."""
+    """Number of heads."""
     kv_lora_rank: int | None = Field(default=None, gt=0, examples=[5])
     """Width R of the latent; 4 qk_nope_head_dim when null, as in the paper."""
     q_lora_rank: int | None = Field(default=None, gt=0, examples=[6])
-    """Rank of the queries' projection, which has a norm in between; full when null."""
+    """Rank of the query projection, with a norm between its two matrices; full rank when null."""
     qk_nope_head_dim: int | None = Field(default=None, gt=0, examples=[3])
-    """Width K of a head's keys that do not turn; d_model / n_heads when null."""
+    """Width K of the part of a head's keys that is not rotated; d_model / n_heads when null."""
     qk_rope_head_dim: int | None = Field(default=None, gt=0, multiple_of=2, examples=[2])
-    """Width P of the keys that turn, which all heads share; half of K when null."""
+    """Width P of the rotary key, which all heads share; half of K when null."""
     v_head_dim: int | None = Field(default=None, gt=0, examples=[7])
-    """Width V of a head's values; K when null."""
+    """Width V of the values of a head; K when null."""
     positions: Literal["rope", "none"] = "rope"
-    """Whether the rotary keys turn, and their queries; with `none` they are keys that all heads share (Kimi Linear)."""
+    """`rope` rotates the shared keys and their queries; `none` leaves them unrotated (Kimi Linear)."""
     rope_base: float = Field(default=10000.0, gt=1, examples=[100.0])
-    """The base of the angles."""
+    """Base of the rotation frequencies."""
     norm_eps: float = Field(default=1e-6, ge=0)
-    """Added to the mean square of the latents' norms."""
+    """Added to the mean square in the norms of the latents."""
     window: int | None = Field(default=None, gt=1, examples=[4])
-    """Keys that a query sees, its own included; all when null. It bounds the state."""
+    """Number of keys that a query sees, including its own; null for all. A window bounds the state."""
     chunk_size: int = Field(default=512, gt=0, le=2**20)
     """Queries per block of the chunkwise paradigm; changes the cost, never the result."""
     backend: Backend = "auto"
-    """The kernel backend of the parallel paradigm; changes the cost, never the result."""
+    """Kernel backend of the parallel paradigm; changes the cost, never the result."""
     paradigm: Paradigm = Field(default=Paradigm.PARALLEL, strict=False)
-    """The paradigm of training and evaluation."""
+    """Paradigm of training and evaluation."""
 
     @property
     def traits(self) -> Traits:
-        """All paradigms; only a window bounds the state."""
+        """Traits: all paradigms; the state grows unless a window bounds it."""
         return Traits(
             paradigms=frozenset(Paradigm),
             state="growing" if self.window is None else "constant",
@@ -74,7 +74,10 @@ class LatentAttentionConfig(MixerConfig):
 
 
 class LatentAttention(CachedMixer):
-    """The layer of `LatentAttentionConfig`; its state is a KV cache of one head: `keys` are [c, r], `values` empty."""
+    """Layer configured by `LatentAttentionConfig`.
+
+    The state is a KV cache of one head, whose `keys` are [c, r] and whose `values` are empty.
+    """
 
     def __init__(self, config: LatentAttentionConfig, d_model: int) -> None:
         super().__init__(config)
@@ -96,7 +99,7 @@ class LatentAttention(CachedMixer):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Xavier-uniform matrices, and norm weights of 1."""
+        """Initialise Xavier-uniform matrices and norm weights of 1."""
         for projection in self.in_proj.weight.split(list(self.widths.values())):
             nn.init.xavier_uniform_(projection)
         for up in (self.q_up, self.kv_up, self.out_proj):
@@ -112,29 +115,29 @@ class LatentAttention(CachedMixer):
 
     def mix(self, x: Float[Tensor, "B T D"], call: Call) -> tuple[Float[Tensor, "B T D"], Cache | None]:
         q, latents = self._project(x, call)
-        # of several processes each gathers latents, not keys and values
+        # with context parallelism, processes exchange latents, which are smaller than keys and values
         absorbed = call.paradigm is Paradigm.RECURRENT or call.cp_group is not None
-        output, final_state = (self._absorbed if absorbed else self._expanded)(q, latents, call)
+        output, final_state = (self._attend_to_latents if absorbed else self._attend_to_keys)(q, latents, call)
         if final_state is not None:
-            final_state = stored_as(final_state, self.dtype)  # autocast narrows those of a new cache
+            final_state = stored_as(final_state, self.dtype)  # under autocast, a new cache has a narrower dtype
         return self.out_proj(output.flatten(2)), final_state
 
     def _project(self, x: Float[Tensor, "B T D"], call: Call) -> tuple[Tensor, Tensor]:
-        """Queries [B T H K+P] and latents with their rotary key [B T 1 R+P], both turned."""
+        """Return rotated queries [B T H K+P], and latents with their rotated key [B T 1 R+P]."""
         a, latent, rotary = self.in_proj(x).split(list(self.widths.values()), dim=-1)
         if self.q_norm is not None and self.q_up is not None:
             a = self.q_up(self.q_norm(a, None).to(a.dtype))
-        plain, turning = a.unflatten(-1, (self.n_heads, -1)).split([self.key_dim, self.rotary_dim], dim=-1)
+        plain, to_rotate = a.unflatten(-1, (self.n_heads, -1)).split([self.key_dim, self.rotary_dim], dim=-1)
         positions = call.positions(x, None if call.state is None else call.state.length)
-        turned = torch.cat((turning, rotary[:, :, None]), dim=2)
+        rotary_heads = torch.cat((to_rotate, rotary[:, :, None]), dim=2)
         if self.config.positions == "rope":
-            turned = rotated(turned, positions, "rope", self.config.rope_base, memo=call.memo)
-        latent = self.kv_norm(latent, None).to(turned.dtype)[:, :, None]
-        q = torch.cat((plain, turned[:, :, : self.n_heads]), dim=-1)
-        return q, torch.cat((latent, turned[:, :, self.n_heads :]), dim=-1)
+            rotary_heads = rotated(rotary_heads, positions, "rope", self.config.rope_base, memo=call.memo)
+        latent = self.kv_norm(latent, None).to(rotary_heads.dtype)[:, :, None]
+        q = torch.cat((plain, rotary_heads[:, :, : self.n_heads]), dim=-1)
+        return q, torch.cat((latent, rotary_heads[:, :, self.n_heads :]), dim=-1)
 
-    def _expanded(self, q: Tensor, latents: Tensor, call: Call) -> tuple[Tensor, Cache | None]:
-        """Every head has its own keys and values, of the cached latents too."""
+    def _attend_to_keys(self, q: Tensor, latents: Tensor, call: Call) -> tuple[Tensor, Cache | None]:
+        """Attend with keys and values per head, computed from new and cached latents."""
         past = call.state
         window = self.config.window
         if past is not None:
@@ -146,11 +149,11 @@ class LatentAttention(CachedMixer):
             return output, None
         return output, final_cache(latents, latents[..., :0], window, call.state, call.documents, donated=call.donated)
 
-    def _absorbed(self, q: Tensor, latents: Tensor, call: Call) -> tuple[Tensor, Cache | None]:
-        """All heads read latents, through queries that are as wide."""
+    def _attend_to_latents(self, q: Tensor, latents: Tensor, call: Call) -> tuple[Tensor, Cache | None]:
+        """Attend to the latents directly, with queries of the width of the latents."""
         to_keys, to_values = self._up().split([self.key_dim, self.value_dim], dim=1)
-        plain, turned = q.split([self.key_dim, self.rotary_dim], dim=-1)
-        queries = torch.cat((torch.einsum("bthk,hkr->bthr", plain, to_keys), turned), dim=-1)
+        plain, rotary_queries = q.split([self.key_dim, self.rotary_dim], dim=-1)
+        queries = torch.cat((torch.einsum("bthk,hkr->bthr", plain, to_keys), rotary_queries), dim=-1)
         output, final_state = softmax_attention(
             queries,
             latents,
@@ -163,7 +166,7 @@ class LatentAttention(CachedMixer):
         return torch.einsum("bthr,hvr->bthv", output, to_values), final_state
 
     def _up(self) -> Float[Tensor, "H K+V R"]:
-        """What makes keys and values of latents, by head; an adapter or a hook of the projection counts too."""
+        """Return the matrix from latents to keys and values by head, with any adapter or hook of the projection."""
         up = self.kv_up
         weight = up.weight
         if type(up) is not nn.Linear or up._forward_hooks or up._forward_pre_hooks:
@@ -171,10 +174,10 @@ class LatentAttention(CachedMixer):
         return weight.unflatten(0, (self.n_heads, -1))
 
     def _keys_and_values(self, latents: Float[Tensor, "_ M 1 R+P"]) -> tuple[Tensor, Tensor]:
-        """[_ M H K+P] and [_ M H V]."""
+        """Compute keys [_ M H K+P] and values [_ M H V] from latents."""
         latent, rotary = latents.split([self.rank, self.rotary_dim], dim=-1)
-        both = self.kv_up(latent[:, :, 0]).unflatten(-1, (self.n_heads, -1))
-        plain, values = both.split([self.key_dim, self.value_dim], dim=-1)
+        keys_and_values = self.kv_up(latent[:, :, 0]).unflatten(-1, (self.n_heads, -1))
+        plain, values = keys_and_values.split([self.key_dim, self.value_dim], dim=-1)
         return torch.cat((plain, rotary.expand(-1, -1, self.n_heads, -1)), dim=-1), values
 
     def flops(self, length: int, paradigm: Paradigm, context: int = 0) -> int:
@@ -184,7 +187,7 @@ class LatentAttention(CachedMixer):
         options = {"window": self.config.window, "chunk_size": self.config.chunk_size, "context": context}
         weights = self.in_proj.weight.numel() + self.out_proj.weight.numel()
         weights += 0 if self.q_up is None else self.q_up.weight.numel()
-        expanded = length + (0 if absorbed else self.cached(context))
+        expanded = length + (0 if absorbed else self.cache_slots(context))
         widths = (self.rank + self.rotary_dim, self.rank) if absorbed else (key, value)
         return (
             2 * length * weights
@@ -203,5 +206,5 @@ class LatentAttention(CachedMixer):
 
 
 def _norm(width: int, config: LatentAttentionConfig) -> GatedNorm:
-    """An RMS norm with weights."""
+    """Return an RMS norm with weights."""
     return GatedNorm(width, "rms", "none", affine=True, eps=config.norm_eps)

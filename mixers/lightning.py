@@ -8,11 +8,11 @@
     minimax:      lambda = exp(-2^(-8 (h+1) / H) (1 - l / (L - 1) + 1e-5))      head 0 decays fastest
     transnormer:  lambda = exp(-(8 h / H) (1 - l / L))                          head 0 never decays
 
-What surrounds the recurrence is MiniMax-01's with either schedule: no positions, and no 1/sqrt(K), which would cancel
-under the norm but for its eps. TransNormerLLM has silu on queries and keys alone, a norm without weights, a gate
-without a function, and rotated positions in its first layer. In a model of one layer l / (L - 1) is taken for 0. Where
-H is no power of two the formula holds as it is, as in transformers; MiniMax's code takes every other slope of the next
-power for the heads that are left over, as ALiBi does.
+With either schedule, the rest of the layer is MiniMax-01's: no positions, and no factor 1/sqrt(K), which the norm would
+cancel except for its eps. TransNormerLLM has silu only on queries and keys, a norm without weights, a gate without an
+activation, and rotary positions in its first layer. In a model of one layer, l / (L - 1) counts as 0. If H is not a
+power of two, the formula applies unchanged, as in transformers. MiniMax's code instead gives the remaining heads every
+other slope of the next power of two, as ALiBi does.
 """
 
 from typing import Literal
@@ -31,7 +31,7 @@ class LightningConfig(QKVConfig):
 
     kind: Literal["lightning"] = "lightning"
     schedule: Literal["minimax", "transnormer"] = "minimax"
-    """The decays: MiniMax-01's or TransNormerLLM's; deeper layers remember longer in both."""
+    """Schedule of the decays, from MiniMax-01 or TransNormerLLM; in both, deeper layers remember longer."""
     gate: OutputGate = "sigmoid"
     norm_affine: Affine = True
 
@@ -40,7 +40,7 @@ class LightningConfig(QKVConfig):
 
 
 class Lightning(QKVMixer):
-    """The layer of `LightningConfig`."""
+    """Layer configured by `LightningConfig`."""
 
     log_decay_shape = "H"
     silu = True
@@ -60,11 +60,11 @@ class Lightning(QKVMixer):
         return self.norm(o.flatten(2), None if gate is None else gate.flatten(2)).unflatten(2, (self.n_heads, -1))
 
     def op_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        # where little decays the output grows with T and leaves the range of float16, until it is normed
+        # with slow decays the output grows with T, and before the norm it would leave the range of float16
         return torch.float32 if dtype == torch.float16 else dtype
 
     def log_decay(self) -> Float[Tensor, " H"]:
-        """Natural log of each head's decay, float64."""
+        """Return the natural log of each head's decay, float64."""
         heads = torch.arange(self.n_heads, device=self.device, dtype=torch.float64)
         if self.config.schedule == "transnormer":
             return -8 * heads / self.n_heads * (1 - self.layer_idx / self.n_layers)

@@ -4,8 +4,9 @@
     o_t = phi(q_t) S_t / (phi(q_t) z_t + eps)       with the denominator
     o_t = phi(q_t) S_t / sqrt(K)                    without
 
-The denominator's running sum z is one more column of the state: the values get a column of ones, so that z is carried,
-packed and differentiated exactly as S is. A rotation turns phi(q) and phi(k), as RoFormer's (arXiv 2104.09864, Eq. 19).
+The running sum z of the denominator is one more column of the state: the values get a column of ones, so that z is
+carried, packed and differentiated exactly as S is. With a rotation, phi(q) and phi(k) are rotated, as in RoFormer
+(arXiv 2104.09864, Eq. 19).
 """
 
 from typing import Literal
@@ -21,26 +22,29 @@ from .parts.qkv import OutputGate, OutputNorm
 
 
 class LinearAttentionConfig(QKVConfig):
-    """Linear attention: a matrix state per head that only grows by addition."""
+    """Linear attention: a matrix state per head to which every token adds, without decay."""
 
     kind: Literal["linear_attention"] = "linear_attention"
     feature_map: Literal["elu", "relu", "softmax", "identity"] = "elu"
-    """phi: `elu` is elu(x) + 1 (the paper's), `softmax` is over a head's width; only `identity` can be negative."""
+    """Feature map phi: `elu` is elu(x) + 1 (the paper's), `softmax` is over the width of a head. Only `identity` can be
+    negative."""
     denominator: bool = True
-    """Whether the output is a weighted mean of the values."""
+    """True to divide by the sum of the weights, so that the output is a weighted mean of the values."""
     eps: float = Field(default=1e-6, gt=0)
     """Added to the denominator."""
     gate: OutputGate = "none"
     head_norm: OutputNorm = "none"
-    """Without a denominator the output grows with T unless normed."""
+    """Norm of the output of each head; without a norm or denominator, the output grows with T."""
 
     @model_validator(mode="after")
-    def _denominator_needs_weights(self) -> "LinearAttentionConfig":
+    def _check_denominator(self) -> "LinearAttentionConfig":
         if self.denominator and self.feature_map == "identity":
-            raise ValueError("a denominator needs weights that are never negative; feature_map is identity")
+            raise ValueError(
+                "denominator = true needs a non-negative feature_map, got identity: choose elu, relu or softmax"
+            )
         if self.denominator and self.rotation != "none":
             raise ValueError(
-                f"a denominator needs weights that are never negative; rotation is {self.rotation}, which turns them"
+                f"denominator = true needs rotation = none, got {self.rotation}, which can make weights negative"
             )
         return self
 
@@ -49,14 +53,14 @@ class LinearAttentionConfig(QKVConfig):
 
 
 class LinearAttention(QKVMixer):
-    """The layer of `LinearAttentionConfig`; starts as attention does."""
+    """Layer configured by `LinearAttentionConfig`; initialised as attention is."""
 
     gains = (2**-0.5, 1.0)
 
     def __init__(self, config: LinearAttentionConfig, d_model: int) -> None:
         super().__init__(config, d_model)
-        self.value_dim += config.denominator  # of the state
-        # numerator and denominator grow with T: only their quotient may be narrow
+        self.value_dim += config.denominator  # the width of the state, with z
+        # numerator and denominator grow with T: only their quotient fits 16 bits
         self.wide_output = config.denominator
 
     def recur(self, x: Tensor, h: QKV, call: Call) -> RecurrenceOutput:
@@ -66,7 +70,7 @@ class LinearAttention(QKVMixer):
         return RecurrenceOutput(o[..., :-1] / (o[..., -1:] + self.config.eps), memory)
 
     def features(self, qk: Float[Tensor, "B T 2H K"]) -> Float[Tensor, "B T 2H K"]:
-        """phi of queries and keys."""
+        """Apply phi to queries and keys."""
         qk = super().features(qk)
         if self.config.feature_map == "elu":
             return F.elu(qk) + 1

@@ -5,8 +5,8 @@
     h_t = exp(-Delta_t e^{A_log}) h_{t-1} + B_t^T (Delta_t u_t)         one vector of N numbers per channel
     y   = ((C_t h_t + D u_t) * silu(z)) W_out
 
-All channels share B and C. The states of all tokens never exist at once: the backward pass recomputes those of a few
-blocks at a time. As in the authors' code, B is discretised as Delta B (Euler).
+All channels share B and C. The states of all tokens never exist at the same time: the backward pass recomputes the
+states of a few blocks at a time. As in the authors' code, B is discretised as Delta B (Euler).
 """
 
 import math
@@ -27,20 +27,19 @@ from .parts.widths import head_width
 
 
 class MambaConfig(ScanConfig):
-    """Mamba: a vector per channel as the state, whose decays and step sizes depend on the token."""
+    """Mamba: a vector per channel as the state, with decays and step sizes that depend on the token."""
 
     kind: Literal["mamba"] = "mamba"
     expand: float = Field(default=2.0, gt=0, le=1000, examples=[1.0])
-    """Width of the recurrence (and the gate) over d_model."""
+    """Width of the recurrence and the gate, divided by d_model."""
     d_state: int = Field(default=16, gt=0, le=2**20, examples=[5, 1])
-    """N: numbers that the state has per channel."""
+    """Size N of the state per channel."""
     dt_rank: int | None = Field(default=None, gt=0, le=2**20, examples=[2])
-    """Rank of the map from tokens to step sizes; null for a sixteenth of d_model."""
+    """Rank of the map from tokens to step sizes; d_model / 16 when null."""
     short_conv: int = Field(default=4, gt=0, le=64, examples=[2])
-    """Tokens that the short convolution sees."""
+    """Width of the short convolution in tokens."""
     time_step_range: Annotated[tuple[float, float], in_range(1e-6, 1e3)] = Field(default=(1e-3, 0.1), strict=False)
-    """Step sizes at the start lie between these two, evenly in their logarithm (where the input adds nothing). From
-    1e-6 to 1e3."""
+    """Range of the initial step sizes, from 1e-6 to 1e3: evenly spaced in the logarithm, for an input of zero."""
     chunk_size: Chunk = 16
 
     def build(self, d_model: int, *, layer_idx: int, n_layers: int) -> "Mamba":
@@ -48,7 +47,7 @@ class MambaConfig(ScanConfig):
 
 
 class Mamba(ScanMixer):
-    """The layer of `MambaConfig`."""
+    """Layer configured by `MambaConfig`."""
 
     def __init__(self, config: MambaConfig, d_model: int) -> None:
         width = head_width(d_model, config.expand, 1, "expand")
@@ -62,12 +61,12 @@ class Mamba(ScanMixer):
         self.A_log = nn.Parameter(torch.empty(config.d_state, width))
         self.D = nn.Parameter(torch.empty(width))
         self.out_proj = nn.Linear(width, d_model, bias=False)
-        self.products = self.A_log.numel()  # C h
+        self.products = self.A_log.numel()  # the product C h
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """As the authors' code: torch's own for projections, rates of 1 to N in every channel (S4D-Real)."""
+        """Initialise as the authors' code: torch's defaults for projections, rates 1 to N per channel (S4D-Real)."""
         super().reset_parameters()
         bound = self.dt_proj.in_features**-0.5
         nn.init.uniform_(self.dt_proj.weight, -bound, bound)

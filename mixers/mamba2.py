@@ -7,7 +7,8 @@
 
 A head is the decay op with q = C, k = B, v = dt u and one decay per token. The heads of a group share B and C, and the
 norm takes its mean over a group. As in the authors' code, the convolution has a bias, and A_log, D and b are one scalar
-per head. Differs: limits of the step hold in decoding; beside an FFN W_O starts over sqrt(n_layers), not 2 n_layers.
+per head. Two differences: the limits of the step size apply in decoding too, and in a block with an FFN, W_O is divided
+by sqrt(n_layers) at initialisation, where the authors' code divides by sqrt(2 n_layers).
 """
 
 from typing import Literal
@@ -23,7 +24,7 @@ from .parts.state_space import StateSpaceConfig, StateSpaceMixer
 
 
 class Mamba2Config(StateSpaceConfig, TimeStepFields):
-    """Mamba-2: a matrix state per head, whose decay and step size depend on the token."""
+    """Mamba-2: a matrix state per head, with a decay and a step size that depend on the token."""
 
     kind: Literal["mamba2"] = "mamba2"
     short_conv: ShortConv = 4
@@ -33,12 +34,12 @@ class Mamba2Config(StateSpaceConfig, TimeStepFields):
 
 
 class Mamba2(StateSpaceMixer):
-    """The layer of `Mamba2Config`; `n_layers` makes the output small at the start, as the authors' models do."""
+    """Layer configured by `Mamba2Config`. More layers make the initial output smaller, as in the authors' models."""
 
     silu = True
 
     def __init__(self, config: Mamba2Config, d_model: int, n_layers: int = 1) -> None:
-        # one product for gate, what is convolved (values, B, C) and step sizes
+        # one matrix product for the gate, the convolved values, B and C, and the step sizes
         super().__init__(config, d_model, n_layers, None)
         self.convolution = ShortConvolution.of(config.short_conv, sum(self.widths), bias=True)
         self.decay = TimeStepDecay(self.n_heads, config.a_range, config.time_step_range, config.time_step_limit)
@@ -57,7 +58,7 @@ class Mamba2(StateSpaceMixer):
         v = (step[..., None] * u).to(u.dtype)
         o, memory = decay(self.by_group(q), self.by_group(k), v, log_decay, call.enter("memory"), scale=1.0)
         o = (o + self.D.to(u.dtype)[:, None] * u).flatten(2)
-        # a product of the output and the gate can leave the range of float16, and its square sooner
+        # the product of output and gate, and its square even more so, can leave the range of float16
         gated = (o.to(self.state_dtype) * F.silu(gate.to(self.state_dtype))).unflatten(-1, (self.n_groups, -1))
         o = F.rms_norm(gated, gated.shape[-1:], eps=self.config.norm_eps).flatten(2).to(u.dtype)
         return self.out_proj(o * self.norm_weight.to(o.dtype)), self.state_after(x, memory, recent, call)

@@ -4,9 +4,9 @@
     h_t = (1 - z_t) h_{t-1} + z_t v_t
     y   = h W_O
 
-g(v) = v + 1/2 above 0 and sigmoid(v) below: the paper's log-space variant, the one that it trains, needs what is
-positive. The scan here takes no logarithm of states, so `candidate: linear`, the plain variant, has any sign. With a
-short convolution, x is convolved by channel first, as in the paper's language models. Projections have no bias.
+g(v) = v + 1/2 above 0 and sigmoid(v) below: the log-space variant, which the paper trains, needs positive values. The
+scan here takes no logarithm of states, so the plain variant, `candidate: linear`, allows any sign. With a short
+convolution, x is convolved by channel first, as in the paper's language models. Projections have no bias.
 """
 
 from typing import Literal
@@ -24,13 +24,13 @@ from .parts.widths import head_width
 
 
 class MinGRUConfig(ScanConfig):
-    """minGRU: a gated recurrent unit whose gate does not see the state."""
+    """minGRU: a gated recurrent unit whose gate depends only on the token, not on the state."""
 
     kind: Literal["min_gru"] = "min_gru"
     expand: float = Field(default=1.0, gt=0, le=1000, examples=[2.0])
-    """Width of the state over d_model."""
+    """Width of the state, divided by d_model."""
     candidate: Literal["positive", "linear"] = "positive"
-    """What a projection becomes before it is written: g of it, or itself."""
+    """Candidate v: `positive` applies g to the projection, `linear` uses the projection itself."""
     short_conv: ShortConv = None
 
     def build(self, d_model: int, *, layer_idx: int, n_layers: int) -> "MinGRU":
@@ -38,7 +38,7 @@ class MinGRUConfig(ScanConfig):
 
 
 class MinGRU(ScanMixer):
-    """The layer of `MinGRUConfig`."""
+    """Layer configured by `MinGRUConfig`."""
 
     def __init__(self, config: MinGRUConfig, d_model: int) -> None:
         width = head_width(d_model, config.expand, 1, "expand")
@@ -54,6 +54,6 @@ class MinGRU(ScanMixer):
         gate, v = projected.to(self.state_dtype).chunk(2, dim=-1)
         if self.config.candidate == "positive":
             v = torch.where(v >= 0, v + 0.5, v.sigmoid())
-        # the logarithm of 1 - z, which as such would round to 0 too early
+        # log(1 - z) as logsigmoid(-gate): 1 - z itself would round to 0 too early
         h, memory = scan(gate.sigmoid() * v, F.logsigmoid(-gate), call.enter("memory"))
         return self.out_proj(h.to(projected.dtype)), self.state_after(x, memory, recent, call)

@@ -5,15 +5,15 @@
     i_t, f_t = cap(x_t W_i + b_i), cap(x_t W_f + b_f)       cap(y) = c tanh(y / c)       one scalar per head
     C_t = sigmoid(f_t) C_{t-1} + e^{i_t} k_t v_t^T          n_t = sigmoid(f_t) n_{t-1} + e^{i_t} k_t
     o_t = q_t C_t / max(|q_t n_t|, sqrt(K))
-    y   = (sigmoid(x W_G) * LayerNorm(o)) W_O               the norm is per head, each channel has a weight
+    y   = (sigmoid(x W_G) * LayerNorm(o)) W_O               the norm is per head, with a weight per channel
 
-Exponential gates leave the range of floats. With l_t = log(sigmoid(f_t) e^{l_{t-1}} + e^{i_t}), the state has l and the
-means A = C / e^l and n / e^l of what was written:
+Exponential gates leave the range of floats. With l_t = log(sigmoid(f_t) e^{l_{t-1}} + e^{i_t}), the state stores l and
+the weighted means A = C / e^l and n / e^l.
 
     A_t = (1 - z_t) A_{t-1} + z_t k_t v_t^T                 z_t = sigmoid(i_t - log sigmoid(f_t) - l_{t-1})
 
-The paper divides by the exponential of a running maximum instead, to the same end. Differs from the layer of 7B, which
-adds 1e-6 to the denominator and starts input gates at -10: b_i is normal here, as in the first paper.
+The paper instead divides by the exponential of a running maximum, for the same purpose. The layer of xLSTM 7B adds 1e-6
+to the denominator and initialises b_i as -10; here nothing is added and b_i is normal, as in the first paper.
 """
 
 from typing import Literal, NamedTuple
@@ -31,8 +31,8 @@ from .parts.gates import GatedNorm
 from .parts.qkv import Affine, KeyExpansion, OutputGate, OutputNorm
 from .parts.token_shift import token_shift
 
-LARGEST = 80.0
-"""Exponent at most: e^88 is the end of float32."""
+MAX_EXPONENT = 80.0
+"""Largest exponent that is used; e^88 is the end of the range of float32."""
 
 
 class MLSTMConfig(QKVConfig):
@@ -42,7 +42,7 @@ class MLSTMConfig(QKVConfig):
     expand_k: KeyExpansion = 0.5
     gate: OutputGate = "sigmoid"
     gate_soft_cap: float | None = Field(default=15.0, gt=0, le=40, examples=[5.0, None])
-    """c: input and forget gates' logits are at most so large; null for no limit, as in the first paper."""
+    """Soft limit c on the logits of input and forget gates; null for no limit, as in the first paper."""
     head_norm: OutputNorm = "group"
     norm_affine: Affine = True
 
@@ -51,28 +51,28 @@ class MLSTMConfig(QKVConfig):
 
 
 class MLSTMState(NamedTuple):
-    """The state after a prefix."""
+    """State after a prefix."""
 
     memory: Float[Tensor, "B H K V+1"]
-    """C and n over e^l, float32 or float64."""
+    """C and n, both divided by e^l, float32 or float64."""
     weight: Float[Tensor, "B H"]
-    """l."""
+    """Log of the sum of weights, l."""
     recent: Float[Tensor, "B W-1 C"]
-    """The last inputs of the short convolution, oldest first; empty without one."""
+    """Last inputs of the short convolution, oldest first; empty without a short convolution."""
     position: Int[Tensor, " B"]
     """Tokens processed."""
 
 
 class MLSTM(QKVMixer):
-    """The layer of `MLSTMConfig`."""
+    """Layer configured by `MLSTMConfig`."""
 
     log_decay_shape = "B T H"
-    wide_output = True  # a denominator may be what is left of large terms
+    wide_output = True  # terms of the denominator may cancel, so that rounding to 16 bits would be too coarse
 
     def __init__(self, config: MLSTMConfig, d_model: int) -> None:
         super().__init__(config, d_model, i=config.n_heads, f=config.n_heads)
         self.gate_bias = nn.Parameter(torch.empty(2, self.n_heads))
-        self.value_dim += 1  # of the state
+        self.value_dim += 1  # the width of the state, with n
         self.reset_parameters()
 
     def output_norm(self, width: int) -> GatedNorm:
@@ -89,25 +89,25 @@ class MLSTM(QKVMixer):
                 nn.init.normal_(bias[0], std=0.1)
                 bias[1].copy_(torch.linspace(3, 6, self.n_heads))
 
-    def mix(  # pyright: ignore[reportIncompatibleMethodOverride] a state with another leaf
+    def mix(  # pyright: ignore[reportIncompatibleMethodOverride] another state type
         self, x: Float[Tensor, "B T D"], call: Call
     ) -> tuple[Float[Tensor, "B T D"], MLSTMState | None]:
         h = self.project(x, call)
         weight = self.init_state(call.rows(x.shape[0])).weight if call.state is None else call.state.weight
-        # any way to compute it is one map
+        # every paradigm of the scan gives the same result
         paradigm = call.paradigm if call.paradigm in SCAN_PARADIGMS else Paradigm.CHUNKWISE
         scanned = call._replace(paradigm=paradigm, state=weight)
         i, log_forget = self.gates(h)
         weights, weight_after = log_scan(i, log_forget, scanned)
-        kept = token_shift(weights, weight[:, None], call)[0] + log_forget - i
-        more = {"kept": kept, "weights": weights}
-        o, memory = self.recur(x, h._replace(more=more), call.enter("memory"))
+        log_odds = token_shift(weights, weight[:, None], call)[0] + log_forget - i
+        extras = {"log_odds": log_odds, "weights": weights}
+        o, memory = self.recur(x, h._replace(more=extras), call.enter("memory"))
         y = self.out_proj(self.gated_norm(o, h.gate).to(h.dtype).flatten(2))
         after = self.state_after(x, memory, h.recent, call)
         return y, None if after is None or weight_after is None else MLSTMState(after[0], weight_after, *after[1:])
 
     def gates(self, h: QKV) -> tuple[Float[Tensor, "B T H"], Float[Tensor, "B T H"]]:
-        """i_t and log sigmoid(f_t), wide."""
+        """Return i_t and log sigmoid(f_t), in float32 or float64."""
         wide = self.state_dtype
         cap = self.config.gate_soft_cap
         i, f = (h.more[name].to(wide) + b for name, b in zip("if", self.gate_bias.to(wide), strict=True))
@@ -116,14 +116,14 @@ class MLSTM(QKVMixer):
         return i, F.logsigmoid(f)
 
     def recur(self, x: Tensor, h: QKV, call: Call) -> RecurrenceOutput:
-        # the old and the new have the parts sigmoid(kept) and sigmoid(-kept)
-        kept = h.more["kept"]
+        # sigmoid(log_odds) is the share of the old state, sigmoid(-log_odds) that of the new token
+        log_odds = h.more["log_odds"]
         weights = h.more["weights"]
-        k = ((-kept).sigmoid()[..., None] * h.k).to(h.k.dtype)
+        k = ((-log_odds).sigmoid()[..., None] * h.k).to(h.k.dtype)
         values = F.pad(h.v, (0, 1), value=1.0)
-        o, memory = decay(h.q, k, values, F.logsigmoid(kept), call, wide_output=True)
-        least = (-weights).clamp(max=LARGEST).exp()[..., None].to(o.dtype)
-        return RecurrenceOutput(o[..., :-1] / torch.maximum(o[..., -1:].abs(), least), memory)
+        o, memory = decay(h.q, k, values, F.logsigmoid(log_odds), call, wide_output=True)
+        min_denominator = (-weights).clamp(max=MAX_EXPONENT).exp()[..., None].to(o.dtype)
+        return RecurrenceOutput(o[..., :-1] / torch.maximum(o[..., -1:].abs(), min_denominator), memory)
 
     def init_state(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, batch_size: int, *, max_length: int | None = None

@@ -1,10 +1,11 @@
 """Mixers side by side on the same tokens, their outputs added (Falcon-H1, arXiv 2507.22448; Hymba, arXiv 2411.13676).
 
-    y = c_1 f_1(x) + c_2 f_2(x) + ..                 every f_i is a mixer with a state of its own
+    y = c_1 f_1(x) + c_2 f_2(x) + ..                 every f_i is a mixer with its own state
 
-A block then has attention's recall and a recurrence's constant state, where a hybrid of layers has one of them each.
-Falcon-H1 splits its channels among attention, Mamba-2 and the network; here every mixer sees all channels, and is as
-wide as its own configuration says. Hymba norms every output before the sum, which is not done here.
+One block then combines the recall of attention with the constant state of a recurrence; in a hybrid of layers, each
+layer has only one of them. Falcon-H1 splits its channels among attention, Mamba-2 and the feed-forward network. Here
+every mixer sees all channels, and has the width that its configuration gives. Hymba norms every output before the sum,
+which is not done here.
 """
 
 from collections import namedtuple
@@ -32,37 +33,37 @@ EXAMPLES = [
 
 
 class ParallelHybridConfig(MixerConfig):
-    """Mixers side by side, whose outputs are added."""
+    """Several mixers in parallel on the same tokens, with their outputs added."""
 
     kind: Literal["parallel_hybrid"] = "parallel_hybrid"
     mixers: tuple[Annotated[MixerConfig, MIXERS], ...] = Field(min_length=2, strict=False, examples=EXAMPLES)
-    """Two mixers or more; their paradigms are those that all of them have."""
+    """Two or more mixers; the supported paradigms are those that all of them support."""
     scales: tuple[float, ...] | None = Field(default=None, strict=False, examples=[[0.5, 2.0]])
-    """A factor of each mixer's output; 1 when null."""
+    """One factor per mixer for its output; 1 when null."""
     paradigm: Paradigm = Field(default=Paradigm.CHUNKWISE, strict=False)
-    """The paradigm of training and evaluation, of all mixers."""
+    """Paradigm of training and evaluation, for all mixers."""
 
     @field_validator("mixers", mode="after")
     @classmethod
-    def _a_paradigm_is_common(cls, mixers: tuple[MixerConfig, ...]) -> tuple[MixerConfig, ...]:
-        if not _common(mixers):
-            each = "; ".join(f"{mixer.kind} has {', '.join(sorted(mixer.traits.paradigms))}" for mixer in mixers)
-            raise ValueError(f"no paradigm is common to all mixers: {each}")
+    def _check_paradigms(cls, mixers: tuple[MixerConfig, ...]) -> tuple[MixerConfig, ...]:
+        if not _common_paradigms(mixers):
+            declared = "; ".join(f"{mixer.kind} has {', '.join(sorted(mixer.traits.paradigms))}" for mixer in mixers)
+            raise ValueError(f"mixers must have a paradigm in common, got {declared}")
         return mixers
 
     @model_validator(mode="after")
-    def _each_has_a_scale(self) -> "ParallelHybridConfig":
+    def _check_scales(self) -> "ParallelHybridConfig":
         if self.scales is not None and len(self.scales) != len(self.mixers):
-            raise ValueError(f"scales needs a factor for each of {len(self.mixers)} mixers, and has {len(self.scales)}")
+            raise ValueError(f"scales needs {len(self.mixers)} factors, one per mixer, got {len(self.scales)}")
         return self
 
     @property
     def traits(self) -> Traits:
-        """What all mixers declare; the state grows if one of them does."""
+        """Traits that hold for all mixers; the state grows if the state of any mixer grows."""
         all_traits = [mixer.traits for mixer in self.mixers]
         states = {traits.state for traits in all_traits}
         return Traits(
-            paradigms=_common(self.mixers),
+            paradigms=_common_paradigms(self.mixers),
             state=next(size for size in ("none", "growing", "constant") if size in states),
             packing=all(traits.packing for traits in all_traits),
             shift_invariant=all(traits.shift_invariant for traits in all_traits),
@@ -82,27 +83,27 @@ class ParallelHybridConfig(MixerConfig):
         return ParallelHybrid(self, built)
 
 
-def _common(mixers: tuple[MixerConfig, ...]) -> frozenset[Paradigm]:
+def _common_paradigms(mixers: tuple[MixerConfig, ...]) -> frozenset[Paradigm]:
     return reduce(frozenset.__and__, (mixer.traits.paradigms for mixer in mixers))
 
 
 @cache
 def state_type(count: int) -> Any:
-    """The type of the state of so many mixers: a NamedTuple of their states."""
+    """Return the state type for `count` mixers: a NamedTuple of their states."""
     state = namedtuple(f"{STATE}{count}", [f"mixer_{number}" for number in range(count)])
     state.__module__ = __name__
     return state
 
 
 def __getattr__(name: str) -> Any:
-    """The types of states by name, for pickle."""
+    """Look up the state types by name, as pickle needs."""
     if name.startswith(STATE) and name.removeprefix(STATE).isdigit():
         return state_type(int(name.removeprefix(STATE)))
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 class ParallelHybrid(SequenceMixer[Any]):
-    """The layer of `ParallelHybridConfig`."""
+    """Layer configured by `ParallelHybridConfig`."""
 
     def __init__(self, config: ParallelHybridConfig, mixers: list[SequenceMixer[Any]]) -> None:
         super().__init__(config)
@@ -113,11 +114,11 @@ class ParallelHybrid(SequenceMixer[Any]):
 
     @property
     def parts(self) -> list[SequenceMixer[Any]]:
-        """The mixers."""
-        return [*self.mixers]  # pyright: ignore[reportReturnType]  a ModuleList has no type of its elements
+        """List of the mixers."""
+        return [*self.mixers]  # pyright: ignore[reportReturnType]  ModuleList does not know the type of its elements
 
     def reset_parameters(self) -> None:
-        """Each mixer as its paper does."""
+        """Initialise each mixer as its paper does."""
         for mixer in self.parts:
             mixer.reset_parameters()
 
@@ -125,12 +126,12 @@ class ParallelHybrid(SequenceMixer[Any]):
         outputs = []
         states = []
         for number, (mixer, scale) in enumerate(zip(self.parts, self.scales, strict=True)):
-            own = call._replace(
+            mixer_call = call._replace(
                 state=None if call.state is None else call.state[number],
                 chunk_size=mixer.chunk_size,
                 backend=mixer.backend_of(call.paradigm),
             )
-            y, state = mixer.mix(x, own)[:2]
+            y, state = mixer.mix(x, mixer_call)[:2]
             outputs.append(y if scale == 1 else scale * y)
             states.append(state)
         return torch.stack(outputs).sum(0), self.state_type(*states) if call.return_state else None
@@ -139,14 +140,14 @@ class ParallelHybrid(SequenceMixer[Any]):
         return self.state_type(*(mixer.init_state(batch_size, max_length=max_length) for mixer in self.parts))
 
     def resize_state(self, state: Any, max_length: int | None) -> Any:
-        return self._each("resize_state", state, max_length)
+        return self._map_states("resize_state", state, max_length)
 
     def shift_state(self, state: Any, tokens: int) -> Any:
-        return self._each("shift_state", state, tokens)
+        return self._map_states("shift_state", state, tokens)
 
-    def _each(self, method: str, state: Any, argument: Any) -> Any:
+    def _map_states(self, method: str, state: Any, argument: Any) -> Any:
         parts = zip(self.parts, state, strict=True)
-        return self.state_type(*(getattr(mixer, method)(own, argument) for mixer, own in parts))
+        return self.state_type(*(getattr(mixer, method)(mixer_state, argument) for mixer, mixer_state in parts))
 
     def resolve_backend(self, dtype: torch.dtype) -> None:
         for mixer in self.parts:

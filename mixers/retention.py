@@ -1,13 +1,13 @@
 """Multi-scale retention (RetNet, arXiv 2307.08621 v4, Eq. 5 to 8).
 
-    q, k, v = x W_Q, x W_K, x W_V by head;  q and k turn by the angle n theta at position n
+    q, k, v = x W_Q, x W_K, x W_V by head;  q and k are rotated by the angle n theta at position n
     S_n = gamma S_{n-1} + k_n^T v_n         o_n = q_n S_n / sqrt(K) / sqrt(sum_{i<=n} gamma^{n-i})
     y   = (swish(x W_G) * HeadNorm(o)) W_O
 
-Differs from the paper: of its three score normalisers, the first two are exact in every paradigm (the second in closed
-form from the token's position); the third, max(|sum of scores|, 1), cannot be formed in the recurrent paradigm and
-cancels under the head norm, so it is left out. The authors' code has had an RMS norm per head since 2023 (`head_norm:
-rms`), where the paper has a group norm. W_O starts with its gain of 2^-1, which is 1 in the package that they released.
+The paper has three score normalisers. The first two are exact in every paradigm (the second in closed form from the
+position of the token). The third, max(|sum of scores|, 1), cannot be computed in the recurrent paradigm, and the head
+norm cancels it, so it is left out. Since 2023, the authors' code has an RMS norm per head (`head_norm: rms`) instead of
+the paper's group norm. W_O is initialised with the gain 2^-1 of the authors' code; their released package has gain 1.
 """
 
 from typing import Literal
@@ -31,30 +31,31 @@ class RetentionConfig(QKVConfig):
     kind: Literal["retention"] = "retention"
     expand_v: ValueExpansion = 2.0
     decay: DecaySchedule = "geometric"
-    """`geometric`: gamma_h = 1 - 2^(-5-h) (Eq. 8); `log_uniform`: 1 - gamma from 1/32 to 1/512 evenly in its logarithm,
-    whatever the number of heads (the paper's own runs, §3.1); `constant`: `gamma` for all; `none`: no decay."""
+    """Schedule of the decays: `geometric` is gamma_h = 1 - 2^(-5-h) (Eq. 8); `log_uniform` has 1 - gamma from 1/32 to
+    1/512, evenly spaced in the logarithm, for any number of heads (the paper's own runs, §3.1); `constant` is `gamma`
+    for all heads; `none` has no decay."""
     gamma: float | None = Field(default=None, gt=0, lt=1, examples=[0.8])
-    """The decay of `decay: constant`, and of nothing else."""
+    """Decay of all heads with `decay: constant`; null otherwise."""
     learnable_decay: bool = False
-    """Whether the decays are parameters, started at their schedule."""
+    """True if the decays are parameters, initialised by the schedule."""
     rotation: Rotation = "retnet"
     head_norm: OutputNorm = "group"
     row_norm: bool = True
-    """The paper's second score normaliser, 1/sqrt of the sum of the decays."""
+    """True to apply the paper's second score normaliser, 1/sqrt of the sum of the decays."""
 
     @model_validator(mode="after")
-    def _decay_options_agree(self) -> "RetentionConfig":
+    def _check_decay(self) -> "RetentionConfig":
         if self.decay == "constant" and self.gamma is None:
-            raise ValueError("decay: constant needs gamma, the decay of all heads, above 0 and below 1")
+            raise ValueError("decay = constant needs gamma between 0 and 1, got null")
         if self.decay != "constant" and self.gamma is not None:
-            raise ValueError(f"gamma goes with decay: constant alone; decay is {self.decay}")
+            raise ValueError(f"gamma needs decay = constant, got decay = {self.decay}")
         if self.decay == "none" and self.learnable_decay:
-            raise ValueError("learnable_decay needs a decay to start from; decay is none")
+            raise ValueError("learnable_decay needs a decay schedule to start from, got decay = none")
         return self
 
     @property
     def traits(self) -> Traits:
-        """All paradigms; the row normaliser counts tokens from the sequence's start, so it sees absolute position."""
+        """Traits: all paradigms, a constant state; `row_norm` makes the output depend on absolute position."""
         return Traits(paradigms=DECAY.paradigms, state="constant", packing=True, shift_invariant=not self.row_norm)
 
     def build(self, d_model: int, *, layer_idx: int, n_layers: int) -> "Retention":
@@ -62,7 +63,7 @@ class RetentionConfig(QKVConfig):
 
 
 class Retention(QKVMixer):
-    """The layer of `RetentionConfig`."""
+    """Layer configured by `RetentionConfig`."""
 
     def __init__(self, config: RetentionConfig, d_model: int) -> None:
         super().__init__(config, d_model)
@@ -86,12 +87,12 @@ class Retention(QKVMixer):
 def normalizers(
     positions: Int[Tensor, "_ T"], log_decay: Float[Tensor, " H"] | None, scale: float, dtype: torch.dtype
 ) -> Float[Tensor, "_ T H 1"]:
-    """Both score normalisers: the scale, and `row_scale`."""
+    """Return the product of both score normalisers, `scale` and `row_scale`."""
     return (scale * row_scale(positions, log_decay)).to(dtype)
 
 
 def row_scale(positions: Int[Tensor, "_ T"], log_decay: Float[Tensor, " H"] | None) -> Float[Tensor, "_ T H 1"]:
-    """1/sqrt(sum_{i<=n} gamma^{n-i}) = sqrt((1 - gamma) / (1 - gamma^{n+1})), n the position from 0; float64."""
+    """Return 1/sqrt(sum_{i<=n} gamma^{n-i}) = sqrt((1 - gamma) / (1 - gamma^{n+1})) at positions n from 0; float64."""
     count = positions[..., None, None].to(torch.float64) + 1
     if log_decay is None:
         return count.rsqrt()

@@ -1,4 +1,4 @@
-"""The real-gated linear recurrent unit, RG-LRU, in the recurrent block of Griffin (De et al., arXiv 2402.19427, §2.3
+"""Real-gated linear recurrent unit, RG-LRU, in the recurrent block of Griffin (De et al., arXiv 2402.19427, §2.3
 and 2.4).
 
     u, g = x W_u + b_u, x W_g + b_g          u = conv(u) by channel
@@ -7,9 +7,9 @@ and 2.4).
     h_t = a_t h_{t-1} + sqrt(1 - a_t^2) (i_t u_t)
     y   = (h * gelu(g)) W_o + b_o
 
-As in the authors' code, a document's first token is written without sqrt(1 - a^2) (`unit_start`), and gelu is its tanh
-approximation. Differs from it in the square root's gradient, which ends at about 1e3 there: here it is sqrt(v) itself
-down to v = 2.5e-7, and then a line through 0, whose slope is its derivative.
+As in the authors' code, the first token of a document is written without sqrt(1 - a^2) (`unit_start`), and gelu is its
+tanh approximation. The gradient of the square root differs: the authors' code clips it at about 1e3. Here the function
+is sqrt(v) down to v = 2.5e-7, and below that a line through 0.
 """
 
 from dataclasses import replace
@@ -29,30 +29,29 @@ from .parts.widths import head_width
 from .traits import Traits
 
 SHARPNESS = 8.0
-"""The paper's c."""
-FLAT = 2.5e-7
-"""1 - a^2 below which its square root is a line."""
+"""Constant c of the paper."""
+LINEAR_BELOW = 2.5e-7
+"""Value of 1 - a^2 below which its square root is replaced by a line."""
 
 
 class RGLRUConfig(ScanConfig):
-    """RG-LRU: one scalar per channel as the state, with a decay that each token chooses."""
+    """RG-LRU: one scalar per channel as the state, with a decay that depends on the token."""
 
     kind: Literal["rg_lru"] = "rg_lru"
     n_heads: int = Field(gt=0, examples=[2, 1, 3])
-    """Blocks of the gates' matrices."""
+    """Number of blocks in the block-diagonal matrices of the gates."""
     expand: float = Field(default=1.0, gt=0, le=1000, examples=[2.0])
-    """Width of the recurrence over d_model."""
+    """Width of the recurrence, divided by d_model."""
     short_conv: int = Field(default=4, gt=0, le=64, examples=[2])
-    """Tokens that the short convolution sees."""
+    """Width of the short convolution in tokens."""
     a_range: Annotated[tuple[float, float], in_range(1e-6, 1 - 1e-6)] = Field(default=(0.9, 0.999), strict=False)
-    """exp(-8 softplus(Lambda)) at the start lies evenly between these two: the decays under open gates. From 1e-6 to
-    1 - 1e-6."""
+    """Range of the initial decays with open gates, exp(-8 softplus(Lambda)), evenly spaced; from 1e-6 to 1 - 1e-6."""
     unit_start: bool = True
-    """Whether a document's first token is written without sqrt(1 - a^2)."""
+    """True if the first token of a document is written without the factor sqrt(1 - a^2)."""
 
     @property
     def traits(self) -> Traits:
-        """The scan family's; with `unit_start` it matters which token is the first."""
+        """Traits of the scan family; with `unit_start`, the output depends on which token is the first."""
         return replace(super().traits, shift_invariant=not self.unit_start)
 
     def build(self, d_model: int, *, layer_idx: int, n_layers: int) -> "RGLRU":
@@ -60,7 +59,7 @@ class RGLRUConfig(ScanConfig):
 
 
 class RGLRU(ScanMixer):
-    """The layer of `RGLRUConfig`."""
+    """Layer configured by `RGLRUConfig`."""
 
     def __init__(self, config: RGLRUConfig, d_model: int) -> None:
         block = head_width(d_model, config.expand, config.n_heads, "expand")
@@ -77,7 +76,7 @@ class RGLRU(ScanMixer):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """LeCun-normal matrices, no biases, and decays in their range, as the paper has them."""
+        """Initialise as the paper: LeCun-normal matrices, biases of 0, and decays in their range."""
         super().reset_parameters()
         for layer in (self.in_proj, self.out_proj):
             nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
@@ -86,7 +85,7 @@ class RGLRU(ScanMixer):
         nn.init.zeros_(self.gate_bias)
         low, high = self.config.a_range
         decays = low + (high - low) * torch.rand_like(self.rate, dtype=torch.float64)
-        self.rate.copy_(torch.expm1(-decays.log() / SHARPNESS).log())  # what softplus makes it of
+        self.rate.copy_(torch.expm1(-decays.log() / SHARPNESS).log())  # the inverse of softplus
 
     def mix(self, x: Float[Tensor, "B T D"], call: Call) -> tuple[Float[Tensor, "B T D"], ScanState | None]:
         u, gate = self.in_proj(x).chunk(2, dim=-1)
@@ -95,15 +94,15 @@ class RGLRU(ScanMixer):
         logits = torch.einsum("bthi,hij->bthj", by_head, self.gate_weight.to(u.dtype)).to(self.state_dtype)
         r, i = (logits + self.gate_bias.to(logits.dtype)).sigmoid().chunk(2, dim=-1)
         log_decay = -SHARPNESS * F.softplus(self.rate.to(logits.dtype)) * r.flatten(2)
-        written = _sqrt(-torch.expm1(2 * log_decay))
+        input_scale = _sqrt(-torch.expm1(2 * log_decay))
         if self.config.unit_start:
             first = call.positions(x, None if call.state is None else call.state.position) == 0
-            written = torch.where(first[..., None], 1.0, written)
-        h, memory = scan(written * i.flatten(2) * u.to(logits.dtype), log_decay, call.enter("memory"))
+            input_scale = torch.where(first[..., None], 1.0, input_scale)
+        h, memory = scan(input_scale * i.flatten(2) * u.to(logits.dtype), log_decay, call.enter("memory"))
         y = self.out_proj((h * F.gelu(gate.to(h.dtype), approximate="tanh")).to(u.dtype))
         return y, self.state_after(x, memory, recent, call)
 
 
 def _sqrt(v: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
-    """The square root of numbers from 0 to 1, with a slope of at most 2,000."""
-    return v * v.clamp(min=FLAT).rsqrt()
+    """Return the square root of numbers from 0 to 1, with a slope of at most 2,000."""
+    return v * v.clamp(min=LINEAR_BELOW).rsqrt()

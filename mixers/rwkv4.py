@@ -5,13 +5,13 @@
     num_t = e^{-w} num_{t-1} + e^{k_t} v_t              den_t = e^{-w} den_{t-1} + e^{k_t}
     y     = (sigmoid(r) * wkv) W_o                      w = e^{decay} and u: one scalar per channel
 
-The state has what floats can hold of these sums: the mean b = num / den, and l = log den.
+These sums can leave the range of floats, so the state stores the mean b = num / den, and l = log den.
 
     l_t = log(e^{l_{t-1} - w} + e^{k_t})                z_t = sigmoid(k_t + w - l_{t-1})
     b_t = (1 - z_t) b_{t-1} + z_t v_t                   wkv_t = b_{t-1} + sigmoid(u + k_t - l_{t-1}) (v_t - b_{t-1})
 
-The authors' code keeps num and den over the exponential of a running maximum, to the same end. RWKV's channel mixing is
-no mixer but a feed-forward network.
+The authors' code instead divides num and den by the exponential of a running maximum, for the same purpose. RWKV's
+channel mixing is the separate mixer `channel_mix`.
 """
 
 from typing import Literal
@@ -30,18 +30,18 @@ from .parts.widths import head_width
 
 
 class RWKV4Config(ScanConfig):
-    """RWKV-4: a weighted mean per channel of all values, whose weights decay."""
+    """RWKV-4: a weighted mean of all values per channel, with weights that decay."""
 
     kind: Literal["rwkv4"] = "rwkv4"
     expand: float = Field(default=1.0, gt=0, le=1000, examples=[2.0])
-    """Width of the means over d_model."""
+    """Width of the means, divided by d_model."""
 
     def build(self, d_model: int, *, layer_idx: int, n_layers: int) -> "RWKV4":
         return RWKV4(self, d_model, layer_idx, n_layers)
 
 
 class RWKV4(ScanMixer):
-    """The layer of `RWKV4Config`; decays and mixtures start as the authors' code has them for its depth."""
+    """Layer configured by `RWKV4Config`; decays and mu start as in the authors' code for its depth."""
 
     def __init__(self, config: RWKV4Config, d_model: int, layer_idx: int, n_layers: int) -> None:
         self.width = head_width(d_model, config.expand, 1, "expand")
@@ -55,22 +55,23 @@ class RWKV4(ScanMixer):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Decays from e^-5 to e^3 and bonuses around log 0.3 by channel, mixtures by channel, orthogonal matrices."""
+        """Initialise decay rates from e^-5 to e^3, bonuses around log 0.3 and mu by channel, and orthogonal
+        matrices."""
         for layer in (self.k_proj, self.v_proj, self.r_proj, self.out_proj):
-            matrix = torch.empty_like(layer.weight, dtype=self.state_dtype)  # which 16 bits have no decomposition for
+            matrix = torch.empty_like(layer.weight, dtype=self.state_dtype)  # orthogonal_ needs a wide dtype
             nn.init.orthogonal_(matrix, gain=max(layer.out_features / layer.in_features, 1) ** 0.5)
             layer.weight.copy_(matrix)
         depth = self.depth[0]
-        left = 1 - self.depth[1]
+        remaining_depth = 1 - self.depth[1]
         device = self.device
         exact = torch.float64
         channel = torch.arange(self.width, device=device, dtype=exact)
-        part = torch.arange(len(self.mix_k), device=device, dtype=exact) / len(self.mix_k)
+        fraction = torch.arange(len(self.mix_k), device=device, dtype=exact) / len(self.mix_k)
         self.time_decay.copy_(-5 + 8 * (channel / max(self.width - 1, 1)) ** (0.7 + 1.3 * depth))
         self.time_first.copy_(torch.tensor(0.3).log() + 0.5 * ((channel + 1) % 3 - 1))
-        self.mix_k.copy_(part**left)
-        self.mix_v.copy_(part**left + 0.3 * depth)
-        self.mix_r.copy_(part ** (0.5 * left))
+        self.mix_k.copy_(fraction**remaining_depth)
+        self.mix_v.copy_(fraction**remaining_depth + 0.3 * depth)
+        self.mix_r.copy_(fraction ** (0.5 * remaining_depth))
 
     def mix(self, x: Float[Tensor, "B T D"], call: Call) -> tuple[Float[Tensor, "B T D"], ScanState | None]:
         state = self.init_state(call.rows(x.shape[0])) if call.state is None else call.state
@@ -82,11 +83,12 @@ class RWKV4(ScanMixer):
         mean, weight = state.memory.unbind(1)
         log_decay = -self.time_decay.to(wide).exp()
         weights, weight_after = log_scan(k, log_decay.expand_as(k), call._replace(state=weight))
-        old, _ = token_shift(weights, weight[:, None], call)
-        kept = old + log_decay - k  # the parts of the old and the new add up to 1, whatever is rounded
-        means, mean_after = scan((-kept).sigmoid() * v, F.logsigmoid(kept), call._replace(state=mean))
-        earlier, _ = token_shift(means, mean[:, None], call)
-        wkv = torch.lerp(earlier, v, (self.time_first.to(wide) + k - old).sigmoid())
+        previous_weight, _ = token_shift(weights, weight[:, None], call)
+        # sigmoid(log_odds) and sigmoid(-log_odds) add up to 1 despite rounding
+        log_odds = previous_weight + log_decay - k
+        means, mean_after = scan((-log_odds).sigmoid() * v, F.logsigmoid(log_odds), call._replace(state=mean))
+        previous_mean, _ = token_shift(means, mean[:, None], call)
+        wkv = torch.lerp(previous_mean, v, (self.time_first.to(wide) + k - previous_weight).sigmoid())
         y = self.out_proj((r.to(wide).sigmoid() * wkv).to(dtype))
         if mean_after is None or weight_after is None or recent is None:
             return y, None

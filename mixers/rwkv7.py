@@ -7,8 +7,9 @@
     S_t     = (diag(w_t) - (eta_t * kappa_t) kappa_t^T) S_{t-1} + k_t v_t^T
     o_t     = GroupNorm(r_t S_t) + (sum_K rho * r_t * k_t) v_t      y = (o * (sigmoid(x^g W_5) W_6)) W_o
 
-kappa is removed from the state that has not decayed: as w is at least e^{-0.61}, that is kappa / w of the one that has.
-v^1 is the v of a model's first RWKV-7 layer. Differs: W_o and low ranks start random, not 0.
+kappa is removed from the state before it decays. As w is at least e^{-0.61}, this equals removing kappa / w from the
+state after it has decayed. v^1 is the v of the model's first RWKV-7 layer. One difference from the authors' code: W_o
+and the low-rank maps start random, not at 0.
 """
 
 from functools import partial
@@ -33,16 +34,16 @@ from .parts.value_residual import ValueResidual
 
 
 class RWKV7Config(LowRanks, MatrixStateConfig):
-    """RWKV-7: a matrix state per head whose key dimensions decay, and in which each token replaces what it removes."""
+    """RWKV-7: a matrix state per head with a decay per key dimension; each token removes one key and writes another."""
 
     kind: Literal["rwkv7"] = "rwkv7"
     family = DPLR._replace(flops=partial(DPLR.flops, n_keys=2))
     value_residual = True
     n_heads: Heads
     key_eps: float = Field(default=1e-6, gt=0)
-    """Added to |kappa|^2."""
+    """Added to the squared length of kappa."""
     norm_eps: float = Field(default=1e-5, ge=0)
-    """Times the width of a head, added to the variance of its output."""
+    """Multiplied by the width of a head and added to the variance in the output norm."""
     chunk_size: DeltaChunk = 64
 
     def build(self, d_model: int, *, layer_idx: int, n_layers: int) -> "RWKV7":
@@ -50,7 +51,7 @@ class RWKV7Config(LowRanks, MatrixStateConfig):
 
 
 class RWKV7(MatrixStateMixer):
-    """The layer of `RWKV7Config`; mixtures, decays and rates start as in the authors' code for its depth."""
+    """Layer configured by `RWKV7Config`; mu, decays and rates start as in the authors' code for its depth."""
 
     log_decay_shape = "B T H K"
 
@@ -76,26 +77,26 @@ class RWKV7(MatrixStateMixer):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Mixtures and biases by channel and depth, orthogonal matrices."""
+        """Initialise mu and biases by channel and depth, and orthogonal matrices."""
         for layer in cast("Any", self.children()):
             layer.reset_parameters()
         for weight, gain in zip((*self.in_proj.weight.chunk(3), self.out_proj.weight), (1, 0.1, 1, 1), strict=True):
             weight.copy_(nn.init.orthogonal_(torch.empty_like(weight, dtype=torch.float32), gain=gain))
         channel = torch.arange(self.removed.numel(), device=self.device, dtype=torch.float64)
-        part = channel / max(len(channel) - 1, 1)
+        fraction = channel / max(len(channel) - 1, 1)
         inner = 2 * (channel % self.key_dim) / max(self.key_dim - 1, 1) - 1
         zigzag = inner * inner.abs()
-        self.decay_proj.up.bias.copy_(-5.5 + 6 * part ** (1 + self.depth**0.3) + 2.5 * zigzag)
-        self.rate_proj.up.bias.copy_(-0.19 + 0.3 * zigzag + 0.4 * (part - 0.5))
-        self.removed.copy_((0.76 - 0.1 * part).view_as(self.removed))
+        self.decay_proj.up.bias.copy_(-5.5 + 6 * fraction ** (1 + self.depth**0.3) + 2.5 * zigzag)
+        self.rate_proj.up.bias.copy_(-0.19 + 0.3 * zigzag + 0.4 * (fraction - 0.5))
+        self.removed.copy_((0.76 - 0.1 * fraction).view_as(self.removed))
         self.replaced.fill_(1.02)
 
     def mix(self, x: Float[Tensor, "B T D"], call: Call) -> Mixed[MatrixState]:
         wide = self.state_dtype
         by_head = (self.n_heads, -1)
         (xr, xw, xk, xv, xa, xg), recent = self.convolve(x, call)
-        r, k, own = map(F.linear, (xr, xk, xv), self.in_proj.weight.chunk(3))
-        v = own if self.value_proj is None else self.value_proj.mixed(own, call.first_values, xv)
+        r, k, own_values = map(F.linear, (xr, xk, xv), self.in_proj.weight.chunk(3))
+        v = own_values if self.value_proj is None else self.value_proj.mix_in(own_values, call.first_values, xv)
         r, k, v, decay, rate = (y.unflatten(-1, by_head) for y in (r, k, v, self.decay_proj(xw), self.rate_proj(xa)))
         log_decay = -0.6065306597126334 * decay.to(wide).sigmoid()
         rate = rate.to(wide).sigmoid()
@@ -104,4 +105,4 @@ class RWKV7(MatrixStateMixer):
         k = (k * (1 + (rate - 1) * self.replaced.to(wide))).to(r.dtype)
         o, memory = dplr(r, k, v, -kappa * (-log_decay).exp(), rate * kappa, log_decay, call.enter("memory"), scale=1.0)
         y = self.out_proj(self.norm(o, r, k, v).flatten(2) * self.gate_proj(xg))
-        return y, self.state_after(x, memory, recent, call), own
+        return y, self.state_after(x, memory, recent, call), own_values

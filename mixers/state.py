@@ -1,6 +1,6 @@
-"""What can be done with any state: nested tuples (NamedTuples) of tensors, batch first in every leaf; None has no leaf.
+"""Operations on states: nested tuples (NamedTuples) of tensors, batch first in every leaf. None has no leaves.
 
-A model's state is a tuple with one opaque entry per layer, so everything here works on one layer and on a whole model.
+A model's state is a tuple with one opaque entry per layer, so all functions work on one layer and on a whole model.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,52 +12,52 @@ from torch import Tensor
 from .traits import ContractError
 
 S = TypeVar("S", bound=tuple[Any, ...])
-"""The type of a mixer's state."""
+"""Type variable of a mixer's state."""
 
 
 def map_state(function: Callable[[Tensor], Tensor], state: S) -> S:
-    """A state with `function` applied to every tensor."""
+    """Return the state with `function` applied to every tensor."""
     return _zip_map(lambda tensors: function(tensors[0]), (state,))
 
 
 def detach(state: S) -> S:
-    """Cut the state from the graph that made it: truncated backpropagation through time."""
+    """Detach the state from its autograd graph, for truncated backpropagation through time."""
     return map_state(Tensor.detach, state)
 
 
 def clone(state: S) -> S:
-    """A copy that stays valid when the original is donated."""
+    """Copy the state; the copy stays valid when the original is donated."""
     return map_state(Tensor.clone, state)
 
 
 def select(state: S, rows: Tensor) -> S:
-    """The rows (sequences) of a state by index, in that order, repeated if asked: beams, splitting a batch."""
+    """Select rows (sequences) by index, in that order; indices may repeat. For beams, or to split a batch."""
     return map_state(lambda leaf: leaf.index_select(0, rows.to(leaf.device)), state)
 
 
 def concatenate(states: list[S]) -> S:
-    """One batch of states from several batches; their leaves must agree in all but the first dimension.
+    """Join the states of several batches into one batch; leaves must agree in all but the first dimension.
 
     Raises:
-        ContractError: there are none, or they do not agree.
+        ContractError: the list is empty, or the states do not agree.
     """
     if not states:
-        raise ContractError("there is no state to concatenate: at least one is needed")
+        raise ContractError("concatenate expects at least one state, got none")
     return _zip_map(_join, tuple(states))
 
 
 def nbytes(state: tuple[Any, ...]) -> int:
-    """Bytes of all leaves."""
+    """Return the size of all leaves in bytes."""
     return sum(leaf.numel() * leaf.element_size() for leaf in to_dict(state).values())
 
 
 def to_dict(state: tuple[Any, ...]) -> dict[str, Tensor]:
-    """All leaves by name ("0.memory"), contiguous, complex ones as pairs of real numbers, as safetensors takes them."""
+    """Return all leaves by name ("0.memory"), contiguous, and as pairs of real numbers if complex, for safetensors."""
     return {".".join(path): as_real(leaf).contiguous() for path, leaf in _leaves(state, ())}
 
 
 def _leaves(node: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Tensor]]:
-    # not a closure, which would refer to itself and so keep tensors until garbage is collected
+    # a nested function would refer to itself, and so keep tensors alive until garbage collection
     if isinstance(node, Tensor):
         yield path, node
         return
@@ -66,43 +66,43 @@ def _leaves(node: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...],
 
 
 def from_dict(like: S, leaves: dict[str, Tensor]) -> S:
-    """A state of the structure of `like` from the leaves that `to_dict` gave.
+    """Build a state with the structure of `like` from leaves that `to_dict` returned.
 
     Raises:
-        ContractError: the names are not those of `like`.
+        ContractError: the names differ from those of `like`.
     """
     expected = to_dict(like)
     if expected.keys() != leaves.keys():
         raise ContractError(
-            f"the state needs the leaves {', '.join(expected) or 'none'}; given are {', '.join(leaves) or 'none'}"
+            f"expected a state with leaves {', '.join(expected) or 'none'}, got {', '.join(leaves) or 'none'}"
         )
-    return _filled(like, leaves, ())
+    return _fill(like, leaves, ())
 
 
-def _filled(node: Any, leaves: dict[str, Tensor], path: tuple[str, ...]) -> Any:
+def _fill(node: Any, leaves: dict[str, Tensor], path: tuple[str, ...]) -> Any:
     if isinstance(node, Tensor):
         leaf = leaves[".".join(path)]
         return torch.view_as_complex(leaf) if node.is_complex() and not leaf.is_complex() else leaf
-    return _like(node, [_filled(child, leaves, (*path, name)) for name, child in zip(_names(node), node, strict=True)])
+    return _like(node, [_fill(child, leaves, (*path, name)) for name, child in zip(_names(node), node, strict=True)])
 
 
 def is_inexact(x: Tensor) -> bool:
-    """Whether its numbers are real or complex, so that they have gradients."""
+    """True if the dtype is real or complex, so that the tensor can have gradients."""
     return x.is_floating_point() or x.is_complex()
 
 
 def as_real(x: Tensor) -> Tensor:
-    """The same numbers, a complex one as a pair of real ones in a last dimension."""
+    """View a complex tensor as real, with a new last dimension of 2; return any other tensor unchanged."""
     return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
 
 
 def _join(leaves: list[Tensor]) -> Tensor:
     shapes = sorted({tuple(leaf.shape[1:]) for leaf in leaves})
     if len(shapes) > 1:
-        found = " and ".join(map(str, shapes))
+        row_shapes = " and ".join(map(str, shapes))
         raise ContractError(
-            f"states in one batch differ in their rows alone, and these have leaves of {found} a row: "
-            "give growing states equally many tokens, or begin each with init_state of one max_length"
+            f"states in one batch must have leaves of the same shape per row, got {row_shapes}: "
+            "give growing states equally many tokens, or start each from init_state with the same max_length"
         )
     return torch.cat(leaves)
 
@@ -115,7 +115,7 @@ def _zip_map(function: Callable[[list[Tensor]], Tensor], states: tuple[Any, ...]
         return None
     if any(type(other) is not type(first) or len(other) != len(first) for other in states):
         kinds = " and ".join(sorted({f"{type(state).__name__} of {len(state)}" for state in states}))
-        raise ContractError(f"states in one batch are of one kind, and these are {kinds}")
+        raise ContractError(f"states in one batch must be of one kind, got {kinds}")
     return _like(first, [_zip_map(function, children) for children in zip(*states, strict=True)])
 
 

@@ -1,4 +1,4 @@
-"""What a mixer declares about itself, and the error of a call that it does not declare."""
+"""Traits that a mixer declares, and the error of a call that its mixer does not support."""
 
 from dataclasses import dataclass
 from itertools import chain
@@ -9,69 +9,72 @@ from ..registry import SeqmixError, nearest
 
 
 class ContractError(SeqmixError):
-    """A mixer was asked for something it does not declare; it refuses instead of computing something else."""
+    """Error of a mixer that is asked for something it does not declare, or that breaks the contract."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Traits:
-    """What a mixer declares about itself; every line is checked by tests."""
+    """Properties that a mixer declares; the conformance kit tests every one of them."""
 
     paradigms: frozenset[Paradigm]
-    """The paradigms it has. All of them compute the same map."""
+    """Supported paradigms. All of them compute the same map."""
     state: Literal["constant", "growing", "none"]
-    """How the state's size depends on the sequence length; "none" of a mixer that neither takes nor returns one."""
+    """Growth of the state with the sequence length; "none" if the mixer neither takes nor returns a state."""
     packing: bool
-    """Whether it honours `cu_seqlens` (several documents in one row)."""
+    """True if `cu_seqlens` is supported: several documents in one row."""
     shift_invariant: bool
-    """Whether the output is independent of absolute position."""
+    """True if the output does not depend on absolute position."""
     parallel_from_state: bool = True
-    """Whether the parallel paradigm takes a state; it returns a final state in any case."""
+    """True if the parallel paradigm accepts an initial state; it returns a final state in any case."""
     compiles: bool = True
-    """Whether it can be compiled with `torch.compile` (fullgraph)."""
+    """True if `torch.compile` works with fullgraph=True."""
     surrogate_gradients: bool = False
-    """Whether the backward pass is another function's derivative, as of a straight-through estimator."""
+    """True if the backward pass is the derivative of another function, as with a straight-through estimator."""
     value_residual: bool = False
-    """Whether its layers give their values to later ones, and can mix in those of the first."""
+    """True if layers pass their values to later layers, and can mix in the values of the first layer."""
     differentiable: bool = True
-    """Whether there are gradients at all; decoding with a cache that is written in place has none."""
+    """True if gradients are supported; False for a module that writes its cache in place."""
 
     def __post_init__(self) -> None:
         names = self.paradigms
         allowed = ", ".join(f"Paradigm.{paradigm.name}" for paradigm in Paradigm)
         if not isinstance(names, (frozenset, set)) or not names or not set(names) <= set(Paradigm):
-            raise ContractError(f"Traits.paradigms needs a frozenset of {allowed}, and was given {names!r}")
-        # a name is equal to its paradigm, but is not printed as one; and a set could change
+            raise ContractError(f"Traits.paradigms expects a non-empty frozenset, got {names!r}; allowed: {allowed}")
+        # a name equals its paradigm but is printed differently, and a set is mutable
         object.__setattr__(self, "paradigms", frozenset(map(Paradigm, names)))
         if self.state not in (states := ("constant", "growing", "none")):
             hint = nearest(str(self.state), states)
-            raise ContractError(
-                f"Traits.state needs 'constant', 'growing' or 'none', and was given {self.state!r}{hint}"
-            )
+            raise ContractError(f"Traits.state expects 'constant', 'growing' or 'none', got {self.state!r}{hint}")
         for name, value in vars(self).items():
             if name not in ("paradigms", "state") and not isinstance(value, bool):
-                raise ContractError(f"Traits.{name} needs True or False, and was given {value!r}")
+                raise ContractError(f"Traits.{name} expects True or False, got {value!r}")
         if self.has_state and not any(map(self.takes_state, self.paradigms)):
-            raise ContractError("Traits.parallel_from_state is False, and no other paradigm is there to take a state")
+            raise ContractError(
+                "Traits.parallel_from_state is False, but no other paradigm is declared that accepts a state"
+            )
 
     @property
     def has_state(self) -> bool:
-        """Whether there is a state: what was read before a segment, or what a segment leaves."""
+        """True if the mixer has a state, so that a segment can continue an earlier one."""
         return self.state != "none"
 
     def takes_state(self, paradigm: Paradigm) -> bool:
-        """Whether a segment can be mixed from a state in this paradigm."""
+        """True if this paradigm accepts an initial state."""
         return self.has_state and (self.parallel_from_state or paradigm is not Paradigm.PARALLEL)
 
     def prefer(self, *paradigms: Paradigm, from_state: bool = False) -> Paradigm:
-        """The first of these paradigms that is declared, else any; `from_state` one that takes a state."""
+        """Return the first of these paradigms that is declared, or else any declared one.
+
+        With `from_state`, only paradigms that accept an initial state count.
+        """
         for paradigm in chain(paradigms, Paradigm):
             if paradigm in self.paradigms and (not from_state or self.takes_state(paradigm)):
                 return paradigm
-        raise ContractError("a state was to be taken where there is none")
+        raise ContractError("no declared paradigm accepts a state")
 
 
 def require_paradigm(paradigm: Paradigm, traits: Traits, kind: str) -> None:
-    """Refuse a paradigm that a mixer does not declare."""
+    """Reject a paradigm that the mixer does not declare."""
     if paradigm not in traits.paradigms:
         allowed = sorted(str(p) for p in traits.paradigms)
         raise ContractError(
@@ -81,28 +84,28 @@ def require_paradigm(paradigm: Paradigm, traits: Traits, kind: str) -> None:
 
 
 def require_state(traits: Traits, kind: str) -> None:
-    """Refuse a state, given or wanted, where a mixer has none."""
+    """Reject a call that passes or requests a state, if the mixer has no state."""
     if not traits.has_state:
         raise ContractError(
             f"{kind} has no state (traits.state is 'none'): it mixes whole sequences, and cannot decode"
         )
 
 
-def require_state_is_taken(paradigm: Paradigm, traits: Traits, kind: str) -> None:
-    """Refuse a state in a paradigm that takes none."""
+def require_initial_state(paradigm: Paradigm, traits: Traits, kind: str) -> None:
+    """Reject an initial state in a paradigm that does not accept one."""
     if not traits.takes_state(paradigm):
         require_state(traits, kind)
-        others = ", ".join(sorted(traits.paradigms - {paradigm}))
-        raise ContractError(f"{kind} takes no state in the {paradigm} paradigm; it takes one in: {others}")
+        accepting = ", ".join(sorted(traits.paradigms - {paradigm}))
+        raise ContractError(f"{kind} takes no state in the {paradigm} paradigm; it takes one in: {accepting}")
 
 
 def require_compiles(traits: Traits, kind: str) -> None:
-    """Refuse to compile a mixer that cannot be compiled."""
+    """Reject compilation of a mixer that does not support it."""
     if not traits.compiles:
         raise ContractError(f"{kind} cannot be compiled (traits.compiles is False): use it without torch.compile")
 
 
-def require_room(length: int, max_length: int | None, kind: str) -> None:
-    """Refuse a capacity smaller than the processed prefix."""
+def require_capacity(length: int, max_length: int | None, kind: str) -> None:
+    """Reject a capacity smaller than the processed prefix."""
     if max_length is not None and length > max_length:
-        raise ContractError(f"{kind} has processed {length} tokens, which do not fit into max_length = {max_length}")
+        raise ContractError(f"{kind} has processed {length} tokens: expected max_length >= {length}, got {max_length}")

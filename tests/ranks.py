@@ -76,7 +76,7 @@ def mixer_as_one(
 ) -> None:
     """A mixer over all ranks is the mixer of one: outputs, final states, gradients of inputs, states and parameters."""
     from seqmix.mixers import Call, Paradigm
-    from seqmix.mixers.context_parallel import mix_in_turn
+    from seqmix.mixers.context_parallel import mix_sequentially
     from seqmix.mixers.state import detach
     from seqmix.ops.runtime.packing import Documents
 
@@ -98,7 +98,7 @@ def mixer_as_one(
             if in_turn:
                 start, size = context().start(x.shape[1]), context().size
                 documents = Documents.of(cu_seqlens, x.shape[1], start, size * x.shape[1])
-                return mix_in_turn(mixer, x, Call(Paradigm(paradigm), s, documents, wanted, cp_group=context()))
+                return mix_sequentially(mixer, x, Call(Paradigm(paradigm), s, documents, wanted, cp_group=context()))
             return mixer(x, s, paradigm=paradigm, cu_seqlens=cu_seqlens, return_state=wanted)
 
         theirs = _everything(mixer_alone, alone, x, state, 1) if whole else None
@@ -294,7 +294,7 @@ def keys_held(length: int) -> tuple[float, float, float]:
     dist.barrier()
     options = dict.fromkeys(("sums", "documents", "log_decay", "slopes", "softcap", "window", "value_dims"))
     place = {"group": context().name, "rank": context().rank, "size": context().size}
-    call, peaks = ring.Ring(q=q, k=k, v=v, scale=1.0, chunk_size=4, **options, **place), []
+    call, peaks = ring.RingInputs(q=q, k=k, v=v, scale=1.0, chunk_size=4, **options, **place), []
     with torch.no_grad():
         with Live() as live:
             found = ring.RING.forward(call)

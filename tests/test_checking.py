@@ -39,6 +39,7 @@ def test_check_prints_one_line_per_check_and_a_table(seqmix):
     assert re.search(rf"retention +12 +2 +0 +0 +0 +{sum(counts)} ", done.out)
 
 
+@pytest.mark.slow
 def test_the_contract_runs_by_default_quick_leaves_out_what_is_slow_and_stress_adds_the_rest(seqmix):
     contract = {name: check for name, check in CHECKS.items() if not check.stress}
     slow = [name for name, check in contract.items() if check.compiles]

@@ -82,6 +82,7 @@ def test_the_report_on_the_page_is_what_its_example_prints(tmp_path, monkeypatch
 NOTEBOOK = Path(__file__).parents[1] / "examples" / "tour.ipynb"
 
 
+@pytest.mark.slow
 def test_the_cells_of_the_notebook_run(tmp_path, monkeypatch):
     notebook = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
     assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)

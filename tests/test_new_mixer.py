@@ -103,7 +103,7 @@ def test_a_new_mixer_is_one_file_and_one_preset(copy):
     )
     assert "\n### `leaky_average`\n" in after["docs/reference/fields.md"].decode()
     assert "\n| `leaky-average-tiny` | 4 | 128 |" in after["docs/reference/presets.md"].decode()
-    assert "\n| `leaky_average` |" in after["README.md"].decode()
+    assert "[`leaky_average`](docs/reference/mixers.md#leaky_average)" in after["README.md"].decode()
 
     # the suite has it, and passes
     found = passed(python(copy, "-m", "pytest", "-q", "-rp", "-p", "no:cacheprovider", *SUITE, "-k", WHICH))

@@ -25,7 +25,6 @@ WANTED = {
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
     pytest.importorskip("mkdocs")
-    pytest.importorskip("mkdocstrings")
     pytest.importorskip("latex2mathml")
     from mkdocs.commands.build import build
     from mkdocs.config import load_config
@@ -35,6 +34,7 @@ def site(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("words", "page"), WANTED.items(), ids=WANTED)
 def test_the_search_finds(site, words, page):
     documents = json.loads((site / "search" / "search_index.json").read_text())["docs"]

@@ -41,7 +41,9 @@ class Unusual(SequenceMixer):
         name = cls.__name__.lower()
         paradigm = next(p for p in (Paradigm.RECURRENT, *Paradigm) if p in cls.declares.get("paradigms", RECURRENT))
         more = {"kind": (Literal[name], name), "paradigm": (Paradigm, Field(paradigm, strict=False))}
-        cls.config_class = create_model(cls.__name__ + "Config", __base__=UnusualConfig, **more)
+        # no field has a docstring, and to look for them takes a tenth of a second per class
+        kwargs = {"use_attribute_docstrings": False}
+        cls.config_class = create_model(cls.__name__ + "Config", __base__=UnusualConfig, __cls_kwargs__=kwargs, **more)
         cls.config_class.layer = cls
         globals()[cls.config_class.__name__] = cls.config_class
         if right:

@@ -1,4 +1,4 @@
-"""What mixers are made of: a mixer of a known family takes these and states its equations."""
+"""Components of mixers: a mixer of a known op family combines these and adds its own equations."""
 
 from ...ops.recurrence.family import RecurrenceOutput
 from ...ops.runtime.call import Call

@@ -1,4 +1,4 @@
-"""The norm of RWKV's outputs per head, and its bonus: a token reads its own value again (arXiv 2503.14456, §4.1)."""
+"""RWKV's output norm per head with its bonus, by which a token reads its own value again (arXiv 2503.14456, §4.1)."""
 
 import torch
 import torch.nn.functional as F
@@ -7,8 +7,14 @@ from torch import Tensor, nn
 
 
 class BonusNorm(nn.Module):
-    """GroupNorm(o) * weight + bias + (sum_K bonus * q * k) v, with one group, and vectors, per head; weights begin as
-    `start`, and eps times the width is added to the variance."""
+    """GroupNorm(o) * weight + bias + (sum_K bonus * q * k) v, per head.
+
+    Args:
+        n_heads: heads; each is one group, with its own weight, bias and bonus.
+        width: width of a head.
+        eps: eps times the width is added to the variance.
+        start: initial weight.
+    """
 
     def __init__(self, n_heads: int, width: int, eps: float, start: float) -> None:
         super().__init__()
@@ -18,14 +24,14 @@ class BonusNorm(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """As RWKV-7's authors."""
+        """Initialise as the RWKV-7 authors' code."""
         for parameter, number in ((self.weight, self.start), (self.bias, 0.0), (self.bonus, -0.04)):
             nn.init.constant_(parameter, number)
 
     def forward(
         self, o: Float[Tensor, "B T H K"], q: Float[Tensor, "B T H K"], k: Float[Tensor, "B T H K"], v: Tensor
     ) -> Float[Tensor, "B T H K"]:
-        """In the dtype of v, of sums in float32 or float64."""
+        """Return the normed output in the dtype of v; the computation is in float32 or float64."""
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         o = F.layer_norm(o.to(wide), o.shape[-1:], eps=self.eps) * self.weight.to(wide) + self.bias.to(wide)
         return (o + (self.bonus.to(wide) * q * k).sum(-1, keepdim=True) * v).to(v.dtype)

@@ -1,4 +1,4 @@
-"""Decays that are fixed per head, whatever the tokens are (RetNet, arXiv 2307.08621, Eq. 8)."""
+"""Fixed decays per head, which do not depend on the tokens (RetNet, arXiv 2307.08621, Eq. 8)."""
 
 from typing import Literal, TypeAlias
 
@@ -14,14 +14,14 @@ LogDecays: TypeAlias = tuple[Float[Tensor, " H"], Float[Tensor, " H"]]
 
 
 class FixedDecay(nn.Module):
-    """The log-decays of heads by a schedule.
+    """Log-decay of each head, by a schedule.
 
     Args:
         n_heads: heads.
-        schedule: `geometric`: gamma_h = 1 - 2^(-5-h); `log_uniform`: 1 - gamma from 1/32 to 1/512 evenly in its
-            logarithm; `constant`: `gamma` for all; `none`: no decay.
-        gamma: the decay of `constant`.
-        learnable: whether the decays are parameters, started at the schedule.
+        schedule: `geometric`: gamma_h = 1 - 2^(-5-h); `log_uniform`: 1 - gamma from 1/32 to 1/512, evenly spaced in its
+            logarithm; `constant`: `gamma` for all heads; `none`: no decay.
+        gamma: decay of the schedule `constant`.
+        learnable: True if the decays are parameters, initialised by the schedule.
     """
 
     def __init__(self, n_heads: int, schedule: DecaySchedule, gamma: float | None, *, learnable: bool) -> None:
@@ -34,27 +34,27 @@ class FixedDecay(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """The schedule."""
+        """Initialise learnable decays by the schedule."""
         if self.logit is not None:
             leak = _leak(self.n_heads, self.schedule, self.gamma, self.logit.device)
             self.logit.copy_(torch.log1p(-leak) - leak.log())
 
     @torch.no_grad()
     def set_reach(self, tokens: Float[Tensor, " H"]) -> list[str]:
-        """As `SequenceMixer.set_reach`; a schedule that is not learned stays."""
+        """Set the reach of learnable decays, as `SequenceMixer.set_reach`; fixed decays do not change."""
         if self.logit is None:
             return []
-        self.logit.copy_(tokens.log())  # of gamma = tokens / (1 + tokens)
+        self.logit.copy_(tokens.log())  # the logit of gamma = tokens / (1 + tokens)
         return ["logit"]
 
     def forward(self, device: torch.device) -> Float[Tensor, " H"] | None:
-        """Natural log of each head's decay, float64; None where nothing decays."""
+        """Return the natural log of each head's decay, float64; None without decay."""
         return self.log_decays(device, torch.float64)[0]
 
     def log_decays(
         self, device: torch.device, dtype: torch.dtype, memo: Memo | None = None
     ) -> LogDecays | tuple[None, None]:
-        """Natural log of each head's decay, as float64 and as `dtype`; `memo` is the call's."""
+        """Return the natural log of each head's decay, as float64 and as `dtype`; `memo` is that of the call."""
         if self.schedule == "none":
             return None, None
         if self.logit is None:
@@ -66,13 +66,13 @@ class FixedDecay(nn.Module):
 def scheduled(
     n_heads: int, schedule: DecaySchedule, gamma: float | None, device: torch.device, dtype: torch.dtype
 ) -> LogDecays:
-    """Natural log of each head's decay, as float64 and as `dtype`."""
-    log_decay = torch.log1p(-_leak(n_heads, schedule, gamma, device))  # log1p: 1 - 2^-25 is 1 in float32
+    """Return the natural log of each head's scheduled decay, as float64 and as `dtype`."""
+    log_decay = torch.log1p(-_leak(n_heads, schedule, gamma, device))  # log1p, as 1 - 2^-25 rounds to 1 in float32
     return log_decay, log_decay.to(dtype)
 
 
 def _leak(n_heads: int, schedule: DecaySchedule, gamma: float | None, device: torch.device) -> Tensor:
-    """1 - gamma of each head, float64."""
+    """Return 1 - gamma of each head, float64."""
     if gamma is not None:
         return torch.full((n_heads,), 1 - gamma, device=device, dtype=torch.float64)
     if schedule == "log_uniform":

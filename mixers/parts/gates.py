@@ -1,4 +1,4 @@
-"""Gates: maps of low rank that gates are made of, and the norm of an output that a gate weighs."""
+"""Gates: low-rank maps, log-decays from logits, and the gated norm of an output."""
 
 from typing import Literal
 
@@ -12,7 +12,7 @@ from ...registry import Config
 
 
 class LowRank(nn.Module):
-    """A map of low rank: act(x W1) W2, plus a bias if wanted, which starts at 0; linear but for an activation."""
+    """A low-rank map, act(x W1) W2, with an optional bias that starts at 0 and an optional activation."""
 
     def __init__(
         self,
@@ -30,12 +30,16 @@ class LowRank(nn.Module):
         self.reset_parameters()
 
     def forward(self, x: Float[Tensor, "*batch width_in"]) -> Float[Tensor, "*batch width_out"]:
-        """The map of the last dimension."""
+        """Apply the map to the last dimension."""
         low = self.down(x)
-        return self.up(low if self.activation == "none" else low.tanh() if self.activation == "tanh" else low.sigmoid())
+        if self.activation == "tanh":
+            low = low.tanh()
+        elif self.activation == "sigmoid":
+            low = low.sigmoid()
+        return self.up(low)
 
     def reset_parameters(self) -> None:
-        """Xavier-uniform matrices, and no bias."""
+        """Initialise Xavier-uniform matrices and a bias of 0."""
         nn.init.xavier_uniform_(self.down.weight)
         nn.init.xavier_uniform_(self.up.weight)
         if self.up.bias is not None:
@@ -43,45 +47,48 @@ class LowRank(nn.Module):
 
 
 class LowRanks(Config):
-    """Ranks of the maps of RWKV-7."""
+    """Ranks of the low-rank maps of RWKV-7."""
 
     rank: int = Field(default=32, gt=0, le=2**20, examples=[3])
     """Rank of the maps from tokens to decays and rates."""
     value_rank: int | None = Field(default=None, gt=0, le=2**20, examples=[2])
-    """Rank of the map to shares of first values; `rank` when null."""
+    """Rank of the map that mixes in the values of the first layer; `rank` when null."""
     gate_rank: int | None = Field(default=None, gt=0, le=2**20, examples=[2])
     """Rank of the output gate's map; twice `rank` when null."""
 
     @property
     def ranks(self) -> tuple[int, int, int]:
-        """All three."""
+        """Ranks of decays and rates, of the value residual, and of the output gate."""
         return self.rank, self.value_rank or self.rank, self.gate_rank or 2 * self.rank
 
 
 HeadNorm = Literal["group", "rms", "none"]
-"""`group`: mean and variance over the last dimension, one group per head; `rms`: root mean square alone."""
+"""Norm of a head: `group` uses mean and variance, one group per head; `rms` only the root mean square; or `none`."""
 Gate = Literal["swish", "sigmoid", "none"]
-"""What the output gate goes through."""
+"""Activation of the output gate; `none` for no gate."""
 
 
 def gate_decay(logits: Float[Tensor, "*batch"], normalizer: float) -> Float[Tensor, "*batch"]:
-    """Natural log of sigmoid(logits)^(1/normalizer), float32 or float64: 16 bits cannot tell 0.999 from 1."""
+    """Return the natural log of sigmoid(logits)^(1/normalizer), in float32 or float64.
+
+    16 bits cannot tell a decay of 0.999 from 1.
+    """
     return F.logsigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32))) / normalizer
 
 
 class GatedNorm(nn.Module):
-    """norm(x) * weight * act(gate) over the last dimension, in the dtype of x (float32 of float16), and returned in it.
+    """norm(x) * weight * act(gate) over the last dimension.
 
-    A product of x and the gate can leave the range of float16, and its square sooner. Statistics are formed in float32
-    always, and never cross tokens (nn.GroupNorm would pool over them).
+    The result has the dtype of x, but float32 for float16: the product of x and the gate, and x squared, can leave the
+    range of float16. Statistics are computed in float32 or wider. They never cross tokens, as those of nn.GroupNorm do.
 
     Args:
-        width: of the last dimension.
-        norm: which one.
-        gate: what the gate goes through.
-        affine: whether the norm has weights.
+        width: size of the last dimension.
+        norm: the norm.
+        gate: activation of the gate.
+        affine: True if the norm has weights.
         eps: added to the variance or the mean square.
-        heads: the last dimension but one, where each of its entries has weights of its own.
+        heads: size of the second last dimension, if each head has its own weights; None to share them.
     """
 
     def __init__(
@@ -96,12 +103,12 @@ class GatedNorm(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Weights of 1."""
+        """Initialise weights of 1."""
         if self.weight is not None:
             nn.init.ones_(self.weight)
 
     def forward(self, x: Float[Tensor, "*batch D"], gate: Float[Tensor, "*batch D"] | None) -> Tensor:
-        """The map; no gate where there is none."""
+        """Norm x and multiply by the activated gate; None for no gate."""
         wide = torch.float32 if x.dtype == torch.float16 else x.dtype
         y = x if x.dtype == wide else x.to(wide)
         weight = self.weight

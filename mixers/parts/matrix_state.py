@@ -1,4 +1,4 @@
-"""A matrix per head as the state: what every mixer of the decay and delta families has, whatever its projections."""
+"""Base classes of mixers whose state is a matrix per head: those of the decay and delta families."""
 
 from typing import Annotated, ClassVar, Literal, NamedTuple
 
@@ -25,7 +25,7 @@ ShortConv = Annotated[
         ge=0,
         le=64,
         examples=[2, None],
-        description="Tokens that the short convolution before the recurrence sees; 0 or null for none.",
+        description="Width in tokens of the short convolution before the recurrence; 0 or null for none.",
     ),
 ]
 
@@ -35,20 +35,20 @@ class MatrixStateConfig(MixerConfig):
 
     deprecated_names: ClassVar = {"conv_size": "short_conv"}
     family: ClassVar[Family] = DECAY
-    """The op family."""
+    """Op family of the recurrence."""
     value_residual: ClassVar[bool] = False
-    """Whether layers give their values to later ones."""
+    """True if layers pass their values to later layers."""
     norm_eps: float = Field(default=1e-6, ge=0)
-    """Added to the variance or the mean square of the output's norm."""
+    """Added to the variance or the mean square in the output norm."""
     chunk_size: Chunk = CHUNK_SIZE
     backend: Backend = "auto"
-    """The kernel backend of the chunkwise paradigm, and of decoding steps; changes the cost, never the result."""
+    """Kernel backend of the chunkwise paradigm and of decoding steps; changes the cost, never the result."""
     paradigm: Paradigm = Field(default=Paradigm.CHUNKWISE, strict=False)
-    """The paradigm of training and evaluation."""
+    """Paradigm of training and evaluation."""
 
     @property
     def traits(self) -> Traits:
-        """The family's paradigms; positions do not matter, or only distances do."""
+        """Traits: the paradigms of the op family, a constant state, no dependence on absolute position."""
         return Traits(
             paradigms=self.family.paradigms,
             state="constant",
@@ -59,31 +59,31 @@ class MatrixStateConfig(MixerConfig):
 
 
 class MatrixState(NamedTuple):
-    """The state after a prefix."""
+    """State after a prefix."""
 
     memory: Float[Tensor, "B H K V"]
     """S, float32 or float64."""
     recent: Float[Tensor, "B W-1 C"]
-    """The last inputs of the short convolution, oldest first; empty without one."""
+    """Last inputs of the short convolution, oldest first; empty without a short convolution."""
     position: Int[Tensor, " B"]
     """Tokens processed."""
 
 
 class MatrixStateMixer(SequenceMixer[MatrixState]):
-    """A mixer of a family of recurrences.
+    """A mixer whose state is a matrix per head, updated by an op of the configuration's family.
 
-    A subclass sets `n_heads`, `key_dim` and `value_dim` (of the state), `convolution`, and writes `mix`.
+    A subclass sets `n_heads`, `key_dim`, `value_dim` (the sizes of the state) and `convolution`, and defines `mix`.
     """
 
     supports_context_parallel = True
     log_decay_shape: Literal["H", "B T H", "B T H K"] | None = None
-    """The dimensions of its log-decays; None where nothing decays."""
+    """Dimensions of the log-decays; None without decay."""
     silu: ClassVar[bool] = False
-    """Whether silu takes the place of a short convolution that is switched off, as it follows one."""
+    """True to apply silu even if the short convolution, which it normally follows, is switched off."""
     steps: int = 1
     """Steps of the recurrence per token."""
     wide_output: bool = False
-    """Whether the op's output is wide, of 16-bit inputs: where a quotient of it is what may be narrow."""
+    """True if the op returns float32 for 16-bit inputs, because only a quotient of the output fits 16 bits."""
     n_heads: int
     key_dim: int
     value_dim: int
@@ -95,7 +95,7 @@ class MatrixStateMixer(SequenceMixer[MatrixState]):
         self.convolution = None
 
     def convolve(self, x: Float[Tensor, "B T C"], call: Call) -> tuple[Tensor, Tensor | None]:
-        """The short convolution of x, and its last inputs if they are wanted: the leaf `recent` of the state."""
+        """Return the short convolution of x, and the leaf `recent` of the final state (None unless requested)."""
         if self.convolution is not None:
             return self.convolution(x, call.enter("recent"))
         x = F.silu(x) if self.silu else x
@@ -104,7 +104,7 @@ class MatrixStateMixer(SequenceMixer[MatrixState]):
         return x, x.new_zeros(call.rows(x.shape[0]), 0, 0, dtype=self.dtype) if call.return_state else None
 
     def state_after(self, x: Tensor, memory: Tensor | None, recent: Tensor | None, call: Call) -> MatrixState | None:
-        """The state after the segment x, if it is wanted."""
+        """Return the state after the segment x; None unless requested."""
         if memory is None or recent is None:
             return None
         return MatrixState(memory, recent, call.advance(x, None if call.state is None else call.state.position))
@@ -138,6 +138,6 @@ class MatrixStateMixer(SequenceMixer[MatrixState]):
         )
 
     def op_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """The dtype of the op's inputs where the projections have `dtype`."""
-        # kernels store states between chunks as narrow as inputs: in float16 sums of many tokens overflow there
+        """Return the dtype of the op's inputs if the projections have `dtype`."""
+        # kernels store the states between chunks in the input dtype, and sums of many tokens overflow in float16
         return torch.float32 if self.wide_output and dtype == torch.float16 else dtype

@@ -1,4 +1,4 @@
-"""The norm of queries and keys by their root mean square, times weights."""
+"""RMS norm of queries and keys, with weights."""
 
 import torch
 import torch.nn.functional as F
@@ -7,15 +7,15 @@ from torch import Tensor, nn
 
 
 class QKNorm(nn.Module):
-    """RMS norms of queries and of keys.
+    """RMS norms of queries and keys, each with its own weights.
 
     Args:
-        n_heads: heads of queries, and of keys.
-        width: of a head.
+        n_heads: number of query heads, number of key heads.
+        width: width of a head.
         eps: added to the mean square.
-        all_heads: whether the mean is over all heads, each with weights of its own; else over the width of one, with
+        all_heads: True to take the mean over all heads, each with its own weights; False to take it per head, with
             weights that all heads share.
-        zero_centered: whether the factor is 1 + weight.
+        zero_centered: True if the factor is 1 + weight.
     """
 
     def __init__(
@@ -31,12 +31,12 @@ class QKNorm(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """A factor of 1."""
+        """Initialise weights so that every factor is 1."""
         nn.init.constant_(self.q_weight, 0.0 if self.zero_centered else 1.0)
         nn.init.constant_(self.k_weight, 0.0 if self.zero_centered else 1.0)
 
     def forward(self, qk: Float[Tensor, "B T H+G K"]) -> Float[Tensor, "B T H+G K"]:
-        """Queries, then keys, normed."""
+        """Norm queries and keys, which are concatenated along the heads."""
         weights = (w.expand(n, -1) for w, n in zip((self.q_weight, self.k_weight), self.n_heads, strict=True))
         factor = torch.cat(tuple(weights)) + (1 if self.zero_centered else 0)
         if not self.all_heads:

@@ -1,8 +1,8 @@
-"""Queries, keys, values and an output gate per head, before and after a recurrence:
+"""Base classes of mixers with queries, keys, values and an output gate per head around a recurrence.
 
-q, k, v, g = x W_Q, x W_K, x W_V, x W_G         one product, with whatever else a mixer projects
+q, k, v, g = x W_Q, x W_K, x W_V, x W_G         one product, together with a mixer's further projections
 q, k, v    = silu(conv(q, k, v))                by channel, if there is a short convolution
-q, k       = norm(q), norm(k), turned by their positions
+q, k       = norm(q), norm(k), rotated by their positions
 o          = the recurrence of q, k, v          the mixer's own equations
 y          = (norm(o) * act(g)) W_O             per head
 """
@@ -27,31 +27,43 @@ from .rotary import rotated
 from .short_convolution import ShortConvolution
 from .widths import head_width
 
-Heads = Annotated[int, Field(gt=0, examples=[2, 1, 3], description="Heads.")]
+Heads = Annotated[int, Field(gt=0, examples=[2, 1, 3], description="Number of heads.")]
 KeyExpansion = Annotated[
-    float, Field(gt=0, le=1000, examples=[0.5, 1.0], description="Width of all queries (and keys) over d_model.")
+    float,
+    Field(
+        gt=0,
+        le=1000,
+        examples=[0.5, 1.0],
+        description="Total width of the queries, and of the keys, divided by d_model.",
+    ),
 ]
 ValueExpansion = Annotated[
-    float, Field(gt=0, le=1000, examples=[1.0, 2.0], description="Width of all values (and the gate) over d_model.")
+    float,
+    Field(
+        gt=0,
+        le=1000,
+        examples=[1.0, 2.0],
+        description="Total width of the values, and of the gate, divided by d_model.",
+    ),
 ]
 QKNorm = Annotated[
     Literal["l2", "rms", "none"],
-    Field(description="The norm of a head's queries and keys: `l2` to length 1, `rms` to sqrt(K), or `none`."),
+    Field(description="Norm of queries and keys per head: `l2` scales them to length 1, `rms` to sqrt(K); or `none`."),
 ]
 Rotation = Annotated[
     Literal["rope", "retnet", "none"],
     Field(
-        description="Angles by which queries and keys turn: `rope` as RoFormer's, `retnet` as the RetNet authors', or "
-        "`none`."
+        description="Rotation of queries and keys by position: `rope` with RoFormer's frequencies, `retnet` with "
+        "those of the RetNet authors' code, or `none`."
     ),
 ]
-OutputGate = Annotated[Gate, Field(description="The output gate.")]
-OutputNorm = Annotated[HeadNorm, Field(description="The norm of each head's output.")]
-Affine = Annotated[bool, Field(description="Whether the output's norm has weights, the same for all heads.")]
+OutputGate = Annotated[Gate, Field(description="Activation of the output gate; `none` for no gate.")]
+OutputNorm = Annotated[HeadNorm, Field(description="Norm of the output of each head.")]
+Affine = Annotated[bool, Field(description="True if the output norm has weights, shared by all heads.")]
 
 
 class QKVConfig(MatrixStateConfig):
-    """Fields of every mixer with queries, keys and values per head; a mixer sets its own defaults."""
+    """Fields of every mixer with queries, keys and values per head; each mixer sets its own defaults."""
 
     n_heads: Heads
     expand_k: KeyExpansion = 1.0
@@ -60,54 +72,54 @@ class QKVConfig(MatrixStateConfig):
     qk_norm: QKNorm = "none"
     rotation: Rotation = "none"
     rotation_base: float = Field(default=10000.0, gt=1)
-    """The base of the angles."""
+    """Base of the rotation frequencies."""
     gate: OutputGate = "swish"
     head_norm: OutputNorm = "rms"
     norm_affine: Affine = False
 
     @model_validator(mode="after")
-    def _a_base_has_a_rotation(self) -> "QKVConfig":
+    def _check_rotation_base(self) -> "QKVConfig":
         if self.rotation == "none" and self.rotation_base != type(self).model_fields["rotation_base"].default:
-            raise ValueError(f"rotation_base = {self.rotation_base} turns nothing: rotation is none")
+            raise ValueError(f"rotation_base = {self.rotation_base} needs a rotation, got rotation = none")
         return self
 
 
 class QKV(NamedTuple):
-    """What is projected of a segment."""
+    """Projections of a segment, ready for the recurrence."""
 
     q: Float[Tensor, "B T H K"]
     k: Float[Tensor, "B T*n H K"]
-    """Of n steps per token, side by side; n is 1 but for few mixers."""
+    """Keys of n steps per token, one after another; n > 1 only with several delta-rule steps (DeltaProduct)."""
     v: Float[Tensor, "B T*n H V"]
     gate: Float[Tensor, "B T H V"] | None
     more: dict[str, Tensor]
-    """What else the mixer projects, by name."""
+    """Further projections of the mixer, by name."""
     positions: Int[Tensor, "_ T"] | None
-    """Of the tokens; None where the mixer does not use them."""
+    """Positions of the tokens; None if the mixer does not use them."""
     recent: Float[Tensor, "N W-1 C"] | None
-    """The last inputs of the short convolution."""
+    """Last inputs of the short convolution; None unless the final state is requested."""
     dtype: torch.dtype
-    """Of the projections; the op's inputs may be wider."""
+    """Dtype of the projections; the op's inputs may be wider."""
 
 
 class QKVMixer(MatrixStateMixer):
-    """The layer around a recurrence, which a subclass states in `recur`; modules that it adds initialise themselves.
+    """Layer around a recurrence, which a subclass defines in `recur`. Submodules of a subclass initialise themselves.
 
     Args:
         config: the mixer's configuration.
         d_model: width of the residual stream.
-        more: widths of further projections by name, which `project` returns in `QKV.more`.
+        more: widths of further projections by name; `project` returns them in `QKV.more`.
 
     Raises:
-        ContractError: the heads do not divide the widths, or a rotation gets heads of odd width.
+        ContractError: the heads do not divide the widths, or heads that are rotated have an odd width.
     """
 
     gains: ClassVar[tuple[float, float]] = (2**-2.5, 2**-1)
-    """Of the Xavier-uniform start of what is projected and of the output; these are the RetNet authors'."""
+    """Gains of the Xavier-uniform input and output projections; the defaults are the RetNet authors'."""
     activation: ClassVar[Literal["silu", "none"]] = "silu"
-    """What follows the short convolution."""
+    """Activation after the short convolution."""
     projects_gate: ClassVar[bool] = True
-    """Whether the output gate is one of the projections; else a mixer's own `project` adds it."""
+    """True if the input projection includes the output gate; if False, the mixer's own `project` adds the gate."""
 
     def __init__(self, config: Any, d_model: int, **more: int) -> None:
         super().__init__(config)
@@ -117,27 +129,29 @@ class QKVMixer(MatrixStateMixer):
         self.key_dim = head_width(d_model, config.expand_k, self.n_qk_heads, "expand_k")
         self.value_dim = head_width(d_model, config.expand_v, config.n_heads, "expand_v")
         if config.rotation != "none" and self.key_dim % 2:
-            raise ContractError(f"rotation turns pairs, and a head's keys are {self.key_dim} wide: make that even")
+            raise ContractError(
+                f"rotation needs heads with keys of even width, got width {self.key_dim}: change n_heads or expand_k"
+            )
         keys = self.n_qk_heads * self.key_dim
         values = self.n_heads * self.value_dim
         gate = {"gate": values} if config.gate != "none" and self.projects_gate else {}
-        written = self.steps * keys, self.steps * values
-        self.widths = {"q": keys, "k": written[0], "v": written[1], **gate, **more}
-        self.others = tuple(self.widths)[3:]
+        step_widths = self.steps * keys, self.steps * values
+        self.widths = {"q": keys, "k": step_widths[0], "v": step_widths[1], **gate, **more}
+        self.extra_names = tuple(self.widths)[3:]
         self.in_proj = nn.Linear(d_model, sum(self.widths.values()), bias=False)
-        channels = keys + sum(written)
+        channels = keys + sum(step_widths)
         self.convolution = ShortConvolution.of(config.short_conv, channels, activation=self.activation)
         self.norm = self.output_norm(self.value_dim)
         self.out_proj = nn.Linear(values, d_model, bias=False)
         self.reset_parameters()
 
     def output_norm(self, width: int) -> GatedNorm:
-        """The norm of the output over `width` dimensions, and its gate."""
+        """Return the gated norm of the output over `width` dimensions."""
         config = self.config
         return GatedNorm(width, config.head_norm, config.gate, affine=config.norm_affine, eps=config.norm_eps)
 
     def reset_parameters(self) -> None:
-        """Xavier-uniform projections with the class's gains; filters as `nn.Conv1d`, norm weights of 1."""
+        """Initialise Xavier-uniform projections with the class's gains, filters as `nn.Conv1d`, norm weights of 1."""
         for projection in self.in_proj.weight.split(list(self.widths.values())):
             nn.init.xavier_uniform_(projection, gain=self.gains[0])
         parts: list[Any] = [part for part in self.children() if part not in (self.in_proj, self.out_proj)]
@@ -153,43 +167,43 @@ class QKVMixer(MatrixStateMixer):
 
     @property
     def projections(self) -> dict[str, Float[Tensor, "H _ D"]]:
-        # of several steps per token, the first
+        # with several steps per token, return the first step
         heads = {"q": self.n_qk_heads, "k": self.n_qk_heads * self.steps, "v": self.n_heads * self.steps}
-        found = projections_of(self.in_proj, self.out_proj, self.widths, heads | {"o": self.n_heads})
-        return found | {"k": found["k"][: self.n_qk_heads], "v": found["v"][: self.n_heads]}
+        views = projections_of(self.in_proj, self.out_proj, self.widths, heads | {"o": self.n_heads})
+        return views | {"k": views["k"][: self.n_qk_heads], "v": views["v"][: self.n_heads]}
 
     @abstractmethod
     def recur(self, x: Float[Tensor, "B T D"], h: QKV, call: Call) -> RecurrenceOutput:
-        """The mixer's own equations: an op of its family on what was projected of x."""
+        """Compute the recurrence: call an op of the family on the projections `h` of x."""
 
     def gated_norm(self, o: Float[Tensor, "B T H V"], gate: Float[Tensor, "B T H V"] | None) -> Tensor:
-        """The output's norm, times the gate."""
+        """Norm the output of the recurrence and apply the gate."""
         return self.norm(o, gate)
 
     def project(self, x: Float[Tensor, "B T D"], call: Call) -> QKV:
-        """Everything before the recurrence."""
+        """Compute everything before the recurrence: projections, convolution, norms and rotation."""
         q, k, v, *rest = self.widths.values()
-        if self.silu or self.convolution is not None:  # of queries, keys and values in one product
+        if self.silu or self.convolution is not None:  # queries, keys and values go through the convolution together
             qkv, *others = self.in_proj(x).split_with_sizes([q + k + v, *rest], -1)
             qkv, recent = self.convolve(qkv, call)
             qk, v = qkv.split_with_sizes([q + k, v], -1)
-        else:  # one split: backward joins the gradients of its parts once
+        else:  # a single split, so that backward concatenates the gradients once
             qk, v, *others = self.in_proj(x).split_with_sizes([q + k, v, *rest], -1)
             _, recent = self.convolve(qk, call)
-        more = dict(zip(self.others, others, strict=True))
+        more = dict(zip(self.extra_names, others, strict=True))
         heads = self.n_heads
-        written = self.steps * self.n_heads
-        qk = torch.unflatten(qk, -1, ((1 + self.steps) * self.n_qk_heads, -1))  # not Tensor's, which takes longer
-        v = torch.unflatten(v, -1, (written, -1))
+        kv_heads = self.steps * self.n_heads
+        qk = torch.unflatten(qk, -1, ((1 + self.steps) * self.n_qk_heads, -1))  # faster than Tensor.unflatten
+        v = torch.unflatten(v, -1, (kv_heads, -1))
         qk = self.features(qk)
         positions = None
         if self.counts_positions:
             positions = call.positions(x, None if call.state is None else call.state.position)
-            if self.config.rotation != "none":  # the last of all: what is turned sees distances alone
+            if self.config.rotation != "none":  # rotation comes last, so that scores depend on distances only
                 qk = rotated(qk, positions, self.config.rotation, self.config.rotation_base, memo=call.memo)
-        if self.n_qk_heads != heads:  # queries and keys of several heads
+        if self.n_qk_heads != heads:  # several value heads share queries and keys
             qk = qk.repeat_interleave(heads // self.n_qk_heads, dim=2)
-        q, k = qk.to(self.op_dtype(v.dtype)).split_with_sizes([heads, written], 2)
+        q, k = qk.to(self.op_dtype(v.dtype)).split_with_sizes([heads, kv_heads], 2)
         gate = more.pop("gate", None)
         gate = None if gate is None else torch.unflatten(gate, -1, (heads, -1))
         if self.steps != 1:
@@ -197,16 +211,16 @@ class QKVMixer(MatrixStateMixer):
         return QKV(q, k, v.to(q.dtype), gate, more, positions, recent, v.dtype)
 
     def by_step(self, x: Float[Tensor, "B T n*H *rest"]) -> Float[Tensor, "B T*n H *rest"]:
-        """What a token has for each head and step, as one for each step after the other."""
+        """Move the steps of a token from the head dimension to the token dimension, one after another."""
         return x.unflatten(2, (self.steps, -1)).flatten(1, 2)
 
     @property
     def counts_positions(self) -> bool:
-        """Whether the mixer uses the positions of the tokens."""
+        """True if the mixer uses the positions of the tokens."""
         return self.config.rotation != "none"
 
     def features(self, qk: Float[Tensor, "B T 2H K"]) -> Float[Tensor, "B T 2H K"]:
-        """What queries and keys become before they turn: normed."""
+        """Norm queries and keys before the rotation."""
         if self.config.qk_norm == "l2":
             qk = unit_norm(qk)
         elif self.config.qk_norm == "rms":

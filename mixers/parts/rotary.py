@@ -1,10 +1,10 @@
-"""Rotary positions: queries and keys turn by angles that grow with the position.
+"""Rotary positions: queries and keys are rotated by angles that grow with the position.
 
 Angles are computed in float64 and then cast: a float32 angle is off by 2e-2 at position 1e6.
 
     frequencies:  rope    theta_j = base ** (-j / (K/2)),        j = 0 .. K/2-1     (RoFormer, arXiv 2104.09864)
                   retnet  theta_j = base ** (-j / (K/2 - 1))                        (the RetNet authors' code)
-    rotation:     (x_2j, x_2j+1) turns by the angle position * theta_j             (pairs are interleaved)
+    rotation:     (x_2j, x_2j+1) is rotated by the angle position * theta_j        (pairs are interleaved)
 """
 
 import math
@@ -22,47 +22,47 @@ Schedule = Literal["rope", "retnet"]
 
 
 class LinearScaling(Config):
-    """All angles are divided by a factor, which stretches the context (arXiv 2306.15595)."""
+    """Linear scaling: all angles are divided by a factor, which extends the context (arXiv 2306.15595)."""
 
     kind: Literal["linear"] = "linear"
     factor: float = Field(gt=0)
-    """Divides the angles."""
+    """Divisor of the angles."""
 
 
 class Llama3Scaling(Config):
-    """Slow angles are divided by a factor, fast ones stay, as Llama 3.1 has them; those between are interpolated.
+    """Scaling of Llama 3.1: slow angles are divided by a factor, fast ones stay, and those between are interpolated.
 
     theta <- s theta + (1 - s) theta / factor     s = (r - low) / (high - low) within [0, 1], r = length theta / (2 pi)
     """
 
     kind: Literal["llama3"] = "llama3"
     factor: float = Field(gt=0)
-    """Divides the slow angles."""
+    """Divisor of the slow angles."""
     low_freq_factor: float = Field(default=1.0, gt=0)
-    """Turns within the original length up to which an angle is slow."""
+    """Number of turns within the original length up to which an angle counts as slow."""
     high_freq_factor: float = Field(default=4.0, gt=0)
-    """Turns from which an angle is fast."""
+    """Number of turns within the original length from which an angle counts as fast."""
     original_length: int = Field(default=8192, gt=0)
-    """Tokens of the context before it was extended."""
+    """Context length in tokens before the extension."""
 
 
 RopeScaling = Annotated[LinearScaling | Llama3Scaling, Field(discriminator="kind")]
 
 
-def scaled(theta: Float[Tensor, " K/2"], by: LinearScaling | Llama3Scaling | None) -> Float[Tensor, " K/2"]:
-    """Angles of a context that was extended; as they are for None."""
-    if by is None:
+def scale_angles(theta: Float[Tensor, " K/2"], scaling: LinearScaling | Llama3Scaling | None) -> Float[Tensor, " K/2"]:
+    """Scale angles for an extended context; None leaves them unchanged."""
+    if scaling is None:
         return theta
-    if isinstance(by, LinearScaling):
-        return theta / by.factor
-    low = by.low_freq_factor
-    high = by.high_freq_factor
-    share = ((by.original_length * theta / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
-    return torch.lerp(theta / by.factor, theta, share)
+    if isinstance(scaling, LinearScaling):
+        return theta / scaling.factor
+    low = scaling.low_freq_factor
+    high = scaling.high_freq_factor
+    share = ((scaling.original_length * theta / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+    return torch.lerp(theta / scaling.factor, theta, share)
 
 
 def frequencies(head_dim: int, schedule: Schedule, base: float, device: torch.device) -> Float[Tensor, " K/2"]:
-    """Angles per token, in radians, float64, one for each pair of a head's dimensions."""
+    """Return the angle per token of each pair of a head's dimensions, in radians, float64."""
     pairs = head_dim // 2
     # the authors' schedule includes both ends of the exponent's range
     steps = pairs if schedule == "rope" else max(pairs - 1, 1)
@@ -78,13 +78,20 @@ def rotated(
     scaling: LinearScaling | Llama3Scaling | None = None,
     memo: Memo | None = None,
 ) -> Float[Tensor, "B T H K"]:
-    """Heads rotated by the angles of their positions; only their first `dims` dimensions, if given.
+    """Rotate heads by the angles of their positions.
 
-    `memo` is the call's: angles are the same in all layers.
+    Args:
+        x: the heads.
+        positions: position of each token.
+        schedule: formula of the frequencies.
+        base: base of the frequencies.
+        dims: number of dimensions to rotate, counted from the first; None for all.
+        scaling: scaling of the angles; None for none.
+        memo: that of the call, because all layers use the same angles.
     """
     if dims is not None and dims < x.shape[-1]:
-        turned = rotated(x[..., :dims], positions, schedule, base, None, scaling, memo)
-        return torch.cat((turned, x[..., dims:]), dim=-1)
+        rotated_dims = rotated(x[..., :dims], positions, schedule, base, None, scaling, memo)
+        return torch.cat((rotated_dims, x[..., dims:]), dim=-1)
     theta = once(memo, frequencies, x.shape[-1], schedule, base, positions.device)
     wide = torch.promote_types(x.dtype, torch.float32)
     return rotate(x, once(memo, _rotation_at, positions, theta, scaling, wide))
@@ -93,21 +100,21 @@ def rotated(
 def _rotation_at(
     positions: Tensor, theta: Tensor, scaling: LinearScaling | Llama3Scaling | None, dtype: torch.dtype
 ) -> "Rotation":
-    by = rotation(positions, scaled(theta, scaling), dtype)
-    return by if torch.compiler.is_compiling() else by._replace(unit=torch.complex(by.cos, by.sin))
+    angles = rotation(positions, scale_angles(theta, scaling), dtype)
+    return angles if torch.compiler.is_compiling() else angles._replace(unit=torch.complex(angles.cos, angles.sin))
 
 
 class Rotation(NamedTuple):
-    """What `rotate` needs of a segment's positions, for all heads."""
+    """Cosine and sine of the angles of a segment, for all heads."""
 
     cos: Float[Tensor, "_ T 1 K/2"]
     sin: Float[Tensor, "_ T 1 K/2"]
     unit: Complex[Tensor, "_ T 1 K/2"] | None = None
-    """cos + i sin, where it is formed already."""
+    """cos + i sin, if it is precomputed."""
 
 
 def rotation(positions: Int[Tensor, "B T"], theta: Float[Tensor, " K/2"], dtype: torch.dtype) -> Rotation:
-    """Cosine and sine of every token's angles."""
+    """Return the cosine and sine of every token's angles."""
     angles = positions[:, :, None, None] * theta
     return Rotation(angles.cos().to(dtype), angles.sin().to(dtype))
 
@@ -116,20 +123,20 @@ def rotate(x: Float[Tensor, "B T H K"], by: Rotation) -> Float[Tensor, "B T H K"
     """Turn each interleaved pair (a, b) of dimensions to (a cos - b sin, b cos + a sin), in the angles' dtype."""
     dtype = x.dtype
     wide = torch.promote_types(x.dtype, by.cos.dtype)
-    x = x if dtype == wide else x.to(wide)  # a call even where it changes nothing
+    x = x if dtype == wide else x.to(wide)  # a cast to the same dtype still costs a call
     pairs = torch.unflatten(x, -1, (-1, 2))
-    # eager, one complex product takes a third of the time of the real ones; a compiler fuses those, but has no complex
+    # one complex product takes a third of the time of real ones; compilers fuse real ones and do not support complex
     if not torch.compiler.is_compiling() and _is_complex_view(x):
         unit = torch.complex(by.cos, by.sin) if by.unit is None else by.unit
-        turned = torch.view_as_real(torch.view_as_complex(pairs) * unit).flatten(-2)
+        rotated_pairs = torch.view_as_real(torch.view_as_complex(pairs) * unit).flatten(-2)
     else:
         cos, sin = (torch.stack(pair, dim=-1).flatten(-2) for pair in ((by.cos, by.cos), (-by.sin, by.sin)))
-        turned = torch.addcmul(x * cos, pairs.flip(-1).flatten(-2), sin)
-    return turned if dtype == wide else turned.to(dtype)
+        rotated_pairs = torch.addcmul(x * cos, pairs.flip(-1).flatten(-2), sin)
+    return rotated_pairs if dtype == wide else rotated_pairs.to(dtype)
 
 
 def _is_complex_view(x: Tensor) -> bool:
-    """Whether pairs of x can be read as complex numbers where they lie."""
+    """True if pairs of x can be viewed as complex numbers without a copy."""
     *outer, inner = x.stride()
     even = math.gcd(x.storage_offset(), *outer) % 2 == 0
     return even and inner == 1 and x.dtype in (torch.float32, torch.float64)

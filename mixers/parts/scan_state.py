@@ -1,4 +1,4 @@
-"""A vector, or a few per channel, as the state: what every mixer of the scan family has, whatever its projections."""
+"""Base classes of mixers of the scan family, whose state is one or a few numbers per channel."""
 
 from typing import Any, NamedTuple, cast
 
@@ -21,32 +21,35 @@ class ScanConfig(MixerConfig):
 
     chunk_size: Chunk = 64
     paradigm: Paradigm = Field(default=Paradigm.CHUNKWISE, strict=False)
-    """The paradigm of training and evaluation."""
+    """Paradigm of training and evaluation."""
 
     @property
     def traits(self) -> Traits:
-        """The family's paradigms, and a constant state; positions do not matter."""
+        """Traits: the paradigms of the scan family, a constant state, no dependence on position."""
         return Traits(paradigms=SCAN_PARADIGMS, state="constant", packing=True, shift_invariant=True)
 
 
 class ScanState(NamedTuple):
-    """The state after a prefix."""
+    """State after a prefix."""
 
     memory: Float[Tensor, "B *E"]
     """h, float32 or float64."""
     recent: Float[Tensor, "B W-1 C"]
-    """The last inputs of the short convolution, oldest first; empty without one."""
+    """Last inputs of the short convolution, oldest first; empty without a short convolution."""
     position: Int[Tensor, " B"]
     """Tokens processed."""
 
 
 class ScanMixer(SequenceMixer[ScanState]):
-    """A mixer whose state is [B *E]; a subclass passes E, sets `convolution` if it has one, and writes `mix`."""
+    """A mixer whose state is [B *E].
+
+    A subclass passes the sizes E to the constructor, sets `convolution` if it has one, and defines `mix`.
+    """
 
     supports_context_parallel = True
     convolution: ShortConvolution | None
     products = 0
-    """Multiplications of a token's matrix products outside of linear layers."""
+    """Multiplications per token in matrix products that are not linear layers."""
 
     def __init__(self, config: Any, *memory: int) -> None:
         super().__init__(config)
@@ -55,7 +58,7 @@ class ScanMixer(SequenceMixer[ScanState]):
         self.convolution = None
 
     def convolve(self, x: Float[Tensor, "B T C"], call: Call) -> tuple[Tensor, Tensor]:
-        """The short convolution of x, and its last inputs: the leaf `recent` of the state, if they are wanted."""
+        """Return the short convolution of x, and the leaf `recent` of the final state."""
         if self.convolution is not None:
             x, recent = self.convolution(x, call.enter("recent"))
         else:
@@ -63,13 +66,13 @@ class ScanMixer(SequenceMixer[ScanState]):
         return x, x.new_zeros(call.rows(x.shape[0]), 0, 0, dtype=self.dtype) if recent is None else recent
 
     def state_after(self, x: Tensor, memory: Tensor | None, recent: Tensor, call: Call) -> ScanState | None:
-        """The state after the segment x, if it is wanted."""
+        """Return the state after the segment x; None unless requested."""
         if memory is None:
             return None
         return ScanState(memory, recent, call.advance(x, None if call.state is None else call.state.position))
 
     def reset_parameters(self) -> None:
-        """Every layer as it resets itself, torch's own by default."""
+        """Initialise each submodule by its own `reset_parameters`."""
         for part in cast("Any", self.children()):
             part.reset_parameters()
 

@@ -1,4 +1,4 @@
-"""The short causal convolution that many mixers have before their recurrence."""
+"""Short causal convolution, which many mixers have before their recurrence."""
 
 import math
 from typing import Literal
@@ -15,7 +15,7 @@ Activation = Literal["silu", "none"]
 
 
 class ShortConvolution(nn.Module):
-    """A causal convolution of `width` channels over the newest `kernel_size` tokens, then silu (or nothing)."""
+    """Causal convolution of `width` channels over the last `kernel_size` tokens, followed by silu or nothing."""
 
     def __init__(self, width: int, kernel_size: int, *, bias: bool = False, activation: Activation = "silu") -> None:
         super().__init__()
@@ -28,11 +28,11 @@ class ShortConvolution(nn.Module):
     def of(
         cls, kernel_size: int | None, width: int, *, bias: bool = False, activation: Activation = "silu"
     ) -> "ShortConvolution | None":
-        """That of a field `short_conv`; None where it is 0 or null."""
+        """Build the convolution for a field `short_conv`; None if the field is 0 or null."""
         return cls(width, kernel_size, bias=bias, activation=activation) if kernel_size else None
 
     def reset_parameters(self) -> None:
-        """Uniform within 1/sqrt(kernel_size), as `nn.Conv1d`."""
+        """Initialise uniformly within 1/sqrt(kernel_size), as `nn.Conv1d` does."""
         bound = 1 / math.sqrt(self.weight.shape[1])
         nn.init.uniform_(self.weight, -bound, bound)
         if self.bias is not None:
@@ -41,14 +41,17 @@ class ShortConvolution(nn.Module):
     def forward(
         self, x: Float[Tensor, "B T width"], call: Call
     ) -> tuple[Float[Tensor, "B T width"], Float[Tensor, "N kernel_size-1 width"] | None]:
-        """Convolve one segment; the state is its last inputs, oldest first, in the parameters' dtype, which under
-        autocast is not that of the segment."""
+        """Convolve one segment; return the output and the final state.
+
+        The state has the last inputs, oldest first, in the parameters' dtype, which differs from that of x under
+        autocast.
+        """
         output, final_state = short_convolution(x, self.weight, self.bias, call)
         if self.activation == "silu":
             output = F.silu(output)
         return output, None if final_state is None else final_state.to(self.weight.dtype)
 
     def init_state(self, batch_size: int) -> Float[Tensor, "B kernel_size-1 width"]:
-        """The initial state: zeros."""
+        """Return the initial state, zeros."""
         width, kernel_size = self.weight.shape
         return self.weight.new_zeros(batch_size, kernel_size - 1, width)

@@ -1,4 +1,4 @@
-"""What Mamba-2 and Mamba-3 share: projections, and groups of heads with one B and C (arXiv 2405.21060, §7)."""
+"""Base classes of Mamba-2 and Mamba-3: projections, and groups of heads that share B and C (arXiv 2405.21060, §7)."""
 
 import math
 from typing import Any
@@ -15,30 +15,35 @@ from .widths import heads_of
 
 
 class StateSpaceConfig(TimeStepRange):
-    """Fields of a mixer whose heads have a width, and whose groups of heads share keys B and queries C."""
+    """Fields of a mixer with heads of fixed width, in groups that share keys B and queries C."""
 
     expand: float = Field(default=2.0, gt=0, le=1000, examples=[1.0])
-    """Width of all values (and the gate) over d_model."""
+    """Total width of the values, and of the gate, divided by d_model."""
     head_dim: int = Field(default=64, gt=0, le=2**20, examples=[6, 12, 24])
-    """Width of a head's values; there are expand * d_model / head_dim heads."""
+    """Width of the values of a head; there are expand * d_model / head_dim heads."""
     d_state: int = Field(default=128, gt=0, le=2**20, examples=[5, 1])
-    """Width of a head's keys B and queries C."""
+    """Width of the keys B and queries C of a head."""
     n_groups: int = Field(default=1, gt=0, le=2**20, examples=[2])
-    """Groups of heads; the heads of a group share B and C."""
+    """Number of groups of heads; the heads of a group share B and C."""
     norm_eps: float = Field(default=1e-5, ge=0)
-    """Added to the norm's mean square."""
+    """Added to the mean square in norms."""
 
     @classmethod
     def example_fields(cls) -> dict[str, Any]:
-        """Small heads: with the default ones, the smallest model would be 32 wide."""
+        """Return fields for small heads; the smallest model with default heads would be 32 wide."""
         return {"head_dim": 6, "d_state": 5}
 
 
 class StateSpaceMixer(MatrixStateMixer):
-    """A mixer with one projection of its input, to a gate, values and keys and queries of groups, and more (its widths;
-    None for one scalar per head).
+    """A mixer with a single input projection to a gate, values, and the keys and queries of each group.
 
-    A subclass adds its modules, calls `reset_parameters`, and writes `mix`. The output projection starts by `n_layers`.
+    A subclass adds its modules, calls `reset_parameters`, and defines `mix`.
+
+    Args:
+        config: the mixer's configuration.
+        d_model: width of the residual stream.
+        n_layers: layers of the model; the output projection starts smaller in deeper models.
+        more: widths of further projections; None for one scalar per head.
 
     Raises:
         ContractError: heads or groups do not divide the widths.
@@ -64,7 +69,7 @@ class StateSpaceMixer(MatrixStateMixer):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """As the authors' code: torch's own for the projections, that of the output over sqrt(n_layers)."""
+        """Initialise as the authors' code: torch's defaults, with the output projection divided by sqrt(n_layers)."""
         parts: list[Any] = [part for part in self.children() if part is not self.out_proj]
         for part in (*parts, self.out_proj):
             part.reset_parameters()
@@ -79,5 +84,5 @@ class StateSpaceMixer(MatrixStateMixer):
         return projections_of(self.in_proj, self.out_proj, widths, {"q": groups, "k": groups, "v": self.n_heads})
 
     def by_group(self, x: Float[Tensor, "B T G*K"]) -> Float[Tensor, "B T G K"]:
-        """B or C, the same for the heads of a group."""
+        """Split B or C by group, whose heads share it."""
         return x.unflatten(-1, (self.n_groups, -1))

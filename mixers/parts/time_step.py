@@ -1,4 +1,4 @@
-"""Decays from step sizes (Mamba-2, arXiv 2405.21060): a_t = exp(-e^{A_log} dt_t) with dt_t = softplus(x_t + b)."""
+"""Decays from step sizes, a_t = exp(-e^{A_log} dt_t) with dt_t = softplus(x_t + b) (Mamba-2, arXiv 2405.21060)."""
 
 import math
 from typing import Annotated
@@ -13,65 +13,69 @@ from .matrix_state import MatrixStateConfig
 
 
 def in_range(least: float, most: float) -> AfterValidator:
-    """The check of a field of two numbers in order: beyond these bounds float32 or float16 has no numbers left."""
+    """Return a validator for an ordered pair within bounds that float32 and float16 can represent."""
 
-    def check(given: tuple[float, float]) -> tuple[float, float]:
-        if not least <= given[0] <= given[1] <= most:
-            raise ValueError(f"a range needs {least:g} <= lowest <= highest <= {most:g}, and is {given}")
-        return given
+    def check(pair: tuple[float, float]) -> tuple[float, float]:
+        if not least <= pair[0] <= pair[1] <= most:
+            raise ValueError(f"expected a range with {least:g} <= lowest <= highest <= {most:g}, got {pair}")
+        return pair
 
     return AfterValidator(check)
 
 
-def _limit(given: tuple[float, float | None]) -> tuple[float, float | None]:
-    low = given[0]
-    high = math.inf if given[1] is None else given[1]
+def _check_limit(pair: tuple[float, float | None]) -> tuple[float, float | None]:
+    low = pair[0]
+    high = math.inf if pair[1] is None else pair[1]
     if not (0 <= low <= 1e3 and low < high and (high <= 1e3 or high == math.inf)):
         raise ValueError(
-            f"limits of the step size need 0 <= lowest < highest <= 1000, or .inf for no highest, and are {given}"
+            f"expected step size limits with 0 <= lowest < highest <= 1000, or .inf for no upper limit, got {pair}"
         )
-    return low, None if high == math.inf else high  # JSON has no infinity
+    return low, None if high == math.inf else high  # JSON cannot represent infinity
 
 
-Limit = Annotated[tuple[float, Annotated[float, Field(allow_inf_nan=True)] | None], AfterValidator(_limit)]
-"""The type of a field that bounds step sizes, at most 1e3; .inf or null as the upper for none."""
+Limit = Annotated[tuple[float, Annotated[float, Field(allow_inf_nan=True)] | None], AfterValidator(_check_limit)]
+"""Type of a field with a lower and an upper limit of step sizes, up to 1e3; .inf or null for no upper limit."""
 
 
 class TimeStepRange(MatrixStateConfig):
-    """The field of a mixer with step sizes."""
+    """Field of a mixer with step sizes."""
 
     time_step_range: Annotated[tuple[float, float], in_range(1e-6, 1e3)] = Field(default=(1e-3, 0.1), strict=False)
-    """Step sizes at the start lie between these two, evenly in their logarithm (where the input adds nothing). From
-    1e-6 to 1e3; the authors' code raises those below 1e-4 to that."""
+    """Range of the initial step sizes, from 1e-6 to 1e3: evenly spaced in the logarithm, for an input of zero. The
+    authors' code raises step sizes below 1e-4 to 1e-4."""
 
 
 class TimeStepFields(TimeStepRange):
     """Fields of a mixer with step sizes and decay rates."""
 
     time_step_limit: Limit | None = Field(default=None, strict=False, examples=[(2e-3, 0.1)])
-    """Step sizes are clamped to these two, of at most 1e3; .inf or null as the upper for none, null for neither."""
+    """Lower and upper limit of step sizes, up to 1e3; .inf or null as the upper limit for none; null for no limits."""
     a_range: Annotated[tuple[float, float], in_range(1e-6, 1e6)] = Field(default=(1.0, 16.0), strict=False)
-    """Decay rates e^{A_log} at the start lie evenly between these two; from 1e-6 to 1e6."""
+    """Range of the initial decay rates e^{A_log}, evenly spaced; from 1e-6 to 1e6."""
 
 
 def step_bias(uniform: Float[Tensor, "*batch"], steps: tuple[float, float]) -> Float[Tensor, "*batch"]:
-    """What softplus makes steps of, which lie between two numbers where `uniform` lies between 0 and 1, evenly in their
-    logarithm."""
+    """Return biases whose softplus is a step size between two numbers, evenly in the logarithm.
+
+    Args:
+        uniform: numbers from 0 (lowest step size) to 1 (highest).
+        steps: lowest and highest step size.
+    """
     low, high = map(math.log, steps)
     step = (low + (high - low) * uniform).exp()
     return step + torch.log(-torch.expm1(-step))
 
 
 class TimeStepDecay(nn.Module):
-    """The step sizes and log-decays of heads, each with a rate e^{A_log} and a bias b.
+    """Step sizes and log-decays of heads, each with a rate e^{A_log} and a bias b.
 
     Args:
         n_heads: heads.
-        rates: e^{A_log} at the start lies evenly between these two.
-        steps: softplus(b) at the start lies between these two, evenly in its logarithm.
-        limit: step sizes are clamped to these two (None: no highest); None for no limits.
-        key_dim: key dimensions of a head, each with a step size and a bias; None for one of a head.
-        lower_bound: log-decays are it times sigmoid(e^{A_log} (x + b)), instead of -e^{A_log} dt; None for no bound.
+        rates: range of the initial rates e^{A_log}, evenly spaced.
+        steps: range of the initial softplus(b), evenly spaced in the logarithm.
+        limit: lower and upper limit of step sizes (None: no upper limit); None for no limits.
+        key_dim: number of key dimensions per head, each with its own step size and bias; None for one per head.
+        lower_bound: if set, log-decays are lower_bound * sigmoid(e^{A_log} (x + b)) instead of -e^{A_log} dt.
     """
 
     def __init__(
@@ -94,15 +98,17 @@ class TimeStepDecay(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Rates and biases in their ranges."""
+        """Initialise rates and biases at random in their ranges."""
         uniform = [torch.rand(x.shape, device=x.device) for x in (self.A_log, self.dt_bias)]
         low, high = self.rates
-        self.A_log.copy_((high - (high - low) * uniform[0]).log())  # from above a lowest rate of 0
+        self.A_log.copy_(
+            (high - (high - low) * uniform[0]).log()
+        )  # uniform < 1, so a lowest rate of 0 is never reached
         self.dt_bias.copy_(step_bias(uniform[1], self.steps))
 
     @torch.no_grad()
     def set_reach(self, tokens: Float[Tensor, " H"]) -> list[str]:
-        """As `SequenceMixer.set_reach`, where the input adds nothing; the biases do it, and rates stay."""
+        """Set the biases for a reach at an input of zero, as `SequenceMixer.set_reach`; rates do not change."""
         log_decay = -torch.log1p(1 / tokens)
         rate = self.A_log.exp()
         if self.lower_bound is None:
@@ -114,9 +120,9 @@ class TimeStepDecay(nn.Module):
         return ["dt_bias"]
 
     def forward(self, dt: Float[Tensor, "B T *H"]) -> tuple[Float[Tensor, "B T *H"], Float[Tensor, "B T *H"]]:
-        """Step sizes and log-decays, of [B T H], or [B T H K] where key dimensions have their own.
+        """Return step sizes and log-decays, [B T H], or [B T H K] if each key dimension has its own.
 
-        float32 or float64: 16 bits cannot tell 0.999 from 1.
+        Both are float32 or float64: 16 bits cannot tell 0.999 from 1.
         """
         wide = torch.promote_types(self.A_log.dtype, torch.float32)
         logits = dt.to(wide) + self.dt_bias.to(wide)

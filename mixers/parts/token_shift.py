@@ -1,4 +1,4 @@
-"""The token before each: of a segment that continues a state, of packed documents, and over several processes."""
+"""Token shift: the previous token of each token, across segments, packed documents and processes."""
 
 from collections.abc import Sequence
 
@@ -11,22 +11,22 @@ from ...ops.runtime.call import Call
 
 
 def token_shift(x: Float[Tensor, "B T C"], before: Float[Tensor, "N 1 C"] | None, call: Call) -> ConvolutionOutput:
-    """x_{t-1} of every token, and x of a row's or document's last token if states are wanted, [N 1 C].
+    """Return x_{t-1} for every token, and the last token of each row or document, [N 1 C] (None unless requested).
 
     Args:
         x: the segment.
-        before: what comes before the first token of a row or document; zeros where it is None.
-        call: that of the mixer, whatever its state.
+        before: predecessor of the first token of each row or document; None for zeros.
+        call: the mixer's call; its state is not used.
     """
     return shift_tokens(x, call._replace(state=before))
 
 
 class TokenShift(nn.Module):
-    """Each token mixed with the one before it, x_t + mu * (x_{t-1} - x_t), by channel and in several ways.
+    """Mixtures of each token with the previous one, x_t + mu * (x_{t-1} - x_t), with several mu per channel.
 
     Args:
         width: channels.
-        powers: of each way, p; its mu starts at 1 - (channel / width)^p, from the token before to the token itself.
+        powers: exponent p of each mixture, whose mu starts at 1 - (channel / width)^p.
     """
 
     def __init__(self, width: int, powers: Sequence[float]) -> None:
@@ -37,7 +37,7 @@ class TokenShift(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Mixtures that differ by channel."""
+        """Initialise mu by channel."""
         width = self.weight.shape[1]
         channel = torch.arange(width, device=self.weight.device, dtype=torch.float64) / width
         for mu, power in zip(self.weight, self.powers, strict=True):
@@ -46,12 +46,12 @@ class TokenShift(nn.Module):
     def forward(
         self, x: Float[Tensor, "B T C"], call: Call
     ) -> tuple[Float[Tensor, "ways B T C"], Float[Tensor, "N 1 C"] | None]:
-        """All mixtures of one segment; the state is its last token, in the parameters' dtype."""
+        """Return all mixtures of a segment, and its last token in the parameters' dtype as the state."""
         before = x.new_zeros(call.rows(x.shape[0]), 1, x.shape[2]) if call.state is None else call.state
         shifted, last = token_shift(x, before, call)
         mixed = torch.lerp(x, shifted, self.weight[:, None, None].to(x.dtype))
         return mixed, None if last is None else last.to(self.weight.dtype)
 
     def init_state(self, batch_size: int) -> Float[Tensor, "B 1 C"]:
-        """The initial state: zeros."""
+        """Return the initial state, zeros."""
         return self.weight.new_zeros(batch_size, 1, self.weight.shape[1])

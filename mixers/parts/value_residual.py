@@ -1,4 +1,4 @@
-"""The values of a model's first layer, mixed into those of a later one (Zhou et al., arXiv 2410.17897)."""
+"""Value residual: values of the first layer mixed into those of a later layer (Zhou et al., arXiv 2410.17897)."""
 
 import torch
 from jaxtyping import Float
@@ -8,21 +8,21 @@ from .gates import LowRank
 
 
 class ValueResidual(LowRank):
-    """v + nu * (v^1 - v) by channel, with nu = sigmoid(x W_1 W_2 + b) of a map of some rank, as RWKV-7 has it."""
+    """v + nu * (v^1 - v) by channel, with nu = sigmoid(x W_1 W_2 + b) and a low-rank W_1 W_2, as in RWKV-7."""
 
     def __init__(self, width: int, rank: int) -> None:
         super().__init__(width, rank, width, bias=True)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Shares of 0.72 to 0.63 of the first layer, falling by channel, which x changes at random."""
+        """Initialise the share nu of the first layer around 0.72 to 0.63, falling by channel."""
         super().reset_parameters()
         bias = self.up.bias
         bias.copy_(torch.linspace(0.93, 0.53, len(bias), device=bias.device, dtype=torch.float64))
 
-    def mixed(
+    def mix_in(
         self, v: Float[Tensor, "B T C"], first: Float[Tensor, "B T C"] | None, x: Float[Tensor, "B T C"]
     ) -> Float[Tensor, "B T C"]:
-        """v with its share of the first layer's values."""
+        """Return v mixed with the values of the first layer."""
         assert first is not None
         return v.lerp(first.to(v.dtype), self(x).sigmoid())

@@ -1,4 +1,4 @@
-"""The decay family: a matrix state that decays and is written by outer products.
+"""The decay family: a matrix state that decays, to which each token adds an outer product.
 
 Notation: B batch, T tokens, H heads, G groups of heads, K key width, V value width, C chunk, N packed documents;
 a = log_decay.
@@ -8,10 +8,10 @@ a = log_decay.
 
 The shape of `log_decay` selects the model: None (linear attention), [H] (retention, Lightning), [B T H] (gated
 retention, Mamba-2), [B T H K] (GLA, HGRN2). With gamma = exp(a), the parallel paradigm is Eq. 5 of the RetNet paper
-(arXiv 2307.08621), the recurrent one its Eq. 6, the chunkwise one its Eq. 7; rotations are the caller's.
+(arXiv 2307.08621), the recurrent one Eq. 6, and the chunkwise one Eq. 7. The caller applies rotations to q and k.
 
-A log-decay of -inf is legal and resets the state: sums of log-decays over a stretch are always formed by adding up that
-stretch, never as the difference of two running sums, which would be inf - inf.
+A log-decay of -inf is allowed and resets the state. The sum of log-decays over several tokens is therefore always
+computed by adding up these tokens, never as the difference of two running sums, which would be inf - inf.
 """
 
 from typing import Literal, TypeAlias, Unpack
@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..recurrence.family import Family, Recurrence, RecurrenceOutput, Run, recur
-from ..recurrence.intra_chunk import pairs_by_halves
+from ..recurrence.intra_chunk import count_product_pairs
 from ..runtime.call import CHUNK_SIZE, Call, CallOptions
 from ..runtime.kernel import declare_references
 from ..runtime.packing import Documents
@@ -31,11 +31,11 @@ from .parallel import decay_parallel, per_token
 from .recurrent import decay_recurrent
 
 LogDecay: TypeAlias = Float[Tensor, " H"] | Float[Tensor, "B T H"] | Float[Tensor, "B T H K"] | None
-"""Natural logarithm of the decay, <= 0: fixed per head, or given for every token and head (and key dimension)."""
+"""Natural logarithm of the decay, <= 0: one per head, or one per token and head (and key dimension)."""
 
 Backend = Literal["auto", "reference", "triton", "triton_tf32x3", "fla"]
-"""The kernel backend: `auto` is resolved when a model is built; `reference` is torch's own, `triton` this library's,
-`triton_tf32x3` that with each product of float32 as three of TF32."""
+"""Kernel backend. `auto` is resolved when a model is built; `reference` uses plain torch, `triton` the kernels of this
+library, `triton_tf32x3` the same kernels with each float32 product computed as three TF32 products."""
 
 
 def decay(
@@ -51,43 +51,46 @@ def decay(
 ) -> RecurrenceOutput:
     """Recurrence with a decaying matrix state: S_t = diag(exp(a_t)) S_{t-1} + k_t v_t^T, o_t = scale q_t S_t.
 
-    Chunkwise (the default) it is linear in T, in time and memory, forward and backward; parallel it is quadratic;
-    recurrent, one token costs the same at every position. The state is [N H K V].
+    The chunkwise paradigm (the default) takes time and memory linear in T, forward and backward. The parallel paradigm
+    is quadratic in T. In the recurrent paradigm a token costs the same at every position. The state is [N H K V].
 
     Args:
-        q: queries; the H / G heads of a group share them.
-        k: keys; as queries.
+        q: queries; H / G heads share each of them.
+        k: keys; H / G heads share each of them.
         v: values.
         log_decay: natural log of the decay, <= 0, -inf allowed; None means no decay.
-        call: the call of a mixer; None for those who call the op by itself, with `options`.
+        call: the call of a mixer; None if you call the op directly, with `options`.
         scale: factor of the output, 1/sqrt(K) by default.
-        wide_output: True if the output of 16-bit inputs is to be float32.
-        options: `CallOptions`; the initial state decays before the first token is added.
+        wide_output: True to return the output of 16-bit inputs in float32.
+        options: keywords of a direct call, see `CallOptions`; the initial state decays before the first token is added.
 
     Raises:
-        SeqmixError: shapes or dtypes do not fit, or the paradigm does not exist.
+        SeqmixError: if shapes or dtypes do not fit, or an option is invalid.
     """
     call = Call.given(call, q.shape[1], options, paradigm=Paradigm.CHUNKWISE)
     return recur(DECAY, q, k, v, call, log_decay=log_decay, scale=scale, wide_output=wide_output)
 
 
-def _segment(x: Recurrence, kernel: Run, call: Call) -> tuple[Tensor, Tensor]:
-    """A segment's decay of a state, [1|B H 1|K 1], and what it writes: of the document it leaves unfinished."""
+def _segment_map(x: Recurrence, kernel: Run, call: Call) -> tuple[Tensor, Tensor]:
+    """Return the map S -> M S + U of a segment: its decay M, [1|B H 1|K 1], and the state U that it writes.
+
+    For packed documents, both are those of the document of the segment's last token.
+    """
     assert call.cp_group is not None
     _, written = kernel(x._replace(q=x.k.detach(), initial_state=None, output_final_state=True))
     assert written is not None
-    decayed = _decay_of(x, call.documents).to(written.dtype)
-    return decayed, call.cp_group.last_row(written, call.documents)
+    decay = _segment_decay(x, call.documents).to(written.dtype)
+    return decay, call.cp_group.last_row(written, call.documents)
 
 
-def _decay_of(x: Recurrence, documents: Documents | None) -> Tensor:
-    """The decays of the tokens (of the last document's), multiplied: [1|B H 1|K 1]."""
+def _segment_decay(x: Recurrence, documents: Documents | None) -> Tensor:
+    """Return the product of the decays of all tokens (if packed, of the last document's tokens), [1|B H 1|K 1]."""
     if x.log_decay is None:
         return x.k.new_ones(1, x.matrix[0], 1, 1)
     a = per_token(x.log_decay.to(torch.promote_types(x.log_decay.dtype, torch.float32)), x.k.shape[1])
     if documents is not None:
-        counted = documents.of_token == documents.of_token[-1]
-        a = torch.where(counted[:, None], a, 0)
+        in_last_document = documents.of_token == documents.of_token[-1]
+        a = torch.where(in_last_document[:, None], a, 0)
     return a.sum(2)[..., None].exp()
 
 
@@ -101,16 +104,18 @@ def decay_flops(
     context: int = 0,
     key_decays: bool = False,
 ) -> int:
-    """Operations of one head's matrix products, forward, as each paradigm computes them (masked squares in full).
+    """Count the operations (FLOPs) of one head's matrix products in a forward pass.
+
+    Causal scores count as full squares, because kernels compute them in full.
 
     Args:
-        paradigm: how it is computed.
+        paradigm: paradigm of the computation.
         length: tokens of the segment.
         key_width: K.
         value_width: V.
         chunk_size: chunk length in tokens.
-        context: tokens read before; any adds the product with the initial state.
-        key_decays: whether log_decay is [B T H K], whose chunks form products of queries and keys by halves.
+        context: tokens before the segment; if there are any, the product with the initial state is counted.
+        key_decays: True if log_decay is [B T H K]; scores are then computed in blocks, see recurrence/intra_chunk.py.
     """
     per_pair = 2 * (key_width + value_width)
     per_state = 2 * key_width * value_width
@@ -120,7 +125,7 @@ def decay_flops(
         return length * length * per_pair + (length * per_state if context else 0)
     whole, ragged = divmod(length, chunk_size)
     squares = whole * chunk_size**2 + ragged**2
-    pairs = whole * pairs_by_halves(chunk_size) + pairs_by_halves(ragged) if key_decays else squares
+    pairs = whole * count_product_pairs(chunk_size) + count_product_pairs(ragged) if key_decays else squares
     inside = 2 * (pairs * key_width + squares * value_width)
     # every chunk but the first reads a state, every chunk but the last writes one
     last = ragged or chunk_size
@@ -128,8 +133,8 @@ def decay_flops(
     return inside + (read + length - last) * per_state
 
 
-# Twice the worst of several thousand cases per function, or, if larger, what exp makes of exponents that do not
-# underflow: an error of 87 roundings in float32, of 708 in float64. The parallel form rounds its scores to 16 bits.
+# Twice the largest error in several thousand cases per function, or, if that is larger, the error of exp for exponents
+# that do not underflow: 87 roundings in float32, 708 in float64. The parallel paradigm rounds its scores to 16 bits.
 TOLERANCES = {torch.float64: 2e-13, torch.float32: 1e-5, torch.bfloat16: 7e-3, torch.float16: 9e-4}
 
 declare_references(
@@ -141,5 +146,5 @@ declare_references(
     },
 )
 
-DECAY = Family("decay", frozenset(Paradigm), decay_flops, _segment, torch.mul)
-"""What mixers know of the family."""
+DECAY = Family("decay", frozenset(Paradigm), decay_flops, _segment_map, torch.mul)
+"""Description of the family for mixers."""

@@ -1,4 +1,7 @@
-"""The decay family, all tokens at once: o = (q k^T * D) v + (what is left of the initial state). Quadratic in T."""
+"""The parallel kernel of the decay family: o = scale ((q k^T * D) v + (q * p) S_0), quadratic in T.
+
+Notation of api.py; D and p as in chunkwise.py, with all tokens as one chunk.
+"""
 
 import torch
 from torch import Tensor
@@ -7,14 +10,14 @@ from ..recurrence.family import Recurrence, RecurrenceOutput
 from ..recurrence.token_loop import no_autocast
 from ..runtime.packing import document_of_token
 
-AT_ONCE = 2**20
-"""Decays of pairs of tokens that are made at once, over all keys; of more, those of one key after another."""
+MAX_PAIR_DECAYS = 2**20
+"""Most pair decays (pairs of tokens times key dimensions) to compute at once; else one key dimension after another."""
 
 
 def decay_parallel(x: Recurrence) -> RecurrenceOutput:
-    """Plain operations, which are differentiable in every way (notation of api.py)."""
+    """Compute the recurrence by plain operations, which support forward-mode and second derivatives."""
     x = x.by_head()
-    if x.wide_output:  # products of 16 bits would be of their range
+    if x.wide_output:  # products in 16 bits could overflow
         x = x.widened()
     q = x.q
     k = x.k
@@ -31,7 +34,7 @@ def decay_parallel(x: Recurrence) -> RecurrenceOutput:
     else:
         document = document_of_token(cu_seqlens, length)
         causal = causal & (document[:, None] == document)
-    # a product of reduced precision is as good as a kernel's; decays and states are not reduced
+    # products in 16 bits are as precise as in other kernels; decays and states stay wide
     with no_autocast(q.device):
         q, k, v = ((q if x.scale == 1 else x.scale * q).transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         a = None if log_decay is None else per_token(log_decay.to(wide), length)  # [1|B H T 1|K]
@@ -58,36 +61,36 @@ def decay_parallel(x: Recurrence) -> RecurrenceOutput:
 
 
 def per_token(a: Tensor, length: int) -> Tensor:
-    """A log-decay of any shape as [1|B H T 1|K]."""
+    """Return a log-decay of any allowed shape as [1|B H T 1|K]."""
     if a.ndim == 1:
         return a[None, :, None, None].expand(1, -1, length, 1)
     return (a if a.ndim == 4 else a[..., None]).transpose(1, 2)
 
 
 def _sum_where(mask: Tensor, a: Tensor) -> Tensor:
-    """out[i] = the sum of the a[l] with mask[i, l]: [I L], [.. L K] -> [.. I K]."""
-    sums = [torch.where(mask, part[..., None, :], 0).sum(-1) for part in _by_keys(len(mask), a.mT)]
+    """Return masked sums, out[i] = sum of a[l] over l with mask[i, l]: [I L], [.. L K] -> [.. I K]."""
+    sums = [torch.where(mask, part[..., None, :], 0).sum(-1) for part in _split_keys(len(mask), a.mT)]
     return torch.cat(sums, dim=-2).mT
 
 
-def _by_keys(rows: int, a: Tensor) -> tuple[Tensor, ...]:
-    """Log-decays [.. K L] of all keys at once, or of one after another where there are many for so many rows."""
-    return a.split(a.shape[-2] if rows * a.shape[-1] * a.shape[-2] <= AT_ONCE else 1, dim=-2)
+def _split_keys(rows: int, a: Tensor) -> tuple[Tensor, ...]:
+    """Split log-decays [.. K L] into single key dimensions if `rows` times their number is too large for one piece."""
+    return a.split(a.shape[-2] if rows * a.shape[-1] * a.shape[-2] <= MAX_PAIR_DECAYS else 1, dim=-2)
 
 
 def _fixed_decay(log_decay: Tensor, distance: Tensor, causal: Tensor) -> Tensor:
-    """D_ij = gamma^(i - j) where j is seen by i, else 0: [H T T]."""
+    """Return D_ij = gamma^(i - j) where token i sees token j, else 0: [H T T]."""
     exponent = torch.where(distance == 0, 0, distance * log_decay[:, None, None])  # 0 * -inf is nan
     return exponent.masked_fill(~causal, float("-inf")).exp()
 
 
 def _pair_scores(q: Tensor, k: Tensor, a: Tensor | None, causal: Tensor) -> Tensor:
-    """q_i k_j^T times the decay from j to i: [B H T T]."""
+    """Return the scores q_i k_j^T times the decay from j to i: [B H T T]."""
     if a is None:
         return (q @ k.transpose(2, 3)).masked_fill(~causal, 0)
     if a.shape[-1] == 1:
         return (q @ k.transpose(2, 3)) * _pair_decays(a.mT, causal)[:, :, 0]
-    parts = _by_keys(len(causal), a.mT)
+    parts = _split_keys(len(causal), a.mT)
     q, k = q.to(a.dtype), k.to(a.dtype)
     if len(parts) == 1:
         return torch.einsum("bhik,bhjk,bhkij->bhij", q, k, _pair_decays(parts[0], causal))
@@ -98,14 +101,14 @@ def _pair_scores(q: Tensor, k: Tensor, a: Tensor | None, causal: Tensor) -> Tens
 
 
 def _pair_decays(a: Tensor, causal: Tensor) -> Tensor:
-    """The decay from j to i by key, 0 where j is not seen: [1|B H 1|K T] -> [1|B H 1|K T T]."""
-    # entry [j, i] adds a[l] for j < l <= i, along the axis that is contiguous
-    stretch = a[..., None, :].expand(*a.shape, a.shape[-1]).triu(1).cumsum_(-1)
-    return stretch.masked_fill_(~causal.mT, float("-inf")).exp_().mT
+    """Return the decay from j to i per key dimension, 0 where i does not see j: [1|B H 1|K T] -> [1|B H 1|K T T]."""
+    # entry [j, i] adds up a[l] for j < l <= i, along the contiguous axis
+    sums = a[..., None, :].expand(*a.shape, a.shape[-1]).triu(1).cumsum_(-1)
+    return sums.masked_fill_(~causal.mT, float("-inf")).exp_().mT
 
 
 def _one_hot(document: Tensor, cu_seqlens: Tensor, dtype: torch.dtype) -> Tensor:
-    """[N T], one where a token belongs to a document."""
+    """Return a matrix [N T] that is one where the token belongs to the document, else zero."""
     return (torch.arange(len(cu_seqlens) - 1, device=document.device)[:, None] == document).to(dtype)
 
 
@@ -118,7 +121,7 @@ def _final_state(
     cu_seqlens: Tensor | None,
     causal: Tensor,
 ) -> Tensor:
-    if a is not None and cu_seqlens is None:  # from the end, where stretches are short
+    if a is not None and cu_seqlens is None:  # summed from the end, so that the sums of late tokens have few terms
         later = torch.nn.functional.pad(a[:, :, 1:], (0, 0, 0, 1))
         k = k * later.flip(2).cumsum(2).flip(2).exp()
     elif a is not None:

@@ -1,4 +1,4 @@
-"""The decay family, token by token (notation of api.py).
+"""The recurrent kernel of the decay family, token by token (notation of api.py).
 
 S_t = exp(a_t) S_{t-1} + k_t v_t^T
 dS_{t-1}^+ = exp(a_t) dS_t      dk_t = dS_t v_t      dv_t = k_t dS_t      da_t = <exp(a_t) S_{t-1}, dS_t>_V
@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from ..recurrence.family import Recurrence
-from ..recurrence.token_loop import TokenRule, TokenVectors, add_outer, entry_of, no_autocast, recurrent_kernel
+from ..recurrence.token_loop import (
+    TokenRule,
+    TokenVectors,
+    add_outer,
+    decay_initial_state,
+    no_autocast,
+    recurrent_kernel,
+)
 from ..runtime.materialize import materialize
 
 
@@ -19,26 +26,26 @@ class _Decay(TokenRule):
         dtype = x.output_dtype
         with no_autocast(x.q.device):
             x = x if x.q.dtype == x.wide else x.widened()
-            # not transposed: an axis of one would keep its stride, which the state would take over
+            # squeezed, not transposed: a transposed axis of size one keeps its stride, and the state would inherit it
             column = materialize(x.k.squeeze(1).unsqueeze(3), 2)
             value = x.v.squeeze(1).unsqueeze(2)
-            kept, own = entry_of(x)
-            state = column * value if kept is None else add_outer(kept, own, column, value)
+            decayed, writable = decay_initial_state(x)
+            state = column * value if decayed is None else add_outer(decayed, writable, column, value)
             query = x.q.transpose(1, 2)
             output = materialize(query if x.scale == 1 else x.scale * query, 3) @ state
         return output.to(dtype).transpose(1, 2), state
 
     def write(self, token: TokenVectors, state: Tensor, out: Tensor) -> None:
-        torch.addcmul(token.decayed(state), token.k, token.v, out=out)
+        torch.addcmul(token.apply_decay(state), token.k, token.v, out=out)
 
     def carry(self, token: TokenVectors, d_state: Tensor) -> Tensor:
-        return token.decayed(d_state)
+        return token.apply_decay(d_state)
 
     def gradients(self, x: TokenVectors, entries: Tensor, d_states: Tensor) -> Mapping[str, Tensor]:
-        found = {"k": d_states @ x.v.mT, "v": x.k.mT @ d_states}
+        gradients = {"k": d_states @ x.v.mT, "v": x.k.mT @ d_states}
         if x.decay is not None:
-            found["log_decay"] = (x.decayed(entries) * d_states).sum(3, keepdim=True)
-        return found
+            gradients["log_decay"] = (x.apply_decay(entries) * d_states).sum(3, keepdim=True)
+        return gradients
 
 
 decay_recurrent = recurrent_kernel("decay_recurrent", _Decay())

@@ -1,21 +1,22 @@
-"""The delta family: a matrix state in which a key's value is replaced, not added to (the delta rule).
+"""The delta family: a matrix state in which a token replaces the value of its key instead of adding to it (delta rule).
 
 Notation: B batch, T tokens, H heads, K key width, V value width, C chunk, N packed documents; g = log_decay, b = beta.
 
     S_t = (I - b_t k_t k_t^T) diag(exp(g_t)) S_{t-1} + b_t k_t v_t^T         state  [H K V]
-        = P_t + b_t k_t (v_t - k_t^T P_t),  P_t = diag(exp(g_t)) S_{t-1}    the prediction is that of the decayed state
+        = P_t + b_t k_t (v_t - k_t^T P_t),  P_t = diag(exp(g_t)) S_{t-1}    the decayed state predicts k_t^T P_t
     o_t = scale * q_t S_t                                                   the query reads the updated state
 
 The shape of `log_decay` selects the model: None (DeltaNet, arXiv 2406.06484), [H] or [B T H] (the gated delta rule,
-arXiv 2412.06464), [B T H K] (Kimi Delta Attention, arXiv 2510.26692). A key's direction shrinks by 1 - b |k|^2, so
-b |k|^2 from 0 to 2 keeps the state bounded; above that it grows with every token, in every paradigm. Keys of norm 1 are
-the caller's: `unit_norm` makes them. Several such steps per token are `delta_product`; what is read and what is written
-may differ in ops/dplr, which the same kernels compute.
+arXiv 2412.06464), [B T H K] (Kimi Delta Attention, arXiv 2510.26692). The state is multiplied by 1 - b |k|^2 in the
+direction of the key, so b |k|^2 from 0 to 2 keeps it bounded; above 2 it grows with every token, in every paradigm. The
+caller normalizes the keys, for example with `unit_norm`. `delta_product` takes several such steps per token. In
+ops/dplr, which uses the same kernels, a token may read and write with different keys.
 
-There is no parallel paradigm: the weight that token i gives token j depends on every key between the two, so the T x T
-matrix of weights is the inverse of a triangular one, and costs T^3. The chunkwise paradigm is that, chunk by chunk.
+There is no parallel paradigm: the weight that token i gives token j depends on every key between them, so the T x T
+matrix of weights is the inverse of a triangular matrix and costs T^3. The chunkwise paradigm inverts it per chunk.
 
-As in decay.py, a log-decay of -inf is legal and resets the state, and log-decays are added up stretch by stretch.
+As in the decay family, a log-decay of -inf is allowed and resets the state, and no sum of log-decays is computed as a
+difference.
 """
 
 from typing import Unpack
@@ -28,7 +29,7 @@ from torch import Tensor
 from ...registry import SeqmixError
 from ..decay.api import TOLERANCES, LogDecay
 from ..recurrence.family import Family, Recurrence, RecurrenceOutput, Run, recur
-from ..recurrence.intra_chunk import pairs_by_halves
+from ..recurrence.intra_chunk import count_product_pairs
 from ..runtime.call import Call, CallOptions
 from ..runtime.kernel import declare_references
 from ..runtime.paradigm import Paradigm
@@ -36,7 +37,7 @@ from .chunkwise import delta_chunkwise
 from .recurrent import delta_recurrent
 
 CHUNK_SIZE = 64
-"""Default chunk length in tokens: its triangular solve is cubic in it, so it is half the decay family's."""
+"""Default chunk length in tokens: half that of the decay family, because the triangular solve is cubic in it."""
 
 
 def delta(
@@ -52,21 +53,22 @@ def delta(
 ) -> RecurrenceOutput:
     """The delta rule: with P_t the decayed state, S_t = P_t + beta_t k_t (v_t - k_t^T P_t)^T, o_t = scale q_t S_t.
 
-    Chunkwise (the default, in chunks of 64 tokens) it is linear in T, in time and memory, forward and backward;
-    recurrent, one token costs the same at every position. There is no parallel paradigm. The state is [N H K V].
+    The chunkwise paradigm (the default, with chunks of 64 tokens) takes time and memory linear in T, forward and
+    backward. In the recurrent paradigm a token costs the same at every position. There is no parallel paradigm. The
+    state is [N H K V].
 
     Args:
         q: queries.
-        k: keys; of norm 1 where beta is up to 2.
+        k: keys, normally of norm 1 (`unit_norm`).
         v: values.
-        beta: how much of the prediction's error is written, from 0 to 2 for keys of norm 1.
+        beta: part of the prediction error that is written, from 0 to 2 for keys of norm 1.
         log_decay: natural log of the decay, <= 0, -inf allowed; None means no decay.
-        call: the call of a mixer; None for those who call the op by itself, with `options`.
+        call: the call of a mixer; None if you call the op directly, with `options`.
         scale: factor of the output, 1/sqrt(K) by default.
-        options: `CallOptions`; the initial state decays before the first token is predicted.
+        options: keywords of a direct call, see `CallOptions`; the initial state decays before the first prediction.
 
     Raises:
-        SeqmixError: shapes or dtypes do not fit, or the paradigm does not exist.
+        SeqmixError: if shapes or dtypes do not fit, or an option is invalid.
     """
     call = Call.given(call, q.shape[1], options, paradigm=Paradigm.CHUNKWISE, chunk_size=CHUNK_SIZE)
     require_paradigm(call.paradigm)
@@ -84,30 +86,32 @@ def delta_product(
     scale: float | None = None,
     **options: Unpack[CallOptions],
 ) -> RecurrenceOutput:
-    """n steps of the delta rule per token, from one decay before the first to one query after the last (DeltaProduct,
-    arXiv 2502.10297): a transition of n Householder matrices.
+    """The delta rule with n steps per token, a transition of n Householder matrices (DeltaProduct, arXiv 2502.10297).
 
-    q and log_decay have one entry per token; the steps of a token are neighbours in k, v and beta. They are tokens of
-    `delta`, so chunks count steps.
+    Each token decays the state before its first step, and its query reads the state after its last step. q and
+    log_decay have one entry per token; in k, v and beta the steps of a token are adjacent. The steps run as tokens of
+    `delta`, so `chunk_size` counts steps.
 
     Args:
-        q: queries.
+        q: queries, one per token.
         k: keys, n per token.
         v: values, n per token.
-        beta: how much of each prediction's error is written.
+        beta: part of the prediction error that each step writes.
         log_decay: natural log of the decay before a token's first step; None means no decay.
-        call: as of `delta`.
-        scale: as of `delta`.
-        options: as of `delta`.
+        call: the call of a mixer, as for `delta`.
+        scale: factor of the output, as for `delta`.
+        options: keywords of a direct call, as for `delta`.
 
     Raises:
-        SeqmixError: shapes or dtypes do not fit, or the paradigm does not exist.
+        SeqmixError: if shapes or dtypes do not fit, or an option is invalid.
     """
     call = Call.given(call, q.shape[1], options, paradigm=Paradigm.CHUNKWISE, chunk_size=CHUNK_SIZE)
     batch, length, heads = q.shape[:3]
     steps = k.shape[1] // length
     if steps < 1 or k.shape[1] != steps * length:
-        raise SeqmixError(f"k must have a whole number of steps per token of q; given are {k.shape[1]} for {length}")
+        raise SeqmixError(
+            f"expected k to have a whole number of steps per token of q, got {k.shape[1]} steps for {length} tokens"
+        )
     if steps > 1:
         q = F.pad(q[:, :, None], (0, 0, 0, 0, steps - 1, 0)).flatten(1, 2)
         if log_decay is not None:
@@ -118,10 +122,11 @@ def delta_product(
     return RecurrenceOutput(output[:, steps - 1 :: steps], state)
 
 
-def segment(x: Recurrence, kernel: Run, call: Call) -> tuple[Tensor, Tensor]:
-    """What a segment multiplies a state with, [B H K K], and what it writes: of the document it leaves unfinished.
+def segment_map(x: Recurrence, kernel: Run, call: Call) -> tuple[Tensor, Tensor]:
+    """Return the map S -> M S + U of a segment: M, [B H K K], and the state U that it writes.
 
-    The map is linear in (state, values): columns of the identity, from which nothing is written, become those of M.
+    For packed documents, both are those of the document of the segment's last token. The recurrence is linear in the
+    pair (state, values): started from the columns of the identity, with zero values, it ends in the columns of M.
     """
     assert call.cp_group is not None
     (heads, key_width, value_width), rows = x.matrix, x.rows
@@ -139,7 +144,10 @@ def segment(x: Recurrence, kernel: Run, call: Call) -> tuple[Tensor, Tensor]:
 
 
 def unit_norm(x: Float[Tensor, "*batch K"], eps: float = 1e-6) -> Float[Tensor, "*batch K"]:
-    """x / sqrt(|x|^2 + eps) over the last dimension: norm 1, and zeros stay zeros. In x's dtype, summed in float32."""
+    """Normalize the last dimension, x / sqrt(|x|^2 + eps): norm 1, except that zeros stay zeros.
+
+    The result has the dtype of x; the sum is computed in float32 (float64 for float64 inputs).
+    """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return (wide * (wide.square().sum(-1, keepdim=True) + eps).rsqrt()).to(x.dtype)
 
@@ -148,9 +156,9 @@ PARADIGMS = frozenset({Paradigm.RECURRENT, Paradigm.CHUNKWISE})
 
 
 def require_paradigm(paradigm: Paradigm) -> None:
-    """Refuse the parallel paradigm."""
+    """Raise a SeqmixError for the parallel paradigm."""
     if paradigm not in PARADIGMS:
-        raise SeqmixError(f"the delta rule has no {paradigm} paradigm; it has {', '.join(sorted(PARADIGMS))}")
+        raise SeqmixError(f"the delta rule has no {paradigm} paradigm: use one of {', '.join(sorted(PARADIGMS))}")
 
 
 def delta_flops(
@@ -165,34 +173,36 @@ def delta_flops(
     n_keys: int = 1,
     steps: int = 1,
 ) -> int:
-    """Operations of one head's matrix products, forward, as each paradigm computes them (masked squares in full).
+    """Count the operations (FLOPs) of one head's matrix products in a forward pass.
 
-    The chunks' triangular solves, a third of C^3 multiplications each, are not products and are not counted.
+    Causal scores count as full squares, because kernels compute them in full. The triangular solves of the chunks, with
+    C^3 / 3 multiplications each, are not matrix products and are not counted.
 
     Args:
-        paradigm: how it is computed, recurrent or chunkwise.
+        paradigm: recurrent or chunkwise.
         length: tokens of the segment.
         key_width: K.
         value_width: V.
         chunk_size: chunk length in tokens.
-        context: tokens read before; any adds the products with the initial state.
-        key_decays: whether log_decay is [B T H K], whose chunks form products of queries and keys by halves.
-        n_keys: keys that a token writes with: two in ops/dplr, where b is given.
-        steps: steps per token, of `delta_product`; of their writes, which are no matrix products, one is counted.
+        context: tokens before the segment; if there are any, the products with the initial state are counted.
+        key_decays: True if log_decay is [B T H K]; scores are then computed in blocks, see recurrence/intra_chunk.py.
+        n_keys: number of keys that a token writes with: 2 in ops/dplr with b, else 1.
+        steps: steps per token (`delta_product`). The recurrent paradigm counts only one write per token, because writes
+            are not matrix products.
 
     Raises:
-        SeqmixError: the paradigm does not exist.
+        SeqmixError: for the parallel paradigm.
     """
     per_state = 2 * key_width * value_width
     if paradigm is Paradigm.RECURRENT:
-        # predictions, writes and queries; the first token of all has nothing to predict from
+        # predictions, writes and queries; without a context, the first token has no state to predict from
         return ((2 * steps + n_keys) * length - (n_keys if not context else 0)) * per_state
     require_paradigm(paradigm)
     length *= steps
     whole, ragged = divmod(length, chunk_size)
     squares = whole * chunk_size**2 + ragged**2
-    pairs = whole * pairs_by_halves(chunk_size) + pairs_by_halves(ragged) if key_decays else squares
-    # queries and what predicts each meet the keys; T, the queries' weights and those of given values meet the values
+    pairs = whole * count_product_pairs(chunk_size) + count_product_pairs(ragged) if key_decays else squares
+    # scores of queries and read keys with the keys; products of the inverse and of the scores with the values
     inside = 4 * n_keys * pairs * key_width + 4 * n_keys * squares * value_width
     # every chunk but the first reads a state twice, every chunk but the last writes one
     last = ragged or chunk_size
@@ -200,9 +210,9 @@ def delta_flops(
     return inside + (2 * read + n_keys * (length - last)) * per_state
 
 
-# Twice the worst of several thousand cases per function, or what exp makes of large exponents, as in decay/api.py. In
-# float32 chunks lose most where every key is the same and beta is 2: each transition is a reflection, and nothing
-# dies away.
+# Twice the largest error in several thousand cases per function, or the error of exp, as in decay/api.py. In float32,
+# chunks lose most precision if all keys are equal and beta is 2: each transition is then a reflection, and errors do
+# not decay.
 CHUNKWISE_TOLERANCES = TOLERANCES | {torch.float32: 2e-5}
 
 declare_references(
@@ -210,5 +220,5 @@ declare_references(
     {Paradigm.RECURRENT: (delta_recurrent, TOLERANCES), Paradigm.CHUNKWISE: (delta_chunkwise, CHUNKWISE_TOLERANCES)},
 )
 
-DELTA = Family("delta", PARADIGMS, delta_flops, segment, torch.matmul)
-"""What mixers know of the family."""
+DELTA = Family("delta", PARADIGMS, delta_flops, segment_map, torch.matmul)
+"""Description of the family for mixers."""

@@ -1,13 +1,13 @@
-"""The delta family, token by token (notation of api.py).
+"""The recurrent kernel of the delta family, token by token (notation of api.py).
 
 P_t = exp(g_t) S_{t-1}      r_t = a_t^T P_t
 
-of b = -beta k              e_t = v_t - r_t         S_t = P_t + beta_t k_t e_t^T
+for b = -beta k             e_t = v_t - r_t         S_t = P_t + beta_t k_t e_t^T
                             de_t = beta_t dS_t^T k_t            dv_t = de_t             dr_t = -de_t
                             dk_t = beta_t dS_t e_t              dbeta_t = <k_t, dS_t e_t>
-of any b                    S_t = P_t + b_t r_t^T + k_t v_t^T
+for any b                   S_t = P_t + b_t r_t^T + k_t v_t^T
                             dr_t = dS_t^T b_t       db_t = dS_t r_t         dk_t = dS_t v_t         dv_t = dS_t^T k_t
-of both                     dP_t = dS_t + a_t dr_t^T            dS_{t-1}^+ = exp(g_t) dP_t
+for both                    dP_t = dS_t + a_t dr_t^T            dS_{t-1}^+ = exp(g_t) dP_t
                             da_t = P_t dr_t, part of dk_t where a is k          dg_t = <P_t, dP_t>
 """
 
@@ -17,59 +17,66 @@ import torch
 from torch import Tensor
 
 from ..recurrence.family import Recurrence
-from ..recurrence.token_loop import TokenRule, TokenVectors, add_outer, entry_of, no_autocast, recurrent_kernel
+from ..recurrence.token_loop import (
+    TokenRule,
+    TokenVectors,
+    add_outer,
+    decay_initial_state,
+    no_autocast,
+    recurrent_kernel,
+)
 from ..runtime.materialize import materialize
 
 
 class DeltaRule(TokenRule):
-    """The equations above."""
+    """Update and gradients of the delta rule: the equations of this module."""
 
     def step(self, x: Recurrence) -> tuple[Tensor, Tensor]:
         with no_autocast(x.q.device):
             query, key, value = (tensor.transpose(1, 2).to(x.wide) for tensor in (x.q, x.k, x.v))  # [B H 1 *]
-            state, own = entry_of(x)
+            state, writable = decay_initial_state(x)
             if state is not None:
-                reader = key if x.a is None else x.a.transpose(1, 2).to(x.wide)
-                found = materialize(reader, 3) @ state
+                read_key = key if x.a is None else x.a.transpose(1, 2).to(x.wide)
+                read = materialize(read_key, 3) @ state
                 if x.b is None:
-                    value = value - found
+                    value = value - read
                 else:
-                    state = add_outer(state, own, materialize(x.b.transpose(1, 2).to(x.wide).mT, 2), found)
+                    state = add_outer(state, writable, materialize(x.b.transpose(1, 2).to(x.wide).mT, 2), read)
             value = value if x.beta is None else x.beta[:, 0, :, None, None].to(x.wide) * value
             column = materialize(key.transpose(2, 3), 2)
             value = materialize(value, 3)
-            state = column * value if state is None else add_outer(state, own, column, value)
+            state = column * value if state is None else add_outer(state, writable, column, value)
             output = materialize(x.scale * query, 3) @ state
         return output.to(x.q.dtype).transpose(1, 2), state
 
     def write(self, token: TokenVectors, state: Tensor, out: Tensor) -> None:
-        decayed = token.decayed(state)
+        decayed = token.apply_decay(state)
         if token.b is None:
             error = torch.baddbmm(token.v, token.a, decayed, alpha=-1)
-            torch.addcmul(decayed, token.written, error, out=out)
+            torch.addcmul(decayed, token.beta_k, error, out=out)
         else:
             torch.addcmul(decayed.addcmul(token.b, token.a @ decayed), token.k, token.v, out=out)
 
     def carry(self, token: TokenVectors, d_state: Tensor) -> Tensor:
-        return token.decayed(d_state.addcmul(token.a.mT, _d_found(token, d_state)))
+        return token.apply_decay(d_state.addcmul(token.a.mT, _d_read(token, d_state)))
 
     def gradients(self, x: TokenVectors, entries: Tensor, d_states: Tensor) -> Mapping[str, Tensor]:
-        decayed = x.decayed(entries)
-        found = x.a @ decayed
-        d_found = _d_found(x, d_states)
-        gradients = {"a": decayed @ d_found.mT}
-        if x.decay is not None:  # <P, dP> by what P is read for already
+        decayed = x.apply_decay(entries)
+        read = x.a @ decayed
+        d_read = _d_read(x, d_states)
+        gradients = {"a": decayed @ d_read.mT}
+        if x.decay is not None:  # <P, dP>, of which the gradient of a is already a part
             gradients["log_decay"] = (decayed * d_states).sum(3, keepdim=True).addcmul_(x.a.mT, gradients["a"])
         if x.b is not None:
-            return gradients | {"k": d_states @ x.v.mT, "v": x.k.mT @ d_states, "b": d_states @ found.mT}
-        written = d_states @ (x.v - found).mT
-        key = written if x.beta is None else x.beta * written
-        return gradients | {"k": key, "v": -d_found, "beta": x.k.mT @ written}
+            return gradients | {"k": d_states @ x.v.mT, "v": x.k.mT @ d_states, "b": d_states @ read.mT}
+        d_beta_k = d_states @ (x.v - read).mT
+        d_key = d_beta_k if x.beta is None else x.beta * d_beta_k
+        return gradients | {"k": d_key, "v": -d_read, "beta": x.k.mT @ d_beta_k}
 
 
-def _d_found(x: TokenVectors, d_state: Tensor) -> Tensor:
-    """dr of dS."""
-    return -(x.written.mT @ d_state) if x.b is None else x.b.mT @ d_state
+def _d_read(x: TokenVectors, d_state: Tensor) -> Tensor:
+    """Return dr from dS."""
+    return -(x.beta_k.mT @ d_state) if x.b is None else x.b.mT @ d_state
 
 
 delta_recurrent = recurrent_kernel("delta_recurrent", DeltaRule())

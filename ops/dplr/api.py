@@ -1,16 +1,17 @@
-"""The delta rule in general: a transition that is diagonal plus rank one, with vectors that every token chooses.
+"""The generalized delta rule: a diagonal plus rank-one transition, with separate keys to read and to write (DPLR).
 
-Notation of ops/delta, whose kernels compute it; g = log_decay.
+Notation of ops/delta, which has the kernels; g = log_decay.
 
     S_t = (I + b_t a_t^T) P_t + k_t v_t^T,  P_t = diag(exp(g_t)) S_{t-1}    state  [H K V]
     o_t = scale * q_t S_t                                                   the query reads the updated state
 
-a reads the decayed state, and b says where what it read is added. RWKV-7 (arXiv 2503.14456) has both. Where b is None
-it is -k, of which only one product with the queries is formed: S_t = P_t + k_t (v_t - a_t^T P_t)^T. That is Gated
-DeltaNet-2 with a = e * k for an erase gate e, and the delta rule with a = k and k times beta.
+a reads a value from the decayed state, and b is the key under which that value is added. RWKV-7 (arXiv 2503.14456)
+uses both. If b is None, it is -k, and S_t = P_t + k_t (v_t - a_t^T P_t)^T needs fewer products. With a = e * k for an
+erase gate e this is Gated DeltaNet-2; with a = k, and k times beta as the key that writes, it is the delta rule.
 
-A rank-one term c_t d_t^T S_{t-1} that reads the state before it decays has a = d exp(-g), where the decays are bounded
-below, as RWKV-7's are. The state stays bounded where I + b a^T lengthens no vector, and else is the caller's.
+For a rank-one term c_t d_t^T S_{t-1} that reads the state before it decays, pass b = c and a = d exp(-g). This requires
+decays that are bounded below, as in RWKV-7. The state stays bounded if I + b a^T does not lengthen any vector; the
+caller must ensure this.
 """
 
 from typing import Unpack
@@ -20,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..decay.api import TOLERANCES, LogDecay
-from ..delta.api import CHUNK_SIZE, CHUNKWISE_TOLERANCES, PARADIGMS, delta_flops, require_paradigm, segment
+from ..delta.api import CHUNK_SIZE, CHUNKWISE_TOLERANCES, PARADIGMS, delta_flops, require_paradigm, segment_map
 from ..delta.chunkwise import DeltaChunks
 from ..delta.recurrent import DeltaRule
 from ..recurrence.chunk_loop import chunkwise_kernel
@@ -45,22 +46,23 @@ def dplr(
 ) -> RecurrenceOutput:
     """Recurrence with a diagonal plus rank-one transition: S_t = (I + b_t a_t^T) P_t + k_t v_t^T, o_t = scale q_t S_t.
 
-    Chunkwise (the default, in chunks of 64 tokens) it is linear in T, in time and memory, forward and backward;
-    recurrent, one token costs the same at every position. There is no parallel paradigm. The state is [N H K V].
+    The chunkwise paradigm (the default, with chunks of 64 tokens) takes time and memory linear in T, forward and
+    backward. In the recurrent paradigm a token costs the same at every position. There is no parallel paradigm. The
+    state is [N H K V].
 
     Args:
         q: queries.
-        k: keys.
+        k: keys that write the values.
         v: values.
-        a: what reads the decayed state.
-        b: where what a reads is added; None is -k.
+        a: keys that read the decayed state.
+        b: keys that write the values read with a; None means -k.
         log_decay: natural log of the decay, <= 0, -inf allowed; None means no decay.
-        call: the call of a mixer; None for those who call the op by itself, with `options`.
+        call: the call of a mixer; None if you call the op directly, with `options`.
         scale: factor of the output, 1/sqrt(K) by default.
-        options: `CallOptions`; the initial state decays before the first token reads it.
+        options: keywords of a direct call, see `CallOptions`; the initial state decays before the first token reads it.
 
     Raises:
-        SeqmixError: shapes or dtypes do not fit, or the paradigm does not exist.
+        SeqmixError: if shapes or dtypes do not fit, or an option is invalid.
     """
     call = Call.given(call, q.shape[1], options, paradigm=Paradigm.CHUNKWISE, chunk_size=CHUNK_SIZE)
     require_paradigm(call.paradigm)
@@ -75,5 +77,5 @@ declare_references(
     },
 )
 
-DPLR = Family("dplr", PARADIGMS, delta_flops, segment, torch.matmul)
-"""What mixers know of the family; `n_keys` of its flops is 1 where b is None, else 2."""
+DPLR = Family("dplr", PARADIGMS, delta_flops, segment_map, torch.matmul)
+"""Description of the family for mixers; pass `n_keys=2` to its flops for calls with b."""

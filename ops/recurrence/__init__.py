@@ -1,6 +1,6 @@
-"""Recurrences with a matrix state per head: one call of them, and the two engines that all their families share.
+"""Recurrences with a matrix state per head: the inputs of a kernel, and two engines that all families share.
 
-family       a call's tensors, what a family declares, and `recur`, which runs the kernel that a call names
+family       inputs of a kernel, the description of a family, and `recur`, which runs the kernel that a call selects
 token_loop   the recurrent paradigm, token by token
 chunk_loop   the chunkwise paradigm: chunks one after another, several side by side (groups)
 intra_chunk  decays and scores inside a chunk

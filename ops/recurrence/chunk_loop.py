@@ -1,12 +1,11 @@
-"""The chunkwise paradigm of any family: parallel inside chunks, recurrent between them; linear in T, memory too.
+"""The chunkwise paradigm of any family: parallel inside chunks, recurrent between them; time and memory linear in T.
 
-Notation of family.py, and a chunk of m tokens with entry state S and exit state S'. A product of few rows costs
-more to call than to compute: chunks that do not wait for each other are computed in groups of n, and the chunks of a
-group, the batch and the heads are one dimension, G = n B H, as batched products want it.
+Notation of family.py; a chunk of m tokens has entry state S and exit state S'. Chunks are computed in groups of n
+(groups.py); the chunks of a group, the batch and the heads are one dimension, G = n B H.
 
-The forward pass saves the chunks' entry states only, of packed documents those of later chunks than the first; the
-backward pass recomputes the rest. Only states wait for each other. A ragged last chunk is simply shorter: nothing is
-padded. Chunks never straddle a document.
+Only the states are computed one after another. The forward pass saves the entry state of every chunk (for packed
+documents, of every chunk except a document's first); the backward pass recomputes the rest. A ragged last chunk is
+shorter, without padding. No chunk contains tokens of two documents.
 """
 
 from abc import ABC, abstractmethod
@@ -20,204 +19,209 @@ from torch import Tensor
 from ..runtime.custom_op import Gradients, Op
 from ..runtime.packing import Stretch
 from .family import Recurrence, RecurrenceOutput, Run
-from .groups import Group, groups, operand, store
+from .groups import Group, group_rows, groups, store_group
 
 
 class GroupTokens(NamedTuple):
-    """A group's tokens, [G m D] each, in the family's `Chunks.dtype`."""
+    """Tokens of a group, [G m D] each, in the family's `Chunks.dtype`."""
 
     q: Tensor
     k: Tensor
     v: Tensor
     beta: Tensor | None
-    """[G m 1]."""
+    """Write strengths [G m 1]."""
     a: Tensor | None
     b: Tensor | None
 
 
 class ChunkStates(NamedTuple):
-    """The states around a group's chunks, and which of them matter."""
+    """Entry states of the chunks of a group."""
 
     entries: Tensor
-    """Before each chunk, [n B H K V]."""
-    reading: slice
-    """Those of G whose entry state may be other than 0: the last ones."""
+    """State before each chunk, [n B H K V]."""
+    nonzero: slice
+    """Rows of G whose entry state may be nonzero: the last ones."""
 
 
 class Chunks(ABC):
-    """A family's mathematics inside chunks; made once for a call, so that what all chunks share is formed once."""
+    """Mathematics of a family inside chunks.
 
-    most: int
-    """Chunks of a group at most."""
+    One object serves all chunks of a call, so terms that the chunks share are computed once.
+    """
+
+    max_chunks: int
+    """Maximum number of chunks in a group."""
     dtype: torch.dtype
-    """Of the tokens that they are given, and of the gradients of outputs."""
+    """Dtype of the tokens and of the gradients of outputs that `forward` and `backward` receive."""
 
     @abstractmethod
     def forward(self, group: Group, x: GroupTokens, states: ChunkStates, exits: list[Tensor]) -> Tensor:
-        """The output of a group, [G m V]; fills `exits`.
+        """Return the output of a group, [G m V], and write the states after its chunks to `exits`.
 
         Args:
-            group: which tokens.
-            x: the tokens.
-            states: before each chunk; those of later chunks are written here, as exits of the ones before.
-            exits: the states after each chunk [B H K V], the last of which may be missing: it is not wanted then.
+            group: position of the tokens.
+            x: tokens of the group.
+            states: states before each chunk. Only the first is filled; the others share memory with `exits`.
+            exits: states after each chunk, [B H K V] each; the last one is missing if it is not wanted.
         """
 
     @abstractmethod
     def backward(
-        self, group: Group, x: GroupTokens, d_out: Tensor, states: ChunkStates, d_states: Tensor, leaving: slice
+        self, group: Group, x: GroupTokens, d_out: Tensor, states: ChunkStates, d_states: Tensor, used: slice
     ) -> Mapping[str, Tensor]:
-        """The gradients of a group: of q, k, v, beta, a, b [G m D], and of log_decay if it is wanted.
+        """Return the gradients of a group by name: of q, k, v, beta, a, b [G m D], and of log_decay if it is wanted.
 
-        That of log_decay is [G m D], or [G] where the decays are fixed: all of a chunk's tokens together.
+        The gradient of log_decay is [G m D], or [G] for fixed decays, summed over the tokens of a chunk.
 
         Args:
-            group: which tokens.
-            x: the tokens.
-            d_out: of the output, [G m V].
-            states: before each chunk.
-            d_states: of those states, which are written if a chunk reads its own, and of the state after the last
-                chunk, which is given: [n+1 B H K V].
-            leaving: those of G that leave a state on which something depends: the first ones.
+            group: position of the tokens.
+            x: tokens of the group.
+            d_out: gradient of the output, [G m V].
+            states: states before each chunk.
+            d_states: gradients of the states before each chunk and after the last, [n+1 B H K V]. The last entry is an
+                input; this method writes the others, except those of states that are zero (`states.nonzero`).
+            used: rows of G whose exit state the loss depends on: the first ones.
         """
 
 
 MakeChunks: TypeAlias = Callable[[Recurrence, bool], Chunks]
-"""A family's mathematics for a call; the flag says that the gradient of log_decay is wanted."""
+"""Builds the `Chunks` of a call; the flag is True if the gradient of log_decay is wanted."""
 
 
-def chunkwise_kernel(name: str, chunks: MakeChunks) -> Run:
-    """The reference kernel of a family: an op `name`.
+def chunkwise_kernel(name: str, make_chunks: MakeChunks) -> Run:
+    """Build the chunkwise reference kernel of a family.
 
     Args:
-        name: of the op.
-        chunks: makes the family's mathematics for a call.
+        name: name of the op to register.
+        make_chunks: builds the family's `Chunks` for a call.
     """
     op = Op(
         name,
         Recurrence,
         fake=_allocate,
-        forward=partial(_forward, chunks),
-        backward=partial(_backward, chunks),
+        forward=partial(_forward, make_chunks),
+        backward=partial(_backward, make_chunks),
         saves=1,
         result=lambda x, outputs: RecurrenceOutput(outputs[0], outputs[1] if x.output_final_state else None),
     )
-    # errors name the family's kernel, and where it can be imported from
-    op.__module__ = chunks.__module__
+    # errors show the name of the kernel and the module from which it can be imported
+    op.__module__ = make_chunks.__module__
     vars(op)["__qualname__"] = name
     return op
 
 
 def _allocate(x: Recurrence) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, final state [N H K V] and chunk entry states [chunks B H K V]; the last two are empty unless wanted."""
+    """Allocate output, final state [N H K V] and chunk entry states [chunks B H K V]; states not needed are empty."""
     length = x.q.shape[1]
     chunk = x.chunk_size
-    nothing = x.q.new_empty(0, dtype=x.wide)
-    # documents have no more later chunks than they would have as one, however many they are
+    empty = x.q.new_empty(0, dtype=x.wide)
+    # a row of several documents has at most as many non-first chunks as a row of one document
     saved = -(-length // chunk) if x.cu_seqlens is None else (length - 1) // chunk
-    final_state = x.new_state(x.rows).zero_() if x.output_final_state else nothing
-    entries = x.new_state(saved, x.q.shape[0]) if x.needs_grad else nothing.clone()
+    final_state = x.new_state(x.rows).zero_() if x.output_final_state else empty
+    entries = x.new_state(saved, x.q.shape[0]) if x.needs_grad else empty.clone()
     return x.new_output(), final_state, entries
 
 
-def _unsaved(x: Recurrence, stretch: Stretch, group: Group) -> int:
-    """Entry states of a group that are not saved: of a document's first chunk, which is its initial state, or 0."""
+def _count_unsaved(x: Recurrence, stretch: Stretch, group: Group) -> int:
+    """Return the number of entry states of a group that are not saved: 1 if it has a document's first chunk, else 0.
+
+    The entry state of a document's first chunk is the document's initial state.
+    """
     return int(x.cu_seqlens is not None and group.start == stretch.start)
 
 
 def _tokens(x: Recurrence, group: Group, dtype: torch.dtype) -> GroupTokens:
-    # what is multiplied with a view would be laid out as it is
-    beta = None if x.beta is None else operand(x.beta[..., None], group, dtype).contiguous()
-    q, k = (operand(tensor, group, dtype, x.shared) for tensor in (x.q, x.k))
-    v = operand(x.v, group, dtype)
-    a, b = (None if tensor is None else operand(tensor, group, dtype) for tensor in (x.a, x.b))
+    # contiguous, because a product with a view would take over its layout
+    beta = None if x.beta is None else group_rows(x.beta[..., None], group, dtype).contiguous()
+    q, k = (group_rows(tensor, group, dtype, x.shared) for tensor in (x.q, x.k))
+    v = group_rows(x.v, group, dtype)
+    a, b = (None if tensor is None else group_rows(tensor, group, dtype) for tensor in (x.a, x.b))
     return GroupTokens(q, k, v, beta, a, b)
 
 
-def _forward(rule: MakeChunks, x: Recurrence) -> tuple[Tensor, Tensor, Tensor]:
-    chunks = rule(x, False)
+def _forward(make_chunks: MakeChunks, x: Recurrence) -> tuple[Tensor, Tensor, Tensor]:
+    chunks = make_chunks(x, False)
     output, final_state, entries = _allocate(x)
     rows = x.q.shape[0] * x.matrix[0]
     batch = x.q.shape[0]
     index = 0
-    room = entries if x.needs_grad and x.cu_seqlens is None else x.new_state(chunks.most + 1, batch)
+    buffer = entries if x.needs_grad and x.cu_seqlens is None else x.new_state(chunks.max_chunks + 1, batch)
     for stretch in x.stretches:
         state = None if x.initial_state is None else x.initial_state[stretch.rows]
-        for group in groups(stretch, x.chunk_size, chunks.most):
+        for group in groups(stretch, x.chunk_size, chunks.max_chunks):
             first = group.start == stretch.start
             last = group.stop == stretch.stop
-            unsaved = _unsaved(x, stretch, group)
+            unsaved = _count_unsaved(x, stretch, group)
             saved = entries[index : index + group.chunks - unsaved]
-            # the states before each chunk and after the last, each formed in its place
-            entered = saved if x.needs_grad and not unsaved else room[: group.chunks]
-            states = [*entered]
+            # the states before each chunk and after the last are computed where they are stored
+            group_entries = saved if x.needs_grad and not unsaved else buffer[: group.chunks]
+            states = [*group_entries]
             if not last:
-                states.append(entries[index + len(saved)] if x.needs_grad else room[group.chunks])
+                states.append(entries[index + len(saved)] if x.needs_grad else buffer[group.chunks])
             elif x.output_final_state:
                 states.append(final_state[stretch.rows])
             if state is None:
                 states[0].zero_()
             elif first or not x.needs_grad:
                 states[0].copy_(state)
-            # nothing is read of a state that is 0
-            around = ChunkStates(entered, slice(rows if state is None else 0, None))
-            store(output, group, chunks.forward(group, _tokens(x, group, chunks.dtype), around, states[1:]))
+            # a zero state contributes nothing to the output
+            before = ChunkStates(group_entries, slice(rows if state is None else 0, None))
+            store_group(output, group, chunks.forward(group, _tokens(x, group, chunks.dtype), before, states[1:]))
             if x.needs_grad and unsaved:
-                saved.copy_(entered[1:])
+                saved.copy_(group_entries[1:])
             index = index + len(saved)
             state = states[-1]
         if x.output_final_state and state is not None and stretch.start == stretch.stop:
             final_state[stretch.rows].copy_(state)
     if x.needs_grad:
-        entries[index:].zero_()  # documents that end in one chunk leave rows over
+        entries[index:].zero_()  # documents may use fewer rows than allocated
     return output, final_state, entries
 
 
-def _backward(rule: MakeChunks, x: Recurrence, gradients: Gradients) -> dict[str, Tensor]:
-    chunks = rule(x, "log_decay" in gradients.wanted)
+def _backward(make_chunks: MakeChunks, x: Recurrence, gradients: Gradients) -> dict[str, Tensor]:
+    chunks = make_chunks(x, "log_decay" in gradients.wanted)
     (d_output, d_final_state), (entries,) = gradients.outputs, gradients.saved
     if d_final_state is not None and not d_final_state.numel():
         d_final_state = None
     d_output = torch.zeros_like(x.v) if d_output is None else d_output
-    given = {"q": x.q, "k": x.k, "v": x.v, "beta": x.beta, "a": x.a, "b": x.b}
-    out = {name: tensor.new_empty(tensor.shape) for name, tensor in given.items() if tensor is not None}
+    inputs = {"q": x.q, "k": x.k, "v": x.v, "beta": x.beta, "a": x.a, "b": x.b}
+    out = {name: tensor.new_empty(tensor.shape) for name, tensor in inputs.items() if tensor is not None}
     if x.log_decay is not None and "log_decay" in gradients.wanted:
         out["log_decay"] = torch.zeros_like(x.log_decay, dtype=x.wide, memory_format=torch.contiguous_format)
     if x.initial_state is not None:
         out["initial_state"] = x.initial_state.new_zeros(x.initial_state.shape)
     rows = x.q.shape[0] * x.matrix[0]
-    most = chunks.most
-    runs = [(stretch, groups(stretch, x.chunk_size, most)) for stretch in x.stretches]
-    index = sum(group.chunks - _unsaved(x, stretch, group) for stretch, cuts in runs for group in cuts)
-    # of the states before each chunk of a group and after the last
-    d_states = x.new_state(most + 1, x.q.shape[0])
-    for stretch, cuts in reversed(runs):
-        # the gradient of the state after the group; None while nothing depends on it
+    plan = [(stretch, groups(stretch, x.chunk_size, chunks.max_chunks)) for stretch in x.stretches]
+    index = sum(group.chunks - _count_unsaved(x, stretch, group) for stretch, parts in plan for group in parts)
+    # gradients of the states before each chunk of a group and after the last
+    d_states = x.new_state(chunks.max_chunks + 1, x.q.shape[0])
+    for stretch, parts in reversed(plan):
+        # the gradient of the state after the group; None if the loss does not depend on it
         d_state = None if d_final_state is None else d_final_state[stretch.rows]
-        for group in reversed(cuts):
-            unsaved = _unsaved(x, stretch, group)
+        for group in reversed(parts):
+            unsaved = _count_unsaved(x, stretch, group)
             index -= group.chunks - unsaved
-            entered = entries[index : index + group.chunks - unsaved]
+            group_entries = entries[index : index + group.chunks - unsaved]
             if unsaved:
                 initial = x.new_state(1, 1).zero_() if x.initial_state is None else x.initial_state[None, stretch.rows]
-                entered = torch.cat((initial.to(x.wide), entered))
-            # chunks that read a state which may be other than 0, and that leave one on which something depends
-            blank = rows if group.start == stretch.start and x.initial_state is None else 0
-            unread = rows if d_state is None else 0
-            after = d_states[: group.chunks + 1]
+                group_entries = torch.cat((initial.to(x.wide), group_entries))
+            # the first chunk may start from a zero state; the loss may not depend on the state after the last chunk
+            zero_rows = rows if group.start == stretch.start and x.initial_state is None else 0
+            unused_rows = rows if d_state is None else 0
+            d_group_states = d_states[: group.chunks + 1]
             if d_state is None:
-                after[-1].zero_()
+                d_group_states[-1].zero_()
             else:
-                after[-1].copy_(d_state)
-            found = chunks.backward(
+                d_group_states[-1].copy_(d_state)
+            group_gradients = chunks.backward(
                 group,
                 _tokens(x, group, chunks.dtype),
-                operand(d_output, group, chunks.dtype),
-                ChunkStates(entered, slice(blank, None)),
-                after,
-                slice(0, group.chunks * rows - unread),
+                group_rows(d_output, group, chunks.dtype),
+                ChunkStates(group_entries, slice(zero_rows, None)),
+                d_group_states,
+                slice(0, group.chunks * rows - unused_rows),
             )
-            for name, gradient in found.items():
+            for name, gradient in group_gradients.items():
                 _add(out[name], group, gradient, x.shared if name in ("q", "k") else 1)
             d_state = d_states[0]
         if x.initial_state is not None and d_state is not None:
@@ -226,11 +230,13 @@ def _backward(rule: MakeChunks, x: Recurrence, gradients: Gradients) -> dict[str
 
 
 def _add(out: Tensor, group: Group, gradient: Tensor, shared: int) -> None:
-    """A group's gradient to where it belongs: its tokens in [B T H *], or the sum over all tokens in [H]; of what so
-    many heads share, their sum."""
+    """Write a group's gradient to its tokens in out [B T H *], or add its sum over all tokens to out [H].
+
+    Gradients of an input that `shared` heads share are summed over these heads.
+    """
     if shared > 1:
         gradient = gradient.unflatten(0, (-1, shared)).sum(1)
     if out.ndim == 1:
         out += gradient.view(-1, len(out)).sum(0)
     else:
-        store(out if out.ndim == 4 else out[..., None], group, gradient.view(*gradient.shape[:2], -1))
+        store_group(out if out.ndim == 4 else out[..., None], group, gradient.view(*gradient.shape[:2], -1))

@@ -1,13 +1,13 @@
-"""A recurrence with a matrix state per head: one call of it, and what all families of them share.
+"""Recurrences with a matrix state per head: the inputs of a kernel, and the code that all families share.
 
-Notation: B batch, T tokens, H heads, G groups of heads that share queries and keys (H but in the decay family), K key
-width, V value width, N rows of the state (packed documents, or the batch).
+Notation: B batch, T tokens, H heads, G groups of heads that share queries and keys (G = H except in the decay family),
+K key width, V value width, N rows of the state (one per packed document, else one per row of the batch).
 
-    S_t = A_t S_{t-1} + (what k_t and v_t write)        state  [H K V]
-    o_t = scale * q_t S_t                               the query reads the updated state
+    S_t = A_t S_{t-1} + W_t(k_t, v_t)       state  [H K V]
+    o_t = scale * q_t S_t                   the query reads the updated state
 
-A family says what A_t is and what is written; the engines of token_loop.py and chunk_loop.py do the rest, and
-runtime/custom_op.py makes ops of them.
+A family defines the transition A_t and the write W_t. The engines in token_loop.py and chunk_loop.py run it, and
+runtime/custom_op.py registers them as ops.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,68 +27,68 @@ from ..runtime.recording import record
 
 
 class Recurrence(NamedTuple):
-    """One call of a recurrence: what a kernel of any family takes."""
+    """Inputs of one call of a recurrence; kernels of all families take this value."""
 
     q: Tensor
-    """[B T G K]."""
+    """Queries [B T G K]."""
     k: Tensor
-    """[B T G K]."""
+    """Keys [B T G K]."""
     v: Tensor
-    """[B T H V]."""
+    """Values [B T H V]."""
     log_decay: Tensor | None
     """Natural logarithm of the decay, <= 0: None, [H], [B T H] or [B T H K]."""
     beta: Tensor | None
-    """[B T H]: how much of the prediction's error is written, in the delta family."""
+    """Write strength of the delta family [B T H]: the part of the prediction error that is written."""
     initial_state: Tensor | None
-    """[N H K V]; None means zero."""
+    """State before the first token [N H K V]; None means zero."""
     cu_seqlens: Tensor | None
-    """[N+1]: boundaries of packed documents (B = 1)."""
+    """Boundaries of packed documents [N+1], with B = 1; None if the batch is not packed."""
     boundaries: Sequence[int] | None
-    """The same as numbers, where they are known."""
+    """Values of cu_seqlens; None where they are not known."""
     scale: float
     chunk_size: int
     output_final_state: bool
     needs_grad: bool = False
     a: Tensor | None = None
-    """[B T H K]: what reads the decayed state in the delta family; None is k."""
+    """Keys of the delta family that read the decayed state, [B T H K]; None means k."""
     b: Tensor | None = None
-    """[B T H K]: where what a reads is added, in the delta family; None is -k, or -beta k."""
+    """Keys of the delta family that write back the values read with a, [B T H K]; None means -k, or -beta k."""
     tf32x3: bool = False
-    """Whether a kernel forms each product of float32 as three of TF32."""
+    """True if a kernel computes each float32 product as three TF32 products."""
     decay: Tensor | None = None
-    """[1 H 1 1]: exp(log_decay) of decays fixed per head, where a decoder has formed it once for all its steps."""
+    """exp(log_decay) [1 H 1 1] for decays fixed per head, if a decoder has computed it once for all its steps."""
     donated: bool = False
-    """True if the final state may be written over the initial one."""
+    """True if the final state may overwrite the initial state."""
     wide_output: bool = False
-    """Whether the output, and its gradient, has the dtype of states: it may leave the range of the inputs' dtype."""
+    """True if output and its gradient have the dtype of states, because they may exceed the range of the inputs'."""
 
     @property
     def wide(self) -> torch.dtype:
-        """The dtype of states and sums: float32, or float64 of float64 inputs."""
+        """Dtype of states and sums: float32, or float64 for float64 inputs."""
         return torch.promote_types(self.q.dtype, torch.float32)
 
     @property
     def output_dtype(self) -> torch.dtype:
-        """The dtype of the output and of its gradient."""
+        """Dtype of the output and of its gradient."""
         return self.wide if self.wide_output else self.q.dtype
 
     @property
     def rows(self) -> int:
-        """N."""
+        """Number of rows of the state, N."""
         return self.q.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
 
     @property
     def matrix(self) -> tuple[int, int, int]:
-        """The shape [H K V] of one row's state."""
+        """Shape (H, K, V) of the state of one row."""
         return (self.v.shape[2], self.q.shape[3], self.v.shape[3])
 
     @property
     def shared(self) -> int:
-        """H / G."""
+        """Number of heads that share a query and a key, H / G."""
         return self.v.shape[2] // self.q.shape[2]
 
     def by_head(self) -> "Recurrence":
-        """The same with queries and keys of every head, as views where there is one group."""
+        """Return the inputs with queries and keys repeated for every head (as views if there is one group)."""
         if self.shared == 1:
             return self
         q, k = (x[:, :, :, None].expand(-1, -1, -1, self.shared, -1).flatten(2, 3) for x in (self.q, self.k))
@@ -96,11 +96,11 @@ class Recurrence(NamedTuple):
 
     @property
     def stretches(self) -> list[Stretch]:
-        """The runs of tokens that depend on each other; inside an op only."""
+        """Ranges of tokens that depend on each other; use it only inside an op."""
         return stretches(self.q.shape[0], self.q.shape[1], self.cu_seqlens, self.boundaries)
 
     def widened(self) -> "Recurrence":
-        """The same with all inputs in the dtype of states."""
+        """Return the inputs with all floating-point tensors in the dtype of states."""
         return self._replace(
             **{
                 name: x.to(self.wide)
@@ -110,15 +110,15 @@ class Recurrence(NamedTuple):
         )
 
     def new_output(self) -> Tensor:
-        """Empty room for the output, [B T H V]."""
+        """Allocate the output, [B T H V]."""
         return self.v.new_empty(self.v.shape, dtype=self.output_dtype)
 
     def new_state(self, *leading: int) -> Tensor:
-        """Empty room for states, [.. H K V]."""
+        """Allocate states, [.. H K V]."""
         return self.q.new_empty((*leading, *self.matrix), dtype=self.wide)
 
     def probe(self) -> Probe:
-        """What this call asks of a kernel."""
+        """Return the properties of this call that a kernel must support."""
         names = {1: "H", 3: "B T H", 4: "B T H K"}
         return Probe(
             device=self.q.device,
@@ -132,30 +132,32 @@ class Recurrence(NamedTuple):
 
 
 class RecurrenceOutput(NamedTuple):
-    """What a recurrence returns."""
+    """Result of a recurrence."""
 
     output: Float[Tensor, "B T H V"]
-    """In the dtype of the queries, or in that of states where it is to be wide."""
+    """Output in the dtype of the queries, or of states if `wide_output` is set."""
     final_state: Float[Tensor, "N H K V"] | None
-    """float32 (float64 of float64 inputs); None unless wanted."""
+    """State after the last token, float32 (float64 for float64 inputs); None unless requested."""
 
 
 Run: TypeAlias = Callable[[Recurrence], RecurrenceOutput]
-"""A kernel's function."""
+"""Type of the function of a kernel."""
 
 
 class Family(NamedTuple):
-    """What a mixer knows of a family of recurrences."""
+    """Description of a family of recurrences, as mixers use it."""
 
     name: str
-    """That its kernels are declared under."""
+    """Name of the op, under which its kernels are declared."""
     paradigms: frozenset[Paradigm]
     flops: Callable[..., int]
-    """Operations of one head's matrix products, forward, of (paradigm, length, key_width, value_width)."""
+    """Counts the operations of one head's matrix products in a forward pass, from (paradigm, length, key_width,
+    value_width)."""
     segment: "Callable[[Recurrence, Run, Call], tuple[Tensor, Tensor]]"
-    """Of a call, its kernel and the call of the whole row: M and U of S -> M S + U, what a segment makes of a state."""
+    """Computes the map S -> M S + U of one process's segment from (its inputs, the kernel, the call of the whole row).
+    Returns (M, U)."""
     apply: Callable[[Tensor, Tensor], Tensor]
-    """M S."""
+    """Computes M S from (M, S)."""
 
 
 def recur(
@@ -167,17 +169,25 @@ def recur(
     *,
     scale: float | None,
     wide_output: bool = False,
-    **given: Tensor | None,
+    **optional: Tensor | None,
 ) -> RecurrenceOutput:
-    """The map by the kernel that a call names, over one process's tokens or over those of a context-parallel group.
+    """Run the kernel that a call selects, on the tokens of one process or of a context-parallel group.
 
-    In a group the map is computed twice: once for what the segment does with any state, and then from the state that
-    the segments before it leave.
+    In a group the kernel runs twice: first to find how the segment transforms any state, then from the state that the
+    preceding segments leave.
 
-    Tensors are as in `Recurrence`; `given` has the optional ones of the family. No scale is 1/sqrt(K).
+    Args:
+        family: the family of recurrences.
+        q: queries.
+        k: keys.
+        v: values.
+        call: context of the call.
+        scale: factor of the output; None means 1/sqrt(K).
+        wide_output: True if the output of 16-bit inputs must be float32.
+        optional: the optional tensors of the family: log_decay, beta, a, b, as in `Recurrence`.
 
     Raises:
-        SeqmixError: shapes or dtypes do not fit, or the kernel does not take them.
+        SeqmixError: if shapes or dtypes do not fit, or the kernel does not support them.
     """
     kernel = chosen(family.name, call.paradigm, call.backend).function
     cp = call.cp_group
@@ -187,17 +197,17 @@ def recur(
         q,
         k,
         v,
-        given.get("log_decay"),
-        given.get("beta"),
+        optional.get("log_decay"),
+        optional.get("beta"),
         call.state,
         None if local is None else local.cu_seqlens,
         None if local is None else local.boundaries,
         k.shape[-1] ** -0.5 if scale is None else scale,
         call.chunk_size,
         call.return_state,
-        a=given.get("a"),
-        b=given.get("b"),
-        decay=_fixed_decay_of(call, q, given.get("log_decay")),
+        a=optional.get("a"),
+        b=optional.get("b"),
+        decay=_memoized_decay(call, q, optional.get("log_decay")),
         donated=call.donated,
         wide_output=wide_output,
     )
@@ -212,74 +222,77 @@ def recur(
     return RecurrenceOutput(output, None if final_state is None else cp.final(final_state, documents, q.shape[1]))
 
 
-def _fixed_decay_of(call: Call, q: Tensor, log_decay: Tensor | None) -> Tensor | None:
-    """exp(log_decay) for one token after another, where layers and steps share a memo."""
+def _memoized_decay(call: Call, q: Tensor, log_decay: Tensor | None) -> Tensor | None:
+    """Return exp(log_decay) from the memo that layers and decoding steps share; None if that does not apply."""
     if call.memo is None or q.shape[1] > 1 or log_decay is None or log_decay.ndim > 1:
         return None
     return call.once(fixed_decay, log_decay, torch.promote_types(q.dtype, torch.float32))
 
 
 def fixed_decay(log_decay: Tensor, dtype: torch.dtype) -> Tensor:
-    """exp(log_decay) of [H], as a factor of states: [1 H 1 1]."""
+    """Return exp(log_decay) of a log_decay [H] as a factor of states, [1 H 1 1]."""
     return log_decay.to(dtype).exp()[None, :, None, None]
 
 
 def require_recurrence(x: Recurrence) -> None:
-    """Refuse what no kernel takes: shapes and dtypes that do not fit, chunks without tokens.
+    """Check the inputs of a recurrence: shapes, dtypes and the chunk length.
 
     Raises:
-        SeqmixError: what does not fit.
+        SeqmixError: if they do not fit together.
     """
     require_floats(x.q, x.k, x.v)
     fits = x.q.ndim == x.v.ndim == 4 and x.q.shape == x.k.shape and x.v.shape[:2] == x.q.shape[:2]
     if not fits or x.q.shape[1] < 1 or not 1 <= x.q.shape[2] <= x.v.shape[2] or x.v.shape[2] % x.q.shape[2]:
         shapes = ", ".join(str(list(tensor.shape)) for tensor in (x.q, x.k, x.v))
-        wanted = "q and k must be [B T G K] and v [B T H V] with T >= 1 and H a multiple of G"
-        raise SeqmixError(f"{wanted}; given are {shapes}")
+        expected = "q and k of shape [B T G K] and v of shape [B T H V] with T >= 1 and H a multiple of G"
+        raise SeqmixError(f"expected {expected}, got {shapes}")
     if x.shared > 1 and (x.beta is not None or x.a is not None):
-        raise SeqmixError(f"the delta rule has q and k of each of v's {x.v.shape[2]} heads; given are {x.q.shape[2]}")
+        raise SeqmixError(
+            f"the delta rule expects q and k to have the {x.v.shape[2]} heads of v, got {x.q.shape[2]} heads"
+        )
     batch, length, heads, key_width = per_head = (*x.v.shape[:3], x.k.shape[3])
     if x.beta is not None and (tuple(x.beta.shape) != (batch, length, heads) or not x.beta.is_floating_point()):
         raise SeqmixError(
-            f"beta must be floats [B T H] with B, T, H = {batch}, {length}, {heads}; "
-            f"given is {list(x.beta.shape)} of {str(x.beta.dtype).removeprefix('torch.')}"
+            f"expected floating-point beta [B T H] with B, T, H = {batch}, {length}, {heads}, "
+            f"got {list(x.beta.shape)} of {str(x.beta.dtype).removeprefix('torch.')}"
         )
     for name, tensor in (("a", x.a), ("b", x.b)):
         if tensor is not None and (tensor.shape != x.k.shape or not tensor.is_floating_point()):
             raise SeqmixError(
-                f"{name} must be floats [B T H K] like k, {list(x.k.shape)}; given is {list(tensor.shape)} of "
-                f"{str(tensor.dtype).removeprefix('torch.')}"
+                f"expected floating-point {name} [B T H K] with the shape of k, {list(x.k.shape)}, "
+                f"got {list(tensor.shape)} of {str(tensor.dtype).removeprefix('torch.')}"
             )
     if x.log_decay is not None and x.log_decay.shape not in ((heads,), per_head[:3], per_head):
         raise SeqmixError(
-            f"log_decay must be None, [H], [B T H] or [B T H K] with B, T, H, K = {batch}, {length}, {heads}, "
-            f"{key_width}; given is {list(x.log_decay.shape)}"
+            f"expected log_decay None, [H], [B T H] or [B T H K] with B, T, H, K = {batch}, {length}, {heads}, "
+            f"{key_width}, got {list(x.log_decay.shape)}"
         )
     if x.cu_seqlens is not None:
         require_packing(x.q, x.cu_seqlens)
     if x.initial_state is not None and tuple(x.initial_state.shape) != (state := (x.rows, *x.matrix)):
-        raise SeqmixError(f"the initial state must be {list(state)}, and is {list(x.initial_state.shape)}")
+        raise SeqmixError(f"expected an initial state of shape {list(state)}, got {list(x.initial_state.shape)}")
     require_chunk_size(x.chunk_size)
 
 
 def require_packing(x: Tensor, cu_seqlens: Tensor | None) -> None:
-    """Refuse packed documents in a batch of several rows."""
+    """Raise a SeqmixError if documents are packed in a batch with several rows."""
     if cu_seqlens is not None and x.shape[0] != 1:
-        raise SeqmixError(f"packed documents are one row (B = 1), and the batch is {x.shape[0]}")
+        raise SeqmixError(f"cu_seqlens requires one packed row (B = 1), got batch size {x.shape[0]}")
 
 
 def require_chunk_size(chunk_size: int) -> None:
-    """Refuse chunks without tokens."""
+    """Raise a SeqmixError if the chunk length is not positive."""
     if chunk_size < 1:
-        raise SeqmixError(f"chunk_size must be at least 1, and is {chunk_size}")
+        raise SeqmixError(f"chunk_size must be at least 1, got {chunk_size}")
 
 
 def require_floats(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Refuse dtypes that no reference computes in: a product of integers would be rounded silently.
+    """Check the dtypes of q, k and v: products of integers would be rounded silently.
 
     Raises:
-        SeqmixError: the three are not of one dtype, or it is none of float64, float32, bfloat16 and float16.
+        SeqmixError: if they do not all have the same one of the dtypes float64, float32, bfloat16 and float16.
     """
     if not (q.dtype == k.dtype == v.dtype and q.dtype in FLOATS):
-        taken, given = ([str(d).removeprefix("torch.") for d in ds] for ds in (FLOATS, (q.dtype, k.dtype, v.dtype)))
-        raise SeqmixError(f"q, k and v must have one dtype of {', '.join(taken)}; given are {', '.join(given)}")
+        supported = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS)
+        dtypes = ", ".join(str(x.dtype).removeprefix("torch.") for x in (q, k, v))
+        raise SeqmixError(f"expected q, k and v to share one dtype of {supported}, got {dtypes}")

@@ -1,7 +1,8 @@
-"""Tokens as chunks: which are computed at once, and how they lie for it.
+"""Groups of chunks that are computed together, and their layout in memory.
 
-A product of few rows costs more to call than to compute. So chunks that do not wait for each other are computed in
-groups, and the chunks of a group, the batch and the heads are one dimension, G = n B H, as batched products want it.
+A matrix product with few rows costs more to launch than to compute. Chunks that do not depend on each other are
+therefore computed in groups of n. Batched products take the chunks of a group, the batch and the heads as one
+dimension, G = n B H.
 """
 
 from typing import NamedTuple
@@ -11,60 +12,62 @@ from torch import Tensor
 
 from ..runtime.packing import Stretch
 
-ELEMENTS = 3 * 2**17
-"""Of a group's keys and values at most on a CPU, where it is more than one chunk; larger ones leave its cache."""
-UNCACHED = 2**26
-"""The same on other devices, where memory alone bounds a group, and many small launches would take most of the time."""
+CACHED_ELEMENTS = 3 * 2**17
+"""Most elements of the keys and values of a group on a CPU, so that it fits the cache; one chunk may exceed it."""
+UNCACHED_ELEMENTS = 2**26
+"""Most elements of a group on other devices: only memory limits a group there, and small launches dominate the time."""
 
 
 class Group(NamedTuple):
-    """Chunks of one length, side by side."""
+    """Consecutive chunks of one length."""
 
     start: int
-    """The first token."""
+    """Index of the first token."""
     length: int
-    """Tokens of a chunk, m."""
+    """Chunk length m in tokens."""
     chunks: int = 1
-    """Chunks, n."""
+    """Number of chunks n."""
 
     @property
     def stop(self) -> int:
-        """After the last token."""
+        """Index after the last token."""
         return self.start + self.chunks * self.length
 
 
 def group_elements(device: torch.device, cached: int) -> int:
-    """Elements of a group at most: `cached` on a CPU."""
-    return cached if device.type == "cpu" else UNCACHED
+    """Return the maximum number of elements of a group: `cached` on a CPU, a fixed number elsewhere."""
+    return cached if device.type == "cpu" else UNCACHED_ELEMENTS
 
 
-def most_chunks(x: Tensor, chunk_size: int, width: int) -> int:
-    """Chunks of a group at most, of tokens [B T H *] with so many elements per head."""
+def max_chunks(x: Tensor, chunk_size: int, width: int) -> int:
+    """Return the maximum number of chunks of a group, for tokens x [B T H *] with `width` elements per head."""
     batch, length, heads, _ = x.shape
-    fitting = group_elements(x.device, ELEMENTS) // (batch * heads * chunk_size * width)
+    fitting = group_elements(x.device, CACHED_ELEMENTS) // (batch * heads * chunk_size * width)
     return max(min(fitting, length // chunk_size), 1)
 
 
 def groups(stretch: Stretch, chunk_size: int, most: int) -> list[Group]:
-    """A stretch as groups of at most `most` chunks; the last chunk is by itself if it is ragged."""
+    """Split a stretch into groups of at most `most` chunks; a ragged last chunk is a group of its own."""
     whole, ragged = divmod(stretch.stop - stretch.start, chunk_size)
-    found = [
+    result = [
         Group(stretch.start + first * chunk_size, chunk_size, min(most, whole - first))
         for first in range(0, whole, most)
     ]
-    return [*found, Group(stretch.stop - ragged, ragged)] if ragged else found
+    if ragged:
+        result.append(Group(stretch.stop - ragged, ragged))
+    return result
 
 
 def capacity(length: int, chunk_size: int, cu_seqlens: Tensor | None) -> int:
-    """Chunks there can be at most: documents end inside chunks."""
+    """Return the maximum number of chunks of a row; each document may end in a ragged chunk."""
     return -(-length // chunk_size) + (0 if cu_seqlens is None else cu_seqlens.shape[0] - 1)
 
 
-def cut(x: Tensor, group: Group) -> Tensor:
-    """A group's tokens of [B T H *] as [n B H m *]; a view."""
+def group_view(x: Tensor, group: Group) -> Tensor:
+    """Return a group's tokens of x [B T H *] as a view [n B H m *]."""
     batch, _, heads, *rest = x.shape
     row, token, head, *inner = x.stride()
-    # one operation: a step of a long loop is often as short as the call of an operation
+    # as_strided is one operation instead of several views: launching an operation may take as long as a step
     return x.as_strided(
         (group.chunks, batch, heads, group.length, *rest),
         (group.length * token, row, head, token, *inner),
@@ -72,20 +75,23 @@ def cut(x: Tensor, group: Group) -> Tensor:
     )
 
 
-def operand(x: Tensor, group: Group, dtype: torch.dtype, shared: int = 1) -> Tensor:
-    """A group's tokens of [B T H D] as [G m D], each head's for so many; a view of one chunk of one row."""
-    x = cut(x, group).to(dtype)
+def group_rows(x: Tensor, group: Group, dtype: torch.dtype, shared: int = 1) -> Tensor:
+    """Return a group's tokens of x [B T H D] as [G m D] in a dtype, each head repeated `shared` times.
+
+    The result is a view where the layout permits, such as for one chunk of one row.
+    """
+    x = group_view(x, group).to(dtype)
     return (x if shared == 1 else x[:, :, :, None].expand(-1, -1, -1, shared, -1, -1)).flatten(0, -3)
 
 
-def store(out: Tensor, group: Group, x: Tensor) -> None:
-    """The inverse of `operand`."""
-    place = cut(out, group)
-    place.copy_(x.view(place.shape))
+def store_group(out: Tensor, group: Group, x: Tensor) -> None:
+    """Write a group's tokens x [G m D] to their place in out [B T H D]; the inverse of `group_rows`."""
+    destination = group_view(out, group)
+    destination.copy_(x.view(destination.shape))
 
 
 def sum_after(a: Tensor, dim: int) -> Tensor:
-    """out[j] = a[j+1] + .. + a[last] along `dim`."""
+    """Return the sums of later elements along `dim`: out[j] = a[j+1] + .. + a[last]."""
     out = torch.zeros_like(a)
     later = a.narrow(dim, 1, a.shape[dim] - 1)
     out.narrow(dim, 0, a.shape[dim] - 1).copy_(later.flip(dim).cumsum(dim).flip(dim))

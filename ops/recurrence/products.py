@@ -6,32 +6,35 @@ from torch import Tensor
 from .family import Recurrence
 
 HAS_BFLOAT16 = torch.cpu._is_avx512_bf16_supported()
-"""Whether the CPU multiplies bfloat16 (AVX-512-BF16); emulated, it is slower than float32."""
-LEAST = 2**17
-"""Multiplications of a chunk's tokens with its state from which rounding the operands pays."""
+"""True if the CPU multiplies bfloat16 in hardware (AVX-512-BF16); emulation is slower than float32."""
+MIN_MULTIPLICATIONS = 2**17
+"""Rounding operands to bfloat16 pays from so many multiplications on, in the product of a chunk with its state."""
 
 
 def product_dtype(x: Recurrence) -> torch.dtype:
-    """The dtype in which a call's tokens are multiplied: that of its inputs where that is faster, else that of states.
+    """Return the dtype for matrix products of tokens: the dtype of the inputs where that is faster, else of states.
 
-    Products of few tokens are not: calling them costs more than computing them. A gradient of a wide output is not
-    rounded for them.
+    It is not faster for small products, which cost more to launch than to compute. Calls with a wide output use the
+    dtype of states, so that the gradient of the output is not rounded.
     """
     _, keys, values = x.matrix
-    large = min(x.chunk_size, x.q.shape[1]) * keys * values >= LEAST
-    able = HAS_BFLOAT16 and torch.backends.mkldnn.enabled and x.q.device.type == "cpu"
-    return x.q.dtype if able and large and x.output_dtype == torch.bfloat16 else x.wide
+    large = min(x.chunk_size, x.q.shape[1]) * keys * values >= MIN_MULTIPLICATIONS
+    supported = HAS_BFLOAT16 and torch.backends.mkldnn.enabled and x.q.device.type == "cpu"
+    return x.q.dtype if supported and large and x.output_dtype == torch.bfloat16 else x.wide
 
 
 def product(x: Tensor, y: Tensor) -> Tensor:
-    """x y of [G m n] and [G n l]; float32 of operands that one of them being bfloat16 rounds to it both."""
+    """Return the batched product x y of [G m n] and [G n l].
+
+    If either operand is bfloat16, both are cast to bfloat16; the result is then float32.
+    """
     if torch.bfloat16 not in (x.dtype, y.dtype):
         return torch.bmm(x, y)
     return torch.bmm(x.to(torch.bfloat16), y.to(torch.bfloat16)).to(torch.float32)
 
 
 def add_product(out: Tensor, x: Tensor, y: Tensor) -> None:
-    """Add a product to `out`, in place."""
+    """Add the batched product x y to `out`, in place."""
     if x.dtype == out.dtype:
         out.baddbmm_(x, y)
     else:

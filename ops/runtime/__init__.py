@@ -1,1 +1,1 @@
-"""What every op is built on: the call, packed documents, custom ops of torch, and the declaration of kernels."""
+"""Foundation of every op: the call context, packed documents, torch custom ops and the declaration of kernels."""

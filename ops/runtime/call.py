@@ -1,4 +1,4 @@
-"""One value describes a call: everything that travels beside the tensors of a segment, from a mixer to its op."""
+"""The call context: everything that a mixer passes to its op beside the tensors of a segment."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypedDict, TypeVar
@@ -21,17 +21,17 @@ CHUNK_SIZE = 128
 
 
 class CallOptions(TypedDict, total=False):
-    """Keywords of an op that is called by itself, in the words of fla and flash-attn; a mixer passes a `Call` instead.
+    """Keywords of an op that is called directly, named as in fla and flash-attn; a mixer passes a `Call` instead.
 
-    An op's docstring gives the defaults that differ: its paradigm, and the chunk length in tokens.
+    The docstring of each op states its default paradigm and its default chunk length.
     """
 
     initial_state: Any
-    """State before the first token, N rows; None (the default) means nothing came before."""
+    """State before the first token, N rows; None (the default) means that the sequence starts here."""
     output_final_state: bool
-    """True if the state after the last token is wanted; False by default."""
+    """True to return the state after the last token; False by default."""
     cu_seqlens: Int[Tensor, "N+1"] | None
-    """Boundaries of N documents packed into one row (B = 1); states then have N rows. Empty documents are legal."""
+    """Boundaries of N documents packed into one row (B = 1); states then have N rows. Documents may be empty."""
     paradigm: Paradigm | str
     """Parallel, recurrent or chunkwise; changes the cost, never the result."""
     chunk_size: int
@@ -39,31 +39,31 @@ class CallOptions(TypedDict, total=False):
     backend: str
     """The kernel backend; changes the cost, never the result."""
     donate_state: bool
-    """True if the final state may be written over the initial one; False by default, and ignored under grad."""
+    """True if the final state may overwrite the initial state; False by default, and ignored under grad."""
 
 
 class Call(NamedTuple):
-    """Everything that goes with a segment from a mixer to its op; immutable, made by `SequenceMixer.forward`."""
+    """Context of one op call: all that a mixer passes beside tensors. Immutable, built by `SequenceMixer.forward`."""
 
     paradigm: Paradigm
     state: Any = None
-    """State before the segment, a mixer's or the leaf of it that an op reads; None means nothing came before."""
+    """State before the segment: the mixer's state, or after `enter` the leaf that the op reads; None at the start."""
     documents: Documents | None = None
     """Documents of a packed row; None if the batch is not packed."""
     return_state: bool = False
-    """True if the state after the segment is wanted."""
+    """True to return the state after the segment."""
     chunk_size: int = CHUNK_SIZE
     """Tokens per chunk of the chunkwise paradigm; changes the cost, never the result."""
     backend: str = "reference"
     """The kernel backend; changes the cost, never the result."""
     cp_group: ContextParallel | None = None
-    """The processes that share the row of tokens, one segment each; documents and state are those of the whole row."""
+    """Processes that share a row of tokens, one segment each; `documents` and `state` then describe the whole row."""
     first_values: Float[Tensor, "B T D"] | None = None
-    """The values of the model's first layer with a value residual, of the same tokens; None where there are none."""
+    """Values of the first layer that has a value residual, for the same tokens; None in models without one."""
     donated: bool = False
-    """True if the next state may be written over this one, which its owner does not need again; never under grad."""
+    """True if the next state may overwrite `state`, which its owner no longer needs; always False under grad."""
     memo: Memo | None = None
-    """Results that the layers of a model have in common, see `once`; None where nothing is shared."""
+    """Cache of results that the layers of a model have in common, see `once`; None disables sharing."""
 
     @classmethod
     def of(
@@ -77,10 +77,10 @@ class Call(NamedTuple):
         backend: str = "reference",
         donate_state: bool = False,
     ) -> "Call":
-        """The call of an op by itself on `length` tokens; the arguments are those of `CallOptions`.
+        """Build the call of an op that is called directly on `length` tokens; the arguments are those of `CallOptions`.
 
         Raises:
-            SeqmixError: the paradigm does not exist; the boundaries do not rise from 0 to `length`.
+            SeqmixError: if the paradigm is unknown, or the boundaries do not rise from 0 to `length`.
         """
         documents = Documents.of(cu_seqlens, length)
         return cls(
@@ -97,48 +97,51 @@ class Call(NamedTuple):
     def given(
         cls, call: "Call | None", length: int, options: CallOptions, *, paradigm: Paradigm, chunk_size: int = CHUNK_SIZE
     ) -> "Call":
-        """The call that a mixer passed, or that of an op called by itself with `options` on `length` tokens.
+        """Return the call of a mixer, or build one from the options of a direct call.
 
         Args:
-            call: a mixer's call, or None.
-            length: T.
-            options: the keywords of an op without a call.
-            paradigm: the op's default.
-            chunk_size: the op's default.
+            call: the mixer's call, or None if the op is called directly.
+            length: number of tokens T.
+            options: keywords of a direct call; must be empty if `call` is passed.
+            paradigm: default paradigm of the op.
+            chunk_size: default chunk length of the op, in tokens.
 
         Raises:
-            SeqmixError: a call comes with options; an option does not exist; as of `Call.of`.
+            SeqmixError: if a call comes with options, an option is unknown, or its value is invalid (see `Call.of`).
         """
         if call is not None:
             if options:
-                raise SeqmixError(f"expected a call or options, got a call and {', '.join(options)}")
+                raise SeqmixError(f"expected either a call or options, got a call and the options {', '.join(options)}")
             return call
         for name in options:
             if name not in CallOptions.__annotations__:
                 known = CallOptions.__annotations__
-                raise SeqmixError(f"expected one of {', '.join(known)}, got {name}{nearest(name, known)}")
+                raise SeqmixError(f"unknown option {name!r}{nearest(name, known)} (options: {', '.join(known)})")
         defaults: CallOptions = {"paradigm": paradigm, "chunk_size": chunk_size}
         return cls.of(length=length, **(defaults | options))
 
     def enter(self, leaf: str) -> "Call":
-        """The call of an op that reads one leaf of the mixer's state."""
+        """Return the call of an op that reads one leaf of the mixer's state."""
         return self if self.state is None else self._replace(state=getattr(self.state, leaf))
 
     def once(self, function: Callable[..., R], *args: Any) -> R:
-        """function(*args), computed once for all layers and steps that share this call's memo (`Memo.once`)."""
+        """Return function(*args), computed once for all layers and steps that share this call's memo (`Memo.once`)."""
         return once(self.memo, function, *args)
 
     @property
     def cu_seqlens(self) -> Int[Tensor, "N+1"] | None:
-        """The documents' boundaries."""
+        """Document boundaries; None if the batch is not packed."""
         return None if self.documents is None else self.documents.cu_seqlens
 
     def rows(self, batch_size: int) -> int:
-        """Rows of a state: of the batch, or one per document."""
+        """Return the number of rows of a state: one per document if packed, else one per row of the batch."""
         return batch_size if self.documents is None else self.documents.number
 
     def positions(self, x: Tensor, offset: Int[Tensor, " N"] | None) -> Int[Tensor, "_ T"]:
-        """The positions of the tokens of x [B T ..] after `offset` tokens of each row or document (None: none)."""
+        """Return the positions of the tokens of x [B T ..].
+
+        `offset` is the number of tokens processed before, per row or document; None means 0.
+        """
         length = x.shape[1]
         start = 0 if self.cp_group is None else self.cp_group.start(length)
         if self.documents is None:
@@ -146,6 +149,6 @@ class Call(NamedTuple):
         return token_positions(length, offset, self.documents, x.device, start)
 
     def advance(self, x: Tensor, offset: Int[Tensor, " N"] | None) -> Int[Tensor, " N"]:
-        """Tokens read once x [B T ..] is read, by row or document."""
+        """Return the number of tokens processed after x [B T ..], per row or document."""
         size = 1 if self.cp_group is None else self.cp_group.size
         return advance(offset, x.shape[0], size * x.shape[1], self.documents, x.device)

@@ -1,7 +1,7 @@
-"""Kernels: the functions that compute an op, each declared with what it takes and how exact it is.
+"""Kernels: the functions that compute an op, each declared with its limits and its tolerances.
 
-An op is a family of recurrences; a kernel is one function that computes it, by one paradigm and one backend, from one
-value that describes the call. It is declared beside its code:
+An op is a family of recurrences, or softmax attention. A kernel is one function that computes an op, with one paradigm
+and one backend, from one value that describes the call. It is declared beside its code:
 
     declare(
         Kernel(
@@ -13,7 +13,7 @@ value that describes the call. It is declared beside its code:
         )
     )
 
-`seqmix.testing.check_kernel` tests what a kernel declares against the definition of its op.
+`seqmix.testing.check_kernel` tests a kernel against its declaration and the definition of its op.
 """
 
 from collections.abc import Callable, Mapping
@@ -30,36 +30,36 @@ from ...registry import SeqmixError, nearest
 from .paradigm import Paradigm
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-"""The dtypes that references compute in."""
+"""Dtypes that the reference kernels support."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """What a kernel may be asked to run: all that is known of its calls when a model is built."""
+    """Properties of the calls that a kernel must run, as far as they are known when a model is built."""
 
     device: torch.device
     dtype: torch.dtype
-    """Of queries, keys and values."""
+    """Dtype of queries, keys and values."""
     key_width: int
     value_width: int
     log_decay: str | None = None
-    """The dimensions of the log-decays, as the op's signature names them ("B T H"); None where there are none."""
+    """Dimensions of the log-decays, as in the op's signature ("B T H"); None for calls without decays."""
     window: bool = False
-    """Whether queries see a limited number of keys."""
+    """True if each query sees a limited number of keys."""
     packed: bool = False
-    """Whether documents are packed (`cu_seqlens`)."""
+    """True if documents are packed (`cu_seqlens`)."""
     initial_state: bool = False
     final_state: bool = False
-    """Whether the state after the last token is wanted."""
+    """True if the state after the last token is wanted."""
     needs_grad: bool = False
     wide_output: bool = False
-    """Whether the output of 16-bit inputs is to be float32."""
+    """True if the output of 16-bit inputs must be float32."""
     scores: tuple[str, ...] = ()
-    """What changes scores beside their scale, decay and window, by the names of the op's arguments."""
+    """Names of the op's arguments that change scores, other than scale, decay and window."""
 
 
 class Key(NamedTuple):
-    """The name of a kernel."""
+    """Name of a kernel, printed as op/paradigm/backend."""
 
     op: str
     paradigm: Paradigm
@@ -69,59 +69,63 @@ class Key(NamedTuple):
         return "/".join(self)
 
 
-def takes_everything(probe: Probe) -> list[str]:  # noqa: ARG001
-    """The limits of a kernel without any."""
+def no_limits(probe: Probe) -> list[str]:  # noqa: ARG001
+    """Return the limits of a kernel that runs every call: none."""
     return []
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Kernel:
-    """One way to compute an op."""
+    """Declaration of one function that computes an op."""
 
     op: str
-    """The family: "decay", "softmax"."""
+    """Name of the op: "decay", "softmax"."""
     paradigm: Paradigm
     backend: str
-    """The kernel backend: "reference" and "sdpa" are plain torch, "triton" is this library's."""
+    """Kernel backend: "reference" and "sdpa" are plain torch, "triton" is this library's."""
     function: Callable[..., Any]
-    """Takes one value that describes the call (`Recurrence`, `Attention`) and returns (output, final state or None);
-    raises a SeqmixError for what it cannot compute."""
+    """Computes the op from one value that describes the call (`Recurrence`, `Attention`). Returns (output, final state
+    or None); raises a SeqmixError for a call that it does not support."""
     tolerances: Mapping[torch.dtype, float]
-    """The supported dtypes. Every element of outputs, final states and gradients is within this of the definition in
-    float64 on the same numbers, relative to the sum of the absolute values of the terms that the element adds up, and
-    the mean of that over its head. What is smaller than the dtype's smallest normal number may be lost."""
-    limits: Callable[[Probe], list[str]] = takes_everything
-    """The reasons, apart from the dtype, why it cannot run a call: device, widths, features. Empty if it can."""
+    """Largest error of every element of outputs, final states and gradients, by supported dtype.
+
+    The error is measured against the definition in float64 on the same numbers, relative to the sum of the absolute
+    values of the terms that the element adds up, plus the mean of these sums over the element's head. Values below the
+    dtype's smallest normal number may be lost."""
+    limits: Callable[[Probe], list[str]] = no_limits
+    """Returns the reasons, apart from the dtype, why the kernel cannot run a call: device, widths, features. Empty if
+    it can."""
     reference: bool = False
-    """Whether it is the fallback: it runs wherever torch does and takes everything. An op has one per paradigm."""
+    """True for the fallback, which runs on every device and supports every call. An op has one per paradigm."""
     differences: bool = False
-    """Whether it forms gradients of given log-decays as differences of sums: what is added and taken away again counts
-    among the terms. Where decays are strong, that is all that is left."""
+    """True if the gradient of a log-decay per token is computed as a difference of sums. The terms that cancel then
+    count among the terms of the tolerance; where decays are strong, the difference is rounding error only."""
     higher_order: bool = False
-    """Whether it calls a higher-order op of torch, one that takes functions: a dispatch mode cannot intercept it."""
+    """True if the kernel calls a higher-order op of torch (an op that takes functions), which a dispatch mode cannot
+    intercept."""
 
     @property
     def key(self) -> Key:
-        """Its name."""
+        """Name of the kernel."""
         return Key(self.op, self.paradigm, self.backend)
 
     def unsupported(self, probe: Probe) -> list[str]:
-        """The reasons why it cannot run a call; empty if it can."""
+        """Return the reasons why the kernel cannot run a call; empty if it can."""
         if probe.dtype in self.tolerances:
             return self.limits(probe)
-        given, *taken = (str(dtype).removeprefix("torch.") for dtype in (probe.dtype, *self.tolerances))
-        return [f"{self.key} takes {', '.join(taken)}, not {given}", *self.limits(probe)]
+        dtype, *supported = (str(dtype).removeprefix("torch.") for dtype in (probe.dtype, *self.tolerances))
+        return [f"{self.key} supports {', '.join(supported)}, got {dtype}", *self.limits(probe)]
 
     def require(self, probe: Probe) -> None:
-        """Raise a SeqmixError with the reasons if it cannot run a call."""
+        """Raise a SeqmixError with the reasons if the kernel cannot run a call."""
         if reasons := self.unsupported(probe):
             raise SeqmixError("; ".join(reasons))
 
 
 OPS = (__package__ or "").rpartition(".")[0]
-"""The package of all ops."""
+"""Name of the package that contains all ops."""
 KERNELS: dict[Key, Kernel] = {}
-"""All that were declared: those of an op once its module is imported."""
+"""All declared kernels; importing the module of an op declares its kernels."""
 
 ON_DEMAND: Mapping[str, Mapping[str, str]] = {
     "triton": {"decay": "triton.decay.op", "delta": "triton.delta.op"},
@@ -130,11 +134,11 @@ ON_DEMAND: Mapping[str, Mapping[str, str]] = {
     "flex": {"softmax": "flex"},
     "xformers": {"softmax": "xformers"},
 }
-"""By backend and op, the module of `ops.kernels` that declares its kernels; imported when one of them is looked up."""
+"""Modules of `ops.kernels` that declare kernels, by backend and op; imported when one of their kernels is looked up."""
 
 
 def import_kernels(backend: str) -> None:
-    """Import the modules that declare the kernels of a backend; nothing if the ops declare them themselves."""
+    """Import the modules that declare the kernels of a backend; no effect if the ops themselves declare them."""
     for module in ON_DEMAND.get(backend, {}).values():
         import_module(f"{OPS}.kernels.{module}")
 
@@ -143,17 +147,17 @@ def declare(kernel: Kernel) -> Kernel:
     """Register a kernel.
 
     Raises:
-        SeqmixError: its op, paradigm and backend have one already.
+        SeqmixError: if a kernel with the same op, paradigm and backend is already declared.
     """
     if kernel.key in KERNELS:
         known = KERNELS[kernel.key].function
-        raise SeqmixError(f"there is a kernel {kernel.key} already: {known.__module__}.{known.__qualname__}")
+        raise SeqmixError(f"kernel {kernel.key} is already declared: {known.__module__}.{known.__qualname__}")
     KERNELS[kernel.key] = kernel
     return kernel
 
 
 def all_kernels() -> dict[str, Kernel]:
-    """Every kernel by its name, including those imported on demand."""
+    """Return every kernel by name, including those that are imported on demand."""
     for file in sorted(Path(__file__).parents[1].glob("*/api.py")):
         import_module(f"{OPS}.{file.parent.name}.api")
     for backend in ON_DEMAND:
@@ -166,7 +170,7 @@ def declare_references(
     functions: Mapping[Paradigm, tuple[Callable[..., Any], Mapping[torch.dtype, float]]],
     backend: str = "reference",
 ) -> None:
-    """Declare the kernels that run wherever torch does: the function and tolerances of each paradigm."""
+    """Declare the reference kernels of an op, from the function and tolerances of each paradigm."""
     for paradigm, (function, tolerances) in functions.items():
         declare(
             Kernel(op=op, paradigm=paradigm, backend=backend, function=function, tolerances=tolerances, reference=True)
@@ -174,30 +178,34 @@ def declare_references(
 
 
 def find(op: str, paradigm: Paradigm, backend: str) -> Kernel:
-    """A declared kernel; a SeqmixError names the nearest match if there is none."""
+    """Return a declared kernel.
+
+    Raises:
+        SeqmixError: if it is not declared; the message names the nearest match.
+    """
     key = Key(op, paradigm, backend)
     if key not in KERNELS:
         import_kernels(backend)
     if key not in KERNELS:
         known = [str(other) for other in KERNELS]
-        raise SeqmixError(f"there is no kernel {key}{nearest(str(key), known)}")
+        raise SeqmixError(f"unknown kernel {key}{nearest(str(key), known)}")
     return KERNELS[key]
 
 
 def reference(op: str, paradigm: Paradigm) -> Kernel:
-    """The kernel of a paradigm that runs everywhere; the op's module must have been imported.
+    """Return the reference kernel of a paradigm; the module of the op must have been imported.
 
     Raises:
-        SeqmixError: none was declared.
+        SeqmixError: if no reference is declared.
     """
     for kernel in KERNELS.values():
         if kernel.reference and (kernel.op, kernel.paradigm) == (op, paradigm):
             return kernel
-    raise SeqmixError(f"no kernel of {op}/{paradigm} was declared as the reference")
+    raise SeqmixError(f"no reference kernel is declared for {op}/{paradigm}: import the module of the op first")
 
 
 def chosen(op: str, paradigm: Paradigm, backend: str) -> Kernel:
-    """The kernel of a backend; the reference if it has none of this paradigm, or is an unresolved `auto`."""
+    """Return the kernel of a backend, or the reference if the backend is `auto` or lacks this paradigm."""
     key = Key(op, paradigm, backend)
     if key not in KERNELS and not torch.compiler.is_compiling():
         import_kernels(backend)
@@ -206,6 +214,6 @@ def chosen(op: str, paradigm: Paradigm, backend: str) -> Kernel:
 
 @cache
 def installed(library: str) -> bool:
-    """Whether a library is installed, without importing it."""
-    # an uninstalled package may leave a folder, which is not a package
+    """True if a library is installed; does not import it."""
+    # uninstalling may leave an empty folder behind: Python finds it, but without an origin
     return getattr(find_spec(library), "origin", None) is not None

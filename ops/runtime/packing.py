@@ -1,7 +1,8 @@
-"""Packed documents: several sequences in one row of tokens, without padding, as flash-attn's `cu_seqlens` has them.
+"""Packed documents: several sequences in one row of tokens, without padding, as in flash-attn's `cu_seqlens`.
 
-Notation: T tokens of a row, N documents; document n has the tokens cu_seqlens[n] to cu_seqlens[n+1] - 1, possibly none.
-A dense batch is one stretch of all rows; packed documents are one stretch each.
+Notation: T tokens in a row, N documents. Document n has the tokens cu_seqlens[n] to cu_seqlens[n+1] - 1 and may be
+empty. A stretch is a range of tokens that an op processes as one sequence: a dense batch is one stretch with all rows,
+a packed row is one stretch per document.
 """
 
 from collections.abc import Sequence
@@ -15,28 +16,28 @@ from ...registry import SeqmixError
 
 
 class Documents(NamedTuple):
-    """The documents of one packed row, and what is derived of their boundaries once for all that asks."""
+    """Documents of one packed row: their boundaries, and values derived from them once for all layers."""
 
     cu_seqlens: Int[Tensor, "N+1"]
-    """The boundaries, from 0 to the tokens of the row (of all processes that share it)."""
+    """Boundaries, from 0 to the number of tokens of the row (over all processes that share it)."""
     of_token: Int[Tensor, " T"]
-    """The document of each token of this process's segment."""
+    """Document index of each token of this process's segment."""
     boundaries: tuple[int, ...] | None
-    """The same as cu_seqlens as numbers; None where reading them would wait for a device or stop a compiler."""
+    """Values of cu_seqlens; None where reading them would wait for a device or break a compiled graph."""
 
     @classmethod
     def of(cls, cu_seqlens: Tensor | None, length: int, start: int = 0, total: int | None = None) -> "Documents | None":
-        """Those of given boundaries; None of None.
+        """Build the documents from their boundaries; returns None if `cu_seqlens` is None.
 
         Args:
-            cu_seqlens: the boundaries.
+            cu_seqlens: boundaries of the documents of the whole row.
             length: tokens of the segment.
-            start: tokens of the row before it.
-            total: tokens of the row; those of the segment when None.
+            start: tokens of the row before the segment.
+            total: tokens of the row; None means that the segment is the whole row.
 
         Raises:
-            SeqmixError: the boundaries do not rise from 0 to the tokens of the row; on a CPU and in eager mode.
-            RuntimeError: likewise elsewhere, when the device gets there.
+            SeqmixError: if the boundaries do not rise from 0 to the number of tokens (on a CPU, in eager mode).
+            RuntimeError: the same elsewhere, once the device has computed the condition.
         """
         if cu_seqlens is None:
             return None
@@ -46,24 +47,25 @@ class Documents(NamedTuple):
         else:
             rises = (cu_seqlens.diff() >= 0).all() & (cu_seqlens[0] == 0)
             rises = rises & (cu_seqlens[-1] == (length if total is None else total))
-            require_async(rises, "cu_seqlens must rise from 0 to the number of tokens given")
+            require_async(rises, "cu_seqlens must rise from 0 to the number of tokens")
         return cls(cu_seqlens, document_of_token(cu_seqlens, length, start), boundaries)
 
     def repeated(self, n: int) -> "Documents":
-        """Those of a row in which each token is n tokens."""
+        """Return the documents of a row in which each token is repeated n times."""
         boundaries = None if self.boundaries is None else tuple(n * boundary for boundary in self.boundaries)
         return Documents(n * self.cu_seqlens, self.of_token.repeat_interleave(n), boundaries)
 
     @property
     def number(self) -> int:
-        """Documents, empty ones included."""
+        """Number of documents, including empty ones."""
         return self.cu_seqlens.shape[0] - 1
 
 
 class Stretch(NamedTuple):
-    """Tokens start to stop - 1 of all rows of the input, and the rows of the state that belong to them."""
+    """Range of tokens that is processed as one sequence: start to stop - 1, in all rows of the input."""
 
     rows: slice
+    """Rows of the state that belong to these tokens."""
     start: int
     stop: int
 
@@ -71,52 +73,60 @@ class Stretch(NamedTuple):
 def stretches(
     batch_size: int, length: int, cu_seqlens: Tensor | None, boundaries: Sequence[int] | None = None
 ) -> list[Stretch]:
-    """The stretches of an input, in order; may read the boundaries from the device, so call it inside an op only.
+    """Return the stretches of an input, in order.
+
+    Call this only inside an op: unless `boundaries` is passed, it reads cu_seqlens from the device.
 
     Raises:
-        SeqmixError: the boundaries do not start at 0, end at `length`, or decrease.
+        SeqmixError: if the boundaries do not start at 0, do not end at `length`, or decrease.
     """
     if cu_seqlens is None:
         return [Stretch(slice(0, batch_size), 0, length)]
-    found = read_boundaries(cu_seqlens, length) if boundaries is None else boundaries
-    return [Stretch(slice(n, n + 1), found[n], found[n + 1]) for n in range(len(found) - 1)]
+    if boundaries is None:
+        boundaries = read_boundaries(cu_seqlens, length)
+    return [Stretch(slice(n, n + 1), boundaries[n], boundaries[n + 1]) for n in range(len(boundaries) - 1)]
 
 
 def read_boundaries(cu_seqlens: Tensor, length: int) -> list[int]:
-    """The documents' boundaries as numbers; waits for the device.
+    """Return the values of cu_seqlens; waits for the device.
 
     Raises:
-        SeqmixError: they do not start at 0, end at `length`, or decrease.
+        SeqmixError: if they do not start at 0, do not end at `length`, or decrease.
     """
     boundaries: list[int] = cu_seqlens.tolist()
     if len(boundaries) < 2 or boundaries[0] != 0 or boundaries[-1] != length or sorted(boundaries) != boundaries:
-        raise SeqmixError(f"cu_seqlens must rise from 0 to the {length} tokens given, and is {boundaries[:8]}")
+        raise SeqmixError(f"cu_seqlens must rise from 0 to the {length} tokens, got {boundaries[:8]}")
     return boundaries
 
 
 def require_async(condition: Tensor, sentence: str) -> None:
-    """Refuse what only tensors know, without waiting for the device: it raises when it gets there.
+    """Raise a RuntimeError if a tensor is False, without waiting for the device: it raises when it gets there.
 
-    The sentence names no sizes: a size in a string would make a compiler recompile for every one.
+    The message `sentence` must not contain sizes: compiled code would be recompiled for every size.
     """
     torch.ops.aten._assert_async.msg(condition, sentence)
 
 
 def document_of_token(cu_seqlens: Int[Tensor, "N+1"], length: int, start: int = 0) -> Int[Tensor, " T"]:
-    """The index of the document that each of `length` packed tokens belongs to, from token `start` of the row on."""
+    """Return the document index of each of `length` packed tokens, starting at token `start` of the row."""
     tokens = torch.arange(start, start + length, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
-    # right=True steps over empty documents: the first boundary after the token closes its document
+    # right=True skips empty documents: the first boundary after a token ends its document
     return torch.searchsorted(cu_seqlens[1:].contiguous(), tokens, right=True)
 
 
 def token_positions(
     length: int, offset: Int[Tensor, " N"] | None, documents: Documents | None, device: torch.device, start: int = 0
 ) -> Int[Tensor, "B T"]:
-    """Positions of a segment's tokens: [1 T] if all rows share them, [B T] if each row starts at its own offset.
+    """Return the positions of a segment's tokens: [1 T] if all rows share them, [B T] if rows have their own offsets.
 
-    A position is the number of tokens that a sequence (or a packed document) holds before the token. `offset` is the
-    tokens read before the segment, by row or document (None: none), `start` those of the row before it, where the
-    segment is one process's part of it.
+    A position is the number of tokens before the token in its sequence (or packed document).
+
+    Args:
+        length: tokens of the segment.
+        offset: tokens processed before, per row or document; None means 0.
+        documents: documents of the packed row, or None.
+        device: device of the result.
+        start: tokens of the row before this segment, if several processes share the row.
     """
     tokens = torch.arange(start, start + length, device=device)
     if documents is None:
@@ -128,7 +138,10 @@ def token_positions(
 def advance(
     offset: Int[Tensor, " N"] | None, batch_size: int, length: int, documents: Documents | None, device: torch.device
 ) -> Int[Tensor, " N"]:
-    """Tokens read after a segment of `length` tokens (of all processes), by row (by document if packed)."""
+    """Return the number of tokens processed after a segment, per row (per document if packed).
+
+    `offset` is the number before the segment (None means 0), `length` the tokens of the segment over all processes.
+    """
     read = length if documents is None else documents.cu_seqlens.diff().to(torch.int64)
     if offset is not None:
         return offset + read

@@ -6,7 +6,7 @@ from ...registry import SeqmixError, nearest
 
 
 class Paradigm(StrEnum):
-    """How a sequence map is computed, never what it computes."""
+    """Method of computing a sequence map; all methods give the same result."""
 
     PARALLEL = "parallel"
     """All tokens at once; quadratic in the segment's length."""
@@ -17,10 +17,8 @@ class Paradigm(StrEnum):
 
     @classmethod
     def named(cls, name: "Paradigm | str") -> "Paradigm":
-        """The paradigm of a name; a SeqmixError for an unknown one."""
+        """Return the paradigm with this name; raise a SeqmixError if it is unknown."""
         try:
             return cls(name)
         except ValueError:
-            raise SeqmixError(
-                f"there is no paradigm {name!r}; paradigms: {', '.join(cls)}{nearest(name, cls)}"
-            ) from None
+            raise SeqmixError(f"unknown paradigm {name!r}{nearest(name, cls)} (paradigms: {', '.join(cls)})") from None

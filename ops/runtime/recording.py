@@ -1,4 +1,4 @@
-"""Calls of ops recorded during a forward pass, for whoever looks inside a mixer: its heads, decays and weights."""
+"""Recording of op calls during a forward pass, to inspect the heads, decays and weights of a mixer."""
 
 import threading
 from collections.abc import Iterator
@@ -10,16 +10,16 @@ from torch import Tensor
 
 
 class Recorded(NamedTuple):
-    """One call of an op whose output is linear in the values: o_n = sum_m w_nm v_m, per head."""
+    """One recorded call of an op whose output is linear in the values: o_n = sum_m w_nm v_m, per head."""
 
     op: str
-    """`softmax`, or the family of a recurrence."""
+    """Name of the op: `softmax`, or the family of a recurrence."""
     v: Tensor
-    """[B T*n G V]: n steps per token; G heads, each of which H / G heads of the output read."""
+    """Values [B T*n G V], with n steps per token; H / G heads of the output read each of the G heads."""
     log_decay: Tensor | None
     """Natural logarithm of the decay, or of the forget gate, <= 0: [H], [B T*n H], [B T*n H K], or None."""
     output: Tensor
-    """[B T*n H V]."""
+    """Output [B T*n H V]."""
 
 
 class _Records(threading.local):
@@ -31,21 +31,21 @@ _records = _Records()
 
 @contextmanager
 def recorded() -> Iterator[list[Recorded]]:
-    """A list that gets the calls of ops in this thread while the context is open.
+    """Record the op calls of this thread while the context is open, in the list that it yields.
 
-    In eager mode only; calls of a context-parallel group are not recorded.
+    Records in eager mode only, and no calls of a context-parallel group.
     """
     before = _records.open
-    found = list[Recorded]()
-    _records.open = (*before, found)
+    calls = list[Recorded]()
+    _records.open = (*before, calls)
     try:
-        yield found
+        yield calls
     finally:
         _records.open = before
 
 
 def record(op: str, v: Tensor, log_decay: Tensor | None, output: Tensor) -> None:
-    """Add a call to the open lists."""
-    if not torch.compiler.is_compiling():  # a compiler would make a constant of them
-        for found in _records.open:
-            found.append(Recorded(op, v, log_decay, output))
+    """Append a call to the lists of all open `recorded` contexts of this thread."""
+    if not torch.compiler.is_compiling():  # a compiler would treat the lists as constants
+        for calls in _records.open:
+            calls.append(Recorded(op, v, log_decay, output))

@@ -12,13 +12,13 @@ from hypothesis import settings
 from seqmix import SeqmixError
 from seqmix.convert import ARCHITECTURES, import_from
 from seqmix.convert.rwkv import RWKV7
-from seqmix.convert.theirs import Rotation, Theirs, typed
+from seqmix.convert.theirs import Rotation, Theirs, validate_types
 from seqmix.models import build_meta
 
 SAMPLE = 60
 """Cases of an architecture in every run; all, more than 6,000, with --hypothesis-profile nightly."""
 COMPUTED = {"scaling", "positions", "networks", "embedding_scale", "embedding_norm"}
-"""Fields of tables that are none of config.json: `unfolded` makes them of others."""
+"""Fields of tables that are none of config.json: `expand_fields` makes them of others."""
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -74,8 +74,8 @@ def test_the_command_names_file_key_and_value(key, refused, tmp_path):
 
 
 def test_a_field_that_is_null_is_missing():
-    assert typed({"hidden_size": None, "attn": None, "other": 1}, "here") == {"other": 1}
-    assert typed({"factor": 2.0, "beta": "x"}, "here", Rotation) == {"factor": 2.0, "beta": "x"}
+    assert validate_types({"hidden_size": None, "attn": None, "other": 1}, "here") == {"other": 1}
+    assert validate_types({"factor": 2.0, "beta": "x"}, "here", Rotation) == {"factor": 2.0, "beta": "x"}
     fields = whole("rwkv7")
     assert RWKV7().config(fields | {"hidden_ratio": None}, "here") == RWKV7().config(fields, "here")
 

@@ -83,6 +83,7 @@ def test_the_sizes_are_those_of_the_presets():
 # ---- from a study to the page
 
 
+@pytest.mark.slow
 def test_a_claim_is_measured_and_kept(tmp_path, monkeypatch, page):
     monkeypatch.chdir(tmp_path)
     Path("text.txt").write_text("a text to be read, and more of it. " * 60)

@@ -16,7 +16,7 @@ import transformers
 
 from seqmix import Sampling
 from seqmix.hf import SeqmixCache, SeqmixForCausalLM
-from seqmix.hf.cache import NAME
+from seqmix.hf.cache import CACHE_NAME
 from seqmix.models import generate_tokens
 from seqmix.training.presets import single_kind_presets
 
@@ -42,8 +42,8 @@ def stepwise(model, tokens, mask, first):
     """Logits with a cache: `first` tokens, and then one by one."""
     logits, cache = [], None
     for start, stop in [(0, first), *((at, at + 1) for at in range(first, tokens.shape[1]))]:
-        output = model(tokens[:, start:stop], attention_mask=mask[:, :stop], **{NAME: cache}, use_cache=True)
-        cache = output[NAME]
+        output = model(tokens[:, start:stop], attention_mask=mask[:, :stop], **{CACHE_NAME: cache}, use_cache=True)
+        cache = output[CACHE_NAME]
         logits.append(output.logits)
     return torch.cat(logits, dim=1)
 
@@ -109,11 +109,11 @@ def test_a_cache_continues_a_text_twice(preset):
     options = {"do_sample": False, "return_dict_in_generate": True}
     first = wrapped.generate(tokens, attention_mask=mask, max_new_tokens=4, **options)
     mask = torch.cat((mask, torch.ones(3, 4, dtype=mask.dtype)), dim=1)
-    cache = getattr(first, NAME)
+    cache = getattr(first, CACHE_NAME)
     assert cache.get_seq_length() == tokens.shape[1] + 3
     for given in (copy.deepcopy(cache), cache):
         more = {"attention_mask": mask, "max_new_tokens": 70, "do_sample": False}
-        found = wrapped.generate(first.sequences, **{NAME: given}, **more)
+        found = wrapped.generate(first.sequences, **{CACHE_NAME: given}, **more)
         assert torch.equal(found, wrapped.generate(first.sequences, **more))
 
 
@@ -136,7 +136,7 @@ def test_text_is_streamed_as_ours():
 def test_the_two_names_of_the_cache_and_logits_to_keep():
     wrapped, (prompts, _, _) = SeqmixForCausalLM.wrap(tiny("retnet-tiny")), ragged()
     whole = wrapped(prompts[1][None], use_cache=False)
-    assert whole[NAME] is None if NAME in whole else True
+    assert whole[CACHE_NAME] is None if CACHE_NAME in whole else True
     for name in ("cache", "past_key_values"):
         cache = SeqmixCache(len(wrapped.model.blocks))
         wrapped(prompts[1][None, :4], **{name: cache})
@@ -158,18 +158,21 @@ def generating(**arguments):
 
 
 def cropped(model):
-    model(torch.zeros(2, 3, dtype=torch.int64))[NAME].crop(1)
+    model(torch.zeros(2, 3, dtype=torch.int64))[CACHE_NAME].crop(1)
 
 
 REFUSED = {
     "assisted decoding": (generating(prompt_lookup_num_tokens=2), "not supported with stateful models"),
     "another cache of generate": (generating(cache_implementation="static"), "has its own cache"),
     "continuous batching": (lambda model: model.generate_batch([[1, 2]]), "has states"),
-    "another cache": (call(past_key_values=transformers.DynamicCache()), "is a SeqmixCache, and a DynamicCache"),
+    "another cache": (
+        call(past_key_values=transformers.DynamicCache()),
+        "expected a SeqmixCache .* got a DynamicCache",
+    ),
     "two caches": (call(past_key_values=SeqmixCache(4), cache=SeqmixCache(4)), "two names of one argument"),
     "crop": (cropped, "cannot take tokens back"),
     "a mask of four dimensions": (call(attention_mask=torch.ones(2, 1, 3, 3)), "one entry per token"),
-    "a short mask": (call(attention_mask=torch.ones(2, 2)), r"its shape is \[2, 2\]"),
+    "a short mask": (call(attention_mask=torch.ones(2, 2)), r"got shape \[2, 2\]"),
     "hidden states": (call(output_hidden_states=True), "use forward hooks"),
     "embeddings and tokens": (call(inputs_embeds=torch.zeros(2, 3, 64)), "not both"),
     "packed rows": (call(position_ids=torch.tensor([[0, 1, 0]] * 2), use_cache=False), "one row"),

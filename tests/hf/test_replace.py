@@ -18,7 +18,7 @@ if find_spec("transformers") is None:
 import transformers
 
 from seqmix.hf import replace_mixers
-from seqmix.hf.cache import NAME
+from seqmix.hf.cache import CACHE_NAME
 
 D_MODEL, H, G, K = 32, 4, 2, 8
 FIELDS = {
@@ -168,12 +168,12 @@ def test_what_cannot_be_replaced_is_refused(case):
 
 def test_what_states_cannot_do_is_refused():
     model, tokens = decoder("llama"), torch.zeros(1, 3, dtype=torch.int64)
-    before = model(tokens)[NAME]
+    before = model(tokens)[CACHE_NAME]
     replace_mixers(model, GLAConfig(**GLA))
     for call, sentence in [
-        (lambda: model(tokens, **{NAME: before}), "from before the mixers were replaced"),
+        (lambda: model(tokens, **{CACHE_NAME: before}), "from before the mixers were replaced"),
         (lambda: model.generate(tokens, prompt_lookup_num_tokens=2), "not supported with stateful models"),
-        (lambda: model(tokens)[NAME].crop(1), "cannot take tokens back"),
+        (lambda: model(tokens)[CACHE_NAME].crop(1), "cannot take tokens back"),
         (lambda: model(tokens, attention_mask=torch.ones(1, 1, 3, 3)), "one entry per token"),
     ]:
         with pytest.raises(ValueError, match=sentence):

@@ -39,7 +39,7 @@ def test_a_step_is_one_token(mixer):
     [
         (2, torch.tensor([0, 4]), "2"),
         (1, torch.tensor([[0, 4]]), r"\[1, 2\]"),
-        (1, torch.tensor([0.0, 4.0]), r"\[2\] torch.float32"),
+        (1, torch.tensor([0.0, 4.0]), r"\[2\], torch.float32"),
         (1, torch.tensor([0, 3]), "cu_seqlens.* 0 .*4 tokens"),
     ],
     ids=str,
@@ -71,9 +71,9 @@ def traits(**changes):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"paradigms": [Paradigm.PARALLEL]}, r"frozenset .*Paradigm.PARALLEL.* \["),
-        ({"paradigms": frozenset()}, "frozenset .*Paradigm.PARALLEL"),
-        ({"paradigms": frozenset({"paralel"})}, "Paradigm.PARALLEL.*'paralel'"),
+        ({"paradigms": [Paradigm.PARALLEL]}, r"frozenset, got \[.*Paradigm.PARALLEL"),
+        ({"paradigms": frozenset()}, "frozenset, .*Paradigm.PARALLEL"),
+        ({"paradigms": frozenset({"paralel"})}, "'paralel'.*Paradigm.PARALLEL"),
         ({"state": "grows"}, "'constant', 'growing' or 'none'.*'grows'.*\"growing\""),
         ({"packing": None}, "None"),
         ({"shift_invariant": 1}, "1"),

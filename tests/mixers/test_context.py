@@ -70,6 +70,7 @@ def ranks():
         pool.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "fields"), MIXERS_OF_ALL_OPS, ids=IDS)
 def test_a_sequence_over_several_ranks_is_that_of_one(ranks, kind, fields):
     config = MIXERS.resolve(kind)(**fields)
@@ -107,6 +108,7 @@ def test_wrong_document_boundaries_are_refused(ranks):
         ranks("mixer_as_one", "retention", {"n_heads": 2}, [case], whole=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["hybrid-tiny", "mamba2-tiny", "rwkv7-tiny"])
 def test_a_model_over_several_ranks_is_the_model_of_one(ranks, preset):
     ranks("model_as_one", preset)
@@ -125,6 +127,7 @@ def test_communication_for_a_constant_state_does_not_grow_with_the_sequence(rank
     assert attends or len(set(short)) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["retention", "delta_net", "attention"])
 def test_a_mixer_under_context_parallelism_is_one_graph(ranks, kind):
     ranks("compiled", kind, dict(MIXERS_OF_ALL_OPS)[kind])

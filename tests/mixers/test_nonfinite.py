@@ -42,6 +42,7 @@ def from_nothing(mixer):
     return next(p for p in (Paradigm.RECURRENT, Paradigm.CHUNKWISE, Paradigm.PARALLEL) if p in mixer.traits.paradigms)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "paradigm"), CASES, ids=str)
 @pytest.mark.parametrize("continued", [False, True], ids=["from nothing", "from states"])
 def test_what_is_not_finite_stays_in_its_document(kind, paradigm, continued):

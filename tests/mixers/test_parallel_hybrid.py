@@ -40,7 +40,7 @@ def test_it_declares_what_all_declare():
     [
         ({"mixers": [RETENTION]}, "at least 2"),
         ({"mixers": [RETENTION, HYENA]}, "no paradigm 'chunkwise'; it declares parallel, recurrent"),
-        ({"mixers": [RETENTION, ATTENTION], "scales": [1.0]}, "a factor for each of 2 mixers, and has 1"),
+        ({"mixers": [RETENTION, ATTENTION], "scales": [1.0]}, "2 factors, one per mixer, got 1"),
         ({"mixers": [RETENTION, {"kind": "retentoin"}]}, "did you mean"),
     ],
     ids=str,

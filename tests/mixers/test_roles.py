@@ -147,6 +147,7 @@ def sets_reach(mixer):
     return mixer.traits.state == "constant" and (own or any(hasattr(part, "set_reach") for part in mixer.children()))
 
 
+@pytest.mark.slow
 @mixers_with(has_projections)
 def test_projections_have_their_roles(config):
     require_property(projections_have_their_roles, config, ROLES, has_projections, examples=4)

@@ -116,6 +116,7 @@ def splits(mixer):
     return mixer.supports_context_parallel
 
 
+@pytest.mark.slow
 @mixers_with(splits)
 def test_segments_of_ranks_are_the_whole(config):
     require_property(segments_of_ranks_are_the_whole, config, DRAW, splits, examples=4)

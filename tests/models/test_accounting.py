@@ -95,6 +95,7 @@ def saved_bytes(block, length, d_model, dtype) -> int:
     return sum(storage.nbytes() for storage in storages.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "dropout"), [(torch.float32, 0.1), (torch.float64, 0.0), (torch.bfloat16, 0.1)])
 @pytest.mark.parametrize("mixer", MIXERS.kinds())
 def test_activations_are_what_autograd_saves(config_of, mixer, dtype, dropout):

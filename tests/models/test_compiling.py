@@ -65,6 +65,7 @@ def test_nine_kinds_in_one_process_make_three_graphs_each(model_of):
     assert not counters["graph_break"]
 
 
+@pytest.mark.slow
 def test_models_do_not_count_against_each_other(model_of):
     first, second = model_of("retention"), model_of("retention")
     for model in (first, second):

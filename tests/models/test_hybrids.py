@@ -34,6 +34,7 @@ def block(kind):
     return {"mixer": mixer, "ffn": {"kind": "mlp", "expansion": 2.0}, "norm": {"kind": "rmsnorm"}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pair", PAIRS, ids="+".join)
 def test_two_mixers_train_resume_and_decode(pair, text, tmp_path):
     blocks = json.dumps({f"block{i}": block(kind) for i, kind in enumerate(pair)})

@@ -141,6 +141,7 @@ def test_a_stop_string_is_part_of_the_cache(model_of):
     assert cache.lengths.tolist() == [3 + whole.index(stop) + 1]
 
 
+@pytest.mark.slow
 def test_a_long_text_keeps_no_token_but_the_last(model_of, monkeypatch):
     model = model_of("retention")
     whole, gathered, alive = [], [], []

@@ -46,6 +46,7 @@ def test_a_shared_block_counts_once(config_of):
     assert apart.state_bytes == cost.state_bytes
 
 
+@pytest.mark.slow
 def test_a_shared_block_is_compiled_once(config_of):
     model = build_model(hybrid(config_of, shared=True))
     tokens = torch.randint(0, 257, (2, 9))

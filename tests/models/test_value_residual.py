@@ -93,6 +93,7 @@ def test_documents_have_first_values_of_their_own():
     exactly(packed, torch.cat((by_hand(model, x[:, :4]), by_hand(model, x[:, 4:])), dim=1))
 
 
+@pytest.mark.slow
 def test_compiled_blocks_pass_them_on():
     model, x = model_of("rwkv", "rwkv", "rwkv"), tokens()
     expected = by_hand(model, x)

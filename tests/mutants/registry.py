@@ -53,7 +53,12 @@ def mutant(*, check: str, after: str) -> Callable[[type], type]:
             MIXER_MUTANTS.append(Mutant(cls.__name__, wrong, after, check, cls.config_class()))
             return cls
         base = cls if issubclass(cls, MixerConfig) else CachedConfig if issubclass(cls, Cached) else SpecimenConfig
-        config = create_model(cls.__name__, __base__=base, kind=(Literal[cls.__name__], cls.__name__))
+        config = create_model(
+            cls.__name__,
+            __base__=base,
+            __cls_kwargs__={"use_attribute_docstrings": False},  # to look for them takes a tenth of a second per class
+            kind=(Literal[cls.__name__], cls.__name__),
+        )
         if issubclass(cls, SequenceMixer):
             config.layer = cls
         MIXER_MUTANTS.append(Mutant(cls.__name__, wrong, after, check, config()))

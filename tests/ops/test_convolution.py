@@ -133,6 +133,7 @@ LONG = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("convolution", [short_convolution, *LONG])
 def test_it_compiles_once(packed, convolution, counter):

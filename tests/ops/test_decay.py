@@ -37,11 +37,12 @@ def relative_error(actual, expected):
     return ((actual.double() - expected).norm() / expected.norm()).item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("elements", [1, 400])
 @pytest.mark.parametrize("op", ["decay", "delta", "dplr"])
 def test_tokens_one_by_one_and_several_at_once_are_the_definition(op, elements):
     checks = ["outputs_are_the_definitions", "gradients_are_the_definitions"]
-    with mock.patch.object(recurrent, "CACHED", elements):
+    with mock.patch.object(recurrent, "CACHED_ELEMENTS", elements):
         assert check_kernel(reference(op, Paradigm.RECURRENT), checks=checks, examples=20).passed
 
 
@@ -62,22 +63,25 @@ def test_the_gradient_of_a_reset_is_zero_where_products_overflow():
     assert log_decay.grad[0, :3, 0].tolist() == [0.0, 0.0, 0.0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("elements", [1, 100, 400])
 def test_chunks_one_by_one_and_in_groups_are_the_definition(elements):
     checks = ["outputs_are_the_definitions", "gradients_are_the_definitions"]
-    with mock.patch.object(chunks, "ELEMENTS", elements):
+    with mock.patch.object(chunks, "CACHED_ELEMENTS", elements):
         report = check_kernel(reference("decay", Paradigm.CHUNKWISE), checks=checks, examples=60)
     assert report.passed, report
 
 
-@pytest.mark.parametrize(("elements", "least", "most"), [(chunks.ELEMENTS, 9000, 13_000), (chunks.UNCACHED, 0, 500)])
+@pytest.mark.parametrize(
+    ("elements", "least", "most"), [(chunks.CACHED_ELEMENTS, 9000, 13_000), (chunks.UNCACHED_ELEMENTS, 0, 500)]
+)
 def test_a_gpu_is_given_more_at_once(elements, least, most, monkeypatch):
     """A layer of GLA, of 8 rows of 4,096 tokens: on a CPU chunk by chunk, elsewhere in a few hundred launches."""
     layer = torch.empty(8, 4096, 4, 128, device="meta")
-    assert chunks.most_chunks(layer, 128, 384) == 32
-    assert chunks.most_chunks(layer[:, :300], 128, 384) == 2
+    assert chunks.max_chunks(layer, 128, 384) == 32
+    assert chunks.max_chunks(layer[:, :300], 128, 384) == 2
     assert chunks.group_elements(CPU, 7) == 7
-    monkeypatch.setattr(chunks, "ELEMENTS", elements // 64)  # the model is 64 times as small
+    monkeypatch.setattr(chunks, "CACHED_ELEMENTS", elements // 64)  # the model is 64 times as small
     x = case_of("B T H K", [4096], n_heads=1, key_width=64, value_width=128, chunk_size=128, dtype=torch.float32)
     x = x.call(x.inputs(CPU))._replace(needs_grad=True)
     with Watched() as watched:
@@ -109,7 +113,7 @@ def test_a_wide_output_and_its_gradient_have_the_range_and_digits_of_float32(par
     options = {"paradigm": paradigm, "scale": 1.0, "chunk_size": 16, "wide_output": True}
     # what is left of its sum has more digits than 16 bits have
     d_output = torch.tensor([1.0 + 2**-12, -1.0]).repeat(1, length, 1, 4) / 2**8
-    with mock.patch.multiple(products, HAS_BFLOAT16=True, LEAST=0):
+    with mock.patch.multiple(products, HAS_BFLOAT16=True, MIN_MULTIPLICATIONS=0):
         output = decay(q, k, v, **options).output
         found = torch.autograd.grad(output, [q, k, v], d_output)
     wide = [x.detach().float().requires_grad_() for x in (q, k, v)]
@@ -123,7 +127,7 @@ def test_a_wide_output_and_its_gradient_have_the_range_and_digits_of_float32(par
 
 def test_products_in_bfloat16_are_the_definition():
     checks = ["outputs_are_the_definitions", "gradients_are_the_definitions", "a_cut_changes_nothing"]
-    with mock.patch.multiple(products, HAS_BFLOAT16=True, LEAST=0):
+    with mock.patch.multiple(products, HAS_BFLOAT16=True, MIN_MULTIPLICATIONS=0):
         report = check_kernel(reference("decay", Paradigm.CHUNKWISE), checks=checks, examples=30)
     assert report.passed, report
 

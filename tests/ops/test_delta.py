@@ -50,7 +50,7 @@ Q, K, V, B = torch.randn(2, 6, 2, 4), torch.randn(2, 6, 2, 4), torch.randn(2, 6,
 @pytest.mark.parametrize(
     ("tensors", "options", "named"),
     [
-        ((Q, K, V, B[..., None], None), {}, r"beta .* 2, 6, 2; .* \[2, 6, 2, 1\]"),
+        ((Q, K, V, B[..., None], None), {}, r"beta .* 2, 6, 2, got \[2, 6, 2, 1\]"),
         ((Q, K, V, B.long(), None), {}, "beta .* int64"),
         ((Q, K, V, B, torch.zeros(2, 6, 2, 3)), {}, r"\[B T H\] or \[B T H K\] .* \[2, 6, 2, 3\]"),
         ((Q, K, V, B, None), {"initial_state": torch.zeros(2, 2, 3, 4)}, r"\[2, 2, 4, 3\].* \[2, 2, 3, 4\]"),

@@ -116,13 +116,13 @@ X, V = torch.randn(2, 6, 2, 4), torch.randn(2, 6, 2, 3)
 @pytest.mark.parametrize(
     ("tensors", "options", "named"),
     [
-        ((X, X, V, X[..., :3]), {}, r"a must .* \[2, 6, 2, 4\]; given is \[2, 6, 2, 3\]"),
-        ((X, X, V, X, X.long()), {}, "b must .* int64"),
+        ((X, X, V, X[..., :3]), {}, r" a \[B T H K\] .* \[2, 6, 2, 4\], got \[2, 6, 2, 3\]"),
+        ((X, X, V, X, X.long()), {}, r" b \[B T H K\] .* int64"),
         ((X, X, V, X), {"paradigm": "parallel"}, "parallel .* chunkwise, recurrent"),
     ],
 )
 def test_what_does_not_fit_is_refused(tensors, options, named):
     with pytest.raises(SeqmixError, match=named):
         dplr(*tensors, **options)
-    with pytest.raises(SeqmixError, match=r"whole number of steps .* 3 for 6"):
+    with pytest.raises(SeqmixError, match=r"whole number of steps .* 3 steps for 6 tokens"):
         delta_product(X, X[:, :3], V[:, :3], X[:, :3, :, 0], None, Call.of("chunkwise", 6))

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import settings
 
 from seqmix.ops.attention import softmax_attention
 from seqmix.ops.decay import decay
@@ -37,8 +38,9 @@ REFERENCE = find("decay", Paradigm.CHUNKWISE, "reference")
 PROBE = Probe(device=CPU, dtype=torch.float32, key_width=16, value_width=16)
 
 
+# a quarter of the cases that `seqmix check` draws, beside the fixed ones; all of them nightly
 @pytest.mark.conformance
-@parametrize_kernels()
+@parametrize_kernels(examples=settings().max_examples // 4)
 def test_kernels(check, device):
     check(device=device)
 
@@ -123,6 +125,7 @@ def test_a_layout_changes_where_numbers_are_and_not_what_they_are(family):
     assert family(**sizes, layout="sliced").inputs(CPU)["v"]._base.isnan().any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kernel", "most"), [(REFERENCE, 98), (find("softmax", Paradigm.PARALLEL, "sdpa"), 83)])
 def test_fixed_cases_run_after_those_drawn_and_fewer_with_few_examples(kernel, most, monkeypatch):
     cases = []
@@ -252,6 +255,7 @@ class Off(torch.autograd.Function):
         return torch.full_like(above, 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("which", "made"), [("made", "from own import made as kernel"), (0, 'kernel = Kernel(op="decay"')]
 )

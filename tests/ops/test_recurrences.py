@@ -36,6 +36,7 @@ def op_of(family):
     return OPS[FAMILIES[family]]
 
 
+@pytest.mark.slow
 @calls(None, "H", "B T H", "B T H K")
 @pytest.mark.parametrize("lengths", [[130, 130], [63, 0, 70]], ids=str)
 def test_more_tokens_than_a_block_of_saved_states(family, paradigm, log_decay, lengths):
@@ -105,6 +106,7 @@ def test_autocast_changes_nothing(family, paradigm, log_decay, length):
     assert_close(differentiate(case, paradigm, function=autocast), differentiate(case, paradigm), rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lengths", [[9, 9], [4, 0, 5]], ids=str)
 @calls("H", "B T H K", "B T H")
 def test_compiles_into_one_graph_with_gradients(family, paradigm, log_decay, lengths):
@@ -114,6 +116,7 @@ def test_compiles_into_one_graph_with_gradients(family, paradigm, log_decay, len
     exactly(differentiate(case, paradigm, function=compiled), differentiate(case, paradigm))
 
 
+@pytest.mark.slow
 @every
 def test_neither_data_nor_sizes_recompile(family, paradigm, counter):
     compiled = torch.compile(op_of(family), fullgraph=True, backend=counter)

@@ -184,6 +184,7 @@ def test_packed_documents_cost_the_sum_of_theirs(paradigm, context):
     assert count_flops(call) == 4 * sum(one(length) for length in lengths if length)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["growing", "window", "packed"])
 @every_paradigm
 def test_compiles_into_one_graph_with_gradients(paradigm, case):
@@ -204,6 +205,7 @@ def test_compiles_into_one_graph_with_gradients(paradigm, case):
     assert type(state) is (GrowingCache if case == "growing" else RingCache)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["fresh", "growing", "packed"])
 @pytest.mark.parametrize("paradigm", [Paradigm.PARALLEL, Paradigm.RECURRENT])
 def test_lengths_share_a_graph(paradigm, case, counter):

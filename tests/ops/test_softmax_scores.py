@@ -222,6 +222,7 @@ def test_torchs_sdpa_gets_no_bias_wider_than_its_queries(names, monkeypatch):
     assert masks == [torch.float32]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("paradigm", "case"), list(zip(PARADIGMS, ["growing", "ring", "packed"], strict=True)))
 def test_it_compiles_into_one_graph(paradigm, case):
     given = chosen(*segment(6, 1), NAMES)

@@ -91,6 +91,7 @@ class Late(Retention):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("wrong", "found", "raised"),
     [

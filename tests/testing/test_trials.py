@@ -10,7 +10,7 @@ from unusual import Mesa
 from seqmix.mixers.retention import RetentionConfig
 from seqmix.testing import Case, Status, adapt, check_mixer, memory_limit, reproduce
 from seqmix.testing.engine.run import cause_of
-from seqmix.testing.gradients import strided, time_first, with_gradient_laid_out
+from seqmix.testing.gradients import strided, time_first, with_gradient_layout
 from seqmix.testing.mixer.subject import Subject
 from seqmix.testing.mixer.trial import Trial
 
@@ -20,7 +20,7 @@ def test_a_gradient_arrives_as_it_was_laid_out(layout):
     linear, strides = nn.Linear(4, 4), []
     y = linear(torch.ones(2, 3, 4))
     y.register_hook(lambda gradient: strides.append(gradient.stride()))
-    (with_gradient_laid_out(y, layout) * torch.randn(2, 3, 4)).sum().backward()
+    (with_gradient_layout(y, layout) * torch.randn(2, 3, 4)).sum().backward()
     assert strides == [layout(torch.ones(2, 3, 4)).stride()]
     assert strides != [torch.ones(2, 3, 4).stride()]
 

@@ -15,6 +15,7 @@ SLOW = {"thousands_of_tokens_agree", "long_segments_do_not_drift", "long_decodin
 ASKED = [name for name in CHECKS if NIGHTLY or name not in SLOW]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", UNUSUAL, ids=lambda config: config.kind)
 def test_no_check_refuses_a_right_mixer(config):
     report = check_mixer(config, checks=ASKED, examples=40 if NIGHTLY else 4, compiles=NIGHTLY)

@@ -11,6 +11,7 @@ from seqmix.data import read_corpus
 from seqmix.training.monitoring.events import Compiled, Evaluated, Stepped
 
 
+@pytest.mark.slow
 def test_a_compiled_hybrid_trains_with_two_graphs_by_kind_and_never_more(config_of, tmp_path, monkeypatch):
     """The last batch of the evaluation is short, and steps and evaluations go on: nothing is recompiled."""
     torch._dynamo.reset()

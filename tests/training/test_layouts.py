@@ -65,6 +65,7 @@ def test_layouts_fit_first_and_then_are_fast(config):
     assert tuned.training.grad_accum_steps == best.grad_accum_steps
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_last_and_said(config, seqmix, refused):
     assert not any(layout.fits for layout in Planner(load_config("retnet-6.7b"), "h100").layouts(1))
     shown = seqmix("plan", "retnet-6.7b", "--gpus", "1")

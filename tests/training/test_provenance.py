@@ -66,6 +66,7 @@ class OwnConfig(RetentionConfig):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("installed", [True, False])
 def test_a_run_names_the_plug_in_that_is_missing(config_of, tmp_path, monkeypatch, installed):
     (tmp_path / "own_plug_in.py").write_text(PLUG_IN)

@@ -84,6 +84,7 @@ CARRY = ("training.carry_state=true", "training.evaluate_every=100", "training.k
 HYBRID = ("model.n_layers=4", "model.pattern=[ret, attn]", "model.blocks.attn.mixer.window=8")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("preset", "changes"),
     [

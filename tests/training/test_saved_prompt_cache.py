@@ -97,6 +97,7 @@ def generate(seqmix):
     return lambda *arguments: seqmix("generate", "run", *arguments)
 
 
+@pytest.mark.slow
 def test_text_goes_on_in_another_process_and_a_prefix_is_read_once(generate):
     expected = generate("--prompt", "the ", "--max-new-tokens", "30", *GREEDY).out
     first = generate("--prompt", "the ", "--max-new-tokens", "12", *GREEDY, "--save-state", "a.state")

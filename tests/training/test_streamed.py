@@ -64,6 +64,7 @@ def test_streams_and_texts_have_the_shares_of_their_weights(config_of, changes):
     assert abs(of_text / 4000 - WEIGHTS[2]) < 0.002
 
 
+@pytest.mark.slow
 def test_a_run_on_a_mixture_of_streams_is_killed_and_resumed_to_the_bit(processes, changes, tmp_path):
     small = ("model.d_model=16", "model.n_layers=2", "data.sequence_length=16", "training.warmup_steps=5")
     small += ("training.batch_size=4", "training.checkpoint_every=2", "training.log_every=1")

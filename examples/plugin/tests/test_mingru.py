@@ -1,4 +1,4 @@
-"""The contract, by seqmix's own checks, and the equations, by a plain loop."""
+"""Tests of the contract by seqmix's own checks, and of the equations by a plain loop."""
 
 import pytest
 import torch
@@ -10,13 +10,13 @@ from seqmix.testing import parametrize_checks
 
 @parametrize_checks([MinGRUConfig()])
 def test_conformance(check):
-    """Every property of the contract."""
+    """Test every property of the contract."""
     check()
 
 
 @pytest.mark.parametrize("paradigm", sorted(MinGRUConfig().traits.paradigms))
 def test_it_computes_its_definition(paradigm):
-    """Output, state and gradients are those of the equations, written one by one."""
+    """Compare output, state and gradients with the equations, computed token by token."""
     torch.manual_seed(0)
     mixer = MinGRUConfig(expansion=2).build(6, layer_idx=0, n_layers=1).double()
     x = torch.randn(3, 21, 6, dtype=torch.float64, requires_grad=True)
