@@ -11,7 +11,7 @@ from ..registry import SeqmixError
 from ..training import load_config, read_config
 from ..training.checkpoint.run_dir import CONFIG_FILE
 from ..training.monitoring.memory import keep_freed_memory
-from ..training.precision import tried
+from ..training.precision import choose_precision
 from .console import note
 from .options import DeviceOrGpu, Overrides, require_device
 from .progress import run_with_progress
@@ -71,7 +71,7 @@ def train(
     keep_freed_memory()
     on_cpu = device == "cpu" or (device is None and not torch.cuda.is_available())
     if resume is None and on_cpu and os.environ.get("WORLD_SIZE", "1") == "1":  # processes could differ
-        loaded, chosen = tried(loaded)
+        loaded, chosen = choose_precision(loaded)
         if chosen is not None:
             note(chosen)
     if not run_with_progress(loaded, run, resume=resume is not None, device=device):

@@ -47,7 +47,7 @@ def require_vacant(folder: Path, option: str, besides: Collection[str] = ()) -> 
 
 
 @contextmanager
-def claimed(run: Path, config: RunConfig, comment: str) -> Iterator[None]:
+def claim_temporarily(run: Path, config: RunConfig, comment: str) -> Iterator[None]:
     """`claim` a run directory for what a block writes there: after an error in it, it is as before."""
     there = run.exists()
     claim(run, config, comment)
@@ -72,7 +72,7 @@ def claim(run: Path, config: RunConfig, comment: str) -> None:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise TrainingError(f"a run cannot be written to {run}: {error.strerror}") from error
-    with held(run):
+    with lock_run(run):
         if (run / CONFIG_FILE).exists():
             raise TrainingError(f"{run} already holds a run, started meanwhile: choose another --out DIR")
         try:
@@ -83,7 +83,7 @@ def claim(run: Path, config: RunConfig, comment: str) -> None:
 
 
 @contextmanager
-def held(run: Path) -> Iterator[None]:
+def lock_run(run: Path) -> Iterator[None]:
     """Lock the run against other processes; the system releases the lock however this one ends.
 
     The lock is a file of its own, as an editor replaces config.yaml by a new file, which nobody has locked; and the
