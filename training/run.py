@@ -21,7 +21,7 @@ from .checkpoint import train_state
 from .checkpoint.errors import TrainingError, explain_errors, newest_checkpoint
 from .checkpoint.files import Best, CheckpointError, IntactCheckpoint, Manifest
 from .checkpoint.provenance import record_session
-from .checkpoint.run_dir import CONFIG_FILE, LOCK_FILE, claim_temporarily, lock_run, require_free
+from .checkpoint.run_dir import CONFIG_FILE, LOCK_FILE, claim_with_rollback, lock_run, require_free
 from .config import RunConfig, TrainingConfig
 from .distributed.process_groups import ProcessGroups, join_processes
 from .distributed.sharding import assign, reshard, sharder
@@ -86,7 +86,7 @@ def train(
             elif not resume and groups.is_main:
                 kernels = "".join(f", {name}: {backend}" for name, backend in model.backends.items())
                 starting.enter_context(
-                    claim_temporarily(
+                    claim_with_rollback(
                         run, config, f"# kernels on {device} in {precision}{kernels}\n" if kernels else ""
                     )
                 )
@@ -242,7 +242,7 @@ class Course:
             gradient_norms=tuple(trainer.skipping.norms),
         )
         reshard(trainer.model)
-        parts = train_state.own_parts(trainer.model, trainer.optimizer, trainer.state, trainer.ema, groups)
+        parts = train_state.local_parts(trainer.model, trainer.optimizer, trainer.state, trainer.ema, groups)
         with groups.raise_together():
             self.writer.write(manifest, parts, train_state.metadata_of(self.config.model, step))
         with groups.raise_together():

@@ -143,7 +143,7 @@ def seal(folder: Path, add: tuple[str, ...] = ()) -> None:
     names = [*(file.name for file in folder.glob("*.safetensors")), *add]
     contents = {name: (folder / name).read_bytes() if os.path.isfile(folder / name) else b"" for name in names}
     files = {name: WrittenFile(bytes=len(x), sha256=sha256(x).hexdigest()) for name, x in contents.items()}
-    (folder / MANIFEST_FILE).write_text(read_manifest(folder).sealed(files).model_dump_json())
+    (folder / MANIFEST_FILE).write_text(read_manifest(folder).seal(files).model_dump_json())
 
 
 def _rewrite(

@@ -31,13 +31,13 @@ from ...registry import SeqmixError
 from ..config import RunConfig
 from ..monitoring.peak_flops import peak_of
 
-SHARE = 0.4
+PEAK_FRACTION = 0.4
 """Of the peak, which matrix products are assumed to reach."""
-USABLE = 0.9
+MEMORY_FRACTION = 0.9
 """Of a GPU's memory: the rest is for the context, libraries and fragments."""
-MACHINE = 8
+GPUS_PER_MACHINE = 8
 """GPUs of a machine."""
-LOGIT = 3 * 4
+BYTES_PER_LOGIT = 3 * 4
 """Bytes of a logit in the loss, of its logarithm of the probability and of its gradient."""
 
 
@@ -108,7 +108,7 @@ class Planner:
         self.dtype = torch.float32 if config.training.precision == "float32" else torch.bfloat16
         peak = peak_of(gpu.upper(), self.dtype)
         assert peak is not None
-        self.rate = SHARE * peak
+        self.rate = PEAK_FRACTION * peak
         self.length = config.data.sequence_length
         self.cost = account(config.model, length=self.length)
         narrow = account(config.model, length=self.length, dtype=self.dtype)
@@ -134,7 +134,7 @@ class Planner:
         # parameters, gradients and two moments in pieces; a block is recomputed when the loss has no logits any more
         rows = sequences / context_parallel
         vocab_size = self.config.model.vocab_size
-        logits = LOGIT * min(rows * self.length * vocab_size, LOGITS_AT_ONCE["cuda"])
+        logits = BYTES_PER_LOGIT * min(rows * self.length * vocab_size, LOGITS_AT_ONCE["cuda"])
         memory = 16 * parameters / pieces + rows * self.kept + max(rows * self.inside, logits)
         # blocks are gathered twice, the rest once, and gradients scattered once; pieces are added up over copies
         rest = parameters - sum(layer.parameters for layer in self.cost.layers)
@@ -148,7 +148,7 @@ class Planner:
             memory += (width + 4) * parameters if self.config.distributed.gather_once else self.gathered
         tokens = settings.batch_size * self.length
         within = received + sequences * self.segments(context_parallel)
-        sending = within / self._link(pieces) + copied / self._link(gpus)
+        sending = within / self._link_rate(pieces) + copied / self._link_rate(gpus)
         return Layout(
             data=data,
             shard=shard,
@@ -159,7 +159,7 @@ class Planner:
             copied=copied,
             computing=self.passes * self.cost.flops_per_token * tokens / (gpus * self.rate),
             sending=parts * sending,
-            fits=memory <= USABLE * self.gpu.memory,
+            fits=memory <= MEMORY_FRACTION * self.gpu.memory,
         )
 
     def layouts(self, gpus: int) -> list[Layout]:
@@ -168,7 +168,7 @@ class Planner:
         Raises:
             SeqmixError: no layout divides the batch.
         """
-        found = [self._fitting(*sizes) for sizes in self._sizes(gpus)]
+        found = [self._best_layout(*sizes) for sizes in self._sizes(gpus)]
         if not found:
             raise SeqmixError(
                 f"no layout of {gpus} GPUs divides training.batch_size = {self.config.training.batch_size}: choose a "
@@ -187,19 +187,21 @@ class Planner:
         return sum(by_block[name] for name in self.config.model.layers) * (2 if self.again else 1)
 
     @cached_property
-    def _segmented(self) -> bool:
+    def _supports_context_parallel(self) -> bool:
         return all(block.mixer.supports_context_parallel for block in build_meta(self.config.model).blocks)
 
     def _sizes(self, gpus: int) -> Iterator[tuple[int, int, int]]:
         batch = self.config.training.batch_size
-        for context_parallel in _divisors(MACHINE) if self._segmented and self.length >= MACHINE else [1]:
+        for context_parallel in (
+            _divisors(GPUS_PER_MACHINE) if self._supports_context_parallel and self.length >= GPUS_PER_MACHINE else [1]
+        ):
             rest, remains = divmod(gpus, context_parallel)
             for shard in [] if remains else _divisors(rest):
                 data = rest // shard
                 if batch % (data * shard) == 0:
                     yield data, shard, context_parallel
 
-    def _fitting(self, data: int, shard: int, context_parallel: int) -> Layout:
+    def _best_layout(self, data: int, shard: int, context_parallel: int) -> Layout:
         rows = self.config.training.batch_size // (data * shard)
         for sequences in reversed(_divisors(rows)):
             found = self.layout(data=data, shard=shard, context_parallel=context_parallel, sequences=sequences)
@@ -207,12 +209,12 @@ class Planner:
                 return found
         raise AssertionError("one sequence divides every number of rows")
 
-    def _link(self, gpus: int) -> float:
-        return self.gpu.inside if gpus <= MACHINE else self.gpu.between
+    def _link_rate(self, gpus: int) -> float:
+        return self.gpu.inside if gpus <= GPUS_PER_MACHINE else self.gpu.between
 
 
 @dataclass(frozen=True)
-class _Counted(ContextParallel):
+class _CountingGroup(ContextParallel):
     """A group whose other processes are not there: what they would send is counted."""
 
     sent: list[int]
@@ -236,7 +238,7 @@ class _Counted(ContextParallel):
 def received(config: ModelConfig, tokens: int, *, ranks: int, layer: int = 0) -> int:
     """Bytes that a layer receives for a sequence of so many tokens that `ranks` share, forward and backward."""
     mixer: SequenceMixer = build_meta(config).blocks[layer].mixer
-    mixer.cp_group = group = _Counted("", rank=ranks - 1, size=ranks, sent=[])
+    mixer.cp_group = group = _CountingGroup("", rank=ranks - 1, size=ranks, sent=[])
     mixer(torch.empty(1, tokens // ranks, config.d_model, device="meta"))
     return sum(group.sent)
 
