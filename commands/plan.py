@@ -9,7 +9,7 @@ import typer
 
 from ..registry import require_name
 from ..training import load_config
-from ..training.distributed.layouts import GPUS, MACHINE, SHARE, Layout, Planner
+from ..training.distributed.layouts import GPUS, GPUS_PER_MACHINE, PEAK_FRACTION, Layout, Planner
 from .console import plain_table, terminal
 from .options import Overrides
 from .show import si_bytes
@@ -53,8 +53,8 @@ def plan(
     console.print(
         "Received and copies: bytes per micro-batch. Computing, sending and step: seconds per step of "
         f"{tokens:,} tokens, which takes the larger of the two at best, and their sum at worst. Assumed, not measured: "
-        f"{SHARE:.0%} of the peak of {str(planner.dtype).removeprefix('torch.')}, {si_bytes(links.inside)}/s within "
-        f"the {MACHINE} GPUs of a machine, {si_bytes(links.between)}/s between machines."
+        f"{PEAK_FRACTION:.0%} of the peak of {str(planner.dtype).removeprefix('torch.')}, {si_bytes(links.inside)}/s within "
+        f"the {GPUS_PER_MACHINE} GPUs of a machine, {si_bytes(links.between)}/s between machines."
     )
 
 

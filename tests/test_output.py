@@ -114,8 +114,8 @@ def test_an_interrupt_while_libraries_are_imported_or_a_second_one_shows_no_trac
     ("environment", "words"),
     [
         ({"RANK": "x"}, "RANK is 'x'"),
-        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two'"),
-        ({"WORLD_SIZE": "2", "RANK": "0"}, "WORLD_SIZE is 2.*MASTER_ADDR"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE to be a number.* got 'two'"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, r"the 2 processes \(WORLD_SIZE\).*MASTER_ADDR"),
     ],
 )
 def test_an_environment_that_is_not_torchrun_s_is_one_sentence(refused, monkeypatch, environment, words):
