@@ -421,7 +421,7 @@ def read_manifest(folder: Path) -> Manifest:
     if manifest.sha256 != manifest.checksum:
         raise CheckpointError(f"{file} is damaged: its checksum does not match")
     if manifest.step != step_of(folder):
-        raise CheckpointError(f"{file} is damaged: it is of step {manifest.step}")
+        raise CheckpointError(f"{file} is damaged: expected step {step_of(folder)}, got {manifest.step}")
     return manifest
 
 

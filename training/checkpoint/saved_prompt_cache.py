@@ -109,7 +109,7 @@ def _require_tokens(recent: Tensor, lengths: Tensor, vocab_size: int) -> None:
         )
     is_padding = torch.arange(RECENT_TOKENS) < missing[:, None]
     if not torch.where(is_padding, recent == -1, (recent >= 0) & (recent < vocab_size)).all():
-        raise ContractError(f"its recent tokens are not tokens of this model, which are 0 to {vocab_size - 1}")
+        raise ContractError(f"expected its recent tokens to be 0 to {vocab_size - 1}, the vocabulary of the model")
 
 
 def _require_rows(leaves: dict[str, Tensor], rows: int) -> None:

@@ -47,7 +47,7 @@ class ProcessGroups:
 
     @property
     def background(self) -> "ProcessGroups":
-        """The same processes, with a group for the collective calls of another thread."""
+        """Copy of this object whose collective calls another thread may use at the same time."""
         return replace(self, group=self.background_group)
 
     @property
