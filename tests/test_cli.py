@@ -196,7 +196,7 @@ def test_running_out_of_memory_is_one_sentence_and_any_other_bug_is_not_hidden(r
         raise error
 
     monkeypatch.setattr("seqmix.commands.show.load_config", load)
-    assert re.match(rf"memory .*{re.escape(reason)}", refused("show", "retnet-tiny"))
+    assert re.match(rf"out of memory.*{re.escape(reason)}", refused("show", "retnet-tiny"))
     error = RuntimeError("a bug")
     with pytest.raises(RuntimeError, match="a bug"):
         refused("show", "retnet-tiny")

@@ -32,8 +32,8 @@ def average_run(run: Path, out: Path, *, checkpoints: int) -> list[int]:
     available = checkpoint.checkpoints(run)
     if not 2 <= checkpoints <= len(available):
         raise CheckpointError(
-            f"--checkpoints needs 2 or more, up to the {len(available)} that {run} holds, got {checkpoints}: "
-            "raise training.keep_checkpoints to keep more of them"
+            f"--checkpoints must be 2 or more, and not more than {run} has, got {checkpoints}: {run} holds "
+            f"{len(available)}; raise training.keep_checkpoints to keep more"
         )
     require_vacant(out, "--to")
     newest = available[-checkpoints:]

@@ -70,8 +70,8 @@ def load_prompt_cache(file: str | Path, model: LanguageModel) -> PromptCache:
         raise CheckpointError(f"{file} is not a prompt cache: `seqmix generate --save-state` writes one")
     if metadata[FORMAT_KEY] != FORMAT:
         raise CheckpointError(
-            f"{file}: expected a prompt cache of format {FORMAT}, got {metadata[FORMAT_KEY]}: write it again with this "
-            "version of seqmix"
+            f"{file} is a prompt cache of format {metadata[FORMAT_KEY]}, expected format {FORMAT}: write it again with "
+            "this version of seqmix"
         )
     if metadata.get(CHECKSUM_KEY) != _digest(tensors):
         raise CheckpointError(f"{file} is damaged: its checksum does not match")

@@ -39,7 +39,7 @@ class Noted:
 
 @dataclass(frozen=True)
 class Compiled:
-    """Compilation is done; the event follows the second step."""
+    """Compilation is done, which is known after the second step."""
 
     step: int
     """Steps completed."""
