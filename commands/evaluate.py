@@ -66,14 +66,14 @@ def evaluate(
     ] = 16384,
     tasks: Annotated[
         str | None,
-        typer.Option(help="Run these lm-eval tasks, separated by commas; needs seqmix[eval].", metavar="NAME,..."),
+        typer.Option(help="Run these lm-eval tasks, separated by commas; needs seqmix\\[eval].", metavar="NAME,..."),
     ] = None,
     include_path: Annotated[
         Path | None, typer.Option(help="With --tasks: a folder with your own tasks, in YAML.", metavar="DIR")
     ] = None,
     num_fewshot: Annotated[
         int | None,
-        typer.Option(help="With --tasks: number of few-shot examples; the task's default by default.", min=0),
+        typer.Option(help="With --tasks: number of few-shot examples; by default as the task defines.", min=0),
     ] = None,
     limit: Annotated[
         int | None, typer.Option(help="With --tasks: maximum documents per task; all by default.", min=1)

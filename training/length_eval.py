@@ -142,9 +142,9 @@ def by_length(
                 sums[paradigm] += losses.double().sum(0).cpu()
                 difference = max(difference, (losses - by_paradigm[chosen[0]]).abs().max().item())
             counted += (batch.targets != IGNORED).sum(0)
-        whole = _mean_losses(sums, counted, 0, length)
+        total = _mean_losses(sums, counted, 0, length)
         positions = (_mean_losses(sums, counted, *place) for place in bins(length, source.config.sequence_length))
-        yield LengthLoss(length, whole.tokens, whole.losses, tuple(positions), difference)
+        yield LengthLoss(length, total.tokens, total.losses, tuple(positions), difference)
 
 
 def by_context(

@@ -148,9 +148,9 @@ def join_processes(config: DistributedConfig) -> Iterator[ProcessGroups]:
     if size == 1:
         yield ALONE
         return
-    ours = not dist.is_initialized()
+    initialized_here = not dist.is_initialized()
     timeout = timedelta(seconds=config.timeout)
-    if ours:
+    if initialized_here:
         gpu = torch.cuda.is_available()
         if gpu:
             torch.cuda.set_device(_read_number("LOCAL_RANK", "0"))
@@ -185,7 +185,7 @@ def join_processes(config: DistributedConfig) -> Iterator[ProcessGroups]:
             ) from error
         raise
     # not after an error, as it would wait for processes that have ended
-    if ours:
+    if initialized_here:
         dist.destroy_process_group()
 
 
