@@ -27,7 +27,7 @@ class Place(NamedTuple):
     call: int = 0
     """Number of the call of the model, from 0."""
     tokens: Tensor | None = None
-    """Boolean mask [B, T] of the tokens that are not finite; None if these are all tokens of the first call."""
+    """Boolean mask [B, T] of the tokens that are not finite; None if all are, from the first call on, or unknown."""
     backward: bool = False
     """True for a gradient, where NaN and infinity spread to earlier tokens."""
 
