@@ -1,21 +1,21 @@
-"""The command, and `python -m seqmix`, as `torchrun -m seqmix` starts it: a Ctrl-C during imports is silent."""
+"""Entry point of the `seqmix` program, of `python -m seqmix` and of `torchrun -m seqmix`."""
 
 import os
 import signal
 import sys
 
 if __name__ == "__main__" and not sys.flags.safe_path and sys.path[0] == os.getcwd():
-    del sys.path[0]  # Python puts the working directory there, whose files would stand in for libraries
+    del sys.path[0]  # the working directory, whose files would shadow libraries
 
 
 def start() -> None:
-    """Run the command; a Ctrl-C while it is imported ends the process silently."""
-    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # in the background it may be ignored
-    if ours:
+    """Run the program; a Ctrl-C during its imports ends it silently."""
+    handled = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # a background process may ignore it
+    if handled:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     from .cli import main
 
-    if ours:
+    if handled:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     main()
 

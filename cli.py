@@ -1,4 +1,4 @@
-"""The `seqmix` command: a table of commands, each imported when it is called; errors are one sentence."""
+"""The `seqmix` program: the table of commands. Each one is imported when it is called; errors are one sentence."""
 
 import errno
 import gc
@@ -14,49 +14,49 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from .commands.output import guarded, visible
+from .commands.output import protect_output, visible
 
 COMMANDS = {
     "train": "Train a model from a preset or a YAML file, or resume a run.",
     "generate": "Generate text with a trained model.",
     "evaluate": "Evaluate trained models: the validation loss at lengths beyond that of training, or tasks of lm-eval.",
-    "average": "Average the weights of a run's last checkpoints, as a run directory that other commands read.",
+    "average": "Average the weights of a run's last checkpoints, and write them as a new run directory.",
     "convert": "Convert a model of another library to a run directory, or a run to a folder of another library.",
-    "linearize": "Swap mixers of a trained model by a plan, and teach the new ones what the old ones did.",
+    "linearize": "Replace mixers of a trained model by a plan, and train the new ones to imitate the old ones.",
     "export": "Export a trained model to one safetensors file with its configuration, or for Hugging Face.",
     "tokenize": "Tokenize text once, into a file that training memory-maps; train a BPE tokenizer.",
     "mixers": "List the available mixers and their traits: paradigms, state, packing.",
     "check": "Test a mixer or a kernel against the contract, and show the smallest failing case.",
     "bench": "Benchmark throughput, latency and peak memory against other installed implementations.",
-    "bench-gpu": "Run everything that needs a GPU: kernels, conformance, benchmarks, the paper's comparisons.",
+    "bench-gpu": "Run all tests and benchmarks that need a GPU: kernels, conformance, speed, the paper's comparisons.",
     "compare": "Train several models under identical conditions and compare them.",
     "suite": "Measure mixers on recall, copying and state tracking, and show one table.",
     "paper": "Reproduce claims of the RetNet paper by name.",
-    "plot": "Draw what runs or a study measured: an interactive page, or figures for a paper.",
-    "inspect": "Show what a trained model does with a text: where heads look, how far back, states and gradients.",
+    "plot": "Plot the measurements of runs or of a study: an interactive page, or figures for a paper.",
+    "inspect": "Show how a trained model processes a text: attention maps, reach of heads, states and gradients.",
     "show": "Show a model's cost by layer without allocating it: parameters, FLOPs, state, activations.",
-    "plan": "Estimate memory, traffic and time of a training step on many GPUs, by layout; nothing is run.",
+    "plan": "Estimate memory, traffic and time of a training step on many GPUs, by layout, without running it.",
     "schema": "Print the JSON schema of a configuration, for YAML completion in editors.",
 }
-"""Each is a function in a file of its name in commands/, which has its options; the line here begins its docstring."""
+"""Summary of each command, by name; it is the first line of the docstring of the command's function in commands/."""
 
 
 INTERRUPTS: list[int] = []
-"""The signals that ended this process's command."""
+"""Signals that interrupted the command of this process."""
 
 
 class LazyGroup(TyperGroup):
-    """The commands: names and summaries are known; only the command called is imported, as torch takes seconds."""
+    """Group of commands whose names and summaries are known; only the called one is imported, as torch is slow."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:  # click's types have moved between versions
-        """The command named on the command line, with its options."""
+        """Import the command named on the command line; return its name, the command, and the remaining arguments."""
         name, _, rest = super().resolve_command(ctx, args)
-        gc.disable()  # what modules hold is no garbage: it is neither searched nor, at the end, freed one by one
+        gc.disable()  # objects of modules live until the end: searching them for garbage costs time
         try:
             command = imported(str(name))
         finally:
             gc.enable()
-        if not gc.get_freeze_count() and "triton" not in sys.modules:  # which reports as leaks what stays frozen
+        if not gc.get_freeze_count() and "triton" not in sys.modules:  # triton reports frozen objects as leaks
             gc.freeze()
         if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
             signal.signal(signal.SIGINT, _interrupt)
@@ -64,24 +64,24 @@ class LazyGroup(TyperGroup):
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
-    """The first Ctrl-C ends the command; the second ends the process, silently, whatever it does by then."""
+    """Handle the first Ctrl-C: end the command, and let a second one end the process at once, silently."""
     signal.signal(number, signal.SIG_DFL)
     INTERRUPTS.append(number)
     raise KeyboardInterrupt
 
 
-def _unraisable(ignored: Any) -> None:
-    """End by a Ctrl-C that came where Python would print it and go on, such as in a destructor."""
-    if ignored.exc_type is KeyboardInterrupt:
+def _handle_unraisable(unraisable: Any) -> None:
+    """End the process after a Ctrl-C in a place such as a destructor, where Python would ignore the exception."""
+    if unraisable.exc_type is KeyboardInterrupt:
         signal.raise_signal(signal.SIGINT)
-    sys.__unraisablehook__(ignored)
+    sys.__unraisablehook__(unraisable)
 
 
 def imported(name: str) -> TyperCommand:
-    """A command with the options of its function; the docstring is its help."""
+    """Import a command; its options are the parameters of its function, and its help is the docstring."""
     word = name.replace("-", "_")
     function = getattr(import_module(f".commands.{word}", __package__), word)
-    # the terminal wraps lines; typer would also keep the line breaks of the docstring
+    # join the lines of each paragraph, as typer would keep the docstring's line breaks
     paragraphs = [" ".join(paragraph.split()) for paragraph in cleandoc(function.__doc__).split("\n\n")]
     app = typer.Typer(add_completion=False, rich_markup_mode="rich")
     app.command(name, help="\n\n".join(paragraphs))(function)
@@ -90,12 +90,12 @@ def imported(name: str) -> TyperCommand:
     return command
 
 
-def print_versions(asked: bool) -> None:
-    """Print the versions and exit; torch's comes from its metadata, as importing it is slow."""
-    if asked:
-        own = import_module(str(__package__)).__version__
+def print_versions(requested: bool) -> None:
+    """Print the versions and exit, if requested. Torch's comes from its metadata, as importing it is slow."""
+    if requested:
+        version = import_module(str(__package__)).__version__
         torch = metadata.version("torch")
-        typer.echo(f"seqmix {own} (torch {torch}, Python {platform.python_version()})")
+        typer.echo(f"seqmix {version} (torch {torch}, Python {platform.python_version()})")
         raise typer.Exit
 
 
@@ -109,24 +109,25 @@ def options(
 
 def main() -> None:
     """Run the command line; exit with 2 and one sentence on bad input."""
-    gc.set_threshold(20_000)  # torch's modules are a million objects, and hold no garbage
+    gc.set_threshold(20_000)  # fewer searches: torch's modules are a million objects without garbage
     columns = os.environ.get("COLUMNS", "")
-    if not columns.isdecimal() or int(columns) == 0:  # 0 means unknown; nothing would be printed
+    if not columns.isdecimal() or int(columns) == 0:  # 0 means unknown, but would print nothing
         os.environ.pop("COLUMNS", None)
-    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # in the background it may be ignored
-    if ours:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # until a command is imported: libraries report it as their error
-        sys.unraisablehook = _unraisable
+    handled = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # a background process may ignore it
+    if handled:
+        # until the command is imported: importing libraries would turn an interrupt into an error of their own
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        sys.unraisablehook = _handle_unraisable
     try:
-        with guarded():
+        with protect_output():
             _run()
     finally:
-        if ours:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # exit handlers take a while, and would show it
+        if handled:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # slow exit handlers would print a traceback
 
 
 def _run() -> None:
-    """Run the command that the arguments name; always ends by SystemExit, or by an error that is a bug."""
+    """Run the command that the arguments name. It always ends with SystemExit, unless an error is a bug."""
     app = typer.Typer(cls=LazyGroup, no_args_is_help=True, add_completion=False, rich_markup_mode="rich")
     app.callback()(options)
     group = typer.main.get_group(app)
@@ -137,7 +138,7 @@ def _run() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        if INTERRUPTS:  # a library made an error of its own of it
+        if INTERRUPTS:  # a library turned the interrupt into an error of its own
             sys.exit(130)
         if (sentence := explanation(error)) is None:
             raise
@@ -147,30 +148,30 @@ def _run() -> None:
 
 
 def explanation(error: Exception) -> str | None:
-    """One sentence for the user; empty if another process reports it; None for an error that is a bug."""
+    """Return one sentence for the user; empty if another process reports the error; None if the error is a bug."""
     from .registry import ElsewhereError, SeqmixError
 
     match error:
         case SeqmixError():
             return "" if isinstance(error, ElsewhereError) or _reported_by_another_process() else str(error)
         case OSError(filename=str() | bytes() | int()):
-            # what no command foresees about a file: a name that is too long, a folder without permission
+            # problems with a file that no command checks: a name that is too long, a folder without permission
             return f"{error.filename} cannot be used: {error.strerror}"
         case OSError(errno=errno.ENOSPC | errno.EFBIG | errno.EDQUOT):
             return f"a file cannot be written: {error.strerror}"
-        case FileNotFoundError(strerror=str(reason)) if "temporary directory" in reason:  # where the disk is full
+        case FileNotFoundError(strerror=str(reason)) if "temporary directory" in reason:  # raised on a full disk
             return f"a file cannot be written: {reason}"
         case MemoryError() | RuntimeError():
             from .models import is_out_of_memory
 
             if is_out_of_memory(error):
                 reason = f" ({str(error).partition(chr(10))[0]})" if str(error) else ""
-                return f"memory ran out{reason}: the text, the model or the batch is too large"
+                return f"out of memory{reason}: the text, the model or the batch is too large"
     return None
 
 
 def _reported_by_another_process() -> bool:
-    """Whether another process of this machine has the same error: true before the process group exists."""
+    """Return True if local rank 0 has the same error and reports it: so it is before the process group exists."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         return False
     import torch.distributed as dist

@@ -1,1 +1,1 @@
-"""The commands: one file each, with its options and what it does."""
+"""The commands of the `seqmix` program, one file per command."""

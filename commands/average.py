@@ -1,4 +1,4 @@
-"""`seqmix average`: the mean of the weights of a run's last checkpoints."""
+"""`seqmix average`: average the weights of a run's last checkpoints."""
 
 from pathlib import Path
 from typing import Annotated
@@ -12,12 +12,14 @@ from .output import visible
 
 def average(
     run: Run,
-    to: Annotated[Path, typer.Option(help="The new run directory.", metavar="DIR")],
+    to: Annotated[Path, typer.Option(help="New run directory to write.", metavar="DIR")],
     checkpoints: Annotated[
-        int, typer.Option(help="How many of the last checkpoints (training.keep_checkpoints retains them).", min=2)
+        int, typer.Option(help="Number of last checkpoints to average, at most training.keep_checkpoints.", min=2)
     ] = 2,
 ) -> None:
-    """Average the weights of a run's last checkpoints, as a run directory that other commands read.
+    """Average the weights of a run's last checkpoints, and write them as a new run directory.
+
+    Other commands read it like any other run directory, but it cannot be resumed.
 
     [bold]seqmix average runs/retnet-tiny --checkpoints 2 --to runs/averaged[/bold]
     """

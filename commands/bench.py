@@ -1,4 +1,4 @@
-"""`seqmix bench`: what is to be measured, progress while it is, and where the figures go."""
+"""`seqmix bench`: options of a benchmark, its progress, and its results as a table or files."""
 
 from functools import partial
 from pathlib import Path
@@ -32,26 +32,27 @@ LENGTHS = {
     "decode": (64, 1024, 8192),
     "prefill": (512, 2048),
 }
-"""What is measured where no length is given."""
-LONGEST = 2**24
-SPARED = ("parameters", "tokens/s", "from - to", "ratio from - to", "peak MiB")
-"""Columns that a narrow terminal is spared, in this order."""
+"""Default sequence lengths in tokens, by benchmark."""
+MAX_TOKENS = 2**24
+"""Upper limit of --length and --tokens."""
+OPTIONAL_COLUMNS = ("parameters", "tokens/s", "from - to", "ratio from - to", "peak MiB")
+"""Columns that are left out on a narrow terminal, in this order."""
 
 
 def bench(
     what: Annotated[
         str,
         typer.Argument(
-            help="op (a map over a sequence), recurrence (each op family beside a loop over tokens), train (a training "
-            "step), decode (a token), prefill (a prompt), or learn (what small models reach on a text: "
-            "data.paths=\\[text.txt]).",
+            help="Benchmark: op (one sequence op), recurrence (each op family against a loop over tokens), train (a "
+            "training step), decode (one token), prefill (a prompt), or learn (the loss that small models reach on a "
+            "text: data.paths=\\[text.txt]).",
             metavar="op|recurrence|train|decode|prefill|learn",
         ),
     ],
     config: Annotated[
         str | None,
         typer.Argument(
-            help="A preset or a YAML file: the model; a RetNet of 20M parameters by default.", metavar="[CONFIG]"
+            help="Preset or YAML file of the model; by default a RetNet of 20M parameters.", metavar="[CONFIG]"
         ),
     ] = None,
     overrides: Overrides = None,
@@ -60,40 +61,56 @@ def bench(
         typer.Option(
             "--length",
             "--context",
-            help="Tokens of a sequence; for decode, tokens read before. May be given several times.",
+            help="Sequence length in tokens; for decode, length of the context. May be repeated.",
             metavar="TOKENS",
         ),
     ] = None,
     device: Device = "cpu",
     dtype: Annotated[
-        str, typer.Option(help="float32 or bfloat16; train computes by autocast, with float32 parameters.")
+        str, typer.Option(help="Dtype: float32 or bfloat16; for train, bfloat16 is autocast with float32 parameters.")
     ] = "float32",
-    repeat: Annotated[int, typer.Option(help="Rounds, in each of which all run once; at least 5.")] = 5,
-    only: Annotated[list[str] | None, typer.Option(help="Measure this one; all by default.", metavar="NAME")] = None,
-    compiled: Annotated[bool, typer.Option("--compile", help="Add compiled variants of those that have one.")] = False,
+    repeat: Annotated[
+        int, typer.Option(help="Number of rounds, at least 5; each implementation runs once per round.")
+    ] = 5,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="Measure only this implementation; may be repeated. All by default.", metavar="NAME"),
+    ] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Also measure compiled variants of implementations that have one.")
+    ] = False,
     activation_checkpointing: Annotated[
         bool,
-        typer.Option("--activation-checkpointing", help="train: recompute activations in backward, for less memory."),
+        typer.Option(
+            "--activation-checkpointing", help="For train: recompute activations in the backward pass, to save memory."
+        ),
     ] = False,
-    tokens: Annotated[int, typer.Option(help="train: tokens of a step at most, in whole sequences.")] = 2048,
-    batch: Annotated[int, typer.Option(help="op, recurrence, decode, prefill: sequences at once.")] = 1,
-    limit: Annotated[float, typer.Option(help="Skip what would take longer a call, in seconds.")] = 120.0,
+    tokens: Annotated[int, typer.Option(help="For train: maximum tokens per step, in whole sequences.")] = 2048,
+    batch: Annotated[int, typer.Option(help="For op, recurrence, decode and prefill: batch size.")] = 1,
+    limit: Annotated[
+        float, typer.Option(help="Skip an implementation if one call would take longer than this, in seconds.")
+    ] = 120.0,
     interleave_lengths: Annotated[
-        bool, typer.Option("--interleave-lengths", help="Let all lengths take turns; ratios are to the first length.")
+        bool,
+        typer.Option("--interleave-lengths", help="Interleave the lengths too; ratios are then to the first length."),
     ] = False,
     cpu_time: Annotated[
-        bool, typer.Option("--cpu-time", help="Measure the processor's time, which a busy machine stretches least.")
+        bool, typer.Option("--cpu-time", help="Measure CPU time, which other programs affect least.")
     ] = False,
     json_file: JsonFile = None,
-    markdown_file: Annotated[Path | None, typer.Option("--markdown", help="Write the table.", metavar="FILE")] = None,
+    markdown_file: Annotated[
+        Path | None, typer.Option("--markdown", help="Write the table as Markdown.", metavar="FILE")
+    ] = None,
     plot_file: Annotated[
-        Path | None, typer.Option("--plot", help="Draw time and memory: .html, .svg, .png, .pdf.", metavar="FILE")
+        Path | None,
+        typer.Option("--plot", help="Plot time and memory to a .html, .svg, .png or .pdf file.", metavar="FILE"),
     ] = None,
 ) -> None:
     """Benchmark throughput, latency and peak memory against other installed implementations.
 
-    All models have as many parameters, run warm, and take turns in one run. Ratios are to the first; shares are of
-    what the machine can do at most, measured in the same rounds. What cannot run is shown with its reason.
+    All models have the same number of parameters. After a warm-up, their calls are interleaved in one run. Ratios are
+    to the first implementation; shares are of the machine's peak rate, measured in the same rounds. An implementation
+    that cannot run is listed with the reason.
 
     [bold]seqmix bench op --length 2048 --length 8192[/bold]
 
@@ -102,21 +119,21 @@ def bench(
     [bold]seqmix bench decode hybrid-tiny --context 1024 --json decode.json[/bold]
     """
     require_name("benchmark", what, [*BENCHMARKS, "learn"])
-    require_name("number format", dtype, DTYPES)
+    require_name("dtype", dtype, DTYPES)
     for each in length or []:
-        _require_range("--length", each, 1, LONGEST)
+        _require_range("--length", each, 1, MAX_TOKENS)
     _require_range("--repeat", repeat, 5, 10_000)
-    _require_range("--tokens", tokens, 1, LONGEST)
+    _require_range("--tokens", tokens, 1, MAX_TOKENS)
     _require_range("--batch", batch, 1, 2**20)
     _require_range("--limit", limit, 0, float("inf"))
     if plot_file is not None:
         require_drawable("--plot", plot_file)
     require_writable(json_file, markdown_file, plot_file)
-    keep_freed_memory()  # as `seqmix train` does; training has it as each one's own program does
+    keep_freed_memory()  # as `seqmix train` does
     changes = [*([config] if config and "=" in config else []), *(overrides or [])]
     if what == "learn":
         if config and config not in changes:
-            raise SeqmixError(f"bench learn has models of its own and takes changes alone, and was given {config!r}")
+            raise SeqmixError(f"bench learn has its own models: expected only KEY=VALUE changes, got {config!r}")
         measure = partial(learn.run, changes, only or [])
     else:
         settings = Settings(
@@ -137,13 +154,13 @@ def bench(
         measure = partial(run, BENCHMARKS[what](settings))
     console = Console(stderr=True, markup=False)
     columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
-    # seldom redrawn: it runs beside what is measured
+    # redrawn seldom, as drawing competes with the measurement
     with Progress(
         *columns, console=console, transient=True, refresh_per_second=2, disable=not console.is_terminal
     ) as bar:
         task = bar.add_task("", visible=False)
         report = measure(lambda text: bar.update(task, description=text, visible=True))
-    # files first: a terminal that has gone away loses nothing
+    # files first, in case the terminal is gone
     if json_file is not None:
         write_file(to_json(report), json_file)
     if markdown_file is not None:
@@ -154,10 +171,10 @@ def bench(
 
 
 def show(report: Report, console: Console) -> None:
-    """Print the table, and what a reader must know."""
-    endless = console.options.update_width(10_000)
-    tables = [_table(report, SPARED[:spared]) for spared in range(len(SPARED) + 1)]
-    fitting = (table for table in tables if Measurement.get(console, endless, table).maximum <= console.width)
+    """Print the title and conditions, the table, and notes. On a narrow terminal, some columns are left out."""
+    unlimited = console.options.update_width(10_000)
+    tables = [_table(report, OPTIONAL_COLUMNS[:number]) for number in range(len(OPTIONAL_COLUMNS) + 1)]
+    fitting = (table for table in tables if Measurement.get(console, unlimited, table).maximum <= console.width)
     table = next(fitting, tables[-1])
     console.print(f"{report.title}. {conditions(report)}", soft_wrap=True)
     console.print(table)
@@ -165,8 +182,8 @@ def show(report: Report, console: Console) -> None:
         console.print(line, soft_wrap=True)
 
 
-def _table(report: Report, spared: tuple[str, ...]) -> Table:
-    heads, lines = cells(report, spared)
+def _table(report: Report, left_out: tuple[str, ...]) -> Table:
+    heads, lines = cells(report, left_out)
     table = plain_table(*heads, rows=lines, justify="right", no_wrap=True)
     for column in table.columns[: name_columns(report)]:
         column.justify = "left"
@@ -176,4 +193,4 @@ def _table(report: Report, spared: tuple[str, ...]) -> Table:
 def _require_range(option: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high:
         limits = f"at least {low:,}" if high == float("inf") else f"from {low:,} to {high:,}"
-        raise SeqmixError(f"{option} is {value:,}; allowed: {limits}")
+        raise SeqmixError(f"expected {option} {limits}, got {value:,}")

@@ -1,4 +1,4 @@
-"""`seqmix bench-gpu`: everything that needs a GPU, in one command."""
+"""`seqmix bench-gpu`: all tests and benchmarks that need a GPU, in one command."""
 
 import os
 from pathlib import Path
@@ -19,16 +19,18 @@ def bench_gpu(
     ] = None,
     time_limit: Annotated[float, typer.Option(help="Time limit per part, in seconds.", min=1)] = 600.0,
     budget: Annotated[
-        float, typer.Option(help="Time for all parts together, in seconds: what matters most comes first.", min=1)
+        float,
+        typer.Option(help="Time limit for all parts together, in seconds; the most important parts run first.", min=1),
     ] = float("inf"),
     rehearse: Annotated[
-        bool, typer.Option("--rehearse", help="Run one part of each kind at toy sizes, on the CPU: a minute or two.")
+        bool, typer.Option("--rehearse", help="Run one part of each kind at toy sizes on the CPU, in a minute or two.")
     ] = False,
 ) -> None:
-    """Run everything that needs a GPU: kernels, conformance, benchmarks, the paper's comparisons.
+    """Run all tests and benchmarks that need a GPU: kernels, conformance, speed, the paper's comparisons.
 
-    Each part runs in its own process: a crash ends only that part. Finished parts are skipped when you run it again.
-    The folder's archive, DIR.tar.gz, is written again after each part. The exit status is 1 if a part failed.
+    Each part runs in its own process, so a crash ends only that part. Run the command again to continue: finished parts
+    are skipped. An archive of the folder, DIR.tar.gz, is updated after each part. The exit status is 1 if a part
+    failed.
 
     [bold]seqmix bench-gpu --out gpu --budget 1500[/bold]
 
@@ -39,7 +41,7 @@ def bench_gpu(
     if rehearse:
         os.environ |= {"TRITON_INTERPRET": "1"}  # before triton is imported, here and in the parts
     elif not torch.cuda.is_available():
-        raise SeqmixError("bench-gpu needs a CUDA GPU, and torch finds none; --rehearse runs on the CPU")
+        raise SeqmixError("bench-gpu needs a CUDA GPU, but torch finds none: rehearse on the CPU with --rehearse")
     memory = 80 * 2**30 if rehearse else torch.cuda.get_device_properties(0).total_memory
     parts = [part for part in plan(memory, rehearsal=rehearse) if not only or part.group in only]
     outcomes = measure(parts, out, typer.echo, time_limit=time_limit, budget=budget)

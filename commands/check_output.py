@@ -1,4 +1,4 @@
-"""What `seqmix check` found, as files for other programs: JSON, and the XML of JUnit for continuous integration."""
+"""Results of `seqmix check` as files for other programs: JSON, and JUnit XML for continuous integration."""
 
 import json
 import re
@@ -13,62 +13,83 @@ if TYPE_CHECKING:
     from ..testing import CheckOutcome
 
 NOT_IN_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-"""Characters that no XML file may hold; the message of an exception may hold any."""
+"""Matches characters that are not allowed in XML, but may be in the message of an exception."""
 
 
 @dataclass(frozen=True)
 class Tested:
-    """One mixer or kernel, and how its checks ended."""
+    """A mixer or kernel with the outcomes of its checks."""
 
     kind: str
-    """Of a mixer, or the name of a kernel."""
+    """Kind of the mixer, or name of the kernel."""
     about: dict[str, Any]
-    """What else JSON says of it: the configuration."""
+    """Further entries in JSON: for a mixer, its configuration and d_model."""
     outcomes: Sequence["CheckOutcome"]
+    """Outcome of each check."""
 
     def count(self, *statuses: str) -> int:
-        """Checks that ended so."""
+        """Return the number of checks with one of these statuses."""
         return sum(outcome.status in statuses for outcome in self.outcomes)
 
     @property
     def seconds(self) -> float:
-        """Of all checks."""
+        """Time of all checks, in seconds."""
         return sum(outcome.seconds for outcome in self.outcomes)
 
 
-def as_json(found: Sequence[Tested], *, seed: int) -> str:
-    """Every check of everything tested, with the cases that fail and the lines that reproduce them."""
+def as_json(results: Sequence[Tested], *, seed: int) -> str:
+    """Return all results as JSON, with failing cases and the code that reproduces them."""
     from ..training.checkpoint.provenance import seqmix_version
 
-    tested = [{"kind": one.kind, **one.about, "checks": list(map(_fields, one.outcomes))} for one in found]
+    tested = [
+        {"kind": result.kind, **result.about, "checks": list(map(_outcome_fields, result.outcomes))}
+        for result in results
+    ]
     about = {"seqmix": seqmix_version(), "torch": str(torch.__version__), "seed": seed}
     return json.dumps({**about, "tested": tested}, indent=2) + "\n"
 
 
-def _fields(outcome: "CheckOutcome") -> dict[str, Any]:
-    ended = {name: getattr(outcome, name) for name in ("status", "reason", "examples", "seconds")}
-    case = None if outcome.case is None else repr(outcome.case)
-    about = {name: getattr(outcome.check, name) for name in ("name", "property", "use")}
-    more = {"same_as": outcome.same_as, "warnings": list(outcome.notes)}
-    return {**about, **ended, "case": case, "reproduce": list(outcome.script), **more}
+def _outcome_fields(outcome: "CheckOutcome") -> dict[str, Any]:
+    """Return the JSON fields of an outcome."""
+    return {
+        "name": outcome.check.name,
+        "property": outcome.check.property,
+        "use": outcome.check.use,
+        "status": outcome.status,
+        "reason": outcome.reason,
+        "examples": outcome.examples,
+        "seconds": outcome.seconds,
+        "case": None if outcome.case is None else repr(outcome.case),
+        "reproduce": list(outcome.script),
+        "same_as": outcome.same_as,
+        "warnings": list(outcome.notes),
+    }
 
 
-def as_junit(found: Sequence[Tested]) -> str:
-    """The same as JUnit has it: a suite for everything tested, and in it a case for every check."""
+def as_junit(results: Sequence[Tested]) -> str:
+    """Return all results as JUnit XML: a test suite per mixer or kernel, with a test case per check."""
     suites = ElementTree.Element("testsuites", name="seqmix check")
-    for one in found:
-        counts = {"tests": len(one.outcomes), "failures": one.count("failed"), "errors": 0}
-        counts["skipped"] = one.count("skipped", "expected failure")
-        attributes = {"name": one.kind, "time": f"{one.seconds:.3f}"}
-        attributes |= {name: str(count) for name, count in counts.items()}
+    for result in results:
+        attributes = {
+            "name": result.kind,
+            "time": f"{result.seconds:.3f}",
+            "tests": str(len(result.outcomes)),
+            "failures": str(result.count("failed")),
+            "errors": "0",
+            "skipped": str(result.count("skipped", "expected failure")),
+        }
         suite = ElementTree.SubElement(suites, "testsuite", attributes)
-        for outcome in one.outcomes:
-            named = {"classname": f"seqmix.{one.kind}", "name": outcome.check.name, "time": f"{outcome.seconds:.3f}"}
-            case = ElementTree.SubElement(suite, "testcase", named)
+        for outcome in result.outcomes:
+            attributes = {
+                "classname": f"seqmix.{result.kind}",
+                "name": outcome.check.name,
+                "time": f"{outcome.seconds:.3f}",
+            }
+            case = ElementTree.SubElement(suite, "testcase", attributes)
             reason = NOT_IN_XML.sub("?", outcome.reason)
             if outcome.status == "failed":
                 ElementTree.SubElement(case, "failure", message=reason.partition("\n")[0]).text = reason
-            elif outcome.status != "passed":  # pytest's own file has an expected failure as skipped, too
+            elif outcome.status != "passed":  # pytest reports expected failures as skipped, too
                 ElementTree.SubElement(case, "skipped", message=f"{outcome.status}: {reason}")
     ElementTree.indent(suites)
     return ElementTree.tostring(suites, encoding="unicode", xml_declaration=True) + "\n"

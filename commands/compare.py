@@ -22,7 +22,7 @@ from .show import si
 from .study_progress import StudyProgress
 
 MANY = 300
-"""Runs from which on planning takes long enough to say so."""
+"""Number of runs above which planning takes so long that a note is printed."""
 
 
 def compare(
@@ -38,8 +38,8 @@ def compare(
 ) -> None:
     """Train several models under identical conditions and compare them.
 
-    The study's folder holds every run, results.json, tables and an HTML report. Run the command again to resume a study
-    that was stopped. The exit status is 1 if runs failed.
+    The output folder has every run, results.json, tables and an HTML report. Run the command again to resume a stopped
+    study. The exit status is 1 if runs failed.
 
     [bold]seqmix compare recall[/bold]
 
@@ -53,10 +53,10 @@ def compare(
     if study is None:
         raise SeqmixError("compare needs a STUDY: a YAML file, or the name of a study that --list shows")
     file = find_study(study)
-    asked = load_study(file)
-    if asked.size > MANY:
-        note(f"{asked.size:,} runs are planned, which takes a while")
-    planned = plan(asked, file)
+    loaded = load_study(file)
+    if loaded.size > MANY:
+        note(f"planning {loaded.size:,} runs takes a while")
+    planned = plan(loaded, file)
     if dry_run:
         _show_plan(planned, console)
         return
@@ -66,29 +66,31 @@ def compare(
     show(results, console)
     again = f"seqmix compare {shlex.quote(study)}" + (f" --out {shlex.quote(str(out))}" if out else "")
     if outcome.stopped:
-        console.print(f"stopped, with a checkpoint of every run; resume with: {again}")
+        console.print(f"stopped with a checkpoint of every run; resume with: {again}")
         raise typer.Exit(130)
     console.print(f"{folder} has {RESULTS_FILE}, the tables and every run")
     report = folder / REPORT_FILE
-    console.print(f"{report} is written" if report.is_file() else f"{report} is missing: {_undrawn(folder)}")
+    console.print(
+        f"{report} is written" if report.is_file() else f"{report} is missing: {_missing_report_reason(folder)}"
+    )
     if outcome.failed:
         console.print(f"{len(outcome.failed)} of {len(planned.runs)} runs failed; retry them with: {again}")
         raise typer.Exit(1)
 
 
-def _undrawn(folder: Path) -> str:
-    """Why a study has no report, and how it gets one."""
+def _missing_report_reason(folder: Path) -> str:
+    """Return why a study has no report, and the command that writes it."""
     reason = "its figures could not be drawn"
     try:
         engine()
         charts_module()
     except PlotsMissingError as error:
         reason = str(error)
-    return f"{reason}; then: seqmix plot {shlex.quote(str(folder))}"
+    return f"{reason}; then write it with: seqmix plot {shlex.quote(str(folder))}"
 
 
 def show(results: Results, console: Console) -> None:
-    """Print the summary, the conditions that all runs share, and notes."""
+    """Print the summary table, the conditions that all runs share, and notes."""
     head, rows = summary_table(results)
     if rows:
         console.print(plain_table(*head, rows=rows, overflow="fold"))
@@ -97,7 +99,7 @@ def show(results: Results, console: Console) -> None:
 
 
 def _show_plan(planned: Plan, console: Console) -> None:
-    """Print what would run."""
+    """Print the entries of a study with their costs, and the number of runs."""
     if planned.study.question:
         console.print(planned.study.question)
     entries = [entry_result(entry) for entry in planned.entries]

@@ -1,4 +1,4 @@
-"""Console output: a terminal, or a file or pipe of unlimited width; tables and notes."""
+"""Console output of commands: tables and notes, on a terminal, or without line wrapping in a file or pipe."""
 
 import os
 from collections.abc import Iterable
@@ -13,21 +13,24 @@ from rich.table import Table
 from .output import visible
 
 WIDE = 200
-"""Columns without a terminal, unless COLUMNS is set: tables are not folded."""
+"""Width without a terminal, in columns, unless COLUMNS is set; wide enough that tables are not folded."""
 
 
 class _Console(Console):
-    """Shows control characters in names and texts, in place of sending them to the terminal."""
+    """Console that escapes control characters in names and texts, instead of sending them to the terminal."""
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """The segments of what is printed; those of the console itself, which move the cursor, as they are."""
+        """Render segments with escaped text; the console's own control segments, which move the cursor, unchanged."""
         for text, style, control in super().render(renderable, options):
             yield Segment(text if control else visible(text), style, control)
 
 
 def terminal(*, quiet: bool = False) -> Console:
-    """A console on standard output, without markup: paths and names are printed as they are. A quiet one prints
-    nothing."""
+    """Return a console on standard output, without markup, so that paths and names are printed as they are.
+
+    Args:
+        quiet: True for a console that prints nothing.
+    """
     console = _Console(markup=False, highlight=False, quiet=quiet)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = WIDE
@@ -36,7 +39,13 @@ def terminal(*, quiet: bool = False) -> Console:
 
 
 def plain_table(*columns: str, rows: Iterable[Iterable[str]] = (), **options: Any) -> Table:
-    """A table as narrow as its cells, with lines only around the header; `options` are rich's, of all columns."""
+    """Return a table as narrow as its cells allow, with lines around the header only.
+
+    Args:
+        columns: the headers.
+        rows: the cells.
+        options: options of rich for all columns.
+    """
     table = Table(box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
     for column in columns:
         table.add_column(column, **options)

@@ -1,4 +1,4 @@
-"""`seqmix convert`: weights of other libraries' models, and back."""
+"""`seqmix convert`: convert weights from and to other libraries."""
 
 from pathlib import Path
 from typing import Annotated
@@ -18,42 +18,49 @@ def convert(
     source: Annotated[
         Path,
         typer.Argument(
-            help="A folder with config.json and *.safetensors, as transformers and fla write it; or, with --as, a run "
-            "or a file of `seqmix export`.",
+            help="A folder with config.json and *.safetensors, as written by transformers and fla; with --as, a run "
+            "directory or a file of `seqmix export`.",
             metavar="SOURCE",
         ),
     ],
-    to: Annotated[Path | None, typer.Option(help="The folder to write; must not exist.", metavar="DIR")] = None,
+    to: Annotated[Path | None, typer.Option(help="Output folder; must not exist.", metavar="DIR")] = None,
     target: Annotated[
         str | None,
-        typer.Option("--as", help=f"Write a run as another library's: {', '.join(ARCHITECTURES)}.", metavar="NAME"),
+        typer.Option(
+            "--as",
+            help=f"Convert a run to this architecture of another library: {', '.join(ARCHITECTURES)}.",
+            metavar="NAME",
+        ),
     ] = None,
     tokenizer: Annotated[
-        str | None, typer.Option(help="A tokenizer.json, or bytes; that of SOURCE by default.", metavar="FILE")
+        str | None,
+        typer.Option(help="A tokenizer.json, or `bytes`; by default the tokenizer of SOURCE.", metavar="FILE"),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan of tensors and write nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the table of tensors, without writing.")] = False,
     checkpoint: Checkpoint = "newest",
     trust: Trust = False,
 ) -> None:
     """Convert a model of another library to a run directory, or a run to a folder of another library.
 
-    It prints where every tensor comes from. What has no counterpart is refused by its name.
+    A table shows where every tensor comes from. A tensor or field without a counterpart is an error that names it.
 
     [bold]seqmix convert downloads/Qwen3-0.6B --to runs/qwen3[/bold]
 
     [bold]seqmix convert runs/qwen3 --as qwen3 --to uploads/qwen3[/bold]
     """
     if to is None and not dry_run:
-        raise SeqmixError("convert needs --to DIR, or --dry-run to print the plan alone")
+        raise SeqmixError("convert needs --to DIR, or --dry-run to print the table of tensors only")
     out = None if dry_run else to
-    is_own = source.is_file() and source.suffix == ".safetensors"
-    if target is None and (is_own or (source / CONFIG_FILE).is_file()):
-        raise SeqmixError(f"{source} is a model of seqmix: name what to write with --as: {', '.join(ARCHITECTURES)}")
+    is_exported = source.is_file() and source.suffix == ".safetensors"
+    if target is None and (is_exported or (source / CONFIG_FILE).is_file()):
+        raise SeqmixError(
+            f"{source} is a model of seqmix: choose the architecture to write with --as: {', '.join(ARCHITECTURES)}"
+        )
     if target is None:
         architecture, rules = import_from(source, out, tokenizer)
     else:
         if tokenizer is not None:
-            raise SeqmixError("--tokenizer is for weights of another library; a run has its own")
+            raise SeqmixError("--tokenizer is for weights of another library, but a run has its own: leave it out")
         choice = checkpoint_choice(checkpoint)
         architecture, rules = export_to(source, out, target, choice=choice, tell=note, trust=trust)
     rows = [(*row[:2], "<-" if target is None else "->", *row[2:]) for row in plan(rules)]

@@ -1,4 +1,4 @@
-"""`seqmix export`: a trained model in one file, or as a folder of Hugging Face."""
+"""`seqmix export`: export a trained model to one file, or to a folder for Hugging Face."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,13 +18,13 @@ FORMATS = ("safetensors", "hf")
 def export(
     run: Run,
     place: Annotated[
-        Path | None, typer.Argument(help="The output, in place of --out.", metavar="[OUT]", show_default=False)
+        Path | None, typer.Argument(help="Output, instead of --out.", metavar="[OUT]", show_default=False)
     ] = None,
     to: Annotated[
-        str, typer.Option(help="One safetensors file, or a folder of Hugging Face.", metavar="safetensors|hf")
+        str, typer.Option(help="Format: one safetensors file, or a folder for Hugging Face.", metavar="safetensors|hf")
     ] = "safetensors",
     out: Annotated[
-        Path | None, typer.Option(help="Output file (.safetensors), or folder; must not exist.", metavar="FILE|DIR")
+        Path | None, typer.Option(help="Output file (.safetensors) or folder; must not exist.", metavar="FILE|DIR")
     ] = None,
     checkpoint: Checkpoint = "newest",
     ema: Ema = False,
@@ -38,10 +38,10 @@ def export(
     [bold]seqmix export runs/retnet-tiny --to hf retnet-tiny-hf[/bold]
     """
     if to not in FORMATS:
-        raise SeqmixError(f"--to is {' or '.join(FORMATS)}, and was given {to!r}{nearest(to, FORMATS)}")
+        raise SeqmixError(f"expected --to {' or '.join(FORMATS)}, got {to!r}{nearest(to, FORMATS)}")
     target = place if out is None else out
     if target is None or (place is not None and out is not None):
-        raise SeqmixError("export needs one output: --out FILE, or --to hf DIR")
+        raise SeqmixError("export needs exactly one output: --out FILE, or --to hf DIR")
     choice = checkpoint_choice(checkpoint)
     if to == "safetensors":
         step = export_run(run, target, choice=choice, tell=note, ema=ema)
@@ -52,4 +52,6 @@ def export(
     from ..hf.export import export_hf
 
     export_hf(run, target, choice=choice, tell=note, ema=ema)
-    typer.echo(visible(f"{target} has the model: import seqmix.hf, and AutoModelForCausalLM.from_pretrained loads it"))
+    typer.echo(
+        visible(f"{target} has the model: load it with import seqmix.hf and AutoModelForCausalLM.from_pretrained")
+    )

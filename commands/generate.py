@@ -1,4 +1,4 @@
-"""`seqmix generate`: continue texts with a trained model, and save the prompt cache to continue from."""
+"""`seqmix generate`: continue texts with a trained model, and save or load the state after them."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,25 +13,31 @@ from ..training import load_prompt_cache, load_run, save_prompt_cache
 from ..training.monitoring.memory import keep_freed_memory
 from .console import note
 from .options import DTYPES, Checkpoint, Device, Ema, Trust, checkpoint_choice, require_device, require_writable
-from .output import UNREAD, lost, visible
+from .output import EXIT_UNREAD, output_error, visible
 
 
 def generate(
     run: Annotated[
         Path,
-        typer.Argument(help="A folder that `seqmix train` wrote, or a file that `seqmix export` wrote.", metavar="RUN"),
+        typer.Argument(help="A run directory of `seqmix train`, or a file of `seqmix export`.", metavar="RUN"),
     ],
     prompt: Annotated[
-        list[str] | None, typer.Option(help="The text to continue; several are read as one batch.")
+        list[str] | None, typer.Option(help="Text to continue; may be repeated, for a batch of texts.")
     ] = None,
     max_new_tokens: Annotated[
-        int, typer.Option(help="Tokens to generate at most: bytes, by default; 0 with --save-state only reads.", min=0)
+        int,
+        typer.Option(
+            help="Maximum number of tokens to generate (bytes, by default). 0 with --save-state only reads the prompt.",
+            min=0,
+        ),
     ] = 400,
-    temperature: Annotated[float, typer.Option(help="0 takes the most probable token.")] = 0.8,
-    top_k: Annotated[int | None, typer.Option(help="Only the k most probable tokens.")] = None,
-    top_p: Annotated[float, typer.Option(help="Only the most probable tokens that reach this probability.")] = 0.95,
-    seed: Annotated[int, typer.Option(help="The text is a function of it.")] = 0,
-    stop: Annotated[list[str] | None, typer.Option(help="End before this text.")] = None,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 takes the most probable token.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(help="Sample only from the k most probable tokens.")] = None,
+    top_p: Annotated[
+        float, typer.Option(help="Sample only from the most probable tokens that together reach this probability.")
+    ] = 0.95,
+    seed: Annotated[int, typer.Option(help="Random seed; the same seed gives the same text.")] = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop before this text; may be repeated.")] = None,
     checkpoint: Checkpoint = "newest",
     ema: Ema = False,
     trust: Trust = False,
@@ -39,35 +45,35 @@ def generate(
     dtype: Annotated[
         str,
         typer.Option(
-            help="Of the weights: bfloat16 rounds them; large models then decode about twice as fast when compiled, or "
-            "several prompts at a time."
+            help="Dtype of the weights: float32, or bfloat16, which rounds them. Large models then decode about twice "
+            "as fast, when compiled or with several prompts."
         ),
     ] = "float32",
     compiled: Annotated[
         bool | None,
         typer.Option(
             "--compile/--no-compile",
-            help="Compile the decode step: seconds before the second token, less time for each. By default it is "
-            "compiled where thousands of tokens follow, after the first have been streamed.",
+            help="Compile the decode step: takes some seconds before the second token, then each token is faster. By "
+            "default it is compiled if thousands of tokens are generated, after the first ones are printed.",
         ),
     ] = None,
     state: Annotated[
         Path | None,
         typer.Option(
-            help="Go on after the text of this file, with the prompt or without: one text for all prompts, or one for "
-            "each.",
+            help="Continue after the text whose state --save-state wrote to this file. It holds one text for all "
+            "prompts, or one for each; prompts may be left out.",
             metavar="FILE",
         ),
     ] = None,
     save_state: Annotated[
         Path | None,
-        typer.Option(help="Write there what was read and generated, for --state to go on from.", metavar="FILE"),
+        typer.Option(help="Write the state after the prompt and the generated text, for --state.", metavar="FILE"),
     ] = None,
 ) -> None:
     """Generate text with a trained model.
 
-    Prefill computes the prompt chunkwise, then every token costs one recurrent decode step. The run's
-    own copy of its tokenizer encodes and decodes.
+    The prompt is processed chunkwise (prefill), then every token takes one recurrent decode step. The tokenizer is the
+    run's own copy.
 
     [bold]seqmix generate runs/retnet-tiny --prompt "def "[/bold]
 
@@ -76,21 +82,19 @@ def generate(
     [bold]seqmix generate runs/retnet-tiny --state def.state --prompt "main" --prompt "read"[/bold]
     """
     prompts = prompt or []
-    _require_sense(prompts, max_new_tokens, state, save_state)
+    _check_options(prompts, max_new_tokens, state, save_state)
     keep_freed_memory()
-    where = require_device(device)
+    torch_device = require_device(device)
     choice = checkpoint_choice(checkpoint)
-    require_name("number format", dtype, DTYPES)
-    model = load_run(run, device=where, choice=choice, tell=note, ema=ema, trust=trust).to(DTYPES[dtype])
+    require_name("dtype", dtype, DTYPES)
+    model = load_run(run, device=torch_device, choice=choice, tell=note, ema=ema, trust=trust).to(DTYPES[dtype])
     after = None if state is None else load_prompt_cache(state, model)
     if max_new_tokens == 0 and save_state is not None:
-        _save(cache_text(model, prompts, after=after), model, save_state)
+        _save_cache(cache_text(model, prompts, after=after), model, save_state)
         return
     if compiled is None and not stop and (streamed := compiled_after(max_new_tokens)):
-        note(
-            f"after {streamed} tokens the decode step is compiled, which takes seconds; --no-compile leaves it as it is"
-        )
-    kept: list[PromptCache] = []
+        note(f"compiling the decode step after {streamed} tokens, which takes some seconds; disable with --no-compile")
+    caches: list[PromptCache] = []
     pieces = stream_text(
         model,
         prompts,
@@ -99,30 +103,33 @@ def generate(
         stop=stop or [],
         compiled=compiled,
         after=after,
-        on_end=kept.append,
+        on_end=caches.append,
     )
-    # bytes of a command line that are not UTF-8 arrive as surrogates, which a terminal refuses
+    # bytes of a command line that are not UTF-8 arrive as surrogates, which cannot be printed
     texts = [text.encode(errors="surrogateescape").decode(errors="replace") for text in prompts]
-    # one prompt may be for several texts, and a cached text needs none
-    _show(
-        (texts or [""]) * len(after) if after is not None and len(texts) < 2 else texts,
-        pieces,
-        to_the_end=save_state is not None,
-    )
+    if after is not None and len(texts) < 2:  # one prompt, or none, for all cached texts
+        texts = (texts or [""]) * len(after)
+    _print_texts(texts, pieces, to_the_end=save_state is not None)
     if save_state is not None:
-        _save(kept[0], model, save_state)
+        _save_cache(caches[0], model, save_state)
 
 
-def _show(texts: list[str], pieces: Iterable[list[str]], *, to_the_end: bool) -> None:
-    """Stream a single text; print several when they are complete."""
+def _print_texts(texts: list[str], pieces: Iterable[list[str]], *, to_the_end: bool) -> None:
+    """Stream a single text, or print several texts when they are complete.
+
+    Args:
+        texts: the prompts.
+        pieces: yields the new piece of each text.
+        to_the_end: True to continue to the end even if nobody reads the output, as the state is to be saved.
+    """
     if len(texts) == 1:
         started = False
         for (piece,) in pieces:
-            # the prompt is printed with the first token: bad input shows nothing but its error
+            # the prompt is printed with the first token, so that invalid input shows only an error
             typer.echo(visible(piece if started else texts[0] + piece), nl=False)
             started = True
-            if lost() and not to_the_end:
-                raise typer.Exit(UNREAD)
+            if output_error() and not to_the_end:
+                raise typer.Exit(EXIT_UNREAD)
         typer.echo()
         return
     for new in pieces:
@@ -131,20 +138,20 @@ def _show(texts: list[str], pieces: Iterable[list[str]], *, to_the_end: bool) ->
         typer.echo(f"{visible(text)}\n{'─' * 40}")
 
 
-def _save(cache: PromptCache, model: LanguageModel, file: Path) -> None:
+def _save_cache(cache: PromptCache, model: LanguageModel, file: Path) -> None:
     save_prompt_cache(cache, model, file)
     tokens = " and ".join(f"{length:,}" for length in cache.lengths.tolist())
     note(f"{file} has the state after {tokens} tokens")
 
 
-def _require_sense(prompts: Sequence[str], max_new_tokens: int, state: Path | None, save_state: Path | None) -> None:
-    """Refuse early what would fail, or be lost, at the end."""
+def _check_options(prompts: Sequence[str], max_new_tokens: int, state: Path | None, save_state: Path | None) -> None:
+    """Raise SeqmixError for options that do not fit together, before anything is generated."""
     if not prompts and state is None:
-        raise SeqmixError("generate needs a --prompt TEXT to continue, or a --state FILE to go on from")
+        raise SeqmixError("generate needs a --prompt TEXT or a --state FILE to continue from")
     if max_new_tokens == 0 and (save_state is None or not prompts):
-        raise SeqmixError("--max-new-tokens 0 reads a --prompt for --save-state FILE, and needs both")
+        raise SeqmixError("--max-new-tokens 0 only reads a prompt: give both --prompt TEXT and --save-state FILE")
     require_writable(save_state)
     if save_state and save_state.exists() and not (state and state.exists() and save_state.samefile(state)):
         raise SeqmixError(
-            f"{save_state} exists already: give --save-state another name, or the name of --state, to go on in place"
+            f"{save_state} exists already: give --save-state another name, or the same name as --state to replace it"
         )

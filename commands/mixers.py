@@ -1,4 +1,4 @@
-"""`seqmix mixers`: the available mixers and their traits."""
+"""`seqmix mixers`: list the available mixers and their traits."""
 
 import warnings
 
@@ -10,7 +10,7 @@ from .console import plain_table, terminal
 def mixers() -> None:
     """List the available mixers and their traits: paradigms, state, packing.
 
-    Plug-ins are listed with the module they come from, or the reason why they cannot be imported.
+    Plug-ins are listed with their module, or with the reason why they cannot be imported.
     """
     console = terminal()
     table = plain_table("kind", "paradigms", "state", "packing", "shift-invariant")
@@ -18,7 +18,7 @@ def mixers() -> None:
     broken = MIXERS.broken()
     for kind in MIXERS.kinds():
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a plug-in with the kind of a built-in is in `broken`
+            warnings.simplefilter("ignore")  # plug-ins with the kind of a built-in mixer are reported below
             if not (module := MIXERS.origin(kind)).startswith("seqmix."):
                 foreign[kind] = module
             config = MIXERS.resolve(kind)
@@ -40,7 +40,9 @@ def mixers() -> None:
             "yes" if traits.shift_invariant else "no",
         )
     console.print(table)
-    console.print("Traits of the default configurations; options can change them (a window bounds attention's state).")
+    console.print(
+        "Traits are those of the default options; others may change them (a window bounds attention's state)."
+    )
     for kind, module in foreign.items():
         console.print(f"{kind} comes from {module}")
     for name, reason in broken.items():

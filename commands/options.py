@@ -1,4 +1,4 @@
-"""Arguments and options shared by commands, and checks of their values."""
+"""Arguments and options shared by several commands, and checks of their values."""
 
 import os
 from pathlib import Path
@@ -21,34 +21,36 @@ Run = Annotated[Path, typer.Argument(help="A run directory, written by `seqmix t
 Checkpoint = Annotated[
     str, typer.Option(help="Checkpoint: newest, best (by validation loss), or a step.", metavar="newest|best|STEP")
 ]
-Ema = Annotated[bool, typer.Option("--ema", help="The moving average of the weights, of a run with training.ema.")]
+Ema = Annotated[
+    bool, typer.Option("--ema", help="Use the moving average of the weights; needs a run with training.ema.")
+]
 Trust = Annotated[
-    bool, typer.Option("--trust", help="Let an exported file import the modules that it names by dotted paths.")
+    bool, typer.Option("--trust", help="Allow an exported file to import the modules that it names by dotted paths.")
 ]
 Device = Annotated[str, typer.Option(help="Device: cpu, cuda, cuda:1, ...")]
 DeviceOrGpu = Annotated[
-    str | None, typer.Option(help="Device: cpu, cuda, cuda:1, ...; by default a GPU if there is one.")
+    str | None, typer.Option(help="Device: cpu, cuda, cuda:1, ...; by default a GPU if there is one, else the CPU.")
 ]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-"""Number formats by name."""
+"""Dtypes by name."""
 Jobs = Annotated[int | None, typer.Option(help="Number of runs in parallel; one per core or GPU by default.", min=1)]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write all results as JSON.", metavar="FILE")]
 
 
 def checkpoint_choice(checkpoint: str) -> int | Literal["newest", "best"]:
-    """Parse the value of --checkpoint; raises a SeqmixError if it is invalid."""
+    """Parse the value of --checkpoint; SeqmixError if it is invalid."""
     if checkpoint == "newest" or checkpoint == "best":
         return checkpoint
     if checkpoint.isascii() and checkpoint.isdigit():
         return int(checkpoint)
     raise SeqmixError(
-        f"--checkpoint is newest, best or the number of a step, and was given {checkpoint!r}"
+        f"expected --checkpoint newest, best or the number of a step, got {checkpoint!r}"
         f"{nearest(checkpoint, ('newest', 'best'))}"
     )
 
 
 def require_device(device: str) -> torch.device:
-    """The device with this name; raises a SeqmixError if it is not available."""
+    """Return the device with this name; SeqmixError if it is not available."""
     try:
         return torch.empty(1, device=device).device
     except (RuntimeError, AssertionError) as error:
@@ -56,7 +58,7 @@ def require_device(device: str) -> torch.device:
 
 
 def require_writable(*files: Path | None) -> None:
-    """Raise a SeqmixError, with the reason, for files that could not be written at the end."""
+    """Raise SeqmixError for a file that cannot be written, before a long computation; None is ignored."""
     for file in filter(None, files):
         folder = file.absolute().parent
         if not folder.is_dir():

@@ -1,4 +1,8 @@
-"""Standard output and standard error: output that nobody reads does not cost the work, and a terminal obeys no text."""
+"""Protection of standard output and standard error.
+
+A closed pipe does not end a command, whose other results would be lost. Control characters in texts and names are
+escaped, so that they do not reach a terminal.
+"""
 
 import errno
 import io
@@ -9,17 +13,18 @@ from typing import Any
 
 import typer
 
-UNREAD = 141
-"""Exit status where nobody reads the output and nothing else was asked for: that of a program that SIGPIPE ends."""
+EXIT_UNREAD = 141
+"""Exit status if nobody reads the output and it is the only result; as for a program that SIGPIPE ends."""
 
 
 class _Standard(io.FileIO):
-    """A standard stream that drops what is written after its first error, so that no command fails by what it says."""
+    """A standard stream that discards all output after its first error, so that printing never fails."""
 
     lost: OSError | None = None
+    """The first error; None if there was none."""
 
     def write(self, data: Any, /) -> int | None:
-        """Write, or drop; never raises."""
+        """Write or discard the data; never raises."""
         if self.lost is None:
             try:
                 return super().write(data)
@@ -29,11 +34,14 @@ class _Standard(io.FileIO):
 
 
 @contextmanager
-def guarded() -> Iterator[None]:
-    """Survive a closed pipe, which is silent, and a full disk, which ends a command that succeeds with status 2."""
+def protect_output() -> Iterator[None]:
+    """Context in which output errors do not stop a command.
+
+    A closed pipe is ignored. After a full disk, a command that succeeds otherwise exits with status 2.
+    """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        # not where a program, such as pytest, has put an object of its own
+        # leave a stream that another program, such as pytest, has replaced
         if isinstance(stream, io.TextIOWrapper) and isinstance(getattr(stream.buffer, "raw", stream.buffer), io.FileIO):
             stream.flush()
             errors = "backslashreplace" if stream.errors == "strict" else stream.errors
@@ -44,24 +52,29 @@ def guarded() -> Iterator[None]:
     except SystemExit as ended:
         if sys.stdout is not None:
             sys.stdout.flush()
-        error = lost()
-        if error is None or error.errno == errno.EPIPE or ended.code not in (None, 0, UNREAD):
+        error = output_error()
+        if error is None or error.errno == errno.EPIPE or ended.code not in (None, 0, EXIT_UNREAD):
             raise
         typer.secho(f"error: standard output cannot be written: {error.strerror}", err=True, fg="red")
         raise SystemExit(2) from None
 
 
-def lost() -> OSError | None:
-    """Why standard output is no longer written; None while it is."""
+def output_error() -> OSError | None:
+    """Return the error after which standard output is discarded; None if there was none."""
     return getattr(getattr(getattr(sys.stdout, "buffer", None), "raw", None), "lost", None)
 
 
-_OBEYED = (*range(9), *range(11, 32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
-"""What moves a cursor, changes a terminal's settings or the direction of text: all but tabs and line breaks."""
-_ESCAPED = {code: ascii(chr(code))[1:-1] for code in _OBEYED}
+_CONTROL = (*range(9), *range(11, 32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+"""Code points that control a terminal or the direction of text; tabs and line breaks are not among them."""
+_ESCAPES = {code: ascii(chr(code))[1:-1] for code in _CONTROL}
 
 
 def visible(text: str, *, err: bool = False) -> str:
-    """Text of a model, a file or a folder, its control characters escaped where a terminal would obey them."""
+    """Return text that is safe to print: on a terminal, control characters are escaped.
+
+    Args:
+        text: the text.
+        err: True for standard error.
+    """
     stream = sys.stderr if err else sys.stdout
-    return text.translate(_ESCAPED) if stream is not None and stream.isatty() else text
+    return text.translate(_ESCAPES) if stream is not None and stream.isatty() else text

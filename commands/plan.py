@@ -1,4 +1,4 @@
-"""`seqmix plan`: what a training step takes on many GPUs, by layout."""
+"""`seqmix plan`: estimate the cost of a training step on many GPUs, by layout."""
 
 import json
 import shlex
@@ -9,26 +9,26 @@ import typer
 
 from ..registry import require_name
 from ..training import load_config
-from ..training.distributed.layouts import GPUS, MACHINE, SHARE, Layout, Planner
+from ..training.distributed.layouts import GPUS, GPUS_PER_MACHINE, PEAK_FRACTION, Layout, Planner
 from .console import plain_table, terminal
 from .options import Overrides
 from .show import si_bytes
 
 SHOWN = 8
-"""Layouts in the table."""
+"""Number of layouts in the table."""
 COLUMNS = "data", "shard", "context", "micro-batches", "memory", "received", "copies", "computing", "sending", "step"
 
 
 def plan(
     config: Annotated[str, typer.Argument(help="A preset (retnet-6.7b) or a YAML file.", metavar="CONFIG")],
     overrides: Overrides = None,
-    gpus: Annotated[int, typer.Option(help="GPUs, in machines of 8.", min=1, max=2**16)] = 8,
+    gpus: Annotated[int, typer.Option(help="Number of GPUs, in machines of 8.", min=1, max=2**16)] = 8,
     gpu: Annotated[str, typer.Option(help="Kind of GPU.", metavar="|".join(GPUS))] = "h100",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Estimate memory, traffic and time of a training step on many GPUs, by layout; nothing is run.
+    """Estimate memory, traffic and time of a training step on many GPUs, by layout, without running it.
 
-    Every layout has the fewest micro-batches that fit into memory; those that fit and are fast come first.
+    Every layout has the fewest micro-batches that fit into memory. The fastest layouts that fit come first.
 
     [bold]seqmix plan retnet-6.7b --gpus 64[/bold]
     """
@@ -42,19 +42,21 @@ def plan(
     console = terminal()
     console.print(plain_table(*COLUMNS, rows=[_cells(layout) for layout in layouts[:SHOWN]], justify="right"))
     if not layouts[0].fits:
-        console.print(f"None fits {si_bytes(planner.gpu.memory)}: shorter sequences or more GPUs are needed.")
+        console.print(f"None fits {si_bytes(planner.gpu.memory)}: shorten the sequences, or use more GPUs.")
     else:
         best = layouts[0].overrides
         names = {change.partition("=")[0] for change in best}
-        kept = [change for change in overrides or [] if change.partition("=")[0] not in names]
-        console.print(f"The first: {shlex.join([config, *kept, *best])}")
+        others = [change for change in overrides or [] if change.partition("=")[0] not in names]
+        console.print(f"The first: {shlex.join([config, *others, *best])}")
     tokens = run.training.batch_size * run.data.sequence_length
     links = planner.gpu
+    dtype = str(planner.dtype).removeprefix("torch.")
     console.print(
-        "Received and copies: bytes per micro-batch. Computing, sending and step: seconds per step of "
-        f"{tokens:,} tokens, which takes the larger of the two at best, and their sum at worst. Assumed, not measured: "
-        f"{SHARE:.0%} of the peak of {str(planner.dtype).removeprefix('torch.')}, {si_bytes(links.inside)}/s within "
-        f"the {MACHINE} GPUs of a machine, {si_bytes(links.between)}/s between machines."
+        "Per GPU. Received (within a replica) and copies (between replicas): bytes per micro-batch. Computing, sending "
+        f"and step: seconds per step of {tokens:,} tokens. A step takes the larger of computing and sending at best, "
+        f"and their sum at worst. Assumed, not measured: {PEAK_FRACTION:.0%} of the peak rate in {dtype}, "
+        f"{si_bytes(links.inside)}/s between the {GPUS_PER_MACHINE} GPUs of a machine, {si_bytes(links.between)}/s "
+        "between machines."
     )
 
 

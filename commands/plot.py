@@ -1,4 +1,4 @@
-"""`seqmix plot`: the figures of runs or of a study, as a page or for a paper."""
+"""`seqmix plot`: plot runs or a study, as a page or as figures for a paper."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,38 +21,39 @@ def plot(
     folders: Annotated[
         list[Path],
         typer.Argument(
-            help="Folders that `seqmix train` wrote, drawn over each other; or one that `seqmix compare` wrote.",
+            help="Run directories of `seqmix train`, plotted in the same axes; or one folder of `seqmix compare`.",
             metavar="STUDY|RUN...",
         ),
     ],
     figure: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Draw this figure, such as loss; all by default. May be given several times.", metavar="NAME"
-        ),
+        typer.Option(help="Plot only this figure, such as loss; may be repeated. All by default.", metavar="NAME"),
     ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
-            help="What is written: a page, .html; or a drawing, .pdf, .svg or .png. plot.html by default; of a study, "
-            "its report.html.",
+            help="Output file: a page (.html) or an image (.pdf, .svg, .png). By default plot.html; for a study, its "
+            "report.html.",
             metavar="FILE",
         ),
     ] = None,
     width: Annotated[
-        float, typer.Option(help="Inches, of a drawing: a paper's column; 6.75 for two columns.", metavar="INCHES")
+        float,
+        typer.Option(
+            help="Width of an image: by default one column of a paper; 6.75 for two columns.", metavar="INCHES"
+        ),
     ] = COLUMN,
 ) -> None:
-    """Draw what runs or a study measured: an interactive page, or figures for a paper.
+    """Plot the measurements of runs or of a study: an interactive page, or figures for a paper.
 
-    Works while runs train, too.
+    It also works while the runs are training.
 
     [bold]seqmix plot runs/retnet-tiny runs/attention-tiny[/bold]
 
     [bold]seqmix plot studies/recall --figure accuracy-by-pairs --out recall.pdf[/bold]
     """
     if not 1.5 <= width <= 30:
-        raise SeqmixError(f"--width is {width:g} inches; allowed: from 1.5 to 30")
+        raise SeqmixError(f"expected --width from 1.5 to 30 inches, got {width:g}")
     study = _study(folders)
     if study is not None and out is None and not figure:
         typer.echo(f"{write_report(read_results(study), study)} is written")
@@ -68,32 +69,35 @@ def plot(
         text = ", ".join(f"{run.name} has made {run.last_step:,} steps" for run in runs) + "."
         figures = figures_of(runs)
     if not figures:
-        given = ", ".join(map(str, folders))
-        raise SeqmixError(f"{given}: no measurement is a finite number, so there is nothing to draw")
-    draw(chosen(figures, figure or []), out, width=width, title=title, text=text)
+        names = ", ".join(map(str, folders))
+        raise SeqmixError(f"there is nothing to plot: no measurement of {names} is a finite number")
+    draw(select_figures(figures, figure or []), out, width=width, title=title, text=text)
     typer.echo(visible(f"{out} is written"))
 
 
 def _study(folders: Sequence[Path]) -> Path | None:
-    """The folder of a study, if one was given; a SeqmixError where it was not given alone."""
+    """Return the folder of the study among the folders, None if they are runs; SeqmixError if they are mixed."""
     studies = [folder for folder in folders if (folder / RESULTS_FILE).is_file()]
     if studies and len(folders) > 1:
-        raise SeqmixError(f"{studies[0]} is a study ({RESULTS_FILE}), which is drawn alone; {len(folders)} were given")
+        raise SeqmixError(
+            f"{studies[0]} is a study (it has {RESULTS_FILE}), which is plotted alone: expected 1 folder, got "
+            f"{len(folders)}"
+        )
     for folder in folders:
         if not studies and folder.is_dir() and not (folder / METRICS_FILE).is_file():
-            raise SeqmixError(f"{folder} is not a run, which has {METRICS_FILE}, nor a study, which has {RESULTS_FILE}")
+            raise SeqmixError(f"{folder} is neither a run ({METRICS_FILE}) nor a study ({RESULTS_FILE})")
     return studies[0] if studies else None
 
 
-def chosen(figures: Sequence[Figure], names: Sequence[str]) -> list[Figure]:
-    """The figures of these names, all where there are none; a SeqmixError where one does not exist."""
+def select_figures(figures: Sequence[Figure], names: Sequence[str]) -> list[Figure]:
+    """Return the figures with these names, or all if there are no names; SeqmixError if a figure does not exist."""
     for name in names:
         require_name("figure", name, [figure.name for figure in figures])
     return [figure for figure in figures if not names or figure.name in names]
 
 
 def names_of(runs: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths that tell them apart; a SeqmixError where a run is given twice."""
+    """Return the shortest ends of the paths that distinguish them; SeqmixError if a run is given twice."""
     paths = [run.resolve() for run in runs]
     for i, path in enumerate(paths):
         if path in paths[:i]:

@@ -1,4 +1,4 @@
-"""A run on the terminal: a progress bar, evaluations, and how to resume."""
+"""Progress of a run on the console: a progress bar, evaluations, and the command to resume."""
 
 import math
 import os
@@ -22,14 +22,16 @@ from .console import terminal
 
 NATS_PER_BIT = math.log(2)
 SECONDS_BETWEEN_LINES = 10.0
-"""At least, without a terminal."""
+"""Minimum time between progress lines without a terminal."""
 
 
 def run_with_progress(config: RunConfig, run: Path, *, resume: bool = False, device: str | None = None) -> bool:
-    """Train with progress. The first Ctrl-C (or SIGTERM) stops after the step, with a checkpoint; the second at once.
+    """Train, and show the progress.
+
+    The first Ctrl-C (or SIGTERM) stops training after the current step, with a checkpoint; the second stops at once.
 
     Returns:
-        Whether training has finished: after all steps, or by early stopping.
+        True if training is finished, after all steps or by early stopping.
 
     Raises:
         SeqmixError: training cannot start or continue.
@@ -48,8 +50,12 @@ def run_with_progress(config: RunConfig, run: Path, *, resume: bool = False, dev
 
 
 def follow(events: Iterable[Event], settings: TrainingConfig, console: Console) -> tuple[bool, Source | None]:
-    """Show the events of a run; whether it has finished, and its data."""
-    shown = Steps(console, settings)
+    """Show the events of a run.
+
+    Returns:
+        True if training is finished, and the training data (None if it did not start).
+    """
+    steps = Steps(console, settings)
     source = None
     done = 0
     early = False
@@ -59,31 +65,31 @@ def follow(events: Iterable[Event], settings: TrainingConfig, console: Console) 
             match event:
                 case Started():
                     source = event.source
-                    console.print(_start(event, settings.steps))
+                    console.print(_describe_start(event, settings.steps))
                     if settings.compile:
                         console.print("compiling in the first step: seconds to minutes for each kind of block")
-                    shown.start(done)  # not before: if training cannot start, only the error is shown
+                    steps.start(done)  # only now: if training cannot start, only the error is shown
                 case Noted():
                     console.print(event.text)
                 case Compiled():
                     console.print(f"compiled {event.kinds} kind(s) of block in {event.seconds:.0f} s")
                 case Stepped():
-                    shown.step(event)
+                    steps.step(event)
                 case Evaluated():
-                    console.print(_evaluation(event, source))
+                    console.print(_describe_evaluation(event, source))
                 case StoppedEarly():
                     early = True
                     console.print(
-                        f"step {done}: stopped early: no evaluation has been better than that of step "
-                        f"{event.best_step}: {event.best_loss:.4f} nats/token"
+                        f"step {done}: stopped early: no evaluation was better than the one at step {event.best_step}, "
+                        f"with {event.best_loss:.4f} nats/token"
                     )
     finally:
-        shown.stop()
+        steps.stop()
     return early or done >= settings.steps, source
 
 
 class Steps:
-    """The steps of a run: a progress bar on a terminal, an occasional line in a file or a pipe."""
+    """Display of a run's steps: a progress bar on a terminal, an occasional line in a file or pipe."""
 
     def __init__(self, console: Console, settings: TrainingConfig) -> None:
         self.console = console
@@ -101,13 +107,12 @@ class Steps:
         )
         self.task = self.bar.add_task("train", total=settings.steps, measured="")
         self.recent: deque[tuple[float, float]] = deque(maxlen=20)
-        """Of the last steps: tokens per second, and seconds between steps without evaluations."""
-        self.before = time.monotonic()
-        self.printed = -math.inf
-        """When the last step ended, and the last line was printed."""
+        """Tokens per second, and seconds since the step before (with evaluations), of the last steps."""
+        self.last_step_time = time.monotonic()
+        self.last_line_time = -math.inf
 
     def start(self, done: int) -> None:
-        """Draw the bar with `done` completed steps."""
+        """Show the bar, with `done` completed steps."""
         self.bar.update(self.task, completed=done)
         if self.console.is_terminal:
             self.bar.start()
@@ -116,33 +121,33 @@ class Steps:
         """Advance the bar, or print a line if one is due."""
         now = time.monotonic()
         steps = self.settings.steps
-        self.recent.append((event.tokens_per_second, now - self.before))
-        self.before = now
+        self.recent.append((event.tokens_per_second, now - self.last_step_time))
+        self.last_step_time = now
         speed, seconds = (median(each) for each in zip(*self.recent, strict=True))
-        measured = _measured(event, speed)
+        measured = _describe_step(event, speed)
         self.bar.update(self.task, completed=event.step, measured=measured)
-        waited = now - self.printed >= SECONDS_BETWEEN_LINES and event.step % self.settings.log_every == 0
-        if not self.console.is_terminal and (waited or event.step == steps):
-            self.printed = now
+        due = now - self.last_line_time >= SECONDS_BETWEEN_LINES and event.step % self.settings.log_every == 0
+        if not self.console.is_terminal and (due or event.step == steps):
+            self.last_line_time = now
             left = timedelta(seconds=round((steps - event.step) * seconds))
             self.console.print(f"step {event.step} of {steps}: {measured}, {left} left")
 
     def stop(self) -> None:
-        """Stop the bar where it is."""
+        """Stop the bar, and leave it on the screen."""
         if self.bar.live.is_started:
             self.bar.stop()
 
 
-def _start(event: Started, steps: int) -> str:
-    """The model, the device and the data."""
+def _describe_start(event: Started, steps: int) -> str:
+    """Describe the model, the device and the data."""
     source = event.source
-    where = f"{event.device}" if event.processes == 1 else f"{event.processes} processes ({event.device.type})"
-    line = f"{event.parameters:,} parameters on {where}, {event.precision}; {source.name}: {source.summary}"
+    device = f"{event.device}" if event.processes == 1 else f"{event.processes} processes ({event.device.type})"
+    line = f"{event.parameters:,} parameters on {device}, {event.precision}; {source.name}: {source.summary}"
     return line + (f"\nresumed after step {event.step} of {steps}" if event.step else "")
 
 
-def _measured(event: Stepped, speed: float) -> str:
-    """Loss, throughput, utilization and memory."""
+def _describe_step(event: Stepped, speed: float) -> str:
+    """Describe loss, throughput, utilization and memory."""
     parts = [f"loss {event.loss:.3f}", f"{speed:,.0f} tokens/s"]
     if event.mfu is not None:
         parts.append(f"{event.mfu:.0%} of peak")
@@ -151,27 +156,27 @@ def _measured(event: Stepped, speed: float) -> str:
     return ", ".join(parts)
 
 
-def _evaluation(event: Evaluated, source: Source | None) -> str:
-    """One line: nats per token, bits per byte for text, accuracy for a task.
+def _describe_evaluation(event: Evaluated, source: Source | None) -> str:
+    """Describe an evaluation in one line: nats per token, bits per byte of a text, accuracy of a task.
 
-    The final one compares with the entropy of token frequencies.
+    The final evaluation is compared with the entropy of the token frequencies (a unigram model).
     """
     bytes_per_token = None if source is None else source.bytes_per_token
     entropy = None if source is None else source.unigram_entropy
     token = "byte" if bytes_per_token == 1 else "token"
 
-    def shown(loss: float) -> str:
+    def format_loss(loss: float) -> str:
         bits = "" if bytes_per_token is None else f", {loss / NATS_PER_BIT / bytes_per_token:.4f} bits/byte"
         return f"{loss:.4f} nats/{token}{bits}"
 
-    line = f"step {event.step}: validation {shown(event.loss)}"
+    line = f"step {event.step}: validation {format_loss(event.loss)}"
     line += "".join(f", {loss:.4f} at {length} tokens" for length, loss in event.by_length.items())
     if event.accuracy is not None:
         line += f", {event.accuracy:.1%} right"
-        for axis, shares in event.accuracy_by.items():
-            line += f"; {axis} " + ", ".join(f"{value}: {share:.1%}" for value, share in shares.items())
+        for axis, accuracies in event.accuracy_by.items():
+            line += f"; {axis} " + ", ".join(f"{value}: {accuracy:.1%}" for value, accuracy in accuracies.items())
     if event.final and entropy is not None:
-        line += f"; {token} frequencies alone: {shown(entropy)}"
-        if entropy > 0:  # of one repeated token it is 0
+        line += f"; {token} frequencies alone: {format_loss(entropy)}"
+        if entropy > 0:  # 0 for a single repeated token
             line += f" ({abs(1 - event.loss / entropy):.0%} {'below' if event.loss < entropy else 'above'})"
     return line

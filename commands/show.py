@@ -1,4 +1,4 @@
-"""`seqmix show`: the cost of a model."""
+"""`seqmix show`: show the cost of a model."""
 
 import json
 from dataclasses import asdict
@@ -27,7 +27,13 @@ def show(
 
 
 def print_cost(config: RunConfig, length: int | None = None, *, as_json: bool = False) -> None:
-    """Print the cost of a configuration's model; `length` is data.sequence_length by default."""
+    """Print the cost of a configuration's model.
+
+    Args:
+        config: the configuration.
+        length: sequence length in tokens; data.sequence_length when None.
+        as_json: True to print JSON instead of a table.
+    """
     cost = account(config.model, length=length or config.data.sequence_length)
     if as_json:
         typer.echo(json.dumps(asdict(cost) | {"body_parameters": cost.body_parameters}, indent=2))
@@ -35,8 +41,8 @@ def print_cost(config: RunConfig, length: int | None = None, *, as_json: bool = 
     console = terminal()
     table = plain_table("layers", "block", "mixer", "parameters", "forward/token", "state", "activations")
     index = 0
-    for layer, run in groupby(cost.layers):  # equal layers share a row
-        count = len(list(run))
+    for layer, equal_layers in groupby(cost.layers):  # equal layers share a row
+        count = len(list(equal_layers))
         name = f"{index}" if count == 1 else f"{index}-{index + count - 1}"
         table.add_row(name, layer.block, layer.mixer, *_cells(layer))
         index += count
@@ -49,15 +55,16 @@ def print_cost(config: RunConfig, length: int | None = None, *, as_json: bool = 
     )
     console.print(
         f"Recurrent state of one sequence after {cost.length:,} tokens: {cost.state_elements:,} elements, "
-        f"{si_bytes(cost.state_bytes)}. Activations: what training stores for one sequence of {cost.length:,} tokens."
+        f"{si_bytes(cost.state_bytes)}. Activations: memory that training stores for one sequence of {cost.length:,} "
+        "tokens."
     )
-    narrow = [si_bytes(cost.checkpointed_bytes(matmuls=matmuls)) for matmuls in (False, True)]
-    console.print(f"With training.activation_checkpointing: {narrow[0]}; with matmuls: {narrow[1]}.")
+    checkpointed = [si_bytes(cost.checkpointed_bytes(matmuls=matmuls)) for matmuls in (False, True)]
+    console.print(f"With training.activation_checkpointing: {checkpointed[0]}; with matmuls: {checkpointed[1]}.")
     if (ranks := config.distributed.context_parallel) > 1:
-        sent = sum(received(config.model, cost.length, ranks=ranks, layer=at) for at in range(config.model.n_layers))
+        traffic = sum(received(config.model, cost.length, ranks=ranks, layer=i) for i in range(config.model.n_layers))
         console.print(
-            f"Context parallelism: each of {ranks} processes stores a share of activations, and receives up to "
-            f"{si_bytes(sent)} per sequence."
+            f"Context parallelism: each of {ranks} processes stores 1/{ranks} of the activations, and receives up to "
+            f"{si_bytes(traffic)} per sequence."
         )
     per_step = config.training.batch_size * config.data.sequence_length
     tokens = per_step * config.training.steps
@@ -68,13 +75,13 @@ def print_cost(config: RunConfig, length: int | None = None, *, as_json: bool = 
 
 
 def _cells(cost: LayerCost | ModelCost) -> tuple[str, ...]:
-    size = f"{cost.parameters:,}"
-    work = f"{si(cost.flops_per_token)}FLOP"
-    return size, work, si_bytes(cost.state_bytes), si_bytes(cost.activation_bytes)
+    parameters = f"{cost.parameters:,}"
+    flops = f"{si(cost.flops_per_token)}FLOP"
+    return parameters, flops, si_bytes(cost.state_bytes), si_bytes(cost.activation_bytes)
 
 
 def si(number: float) -> str:
-    """A number with a decimal prefix: 1.2 M."""
+    """Format a number with a decimal prefix: "1.2 M"."""
     for prefix in ("", "k", "M", "G", "T", "P", "E"):
         if abs(number) < 1000:
             return f"{number:.3g} {prefix}"
@@ -83,7 +90,7 @@ def si(number: float) -> str:
 
 
 def si_bytes(number: float) -> str:
-    """A number of bytes with a binary prefix: 1.2 MiB."""
+    """Format a number of bytes with a binary prefix: "1.2 MiB"."""
     for prefix in ("", "Ki", "Mi", "Gi"):
         if abs(number) < 1024:
             return f"{number:.4g} {prefix}B"

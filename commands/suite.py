@@ -1,4 +1,4 @@
-"""`seqmix suite`: measure mixers on the tasks that tell them apart."""
+"""`seqmix suite`: measure mixers on tasks that distinguish them."""
 
 import shlex
 import tempfile
@@ -36,54 +36,60 @@ from .show import si
 from .study_progress import StudyProgress
 
 REFERENCES = ("attention", "retention")
-"""Mixers that stand beside those that are asked for."""
+"""Mixers that are measured for comparison."""
 EXTENT_FILE = "extent.yaml"
+"""File in the output folder with the extent that a budget led to."""
 
 
-class Chosen(Config):
-    """What a budget has chosen: a call that goes on keeps it."""
+class _SavedExtent(Config):
+    """Contents of `EXTENT_FILE`: the extent chosen for a budget, which a resumed suite keeps."""
 
     asked: tuple[str, ...]
+    """Size, match, budget and tasks of the call."""
     steps: float
+    """Fraction of the steps."""
     one_rate: bool
+    """True for a single learning rate."""
     one_seed: bool
+    """True for a single seed."""
     tasks: tuple[str, ...]
+    """Names of the chosen tasks."""
 
 
 def suite(
     mixers: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Kinds of mixers (or all: those of the library but parallel_hybrid), plug-ins (module:Class), "
-            "NAME={kind: MIXER, ...} with options, presets or files, whose blocks are taken.",
+            help="Mixer kinds (or `all`, every built-in mixer except parallel_hybrid), plug-ins (module:Class), mixers "
+            "with options (NAME={kind: MIXER, ...}), or presets and files, whose blocks are used.",
             metavar="[MIXER]...",
         ),
     ] = None,
     tasks: Annotated[
-        str | None, typer.Option(help="Only these tasks, as names with commas; --list shows all.", metavar="NAME,...")
+        str | None,
+        typer.Option(help="Run only these tasks, separated by commas; --list shows all.", metavar="NAME,..."),
     ] = None,
-    match: Annotated[Metric, typer.Option(help="What all models have the same of.")] = "parameters",
+    match: Annotated[Metric, typer.Option(help="Quantity that is equal in all models.")] = "parameters",
     size: Annotated[
-        Size, typer.Option(help="The published settings, for GPUs, or small ones for two cores.")
+        Size, typer.Option(help="Size of the tasks: the published settings, for GPUs, or small ones for two CPU cores.")
     ] = "small",
     budget: Annotated[
         str | None,
         typer.Option(
-            help="Time that it may take: learning rates, seeds, steps and tasks are left out until it fits.",
+            help="Time limit; learning rates, seeds, steps and tasks are left out until the suite fits.",
             metavar="30m",
         ),
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="One learning rate and one seed.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Use one learning rate and one seed.")] = False,
     beside: Annotated[
         list[Path] | None,
         typer.Option(
-            help="Rows of another call too: a folder, its suite.json, or the leaderboard's, by the name SIZE-MATCH.",
+            help="Add the rows of another suite: a folder, a suite.json, or the name SIZE-MATCH for the leaderboard; "
+            "may be repeated.",
             metavar="FOLDER|NAME",
         ),
     ] = None,
-    references: Annotated[
-        bool, typer.Option(help=f"Measure {' and '.join(REFERENCES)} too, as rows to compare with.")
-    ] = True,
+    references: Annotated[bool, typer.Option(help=f"Also measure {' and '.join(REFERENCES)}, for comparison.")] = True,
     out: Annotated[Path | None, typer.Option(help="Output folder; studies/suite-SIZE-MATCH by default.")] = None,
     jobs: Jobs = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would run, without training.")] = False,
@@ -91,8 +97,8 @@ def suite(
 ) -> None:
     """Measure mixers on recall, copying and state tracking, and show one table.
 
-    Each task is a study in the output folder, with a report. Run the command again to resume a suite that was stopped,
-    or with more mixers to add their rows. The exit status is 1 if runs failed.
+    Each task is a study in the output folder, with its own report. Run the command again to resume a stopped suite, or
+    with other mixers to add their rows. The exit status is 1 if runs failed.
 
     [bold]seqmix suite delta_net mamba2 --budget 30m[/bold]
 
@@ -101,7 +107,7 @@ def suite(
     console = terminal()
     settings = load_settings(size)
     if quick and budget is not None:
-        raise SeqmixError("--quick and --budget both say how much is run: leave one out")
+        raise SeqmixError("--quick and --budget both limit the runs: leave one out")
     if list_all:
         rows = [(name, task.measures, task.source) for name, task in settings.tasks.items()]
         console.print(plain_table("task", "measures", "source", rows=rows, overflow="fold"))
@@ -112,68 +118,69 @@ def suite(
         raise SeqmixError(f"--out {folder} is a file: choose a folder")
     earlier = read_scores(folder) if (folder / SCORES_FILE).is_file() else None
     chosen = settings.chosen(tasks.split(",") if tasks else [])
-    given = [*(REFERENCES if references else ())]
-    given += [kind for each in mixers or () for kind in (_every_kind() if each == "all" else [each])]
-    named: dict[str, Candidate] = {}
-    for each in map(Candidate.of, given):
-        if named.setdefault(each.name, each) != each:
-            raise SeqmixError(f"two mixers are called {each.name}: give one another name, NAME={{kind: MIXER, ...}}")
-    candidates = list(named.values())
+    sources = [*(REFERENCES if references else ())]
+    sources += [kind for each in mixers or () for kind in (_all_kinds() if each == "all" else [each])]
+    by_name: dict[str, Candidate] = {}
+    for each in map(Candidate.of, sources):
+        if by_name.setdefault(each.name, each) != each:
+            raise SeqmixError(f"two mixers are called {each.name}: rename one with NAME={{kind: MIXER, ...}}")
+    candidates = list(by_name.values())
     if not candidates:
         raise SeqmixError("nothing is measured: name a mixer, or leave out --no-references")
-    given_jobs = jobs is not None
+    jobs_option = [] if jobs is None else ["--jobs", str(jobs)]
     jobs = jobs or default_jobs(1)
     with tempfile.TemporaryDirectory() as temporary, console.status("") as status:
         extent = Extent(one_rate=quick, one_seed=quick)
         names = list(chosen)
-        asked = (str(size), str(match), budget or "", *chosen)
+        request = (str(size), str(match), budget or "", *chosen)
         if budget is not None:
             planned = write_studies(Path(temporary), settings, chosen, candidates, match, extent, status.update)
-            extent, names = _earlier(folder, asked) or _fitting(planned, seconds_of(budget) * jobs, console)
+            extent, names = _read_extent(folder, request) or _fit_to_budget(planned, seconds_of(budget) * jobs, console)
         notes = left_out(extent, names, list(chosen))
         chosen = {name: chosen[name] for name in names}
-        place = Path(temporary) if dry_run else folder
-        planned = write_studies(place, settings, chosen, candidates, match, extent, status.update)
+        study_folder = Path(temporary) if dry_run else folder
+        planned = write_studies(study_folder, settings, chosen, candidates, match, extent, status.update)
     words = [*(mixers or ()), *([f"--tasks={tasks}"] if tasks else ()), f"--match={match}", f"--size={size}"]
     words += [f"--budget={budget}"] if budget else []
     words += [*(["--quick"] if quick else ()), *(() if references else ("--no-references",))]
     command = f"seqmix suite {shlex.join(words)}"
-    more = [*(("--out", str(out)) if out else ()), *(("--jobs", str(jobs)) if given_jobs else ())]
-    again = shlex.join(["seqmix", "suite", *words, *more, *(f"--beside={path}" for path in beside or ())])
+    output_options = [*(["--out", str(out)] if out else ()), *jobs_option]
+    again = shlex.join(["seqmix", "suite", *words, *output_options, *(f"--beside={path}" for path in beside or ())])
     scores = new_scores(size, match, command, notes, planned)
     if earlier is not None:
         earlier = comparable(scores, earlier)
         others.insert(0, earlier)
     for other in others:
-        merge(scores, other)  # refuses what could not be compared before anything is trained
+        merge(scores, other)  # refuses scores that are not comparable, before anything is trained
     if dry_run:
-        _show(planned, notes, console)
+        _show_plan(planned, notes, console)
         return
     if budget is not None:
-        _remember(folder, asked, extent, tuple(chosen))
+        _write_extent(folder, request, extent, tuple(chosen))
     runs = sum(len(task.plan.runs) for task in planned)
     console.print(
-        f"{runs} runs, of {', '.join(named)} on {len(planned)} tasks, {jobs} at once, into {folder}; less with "
-        "--quick, --budget 10m or --tasks NAME; --dry-run shows the plan; Ctrl-C stops, and the same command resumes",
+        f"{runs} runs of {', '.join(by_name)} on {len(planned)} tasks, {jobs} at once, in {folder}. Reduce them with "
+        "--quick, --budget 10m or --tasks NAME; show them with --dry-run; stop with Ctrl-C, and resume with the same "
+        "command",
         soft_wrap=True,
     )
     failed = 0
     shown = scores
     for number, task in enumerate(planned):
-        later = sum(run.flops for other in planned[number + 1 :] for run in other.plan.runs)
+        later_flops = sum(run.flops for other in planned[number + 1 :] for run in other.plan.runs)
         console.print(f"{task.name}, task {number + 1} of {len(planned)}: {task.task.measures}")
-        with _Progress(console, later) as progress:
+        with _TaskProgress(console, later_flops) as progress:
             results, outcome = run_study(task.plan, folder / task.name, jobs=jobs, observer=progress)
         scores.tasks[task.name] = task_scores(task, results)
         failed += len(outcome.failed)
         shown = reduce(merge, others, scores)
         write_scores(shown, folder)
         if outcome.stopped:
-            console.print(f"stopped, with a checkpoint of every run; resume with: {again}")
+            console.print(f"stopped with a checkpoint of every run; resume with: {again}")
             raise typer.Exit(130)
     head, rows = score_table(shown)
     console.print(plain_table(*head, rows=rows, overflow="fold"))
-    for sentence in (*shown.notes, *_without_figure(shown.tasks)):
+    for sentence in (*shown.notes, *_describe_missing_scores(shown.tasks)):
         console.print(sentence, soft_wrap=True)
     console.print(f"{folder} has {PAGE_FILE}, {SCORES_FILE} and a folder with the report of each task")
     if failed:
@@ -181,29 +188,33 @@ def suite(
         raise typer.Exit(1)
 
 
-def _every_kind() -> list[str]:
-    """What `all` is: every mixer of the library that needs no options; a hybrid of mixers has to be given them."""
-    given = {"kind", "n_heads"}  # that the study sets
-    fields = {kind: mixer.model_fields.items() for kind, mixer in MIXERS.built_in().items()}
-    return [kind for kind, own in fields.items() if given.issuperset(name for name, it in own if it.is_required())]
+def _all_kinds() -> list[str]:
+    """Return the kinds that `all` stands for: every built-in mixer without required options."""
+    set_by_study = {"kind", "n_heads"}
+    kinds = []
+    for kind, mixer in MIXERS.built_in().items():
+        required = {name for name, field in mixer.model_fields.items() if field.is_required()}
+        if required <= set_by_study:
+            kinds.append(kind)
+    return kinds
 
 
-class _Progress(StudyProgress):
-    """The progress of one task, with the time that the later ones take."""
+class _TaskProgress(StudyProgress):
+    """Progress of one task; its remaining time includes the later tasks."""
 
-    def __init__(self, console: Console, later: float) -> None:
+    def __init__(self, console: Console, later_flops: float) -> None:
         super().__init__(console)
-        self.later = later
-        """FLOPs of the tasks that follow."""
+        self.later_flops = later_flops
+        """FLOPs of the later tasks."""
 
     def begin(self, runs: Sequence[PlannedRun], total: int) -> None:
-        """Weigh the later tasks as one run that does not begin."""
+        """Start, and count the later tasks as one run that has not started."""
         super().begin(runs, total)
-        self.forecast.weights["later tasks"] = self.later
+        self.forecast.weights["later tasks"] = self.later_flops
 
 
-def _fitting(planned: Sequence[PlannedTask], budget: float, console: Console) -> tuple[Extent, list[str]]:
-    """What fits into so many core-seconds, and its tasks."""
+def _fit_to_budget(planned: Sequence[PlannedTask], budget: float, console: Console) -> tuple[Extent, list[str]]:
+    """Time a few steps of every run; return the extent and the tasks that fit into a budget in core-seconds."""
     console.print("timing a few steps of every run")
     rates = {task.name: len(task.plan.study.learning_rates) for task in planned}
     extent, names, seconds = fit(time_runs(planned), rates, len(planned[0].plan.study.seeds), budget)
@@ -211,21 +222,21 @@ def _fitting(planned: Sequence[PlannedTask], budget: float, console: Console) ->
     return extent, names
 
 
-def _earlier(folder: Path, asked: Sequence[str]) -> tuple[Extent, list[str]] | None:
-    """What was chosen in this folder, where the same was asked: rows of all calls are of equal runs."""
+def _read_extent(folder: Path, request: Sequence[str]) -> tuple[Extent, list[str]] | None:
+    """Read the extent and the tasks of an earlier call with the same request, so that rows stay comparable."""
     file = folder / EXTENT_FILE
-    if not file.is_file() or (found := load(Chosen, file, presets=folder)).asked != tuple(asked):
+    if not file.is_file() or (saved := load(_SavedExtent, file, presets=folder)).asked != tuple(request):
         return None
-    return Extent(found.steps, found.one_rate, found.one_seed), list(found.tasks)
+    return Extent(saved.steps, saved.one_rate, saved.one_seed), list(saved.tasks)
 
 
-def _remember(folder: Path, asked: tuple[str, ...], extent: Extent, tasks: tuple[str, ...]) -> None:
-    chosen = Chosen(asked=asked, **asdict(extent), tasks=tasks)
-    write_file(dump(chosen), folder / EXTENT_FILE)
+def _write_extent(folder: Path, request: tuple[str, ...], extent: Extent, tasks: tuple[str, ...]) -> None:
+    saved = _SavedExtent(asked=request, **asdict(extent), tasks=tasks)
+    write_file(dump(saved), folder / EXTENT_FILE)
 
 
-def _show(planned: Sequence[PlannedTask], notes: Sequence[str], console: Console) -> None:
-    """Print what would run."""
+def _show_plan(planned: Sequence[PlannedTask], notes: Sequence[str], console: Console) -> None:
+    """Print the tasks with their runs and costs, and the mixers that are left out."""
     rows = [
         (
             task.name,
@@ -238,15 +249,16 @@ def _show(planned: Sequence[PlannedTask], notes: Sequence[str], console: Console
     ]
     console.print(plain_table("task", "runs", "steps", "parameters", "cost", rows=rows))
     for task in planned:
-        for name, why in task.left_out.items():
-            console.print(f"{task.name} leaves out {name}: {why}", soft_wrap=True)
+        for name, reason in task.left_out.items():
+            console.print(f"{task.name} leaves out {name}: {reason}", soft_wrap=True)
     for sentence in notes:
         console.print(sentence, soft_wrap=True)
 
 
-def _without_figure(tasks: dict[str, TaskScores]) -> list[str]:
+def _describe_missing_scores(tasks: dict[str, TaskScores]) -> list[str]:
+    """Return one sentence for each mixer that a task leaves out."""
     return [
-        f"{name} has no figure of {entry}: {why}"
+        f"{name} has no score of {entry}: {reason}"
         for name, task in tasks.items()
-        for entry, why in task.left_out.items()
+        for entry, reason in task.left_out.items()
     ]

@@ -1,4 +1,4 @@
-"""`seqmix train`: a new run, or a resumed one."""
+"""`seqmix train`: start a run, or resume one."""
 
 import os
 from pathlib import Path
@@ -11,7 +11,7 @@ from ..registry import SeqmixError
 from ..training import load_config, read_config
 from ..training.checkpoint.run_dir import CONFIG_FILE
 from ..training.monitoring.memory import keep_freed_memory
-from ..training.precision import tried
+from ..training.precision import choose_precision
 from .console import note
 from .options import DeviceOrGpu, Overrides, require_device
 from .progress import run_with_progress
@@ -25,7 +25,7 @@ def train(
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="Run directory; runs/NAME by default.")] = None,
     resume: Annotated[
-        Path | None, typer.Option(help="Resume a stopped run exactly where it stopped.", metavar="RUN")
+        Path | None, typer.Option(help="Resume this run from its newest checkpoint.", metavar="RUN")
     ] = None,
     device: DeviceOrGpu = None,
     dry_run: Annotated[
@@ -34,8 +34,9 @@ def train(
 ) -> None:
     """Train a model from a preset or a YAML file, or resume a run.
 
-    The run directory runs/NAME gets config.yaml, metrics.jsonl and checkpoints. Without data.paths, the training data
-    is the source of Python's standard library. Ctrl-C stops after the current step, with a checkpoint.
+    Training writes config.yaml, metrics.jsonl and checkpoints to the run directory, runs/NAME by default. Without
+    data.paths, the training data is the source code of Python's standard library. Ctrl-C stops after the current step,
+    with a checkpoint.
 
     [bold]seqmix train retnet-tiny[/bold]
 
@@ -49,8 +50,8 @@ def train(
         changes = [*([] if config is None else [config]), *(overrides or [])]
         if out is not None or dry_run or not all(change.startswith("distributed.") for change in changes):
             raise SeqmixError(
-                f"--resume uses the configuration of the run, {resume}/config.yaml, which you may edit: it takes no "
-                "CONFIG, overrides or options, except distributed.KEY=VALUE for another number of processes"
+                f"--resume takes no CONFIG, overrides or options, except distributed.KEY=VALUE for another number of "
+                f"processes: it uses {resume}/config.yaml, which you may edit"
             )
         loaded = read_config(resume, changes, tell=note)
         run = resume
@@ -61,7 +62,7 @@ def train(
         run = out or Path("runs") / Path(config).name.removesuffix(".yaml").removesuffix(".yml")
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and (run / CONFIG_FILE).is_file():
         loaded = read_config(run, tell=note) if resume is None else loaded
-        resume = run  # torchrun --max-restarts
+        resume = run  # restarted by torchrun --max-restarts
     if dry_run:
         loaded.data.require_files(loaded.model.vocab_size)
         print_cost(loaded)
@@ -70,9 +71,11 @@ def train(
         require_device(device)
     keep_freed_memory()
     on_cpu = device == "cpu" or (device is None and not torch.cuda.is_available())
-    if resume is None and on_cpu and os.environ.get("WORLD_SIZE", "1") == "1":  # processes could differ
-        loaded, chosen = tried(loaded)
-        if chosen is not None:
-            note(chosen)
+    if (
+        resume is None and on_cpu and os.environ.get("WORLD_SIZE", "1") == "1"
+    ):  # several processes could choose differently
+        loaded, precision_note = choose_precision(loaded)
+        if precision_note is not None:
+            note(precision_note)
     if not run_with_progress(loaded, run, resume=resume is not None, device=device):
-        raise typer.Exit(130)  # the shell's status of an interrupted command: `train && generate` must stop
+        raise typer.Exit(130)  # the shell's status of an interrupted command, so that `train && generate` stops

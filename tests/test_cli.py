@@ -139,9 +139,7 @@ def test_text_is_generated_with_rounded_weights(seqmix, run, monkeypatch):
     assert dtypes == [{torch.float32}, {torch.bfloat16}]
     refused = seqmix("generate", str(run), "--prompt", "the ", "--dtype", "bf16")
     assert refused.status == 2
-    assert refused.err == (
-        "error: there is no number format 'bf16'; did you mean \"bfloat16\"? Number formats: float32, bfloat16\n"
-    )
+    assert refused.err == ("error: there is no dtype 'bf16'; dtypes: float32, bfloat16; did you mean \"bfloat16\"?\n")
 
 
 def test_text_is_streamed_piece_by_piece(seqmix, run, monkeypatch):
@@ -198,7 +196,7 @@ def test_running_out_of_memory_is_one_sentence_and_any_other_bug_is_not_hidden(r
         raise error
 
     monkeypatch.setattr("seqmix.commands.show.load_config", load)
-    assert re.match(rf"memory .*{re.escape(reason)}", refused("show", "retnet-tiny"))
+    assert re.match(rf"out of memory.*{re.escape(reason)}", refused("show", "retnet-tiny"))
     error = RuntimeError("a bug")
     with pytest.raises(RuntimeError, match="a bug"):
         refused("show", "retnet-tiny")

@@ -75,7 +75,7 @@ def test_control_characters_are_shown_on_a_terminal_and_left_alone_in_a_file(mon
     for name, made in streams.items():
         monkeypatch.setattr(sys, name, made)
     monkeypatch.setenv("TERM", "xterm")
-    generate._show([HOSTILE], [["\x1bc"]], to_the_end=False)
+    generate._print_texts([HOSTILE], [["\x1bc"]], to_the_end=False)
     console.terminal().print(HOSTILE, console.plain_table("column", rows=[[HOSTILE]]))
     console.note(HOSTILE)
     for written in (made.getvalue() for made in streams.values()):
@@ -113,9 +113,9 @@ def test_an_interrupt_while_libraries_are_imported_or_a_second_one_shows_no_trac
 @pytest.mark.parametrize(
     ("environment", "words"),
     [
-        ({"RANK": "x"}, "RANK is 'x'"),
-        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two'"),
-        ({"WORLD_SIZE": "2", "RANK": "0"}, "WORLD_SIZE is 2.*MASTER_ADDR"),
+        ({"RANK": "x"}, "RANK to be a number.* got 'x'"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE to be a number.* got 'two'"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, r"the 2 processes \(WORLD_SIZE\).*MASTER_ADDR"),
     ],
 )
 def test_an_environment_that_is_not_torchrun_s_is_one_sentence(refused, monkeypatch, environment, words):

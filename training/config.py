@@ -16,17 +16,17 @@ from ..registry.config import deprecation
 Rate = Annotated[float, Field(ge=0, lt=1)]
 """Decay rate of a running mean, per step."""
 LOGGERS = ("tensorboard", "wandb")
-"""Loggers that come with the library."""
+"""Names of the built-in loggers."""
 
 
 def _name_or_path(*names: str) -> AfterValidator:
-    """One of these names, or a dotted path such as my_module:my_function."""
+    """Return a validator that accepts one of these names, or a dotted path such as my_module:my_function."""
 
-    def check(given: str) -> str:
-        module, colon, name = given.partition(":")
-        if given not in names and not (module and colon and name):
-            raise ValueError(f"allowed: {', '.join(names)}, or a path such as my_module:name{nearest(given, names)}")
-        return given
+    def check(value: str) -> str:
+        module, colon, name = value.partition(":")
+        if value not in names and not (module and colon and name):
+            raise ValueError(f"allowed: {', '.join(names)}, or a path such as my_module:name{nearest(value, names)}")
+        return value
 
     return AfterValidator(check)
 
@@ -37,8 +37,9 @@ class TrainingConfig(Config):
     deprecated_names = {"accumulate": "grad_accum_steps", "checkpoint_activations": "activation_checkpointing"}  # noqa: RUF012
 
     start_from: str | None = Field(default=None, min_length=1)
-    """Weights that training starts from, instead of random ones: a run directory (`seqmix convert` writes one too), a
-    file of `seqmix export`, or a folder of `seqmix.hf`. `model`, and the tokenizer of a text, may then be left out."""
+    """Path of weights to start from, instead of random ones: a run directory (`seqmix convert` writes one too), a file
+    of `seqmix export`, or a folder of `seqmix.hf`. You may then leave out `model`, and the tokenizer of a text: both
+    come from that path."""
     steps: int = Field(gt=0)
     """Optimizer steps."""
     batch_size: int = Field(gt=0)
@@ -49,44 +50,47 @@ class TrainingConfig(Config):
     """Peak learning rate."""
     schedule: Annotated[str, _name_or_path("linear", "cosine", "constant", "wsd")] = "linear"
     """Learning rate schedule after warm-up: `linear`, `cosine`, `constant`, or `wsd` (warm-up, stable, decay), which
-    stays at the peak until the last decay_steps, over which it falls linearly. Or the path of a function of the step,
-    from 0, and this configuration, which returns the whole schedule's factor of the peak: my_module:schedule."""
+    stays at the peak and falls linearly over the last decay_steps. Or the path of a function, my_module:schedule: it is
+    called with the step (from 0) and this configuration, and returns the learning rate as a fraction of the peak, for
+    warm-up too."""
     warmup_steps: int = Field(default=0, ge=0)
-    """Steps over which the learning rate rises linearly; as many as the run has, if it is shorter."""
+    """Steps over which the learning rate rises linearly to its peak; at most the length of the run."""
     decay_steps: int | None = Field(default=None, gt=0)
     """Length of the final decay of schedule wsd, in steps."""
     final_lr_ratio: float = Field(default=0.0, ge=0, le=1)
     """Final learning rate as a fraction of the peak."""
     optimizer: Annotated[str, _name_or_path("adamw", "muon")] = "adamw"
-    """`adamw`, or `muon`, which updates the matrices of blocks with Muon, scaled to AdamW's steps, and the rest with
-    AdamW. Or the path of a class or function, called with parameter groups and `lr`: torch.optim:SGD."""
+    """`adamw`, or `muon`: Muon for the weight matrices of the blocks, with steps scaled to those of AdamW, and AdamW
+    for all other parameters. Or the path of a class or function that is called with parameter groups and `lr`:
+    torch.optim:SGD."""
     optimizer_options: dict[str, Any] = Field(default_factory=dict)
-    """Further arguments of an optimizer that is given by path."""
+    """Further keyword arguments for an optimizer given by path."""
     muon_momentum: Rate = 0.95
-    """Muon's momentum."""
+    """Momentum of Muon."""
     weight_decay: float = Field(default=0.05, ge=0)
-    """Weight decay of matrices; vectors are not decayed."""
+    """Weight decay of matrices; vectors, such as biases and norms, are not decayed."""
     betas: tuple[Rate, Rate] = Field(default=(0.9, 0.98), strict=False)
-    """AdamW's decay rates of the first and second moment."""
+    """Decay rates of AdamW's first and second moment."""
     clip_norm: float | None = Field(default=2.0, gt=0)
     """Maximum gradient norm (gradient clipping); null for no limit."""
     skip_nonfinite: bool = False
-    """Whether a step whose loss or gradient is not finite is skipped and counted, instead of ending the run; more than
-    ten in a row still end it."""
+    """Skip and count a step whose loss or gradient is NaN or infinite, instead of ending the run. More than ten such
+    steps in a row still end it."""
     max_grad_norm_spike: float | None = Field(default=None, gt=1)
-    """Skip and count a step whose gradient norm is more than this many times the median of the last 64 steps that were
-    taken, from the 17th on; null for no limit."""
+    """Skip and count a step whose gradient norm exceeds this many times the median of the last 64 norms. Skipped steps
+    do not enter the median, and nothing is skipped before it has 16 norms. Null for no limit."""
     ema: float | None = Field(default=None, gt=0, lt=1)
-    """Decay per step of an exponential moving average of the parameters (0.999, say), which checkpoints then have
-    beside them; null for none."""
+    """Decay per step, such as 0.999, of an exponential moving average of the parameters, which checkpoints store beside
+    the parameters; null for no average."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Mixed precision: `bfloat16` is autocast with float32 parameters; `auto` takes it on a CUDA device that has it. On
-    a CPU `seqmix train` takes it where a trial finds it faster, says so, and writes it into the run's config.yaml."""
+    """Precision of matrix products: `bfloat16` is autocast with float32 parameters. `auto` chooses bfloat16 on a CUDA
+    device that supports it. On a CPU, `seqmix train` times a step in both: if bfloat16 is faster, it prints a note and
+    writes `bfloat16` into the run's config.yaml."""
     compile: bool = False
-    """Whether each kind of block is compiled with `torch.compile` (fullgraph)."""
+    """Compile each kind of block with `torch.compile` (fullgraph)."""
     activation_checkpointing: Checkpointing = False
-    """Whether the backward pass recomputes the activations of each block: a third more compute, and memory for the
-    blocks' inputs only. `matmuls` keeps the results of linear layers too and recomputes all else."""
+    """Recompute the activations of each block in the backward pass: a third more compute, and only the blocks' inputs
+    stay in memory. `matmuls` also keeps the results of linear layers, and recomputes the rest."""
     evaluate_every: int = Field(default=100, gt=0)
     """Steps between evaluations."""
     evaluation_batches: int = Field(default=16, gt=0)
@@ -94,22 +98,23 @@ class TrainingConfig(Config):
     final_evaluation_batches: int | None = Field(default=None, gt=0)
     """Batches of the final evaluation; null for the whole validation split."""
     evaluation_lengths: tuple[Annotated[int, Field(gt=0, le=2**31)], ...] = ()
-    """Further sequence lengths at which evaluations measure the loss, besides data.sequence_length."""
+    """Sequence lengths at which evaluations also measure the loss, besides data.sequence_length."""
     patience: int | None = Field(default=None, gt=0)
-    """Early stopping: evaluations without improvement after which training ends; null for never."""
+    """Early stopping: end training after this many evaluations without improvement; null to disable."""
     carry_state: bool = False
-    """Whether each step continues the text of the previous step with its state (truncated backpropagation through
-    time); every mixer needs a state of constant size."""
+    """Continue the text of the previous step from its final state (truncated backpropagation through time). Every mixer
+    needs a state of constant size."""
     checkpoint_every: int = Field(default=500, gt=0)
     """Steps between checkpoints."""
     keep_checkpoints: int = Field(default=2, gt=0)
-    """Newest checkpoints that are retained; older ones are deleted."""
+    """Number of newest checkpoints to keep; older ones are deleted."""
     keep_best: bool = True
-    """Whether the best evaluation so far is followed by a checkpoint, which is retained."""
+    """Write a checkpoint after each evaluation that is the best so far, and keep the best one."""
     log_every: int = Field(default=10, gt=0)
     """Steps between lines of metrics."""
     loggers: tuple[Annotated[str, _name_or_path(*LOGGERS)], ...] = ()
-    """Where metrics go besides metrics.jsonl: `tensorboard`, `wandb`, or the path of a class, my_module:MyLogger."""
+    """Loggers that receive metrics besides metrics.jsonl: `tensorboard`, `wandb`, or the path of a class,
+    my_module:MyLogger."""
 
     @field_validator("grad_accum_steps")
     @classmethod
@@ -135,66 +140,67 @@ class TrainingConfig(Config):
             raise ValueError(
                 "schedule wsd needs decay_steps, the length of its final decay"
                 if self.schedule == "wsd"
-                else f"decay_steps is for schedule wsd, not for {self.schedule}"
+                else f"decay_steps requires schedule wsd, got {self.schedule}"
             )
         if self.compile and self.activation_checkpointing == "matmuls":
             raise ValueError(
-                "activation_checkpointing = matmuls does not see into compiled blocks: set it or compile otherwise"
+                "activation_checkpointing = matmuls does not work with compiled blocks: set activation_checkpointing "
+                "to true, or compile to false"
             )
         if self.optimizer_options and ":" not in self.optimizer:
-            raise ValueError(f"optimizer_options are for an optimizer given by path, not for {self.optimizer}")
+            raise ValueError(f"optimizer_options require an optimizer given by path, got {self.optimizer}")
         return self
 
     @property
     def phases(self) -> tuple[int, int]:
-        """Steps of warm-up and of wsd's decay; a run that is shorter than both keeps the decay."""
+        """Steps of the warm-up and of wsd's decay; if the run is too short for both, the warm-up is shortened."""
         decay = min(self.decay_steps or 0, self.steps)
         return min(self.warmup_steps, self.steps - decay), decay
 
     @property
     def shortened(self) -> list[str]:
-        """A sentence for each phase of the schedule that is longer than the run leaves room for."""
-        asked = (("warmup_steps", self.warmup_steps), ("decay_steps", self.decay_steps or 0))
+        """One sentence per phase of the schedule that was shortened to fit the run."""
+        requested = (("warmup_steps", self.warmup_steps), ("decay_steps", self.decay_steps or 0))
         return [
-            f"training.{name} = {steps} is shortened to {left}, since training.steps is {self.steps}"
-            for (name, steps), left in zip(asked, self.phases, strict=True)
-            if left < steps and ":" not in self.schedule
+            f"training.{name} = {steps} is shortened to {actual}, since training.steps is {self.steps}"
+            for (name, steps), actual in zip(requested, self.phases, strict=True)
+            if actual < steps and ":" not in self.schedule
         ]
 
 
 class DistributedConfig(Config):
-    """Parallelism over the processes that `torchrun` starts: data x shard x context_parallel of them."""
+    """Parallelism over the data x shard x context_parallel processes that `torchrun` starts."""
 
     deprecated_names = {"context": "context_parallel"}  # noqa: RUF012
 
     data: int = Field(default=1, gt=0)
-    """Replicas of the model, each sharded; gradients are reduced over them (hybrid sharding)."""
+    """Replicas of the model; each is sharded, and gradients are reduced over all replicas (hybrid sharding)."""
     shard: int | None = Field(default=None, gt=0)
-    """Processes that parameters, gradients and optimizer state are sharded over (FSDP), each with its own sequences;
-    null takes all processes that data and context_parallel leave."""
+    """Processes that share the parameters, gradients and optimizer state of a replica (FSDP), each with its own
+    sequences; null for all processes that remain after data and context_parallel."""
     context_parallel: int = Field(default=1, gt=0)
-    """Processes that each sequence is split over, one segment per process; parameters are sharded over them too."""
+    """Processes that share each sequence, one segment per process; parameters are sharded over them too."""
     gather_dtype: Literal["float32", "bfloat16"] = "float32"
-    """The dtype that parameters are gathered in. `bfloat16` halves what that sends and holds, and rounds all of them to
-    8 bits, decays and norms too; gradients are reduced in float32."""
+    """Dtype in which parameters are gathered. `bfloat16` halves the traffic and memory of gathered parameters, and
+    rounds all of them to 8 significant bits, decays and norms too. Gradients are always reduced in float32."""
     gather_once: bool = False
-    """Whether parameters are gathered once per step and gradients reduced once, whatever training.grad_accum_steps is:
-    each process then holds all of the model and of its gradients."""
+    """Gather parameters once per step, and reduce gradients once, instead of once per micro-batch
+    (training.grad_accum_steps). Each process then holds the whole model and all of its gradients."""
     timeout: int = Field(default=1800, gt=0, le=7 * 24 * 3600)
-    """Seconds that a process waits for another one before the run ends and names the step."""
+    """Seconds that a process waits for another one before the run ends with an error that names the step."""
 
 
 class RunConfig(Config):
-    """A run."""
+    """A run: seed, model, data, training and parallelism."""
 
     seed: int = Field(default=0, ge=0, lt=2**31)
-    """Initial parameters, data order and dropout are a function of it."""
+    """Random seed; initial parameters, data order and dropout are a function of it."""
     model: ModelConfig
-    """The model."""
+    """Architecture of the model."""
     data: Annotated[DataConfig, DATA] = TextConfig()
-    """The training data."""
+    """Training and validation data."""
     training: TrainingConfig
-    """How the model is trained."""
+    """Optimizer, schedule, evaluation and checkpoints."""
     distributed: DistributedConfig = DistributedConfig()
     """Parallelism over processes."""
 
@@ -206,24 +212,28 @@ class RunConfig(Config):
         packed = isinstance(data, TextConfig) and data.packing
         if carried and data.sequence_length % processes:
             raise ValueError(
-                f"training.carry_state needs segments of equal length, and distributed.context_parallel = {processes} "
+                f"training.carry_state needs segments of equal length, but distributed.context_parallel = {processes} "
                 f"does not divide data.sequence_length = {data.sequence_length}"
             )
         if self.distributed.gather_dtype == "bfloat16" and self.training.precision != "bfloat16":
             raise ValueError(
-                "distributed.gather_dtype = bfloat16 needs products in bfloat16: set training.precision to bfloat16"
+                "distributed.gather_dtype = bfloat16 needs matrix products in bfloat16: set training.precision to "
+                "bfloat16"
             )
         data.require_fit(self.model.vocab_size)
         if self.model.readout != data.readout:
             raise ValueError(f"data.kind {data.kind} needs model.readout: {data.readout}")
         if carried and not data.is_text:
-            raise ValueError(f"training.carry_state needs a text, and data.kind is {data.kind}")
+            raise ValueError(f"training.carry_state needs data.kind text, got {data.kind}")
         if self.training.evaluation_lengths and not data.is_text:
-            raise ValueError(f"training.evaluation_lengths needs a text, and data.kind is {data.kind}")
+            raise ValueError(f"training.evaluation_lengths needs data.kind text, got {data.kind}")
         if carried and packed:
-            raise ValueError("data.packing resets the state at document boundaries, and training.carry_state does not")
+            raise ValueError(
+                "training.carry_state does not reset the state at document boundaries, as data.packing needs: set one "
+                "of them to false"
+            )
         if carried and isinstance(data, TextConfig) and data.order == "epochs":
-            raise ValueError("training.carry_state reads the text in its own order, so data.order cannot be epochs")
+            raise ValueError("training.carry_state reads the text in its original order: data.order cannot be epochs")
         for name in dict.fromkeys(self.model.layers):
             mixer = self.model.blocks[name].mixer
             if carried and mixer.traits.state == "growing":
@@ -233,16 +243,16 @@ class RunConfig(Config):
                 )
             if packed and not mixer.traits.packing:
                 raise ValueError(
-                    f"data.packing needs mixers that declare packing, and {mixer.kind} of model.blocks.{name} does "
+                    f"data.packing needs mixers that support packing, and {mixer.kind} of model.blocks.{name} does "
                     "not: set data.packing to false, or choose another mixer"
                 )
         return self
 
     def open_data(self, run: Path | None = None) -> Source:
-        """The source of batches for this training configuration.
+        """Open the source of batches for this run.
 
         Args:
-            run: the run directory; its own copy of a tokenizer takes precedence.
+            run: the run directory; its copy of a tokenizer takes precedence over `data.tokenizer`.
 
         Raises:
             SeqmixError: the data cannot be opened, or are too short.

@@ -1,6 +1,6 @@
-"""An exponential moving average of the parameters, which evaluates better than they do while the learning rate is high.
+"""An exponential moving average of the parameters. While the learning rate is high, it evaluates better than they do.
 
-The decay of an early step is (1 + step) / (10 + step) at most, so that the initial parameters do not linger.
+The decay of an early step is at most (1 + step) / (10 + step), so that the initial parameters do not linger.
 """
 
 import torch
@@ -8,8 +8,12 @@ from torch import Tensor, nn
 
 
 class Ema:
-    """The average, with a decay per step in (0, 1); it begins as the model's parameters, and each process has its own
-    shards."""
+    """Exponential moving average of a model's parameters, initialised with them; each process averages its own shards.
+
+    Args:
+        model: the model.
+        decay: decay per step, in (0, 1).
+    """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay

@@ -1,7 +1,7 @@
 """Length extrapolation: the loss of a trained model at other sequence lengths.
 
-By length: the loss by position in sequences longer than those of training, each from an empty state. By context: the
-loss of the same tokens after more or less preceding text.
+`by_length` measures the loss by position in sequences longer than those of training, each from an empty state.
+`by_context` measures the loss of the same tokens after more or less preceding text.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +21,7 @@ from ..registry import SeqmixError
 from .config import RunConfig
 
 TIMES = (1, 2, 4, 8, 16)
-"""Lengths that are measured, as multiples of the training length."""
+"""Default lengths, as multiples of the training length."""
 BATCH_TOKENS = 4096
 """Tokens per batch; at least one sequence."""
 
@@ -31,10 +31,13 @@ class PositionLoss:
     """Loss (nats per token) at the positions start to stop - 1 of a sequence."""
 
     start: int
+    """First position."""
     stop: int
+    """Position after the last one."""
     tokens: int
-    """Measured."""
+    """Number of tokens measured."""
     losses: dict[Paradigm, float]
+    """Mean loss for each paradigm."""
 
 
 @dataclass(frozen=True)
@@ -42,12 +45,15 @@ class LengthLoss:
     """Loss (nats per token) of sequences of one length."""
 
     length: int
+    """Sequence length in tokens."""
     tokens: int
-    """Measured."""
+    """Number of tokens measured."""
     losses: dict[Paradigm, float]
+    """Mean loss for each paradigm."""
     positions: tuple[PositionLoss, ...]
+    """Loss by range of positions."""
     difference: float
-    """The largest difference of one token's loss between two paradigms; 0 for one paradigm."""
+    """Largest difference in one token's loss between the first paradigm and another; 0 with a single paradigm."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +63,9 @@ class ContextLoss:
     context: int
     """Length after truncation, scored tokens included."""
     tokens: int
-    """Measured."""
+    """Number of tokens measured."""
     loss: float
+    """Mean loss."""
 
 
 @dataclass(frozen=True)
@@ -66,30 +73,37 @@ class Evaluation:
     """All measurements of a run."""
 
     trained_length: int
+    """Sequence length of training, in tokens."""
     lengths: list[LengthLoss] = field(default_factory=list)
+    """Losses by sequence length."""
     contexts: list[ContextLoss] = field(default_factory=list)
+    """Losses by context length."""
     scored: int = 0
-    """Tokens at the end of a sequence that `contexts` score."""
+    """Tokens at the end of each sequence that are scored for `contexts`."""
 
 
 def open_text(config: RunConfig, run: Any, lengths: Sequence[int]) -> Text:
-    """The text of a run, for sequences of these lengths; SeqmixError: it has none, or too little validation text."""
+    """Open the text of a run, to evaluate sequences of these lengths.
+
+    Raises:
+        SeqmixError: the run was not trained on text, or its validation split is too short.
+    """
     if config.data.kind != "text":
-        raise SeqmixError(f"evaluate needs a run trained on text, and this one was trained on {config.data.kind}")
+        raise SeqmixError(f"evaluate needs a run trained on data.kind text, got {config.data.kind}")
     source = config.data.open(config.model.vocab_size, run)
     assert isinstance(source, Text)
     available = len(source.corpus.validation)
     longest = max(lengths, default=0)
     if longest >= available:
         raise SeqmixError(
-            f"a sequence of {longest:,} tokens and its last target need {longest + 1:,} validation tokens, "
-            f"and {source.name} has {available:,}"
+            f"sequence length {longest:,} needs {longest + 1:,} validation tokens (one more, for the last target), but "
+            f"{source.name} has {available:,}"
         )
     return source
 
 
 def common_paradigms(model: LanguageModel) -> tuple[Paradigm, ...]:
-    """The paradigms that all layers declare, configured ones first."""
+    """Return the paradigms that every layer declares, configured ones first."""
     declared = [block.mixer.traits.paradigms for block in model.blocks]
     configured = {block.mixer.paradigm for block in model.blocks}
     return tuple(sorted(frozenset(Paradigm).intersection(*declared), key=lambda p: (p not in configured, p)))
@@ -103,10 +117,16 @@ def by_length(
     paradigms: Callable[[int], Sequence[Paradigm]],
     tokens: int,
 ) -> Iterator[LengthLoss]:
-    """Measure the loss at each length, by each paradigm, on the same text (that of the longest sequences).
+    """Measure the loss at each length in each paradigm, on the same text.
 
-    Where the longest sequence is not a multiple of a length, its end is left out. `paradigms` gives those that compute
-    a length; the first is the reference for the difference. About `tokens` are read per length, at least one batch.
+    The longest sequences are cut into shorter ones; a remainder at their end is left out.
+
+    Args:
+        model: the model, in evaluation mode.
+        source: the text.
+        lengths: sequence lengths in tokens.
+        paradigms: returns the paradigms to measure at a length; the first is the reference for `LengthLoss.difference`.
+        tokens: approximate number of tokens per length; at least one batch is read.
     """
     longest = max(lengths, default=1)
     rows = max(1, BATCH_TOKENS // longest)
@@ -117,26 +137,37 @@ def by_length(
         sums = {paradigm: torch.zeros(length, dtype=torch.float64) for paradigm in chosen}
         for example in source.evaluation_batches(rows, max(1, tokens // (rows * longest)), longest):
             batch = Batch(*(part[:, : longest // length * length].reshape(-1, length) for part in example.batch))
-            found = {paradigm: _losses(model, source, batch, paradigm) for paradigm in chosen}
-            for paradigm, losses in found.items():
+            by_paradigm = {paradigm: _losses(model, source, batch, paradigm) for paradigm in chosen}
+            for paradigm, losses in by_paradigm.items():
                 sums[paradigm] += losses.double().sum(0).cpu()
-                difference = max(difference, (losses - found[chosen[0]]).abs().max().item())
+                difference = max(difference, (losses - by_paradigm[chosen[0]]).abs().max().item())
             counted += (batch.targets != IGNORED).sum(0)
-        whole = _at(sums, counted, 0, length)
-        places = (_at(sums, counted, *place) for place in bins(length, source.config.sequence_length))
-        yield LengthLoss(length, whole.tokens, whole.losses, tuple(places), difference)
+        total = _mean_losses(sums, counted, 0, length)
+        positions = (_mean_losses(sums, counted, *place) for place in bins(length, source.config.sequence_length))
+        yield LengthLoss(length, total.tokens, total.losses, tuple(positions), difference)
 
 
 def by_context(
     model: LanguageModel, source: Text, contexts: Sequence[int], *, scored: int, tokens: int
 ) -> Iterator[ContextLoss]:
-    """Measure the loss of the same tokens after more and less text, in the configured paradigm.
+    """Measure the loss of the same tokens after more or less preceding text, in the configured paradigm.
 
-    Sequences are as long as the longest context, about `tokens` in all. The last `scored` tokens of each count; text
-    further away than the context is not read. SeqmixError: a context is shorter than `scored`.
+    Sequences are as long as the longest context, and truncated on the left for the shorter ones.
+
+    Args:
+        model: the model, in evaluation mode.
+        source: the text.
+        contexts: context lengths in tokens, scored tokens included.
+        scored: number of tokens scored at the end of each sequence.
+        tokens: approximate number of tokens of the untruncated sequences; at least one batch is read.
+
+    Raises:
+        SeqmixError: a context is shorter than `scored`.
     """
     if scored < 1 or min(contexts) < scored:
-        raise SeqmixError(f"scored is {scored}, and the shortest context has {min(contexts)} tokens")
+        raise SeqmixError(
+            f"expected 1 to {min(contexts)} scored tokens (the length of the shortest context), got {scored}"
+        )
     longest = max(contexts)
     rows = max(1, BATCH_TOKENS // longest)
     for context in contexts:
@@ -151,13 +182,13 @@ def by_context(
 
 @torch.no_grad()
 def _losses(model: LanguageModel, source: Text, batch: Batch, paradigm: Paradigm | None) -> Float[Tensor, "B T"]:
-    """The loss of each token; documents are packed where the run packs them."""
+    """Return the loss of each token; documents are packed as in training."""
     inputs, targets, cu_seqlens = source.packed(Batch(*(part.to(model.device) for part in batch)))
     output = model(inputs, targets=targets, reduction="none", paradigm=paradigm, cu_seqlens=cu_seqlens)
     return output.loss.view(batch.inputs.shape)
 
 
-def _at(sums: dict[Paradigm, Tensor], counted: Tensor, start: int, stop: int) -> PositionLoss:
+def _mean_losses(sums: dict[Paradigm, Tensor], counted: Tensor, start: int, stop: int) -> PositionLoss:
     tokens = int(counted[start:stop].sum())
     means = {paradigm: total[start:stop].sum().item() / max(tokens, 1) for paradigm, total in sums.items()}
     return PositionLoss(start, stop, tokens, means)

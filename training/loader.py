@@ -1,7 +1,7 @@
-"""This process's rows of training batches, read one step ahead by a thread where a GPU computes.
+"""Loader of this process's rows of training batches. For a GPU, a thread reads one step ahead.
 
-They wait in pinned memory, from which a GPU copies while the host goes on. On a CPU there is no thread: it would share
-the cores, and reading takes a two-hundredth of a step at most (measured on text and on recall, 0.9M parameters).
+The rows wait in pinned memory, from which the GPU copies asynchronously. A CPU needs no thread: it would compete for
+the cores, and reading takes at most 1/200 of a step (measured on text and on recall, 0.9M parameters).
 """
 
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,11 +14,19 @@ from .config import RunConfig
 from .distributed.process_groups import ALONE, ProcessGroups
 
 _Read: TypeAlias = tuple[Batch, dict[str, Any] | None]
-"""A batch, and what a checkpoint after its step holds of the data."""
+"""A batch, and the data's state for a checkpoint after that step."""
 
 
 class Loader:
-    """Reads the batches of a run's steps. An error of the next step's data is raised when that step asks for it."""
+    """Reader of the batches of a run. An error while reading ahead is raised when the step asks for its batch.
+
+    Args:
+        config: the run.
+        source: the data.
+        device: device of the batches.
+        groups: the processes of the run.
+        ahead: True to read one step ahead in a thread; None for True on a GPU.
+    """
 
     def __init__(
         self,
@@ -36,19 +44,23 @@ class Loader:
         ahead = device.type == "cuda" if ahead is None else ahead
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches") if ahead else None
         self._reads: dict[int, Future[_Read]] = {}
-        """The step that was asked for last, and the next one."""
+        """Pending reads by step: the step requested last, and the next one."""
 
     def batch(self, step: int) -> Batch:
-        """The rows of a step's batch, on the model's device; SeqmixError: the data cannot be read."""
+        """Return this process's rows of a step's batch, on the device.
+
+        Raises:
+            SeqmixError: the data cannot be read.
+        """
         if self._thread is None:
             return self._read(step)[0]
-        asked = [each for each in (step, step + 1) if each == step or each < self.config.training.steps]
-        self._reads = {each: self._reads.get(each) or self._thread.submit(self._read, each) for each in asked}
+        steps = [each for each in (step, step + 1) if each == step or each < self.config.training.steps]
+        self._reads = {each: self._reads.get(each) or self._thread.submit(self._read, each) for each in steps}
         batch, _ = self._reads[step].result()
         return Batch(*(part.to(self.device, non_blocking=True) for part in batch))
 
     def state_dict(self) -> dict[str, Any] | None:
-        """What a checkpoint holds of the data, after the last step that was asked for, whatever was read ahead."""
+        """Return the data's state for a checkpoint: after the last requested step, even if more was read ahead."""
         return self._reads[min(self._reads)].result()[1] if self._reads else self.source.state_dict()
 
     def _read(self, step: int) -> _Read:
@@ -56,6 +68,6 @@ class Loader:
         groups = self.groups
         batch = self.source.training_batch(step, size, self.config.seed, groups.dp_rank, groups.dp_size)
         if self.device.type == "cuda":
-            with torch.cuda.device(self.device):  # a new thread has the first one
+            with torch.cuda.device(self.device):  # a new thread starts on GPU 0
                 batch = Batch(*(part.pin_memory() for part in batch))
         return batch, self.source.state_dict()

@@ -1,7 +1,7 @@
-"""Where NaN or infinity first appeared: the first module in forward, the first parameter in backward.
+"""Locate where NaN or infinity first appeared: the first module in forward, the first parameter in backward.
 
-Tokens of a row, and documents that are packed into one, may get such numbers from each other, since masked products add
-0 * NaN. In the output of the first module they have spread least, and so the first token that has them is named too.
+Such values spread to other tokens of a row, and to other documents packed into it, because masked products add 0 * NaN.
+In the output of the first module they have spread least, so the first affected token there is reported too.
 """
 
 from collections.abc import Callable, Iterable
@@ -16,29 +16,34 @@ from .distributed.sharding import local_tensor
 
 
 class NotFiniteError(SeqmixError):
-    """A loss or a gradient is NaN or infinite: which, and where that began."""
+    """A loss or a gradient is NaN or infinite; the message says which, and where that began."""
 
 
 class Place(NamedTuple):
-    """Where numbers are first not finite in forward, or in backward."""
+    """The first module whose value (an output or its gradient) is not finite, and the tokens affected."""
 
     module: str
+    """Dotted name of the module, and its parameter that is not finite, if any."""
     call: int = 0
-    """In which of the calls."""
+    """Number of the call of the model, from 0."""
     tokens: Tensor | None = None
-    """Which entries of the value's first two dimensions are not finite; None if all are, from the beginning on."""
+    """Boolean mask [B, T] of the tokens that are not finite; None if all are, from the first call on, or unknown."""
     backward: bool = False
-    """Whether the value is a gradient, where numbers spread to tokens before."""
+    """True for a gradient, where NaN and infinity spread to earlier tokens."""
 
 
 def first_module(model: nn.Module, calls: Callable[[], Iterable[object]], *, backward: bool = False) -> Place | None:
-    """The innermost module that first returns a value that is not finite; None if all values are finite.
+    """Find the innermost module whose output is first NaN or infinite; None if all outputs are finite.
 
-    Iterating over `calls()` calls the model that returned such a value; it runs again in eager mode, as compiled code
-    has no hooks. With `backward` it calls backward too, and values are the gradients of what modules return.
+    The model runs again with hooks, in eager mode, as compiled code has no hooks.
+
+    Args:
+        model: the model.
+        calls: returns an iterable; each iteration calls the model once, and with `backward` the backward pass too.
+        backward: True to watch the gradients of the outputs instead of the outputs.
     """
-    found: list[Place] = []
-    done = 0
+    places: list[Place] = []
+    finished = 0
     names = {module: name or "the model" for name, module in model.named_modules()}
 
     def watch(module: nn.Module, inputs: Any, output: Any) -> None:  # noqa: ARG001 torch's signature
@@ -46,27 +51,27 @@ def first_module(model: nn.Module, calls: Callable[[], Iterable[object]], *, bac
         if module not in names or not isinstance(value, Tensor) or not value.is_floating_point():
             return
         if not backward:
-            look(module, value)
+            inspect(module, value)
         elif value.requires_grad:
-            value.register_hook(lambda gradient: look(module, gradient))
+            value.register_hook(lambda gradient: inspect(module, gradient))
 
-    def look(module: nn.Module, value: Tensor) -> None:
-        if not found and not (finite := local_tensor(value).isfinite()).all():
+    def inspect(module: nn.Module, value: Tensor) -> None:
+        if not places and not (finite := local_tensor(value).isfinite()).all():
             bad = [name for name, p in module.named_parameters(recurse=False) if not local_tensor(p).isfinite().all()]
-            at_fault = f", whose {bad[0]} is not finite" if bad else ""
+            parameter = f", whose {bad[0]} is not finite" if bad else ""
             tokens = ~finite.flatten(2).all(2) if finite.ndim > 2 else None
-            some = tokens is not None and (done or not tokens.all())
-            found.append(Place(names[module] + at_fault, done, tokens if some else None, backward))
+            informative = tokens is not None and (finished or not tokens.all())
+            places.append(Place(names[module] + parameter, finished, tokens if informative else None, backward))
 
     eager = torch.compiler.set_stance("force_eager")
     hooks = register_module_forward_hook(watch)
     with hooks, eager, torch.set_grad_enabled(backward):
-        for _ in calls():  # to the end: processes call each other in it
-            done += 1
-    return found[0] if found else None
+        for _ in calls():  # to the end, as the calls are collective
+            finished += 1
+    return places[0] if places else None
 
 
 def first_gradient(parameters: Iterable[tuple[str, nn.Parameter]]) -> str | None:
-    """The first parameter in backward order whose gradient is not finite; None if all are finite."""
+    """Return the name of the first parameter in backward order whose gradient is not finite; None if all are finite."""
     named = reversed(list(parameters))
     return next((name for name, p in named if p.grad is not None and not local_tensor(p.grad).isfinite().all()), None)

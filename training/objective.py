@@ -1,17 +1,17 @@
-"""What a run minimises: the cross-entropy of its data, unless a caller of `train` gives another objective."""
+"""The objective that training minimises: cross-entropy, unless `train` is called with another one."""
 
 from ..data import Packed
 from ..models import LanguageModel, ModelOutput, ModelState
 
 
 class Objective:
-    """The cross-entropy; a subclass changes the loss, or what the model begins with."""
+    """Cross-entropy. A subclass may change the loss, or prepare the model before training."""
 
     def prepare(self, model: LanguageModel) -> None:
-        """Change a model that was built, before it has an optimizer: its parameters, and which of them train."""
+        """Prepare a new model before its optimizer is built: initialise parameters, or freeze some of them."""
 
     def __call__(self, model: LanguageModel, batch: Packed, state: ModelState | None) -> ModelOutput:
-        """The loss of a micro-batch, summed over its targets; and the state after it, if one is given."""
+        """Return the loss of a micro-batch, summed over its targets, and the final state if `state` is given."""
         return model(
             batch.inputs,
             state,

@@ -1,4 +1,4 @@
-"""The optimizer: which parameters it updates, in which groups, with which weight decay."""
+"""The optimizer of a run: parameter groups, weight decay and initial state."""
 
 from collections import ChainMap
 from collections.abc import MutableMapping, Sequence
@@ -12,19 +12,19 @@ from .config import TrainingConfig
 
 
 class Together:
-    """Several optimizers of different parameters, stepped as one."""
+    """Several optimizers with disjoint parameters, used as one."""
 
     def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
         self.optimizers = optimizers
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The parameter groups of all optimizers."""
+        """Parameter groups of all optimizers."""
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
     @property
     def state(self) -> MutableMapping[Tensor, Any]:
-        """The optimizer state of each parameter."""
+        """Optimizer state of each parameter."""
         return ChainMap(*({**optimizer.state} for optimizer in self.optimizers))
 
     def step(self) -> None:
@@ -42,20 +42,20 @@ AnyOptimizer: TypeAlias = torch.optim.Optimizer | Together
 
 
 def build_optimizer(model: nn.Module, config: TrainingConfig) -> AnyOptimizer:
-    """The optimizer of a model, every parameter in one group; weight decay applies to matrices, not to vectors.
+    """Build the optimizer of a model. Weight decay applies to matrices, not to vectors.
 
-    Parameters that want no gradient are left out.
+    Every parameter is in exactly one group; parameters without `requires_grad` are left out.
 
     `muon` updates the weights of the blocks' linear layers with Muon, and everything else (embedding, output
     projection, vectors, convolutions) with AdamW. Its steps are scaled to those of AdamW (0.2 sqrt(max(rows, columns)),
     Liu et al. 2025, "Muon is scalable for LLM training"), so that both share one learning rate and one weight decay.
 
     Raises:
-        SeqmixError: an optimizer given by path cannot be imported, or refuses its arguments.
+        SeqmixError: an optimizer given by path cannot be imported, or rejects its arguments.
     """
     if not isinstance(config, TrainingConfig):
         raise SeqmixError(
-            f"build_optimizer takes a TrainingConfig, such as config.training, and was given a {type(config).__name__}"
+            f"build_optimizer expects a TrainingConfig, such as config.training, got a {type(config).__name__}"
         )
     in_blocks = model.get_submodule("blocks").modules() if config.optimizer == "muon" else ()
     weights = (module.weight for module in in_blocks if isinstance(module, nn.Linear))
@@ -71,9 +71,9 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> AnyOptimizer:
         try:
             return make(groups, lr=config.learning_rate, **config.optimizer_options)
         except (TypeError, ValueError) as error:
-            raise SeqmixError(f"training.optimizer: {config.optimizer} refuses its arguments: {error}") from error
+            raise SeqmixError(f"training.optimizer: {config.optimizer} rejects its arguments: {error}") from error
     adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
-    # as the first step would initialize it: a checkpoint has it for every parameter, with or without a gradient
+    # created now, not by the first step, so that checkpoints have it also for parameters without a gradient
     for parameter in rest:
         adamw.state[parameter] = {
             "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
@@ -96,7 +96,10 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> AnyOptimizer:
 
 @torch.no_grad()
 def start_moments(parameters: Sequence[nn.Parameter], optimizer: AnyOptimizer) -> None:
-    """Give these parameters the optimizer state of a first step, which is undone: a checkpoint is loaded into it."""
+    """Make the optimizer allocate its state for these parameters, so that a checkpoint can be loaded into it.
+
+    Steps once with zero gradients, and restores the parameters.
+    """
     if all(optimizer.state.get(parameter) for parameter in parameters):
         return
     before = [parameter.clone() for parameter in parameters]

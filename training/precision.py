@@ -9,34 +9,35 @@ from ..models import ModelConfig, build_meta, build_model, flops_per_token
 from ..ops.recurrence import products
 from .config import RunConfig, TrainingConfig
 
-FEWEST = 2**30
-MOST = 2**34
-"""Operations of a step from which a trial is made, and those of the trial at most: some tenths of a second."""
-GAIN = 0.95
-"""The share of float32's time that bfloat16 may take at most to be chosen."""
+MIN_STEP_FLOPS = 2**30
+"""FLOPs of a training step below which no trial is made."""
+TRIAL_FLOPS = 2**34
+"""Maximum FLOPs of a step of the trial: some tenths of a second."""
+MAX_TIME_RATIO = 0.95
+"""bfloat16 is chosen if it takes at most this fraction of float32's time."""
 
 
 def precision_of(settings: TrainingConfig, device: torch.device) -> torch.dtype:
-    """The dtype of matrix products."""
+    """Return the dtype of matrix products on a device."""
     if settings.precision == "bfloat16":
         return torch.bfloat16
-    able = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return torch.bfloat16 if settings.precision == "auto" and able else torch.float32
+    supported = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.bfloat16 if settings.precision == "auto" and supported else torch.float32
 
 
-def tried(config: RunConfig, clock: Callable[[], float] = time.process_time) -> tuple[RunConfig, str | None]:
-    """The configuration of a new run on a CPU, with bfloat16 in place of `auto` where a trial finds it faster.
+def choose_precision(config: RunConfig, clock: Callable[[], float] = time.process_time) -> tuple[RunConfig, str | None]:
+    """Replace `precision: auto` by bfloat16 in a new run on a CPU, if a trial finds it faster.
 
-    The trial is a training step of the model's pattern once, of fewer sequences, in both dtypes by turns. There is none
-    of a small step, nor where the CPU does not multiply bfloat16. A resumed run reads what was chosen in its
-    config.yaml.
+    The trial times training steps in both dtypes, interleaved, on fewer sequences and one repetition of the model's
+    layer pattern. There is no trial if a step is small, or if the CPU has no bfloat16 matrix products. A resumed run
+    reads the chosen precision from its config.yaml.
 
     Args:
-        config: of the run.
-        clock: seconds.
+        config: the run.
+        clock: returns the time in seconds.
 
     Returns:
-        The configuration, and a sentence where bfloat16 was chosen.
+        The configuration, and a sentence if bfloat16 was chosen, else None.
     """
     training = config.training
     model = config.model
@@ -46,30 +47,32 @@ def tried(config: RunConfig, clock: Callable[[], float] = time.process_time) -> 
     length = config.data.sequence_length
     rows = max(training.batch_size // training.grad_accum_steps, 1)
     cost = 3 * length * flops_per_token(build_meta(small), length)
-    if rows * cost < FEWEST:
+    if rows * cost < MIN_STEP_FLOPS:
         return config, None
-    ratio = _ratio(small, min(rows, max(MOST // cost, 1)), max(min(length, length * MOST // cost), 1), clock)
-    if ratio > GAIN:
+    ratio = _ratio(
+        small, min(rows, max(TRIAL_FLOPS // cost, 1)), max(min(length, length * TRIAL_FLOPS // cost), 1), clock
+    )
+    if ratio > MAX_TIME_RATIO:
         return config, None
     chosen = config.model_copy(update={"training": training.model_copy(update={"precision": "bfloat16"})})
     return chosen, (
-        f"products are in bfloat16, which took {ratio:.2f} of float32's time in a trial: "
-        "training.precision=float32 turns it off"
+        f"using bfloat16 matrix products, which took {ratio:.2f} of float32's time in a trial; disable with "
+        "training.precision=float32"
     )
 
 
 def _ratio(config: ModelConfig, rows: int, length: int, clock: Callable[[], float]) -> float:
-    """The time of a step's forward and backward pass in bfloat16 over float32's, the shortest of three each."""
+    """Return the time of a forward and backward pass in bfloat16 over that in float32 (the minimum of three each)."""
     times: dict[torch.dtype, list[float]] = {torch.bfloat16: [], torch.float32: []}
     model = build_model(config, seed=0)
     tokens = torch.zeros(rows, length, dtype=torch.int64)
     with torch.random.fork_rng(devices=[]):  # for dropout
-        for dtype, measured in 4 * list(times.items()):
+        for dtype, seconds in 4 * list(times.items()):
             began = clock()
             with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
                 loss = model(tokens, targets=tokens).loss
             assert loss is not None
             loss.backward()
-            measured.append(clock() - began)
-    # the first of each warms up
+            seconds.append(clock() - began)
+    # the first pass of each dtype is a warm-up
     return min(times[torch.bfloat16][1:]) / min(times[torch.float32][1:])

@@ -1,4 +1,4 @@
-"""The tiny presets with one kind of block: every mixer at one size."""
+"""The tiny presets whose layers are all of one kind: one preset per mixer, all of about the same size."""
 
 from ..configs import PRESETS
 from .config import RunConfig
@@ -6,7 +6,7 @@ from .start import load_config
 
 
 def single_kind_presets() -> dict[str, RunConfig]:
-    """The tiny text presets whose layers are all of one kind, by name."""
+    """Load the tiny text presets whose layers are all of one kind, by name."""
     presets = {file.stem: load_config(file.stem) for file in sorted(PRESETS.glob("*-tiny.yaml"))}
     return {
         name: config
@@ -16,5 +16,5 @@ def single_kind_presets() -> dict[str, RunConfig]:
 
 
 def mixer_kind(config: RunConfig) -> str:
-    """The kind of the mixer of all layers."""
+    """Return the kind of the first layer's mixer."""
     return config.model.blocks[config.model.layers[0]].mixer.kind

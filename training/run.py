@@ -1,4 +1,4 @@
-"""The course of a run: start or resume, steps, evaluations, checkpoints, stop; a generator of events.
+"""The course of a run, as a generator of events: start or resume, steps, evaluations, checkpoints, stop.
 
 All processes make their collective calls in the same order; only the main one writes files.
 """
@@ -21,7 +21,7 @@ from .checkpoint import train_state
 from .checkpoint.errors import TrainingError, explain_errors, newest_checkpoint
 from .checkpoint.files import Best, CheckpointError, IntactCheckpoint, Manifest
 from .checkpoint.provenance import record_session
-from .checkpoint.run_dir import CONFIG_FILE, LOCK_FILE, claimed, held, require_free
+from .checkpoint.run_dir import CONFIG_FILE, LOCK_FILE, claim_with_rollback, lock_run, require_free
 from .config import RunConfig, TrainingConfig
 from .distributed.process_groups import ProcessGroups, join_processes
 from .distributed.sharding import assign, reshard, sharder
@@ -34,7 +34,7 @@ from .nonfinite import NotFiniteError
 from .objective import Objective
 from .optimizer import build_optimizer
 from .precision import precision_of
-from .start import Beginning, start_from
+from .start import WeightsOrigin, start_from
 from .trainer import StepResult, Trainer
 
 
@@ -47,29 +47,30 @@ def train(
     device: torch.device | str | None = None,
     objective: Objective | None = None,
 ) -> Iterator[Event]:
-    """Train a model: a generator of events, which trains as it is iterated.
+    """Train a model, and yield events. Training advances as the generator is iterated.
 
     Args:
-        config: the run.
-        run: the run directory; created, and refused if it is not empty, unless resumed.
-        resume: whether to continue from its newest intact checkpoint (from the start, if there is none).
-        stop: called after every step; true writes a checkpoint and ends the run.
-        device: where it trains; None for a GPU if there is one. Several processes choose theirs by rank.
-        objective: what it minimises; the cross-entropy when None.
+        config: the configuration of the run, from `load_config`.
+        run: the run directory. A new run creates it, and refuses one that is not empty.
+        resume: True to continue the run from its newest intact checkpoint, or from the start if it has none.
+        stop: called after every step; if it returns True, a checkpoint is written and the run ends.
+        device: the device to train on; None for a GPU if there is one, else the CPU. With several processes it must be
+            None: each one takes its own GPU.
+        objective: the loss to minimise; cross-entropy when None.
 
     Raises:
         SeqmixError: the directory, the data or a checkpoint cannot be used, the model cannot be built, the loss is NaN
             or infinite, or a checkpoint cannot be written. Nothing is written before all inputs are loaded.
     """
     if not isinstance(config, RunConfig):
-        raise TrainingError(f"train takes a RunConfig, from load_config, and was given {config!r:.100}")
+        raise TrainingError(f"train expects a RunConfig from load_config, got {config!r:.100}")
     run = Path(run)
     with join_processes(config.distributed) as groups, ExitStack() as lock, ExitStack() as starting:
-        if resume:  # before checkpoints are read, which another process may be rotating
+        if resume:  # locked before reading checkpoints, which another process may be deleting
             with groups.raise_together():
                 if groups.is_main:
-                    lock.enter_context(_resumed(run))
-        source, model, found, begun = _open(config, run, resume, groups, device)
+                    lock.enter_context(_lock_resumed_run(run))
+        source, model, saved, origin = _load_inputs(config, run, resume, groups, device)
         if objective is not None:
             objective.prepare(model)
         optimizer = build_optimizer(model, config.training)
@@ -77,28 +78,35 @@ def train(
         device = model.device
         precision = course.trainer.precision
         start = 0
-        notes = [*config.training.shortened, *([] if begun is None else [begun.note])]
+        notes = [*config.training.shortened, *([] if origin is None else [origin.note])]
         with groups.raise_together():
-            if found is not None:
-                start = found.manifest.step
-                notes = [*notes, *found.notes, *course.restore(found)]
+            if saved is not None:
+                start = saved.manifest.step
+                notes = [*notes, *saved.notes, *course.restore(saved)]
             elif not resume and groups.is_main:
                 kernels = "".join(f", {name}: {backend}" for name, backend in model.backends.items())
                 starting.enter_context(
-                    claimed(run, config, f"# kernels on {device} in {precision}{kernels}\n" if kernels else "")
+                    claim_with_rollback(
+                        run, config, f"# kernels on {device} in {precision}{kernels}\n" if kernels else ""
+                    )
                 )
-                lock.enter_context(held(run))
+                lock.enter_context(lock_run(run))
             if groups.is_main and source.tokenizer is not None and not (run / TOKENIZER_FILE).exists():
-                source.tokenizer.save(run)  # resumed, a run that was killed before this gets it too
+                source.tokenizer.save(run)  # also on resume, if the run was killed before this line
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), ExitStack() as stack:
             stack.enter_context(explain_errors(run, config.training))
             with groups.raise_together():
                 if groups.is_main:
                     course.metrics.begin(start)
                     checkpoint.delete_unfinished(run)
-                    origin = None if begun is None else begun.provenance
                     record_session(
-                        run, config, step=start, device=device, precision=precision, groups=groups, start_from=origin
+                        run,
+                        config,
+                        step=start,
+                        device=device,
+                        precision=precision,
+                        groups=groups,
+                        start_from=None if origin is None else origin.provenance,
                     )
             starting.close()  # from here on, the run can be resumed
             stack.callback(course.metrics.close)
@@ -110,7 +118,12 @@ def train(
 
 
 class Course:
-    """A trainer with its run directory."""
+    """The steps, evaluations and checkpoints of a run.
+
+    Args:
+        trainer: makes the steps and evaluations.
+        run: the run directory.
+    """
 
     def __init__(self, trainer: Trainer, run: Path) -> None:
         self.trainer = trainer
@@ -123,38 +136,40 @@ class Course:
         self.writer = checkpoint.Writer(run, self.groups, keep=settings.keep_checkpoints, keep_best=settings.keep_best)
         self.best = Best()
         self.done = 0
-        """Steps completed, including the current one."""
+        """Number of steps completed, including the current one."""
         self.peak = peak_flops(model.device, trainer.precision)
-        # each matrix product has two more in the backward pass
+        # the backward pass has two matrix products for each one in the forward pass
         self.flops_per_token = 3 * flops_per_token(model, self.config.data.sequence_length)
 
-    def restore(self, found: IntactCheckpoint) -> list[str]:
-        """Resume from a checkpoint; returns a sentence for each difference from an uninterrupted run."""
+    def restore(self, saved: IntactCheckpoint) -> list[str]:
+        """Resume from a checkpoint; return one sentence for each difference from an uninterrupted run."""
         trainer = self.trainer
-        if not found.manifest.files_of(train_state.OPTIMIZER):
-            raise TrainingError(_without_optimizer(self.run))
-        changed = train_state.load_model(found.folder, trainer.model)
-        train_state.load_optimizer(found.folder, trainer.model, trainer.optimizer)
+        manifest = saved.manifest
+        if not manifest.files_of(train_state.OPTIMIZER):
+            raise TrainingError(_missing_optimizer_message(self.run))
+        changed = train_state.load_model(saved.folder, trainer.model)
+        train_state.load_optimizer(saved.folder, trainer.model, trainer.optimizer)
         if self.config.training.carry_state:
             batch_size = self.config.training.batch_size
-            trainer.state = train_state.load_state(found.folder, trainer.model, batch_size, self.groups)
-        if found.manifest.data_state is not None:
-            trainer.source.load_state_dict(found.manifest.data_state)
+            trainer.state = train_state.load_state(saved.folder, trainer.model, batch_size, self.groups)
+        if manifest.data_state is not None:
+            trainer.source.load_state_dict(manifest.data_state)
         if trainer.ema is not None:
-            train_state.load_ema(found.folder, trainer.model, trainer.ema)
-        self.best = found.manifest.best
-        trainer.skipping.skipped = found.manifest.skipped_steps
-        trainer.skipping.norms.extend(found.manifest.gradient_norms)
+            train_state.load_ema(saved.folder, trainer.model, trainer.ema)
+        self.best = manifest.best
+        trainer.skipping.skipped = manifest.skipped_steps
+        trainer.skipping.norms.extend(manifest.gradient_norms)
+        # masks of the library's own dropout do not depend on the layout
         modules = (module for module in trainer.model.modules() if module not in trainer.dropouts)
         dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in modules)
-        return _differences(found.manifest, trainer.source, changed, self.groups, dropout)
+        return _resume_notes(manifest, trainer.source, changed, self.groups, dropout)
 
     def steps(self, start: int, stop: Callable[[], bool]) -> Iterator[Event]:
-        """All steps from `start` on, with evaluations and checkpoints, until a stop request or early stopping."""
+        """Run all steps from `start` on, with evaluations and checkpoints, until a stop request or early stopping."""
         settings = self.config.training
-        first = 0.0
+        first_step_seconds = 0.0
         if self._out_of_patience:
-            yield self._stopped_early(start)
+            yield self._early_stop_event(start)
             return
         try:
             for step in range(start, settings.steps):
@@ -163,45 +178,54 @@ class Course:
                 result = self.trainer.train_step(step)
                 seconds = time.perf_counter() - began
                 if step == start:
-                    first = seconds
+                    first_step_seconds = seconds
                 elif settings.compile and step == start + 1:
-                    yield Compiled(done, first - seconds, len(set(self.config.model.layers)))
-                stepped = self._stepped(result, seconds)
+                    yield Compiled(done, first_step_seconds - seconds, len(set(self.config.model.layers)))
+                event = self._step_event(result, seconds)
                 last = done == settings.steps
                 if done % settings.log_every == 0 or last:
-                    self._record(asdict(stepped))
-                yield stepped
+                    self._record(asdict(event))
+                yield event
                 if result.skipped is not None:
                     yield Noted(done, f"step {done} is skipped: {result.skipped}")
-                measured = {"loss": result.loss}
+                metrics = {"loss": result.loss}
                 if last or done % settings.evaluate_every == 0:
-                    measured["validation_loss"] = yield from self._evaluations(last=last)
+                    metrics["validation_loss"] = yield from self._evaluate(last=last)
                 stopping = self.groups.any(stop())
                 early = self._out_of_patience and not last
                 ending = last or early or stopping
                 best = settings.keep_best and self.best.step == done
                 if ending or best or done % settings.checkpoint_every == 0:
-                    # an evaluation is a check too, but for what only training reads
-                    evaluated = "validation_loss" in measured and not settings.carry_state
+                    # an evaluation checked the parameters too, but not a carried state
+                    evaluated = "validation_loss" in metrics and not settings.carry_state
                     if not (evaluated and self.trainer.parameters_are_finite()):
                         self.trainer.require_finite_update(step)
-                    yield self.save(done, measured, wait=ending)
+                    yield self.save(done, metrics, wait=ending)
                 if early:
-                    yield self._stopped_early(done)
+                    yield self._early_stop_event(done)
                 if early or stopping:
                     return
         except NotFiniteError as error:
             with suppress(CheckpointError):
                 self.writer.wait()
-            said = f"step {self.done}: {error}; try a lower training.learning_rate; {newest_checkpoint(self.run)}"
+            message = f"step {self.done}: {error}; try a lower training.learning_rate; {newest_checkpoint(self.run)}"
             with self.groups.raise_together():
-                raise TrainingError(said) from None
+                raise TrainingError(message) from None
         except RuntimeError as error:
-            error.add_note(f"step {self.done}: ")  # for `join_processes`, where a process does not answer
+            error.add_note(f"step {self.done}: ")  # `join_processes` reads it if another process does not answer
             raise
 
     def save(self, step: int, metrics: dict[str, float], *, wait: bool = False) -> Saved:
-        """Start to write a checkpoint after `step` steps; CheckpointError: it, or the previous one, failed."""
+        """Start to write a checkpoint.
+
+        Args:
+            step: number of steps completed.
+            metrics: metrics of the last step, for the manifest.
+            wait: True to return when the checkpoint is complete.
+
+        Raises:
+            CheckpointError: this checkpoint or the previous one could not be written.
+        """
         trainer = self.trainer
         groups = self.groups
         source = trainer.source
@@ -218,7 +242,7 @@ class Course:
             gradient_norms=tuple(trainer.skipping.norms),
         )
         reshard(trainer.model)
-        parts = train_state.own_parts(trainer.model, trainer.optimizer, trainer.state, trainer.ema, groups)
+        parts = train_state.local_parts(trainer.model, trainer.optimizer, trainer.state, trainer.ema, groups)
         with groups.raise_together():
             self.writer.write(manifest, parts, train_state.metadata_of(self.config.model, step))
         with groups.raise_together():
@@ -230,7 +254,7 @@ class Course:
         if self.groups.is_main:
             self.metrics.record(values)
 
-    def _stepped(self, result: StepResult, seconds: float) -> Stepped:
+    def _step_event(self, result: StepResult, seconds: float) -> Stepped:
         speed = self.config.training.batch_size * self.config.data.sequence_length / seconds
         mfu = None if self.peak is None else self.flops_per_token * speed / (self.peak * self.groups.size)
         memory = peak_memory(self.trainer.model.device)
@@ -238,160 +262,181 @@ class Course:
         skipped = self.trainer.skipping.skipped if self.trainer.skipping.enabled else None
         return Stepped(self.done, loss, rate, norm, speed, mfu, violation, memory, skipped)
 
-    def _evaluations(self, *, last: bool) -> Generator[Evaluated, None, float]:
-        """The evaluation after a step, and the final one if training ends with it.
+    def _evaluate(self, *, last: bool) -> Generator[Evaluated, None, float]:
+        """Evaluate after a step, and make the final evaluation if training ends here.
 
-        Returns the loss to compare with other evaluations: always over the same number of batches.
+        Returns:
+            The loss over training.evaluation_batches batches, which is comparable between evaluations.
         """
         settings = self.config.training
         evaluate = self.trainer.evaluate
-        found = at_end = evaluate(final=last)
+        result = final_result = evaluate(final=last)
         if last and settings.final_evaluation_batches != settings.evaluation_batches:
-            found = evaluate(final=False)
-        self.best = self.best.after(self.done, found.loss)
+            result = evaluate(final=False)
+        self.best = self.best.after(self.done, result.loss)
         if not last:
-            yield self._evaluated(found, final=False)
+            yield self._record_evaluation(result, final=False)
             if self._out_of_patience:
                 last = True
-                at_end = evaluate(final=True)
+                final_result = evaluate(final=True)
         if last:
-            yield self._evaluated(at_end, final=True)
-        return found.loss
+            yield self._record_evaluation(final_result, final=True)
+        return result.loss
 
-    def _evaluated(self, found: Measured, *, final: bool) -> Evaluated:
-        """Record an evaluation, with the further lengths."""
+    def _record_evaluation(self, measured: Measured, *, final: bool) -> Evaluated:
+        """Evaluate at training.evaluation_lengths too, record all metrics, and return the event."""
         lengths = self.config.training.evaluation_lengths
         trained = self.config.data.sequence_length
         longer = {length: self.trainer.evaluate(final=final, length=length) for length in lengths}
         by_length = {length: each.loss for length, each in longer.items()}
-        # positions of the longest sequences
+        # the loss by position is that of the longest sequences
         positions = longer[max(longer)].loss_by.get("position") if longer and max(longer) > trained else None
-        loss_by = found.loss_by | ({"position": positions} if positions else {})
-        values = {"step": self.done, "validation_loss": found.loss, "final": final}
+        loss_by = measured.loss_by | ({"position": positions} if positions else {})
+        values = {"step": self.done, "validation_loss": measured.loss, "final": final}
         values |= {"validation_loss_by_length": by_length} if by_length else {}
         values |= {"validation_loss_by": loss_by} if loss_by else {}
-        if found.accuracy is not None:
-            values |= {"accuracy": found.accuracy, "accuracy_by": found.accuracy_by}
+        if measured.accuracy is not None:
+            values |= {"accuracy": measured.accuracy, "accuracy_by": measured.accuracy_by}
         self._record(values)
-        return Evaluated(self.done, found.loss, final, by_length, found.accuracy, found.accuracy_by, loss_by)
+        return Evaluated(self.done, measured.loss, final, by_length, measured.accuracy, measured.accuracy_by, loss_by)
 
     @property
     def _out_of_patience(self) -> bool:
         patience = self.config.training.patience
         return patience is not None and self.best.evaluations_since >= patience
 
-    def _stopped_early(self, done: int) -> StoppedEarly:
+    def _early_stop_event(self, done: int) -> StoppedEarly:
         return StoppedEarly(done, self.best.step, math.nan if self.best.loss is None else self.best.loss)
 
 
-def _open(
-    config: RunConfig, run: Path, resume: bool, groups: ProcessGroups, given: torch.device | str | None
-) -> tuple[Source, LanguageModel, IntactCheckpoint | None, Beginning | None]:
-    """The data, the model, sharded over the processes, the checkpoint to resume from, or where else its weights came
-    from; nothing is written."""
-    begun = None
-    device = torch.device(given or ("cuda" if torch.cuda.is_available() else "cpu"))
-    found = None
+def _load_inputs(
+    config: RunConfig, run: Path, resume: bool, groups: ProcessGroups, requested: torch.device | str | None
+) -> tuple[Source, LanguageModel, IntactCheckpoint | None, WeightsOrigin | None]:
+    """Load all inputs of a run, without writing anything.
+
+    Returns:
+        The data, the model (sharded over the processes), the checkpoint to resume from, and the origin of the weights
+        with training.start_from. The last two may be None.
+    """
+    origin = None
+    device = torch.device(requested or ("cuda" if torch.cuda.is_available() else "cpu"))
+    saved = None
     with groups.raise_together():
-        if given is not None and groups.size > 1:
-            raise TrainingError("several processes choose their devices by rank: leave out the device")
+        if requested is not None and groups.size > 1:
+            raise TrainingError(
+                f"with {groups.size} processes, each one takes its own device: leave out the device, got {requested}"
+            )
         if not resume and groups.is_main:
             require_free(run)
         settings = config.training
-        shares = groups.dp_size
-        if settings.batch_size % (shares * settings.grad_accum_steps):
+        ranks = groups.dp_size
+        if settings.batch_size % (ranks * settings.grad_accum_steps):
             raise TrainingError(
-                f"training.batch_size = {settings.batch_size} must be a multiple of {shares} data-parallel ranks "
+                f"training.batch_size = {settings.batch_size} must be a multiple of {ranks} data-parallel ranks "
                 f"(data x shard) times training.grad_accum_steps = {settings.grad_accum_steps}, which is "
-                f"{shares * settings.grad_accum_steps}"
+                f"{ranks * settings.grad_accum_steps}"
             )
         source = config.open_data(run)
     with groups.raise_together():
         if resume and groups.any(bool(checkpoint.checkpoints(run))):
-            found = checkpoint.find(run, groups=groups)
-        _require_shared_mixers(build_meta(config.model), settings, groups)
-        shard = sharder(groups, config.distributed)  # after the checks: the processes meet to make the mesh
+            saved = checkpoint.find(run, groups=groups)
+        _require_context_parallel_mixers(build_meta(config.model), settings, groups)
+        shard = sharder(groups, config.distributed)  # after the checks, as making the mesh is a collective call
         precision = precision_of(settings, device)
         model = build_model(
             config.model, device=device, activations=precision, seed=config.seed, shard=shard, assign=assign
         )
         model.tokenizer = source.tokenizer
         model.set_cp_group(groups.cp_group)
-        if found is None and settings.start_from is not None:
-            begun = start_from(Path(settings.start_from), model, source.tokenizer)
-    return source, model, found, begun
+        if saved is None and settings.start_from is not None:
+            origin = start_from(Path(settings.start_from), model, source.tokenizer)
+    return source, model, saved, origin
 
 
 @contextmanager
-def _resumed(run: Path) -> Iterator[None]:
-    """Lock a run that is resumed; refuse one that training has not written: it had no lock, and has no weights, or no
-    optimizer's state."""
+def _lock_resumed_run(run: Path) -> Iterator[None]:
+    """Lock a run to resume it.
+
+    Raises:
+        TrainingError: it is not a run directory, or was not written by training: it had no lock file, and has no
+            weights or no optimizer state.
+    """
     if not (run / CONFIG_FILE).is_file():
         raise TrainingError(f"{run} is not a run directory: it has no {CONFIG_FILE}")
     had_lock = (run / LOCK_FILE).exists()
-    with held(run):
+    with lock_run(run):
         try:
             if not had_lock:
-                _require_trained(run)
+                _require_resumable(run)
         except TrainingError:
             (run / LOCK_FILE).unlink(missing_ok=True)
             raise
         yield
 
 
-def _require_trained(run: Path) -> None:
+def _require_resumable(run: Path) -> None:
     if not (folders := checkpoint.checkpoints(run)):
         raise TrainingError(
-            f"{run} has a configuration and no weights, and was not written by `seqmix train`: write it again, by "
-            f"convert or average, or train new weights by `seqmix train {run / CONFIG_FILE} --out DIR`"
+            f"{run} has a configuration but no weights, and was not written by `seqmix train`: write it again with "
+            f"convert or average, or train new weights with `seqmix train {run / CONFIG_FILE} --out DIR`"
         )
-    with suppress(CheckpointError):  # damaged, which is said where it is read
+    with suppress(CheckpointError):  # a damaged checkpoint is reported when it is loaded
         if not checkpoint.read_manifest(folders[-1]).files_of(train_state.OPTIMIZER):
-            raise TrainingError(_without_optimizer(run))
+            raise TrainingError(_missing_optimizer_message(run))
 
 
-def _without_optimizer(run: Path) -> str:
+def _missing_optimizer_message(run: Path) -> str:
     return (
         f"{run} has weights without an optimizer's state, as convert and average write them: start a new run from "
-        f"them, by training.start_from={run}"
+        f"these weights with training.start_from={run}"
     )
 
 
-def _require_shared_mixers(model: LanguageModel, settings: TrainingConfig, groups: ProcessGroups) -> None:
-    """Refuse a mixer that does not support context parallelism."""
+def _require_context_parallel_mixers(model: LanguageModel, settings: TrainingConfig, groups: ProcessGroups) -> None:
+    """Raise TrainingError if a mixer does not work with the configured context parallelism."""
     for name, block in zip(model.config.layers, model.blocks, strict=True) if groups.cp_group is not None else ():
         mixer = block.mixer
-        given = f"distributed.context_parallel = {groups.context_parallel}"
+        setting = f"distributed.context_parallel = {groups.context_parallel}"
         if mixer.supports_context_parallel:
             continue
         if settings.compile:
             raise TrainingError(
-                f"{given} passes the state of {mixer.kind} (model.blocks.{name}) from process to process, which cannot "
-                "be compiled: set training.compile to false"
+                f"{setting} passes the state of {mixer.kind} (model.blocks.{name}) from process to process, which "
+                "cannot be compiled: set training.compile to false"
             )
         if mixer.traits.state == "growing":
             raise TrainingError(
-                f"{given} is not supported by {mixer.kind} of model.blocks.{name}: its state grows with the text, and "
-                "its `mix` does not read `call.cp_group`; set distributed.context_parallel to 1, or change the mixer"
+                f"{setting} is not supported by {mixer.kind} of model.blocks.{name}: its state grows with the text, "
+                "and its `mix` does not read `call.cp_group`; set distributed.context_parallel to 1, or change the "
+                "mixer"
             )
 
 
-def _differences(
-    manifest: Manifest, source: Source, ways: list[str], groups: ProcessGroups, dropout: bool
+def _resume_notes(
+    manifest: Manifest, source: Source, changed_fields: list[str], groups: ProcessGroups, dropout: bool
 ) -> list[str]:
-    """Differences of a resumed run from an uninterrupted one: its data, or rounding."""
+    """Describe how a resumed run differs from an uninterrupted one, in rounding, dropout or data: one sentence each.
+
+    Args:
+        manifest: the manifest of the checkpoint.
+        source: the data.
+        changed_fields: phrases on implementation fields that changed.
+        groups: the processes.
+        dropout: True if the model has dropout whose masks depend on the layout.
+    """
     now = {"processes": groups.size, "context_parallel": groups.context_parallel}
     then = {name: getattr(manifest, name) for name in now}
     other_masks = dropout and now != then
     now |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
     then |= {"threads": manifest.threads, "torch": manifest.torch}
-    changed = [f"{what} {then[what]} before and {now[what]} from here on" for what in now if now[what] != then[what]]
+    changed = [f"{name} {then[name]} before and {now[name]} from here on" for name in now if now[name] != then[name]]
     notes = []
-    if changed := [*changed, *ways]:
-        how = "by rounding, which training amplifies"
-        notes.append(f"{', '.join(changed)}: results may differ from an uninterrupted run {how}")
+    if changed := [*changed, *changed_fields]:
+        notes.append(
+            f"{', '.join(changed)}: results may differ from an uninterrupted run by rounding, which training amplifies"
+        )
     if other_masks:
-        notes.append("another layout draws other dropout masks, as another seed would: weights differ by percents")
+        notes.append("another layout draws other dropout masks, like another seed: weights differ by some percent")
     if manifest.data is not None and manifest.data != source.digest:
         notes.append(
             f"{source.name} differs from the training data up to step {manifest.step}: the run continues on other data"

@@ -1,4 +1,4 @@
-"""Steps that are skipped: their loss or gradient is not finite, or their gradient is far larger than usual."""
+"""Skip steps whose loss or gradient is not finite, or whose gradient is far larger than usual."""
 
 import math
 from collections import deque
@@ -7,35 +7,37 @@ from statistics import median
 from .config import TrainingConfig
 
 WINDOW = 64
-LEAST = 16
-"""Steps whose gradient norms are remembered at most, and those without which nothing is a spike."""
-IN_A_ROW = 10
-"""Steps in a row that are skipped for numbers that are not finite: after more, the parameters are at fault."""
+"""Number of last gradient norms whose median is the usual one."""
+MIN_NORMS = 16
+"""Number of gradient norms below which no norm counts as a spike."""
+MAX_NONFINITE_IN_A_ROW = 10
+"""Maximum number of non-finite steps in a row; after more, the parameters are at fault."""
 
 
 class Skipping:
-    """What makes a step one to skip, and how many were skipped; the same on all processes."""
+    """Decides which steps to skip, and counts them; its decisions are the same on all processes."""
 
     def __init__(self, settings: TrainingConfig) -> None:
         self.spike = settings.max_grad_norm_spike
         self.enabled = settings.skip_nonfinite or self.spike is not None
         self.norms: deque[float] = deque(maxlen=WINDOW)
-        """Of the last steps that were taken."""
+        """Gradient norms of the last steps that were not skipped."""
         self.skipped = 0
+        """Number of skipped steps so far."""
         self.nonfinite_in_a_row = 0
 
     def reason(self, norm: float) -> str | None:
-        """Why a step with this finite gradient norm is skipped; None if it is taken."""
+        """Return why to skip a step with this finite gradient norm; None to take the step."""
         self.nonfinite_in_a_row = 0
         if self.spike is None:
             return None
-        usual = median(self.norms) if len(self.norms) >= LEAST else math.inf
+        usual = median(self.norms) if len(self.norms) >= MIN_NORMS else math.inf
         if norm > self.spike * usual:
             return f"the gradient's norm is {norm:.3g}, {norm / usual:.3g} times the median of {len(self.norms)} steps"
         self.norms.append(norm)
         return None
 
-    def hopeless(self) -> bool:
-        """Count a step that is not finite; whether too many in a row were."""
+    def count_nonfinite(self) -> bool:
+        """Count a non-finite step; return True if there were too many in a row."""
         self.nonfinite_in_a_row += 1
-        return self.nonfinite_in_a_row > IN_A_ROW
+        return self.nonfinite_in_a_row > MAX_NONFINITE_IN_A_ROW

@@ -1,6 +1,6 @@
-"""What a run starts from (training.start_from): the model, the tokenizer and the weights of a folder.
+"""Starting a run from existing weights (training.start_from): their model, tokenizer and tensors.
 
-It is a run directory (`seqmix convert` writes one too), a file of `seqmix export`, or a folder of `seqmix.hf`.
+The source is a run directory (`seqmix convert` writes one too), a file of `seqmix export`, or a folder of `seqmix.hf`.
 """
 
 import hashlib
@@ -32,207 +32,220 @@ HF_CONFIG = "config.json"
 HF_TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
-class Described(NamedTuple):
-    """A folder's model and tokenizer; its weights are not read."""
+class SourceModel(NamedTuple):
+    """Model and tokenizer of a source of weights; the weights themselves are not read."""
 
     model: Mapping[str, Any]
-    """The fields of its `model`."""
+    """Fields of its model configuration."""
     tokenizer: str | None
-    """As `data.tokenizer` names it; None where its tokens are not text."""
+    """Tokenizer, as a value of `data.tokenizer`; None if its tokens are not text."""
     begin: str | None = None
-    """As `data.begin_token`."""
+    """Begin token, as a value of `data.begin_token`."""
 
 
 def load_config(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Load the configuration of a run.
 
-    With training.start_from, `model` may be left out (or null), and so may the tokenizer of a text: they are then those
-    of that folder.
+    With training.start_from, `model` (or the tokenizer of a text) may be missing or null: it is then taken from the
+    source of the weights.
 
     Args:
         source: the name of a preset, or a YAML file.
-        overrides: changes (or one) as "dotted.path=value", the value in YAML.
+        overrides: one change or several, each "dotted.path=value" with the value in YAML.
 
     Raises:
-        ConfigError: where the configuration is wrong, and what is allowed.
-        SeqmixError: the folder of training.start_from has no model that can be read.
+        ConfigError: the configuration is invalid; the message says where, and what is allowed.
+        SeqmixError: the model of training.start_from cannot be read.
     """
     changes = [overrides] if isinstance(overrides, str) else overrides
     return load(RunConfig, source, changes, presets=PRESETS, complete=_complete)
 
 
-class Beginning(NamedTuple):
-    """Where the first parameters came from."""
+class WeightsOrigin(NamedTuple):
+    """Origin of the initial parameters, as returned by `start_from`."""
 
     note: str
+    """One sentence for the user."""
     provenance: dict[str, str]
+    """Folder of the weights, and the SHA-256 of their names and values."""
 
 
-def start_from(folder: Path, model: LanguageModel, tokenizer: Tokenizer | None) -> Beginning:
-    """Copy a folder's weights (of training.start_from) into a model of the same names and shapes; other fields may
-    differ, and a note says so. `tokenizer` is that of the text the model is going to read.
+def start_from(folder: Path, model: LanguageModel, tokenizer: Tokenizer | None) -> WeightsOrigin:
+    """Copy the weights of training.start_from into a model whose tensors have the same names and shapes.
+
+    Other fields of the model may differ; the returned note lists them.
+
+    Args:
+        folder: the source of the weights: a run directory, an exported file, or a folder of `seqmix.hf`.
+        model: the model to fill.
+        tokenizer: the tokenizer of the training data; None if its tokens are not text.
 
     Raises:
-        SeqmixError: the folder cannot be read, or its model or tokenizer is another one.
+        SeqmixError: the weights cannot be read, or belong to another model or tokenizer.
     """
-    described = describe(folder)
-    _require_same_tokenizer(folder, described, tokenizer)
-    config, found = _weights(folder, described)
-    wanted = parameters_of(model)
-    if differences := list(_differences(found, wanted)):
+    source = describe(folder)
+    _require_same_tokenizer(folder, source, tokenizer)
+    config, loaded = _read_source(folder, source)
+    parameters = parameters_of(model)
+    if differences := list(_tensor_differences(loaded, parameters)):
         raise TrainingError(f"training.start_from = {folder} has another model: {'; '.join(differences)}")
     digest = hashlib.sha256()
-    for name, tensor in sorted(found.items()):
+    for name, tensor in sorted(loaded.items()):
         digest.update(name.encode())
         digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-        assign(wanted[name], tensor)
-    changed = [f"{name} was {before} there and is {now} here" for name, before, now in _changes(config, model.config)]
+        assign(parameters[name], tensor)
+    changed = [
+        f"{name} was {before} there and is {now} here" for name, before, now in _field_changes(config, model.config)
+    ]
     note = f"started from the weights of {folder}{': ' if changed else ''}{'; '.join(changed)}"
-    return Beginning(note, {"folder": str(folder.absolute()), "sha256": digest.hexdigest()})
+    return WeightsOrigin(note, {"folder": str(folder.absolute()), "sha256": digest.hexdigest()})
 
 
-def describe(folder: Path) -> Described:
-    """What a folder or file of trained weights says of itself.
+def describe(folder: Path) -> SourceModel:
+    """Read the model and the tokenizer of a folder or file of trained weights, without the weights.
 
     Raises:
-        SeqmixError: it is none, cannot be read, or names code that is not imported yet.
+        SeqmixError: it does not exist, cannot be read, is of another kind, or names code that is not imported yet.
     """
     if (folder / CONFIG_FILE).is_file():
         config = read_config(folder)
         if not config.data.is_text:
-            return Described(config.model.model_dump(mode="json"), None)
+            return SourceModel(config.model.model_dump(mode="json"), None)
         copy = folder / TOKENIZER_FILE
         data = config.data.model_dump(include={"tokenizer", "begin_token"})
         tokenizer = str(copy) if copy.is_file() else data["tokenizer"]
-        return Described(config.model.model_dump(mode="json"), tokenizer, data["begin_token"])
+        return SourceModel(config.model.model_dump(mode="json"), tokenizer, data["begin_token"])
     try:
-        described = _exported(folder) if folder.is_file() else _of_hugging_face(folder)
+        source = _describe_export(folder) if folder.is_file() else _describe_hugging_face(folder)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
-        allowed = "it is a run directory, a file of `seqmix export`, or a folder of seqmix.hf"
+        allowed = "expected a run directory, a file of `seqmix export`, or a folder of seqmix.hf"
         if not folder.exists():
-            beside = [other.name for other in folder.absolute().parent.glob("*")]
-            found = nearest(folder.name, beside)
-            raise TrainingError(f"training.start_from = {folder} does not exist: {allowed}{found}") from error
-        why = "it has no config.json" if isinstance(error, FileNotFoundError) else " ".join(str(error).split())
+            siblings = [other.name for other in folder.absolute().parent.glob("*")]
+            suggestion = nearest(folder.name, siblings)
+            raise TrainingError(f"training.start_from = {folder} does not exist: {allowed}{suggestion}") from error
+        reason = "it has no config.json" if isinstance(error, FileNotFoundError) else " ".join(str(error).split())
         raise TrainingError(
-            f"training.start_from = {folder} cannot be read: {allowed} ({why or type(error).__name__})"
+            f"training.start_from = {folder} cannot be read: {allowed} ({reason or type(error).__name__})"
         ) from error
-    require_trusted(described.model, f"training.start_from = {folder}", "write its `model` into your configuration")
-    return described
+    require_trusted(source.model, f"training.start_from = {folder}", "write its `model` into your configuration")
+    return source
 
 
-def _exported(file: Path) -> Described:
+def _describe_export(file: Path) -> SourceModel:
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata()
-    whole = json.loads(metadata[EXPORTED_CONFIG])
+    config = json.loads(metadata[EXPORTED_CONFIG])
     if EXPORTED_TOKENIZER in metadata:
-        return Described(whole["model"], str(file), whole["data"].get("begin_token"))
-    is_text = whole["data"].get("kind", "text") == "text"
-    return Described(whole["model"], ByteTokenizer.identity if is_text else None)
+        return SourceModel(config["model"], str(file), config["data"].get("begin_token"))
+    is_text = config["data"].get("kind", "text") == "text"
+    return SourceModel(config["model"], ByteTokenizer.identity if is_text else None)
 
 
-def _of_hugging_face(folder: Path) -> Described:
+def _describe_hugging_face(folder: Path) -> SourceModel:
     config = json.loads(read_bytes(folder / HF_CONFIG))
     if "model" not in config:
-        raise ValueError(f"its {HF_CONFIG} is of another library: `seqmix convert` makes a run directory of it")
+        raise ValueError(f"its {HF_CONFIG} is of another library: convert it to a run directory with `seqmix convert`")
     model = config["model"]
     if not (folder / TOKENIZER_FILE).is_file():
-        return Described(dict(model), None)
+        return SourceModel(dict(model), None)
     parts = json.loads(read_bytes(folder / TOKENIZER_FILE))["model"]
     if len(parts["vocab"]) == ByteTokenizer.vocab_size - 1 and not parts.get("merges"):
-        return Described(dict(model), ByteTokenizer.identity)
+        return SourceModel(dict(model), ByteTokenizer.identity)
     begin = json.loads(read_bytes(folder / HF_TOKENIZER_CONFIG))["bos_token"]
-    return Described(dict(model), str(folder / TOKENIZER_FILE), begin if isinstance(begin, str) else begin["content"])
+    return SourceModel(dict(model), str(folder / TOKENIZER_FILE), begin if isinstance(begin, str) else begin["content"])
 
 
 def _complete(tree: Node) -> Node:
-    """A configuration with the model and the tokenizer of what it starts from, where it has none of its own."""
+    """Fill in the model and the tokenizer from training.start_from, if a configuration lacks them."""
     training = tree.child("training")
     model = tree.child("model")
     data = tree.child("data")
-    given = training and training.child("start_from")
-    if given is None or not isinstance(given.value, str):
+    path = training and training.child("start_from")
+    if path is None or not isinstance(path.value, str):
         return tree
     kind = data and data.child("kind")
     without_tokenizer = (kind is None or kind.value == "text") and (data is None or data.child("tokenizer") is None)
     without_model = model is None or model.value is None
     if not (without_model or without_tokenizer):
         return tree
-    described = describe(Path(given.value))
-    taken = {}
+    source = describe(Path(path.value))
+    added = {}
     if without_model:
-        taken["model"] = described.model
-    if without_tokenizer and described.tokenizer is not None:
-        taken["data"] = {"tokenizer": described.tokenizer, "begin_token": described.begin}
-    return tree.merge(Node.of(taken, Origin(given.value)))
+        added["model"] = source.model
+    if without_tokenizer and source.tokenizer is not None:
+        added["data"] = {"tokenizer": source.tokenizer, "begin_token": source.begin}
+    return tree.merge(Node.of(added, Origin(path.value)))
 
 
-def _weights(folder: Path, described: Described) -> tuple[ModelConfig, Mapping[str, Tensor]]:
-    """The model that was trained, and its tensors."""
+def _read_source(folder: Path, source: SourceModel) -> tuple[ModelConfig, Mapping[str, Tensor]]:
+    """Read the configuration of a trained model, and its tensors."""
     if folder.is_file() or (folder / CONFIG_FILE).is_file():
-        config, found, _ = read_weights(folder)
-        return config, found
-    config = validated(ModelConfig, described.model, str(folder / HF_CONFIG))
+        config, tensors, _ = read_weights(folder)
+        return config, tensors
+    config = validated(ModelConfig, source.model, str(folder / HF_CONFIG))
     files = sorted(folder.glob("*.safetensors"))
-    found = {name.removeprefix("model."): x for file in files for name, x in read_tensors([file])[0].items()}
-    return config, found
+    tensors = {name.removeprefix("model."): x for file in files for name, x in read_tensors([file])[0].items()}
+    return config, tensors
 
 
-def _differences(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> Iterator[str]:
-    """A phrase for each way in which tensors differ by name or shape."""
+def _tensor_differences(loaded: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> Iterator[str]:
+    """Describe how loaded tensors differ from a model's by name or shape: one phrase per kind of difference."""
     for phrase, names in (
-        ("it lacks {}", wanted.keys() - found.keys()),
-        ("it has an additional {}", found.keys() - wanted.keys()),
+        ("it lacks {}", parameters.keys() - loaded.keys()),
+        ("it has an additional {}", loaded.keys() - parameters.keys()),
     ):
         if names:
             yield phrase.format(min(names)) + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")
-    shared = [name for name in wanted if name in found and found[name].shape != wanted[name].shape]
-    if shared:
-        first = shared[0]
+    reshaped = [name for name in parameters if name in loaded and loaded[name].shape != parameters[name].shape]
+    if reshaped:
+        first = reshaped[0]
         yield (
-            f"its {first} has shape {list(found[first].shape)} instead of {list(wanted[first].shape)}"
-            f"{f' (and {len(shared) - 1} more)' if len(shared) > 1 else ''}"
+            f"its {first} has shape {list(loaded[first].shape)} instead of {list(parameters[first].shape)}"
+            f"{f' (and {len(reshaped) - 1} more)' if len(reshaped) > 1 else ''}"
         )
 
 
-def _changes(before: ModelConfig, now: ModelConfig) -> list[tuple[str, Any, Any]]:
-    """Fields of two models with the same tensors that differ, by dotted name, layer by layer."""
-    found: dict[str, tuple[Any, Any]] = {}
+def _field_changes(before: ModelConfig, now: ModelConfig) -> list[tuple[str, Any, Any]]:
+    """Return the differing fields of two models with the same tensors: dotted name, old value, new value.
+
+    Blocks are compared layer by layer. Implementation fields and dropout are left out.
+    """
+    changes: dict[str, tuple[Any, Any]] = {}
     parts = [("model", *(m.model_dump(mode="json", exclude={"blocks", "pattern", "init"}) for m in (before, now)))]
-    for one, other in zip(before.layers, now.layers, strict=True):
-        blocks = (before.blocks[one].model_dump(mode="json"), now.blocks[other].model_dump(mode="json"))
-        parts.append((f"model.blocks.{other}", *blocks))
+    for old_block, new_block in zip(before.layers, now.layers, strict=True):
+        blocks = (before.blocks[old_block].model_dump(mode="json"), now.blocks[new_block].model_dump(mode="json"))
+        parts.append((f"model.blocks.{new_block}", *blocks))
     for name, *fields in parts:
-        was, is_now = (dict(_flat(name, each)) for each in fields)
-        found |= {key: (was.get(key), is_now.get(key)) for key in was | is_now if was.get(key) != is_now.get(key)}
+        old, new = (dict(_flatten(name, each)) for each in fields)
+        changes |= {key: (old.get(key), new.get(key)) for key in old | new if old.get(key) != new.get(key)}
     skipped = tuple(f".{field}" for field in (*IMPLEMENTATION_FIELDS, "dropout"))
-    return [(key, *values) for key, values in found.items() if not key.endswith(skipped)]
+    return [(key, *values) for key, values in changes.items() if not key.endswith(skipped)]
 
 
-def _flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """The scalars and lists of nested fields, by dotted name."""
+def _flatten(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the scalars and lists of nested fields, by dotted name."""
     if isinstance(value, dict):
         for key, entry in value.items():
-            yield from _flat(f"{name}.{key}", entry)
+            yield from _flatten(f"{name}.{key}", entry)
     else:
         yield name, value
 
 
-def _require_same_tokenizer(folder: Path, described: Described, tokenizer: Tokenizer | None) -> None:
-    """Refuse another map of text to tokens than the one that the weights were trained with."""
-    if described.tokenizer is None or tokenizer is None:
+def _require_same_tokenizer(folder: Path, source: SourceModel, tokenizer: Tokenizer | None) -> None:
+    """Raise TrainingError if a tokenizer maps text to other tokens than the one that the weights were trained with."""
+    if source.tokenizer is None or tokenizer is None:
         return
-    theirs = load_tokenizer(described.tokenizer, described.begin)
-    if tokenizer.identity == theirs.identity or _map(tokenizer) == _map(theirs):
+    theirs = load_tokenizer(source.tokenizer, source.begin)
+    if tokenizer.identity == theirs.identity or _comparable_parts(tokenizer) == _comparable_parts(theirs):
         return
     raise TrainingError(
         f"training.start_from = {folder} was trained with another tokenizer than data.tokenizer: leave out "
-        "data.tokenizer and data.begin_token to take the folder's"
+        "data.tokenizer and data.begin_token to use the one that it was trained with"
     )
 
 
-def _map(tokenizer: Tokenizer) -> Any:
-    """What a tokenizer does, however its file is written: its parts without the begin token."""
+def _comparable_parts(tokenizer: Tokenizer) -> Any:
+    """Return the parts of a tokenizer that define its tokens; equal for equivalent tokenizers in different files."""
     if tokenizer.vocabulary is None:
         return tokenizer.identity
     parts = json.loads(import_module("tokenizers").Tokenizer.from_buffer(tokenizer.vocabulary).to_str())

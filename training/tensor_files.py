@@ -1,7 +1,7 @@
-"""Tensors in safetensors files: whole, or in the chunks of several processes.
+"""Tensors in safetensors files: whole, or split into chunks over the files of several processes.
 
-A file of chunks says in its metadata where each begins, under the key that torch's distributed checkpoint reads
-(`HuggingFaceStorageReader`). Nothing here communicates, and nothing is pickled.
+The metadata of a file of chunks has the offset of each chunk in its tensor, under the key that torch's distributed
+checkpoint reads (`HuggingFaceStorageReader`). Nothing here communicates, and nothing is pickled.
 """
 
 import json
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ..registry import SeqmixError, replacing
 
-BEGINS = "DCP_SHARDING_INFO"
-BEGIN = "saved_offsets"
+OFFSETS_METADATA = "DCP_SHARDING_INFO"
+OFFSETS_KEY = "saved_offsets"
 
 
 class CheckpointError(SeqmixError):
@@ -26,21 +26,22 @@ class CheckpointError(SeqmixError):
 
 
 class Chunk(NamedTuple):
-    """A block of a tensor, or all of it."""
+    """A block of a tensor, or the whole tensor."""
 
     values: Tensor
+    """Values of the block."""
     begin: tuple[int, ...]
-    """Its first index in each dimension of the tensor."""
+    """Index of its first value in each dimension of the tensor."""
     shape: tuple[int, ...]
-    """Of the tensor."""
+    """Shape of the whole tensor."""
 
     @classmethod
     def whole(cls, tensor: Tensor) -> "Chunk":
-        """All of a tensor."""
+        """Return a whole tensor as one chunk."""
         return cls(tensor, (0,) * tensor.ndim, tuple(tensor.shape))
 
     def overlap(self, other: "Chunk") -> tuple[Tensor, Tensor]:
-        """The values that this chunk and another one of the same tensor both have, as views of each."""
+        """Return the overlap with another chunk of the same tensor: a view of this chunk's values, and one of its."""
         first = [max(each) for each in zip(self.begin, other.begin, strict=True)]
         ends = zip(self.begin, self.values.shape, other.begin, other.values.shape, strict=True)
         last = [max(min(a + n, b + m), at) for (a, n, b, m), at in zip(ends, first, strict=True)]
@@ -52,14 +53,14 @@ class Chunk(NamedTuple):
 
 
 def write_chunks(file: Path, chunks: Mapping[str, Chunk], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file; it replaces an older one when it is complete and flushed to disk.
+    """Write a safetensors file of chunks. An existing file is replaced once the new one is flushed to disk.
 
     Raises:
-        CheckpointError: it cannot be written.
+        CheckpointError: the file cannot be written.
     """
-    begins = {name: {BEGIN: chunk.begin} for name, chunk in chunks.items()}
+    begins = {name: {OFFSETS_KEY: chunk.begin} for name, chunk in chunks.items()}
     if any(chunk.values.shape != chunk.shape for chunk in chunks.values()):
-        metadata = {**metadata, BEGINS: json.dumps(begins)}
+        metadata = {**metadata, OFFSETS_METADATA: json.dumps(begins)}
     try:
         with replacing(file) as partial:
             save_file({name: chunk.values.contiguous() for name, chunk in chunks.items()}, partial, dict(metadata))
@@ -68,17 +69,19 @@ def write_chunks(file: Path, chunks: Mapping[str, Chunk], metadata: Mapping[str,
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """The same for whole tensors."""
+    """Write a safetensors file of whole tensors, like `write_chunks`."""
     write_chunks(file, {name: Chunk.whole(tensor) for name, tensor in tensors.items()}, metadata)
 
 
 def read_chunks(files: Sequence[Path]) -> tuple[dict[str, list[Chunk]], dict[str, str]]:
-    """All chunks by their tensors' names, and the metadata; values are read from disk when they are used.
+    """Read the chunks of each tensor, by name, and the metadata of the last file.
+
+    The values are memory-mapped: they are read from disk when they are used.
 
     Raises:
-        CheckpointError: a file is missing or not of safetensors, or a part of a tensor is missing.
+        CheckpointError: a file is missing or not a safetensors file, or a part of a tensor is missing.
     """
-    found: dict[str, list[tuple[Tensor, tuple[int, ...]]]] = {}
+    loaded: dict[str, list[tuple[Tensor, tuple[int, ...]]]] = {}
     metadata: dict[str, str] = {}
     for file in files:
         if not file.is_file():
@@ -86,31 +89,35 @@ def read_chunks(files: Sequence[Path]) -> tuple[dict[str, list[Chunk]], dict[str
         try:
             with safe_open(file, "pt") as tensors:
                 metadata = tensors.metadata() or {}
-                begins = json.loads(metadata.get(BEGINS, "{}"))
+                begins = json.loads(metadata.get(OFFSETS_METADATA, "{}"))
                 for name in tensors.keys():  # noqa: SIM118 not a mapping
                     values = tensors.get_tensor(name)
-                    begin = tuple(begins[name][BEGIN]) if begins else (0,) * values.ndim
+                    begin = tuple(begins[name][OFFSETS_KEY]) if begins else (0,) * values.ndim
                     if len(begin) != values.ndim or any(type(at) is not int or at < 0 for at in begin):
-                        raise ValueError(f"a chunk of {_shown(name)} begins at {begin!r:.80}")
-                    found.setdefault(name, []).append((values, begin))
+                        raise ValueError(f"a chunk of {_quote_name(name)} begins at {begin!r:.80}")
+                    loaded.setdefault(name, []).append((values, begin))
         except (SafetensorError, OSError, ValueError, TypeError, KeyError, RecursionError) as error:
             raise CheckpointError(f"{file} is damaged or not a safetensors file: {error}") from error
     ends = {
         name: [[at + n for at, n in zip(begin, values.shape, strict=True)] for values, begin in chunks]
-        for name, chunks in found.items()
+        for name, chunks in loaded.items()
     }
     shapes = {name: tuple(map(max, zip(*each, strict=True))) for name, each in ends.items()}
-    whole = {name: [Chunk(*chunk, shapes[name]) for chunk in chunks] for name, chunks in found.items()}
-    for name, chunks in whole.items():
-        if sum(chunk.values.numel() for chunk in chunks) != prod(shapes[name]) or _overlapping(chunks):
-            raise CheckpointError(f"{_all(files)} has parts of {_shown(name)} that do not make the whole")
+    by_name = {name: [Chunk(*chunk, shapes[name]) for chunk in chunks] for name, chunks in loaded.items()}
+    for name, chunks in by_name.items():
+        if sum(chunk.values.numel() for chunk in chunks) != prod(shapes[name]) or _have_overlap(chunks):
+            raise CheckpointError(
+                f"{_quote_files(files)} has parts of {_quote_name(name)} that do not make up the whole"
+            )
         if len({chunk.values.dtype for chunk in chunks}) > 1:
-            raise CheckpointError(f"{_all(files)} is damaged: it has parts of {_shown(name)} of several types")
-    return whole, metadata
+            raise CheckpointError(
+                f"{_quote_files(files)} is damaged: its parts of {_quote_name(name)} have several dtypes"
+            )
+    return by_name, metadata
 
 
-def _overlapping(chunks: Sequence[Chunk]) -> bool:
-    """Whether two chunks of a tensor have a value in common: then others may be missing that no sum of sizes shows."""
+def _have_overlap(chunks: Sequence[Chunk]) -> bool:
+    """Return True if two chunks of a tensor overlap: then a part may be missing although the sizes add up."""
     ordered = sorted(chunks, key=lambda chunk: chunk.begin)
     for number, chunk in enumerate(ordered):
         for other in ordered[number + 1 :]:
@@ -122,7 +129,7 @@ def _overlapping(chunks: Sequence[Chunk]) -> bool:
 
 
 class Tensors(Mapping[str, Tensor]):
-    """Whole tensors, each put together from its chunks when it is asked for."""
+    """Whole tensors by name; each one is assembled from its chunks on access."""
 
     def __init__(self, chunks: Mapping[str, Sequence[Chunk]]) -> None:
         self.chunks = chunks
@@ -143,33 +150,35 @@ class Tensors(Mapping[str, Tensor]):
 
 
 def read_tensors(files: Sequence[Path]) -> tuple[Mapping[str, Tensor], dict[str, str]]:
-    """All tensors and the metadata.
+    """Read whole tensors by name, and the metadata of the last file.
 
     Raises:
-        CheckpointError: as `read_chunks`.
+        CheckpointError: as for `read_chunks`.
     """
     chunks, metadata = read_chunks(files)
     return Tensors(chunks), metadata
 
 
 def fill(files: Sequence[Path], wanted: Mapping[str, Chunk]) -> None:
-    """Copy into chunks what files have of them, whatever chunks the files have.
+    """Fill chunks with the values of files; the files may divide the tensors differently.
 
     Raises:
-        CheckpointError: as `read_chunks`; or, before any copy, they differ in more than values.
+        CheckpointError: as for `read_chunks`; or names, shapes or kinds of dtype differ. Then nothing is copied.
     """
     chunks = read_chunks(files)[0]
     require_same_names(files, chunks, wanted)
     for name, chunk in wanted.items():
         if (shape := chunks[name][0].shape) != chunk.shape:
             raise CheckpointError(
-                f"{_all(files)} belongs to another model: its {name} has shape {list(shape)} "
+                f"{_quote_files(files)} belongs to another model: its {name} has shape {list(shape)} "
                 f"instead of {list(chunk.shape)}"
             )
-        found = chunks[name][0].values
-        ours = chunk.values
-        if found.is_floating_point() != ours.is_floating_point():
-            raise CheckpointError(f"{_all(files)} is damaged: its {name} is {found.dtype}, and not {ours.dtype}")
+        saved_dtype = chunks[name][0].values.dtype
+        dtype = chunk.values.dtype
+        if saved_dtype.is_floating_point != dtype.is_floating_point:
+            raise CheckpointError(
+                f"{_quote_files(files)} is damaged: expected its {name} to be {dtype}, got {saved_dtype}"
+            )
     for name, chunk in wanted.items():
         _copy(chunk, chunks[name])
 
@@ -182,27 +191,27 @@ def _copy(wanted: Chunk, chunks: Sequence[Chunk]) -> None:
 
 
 def require_same_names(files: Sequence[Path], found: Mapping[str, object], wanted: Mapping[str, object]) -> None:
-    """Refuse files that lack a tensor, or have another one.
+    """Check that files have exactly the wanted tensors, by name.
 
     Raises:
-        CheckpointError: they do.
+        CheckpointError: a tensor is missing, or there is an additional one.
     """
-    lacking = wanted.keys() - found.keys()
-    extra = found.keys() - wanted.keys()
-    for names, sentence in ((lacking, "it lacks {}"), (extra, "it has an additional {}")):
+    missing = wanted.keys() - found.keys()
+    additional = found.keys() - wanted.keys()
+    for names, sentence in ((missing, "it lacks {}"), (additional, "it has an additional {}")):
         if names:
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
             raise CheckpointError(
-                f"{_all(files)} belongs to another model: {sentence.format(_shown(min(names)))}{more}"
+                f"{_quote_files(files)} belongs to another model: {sentence.format(_quote_name(min(names)))}{more}"
             )
 
 
-def _shown(name: str) -> str:
-    """A name that a file gives a tensor, as part of a sentence."""
+def _quote_name(name: str) -> str:
+    """Return the name of a tensor from an untrusted file, printable and short."""
     return (name if name.isprintable() else ascii(name))[:80]
 
 
-def _all(files: Sequence[Path]) -> str:
-    """The names of all files in a sentence."""
+def _quote_files(files: Sequence[Path]) -> str:
+    """Return the first file's name and the number of further files."""
     first, *rest = files
     return f"{first} (and {len(rest)} more)" if rest else str(first)

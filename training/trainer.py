@@ -1,7 +1,7 @@
-"""One training step, and one evaluation, of a model on one process or many.
+"""The training step and the evaluation of a model, on one process or many.
 
-All processes make their collective calls in the same order. Everything random in a step is a function of seed, step and
-rank, so a resumed run continues exactly as an uninterrupted one.
+All processes make their collective calls in the same order. All randomness in a step is a function of seed, step and
+rank, so a resumed run continues exactly like an uninterrupted one.
 """
 
 import math
@@ -35,26 +35,39 @@ from .schedule import learning_rate
 from .skipping import Skipping
 
 _Calls: TypeAlias = Callable[[], Iterator[object]]
-_Named: TypeAlias = Callable[[Place], str]
+"""Returns an iterator that calls the model once per iteration."""
+_Describe: TypeAlias = Callable[[Place], str]
+"""Describes a place as the end of a sentence."""
 _Origin: TypeAlias = Callable[[int, int], str | None]
+"""Returns the file and offset of a token, given its row and its index in that row."""
 
 
 class StepResult(NamedTuple):
     """The result of one optimizer step."""
 
     loss: float
-    """Nats per token, before the step."""
+    """Loss before the step, in nats per token."""
     gradient_norm: float
-    """Before clipping."""
+    """Gradient norm before clipping."""
     learning_rate: float
+    """Learning rate of this step."""
     expert_violation: float | None = None
-    """The largest load of an expert over its layer's mean, minus 1 (MaxVio); None without experts."""
+    """Largest load of an expert over its layer's mean, minus 1 (MaxVio); None without experts."""
     skipped: str | None = None
-    """Why the parameters were left as they are; None where they were not."""
+    """Why the step was skipped, leaving the parameters unchanged; None if it was taken."""
 
 
 class Trainer:
-    """A model, its optimizer, and its training data."""
+    """Training of a model: one method makes a step, another evaluates.
+
+    Args:
+        config: the run.
+        source: the data.
+        model: the model, sharded if there are several processes.
+        optimizer: the optimizer of its parameters.
+        groups: the processes of the run.
+        objective: the loss; cross-entropy when None.
+    """
 
     def __init__(
         self,
@@ -72,13 +85,13 @@ class Trainer:
         self.groups = groups
         self.objective = objective or Objective()
         self.rows = config.training.batch_size // groups.dp_size
-        """Rows of a batch on this process."""
+        """Number of rows of a batch on this process."""
         self.loader = Loader(config, source, model.device, groups)
         self.precision = precision_of(config.training, model.device)
         self.state: ModelState | None = None
-        """The recurrent state after the last step, with training.carry_state: this process's rows."""
+        """With training.carry_state, the recurrent state after the last step, for this process's rows."""
         self.ema = None if config.training.ema is None else Ema(model, config.training.ema)
-        """The moving average of the parameters, with training.ema."""
+        """Moving average of the parameters; None without training.ema."""
         self.skipping = Skipping(config.training)
         self.dropouts = [module for module in model.modules() if isinstance(module, Dropout) and module.p > 0]
         model.activation_checkpointing = config.training.activation_checkpointing
@@ -86,11 +99,14 @@ class Trainer:
             compile_blocks(model)
 
     def train_step(self, step: int) -> StepResult:
-        """One optimizer step, or none if it is to be skipped.
+        """Make one optimizer step, or skip it.
+
+        Args:
+            step: the number of the step, from 0.
 
         Raises:
-            NotFiniteError: the loss or the gradient is not finite, without training.skip_nonfinite; the parameters are
-                unchanged.
+            NotFiniteError: the loss or the gradient is NaN or infinite, and training.skip_nonfinite is off or gave up.
+                The parameters are unchanged.
         """
         settings = self.config.training
         states = []
@@ -109,27 +125,27 @@ class Trainer:
         norm = full_tensor(get_total_norm([p.grad for p in parameters if p.grad is not None]))
         state = concatenate(states) if states else None
         try:
-            in_step = self._in_step(step)
-            self._require_finite("loss", loss, lambda: self._losses(step), in_step)
+            describe = self._describe_in_batch(step)
+            self._require_finite("loss", loss, lambda: self._losses(step), describe)
             self._require_finite(
                 "gradient's norm",
                 norm.item(),
                 lambda: (loss.backward() for loss, _ in self._losses(step)),
-                in_step,
-                True,
+                describe,
+                backward=True,
             )
             skipped = self.skipping.reason(norm.item())
         except NotFiniteError as error:
-            if not settings.skip_nonfinite or self.skipping.hopeless():
+            if not settings.skip_nonfinite or self.skipping.count_nonfinite():
                 raise
-            # what is carried on is not finite either
+            # the state after the step is not finite either
             skipped = str(error)
             state = None
         if skipped is not None:
             self.skipping.skipped += 1
             self.optimizer.zero_grad(set_to_none=True)
             self.state = state
-            return StepResult(loss, norm.item(), rate, self._balance(), skipped)
+            return StepResult(loss, norm.item(), rate, self._balance_experts(), skipped)
         if settings.clip_norm is not None:
             clip_grads_with_norm_(parameters, settings.clip_norm, norm)
 
@@ -140,20 +156,20 @@ class Trainer:
         if self.ema is not None:
             self.ema.update(self.model, step)
         self.state = state
-        return StepResult(loss, norm.item(), rate, self._balance())
+        return StepResult(loss, norm.item(), rate, self._balance_experts())
 
-    def _balance(self) -> float | None:
-        """Let every mixture of experts balance its load; the worst violation."""
+    def _balance_experts(self) -> float | None:
+        """Let every mixture of experts balance its load; return the largest violation, None without experts."""
         ffns = [block.ffn for block in self.model.distinct_blocks if block.ffn is not None]
-        found = [violation for ffn in ffns if (violation := ffn.balance(self.groups.sum)) is not None]
-        return max(found, default=None)
+        violations = [violation for ffn in ffns if (violation := ffn.balance(self.groups.sum)) is not None]
+        return max(violations, default=None)
 
     def evaluate(self, *, final: bool = False, length: int | None = None) -> Measured:
         """Evaluate the model on the validation split; every sequence starts from an empty state.
 
         Args:
-            final: whether it is the final evaluation, which may have more batches.
-            length: sequence length, that of training when None; batches have the same number of tokens at any length.
+            final: True for the final evaluation, which reads training.final_evaluation_batches.
+            length: sequence length; that of training when None. A batch has about as many tokens at any length.
 
         Raises:
             NotFiniteError: the loss is not finite.
@@ -167,85 +183,98 @@ class Trainer:
         limit = None if limit is None else max(limit * settings.batch_size * trained // (rows * length), 1)
         score = Score()
         total = Score()
-        list(self._scored(score, rows, limit, length))
+        list(self._add_scores(score, rows, limit, length))
         for counts in self.groups.gather(asdict(score)):
             total.merge(counts)
         origin = partial(self.source.evaluation_origin, rows, limit, length)
-        named = partial(self._sequence, "evaluation", origin, (rows, length, rows, rows * self.groups.dp_size))
-        calls = partial(self._scored, Score(), rows, limit, length)
-        self._require_finite("validation loss", total.measured.loss, calls, named)
+        describe = partial(self._describe_place, "evaluation", origin, (rows, length, rows, rows * self.groups.dp_size))
+        calls = partial(self._add_scores, Score(), rows, limit, length)
+        self._require_finite("validation loss", total.measured.loss, calls, describe)
         return total.measured
 
     @torch.no_grad()
     def require_finite_update(self, step: int) -> None:
-        """Refuse parameters (or a state) that the update made non-finite: the loss was measured before the update."""
+        """Raise NotFiniteError if the update made the parameters or the state non-finite.
+
+        The loss of the step was measured before its update, so the loss of a micro-batch is measured again.
+        """
         self.model.eval()
         step += self.config.training.carry_state  # a carried state belongs to the next batch
         loss, _ = next(self._losses(step))
         loss = self.groups.sum(loss).item()
-        self._require_finite("loss after the update", loss, lambda: islice(self._losses(step), 1), self._in_step(step))
+        calls = lambda: islice(self._losses(step), 1)  # noqa: E731
+        self._require_finite("loss after the update", loss, calls, self._describe_in_batch(step))
 
     def parameters_are_finite(self) -> bool:
-        """Whether all parameters are, on all processes; a loss of them may still overflow."""
+        """Return True if all parameters are finite on all processes; their loss may still overflow."""
         finite = torch.stack([local_tensor(p).isfinite().all() for p in self.model.parameters()]).all()
         return not self.groups.any(not finite.item())
 
     def batch(self, step: int) -> Batch:
-        """This process's rows of a step's batch, on the model's device."""
+        """Return this process's rows of a step's batch, on the model's device."""
         return self.loader.batch(step)
 
     def _losses(self, step: int) -> Iterator[tuple[Tensor, ModelState | None]]:
-        """Of each micro-batch, its share of the batch's loss, and the state after it if it is carried."""
+        """Yield, for each micro-batch, its part of the batch's loss, and its final state with training.carry_state."""
         self._seed(step)
         parts = self.config.training.grad_accum_steps
         batch = self.batch(step)
-        state = self._state_before(step)
+        state = self._initial_state(step)
         rows = self.rows // parts
-        # all ranks of a context-parallel group have counted the same targets
-        asked = self.groups.sum((batch.targets != IGNORED).sum()) // self.groups.context_parallel
+        # all ranks of a context-parallel group count the same targets
+        n_targets = self.groups.sum((batch.targets != IGNORED).sum()) // self.groups.context_parallel
         for number, part in enumerate(zip(*(x.chunk(parts) for x in batch), strict=True)):
-            at = slice(number * rows, (number + 1) * rows)
-            # a copy: without autograd, a mixer may write it in place
-            before = None if state is None else map_state(lambda leaf, at=at: leaf[at].clone(), state)
+            part_rows = slice(number * rows, (number + 1) * rows)
+            # a copy, as a mixer may write a state in place without autograd
+            before = None if state is None else map_state(lambda leaf, at=part_rows: leaf[at].clone(), state)
             packed = self.source.packed(Batch(*part))
-            with self._dropout_of(step, number * rows, packed.inputs.shape[1], part[0].shape[1]):
+            with self._place_dropout(step, number * rows, packed.inputs.shape[1], part[0].shape[1]):
                 with self._autocast():
                     output = self.objective(self.model, packed, before)
                 assert output.loss is not None
-                yield output.loss / asked.clamp(min=1), output.state  # backward may run forward again
+                # inside the context, as the backward pass may run the forward pass again
+                yield output.loss / n_targets.clamp(min=1), output.state
 
-    def _state_before(self, step: int) -> ModelState | None:
-        """The initial state of a step: None, or with training.carry_state that after the previous step."""
+    def _initial_state(self, step: int) -> ModelState | None:
+        """Return the initial state of a step: with training.carry_state the last step's final state, else None."""
         settings = self.config.training
         if not settings.carry_state:
             return None
         if self.state is not None and self.source.goes_on(step, settings.batch_size, self.config.seed):
             return self.state
-        # a state that a mixer makes from its parameters is sharded like them
+        # an initial state that is a parameter of a mixer is sharded
         return map_state(full_tensor, self.model.init_state(self.rows))
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.model.device.type, self.precision, enabled=self.precision != torch.float32)
 
     @contextmanager
-    def _dropout_of(self, step: int, row: int, width: int, length: int) -> Iterator[None]:
-        """Inside, dropout has the masks of rows of the whole batch, from `row` of this process's on, each `length` long
-        and `width` with others it is packed with; outside, those of torch."""
+    def _place_dropout(self, step: int, row: int, width: int, length: int) -> Iterator[None]:
+        """Let dropout masks depend on a token's place in the whole batch, not on how the batch is divided.
+
+        Outside of this context, dropout draws from torch's generator.
+
+        Args:
+            step: the step.
+            row: first row of the micro-batch, among this process's rows.
+            width: tokens of a row of the model's input, which packs several sequences or has one.
+            length: tokens of a sequence.
+        """
         groups = self.groups
-        own = -(-width // groups.context_parallel)  # of the tokens that ranks share
-        first = (groups.dp_rank * self.rows + row) * length + groups.rank % groups.context_parallel * own
+        segment = -(-width // groups.context_parallel)  # tokens of a row on this rank
+        first = (groups.dp_rank * self.rows + row) * length + groups.rank % groups.context_parallel * segment
         keys = np.random.SeedSequence([self.config.seed, step]).generate_state(len(self.dropouts), np.uint64)
         places = torch.tensor([[key, first, length] for key in keys.view(np.int64).tolist()], device=self.model.device)
         try:
             for module, place in zip(self.dropouts, places, strict=True):
                 module.place = place
             yield
-        finally:  # a loop of another's would have one mask for ever
+        finally:  # otherwise a caller's own loop would get the same mask at every step
             for module in self.dropouts:
                 module.place = None
 
     def _seed(self, step: int) -> None:
-        """Seed what else draws, by step and by rank beyond the first."""
+        """Seed torch's generator by step and rank, for all randomness other than dropout."""
         seed = self.config.seed << 32 | step
         if not self.groups.is_main:
             seed = int(np.random.SeedSequence([seed, self.groups.rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))
@@ -255,26 +284,31 @@ class Trainer:
         return Batch(*(part.to(self.model.device, non_blocking=True) for part in batch))
 
     @torch.no_grad()
-    def _scored(self, score: Score, rows: int, limit: int | None, length: int) -> Iterator[None]:
-        """Add this rank's batches of the validation split to a score, one by one."""
+    def _add_scores(self, score: Score, rows: int, limit: int | None, length: int) -> Iterator[None]:
+        """Add this rank's batches of the validation split to a score, one per iteration."""
         self.model.eval()
-        for batch, slices in self._own_batches(self.source.evaluation_batches(rows, limit, length)):
+        for batch, slices in self._rank_batches(self.source.evaluation_batches(rows, limit, length)):
             inputs, targets, cu_seqlens = self.source.packed(self._to_device(batch))
             parts = self.source.loss_slices(batch)
-            how = {"reduction": "none" if parts else "sum", "return_predictions": slices is not None}
             with self._autocast():
-                output = self.model(inputs, targets=targets, cu_seqlens=cu_seqlens, **how)
+                output = self.model(
+                    inputs,
+                    targets=targets,
+                    cu_seqlens=cu_seqlens,
+                    reduction="none" if parts else "sum",
+                    return_predictions=slices is not None,
+                )
             predicted = None if output.predictions is None else output.predictions.cpu()
             assert output.loss is not None
-            asked = self.model.local_targets(batch.targets)
-            score.add(output.loss.sum().item(), asked, predicted, slices)
+            local_targets = self.model.local_targets(batch.targets)
+            score.add(output.loss.sum().item(), local_targets, predicted, slices)
             for axis, part in parts.items():
-                own = part._replace(of=self.model.local_targets(part.of))
-                score.add_slices(output.loss.view(asked.shape).cpu(), asked, axis, own)
+                local_part = part._replace(of=self.model.local_targets(part.of))
+                score.add_slices(output.loss.view(local_targets.shape).cpu(), local_targets, axis, local_part)
             yield
 
-    def _own_batches(self, batches: Iterator[Examples]) -> Iterator[Examples]:
-        """This rank's batches, round-robin; without targets where there are no more."""
+    def _rank_batches(self, batches: Iterator[Examples]) -> Iterator[Examples]:
+        """Yield this rank's batches, round-robin; when there are too few for all ranks, one without targets."""
         batches = iter(batches)
         rank = self.groups.dp_rank
         while part := list(islice(batches, self.groups.dp_size)):
@@ -283,38 +317,58 @@ class Trainer:
                 batch = Batch(batch.inputs, torch.full_like(batch.targets, IGNORED))
             yield Examples(batch, slices)
 
-    def _require_finite(self, what: str, value: float, calls: _Calls, named: _Named, backward: bool = False) -> None:
-        """Refuse a value that is not finite, and report where that began, in forward or in the gradients."""
+    def _require_finite(
+        self, what: str, value: float, calls: _Calls, describe: _Describe, backward: bool = False
+    ) -> None:
+        """Raise NotFiniteError if a value is NaN or infinite, and say where that began.
+
+        Args:
+            what: name of the value, for the message.
+            value: the value, the same on all processes.
+            calls: repeats the calls that computed it.
+            describe: describes where in the data it began.
+            backward: True to search in the gradients instead of the outputs.
+        """
         if math.isfinite(value):
             return
         place = first_module(self.model, calls, backward=backward)
         name = first_gradient(self.model.named_parameters()) if backward else place and place.module
         at = name and f"{'gradient' if backward else 'output'} of {name}"
-        # of the first rank that found it: another one may hold the parameter
-        said = zip(*self.groups.gather((at, place and named(place))), strict=True)
-        at, sequence = (next(filter(None, each), "") for each in said)
+        # the first rank that located it reports it; other ranks may have only finite shards
+        gathered = zip(*self.groups.gather((at, place and describe(place))), strict=True)
+        at, sequence = (next(filter(None, each), "") for each in gathered)
         raise NotFiniteError(f"the {what} is {value:g}{at and f', first in the {at}{sequence}'}")
 
-    def _in_step(self, step: int) -> _Named:
+    def _describe_in_batch(self, step: int) -> _Describe:
+        """Return the function that describes a place in the batch of a step."""
         rows = self.rows // self.config.training.grad_accum_steps
         length = self.config.data.sequence_length
         origin = partial(self.source.origin, step, self.config.training.batch_size, self.config.seed)
-        return partial(self._sequence, "batch", origin, (rows, length, self.rows, rows))
+        return partial(self._describe_place, "batch", origin, (rows, length, self.rows, rows))
 
-    def _sequence(self, of: str, origin: _Origin, sizes: tuple[int, int, int, int], place: Place) -> str:
-        """Where numbers are first not finite, as text; nothing if they are so everywhere.
+    def _describe_place(self, of: str, origin: _Origin, sizes: tuple[int, int, int, int], place: Place) -> str:
+        """Describe the sequence and token where a value is first not finite, as the end of a sentence.
 
-        `sizes` has the sequences of a call, their length, and those from one rank, and one call, to the next.
+        Args:
+            of: "batch" or "evaluation".
+            origin: returns the file and offset of a token.
+            sizes: sequences per call, their length in tokens, and the number of sequences from one rank to the next and
+                from one call to the next.
+            place: where the value was found.
+
+        Returns:
+            The text; empty if the place has no tokens.
         """
         (rows, length, by_rank, by_call), ranks, tokens = sizes, self.groups.context_parallel, place.tokens
-        wide = 1 if tokens is None or len(tokens) == 1 else rows
-        if tokens is None or tokens.shape != (wide, rows * length // wide // ranks):
+        # documents are packed into one row
+        input_rows = 1 if tokens is None or len(tokens) == 1 else rows
+        if tokens is None or tokens.shape != (input_rows, rows * length // input_rows // ranks):
             return ""
         row, at = (int(i) for i in tokens.nonzero()[-1 if place.backward else 0])
-        # ranks share every row of the model's input, which has all sequences where documents are packed
+        # each rank has a segment of every row of the model's input
         at += (row * ranks + self.groups.rank % ranks) * tokens.shape[1]
         row = at // length + self.groups.dp_rank * by_rank + place.call * by_call
         token = at % length
-        where = "" if (found := origin(row, token)) is None else f" ({found})"
+        where = "" if (file_position := origin(row, token)) is None else f" ({file_position})"
         side = f"up to token {token}" if place.backward else f"from token {token} on"
         return f", in sequence {row} of the {of} {side}{where}"

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from seqmix import load_config, load_run, train
 from seqmix.training import read_config
 from seqmix.training.checkpoint.files import MANIFEST_FILE, WrittenFile, checkpoints, read_manifest
-from seqmix.training.tensor_files import BEGIN, BEGINS, Chunk, write_chunks
+from seqmix.training.tensor_files import OFFSETS_KEY, OFFSETS_METADATA, Chunk, write_chunks
 
 SMALL = (
     *("model.d_model=16", "model.n_layers=1", "data.sequence_length=16", "training.steps=2", "training.batch_size=2"),
@@ -75,7 +75,7 @@ def shards(folder: Path, drawn: random.Random) -> Iterator[Case]:
     for part in ("model", "optimizer", "state"):
         file = f"{part}-2-of-2.safetensors"
         for text in JSON:
-            yield case(f"{part} offsets {text[:12]!r}", partial(_rewrite, file, {BEGINS: text}))
+            yield case(f"{part} offsets {text[:12]!r}", partial(_rewrite, file, {OFFSETS_METADATA: text}))
     for text in OFFSETS:
         yield case(f"begins at {text[:20]}", partial(_begin, here, name, text))
     for dtype in DTYPES:
@@ -143,7 +143,7 @@ def seal(folder: Path, add: tuple[str, ...] = ()) -> None:
     names = [*(file.name for file in folder.glob("*.safetensors")), *add]
     contents = {name: (folder / name).read_bytes() if os.path.isfile(folder / name) else b"" for name in names}
     files = {name: WrittenFile(bytes=len(x), sha256=sha256(x).hexdigest()) for name, x in contents.items()}
-    (folder / MANIFEST_FILE).write_text(read_manifest(folder).sealed(files).model_dump_json())
+    (folder / MANIFEST_FILE).write_text(read_manifest(folder).seal(files).model_dump_json())
 
 
 def _rewrite(
@@ -152,20 +152,20 @@ def _rewrite(
     with safe_open(folder / name, "pt") as opened:
         metadata = opened.metadata()
     tensors = change(load_file(folder / name))
-    begins = json.loads(metadata[BEGINS])
-    begins |= {key: {BEGIN: [0] * x.ndim} for key, x in tensors.items() if key not in begins}
+    begins = json.loads(metadata[OFFSETS_METADATA])
+    begins |= {key: {OFFSETS_KEY: [0] * x.ndim} for key, x in tensors.items() if key not in begins}
     save_file(
         {key: x.contiguous() for key, x in tensors.items()},
         folder / name,
-        metadata | {BEGINS: json.dumps(begins)} | more,
+        metadata | {OFFSETS_METADATA: json.dumps(begins)} | more,
     )
 
 
 def _begin(name: str, tensor: str, text: str, *, folder: Path) -> None:
     with safe_open(folder / name, "pt") as opened:
-        begins = json.loads(opened.metadata()[BEGINS])
-    begins[tensor] = {BEGIN: "@"}
-    _rewrite(name, {BEGINS: json.dumps(begins).replace('"@"', text)}, folder=folder)
+        begins = json.loads(opened.metadata()[OFFSETS_METADATA])
+    begins[tensor] = {OFFSETS_KEY: "@"}
+    _rewrite(name, {OFFSETS_METADATA: json.dumps(begins).replace('"@"', text)}, folder=folder)
 
 
 def _overlap(tensor: str, *, folder: Path) -> None:
@@ -174,7 +174,9 @@ def _overlap(tensor: str, *, folder: Path) -> None:
     rows = load_file(second)[tensor]
     _rewrite(second.name, {}, lambda x: x | {tensor: rows[len(rows) // 2 :].clone()}, folder=folder)
     _begin(second.name, tensor, f"[{len(rows) + len(rows) // 2}, 0]", folder=folder)
-    save_file({tensor: rows[: len(rows) // 2].clone()}, third, {BEGINS: json.dumps({tensor: {BEGIN: [0, 0]}})})
+    save_file(
+        {tensor: rows[: len(rows) // 2].clone()}, third, {OFFSETS_METADATA: json.dumps({tensor: {OFFSETS_KEY: [0, 0]}})}
+    )
 
 
 def _header(name: str, tensor: str, field: str, value: object, *, folder: Path) -> None:

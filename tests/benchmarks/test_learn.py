@@ -42,7 +42,7 @@ def test_a_model_of_ours_learns_as_seqmix_train_does(seqmix):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["retnet-tiny"], "bench learn has models of its own and takes changes alone, and was given 'retnet-tiny'"),
+        (["retnet-tiny"], "bench learn has its own models: expected only KEY=VALUE changes, got 'retnet-tiny'"),
         ([*CHANGES, "--only", "retenton"], "there is no implementation 'retenton'; .*did you mean \"retention"),
         (["data.paths=[no.txt]"], "the corpus no.txt does not exist"),
     ],

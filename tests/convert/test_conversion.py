@@ -169,7 +169,7 @@ def test_the_command_prints_the_plan_and_writes(theirs, tmp_path, capsys, monkey
     assert "has 17 tensors" in capsys.readouterr().out
     for arguments, words in (
         ([theirs], "needs --to DIR"),
-        ([tmp_path / "ours", "--to", tmp_path / "x"], "name what to write with --as"),
+        ([tmp_path / "ours", "--to", tmp_path / "x"], "choose the architecture to write with --as"),
         ([tmp_path / "ours", "--to", tmp_path / "x", "--as", "lama"], 'did you mean "llama"'),
     ):
         with pytest.raises(SeqmixError, match=words):

@@ -165,7 +165,7 @@ def test_a_plug_in_gets_its_row_beside_retention_and_attention(seqmix, refused):
     assert len(both.commands) == 2
     # the second time nothing is trained, and rows of an earlier call stay
     again = seqmix("suite", *more, "--out", "mine")
-    assert "1 runs, of MineConfig on 1 tasks, 1 at once, into mine; less with --quick" in again.out
+    assert "1 runs of MineConfig on 1 tasks, 1 at once, in mine. Reduce them with --quick" in again.out
     assert "1 of 1 runs are finished already" in again.out
     assert scores.read_scores(Path("mine")).tasks.keys() == {"first"}
     assert len(scores.read_scores(Path("mine")).tasks["first"].rows) == 2

@@ -17,7 +17,7 @@ from seqmix import build_model, load_run, train
 from seqmix.training import CheckpointError, read_config, tensor_files
 from seqmix.training.checkpoint import files as checkpoint
 from seqmix.training.checkpoint.files import Best, Manifest, checkpoints, find, verify, write
-from seqmix.training.checkpoint.train_state import load_model, load_optimizer, load_state, metadata_of, own_parts
+from seqmix.training.checkpoint.train_state import load_model, load_optimizer, load_state, local_parts, metadata_of
 from seqmix.training.optimizer import build_optimizer
 
 FILES = ("model.safetensors", "optimizer.safetensors")
@@ -41,7 +41,7 @@ def manifest_of(step: int, **fields) -> Manifest:
 
 def saved(run: Path, step: int, model, optimizer, **fields) -> Path:
     """Write a checkpoint of these."""
-    return write(run, manifest_of(step, **fields), own_parts(model, optimizer), metadata_of(model.config, step))
+    return write(run, manifest_of(step, **fields), local_parts(model, optimizer), metadata_of(model.config, step))
 
 
 def made_of(config, *, steps: int = 0, frozen: bool = False, seed: int = 0):
@@ -156,7 +156,7 @@ def test_torch_s_distributed_checkpoint_reads_it(config_of, tmp_path):
     import torch.distributed.checkpoint as dcp
 
     trained = made_of(config_of(), steps=3)
-    folder, parts = saved(tmp_path, 7, *trained), own_parts(*trained)
+    folder, parts = saved(tmp_path, 7, *trained), local_parts(*trained)
     expected = {name: chunk.values for chunks in parts.values() for name, chunk in chunks.items()}
     wanted = {name: torch.zeros_like(x) for name, x in expected.items()}
     dcp.load(wanted, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=True)
@@ -243,7 +243,7 @@ def test_old_ones_are_deleted_once_the_new_one_is_there(made, tmp_path, monkeypa
 
     monkeypatch.setattr(checkpoint.shutil, "rmtree", watch)
     with checkpoint.Writer(tmp_path, keep=1, keep_best=False) as writer:
-        writer.write(manifest_of(2), own_parts(*made), {})
+        writer.write(manifest_of(2), local_parts(*made), {})
     # never half of the old one under its name
     assert present == [["step-000002"]]
     assert names(tmp_path) == ["step-000002"]
@@ -265,12 +265,12 @@ def test_steps_go_on_while_a_checkpoint_is_written_and_one_is_written_at_a_time(
     monkeypatch.setattr(tensor_files, "save_file", wait)
     expected = made[0].embedding.weight.detach().clone()
     with checkpoint.Writer(tmp_path, keep=9, keep_best=False) as writer:
-        first = writer.write(manifest_of(1), own_parts(*made), {})
+        first = writer.write(manifest_of(1), local_parts(*made), {})
         assert not first.exists()
         with torch.no_grad():  # the numbers were taken before
             made[0].embedding.weight.zero_()
         threading.Timer(0.05, slow_disk.set).start()
-        writer.write(manifest_of(2), own_parts(*made), {})
+        writer.write(manifest_of(2), local_parts(*made), {})
         assert first.exists()
     assert torch.equal(load_file(first / FILES[0])["embedding.weight"], expected)
 
@@ -288,7 +288,7 @@ def test_another_error_comes_before_that_of_writing(tmp_path, made, monkeypatch)
 
     monkeypatch.setattr(tensor_files, "save_file", crash)
     writer = checkpoint.Writer(tmp_path, keep=1, keep_best=False)
-    writer.write(manifest_of(1), own_parts(*made), {})
+    writer.write(manifest_of(1), local_parts(*made), {})
     with pytest.raises(ZeroDivisionError), writer:
         raise ZeroDivisionError
 

@@ -298,7 +298,7 @@ def seal(folder: Path) -> None:
     manifest = read_manifest(folder)
     contents = {name: (folder / name).read_bytes() for name in manifest.files if (folder / name).is_file()}
     files = {name: WrittenFile(bytes=len(x), sha256=hashlib.sha256(x).hexdigest()) for name, x in contents.items()}
-    (folder / MANIFEST_FILE).write_text(manifest.sealed(files).model_dump_json())
+    (folder / MANIFEST_FILE).write_text(manifest.seal(files).model_dump_json())
 
 
 def damaged_manifest(content: bytes, draw: st.DrawFn) -> bytes:

@@ -331,7 +331,7 @@ def test_a_token_of_one_process_that_is_not_finite_is_named_by_all(two, text):
     [
         (
             "[gloo/unbound_buffer.cc:92] Timed out waiting 1800000ms for recv operation to complete",
-            "waited in vain for",
+            "timed out waiting for",
         ),
         ("[gloo/pair.cc:553] Connection closed by peer [127.0.0.1]:23424", "lost the connection to"),
     ],
@@ -344,7 +344,7 @@ def test_processes_that_do_not_hear_of_each_other_name_the_step(two, text, tmp_p
 
 def test_a_process_waits_no_longer_than_it_is_given(two):
     ended, _ = two("waits", 1)
-    assert ended.startswith("waited in vain for another process")
+    assert ended.startswith("timed out waiting for another process")
 
 
 @pytest.mark.parametrize(

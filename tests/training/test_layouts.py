@@ -5,7 +5,7 @@ import torch
 
 from seqmix import account, load_config
 from seqmix.registry import SeqmixError
-from seqmix.training.distributed.layouts import GPUS, SHARE, Planner, received
+from seqmix.training.distributed.layouts import GPUS, PEAK_FRACTION, Planner, received
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def test_a_layout_is_the_sums_of_its_formulas(config):
     between = found.received - (12 * cost.parameters - 4 * outside) * 7 / 8
     assert between == pytest.approx(4 * len(cost.layers) * 2 * 2 * state, rel=0.01)
     assert found.grad_accum_steps == batch // (2 * 4 * 4)
-    assert found.computing == 4 * cost.flops_per_token * batch * length / (16 * SHARE * 989e12)
+    assert found.computing == 4 * cost.flops_per_token * batch * length / (16 * PEAK_FRACTION * 989e12)
     rates = GPUS["h100"]
     sending = found.grad_accum_steps * (found.received / rates.inside + found.copied / rates.between)
     assert found.sending == pytest.approx(sending)

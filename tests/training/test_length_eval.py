@@ -131,7 +131,7 @@ def test_what_cannot_be_evaluated_is_named(evaluate):
     for arguments, named in (
         (["--length", "999999"], "999,999 .*1,000,000"),
         (["--paradigm", "recurent"], "'recurent'.*chunkwise, parallel"),
-        (["--context", "16", "--scored", "17"], r"17\b.* 16\b"),
+        (["--context", "16", "--scored", "17"], r" 16\b.* 17\b"),
         (["--json", "no/x.json"], "no/x.json"),
     ):
         done = evaluate(*arguments)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from seqmix.commands.progress import SECONDS_BETWEEN_LINES, Steps, StopRequest, _evaluation, run_with_progress
+from seqmix.commands.progress import SECONDS_BETWEEN_LINES, Steps, StopRequest, _describe_evaluation, run_with_progress
 from seqmix.training.monitoring.events import Evaluated, Started, Stepped, StoppedEarly
 
 
@@ -53,12 +53,12 @@ BYTES = SimpleNamespace(bytes_per_token=1.0, unigram_entropy=2.0)
     ids=str,
 )
 def test_an_evaluation_is_in_nats_and_bits_beside_the_byte_frequencies(fields, shown):
-    line = _evaluation(Evaluated(100, **{"final": False} | fields), BYTES)
+    line = _describe_evaluation(Evaluated(100, **{"final": False} | fields), BYTES)
     assert all(part in line for part in shown)
 
 
 def test_one_repeated_token_is_compared_with_nothing():
-    line = _evaluation(Evaluated(1, 0.5, True), SimpleNamespace(bytes_per_token=1.0, unigram_entropy=0.0))
+    line = _describe_evaluation(Evaluated(1, 0.5, True), SimpleNamespace(bytes_per_token=1.0, unigram_entropy=0.0))
     assert line.endswith("frequencies alone: 0.0000 nats/byte, 0.0000 bits/byte")
 
 

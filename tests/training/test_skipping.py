@@ -10,7 +10,7 @@ from seqmix.training.checkpoint.errors import TrainingError
 from seqmix.training.monitoring.events import Noted, Stepped
 from seqmix.training.nonfinite import NotFiniteError
 from seqmix.training.objective import Objective
-from seqmix.training.skipping import LEAST, WINDOW, Skipping
+from seqmix.training.skipping import MIN_NORMS, WINDOW, Skipping
 
 
 class Failing(Objective):
@@ -34,7 +34,7 @@ def parameters(trainer):
 
 @pytest.mark.parametrize("option", ["training.skip_nonfinite=true", "training.max_grad_norm_spike=5.0"])
 def test_a_skipped_step_changes_nothing_and_the_next_one_does(config_of, option, monkeypatch):
-    monkeypatch.setattr("seqmix.training.skipping.LEAST", 2)
+    monkeypatch.setattr("seqmix.training.skipping.MIN_NORMS", 2)
     trainer = trainer_of(config_of(option))
     trainer.objective = Failing(math.nan if "nonfinite" in option else 100.0)
     for step in range(4):
@@ -61,7 +61,7 @@ def test_the_run_says_so_and_counts(config_of, tmp_path):
 
 
 def test_steps_that_are_never_finite_end_the_run(config_of, monkeypatch):
-    monkeypatch.setattr("seqmix.training.skipping.IN_A_ROW", 2)
+    monkeypatch.setattr("seqmix.training.skipping.MAX_NONFINITE_IN_A_ROW", 2)
     trainer = trainer_of(config_of("training.skip_nonfinite=true"))
     trainer.objective = Failing(math.nan)
     assert [trainer.train_step(step).skipped is None for step in range(4)] == [True, True, False, True]
@@ -74,7 +74,7 @@ def test_steps_that_are_never_finite_end_the_run(config_of, monkeypatch):
 
 
 def test_a_stopped_run_remembers_what_is_usual(config_of, tmp_path, monkeypatch):
-    monkeypatch.setattr("seqmix.training.skipping.LEAST", 4)
+    monkeypatch.setattr("seqmix.training.skipping.MIN_NORMS", 4)
     config = config_of("training.max_grad_norm_spike=5.0")
     events = run_of(config, tmp_path / "whole", objective=Failing(100.0, at=4))
     (said,) = (event for event in events if isinstance(event, Noted))
@@ -86,7 +86,7 @@ def test_a_stopped_run_remembers_what_is_usual(config_of, tmp_path, monkeypatch)
 
 def test_a_spike_is_beyond_a_multiple_of_the_median(config_of):
     skipping = Skipping(config_of("training.max_grad_norm_spike=3.0").training)
-    for norm in (1.0, 100.0, *[1.0] * (LEAST - 2)):
+    for norm in (1.0, 100.0, *[1.0] * (MIN_NORMS - 2)):
         assert skipping.reason(norm) is None  # too few to be unusual
     assert "4, 4 times the median of 16 steps" in skipping.reason(4.0)
     assert skipping.reason(2.9) is None

@@ -50,7 +50,7 @@ def halves(tmp_path):
 
 def test_a_part_that_is_missing_is_refused_before_any_copy(halves):
     ours = torch.zeros(6, 2)
-    with pytest.raises(CheckpointError, match=r"x-2-of-2.* parts of x that do not make the whole"):
+    with pytest.raises(CheckpointError, match=r"x-2-of-2.* parts of x that do not make up the whole"):
         fill(halves[1:], {"x": Chunk.whole(ours)})
     halves[1].unlink()
     with pytest.raises(CheckpointError, match=r"x-2-of-2.safetensors is missing"):
@@ -64,7 +64,7 @@ def test_a_part_that_is_missing_is_refused_before_any_copy(halves):
 )
 def test_places_that_make_no_sense_are_refused(halves, begins):
     save_file(load_file(halves[1]), halves[1], {"DCP_SHARDING_INFO": begins})
-    with pytest.raises(CheckpointError, match=r"x-2-of-2.safetensors is damaged|do not make the whole"):
+    with pytest.raises(CheckpointError, match=r"x-2-of-2.safetensors is damaged|do not make up the whole"):
         read_tensors(halves)
 
 

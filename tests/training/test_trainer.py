@@ -286,6 +286,6 @@ def test_the_sequence_is_that_of_the_whole_batch_on_every_process(trainer_of, pa
         row, token = (half, 5) if packed else (1, half * 8 + 5)
         row += 2 + rank // 2 * 4  # the second micro-batch, of the second half of the batch
         said = f", in sequence {row} of the batch from token {token} on (({row}, {token}))"
-        assert trainer._in_step(0)(Place("x", 1, tokens)) == said
-        assert trainer._in_step(0)(Place("x", 1, tokens[:, 1:])) == ""
-        assert trainer._in_step(0)(Place("x", 1)) == ""
+        assert trainer._describe_in_batch(0)(Place("x", 1, tokens)) == said
+        assert trainer._describe_in_batch(0)(Place("x", 1, tokens[:, 1:])) == ""
+        assert trainer._describe_in_batch(0)(Place("x", 1)) == ""

@@ -1,4 +1,4 @@
-"""What a run leaves on disk: the run directory, checkpoints, the training state in them, and how they are loaded."""
+"""Files of a run: the run directory, checkpoints with the training state, provenance, and saved prompt caches."""
 
 from ..tensor_files import CheckpointError
 

@@ -1,4 +1,4 @@
-"""Averages of checkpoints: the mean of the weights of a run's last checkpoints, as a run directory."""
+"""Averages of a run's last checkpoints, written as a run directory."""
 
 from pathlib import Path
 
@@ -18,31 +18,32 @@ def average_run(run: Path, out: Path, *, checkpoints: int) -> list[int]:
 
     Args:
         run: the run directory.
-        out: the new run directory, which evaluates, generates and exports as any other, and cannot be resumed.
-        checkpoints: how many, at least 2.
+        out: the new run directory. It evaluates, generates and exports like any other, but cannot be resumed.
+        checkpoints: number of last checkpoints to average, at least 2.
 
     Returns:
-        Their steps.
+        The steps of the averaged checkpoints.
 
     Raises:
-        SeqmixError: it is not a run, has fewer checkpoints, one is damaged, or the directory cannot be written.
+        SeqmixError: `run` is not a run directory, has too few checkpoints, or one is damaged; or `out` cannot be
+            written.
     """
     config = read_config(run)
-    found = checkpoint.checkpoints(run)
-    if not 2 <= checkpoints <= len(found):
+    available = checkpoint.checkpoints(run)
+    if not 2 <= checkpoints <= len(available):
         raise CheckpointError(
-            f"--checkpoints is {checkpoints}, which is 2 at least, and {run} holds {len(found)}: "
-            "training.keep_checkpoints says how many a run keeps"
+            f"--checkpoints must be 2 or more, and not more than {run} has, got {checkpoints}: {run} holds "
+            f"{len(available)}; raise training.keep_checkpoints to keep more"
         )
     require_vacant(out, "--to")
-    last_ones = found[-checkpoints:]
+    newest = available[-checkpoints:]
     try:
-        steps = [checkpoint.verify(folder, (train_state.MODEL,)).step for folder in last_ones]
-        files = [read_tensors(checkpoint.files_of(folder, train_state.MODEL)) for folder in last_ones]
+        steps = [checkpoint.verify(folder, (train_state.MODEL,)).step for folder in newest]
+        files = [read_tensors(checkpoint.files_of(folder, train_state.MODEL)) for folder in newest]
     except CheckpointError:
-        if all(folder.exists() for folder in last_ones):
+        if all(folder.exists() for folder in newest):
             raise
-        # a run that trains has deleted one meanwhile, and has newer ones
+        # a training process deleted one meanwhile, and has written newer ones
         return average_run(run, out, checkpoints=checkpoints)
     last = files[-1][0]
     means = {name: _mean([tensors[name] for tensors, _ in files]) for name in last}
@@ -54,7 +55,7 @@ def average_run(run: Path, out: Path, *, checkpoints: int) -> list[int]:
 
 
 def _mean(values: list[Tensor]) -> Tensor:
-    """The mean; of whole numbers, the last."""
+    """Return the mean of floating-point tensors, or the last of integer tensors."""
     if not values[-1].is_floating_point():
         return values[-1]
     return torch.stack(values).double().mean(0).to(values[-1].dtype)

@@ -1,4 +1,4 @@
-"""Errors of the machine during a run, with the newest checkpoint and how to resume."""
+"""Explanations of errors during a run (memory, disk, compiler), with the newest checkpoint and how to resume."""
 
 import re
 from collections.abc import Iterator
@@ -17,11 +17,11 @@ class TrainingError(SeqmixError):
 
 @contextmanager
 def explain_errors(run: Path, settings: TrainingConfig) -> Iterator[None]:
-    """Turn errors of memory, the compiler and files during a run into one sentence."""
+    """Context that turns errors of memory, compiler and files into a TrainingError of one sentence."""
     try:
         yield
     except OSError as error:
-        # on a full disk, the error names no file
+        # the error for a full disk names no file
         file = error.filename or run
         raise TrainingError(
             f"{file} cannot be read or written: {error.strerror or error}; {newest_checkpoint(run)}"
@@ -34,19 +34,19 @@ def explain_errors(run: Path, settings: TrainingConfig) -> Iterator[None]:
             ) from None
         if not is_out_of_memory(error):
             raise
-        found = re.search(r"allocate (?:(\d+) bytes|([\d.]+ [KMGT]iB))", str(error))
-        asked = f" (tried to allocate {found[2] or f'{int(found[1]) / 2**30:.1f} GiB'})" if found else ""
-        ways = [
+        match = re.search(r"allocate (?:(\d+) bytes|([\d.]+ [KMGT]iB))", str(error))
+        size = f" (tried to allocate {match[2] or f'{int(match[1]) / 2**30:.1f} GiB'})" if match else ""
+        remedies = [
             f"lower training.batch_size ({settings.batch_size})",
             f"raise training.grad_accum_steps ({settings.grad_accum_steps}), for smaller micro-batches",
             *([] if settings.activation_checkpointing else ["set training.activation_checkpointing to true"]),
         ]
         raise TrainingError(
-            f"out of memory{asked}: {', '.join(ways[:-1])}, or {ways[-1]}; {newest_checkpoint(run)}"
+            f"out of memory{size}: {', '.join(remedies[:-1])}, or {remedies[-1]}; {newest_checkpoint(run)}"
         ) from None  # the traceback would keep the tensors alive
 
 
 def newest_checkpoint(run: Path) -> str:
-    """The newest checkpoint to resume from, as the end of a sentence."""
-    written = checkpoints(run)
-    return f"the newest checkpoint is {written[-1]}" if written else "no checkpoint was written yet"
+    """Return the end of a sentence that names the newest checkpoint of a run."""
+    folders = checkpoints(run)
+    return f"the newest checkpoint is {folders[-1]}" if folders else "no checkpoint was written yet"

@@ -5,9 +5,9 @@ RUN/checkpoints/step-000500/optimizer.safetensors    the optimizer's state (mome
 RUN/checkpoints/step-000500/state.safetensors        the recurrent state, with training.carry_state
 RUN/checkpoints/step-000500/manifest.json            written last: versions, and the size and checksum of each file
 
-Each of several processes writes the chunks that it holds, to model-1-of-2.safetensors and so on, and reads those that
-it needs, from checkpoints of any number of processes. `HuggingFaceStorageReader` of torch's distributed checkpoint
-reads both.
+With several processes, each one writes its own chunks, to model-1-of-2.safetensors and so on. On loading, each one
+reads the chunks that it needs, from a checkpoint of any number of processes. Both layouts can be read by
+`HuggingFaceStorageReader` of torch's distributed checkpoint.
 """
 
 import hashlib
@@ -32,101 +32,118 @@ from .provenance import seqmix_version
 MANIFEST_FILE = "manifest.json"
 
 Parts = Mapping[str, Mapping[str, Chunk]]
-"""What a process has of a checkpoint, by part ("model", "optimizer", "state") and the tensor's name."""
+"""Chunks of one process, by part of the checkpoint ("model", "optimizer", "state", "ema") and name of the tensor."""
 
 Choice = int | Literal["newest", "best"]
-"""Which checkpoint of a run: a step, the newest, or the one with the lowest validation loss."""
+"""A choice of a run's checkpoint: a step, the newest, or the best, which has the lowest validation loss."""
 
 
 class Best(Config):
     """The best evaluation so far."""
 
     loss: float | None = None
-    """Its validation loss; None before the first evaluation."""
+    """Validation loss of the best evaluation; None before the first one."""
     step: int = 0
-    """Its step."""
+    """Step of the best evaluation."""
     evaluations_since: int = 0
-    """Evaluations since then, without improvement."""
+    """Number of evaluations since then, all without improvement."""
 
     def after(self, step: int, loss: float) -> "Best":
-        """The best after one more evaluation."""
+        """Return the best evaluation after one more."""
         if self.loss is None or loss < self.loss:
             return Best(loss=loss, step=step)
         return Best(loss=self.loss, step=self.step, evaluations_since=self.evaluations_since + 1)
 
 
 class WrittenFile(Config):
-    """Size and checksum of an intact file."""
+    """Size and checksum of a file as it was written."""
 
     bytes: int
+    """Size in bytes."""
     sha256: str
+    """SHA-256 of the contents, in hexadecimal."""
 
 
 class Manifest(Config):
-    """The contents of `manifest.json`."""
+    """Contents of `manifest.json`, which describes a checkpoint."""
 
     step: int
-    """Steps completed."""
+    """Number of steps completed."""
     seqmix: str = Field(default_factory=seqmix_version)
-    """Version that wrote it."""
+    """Version of seqmix that wrote the checkpoint."""
     torch: str = str(torch.__version__)
-    """Version that computed it."""
+    """Version of torch that computed the checkpoint."""
     threads: int = Field(default_factory=get_num_threads)
-    """Threads that computed it: floating-point sums depend on their number."""
+    """Number of threads during training, which affects the rounding of sums."""
     processes: int = 1
-    """Processes that computed it, likewise."""
+    """Number of processes during training, which affects the rounding of sums."""
     context_parallel: int = 1
-    """How many of them shared each sequence."""
+    """Number of processes that shared each sequence."""
     metrics: dict[str, float]
-    """Measured after this step; `validation_loss` is there if the step was evaluated."""
+    """Metrics after this step; `validation_loss` only if this step was evaluated."""
     best: Best
-    """Of all evaluations up to this step."""
+    """Best evaluation up to this step."""
     data: str | None = None
-    """A hash of the training data; None for a task, or for a checkpoint of an older version."""
+    """Hash of the training data; None for a task, or in a checkpoint of an older version."""
     data_state: dict[str, Any] | None = None
-    """The place in streamed data; None if batches are a function of seed and step alone."""
+    """Position in streamed data; None if batches are a function of seed and step alone."""
     skipped_steps: int = 0
-    """Steps that left the parameters as they are."""
+    """Number of steps skipped so far."""
     gradient_norms: tuple[float, ...] = Field(default=(), strict=False)
-    """Of the last steps, with training.max_grad_norm_spike."""
+    """Gradient norms of the last steps; empty without training.max_grad_norm_spike."""
     files: dict[str, WrittenFile] = Field(default_factory=dict)
-    """By name."""
+    """Size and checksum of each file, by name."""
     sha256: str = ""
-    """The checksum of this manifest, as JSON without this field."""
+    """SHA-256 of this manifest, as JSON without this field."""
 
     def files_of(self, part: str) -> list[str]:
-        """The files of a part."""
+        """Return the file names of a part, such as "model"."""
         return [name for name in self.files if re.fullmatch(rf"{part}(-\d+-of-\d+)?\.safetensors", name)]
 
-    def sealed(self, files: dict[str, WrittenFile]) -> "Manifest":
-        """The manifest with its files and its checksum."""
+    def seal(self, files: dict[str, WrittenFile]) -> "Manifest":
+        """Return the manifest with these files and with its checksum."""
         complete = self.model_copy(update={"files": files})
         return complete.model_copy(update={"sha256": complete.checksum})
 
     @property
     def checksum(self) -> str:
-        """The expected value of `sha256`."""
-        # fields added since the first format are omitted at their default
-        added = {"data": None, "data_state": None, "processes": 1, "context_parallel": 1, "skipped_steps": 0}
-        added["gradient_norms"] = ()
+        """Expected value of `sha256`."""
+        # fields that older formats lack are omitted at their default, so that old checksums stay valid
+        added = {
+            "data": None,
+            "data_state": None,
+            "processes": 1,
+            "context_parallel": 1,
+            "skipped_steps": 0,
+            "gradient_norms": (),
+        }
         omitted = {"sha256", *(name for name, default in added.items() if getattr(self, name) == default)}
         return hashlib.sha256(self.model_dump_json(exclude=omitted).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class IntactCheckpoint:
-    """An intact checkpoint."""
+    """A checkpoint whose files were verified."""
 
     folder: Path
+    """Folder of the checkpoint."""
     manifest: Manifest
+    """Manifest of the checkpoint."""
     notes: tuple[str, ...]
-    """A sentence for each damaged checkpoint that was skipped."""
+    """One sentence for each damaged checkpoint that was skipped."""
 
 
 class Writer:
-    """Writes checkpoints asynchronously: chunks are copied to main memory, and a thread writes them, one at a time.
+    """Asynchronous writer of checkpoints: it copies chunks to main memory, and a thread writes them to disk.
 
-    Leaving the context waits for the last write. A failed write raises at the next wait, on all processes.
+    One checkpoint is written at a time. Leaving the context waits for the last write. A failed write raises at the next
+    wait, on all processes.
+
+    Args:
+        run: the run directory.
+        groups: the processes of the run.
+        keep: number of newest checkpoints to keep.
+        keep_best: True to keep the best checkpoint as well.
     """
 
     def __init__(self, run: Path, groups: ProcessGroups = ALONE, *, keep: int, keep_best: bool) -> None:
@@ -138,10 +155,19 @@ class Writer:
         self._pending: tuple[Path, Future[None]] | None = None
 
     def write(self, manifest: Manifest, parts: Parts, metadata: Mapping[str, str]) -> Path:
-        """Start to write a checkpoint after the previous one; its folder appears when all processes have written."""
+        """Wait for the previous checkpoint, and start to write one.
+
+        Its folder appears when all processes have written their parts.
+
+        Returns:
+            The folder.
+
+        Raises:
+            CheckpointError: the previous checkpoint could not be written.
+        """
         self.wait()
         copies = {
-            # which no later step changes
+            # copied, as the next step changes the parameters
             part: {name: chunk._replace(values=chunk.values.to("cpu", copy=True)) for name, chunk in chunks.items()}
             for part, chunks in parts.items()
         }
@@ -150,7 +176,11 @@ class Writer:
         return folder
 
     def wait(self) -> None:
-        """Wait for a pending write; CheckpointError if it failed on any process."""
+        """Wait for a pending write.
+
+        Raises:
+            CheckpointError: it failed on some process.
+        """
         if self._pending is None:
             return
         (folder, done), self._pending = self._pending, None
@@ -174,7 +204,7 @@ class Writer:
         try:
             self.wait()
         except CheckpointError:
-            if kind is None:  # the first error is the one to report
+            if kind is None:  # otherwise the error in the context is reported
                 raise
         finally:
             self._thread.shutdown()
@@ -183,7 +213,17 @@ class Writer:
 def write(
     run: Path, manifest: Manifest, parts: Parts, metadata: Mapping[str, str], groups: ProcessGroups = ALONE
 ) -> Path:
-    """Write a checkpoint, a collective call; its folder appears when all in it is flushed to disk.
+    """Write a checkpoint, as a collective call. Its folder appears once all files are flushed to disk.
+
+    Args:
+        run: the run directory.
+        manifest: the manifest, still without files and checksum.
+        parts: the chunks of this process.
+        metadata: the metadata of each safetensors file.
+        groups: the processes.
+
+    Returns:
+        The folder.
 
     Raises:
         SeqmixError: a process cannot write its part.
@@ -191,19 +231,19 @@ def write(
     folder = folder_of(run, manifest.step)
     files = dict[str, dict[str, Any]]()
     partial = folder.with_name(f".{folder.name}.partial")
-    with _failing_together(groups):
+    with _raise_any_error_together(groups):
         partial.mkdir(parents=True, exist_ok=True)
         for part, chunks in parts.items():
             file = partial / file_of(part, groups)
             if chunks or groups.is_main:  # an optimizer may have no state
                 write_chunks(file, chunks, metadata)
                 files[file.name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
-        if not groups.is_main:  # which does so at the end
+        if not groups.is_main:  # the main process flushes it at the end
             flush(partial)
     written = {name: WrittenFile(**file) for each in groups.gather(files) for name, file in each.items()}
-    with _failing_together(groups):
+    with _raise_any_error_together(groups):
         if groups.is_main:
-            sealed = manifest.sealed(dict(sorted(written.items())))
+            sealed = manifest.seal(dict(sorted(written.items())))
             (partial / MANIFEST_FILE).write_text(sealed.model_dump_json(indent=2) + "\n")
             for path in (partial / MANIFEST_FILE, partial):
                 flush(path)
@@ -214,8 +254,8 @@ def write(
 
 
 @contextmanager
-def _failing_together(groups: ProcessGroups) -> Iterator[None]:
-    """Raise what fails on one process on all of them, whatever it is: none is left waiting."""
+def _raise_any_error_together(groups: ProcessGroups) -> Iterator[None]:
+    """Context that raises any error of one process on all processes, so that none waits for ever."""
     with groups.raise_together():
         try:
             yield
@@ -226,7 +266,7 @@ def _failing_together(groups: ProcessGroups) -> Iterator[None]:
 
 
 def delete_others(run: Path, step: int, *, keep: int, keep_best: bool) -> None:
-    """Delete all checkpoints but the newest `keep` and the best; those after `step` are obsolete."""
+    """Delete all checkpoints except the newest `keep` up to `step`, and the best one with `keep_best`."""
     retained = [folder for folder in checkpoints(run) if step_of(folder) <= step][-keep:]
     if keep_best:
         retained += _by_loss(run)[:1]
@@ -236,93 +276,121 @@ def delete_others(run: Path, step: int, *, keep: int, keep_best: bool) -> None:
 
 
 def delete_unfinished(run: Path) -> None:
-    """Delete what a killed process left half written or half deleted."""
+    """Delete checkpoints that a killed process left half written or half deleted."""
     for folder in (run / "checkpoints").glob(".step-*"):
         shutil.rmtree(folder)
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first; `verify` checks that they are intact."""
+    """Return the folders of a run's checkpoints, oldest first; they may be damaged (see `verify`)."""
     folders = (f for f in (run / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", f.name) and f.is_dir())
     return sorted(folders, key=step_of)
 
 
 def step_of(folder: Path) -> int:
-    """The step a checkpoint was written after."""
+    """Return the step of a checkpoint's folder."""
     return int(folder.name.removeprefix("step-"))
 
 
 def file_of(part: str, groups: ProcessGroups = ALONE) -> str:
-    """The name of the file that holds what this process has of a part."""
+    """Return the name of this process's file of a part."""
     return f"{part}.safetensors" if groups.size == 1 else f"{part}-{groups.rank + 1}-of-{groups.size}.safetensors"
 
 
 def find(
     run: Path, which: Choice = "newest", *, parts: tuple[str, ...] | None = None, groups: ProcessGroups = ALONE
 ) -> IntactCheckpoint:
-    """An intact checkpoint: if the newest (or the best) is damaged, the previous one (or the next best).
+    """Find an intact checkpoint. If the newest (or the best) is damaged, the previous one (or the next best) is taken.
 
-    `parts` limits which files must be intact; `groups` share the work, in a collective call. CheckpointError: there is
-    no checkpoint, or none is intact.
+    Args:
+        run: the run directory.
+        which: the checkpoint: a step, "newest" or "best".
+        parts: the parts whose files must be intact; all when None.
+        groups: the processes, which share the work in a collective call.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, or none is intact.
     """
     available = checkpoints(run)
     if not available:
         raise CheckpointError(
-            f"{run} holds no checkpoint, so it has no weights: train it with `seqmix train --resume {run}`, or if "
-            "convert or average wrote it, write it again"
+            f"{run} has no checkpoint, and so no weights: train it with `seqmix train --resume {run}`, or, if convert "
+            "or average wrote it, write it again"
         )
     if isinstance(which, int):
         candidates = [folder for folder in available if step_of(folder) == which]
     elif which not in (names := ("newest", "best")):
-        raise CheckpointError(f"a checkpoint is newest, best or a step, and was given {which!r}{nearest(which, names)}")
+        raise CheckpointError(f"expected the checkpoint newest, best or a step, got {which!r}{nearest(which, names)}")
     else:
         candidates = available[::-1] if which == "newest" else _by_loss(run)
     if not candidates:
-        what = "an evaluated checkpoint" if which == "best" else f"a checkpoint of step {which}"
+        missing = "evaluated checkpoint" if which == "best" else f"checkpoint of step {which}"
         steps = ", ".join(str(step_of(folder)) for folder in available)
-        raise CheckpointError(f"{run} does not hold {what}; it has those of step {steps}")
+        raise CheckpointError(f"{run} has no {missing}; it has checkpoints of steps {steps}")
     notes: list[str] = []
     for folder in candidates:
         try:
             return IntactCheckpoint(folder, verify(folder, parts, groups), tuple(f"{note}; skipped" for note in notes))
         except CheckpointError as error:
-            if not folder.exists():  # a run that trains has deleted it meanwhile, and has newer ones
+            if not folder.exists():  # a training process deleted it meanwhile, and has written newer ones
                 return find(run, which, parts=parts, groups=groups)
             notes.append(str(error))
     raise CheckpointError(notes[0] + (f"; the {len(notes) - 1} others are damaged too" if notes[1:] else ""))
 
 
 def read(run: Path, which: Choice, part: str, use: Callable[[Path], object]) -> IntactCheckpoint:
-    """Find a checkpoint by an intact part and `use` its folder; if a run that trains deletes it meanwhile, the next."""
+    """Find a checkpoint with an intact part, and call `use` with its folder.
+
+    If a training process deletes the checkpoint meanwhile, the next one is used.
+
+    Args:
+        run: the run directory.
+        which: the checkpoint, as in `find`.
+        part: the part that must be intact.
+        use: reads the folder; raises CheckpointError if it cannot.
+    """
     while True:
-        found = find(run, which, parts=(part,))
+        checkpoint = find(run, which, parts=(part,))
         try:
-            use(found.folder)
+            use(checkpoint.folder)
         except CheckpointError:
-            if found.folder.exists():
+            if checkpoint.folder.exists():
                 raise
         else:
-            return found
+            return checkpoint
 
 
 def verify(folder: Path, parts: tuple[str, ...] | None = None, groups: ProcessGroups = ALONE) -> Manifest:
-    """The manifest, after all files (or those of `parts`) were checked against it; CheckpointError: one differs."""
-    manifest = said = None
+    """Check the files of a checkpoint against its manifest.
+
+    Args:
+        folder: the checkpoint.
+        parts: the parts to check; all files when None.
+        groups: the processes, which share the work in a collective call.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        CheckpointError: the manifest or a file is missing or damaged.
+    """
+    manifest = problem = None
     try:
         manifest = read_manifest(folder)
         for part in parts or ():
             if not manifest.files_of(part):
                 raise CheckpointError(f"{folder / MANIFEST_FILE} is damaged: it does not name {file_of(part)}")
-        named = sorted(manifest.files) if parts is None else [x for part in parts for x in manifest.files_of(part)]
-        for name in named[groups.rank :: groups.size]:
-            if not re.fullmatch(r"[a-z]+(-\d{1,9}-of-\d{1,9})?\.safetensors", name):  # a path, or what no file can have
+        names = sorted(manifest.files) if parts is None else [x for part in parts for x in manifest.files_of(part)]
+        for name in names[groups.rank :: groups.size]:
+            # anything else could be a path out of the folder, or no valid file name
+            if not re.fullmatch(r"[a-z]+(-\d{1,9}-of-\d{1,9})?\.safetensors", name):
                 raise CheckpointError(f"{folder / MANIFEST_FILE} is damaged: it names {name!r:.80}")
             _require_intact(folder / name, manifest.files[name])
     except CheckpointError as error:
-        said = str(error)
-    said = next((each for each in groups.gather(said) if each is not None), None)
-    if said is not None or manifest is None:
-        raise CheckpointError(said)
+        problem = str(error)
+    problem = next((each for each in groups.gather(problem) if each is not None), None)
+    if problem is not None or manifest is None:
+        raise CheckpointError(problem)
     return manifest
 
 
@@ -336,7 +404,11 @@ def _require_intact(file: Path, written: WrittenFile) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a checkpoint; CheckpointError: it is missing, damaged, or names another step."""
+    """Read the manifest of a checkpoint.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or of another step than the folder.
+    """
     file = folder / MANIFEST_FILE
     try:
         manifest = Manifest.model_validate_json(read_bytes(file))
@@ -349,22 +421,22 @@ def read_manifest(folder: Path) -> Manifest:
     if manifest.sha256 != manifest.checksum:
         raise CheckpointError(f"{file} is damaged: its checksum does not match")
     if manifest.step != step_of(folder):
-        raise CheckpointError(f"{file} is damaged: it is of step {manifest.step}")
+        raise CheckpointError(f"{file} is damaged: expected step {step_of(folder)}, got {manifest.step}")
     return manifest
 
 
 def files_of(folder: Path, part: str) -> list[Path]:
-    """The files of a part of a checkpoint; that of one process if it has none."""
+    """Return the files of a checkpoint's part; if the manifest names none, the path of a single process's file."""
     return [folder / name for name in read_manifest(folder).files_of(part) or (file_of(part),)]
 
 
 def folder_of(run: Path, step: int) -> Path:
-    """The folder of the checkpoint of a step."""
+    """Return the folder of the checkpoint of a step."""
     return run / "checkpoints" / f"step-{step:06d}"
 
 
 def _by_loss(run: Path) -> list[Path]:
-    """The evaluated checkpoints, best first; ties go to the oldest."""
+    """Return the evaluated checkpoints, best first; of equal losses, the oldest first."""
     losses: dict[Path, float] = {}
     for folder in checkpoints(run):
         with suppress(CheckpointError, KeyError):
@@ -373,7 +445,7 @@ def _by_loss(run: Path) -> list[Path]:
 
 
 def _remove(folder: Path) -> None:
-    """Delete a checkpoint; a half deleted one is never visible under its name."""
+    """Delete a checkpoint. It is renamed first, so that a half deleted one is never visible under its name."""
     if folder.exists():
         hidden = folder.with_name(f".{folder.name}.deleted")
         shutil.rmtree(hidden, ignore_errors=True)

@@ -35,8 +35,19 @@ def record_session(
     groups: ProcessGroups = ALONE,
     start_from: Mapping[str, str] | None = None,
 ) -> None:
-    """Append a line for a start at `step`: versions, commit, seed, threads, processes, machine, and where the weights
-    came from."""
+    """Append a line to sessions.jsonl for a start or resumption of a run.
+
+    It has the versions, git commit, seed, threads, processes and machine.
+
+    Args:
+        run: the run directory.
+        config: the run.
+        step: number of steps completed at the start.
+        device: the device of training.
+        precision: the dtype of matrix products.
+        groups: the processes of the run.
+        start_from: the origin of the initial weights, with training.start_from.
+    """
     session = {
         "step": step,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -63,8 +74,9 @@ def record_session(
 
 
 def plug_ins_of(config: RunConfig) -> dict[str, str]:
-    """The top-level modules outside the library that a configuration uses: each one's distribution and version, as
-    pip names them (name==version), or its file where none has it.
+    """Return the top-level modules outside the library that a configuration uses, and the source of each.
+
+    The source is the distribution as pip names it (name==version), or the module's file if it is in no distribution.
     """
     settings = config.training
     paths = (name for name in (settings.optimizer, settings.schedule, *settings.loggers) if ":" in name)
@@ -74,24 +86,24 @@ def plug_ins_of(config: RunConfig) -> dict[str, str]:
 
 
 def missing_plug_ins(run: Path) -> str:
-    """The end of a sentence about a run that cannot be loaded: what it used that is missing here, or nothing."""
+    """Return the end of an error message that names the modules a run used and that are missing here; else ""."""
     try:
         *_, last = (run / SESSIONS_FILE).read_text(encoding="utf-8").splitlines()
         used = dict(json.loads(last).get("plug_ins", {}))
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return ""
-    lacking = [(name, source) for name, source in used.items() if find_spec(name) is None]
-    said = (
+    missing = [(name, source) for name, source in used.items() if find_spec(name) is None]
+    sentences = (
         f"the run used the module {name}: pip install {source}"
         if "==" in source
         else f"the run used the module {name}, which was {source}"
-        for name, source in lacking
+        for name, source in missing
     )
-    return "".join(f"; {sentence}" for sentence in said)
+    return "".join(f"; {sentence}" for sentence in sentences)
 
 
 def _modules(value: Any) -> Iterator[str]:
-    """The modules of all classes of a configuration."""
+    """Yield the modules of all classes in a configuration."""
     if isinstance(value, Config):
         yield type(value).__module__
         value = {name: getattr(value, name) for name in type(value).model_fields}
@@ -101,9 +113,10 @@ def _modules(value: Any) -> Iterator[str]:
 
 
 def _source(module: str) -> str:
-    # what it offers names an editable installation, whose files are elsewhere
-    offered = ((d.name, point.value) for d in metadata.distributions() for point in d.entry_points)
-    installed = [name for name, value in offered if re.match(rf"{module}\b", value)]
+    """Return the distribution and version of a module (name==version), or its file."""
+    # entry points also find an editable installation, whose files are elsewhere
+    entry_points = ((d.name, point.value) for d in metadata.distributions() for point in d.entry_points)
+    installed = [name for name, value in entry_points if re.match(rf"{module}\b", value)]
     installed += metadata.packages_distributions().get(module, [])
     if installed:
         return f"{installed[0]}=={metadata.version(installed[0])}"
@@ -111,34 +124,34 @@ def _source(module: str) -> str:
 
 
 def seqmix_version() -> str:
-    """The library's version, imported late: the package root imports this module."""
+    """Return the library's version; it is imported late, as the package root imports this module."""
     return import_module((__package__ or "seqmix").partition(".")[0]).__version__
 
 
 def git_commit(folder: Path) -> str | None:
-    """The git commit of a working directory, with a + for uncommitted changes; None without a repository.
+    """Return the git commit of a working directory, with a + for uncommitted changes; None without a repository.
 
-    Nothing runs that the repository's configuration names: a folder of someone else's may be one.
+    The repository may be untrusted, so no program that its configuration names is run.
     """
     quiet = {"GIT_OPTIONAL_LOCKS": "0", "GIT_NO_LAZY_FETCH": "1", "GIT_ALLOW_PROTOCOL": "none"}
 
     def git(*arguments: str, off: Sequence[str] = ()) -> str:
-        # by the environment, as `-c a=b.clean=` would set `a`: names may have an equals sign
+        # set in the environment, as names may contain an equals sign: `-c a=b.clean=` would set `a`
         settings = {"core.fsmonitor": "false", "core.hooksPath": os.devnull} | dict.fromkeys(off, "")
-        named = {"GIT_CONFIG_COUNT": str(len(settings))}
+        variables = {"GIT_CONFIG_COUNT": str(len(settings))}
         for number, (name, value) in enumerate(settings.items()):
-            named |= {f"GIT_CONFIG_KEY_{number}": name, f"GIT_CONFIG_VALUE_{number}": value}
+            variables |= {f"GIT_CONFIG_KEY_{number}": name, f"GIT_CONFIG_VALUE_{number}": value}
         command = ["git", "-C", str(folder), *arguments]
-        environment = os.environ | quiet | named
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10, env=environment)
-        return done.stdout.strip()
+        environment = os.environ | quiet | variables
+        result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10, env=environment)
+        return result.stdout.strip()
 
     try:
         head = git("rev-parse", "HEAD")
-        # filters of the repository's own configuration are programs; those of the user (Git LFS) are not its choice
-        named = git("config", "--show-scope", "--includes", "--name-only", "--list").splitlines()
-        own = [name for scope, _, name in (line.partition("\t") for line in named) if scope in ("local", "worktree")]
-        off = [name for name in own if name.startswith("filter.")]
+        # filters are programs: switch off those that the repository configures, but not the user's own (Git LFS)
+        lines = git("config", "--show-scope", "--includes", "--name-only", "--list").splitlines()
+        names = [name for scope, _, name in (line.partition("\t") for line in lines) if scope in ("local", "worktree")]
+        off = [name for name in names if name.startswith("filter.")]
         status = ("status", "--porcelain", "--untracked-files=no", "--ignore-submodules=all")
         changes = git(*status, off=off)
     except (OSError, subprocess.SubprocessError):
@@ -148,7 +161,7 @@ def git_commit(folder: Path) -> str | None:
 
 def _processor() -> str:
     try:
-        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
+        match = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
     except OSError:
-        found = None
-    return found[1] if found else platform.processor() or platform.machine()
+        match = None
+    return match[1] if match else platform.processor() or platform.machine()

@@ -1,4 +1,4 @@
-"""The run directory: created by one process, and locked by it until it ends."""
+"""The run directory: the main process creates it, and locks it until the run ends."""
 
 import os
 import shutil
@@ -17,7 +17,11 @@ SCORES_FILE = "scores.json"
 
 
 def require_free(run: Path) -> None:
-    """Refuse a directory that a new run cannot have: `require_vacant`, but for the lock of one that was killed."""
+    """Check that a new run can be written to a directory; the lock file of a killed run may be there.
+
+    Raises:
+        TrainingError: the directory is in use, or cannot be a run directory.
+    """
     try:
         require_vacant(run, "--out", {LOCK_FILE})
     except TrainingError:
@@ -29,42 +33,56 @@ def require_free(run: Path) -> None:
 
 
 def require_vacant(folder: Path, option: str, besides: Collection[str] = ()) -> None:
-    """Refuse a folder that holds something, cannot be read, or has a name that safetensors cannot open.
+    """Check that a folder is missing or empty, readable, and has a name that safetensors can open.
 
-    `option` is the command's that names it; `besides` are files that may be there.
+    Args:
+        folder: the folder.
+        option: the command's option that names the folder, for the message.
+        besides: names of files that may be in the folder.
+
+    Raises:
+        TrainingError: a check fails.
     """
     try:
         str(folder).encode()
-    except UnicodeEncodeError:  # safetensors could write there, but not read
+    except UnicodeEncodeError:  # safetensors can write to such a path, but not read from it
         raise TrainingError(f"a run cannot be written to {str(folder)!a}: the path must be UTF-8") from None
     try:
         vacant = is_vacant(folder, besides)
     except OSError as error:
         raise TrainingError(f"a run cannot be written to {folder}: {error.strerror}") from error
     if not vacant:
-        what = "already holds a run" if (folder / CONFIG_FILE).exists() else "exists and is not an empty directory"
-        raise TrainingError(f"{folder} {what}: choose another {option} DIR")
+        problem = "already holds a run" if (folder / CONFIG_FILE).exists() else "exists and is not an empty directory"
+        raise TrainingError(f"{folder} {problem}: choose another {option} DIR")
 
 
 @contextmanager
-def claimed(run: Path, config: RunConfig, comment: str) -> Iterator[None]:
-    """`claim` a run directory for what a block writes there: after an error in it, it is as before."""
-    there = run.exists()
+def claim_with_rollback(run: Path, config: RunConfig, comment: str) -> Iterator[None]:
+    """Claim a run directory, and restore its previous state if the body of the context raises."""
+    existed = run.exists()
     claim(run, config, comment)
     try:
         yield
     except BaseException:
         shutil.rmtree(run, ignore_errors=True)
-        if there:
+        if existed:
             with suppress(OSError):
                 run.mkdir(exist_ok=True)
         raise
 
 
 def claim(run: Path, config: RunConfig, comment: str) -> None:
-    """Create a run directory: its lock, and its configuration after a comment; of two concurrent runs, one succeeds.
+    """Create a run directory with its lock file and configuration. Of two concurrent runs, only one succeeds.
 
-    The lock comes first: only training writes one, so that a directory without it and without weights is another's.
+    The lock file is written first, and only by training: a directory without it was written by another command.
+
+    Args:
+        run: the run directory.
+        config: the configuration to write.
+        comment: comment lines above the configuration.
+
+    Raises:
+        SeqmixError: another run has claimed the directory, or it cannot be written.
     """
     if (run / CONFIG_FILE).exists():
         raise TrainingError(f"{run} already holds a run, started meanwhile: choose another --out DIR")
@@ -72,7 +90,7 @@ def claim(run: Path, config: RunConfig, comment: str) -> None:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise TrainingError(f"a run cannot be written to {run}: {error.strerror}") from error
-    with held(run):
+    with lock_run(run):
         if (run / CONFIG_FILE).exists():
             raise TrainingError(f"{run} already holds a run, started meanwhile: choose another --out DIR")
         try:
@@ -83,11 +101,14 @@ def claim(run: Path, config: RunConfig, comment: str) -> None:
 
 
 @contextmanager
-def held(run: Path) -> Iterator[None]:
-    """Lock the run against other processes; the system releases the lock however this one ends.
+def lock_run(run: Path) -> Iterator[None]:
+    """Context that locks a run against other processes; the system releases the lock however this process ends.
 
-    The lock is a file of its own, as an editor replaces config.yaml by a new file, which nobody has locked; and the
-    directory, as somebody may remove the file.
+    Both a lock file and the directory are locked, as the file may be removed. config.yaml cannot be the lock file:
+    editors replace it by a new file, which is not locked.
+
+    Raises:
+        TrainingError: another process has locked the run, or the lock file cannot be written.
     """
     try:
         file = (run / LOCK_FILE).open("a")

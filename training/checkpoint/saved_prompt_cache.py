@@ -1,7 +1,7 @@
-"""A prompt cache as a file: generation continues from it later, in another process or on another machine.
+"""Prompt caches as files: generation continues from one later, in another process or on another machine.
 
-The file is safetensors: the leaves of the state under their names ("state.0.memory"), the last tokens and the token
-counts, and in the metadata a checksum and a hash of the model. A growing state (KV cache) is as long as the prompt.
+The file is in safetensors format. It has the leaves of the state by name ("state.0.memory"), the last tokens and the
+token counts; its metadata has a checksum and a hash of the model. A growing state (KV cache) is as long as the prompt.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ STATE = "state."
 RECENT = "recent"
 LENGTHS = "lengths"
 COUNTS = ("position", "length")
-"""Names of leaves that count tokens."""
+"""Names of the leaves that hold token counts."""
 
 
 def save_prompt_cache(cache: PromptCache, model: LanguageModel, file: str | Path) -> None:
@@ -37,7 +37,7 @@ def save_prompt_cache(cache: PromptCache, model: LanguageModel, file: str | Path
         file: the path to write.
 
     Raises:
-        CheckpointError: it cannot be written.
+        CheckpointError: the file cannot be written.
     """
     file = Path(file)
     state = map_state(lambda leaf: leaf.detach().cpu(), cache.resized_state(model, None))
@@ -56,17 +56,22 @@ def save_prompt_cache(cache: PromptCache, model: LanguageModel, file: str | Path
 def load_prompt_cache(file: str | Path, model: LanguageModel) -> PromptCache:
     """Load a prompt cache from a file of `save_prompt_cache`, to the model's device.
 
+    Args:
+        file: the file.
+        model: the model that processed the prompt.
+
     Raises:
         CheckpointError: the file is missing, damaged, of another format, or belongs to another model.
     """
     file = Path(file)
-    found, metadata = read_tensors([file])
-    tensors = dict(found)
+    loaded, metadata = read_tensors([file])
+    tensors = dict(loaded)
     if FORMAT_KEY not in metadata:
         raise CheckpointError(f"{file} is not a prompt cache: `seqmix generate --save-state` writes one")
     if metadata[FORMAT_KEY] != FORMAT:
         raise CheckpointError(
-            f"{file} has format {metadata[FORMAT_KEY]}, and this version of seqmix reads format {FORMAT}"
+            f"{file} is a prompt cache of format {metadata[FORMAT_KEY]}, expected format {FORMAT}: write it again with "
+            "this version of seqmix"
         )
     if metadata.get(CHECKSUM_KEY) != _digest(tensors):
         raise CheckpointError(f"{file} is damaged: its checksum does not match")
@@ -88,55 +93,77 @@ def load_prompt_cache(file: str | Path, model: LanguageModel) -> PromptCache:
 
 
 def _require_tokens(recent: Tensor, lengths: Tensor, vocab_size: int) -> None:
-    """Refuse what are not last tokens and token counts of texts: a checksum says nothing of who wrote them."""
-    counts = lengths.dtype == torch.int64 and lengths.ndim == 1 and bool(((lengths > 0) & (lengths < 2**31)).all())
-    if not counts or not len(lengths):
+    """Check the last tokens and the token counts, as the file may be from somebody else.
+
+    Raises:
+        ContractError: they are invalid.
+    """
+    are_counts = lengths.dtype == torch.int64 and lengths.ndim == 1 and bool(((lengths > 0) & (lengths < 2**31)).all())
+    if not are_counts or not len(lengths):
         raise ContractError("its lengths are not the token counts of texts")
     missing = (RECENT_TOKENS - lengths).clamp(min=0)
     if recent.dtype != torch.int64 or recent.shape != (len(lengths), RECENT_TOKENS):
-        raise ContractError("its recent tokens have another shape or type than those of its texts")
-    before = torch.arange(RECENT_TOKENS) < missing[:, None]
-    if not torch.where(before, recent == -1, (recent >= 0) & (recent < vocab_size)).all():
-        raise ContractError(f"its recent tokens are not tokens of this model, which are 0 to {vocab_size - 1}")
+        raise ContractError(
+            f"expected its recent tokens to be int64 [{len(lengths)}, {RECENT_TOKENS}], got {recent.dtype} "
+            f"{list(recent.shape)}"
+        )
+    is_padding = torch.arange(RECENT_TOKENS) < missing[:, None]
+    if not torch.where(is_padding, recent == -1, (recent >= 0) & (recent < vocab_size)).all():
+        raise ContractError(f"expected its recent tokens to be 0 to {vocab_size - 1}, the vocabulary of the model")
 
 
 def _require_rows(leaves: dict[str, Tensor], rows: int) -> None:
-    """Refuse leaves of other rows than texts, before a state of as many rows is allocated."""
+    """Check that each leaf has one row per text, before a state of as many rows is allocated.
+
+    Raises:
+        ContractError: a leaf has another number of rows.
+    """
     for name, leaf in leaves.items():
         if leaf.ndim == 0 or len(leaf) != rows:
-            raise ContractError(f"its leaf {name} has shape {list(leaf.shape)}, for {rows} texts")
+            raise ContractError(f"expected its leaf {name} to have {rows} rows, one per text, got {list(leaf.shape)}")
 
 
 def _require_leaves(leaves: dict[str, Tensor], tokens: Tensor, model: LanguageModel) -> None:
-    """Refuse leaves that no text leads to: of other types or shapes than the model's, NaN, or other token counts."""
-    like, roomy = (to_dict(model.init_state(1, max_length=most)) for most in (None, 1))
+    """Check that a state can be the model's after these texts: dtypes, shapes, NaN, and token counts.
+
+    Args:
+        leaves: the leaves of the state, by name.
+        tokens: tokens that the state has processed, per text.
+        model: the model.
+
+    Raises:
+        ContractError: a leaf is invalid.
+    """
+    # a dimension that is 0 in an empty state, and larger with room for one token, grows with the text
+    empty, with_room = (to_dict(model.init_state(1, max_length=length)) for length in (None, 1))
     longest = int(tokens.max())
     for name, leaf in leaves.items():
-        wanted = like[name]
-        grown = roomy.get(name, like[name])
-        # where an empty state has no room, and one for a token has it, the state grows with the text; one that does
-        # not count its tokens leaves out those that change nothing
+        expected = empty[name]
+        roomy = with_room.get(name, expected)
+        # without a count of its tokens, a growing state may leave out tokens that change nothing
         counted = any(f"{name.rpartition('.')[0]}.{count}" in leaves for count in COUNTS)
-        fits = leaf.ndim == wanted.ndim and all(
-            (size == longest or (size < longest and not counted)) if own == 0 < more else size == own
-            for size, own, more in zip(leaf.shape[1:], wanted.shape[1:], grown.shape[1:], strict=True)
+        fits = leaf.ndim == expected.ndim and all(
+            (size == longest or (size < longest and not counted))
+            if empty_size == 0 < roomy_size
+            else size == empty_size
+            for size, empty_size, roomy_size in zip(leaf.shape[1:], expected.shape[1:], roomy.shape[1:], strict=True)
         )
-        if not fits or leaf.dtype != wanted.dtype:
-            shape = ", ".join(["rows", *map(str, wanted.shape[1:])])
+        if not fits or leaf.dtype != expected.dtype:
+            shape = ", ".join(["rows", *map(str, expected.shape[1:])])
             raise ContractError(
-                f"its leaf {name} is {leaf.dtype} {list(leaf.shape)}, and the model's is {wanted.dtype} [{shape}]"
+                f"expected its leaf {name} to be {expected.dtype} [{shape}], got {leaf.dtype} {list(leaf.shape)}"
             )
         if leaf.is_floating_point() and leaf.isnan().any():
-            raise ContractError(f"its leaf {name} has values that are not numbers (NaN)")
+            raise ContractError(f"its leaf {name} has NaN values")
         if name.rpartition(".")[2] in COUNTS and not torch.equal(leaf.cpu(), tokens):
-            raise ContractError(f"its leaf {name} counts other tokens than the texts have")
+            raise ContractError(f"its leaf {name} does not match the token counts of the texts")
 
 
 def _digest(tensors: dict[str, Tensor], config: str = "") -> str:
-    """A hash of names, types, shapes and values, and of a configuration."""
-    found = hashlib.sha256(config.encode())
+    """Return a SHA-256 of a configuration and of the tensors' names, dtypes, shapes and values."""
+    digest = hashlib.sha256(config.encode())
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
-        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        found.update(tensor.flatten().view(torch.uint8).numpy().data)
-    return found.hexdigest()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

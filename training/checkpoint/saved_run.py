@@ -24,9 +24,9 @@ from .provenance import missing_plug_ins
 from .run_dir import CONFIG_FILE
 
 OTHER_FLOATS = {"F16": "float16", "BF16": "bfloat16", "F64": "float64"}
-"""Types of safetensors other than the model's, and their names."""
+"""Floating-point types of safetensors other than float32, and their names."""
 EXPORTED_CONFIG = "seqmix.config"
-"""The metadata key of the run's configuration in an exported file, as JSON; `EXPORTED_TOKENIZER` has a vocabulary."""
+"""Metadata key of the run's configuration, as JSON, in an exported file; the tokenizer has `EXPORTED_TOKENIZER`."""
 
 
 def read_config(
@@ -35,17 +35,22 @@ def read_config(
     *,
     tell: Callable[[str], object] = warnings.warn,
 ) -> RunConfig:
-    """The resolved configuration of a run, with overrides as "dotted.path=value".
+    """Read the resolved configuration of a run.
 
-    `tell` is called with a sentence for each module that it is about to import for a dotted path.
+    Args:
+        run: the run directory.
+        changes: overrides, each "dotted.path=value".
+        tell: called with a sentence for each module that a dotted path is about to import.
 
     Raises:
-        CheckpointError: it is not a run directory.
-        ConfigError: its configuration is no longer valid.
+        CheckpointError: `run` is not a run directory.
+        ConfigError: the configuration is no longer valid.
     """
     if not (run / CONFIG_FILE).is_file():
-        what = f"holds no {CONFIG_FILE}" if run.is_dir() else "is a file" if run.exists() else "does not exist"
-        raise CheckpointError(f"{run} is not a run directory: it {what}; `seqmix train` writes one")
+        reason = "it is a file" if run.exists() else "it does not exist"
+        if run.is_dir():
+            reason = f"it has no {CONFIG_FILE}"
+        raise CheckpointError(f"{run} is not a run directory: {reason}; `seqmix train` writes one")
     try:
         for module in modules_of(run):
             tell(f"{run} imports the module {module}")
@@ -55,10 +60,10 @@ def read_config(
 
 
 def modules_of(run: Path) -> list[str]:
-    """The modules that a run's model names by dotted paths, and that are not imported yet.
+    """Return the modules that a run's configuration names by dotted paths and that are not imported yet.
 
     Raises:
-        ConfigError: its configuration cannot be read.
+        ConfigError: the configuration cannot be read.
     """
     kinds = [kind.value for part in read(run / CONFIG_FILE, PRESETS).parts() if (kind := part.child("kind"))]
     return list(dict.fromkeys(path.partition(":")[0] for path in unimported(kinds)))
@@ -73,27 +78,28 @@ def load_run(
     ema: bool = False,
     trust: bool = False,
 ) -> LanguageModel:
-    """The trained model of a run, or of a file of `export_run`, with its tokenizer, in evaluation mode.
+    """Load the trained model of a run, or of a file of `export_run`, with its tokenizer, in evaluation mode.
 
     Args:
         run: the run directory, or the file.
         device: the model's device.
-        choice: which checkpoint: the newest, the best, or that of a step. If its parameters are damaged, the previous
-            one is loaded.
-        tell: called with a sentence for each checkpoint that was skipped.
-        ema: whether its weights are the moving average of training.ema.
-        trust: whether a file may import modules that it names by dotted paths; a run directory always may.
+        choice: the checkpoint: "newest", "best" (by validation loss), or a step. If the parameters of the newest are
+            damaged, the previous one is loaded; instead of the best, the next best.
+        tell: called with a sentence for each damaged checkpoint, each module about to be imported, and weights that
+            are converted to float32.
+        ema: True to load the moving average of the weights (training.ema).
+        trust: True if a file may import the modules that it names by dotted paths; a run directory always may.
 
     Raises:
-        SeqmixError: it is neither a run nor such a file, or is missing, damaged or of another model, or its tokenizer
-            cannot be read; or it has no moving average.
+        SeqmixError: `run` is missing, damaged, or neither a run directory nor an exported file; its model or tokenizer
+            cannot be loaded; or it has no moving average.
     """
     run = Path(run)
     if run.is_file() and ema:
         raise CheckpointError(f"{run} is an exported file: `seqmix export --ema` writes the moving average to one")
     if run.is_file():
         model = _load_file(run, device, trust)
-        _tell_conversion([run], tell)
+        _report_conversion([run], tell)
         return model
     model, _ = _load_checkpoint(run, read_config(run, tell=tell), device, choice, tell, ema)
     return model.eval()
@@ -102,26 +108,35 @@ def load_run(
 def read_weights(
     run: Path, *, choice: Choice = "newest", tell: Callable[[str], object] = warnings.warn, trust: bool = False
 ) -> tuple[ModelConfig, Mapping[str, Tensor], bytes | None]:
-    """The model of a run, or of a file of `export_run`: its configuration, its tensors as they were written, and its
-    tokenizer.json (None for bytes).
+    """Read the model of a run, or of a file of `export_run`, without building it.
+
+    Args:
+        run: the run directory, or the file.
+        choice: the checkpoint, as in `load_run`.
+        tell: as in `load_run`.
+        trust: as in `load_run`.
+
+    Returns:
+        The model's configuration, its tensors in the dtypes of the file, and the content of its tokenizer.json (None
+        for bytes, or if its tokens are not text).
 
     Raises:
-        SeqmixError: as `load_run`.
+        SeqmixError: as for `load_run`.
     """
     if run.is_file():
-        config, found, tokenizer = _read_file(run, trust)
+        config, tensors, tokenizer = _read_file(run, trust)
     else:
-        whole = read_config(run, tell=tell)
-        config = whole.model
-        tokenizer = whole.data.tokenizer_of(run)
-        read: list[Mapping[str, Tensor]] = []
+        run_config = read_config(run, tell=tell)
+        config = run_config.model
+        tokenizer = run_config.data.tokenizer_of(run)
+        attempts: list[Mapping[str, Tensor]] = []
 
         def use(folder: Path) -> None:
-            read.append(read_tensors(checkpoint.files_of(folder, train_state.MODEL))[0])
+            attempts.append(read_tensors(checkpoint.files_of(folder, train_state.MODEL))[0])
 
-        _read(run, choice, train_state.MODEL, use, tell)
-        found = read[-1]
-    return config, found, None if tokenizer is None else tokenizer.vocabulary
+        _read_checkpoint(run, choice, train_state.MODEL, use, tell)
+        tensors = attempts[-1]
+    return config, tensors, None if tokenizer is None else tokenizer.vocabulary
 
 
 def export_run(
@@ -131,8 +146,8 @@ def export_run(
 
     Args:
         run: the run directory.
-        out: the file, which must not exist.
-        choice: which checkpoint, as in `load_run`.
+        out: the output file, which must not exist.
+        choice: the checkpoint, as in `load_run`.
         tell: as in `load_run`.
         ema: as in `load_run`.
 
@@ -140,7 +155,7 @@ def export_run(
         The step of the checkpoint.
 
     Raises:
-        SeqmixError: it is not a run, its checkpoints are missing or damaged, or the file cannot be written.
+        SeqmixError: `run` is not a run directory, its checkpoints are missing or damaged, or `out` cannot be written.
     """
     if out.exists():
         raise CheckpointError(f"{out} already exists: give --out the name of a new file")
@@ -166,13 +181,20 @@ def write_run(
     comment: str = "",
     vocabulary: bytes | None = None,
 ) -> None:
-    """Write a new run directory of weights that no optimizer has: it evaluates, generates and exports as any other.
+    """Write a new run directory from weights without optimizer state; it appears once it is complete.
 
-    It appears when it is whole. `comment` has lines above the configuration, each with `#`; `vocabulary` is the content
-    of a tokenizer.json, None for bytes.
+    It evaluates, generates and exports like any other run directory, but cannot be resumed.
+
+    Args:
+        out: the new run directory.
+        config: the configuration.
+        tensors: the weights, by name.
+        step: step of the checkpoint.
+        comment: comment lines above the configuration, each starting with `#`.
+        vocabulary: content of a tokenizer.json; None for bytes.
 
     Raises:
-        SeqmixError: the directory holds something, or cannot be written.
+        SeqmixError: the directory is not empty, or cannot be written.
     """
     with replacing_folder(out) as partial:
         add_run(partial, config, tensors, step=step, comment=comment, vocabulary=vocabulary)
@@ -187,7 +209,9 @@ def add_run(
     comment: str = "",
     vocabulary: bytes | None = None,
 ) -> None:
-    """Make an existing folder a run directory, as `write_run`: its configuration comes last, as it is one from then on.
+    """Turn an existing folder into a run directory. Arguments are those of `write_run`.
+
+    The configuration is written last: it makes the folder a run directory.
 
     Raises:
         SeqmixError: a file cannot be written.
@@ -201,14 +225,15 @@ def add_run(
     write_file(comment + dump(config), folder / CONFIG_FILE)
 
 
-def _read(
+def _read_checkpoint(
     run: Path, choice: Choice, part: str, use: Callable[[Path], object], tell: Callable[[str], object]
 ) -> checkpoint.IntactCheckpoint:
-    # damaged moments do not matter: only the parameters are needed
-    found = checkpoint.read(run, choice, part, use)
-    for note in found.notes:
+    """Call `use` with an intact checkpoint, and report the damaged ones that were skipped."""
+    # only this part must be intact: the optimizer's state is not needed
+    intact = checkpoint.read(run, choice, part, use)
+    for note in intact.notes:
         tell(note)
-    return found
+    return intact
 
 
 def _load_checkpoint(
@@ -217,22 +242,22 @@ def _load_checkpoint(
     if ema and config.training.ema is None:
         raise CheckpointError(f"{run} has no moving average of its weights: it was trained without training.ema")
     part = train_state.EMA if ema else train_state.MODEL
-    checkpoint.find(run, choice, parts=())  # what is missing is said before a large model is built
+    checkpoint.find(run, choice, parts=())  # report a missing checkpoint before building a large model
     model = build_model(config.model, device=device)
     model.tokenizer = config.data.tokenizer_of(run)
-    found = _read(run, choice, part, lambda folder: train_state.load_model(folder, model, part), tell)
-    _tell_conversion([found.folder / name for name in found.manifest.files_of(part)], tell)
-    return model, found.manifest.step
+    intact = _read_checkpoint(run, choice, part, lambda folder: train_state.load_model(folder, model, part), tell)
+    _report_conversion([intact.folder / name for name in intact.manifest.files_of(part)], tell)
+    return model, intact.manifest.step
 
 
-def _tell_conversion(files: Sequence[Path], tell: Callable[[str], object]) -> None:
-    """Say which weights are of another type than the float32 that they are loaded as."""
-    kinds: set[str] = set()
+def _report_conversion(files: Sequence[Path], tell: Callable[[str], object]) -> None:
+    """Report weights that are stored in another type than float32, and were converted to it."""
+    types: set[str] = set()
     for file in files:
-        with suppress(OSError, SafetensorError), safe_open(file, "pt") as opened:  # a run that trains deletes old ones
-            kinds |= {opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118 not a mapping
-    if others := sorted(OTHER_FLOATS[kind] for kind in kinds & OTHER_FLOATS.keys()):
-        tell(f"{files[0]} has weights in {' and '.join(others)}, which are loaded as float32")
+        with suppress(OSError, SafetensorError), safe_open(file, "pt") as opened:  # training may delete old checkpoints
+            types |= {opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118 not a mapping
+    if dtypes := sorted(OTHER_FLOATS[type_] for type_ in types & OTHER_FLOATS.keys()):
+        tell(f"{files[0]} has weights in {' and '.join(dtypes)}, which are loaded as float32")
 
 
 def _load_file(file: Path, device: torch.device | str, trust: bool) -> LanguageModel:
@@ -245,13 +270,14 @@ def _load_file(file: Path, device: torch.device | str, trust: bool) -> LanguageM
 
 
 def _read_file(file: Path, trust: bool) -> tuple[ModelConfig, Mapping[str, Tensor], Tokenizer | None]:
-    found, metadata = read_tensors([file])
+    """Read the model's configuration, the tensors and the tokenizer (None for bytes) of an exported file."""
+    tensors, metadata = read_tensors([file])
     try:
-        # only what is needed: the rest may be of another version
-        whole = json.loads(metadata[EXPORTED_CONFIG])
+        # only the model is validated: the rest may be from another version
+        run_config = json.loads(metadata[EXPORTED_CONFIG])
         if not trust:
-            require_trusted(whole["model"], file, "give --trust (trust=True)")
-        config = ModelConfig.model_validate(whole["model"])
+            require_trusted(run_config["model"], file, "give --trust (trust=True)")
+        config = ModelConfig.model_validate(run_config["model"])
     except ConfigError as error:
         raise CheckpointError(str(error)) from error
     except KeyError as error:
@@ -260,8 +286,8 @@ def _read_file(file: Path, trust: bool) -> tuple[ModelConfig, Mapping[str, Tenso
         reason = "; ".join(str(error).splitlines())
         raise CheckpointError(f"{file} has an invalid configuration: {reason}") from error
     if EXPORTED_TOKENIZER not in metadata:
-        return config, found, None
-    if not isinstance(data := whole.get("data", {}), dict):
+        return config, tensors, None
+    if not isinstance(data := run_config.get("data", {}), dict):
         raise CheckpointError(f"{file} has an invalid configuration: its data is not a mapping")
     begin = data.get("begin_token")
-    return config, found, SubwordTokenizer(metadata[EXPORTED_TOKENIZER].encode(), f"in {file}", begin)
+    return config, tensors, SubwordTokenizer(metadata[EXPORTED_TOKENIZER].encode(), f"in {file}", begin)

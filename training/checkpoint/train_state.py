@@ -1,4 +1,4 @@
-"""The training state as named tensors: parameters, optimizer state, and the carried recurrent state."""
+"""The training state as named tensors: parameters, optimizer state, moving average, and carried recurrent state."""
 
 import json
 from collections.abc import Mapping
@@ -24,55 +24,61 @@ MODEL = "model"
 OPTIMIZER = "optimizer"
 STATE = "state"
 EMA = "ema"
-"""The parts of a checkpoint."""
-LONGEST = 2**53
-"""Tokens that a state counts are below it: float64 has them exactly."""
+"""Names of the parts of a checkpoint."""
+MAX_COUNT = 2**53
+"""Exclusive upper bound of token counts in a state; float64 represents smaller integers exactly."""
 
 
-def own_parts(
+def local_parts(
     model: LanguageModel,
     optimizer: AnyOptimizer,
     state: ModelState | None = None,
     ema: Ema | None = None,
     groups: ProcessGroups = ALONE,
 ) -> Parts:
-    """What this process has to write of a checkpoint, by part and name, each chunk on one process; not copies."""
+    """Return the chunks that this process writes to a checkpoint, by part and name; they are views, not copies.
+
+    Every chunk is written by exactly one process.
+    """
     parts = {MODEL: parameters_of(model), OPTIMIZER: moments_of(model, optimizer)}
     if ema is not None:
         parts[EMA] = parameters_of(model) | ema.parameters
-    own = {part: _own(tensors, groups) for part, tensors in parts.items()}
+    chunks = {part: _local_chunks(tensors, groups) for part, tensors in parts.items()}
     if state is not None:
         first = groups.rank % groups.context_parallel == 0  # all ranks that share sequences have the same state
-        own[STATE] = {name: rows_of(leaf, groups) for name, leaf in to_dict(state).items() if first}
-    return own
+        chunks[STATE] = {name: rows_of(leaf, groups) for name, leaf in to_dict(state).items() if first}
+    return chunks
 
 
-def _own(tensors: Mapping[str, Tensor], groups: ProcessGroups) -> dict[str, Chunk]:
-    """The chunks that this process has to write: replicas share the sharded tensors, the first writes all others."""
-    mine = {
+def _local_chunks(tensors: Mapping[str, Tensor], groups: ProcessGroups) -> dict[str, Chunk]:
+    """Return the chunks that this process writes.
+
+    The replicas divide the sharded tensors among them; the main process writes all others.
+    """
+    chunks = {
         name: chunk_of(tensor.detach())
         for number, (name, tensor) in enumerate(tensors.items())
         if (number % groups.data == groups.replica if is_sharded(tensor) else groups.is_main)
     }
-    return {name: chunk for name, chunk in mine.items() if chunk.values.numel() or groups.size == 1}
+    return {name: chunk for name, chunk in chunks.items() if chunk.values.numel() or groups.size == 1}
 
 
 def rows_of(leaf: Tensor, groups: ProcessGroups) -> Chunk:
-    """A state's leaf as this process's rows of the global batch."""
+    """Return a leaf of a state as a chunk: this process's rows of the whole batch."""
     rows = leaf.shape[0]
     rest = leaf.shape[1:]
     return Chunk(leaf, (groups.dp_rank * rows, *(0 for _ in rest)), (groups.dp_size * rows, *rest))
 
 
 def parameters_of(model: LanguageModel) -> dict[str, Tensor]:
-    """The parameters by name, a tied one once, and the buffers of the model's `state_dict`."""
-    kept = model.state_dict().keys()
-    buffers = {name: buffer for name, buffer in model.named_buffers() if name in kept}
+    """Return the parameters by name, tied ones once, and the persistent buffers."""
+    persistent = model.state_dict().keys()
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}
     return {name: parameter.detach() for name, parameter in model.named_parameters()} | buffers
 
 
 def moments_of(model: LanguageModel, optimizer: AnyOptimizer) -> dict[str, Tensor]:
-    """The optimizer state by name, such as "exp_avg.blocks.0.mixer.out_proj.weight"."""
+    """Return the optimizer state by name, such as "exp_avg.blocks.0.mixer.out_proj.weight"."""
     return {
         f"{key}.{name}": value if isinstance(value, Tensor) else torch.tensor(value)
         for name, parameter in model.named_parameters()
@@ -82,20 +88,23 @@ def moments_of(model: LanguageModel, optimizer: AnyOptimizer) -> dict[str, Tenso
 
 
 def metadata_of(config: ModelConfig, step: int) -> dict[str, str]:
-    """The metadata of a file: the step and the model's configuration."""
+    """Return the metadata of a checkpoint's files: the step and the model's configuration."""
     return {"seqmix.step": str(step), "seqmix.model": config.model_dump_json()}
 
 
 def load_model(folder: Path, model: LanguageModel, part: str = MODEL) -> list[str]:
-    """Load a checkpoint's parameters into a model; CheckpointError: they are missing, damaged, or another model's.
+    """Load a checkpoint's parameters into a model.
 
     Args:
         folder: the checkpoint.
         model: the model.
-        part: `EMA` loads their moving average.
+        part: `EMA` to load the moving average instead.
 
     Returns:
         One phrase per implementation field (`chunk_size`, ...) that differs from training, which changes rounding.
+
+    Raises:
+        CheckpointError: the parameters are missing, damaged, or of another model.
     """
     files = files_of(folder, part)
     changed = _require_same_model(files[0], read_chunks(files)[1], model.config)
@@ -104,10 +113,14 @@ def load_model(folder: Path, model: LanguageModel, part: str = MODEL) -> list[st
 
 
 def load_optimizer(folder: Path, model: LanguageModel, optimizer: AnyOptimizer) -> None:
-    """Load a checkpoint's optimizer state; CheckpointError: it is missing, damaged, or another model's."""
+    """Load a checkpoint's optimizer state.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or of another model.
+    """
     files = files_of(folder, OPTIMIZER)
-    found = read_chunks(files)[0]
-    saved = [p for name, p in model.named_parameters() if any(key.endswith(f".{name}") for key in found)]
+    chunks = read_chunks(files)[0]
+    saved = [p for name, p in model.named_parameters() if any(key.endswith(f".{name}") for key in chunks)]
     start_moments(saved, optimizer)
     moments = moments_of(model, optimizer)
     fill(files, chunks_of(moments))
@@ -118,7 +131,7 @@ def load_optimizer(folder: Path, model: LanguageModel, optimizer: AnyOptimizer) 
 
 
 def load_ema(folder: Path, model: LanguageModel, ema: Ema) -> None:
-    """Load a checkpoint's moving average of the parameters, or begin one with them where it has none."""
+    """Load a checkpoint's moving average; if it has none, restart the average from the current parameters."""
     if (files := files_of(folder, EMA))[0].exists():
         fill(files, chunks_of(parameters_of(model) | ema.parameters))
     else:
@@ -126,82 +139,92 @@ def load_ema(folder: Path, model: LanguageModel, ema: Ema) -> None:
 
 
 def load_state(folder: Path, model: LanguageModel, batch_size: int, groups: ProcessGroups = ALONE) -> ModelState:
-    """This process's rows of the recurrent state of a checkpoint.
+    """Load this process's rows of a checkpoint's recurrent state.
+
+    Args:
+        folder: the checkpoint.
+        model: the model.
+        batch_size: rows of the whole batch.
+        groups: the processes.
 
     Raises:
-        CheckpointError: it is missing, damaged, or of another model or batch.
+        CheckpointError: the state is missing, damaged, or of another model or batch size.
     """
     files = files_of(folder, STATE)
     rows = batch_size // groups.dp_size
-    found = read_chunks(files)[0]
-    like = model.init_state(rows)
-    leaves = to_dict(like)
-    require_same_names(files, found, leaves)
-    if any(first.shape[:1] != (batch_size,) for first, *_ in found.values()):
+    chunks = read_chunks(files)[0]
+    template = model.init_state(rows)
+    leaves = to_dict(template)
+    require_same_names(files, chunks, leaves)
+    if any(first.shape[:1] != (batch_size,) for first, *_ in chunks.values()):
         raise CheckpointError(f"{files[0]} has a state of another batch size than training.batch_size = {batch_size}")
-    for name, (first, *_) in found.items():
+    for name, (first, *_) in chunks.items():
         _require_leaf(files[0], name, first, leaves[name])
-    # the floating-point dtypes are those of the run
-    state = {name: first.values.new_empty(rows, *first.shape[1:]) for name, (first, *_) in found.items()}
+    # keeps the floating-point dtypes of the file, which may be narrower than the model's
+    state = {name: first.values.new_empty(rows, *first.shape[1:]) for name, (first, *_) in chunks.items()}
     fill(files, {name: rows_of(leaf, groups) for name, leaf in state.items()})
-    return map_state(lambda leaf: leaf.to(model.device), from_dict(like, state))
+    return map_state(lambda leaf: leaf.to(model.device), from_dict(template, state))
 
 
-def _require_leaf(file: Path, name: str, found: Chunk, leaf: Tensor) -> None:
-    """Refuse a tensor of a state that has another shape or type than the model's; floats may be of any precision.
+def _require_leaf(file: Path, name: str, saved: Chunk, leaf: Tensor) -> None:
+    """Check that a saved leaf of a state has the model's shape and dtype; any floating-point dtype is allowed.
 
     Raises:
-        CheckpointError: it has.
+        CheckpointError: it does not.
     """
-    dtype = found.values.dtype
+    dtype = saved.values.dtype
     expected = leaf.dtype
-    alike = dtype == expected or (dtype.is_floating_point and expected.is_floating_point)
-    if found.shape[1:] != leaf.shape[1:] or not alike:
+    compatible = dtype == expected or (dtype.is_floating_point and expected.is_floating_point)
+    if saved.shape[1:] != leaf.shape[1:] or not compatible:
         shape = ", ".join(["rows", *map(str, leaf.shape[1:])])
         raise CheckpointError(
             f"{file} does not fit the model: expected {name} to be {expected} [{shape}], got {dtype} "
-            f"{list(found.shape)}; go on from another checkpoint"
+            f"{list(saved.shape)}; resume from another checkpoint"
         )
-    if not dtype.is_floating_point and bool(((found.values < 0) | (found.values >= LONGEST)).any()):
+    if not dtype.is_floating_point and bool(((saved.values < 0) | (saved.values >= MAX_COUNT)).any()):
         raise CheckpointError(
-            f"{file} does not fit the model: expected {name} to count tokens, 0 to {LONGEST - 1:,}, got "
-            f"{found.values.min().item():,} to {found.values.max().item():,}; go on from another checkpoint"
+            f"{file} does not fit the model: expected {name} to count tokens, 0 to {MAX_COUNT - 1:,}, got "
+            f"{saved.values.min().item():,} to {saved.values.max().item():,}; resume from another checkpoint"
         )
 
 
 def chunks_of(tensors: Mapping[str, Tensor]) -> dict[str, Chunk]:
-    """What this process has of tensors, which may be sharded."""
+    """Return this process's chunk of each tensor; sharded tensors have one per process."""
     return {name: chunk_of(tensor) for name, tensor in tensors.items()}
 
 
 def _require_same_model(file: Path, metadata: Mapping[str, str], config: ModelConfig) -> list[str]:
-    """Differing implementation fields, one phrase per field; a model of another function is refused."""
-    written = metadata.get("seqmix.model")
-    if written is None:
+    """Check that a checkpoint is of the same model; return one phrase per implementation field that differs.
+
+    Raises:
+        CheckpointError: another field of the model differs.
+    """
+    saved_json = metadata.get("seqmix.model")
+    if saved_json is None:
         return []
-    what, how = _split(config)
-    what_before = None
-    how_before = {}
+    function, implementation = _split_fields(config)
+    saved_function = None
+    saved_implementation = {}
     with suppress(ValueError, RecursionError):
-        fields = json.loads(written)
-        if not unimported(fields):  # the run's own model is built by now, so another one names other code
-            what_before, how_before = _split(ModelConfig.model_validate(fields))
-    if what != what_before:
+        fields = json.loads(saved_json)
+        if not unimported(fields):  # modules of the configured model are imported by now: others are another model's
+            saved_function, saved_implementation = _split_fields(ModelConfig.model_validate(fields))
+    if function != saved_function:
         raise CheckpointError(
             f"{file} does not match the model of the configuration: undo the changes in config.yaml under `model`, "
             f"other than {', '.join(IMPLEMENTATION_FIELDS)} of mixers"
         )
-    changed = (name for name in how if how[name] != how_before[name])
-    return [f"{name} {how_before[name]} before and {how[name]} from here on" for name in changed]
+    changed = (name for name in implementation if implementation[name] != saved_implementation[name])
+    return [f"{name} {saved_implementation[name]} before and {implementation[name]} from here on" for name in changed]
 
 
-def _split(config: ModelConfig) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The fields that define a model's function, and its implementation fields by dotted name."""
-    what = config.model_dump(mode="json")
-    how = {
+def _split_fields(config: ModelConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the fields that define a model's function, and its implementation fields by dotted name."""
+    function = config.model_dump(mode="json")
+    implementation = {
         f"model.blocks.{name}.mixer.{field}": block["mixer"].pop(field)
-        for name, block in what["blocks"].items()
+        for name, block in function["blocks"].items()
         for field in IMPLEMENTATION_FIELDS
         if field in block["mixer"]
     }
-    return what, how
+    return function, implementation

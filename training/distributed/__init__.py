@@ -1,1 +1,1 @@
-"""Training on several processes: process groups, sharded parameters, and what a layout costs."""
+"""Training on several processes: process groups, sharded parameters, and estimates of a layout's cost."""

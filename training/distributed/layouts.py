@@ -1,18 +1,18 @@
-"""What a training step takes on many GPUs, by layout, as arithmetic: memory, traffic and time. Nothing is measured.
+"""Estimates of a training step on many GPUs, by layout: memory, traffic and time, by arithmetic. Nothing is measured.
 
-With P parameters, R of them outside blocks and E in embedding and output projection, blocks of at most B, L layers, F
-operations per token, n = shard x context_parallel pieces, A bytes of activations of a block (`account`), and V logits
-at once, bytes and seconds of a GPU are
+Notation: P parameters, of which R are outside of blocks, E in embedding and output projection, and at most B in one
+block; L layers; F operations per token; n = shard x context_parallel shards of a replica; A bytes of activations per
+block (`account`); V logits in memory at once. Then each GPU takes, in bytes and seconds,
 
     memory     16 P / n + 4 (2 B + 2 E) + sequences 4 d_model T L / context_parallel
                + the larger of sequences A / context_parallel and 12 V
-    received   (12 P - 4 R) (n - 1) / n, and 8 P / n (data - 1) / data between copies, for every micro-batch
+    received   (12 P - 4 R) (n - 1) / n, and 8 P / n (data - 1) / data between replicas, for every micro-batch
     computing  4 F tokens / (GPUs peak 0.4)
     sending    micro-batches (received / the rate of the link)
 
-with activation checkpointing; without, sequences keep the activations of all blocks beside the logits, and computing
-has 3 F; with `matmuls`, they keep the results of linear layers, and the 3 F leave out what is recomputed. What context
-parallelism receives is counted in the layers, on meta tensors.
+with activation checkpointing. Without it, the activations of all blocks stay in memory beside the logits, and computing
+has 3 F instead of 4 F. With `matmuls`, the results of linear layers stay in memory too; computing has 3 F, which does
+not count the recomputation. The traffic of context parallelism is counted by running the layers on meta tensors.
 """
 
 from collections.abc import Iterator, Sequence
@@ -31,25 +31,25 @@ from ...registry import SeqmixError
 from ..config import RunConfig
 from ..monitoring.peak_flops import peak_of
 
-SHARE = 0.4
-"""Of the peak, which matrix products are assumed to reach."""
-USABLE = 0.9
-"""Of a GPU's memory: the rest is for the context, libraries and fragments."""
-MACHINE = 8
-"""GPUs of a machine."""
-LOGIT = 3 * 4
-"""Bytes of a logit in the loss, of its logarithm of the probability and of its gradient."""
+PEAK_FRACTION = 0.4
+"""Assumed fraction of the GPU's peak rate that a step reaches."""
+MEMORY_FRACTION = 0.9
+"""Usable fraction of a GPU's memory; the rest is for the CUDA context, libraries and fragmentation."""
+GPUS_PER_MACHINE = 8
+"""Number of GPUs in a machine."""
+BYTES_PER_LOGIT = 3 * 4
+"""Bytes per logit in the loss: the logit, its log-probability and its gradient, in float32."""
 
 
 class Gpu(NamedTuple):
-    """A kind of GPU: the memory of its data sheet, and rates that are assumed."""
+    """A kind of GPU: its memory by the data sheet, and assumed transfer rates."""
 
     memory: float
-    """Bytes."""
+    """Memory in bytes."""
     inside: float
-    """Bytes per second that it gets from the others of its machine."""
+    """Bytes per second that it receives from GPUs of the same machine."""
     between: float
-    """Bytes per second that it gets from other machines."""
+    """Bytes per second that it receives from other machines."""
 
 
 GPUS = {
@@ -62,44 +62,48 @@ GPUS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How GPUs share a step, and what that takes of each."""
+    """A division of a training step over GPUs, with the cost for each GPU."""
 
     data: int
+    """Replicas of the model."""
     shard: int
+    """GPUs that a replica's parameters are sharded over, besides context parallelism."""
     context_parallel: int
+    """GPUs that share each sequence."""
     grad_accum_steps: int
+    """Micro-batches per step."""
     memory: float
-    """Bytes."""
+    """Memory in bytes."""
     received: float
-    """Bytes per micro-batch: parameters and gradients within a copy, and what segments of a sequence need."""
+    """Bytes received per micro-batch within a replica: parameters, gradients and the traffic of context parallelism."""
     copied: float
-    """Bytes per micro-batch: gradients, between copies."""
+    """Bytes received per micro-batch from other replicas: gradients."""
     computing: float
-    """Seconds per step."""
+    """Seconds of computation per step."""
     sending: float
-    """Seconds per step."""
+    """Seconds of communication per step."""
     fits: bool
-    """Whether the memory is there."""
+    """True if the GPU's memory suffices."""
 
     @property
     def seconds(self) -> tuple[float, float]:
-        """Of a step: if sending and computing overlap, and if they do not."""
+        """Seconds per step: if communication and computation overlap, and if they do not."""
         return max(self.computing, self.sending), self.computing + self.sending
 
     @property
     def overrides(self) -> list[str]:
-        """What sets it on the command line, whatever the configuration says."""
+        """Overrides that set this layout on the command line."""
         fields = {"data": self.data, "shard": self.shard, "context_parallel": self.context_parallel}
         distributed = [f"distributed.{name}={size}" for name, size in fields.items()]
         return [*distributed, f"training.grad_accum_steps={self.grad_accum_steps}"]
 
 
 class Planner:
-    """What a run takes on GPUs of one kind.
+    """Planner of layouts: estimates the cost of a run's training step on GPUs of one kind.
 
     Args:
         config: the run.
-        gpu: a name of `GPUS`.
+        gpu: a key of `GPUS`.
     """
 
     def __init__(self, config: RunConfig, gpu: str = "h100") -> None:
@@ -108,117 +112,136 @@ class Planner:
         self.dtype = torch.float32 if config.training.precision == "float32" else torch.bfloat16
         peak = peak_of(gpu.upper(), self.dtype)
         assert peak is not None
-        self.rate = SHARE * peak
+        self.rate = PEAK_FRACTION * peak
         self.length = config.data.sequence_length
         self.cost = account(config.model, length=self.length)
         narrow = account(config.model, length=self.length, dtype=self.dtype)
         activations = [layer.activation_bytes for layer in narrow.layers]
-        # of two blocks, and of embedding and output projection with their gradients
+        # gathered parameters and gradients of the largest block, and of embedding and output projection
         largest = max(layer.parameters for layer in self.cost.layers)
-        self.width = 2 if config.distributed.gather_dtype == "bfloat16" else 4
-        self.gathered = (self.width + 4) * (largest + self.cost.embedding_parameters)
-        # the blocks' inputs, and what is inside of the one that is recomputed
-        inputs = 4 * config.model.d_model * self.length * len(activations)
-        self.again = config.training.activation_checkpointing
-        inputs += sum(layer.matmul_bytes for layer in narrow.layers) if self.again == "matmuls" else 0
-        self.kept, self.inside = (inputs, max(activations)) if self.again else (sum(activations), 0)
-        self.passes = 4 if self.again is True else 3
+        self.bytes_per_gathered = 2 if config.distributed.gather_dtype == "bfloat16" else 4
+        self.gathered_bytes = (self.bytes_per_gathered + 4) * (largest + self.cost.embedding_parameters)
+        # stored: kept until backward; recomputed: the activations of the block that is recomputed
+        self.checkpointing = config.training.activation_checkpointing
+        if self.checkpointing:
+            self.stored_bytes = 4 * config.model.d_model * self.length * len(activations)
+            if self.checkpointing == "matmuls":
+                self.stored_bytes += sum(layer.matmul_bytes for layer in narrow.layers)
+            self.recomputed_bytes = max(activations)
+        else:
+            self.stored_bytes = sum(activations)
+            self.recomputed_bytes = 0
+        self.passes = 4 if self.checkpointing is True else 3
 
     def layout(self, *, data: int, shard: int, context_parallel: int = 1, sequences: int) -> Layout:
-        """A layout that computes so many sequences at once."""
-        pieces = shard * context_parallel
+        """Estimate the cost of a layout.
+
+        Args:
+            data: replicas of the model.
+            shard: GPUs that a replica is sharded over, besides context parallelism.
+            context_parallel: GPUs that share each sequence.
+            sequences: sequences per micro-batch of a data-parallel rank.
+        """
+        shards = shard * context_parallel
         gpus = data * shard * context_parallel
         settings = self.config.training
         parameters = self.cost.parameters
-        parts = settings.batch_size // (data * shard * sequences)
-        # parameters, gradients and two moments in pieces; a block is recomputed when the loss has no logits any more
+        micro_batches = settings.batch_size // (data * shard * sequences)
+        # parameters, gradients and two moments are sharded; logits and a recomputed block are not in memory together
         rows = sequences / context_parallel
         vocab_size = self.config.model.vocab_size
-        logits = LOGIT * min(rows * self.length * vocab_size, LOGITS_AT_ONCE["cuda"])
-        memory = 16 * parameters / pieces + rows * self.kept + max(rows * self.inside, logits)
-        # blocks are gathered twice, the rest once, and gradients scattered once; pieces are added up over copies
+        logits = BYTES_PER_LOGIT * min(rows * self.length * vocab_size, LOGITS_AT_ONCE["cuda"])
+        memory = 16 * parameters / shards + rows * self.stored_bytes + max(rows * self.recomputed_bytes, logits)
+        # blocks are gathered twice, other parameters once; gradients are scattered once, and summed over replicas
         rest = parameters - sum(layer.parameters for layer in self.cost.layers)
-        width = self.width
-        received = (width * (2 * parameters - rest) + 4 * parameters) * (pieces - 1) / pieces
-        copied = 2 * 4 * parameters / pieces * (data - 1) / data
-        if self.config.distributed.gather_once:  # and once per step, with the whole model and gradients in memory
-            received = (width + 4) * parameters * (pieces - 1) / pieces / parts
-            copied = copied / parts
+        width = self.bytes_per_gathered
+        received = (width * (2 * parameters - rest) + 4 * parameters) * (shards - 1) / shards
+        copied = 2 * 4 * parameters / shards * (data - 1) / data
+        if self.config.distributed.gather_once:  # everything once per step; the whole model and gradients in memory
+            received = (width + 4) * parameters * (shards - 1) / shards / micro_batches
+            copied = copied / micro_batches
         if gpus > 1:
-            memory += (width + 4) * parameters if self.config.distributed.gather_once else self.gathered
+            memory += (width + 4) * parameters if self.config.distributed.gather_once else self.gathered_bytes
         tokens = settings.batch_size * self.length
         within = received + sequences * self.segments(context_parallel)
-        sending = within / self._link(pieces) + copied / self._link(gpus)
+        sending = within / self._link_rate(shards) + copied / self._link_rate(gpus)
         return Layout(
             data=data,
             shard=shard,
             context_parallel=context_parallel,
-            grad_accum_steps=parts,
+            grad_accum_steps=micro_batches,
             memory=memory,
             received=within,
             copied=copied,
             computing=self.passes * self.cost.flops_per_token * tokens / (gpus * self.rate),
-            sending=parts * sending,
-            fits=memory <= USABLE * self.gpu.memory,
+            sending=micro_batches * sending,
+            fits=memory <= MEMORY_FRACTION * self.gpu.memory,
         )
 
     def layouts(self, gpus: int) -> list[Layout]:
-        """All layouts of so many GPUs, each with the fewest micro-batches that fit: those that fit and are fast first.
+        """Return all layouts for a number of GPUs, each with the fewest micro-batches that fit.
+
+        Layouts that fit come first, the fastest of them first.
 
         Raises:
             SeqmixError: no layout divides the batch.
         """
-        found = [self._fitting(*sizes) for sizes in self._sizes(gpus)]
-        if not found:
+        layouts = [self._best_layout(*sizes) for sizes in self._sizes(gpus)]
+        if not layouts:
             raise SeqmixError(
                 f"no layout of {gpus} GPUs divides training.batch_size = {self.config.training.batch_size}: choose a "
-                "multiple of the GPUs, or other numbers of both"
+                "batch size that is a multiple of the GPUs, or another number of GPUs"
             )
-        return sorted(found, key=lambda layout: (not layout.fits, layout.seconds[1], layout.memory))
+        return sorted(layouts, key=lambda layout: (not layout.fits, layout.seconds[1], layout.memory))
 
     def segments(self, ranks: int) -> float:
-        """Bytes that a GPU receives for a sequence that so many share."""
+        """Return the bytes that a GPU receives per sequence if `ranks` GPUs share it (context parallelism)."""
         if ranks == 1:
             return 0.0
         by_block = {
             name: received(self.config.model, self.length, ranks=ranks, layer=self.config.model.layers.index(name))
             for name in set(self.config.model.layers)
         }
-        return sum(by_block[name] for name in self.config.model.layers) * (2 if self.again else 1)
+        return sum(by_block[name] for name in self.config.model.layers) * (2 if self.checkpointing else 1)
 
     @cached_property
-    def _segmented(self) -> bool:
+    def _supports_context_parallel(self) -> bool:
         return all(block.mixer.supports_context_parallel for block in build_meta(self.config.model).blocks)
 
     def _sizes(self, gpus: int) -> Iterator[tuple[int, int, int]]:
+        """Yield the sizes data, shard and context_parallel of all layouts; sequences are shared within a machine."""
         batch = self.config.training.batch_size
-        for context_parallel in _divisors(MACHINE) if self._segmented and self.length >= MACHINE else [1]:
-            rest, remains = divmod(gpus, context_parallel)
-            for shard in [] if remains else _divisors(rest):
-                data = rest // shard
+        is_divisible = self._supports_context_parallel and self.length >= GPUS_PER_MACHINE
+        for context_parallel in _divisors(GPUS_PER_MACHINE) if is_divisible else [1]:
+            dp_ranks, remainder = divmod(gpus, context_parallel)
+            for shard in [] if remainder else _divisors(dp_ranks):
+                data = dp_ranks // shard
                 if batch % (data * shard) == 0:
                     yield data, shard, context_parallel
 
-    def _fitting(self, data: int, shard: int, context_parallel: int) -> Layout:
+    def _best_layout(self, data: int, shard: int, context_parallel: int) -> Layout:
+        """Return the layout with the fewest micro-batches that fits, else the one with most."""
         rows = self.config.training.batch_size // (data * shard)
         for sequences in reversed(_divisors(rows)):
-            found = self.layout(data=data, shard=shard, context_parallel=context_parallel, sequences=sequences)
-            if found.fits or sequences == 1:
-                return found
+            layout = self.layout(data=data, shard=shard, context_parallel=context_parallel, sequences=sequences)
+            if layout.fits or sequences == 1:
+                return layout
         raise AssertionError("one sequence divides every number of rows")
 
-    def _link(self, gpus: int) -> float:
-        return self.gpu.inside if gpus <= MACHINE else self.gpu.between
+    def _link_rate(self, gpus: int) -> float:
+        """Return the bytes per second that a GPU receives in a group of so many GPUs."""
+        return self.gpu.inside if gpus <= GPUS_PER_MACHINE else self.gpu.between
 
 
 @dataclass(frozen=True)
-class _Counted(ContextParallel):
-    """A group whose other processes are not there: what they would send is counted."""
+class _CountingGroup(ContextParallel):
+    """A group without other processes, which counts the bytes that they would send."""
 
     sent: list[int]
+    """Bytes of each call."""
 
     def gather(self, x: Tensor) -> Tensor:
-        # what is gathered, and what of it comes back as gradients
+        # values in forward, and gradients of floating-point values in backward
         self.sent.append((1 + x.is_floating_point()) * (self.size - 1) * x.nbytes)
         return x.expand(self.size, *x.shape)
 
@@ -228,15 +251,22 @@ class _Counted(ContextParallel):
         like: Sequence[Tensor],
         distance: int,  # noqa: ARG002
     ) -> tuple[list[Tensor], list[Any]]:
-        # forward, and again for backward; this is the last rank, which receives most
+        # once in forward and once in backward; the last rank receives most
         self.sent.append(2 * sum(x.nbytes for x in like))
         return [torch.empty_like(x) for x in like], []
 
 
 def received(config: ModelConfig, tokens: int, *, ranks: int, layer: int = 0) -> int:
-    """Bytes that a layer receives for a sequence of so many tokens that `ranks` share, forward and backward."""
+    """Return the bytes that a layer receives per sequence with context parallelism, in forward and backward.
+
+    Args:
+        config: the model.
+        tokens: length of the sequence.
+        ranks: processes that share the sequence; the count is that of the last one, which receives most.
+        layer: number of the layer.
+    """
     mixer: SequenceMixer = build_meta(config).blocks[layer].mixer
-    mixer.cp_group = group = _Counted("", rank=ranks - 1, size=ranks, sent=[])
+    mixer.cp_group = group = _CountingGroup("", rank=ranks - 1, size=ranks, sent=[])
     mixer(torch.empty(1, tokens // ranks, config.d_model, device="meta"))
     return sum(group.sent)
 

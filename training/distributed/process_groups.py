@@ -1,7 +1,7 @@
-"""The processes that train one run, as `torchrun` starts them; a single process needs no process group.
+"""Process groups of a run that `torchrun` starts; a single process needs none.
 
-A data-parallel rank reads its own sequences, which the ranks of its context-parallel group share: process p is rank
-p % context_parallel of that group.
+Each data-parallel rank reads its own sequences. It is a context-parallel group of processes that share the sequences:
+process p is rank p % context_parallel of the group of data-parallel rank p // context_parallel.
 """
 
 import json
@@ -24,36 +24,40 @@ from ..config import DistributedConfig
 
 @dataclass(frozen=True, eq=False)
 class ProcessGroups:
-    """This process's place among all processes."""
+    """The position of this process in the layout of all processes, and the collective calls among them."""
 
     rank: int = 0
     """Rank of this process, from 0."""
     size: int = 1
     """World size: data x shard x context_parallel."""
     data: int = 1
+    """Replicas of the model."""
     shard: int = 1
+    """Processes that a replica's parameters are sharded over, besides context parallelism."""
     context_parallel: int = 1
+    """Processes that share each sequence."""
     cp_group: ContextParallel | None = None
-    """The context-parallel group of this process; None without context parallelism."""
+    """Context-parallel group of this process; None without context parallelism."""
     group: Any = None
-    """The torch group of `sum` and `gather`; None for the default one."""
+    """Torch process group of `sum` and `gather`; None for the default one."""
     background_group: Any = None
-    patience: timedelta | None = None
-    """How long this process waits for another one."""
+    """Torch process group for the collective calls of another thread."""
+    timeout: timedelta | None = None
+    """Time to wait for another process."""
 
     @property
     def background(self) -> "ProcessGroups":
-        """The same processes, for collective calls of another thread."""
+        """Copy of this object whose collective calls another thread may use at the same time."""
         return replace(self, group=self.background_group)
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes files and logs (rank 0)."""
+        """True for the process that writes files and logs (rank 0)."""
         return self.rank == 0
 
     @property
     def dp_size(self) -> int:
-        """Data-parallel ranks, over which a batch is divided."""
+        """Number of data-parallel ranks, over which a batch is divided."""
         return self.data * self.shard
 
     @property
@@ -63,36 +67,36 @@ class ProcessGroups:
 
     @property
     def replica(self) -> int:
-        """The number of this process's replica of the model."""
+        """Number of this process's replica of the model, from 0."""
         return self.rank // (self.size // self.data)
 
     @cached_property
     def mesh(self) -> Any:
-        """The device mesh of FSDP: replicas of the model in the first dimension, if there are several."""
+        """Device mesh of FSDP; with several replicas of the model, they are its first dimension."""
         from torch.distributed.device_mesh import init_device_mesh
 
-        copies = {"data": self.data} if self.data > 1 else {}
-        sizes = {**copies, "shard": self.shard * self.context_parallel}
+        replicas = {"data": self.data} if self.data > 1 else {}
+        sizes = {**replicas, "shard": self.shard * self.context_parallel}
         device = "cuda" if torch.cuda.is_available() else "cpu"
         mesh: Any = init_device_mesh(device, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
-        if copies and self.patience is not None:
-            for group in mesh.get_all_groups():  # torch has no argument for it
-                dist.distributed_c10d._set_pg_timeout(self.patience, group)
+        if replicas and self.timeout is not None:
+            for group in mesh.get_all_groups():  # init_device_mesh has no argument for the timeout
+                dist.distributed_c10d._set_pg_timeout(self.timeout, group)
         return mesh
 
     def sum(self, value: Tensor) -> Tensor:
-        """All-reduce: the sum over all processes."""
+        """Return the sum over all processes (all-reduce)."""
         if self.size > 1:
             value = value.detach().clone()
             dist.all_reduce(value, group=self.group)
         return value
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any process."""
+        """Return True if the flag is set on any process."""
         return flag if self.size == 1 else bool(self.sum(torch.tensor(int(flag))).item())
 
     def gather(self, value: Any) -> list[Any]:
-        """All-gather: the value of each process, in rank order; any JSON value."""
+        """Return the values of all processes in rank order (all-gather); values are JSON types."""
         if self.size == 1:
             return [value]
         text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
@@ -105,7 +109,10 @@ class ProcessGroups:
 
     @contextmanager
     def raise_together(self) -> Iterator[None]:
-        """Raise on every process what fails on one: the first that fails says why, the others that it has failed."""
+        """Context that makes an error of one process fail all of them.
+
+        The first process that fails raises its own error, all others an `ElsewhereError`.
+        """
         failed: SeqmixError | None = None
         try:
             yield
@@ -125,88 +132,95 @@ ALONE = ProcessGroups()
 
 @contextmanager
 def join_processes(config: DistributedConfig) -> Iterator[ProcessGroups]:
-    """Join the process group that torchrun describes, or the one already initialized.
+    """Context in which this process is part of torchrun's process group, or of one that is already initialized.
 
-    SeqmixError: the configured layout needs another number of processes, or a process is lost.
+    Raises:
+        SeqmixError: the configured layout needs another number of processes, the processes cannot connect, or one is
+            lost.
     """
-    size = _number("WORLD_SIZE", "1")
-    rank = _number("RANK", "0")
+    size = _read_number("WORLD_SIZE", "1")
+    rank = _read_number("RANK", "0")
     if dist.is_available() and dist.is_initialized():
         size = dist.get_world_size()
         rank = dist.get_rank()
-    shard = _shards(config, size)
+    shard = _shard_size(config, size)
     cp_size = config.context_parallel
     if size == 1:
         yield ALONE
         return
-    ours = not dist.is_initialized()
-    patience = timedelta(seconds=config.timeout)
-    if ours:
+    initialized_here = not dist.is_initialized()
+    timeout = timedelta(seconds=config.timeout)
+    if initialized_here:
         gpu = torch.cuda.is_available()
         if gpu:
-            torch.cuda.set_device(_number("LOCAL_RANK", "0"))
+            torch.cuda.set_device(_read_number("LOCAL_RANK", "0"))
         try:
-            torchs: Any = dist  # whose stubs lack two names
-            store, rank, size = next(torchs.rendezvous("env://"))
-            # after a restart by torchrun, the store still has what processes of the attempt before have written
-            store = torchs.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+            untyped_dist: Any = dist  # torch's stubs lack two names
+            store, rank, size = next(untyped_dist.rendezvous("env://"))
+            # after a restart by torchrun, the store still has the keys of the previous attempt
+            store = untyped_dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
             backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
-            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         except (ValueError, dist.DistError) as error:
             raise SeqmixError(
-                f"WORLD_SIZE is {size}, and the processes cannot meet: {str(error).splitlines()[0]}; torchrun sets all "
-                "that they need"
+                f"the {size} processes (WORLD_SIZE) cannot connect: {str(error).splitlines()[0]}; start them with "
+                "torchrun, which sets what they need"
             ) from error
     cp_group = None
     for first in range(0, size, cp_size) if cp_size > 1 else ():
         # every process must take part in creating every group
-        group: Any = dist.new_group(list(range(first, first + cp_size)), timeout=patience)
+        group: Any = dist.new_group(list(range(first, first + cp_size)), timeout=timeout)
         if first <= rank < first + cp_size:
             cp_group = ContextParallel.of(group)
     try:
-        everyone = dist.new_group(backend="gloo", timeout=patience)
-        yield ProcessGroups(rank, size, config.data, shard, cp_size, cp_group, None, everyone, patience)
+        everyone = dist.new_group(backend="gloo", timeout=timeout)
+        yield ProcessGroups(rank, size, config.data, shard, cp_size, cp_group, None, everyone, timeout)
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
-            when = "".join(getattr(error, "__notes__", ()))  # as the course of a run has it
-            what = "waited in vain for" if "timed out" in str(error).lower() else "lost the connection to"
-            # a lost process says nothing; one of the first two is there to say it
+            step = "".join(getattr(error, "__notes__", ()))  # "step 5: ", added by `Course.steps`
+            problem = "timed out waiting for" if "timed out" in str(error).lower() else "lost the connection to"
+            # ranks 0 and 1 report it, as the lost process may be one of them
             raise (SeqmixError if rank < 2 else ElsewhereError)(
-                f"{when}{what} another process of the run, which ends: --resume continues from a checkpoint"
+                f"{step}{problem} another process of the run, and ended: continue from a checkpoint with --resume"
             ) from error
         raise
-    # not after an error: it would wait for processes that are gone
-    if ours:
+    # not after an error, as it would wait for processes that have ended
+    if initialized_here:
         dist.destroy_process_group()
 
 
 def require_alone(what: str) -> None:
-    """Refuse to do what one process does, where torchrun has started several.
+    """Check that torchrun did not start several processes, for a task of one process.
+
+    Args:
+        what: the task, for the message.
 
     Raises:
-        SeqmixError: it has.
+        SeqmixError: there are several processes.
     """
-    if (size := _number("WORLD_SIZE", "1")) > 1:
-        raise SeqmixError(f"{what} runs in one process, and WORLD_SIZE is {size}: start it without torchrun")
+    if (size := _read_number("WORLD_SIZE", "1")) > 1:
+        raise SeqmixError(f"{what} runs in one process, got WORLD_SIZE = {size}: start it without torchrun")
 
 
-def _number(name: str, default: str) -> int:
-    """A number that torchrun sets."""
-    if not (given := os.environ.get(name, default)).isdecimal():
-        raise SeqmixError(f"{name} is {given!r} in the environment, and must be a number, which torchrun sets")
-    return int(given)
+def _read_number(name: str, default: str) -> int:
+    """Return a number from an environment variable that torchrun sets."""
+    if not (value := os.environ.get(name, default)).isdecimal():
+        raise SeqmixError(
+            f"expected the environment variable {name} to be a number, as torchrun sets it, got {value!r}"
+        )
+    return int(value)
 
 
-def _shards(config: DistributedConfig, size: int) -> int:
-    """Processes that parameters are sharded over, without context parallelism."""
+def _shard_size(config: DistributedConfig, size: int) -> int:
+    """Return the number of processes for `distributed.shard`; SeqmixError if the layout needs another world size."""
     others = config.data * config.context_parallel
     shard = config.shard or max(size // others, 1)
     if others * shard == size:
         return shard
-    asked = others * (config.shard or 1)
+    needed = others * (config.shard or 1)
     layout = f"{config.data} x {'any' if config.shard is None else config.shard} x {config.context_parallel}"
-    number = f"a multiple of {others}" if config.shard is None else str(asked)
+    number = f"a multiple of {others}" if config.shard is None else str(needed)
     raise SeqmixError(
-        f"distributed: data x shard x context_parallel = {layout} needs {number} processes, and there are {size}: "
-        f"use `torchrun --nproc-per-node {asked} -m seqmix train ...`, or change `distributed`"
+        f"distributed: data x shard x context_parallel = {layout} needs {number} processes, got {size}: "
+        f"use `torchrun --nproc-per-node {needed} -m seqmix train ...`, or change `distributed`"
     )

@@ -20,26 +20,27 @@ if TYPE_CHECKING:
 
 
 def sharder(groups: ProcessGroups, config: DistributedConfig) -> Callable[[nn.Module], object] | None:
-    """What shards the parameters of a module, blocks before the model; None in a single process.
+    """Return a function that shards the parameters of a module; None in a single process.
 
-    Blocks are gathered one at a time, forward and backward, by default in float32: a 16-bit copy rounds decays and
-    norms too, which autocast does not. Gradients are the mean over all processes.
+    It is called for each block, and then for the model. Blocks are gathered one at a time, in forward and backward.
+    They are gathered in float32 by default: a bfloat16 copy rounds decays and norms too, which autocast does not.
+    Gradients are averaged over all processes.
     """
     if groups.size == 1:
         return None
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    # the model's outputs are never written in place under autograd: a state may be a view
+    # harmless: a state may be a view, but outputs are never written in place under autograd
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
-    narrow = torch.bfloat16 if config.gather_dtype == "bfloat16" else None
-    # by default it casts all inputs, states too
-    policy = MixedPrecisionPolicy(param_dtype=narrow, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    again = False if config.gather_once else None  # None is torch's own choice: all but the outermost
-    return lambda module: fully_shard(module, mesh=groups.mesh, mp_policy=policy, reshard_after_forward=again)
+    gather_dtype = torch.bfloat16 if config.gather_dtype == "bfloat16" else None
+    # cast_forward_inputs would cast states too
+    policy = MixedPrecisionPolicy(param_dtype=gather_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    reshard = False if config.gather_once else None  # None is torch's default: all modules but the outermost
+    return lambda module: fully_shard(module, mesh=groups.mesh, mp_policy=policy, reshard_after_forward=reshard)
 
 
 def keep_gathered(model: LanguageModel, keep: bool) -> None:
-    """Whether the next backward pass leaves parameters gathered and gradients unreduced, as another follows."""
+    """Let the next backward pass leave parameters gathered and gradients unreduced, if `keep`; else reduce them."""
     from torch.distributed.fsdp import FSDPModule
 
     if isinstance(model, FSDPModule):
@@ -48,41 +49,41 @@ def keep_gathered(model: LanguageModel, keep: bool) -> None:
 
 
 def reshard(model: LanguageModel) -> None:
-    """Reshard parameters: after a forward pass without backward, some are still gathered."""
+    """Reshard parameters, some of which stay gathered after a forward pass without a backward pass."""
     for module in model.modules():
-        if (method := getattr(module, "reshard", None)) is not None:  # of FSDP, which is imported lazily
+        if (method := getattr(module, "reshard", None)) is not None:  # a method of FSDP modules, imported lazily
             method()
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """The full tensor of a sharded one, a collective call; any other tensor as it is."""
-    sharded = _sharded(tensor)
+    """Return the full tensor of a sharded one, by a collective call; an ordinary tensor unchanged."""
+    sharded = _as_dtensor(tensor)
     return tensor if sharded is None else sharded.full_tensor()
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """This process's shard of a tensor; any other tensor as it is."""
-    sharded = _sharded(tensor)
+    """Return this process's shard of a sharded tensor; an ordinary tensor unchanged."""
+    sharded = _as_dtensor(tensor)
     return tensor if sharded is None else sharded.to_local()
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether processes have shards of it."""
-    return _sharded(tensor) is not None
+    """Return True if a tensor is sharded over processes."""
+    return _as_dtensor(tensor) is not None
 
 
 def chunk_of(tensor: Tensor) -> Chunk:
-    """This process's shard of a tensor, and its place there; any other tensor as a whole."""
-    if (sharded := _sharded(tensor)) is None:
+    """Return this process's shard of a tensor, with its offset; an ordinary tensor as one chunk."""
+    if (sharded := _as_dtensor(tensor)) is None:
         return Chunk.whole(tensor)
-    (place,) = sharded.__create_chunk_list__()  # as torch's distributed checkpoint asks
+    (place,) = sharded.__create_chunk_list__()  # the protocol of torch's distributed checkpoint
     return Chunk(sharded.to_local(), tuple(place.offsets), tuple(sharded.shape))
 
 
 @torch.no_grad()
 def assign(tensor: Tensor, value: Tensor) -> None:
     """Copy a full tensor into one that may be sharded, without communication."""
-    if (sharded := _sharded(tensor)) is not None:
+    if (sharded := _as_dtensor(tensor)) is not None:
         from torch.distributed.tensor import distribute_tensor
 
         value = distribute_tensor(
@@ -91,10 +92,10 @@ def assign(tensor: Tensor, value: Tensor) -> None:
     local_tensor(tensor).copy_(value)
 
 
-def _sharded(tensor: Tensor) -> "DTensor | None":
-    """The tensor as a DTensor; None if it is an ordinary one."""
+def _as_dtensor(tensor: Tensor) -> "DTensor | None":
+    """Return the tensor as a DTensor; None if it is an ordinary tensor."""
     if type(tensor) in (Tensor, torch.nn.Parameter):
-        return None  # an ordinary tensor needs no import
+        return None  # avoids the slow import below
     from torch.distributed.tensor import DTensor
 
     return tensor if isinstance(tensor, DTensor) else None

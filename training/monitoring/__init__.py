@@ -1,1 +1,1 @@
-"""What a run reports: events, metrics, loggers, memory and peak rates."""
+"""Reports of a run: events, metrics, loggers, memory and peak rates."""

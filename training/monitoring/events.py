@@ -11,16 +11,20 @@ from ...data import Source
 
 @dataclass(frozen=True)
 class Started:
-    """Model and data are loaded."""
+    """Training starts: model and data are loaded."""
 
     source: Source
+    """Training data."""
     parameters: int
+    """Number of parameters of the model."""
     device: torch.device
+    """Device of this process."""
     precision: torch.dtype
+    """Dtype of matrix products."""
     step: int
-    """The first step to run, from 0."""
+    """First step to run, from 0."""
     processes: int = 1
-    """Processes that train together."""
+    """Number of processes."""
 
 
 @dataclass(frozen=True)
@@ -28,76 +32,87 @@ class Noted:
     """A note for the user."""
 
     step: int
+    """Steps completed."""
     text: str
-    """One sentence."""
+    """Text of the note, one sentence."""
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """The first step, which compiles, is done."""
+    """Compilation is done, which is known after the second step."""
 
     step: int
+    """Steps completed."""
     seconds: float
-    """Compile time: the first step minus the second."""
+    """Compile time in seconds: the first step's time minus the second's."""
     kinds: int
-    """Kinds of blocks that were compiled."""
+    """Number of kinds of blocks that were compiled."""
 
 
 @dataclass(frozen=True)
 class Stepped:
-    """One optimizer step."""
+    """One optimizer step was made, or skipped."""
 
     step: int
     """Steps completed."""
     loss: float
-    """Nats per token of this batch."""
+    """Loss of this batch, in nats per token."""
     learning_rate: float
+    """Learning rate of this step."""
     gradient_norm: float
+    """Gradient norm before clipping."""
     tokens_per_second: float
-    """Throughput of this step."""
+    """Throughput of this step, over all processes."""
     mfu: float | None = None
-    """Model FLOPs utilization; None where the device's peak is unknown."""
+    """Model FLOPs utilization; None if the device's peak rate is unknown."""
     expert_violation: float | None = None
-    """The largest load of an expert over its layer's mean, minus 1 (MaxVio); None without experts."""
+    """Largest load of an expert over its layer's mean, minus 1 (MaxVio); None without experts."""
     memory_bytes: int | None = None
-    """Peak memory so far: of tensors on a GPU, else of the process; None where the system does not report it."""
+    """Peak memory so far: of tensors on a GPU, else of the process; None if the system does not report it."""
     skipped_steps: int | None = None
-    """Steps so far that left the parameters as they are; None unless steps may be skipped."""
+    """Number of steps skipped so far; None unless the configuration allows skipping."""
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """One evaluation."""
+    """One evaluation was made."""
 
     step: int
+    """Steps completed."""
     loss: float
-    """Nats per token of the validation split."""
+    """Validation loss, in nats per token."""
     final: bool
+    """True for the final evaluation, which reads `training.final_evaluation_batches`."""
     by_length: dict[int, float] = field(default_factory=dict)
-    """The loss at each length of `training.evaluation_lengths`."""
+    """Loss at each length of `training.evaluation_lengths`."""
     accuracy: float | None = None
-    """Share of a task's targets that are predicted correctly; None for a text."""
+    """Fraction of a task's targets that are predicted correctly; None for a text."""
     accuracy_by: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Accuracy for each value of each axis of difficulty."""
+    """Accuracy for each value of each axis of difficulty of a task."""
     loss_by: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Loss for each slice of `data.slices`; by position in sequences of the longest of the lengths."""
+    """Loss for each slice of `data.slices`. Positions are those of sequences of the longest evaluated length."""
 
 
 @dataclass(frozen=True)
 class StoppedEarly:
-    """The loss has not improved for `training.patience` evaluations: training ends."""
+    """Training ends early: the loss has not improved for `training.patience` evaluations."""
 
     step: int
+    """Steps completed."""
     best_step: int
+    """Step of the best evaluation."""
     best_loss: float
+    """Validation loss of the best evaluation."""
 
 
 @dataclass(frozen=True)
 class Saved:
-    """One checkpoint, written asynchronously: complete before the next one starts, or when the run ends."""
+    """A checkpoint is being written, asynchronously: it is complete before the next one starts, or the run ends."""
 
     step: int
+    """Steps completed."""
     folder: Path
+    """Folder of the checkpoint."""
 
 
 Event: TypeAlias = Started | Noted | Compiled | Stepped | Evaluated | StoppedEarly | Saved

@@ -1,4 +1,4 @@
-"""Loggers: where metrics go besides metrics.jsonl, by name (`tensorboard`, `wandb`) or by the path of a class."""
+"""Loggers of metrics besides metrics.jsonl: `tensorboard`, `wandb`, or a class given by its path."""
 
 import os
 from collections.abc import Iterator
@@ -13,38 +13,51 @@ from ..config import LOGGERS, RunConfig
 
 TENSORBOARD_FOLDER = "tensorboard"
 WANDB_ID = Path("wandb", "run-id.txt")
-"""In a run's folder: the id of its W&B run, which a resumed run continues."""
+"""File in the run directory with the id of its W&B run, which a resumed run continues."""
 
 
 class Logger(Protocol):
-    """What a class named in `training.loggers` has; it is made without arguments, and used by the main process only."""
+    """Interface of a class named in `training.loggers`.
+
+    It is instantiated without arguments, and only the main process uses it.
+    """
 
     def begin(self, run: Path, config: RunConfig, step: int) -> None:
-        """Start to log a run, or go on after a number of steps: what was logged of later ones is obsolete.
+        """Start to log a new run, or continue a resumed one.
+
+        Values that were already logged for later steps are obsolete, as these steps run again.
 
         Args:
             run: the run directory.
-            config: what is trained, and how.
-            step: steps completed; 0 for a new run.
+            config: the configuration of the run.
+            step: number of steps completed; 0 for a new run.
         """
 
     def record(self, step: int, values: dict[str, float]) -> None:
-        """Log numbers by name; a line of metrics.jsonl, its mappings flattened: "validation_loss_by_length/1024"."""
+        """Log one line of metrics.jsonl.
+
+        Args:
+            step: number of steps completed.
+            values: numbers by name; names of nested values are joined by slashes: "validation_loss_by_length/1024".
+        """
 
     def close(self) -> None:
-        """Flush and close; called however the run ends."""
+        """Flush and close. It is always called at the end, also after an error."""
 
 
 def make_logger(name: str) -> Logger:
-    """The logger of a name.
+    """Create a logger.
+
+    Args:
+        name: one of `LOGGERS`, or the path of a class.
 
     Raises:
-        SeqmixError: its package is not installed, or its module cannot be loaded or used.
+        SeqmixError: its package is not installed, or its class cannot be imported or instantiated.
     """
     if name not in LOGGERS:
-        made = import_object(name, "the logger")
+        factory = import_object(name, "the logger")
         with explain_refusal(name):
-            return made()
+            return factory()
     try:
         return {"tensorboard": TensorBoard, "wandb": WandB}[name]()
     except ImportError as error:
@@ -55,10 +68,10 @@ def make_logger(name: str) -> Logger:
 
 @contextmanager
 def explain_refusal(name: str) -> Iterator[None]:
-    """Turn whatever a logger raises as it starts into a sentence."""
+    """Context that turns any error of a starting logger into a SeqmixError of one sentence."""
     try:
         yield
-    except (SeqmixError, OSError):  # a file's error names it
+    except (SeqmixError, OSError):  # already one sentence, or names the file
         raise
     except Exception as error:
         raise SeqmixError(
@@ -67,7 +80,7 @@ def explain_refusal(name: str) -> Iterator[None]:
 
 
 def scalars(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """The numbers of a measurement by path, without booleans."""
+    """Yield the numbers of nested values with their names joined by slashes; booleans and the step are left out."""
     for name, value in values.items():
         if isinstance(value, dict):
             yield from scalars(value, f"{prefix}{name}/")
@@ -76,30 +89,31 @@ def scalars(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, flo
 
 
 class TensorBoard:
-    """TensorBoard's files, in RUN/tensorboard."""
+    """Logger to TensorBoard, which writes to RUN/tensorboard."""
 
     def __init__(self) -> None:
-        self._open: Any = import_module("torch.utils.tensorboard").SummaryWriter
-        self._board: Any = None
+        self._writer_class: Any = import_module("torch.utils.tensorboard").SummaryWriter
+        self._writer: Any = None
 
     def begin(self, run: Path, config: RunConfig, step: int) -> None:  # noqa: ARG002
-        """Open the files; steps that run again replace those in them."""
-        self._board = self._open(str(run / TENSORBOARD_FOLDER), purge_step=step + 1)
+        """Open the files; steps that run again replace those already logged."""
+        self._writer = self._writer_class(str(run / TENSORBOARD_FOLDER), purge_step=step + 1)
 
     def record(self, step: int, values: dict[str, float]) -> None:
         """Append the numbers."""
         for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+            self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Flush and close."""
-        self._board.close()
+        self._writer.close()
 
 
 class WandB:
-    """Weights and Biases. W&B's own variables configure it: WANDB_PROJECT, WANDB_ENTITY, WANDB_RUN_GROUP, WANDB_MODE.
+    """Logger to Weights and Biases.
 
-    A resumed run continues its W&B run. Steps that run again have the same numbers to the bit, and W&B keeps the first.
+    W&B's environment variables configure it: WANDB_PROJECT, WANDB_ENTITY, WANDB_RUN_GROUP, WANDB_MODE. A resumed run
+    continues its W&B run. W&B keeps the first values of steps that run again, which are bitwise equal.
     """
 
     def __init__(self) -> None:
@@ -107,7 +121,11 @@ class WandB:
         self._run: Any = None
 
     def begin(self, run: Path, config: RunConfig, step: int) -> None:  # noqa: ARG002
-        """Start the W&B run, or continue it; SeqmixError: W&B refuses, with its reason."""
+        """Start the W&B run, or continue it.
+
+        Raises:
+            SeqmixError: W&B refuses; the message has the reason.
+        """
         file = run / WANDB_ID
         if not file.exists():
             write_file(uuid4().hex[:8] + "\n", file)
@@ -119,10 +137,10 @@ class WandB:
                 name=run.absolute().name,
                 config=config.model_dump(mode="json"),
                 resume="allow",
-                settings=self._wandb.Settings(console="off"),  # a progress bar is not a log
+                settings=self._wandb.Settings(console="off"),  # the console has a progress bar, no log
             )
-        except Exception as error:  # of W&B, or of the network
-            reason = " ".join(str(error).split("\n")[:3])  # of a setting: that it is wrong, which, and why
+        except Exception as error:  # errors of W&B have many types, also those of the network
+            reason = " ".join(str(error).split("\n")[:3])  # for an invalid setting, three lines say which and why
             raise SeqmixError(f"W&B cannot start: {reason}; with WANDB_MODE=offline it needs no network") from error
 
     def record(self, step: int, values: dict[str, float]) -> None:

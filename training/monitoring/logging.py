@@ -13,43 +13,50 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class Metrics:
-    """Writes the metrics of a run; SeqmixError: a logger is not available."""
+    """Writer of a run's metrics, to metrics.jsonl and to the loggers of the configuration.
+
+    Raises:
+        SeqmixError: a logger is not available.
+    """
 
     def __init__(self, run: Path, config: RunConfig) -> None:
         self.run = run
         self.config = config
         self.file = run / METRICS_FILE
         self._loggers = [make_logger(name) for name in config.training.loggers]
-        self._begun = list[Logger]()
+        self._started = list[Logger]()
 
     def begin(self, step: int) -> None:
-        """Delete metrics of steps that will run again, and invalid lines (a truncated write)."""
+        """Start after a number of completed steps.
+
+        Lines of later steps, which will run again, are deleted, and so are invalid lines (truncated writes).
+        """
         lines = self.file.read_text(errors="replace").splitlines(keepends=True) if self.file.exists() else []
         write_file("".join(line for line in lines if _step_of(line) <= step), self.file)
         try:
             for name, logger in zip(self.config.training.loggers, self._loggers, strict=True):
                 with explain_refusal(name):
                     logger.begin(self.run, self.config, step)
-                self._begun.append(logger)
+                self._started.append(logger)
         except BaseException:
-            self.close()  # those that have begun
+            self.close()  # closes the loggers that have started
             raise
 
     def record(self, values: dict[str, Any]) -> None:
-        """Append a measurement, values by name; one of them is `step`."""
+        """Append a line of values by name, one of which is `step`."""
         with self.file.open("a") as file:
             file.write(json.dumps(values) + "\n")
-        for logger in self._begun:
+        for logger in self._started:
             logger.record(values["step"], dict(scalars(values)))
 
     def close(self) -> None:
-        """Flush and close."""
-        for logger in self._begun:
+        """Close all loggers."""
+        for logger in self._started:
             logger.close()
 
 
 def _step_of(line: str) -> float:
-    """The step of a line of metrics; infinite for an invalid line."""
+    """Return the step of a line of metrics; infinity for an invalid line."""
     try:
         step = json.loads(line)["step"]
     except (ValueError, TypeError, KeyError, RecursionError):

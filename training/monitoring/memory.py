@@ -9,21 +9,20 @@ import torch
 M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
 M_MMAP_MAX = -4
-"""The names of mallopt(3)."""
+"""Parameter numbers of mallopt(3)."""
 
 
 def keep_freed_memory() -> None:
-    """Let glibc reuse freed memory for the life of the process; no effect elsewhere.
+    """Let glibc keep freed memory for reuse, until the process ends; no effect with other C libraries.
 
-    By default every large block is returned to the kernel when it is freed, and comes back as empty pages, each of
-    which costs a page fault: at 8,192 tokens of width 512 that is a seventh of a training step on a CPU. Peak memory
-    stays the same.
+    By default glibc returns every large block to the kernel when it is freed. The next allocation then costs a page
+    fault per page: at 8,192 tokens of width 512, a seventh of a training step on a CPU. Peak memory stays the same.
     """
     _set({M_MMAP_MAX: 0, M_TRIM_THRESHOLD: -1})
 
 
 def return_freed_memory() -> None:
-    """Undo it: the values glibc reaches by itself in a process that frees large blocks."""
+    """Undo `keep_freed_memory`: set the values that glibc itself reaches in a process that frees large blocks."""
     _set({M_MMAP_MAX: 2**16, M_MMAP_THRESHOLD: 2**25, M_TRIM_THRESHOLD: 2**26})
 
 
@@ -35,7 +34,7 @@ def _set(values: dict[int, int]) -> None:
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Peak memory in bytes: of tensors on a GPU, else of the process; None where the system does not report it."""
+    """Return peak memory in bytes: of tensors on a GPU, else of the process; None if the system does not report it."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

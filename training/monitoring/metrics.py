@@ -1,4 +1,4 @@
-"""Evaluation metrics: loss in nats per token, and for a task accuracy."""
+"""Evaluation metrics: loss in nats per token, and accuracy for tasks."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,32 +13,32 @@ from ...models import IGNORED
 
 @dataclass(frozen=True)
 class Measured:
-    """The result of an evaluation."""
+    """Metrics of one evaluation."""
 
     loss: float
-    """Nats per target."""
+    """Loss in nats per target."""
     accuracy: float | None = None
-    """Share of targets that are the most probable token; None where it is not measured."""
+    """Fraction of targets that are the most probable token; None if not measured."""
     accuracy_by: dict[str, dict[str, float]] = field(default_factory=dict)
     """Accuracy for each value of each axis of difficulty."""
     loss_by: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Loss for each slice of each axis, of those that have targets."""
+    """Loss for each slice of each axis; slices without targets are left out."""
 
 
 @dataclass
 class Score:
-    """Counts over batches, as JSON types."""
+    """Sums and counts over batches, as JSON types."""
 
     loss: float = 0.0
     """Summed loss in nats."""
     asked: int = 0
-    """Targets."""
+    """Number of targets."""
     right: int | None = None
-    """Targets predicted correctly; None where it is not measured."""
+    """Number of targets predicted correctly; None if not measured."""
     answers: dict[str, dict[str, tuple[int, int]]] = field(default_factory=dict)
-    """Correct targets and all targets, by axis of difficulty and value."""
+    """Numbers of correct targets and of all targets, by axis of difficulty and value."""
     losses: dict[str, dict[str, tuple[float, int]]] = field(default_factory=dict)
-    """Summed loss and targets, by axis and slice."""
+    """Summed loss and number of targets, by axis and slice."""
 
     def add(
         self,
@@ -55,26 +55,33 @@ class Score:
             predicted: the most probable token at each target, row by row; None without accuracy.
             slices: the value of each row, by axis of difficulty.
         """
-        asked = targets != IGNORED
+        is_target = targets != IGNORED
         self.loss = self.loss + loss
-        self.asked = self.asked + int(asked.sum())
+        self.asked = self.asked + int(is_target.sum())
         if predicted is None:
             return
-        right = asked.clone()
-        right[asked] = predicted == targets[asked]
-        self.right = (self.right or 0) + int(right.sum())
+        is_correct = is_target.clone()
+        is_correct[is_target] = predicted == targets[is_target]
+        self.right = (self.right or 0) + int(is_correct.sum())
         for axis, values in (slices or {}).items():
-            for value, *counts in zip(values, right.sum(1).tolist(), asked.sum(1).tolist(), strict=True):
+            for value, *counts in zip(values, is_correct.sum(1).tolist(), is_target.sum(1).tolist(), strict=True):
                 _count(self.answers, axis, value, *counts)
 
     def add_slices(self, losses: Float[Tensor, "B T"], targets: Int[Tensor, "B T"], axis: str, of: LossSlice) -> None:
-        """Add a batch's losses, slice by slice of an axis."""
+        """Add the losses of a batch to the slices of an axis.
+
+        Args:
+            losses: loss of each token in nats.
+            targets: the correct tokens, `IGNORED` where there is no target.
+            axis: name of the axis.
+            of: the slice of each token.
+        """
         for number, name in enumerate(of.names):
-            chosen = (of.of == number) & (targets != IGNORED)
-            _count(self.losses, axis, name, losses[chosen].double().sum().item(), int(chosen.sum()))
+            in_slice = (of.of == number) & (targets != IGNORED)
+            _count(self.losses, axis, name, losses[in_slice].double().sum().item(), int(in_slice.sum()))
 
     def merge(self, other: Mapping[str, Any]) -> None:
-        """Add the counts of other batches: another score's `asdict`."""
+        """Add the counts of another score, given as its `asdict`."""
         self.loss = self.loss + other["loss"]
         self.asked = self.asked + other["asked"]
         if other["right"] is not None:
@@ -86,24 +93,26 @@ class Score:
 
     @property
     def measured(self) -> Measured:
-        """The metrics so far."""
-        asked = max(self.asked, 1)
-        by, loss_by = (
+        """Metrics of all batches so far."""
+        n_targets = max(self.asked, 1)
+        accuracy_by, loss_by = (
             {
                 axis: {key: total / max(n, 1) for key, (total, n) in by_value.items()}
                 for axis, by_value in counts.items()
             }
-            for counts in (self.answers, {axis: _some(by_value) for axis, by_value in self.losses.items()})
+            for counts in (self.answers, {axis: _with_targets(by_value) for axis, by_value in self.losses.items()})
         )
-        return Measured(self.loss / asked, None if self.right is None else self.right / asked, by, loss_by)
+        accuracy = None if self.right is None else self.right / n_targets
+        return Measured(self.loss / n_targets, accuracy, accuracy_by, loss_by)
 
 
-def _count(counts: dict[str, dict[str, tuple[Any, int]]], axis: str, value: str, total: float, asked: int) -> None:
+def _count(counts: dict[str, dict[str, tuple[Any, int]]], axis: str, value: str, total: float, n_targets: int) -> None:
+    """Add a total and a number of targets to the counts of one value of an axis."""
     by_value = counts.setdefault(axis, {})
     before = by_value.get(value, (0, 0))
-    by_value[value] = (before[0] + total, before[1] + asked)
+    by_value[value] = (before[0] + total, before[1] + n_targets)
 
 
-def _some(by_value: Mapping[str, tuple[float, int]]) -> dict[str, tuple[float, int]]:
-    """The slices that have targets."""
+def _with_targets(by_value: Mapping[str, tuple[float, int]]) -> dict[str, tuple[float, int]]:
+    """Return only the slices that have targets."""
     return {value: counts for value, counts in by_value.items() if counts[1]}

@@ -1,8 +1,8 @@
 """Peak FLOP/s of known GPUs, for model FLOPs utilization (MFU).
 
-Dense matrix products of the vendor's data sheets: bfloat16 on tensor cores with float32 accumulation; float32 on
-ordinary cores, torch's default. A CPU has no such figure: its throughput depends on what else runs, and `seqmix bench`
-measures it beside each call.
+The figures are from the vendor's data sheets, for dense matrix products: bfloat16 on tensor cores with float32
+accumulation, and float32 without tensor cores (torch's default). There is none for CPUs, whose throughput depends on
+other programs; `seqmix bench` measures it beside each call.
 """
 
 import re
@@ -11,7 +11,7 @@ import torch
 
 TERA = 1e12
 
-# the first key that the device name contains: a longer one comes before its prefix
+# the first key found in the device name counts, so a longer key comes before its prefix
 PEAKS: dict[str, tuple[float, float]] = {
     "GB200": (2500, 80),
     "B200": (2250, 75),
@@ -28,20 +28,20 @@ PEAKS: dict[str, tuple[float, float]] = {
     "RTX 4090": (165, 82.6),
     "RTX 3090": (71, 35.6),
 }
-"""TFLOP/s in bfloat16 and in float32, by a part of the device name."""
+"""Peak TFLOP/s in bfloat16 and in float32, by a part of the device name."""
 
 
 def peak_flops(device: torch.device, precision: torch.dtype) -> float | None:
-    """Peak FLOP/s of a device in a precision; None where it is unknown."""
+    """Return the peak FLOP/s of a device in a precision; None if unknown."""
     if device.type != "cuda":
         return None
     return peak_of(torch.cuda.get_device_name(device), precision)
 
 
 def peak_of(name: str, precision: torch.dtype) -> float | None:
-    """Peak FLOP/s by device name."""
-    for known, (bfloat16, float32) in PEAKS.items():
-        # a laptop GPU has the name of a larger one
-        if re.search(rf"(?<![\w-]){known}(?!\w)", name) and "Laptop" not in name:
+    """Return the peak FLOP/s of a GPU by its device name; None if unknown."""
+    for key, (bfloat16, float32) in PEAKS.items():
+        # a laptop GPU has the name of a faster desktop GPU
+        if re.search(rf"(?<![\w-]){key}(?!\w)", name) and "Laptop" not in name:
             return TERA * (bfloat16 if precision is torch.bfloat16 else float32)
     return None
