@@ -1,11 +1,11 @@
-"""Speed and memory of operations and models beside other implementations, interleaved in one run.
+"""Speed and memory of operations and models against other implementations, interleaved in one run.
 
-measure, machine, products   interleaved times; what the machine can do; the products that a call cannot be faster than
-suite                        one benchmark: implementations warm, measured, and what they are shares of
-op, recurrences, models      the benchmarks: of retention's op; of every op family beside a loop over tokens; of whole
-                             models that are trained, read and decode
-learn                        what small models reach on a text, and in what time
-peers/                       the models: ours, the same hand-written, and a file for each other project
-report                       a table's cells, JSON, Markdown, plot
-gpu                          all that needs a GPU, in one go
+measure, machine, products   interleaved timing; the machine's peak rates; time of a call's matrix products alone
+benchmark                    one benchmark: warms up implementations, measures them, computes their share of the floor
+op, recurrences, models      the benchmarks: retention's op; every op family against a loop over tokens; training,
+                             prefill and decoding of whole models
+learn                        loss and training time of small models on a text
+peers/                       the models: seqmix, the same model hand-written, and one file per other project
+report                       table cells, JSON and Markdown of a report
+gpu, gpu_plan                everything that needs a GPU in one command; the list of its parts
 """

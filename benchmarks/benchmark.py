@@ -1,7 +1,7 @@
-"""One benchmark: entries for every implementation and length, warm, interleaved, with what they are shares of.
+"""One benchmark: every implementation at every length, warmed up, timed interleaved, and compared with its floor.
 
-What cannot run here, does not fit, or would take too long is a row that says why; nobody's failure ends the run.
-Whether a call fits is predicted from the same implementation at shorter lengths.
+An implementation that cannot run here, does not fit or would take too long becomes a row that gives the reason; no
+failure ends the run. Time and memory of a call are predicted from the same implementation at shorter lengths.
 """
 
 import math
@@ -17,42 +17,42 @@ import torch
 from ..models import ModelConfig
 from ..registry import require_name
 from .machine import Rates, available_memory, describe, synchronizer, with_peak_memory
-from .measure import Spread, TimedCall, interleaved, lengthened, ratio
-from .products import Product, in_pieces, recorded, timed_alone
+from .measure import Spread, TimedCall, lengthen, ratio, time_interleaved
+from .products import Product, calls_of, record_products, split_products
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What is measured, and where."""
+    """Settings of a benchmark: model, device, lengths, and the way of measuring."""
 
     lengths: tuple[int, ...]
-    """Tokens of a sequence; of what was read before, for decoding."""
+    """Sequence lengths in tokens; for decoding, lengths of the context."""
     model: ModelConfig
-    """The model, or that whose mixer's shapes an op has."""
+    """Configuration of the model; the op benchmark takes only the shapes of its mixer."""
     device: torch.device
     dtype: torch.dtype = torch.float32
     repeat: int = 5
-    """Rounds."""
+    """Rounds; each round runs every call once."""
     only: tuple[str, ...] = ()
-    """Names of implementations; all when empty."""
+    """Names of the implementations to measure; all when empty."""
     compile: bool = False
-    """Whether those that can be compiled also take part compiled."""
+    """True to also measure compiled variants of the implementations that have one."""
     activation_checkpointing: bool = False
-    """Whether training recomputes activations in backward."""
+    """True if training recomputes activations in the backward pass."""
     tokens: int = 2048
-    """A training step has as many whole sequences as these are, and one at least."""
+    """Most tokens of a training step, in whole sequences; a step has at least one sequence."""
     batch: int = 1
-    """Sequences that an op maps, that are read, or decoded, at once."""
+    """Sequences per call of an op, a prefill or a decoding step."""
     interleave_lengths: bool = False
-    """Whether all lengths take turns in the same rounds; ratios are then to the same implementation's first length."""
+    """True to interleave all lengths in the same rounds; ratios are then to the implementation's first length."""
     cpu_time: bool = False
-    """Whether the processor's time is measured, which neighbours on a busy machine stretch least."""
+    """True to measure CPU time, which other processes on a busy machine disturb least."""
     limit: float = 120.0
-    """Seconds that one call may take at most, as predicted from shorter lengths."""
+    """Most seconds of one call; a call that is predicted to take longer is skipped."""
     shares: bool = True
-    """Whether the machine's rates and the products alone are timed, which shares follow from."""
+    """True to also time the machine's rates and the matrix products alone, from which shares are computed."""
     rates: Rates | None = None
-    """What the machine's rates are measured with; chosen for the device when None."""
+    """Sizes of the calls that measure the machine's rates; chosen for the device when None."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,51 +61,53 @@ class Entry:
 
     call: TimedCall
     tokens: int
-    """Tokens a unit of the call."""
+    """Tokens per unit of the call."""
     parameters: int | None = None
     state_bytes: int | None = None
-    """Of all sequences."""
+    """Bytes of the states of all sequences."""
     moved: int | None = None
-    """Bytes that a unit must move, where memory is what limits it."""
+    """Bytes that one unit must move; None if memory bandwidth does not limit the call."""
     record: Callable[[], Any] | None = None
-    """Runs the call's products once; None where they are those of another, or do not limit."""
+    """Runs the call's matrix products once; None if its base has the same ones, or if they do not limit the call."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """What one implementation did at one length."""
+    """Figures of one implementation at one length."""
 
     what: str
+    """Part of the benchmark, such as "forward"."""
     length: int
     name: str
+    """Name of the implementation."""
     skipped: str | None = None
-    """Why there are no figures."""
+    """Reason why there are no figures; None if there are."""
     parameters: int | None = None
     tokens: int | None = None
     """Tokens per step."""
     seconds: Spread | None = None
-    """Of a step."""
+    """Seconds per step."""
     ratio: Spread | None = None
-    """Over the first implementation's seconds, in the same round."""
+    """Seconds divided by those of the first implementation in the same round."""
     share: Spread | None = None
-    """Of the floor: the seconds that its own matrix products take alone, or that memory needs, over its seconds."""
+    """Floor divided by seconds."""
     floor: float | None = None
-    """Those seconds, median."""
+    """Fewest seconds that a step can take: its own matrix products alone, or its memory traffic; the median."""
     peak_bytes: int | None = None
-    """Beyond what was held before the step."""
+    """Peak bytes beyond those allocated before the step."""
     state_bytes: int | None = None
     loss: float | None = None
-    """Nats per token of the validation split, where something was learned."""
+    """Validation loss in nats per token; None if the benchmark trains nothing."""
 
     @property
     def tokens_per_second(self) -> float | None:
-        """By the median."""
+        """Tokens per step divided by the median seconds."""
         return None if self.seconds is None or self.tokens is None else self.tokens / self.seconds.median
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """All that was measured in one run."""
+    """Results of one run of a benchmark: rows, machine, settings and notes."""
 
     benchmark: str
     title: str
@@ -115,64 +117,68 @@ class Report:
     notes: tuple[str, ...] = ()
 
 
-class Skip(Exception):  # noqa: N818 it is no error
-    """A implementation does not run at this length; the message says why."""
+class Skip(Exception):  # noqa: N818 not an error: the row is skipped
+    """An implementation does not run at this length; the message gives the reason."""
 
 
 class Implementation(ABC):
-    """One that takes part in a benchmark."""
+    """Implementation that a benchmark measures."""
 
     name: str
     base: str | None = None
-    """Another that has its products and its growth, and is measured before it."""
+    """Name of the implementation with the same matrix products and the same growth of cost; measured before this."""
 
     @abstractmethod
     def missing(self) -> str | None:
-        """Why it cannot run here; None if it can."""
+        """Return the reason why the implementation cannot run here; None if it can."""
 
     @abstractmethod
     def entry(self, length: int) -> Entry:
-        """Ready to run at a length, or a Skip."""
+        """Return the implementation ready to run at a length.
 
-    def release(self) -> None:  # noqa: B027 most hold nothing
-        """Give its memory back."""
+        Raises:
+            Skip: it does not run at this length.
+        """
+
+    def release(self) -> None:  # noqa: B027 most implementations keep no memory
+        """Free the memory that the implementation holds."""
 
 
 class Benchmark(ABC):
-    """What is measured."""
+    """A benchmark: its implementations, grouped into parts such as forward and backward."""
 
     name: ClassVar[str]
     title: ClassVar[str]
     order: ClassVar[int] = 2
-    """The power of the length that a sequence's cost grows with at most."""
+    """Largest power of the length with which the cost of a sequence grows."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
 
     @abstractmethod
     def parts(self) -> dict[str, list[Implementation]]:
-        """Implementations, by what they do (forward, forward + backward)."""
+        """Return the implementations by part, such as "forward" and "forward + backward"."""
 
     def rows(self, length: int) -> int:  # noqa: ARG002
-        """Sequences a call; its cost is in proportion to them."""
+        """Return the sequences per call, to which its cost is proportional."""
         return self.settings.batch
 
     def notes(self) -> Iterable[str]:
-        """What a reader must know to compare."""
+        """Return sentences that a reader needs to interpret the figures."""
         return ()
 
 
 def run(benchmark: Benchmark, progress: Callable[[str], Any] = lambda text: None) -> Report:  # noqa: ARG005
-    """Measure; `progress` is called with what is being done.
+    """Run a benchmark; `progress` is called with a line for each call.
 
     Raises:
-        SeqmixError: there is no implementation of a name of `only`.
+        SeqmixError: no implementation has a name given in `only`.
     """
     settings = benchmark.settings
     parts = {}
-    for what, found in benchmark.parts().items():
-        names = chosen_names([implementation.name for implementation in found], settings.only)
-        parts[what] = [implementation for implementation in found if implementation.name in names]
+    for what, implementations in benchmark.parts().items():
+        names = chosen_names([implementation.name for implementation in implementations], settings.only)
+        parts[what] = [implementation for implementation in implementations if implementation.name in names]
     lengths = sorted(settings.lengths)
     machine = describe(settings.device)
     rates = settings.rates or Rates.for_device(settings.device)
@@ -180,20 +186,20 @@ def run(benchmark: Benchmark, progress: Callable[[str], Any] = lambda text: None
     rows: list[Row] = []
     notes = list(benchmark.notes())
     try:
-        for what, found in parts.items():
+        for what, implementations in parts.items():
             forecast = Forecast(benchmark.order, settings)
-            for together in [lengths] if settings.interleave_lengths else [[length] for length in lengths]:
-                rows += _Rounds(benchmark, rates, what, together, forecast, progress).measured(found, seconds)
-            for implementation in found:
+            for group in [lengths] if settings.interleave_lengths else [[length] for length in lengths]:
+                rows += _Rounds(benchmark, rates, what, group, forecast, progress).measure(implementations, seconds)
+            for implementation in implementations:
                 implementation.release()
     except KeyboardInterrupt:
         if not rows:
             raise
-        notes.append("Stopped before the end.")  # what has been measured is not lost
+        notes.append("Stopped before the end.")  # the rows measured so far are kept
     if seconds["product"]:
         machine["product_flops_per_second"] = rates.flops / Spread.of(seconds["product"]).median
         machine["copy_bytes_per_second"] = rates.moved / Spread.of(seconds["copy"]).median
-    reported = {"model", "device", "dtype", "rates", "only"}
+    reported_elsewhere = {"model", "device", "dtype", "rates", "only"}
     return Report(
         benchmark=benchmark.name,
         title=benchmark.title,
@@ -202,7 +208,11 @@ def run(benchmark: Benchmark, progress: Callable[[str], Any] = lambda text: None
             "dtype": str(settings.dtype).removeprefix("torch."),
             "d_model": settings.model.d_model,
             "n_layers": settings.model.n_layers,
-            **{name: getattr(settings, name) for name in Settings.__dataclass_fields__ if name not in reported},
+            **{
+                name: getattr(settings, name)
+                for name in Settings.__dataclass_fields__
+                if name not in reported_elsewhere
+            },
         },
         rows=rows,
         notes=tuple(notes),
@@ -210,66 +220,74 @@ def run(benchmark: Benchmark, progress: Callable[[str], Any] = lambda text: None
 
 
 def chosen_names(names: Sequence[str], only: Sequence[str]) -> list[str]:
-    """Those that are asked for, all where none is; a SeqmixError where one is not there."""
+    """Return the names listed in `only`, in the order of `names`; all of them if `only` is empty.
+
+    Raises:
+        SeqmixError: `only` lists a name that does not exist.
+    """
     for name in only:
         require_name("implementation", name, names)
     return [name for name in names if not only or name in only]
 
 
 class Forecast:
-    """What a call will take, by what it took at shorter lengths: a sequence's cost grows at most as last seen."""
+    """Prediction of a call's time and memory from shorter lengths, by the power of the length last observed."""
 
     def __init__(self, order: int, settings: Settings) -> None:
         self.order = order
         self.settings = settings
-        self.seen: dict[str, list[tuple[int, float, float]]] = {}
-        """Length, seconds and bytes, both of one sequence."""
+        self.costs: dict[str, list[tuple[int, float, float]]] = {}
+        """By implementation: length, and seconds and bytes per sequence at that length."""
 
     def probes(self, implementation: str, length: int) -> list[int]:
-        """Shorter lengths to be tried first, a quarter of the next each."""
-        known = max((seen[0] for seen in self.seen.get(implementation, [])), default=0)
+        """Return shorter lengths to try first, ascending; each is a quarter of the next."""
+        known = max((measured for measured, _, _ in self.costs.get(implementation, [])), default=0)
         lengths = []
         while self.order > 1 and (length := length // 4) > max(known, 128):
             lengths.append(length)
         return lengths[::-1]
 
     def add(self, implementation: str, length: int, seconds: float, peak: float) -> None:
-        """Remember what one sequence took: seconds and bytes."""
-        self.seen.setdefault(implementation, []).append((length, seconds, peak))
+        """Record the seconds and bytes of one sequence at a length."""
+        self.costs.setdefault(implementation, []).append((length, seconds, peak))
 
     def require(self, implementation: str, length: int, rows: int) -> None:
-        """Refuse what does not fit, by a Skip that says what it would take."""
-        if not (seen := self.seen.get(implementation)):
+        """Check that a call of `rows` sequences is predicted to fit into the memory and the time limit.
+
+        Raises:
+            Skip: it is not; the message has the predicted cost.
+        """
+        if not (costs := self.costs.get(implementation)):
             return
-        seconds, peak = (rows * self._grown([(row[0], row[i]) for row in seen], length) for i in (1, 2))
+        seconds, peak = (rows * self._extrapolate([(cost[0], cost[i]) for cost in costs], length) for i in (1, 2))
         if seconds > self.settings.limit:
-            raise Skip(f"would take about {seconds:,.2g} s a call, above the limit of {self.settings.limit:,g} s")
+            raise Skip(f"would take about {seconds:,.2g} s per call, above the limit of {self.settings.limit:,g} s")
         available = available_memory(self.settings.device)
         gib = 2**30
         if peak > 0.9 * available:
-            raise Skip(f"would need about {peak / gib:,.0f} GiB, and {available / gib:,.0f} GiB are free")
+            raise Skip(f"would need about {peak / gib:,.0f} GiB, but only {available / gib:,.0f} GiB are free")
 
-    def _grown(self, seen: Sequence[tuple[int, float]], length: int) -> float:
-        last_length, last = seen[-1]
+    def _extrapolate(self, costs: Sequence[tuple[int, float]], length: int) -> float:
+        last_length, last = costs[-1]
         power = float(self.order)
-        if len(seen) > 1 and seen[-2][1] > 0 and last > 0 and seen[-2][0] < last_length:
-            # at least in proportion; a little of a quadratic part will grow to be much
-            power = min(power, max(1.0, math.log(last / seen[-2][1]) / math.log(last_length / seen[-2][0])))
+        if len(costs) > 1 and costs[-2][1] > 0 and last > 0 and costs[-2][0] < last_length:
+            # at least linear: fixed costs hide the growth at short lengths
+            power = min(power, max(1.0, math.log(last / costs[-2][1]) / math.log(last_length / costs[-2][0])))
         return last * (length / last_length) ** power
 
 
 class _Ready(NamedTuple):
-    """A warm implementation at one length."""
+    """An implementation warmed up at one length."""
 
     entry: Entry
     peak: int | None
     products: dict[Product, float] | None
-    """What its floor is made of; None where they cannot be seen, or do not limit."""
+    """Matrix products that make up its floor and their counts; None if unknown, or if they do not limit the call."""
 
 
 @dataclass(frozen=True)
 class _Rounds:
-    """All implementations at lengths that are interleaved: one, or all."""
+    """Interleaved rounds of one part's implementations, at one length or at all lengths."""
 
     benchmark: Benchmark
     rates: Rates
@@ -278,100 +296,106 @@ class _Rounds:
     forecast: Forecast
     progress: Callable[[str], Any]
 
-    def measured(self, implementations: Sequence[Implementation], rates: dict[str, list[float]]) -> Iterator[Row]:
-        """A row each; the seconds of the machine's two calls are added to `rates`."""
+    def measure(self, implementations: Sequence[Implementation], rates: dict[str, list[float]]) -> Iterator[Row]:
+        """Yield a row per implementation and length; append the seconds of the two machine calls to `rates`."""
         settings = self.benchmark.settings
         ready: dict[tuple[str, int], _Ready] = {}
         skipped: dict[tuple[str, int], str] = {}
         places = [(implementation, length) for length in self.lengths for implementation in implementations]
         for implementation, length in places:
             try:
-                ready[implementation.name, length] = self._ready(implementation, length)
+                ready[implementation.name, length] = self._prepare(implementation, length)
             except Skip as reason:
                 skipped[implementation.name, length] = str(reason)
-        calls = {place: found.entry.call for place, found in ready.items()}
-        own = self.rates.calls(settings.device, settings.dtype) if ready and settings.shares else {}
-        alone = timed_alone({p for found in ready.values() for p in found.products or ()}, settings.device)
-        together: dict[Any, TimedCall] = {**calls, **own, **alone}
-        samples = interleaved(
-            together,
+        calls = {place: warm.entry.call for place, warm in ready.items()}
+        rate_calls = self.rates.calls(settings.device, settings.dtype) if ready and settings.shares else {}
+        product_calls = calls_of({p for warm in ready.values() for p in warm.products or ()}, settings.device)
+        all_calls: dict[Any, TimedCall] = {**calls, **rate_calls, **product_calls}
+        samples = time_interleaved(
+            all_calls,
             repeat=settings.repeat,
             clock=time.process_time if settings.cpu_time else time.perf_counter,
             synchronize=synchronizer(settings.device),
-            on_call=lambda key: self._tell(key[0], key[1]) if key in calls else self._tell("the machine's rates"),
+            on_call=lambda key: self._report(key[0], key[1]) if key in calls else self._report("the machine's rates"),
         )
-        for name in own:
+        for name in rate_calls:
             rates[name] += samples[name]
-        # a ratio is to the first implementation, or to the same one at the first length where all take turns
+        # ratios are to the first implementation; with interleaved lengths, to the implementation's own first length
         like = 0 if settings.interleave_lengths else 1
         for implementation, length in places:
             place = implementation.name, length
             if place in skipped:
                 yield Row(what=self.what, length=length, name=implementation.name, skipped=skipped[place])
                 continue
-            found = ready[place]
+            warm = ready[place]
             seconds = samples[place]
             reference = next(other for other in ready if other[like] == place[like])
             base = ready.get((implementation.base or "", length))
-            products = found.products or (base and base.products)
+            products = warm.products or (base and base.products)
             floors = None
             if products:
                 floors = [sum(n * samples[p][i] for p, n in products.items()) for i in range(settings.repeat)]
-            elif found.entry.moved is not None and settings.shares:
-                floors = [found.entry.moved / self.rates.moved * copy for copy in samples["copy"]]
+            elif warm.entry.moved is not None and settings.shares:
+                floors = [warm.entry.moved / self.rates.moved * copy for copy in samples["copy"]]
             yield Row(
                 what=self.what,
                 length=length,
                 name=implementation.name,
-                parameters=found.entry.parameters,
-                tokens=found.entry.tokens,
+                parameters=warm.entry.parameters,
+                tokens=warm.entry.tokens,
                 seconds=Spread.of(seconds),
                 ratio=ratio(seconds, samples[reference]),
                 share=None if floors is None else ratio(floors, seconds),
                 floor=None if floors is None else Spread.of(floors).median,
-                peak_bytes=found.peak,
-                state_bytes=found.entry.state_bytes,
+                peak_bytes=warm.peak,
+                state_bytes=warm.entry.state_bytes,
             )
 
-    def _tell(self, text: str, length: int | None = None) -> None:
+    def _report(self, text: str, length: int | None = None) -> None:
         where = ", ".join(f"{each:,}" for each in (self.lengths if length is None else [length]))
         self.progress(f"{self.what} at {where}: {text}")
 
-    def _ready(self, implementation: Implementation, length: int) -> _Ready:
-        """A warm entry, its memory and its products; a Skip where it cannot run, for whatever reason."""
+    def _prepare(self, implementation: Implementation, length: int) -> _Ready:
+        """Warm up an implementation and record its memory and matrix products.
+
+        Raises:
+            Skip: it cannot run, for whatever reason.
+        """
         if reason := implementation.missing():
             raise Skip(reason)
-        # a variant is foretold by its base: every length that is compiled takes its time
+        # a compiled variant is predicted by its base: compiling every shorter length would take long
         probes = [] if implementation.base else self.forecast.probes(implementation.name, length)
         try:
             for probe in probes:
-                self._tell(f"{implementation.name} (at {probe:,}, to tell what {length:,} takes)", length)
+                self._report(f"{implementation.name} (trying {probe:,} to predict {length:,})", length)
                 self._warm(implementation, probe)
-            self._tell(f"{implementation.name} (warming up)", length)
+            self._report(f"{implementation.name} (warming up)", length)
             entry, peak = self._warm(implementation, length)
-            products = recorded(entry.record) if entry.record is not None and self.benchmark.settings.shares else None
-            return _Ready(entry, peak, None if products is None else in_pieces(products))
+            products = None
+            if entry.record is not None and self.benchmark.settings.shares:
+                products = record_products(entry.record)
+            return _Ready(entry, peak, None if products is None else split_products(products))
         except torch.OutOfMemoryError:
             implementation.release()
             torch.cuda.empty_cache()
             raise Skip("does not fit into the GPU's memory") from None
         except Skip:
             raise
-        except Exception as error:  # whatever another project's code raises: the others are measured
+        except Exception as error:  # other projects' code may raise anything; the rest is still measured
             first = (str(error).splitlines() or [""])[0]
             raise Skip(f"failed with {type(error).__name__}: {first}") from error
 
     def _warm(self, implementation: Implementation, length: int) -> tuple[Entry, int | None]:
-        """Make an entry, run it to be warm, and once more to see its memory and remember its time."""
+        """Return an entry that has run once, and its peak bytes in a second run, whose time the forecast records."""
         device = self.benchmark.settings.device
         rows = self.benchmark.rows(length)
         self.forecast.require(implementation.base or implementation.name, length, rows)
         entry = implementation.entry(length)
         entry.call.prepare()
         entry.call.run()
-        entry.call.prepare()  # whose memory is not the call's
-        once = partial(interleaved, {"": TimedCall(entry.call.run)}, repeat=1, synchronize=synchronizer(device))
+        entry.call.prepare()  # outside of the measurement: its memory does not count
+        once = partial(time_interleaved, {"": TimedCall(entry.call.run)}, repeat=1, synchronize=synchronizer(device))
         samples, peak = with_peak_memory(once, device)
         (seconds,) = samples[""]
         self.forecast.add(implementation.name, length, seconds / rows, (peak or 0) / rows)
-        return replace(entry, call=lengthened(entry.call, seconds)), peak
+        return replace(entry, call=lengthen(entry.call, seconds)), peak

@@ -1,10 +1,10 @@
-"""Everything that a GPU is needed for, in one command: conformance, the benchmarks, and the paper's comparisons.
+"""Everything that needs a GPU, in one command: conformance, the benchmarks, and the paper's comparisons.
 
     seqmix bench-gpu --out DIR --budget 1500
 
-Every part (gpu_plan.py) runs in a process of its own with a time limit, and its figures are written when it ends: a
-crash, or memory that runs out, loses nothing else. Parts whose figures lie in DIR already are not run again. After each
-part DIR/gpu.json, DIR/gpu.md, and DIR.tar.gz with all that there is are written again.
+Every part (gpu_plan.py) runs in its own process with a time limit and writes its figures when it ends, so a crash or
+an out-of-memory error loses only that part. Parts whose figures are already in DIR are not run again. After each part,
+DIR/gpu.json, DIR/gpu.md and the archive DIR.tar.gz of the whole folder are rewritten.
 """
 
 import json
@@ -26,36 +26,40 @@ from .report import from_json, markdown, to_json
 
 PROGRAM = (sys.executable, "-c", "from seqmix.cli import main; main()")
 LEAST = 15.0
-"""Seconds without which no part is begun: a process needs them to start."""
+"""Least seconds of the budget with which a part is started: a process needs them to start up."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PartOutcome:
-    """What became of a part."""
+    """Outcome of a part: its report, or the problem."""
 
     part: Part
     problem: str | None = None
-    """Why there are no figures, or what failed."""
+    """Reason why there are no figures; None if the part succeeded."""
     failed: bool = False
-    """Whether it ran and did not end well."""
+    """True if the part ran and failed; False if it was skipped or not started."""
     seconds: float = 0.0
     report: Report | None = None
 
 
 def run_process(part: Part, file: Path, *, seconds: float) -> str | None:
-    """Run a part; what it prints goes beside its report."""
+    """Run a part in a process; its output goes to a text file beside its report.
+
+    Returns:
+        The problem in one line; None if the part succeeded.
+    """
     command = [*PROGRAM, *part.command, *(("--json", str(file)) if part.measures else ())]
     log = file.with_suffix(".txt")
     try:
-        with log.open("w", encoding="utf-8") as to:
-            done = subprocess.run(command, stdout=to, stderr=subprocess.STDOUT, timeout=seconds, check=False)
+        with log.open("w", encoding="utf-8") as output:
+            done = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, timeout=seconds, check=False)
     except subprocess.TimeoutExpired:
-        return f"stopped after {seconds:,.0f} s"
+        return f"stopped at its time limit of {seconds:,.0f} s"
     if done.returncode == 0:
         return None
     lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     how = f"killed by signal {-done.returncode}" if done.returncode < 0 else f"exit status {done.returncode}"
-    return f"{how}: {lines[-1].strip() if lines else 'it printed nothing'} (all of it: {log.name})"
+    return f"{how}: {lines[-1].strip() if lines else 'it printed nothing'} (full output: {log.name})"
 
 
 def measure(
@@ -67,10 +71,15 @@ def measure(
     time_limit: float = 600.0,
     budget: float = float("inf"),
 ) -> list[PartOutcome]:
-    """Run the parts that have not been run, in order, and write what there is into the folder `out` after each.
+    """Run the parts that have no figures yet, in order, and write all figures into the folder `out` after each part.
 
-    `runner` runs a part, with its file and its seconds, and returns what went wrong; `note` is given the part that
-    begins, in words. A part may take `time_limit` seconds, all together `budget`: what is left then is not begun.
+    Args:
+        parts: the parts, most important first.
+        out: the folder for figures, logs and the summary.
+        note: called with a line when a part starts.
+        runner: runs a part, given its report file and its time limit, and returns the problem or None.
+        time_limit: most seconds of one part.
+        budget: most seconds of all parts together; parts that remain then are not started.
     """
     folder = out / "parts"
     end = time.perf_counter() + budget
@@ -81,25 +90,25 @@ def measure(
         began = time.perf_counter()
         failed = False
         problem = part.skipped
-        left = end - began
-        if problem is None and not file.exists() and left < LEAST:
-            problem = f"not begun: the budget of {budget:,.0f} s is spent"
+        remaining = end - began
+        if problem is None and not file.exists() and remaining < LEAST:
+            problem = f"not started: the budget of {budget:,.0f} s is spent"
         elif problem is None and not file.exists():
             note(f"{index + 1} of {len(parts)}: {part.group} {part.name}")
-            problem = runner(part, file, seconds=min(time_limit, left))
+            problem = runner(part, file, seconds=min(time_limit, remaining))
             failed = problem is not None
             if problem is None and not part.measures:
-                file.write_text("{}\n", encoding="utf-8")  # passed
-        there = part.measures and problem is None and file.exists()
-        report = from_json(file.read_text(encoding="utf-8")) if there else None
-        took = time.perf_counter() - began
-        outcomes.append(PartOutcome(part=part, problem=problem, failed=failed, seconds=took, report=report))
+                file.write_text("{}\n", encoding="utf-8")  # marks the part as passed
+        has_report = part.measures and problem is None and file.exists()
+        report = from_json(file.read_text(encoding="utf-8")) if has_report else None
+        seconds = time.perf_counter() - began
+        outcomes.append(PartOutcome(part=part, problem=problem, failed=failed, seconds=seconds, report=report))
         write(outcomes, out)
     return outcomes
 
 
 def write(outcomes: Sequence[PartOutcome], out: Path) -> None:
-    """gpu.json and gpu.md."""
+    """Write gpu.json and gpu.md into the folder `out`, and the archive of the folder beside it."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     parts = [
         {
@@ -116,9 +125,9 @@ def write(outcomes: Sequence[PartOutcome], out: Path) -> None:
     write_file(json.dumps(values, indent=2) + "\n", out / "gpu.json")
     text = [f"# {gpu}, torch {torch.__version__}", ""]
     for group, title in GROUPS.items():
-        found = [outcome for outcome in outcomes if outcome.part.group == group]
-        if found:
-            text += [f"## {title}", "", *_section(found), ""]
+        of_group = [outcome for outcome in outcomes if outcome.part.group == group]
+        if of_group:
+            text += [f"## {title}", "", *_section(of_group), ""]
     write_file("\n".join(text), out / "gpu.md")
     with replacing(out.with_name(f"{out.name}.tar.gz")) as partial, tarfile.open(partial, "w:gz") as archive:
         archive.add(out, out.name)
@@ -127,10 +136,10 @@ def write(outcomes: Sequence[PartOutcome], out: Path) -> None:
 def _section(outcomes: Sequence[PartOutcome]) -> Iterator[str]:
     reports = [outcome.report for outcome in outcomes if outcome.report is not None]
     if reports:
-        report = combined(reports)
+        report = combine(reports)
         yield markdown(report)
         if len(reports) > 1:
-            yield "- Each ran in a process of its own: ratios are of medians."
+            yield "- Each implementation ran in its own process: ratios are ratios of medians."
     for outcome in outcomes:
         if outcome.problem is not None:
             yield f"- {outcome.part.name}: {outcome.problem}"
@@ -138,8 +147,8 @@ def _section(outcomes: Sequence[PartOutcome]) -> Iterator[str]:
             yield f"- {outcome.part.name}: passed"
 
 
-def combined(reports: Sequence[Report]) -> Report:
-    """One report of several that were measured one after another, with ratios of medians."""
+def combine(reports: Sequence[Report]) -> Report:
+    """Merge reports that were measured one after another; ratios become ratios of medians."""
     if len(reports) == 1:
         return reports[0]
     rows: list[Row] = sorted((row for report in reports for row in report.rows), key=lambda row: row.length)

@@ -1,4 +1,4 @@
-"""What the machine can do: the rates that figures are shares of, and the memory that a call takes."""
+"""The machine: its description, its rates of arithmetic and of copying, and the peak memory of a call."""
 
 import ctypes
 import os
@@ -24,12 +24,12 @@ PROCESSOR = Path("/proc/cpuinfo")
 
 
 def synchronizer(device: torch.device) -> Callable[[], Any]:
-    """What waits until the device has done what it was given."""
+    """Return a function that waits until the device has finished its work."""
     return torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """The machine and the versions, as a report names them."""
+    """Return the machine and the versions for a report."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
         "device": gpu or str(device),
@@ -43,12 +43,12 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def _field(file: Path, key: str) -> str | None:
-    """A value of a file of /proc, without its unit; None where the system has no such thing."""
+    """Return a value from a file of /proc, without its unit; None if the system does not have it."""
     try:
-        found = re.search(rf"{key}\s*:\s*(.+?)(?: kB)?$", file.read_text(encoding="utf-8"), re.MULTILINE)
+        match = re.search(rf"{key}\s*:\s*(.+?)(?: kB)?$", file.read_text(encoding="utf-8"), re.MULTILINE)
     except OSError:
         return None
-    return found[1] if found else None
+    return match[1] if match else None
 
 
 def _bytes(file: Path, key: str) -> int | None:
@@ -58,20 +58,20 @@ def _bytes(file: Path, key: str) -> int | None:
 
 @dataclass(frozen=True)
 class Rates:
-    """Two calls that show what the machine can do, timed in the same rounds as all others."""
+    """Sizes of two calls that measure the machine's rates: a matrix product and a copy, timed with all others."""
 
     size: int
-    """The product is of two square matrices of this width."""
+    """Width of the two square matrices that are multiplied."""
     copied: int
-    """Bytes of the buffer that is copied; a copy moves each byte twice."""
+    """Bytes of the buffer that is copied; a copy moves each byte twice (read, write)."""
 
     @classmethod
     def for_device(cls, device: torch.device) -> "Rates":
-        """Large enough to be limited by arithmetic, and by memory beyond every cache."""
+        """Return sizes at which arithmetic limits the product, and memory beyond all caches limits the copy."""
         return cls(8192, 2**30) if device.type == "cuda" else cls(2048, 2**28)
 
     def calls(self, device: torch.device, dtype: torch.dtype) -> dict[str, TimedCall]:
-        """The two calls."""
+        """Return the two calls, by the names "product" and "copy"."""
         a, b, out = (torch.randn(self.size, self.size, device=device).to(dtype) for _ in range(3))
         source = torch.zeros(self.copied, dtype=torch.uint8, device=device)
         target = torch.zeros_like(source)
@@ -81,7 +81,7 @@ class Rates:
 
     @property
     def flops(self) -> int:
-        """Operations of the product."""
+        """Floating-point operations of the product."""
         return 2 * self.size**3
 
     @property
@@ -91,10 +91,10 @@ class Rates:
 
 
 def with_peak_memory(call: Callable[[], T], device: torch.device) -> tuple[T, int | None]:
-    """What a call returns, and bytes that it held at most beyond what was held before; None where it is unknown.
+    """Run a call; return its result and its peak bytes beyond those held before, None if unknown.
 
-    On a GPU by torch's allocator; on Linux by the peak of the process's resident memory, which the kernel can reset.
-    Memory that was freed is given back before: what is reused would not be counted.
+    On a GPU, torch's allocator reports the peak. On Linux it is the process's peak resident memory, which the kernel
+    can reset. Freed memory is first returned to the system, since reuse of it would not be counted.
     """
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -103,15 +103,15 @@ def with_peak_memory(call: Callable[[], T], device: torch.device) -> tuple[T, in
         result = call()
         torch.cuda.synchronize()
         return result, torch.cuda.max_memory_allocated() - before
-    held = _reset_peak()
+    before = _reset_peak()
     result = call()
-    most = _bytes(STATUS, "VmHWM")
-    return result, None if held is None or most is None else max(0, most - held)
+    peak = _bytes(STATUS, "VmHWM")
+    return result, None if before is None or peak is None else max(0, peak - before)
 
 
 def _reset_peak() -> int | None:
-    """Start a new peak; the resident bytes, or None where the system has no such thing."""
-    with suppress(OSError, AttributeError, TypeError):  # another C library may give memory back by itself
+    """Reset the peak of resident memory; return the resident bytes, or None if the system cannot do so."""
+    with suppress(OSError, AttributeError, TypeError):  # only glibc has malloc_trim
         ctypes.CDLL(None).malloc_trim(0)
     try:
         CLEAR.write_text("5")
@@ -121,7 +121,7 @@ def _reset_peak() -> int | None:
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes that can still be had."""
+    """Return the bytes of memory that can still be allocated."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -1,7 +1,7 @@
-"""Timing side by side: calls take turns in rounds, so that what else a machine does slows all of them.
+"""Interleaved timing: every round runs every call once, so that other load on the machine slows all calls alike.
 
-Figures are medians with the lowest and the highest. A ratio is formed in each round, from calls that ran one after the
-other, and then the median is taken: drift over the run cancels.
+Figures are medians, with the lowest and the highest sample. Ratios are computed within each round, from calls that ran
+shortly after each other, before the median is taken: drift over the run cancels.
 """
 
 import math
@@ -20,30 +20,33 @@ def _nothing() -> None:
 
 @dataclass(frozen=True)
 class TimedCall:
-    """Something to be timed."""
+    """A function to time, and its preparation."""
 
     run: Callable[[], Any]
-    """What is timed."""
+    """Function that is timed."""
     prepare: Callable[[], Any] = _nothing
-    """What is done before every run and is not timed, such as emptying a cache."""
+    """Function called before every run and not timed, such as one that empties a cache."""
     units: int = 1
-    """Steps that one run makes; times are those of one."""
+    """Steps that one run makes; times are reported per step."""
 
 
 SHORTEST = 5e-3
-"""Seconds that a timed call takes at least: beside them, reading the clock and waiting for a device are nothing."""
+"""Least seconds of a timed call, long enough for the cost of the clock and of synchronization to be negligible."""
 
 
-def lengthened(call: TimedCall, seconds: float) -> TimedCall:
-    """The same done several times over, if a unit is short; what must be prepared stays as it is."""
+def lengthen(call: TimedCall, seconds: float) -> TimedCall:
+    """Return a call that repeats a short one until it takes `SHORTEST`; `seconds` is the time per unit.
+
+    A call with a preparation is returned unchanged: it must be prepared before every run.
+    """
     times = min(100, math.ceil(SHORTEST / max(seconds * call.units, 1e-9)))
     if times <= 1 or call.prepare is not _nothing:
         return call
-    return TimedCall(repeated(call.run, times), units=times * call.units)
+    return TimedCall(repeat_call(call.run, times), units=times * call.units)
 
 
-def repeated(once: Callable[[], Any], times: int) -> Callable[[], None]:
-    """The same several times over."""
+def repeat_call(once: Callable[[], Any], times: int) -> Callable[[], None]:
+    """Return a function that calls `once` several times."""
 
     def run() -> None:
         for _ in range(times):
@@ -54,7 +57,7 @@ def repeated(once: Callable[[], Any], times: int) -> Callable[[], None]:
 
 @dataclass(frozen=True)
 class Spread:
-    """A median, and how far the samples lie from it."""
+    """Median, lowest and highest of samples."""
 
     median: float
     low: float
@@ -62,11 +65,11 @@ class Spread:
 
     @classmethod
     def of(cls, samples: Sequence[float]) -> "Spread":
-        """Of at least one sample."""
+        """Summarise at least one sample."""
         return cls(median(samples), min(samples), max(samples))
 
 
-def interleaved(
+def time_interleaved(
     calls: Mapping[Name, TimedCall],
     *,
     repeat: int,
@@ -74,10 +77,10 @@ def interleaved(
     synchronize: Callable[[], Any] = _nothing,
     on_call: Callable[[Name], Any] = lambda name: None,  # noqa: ARG005
 ) -> dict[Name, list[float]]:
-    """Seconds a unit of every call in every round, in each of which every call runs once. The calls are warm already.
+    """Time calls in rounds, each of which runs every call once; return the seconds per unit of each call and round.
 
-    `synchronize` waits until the device has done what it was given; `on_call` is given the name of each call before it
-    runs.
+    The calls must be warmed up. `synchronize` waits until the device is idle; `on_call` gets the name of each call
+    before it runs.
     """
     samples: dict[Name, list[float]] = {name: [] for name in calls}
     for names in turns(list(calls), repeat):
@@ -94,12 +97,12 @@ def interleaved(
 
 
 def turns(names: Sequence[Name], repeat: int) -> Iterator[Sequence[Name]]:
-    """The order of each round; the one that begins changes, so nobody always runs after the same neighbour."""
+    """Yield the order of each round: it rotates, so that each call comes first in turn."""
     for index in range(repeat):
         first = index % len(names) if names else 0
         yield [*names[first:], *names[:first]]
 
 
 def ratio(samples: Sequence[float], reference: Sequence[float]) -> Spread:
-    """The quotient of two calls' times, round by round."""
+    """Divide the times of a call by those of a reference, round by round."""
     return Spread.of([a / b for a, b in zip(samples, reference, strict=True)])

@@ -1,4 +1,4 @@
-"""The benchmarks of whole models, one a peer: a training step, a prompt that is read, tokens that are decoded."""
+"""The benchmarks of whole models: a training step, the prefill of a prompt, and decoding."""
 
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,21 +15,24 @@ from .measure import TimedCall
 from .peers import PEERS, Peer, Size
 
 MODEL = ("model.d_model=512", "model.n_layers=6", "model.blocks.ret.mixer={n_heads: 4, chunk_size: 128}")
-"""The model where no configuration is given, about 20M parameters: how it differs from retnet-tiny."""
+"""Changes to retnet-tiny that make the default model, about 20M parameters."""
 
 STEPS = 16
-"""Tokens that one timed call makes."""
+"""Tokens that one timed call of decoding generates."""
 
 
 def model_to_measure(config: str | None = None, changes: Sequence[str] = ()) -> ModelConfig:
-    """A configuration's model, without dropout, which the others have not; the default one and changes where none."""
+    """Return the model of a configuration (by default `MODEL`) with changes, and without dropout.
+
+    The other projects' models have no dropout either.
+    """
     model = load_config(config or "retnet-tiny", changes if config else [*MODEL, *changes]).model
     blocks = {name: block.model_copy(update={"dropout": 0.0}) for name, block in model.blocks.items()}
     return model.model_copy(update={"dropout": 0.0, "blocks": blocks})
 
 
 class ModelImplementation(Implementation):
-    """A peer in a benchmark, built when it is first asked for."""
+    """Implementation that measures a peer; its model is built at the first use."""
 
     def __init__(self, benchmark: "ModelBenchmark", kind: type[Peer], size: Size, *, compiled: bool = False) -> None:
         self.benchmark = benchmark
@@ -44,7 +47,7 @@ class ModelImplementation(Implementation):
 
     @cached_property
     def peer(self) -> Peer:
-        """The model."""
+        """Peer with its model, ready for the benchmark."""
         settings = self.benchmark.settings
         peer = self.kind(self.size, settings.device, self.benchmark.parameter_dtype or settings.dtype)
         self.benchmark.prepare(peer, compiled=self.compiled)
@@ -60,25 +63,25 @@ class ModelImplementation(Implementation):
 
 
 class ModelBenchmark(Benchmark):
-    """A benchmark of whole models; its name is the role in which peers take part."""
+    """Benchmark of whole models; it measures the peers whose roles include its name."""
 
     parameter_dtype: ClassVar[torch.dtype | None] = None
-    """None: the settings'."""
+    """dtype of the parameters; None for the dtype of the settings."""
 
     def prepare(self, peer: Peer, *, compiled: bool) -> None:
-        """Make a new model ready."""
+        """Prepare a new model: compile it if asked to."""
         if compiled:
             peer.compile(self.name)
 
     @abstractmethod
     def entry(self, implementation: ModelImplementation, length: int) -> Entry:
-        """A model ready to run at a length."""
+        """Return the model of an implementation, ready to run at a length."""
 
     def parts(self) -> dict[str, list[Implementation]]:
         return {self.name: list(self.implementations())}
 
     def implementations(self) -> Iterator[Implementation]:
-        """All that take part."""
+        """Yield an implementation for each peer with this role, and its compiled variant if the settings ask for it."""
         size = Size(self.settings.model)
         for kind in PEERS:
             if self.name in kind.roles:
@@ -87,7 +90,7 @@ class ModelBenchmark(Benchmark):
                 yield ModelImplementation(self, kind, size, compiled=True)
 
     def tokens(self, batch: int, length: int) -> torch.Tensor:
-        """Random ones."""
+        """Return random tokens [batch length] on the device."""
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randint(self.settings.model.vocab_size, (batch, length), generator=generator)
         return tokens.to(self.settings.device)
@@ -97,12 +100,12 @@ class ModelBenchmark(Benchmark):
         layers = f"{config.n_layers} layer{'s' * (config.n_layers > 1)}"
         yield (
             f"{layers} of width {config.d_model}, vocabulary of {config.vocab_size:,}, "
-            f"{Size(config).parameters:,} parameters; the others' within 1 %."
+            f"{Size(config).parameters:,} parameters; the other models' parameters are within 1 %."
         )
 
 
 class TrainBenchmark(ModelBenchmark):
-    """A call is forward, backward, a clipped gradient, and AdamW; reduced precision by autocast."""
+    """Benchmark of a training step: forward, backward, gradient clipping, AdamW; autocast for reduced precision."""
 
     name = "train"
     title = "A training step of a whole model"
@@ -126,10 +129,10 @@ class TrainBenchmark(ModelBenchmark):
         optimizer = peer.optimizer
         assert optimizer is not None
         peer.module.train()
-        freed_memory = keep_freed_memory if peer.keeps_freed_memory else return_freed_memory
+        handle_freed_memory = keep_freed_memory if peer.keeps_freed_memory else return_freed_memory
 
         def run() -> None:
-            freed_memory()
+            handle_freed_memory()
             with torch.autocast(self.settings.device.type, dtype=dtype, enabled=dtype != torch.float32):
                 loss = peer.loss(inputs, targets)
             loss.backward()
@@ -138,7 +141,7 @@ class TrainBenchmark(ModelBenchmark):
             optimizer.zero_grad(set_to_none=True)
 
         return Entry(
-            # the memory that a step finds on a CPU is what the step before has left, which is to be its own
+            # on a CPU a step reuses memory that the step before freed, so an untimed step of the same model comes first
             call=TimedCall(run, run) if self.settings.device.type == "cpu" else TimedCall(run),
             tokens=inputs.numel(),
             parameters=peer.parameters,
@@ -148,24 +151,24 @@ class TrainBenchmark(ModelBenchmark):
     def notes(self) -> Iterable[str]:
         yield from super().notes()
         yield (
-            "Freed memory stays with the process in the steps of seqmix, as `seqmix train` has it, and goes back to "
-            "the system in those of the others, as in their own programs. On a CPU every timed step follows one of the "
-            "same model that is not timed, as in training."
+            "seqmix keeps freed memory in the process, as `seqmix train` does; the other models return it to the "
+            "system, as their own programs do. On a CPU, an untimed step of the same model precedes every timed step."
         )
-        yield f"A step has at most {self.settings.tokens:,} tokens, in sequences of T, and one sequence at least."
+        yield f"A step has at most {self.settings.tokens:,} tokens in sequences of T tokens, and at least one sequence."
         if self.settings.activation_checkpointing:
-            yield "Activations are recomputed in backward; the products of that count in the floor."
+            yield "Activations are recomputed in the backward pass; the floor includes the products of this."
         yield (
-            "The share is that of the model's own matrix products timed alone, at their own shapes, forward and "
-            "backward; causal attention counts as half of a square. Peak memory is beyond parameters and optimizer."
+            "The share is the time of the model's own matrix products, timed alone at their own shapes, forward and "
+            "backward, divided by the time of the step; causal attention counts as half of a square. Peak memory is "
+            "beyond parameters and optimizer."
         )
 
 
 class PrefillBenchmark(ModelBenchmark):
-    """A call reads a prompt; it forms logits of the last token alone where they can be had."""
+    """Benchmark of prefill: a call processes a prompt, and computes the logits of the last token only if possible."""
 
     name = "prefill"
-    title = "Reading a prompt"
+    title = "Prefill of a prompt"
 
     def entry(self, implementation: ModelImplementation, length: int) -> Entry:
         peer = implementation.peer
@@ -182,16 +185,16 @@ class PrefillBenchmark(ModelBenchmark):
     def notes(self) -> Iterable[str]:
         yield from super().notes()
         yield (
-            f"{self.settings.batch} prompt(s) of T tokens, with the state that decoding goes on from. torchscale takes "
-            "no part: its parallel modes give no state, and token by token it reads at the speed of `decode`."
+            f"{self.settings.batch} prompt(s) of T tokens, including the state for decoding. torchscale is left out: "
+            "its parallel modes return no state, and its recurrent mode is measured by `decode`."
         )
 
 
 class DecodeBenchmark(ModelBenchmark):
-    """A call makes several tokens, each the most probable one; states are random numbers."""
+    """Benchmark of greedy decoding: a call generates several tokens, starting from a random state."""
 
     name = "decode"
-    title = "Decoding, a token"
+    title = "Decoding, per token"
     order = 1
 
     def entry(self, implementation: ModelImplementation, length: int) -> Entry:
@@ -205,7 +208,7 @@ class DecodeBenchmark(ModelBenchmark):
 
         @torch.no_grad()
         def run() -> None:
-            # the last state is not kept: one that is a value has not changed, and one that is not is renewed
+            # `after` is discarded: `step` returns new states or changes `state` in place, which `prepare` then renews
             tokens = first
             after = state
             for _ in range(STEPS):
@@ -216,7 +219,7 @@ class DecodeBenchmark(ModelBenchmark):
         def prepare() -> None:
             nonlocal state
             state = peer.renew(state, length)
-            run()  # as in the midst of a text: what the last implementation left in the caches is nobody's cost
+            run()  # fills the processor's caches as in the middle of a text, after another implementation's call
             state = peer.renew(state, length)
 
         return Entry(
@@ -230,12 +233,12 @@ class DecodeBenchmark(ModelBenchmark):
     def notes(self) -> Iterable[str]:
         yield from super().notes()
         yield (
-            f"{self.settings.batch} sequence(s); {STEPS} greedy tokens a call, after a context of T tokens whose "
-            f"state is random numbers, and after {STEPS} that are not timed, as in the midst of a text. Peak memory is "
-            "beyond parameters and state, over a call."
+            f"{self.settings.batch} sequence(s); {STEPS} greedy tokens per call after a context of T tokens, whose "
+            f"state is random, and after {STEPS} untimed tokens. Peak memory is that of a call, beyond parameters and "
+            "state."
         )
         yield (
-            "The share is that of the time in which memory moves what a token needs, at the machine's copy rate: "
-            "weights and cache read, a state of constant size read and written. Weights that stay in the processor's "
-            "cache can be above it."
+            "The share is the time in which the machine, at its copy rate, moves the bytes that a token needs (weights "
+            "and KV cache read, a state of constant size read and written), divided by the time of the token. It can "
+            "exceed 100 % where weights stay in the processor's cache."
         )

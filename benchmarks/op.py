@@ -1,4 +1,4 @@
-"""The op benchmark: a map over a sequence, without any weights, forward and forward + backward."""
+"""The op benchmark: sequence maps without weights (retention, attention), forward and forward + backward."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ from ..registry import SeqmixError
 from .benchmark import Benchmark, Entry, Implementation, Settings, Skip
 from .measure import TimedCall
 from .peers.gpt import eager_attention
-from .peers.peer import GPU_ONLY, Size, not_installed
+from .peers.peer import GPU_ONLY, Size, install_hint
 from .peers.torchscale import CHUNK, torchscale
 
 
 class Shapes(NamedTuple):
-    """Heads and widths of the retention that a model has."""
+    """Number of heads, key and value width per head, and chunk length of a model's retention."""
 
     heads: int
     keys: int
@@ -30,17 +30,23 @@ class Shapes(NamedTuple):
 
     @classmethod
     def of(cls, model: ModelConfig) -> "Shapes":
-        """Those of a model's first retention."""
-        if (found := Size(model).retention) is None:
+        """Return the shapes of a model's first retention layer.
+
+        Raises:
+            SeqmixError: the model has no retention layer.
+        """
+        if (config := Size(model).retention) is None:
             kinds = ", ".join(sorted({model.blocks[name].mixer.kind for name in model.layers}))
-            raise SeqmixError(f"bench op times retention, and the model's mixers are {kinds}")
-        keys, values = (round(model.d_model * expand) // found.n_heads for expand in (found.expand_k, found.expand_v))
-        return cls(found.n_heads, keys, values, found.chunk_size)
+            raise SeqmixError(f"bench op needs a model with retention, got one with {kinds}")
+        keys, values = (
+            round(model.d_model * expand) // config.n_heads for expand in (config.expand_k, config.expand_v)
+        )
+        return cls(config.n_heads, keys, values, config.chunk_size)
 
 
 @dataclass
 class OpImplementation(Implementation):
-    """A function of queries, keys and values [B T H *]."""
+    """Function of queries, keys and values [B T H *], timed with random inputs."""
 
     name: str
     settings: Settings
@@ -57,12 +63,12 @@ class OpImplementation(Implementation):
     def entry(self, length: int) -> Entry:
         batch, (heads, keys, values) = self.settings.batch, self.widths
         device = self.settings.device
-        generator = torch.Generator(device).manual_seed(0)  # a GPU's: to draw hundreds of millions elsewhere takes long
+        generator = torch.Generator(device).manual_seed(0)  # on the device: drawing on a CPU would take long
 
         def random(width: int) -> Tensor:
             return torch.randn(batch, length, heads, width, generator=generator, device=device).to(self.dtype)
 
-        # keys as small as a mixer's, which scales them: sums of scores stay in range
+        # keys are scaled as in a mixer, so that sums of scores stay in range
         q, k, v = random(keys), random(keys) * keys**-0.5, random(values)
         upstream = random(values) if self.backward else None
         if self.backward:
@@ -79,7 +85,7 @@ class OpImplementation(Implementation):
 
 
 class OpBenchmark(Benchmark):
-    """Retention's op in its paradigms, and what stands where it stands in other models."""
+    """Benchmark of retention's op in its paradigms, of other projects' retention, and of softmax attention."""
 
     name = "op"
     title = "A map over a sequence, without weights"
@@ -94,34 +100,34 @@ class OpBenchmark(Benchmark):
         s = Shapes.of(self.settings.model)
         settings = self.settings
         device = settings.device
-        own = settings.dtype
+        dtype = settings.dtype
         log_decay = torch.log1p(-(2.0 ** (-5 - torch.arange(s.heads, device=device))))
         triton = find("decay", Paradigm.CHUNKWISE, "triton")
         probe = Probe(
-            device=device, dtype=own, key_width=s.keys, value_width=s.values, log_decay="H", needs_grad=backward
+            device=device, dtype=dtype, key_width=s.keys, value_width=s.values, log_decay="H", needs_grad=backward
         )
-        lacks_triton = "; ".join(triton.unsupported(probe)) or None
-        lacks_torchscale = not_installed("torchscale", "torchscale")
-        lacks_fla = GPU_ONLY if device.type != "cuda" else not_installed("fla", "fla-core")
+        no_triton = "; ".join(triton.unsupported(probe)) or None
+        no_torchscale = install_hint("torchscale", "torchscale")
+        no_fla = GPU_ONLY if device.type != "cuda" else install_hint("fla", "fla-core")
 
         def op(paradigm: Paradigm, backend: str = "reference") -> Callable[[Tensor, Tensor, Tensor], Tensor]:
             options = {"paradigm": paradigm, "chunk_size": s.chunk, "backend": backend}
             return lambda q, k, v: decay(q, k, v, log_decay, **options).output
 
         def implementation(
-            name: str, function: Any, *, values: int = s.values, dtype: torch.dtype = own, **options: Any
+            name: str, function: Any, *, values: int = s.values, dtype: torch.dtype = dtype, **options: Any
         ) -> Implementation:
             return OpImplementation(name, settings, (s.heads, s.keys, values), function, backward, dtype, **options)
 
-        also = [torch.bfloat16] if own == torch.float32 else []
+        lower_dtypes = [torch.bfloat16] if dtype == torch.float32 else []
         return [
             implementation("chunkwise", op(Paradigm.CHUNKWISE)),
-            *(implementation("chunkwise-bfloat16", op(Paradigm.CHUNKWISE), dtype=dtype) for dtype in also),
-            implementation("triton", op(Paradigm.CHUNKWISE, "triton"), reason=lacks_triton, base="chunkwise"),
+            *(implementation("chunkwise-bfloat16", op(Paradigm.CHUNKWISE), dtype=lower) for lower in lower_dtypes),
+            implementation("triton", op(Paradigm.CHUNKWISE, "triton"), reason=no_triton, base="chunkwise"),
             implementation("parallel", op(Paradigm.PARALLEL)),
-            implementation("torchscale-chunkwise", Theirs(settings, s, chunkwise=True), reason=lacks_torchscale),
-            implementation("torchscale-parallel", Theirs(settings, s, chunkwise=False), reason=lacks_torchscale),
-            implementation("fla", _fla, reason=lacks_fla, base="chunkwise"),
+            implementation("torchscale-chunkwise", TorchscaleOp(settings, s, chunkwise=True), reason=no_torchscale),
+            implementation("torchscale-parallel", TorchscaleOp(settings, s, chunkwise=False), reason=no_torchscale),
+            implementation("fla", _fla_retention, reason=no_fla, base="chunkwise"),
             implementation("sdpa", _attention(F.scaled_dot_product_attention), values=s.keys),
             implementation("eager", _attention(eager_attention), values=s.keys),
             implementation("copy", _Copy.apply),
@@ -131,21 +137,22 @@ class OpBenchmark(Benchmark):
         s = Shapes.of(self.settings.model)
         yield (
             f"{self.settings.batch} sequence(s), {s.heads} heads, keys {s.keys} and values {s.values} wide, "
-            f"chunks of {s.chunk} (torchscale's: {CHUNK})."
+            f"chunks of {s.chunk} tokens (torchscale: {CHUNK})."
         )
         yield (
-            f"sdpa and eager are softmax attention with values {s.keys} wide, as a Transformer of the same width has "
-            "them: not the same function. torchscale's have score normalisers that retention here has outside the op; "
-            "the masks and decays of its parallel mode are formed before, not in the time."
+            f"sdpa and eager compute softmax attention instead, with values {s.keys} wide, as in a Transformer of the "
+            "same width. torchscale also normalises scores, which retention here does outside the op; the masks "
+            "and decays of its parallel mode are computed before the timed call."
         )
         yield (
-            "copy moves the memory of an op that reads inputs and writes results once. The share is that of the op's "
-            "own products timed alone (triton's and fla's: chunkwise's); squares count in full, sdpa's as half."
+            "copy moves as much memory as an op that reads its inputs and writes its results once. The share is the "
+            "time of the op's own matrix products timed alone (for triton and fla, those of chunkwise) divided by the "
+            "time of the op; causal squares count in full, but as half for sdpa."
         )
 
 
-class Theirs:
-    """torchscale's function on given queries, keys and values."""
+class TorchscaleOp:
+    """torchscale's retention as a function of queries, keys and values."""
 
     def __init__(self, settings: Settings, shapes: Shapes, *, chunkwise: bool) -> None:
         self.settings = settings
@@ -154,29 +161,29 @@ class Theirs:
         self.positions: tuple[int, Any] = (0, None)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Their layout is [B H T *], values [B T D]."""
+        """Convert to torchscale's layout (queries and keys [B H T *], values [B T D]) and compute retention."""
         length = q.shape[1]
         if self.chunkwise and length % min(CHUNK, length):
-            raise Skip(f"takes whole chunks of {CHUNK} tokens")
+            raise Skip(f"expects a length divisible by {CHUNK} (its chunk length), got {length}")
         if self.positions[0] != length:
             self.positions = (length, self._positions(length))
         layer, decays = self.positions[1]
         q, k = q.transpose(1, 2), k.transpose(1, 2)
         if not self.chunkwise:
             return layer.parallel_forward(q, k, v.flatten(2), decays)
-        # they read heads and chunks off a contiguous layout
+        # chunk_recurrent_forward expects contiguous queries and keys
         output = layer.chunk_recurrent_forward(q.contiguous(), k.contiguous(), v.flatten(2), decays)
         return output.reshape(v.shape)
 
     def _positions(self, length: int) -> tuple[Any, Any]:
         s = self.shapes
         dtype = self.settings.dtype
-        theirs = torchscale()
-        config = theirs.Config(
+        classes = torchscale()
+        config = classes.Config(
             decoder_embed_dim=s.heads * s.keys, decoder_retention_heads=s.heads, recurrent_chunk_size=min(CHUNK, length)
         )
-        layer = theirs.Retention(config, s.heads * s.keys, s.heads * s.values, s.heads)
-        positions = theirs.RelPos(config).to(self.settings.device)
+        layer = classes.Retention(config, s.heads * s.keys, s.heads * s.values, s.heads)
+        positions = classes.RelPos(config).to(self.settings.device)
         _, decays = positions(length, chunkwise_recurrent=self.chunkwise)
         return layer, tuple(x.to(dtype) for x in decays) if self.chunkwise else decays.to(dtype)
 
@@ -186,7 +193,7 @@ def _attention(attend: Callable[..., Tensor]) -> Callable[[Tensor, Tensor, Tenso
 
 
 class _Copy(torch.autograd.Function):
-    """Copies of keys and values, once forward and twice backward: what an op reads and writes at least, or about."""
+    """Copies of inputs and gradients with about the least memory traffic of an op, forward and backward."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -201,7 +208,7 @@ class _Copy(torch.autograd.Function):
         return q.clone(), k.clone(), gradients[0].clone()
 
 
-def _fla(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _fla_retention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     from fla.ops.retention import chunk_retention  # type: ignore[import-not-found]
 
     return chunk_retention(q, k, v)[0]

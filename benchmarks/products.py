@@ -1,7 +1,7 @@
-"""The matrix products of a call: which they are, and how long they take by themselves.
+"""The matrix products of a call: their shapes, and the time that they take alone.
 
-A call cannot be quicker than its own matrix products, done at their own shapes with nothing between them. That time is
-the floor that a figure's share is of.
+A call cannot be faster than its own matrix products, run at their own shapes with nothing between them. That time is
+the floor of the call; its share is the floor divided by the call's own time.
 """
 
 import math
@@ -12,48 +12,48 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._library.custom_ops import OPDEFS  # no public way leads to the function that an op was made of
+from torch._library.custom_ops import OPDEFS  # torch has no public access to the function behind a custom op
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..models.onednn_linear import onednn_linear
-from .measure import TimedCall, repeated
+from .measure import TimedCall, repeat_call
 
 LONGEST = 4096
-"""Rows, columns or summands beyond it are timed in pieces: a product grows in proportion."""
+"""Most rows, columns or summands of a timed product; a longer one is timed in pieces, since time is proportional."""
 LARGEST = 2**24
-"""Numbers of a matrix, over the whole batch, beyond which a batch is timed in pieces."""
+"""Most elements of an operand over the whole batch; a larger batch is timed in pieces."""
 BLOCK = 512
-"""Queries and keys of the blocks that attention's products are timed in."""
+"""Queries and keys per block in which the products of attention are timed."""
 
 
 class Product(NamedTuple):
-    """`batch` products of [m k] and [k n]."""
+    """Shapes of `batch` matrix products [m k] x [k n]."""
 
     batch: int
     m: int
     k: int
     n: int
     dtype: torch.dtype
-    turned: tuple[bool, bool] | None = None
-    """Of one by oneDNN (models/onednn_linear.py), whether each operand lies column by column; None of torch's."""
+    column_major: tuple[bool, bool] | None = None
+    """For oneDNN products (models/onednn_linear.py): True for each operand in column-major layout. None for torch's."""
 
     @property
     def flops(self) -> int:
-        """Operations."""
+        """Floating-point operations."""
         return 2 * self.batch * self.m * self.k * self.n
 
 
 class Recorder(TorchDispatchMode):
-    """Counts the matrix products of what runs inside, backward too.
+    """Context that counts the matrix products of the code run inside it, including backward passes.
 
-    Of a custom op, the function that it was made of is run as well, to see the products inside it.
+    A custom op runs as its Python implementation, so that the products inside it are seen.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.products: Counter[Product] = Counter()
         self.complete = True
-        """Whether products were seen inside every custom op: those of a kernel in another language are not."""
+        """False once a custom op ran without a visible product, such as a kernel in another language."""
         self._bodies = {d._opoverload: d._init_fn for d in OPDEFS.values() if d._namespace == "seqmix"}
 
     def __torch_dispatch__(
@@ -66,7 +66,7 @@ class Recorder(TorchDispatchMode):
                 result = self._bodies[func](*args, **kwargs)
             self.complete &= self.products.total() > before
             return result
-        # inside an op's body, matmul and the like have not been taken apart
+        # inside a custom op's body, composite operations such as matmul are not decomposed yet
         with self:
             result = func.decompose(*args, **kwargs)
         if result is not NotImplemented:
@@ -80,8 +80,8 @@ class Recorder(TorchDispatchMode):
         elif name == "_linear_pointwise":
             x = args[0].flatten(0, -2)
             weight = args[1]
-            turned = not x.is_contiguous(), not weight.is_contiguous()
-            self.products[Product(1, len(x), x.shape[1], len(weight), x.dtype, turned)] += 1
+            column_major = not x.is_contiguous(), not weight.is_contiguous()
+            self.products[Product(1, len(x), x.shape[1], len(weight), x.dtype, column_major)] += 1
         return func(*args, **kwargs)
 
     def _count(self, a: Tensor, b: Tensor) -> None:
@@ -89,10 +89,13 @@ class Recorder(TorchDispatchMode):
         n = b.shape[-1] if b.ndim > 1 else 1
         self.products[Product(batch, a.shape[-2] if a.ndim > 1 else 1, a.shape[-1], n, a.dtype)] += 1
 
-    def _count_attention(self, given: dict[str, Any], *, backward: bool) -> None:
-        """Scores and output; backward, scores again and a gradient of each of scores, queries, keys and values."""
-        q, k, v = given["query"], given["key"], given["value"]
-        causal = given.get("is_causal", False)
+    def _count_attention(self, arguments: dict[str, Any], *, backward: bool) -> None:
+        """Count the two products of attention (scores, output), or the five of its backward pass.
+
+        The backward pass computes the scores again, and the gradients of scores, queries, keys and values.
+        """
+        q, k, v = arguments["query"], arguments["key"], arguments["value"]
+        causal = arguments.get("is_causal", False)
         batch = math.prod(q.shape[:-2])
         queries = q.shape[-2]
         keys = k.shape[-2]
@@ -102,24 +105,24 @@ class Recorder(TorchDispatchMode):
         blocks = scored / (rows * columns)
         scores = Product(batch, rows, q.shape[-1], columns, q.dtype)
         output = Product(batch, rows, columns, v.shape[-1], q.dtype)
-        # of equal widths all products of a block cost the same
+        # a product of width K costs as much as `scores`, one of width V as much as `output`
         self.products[scores] += blocks * (3 if backward else 1)  # type: ignore[assignment]
         self.products[output] += blocks * (2 if backward else 1)  # type: ignore[assignment]
 
 
 _FIRST = {"mm": 0, "bmm": 0, "mv": 0, "addmm": 1, "addmm_": 1, "baddbmm": 1, "baddbmm_": 1}
-"""Which argument of an operation is multiplied by the next."""
+"""Index of an operation's left operand among its arguments; the right operand follows it."""
 
 
-def recorded(call: Callable[[], Any]) -> Counter[Product] | None:
-    """Run a call once, and count its products; None where not all of them can be seen."""
+def record_products(call: Callable[[], Any]) -> Counter[Product] | None:
+    """Run a call once and count its products; None if some of them cannot be seen."""
     with Recorder() as recorder:
         call()
     return recorder.products if recorder.complete else None
 
 
-def in_pieces(products: Counter[Product]) -> dict[Product, float]:
-    """The same work in products that are not too large to be timed alone, and how often each is done."""
+def split_products(products: Counter[Product]) -> dict[Product, float]:
+    """Split large products into pieces for timing; return how often each piece fits into the original work."""
     pieces: dict[Product, float] = {}
     for product, count in products.items():
         m, k, n = (min(x, LONGEST) for x in (product.m, product.k, product.n))
@@ -129,17 +132,17 @@ def in_pieces(products: Counter[Product]) -> dict[Product, float]:
     return pieces
 
 
-def timed_alone(products: Iterable[Product], device: torch.device) -> dict[Product, TimedCall]:
-    """A call for each product, which does it once, or several times if it is short."""
+def calls_of(products: Iterable[Product], device: torch.device) -> dict[Product, TimedCall]:
+    """Return a call for each product that computes it once, or several times if it is short."""
     calls = {}
     for product in products:
         times = min(100, max(1, math.ceil(1e8 / product.flops)))
-        once = _by_onednn(product) if product.turned else _by_torch(product, device)
-        calls[product] = TimedCall(repeated(once, times), units=times)
+        once = _onednn_product(product) if product.column_major else _torch_product(product, device)
+        calls[product] = TimedCall(repeat_call(once, times), units=times)
     return calls
 
 
-def _by_torch(product: Product, device: torch.device) -> Callable[[], Any]:
+def _torch_product(product: Product, device: torch.device) -> Callable[[], Any]:
     batch, m, k, n, dtype, _ = product
     a = torch.randn(batch, m, k, device=device).to(dtype)
     b = torch.randn(batch, k, n, device=device).to(dtype)
@@ -149,8 +152,8 @@ def _by_torch(product: Product, device: torch.device) -> Callable[[], Any]:
     return partial(torch.bmm, a, b, out=out)
 
 
-def _by_onednn(product: Product) -> Callable[[], Any]:
-    _, m, k, n, dtype, turned = product
+def _onednn_product(product: Product) -> Callable[[], Any]:
+    _, m, k, n, dtype, column_major = product
     a, b = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype)
-    operands = [x.T.contiguous().T if turn else x for x, turn in zip((a, b), turned or (), strict=True)]
+    operands = [x.T.contiguous().T if turn else x for x, turn in zip((a, b), column_major or (), strict=True)]
     return partial(onednn_linear, *operands)

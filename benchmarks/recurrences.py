@@ -1,5 +1,4 @@
-"""The recurrence benchmark: every op family's chunkwise form beside the same recurrence as a loop over tokens, forward
-and backward."""
+"""The recurrence benchmark: each op family's chunkwise form against a loop over tokens, forward and backward."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -26,23 +25,23 @@ LOOP = "loop"
 
 Inputs = dict[str, Tensor]
 Normal = Callable[..., Tensor]
-"""Draws normal numbers [B T *shape]."""
+"""Function that draws normal numbers [B T *shape] for a shape."""
 Map = Callable[[Inputs], Tensor]
 
 
 class Case(NamedTuple):
-    """A recurrence."""
+    """A recurrence: its inputs, its chunkwise form and its loop over tokens."""
 
     inputs: Callable[[Normal], Inputs]
     chunkwise: Map
     loop: Map
     output: tuple[int, ...]
-    """Dimensions of a token's output."""
+    """Shape of the output per token."""
 
 
 @dataclass
 class Recurrence(Implementation):
-    """A map over a sequence, and its gradients."""
+    """Implementation that times a map over a sequence and its gradients."""
 
     name: str
     settings: Settings
@@ -61,16 +60,16 @@ class Recurrence(Implementation):
             return x.to(self.settings.device, self.settings.dtype)
 
         inputs = {name: x.detach().requires_grad_() for name, x in self.case.inputs(normal).items()}
-        above = normal(*self.case.output)
+        upstream = normal(*self.case.output)
 
         def run() -> None:
-            torch.autograd.grad(self.function(inputs), list(inputs.values()), above)
+            torch.autograd.grad(self.function(inputs), list(inputs.values()), upstream)
 
         return Entry(call=TimedCall(run), tokens=batch * length, record=run if self.name == CHUNKWISE else None)
 
 
 class RecurrenceBenchmark(Benchmark):
-    """Chunkwise ops beside loops."""
+    """Benchmark of chunkwise ops against loops over tokens."""
 
     name = "recurrence"
     title = "Recurrences, without weights"
@@ -88,22 +87,23 @@ class RecurrenceBenchmark(Benchmark):
     def notes(self) -> Iterable[str]:
         yield (
             f"Forward and backward, {self.settings.batch} sequence(s). Matrix states: {HEADS} heads of {KEYS} x "
-            f"{VALUES}, chunks of 64; scans: {CHANNELS} channels, the selective one with {STATE} numbers each."
+            f"{VALUES}, chunks of 64 tokens. Scans: {CHANNELS} channels; the selective scan has {STATE} states per "
+            "channel."
         )
         yield (
-            "The loop is the recurrence in torch, token by token, with torch's own gradients. Shares are of "
-            "chunkwise's products."
+            "The loop computes the recurrence in torch, token by token, with autograd's gradients. The share is the "
+            "time of the chunkwise form's matrix products alone divided by its time."
         )
 
 
-def _heads(normal: Normal, decay: tuple[int, ...] = (), *more: str) -> Inputs:
-    """Queries, keys of norm 1, values, log-decays of a size, if any, and what else is named."""
+def _matrix_inputs(normal: Normal, decay: tuple[int, ...] = (), *extra: str) -> Inputs:
+    """Draw queries, keys of norm 1 and values; log-decays of shape `decay`, if any; and the named extra inputs."""
     k = F.normalize(normal(HEADS, KEYS), dim=-1)
-    found = {"q": normal(HEADS, KEYS), "k": k, "v": normal(HEADS, VALUES)}
-    found |= {"log_decay": -normal(*decay).abs() / 16} if decay else {}
+    inputs = {"q": normal(HEADS, KEYS), "k": k, "v": normal(HEADS, VALUES)}
+    inputs |= {"log_decay": -normal(*decay).abs() / 16} if decay else {}
     beta = normal(HEADS).sigmoid()
-    all_of_them = {"beta": beta, "a": k, "b": -beta[..., None] * k}
-    return found | {name: all_of_them[name] for name in more}
+    extras = {"beta": beta, "a": k, "b": -beta[..., None] * k}
+    return inputs | {name: extras[name] for name in extra}
 
 
 def _selective_inputs(normal: Normal) -> Inputs:
@@ -113,7 +113,7 @@ def _selective_inputs(normal: Normal) -> Inputs:
 
 
 def _matrix_loop(x: Inputs) -> Tensor:
-    """S_t = (I + b_t a_t^T) diag(exp(g_t)) S_{t-1} + k_t v_t^T and o_t = q_t S_t / sqrt(K)."""
+    """Compute S_t = (I + b_t a_t^T) diag(exp(g_t)) S_{t-1} + k_t v_t^T and o_t = q_t S_t / sqrt(K) by a loop."""
     q, k, v = (x[name] for name in "qkv")
     a, b, g = x.get("a"), x.get("b"), x.get("log_decay")
     if (beta := x.get("beta")) is not None:
@@ -131,7 +131,7 @@ def _matrix_loop(x: Inputs) -> Tensor:
 
 
 def _scan_loop(x: Inputs) -> Tensor:
-    """h_t = exp(g_t) h_{t-1} + x_t."""
+    """Compute h_t = exp(g_t) h_{t-1} + x_t by a loop."""
     state = torch.zeros_like(x["x"][:, 0])
     outputs = []
     for factor, written in zip(x["log_decay"].exp().unbind(1), x["x"].unbind(1), strict=True):
@@ -141,7 +141,7 @@ def _scan_loop(x: Inputs) -> Tensor:
 
 
 def _selective_loop(x: Inputs) -> Tensor:
-    """h_t = exp(step_t rate) h_{t-1} + k_t x_t^T and o_t = q_t h_t."""
+    """Compute h_t = exp(step_t rate) h_{t-1} + k_t x_t^T and o_t = q_t h_t by a loop."""
     state = x["x"].new_zeros(len(x["x"]), STATE, CHANNELS)
     outputs = []
     for u, step, k, q in zip(*(x[name].unbind(1) for name in ("x", "step", "k", "q")), strict=True):
@@ -150,18 +150,23 @@ def _selective_loop(x: Inputs) -> Tensor:
     return torch.stack(outputs, dim=1)
 
 
-def _matrix(op: Callable[..., Any], *decay: int, more: tuple[str, ...] = ()) -> Case:
-    """A matrix state; `op` takes the inputs by name."""
-    return Case(lambda normal: _heads(normal, decay, *more), lambda x: op(**x)[0], _matrix_loop, (HEADS, VALUES))
+def _matrix(op: Callable[..., Any], *decay: int, extra: tuple[str, ...] = ()) -> Case:
+    """Return the case of an op with a matrix state, which takes its inputs by keyword."""
+    return Case(
+        lambda normal: _matrix_inputs(normal, decay, *extra),
+        lambda x: op(**x)[0],
+        _matrix_loop,
+        (HEADS, VALUES),
+    )
 
 
 CASES = {
     "decay": _matrix(decay, HEADS),
     "decay per key": _matrix(decay, HEADS, KEYS),
-    "delta": _matrix(delta, more=("beta",)),
-    "gated delta": _matrix(delta, HEADS, more=("beta",)),
-    "delta with decays per key": _matrix(delta, HEADS, KEYS, more=("beta",)),
-    "diagonal plus rank one": _matrix(dplr, HEADS, KEYS, more=("a", "b")),
+    "delta": _matrix(delta, extra=("beta",)),
+    "gated delta": _matrix(delta, HEADS, extra=("beta",)),
+    "delta with decays per key": _matrix(delta, HEADS, KEYS, extra=("beta",)),
+    "diagonal plus rank one": _matrix(dplr, HEADS, KEYS, extra=("a", "b")),
     "scan": Case(
         lambda normal: {"x": normal(CHANNELS), "log_decay": -normal(CHANNELS).abs() / 16},
         lambda x: scan(**x)[0],
@@ -170,4 +175,4 @@ CASES = {
     ),
     "selective scan": Case(_selective_inputs, lambda x: selective_scan(**x)[0], _selective_loop, (CHANNELS,)),
 }
-"""What is measured."""
+"""Recurrences that are measured, by name."""

@@ -1,4 +1,4 @@
-"""What came out: cells of a table, JSON and Markdown."""
+"""Reports of benchmarks as table cells, JSON and Markdown."""
 
 import json
 from collections.abc import Callable
@@ -21,11 +21,11 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "nats/token": lambda row: "" if row.loss is None else f"{row.loss:.4f}",
     "parameters": lambda row: "" if row.parameters is None else f"{row.parameters:,}",
 }
-"""Columns with figures; one that nobody fills is left out."""
+"""Columns with figures, by head; a column that is empty in all rows is left out."""
 
 
 def markdown(report: Report) -> str:
-    """The same as Markdown."""
+    """Return a report as Markdown: conditions, table and notes."""
     heads, lines = cells(report)
     names = name_columns(report)
     text = [
@@ -41,18 +41,18 @@ def markdown(report: Report) -> str:
 
 
 def to_json(report: Report) -> str:
-    """All figures: seconds, bytes, tokens per second, with lowest and highest."""
+    """Return a report as JSON: all figures with their lowest and highest values."""
     rows = [asdict(row) | {"tokens_per_second": row.tokens_per_second} for row in report.rows]
     return json.dumps(asdict(report) | {"rows": rows}, indent=2) + "\n"
 
 
 def from_json(text: str) -> Report:
-    """A report that was written."""
+    """Read a report that `to_json` has written."""
     return TypeAdapter(Report).validate_python(json.loads(text))
 
 
 def conditions(report: Report) -> str:
-    """One line: the machine, and how it was measured."""
+    """Describe in one line the machine and the way of measuring."""
     machine = report.machine
     settings = report.settings
     where = machine["device"]
@@ -68,7 +68,7 @@ def conditions(report: Report) -> str:
 
 
 def cells(report: Report, spared: tuple[str, ...] = ()) -> tuple[list[str], list[list[str]]]:
-    """The head of the table and its lines."""
+    """Return the heads of a report's table and its lines, without the columns in `spared`."""
     used = {
         name: column
         for name, column in COLUMNS.items()
@@ -85,12 +85,12 @@ def cells(report: Report, spared: tuple[str, ...] = ()) -> tuple[list[str], list
 
 
 def name_columns(report: Report) -> int:
-    """Columns that name a line."""
+    """Return the number of columns that name a line: part (if there are several), length and implementation."""
     return 3 if len({row.what for row in report.rows}) > 1 else 2
 
 
 def skipped(report: Report) -> list[str]:
-    """What was skipped and why, one line per reason."""
+    """Return a line for each implementation that was skipped and each reason."""
     where: dict[tuple[str, str], list[str]] = {}
     for row in report.rows:
         if row.skipped:
@@ -113,11 +113,13 @@ def _range(spread: Spread | None, scale: float = 1.0, digits: int | None = None)
 
 
 def _text(number: float, digits: int | None) -> str:
-    """Three figures that count."""
+    """Format a number, by default with about three significant digits."""
     if digits is None:
         digits = 3 if number < 1 else 2 if number < 10 else 1 if number < 100 else 0
     return f"{number:,.{digits}f}"
 
 
 def _mib(size: int | None) -> str:
-    return "" if size is None else f"{size / 2**20:,.0f}" if size >= 10 * 2**20 else f"{size / 2**20:.1f}"
+    if size is None:
+        return ""
+    return f"{size / 2**20:,.0f}" if size >= 10 * 2**20 else f"{size / 2**20:.1f}"

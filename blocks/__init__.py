@@ -1,4 +1,4 @@
-"""Blocks: how a mixer, a feed-forward network and norms make a layer."""
+"""Blocks: layers made of a mixer, a feed-forward network and norms."""
 
 from .block import Block, BlockConfig
 from .dropout import Dropout

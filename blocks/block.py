@@ -19,27 +19,27 @@ from .norm import NORMS, Norm, NormConfig
 
 
 class BlockConfig(Config):
-    """One kind of layer."""
+    """Configuration of one kind of layer."""
 
     mixer: Annotated[MixerConfig, MIXERS]
-    """What mixes tokens."""
+    """Sequence mixer, which combines tokens."""
     ffn: Annotated[FfnConfig, FFNS] | None
-    """What maps each token; null for a block that only mixes."""
+    """Feed-forward network, applied to each token; null for a block that has only a mixer."""
     norm: Annotated[NormConfig, NORMS]
-    """The norm of each of the two."""
+    """Norm of the mixer branch and of the ffn branch."""
     norm_placement: Literal["input", "output", "stream"] = "input"
-    """Where it is: `input` of the branch, as above; its `output` (OLMo 2); or the `stream` itself, so that the normed
-    input is also what the branch is added to (MiniMax-01)."""
+    """Position of the norms: the `input` of a branch (pre-norm), its `output` (OLMo 2), or the `stream` before the
+    branch, so that the branch's output is added to the normed stream (MiniMax-01)."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout probability of the outputs of mixer and ffn, in training."""
     residual_scale: float = Field(default=1.0, gt=0)
     """Factor of the outputs of mixer and ffn before they are added to the residual stream."""
     shared: bool = False
-    """Whether all layers of this block have the same parameters; each has a state of its own."""
+    """True if all layers of this block share their parameters; each layer still has its own state."""
 
 
 class Block(nn.Module):
-    """A mixer and a feed-forward network, each on a normed copy of the residual stream."""
+    """A layer: a mixer and a feed-forward network as residual branches with norms."""
 
     def __init__(self, config: BlockConfig, d_model: int, *, layer_idx: int, n_layers: int) -> None:
         """Build the layer with index `layer_idx` of `n_layers`."""
@@ -48,7 +48,7 @@ class Block(nn.Module):
         self.mixer = config.mixer.build(d_model, layer_idx=layer_idx, n_layers=n_layers)
         self.ffn_norm = config.norm.build(d_model) if config.ffn else None
         self.ffn = config.ffn.build(d_model) if config.ffn else None
-        # every call of a shared block has a mask of its own
+        # nn.Dropout draws a new mask for every call of a shared block
         self.dropout = nn.Dropout(config.dropout) if config.shared else Dropout(config.dropout)
         self.residual_scale = config.residual_scale
         self.norm_placement = config.norm_placement
@@ -60,7 +60,7 @@ class Block(nn.Module):
                 part.reset_parameters()
 
     def __getstate__(self) -> dict[str, Any]:
-        # compiled code is bound to this object: a copy starts without
+        # compiled code is bound to this object, so copies must not have it
         return {name: value for name, value in super().__getstate__().items() if name != "forward"}
 
     def forward(
@@ -76,11 +76,11 @@ class Block(nn.Module):
         donate_state: bool = False,
         memo: Memo | None = None,
     ) -> tuple[Any, ...]:
-        """One layer over one segment; arguments and result are the mixer's."""
+        """Apply the layer to a segment; arguments and results are those of the mixer."""
         norm = self.mixer_norm
         ffn = self.ffn
-        ffn_norm = self.ffn_norm  # each read of a part is a call
-        x, given = self._given(x, norm)
+        ffn_norm = self.ffn_norm  # looked up once: nn.Module looks up submodules by a function call
+        x, branch_input = self._branch_input(x, norm)
         options: dict[str, Any] = {}
         if return_values or first_values is not None:
             options["first_values"] = first_values
@@ -90,23 +90,24 @@ class Block(nn.Module):
         if memo is not None:
             options["memo"] = memo
         mixed, state, *values = self.mixer(
-            given, state, paradigm=paradigm, cu_seqlens=cu_seqlens, return_state=return_state, **options
+            branch_input, state, paradigm=paradigm, cu_seqlens=cu_seqlens, return_state=return_state, **options
         )
-        x = self._added(x, mixed, norm)
+        x = self._add_branch(x, mixed, norm)
         if ffn is not None and ffn_norm is not None:
-            x, given = self._given(x, ffn_norm)
-            x = self._added(x, ffn(given), ffn_norm)
+            x, branch_input = self._branch_input(x, ffn_norm)
+            x = self._add_branch(x, ffn(branch_input), ffn_norm)
         return (x, state, *values)
 
-    def _given(self, x: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
-        """The residual stream, and what a branch reads."""
+    def _branch_input(self, x: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+        """Return the residual stream and the input of a branch."""
         if self.norm_placement == "output":
             return x, x
         normed = norm(x)
         return normed if self.norm_placement == "stream" else x, normed
 
-    def _added(self, x: Tensor, branch: Tensor, norm: Norm) -> Tensor:
-        """The residual stream with a branch's output."""
+    def _add_branch(self, x: Tensor, branch: Tensor, norm: Norm) -> Tensor:
+        """Add the output of a branch to the residual stream."""
         branch = norm(branch) if self.norm_placement == "output" else branch
-        branch = dropout(branch) if (dropout := self.dropout).p else branch
+        dropout = self.dropout
+        branch = dropout(branch) if dropout.p else branch
         return x + (branch if self.residual_scale == 1 else self.residual_scale * branch)

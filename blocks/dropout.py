@@ -1,7 +1,7 @@
-"""Dropout whose masks are those of a batch, however it is divided: among processes, or into micro-batches.
+"""Dropout whose mask of a batch does not depend on how the batch is divided into processes and micro-batches.
 
-An element is dropped where a hash of a key, its token's index in the whole batch and its channel is below p. Hashes
-multiply and fold, as SplitMix64 and xxHash end, which takes less time than a generator of random numbers.
+An element is dropped if a hash of a key, of its token's index in the whole batch and of its channel is below p. The
+hash multiplies and folds like the final steps of SplitMix64 and xxHash, which is faster than a random number generator.
 """
 
 import torch
@@ -10,20 +10,21 @@ from torch import Tensor, nn
 
 
 class Dropout(nn.Dropout):
-    """nn.Dropout of [B T D]; where `place` is set, its mask is a function of that alone."""
+    """Dropout of [B T D]. If `place` is set, the mask is a function of it alone; otherwise this is nn.Dropout."""
 
     place: Int[Tensor, "3"] | None = None
-    """A key, the index of the first token, and how many a row has, of which those here may be a part."""
+    """A key, the index of the input's first token in the whole batch, and the tokens of a whole row (the input may have
+    fewer)."""
 
     def forward(self, input: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
-        """The input with elements set to 0, and the others scaled, in training."""
+        """Return the input, in training with random elements set to 0 and the others scaled by 1 / (1 - p)."""
         if not self.training or self.place is None:
             return super().forward(input)
         with torch.no_grad():
             rows, tokens, channels = (torch.arange(size, device=input.device) for size in input.shape)
             x = self.place[0] ^ (self.place[1] + rows[:, None] * self.place[2] + tokens) * -0x61C8864680B583EB
             x = (x ^ x >> 32) * -0x40A7B892E31B1A47
-            # 32 bits of a token are enough, and quicker; a shift keeps the sign, which the masks take
+            # 32 bits per token suffice and are faster; shifts extend the sign, so the sign bits are masked off
             x = (x ^ x >> 29).int()[..., None] + channels.int() * -0x61C8864F
             x = (x ^ (x >> 15 & 0x1FFFF)) * -0x7A143589
             x = (x ^ (x >> 13 & 0x7FFFF)) * -0x3D4D51C3

@@ -1,6 +1,8 @@
-"""Weights of other libraries' models, and back: one file per family says what their configuration and tensors are here.
+"""Conversion of weights from other libraries' models to seqmix, and back.
 
-`layout.py` executes what the declarations say, both ways.
+One file per model family declares which configuration fields and tensors correspond to each other. `fields.py` and
+`layout.py` execute the declarations in both directions. In this package, `ours` names a field or tensor of seqmix, and
+`theirs` the one of the other library.
 """
 
 from .architecture import Architecture

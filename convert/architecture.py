@@ -1,4 +1,4 @@
-"""What a declaration of another library's architecture consists of: tables of fields, and where tensors come from."""
+"""Base class of an architecture of another library: tables of its fields, and the sources of its tensors."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple
@@ -8,94 +8,108 @@ from torch import Tensor
 from ..blocks import Block
 from ..models import LanguageModel, ModelConfig
 from ..registry import SeqmixError, validated
-from .fields import Table, flat, nested, refusal, require_known, require_same
+from .fields import Table, flatten_config, require_known, require_same, unflatten_fields, unsupported_value
 from .layout import Part, Rule, part
-from .theirs import typed
+from .theirs import validate_types
 
 
 class Joined(NamedTuple):
-    """Parts along another dimension than the first."""
+    """Parts that are concatenated along a dimension other than the first."""
 
     parts: tuple[Part, ...]
     dim: int
+    """Dimension along which the parts are concatenated."""
 
 
 Source = str | Part | tuple[Part, ...] | Joined
+"""Origin of a seqmix tensor: a tensor of the other library in the same shape, or parts that are concatenated. An empty
+tuple means zeros."""
 Layout = dict[str, Source]
-"""Of a block, its tensors by name: a tensor of theirs in the same shape, or parts of several; relative to the layer.
-No parts are zeros."""
+"""Sources of tensors by their seqmix name. In the layout of a block, all names are relative to the layer."""
 
 
 class Architecture:
-    """An architecture of another library: its configuration and its tensors, and what they are here."""
+    """An architecture of another library: how its configuration and tensors correspond to seqmix.
+
+    A subclass sets the class variables and implements `block`.
+    """
 
     name: ClassVar[str]
-    """Its name in --as."""
+    """Name of the architecture in `seqmix convert --as`."""
     library: ClassVar[str] = "transformers"
+    """Name of the library."""
     model_type: ClassVar[str | None]
-    """Its `model_type` in config.json; None where there is none."""
+    """Value of `model_type` in config.json; None if the library does not write one."""
     marker: ClassVar[str | None] = None
-    """A field that tells it apart from another library's of the same model_type."""
+    """A field that distinguishes this architecture from another library's with the same `model_type`."""
     class_name: ClassVar[str]
-    """Its class with a head."""
+    """Name of the library's model class with a language-model head."""
     common: ClassVar[Table]
-    """The fields of the model and of all its layers."""
+    """Table of the model's fields and of the fields that all layers share."""
     kinds: ClassVar[Mapping[str, Mapping[str, Table]]] = {}
-    """By the name of a field that has an entry for each layer: the fields of the layers with each of its values."""
-    harmless: ClassVar[str] = ""
-    """Names of fields that do not change what a trained model computes, beyond `HARMLESS`."""
-    unread: ClassVar[str] = r".*rotary_emb\.inv_freq"
-    """A regular expression of the names of tensors that carry nothing: buffers that their code computes."""
+    """Tables of the fields of different layers: first by a field with one entry per layer, then by its values."""
+    ignored_fields: ClassVar[str] = ""
+    """Additional names, like `IGNORED_FIELDS`, of fields that do not change what a trained model computes."""
+    ignored_tensors: ClassVar[str] = r".*rotary_emb\.inv_freq"
+    """Regular expression of names of tensors to ignore: buffers that the library can compute."""
     aliases: ClassVar[Mapping[str, str]] = {}
-    """Parts of names of tensors that other versions of their library write, and what they stand for."""
+    """Parts of tensor names that other versions of the library write, and the parts that replace them."""
     embedding = "model.embed_tokens.weight"
+    """Name of the embedding's tensor."""
     norm = "model.norm.weight"
+    """Name of the final norm's weight."""
     head = "lm_head.weight"
+    """Name of the head's tensor."""
     layers = "model.layers"
+    """Prefix of the names of all layers' tensors."""
 
     def block(self, block: Block) -> Layout:
-        """The tensors of a block."""
+        """Return the layout of a block's tensors."""
         raise NotImplementedError
 
-    def outside(self, model: LanguageModel) -> Layout:
-        """The tensors outside of blocks."""
+    def outer_tensors(self, model: LanguageModel) -> Layout:
+        """Return the layout of the tensors outside the blocks."""
         del model
         return {"embedding.weight": self.embedding, "norm.weight": self.norm, "head.weight": self.head}
 
     def layer(self, index: int) -> int:
-        """The index of their layer that a block here is of."""
+        """Return the index of the other library's layer to which the seqmix block `index` belongs."""
         return index
 
-    def derived(self, model: LanguageModel) -> dict[str, Tensor]:
-        """Tensors that their code wants to read although it can compute them."""
+    def computed_tensors(self, model: LanguageModel) -> dict[str, Tensor]:
+        """Return tensors to export although they hold no parameters, because the library expects to load them."""
         return {}
 
-    def renamed(self, values: Mapping[str, Any]) -> Mapping[str, str]:
-        """The aliases of a model with this configuration."""
+    def tensor_aliases(self, values: Mapping[str, Any]) -> Mapping[str, str]:
+        """Return the aliases for a model with these fields in config.json."""
         del values
         return self.aliases
 
-    def unfolded(self, values: Mapping[str, Any], where: object) -> dict[str, Any]:
-        """Their fields as the tables have them."""
+    def expand_fields(self, values: Mapping[str, Any], where: object) -> dict[str, Any]:
+        """Return the fields of config.json in the form that the tables use, e.g. with one entry per layer."""
         return dict(values)
 
-    def folded(self, values: dict[str, Any]) -> dict[str, Any]:
-        """The fields of the tables as they have them."""
+    def collapse_fields(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Return fields of the tables in the form of config.json: the inverse of `expand_fields`."""
         return values
 
     def recognises(self, values: Mapping[str, Any]) -> bool:
-        """Whether a configuration is one of this architecture."""
+        """True if these fields of config.json belong to this architecture."""
         return values.get("model_type") == self.model_type and (self.marker is None or self.marker in values)
 
     def config(self, values: Mapping[str, Any], where: object) -> ModelConfig:
-        """The model here that their configuration describes.
+        """Convert the fields of config.json to a model configuration.
+
+        Args:
+            values: the fields of config.json.
+            where: name of the file in messages.
 
         Raises:
-            SeqmixError: a field has another type than theirs, or no counterpart here.
+            SeqmixError: a field has the wrong type, or a value without a counterpart in seqmix.
         """
-        values = self.unfolded(typed(values, where), where)
-        known = {*self.harmless.split(), *self.kinds}
-        types = [self._types(name, values, where) for name in self.kinds]
+        values = self.expand_fields(validate_types(values, where), where)
+        known = {*self.ignored_fields.split(), *self.kinds}
+        types = [self._layer_types(name, values, where) for name in self.kinds]
         pattern = ["-".join(layer) for layer in zip(*types, strict=True)] or ["layer"]
         blocks = {}
         model = {}
@@ -103,73 +117,78 @@ class Architecture:
             table = self.common
             for tables, kind in zip(self.kinds.values(), label.split("-"), strict=False):
                 table |= tables[kind]
-            model, blocks[label] = nested(table.read(values, where))
+            model, blocks[label] = unflatten_fields(table.read(values, where))
         require_known(values, known | {name for table in self._tables() for name in table.theirs}, where)
         fields = {**model, "blocks": blocks, "pattern": pattern}
-        return validated(ModelConfig, fields, f"{where} describes no model here")
+        return validated(ModelConfig, fields, f"{where} cannot be converted to a model of seqmix")
 
     def fields(self, m: ModelConfig) -> dict[str, Any]:
-        """Their configuration of a model here.
+        """Convert a model configuration to the fields of config.json.
 
         Raises:
-            SeqmixError: the model has what the architecture has not, by the name of the field.
+            SeqmixError: a field has no counterpart in this architecture; the message names the field.
         """
         written: dict[str, Any] = {name: [] for name in self.kinds}
         for label in m.layers:
-            ours = flat(m, label)
+            ours = flatten_config(m, label)
             table = self.common
             for name, tables in self.kinds.items():
-                kind = next((kind for kind, each in tables.items() if each.matches(ours)), next(iter(tables)))
+                matching = (kind for kind, kind_table in tables.items() if kind_table.matches(ours))
+                kind = next(matching, next(iter(tables)))
                 table |= tables[kind]
                 written[name].append(kind)
             if ours["mixer.kind"] != table.ours["mixer.kind"]:
-                kinds = f"layers of {' and '.join(self.mixers)}"
-                raise SeqmixError(f"{self.name} has {kinds}, and model.blocks.{label}.mixer is {ours['mixer.kind']}")
+                raise SeqmixError(
+                    f"{self.name} has layers of {' and '.join(self.mixers)}, got model.blocks.{label}.mixer "
+                    f"{ours['mixer.kind']}"
+                )
             try:
                 written |= table.write(ours)
-            except KeyError as error:  # a part of another kind, without a field that theirs has
+            except KeyError as error:  # e.g. a network of another kind, which lacks a field of the table
                 raise SeqmixError(
                     f"model.blocks.{label} has no counterpart in {self.name}: it lacks {error}"
                 ) from error
         if self.model_type:
             written |= {"model_type": self.model_type, "architectures": [self.class_name]}
-        written = self.folded(written)
+        written = self.collapse_fields(written)
         require_same(m, self.config(written, self.name), self.name)
         return written
 
     def rules(self, model: LanguageModel) -> Iterator[Rule]:
-        """Where every tensor of a model comes from.
+        """Return the rule of every tensor of a model.
 
         Raises:
-            SeqmixError: a tensor has no counterpart.
+            SeqmixError: a tensor has no counterpart in this architecture.
         """
         shapes = {name: tuple(x.shape) for name, x in model.state_dict().items()}
-        layout = self.outside(model)
+        layout = self.outer_tensors(model)
         if model.config.tie_embeddings:
             del layout["head.weight"], shapes["head.weight"]
-        found = {name: rule(name, source, shapes[name]) for name, source in layout.items()}
+        rules = {name: rule(name, source, shapes[name]) for name, source in layout.items()}
         for i, block in enumerate(model.blocks):
             for name, source in self.block(block).items():
                 ours = f"blocks.{i}.{name}"
-                found[ours] = rule(ours, source, shapes[ours], f"{self.layers}.{self.layer(i)}.")
-        if lacking := shapes.keys() - found.keys():
-            raise SeqmixError(f"{self.name} has no counterpart of {min(lacking)}")
-        return iter(found.values())
+                rules[ours] = rule(ours, source, shapes[ours], f"{self.layers}.{self.layer(i)}.")
+        if missing := shapes.keys() - rules.keys():
+            raise SeqmixError(f"{self.name} has no counterpart of the tensor {min(missing)}")
+        return iter(rules.values())
 
-    def _types(self, name: str, values: Mapping[str, Any], where: object) -> list[str]:
-        """The entries of a field that has one for each layer."""
-        found = values.get(name) or []
-        for kind in found:
+    def _layer_types(self, name: str, values: Mapping[str, Any], where: object) -> list[str]:
+        """Return the entries of a field that has one per layer, such as `layer_types`, after checking them."""
+        types = values.get(name) or []
+        for kind in types:
             if kind not in self.kinds[name]:
-                raise refusal(where, name, kind, " or ".join(self.kinds[name]))
+                raise unsupported_value(where, name, kind, " or ".join(self.kinds[name]))
         n_layers = self.common.read(values, where)["n_layers"]
-        if len(found) != n_layers:
-            raise SeqmixError(f"{where} has {n_layers} layers, and {name} has {len(found)} entries")
-        return found
+        if len(types) != n_layers:
+            raise SeqmixError(
+                f"{where}: {name} must have one entry for each of the {n_layers} layers, got {len(types)}"
+            )
+        return types
 
     @property
     def mixers(self) -> list[str]:
-        """The mixers that its layers have here."""
+        """Mixers of seqmix that layers of this architecture convert to."""
         return sorted({table.ours["mixer.kind"] for table in self._tables() if "mixer.kind" in table.ours})
 
     def _tables(self) -> Iterator[Table]:
@@ -178,9 +197,21 @@ class Architecture:
             yield from tables.values()
 
 
-def rule(name: str, source: Source, shape: tuple[int, ...], at: str = "") -> Rule:
-    """The rule of an entry of a layout, whose names of theirs begin with `at`."""
+def rule(name: str, source: Source, shape: tuple[int, ...], prefix: str = "") -> Rule:
+    """Make the rule of one entry of a layout.
+
+    Args:
+        name: name of the seqmix tensor.
+        source: source of the tensor.
+        shape: shape of the seqmix tensor.
+        prefix: prefix of the other library's tensor names.
+    """
     source, dim = source if isinstance(source, Joined) else (source, 0)
-    parts = (part(source, *shape),) if isinstance(source, str) else (source,) if isinstance(source, Part) else source
-    full = (Part(f"{at}{each.name}", each.shape, each.pattern, each.index, each.sizes) for each in parts)
-    return Rule(name, shape, tuple(full), dim)
+    if isinstance(source, str):
+        parts = (part(source, *shape),)
+    elif isinstance(source, Part):
+        parts = (source,)
+    else:
+        parts = source
+    prefixed = (Part(f"{prefix}{each.name}", each.shape, each.pattern, each.index, each.sizes) for each in parts)
+    return Rule(name, shape, tuple(prefixed), dim)

@@ -1,4 +1,4 @@
-"""A model of another library to a run directory, and a run to a folder of theirs."""
+"""Convert a model of another library to a run directory, and a run to a model folder of another library."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,24 +20,24 @@ DECLARED: list[type[Architecture]] = [
     *(rwkv.RWKV4, rwkv.RWKV7, torchscale.TorchscaleRetNet),
 ]
 ARCHITECTURES: dict[str, Architecture] = {each.name: each() for each in DECLARED}
-"""All that is known, by name; of two with one model_type, the one with a marker comes first."""
+"""All supported architectures by name. If two share a `model_type`, the one with a `marker` comes first."""
 
 
 def architecture_of(name: str) -> Architecture:
-    """The architecture of this name.
+    """Return the architecture of this name.
 
     Raises:
-        SeqmixError: there is none.
+        SeqmixError: the name is unknown.
     """
     require_name("architecture", name, ARCHITECTURES)
     return ARCHITECTURES[name]
 
 
 def recognised(config: Mapping[str, Any], where: object) -> Architecture:
-    """The architecture of a configuration.
+    """Return the architecture of a model from the fields of its config.json.
 
     Raises:
-        SeqmixError: it is not known; those that are.
+        SeqmixError: the architecture is unknown; the message lists the supported ones.
     """
     for architecture in ARCHITECTURES.values():
         if architecture.recognises(config):
@@ -45,21 +45,24 @@ def recognised(config: Mapping[str, Any], where: object) -> Architecture:
     kind = str(config.get("model_type", "no model_type"))
     known = [each.model_type for each in ARCHITECTURES.values() if each.model_type]
     raise SeqmixError(
-        f"{where} is of an unknown architecture, {kind}; known: {', '.join(ARCHITECTURES)}{nearest(kind, known)}"
+        f"{where} has an unknown architecture, {kind}; known: {', '.join(ARCHITECTURES)}{nearest(kind, known)}"
     )
 
 
 def import_from(source: Path, out: Path | None, tokenizer: str | None = None) -> tuple[Architecture, list[Rule]]:
-    """Write another library's model as a run directory, with a checkpoint of step 0; nothing where `out` is None.
+    """Convert another library's model to a run directory with a checkpoint of step 0.
 
-    `source` is a folder with config.json and safetensors; `tokenizer` a tokenizer.json, or `bytes`, the folder's own
-    when None.
+    Args:
+        source: a folder with config.json and safetensors files.
+        out: the run directory to write; None checks the model and writes nothing.
+        tokenizer: path of a tokenizer.json, or `bytes`; None uses the tokenizer.json in the folder.
 
     Returns:
-        What it is, and where every tensor came from.
+        The model's architecture, and the rule that each tensor was converted by.
 
     Raises:
-        SeqmixError: the architecture, a field or a tensor has no counterpart here, or a file cannot be read or written.
+        SeqmixError: the architecture, a field or a tensor has no counterpart in seqmix, or a file cannot be read or
+            written.
     """
     values = files.read_config(source)
     architecture = recognised(values, source)
@@ -69,12 +72,12 @@ def import_from(source: Path, out: Path | None, tokenizer: str | None = None) ->
     rules = list(architecture.rules(model))
     if out is None:
         return architecture, rules
-    own = source / TOKENIZER_FILE
-    if tokenizer is None and not own.is_file():
+    in_folder = source / TOKENIZER_FILE
+    if tokenizer is None and not in_folder.is_file():
         raise SeqmixError(
-            f"{source} has no {TOKENIZER_FILE}: give --tokenizer FILE, or --tokenizer bytes if its tokens are bytes"
+            f"{source} has no {TOKENIZER_FILE}: use --tokenizer FILE, or --tokenizer bytes if its tokens are bytes"
         )
-    file = own if tokenizer is None else Path(tokenizer)
+    file = in_folder if tokenizer is None else Path(tokenizer)
     try:
         vocabulary = None if tokenizer == "bytes" else read_bytes(file)
     except OSError as error:
@@ -82,9 +85,9 @@ def import_from(source: Path, out: Path | None, tokenizer: str | None = None) ->
     begin = None if vocabulary is None else files.begin_token(vocabulary, file, values)
     copies = {architecture.head: architecture.embedding} if config.tie_embeddings else {}
     theirs = files.read_weights(source)
-    for other, usual in architecture.renamed(values).items():
-        theirs = {name.replace(other, usual): x for name, x in theirs.items()}
-    tensors = to_ours(rules, theirs, source, architecture.unread, copies)
+    for alias, usual in architecture.tensor_aliases(values).items():
+        theirs = {name.replace(alias, usual): x for name, x in theirs.items()}
+    tensors = to_ours(rules, theirs, source, architecture.ignored_tensors, copies)
     files.write_run(out, config, tensors, vocabulary, begin)
     return architecture, rules
 
@@ -98,12 +101,22 @@ def export_to(
     tell: Callable[[str], object],
     trust: bool = False,
 ) -> tuple[Architecture, list[Rule]]:
-    """Write a trained model, a run directory or a file of `seqmix export`, as a folder of the architecture `name`.
+    """Convert a trained model to a model folder of another library.
 
-    Nothing is written where `out` is None; `choice`, `tell` and `trust` are as in `load_run`.
+    Args:
+        run: a run directory, or a file of `seqmix export`.
+        out: the folder to write; None checks the model and writes nothing.
+        name: name of the architecture.
+        choice: which checkpoint to read, as in `load_run`.
+        tell: receives notes about the run, as in `load_run`.
+        trust: allow the run to import modules, as in `load_run`.
+
+    Returns:
+        The architecture, and the rule that each tensor was converted by.
 
     Raises:
-        SeqmixError: the model has what the architecture has not, or a file cannot be read or written.
+        SeqmixError: the model has a field or tensor without a counterpart in the architecture, or a file cannot be read
+            or written.
     """
     architecture = architecture_of(name)
     config, tensors, vocabulary = read_weights(run, choice=choice, tell=tell, trust=trust)
@@ -111,7 +124,8 @@ def export_to(
     model = build_meta(config)
     rules = list(architecture.rules(model))
     if out is not None:
-        theirs = to_theirs(rules, tensors) | architecture.derived(model)
-        dtype = str(next(iter(theirs.values())).dtype).removeprefix("torch.")
-        files.write_folder(out, {**fields, **({"dtype": dtype} if architecture.model_type else {})}, theirs, vocabulary)
+        theirs = to_theirs(rules, tensors) | architecture.computed_tensors(model)
+        if architecture.model_type:
+            fields = {**fields, "dtype": str(next(iter(theirs.values())).dtype).removeprefix("torch.")}
+        files.write_folder(out, fields, theirs, vocabulary)
     return architecture, rules

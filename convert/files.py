@@ -1,4 +1,4 @@
-"""Folders of other libraries' models on disk, and run directories of converted ones."""
+"""Read model folders of other libraries, and write converted models as run directories or such folders."""
 
 import json
 import math
@@ -17,73 +17,77 @@ from ..training.checkpoint.run_dir import require_vacant
 from ..training.tensor_files import read_tensors, write_tensors
 
 CONFIGS = ("config.json", "args.json")
+"""Names of the configuration file: that of transformers and fla, and that of torchscale."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 SAFETENSORS = "model.safetensors"
 COMMENT = "# Converted by `seqmix convert`; data and training are placeholders until you set them.\n"
+"""First line of the config.yaml of a converted model."""
+INFINITY = {"__float__": "Infinity"}
+"""Infinity as transformers writes it, because JSON has no such number."""
 
 
 def read_config(source: Path) -> dict[str, Any]:
-    """The configuration of a folder.
+    """Read the fields of the configuration file of a model folder.
 
     Raises:
-        SeqmixError: there is none, or it cannot be read.
+        SeqmixError: there is no such file, or it cannot be read.
     """
     require_no_pickle(source)
     file = next((source / name for name in CONFIGS if (source / name).is_file()), None)
     if file is None:
-        what = "does not exist" if not source.exists() else "is a file" if source.is_file() else "has no config.json"
+        if not source.exists():
+            reason = "does not exist"
+        elif source.is_file():
+            reason = "is a file"
+        else:
+            reason = "has no config.json"
         raise SeqmixError(
-            f"{source} is neither a model's folder (config.json and *.safetensors) nor a run or export of seqmix: "
-            f"it {what}"
+            f"{source} must be a model folder (config.json and *.safetensors) or a run or export of seqmix: it {reason}"
         )
     try:
-        # transformers writes what JSON lacks as {"__float__": "Infinity"}
-        found = json.loads(file.read_bytes(), object_hook=lambda x: math.inf if x == INFINITY else x)
+        fields = json.loads(file.read_bytes(), object_hook=lambda x: math.inf if x == INFINITY else x)
     except (OSError, ValueError, RecursionError) as error:
         raise SeqmixError(f"{file} cannot be read: {error}") from error
-    if not isinstance(found, dict):
-        raise SeqmixError(f"{file} is not a configuration: it has no fields")
-    return found
-
-
-INFINITY = {"__float__": "Infinity"}
+    if not isinstance(fields, dict):
+        raise SeqmixError(f"{file} must be a JSON object, got {type(fields).__name__}")
+    return fields
 
 
 def require_no_pickle(source: Path) -> None:
-    """Refuse weights that only unpickling, which runs any code, could read.
+    """Check that a folder's weights can be read without unpickling, which can run any code.
 
     Raises:
-        SeqmixError: there are such weights and no safetensors.
+        SeqmixError: the folder has pickled weights and no safetensors files.
     """
     files = [source] if source.is_file() else sorted(source.glob("*")) if source.is_dir() else []
     pickles = [file for file in files if file.suffix in PICKLES]
     if pickles and not any(file.suffix == ".safetensors" for file in files):
         raise SeqmixError(
-            f"{pickles[0]} is a pickle, which may run any code when it is read: where you trust it, write safetensors "
-            f"of it, by save_pretrained in transformers, or by safetensors.torch.save_file(torch.load("
+            f"{pickles[0]} is a pickle, which may run any code when it is read: if you trust it, convert it to "
+            f"safetensors, with save_pretrained in transformers or with safetensors.torch.save_file(torch.load("
             f"{pickles[0].name!r}, weights_only=True), {SAFETENSORS!r})"
         )
 
 
 def read_weights(source: Path) -> Mapping[str, Tensor]:
-    """All tensors of a folder's safetensors files.
+    """Read all tensors of a folder's safetensors files.
 
     Raises:
         SeqmixError: there are no such files, or one is damaged.
     """
     files = sorted(source.glob("*.safetensors"))
     if not files:
-        raise SeqmixError(f"{source} has no *.safetensors")
+        raise SeqmixError(f"{source} has no *.safetensors files")
     return read_tensors(files)[0]
 
 
 def require_size(source: Path, model: LanguageModel) -> None:
-    """Refuse a configuration of far more parameters than a folder's weights have bytes, before rules are made of it.
+    """Check that the configured model is not far larger than the weights, before its tensors are laid out.
 
     Raises:
-        SeqmixError: it has.
+        SeqmixError: the model has more than twice as many parameters as the weights have bytes.
     """
-    count = sum(parameter.numel() for parameter in model.parameters())  # a tied one once
+    count = sum(parameter.numel() for parameter in model.parameters())  # counts tied parameters once
     size = sum(file.stat().st_size for file in source.glob("*.safetensors") if file.is_file())
     if size and count > 2 * size:
         raise SeqmixError(
@@ -93,28 +97,33 @@ def require_size(source: Path, model: LanguageModel) -> None:
 
 
 def begin_token(vocabulary: bytes, file: Path, config: Mapping[str, Any]) -> str | None:
-    """The token of a tokenizer.json that opens a document in a configuration; None to add one.
+    """Return the token of a tokenizer.json that starts documents: the model's BOS or EOS token; None to add one.
+
+    Args:
+        vocabulary: the content of the tokenizer.json.
+        file: path of the tokenizer.json, for messages.
+        config: the fields of config.json.
 
     Raises:
-        SeqmixError: it is not a tokenizer, or the library that reads it is not installed.
+        SeqmixError: the file is not a tokenizer.json, or the library that reads it is not installed.
     """
-    SubwordTokenizer(vocabulary, file)  # from here on its added tokens are a list of ids with contents
-    ids = {token["id"]: token["content"] for token in json.loads(vocabulary).get("added_tokens") or []}
+    SubwordTokenizer(vocabulary, file)  # checks the structure that the next line relies on
+    contents = {token["id"]: token["content"] for token in json.loads(vocabulary).get("added_tokens") or []}
     for name in ("bos_token_id", "eos_token_id"):
-        chosen = config.get(name)
-        for number in chosen if isinstance(chosen, list) else [chosen]:
-            if number in ids:
-                return ids[number]
+        value = config.get(name)
+        for number in value if isinstance(value, list) else [value]:
+            if number in contents:
+                return contents[number]
     return None
 
 
 def write_run(
     out: Path, model: ModelConfig, tensors: Mapping[str, Tensor], vocabulary: bytes | None, begin: str | None
 ) -> None:
-    """A run directory with a checkpoint of step 0.
+    """Write a run directory with a checkpoint of step 0.
 
     Raises:
-        SeqmixError: the directory is taken or cannot be written.
+        SeqmixError: the directory exists already or cannot be written, or the model does not fit its tokenizer.
     """
     require_vacant(out, "--to")
     data = {} if vocabulary is None else {"tokenizer": str(out / TOKENIZER_FILE), "begin_token": begin}
@@ -122,17 +131,17 @@ def write_run(
     fields = {"model": model.model_dump(), "data": {"kind": "text", **data}, "training": training}
     try:
         run = RunConfig.model_validate(fields)
-    except ValidationError as error:  # text as bytes needs 257 tokens
+    except ValidationError as error:  # e.g. a vocabulary too small for bytes
         reason = "; ".join(each["msg"].removeprefix("Value error, ") for each in error.errors())
         raise SeqmixError(f"{out} cannot be a run: {reason}") from error
     saved_run.write_run(out, run, tensors, comment=COMMENT, vocabulary=vocabulary)
 
 
 def write_folder(out: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], vocabulary: bytes | None) -> None:
-    """A folder as the other library reads it.
+    """Write a model folder in the format of the other library.
 
     Raises:
-        SeqmixError: it is taken or cannot be written.
+        SeqmixError: the folder exists already or cannot be written.
     """
     require_vacant(out, "--to")
     with replacing_folder(out) as partial:

@@ -1,4 +1,4 @@
-"""Models of fla (flash-linear-attention): a mixer with separate projections and convolutions, and a gated network."""
+"""Models of fla (flash-linear-attention): mixers with separate projections and convolutions, and a gated network."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,15 +10,17 @@ from .layout import Part, part
 from .llama import BASE, PAIRS, norms, swiglu
 
 PROJECTIONS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "gate": "g_proj", "beta": "b_proj", "dt": "a_proj"}
-"""Their names of what is projected here in one product."""
+"""fla's names of the projections that seqmix computes in one product."""
 LOW_RANK = {"down.weight": "0.weight", "up.weight": "1.weight", "up.bias": "1.bias"}
-"""The tensors of a map of low rank with a bias."""
+"""Tensors of a low-rank map with a bias: seqmix's names and fla's."""
 GATES = {"swish": "swish", "silu": "swish", "sigmoid": "sigmoid"}
+"""Gate activations: fla's names and seqmix's."""
 NEGATIVE: dict[str, str | Field] = {"allow_neg_eigval": same("mixer.allow_neg_eigval", default=False)}
+"""Field of the delta-rule mixers that allows negative eigenvalues."""
 
 
-def convolved(*, default: bool = True) -> dict[str, str | Field]:
-    """The fields of the short convolution."""
+def convolution_fields(*, default: bool = True) -> dict[str, str | Field]:
+    """Return the fields of the short convolution; `default` is the default of `use_short_conv`."""
     used = same(
         "mixer.short_conv",
         default=default,
@@ -29,7 +31,7 @@ def convolved(*, default: bool = True) -> dict[str, str | Field]:
 
 
 def network_width(ratio: int) -> Field:
-    """The width of the network, by default a multiple of 256 near 2/3 of a ratio of d_model."""
+    """Make the field of the network's width; its default is 2/3 ratio d_model, rounded up to a multiple of 256."""
 
     def default(theirs: Mapping[str, Any]) -> int:
         return -(-int(theirs["hidden_size"] * (theirs.get("hidden_ratio") or ratio) * 2 / 3) // 256) * 256
@@ -38,7 +40,7 @@ def network_width(ratio: int) -> Field:
 
 
 class Fla(Architecture):
-    """What all these models share."""
+    """Base class of fla's models: shared fields and tensors."""
 
     library = "fla"
     shared = BASE | Table(
@@ -52,30 +54,34 @@ class Fla(Architecture):
             "attnres_block_size": only(None),
         },
     )
-    harmless = "attn_mode fuse_norm fuse_swiglu fuse_cross_entropy fuse_linear_cross_entropy use_l2warp hidden_ratio"
+    ignored_fields = (
+        "attn_mode fuse_norm fuse_swiglu fuse_cross_entropy fuse_linear_cross_entropy use_l2warp hidden_ratio"
+    )
     embedding = "model.embeddings.weight"
-    turned = ""
-    """The names of projections whose rows turn."""
+    rotated = ""
+    """Letters of the projections that are rotated (RoPE), of "qk"."""
 
     def block(self, block: Block) -> Layout:
         mixer: Any = block.mixer
         layout = norms("attn_norm", "mlp_norm") | swiglu("mlp") | {"mixer.out_proj.weight": "attn.o_proj.weight"}
-        layout["mixer.in_proj.weight"] = projections(mixer, "attn", self.turned)
+        layout["mixer.in_proj.weight"] = projections(mixer, "attn", self.rotated)
         if mixer.norm.weight is not None:
             layout["mixer.norm.weight"] = f"attn.{self.norm_of(mixer)}.weight"
-        return layout | (convolutions(mixer, "attn") if mixer.convolution is not None else {}) | self.further(mixer)
+        return (
+            layout | (convolutions(mixer, "attn") if mixer.convolution is not None else {}) | self.extra_tensors(mixer)
+        )
 
     def norm_of(self, mixer: Any) -> str:
-        """Their name of the norm of the output."""
+        """Return fla's name of the mixer's output norm."""
         return "o_norm"
 
-    def further(self, mixer: Any) -> Layout:
-        """Tensors of the mixer beyond projections, convolution and norm."""
+    def extra_tensors(self, mixer: Any) -> Layout:
+        """Return the layout of the mixer's tensors other than projections, convolution and norm."""
         return {}
 
 
-def attention_like(expand_k: float, expand_v: float) -> dict[str, str | Field]:
-    """Fields that RetNet and GLA share."""
+def retention_fields(expand_k: float, expand_v: float) -> dict[str, str | Field]:
+    """Return the fields that RetNet and GLA share, with these defaults of the expansions."""
     return {
         "expand_k": same("mixer.expand_k", default=expand_k),
         "expand_v": same("mixer.expand_v", default=expand_v),
@@ -87,48 +93,48 @@ def attention_like(expand_k: float, expand_v: float) -> dict[str, str | Field]:
 
 
 class GLA(Fla):
-    """Gated linear attention."""
+    """Gated linear attention (GLA) of fla."""
 
     name = "gla"
     model_type = "gla"
     class_name = "GLAForCausalLM"
     common = Fla.shared | Table(
         {"mixer.kind": "gla", "mixer.head_norm": "rms"},
-        attention_like(0.5, 1.0)
-        | convolved(default=False)
+        retention_fields(0.5, 1.0)
+        | convolution_fields(default=False)
         | {"use_gk": only(True), "use_gv": only(False), "clamp_min": only(None)},
     )
 
-    def renamed(self, values: Mapping[str, Any]) -> Mapping[str, str]:
-        # without fuse_norm the norm of a gated output has another name; the way back is the fused one
+    def tensor_aliases(self, values: Mapping[str, Any]) -> Mapping[str, str]:
+        # without fuse_norm, the norm of a gated output has another name; exports use the fused name
         return {".attn.g_norm.": ".attn.g_norm_swish_gate."} if values.get("use_output_gate", True) else {}
 
     def norm_of(self, mixer: Any) -> str:
         return "g_norm" if mixer.config.gate == "none" else "g_norm_swish_gate"
 
-    def further(self, mixer: Any) -> Layout:
+    def extra_tensors(self, mixer: Any) -> Layout:
         return {f"mixer.decay_proj.{ours}": f"attn.gk_proj.{theirs}" for ours, theirs in LOW_RANK.items()}
 
 
 class RetNet(GLA):
-    """fla's RetNet: turned as RoFormer's, RMS norms with weights, no row normaliser."""
+    """RetNet of fla: RoPE instead of xPos, RMS norms with weights, and no row normaliser."""
 
     name = "fla-retnet"
     model_type = "retnet"
     class_name = "RetNetForCausalLM"
     common = Fla.shared | Table(
         {"mixer.kind": "retention", "mixer.head_norm": "rms", "mixer.rotation": "rope", "mixer.row_norm": False},
-        attention_like(1.0, 2.0) | {"intermediate_size": network_width(2)},
+        retention_fields(1.0, 2.0) | {"intermediate_size": network_width(2)},
     )
-    harmless = Fla.harmless + " use_short_conv conv_size"  # its model has no convolution, whatever they say
-    turned = "qk"
+    ignored_fields = Fla.ignored_fields + " use_short_conv conv_size"  # fla's model never has a convolution
+    rotated = "qk"
 
-    def further(self, mixer: Any) -> Layout:
+    def extra_tensors(self, mixer: Any) -> Layout:
         return {}
 
 
 class DeltaNet(Fla):
-    """DeltaNet."""
+    """DeltaNet of fla."""
 
     name = "delta-net"
     model_type = "delta_net"
@@ -144,13 +150,16 @@ class DeltaNet(Fla):
             "use_beta": only(True),
             "use_output_norm": only(True),
         }
-        | convolved()
+        | convolution_fields()
         | NEGATIVE,
     )
 
 
-def widths(expand_v: float) -> dict[str, str | Field]:
-    """Widths of heads, which need not divide d_model; heads of values may share queries and keys."""
+def head_fields(expand_v: float) -> dict[str, str | Field]:
+    """Return the fields of heads and their widths, with this default of `expand_v`.
+
+    The widths need not divide d_model, and several value heads may share a query and key head.
+    """
     return {
         "num_v_heads": same(
             "mixer.n_heads",
@@ -175,15 +184,15 @@ def widths(expand_v: float) -> dict[str, str | Field]:
 
 
 class GatedDeltaNet(Fla):
-    """Gated DeltaNet."""
+    """Gated DeltaNet of fla."""
 
     name = "gated-deltanet"
     model_type = "gated_deltanet"
     class_name = "GatedDeltaNetForCausalLM"
     common = Fla.shared | Table(
         {"mixer.kind": "gated_delta_net"},
-        widths(2.0)
-        | convolved()
+        head_fields(2.0)
+        | convolution_fields()
         | NEGATIVE
         | {
             "output_gate_activation": same(
@@ -202,43 +211,46 @@ class GatedDeltaNet(Fla):
         },
     )
 
-    def further(self, mixer: Any) -> Layout:
+    def extra_tensors(self, mixer: Any) -> Layout:
         return {"mixer.decay.A_log": "attn.A_log", "mixer.decay.dt_bias": "attn.dt_bias"}
 
 
 class KDA(GatedDeltaNet):
-    """Kimi Delta Attention."""
+    """Kimi Delta Attention (KDA) of fla."""
 
     name = "kda"
     model_type = "kda"
     class_name = "KDAForCausalLM"
     common = Fla.shared | Table(
         {"mixer.kind": "kda", "mixer.gate": "sigmoid", "mixer.gate_bias": True},
-        widths(1.0) | convolved() | NEGATIVE | {"safe_gate": only(False), "lower_bound": only(None)},
+        head_fields(1.0) | convolution_fields() | NEGATIVE | {"safe_gate": only(False), "lower_bound": only(None)},
     )
 
-    def further(self, mixer: Any) -> Layout:
+    def extra_tensors(self, mixer: Any) -> Layout:
         names = {"decay_proj.down.weight": "f_proj.0.weight", "decay_proj.up.weight": "f_proj.1.weight"}
         names |= {f"gate_proj.{ours}": f"g_proj.{theirs}" for ours, theirs in LOW_RANK.items()}
         heads, size = mixer.decay.dt_bias.shape
         bias = part("attn.dt_bias", heads * size, pattern="(h k) -> h k", h=heads)
-        copied: Layout = {f"mixer.{ours}": f"attn.{theirs}" for ours, theirs in names.items()}
-        return copied | {"mixer.decay.A_log": "attn.A_log", "mixer.decay.dt_bias": bias}
+        layout: Layout = {f"mixer.{ours}": f"attn.{theirs}" for ours, theirs in names.items()}
+        return layout | {"mixer.decay.A_log": "attn.A_log", "mixer.decay.dt_bias": bias}
 
 
-def projections(mixer: Any, at: str, turned: str = "") -> tuple[Part, ...]:
-    """What is projected, one tensor of theirs each; of names in `turned`, pairs of rows lie side by side here."""
+def projections(mixer: Any, prefix: str, rotated: str = "") -> tuple[Part, ...]:
+    """Return the parts of the fused input projection, one tensor of fla per projection.
+
+    The rows of projections whose letter is in `rotated` are reordered, so that rotated pairs lie side by side.
+    """
     d_model = mixer.in_proj.in_features
     pairs = {"h": mixer.n_heads, "pair": 2}
     return tuple(
-        part(f"{at}.{PROJECTIONS[name]}.weight", rows, d_model, pattern=PAIRS if name in turned else "", **pairs)
+        part(f"{prefix}.{PROJECTIONS[name]}.weight", rows, d_model, pattern=PAIRS if name in rotated else "", **pairs)
         for name, rows in mixer.widths.items()
     )
 
 
-def convolutions(mixer: Any, at: str) -> Layout:
-    """Short convolutions of queries, keys and values, which are one here."""
+def convolutions(mixer: Any, prefix: str) -> Layout:
+    """Return the layout of the short convolutions of queries, keys and values, which seqmix fuses into one."""
     size = mixer.convolution.weight.shape[1]
     widths = mixer.widths
-    parts = (part(f"{at}.{name}_conv1d.weight", widths[name], 1, size, pattern="c 1 w -> c w") for name in "qkv")
+    parts = (part(f"{prefix}.{name}_conv1d.weight", widths[name], 1, size, pattern="c 1 w -> c w") for name in "qkv")
     return {"mixer.convolution.weight": tuple(parts)}

@@ -1,4 +1,4 @@
-"""Decoders of transformers that mix layers of attention with layers of another kind, some with mixtures of experts."""
+"""Hybrid decoders of transformers, which alternate attention with other mixers; some have mixtures of experts."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
@@ -12,7 +12,7 @@ from .architecture import Layout
 from .fields import Table, head_size, only, same, width
 from .fla import convolutions, projections
 from .layout import Part, part
-from .llama import HEADS, MODEL, ROPE, SILU, SWIGLU, Rotating, attention, norms, swiglu, turned_rows
+from .llama import HEADS, MODEL, ROPE, SILU, SWIGLU, Rotating, attention, norms, rotary_rows, swiglu
 from .mamba import convolution
 
 FULL = "full_attention"
@@ -32,19 +32,28 @@ DELTA = Table(
 )
 
 
-def experts_of(theirs: str, mixer: Any, names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")) -> Layout:
-    """Experts, each a tensor of theirs per product, transposed here."""
+def experts(prefix: str, ffn: Any, names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")) -> Layout:
+    """Return the layout of a mixture of experts.
+
+    The library has one tensor per expert and product; seqmix stacks them, transposed.
+
+    Args:
+        prefix: prefix of the library's tensor names.
+        ffn: the network of the block.
+        names: the library's names of the three products.
+    """
     layout: Layout = {}
     for ours, name in zip(("gate_proj", "up_proj", "down_proj"), names, strict=True):
-        n, d_in, d_out = getattr(mixer, ours).weight.shape
+        n, d_in, d_out = getattr(ffn, ours).weight.shape
         layout[f"ffn.{ours}.weight"] = tuple(
-            part(f"{theirs}.experts.{e}.{name}.weight", d_out, d_in, pattern="o i -> 1 i o") for e in range(n)
+            part(f"{prefix}.experts.{e}.{name}.weight", d_out, d_in, pattern="o i -> 1 i o") for e in range(n)
         )
-    return layout | {"ffn.router.weight": f"{theirs}.gate.weight"}
+    return layout | {"ffn.router.weight": f"{prefix}.gate.weight"}
 
 
 class Qwen3Next(Rotating):
-    """Gated DeltaNet and gated attention, partly turned; zero-centered norms; experts with a gated shared one."""
+    """Qwen3-Next: Gated DeltaNet and gated attention with partial rotation, zero-centered norms, and experts with a
+    gated shared expert."""
 
     name = "qwen3-next"
     model_type = "qwen3_next"
@@ -74,24 +83,24 @@ class Qwen3Next(Rotating):
             ),
         },
     }
-    harmless = "decoder_sparse_step full_attention_interval mlp_only_layers intermediate_size num_experts "
-    harmless += "use_sliding_window"
-    unread = r".*inv_freq|mtp\..*"  # layers that predict further tokens
+    ignored_fields = "decoder_sparse_step full_attention_interval mlp_only_layers intermediate_size num_experts "
+    ignored_fields += "use_sliding_window"
+    ignored_tensors = r".*inv_freq|mtp\..*"  # mtp: the layers of multi-token prediction
 
-    def unfolded(self, values: Mapping[str, Any], where: object) -> dict[str, Any]:
-        found = super().unfolded(values, where)
+    def expand_fields(self, values: Mapping[str, Any], where: object) -> dict[str, Any]:
+        fields = super().expand_fields(values, where)
         n = values.get("num_hidden_layers", 0)
-        if not found.get("layer_types"):
+        if not fields.get("layer_types"):
             interval = values.get("full_attention_interval", 4)
-            found["layer_types"] = [LINEAR if (i + 1) % interval else FULL for i in range(n)]
+            fields["layer_types"] = [LINEAR if (i + 1) % interval else FULL for i in range(n)]
         step = values.get("decoder_sparse_step", 1)
         dense = values.get("mlp_only_layers") or []
         sparse = [bool(values.get("num_experts")) and i not in dense and (i + 1) % step == 0 for i in range(n)]
-        return found | {"networks": ["sparse" if each else "dense" for each in sparse]}
+        return fields | {"networks": ["sparse" if is_sparse else "dense" for is_sparse in sparse]}
 
-    def folded(self, values: dict[str, Any]) -> dict[str, Any]:
+    def collapse_fields(self, values: dict[str, Any]) -> dict[str, Any]:
         dense = [i for i, kind in enumerate(values.pop("networks")) if kind == "dense"]
-        return super().folded(values) | {"mlp_only_layers": dense, "decoder_sparse_step": 1}
+        return super().collapse_fields(values) | {"mlp_only_layers": dense, "decoder_sparse_step": 1}
 
     def block(self, block: Block) -> Layout:
         mixer: Any = block.mixer
@@ -100,42 +109,46 @@ class Qwen3Next(Rotating):
         if block.ffn is None or not hasattr(ffn, "router"):
             return layout | swiglu("mlp")
         shared: Layout = {"ffn.shared_gate.weight": "mlp.shared_expert_gate.weight", "ffn.bias": ()}
-        return layout | experts_of("mlp", ffn) | swiglu("mlp.shared_expert", "ffn.shared") | shared
+        return layout | experts("mlp", ffn) | swiglu("mlp.shared_expert", "ffn.shared") | shared
 
     def attention(self, mixer: Any) -> Layout:
-        """Attention, whose queries and gates are one tensor: by head, a query and then its gate."""
+        """Return the layout of attention, whose queries and gates are one tensor: for each head its query, then its
+        gate."""
         heads = mixer.n_heads
         groups = mixer.n_kv_heads
         size = mixer.head_dim
         d_model = mixer.in_proj.in_features
-        both = ("self_attn.q_proj.weight", 2 * heads * size, d_model)
+        queries_and_gates = ("self_attn.q_proj.weight", 2 * heads * size, d_model)
         keys = ("self_attn.k_proj.weight", groups * size, d_model)
         return {
             "mixer.in_proj.weight": (
-                part(*both, index=turned_rows(heads, size, mixer.rotary_dim, 2 * size)),
-                part(*keys, index=turned_rows(groups, size, mixer.rotary_dim, size)),
+                part(*queries_and_gates, index=rotary_rows(heads, size, mixer.rotary_dim, 2 * size)),
+                part(*keys, index=rotary_rows(groups, size, mixer.rotary_dim, size)),
                 part("self_attn.v_proj.weight", groups * size, d_model),
-                part(*both, pattern="(h two k) d -> two (h k) d", index=1, h=heads, two=2),
+                part(*queries_and_gates, pattern="(h two k) d -> two (h k) d", index=1, h=heads, two=2),
             ),
             "mixer.out_proj.weight": "self_attn.o_proj.weight",
             **{
                 f"mixer.qk_norm.{name}_weight": part(
-                    f"self_attn.{name}_norm.weight", size, index=turned_rows(1, size, mixer.rotary_dim, size)
+                    f"self_attn.{name}_norm.weight", size, index=rotary_rows(1, size, mixer.rotary_dim, size)
                 )
                 for name in "qk"
             },
         }
 
     def delta(self, mixer: Any) -> Layout:
-        """Gated DeltaNet, whose rows are by head of keys: its query, key, values and gates; and its rates and steps."""
+        """Return the layout of Gated DeltaNet, whose projections are grouped by key head.
+
+        One tensor has, for each key head, its query, key, values and gates; another its write strengths and decays.
+        """
         groups = mixer.n_qk_heads
         d_model = mixer.in_proj.in_features
-        big = [mixer.widths[n] // groups for n in ("q", "k", "v", "gate")]
-        small = [mixer.n_heads // groups] * 2
+        qkvz_widths = [mixer.widths[n] // groups for n in ("q", "k", "v", "gate")]
+        ba_widths = [mixer.n_heads // groups] * 2
         return {
             "mixer.in_proj.weight": (
-                *by_group("linear_attn.in_proj_qkvz.weight", groups, big, d_model),
-                *by_group("linear_attn.in_proj_ba.weight", groups, small, d_model),
+                *split_groups("linear_attn.in_proj_qkvz.weight", groups, qkvz_widths, d_model),
+                *split_groups("linear_attn.in_proj_ba.weight", groups, ba_widths, d_model),
             ),
             "mixer.decay.A_log": "linear_attn.A_log",
             "mixer.decay.dt_bias": "linear_attn.dt_bias",
@@ -145,15 +158,22 @@ class Qwen3Next(Rotating):
         }
 
 
-def by_group(name: str, groups: int, widths: list[int], d_model: int) -> Iterator[Part]:
-    """What a tensor has for each group of rows one after another, as one tensor each."""
+def split_groups(name: str, groups: int, widths: list[int], d_model: int) -> Iterator[Part]:
+    """Split a tensor whose rows are grouped into one part for each kind of rows.
+
+    Args:
+        name: name of the tensor.
+        groups: number of groups.
+        widths: number of rows of each kind in a group.
+        d_model: columns of the tensor.
+    """
     rows = torch.arange(groups * sum(widths))
-    for each in rows.view(groups, -1).split(widths, dim=1):
-        yield part(name, len(rows), d_model, index=tuple(each.flatten().tolist()))
+    for kind_rows in rows.view(groups, -1).split(widths, dim=1):
+        yield part(name, len(rows), d_model, index=tuple(kind_rows.flatten().tolist()))
 
 
 class MiniMax(Rotating):
-    """MiniMax-01: lightning and softmax attention, norms on the stream, experts without balance."""
+    """MiniMax-01: lightning and softmax attention, norms on the residual stream, and experts without load balancing."""
 
     name = "minimax"
     model_type = "minimax"
@@ -185,42 +205,42 @@ class MiniMax(Rotating):
             ),
         }
     }
-    harmless = "block_size router_jitter_noise"
-    unread = r".*(inv_freq|slope_rate|(query|key|diagonal)_decay)"
+    ignored_fields = "block_size router_jitter_noise"
+    ignored_tensors = r".*(inv_freq|slope_rate|(query|key|diagonal)_decay)"
 
     def block(self, block: Block) -> Layout:
         mixer: Any = block.mixer
-        layout = norms() | experts_of("block_sparse_moe", block.ffn, ("w1", "w3", "w2")) | {"ffn.bias": ()}
+        layout = norms() | experts("block_sparse_moe", block.ffn, ("w1", "w3", "w2")) | {"ffn.bias": ()}
         if mixer.kind == "attention":
             return layout | attention(mixer)
         return layout | self.lightning(mixer)
 
     def lightning(self, mixer: Any) -> Layout:
-        """Lightning attention, whose rows are by head: its query, key and values."""
+        """Return the layout of lightning attention, whose rows are grouped by head: its query, key and value."""
         rows = [mixer.key_dim, mixer.key_dim, mixer.value_dim]
         d_model = mixer.in_proj.in_features
         gate = mixer.widths["gate"]
         return {
             "mixer.in_proj.weight": (
-                *by_group("self_attn.qkv_proj.weight", mixer.n_heads, rows, d_model),
+                *split_groups("self_attn.qkv_proj.weight", mixer.n_heads, rows, d_model),
                 part("self_attn.output_gate.weight", gate, d_model),
             ),
             "mixer.norm.weight": "self_attn.norm.weight",
             "mixer.out_proj.weight": "self_attn.out_proj.weight",
         }
 
-    def derived(self, model: LanguageModel) -> dict[str, Tensor]:
-        found = {}
+    def computed_tensors(self, model: LanguageModel) -> dict[str, Tensor]:
+        tensors = {}
         for i, block in enumerate(model.blocks):
             mixer: Any = block.mixer
             if mixer.kind == "lightning":
-                own = minimax_decays(mixer.n_heads, i, len(model.blocks))
-                found |= {f"{self.layers}.{i}.self_attn.{name}": x for name, x in own.items()}
-        return found
+                decays = minimax_decays(mixer.n_heads, i, len(model.blocks))
+                tensors |= {f"{self.layers}.{i}.self_attn.{name}": x for name, x in decays.items()}
+        return tensors
 
 
 def minimax_decays(heads: int, layer: int, layers: int, size: int = 256) -> dict[str, Tensor]:
-    """Its decays of a layer inside blocks of its default size."""
+    """Compute the decay buffers of a lightning layer of MiniMax, for blocks of `size` tokens (256 by default)."""
     slopes = (1 / (2 ** (8 / heads))) ** (torch.arange(heads) + 1) * (1 - layer / (layers - 1 + 1e-5) + 1e-5)
     slopes = slopes[:, None, None]
     n = torch.arange(size) + 1
@@ -234,7 +254,7 @@ def minimax_decays(heads: int, layer: int, layers: int, size: int = 256) -> dict
 
 
 class OlmoHybrid(Rotating):
-    """OLMo Hybrid: Gated DeltaNet, and attention whose norms are on the branches' outputs."""
+    """OLMo Hybrid: Gated DeltaNet with norms at the branches' inputs, and attention with norms at their outputs."""
 
     name = "olmo-hybrid"
     model_type = "olmo_hybrid"
@@ -254,33 +274,33 @@ class OlmoHybrid(Rotating):
             ),
         }
     }
-    harmless = "linear_a_log_max linear_a_log_min linear_dt_init_floor linear_dt_max linear_dt_min"
+    ignored_fields = "linear_a_log_max linear_a_log_min linear_dt_init_floor linear_dt_max linear_dt_min"
     aliases: ClassVar = {
         ".input_layernorm.": ".attention_layer_norm.",
         ".post_attention_layernorm.": ".feedforward_layer_norm.",
     }
 
-    def unfolded(self, values: Mapping[str, Any], where: object) -> dict[str, Any]:
-        found = super().unfolded(values, where)
-        return found | {"positions": "none" if found.get("rope_theta") is None else "rope"}
+    def expand_fields(self, values: Mapping[str, Any], where: object) -> dict[str, Any]:
+        fields = super().expand_fields(values, where)
+        return fields | {"positions": "none" if fields.get("rope_theta") is None else "rope"}
 
-    def folded(self, values: dict[str, Any]) -> dict[str, Any]:
+    def collapse_fields(self, values: dict[str, Any]) -> dict[str, Any]:
         if values.pop("positions", "rope") == "none":
             del values["rope_theta"]
-        return super().folded(values)
+        return super().collapse_fields(values)
 
     def block(self, block: Block) -> Layout:
         mixer: Any = block.mixer
         if mixer.kind == "attention":
-            shapes = {"q": mixer.n_heads, "k": mixer.n_kv_heads}
-            weights: Layout = {
+            heads = {"q": mixer.n_heads, "k": mixer.n_kv_heads}
+            qk_norms: Layout = {
                 f"mixer.qk_norm.{name}_weight": part(
                     f"self_attn.{name}_norm.weight", n * mixer.head_dim, pattern="(h pair k) -> h (k pair)", h=n, pair=2
                 )
-                for name, n in shapes.items()
+                for name, n in heads.items()
             }
-            placed = norms("feedforward_layer_norm", "post_feedforward_layernorm")
-            return placed | swiglu("mlp") | attention(mixer) | weights
+            block_norms = norms("feedforward_layer_norm", "post_feedforward_layernorm")
+            return block_norms | swiglu("mlp") | attention(mixer) | qk_norms
         layout: Layout = {
             "mixer.in_proj.weight": projections(mixer, "linear_attn"),
             "mixer.decay.A_log": "linear_attn.A_log",
@@ -288,5 +308,5 @@ class OlmoHybrid(Rotating):
             "mixer.norm.weight": "linear_attn.o_norm.weight",
             "mixer.out_proj.weight": "linear_attn.o_proj.weight",
         }
-        placed = norms("attention_layer_norm", "feedforward_layer_norm")
-        return placed | swiglu("mlp") | layout | convolutions(mixer, "linear_attn")
+        block_norms = norms("attention_layer_norm", "feedforward_layer_norm")
+        return block_norms | swiglu("mlp") | layout | convolutions(mixer, "linear_attn")

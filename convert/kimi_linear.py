@@ -1,4 +1,4 @@
-"""Kimi Linear of transformers: KDA and latent attention without positions, experts from some layer on."""
+"""Kimi Linear of transformers: KDA and latent attention without positions; later layers have mixtures of experts."""
 
 from typing import Any, ClassVar
 
@@ -6,7 +6,7 @@ from ..blocks import Block
 from .architecture import Architecture, Layout
 from .fields import Table, head_size, only, same, width
 from .fla import convolutions, projections
-from .hybrids import FULL, LINEAR, experts_of
+from .hybrids import FULL, LINEAR, experts
 from .layout import part
 from .llama import MODEL, SILU, SWIGLU, norms, swiglu
 
@@ -49,7 +49,7 @@ EXPERTS = Table(
 
 
 class KimiLinear(Architecture):
-    """Kimi Linear."""
+    """Kimi Linear of transformers."""
 
     name = "kimi-linear"
     model_type = "kimi_linear"
@@ -59,7 +59,7 @@ class KimiLinear(Architecture):
         "layer_types": {FULL: LATENT, LINEAR: KDA},
         "mlp_layer_types": {"dense": SWIGLU, "sparse": EXPERTS},
     }
-    harmless = "head_dim qk_head_dim"
+    ignored_fields = "head_dim qk_head_dim"
     aliases: ClassVar = {".mlp.": ".block_sparse_moe."}
 
     def block(self, block: Block) -> Layout:
@@ -70,31 +70,33 @@ class KimiLinear(Architecture):
             return layout | swiglu("block_sparse_moe")
         shared = swiglu("block_sparse_moe.shared_experts", "ffn.shared") if ffn.shared is not None else {}
         bias: Layout = {"ffn.bias": "block_sparse_moe.gate.e_score_correction_bias"}
-        return layout | experts_of("block_sparse_moe", ffn, ("w1", "w3", "w2")) | shared | bias
+        return layout | experts("block_sparse_moe", ffn, ("w1", "w3", "w2")) | shared | bias
 
     def latent(self, mixer: Any) -> Layout:
-        """Latent attention."""
+        """Return the layout of latent attention."""
         d_model = mixer.in_proj.in_features
         widths = mixer.widths
-        low = mixer.q_up is not None
-        first = part(f"self_attn.q_{'a_' if low else ''}proj.weight", widths["q"], d_model)
+        low_rank_queries = mixer.q_up is not None
+        queries = part(f"self_attn.q_{'a_' if low_rank_queries else ''}proj.weight", widths["q"], d_model)
         latents = part("self_attn.kv_a_proj_with_mqa.weight", widths["latent"] + widths["rotary"], d_model)
-        queries: Layout = {"mixer.q_norm.weight": "self_attn.q_a_layernorm.weight"}
-        queries |= {"mixer.q_up.weight": "self_attn.q_b_proj.weight"}
-        return (queries if low else {}) | {
-            "mixer.in_proj.weight": (first, latents),
+        layout: Layout = {}
+        if low_rank_queries:
+            layout["mixer.q_norm.weight"] = "self_attn.q_a_layernorm.weight"
+            layout["mixer.q_up.weight"] = "self_attn.q_b_proj.weight"
+        return layout | {
+            "mixer.in_proj.weight": (queries, latents),
             "mixer.kv_norm.weight": "self_attn.kv_a_layernorm.weight",
             "mixer.kv_up.weight": "self_attn.kv_b_proj.weight",
             "mixer.out_proj.weight": "self_attn.o_proj.weight",
         }
 
     def kda(self, mixer: Any) -> Layout:
-        """KDA."""
+        """Return the layout of KDA."""
         heads, size = mixer.decay.dt_bias.shape
         names = {"decay_proj.down": "f_a_proj", "decay_proj.up": "f_b_proj", "gate_proj.down": "g_a_proj"}
         names |= {"gate_proj.up": "g_b_proj", "norm": "o_norm", "out_proj": "o_proj"}
-        copied: Layout = {f"mixer.{ours}.weight": f"self_attn.{theirs}.weight" for ours, theirs in names.items()}
-        return copied | {
+        layout: Layout = {f"mixer.{ours}.weight": f"self_attn.{theirs}.weight" for ours, theirs in names.items()}
+        return layout | {
             "mixer.in_proj.weight": projections(mixer, "self_attn"),
             "mixer.decay.A_log": part("self_attn.A_log", 1, 1, heads, 1, pattern="a b h c -> (a b h c)"),
             "mixer.decay.dt_bias": part("self_attn.dt_bias", heads * size, pattern="(h k) -> h k", h=heads),

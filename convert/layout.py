@@ -1,7 +1,7 @@
-"""Tensors of another library laid out as those of a model here, and back, bit for bit.
+"""Rearrange tensors of another library into those of a seqmix model, and back, bit for bit.
 
-Each tensor here is stated once, as parts of theirs one after another. The way back needs no statement: what the parts
-do to the positions of numbers says where each number came from.
+A rule states each seqmix tensor as a concatenation of parts of the other library's tensors. The way back needs no
+declaration: applying the rules to tensors of positions shows where each number comes from.
 """
 
 import math
@@ -19,69 +19,79 @@ from ..registry import SeqmixError, nearest
 
 @dataclass(frozen=True)
 class Part:
-    """A tensor of theirs, or what a pattern makes of it."""
+    """A tensor of the other library, rearranged by a pattern, or selected entries of it."""
 
     name: str
+    """Name of the other library's tensor."""
     shape: tuple[int, ...]
+    """Shape of the other library's tensor."""
     pattern: str = ""
-    """As `einops.repeat` has it; empty for the tensor as it is."""
+    """Pattern of `einops.repeat`; empty leaves the tensor unchanged."""
     index: int | tuple[int, ...] | None = None
-    """Which entry of the first dimension of the result, or which and in which order; None for all."""
+    """Entry of the first dimension to select after the pattern, or entries in their new order; None for all."""
     sizes: Mapping[str, int] = field(default_factory=dict)
     """Sizes of the pattern's dimensions."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The part of their tensor."""
-        made = repeat(x, self.pattern, **self.sizes) if self.pattern else x
-        return made if self.index is None else made[list(self.index) if isinstance(self.index, tuple) else self.index]
+        """Apply the part to the other library's tensor."""
+        rearranged = repeat(x, self.pattern, **self.sizes) if self.pattern else x
+        if self.index is None:
+            return rearranged
+        return rearranged[list(self.index) if isinstance(self.index, tuple) else self.index]
 
     @property
     def action(self) -> str:
-        """What is done, in words."""
+        """A short description of the rearrangement, for the printed plan."""
         sizes = ", ".join(f"{name} = {size}" for name, size in self.sizes.items() if name in self.pattern)
         if isinstance(self.index, tuple):
-            return f"rows {_rows(self.index)}"
+            return f"rows {_format_rows(self.index)}"
         entry = "" if self.index is None else f", entry {self.index}"
         return f"{self.pattern}{f' ({sizes})' if sizes else ''}{entry}" if self.pattern else "as it is"
 
 
 def part(name: str, *shape: int, pattern: str = "", index: int | tuple[int, ...] | None = None, **sizes: int) -> Part:
-    """A part of their tensor of this name and shape."""
+    """Make a part of the other library's tensor with this name and shape."""
     return Part(name, shape, pattern, index, sizes)
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A tensor here: parts of theirs, concatenated along `dim`; zeros where there are none."""
+    """Origin of a seqmix tensor: parts concatenated along `dim`, or zeros if there are no parts."""
 
     name: str
+    """Name of the seqmix tensor."""
     shape: tuple[int, ...]
+    """Shape of the seqmix tensor."""
     parts: tuple[Part, ...]
     dim: int = 0
 
     def __call__(self, theirs: Mapping[str, Tensor]) -> Tensor:
-        """The tensor here, of theirs by name."""
-        made = [part(theirs[part.name]) for part in self.parts]
-        if not made:
+        """Compute the seqmix tensor from the other library's tensors."""
+        tensors = [part(theirs[part.name]) for part in self.parts]
+        if not tensors:
             return torch.zeros(self.shape)
-        return made[0] if len(made) == 1 else torch.cat(made, self.dim)
+        return tensors[0] if len(tensors) == 1 else torch.cat(tensors, self.dim)
 
     @property
     def sources(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of their tensors that take part, by name."""
+        """Names and shapes of the other library's tensors that this rule reads."""
         return {part.name: part.shape for part in self.parts}
 
 
 def to_ours(
-    rules: Iterable[Rule], theirs: Mapping[str, Tensor], where: object, unread: str, copies: Mapping[str, str]
+    rules: Iterable[Rule], theirs: Mapping[str, Tensor], where: object, ignored_tensors: str, copies: Mapping[str, str]
 ) -> dict[str, Tensor]:
-    """All tensors of a model here, of theirs by name.
+    """Compute all tensors of a seqmix model from the other library's tensors.
 
-    Names that match `unread` carry nothing: buffers that their code computes. `copies` are names of theirs that may be
-    there once more, and the tensors that they repeat.
+    Args:
+        rules: the rule of every seqmix tensor.
+        theirs: the other library's tensors by name.
+        where: name of their folder in messages.
+        ignored_tensors: regular expression of names to ignore: buffers that the library computes.
+        copies: names of tied tensors that may be saved a second time, and the tensors that they must equal.
 
     Raises:
-        SeqmixError: a tensor is missing, has another shape than the configuration says, or is left over.
+        SeqmixError: a tensor is missing, has a shape that does not match config.json, or is not used by any rule.
     """
     rules = list(rules)
     sources = {name: shape for rule in rules for name, shape in rule.sources.items()}
@@ -90,23 +100,25 @@ def to_ours(
             raise SeqmixError(f"{where} lacks the tensor {name}, of shape {list(shape)}{nearest(name, theirs)}")
         if theirs[name].shape != shape:
             raise SeqmixError(
-                f"{where}: the tensor {name} has shape {list(theirs[name].shape)}, by config.json {list(shape)}"
+                f"{where}: the tensor {name} must have shape {list(shape)} by config.json, got "
+                f"{list(theirs[name].shape)}"
             )
     for name in sorted(theirs.keys() - sources.keys()):
         if name in copies and torch.equal(theirs[name], theirs[copies[name]]):
             continue
-        if not re.fullmatch(unread, name):
+        if not re.fullmatch(ignored_tensors, name):
             raise SeqmixError(
-                f"{where} has a tensor {name} of shape {list(theirs[name].shape)}, which nothing here takes"
+                f"{where} has a tensor without a counterpart in seqmix: {name} of shape {list(theirs[name].shape)}"
             )
     return {rule.name: rule(theirs).contiguous() for rule in rules}
 
 
 def to_theirs(rules: Iterable[Rule], ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """All tensors of their model.
+    """Compute all tensors of the other library's model from those of a seqmix model.
 
     Raises:
-        SeqmixError: a tensor here differs where theirs has one number for several places.
+        SeqmixError: a seqmix tensor has different numbers at places that share one number in the other library, or is
+            not zero although the other library has no such tensor.
     """
     theirs: dict[str, Tensor] = {}
     rules = list(rules)
@@ -119,64 +131,67 @@ def to_theirs(rules: Iterable[Rule], ours: Mapping[str, Tensor]) -> dict[str, Te
         if len(rule.parts) == 1 and rule.parts[0].action == "as it is":
             theirs[rule.parts[0].name] = x
             continue
-        # where each number of x lies in theirs, one after another
+        # apply the rule to the positions of their numbers: it then tells where each number of x comes from
         positions = torch.arange(sum(sizes.values())).split(list(sizes.values()))
-        places = {name: at.view(rule.sources[name]) for name, at in zip(sizes, positions, strict=True)}
-        taken = rule(places).flatten()
+        places = {name: flat.view(rule.sources[name]) for name, flat in zip(sizes, positions, strict=True)}
+        used = rule(places).flatten()
         numbers = x.new_zeros(sum(sizes.values()))
+        numbers[used] = x.flatten()
         known = torch.zeros(sum(sizes.values()), dtype=torch.bool)
-        numbers[taken], known[taken] = x.flatten(), True
-        for name, at in places.items():
-            theirs.setdefault(name, x.new_zeros(at.shape))[known[at]] = numbers[at][known[at]]
-            missing[name] = missing.get(name, torch.ones(at.shape, dtype=torch.bool)) & ~known[at]
+        known[used] = True
+        for name, place in places.items():
+            theirs.setdefault(name, x.new_zeros(place.shape))[known[place]] = numbers[place][known[place]]
+            missing[name] = missing.get(name, torch.ones(place.shape, dtype=torch.bool)) & ~known[place]
     for rule in rules:
         if not torch.equal(rule(theirs), ours[rule.name]):
             raise SeqmixError(
-                f"{rule.name} differs between heads that have one and the same part of {', '.join(rule.sources)}"
+                f"{rule.name} differs between heads that must share the same part of {', '.join(rule.sources)}"
                 if rule.parts
-                else f"{rule.name} is not zero, and theirs has no such tensor"
+                else f"{rule.name} must be zero, because the other library has no such tensor"
             )
     assert not any(places.any() for places in missing.values()), "a declaration leaves a part of a tensor out"
     return {name: x.contiguous() for name, x in theirs.items()}
 
 
 def plan(rules: Iterable[Rule]) -> list[tuple[str, str, str, str]]:
-    """Rows of a table: a tensor here, its shape, a tensor of theirs with its shape, what is done; layers and experts
-    once."""
+    """Return the rows of the printed conversion plan, with equal layers and experts merged.
+
+    Each row has a seqmix tensor, its shape, the other library's tensor with its shape, and the rearrangement.
+    """
     rows: dict[tuple[str, str, str, str], list[str]] = {}
     for rule in rules:
-        at = re.search(r"\.(\d+)\.", rule.name)
-        done = 0
-        for (source, shape, action), same in groupby(rule.parts, key=lambda each: _described(each, bool(at))):
-            first = done + 1
-            done = done + len(list(same))
-            several = f"{first} to {done}" if done > first else f"{first}"
-            joined = f"part {several} of {len(rule.parts)}: " if len(rule.parts) > 1 else ""
+        layer = re.search(r"\.(\d+)\.", rule.name)
+        last = 0
+        for (source, shape, action), equal_parts in groupby(rule.parts, key=lambda x: _describe(x, bool(layer))):
+            first = last + 1
+            last = last + len(list(equal_parts))
+            numbers = f"{first} to {last}" if last > first else f"{first}"
+            heading = f"part {numbers} of {len(rule.parts)}: " if len(rule.parts) > 1 else ""
             name = re.sub(r"\.\d+\.", ".N.", rule.name, count=1)
-            row = (name, _shape(rule.shape), f"{source} {_shape(shape)}", joined + action)
-            rows.setdefault(row, []).extend([at[1]] if at else [])
-    return [(_at(name, layers), *row[1:]) for row, layers in rows.items() for name in row[:1]]
+            row = (name, _format_shape(rule.shape), f"{source} {_format_shape(shape)}", heading + action)
+            rows.setdefault(row, []).extend([layer[1]] if layer else [])
+    return [(_insert_layers(row[0], layers), *row[1:]) for row, layers in rows.items()]
 
 
-def _described(each: Part, layered: bool) -> tuple[str, tuple[int, ...], str]:
-    """The name of a part without the numbers of its layer and expert, its shape, and what is done."""
-    name = re.sub(r"\.\d+\.", ".N.", each.name, count=1) if layered else each.name
-    return re.sub(r"(\.experts)\.\d+\.", r"\1.E.", name), each.shape, each.action
+def _describe(source: Part, layered: bool) -> tuple[str, tuple[int, ...], str]:
+    """Return a part's tensor name without layer and expert numbers, its shape, and its rearrangement."""
+    name = re.sub(r"\.\d+\.", ".N.", source.name, count=1) if layered else source.name
+    return re.sub(r"(\.experts)\.\d+\.", r"\1.E.", name), source.shape, source.action
 
 
-def _rows(index: tuple[int, ...]) -> str:
-    """The first ranges of rows."""
+def _format_rows(index: tuple[int, ...]) -> str:
+    """Format row numbers as ranges, at most four."""
     starts = [i for i, row in enumerate(index) if i == 0 or row != index[i - 1] + 1]
     ends = [*(i - 1 for i in starts[1:]), len(index) - 1]
     ranges = [f"{index[i]}-{index[j]}" if j > i else f"{index[i]}" for i, j in zip(starts, ends, strict=True)]
     return ", ".join(ranges[:4]) + (", ..." if len(ranges) > 4 else "")
 
 
-def _at(name: str, layers: list[str]) -> str:
-    """A name with the layers that it stands for."""
-    several = ",".join(layers) if len(layers) < 4 else f"{layers[0]},{layers[1]},...,{layers[-1]}"
-    return name.replace(".N.", f".{{{several}}}." if len(layers) > 1 else f".{several}.", 1)
+def _insert_layers(name: str, layers: list[str]) -> str:
+    """Replace the N in a name by the numbers of the layers that it stands for."""
+    numbers = ",".join(layers) if len(layers) < 4 else f"{layers[0]},{layers[1]},...,{layers[-1]}"
+    return name.replace(".N.", f".{{{numbers}}}." if len(layers) > 1 else f".{numbers}.", 1)
 
 
-def _shape(shape: tuple[int, ...]) -> str:
+def _format_shape(shape: tuple[int, ...]) -> str:
     return f"[{' '.join(map(str, shape))}]"

@@ -1,4 +1,4 @@
-"""Llama, Mistral and Qwen3 of transformers, and what other architectures share with them."""
+"""Llama, Mistral, Qwen2 and Qwen3 of transformers, and tables and layouts that other architectures share with them."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -7,9 +7,9 @@ import torch
 
 from ..blocks import Block
 from .architecture import Architecture, Layout
-from .fields import Table, choice, refusal, same, width
+from .fields import Table, choice, same, unsupported_value, width
 from .layout import Part, part
-from .theirs import Rotation, typed
+from .theirs import Rotation, validate_types
 
 BASE = Table(
     {"norm.kind": "rmsnorm"},
@@ -20,7 +20,7 @@ BASE = Table(
         "tie_word_embeddings": same("tie_embeddings", default=False),
     },
 )
-"""What is the same everywhere."""
+"""Fields that have the same names in most architectures."""
 MODEL = BASE | Table({}, {"rms_norm_eps": same("norm.eps", default=1e-6)})
 SILU = choice("ffn.activation", {"silu": "silu", "swish": "silu"}, "silu")
 SWIGLU = Table({"ffn.kind": "swiglu"}, {"intermediate_size": width("ffn.expansion"), "hidden_act": SILU})
@@ -47,41 +47,44 @@ SCALINGS: Mapping[str, tuple[str, ...]] = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_length"),
 }
-"""By `rope_type`, the fields of a scaling here; theirs has one other name, below."""
+"""seqmix's fields of a RoPE scaling, by `rope_type`."""
 LENGTHS = {"original_length": "original_max_position_embeddings"}
+"""Scaling fields that transformers names differently."""
 BIASES = choice("mixer.bias", {False: "none", True: "all"}, default=False)
 PAIRS = "(h pair k) d -> (h k pair) d"
-"""Rows of heads: theirs turn pairs (j, j + K/2) of dimensions, ours (2j, 2j + 1)."""
+"""Reorders the rows of heads: transformers rotates pairs (j, j + K/2) of dimensions, seqmix pairs (2j, 2j + 1)."""
 
 
 class Rotating(Architecture):
-    """An architecture whose rotation has a field of its own fields."""
+    """An architecture with RoPE, whose parameters are nested in `rope_parameters` or `rope_scaling`."""
 
-    def unfolded(self, values: Mapping[str, Any], where: object) -> dict[str, Any]:
+    def expand_fields(self, values: Mapping[str, Any], where: object) -> dict[str, Any]:
         plain = {name: x for name, x in values.items() if name not in ("rope_parameters", "rope_scaling")}
-        rope = typed(values.get("rope_parameters") or values.get("rope_scaling") or {}, f"{where}: rope", Rotation)
+        rope = validate_types(
+            values.get("rope_parameters") or values.get("rope_scaling") or {}, f"{where}: rope", Rotation
+        )
         kind = rope.pop("rope_type", rope.pop("type", "default"))
         known = {name: rope.pop(name) for name in ("rope_theta", "partial_rotary_factor") if name in rope}
         if kind == "llama3" and "max_position_embeddings" in values:
             rope.setdefault("original_max_position_embeddings", values["max_position_embeddings"])
         fields = {name: LENGTHS.get(name, name) for name in SCALINGS.get(kind, ())}
         if (kind != "default" and kind not in SCALINGS) or rope.keys() != set(fields.values()):
-            allowed = "rope_type = default, linear or llama3, with the fields of these"
-            raise refusal(where, "rope_parameters", {"rope_type": kind, **rope}, allowed)
+            allowed = "of rope_type default, linear or llama3, with the fields of that type only,"
+            raise unsupported_value(where, "rope_parameters", {"rope_type": kind, **rope}, allowed)
         if fields:
             known["scaling"] = {"kind": kind, **{ours: rope[name] for ours, name in fields.items()}}
         return plain | known
 
-    def folded(self, values: dict[str, Any]) -> dict[str, Any]:
-        # at the top too, where versions before 5 read them
-        own = {name: values[name] for name in ("rope_theta", "partial_rotary_factor") if name in values}
+    def collapse_fields(self, values: dict[str, Any]) -> dict[str, Any]:
+        # the top level keeps them too, because versions of transformers before 5 read them there
+        rope = {name: values[name] for name in ("rope_theta", "partial_rotary_factor") if name in values}
         scaling = dict(values.pop("scaling", None) or {"kind": "default"})
-        own |= {"rope_type": scaling.pop("kind"), **{LENGTHS.get(name, name): x for name, x in scaling.items()}}
-        return values | ({"rope_parameters": own} if "rope_theta" in values or scaling else {})
+        rope |= {"rope_type": scaling.pop("kind"), **{LENGTHS.get(name, name): x for name, x in scaling.items()}}
+        return values | ({"rope_parameters": rope} if "rope_theta" in values or scaling else {})
 
 
 class Llama(Rotating):
-    """Llama."""
+    """Llama of transformers."""
 
     name = "llama"
     model_type = "llama"
@@ -100,7 +103,7 @@ class Llama(Rotating):
 
 
 class Mistral(Llama):
-    """Llama with a window."""
+    """Mistral: Llama with a sliding window."""
 
     name = "mistral"
     model_type = "mistral"
@@ -109,7 +112,7 @@ class Mistral(Llama):
 
 
 class Qwen2(Llama):
-    """Llama with biases of queries, keys and values; some layers may have a window."""
+    """Qwen2: Llama with biases of queries, keys and values; some layers may have a sliding window."""
 
     name = "qwen2"
     model_type = "qwen2"
@@ -121,20 +124,20 @@ class Qwen2(Llama):
             "sliding_attention": Table({}, {"sliding_window": "mixer.window"}),
         }
     }
-    harmless = "max_window_layers use_sliding_window"
+    ignored_fields = "max_window_layers use_sliding_window"
 
-    def unfolded(self, values: Mapping[str, Any], where: object) -> dict[str, Any]:
-        full = {"layer_types": ["full_attention"] * values.get("num_hidden_layers", 0)}
-        return super().unfolded(full | {name: x for name, x in values.items() if x is not None}, where)
+    def expand_fields(self, values: Mapping[str, Any], where: object) -> dict[str, Any]:
+        default = {"layer_types": ["full_attention"] * values.get("num_hidden_layers", 0)}
+        return super().expand_fields(default | {name: x for name, x in values.items() if x is not None}, where)
 
-    def folded(self, values: dict[str, Any]) -> dict[str, Any]:
-        full = values["layer_types"].count("full_attention")
-        windows = {"use_sliding_window": full < len(values["layer_types"]), "max_window_layers": full}
-        return super().folded(values) | windows
+    def collapse_fields(self, values: dict[str, Any]) -> dict[str, Any]:
+        n_full = values["layer_types"].count("full_attention")
+        windows = {"use_sliding_window": n_full < len(values["layer_types"]), "max_window_layers": n_full}
+        return super().collapse_fields(values) | windows
 
 
 class Qwen3(Qwen2):
-    """Qwen2 with norms of queries and keys instead of biases."""
+    """Qwen3: Qwen2 with norms of queries and keys instead of biases."""
 
     name = "qwen3"
     model_type = "qwen3"
@@ -143,55 +146,69 @@ class Qwen3(Qwen2):
 
 
 def norms(mixer: str = "input_layernorm", ffn: str = "post_attention_layernorm") -> Layout:
-    """The norms of the mixer and of the network."""
+    """Return the layout of the norms of the mixer and of the network, from the library's names."""
     return {"mixer_norm.weight": f"{mixer}.weight", "ffn_norm.weight": f"{ffn}.weight"}
 
 
 def swiglu(
-    theirs: str,
+    prefix: str,
     ours: str = "ffn",
     names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
     *,
     bias: bool = False,
 ) -> Layout:
-    """A gated network."""
-    mine = ("gate_proj", "up_proj", "down_proj")
+    """Return the layout of a gated network.
+
+    Args:
+        prefix: prefix of the library's tensor names.
+        ours: prefix of the seqmix tensor names.
+        names: the library's names of the three products.
+        bias: True if the products have biases.
+    """
+    our_names = ("gate_proj", "up_proj", "down_proj")
     return {
-        f"{ours}.{each}.{kind}": f"{theirs}.{name}.{kind}"
-        for each, name in zip(mine, names, strict=True)
+        f"{ours}.{our_name}.{kind}": f"{prefix}.{name}.{kind}"
+        for our_name, name in zip(our_names, names, strict=True)
         for kind in (("weight", "bias") if bias else ("weight",))
     }
 
 
-def attention(mixer: Any, at: str = "self_attn") -> Layout:
-    """Attention: queries and keys whose pairs lie side by side, then values."""
+def attention(mixer: Any, prefix: str = "self_attn") -> Layout:
+    """Return the layout of attention, with queries and keys reordered so that rotated pairs lie side by side."""
     size = mixer.head_dim
-    turning = mixer.rotary_dim
+    rotary_dim = mixer.rotary_dim
     layout: Layout = {}
 
-    def turned(name: str, heads: int, *columns: int) -> Part:
-        if turning not in (0, size):
-            return part(name, heads * size, *columns, index=turned_rows(heads, size, turning, size))
+    def reorder(name: str, heads: int, *columns: int) -> Part:
+        if rotary_dim not in (0, size):
+            return part(name, heads * size, *columns, index=rotary_rows(heads, size, rotary_dim, size))
         pattern = PAIRS if columns else PAIRS.replace(" d", "")
         return part(name, heads * size, *columns, pattern=pattern, pair=2, k=size // 2)
 
     for kind, columns in (("weight", (mixer.in_proj.in_features,)), ("bias", ())):
         if getattr(mixer.in_proj, kind) is not None:
             layout[f"mixer.in_proj.{kind}"] = (
-                turned(f"{at}.q_proj.{kind}", mixer.n_heads, *columns),
-                turned(f"{at}.k_proj.{kind}", mixer.n_kv_heads, *columns),
-                part(f"{at}.v_proj.{kind}", mixer.n_kv_heads * size, *columns),
+                reorder(f"{prefix}.q_proj.{kind}", mixer.n_heads, *columns),
+                reorder(f"{prefix}.k_proj.{kind}", mixer.n_kv_heads, *columns),
+                part(f"{prefix}.v_proj.{kind}", mixer.n_kv_heads * size, *columns),
             )
         if getattr(mixer.out_proj, kind) is not None:
-            layout[f"mixer.out_proj.{kind}"] = f"{at}.o_proj.{kind}"
+            layout[f"mixer.out_proj.{kind}"] = f"{prefix}.o_proj.{kind}"
     for name in "qk" if mixer.qk_norm is not None else "":
-        norm = part(f"{at}.{name}_norm.weight", size, pattern="(pair k) -> (k pair)", pair=2)
+        norm = part(f"{prefix}.{name}_norm.weight", size, pattern="(pair k) -> (k pair)", pair=2)
         layout[f"mixer.qk_norm.{name}_weight"] = norm
     return layout
 
 
-def turned_rows(heads: int, size: int, turning: int, stride: int) -> tuple[int, ...]:
-    """Rows of heads, of which every `stride` rows begin with one: first those that turn, in pairs, then the others."""
-    pairs = torch.arange(turning).view(2, -1).T.flatten()
-    head = torch.cat((pairs, torch.arange(turning, size)))
+def rotary_rows(heads: int, size: int, rotary_dim: int, stride: int) -> tuple[int, ...]:
+    """Return the order of the rows of heads with partial rotation: rotated rows in pairs first, then the others.
+
+    Args:
+        heads: number of heads.
+        size: rows of a head.
+        rotary_dim: rows of a head that are rotated.
+        stride: distance between the first rows of two heads.
+    """
+    pairs = torch.arange(rotary_dim).view(2, -1).T.flatten()
+    head = torch.cat((pairs, torch.arange(rotary_dim, size)))
     return tuple((torch.arange(heads)[:, None] * stride + head).flatten().tolist())

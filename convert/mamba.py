@@ -1,4 +1,4 @@
-"""Mamba and Mamba-2 of transformers, Mamba-2 of fla: one mixer per layer, no network."""
+"""Mamba and Mamba-2 of transformers, and Mamba-2 of fla: one mixer per layer, no feed-forward network."""
 
 import math
 from typing import Any
@@ -10,7 +10,7 @@ from .layout import part
 from .llama import BASE
 
 STEPS = "time_step_rank time_step_min time_step_max time_step_floor residual_in_fp32 rescale_prenorm_residual "
-"""How training starts, and the dtype of the residual stream."""
+"""Ignored fields: the initialisation, and the dtype of the residual stream."""
 SHARED = BASE | Table(
     {"ffn": None},
     {
@@ -23,13 +23,13 @@ SHARED = BASE | Table(
 )
 
 
-def whole(expand: float, _: Values) -> Any:
-    """What theirs has as a whole number; else the number, which theirs refuses."""
+def integer_or_float(expand: float, _: Values) -> Any:
+    """Return a number as an integer if it is whole; otherwise unchanged, which the library refuses."""
     return round(expand) if expand == round(expand) else expand
 
 
 class Mamba(Architecture):
-    """Mamba (S6)."""
+    """Mamba (S6) of transformers."""
 
     name = "mamba"
     model_type = "mamba"
@@ -50,19 +50,21 @@ class Mamba(Architecture):
             ),
         },
     )
-    harmless = STEPS + "expand time_step_init_scheme time_step_scale use_mambapy use_associative_scan"
+    ignored_fields = STEPS + "expand time_step_init_scheme time_step_scale use_mambapy use_associative_scan"
     embedding = "backbone.embeddings.weight"
     norm = "backbone.norm_f.weight"
     layers = "backbone.layers"
-    copied = "D in_proj.weight x_proj.weight dt_proj.weight dt_proj.bias out_proj.weight"
+    unchanged = "D in_proj.weight x_proj.weight dt_proj.weight dt_proj.bias out_proj.weight"
+    """Tensors of the mixer with the same name and shape in seqmix."""
 
     def block(self, block: Block) -> Layout:
         mixer: Any = block.mixer
-        own: Layout = {f"mixer.{name}": f"mixer.{name}" for name in self.copied.split()}
-        return own | {"mixer_norm.weight": "norm.weight"} | convolution(mixer, "mixer.conv1d") | self.further(mixer)
+        layout: Layout = {f"mixer.{name}": f"mixer.{name}" for name in self.unchanged.split()}
+        layout |= {"mixer_norm.weight": "norm.weight"} | convolution(mixer, "mixer.conv1d")
+        return layout | self.extra_tensors(mixer)
 
-    def further(self, mixer: Any) -> Layout:
-        """Tensors of the mixer that have another name or layout."""
+    def extra_tensors(self, mixer: Any) -> Layout:
+        """Return the layout of the mixer's tensors with another name or shape in seqmix."""
         return {"mixer.A_log": part("mixer.A_log", *mixer.A_log.shape[::-1], pattern="c n -> n c")}
 
 
@@ -75,7 +77,7 @@ LIMIT = same(
 SSD = SHARED | Table(
     {"mixer.kind": "mamba2"},
     {
-        "expand": same("mixer.expand", default=2, write=whole),
+        "expand": same("mixer.expand", default=2, write=integer_or_float),
         "head_dim": same("mixer.head_dim", default=64),
         "num_heads": same(
             "mixer.expand",
@@ -89,22 +91,22 @@ EPS = same("norm.eps", "mixer.norm_eps", default=1e-5)
 
 
 class Mamba2(Mamba):
-    """Mamba-2 (SSD)."""
+    """Mamba-2 (SSD) of transformers."""
 
     name = "mamba2"
     model_type = "mamba2"
     class_name = "Mamba2ForCausalLM"
     common = SSD | Table({}, {"layer_norm_epsilon": EPS, "time_step_limit": LIMIT})
-    harmless = STEPS + "chunk_size rms_norm norm_before_gate"  # the last two are read by no version
-    copied = "D in_proj.weight out_proj.weight"
+    ignored_fields = STEPS + "chunk_size rms_norm norm_before_gate"  # transformers never reads the last two
+    unchanged = "D in_proj.weight out_proj.weight"
 
-    def further(self, mixer: Any) -> Layout:
+    def extra_tensors(self, mixer: Any) -> Layout:
         names = {"decay.A_log": "A_log", "decay.dt_bias": "dt_bias", "norm_weight": "norm.weight"}
         return {f"mixer.{ours}": f"mixer.{theirs}" for ours, theirs in names.items()}
 
 
 class FlaMamba2(Mamba2):
-    """Mamba-2 as fla writes it: the same tensors under other fields."""
+    """Mamba-2 as fla writes it: the same tensors, but other names of the fields."""
 
     name = "fla-mamba2"
     library = "fla"
@@ -119,14 +121,16 @@ class FlaMamba2(Mamba2):
             "D_has_hdim": only(False),
         },
     )
-    harmless = "chunk_size fuse_norm fuse_cross_entropy fuse_linear_cross_entropy use_l2warp A_init_range conv_init "
-    harmless += "dt_min dt_max dt_init_floor rescale_prenorm_residual residual_in_fp32"
+    ignored_fields = (
+        "chunk_size fuse_norm fuse_cross_entropy fuse_linear_cross_entropy use_l2warp A_init_range conv_init "
+    )
+    ignored_fields += "dt_min dt_max dt_init_floor rescale_prenorm_residual residual_in_fp32"
 
 
-def convolution(mixer: Any, at: str) -> Layout:
-    """A short convolution of one tensor: theirs has a dimension of size 1 more."""
+def convolution(mixer: Any, prefix: str) -> Layout:
+    """Return the layout of a short convolution in one tensor; the library's has an additional dimension of size 1."""
     weight = mixer.convolution.weight
     bias = mixer.convolution.bias
-    layout: Layout = {} if bias is None else {"mixer.convolution.bias": f"{at}.bias"}
+    layout: Layout = {} if bias is None else {"mixer.convolution.bias": f"{prefix}.bias"}
     shape = (weight.shape[0], 1, weight.shape[1])
-    return layout | {"mixer.convolution.weight": part(f"{at}.weight", *shape, pattern="c 1 w -> c w")}
+    return layout | {"mixer.convolution.weight": part(f"{prefix}.weight", *shape, pattern="c 1 w -> c w")}

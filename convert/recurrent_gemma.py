@@ -13,12 +13,14 @@ from .llama import BASE, ROPE, Rotating, attention, norms, swiglu
 from .mamba import convolution
 
 SCALE = "embedding_scale"
+"""Field of the tables that config.json lacks: transformers computes it from `hidden_size`."""
 TYPES = "layer_types"
-"""Fields that theirs computes of others."""
+"""Field of the tables that config.json lacks: transformers computes it from `block_types`."""
 
 
 class RecurrentGemma(Rotating):
-    """Scaled embeddings, capped logits, zero-centered norms, and biases in networks and recurrent blocks."""
+    """RecurrentGemma: scaled embeddings, capped logits, zero-centered norms, and biases in networks and recurrent
+    blocks."""
 
     name = "recurrent-gemma"
     model_type = "recurrent_gemma"
@@ -28,7 +30,7 @@ class RecurrentGemma(Rotating):
         {
             "rms_norm_eps": same("norm.eps", default=1e-6),
             "tie_word_embeddings": same("tie_embeddings", default=True),
-            # the width of both branches together
+            # transformers states the width of both branches together
             "intermediate_size": Field(
                 ("ffn.expansion",),
                 read=lambda size, theirs: size // 2 / theirs["hidden_size"],
@@ -64,42 +66,45 @@ class RecurrentGemma(Rotating):
             ),
         }
     }
-    harmless = "block_types head_dim w_init_variance_scale final_w_init_variance_scale"
+    ignored_fields = "block_types head_dim w_init_variance_scale final_w_init_variance_scale"
     norm = "model.final_norm.weight"
 
-    def unfolded(self, values: Mapping[str, Any], where: object) -> dict[str, Any]:
+    def expand_fields(self, values: Mapping[str, Any], where: object) -> dict[str, Any]:
         pattern = values.get("block_types") or ["recurrent", "recurrent", "attention"]
         types = [pattern[i % len(pattern)] for i in range(values.get("num_hidden_layers", 26))]
-        return super().unfolded(values, where) | {SCALE: rounded_root(values.get("hidden_size", 2560)), TYPES: types}
+        return super().expand_fields(values, where) | {
+            SCALE: bfloat16_sqrt(values.get("hidden_size", 2560)),
+            TYPES: types,
+        }
 
-    def folded(self, values: dict[str, Any]) -> dict[str, Any]:
+    def collapse_fields(self, values: dict[str, Any]) -> dict[str, Any]:
         del values[SCALE]
-        return super().folded(values | {"block_types": values.pop(TYPES)})
+        return super().collapse_fields(values | {"block_types": values.pop(TYPES)})
 
     def block(self, block: Block) -> Layout:
         layout = norms("temporal_pre_norm", "channel_pre_norm") | swiglu("mlp_block", bias=True)
         mixer: Any = block.mixer
         if mixer.kind == "attention":
             return layout | attention(mixer, "temporal_block")
-        at = "temporal_block"
+        prefix = "temporal_block"
         gates = ("recurrent_gate", "input_gate")
         heads, size, _ = mixer.gate_weight.shape
         d_model = mixer.in_proj.in_features
-        lru = mixer.width
+        width = mixer.width
         return {
             **layout,
-            **convolution(mixer, f"{at}.conv_1d"),
-            "mixer.in_proj.weight": tuple(part(f"{at}.linear_{name}.weight", lru, d_model) for name in "xy"),
-            "mixer.in_proj.bias": tuple(part(f"{at}.linear_{name}.bias", lru) for name in "xy"),
+            **convolution(mixer, f"{prefix}.conv_1d"),
+            "mixer.in_proj.weight": tuple(part(f"{prefix}.linear_{name}.weight", width, d_model) for name in "xy"),
+            "mixer.in_proj.bias": tuple(part(f"{prefix}.linear_{name}.bias", width) for name in "xy"),
             "mixer.gate_weight": Joined(
-                tuple(part(f"{at}.rg_lru.{gate}_weight", heads, size, size) for gate in gates), 2
+                tuple(part(f"{prefix}.rg_lru.{gate}_weight", heads, size, size) for gate in gates), 2
             ),
-            "mixer.gate_bias": Joined(tuple(part(f"{at}.rg_lru.{gate}_bias", heads, size) for gate in gates), 1),
-            "mixer.rate": f"{at}.rg_lru.recurrent_param",
-            **{f"mixer.out_proj.{kind}": f"{at}.linear_out.{kind}" for kind in ("weight", "bias")},
+            "mixer.gate_bias": Joined(tuple(part(f"{prefix}.rg_lru.{gate}_bias", heads, size) for gate in gates), 1),
+            "mixer.rate": f"{prefix}.rg_lru.recurrent_param",
+            **{f"mixer.out_proj.{kind}": f"{prefix}.linear_out.{kind}" for kind in ("weight", "bias")},
         }
 
 
-def rounded_root(d_model: int) -> float:
-    """sqrt(d_model) in bfloat16, as theirs holds it."""
+def bfloat16_sqrt(d_model: int) -> float:
+    """Return sqrt(d_model) rounded to bfloat16, the precision in which transformers stores the embedding scale."""
     return torch.tensor(d_model**0.5, dtype=torch.bfloat16).item()

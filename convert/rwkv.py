@@ -1,4 +1,4 @@
-"""RWKV-4 of transformers and RWKV-7 of fla: each of their layers is two here, time mixing and channel mixing."""
+"""RWKV-4 of transformers and RWKV-7 of fla: each layer becomes two in seqmix, time mixing and channel mixing."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -7,7 +7,7 @@ from ..blocks import Block
 from ..models import LanguageModel
 from ..registry import SeqmixError
 from .architecture import Architecture, Layout
-from .fields import Field, Table, only, refusal, same, width
+from .fields import Field, Table, only, same, unsupported_value, width
 from .layout import Part, part
 
 TIME = "time"
@@ -16,20 +16,24 @@ NORM = {"kind": "layernorm", "eps": 1e-5, "bias": True}
 
 
 class Halves(Architecture):
-    """An architecture whose layers are blocks of two alternating kinds here."""
+    """An architecture whose layers each become two alternating blocks in seqmix."""
 
     types: ClassVar[str] = "layer_types"
+    """Field of the tables with the kind of each block."""
     halves: ClassVar[tuple[str, str]] = (TIME, CHANNEL)
+    """Kinds of the two blocks of a layer."""
 
-    def unfolded(self, values: Mapping[str, Any], where: object) -> dict[str, Any]:
+    def expand_fields(self, values: Mapping[str, Any], where: object) -> dict[str, Any]:
         if (n_layers := values.get("num_hidden_layers")) is None:
             raise SeqmixError(f"{where} lacks num_hidden_layers")
         return {**values, "num_hidden_layers": 2 * n_layers, self.types: list(self.halves) * n_layers}
 
-    def folded(self, values: dict[str, Any]) -> dict[str, Any]:
+    def collapse_fields(self, values: dict[str, Any]) -> dict[str, Any]:
         types = values.pop(self.types)
         if types != list(self.halves) * (len(types) // 2):
-            raise SeqmixError(f"{self.name} has alternating layers of {' and '.join(self.mixers)}")
+            raise SeqmixError(
+                f"{self.name} needs layers that alternate between {' and '.join(self.mixers)}, got another pattern"
+            )
         return values | {"num_hidden_layers": len(types) // 2}
 
     def layer(self, index: int) -> int:
@@ -37,7 +41,7 @@ class Halves(Architecture):
 
 
 class RWKV4(Halves):
-    """RWKV-4."""
+    """RWKV-4 of transformers."""
 
     name = "rwkv4"
     model_type = "rwkv"
@@ -49,7 +53,7 @@ class RWKV4(Halves):
             "num_hidden_layers": "n_layers",
             "vocab_size": "vocab_size",
             "tie_word_embeddings": same("tie_embeddings", default=False),
-            "layer_norm_epsilon": only(1e-5),  # the last norm has no field
+            "layer_norm_epsilon": only(1e-5),  # transformers fixes the eps of the final norm
         },
     )
     kinds: ClassVar = {
@@ -64,36 +68,41 @@ class RWKV4(Halves):
             ),
         }
     }
-    harmless = "context_length rescale_every"  # which halves what the norms undo
+    ignored_fields = "context_length rescale_every"  # rescaling only halves activations, which the norms undo
     embedding = "rwkv.embeddings.weight"
     norm = "rwkv.ln_out.weight"
     head = "head.weight"
     layers = "rwkv.blocks"
 
-    def outside(self, model: LanguageModel) -> Layout:
+    def outer_tensors(self, model: LanguageModel) -> Layout:
         first = {f"embedding_norm.{kind}": f"{self.layers}.0.pre_ln.{kind}" for kind in ("weight", "bias")}
-        return super().outside(model) | first | {"norm.bias": "rwkv.ln_out.bias"}
+        return super().outer_tensors(model) | first | {"norm.bias": "rwkv.ln_out.bias"}
 
     def block(self, block: Block) -> Layout:
         mixer: Any = block.mixer
-        timed = mixer.kind == "rwkv4"
-        at, d_model = ("attention", len(mixer.mix_k)) if timed else ("feed_forward", mixer.shift.shape[1])
+        is_time_mixing = mixer.kind == "rwkv4"
+        if is_time_mixing:
+            prefix = "attention"
+            d_model = len(mixer.mix_k)
+        else:
+            prefix = "feed_forward"
+            d_model = mixer.shift.shape[1]
 
-        def mixture(name: str, rows: str) -> Part:
-            return part(f"{at}.time_mix_{name}", 1, 1, d_model, pattern=f"1 1 d -> {rows}d")
+        def time_mix(name: str, rows: str) -> Part:
+            return part(f"{prefix}.time_mix_{name}", 1, 1, d_model, pattern=f"1 1 d -> {rows}d")
 
         names = {"k": "key", "v": "value", "r": "receptance"}
-        layout: Layout = {f"mixer.{each}_proj.weight": f"{at}.{name}.weight" for each, name in names.items()}
-        layout |= {f"mixer_norm.{kind}": f"ln{1 if timed else 2}.{kind}" for kind in ("weight", "bias")}
-        if not timed:
-            return layout | {"mixer.shift": (mixture("key", "1 "), mixture("receptance", "1 "))}
-        layout |= {f"mixer.{name}": f"{at}.{name}" for name in ("time_decay", "time_first")}
-        layout |= {f"mixer.mix_{each}": mixture(name, "") for each, name in names.items()}
-        return layout | {"mixer.out_proj.weight": f"{at}.output.weight"}
+        layout: Layout = {f"mixer.{letter}_proj.weight": f"{prefix}.{name}.weight" for letter, name in names.items()}
+        layout |= {f"mixer_norm.{kind}": f"ln{1 if is_time_mixing else 2}.{kind}" for kind in ("weight", "bias")}
+        if not is_time_mixing:
+            return layout | {"mixer.shift": (time_mix("key", "1 "), time_mix("receptance", "1 "))}
+        layout |= {f"mixer.{name}": f"{prefix}.{name}" for name in ("time_decay", "time_first")}
+        layout |= {f"mixer.mix_{letter}": time_mix(name, "") for letter, name in names.items()}
+        return layout | {"mixer.out_proj.weight": f"{prefix}.output.weight"}
 
 
 class RWKV7(Halves):
-    """RWKV-7 as fla has it."""
+    """RWKV-7 of fla."""
 
     name = "rwkv7"
     library = "fla"
@@ -131,7 +140,7 @@ class RWKV7(Halves):
                     "gate_low_rank_dim": same(
                         "mixer.gate_rank", default=128, write=lambda rank, ours: rank or 2 * ours["mixer.rank"]
                     ),
-                    # without it the norm of a key has nothing added to it
+                    # without fuse_norm, fla normalises keys without an eps
                     "fuse_norm": same(
                         "mixer.key_eps",
                         default=True,
@@ -152,28 +161,29 @@ class RWKV7(Halves):
             ),
         }
     }
-    harmless = "attn_mode fuse_cross_entropy fuse_linear_cross_entropy use_l2warp hidden_ratio num_heads"
+    ignored_fields = "attn_mode fuse_cross_entropy fuse_linear_cross_entropy use_l2warp hidden_ratio num_heads"
     embedding = "model.embeddings.weight"
     layers = "model.layers"
 
-    def unfolded(self, values: Mapping[str, Any], where: object) -> dict[str, Any]:
+    def expand_fields(self, values: Mapping[str, Any], where: object) -> dict[str, Any]:
         values = {"head_dim": 64, **{name: x for name, x in values.items() if x is not None}}
-        wide = values.pop("value_dim", None)
-        for size in wide if isinstance(wide, list) else [wide]:
+        value_dims = values.pop("value_dim", None)
+        for size in value_dims if isinstance(value_dims, list) else [value_dims]:
             if size not in (None, values.get("hidden_size")):
-                raise refusal(where, "value_dim", size, "hidden_size")
-        decay, rate = (values.get(f"{name}_low_rank_dim", 64) for name in ("decay", "a"))
-        if decay != rate:
-            raise refusal(where, "a_low_rank_dim", rate, f"decay_low_rank_dim, {decay}")
-        return super().unfolded(values, where) | {"embedding_norm": NORM | {"eps": values.get("norm_eps", 1e-5)}}
+                raise unsupported_value(where, "value_dim", size, "equal to hidden_size")
+        decay_rank = values.get("decay_low_rank_dim", 64)
+        rate_rank = values.get("a_low_rank_dim", 64)
+        if decay_rank != rate_rank:
+            raise unsupported_value(where, "a_low_rank_dim", rate_rank, f"equal to decay_low_rank_dim, {decay_rank},")
+        return super().expand_fields(values, where) | {"embedding_norm": NORM | {"eps": values.get("norm_eps", 1e-5)}}
 
-    def folded(self, values: dict[str, Any]) -> dict[str, Any]:
+    def collapse_fields(self, values: dict[str, Any]) -> dict[str, Any]:
         del values["embedding_norm"]
-        return super().folded(values)
+        return super().collapse_fields(values)
 
-    def outside(self, model: LanguageModel) -> Layout:
+    def outer_tensors(self, model: LanguageModel) -> Layout:
         first = {f"embedding_norm.{kind}": f"{self.layers}.0.pre_norm.{kind}" for kind in ("weight", "bias")}
-        return super().outside(model) | first | {"norm.bias": "model.norm.bias"}
+        return super().outer_tensors(model) | first | {"norm.bias": "model.norm.bias"}
 
     def block(self, block: Block) -> Layout:
         mixer: Any = block.mixer
@@ -189,16 +199,16 @@ class RWKV7(Halves):
             return part(f"attn.{name}", d_model, pattern="(h k) -> h k", h=heads)
 
         layout = {f"mixer_norm.{kind}": f"attn_norm.{kind}" for kind in ("weight", "bias")}
-        mixtures = (part(f"attn.x_{name}", 1, 1, d_model, pattern="1 1 d -> 1 d") for name in "rwkvag")
-        products = (part(f"attn.{name}_proj.weight", d_model, d_model) for name in "rkv")
-        layout |= {"mixer.convolution.weight": tuple(mixtures), "mixer.in_proj.weight": tuple(products)}
+        token_shifts = (part(f"attn.x_{name}", 1, 1, d_model, pattern="1 1 d -> 1 d") for name in "rwkvag")
+        projections = (part(f"attn.{name}_proj.weight", d_model, d_model) for name in "rkv")
+        layout |= {"mixer.convolution.weight": tuple(token_shifts), "mixer.in_proj.weight": tuple(projections)}
         layout |= {"mixer.out_proj.weight": "attn.o_proj.weight", "mixer.norm.bonus": "attn.r_k"}
         layout |= {"mixer.removed": by_head("k_k"), "mixer.replaced": by_head("k_a")}
         layout |= {f"mixer.norm.{kind}": by_head(f"g_norm.{kind}") for kind in ("weight", "bias")}
-        maps = {"decay_proj": "w", "rate_proj": "a", "gate_proj": "g"} | (
-            {"value_proj": "v"} if mixer.value_proj else {}
-        )
-        for ours, theirs in maps.items():
+        low_rank_maps = {"decay_proj": "w", "rate_proj": "a", "gate_proj": "g"}
+        if mixer.value_proj:
+            low_rank_maps["value_proj"] = "v"
+        for ours, theirs in low_rank_maps.items():
             layout[f"mixer.{ours}.down.weight"] = f"attn.{theirs}_lora.lora.0.weight"
             layout[f"mixer.{ours}.up.weight"] = f"attn.{theirs}_lora.lora.2.weight"
             if theirs != "g":

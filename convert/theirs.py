@@ -1,7 +1,7 @@
-"""What the fields of another library's config.json may be: whoever wrote it, converters compute with these types alone.
+"""Types and ranges of the fields of another library's config.json, which may come from anyone.
 
-A field is read by several architectures, of one type in all of them. Those that `fields.only` and `fields.choice`
-compare with a few values need no type.
+Converters compute with validated values only. A field has the same type in all architectures that read it. Fields of
+`fields.only` and `fields.choice` need no type, because they are compared with a few allowed values.
 """
 
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ Tokens = int | tuple[int, ...]
 
 
 class Theirs(Config):
-    """Fields of a configuration, by name; any may be missing."""
+    """Fields of config.json; any of them may be missing."""
 
     # the model
     hidden_size: Width | None = None
@@ -132,11 +132,16 @@ class Rotation(Config):
     original_max_position_embeddings: Long | None = None
 
 
-def typed(values: Mapping[str, Any], where: object, types: type[Config] = Theirs) -> dict[str, Any]:
-    """Fields as they are, once those that have a type have it; without those that are null, as if they were missing.
+def validate_types(values: Mapping[str, Any], where: object, types: type[Config] = Theirs) -> dict[str, Any]:
+    """Return the fields unchanged after checking their types, without those that are null.
+
+    Args:
+        values: the fields.
+        where: name of the file in messages.
+        types: the types of the fields; fields that it does not have are not checked.
 
     Raises:
-        SeqmixError: the first fields that have another type or are out of range.
+        SeqmixError: a field has the wrong type or is out of range; the message names the first ones.
     """
     present = {name: value for name, value in values.items() if value is not None}
     validated(types, {name: value for name, value in present.items() if name in types.model_fields}, str(where))

@@ -1,4 +1,4 @@
-"""RetNet as its authors' package torchscale has it: a decoder's state dict as safetensors, its arguments as JSON."""
+"""RetNet of its authors' package torchscale: a decoder's state dict as safetensors, and its arguments as JSON."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ D_MODEL = "decoder_embed_dim"
 
 
 class TorchscaleRetNet(Architecture):
-    """RetNet: RMS norms, retention without head weights, a gated network."""
+    """RetNet: RMS norms, retention with head norms without weights, and a gated network."""
 
     name = "torchscale-retnet"
     library = "torchscale"
@@ -43,21 +43,23 @@ class TorchscaleRetNet(Architecture):
             "no_scale_embedding": only(True),
         },
     )
-    harmless = "dropout drop_path_rate activation_dropout subln max_target_positions chunkwise_recurrent "
-    harmless += "recurrent_chunk_size checkpoint_activations fsdp ddp_rank decoder_normalize_before moe_top1_expert "
-    harmless += "moe_expert_count moe_gating_use_fp32 moe_eval_capacity_token_fraction moe_second_expert_policy "
-    harmless += "moe_normalize_gate_prob_before_dropping rel_pos_buckets max_rel_pos xpos_scale_base"
+    ignored_fields = "dropout drop_path_rate activation_dropout subln max_target_positions chunkwise_recurrent "
+    ignored_fields += (
+        "recurrent_chunk_size checkpoint_activations fsdp ddp_rank decoder_normalize_before moe_top1_expert "
+    )
+    ignored_fields += "moe_expert_count moe_gating_use_fp32 moe_eval_capacity_token_fraction moe_second_expert_policy "
+    ignored_fields += "moe_normalize_gate_prob_before_dropping rel_pos_buckets max_rel_pos xpos_scale_base"
     embedding = "embed_tokens.weight"
     norm = "layer_norm.weight"
     head = "output_projection.weight"
     layers = "layers"
-    unread = r"retnet_rel_pos\.(angle|decay)"
+    ignored_tensors = r"retnet_rel_pos\.(angle|decay)"
 
     def block(self, block: Block) -> Layout:
         mixer: Any = block.mixer
         d_model = mixer.in_proj.in_features
         names = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "gate": "g_proj"}
-        projections = (part(f"retention.{names[each]}.weight", w, d_model) for each, w in mixer.widths.items())
+        projections = (part(f"retention.{names[name]}.weight", rows, d_model) for name, rows in mixer.widths.items())
         return {
             "mixer.in_proj.weight": tuple(projections),
             "mixer.out_proj.weight": "retention.out_proj.weight",
@@ -65,7 +67,7 @@ class TorchscaleRetNet(Architecture):
             **swiglu("ffn", names=("fc1", "gate", "fc2")),
         }
 
-    def derived(self, model: LanguageModel) -> dict[str, Tensor]:
+    def computed_tensors(self, model: LanguageModel) -> dict[str, Tensor]:
         mixer: Any = model.blocks[0].mixer
         angle = (1 / 10000 ** torch.linspace(0, 1, mixer.key_dim // 2)).repeat_interleave(2)
         decay = (1 - 2 ** (-5 - torch.arange(mixer.n_heads, dtype=torch.float))).log()

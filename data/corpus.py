@@ -1,4 +1,4 @@
-"""A text as two token streams: the training split and the validation split."""
+"""A text corpus as two token streams: the training split and the validation split."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -21,67 +21,82 @@ from .token_file import TokenFile
 from .token_store import Store, Stream, digest, tokenized
 
 _Part: TypeAlias = tuple[Store, np.ndarray]
-"""A store, and the start and end of the pieces of it, [N 2]."""
-OWN = "data.validation"
-"""The split where the validation split is documents of its own."""
-COUNTED = 2**24
-"""Maximum number of tokens for token frequencies."""
-READ = 2**16
-"""Tokens that are searched for text at once."""
+"""A store, and the start and end of each of its pieces that are used, [N 2]."""
+SEPARATE = "data.validation"
+"""Name of the split when `data.validation` configures separate validation documents."""
+ENTROPY_TOKENS = 2**24
+"""Maximum number of validation tokens that `unigram_entropy` counts."""
+SEARCH_BLOCK = 2**16
+"""Tokens read at a time while searching for the first token of text."""
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A text with its training and validation split."""
+    """A text corpus with its training and validation split."""
 
     name: str
+    """Name in messages: the configured paths or dataset."""
     documents: int
+    """Number of documents in both splits together."""
     split: str
+    """Kind of split: `by_document`, `by_file`, `tail` or `data.validation`; several kinds are joined by commas."""
     train: Tokens
+    """Training tokens of all sources that are not streamed, concatenated."""
     validation: Tokens
+    """Validation tokens."""
     tokenizer: Tokenizer = field(default_factory=ByteTokenizer)
     bytes_per_token: float = 1.0
-    """Over the whole text, without begin tokens: 1 for bytes."""
+    """Mean bytes per token over the whole text, not counting begin tokens; 1 with the byte tokenizer."""
     digest: str | None = None
-    """A hash of documents, tokenizer and split."""
+    """Hash of the documents, the tokenizer and the split."""
     parts: tuple[int, ...] | None = None
-    """Training tokens of each source, 0 of a streamed one; None if there is one source."""
+    """Training tokens per source, 0 for a streamed source; None if there is only one source."""
     stores: Mapping[str, Sequence[_Part]] = field(default_factory=dict)
-    """What the training and the validation split were made of."""
+    """Stores and pieces behind the splits, under the keys `training` and `validation`."""
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Training tokens of each source, end to end in `train`; 0 of a streamed one."""
+        """Training tokens per source, in their order in `train`; 0 for a streamed source."""
         return (len(self.train),) if self.parts is None else self.parts
 
     @property
     def unigram_entropy(self) -> float:
-        """Nats per token of the validation split under its own token frequencies, from its first `COUNTED` tokens."""
-        counts = np.bincount(self.validation[:COUNTED], minlength=self.tokenizer.begin + 1)
-        counts[self.tokenizer.begin] = 0  # it is not predicted
+        """Entropy of the validation split's token frequencies in nats per token (first `ENTROPY_TOKENS` tokens)."""
+        counts = np.bincount(self.validation[:ENTROPY_TOKENS], minlength=self.tokenizer.begin + 1)
+        counts[self.tokenizer.begin] = 0  # begin tokens are never targets
         shares = counts[counts > 0] / counts.sum()
         return float(-(shares * np.log(shares)).sum())
 
     def origin(self, position: int, split: str = "training") -> str | None:
-        """The document of a token of a split, and the token's number in it; None if unknown. Text is read again."""
+        """Name the document that holds a token of a split, and the token's number in it; None if unknown.
+
+        Text files are read again to find the document's name.
+
+        Args:
+            position: position of the token in the split.
+            split: `training` or `validation`.
+        """
         for store, pieces in self.stores.get(split, ()):
             ends = np.diff(pieces).ravel().cumsum()
             if len(ends) and position < ends[-1]:
                 piece = np.searchsorted(ends, position, side="right")
-                place = pieces[piece, 1] - ends[piece] + position
-                number = int(np.searchsorted(store.ends, place, side="right"))
+                store_position = pieces[piece, 1] - ends[piece] + position
+                number = int(np.searchsorted(store.ends, store_position, side="right"))
                 begin = store.ends[number - 1] if number else 0
-                return f"{store.name_of(number)}, token {max(place - begin - 1, 0):,}"
+                return f"{store.name_of(number)}, token {max(store_position - begin - 1, 0):,}"
             position -= int(ends[-1]) if len(ends) else 0
         return None
 
 
 def read_corpus(config: CorpusConfig, tokenizer: Tokenizer | None = None) -> Corpus:
-    """Read and split a text. Token files are memory-mapped, all else is read into memory; what is streamed is left out.
+    """Read a text and split it into training and validation tokens.
+
+    Token files are memory-mapped; other files and datasets are read into memory. Streamed datasets are skipped, because
+    training reads them itself.
 
     Args:
-        config: the text.
-        tokenizer: the configured one when None.
+        config: the configuration of the text.
+        tokenizer: the tokenizer; None uses the configured one.
 
     Raises:
         SeqmixError: a source is missing, unreadable, empty, or shorter than a sequence.
@@ -98,26 +113,26 @@ def read_corpus(config: CorpusConfig, tokenizer: Tokenizer | None = None) -> Cor
             sizes.append(0)
             continue
         stores = _stores(source, tokenizer)
-        split = OWN if config.validation is not None else _split_of(config.split, source, stores)
-        pieces = [_split(store, split, config.validation_fraction) for store in stores]
+        split = SEPARATE if config.validation is not None else _resolve_split(config.split, source, stores)
+        pieces = [_split_store(store, split, config.validation_fraction) for store in stores]
         for store, tables in zip(stores, pieces, strict=True):
             for table in (store.digests, *tables):
                 identity.update(table.tobytes())
         for number, part in enumerate(parts.values()):
             part.extend((store, tables[number]) for store, tables in zip(stores, pieces, strict=True))
-        sizes.append(_length(parts["training"]) - sum(sizes))
+        sizes.append(_count_tokens(parts["training"]) - sum(sizes))
         splits.append(split)
-        _require(sizes[-1], length, f"training split of {source_name(source)}", split)
+        _require_length(sizes[-1], length, f"training split of {source_name(source)}", split)
     if config.validation is not None:
-        parts["validation"] = [(store, _whole(store)) for store in _stores(config.validation, tokenizer)]
-        splits = [OWN]
+        parts["validation"] = [(store, _document_bounds(store)) for store in _stores(config.validation, tokenizer)]
+        splits = [SEPARATE]
         for store, _ in parts["validation"]:
             identity.update(store.digests.tobytes())
     if len(sizes) > 1:
         identity.update(repr(config.weights).encode())
     split = ", ".join(dict.fromkeys(splits))
     name = source_name(config)
-    _require(_length(parts["validation"]), length, f"validation split of {name}", split)
+    _require_length(_count_tokens(parts["validation"]), length, f"validation split of {name}", split)
     stores = list(dict.fromkeys(store for part in parts.values() for store, _ in part))
     count = sum(len(store.ends) for store in stores)
     text_tokens = sum(int(store.ends[-1]) for store in stores) - count
@@ -125,24 +140,24 @@ def read_corpus(config: CorpusConfig, tokenizer: Tokenizer | None = None) -> Cor
         name=name,
         documents=count,
         split=split,
-        train=_tokens(parts["training"], tokenizer),
-        validation=_tokens(parts["validation"], tokenizer),
+        train=_concatenate(parts["training"], tokenizer),
+        validation=_concatenate(parts["validation"], tokenizer),
         tokenizer=tokenizer,
         bytes_per_token=sum(store.bytes for store in stores) / max(text_tokens, 1),
         digest=identity.hexdigest(),
         parts=tuple(sizes),
         stores=parts,
     )
-    for what, tokens in (("training", corpus.train), ("validation", corpus.validation)):
-        _require_text(tokens, tokenizer.begin, f"{what} split of {name}")
+    for split_name, tokens in (("training", corpus.train), ("validation", corpus.validation)):
+        _require_text(tokens, tokenizer.begin, f"{split_name} split of {name}")
     for store in stores:
         if isinstance(store, _InMemory) and not isinstance(corpus.train, Stream):
             store.release()
     return corpus
 
 
-def _tokens(parts: Sequence[_Part], tokenizer: Tokenizer) -> Tokens:
-    """Pieces end to end: in memory, unless some are mapped."""
+def _concatenate(parts: Sequence[_Part], tokenizer: Tokenizer) -> Tokens:
+    """Concatenate pieces: as an array in memory, or as a `Stream` if any store is memory-mapped."""
     if not parts:
         return np.array([], dtype=tokenizer.dtype)
     stream = Stream(parts, tokenizer.begin)
@@ -150,60 +165,68 @@ def _tokens(parts: Sequence[_Part], tokenizer: Tokenizer) -> Tokens:
     return stream if mapped else stream[:].astype(tokenizer.dtype, copy=False)
 
 
-def _length(parts: Sequence[_Part]) -> int:
+def _count_tokens(parts: Sequence[_Part]) -> int:
     return sum(int(np.diff(pieces).sum()) for _, pieces in parts)
 
 
-def _require(tokens: int, length: int, what: str, split: str) -> None:
+def _require_length(tokens: int, length: int, name: str, split: str) -> None:
+    """Check that a split holds at least one sequence and its last target."""
     if tokens <= length:
         hint = (
             f", or change the split (data.split is {split}: by_document holds out whole documents, by_file whole "
             "files, tail the end of each document)"
         )
         raise SeqmixError(
-            f"the {what} has {tokens} tokens, and a sequence with its last target needs {length + 1}: lower "
-            f"data.sequence_length, give more text{'' if split == OWN else hint}"
+            f"the {name} needs at least {length + 1} tokens (data.sequence_length and one target), got {tokens}: lower "
+            f"data.sequence_length, add more text{'' if split == SEPARATE else hint}"
         )
 
 
-def _require_text(tokens: Tokens, begin: int, what: str) -> None:
-    """Refuse a stream in which nothing can be predicted; it is read up to its first token of text."""
-    for start in range(0, len(tokens), READ):
-        if (tokens[start : start + READ] != begin).any():
+def _require_text(tokens: Tokens, begin: int, name: str) -> None:
+    """Check that a split has a token besides begin tokens, reading no further than the first of them."""
+    for start in range(0, len(tokens), SEARCH_BLOCK):
+        if (tokens[start : start + SEARCH_BLOCK] != begin).any():
             return
     if len(tokens):
         raise SeqmixError(
-            f"the {what} has no text: expected at least one token besides the begin token {begin}, got {len(tokens):,} "
-            "of it alone; give a text with documents that are not empty"
+            f"the {name} has no text: expected at least one token besides the begin token {begin}, got {len(tokens):,} "
+            "begin tokens only; use a text with documents that are not empty"
         )
 
 
 def _stores(source: DocumentsConfig, tokenizer: Tokenizer) -> Sequence[Store]:
-    """The documents of one source: token files, or all in memory."""
+    """Return the stores of one source: one per token file, or one in memory for all documents."""
     files = list(source_files(source))
     mapped = any(path.suffix == TOKENS for _, path in files)
-    return _mapped(files, tokenizer) if mapped else [_InMemory(source, tokenizer)]
+    return _open_token_files(files, tokenizer) if mapped else [_InMemory(source, tokenizer)]
 
 
-def _split_of(split: str, source: DocumentsConfig, stores: Sequence[Store]) -> str:
-    """The split that `auto` stands for."""
+def _resolve_split(split: str, source: DocumentsConfig, stores: Sequence[Store]) -> str:
+    """Resolve `auto` to `tail`, `by_document` or `by_file`."""
     if split != "auto":
         return split
     if sum(len(store.ends) for store in stores) == 1:
         return "tail"
-    # by_file is by_document where every file is one document
+    # by_file only suits sources in which every file is one document
     rows = source.dataset is not None or any(has_rows(path, source.text_field) for _, path in source_files(source))
     return "by_document" if rows or any(isinstance(store, TokenFile) for store in stores) else "by_file"
 
 
 class _InMemory:
-    """Documents in memory."""
+    """A store whose documents are all in memory.
+
+    Raises:
+        SeqmixError: the source has no text.
+    """
 
     def __init__(self, config: DocumentsConfig, tokenizer: Tokenizer) -> None:
         self._config = config
         documents = list(tokenized(read_documents(config), tokenizer))
         if not documents:
-            raise SeqmixError(f"the corpus is empty: no text in {source_name(config)} (glob {config.glob})")
+            raise SeqmixError(
+                f"the corpus is empty: no text in {source_name(config)} (glob {config.glob}); check the path and "
+                "data.glob"
+            )
         begin = np.array([tokenizer.begin], dtype=tokenizer.dtype)
         self._tokens = np.concatenate([part for document in documents for part in (begin, document.tokens)])
         self.ends = np.cumsum([len(document.tokens) + 1 for document in documents], dtype=np.int64)
@@ -215,36 +238,41 @@ class _InMemory:
         return self._tokens[start:stop].copy()
 
     def name_of(self, number: int) -> str:
-        with suppress(SeqmixError, StopIteration):  # what has changed since cannot be looked at
+        # the files may have changed since they were read; then the source's name has to do
+        with suppress(SeqmixError, StopIteration):
             document = next(islice(read_documents(self._config), number, None))
             if digest(document.text) == self.digests[number]:
                 return document.name
         return source_name(self._config)
 
     def release(self) -> None:
-        """Keep the tables alone."""
+        """Free the tokens and keep the tables, which `Corpus.origin` needs."""
         self._tokens = self._tokens[:0].copy()
 
 
-def _mapped(files: Sequence[tuple[str, Path]], tokenizer: Tokenizer) -> list[TokenFile]:
-    """The token files, which cannot be mixed with text."""
+def _open_token_files(files: Sequence[tuple[str, Path]], tokenizer: Tokenizer) -> list[TokenFile]:
+    """Open token files, and raise a SeqmixError if there are text files among them."""
     if texts := [path for _, path in files if path.suffix != TOKENS]:
-        other = next(path for _, path in files if path.suffix == TOKENS)
+        token_file = next(path for _, path in files if path.suffix == TOKENS)
         raise SeqmixError(
-            f"token files and text cannot be mixed: {other} is a token file, and {texts[0]} is not; "
+            f"token files and text cannot be mixed: {token_file} is a token file, and {texts[0]} is not; "
             "tokenize the text too, or select files with data.glob"
         )
     return [TokenFile(path, tokenizer, name) for name, path in files]
 
 
-def _split(store: Store, split: str, fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """The pieces of a store for training, and for validation (a share `fraction`, or nothing); each [N 2]."""
-    pieces = _whole(store)
-    if split == OWN:
+def _split_store(store: Store, split: str, fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return a store's pieces for training and for validation, each as starts and ends [N 2].
+
+    `fraction` is the share of the validation split; with `data.validation` all pieces are for training.
+    """
+    pieces = _document_bounds(store)
+    if split == SEPARATE:
         return pieces, pieces[:0]
     if split == "tail":
         starts, ends = pieces.T
-        # a document of n tokens follows a begin token; another begin token replaces the token before the cut
+        # a document is a begin token and n tokens; the validation piece starts one token early, because its first
+        # token reads as the begin token
         cuts = starts + ((ends - starts - 1) * (1 - fraction)).astype(np.int64)
         return np.stack((starts, cuts + 1), axis=1), np.stack((cuts, ends), axis=1)
     shares = (store.digests if split == "by_document" else store.names) / 2.0**64
@@ -252,6 +280,6 @@ def _split(store: Store, split: str, fraction: float) -> tuple[np.ndarray, np.nd
     return pieces[~validation], pieces[validation]
 
 
-def _whole(store: Store) -> np.ndarray:
-    """The start and end of each document, [N 2]."""
+def _document_bounds(store: Store) -> np.ndarray:
+    """Return the start and end of each document, [N 2]."""
     return np.stack((np.concatenate(([0], store.ends[:-1])), store.ends), axis=1)

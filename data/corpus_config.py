@@ -12,58 +12,62 @@ from ..registry import Config, SeqmixError
 from .source import DataConfig
 
 UTF8 = "utf-8"
+"""Default encoding of text files."""
 BYTES = "bytes"
-"""Encodings with a meaning of their own."""
-MOST_FOLDERS = 2
-"""Times that a glob may have `**`."""
+"""Value of `encoding` that reads any file unchanged, without decoding."""
+MAX_RECURSIVE_WILDCARDS = 2
+"""Maximum number of `**` in a glob."""
 
 
 class DatasetConfig(Config):
     """A dataset of Hugging Face `datasets`: each row is a document."""
 
     path: str = Field(min_length=1)
-    """A folder of `save_to_disk`, or what `load_dataset` takes: a name on the hub, a folder, or a format (parquet)."""
+    """A folder that `save_to_disk` wrote, or the first argument of `load_dataset`: a name on the hub, a folder, or a
+    format such as `parquet`."""
     name: str | None = None
-    """The dataset's own configuration, if it has several."""
+    """Name of the dataset's configuration (subset), if it has several."""
     data_files: tuple[Annotated[str, Field(min_length=1)], ...] | None = Field(default=None, min_length=1)
-    """Files of the dataset, or patterns of them; null for all."""
+    """Files of the dataset to read, or glob patterns; null reads all."""
     split: str = Field(default="train", min_length=1)
-    """The dataset's split that is read; `data.split` divides it into training and validation split."""
+    """Split of the dataset to read; `data.split` divides it further into training and validation split."""
     streaming: bool = False
-    """Whether training reads rows as it needs them, without a copy in memory or on disk, again and again from start to
-    end; a checkpoint holds the place. Needs `data.validation`."""
+    """Stream rows during training instead of loading the dataset into memory, starting over at its end. Checkpoints
+    save the position in the stream. Needs `data.validation`."""
     shuffle_buffer: int = Field(default=1000, gt=0)
     """Rows that are shuffled together when training streams them; 1 keeps their order."""
     skip: int = Field(default=0, ge=0)
-    """Rows to leave out, from the first."""
+    """Number of rows to skip at the start."""
     documents: int | None = Field(default=None, gt=0)
-    """Maximum number of rows, after those left out; null for all."""
+    """Maximum number of rows to read after the skipped ones; null reads all."""
 
 
 class DocumentsConfig(Config):
     """A source of documents: files and folders, or a dataset."""
 
     paths: tuple[Annotated[str, Field(min_length=1)], ...] | None = Field(default=None, min_length=1)
-    """Files and folders: text and JSON lines (.jsonl), each also as .gz, .xz, .bz2 or .zst; .parquet and .arrow; or
-    token files (.tokens) of `seqmix tokenize`. Null reads Python's own standard library, which every machine has."""
+    """Files and folders to read: text and JSON lines (.jsonl), plain or compressed as .gz, .xz, .bz2 or .zst; .parquet
+    and .arrow; or token files (.tokens) written by `seqmix tokenize`. Null reads the source of Python's standard
+    library, which every machine has."""
     dataset: DatasetConfig | None = None
-    """A dataset instead of paths."""
+    """A Hugging Face dataset to read instead of `paths`."""
     glob: str = "**/*"
-    """Pattern of the files to read in a folder; hidden files are never read."""
+    """Pattern that selects the files of a folder; hidden files are never read."""
     text_field: str | None = Field(default="text", min_length=1)
-    """The field with the text, in a JSON line or a row of a table or dataset; null reads .jsonl files as plain text."""
+    """Field or column that holds the text of a JSON line, table row or dataset row; null reads .jsonl files as plain
+    text."""
     encoding: str = UTF8
-    """Encoding of text files and JSON lines, such as latin-1. Files that are not UTF-8 are refused, but for few odd
-    bytes; `bytes` takes any file as it is."""
+    """Encoding of text files and JSON lines, such as `latin-1`. With the default, files that are not UTF-8 text raise
+    an error, except for a few stray bytes; `bytes` reads any file unchanged."""
 
     @property
     def parts(self) -> "Sequence[DocumentsConfig]":
-        """The sources of documents, one after another."""
+        """Sources of documents, in order."""
         return (self,)
 
     @property
     def streamed(self) -> bool:
-        """Whether training reads rows as it needs them."""
+        """True if training streams the rows of the dataset."""
         return self.dataset is not None and self.dataset.streaming
 
     @field_validator("glob")
@@ -71,11 +75,11 @@ class DocumentsConfig(Config):
     def _glob_is_relative(cls, glob: str) -> str:
         try:
             list(Path("/nonexistent").glob(glob))
-            if glob.count("**") > MOST_FOLDERS:
-                raise ValueError(f"it has more than {MOST_FOLDERS} times **, each of which walks all folders again")
+            if (count := glob.count("**")) > MAX_RECURSIVE_WILDCARDS:
+                raise ValueError(f"at most {MAX_RECURSIVE_WILDCARDS} ** are allowed, got {count}")
         except (ValueError, NotImplementedError, IndexError) as error:
             raise ValueError(
-                f"glob is a pattern such as **/*.txt, relative to the folder; {glob!r} is not: {error}"
+                f"glob must be a pattern relative to the folder, such as **/*.txt, got {glob!r}: {error}"
             ) from error
         return glob
 
@@ -87,7 +91,7 @@ class DocumentsConfig(Config):
         try:
             "".encode(encoding)  # refuses codecs that are not encodings of text
         except LookupError as error:
-            raise ValueError(f"encoding is bytes or an encoding of text, such as latin-1: {error}") from error
+            raise ValueError(f"encoding must be bytes or a text encoding such as latin-1: {error}") from error
         return UTF8 if codecs.lookup(encoding).name == UTF8 else encoding
 
     @model_validator(mode="after")
@@ -95,72 +99,77 @@ class DocumentsConfig(Config):
         if self.dataset is None:
             return self
         if self.paths is not None:
-            raise ValueError("paths and dataset are two sources: set only one of them")
+            raise ValueError("paths and dataset cannot be combined: set only one of them")
         if self.text_field is None:
-            raise ValueError("text_field must name the dataset's field with the text, and is null")
+            raise ValueError("text_field must name the dataset's column with the text, got null")
         for name in ("glob", "encoding"):
             if getattr(self, name) != DocumentsConfig.model_fields[name].default:
-                raise ValueError(f"{name} is of files, and a dataset has rows: leave it out")
+                raise ValueError(f"{name} applies to files only, not to a dataset: leave it out")
         return self
 
 
 class SourceConfig(DocumentsConfig):
-    """A source of documents of its own: it needs paths or a dataset."""
+    """A separate source of documents, which must set paths or a dataset."""
 
     @model_validator(mode="after")
     def _is_named(self) -> Self:
         if self.paths is None and self.dataset is None:
-            raise ValueError("a source of its own needs paths or a dataset")
+            raise ValueError("a separate source needs paths or a dataset: set one of them")
         return self
 
 
 class WeightedSourceConfig(SourceConfig):
-    """One of the sources of a mixture."""
+    """One of the weighted sources of a mixture."""
 
     weight: float = Field(gt=0, allow_inf_nan=False)
-    """Its share of the training tokens, relative to the other weights."""
+    """Share of this source in the training tokens, relative to the other sources' weights."""
 
 
 class CorpusConfig(DocumentsConfig, DataConfig):
-    """A text, as documents, each of which starts with a begin token."""
+    """A text as documents, each of which starts with a begin token."""
 
     sources: tuple[WeightedSourceConfig, ...] | None = Field(default=None, min_length=1)
-    """Several sources with weights, instead of paths or a dataset: every sequence is of one of them."""
+    """Several weighted sources, instead of paths or a dataset; every training sequence comes from one of them."""
     validation: SourceConfig | None = None
-    """Documents of the validation split, with the fields of a source but its weight; null takes it from the text."""
+    """Separate documents for the validation split, with the fields of a source except `weight`; null splits the
+    training text."""
     tokenizer: str = Field(default="bytes", min_length=1)
-    """`bytes`, or a tokenizer.json of Hugging Face, or a folder or a file of `seqmix export` that holds one."""
+    """`bytes`, or the path of a Hugging Face tokenizer.json, or a folder or `seqmix export` file that contains one."""
     begin_token: str | None = None
-    """The token of that tokenizer that opens a document, such as "<s>"; null for one that follows its last token."""
+    """Token of that tokenizer that starts every document, such as "<s>"; null adds one after its last token."""
     split: Literal["auto", "by_document", "by_file", "tail"] = "auto"
-    """Validation split: `by_document` holds out documents by a hash of their text, so that duplicates share a split;
-    `by_file` files, by a hash of their names; `tail` the end of every document; `auto` is tail for one document,
-    by_file for text files, else by_document."""
+    """Validation split. `by_document` holds out documents by a hash of their text, so duplicates share a split;
+    `by_file` holds out files by a hash of their names; `tail` holds out the end of every document. `auto` is `tail` for
+    a single document, `by_file` for text files, and `by_document` otherwise."""
     validation_fraction: float = Field(default=0.1, gt=0, lt=1)
-    """Share of the documents or files (for tail: of every document) in the validation split."""
+    """Share of the documents or files that is held out for validation; with `tail`, the share of every document."""
 
     @model_validator(mode="after")
     def _bytes_have_their_begin_token(self) -> Self:
         if self.begin_token is not None and self.tokenizer == ByteTokenizer.identity:
-            raise ValueError(f"begin_token = {self.begin_token!r} is for a tokenizer in a file; bytes have their own")
+            raise ValueError(
+                f"begin_token = {self.begin_token!r} needs a tokenizer from a file; the byte tokenizer has its own "
+                "begin token: leave out begin_token, or set tokenizer"
+            )
         return self
 
     @model_validator(mode="after")
     def _splits_are_clear(self) -> Self:
         fields = type(self).model_fields
         changed = {name for name in fields if getattr(self, name) != fields[name].default}
-        if self.sources is not None and (given := changed & DocumentsConfig.model_fields.keys()):
-            raise ValueError(f"with data.sources, every source has its own {min(given)}: set it there")
-        if self.validation is not None and (given := changed & {"split", "validation_fraction"}):
-            raise ValueError(f"data.validation is the validation split: leave out data.{min(given)}")
+        if self.sources is not None and (offenders := changed & DocumentsConfig.model_fields.keys()):
+            raise ValueError(f"with data.sources, every source has its own {min(offenders)}: set it there")
+        if self.validation is not None and (offenders := changed & {"split", "validation_fraction"}):
+            raise ValueError(f"data.validation replaces the split: leave out data.{min(offenders)}")
         for part in self.parts if self.validation is None else ():
             if part.dataset is not None and part.streamed:
                 raise ValueError(
-                    f"the dataset {part.dataset.path} is streamed, so name the validation split: data.validation="
-                    "{dataset: {path: ..., split: ...}}, or with documents: N its first rows, which skip: N leaves out"
+                    f"the dataset {part.dataset.path} is streamed and needs a separate validation split: set "
+                    "data.validation={dataset: {path: ..., split: ...}}; to use the first N rows, set documents: N "
+                    "there and skip: N in the training dataset"
                 )
             if part.dataset is not None and self.split == "by_file":
-                raise ValueError("split by_file needs files, and a dataset has rows: use by_document")
+                raise ValueError("split by_file needs files, got a dataset: use by_document")
         return self
 
     @property
@@ -169,30 +178,34 @@ class CorpusConfig(DocumentsConfig, DataConfig):
 
     @property
     def weights(self) -> tuple[float, ...]:
-        """Of the parts."""
+        """Weight of each source in `parts`; (1.0,) for a single source."""
         return tuple(source.weight for source in self.sources or ()) or (1.0,)
 
     def tokenizer_of(self, run: Path | None = None, vocab_size: int | None = None) -> Tokenizer:
-        """The tokenizer of the text; a run's own copy takes precedence.
+        """Return the tokenizer of the text.
+
+        Args:
+            run: a run directory; its copy of the tokenizer takes precedence over the configured file.
+            vocab_size: the model's vocabulary size to check the tokenizer against, if any.
 
         Raises:
-            SeqmixError: it cannot be read, or has more tokens than the `vocab_size` of a model.
+            SeqmixError: the tokenizer cannot be read, or has more than `vocab_size` tokens.
         """
         copy = None if run is None or self.tokenizer == ByteTokenizer.identity else run / TOKENIZER_FILE
         tokenizer = load_tokenizer(copy if copy is not None and copy.is_file() else self.tokenizer, self.begin_token)
         if vocab_size is not None and vocab_size < tokenizer.vocab_size:
             raise SeqmixError(
-                f"the tokenizer {self.tokenizer} has {tokenizer.vocab_size} tokens, including the begin token, and "
-                f"model.vocab_size is {vocab_size}: set model.vocab_size={tokenizer.vocab_size}"
+                f"the tokenizer {self.tokenizer} needs model.vocab_size of at least {tokenizer.vocab_size}, including "
+                f"the begin token, got {vocab_size}: set model.vocab_size={tokenizer.vocab_size}"
             )
         return tokenizer
 
     def require_fit(self, vocab_size: int) -> None:
-        """Refuse a vocabulary smaller than bytes; a tokenizer in a file is not read here."""
+        """Check that the model's vocabulary holds all bytes; a tokenizer in a file is checked when it is read."""
         if self.tokenizer == ByteTokenizer.identity and vocab_size < ByteTokenizer.vocab_size:
             raise ValueError(
-                f"text as bytes has {ByteTokenizer.vocab_size} tokens (256 bytes and the begin token), "
-                f"and model.vocab_size is {vocab_size}"
+                f"text as bytes has {ByteTokenizer.vocab_size} tokens (256 bytes and the begin token), got "
+                f"model.vocab_size {vocab_size}: set model.vocab_size={ByteTokenizer.vocab_size}"
             )
 
     def require_files(self, vocab_size: int) -> None:

@@ -15,24 +15,25 @@ from .formats import JSON_LINES, format_of, has_rows, read_lines, read_rows, rea
 
 TOKENS = ".tokens"
 """Suffix of token files."""
-MOST_FILES = 10**6
-"""Names that a folder and a glob may match: of millions of files, token files are made first."""
+MAX_FILES = 10**6
+"""Maximum number of names that a glob may match in a folder; tokenize larger collections in parts first."""
 SAVED = "dataset_dict.json", "state.json", "dataset_info.json"
-"""What `save_to_disk` writes into a folder: the first for several splits, the others for one."""
+"""Marker files in a folder of `save_to_disk`: the first if it has several splits, the other two if it has one."""
 
 
 class Document(NamedTuple):
-    """A text and its origin."""
+    """A document's text and its origin."""
 
     file: str
     """File name relative to the configured folder, or the dataset's path."""
     name: str
     """Name in error messages."""
     text: bytes
+    """Text of the document, UTF-8 unless `data.encoding` is `bytes`."""
 
 
 def read_documents(config: DocumentsConfig) -> Iterator[Document]:
-    """The documents of a configuration, in order, read lazily; empty ones are left out.
+    """Read the documents of a configuration lazily and in order, skipping empty ones.
 
     Raises:
         SeqmixError: a path is missing, unreadable or not text, a JSON line or row has no text, or the dataset cannot be
@@ -42,7 +43,7 @@ def read_documents(config: DocumentsConfig) -> Iterator[Document]:
 
 
 def source_name(config: DocumentsConfig) -> str:
-    """The name of the text."""
+    """Return the name of a source in messages: its paths, or its dataset and split."""
     if len(config.parts) > 1:
         return " + ".join(map(source_name, config.parts))
     (config,) = config.parts
@@ -52,45 +53,49 @@ def source_name(config: DocumentsConfig) -> str:
 
 
 def source_files(config: DocumentsConfig) -> Iterator[tuple[str, Path]]:
-    """The files of the configured paths, in order, as (name relative to the configured folder, path).
+    """Yield the files of the configured paths, in order, as (name relative to the configured folder, path).
 
     Raises:
         SeqmixError: a path is missing or unreadable.
     """
-    for given in config.paths or ():
+    for name in config.paths or ():
         try:
-            path = Path(given).expanduser()
+            path = Path(name).expanduser()
             if not path.exists():
-                hint = "; data.glob selects files in a folder" if "*" in given else ""
-                raise SeqmixError(f"the corpus {given} does not exist{hint}")
-            if _is_saved(path):
-                raise SeqmixError(
-                    f"{given} is a saved dataset: data.dataset={{path: {given}}} reads it, not data.paths"
-                )
+                hint = "; to select files in a folder, use data.glob" if "*" in name else ""
+                raise SeqmixError(f"the corpus {name} does not exist{hint}")
+            if _is_saved_dataset(path):
+                raise SeqmixError(f"{name} is a saved dataset: set data.dataset={{path: {name}}} instead of data.paths")
             if not path.is_file() and not path.is_dir():
-                raise SeqmixError(f"the corpus {given} is a pipe, a device or a socket, not a file or a folder")
-            files = [path] if path.is_file() else _matching(path, config.glob)
+                raise SeqmixError(f"the corpus {name} must be a file or a folder, got a pipe, a device or a socket")
+            files = [path] if path.is_file() else _matching_files(path, config.glob)
             if not files:
-                raise SeqmixError(f"the corpus is empty: no text in {given} (glob {config.glob})")
+                raise SeqmixError(
+                    f"the corpus is empty: no text in {name} (glob {config.glob}); check the path and data.glob"
+                )
             for file in files:
                 key = file.name if file == path else file.relative_to(path).as_posix()
                 if file == path or not any(part.startswith(".") for part in Path(key).parts):
                     yield key, file
         except OSError as error:
-            raise SeqmixError(f"the corpus {given} cannot be read: {error.filename}: {error.strerror}") from error
+            raise SeqmixError(f"the corpus {name} cannot be read: {error.filename}: {error.strerror}") from error
         except RuntimeError as error:
-            raise SeqmixError(f"the corpus {given} cannot be found: {error}") from error
+            raise SeqmixError(f"the corpus {name} cannot be found: {error}") from error
 
 
-def _matching(folder: Path, glob: str) -> list[Path]:
-    """The files of a folder that match, in order; SeqmixError: more than `MOST_FILES` names do."""
-    found = list(islice(folder.glob(glob), MOST_FILES + 1))
-    if len(found) > MOST_FILES:
+def _matching_files(folder: Path, glob: str) -> list[Path]:
+    """Return the files of a folder that match a glob, sorted.
+
+    Raises:
+        SeqmixError: more than `MAX_FILES` names match.
+    """
+    paths = list(islice(folder.glob(glob), MAX_FILES + 1))
+    if len(paths) > MAX_FILES:
         raise SeqmixError(
-            f"the corpus {folder} has more than {MOST_FILES:,} files that match {glob!r}: choose some with "
-            "data.glob, or `seqmix tokenize` parts of it"
+            f"the corpus {folder} may have at most {MAX_FILES:,} files that match {glob!r}, got more: narrow data.glob "
+            "or tokenize parts of the folder with `seqmix tokenize`"
         )
-    return sorted(path for path in found if path.is_file())
+    return sorted(path for path in paths if path.is_file())
 
 
 def _documents(config: DocumentsConfig) -> Iterator[Document]:
@@ -103,58 +108,62 @@ def _documents(config: DocumentsConfig) -> Iterator[Document]:
     elif config.paths is None:
         yield from _standard_library()
     for key, path in source_files(config):
-        yield from _read(key, path, config)
+        yield from _read_file(key, path, config)
 
 
-def _read(key: str, path: Path, config: DocumentsConfig) -> Iterator[Document]:
-    """The documents of a file: one, or one per line or row."""
+def _read_file(key: str, path: Path, config: DocumentsConfig) -> Iterator[Document]:
+    """Read the documents of a file: a single one, or one per line or row."""
     field = config.text_field
     suffix = format_of(path)[0]
     if suffix == TOKENS:
-        raise SeqmixError(f"{path} is a token file: it holds tokens, and no text")
+        raise SeqmixError(f"{path} is a token file, which is tokenized already: expected text")
     try:
         if not has_rows(path, field):
             yield Document(key, str(path), read_text(path, config.encoding))
         elif field is None:
-            raise SeqmixError(f"{path} has columns, and data.text_field, which names that of the text, is null")
+            raise SeqmixError(f"{path} is a table: set data.text_field to the column that holds the text, got null")
         else:
-            for name, row in _lines(path, config.encoding) if suffix == JSON_LINES else read_rows(path, field):
-                yield Document(key, name, _text(row, field, name, config))
+            for name, row in _read_lines(path, config.encoding) if suffix == JSON_LINES else read_rows(path, field):
+                yield Document(key, name, _text_of(row, field, name, config))
     except OSError as error:
         raise SeqmixError(f"the corpus {path} cannot be read: {error.strerror}") from error
 
 
-def _lines(path: Path, encoding: str) -> Iterator[tuple[str, dict[str, object]]]:
+def _read_lines(path: Path, encoding: str) -> Iterator[tuple[str, dict[str, object]]]:
+    """Yield the name (`file:line`) and the mapping of each line of a JSON lines file, skipping blank lines."""
     for number, line in enumerate(read_lines(path, encoding), 1):
         if line.strip():
             name = f"{path}:{number}"
-            yield name, _mapping(name, line)
+            yield name, _parse_line(name, line)
 
 
-def _mapping(name: str, line: bytes | str) -> dict[str, object]:
+def _parse_line(name: str, line: bytes | str) -> dict[str, object]:
     try:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:  # invalid UTF-8 is a ValueError too
-        what = error.msg if isinstance(error, json.JSONDecodeError) else error
-        raise SeqmixError(f"{name}: the line is not JSON: {what}") from error
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else error
+        raise SeqmixError(f"{name}: the line is not JSON: {reason}") from error
     if not isinstance(value, dict):
-        raise SeqmixError(f"{name}: the line must be a mapping, and is a {type(value).__name__}")
+        raise SeqmixError(f"{name}: the line must be a mapping, got a {type(value).__name__}")
     return value
 
 
-def _text(row: dict[str, object], field: str, name: str, config: DocumentsConfig) -> bytes:
+def _text_of(row: dict[str, object], field: str, name: str, config: DocumentsConfig) -> bytes:
+    """Return the text field of a row, as UTF-8."""
     if field not in row:
         fields = ", ".join(row) or "none"
-        source = isinstance(config, WeightedSourceConfig)
-        validation = isinstance(config, SourceConfig)
-        setting = "text_field of this one of data.sources" if source else "data.validation.text_field"
-        setting = setting if source or validation else "data.text_field"
+        if isinstance(config, WeightedSourceConfig):
+            setting = "text_field of this entry of data.sources"
+        elif isinstance(config, SourceConfig):
+            setting = "data.validation.text_field"
+        else:
+            setting = "data.text_field"
         raise SeqmixError(
-            f"{name}: there is no field {field!r}; fields: {fields}{nearest(field, row)}; {setting} names it"
+            f"{name}: there is no field {field!r}; fields: {fields}{nearest(field, row)}; set {setting} to one of them"
         )
     text = row[field]
     if not isinstance(text, str):
-        raise SeqmixError(f"{name}: the field {field!r} must be text, and is a {type(text).__name__}")
+        raise SeqmixError(f"{name}: the field {field!r} must be text, got {type(text).__name__}")
     try:
         return text.encode()
     except UnicodeEncodeError as error:
@@ -162,17 +171,23 @@ def _text(row: dict[str, object], field: str, name: str, config: DocumentsConfig
 
 
 def row_documents(config: DocumentsConfig, rows: Iterable[dict[str, object]], first: int = 0) -> Iterator[Document]:
-    """The documents of rows of a dataset, numbered from `first`; empty ones too."""
+    """Yield one document per row of a dataset, including empty ones.
+
+    Args:
+        config: the source; its `dataset` and `text_field` are set.
+        rows: the rows.
+        first: number of the first row, not counting skipped ones; it appears in the documents' names.
+    """
     assert config.dataset is not None
     assert config.text_field is not None
     for number, row in enumerate(rows, config.dataset.skip + first):
         name = f"{source_name(config)}, row {number}"
-        yield Document(config.dataset.path, name, _text(row, config.text_field, name, config))
+        yield Document(config.dataset.path, name, _text_of(row, config.text_field, name, config))
 
 
 @contextmanager
 def explain_dataset(config: DatasetConfig) -> Iterator[None]:
-    """Turn whatever the file systems, formats and network of `datasets` raise into a SeqmixError."""
+    """Turn any exception of `datasets` (file system, format, network) into a SeqmixError that names the dataset."""
     try:
         yield
     except SeqmixError:
@@ -183,9 +198,12 @@ def explain_dataset(config: DatasetConfig) -> Iterator[None]:
 
 
 def open_dataset(config: DatasetConfig) -> Any:
-    """The rows of a dataset without those to skip, in order: with `streaming` an `IterableDataset`.
+    """Open a dataset's rows, in order and without the skipped ones; with `streaming`, an `IterableDataset`.
 
-    It is a folder of `save_to_disk`, or what `load_dataset` finds. Raises SeqmixError if the library is missing.
+    A folder that `save_to_disk` wrote is loaded from disk; any other path goes to `load_dataset`.
+
+    Raises:
+        SeqmixError: the library `datasets` is missing, or the dataset has no such split.
     """
     try:
         datasets = import_module("datasets")
@@ -194,7 +212,7 @@ def open_dataset(config: DatasetConfig) -> Any:
             raise
         raise SeqmixError("data.dataset needs datasets: pip install 'seqmix[data]'") from None
     folder = Path(config.path).expanduser()
-    if not _is_saved(folder):
+    if not _is_saved_dataset(folder):
         files = {} if config.data_files is None else {"data_files": list(config.data_files)}
         options = {"split": config.split, "streaming": config.streaming} | files
         rows = datasets.load_dataset(config.path, config.name, **options)
@@ -210,13 +228,14 @@ def open_dataset(config: DatasetConfig) -> Any:
     return rows.skip(config.skip) if config.skip else rows
 
 
-def _is_saved(folder: Path) -> bool:
-    splits, *one = ((folder / file).is_file() for file in SAVED)
-    return splits or all(one)
+def _is_saved_dataset(folder: Path) -> bool:
+    """True if `save_to_disk` wrote this folder."""
+    several_splits, *single_split = ((folder / file).is_file() for file in SAVED)
+    return several_splits or all(single_split)
 
 
 def _standard_library() -> Iterator[Document]:
-    """Python's own modules, without tests, installed packages and machine-specific files."""
+    """Yield Python's own modules, without tests, installed packages and machine-specific files."""
     root = Path(sysconfig.get_paths()["stdlib"])
     for file in sorted(root.rglob("*.py")):
         parts = file.relative_to(root).parts

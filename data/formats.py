@@ -1,6 +1,7 @@
-"""File formats: text and JSON lines, compressed or not, Parquet and Arrow. Files that are not text are refused by name.
+"""File formats: text and JSON lines (plain or compressed), Parquet and Arrow.
 
-All are read as streams: in pieces, lines, or batches of rows, so memory holds one document at a time.
+All are read as streams, in pieces, lines or batches of rows, so memory holds one document at a time. A file that is not
+text raises an error that names its format.
 """
 
 import io
@@ -17,18 +18,21 @@ from .corpus_config import BYTES, UTF8
 JSON_LINES = ".jsonl"
 PARQUET = ".parquet"
 ARROW = ".arrow"
-"""Suffixes of files whose lines or rows are documents."""
+"""Suffix of an Arrow file. Each line or row of a .jsonl, .parquet or .arrow file is a document."""
 COMPRESSED = {".gz": "gzip", ".xz": "lzma", ".bz2": "bz2", ".zst": "zstd"}
 """Suffixes of compressed text and JSON lines, and the modules that read them."""
 PIECE = 2**20
 """Bytes read and checked at a time."""
-FEW, ODD = 8, 0.02
-"""Bytes of a piece that need not be UTF-8 or printable: so many, or this share."""
-LARGE = 2**26
-EXPANSION = 500
-"""Bytes from which a compressed file may not expand more than so many times; text expands 3 to 20 times."""
+MAX_ODD_BYTES = 8
+"""Bytes of a piece that may be invalid UTF-8 or unprintable in any case."""
+MAX_ODD_SHARE = 0.02
+"""Share of a piece's bytes that may be invalid UTF-8 or unprintable."""
+EXPANSION_LIMIT_FROM = 2**26
+"""Uncompressed bytes from which `MAX_EXPANSION` applies."""
+MAX_EXPANSION = 500
+"""Maximum ratio of uncompressed to compressed bytes, against archives that never end; text expands 3 to 20 times."""
 CONTROL = bytes({*range(32), 127} - set(b"\b\t\n\v\f\r\x1b"))
-"""Control characters that no text has."""
+"""Control characters that do not occur in text."""
 SIGNATURES = {
     "gzip (.gz)": rb"\x1f\x8b\x08",
     "xz (.xz)": rb"\xfd7zXZ\0",
@@ -43,38 +47,39 @@ SIGNATURES = {
     "PDF": rb"%PDF-",
     "UTF-16 or UTF-32": rb"\xff\xfe|\xfe\xff|\0\0\xfe\xff",
 }
-"""What files are, by a pattern of their first bytes."""
+"""Names of formats that are not text, with patterns of their first bytes."""
 ACCEPTED = (
-    "data takes UTF-8 text and JSON lines (.jsonl), each also as .gz, .xz, .bz2 or .zst, .parquet, .arrow and .tokens; "
-    "data.glob selects files of a folder; data.encoding names another encoding, or is bytes to learn any file"
+    "data reads UTF-8 text and JSON lines (.jsonl), each also as .gz, .xz, .bz2 or .zst, .parquet, .arrow and .tokens; "
+    "select the files of a folder with data.glob, set data.encoding for another encoding, or set it to bytes to read "
+    "any file"
 )
 
 
 def format_of(path: Path) -> tuple[str, str | None]:
-    """The suffix of the format, without that of a compression, and the compression's suffix or None."""
+    """Return the suffix of a file's format, and the suffix of its compression or None."""
     suffix = path.suffix.lower()
     return (Path(path.stem).suffix.lower(), suffix) if suffix in COMPRESSED else (suffix, None)
 
 
 def has_rows(path: Path, field: str | None) -> bool:
-    """Whether a file holds several documents: lines or rows with a text field."""
+    """True if each line or row of a file is a document; `field` is its text field, None for plain text."""
     suffix, _ = format_of(path)
     return suffix in (PARQUET, ARROW) or (suffix == JSON_LINES and field is not None)
 
 
 def open_bytes(path: Path) -> BinaryIO:
-    """The content of a file, uncompressed as it is read.
+    """Open a file for reading; a compressed one is decompressed while it is read.
 
     Raises:
-        SeqmixError: now or while reading, a compressed file is damaged, truncated, not what its suffix says, expands
-            without end, or needs a library that is not installed.
+        SeqmixError: on opening or reading: a compressed file is damaged, truncated, not in the format of its suffix,
+            expands more than `MAX_EXPANSION` times, or needs a library that is not installed.
     """
     _, compression = format_of(path)
-    return path.open("rb") if compression is None else io.BufferedReader(_Expanded(path, compression), PIECE)
+    return path.open("rb") if compression is None else io.BufferedReader(_Decompressed(path, compression), PIECE)
 
 
-class _Expanded(io.RawIOBase):
-    """A compressed file as it expands."""
+class _Decompressed(io.RawIOBase):
+    """The decompressed content of a compressed file, as a stream."""
 
     def __init__(self, path: Path, suffix: str) -> None:
         self.path = path
@@ -89,23 +94,21 @@ class _Expanded(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         try:
-            found = self._content.read(len(buffer))
+            content = self._content.read(len(buffer))
         except EOFError:
             raise SeqmixError(
                 f"{self.path} is truncated: its {self.suffix} data end early, after {self.size:,} bytes of text"
             ) from None
-        except Exception as error:  # every library has errors of its own
+        except Exception as error:  # every library raises its own types
+            raise SeqmixError(f"{self.path} is damaged, or is not a {self.suffix} file: {error}") from error
+        self.size += len(content)
+        if self.size > EXPANSION_LIMIT_FROM and self.size > MAX_EXPANSION * self._file.tell():
             raise SeqmixError(
-                f"{self.path} is damaged, or not compressed as its suffix {self.suffix} says: {error}"
-            ) from error
-        self.size += len(found)
-        if self.size > LARGE and self.size > EXPANSION * self._file.tell():
-            raise SeqmixError(
-                f"{self.path} expands more than {EXPANSION} times, to {self.size:,} bytes and on, and is not read "
-                "further: uncompress it if it is text"
+                f"{self.path} expands more than {MAX_EXPANSION} times, to {self.size:,} bytes or more: if it is text, "
+                "decompress it first"
             )
-        buffer[: len(found)] = found
-        return len(found)
+        buffer[: len(content)] = content
+        return len(content)
 
     def close(self) -> None:
         if not self.closed:
@@ -114,10 +117,10 @@ class _Expanded(io.RawIOBase):
 
 
 def read_text(path: Path, encoding: str) -> bytes:
-    """A text file, as UTF-8; with the encoding `bytes`, as it is.
+    """Read a text file as UTF-8; with the encoding `bytes`, unchanged.
 
     Raises:
-        SeqmixError: it is not text, or not of this encoding.
+        SeqmixError: the file is not text, or not in this encoding.
     """
     pieces = []
     size = 0
@@ -131,44 +134,54 @@ def read_text(path: Path, encoding: str) -> bytes:
     try:
         return text if encoding in (UTF8, BYTES) else text.decode(encoding).encode()
     except UnicodeError as error:
-        raise _not_of(path, encoding, error) from error
+        raise _encoding_error(path, encoding, error) from error
 
 
 def read_lines(path: Path, encoding: str) -> Iterator[bytes | str]:
-    """The lines of a text file; raises like `read_text`."""
+    """Yield the lines of a text file.
+
+    Raises:
+        SeqmixError: the file is not in this encoding.
+    """
     with open_bytes(path) as file:
         try:
             yield from file if encoding in (UTF8, BYTES) else io.TextIOWrapper(file, encoding, newline="\n")
         except UnicodeError as error:
-            raise _not_of(path, encoding, error) from error
+            raise _encoding_error(path, encoding, error) from error
 
 
-def _not_of(path: Path, encoding: str, error: UnicodeError) -> SeqmixError:
-    return SeqmixError(f"{path} is not {encoding}, as data.encoding says: {error}")
+def _encoding_error(path: Path, encoding: str, error: UnicodeError) -> SeqmixError:
+    return SeqmixError(f"{path} must be in {encoding}, the value of data.encoding: {error}")
 
 
 def _require_text(path: Path, piece: bytes, start: int) -> None:
-    """Refuse a piece of a file that is not text; a few odd bytes stay as they are."""
+    """Check that a piece of a file is text, tolerating a few odd bytes; `start` is its offset in the file."""
     head = piece[:512] if start == 0 else b""
-    what = next((name for name, pattern in SIGNATURES.items() if re.match(pattern, head, re.DOTALL)), None)
-    kept = piece.decode(errors="ignore").encode().translate(None, CONTROL)
-    odd = len(piece) - len(kept)
-    if what is None and odd <= max(FEW, ODD * len(piece)):
+    format_name = next((name for name, pattern in SIGNATURES.items() if re.match(pattern, head, re.DOTALL)), None)
+    text = piece.decode(errors="ignore").encode().translate(None, CONTROL)
+    odd = len(piece) - len(text)
+    if format_name is None and odd <= max(MAX_ODD_BYTES, MAX_ODD_SHARE * len(piece)):
         return
-    first = 0 if what else next(at for at, (a, b) in enumerate(zip_longest(piece, kept)) if a != b)
-    found = f"its first bytes are those of {what}" if what else f"byte 0x{piece[first]:02x}"
-    raise SeqmixError(f"{path} is not UTF-8 text at offset {start + first:,} ({found}): {ACCEPTED}")
+    if format_name is not None:
+        first = 0
+        reason = f"its first bytes are those of {format_name}"
+    else:
+        first = next(offset for offset, (a, b) in enumerate(zip_longest(piece, text)) if a != b)
+        reason = f"byte 0x{piece[first]:02x}"
+    raise SeqmixError(f"{path} is not UTF-8 text at offset {start + first:,} ({reason}): {ACCEPTED}")
 
 
 def read_rows(path: Path, field: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of a Parquet or Arrow file, by name: the field alone, or the names of all columns if there is none.
+    """Yield the name and the text field of each row of a Parquet or Arrow file.
+
+    If there is no such column, yield a single row with the names of all columns.
 
     Raises:
-        SeqmixError: it is damaged, or needs a library that is not installed.
+        SeqmixError: the file is damaged, or needs a library that is not installed.
     """
     suffix, compression = format_of(path)
     if compression is not None:
-        raise SeqmixError(f"{path}: {suffix} files are compressed inside, and are not read from {compression}")
+        raise SeqmixError(f"{path}: {suffix} files are compressed inside: decompress the {compression} file first")
     number = count()
     try:
         batches = _parquet(path, field) if suffix == PARQUET else _arrow(path)
@@ -185,7 +198,7 @@ def read_rows(path: Path, field: str) -> Iterator[tuple[str, dict[str, Any]]]:
         raise SeqmixError(f"{path} needs pyarrow: pip install 'seqmix[data]'") from None
     except OSError as error:
         raise SeqmixError(f"the corpus {path} cannot be read: {error.strerror or error}") from error
-    except (ValueError, NotImplementedError) as error:  # pyarrow's own are among them
+    except (ValueError, NotImplementedError) as error:  # the base classes of pyarrow's errors
         raise SeqmixError(f"{path} is damaged, truncated, or not {suffix}: {str(error).splitlines()[0]}") from error
 
 
@@ -196,7 +209,7 @@ def _parquet(path: Path, field: str) -> Iterator[Any]:
 
 
 def _arrow(path: Path) -> Iterator[Any]:
-    """Batches of the file format, or of the stream format that `datasets` writes."""
+    """Yield the batches of a file in Arrow's file format, or in its stream format, which `datasets` writes."""
     arrow = import_module("pyarrow")
     with arrow.memory_map(str(path)) as source:
         indexed = source.read(6) == b"ARROW1"
@@ -206,7 +219,7 @@ def _arrow(path: Path) -> Iterator[Any]:
 
 
 def _zstd(path: Path) -> Any:
-    """Python's own module from 3.14 on, or its backport."""
+    """Import Zstandard: Python's own module from 3.14 on, or its backport."""
     for name in ("compression.zstd", "backports.zstd"):
         try:
             return import_module(name)

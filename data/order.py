@@ -1,7 +1,7 @@
 """Data order: which sequences a step reads, as stateless functions of (seed, step).
 
-The starts of sequences are the first token of each, [N], in a stream of `n_tokens`; a sequence needs one more token
-than its length, for its last target. Every source of a mixture has its own.
+The start of a sequence is the position of its first token in a stream of `n_tokens`. A sequence needs one more token
+than its length, for its last target. Every source of a mixture is a separate stream with its own order.
 """
 
 from collections.abc import Sequence
@@ -14,32 +14,36 @@ from ..registry import SeqmixError
 ROUNDS = 6
 """Rounds of the Feistel network; four already mix well."""
 CYCLE = 4096
-"""Sequences in which a mixture has each source as often as its weight says."""
+"""Length of a mixture's cycle in sequences; each cycle has every source in proportion to its weight."""
 
 
 def mixture(weights: Sequence[float], batch_size: int, *, seed: int, step: int) -> tuple[np.ndarray, np.ndarray]:
-    """The source of each row of a step, [batch_size], and the number of each among the sequences of its source.
+    """Return the source of each row of a step, and the row's number among all sequences of its source.
 
-    A cycle has `weight * CYCLE` sequences of a source (rounded, at least one), spread evenly: each lies at a random
-    place of its own equal share of the cycle. So any run of rows, too, has each source about as often as its weight.
+    A cycle has `weight * CYCLE` sequences of a source (rounded, at least one). They are spread evenly: the cycle is cut
+    into as many equal shares, and each sequence lies at a random place of its own share. So any run of rows has each
+    source about as often as its weight says.
+
+    Returns:
+        Two int64 arrays, [batch_size] each.
     """
     if len(weights) == 1:
         return np.zeros(batch_size, dtype=np.int64), step * batch_size + np.arange(batch_size, dtype=np.int64)
-    counts = _counts(tuple(weights))
+    counts = _sequences_per_cycle(tuple(weights))
     cycles, places = np.divmod(step * batch_size + np.arange(batch_size, dtype=np.int64), CYCLE)
     sources = np.empty_like(places)
     numbers = np.empty_like(places)
     for cycle in np.unique(cycles).tolist():
-        now = cycles == cycle
-        of, number = _cycle(counts, seed, cycle)
-        sources[now] = of[places[now]]
-        numbers[now] = number[places[now]] + cycle * np.array(counts)[sources[now]]
+        rows = cycles == cycle
+        cycle_sources, cycle_numbers = _draw_cycle(counts, seed, cycle)
+        sources[rows] = cycle_sources[places[rows]]
+        numbers[rows] = cycle_numbers[places[rows]] + cycle * np.array(counts)[sources[rows]]
     return sources, numbers
 
 
 @lru_cache
-def _counts(weights: tuple[float, ...]) -> tuple[int, ...]:
-    """Sequences of each source in a cycle; the most frequent one makes up for rounding."""
+def _sequences_per_cycle(weights: tuple[float, ...]) -> tuple[int, ...]:
+    """Return the number of sequences of each source in a cycle; the most frequent source absorbs the rounding."""
     shares = np.array(weights) / sum(weights)
     counts = np.maximum(np.round(shares * CYCLE), 1).astype(np.int64)
     counts[counts.argmax()] += CYCLE - counts.sum()
@@ -47,8 +51,8 @@ def _counts(weights: tuple[float, ...]) -> tuple[int, ...]:
 
 
 @lru_cache
-def _cycle(counts: tuple[int, ...], seed: int, cycle: int) -> tuple[np.ndarray, np.ndarray]:
-    """The source of each sequence of a cycle, and its number among those of the source; each [CYCLE]."""
+def _draw_cycle(counts: tuple[int, ...], seed: int, cycle: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the source of each sequence of a cycle, and its number among the source's sequences; each [CYCLE]."""
     sources = np.repeat(np.arange(len(counts)), counts)
     numbers = np.concatenate([np.arange(count) for count in counts])
     places = (numbers + np.random.default_rng([seed, cycle]).random(CYCLE)) / np.repeat(counts, counts)
@@ -57,14 +61,15 @@ def _cycle(counts: tuple[int, ...], seed: int, cycle: int) -> tuple[np.ndarray, 
 
 
 def random_starts(n_tokens: int, length: int, count: int, *, seed: int, step: int, source: int = 0) -> np.ndarray:
-    """Independent random positions."""
+    """Draw `count` independent random starts."""
     return np.random.default_rng([seed, step, source]).integers(0, n_tokens - length, size=count)
 
 
 def epoch_starts(n_tokens: int, length: int, numbers: np.ndarray, *, seed: int, source: int = 0) -> np.ndarray:
-    """ceil((n_tokens - 1) / length) contiguous samples, each once per epoch, reshuffled every epoch.
+    """Return the starts of sequences that read the stream once per epoch, reshuffled every epoch.
 
-    Sequence g is number g % samples of epoch g // samples; a step may span two epochs.
+    The stream is cut into ceil((n_tokens - 1) / length) contiguous samples. Sequence number g is entry g % samples of
+    the order of epoch g // samples; a step may span two epochs.
     """
     samples = -(-(n_tokens - 1) // length)
     epochs, places = np.divmod(numbers, samples)
@@ -72,21 +77,24 @@ def epoch_starts(n_tokens: int, length: int, numbers: np.ndarray, *, seed: int, 
 
 
 def contiguous_starts(n_tokens: int, length: int, batch_size: int, *, seed: int, step: int) -> np.ndarray:
-    """Sequences that continue those of the previous step.
+    """Return the starts of sequences that continue those of the previous step.
 
     The text is cut into one lane per row of a batch, and every row reads its lane from start to end, one window per
-    step. At the end of the lanes they are cut again, from another offset. Raises like `lane_windows`.
+    step. At the end of the lanes, the text is cut again from another random offset.
+
+    Raises:
+        SeqmixError: the text is too short for one sequence per row.
     """
     windows = lane_windows(n_tokens, length, batch_size)
     reading, window = divmod(step, windows)
     lane = windows * length
-    # the remainder is skipped at the start or at the end
+    # the lanes do not cover the whole text: the offset decides which tokens at its start and end are skipped
     offset = np.random.default_rng([seed, reading]).integers(0, n_tokens - batch_size * lane)
     return offset + np.arange(batch_size) * lane + window * length
 
 
 def lane_windows(n_tokens: int, length: int, batch_size: int) -> int:
-    """The number of steps to read all lanes of `contiguous_starts`.
+    """Return the number of steps that `contiguous_starts` takes to read all lanes.
 
     Raises:
         SeqmixError: the text is too short for one sequence per row.
@@ -94,37 +102,43 @@ def lane_windows(n_tokens: int, length: int, batch_size: int) -> int:
     windows = (n_tokens - length) // (batch_size * length)
     if windows < 1:
         raise SeqmixError(
-            f"training.carry_state reads the training split in {batch_size} parallel lanes, which takes "
-            f"{(batch_size + 1) * length} tokens, and it has {n_tokens}: lower training.batch_size or "
-            "data.sequence_length, or give more text"
+            f"training.carry_state reads the training split in {batch_size} parallel lanes and needs at least "
+            f"{(batch_size + 1) * length} tokens, got {n_tokens}: lower training.batch_size or "
+            "data.sequence_length, or add more text"
         )
     return windows
 
 
 def permuted(numbers: np.ndarray, epochs: np.ndarray, samples: int, seed: int) -> np.ndarray:
-    """The position of each sample [N] in the order of its epoch [N]: a permutation for every (seed, epoch).
+    """Return the position of each sample in the order of its epoch: a permutation for every (seed, epoch).
 
     A Feistel network permutes numbers of 2 b bits, the fewest that hold all samples; a result out of range goes through
-    again until it is in range (cycle walking: Black and Rogaway, 2002). A permutation in an array would take memory
-    proportional to the text, and every resumed run would have to draw it again.
+    it again until it is in range (cycle walking: Black and Rogaway, 2002). A permutation stored as an array would take
+    memory proportional to the text, and every resumed run would have to draw it again.
+
+    Args:
+        numbers: numbers of the samples, [N].
+        epochs: epoch of each sample, [N].
+        samples: number of samples in an epoch.
+        seed: seed of the order.
     """
     half = np.uint64(max(1, (max(samples - 1, 1).bit_length() + 1) // 2))
     mask = np.uint64((1 << int(half)) - 1)
-    keys = _mixed(_mixed(np.full(len(numbers), seed, dtype=np.uint64)) ^ epochs.astype(np.uint64))
-    found = numbers.astype(np.uint64)
-    outside = np.ones(len(found), dtype=bool)
+    keys = _mix_bits(_mix_bits(np.full(len(numbers), seed, dtype=np.uint64)) ^ epochs.astype(np.uint64))
+    positions = numbers.astype(np.uint64)
+    outside = np.ones(len(positions), dtype=bool)
     while outside.any():
-        left = found[outside] >> half
-        right = found[outside] & mask
+        left = positions[outside] >> half
+        right = positions[outside] & mask
         for turn in range(ROUNDS):
-            left, right = right, left ^ (_mixed(right ^ _mixed(keys[outside] + np.uint64(turn))) & mask)
-        found[outside] = left << half | right
-        outside = found >= samples
-    return found.astype(np.int64)
+            left, right = right, left ^ (_mix_bits(right ^ _mix_bits(keys[outside] + np.uint64(turn))) & mask)
+        positions[outside] = left << half | right
+        outside = positions >= samples
+    return positions.astype(np.int64)
 
 
-def _mixed(x: np.ndarray) -> np.ndarray:
-    """Every bit depends on every bit (SplitMix64: Steele, Lea and Flood, 2014)."""
+def _mix_bits(x: np.ndarray) -> np.ndarray:
+    """Hash 64-bit numbers so that every output bit depends on every input bit (SplitMix64: Steele et al., 2014)."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)

@@ -1,4 +1,4 @@
-"""Packing: the sequences of a batch as documents of one row (`cu_seqlens`), so that nothing leaks between documents."""
+"""Packing: the documents of a batch in one row with `cu_seqlens`, so that no state leaks between documents."""
 
 import numpy as np
 import torch
@@ -9,9 +9,10 @@ from .token_store import Stream
 
 
 def pack(batch: Batch, most: int, begin: int) -> Packed:
-    """The sequences of a batch in one row, in which every sequence and every begin token starts a document.
+    """Pack the sequences of a batch into one row, in which every sequence and every begin token starts a document.
 
-    Shapes depend on the batch shape alone, for a single compiled graph: the last documents may be empty.
+    Shapes depend on the batch shape only, so that one compiled graph serves all batches; the last documents may be
+    empty.
 
     Args:
         batch: B sequences of T tokens.
@@ -19,14 +20,14 @@ def pack(batch: Batch, most: int, begin: int) -> Packed:
         begin: the begin token.
 
     Raises:
-        RuntimeError: a sequence has more documents; on a GPU, asynchronously.
+        RuntimeError: a sequence has more documents than `most`; on a GPU the error comes asynchronously.
     """
     begins = batch.inputs == begin
     begins[:, 0] = True
     length = begins.numel()
-    places = torch.arange(length, device=begins.device)
-    # without a count, which would synchronize with the device
-    starts = torch.where(begins.flatten(), places, length).sort().values
+    positions = torch.arange(length, device=begins.device)
+    # a sort, because a count of the documents would synchronize with the device
+    starts = torch.where(begins.flatten(), positions, length).sort().values
     size = len(begins) * most
     torch.ops.aten._assert_async.msg((starts[size:] == length).all(), "a sequence has more documents than its stream")
     cu_seqlens = torch.nn.functional.pad(starts[:size], (0, 1), value=length)
@@ -34,7 +35,7 @@ def pack(batch: Batch, most: int, begin: int) -> Packed:
 
 
 def most_documents(tokens: Tokens, length: int, begin: int) -> int:
-    """Maximum number of documents in a sequence, wherever it is cut from the stream."""
+    """Return the maximum number of documents in a sequence of `length` tokens, wherever it is cut from the stream."""
     starts = tokens.starts if isinstance(tokens, Stream) else np.flatnonzero(tokens == begin)
-    opened = np.searchsorted(starts, starts + length) - np.arange(len(starts))
-    return min(length, 1 + int(opened.max(initial=0)))
+    starts_within_length = np.searchsorted(starts, starts + length) - np.arange(len(starts))
+    return min(length, 1 + int(starts_within_length.max(initial=0)))

@@ -1,4 +1,4 @@
-"""Training sequences of one source, by their numbers: cut from tokens, or streamed from a dataset."""
+"""Training sequences of one source, addressed by number: cut from tokens, or streamed from a dataset."""
 
 from typing import Any, TypeAlias
 
@@ -11,14 +11,21 @@ from .order import epoch_starts, random_starts
 from .token_store import Stream
 
 Tokens: TypeAlias = np.ndarray | Stream
-"""A token stream, in memory or mapped: it has a length, and its slices are arrays."""
+"""A token stream, in memory or memory-mapped: it has a length, and its slices are arrays."""
 PADDING = -1
-"""Stands where a sequence has no token."""
+"""Value at positions of a sequence that have no token."""
 
 
 class Cut:
-    """Sequences of a length, cut from a range of a token stream in an order, `random_windows` or `epochs`; each source
-    of a mixture has its own, by its number."""
+    """Sequences cut from a range of a token stream.
+
+    Args:
+        tokens: the stream.
+        span: the range of positions of this source.
+        length: tokens of a sequence, without the last target.
+        order: `random_windows` or `epochs`.
+        source: number of the source in a mixture, which makes its order differ from those of the other sources.
+    """
 
     def __init__(self, tokens: Tokens, span: range, length: int, order: str, source: int = 0) -> None:
         self.tokens = tokens
@@ -27,18 +34,23 @@ class Cut:
         self.order = order
         self.source = source
 
-    def read(self, numbers: np.ndarray, wanted: np.ndarray, *, seed: int, step: int) -> np.ndarray:
-        """Some sequences of a step, int64 [wanted, length + 1]: each has one more token for its last target. The last
-        of an epoch is padded.
+    def read(self, numbers: np.ndarray, selected: np.ndarray, *, seed: int, step: int) -> np.ndarray:
+        """Read some of this source's sequences of a step; the last sequence of an epoch is padded.
 
-        `numbers` [N] are of all sequences of this source in the step, ascending without a gap; `wanted` [N] says which
-        to read.
+        Args:
+            numbers: numbers of all sequences of this source in the step, consecutive and ascending, [N].
+            selected: True for the sequences to read, [N].
+            seed: seed of the data order.
+            step: the step.
+
+        Returns:
+            int64 [number of selected sequences, length + 1]; the additional token is the last target.
         """
         starts = self.starts(numbers, seed=seed, step=step)
-        return windows(self.tokens, starts[wanted], self.length, self.span.stop)
+        return windows(self.tokens, starts[selected], self.length, self.span.stop)
 
     def starts(self, numbers: np.ndarray, *, seed: int, step: int) -> np.ndarray:
-        """The position of each sequence in the stream, [N]."""
+        """Return the position of each sequence in the stream, [N]."""
         size = len(self.span)
         length = self.length
         source = self.source
@@ -48,10 +60,10 @@ class Cut:
 
 
 class Streamed:
-    """Sequences read from a streamed dataset, side by side.
+    """Contiguous sequences read from a streamed dataset.
 
-    Every process reads the whole stream and keeps its own rows. Steps are read in order; another one is reached by
-    reading all before it, unless `place` gives the place.
+    Every process reads the whole stream and keeps its own rows. Steps are read in order. Jumping to another step reads
+    everything before it, unless `resume` restored the position.
     """
 
     def __init__(self, config: DocumentsConfig, tokenizer: Tokenizer, length: int) -> None:
@@ -59,28 +71,28 @@ class Streamed:
         self.tokenizer = tokenizer
         self.length = length
         self.place: dict[str, Any] | None = None
-        """Where the stream is: seed, sequences before, and the place in the dataset. None before the first step."""
+        """Position of the stream: seed, number of sequences read, and position in the dataset; None before a read."""
         self._stream: DatasetStream | None = None
-        self._last: tuple[int, range, np.ndarray] | None = None
+        self._last_read: tuple[int, range, np.ndarray] | None = None
 
     def resume(self, place: dict[str, Any] | None) -> None:
-        """Go on from a place."""
+        """Continue from a saved `place`."""
         self.place = place
         self._stream = None
-        self._last = None
+        self._last_read = None
 
-    def read(self, numbers: np.ndarray, wanted: np.ndarray, *, seed: int, step: int) -> np.ndarray:
-        """As `Cut.read`."""
+    def read(self, numbers: np.ndarray, selected: np.ndarray, *, seed: int, step: int) -> np.ndarray:
+        """Read some of this source's sequences of a step, with the arguments of `Cut.read`."""
         if len(numbers) == 0:
             return np.empty((0, self.length + 1), dtype=np.int64)
         first = int(numbers[0])
         count = len(numbers)
-        if self._last is None or self._last[:2] != (seed, range(first, first + count)):
-            self._last = seed, range(first, first + count), self._read(first, count, seed)
-        return self._last[2][wanted]
+        if self._last_read is None or self._last_read[:2] != (seed, range(first, first + count)):
+            self._last_read = seed, range(first, first + count), self._read_range(first, count, seed)
+        return self._last_read[2][selected]
 
-    def _read(self, first: int, count: int, seed: int) -> np.ndarray:
-        """Sequences first to first + count - 1."""
+    def _read_range(self, first: int, count: int, seed: int) -> np.ndarray:
+        """Read the sequences `first` to `first + count - 1`, int64 [count, length + 1]."""
         place = self.place
         if place is None or place["seed"] != seed or place["sequences"] > first:
             place = {"seed": seed, "sequences": 0, "dataset": START}
@@ -95,9 +107,9 @@ class Streamed:
 
 
 def windows(tokens: Tokens, starts: np.ndarray, length: int, stop: int) -> np.ndarray:
-    """The `length + 1` tokens from each position, padded from `stop` on; int64 [N, length + 1]."""
-    found = np.full((len(starts), length + 1), PADDING, dtype=np.int64)
-    for row, start in enumerate(starts.tolist()):
+    """Return the `length + 1` tokens from each start, padded from position `stop` on; int64 [N, length + 1]."""
+    rows = np.full((len(starts), length + 1), PADDING, dtype=np.int64)
+    for row, start in zip(rows, starts.tolist(), strict=True):
         part = tokens[start : min(start + length + 1, stop)]
-        found[row, : len(part)] = part
-    return found
+        row[: len(part)] = part
+    return rows

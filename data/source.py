@@ -1,4 +1,4 @@
-"""The interface of every kind of data: a configuration that opens a source of batches."""
+"""Interface of every kind of data: a configuration that opens a source of batches."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,11 +19,11 @@ class Batch(NamedTuple):
 
     inputs: Int[Tensor, "B T"]
     targets: Int[Tensor, "B T"]
-    """`IGNORED` where there is no target: at the end of a document, or where a task asks nothing."""
+    """`IGNORED` where there is no target: at the end of a document, or at positions that a task does not ask."""
 
 
 class Packed(NamedTuple):
-    """A batch as model input: one row where documents are packed (varlen)."""
+    """A batch as model input: a single row if documents are packed (varlen), unchanged otherwise."""
 
     inputs: Int[Tensor, "..."]
     targets: Int[Tensor, "..."]
@@ -32,11 +32,12 @@ class Packed(NamedTuple):
 
 
 class LossSlice(NamedTuple):
-    """A partition of the targets of a batch."""
+    """A partition of the targets of a batch into named slices."""
 
     names: Sequence[str]
+    """Names of the slices."""
     of: Int[Tensor, "B T"]
-    """The number of each target's name."""
+    """Slice of each target, as an index into `names`."""
 
 
 class Examples(NamedTuple):
@@ -44,24 +45,24 @@ class Examples(NamedTuple):
 
     batch: Batch
     slices: Mapping[str, Sequence[str]] | None = None
-    """The value of each row, by axis of difficulty, for reporting accuracy; None without accuracy."""
+    """Difficulty of each row, by axis, by which accuracy is reported; None if accuracy is not measured."""
 
 
 class Source(ABC):
-    """Opened training data. A batch is a function of (seed, step) alone."""
+    """Opened training data. A batch depends only on (seed, step)."""
 
     name: str
     """Name in messages."""
     vocab_size: int
     """Size of the vocabulary."""
     tokenizer: Tokenizer | None = None
-    """The tokenizer; None if tokens are not text."""
+    """Tokenizer; None if tokens are not text."""
     bytes_per_token: float | None = None
-    """Mean bytes per token; None if it is not text."""
+    """Mean bytes per token; None if tokens are not text."""
     digest: str | None = None
-    """A hash of the data; None if they are a function of the configuration."""
+    """Hash of the data; None if the configuration alone determines them."""
     unigram_entropy: float | None = None
-    """Nats per token under token frequencies alone; None if it is not text."""
+    """Entropy of the token frequencies in nats per token; None if tokens are not text."""
 
     @property
     @abstractmethod
@@ -70,13 +71,13 @@ class Source(ABC):
 
     @abstractmethod
     def training_batch(self, step: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> Batch:
-        """The sequences of one step, or one rank's share; on a GPU, another thread calls it a step ahead.
+        """Return the sequences of one step, or one rank's share. On a GPU, another thread calls it one step ahead.
 
         Args:
             step: the step, from 0.
-            batch_size: sequences of a step, over all ranks.
+            batch_size: sequences per step, over all ranks.
             seed: seed of the data order.
-            rank: which share to return; the shares of all ranks, concatenated, do not depend on world_size.
+            rank: rank whose share to return; the concatenated shares of all ranks do not depend on world_size.
             world_size: number of ranks.
 
         Raises:
@@ -85,109 +86,127 @@ class Source(ABC):
 
     @abstractmethod
     def evaluation_batches(self, batch_size: int, limit: int | None, length: int | None = None) -> Iterator[Examples]:
-        """The validation split, the same in every run.
+        """Yield the batches of the validation split, which are the same in every run.
 
         Args:
             batch_size: rows of a batch.
             limit: number of batches, spread evenly; None for all.
-            length: sequence length; that of training when None.
+            length: sequence length; None for the training length.
         """
 
     def origin(self, step: int, batch_size: int, seed: int, row: int, token: int) -> str | None:
-        """Where a token of a step's batch comes from, as text: its document and its place there; None if unknown."""
+        """Name the document of a token of a training batch and the token's place in it; None if unknown.
+
+        Args:
+            step: step of the batch.
+            batch_size: sequences per step, over all ranks.
+            seed: seed of the data order.
+            row: row of the token in the batch of all ranks.
+            token: position of the token in its row.
+        """
         return None
 
     def evaluation_origin(self, batch_size: int, limit: int | None, length: int, row: int, token: int) -> str | None:
-        """The same of `evaluation_batches`, whose rows are numbered on from batch to batch."""
+        """Name the document of a token of `evaluation_batches` and the token's place in it; None if unknown.
+
+        Args:
+            batch_size: as in `evaluation_batches`.
+            limit: as in `evaluation_batches`.
+            length: sequence length.
+            row: row of the token, counted over all batches.
+            token: position of the token in its row.
+        """
         return None
 
     def state_dict(self) -> dict[str, Any] | None:
-        """What a checkpoint holds of the data, as JSON: the place in a stream; None if batches need nothing."""
+        """Return the state to save in a checkpoint, as JSON: the position in a stream. None without a state."""
         return None
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` returned: the next batch is found at once, and is the same as without it.
+        """Continue from a saved `state_dict`.
+
+        Batches do not change, but the next one is found without reading everything before it.
 
         Raises:
             SeqmixError: these data have no state.
         """
-        raise SeqmixError(f"{self.name} has no state to go on from")
+        raise SeqmixError(f"{self.name} has no state to resume from")
 
     def goes_on(self, step: int, batch_size: int, seed: int) -> bool:
-        """Whether the sequences of a step continue those of the previous step."""
+        """True if the sequences of a step continue those of the previous step."""
         return False
 
     def contiguous(self, batch_size: int) -> "Source":
-        """The same data in contiguous order: each step continues the previous one.
+        """Return the same data in contiguous order: the sequences of each step continue those of the previous step.
 
         Raises:
-            SeqmixError: it is not text, or too short for the batch size.
+            SeqmixError: the data are not text, or too short for the batch size.
         """
-        raise SeqmixError(f"training.carry_state needs a text, and {self.name} is not one")
+        raise SeqmixError(f"training.carry_state needs a text, got {self.name}")
 
     def require_evaluation_length(self, length: int) -> None:
         """Check that the validation split has a sequence of this length.
 
         Raises:
-            SeqmixError: it is not text, or its validation split is too short.
+            SeqmixError: the data are not text, or the validation split is too short.
         """
-        raise SeqmixError(f"training.evaluation_lengths needs a text, and {self.name} is not one")
+        raise SeqmixError(f"training.evaluation_lengths needs a text, got {self.name}")
 
     def loss_slices(self, batch: Batch) -> Mapping[str, LossSlice]:
-        """Partitions of a batch's targets, by axis, that evaluations measure the loss of; by default none."""
+        """Return partitions of a batch's targets, by axis, for which evaluations report the loss; empty by default."""
         return {}
 
     def packed(self, batch: Batch) -> Packed:
-        """A batch with packed documents, each of which starts from an empty state; by default unchanged."""
+        """Return a batch as model input, with packed documents if so configured; unchanged by default."""
         return Packed(*batch)
 
 
 class DataConfig(Config, ABC):
-    """The configuration of one kind of data, which a plug-in registers.
+    """Base class of the configuration of a kind of data, which a plug-in registers.
 
-    A subclass declares `kind: Literal["its_name"]` and opens its source.
+    A subclass declares `kind: Literal["its_name"]` and implements `open`.
     """
 
     is_text: ClassVar[bool] = False
-    """Whether sequences may have any length, and a step may continue the previous one."""
+    """True if sequences may have any length and a step may continue the previous one."""
     readout: ClassVar[Literal["each", "last"]] = "each"
-    """What `model.readout` has to be."""
+    """Value of `model.readout` that the data need."""
     kind: Any
-    """The name it is registered under: a `Literal` in every subclass."""
+    """Registered name of the kind: a `Literal` in every subclass."""
     sequence_length: int = Field(default=256, gt=0, le=2**31)
     """Sequence length in tokens."""
 
     @abstractmethod
     def open(self, vocab_size: int, run: Path | None = None) -> Source:
-        """The source of batches.
+        """Open the data and return the source of batches.
 
         Args:
             vocab_size: the model's vocabulary size.
-            run: the run directory, which may have its own copy of a tokenizer.
+            run: the run directory, which may contain a copy of the tokenizer.
 
         Raises:
-            SeqmixError: it cannot be opened, or needs a larger vocabulary.
+            SeqmixError: the data cannot be opened, or need a larger vocabulary.
         """
 
     def require_fit(self, vocab_size: int) -> None:
-        """Check the model's vocabulary size, without opening the data.
+        """Check the model's vocabulary size without opening the data.
 
         Raises:
-            ValueError: it is too small.
+            ValueError: the vocabulary is too small.
         """
 
     def require_files(self, vocab_size: int) -> None:
-        """Check small files (a tokenizer) as `open` does, without reading the data.
+        """Check small files such as a tokenizer, as `open` does, without reading the data.
 
         Raises:
             SeqmixError: a file cannot be read, or needs a larger vocabulary.
         """
 
     def tokenizer_of(self, run: Path | None = None) -> Tokenizer | None:
-        """The tokenizer; None if tokens are not text.
+        """Return the tokenizer; None if tokens are not text.
 
         Args:
-            run: a run directory; its own copy of a tokenizer takes precedence.
+            run: a run directory; its copy of the tokenizer takes precedence over the configured one.
 
         Raises:
             SeqmixError: a tokenizer cannot be read.
@@ -196,21 +215,22 @@ class DataConfig(Config, ABC):
 
 
 DATA = Registry("data", DataConfig, package="seqmix.data.kinds", entry_points="seqmix.data", default_kind="text")
-"""All kinds of data: the files of `kinds`, plug-ins (entry points `seqmix.data`), and those a program registers."""
+"""All kinds of data: the modules of `data/kinds`, plug-ins (entry points `seqmix.data`), and those that a program
+registers."""
 
 
 def share(rows: int, rank: int, world_size: int) -> slice:
-    """The rows of one rank.
+    """Return the rows of one rank.
 
     Raises:
         SeqmixError: world_size does not divide the rows.
     """
     if rows % world_size:
         raise SeqmixError(f"training.batch_size = {rows} must be a multiple of the {world_size} data-parallel ranks")
-    each = rows // world_size
-    return slice(rank * each, (rank + 1) * each)
+    size = rows // world_size
+    return slice(rank * size, (rank + 1) * size)
 
 
 def blank(rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Inputs of token 0, and ignored targets, each [rows, length]."""
+    """Return inputs filled with token 0 and targets filled with `IGNORED`, int64 [rows, length] each."""
     return np.zeros((rows, length), dtype=np.int64), np.full((rows, length), IGNORED, dtype=np.int64)

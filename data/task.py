@@ -1,6 +1,6 @@
 """Synthetic tasks: generated sequences with known answers, graded by difficulty.
 
-Training and evaluation draw from differently seeded generators, so that their examples differ.
+Training and evaluation seed their random generators differently, so their examples differ.
 """
 
 from abc import abstractmethod
@@ -20,38 +20,40 @@ from .corpus import Corpus
 from .source import Batch, DataConfig, Examples, Source, blank, share
 
 TRAINING = 1
+"""First number of the seeds of training examples."""
 EVALUATION = 2
+"""First number of the seeds of evaluation examples."""
 ORDER = 3
-"""First words of the seeds of both splits, and of the order of a training split."""
+"""First number of the seeds of the order of a fixed training split."""
 BLOCK = 64
-"""Evaluation examples generated together: example i of a difficulty does not depend on how many are generated."""
+"""Evaluation examples generated together, so that example i does not depend on how many are generated."""
 
 Difficulties = Annotated[tuple[Annotated[int, Field(ge=0, le=2**20)], ...], Field(min_length=1)]
 
 
 class TaskConfig(DataConfig):
-    """A task. A subclass defines its difficulty, generates examples, and solves them."""
+    """A synthetic task. A subclass defines its difficulty, generates examples, and solves them."""
 
     field: ClassVar[str]
-    """The field with the difficulties of training; null is the hardest that fits into a sequence."""
+    """Name of the field with the training difficulties; null there means the hardest that fits into a sequence."""
     axis: ClassVar[str]
-    """The name of the difficulty in evaluations."""
+    """Name of the difficulty in evaluations."""
     easiest: ClassVar[int] = 1
-    """The smallest difficulty."""
+    """Smallest difficulty."""
     sequence_length: int = Field(default=64, gt=0, le=2**20)
     """Training sequence length in tokens."""
     evaluate_at: Difficulties | None = None
-    """Difficulties of evaluations, in sequences as long as they need; null for those of training."""
+    """Difficulties to evaluate at, in sequences that are lengthened as needed; null for the training difficulties."""
     evaluation_examples: int = Field(default=1024, gt=0)
-    """Examples of a full evaluation, over all difficulties."""
+    """Number of examples in a full evaluation, over all difficulties."""
     training_examples: int | None = Field(default=None, gt=0)
-    """Examples of the training split, which every epoch reads in the same batches, in another order; whole batches of
-    it are used. Null generates new ones in every step."""
+    """Size of a fixed training split, rounded down to whole batches; every epoch reads the same batches in another
+    order. Null generates new examples in every step."""
 
     @property
     @abstractmethod
     def n_tokens(self) -> int:
-        """Vocabulary size: tokens are 0 to n_tokens - 1."""
+        """Vocabulary size of the task: tokens are 0 to n_tokens - 1."""
 
     @abstractmethod
     def fill(self, rng: np.random.Generator, inputs: np.ndarray, targets: np.ndarray, difficulty: int) -> None:
@@ -59,46 +61,49 @@ class TaskConfig(DataConfig):
 
         Args:
             rng: the random generator.
-            inputs: [B T], token 0 everywhere, or the text of the task; T is at least `length_of(difficulty)`.
-            targets: [B T], `IGNORED` everywhere; fill in those that are asked.
+            inputs: [B T], filled with token 0, or with the text around the example; T >= `length_of(difficulty)`.
+            targets: [B T], filled with `IGNORED`; write the targets of the positions that are asked.
             difficulty: the difficulty.
         """
 
     def fill_training(self, rng: np.random.Generator, inputs: np.ndarray, targets: np.ndarray, difficulty: int) -> None:
-        """Generate examples of the training split, in place; by default they are as those of evaluation."""
+        """Generate training examples of one difficulty, in place; by default in the same way as for evaluation."""
         self.fill(rng, inputs, targets, difficulty)
 
     @abstractmethod
     def solve(self, tokens: list[int]) -> dict[int, int]:
-        """The targets of one example by position, computed from its tokens by a plain program; it may include more."""
+        """Compute the targets of one example from its tokens, by position, with a plain program.
+
+        The result may have more positions than the example asks.
+        """
 
     def length_of(self, difficulty: int) -> int:
-        """Minimum sequence length of a difficulty, non-decreasing."""
+        """Return the minimum sequence length of a difficulty; it must not decrease with the difficulty."""
         return difficulty
 
     @property
     def hardest(self) -> int:
-        """The largest difficulty that fits into a training sequence; 0 if none does."""
+        """Largest difficulty that fits into a training sequence; 0 if not even the easiest fits."""
         length = self.sequence_length
         fitting = bisect_right(range(self.easiest, length + 1), length, key=self.length_of)
         return self.easiest + fitting - 1 if fitting else 0
 
     def require(self, difficulty: int) -> None:
-        """Refuse a difficulty that the task does not have.
+        """Check that the task has a difficulty.
 
         Raises:
-            ValueError: it does not.
+            ValueError: the difficulty is out of range.
         """
         if difficulty < self.easiest:
-            raise ValueError(f"{self.axis} must be {self.easiest} or more, and is {difficulty}")
+            raise ValueError(f"{self.axis} must be {self.easiest} or more, got {difficulty}")
 
     def name_of(self, token: int) -> str:
-        """What a token is called in pictures."""
+        """Return the label of a token in pictures."""
         return str(token)
 
     @property
     def difficulties(self) -> tuple[int, ...]:
-        """Those of training."""
+        """Training difficulties."""
         return getattr(self, self.field) or (self.hardest,)
 
     def open(self, vocab_size: int, run: Path | None = None) -> Source:
@@ -107,42 +112,42 @@ class TaskConfig(DataConfig):
     def require_fit(self, vocab_size: int) -> None:
         if vocab_size < self.n_tokens:
             raise ValueError(
-                f"data.kind {self.kind} has {self.n_tokens} tokens as it is configured, and model.vocab_size is "
-                f"{vocab_size}"
+                f"data.kind {self.kind} as configured has {self.n_tokens} tokens, got model.vocab_size {vocab_size}: "
+                f"set model.vocab_size={self.n_tokens} or more"
             )
 
     @model_validator(mode="after")
     def _difficulties_fit(self) -> Self:
-        given: tuple[int, ...] | None = getattr(self, self.field)
-        if given is None and self.hardest < 1:
+        configured: tuple[int, ...] | None = getattr(self, self.field)
+        if configured is None and self.hardest < 1:
             raise ValueError(f"sequence_length {self.sequence_length} is too short for an example of {self.kind}")
-        for name, values in ((self.field, given), ("evaluate_at", self.evaluate_at)):
+        for name, values in ((self.field, configured), ("evaluate_at", self.evaluate_at)):
             for value in values or ():
                 self.require(value)
             if values is not None and len(set(values)) < len(values):
-                raise ValueError(f"{name} has a difficulty twice: {list(values)}")
+                raise ValueError(f"{name} must not repeat a difficulty, got {list(values)}")
         for value in self.difficulties:
             if (needed := self.length_of(value)) > self.sequence_length:
-                fits = f", or take {self.axis} {self.hardest} at most" if 0 < self.hardest < value else ""
+                hint = f", or use {self.axis} {self.hardest} or less" if 0 < self.hardest < value else ""
                 raise ValueError(
-                    f"an example of {self.kind} with {self.axis} {value} takes {needed} tokens, and sequence_length is "
-                    f"{self.sequence_length}: raise it{fits}"
+                    f"an example of {self.kind} with {self.axis} {value} needs {needed} tokens, got sequence_length "
+                    f"{self.sequence_length}: raise it{hint}"
                 )
         return self
 
 
 class NextTokenConfig(TaskConfig):
-    """A task whose training may predict every token, as a language model does."""
+    """A task that can also be trained on every next token, like a language model."""
 
     train_on: Literal["answers", "every_token"] = "answers"
-    """What the loss of training covers; evaluations measure answers alone."""
+    """Targets of the training loss: the answers only, or every next token. Evaluations always use the answers only."""
 
     def fill_training(self, rng: np.random.Generator, inputs: np.ndarray, targets: np.ndarray, difficulty: int) -> None:
         super().fill_training(rng, inputs, targets, difficulty)
         self.supervise(inputs, targets)
 
     def supervise(self, inputs: np.ndarray, targets: np.ndarray) -> None:
-        """Make every next token a target, where the loss of training covers it."""
+        """Make every next token a target, in place, if `train_on` is `every_token`."""
         if self.train_on == "every_token":
             targets[:, :-1] = inputs[:, 1:]
 
@@ -151,8 +156,9 @@ class Task(Source):
     """An opened task, which generates examples on the fly.
 
     Args:
-        config: the task.
-        corpus: a text that sequences are filled with first, from its training or validation split; None for token 0.
+        config: the configuration of the task.
+        corpus: a text around the examples: sequences are filled from its training or validation split before the
+            example is written. None fills them with token 0.
     """
 
     def __init__(self, config: TaskConfig, corpus: Corpus | None = None) -> None:
@@ -166,13 +172,14 @@ class Task(Source):
     def summary(self) -> str:
         config = self.config
         text = "" if self.corpus is None else f", in {self.corpus.name}"
-        trained, measured = (", ".join(map(str, d)) for d in (config.difficulties, self._measured))
-        return f"{config.axis} {trained} in {config.sequence_length:,} tokens, measured at {measured}{text}"
+        trained = ", ".join(map(str, config.difficulties))
+        evaluated = ", ".join(map(str, self._evaluation_difficulties))
+        return f"{config.axis} {trained} in {config.sequence_length:,} tokens, evaluated at {evaluated}{text}"
 
     def fill(
         self, rng: np.random.Generator, inputs: np.ndarray, targets: np.ndarray, difficulty: int, *, validation: bool
     ) -> None:
-        """Generate examples of one split."""
+        """Generate examples of one difficulty for the training or the validation split, in place."""
         if self.corpus is not None:
             stream = self.corpus.validation if validation else self.corpus.train
             length = inputs.shape[1]
@@ -182,8 +189,8 @@ class Task(Source):
         (self.config.fill if validation else self.config.fill_training)(rng, inputs, targets, difficulty)
 
     def training_batch(self, step: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> Batch:
-        """The examples of one step; rows cycle through the difficulties."""
-        wanted = share(batch_size, rank, world_size)
+        """Return the examples of one step; rows cycle through the difficulties."""
+        of_rank = share(batch_size, rank, world_size)
         difficulties = self.config.difficulties
         if self.config.training_examples is not None:
             batches = max(self.config.training_examples // batch_size, 1)
@@ -194,20 +201,21 @@ class Task(Source):
         for number, difficulty in enumerate(difficulties):
             rows = slice((number - step * batch_size) % len(difficulties), None, len(difficulties))
             self.fill(rng, inputs[rows], targets[rows], difficulty, validation=False)
-        return Batch(torch.from_numpy(inputs[wanted]), torch.from_numpy(targets[wanted]))
+        return Batch(torch.from_numpy(inputs[of_rank]), torch.from_numpy(targets[of_rank]))
 
     def evaluation_batches(self, batch_size: int, limit: int | None, length: int | None = None) -> Iterator[Examples]:
-        """The same examples in every run, equally many of each difficulty."""
+        """Yield the same examples in every run, equally many of each difficulty."""
         config = self.config
+        difficulties = self._evaluation_difficulties
         trained = length or self.config.sequence_length
-        wanted = config.evaluation_examples if limit is None else min(limit * batch_size, config.evaluation_examples)
-        each = -(-wanted // len(self._measured))
-        widths = {difficulty: max(trained, config.length_of(difficulty)) for difficulty in self._measured}
+        total = config.evaluation_examples if limit is None else min(limit * batch_size, config.evaluation_examples)
+        per_difficulty = -(-total // len(difficulties))
+        widths = {difficulty: max(trained, config.length_of(difficulty)) for difficulty in difficulties}
         for width in dict.fromkeys(widths.values()):
             group = [difficulty for difficulty in widths if widths[difficulty] == width]
-            made = [self._validation_rows(each, difficulty, width) for difficulty in group]
-            inputs, targets = (np.concatenate(side) for side in zip(*made, strict=True))
-            names = np.repeat([str(difficulty) for difficulty in group], each)
+            examples = [self._validation_rows(per_difficulty, difficulty, width) for difficulty in group]
+            inputs, targets = (np.concatenate(side) for side in zip(*examples, strict=True))
+            names = np.repeat([str(difficulty) for difficulty in group], per_difficulty)
             size = max(batch_size * trained // width, 1)
             for at in range(0, len(inputs), size):
                 # the last batch is padded to full size, which compiled models need
@@ -217,11 +225,11 @@ class Task(Source):
                 yield Examples(batch, {config.axis: names[rows].tolist()})
 
     @property
-    def _measured(self) -> tuple[int, ...]:
+    def _evaluation_difficulties(self) -> tuple[int, ...]:
         return self.config.evaluate_at or self.config.difficulties
 
     def _validation_rows(self, count: int, difficulty: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """The first examples of a difficulty."""
+        """Return inputs and targets of the first `count` validation examples of a difficulty, [count, length] each."""
         inputs, targets = blank(count + -count % BLOCK, length)
         for part, at in enumerate(range(0, count, BLOCK)):
             rng = np.random.default_rng([EVALUATION, difficulty, part])
@@ -231,13 +239,13 @@ class Task(Source):
 
 
 def letter(symbol: int, symbols: range) -> str:
-    """The name of a symbol: a to z if there are enough letters, else the number of its token."""
+    """Return the label of a symbol: a letter from a to z if there are at most 26 symbols, else its token's number."""
     return ascii_lowercase[symbols.index(symbol)] if len(symbols) <= len(ascii_lowercase) else str(symbol)
 
 
 def distinct(rng: np.random.Generator, rows: int, choices: int, count: int) -> Int64[np.ndarray, "B N"]:
-    """`count` different numbers below `choices` in each row, in any order."""
-    drawn = rng.random((rows, choices))
-    fewest = np.argpartition(drawn, min(count, choices - 1), axis=1)[:, :count]
-    order = np.take_along_axis(drawn, fewest, axis=1).argsort(axis=1)
-    return np.take_along_axis(fewest, order, axis=1)
+    """Draw `count` different numbers below `choices` for each row, in random order."""
+    keys = rng.random((rows, choices))
+    smallest = np.argpartition(keys, min(count, choices - 1), axis=1)[:, :count]
+    order = np.take_along_axis(keys, smallest, axis=1).argsort(axis=1)
+    return np.take_along_axis(smallest, order, axis=1)

@@ -40,15 +40,22 @@ BLOCK = 2**16
 HEADER = 1024
 """Bytes reserved for the header, which is written last."""
 TABLES = {"ends": "<i8", "digests": "<u8", "checks": "<u4"}
-KINDS = {"tokens": ("U16", "U32"), "ends": ("I64",), "digests": ("U64",), "checks": ("U32",)}
+"""NumPy dtypes of the tables, in their order in the file."""
+DTYPES = {"tokens": ("U16", "U32"), "ends": ("I64",), "digests": ("U64",), "checks": ("U32",)}
 """Allowed safetensors dtypes of each tensor."""
 METADATA = {"tokens", "tokenizer", "begin", "bytes", "tables"}
-LARGEST = 2**62
-"""Bytes that a file's texts cannot have."""
+"""Required metadata keys, without the prefix `seqmix.`."""
+MAX_BYTES = 2**62
+"""Upper bound on a plausible size of all texts; metadata with more is damaged."""
 
 
 class TokenFile:
     """An opened token file: a store of the documents of one file.
+
+    Args:
+        path: the file.
+        tokenizer: the tokenizer that the file must have been written with.
+        name: name of the file relative to the configured folder, for the split `by_file`.
 
     Raises:
         SeqmixError: the file is missing, truncated, damaged, not a token file, or of another tokenizer.
@@ -57,45 +64,55 @@ class TokenFile:
     def __init__(self, path: Path, tokenizer: Tokenizer, name: str = "") -> None:
         self.path = path
         self._tokens, tables, metadata = _open(path)
-        if (made := metadata["tokenizer"]) != tokenizer.identity:
+        if (identity := metadata["tokenizer"]) != tokenizer.identity:
             raise SeqmixError(
-                f"{path} was tokenized with {_shown(made)}, and data.tokenizer is {_shown(tokenizer.identity)}"
+                f"{path} was tokenized with {_shorten(identity)}, but data.tokenizer is "
+                f"{_shorten(tokenizer.identity)}: set data.tokenizer to that tokenizer, or tokenize the text again"
             )
         self.ends, self.digests, self._checks = tables.values()
-        if str(_check(*(table.tobytes() for table in tables.values()))) != metadata["tables"]:
-            raise SeqmixError(f"{path} is damaged: the checksum of its document table does not match")
+        if str(_checksum(*(table.tobytes() for table in tables.values()))) != metadata["tables"]:
+            raise SeqmixError(
+                f"{path} is damaged: the checksum of its document table does not match; tokenize it again"
+            )
         _require_documents(path, self.ends, self.digests, self._checks, self._tokens.get_shape()[0])
         if metadata["begin"] != str(tokenizer.begin):
             raise SeqmixError(
-                f"{path} begins documents with token {metadata['begin']}, and data.tokenizer with {tokenizer.begin}"
+                f"{path} begins documents with token {metadata['begin']}, but data.tokenizer with {tokenizer.begin}: "
+                "set data.begin_token as it was when the file was written, or tokenize the text again"
             )
         self._vocab_size = tokenizer.vocab_size
-        self._checked = np.zeros(len(self._checks), dtype=bool)
+        self._verified = np.zeros(len(self._checks), dtype=bool)
         self.names = np.full(len(self.ends), digest(fsencode(name)), dtype=np.uint64)
-        self.bytes = _size(metadata["bytes"])
-        if not len(self.ends) <= self.bytes < LARGEST:
-            raise SeqmixError(f"{path} is damaged: its {len(self.ends):,} documents have {metadata['bytes']!r} bytes")
+        self.bytes = _parse_size(metadata["bytes"])
+        if not len(self.ends) <= self.bytes < MAX_BYTES:
+            raise SeqmixError(
+                f"{path} is damaged: the size of its {len(self.ends):,} documents is {metadata['bytes']!r} bytes; "
+                "tokenize it again"
+            )
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens start to stop - 1, a copy.
+        """Return a copy of the tokens `start` to `stop - 1`; blocks are verified on their first read.
 
         Raises:
-            SeqmixError: a block, verified on its first read, is damaged.
+            SeqmixError: a block is damaged.
         """
         for block in range(start // BLOCK, -(-stop // BLOCK)):
             first = block * BLOCK
             last = min((block + 1) * BLOCK, int(self.ends[-1]))
-            if not self._checked[block]:
-                self._check_block(block, first, self._tokens[first:last])
-            self._checked[block] = True
+            if not self._verified[block]:
+                self._verify_block(block, first, self._tokens[first:last])
+            self._verified[block] = True
         return self._tokens[start:stop]
 
     def name_of(self, number: int) -> str:
-        """The file, and the number of a document in it."""
+        """Return the file, and the number of a document in it, for messages."""
         return f"{self.path}, document {number:,}"
 
-    def _check_block(self, block: int, first: int, tokens: np.ndarray) -> None:
-        """Refuse a block that is damaged, or has tokens that are none: a checksum says nothing of who wrote it."""
+    def _verify_block(self, block: int, first: int, tokens: np.ndarray) -> None:
+        """Check a block's checksum, and that its tokens are in the vocabulary.
+
+        The second check is needed because whoever writes a file with invalid tokens can also write a valid checksum.
+        """
         if crc32(tokens.tobytes()) != self._checks[block]:
             raise SeqmixError(
                 f"{self.path} is damaged from token {first:,} on: the checksum does not match; tokenize it again"
@@ -103,25 +120,32 @@ class TokenFile:
         if (largest := int(tokens.max())) >= self._vocab_size:
             at = first + int(tokens.argmax())
             raise SeqmixError(
-                f"{self.path} is damaged at token {at:,}: it is {largest:,}, and those of its tokenizer are 0 to "
-                f"{self._vocab_size - 1:,}; tokenize it again"
+                f"{self.path} is damaged at token {at:,}: expected a token from 0 to {self._vocab_size - 1:,}, got "
+                f"{largest:,}; tokenize it again"
             )
 
 
 def write_token_file(
     path: Path, documents: Iterable[TokenDocument], tokenizer: Tokenizer, *, vocabulary: Path | None = None
 ) -> TokenFile:
-    """Write documents as a stream; the file appears when it is complete.
+    """Write documents to a token file as they come; the file appears only when it is complete.
 
-    `vocabulary` is a new file for the tokenizer.json, which appears just before: after an error there is neither.
+    Args:
+        path: the token file.
+        documents: the tokenized documents.
+        tokenizer: the tokenizer that they were tokenized with.
+        vocabulary: a file to write the tokenizer.json to, if any. After an error neither file exists.
+
+    Returns:
+        The opened token file.
 
     Raises:
         SeqmixError: the file cannot be written, or there are no documents.
     """
     try:
-        with replacing_all([path] if vocabulary is None else [path, vocabulary]) as (partial, *others):
-            for other in others:
-                other.write_bytes(tokenizer.vocabulary or b"")
+        with replacing_all([path] if vocabulary is None else [path, vocabulary]) as (partial, *vocabulary_files):
+            for vocabulary_file in vocabulary_files:
+                vocabulary_file.write_bytes(tokenizer.vocabulary or b"")
             with partial.open("wb") as file:
                 _write_documents(file, documents, tokenizer)
     except OSError as error:
@@ -130,7 +154,7 @@ def write_token_file(
 
 
 def _write_documents(file: BinaryIO, documents: Iterable[TokenDocument], tokenizer: Tokenizer) -> None:
-    """Write a token file from its start."""
+    """Write the tokens and tables of a token file, and then its header."""
     dtype = np.dtype(tokenizer.dtype).newbyteorder("<")
     ends = array("q")
     digests = array("Q")
@@ -156,31 +180,31 @@ def _write_documents(file: BinaryIO, documents: Iterable[TokenDocument], tokeniz
     if pending:
         flush(len(pending))
     if not ends:
-        raise SeqmixError("there is no text to tokenize")
+        raise SeqmixError("there is no text to tokenize: expected at least one document that is not empty, got none")
     columns = zip(TABLES.items(), (ends, digests, checks), strict=True)
-    tables = {name: np.array(column, kind) for (name, kind), column in columns}
+    tables = {name: np.array(column, table_dtype) for (name, table_dtype), column in columns}
     data = [table.tobytes() for table in tables.values()]
     file.writelines(data)
     metadata = {"tokens": VERSION, "tokenizer": tokenizer.identity, "begin": tokenizer.begin, "bytes": size}
     lengths = {"tokens": (dtype, total)} | {name: (table.dtype, len(table)) for name, table in tables.items()}
     file.seek(0)
-    file.write(_header(lengths, metadata | {"tables": _check(*data)}))
+    file.write(_header(lengths, metadata | {"tables": _checksum(*data)}))
 
 
 def _header(lengths: Mapping[str, tuple[np.dtype, int]], metadata: Mapping[str, object]) -> bytes:
-    """A safetensors header, padded with spaces to `HEADER` bytes."""
+    """Return a safetensors header, padded with spaces to `HEADER` bytes."""
     entries: dict[str, object] = {"__metadata__": {f"seqmix.{key}": str(value) for key, value in metadata.items()}}
     end = 0
     for name, (dtype, length) in lengths.items():
         start = end
         end = end + length * dtype.itemsize
-        kind = f"{dtype.kind.upper()}{8 * dtype.itemsize}"
-        entries[name] = {"dtype": kind, "shape": [length], "data_offsets": [start, end]}
+        dtype_name = f"{dtype.kind.upper()}{8 * dtype.itemsize}"
+        entries[name] = {"dtype": dtype_name, "shape": [length], "data_offsets": [start, end]}
     return (HEADER - 8).to_bytes(8, "little") + json.dumps(entries).encode().ljust(HEADER - 8)
 
 
 def _open(path: Path) -> tuple[Any, dict[str, np.ndarray], dict[str, str]]:
-    """The memory-mapped tokens of a token file, its tables, and its metadata."""
+    """Open a token file, and return its memory-mapped tokens, its tables and its metadata."""
     try:
         tensors = safe_open(path, "np")  # checks the header and the file's length
     except SafetensorError as error:
@@ -189,41 +213,46 @@ def _open(path: Path) -> tuple[Any, dict[str, np.ndarray], dict[str, str]]:
         raise SeqmixError(f"the token file {path} cannot be read: {error.strerror or error}") from error
     metadata = {key.removeprefix("seqmix."): value for key, value in (tensors.metadata() or {}).items()}
     if "tokens" not in metadata:
-        raise SeqmixError(f"{path} is not a token file: `seqmix tokenize` writes one")
+        raise SeqmixError(f"{path} is not a token file: write one with `seqmix tokenize`")
     if metadata["tokens"] != VERSION:
         raise SeqmixError(
-            f"{path} is a token file of version {metadata['tokens']}, and this seqmix reads version {VERSION}: "
-            "tokenize it again"
+            f"{path} must be a token file of version {VERSION}, got version {metadata['tokens']}: tokenize it again"
         )
-    if lacks := METADATA - metadata.keys() | KINDS.keys() - set(tensors.keys()):
-        raise SeqmixError(f"{path} is damaged: it lacks {min(lacks)}")
-    for name, kinds in KINDS.items():
+    if missing := METADATA - metadata.keys() | DTYPES.keys() - set(tensors.keys()):
+        raise SeqmixError(f"{path} is damaged: it lacks {min(missing)}; tokenize it again")
+    for name, allowed in DTYPES.items():
         tensor = tensors.get_slice(name)
-        kind = tensor.get_dtype()
+        dtype = tensor.get_dtype()
         shape = tensor.get_shape()
-        if kind not in kinds or len(shape) != 1 or not shape[0]:
-            raise SeqmixError(f"{path} is damaged: its {name} are {kind} {shape}")
+        if dtype not in allowed or len(shape) != 1 or not shape[0]:
+            raise SeqmixError(
+                f"{path} is damaged: the tensor {name} must be one-dimensional {' or '.join(allowed)}, got {dtype} "
+                f"{shape}; tokenize it again"
+            )
     return tensors.get_slice("tokens"), {name: tensors.get_tensor(name) for name in TABLES}, metadata
 
 
 def _require_documents(path: Path, ends: np.ndarray, digests: np.ndarray, checks: np.ndarray, length: int) -> None:
-    """Refuse tables that describe no documents, or not all tokens."""
+    """Check that the tables describe documents that cover all `length` tokens."""
     if int(ends[0]) < 1 or int(ends[-1]) != length or not (ends[1:] > ends[:-1]).all():
-        raise SeqmixError(f"{path} is damaged: the ends of its documents do not ascend to its {length:,} tokens")
-    for name, table, wanted in (("digests", digests, len(ends)), ("checks", checks, -(-length // BLOCK))):
-        if len(table) != wanted:
-            raise SeqmixError(f"{path} is damaged: it has {len(table):,} {name} instead of {wanted:,}")
+        raise SeqmixError(
+            f"{path} is damaged: the ends of its documents do not ascend to its {length:,} tokens; tokenize it again"
+        )
+    for name, table, expected in (("digests", digests, len(ends)), ("checks", checks, -(-length // BLOCK))):
+        if len(table) != expected:
+            raise SeqmixError(f"{path} is damaged: expected {expected:,} {name}, got {len(table):,}; tokenize it again")
 
 
-def _size(text: str) -> int:
-    """A number of bytes, -1 for what is not one."""
+def _parse_size(text: str) -> int:
+    """Parse a number of bytes; -1 if the text is not a number."""
     return int(text) if text.isascii() and text.isdecimal() and len(text) < 20 else -1
 
 
-def _check(*tables: bytes) -> int:
+def _checksum(*tables: bytes) -> int:
+    """CRC-32 of the tables, concatenated."""
     return reduce(lambda check, table: crc32(table, check), tables, 0)
 
 
-def _shown(identity: str) -> str:
-    """A tokenizer's identity, shortened."""
+def _shorten(identity: str) -> str:
+    """Return a tokenizer's identity, shortened for messages."""
     return identity if len(identity) < 24 else f"the tokenizer {identity[:19]}..."

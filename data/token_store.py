@@ -1,4 +1,4 @@
-"""Documents as tokens, in memory or in memory-mapped files, concatenated to one stream."""
+"""Tokenized documents, in memory or in memory-mapped files, concatenated to one stream."""
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,10 +15,11 @@ class TokenDocument(NamedTuple):
     """A document as tokens, without the begin token."""
 
     file: str
+    """File name relative to the configured folder, or the dataset's path."""
     digest: int
-    """64 bits of a hash of its text."""
+    """64-bit hash of the document's text."""
     size: int
-    """Size of its text in bytes."""
+    """Size of the document's text in bytes."""
     tokens: np.ndarray
 
 
@@ -26,28 +27,31 @@ class Store(Protocol):
     """Concatenated documents, each of which starts with a begin token."""
 
     ends: np.ndarray
-    """Where each document ends, [N], int64."""
+    """End of each document, exclusive, int64 [N]."""
     digests: np.ndarray
-    """64 bits of a hash of each document's text, [N], uint64."""
+    """64-bit hash of each document's text, uint64 [N]."""
     names: np.ndarray
-    """64 bits of a hash of the name of each document's file, [N], uint64."""
+    """64-bit hash of the name of each document's file, uint64 [N]."""
     bytes: int
     """Size of all texts in bytes."""
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens start to stop - 1."""
+        """Return a copy of the tokens `start` to `stop - 1`."""
         ...
 
     def name_of(self, number: int) -> str:
-        """Where a document is to be found, for messages."""
+        """Return the location of a document, for messages."""
         ...
 
 
 class Stream:
-    """Concatenated pieces of stores, of which each has starts and stops [N 2]. The first token of every piece reads as
-    the begin token.
+    """Concatenated pieces of stores. The first token of every piece reads as the begin token.
 
-    A slice is an array; the rest is not loaded.
+    Slicing reads that part of the tokens only, and returns it as an array.
+
+    Args:
+        parts: each store, with the start and stop of its pieces [N 2].
+        begin: the begin token.
     """
 
     def __init__(self, parts: Sequence[tuple[Store, np.ndarray]], begin: int) -> None:
@@ -62,35 +66,35 @@ class Stream:
 
     @property
     def starts(self) -> np.ndarray:
-        """Where the documents start, [N]."""
+        """Position of the first token of each piece, [N]."""
         return np.concatenate(([0], self._ends[:-1])) if len(self._ends) else self._ends
 
-    def __getitem__(self, where: slice) -> np.ndarray:
-        start, stop, _ = where.indices(len(self))
-        found = []
-        at = int(np.searchsorted(self._ends, start, side="right"))
+    def __getitem__(self, positions: slice) -> np.ndarray:
+        start, stop, _ = positions.indices(len(self))
+        chunks = []
+        piece = int(np.searchsorted(self._ends, start, side="right"))
         while start < stop:
-            opened, end = self._pieces[at].tolist()
-            length = end - opened
-            skipped = start - (int(self._ends[at]) - length)
-            taken = min(length - skipped, stop - start)
-            tokens = self._stores[self._store_of[at]].read(opened + skipped, opened + skipped + taken)
-            if not skipped:
+            piece_start, piece_end = self._pieces[piece].tolist()
+            length = piece_end - piece_start
+            offset = start - (int(self._ends[piece]) - length)
+            count = min(length - offset, stop - start)
+            tokens = self._stores[self._store_of[piece]].read(piece_start + offset, piece_start + offset + count)
+            if offset == 0:
                 tokens[0] = self._begin
-            found.append(tokens)
-            start = start + taken
-            at = at + 1
-        return np.concatenate(found) if found else np.array([], dtype=np.uint16)
+            chunks.append(tokens)
+            start = start + count
+            piece = piece + 1
+        return np.concatenate(chunks) if chunks else np.array([], dtype=np.uint16)
 
 
 def tokenized(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[TokenDocument]:
-    """The documents as tokens, in order."""
-    texts, encoded = tee(documents)
-    found = tokenizer.encode_documents((document.name, document.text) for document in encoded)
-    for document, tokens in zip(texts, found, strict=True):
+    """Tokenize documents lazily and in order."""
+    texts, to_encode = tee(documents)
+    encoded = tokenizer.encode_documents((document.name, document.text) for document in to_encode)
+    for document, tokens in zip(texts, encoded, strict=True):
         yield TokenDocument(document.file, digest(document.text), len(document.text), tokens)
 
 
 def digest(text: bytes) -> int:
-    """64 bits of a hash of the text."""
+    """Return the first 64 bits of the SHA-256 of a text."""
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "big")

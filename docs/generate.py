@@ -1,7 +1,8 @@
-"""Write what the documentation says of the code: `python docs/generate.py`.
+"""Generate reference pages from the code: `python docs/generate.py`.
 
-That is docs/reference/fields.md, the fields of every configuration; docs/reference/commands.md, the commands and their
-options; the tables of docs/reference/checks.md; and docs/reference/presets.md, the table of presets.
+It writes the fields of every configuration (docs/reference/fields.md), the commands and their options
+(docs/reference/commands.md), the tables of checks (docs/reference/checks.md), and the table of presets
+(docs/reference/presets.md).
 """
 
 import json
@@ -31,11 +32,13 @@ CHECKS_PAGE = Path(__file__).with_name("reference") / "checks.md"
 PRESETS_PAGE = Path(__file__).with_name("reference") / "presets.md"
 
 WORDS = {"boolean": "`true` or `false`", "null": "*null*", "object": "mapping"}
+"""Types of JSON schema in words; the other types keep their names."""
 LIMITS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
+"""Limits of JSON schema as signs."""
 
 
 def files() -> dict[Path, str]:
-    """The reference, the page of checks, and that of presets."""
+    """Return the text of each page: fields, commands, checks and presets."""
     checks = [
         (
             f"`{check.name}`",
@@ -45,10 +48,10 @@ def files() -> dict[Path, str]:
         )
         for check in CHECKS.values()
     ]
-    of_kernels = [(f"`{check.name}`", check.property) for check in KERNEL_CHECKS.values()]
+    kernel_checks = [(f"`{check.name}`", check.property) for check in KERNEL_CHECKS.values()]
     parts = {
-        "checks": table(["check", "property", "needs", "runs under"], checks),
-        "kernel checks": table(["check", "property"], of_kernels),
+        "checks": table(["check", "property", "needs", "option"], checks),
+        "kernel checks": table(["check", "property"], kernel_checks),
         "kernels": _kernels(),
     }
     return {
@@ -60,7 +63,7 @@ def files() -> dict[Path, str]:
 
 
 def fields() -> list[str]:
-    """The sections of all fields."""
+    """Return the lines of all sections of the page of fields."""
     sections = {
         "Run": (RunConfig, TrainingConfig, DistributedConfig),
         "Data": (*DATA.built_in().values(), DatasetConfig, WeightedSourceConfig),
@@ -76,18 +79,18 @@ def fields() -> list[str]:
 
 
 def _presets() -> list[str]:
-    """The presets' sizes, and the first line of each file. The small ones come first."""
+    """Return the table of presets with sizes and descriptions (the first line of each file), tiny presets first."""
     rows = []
     for file in sorted(PRESETS.glob("*.yaml"), key=lambda file: (not file.stem.endswith("-tiny"), file.stem)):
         model = load_config(file.stem).model
         size = f"{account(model, length=64).body_parameters:,}"
-        what = file.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ").rstrip(".")
-        rows.append((f"`{file.stem}`", model.n_layers, model.d_model, size, what))
-    return table(["preset", "layers", "d_model", "parameters", "what it is"], rows)
+        description = file.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ").rstrip(".")
+        rows.append((f"`{file.stem}`", model.n_layers, model.d_model, size, description))
+    return table(["preset", "layers", "d_model", "parameters", "description"], rows)
 
 
 def _kernels() -> list[str]:
-    """The tolerances of the reference kernels: those of other backends depend on what is installed."""
+    """Return the table of the reference kernels' tolerances; other kernels depend on the installed backends."""
     dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     kernels = sorted((kernel for kernel in KERNELS.values() if kernel.reference), key=lambda kernel: kernel.key)
     rows = [(kernel.key, *(f"{kernel.tolerances[dtype]:g}" for dtype in dtypes)) for kernel in kernels]
@@ -95,7 +98,7 @@ def _kernels() -> list[str]:
 
 
 def _commands() -> list[str]:
-    """A section for each command: what it does, its usage, its arguments and options, and its examples."""
+    """Return a section for each command: its description, usage, arguments and options, and examples."""
     lines = []
     for name in cli.COMMANDS:
         command = cli.imported(name)
@@ -104,47 +107,51 @@ def _commands() -> list[str]:
         prose = [text for text in paragraphs if not text.startswith("[bold]")]
         word = name.replace("-", "_")
         types = get_type_hints(getattr(import_module(f"seqmix.commands.{word}"), word))
-        given = [parameter for parameter in command.params if parameter.param_type_name == "argument"]
-        needed = [
+        arguments = [parameter for parameter in command.params if parameter.param_type_name == "argument"]
+        required_options = [
             f"{p.opts[0]} {p.metavar or _metavar(types[p.name])}"
             for p in command.params
-            if p.required and p not in given
+            if p.required and p not in arguments
         ]
-        usage = " ".join(["seqmix", name, *(str(p.metavar or p.name.upper()) for p in given), *needed])
-        rows = [_parameter(parameter, types) for parameter in command.params if parameter.name in types]
-        lines += [f"## seqmix {name}", "", "\n\n".join(map(_unmarked, prose)), ""]
-        lines += ["```text", f"{usage} [OPTIONS]" if len(rows) > len(given) + len(needed) else usage, "```", ""]
+        argument_names = [str(p.metavar or p.name.upper()) for p in arguments]
+        usage = " ".join(["seqmix", name, *argument_names, *required_options])
+        rows = [_parameter_row(parameter, types) for parameter in command.params if parameter.name in types]
+        has_optional = len(rows) > len(arguments) + len(required_options)
+        lines += [f"## seqmix {name}", "", "\n\n".join(map(_strip_markup, prose)), ""]
+        lines += ["```text", f"{usage} [OPTIONS]" if has_optional else usage, "```", ""]
         lines += [*table(["argument or option", "default", "meaning"], rows), ""] if rows else []
-        lines += ["Examples:", "", "```text", *map(_unmarked, examples), "```", ""] if examples else []
+        lines += ["Examples:", "", "```text", *map(_strip_markup, examples), "```", ""] if examples else []
     return lines[:-1]
 
 
-def _parameter(parameter: Any, types: dict[str, Any]) -> tuple[str, str, str]:
-    """An argument or option: how it is written, its default, its help."""
-    meaning = _unmarked(parameter.help or "").replace("|", r"\|")
+def _parameter_row(parameter: Any, types: dict[str, Any]) -> tuple[str, str, str]:
+    """Return the table row of an argument or option: its syntax, its default and its help."""
+    meaning = _strip_markup(parameter.help or "").replace("|", r"\|")
     default = parameter.default
     if parameter.param_type_name == "argument":
         name = _choices(parameter.metavar or parameter.name.upper())
         return f"`{name}`", "*required*" if parameter.required else "", meaning
     names = ", ".join(f"`{name}`" for name in (*parameter.opts, *parameter.secondary_opts))
     if parameter.is_flag:
-        shown = {True: parameter.opts, False: parameter.secondary_opts}.get(default, [])
-        return names, f"`{shown[0]}`" if shown and parameter.secondary_opts else "", meaning
-    takes = _choices(parameter.metavar or _metavar(types[parameter.name]))
-    names = ", ".join(f"`{name} {takes}`" for name in parameter.opts)
-    return names, "*required*" if parameter.required else "" if default is None else f"`{default}`", meaning
+        default_names = {True: parameter.opts, False: parameter.secondary_opts}.get(default, [])
+        return names, f"`{default_names[0]}`" if default_names and parameter.secondary_opts else "", meaning
+    metavar = _choices(parameter.metavar or _metavar(types[parameter.name]))
+    names = ", ".join(f"`{name} {metavar}`" for name in parameter.opts)
+    if parameter.required:
+        return names, "*required*", meaning
+    return names, "" if default is None else f"`{default}`", meaning
 
 
 def _choices(metavar: str) -> str:
-    """Choices as `{a,b}`: a table's cells end at `|`."""
+    """Write choices as `{a,b}` instead of `a|b`, because `|` ends a table cell."""
     return f"{{{metavar.replace('|', ',')}}}" if "|" in metavar else metavar
 
 
 def _metavar(hint: Any) -> str:
-    """What an option takes, of its annotation."""
-    parts = (
-        [part for part in get_args(hint) if part is not type(None)] if get_origin(hint) not in (list, Literal) else []
-    )
+    """Return the placeholder of an option's value, from its type annotation."""
+    parts = []
+    if get_origin(hint) not in (list, Literal):
+        parts = [part for part in get_args(hint) if part is not type(None)]
     hint = parts[0] if len(parts) == 1 else hint
     if get_origin(hint) is Literal:
         return "|".join(map(str, get_args(hint)))
@@ -153,14 +160,15 @@ def _metavar(hint: Any) -> str:
     return {int: "INTEGER", float: "NUMBER", str: "TEXT", Path: "PATH"}[hint]
 
 
-def _unmarked(text: str) -> str:
-    """Help without the marks of the terminal."""
+def _strip_markup(text: str) -> str:
+    """Remove the terminal markup from a help text."""
     return re.sub(r"\[/?(?:bold|dim|italic)\]", "", text).replace(r"\[", "[")
 
 
 def _section(config: type[Config]) -> str:
+    """Return the section of one configuration: its name, description and table of fields."""
     schema = config.model_json_schema()
-    if "$ref" in schema:  # of one that holds others of its family
+    if "$ref" in schema:  # a recursive schema, e.g. of a mixer that contains mixers
         schema = {"$defs": schema["$defs"], **schema["$defs"][schema["$ref"].rpartition("/")[2]]}
     kind = schema["properties"].get("kind")
     name = f"`{kind['const']}`" if kind else config.__name__.removesuffix("Config")
@@ -169,14 +177,14 @@ def _section(config: type[Config]) -> str:
         if key != "kind":
             default = "" if key in schema.get("required", ()) else _default(config, key)
             meaning = " ".join(field.get("description", "").split())
-            rows.append((f"`{key}`", _takes(field, schema.get("$defs", {})), default, meaning))
-    fields = table(["field", "takes", "default", "meaning"], rows) if rows else []
-    about = f"{schema['description']} `{config.__module__}.{config.__name__}`"
-    return "\n".join([f"### {name}", "", about, "", *fields, ""])
+            rows.append((f"`{key}`", _type(field, schema.get("$defs", {})), default, meaning))
+    fields = table(["field", "type", "default", "meaning"], rows) if rows else []
+    description = f"{schema['description']} `{config.__module__}.{config.__name__}`"
+    return "\n".join([f"### {name}", "", description, "", *fields, ""])
 
 
 def _default(config: type[Config], key: str) -> str:
-    """A default as YAML has it; a configuration by its kind, or as the mapping of all its defaults."""
+    """Return a field's default as YAML; a nested configuration by its kind, or as `{}` if it has no kind."""
     value = config.model_fields[key].get_default(call_default_factory=True)
     if isinstance(value, Config):
         return f"`{{kind: {kind}}}`" if (kind := getattr(value, "kind", None)) else "`{}`"
@@ -185,17 +193,17 @@ def _default(config: type[Config], key: str) -> str:
     return f"`{value}`"
 
 
-def _takes(field: dict[str, Any], definitions: dict[str, Any]) -> str:
-    """What a field takes, in words."""
+def _type(field: dict[str, Any], definitions: dict[str, Any]) -> str:
+    """Return the type of a field in words, from its JSON schema."""
     match field:
         case {"$ref": path}:
             name = path.rpartition("/")[2]
             target = definitions[name]
-            return _takes(target, definitions) if "enum" in target else name.removesuffix("Config")
+            return _type(target, definitions) if "enum" in target else name.removesuffix("Config")
         case {"discriminator": {"mapping": kinds}}:
             return "one of " + ", ".join(f"`{kind}`" for kind in kinds)
         case {"anyOf": parts}:
-            return " or ".join(_takes(part, definitions) for part in parts)
+            return " or ".join(_type(part, definitions) for part in parts)
         case {"const": word}:
             return f"`{word}`"
         case {"enum": words}:
@@ -205,9 +213,9 @@ def _takes(field: dict[str, Any], definitions: dict[str, Any]) -> str:
         case {"items": {"type": word}}:
             return f"list of {word}s"
         case {"items": items}:
-            return f"list of {_takes(items, definitions) or 'values'}"
+            return f"list of {_type(items, definitions) or 'values'}"
         case {"type": "object", "additionalProperties": dict(values)}:
-            return f"mapping of names to {_takes(values, definitions)}"
+            return f"mapping of names to {_type(values, definitions)}"
         case {"type": str(word)}:
             limits = ", ".join(f"{sign} {_limit(field[key])}" for key, sign in LIMITS.items() if key in field)
             return f"{WORDS.get(word, word)} {limits}".strip()
@@ -215,6 +223,7 @@ def _takes(field: dict[str, Any], definitions: dict[str, Any]) -> str:
 
 
 def _limit(number: float) -> str:
+    """Write a limit; large powers of two as `2^n`."""
     power = round(number).bit_length() - 1
     return f"2^{power}" if power > 16 and number == 2**power else f"{number:g}"
 

@@ -1,6 +1,6 @@
-"""Write the tables of docs/leaderboard.md from what the suite measured: `python docs/leaderboard.py`.
+"""Write the tables of docs/leaderboard.md from the results of the suite: `python docs/leaderboard.py`.
 
-What was measured is in experiments/suite/results, one suite.json for each size and matching.
+The results are in experiments/suite/results, one suite.json for each size and each quantity that is held equal.
 """
 
 from pathlib import Path
@@ -13,7 +13,7 @@ TARGET = Path(__file__).with_suffix(".md")
 
 
 def files() -> dict[Path, str]:
-    """The page."""
+    """Return the text of the page."""
     lines: list[str] = []
     for file in sorted(PUBLISHED.glob("*.json")):
         scores = read_scores(file)

@@ -1,6 +1,7 @@
-"""A hook of the site: LaTeX between `$` or in `math` blocks becomes MathML, which browsers draw without any script.
+"""MkDocs hook: convert LaTeX between `$` or in `math` blocks to MathML, which browsers render without scripts.
 
-GitHub draws the same sources. `pymdownx.arithmatex` finds them, and latex2mathml (extra `docs`) translates them.
+GitHub renders the same sources. `pymdownx.arithmatex` marks the formulas, and latex2mathml (extra `docs`) converts
+them.
 """
 
 import re
@@ -8,16 +9,17 @@ from html import unescape
 from typing import Any
 
 NAMED = re.compile(r'<mo>([A-Za-z]{2,})</mo>(?=<mo stretchy="false">&#x00028;|<mrow><mo |<m[ion]>\w</m[ion]></msub>)')
-"""A function's name before its argument or index: an operator would have space around it."""
+"""A function name before its argument or index. It must not be an operator (`mo`), which has space around it."""
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
+"""A formula that arithmatex has marked: its element, and its LaTeX."""
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """A page's HTML with MathML in the place of LaTeX."""
+    """Return a page's HTML with MathML instead of LaTeX."""
     from latex2mathml.converter import convert
 
-    def mathml(found: re.Match[str]) -> str:
-        formula = convert(unescape(found[2]), display="inline" if found[1] == "span" else "block")
+    def to_mathml(match: re.Match[str]) -> str:
+        formula = convert(unescape(match[2]), display="inline" if match[1] == "span" else "block")
         return NAMED.sub(r"<mi>\1</mi>", formula)
 
-    return FORMULA.sub(mathml, html)
+    return FORMULA.sub(to_mathml, html)

@@ -1,8 +1,9 @@
-"""Write what docs/reference/mixers.md and the README say of mixers: `python docs/mixers.py [studies/families]`.
+"""Write the tables of mixers in docs/reference/mixers.md and the README: `python docs/mixers.py [studies/families]`.
 
-Papers are those of each mixer's module docstring, whose first paragraph names them by their arXiv numbers. Its formulas
-are set from docs/mixers.yaml; a mixer that is not there has the indented lines of its docstring, as code. The table of
-what was trained is that of the study (`seqmix compare families`) whose folder is given, and else stays as it is.
+Papers are the arXiv numbers in the first paragraph of each mixer's module docstring. Formulas come from
+docs/mixers.yaml; for a mixer that is missing there, the indented lines of its docstring are shown as code. With the
+folder of a study (`seqmix compare families`), its results replace the table of trained models; otherwise that table is
+kept.
 """
 
 import ast
@@ -31,7 +32,7 @@ TARGET = Path(__file__).with_name("reference") / "mixers.md"
 PICTURE = TARGET.parent / "mixers" / "families.svg"
 README = Path(__file__).parents[1] / "README.md"
 LENGTH = 2048
-"""Tokens of the sequence whose cost is counted."""
+"""Length in tokens of the sequence for which costs are counted."""
 MATHEMATICS: dict[str, dict[str, Any]] = YAML(typ="safe").load(Path(__file__).with_name("mixers.yaml"))
 ARXIV, LINK = re.compile(r"\b(\d{4}\.\d{5})\b"), r"[\1](https://arxiv.org/abs/\1)"
 
@@ -53,7 +54,7 @@ USED_IN = {
     "rwkv4": "RWKV-4",
     "rwkv7": "RWKV-7",
 }
-"""Released models with the mixer; of the others there is a paper alone."""
+"""Released models with the mixer. Mixers that are missing here are only known from papers."""
 
 FAMILIES = {
     "attention": "softmax attention",
@@ -62,7 +63,7 @@ FAMILIES = {
     "scan": "recurrences by channel",
     "convolution": "long convolution",
 }
-"""Names of the op families. A mixer belongs to the first one that its module imports."""
+"""Names of the op families. A mixer belongs to the first family whose op its module imports."""
 HYBRID = "combinations"
 """The family of a mixer that imports no op."""
 
@@ -74,28 +75,29 @@ INLINE = {
     r"\bA_log\b": r"$A_{\\log}$",
     r"l / \(L - 1\)": r"$l/(L - 1)$",
 }
-"""Formulas of a docstring's prose."""
+"""Formulas in the prose of docstrings, and their LaTeX."""
 
 
 def files(study: str | None = None) -> dict[Path, str]:
-    """The page and the README's table, with the parts that the code says, and a study if there is one."""
+    """Return the text of the page and the README with generated tables, and the picture of a study if one is given."""
     presets = single_kind_presets()
     formulas = [line for kind in MIXERS.built_in() for line in (f"### {kind}", "", *_formulas(kind), "")]
     parts = {"mixers": _traits(presets), "costs": _costs(presets), "formulas": formulas[:-1]}
-    drawn = {}
+    pictures = {}
     if study is not None:
         results = read_results(study)
         parts["trained"] = trained(results)
-        drawn[PICTURE] = adaptive([families(results)], 6.0)
+        pictures[PICTURE] = adaptive([families(results)], 6.0)
     page = fill(TARGET, parts)
-    return {TARGET: page, README: fill(README, {"mixers": _summary()}), **drawn}
+    return {TARGET: page, README: fill(README, {"mixers": _summary()}), **pictures}
 
 
 def _traits(presets: dict[str, RunConfig]) -> list[str]:
-    """What each mixer is, and what it declares as its tiny preset configures it (or in an example of it)."""
+    """Return two tables: papers and formulas of each mixer, and the traits of its tiny preset or example."""
     configured = {mixer_kind(preset): preset for preset in presets.values()}
     words = {True: "yes", False: "no"}
-    formulas, traits = [], []
+    formulas = []
+    traits = []
     for kind, cls in MIXERS.built_in().items():
         preset = configured.get(kind)
         config = cls.example() if preset is None else preset.model.blocks[preset.model.layers[0]].mixer
@@ -114,38 +116,39 @@ def _traits(presets: dict[str, RunConfig]) -> list[str]:
 
 
 def _recurrence(kind: str) -> str:
-    """The equation of a mixer's state, as LaTeX; as code where only its docstring has it."""
+    """Return the equation of a mixer's state as LaTeX, or as code if only its docstring has it."""
     if kind in MATHEMATICS:
         return f"${MATHEMATICS[kind]['recurrence']}$"
     return f"`{_plain_recurrence(kind)}`".replace("|", r"\|")
 
 
 def _state(kind: str, config: MixerConfig) -> str:
-    """The size of a mixer's state as a formula; of one without, whether it grows."""
+    """Return the size of a mixer's state as a formula; without a formula, its trait (constant, growing or none)."""
     return f"${latex(MATHEMATICS[kind]['state'])}$" if kind in MATHEMATICS else config.traits.state
 
 
 def latex(expression: str) -> str:
-    """An expression of letters, numbers, sums, products and `min` as LaTeX."""
+    """Convert an expression of letters, numbers, sums, products and `min` to LaTeX."""
 
-    def of(node: ast.expr) -> str:
+    def convert(node: ast.expr) -> str:
         match node:
             case ast.BinOp(left, ast.Mult(), right):
                 return " ".join(
-                    f"({of(x)})" if isinstance(x, ast.BinOp) and _is_sum(x.op) else of(x) for x in (left, right)
+                    f"({convert(x)})" if isinstance(x, ast.BinOp) and _is_sum(x.op) else convert(x)
+                    for x in (left, right)
                 )
             case ast.BinOp(left, sign, right) if _is_sum(sign):
-                return f"{of(left)} {'+' if isinstance(sign, ast.Add) else '-'} {of(right)}"
+                return f"{convert(left)} {'+' if isinstance(sign, ast.Add) else '-'} {convert(right)}"
             case ast.Call(ast.Name(name), arguments):
-                return rf"\{name}({', '.join(map(of, arguments))})"
+                return rf"\{name}({', '.join(map(convert, arguments))})"
             case ast.Name(name):
                 letter, _, index = name.partition("_")
                 return rf"{letter}_{{\text{{{index}}}}}" if index else letter
             case ast.Constant(number):
                 return str(number)
-        raise ValueError(f"{expression}: {ast.unparse(node)} is not set as LaTeX")
+        raise ValueError(f"{expression}: {ast.unparse(node)} cannot be converted to LaTeX")
 
-    return of(ast.parse(expression, mode="eval").body)
+    return convert(ast.parse(expression, mode="eval").body)
 
 
 def _is_sum(sign: ast.operator) -> bool:
@@ -153,7 +156,7 @@ def _is_sum(sign: ast.operator) -> bool:
 
 
 def state_elements(config: MixerConfig, d_model: int, tokens: int) -> float:
-    """What the formula of a mixer's state gives: the floating-point numbers of one layer and sequence."""
+    """Evaluate the formula of a mixer's state size: floating-point numbers per layer and sequence."""
     mathematics = MATHEMATICS[config.kind]
     fields = {**config.model_dump(), "d_model": d_model, "inf": math.inf}
     parts: list[MixerConfig] = getattr(config, "mixers", [])
@@ -163,7 +166,7 @@ def state_elements(config: MixerConfig, d_model: int, tokens: int) -> float:
 
 
 def _costs(presets: dict[str, RunConfig]) -> list[str]:
-    """Sizes of the tiny presets, and what one layer's mixer costs."""
+    """Return the table of the tiny presets' sizes and the costs of one layer's mixer."""
     rows = []
     for name, config in presets.items():
         model = build_meta(config.model)
@@ -177,7 +180,7 @@ def _costs(presets: dict[str, RunConfig]) -> list[str]:
 
 
 def _summary() -> list[str]:
-    """The README's table: the mixers of each family, with links to their equations."""
+    """Return the README's table: the mixers of each family, with links to their equations."""
     members: dict[str, list[str]] = {family: [] for family in (*FAMILIES.values(), HYBRID)}
     for kind in MIXERS.built_in():
         members[_family(kind)].append(f"[`{kind}`](docs/reference/mixers.md#{kind})")
@@ -185,7 +188,7 @@ def _summary() -> list[str]:
 
 
 def trained(results: Results) -> list[str]:
-    """A sentence, and a row an entry; losses by seed, speeds over retention's."""
+    """Return a sentence and a table of a study's entries: losses by seed, and speeds relative to retention."""
     seeds = sorted({run.seed for run in results.runs})
     losses = {(run.entry, run.seed): run.validation_loss for run in results.runs}
     speeds = {row.entry: row.tokens_per_second for row in results.speed.train}
@@ -193,70 +196,83 @@ def trained(results: Results) -> list[str]:
     retention = next((speeds.get(entry.name) for entry in results.entries if entry.mixers == ("retention",)), None)
     rows = []
     for entry in results.entries:
-        own = [losses.get((entry.name, seed)) for seed in seeds]
-        found = [loss for loss in own if loss is not None]
-        own += [mean(found) if len(found) == len(seeds) else None] if len(seeds) > 1 else []
-        speed, token = speeds.get(entry.name), decode.get(entry.name)
+        columns = [losses.get((entry.name, seed)) for seed in seeds]
+        finished = [loss for loss in columns if loss is not None]
+        if len(seeds) > 1:
+            columns.append(mean(finished) if len(finished) == len(seeds) else None)
+        speed = speeds.get(entry.name)
+        token = decode.get(entry.name)
         ratio = f" ({speed / retention:.2f})" if speed and retention else ""
         cells = [f"`{entry.mixers[0]}`", f"`{entry.name}`", f"{entry.parameters:,}"]
-        cells += ["" if loss is None else f"{loss:.4f}" for loss in own]
+        cells += ["" if loss is None else f"{loss:.4f}" for loss in columns]
         cells += [f"{speed:,.0f}{ratio}" if speed else "", f"{token.state_bytes:,}" if token else ""]
         rows.append([*cells, f"{1e3 * token.seconds:.2f}" if token and token.seconds else ""])
     heads = [f"loss, seed {seed}" for seed in seeds] + (["mean"] if len(seeds) > 1 else [])
     return [
-        "Tokens per second are medians of interleaved training steps of the models, on one thread, in brackets over",
-        "retention's; a decoded token is the median of as many.",
+        "Tokens per second are medians over training steps on one thread, with the models interleaved; the ratio to",
+        "retention is in parentheses. The time per decoded token is a median over as many decode steps.",
         "",
         *table(["mixer", "preset", "parameters", *heads, "tokens/s", "state, bytes", "ms per decoded token"], rows),
     ]
 
 
 def families(results: Results) -> Figure:
-    """The loss over the size of the state, a series for each op family."""
+    """Return the figure of validation loss against state size, with one series per op family."""
     losses: dict[str, list[float]] = {}
     for run in results.runs:
         if run.validation_loss is not None:
             losses.setdefault(run.entry, []).append(run.validation_loss)
     points: dict[str, list[Point]] = {name: [] for name in (*FAMILIES.values(), HYBRID)}
     for entry in results.entries:
-        found = losses.get(entry.name, [])
-        if found:
-            point = Point(float(entry.state_bytes), mean(found), min(found), max(found))
+        entry_losses = losses.get(entry.name, [])
+        if entry_losses:
+            point = Point(float(entry.state_bytes), mean(entry_losses), min(entry_losses), max(entry_losses))
             points[_family(entry.mixers[0])].append(point)
-    series = [Series(name, sorted(found), style) for style, (name, found) in enumerate(points.items()) if found]
-    state, loss = (
-        Axis("state of one sequence", unit="bytes", log=True),
-        Axis("validation loss (nats per byte)", log=False),
-    )
-    caption = "Means, and the ends of both seeds; down and to the left is better."
-    return Figure("families", "Loss by state", caption, state, loss, series, joined=False)
+    series = [
+        Series(name, sorted(family_points), style)
+        for style, (name, family_points) in enumerate(points.items())
+        if family_points
+    ]
+    state = Axis("state of one sequence", unit="bytes", log=True)
+    loss = Axis("validation loss (nats per byte)", log=False)
+    caption = "Mean and range over the seeds; lower and further left is better."
+    return Figure("families", "Loss by state size", caption, state, loss, series, joined=False)
 
 
 def _family(kind: str) -> str:
+    """Return the name of a mixer's op family."""
     source = Path(importlib.import_module(MIXERS.origin(kind)).__file__ or "").read_text(encoding="utf-8")
-    found = [name for name in FAMILIES if f"from ..ops.{name} import" in source.replace("ops.dplr", "ops.delta")]
-    return FAMILIES[found[0]] if found else HYBRID
+    imported = [name for name in FAMILIES if f"from ..ops.{name} import" in source.replace("ops.dplr", "ops.delta")]
+    return FAMILIES[imported[0]] if imported else HYBRID
 
 
 def _docstring(kind: str) -> str:
+    """Return the docstring of a mixer's module."""
     return importlib.import_module(MIXERS.origin(kind)).__doc__ or ""
 
 
 def _plain_recurrence(kind: str) -> str:
-    """The equation of a mixer's docstring that says how its state moves; of one without, what its output is."""
+    """Return the equation of a mixer's state update from its docstring; without a state, that of its output.
+
+    Raises:
+        ValueError: the docstring has no such equation on an indented line.
+    """
     lines = [line.strip() for line in _docstring(kind).splitlines() if line.startswith("    ")]
-    # equations of one line have spaces between them, and may have some around their sign
+    # split lines with several equations at runs of spaces, but not at the spaces around an equals sign
     parts = [part for line in lines for part in re.split(r"(?<=[^\s=-])\s{2,}(?=[^\s=<])", line)]
     equations = [" ".join(part.rstrip(";").split()) for part in parts]
     for pattern in (r".+= .*_\{\w ?- ?1\}", r".+ <- ", r"[oyh](_\w)? = "):
         for equation in equations:
             if re.match(pattern, equation):
                 return equation
-    raise ValueError(f"{MIXERS.origin(kind)}: no indented line of its docstring is an equation of its state or output")
+    raise ValueError(
+        f"{MIXERS.origin(kind)}: expected an equation of the state or output on an indented line of the docstring, "
+        "found none"
+    )
 
 
 def _formulas(kind: str) -> list[str]:
-    """A mixer's docstring, its equations as LaTeX, or as the code that indented lines are in Markdown."""
+    """Return a mixer's docstring with its equations as LaTeX, or as indented Markdown code if there is no LaTeX."""
     paragraphs = _docstring(kind).strip().split("\n\n")
     if kind in MATHEMATICS:
         block = "\n".join(["```math", r"\begin{split}", MATHEMATICS[kind]["equations"].strip(), r"\end{split}", "```"])
@@ -267,7 +283,7 @@ def _formulas(kind: str) -> list[str]:
 
 
 def _inline(text: str) -> str:
-    """Prose with the few formulas that it has as LaTeX."""
+    """Replace the formulas in prose by LaTeX."""
     for pattern, formula in INLINE.items():
         text = re.sub(pattern, formula, text)
     return text

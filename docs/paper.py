@@ -1,7 +1,7 @@
-"""Write the tables and pictures of docs/explanation/paper.md from what was measured: `python docs/paper.py`.
+"""Write the tables and pictures of docs/explanation/paper.md from saved results: `python docs/paper.py`.
 
-What was measured is in experiments/retnet_paper/results, one file a claim, which `seqmix paper CLAIM` writes. The
-paper's figures stand here; those it only draws were read off its plots by others, and are given as such.
+The results are in experiments/retnet_paper/results, one file per claim, written by `seqmix paper CLAIM`. The paper's
+own numbers are constants in this file. Numbers that the paper only plots were read off its plots, and are marked so.
 """
 
 import json
@@ -23,9 +23,10 @@ from seqmix.registry import write_file
 PAGES = Path(__file__).with_name("explanation")
 TARGET, PICTURES = PAGES / "paper.md", PAGES / "paper"
 BATCHES = {1: "one sequence", 8: "eight sequences"}
-"""Of Figure 6."""
+"""Batch sizes of Figure 6, and their names."""
 
 TABLE_5 = {"retnet": 26.05, "rwkv": 30.92, "h3": 29.97, "hyena": 32.08, "linear-transformer": 40.24}
+"""In-domain perplexity at 200M parameters."""
 TABLE_6 = {
     "retnet": (26.05, ""),
     "no-gate": (27.84, "`gate: none`, `expand_v: 1.0`, `ffn.expansion: 4.0`"),
@@ -34,11 +35,11 @@ TABLE_6 = {
     "single-decay": (27.02, "`decay: constant`, `gamma: 0.9921875`"),
     "small-heads": (27.68, "`n_heads: 16`"),
 }
-"""In-domain perplexity, 200M parameters; and what is changed."""
+"""In-domain perplexity at 200M parameters, and the changed fields of each ablation."""
 TABLE_8 = {"transformer": (13.55, 12.56, 12.35), "retnet": (13.09, 12.14, 11.98)}
-"""Perplexity after a quarter, a half and the whole of 2,048 tokens."""
+"""Perplexity with a quarter, a half and all of a context of 2,048 tokens."""
 FIGURE_5 = {"1.3B": (14.8, 14.5), "2.7B": (13.2, 13.4), "6.7B": (12.8, 13.0)}
-"""Perplexity of RetNet and of the Transformer, read off the plot (within 0.1)."""
+"""Perplexity of RetNet and of the Transformer, read off the plot (to within 0.1)."""
 NAMES = {
     "retnet": "RetNet",
     "no-gate": "no swish gate",
@@ -54,65 +55,65 @@ NAMES = {
     "gla": "GLA",
     "gated-delta-net": "Gated DeltaNet",
 }
-"""Entries as the paper calls them."""
+"""Display names of the entries, as in the paper."""
 
 
-def files(kept: Path = KEPT) -> dict[Path, str]:
-    """The page with its tables."""
-    return {TARGET: fill(TARGET, {claim: part(claim, kept) for claim in PARTS})}
+def files(results_dir: Path = KEPT) -> dict[Path, str]:
+    """Return the text of the page with its tables."""
+    return {TARGET: fill(TARGET, {claim: part(claim, results_dir) for claim in PARTS})}
 
 
-def drawings(kept: Path = KEPT) -> dict[Path, str]:
-    """The drawing of each claim that the paper draws."""
-    found = {}
+def drawings(results_dir: Path = KEPT) -> dict[Path, str]:
+    """Return the picture of each measured claim in `DRAWN`, as SVG."""
+    pictures = {}
     for claim, draw in DRAWN.items():
-        if results := _read(claim, kept):
-            named = [
-                replace(figure, series=[replace(one, name=NAMES[one.name]) for one in figure.series])
+        if results := _read(claim, results_dir):
+            figures = [
+                replace(figure, series=[replace(series, name=NAMES[series.name]) for series in figure.series])
                 for figure in draw(*results)
             ]
-            found[PICTURES / f"{claim}.svg"] = adaptive(named, 6.0 if named[1:] else 4.0)
-    return found
+            pictures[PICTURES / f"{claim}.svg"] = adaptive(figures, 6.0 if len(figures) > 1 else 4.0)
+    return pictures
 
 
-def part(claim: str, kept: Path) -> list[str]:
-    """The lines of a claim; of one that was not measured, how to measure it."""
-    found = _read(claim, kept)
-    return PARTS[claim](*found) if found else [f"Not measured yet: `seqmix paper {' '.join(_names(claim))}`."]
+def part(claim: str, results_dir: Path) -> list[str]:
+    """Return the lines of a claim; if it is not measured yet, a line with the command that measures it."""
+    results = _read(claim, results_dir)
+    return PARTS[claim](*results) if results else [f"Not measured yet: `seqmix paper {' '.join(_names(claim))}`."]
 
 
-# ---- what is learned
+# ---- claims about quality
 
 
 def table6(results: Results) -> list[str]:
-    """The ablations."""
+    """Return the table of the ablations."""
     changes = {entry: change for entry, (_, change) in TABLE_6.items()}
-    return _compared(results, {entry: figure for entry, (figure, _) in TABLE_6.items()}, changes)
+    return _compare_perplexities(results, {entry: figure for entry, (figure, _) in TABLE_6.items()}, changes)
 
 
 def table5(results: Results) -> list[str]:
-    """Other mixers: those of the paper, and ours."""
-    return _compared(results, TABLE_5)
+    """Return the table of other mixers: those in the paper, and additional ones."""
+    return _compare_perplexities(results, TABLE_5)
 
 
 def figure5(results: Results) -> list[str]:
-    """The Transformer beside RetNet over the size."""
-    drawn = [(size, ours, theirs, f"{math.log(ours / theirs):+.3f}") for size, (ours, theirs) in FIGURE_5.items()]
+    """Return the tables of RetNet and the Transformer by model size."""
+    paper_rows = [(size, ours, theirs, f"{math.log(ours / theirs):+.3f}") for size, (ours, theirs) in FIGURE_5.items()]
     rows = []
     for width in dict.fromkeys(run.variant["model.d_model"] for run in results.runs):
         losses = [_losses(results, entry, width) for entry in ("retnet", "transformer")]
-        means = [f"{mean(found.values()):.4f}" for found in losses]
+        means = [f"{mean(by_seed.values()):.4f}" for by_seed in losses]
         rows.append((width, *means, _signed(_differences(*losses))))
     heads = ["RetNet:", "Transformer:"]
     return [
-        *table(["paper, read off its plot", *heads, "RetNet - Transformer, nats:"], drawn),
+        *table(["paper, read off its plot", *heads, "RetNet - Transformer, nats:"], paper_rows),
         "",
         *table(["ours, `d_model`", *heads, "RetNet - Transformer, each seed:"], rows),
     ]
 
 
 def table8(values: dict[str, Any]) -> list[str]:
-    """What context brings."""
+    """Return the table of the loss with more and more context."""
     rows = []
     for entry, figures in TABLE_8.items():
         rows.append((f"paper, {NAMES[entry]}: perplexity", *figures, f"{math.log(figures[2] / figures[0]):+.3f}"))
@@ -123,7 +124,7 @@ def table8(values: dict[str, Any]) -> list[str]:
 
 
 def paradigms(values: dict[str, Any]) -> list[str]:
-    """One function by three algorithms."""
+    """Return the table that compares the three paradigms of the same model."""
     rows = []
     for row in values["rows"]:
         losses = ", ".join(f"{name} {loss:.6f}" for name, loss in row["losses"].items())
@@ -132,11 +133,11 @@ def paradigms(values: dict[str, Any]) -> list[str]:
     return table(heads, rows)
 
 
-# ---- what is timed
+# ---- claims about speed and memory
 
 
 def table4(results: Results) -> list[str]:
-    """Training over the length."""
+    """Return the table of training speed and memory by sequence length."""
     timed = {(row.entry, row.length): row for row in results.speed.train}
     rows = []
     for length in dict.fromkeys(row.length for row in results.speed.train):
@@ -145,13 +146,13 @@ def table4(results: Results) -> list[str]:
         memory = [row.memory_bytes or math.nan for row in both]
         cells = [*(f"{speed:,.0f}" for speed in speeds), f"{speeds[0] / speeds[1]:.2f}"]
         rows.append((f"{length:,}", *cells, *map(_mib, memory), f"{memory[1] / memory[0]:.2f}"))
-    return table(["sequence length", *_three("tokens/s"), *_three("peak memory")], rows)
+    return table(["sequence length", *_comparison_heads("tokens/s"), *_comparison_heads("peak memory")], rows)
 
 
-def figure6(*found: Results) -> list[str]:
-    """Decoding over the context, with one sequence and with eight."""
+def figure6(*results_by_batch: Results) -> list[str]:
+    """Return the table of decoding time and memory by context length, for each batch size of `BATCHES`."""
     rows = []
-    for batch, results in zip(BATCHES, found, strict=True):
+    for batch, results in zip(BATCHES, results_by_batch, strict=True):
         weights = _weights(results)
         timed = {(row.entry, row.context): row for row in results.speed.decode}
         for context in dict.fromkeys(row.context for row in results.speed.decode):
@@ -160,7 +161,9 @@ def figure6(*found: Results) -> list[str]:
             memory = [weights[row.entry] + (row.state_bytes or 0) for row in both]
             cells = [*(f"{time:.2f}" for time in times), f"{times[1] / times[0]:.1f}"]
             rows.append((batch, f"{context:,}", *cells, *map(_mib, memory), f"{memory[1] / memory[0]:.1f}"))
-    return table(["batch size", "context:", *_three("ms per token"), *_three("weights and state")], rows)
+    return table(
+        ["batch size", "context:", *_comparison_heads("ms per token"), *_comparison_heads("weights and state")], rows
+    )
 
 
 PARTS: dict[str, Callable[..., list[str]]] = {
@@ -172,23 +175,24 @@ PARTS: dict[str, Callable[..., list[str]]] = {
     "table4": table4,
     "figure6": figure6,
 }
-"""What writes each region of the page from the results of its claim."""
+"""The function that writes each region of the page, from the results of its claim."""
 
 
 # ---- pictures
 
 
-def drawn_figure6(*found: Results) -> list[Figure]:
-    """Time, and weights with state, for one sequence and for eight."""
+def draw_figure6(*results_by_batch: Results) -> list[Figure]:
+    """Return the figures of decoding time and memory by context length, for each batch size of `BATCHES`."""
     figures = []
-    for batch, results in zip(BATCHES.values(), found, strict=True):
+    for batch, results in zip(BATCHES.values(), results_by_batch, strict=True):
         time = next(figure for figure in Plots(results).speed() if figure.name == "decode-time")
         figures.append(replace(time, title=f"{time.title}, {batch}"))
         series = []
         for style, (entry, weights) in enumerate(_weights(results).items()):
             rows = [row for row in results.speed.decode if row.entry == entry]
             series.append(Series(entry, [Point(row.context, weights + (row.state_bytes or 0)) for row in rows], style))
-        memory, name = Axis("memory", unit="bytes", zero=True, log=False), f"memory-{batch.replace(' ', '-')}"
+        memory = Axis("memory", unit="bytes", zero=True, log=False)
+        name = f"memory-{batch.replace(' ', '-')}"
         figures.append(Figure(name, f"Weights and state, {batch}", "", time.x, memory, series))
     return [replace(figure, name=f"{figure.name}-{i}") for i, figure in enumerate(figures)]
 
@@ -196,75 +200,88 @@ def drawn_figure6(*found: Results) -> list[Figure]:
 DRAWN: dict[str, Callable[..., list[Figure]]] = {
     "figure5": lambda results: [figure for figure in Plots(results).outcomes() if "-over-" in figure.name],
     "table4": lambda results: Plots(results).speed(),
-    "figure6": drawn_figure6,
+    "figure6": draw_figure6,
 }
-"""The figures of the claims that the paper draws."""
+"""The function that returns the figures of each claim that is drawn, from its results."""
 
 
-# ---- figures
+# ---- results
 
 
 def _names(claim: str) -> list[str]:
-    """The claims whose results are needed for one."""
+    """Return the names of the results that a claim needs."""
     return ["figure6", "figure6-batch8"] if claim == "figure6" else [claim]
 
 
-def _read(claim: str, kept: Path) -> list[Any]:
-    """What was measured for a claim; nothing unless all of it is there."""
-    found = [kept / f"{name}.json" for name in _names(claim)]
-    if not all(file.is_file() for file in found):
+def _read(claim: str, results_dir: Path) -> list[Any]:
+    """Read the results of a claim; an empty list if any of them is missing."""
+    result_files = [results_dir / f"{name}.json" for name in _names(claim)]
+    if not all(file.is_file() for file in result_files):
         return []
-    return [json.loads(file.read_text()) if claim in OF_RUNS else read_results(file) for file in found]
+    return [json.loads(file.read_text()) if claim in OF_RUNS else read_results(file) for file in result_files]
 
 
 def _weights(results: Results) -> dict[str, int]:
-    """Bytes of parameters, by entry."""
+    """Return the size of the parameters in bytes (float32), by entry."""
     return {entry.name: 4 * entry.parameters for entry in results.entries}
 
 
 def _losses(results: Results, entry: str, width: int | None = None) -> dict[int, float]:
-    """Final validation losses, by seed."""
+    """Return the final validation losses of an entry by seed; with `width`, of the models of that d_model only."""
     runs = [run for run in results.runs if run.entry == entry and width in (None, run.variant.get("model.d_model"))]
     return {run.seed: run.validation_loss for run in runs if run.validation_loss is not None}
 
 
 def _differences(losses: Mapping[int, float], base: Mapping[int, float]) -> list[float]:
-    """Losses above others of the same seed."""
+    """Return losses minus those of the same seed in `base`."""
     return [losses[seed] - base[seed] for seed in sorted(losses.keys() & base.keys())]
 
 
-def _compared(results: Results, paper: Mapping[str, float], changes: Mapping[str, str] | None = None) -> list[str]:
-    """The paper's perplexities and what they are above RetNet's in nats, ours, and whether they point the same way."""
-    base, rows, verdicts = _losses(results, "retnet"), [], {}
+def _compare_perplexities(
+    results: Results, paper: Mapping[str, float], changes: Mapping[str, str] | None = None
+) -> list[str]:
+    """Return a table that compares measured losses with the paper's perplexities, and a sentence that sums it up.
+
+    Each row has the paper's perplexity, its difference to RetNet's in nats, the measured loss, its differences to
+    RetNet's loss by seed, and whether both differences have the same sign.
+
+    Args:
+        results: the study; losses are relative to its entry `retnet`.
+        paper: the paper's perplexities, by entry.
+        changes: a description of the change for each entry, for an additional column.
+    """
+    base = _losses(results, "retnet")
+    rows = []
+    verdicts = {}
     for entry in [entry.name for entry in results.entries]:
         losses = _losses(results, entry)
         deltas = [] if entry == "retnet" else _differences(losses, base)
-        wanted = verdict = ""
+        paper_delta = verdict = ""
         if entry in paper and deltas:
             delta = math.log(paper[entry] / paper["retnet"])
-            same = [ours * delta > 0 for ours in deltas]
-            wanted = f"{delta:+.3f}"
-            verdict = verdicts[entry] = "same" if all(same) else "seeds disagree" if any(same) else "opposite"
+            agrees = [ours * delta > 0 for ours in deltas]
+            paper_delta = f"{delta:+.3f}"
+            verdict = verdicts[entry] = "same" if all(agrees) else "seeds disagree" if any(agrees) else "opposite"
         ours = f"{mean(losses.values()):.4f}"
         name = [NAMES[entry]] if changes is None else [NAMES[entry], changes[entry]]
-        rows.append((*name, paper.get(entry, ""), wanted, ours, _signed(deltas), verdict))
+        rows.append((*name, paper.get(entry, ""), paper_delta, ours, _signed(deltas), verdict))
     others = [f"{NAMES[entry]} [{verdict}]" for entry, verdict in verdicts.items() if verdict != "same"]
-    says = f"All {len(verdicts)} rows reproduce in direction."
+    summary = f"All {len(verdicts)} rows reproduce in direction."
     if others:
         count = len(verdicts) - len(others)
         listed = " and ".join(filter(None, (", ".join(others[:-1]), others[-1])))
-        says = f"{count} of {len(verdicts)} rows reproduce in direction; the others do not: {listed}."
+        summary = f"{count} of {len(verdicts)} rows reproduce in direction; the others do not: {listed}."
     first = ["model"] if changes is None else ["row", "change"]
-    return [*table([*first, "paper", "Δ", "ours", "Δ of each seed", "direction"], rows), "", says]
+    return [*table([*first, "paper", "Δ", "ours", "Δ of each seed", "direction"], rows), "", summary]
 
 
 def _signed(deltas: list[float]) -> str:
     return ", ".join(f"{delta:+.4f}" for delta in deltas)
 
 
-def _three(what: str) -> list[str]:
-    """Heads of RetNet's figure, the Transformer's and their ratio."""
-    return [f"{what}: RetNet:", "Transformer:", "ratio:"]
+def _comparison_heads(quantity: str) -> list[str]:
+    """Return the heads of three columns: a quantity of RetNet, of the Transformer, and their ratio."""
+    return [f"{quantity}: RetNet:", "Transformer:", "ratio:"]
 
 
 def _mib(size: float) -> str:

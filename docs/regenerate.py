@@ -1,8 +1,8 @@
-"""Write everything in the repository that programs write: `python docs/regenerate.py`.
+"""Regenerate all generated files of the repository: `python docs/regenerate.py`.
 
-`--kernels` compiles every configuration of the Triton kernels as well, which takes minutes: after a change of
-ops/kernels/triton. `--peers` measures every converter beside the other library's model: after a change of convert/,
-with transformers, torchscale and fla installed.
+`--kernels` also compiles every configuration of the Triton kernels, which takes minutes; use it after a change of
+ops/kernels/triton. `--peers` also compares every converted model with the original library's model; use it after a
+change of convert/, with transformers, torchscale and fla installed.
 """
 
 import subprocess
@@ -12,33 +12,36 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = {
-    "docs/api.py": "the Python API, from docstrings",
-    "docs/generate.py": "fields, commands, checks, presets",
-    "docs/mixers.py": "the table of the README, and the page of mixers",
+    "docs/api.py": "pages of the Python API",
+    "docs/generate.py": "pages of fields, commands, checks and presets",
+    "docs/mixers.py": "page of mixers, and the README's table",
     "docs/scaling.py": "memory and traffic on several GPUs",
-    "docs/tasks.py": "the page of tasks",
-    "tests/mutants/table.py": "the wrong mixers that the kit catches",
-    "tests/test_presets.py": "the golden file of defaults",
+    "docs/tasks.py": "page of tasks",
+    "tests/mutants/table.py": "page of the faulty mixers that the conformance kit catches",
+    "tests/test_presets.py": "golden file of defaults",
 }
-PEERS = {"docs/converters.py": "how exactly every architecture converts"}
-KERNELS = {"tests/ops/test_triton_compile.py": "what the compiled Triton kernels need of a GPU"}
+"""Programs that always run, and descriptions of their output."""
+PEERS = {"docs/converters.py": "precision of every converted architecture"}
+"""Programs that run with --peers."""
+KERNELS = {"tests/ops/test_triton_compile.py": "GPU resources that the compiled Triton kernels need"}
+"""Programs that run with --kernels."""
 
 
 def main() -> None:
-    """Run the programs, one after another; the first that fails ends it."""
+    """Run the programs one after another, and exit at the first that fails."""
     programs = dict(PROGRAMS)
     if "--kernels" in sys.argv[1:]:
         programs |= KERNELS
     if "--peers" in sys.argv[1:]:
         programs |= PEERS
-    for number, (program, what) in enumerate(programs.items(), 1):
+    for number, (program, description) in enumerate(programs.items(), 1):
         start = time.perf_counter()
-        sys.stdout.write(f"[{number}/{len(programs)}] {program}: {what} ...")
+        sys.stdout.write(f"[{number}/{len(programs)}] {program}: {description} ...")
         sys.stdout.flush()
-        done = subprocess.run([sys.executable, program], cwd=ROOT, capture_output=True, text=True, check=False)
+        result = subprocess.run([sys.executable, program], cwd=ROOT, capture_output=True, text=True, check=False)
         sys.stdout.write(f" {time.perf_counter() - start:.0f} s\n")
-        if done.returncode:
-            sys.exit(f"{program} failed:\n{done.stdout}{done.stderr}")
+        if result.returncode:
+            sys.exit(f"{program} failed:\n{result.stdout}{result.stderr}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Write what docs/how-to/multi-gpu.md and docs/appendix/estimates.md compute: `python docs/scaling.py`.
+"""Write the computed tables of docs/how-to/multi-gpu.md and docs/appendix/estimates.md: `python docs/scaling.py`.
 
-What context parallelism sends is counted in a layer of each tiny preset, on meta tensors. Memory, traffic and time of
-the large model are those of `seqmix plan`.
+The traffic of context parallelism is counted in one layer of each tiny preset, on meta tensors. Memory, traffic and
+time of the large model are the estimates of `seqmix plan`.
 """
 
 import math
@@ -15,16 +15,20 @@ from seqmix.training.presets import mixer_kind, single_kind_presets
 
 CONTEXT = Path(__file__).with_name("how-to") / "multi-gpu.md"
 ESTIMATES = Path(__file__).with_name("appendix") / "estimates.md"
-PRESET, LENGTH, SEQUENCES = "retnet-6.7b", 2048, 4
-"""What is trained, tokens of a sequence, and sequences that a GPU computes at once."""
+PRESET = "retnet-6.7b"
+"""Preset of the large model."""
+LENGTH = 2048
+"""Sequence length of the large model in tokens."""
+SEQUENCES = 4
+"""Sequences per micro-batch of a GPU."""
 LAYOUTS = (1, 8), (8, 8), (1, 64)
-"""`distributed.data` and `distributed.shard`."""
+"""Values of `distributed.data` and `distributed.shard`."""
 TOKENS = 2**22
-"""Of a step: the preset's own."""
+"""Tokens per step, as in the preset."""
 
 
 def files() -> dict[Path, str]:
-    """The pages, with what is computed."""
+    """Return the text of both pages with their computed tables."""
     return {
         CONTEXT: fill(CONTEXT, {"context": context_table()}),
         ESTIMATES: fill(ESTIMATES, {"estimates": estimates()}),
@@ -32,19 +36,19 @@ def files() -> dict[Path, str]:
 
 
 def context_table() -> list[str]:
-    """What a process receives for a sequence, with two of them, by mixer."""
+    """Return the table of the bytes that one of two processes receives for a sequence, by mixer."""
     rows = []
     for config in single_kind_presets().values():
         kind = mixer_kind(config)
         short, long = (received(config.model, tokens, ranks=2) for tokens in (2**12, 2**20))
-        grows = {"attention": "keys and values", "latent_attention": "latents"}.get(kind, "inputs")
-        how = "states" if short == long else grows
-        rows.append((f"`{kind}`", how, _size(short), _size(long)))
-    return table(["mixer", "how segments meet", "4,096 tokens", "1,048,576 tokens"], rows)
+        growing = {"attention": "keys and values", "latent_attention": "latents"}.get(kind, "inputs")
+        exchanged = "states" if short == long else growing
+        rows.append((f"`{kind}`", exchanged, _size(short), _size(long)))
+    return table(["mixer", "exchanged", "4,096 tokens", "1,048,576 tokens"], rows)
 
 
 def estimates() -> list[str]:
-    """Memory, traffic and time of a step, by layout."""
+    """Return the table of memory, traffic and time of a step, by layout."""
     config = load_config(
         PRESET,
         [
@@ -53,17 +57,19 @@ def estimates() -> list[str]:
             "training.activation_checkpointing=true",
         ],
     )
-    planner, rows = Planner(config, "h100"), []
+    planner = Planner(config, "h100")
+    rows = []
     for data, shard in LAYOUTS:
-        found = planner.layout(data=data, shard=shard, sequences=SEQUENCES)
-        sent = _size(found.received) + (f" + {_size(found.copied)}" if found.copied else "")
-        cells = [data * shard, f"`data: {data}, shard: {shard}`", found.grad_accum_steps, _size(found.memory), sent]
-        rows.append([*cells, f"{found.computing:.1f} s", f"{found.sending:.1f} s"])
+        layout = planner.layout(data=data, shard=shard, sequences=SEQUENCES)
+        traffic = _size(layout.received) + (f" + {_size(layout.copied)}" if layout.copied else "")
+        cells = [data * shard, f"`data: {data}, shard: {shard}`", layout.grad_accum_steps, _size(layout.memory)]
+        rows.append([*cells, traffic, f"{layout.computing:.1f} s", f"{layout.sending:.1f} s"])
     heads = ["GPUs", "`distributed`", "`grad_accum_steps`", "memory", "received per micro-batch"]
-    return table([*heads, "computing per step", "sending per step"], rows)
+    return table([*heads, "computation per step", "communication per step"], rows)
 
 
 def _size(count: float) -> str:
+    """Format a number of bytes with a binary unit."""
     unit = min(int(math.log(count, 1024)), 3)
     return f"{count / 1024**unit:,.1f} {('B', 'KiB', 'MiB', 'GiB')[unit]}"
 

@@ -1,6 +1,6 @@
-"""Draw an example of every task, and write what docs/reference/tasks.md says of it: `python docs/tasks.py`.
+"""Draw an example of every task, and write the task sections of docs/reference/tasks.md: `python docs/tasks.py`.
 
-Pictures are of the generator's own examples: one a task, in docs/tasks/, and small.
+The pictures, one per task, are written to docs/reference/tasks/. They show generated examples of a small size.
 """
 
 from html import escape
@@ -31,16 +31,22 @@ SMALL = {
     "ruler": {"sequence_length": 192},
     "selective_copying": {"sequence_length": 20, "symbols": (5,)},
 }
-"""Fields of the example of each task."""
-_TEXT = np.frombuffer(b"Whatever is to be found lies in a text, and the text says nothing of it. " * 9, dtype=np.uint8)
+"""Configuration fields of the example of each task."""
+_TEXT = np.frombuffer(b"The number is hidden in a text that has nothing to do with the question. " * 9, dtype=np.uint8)
 HAYSTACK = Corpus("a text", 1, "tail", _TEXT.astype(np.uint16), _TEXT.astype(np.uint16))
-WIDTH, HEIGHT, MARGIN = 860, 22, 10
-"""Of a picture's lines, of a cell, and around them, in pixels."""
+"""The text in which the passkey example is hidden."""
+WIDTH = 860
+"""Width of a picture in pixels."""
+HEIGHT = 22
+"""Height of a cell in pixels."""
+MARGIN = 10
+"""Margin around and between lines in pixels."""
 PLAIN, ASKED, ANSWER = "#eceff1", "#ffe0b2", "#c8e6c9"
+"""Colours of the cells of inputs, of inputs with a target, and of targets."""
 
 
 def files() -> dict[Path, str]:
-    """The page, with the part that the code says, and a picture of each task."""
+    """Return the text of the page with its generated sections, and the picture of each task."""
     lines: list[str] = []
     pictures = {}
     for kind, config in DATA.built_in().items():
@@ -56,15 +62,17 @@ def files() -> dict[Path, str]:
 
 
 def picture(kind: str, task: Task) -> str:
-    """One example as SVG: the tokens that are read, and under those that ask the answers."""
+    """Return one example as SVG: a row of input tokens, with the targets below."""
     inputs, targets = (part[0].tolist() for part in task.training_batch(0, 1, seed=0))
     name = task.config.name_of
-    cells, x, y = [], MARGIN, MARGIN
+    cells = []
+    x = y = MARGIN
     for token, target in zip(inputs, targets, strict=True):
         answer = None if target == IGNORED else name(target)
         width = max(13, *(7 * len(label) + 6 for label in (name(token), answer or "")))
-        if x + width > WIDTH - MARGIN:
-            x, y = MARGIN, y + 2 * HEIGHT + MARGIN
+        if x + width > WIDTH - MARGIN:  # start a new line
+            x = MARGIN
+            y += 2 * HEIGHT + MARGIN
         cells += _cell(x, y, width, name(token), PLAIN if answer is None else ASKED)
         cells += [] if answer is None else _cell(x, y + HEIGHT, width, answer, ANSWER)
         x += width + 1
@@ -72,8 +80,8 @@ def picture(kind: str, task: Task) -> str:
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}">'
     style = "<style>text{font:12px monospace;text-anchor:middle;fill:#263238}</style>"
     title = f"<title>An example of {kind}</title>"
-    ground = f'<rect width="{WIDTH}" height="{height}" rx="6" fill="#ffffff"/>'
-    return "\n".join([head, title, style, ground, *cells, "</svg>", ""])
+    background = f'<rect width="{WIDTH}" height="{height}" rx="6" fill="#ffffff"/>'
+    return "\n".join([head, title, style, background, *cells, "</svg>", ""])
 
 
 def _cell(x: int, y: int, width: int, label: str, color: str) -> list[str]:

@@ -1,13 +1,13 @@
-"""Studies: models that are trained under identical conditions, several runs at once, and what they found.
+"""Studies: models trained under identical conditions, several runs at once, and the comparison of their results.
 
-study, match, plan     the YAML file; models of equal cost; from a study to its runs, and whether they are fair
-runner, worker, lock   processes that are resumed, stopped and locked; one of them
-measurements, collect, summary, results   what runs measured; over seeds; as values and results.json
-speed, timings         the entries' speed, by the benchmarks; the charts of a benchmark
-report, plots, differences, tables   the page that shows it: its parts, its charts, what configurations share; tables
-curves                 the curves of runs at hand, for `seqmix plot`
-chart, palette, svg, page, markup, files, drawing   charts as values, and how they are drawn: SVG, HTML, PNG and PDF
-pages                  Markdown that programs write
-studies/, retnet_paper/   studies that come with the package; the claims of the RetNet paper
-suite/                 tasks that tell mixers apart, a study each
+study, match, plan          the YAML file; models of equal cost; the runs of a study and the check that they are fair
+runner, worker, lock        processes of runs: start, stop, resume; the process of one run; the lock of a study's folder
+measurements, collect, summary, results   measurements of runs; statistics over seeds; values and results.json
+speed, scaling              speed of the entries, measured by the benchmarks; power law of the loss over model size
+report, study_figures, differences, tables, units   report.html: its parts, figures and tables; differences of models
+run_figures, benchmark_figures   figures of runs, for `seqmix plot`; figures of a benchmark
+figures/                    figures as values, and their drawing as HTML, SVG, PNG and PDF
+pages                       Markdown pages with generated regions
+studies/, retnet_paper/     studies shipped with the package; the claims of the RetNet paper
+suite/                      tasks that separate mixers, each a study
 """

@@ -1,4 +1,4 @@
-"""The figures of a benchmark: time and memory over the length."""
+"""The figures of a benchmark: time and memory against the length."""
 
 from collections.abc import Callable
 
@@ -7,16 +7,16 @@ from .figures.figure import Axis, Figure, Point, Series, drawable
 from .figures.theme import COLORS
 
 NOISE = 2.0**20
-"""Bytes: what takes less than that is measured to be what the allocator rounds up to."""
+"""Bytes below which a memory measurement is noise: the allocator rounds up."""
 
 
 def figures_of(report: Report) -> list[Figure]:
-    """The time of each thing that was measured, and the memory that the last of them took."""
-    whats = list(dict.fromkeys(row.what for row in report.rows))
+    """Return a figure of the time of each part of a benchmark, and one of the memory of the last part."""
+    parts = list(dict.fromkeys(row.what for row in report.rows))
     x = Axis("tokens", log=True, ticks=sorted({row.length for row in report.rows}))
 
-    def series(what: str, value: Callable[[Row], tuple[float, ...] | None]) -> list[Series]:
-        rows = [row for row in report.rows if row.what == what]
+    def series(part: str, value: Callable[[Row], tuple[float, ...] | None]) -> list[Series]:
+        rows = [row for row in report.rows if row.what == part]
         return [
             Series(name, [Point(row.length, *y) for row in rows if row.name == name and (y := value(row))], style)
             for name, style in _styles(report).items()
@@ -26,29 +26,29 @@ def figures_of(report: Report) -> list[Figure]:
         return row.seconds and (row.seconds.median, row.seconds.low, row.seconds.high)
 
     figures = []
-    for what in whats:
-        title = what if what == report.benchmark else f"{report.benchmark}: {what}"
+    for part in parts:
+        title = part if part == report.benchmark else f"{report.benchmark}: {part}"
         name = title.replace(": ", "-").replace(" + ", "-").replace(" ", "-")
-        caption = f"Medians of {report.settings['repeat']} rounds, from the lowest to the highest. Lower is faster."
-        figures.append(Figure(name, title, caption, x, Axis("time", unit="seconds", log=True), series(what, seconds)))
+        caption = f"Medians of {report.settings['repeat']} rounds; bars from lowest to highest. Lower is faster."
+        figures.append(Figure(name, title, caption, x, Axis("time", unit="seconds", log=True), series(part, seconds)))
     if report.benchmark == "decode":
-        held = "state"
-        caption = "Of all sequences."
+        kind = "state"
+        caption = "State of all sequences together."
         memory = Axis("state", unit="bytes", log=True)
     else:
-        held = "peak"
-        caption = "Beyond what was allocated before."
+        kind = "peak"
+        caption = "Peak memory beyond that allocated before the call."
         memory = Axis("peak memory", unit="bytes", zero=True, log=False, noise=NOISE)
 
     def bytes_of(row: Row) -> tuple[float, ...] | None:
-        return (value,) if (value := getattr(row, f"{held}_bytes")) else None
+        return (value,) if (value := getattr(row, f"{kind}_bytes")) else None
 
-    figures.append(Figure("memory", f"{held.capitalize()} memory", caption, x, memory, series(whats[-1], bytes_of)))
+    figures.append(Figure("memory", f"{kind.capitalize()} memory", caption, x, memory, series(parts[-1], bytes_of)))
     return drawable(figures)
 
 
 def _styles(report: Report) -> dict[str, int]:
-    """A style of each implementation; a compiled variant has its colour, and a dashed line."""
+    """Return the style of each implementation; a compiled variant has the colour of its base and a dashed line."""
     names = list(dict.fromkeys(row.name for row in report.rows))
     bases = [name.removesuffix("-compiled") for name in names]
     return {

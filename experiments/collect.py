@@ -1,4 +1,4 @@
-"""A study's results, out of the folders of its runs."""
+"""Results of a study, collected from the folders of its runs."""
 
 import json
 import math
@@ -24,18 +24,18 @@ from .summary import summarise
 C = TypeVar("C", bound=Config)
 RUNS = "runs"
 JOBS_FILE = "jobs.jsonl"
-"""In a study's folder: that of the runs, and a line for each process that made one: how many ran at once."""
+"""File in a study's folder with a JSON line per process of a run: the run, and how many ran at once."""
 EVALUATED = ("validation_loss", "accuracy", "accuracy_by", "validation_loss_by", "validation_loss_by_length")
-"""What of a run is that of its final evaluation."""
+"""Fields of a run's result that come from its final evaluation."""
 LARGEST_EXPONENT = 700.0
-"""Of e, that a number can hold: perplexities of models that diverged are none."""
+"""Largest loss whose perplexity, exp(loss), fits into a float; models that diverged exceed it."""
 
 
 def collect(plan: Plan, folder: Path, *, failed: Mapping[str, str], speed: SpeedResult | None = None) -> Results:
-    """What was found by a study in its folder; `failed` says why runs failed, by their names."""
-    crowds = _at_once(folder / JOBS_FILE)
+    """Collect the results of a study from its folder; `failed` maps names of failed runs to reasons."""
+    at_once = _runs_at_once(folder / JOBS_FILE)
     runs = [
-        run_result(run, folder / RUNS / run.name, error=failed.get(run.name), at_once=crowds.get(run.name))
+        run_result(run, folder / RUNS / run.name, error=failed.get(run.name), at_once=at_once.get(run.name))
         for run in plan.runs
     ]
     summary = summarise(runs, plan.study.learning_rates)
@@ -49,12 +49,12 @@ def collect(plan: Plan, folder: Path, *, failed: Mapping[str, str], speed: Speed
         runs=tuple(runs),
         summary=tuple(summary),
         speed=speed or SpeedResult(),
-        paper=tuple(_beside(figure, summary) for figure in plan.study.paper),
+        paper=tuple(_paper_row(figure, summary) for figure in plan.study.paper),
     )
 
 
 def entry_result(entry: PlannedEntry) -> EntryResult:
-    """What a model is and costs."""
+    """Describe an entry: its configuration, its mixers and its cost."""
     model = entry.config.model
     mixers = [model.blocks[name].mixer for name in model.layers]
     return EntryResult(
@@ -68,22 +68,29 @@ def entry_result(entry: PlannedEntry) -> EntryResult:
 
 
 def is_finished(run: PlannedRun, folder: Path) -> bool:
-    """Whether a folder has the whole of this very run."""
-    ends = [line["step"] for line in _measurements(folder) if line.get("final")]
-    return run.config.training.steps in ends and is_same(run, folder)
+    """True if a folder contains this run, with the same configuration, trained to the end."""
+    final_steps = [line["step"] for line in _measurements(folder) if line.get("final")]
+    return run.config.training.steps in final_steps and is_same(run, folder)
 
 
 def is_same(run: PlannedRun, folder: Path) -> bool:
-    """Whether a folder is of this very run."""
+    """True if a folder contains a run with the same configuration; no modules named in the folder are imported."""
     try:
-        # the modules of the run itself are imported by now
+        # plug-ins of the study are imported already, so a folder that needs further modules is another run
         return not modules_of(folder) and read_config(folder) == run.config
     except (CheckpointError, ConfigError):
         return False
 
 
 def run_result(run: PlannedRun, folder: Path, *, error: str | None = None, at_once: int | None = None) -> RunResult:
-    """What a run's folder holds; `error` is why it failed, `at_once` how many runs shared the machine at most."""
+    """Read a run's result from its folder.
+
+    Args:
+        run: the planned run.
+        folder: the folder of the run, which may not exist.
+        error: the reason why the run failed; None if it did not.
+        at_once: the largest number of runs that shared the machine with it, itself included; None if unknown.
+    """
     lines = _measurements(folder) if is_same(run, folder) else []
     add_time(lines, run.tokens_per_step)
     logged = [line for line in lines if "loss" in line]
@@ -110,66 +117,69 @@ def run_result(run: PlannedRun, folder: Path, *, error: str | None = None, at_on
         peak_memory_bytes=max(memory, default=None),
         **{name: final[name] for name in EVALUATED if name in final},
         scores=_scores(folder) if final else {},
-        history=tuple(_of(Point, line) for line in logged),
-        evaluations=tuple(_of(EvaluationPoint, line) for line in evaluated),
+        history=tuple(_from_line(Point, line) for line in logged),
+        evaluations=tuple(_from_line(EvaluationPoint, line) for line in evaluated),
     )
 
 
 def _scores(folder: Path) -> dict[str, dict[str, float]]:
-    """The scores of lm-eval's tasks in a run's folder, without standard errors: seeds have a spread."""
+    """Read the scores of lm-eval tasks from a run's folder, by task and metric; {} if the file is absent or invalid.
+
+    Standard errors are left out: the spread of a study is that over seeds.
+    """
     try:
-        found = json.loads(read_bytes(folder / SCORES_FILE))
-        return {t: {m: float(x) for m, x in each.items() if not m.endswith("_stderr")} for t, each in found.items()}
-    except (OSError, ValueError, RecursionError, AttributeError, TypeError, OverflowError):  # absent, or something else
+        tasks = json.loads(read_bytes(folder / SCORES_FILE))
+        return {t: {m: float(x) for m, x in each.items() if not m.endswith("_stderr")} for t, each in tasks.items()}
+    except (OSError, ValueError, RecursionError, AttributeError, TypeError, OverflowError):
         return {}
 
 
-def _at_once(file: Path) -> dict[str, int]:
-    """By run, how many ran at once at most, of those whose processes are known."""
-    found: dict[str, int] = {}
+def _runs_at_once(file: Path) -> dict[str, int]:
+    """Return the largest number of runs at once for each run listed in the jobs file."""
+    at_once: dict[str, int] = {}
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     for line in lines:
-        with suppress(ValueError, KeyError, TypeError, RecursionError):  # a line that is cut short
-            made = json.loads(line)
-            found[made["run"]] = max(found.get(made["run"], 0), made["at_once"])
-    return found
+        with suppress(ValueError, KeyError, TypeError, RecursionError):  # a truncated line
+            job = json.loads(line)
+            at_once[job["run"]] = max(at_once.get(job["run"], 0), job["at_once"])
+    return at_once
 
 
-def _of(kind: type[C], line: Mapping[str, Any]) -> C:
-    """What a line has of a kind's fields."""
+def _from_line(kind: type[C], line: Mapping[str, Any]) -> C:
+    """Build a configuration class from those entries of a line that are its fields."""
     return kind(**{name: line.get(name) for name in kind.model_fields})
 
 
 def _measurements(folder: Path) -> list[Measurement]:
-    """Lines with the finite numbers that every step, or every evaluation, writes."""
+    """Read the complete measurements of a run: steps and evaluations whose required numbers are finite."""
     try:
-        return [line for line in read_measurements(folder) if _is_whole(line)]
+        return [line for line in read_measurements(folder) if _is_complete(line)]
     except OSError:
         return []
 
 
-def _is_whole(line: Measurement) -> bool:
+def _is_complete(line: Measurement) -> bool:
     needed = ("validation_loss",) if "validation_loss" in line else ("loss", "tokens_per_second")
     finite = all(isinstance(value := line.get(name), int | float) and math.isfinite(value) for name in needed)
     return finite and line.get("tokens_per_second", 1) > 0
 
 
 def _machine(folders: Iterable[Path]) -> Machine:
-    """What the first run that was begun was computed with."""
+    """Return the machine and versions of the first run that has recorded them."""
     for folder in folders:
         try:
             first = json.loads(read_bytes(folder / SESSIONS_FILE).splitlines()[0])
-            return _of(Machine, first)
+            return _from_line(Machine, first)
         except (OSError, ValueError, IndexError, RecursionError, AttributeError):
             continue
     return Machine()
 
 
-def _beside(figure: PaperFigure, summary: Iterable[SummaryRow]) -> PaperRow:
-    """A paper's figure and ours, of the first variant."""
+def _paper_row(figure: PaperFigure, summary: Iterable[SummaryRow]) -> PaperRow:
+    """Return a figure of a paper with our measurement of its entry, in the first variant."""
     row = next((row for row in summary if row.entry == figure.entry), None)
-    found = row and (row.accuracy if figure.ours == "accuracy" else row.validation_loss)
-    ours = found and found.mean
+    statistic = row and (row.accuracy if figure.ours == "accuracy" else row.validation_loss)
+    ours = statistic and statistic.mean
     if ours is not None and figure.ours == "perplexity":
         ours = math.exp(ours) if ours < LARGEST_EXPONENT else None
     return PaperRow(label=figure.label, entry=figure.entry, theirs=figure.theirs, ours=ours)

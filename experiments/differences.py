@@ -1,4 +1,4 @@
-"""What configurations have in common, and in what they differ."""
+"""Common and differing fields of configurations."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,17 +7,21 @@ from ..registry import ConfigError
 from ..registry.yaml import parse, write
 
 
-def compared(configs: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """Fields that have one value in all configurations, and those that do not, each by its path.
+def compare_configs(configs: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Split the fields of configurations, given as YAML by name, into equal and different ones.
+
+    Returns:
+        Values of the fields that are equal in all configurations, by dotted path; and of the other fields, by dotted
+        path and name.
 
     Raises:
-        ConfigError: one is not a mapping in YAML.
+        ConfigError: a configuration is not a YAML mapping.
     """
     flat: dict[str, dict[str, Any]] = {}
     for name, text in configs.items():
         fields = None if (node := parse(text, name)) is None else node.plain()
         if fields is not None and not isinstance(fields, dict):
-            raise ConfigError(f"the configuration of {name} is not a mapping")
+            raise ConfigError(f"expected the configuration of {name} to be a mapping, got {type(fields).__name__}")
         if fields is not None:
             flat[name] = leaves(fields)
     paths = list(dict.fromkeys(path for fields in flat.values() for path in fields))
@@ -31,14 +35,14 @@ def compared(configs: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, dict
 
 
 def leaves(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What stands in mappings, however deep, by dotted path."""
-    found: dict[str, Any] = {}
+    """Flatten nested mappings into a dictionary by dotted path."""
+    flat: dict[str, Any] = {}
     for key, value in values.items():
         inner = leaves(value) if isinstance(value, Mapping) else {"": value}
-        found |= {f"{key}.{path}".removesuffix("."): leaf for path, leaf in inner.items()}
-    return found
+        flat |= {f"{key}.{path}".removesuffix("."): leaf for path, leaf in inner.items()}
+    return flat
 
 
-def shown(value: Any) -> str:
-    """A value as YAML has it, in a line."""
+def format_value(value: Any) -> str:
+    """Format a value as one line of YAML."""
     return value if isinstance(value, str) else write(value, in_one_line=True).removesuffix("...\n").strip()

@@ -1,4 +1,4 @@
-"""The lock of a study's folder: one process at a time runs it, and its runs hold the lock as long as they live."""
+"""The lock of a study's folder: one process at a time runs the study; its runs keep the lock until they end."""
 
 import os
 import time
@@ -12,19 +12,18 @@ from .study import StudyError
 
 LOCK = "study.lock"
 PATIENCE = 60.0
-"""Seconds that runs of a study whose process has died are waited for: each makes a step and writes a checkpoint."""
+"""Seconds to wait for runs of a study whose process has died: each finishes its step and writes a checkpoint."""
 
-held: list[int] = []
-"""File descriptors that processes inherit: a lock lives as long as one of them."""
+descriptors: list[int] = []
+"""File descriptors of the locks, which the processes of runs inherit: a lock lasts until the last of them is closed."""
 
 
 @contextmanager
-def locked(folder: Path, note: Callable[[str], object]) -> Iterator[None]:
-    """Keep other processes from running the study of a folder, which is created; `note` is called with why it takes
-    long.
+def hold_lock(folder: Path, note: Callable[[str], object]) -> Iterator[None]:
+    """Create the folder of a study and lock it against other processes; `note` is called with the reason for a wait.
 
     Raises:
-        StudyError: one does.
+        StudyError: another process runs the study.
         OSError: the folder cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -33,31 +32,31 @@ def locked(folder: Path, note: Callable[[str], object]) -> Iterator[None]:
         file.truncate(0)
         file.write(f"{os.getpid()}\n")
         file.flush()
-        held.append(file.fileno())
+        descriptors.append(file.fileno())
         try:
             yield
         finally:
-            held.remove(file.fileno())
+            descriptors.remove(file.fileno())
 
 
 def _lock(file: IO[str], folder: Path, note: Callable[[str], object]) -> None:
     began = time.monotonic()
     while not try_lock(file):
         file.seek(0)
-        if (owner := file.read().strip()) and _lives(owner):
+        if (owner := file.read().strip()) and _is_alive(owner):
             raise StudyError(
-                f"another process (number {owner}) makes the study in {folder}: stop it first, or wait until it ends"
+                f"another process (PID {owner}) is running the study in {folder}: stop it, or wait until it ends"
             )
         waited = time.monotonic() - began
         if waited > PATIENCE:
             raise StudyError(f"runs of an earlier process are still writing to {folder}: wait until they end")
         if waited < 1:
-            note("waiting for runs of an earlier process, which write their checkpoints")
+            note("waiting for runs of an earlier process to write their checkpoints")
             time.sleep(1)
         time.sleep(0.2)
 
 
-def _lives(process: str) -> bool:
+def _is_alive(process: str) -> bool:
     try:
         os.kill(int(process), 0)
     except (ProcessLookupError, ValueError):

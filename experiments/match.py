@@ -1,8 +1,8 @@
-"""Models of equal cost: one field of a configuration is turned until a model has as many parameters, needs as many
-operations, or keeps as large a state as wanted.
+"""Models of equal cost: one field of a configuration (the knob) is changed until a model has a wanted number of
+parameters, operations or state bytes.
 
-The cost is that of the model built on `meta`, nothing is estimated. It is a step function of most fields (widths are
-whole numbers, heads must divide them), so the search keeps the value that comes nearest.
+Costs are exact: they are counted on the model built on the `meta` device. A cost is a step function of most fields
+(widths are whole numbers, heads must divide them), so the search keeps the value that comes nearest.
 """
 
 import math
@@ -21,60 +21,64 @@ from ..registry import Config, SeqmixError, nearest
 Metric = Literal["parameters", "flops", "state"]
 UNITS: dict[Metric, str] = {"parameters": "parameters", "flops": "FLOPs per token", "state": "bytes of state"}
 DOUBLINGS = 20
+"""Most doublings, and most halvings, of the knob's present value in the search for a bracket."""
 HALVINGS = 20
-"""How often a field is doubled and halved at most, from the value it has; and how often what is between is halved."""
+"""Most halvings of the bracket."""
 HOLES = 64
-"""Neighbours of a whole number that are tried where a model cannot be built with it."""
+"""Neighbours of a whole number that are tried if no model can be built with it."""
 
 
 class MatchError(SeqmixError):
-    """No value of the field makes the model cost what is wanted."""
+    """No value of the knob gives the model the wanted cost."""
 
 
 class Match(Config):
-    """What is made equal, to what, and by which field."""
+    """Matching of the entries: the cost that is made equal, the target, and the field that is changed for it.
+
+    Exactly one of parameters, flops and state is set.
+    """
 
     parameters: int | float | str | None = None
-    """A number of parameters; or the name of an entry, a preset or a file, whose model has as many."""
+    """Number of parameters, or the name of an entry, a preset or a file whose model has that number."""
     flops: int | float | str | None = None
-    """The same for operations per token of matrix products, forward, at data.sequence_length."""
+    """Forward operations of matrix products per token at data.sequence_length, or a name as for `parameters`."""
     state: int | float | str | None = None
-    """The same for bytes of one sequence's state after data.sequence_length tokens."""
+    """Bytes of one sequence's state after data.sequence_length tokens, or a name as for `parameters`."""
     knob: str = Field(min_length=1)
-    """The field of the model that is turned, such as blocks.ret.ffn.expansion, n_layers or d_model; `*` stands for
-    every block that layers are of, and has the field (blocks.*.ffn.expansion)."""
+    """Field of the model that is changed, such as blocks.ret.ffn.expansion, n_layers or d_model; `*` stands for every
+    block that is used by a layer and has the field (blocks.*.ffn.expansion)."""
     tolerance: float = Field(default=0.01, gt=0, lt=1)
-    """How far from what is wanted the cost may be, as a share of it."""
+    """Largest relative deviation of the cost from the target."""
 
     @model_validator(mode="after")
     def _one_metric(self) -> Self:
-        given = self._given
-        if len(given) != 1:
+        metrics = self._metrics
+        if len(metrics) != 1:
             raise ValueError(
-                f"a match is of one of parameters, flops and state, and this is of {' and '.join(given) or 'none'}"
+                f"expected exactly one of parameters, flops and state, got {' and '.join(metrics) or 'none'}"
             )
         if not isinstance(self.wanted, str) and self.wanted <= 0:
-            raise ValueError(f"{self.metric} to match must be above 0, and are {self.wanted}")
+            raise ValueError(f"{self.metric} to match must be above 0, got {self.wanted}")
         return self
 
     @property
-    def _given(self) -> list[Metric]:
+    def _metrics(self) -> list[Metric]:
         return [metric for metric in UNITS if getattr(self, metric) is not None]
 
     @property
     def metric(self) -> Metric:
-        """What is made equal."""
-        return self._given[0]
+        """Cost that is made equal."""
+        return self._metrics[0]
 
     @property
     def wanted(self) -> int | float | str:
-        """How much it is to be, or the name of what has as much."""
+        """Wanted cost, or the name of a model that has it."""
         return getattr(self, self.metric)
 
 
 @dataclass(frozen=True)
 class Matched:
-    """A model that costs what was wanted."""
+    """Result of matching: the model, and the value of the knob that gives it the wanted cost."""
 
     model: ModelConfig
     knob: str
@@ -84,22 +88,24 @@ class Matched:
     wanted: float
 
     def __str__(self) -> str:
-        off = f"{100 * (self.cost / self.wanted - 1):+.2g} %" if self.cost != self.wanted else "exact"
-        return f"{self.metric} {self.cost:,} by {self.knob} = {self.value:.16g} (wanted {self.wanted:,.0f}; {off})"
+        deviation = f"{100 * (self.cost / self.wanted - 1):+.2g} %" if self.cost != self.wanted else "exact"
+        return (
+            f"{self.metric} {self.cost:,} by {self.knob} = {self.value:.16g} (wanted {self.wanted:,.0f}; {deviation})"
+        )
 
 
 class Cost(NamedTuple):
-    """All that a model costs."""
+    """Costs of a model that can be matched."""
 
     parameters: int
     flops_per_token: int
-    """Operations per token of matrix products, forward, at the training length."""
+    """Forward operations of matrix products per token, at the training length."""
     state_bytes: int
-    """Of one sequence, after as many tokens as it has in training."""
+    """State bytes of one sequence at the training length."""
 
 
 def whole_cost(model: ModelConfig, length: int) -> Cost:
-    """What a model costs in all that can be matched; see `cost_of`.
+    """Return all costs of a model at a length; see `cost_of`.
 
     Raises:
         SeqmixError: the model cannot be built.
@@ -108,7 +114,7 @@ def whole_cost(model: ModelConfig, length: int) -> Cost:
 
 
 def cost_of(model: ModelConfig, metric: Metric, length: int) -> int:
-    """What a model costs at a length: parameters; operations per token, forward; or bytes of one sequence's state.
+    """Return one cost of a model at a length: parameters, forward operations per token, or state bytes per sequence.
 
     Raises:
         SeqmixError: the model cannot be built.
@@ -122,23 +128,23 @@ def cost_of(model: ModelConfig, metric: Metric, length: int) -> int:
 
 
 def solve(model: ModelConfig, match: Match, wanted: float, *, length: int) -> Matched:
-    """The model with the match's field turned until it costs what is wanted at a length.
+    """Change the knob of a model until the model has the wanted cost at a length.
 
     Raises:
-        MatchError: the field does not exist or is not a number; or no value comes near enough: the one that comes
-            nearest, and how near.
+        MatchError: the knob does not exist or is not a number; or no value comes within the tolerance (the message has
+            the nearest).
     """
     search = _Search(_Knob.of(model, match.knob), match.metric, wanted, length)
     if (best := search.run()) is None:
-        raise MatchError(f"{match.knob} cannot be turned: no value of it makes a model; {search.refused}")
-    found = Matched(search.knob.turned(best), match.knob, best, match.metric, search.costs[best] or 0, wanted)
-    if abs(found.cost / wanted - 1) > match.tolerance:
+        raise MatchError(f"no value of {match.knob} gives a valid model: {search.last_error}")
+    matched = Matched(search.knob.with_value(best), match.knob, best, match.metric, search.costs[best] or 0, wanted)
+    if abs(matched.cost / wanted - 1) > match.tolerance:
         raise MatchError(
             f"no {match.knob} gives {wanted:,.0f} {UNITS[match.metric]} within {100 * match.tolerance:g} %: {best:g} "
-            f"comes nearest, with {found.cost:,} ({100 * (found.cost / wanted - 1):+.1f} %); "
-            "turn another knob, or allow more by tolerance"
+            f"comes nearest, with {matched.cost:,} ({100 * (matched.cost / wanted - 1):+.1f} %); "
+            "choose another knob, or raise tolerance"
         )
-    return found
+    return matched
 
 
 # ---- the field
@@ -146,77 +152,88 @@ def solve(model: ModelConfig, match: Match, wanted: float, *, length: int) -> Ma
 
 @dataclass(frozen=True)
 class _Knob:
-    """A number of a model's configuration, in one place or in several."""
+    """Numeric field of a model's configuration, at one or several places."""
 
     model: ModelConfig
     places: Sequence[tuple[str, ...]]
+    """Paths of the field."""
     whole: bool
-    """Whether it is an integer."""
+    """True if only integers are allowed at all places."""
     value: int | float | None
+    """Present value; None if unset at all places."""
 
     @classmethod
     def of(cls, model: ModelConfig, path: str) -> "_Knob":
-        """The field at a dotted path, where `*` stands for all keys of a mapping that have it.
+        """Return the field at a dotted path, where `*` stands for all keys of a mapping that have it.
 
         Raises:
             MatchError: the field does not exist, or is not a number.
         """
-        # a block that no layer is of costs nothing
+        # blocks that no layer uses are left out: they do not change the cost
         used = model.model_copy(update={"blocks": {name: model.blocks[name] for name in dict.fromkeys(model.layers)}})
         try:
-            found = _fields(used, path.split("."), ())
-            kinds = {_number_of(owner, place) for place, owner in found}
+            fields = _fields(used, path.split("."), ())
+            kinds = {_number_type(owner, place) for place, owner in fields}
         except MatchError as error:
             raise MatchError(f"knob {path}: {error}") from None
-        values = (getattr(owner, place[-1]) for place, owner in found)
+        values = (getattr(owner, place[-1]) for place, owner in fields)
         start = next((value for value in values if value is not None), None)
-        return cls(model, [place for place, _ in found], kinds == {int}, start)
+        return cls(model, [place for place, _ in fields], kinds == {int}, start)
 
-    def turned(self, value: int | float) -> ModelConfig:
-        """The model with another value in all places.
+    def with_value(self, value: int | float) -> ModelConfig:
+        """Return the model with another value at all places.
 
         Raises:
-            ValidationError: the configuration allows no such value.
+            ValidationError: the configuration does not allow the value.
         """
         model = self.model.model_dump()
-        for *way, key in self.places:
-            reduce(getitem, way, model)[key] = value
+        for *parents, key in self.places:
+            reduce(getitem, parents, model)[key] = value
         return ModelConfig.model_validate(model)
 
 
 def _fields(node: Any, keys: Sequence[str], place: tuple[str, ...]) -> list[tuple[tuple[str, ...], Config]]:
-    """Where keys lead: places, and the configurations that own the field; a MatchError says why nowhere."""
-    (key, *rest), children = keys, dict(node) if isinstance(node, Config | Mapping) else {}
+    """Follow keys from a node; return the paths that they lead to and the configurations that own the field.
+
+    Raises:
+        MatchError: the keys lead to no field.
+    """
+    key, *rest = keys
+    children = dict(node) if isinstance(node, Config | Mapping) else {}
     if not children:
         raise MatchError(f"{'.'.join(place)} {'is null' if node is None else 'has no fields'}")
     if key == "*":
-        found = []
+        fields = []
         problems = []
         for name in children:
             try:
-                found += _fields(node, [name, *rest], place)
+                fields += _fields(node, [name, *rest], place)
             except MatchError as error:
                 problems.append(error)
-        if not found:
+        if not fields:
             raise problems[0]
-        return found
+        return fields
     if key not in children:
         allowed = f"allowed: {', '.join(children)}{nearest(key, children)}"
-        raise MatchError(f"{'.'.join(place) or 'a model'} has no {key!r}; {allowed}")
+        raise MatchError(f"{'.'.join(place) or 'the model'} has no {key!r}; {allowed}")
     if rest:
         return _fields(children[key], rest, (*place, key))
     if not isinstance(node, Config):
-        raise MatchError(f"{'.'.join((*place, key))} is no field")
+        raise MatchError(f"{'.'.join((*place, key))} is not a field")
     return [((*place, key), node)]
 
 
-def _number_of(owner: Config, place: tuple[str, ...]) -> type:
-    """Whether a field takes whole numbers (int) or all (float)."""
+def _number_type(owner: Config, place: tuple[str, ...]) -> type:
+    """Return the type of a numeric field: float, or int if it allows only integers.
+
+    Raises:
+        MatchError: the field is not numeric.
+    """
     annotation = type(owner).model_fields[place[-1]].annotation
     for kind in (float, int):
         if kind in (annotation, *get_args(annotation)):
             return kind
-    raise MatchError(f"{'.'.join(place)} is not a number that could be changed")
+    raise MatchError(f"{'.'.join(place)} is not a number: choose a numeric field")
 
 
 # ---- the search
@@ -224,50 +241,50 @@ def _number_of(owner: Config, place: tuple[str, ...]) -> type:
 
 @dataclass
 class _Search:
-    """Bisection of a cost that rises or falls with the field, between two values on either side of what is wanted."""
+    """Search for the knob's value whose cost is nearest to the wanted one: a bracket, then bisection."""
 
     knob: _Knob
     metric: Metric
     wanted: float
     length: int
     costs: dict[int | float, int | None] = field(default_factory=dict)
-    """What was tried; None where no model can be built."""
-    refused: str = ""
-    """Why the last of those cannot."""
+    """Costs of the values tried so far; None if no model can be built with a value."""
+    last_error: str = ""
+    """Reason why the last of those models could not be built."""
 
     def run(self) -> int | float | None:
-        """The value whose cost comes nearest, of those that cost the same the shortest to write; or None."""
+        """Return the value with the nearest cost, rounded to the fewest digits that keep it; None if none is valid."""
         if (bracket := self._bracket()) is not None:
             self._bisect(*bracket)
         built = [value for value, cost in self.costs.items() if cost is not None]
         best = min(built, key=lambda value: abs(self._excess(value)), default=None)
         if best is None or self.knob.whole:
             return best
-        short = (float(f"{best:.{digits}g}") for digits in range(1, 17))
-        return next((value for value in short if self._cost(value) == self.costs[best]), best)
+        rounded = (float(f"{best:.{digits}g}") for digits in range(1, 17))
+        return next((value for value in rounded if self._cost(value) == self.costs[best]), best)
 
     def _bracket(self) -> tuple[int | float, int | float] | None:
-        """Two neighbours of a geometric grid around the present value whose costs lie on either side."""
+        """Return two neighbours, on a geometric grid around the present value, with the wanted cost between theirs."""
         start = self.knob.value or 1
-        first = self._near(start, 0, math.inf)
+        first = self._nearest_valid(start, 0, math.inf)
         if first is None:
             return None
         ends = {2.0: first, 0.5: first}
         for doubling in range(1, DOUBLINGS + 1):
             for factor, end in list(ends.items()):
                 bounds = (end, math.inf) if factor > 1 else (0, end)
-                value = self._near(start * factor**doubling, *bounds)
+                value = self._nearest_valid(start * factor**doubling, *bounds)
                 if value is not None and (self._excess(value) > 0) != (self._excess(end) > 0):
                     return end, value
                 if value is None or abs(self._excess(value)) > abs(self._excess(end)):
-                    del ends[factor]  # it leads away
+                    del ends[factor]  # this direction leads away from the wanted cost
                 else:
                     ends[factor] = value
         return None
 
     def _bisect(self, one: int | float, other: int | float) -> None:
         for _ in range(HALVINGS):
-            middle = self._near((one + other) / 2, min(one, other), max(one, other))
+            middle = self._nearest_valid((one + other) / 2, min(one, other), max(one, other))
             if middle is None or self._excess(middle) == 0:
                 return
             if (self._excess(middle) > 0) == (self._excess(one) > 0):
@@ -275,8 +292,8 @@ class _Search:
             else:
                 other = middle
 
-    def _near(self, value: float, low: float, high: float) -> int | float | None:
-        """The value, or where a whole one makes no model its nearest neighbour that does; between two bounds."""
+    def _nearest_valid(self, value: float, low: float, high: float) -> int | float | None:
+        """Return the value, or for an integer knob its nearest integer with a valid model; None outside the bounds."""
         if not self.knob.whole:
             return value if low < value < high and self._cost(value) is not None else None
         middle = max(1, round(value))
@@ -289,12 +306,12 @@ class _Search:
     def _cost(self, value: int | float) -> int | None:
         if value not in self.costs:
             try:
-                self.costs[value] = cost_of(self.knob.turned(value), self.metric, self.length)
+                self.costs[value] = cost_of(self.knob.with_value(value), self.metric, self.length)
             except (ValidationError, SeqmixError) as error:
                 self.costs[value] = None
-                self.refused = str(error).splitlines()[-1].strip()
+                self.last_error = str(error).splitlines()[-1].strip()
         return self.costs[value]
 
     def _excess(self, value: int | float) -> float:
-        """How far its cost is above what is wanted."""
+        """Return the value's cost minus the wanted cost."""
         return (self._cost(value) or 0) - self.wanted

@@ -1,4 +1,4 @@
-"""What a run has measured: its metrics.jsonl, also of one that still trains, was killed, or has damaged lines."""
+"""Measurements of a run: its metrics.jsonl, even if the run still trains, was killed, or has damaged lines."""
 
 import json
 from pathlib import Path
@@ -10,33 +10,36 @@ from ..registry import read_bytes
 from ..training.monitoring.logging import METRICS_FILE
 
 Measurement = dict[str, Any]
-"""A line: its step, and what was measured there."""
+"""Values of one line: the step, and the measurements at that step."""
 
 
 def read_measurements(run: Path) -> list[Measurement]:
-    """The lines of a run's folder, without those that are cut short or damaged.
+    """Read the measurements in a run's folder; truncated or damaged lines are skipped.
 
     Raises:
-        OSError: there is no such file.
+        OSError: the file cannot be read.
     """
-    found = []
+    measurements = []
     for line in read_bytes(run / METRICS_FILE).decode(errors="replace").splitlines():
         try:
             values = json.loads(line, parse_int=_integer)
         except (ValueError, RecursionError):
             continue
         if isinstance(values, dict) and isinstance(values.get("step"), int):
-            found.append(values)
-    return found
+            measurements.append(values)
+    return measurements
 
 
 def _integer(digits: str) -> float:
-    """An integer, or a float where 64 bits do not hold it: infinite beyond a float's range, and so not drawn."""
+    """Parse an integer; one that may exceed 64 bits becomes a float (inf beyond its range, which is not drawn)."""
     return int(digits) if len(digits) < 19 else float(digits)
 
 
 def add_time(lines: list[Measurement], tokens_per_step: int) -> None:
-    """Add to each line its tokens and seconds of training so far; a step is as fast as the next one that was logged."""
+    """Add to each line the tokens and seconds of training so far.
+
+    Steps between two logged ones are assumed to be as fast as the later one.
+    """
     steps = [0]
     seconds = [0.0]
     pace = 0.0

@@ -1,43 +1,43 @@
-"""The report of a study: one page that answers its question, shows how, and says how to do it again."""
+"""The report of a study: one page with the answer to its question, the results, and the way to reproduce them."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..registry import write_file
-from .differences import compared, shown
+from .differences import compare_configs, format_value
 from .figures import page
 from .results import Machine, Results, Statistic, SummaryRow
 from .study import shipped
-from .study_figures import Plots, said
+from .study_figures import Plots, variant_text
 from .summary import best_first
-from .tables import Columns, filled, speed_of, state_size
+from .tables import Columns, fill_columns, speed_of, state_size
 from .units import number, quantity
 
 REPORT_FILE = "report.html"
 
 
 def write_report(results: Results, folder: Path) -> Path:
-    """Write the report of a study to `folder`/report.html: one file that needs no other, and no network.
+    """Write the report of a study to `folder`/report.html: one self-contained file that needs no network.
 
     Raises:
-        SeqmixError: what draws its figures is not installed, or the file cannot be written.
+        SeqmixError: the packages for figures are not installed, or the file cannot be written.
     """
     return write_file(render(results), folder / REPORT_FILE)
 
 
 def render(results: Results) -> str:
-    """The report as HTML."""
+    """Return the report of a study as HTML."""
     plots = Plots(results)
-    same, different = compared({entry.name: entry.config for entry in results.entries})
+    same, different = compare_configs({entry.name: entry.config for entry in results.entries})
     names = [entry.name for entry in results.entries]
     counts = (
         f"{len(names)} entr{'y' if len(names) == 1 else 'ies'}, {len(results.runs)} run{'s' * (len(results.runs) != 1)}"
     )
     machine = _machine(results.machine)
     sections = [
-        ("What came out", plots.outcomes()),
-        ("How training went", plots.curves()),
+        ("Results", plots.outcomes()),
+        ("Training", plots.curves()),
         ("Speed and memory", plots.speed()),
     ]
     return page.render(
@@ -55,10 +55,12 @@ def render(results: Results) -> str:
         summary=_summary(results, plots),
         notes=_notes(results),
         skipped=[row for row in (*results.speed.train, *results.speed.decode) if row.skipped],
-        paper=[(row.label, row.entry, f"{row.theirs:g}", _like(row.ours, row.theirs)) for row in results.paper],
+        paper=[(row.label, row.entry, f"{row.theirs:g}", _format_like(row.ours, row.theirs)) for row in results.paper],
         matched=[(entry.name, entry.matched) for entry in results.entries if entry.matched],
-        different=[(field, *(shown(values.get(name, "")) for name in names)) for field, values in different.items()],
-        same="\n".join(f"{field}: {shown(value)}" for field, value in same.items()),
+        different=[
+            (field, *(format_value(values.get(name, "")) for name in names)) for field, values in different.items()
+        ],
+        same="\n".join(f"{field}: {format_value(value)}" for field, value in same.items()),
         number=number,
         quantity=quantity,
         again={
@@ -74,32 +76,32 @@ def render(results: Results) -> str:
 
 
 def answer(plots: Plots) -> str:
-    """What came out, in a few sentences; where something was varied, at its first and its last value."""
+    """Return the result in a few sentences; for a study with variants, in its first and its last variant."""
     if not any(plots.score(row) for row in plots.results.summary):
         return "No run has finished, so there is nothing to compare."
     if len(plots.variants) <= 1:
         return _sentence(plots, best_first(plots.results))
     return " ".join(
-        f"At {said(end)}: {_sentence(plots, [row for row in best_first(plots.results) if row.variant == end])}"
+        f"At {variant_text(end)}: {_sentence(plots, [row for row in best_first(plots.results) if row.variant == end])}"
         for end in (plots.variants[0], plots.variants[-1])
     )
 
 
 def _sentence(plots: Plots, ranked: Sequence[SummaryRow]) -> str:
-    """Which entry is best, which is next, and whether the difference may be chance."""
+    """Return the best entry, the next one, and a caution if the difference may be chance."""
     scored = [(row, score) for row in ranked if (score := plots.score(row)) is not None]
     if not scored:
         return "no run has finished."
-    (best, a), *others = scored
-    what = "an accuracy" if plots.has_accuracy else "a validation loss"
-    text = f"{best.entry} reaches {what} of {measured(a, share=plots.has_accuracy)}"
+    (best, best_score), *others = scored
+    measure = "an accuracy" if plots.has_accuracy else "a validation loss"
+    text = f"{best.entry} reaches {measure} of {format_statistic(best_score, share=plots.has_accuracy)}"
     if not others:
         return f"{text}."
-    second, b = others[0]
-    text = f"{text}, {second.entry} comes next with {measured(b, share=plots.has_accuracy)}."
+    second, second_score = others[0]
+    text = f"{text}, followed by {second.entry} with {format_statistic(second_score, share=plots.has_accuracy)}."
     if min(best.seeds, second.seeds) < 2:
-        return f"{text} With one seed, how much of this is chance is not known."
-    if abs(a.mean - b.mean) <= (a.spread or 0) + (b.spread or 0):
+        return f"{text} With only one seed, the difference may be chance."
+    if abs(best_score.mean - second_score.mean) <= (best_score.spread or 0) + (second_score.spread or 0):
         return f"{text} The difference is within the spread of the seeds."
     return text
 
@@ -107,9 +109,9 @@ def _sentence(plots: Plots, ranked: Sequence[SummaryRow]) -> str:
 def _summary(results: Results, plots: Plots) -> tuple[list[str], list[tuple[Any, ...]]]:
     columns: Columns[SummaryRow] = [
         ("entry", lambda row: row.entry),
-        ("variant", lambda row: said(row.variant)),
-        ("accuracy", lambda row: measured(row.accuracy, share=True)),
-        ("validation loss", lambda row: measured(row.validation_loss)),
+        ("variant", lambda row: variant_text(row.variant)),
+        ("accuracy", lambda row: format_statistic(row.accuracy, share=True)),
+        ("validation loss", lambda row: format_statistic(row.validation_loss)),
         ("seeds", lambda row: f"{row.seeds}"),
         ("learning rate", lambda row: number(row.learning_rate) + (f", {row.at_edge} tried" if row.at_edge else "")),
         ("parameters", lambda row: f"{results.entry_of(row).parameters:,}"),
@@ -117,41 +119,41 @@ def _summary(results: Results, plots: Plots) -> tuple[list[str], list[tuple[Any,
         ("state", lambda row: state_size(results.entry_of(row))),
         ("tokens/s", speed_of(results)[0]),
     ]
-    return filled(best_first(plots.results), columns)
+    return fill_columns(best_first(plots.results), columns)
 
 
 def _notes(results: Results) -> str:
-    """What stands below the summary."""
+    """Return the notes below the summary table."""
     notes = ["Best first."]
     if any(row.seeds > 1 for row in results.summary):
         notes.append("± is the standard deviation over seeds.")
     if len({run.learning_rate for run in results.runs}) > 1:
-        notes.append("Of each entry, the learning rate that did best.")
-    notes.append("Loss in nats per token; state is that of one sequence.")
-    cell, how = speed_of(results)
-    return " ".join([*notes, *([how] if any(map(cell, results.summary)) else [])])
+        notes.append("Each entry is shown at its best learning rate.")
+    notes.append("Losses are in nats per token; the state is that of one sequence.")
+    cell, note = speed_of(results)
+    return " ".join([*notes, *([note] if any(map(cell, results.summary)) else [])])
 
 
 # ---- numbers in words
 
 
-def measured(value: Statistic | None, *, share: bool = False) -> str:
-    """A mean and its spread, in as many digits as are of use."""
+def format_statistic(value: Statistic | None, *, share: bool = False) -> str:
+    """Format a mean and its spread, in percent if `share`; empty for None."""
     if value is None:
         return ""
     scale, unit, digits = (100, " %", 1) if share else (1, "", 3 if abs(value.mean) < 10 else 2)
     spread = "" if value.spread is None else f" ± {value.spread * scale:.{digits}f}"
-    # a line never breaks within a figure
+    # no-break spaces keep a number on one line
     return f"{value.mean * scale:.{digits}f}{spread}{unit}".replace(" ", "\N{NO-BREAK SPACE}")
 
 
-def _like(value: float | None, other: float) -> str:
-    """A figure in as many decimals as another one, at least two."""
+def _format_like(value: float | None, other: float) -> str:
+    """Format a number with as many decimals as another one, at least two; empty for None."""
     return "" if value is None else f"{value:.{max(2, len(f'{other:g}'.partition('.')[2]))}f}"
 
 
 def _machine(machine: Machine) -> list[str]:
-    """What computed it, and with which versions."""
+    """Describe the machine of a study, and the versions of seqmix and torch."""
     threads = f"{machine.threads} thread{'s' * (machine.threads > 1)}" if machine.threads else ""
     versions = [f"{name} {version}" for name in ("seqmix", "torch") if (version := getattr(machine, name))]
     return [", ".join(filter(None, [machine.processor, machine.device, threads])), *versions]

@@ -1,8 +1,7 @@
-"""What a study found, as values and as results.json.
+"""Results of a study, as values and as results.json.
 
-Figures of a run are those of its folder: what `metrics.jsonl` has, and what follows from it. Operations are those of
-training, three times the forward ones of matrix products; seconds are those of training steps, by the speed of the
-steps that were logged.
+The figures of a run are computed from the `metrics.jsonl` in its folder. Operations are those of training: three times
+the forward operations of matrix products. Seconds are those of training steps, computed from the logged speed.
 """
 
 from collections.abc import Mapping
@@ -17,13 +16,13 @@ RESULTS_FILE = "results.json"
 FORMAT = 1
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
-"""A number of something; a larger one is no measurement, and cannot be drawn."""
+"""A count; larger numbers are not measurements and cannot be drawn."""
 COSTS = ("parameters", "flops_per_token", "state_bytes")
-"""Fields of what a model costs."""
+"""Names of the fields with costs of a model."""
 AccuracyBy = dict[str, dict[str, float]]
-"""Share of right answers, by the name of a difficulty and its value."""
+"""Accuracy by name and value of a difficulty, such as {"pairs": {"8": 0.9}}."""
 Range = tuple[float, float]
-"""The lowest and the highest of what was measured, or its quartiles."""
+"""Lowest and highest of several measurements, or their quartiles."""
 
 
 class ResultsError(SeqmixError):
@@ -31,12 +30,12 @@ class ResultsError(SeqmixError):
 
 
 def where(variant: Mapping[str, Any]) -> str:
-    """A variant, after the name of an entry."""
+    """Return a variant as text that follows the name of an entry, such as " where model.d_model is 64"."""
     return f" where {', '.join(f'{path} is {value}' for path, value in variant.items())}" if variant else ""
 
 
 class Machine(Config):
-    """What computed it."""
+    """Machine and versions of a computation."""
 
     processor: str | None = None
     threads: Count | None = None
@@ -47,115 +46,125 @@ class Machine(Config):
 
 
 class EntryResult(Config):
-    """A model of the study, in its first variant."""
+    """An entry of a study, in its first variant."""
 
     name: str
     config: str
-    """The resolved model, in YAML."""
+    """Resolved configuration of the model, in YAML."""
     mixers: tuple[str, ...]
-    """Kinds, in the order of the layers, once each."""
+    """Distinct kinds of mixers, in the order of the layers."""
     matched: str | None = None
-    """What was made equal, by which field; None where nothing was turned."""
+    """Cost that was matched, and the knob's value, as text; None if the entry was not matched."""
     parameters: Count
     flops_per_token: float
-    """Operations per token of matrix products, forward."""
+    """Forward operations of matrix products per token."""
     state_bytes: Count
-    """Of one sequence, after as many tokens as it has in training."""
+    """State bytes of one sequence at the training length."""
     state_grows: bool
+    """True if the state grows with the sequence."""
 
 
 class _Moment(Config):
     step: Count
     tokens: Count
-    """Read so far."""
+    """Training tokens so far."""
     flops: float
-    """Of training so far."""
+    """Operations of training so far."""
     seconds: float
-    """Of training steps so far."""
+    """Seconds of training steps so far."""
 
 
 class Point(_Moment):
-    """One logged step of training."""
+    """A logged step of training."""
 
     loss: float
-    """Nats per token of the step's batch."""
+    """Loss of the step's batch, in nats per token."""
 
 
 class EvaluationPoint(_Moment):
-    """One evaluation."""
+    """An evaluation during training."""
 
     validation_loss: float
     accuracy: float | None = None
 
 
 class RunResult(Config):
-    """One run."""
+    """Result of one run."""
 
     name: str
-    """Of its folder in runs/."""
+    """Name of the run and of its folder in runs/."""
     entry: str
     seed: int
     learning_rate: float
-    """The peak."""
+    """Peak learning rate."""
     variant: dict[str, Any] = Field(default_factory=dict)
-    """Values by dotted path."""
+    """Values of the varied fields, by dotted path."""
     sequence_length: Count | None = None
-    """Tokens of a training sequence."""
+    """Training length in tokens."""
     alone: bool | None = None
-    """Whether no other run of the study shared the machine with it: only then are its times its own."""
+    """True if no other run of the study ran at the same time, so that times are undisturbed."""
     parameters: Count | None = None
     flops_per_token: float | None = None
-    """Operations per token of matrix products, forward."""
+    """Forward operations of matrix products per token."""
     state_bytes: Count | None = None
+    """State bytes of one sequence at the training length."""
     status: Literal["finished", "failed", "missing"]
-    """Missing is a run that has not ended."""
+    """A run that has not ended is "missing"."""
     error: str | None = None
-    """Why it failed, in one sentence."""
+    """Reason of the failure, in one sentence."""
     seconds: float | None = None
+    """Seconds of all training steps."""
     tokens_per_second: float | None = None
-    """The median of logged steps."""
+    """Median over the logged steps."""
     tokens_per_second_range: Range | None = None
-    """Their quartiles."""
+    """Quartiles over the logged steps."""
     peak_memory_bytes: Count | None = None
     validation_loss: float | None = None
-    """Of the final evaluation, as are accuracies."""
+    """Validation loss of the final evaluation, in nats per token."""
     accuracy: float | None = None
+    """Accuracy of the final evaluation, from 0 to 1."""
     accuracy_by: AccuracyBy = Field(default_factory=dict)
+    """Accuracy of the final evaluation, by difficulty."""
     validation_loss_by: dict[str, dict[str, float]] = Field(default_factory=dict)
-    """By slice: of positions, of recall hits and other tokens."""
+    """Validation loss by kind of slice (positions, recall hits) and slice."""
     validation_loss_by_length: dict[str, float] = Field(default_factory=dict)
+    """Validation loss by sequence length."""
     scores: dict[str, dict[str, float]] = Field(default_factory=dict)
-    """Of lm-eval's tasks, by task and metric, as `seqmix evaluate --tasks --save` wrote them."""
+    """Scores of lm-eval tasks, by task and metric, as written by `seqmix evaluate --tasks --save`."""
     history: tuple[Point, ...] = ()
+    """Logged steps of training."""
     evaluations: tuple[EvaluationPoint, ...] = ()
+    """Evaluations, the final one last."""
 
 
 class Statistic(Config):
-    """A figure over seeds."""
+    """Mean and spread of a measurement over seeds."""
 
     mean: float
     spread: float | None = None
-    """The sample's standard deviation; None of one seed."""
+    """Sample standard deviation; None for a single seed."""
 
 
 class SummaryRow(Config):
-    """An entry in a variant, at its best learning rate."""
+    """Statistics over seeds of an entry in a variant, at its best learning rate."""
 
     entry: str
     variant: dict[str, Any] = Field(default_factory=dict)
     learning_rate: float
     at_edge: Literal["lowest", "highest"] | None = None
-    """Whether the best rate is the last of the grid on one side: one beyond it may be better."""
+    """End of the learning rates' grid at which the best rate lies, if any: a rate beyond it may be better."""
     seeds: Count
-    """Finished runs."""
+    """Number of finished runs."""
     parameters: Count | None = None
-    """In this variant, as are operations and state."""
+    """Number of parameters in this variant."""
     flops_per_token: float | None = None
+    """Forward operations of matrix products per token in this variant."""
     state_bytes: Count | None = None
+    """State bytes of one sequence in this variant."""
     tokens_per_second: float | None = None
-    """The median over seeds."""
+    """Median over seeds."""
     tokens_per_second_range: Range | None = None
-    """The lowest and the highest quartile of the seeds."""
+    """Lowest lower quartile and highest upper quartile of the seeds."""
     validation_loss: Statistic
     accuracy: Statistic | None = None
     accuracy_by: dict[str, dict[str, Statistic]] = Field(default_factory=dict)
@@ -165,41 +174,44 @@ class SummaryRow(Config):
 
 
 class TrainSpeedRow(Config):
-    """Training of an entry, timed at one length."""
+    """Training speed of an entry at one length."""
 
     entry: str
     length: Count
     tokens_per_second: float | None = None
     tokens_per_second_range: Range | None = None
     memory_bytes: float | None = None
-    """Peak memory of a step beyond parameters and optimizer."""
+    """Peak bytes of a step beyond parameters and optimizer."""
     skipped: str | None = None
-    """Why there are no figures."""
+    """Reason why there are no figures; None if there are."""
 
 
 class DecodeSpeedRow(Config):
-    """Decoding of an entry, timed after one context."""
+    """Decoding speed of an entry after one context."""
 
     entry: str
     context: Count
+    """Tokens of the context."""
     seconds: float | None = None
-    """Of a token."""
+    """Seconds per token."""
     seconds_range: Range | None = None
     memory_bytes: float | None = None
-    """Peak memory of a call beyond parameters and state."""
+    """Peak bytes of a call beyond parameters and state."""
     state_bytes: Count | None = None
+    """State bytes of all sequences."""
     skipped: str | None = None
+    """Reason why there are no figures; None if there are."""
 
 
 class SpeedResult(Config):
-    """What was timed, all entries interleaved; figures are medians, and ranges their lowest and highest."""
+    """Speeds of all entries, timed interleaved; figures are medians with the lowest and highest as ranges."""
 
     repeat: Count | None = None
-    """Rounds."""
+    """Number of rounds."""
     threads: Count | None = None
-    """Of a CPU; None on a GPU."""
+    """CPU threads; None on a GPU."""
     tokens: Count | None = None
-    """Tokens of a training step at most, in whole sequences."""
+    """Most tokens of a training step, in whole sequences."""
     batch: Count | None = None
     """Sequences that are decoded at once."""
 
@@ -208,7 +220,7 @@ class SpeedResult(Config):
 
 
 class PaperRow(Config):
-    """A figure of a paper beside ours."""
+    """A figure of a paper and our measurement beside it."""
 
     label: str
     entry: str
@@ -217,18 +229,18 @@ class PaperRow(Config):
 
 
 class Results(Config):
-    """All that a study found."""
+    """Results of a study, as stored in results.json."""
 
     format: Literal[1] = FORMAT
     name: str
     question: str | None = None
     created: str
-    """ISO 8601, UTC."""
+    """Date and time in ISO 8601, UTC."""
     machine: Machine = Machine()
     x_label: str | None = None
-    """What an axis of difficulty is called, where the study says so."""
+    """Label of the axis of a difficulty; None for the difficulty's own name."""
     fairness: tuple[str, ...] = ()
-    """What was the same for all entries, and what was not, a sentence each."""
+    """Sentences on what was the same for all entries and what was not."""
     entries: tuple[EntryResult, ...]
     runs: tuple[RunResult, ...]
     summary: tuple[SummaryRow, ...] = ()
@@ -236,7 +248,7 @@ class Results(Config):
     paper: tuple[PaperRow, ...] = ()
 
     def entry_of(self, row: SummaryRow) -> EntryResult:
-        """The entry of a line of the summary, with what it costs in that variant."""
+        """Return the entry of a row of the summary, with its costs in the row's variant."""
         entry = next(entry for entry in self.entries if entry.name == row.entry)
         costs = {name: getattr(row, name) for name in COSTS}
         return entry.model_copy(update={name: cost for name, cost in costs.items() if cost is not None})
@@ -246,15 +258,15 @@ class Results(Config):
         names = {entry.name for entry in self.entries}
         for row in (*self.runs, *self.summary, *self.speed.train, *self.speed.decode, *self.paper):
             if row.entry not in names:
-                raise ValueError(f"a figure is of {row.entry!r}, which is not an entry: {', '.join(sorted(names))}")
+                raise ValueError(f"unknown entry {row.entry!r}; entries: {', '.join(sorted(names))}")
         return self
 
 
 def read_results(path: str | Path) -> Results:
-    """Read results.json, or that of a study's folder.
+    """Read results from a results.json, or from a study's folder.
 
     Raises:
-        ResultsError: it is not there, or is something else.
+        ResultsError: the file does not exist or does not hold results.
     """
     path = Path(path)
     file = path / RESULTS_FILE if path.is_dir() else path
@@ -271,5 +283,5 @@ def read_results(path: str | Path) -> Results:
 
 
 def write(results: Results, folder: Path) -> Path:
-    """Write results.json; an older one is replaced when the new one is whole."""
+    """Write results.json; an existing file is replaced atomically."""
     return write_file(results.model_dump_json(indent=1) + "\n", folder / RESULTS_FILE)

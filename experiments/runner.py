@@ -1,8 +1,8 @@
-"""The runs of a study, several at once, each in a process of its own; and the whole, from its runs to its report.
+"""A study from its runs to its report; several runs at once, each in its own process.
 
-Finished runs are skipped, stopped or killed ones resume from their checkpoint. Processes stop with a checkpoint where
-the pipe to them ends: when a stop is asked for, and when this process dies. They hold the study's lock with it, so that
-no second process begins while one of them still writes.
+Finished runs are skipped; stopped or killed ones resume from their checkpoint. A run's process writes a checkpoint and
+stops when its input pipe closes: on a request to stop, or when this process dies. Runs share the study's lock, so no
+second process can start the study while one of them still writes.
 """
 
 import json
@@ -38,85 +38,86 @@ from .worker import FINISHED, STOPPED
 PROGRAM = (sys.executable, "-P", "-c", f"from {__package__}.worker import main; main()")
 LOGS = "logs"
 Message = dict[str, Any]
-"""What a run says of itself: a step and its loss, an evaluation, or why it failed."""
+"""Message of a run's process: a step and its loss, an evaluation, or the reason of a failure."""
 
 
 class Observer:
-    """Follows a study, and says in lines how it goes."""
+    """Receiver of a study's events; this base class reports each as a line of text."""
 
     def __init__(self, tell: Callable[[str], object]) -> None:
         self.note = tell
-        """Called with what whoever started the study should know."""
+        """Function that shows a line to the user."""
 
     def begin(self, runs: Sequence[PlannedRun], total: int) -> None:
-        """These runs, of so many, are not finished."""
+        """Handle the start of a study of which `runs`, out of `total`, are not finished."""
         if finished := total - len(runs):
             self.note(f"{finished} of {total} runs are finished already")
 
     def started(self, run: PlannedRun) -> None:
-        """A run begins, or resumes."""
+        """Handle the start of a run, new or resumed."""
         self.note(f"{run.name} begins")
 
     def moved(self, run: PlannedRun, message: Message) -> None:
-        """A run has made steps."""
+        """Handle a message on the progress of a run."""
 
     def ended(self, run: PlannedRun, problem: str | None) -> None:
-        """A run is finished, or has failed."""
+        """Handle the end of a run; `problem` is the reason of a failure, or None."""
         self.note(f"{run.name} is finished" if problem is None else f"{run.name} failed: {problem}")
 
     def timing(self, what: str) -> None:
-        """The runs are over, and this is timed."""
+        """Handle a speed measurement after the runs; `what` describes it."""
 
 
 @dataclass
 class StudyOutcome:
-    """How it went."""
+    """Outcome of the runs of a study."""
 
     failed: dict[str, str] = field(default_factory=dict)
-    """Why runs failed, by name."""
+    """Reasons of failures, by name of the run."""
     stopped: bool = False
-    """Whether a stop was asked for before all runs were finished."""
+    """True if a stop was requested before all runs were finished."""
 
 
 def run_study(plan: Plan, folder: Path, *, jobs: int | None, observer: Observer) -> tuple[Results, StudyOutcome]:
-    """Run a study, or resume it, and write its results, tables and report.
+    """Run or resume a study, and write its results, tables and report.
 
-    The first Ctrl-C (or SIGTERM) stops the runs, each with a checkpoint. At once run `jobs`, by default `default_jobs`.
+    The first Ctrl-C (or SIGTERM) stops the runs, each with a checkpoint. `jobs` runs train at once (default:
+    `default_jobs`).
 
     Raises:
-        StudyError: another process runs it, or the folder cannot be written.
+        StudyError: another process runs the study, or the folder cannot be written.
     """
     try:
-        with lock.locked(folder, observer.note):
+        with lock.hold_lock(folder, observer.note):
             jobs = jobs or default_jobs(plan.study.threads)
             with StopRequest() as stop:
                 outcome = make_runs(plan, folder, jobs=jobs, observer=observer, stop=stop.made)
-            found = _write(plan, folder, outcome.failed)
+            collected = _write(plan, folder, outcome.failed)
             if not outcome.stopped and (timed := speed.measure(plan, folder, observer.timing)):
-                found = _write(plan, folder, outcome.failed, timed)
-            return found, outcome
+                collected = _write(plan, folder, outcome.failed, timed)
+            return collected, outcome
     except OSError as error:
         raise StudyError(f"a study cannot be written to {folder}: {error.strerror or error}") from error
 
 
 def _write(plan: Plan, folder: Path, failed: Mapping[str, str], timed: SpeedResult | None = None) -> Results:
-    found = collect(plan, folder, failed=failed, speed=timed)
-    results.write(found, folder)
-    write_tables(found, folder)
+    collected = collect(plan, folder, failed=failed, speed=timed)
+    results.write(collected, folder)
+    write_tables(collected, folder)
     try:
-        write_report(found, folder)
+        write_report(collected, folder)
     except PlotsMissingError:
-        (folder / REPORT_FILE).unlink(missing_ok=True)  # one of other results
-    return found
+        (folder / REPORT_FILE).unlink(missing_ok=True)  # an old report would show other results
+    return collected
 
 
 def make_runs(
     plan: Plan, folder: Path, *, jobs: int, observer: Observer, stop: Callable[[], bool] = lambda: False
 ) -> StudyOutcome:
-    """Train the runs that are not finished; the caller holds the folder's lock.
+    """Train the runs that are not finished, `jobs` at once, each on one of the GPUs if there are any.
 
-    At once run `jobs`; each has one of the GPUs, if there are any. `stop` is asked now and then; true lets running ones
-    stop with a checkpoint, and begins no other.
+    The caller must hold the folder's lock. `stop` is polled; once it returns True, no further run starts, and running
+    ones stop with a checkpoint.
     """
     waiting = [run for run in plan.runs if not is_finished(run, folder / RUNS / run.name)]
     observer.begin(waiting, len(plan.runs))
@@ -167,7 +168,7 @@ def make_runs(
 
 
 def default_jobs(threads: int) -> int:
-    """A run per GPU; without one, a run for as many cores as it has threads."""
+    """Return how many runs to train at once: one per GPU, or without GPUs one per `threads` cores."""
     if gpus := visible_gpus():
         return len(gpus)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -175,36 +176,36 @@ def default_jobs(threads: int) -> int:
 
 
 def visible_gpus() -> list[str]:
-    """Names of the GPUs that this process may use, as CUDA_VISIBLE_DEVICES has them."""
+    """Return the names of the GPUs that this process may use, as in CUDA_VISIBLE_DEVICES."""
     count = torch.cuda.device_count()
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return given.split(",")[:count] if given else [str(index) for index in range(count)]
+    names = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return names.split(",")[:count] if names else [str(index) for index in range(count)]
 
 
 def _clear(run: PlannedRun, folder: Path, observer: Observer) -> None:
-    """Make room for a run, or leave what it can resume from."""
+    """Prepare a run's folder: keep one that the run can resume from, and move or delete any other."""
     if folder.exists() and not checkpoints(folder):
-        shutil.rmtree(folder)  # it was killed before there was anything to save
-    elif folder.exists() and (why := _why_again(run, folder)):
+        shutil.rmtree(folder)  # the run was killed before its first checkpoint
+    elif folder.exists() and (reason := _restart_reason(run, folder)):
         places = (folder.with_name(f"{folder.name}.before-{number}") for number in count(1))
         aside = folder.rename(next(place for place in places if not place.exists()))
-        observer.note(f"{run.name} {why} and is trained again; what was there is now {aside}")
+        observer.note(f"{run.name} {reason} and is trained again; the old run is now {aside}")
 
 
-def _why_again(run: PlannedRun, folder: Path) -> str | None:
-    """Why a run that is not finished cannot resume from its checkpoints; None if it can."""
+def _restart_reason(run: PlannedRun, folder: Path) -> str | None:
+    """Return the reason why an unfinished run cannot resume from its checkpoints; None if it can."""
     if not is_same(run, folder):
-        return "has another configuration than before"
+        return "has a different configuration than before"
     try:
         step = find(folder).manifest.step
     except CheckpointError:
-        return "has no checkpoint that is intact"
-    # nothing is left to train, and nothing would be measured
+        return "has no intact checkpoint"
+    # from the last step, resuming would train and measure nothing
     return f"lacks measurements in {METRICS_FILE}" if step == run.config.training.steps else None
 
 
 class _Process:
-    """A run that is being made."""
+    """Process of a run."""
 
     def __init__(
         self,
@@ -222,7 +223,7 @@ class _Process:
         self.log = folder / LOGS / f"{run.name}.txt"
         self.last: Message = {}
         threads = plan.study.threads
-        # the runs of a study are one group in W&B, unless it is called otherwise
+        # the runs of a study form a group in W&B, unless the user has set another one
         environment = {"WANDB_RUN_GROUP": plan.name} | os.environ
         environment |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
         environment |= {"OMP_WAIT_POLICY": "passive"} | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
@@ -234,42 +235,43 @@ class _Process:
                 stderr=log,
                 text=True,
                 env=environment,
-                start_new_session=True,  # Ctrl-C is ours to hand on
-                pass_fds=lock.held,
+                start_new_session=True,  # Ctrl-C reaches only this process, which asks the runs to stop
+                pass_fds=lock.descriptors,
             )
-        asked = {"config": run.config.model_dump(mode="json"), "folder": str(self.folder), "threads": threads}
+        request = {"config": run.config.model_dump(mode="json"), "folder": str(self.folder), "threads": threads}
         assert self.popen.stdin is not None
-        with suppress(OSError):  # it has died already, and its log says why
-            self.popen.stdin.write(json.dumps(asked) + "\n")
+        with suppress(OSError):  # the process has died already; its log has the reason
+            self.popen.stdin.write(json.dumps(request) + "\n")
             self.popen.stdin.flush()
         Thread(target=self._listen, daemon=True).start()
 
     @property
     def code(self) -> int:
-        """Its exit status."""
+        """Exit status of the process."""
         return self.popen.returncode
 
     def ask_to_stop(self) -> None:
-        """After its step, with a checkpoint."""
+        """Ask the run to stop after its current step, with a checkpoint."""
         if self.popen.stdin is not None:
             with suppress(OSError):
                 self.popen.stdin.close()
 
     def problem(self) -> str | None:
-        """Why it is not finished, in one sentence; None if it is."""
-        if self.code == FINISHED and is_finished(self.run, self.folder):  # what a plug-in ends may have any status
+        """Return the reason why the run is not finished, in one sentence; None if it is finished."""
+        # the folder counts, not only the exit status: a plug-in may exit with any status
+        if self.code == FINISHED and is_finished(self.run, self.folder):
             return None
         if "failed" in self.last:
             return str(self.last["failed"])
-        again = "begin the study again to go on with it"
+        remedy = "rerun the same command to resume"
         if self.code == STOPPED:
-            return f"it was stopped by a signal; {again}"
+            return f"stopped by a signal: {remedy}"
         if self.code < 0:
             name = signal.Signals(-self.code).name
-            hint = ", as where memory runs out" if name == "SIGKILL" else ""
-            return f"it was killed by {name}{hint}; {again}"
+            hint = " (perhaps out of memory)" if name == "SIGKILL" else ""
+            return f"killed by {name}{hint}: {remedy}"
         *_, last = ("it printed nothing", *filter(str.strip, self.log.read_text("utf-8", "replace").split("\n")))
-        return f"{last.strip()} (exit status {self.code}; {self.log} has more)"
+        return f"{last.strip()} (exit status {self.code}; full output: {self.log})"
 
     def _listen(self) -> None:
         for line in self.popen.stdout or ():

@@ -1,8 +1,8 @@
-"""How the loss of text falls with the size of a model: a power law through a study's runs at three sizes or more.
+"""Power law of the loss over model size, fitted to a study's runs at three sizes or more.
 
-L(N) = c N^-a (Kaplan et al. 2020, arXiv 2001.08361, equation 1.1), fitted by least squares to log L over log N, every
-finished run a point. It has no floor that the loss cannot fall below: three sizes do not show one. So the line holds
-between the sizes that were trained, and says little beyond them.
+L(N) = c N^-a (Kaplan et al. 2020, arXiv 2001.08361, equation 1.1), fitted by least squares to log L over log N, with
+every finished run as a point. The law has no irreducible loss, which three sizes cannot determine, so it holds between
+the sizes that were trained and says little beyond them.
 """
 
 import math
@@ -13,26 +13,26 @@ from statistics import LinearRegression, fmean, linear_regression
 from .results import Results, RunResult
 
 LEAST = 3
-"""Sizes; two always lie on a line."""
+"""Least number of sizes for a fit; two points always lie on a line."""
 
 
 @dataclass(frozen=True)
 class ScalingLine:
-    """What one entry's loss does over its sizes."""
+    """Fitted power law of one entry."""
 
     entry: str
     exponent: float
     """a: the loss falls by 1 - 2^-a when parameters double."""
     error: float
-    """The standard error of a, by the deviations of runs from the line."""
+    """Standard error of a, from the deviations of the runs from the line."""
     runs: int
-    """How many it was fitted to."""
+    """Number of runs in the fit."""
     sizes: tuple[int, ...]
-    """Parameters, ascending."""
+    """Numbers of parameters, ascending."""
     fitted: LinearRegression
 
     def loss(self, parameters: float) -> float:
-        """Nats per token at a size."""
+        """Return the fitted loss at a number of parameters, in nats per token."""
         return math.exp(self.fitted.intercept + self.fitted.slope * math.log(parameters))
 
     def __str__(self) -> str:
@@ -44,9 +44,12 @@ class ScalingLine:
 
 
 def scaling_lines(results: Results) -> Iterator[ScalingLine]:
-    """The line of each entry that has a loss of text at three sizes or more, at the best learning rate of each."""
+    """Yield the power law of each entry with a text loss at three sizes or more, from runs at the best learning rates.
+
+    Tasks with an accuracy have no power law: they are solved or not.
+    """
     if any(row.accuracy is not None for row in results.summary):
-        return  # of a task, which is solved or not
+        return
     best = {(row.entry, str(row.variant)): row.learning_rate for row in results.summary}
     for entry in results.entries:
         runs = [
@@ -59,11 +62,11 @@ def scaling_lines(results: Results) -> Iterator[ScalingLine]:
 
 
 def fit(entry: str, runs: Sequence[RunResult]) -> ScalingLine | None:
-    """The line through runs that have finished; None of fewer than three sizes, or of variants beside them."""
-    found = [(run.parameters, run.validation_loss) for run in runs if run.status == "finished"]
-    points = [(math.log(size), math.log(loss)) for size, loss in found if size and loss and loss > 0]
-    sizes = sorted({size for size, loss in found if size and loss and loss > 0})
-    # two variants of one size differ in something else, which is no line of sizes
+    """Fit the power law of finished runs; None for fewer than three sizes, or for variants that differ otherwise."""
+    measured = [(run.parameters, run.validation_loss) for run in runs if run.status == "finished"]
+    points = [(math.log(size), math.log(loss)) for size, loss in measured if size and loss and loss > 0]
+    sizes = sorted({size for size, loss in measured if size and loss and loss > 0})
+    # more variants than sizes: variants of equal size differ in something else
     if len(sizes) < LEAST or len({str(run.variant) for run in runs}) > len(sizes):
         return None
     x, y = zip(*points, strict=True)

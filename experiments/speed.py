@@ -1,6 +1,6 @@
-"""Speed of a study's entries: steps of training over the length, tokens of decoding over the context, interleaved.
+"""Speed of a study's entries: training steps at several lengths and decoding after several contexts, interleaved.
 
-The benchmarks' own implementations, rounds and figures, with an entry's model in each.
+It uses the benchmarks of seqmix/benchmarks, with each entry's model as an implementation.
 """
 
 import json
@@ -25,7 +25,7 @@ SPEED_FILE = "speed.json"
 
 
 class _OfEntries(ModelBenchmark):
-    """A benchmark whose implementations are a study's entries."""
+    """Benchmark whose implementations are the entries of a study."""
 
     models: Mapping[str, ModelConfig]
 
@@ -37,51 +37,54 @@ class _OfEntries(ModelBenchmark):
 
 
 class _TrainSpeed(_OfEntries, TrainBenchmark):
-    """Steps of training."""
+    """Benchmark of the entries' training steps."""
 
 
 class _DecodeSpeed(_OfEntries, DecodeBenchmark):
-    """Tokens of decoding."""
+    """Benchmark of the entries' decoding."""
 
 
 def measure(plan: Plan, folder: Path, tell: Callable[[str], None]) -> SpeedResult | None:
-    """Time all entries, unless the folder has what was timed of the same ones; None where the study asks for nothing.
+    """Time all entries of a study, or read the times from its folder if nothing has changed since.
+
+    Returns:
+        The speeds; None if the study asks for none.
 
     Raises:
-        KeyboardInterrupt: it was stopped before the end; nothing is saved.
+        KeyboardInterrupt: the measurement was stopped early; nothing is saved.
     """
     if (speed := plan.study.speed) is None:
         return None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     models = {entry.name: entry.config.model for entry in plan.entries}
-    asked = {
+    request = {
         "speed": speed.model_dump(mode="json"),
         "device": str(device),
         "threads": plan.study.threads,
         "models": {name: dump(model) for name, model in models.items()},
     }
     file = folder / SPEED_FILE
-    if (found := _read(file, asked)) is not None:
-        return found
+    if (saved := _read(file, request)) is not None:
+        return saved
     threads = torch.get_num_threads()
     torch.set_num_threads(plan.study.threads)
     try:
-        found = _measured(speed, models, device, tell)
+        result = _measure(speed, models, device, tell)
     finally:
         torch.set_num_threads(threads)
-    write_file(json.dumps({"asked": asked, "found": found.model_dump(mode="json")}, indent=1), file)
-    return found
+    write_file(json.dumps({"asked": request, "found": result.model_dump(mode="json")}, indent=1), file)
+    return result
 
 
-def _read(file: Path, asked: object) -> SpeedResult | None:
+def _read(file: Path, request: object) -> SpeedResult | None:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-        return SpeedResult.model_validate(values["found"]) if values["asked"] == asked else None
+        return SpeedResult.model_validate(values["found"]) if values["asked"] == request else None
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
 
 
-def _measured(
+def _measure(
     speed: Speed, models: Mapping[str, ModelConfig], device: torch.device, tell: Callable[[str], None]
 ) -> SpeedResult:
     settings = partial(Settings, model=next(iter(models.values())), device=device, repeat=speed.repeat, shares=False)
@@ -110,7 +113,7 @@ def _measured(
                 tokens_per_second=row.tokens_per_second,
                 tokens_per_second_range=row.seconds
                 and ((row.tokens or 0) / row.seconds.high, (row.tokens or 0) / row.seconds.low),
-                **_shared(row),
+                **_common_fields(row),
             )
             for row in train
         ),
@@ -120,12 +123,12 @@ def _measured(
                 seconds=row.seconds and row.seconds.median,
                 seconds_range=row.seconds and (row.seconds.low, row.seconds.high),
                 state_bytes=row.state_bytes,
-                **_shared(row),
+                **_common_fields(row),
             )
             for row in decode
         ),
     )
 
 
-def _shared(row: Row) -> dict[str, Any]:
+def _common_fields(row: Row) -> dict[str, Any]:
     return {"entry": row.name, "memory_bytes": row.peak_bytes, "skipped": row.skipped}

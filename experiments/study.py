@@ -1,9 +1,9 @@
-"""What a study is: models that are trained under identical conditions, and what is asked of them; one YAML file.
+"""The configuration of a study, one YAML file: models that are trained under identical conditions and compared.
 
 question: Which mixers recall?
-base: retnet-tiny                       # a preset or a file: the model, the text and the training of all
-mixers: [retention, attention]          # entries by their mixers alone
-entries:                                # or by any difference of their models
+base: retnet-tiny                       # a preset or a file: model, data and training of all entries
+mixers: [retention, attention]          # entries that differ only in their mixer
+entries:                                # entries with other changes
   hybrid: {extends: hybrid-tiny}
 match: {parameters: retention, knob: blocks.*.ffn.expansion}
 seeds: [0, 1, 2]
@@ -34,16 +34,16 @@ SAME = (
     "patience",
     "carry_state",
 )
-"""Fields of `training` that decide what is read and how it is judged: they are the same for all entries."""
+"""Fields of `training` that determine the batches and the evaluation, and so must be equal for all entries."""
 
 
-def _once_each(values: tuple[Any, ...]) -> tuple[Any, ...]:
+def _require_distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
     if len(set(map(repr, values))) < len(values):
-        raise ValueError(f"each value once, and there are {list(values)}")
+        raise ValueError(f"expected each value once, got {list(values)}")
     return values
 
 
-OnceEach = AfterValidator(_once_each)
+OnceEach = AfterValidator(_require_distinct)
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._+-]*$"
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
@@ -52,22 +52,22 @@ Tokens = Annotated[int, Field(gt=0, le=2**31)]
 
 
 class StudyError(SeqmixError):
-    """A study cannot be made, or would compare what cannot be compared."""
+    """A study cannot be run, or its comparison would not be fair."""
 
 
 class Entry(Config):
-    """One model of a study, as a difference of the base's."""
+    """A model of a study, as changes to the base."""
 
     extends: str | None = None
-    """A preset, or a file beside the study, whose model takes the place of the base's; its vocabulary stays."""
+    """Preset, or file beside the study, whose model replaces the base's; the vocabulary size stays that of the base."""
     model: dict[str, Any] = Field(default_factory=dict)
-    """Changes of the model, merged as a file's."""
+    """Changes to the model, merged like those of a configuration file."""
     training: dict[str, Any] = Field(default_factory=dict)
-    """Changes of the training that leave alone what is read and how it is judged."""
+    """Changes to the training; those that affect the batches or the evaluation are not allowed."""
     set: dict[str, Any] = Field(default_factory=dict)
     """Changes by dotted path, such as model.blocks.ret.mixer.decay."""
     match: Match | None = None
-    """The entry's own, in place of the study's; null for none."""
+    """Matching of this entry in place of the study's; null for no matching."""
 
     @field_validator("training", "set")
     @classmethod
@@ -76,98 +76,98 @@ class Entry(Config):
             top, _, rest = path.partition(".")
             if top not in ("model", "training") or not rest:
                 raise ValueError(
-                    f"an entry changes model and training, and {path} is neither: change it for the whole study"
+                    f"an entry can change fields of model and training, got {path}: change it for the whole study"
                 )
             if top == "training" and rest in SAME:
                 raise ValueError(
-                    f"{path} decides what is read or how it is judged, which is the same for all entries: change it "
+                    f"{path} affects the batches or the evaluation, which must be the same for all entries: change it "
                     "for the whole study, or vary it"
                 )
         return changes
 
     @property
     def paths(self) -> list[str]:
-        """Of all fields that it changes, dotted."""
+        """Dotted paths of all fields that the entry changes."""
         return list(leaves({"model": self.model, "training": self.training, **self.set}))
 
 
 class TrainSpeed(Config):
-    """Training steps that are timed."""
+    """Timing of training steps."""
 
     lengths: tuple[Tokens, ...] = Field(min_length=1)
-    """Tokens of a sequence."""
+    """Sequence lengths in tokens."""
     tokens: int = Field(default=2048, gt=0)
-    """Tokens of a step, in whole sequences; one sequence at least."""
+    """Most tokens of a step, in whole sequences; a step has at least one sequence."""
 
 
 class DecodeSpeed(Config):
-    """Decoded tokens that are timed."""
+    """Timing of decoding."""
 
     contexts: tuple[Tokens, ...] = Field(min_length=1)
-    """Tokens that were read before."""
+    """Context lengths in tokens, after which decoding is timed."""
     batch: int = Field(default=1, gt=0)
-    """Sequences at once."""
+    """Sequences that are decoded at once."""
 
 
 class Speed(Config):
-    """What is timed once the runs are made: all entries interleaved, medians."""
+    """Timing of all entries after the runs, interleaved; figures are medians."""
 
     train: TrainSpeed | None = None
-    """Steps of training."""
+    """Timing of training steps; null for none."""
     decode: DecodeSpeed | None = None
-    """Tokens of decoding."""
+    """Timing of decoding; null for none."""
     repeat: int = Field(default=5, ge=5, le=10_000)
-    """Rounds."""
+    """Number of rounds."""
 
 
 class PaperFigure(Config):
-    """A figure of a paper, to stand beside ours."""
+    """A figure of a paper to compare with a measurement of the study."""
 
     label: str = Field(min_length=1)
-    """What is measured, and where the paper has it."""
+    """Name of the figure, and its place in the paper."""
     entry: str
-    """The entry that it is compared with."""
+    """Entry whose measurement is compared with the figure."""
     theirs: float
-    """The paper's."""
+    """Value in the paper."""
     ours: Literal["perplexity", "validation_loss", "accuracy"] = "perplexity"
-    """Which of our measurements it is compared with; perplexity is e to the validation loss."""
+    """Measurement of the study that is compared; perplexity is exp(validation loss)."""
 
 
 class Study(Config):
     """Models that are trained under identical conditions: same data order, tokens and schedule."""
 
     name: Name | None = None
-    """What it is called; that of its file by default."""
+    """Name of the study; by default, that of its file."""
     question: str | None = None
-    """What it asks, in one sentence."""
+    """Question that the study answers, in one sentence."""
     base: str
-    """A preset, or a file beside the study: the model, the data and the training that all start from."""
+    """Preset, or file beside the study: the model, data and training that all entries start from."""
     model: dict[str, Any] = Field(default_factory=dict)
-    """Changes of all models."""
+    """Changes to the model of all entries."""
     data: dict[str, Any] = Field(default_factory=dict)
-    """Changes of the data."""
+    """Changes to the data of all entries."""
     training: dict[str, Any] = Field(default_factory=dict)
-    """Changes of the training."""
+    """Changes to the training of all entries."""
     mixers: tuple[Annotated[str, Field(min_length=1)] | dict[str, Any], ...] = ()
-    """Entries that are the base with another mixer in all its blocks: kinds (with as many heads as the base, where both
-    have heads), or mappings with a kind."""
+    """Entries that are the base with another mixer in all blocks: a kind, which keeps the base's number of heads, or a
+    mapping with a kind and options."""
     entries: dict[Name, Entry] = Field(default_factory=dict)
-    """Entries by name."""
+    """Entries by name, as changes to the base."""
     match: Match | None = None
-    """What is made equal of all entries."""
+    """Matching of all entries to equal cost; null for none."""
     seeds: Annotated[tuple[Seed, ...], OnceEach] = Field(default=(0,), min_length=1)
-    """Each is a run of every entry: parameters and the order of the data are a function of it."""
+    """Random seeds, each a run of every entry; a seed determines the initial parameters and the order of the data."""
     learning_rates: Annotated[tuple[Rate, ...], OnceEach] = ()
-    """Peak learning rates that every entry is tried with: its best, by the mean over seeds of the final validation
-    loss, is reported. The configuration's own where there are none."""
+    """Peak learning rates to try for every entry; the one with the lowest final validation loss, averaged over seeds,
+    is reported. By default, only the configuration's own."""
     vary: dict[str, Annotated[tuple[Any, ...], Field(min_length=1), OnceEach]] = Field(default_factory=dict)
     """Values by dotted path, such as data.sequence_length: [512, 1024]; every combination is a variant of the study."""
     threads: int = Field(default=1, gt=0)
-    """Threads of a run on a CPU, where the last bits of numbers depend on it."""
+    """CPU threads of a run; on a CPU, the last bits of results depend on this number."""
     speed: Speed | None = None
-    """What is timed."""
+    """Timing of training and decoding after the runs; null for none."""
     paper: tuple[PaperFigure, ...] = ()
-    """Figures that ours are set beside."""
+    """Figures of a paper to compare with the study's measurements."""
 
     @field_validator("mixers")
     @classmethod
@@ -175,55 +175,60 @@ class Study(Config):
         kinds = [mixer if isinstance(mixer, str) else mixer.get("kind") for mixer in mixers]
         for mixer, kind in zip(mixers, kinds, strict=True):
             if not isinstance(kind, str):
-                raise ValueError(f"a mixer is a kind or a mapping with one, and {mixer} has none")
+                raise ValueError(f"expected a mixer's kind or a mapping with a kind, got {mixer}")
             if kinds.count(kind) > 1:
-                raise ValueError(f"{kind} is there twice: name them under entries")
+                raise ValueError(f"{kind} is listed twice: give each a name under entries")
         return mixers
 
     @field_validator("vary")
     @classmethod
     def _variants_are_of_all(cls, vary: dict[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
         for path in vary:
-            own = {"seed": "seeds", "training.learning_rate": "learning_rates"}
-            if path in own:
-                raise ValueError(f"{path} has its own key in a study: {own[path]}")
+            keys = {"seed": "seeds", "training.learning_rate": "learning_rates"}
+            if path in keys:
+                raise ValueError(f"vary cannot change {path}: use {keys[path]}")
             if path.partition(".")[0] not in ("model", "data", "training") or path.count(".") < 1:
-                raise ValueError(f"what varies is a field of model, data or training, and {path} is none")
+                raise ValueError(f"vary expects fields of model, data or training, got {path}")
         return vary
 
     @model_validator(mode="after")
     def _entries_are_told_apart(self) -> Self:
         if not (names := self.names):
-            raise ValueError("nothing is compared: give mixers, entries, or both")
-        if twice := next((name for name in names if names.count(name) > 1), None):
-            raise ValueError(f"{twice} is among mixers and entries: call one of them otherwise")
+            raise ValueError("a study needs entries to compare: give mixers, entries, or both")
+        if duplicate := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"{duplicate} is in both mixers and entries: rename the entry")
         for figure in self.paper:
             if figure.entry not in names:
                 raise ValueError(
-                    f"paper has a figure of {figure.entry!r}; entries: {', '.join(names)}{nearest(figure.entry, names)}"
+                    f"paper names an unknown entry {figure.entry!r}; entries: {', '.join(names)}"
+                    f"{nearest(figure.entry, names)}"
                 )
         return self
 
     @model_validator(mode="after")
     def _nothing_is_changed_twice(self) -> Self:
-        own = {f"entries.{name}": entry.paths for name, entry in self.entries.items()}
-        for place, paths in {"training": list(leaves({"training": self.training})), **own}.items():
+        entry_paths = {f"entries.{name}": entry.paths for name, entry in self.entries.items()}
+        for place, paths in {"training": list(leaves({"training": self.training})), **entry_paths}.items():
             if self.learning_rates and "training.learning_rate" in paths:
                 raise ValueError(
-                    f"{place} has a learning rate, and all entries are tried with learning_rates: leave one of them out"
+                    f"{place} has a learning rate, but learning_rates apply to all entries: remove one of them"
                 )
         for varied in self.vary:
-            for place, path in ((place, path) for place, paths in own.items() for path in paths):
+            for place, path in ((place, path) for place, paths in entry_paths.items() for path in paths):
                 if f"{path}.".startswith(f"{varied}.") or f"{varied}.".startswith(f"{path}."):
-                    raise ValueError(f"vary changes {varied} of all entries, and {place} {path} of its own")
+                    raise ValueError(
+                        f"vary changes {varied} in all entries, but {place} changes {path} too: remove one of them"
+                    )
             for match in (self.match, *(entry.match for entry in self.entries.values())):
                 if match is not None and fnmatchcase(varied, f"model.{match.knob}"):
-                    raise ValueError(f"vary changes {varied}, and so does the knob {match.knob} of a match")
+                    raise ValueError(
+                        f"vary changes {varied}, but so does the knob {match.knob} of match: remove one of them"
+                    )
         return self
 
     @property
     def names(self) -> list[str]:
-        """Of all entries."""
+        """Names of all entries."""
         return [*(kind_of(mixer).rpartition(":")[2] for mixer in self.mixers), *self.entries]
 
     @property
@@ -233,15 +238,15 @@ class Study(Config):
 
 
 def kind_of(mixer: str | Mapping[str, Any]) -> str:
-    """The kind of one of a study's mixers."""
+    """Return the kind of an item of a study's `mixers`."""
     return mixer if isinstance(mixer, str) else str(mixer["kind"])
 
 
 def find_study(source: str) -> Path:
-    """The file of a study: one that comes with the package, by name, or a YAML file.
+    """Return the file of a study, given as a YAML file or as the name of a study of the package.
 
     Raises:
-        StudyError: there is none.
+        StudyError: there is no such file or study.
     """
     file = Path(source)
     if file.is_file():
@@ -251,23 +256,22 @@ def find_study(source: str) -> Path:
         raise StudyError(f"no file {file}{nearest(file.name, siblings)}")
     names = shipped()
     if source not in names:
-        known = f"studies: {', '.join(names)}{nearest(source, names)}"
-        raise StudyError(f"there is no study {source!r}; {known}; or give a YAML file")
+        raise StudyError(f"no study {source!r}: give a YAML file or one of {', '.join(names)}{nearest(source, names)}")
     return STUDIES / f"{source}.yaml"
 
 
 def shipped() -> list[str]:
-    """Names of the studies that come with the package."""
+    """Return the names of the studies that come with the package."""
     return sorted(file.stem for file in STUDIES.glob("*.yaml"))
 
 
 def load_study(file: Path) -> Study:
-    """Read a study; it has the name of its file if it gives itself none.
+    """Read a study from a file; without a name of its own, it gets that of the file.
 
     Raises:
-        ConfigError: what is wrong, where, and what is allowed.
+        ConfigError: the file is invalid; the message has the place, the problem and the allowed values.
     """
     study = load(Study, file, presets=STUDIES)
-    # bytes of a name that are no text come as surrogates, which no results can hold
+    # bytes of a file name that are not valid text appear as surrogates, which results.json cannot hold
     stem = file.stem.encode(errors="surrogateescape").decode(errors="replace")
     return study if study.name is not None else study.model_copy(update={"name": stem})

@@ -1,4 +1,4 @@
-"""The figures of a study: only those for which it has data."""
+"""The figures of a study; figures without data are left out."""
 
 import json
 import math
@@ -18,28 +18,28 @@ from .summary import statistic
 VALIDATION = Axis(f"validation {LOSS.label}", log=False)
 TRAINING = Axis(f"training {LOSS.label}", log=False)
 MEASURED = {"accuracy": ACCURACY, "validation_loss": VALIDATION, "loss": TRAINING}
-"""The axis of each field of a point."""
+"""Axis of each measured field of a point."""
 RATE = Axis("tokens per second", zero=True, log=False)
 STATE = Axis("state", unit="bytes")
 MEMORY = Axis("peak memory", unit="bytes", zero=True, log=False, noise=NOISE)
 TIME = Axis("time per token", unit="seconds", zero=True, log=False)
 COSTS = {
     "train-speed": ("Training speed", "tokens_per_second", RATE, "Higher is faster."),
-    "train-memory": ("Memory of training", "memory_bytes", MEMORY, "Of a step, beyond parameters and optimizer."),
-    "decode-time": ("Time per decoded token", "seconds", TIME, "Lower is faster; flat is a constant cost."),
-    "decode-memory": ("Memory of decoding", "memory_bytes", MEMORY, "For a token, beyond parameters and state."),
-    "decode-state": ("State of one sequence", "state_bytes", STATE, "Flat is a constant size."),
+    "train-memory": ("Memory of training", "memory_bytes", MEMORY, "Peak of a step beyond parameters and optimizer."),
+    "decode-time": ("Time per decoded token", "seconds", TIME, "Lower is faster; a flat line is a constant cost."),
+    "decode-memory": ("Memory of decoding", "memory_bytes", MEMORY, "Peak beyond parameters and state."),
+    "decode-state": ("State of one sequence", "state_bytes", STATE, "A flat line is a constant size."),
 }
-"""Title, field, axis and caption of the figures of what was timed."""
+"""Title, field, axis and caption of the figures of speed and memory."""
 MOST_VARIANTS = 4
-"""Variants whose curves are drawn, a figure each; of more, the ends are compared."""
+"""Most variants whose curves are drawn, one figure each; with more, only final results are compared."""
 
 
 class Plots:
     """The figures of one study's results.
 
-    Every entry has one style throughout: its place among the entries. Curves and ends are those of each entry's best
-    learning rate, as in the summary.
+    An entry has the same style in all figures: its index among the entries. Curves and final results are those of each
+    entry's best learning rate, as in the summary.
     """
 
     def __init__(self, results: Results) -> None:
@@ -47,55 +47,55 @@ class Plots:
         self.styles = {entry.name: i for i, entry in enumerate(results.entries)}
         self.variants = _distinct(row.variant for row in results.summary)
         finished = [run for run in results.runs if run.status == "finished"]
-        self.course = "validation_loss" if all(len(run.evaluations) > 1 for run in finished) else "loss"
-        """What curves show: of runs with one evaluation at the end, the training loss."""
+        self.curve_field = "validation_loss" if all(len(run.evaluations) > 1 for run in finished) else "loss"
+        """Field of a point that curves show; the training loss if some run was evaluated only at the end."""
         self.alone = all(run.alone for run in finished)
-        """Whether no run shared the machine with another: only then can their times be compared."""
+        """True if runs never trained at the same time, so that their times are comparable."""
         self.has_accuracy = any(row.accuracy is not None for row in results.summary)
-        self.axis, self.measured = (ACCURACY, "accuracy") if self.has_accuracy else (VALIDATION, "validation loss")
-        """What the study compares by."""
+        self.score_axis, self.score_name = (
+            (ACCURACY, "accuracy") if self.has_accuracy else (VALIDATION, "validation loss")
+        )
         lengths = sorted({run.sequence_length for run in results.runs if run.sequence_length is not None})
-        self.trained_at = dict.fromkeys(map(float, lengths), "trained")
-        """The lengths of sequences in training, to be marked on an axis of lengths."""
+        self.training_marks = dict.fromkeys(map(float, lengths), "trained")
+        """Labels of the training lengths, for an axis of lengths."""
 
     def score(self, row: SummaryRow) -> Statistic | None:
-        """What a study compares by: accuracy of tasks, validation loss of text."""
+        """Return the score by which the study compares entries: accuracy for tasks, validation loss for text."""
         return row.accuracy if self.has_accuracy else row.validation_loss
 
     def all(self) -> list[Figure]:
-        """Every figure, outcomes first."""
+        """Return every figure, results first."""
         return [*self.outcomes(), *self.curves(), *self.speed()]
 
     # ---- figures, section by section
 
     def curves(self) -> list[Figure]:
-        """How training went."""
+        """Return the figures of training: curves over tokens, computation and time."""
         if self.variants[MOST_VARIANTS:]:
             return []
         if self.variants[1:]:
-            titles = ((f"Loss over tokens: {said(variant)}", variant) for variant in self.variants)
-            made = (self._curve(f"loss-{i}", t, "tokens", self.course, v) for i, (t, v) in enumerate(titles, 1))
-            return drawable(made)
-        made = [
-            self._curve("loss", "Loss over tokens", "tokens", self.course),
-            self._curve("loss-flops", "Loss over computation", "flops", self.course),
+            titles = ((f"Loss over tokens: {variant_text(variant)}", variant) for variant in self.variants)
+            figures = (self._curve(f"loss-{i}", t, "tokens", self.curve_field, v) for i, (t, v) in enumerate(titles, 1))
+            return drawable(figures)
+        figures = [
+            self._curve("loss", "Loss over tokens", "tokens", self.curve_field),
+            self._curve("loss-flops", "Loss over computation", "flops", self.curve_field),
             self._curve("accuracy", "Accuracy over tokens", "tokens", "accuracy"),
         ]
         if self.alone:
-            made.insert(2, self._curve("loss-time", "Loss over time", "seconds", self.course))
-        return drawable(made)
+            figures.insert(2, self._curve("loss-time", "Loss over time", "seconds", self.curve_field))
+        return drawable(figures)
 
     def outcomes(self) -> list[Figure]:
-        """What came out: by difficulty, by length, by what was varied, over the state and the learning rate."""
-        names = dict.fromkeys(name for row in self.results.summary for name in row.accuracy_by)
-        found = [self._difficulty(name) for name in names]
-        losses = dict.fromkeys(name for row in self.results.summary for name in row.validation_loss_by)
-        found += [self._slices(name) for name in losses]
+        """Return the figures of final results: by difficulty, slice, length, variant, state size and learning rate."""
+        difficulties = dict.fromkeys(name for row in self.results.summary for name in row.accuracy_by)
+        slices = dict.fromkeys(name for row in self.results.summary for name in row.validation_loss_by)
+        figures = [*map(self._difficulty, difficulties), *map(self._slices, slices)]
         sizes = [self._lengths(), *self._variants(), *self._scaling()]
-        return drawable([*found, *sizes, *self._states(), *self._learning_rates()])
+        return drawable([*figures, *sizes, *self._states(), *self._learning_rates()])
 
     def speed(self) -> list[Figure]:
-        """What training and decoding cost."""
+        """Return the figures of speed and memory of training and decoding."""
         rows = {"train": self.results.speed.train, "decode": self.results.speed.decode}
         return drawable(self._cost(name, rows[name.partition("-")[0]], *COSTS[name]) for name in COSTS)
 
@@ -104,12 +104,12 @@ class Plots:
     def _curve(
         self, name: str, title: str, over: str, measure: str, variant: Mapping[str, Any] | None = None
     ) -> Figure:
-        """The mean over seeds of a measure, and the lowest and highest of them."""
+        """Return the curves of a measure: the mean over seeds, and a band from the lowest to the highest seed."""
         rows = [row for row in self.results.summary if variant is None or row.variant == variant]
-        runs = {row.entry: found for row in rows if (found := self._runs(row))}
-        points = {entry: list(_mean_course(found, over, measure)) for entry, found in runs.items()}
-        many = any(len(found) > 1 for found in runs.values())
-        band = "; a band from the lowest to the highest seed around the mean." if many else "."
+        by_entry = {row.entry: runs for row in rows if (runs := self._runs(row))}
+        points = {entry: list(_mean_curve(runs, over, measure)) for entry, runs in by_entry.items()}
+        several_seeds = any(len(runs) > 1 for runs in by_entry.values())
+        band = "; the mean, in a band from the lowest to the highest seed." if several_seeds else "."
         x = {
             "tokens": Axis("tokens", log=False),
             "flops": Axis("training FLOPs", log=False),
@@ -125,7 +125,7 @@ class Plots:
         keys = dict.fromkeys(key for row in self.results.summary for key in row.accuracy_by.get(name, ()))
         axis, place = _axis_of(self.results.x_label or name.replace("_", " "), keys)
         values = {row.entry: {place[repr(key)]: value for key, value in row.accuracy_by[name].items()} for row in rows}
-        caption = "The share of target tokens that are right, "
+        caption = "Share of target tokens predicted correctly, "
         caption += "in each slice." if axis.names else "at each difficulty; harder is to the right."
         return self._scores(f"accuracy by {name.replace('_', ' ')}", caption, axis, ACCURACY, values)
 
@@ -133,42 +133,43 @@ class Plots:
         rows = self._of_best_variant(row for row in self.results.summary if name in row.validation_loss_by)
         axis, place = _axis_of(name, dict.fromkeys(key for row in rows for key in row.validation_loss_by[name]))
         values = {row.entry: {place[repr(key)]: v for key, v in row.validation_loss_by[name].items()} for row in rows}
-        caption = "Validation loss of the targets before each position; the bins begin where the one to the left ends."
+        caption = "Validation loss in bins of positions; each point lies at the end of its bin."
         if axis.names:
             caption = (
-                "Validation loss of recall hits, rare n-grams that the sequence has shown before, and of the rest."
+                "Validation loss of recall hits (rare n-grams that the sequence contained before) and of other tokens."
             )
         return self._scores(f"loss by {name}", caption, axis, VALIDATION, values)
 
     def _lengths(self) -> Figure:
         rows = self._of_best_variant(self.results.summary)
-        found = {row.entry: {float(key): v for key, v in row.validation_loss_by_length.items()} for row in rows}
-        axis = Axis("sequence length (tokens)", ticks=sorted({x for values in found.values() for x in values}))
-        caption = "Validation loss at each sequence length: flat or falling is a model that extrapolates."
-        return replace(self._scores("loss by length", caption, axis, VALIDATION, found), marks=self.trained_at)
+        losses = {row.entry: {float(key): v for key, v in row.validation_loss_by_length.items()} for row in rows}
+        axis = Axis("sequence length (tokens)", ticks=sorted({x for values in losses.values() for x in values}))
+        caption = "Validation loss at each sequence length: a flat or falling line is a model that extrapolates."
+        return replace(self._scores("loss by length", caption, axis, VALIDATION, losses), marks=self.training_marks)
 
     def _variants(self) -> Iterator[Figure]:
-        """The score over what was varied, if that is one field."""
+        """Yield the figure of the score over the varied field, if exactly one field varies."""
         keys = {key for variant in self.variants for key in variant}
         if len(self.variants) < 2 or len(keys) != 1:
             return
         (key,) = keys
-        label = said_key(key)
+        label = key_text(key)
         axis, place = _axis_of(label, [variant.get(key) for variant in self.variants])
         scores: dict[str, dict[Any, Statistic | None]] = {entry: {} for entry in self.styles}
         for row in self.results.summary:
             scores[row.entry][place[repr(row.variant[key])]] = self.score(row)
-        yield self._scores(f"{self.measured} over {label}", f"Each entry at each {label}.", axis, self.axis, scores)
+        title = f"{self.score_name} over {label}"
+        yield self._scores(title, f"Each entry at each {label}.", axis, self.score_axis, scores)
 
     def _scaling(self) -> Iterator[Figure]:
-        """The loss over the size, and the power law through it, if there are sizes enough."""
+        """Yield the figure of the loss over model size with fitted power laws, if there are enough sizes."""
         if not (lines := list(scaling_lines(self.results))):
             return
         scores: dict[str, dict[Any, Statistic | None]] = {line.entry: {} for line in lines}
         for row in self.results.summary:
             if row.entry in scores and row.parameters:
                 scores[row.entry][float(row.parameters)] = self.score(row)
-        caption = f"Lines are power laws, fitted. {'; '.join(map(str, lines))}."
+        caption = f"Lines are fitted power laws. {'; '.join(map(str, lines))}."
         axes = Axis("parameters", log=True), replace(VALIDATION, log=True)
         figure = self._scores("validation loss by parameters", caption, *axes, scores)
         ends = [[Point(size, line.loss(size)) for size in (line.sizes[0], line.sizes[-1])] for line in lines]
@@ -185,10 +186,12 @@ class Plots:
         better = "up" if self.has_accuracy else "down"
         caption = f"The score against the size of the state; {better} and to the left is better."
         if growing := " and ".join(name for name, entry in entries.items() if entry.state_grows):
-            caption += f" The state of {growing} grows with the sequence: its size is that at the training length."
+            caption += (
+                f" The state of {growing} grows with the sequence; the size shown is that at the training length."
+            )
         axis = Axis("state of one sequence", unit="bytes", log=True)
         scores = {row.entry: {float(entries[row.entry].state_bytes): self.score(row)} for row in rows}
-        yield replace(self._scores(f"{self.measured} by state", caption, axis, self.axis, scores), joined=False)
+        yield replace(self._scores(f"{self.score_name} by state", caption, axis, self.score_axis, scores), joined=False)
 
     def _learning_rates(self) -> Iterator[Figure]:
         rates = sorted({run.learning_rate for run in self.results.runs})
@@ -201,10 +204,10 @@ class Plots:
                 end = run.accuracy if self.has_accuracy else run.validation_loss
                 if (run.entry, run.variant) == (row.entry, row.variant) and end is not None:
                     ends.setdefault(run.learning_rate, []).append(end)
-            scores[row.entry] = {rate: statistic(found) for rate, found in ends.items()}
-        caption = "The end of every run. An entry whose best is at the edge may be better beyond it."
+            scores[row.entry] = {rate: statistic(values) for rate, values in ends.items()}
+        caption = "Final results of all runs. An entry that is best at an edge of the grid may be better beyond it."
         axis = Axis("learning rate", log=True, ticks=rates)
-        yield self._scores(f"{self.measured} by learning rate", caption, axis, self.axis, scores)
+        yield self._scores(f"{self.score_name} by learning rate", caption, axis, self.score_axis, scores)
 
     def _cost(self, name: str, rows: Sequence[Any], title: str, measure: str, y: Axis, caption: str) -> Figure:
         over = "length" if name.startswith("train") else "context"
@@ -213,67 +216,68 @@ class Plots:
             if (value := getattr(row, measure)) is not None:
                 spread = getattr(row, f"{measure}_range", None) or ()
                 points[row.entry].append(Point(getattr(row, over), value, *spread))
-        if any(point.low < point.high for found in points.values() for point in found):
-            caption += f" Medians of {self.results.speed.repeat} rounds, from the lowest to the highest."
-        label, marks = ("sequence length (tokens)", self.trained_at) if over == "length" else ("context (tokens)", {})
+        if any(point.low < point.high for of_entry in points.values() for point in of_entry):
+            caption += f" Medians of {self.results.speed.repeat} rounds; bars from lowest to highest."
+        label = "sequence length (tokens)" if over == "length" else "context (tokens)"
+        marks = self.training_marks if over == "length" else {}
         axis = Axis(label, ticks=sorted({getattr(row, over) for row in rows}))
         return Figure(name, title, caption, axis, y, self._series(points), marks=marks)
 
-    # ---- what they share
+    # ---- common parts
 
     def _series(self, points: Mapping[str, Sequence[Point]]) -> list[Series]:
-        return [Series(entry, found, self.styles[entry]) for entry, found in points.items()]
+        return [Series(entry, of_entry, self.styles[entry]) for entry, of_entry in points.items()]
 
     def _scores(
         self, title: str, caption: str, x: Axis, y: Axis, values: Mapping[str, Mapping[Any, Statistic | None]]
     ) -> Figure:
-        """Means and deviations by entry and place, called by its title."""
-        series = self._series({entry: _course(found, x, y) for entry, found in values.items()})
+        """Return a figure of means and deviations by entry and x value; its name is derived from the title."""
+        series = self._series({entry: _points(of_entry, x, y) for entry, of_entry in values.items()})
         name = re.sub("[ _]", "-", title.removeprefix("validation "))
         return Figure(name, title[:1].upper() + title[1:], caption, x, y, series)
 
     def _runs(self, row: SummaryRow) -> list[RunResult]:
-        """The finished runs that a line of the summary sums up."""
+        """Return the finished runs behind a row of the summary."""
         chosen = (row.entry, row.variant, row.learning_rate, "finished")
         return [run for run in self.results.runs if (run.entry, run.variant, run.learning_rate, run.status) == chosen]
 
     def _of_best_variant(self, rows: Iterable[SummaryRow]) -> list[SummaryRow]:
-        """One line an entry: that of the variant in which it did best."""
+        """Return one row per entry: that of the variant with its best score."""
         sign = -1 if self.has_accuracy else 1
         scored = [(sign * score.mean, row) for row in rows if (score := self.score(row)) is not None]
-        found: dict[str, SummaryRow] = {}
+        best: dict[str, SummaryRow] = {}
         for _, row in sorted(scored, key=lambda pair: pair[0]):
-            found.setdefault(row.entry, row)
-        return [found[name] for name in self.styles if name in found]
+            best.setdefault(row.entry, row)
+        return [best[name] for name in self.styles if name in best]
 
 
-def _mean_course(runs: Sequence[RunResult], over: str, measure: str) -> Iterator[Point]:
-    """Means at each evaluation that all runs have, or at each logged step, and the lowest and highest of them."""
+def _mean_curve(runs: Sequence[RunResult], over: str, measure: str) -> Iterator[Point]:
+    """Yield mean, lowest and highest value over runs, at each step that all runs have measured."""
     steps: dict[int, list[tuple[float, float]]] = {}
     for run in runs:
         for point in run.history if measure == "loss" else run.evaluations:
             if (y := getattr(point, measure)) is not None:
                 steps.setdefault(point.step, []).append((getattr(point, over), y))
-    for _, found in sorted(steps.items()):
-        # a mean of other runs than those beside it would make a step in the line
-        if len(found) == len(runs):
-            ys = [y for _, y in found]
-            yield Point(fmean(x for x, _ in found), fmean(ys), *((min(ys), max(ys)) if len(runs) > 1 else ()))
+    for _, pairs in sorted(steps.items()):
+        # a mean over fewer runs than at other steps would make the line jump
+        if len(pairs) == len(runs):
+            ys = [y for _, y in pairs]
+            yield Point(fmean(x for x, _ in pairs), fmean(ys), *((min(ys), max(ys)) if len(runs) > 1 else ()))
 
 
-def _course(values: Mapping[Any, Statistic | None], x: Axis, y: Axis) -> list[Point]:
-    """Means and, if any deviate, their deviations, in order; no accuracy is above 1, and none below 0."""
-    found = []
-    most = 1.0 if y is ACCURACY else math.inf
+def _points(values: Mapping[Any, Statistic | None], x: Axis, y: Axis) -> list[Point]:
+    """Return means with error bars, in order; without bars if no value has a spread. Bars stay in the valid range."""
+    points = []
+    highest = 1.0 if y is ACCURACY else math.inf
     for place in x.names or sorted(values):
         if (value := values.get(place)) is not None:
             spread = value.spread or 0.0
-            found.append(Point(place, value.mean, max(value.mean - spread, 0.0), min(value.mean + spread, most)))
-    return found if any(point.low < point.high for point in found) else [Point(point.x, point.y) for point in found]
+            points.append(Point(place, value.mean, max(value.mean - spread, 0.0), min(value.mean + spread, highest)))
+    return points if any(point.low < point.high for point in points) else [Point(point.x, point.y) for point in points]
 
 
 def _axis_of(label: str, values: Iterable[Any]) -> tuple[Axis, dict[str, float | str]]:
-    """An axis for values, and where each lies, by its `repr`: numbers in their place, others in their order."""
+    """Return an axis for values and the position of each by its `repr`: numeric if all are numbers, else categories."""
     values = _distinct(values)
     if all(map(_is_number, values)):
         numbers = {repr(value): float(value) for value in values}
@@ -281,13 +285,13 @@ def _axis_of(label: str, values: Iterable[Any]) -> tuple[Axis, dict[str, float |
     return Axis(label, names=list(map(str, values))), {repr(value): str(value) for value in values}
 
 
-def said(variant: Mapping[str, Any]) -> str:
-    """A variant in words: the last part of each key, and the value."""
-    return ", ".join(f"{said_key(key)} {value}" for key, value in variant.items())
+def variant_text(variant: Mapping[str, Any]) -> str:
+    """Return a variant as text: the last part of each key, and the value."""
+    return ", ".join(f"{key_text(key)} {value}" for key, value in variant.items())
 
 
-def said_key(key: str) -> str:
-    """The last part of a dotted path, in words."""
+def key_text(key: str) -> str:
+    """Return the last part of a dotted path, with spaces for underscores."""
     return key.rpartition(".")[2].replace("_", " ")
 
 

@@ -1,4 +1,4 @@
-"""Over seeds: means, spreads, and each entry's best learning rate."""
+"""Statistics over seeds: means, spreads, and each entry's best learning rate."""
 
 from collections.abc import Iterable, Sequence
 from statistics import mean, median, stdev
@@ -8,10 +8,10 @@ from .results import COSTS, Results, RunResult, Statistic, SummaryRow
 
 
 def summarise(runs: Sequence[RunResult], rates: Sequence[float] = ()) -> list[SummaryRow]:
-    """One row per entry and variant, at the rate with the lowest mean final validation loss.
+    """Return one row per entry and variant, at the learning rate with the lowest mean final validation loss.
 
-    A rate at which fewer seeds finished than at another is not taken: it diverges. By the grid `rates` a row says
-    whether its own lies at the edge.
+    A rate at which fewer seeds finished than at another is left out: some of its runs diverged. `rates` is the grid of
+    learning rates; a row tells whether its rate lies at an edge of the grid.
     """
     groups: dict[str, dict[float, list[RunResult]]] = {}
     for run in runs:
@@ -30,7 +30,7 @@ def summarise(runs: Sequence[RunResult], rates: Sequence[float] = ()) -> list[Su
 
 
 def best_first(results: Results) -> list[SummaryRow]:
-    """The summary's rows, variant by variant, in each by accuracy, and by loss where there is none, or the same."""
+    """Return the summary's rows by variant, and within a variant by accuracy, then by validation loss."""
     order = list(dict.fromkeys(str(row.variant) for row in results.summary))
 
     def key(row: SummaryRow) -> tuple[int, float, float]:
@@ -80,5 +80,5 @@ def _by_key(slices: Sequence[dict[str, float]]) -> dict[str, Statistic]:
 
 
 def statistic(values: Sequence[float]) -> Statistic:
-    """Of at least one value."""
+    """Return mean and sample standard deviation of at least one value."""
     return Statistic(mean=mean(values), spread=stdev(values) if len(values) > 1 else None)

@@ -1,4 +1,4 @@
-"""A study's results as tables: for the terminal, for a page (summary.md), and for other programs (CSV)."""
+"""Tables of a study's results for the terminal, for a page (summary.md) and for other programs (CSV)."""
 
 import csv
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +16,7 @@ from .units import number, quantity
 
 
 def notes(results: Results) -> Iterator[str]:
-    """What a reader must know beside the figures: how loss falls with size, edges of the grid, runs that failed."""
+    """Yield notes on the results: power laws, best learning rates at an edge of the grid, failed and missing runs."""
     for line in scaling_lines(results):
         yield f"{line}."
     for row in results.summary:
@@ -31,27 +31,27 @@ def notes(results: Results) -> Iterator[str]:
         if run.status == "failed":
             yield f"{run.name} failed: {run.error}"
     if missing := [run.name for run in results.runs if run.status == "missing"]:
-        more = ", ..." if len(missing) > 5 else "."
-        yield f"{len(missing)} of {len(results.runs)} runs are not finished: {', '.join(missing[:5])}{more}"
+        ending = ", ..." if len(missing) > 5 else "."
+        yield f"{len(missing)} of {len(results.runs)} runs are not finished: {', '.join(missing[:5])}{ending}"
 
 
 Row = TypeVar("Row")
 Columns: TypeAlias = Sequence[tuple[str, Callable[[Row], Any]]]
-"""Heads, and the cell of each in a row."""
+"""Columns of a table: the head, and a function that returns the cell of a row."""
 
 
-def filled(rows: Sequence[Row], columns: Columns[Row]) -> tuple[list[str], list[tuple[Any, ...]]]:
-    """The heads and rows of a table, without columns that are empty."""
-    found = [(head, [cell(row) for row in rows]) for head, cell in columns]
-    used = [(head, cells) for head, cells in found if any(cells)]
+def fill_columns(rows: Sequence[Row], columns: Columns[Row]) -> tuple[list[str], list[tuple[Any, ...]]]:
+    """Return the heads and rows of a table; columns whose cells are all empty are left out."""
+    all_columns = [(head, [cell(row) for row in rows]) for head, cell in columns]
+    used = [(head, cells) for head, cells in all_columns if any(cells)]
     return [head for head, _ in used], list(zip(*(cells for _, cells in used), strict=True))
 
 
 def speed_of(results: Results) -> tuple[Callable[[SummaryRow], str], str]:
-    """The one speed of a table: its text for each row, and how it was measured.
+    """Return a function from a row to the text of its speed, and a note on how the speed was measured.
 
-    Where training was timed, entry beside entry, it is that speed at the training length or the length nearest to it;
-    else that of the runs' own steps, which may have shared the machine.
+    If training was timed with all entries interleaved, the speed is the one timed at the length nearest to the
+    training length. Otherwise it is the speed of the runs' own steps, which may have shared the machine.
     """
     speed = results.speed
     trained = {run.sequence_length for run in results.runs if run.sequence_length is not None}
@@ -59,14 +59,16 @@ def speed_of(results: Results) -> tuple[Callable[[SummaryRow], str], str]:
     if lengths and not any(row.variant for row in results.summary):
         at = min(lengths, key=lambda length: min((abs(length - other) for other in trained), default=-length))
         timed = {row.entry: row for row in speed.train if row.length == at}
-        how = f"tokens/s: training steps at {at:,} tokens a sequence"
-        how += f", {speed.tokens:,} tokens per step at most" if speed.tokens else ""
-        how += f", {speed.threads} thread{'s' * (speed.threads > 1)}" if speed.threads else ""
-        how += f", medians of {speed.repeat} interleaved rounds" if speed.repeat else ""
-        return lambda row: _speed(timed.get(row.entry)), f"{how}; in brackets the lowest and the highest."
+        note = f"tokens/s: training steps with sequences of {at:,} tokens"
+        note += f", at most {speed.tokens:,} tokens per step" if speed.tokens else ""
+        note += f", {speed.threads} thread{'s' * (speed.threads > 1)}" if speed.threads else ""
+        note += f", medians of {speed.repeat} interleaved rounds" if speed.repeat else ""
+        return lambda row: _speed(timed.get(row.entry)), f"{note}; lowest and highest in brackets."
     alone = all(run.alone for run in results.runs if run.status == "finished")
-    shared = "each run had the machine to itself" if alone else "runs may have shared the machine: no measure of speed"
-    note = f"tokens/s: the median of the runs' own logged steps, in brackets the quartiles; {shared}."
+    sharing = "each run had the machine to itself"
+    if not alone:
+        sharing = "runs may have shared the machine, so these numbers do not compare speeds"
+    note = f"tokens/s: medians of the runs' own logged steps, quartiles in brackets; {sharing}."
     return _speed, note
 
 
@@ -78,10 +80,10 @@ def _speed(row: SummaryRow | TrainSpeedRow | None) -> str:
 
 
 def summary_table(results: Results) -> tuple[list[str], list[tuple[str, ...]]]:
-    """The head and the rows of the summary's table."""
+    """Return the heads and rows of the summary table."""
     varied = dict.fromkeys(path for row in results.summary for path in row.variant)
     speed, _ = speed_of(results)
-    rated = len({run.learning_rate for run in results.runs}) > 1
+    several_rates = len({run.learning_rate for run in results.runs}) > 1
     scores = dict.fromkeys(
         (task, metric) for row in results.summary for task in row.scores for metric in row.scores[task]
     )
@@ -92,16 +94,16 @@ def summary_table(results: Results) -> tuple[list[str], list[tuple[str, ...]]]:
         ("validation loss", lambda row: _loss(row.validation_loss)),
         *((" ".join(at), lambda row, at=at: _score(row, *at)) for at in scores),
         ("seeds", lambda row: str(row.seeds)),
-        ("learning rate", lambda row: f"{row.learning_rate:g}" if rated else ""),
+        ("learning rate", lambda row: f"{row.learning_rate:g}" if several_rates else ""),
         ("parameters", lambda row: f"{results.entry_of(row).parameters:,}"),
         ("state", lambda row: state_size(results.entry_of(row))),
         ("tokens/s", speed),
     ]
-    return filled(best_first(results), columns)
+    return fill_columns(best_first(results), columns)
 
 
 def state_size(entry: EntryResult) -> str:
-    """The bytes of an entry's state, and whether they grow."""
+    """Return the size of an entry's state as text; "grows" is appended if it grows with the sequence."""
     return quantity(entry.state_bytes, "bytes") + (", grows" if entry.state_grows else "")
 
 
@@ -120,7 +122,7 @@ def _loss(value: Statistic) -> str:
 
 
 def markdown(results: Results) -> str:
-    """A page: the question, the table, what was the same for all, what was matched."""
+    """Return the results as a Markdown page: question, table, conditions, notes, and matching."""
     lines = [f"# {results.name}", ""]
     lines += [results.question, ""] if results.question else []
     lines += [*table(*summary_table(results)), ""] if results.summary else []
@@ -150,12 +152,13 @@ def write_tables(results: Results, folder: Path) -> None:
 
 COLUMNS = {"variant": "", "mean": "", "accuracy_by": "accuracy"}
 COLUMNS |= dict.fromkeys(("validation_loss_by", "validation_loss_by_length"), "validation_loss")
-"""What fields are called in a column's name."""
+"""Names of fields in CSV columns where they differ; an empty name is left out of the path."""
 
 
 def _cells(value: RunResult | SummaryRow) -> dict[str, Any]:
-    """The values inside of a row, each by its path."""
-    found = leaves(value.model_dump(exclude={"history", "evaluations", "at_edge"}))
+    """Flatten a row into CSV cells by column name."""
+    fields = leaves(value.model_dump(exclude={"history", "evaluations", "at_edge"}))
     return {
-        ".".join(filter(None, (COLUMNS.get(key, key) for key in path.split(".")))): leaf for path, leaf in found.items()
+        ".".join(filter(None, (COLUMNS.get(key, key) for key in path.split(".")))): leaf
+        for path, leaf in fields.items()
     }

@@ -1,4 +1,4 @@
-"""Numbers in a few characters, and the unit that suits them."""
+"""Short formats of numbers, and units that suit their size."""
 
 SI = ("", 1.0), ("k", 1e3), ("M", 1e6), ("G", 1e9), ("T", 1e12), ("P", 1e15), ("E", 1e18)
 UNITS = {
@@ -6,17 +6,17 @@ UNITS = {
     "seconds": (("ns", 1e-9), ("µs", 1e-6), ("ms", 1e-3), ("s", 1.0), ("min", 60.0), ("h", 3600.0)),
     "share": (("%", 0.01),),
 }
-"""Units by what is measured, smallest first."""
+"""Units by quantity, smallest first: name, and value in bytes, seconds or shares."""
 
 
-def suited(unit: str, size: float) -> tuple[str, float]:
-    """The unit that suits a size, and what one of it is; a unit that is not in the table stands as it is."""
+def choose_unit(unit: str, size: float) -> tuple[str, float]:
+    """Return the name and the value of the unit that suits a size; an unknown unit is returned with the value 1."""
     units = UNITS.get(unit, ((unit, 1.0),))
     return next((pair for pair in reversed(units) if size >= 0.999 * pair[1]), units[0])
 
 
 def number(value: float) -> str:
-    """A number in a few characters, with the prefix of its thousands from 10,000 on: 0.25, 2,000, 200k, 1.5M, 3e-4."""
+    """Format a number briefly, with SI prefixes from 10,000 on: 0.25, 2,000, 200k, 1.5M, 3e-4."""
     if 0 < abs(value) < 1e-3:
         digits, _, exponent = f"{value:.1e}".partition("e")
         return f"{float(digits):g}e{int(exponent)}"
@@ -25,8 +25,8 @@ def number(value: float) -> str:
 
 
 def quantity(value: float | None, unit: str) -> str:
-    """A number of bytes or seconds in the unit that suits; empty for none."""
+    """Format bytes, seconds or a share in the unit that suits the value; empty for None."""
     if value is None:
         return ""
-    name, size = suited(unit, value)
+    name, size = choose_unit(unit, value)
     return f"{value / size:.3g} {name}" if value / size < 1000 else f"{value / size:,.0f} {name}"

@@ -1,8 +1,8 @@
-"""One run of a study, in a process of its own: `python -c "from seqmix.experiments.worker import main; main()"`.
+"""The process of one run of a study: `python -c "from seqmix.experiments.worker import main; main()"`.
 
-The first line of its input is what it makes, in JSON; the end of its input asks it to stop after the step, with a
-checkpoint. So it stops, too, if whoever started it dies, in whatever way. Its output is a JSON object a line; what a
-plug-in prints goes where its errors go, to the run's log.
+The first line of standard input is the request, in JSON. The end of the input asks the process to stop after the
+current step, with a checkpoint; the input also ends when the parent dies, in whatever way. Standard output has one JSON
+object per line; what plug-ins print goes to standard error, the run's log.
 """
 
 import json
@@ -26,55 +26,57 @@ from ..training.monitoring.events import Evaluated, Noted, Stepped
 from ..training.monitoring.memory import keep_freed_memory
 
 FINISHED = 0
+"""Exit status of a run that was trained to the end."""
 FAILED = 2
+"""Exit status of a run that failed with an error."""
 STOPPED = 130
-"""Exit statuses."""
+"""Exit status of a run that was stopped."""
 SECONDS_BETWEEN_STEPS = 0.2
-"""At least so long between two steps that are reported."""
+"""Least seconds between two reported steps."""
 
 
 def main() -> None:
-    """Train what the input says; exit with one of the statuses."""
+    """Train the run that standard input asks for; exit with FINISHED, FAILED or STOPPED."""
     tell = _channel()
-    asked = json.loads(sys.stdin.readline())
-    folder = Path(asked["folder"])
-    torch.set_num_threads(asked["threads"])
+    request = json.loads(sys.stdin.readline())
+    folder = Path(request["folder"])
+    torch.set_num_threads(request["threads"])
     keep_freed_memory()
     try:
-        config = RunConfig.model_validate(asked["config"])
+        config = RunConfig.model_validate(request["config"])
         with StopRequest() as stop:
             threading.Thread(target=_stop_at_end_of_input, daemon=True).start()
-            done = _train(config, folder, stop, tell)
+            last_step = _train(config, folder, stop, tell)
     except SeqmixError as error:
         tell(failed=str(error))
         sys.exit(FAILED)
-    sys.exit(FINISHED if done == config.training.steps else STOPPED)
+    sys.exit(FINISHED if last_step == config.training.steps else STOPPED)
 
 
 def _train(config: RunConfig, folder: Path, stop: StopRequest, tell: Callable[..., None]) -> int:
-    """Begin, or go on; the last step that was made."""
-    done = 0
+    """Start or resume the training; return the last step."""
+    step = 0
     reported = 0.0
     for event in train(config, folder, resume=(folder / CONFIG_FILE).exists(), stop=stop.made):
-        done = event.step
+        step = event.step
         match event:
             case Stepped() if time.monotonic() - reported > SECONDS_BETWEEN_STEPS:
                 reported = time.monotonic()
-                tell(step=done, loss=event.loss)
+                tell(step=step, loss=event.loss)
             case Evaluated():
-                tell(step=done, validation_loss=event.loss)
+                tell(step=step, validation_loss=event.loss)
             case Noted():
-                sys.stderr.write(f"step {done}: {event.text}\n")
-    return done
+                sys.stderr.write(f"step {step}: {event.text}\n")
+    return step
 
 
 def _channel() -> Callable[..., None]:
-    """What writes an object to the output, which is kept from everybody else."""
+    """Return a function that writes JSON to standard output; all other output is redirected to standard error."""
     output = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
     def tell(**values: Any) -> None:
-        with suppress(OSError):  # nobody listens any more: the checkpoint is still to be written
+        with suppress(OSError):  # the parent is gone, but the checkpoint must still be written
             output.write(json.dumps(values) + "\n")
             output.flush()
 
@@ -82,7 +84,7 @@ def _channel() -> Callable[..., None]:
 
 
 def _stop_at_end_of_input() -> None:
-    # not sys.stdin, which a thread that waits holds locked while the interpreter ends
+    # not sys.stdin: a waiting thread would hold its lock at interpreter shutdown
     while os.read(0, 1):
         pass
     os.kill(os.getpid(), signal.SIGTERM)

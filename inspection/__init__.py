@@ -1,4 +1,4 @@
-"""What a trained model does with a text: where its heads look, how long its states remember, how gradients flow."""
+"""Inspection of a trained model on a text: where heads look, how long states remember, how gradients flow."""
 
 from .views import LayerView, look
 

@@ -1,4 +1,4 @@
-"""Maps as pictures: PNG files whose opacity is the value, which a page paints in a colour of its theme."""
+"""Attention maps as PNG images whose opacity is the weight, so that a page can paint them in a colour of its theme."""
 
 import struct
 import zlib
@@ -10,15 +10,16 @@ from torch import Tensor
 
 
 def picture(values: Float[Tensor, "Q T"]) -> str:
-    """A map as the address of a PNG (gray and opacity), one pixel per entry: each row over its largest entry, by its
-    square root, so that small weights are seen."""
+    """Return a map as the data URL of a PNG (gray and opacity) with one pixel per entry.
+
+    The opacity is the square root of an entry divided by the largest of its row, so that small weights are visible.
+    """
     share = values.float() / values.amax(-1, keepdim=True).clamp(min=1e-30)
     opacity = (255 * share.clamp(0, 1).sqrt()).round().to(torch.uint8).cpu()
     rows, columns = opacity.shape
     pixels = torch.stack((torch.zeros_like(opacity), opacity), dim=-1).flatten(1)
-    lines = torch.cat(
-        (torch.zeros(rows, 1, dtype=torch.uint8), pixels), dim=1
-    )  # each line begins with its filter: none
+    # each line begins with the type of its filter, 0 for none
+    lines = torch.cat((torch.zeros(rows, 1, dtype=torch.uint8), pixels), dim=1)
     header = struct.pack(">IIBBBBB", columns, rows, 8, 4, 0, 0, 0)
     data = zlib.compress(lines.contiguous().numpy().tobytes(), 9)
     png = b"\x89PNG\r\n\x1a\n" + b"".join(

@@ -1,4 +1,4 @@
-"""The report of a model's inspection: a page in the style of studies' reports, in one file."""
+"""Report of a model's inspection: one HTML file in the style of the study reports."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,20 +13,20 @@ from .views import LayerView
 TEMPLATE = Path(__file__).with_name("report.html")
 HEADS = "layer", "mixer", "head", "reach", "90 % within", "decay", "its reach", "decays saturated", "gate saturated"
 MOST_HEADS = 16
-"""Maps of a layer that are shown."""
+"""Largest number of a layer's maps that are shown."""
 
 
 def sections_of(views: Sequence[LayerView]) -> list[tuple[str, list[Figure]]]:
-    """Headings, and the figures below each."""
+    """Return the report's sections: each heading with its figures."""
     sections = {"How far back": reach_figures, "States": state_figures, "Gradients": gradient_figures}
     return [(heading, drawable(figures(views))) for heading, figures in sections.items()]
 
 
 def render(views: Sequence[LayerView], title: str, facts: str) -> str:
-    """The page as HTML.
+    """Return the report as an HTML page.
 
     Raises:
-        SeqmixError: what draws its figures is not installed.
+        SeqmixError: the library that draws the figures is not installed.
     """
     sections = sections_of(views)
     return page.render(
@@ -43,9 +43,9 @@ def render(views: Sequence[LayerView], title: str, facts: str) -> str:
 
 
 def rows_of(view: LayerView) -> list[tuple[str, ...]]:
-    """The rows of a layer's table: one per head."""
+    """Return a layer's rows of the table, one per head."""
     columns = {"{:.1f}": (view.reach, view.reach_90), "{:.4f}": (view.decays,), "{:.1f} ": (view.decay_reach,)}
-    texts = [list(map(text.format, values)) for text, each in columns.items() for values in each]
+    texts = [list(map(form.format, values)) for form, lists in columns.items() for values in lists]
     shares = ["" if share is None else f"{share:.1%}" for share in (view.saturated_decays, view.saturated_gates)]
     rows = []
     for head in range(max(1, *map(len, texts))):
@@ -56,26 +56,26 @@ def rows_of(view: LayerView) -> list[tuple[str, ...]]:
 
 
 def maps_of(view: LayerView) -> list[tuple[str, str, str]]:
-    """The heads' names and pictures, and what they show, for those who do not see it."""
-    what = "weights" if view.of_heads else "gradient norms"
-    found = []
+    """Return each head's name, picture, and description for screen readers."""
+    quantity = "weights" if view.of_heads else "gradient norms"
+    pictures = []
     for head, values in enumerate(() if view.maps is None else view.maps[:MOST_HEADS]):
         name = f"head {head}" if view.of_heads else "gradients"
-        words = f"{what} of layer {view.layer}, {name}: mean distance {view.reach[head]:.1f} tokens"
-        found.append((name, picture(values), words))
-    return found
+        description = f"{quantity} of layer {view.layer}, {name}: mean distance {view.reach[head]:.1f} tokens"
+        pictures.append((name, picture(values), description))
+    return pictures
 
 
 def reach_figures(views: Sequence[LayerView]) -> list[Figure]:
-    """The share of weight within a distance, and the reach of heads by layer."""
-    shown = [view for view in views if view.maps is not None]
-    within = [Series(f"{view.layer} {view.mixer}", _within(view), view.layer) for view in shown]
+    """Return two figures: the share of weight within a distance, and the reach of heads by layer."""
+    with_maps = [view for view in views if view.maps is not None]
+    within = [Series(f"{view.layer} {view.mixer}", _weight_by_distance(view), view.layer) for view in with_maps]
     heads = [Point(view.layer, reach) for view in views for reach in view.reach]
     tokens = Axis("distance (tokens)", log=False)
     share = Axis("share of weight", unit="share", zero=True, log=False)
     layers = Axis("layer", log=False)
-    caption = "Of what a query reads, how much is at most so far back; the mean of heads and queries."
-    reach = "The mean distance of what each head reads; without heads, that of gradients."
+    caption = "Share of a query's weight on tokens at most this far back; mean of heads and queries."
+    reach = "Mean distance from a query to the tokens that a head reads, by weight; by gradients if there are no heads."
     distance = Axis("mean distance (tokens)", zero=True)
     return [
         Figure("within", "Weight within a distance", caption, tokens, share, within),
@@ -83,8 +83,11 @@ def reach_figures(views: Sequence[LayerView]) -> list[Figure]:
     ]
 
 
-def _within(view: LayerView) -> list[Point]:
-    """The cumulative weight by distance; of queries that have so many tokens before them."""
+def _weight_by_distance(view: LayerView) -> list[Point]:
+    """Return the cumulative weight by distance, the mean of heads and queries.
+
+    Beyond the first token of the text, a query's cumulative weight stays at its final value.
+    """
     assert view.maps is not None
     length = view.maps.shape[-1]
     total = torch.zeros(length, dtype=torch.float64)
@@ -95,28 +98,36 @@ def _within(view: LayerView) -> list[Point]:
 
 
 def state_figures(views: Sequence[LayerView]) -> list[Figure]:
-    """Norms and effective ranks of the first leaf of each layer's state, over the text."""
-    found = [(view, view.states[0]) for view in views if view.states]
-    over = Axis("tokens", log=False)
+    """Return figures of the norm and effective rank of each layer's state (its first tensor) over the text."""
+    first_states = [(view, view.states[0]) for view in views if view.states]
+    tokens = Axis("tokens", log=False)
 
-    def series(of: str) -> list[Series]:
-        names = [f"{view.layer} {view.mixer}: {state.name}" for view, state in found]
-        points = [[*map(Point, view.points, getattr(state, of))] for view, state in found]
-        return [Series(name, each, view.layer) for name, each, (view, _) in zip(names, points, found, strict=True)]
+    def series(attribute: str) -> list[Series]:
+        return [
+            Series(
+                f"{view.layer} {view.mixer}: {state.name}",
+                [*map(Point, view.points, getattr(state, attribute))],
+                view.layer,
+            )
+            for view, state in first_states
+        ]
 
-    rank = "e to the entropy of the singular values of a head's matrix; the mean of heads."
+    norm = "Frobenius norm of the first tensor of the state."
+    rank = "Exponential of the entropy of the singular values of a head's matrix; mean of heads."
     return [
-        Figure("state-norm", "State norm", "Frobenius norm of the first leaf.", over, Axis("norm"), series("norms")),
-        Figure("state-rank", "Effective rank", rank, over, Axis("rank", zero=True, log=False), series("ranks")),
+        Figure("state-norm", "State norm", norm, tokens, Axis("norm"), series("norms")),
+        Figure("state-rank", "Effective rank", rank, tokens, Axis("rank", zero=True, log=False), series("ranks")),
     ]
 
 
 def gradient_figures(views: Sequence[LayerView]) -> list[Figure]:
-    """Gradient norms by layer."""
-    each = {"parameters": "gradient_norm", "stream after the layer": "stream_gradient_norm"}
+    """Return a figure of gradient norms by layer."""
+    attributes = {"parameters": "gradient_norm", "stream after the layer": "stream_gradient_norm"}
     series = [
-        Series(name, [Point(view.layer, getattr(view, of)) for view in views], style)
-        for style, (name, of) in enumerate(each.items())
+        Series(name, [Point(view.layer, getattr(view, attribute)) for view in views], style)
+        for style, (name, attribute) in enumerate(attributes.items())
     ]
-    caption = "Of the mean loss of the text: of a layer's parameters, and of the residual stream after it."
+    caption = (
+        "Norm of the mean loss's gradient with respect to a layer's parameters, and to the stream after the layer."
+    )
     return [Figure("gradients", "Gradient norms", caption, Axis("layer", log=False), Axis("gradient norm"), series)]

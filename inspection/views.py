@@ -1,7 +1,7 @@
-"""The layers of a model over one text, each as numbers: weights, reach, decays, gates, states, gradients.
+"""Measurements of every layer of a model on one text: weights, reach, decays, gates, states, gradients.
 
-Nothing here knows a mixer by its name: weights come from the ops that a mixer calls (`mixers/influence.py`), or are
-gradients with respect to its inputs; states are leaves of its state; gates are those of `GatedNorm`.
+The code is independent of the kinds of mixers. Weights come from the ops that a mixer calls (`mixers/influence.py`), or
+are gradients with respect to the mixer's inputs. States are the tensors of its state; gates are those of `GatedNorm`.
 """
 
 from collections.abc import Sequence
@@ -20,161 +20,175 @@ from ..models import LanguageModel
 from ..ops.runtime.recording import recorded
 
 ROWS = 64
+"""Largest number of tokens whose weights are measured, spread evenly over the text."""
 POINTS = 16
-"""Tokens whose weights are measured, and at which states are, at most; spread evenly."""
+"""Largest number of tokens after which states are measured, spread evenly over the text."""
 OPEN = 0.999
+"""A decay above this counts as saturated."""
 SHUT = 0.01
-"""A decay beyond these, and a gate's sigmoid beyond 0.95 and 0.05, is called saturated."""
+"""A decay below this counts as saturated."""
 
 
 @dataclass
 class StateView:
-    """One leaf of a state over the text."""
+    """Measurements of one tensor of a layer's state over the text."""
 
     name: str
+    """Name of the tensor in the state."""
     norms: list[float] = field(default_factory=list)
-    """The Frobenius norm, after each of `LayerView.points` tokens."""
+    """Frobenius norm after each of `LayerView.points` tokens."""
     ranks: list[float] = field(default_factory=list)
-    """The effective rank, e to the entropy of the singular values (Roy and Vetterli 2007), the mean of the heads."""
+    """Effective rank: the exponential of the entropy of the singular values (Roy and Vetterli 2007), mean of heads."""
 
 
 @dataclass
 class LayerView:
-    """One layer."""
+    """Measurements of one layer."""
 
     layer: int
+    """Index of the layer, from 0."""
     mixer: str
+    """Kind of the mixer."""
     queries: list[int]
-    """Tokens whose weights are measured."""
+    """Indices of the tokens whose weights are measured."""
     maps: Float[Tensor, "H Q T"] | None = None
-    """Absolute weights with which outputs at the queries read all tokens, each row over its sum; None without
-    gradients."""
+    """Absolute weights of all tokens in the outputs at the queries, each row divided by its sum; None if the mixer is
+    not differentiable."""
     of_heads: bool = False
-    """Whether they are the weights of an op's heads; else norms of gradients with respect to the mixer's inputs."""
+    """True if the maps are weights of an op's heads, False if norms of gradients with respect to the mixer's inputs."""
     reach: list[float] = field(default_factory=list)
-    """The mean distance of what a head reads, in tokens."""
+    """Mean distance, by weight, from a query to the tokens that a head reads, in tokens; one per head."""
     reach_90: list[float] = field(default_factory=list)
-    """The distance within which 90 % of a head's weight lies, the mean of the queries."""
+    """Distance within which 90 % of a head's weight lies, mean of the queries, in tokens; one per head."""
     decays: list[float] = field(default_factory=list)
-    """By head, e to the mean log-decay over the text; empty where nothing decays."""
+    """Geometric mean of the decays over the text, one per head; empty if the mixer has no decays."""
     decay_reach: list[float] = field(default_factory=list)
-    """The reach of such a decay alone: gamma / (1 - gamma); 0 of one that keeps nothing."""
+    """Reach of each mean decay gamma alone: gamma / (1 - gamma), in tokens."""
     saturated_decays: float | None = None
-    """The share of decays above 0.999 or below 0.01."""
+    """Share of decays above 0.999 or below 0.01; None if the mixer has no decays."""
     saturated_gates: float | None = None
-    """The share of the output gate's sigmoids above 0.95 or below 0.05."""
+    """Share of the output gate's sigmoids above 0.95 or below 0.05; None if the mixer has no output gate."""
     points: list[int] = field(default_factory=list)
+    """Numbers of tokens after which the states are measured."""
     states: list[StateView] = field(default_factory=list)
+    """Measurements of each tensor of the state."""
     gradient_norm: float = 0.0
-    """Of the layer's parameters, of the mean loss of the text."""
+    """Norm of the mean loss's gradient with respect to the layer's parameters."""
     stream_gradient_norm: float = 0.0
-    """Of the residual stream after the layer."""
+    """Norm of the mean loss's gradient with respect to the residual stream after the layer."""
 
     def as_json(self) -> dict[str, Any]:
-        """The numbers, without maps."""
+        """Return all fields except the maps, for JSON."""
         return asdict(replace(self, maps=None))
 
 
 def look(model: LanguageModel, tokens: Int[Tensor, "1 T"]) -> list[LayerView]:
     """Run a sequence of T >= 2 tokens through a model in evaluation mode, and measure every layer."""
     mixers = {i: block.mixer for i, block in enumerate(model.blocks)}
-    with captured(mixers) as seen, torch.no_grad():
+    with captured(mixers) as calls, torch.no_grad():
         model(tokens)
-    views = [_layer(i, mixer, seen[i]) for i, mixer in mixers.items()]
-    _gradients(model, tokens, views)
+    views = [_measure_layer(i, mixer, calls[i]) for i, mixer in mixers.items()]
+    _measure_gradients(model, tokens, views)
     return views
 
 
-def _layer(number: int, mixer: SequenceMixer, seen: Seen) -> LayerView:
-    x = seen.x
-    length = seen.x.shape[1]
+def _measure_layer(number: int, mixer: SequenceMixer, call: Seen) -> LayerView:
+    """Measure weights, decays, gates and states of a layer, from the call of its mixer on the text."""
+    x = call.x
+    length = call.x.shape[1]
     queries = spread(length, ROWS)
     view = LayerView(number, mixer.kind, queries)
     if mixer.traits.differentiable:
-        weights, view.of_heads = weights_of(mixer, x, queries, **seen.options)
+        weights, view.of_heads = weights_of(mixer, x, queries, **call.options)
         size = weights[0].abs().double()
         view.maps = (size / size.sum(-1, keepdim=True).clamp(min=1e-30)).cpu()
         view.reach = reach_of(weights, queries).tolist()
-        view.reach_90 = _within(view.maps, queries, 0.9).tolist()
+        view.reach_90 = _distance_of_share(view.maps, queries, 0.9).tolist()
     gates: list[Tensor] = []
     norms = [module for module in mixer.modules() if isinstance(module, GatedNorm) and module.gate != "none"]
     handles = [norm.register_forward_hook(lambda module, args, output: gates.append(args[1])) for norm in norms]  # noqa: ARG005
-    with torch.no_grad(), recorded() as calls:
-        mixer(x, **seen.options)
+    with torch.no_grad(), recorded() as op_calls:
+        mixer(x, **call.options)
     for handle in handles:
         handle.remove()
-    if opened := [gate.float().sigmoid() for gate in gates if gate is not None]:
-        view.saturated_gates = _share([(gate < 0.05) | (gate > 0.95) for gate in opened])
-    if found := [call.log_decay.double() for call in calls if call.log_decay is not None]:
-        by_head = [
-            a if a.ndim == 1 else a.flatten(3).mean(3)[0].mean(0) if a.ndim == 4 else a[0].mean(0) for a in found
-        ]
-        gammas = torch.cat(by_head).exp()
+    if sigmoids := [gate.float().sigmoid() for gate in gates if gate is not None]:
+        view.saturated_gates = _share_of_true([(gate < 0.05) | (gate > 0.95) for gate in sigmoids])
+    if log_decays := [op_call.log_decay.double() for op_call in op_calls if op_call.log_decay is not None]:
+        gammas = torch.cat([_mean_per_head(log_decay) for log_decay in log_decays]).exp()
         view.decays = gammas.tolist()
         view.decay_reach = (gammas / (1 - gammas).clamp(min=1e-12)).tolist()
-        view.saturated_decays = _share([(a.exp() < SHUT) | (a.exp() > OPEN) for a in found])
-    _states(mixer, seen, view)
+        view.saturated_decays = _share_of_true([(a.exp() < SHUT) | (a.exp() > OPEN) for a in log_decays])
+    _measure_states(mixer, call, view)
     return view
 
 
+def _mean_per_head(log_decay: Tensor) -> Tensor:
+    """Return the mean log-decay of each head [H] over the first sequence; log_decay is [H], [B T H] or [B T H K]."""
+    if log_decay.ndim == 1:
+        return log_decay
+    if log_decay.ndim == 4:
+        return log_decay.flatten(3).mean(3)[0].mean(0)
+    return log_decay[0].mean(0)
+
+
 @torch.no_grad()
-def _states(mixer: SequenceMixer, seen: Seen, view: LayerView) -> None:
-    """Norms and ranks of a layer's state over the text."""
+def _measure_states(mixer: SequenceMixer, call: Seen, view: LayerView) -> None:
+    """Measure the norms and effective ranks of a layer's state over the text."""
     if not mixer.traits.has_state:
         return
-    how = mixer.traits.prefer(Paradigm.CHUNKWISE, Paradigm.PARALLEL, from_state=True)
+    paradigm = mixer.traits.prefer(Paradigm.CHUNKWISE, Paradigm.PARALLEL, from_state=True)
     state = None
     before = 0
-    found = dict[str, StateView]()
-    view.points = [n + 1 for n in spread(seen.x.shape[1], POINTS)]
+    states = dict[str, StateView]()
+    view.points = [n + 1 for n in spread(call.x.shape[1], POINTS)]
     for point in view.points:
-        options = {name: value[:, before:point] for name, value in seen.options.items()}
-        part = seen.x[:, before:point]
-        # from nothing, a paradigm that takes no state would do; the same one keeps rounding equal
-        _, state = mixer(part, state, paradigm=how, return_state=True, **options)
+        options = {name: value[:, before:point] for name, value in call.options.items()}
+        segment = call.x[:, before:point]
+        # one paradigm for all segments, also for the first, which has no state: so rounding is the same everywhere
+        _, state = mixer(segment, state, paradigm=paradigm, return_state=True, **options)
         before = point
         for name, leaf in to_dict(state).items() if state is not None else ():
             if not is_inexact(leaf) or not leaf.numel():
                 continue
-            one = found.setdefault(name, StateView(name))
-            one.norms.append(leaf.double().norm().item())
-            one.ranks.append(effective_rank(_matrices(name, leaf)))
-    view.states = list(found.values())
+            state_view = states.setdefault(name, StateView(name))
+            state_view.norms.append(leaf.double().norm().item())
+            state_view.ranks.append(effective_rank(_matrices(name, leaf)))
+    view.states = list(states.values())
 
 
 def _matrices(name: str, leaf: Tensor) -> Tensor:
-    """A leaf of one sequence as matrices, one per head: [H K V]."""
-    if name.rpartition(".")[2] in ("keys", "values"):  # of a cache, [B S G K]
+    """Return a state tensor of one sequence as matrices, one per head: [H K V]."""
+    if name.rpartition(".")[2] in ("keys", "values"):  # a cache has [B S G K]
         leaf = leaf.transpose(1, 2)
     return leaf.reshape(-1, *leaf.shape[-2:]) if leaf.ndim >= 3 else leaf.reshape(1, 1, -1)
 
 
 def effective_rank(matrices: Float[Tensor, "H K V"]) -> float:
-    """e to the entropy of the singular values over their sum, the mean of the matrices; 0 of zeros."""
+    """Return the exponential of the entropy of the normalised singular values, mean of the matrices; 0 for zeros."""
     values = torch.linalg.svdvals(matrices.double())
     shares = values / values.sum(-1, keepdim=True).clamp(min=1e-30)
     ranks = torch.special.entr(shares).sum(-1).exp() * (values.sum(-1) > 0)
     return ranks.mean().item()
 
 
-def _gradients(model: LanguageModel, tokens: Tensor, views: Sequence[LayerView]) -> None:
-    """Gradient norms of the layers' parameters, and of the residual stream after each."""
+def _measure_gradients(model: LanguageModel, tokens: Tensor, views: Sequence[LayerView]) -> None:
+    """Measure the gradient norms of the layers' parameters, and of the residual stream after each layer."""
     blocks = dict(enumerate(model.blocks))
-    with torch.enable_grad(), captured(blocks) as seen:
+    with torch.enable_grad(), captured(blocks) as calls:
         loss = model(tokens[:, :-1], targets=tokens[:, 1:]).loss
     assert loss is not None
     for view, block in zip(views, model.blocks, strict=True):
-        if not seen[view.layer].output.requires_grad:
+        if not calls[view.layer].output.requires_grad:
             continue
-        inputs = [seen[view.layer].output, *(p for p in block.parameters() if p.requires_grad)]
-        found = torch.autograd.grad(loss, inputs, retain_graph=True, allow_unused=True)
-        norms = [0.0 if gradient is None else gradient.norm().item() for gradient in found]
+        inputs = [calls[view.layer].output, *(p for p in block.parameters() if p.requires_grad)]
+        gradients = torch.autograd.grad(loss, inputs, retain_graph=True, allow_unused=True)
+        norms = [0.0 if gradient is None else gradient.norm().item() for gradient in gradients]
         view.stream_gradient_norm = norms[0]
         view.gradient_norm = sum(norm**2 for norm in norms[1:]) ** 0.5
 
 
-def _within(maps: Float[Tensor, "H Q T"], queries: Sequence[int], share: float) -> Float[Tensor, " H"]:
-    """The distance within which a share of each row's weight lies, the mean of the queries."""
+def _distance_of_share(maps: Float[Tensor, "H Q T"], queries: Sequence[int], share: float) -> Float[Tensor, " H"]:
+    """Return the distance within which a share of each row's weight lies, mean of the queries."""
     rows = []
     for row, n in enumerate(queries):
         nearest_first = maps[:, row, : n + 1].flip(-1).cumsum(-1)
@@ -182,11 +196,12 @@ def _within(maps: Float[Tensor, "H Q T"], queries: Sequence[int], share: float) 
     return torch.stack(rows).mean(0)
 
 
-def _share(marked: Sequence[Tensor]) -> float:
-    return sum(int(each.sum()) for each in marked) / max(sum(each.numel() for each in marked), 1)
+def _share_of_true(masks: Sequence[Tensor]) -> float:
+    """Return the share of True elements in all masks together."""
+    return sum(int(mask.sum()) for mask in masks) / max(sum(mask.numel() for mask in masks), 1)
 
 
 def spread(length: int, most: int) -> list[int]:
-    """At most so many indices below a length, spread evenly, the last among them."""
+    """Return at most `most` indices below `length`, spread evenly; the last index is always included."""
     count = min(length, most)
     return [round((i + 1) * length / count) - 1 for i in range(count)]

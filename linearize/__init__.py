@@ -1,4 +1,4 @@
-"""Linearizing: a trained model whose mixers are swapped by a plan, and taught by the model that it was."""
+"""Linearization: swap mixers of a trained model by a plan, and train the new ones to imitate the original model."""
 
 from .course import Linearization, Prepared, Result
 from .plan import Plan, load_plan

@@ -1,4 +1,4 @@
-"""A student beside its teacher: loss, divergence, agreement, speed of decoding, and size of the state."""
+"""Measurements of a student and its teacher: loss, divergence, agreement, decoding speed, and size of the state."""
 
 import time
 
@@ -14,68 +14,70 @@ from ..training import RunConfig
 from .objectives import divergence, stream
 
 DECODED = 64
-"""Tokens whose decoding is timed."""
+"""Number of tokens generated to time decoding."""
 
 
-class Measured(Config):
-    """One model on the validation split."""
+class Measurement(Config):
+    """Quality of one model on the validation split."""
 
     loss: float
-    """Nats per token."""
+    """Cross-entropy, in nats per token."""
     divergence: float
-    """Kullback-Leibler divergence of the model from the teacher, nats per token."""
+    """Kullback-Leibler divergence KL(teacher, model) of the next-token distributions, in nats per token."""
     agreement: float
-    """Share of the tokens at which the most probable next token is the teacher's."""
+    """Share of tokens at which model and teacher have the same most probable next token."""
 
 
 class Decoding(Config):
-    """Decoding one sequence after a context of the training length."""
+    """Cost of decoding one sequence after a context of the training length."""
 
     milliseconds: float
-    """Per token, the best of three."""
+    """Time per token, the best of three measurements."""
     state_bytes: int
-    """Of the state."""
+    """Size of the state of one sequence, in bytes."""
 
 
-def gap_closed(start: float, found: float, teacher: float) -> float | None:
-    """The share of the loss gap that is closed: (CE0 - CE) / (CE0 - CE_teacher); None where there is no gap."""
-    return None if start <= teacher else (start - found) / (start - teacher)
+def gap_closed(start: float, student: float, teacher: float) -> float | None:
+    """Return the share of the loss gap that is closed, (CE0 - CE) / (CE0 - CE_teacher); None if there is no gap."""
+    return None if start <= teacher else (start - student) / (start - teacher)
 
 
 @torch.no_grad()
-def measure(model: LanguageModel, teacher: LanguageModel, source: Source, config: RunConfig) -> Measured:
+def measure(model: LanguageModel, teacher: LanguageModel, source: Source, config: RunConfig) -> Measurement:
     """Measure a model on the batches of the final evaluation."""
     loss = 0.0
-    apart = 0.0
-    same = 0
-    asked = 0
+    divergence_sum = 0.0
+    agreements = 0
+    tokens = 0
     settings = config.training
     limit = settings.final_evaluation_batches
     parts = settings.grad_accum_steps
     model.eval()
-    for found, _ in source.evaluation_batches(settings.batch_size // parts, None if limit is None else limit * parts):
-        batch = source.packed(Batch(*(part.to(model.device) for part in found)))
+    batches = source.evaluation_batches(settings.batch_size // parts, None if limit is None else limit * parts)
+    for micro_batch, _ in batches:
+        batch = source.packed(Batch(*(part.to(model.device) for part in micro_batch)))
         targets = batch.targets[batch.targets != IGNORED]
         size = tokens_at_once(model.head.weight)
         streams = [stream(each, batch).split(size) for each in (model, teacher)]
-        for own, theirs, wanted in zip(*streams, targets.split(size), strict=True):
-            logits = model.logits(own)
-            loss += cross_entropy(logits.float(), wanted, reduction="sum").item()
-            apart += divergence(model, teacher, own, theirs).item()
-            same += int((logits.argmax(-1) == teacher.logits(theirs).argmax(-1)).sum())
-        asked += len(targets)
-    return Measured(loss=loss / max(asked, 1), divergence=apart / max(asked, 1), agreement=same / max(asked, 1))
+        for model_stream, teacher_stream, target in zip(*streams, targets.split(size), strict=True):
+            logits = model.logits(model_stream)
+            loss += cross_entropy(logits.float(), target, reduction="sum").item()
+            divergence_sum += divergence(model, teacher, model_stream, teacher_stream).item()
+            agreements += int((logits.argmax(-1) == teacher.logits(teacher_stream).argmax(-1)).sum())
+        tokens += len(targets)
+    tokens = max(tokens, 1)
+    return Measurement(loss=loss / tokens, divergence=divergence_sum / tokens, agreement=agreements / tokens)
 
 
-def decoding(model: LanguageModel, context: int) -> Decoding:
-    """Time the decoding of a sequence after a context of so many tokens."""
+def time_decoding(model: LanguageModel, context: int) -> Decoding:
+    """Time the decoding of one sequence after a context of `context` tokens."""
     prompt = torch.randint(model.config.vocab_size, (context,), generator=torch.Generator().manual_seed(0))
     best = float("inf")
     for _ in range(3):
         options = {"max_new_tokens": DECODED, "sampling": Sampling(temperature=0), "compiled": False}
         tokens = generate_tokens(model, [prompt.to(model.device)], **options)
         next(tokens).tolist()
-        began = time.perf_counter()
+        start = time.perf_counter()
         torch.stack([*tokens]).tolist()  # waits for the device
-        best = min(best, (time.perf_counter() - began) / (DECODED - 1))
+        best = min(best, (time.perf_counter() - start) / (DECODED - 1))
     return Decoding(milliseconds=1000 * best, state_bytes=nbytes(model.init_state(1, max_length=context)))

@@ -1,4 +1,4 @@
-"""The objectives of the stages: what a student learns of its teacher."""
+"""Training objectives of the stages: how a student learns from its teacher."""
 
 from collections.abc import Sequence
 
@@ -17,9 +17,12 @@ from .plan import StageName
 
 
 class Text(Objective):
-    """The cross-entropy of a student, which may train its new mixers alone.
+    """Objective of the stage `text`: the cross-entropy of the student; base class of the other stages' objectives.
 
-    `layers` have new mixers; with `mixers_alone`, nothing else trains.
+    Args:
+        teacher: the teacher.
+        layers: layers with new mixers.
+        mixers_alone: True if only the new mixers are trained.
     """
 
     def __init__(self, teacher: LanguageModel, layers: Sequence[int], *, mixers_alone: bool) -> None:
@@ -28,7 +31,7 @@ class Text(Objective):
         self.mixers_alone = mixers_alone
 
     def prepare(self, model: LanguageModel) -> None:
-        """Freeze what does not train."""
+        """Freeze all parameters that are not trained, and move the teacher to the student's device."""
         self.teacher.to(model.device)
         if self.mixers_alone:
             model.requires_grad_(False)
@@ -37,51 +40,60 @@ class Text(Objective):
 
 
 class MixerOutput(Text):
-    """Each new mixer's squared error to its teacher's output, on the teacher's inputs."""
+    """Objective of the stage `mixer_output`: the relative squared error of each new mixer's output.
+
+    A new mixer receives the inputs of the teacher's mixer, and its output is compared with the teacher's.
+    """
 
     def __call__(self, model: LanguageModel, batch: Packed, state: ModelState | None) -> ModelOutput:  # noqa: ARG002
-        """The errors, summed over layers and targets."""
+        """Return the errors, summed over layers and targets."""
         mixers = {layer: self.teacher.blocks[layer].mixer for layer in self.layers}
-        with torch.no_grad(), captured(mixers) as found:
+        with torch.no_grad(), captured(mixers) as teacher_calls:
             self.teacher.run_blocks(self.teacher.embed(batch.inputs), cu_seqlens=batch.cu_seqlens)
         loss = torch.zeros((), device=model.device)
         first = None
-        for layer, (x, wanted, _) in found.items():
+        for layer, (x, teacher_output, _) in teacher_calls.items():
             mixer = model.blocks[layer].mixer
             options = {"return_values": True, "first_values": first}
             if mixer.takes_first_values and first is None:
-                raise SeqmixError(f"stage mixer_output: layer {layer} takes the values of a layer that is not swapped")
+                raise SeqmixError(
+                    f"stage mixer_output: layer {layer} needs the values of an earlier layer that is not swapped: "
+                    "swap that layer too"
+                )
             residual = mixer.traits.value_residual
             y, _, *values = mixer(x, cu_seqlens=batch.cu_seqlens, **(options if residual else {}))
             first = values[0] if values and first is None else first
-            loss = loss + relative_error(y, wanted, batch.targets)
+            loss = loss + relative_error(y, teacher_output, batch.targets)
         return ModelOutput(None, loss)
 
 
 class Hidden(Text):
-    """The squared errors of the hidden states after the new layers, of a student that runs by itself."""
+    """Objective of the stage `hidden`: the relative squared error of hidden states after the new layers.
+
+    Teacher and student each run on their own hidden states.
+    """
 
     def __call__(self, model: LanguageModel, batch: Packed, state: ModelState | None) -> ModelOutput:  # noqa: ARG002
-        """The errors, summed over layers and targets."""
-        found = []
+        """Return the errors, summed over layers and targets."""
+        outputs = []
         for each, learns in ((self.teacher, False), (model, True)):
             blocks = {layer: each.blocks[layer] for layer in self.layers}
-            with torch.set_grad_enabled(learns), captured(blocks) as states:
+            with torch.set_grad_enabled(learns), captured(blocks) as calls:
                 each.run_blocks(each.embed(batch.inputs), cu_seqlens=batch.cu_seqlens)
-            found.append([states[layer].output for layer in self.layers])
-        errors = [relative_error(y, wanted, batch.targets) for wanted, y in zip(*found, strict=True)]
+            outputs.append([calls[layer].output for layer in self.layers])
+        errors = [relative_error(y, expected, batch.targets) for expected, y in zip(*outputs, strict=True)]
         return ModelOutput(None, torch.stack(errors).sum())
 
 
 class Logits(Text):
-    """The divergence of the student's distribution from the teacher's."""
+    """Objective of the stage `logits`: the divergence of the student's next-token distribution from the teacher's."""
 
     def __call__(self, model: LanguageModel, batch: Packed, state: ModelState | None) -> ModelOutput:  # noqa: ARG002
-        """The divergence, summed over targets."""
+        """Return the divergence, summed over targets."""
         with torch.no_grad():
-            wanted = stream(self.teacher, batch)
+            teacher_stream = stream(self.teacher, batch)
         size = tokens_at_once(model.head.weight)
-        parts = zip(stream(model, batch).split(size), wanted.split(size), strict=True)
+        parts = zip(stream(model, batch).split(size), teacher_stream.split(size), strict=True)
         sums = [checkpoint(divergence, model, self.teacher, *part, use_reentrant=False) for part in parts]
         return ModelOutput(None, torch.stack([x for x in sums if isinstance(x, Tensor)]).sum())
 
@@ -94,22 +106,25 @@ OBJECTIVES: dict[StageName, type[Text]] = {
 }
 
 
-def relative_error(y: Tensor, wanted: Tensor, targets: Tensor) -> Tensor:
-    """The mean over tokens of |y - wanted|^2, over that of |wanted|^2, times the number of targets."""
+def relative_error(y: Tensor, expected: Tensor, targets: Tensor) -> Tensor:
+    """Return the mean of |y - expected|^2, divided by the mean of |expected|^2, times the number of targets."""
     y = y.float()
-    wanted = wanted.float()
-    return F.mse_loss(y, wanted) / wanted.square().mean().clamp(min=1e-12) * (targets != IGNORED).sum()
+    expected = expected.float()
+    return F.mse_loss(y, expected) / expected.square().mean().clamp(min=1e-12) * (targets != IGNORED).sum()
 
 
 def stream(model: LanguageModel, batch: Packed) -> Tensor:
-    """The residual stream [M D] after the last block, at the tokens that have a target."""
+    """Return the residual stream after the last block at the M tokens that have a target, [M D]."""
     x, _ = model.run_blocks(model.embed(batch.inputs), cu_seqlens=batch.cu_seqlens)
     return x[batch.targets != IGNORED]
 
 
-def divergence(model: LanguageModel, teacher: LanguageModel, x: Tensor, wanted: Tensor) -> Tensor:
-    """KL(teacher, model) after the residual streams [M D], in nats, summed; float32 or wider."""
-    logits = model.logits(x), teacher.logits(wanted)
+def divergence(model: LanguageModel, teacher: LanguageModel, x: Tensor, teacher_x: Tensor) -> Tensor:
+    """Return KL(teacher, model) of the next-token distributions, in nats, summed over tokens; float32 or wider.
+
+    `x` and `teacher_x` are the residual streams of the two models after the last block, [M D].
+    """
+    logits = model.logits(x), teacher.logits(teacher_x)
     with torch.autocast(x.device.type, enabled=False):
-        own, theirs = (y.to(torch.promote_types(y.dtype, torch.float32)).log_softmax(-1) for y in logits)
-        return F.kl_div(own, theirs, reduction="sum", log_target=True)
+        log_p, teacher_log_p = (y.to(torch.promote_types(y.dtype, torch.float32)).log_softmax(-1) for y in logits)
+        return F.kl_div(log_p, teacher_log_p, reduction="sum", log_target=True)

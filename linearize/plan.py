@@ -1,4 +1,4 @@
-"""The plan: which layers get which mixer, what they take over, and the stages that teach them."""
+"""The plan of a linearization: which layers get which mixer, what these take over, and the training stages."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,109 +18,111 @@ class Swap(Config):
     """A new mixer for some layers."""
 
     layers: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(default=None, strict=False)
-    """Layers, from 0; null for all."""
+    """Indices of the layers, from 0; null means all layers."""
     mixer: Annotated[MixerConfig, MIXERS]
-    """Their mixer."""
+    """New mixer of these layers."""
 
 
 class Stage(Config):
-    """Training with one objective."""
+    """A training stage."""
 
     tokens: int = Field(gt=0)
-    """Tokens to train on, rounded up to whole batches."""
+    """Number of tokens to train on, rounded up to whole batches."""
     learning_rate: float = Field(gt=0)
     """Peak learning rate."""
     train: Literal["mixers", "all"] | None = None
-    """What trains: the new mixers, or the whole model; null is `mixers`, and `all` of the stage `text`."""
+    """Parameters to train: those of the new `mixers`, or `all`; null means `all` in the stage `text`, else `mixers`."""
 
 
 class Stages(Config):
-    """The stages, in their order; each may be left out."""
+    """Training stages, in the order in which they run; each may be omitted."""
 
     mixer_output: Stage | None = None
-    """Each new mixer learns its teacher's output on the teacher's inputs: the squared error over the output's mean
-    square."""
+    """Train each new mixer to reproduce the output of the teacher's mixer on the teacher's inputs; the loss is the
+    squared error divided by the output's mean square."""
     hidden: Stage | None = None
-    """The student runs by itself, and its hidden states after each new layer learn the teacher's, by the same error."""
+    """Train the student, running on its own hidden states, to reproduce the teacher's hidden states after each new
+    layer; the loss is the squared error divided by their mean square."""
     logits: Stage | None = None
-    """The Kullback-Leibler divergence of the student's next-token distribution from the teacher's."""
+    """Train the student on the Kullback-Leibler divergence of its next-token distribution from the teacher's."""
     text: Stage | None = None
-    """The cross-entropy of the text, without the teacher."""
+    """Train the student on the cross-entropy of the text, without the teacher."""
 
 
 class Keep(Config):
-    """Layers that stay as they are."""
+    """Layers that keep their mixer although the plan swaps them."""
 
     best: int = Field(ge=0)
-    """Of the layers to swap, how many keep their mixer: those whose swap alone raises the loss most."""
+    """Number of swapped layers that keep their mixer: those whose swap alone raises the loss most."""
 
 
 class Plan(Config):
     """A plan of `seqmix linearize`."""
 
     swap: tuple[Swap, ...] = Field(strict=False)
-    """What is swapped; none leaves the teacher."""
+    """New mixers and their layers; an empty list leaves the teacher as it is."""
     keep: Keep | None = None
-    """Layers that keep their mixer after all; null for none."""
+    """Layers that keep their mixer although they are swapped; null means none."""
     transfer: tuple[Literal["q", "k", "v", "o"], ...] = Field(default=("q", "k", "v", "o"), strict=False)
-    """Projections that new mixers take over."""
+    """Projections that new mixers take over from the old ones."""
     calibration_tokens: int = Field(default=8192, ge=0)
-    """Tokens on which decays are set to the reach of the teacher's heads, and output projections are fitted to the
-    teacher's outputs by least squares; 0 for neither."""
+    """Number of tokens for calibration: decays are set to the reach of the teacher's heads, and output projections are
+    fitted to the teacher's outputs by least squares; 0 turns both off."""
     stages: Stages = Stages()
-    """What teaches the student."""
+    """Training stages of the student."""
     data: Annotated[DataConfig, DATA] | None = None
-    """The data; those of the source when null."""
+    """Data to train and evaluate on; null means the data of the source."""
     training: dict[str, Any] = Field(default_factory=dict)
-    """Fields of `training` that differ from the source's."""
+    """Fields of `training` that differ from those of the source."""
     seed: int = Field(default=0, ge=0, lt=2**31)
-    """New parameters and the data order are a function of it."""
+    """Seed of the new parameters and of the data order."""
 
     @property
     def staged(self) -> dict[StageName, Stage]:
-        """The stages of this plan, in their order."""
-        found: dict[Any, Stage | None] = {name: getattr(self.stages, name) for name in Stages.model_fields}
-        return {name: stage for name, stage in found.items() if stage is not None}
+        """Stages of this plan, in the order in which they run."""
+        stages: dict[Any, Stage | None] = {name: getattr(self.stages, name) for name in Stages.model_fields}
+        return {name: stage for name, stage in stages.items() if stage is not None}
 
 
 def load_plan(file: Path) -> Plan:
-    """Read a plan.
+    """Read a plan from a YAML file.
 
     Raises:
-        ConfigError: where it is wrong, and what is allowed.
+        ConfigError: the plan is not valid; the message names the field and what is allowed.
     """
     return load(Plan, file, presets=PRESETS)
 
 
 def mixers_of(plan: Plan, teacher: ModelConfig) -> dict[int, MixerConfig]:
-    """The new mixer of each swapped layer.
+    """Return the new mixer of each swapped layer, in the order of layers.
 
     Raises:
         SeqmixError: a layer does not exist, or is swapped twice.
     """
-    found: dict[int, MixerConfig] = {}
+    mixers: dict[int, MixerConfig] = {}
     for swap in plan.swap:
         for layer in range(teacher.n_layers) if swap.layers is None else swap.layers:
             if layer >= teacher.n_layers:
-                raise SeqmixError(f"swap names layer {layer}, and the model has layers 0 to {teacher.n_layers - 1}")
-            if layer in found:
+                raise SeqmixError(f"swap names layer {layer}, but the model has layers 0 to {teacher.n_layers - 1}")
+            if layer in mixers:
                 raise SeqmixError(f"swap names layer {layer} twice")
-            found[layer] = swap.mixer
-    return dict(sorted(found.items()))
+            mixers[layer] = swap.mixer
+    return dict(sorted(mixers.items()))
 
 
 def student_of(teacher: ModelConfig, mixers: dict[int, MixerConfig]) -> ModelConfig:
-    """The teacher with new mixers; blocks are named after the old one and the mixer.
+    """Return the teacher's configuration with new mixers; new blocks are named after the old block and the mixer.
 
     Raises:
-        SeqmixError: together they are no model.
+        SeqmixError: the new configuration is not valid.
     """
     if not mixers:
         return teacher
     blocks = dict(teacher.blocks)
     pattern = list(teacher.layers)
     for layer, mixer in mixers.items():
-        block = teacher.blocks[old := teacher.layers[layer]].model_copy(update={"mixer": mixer, "shared": False})
+        old = teacher.layers[layer]
+        block = teacher.blocks[old].model_copy(update={"mixer": mixer, "shared": False})
         name = base = f"{old}_{str(mixer.kind).rpartition(':')[2]}"
         number = 2
         while blocks.get(name, block) != block:
@@ -135,14 +137,28 @@ def student_of(teacher: ModelConfig, mixers: dict[int, MixerConfig]) -> ModelCon
 def run_config(
     source: RunConfig, plan: Plan, model: ModelConfig, stage: Stage | None = None, start: Path | None = None
 ) -> RunConfig:
-    """The configuration of a stage's run, which starts from the weights of another run, or of the result."""
+    """Return the run configuration of a stage, or (without a stage) of the result.
+
+    Args:
+        source: the teacher's run configuration.
+        plan: the plan.
+        model: configuration of the model.
+        stage: the stage.
+        start: run directory whose weights the stage starts from.
+    """
     data = source.data if plan.data is None else plan.data
-    off = {"patience": None, "ema": None, "carry_state": False, "keep_best": False, "evaluation_lengths": ()}
-    off |= {"start_from": None if start is None else str(start)}
-    fields = source.training.model_dump() | off | plan.training
+    overrides: dict[str, Any] = {
+        "patience": None,
+        "ema": None,
+        "carry_state": False,
+        "keep_best": False,
+        "evaluation_lengths": (),
+        "start_from": None if start is None else str(start),
+    }
+    fields = source.training.model_dump() | overrides | plan.training
     if stage is not None:
         steps = -(-stage.tokens // (fields["batch_size"] * data.sequence_length))
         warmup = min(fields["warmup_steps"], max(steps // 10, 1))
         fields |= {"steps": steps, "learning_rate": stage.learning_rate, "warmup_steps": warmup}
-    whole = {"seed": plan.seed, "model": model.model_dump(), "data": data.model_dump(), "training": fields}
-    return validated(RunConfig, whole, "the plan")
+    config = {"seed": plan.seed, "model": model.model_dump(), "data": data.model_dump(), "training": fields}
+    return validated(RunConfig, config, "the plan")

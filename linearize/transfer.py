@@ -1,4 +1,4 @@
-"""What new mixers take over: projections by role and head, the reach of heads as decays, and a fitted output."""
+"""Transfer from old mixers to new ones: copied projections, decays set by the reach of heads, a fitted output."""
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -13,22 +13,29 @@ from ..models import LanguageModel
 from ..ops.runtime.recording import recorded
 
 QUERIES = 16
-"""Tokens, from the second half of a sequence, whose reach is measured."""
+"""Number of tokens, in the second half of a sequence, at which reach is measured."""
 
 
 @torch.no_grad()
 def transfer(old: SequenceMixer, new: SequenceMixer, roles: Sequence[str]) -> dict[str, str]:
-    """Copy what the old mixer has into the new one: parameters of its own kind, else projections by head.
+    """Copy parameters of the old mixer into the new one.
+
+    Mixers of the same kind share all parameters of equal shape; otherwise the projections in `roles` are copied head by
+    head.
 
     Returns:
-        By name of a parameter, or role of a projection, how it was done.
+        a description of each copy, by the name of the parameter or the role of the projection.
     """
     if new.kind == old.kind:
-        theirs = dict(old.named_parameters())
-        same = {n: p for n, p in new.named_parameters() if n in theirs and theirs[n].shape == p.shape}
-        for name, parameter in same.items():
-            parameter.copy_(theirs[name])
-        return dict.fromkeys(same, "copied")
+        old_parameters = dict(old.named_parameters())
+        common = {
+            name: parameter
+            for name, parameter in new.named_parameters()
+            if name in old_parameters and old_parameters[name].shape == parameter.shape
+        }
+        for name, parameter in common.items():
+            parameter.copy_(old_parameters[name])
+        return dict.fromkeys(common, "copied")
     done = {}
     source = old.projections
     target = new.projections
@@ -38,23 +45,27 @@ def transfer(old: SequenceMixer, new: SequenceMixer, roles: Sequence[str]) -> di
         weight = source[role]
         if weight.shape[0] != target[role].shape[0] and role in "kv":  # heads that share keys and values
             weight = weight.repeat_interleave(source["q"].shape[0] // weight.shape[0], dim=0)
-        if (found := by_heads(weight, target[role].shape[0])) is None:
+        regrouped = regroup_heads(weight, target[role].shape[0])
+        if regrouped is None:
             continue
-        width = min(found.shape[1], target[role].shape[1])
-        target[role][:, :width] = found[:, :width]
-        theirs, ours = ("{} x {}".format(*each[role].shape[:2]) for each in (source, target))
-        done[role] = "copied" if theirs == ours else f"{theirs} to {ours}"
+        width = min(regrouped.shape[1], target[role].shape[1])
+        target[role][:, :width] = regrouped[:, :width]
+        old_shape, new_shape = ("{} x {}".format(*each[role].shape[:2]) for each in (source, target))
+        done[role] = "copied" if old_shape == new_shape else f"{old_shape} to {new_shape}"
     return done
 
 
-def by_heads(weight: Tensor, heads: int) -> Tensor | None:
-    """[H K D] as so many heads: neighbours joined, or each one split or, where its width is not divisible, repeated."""
-    own, width = weight.shape[:2]
-    if own % heads == 0:
-        return weight.reshape(heads, own // heads * width, -1)
-    if heads % own:
+def regroup_heads(weight: Tensor, heads: int) -> Tensor | None:
+    """Divide a weight [H K D] into another number of heads; None if neither number divides the other.
+
+    Fewer heads: neighbours are joined. More heads: each head is split, or repeated if its width is not divisible.
+    """
+    old_heads, width = weight.shape[:2]
+    if old_heads % heads == 0:
+        return weight.reshape(heads, old_heads // heads * width, -1)
+    if heads % old_heads:
         return None
-    parts = heads // own
+    parts = heads // old_heads
     return weight.repeat_interleave(parts, 0) if width % parts else weight.reshape(heads, width // parts, -1)
 
 
@@ -63,29 +74,38 @@ def calibrate(
 ) -> dict[int, list[str]]:
     """Set decays by the reach of the teacher's heads, then fit output projections to the teacher's outputs.
 
-    On at least so many tokens, in batches of `rows` sequences; by layer, what was set, in words.
+    Args:
+        teacher: the teacher.
+        student: the student, whose new mixers are changed.
+        layers: layers with new mixers.
+        source: the data.
+        rows: sequences per batch.
+        tokens: number of tokens to use, rounded up to whole batches.
+
+    Returns:
+        by layer, descriptions of what was set.
     """
     done: dict[int, list[str]] = {layer: [] for layer in layers}
     sums: dict[int, tuple[Any, Any, nn.Linear]] = {}
-    seen = 0
+    tokens_used = 0
     step = 0
-    while seen < tokens:
-        batch = source.training_batch(step, rows, seed=2**31 - 1)  # not those of the stages
-        seen = seen + batch.inputs.numel()
+    while tokens_used < tokens:
+        batch = source.training_batch(step, rows, seed=2**31 - 1)  # other batches than those of the stages
+        tokens_used = tokens_used + batch.inputs.numel()
         step = step + 1
-        with torch.no_grad(), captured({layer: teacher.blocks[layer].mixer for layer in layers}) as found:
+        with torch.no_grad(), captured({layer: teacher.blocks[layer].mixer for layer in layers}) as teacher_calls:
             teacher.run_blocks(teacher.embed(batch.inputs.to(teacher.device)))
-        for layer, (x, y, _) in found.items():
+        for layer, (x, y, _) in teacher_calls.items():
             old, new = teacher.blocks[layer].mixer, student.blocks[layer].mixer
             if step == 1 and new.kind != old.kind:
                 done[layer] += _set_reach(old, new, x[:4])
-            if (linear := _output(new)) is not None and new.kind != old.kind:
-                with torch.no_grad(), captured({0: linear}) as inner:
+            if (linear := _output_projection(new)) is not None and new.kind != old.kind:
+                with torch.no_grad(), captured({0: linear}) as linear_calls:
                     new(x)
-                h = inner[0].x.flatten(0, -2).double()
-                wanted = y.flatten(0, -2).double()
+                h = linear_calls[0].x.flatten(0, -2).double()
+                expected = y.flatten(0, -2).double()
                 gram, product, _ = sums.get(layer, (0.0, 0.0, linear))
-                sums[layer] = gram + h.T @ h, product + h.T @ wanted, linear
+                sums[layer] = gram + h.T @ h, product + h.T @ expected, linear
     for layer, (gram, product, linear) in sums.items():
         ridge = 1e-4 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
         with torch.no_grad():
@@ -95,7 +115,7 @@ def calibrate(
 
 
 def _set_reach(old: SequenceMixer, new: SequenceMixer, x: Tensor) -> list[str]:
-    """Give the new mixer's heads the reach of the old one's."""
+    """Set the decays of the new mixer's heads to the reach of the old mixer's; return descriptions of what was set."""
     if new.takes_first_values:
         return []
     length = x.shape[1]
@@ -106,26 +126,36 @@ def _set_reach(old: SequenceMixer, new: SequenceMixer, x: Tensor) -> list[str]:
         return []
     reach = reach_of(weights_of(old, x, queries)[0], queries)
     heads = calls[-1].output.shape[2]
-    by = reach.clamp(min=0.1).log()[:, None, None]
-    regrouped = by_heads(by, heads)
-    mean = by.mean().expand(heads) if regrouped is None else regrouped.flatten(1).mean(1)
+    log_reach = reach.clamp(min=0.1).log()[:, None, None]
+    regrouped = regroup_heads(log_reach, heads)
+    mean = log_reach.mean().expand(heads) if regrouped is None else regrouped.flatten(1).mean(1)
     names = new.set_reach(mean.exp().to(x))
     span = f"{reach.min():.0f} to {reach.max():.0f} tokens"
     return [f"{name} by the teacher's reach ({span})" for name in names]
 
 
-def _output(mixer: SequenceMixer) -> nn.Linear | None:
-    """The linear map whose weight is the projection `o`; None where there is none, or it has a bias."""
-    at = mixer.projections["o"].data_ptr() if "o" in mixer.projections else None
-    found = (m for m in mixer.modules() if isinstance(m, nn.Linear) and m.weight.data_ptr() == at and m.bias is None)
-    return next(found, None)
+def _output_projection(mixer: SequenceMixer) -> nn.Linear | None:
+    """Return the linear map whose weight is the projection `o`; None if there is none, or if it has a bias."""
+    if "o" not in mixer.projections:
+        return None
+    address = mixer.projections["o"].data_ptr()
+    for module in mixer.modules():
+        if isinstance(module, nn.Linear) and module.weight.data_ptr() == address and module.bias is None:
+            return module
+    return None
 
 
-def initial_of(new: SequenceMixer, before: Mapping[str, Tensor], done: Collection[str]) -> tuple[str, ...]:
-    """Parameters of which something kept its initialisation, `before`, beside those that were taken over whole."""
-    found = []
+def initial_parameters(new: SequenceMixer, before: Mapping[str, Tensor], done: Collection[str]) -> tuple[str, ...]:
+    """Return the parameters that keep their initialisation, in part or as a whole.
+
+    Args:
+        new: the new mixer.
+        before: its parameters at initialisation.
+        done: parameters that were copied as a whole, which are not listed.
+    """
+    kept = []
     for name, parameter in new.named_parameters():
-        same = int((parameter == before[name]).sum())
-        if same and name not in done:
-            found.append(name if same == parameter.numel() else f"{same:,} of {parameter.numel():,} in {name}")
-    return tuple(found)
+        unchanged = int((parameter == before[name]).sum())
+        if unchanged and name not in done:
+            kept.append(name if unchanged == parameter.numel() else f"{unchanged:,} of {parameter.numel():,} in {name}")
+    return tuple(kept)

@@ -1,4 +1,4 @@
-"""Language models: configuration, builder, generation, accounting."""
+"""Language models: configuration, builder, generation, scoring and cost accounting."""
 
 from .accounting import LayerCost, ModelCost, account, flops_per_token
 from .builder import build_meta, build_model, is_out_of_memory

@@ -1,7 +1,7 @@
-"""What a model costs, without allocating it: parameters, operations, state, activations, by layer.
+"""Costs of a model by layer, without allocating it: parameters, FLOPs, state and activation memory.
 
-The model is built on `meta`; operations are counted by the modules' own formulas, activations by running one layer of
-each kind (of the same parameters) on fake tensors and adding up what autograd saves.
+The model is built on `meta`. FLOPs are counted by the modules' own formulas. Activation memory is measured: one layer
+of each kind runs on fake tensors, and the bytes that autograd saves are added up.
 """
 
 from dataclasses import dataclass
@@ -22,68 +22,74 @@ from .language_model import MATMULS, LanguageModel
 
 @dataclass(frozen=True, kw_only=True)
 class LayerCost:
-    """One layer."""
+    """Costs of one layer."""
 
     block: str
-    """The block's name in the configuration."""
+    """Name of the block in the configuration."""
     mixer: str
-    """The mixer's kind."""
+    """Kind of the mixer."""
     mixer_parameters: int
+    """Parameters of the mixer."""
     ffn_parameters: int
-    """Parameters of the feed-forward network; norms are in `parameters`."""
+    """Parameters of the feed-forward network; norms count only in `parameters`."""
     parameters: int
     """All parameters of the layer."""
     flops_per_token: int
-    """FLOPs per token of matrix products, forward, at the given length in the layer's default paradigm."""
+    """Forward FLOPs of matrix products per token, at the model's `length` in the layer's default paradigm."""
     state_elements: int
-    """Elements of the state of one sequence, without positions, after the given length."""
+    """Elements of the state of one sequence after `length` tokens, without positions."""
     state_bytes: int
-    """Bytes of that state."""
+    """Bytes of the state of one sequence after `length` tokens, positions included."""
     activation_bytes: int
-    """Activation memory: what forward saves for backward, for one sequence of the given length and dtype."""
+    """Activation memory: bytes that forward saves for backward, for one sequence of `length` tokens."""
     input_bytes: int
-    """Of the layer's input, which is all that it saves with activation checkpointing."""
+    """Bytes of the layer's input: all that the layer saves with activation checkpointing."""
     matmul_bytes: int
-    """Results of linear layers, which it saves too with `matmuls`."""
+    """Bytes of the results of linear layers, which activation checkpointing `matmuls` saves as well."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelCost:
-    """A whole model; the sums are over its layers, embedding, final norm and output projection."""
+    """Costs of a whole model: layers, embedding, final norm and output projection."""
 
     length: int
-    """The sequence length that operations, growing states and activations are counted at."""
+    """Sequence length in tokens, at which FLOPs, growing states and activations are counted."""
     layers: tuple[LayerCost, ...]
+    """Costs of each layer."""
     parameters: int
-    """All parameters, a tied matrix once."""
+    """All parameters; a tied matrix counts once."""
     embedding_parameters: int
-    """Parameters of embedding and output projection."""
+    """Parameters of embedding and output projection; a tied matrix counts once."""
     parameter_bytes: int
+    """Bytes of all parameters."""
     flops_per_token: int
-    """FLOPs per token of matrix products, forward, output projection included."""
+    """Forward FLOPs of matrix products per token, output projection included."""
     state_elements: int
+    """Elements of the states of one sequence after `length` tokens, without positions."""
     state_bytes: int
+    """Bytes of the states of one sequence after `length` tokens, positions included."""
     activation_bytes: int
+    """Activation memory for one sequence of `length` tokens: all layers, the logits and their gradient."""
 
     @property
     def body_parameters(self) -> int:
-        """Parameters outside embedding and output projection: the figure papers quote."""
+        """Parameters outside embedding and output projection: the number that papers quote."""
         return self.parameters - self.embedding_parameters
 
     def checkpointed_bytes(self, *, matmuls: bool) -> int:
-        """Activation memory with activation checkpointing, with that of the one layer that backward recomputes."""
-        kept = sum(layer.input_bytes + matmuls * layer.matmul_bytes for layer in self.layers)
-        rest = self.activation_bytes - sum(layer.activation_bytes for layer in self.layers)
-        return rest + kept + max(layer.activation_bytes for layer in self.layers)
+        """Return the activation memory with activation checkpointing, including the layer that backward recomputes."""
+        saved = sum(layer.input_bytes + matmuls * layer.matmul_bytes for layer in self.layers)
+        outside_layers = self.activation_bytes - sum(layer.activation_bytes for layer in self.layers)
+        return outside_layers + saved + max(layer.activation_bytes for layer in self.layers)
 
 
 def account(config: ModelConfig, *, length: int = 2048, dtype: torch.dtype = torch.float32) -> ModelCost:
-    """Count what a model costs.
+    """Return the costs of a model.
 
     Args:
-        config: the model.
-        length: tokens of one sequence.
-        dtype: of parameters and activations.
+        config: the model's configuration.
+        length: sequence length in tokens.
+        dtype: the dtype of parameters and activations.
 
     Raises:
         SeqmixError: a block does not fit `d_model`.
@@ -98,7 +104,7 @@ def account(config: ModelConfig, *, length: int = 2048, dtype: torch.dtype = tor
         layers.append(_layer(name, block, length, saved[kind]))
     embedding = sum(matrix.numel() for matrix in {model.embedding.weight, model.head.weight})
     parameters = _count(model)
-    # logits and their gradient, in float32, and the input of the output projection
+    # logits and their gradient in float32, and the input of the output projection with its gradient
     head = length * (2 * 4 * config.vocab_size + 2 * config.d_model * dtype.itemsize)
     return ModelCost(
         length=length,
@@ -114,18 +120,19 @@ def account(config: ModelConfig, *, length: int = 2048, dtype: torch.dtype = tor
 
 
 def flops_per_token(model: LanguageModel, length: int) -> int:
-    """FLOPs per token of matrix products, forward, in the layers' default paradigms, output projection included."""
+    """Return forward FLOPs of matrix products per token, in the default paradigms, output projection included."""
     readout = 0 if model.readout is None else sum(p.numel() for p in model.readout.parameters() if p.ndim == 2)
     return sum(_flops(block, length) for block in model.blocks) + 2 * (readout + model.head.weight.numel())
 
 
 def _flops(block: Block, length: int) -> int:
-    """FLOPs per token of one layer."""
+    """Return forward FLOPs per token of one layer."""
     ffn = 0 if block.ffn is None else block.ffn.flops(length)
     return (block.mixer.flops(length, block.mixer.paradigm) + ffn) // length
 
 
 def _layer(name: str, block: Block, length: int, saved: dict[str, int]) -> LayerCost:
+    """Return the costs of one layer; `saved` are those of `_saved_bytes`."""
     state = block.mixer.init_state(1, max_length=length)
     return LayerCost(
         block=name,
@@ -145,27 +152,27 @@ def _count(module: nn.Module) -> int:
 
 
 class _Matmuls(TorchDispatchMode):
-    """Bytes of the results that activation checkpointing `matmuls` saves."""
+    """Counts the bytes of the results that activation checkpointing `matmuls` saves."""
 
     total = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        self.total += found.nbytes if func in MATMULS else 0
-        return found
+        result = func(*args, **(kwargs or {}))
+        self.total += result.nbytes if func in MATMULS else 0
+        return result
 
 
 def _saved_bytes(block: Block, length: int, d_model: int, dtype: torch.dtype) -> dict[str, int]:
-    """Bytes that autograd saves for one layer, without parameters, and with activation checkpointing.
+    """Return the bytes that autograd saves for one layer, parameters excluded, without and with checkpointing.
 
-    The layer runs on fake tensors, which have no memory but say that they are on a CPU: on `meta`, torch would take
-    attention's quadratic form, which no device does.
+    The layer runs on fake tensors, which have no memory but pretend to be on a CPU. On `meta`, torch would choose a
+    quadratic form of attention that it uses on no real device.
     """
     storages: dict[int, int] = {}
 
     def pack(x: Tensor) -> Tensor:
-        # a view keeps the whole storage alive, and several views count once
-        if id(x) not in own and (x._base is None or id(x._base) not in own):
+        # a view keeps the whole storage alive, and several views of it count once
+        if id(x) not in excluded and (x._base is None or id(x._base) not in excluded):
             storages[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
         return x
 
@@ -174,10 +181,10 @@ def _saved_bytes(block: Block, length: int, d_model: int, dtype: torch.dtype) ->
             name: torch.empty(x.shape, dtype=x.dtype, requires_grad=x.requires_grad)
             for name, x in (*block.named_parameters(), *block.named_buffers())
         }
-        own = {id(x) for x in tensors.values()}
+        excluded = {id(x) for x in tensors.values()}
         x = torch.empty(1, length, d_model, dtype=dtype, requires_grad=True)
         first = torch.empty_like(x, requires_grad=True) if block.mixer.takes_first_values else None
-        own.add(id(first))  # the first layer's, which saves them
+        excluded.add(id(first))  # the first layer saves its own values
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), _Matmuls() as matmuls:
-            out = functional_call(block, tensors, (x, None, first))  # noqa: F841 the graph must live while it is counted
+            out = functional_call(block, tensors, (x, None, first))  # noqa: F841 keeps the graph alive during the count
         return {"activation_bytes": sum(storages.values()), "input_bytes": x.nbytes, "matmul_bytes": matmuls.total}

@@ -1,4 +1,4 @@
-"""Compiling: a model block by block, and the whole decode step."""
+"""Compilation of a model: block by block for training, all layers in one graph for decoding and prefill."""
 
 import sys
 from collections.abc import Callable
@@ -17,21 +17,21 @@ from ..registry import SeqmixError
 from .language_model import LanguageModel
 
 _compiled: WeakKeyDictionary[LanguageModel, dict[FunctionType, Callable[..., Any]]] = WeakKeyDictionary()
-"""The compiled functions of each model, by `compiled_for`."""
+"""Compiled functions of each model, by the uncompiled function."""
 
 
 class CompileError(SeqmixError):
-    """The compiler has failed, for example without a C++ compiler."""
+    """torch.compile has failed, for example because a C++ compiler is missing."""
 
 
 def compile_blocks(model: LanguageModel) -> int:
     """Compile each kind of block by itself (`fullgraph`), so that a deep model compiles as fast as a shallow one.
 
-    Dynamo counts graphs by code object, and stops at eight. All blocks have one `forward`, so every kind gets a copy of
-    its code: blocks of a kind share graphs, and other kinds and other models do not count.
+    Dynamo compiles at most eight graphs per code object, and all blocks share the code of `Block.forward`. Each kind
+    therefore gets a copy of that code: blocks of a kind share graphs, other kinds and other models do not count.
 
     Returns:
-        The number of kinds, each of which is compiled at its first call.
+        The number of kinds; each is compiled at its first call.
 
     Raises:
         ContractError: a mixer cannot be compiled.
@@ -39,16 +39,18 @@ def compile_blocks(model: LanguageModel) -> int:
     _require_compiles(model)
     forwards = {kind: copy_of(Block.forward, f"forward_{kind}") for kind in model.config.layers}
     for block, kind in model.distinct_blocks.items():
-        # of the instance: hooks and parameter names stay as they are
+        # set on the instance, so that hooks and parameter names stay as they are
         block.forward = torch.compile(MethodType(forwards[kind], block), fullgraph=True)
     return len(forwards)
 
 
 def compiled_for(model: LanguageModel, function: FunctionType, **options: Any) -> Callable[..., Any]:
-    """A function of the model, all layers in one graph, compiled with options of torch.compile at the first call.
+    """Return a function of the model, compiled as one graph of all layers; `options` are those of torch.compile.
+
+    The function is compiled at its first call, and the same compiled function is returned every time.
 
     Raises:
-        CompileError: the compiler has failed; raised by the call, before anything is computed.
+        CompileError: the compiler has failed; raised by a call of the function, before it computes anything.
         ContractError: a mixer cannot be compiled.
     """
     _require_compiles(model)
@@ -74,8 +76,8 @@ def _require_compiles(model: LanguageModel) -> None:
 
 
 def compiler_failure(error: Any) -> str | None:
-    """Why a compiler has failed, in one line; None for any other exception."""
-    dynamo = sys.modules.get("torch._dynamo.exc")  # imported by whatever compiles
+    """Return the reason of a compiler's failure, in one line; None for any other exception."""
+    dynamo = sys.modules.get("torch._dynamo.exc")  # every compilation imports it
     if dynamo is None or not isinstance(error, dynamo.BackendCompilerFailed):
         return None
     inner = error.inner_exception
@@ -83,10 +85,10 @@ def compiler_failure(error: Any) -> str | None:
 
 
 def rows_as_sums(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-    """Inductor, but on a CPU a matrix-vector product is a sum of products, which inductor turns into a loop.
+    """Compile with inductor, but write matrix-vector products on a CPU as sums, which inductor turns into loops.
 
-    Such a product is bound by memory, and BLAS computes it on one core, at a third to a half of its bandwidth; the loop
-    is fused with the operations around it and runs on all cores.
+    Such a product is bound by memory bandwidth. BLAS computes it on one core, at a third to a half of the bandwidth;
+    the loop runs on all cores and is fused with the operations around it.
     """
     for node in graph.graph.find_nodes(op="call_function", target=F.linear):
         row, *_ = node.args
@@ -98,7 +100,10 @@ def rows_as_sums(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[...
 
 
 def _row_product(row: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear of one row, materialised first: fused, its norm and activation would be recomputed for each output."""
+    """F.linear of one row as a sum of products.
+
+    The row is materialised first: if it were fused, its norm and activation would be recomputed for each output.
+    """
     product = (weight * written(row.reshape(-1), 0)).sum(-1)
     if bias is not None:
         product = product + bias
@@ -106,7 +111,7 @@ def _row_product(row: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
 
 
 def copy_of(function: FunctionType, name: str) -> FunctionType:
-    """The same function with its own code object, whose graphs dynamo counts separately."""
+    """Return a copy of a function with its own code object, whose graphs dynamo counts separately."""
     code = function.__code__.replace(co_name=name)
     copy = FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
     copy.__kwdefaults__ = function.__kwdefaults__

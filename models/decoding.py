@@ -16,55 +16,55 @@ from .language_model import LanguageModel, ModelState
 
 STREAMED = 256
 COMPILED_FROM = 8192
-"""Tokens that are decoded before a step is compiled unasked, and tokens that must then be left. Compiling takes about
-two seconds per layer on a CPU, which 3,000 to 5,000 tokens save again: with more than these left, it gains. The numbers
-do not come from a clock, so that a text is a function of its seed."""
+"""Automatic compilation of the decode step: it happens after `STREAMED` tokens, if at least `COMPILED_FROM` tokens may
+still follow. Compiling takes about two seconds per layer on a CPU, as much time as it saves in 3,000 to 5,000 tokens.
+The decision counts tokens and does not measure time, so that a text is a function of its seed."""
 
 
 def compiled_after(max_new_tokens: int) -> int | None:
-    """The token after which compiling the step pays; None where it does not."""
+    """Return the number of tokens after which compiling the decode step pays; None if it does not."""
     return STREAMED if max_new_tokens - STREAMED >= COMPILED_FROM else None
 
 
 class Decoder:
-    """A model and its state after a prefix; every step decodes one more token per row.
+    """A model with its state after a prefix; every step decodes one more token per row.
 
-    On a CUDA device a step with a state of fixed size is captured as a CUDA graph: tokens, state and logits then have
-    static buffers, and a step is a single launch.
+    On a CUDA device, a step whose state has a fixed size is captured as a CUDA graph: tokens, state and logits then
+    have static buffers, and a step is a single launch.
 
     Args:
-        model: the model; its training mode is the caller's, and its parameters stay as they are from step to step.
+        model: the model. The caller sets its training mode, and must not change its parameters between steps.
         state: the state after the prefix, from `prefill` or `init_state`; donated: the decoder may write into it.
-        compiled: whether to compile the step, all layers in one graph.
+        compiled: True to compile the step, all layers in one graph.
     """
 
     def __init__(self, model: LanguageModel, state: ModelState, *, compiled: bool = False) -> None:
         self.model = model
         self.state = state
         self._step = compiled_for(model, decode_step, backend=rows_as_sums) if compiled else decode_step
-        self._captured: _Captured | None = None
+        self._captured: _CapturedStep | None = None
         self._may_capture = model.device.type == "cuda"
         self._fixed_sizes = False
-        # a graph has its constants
+        # a compiled graph holds its own constants
         self._memo = None if compiled else Memo()
 
     @torch.no_grad()
     def step(self, tokens: Int[Tensor, " N"]) -> Float[Tensor, "N vocab"]:
-        """Logits of the next token of each row; they may overwrite those of the previous step."""
+        """Decode one token per row and return the logits of the next, which may overwrite those of the last step."""
         step = partial(self._step, donate_state=True, memo=self._memo)
         if self._fixed_sizes and self._captured is None:
-            held = Held(partial(step, self.model), tokens, self.state)
+            static = StaticStep(partial(step, self.model), tokens, self.state)
             with current(self.model.device):
-                self._captured = _Captured(held)
-            self.state = held.state
+                self._captured = _CapturedStep(static)
+            self.state = static.state
         if self._captured is not None:
             with current(self.model.device):
                 return self._captured.replay(tokens)
         before = self.state
         logits, self.state = step(self.model, tokens, before)
         if self._may_capture:
-            # the first step runs uncaptured and shows whether the state grows; only a second step makes sure that the
-            # state has room for the calls of a capture
+            # the first step runs uncaptured and shows whether the state grows; the capture waits for a second step,
+            # which shows that the state has room for another token
             sizes = [[leaf.shape for leaf in to_dict(state).values()] for state in (before, self.state)]
             self._may_capture = self._fixed_sizes = sizes[0] == sizes[1]
         return logits
@@ -78,58 +78,58 @@ def decode_step(
     donate_state: bool = False,
     memo: Memo | None = None,
 ) -> tuple[Float[Tensor, "N vocab"], ModelState]:
-    """One token per row: logits and the next state; options as in `LanguageModel.forward`."""
+    """Decode one token per row; return the logits and the next state. Options are those of `LanguageModel.forward`."""
     paradigms = model.prefer(Paradigm.RECURRENT, Paradigm.CHUNKWISE, from_state=True)
     output = model(tokens[:, None], state, paradigm=paradigms, return_state=True, donate_state=donate_state, memo=memo)
     return output.logits[:, 0], output.state
 
 
-class Held:
-    """A step whose tokens, state and logits have static buffers: the state's are the tensors of the given one."""
+class StaticStep:
+    """A decode step whose tokens, state and logits have static buffers; the state's buffers are the given tensors."""
 
     def __init__(self, step: Callable[..., tuple[Tensor, ModelState]], tokens: Tensor, state: ModelState) -> None:
         self._step = step
         self.tokens = tokens.clone()
-        self.state = _apart(state)
+        self.state = _without_shared_memory(state)
         self.logits: Tensor | None = None
 
     def __call__(self) -> None:
-        """One step from the buffers into the buffers."""
+        """Run one step: read tokens and state from the buffers, write the next state and the logits into them."""
         logits, after = self._step(self.tokens, self.state)
-        for place, leaf in zip(to_dict(self.state).values(), to_dict(after).values(), strict=True):
-            if place.data_ptr() != leaf.data_ptr():  # else it was written in place
-                place.copy_(leaf)
+        for buffer, leaf in zip(to_dict(self.state).values(), to_dict(after).values(), strict=True):
+            if buffer.data_ptr() != leaf.data_ptr():  # the step may have written in place
+                buffer.copy_(leaf)
         self.logits = logits if self.logits is None else self.logits.copy_(logits)
 
     def warm_up(self) -> None:
-        """Some calls, each from the same state, which stays as it was: it may have room for only one token.
+        """Run a few steps, and restore the state after each: it may have room for only one more token.
 
-        It is kept in main memory: a second one may be more than a GPU has room for.
+        The copy is in main memory, because a GPU may not have room for a second state.
         """
-        reached = map_state(lambda leaf: leaf.to("cpu", copy=True), self.state)
+        before = map_state(lambda leaf: leaf.to("cpu", copy=True), self.state)
         for _ in range(3):
             self()
-            for place, leaf in zip(to_dict(self.state).values(), to_dict(reached).values(), strict=True):
-                place.copy_(leaf)
+            for buffer, leaf in zip(to_dict(self.state).values(), to_dict(before).values(), strict=True):
+                buffer.copy_(leaf)
 
 
-def _apart(state: ModelState) -> ModelState:
-    """A state whose leaves can be written one after another: those that share memory are copied."""
+def _without_shared_memory(state: ModelState) -> ModelState:
+    """Return a state whose leaves can be written one after another: leaves that share memory are copied."""
     seen: set[int] = set()
 
-    def own(leaf: Tensor) -> Tensor:
-        place = leaf.untyped_storage().data_ptr()
-        shared = place in seen or not leaf.is_contiguous()
-        seen.add(place)
+    def unshare(leaf: Tensor) -> Tensor:
+        address = leaf.untyped_storage().data_ptr()
+        shared = address in seen or not leaf.is_contiguous()
+        seen.add(address)
         return leaf.clone(memory_format=torch.contiguous_format) if shared else leaf
 
-    return map_state(own, state)
+    return map_state(unshare, state)
 
 
-class _Captured:
-    """A held step as a CUDA graph."""
+class _CapturedStep:
+    """A static step as a CUDA graph."""
 
-    def __init__(self, held: Held) -> None:
+    def __init__(self, held: StaticStep) -> None:
         self.held = held
         # compilers and libraries initialise in their first calls, which a capture does not allow
         stream = torch.cuda.Stream()
@@ -142,7 +142,7 @@ class _Captured:
             held()
 
     def replay(self, tokens: Tensor) -> Tensor:
-        """One step; returns the buffer of the logits."""
+        """Decode one token per row; return the buffer of the logits."""
         self.held.tokens.copy_(tokens)
         self.graph.replay()
         assert self.held.logits is not None

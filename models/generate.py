@@ -1,4 +1,4 @@
-"""Generation: the prompts are prefilled in one pass, then every token costs one recurrent decode step."""
+"""Generation: prompts are prefilled in one pass, then every token takes one recurrent decode step."""
 
 import math
 import warnings
@@ -19,58 +19,58 @@ from .prompt_cache import RECENT, PromptCache, cache_tokens
 from .tokenizer import TextDecoder, Tokenizer
 
 LEAST_TEMPERATURE = 1e-3
-"""Below it, logits divided by the temperature leave the range of floats; it is greedy in effect."""
+"""Lowest temperature above 0: a lower one is greedy in effect, and logits divided by it may overflow."""
 
 GATHERED = 256
-"""New tokens that are kept until only their number and the last ones are: the memory of a long text does not grow."""
+"""Number of new tokens after which only their count and the last ones are kept, so that memory does not grow."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the next token is chosen.
+    """Settings for sampling the next token.
 
     Raises:
-        SeqmixError: a value out of its range.
+        SeqmixError: a value is out of range.
     """
 
     temperature: float = 1.0
-    """Divides the logits; 0 takes the most probable token (greedy)."""
+    """Divisor of the logits; 0 selects the most probable token (greedy)."""
     top_k: int | None = None
-    """Only the k most probable tokens; None for all."""
+    """Number of the most probable tokens to sample from; None for all."""
     top_p: float = 1.0
-    """Nucleus sampling: only the most probable tokens, until their probabilities add up to this."""
+    """Nucleus sampling: sample from the most probable tokens whose probabilities add up to this."""
     seed: int = 0
-    """The tokens are a function of it."""
+    """Seed of the random generator: the same seed gives the same tokens."""
 
     def __post_init__(self) -> None:
         if not (self.temperature == 0 or LEAST_TEMPERATURE <= self.temperature < math.inf):
             raise SeqmixError(
-                f"temperature must be 0 (greedy) or at least {LEAST_TEMPERATURE:g}, and is {self.temperature:g}"
+                f"temperature must be 0 (greedy) or at least {LEAST_TEMPERATURE:g}, got {self.temperature:g}"
             )
         if self.top_k is not None and self.top_k < 1:
-            raise SeqmixError(f"top_k must be 1 or more, and is {self.top_k}")
+            raise SeqmixError(f"top_k must be at least 1, got {self.top_k}")
         if not 0 < self.top_p <= 1:
-            raise SeqmixError(f"top_p must be above 0 and at most 1, and is {self.top_p:g}")
+            raise SeqmixError(f"top_p must be above 0 and at most 1, got {self.top_p:g}")
         if not 0 <= self.seed < 2**63:
-            raise SeqmixError(f"the seed must be from 0 to 2^63 - 1, and is {self.seed}")
+            raise SeqmixError(f"the seed must be from 0 to 2^63 - 1, got {self.seed}")
 
 
 def sample(
     logits: Float[Tensor, "B vocab"], sampling: Sampling, generator: torch.Generator | None = None
 ) -> Int[Tensor, " B"]:
-    """Sample one token per row."""
+    """Sample one token per row; without a generator, from torch's global one."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
     logits = logits.float() / sampling.temperature
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
-        least = logits.topk(sampling.top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < least, float("-inf"))
+        threshold = logits.topk(sampling.top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < threshold, float("-inf"))
     if sampling.top_p < 1:
         ranked, order = logits.sort(descending=True)
         probabilities = ranked.softmax(-1)
-        # a token stays if those before it do not reach top_p, so the first always stays
-        dropped = probabilities.cumsum(-1) - probabilities >= sampling.top_p
-        logits = logits.masked_fill(dropped.scatter(1, order, dropped), float("-inf"))
+        # a token stays if the more probable ones do not add up to top_p, so the first always stays
+        excluded = probabilities.cumsum(-1) - probabilities >= sampling.top_p
+        logits = logits.masked_fill(excluded.scatter(1, order, excluded), float("-inf"))
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 
@@ -89,61 +89,70 @@ def generate_tokens(
     """Yield the next token of every prompt, one step at a time; close the generator to stop early.
 
     Args:
-        model: the model; its training mode is the caller's.
+        model: the model; the caller sets its training mode.
         prompts: N prompts of any lengths >= 1.
         max_new_tokens: the maximum number of tokens per prompt.
-        sampling: how they are sampled.
+        sampling: the settings for sampling.
         vocab_size: only tokens below it are sampled (a tokenizer may have fewer than the model); None for all.
-        compiled: whether to compile the decode step; None compiles it for at least `COMPILED_FROM` tokens.
-        after: the prompt cache of the prefix, as `PromptCache.broadcast` takes it; None for no prefix.
+        compiled: True to compile the decode step, False to run it eagerly; None compiles it after some tokens if many
+            more may follow (`compiled_after`).
+        after: the prompt cache of the prefix, combined with the prompts as in `PromptCache.broadcast`; None for no
+            prefix.
         on_end: called with the prompt cache of the whole text, after the last token or when the generator is closed.
 
     Raises:
-        SeqmixError: there is no prompt, or a prompt is empty, or its logits are not finite.
-        CompileError: `compiled` is True and the compiler fails; with None, that is a warning.
+        SeqmixError: `prompts` is empty, a prompt is empty, or the logits of a prompt are not finite.
+        CompileError: `compiled` is True and the compiler fails; if it is None, a warning is shown instead.
     """
     if max_new_tokens < 1:
-        raise SeqmixError(f"max_new_tokens must be at least 1, and is {max_new_tokens}")
+        raise SeqmixError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     generator = torch.Generator(model.device).manual_seed(sampling.seed)
     before, texts = (PromptCache.empty(1) if after is None else after).broadcast(prompts)
     logits, state = before.prefill(model, texts, more=max_new_tokens)
     if not logits.isfinite().all():
-        raise SeqmixError("the model gives logits that are not finite: its parameters are damaged or have diverged")
+        raise SeqmixError("the model's logits are not finite: its parameters are damaged or have diverged")
     decoder = Decoder(model, state, compiled=compiled is True)
-    by_itself = compiled is None and all(block.mixer.traits.compiles for block in model.blocks)
-    compile_at = compiled_after(max_new_tokens) if by_itself else None
-    written: list[Tensor] = []
-    for left in range(max_new_tokens, 0, -1):
+    may_compile = compiled is None and all(block.mixer.traits.compiles for block in model.blocks)
+    compile_at = compiled_after(max_new_tokens) if may_compile else None
+    new_tokens: list[Tensor] = []
+    for count in range(1, max_new_tokens + 1):
         token = sample(logits[:, :vocab_size], sampling, generator)
-        written.append(token)
+        new_tokens.append(token)
         try:
             yield token
         except GeneratorExit:  # the caller has closed the generator
             break
-        if left == 1:
+        if count == max_new_tokens:
             break
-        if len(written) == GATHERED:
-            before, texts = _extended(before, None, texts, written)
-            written.clear()
-        if max_new_tokens - left + 1 == compile_at:
+        if len(new_tokens) == GATHERED:
+            before, texts = _extended(before, None, texts, new_tokens)
+            new_tokens.clear()
+        if count == compile_at:
             decoder = Decoder(model, decoder.state, compiled=True)
         try:
             logits = decoder.step(token)
         except CompileError as error:
             if compiled is not None:
                 raise
-            warnings.warn(f"{error}: tokens are generated uncompiled, which takes longer", stacklevel=2)
+            warnings.warn(f"{error}: generating uncompiled, which is slower", stacklevel=2)
             decoder = Decoder(model, decoder.state)
             logits = decoder.step(token)
     if on_end is not None:
-        on_end(_extended(before, decoder.state, texts, written)[0])
+        on_end(_extended(before, decoder.state, texts, new_tokens)[0])
 
 
 def _extended(
-    before: PromptCache, state: ModelState | None, texts: Sequence[Tensor], written: Sequence[Tensor]
+    before: PromptCache, state: ModelState | None, texts: Sequence[Tensor], new_tokens: Sequence[Tensor]
 ) -> tuple[PromptCache, list[Tensor]]:
-    """The cache after texts and the tokens that follow them, and the last token of each, which the next begins with."""
-    new = torch.stack(list(written), dim=1).cpu()
+    """Return the cache after texts and new tokens, and the last token of each text, from which the next ones continue.
+
+    Args:
+        before: the cache before the texts.
+        state: the state after all tokens but the last; None if it is not needed yet.
+        texts: the tokens of each of the N texts.
+        new_tokens: the tokens that follow, [N] at each step.
+    """
+    new = torch.stack(list(new_tokens), dim=1).cpu()
     whole = [torch.cat(parts) for parts in zip(texts, new, strict=True)]
     return before.extend(state, whole), [text[-1:] for text in whole]
 
@@ -159,25 +168,26 @@ def stream_text(
     after: PromptCache | None = None,
     on_end: Callable[[PromptCache], object] | None = None,
 ) -> Iterator[list[str]]:
-    """Continue texts; yield the new piece of each at every step ("" where there is none).
+    """Continue texts; yield the new piece of each text at every step, or "" if a text has no new characters.
 
     Args:
-        model: the model, whose `tokenizer` encodes and decodes; its training mode is the caller's.
-        prompts: the texts; a prompt may be empty after a prefix only.
+        model: the model, whose `tokenizer` encodes and decodes; the caller sets its training mode.
+        prompts: the texts; a prompt may be empty only after a prefix.
         max_new_tokens: the maximum number of tokens per text.
-        sampling: how they are sampled.
-        stop: stop strings; a text ends before the first that appears in it.
-        compiled: as in `generate_tokens`, but that None never compiles where a stop text may end the text any time.
+        sampling: the settings for sampling; None for the defaults.
+        stop: stop strings; a text ends before the first one that appears in it.
+        compiled: as in `generate_tokens`, except that None does not compile if there are stop strings, because the text
+            may then end at any time.
         after: the prompt cache of the prefix, from `cache_text` or `on_end`: one text for all prompts, or one per
-            prompt; without prompts, its texts are continued.
-        on_end: called at the end with the prompt cache of the whole text, a stop string included.
+            prompt; without prompts, the cached texts are continued.
+        on_end: called at the end with the prompt cache of the whole text, which includes a stop string.
 
     Raises:
-        SeqmixError: there is no prompt, or a prompt is empty; the model has no tokenizer, or a smaller vocabulary than
-            its tokenizer.
+        SeqmixError: `prompts` is empty, a prompt is empty, the model has no tokenizer, or its vocabulary is smaller
+            than its tokenizer's.
     """
     if isinstance(stop, str):
-        raise SeqmixError(f"stop is a list of texts: give [{stop[:20]!r}]")
+        raise SeqmixError(f"stop must be a list of strings: pass [{stop[:20]!r}]")
     tokenizer = _tokenizer(model)
     encoded = _encoded(model, prompts, after)
     texts = [_Text(decoder, tuple(stop)) for decoder in _decoders(model, encoded, after)]
@@ -200,7 +210,7 @@ def stream_text(
 
 
 def cache_text(model: LanguageModel, prompts: Sequence[str], *, after: PromptCache | None = None) -> PromptCache:
-    """Prefill texts without generating: `stream_text` continues them, any number of times.
+    """Prefill texts without generating; `stream_text` can continue them any number of times.
 
     Args:
         model: the model, whose `tokenizer` encodes.
@@ -208,27 +218,28 @@ def cache_text(model: LanguageModel, prompts: Sequence[str], *, after: PromptCac
         after: as in `stream_text`.
 
     Raises:
-        SeqmixError: as `stream_text`.
+        SeqmixError: as in `stream_text`.
     """
     return cache_tokens(model, _encoded(model, prompts, after), after=after)
 
 
 def _tokenizer(model: LanguageModel) -> Tokenizer:
+    """Return the model's tokenizer; a SeqmixError if it has none."""
     if model.tokenizer is None:
-        raise SeqmixError("the tokens of this model stand for no text, for it has learned a task: there is no prompt")
+        raise SeqmixError("this model was trained on a task and has no tokenizer: it cannot continue text")
     return model.tokenizer
 
 
 def _encoded(model: LanguageModel, prompts: Sequence[str], after: PromptCache | None) -> list[Int[Tensor, " T"]]:
-    """The tokens of prompts; the begin token opens a text without a prefix."""
+    """Return the tokens of prompts; a text without a prefix starts with the begin token."""
     tokenizer = _tokenizer(model)
     if isinstance(prompts, str):
-        raise SeqmixError(f"prompts is a list of texts: give [{prompts[:20]!r}]")
+        raise SeqmixError(f"prompts must be a list of strings: pass [{prompts[:20]!r}]")
     if after is None and any(not prompt for prompt in prompts):
-        raise SeqmixError("the prompt is empty: give at least one character")
+        raise SeqmixError("the prompt is empty: pass at least one character")
     if model.config.vocab_size < tokenizer.vocab_size:
         raise SeqmixError(
-            f"text needs a model of {tokenizer.vocab_size} tokens ({tokenizer.unit}), and this one has "
+            f"text needs a model with a vocabulary of at least {tokenizer.vocab_size} {tokenizer.unit}, got "
             f"{model.config.vocab_size}"
         )
     return [tokenizer.encode(prompt)[0 if after is None else 1 :] for prompt in prompts]
@@ -237,7 +248,7 @@ def _encoded(model: LanguageModel, prompts: Sequence[str], after: PromptCache | 
 def _decoders(
     model: LanguageModel, prompts: Sequence[Int[Tensor, " T"]], after: PromptCache | None
 ) -> list[TextDecoder]:
-    """A decoder per text, which has seen the last tokens of the prefix: they may be half a character."""
+    """Return a decoder per text, which has processed the prefix's last tokens: a character may continue from them."""
     tokenizer = _tokenizer(model)
     if after is None:
         return [tokenizer.decoder() for _ in prompts]
@@ -251,32 +262,32 @@ def _decoders(
 
 
 class _Text:
-    """One text as it grows: decodes tokens, and holds back what may begin a stop string."""
+    """A growing text: decodes tokens, and holds back characters that may be the start of a stop string."""
 
     def __init__(self, decoder: TextDecoder, stop: tuple[str, ...]) -> None:
         self.decoder = decoder
         self.stop = tuple(text for text in stop if text)
-        self.held = ""
+        self.pending = ""
         self.stopped = False
 
     def add(self, token: int | None) -> str:
-        """The text that is certain after one more token; None ends the text."""
+        """Add one token, or None at the end of the text, and return the new characters that are certain."""
         if self.stopped:
             return ""
-        self.held += self.decoder(token)
-        ends = [at for text in self.stop if (at := self.held.find(text)) >= 0]
+        self.pending += self.decoder(token)
+        ends = [at for text in self.stop if (at := self.pending.find(text)) >= 0]
         if ends:
             self.stopped = True
-            return self.held[: min(ends)]
-        # the end of the held text may be the start of a stop string
+            return self.pending[: min(ends)]
+        # the last pending characters may be the start of a stop string
         starts = (text[:n] for text in self.stop for n in range(1, len(text))) if token is not None else ()
-        certain = len(self.held) - max((len(start) for start in starts if self.held.endswith(start)), default=0)
-        piece = self.held[:certain]
-        self.held = self.held[certain:]
+        certain = len(self.pending) - max((len(start) for start in starts if self.pending.endswith(start)), default=0)
+        piece = self.pending[:certain]
+        self.pending = self.pending[certain:]
         return piece
 
 
 def generate_text(model: LanguageModel, prompts: Sequence[str], **options: Any) -> list[str]:
-    """The whole continuations of `stream_text`."""
+    """Return the whole continuations of texts; `options` are those of `stream_text`."""
     pieces = list(stream_text(model, prompts, **options))
     return ["".join(parts) for parts in zip(*pieces, strict=True)]

@@ -24,25 +24,26 @@ from .readout import LastVector
 from .tokenizer import ByteTokenizer, Tokenizer
 
 Checkpointing: TypeAlias = bool | Literal["matmuls"]
-"""Activation checkpointing: none, of whole blocks, or all but the products of matrices with parameters."""
+"""Activation checkpointing: False for none, True to recompute whole blocks, `matmuls` to save products with weights."""
 MATMULS = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default, onednn_linear._opoverload]
-"""What those are; products of attention's scores and within chunks are batched, and as many as pairs of tokens."""
+"""Operators whose results `matmuls` saves: products with weight matrices. The products inside mixers, such as attention
+scores, are batched operators; their results grow with the pairs of tokens and are recomputed."""
 _keep_matmuls = partial(create_selective_checkpoint_contexts, MATMULS)
 ModelState: TypeAlias = tuple[tuple[Any, ...], ...]
-"""One opaque state per layer."""
+"""State of a model: one opaque state per layer."""
 
 
 class ModelOutput(NamedTuple):
-    """What a model returns."""
+    """Output of a model's forward pass."""
 
     logits: Float[Tensor, "..."] | None
-    """[B T vocab]; [M vocab] where `select` names M tokens; None where `targets` are given and no `select`."""
+    """Logits, [B T vocab], or [M vocab] for the M tokens of `select`; None with `targets` and without `select`."""
     loss: Float[Tensor, "..."] | None = None
-    """The cross-entropy in nats, reduced as asked; None without `targets`."""
+    """Cross-entropy in nats, after the requested reduction; None without `targets`."""
     state: ModelState | None = None
-    """The state after the last token; None unless `return_state`."""
+    """State after the last token; None unless `return_state`."""
     predictions: Int[Tensor, " P"] | None = None
-    """The most probable token at each of the P places with a target, row by row; None unless `return_predictions`."""
+    """Most probable token at each of the P positions with a target, row by row; None unless `return_predictions`."""
 
 
 class LanguageModel(nn.Module):
@@ -54,50 +55,53 @@ class LanguageModel(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.embedding_norm = None if config.embedding_norm is None else config.embedding_norm.build(config.d_model)
         self.dropout = Dropout(config.dropout)
-        # a ModuleList has no type of its elements
+        # cast: a ModuleList does not know the type of its elements
         self.blocks = cast("Sequence[Block]", nn.ModuleList(_build_all(config)))
         self.readout = None if config.readout == "each" else LastVector(config.d_model, config.norm)
         self.norm = config.norm.build(config.d_model)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.tokenizer: Tokenizer | None = ByteTokenizer()
-        """The tokenizer of generation; None where the tokens are not text."""
+        """Tokenizer for generation; None if the tokens are not text."""
         self.activation_checkpointing: Checkpointing = False
-        """Whether the backward pass recomputes the activations of each block: forward saves only the blocks' inputs,
-        and with `matmuls` the results of linear layers."""
+        """True if the backward pass recomputes the activations of each block: forward then saves only the blocks'
+        inputs, and with `matmuls` also the results of linear layers."""
         self.cp_group: ContextParallel | None = None
-        """The ranks that share sequences (context parallelism), by `set_cp_group`."""
+        """Ranks that share sequences (context parallelism); set by `set_cp_group`."""
         self.tie()
 
     def tie(self) -> None:
-        """Make the output projection the embedding's matrix, if so configured."""
+        """Share the embedding's matrix with the output projection, if `config.tie_embeddings`."""
         if self.config.tie_embeddings:
             self.head.weight = self.embedding.weight
 
     @property
     def distinct_blocks(self) -> dict[Block, str]:
-        """The blocks, one that several layers share once, and their names in the configuration."""
+        """Blocks with their names in the configuration; a block that several layers share appears once."""
         return dict(zip(self.blocks, self.config.layers, strict=True))
 
     def set_cp_group(self, cp_group: ContextParallel | None) -> None:
-        """Split every sequence over the ranks of a group, which all call the model with the same whole sequences.
+        """Turn on context parallelism: split every sequence over the ranks of a group. None turns it off.
 
-        Each rank then computes its own segment: logits and losses are those of its tokens, states those of the whole.
-        A rank's gradients are those of the sum of all ranks' losses, and the ranks' gradients add up to those of the
-        whole. None undoes it.
+        All ranks call the model with the same whole sequences, and each rank computes one segment of them. Logits and
+        losses are those of the rank's own tokens; states are those of the whole sequences. Each rank's loss contributes
+        to the gradients on all ranks, and the sum of the ranks' gradients is the gradient of the whole loss.
         """
         self.cp_group = cp_group
         for block in self.blocks:
             block.mixer.cp_group = cp_group
 
     def reset_parameters(self) -> None:
-        """Initialise every parameter from torch's global generator, as `config.init` says."""
+        """Initialise every parameter according to `config.init`, from torch's global random generator."""
         for block in self.distinct_blocks:
             block.reset_parameters()
         self.reset_rest()
 
     @torch.no_grad()
     def reset_rest(self, assign: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> None:
-        """Initialise all but the blocks; `assign` copies a full tensor into a parameter, which may be sharded."""
+        """Initialise the parameters outside the blocks, and with `NormalInit` all matrices.
+
+        `assign` copies a full tensor into a parameter, which may be sharded.
+        """
         for module in (self.embedding_norm, self.readout, self.norm):
             if module is not None:
                 module.reset_parameters()
@@ -124,35 +128,36 @@ class LanguageModel(nn.Module):
         donate_state: bool = False,
         memo: Memo | None = None,
     ) -> ModelOutput:
-        """Logits of the next token after each token of a segment, or with `targets` their loss.
+        """Return the logits of the next token after each token of a segment, or with `targets` the loss.
 
-        The loss and the predictions never hold all logits in memory.
+        The loss and the predictions are computed without all logits in memory at once.
 
         Args:
-            tokens: the segment, [B T], T >= 1; whole on each of the ranks that share it.
-            state: what came before, from an earlier call or `init_state`; None means nothing.
-            targets: the next token of each token; `IGNORED` (-100) where none is predicted.
-            reduction: of the loss, as in F.cross_entropy: "mean" over the targets (0 if there are none), "sum", or
-                "none" for one loss per token, [B T], 0 where none is predicted.
-            paradigm: how every layer computes it, or one per layer; each layer's configured default when None.
+            tokens: the segment, [B T], T >= 1. Under context parallelism, every rank gets the whole segment.
+            state: the state after the preceding tokens, from an earlier call or `init_state`; None for a new sequence.
+            targets: the next token of each token, [B T]; `IGNORED` (-100) excludes a token from the loss.
+            reduction: reduction of the loss, as in F.cross_entropy: "mean" over the targets (0 without targets), "sum",
+                or "none" for one loss per token, [B T], which is 0 for ignored targets.
+            paradigm: the paradigm of all layers, or one per layer; None for each layer's configured default.
             cu_seqlens: boundaries of documents packed into one row; states then have one row per document.
-            return_state: whether the state after the segment is wanted.
-            return_predictions: whether the most probable tokens at the places with a target are wanted.
+            return_state: True to return the state after the segment.
+            return_predictions: True to return the most probable token at each position with a target.
             select: indices into the B * T tokens (row by row): only their logits are computed.
             donate_state: True if the next state may be written over `state`, which the caller does not need again.
-            memo: constants of earlier calls of this model, whose parameters have not changed since; a decoder's.
+            memo: constants from earlier calls of this model with the same parameters; a decoder passes its own.
 
-        On the ranks of a `cp_group`, each rank returns the results of its own tokens (`local_targets`), and the mean is
-        over the targets of all ranks: their losses add up to that of the whole sequence. The number of ranks divides T,
-        except with targets and without a final state: then the end is padded.
+        Under context parallelism (`cp_group`), each rank returns the results of its own tokens (`local_targets`). The
+        "mean" divides by the number of targets on all ranks, so that the ranks' losses add up to the loss of the whole
+        sequence. The number of ranks must divide T; only with targets and without a final state is the end padded.
 
         Raises:
-            ContractError: a layer does not declare the paradigm or packing, or T cannot be shared.
-            SeqmixError: the reduction is unknown, or the targets have another shape than the tokens.
+            ContractError: a layer does not declare the paradigm or packing, or the ranks cannot share T tokens.
+            SeqmixError: the reduction is unknown, or `targets` and `tokens` have different shapes.
         """
         if targets is not None and targets.shape != tokens.shape:
-            shapes = f"{list(targets.shape)}, and tokens of {list(tokens.shape)}"
-            raise SeqmixError(f"each token has a target, and the model was given targets of shape {shapes}")
+            raise SeqmixError(
+                f"targets must have the shape of the tokens, {list(tokens.shape)}, got {list(targets.shape)}"
+            )
         if targets is not None and not return_state:
             tokens, cu_seqlens = self._padded(tokens, cu_seqlens)
         x, after = self.run_blocks(
@@ -166,7 +171,7 @@ class LanguageModel(nn.Module):
         return ModelOutput(logits, loss, after, predictions)
 
     def embed(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B _ D"]:
-        """The residual stream before the first block, of this rank's tokens."""
+        """Return the residual stream before the first block; under context parallelism, that of this rank's tokens."""
         x = self.embedding(self._part(tokens))
         scale = self.config.embedding_scale
         x = x if scale == 1 else scale * x
@@ -174,7 +179,7 @@ class LanguageModel(nn.Module):
         return self.dropout(x) if self.dropout.p else x
 
     def logits(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch vocab"]:
-        """The logits of the residual stream after the last block."""
+        """Return the logits from the residual stream after the last block."""
         return capped(self.head(self.norm(x)), self.config.logit_softcap)
 
     def run_blocks(
@@ -188,96 +193,104 @@ class LanguageModel(nn.Module):
         donate_state: bool = False,
         memo: Memo | None = None,
     ) -> tuple[Float[Tensor, "B T D"], ModelState | None]:
-        """The residual stream after the last block, before the last norm, and the state; arguments as in `forward`.
+        """Run all layers; return the residual stream before the final norm, and the state.
 
-        x is what `embed` gives, or embeddings of another origin.
+        x comes from `embed`, or has embeddings from another source. The other arguments are those of `forward`.
 
         Raises:
-            ContractError: a layer does not declare the paradigm or packing, or there is not one state per layer.
+            ContractError: a layer does not declare the paradigm or packing, or the number of states or paradigms is
+                not the number of layers.
         """
         states = (None,) * len(self.blocks) if state is None else state
         paradigms = paradigm if isinstance(paradigm, tuple) else (paradigm,) * len(self.blocks)
-        for what, given in (("state", states), ("paradigms", paradigms)):
-            if len(given) != len(self.blocks):
-                raise ContractError(f"{what} has {len(given)} entries, and the model has {len(self.blocks)} layers")
+        for name, entries in (("state", states), ("paradigm", paradigms)):
+            if len(entries) != len(self.blocks):
+                raise ContractError(
+                    f"{name} must have one entry for each of the {len(self.blocks)} layers, got {len(entries)}"
+                )
         after = []
         first_values = None
         eager = not torch.compiler.is_compiling() and not torch.is_grad_enabled()
         memo = (Memo() if memo is None else memo).next_pass() if eager else None
-        for block, before, how in zip(self.blocks, states, paradigms, strict=True):
+        for block, before, layer_paradigm in zip(self.blocks, states, paradigms, strict=True):
             call = partial(
                 block,
-                paradigm=how,
+                paradigm=layer_paradigm,
                 cu_seqlens=cu_seqlens,
                 return_state=return_state,
                 donate_state=donate_state,
                 memo=memo,
             )
-            mixer = block.mixer  # each read of a part is a call
+            mixer = block.mixer  # reading a submodule is a function call: do it once
             if first_values is None and mixer.traits.value_residual:
                 call = partial(call, return_values=True)
             if self.activation_checkpointing and torch.is_grad_enabled():
-                # without early stop: every rank has to run all the communication of a block
-                kept = {"context_fn": _keep_matmuls} if self.activation_checkpointing == "matmuls" else {}
-                call = partial(checkpoint, call, use_reentrant=False, early_stop=self.cp_group is None, **kept)
+                # no early stop under context parallelism: every rank has to run all the communication of a block
+                options = {"context_fn": _keep_matmuls} if self.activation_checkpointing == "matmuls" else {}
+                call = partial(checkpoint, call, use_reentrant=False, early_stop=self.cp_group is None, **options)
             x, final, *values = call(x, before, first_values if mixer.takes_first_values else None)
             first_values = values[0] if values else first_values
             after.append(final)
         if self.readout is not None:
             if state is not None or return_state or cu_seqlens is not None or self.cp_group is not None:
-                raise ContractError("model.readout last is of one whole sequence: without states, packing and sharing")
+                raise ContractError(
+                    "model.readout=last needs whole sequences: turn off states, packing and context parallelism"
+                )
             x = self.readout(x)
         return x, tuple(after) if return_state else None
 
     def _loss(
         self, x: Float[Tensor, "B T D"], targets: Tensor, reduction: Reduction, return_predictions: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """The loss of the residual stream after the last block, and the predictions."""
-        own = self.local_targets(targets)
+        """Return the loss from the residual stream after the last block, and the predictions (None if not wanted)."""
+        local = self.local_targets(targets)
         predictions = None
         softcap = self.config.logit_softcap
+        weight = self.head.weight
         reduce = "sum" if reduction == "mean" else reduction
-        if return_predictions:  # nothing is computed at the other places
-            asked = own != IGNORED
-            found, predictions = linear_predictions(self.norm(x[asked]), self.head.weight, own[asked], reduce, softcap)
-            loss = found.new_zeros(own.shape).masked_scatter(asked, found) if reduction == "none" else found
+        if return_predictions:  # only the positions with a target are computed
+            has_target = local != IGNORED
+            hidden = self.norm(x[has_target])
+            loss, predictions = linear_predictions(hidden, weight, local[has_target], reduce, softcap)
+            if reduction == "none":
+                loss = loss.new_zeros(local.shape).masked_scatter(has_target, loss)
         else:
-            loss = linear_cross_entropy(self.norm(x).flatten(0, 1), self.head.weight, own.flatten(), reduce, softcap)
-            loss = loss.view(own.shape) if reduction == "none" else loss
+            loss = linear_cross_entropy(self.norm(x).flatten(0, 1), weight, local.flatten(), reduce, softcap)
+            loss = loss.view(local.shape) if reduction == "none" else loss
         if reduction == "mean":
             loss = loss / (targets != IGNORED).sum().clamp(min=1)
         return loss, predictions
 
     def local_targets(self, targets: Int[Tensor, "B T"]) -> Int[Tensor, "B _"]:
-        """The targets of this rank's tokens under context parallelism; padded tokens have none."""
+        """Return the targets of this rank's tokens; without context parallelism, all of them. Padding is `IGNORED`."""
         if self.cp_group is None:
             return targets
         return self._part(F.pad(targets, (0, -targets.shape[1] % self.cp_group.size), value=IGNORED))
 
     def _padded(self, tokens: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Tokens padded to equal segments for all ranks: by causality, padding changes no earlier token."""
-        if self.cp_group is None or not (lacking := -tokens.shape[1] % self.cp_group.size):
+        """Pad tokens at the end to equal segments for all ranks: by causality, padding changes no earlier token."""
+        if self.cp_group is None or not (padding := -tokens.shape[1] % self.cp_group.size):
             return tokens, cu_seqlens
-        boundaries = None if cu_seqlens is None else torch.cat((cu_seqlens[:-1], cu_seqlens[-1:] + lacking))
-        return F.pad(tokens, (0, lacking)), boundaries
+        boundaries = None if cu_seqlens is None else torch.cat((cu_seqlens[:-1], cu_seqlens[-1:] + padding))
+        return F.pad(tokens, (0, padding)), boundaries
 
     def _part(self, tokens: Tensor) -> Tensor:
-        """This rank's segment of sequences, or all of it."""
+        """Return this rank's segment of the sequences; without context parallelism, the whole sequences."""
         if self.cp_group is None:
             return tokens
         if tokens.shape[1] % self.cp_group.size:
             raise ContractError(
-                f"{self.cp_group.size} processes share a sequence in equal segments, and {tokens.shape[1]} tokens are "
-                "not a multiple"
+                "context parallelism splits a sequence into equal segments: expected a multiple of "
+                f"{self.cp_group.size} tokens, got {tokens.shape[1]}"
             )
         return self.cp_group.part(tokens)
 
     def init_state(self, batch_size: int, *, max_length: int | None = None) -> ModelState:
-        """The initial state; `max_length` is its capacity in tokens, so that a KV cache is allocated once."""
+        """Return the initial state; `max_length` is its capacity in tokens, so that a KV cache is allocated once."""
         return tuple(block.mixer.init_state(batch_size, max_length=max_length) for block in self.blocks)
 
     def resize_state(self, state: ModelState, max_length: int | None) -> ModelState:
-        """The same state with a capacity of `max_length` tokens; without spare room for None.
+        """Return the same state with a capacity of `max_length` tokens; None for no spare capacity.
 
         Raises:
             ContractError: the processed prefix is longer.
@@ -287,11 +300,14 @@ class LanguageModel(nn.Module):
         )
 
     def prefer(self, *paradigms: Paradigm, from_state: bool = False) -> tuple[Paradigm, ...]:
-        """For each layer, the first of these paradigms that it declares, and `from_state` one that takes a state."""
+        """Return for each layer the first of these paradigms that it declares.
+
+        With `from_state`, only paradigms that can start from a state count.
+        """
         return tuple(block.mixer.traits.prefer(*paradigms, from_state=from_state) for block in self.blocks)
 
     def resolve_backends(self, activations: torch.dtype) -> None:
-        """Choose the kernel backends of all layers, for the parameters' device and activations of this dtype.
+        """Choose the kernel backends of all layers for the device of the parameters and the dtype of the activations.
 
         Raises:
             SeqmixError: a backend that a layer names cannot run here.
@@ -304,19 +320,19 @@ class LanguageModel(nn.Module):
 
     @property
     def backends(self) -> dict[str, str]:
-        """The kernel backend of each kind of block whose mixer has a choice."""
+        """Kernel backend of each kind of block, for the kinds whose mixer has a choice."""
         mixers = {name: block.mixer for name, block in zip(self.config.layers, self.blocks, strict=True)}
-        asked = {name: mixer.kernels(torch.float32) for name, mixer in mixers.items()}
-        return {name: described(kernels[0], mixers[name].backends) for name, kernels in asked.items() if kernels}
+        kernels = {name: mixer.kernels(torch.float32) for name, mixer in mixers.items()}  # pairs of op and probe
+        return {name: described(pair[0], mixers[name].backends) for name, pair in kernels.items() if pair}
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """Device of the parameters."""
         return self.embedding.weight.device
 
 
 def _build_all(config: ModelConfig) -> Iterator[Block]:
-    """The block of every layer; those that share their parameters are one."""
+    """Yield the block of every layer; layers that share parameters get the same block."""
     shared: dict[str, Block] = {}
     first: Block | None = None
     for index, name in enumerate(config.layers):
@@ -331,6 +347,7 @@ def _build_all(config: ModelConfig) -> Iterator[Block]:
 
 
 def _build(config: ModelConfig, index: int) -> Block:
+    """Build the block of one layer."""
     name = config.layers[index]
     try:
         return Block(config.blocks[name], config.d_model, layer_idx=index, n_layers=config.n_layers)
@@ -341,5 +358,5 @@ def _build(config: ModelConfig, index: int) -> Block:
         if "overflow" not in reason.lower():
             raise
         raise ContractError(
-            f"model.blocks.{name}: expected tensors below 2^63 bytes, got larger ones; lower its heads and widths"
+            f"model.blocks.{name}: expected tensors below 2^63 bytes, got larger ones: reduce its heads or widths"
         ) from error

@@ -1,4 +1,4 @@
-"""Cross-entropy of a large vocabulary without all of its logits in memory."""
+"""Cross-entropy over a large vocabulary without all logits in memory at once."""
 
 from collections.abc import Mapping
 from typing import Literal, TypeAlias
@@ -13,12 +13,12 @@ from ..registry import SeqmixError
 from .onednn_linear import linear
 
 IGNORED = -100
-"""The target of a token whose next token is not predicted."""
+"""Target that excludes a token from the loss."""
 Reduction: TypeAlias = Literal["mean", "sum", "none"]
-"""The reduction over tokens, as F.cross_entropy names it."""
+"""Reduction of the loss over tokens, as in F.cross_entropy."""
 LOGITS_AT_ONCE: Mapping[str, int] = {"cpu": 2**24, "cuda": 2**28}
-"""The maximum number of logits in memory, by type of device (64 MiB and 1 GiB in float32); more tokens are computed in
-parts. Each part reads the whole weight and adds to its gradient, so a GPU wants few of them."""
+"""Maximum number of logits in memory, by type of device (64 MiB and 1 GiB in float32); more tokens are computed in
+parts. Each part reads the whole weight and adds to its gradient, so a GPU is faster with few parts."""
 
 
 def linear_cross_entropy(
@@ -28,11 +28,13 @@ def linear_cross_entropy(
     reduction: Literal["sum", "none"] = "sum",
     softcap: float | None = None,
 ) -> Float[Tensor, "..."]:
-    """-log softmax(hidden weight^T)[target] in nats, summed or one per token; `IGNORED` targets count nothing. With a
-    `softcap` c, the logits are c tanh(logits / c).
+    """Return -log softmax(hidden weight^T)[target] in nats, summed or per token; `IGNORED` targets give 0.
 
-    At most `LOGITS_AT_ONCE` logits are in memory, in forward and in backward. Under autocast the product is in its
-    dtype; the softmax, and the sum of the parts' gradients of the weight, are in float32 or wider always.
+    With a `softcap` c, the logits become c tanh(logits / c).
+
+    At most `LOGITS_AT_ONCE` logits are in memory, in forward and in backward. Under autocast, the product is computed
+    in autocast's dtype. The softmax, and the sum of the weight's gradients over the parts, are always computed in
+    float32 or wider.
     """
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
@@ -40,14 +42,14 @@ def linear_cross_entropy(
     size = tokens_at_once(weight)
     if len(hidden) <= size:
         return _direct(hidden, weight, targets, reduction, softcap)
-    # torch's own computes each part's gradient in the forward pass, so it recomputes no logits; but it rounds the sum
-    # to the dtype of `hidden`, which is too coarse in bfloat16, and older versions of torch do not have it
-    options = getattr(torch.nn, "LinearCrossEntropyOptions", None)
+    # torch's own function computes each part's gradient in the forward pass, so it recomputes no logits. But it rounds
+    # the sum to the dtype of `hidden`, which is too coarse in bfloat16, and older versions of torch do not have it
+    make_options = getattr(torch.nn, "LinearCrossEntropyOptions", None)
     plain = softcap is None and reduction == "sum" and hidden.dtype in (torch.float32, torch.float64)
-    if plain and options is not None:
-        chosen = options(batch_chunk_size=size, chunking_method=None)
-        return F.linear_cross_entropy(hidden, weight, targets, reduction="sum", ignore_index=IGNORED, options=chosen)
-    # each part rounds the weight for itself: the gradients of the parts are added up in float32
+    if plain and make_options is not None:
+        options = make_options(batch_chunk_size=size, chunking_method=None)
+        return F.linear_cross_entropy(hidden, weight, targets, reduction="sum", ignore_index=IGNORED, options=options)
+    # each part rounds a wide weight for itself, so that autograd adds up the parts' gradients in float32
     weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
     parts = zip(hidden.split(size), targets.split(size), strict=True)
     losses = [
@@ -63,24 +65,24 @@ def linear_predictions(
     reduction: Literal["sum", "none"] = "sum",
     softcap: float | None = None,
 ) -> tuple[Float[Tensor, "..."], Int[Tensor, " M"]]:
-    """The cross-entropy as above, and the most probable token at each place: the first one of several."""
+    """Return the loss of `linear_cross_entropy`, and the most probable token at each position (the first of equals)."""
     size = tokens_at_once(weight)
     losses = []
-    found = []
+    predictions = []
     for part, target in zip(hidden.split(size), targets.split(size), strict=True):
         logits = capped(linear(part, weight), softcap)
         losses.append(_cross_entropy(logits, target, reduction))
-        found.append(logits.argmax(-1))
-    return torch.cat(losses) if reduction == "none" else torch.stack(losses).sum(), torch.cat(found)
+        predictions.append(logits.argmax(-1))
+    return torch.cat(losses) if reduction == "none" else torch.stack(losses).sum(), torch.cat(predictions)
 
 
 def tokens_at_once(weight: Tensor) -> int:
-    """The number of tokens of a part."""
+    """Return the number of tokens whose logits are computed at once; `weight` is the output projection, [vocab D]."""
     return max(1, LOGITS_AT_ONCE.get(weight.device.type, LOGITS_AT_ONCE["cpu"]) // weight.shape[0])
 
 
 def capped(logits: Float[Tensor, "*batch vocab"], softcap: float | None) -> Float[Tensor, "*batch vocab"]:
-    """Logits bounded by c tanh(logits / c); as they are for None."""
+    """Return the soft-capped logits, c tanh(logits / c); unchanged for None."""
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
@@ -91,6 +93,6 @@ def _direct(hidden: Tensor, weight: Tensor, targets: Tensor, reduction: str, sof
 
 def _cross_entropy(logits: Tensor, targets: Tensor, reduction: str) -> Tensor:
     if reduction not in ("sum", "none"):
-        raise SeqmixError(f"reduction must be 'sum' or 'none' (a model has 'mean' too), and is {reduction!r}")
+        raise SeqmixError(f"reduction must be 'sum' or 'none' (or 'mean' in a model's call), got {reduction!r}")
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(wide, targets, ignore_index=IGNORED, reduction=reduction)

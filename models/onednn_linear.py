@@ -1,7 +1,7 @@
-"""Linear layers that compute float32 products with oneDNN, on CPUs where torch's own take twice as long.
+"""Linear layers that compute float32 products with oneDNN, on CPUs where torch's default takes twice as long.
 
-torch computes such products with MKL, which uses AVX-512 on Intel's processors only. oneDNN, which torch has too, uses
-it on every processor. Both accumulate in float32, in another order.
+By default torch computes these products with MKL, which uses AVX-512 only on Intel's processors. oneDNN, which is part
+of torch too, uses AVX-512 on every processor. Both accumulate in float32, in different orders.
 """
 
 from functools import cache
@@ -15,18 +15,18 @@ from torch import Tensor, nn
 from ..ops.runtime.custom_op import has_tangent
 
 LEAST = 2**22
-"""The number of multiplications from which the detour to oneDNN pays."""
+"""Number of multiplications from which calling oneDNN is faster."""
 
 
 class Linear(nn.Linear):
-    """A linear layer by `linear`."""
+    """A linear layer that calls `linear`, which may use oneDNN."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: D102
         return linear(input, self.weight, self.bias)
 
 
 def use_onednn_linear(model: nn.Module) -> None:
-    """Replace every plain linear layer of a model by `Linear`, where oneDNN is faster; all else is unchanged."""
+    """Replace every plain linear layer of a model by `Linear`, on machines where oneDNN is faster."""
     if USE_ONEDNN:
         _make_countable()
         for module in model.modules():
@@ -34,7 +34,8 @@ def use_onednn_linear(model: nn.Module) -> None:
                 module.__class__ = Linear
 
 
-def _is_quicker() -> bool:
+def _is_faster() -> bool:
+    """True if oneDNN is faster than MKL here: on AMD processors with AVX-512."""
     avx512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
     if not (avx512 and torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()):
         return False
@@ -44,14 +45,14 @@ def _is_quicker() -> bool:
         return False
 
 
-USE_ONEDNN = _is_quicker()
-"""Whether oneDNN is faster here: with AVX-512, but not Intel's."""
+USE_ONEDNN = _is_faster()
+"""True if oneDNN is faster than MKL on this machine."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear of x [* K], weight [N K] and bias [N]: by oneDNN, if it is a large product in float32 on a CPU.
+    """Return F.linear of x [* K], weight [N K] and bias [N]; oneDNN computes large products in float32 on a CPU.
 
-    With `torch.backends.mkldnn.enabled = False` torch computes all of them.
+    Set `torch.backends.mkldnn.enabled = False` to turn oneDNN off.
     """
     compiling = torch.compiler.is_compiling()
     few = not compiling and x.numel() * weight.shape[0] < LEAST
@@ -62,18 +63,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _is_for_onednn(x: Tensor, weight: Tensor, compiling: bool) -> bool:
+    """True if oneDNN supports the product: plain float32 tensors on a CPU, outside autocast and transforms."""
     if x.ndim < 2:
         return False
-    # subclasses, such as distributed or quantised tensors, have their own linear
+    # subclasses, such as distributed or quantised tensors, have their own linear function
     plain = type(x) is Tensor and type(weight) in (Tensor, nn.Parameter)
     if not (plain and x.dtype == weight.dtype == torch.float32 and x.device.type == weight.device.type == "cpu"):
         return False
     if torch.is_autocast_enabled("cpu"):
         return False
     if compiling:
-        # the number of tokens may be symbolic, and no graph may depend on its size; a single token is never symbolic
+        # the number of tokens may be symbolic, and a graph must not depend on its size; a single token is not symbolic
         return x.shape[-2] != 1 and not has_tangent(x, weight)
-    # inside transforms of torch.func, tangents and batch dimensions are not visible
+    # inside transforms of torch.func, tangents and batch dimensions cannot be detected
     if torch._C._are_functorch_transforms_active() or has_tangent(x, weight):
         return False
     return bool(torch.backends.mkldnn.enabled)
@@ -81,17 +83,17 @@ def _is_for_onednn(x: Tensor, weight: Tensor, compiling: bool) -> bool:
 
 @torch.library.custom_op("seqmix::linear", mutates_args=(), device_types="cpu")
 def onednn_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x weight^T of x [* K] and weight [N K]; a small product is torch's."""
+    """Return x weight^T for x [* K] and weight [N K], by oneDNN; torch's default computes small products."""
     if x.numel() * weight.shape[0] < LEAST or not torch.backends.mkldnn.enabled:
         with torch.autocast("cpu", enabled=False):
             return F.linear(x, weight).contiguous()
     if not (weight.is_contiguous() or weight.T.is_contiguous()):
-        weight = weight.contiguous()  # oneDNN takes no rows that overlap
+        weight = weight.contiguous()  # oneDNN does not support overlapping rows
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 
 @onednn_linear.register_fake
-def _shaped(x: Tensor, weight: Tensor) -> Tensor:
+def _fake(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
@@ -103,12 +105,12 @@ def _save(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
     x, weight = ctx.saved_tensors
     wants_x, wants_weight = ctx.needs_input_grad
-    # a tangent that enters after this layer is in the gradient only
+    # if forward-mode differentiation starts after this layer, only the gradient has a tangent
     multiply = F.linear if has_tangent(grad, x, weight) else onednn_linear
     d_x = multiply(grad, weight.T) if wants_x else None
     if not wants_weight:
         return d_x, None
-    # the first operand is copied to lie row by row, which should be the smaller one
+    # oneDNN copies the first operand into row-major order, so put the smaller one first
     rows = grad.flatten(0, -2).T
     columns = x.flatten(0, -2).T
     swapped = len(columns) < len(rows)
@@ -132,7 +134,7 @@ def _flops(x: torch.Size, weight: torch.Size, *_: Any, **__: Any) -> int:
 
 @cache
 def _make_countable() -> None:
-    """Register the op with torch's FLOP counter, lazily: that imports Triton, which importing seqmix does not."""
+    """Register the op with torch's FLOP counter; lazily, because that imports Triton, which importing seqmix avoids."""
     from torch.utils.flop_counter import register_flop_formula
 
     register_flop_formula(torch.ops.seqmix.linear)(_flops)

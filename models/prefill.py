@@ -1,7 +1,7 @@
-"""Prefill: prompts are processed in one pass, or in segments where they are long.
+"""Prefill: prompts are processed in one pass, or in segments if they are long.
 
-Prompts of different lengths are packed into one row (varlen) and give a batch of states: without padding, and without
-influence on each other.
+Prompts of different lengths are packed into one row (varlen), without padding. The result is a batch of states, and the
+prompts do not affect each other.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,8 +20,9 @@ from .decoding import decode_step
 from .language_model import LanguageModel, ModelState
 
 SEGMENT = 8192
-"""Tokens per segment where no state grows, which bounds the memory of prefill for any prompt length. A growing state (a
-KV cache) needs more memory than a segment, and later segments would need masks that a single pass does not."""
+"""Tokens per segment if all states have a constant size: this bounds the memory of prefill for any prompt length.
+Prompts of a model with a growing state (a KV cache) are processed in a single pass: the cache needs more memory than
+segments would save, and later segments would need masks."""
 
 
 @torch.no_grad()
@@ -33,40 +34,40 @@ def prefill(
     max_length: int | None = None,
     compiled: bool = False,
 ) -> tuple[Float[Tensor, "N vocab"], ModelState]:
-    """Process prompts: the logits of each prompt's next token, and the states as one batch.
+    """Process prompts; return the logits of each prompt's next token, and the states as one batch.
 
     Args:
         model: the model.
         prompts: N prompts of any lengths >= 1.
-        state: the state after a prefix, N rows, donated: it may be overwritten; None for no prefix.
-        max_length: the capacity in tokens per row, prompt included; lets a KV cache be allocated once. A state given
-            has its capacity already.
-        compiled: whether to compile prefill, one graph for all lengths, apart from the graphs of training and decoding.
-            It takes seconds per layer, which pays for many prompts on a GPU; on a CPU it gains nothing, since almost
-            all the time is matrix products.
+        state: the state after a prefix, with N rows; donated: it may be overwritten. None for no prefix.
+        max_length: the capacity of the state in tokens per row, prompt included, so that a KV cache is allocated once;
+            ignored if `state` is given.
+        compiled: True to compile prefill: one graph for all lengths, separate from the graphs of training and decoding.
+            Compiling takes seconds per layer, which pays for many prompts on a GPU. On a CPU, where almost all the time
+            is spent in matrix products, it does not pay.
 
     Raises:
-        SeqmixError: there is no prompt, or a prompt is empty; or prefill is compiled and a state grows.
+        SeqmixError: `prompts` is empty, a prompt is empty, or `compiled` is True and a state grows.
     """
     if not prompts or any(len(prompt) == 0 for prompt in prompts):
-        raise SeqmixError("a prompt has no tokens: give at least one")
+        raise SeqmixError("prefill expects at least one prompt, each of at least one token")
     if state is not None and all(len(prompt) == 1 for prompt in prompts):
         return decode_step(model, torch.cat(list(prompts)).to(model.device), state)
     traits = [block.mixer.traits for block in model.blocks]
     if len(prompts) > 1 and not all(mixer.packing for mixer in traits):
         index = torch.arange(len(prompts), device=model.device).split(1)
         rows = [None if state is None else select(state, row) for row in index]
-        alone = [
+        results = [
             prefill(model, [prompt], state=row, max_length=max_length, compiled=compiled)
             for prompt, row in zip(prompts, rows, strict=True)
         ]
-        return torch.cat([logits for logits, _ in alone]), concatenate([state for _, state in alone])
+        return torch.cat([logits for logits, _ in results]), concatenate([state for _, state in results])
     ends = list(accumulate(len(prompt) for prompt in prompts))
     tokens = torch.cat(list(prompts)).to(model.device)[None]
     boundaries = torch.tensor([0, *ends], device=model.device)
     constant = all(mixer.state == "constant" for mixer in traits)
     if compiled and not constant:
-        raise SeqmixError("compiled prefill needs states of constant size, and the state of a layer grows")
+        raise SeqmixError("compiled prefill needs states of constant size, but the state of a layer grows")
     size = SEGMENT if constant else ends[-1]
     if state is None and max_length is not None:
         state = model.init_state(len(prompts), max_length=max_length)
@@ -76,10 +77,10 @@ def prefill(
         wanted = torch.tensor([end - 1 - start for end in ends if start < end <= stop], device=model.device).long()
         documents = boundaries.clamp(start, stop) - start if len(prompts) > 1 else None
         segment = compiled_prefill(model) if compiled else prefill_segment
-        # prompts have any length, and blocks may have been compiled for those of training
+        # blocks compiled for the length of training would be recompiled for the prompts' lengths
         with nullcontext() if compiled else torch.compiler.set_stance("force_eager"):
-            found, state = segment(model, tokens[:, start:stop], state, documents, wanted)
-        logits.append(found)
+            ends_logits, state = segment(model, tokens[:, start:stop], state, documents, wanted)
+        logits.append(ends_logits)
     assert state is not None
     return torch.cat(logits), state
 
@@ -87,12 +88,12 @@ def prefill(
 def prefill_segment(
     model: LanguageModel, tokens: Tensor, state: ModelState | None, cu_seqlens: Tensor | None, wanted: Tensor
 ) -> tuple[Tensor, ModelState | None]:
-    """One segment [B T]: the logits of the selected tokens, and the state after it."""
+    """Process one segment [B T]; return the logits of the tokens whose indices are `wanted`, and the next state."""
     paradigms = model.prefer(Paradigm.CHUNKWISE, Paradigm.PARALLEL, from_state=state is not None)
     output = model(tokens, state, paradigm=paradigms, cu_seqlens=cu_seqlens, return_state=True, select=wanted)
     return output.logits, output.state
 
 
 def compiled_prefill(model: LanguageModel) -> Callable[..., tuple[Tensor, ModelState]]:
-    """`prefill_segment` as one graph of all layers, for any T."""
+    """Return `prefill_segment`, compiled as one graph of all layers for any T."""
     return compiled_for(model, prefill_segment, dynamic=True)

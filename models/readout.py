@@ -3,7 +3,8 @@ Design and Scaling of Hybrid Architectures, arXiv 2403.17844).
 
     y_i = MLP(x_T + p_i)        p_i = (sin(i f_0), ..., cos(i f_0), ...)    f_j = 10000^(-j / (D/2 - 1))
 
-with x_T the residual stream at the last of T tokens, of width D. The MLP is a norm, a linear layer and GELU, twice.
+where x_T is the residual stream at the last of T tokens, of width D. The MLP applies a norm, a linear layer and GELU,
+twice.
 """
 
 import torch
@@ -15,7 +16,7 @@ from ..blocks.norm import NormConfig
 
 
 class LastVector(nn.Module):
-    """The residual stream of every token, made from that of the last one and the tokens' positions."""
+    """Readout that replaces every token's vector by a function of the last token's vector and the token's position."""
 
     def __init__(self, d_model: int, norm: NormConfig) -> None:
         super().__init__()
@@ -28,11 +29,11 @@ class LastVector(nn.Module):
             module.reset_parameters()  # pyright: ignore[reportCallIssue]
 
     def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
-        """Every token's vector from the last one's."""
+        """Return the vector of every position, computed from the vector of the last token."""
         length, width = x.shape[1:]
         half = -(-width // 2)
-        places = torch.arange(half, device=x.device, dtype=torch.float32)
-        angles = torch.arange(length, device=x.device)[:, None] * 1e4 ** (-places / max(half - 1, 1))
+        indices = torch.arange(half, device=x.device, dtype=torch.float32)
+        angles = torch.arange(length, device=x.device)[:, None] * 1e4 ** (-indices / max(half - 1, 1))
         y = x[:, -1:] + torch.cat((angles.sin(), angles.cos()), dim=-1)[:, :width].to(x.dtype)
         for norm, layer in zip(self.norms, self.layers, strict=True):
             y = F.gelu(layer(norm(y)))

@@ -1,4 +1,4 @@
-"""Subwords: vocabularies of Hugging Face `tokenizers`, read from a tokenizer.json or trained; tokenizers by name."""
+"""Subword tokenizers of the Hugging Face library `tokenizers`: load one by name, or train one."""
 
 import hashlib
 from collections.abc import Iterable, Iterator
@@ -16,27 +16,33 @@ from .tokenizer import TOKENIZER_FILE, ByteTokenizer, TextDecoder, Tokenizer
 from .vocabulary_schema import LARGEST, require_safe
 
 AT_ONCE = 256
-"""Documents per batch, which is encoded on all cores."""
+"""Number of documents in a batch, which the library encodes on all cores."""
 EXPORTED_TOKENIZER = "seqmix.tokenizer"
-"""The metadata key of a vocabulary in a file of `seqmix export`."""
+"""Metadata key of the vocabulary in a file of `seqmix export`."""
 LEAST_VOCABULARY = 257
-"""Every byte, so that any text has tokens, and the begin token."""
+"""Smallest vocabulary: every byte, so that any text can be encoded, and the begin token."""
 
 
 class SubwordTokenizer(Tokenizer):
-    """The tokens of a vocabulary, and the begin token, which opens every document: one of them, or one that follows.
+    """A subword tokenizer: the tokens of a vocabulary, and the begin token, which opens every document.
 
-    Special tokens that the vocabulary's own template would add (`[CLS]`, `</s>`) are not added.
+    The begin token is a token of the vocabulary, or an additional one. Special tokens that the vocabulary's own
+    template would add (`[CLS]`, `</s>`) are not added.
 
     Raises:
-        SeqmixError: it is not a tokenizer, or the library is not installed.
+        SeqmixError: the vocabulary is not a valid tokenizer.json, or the library is not installed.
     """
 
     unit = "subwords"
 
     def __init__(self, vocabulary: bytes, name: object, begin: str | None = None) -> None:
-        """Read the content of a tokenizer.json, which errors call `name`; `begin` is its token that opens a document,
-        None for one that follows the last."""
+        """Create a tokenizer.
+
+        Args:
+            vocabulary: the content of a tokenizer.json.
+            name: the name of the file in errors.
+            begin: the token of the vocabulary that opens a document; None to add one after the last token.
+        """
         library = _library()
         require_safe(vocabulary, name)
         with _explained(f"the tokenizer {name} is not a tokenizer.json"):
@@ -49,7 +55,7 @@ class SubwordTokenizer(Tokenizer):
         self.vocab_size = max(tokens.values(), default=-1) + 1  # ids may have holes
         if self.vocab_size > LARGEST:
             raise SeqmixError(
-                f"the tokenizer {name} has the token id {self.vocab_size - 1:,}: {LARGEST:,} is too large"
+                f"the tokenizer {name} must have token ids below {LARGEST:,}, got {self.vocab_size - 1:,}"
             )
         self._name = name
         if begin is None:
@@ -60,11 +66,11 @@ class SubwordTokenizer(Tokenizer):
             self.identity = f"{self.identity} {begin}"
         else:
             raise SeqmixError(
-                f"the tokenizer {name} has no token {begin!r} to open documents with{nearest(begin, tokens)}"
+                f"the tokenizer {name} has no token {begin!r}, which should open documents{nearest(begin, tokens)}"
             )
 
     def encode_documents(self, documents: Iterable[tuple[str, bytes]]) -> Iterator[np.ndarray]:
-        """The tokens of UTF-8 text.
+        """Yield the tokens of documents, given by name and UTF-8 text.
 
         Raises:
             SeqmixError: a document is not UTF-8, or the vocabulary cannot encode it.
@@ -77,32 +83,32 @@ class SubwordTokenizer(Tokenizer):
                 yield np.array(encoding.ids, dtype=self.dtype)
 
     def decoder(self) -> TextDecoder:
-        """A decoder that shows special tokens too."""
+        """Return a new decoder, which shows special tokens too."""
         stream = _library().decoders.DecodeStream(skip_special_tokens=False)
-        held = []
+        pending = []
 
         def decode(token: int | None) -> str:
-            with _explained(f"the tokenizer {self._name} cannot decode what was generated"):
-                return decoded(token)
+            with _explained(f"the tokenizer {self._name} cannot decode the generated tokens"):
+                return decode_unchecked(token)
 
-        def decoded(token: int | None) -> str:
-            if token is None:  # the bytes of an incomplete character
-                return self._map.decode(held, skip_special_tokens=False) if held else ""
+        def decode_unchecked(token: int | None) -> str:
+            if token is None:  # at the end, decode the bytes of an incomplete character
+                return self._map.decode(pending, skip_special_tokens=False) if pending else ""
             if (piece := stream.step(self._map, token)) is None:
-                held.append(token)
+                pending.append(token)
                 return ""
-            held.clear()
+            pending.clear()
             return piece
 
         return decode
 
 
 def load_tokenizer(name: str | Path, begin: str | None = None) -> Tokenizer:
-    """The tokenizer that a name stands for: `bytes`, or a tokenizer.json of Hugging Face, with its begin token.
+    """Load a tokenizer: `bytes`, or a tokenizer.json of Hugging Face.
 
     Args:
-        name: `bytes`, the file, a folder that holds a tokenizer.json, or a file of `seqmix export`.
-        begin: the token of the vocabulary that opens a document; None for one that follows the last.
+        name: `bytes`, a tokenizer.json, a folder with a tokenizer.json, or a file of `seqmix export`.
+        begin: the token of the vocabulary that opens a document; None to add one after the last token.
 
     Raises:
         SeqmixError: the file is missing or not a tokenizer, or the library that reads it is not installed.
@@ -110,44 +116,44 @@ def load_tokenizer(name: str | Path, begin: str | None = None) -> Tokenizer:
     if name == ByteTokenizer.identity:
         return ByteTokenizer()
     file = Path(name).expanduser()
-    _library()  # a missing library is reported before a missing file
+    _library()  # report a missing library before a missing file
     if file.is_dir():
         folder = file
         file = file / TOKENIZER_FILE
         if not file.is_file():
             raise SeqmixError(
-                f"the tokenizer {folder} is a folder without {TOKENIZER_FILE}; transformers writes one from other "
-                f"files: AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained(...)"
+                f"the tokenizer {folder} is a folder without {TOKENIZER_FILE}: write one with transformers, "
+                f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained(...)"
             )
     try:
         vocabulary = _exported(file) if file.suffix == ".safetensors" else read_bytes(file)
         return SubwordTokenizer(vocabulary, file, begin)
     except OSError as error:
-        hint = "; data.tokenizer is `bytes` or a tokenizer.json" if isinstance(error, FileNotFoundError) else ""
+        hint = "; expected `bytes` or a tokenizer.json" if isinstance(error, FileNotFoundError) else ""
         raise SeqmixError(f"the tokenizer {file} cannot be read: {error.strerror}{hint}") from error
 
 
 def train_bpe(
     documents: Iterable[tuple[str, bytes]], vocab_size: int, file: Path, *, write: bool = True
 ) -> SubwordTokenizer:
-    """Train a vocabulary of byte pairs (BPE) on documents, and write it.
+    """Train a vocabulary by byte-pair encoding (BPE), write it, and return its tokenizer.
 
     Args:
         documents: names and texts.
-        vocab_size: tokens in all: 256 bytes, pairs, and the begin token. A small text has fewer pairs.
-        file: the tokenizer.json.
-        write: whether it is written; its content is the tokenizer's `vocabulary`.
+        vocab_size: the maximum number of tokens: 256 bytes, pairs, and the begin token. A short text gives fewer pairs.
+        file: the tokenizer.json to write.
+        write: False to train without writing; the content is the tokenizer's `vocabulary`.
 
     Raises:
-        SeqmixError: the vocabulary is too small for all bytes, a document is not UTF-8, the file cannot be written, or
+        SeqmixError: `vocab_size` is too small for all bytes, a document is not UTF-8, the file cannot be written, or
             the library is not installed.
     """
     library = _library()
     byte_level = library.pre_tokenizers.ByteLevel
     if vocab_size < LEAST_VOCABULARY:
         raise SeqmixError(
-            f"a vocabulary of byte pairs needs at least {LEAST_VOCABULARY} tokens (256 bytes and the begin token), "
-            f"and {vocab_size} were asked for"
+            f"a vocabulary of byte pairs needs at least {LEAST_VOCABULARY} tokens (256 bytes and the begin token), got "
+            f"{vocab_size}"
         )
     tokenizer = library.Tokenizer(library.models.BPE())
     tokenizer.pre_tokenizer = byte_level(add_prefix_space=False)
@@ -163,17 +169,20 @@ def train_bpe(
 
 
 def _exported(file: Path) -> bytes:
-    """The vocabulary in the metadata of a file of weights."""
+    """Read the vocabulary from the metadata of a file of `seqmix export`."""
     try:
         with safe_open(file, "pt") as tensors:
             return tensors.metadata()[EXPORTED_TOKENIZER].encode()
     except (SafetensorError, KeyError, TypeError) as error:
-        raise SeqmixError(f"the tokenizer {file} is a file of weights without a vocabulary") from error
+        raise SeqmixError(f"the tokenizer {file} has no vocabulary: expected a file of `seqmix export`") from error
 
 
 @contextmanager
 def _explained(what: str) -> Iterator[None]:
-    """Turn whatever the library raises into a SeqmixError: Exception itself, and a panic, which is not an Exception."""
+    """Turn errors of the library into SeqmixErrors that begin with `what`.
+
+    The library raises plain `Exception`s, and for a panic in Rust a `PanicException`, which is not an `Exception`.
+    """
     try:
         yield
     except SeqmixError:
@@ -186,16 +195,18 @@ def _explained(what: str) -> Iterator[None]:
 
 
 def _decoded(name: str, text: bytes) -> str:
+    """Return the text of UTF-8 bytes; a SeqmixError names the document if they are not UTF-8."""
     try:
         return text.decode()
     except UnicodeDecodeError as error:
         raise SeqmixError(
-            f"{name} is not UTF-8: byte 0x{text[error.start]:02x} at {error.start:,}; the tokenizer `bytes` takes "
-            "any bytes"
+            f"{name} is not UTF-8: byte 0x{text[error.start]:02x} at {error.start:,}; use the tokenizer `bytes` for "
+            "arbitrary bytes"
         ) from error
 
 
 def _library() -> Any:
+    """Import the library `tokenizers`; a SeqmixError tells how to install it."""
     try:
         return import_module("tokenizers")
     except ModuleNotFoundError as error:

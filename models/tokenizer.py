@@ -1,6 +1,7 @@
 """Tokenizers: the base class, and the byte tokenizer, which needs no training and no vocabulary.
 
-The begin token opens a document: the last token, to which no text encodes, unless a vocabulary's own is chosen.
+Every document starts with the begin token. By default this is an additional token after all others, which no text
+encodes to; a token of the vocabulary can be chosen instead.
 """
 
 import codecs
@@ -17,76 +18,77 @@ from torch import Tensor
 from ..registry import SeqmixError, write_file
 
 TOKENIZER_FILE = "tokenizer.json"
-"""The name of a vocabulary in a run directory."""
+"""Name of the vocabulary's file in a run directory."""
 
 
 TextDecoder: TypeAlias = Callable[[int | None], str]
-"""Decodes one text as its tokens arrive: returns the text that is certain after one more token, and with None, which
-ends it, the incomplete rest. A token may hold a part of the bytes of a character."""
+"""Function that decodes one text token by token. Each call takes the next token and returns the new characters; None
+ends the text and returns the rest. Tokens may be parts of a character, which is returned when it is complete."""
 
 
 class Tokenizer(ABC):
-    """A map of text to tokens and back."""
+    """A mapping from text to tokens and back."""
 
     unit: str
-    """What a token is, in the plural."""
+    """Plural noun for a token: "bytes" or "subwords"."""
     identity: str
-    """Equal for equal maps: `bytes`, or a hash of the vocabulary's file."""
+    """Identifier that is equal for equal tokenizers: `bytes`, or a hash of the vocabulary."""
     vocab_size: int
-    """Number of tokens, the begin token among them."""
+    """Number of tokens, including the begin token."""
     begin: int
-    """The token that opens a document."""
+    """Token that opens a document."""
     vocabulary: bytes | None = None
-    """The content of its tokenizer.json; None for bytes."""
+    """Content of the tokenizer.json; None for bytes."""
 
     @property
     def text_tokens(self) -> int:
-        """Tokens below this one are generated: all but a begin token that follows those of a vocabulary."""
+        """Number of tokens that may be generated: all but a begin token that is the last one."""
         return self.vocab_size - (self.begin == self.vocab_size - 1)
 
     @property
     def dtype(self) -> type[np.unsignedinteger]:
-        """The smallest of uint16 and uint32 that holds every token."""
+        """Smallest of uint16 and uint32 that can represent every token."""
         return np.uint16 if self.vocab_size <= 2**16 else np.uint32
 
     @abstractmethod
     def encode_documents(self, documents: Iterable[tuple[str, bytes]]) -> Iterator[np.ndarray]:
-        """The tokens of documents, given by name and text, without begin tokens.
+        """Yield the tokens of documents, given by name and text, without begin tokens.
 
         Raises:
-            SeqmixError: a document has no tokens here, by its name.
+            SeqmixError: a document cannot be encoded; the message has its name.
         """
 
     @abstractmethod
     def decoder(self) -> TextDecoder:
-        """A new decoder, for one text."""
+        """Return a new decoder for one text."""
 
     def save(self, folder: Path) -> None:
-        """Write its tokenizer.json, from which `load_tokenizer` makes it again, into a folder; nothing for bytes.
+        """Write the tokenizer.json, which `load_tokenizer` reads, into a folder; the byte tokenizer writes no file.
 
         Raises:
-            SeqmixError: it cannot be written.
+            SeqmixError: the file cannot be written.
         """
         if self.vocabulary is not None:
             write_file(self.vocabulary, folder / TOKENIZER_FILE)
 
     def encode(self, text: str) -> Int[Tensor, " T"]:
-        """The tokens of a text, opened by the begin token.
+        """Return the begin token and the tokens of a text.
 
         Raises:
-            SeqmixError: the text holds half of a surrogate pair, which is not a character.
+            SeqmixError: the text contains half of a surrogate pair, which is not a character.
         """
         try:
-            # bytes of a command line that are not UTF-8 arrive as surrogates
+            # Python passes the bytes of a command line that are not UTF-8 as surrogates
             text_bytes = text.encode(errors="surrogateescape")
         except UnicodeEncodeError as error:
-            raise SeqmixError(f"the text has no character at {error.start}: {text[error.start]!r}") from error
+            character = text[error.start]
+            raise SeqmixError(f"the text contains {character!r} at {error.start}, which is not a character") from error
         (tokens,) = self.encode_documents([("the text", text_bytes)])
         return torch.tensor([self.begin, *tokens.tolist()], dtype=torch.int64)
 
 
 class ByteTokenizer(Tokenizer):
-    """UTF-8 bytes as tokens 0 to 255; token 256 opens every document."""
+    """Tokenizer of UTF-8 bytes: tokens 0 to 255 are bytes, and token 256 opens every document."""
 
     unit = "bytes"
     identity = "bytes"
@@ -94,11 +96,11 @@ class ByteTokenizer(Tokenizer):
     begin = 256
 
     def encode_documents(self, documents: Iterable[tuple[str, bytes]]) -> Iterator[np.ndarray]:
-        """The bytes."""
+        """Yield the bytes of documents."""
         for _, text in documents:
             yield np.frombuffer(text, dtype=np.uint8).astype(np.uint16)
 
     def decoder(self) -> TextDecoder:
-        """A decoder of UTF-8; invalid bytes become U+FFFD."""
+        """Return a decoder of UTF-8; invalid bytes become U+FFFD."""
         decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
         return lambda token: decode(b"" if token is None else bytes([token]), final=token is None)

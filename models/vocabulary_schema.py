@@ -1,6 +1,7 @@
-"""What of a tokenizer.json is refused before the library reads it: what aborts it, or expands texts without end.
+"""Safety checks on a tokenizer.json before the library reads it: parts that would abort the process or expand texts.
 
-A vocabulary may be a stranger's. The library checks its own format; here is what it takes and should not be given.
+A vocabulary may come from an untrusted source. The library checks its own format; these checks refuse files that are
+valid for the library but unsafe.
 """
 
 import base64
@@ -10,18 +11,18 @@ from typing import Any
 from ..registry import SeqmixError
 
 EXPANSION = 64
-"""How many times longer a text may become, in bytes."""
+"""Maximum factor by which a part of a tokenizer may lengthen a text, in bytes."""
 LONGEST = 1000
-"""Bytes that a part may put into a text at one place."""
+"""Maximum number of bytes that a part may insert into a text at one position."""
 LARGEST = 2**31
-"""Token ids are below it."""
+"""Upper bound of token ids, exclusive."""
 
 
 def require_safe(vocabulary: bytes, name: object) -> None:
-    """Refuse a tokenizer.json that is unsafe to read or to encode with; errors call it `name`.
+    """Refuse a tokenizer.json that is unsafe to read or to encode with; `name` is its name in errors.
 
     Raises:
-        SeqmixError: it is not JSON, gives a key twice, is random, or expands texts.
+        SeqmixError: the file is not JSON, gives a key twice, encodes at random (dropout), or expands texts.
     """
     try:
         tree = json.loads(vocabulary, object_pairs_hook=_mapping)
@@ -33,31 +34,37 @@ def require_safe(vocabulary: bytes, name: object) -> None:
     model = tree.get("model")
     if isinstance(model, dict) and model.get("dropout"):
         raise SeqmixError(
-            f"the tokenizer {name} has a dropout of {model['dropout']!r}, so a text has other tokens every time: set "
-            "model.dropout to null in it"
+            f"the tokenizer {name} has a dropout of {model['dropout']!r}, which encodes a text differently every time: "
+            "set model.dropout to null in the file"
         )
     try:
         for part in ("normalizer", "pre_tokenizer", "decoder"):
             if (times := _expansion(tree.get(part))) > EXPANSION:
-                raise ValueError(f"its {part} makes a text up to {times:,.0f} times longer, and {EXPANSION} are read")
+                raise ValueError(
+                    f"its {part} makes texts up to {times:,.0f} times longer; at most {EXPANSION} is allowed"
+                )
     except (ValueError, RecursionError) as error:
         raise SeqmixError(f"the tokenizer {name} is refused: {error}") from error
 
 
 def _mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; with a key twice, another reader may take the other value."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    """Return a JSON object; refuse a key that is given twice, as other readers may use the other value."""
+    mapping = dict(pairs)
+    if len(mapping) != len(pairs):
         raise ValueError("a key is given twice")
-    return found
+    return mapping
 
 
 def _expansion(part: Any) -> float:
-    """How many times longer a part of a tokenizer makes a text at most; ValueError: it is unsafe."""
+    """Return the largest factor by which a part of a tokenizer lengthens a text.
+
+    Raises:
+        ValueError: the part is unsafe.
+    """
     if isinstance(part, list):
         times = 1.0
-        for each in part:
-            times = min(times * _expansion(each), 1e9)
+        for step in part:
+            times = min(times * _expansion(step), 1e9)
         return times
     if not isinstance(part, dict):
         return 1.0
@@ -65,7 +72,7 @@ def _expansion(part: Any) -> float:
     inserted = part.get("content", part.get("prepend"))
     size = len(inserted.encode(errors="replace")) if isinstance(inserted, str) else 0
     if size > LONGEST:
-        raise ValueError(f"its {kind} puts {size:,} bytes into a text, and {LONGEST:,} are read")
+        raise ValueError(f"its {kind} inserts {size:,} bytes into a text; at most {LONGEST:,} are allowed")
     if kind == "Precompiled":
         _require_table(part.get("precompiled_charsmap"))
     if kind == "Replace":
@@ -79,7 +86,7 @@ def _expansion(part: Any) -> float:
 
 
 def _require_table(encoded: Any) -> None:
-    """Refuse a table of characters whose first number, the bytes that follow, is not that: the library allocates it."""
+    """Refuse a table of characters whose first number is not its size in bytes: the library allocates that many."""
     table = base64.b64decode(encoded) if isinstance(encoded, str) and encoded.isascii() else b""
     size = int.from_bytes(table[:4], "little")
     if len(table) < 8 or not size or size % 4 or size > len(table) - 4:

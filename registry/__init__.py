@@ -1,7 +1,7 @@
-"""Configurations: checked values, YAML files that extend each other, and kinds found by name. Knows no torch."""
+"""Configurations: validated values, YAML files that extend each other, and kinds found by name; without torch."""
 
 from .config import Config
-from .errors import ConfigError, ElsewhereError, SeqmixError, nearest, require_name
+from .errors import ConfigError, ElsewhereError, SeqmixError, choices, nearest, require_name
 from .explain import explain_fields
 from .files import (
     flush,
@@ -27,6 +27,7 @@ __all__ = [
     "ElsewhereError",
     "Registry",
     "SeqmixError",
+    "choices",
     "dump",
     "explain_fields",
     "flush",

@@ -11,11 +11,11 @@ from .registry import Registry
 from .tree import Node
 
 _warned: dict[str, dict[Any, Any]] = {}
-"""The record that `warnings` needs for each source to show a warning once."""
+"""Registries of shown warnings, by source: with them, the `warnings` module shows each warning once."""
 
 
 def change(base: Node | None, document: Node, cls: type[Config]) -> Node:
-    """Merge a document into the tree that it changes, both for the same configuration class.
+    """Merge a document into the base that it changes and return the result; both describe the same class.
 
     A deprecated field name sets the current field, and a warning names its line. A mapping without a `kind` gets the
     default kind, unless the base has a kind there.
@@ -25,13 +25,16 @@ def change(base: Node | None, document: Node, cls: type[Config]) -> Node:
 
 
 def _renamed(node: Node, cls: type[Config], base: Node | None, path: str) -> Node:
-    """A mapping of a class's fields under their current names; `base` is what it changes, and `path` leads to it."""
+    """Return a mapping of a class's fields with their current names.
+
+    `base` is the value that the mapping changes; `path` has the keys that lead to the mapping, for warnings.
+    """
     entries: dict[str, Node] = {}
-    given = node.entries or {}
-    for key, entry in given.items():
+    originals = node.entries or {}
+    for key, entry in originals.items():
         name = cls.deprecated_names.get(key, key)
-        if name != key and name in given:
-            name = key  # the class refuses both
+        if name != key and name in originals:
+            name = key  # both names are set: validation reports that
         elif name != key:
             source = entry.origin.source
             line = entry.origin.line or 1
@@ -45,7 +48,7 @@ def _renamed(node: Node, cls: type[Config], base: Node | None, path: str) -> Nod
 
 
 def _renamed_entry(node: Node, annotation: Any, base: Node | None, path: str) -> Node:
-    """The value of a field; the annotation has the classes in it."""
+    """Return the value of a field, in which all names are current; the field's annotation tells the classes."""
     if node.entries is None:
         return node
     classes = []
@@ -64,19 +67,20 @@ def _renamed_entry(node: Node, annotation: Any, base: Node | None, path: str) ->
 
 
 def _with_kind(node: Node, registry: Registry[Any], base: Node | None, path: str) -> Node:
+    """Return a member of a family with its kind, the default one if neither it nor the base has a kind."""
     kind = node.child("kind") or (base and base.child("kind"))
     if kind is None and registry.default_kind is not None:
         kind = Node(registry.default_kind, node.origin)
         node = Node({"kind": kind, **(node.entries or {})}, node.origin)
     cls: type[Config] = Config
-    with suppress(ConfigError):  # validation reports it
+    with suppress(ConfigError):  # validation reports an unknown kind
         if kind and isinstance(kind.value, str):
             cls = registry.resolve(kind.value)
     return _renamed(node, cls, base, path)
 
 
 def _parts(annotation: Any) -> Iterator[Any]:
-    """An annotation and everything nested in it."""
+    """Yield an annotation and all annotations nested in it."""
     yield annotation
     for part in get_args(annotation):
         yield from _parts(part)

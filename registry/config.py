@@ -7,15 +7,15 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from .errors import nearest
+from .errors import choices
 
 
 class Config(BaseModel):
-    """A frozen pydantic model, validated when it is created.
+    """Base class of configurations: a frozen pydantic model, validated when it is created.
 
-    Unknown keys are errors, and nothing is converted: neither `true` nor "8" is an integer. A string under a field is
-    its documentation. Lists become tuples, since a frozen value holds nothing that can change: declare `tuple[...]`,
-    not `list[...]`. A field whose type YAML cannot write (an enum, a path) takes `Field(strict=False)`.
+    Unknown keys are errors, and values are not converted: neither `true` nor "8" is an integer. A string under a field
+    is its documentation. Lists become tuples, because a frozen value must not contain mutable ones: declare
+    `tuple[...]`, not `list[...]`. A field whose type YAML cannot write (an enum, a path) needs `Field(strict=False)`.
     """
 
     model_config = ConfigDict(
@@ -24,23 +24,23 @@ class Config(BaseModel):
         strict=True,
         use_attribute_docstrings=True,
         validate_default=True,
-        allow_inf_nan=False,  # no size, rate or probability is infinite
+        allow_inf_nan=False,  # sizes, rates and probabilities are finite
     )
 
     deprecated_names: ClassVar[Mapping[str, str]] = {}
-    """Deprecated field names, each with the current one: accepted for one minor version, with a warning; inherited."""
+    """Deprecated field names, each with its current name: accepted for one minor version with a warning; inherited."""
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
-        """Add a class's deprecated names to those it inherits."""
+        """Merge the class's deprecated names with those it inherits."""
         super().__pydantic_init_subclass__(**kwargs)
-        own = [vars(base).get("deprecated_names", {}) for base in reversed(cls.__mro__)]
-        cls.deprecated_names = {old: new for names in own for old, new in names.items()}
+        by_class = [vars(base).get("deprecated_names", {}) for base in reversed(cls.__mro__)]
+        cls.deprecated_names = {old: new for names in by_class for old, new in names.items()}
 
     @model_validator(mode="before")
     @classmethod
     def _read_mapping(cls, value: Any) -> Any:
-        """Refuse unknown keys before anything else: a missing key may only be the result of a typo."""
+        """Rename deprecated keys, and refuse unknown ones first: a typo would otherwise appear as a missing key."""
         if not isinstance(value, Mapping):
             return value
         allowed = [field.alias or name for name, field in cls.model_fields.items()]
@@ -49,10 +49,10 @@ class Config(BaseModel):
         for key, entry in value.items():
             name = cls.deprecated_names.get(key, key)
             if name not in allowed:
-                sentence = f"unknown key {key!r}; allowed: {', '.join(allowed)}{nearest(str(key), allowed)}"
+                sentence = f"unknown key {key!r}{choices(str(key), allowed)}"
                 refused.append(InitErrorDetails(type=refusal(sentence), loc=(str(key),), input=value))
             elif name != key and name in value:
-                sentence = f"{key!r} is the deprecated name of {name!r}, and both are given: remove it"
+                sentence = f"{key!r} is the deprecated name of {name!r}, and both are given: remove {key!r}"
                 refused.append(InitErrorDetails(type=refusal(sentence), loc=(key,), input=value))
             elif name != key:
                 warnings.warn(deprecation(key, name), FutureWarning, stacklevel=3)
@@ -63,17 +63,17 @@ class Config(BaseModel):
 
 
 def deprecation(old: str, new: str) -> str:
-    """The warning for a field under its deprecated name."""
+    """Return the warning for a field that is set by its deprecated name."""
     return f"{old} is deprecated, use {new}: the next minor version removes the old name"
 
 
 def refusal(sentence: str) -> PydanticCustomError:
-    """A pydantic error with this message, in which braces are literal."""
+    """Return a pydantic error with this message; braces in it are literal."""
     return PydanticCustomError("refused", "{sentence}", {"sentence": sentence})  # pyright: ignore[reportArgumentType]
 
 
 def _without_lists(value: Any) -> Any:
-    """Plain data with tuples for lists; named tuples and other classes are left unchanged."""
+    """Return plain data with tuples in place of lists; named tuples and other classes are left unchanged."""
     if type(value) in (list, tuple):
         return tuple(_without_lists(item) for item in value)
     if type(value) is dict:

@@ -1,4 +1,4 @@
-"""Errors for users: one sentence that says what was given, where, what is allowed, and the nearest match."""
+"""Errors for users: one sentence with the place, the wrong value, the nearest match and the allowed values."""
 
 import difflib
 import json
@@ -6,7 +6,10 @@ from collections.abc import Collection, Iterable
 from typing import Any
 
 LONGEST = 2000
-"""Characters of a line of an error."""
+"""Maximum number of characters in a line of an error; the middle of a longer line is cut."""
+
+LISTED = 10
+"""Allowed values that an error lists; the rest is counted."""
 
 
 class SeqmixError(ValueError):
@@ -19,37 +22,50 @@ class SeqmixError(ValueError):
 
 
 class ElsewhereError(SeqmixError):
-    """Another process of the same run has failed and reports why; this one exits silently."""
+    """Another process of the same run has failed and reports the reason, so this process exits silently."""
 
 
 class ConfigError(SeqmixError):
-    """A configuration is wrong, or something that it names is not available."""
+    """A configuration is wrong, or code or a file that it names is not available."""
 
 
 def _cut(line: str) -> str:
-    """A line of an error, without the middle of what is too long to read."""
-    left_out = len(line) - LONGEST
-    return line if left_out <= 0 else f"{line[: LONGEST // 2]} [{left_out:,} characters] {line[-LONGEST // 2 :]}"
+    """Return a line of an error, without its middle if it is longer than `LONGEST`."""
+    excess = len(line) - LONGEST
+    return line if excess <= 0 else f"{line[: LONGEST // 2]} [{excess:,} characters] {line[-LONGEST // 2 :]}"
 
 
 def nearest(word: str, allowed: Iterable[str]) -> str:
-    """The end of an error's sentence: `; did you mean "retention"?`, or nothing where no allowed word is close."""
+    """Return the end of an error's sentence: `; did you mean "retention"?`, or "" if no allowed word is close."""
     if len(word) > LONGEST:
         return ""
     matches = difflib.get_close_matches(word, list(allowed), n=1)
     return f'; did you mean "{matches[0]}"?' if matches else ""
 
 
+def choices(word: str, allowed: Iterable[str], label: str = "allowed") -> str:
+    """Return the end of an error's sentence: the nearest match, if one is close, and the first `LISTED` allowed words.
+
+    `; did you mean "retention"? Allowed: attention, retention`, or `; allowed: attention, retention`.
+    """
+    words = list(allowed)
+    listed = ", ".join(words[:LISTED])
+    if len(words) > LISTED:
+        listed += f" and {len(words) - LISTED} more"
+    suggestion = nearest(word, words)
+    return f"{suggestion} {label[:1].upper()}{label[1:]}: {listed}" if suggestion else f"; {label}: {listed}"
+
+
 def require_name(what: str, name: str, allowed: Collection[str]) -> None:
-    """Refuse a name that is not among those that are allowed, by a SeqmixError with the nearest match."""
+    """Raise a SeqmixError, with the nearest match, if a name is not among the allowed ones; `what` is their noun."""
     if name not in allowed:
-        raise SeqmixError(f"there is no {what} {name!r}; {what}s: {', '.join(allowed)}{nearest(name, allowed)}")
+        raise SeqmixError(f"there is no {what} {name!r}{choices(name, allowed, f'{what}s')}")
 
 
 def shown(value: Any) -> str:
-    """A value as errors print it: much as YAML has it, and not too long."""
+    """Return a value as errors print it: similar to YAML, at most 80 characters."""
     try:
         text = repr(value) if isinstance(value, str) else json.dumps(value, default=repr, ensure_ascii=False)
     except RecursionError:
-        return "what is nested too deeply to show"
+        return "a value that is nested too deeply to show"
     return text if len(text) <= 80 else f"{text[:77]}..."

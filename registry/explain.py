@@ -1,4 +1,4 @@
-"""Turn pydantic's errors into sentences: where a value was written, what it is, and what is allowed."""
+"""Turn pydantic's errors into sentences: the place of a value, what was expected, and the value."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -11,9 +11,9 @@ from .errors import nearest, shown
 from .tree import COMMAND_LINE, Node, Origin
 
 _SHOWN = 5
-"""Errors that are reported; the rest is counted."""
+"""Maximum number of errors that are reported; the rest is counted."""
 
-_NEEDS = {
+_EXPECTED = {
     "int_type": "an integer",
     "int_from_float": "an integer",
     "float_type": "a number",
@@ -37,23 +37,23 @@ _NEEDS = {
     "string_too_long": "a length <= {max_length}",
     "string_pattern_mismatch": "a string like {pattern}",
 }
-"""What a value needs to be, by pydantic's error type; other types keep pydantic's message."""
+"""Expected values, by pydantic's error type; other types keep pydantic's message."""
 
 
-class _Need(NamedTuple):
-    """What a value should be; each branch of a union has one."""
+class _Mismatch(NamedTuple):
+    """A value and what was expected in its place; each branch of a union gives one."""
 
-    needs: str
-    given: Any
-    choices: Sequence[str] = ()
+    expected: str
+    value: Any
+    allowed: Sequence[str] = ()
 
 
 def explain(error: ValidationError, tree: Node) -> str:
-    """One line per error, at most five: the origin, the keys that lead to the value, and a sentence."""
-    by_place: dict[str, list[str | _Need]] = {}
+    """Return one line per error, at most five: the origin, the keys that lead to the value, and a sentence."""
+    by_place: dict[str, list[str | _Mismatch]] = {}
     for detail in error.errors(include_url=False):
         if detail["type"] == "too_short" and len(detail["input"]) >= detail.get("ctx", {})["min_length"]:
-            continue  # pydantic counts the valid items: the invalid ones have errors of their own
+            continue  # pydantic counts only the valid items; each invalid item has its own error
         by_place.setdefault(_place(detail, tree), []).append(_problem(detail))
     lines = [place + sentence for place, problems in by_place.items() for sentence in _sentences(problems)]
     if len(lines) > _SHOWN:
@@ -62,22 +62,22 @@ def explain(error: ValidationError, tree: Node) -> str:
 
 
 def explain_fields(error: ValidationError, fields: Any, name: str) -> str:
-    """As `explain`, of values that were given in Python, under the name that each line begins with."""
+    """Explain an error of values that were given in Python; each line begins with `name`."""
     return explain(error, Node.of(fields, Origin(name)))
 
 
-def _sentences(problems: Sequence[str | _Need]) -> Iterator[str]:
-    """What is wrong in one place. The branches of a union become one: "needs a number or 'auto'"."""
+def _sentences(problems: Sequence[str | _Mismatch]) -> Iterator[str]:
+    """Yield the sentences for one place. The branches of a union share one: "expected a number or 'auto', got 'a'"."""
     yield from (problem for problem in problems if isinstance(problem, str))
-    if branches := [problem for problem in problems if isinstance(problem, _Need)]:
-        needs = " or ".join(dict.fromkeys(branch.needs for branch in branches))
-        given = branches[0].given
-        choices = [choice for branch in branches for choice in branch.choices]
-        yield f"needs {needs}, and was given {shown(given)}{nearest(given, choices) if isinstance(given, str) else ''}"
+    if branches := [problem for problem in problems if isinstance(problem, _Mismatch)]:
+        expected = " or ".join(dict.fromkeys(branch.expected for branch in branches))
+        value = branches[0].value
+        allowed = [word for branch in branches for word in branch.allowed]
+        yield f"expected {expected}, got {shown(value)}{nearest(value, allowed) if isinstance(value, str) else ''}"
 
 
 def _place(detail: ErrorDetails, tree: Node) -> str:
-    """`run.yaml:3: model.pattern[2]: `, or without keys for the whole."""
+    """Return the beginning of a line: `run.yaml:3: model.pattern[2]: `, without keys for the whole document."""
     location = detail["loc"]
     kind = detail["type"]
     if kind == "union_tag_invalid":
@@ -85,18 +85,19 @@ def _place(detail: ErrorDetails, tree: Node) -> str:
     keys, node = tree.find(location)
     place = str(node.origin)
     if kind in ("value_error", "assertion_error") and COMMAND_LINE in {part.origin.source for part in node.parts()}:
-        # a conflict between fields, of which some or all were set on the command line
+        # a conflict between fields, at least one of which was set on the command line
         place += f", changed on the {COMMAND_LINE}" if place != COMMAND_LINE else ""
     path = "".join(f".{key}" if isinstance(key, str) else f"[{key}]" for key in keys).removeprefix(".")
     return f"{place}: {path}: " if path else f"{place}: "
 
 
-def _problem(detail: ErrorDetails) -> str | _Need:
+def _problem(detail: ErrorDetails) -> str | _Mismatch:
+    """Return an error of pydantic as a sentence, or as the value and what was expected in its place."""
     kind = detail["type"]
-    given = detail["input"]
+    value = detail["input"]
     message = detail["msg"]
     context = detail.get("ctx", {})
-    should_be = message.removeprefix("Input should be ")
+    expected = message.removeprefix("Input should be ")
     match kind:
         case "missing":
             key = detail["loc"][-1]
@@ -104,19 +105,20 @@ def _problem(detail: ErrorDetails) -> str | _Need:
         case "union_tag_not_found":
             return f"missing key {context['discriminator']}"
         case "union_tag_invalid":
-            choices = _quoted(context["expected_tags"])
-            return _Need(" or ".join(map(repr, choices)), given[_quoted(context["discriminator"])[0]], choices)
+            tags = _quoted(context["expected_tags"])
+            return _Mismatch(" or ".join(map(repr, tags)), value[_quoted(context["discriminator"])[0]], tags)
         case "value_error" | "assertion_error":
             return str(context["error"])
-        case "list_type" | "set_type" | "frozen_set_type" if isinstance(given, tuple):
+        case "list_type" | "set_type" | "frozen_set_type" if isinstance(value, tuple):
             return "a configuration is frozen: its class must declare tuple[...] here"
         case "literal_error" | "enum":
-            return _Need(should_be, given, _quoted(context["expected"]))
-        case _ if kind in _NEEDS:
+            return _Mismatch(expected, value, _quoted(context["expected"]))
+        case _ if kind in _EXPECTED:
             limits = {name: int(v) if isinstance(v, float) and v.is_integer() else v for name, v in context.items()}
-            return _Need(_NEEDS[kind].format(**limits), given)
-    return message if should_be == message else _Need(should_be, given)
+            return _Mismatch(_EXPECTED[kind].format(**limits), value)
+    return message if expected == message else _Mismatch(expected, value)
 
 
 def _quoted(text: str) -> list[str]:
+    """Return the parts of a text in single quotes."""
     return re.findall(r"'([^']*)'", text)

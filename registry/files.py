@@ -1,7 +1,7 @@
-"""Files and folders that appear when they are whole: all that a command writes goes through here.
+"""Atomic writes: a file or folder appears only when it is complete. Every command writes through these functions.
 
-Each is written beside its place under the name .NAME.partial, flushed to disk, and renamed. What a killed process left
-of it is deleted by the next process that writes there.
+Each file or folder is written beside its place under the name .NAME.partial, flushed to disk, and renamed. If a process
+is killed while writing, the next process that writes there deletes the partial file.
 """
 
 import errno
@@ -22,13 +22,13 @@ from .errors import SeqmixError
 
 @contextmanager
 def replacing(file: Path) -> Iterator[Path]:
-    """A new, empty file beside `file`, which takes its place when the block ends; after an error it is deleted.
+    """Yield a new, empty file that replaces `file` when the block ends; after an error it is deleted.
 
-    It is created exclusively, so that a link of its name is not followed, flushed to disk before it is renamed, and has
-    the permissions that the umask leaves, whoever writes to it.
+    The new file is created exclusively, so that an existing link of its name is not followed, and it is flushed to disk
+    before it is renamed. Its permissions follow the umask, even if a library replaces the file inside the block.
 
     Raises:
-        OSError: it cannot be created, or take the place.
+        OSError: the new file cannot be created or renamed.
     """
     partial = _partial(file)
     _delete(partial)
@@ -37,32 +37,32 @@ def replacing(file: Path) -> Iterator[Path]:
         mode = os.fstat(handle).st_mode
         os.close(handle)
         yield partial
-        os.chmod(partial, mode)  # a library may have put a file of its own there
+        os.chmod(partial, mode)  # a library may have replaced the file by its own
         flush(partial)
         partial.replace(file)
 
 
 @contextmanager
 def replacing_all(files: Sequence[Path]) -> Iterator[list[Path]]:
-    """`replacing` for files that belong together: all are flushed to disk before one appears, the last of them first.
+    """Apply `replacing` to files that belong together: all are flushed to disk before any appears, the last one first.
 
     Raises:
-        OSError: one cannot be created, or take its place.
+        OSError: a new file cannot be created or renamed.
     """
     with _deferring_signals(), ExitStack() as stack:
         partials = [stack.enter_context(replacing(file)) for file in files]
         yield partials
         for partial in partials[:-1]:
             flush(partial)
-        with _delaying_signals():  # or some would appear, and others not
+        with _delaying_signals():  # a signal between two renames would leave some files old
             stack.close()
 
 
 @contextmanager
 def replacing_folder(folder: Path) -> Iterator[Path]:
-    """A new, empty folder beside `folder`, which takes its place when the block ends; after an error it is deleted.
+    """Yield a new, empty folder that replaces `folder` when the block ends; after an error it is deleted.
 
-    All in it is flushed to disk before it is renamed. Of two processes that write the same folder, one is refused.
+    Its contents are flushed to disk before it is renamed. A second process that writes the same folder is refused.
 
     Raises:
         SeqmixError: `folder` is not vacant, another process is writing it, or a file cannot be written.
@@ -71,28 +71,28 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
         place = folder.resolve()
         partial = _partial(place)
         if place == Path.cwd() or place.is_mount():
-            what = "the current directory" if place == Path.cwd() else "a mount point"
-            raise SeqmixError(f"{folder} is {what}, which cannot be replaced: name a new folder in it")
+            reason = "the current directory" if place == Path.cwd() else "a mount point"
+            raise SeqmixError(f"{folder} is {reason}, which cannot be replaced: name a new folder in it")
         place.parent.mkdir(parents=True, exist_ok=True)
         if partial.is_symlink() or partial.is_file():
             _delete(partial)
         partial.mkdir(exist_ok=True)
         with _locked(partial, folder), _deleted_after_error(partial):
-            for left in partial.iterdir():
-                _delete(left)
+            for leftover in partial.iterdir():
+                _delete(leftover)
             yield partial
             for path in (*partial.rglob("*"), partial):
                 flush(path)
-            for left in place.iterdir() if is_vacant(place) and place.exists() else ():
-                _delete(left)
-            partial.rename(place)  # fails if somebody has written there meanwhile
+            for leftover in place.iterdir() if is_vacant(place) and place.exists() else ():
+                _delete(leftover)
+            partial.rename(place)  # fails if another process has written there meanwhile
             flush(place.parent)
     except OSError as error:
         raise SeqmixError(f"{folder} cannot be written: {error.strerror or error}") from error
 
 
 def is_vacant(folder: Path, besides: Collection[str] = ()) -> bool:
-    """True if nothing is there, or an empty folder: what killed processes left unfinished, and `besides`, do not count.
+    """True if a folder is missing or empty; names in `besides`, and partial files of killed processes, do not count.
 
     Raises:
         OSError: the folder cannot be read.
@@ -104,17 +104,17 @@ def is_vacant(folder: Path, besides: Collection[str] = ()) -> bool:
 
 
 def was_unfinished(path: Path) -> bool:
-    """True if a process that wrote a file or folder was killed."""
+    """True if a process was killed while it wrote this file or folder."""
     return _partial(path).exists()
 
 
 def _partial(path: Path) -> Path:
-    """Where a file or folder is written until it is whole."""
+    """Return the path at which a file or folder is written until it is complete."""
     return path.with_name(f".{path.name}.partial")
 
 
 def _delete(path: Path) -> None:
-    """Delete a file, a link or a folder, if it is there."""
+    """Delete a file, link or folder, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -123,7 +123,7 @@ def _delete(path: Path) -> None:
 
 @contextmanager
 def _deleted_after_error(path: Path) -> Iterator[None]:
-    """Delete a path after an error in the block; also before SIGTERM or SIGHUP ends the process."""
+    """Delete a path after an error in the block, or before SIGTERM or SIGHUP ends the process."""
     with _deferring_signals():
         try:
             yield
@@ -134,13 +134,16 @@ def _deleted_after_error(path: Path) -> Iterator[None]:
 
 
 class _Ended(BaseException):
-    """Leaves the blocks of a process that a signal ends."""
+    """Raised inside the blocks of a process that a signal ends, so that they clean up."""
 
 
 @contextmanager
 def _deferring_signals() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP, where they would end the process at once, leave the block by an exception first."""
-    if threading.current_thread() is not threading.main_thread():  # which alone may set handlers
+    """Make SIGTERM and SIGHUP raise an exception in the block before they end the process.
+
+    Signals for which the program has its own handler are left alone.
+    """
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield
         return
     process = os.getpid()
@@ -148,7 +151,7 @@ def _deferring_signals() -> Iterator[None]:
 
     def leave(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
         signal.signal(number, signal.SIG_DFL)
-        if os.getpid() != process:  # a fork, which has nothing to delete
+        if os.getpid() != process:  # a forked process has nothing to delete
             signal.raise_signal(number)
         received.append(number)
         raise _Ended
@@ -167,13 +170,13 @@ def _deferring_signals() -> Iterator[None]:
 
 @contextmanager
 def _delaying_signals() -> Iterator[None]:
-    """Let Ctrl-C, SIGTERM and SIGHUP wait for the end of the block."""
+    """Delay Ctrl-C, SIGTERM and SIGHUP until the end of the block."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     received = list[int]()
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, *_signals())}
-    before = {number: handler for number, handler in before.items() if handler is not None}  # another language's
+    before = {number: handler for number, handler in before.items() if handler is not None}  # None: not set by Python
     for number in before:
         signal.signal(number, lambda number, frame: received.append(number))  # noqa: ARG005
     try:
@@ -186,13 +189,13 @@ def _delaying_signals() -> Iterator[None]:
 
 
 def _signals() -> list[signal.Signals]:
-    """SIGTERM and SIGHUP, where the system has them."""
+    """Return those of SIGTERM and SIGHUP that the system has."""
     return [number for number in signal.Signals if number.name in ("SIGTERM", "SIGHUP")]
 
 
 @contextmanager
 def _locked(partial: Path, folder: Path) -> Iterator[None]:
-    """Lock what becomes a folder against other processes that write it."""
+    """Lock the partial folder, so that another process that writes `folder` is refused."""
     handle = os.open(partial, os.O_RDONLY)
     try:
         if not try_lock(handle):
@@ -203,7 +206,7 @@ def _locked(partial: Path, folder: Path) -> Iterator[None]:
 
 
 def try_lock(file: IO[str] | int) -> bool:
-    """Lock a file while it is open; false if another process holds the lock. True on systems without locks."""
+    """Lock a file until it is closed; return False if another process holds the lock, True on systems without locks."""
     try:
         import fcntl
 
@@ -216,20 +219,22 @@ def try_lock(file: IO[str] | int) -> bool:
 
 
 def write_file(content: str | bytes, file: Path) -> Path:
-    """Write a file, and its folder, whole or not at all; a pipe or device, such as /dev/stdout, in its place.
+    """Write a file atomically and return its path; missing folders are created.
+
+    A pipe or device, such as /dev/stdout, is written in place.
 
     Raises:
-        SeqmixError: it cannot be written.
+        SeqmixError: the file cannot be written.
     """
     write_files({file: content})
     return file
 
 
 def write_files(contents: Mapping[Path, str | bytes]) -> None:
-    """Write files that belong together as `write_file`, all or none.
+    """Write files that belong together as `write_file` does, all or none.
 
     Raises:
-        SeqmixError: one cannot be written.
+        SeqmixError: a file cannot be written.
     """
     file = Path()
     try:
@@ -248,19 +253,19 @@ def write_files(contents: Mapping[Path, str | bytes]) -> None:
 
 
 def read_bytes(file: Path) -> bytes:
-    """The content of a file that another file names; a pipe or a device is refused, as reading it may never end.
+    """Return the content of a file that another file names; a pipe or device is refused, as reading it may never end.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     mode = file.stat().st_mode
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-        raise OSError(errno.EINVAL, "it is a pipe or a device, not a file", str(file))
+        raise OSError(errno.EINVAL, "it is a pipe or device, not a file", str(file))
     return file.read_bytes()
 
 
 def flush(path: Path) -> None:
-    """Flush a file or folder to disk (fsync): what is renamed must not outlive its contents."""
+    """Flush a file or folder to disk (fsync), so that a rename cannot reach the disk before the contents."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

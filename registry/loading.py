@@ -25,21 +25,23 @@ def load(
     presets: Path,
     complete: Callable[[Node], Node] = lambda tree: tree,
 ) -> C:
-    """Read a configuration.
+    """Read and validate a configuration.
 
-    A file with `extends: <preset, or file relative to this one>` holds the differences from it. Mappings merge key by
-    key; lists, scalars and null replace what was there, and so does a mapping with another `kind`.
+    A file with `extends: <preset, or file relative to this one>` contains only the differences from that preset or
+    file. Mappings merge key by key; lists, scalars and null replace the earlier value, and so does a mapping with
+    another `kind`.
 
     Args:
         cls: the class of the configuration.
-        source: the name of a preset, or a YAML file; None for nothing but overrides.
-        overrides: changes as `dotted.path=value` with the value in YAML, applied last and in order, as if each were a
-            file of one value that extends what is before it.
+        source: the name of a preset, or a YAML file; None to use only the overrides.
+        overrides: changes as `dotted.path=value` with the value in YAML, applied last and in order. Each acts like a
+            file with one value that extends the result so far.
         presets: the folder of the presets, one file `<name>.yaml` each.
-        complete: adds what the tree leaves out, before it is validated.
+        complete: adds missing values to the tree before it is validated.
 
     Raises:
-        ConfigError: what is wrong, in which line of which file, and what is allowed; one line per error, at most five.
+        ConfigError: the configuration is wrong. The message has one line per error, at most five: the file and line,
+            what was expected, and the value.
     """
     tree = Node({}, Origin(COMMAND_LINE)) if source is None else read(source, presets, cls)
     for assignment in overrides:
@@ -48,10 +50,10 @@ def load(
 
 
 def validated(cls: type[C], fields: Node | Mapping[str, Any], name: str = "") -> C:
-    """A configuration of a tree, or of values that were given in Python, whose errors begin with a name.
+    """Return the configuration of a tree, or of values that were given in Python; `name` begins errors of the latter.
 
     Raises:
-        ConfigError: as `load` raises it.
+        ConfigError: the configuration is wrong; the message is as in `load`.
     """
     try:
         tree = fields if isinstance(fields, Node) else Node.of(fields, Origin(name))
@@ -60,11 +62,11 @@ def validated(cls: type[C], fields: Node | Mapping[str, Any], name: str = "") ->
         except ValidationError as error:
             raise ConfigError(explain(error, tree)) from error
     except RecursionError as error:
-        raise ConfigError(f"{name or COMMAND_LINE}: it is nested too deeply for a configuration") from error
+        raise ConfigError(f"{name or COMMAND_LINE}: the configuration is nested too deeply") from error
 
 
 def dump(config: Config) -> str:
-    """The whole configuration as YAML, keys in the order of the fields; `load` reads an equal one from it."""
+    """Return the whole configuration as YAML, keys in the order of the fields; `load` reads an equal one from it."""
     return write(config.model_dump(mode="json"))
 
 
@@ -72,27 +74,25 @@ def override(tree: Node, assignment: str, cls: type[Config] = Config) -> Node:
     """Apply one change, `dotted.path=value`, to the tree of a class's configuration.
 
     Raises:
-        ConfigError: it is not of that form, its value is not YAML, or its path leads through a value that is not a
-            mapping.
+        ConfigError: the change does not have that form, its value is not YAML, or its path leads through a value that
+            is not a mapping.
     """
     path, equals, text = assignment.partition("=")
     keys = path.strip().split(".")
     if not equals or not all(keys):
-        raise ConfigError(
-            f"{COMMAND_LINE}: {assignment!r} is not a change; write dotted.path=value, such as model.n_layers=2"
-        )
+        raise ConfigError(f"{COMMAND_LINE}: expected dotted.path=value, such as model.n_layers=2, got {assignment!r}")
     try:
         value = parse(text, COMMAND_LINE) or Node(None, Origin(COMMAND_LINE))
     except ConfigError as error:
         reason = str(error).removeprefix(f"{COMMAND_LINE}: ")
         if (first := text.lstrip()[:1]) in "*&!%@`":  # YAML indicators at the start of a scalar
-            reason += f"; quote a text that begins with {first}, for the shell too: '{path}=\"{text}\"'"
+            reason += f"; quote text that begins with {first}, also for the shell: '{path}=\"{text}\"'"
         raise ConfigError(f"{COMMAND_LINE}: {path}: the value {text!r} is not YAML: {reason}") from error
     return change(tree, _difference(tree, keys, 0, value), cls)
 
 
 def _difference(base: Node | None, keys: Sequence[str], depth: int, value: Node) -> Node:
-    """The mapping that holds `value` at `keys`. Mappings on the way keep the place where a file wrote them."""
+    """Return the mapping that has `value` at `keys`; mappings on the way keep the origin they have in the base."""
     if depth == len(keys):
         return value
     if base is not None and base.entries is None:

@@ -1,4 +1,4 @@
-"""Names that have moved keep working for one minor version, with a warning that says where they are now."""
+"""Support for names that have moved: they work for one more minor version, with a warning that tells the new name."""
 
 import importlib
 import sys
@@ -27,11 +27,11 @@ MODULES: Mapping[str, str] = {
     "seqmix.training.saved_prompt_cache": "seqmix.training.checkpoint.saved_prompt_cache",
     "seqmix.training.saved_run": "seqmix.training.checkpoint.saved_run",
 }
-"""Public modules of version 0.2, and where what they held is now. To be removed in 0.4."""
+"""Public modules of version 0.2, each with its present name. To be removed in 0.4."""
 
 
 class _Finder(MetaPathFinder, Loader):
-    """Finds a module under its former name: a module that reads its names from the present one."""
+    """Import hook for former module names: it makes a module that looks its names up in the present module."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -49,17 +49,17 @@ class _Finder(MetaPathFinder, Loader):
 
 
 def find_moved_modules() -> None:
-    """Let Python find the modules of `MODULES` under their former names."""
+    """Install the import hook, so that Python finds the modules of `MODULES` under their former names."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
 
 
 def former_names(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
-    """A module's `__getattr__` for functions with a new name.
+    """Return a module's `__getattr__`, which finds functions under their former names, with a warning.
 
     Args:
         module: the module's `__name__`.
-        names: former names and present ones, all in this module.
+        names: former names, each with its present name in the same module.
     """
 
     def find(name: str) -> Any:

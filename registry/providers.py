@@ -1,4 +1,4 @@
-"""Where kinds come from: the files of a package, entry points, dotted paths. Listing them imports nothing."""
+"""Sources of kinds: the files of a package, entry points, and dotted paths. Listing them imports no modules."""
 
 import importlib
 import importlib.metadata
@@ -18,22 +18,22 @@ from pydantic import BaseModel
 from .errors import ConfigError, nearest
 
 Provider = type | str
-"""What provides a kind: a class, a dotted path to one, `my_package.my_module:MyConfig`, or a module."""
+"""Provider of a kind: a class, the dotted path of one (`my_package.my_module:MyConfig`), or the name of a module."""
 
 
 def files(package: str) -> Iterator[tuple[str, Provider]]:
-    """The modules of a package whose text has `kind: Literal["<the module's own name>"]`, by that name."""
+    """Yield the kinds that a package's own modules define: those whose text has `kind: Literal["<module name>"]`."""
     spec = importlib.util.find_spec(package)
     for folder in (spec.submodule_search_locations if spec else None) or []:
         yield from _modules(package, folder, _stamp(folder))
 
 
 def entry_points(group: str | None) -> Iterator[tuple[str, Provider]]:
-    """What installed distributions offer in a group, by name; several may use the same name."""
+    """Yield the names and paths that installed distributions offer in a group; a name may occur more than once."""
     yield from _points(group, tuple((folder, _stamp(folder)) for folder in sys.path)) if group else ()
 
 
-# planning a study resolves kinds tens of thousands of times: folders are read again where something was added to them
+# planning a study resolves kinds tens of thousands of times, so a folder is only read again after it has changed
 
 
 @lru_cache(maxsize=128)
@@ -52,7 +52,7 @@ def _points(group: str, folders: tuple[tuple[str, int], ...]) -> tuple[tuple[str
 
 
 def _stamp(folder: str) -> int:
-    """When something was last added to a folder, or removed; 0 of none."""
+    """Return the modification time of a folder, in nanoseconds; 0 if it does not exist."""
     try:
         return os.stat(folder or ".").st_mtime_ns
     except OSError:
@@ -60,12 +60,12 @@ def _stamp(folder: str) -> int:
 
 
 def module_of(provider: Provider) -> str:
-    """The full name of a provider's module."""
+    """Return the full name of a provider's module."""
     return provider.partition(":")[0] if isinstance(provider, str) else provider.__module__
 
 
 def load(provider: Provider, base: type[BaseModel]) -> Any:
-    """Import what a provider names, without checking it; exceptions of the import propagate.
+    """Import and return the class of a provider, without checking it; exceptions of the import propagate.
 
     Raises:
         ConfigError: the path is malformed, or the module has no such class.
@@ -74,7 +74,7 @@ def load(provider: Provider, base: type[BaseModel]) -> Any:
         return provider
     module, colon, name = provider.partition(":")
     if colon and not (module and name):
-        raise ConfigError(f"{provider!r} is not a path like my_package.my_module:MyConfig")
+        raise ConfigError(f"expected a path like my_package.my_module:MyConfig, got {provider!r}")
     imported = import_named(module)
     if colon:
         try:
@@ -89,10 +89,10 @@ def load(provider: Provider, base: type[BaseModel]) -> Any:
 
 
 def import_named(module: str) -> ModuleType:
-    """Import the module of a dotted path; the working directory is searched last, so that it stands in for no library.
+    """Import a module by its full name; the working directory is searched last, so that it cannot shadow a library.
 
     Raises:
-        Exception: whatever the import raises; an ImportError for what would end the program, such as `sys.exit`.
+        Exception: any exception of the import; ImportError if the module would end the program, as `sys.exit` does.
         KeyboardInterrupt: the user's Ctrl-C.
     """
     top = module.partition(".")[0]
@@ -104,47 +104,50 @@ def import_named(module: str) -> ModuleType:
         raise
     except SystemExit as ended:
         raise ImportError(f"{module} calls sys.exit({ended.code!r}) when it is imported") from ended
-    except BaseException as error:  # of a library that has its own, as pytest's skip or a panic in Rust
+    except BaseException as error:  # a library's own, such as pytest's skip or a panic in Rust
         raise ImportError(reason_of(error)) from error
 
 
 def unimported(value: Any) -> list[str]:
-    """The dotted paths in plain data, such as a configuration, whose modules are not imported yet.
+    """Return the dotted paths in plain data, such as a configuration, whose modules are not imported yet.
 
-    Whoever reads a file of someone else asks this before validating it, which imports them.
+    Validation imports these modules: call this first if another person may have written the data.
     """
-    found = set[str]()
+    paths = set[str]()
     parts = [value]
     while parts:  # not by recursion: a file may be nested deeper than Python's stack
         part = parts.pop()
         if isinstance(part, str) and ":" in part and part.partition(":")[0] not in sys.modules:
-            found.add(part)
-        parts.extend(part.values() if isinstance(part, Mapping) else part if isinstance(part, list | tuple) else ())
-    return sorted(found)
+            paths.add(part)
+        if isinstance(part, Mapping):
+            parts.extend(part.values())
+        elif isinstance(part, list | tuple):
+            parts.extend(part)
+    return sorted(paths)
 
 
 def require_trusted(value: Any, name: object, how: str) -> None:
     """Refuse plain data that names code that is not imported yet.
 
     Args:
-        value: a configuration that someone else may have written.
-        name: what errors call its file.
-        how: what to do if it is trusted: "give --trust".
+        value: a configuration that another person may have written.
+        name: the name of its file in errors.
+        how: the remedy for trusted data: "give --trust".
 
     Raises:
-        ConfigError: it does; the paths.
+        ConfigError: the data names such code; the message lists the paths.
     """
-    if named := unimported(value):
+    if paths := unimported(value):
         raise ConfigError(
-            f"{name} names code that loading it would import: {', '.join(named)}; if you trust where it is from, {how}"
+            f"loading {name} would import code that it names: {', '.join(paths)}; if you trust its source, {how}"
         )
 
 
 def import_object(path: str, what: str) -> Any:
-    """What a dotted path names, such as `my_package.my_module:MyLogger`; errors call it `what`.
+    """Import the object at a dotted path, such as `my_package.my_module:MyLogger`; `what` is its noun in errors.
 
     Raises:
-        ConfigError: its module cannot be loaded, or has no such name.
+        ConfigError: the module cannot be loaded, or has no such name.
     """
     try:
         return load(path, BaseModel)
@@ -153,28 +156,28 @@ def import_object(path: str, what: str) -> Any:
 
 
 def reason_of(error: BaseException) -> str:
-    """Why a module cannot be loaded, in a line."""
+    """Return the reason why a module cannot be loaded, in one line."""
     try:
         text = str(error)
-    except Exception:  # an error of someone else's class
+    except Exception:  # a plug-in's own class of error may fail to print
         text = "its message cannot be shown"
     return text if isinstance(error, ConfigError) else f"{type(error).__name__}: {text}".split("\n")[0]
 
 
 def path_of(config: type) -> str:
-    """The path that names a class: `my_package.my_module:MyConfig`."""
+    """Return the dotted path of a class: `my_package.my_module:MyConfig`."""
     return f"{config.__module__}:{config.__qualname__}"
 
 
 def kind_of(config: type[BaseModel]) -> str | None:
-    """The word in the `kind: Literal["word"]` of a class; None where it declares none."""
+    """Return the word in the `kind: Literal["word"]` of a class; None if it does not declare a kind."""
     field = config.model_fields.get("kind")
     words = get_args(field.annotation) if field and get_origin(field.annotation) is Literal else ()
     return words[0] if len(words) == 1 and isinstance(words[0], str) else None
 
 
 def require_kind(candidate: object, base: type[BaseModel]) -> str:
-    """The kind of a configuration of a family.
+    """Check that a class is a configuration of a family, and return its kind.
 
     Raises:
         ConfigError: the candidate is not a subclass of the base, is abstract, or declares no kind.
@@ -183,8 +186,8 @@ def require_kind(candidate: object, base: type[BaseModel]) -> str:
         name = path_of(candidate) if isinstance(candidate, type) else repr(candidate)
         raise ConfigError(f"{name} is not a subclass of {path_of(base)}")
     if inspect.isabstract(candidate):
-        lacks = ", ".join(sorted(candidate.__abstractmethods__))
-        raise ConfigError(f"{path_of(candidate)} is abstract: it lacks {lacks}")
+        missing = ", ".join(sorted(candidate.__abstractmethods__))
+        raise ConfigError(f"{path_of(candidate)} is abstract: define {missing}")
     if (kind := kind_of(candidate)) is None:
         raise ConfigError(f'{path_of(candidate)} must declare kind: Literal["its_name"]')
     return kind

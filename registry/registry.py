@@ -1,4 +1,4 @@
-"""A registry: the kinds of one family (mixers, ffns, norms), found by name and loaded when asked for."""
+"""A registry: the kinds of one family (mixers, ffns, norms), found by name and imported on demand."""
 
 import warnings
 from collections.abc import Iterable, Mapping
@@ -11,20 +11,20 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, core_schema
 
 from .config import Config, refusal
-from .errors import ConfigError, nearest
+from .errors import ConfigError, choices, nearest
 from .providers import Provider, entry_points, files, kind_of, load, module_of, path_of, reason_of, require_kind
 
 C = TypeVar("C", bound=Config)
 D = TypeVar("D", bound=Config)
 
 DEFAULT_KIND = "x-default-kind"
-"""The key of a JSON schema that names the kind of a mapping without one."""
+"""JSON schema key for the default kind of a family: that of a mapping without a kind."""
 
 _warned: dict[Any, Any] = {}
-"""The warnings that were shown, in the form that `warnings` has them."""
+"""Registry of shown warnings: with it, the `warnings` module shows each warning once."""
 
 _describing: ContextVar[tuple["Registry[Any]", ...]] = ContextVar("_describing", default=())
-"""The families whose JSON schema is being generated."""
+"""Families whose JSON schema is being generated, the outermost first."""
 
 
 class Registry(Generic[C]):
@@ -32,10 +32,10 @@ class Registry(Generic[C]):
 
     A kind comes from a file of the family's own package, from an entry point of an installed distribution, from a class
     that the program registers, or from a dotted path in place of a kind. It is looked up when a configuration is
-    validated, so a kind that is added later is found. A plug-in that takes the kind of a built-in changes nothing: the
-    built-in is used, with a warning, and a dotted path names the plug-in's.
+    validated, so a kind that is added later is found. If a plug-in uses the kind of a built-in, the built-in wins, with
+    a warning; a dotted path selects the plug-in.
 
-    A registry is also the annotation of a field that holds a configuration of its family:
+    A registry is also the annotation of a field that has a configuration of its family:
 
         mixer: Annotated[MixerConfig, MIXERS]
     """
@@ -52,12 +52,12 @@ class Registry(Generic[C]):
         """Create a registry.
 
         Args:
-            family: what errors call a member, e.g. "mixer".
+            family: the noun for a member in errors, e.g. "mixer".
             base: the class that every configuration of the family extends.
-            package: full name of the package of the built-in kinds: module `retention` is the kind `retention` if its
-                text has `kind: Literal["retention"]`.
+            package: full name of the package of the built-in kinds: module `retention` defines the kind `retention` if
+                its text has `kind: Literal["retention"]`.
             entry_points: the group in which distributions offer `kind = "module:ConfigClass"`; None for no group.
-            default_kind: the kind of a mapping without one; None where every mapping must have its own.
+            default_kind: the kind of a mapping without `kind`; None if every mapping must have one.
         """
         self.family = family
         self.base = base
@@ -67,9 +67,9 @@ class Registry(Generic[C]):
         self._registered: dict[str, type[C]] = {}
 
     def register(self, config: type[D]) -> type[D]:
-        """Add a class of the running program; usable as a decorator.
+        """Add a class that the running program defines, and return it; usable as a decorator.
 
-        A class of the same module and name replaces the previous one, as when a notebook cell runs again.
+        A class with the module and name of an earlier one replaces it, so that a notebook cell can run again.
 
         Raises:
             ConfigError: the class is not a configuration of the family, or another class provides its kind.
@@ -86,24 +86,24 @@ class Registry(Generic[C]):
         return config
 
     def kinds(self) -> list[str]:
-        """The available kinds, sorted.
+        """Return the available kinds, sorted.
 
-        Built-in files are not imported; plug-ins are, so that broken ones are left out.
+        Built-in modules are not imported; plug-ins are, because broken ones are left out.
         """
         built_in = dict(files(self._package))
         broken = self.broken()
         return sorted(kind for kind in self._providers() if kind in built_in or kind not in broken)
 
     def built_in(self) -> dict[str, type[C]]:
-        """The classes of the family's own package, by kind, sorted."""
+        """Return the classes of the family's own package, by kind, sorted."""
         return {kind: self.resolve(kind) for kind in sorted(kind for kind, _ in files(self._package))}
 
     def broken(self) -> dict[str, str]:
-        """The broken plug-ins by kind, each with the reason: its import fails, or its kind is taken."""
+        """Return the broken plug-ins by kind, each with the reason: its import fails, or a built-in has its kind."""
         reasons = {}
         providers = self._providers()
         for kind, _ in entry_points(self._group):
-            if (reason := self._shadowed(kind, providers[kind])) is not None:
+            if (reason := self._shadowing(kind, providers[kind])) is not None:
                 reasons[kind] = reason
                 continue
             try:
@@ -113,7 +113,7 @@ class Registry(Generic[C]):
         return reasons
 
     def origin(self, kind: str) -> str:
-        """The module that provides a kind.
+        """Return the name of the module that provides a kind.
 
         Raises:
             ConfigError: nothing provides the kind, or several modules do, none of which is built in.
@@ -121,7 +121,7 @@ class Registry(Generic[C]):
         return module_of(self._provider(kind))
 
     def resolve(self, kind: str) -> type[C]:
-        """The configuration class of a kind, or of a dotted path `my_package.my_module:MyConfig`.
+        """Return the configuration class of a kind, or of a dotted path `my_package.my_module:MyConfig`.
 
         Raises:
             ConfigError: the kind is unknown, provided by several modules none of which is built in, or its module
@@ -130,66 +130,69 @@ class Registry(Generic[C]):
         provider = self._provider(kind)
         try:
             config = load(provider, self.base)
-            own = require_kind(config, self.base)
-            if ":" not in kind and own != kind:
-                raise ConfigError(f"{path_of(config)} declares kind {own!r}")
-        except Exception as error:  # an import may raise anything, and a broken plug-in must break nothing else
+            declared = require_kind(config, self.base)
+            if ":" not in kind and declared != kind:
+                raise ConfigError(f"{path_of(config)} declares kind {declared!r}")
+        except Exception as error:  # an import may raise anything, and a broken plug-in must not break the program
             source = f"{self.family} kind {kind!r} of module {module_of(provider)}"
             raise ConfigError(f"{source} cannot be loaded: {reason_of(error)}") from error
         return config
 
     def _provider(self, kind: str) -> Provider:
+        """Return the provider of a kind; a path is its own provider."""
         if ":" in kind:
             return kind
-        found = self._providers().get(kind, {})
-        if not found:
+        providers = self._providers().get(kind, {})
+        if not providers:
             kinds = self.kinds()
-            end = nearest(kind, kinds) or ", or a class of your own, my_module:MyConfig"
-            raise ConfigError(f"unknown {self.family} kind {kind!r}; allowed: {', '.join(kinds)}{end}")
-        if (sentence := self._shadowed(kind, found)) is not None:
-            # the built-in one, said once; no line of code is to be shown
+            allowed = choices(kind, kinds)
+            remedy = "" if nearest(kind, kinds) else ", or your own class, my_module:MyConfig"
+            raise ConfigError(f"unknown {self.family} kind {kind!r}{allowed}{remedy}")
+        if (sentence := self._shadowing(kind, providers)) is not None:
+            # shown once, under the name "plug-ins" in place of a file: the line of code would not help
             warnings.warn_explicit(sentence, UserWarning, "plug-ins", 1, registry=_warned)
-            return found[f"{self._package}.{kind}"]
-        if len(found) > 1:
-            raise self._conflict(kind, found)
-        return next(iter(found.values()))
+            return providers[f"{self._package}.{kind}"]
+        if len(providers) > 1:
+            raise self._conflict(kind, providers)
+        return next(iter(providers.values()))
 
-    def _shadowed(self, kind: str, found: Mapping[str, Provider]) -> str | None:
-        """What to do about a plug-in with the kind of a built-in; None where there is no such plug-in."""
-        own = f"{self._package}.{kind}"
-        others = [module for module in found if module != own]
-        if own not in found or not others:
+    def _shadowing(self, kind: str, providers: Mapping[str, Provider]) -> str | None:
+        """Return the warning that a built-in shadows a plug-in of the same kind; None if it shadows none."""
+        built_in = f"{self._package}.{kind}"
+        plug_ins = [module for module in providers if module != built_in]
+        if built_in not in providers or not plug_ins:
             return None
-        other = found[others[0]]
-        path = other if isinstance(other, str) else path_of(other)
+        plug_in = providers[plug_ins[0]]
+        path = plug_in if isinstance(plug_in, str) else path_of(plug_in)
         return (
-            f"{self.family} kind {kind!r} is provided by {own} and by {' and by '.join(others)}: the first, which is "
-            f"built in, is used; rename the plug-in's, or name it by its path, {path}"
+            f"{self.family} kind {kind!r} is provided by {built_in} and by {' and by '.join(plug_ins)}: using the "
+            f"first, which is built in; rename the plug-in's kind, or select it by its path, {path}"
         )
 
     def _providers(self) -> dict[str, dict[str, Provider]]:
-        """The providers of each kind by module: a module counts once, however often it offers the kind."""
-        found: dict[str, dict[str, Provider]] = {}
+        """Return the providers of each kind by module; a module counts once, even if it offers the kind repeatedly."""
+        providers: dict[str, dict[str, Provider]] = {}
         for kind, provider in (*self._registered.items(), *files(self._package), *entry_points(self._group)):
-            found.setdefault(kind, {}).setdefault(module_of(provider), provider)
-        return found
+            providers.setdefault(kind, {}).setdefault(module_of(provider), provider)
+        return providers
 
     def _conflict(self, kind: str, providers: Iterable[str]) -> ConfigError:
+        """Return the error for a kind with several providers."""
         names = " and by ".join(providers)
         return ConfigError(f"{self.family} kind {kind!r} is provided by {names}: rename or remove all but one")
 
     # ---- the annotation of a field
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        # any_schema: with the fields of the value's own class, not of the base
+        # any_schema serialises the fields of the value's own class, not only those of the base
         fields = core_schema.any_schema()
         serialization = core_schema.wrap_serializer_function_ser_schema(self._serialized, schema=fields)
         return core_schema.with_info_plain_validator_function(self._validated, serialization=serialization)
 
     def _validated(self, value: Any, info: core_schema.ValidationInfo) -> Config:
-        """An instance unchanged, and a mapping by its kind.
+        """Return an instance unchanged; validate a mapping by the class of its kind.
 
-        The union of a family's kinds is formed here, not when a class is defined: pydantic's own unions cannot grow.
+        The class is looked up here, not when a field is defined, because pydantic's own unions cannot grow.
         """
         if isinstance(value, self.base):
             return value
@@ -197,7 +200,7 @@ class Registry(Generic[C]):
             raise PydanticCustomError("mapping_with_kind", "Input should be a mapping with a kind")
         kind = value.get("kind", self.default_kind)
         if kind is None and "kind" not in value:
-            raise refusal(f"missing key 'kind'; allowed: {', '.join(self.kinds())}")
+            raise refusal(f"missing key 'kind'{choices('', self.kinds())}")
         if not isinstance(kind, str):
             raise _error_at_kind(kind, "string_type")
         try:
@@ -207,7 +210,7 @@ class Registry(Generic[C]):
         return config.model_validate({**value, "kind": kind_of(config)}, context=info.context)
 
     def _serialized(self, value: Config, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """All fields, always with the kind: a dotted path where the kind would name another class."""
+        """Return all fields and the kind, which is a dotted path if the class's kind stands for another class."""
         kind = require_kind(type(value), self.base)
         with suppress(ConfigError):
             if self.resolve(kind) is type(value):
@@ -215,10 +218,10 @@ class Registry(Generic[C]):
         return {**handler(value), "kind": path_of(type(value))}
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        """One of all kinds, discriminated by `kind`, or any mapping whose kind is a dotted path."""
+        """Return the schema of a member: one of all kinds, by `kind`, or any mapping whose kind is a dotted path."""
         configs = {kind: self.resolve(kind).__pydantic_core_schema__ for kind in self.kinds()}
         outer = _describing.get()
-        if self in outer:  # a kind that contains kinds of its own family: refer to their definitions
+        if self in outer:  # a kind that contains kinds of its own family refers to their definitions
             configs = {kind: core_schema.definition_reference_schema(_ref(config)) for kind, config in configs.items()}
         token = _describing.set((*outer, self))
         try:
@@ -231,11 +234,12 @@ class Registry(Generic[C]):
 
 
 def _error_at_kind(kind: Any, error_type: str, **context: Any) -> ValidationError:
+    """Return a pydantic error whose place is the key `kind`."""
     details = InitErrorDetails(type=error_type, loc=("kind",), input=kind, ctx=context)
     return ValidationError.from_exception_data("kind", [details])
 
 
 def _ref(config: Any) -> str:
-    """The name under which a configuration's core schema is defined."""
+    """Return the name under which a configuration's core schema is defined."""
     schema = config["schema"] if config["type"] == "definitions" else config
     return schema["schema_ref"] if schema["type"] == "definition-ref" else schema["ref"]

@@ -9,10 +9,10 @@ from .sources import EXTENDS
 
 
 def json_schema(cls: type[Config]) -> dict[str, Any]:
-    """The JSON schema of files that `load` reads as this class, with or without `extends`.
+    """Return the JSON schema of files that `load` reads as this class, with or without `extends`.
 
-    A file that extends another may leave out any key, so none is required, except `kind` where it decides which keys
-    are allowed; and a mapping without `kind` changes the one that it extends.
+    A file that extends another may leave out any key, so only `kind` is required, where it decides which keys are
+    allowed. A mapping without `kind` changes the mapping that it extends.
     """
     schema = cls.model_json_schema()
     for definition in (schema, *schema.get("$defs", {}).values()):
@@ -28,7 +28,7 @@ def json_schema(cls: type[Config]) -> dict[str, Any]:
 
 
 def _without_kind(union: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
-    """A mapping without a kind: it changes one of any kind, and editors propose the keys of the default kind."""
+    """Return the schema of a mapping without a kind: any keys, of which editors propose those of the default kind."""
     mapping: dict[str, Any] = {"type": "object", "not": {"required": ["kind"]}}
     if (kind := union.get(DEFAULT_KIND)) is not None:
         definition = schema["$defs"][union["discriminator"]["mapping"][kind].rpartition("/")[2]]
@@ -37,7 +37,7 @@ def _without_kind(union: dict[str, Any], schema: dict[str, Any]) -> dict[str, An
 
 
 def _parts(schema: Any) -> Iterator[dict[str, Any]]:
-    """All mappings in a schema, itself included."""
+    """Yield all mappings in a schema, the schema itself included."""
     if isinstance(schema, dict):
         yield schema
     if isinstance(schema, dict | list):

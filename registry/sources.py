@@ -1,4 +1,4 @@
-"""Read a preset or file into one tree, merged with what it extends."""
+"""Read a preset or file into one tree, merged with the files that it extends."""
 
 import os
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 from .change import change
 from .config import Config
-from .errors import ConfigError, nearest, shown
+from .errors import ConfigError, choices, nearest, shown
 from .files import read_bytes
 from .tree import Node, Origin
 from .yaml import parse
@@ -16,11 +16,15 @@ EXTENDS = "extends"
 
 
 def read(source: str | Path, presets: Path, cls: type[Config] = Config, *, folder: Path | None = None) -> Node:
-    """The mapping in a source, merged into everything that it extends: a preset of the folder `presets`, or a YAML
-    file.
+    """Read a preset or a YAML file, merged into everything that it extends.
 
-    A word is a file if it has a suffix .yaml or .yml or a separator, or exists as one: in `folder`, where a file names
-    it, which is then no pipe or device. The class has deprecated names and default kinds.
+    Args:
+        source: a file, or a word. A word means a file if it ends in .yaml or .yml, contains a separator, or is the name
+            of an existing file; otherwise it means a preset.
+        presets: the folder of the presets.
+        cls: the configuration's class, which defines deprecated names and default kinds.
+        folder: the folder of relative file names, if another file names the source, which may then not be a pipe or a
+            device; None if a command names it.
 
     Raises:
         ConfigError: a source is unknown, unreadable or not a YAML mapping, or files extend each other in a circle.
@@ -30,14 +34,14 @@ def read(source: str | Path, presets: Path, cls: type[Config] = Config, *, folde
 
 
 def read_mapping(source: str | Path, presets: Path) -> dict[str, Any]:
-    """A preset or file, merged into everything that it extends, as plain data; raises as `read` does."""
+    """Read a preset or file, merged into everything that it extends, as plain data; raises the errors of `read`."""
     return read(source, presets).plain()
 
 
 def _read(
     path: Path, presets: Path, chain: tuple[Path, ...], named_at: str, cls: type[Config], *, by_file: bool = True
 ) -> Node:
-    """The tree of a file; `chain` has the files that extend it, and `named_at` begins errors about the file itself."""
+    """Read the tree of a file; `chain` has the files that extend it, and `named_at` begins errors about its name."""
     if os.path.realpath(path) in [os.path.realpath(file) for file in chain]:
         circle = " -> ".join(_name(file) for file in (*chain, path))
         raise ConfigError(f"{named_at}files extend each other in a circle: {circle}")
@@ -51,12 +55,13 @@ def _read(
         return change(None, difference, cls)
     here = f"{extends.origin}: {EXTENDS}: "
     if not isinstance(extends.value, str):
-        raise ConfigError(f"{here}needs the name of a preset or a file, and was given {shown(extends.plain())}")
+        raise ConfigError(f"{here}expected the name of a preset or a file, got {shown(extends.plain())}")
     base = _locate(extends.value, path.parent, presets, here)
     return change(_read(base, presets, (*chain, path), here, cls), difference, cls)
 
 
 def _locate(name: str, folder: Path, presets: Path, named_at: str) -> Path:
+    """Return the file that a word means: a file relative to `folder`, or a preset."""
     path = folder / name
     preset = presets / f"{name}.yaml"
     if path.suffix in (".yaml", ".yml") or "/" in name or os.sep in name or _is_file(path):
@@ -64,14 +69,14 @@ def _locate(name: str, folder: Path, presets: Path, named_at: str) -> Path:
     if _is_file(preset):
         return preset
     names = sorted(file.stem for file in presets.glob("*.yaml"))
-    raise ConfigError(f"{named_at}unknown preset {name!r}; presets: {', '.join(names)}{nearest(name, names)}")
+    raise ConfigError(f"{named_at}unknown preset {name!r}{choices(name, names, 'presets')}")
 
 
 def _document(path: Path, named_at: str, by_file: bool) -> Node:
-    """The mapping in a file, which another file names, or a command."""
+    """Read the mapping in a file; `by_file` is True if another file names it, False if a command does."""
     name = _name(path)
     try:
-        # a command may name a pipe, as <(...) does, and a file may not
+        # a command may name a pipe, as <(...) does, but a file may not
         text = (read_bytes(path) if by_file else path.read_bytes()).decode("utf-8")
     except FileNotFoundError:
         siblings = [file.name for file in path.parent.glob(f"*{path.suffix}")]
@@ -85,15 +90,15 @@ def _document(path: Path, named_at: str, by_file: bool) -> Node:
         raise ConfigError(f"{named_at}{name} cannot be read: {error.strerror}") from error
     document = parse(text, name) or Node({}, Origin(name, 1))
     if document.entries is None:
-        given = shown(document.plain())
-        raise ConfigError(f"{document.origin}: a configuration is a mapping of keys to values, not {given}")
+        value = shown(document.plain())
+        raise ConfigError(f"{document.origin}: expected a mapping of keys to values, got {value}")
     return document
 
 
 def _is_file(path: Path) -> bool:
-    return os.path.isfile(path)  # Path.is_file raises where a name is too long to be one
+    return os.path.isfile(path)  # Path.is_file raises an error if the name is too long for a file
 
 
 def _name(path: Path) -> str:
-    """A path as errors print it: relative to the working directory if inside it, to be short and clickable."""
+    """Return a path as errors print it: relative to the working directory if inside it, short and clickable."""
     return str(path.relative_to(Path.cwd()) if path.is_absolute() and path.is_relative_to(Path.cwd()) else path)

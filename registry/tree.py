@@ -1,4 +1,4 @@
-"""A YAML document as a tree in which every value knows where it was written."""
+"""A YAML document as a tree in which every value has its origin: source and line."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ COMMAND_LINE = "command line"
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a value was written."""
+    """The place at which a value was written."""
 
     source: str
-    """A file, or `COMMAND_LINE`."""
+    """Name of the file, or `COMMAND_LINE`."""
     line: int | None = None
-    """Counted from 1; None on the command line."""
+    """Number of the line, from 1; None on the command line."""
 
     def __str__(self) -> str:
         return self.source if self.line is None else f"{self.source}:{self.line}"
@@ -26,25 +26,25 @@ class Origin:
 
 @dataclass(frozen=True)
 class Node:
-    """A value and its origin: the place of its key in a mapping, otherwise its own."""
+    """A value and its origin: in a mapping, the place of its key; elsewhere its own place."""
 
     value: "Mapping[str, Node] | tuple[Node, ...] | Scalar"
     origin: Origin
 
     @classmethod
     def of(cls, value: Any, origin: Origin) -> "Node":
-        """The tree of plain values, all of one origin."""
+        """Return the tree of plain values, all with the same origin."""
         if isinstance(value, Mapping):
             return cls({str(key): cls.of(entry, origin) for key, entry in value.items()}, origin)
         return cls(tuple(cls.of(item, origin) for item in value) if isinstance(value, list | tuple) else value, origin)
 
     @property
     def entries(self) -> "Mapping[str, Node] | None":
-        """The entries of a mapping; None for anything else."""
+        """Entries of a mapping; None for any other value."""
         return self.value if isinstance(self.value, Mapping) else None
 
     def plain(self) -> Any:
-        """The value without origins: dicts, lists and scalars."""
+        """Return the value without origins: dicts, lists and scalars."""
         if isinstance(self.value, Mapping):
             return {key: node.plain() for key, node in self.value.items()}
         if isinstance(self.value, tuple):
@@ -52,17 +52,17 @@ class Node:
         return self.value
 
     def parts(self) -> "Iterator[Node]":
-        """All values in it, itself first."""
+        """Yield this value and all values nested in it."""
         yield self
         if isinstance(self.value, Mapping | tuple):
             for node in self.value.values() if isinstance(self.value, Mapping) else self.value:
                 yield from node.parts()
 
     def merge(self, difference: "Node") -> "Node":
-        """This value, changed by a difference.
+        """Return this value, changed by a difference.
 
-        Mappings merge key by key. Everything else is replaced: scalars, null, lists, and a mapping whose `kind`
-        changes, since the keys of one kind mean nothing to another.
+        Mappings merge key by key. Other values are replaced: scalars, null, lists, and a mapping whose `kind` changes,
+        because the keys of one kind have no meaning for another.
         """
         if self.entries is None or difference.entries is None:
             return difference
@@ -77,7 +77,7 @@ class Node:
         return Node({**self.entries, **merged}, difference.origin)
 
     def find(self, location: Sequence[Key]) -> "tuple[tuple[Key, ...], Node]":
-        """The deepest value on the way along a location, and the keys that lead to it.
+        """Return the deepest value along a location, after the keys that lead to it.
 
         Parts that are not keys are skipped: pydantic puts the names of union branches among the keys.
         """
@@ -91,7 +91,7 @@ class Node:
         return keys, node
 
     def child(self, key: Key) -> "Node | None":
-        """The entry of a mapping or the item of a list; None if it does not exist."""
+        """Return the entry of a mapping or the item of a list; None if it does not exist."""
         if isinstance(self.value, Mapping):
             return self.value.get(key) if isinstance(key, str) else None
         if isinstance(self.value, tuple) and isinstance(key, int) and key < len(self.value):

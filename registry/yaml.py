@@ -1,7 +1,7 @@
-"""Parse YAML into a tree of values that know their lines, and write values as YAML.
+"""Parse YAML into a tree of values with their lines, and write values as YAML.
 
-It is YAML 1.2, by ruamel.yaml: only `true` and `false` are booleans, `010` is ten, and `1e-3` is a number. Keys and
-dates are strings.
+The dialect is YAML 1.2, by ruamel.yaml: only `true` and `false` are booleans, `010` is ten, and `1e-3` is a number.
+Keys and dates are strings.
 """
 
 import math
@@ -19,26 +19,27 @@ from .errors import ConfigError
 from .tree import COMMAND_LINE, Node, Origin
 
 MOST_VALUES = 100_000
-"""The limit for a document, aliases expanded: a few lines of nested aliases can expand to billions of values."""
+"""Maximum number of values in a document, aliases expanded: a few lines of nested aliases may mean billions."""
 
 MOST_CHARACTERS = 300_000
-"""Of a document: more take seconds to parse."""
+"""Maximum number of characters in a document: longer ones take seconds to parse."""
 
 _TAG = "tag:yaml.org,2002:"
 _CONVERTED = ("null", "bool", "int", "float")
 _STRINGS = ("str", "timestamp", "value", "merge")
-"""A date, `=` and `<<` are strings as values."""
+"""YAML tags of scalars that are read as strings: a date, `=` and `<<` too, where they are values."""
 
 
 def parse(text: str, source: str) -> Node | None:
-    """Read one YAML document, None if it is empty; `source` is its name in errors, with lines unless it is
-    `COMMAND_LINE`.
+    """Read one YAML document; return None if it is empty.
+
+    `source` is its name in errors, which also tell the line, unless it is `COMMAND_LINE`.
 
     Raises:
-        ConfigError: the text is not YAML, gives a key twice, or uses what a configuration does not need, such as tags.
+        ConfigError: the text is not YAML, gives a key twice, or uses a feature that is not supported, such as tags.
     """
     if len(text) > MOST_CHARACTERS:
-        raise ConfigError(f"{source}: it has {len(text):,} characters, and a configuration at most {MOST_CHARACTERS:,}")
+        raise ConfigError(f"{source}: expected at most {MOST_CHARACTERS:,} characters, got {len(text):,}")
     loader = YAML(typ="safe", pure=True)
     try:
         root = loader.compose(text)
@@ -55,7 +56,7 @@ def parse(text: str, source: str) -> Node | None:
 
 
 def write(value: Any, *, in_one_line: bool = False) -> str:
-    """Dicts, lists and scalars as YAML, keys in their order; `parse` reads the same values from it."""
+    """Return dicts, lists and scalars as YAML, keys in their order; `parse` reads the same values from it."""
     dumper = YAML(typ="safe", pure=True)
     dumper.Representer = _Representer
     dumper.sort_base_mapping_type_on_output = False  # pyright: ignore[reportAttributeAccessIssue]
@@ -68,18 +69,18 @@ def write(value: Any, *, in_one_line: bool = False) -> str:
 
 
 class _Builder:
-    """Turns ruamel's nodes into `Node`s."""
+    """Converter of ruamel's nodes to `Node`s."""
 
     def __init__(self, constructor: Any, source: str) -> None:
         self._constructor = constructor
         self._source = source
         self._values = 0
-        """So far."""
+        """Number of values so far, aliases expanded."""
         self._built: dict[Any, tuple[Node, int] | None] = {}
-        """Trees, and the number of values in each; None while one is being built."""
+        """Trees by ruamel's node, each with its number of values; None while a tree is being built."""
 
     def build(self, node: Any) -> Node:
-        """The tree of a node. An anchored node is built once."""
+        """Return the tree of a node. An anchored node is built only once."""
         before = self._values
         if node not in self._built:
             self._built[node] = None
@@ -92,7 +93,7 @@ class _Builder:
         else:
             raise self._error(node, "an alias is inside the value that it names")
         if self._values > MOST_VALUES:
-            raise self._error(node, f"a document has at most {MOST_VALUES:,} values, aliases expanded")
+            raise self._error(node, f"expected at most {MOST_VALUES:,} values, aliases expanded, got more")
         return tree
 
     def _value(self, node: Any) -> Any:
@@ -105,11 +106,11 @@ class _Builder:
             return node.value
         if not isinstance(node, ScalarNode) or tag not in _CONVERTED:
             tag = node.tag.replace(_TAG, "!!")
-            raise self._error(node, f"the tag {tag} is not allowed; a configuration needs none")
+            raise self._error(node, f"the tag {tag} is not allowed: remove it")
         try:
             return self._constructor.construct_object(node)
         except (ValueError, LookupError) as error:
-            digits = len(node.value)  # Python refuses to read thousands of them
+            digits = len(node.value)  # Python refuses to convert numbers of thousands of digits
             sentence = (
                 f"a number of {digits} digits is too long" if digits > 1000 else f"{node.value!r} is not a valid {tag}"
             )
@@ -122,7 +123,7 @@ class _Builder:
                 line = _origin(self._source, first[word].start_mark).line
                 raise self._error(key, f"key {word!r} is given twice" + (f", first in line {line}" if line else ""))
             first[word] = key
-        self._constructor.flatten_mapping(node)  # puts entries merged by `<<` before the node's own
+        self._constructor.flatten_mapping(node)  # puts the entries that `<<` merges before the node's own
         return {
             self._key(key): replace(self.build(value), origin=_origin(self._source, key.start_mark))
             for key, value in node.value
@@ -131,7 +132,7 @@ class _Builder:
     def _key(self, node: Any) -> str:
         if isinstance(node, ScalarNode):
             return node.value
-        raise self._error(node, "a key must be a word, not a list or a mapping")
+        raise self._error(node, "expected a word as a key, got a list or a mapping")
 
     def _error(self, node: Any, sentence: str) -> ConfigError:
         return ConfigError(f"{_origin(self._source, node.start_mark)}: {sentence}")
@@ -142,7 +143,7 @@ def _origin(source: str, mark: Any) -> Origin:
 
 
 class _Representer(SafeRepresenter):
-    def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002 aliases are never written
+    def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002 write shared values in full, without aliases
         return True
 
 
@@ -154,13 +155,13 @@ def _represent_list(representer: _Representer, items: list[Any]) -> SequenceNode
 def _represent_float(representer: _Representer, value: float) -> ScalarNode:
     node = representer.represent_float(value)
     if "." not in node.value:
-        node.value = node.value.replace("e", ".0e")  # for readers of YAML 1.1, to which 1e-06 is a string
+        node.value = node.value.replace("e", ".0e")  # readers of YAML 1.1 take 1e-06 for a string
     return node
 
 
 def _represent_string(representer: _Representer, text: str) -> ScalarNode:
-    # in every style but the one with escapes, some line breaks (U+0085, U+2028) are read as spaces; and without quotes
-    # a text that begins with a question mark is read as a key
+    # only the style with escapes keeps some line breaks (U+0085, U+2028), which others read as spaces; and without
+    # quotes, text that begins with a question mark is read as a key
     plain = text.isprintable() and not text.startswith("?")
     return representer.represent_scalar(f"{_TAG}str", text, style=None if plain else '"')
 

@@ -1,4 +1,4 @@
-"""The conformance kit: any mixer and any kernel, built-in or your own, is tested against its contract.
+"""The conformance kit: tests any mixer or kernel, built-in or your own, against its contract.
 
 from seqmix.testing import parametrize_checks, parametrize_kernels
 
@@ -27,7 +27,7 @@ from .mixer.case import Case, Draw
 from .mixer.trial import Trial
 
 Outcome = CheckOutcome
-"""The name of `CheckOutcome` in 0.2."""
+"""Alias of `CheckOutcome`: its name in release 0.2."""
 
 __all__ = [
     "CHECKS",

@@ -1,4 +1,4 @@
-"""How a check is declared: the decorators `check` and `kernel_check`, and what a check may need of a mixer."""
+"""The decorators `check` and `kernel_check`, which register checks, and the conditions for running one on a mixer."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,10 +20,10 @@ KernelCheck = Check[Kernel, KernelDraw, KernelTrial]
 Need = Callable[[MixerConfig, SequenceMixer], str | None]
 
 CHECKS: dict[str, MixerCheck] = {}
-"""All checks of mixers by name, in the order they run."""
+"""All checks of mixers by name, in the order in which they run."""
 
 KERNEL_CHECKS: dict[str, KernelCheck] = {}
-"""All checks of kernels."""
+"""All checks of kernels by name, in the order in which they run."""
 
 
 def check(
@@ -36,13 +36,25 @@ def check(
     use: str = "",
     remedy: str = "",
 ) -> Callable[[Callable[[Trial], None]], Callable[[Trial], None]]:
-    """Register a function of a `Trial` as a check of mixers; its docstring is the property.
+    """Register a function of a `Trial` as a check of mixers.
+
+    The function's name is the name of the check, its docstring the property that reports show.
+
+    Args:
+        needs: conditions on the mixer; the check is skipped with the reason of the first one that does not hold.
+        share: cases to run, as a share of the examples asked for; 0 runs one.
+        draw: what a case holds; by default one segment from any state.
+        compiles: True if the check compiles the mixer.
+        long: True if most cases have hundreds of tokens.
+        stress: True if the check runs under `--stress` alone.
+        use: what breaks in practice if the property does not hold.
+        remedy: what to declare or override if the mixer is meant to lack the property.
 
     Raises:
-        ValueError: its name is taken, or it has no docstring.
+        ValueError: another check has the same name, or the function has no docstring.
     """
     draw = draw or Draw()
-    return _registers(
+    return _register_in(
         CHECKS, needs=needs, share=share, draw=draw, compiles=compiles, long=long, stress=stress, use=use, remedy=remedy
     )
 
@@ -50,19 +62,29 @@ def check(
 def kernel_check(
     *needs: Callable[[Kernel], str | None], share: float, draw: KernelDraw | None = None, use: str = ""
 ) -> Callable[[Callable[[KernelTrial], None]], Callable[[KernelTrial], None]]:
-    """Register a function of a `KernelTrial` as a check of kernels; its docstring is the property.
+    """Register a function of a `KernelTrial` as a check of kernels.
+
+    The function's name is the name of the check, its docstring the property that reports show.
+
+    Args:
+        needs: conditions on the kernel; the check is skipped with the reason of the first one that does not hold.
+        share: cases to run, as a share of the examples asked for; 0 runs one.
+        draw: what a case holds.
+        use: what breaks in practice if the property does not hold.
 
     Raises:
-        ValueError: its name is taken, or it has no docstring.
+        ValueError: another check has the same name, or the function has no docstring.
     """
-    return _registers(KERNEL_CHECKS, needs=needs, share=share, draw=draw or KernelDraw(), use=use)
+    return _register_in(KERNEL_CHECKS, needs=needs, share=share, draw=draw or KernelDraw(), use=use)
 
 
-def _registers(checks: dict[str, Any], **fields: Any) -> Callable[[Callable[..., None]], Any]:
+def _register_in(checks: dict[str, Any], **fields: Any) -> Callable[[Callable[..., None]], Any]:
+    """Return a decorator that adds a function to a registry as a check with these fields."""
+
     def register(test: Callable[..., None]) -> Callable[..., None]:
         name, sentence = test.__name__, " ".join((test.__doc__ or "").split())
         if name in checks:
-            raise ValueError(f"there is a check {name} already")
+            raise ValueError(f"expected a new check name, got {name}: a check called {name} already exists")
         if not sentence:
             raise ValueError(f"{name} needs a docstring: the property it tests")
         checks[name] = Check(name=name, property=sentence, test=test, **fields)
@@ -71,18 +93,24 @@ def _registers(checks: dict[str, Any], **fields: Any) -> Callable[[Callable[...,
     return register
 
 
-# ---- what to declare where a mixer is meant to be so
+# ---- remedies: what to declare if the mixer is meant to lack the property
 
 NOT_PACKED = "declare traits.packing=False"
 NOT_INVARIANT = "declare traits.shift_invariant=False, or override shift_state where another leaf is the position"
 LESS_PRECISE = "give tolerances={torch.bfloat16: 4e-2} (--tolerance bfloat16=0.04)"
 NOT_COMPILED = "declare traits.compiles=False"
 
-# ---- what checks of mixers need
+# ---- conditions under which a check applies to a mixer
 
 
-def needing(words: str, holds: Callable[[MixerConfig, SequenceMixer], object], otherwise: str) -> Need:
-    """What a check needs, in words; where that does not hold, a reason, which may name {traits}."""
+def make_need(words: str, holds: Callable[[MixerConfig, SequenceMixer], object], otherwise: str) -> Need:
+    """Return a condition on a mixer.
+
+    Args:
+        words: the condition in words, for the page of checks.
+        holds: the condition, a function of configuration and mixer.
+        otherwise: reason for skipping the check if the condition does not hold; `{traits}` stands for the traits.
+    """
 
     def need(config: MixerConfig, mixer: SequenceMixer) -> str | None:
         return None if holds(config, mixer) else otherwise.format(traits=config.traits)
@@ -91,18 +119,26 @@ def needing(words: str, holds: Callable[[MixerConfig, SequenceMixer], object], o
     return need
 
 
-def declares(what: str, words: str) -> Need:
-    """What a module of another project may not have (`undeclared` of the adapted mixer says why), also in words."""
+def declares(feature: str, words: str) -> Need:
+    """Return the condition that a mixer has a feature, which an adapted module of another project may lack.
+
+    Args:
+        feature: key of the feature in the adapted mixer's `undeclared`, which holds the reason for skipping.
+        words: the condition in words, for the page of checks.
+    """
 
     def need(_: MixerConfig, mixer: SequenceMixer) -> str | None:
-        return getattr(mixer, "undeclared", {}).get(what)
+        return getattr(mixer, "undeclared", {}).get(feature)
 
     need.__doc__ = words
     return need
 
 
-def shifted(mixer: SequenceMixer, tokens: int = 65) -> dict[str, bool]:
-    """The leaves of the state that a shift changes; and whether each is a position, which moves by as many tokens."""
+def shifted_leaves(mixer: SequenceMixer, tokens: int = 65) -> dict[str, bool]:
+    """Return the leaves of the state that `shift_state` changes, by name.
+
+    The value is True if the leaf is a position: it grows by exactly the number of tokens.
+    """
     state = mixer.init_state(1)
     moved = to_dict(mixer.shift_state(state, tokens))
     changed = {name: leaf for name, leaf in to_dict(state).items() if not torch.equal(moved[name], leaf)}
@@ -111,30 +147,30 @@ def shifted(mixer: SequenceMixer, tokens: int = 65) -> dict[str, bool]:
 
 def several_paradigms(config: MixerConfig, _: SequenceMixer) -> str | None:
     """Two paradigms."""
-    (*others, one) = sorted(config.traits.paradigms)
-    return None if others else f"traits.paradigms has {one} alone"
+    (*others, last) = sorted(config.traits.paradigms)
+    return None if others else f"traits.paradigms has {last} alone"
 
 
-UNMOVED = "shift_state moves no leaf of the state"
+UNMOVED = "shift_state changes no leaf of the state"
 
-optional = needing("Options.", lambda c, _: alternatives(c), "the configuration has no options to vary")
-packing = needing("Packing.", lambda c, _: c.traits.packing, "traits.packing is False")
-stateful = needing("A state.", lambda c, _: c.traits.has_state, "traits.state is none")
-constant = needing("A constant state.", lambda c, _: c.traits.state == "constant", "traits.state is {traits.state}")
-recurrent = needing(
+optional = make_need("Options.", lambda c, _: alternatives(c), "the configuration has no options to vary")
+packing = make_need("Packing.", lambda c, _: c.traits.packing, "traits.packing is False")
+stateful = make_need("A state.", lambda c, _: c.traits.has_state, "traits.state is none")
+constant = make_need("A constant state.", lambda c, _: c.traits.state == "constant", "traits.state is {traits.state}")
+recurrent = make_need(
     "The recurrent paradigm.", lambda c, _: "recurrent" in c.traits.paradigms, "traits.paradigms has no recurrent"
 )
-compilable = needing("Compiling.", lambda c, _: c.traits.compiles, "traits.compiles is False")
-positioned = needing("A position in the state.", lambda _, mixer: shifted(mixer), UNMOVED)
-invariant = needing("Shift invariance.", lambda c, _: c.traits.shift_invariant, "traits.shift_invariant is False")
-shiftable = needing(
-    "Shift invariance, or a position in the state.", lambda c, m: c.traits.shift_invariant or shifted(m), UNMOVED
+compilable = make_need("Compiling.", lambda c, _: c.traits.compiles, "traits.compiles is False")
+positioned = make_need("A position in the state.", lambda _, mixer: shifted_leaves(mixer), UNMOVED)
+invariant = make_need("Shift invariance.", lambda c, _: c.traits.shift_invariant, "traits.shift_invariant is False")
+shiftable = make_need(
+    "Shift invariance, or a position in the state.", lambda c, m: c.traits.shift_invariant or shifted_leaves(m), UNMOVED
 )
-chunked = needing(
+chunked = make_need(
     "`chunk_size`.", lambda c, _: "chunk_size" in type(c).model_fields, "the configuration has no chunk_size"
 )
-differentiable = needing("Gradients.", lambda c, _: c.traits.differentiable, "traits.differentiable is False")
-exact_gradients = needing(
+differentiable = make_need("Gradients.", lambda c, _: c.traits.differentiable, "traits.differentiable is False")
+exact_gradients = make_need(
     "A backward pass that is the derivative of the forward.",
     lambda c, _: not c.traits.surrogate_gradients,
     "traits.surrogate_gradients is True",

@@ -1,6 +1,6 @@
-"""Checking kernels: what each declares, against the definition of its op in float64.
+"""Check kernels: everything that a kernel declares is compared with the definition of its op in float64.
 
-Uninitialised memory is NaN while a check runs, so what a kernel leaves unwritten shows.
+Uninitialised memory is NaN while a check runs, so an element that a kernel does not write is found.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,12 +26,12 @@ from .kernel.sizes import WIDE
 from .kernel.source import kernel_source
 from .kernel.trial import KernelTrial
 
-all_kernels()  # imports what declares them: a report's lines find a kernel by its name
+all_kernels()  # import every declaration: the script of a report looks kernels up by name
 
 
 @dataclass
 class KernelReport(Outcomes):
-    """All checks on one kernel."""
+    """Outcomes of all checks of one kernel."""
 
     kernel: Kernel
 
@@ -47,21 +47,49 @@ def check_kernel(
     expected_failures: Mapping[str, str] | None = None,
     on_outcome: Callable[[CheckOutcome], None] | None = None,
 ) -> KernelReport:
-    """Test what a kernel declares, which need not have been declared; arguments are those of `check_mixer`.
+    """Test a kernel against the definition of its op, within the tolerances and limits that it declares.
 
-    Fewer examples than the default have fewer fixed cases too.
+    The kernel need not be registered. If `examples` is below the default, fewer fixed cases run too.
+
+    Args:
+        kernel: the kernel to test.
+        checks: names of the checks to run; by default all.
+        device: device to run the kernel on.
+        examples: examples asked for; each check takes its share.
+        seed: seed of the drawn cases; None leaves it to hypothesis.
+        shrink: True to reduce a failing case.
+        expected_failures: checks that are known to fail, each with a reason. One that passes counts as a failure.
+        on_outcome: called after each check with its outcome.
 
     Raises:
-        SeqmixError: a check that does not exist, or an op that has no definition here.
+        SeqmixError: a check does not exist, or the kit has no definition of the kernel's op.
     """
-    asked = {"checks": checks, "examples": examples, "seed": seed, "shrink": shrink}
-    asked |= {"expected_failures": expected_failures, "on_outcome": on_outcome}
     tested = CheckedKernel(kernel, torch.device(device), examples)
-    return KernelReport(kernel, outcomes=run_checks(tested, KERNEL_CHECKS, **asked))
+    outcomes = run_checks(
+        tested,
+        KERNEL_CHECKS,
+        checks=checks,
+        examples=examples,
+        seed=seed,
+        shrink=shrink,
+        expected_failures=expected_failures,
+        on_outcome=on_outcome,
+    )
+    return KernelReport(kernel, outcomes=outcomes)
 
 
 def reproduce_kernel(name: str, kernel: Kernel, case: KernelCase, *, device: str | torch.device = "cpu") -> None:
-    """Run one check on one case, as a report of a failure says; raises as the check does."""
+    """Run one check on one case: the line that a failure report prints.
+
+    Args:
+        name: name of the check.
+        kernel: the kernel to test.
+        case: the case to run it on.
+        device: device to run the kernel on.
+
+    Raises:
+        CheckFailure: the property does not hold on this case.
+    """
     (known,) = chosen_names([name], KERNEL_CHECKS)
     CheckedKernel(kernel, torch.device(device)).attempt(KERNEL_CHECKS[known], case)
 
@@ -73,24 +101,30 @@ def parametrize_kernels(
     expected_failures: Mapping[str, Mapping[str, str]] | None = None,
     **options: Any,
 ) -> Any:
-    """A decorator as `parametrize_checks`, for every kernel (all that are declared by default) and check.
+    """Return a decorator that gives a pytest function an argument `check`, one for every kernel and check.
 
-    Where the kernel cannot run, it skips with the kernel's own reason. `expected_failures` are by kernel, such as
-    "decay/chunkwise/reference"; options are those of `check_kernel`.
+    The function calls it: `check()`. The test is skipped with the kernel's own reason if the kernel cannot run here.
+
+    Args:
+        kernels: kernels to test; by default all declared ones.
+        checks: names of the checks to run; by default all.
+        expected_failures: checks that are known to fail, each with a reason, by the name of the kernel, such as
+            "decay/chunkwise/reference".
+        options: further arguments of `check_kernel`.
 
     Raises:
-        SeqmixError: a check or kernel that does not exist, or nothing to test.
+        SeqmixError: a check or kernel does not exist, or there is nothing to test.
     """
     tested = list(KERNELS.values() if kernels is None else kernels)
     if not tested:
-        raise SeqmixError("parametrize_kernels was given no kernel, so nothing would be tested")
+        raise SeqmixError("parametrize_kernels got no kernel to test: pass at least one, or omit `kernels` to test all")
     named = [(str(kernel.key), str(kernel.key), partial(check_kernel, kernel)) for kernel in tested]
     known = {"checks": checks, "expected_failures": expected_failures}
     return parametrized(named, KERNEL_CHECKS, what="kernel", **known, options=options)
 
 
 class CheckedKernel(CheckedSubject[KernelCase]):
-    """A kernel on a device, as the engine needs it."""
+    """A kernel on a device, in the form that the engine runs checks on."""
 
     what = "kernel"
 
@@ -99,7 +133,9 @@ class CheckedKernel(CheckedSubject[KernelCase]):
         self.examples, self.notes = examples, {}
         if kernel.op not in FAMILIES:
             known = ", ".join(FAMILIES)
-            raise SeqmixError(f"the op {kernel.op} has no definition to test kernels by; ops that have: {known}")
+            raise SeqmixError(
+                f"expected a kernel of an op with a definition, got the op {kernel.op}; defined ops: {known}"
+            )
         family = FAMILIES[kernel.op]
         self.probes, self.wide = list(family.probes(device)), list(family.probes(device, WIDE))
 
@@ -107,28 +143,29 @@ class CheckedKernel(CheckedSubject[KernelCase]):
         if reason := check.skip_reason(self.kernel):
             return reason
         reasons = [self.kernel.unsupported(probe) for probe in (*self.probes, *self.wide)]
-        if all(reasons):  # the least that keeps the kernel from anything
+        if all(reasons):  # no probe can run: name the fewest reasons that any of them has
             return "; ".join(min(reasons, key=len))
-        asked = self._asked(check, self.probes) or self._asked(check, self.wide)
-        return None if asked else f"{self.kernel.key} declares nothing that this asks for"
+        probes = self._select_probes(check, self.probes) or self._select_probes(check, self.wide)
+        return None if probes else f"{self.kernel.key} declares nothing that this check tests"
 
     def cases(self, check: KernelCheck) -> SearchStrategy[KernelCase]:
-        usual, wide = (self._asked(check, probes) for probes in (self.probes, self.wide))
+        usual, wide = (self._select_probes(check, probes) for probes in (self.probes, self.wide))
         return FAMILIES[self.kernel.op].cases(usual, wide, check.draw)
 
     def fixed_cases(self, check: KernelCheck) -> list[KernelCase]:
-        probes = self._asked(check, self.probes) or self._asked(check, self.wide)
+        probes = self._select_probes(check, self.probes) or self._select_probes(check, self.wide)
         asks = partial(check.draw.asks, self.kernel)
-        found = FAMILIES[self.kernel.op].fixed_cases(probes, asks, check.draw)
-        if interpreted():  # one program after the other
-            found = [case for case in found if case.rows * case.n_heads < PROGRAMS]
-        return as_many_as_asked(found, self.examples)
+        cases = FAMILIES[self.kernel.op].fixed_cases(probes, asks, check.draw)
+        if interpreted():  # Triton's interpreter runs programs one after the other
+            cases = [case for case in cases if case.rows * case.n_heads < PROGRAMS]
+        return as_many_as_asked(cases, self.examples)
 
-    def _asked(self, check: KernelCheck, probes: Iterable[Probe]) -> list[Probe]:
+    def _select_probes(self, check: KernelCheck, probes: Iterable[Probe]) -> list[Probe]:
+        """Return the probes that a check asks this kernel for."""
         return [probe for probe in probes if check.draw.asks(self.kernel, probe)]
 
     def simpler(self, check: KernelCheck, case: KernelCase) -> Iterable[KernelCase]:
-        return (one for one in case.simpler() if check.draw.asks(self.kernel, one.probe(self.device)))
+        return (simpler for simpler in case.simpler() if check.draw.asks(self.kernel, simpler.probe(self.device)))
 
     def attempt(self, check: KernelCheck, case: KernelCase) -> None:
         with strict_numerics():
@@ -136,12 +173,12 @@ class CheckedKernel(CheckedSubject[KernelCase]):
 
     def script(self, check: KernelCheck, case: KernelCase | None, **asked: Any) -> list[str]:
         device = {} if self.device.type == "cpu" else {"device": str(self.device)}
-        *before, made = kernel_source(self.kernel)
-        lines = [made]
+        *setup, assignment = kernel_source(self.kernel)
+        lines = [assignment]
         if case is None:
             kit = "check_kernel"
             lines += [call_source(kit, {"checks": [check.name], **asked, **device}, "kernel")]
         else:
             kit = f"{type(case).__name__}, reproduce_kernel"
             lines += [f"case = {case!r}", call_source("reproduce_kernel", device, f'"{check.name}"', "kernel", "case")]
-        return [*before, *imports("\n".join(lines), kit), *lines]
+        return [*setup, *imports("\n".join(lines), kit), *lines]

@@ -1,4 +1,4 @@
-"""Checking mixers: one configuration, one case of it, or configurations as pytest cases."""
+"""Check mixers: a configuration, one case of a configuration, or several configurations as pytest cases."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -26,7 +26,7 @@ from .mixer.trial import Trial
 
 @dataclass
 class Report(Outcomes):
-    """All checks on one configuration."""
+    """Outcomes of all checks of one mixer configuration."""
 
     config: MixerConfig
     d_model: int
@@ -51,33 +51,40 @@ def check_mixer(
     on_outcome: Callable[[CheckOutcome], None] | None = None,
     on_case: Callable[[MixerCheck, int], None] | None = None,
 ) -> Report:
-    """Run the conformance kit on a configuration.
+    """Run the conformance kit on a mixer configuration.
 
     Args:
-        config: what is tested.
+        config: the configuration to test.
         checks: names of the checks to run; by default those of the contract.
-        d_model: width of the residual stream; by default the smallest of a few that fits.
-        device: where it is tested.
-        paradigms: those to test, of the declared ones, each against the reference; all by default.
+        d_model: width of the residual stream; by default the first of a short list of widths that fits.
+        device: device to test on.
+        paradigms: declared paradigms to test, each against the reference; by default all.
         examples: examples asked for; each check takes its share.
-        seed: of the cases drawn; None leaves it to hypothesis.
-        vary: whether checks may change options of the configuration: Literals, booleans, None, and fields' `examples`.
-        compiles: whether the checks that compile run, which take several seconds each, or are skipped.
-        stress: whether the checks of `--stress` run too, where `checks` names none.
-        tolerances: allowed in low precision per dtype, relative to the norm, where the kit's own do not do.
-        compile_backend: what the checks that compile use: `aot_eager`, which is quick, or `inductor`; with the first
-            forward alone is traced where only sizes are looked at.
-        expected_failures: checks that are known to fail, each with a reason. One that passes fails.
-        shrink: whether a case that fails is reduced, to the fewest tokens and options.
-        on_outcome: called after each check.
-        on_case: called after each case, with the number of cases that the check has tried, smaller ones included.
+        seed: seed of the drawn cases; None leaves it to hypothesis.
+        vary: True if checks may change options of the configuration: Literals, booleans, None, and `examples`.
+        compiles: True to run the checks that compile, which take several seconds each; False to skip them.
+        stress: True to run the checks of `--stress` too, unless `checks` selects some.
+        tolerances: allowed relative errors by low-precision dtype, in place of the kit's own.
+        compile_backend: backend of the checks that compile: `aot_eager`, which is quick, or `inductor`. With
+            `aot_eager`, the check `graphs_follow_sizes` traces the forward pass alone.
+        expected_failures: checks that are known to fail, each with a reason. One that passes counts as a failure.
+        shrink: True to reduce a failing case to the fewest tokens and options.
+        on_outcome: called after each check with its outcome.
+        on_case: called after each case with the check and the number of cases run so far, smaller ones included.
 
     Raises:
         SeqmixError: an argument is wrong (a check or paradigm that does not exist, a width that does not fit), or the
             mixer cannot be built or called at all.
     """
-    made = {"paradigms": paradigms, "vary": vary, "tolerances": tolerances, "compile_backend": compile_backend}
-    subject = Subject(config, d_model=d_model, device=device, **made)
+    subject = Subject(
+        config,
+        d_model=d_model,
+        device=device,
+        paradigms=paradigms,
+        vary=vary,
+        tolerances=tolerances,
+        compile_backend=compile_backend,
+    )
     subject.probe()
     outcomes = run_checks(
         CheckedMixer(subject, examples),
@@ -96,13 +103,17 @@ def check_mixer(
 
 
 def reproduce(name: str, config: MixerConfig, case: Case, **options: Any) -> None:
-    """Run one check on one case, as a report of a failure says; raises as the check does.
+    """Run one check on one case: the line that a failure report prints.
 
     Args:
-        name: of the check.
-        config: what is tested.
-        case: what on.
-        options: those of `check_mixer` that make the mixer: d_model, device, paradigms, tolerances, compile_backend.
+        name: name of the check.
+        config: the configuration to test.
+        case: the case to run it on.
+        options: arguments of `check_mixer` that decide how the mixer is built and compared: `d_model`, `device`,
+            `paradigms`, `tolerances`, `compile_backend`.
+
+    Raises:
+        CheckFailure: the property does not hold on this case.
     """
     (known,) = chosen_names([name], CHECKS)
     CheckedMixer(Subject(config, **options)).attempt(CHECKS[known], case)
@@ -116,38 +127,45 @@ def parametrize_checks(
     expected_failures: Mapping[str, Mapping[str, str]] | None = None,
     **options: Any,
 ) -> Any:
-    """A decorator that gives a pytest function an argument `check`, one for every configuration and check.
+    """Return a decorator that gives a pytest function an argument `check`, one for every configuration and check.
 
-    The function calls it: `check()`, or `check(device="cuda")`. Cases are the same in every run, unless hypothesis gets
-    a seed (`--hypothesis-seed`) or a profile of the project's own, whose `max_examples` hold too.
+    The function calls it: `check()`, or `check(device="cuda")`. Every run draws the same cases, unless you give
+    hypothesis a seed (`--hypothesis-seed`) or your project registers a profile; a profile's `max_examples` counts too.
 
     Args:
-        configs: what is tested.
+        configs: configurations to test.
         checks: names of the checks to run; by default those of the contract.
-        stress: whether the checks of `--stress` run too, where `checks` names none.
-        expected_failures: by kind, checks that are known to fail, each with a reason.
-        options: as `check_mixer` has them.
+        stress: True to run the checks of `--stress` too, unless `checks` selects some.
+        expected_failures: checks that are known to fail, each with a reason, by the kind of the configuration.
+        options: further arguments of `check_mixer`.
 
     Raises:
-        SeqmixError: a check or kind that does not exist, or nothing to test.
+        SeqmixError: a check or kind does not exist, or there is nothing to test.
     """
     if isinstance(configs, MixerConfig) or not all(isinstance(config, MixerConfig) for config in configs):
-        raise SeqmixError(f"parametrize_checks needs a list of configurations, and was given {configs!r}")
+        raise SeqmixError(f"parametrize_checks expects a list of configurations, got {configs!r}")
     if not configs:
-        raise SeqmixError("parametrize_checks was given no configuration, so nothing would be tested")
+        raise SeqmixError("parametrize_checks got no configuration to test: pass at least one")
     tested = [(_label(config, configs), config.kind, partial(check_mixer, config)) for config in configs]
-    chosen = {"checks": checks, "stress": stress, "expected_failures": expected_failures}
-    return parametrized(tested, CHECKS, what="kind", **chosen, options=options)
+    return parametrized(
+        tested,
+        CHECKS,
+        what="kind",
+        checks=checks,
+        stress=stress,
+        expected_failures=expected_failures,
+        options=options,
+    )
 
 
 def _label(config: MixerConfig, configs: Sequence[MixerConfig]) -> str:
-    """The kind, and its number where there are several of it."""
-    same = [other for other in configs if other.kind == config.kind]
-    return config.kind if len(same) == 1 else f"{config.kind}{same.index(config)}"
+    """Return a configuration's kind, followed by a number if several configurations have it."""
+    same_kind = [other for other in configs if other.kind == config.kind]
+    return config.kind if len(same_kind) == 1 else f"{config.kind}{same_kind.index(config)}"
 
 
 class CheckedMixer(CheckedSubject[Case]):
-    """A mixer, as the engine needs it."""
+    """A mixer, in the form that the engine runs checks on."""
 
     what = "mixer"
 
@@ -172,7 +190,7 @@ class CheckedMixer(CheckedSubject[Case]):
         cases = draw.fixed_cases(self.subject.traits)
         if draw.options or draw.wide:
             cases += [replace(short, options=options) for options in self.subject.shared_options]
-        # every option's every value is tried, however few examples are asked for
+        # every value of every option is tried, however few examples are asked for
         singly = self.subject.single_options if draw.options else []
         return as_many_as_asked(cases, self.examples) + [replace(short, options=options) for options in singly]
 
@@ -180,7 +198,7 @@ class CheckedMixer(CheckedSubject[Case]):
         return check.draw.of(self.subject.traits).simpler(case)
 
     def attempt(self, check: MixerCheck, case: Case) -> None:
-        if check.compiles:  # runs as in use
+        if check.compiles:  # no strict numerics: compile as a user does
             self._test(check, Trial(self.subject, case))
             return
         limited = limited_memory if self.subject.device.type == "cpu" else nullcontext
@@ -198,7 +216,7 @@ class CheckedMixer(CheckedSubject[Case]):
         return CheckedMixer(self.subject.renewed())
 
     def script(self, check: MixerCheck, case: Case | None, **asked: Any) -> list[str]:
-        # what else decides how a case ends is written where it is not the default
+        # other arguments that decide how a case ends are written if they are not the default
         defaults = {"device": "cpu", "paradigms": None, "tolerances": None}
         defaults |= {"compile_backend": BACKEND} if check.compiles else {}
         differing = {"d_model": self.subject.d_model, **given(self.subject.arguments, defaults)}

@@ -1,4 +1,4 @@
-"""Differences between tensors that should be equal: how many elements, by how much, and where first."""
+"""Compare tensors that should be equal: report how many elements differ, by how much, and where first."""
 
 import cmath
 import math
@@ -11,32 +11,34 @@ from torch import Tensor
 from ..mixers.state import is_inexact, to_dict
 
 EXACT = 1e-9
-"""Allowed in float64, relative to an element, and absolute, or relative to the tensor's root mean square where that is
-above 1: what is beyond is an error of mathematics, not of rounding."""
+"""Tolerance in float64: relative to an element, plus the same number times max(1, root mean square of the tensor).
+A larger difference is an error of mathematics, not of rounding."""
 
 LOW_PRECISION = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2.5e-3}
-"""Allowed between a dtype and float64 on the same rounded numbers, relative to the norm: 5 units of roundoff (2^-8 and
-2^-11), and 32 of float32 (2^-24). The worst of the built-in mixers in thousands of cases is half of it."""
+"""Tolerances between a low-precision dtype and float64 on the same rounded numbers, relative to the norm: 5 units of
+roundoff in 16 bits (2^-8 and 2^-11), 32 in float32 (2^-24). The worst error of the built-in mixers in thousands of
+cases is half of that."""
 
 GRADIENTS = 4
-"""Gradients may be off by so many times what outputs may: a backward pass rounds about twice as often, and its sums
-cancel more. The worst of 700 cases of each built-in mixer came to 3.75: linear attention, its denominator almost
-zero."""
+"""Tolerance of gradients as a multiple of the tolerance of outputs. A backward pass rounds about twice as often, and
+its sums cancel more. The worst of 700 cases per built-in mixer is 3.75: linear attention with a denominator near 0."""
 
 
-class CheckFailure(AssertionError):  # noqa: N818  a failure, as test frameworks count them, not an error
-    """A mixer or kernel lacks a property; the message says which and where."""
+class CheckFailure(AssertionError):  # noqa: N818  test frameworks count it as a failure, not an error
+    """A mixer or kernel lacks a property; the message says what differs and where."""
 
 
 MOST_LINES = 5
-"""Tensors beside the first of which a failure says how they differ."""
+"""Tensors described in a failure beside the first one."""
 
 
 class Differences:
-    """Collects what differs, so that one failure names every tensor that is wrong.
+    """A context manager that collects differences, and fails at its end with every tensor that is wrong.
 
-    `what` is compared with what ("recurrent against parallel"). The tolerance is relative and absolute, 0 bit for bit;
-    `slack` is allowed beside it, absolute, by name of a tensor.
+    Args:
+        what: the comparison in words ("recurrent against parallel").
+        tolerance: allowed difference, both relative and absolute; 0 requires equal bits.
+        slack: further absolute difference allowed, by name of a tensor.
     """
 
     def __init__(self, what: str, tolerance: float = EXACT, slack: Mapping[str, float] | None = None) -> None:
@@ -49,67 +51,86 @@ class Differences:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None and self.lines:
             first, *others = self.lines
-            more = [f"  and {line}" for line in others[:MOST_LINES]]
-            more += [f"  and {len(others) - MOST_LINES} more tensors"] if len(others) > MOST_LINES else []
-            raise CheckFailure("\n".join([f"{self.what}: {first}", *more]))
+            further = [f"  and {line}" for line in others[:MOST_LINES]]
+            further += [f"  and {len(others) - MOST_LINES} more tensors"] if len(others) > MOST_LINES else []
+            raise CheckFailure("\n".join([f"{self.what}: {first}", *further]))
 
     def tensor(self, name: str, actual: Tensor, expected: Tensor, axes: Sequence[str] = ()) -> None:
-        """Shape, dtype and every element; `axes` name the dimensions where they are known."""
+        """Compare shape, dtype, device and every element.
+
+        Args:
+            name: the tensor in words, for the report.
+            actual: the tensor under test.
+            expected: the tensor that it should equal.
+            axes: names of the dimensions, one letter each ("BTD"), if they are known.
+        """
         if actual.shape != expected.shape or actual.dtype != expected.dtype:
-            self.lines.append(f"expected {name} to be {_kind(expected)}, got {_kind(actual)}")
+            self.lines.append(f"expected {name} to be {_dtype_and_shape(expected)}, got {_dtype_and_shape(actual)}")
         elif actual.device != expected.device:
             self.lines.append(f"expected {name} on {expected.device}, got it on {actual.device}")
-        elif not torch.equal(actual, expected) and not self._near(actual, expected):
+        elif not torch.equal(actual, expected) and not self._within_absolute(actual, expected):
             tolerance = self.tolerance if is_inexact(actual) else 0
             slack = self.slack.get(name, 0.0)
-            absolute = tolerance * max(1.0, _size(expected)) + (slack if math.isfinite(slack) else 0.0)
+            absolute = tolerance * max(1.0, _rms(expected)) + (slack if math.isfinite(slack) else 0.0)
             wrong = ~torch.isclose(actual, expected, rtol=tolerance, atol=absolute)
-            self.lines += _difference(name, actual, expected, wrong, axes, _allowed(tolerance, absolute))
+            self.lines += _describe_difference(
+                name, actual, expected, wrong, axes, _describe_tolerance(tolerance, absolute)
+            )
 
-    def _near(self, actual: Tensor, expected: Tensor) -> bool:
-        """True if no element is further off than is allowed of the smallest: most are not, which is quickly seen."""
+    def _within_absolute(self, actual: Tensor, expected: Tensor) -> bool:
+        """True if every element is within the absolute tolerance: a quick test that most tensors pass."""
         return is_inexact(actual) and bool(((actual - expected).abs() <= self.tolerance).all())
 
     def close(
         self, name: str, actual: Tensor, exact: Tensor, dtype: torch.dtype, size: Tensor, axes: Sequence[str] = ()
     ) -> None:
-        """A result of any dtype against the exact one in float64: the tolerance is relative to `size`, by element."""
+        """Compare a result in any dtype with the exact one in float64, relative to a size per element.
+
+        Args:
+            name: the tensor in words, for the report.
+            actual: the tensor under test.
+            exact: the exact tensor, in float64.
+            dtype: dtype that `actual` should have.
+            size: what the tolerance is relative to, one number per element.
+            axes: names of the dimensions, one letter each ("BTHV"), if they are known.
+        """
         if actual.shape != exact.shape or actual.dtype != dtype:
-            self.lines.append(f"expected {name} to be {_kind(exact.to(dtype))}, got {_kind(actual)}")
+            wanted = _dtype_and_shape(exact.to(dtype))
+            self.lines.append(f"expected {name} to be {wanted}, got {_dtype_and_shape(actual)}")
             return
         result = actual.detach().to(exact.device, exact.dtype)
-        wrong = ~((result - exact).abs() <= self.tolerance * size)  # a nan is wrong
+        wrong = ~((result - exact).abs() <= self.tolerance * size)  # negated, so that NaN is wrong
         allowed = f"{self.tolerance:.2g} of the sum of the absolute terms"
-        self.lines += _difference(name, result, exact, wrong, axes, allowed)
+        self.lines += _describe_difference(name, result, exact, wrong, axes, allowed)
 
     def tensors(self, actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-        """Output and gradients by name, as `Trial.differentiate` gives them."""
+        """Compare output and gradients by name, as `Trial.differentiate` returns them."""
         for name, tensor in expected.items():
             self.tensor(name, actual[name], tensor, axes_of(name))
 
     def state(self, name: str, actual: Any, expected: Any) -> None:
-        """Every leaf of a state."""
+        """Compare the class and every leaf of a state."""
         if type(actual) is not type(expected):
             self.lines.append(f"expected {name} to be a {type(expected).__name__}, got a {type(actual).__name__}")
             return
         if expected is None:
             return
-        found, wanted = to_dict(actual), to_dict(expected)
-        for leaf in wanted:
-            self.tensor(f"{name}'s {leaf}", found[leaf], wanted[leaf], _axes(expected, leaf))
+        leaves, expected_leaves = to_dict(actual), to_dict(expected)
+        for leaf in expected_leaves:
+            self.tensor(f"{name}'s {leaf}", leaves[leaf], expected_leaves[leaf], _leaf_axes(expected, leaf))
 
 
 FEW = 8
-"""Numbers below which a tensor has no norm to speak of: a sum over tokens may happen to cancel."""
+"""Number of elements below which the norm of a tensor means little: its sums over tokens may happen to cancel."""
 
 ROUNDINGS = 2
-"""How much further than its inputs' rounding moves it a row may be off: a mixer rounds in several places."""
+"""Allowed error of a row, as a multiple of how far it moves if its inputs are rounded: a mixer rounds several times."""
 
 MOVES = 8
-"""The same of all of a tensor."""
+"""Allowed error of a whole tensor, as a multiple of how far it moves if the tokens are rounded."""
 
 
-def near(
+def require_near(
     name: str,
     what: str,
     actual: Tensor,
@@ -117,67 +138,87 @@ def near(
     tolerance: float,
     *,
     floor: float = 0.0,
-    moved: Callable[[str], Tensor] | None = None,
-    shifted: Callable[[], Tensor] | None = None,
+    row_moves: Callable[[str], Tensor] | None = None,
+    perturbed: Callable[[], Tensor] | None = None,
 ) -> None:
-    """Refuse a low-precision tensor that is not finite where it could be, or of which a quarter of the rows (along the
-    last dimension; of an output, a token's) is further off than `tolerance`, relative to the rows' mean norm.
+    """Fail unless a low-precision tensor is finite and near the exact one.
 
-    Single rows may be far off: a norm of narrow heads divides by almost zero where a head's output is almost zero. A
-    few numbers need only be finite. `floor` is a root mean square of an element below which nothing can be
-    distinguished from zero. `moved` gives, by name, how far each row of the exact tensor moves where what it is
-    computed from is rounded: a row that is off by no more than `ROUNDINGS` times as much does not count. `shifted`
-    gives the exact tensor of rounded tokens: what is off by no more than `MOVES` times as much is as near as it can be.
+    Every element has to be finite if the exact value fits the dtype. Three rows of four have to be within `tolerance`,
+    relative to the mean norm of the rows. A row is a vector along the last dimension, such as a token of an output.
+    Single rows may be far off: a norm over narrow heads divides by almost zero if a head's output is almost zero. A
+    tensor of fewer than `FEW` elements need only be finite.
+
+    Args:
+        name: the tensor in words, for the report.
+        what: the comparison in words.
+        actual: the tensor in low precision.
+        exact: the exact tensor.
+        tolerance: allowed error of a row, relative to the mean norm of the rows.
+        floor: root mean square of an element below which a number counts as zero.
+        row_moves: returns, for a name, how far each row of the exact tensor moves if its inputs are rounded. A row
+            counts as right if it is off by at most `ROUNDINGS` times as much.
+        perturbed: returns the exact tensor for rounded tokens. The tolerance is at least `MOVES` times as far as that
+            tensor is from `exact`.
 
     Raises:
-        CheckFailure: it is; the first element that is not finite, or of an output the step furthest off, is named.
+        CheckFailure: the tensor is not near; the message has the first element that is not finite or, of an output,
+            the step with the largest error.
     """
     if actual.shape != exact.shape:
         raise CheckFailure(f"{what}: expected {name} of shape {list(exact.shape)}, got {list(actual.shape)}")
     lost = exact.isfinite() & (exact.abs() <= torch.finfo(actual.dtype).max) & ~actual.isfinite()
-    if lines := _difference(name, actual.to(exact.dtype), exact, lost, axes_of(name), "finite"):
+    if lines := _describe_difference(name, actual.to(exact.dtype), exact, lost, axes_of(name), "finite"):
         raise CheckFailure(f"{what}: {lines[0]}")
     if exact.numel() < FEW:
         return
     error = (actual.to(exact.dtype) - exact).norm(dim=-1)
     size = max(exact.norm(dim=-1).mean().item(), floor * exact.shape[-1] ** 0.5)
-    typical = _typical(error)
-    if typical > tolerance * size and shifted is not None:
-        tolerance = max(tolerance, MOVES * ((shifted() - exact).norm() / exact.norm().clamp(min=1e-30)).item())
-    if typical > tolerance * size and moved is not None:
-        error = torch.where(error <= ROUNDINGS * moved(name), 0, error)
-        typical = _typical(error)
+    typical = _upper_quartile(error)
+    if typical > tolerance * size and perturbed is not None:
+        tolerance = max(tolerance, MOVES * ((perturbed() - exact).norm() / exact.norm().clamp(min=1e-30)).item())
+    if typical > tolerance * size and row_moves is not None:
+        error = torch.where(error <= ROUNDINGS * row_moves(name), 0, error)
+        typical = _upper_quartile(error)
     if typical > tolerance * size:
         off = f"off by {typical / size:.1e} of its norm" if size else "not zero"
         step = f", most at step {error.amax(0).argmax().item()}" if axes_of(name) else ""
         raise CheckFailure(f"{what}: {name} is {off}{step} (allowed {tolerance:.1e})")
 
 
-def _typical(error: Tensor) -> float:
+def _upper_quartile(error: Tensor) -> float:
     return error.flatten().nan_to_num(torch.inf).quantile(0.75).item()
 
 
 def axes_of(name: str) -> str:
-    """The dimensions of what a mixer's report names so, where they are known."""
+    """Return the dimensions of a tensor by its name in a mixer's report: "BTD" for output and input, else unknown."""
     return "BTD" if name.endswith(("the output", "the input")) else ""
 
 
 def require(holds: bool | Tensor, sentence: str) -> None:
-    """Raise a `CheckFailure` of this sentence if it does not hold."""
+    """Raise a `CheckFailure` with this sentence unless the condition holds."""
     if not holds:
         raise CheckFailure(sentence)
 
 
-def _difference(
+def _describe_difference(
     name: str, actual: Tensor, expected: Tensor, wrong: Tensor, axes: Sequence[str], allowed: str
 ) -> list[str]:
-    """The line that says where, what was expected, and how much over which bound; none if nothing is wrong."""
+    """Return one line that describes the wrong elements: where, what was expected, by how much; empty if all are right.
+
+    Args:
+        name: the tensor in words.
+        actual: the tensor under test.
+        expected: the tensor that it should equal.
+        wrong: True for each element that is wrong.
+        axes: names of the dimensions, if they are known.
+        allowed: the bound in words.
+    """
     if not wrong.any():
         return []
-    where = wrong.nonzero()
-    if "T" in axes:  # the first step, not the first row
-        where = where[where[:, axes.index("T")].argsort(stable=True)]
-    first = tuple(where[0].tolist())
+    indices = wrong.nonzero()
+    if "T" in axes:  # report the first step, not the first row
+        indices = indices[indices[:, axes.index("T")].argsort(stable=True)]
+    first = tuple(indices[0].tolist())
     distance = (actual - expected).abs() if is_inexact(actual) else (actual != expected).to(torch.float64)
     largest = distance[wrong].nan_to_num(torch.inf, posinf=torch.inf).max().item()
     got, wanted = actual[first].item(), expected[first].item()
@@ -191,19 +232,20 @@ def _difference(
     heads = ""
     if "H" in axes:
         axis = axes.index("H")
-        bad = sorted(set(where[:, axis].tolist()))
+        bad = sorted(set(indices[:, axis].tolist()))
         heads = f", in head{'s' if len(bad) > 1 else ''} {', '.join(map(str, bad))} of {actual.shape[axis]}"
     count = f"{wrong.sum().item()} of {wrong.numel()} elements{heads}"
-    return [f"{name} differs at {_place(first, axes)}: {values} ({off} in {count}; allowed: {allowed})"]
+    return [f"{name} differs at {_describe_index(first, axes)}: {values} ({off} in {count}; allowed: {allowed})"]
 
 
-def _allowed(relative: float, absolute: float) -> str:
+def _describe_tolerance(relative: float, absolute: float) -> str:
     if not relative and not absolute:
         return "equal bits"
     return f"{max(relative, absolute):.2g}"
 
 
-def _place(index: tuple[int, ...], axes: Sequence[str]) -> str:
+def _describe_index(index: tuple[int, ...], axes: Sequence[str]) -> str:
+    """Return an index in words, step and head first; as a list if the dimensions have no names."""
     names = {"T": "step", "H": "head", "B": "row", "N": "row", "D": "channel"}
     if len(axes) != len(index):
         return str(list(index))
@@ -212,8 +254,8 @@ def _place(index: tuple[int, ...], axes: Sequence[str]) -> str:
     return ", ".join(f"{axis} {i}" for axis, i in parts)
 
 
-def _axes(state: Any, leaf: str) -> list[str]:
-    """The names of a leaf's dimensions, from the annotation of its field."""
+def _leaf_axes(state: Any, leaf: str) -> list[str]:
+    """Return the names of a leaf's dimensions, from the annotation of its field."""
     *path, field = leaf.split(".")
     for name in path:
         state = getattr(state, name) if hasattr(state, "_fields") else state[int(name)]
@@ -221,11 +263,11 @@ def _axes(state: Any, leaf: str) -> list[str]:
     return getattr(annotation, "dim_str", "").split()
 
 
-def _size(x: Tensor) -> float:
-    """The root mean square of the finite numbers: what is left where large ones cancel is rounded as they are."""
+def _rms(x: Tensor) -> float:
+    """Return the root mean square of the finite numbers: where large numbers cancel, the rest has their rounding."""
     finite = x.detach()[x.detach().isfinite()].abs().to(torch.float64) if is_inexact(x) else x.new_empty(0)
     return finite.square().mean().sqrt().item() if finite.numel() else 0.0
 
 
-def _kind(x: Tensor) -> str:
+def _dtype_and_shape(x: Tensor) -> str:
     return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}"

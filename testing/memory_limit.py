@@ -1,4 +1,4 @@
-"""What asks for too much main memory gets an error: the system would end the process without a word."""
+"""A limit on main memory: a case that asks for too much gets an error, where the system would kill the process."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,25 +8,26 @@ from ..registry import SeqmixError
 
 try:
     import resource
-except ImportError:  # there are none on Windows
+except ImportError:  # Windows has no resource limits
     resource = None
 
 MOST = 4 * 2**30
-"""Bytes that a case may take: a table of two billion positions has more."""
+"""Bytes that a case may allocate. A table of two billion positions, for instance, is larger."""
 
 STATISTICS = Path("/proc/self/statm")
+"""Linux's file with the memory of this process, in pages."""
 
 
 class MemoryBoundError(SeqmixError):
-    """More main memory was asked for than a case may take."""
+    """A case asked for more main memory than `MOST`."""
 
 
 @contextmanager
 def limited_memory() -> Iterator[None]:
-    """Inside, allocations of more than 4 GiB on the CPU are refused (on Linux; elsewhere nothing changes).
+    """Limit the CPU memory that the block may allocate to 4 GiB on Linux; elsewhere there is no limit.
 
     Raises:
-        MemoryBoundError: something was refused.
+        MemoryBoundError: an allocation was refused.
     """
     if resource is None or not STATISTICS.exists():
         yield
@@ -40,6 +41,6 @@ def limited_memory() -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
             raise
-        raise MemoryBoundError(f"asks for more than {MOST / 2**30:g} GiB of memory") from error
+        raise MemoryBoundError(f"the case asks for more than {MOST / 2**30:g} GiB of memory") from error
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, before)

@@ -38,6 +38,14 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("device", found)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    # these compare with other libraries, which the README's install does not bring
+    for item in items:
+        if item.path.parent.name in ("peers", "hf"):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
 def _memory_is_kept():
     keep_freed_memory()  # a tenth of the suite's time; a run that ends gives it back

@@ -294,7 +294,7 @@ def keys_held(length: int) -> tuple[float, float, float]:
     dist.barrier()
     options = dict.fromkeys(("sums", "documents", "log_decay", "slopes", "softcap", "window", "value_dims"))
     place = {"group": context().name, "rank": context().rank, "size": context().size}
-    call, peaks = ring.Ring(q=q, k=k, v=v, scale=1.0, chunk_size=4, **options, **place), []
+    call, peaks = ring.RingInputs(q=q, k=k, v=v, scale=1.0, chunk_size=4, **options, **place), []
     with torch.no_grad():
         with Live() as live:
             found = ring.RING.forward(call)

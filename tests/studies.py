@@ -115,7 +115,7 @@ def study(
         "entries": [entry(e, i) for i, e in enumerate(entries)],
         "runs": runs,
         "summary": [row.model_dump(mode="json") for row in summarise([RunResult(**found) for found in runs])],
-        "fairness": ["Of one seed, every entry reads the same batches in the same order."],
+        "fairness": ["With the same seed, all entries see the same batches in the same order."],
         "speed": {"train": [], "decode": []},
         "paper": [],
     } | more

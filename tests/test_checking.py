@@ -67,7 +67,7 @@ def test_an_option_that_is_wrong_is_refused_by_quick(seqmix):
     done = seqmix("check", "inherits:InheritsConfig", "--quick", "--only", "position_matters_only_where_declared")
     assert done.status == 1
     assert "'absolute': True" in done.out
-    assert "If that is intended: declare traits.shift_invariant=False" in done.out
+    assert "If this is intended: declare traits.shift_invariant=False" in done.out
 
 
 INHERITS = """
@@ -331,5 +331,5 @@ def test_a_kernel_is_checked_by_its_name(seqmix, monkeypatch):
     assert done.status == 1
     assert re.search(r"✗ outputs_are_the_definitions.*\n +against the definition: the output differs at ", done.out)
     assert re.search(r" case = DecayCase\((dtype=[\w.]+)?\)\n", done.out)
-    assert re.search(r"\n +Without it breaks: every call", done.out)
+    assert re.search(r"\n +Affected use: every call", done.out)
     assert done.out.endswith(f"{STEP} fails outputs_are_the_definitions\n")

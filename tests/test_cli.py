@@ -140,7 +140,7 @@ def test_text_is_generated_with_rounded_weights(seqmix, run, monkeypatch):
     refused = seqmix("generate", str(run), "--prompt", "the ", "--dtype", "bf16")
     assert refused.status == 2
     assert refused.err == (
-        "error: there is no number format 'bf16'; number formats: float32, bfloat16; did you mean \"bfloat16\"?\n"
+        "error: there is no number format 'bf16'; did you mean \"bfloat16\"? Number formats: float32, bfloat16\n"
     )
 
 

@@ -27,7 +27,9 @@ def converted(name, theirs, **fields):
         for label, block in config.blocks.items()
     }
     model = build_model(config.model_copy(update={"blocks": blocks})).double()
-    model.load_state_dict(to_ours(architecture.rules(model), theirs.state_dict(), name, architecture.unread, {}))
+    model.load_state_dict(
+        to_ours(architecture.rules(model), theirs.state_dict(), name, architecture.ignored_tensors, {})
+    )
     return model
 
 

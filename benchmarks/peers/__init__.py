@@ -1,4 +1,4 @@
-"""The models that are compared: ours, the same by hand, and what is installed of other implementations."""
+"""The models that are compared: seqmix, the same model written by hand, and other projects' models if installed."""
 
 from .fla import Fla
 from .gpt import GptEager, GptSdpa
@@ -8,6 +8,6 @@ from .peer import Peer, Size
 from .torchscale import TORCHSCALE
 
 PEERS: tuple[type[Peer], ...] = (Seqmix, ByHand, *TORCHSCALE, Llama, LlamaStatic, GptSdpa, GptEager, Fla)
-"""All of them; ratios are to the first that takes part."""
+"""All peers; ratios are to the first of those that are measured."""
 
 __all__ = ["PEERS", "Peer", "Seqmix", "Size"]

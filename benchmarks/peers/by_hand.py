@@ -1,7 +1,7 @@
-"""A RetNet written out by hand, with the weights of one that was built from a configuration.
+"""A RetNet written by hand, with the weights of a model built from a configuration.
 
-Nothing of the framework is left but the functions that compute: no configuration, registry, block, or contract. What
-the framework costs is the difference between the two. A test holds both to the same sequence of operations.
+It uses only the framework's computing functions: no configuration, registry, block or contract. The difference in
+speed between both models is the overhead of the framework. A test checks that both run the same sequence of operations.
 """
 
 from typing import cast
@@ -26,13 +26,13 @@ from ...ops.runtime.memo import Memo, once
 from ...ops.runtime.packing import token_positions
 
 LayerState = tuple[Tensor, Tensor, Tensor]
-"""Memory, what a short convolution would need (nothing), and position."""
+"""State of a layer: memory matrix, state of the short convolution (always empty), and position."""
 State = list[LayerState]
-"""Of every layer."""
+"""States of all layers."""
 
 
-def why_not(config: ModelConfig) -> str | None:
-    """Why a model is not the one that is written here."""
+def unsupported_reason(config: ModelConfig) -> str | None:
+    """Return the reason why a model is not the one written here; None if it is."""
     plain = not config.tie_embeddings and not config.dropout and isinstance(config.norm, LayerNormConfig)
     for block in (config.blocks[name] for name in set(config.layers)):
         mixer = block.mixer
@@ -48,12 +48,12 @@ def why_not(config: ModelConfig) -> str | None:
             and isinstance(block.norm, LayerNormConfig)
             and not block.dropout
         )
-    what = "retention, an mlp with gelu, layernorm, embeddings that are not tied, no dropout"
-    return None if plain else f"only a RetNet as the paper has it is hand-written: {what}"
+    supported = "retention, mlp with gelu, layernorm, untied embeddings, no dropout"
+    return None if plain else f"expects the paper's RetNet: {supported}"
 
 
 class HandWrittenLayer(nn.Module):
-    """Retention and two products, each after a norm."""
+    """Retention and a feed-forward network of two products, each after a norm."""
 
     def __init__(self, d_model: int, config: RetentionConfig, hidden: int, eps: float) -> None:
         super().__init__()
@@ -74,13 +74,13 @@ class HandWrittenLayer(nn.Module):
     def forward(
         self, x: Tensor, state: LayerState | None, *, decode: bool, memo: Memo | None = None
     ) -> tuple[Tensor, LayerState | None]:
-        """One layer; the state after the segment where one came in."""
+        """Compute the layer's output, and the state after the segment; None without an incoming state."""
         mixed, state = self._retain(self.mixer_norm(x), state, decode=decode, memo=memo)
         x = x + mixed
         return x + self.down_proj(F.gelu(self.up_proj(self.ffn_norm(x)))), state
 
     def init_state(self, batch: int) -> LayerState:
-        """Of nothing read."""
+        """Return the state before the first token."""
         weight = self.in_proj.weight
         shape = (batch, self.n_heads, self.key_dim, self.value_dim)
         recent = torch.zeros(batch, 0, 0, device=weight.device, dtype=weight.dtype)
@@ -120,7 +120,7 @@ class HandWrittenLayer(nn.Module):
 
 
 class HandWritten(nn.Module):
-    """The whole model."""
+    """RetNet language model with the weights of a `LanguageModel`."""
 
     def __init__(self, model: LanguageModel) -> None:
         super().__init__()
@@ -138,12 +138,12 @@ class HandWritten(nn.Module):
         self.activation_checkpointing = False
         self.to(device=model.device, dtype=model.embedding.weight.dtype)
         with torch.no_grad():
-            for mine, built in zip(self.parameters(), model.parameters(), strict=True):
-                mine.copy_(built)
+            for target, source in zip(self.parameters(), model.parameters(), strict=True):
+                target.copy_(source)
         use_onednn_linear(self)
 
     def init_state(self, batch: int) -> State:
-        """Of nothing read."""
+        """Return the states of all layers before the first token."""
         return [layer.init_state(batch) for layer in cast("list[HandWrittenLayer]", list(self.layers))]
 
     def forward(
@@ -155,7 +155,10 @@ class HandWritten(nn.Module):
         select: Tensor | None = None,
         memo: Memo | None = None,
     ) -> tuple[Tensor, State | None]:
-        """Logits (of the tokens that `select` names), and the state after the segment where one came in."""
+        """Compute the logits, and the state after the segment; None without an incoming state.
+
+        `select` are indexes into the flattened tokens [B*T] whose logits are computed; None for all.
+        """
         eager = not torch.compiler.is_compiling() and not torch.is_grad_enabled()
         memo = (Memo() if memo is None else memo).next_pass() if eager else None
         x, after = self._hidden(tokens, state, decode=decode, memo=memo)
@@ -164,7 +167,7 @@ class HandWritten(nn.Module):
         return self.head(self.norm(x)), after or None
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """The mean of the tokens' cross-entropies."""
+        """Return the mean cross-entropy of the targets that are not ignored, in nats."""
         x, _ = self._hidden(tokens, None, decode=False)
         total = linear_cross_entropy(self.norm(x).flatten(0, 1), self.head.weight, targets.flatten())
         return total / (targets != IGNORED).sum().clamp(min=1)
@@ -175,11 +178,11 @@ class HandWritten(nn.Module):
         x = self.embedding(tokens)
         after: State = []
         for i, layer in enumerate(self.layers):
-            before = None if state is None else state[i]
+            layer_state = None if state is None else state[i]
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x, following = checkpoint(layer, x, before, decode=decode, use_reentrant=False)  # type: ignore[misc]
+                x, new_state = checkpoint(layer, x, layer_state, decode=decode, use_reentrant=False)  # type: ignore[misc]
             else:
-                x, following = layer(x, before, decode=decode, memo=memo)
-            if following is not None:
-                after.append(following)
+                x, new_state = layer(x, layer_state, decode=decode, memo=memo)
+            if new_state is not None:
+                after.append(new_state)
         return x, after

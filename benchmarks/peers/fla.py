@@ -9,7 +9,7 @@ from .peer import ALL, Peer
 
 
 class Fla(Peer):
-    """The whole model, with its own kernels."""
+    """flash-linear-attention's RetNet with its own kernels."""
 
     name = "fla"
     layers_at = "model.layers"
@@ -40,7 +40,7 @@ class Fla(Peer):
         return self.module(tokens, use_cache=False).logits
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        # its own, fused with the product; it shifts the labels by itself
+        # fla's own loss, fused with the last product, shifts the labels by one: undo the shift
         labels = torch.cat((tokens[:, :1], targets[:, :-1]), dim=1)
         return self.module(tokens, labels=labels, use_cache=False).loss
 
@@ -48,7 +48,7 @@ class Fla(Peer):
         return self.module(tokens, use_cache=True, logits_to_keep=1).past_key_values
 
     def state_after(self, context: int, batch: int, room: int) -> Any:  # noqa: ARG002
-        # the state's size is constant, and so is the cost of a step
+        # state size and cost per step do not depend on the context: any prompt will do
         return self.read(torch.randint(self.size.config.vocab_size, (batch, context), device=self.device))
 
     def step(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:

@@ -1,7 +1,7 @@
-"""A plain Transformer of nanoGPT's kind, written here: LayerNorm, causal attention, GELU.
+"""A plain Transformer in the style of nanoGPT: LayerNorm, causal attention, GELU.
 
-Attention is written out (a square of scores for all pairs of tokens), or torch's fused function. Positions are sines
-added to the embedding: a learned table would grow with the length, and sizes are to be equal.
+Attention either forms the whole matrix of scores, or calls torch's fused function. Positions are sines added to the
+embedding: a learned table would grow with the length, while models of all lengths should have the same size.
 """
 
 import math
@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from .peer import ALL, Peer
 
 Cache = list[tuple[Tensor, Tensor]]
-"""Keys and values of every layer, [B H S K], allocated once."""
+"""Keys and values of every layer, [B H S K], allocated once for S tokens."""
 
 
 class GptBlock(nn.Module):
-    """One layer."""
+    """Layer of a Transformer: causal attention and a GELU feed-forward network, each after a norm."""
 
     def __init__(self, d_model: int, n_heads: int, hidden: int, *, fused: bool) -> None:
         super().__init__()
@@ -32,20 +32,20 @@ class GptBlock(nn.Module):
         self.down = nn.Linear(hidden, d_model, bias=False)
 
     def forward(self, x: Tensor, cache: tuple[Tensor, Tensor] | None = None, read: int = 0) -> Tensor:
-        """One layer; keys and values go to the cache after the `read` tokens that it holds."""
+        """Compute the layer's output; keys and values are appended to the cache, which holds `read` tokens."""
         q, k, v = (y.unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for y in self.qkv(self.norm_1(x)).chunk(3, -1))
         if cache is not None:
             end = read + x.shape[1]
             cache[0][:, :, read:end], cache[1][:, :, read:end] = k, v
             k, v = cache[0][:, :, :end], cache[1][:, :, :end]
         attend = F.scaled_dot_product_attention if self.fused else eager_attention
-        # one query sees all keys; a segment starts from nothing
+        # a single query sees all keys; longer segments only occur with an empty cache
         x = x + self.out(attend(q, k, v, is_causal=x.shape[1] > 1).transpose(1, 2).flatten(2))
         return x + self.down(F.gelu(self.up(self.norm_2(x))))
 
 
 class Gpt(nn.Module):
-    """The whole model."""
+    """Transformer language model."""
 
     def __init__(self, vocab_size: int, d_model: int, n_layers: int, n_heads: int, hidden: int, *, fused: bool) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class Gpt(nn.Module):
                 nn.init.normal_(parameter, std=0.02)
 
     def forward(self, tokens: Tensor, cache: Cache | None = None, read: int = 0, *, last: bool = False) -> Tensor:
-        """Logits, of the last token alone if so wanted."""
+        """Compute the logits; only of the last token if `last`. The cache holds `read` tokens."""
         x = self.embedding(tokens)
         x = x + sines(read, tokens.shape[1], x)
         for i, block in enumerate(self.blocks):
@@ -67,7 +67,7 @@ class Gpt(nn.Module):
 
 
 def sines(start: int, length: int, like: Tensor) -> Tensor:
-    """Sines and cosines of the positions from `start` on, [T D] (arXiv 1706.03762, §3.5)."""
+    """Return sines and cosines of `length` positions from `start`, [T D] (arXiv 1706.03762, §3.5)."""
     position = torch.arange(start, start + length, device=like.device, dtype=torch.float32)
     half = like.shape[-1] // 2
     rate = torch.exp(torch.arange(half, device=like.device) * (-math.log(10000.0) / half))
@@ -76,7 +76,7 @@ def sines(start: int, length: int, like: Tensor) -> Tensor:
 
 
 def eager_attention(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool) -> Tensor:
-    """Softmax attention as it is written on paper, [B H T K]: all scores are formed, masked, and kept for backward."""
+    """Compute softmax attention, [B H T K], by the textbook formula: all scores are kept for the backward pass."""
     scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
     if is_causal:
         later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
@@ -85,7 +85,7 @@ def eager_attention(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool) -> Tens
 
 
 class GptSdpa(Peer):
-    """Attention by torch's fused function."""
+    """Transformer with torch's fused attention (SDPA)."""
 
     name = "gpt-sdpa"
     layers_at = "blocks"
@@ -126,7 +126,7 @@ class GptSdpa(Peer):
 
 
 class GptEager(GptSdpa):
-    """Attention written out, as nanoGPT's slow path."""
+    """Transformer with attention by the textbook formula, as in nanoGPT's slow path."""
 
     name = "gpt-eager"
     fused = False

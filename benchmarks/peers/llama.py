@@ -1,4 +1,4 @@
-"""transformers' Llama with SDPA."""
+"""The Llama model of Hugging Face transformers, with SDPA."""
 
 import inspect
 from typing import Any
@@ -9,7 +9,7 @@ from .peer import ALL, Peer
 
 
 class Llama(Peer):
-    """With its default cache, which is copied for every token."""
+    """Llama with its default KV cache, which is copied for every token."""
 
     name = "llama"
     layers_at = "model.layers"
@@ -23,7 +23,7 @@ class Llama(Peer):
 
         c = self.size.config
         heads = self.size.n_heads
-        self.theirs = LlamaConfig(
+        self.config = LlamaConfig(
             vocab_size=c.vocab_size,
             hidden_size=c.d_model,
             intermediate_size=self.size.hidden(4, 3),
@@ -32,23 +32,23 @@ class Llama(Peer):
             max_position_embeddings=2**20,
             attn_implementation="sdpa",
         )
-        model = LlamaForCausalLM(self.theirs)
-        # 5.24 renamed the argument
-        self.word = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+        model = LlamaForCausalLM(self.config)
+        # transformers 5.24 renamed the argument
+        self.cache_argument = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
         return model
 
     def logits(self, tokens: Tensor) -> Tensor:
         return self.module(tokens, use_cache=False).logits
 
     def cache(self, capacity: int) -> Any:  # noqa: ARG002
-        """An empty one."""
+        """Return an empty KV cache; `capacity` is ignored here, since the cache grows."""
         from transformers import DynamicCache  # type: ignore[import-not-found]
 
-        return DynamicCache(config=self.theirs)
+        return DynamicCache(config=self.config)
 
     def read(self, tokens: Tensor) -> Any:
         cache = self.cache(2 * tokens.shape[1])
-        self._last(tokens, cache)
+        self._last_logits(tokens, cache)
         return cache
 
     def state_after(self, context: int, batch: int, room: int) -> Any:
@@ -66,17 +66,17 @@ class Llama(Peer):
         return state
 
     def step(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
-        return self._last(tokens[:, None], state), state
+        return self._last_logits(tokens[:, None], state), state
 
-    def _last(self, tokens: Tensor, cache: Any) -> Tensor:
-        return self.module(tokens, use_cache=True, logits_to_keep=1, **{self.word: cache}).logits[:, -1]
+    def _last_logits(self, tokens: Tensor, cache: Any) -> Tensor:
+        return self.module(tokens, use_cache=True, logits_to_keep=1, **{self.cache_argument: cache}).logits[:, -1]
 
     def tensors(self, state: Any) -> list[Tensor]:
         return [leaf for layer in state.layers for leaf in (layer.keys, layer.values)]
 
 
 class LlamaStatic(Llama):
-    """With a cache that is allocated once, and can be compiled."""
+    """Llama with a static KV cache, which is allocated once and can be compiled."""
 
     name = "llama-static-cache"
     roles = compiled_roles = frozenset({"decode"})
@@ -84,7 +84,7 @@ class LlamaStatic(Llama):
     def cache(self, capacity: int) -> Any:
         from transformers import StaticCache  # type: ignore[import-not-found]
 
-        return StaticCache(config=self.theirs, max_cache_len=capacity)
+        return StaticCache(config=self.config, max_cache_len=capacity)
 
     def renew(self, state: Any, context: int) -> Any:
         for layer in state.layers:

@@ -1,4 +1,4 @@
-"""Our model, built from its configuration, and the same layers written out by hand."""
+"""The seqmix model, built from its configuration, and the same layers written by hand."""
 
 from typing import Any
 
@@ -12,12 +12,12 @@ from ...models.compiling import rows_as_sums
 from ...models.decoding import Decoder
 from ...models.prefill import compiled_prefill
 from ...ops.runtime.memo import Memo
-from .by_hand import HandWritten, why_not
+from .by_hand import HandWritten, unsupported_reason
 from .peer import ALL, Peer, Size, last_of_rows
 
 
 class Seqmix(Peer):
-    """Ours, as `seqmix train` and `seqmix generate` run it: on a GPU, a step of decoding is captured as one graph."""
+    """seqmix as `seqmix train` and `seqmix generate` run it; on a GPU, a decoding step is captured as a CUDA graph."""
 
     name = "seqmix"
     layers_at = "blocks"
@@ -74,7 +74,7 @@ class Seqmix(Peer):
         return state.step(tokens), state
 
     def tensors(self, state: Any) -> list[Tensor]:
-        captured = state._captured  # as a graph, whose state has places of its own
+        captured = state._captured  # a CUDA graph holds the state in buffers of its own
         return list(to_dict(state.state if captured is None else captured.held.state).values())
 
     def moved(self, state: Any) -> int:
@@ -84,7 +84,7 @@ class Seqmix(Peer):
 
 
 class ByHand(Peer):
-    """The same layers written out by hand."""
+    """RetNet with layers written by hand."""
 
     name = "by-hand"
     layers_at = "layers"
@@ -94,10 +94,10 @@ class ByHand(Peer):
 
     @classmethod
     def missing(cls, size: Size, device: torch.device) -> str | None:  # noqa: ARG003
-        return why_not(size.config)
+        return unsupported_reason(size.config)
 
     def build(self) -> nn.Module:
-        self.memo = Memo()  # as a Decoder keeps it
+        self.memo = Memo()  # kept between steps, as `Decoder` does
         return HandWritten(build_model(self.size.config, device=self.device, dtype=self.dtype))
 
     def recompute_activations(self) -> None:

@@ -1,7 +1,7 @@
-"""What a model must offer to be measured, and the size that all of them have.
+"""Interface of a model that is measured, and the common size of all models.
 
-All have the width, the layers and the vocabulary of one seqmix configuration, and as many parameters: the width of
-their feed-forward networks makes up for what their mixers have less.
+All models have the width, the layers, the vocabulary and (within 1 %) the parameters of one seqmix configuration: a
+wider feed-forward network makes up for a mixer with fewer parameters.
 """
 
 from abc import ABC, abstractmethod
@@ -21,76 +21,80 @@ from ...mixers.retention import RetentionConfig
 from ...models import ModelConfig, build_meta
 
 ALL = frozenset({"train", "decode", "prefill"})
-"""The benchmarks of whole models."""
+"""Names of the benchmarks of whole models."""
 GPU_ONLY = "its kernels run on a GPU only"
 
 
 @dataclass(frozen=True)
 class Size:
-    """What all models have in common."""
+    """Common size of all models, set by a seqmix configuration."""
 
     config: ModelConfig
-    """Ours; the others are of its size."""
+    """Configuration of the seqmix model; the others match its size."""
 
     @cached_property
     def parameters(self) -> int:
-        """Of our model."""
+        """Number of parameters of the seqmix model."""
         return sum(p.numel() for p in build_meta(self.config).parameters())
 
     @property
     def n_heads(self) -> int:
-        """Heads of attention: 64 wide, or 128 in large models."""
+        """Number of attention heads: heads are 64 wide, or 128 in large models."""
         return max(1, self.config.d_model // (128 if self.config.d_model >= 2048 else 64))
 
     @property
     def retention(self) -> RetentionConfig | None:
-        """That of the first layer which has it."""
+        """Configuration of the first retention layer; None if there is none."""
         mixers = (self.config.blocks[name].mixer for name in self.config.layers)
         return next((mixer for mixer in mixers if isinstance(mixer, RetentionConfig)), None)
 
     def hidden(self, mixer: int, products: int) -> int:
-        """Width inside a feed-forward network of `products` matrices, beside a mixer of `mixer` d_model^2 parameters.
+        """Return the hidden width of a feed-forward network at which a model has as many parameters as seqmix's.
 
-        A multiple of 8, which vector units and tensor cores want.
+        The width is a multiple of 8, which vector units and tensor cores need for full speed.
+
+        Args:
+            mixer: parameters of the model's mixer, in units of d_model^2.
+            products: weight matrices of its feed-forward network.
         """
         d = self.config.d_model
-        # norms have so few that they play no part; the others never tie their embeddings
+        # norms are neglected, having few parameters; the other models do not tie embeddings
         body = self.parameters - (1 if self.config.tie_embeddings else 2) * self.config.vocab_size * d
         return max(8, 8 * round((body / self.config.n_layers - mixer * d * d) / (products * d * 8)))
 
 
 class Peer(ABC):
-    """A language model that can be trained or decoded with.
+    """Language model of a project, with the operations that the benchmarks time.
 
-    A state is whatever `step` goes on from; the benchmark of decoding starts from `state_after`, whose numbers are
-    random, since their values change no cost.
+    A state is any object from which `step` can continue. The decoding benchmark starts from `state_after`, which fills
+    the state with random numbers: the values do not change the cost.
     """
 
     name: ClassVar[str]
     layers_at: ClassVar[str]
-    """Where its layers are, as in its state's names."""
+    """Dotted path of the layers in the module, such as "model.layers"."""
     roles: ClassVar[frozenset[str]]
-    """The benchmarks that it takes part in."""
+    """Names of the benchmarks that measure this model."""
     compiled_roles: ClassVar[frozenset[str]] = frozenset()
-    """Those in which it can be compiled."""
+    """Names of the benchmarks that can measure it compiled."""
     writes_state: ClassVar[bool] = True
-    """Whether a step writes all of its state, as one of constant size; a cache is only read."""
+    """True if a step rewrites the whole state (constant size); False for a KV cache, which is only read."""
     needs: ClassVar[tuple[str, str] | None] = None
-    """The module that must be installed, and the package that has it."""
+    """Module that must be installed, and the package that provides it."""
     needs_gpu: ClassVar[bool] = False
     needs_retention: ClassVar[bool] = False
-    """Whether its heads are retention's."""
+    """True if it takes its number of heads from a retention layer of the seqmix model."""
     keeps_freed_memory: ClassVar[bool] = False
-    """Whether its own program trains with `keep_freed_memory`."""
+    """True if its own training program calls `keep_freed_memory`."""
     optimizer: torch.optim.Optimizer | None = None
-    """That of the benchmark of training."""
+    """Optimizer of the training benchmark."""
 
     def __init__(self, size: Size, device: torch.device, dtype: torch.dtype) -> None:
         self.size = size
         self.device = device
         self.dtype = dtype
         before = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)  # made as it is needed: the largest do not fit twice
+        torch.set_default_dtype(dtype)  # created in the final dtype: the largest models do not fit twice
         try:
             with device:
                 self.module: Any = self.build().to(device=device, dtype=dtype)
@@ -99,84 +103,87 @@ class Peer(ABC):
 
     @classmethod
     def missing(cls, size: Size, device: torch.device) -> str | None:
-        """Why it cannot be built here, in a few words."""
+        """Return the reason why the model cannot be built here; None if it can."""
         if cls.needs_gpu and device.type != "cuda":
             return GPU_ONLY
         if cls.needs_retention and size.retention is None:
-            return "its heads are retention's, and the model has none"
-        return not_installed(*cls.needs) if cls.needs else None
+            return "expects a model with a retention layer, which sets its number of heads"
+        return install_hint(*cls.needs) if cls.needs else None
 
     @abstractmethod
     def build(self) -> nn.Module:
-        """The model, with random weights."""
+        """Build the model with random weights."""
 
     @property
     def layers(self) -> Sequence[nn.Module]:
-        """Its layers."""
+        """Layers of the model, first to last."""
         return list(self.module.get_submodule(self.layers_at))
 
     @abstractmethod
     def logits(self, tokens: Tensor) -> Tensor:
-        """Of all tokens, [B T vocab]."""
+        """Return the logits of all tokens, [B T vocab]."""
 
     @abstractmethod
     def read(self, tokens: Tensor) -> Any:
-        """Read a prompt; the state after it. Only the last token's logits are computed, where that can be had."""
+        """Process a prompt [B T] and return the state after it.
+
+        Only the logits of the last token are computed, if the model supports that.
+        """
 
     @abstractmethod
     def state_after(self, context: int, batch: int, room: int) -> Any:
-        """A state as after `context` tokens, with room for more tokens."""
+        """Return a state as after `context` tokens, with space for `room` more tokens."""
 
     def renew(self, state: Any, context: int) -> Any:  # noqa: ARG002
-        """The state that `state_after` gave, after it was used: as good as new."""
+        """Reset a used state of `state_after` to its context length."""
         return state
 
     @abstractmethod
     def step(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
-        """One more token a row, [B]: the logits after it, [B vocab], and the next state."""
+        """Process one token per row, [B]; return the logits after it, [B vocab], and the next state."""
 
     def tensors(self, state: Any) -> list[Tensor]:
-        """What a state consists of."""
+        """Return the tensors of a state."""
         return [leaf for leaf in tree_leaves(state) if isinstance(leaf, Tensor)]
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy in nats, in float32; `tokens` and `targets` [B T]."""
+        """Return the mean cross-entropy in nats, in float32, of `tokens` and `targets` [B T]."""
         return F.cross_entropy(self.logits(tokens).float().flatten(0, 1), targets.flatten())
 
     def compile(self, role: str) -> None:  # noqa: ARG002
-        """Compile what a benchmark runs."""
+        """Compile the functions that a benchmark runs; `role` is its name."""
         self.module.compile()
 
     def recompute_activations(self) -> None:
-        """Save only what goes into each layer for backward (activation checkpointing)."""
+        """Save only the inputs of each layer for the backward pass (activation checkpointing)."""
         for layer in self.layers:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
     @property
     def parameters(self) -> int:
-        """How many the model has."""
+        """Number of parameters of the model."""
         return sum(p.numel() for p in self.module.parameters())
 
     def moved(self, state: Any) -> int:
-        """Bytes that a step must move: all weights but the embedding's, of which it reads a row, and the state."""
+        """Return the bytes that a step must move: the state, and all weights but the embedding (it reads one row)."""
         weights = self.parameters - self.size.config.vocab_size * self.size.config.d_model
         return weights * self.dtype.itemsize + (1 + self.writes_state) * sum(x.nbytes for x in self.tensors(state))
 
     def random(self, *shape: int) -> Tensor:
-        """Normal numbers."""
+        """Draw normal numbers on the model's device, in its dtype."""
         return torch.randn(shape, device=self.device).to(self.dtype)
 
 
-def not_installed(module: str, package: str) -> str | None:
-    """What to do where a module is not there; None where it is."""
+def install_hint(module: str, package: str) -> str | None:
+    """Return how to install a module's package; None if the module is installed."""
     try:
-        there = find_spec(module) is not None
-    except ModuleNotFoundError:  # of a submodule, whose package is not there
-        there = False
-    return None if there else f"{package} is not installed: pip install {package}"
+        installed = find_spec(module) is not None
+    except ModuleNotFoundError:  # raised for a submodule whose parent package is missing
+        installed = False
+    return None if installed else f"{package} is not installed: pip install {package}"
 
 
 def last_of_rows(tokens: Tensor) -> Tensor:
-    """Indexes of the last token of each row, row by row."""
+    """Return the index of each row's last token in the flattened tokens [B*T]."""
     batch, length = tokens.shape
     return torch.arange(1, batch + 1, device=tokens.device) * length - 1

@@ -1,4 +1,4 @@
-"""The RetNet authors' own implementation, torchscale, in each of its modes."""
+"""torchscale, the implementation of the RetNet authors, in each of its modes."""
 
 from typing import Any, ClassVar
 
@@ -12,7 +12,7 @@ CHUNK = 128
 
 
 class TorchscaleParallel(Peer):
-    """In its parallel mode."""
+    """torchscale's RetNet in its parallel mode."""
 
     name = "torchscale-parallel"
     layers_at = "layers"
@@ -41,7 +41,7 @@ class TorchscaleParallel(Peer):
         return self.module(tokens)[0]
 
     def read(self, tokens: Tensor) -> Any:
-        """Token by token: its other modes give no state."""
+        """Process a prompt token by token: only the recurrent mode returns a state."""
         state = self.state_after(0, len(tokens), 2 * tokens.shape[1])
         for memory in state[0].values():
             memory.clear()
@@ -54,7 +54,7 @@ class TorchscaleParallel(Peer):
         shape = (batch, layer.num_heads, layer.head_dim, layer.key_dim)
         scale = torch.ones(layer.num_heads, device=self.device, dtype=self.dtype)
         memory = {i: {"prev_key_value": self.random(*shape), "scale": scale} for i in range(len(self.layers))}
-        # it is given all tokens, and reads the last one alone
+        # the decoder is passed all tokens so far but processes only the last
         return memory, torch.zeros(batch, context + room, device=self.device, dtype=torch.int64), context
 
     def renew(self, state: Any, context: int) -> Any:
@@ -70,14 +70,14 @@ class TorchscaleParallel(Peer):
 
 
 class TorchscaleChunkwise(TorchscaleParallel):
-    """In its chunkwise mode."""
+    """torchscale's RetNet in its chunkwise mode."""
 
     name = "torchscale-chunkwise"
     chunkwise = True
 
 
 class TorchscaleRecurrent(TorchscaleParallel):
-    """In its recurrent mode, which decodes."""
+    """torchscale's RetNet in its recurrent mode, which decodes."""
 
     name = "torchscale-recurrent"
     roles = frozenset({"decode"})
@@ -87,7 +87,7 @@ TORCHSCALE = (TorchscaleParallel, TorchscaleChunkwise, TorchscaleRecurrent)
 
 
 def torchscale() -> Any:
-    """Its classes, by the conformance kit's adapter, which is imported only here."""
+    """Return torchscale's classes, loaded by the conformance kit's adapter."""
     from ...testing.adapters.torchscale import torchscale
 
     return torchscale()

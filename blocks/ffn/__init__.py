@@ -22,21 +22,21 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 
 
 class FfnConfig(Config, ABC):
-    """The configuration of a feed-forward network; a subclass declares `kind: Literal["its_name"]`."""
+    """Configuration of a feed-forward network; a subclass declares `kind: Literal["its_name"]`."""
 
     kind: Any
-    """The name it is registered under: a `Literal` in every subclass."""
+    """Name under which the network is registered; a `Literal` in every subclass."""
     expansion: float = Field(gt=0, le=1000)
-    """Hidden width over d_model, rounded to a whole number."""
+    """Hidden width divided by d_model; the hidden width is rounded to a whole number."""
     multiple_of: int = Field(default=1, gt=0)
-    """The hidden width is rounded up to a multiple of this."""
+    """The hidden width is rounded up to a multiple of this number."""
 
     @abstractmethod
     def build(self, d_model: int) -> "FeedForward":
         """Build the module for a residual stream of width `d_model`."""
 
     def hidden_width(self, d_model: int) -> int:
-        """Width between the two products, at least 1."""
+        """Return the width between the two products, at least 1."""
         return -(-max(round(self.expansion * d_model), 1) // self.multiple_of) * self.multiple_of
 
 
@@ -48,25 +48,27 @@ class FeedForward(nn.Module, ABC):
         """Map every token."""
 
     def reset_parameters(self) -> None:
-        """Initialise every parameter, linear layers by torch's default, as the RetNet authors' code."""
+        """Initialise every parameter: linear layers by torch's default, as in the code of the RetNet authors."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 module.reset_parameters()
 
     def balance(self, total: Callable[[Tensor], Tensor]) -> float | None:
-        """What a network does after an optimizer step: a mixture of experts balances its load, by the sums of all
-        processes.
+        """Balance the load of a mixture of experts after an optimizer step; other networks do nothing.
+
+        Args:
+            total: sums a tensor over all processes.
 
         Returns:
-            The largest load over the mean, minus 1 (arXiv 2408.15664's MaxVio); None where nothing is balanced.
+            The largest load divided by the mean, minus 1 (MaxVio of arXiv 2408.15664); None if there is no load.
         """
         del total
         return None
 
     def flops(self, length: int) -> int:
-        """Operations of the matrix products for `length` tokens, forward."""
+        """Return the FLOPs of the matrix products in the forward pass over `length` tokens."""
         return 2 * length * sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
 
 
 FFNS = Registry("ffn", FfnConfig, package="seqmix.blocks.ffn")
-"""All feed-forward networks: the files of this folder, and dotted paths."""
+"""Registry of feed-forward networks: the files of this folder, and classes named by dotted path."""

@@ -1,4 +1,4 @@
-"""Two products with an activation between: f(x W_1) W_2, the RetNet paper's network."""
+"""A plain feed-forward network, two linear maps with an activation between: f(x W_1) W_2, as in the RetNet paper."""
 
 from typing import Literal
 
@@ -9,13 +9,13 @@ from . import ACTIVATIONS, Activation, FeedForward, FfnConfig
 
 
 class MlpConfig(FfnConfig):
-    """f(x W_1) W_2."""
+    """Configuration of the network f(x W_1) W_2."""
 
     kind: Literal["mlp"] = "mlp"
     activation: Activation = "gelu"
-    """f."""
+    """Activation function f."""
     bias: bool = False
-    """Whether the products have biases."""
+    """True to add biases to both linear maps."""
 
     def build(self, d_model: int) -> "Mlp":
         """Build the network."""
@@ -23,7 +23,7 @@ class MlpConfig(FfnConfig):
 
 
 class Mlp(FeedForward):
-    """The network of `MlpConfig`."""
+    """The network f(x W_1) W_2, see `MlpConfig`."""
 
     def __init__(self, config: MlpConfig, d_model: int) -> None:
         super().__init__()

@@ -1,13 +1,13 @@
-"""A mixture of experts: every token goes to the `top_k` of n gated networks whose scores are highest.
+"""A mixture of experts: each token is routed to the `top_k` of n gated networks with the highest scores.
 
     s = sigmoid(x W_r)  (or softmax)           one score per expert, in float32
     chosen = the top_k of s + b                g = s / (sum of s over the chosen) * routed_scale
     y = sum over the chosen of g_e E_e(x)  +  the shared expert, if there is one        E(x) = (f(x W_g) * x W_u) W_d
 
-No token is dropped, whatever the load: an expert's part is as long as it has tokens, so that a token's output depends
-on itself alone. Load is balanced without an auxiliary loss (Wang et al., arXiv 2408.15664, as in DeepSeek-V3, arXiv
-2412.19437): after every optimizer step, b rises by `balance_rate` for experts with less than the mean load, and falls
-for those with more; it takes part in the choice and not in the output.
+No token is dropped: experts have no capacity limit, so a token's output does not depend on other tokens. The load is
+balanced without an auxiliary loss (Wang et al., arXiv 2408.15664, as in DeepSeek-V3, arXiv 2412.19437): after every
+optimizer step, the bias b of an expert rises by `balance_rate` if its load is below the mean, and falls if it is above.
+The bias affects which experts are chosen, not their weights g.
 """
 
 from collections.abc import Callable
@@ -25,32 +25,32 @@ from .swiglu import Swiglu, SwigluConfig
 
 
 class MoeConfig(FfnConfig):
-    """A mixture of gated experts, each of hidden width expansion * d_model, and no auxiliary loss."""
+    """Configuration of a mixture of gated experts, each of hidden width expansion * d_model, without auxiliary loss."""
 
     kind: Literal["moe"] = "moe"
     n_experts: int = Field(gt=0, le=4096)
-    """Experts that tokens are routed to."""
+    """Number of experts that tokens are routed to."""
     top_k: int = Field(gt=0)
-    """Experts per token."""
+    """Number of experts per token."""
     shared_expansion: float = Field(default=0.0, ge=0, le=1000)
-    """Hidden width over d_model of an expert that all tokens go to; 0 for none."""
+    """Hidden width divided by d_model of a shared expert, applied to all tokens; 0 means no shared expert."""
     shared_gate: bool = False
-    """Whether the shared expert's output has a gate, one per token, the sigmoid of a linear map (Qwen3-Next)."""
+    """True to multiply the shared expert's output by a gate per token, the sigmoid of a linear map (Qwen3-Next)."""
     scores: Literal["sigmoid", "softmax"] = "sigmoid"
-    """What the router makes of its logits."""
+    """Function that turns the router's logits into scores."""
     routed_scale: float = Field(default=1.0, gt=0)
-    """Factor of the routed experts' sum."""
+    """Factor of the sum of the routed experts' outputs."""
     balance_rate: float = Field(default=1e-3, ge=0, lt=1)
-    """What an expert's bias moves by after an optimizer step; 0 leaves the load as it is."""
+    """Change of an expert's bias after each optimizer step; 0 turns load balancing off."""
     activation: Activation = "silu"
-    """f."""
+    """Activation function f of the experts' gates."""
 
     @model_validator(mode="after")
-    def _there_are_as_many_experts(self) -> "MoeConfig":
+    def _check_experts(self) -> "MoeConfig":
         if self.top_k > self.n_experts:
-            raise ValueError(f"top_k = {self.top_k} experts per token, and n_experts is {self.n_experts}")
+            raise ValueError(f"top_k must be at most n_experts = {self.n_experts}, got {self.top_k}")
         if self.shared_gate and not self.shared_expansion:
-            raise ValueError("shared_gate weighs the shared expert, and shared_expansion = 0 says that there is none")
+            raise ValueError("shared_gate needs a shared expert: set shared_expansion above 0")
         return self
 
     def build(self, d_model: int) -> "Moe":
@@ -59,12 +59,12 @@ class MoeConfig(FfnConfig):
 
 
 class Moe(FeedForward):
-    """The network of `MoeConfig`."""
+    """The mixture of experts of `MoeConfig`."""
 
     bias: Tensor
-    """b, [E]; part of a checkpoint, and not learned by gradients."""
+    """Bias b of each expert, [E]; saved in checkpoints, not learned by gradients."""
     load: Tensor
-    """Tokens that each expert had since the last optimizer step, [E]."""
+    """Number of tokens routed to each expert since the last optimizer step, [E]."""
 
     def __init__(self, config: MoeConfig, d_model: int) -> None:
         super().__init__()
@@ -77,8 +77,10 @@ class Moe(FeedForward):
         self.down_proj = ExpertLinear(experts, hidden, d_model)
         self.shared: Swiglu | None = None
         if config.shared_expansion:
-            own = {"expansion": config.shared_expansion, "multiple_of": config.multiple_of}
-            self.shared = SwigluConfig(**own, activation=config.activation).build(d_model)
+            shared = SwigluConfig(
+                expansion=config.shared_expansion, multiple_of=config.multiple_of, activation=config.activation
+            )
+            self.shared = shared.build(d_model)
         self.shared_gate = nn.Linear(d_model, 1, bias=False) if config.shared_gate else None
         self.register_buffer("bias", torch.zeros(experts, dtype=torch.float32))
         self.register_buffer("load", torch.zeros(experts, dtype=torch.float32), persistent=False)
@@ -96,13 +98,16 @@ class Moe(FeedForward):
         load = F.one_hot(chosen, self.config.n_experts).sum((0, 1))
         if self.training and torch.is_grad_enabled():
             self.load += load
-        y = self._routed(tokens, weights, chosen, load.cumsum(0).to(torch.int32)).view_as(x)
+        y = self._apply_experts(tokens, weights, chosen, load.cumsum(0).to(torch.int32)).view_as(x)
         if self.shared is None:
             return y
         return y + (self.shared(x) if self.shared_gate is None else self.shared_gate(x).sigmoid() * self.shared(x))
 
     def route(self, x: Float[Tensor, "N D"]) -> tuple[Float[Tensor, "N k"], Int[Tensor, "N k"]]:
-        """The weights of each token's experts, and which they are; float32, in which close scores stay apart."""
+        """Return the weights and the indices of each token's experts.
+
+        Scores are float32 or wider, so that close scores do not round to ties.
+        """
         with torch.autocast(x.device.type, enabled=False):
             wide = torch.promote_types(x.dtype, torch.float32)
             logits = F.linear(x.to(wide), self.router.weight.to(wide))
@@ -111,22 +116,22 @@ class Moe(FeedForward):
         weights = scores.gather(1, chosen)
         return self.config.routed_scale * weights / weights.sum(-1, keepdim=True), chosen
 
-    def _routed(self, x: Tensor, weights: Tensor, chosen: Tensor, ends: Tensor) -> Tensor:
-        """Tokens sorted by expert, each expert's together in one product."""
+    def _apply_experts(self, x: Tensor, weights: Tensor, chosen: Tensor, ends: Tensor) -> Tensor:
+        """Return the weighted sums of the experts' outputs; tokens are sorted by expert for grouped products."""
         order = chosen.flatten().argsort(stable=True)
         inverse = order.argsort()
-        own = x[order // self.config.top_k]
-        hidden = ACTIVATIONS[self.config.activation](self.gate_proj(own, ends)) * self.up_proj(own, ends)
-        # back in the tokens' order, and not added up there: the order of a sum would be the device's
-        of_experts = self.down_proj(hidden, ends)[inverse].view(*chosen.shape, -1)
-        return (of_experts * weights[..., None].to(of_experts.dtype)).sum(1).to(x.dtype)
+        by_expert = x[order // self.config.top_k]
+        hidden = ACTIVATIONS[self.config.activation](self.gate_proj(by_expert, ends)) * self.up_proj(by_expert, ends)
+        # gather and sum, not a scatter-add, whose order of summation the device would choose
+        outputs = self.down_proj(hidden, ends)[inverse].view(*chosen.shape, -1)
+        return (outputs * weights[..., None].to(outputs.dtype)).sum(1).to(x.dtype)
 
     @torch.no_grad()
     def balance(self, total: Callable[[Tensor], Tensor]) -> float:  # noqa: D102
         load = total(self.load)
         self.bias += self.config.balance_rate * (load.mean() - load).sign()
         violation = (load.max() / load.mean() - 1).item()
-        self.load.zero_()  # what `total` gave may be the same tensor
+        self.load.zero_()  # last, because `total` may have returned the same tensor
         return violation
 
     def flops(self, length: int) -> int:  # noqa: D102
@@ -137,19 +142,19 @@ class Moe(FeedForward):
 
 
 class ExpertLinear(nn.Module):
-    """A linear map per expert, without biases."""
+    """One linear map per expert, without biases."""
 
     def __init__(self, experts: int, d_in: int, d_out: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(experts, d_in, d_out))
 
     def reset_parameters(self) -> None:
-        """Uniform within 1/sqrt(d_in), as `nn.Linear`."""
+        """Initialise the weights uniformly within +-1/sqrt(d_in), as `nn.Linear` does."""
         bound = self.weight.shape[1] ** -0.5
         nn.init.uniform_(self.weight, -bound, bound)
 
     def forward(self, x: Float[Tensor, "M d_in"], ends: Int[Tensor, " E"]) -> Float[Tensor, "M d_out"]:
-        """Tokens sorted by expert, of which those of expert e end before `ends[e]`."""
+        """Apply each expert's map to its rows of x, which are sorted by expert; rows of expert e end at `ends[e]`."""
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         return grouped_linear(x.to(dtype), self.weight.to(dtype), ends)

@@ -9,13 +9,13 @@ from . import ACTIVATIONS, Activation, FeedForward, FfnConfig
 
 
 class SwigluConfig(FfnConfig):
-    """(f(x W_g) * x W_u) W_d; an expansion of 8/3 has as many parameters as an mlp of 4."""
+    """Gated network (f(x W_g) * x W_u) W_d; an expansion of 8/3 has as many parameters as an mlp of 4."""
 
     kind: Literal["swiglu"] = "swiglu"
     activation: Activation = "silu"
-    """f."""
+    """Activation function f of the gate."""
     bias: bool = False
-    """Whether the products have biases."""
+    """True to add biases to all three linear maps."""
 
     def build(self, d_model: int) -> "Swiglu":
         """Build the network."""
@@ -23,7 +23,7 @@ class SwigluConfig(FfnConfig):
 
 
 class Swiglu(FeedForward):
-    """The network of `SwigluConfig`."""
+    """The gated network (f(x W_g) * x W_u) W_d, see `SwigluConfig`."""
 
     def __init__(self, config: SwigluConfig, d_model: int) -> None:
         super().__init__()

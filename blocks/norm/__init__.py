@@ -1,4 +1,4 @@
-"""Norms of the residual stream: the protocol, and one file per kind."""
+"""Norms of the residual stream: a protocol, and one file per kind of norm."""
 
 from abc import ABC, abstractmethod
 from typing import Any, Protocol, runtime_checkable
@@ -11,7 +11,7 @@ from ...registry import Config, Registry
 
 @runtime_checkable
 class Norm(Protocol):
-    """A module [B T D] -> [B T D] that can initialise itself, as nn.LayerNorm."""
+    """A module [B T D] -> [B T D] that can initialise its parameters, such as nn.LayerNorm."""
 
     def __call__(self, input: Tensor, /) -> Tensor:
         """Normalise every token."""
@@ -23,12 +23,12 @@ class Norm(Protocol):
 
 
 class NormConfig(Config, ABC):
-    """The configuration of a norm over the residual stream; a subclass declares `kind: Literal["its_name"]`."""
+    """Configuration of a norm of the residual stream; a subclass declares `kind: Literal["its_name"]`."""
 
     kind: Any
-    """The name it is registered under: a `Literal` in every subclass."""
+    """Name under which the norm is registered; a `Literal` in every subclass."""
     eps: float = Field(ge=0)
-    """Added to the variance."""
+    """Constant added to the variance or mean square."""
 
     @abstractmethod
     def build(self, d_model: int) -> Norm:
@@ -36,4 +36,4 @@ class NormConfig(Config, ABC):
 
 
 NORMS = Registry("norm", NormConfig, package="seqmix.blocks.norm")
-"""All norms: the files of this folder, and dotted paths."""
+"""Registry of norms: the files of this folder, and classes named by dotted path."""

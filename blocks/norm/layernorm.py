@@ -1,4 +1,4 @@
-"""Layer normalisation (arXiv 1607.06450): the RetNet paper's norm."""
+"""Layer normalisation (arXiv 1607.06450), the norm of the RetNet paper."""
 
 from typing import Literal
 
@@ -9,13 +9,13 @@ from . import NormConfig
 
 
 class LayerNormConfig(NormConfig):
-    """Mean 0, variance 1, times a weight, and plus a bias if wanted."""
+    """Configuration of layer normalisation: mean 0 and variance 1, times a weight, plus an optional bias."""
 
     kind: Literal["layernorm"] = "layernorm"
     eps: float = Field(default=1e-5, ge=0)
-    """Added to the variance."""
+    """Constant added to the variance."""
     bias: bool = False
-    """Whether there is a bias."""
+    """True to add a bias."""
 
     def build(self, d_model: int) -> nn.LayerNorm:
         """Build the norm."""

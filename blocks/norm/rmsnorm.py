@@ -11,13 +11,13 @@ from . import NormConfig
 
 
 class RmsNormConfig(NormConfig):
-    """Mean square 1, times a weight."""
+    """Configuration of RMS normalisation: mean square 1, times a weight."""
 
     kind: Literal["rmsnorm"] = "rmsnorm"
     eps: float = Field(default=1e-6, ge=0)
-    """Added to the mean square."""
+    """Constant added to the mean square."""
     zero_centered: bool = False
-    """Whether the factor is 1 + weight, so that weight decay draws it to 1 (Gemma, Qwen3-Next)."""
+    """True to multiply by 1 + weight, so that weight decay pulls the factor to 1 (Gemma, Qwen3-Next)."""
 
     def build(self, d_model: int) -> nn.RMSNorm:
         """Build the norm."""
@@ -25,12 +25,12 @@ class RmsNormConfig(NormConfig):
 
 
 class ZeroCenteredRMSNorm(nn.RMSNorm):
-    """Mean square 1, times 1 + weight."""
+    """RMS normalisation that multiplies by 1 + weight."""
 
     def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
         """Normalise every token."""
         return F.rms_norm(x, self.normalized_shape, 1 + self.weight, self.eps)
 
     def reset_parameters(self) -> None:
-        """Weights of 0."""
+        """Set the weights to 0, which makes the factor 1."""
         nn.init.zeros_(self.weight)

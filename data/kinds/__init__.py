@@ -1,4 +1,4 @@
-"""The kinds of data, one file each: a text, or a synthetic task.
+"""The kinds of data, one file each: text and the synthetic tasks.
 
-A file here is a built-in kind of data if its config says `kind: Literal["<the file's name>"]`.
+A file of this folder is a built-in kind of data if its configuration declares `kind: Literal["<name of the file>"]`.
 """

@@ -1,4 +1,4 @@
-"""Multi-query associative recall of keys of two tokens (Zoology, after arXiv 2312.04927)."""
+"""Multi-query associative recall with keys of two tokens (Zoology, after arXiv 2312.04927)."""
 
 from itertools import pairwise
 from math import isqrt
@@ -12,24 +12,25 @@ from .mqar import ask
 
 
 class CompositionalMqarConfig(TaskConfig):
-    """Multi-query associative recall of keys of two tokens (Zoology's compositional MQAR): triples of its tokens and
-    the value, in any order, then each key once more, with its value as the target at the second token.
+    """Multi-query associative recall with keys of two tokens (Zoology's compositional MQAR): triples of the key's two
+    tokens and the value, in random order, then each key once more, with its value as the target at the second token.
 
-    The keys are all combinations of as many first tokens and second ones: neither alone says the value. A key is asked
-    at places as in `mqar`, in groups of three.
+    The keys are all combinations of some first tokens with equally many second tokens, so neither token alone
+    determines the value. The positions after the triples are divided into groups of three, in which keys are asked as
+    in `mqar`.
     """
 
     field = "pairs"
     axis = "pairs"
     kind: Literal["compositional_mqar"] = "compositional_mqar"
     vocab_size: int = Field(default=96, ge=6, le=2**20)
-    """Vocabulary size of the task: a third each are first tokens of keys, second tokens and values."""
+    """Vocabulary size of the task: one third each for first tokens of keys, second tokens of keys, and values."""
     pairs: Difficulties | None = (4, 9)
-    """Numbers of keys, squares, which rows cycle through; null for the most that fit into a sequence."""
+    """Numbers of keys, which must be squares; rows cycle through them. Null for the most that fit into a sequence."""
     power_a: float = Field(default=0.01, gt=0, le=1)
-    """Exponent of the power law, as in `mqar`."""
+    """Exponent of the power law of the question positions, as in `mqar`."""
     noise: bool = True
-    """Whether other positions hold random tokens, of keys and values too; otherwise token 0."""
+    """Fill the other positions after the triples with random tokens, including keys and values, instead of token 0."""
 
     @property
     def n_tokens(self) -> int:
@@ -37,11 +38,11 @@ class CompositionalMqarConfig(TaskConfig):
 
     @property
     def hardest(self) -> int:
-        return min(isqrt(super().hardest), self._most) ** 2
+        return min(isqrt(super().hardest), self._max_side) ** 2
 
     @property
-    def _most(self) -> int:
-        """First tokens, or second ones, of as many keys as there are tokens for."""
+    def _max_side(self) -> int:
+        """Square root of the largest number of keys for which the vocabulary has enough tokens."""
         third = self.vocab_size // 3
         return min(third - 1, isqrt(self.vocab_size - 2 * third))
 
@@ -52,11 +53,11 @@ class CompositionalMqarConfig(TaskConfig):
         super().require(difficulty)
         side = isqrt(difficulty)
         if side**2 != difficulty:
-            raise ValueError(f"pairs {difficulty} is no square: choose {side**2} or {(side + 1) ** 2}")
-        if side > self._most:
+            raise ValueError(f"pairs must be a square, got {difficulty}: choose {side**2} or {(side + 1) ** 2}")
+        if side > self._max_side:
             raise ValueError(
-                f"pairs {difficulty} needs more tokens than vocab_size {self.vocab_size} has, which is enough for "
-                f"{self._most**2}: raise it to {3 * difficulty + 3}"
+                f"vocab_size {self.vocab_size} allows at most {self._max_side**2} pairs, got {difficulty}: raise it to "
+                f"{3 * difficulty + 3}"
             )
 
     def fill(self, rng: np.random.Generator, inputs: np.ndarray, targets: np.ndarray, difficulty: int) -> None:

@@ -1,4 +1,4 @@
-"""Compression of a sequence into one vector (Poli et al. 2024, Mechanistic Design and Scaling, arXiv 2403.17844)."""
+"""Compression of a sequence into one vector (MAD: Poli et al. 2024, arXiv 2403.17844)."""
 
 from typing import Literal
 
@@ -9,10 +9,11 @@ from ..task import Difficulties, TaskConfig
 
 
 class CompressionConfig(TaskConfig):
-    """Compression of MAD (arXiv 2403.17844): random tokens and an end token; the target at each position is its own
-    token, and with `model.readout: last`, which the task needs, all are predicted from the vector at the end token.
+    """The compression task of MAD (arXiv 2403.17844): random tokens and an end token; the target at each position is
+    the input token there. The task needs `model.readout: last`, which predicts all targets from the vector at the end
+    token.
 
-    The end token is the last of the vocabulary; shorter examples are padded with it on the left, without targets.
+    The end token is the last token of the vocabulary. Shorter examples are padded with it on the left, without targets.
     """
 
     field = "lengths"
@@ -22,9 +23,9 @@ class CompressionConfig(TaskConfig):
     sequence_length: int = Field(default=32, gt=1, le=2**20)
     """Training sequence length in tokens."""
     vocab_size: int = Field(default=16, ge=3, le=2**20)
-    """Random tokens, all equally likely, and the end token."""
+    """Vocabulary size of the task: the random tokens, all equally likely, and the end token."""
     lengths: Difficulties | None = None
-    """Tokens to compress, the end token among them, which rows cycle through; null for the whole sequence."""
+    """Numbers of tokens to compress, including the end token; rows cycle through them. Null for the whole sequence."""
 
     @property
     def n_tokens(self) -> int:

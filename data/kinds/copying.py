@@ -9,7 +9,7 @@ from ..task import Difficulties, TaskConfig, letter
 
 
 class CopyingConfig(TaskConfig):
-    """Copying: symbols, a query token, and the symbols again, each of which is a target (arXiv 2402.01032).
+    """Copying (arXiv 2402.01032): symbols, a query token, and the symbols again as targets.
 
     Symbols are drawn uniformly and may repeat. The rest of the sequence is blank.
     """
@@ -18,9 +18,9 @@ class CopyingConfig(TaskConfig):
     axis = "length"
     kind: Literal["copying"] = "copying"
     symbols: int = Field(default=26, gt=1, le=2**20)
-    """Different symbols: tokens 1 to symbols; token 0 is blank, and the last one is the query."""
+    """Number of different symbols: tokens 1 to `symbols`; token 0 is blank, and the last token is the query."""
     lengths: Difficulties | None = None
-    """Numbers of symbols, which rows cycle through; null for half of the sequence."""
+    """Numbers of symbols to copy; rows cycle through them. Null for half of the sequence."""
 
     @property
     def n_tokens(self) -> int:
@@ -37,8 +37,8 @@ class CopyingConfig(TaskConfig):
         targets[:, difficulty : 2 * difficulty] = symbols
 
     def solve(self, tokens: list[int]) -> dict[int, int]:
-        asked = tokens.index(self.symbols + 1)
-        return {asked + i: symbol for i, symbol in enumerate(tokens[:asked])}
+        query = tokens.index(self.symbols + 1)
+        return {query + i: symbol for i, symbol in enumerate(tokens[:query])}
 
     def name_of(self, token: int) -> str:
         return {0: "·", self.symbols + 1: "copy"}.get(token) or letter(token, range(1, self.symbols + 1))

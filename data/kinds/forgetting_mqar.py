@@ -1,4 +1,4 @@
-"""Multi-query associative recall of keys that get another value (Zoology, after arXiv 2312.04927)."""
+"""Multi-query associative recall with keys that get a new value (Zoology, after arXiv 2312.04927)."""
 
 from typing import Literal
 
@@ -10,17 +10,18 @@ from .mqar import MqarConfig, ask
 
 
 class ForgettingMqarConfig(MqarConfig):
-    """Multi-query associative recall where some keys get another value (Zoology's forgetting MQAR): after the pairs,
-    `updates` of the keys come again with a new value, and then each key once more, whose last value is the target.
+    """Multi-query associative recall in which some keys get a new value (Zoology's forgetting MQAR): after the pairs,
+    `updates` of the keys are repeated with a new value; then each key is asked once, and its latest value is the
+    target.
 
-    All else is as in `mqar`.
+    Everything else is as in `mqar`.
     """
 
     kind: Literal["forgetting_mqar"] = "forgetting_mqar"  # pyright: ignore[reportIncompatibleVariableOverride]
     pairs: Difficulties | None = (4, 8, 12)
-    """Numbers of pairs, which rows cycle through; null for the most that fit into a sequence."""
+    """Numbers of pairs; rows cycle through them. Null for the most that fit into a sequence."""
     updates: int = Field(default=4, gt=0)
-    """Keys that get another value, at most as many as there are pairs."""
+    """Number of keys that get a new value; at most the number of pairs."""
 
     @property
     def easiest(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -28,7 +29,7 @@ class ForgettingMqarConfig(MqarConfig):
 
     def require(self, difficulty: int) -> None:
         if 0 < difficulty < self.updates:
-            raise ValueError(f"pairs {difficulty} has fewer keys than the {self.updates} of updates: lower updates")
+            raise ValueError(f"pairs must be at least updates, {self.updates}, got {difficulty}: lower updates")
         super().require(difficulty)
 
     def length_of(self, difficulty: int) -> int:
@@ -41,17 +42,17 @@ class ForgettingMqarConfig(MqarConfig):
         keys = 1 + distinct(rng, rows, half - 1, difficulty)
         n_values = self.vocab_size - half
         values = distinct(rng, rows, n_values, difficulty)
-        which = distinct(rng, rows, difficulty, self.updates)
-        # any other value than before
-        new = (np.take_along_axis(values, which, 1) + rng.integers(1, n_values, size=which.shape)) % n_values
-        inputs[:, 0:start:2] = np.concatenate((keys, np.take_along_axis(keys, which, 1)), axis=1)
+        updated = distinct(rng, rows, difficulty, self.updates)
+        # a shift by 1 to n_values - 1 never gives the old value
+        new = (np.take_along_axis(values, updated, 1) + rng.integers(1, n_values, size=updated.shape)) % n_values
+        inputs[:, 0:start:2] = np.concatenate((keys, np.take_along_axis(keys, updated, 1)), axis=1)
         inputs[:, 1:start:2] = half + np.concatenate((values, new), axis=1)
-        np.put_along_axis(values, which, new, axis=1)
+        np.put_along_axis(values, updated, new, axis=1)
         ask(rng, inputs, targets, start, (keys,), half + values, self.power_a, self.noise * self.vocab_size)
 
     def solve(self, tokens: list[int]) -> dict[int, int]:
         pairs = [*zip(tokens[::2], tokens[1::2], strict=False)]
-        first = next(n for n, (key, _) in enumerate(pairs) if key in dict(pairs[:n]))  # key that comes again
-        end = first + self.updates
-        last = dict(pairs[:end])
-        return {place: last[key] for place, key in enumerate(tokens) if place >= 2 * end and key in last}
+        first_update = next(n for n, (key, _) in enumerate(pairs) if key in dict(pairs[:n]))
+        end = first_update + self.updates
+        latest = dict(pairs[:end])
+        return {place: latest[key] for place, key in enumerate(tokens) if place >= 2 * end and key in latest}

@@ -1,4 +1,4 @@
-"""Fuzzy in-context recall (Poli et al. 2024, Mechanistic Design and Scaling, arXiv 2403.17844)."""
+"""Fuzzy in-context recall (MAD: Poli et al. 2024, Mechanistic Design and Scaling, arXiv 2403.17844)."""
 
 from itertools import groupby
 from typing import Literal
@@ -10,11 +10,12 @@ from ..task import Difficulties, NextTokenConfig
 
 
 class FuzzyRecallConfig(NextTokenConfig):
-    """Fuzzy in-context recall of MAD (arXiv 2403.17844): as in-context recall, of keys and values of several tokens,
-    all different; the targets are the values of keys that were shown before, the last one among them.
+    """The fuzzy in-context recall task of MAD (arXiv 2403.17844): in-context recall whose keys and values consist of
+    several different tokens each. The targets are the values of keys that occurred before; the last key is always one
+    of them.
 
-    Of length n, keys have 1 to n tokens in training and n in evaluation. Sequences are padded on the left. MAD leaves a
-    few final keys unshown; here all are shown before.
+    With key length n, keys have 1 to n tokens in training and n tokens in evaluation. Sequences are padded on the left.
+    In MAD, a few final keys never occurred before; here they all did.
     """
 
     field = "key_lengths"
@@ -23,11 +24,11 @@ class FuzzyRecallConfig(NextTokenConfig):
     sequence_length: int = Field(default=128, gt=0, le=2**20)
     """Training sequence length in tokens."""
     vocab_size: int = Field(default=16, ge=3, le=2**20)
-    """Tokens of keys, of values, and the last one, which pads."""
+    """Vocabulary size of the task: tokens of keys, tokens of values, and the last token for padding."""
     key_lengths: Difficulties = (3,)
-    """Most tokens of a key, which rows cycle through."""
+    """Maximum numbers of tokens in a key; rows cycle through them."""
     value_length: int = Field(default=3, gt=0)
-    """Most tokens of a value; each number up to it is as likely."""
+    """Maximum number of tokens in a value; all lengths from 1 are equally likely."""
 
     @property
     def n_tokens(self) -> int:
@@ -35,6 +36,7 @@ class FuzzyRecallConfig(NextTokenConfig):
 
     @property
     def _half(self) -> int:
+        """Number of key tokens, and the first value token."""
         return (self.vocab_size - 1) // 2
 
     def length_of(self, difficulty: int) -> int:
@@ -45,54 +47,55 @@ class FuzzyRecallConfig(NextTokenConfig):
         if max(difficulty, self.value_length) > self._half:
             raise ValueError(
                 f"keys of {difficulty} and values of {self.value_length} different tokens need vocab_size "
-                f"{2 * max(difficulty, self.value_length) + 1} or more, and it is {self.vocab_size}"
+                f"{2 * max(difficulty, self.value_length) + 1} or more, got {self.vocab_size}: raise it"
             )
 
     def fill(self, rng: np.random.Generator, inputs: np.ndarray, targets: np.ndarray, difficulty: int) -> None:
-        for row, wanted in zip(inputs, targets, strict=True):
-            self._fill_row(rng, row, wanted, difficulty, difficulty)
+        for input_row, target_row in zip(inputs, targets, strict=True):
+            self._fill_row(rng, input_row, target_row, difficulty, difficulty)
 
     def fill_training(self, rng: np.random.Generator, inputs: np.ndarray, targets: np.ndarray, difficulty: int) -> None:
-        for row, wanted in zip(inputs, targets, strict=True):
-            self._fill_row(rng, row, wanted, 1, difficulty)
+        for input_row, target_row in zip(inputs, targets, strict=True):
+            self._fill_row(rng, input_row, target_row, 1, difficulty)
         self.supervise(inputs, targets)
 
     def _fill_row(
         self, rng: np.random.Generator, inputs: np.ndarray, targets: np.ndarray, shortest: int, longest: int
     ) -> None:
-        length = len(inputs) + 1
-        half = self._half  # the last token is a target only
-        most = longest + self.value_length
-        drawn = -(-length // 2)  # pairs have two tokens or more
-        sizes = rng.integers((shortest, 1), (longest + 1, self.value_length + 1), size=(drawn, 2)).tolist()
-        orders = (rng.random((drawn, n)).argsort(axis=-1).tolist() for n in (half, self.vocab_size - 1 - half))
+        """Generate one example whose keys have `shortest` to `longest` tokens."""
+        length = len(inputs) + 1  # the last token is a target only
+        half = self._half
+        longest_pair = longest + self.value_length
+        max_pairs = -(-length // 2)  # a pair has at least two tokens
+        sizes = rng.integers((shortest, 1), (longest + 1, self.value_length + 1), size=(max_pairs, 2)).tolist()
+        orders = (rng.random((max_pairs, n)).argsort(axis=-1).tolist() for n in (half, self.vocab_size - 1 - half))
         pairs = [
             (tuple(key[:k]), [half + token for token in value[:v]])
             for key, value, (k, v) in zip(*orders, sizes, strict=True)
         ]
-        (probe, last), *pairs = pairs
-        end = length - len(probe) - len(last) - most
-        shown_at = rng.integers(max(end - most, 0) + 1)
+        (final_key, final_value), *pairs = pairs
+        end = length - len(final_key) - len(final_value) - longest_pair
+        shown_from = rng.integers(max(end - longest_pair, 0) + 1)
         known: dict[tuple[int, ...], list[int]] = {}
         tokens: list[int] = []
-        asked: list[int] = []
-        for key, fresh in pairs:
+        answers: list[int] = []
+        for key, new_value in pairs:
             if len(tokens) >= end:
                 break
-            if key == probe or (probe not in known and len(tokens) >= shown_at):
-                key, fresh = probe, last  # noqa: PLW2901
-            value = known.get(key, fresh)
+            if key == final_key or (final_key not in known and len(tokens) >= shown_from):
+                key, new_value = final_key, final_value  # noqa: PLW2901
+            value = known.get(key, new_value)
             tokens += key
-            asked += range(len(tokens), len(tokens) + len(value)) if key in known else ()
+            answers += range(len(tokens), len(tokens) + len(value)) if key in known else ()
             tokens += value
             known[key] = value
-        tokens += probe
-        asked += range(len(tokens), len(tokens) + len(known[probe]))
-        tokens += known[probe]
+        tokens += final_key
+        answers += range(len(tokens), len(tokens) + len(known[final_key]))
+        tokens += known[final_key]
         start = length - len(tokens)
         inputs[:start] = self.vocab_size - 1
         inputs[start:] = tokens[:-1]
-        targets[[start + place - 1 for place in asked]] = [tokens[place] for place in asked]
+        targets[[start + place - 1 for place in answers]] = [tokens[place] for place in answers]
 
     def solve(self, tokens: list[int]) -> dict[int, int]:
         known: dict[tuple[int, ...], list[int]] = {}
@@ -100,14 +103,14 @@ class FuzzyRecallConfig(NextTokenConfig):
         key = ()
         place = tokens.count(self.vocab_size - 1)
         for is_key, run in groupby(tokens[place:], lambda token: token < self._half):
-            found = list(run)
+            run_tokens = list(run)
             if is_key:
-                key = tuple(found)
-                # the first token of a value is asked at the last one of its key
+                key = tuple(run_tokens)
+                # the target at the last token of a key is the first token of its value
                 answers |= {place + len(key) - 1 + i: token for i, token in enumerate(known.get(key, ()))}
             else:
-                known.setdefault(key, found)
-            place += len(found)
+                known.setdefault(key, run_tokens)
+            place += len(run_tokens)
         return answers
 
     def name_of(self, token: int) -> str:

@@ -1,4 +1,4 @@
-"""In-context recall, plain and noisy (Poli et al. 2024, Mechanistic Design and Scaling, arXiv 2403.17844)."""
+"""In-context recall, plain and noisy (MAD: Poli et al. 2024, Mechanistic Design and Scaling, arXiv 2403.17844)."""
 
 from typing import Literal
 
@@ -9,11 +9,12 @@ from ..task import Difficulties, NextTokenConfig, distinct
 
 
 class InContextRecallConfig(NextTokenConfig):
-    """In-context recall of MAD (arXiv 2403.17844): pairs of a key and its value fill the sequence; keys repeat, with
-    the same value. The targets are the values of keys that were shown before, the last pair's among them.
+    """The in-context recall task of MAD (arXiv 2403.17844): pairs of a key and its value fill the sequence; a repeated
+    key always has the same value. The targets are the values of keys that occurred before; the last key is always one
+    of them.
 
-    Keys are tokens 0 to vocab_size / 2 - 1, values those up to vocab_size - 1, noise those that follow. The noisy
-    variant has `noise_tokens`: a pair is two of them with probability `noise`.
+    Keys are tokens 0 to vocab_size / 2 - 1, values the tokens up to vocab_size - 1, and noise tokens follow. In the
+    noisy variant (`noise_tokens` > 0), a pair is replaced by two noise tokens with probability `noise`.
     """
 
     field = "keys"
@@ -22,13 +23,13 @@ class InContextRecallConfig(NextTokenConfig):
     sequence_length: int = Field(default=128, gt=3, le=2**20)
     """Training sequence length in tokens."""
     vocab_size: int = Field(default=16, ge=4, le=2**20)
-    """Keys and values, half each."""
+    """Number of keys and values together, half each; noise tokens are additional."""
     keys: Difficulties | None = None
-    """Numbers of different keys that a sequence draws from, which rows cycle through; null for all keys."""
+    """Numbers of different keys that a sequence draws from; rows cycle through them. Null for all keys."""
     noise_tokens: int = Field(default=0, ge=0, le=2**20)
-    """Different tokens of noise."""
+    """Number of different noise tokens; 0 for the plain variant."""
     noise: float = Field(default=0.2, ge=0, lt=1)
-    """Probability that a pair is noise, if there are noise tokens; one pair never is."""
+    """Probability that a pair is noise, if there are noise tokens; at least one pair before the last is real."""
 
     @property
     def n_tokens(self) -> int:
@@ -44,7 +45,9 @@ class InContextRecallConfig(NextTokenConfig):
     def require(self, difficulty: int) -> None:
         super().require(difficulty)
         if difficulty > self.hardest:
-            raise ValueError(f"keys {difficulty} are more than vocab_size {self.vocab_size} has: {self.hardest}")
+            raise ValueError(
+                f"keys must be at most half of vocab_size {self.vocab_size}, {self.hardest}, got {difficulty}"
+            )
 
     def fill(self, rng: np.random.Generator, inputs: np.ndarray, targets: np.ndarray, difficulty: int) -> None:
         rows = len(inputs)
@@ -56,16 +59,17 @@ class InContextRecallConfig(NextTokenConfig):
         if self.noise_tokens:
             real = rng.random((rows, pairs)) >= self.noise
             real[np.arange(rows), rng.integers(pairs - 1, size=rows)] = True
-        met = (keys[..., None] == np.arange(half)) & real[..., None]  # [B pairs keys]
-        met[:, -1] = False
-        # the last key is any of those that were shown
-        keys[:, -1], real[:, -1] = np.where(met.any(1), rng.random((rows, half)), -1).argmax(1), True
+        shown = (keys[..., None] == np.arange(half)) & real[..., None]  # [B pairs keys]
+        shown[:, -1] = False
+        # the last key is drawn uniformly from the keys that were shown
+        keys[:, -1] = np.where(shown.any(1), rng.random((rows, half)), -1).argmax(1)
+        real[:, -1] = True
         values = half + np.take_along_axis(rng.integers(half, size=(rows, half)), keys, axis=1)
-        before = np.take_along_axis(met.cumsum(1) - met, keys[..., None], axis=2)[..., 0] > 0
+        shown_before = np.take_along_axis(shown.cumsum(1) - shown, keys[..., None], axis=2)[..., 0] > 0
         filler = 2 * half + rng.integers(max(self.noise_tokens, 1), size=(2, rows, pairs))
         end = 2 * pairs
         inputs[:, 0:end:2], inputs[:, 1:end:2] = np.where(real, np.stack([keys, values]), filler)
-        targets[:, 0:end:2] = np.where(real & before, values, targets[:, 0:end:2])
+        targets[:, 0:end:2] = np.where(real & shown_before, values, targets[:, 0:end:2])
 
     def solve(self, tokens: list[int]) -> dict[int, int]:
         values: dict[int, int] = {}

@@ -1,6 +1,7 @@
 """Induction heads: recall the token that followed an earlier occurrence (Olsson et al. 2022, arXiv 2209.11895).
 
-The form is that of Mamba (Gu and Dao 2023, arXiv 2312.00752, E.2), whose models extrapolate to longer sequences.
+The format follows the Mamba paper (Gu and Dao 2023, arXiv 2312.00752, E.2), which tests extrapolation to longer
+sequences with it.
 """
 
 from typing import Literal
@@ -12,8 +13,8 @@ from ..task import Difficulties, TaskConfig, letter
 
 
 class InductionHeadsConfig(TaskConfig):
-    """Induction heads: random symbols and one special token, which is repeated at the end; the target is the symbol
-    that followed its first occurrence (arXiv 2312.00752).
+    """Induction heads (arXiv 2312.00752): random symbols and one special token, which is repeated at the end. The
+    target there is the symbol that followed its first occurrence.
     """
 
     field = "lengths"
@@ -21,9 +22,10 @@ class InductionHeadsConfig(TaskConfig):
     easiest = 3
     kind: Literal["induction_heads"] = "induction_heads"
     symbols: int = Field(default=15, gt=1, le=2**20)
-    """Different symbols: tokens 0 to symbols - 1; the special token follows them."""
+    """Number of different symbols: tokens 0 to `symbols - 1`; the special token follows them."""
     lengths: Difficulties | None = None
-    """Lengths up to the query, which rows cycle through; null for the whole sequence. `evaluate_at` may be longer."""
+    """Lengths up to and including the query; rows cycle through them. Null for the whole sequence. `evaluate_at` may be
+    longer."""
 
     @property
     def n_tokens(self) -> int:

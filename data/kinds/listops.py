@@ -17,16 +17,18 @@ OPERATORS = {
     "[SM": lambda values: sum(values) % 10,
 }
 NAMES = [*map(str, range(10)), *OPERATORS, "]"]
-DIGIT = 0.25
-"""Probability that an argument is a digit: otherwise it is a list."""
+"""Token names in the order of token numbers; the blank token follows."""
+DIGIT_PROBABILITY = 0.25
+"""Probability that an argument is a digit; otherwise it is a list."""
 
 
 class ListopsConfig(TaskConfig):
-    """ListOps (arXiv 1804.06028): an expression of digits, minima, maxima, medians (rounded down) and sums modulo 10,
-    whose value is the target at its last bracket.
+    """ListOps (arXiv 1804.06028): an expression of digits, minima, maxima, medians (rounded down) and sums modulo 10;
+    the target at its last bracket is its value.
 
-    As in the paper an argument is a digit with probability 1/4, or at the greatest depth. That depth is drawn, up to
-    `depth` and the logarithm (base 2) of the length, and all again until more than half of the length is used.
+    As in the paper, an argument is a digit with probability 1/4, and always at the maximum depth. The maximum depth is
+    drawn for each expression, up to `depth` and up to log2 of the length. Expressions are drawn until one fits into the
+    length and uses more than half of it.
     """
 
     field = "lengths"
@@ -34,11 +36,11 @@ class ListopsConfig(TaskConfig):
     easiest = 8
     kind: Literal["listops"] = "listops"
     depth: int = Field(default=10, gt=1, le=100)
-    """Most lists inside of each other: 20 in the paper, 10 in Long Range Arena."""
+    """Maximum depth of nested lists: 20 in the paper, 10 in Long Range Arena."""
     arguments: int = Field(default=5, gt=1, le=100)
-    """Most arguments of a list, of two at least: 5 in the paper, 10 in Long Range Arena."""
+    """Maximum number of arguments of a list; the minimum is 2. The paper uses 5, Long Range Arena 10."""
     lengths: Difficulties | None = None
-    """Most tokens of an expression, which rows cycle through; null for the whole sequence."""
+    """Maximum numbers of tokens in an expression; rows cycle through them. Null for the whole sequence."""
 
     @property
     def n_tokens(self) -> int:
@@ -46,42 +48,42 @@ class ListopsConfig(TaskConfig):
 
     def fill(self, rng: np.random.Generator, inputs: np.ndarray, targets: np.ndarray, difficulty: int) -> None:
         draw = Random(rng.bytes(8))
-        deepest = min(self.depth, int(np.log2(difficulty)))
+        max_depth = min(self.depth, int(np.log2(difficulty)))
         inputs[:] = len(NAMES)
-        for row, wanted in zip(inputs, targets, strict=True):
+        for input_row, target_row in zip(inputs, targets, strict=True):
             tokens = list[int]()
             value = 0
             while not difficulty / 2 < len(tokens) <= difficulty:
                 tokens.clear()
-                value = self._draw(draw, tokens, draw.randint(2, deepest), difficulty)
-            row[: len(tokens)] = tokens
-            wanted[len(tokens) - 1] = value
+                value = self._append(draw, tokens, draw.randint(2, max_depth), difficulty)
+            input_row[: len(tokens)] = tokens
+            target_row[len(tokens) - 1] = value
 
-    def _draw(self, draw: Random, tokens: list[int], depth: int, most: int) -> int:
-        """Append an expression to `tokens`, of digits alone where there are too many; its value."""
-        if depth == 0 or (tokens and draw.random() < DIGIT) or len(tokens) > most:
+    def _append(self, draw: Random, tokens: list[int], depth: int, most: int) -> int:
+        """Append an expression to `tokens` and return its value; beyond `most` tokens only digits are appended."""
+        if depth == 0 or (tokens and draw.random() < DIGIT_PROBABILITY) or len(tokens) > most:
             tokens.append(draw.randrange(10))
             return tokens[-1]
         name = draw.choice(list(OPERATORS))
         tokens.append(NAMES.index(name))
-        values = [self._draw(draw, tokens, depth - 1, most) for _ in range(draw.randint(2, self.arguments))]
+        values = [self._append(draw, tokens, depth - 1, most) for _ in range(draw.randint(2, self.arguments))]
         tokens.append(NAMES.index("]"))
         return OPERATORS[name](values)
 
     def solve(self, tokens: list[int]) -> dict[int, int]:
         names = [NAMES[token] for token in tokens if token < len(NAMES)]
-        return {len(names) - 1: _value(iter(names))}
+        return {len(names) - 1: _evaluate(iter(names))}
 
     def name_of(self, token: int) -> str:
         return NAMES[token] if token < len(NAMES) else "·"
 
 
-def _value(names: Iterator[str]) -> int:
-    """The value of the expression that begins here."""
+def _evaluate(names: Iterator[str]) -> int:
+    """Read an expression and return its value; -1 at a closing bracket."""
     name = next(names)
     if name not in OPERATORS:
         return int(name) if name != "]" else -1
     values: list[int] = []
-    while (value := _value(names)) >= 0:
+    while (value := _evaluate(names)) >= 0:
         values.append(value)
     return OPERATORS[name](values)

@@ -1,4 +1,4 @@
-"""Memorization of facts (Poli et al. 2024, Mechanistic Design and Scaling, arXiv 2403.17844)."""
+"""Memorization of facts (MAD: Poli et al. 2024, Mechanistic Design and Scaling, arXiv 2403.17844)."""
 
 from functools import cached_property
 from typing import Literal
@@ -10,10 +10,11 @@ from ..task import Difficulties, TaskConfig
 
 
 class MemorizationConfig(TaskConfig):
-    """Memorization of MAD (arXiv 2403.17844): keys, each followed by a query token, at which the target is the key's
-    value. Values are the same in all sequences and are never shown: parameters hold them, not the state.
+    """The memorization task of MAD (arXiv 2403.17844): keys, each followed by a query token, at which the target is the
+    key's value. A key has the same value in all sequences, and values are never part of the input: the parameters have
+    to memorise them.
 
-    Keys are tokens 0 on, as many as half of the other tokens; then values; the query is the last token.
+    Half of the tokens (from 0) are keys, the other half values; the last token is the query.
     """
 
     field = "facts"
@@ -22,9 +23,9 @@ class MemorizationConfig(TaskConfig):
     sequence_length: int = Field(default=32, gt=1, le=2**20)
     """Training sequence length in tokens."""
     vocab_size: int = Field(default=256, ge=5, le=2**20)
-    """Keys, values and the query."""
+    """Vocabulary size of the task: keys, values and the query token."""
     facts: Difficulties | None = None
-    """Numbers of keys that a sequence draws from, which rows cycle through; null for all."""
+    """Numbers of different keys that a sequence draws from; rows cycle through them. Null for all keys."""
     map_seed: int = Field(default=12345, ge=0)
     """Seed of the map from keys to values."""
 
@@ -42,13 +43,16 @@ class MemorizationConfig(TaskConfig):
     def require(self, difficulty: int) -> None:
         super().require(difficulty)
         if difficulty > self.hardest:
-            raise ValueError(f"facts {difficulty} are more than vocab_size {self.vocab_size} has: {self.hardest}")
+            raise ValueError(
+                f"facts must be at most the number of keys of vocab_size {self.vocab_size}, {self.hardest}, got "
+                f"{difficulty}"
+            )
 
     @cached_property
     def values(self) -> np.ndarray:
-        """The value of each key."""
-        drawn = np.random.default_rng(self.map_seed).permutation(np.arange(self.hardest, self.vocab_size - 1))
-        return drawn[: self.hardest]
+        """Value of each key, [hardest]."""
+        values = np.random.default_rng(self.map_seed).permutation(np.arange(self.hardest, self.vocab_size - 1))
+        return values[: self.hardest]
 
     def fill(self, rng: np.random.Generator, inputs: np.ndarray, targets: np.ndarray, difficulty: int) -> None:
         keys = rng.integers(difficulty, size=(len(inputs), inputs.shape[1] // 2))
@@ -61,6 +65,6 @@ class MemorizationConfig(TaskConfig):
         return {place: int(self.values[tokens[place - 1]]) for place in places}
 
     def name_of(self, token: int) -> str:
-        return (
-            "?" if token == self.vocab_size - 1 else f"k{token}" if token < self.hardest else f"v{token - self.hardest}"
-        )
+        if token == self.vocab_size - 1:
+            return "?"
+        return f"k{token}" if token < self.hardest else f"v{token - self.hardest}"

@@ -1,5 +1,5 @@
 """Modular arithmetic with and without brackets (Deletang et al. 2022, Neural Networks and the Chomsky Hierarchy,
-arXiv 2207.02098; as a test of state tracking Grazzi et al. 2024, arXiv 2411.12537).
+arXiv 2207.02098; used as a test of state tracking by Grazzi et al. 2024, arXiv 2411.12537).
 """
 
 from collections.abc import Iterator
@@ -15,11 +15,11 @@ SIGNS = "+-*()="
 
 
 class ModularArithmeticConfig(TaskConfig):
-    """Modular arithmetic (arXiv 2207.02098): an expression of digits, + - and *, with a target at its equals sign: its
-    value modulo `modulus`, products first.
+    """Modular arithmetic (arXiv 2207.02098): an expression of digits, + - and *, followed by an equals sign, at which
+    the target is the value modulo `modulus`. Products come first.
 
-    Without brackets a finite state suffices. With `brackets` every operation is in brackets, nested at random, and a
-    single operand may have a minus sign: a stack is needed.
+    Without brackets, a finite state suffices. With `brackets`, every operation is in brackets, nested at random, and a
+    single operand may have a minus sign: this needs a stack.
     """
 
     field = "lengths"
@@ -28,14 +28,15 @@ class ModularArithmeticConfig(TaskConfig):
     sequence_length: int = Field(default=40, gt=1, le=2**20)
     """Training sequence length in tokens."""
     modulus: int = Field(default=5, ge=2, le=1000)
-    """Digits are 0 to modulus - 1, and so are tokens; then come + - * ( ) and =."""
+    """Modulus of the arithmetic. Digits are 0 to `modulus - 1` and are their own tokens; + - * ( ) and = follow."""
     brackets: bool = False
-    """Whether there are brackets."""
+    """Put every operation in brackets, nested at random."""
     lengths: Difficulties | None = None
-    """Tokens of an expression, which rows cycle through; null for the longest that fits. Without brackets a length that
-    is even is one token less. `evaluate_at` may be longer."""
+    """Numbers of tokens in an expression; rows cycle through them. Null for the longest that fits. Without brackets, an
+    even length is shortened by one token. `evaluate_at` may be longer."""
     ask: Literal["last", "every"] = "last"
-    """Whether the equals sign alone has a target, or every digit too: the value so far (without brackets)."""
+    """Positions with a target: `last` is the equals sign only; `every` adds the value so far at every digit, without
+    brackets."""
 
     @property
     def n_tokens(self) -> int:
@@ -51,11 +52,12 @@ class ModularArithmeticConfig(TaskConfig):
         times = self.modulus + 2
         inputs[:, end] = self.modulus + SIGNS.index("=")
         if self.brackets:
-            for row, wanted in zip(inputs, targets, strict=True):
-                row[:end], wanted[end] = self._nested(rng, end)
+            for input_row, target_row in zip(inputs, targets, strict=True):
+                input_row[:end], target_row[end] = self._draw_nested(rng, end)
             return
         digits = rng.integers(self.modulus, size=(len(inputs), end // 2 + 1))
-        inputs[:, 0:end:2], inputs[:, 1:end:2] = digits, rng.integers(plus, times + 1, size=(len(inputs), end // 2))
+        inputs[:, 0:end:2] = digits
+        inputs[:, 1:end:2] = rng.integers(plus, times + 1, size=(len(inputs), end // 2))
         total = np.zeros(len(inputs), dtype=np.int64)
         product = digits[:, 0]
         for place in range(0, end, 2):
@@ -69,43 +71,44 @@ class ModularArithmeticConfig(TaskConfig):
                 targets[:, place] = (total + product) % self.modulus
         targets[:, end] = (total + product) % self.modulus
 
-    def _nested(self, rng: np.random.Generator, length: int) -> tuple[list[int], int]:
-        """An expression of a length, and its value."""
-        plus, minus, times, opened, closed = range(self.modulus, self.modulus + 5)
+    def _draw_nested(self, rng: np.random.Generator, length: int) -> tuple[list[int], int]:
+        """Draw an expression of `length` tokens with brackets, and return its tokens and its value."""
+        plus, minus, times, opening, closing = range(self.modulus, self.modulus + 5)
         if length < 5:
             digit = int(rng.integers(self.modulus))
-            inner = [minus, digit] if length % 2 == 0 else [digit]
-            return [opened, *inner, closed] if length > 2 else inner, (
-                -digit if length % 2 == 0 else digit
-            ) % self.modulus
-        left = int(rng.integers(1, length - 3))
-        (one, a), (other, b) = self._nested(rng, left), self._nested(rng, length - 3 - left)
+            negative = length % 2 == 0
+            operand = [minus, digit] if negative else [digit]
+            tokens = [opening, *operand, closing] if length > 2 else operand
+            return tokens, (-digit if negative else digit) % self.modulus
+        left_length = int(rng.integers(1, length - 3))
+        left, a = self._draw_nested(rng, left_length)
+        right, b = self._draw_nested(rng, length - 3 - left_length)
         sign = int(rng.integers(plus, times + 1))
         value = a + b if sign == plus else a - b if sign == minus else a * b
-        return [opened, *one, sign, *other, closed], value % self.modulus
+        return [opening, *left, sign, *right, closing], value % self.modulus
 
     def solve(self, tokens: list[int]) -> dict[int, int]:
         names = [self.name_of(token) for token in tokens]
         end = names.index("=")
-        answers = {end: self._value(iter(names))}
+        answers = {end: self._evaluate(iter(names))}
         if self.ask == "every" and not self.brackets:
-            answers |= {place: self._value(iter(names[: place + 1])) for place in range(0, end, 2)}
+            answers |= {place: self._evaluate(iter(names[: place + 1])) for place in range(0, end, 2)}
         return answers
 
-    def _value(self, names: Iterator[str]) -> int:
-        """The value of what comes before the next closing bracket, equals sign or end."""
-        terms = [[1]]
-        ended = False  # factors of each term; whether an operand comes right before
+    def _evaluate(self, names: Iterator[str]) -> int:
+        """Read up to the next closing bracket, the equals sign or the end, and return the value of that part."""
+        terms = [[1]]  # the factors of each term
+        after_operand = False
         for name in names:
             if name in ")=":
                 break
-            if name in "+-" and ended:
+            if name in "+-" and after_operand:
                 terms.append([-1 if name == "-" else 1])
             elif name == "-":
                 terms[-1].append(-1)
             elif name != "*":
-                terms[-1].append(self._value(names) if name == "(" else int(name))
-            ended = name not in "+-*"
+                terms[-1].append(self._evaluate(names) if name == "(" else int(name))
+            after_operand = name not in "+-*"
         return sum(map(prod, terms)) % self.modulus
 
     def name_of(self, token: int) -> str:

@@ -10,14 +10,14 @@ from ..task import Difficulties, TaskConfig, distinct
 
 
 class MqarConfig(TaskConfig):
-    """Multi-query associative recall (arXiv 2312.04927): pairs of keys and values, then each key once more, in any
-    order, with its value as the target. Keys of a sequence are distinct, and so are its values.
+    """Multi-query associative recall (arXiv 2312.04927): pairs of keys and values, then each key once more, in random
+    order, with its value as the target. The keys of a sequence are distinct, and so are its values.
 
-    The positions after the pairs are grouped in twos. A key is repeated at the first position of group g with a
-    probability proportional to g^(power_a - 1), drawn without replacement, pair by pair. Keys are tokens 1 to
-    vocab_size / 2 - 1, values those from vocab_size / 2 on.
+    The positions after the pairs are divided into groups of two. Each key in turn draws a group g without replacement,
+    with probability proportional to g^(power_a - 1), and is repeated at the first position of that group. Keys are
+    tokens 1 to vocab_size / 2 - 1, values the tokens from vocab_size / 2 on.
 
-    The paper's vocabulary has 8,192 tokens. The default is small, and not the same task: of 64 tokens, in sequences of
+    The paper's vocabulary has 8,192 tokens. The small default makes a different task: with 64 tokens in sequences of
     64, random filler shows a key again before it is asked in 11 to 16 % of the questions.
     """
 
@@ -25,13 +25,14 @@ class MqarConfig(TaskConfig):
     axis = "pairs"
     kind: Literal["mqar"] = "mqar"
     vocab_size: int = Field(default=64, ge=4, le=2**20)
-    """Vocabulary size of the task: half of it are keys, half values."""
+    """Vocabulary size of the task: one half for keys, one half for values."""
     pairs: Difficulties | None = (4, 8, 16)
-    """Numbers of pairs, which rows cycle through; null for a quarter of the sequence."""
+    """Numbers of pairs; rows cycle through them. Null for as many as fit: a quarter of the sequence length."""
     power_a: float = Field(default=0.01, gt=0, le=1)
-    """Exponent of the power law: at 1 all positions are equally likely, near 0 keys are repeated soon."""
+    """Exponent of the power law of the question positions: with 1 all positions are equally likely, near 0 keys are
+    asked soon after the pairs."""
     noise: bool = True
-    """Whether other positions hold random tokens, including keys and values; otherwise token 0."""
+    """Fill the other positions after the pairs with random tokens, including keys and values, instead of token 0."""
 
     @property
     def n_tokens(self) -> int:
@@ -48,8 +49,8 @@ class MqarConfig(TaskConfig):
         super().require(difficulty)
         if difficulty > (keys := self.vocab_size // 2 - 1):
             raise ValueError(
-                f"pairs {difficulty} needs as many keys, and vocab_size {self.vocab_size} has {keys}: "
-                f"raise it to {2 * difficulty + 2}"
+                f"vocab_size {self.vocab_size} has keys for at most {keys} pairs, got {difficulty}: raise it to "
+                f"{2 * difficulty + 2}"
             )
 
     def fill(self, rng: np.random.Generator, inputs: np.ndarray, targets: np.ndarray, difficulty: int) -> None:
@@ -86,15 +87,27 @@ def ask(
     power_a: float,
     noise: int,
 ) -> None:
-    """Repeat keys of one token [B N], or of several, after `start`, in groups of one token more, with their values as
-    targets at the last; group g is taken with a probability proportional to g^(power_a - 1), without replacement. Other
-    tokens there are random ones below `noise`, if that is not 0."""
+    """Repeat each key once after `start`, with its value as the target at the key's last token.
+
+    The positions after `start` are divided into groups of one token more than a key. Each key draws a group g without
+    replacement, with probability proportional to g^(power_a - 1), and is written at the start of it.
+
+    Args:
+        rng: the random generator.
+        inputs: [B T], changed in place.
+        targets: [B T], changed in place.
+        start: first position of the questions.
+        keys: the tokens of each key: one array [B N] for each token of a key.
+        values: the value of each key, [B N].
+        power_a: exponent of the power law.
+        noise: fill the other positions with random tokens below this number; 0 leaves them unchanged.
+    """
     if noise:
         inputs[:, start:] = rng.integers(noise, size=inputs[:, start:].shape)
     size = len(keys) + 1
-    gaps = np.arange(1, (inputs.shape[1] - start) // size + 1)
-    # the order in which waiting times of these rates end is that of draws without replacement
-    waiting = rng.exponential(size=(len(inputs), len(gaps))) * gaps ** (1 - power_a)
+    groups = np.arange(1, (inputs.shape[1] - start) // size + 1)
+    # sorting exponential waiting times, with the weights as rates, draws groups without replacement
+    waiting = rng.exponential(size=(len(inputs), len(groups))) * groups ** (1 - power_a)
     places = start + size * waiting.argsort(axis=1)[:, : values.shape[1]]
     for offset, tokens in enumerate(keys):
         np.put_along_axis(inputs, places + offset, tokens, axis=1)

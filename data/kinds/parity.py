@@ -1,6 +1,6 @@
-"""Parity of the ones so far, which a state with only positive decays cannot track.
+"""Parity of the ones in the prefix, which a state with only positive decays cannot track.
 
-(Grazzi et al. 2024, Unlocking State-Tracking in Linear RNNs Through Negative Eigenvalues, arXiv 2411.12537.)
+Source: Grazzi et al. 2024, Unlocking State-Tracking in Linear RNNs Through Negative Eigenvalues, arXiv 2411.12537.
 """
 
 from typing import Literal
@@ -11,15 +11,16 @@ from ..task import Difficulties, TaskConfig
 
 
 class ParityConfig(TaskConfig):
-    """Parity: bits, with the parity of the prefix as the target at each position, or at the last (arXiv 2411.12537)."""
+    """Parity (arXiv 2411.12537): random bits; the target at each position (or at the last) is the parity of the
+    prefix."""
 
     field = "lengths"
     axis = "length"
     kind: Literal["parity"] = "parity"
     lengths: Difficulties | None = None
-    """Numbers of bits, which rows cycle through; null for the whole sequence. `evaluate_at` may be longer."""
+    """Numbers of bits; rows cycle through them. Null for the whole sequence. `evaluate_at` may be longer."""
     ask: Literal["every", "last"] = "every"
-    """Whether every position is a target, or the last one."""
+    """Positions with a target: every position, or the last one only."""
 
     @property
     def n_tokens(self) -> int:

@@ -1,8 +1,8 @@
 """Composition of permutations: the word problem of S_n and other groups (Merrill et al. 2024, The Illusion of State,
 arXiv 2404.08819).
 
-Of S_5 and A_5, which are not solvable, it is complete for NC1: models whose steps all commute, or are of constant
-depth, do not track its state. A_4 x Z_5 and Z_60 have as many elements as A_5 and are solvable; Z_60 commutes.
+For S_5 and A_5, which are not solvable, the problem is complete for NC1: models of constant depth, or whose steps all
+commute, cannot track its state. A_4 x Z_5 and Z_60 have as many elements as A_5 but are solvable; Z_60 is commutative.
 """
 
 from functools import cache
@@ -15,17 +15,17 @@ from pydantic import Field, model_validator
 
 from ..task import Difficulties, TaskConfig
 
-MOST = 720
-"""Elements of the largest group."""
+MAX_ELEMENTS = 720
+"""Maximum number of elements of a group: those of S_6."""
 
 
 class PermutationConfig(TaskConfig):
     """Composition of permutations of n items: the target at each position (or at the last) is the product of the prefix
     (arXiv 2404.08819).
 
-    A token is one of the permutations, in lexicographic order: token 0 is the identity. The product of x_1 ... x_t is
-    x_t after ... after x_1. `group` takes the permutations of one group: A4xZ5 is the direct product of the even
-    permutations of four items with the rotations of five.
+    Tokens number the permutations in lexicographic order; token 0 is the identity. The product of x_1 ... x_t applies
+    x_1 first and x_t last. `group` restricts the permutations to those of one group: A4xZ5 is the direct product of the
+    even permutations of four items and the rotations of five.
     """
 
     field = "lengths"
@@ -34,12 +34,12 @@ class PermutationConfig(TaskConfig):
     n: int = Field(default=5, ge=2, le=6)
     """Number of items."""
     group: Annotated[str, Field(pattern=r"^([AS][1-6]|Z[1-9][0-9]?)(x([AS][1-6]|Z[1-9][0-9]?))*$")] | None = None
-    """In place of all permutations of n items: S (all), A (even) and Z (rotations) of so many items, and products of
-    them, such as S3, A5, Z60 and A4xZ5; 720 elements at most."""
+    """Group to use instead of all permutations of n items: S (all permutations), A (even permutations) or Z (rotations)
+    followed by the number of items, or a product such as A4xZ5; at most 720 elements."""
     lengths: Difficulties | None = None
-    """Numbers of permutations, which rows cycle through; null for the whole sequence. `evaluate_at` may be longer."""
+    """Numbers of permutations; rows cycle through them. Null for the whole sequence. `evaluate_at` may be longer."""
     ask: Literal["every", "last"] = "every"
-    """Whether every position is a target, or the last one."""
+    """Positions with a target: every position, or the last one only."""
 
     @property
     def n_tokens(self) -> int:
@@ -47,6 +47,7 @@ class PermutationConfig(TaskConfig):
 
     @property
     def _factors(self) -> tuple[str, ...]:
+        """Names of the groups whose direct product is used, such as A4 and Z5."""
         return tuple((self.group or f"S{self.n}").split("x"))
 
     def fill(self, rng: np.random.Generator, inputs: np.ndarray, targets: np.ndarray, difficulty: int) -> None:
@@ -69,44 +70,44 @@ class PermutationConfig(TaskConfig):
 
     def name_of(self, token: int) -> str:
         element = _elements(self._factors)[token]
-        # where each item goes, from 1; of many items, the number of the token
+        # the image of each item, counted from 1; with many items, the token's number
         return "".join(str(1 + item) for item in element) if len(element) < 10 else str(token)
 
     @model_validator(mode="after")
     def _group_is_small(self) -> Self:
-        if self.n_tokens > MOST:
-            raise ValueError(f"group {self.group} has {self.n_tokens:,} elements, and {MOST} at most are allowed")
+        if self.n_tokens > MAX_ELEMENTS:
+            raise ValueError(f"group must have at most {MAX_ELEMENTS} elements, got {self.n_tokens:,} in {self.group}")
         return self
 
 
 Element = tuple[int, ...]
-"""Where each item goes."""
+"""A permutation: the image of each item."""
 
 
 @cache
 def _factor(name: str) -> list[Element]:
-    """S, A or Z of so many items, in lexicographic order."""
+    """Return the elements of S, A or Z of some items (such as A4), in lexicographic order."""
     n = int(name[1:])
     if name[0] == "Z":
         return [tuple((item + shift) % n for item in range(n)) for shift in range(n)]
-    found = list(permutations(range(n)))
-    even = (sum(a > b for a, b in combinations(element, 2)) % 2 == 0 for element in found)
-    return found if name[0] == "S" else list(compress(found, even))
+    elements = list(permutations(range(n)))
+    even = (sum(a > b for a, b in combinations(element, 2)) % 2 == 0 for element in elements)
+    return elements if name[0] == "S" else list(compress(elements, even))
 
 
 @cache
 def _elements(factors: tuple[str, ...]) -> list[Element]:
-    """The direct product, as permutations of the items of all factors side by side."""
+    """Return the elements of the direct product, as permutations of the concatenated items of all factors."""
     first, *others = factors
-    found = _factor(first)
+    elements = _factor(first)
     for name in others:
-        found = [(*a, *(len(a) + item for item in b)) for a in found for b in _factor(name)]
-    return found
+        elements = [(*a, *(len(a) + item for item in b)) for a in elements for b in _factor(name)]
+    return elements
 
 
 @cache
 def _table(factors: tuple[str, ...]) -> np.ndarray:
-    """The number of a after b, [size size]."""
+    """Return the group's multiplication table [size size]: entry (a, b) is the number of "b first, then a"."""
     elements = np.array(_elements(factors))
     number = {element.tobytes(): i for i, element in enumerate(elements)}
     products = elements[np.arange(len(elements))[:, None, None], elements[None]]

@@ -1,7 +1,7 @@
-"""Selective copying: memorize symbols among blanks (Gu and Dao 2023, Mamba, arXiv 2312.00752, E.1; also of MAD,
+"""Selective copying: memorize symbols among blanks (Gu and Dao 2023, Mamba, arXiv 2312.00752, E.1; also in MAD,
 Poli et al. 2024, arXiv 2403.17844).
 
-Positions are drawn for every sequence, so what a model memorizes must depend on its input.
+The positions of the symbols are drawn anew for every sequence, so a model must choose by the input what to memorize.
 """
 
 from typing import Literal
@@ -13,23 +13,23 @@ from ..task import Difficulties, TaskConfig, distinct, letter
 
 
 class SelectiveCopyingConfig(TaskConfig):
-    """Selective copying: symbols at random positions among blanks, then as many query tokens, with the symbols in
-    order as targets (arXiv 2312.00752).
+    """Selective copying (arXiv 2312.00752): symbols at random positions among blanks, then one query token for each
+    symbol, with the symbols in order as targets.
 
-    The query tokens at the end are all the same: no answer is shown. In the layout of MAD (arXiv 2403.17844) one query
-    token is followed by blanks, at which the symbols are the targets, and a symbol comes right before it; each blank
-    stands before one of the symbols, any with equal probability.
+    The query tokens are all the same, so the input never shows an answer. In the layout of MAD (arXiv 2403.17844), a
+    single query token is followed by blanks, at which the symbols are the targets. The last symbol is right before the
+    query token, and each blank before it precedes a symbol that is drawn uniformly.
     """
 
     field = "symbols"
     axis = "symbols"
     kind: Literal["selective_copying"] = "selective_copying"
     alphabet: int = Field(default=14, gt=1, le=2**20)
-    """Different symbols: tokens 1 to alphabet; token 0 is blank, and the last one is the query."""
+    """Number of different symbols: tokens 1 to `alphabet`; token 0 is blank, and the last token is the query."""
     symbols: Difficulties | None = (4, 8, 16)
-    """Numbers of symbols, which rows cycle through; null for half of the sequence."""
+    """Numbers of symbols to copy; rows cycle through them. Null for half of the sequence."""
     layout: Literal["mamba", "mad"] = "mamba"
-    """Where blanks and queries are."""
+    """Arrangement of blanks and query tokens: that of the Mamba paper or that of MAD."""
 
     @property
     def n_tokens(self) -> int:
@@ -43,9 +43,9 @@ class SelectiveCopyingConfig(TaskConfig):
         end = inputs.shape[1] - difficulty
         symbols = rng.integers(1, self.alphabet + 1, size=(rows, difficulty))
         if self.layout == "mad":
-            before = rng.integers(difficulty, size=(rows, end - 1 - difficulty))
+            next_symbols = rng.integers(difficulty, size=(rows, end - 1 - difficulty))  # the symbol after each blank
             order = np.arange(difficulty)
-            places = order + (before[:, None] <= order[:, None]).sum(2)
+            places = order + (next_symbols[:, None] <= order[:, None]).sum(2)
             inputs[:, end - 1] = self.alphabet + 1
         else:
             places = np.sort(distinct(rng, rows, end, difficulty), axis=1)

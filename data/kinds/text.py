@@ -1,4 +1,4 @@
-"""Text: sequences cut from the training and validation split of a corpus."""
+"""Text data: sequences cut from the training and validation split of a corpus."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,24 +15,25 @@ from ..files import source_name
 from ..order import contiguous_starts, lane_windows, mixture
 from ..packing import most_documents, pack
 from ..sequences import PADDING, Cut, Streamed, Tokens, windows
-from ..slices import COUNTED, Slices, SlicesConfig
+from ..slices import COUNTED_TOKENS, Slices, SlicesConfig
 from ..source import Batch, Examples, LossSlice, Packed, Source, share
 
 
 class TextConfig(CorpusConfig):
-    """A text, as documents, each of which starts with a begin token."""
+    """A text as documents, each of which starts with a begin token."""
 
     is_text = True
     kind: Literal["text"] = "text"
     packing: bool = False
-    """Whether every document of a sequence starts from an empty state: no state crosses a document boundary. Needs
-    mixers that declare packing. Without it, documents of a sequence see each other; begin tokens are never targets."""
+    """Start every document of a sequence from an empty state, so that no state crosses a document boundary. Needs
+    mixers that declare packing. Otherwise documents in the same sequence see each other. Begin tokens are never
+    targets."""
     order: Literal["random_windows", "epochs"] = "random_windows"
-    """`random_windows` cuts sequences at random positions; `epochs` cuts the text into sequences once and reads each
-    once per epoch, reshuffled every epoch. A streamed dataset has an order of its own."""
+    """Order of the sequences: `random_windows` cuts them at random positions; `epochs` cuts the text once and reads
+    every sequence once per epoch, reshuffled every epoch. A streamed dataset ignores it and uses its own order."""
     slices: SlicesConfig | None = None
-    """Slices that evaluations measure the loss of: by position, and of n-grams that the sequence has shown before, as
-    against other tokens; null for none. Such evaluations are slower."""
+    """Report the evaluation loss by position, and separately for tokens that complete an n-gram seen earlier in the
+    sequence (recall hits); null reports the mean only. Slows evaluations down."""
 
     def open(self, vocab_size: int, run: Path | None = None) -> Source:
         return Text(self, read_corpus(self, self.tokenizer_of(run, vocab_size)))
@@ -42,9 +43,9 @@ class Text(Source):
     """An opened text.
 
     Args:
-        config: how sequences are cut from it.
-        corpus: its training and validation split.
-        carried: whether each step continues the previous one, instead of the configured order.
+        config: the configuration: sequence length, order, packing and slices.
+        corpus: the training and validation split.
+        carried: True if each step continues the sequences of the previous step, instead of the configured order.
     """
 
     def __init__(self, config: TextConfig, corpus: Corpus, *, carried: bool = False) -> None:
@@ -67,7 +68,8 @@ class Text(Source):
             if part.streamed:
                 self._sources.append(Streamed(part, corpus.tokenizer, length))
             else:
-                span = range(start, start := start + size)
+                span = range(start, start + size)
+                start += size
                 self._sources.append(Cut(corpus.train, span, length, config.order, number))
 
     @property
@@ -84,7 +86,7 @@ class Text(Source):
         )
 
     def training_batch(self, step: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> Batch:
-        """The sequences of one step; the last sequence of an epoch is padded, without targets there."""
+        """Return the sequences of one step; the last sequence of an epoch is padded, with ignored targets."""
         tokens = self.corpus.train
         length = self.config.sequence_length
         rows = share(batch_size, rank, world_size)
@@ -92,13 +94,13 @@ class Text(Source):
             starts = contiguous_starts(len(tokens), length, batch_size, seed=seed, step=step)
             return cut(tokens, starts[rows], length, self.begin)  # never packed
         sources, numbers = mixture(self.config.weights, batch_size, seed=seed, step=step)
-        own = np.zeros(batch_size, dtype=bool)
-        own[rows] = True
-        found = np.empty((batch_size, length + 1), dtype=np.int64)
+        of_rank = np.zeros(batch_size, dtype=bool)
+        of_rank[rows] = True
+        sequences = np.empty((batch_size, length + 1), dtype=np.int64)
         for number, source in enumerate(self._sources):
-            of = sources == number
-            found[of & own] = source.read(numbers[of], own[of], seed=seed, step=step)
-        return self._with_known_documents(as_batch(found[rows], self.begin))
+            of_source = sources == number
+            sequences[of_source & of_rank] = source.read(numbers[of_source], of_rank[of_source], seed=seed, step=step)
+        return self._check_documents(as_batch(sequences[rows], self.begin))
 
     def origin(self, step: int, batch_size: int, seed: int, row: int, token: int) -> str | None:
         if self.carried:
@@ -108,15 +110,16 @@ class Text(Source):
         else:
             sources, numbers = mixture(self.config.weights, batch_size, seed=seed, step=step)
             source = self._sources[sources[row]]
-            of = sources == sources[row]
+            of_source = sources == sources[row]
             if isinstance(source, Streamed):
                 return source_name(source.config)
-            start = source.starts(numbers[of], seed=seed, step=step)[of[:row].sum()]
+            start = source.starts(numbers[of_source], seed=seed, step=step)[of_source[:row].sum()]
         return self.corpus.origin(int(start) + token)
 
     def evaluation_origin(self, batch_size: int, limit: int | None, length: int, row: int, token: int) -> str | None:
         starts = self._evaluation_starts(batch_size, limit, length)
-        return self.corpus.origin(int(starts[row % len(starts)]) + token, "validation")  # after the last: padding
+        # rows beyond the last sequence are padding that repeats the first sequences
+        return self.corpus.origin(int(starts[row % len(starts)]) + token, "validation")
 
     def state_dict(self) -> dict[str, Any] | None:
         places = [source.place if isinstance(source, Streamed) else None for source in self._sources]
@@ -129,7 +132,7 @@ class Text(Source):
                     source.resume(place)
 
     def evaluation_batches(self, batch_size: int, limit: int | None, length: int | None = None) -> Iterator[Examples]:
-        """Contiguous sequences of the validation split; the last batch is padded."""
+        """Yield contiguous sequences of the validation split; the last batch is padded with ignored rows."""
         tokens = self.corpus.validation
         length = length or self.config.sequence_length
         starts = self._evaluation_starts(batch_size, limit, length)
@@ -137,9 +140,10 @@ class Text(Source):
             part = starts[at : at + batch_size]
             batch = cut(tokens, np.resize(part, batch_size), length, self.begin)
             batch.targets[len(part) :] = IGNORED
-            yield Examples(self._with_known_documents(batch))
+            yield Examples(self._check_documents(batch))
 
     def _evaluation_starts(self, batch_size: int, limit: int | None, length: int) -> np.ndarray:
+        """Return the positions of the evaluated sequences; with `limit`, that many batches spread evenly."""
         starts = np.arange(0, len(self.corpus.validation) - length, length)
         if limit is not None and limit * batch_size < len(starts):
             starts = starts[np.linspace(0, len(starts) - 1, limit * batch_size).round().astype(int)]
@@ -151,9 +155,11 @@ class Text(Source):
         return step % lane_windows(len(self.corpus.train), self.config.sequence_length, batch_size) != 0
 
     def contiguous(self, batch_size: int) -> "Text":
-        """The text, read in one contiguous lane per row of a batch."""
+        """Return the same text, read in one contiguous lane per row of a batch."""
         if self.config.sources or not len(self.corpus.train):
-            raise SeqmixError("training.carry_state needs one text that is not streamed: leave out data.sources")
+            raise SeqmixError(
+                "training.carry_state needs a single text that is not streamed: leave out data.sources and streaming"
+            )
         text = Text(self.config, self.corpus, carried=True)
         text.goes_on(0, batch_size, seed=0)  # raises if the text is too short
         return text
@@ -161,15 +167,16 @@ class Text(Source):
     def require_evaluation_length(self, length: int) -> None:
         if len(self.corpus.validation) <= length:
             raise SeqmixError(
-                f"training.evaluation_lengths has {length}, which needs {length + 1} validation tokens, "
-                f"and {self.name} has {len(self.corpus.validation)}"
+                f"training.evaluation_lengths has {length}, which needs {length + 1} validation tokens, got "
+                f"{len(self.corpus.validation)} in {self.name}: lower it, or hold out more text"
             )
 
     def loss_slices(self, batch: Batch) -> Mapping[str, LossSlice]:
         config = self.config
         if config.slices is None:
             return {}
-        self._slices = self._slices or Slices(config.slices, self.corpus.train[:COUNTED], config.sequence_length)
+        if self._slices is None:
+            self._slices = Slices(config.slices, self.corpus.train[:COUNTED_TOKENS], config.sequence_length)
         return self._slices.of(batch, (batch.inputs == self.begin).cumsum(1).numpy() if config.packing else None)
 
     def packed(self, batch: Batch) -> Packed:
@@ -177,40 +184,40 @@ class Text(Source):
             return super().packed(batch)
         return pack(batch, self.most_documents(batch.inputs.shape[1]), self.begin)
 
-    def _with_known_documents(self, batch: Batch) -> Batch:
-        """A batch, refused where packing would find more documents in a sequence than the text has.
+    def _check_documents(self, batch: Batch) -> Batch:
+        """Return the batch, if packing finds at most `most_documents` in every sequence.
 
         Raises:
-            SeqmixError: the begin token stands inside documents, too.
+            SeqmixError: a sequence has more documents, because the begin token also occurs inside documents.
         """
         if self.config.packing:
             most = self.most_documents(batch.inputs.shape[1])
-            if (found := 1 + int((batch.inputs[:, 1:] == self.begin).sum(1).max())) > most:
+            if (count := 1 + int((batch.inputs[:, 1:] == self.begin).sum(1).max())) > most:
                 raise SeqmixError(
                     f"{self.name} has the begin token {self.begin} inside its documents: data.packing expected at most "
-                    f"{most} documents in a sequence, got {found}; tokenize the text again without it or with another "
+                    f"{most} documents in a sequence, got {count}; tokenize the text again without it or with another "
                     "data.begin_token, or set data.packing=false"
                 )
         return batch
 
     def most_documents(self, length: int) -> int:
-        """Maximum number of documents in a sequence of a length, cached."""
+        """Return the maximum number of documents in a sequence of this length (cached)."""
         if length not in self._most_documents:
             streams = (self.corpus.train, self.corpus.validation)
             bounds = [most_documents(tokens, length, self.begin) for tokens in streams]
             if any(isinstance(source, Streamed) for source in self._sources):
-                bounds.append(1 + length // 2)  # of documents of one token
+                bounds.append(1 + length // 2)  # the shortest document is a begin token and one token
             self._most_documents[length] = max(bounds)
         return self._most_documents[length]
 
 
 def cut(tokens: Tokens, starts: np.ndarray, length: int, begin: int) -> Batch:
-    """The sequences of `length` tokens from these positions; beyond the stream they are padded, without targets."""
+    """Cut sequences of `length` tokens at these positions; beyond the stream, padding with ignored targets."""
     return as_batch(windows(tokens, starts, length, len(tokens)), begin)
 
 
-def as_batch(found: np.ndarray, begin: int) -> Batch:
-    """Inputs and targets of sequences, [B T + 1]; neither padding nor begin tokens are targets."""
-    inputs = np.where(found == PADDING, 0, found)
-    targets = np.where((found == PADDING) | (found == begin), IGNORED, found)
+def as_batch(sequences: np.ndarray, begin: int) -> Batch:
+    """Split sequences [B T + 1] into inputs and targets; targets ignore padding and begin tokens."""
+    inputs = np.where(sequences == PADDING, 0, sequences)
+    targets = np.where((sequences == PADDING) | (sequences == begin), IGNORED, sequences)
     return Batch(torch.from_numpy(inputs[:, :-1].copy()), torch.from_numpy(targets[:, 1:].copy()))

@@ -1,6 +1,7 @@
-"""Figures as Altair charts: one for a page, to point at and to zoom, and one for a paper. Only the writer needs Altair.
+"""Figures as Altair charts: interactive ones for a page, with tooltips and zoom, and static ones for a paper.
 
-A spec's colours are CSS variables (`theme`), which the page defines and a drawing resolves.
+The colours of a spec are CSS variables (`theme`): a page defines them, a drawing resolves them. Altair is optional:
+`libraries.charts_module` imports this module.
 """
 
 import json
@@ -17,28 +18,31 @@ NUMBER = (
     "datum.value == 0 ? '0' : abs(datum.value) >= 1e4 ? format(datum.value, '.4~s') : "
     "abs(datum.value) < 1e-3 ? format(datum.value, '.2~e') : format(datum.value, ',.6~r')"
 )
-"""The text of a tick: 0.25, 2,000, 200k, 3e-4."""
+"""Vega expression for the text of a tick: 0.25, 2,000, 200k, 3e-4."""
 HEIGHT = 0.62
-"""Of a plot, over its width."""
+"""Height of a plot divided by its width."""
 
 
 def scales(figure: Figure) -> dict[str, dict[str, dict[str, Any]]]:
-    """By axis and kind, Vega-Lite's scales that the axis may have; the first is what it starts with."""
+    """Return the possible Vega-Lite scales by axis and kind (linear, log); the first kind is the initial one."""
 
     def scale(axis: Axis, kind: str) -> dict[str, Any]:
         if kind == "log":
             return {"type": "log", "base": 2 if axis.unit == "bytes" else 10, "nice": False, "padding": 8}
-        # padding would lead below zero
+        # an axis that starts at zero gets no padding, which would extend it below zero
         return {"type": "linear", "zero": axis.zero, "nice": not axis.ticks} | ({} if axis.zero else {"padding": 8})
 
     axes = {"x": figure.x, "y": figure.y}
-    return {at: {kind: scale(axes[at], kind) for kind in found.kinds} for at, found in figure.scales().items()}
+    return {name: {kind: scale(axes[name], kind) for kind in one.kinds} for name, one in figure.scales().items()}
 
 
 def chart(figure: Figure, *, interactive: bool = False) -> alt.LayerChart:
-    """The chart of a figure. An interactive one has no legend, and `shown`, the names of the series that are seen."""
+    """Return the chart of a figure.
+
+    An interactive chart has no legend, but a parameter `shown` with the names of the visible series.
+    """
     names = {one.name: one.style for one in figure.series}
-    found = figure.scales()
+    axis_scales = figure.scales()
     rows = figure.rows()
     base = alt.Chart()
     spread = any(row["low"] < row["high"] for row in rows if "low" in row)
@@ -60,33 +64,33 @@ def chart(figure: Figure, *, interactive: bool = False) -> alt.LayerChart:
     layers.append(marker.encode(shape=shape))
     layers += [_mark(place, label) for place, label in figure.marks.items()]
     if interactive:
-        layers.append(_pointed_at(base, figure, found, dodge))
+        layers.append(_pointer_layer(base, figure, axis_scales, dodge))
     colors = _by_style("color", names, [theme.color(style) for style in names.values()], legend=not interactive)
-    first = {at: next(iter(kinds.values()), None) for at, kinds in scales(figure).items()}
-    drawn = alt.LayerChart(data=alt.NamedData(figure.name), layer=layers).encode(
-        x=_axis(alt.X, "x", figure.x, found["x"], first["x"]),
-        y=_axis(alt.Y, "y", figure.y, found["y"], first["y"]),
+    initial = {axis: next(iter(kinds.values()), None) for axis, kinds in scales(figure).items()}
+    whole = alt.LayerChart(data=alt.NamedData(figure.name), layer=layers).encode(
+        x=_axis(alt.X, "x", figure.x, axis_scales["x"], initial["x"]),
+        y=_axis(alt.Y, "y", figure.y, axis_scales["y"], initial["y"]),
         color=colors,
     )
     if interactive:
         shown = alt.param("shown", value=list(names))
-        drawn = drawn.add_params(shown).transform_filter("indexof(shown, datum.series) >= 0")
-    return drawn
+        whole = whole.add_params(shown).transform_filter("indexof(shown, datum.series) >= 0")
+    return whole
 
 
 def page_spec(figure: Figure) -> dict[str, Any]:
-    """Vega-Lite's spec of a figure on a page, as wide as its place."""
-    with debug_mode(False):  # which checks the same parts time and again; the tests check whole specs
-        drawn = chart(figure, interactive=True).properties(
+    """Return the Vega-Lite spec of a figure on a page, as wide as its container."""
+    with debug_mode(False):  # no validation, which would check the same parts repeatedly; tests validate whole specs
+        whole = chart(figure, interactive=True).properties(
             width="container", height=210, description=f"{figure.title}. {figure.caption}"
         )
-        spec = drawn.to_dict(validate=False)
+        spec = whole.to_dict(validate=False)
     fit = {"type": "fit-x", "contains": "padding"}
     return _with_rows(spec, [figure]) | {"config": theme.config(11.5), "autosize": fit}
 
 
 def paper_spec(figures: Sequence[Figure], width: float, columns: int) -> dict[str, Any]:
-    """Vega-Lite's spec of figures on paper, with one legend; `width` is that of one plot, in points."""
+    """Return the Vega-Lite spec of figures for a paper, with a common legend; `width` is that of a plot, in points."""
     names = max((len(one.name) for figure in figures for one in figure.series), default=1)
     size: dict[str, Any] = {"width": width, "height": round(HEIGHT * width)}
     with debug_mode(False):
@@ -125,7 +129,7 @@ def _by_style(channel: str, names: dict[str, int], values: list[Any], *, legend:
 
 
 def _mark(place: float, label: str) -> Any:
-    """A vertical line and its name."""
+    """Return a vertical line with a label."""
     base = alt.Chart(alt.InlineData([{"x": place, "label": label}]))
     plain = {"color": alt.value("var(--muted)"), "x": alt.X("x:Q")}
     rule = base.mark_rule(strokeDash=[3, 3], clip=True).encode(**plain, y=alt.value(0), y2=alt.value("height"))
@@ -133,18 +137,18 @@ def _mark(place: float, label: str) -> Any:
     return alt.layer(rule, text)
 
 
-def _pointed_at(base: alt.Chart, figure: Figure, found: dict[str, Scale], dodge: dict[str, Any]) -> alt.Chart:
-    """What a pointer reads: the nearest point, which lights up; and zoom and pan of the axes that have numbers."""
-    # what is pointed at is a cell around the nearest point, whose datum is that point's mark
+def _pointer_layer(base: alt.Chart, figure: Figure, axes: dict[str, Scale], dodge: dict[str, Any]) -> alt.Chart:
+    """Return the layer of a pointer: a tooltip for the nearest point, which lights up; zoom and pan on numeric axes."""
+    # the mark under the pointer is a Voronoi cell, whose datum is the mark of the nearest point
     row = "(datum.datum || datum)"
-    read = {
+    fields = {
         "series": f"{row}.series",
-        found["x"].label: f"{row}.x" if figure.x.names else f"format({row}.x, ',.8~r')",
-        found["y"].label: f"format({row}.y, ',.5~r')",
+        axes["x"].label: f"{row}.x" if figure.x.names else f"format({row}.x, ',.8~r')",
+        axes["y"].label: f"format({row}.y, ',.5~r')",
     }
     if any(point.low < point.high for one in figure.series for point in one.points):
-        read |= {word: f"format({row}.{end}, ',.5~r')" for end, word in (("low", "from"), ("high", "to"))}
-    tooltip = alt.expr(f"{{{', '.join(f'{json.dumps(label)}: {value}' for label, value in read.items())}}}")
+        fields |= {word: f"format({row}.{end}, ',.5~r')" for end, word in (("low", "from"), ("high", "to"))}
+    tooltip = alt.expr(f"{{{', '.join(f'{json.dumps(label)}: {value}' for label, value in fields.items())}}}")
     near = alt.selection_point(name="near", on="pointerover", nearest=True, empty=False, clear="pointerout")
     zoom = alt.selection_interval(
         name="zoom",

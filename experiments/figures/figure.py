@@ -1,4 +1,4 @@
-"""Figures as values: named series of points over two axes. They know nothing of how they are drawn."""
+"""Figures as values, independent of how they are drawn: named series of points over two axes."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -6,20 +6,22 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from ..units import suited
+from ..units import choose_unit
 
 MOST_POINTS = 600
+"""Most points that are drawn of a series."""
 FEW = 12
-"""Points that are drawn of a series; up to how many have a marker and an error bar each, more have a band."""
+"""Most points of a series that each have a marker and an error bar; longer series have a band."""
 DECADES = 20.0
+"""Ratio of largest to smallest value from which an axis is logarithmic by default."""
 DOUBLINGS = 8.0
-"""The ratio of largest to smallest from which on an axis starts logarithmic; and one with chosen values as ticks."""
+"""Ratio of largest to smallest value from which an axis with chosen ticks is logarithmic by default."""
 DODGE = 3.0
-"""Points between the error bars of neighbours, so that none hides another."""
+"""Points (1/72 inch) between the error bars of neighbouring series, so that none hides another."""
 
 
 class Point(NamedTuple):
-    """A value, and the ends of its error bar or band, if it has one."""
+    """A point, and the ends of its error bar or band (NaN for none)."""
 
     x: float | str
     y: float
@@ -29,33 +31,33 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True)
 class Series:
-    """Points of one name."""
+    """A named series of points."""
 
     name: str
     points: Sequence[Point]
-    style: int = 0  # which colour, marker and dash: the same name has the same style in every figure
-    faint: bool = False  # drawn below the others, as what is measured often and noisily
+    style: int = 0  # index of colour, marker and dash; a name has the same style in every figure
+    faint: bool = False  # drawn thin below the other series, for noisy measurements
 
 
 @dataclass(frozen=True)
 class Axis:
-    """What is measured."""
+    """An axis: label, unit and way of drawing."""
 
     label: str
-    unit: str = ""  # bytes, seconds and share (1 is 100 %) are converted to a unit that suits
-    log: bool | None = None  # whether it starts logarithmic; None: where the values span decades
-    zero: bool = False  # whether a linear axis begins at zero
-    ticks: Sequence[float] = ()  # values that have a tick; none for round numbers
-    names: Sequence[str] = ()  # categories, in their order: the axis has no numbers
-    noise: float = 0.0  # what is smaller is noise: the axis is never logarithmic where a value is
+    unit: str = ""  # "bytes", "seconds" and "share" (1 is 100 %) are converted to a unit that suits the values
+    log: bool | None = None  # True for logarithmic at first; None to decide by the range of the values
+    zero: bool = False  # True if a linear axis begins at zero
+    ticks: Sequence[float] = ()  # values of the ticks; empty for round numbers
+    names: Sequence[str] = ()  # categories in their order, for an axis without numbers
+    noise: float = 0.0  # values below this are noise; an axis with such values is never logarithmic
 
 
 class Scale(NamedTuple):
-    """An axis for its values."""
+    """Scale of an axis for given values."""
 
-    label: str  # with the unit
-    divisor: float  # what the unit is of the values
-    kinds: Sequence[str]  # linear and log, where the axis may be that, and first what it starts as
+    label: str  # label with the unit
+    divisor: float  # value of the unit: plotted numbers are values divided by it
+    kinds: Sequence[str]  # possible kinds ("linear", "log"), the initial one first
 
 
 LOSS = Axis("loss (nats per token)", log=False)
@@ -64,44 +66,44 @@ ACCURACY = Axis("accuracy", unit="share", zero=True, log=False)
 
 @dataclass(frozen=True)
 class Figure:
-    """What is drawn over two axes."""
+    """A figure: series of points over two axes."""
 
-    name: str  # as `seqmix plot --figure` has it
+    name: str  # name for `seqmix plot --figure`
     title: str
-    caption: str  # what is seen, in a sentence or two
+    caption: str  # description in a sentence or two
     x: Axis
     y: Axis
     series: Sequence[Series] = ()
-    joined: bool = True  # whether points are joined by a line
-    marks: Mapping[float, str] = field(default_factory=dict)  # vertical lines and what they are called, by place
-    smooth: bool = False  # whether a page may smooth it
+    joined: bool = True  # True if a line joins the points
+    marks: Mapping[float, str] = field(default_factory=dict)  # labels of vertical lines, by x value
+    smooth: bool = False  # True if a page may offer smoothing
 
     @property
     def banded(self) -> bool:
-        """Whether spreads are bands, as those of curves are; they are error bars where there are few points."""
+        """True if spreads are drawn as bands (curves); False for error bars (few points)."""
         return self.joined and (self.smooth or any(len(one.points) > FEW for one in self.series))
 
     def scales(self) -> dict[str, Scale]:
-        """The two axes over all series."""
+        """Return the scales of the axes "x" and "y" for the points of all series."""
         points = [point for one in self.series for point in one.points]
         ys = [y for point in points for y in point[1:] if math.isfinite(y)]
         xs = [] if self.x.names else [float(point.x) for point in points]
         return {"x": resolve(self.x, xs), "y": resolve(self.y, ys)}
 
     def rows(self) -> list[dict[str, Any]]:
-        """Its points as rows of a data set, in the units of the axes."""
+        """Return the points as rows of a Vega data set, in the units of the axes."""
         scales = self.scales()
         x, y = scales["x"].divisor, scales["y"].divisor
         rows = []
         for i, one in enumerate(self.series):
-            kept = [one.points[k] for k in thinned([p.y for p in one.points], MOST_POINTS)]
-            every = 1 if len(kept) <= FEW else max(1, len(kept) // 5)  # a few markers, each series' elsewhere
+            kept = [one.points[k] for k in thin([p.y for p in one.points], MOST_POINTS)]
+            every = 1 if len(kept) <= FEW else max(1, len(kept) // 5)  # a few markers, elsewhere in each series
             first = (one.style * every) // 5 % every
             for k, point in enumerate(kept):
                 row = {"series": one.name, "x": point.x if isinstance(point.x, str) else point.x / x, "y": point.y / y}
                 if point.low <= point.high:
                     row |= {"low": point.low / y, "high": point.high / y}
-                # beside a fitted line, a point stays in its place
+                # points beside a fitted line are not shifted
                 if not (self.banded or any(other.faint for other in self.series)) and any(p.low < p.high for p in kept):
                     row["dodge"] = DODGE * (i - (len(self.series) - 1) / 2)
                 if one.faint:
@@ -113,20 +115,20 @@ class Figure:
 
 
 def resolve(axis: Axis, values: Sequence[float]) -> Scale:
-    """The scale of an axis for its values, all finite; of categories there are none."""
+    """Return the scale of an axis for its values, which must be finite; `values` is empty for categories."""
     if axis.names or not values:
         return Scale(axis.label, 1.0, ())
     low = min(values)
     high = max(values)
     possible = low > 0 and low >= axis.noise and high > low
     log = possible and (high / low >= (DOUBLINGS if axis.ticks else DECADES) if axis.log is None else axis.log)
-    unit, divisor = suited(axis.unit, math.sqrt(low * high) if log else max(abs(low), abs(high)))
+    unit, divisor = choose_unit(axis.unit, math.sqrt(low * high) if log else max(abs(low), abs(high)))
     kinds = ("log", "linear") if log else ("linear", "log") if possible else ("linear",)
     return Scale(f"{axis.label} ({unit})" if unit else axis.label, divisor, kinds)
 
 
 def drawable(figures: Iterable[Figure]) -> list[Figure]:
-    """Figures without points that are not finite, without empty series, and without empty figures."""
+    """Drop points that are not finite, then series without points, then figures without series."""
 
     def finite(one: Series) -> Series:
         points = [p for p in one.points if math.isfinite(p.y) and (isinstance(p.x, str) or math.isfinite(p.x))]
@@ -137,13 +139,13 @@ def drawable(figures: Iterable[Figure]) -> list[Figure]:
 
 
 def legend(figures: Iterable[Figure]) -> dict[str, int]:
-    """Names and styles of all series, each once, in the order of the styles."""
+    """Return the styles of all series by name, in the order of the styles."""
     styles = {one.name: one.style for figure in figures for one in figure.series}
     return dict(sorted(styles.items(), key=lambda pair: pair[1]))
 
 
-def thinned(values: Sequence[float], most: int) -> Iterable[int]:
-    """Indices of the values that a line needs: in each of a few stretches, the first, the lowest and the highest."""
+def thin(values: Sequence[float], most: int) -> Iterable[int]:
+    """Return indices of at most about `most` values: the first, lowest and highest of each of several stretches."""
     if len(values) <= most:
         return range(len(values))
     kept = {0, len(values) - 1}

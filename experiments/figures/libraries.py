@@ -1,4 +1,4 @@
-"""Altair, vl-convert and Vega: imported only when something is drawn, and named where they are missing."""
+"""The optional packages of figures (Altair, vl-convert): imported when something is drawn, with clear errors."""
 
 import os
 from contextlib import suppress
@@ -11,24 +11,29 @@ from ...registry import SeqmixError, write_file
 
 try:
     import resource
-except ImportError:  # there are none on Windows
+except ImportError:  # Windows has no resource limits
     resource = None
 
 ADDRESSES = 66 * 2**30
+"""Bytes of address space that vl-convert's JavaScript engine reserves, with some to spare."""
 DATA = 2**30
-"""Bytes of addresses that vl-convert's JavaScript engine reserves, and of memory that it writes, with some to spare."""
+"""Bytes of memory that the engine writes, with some to spare."""
 STATISTICS = Path("/proc/self/statm")
 
 
 class PlotsMissingError(SeqmixError):
-    """What draws figures is not installed, or may not take the memory that it needs."""
+    """The packages for figures are not installed, or a resource limit leaves them too little memory."""
 
     def __init__(self, reason: str = "figures need altair and vl-convert-python: pip install 'seqmix[plots]'") -> None:
         super().__init__(reason)
 
 
 def converter() -> Any:
-    """vl-convert; a PlotsMissingError where it is not installed."""
+    """Import vl-convert.
+
+    Raises:
+        PlotsMissingError: it is not installed.
+    """
     try:
         import vl_convert
     except ModuleNotFoundError:
@@ -37,33 +42,40 @@ def converter() -> Any:
 
 
 def engine() -> Any:
-    """vl-convert with room for its JavaScript engine; a PlotsMissingError where it is not installed, or a limit of
-    memory leaves no room: the engine would abort the process."""
+    """Import vl-convert, and check that its JavaScript engine can allocate its memory: it would abort the process.
+
+    Raises:
+        PlotsMissingError: vl-convert is not installed, or a resource limit is too low.
+    """
     convert = converter()
-    _require_room()
+    _require_memory()
     return convert
 
 
-@cache  # what the engine has reserved counts no more
-def _require_room() -> None:
+@cache  # checked once: later, the memory that the engine has reserved would be counted again
+def _require_memory() -> None:
     if resource is None or not STATISTICS.exists():
         return
     used = [int(pages) * resource.getpagesize() for pages in STATISTICS.read_text().split()]
-    for option, kind, taken, needed in (
+    for option, kind, in_use, needed in (
         ("-v", resource.RLIMIT_AS, used[0], ADDRESSES),
         ("-d", resource.RLIMIT_DATA, used[5], DATA),
     ):
         limit = resource.getrlimit(kind)[0]
-        if limit != resource.RLIM_INFINITY and limit < taken + needed:
-            instead = ", or limit memory by ulimit -d" if option == "-v" else ""
+        if limit != resource.RLIM_INFINITY and limit < in_use + needed:
+            alternative = ", or limit memory by ulimit -d" if option == "-v" else ""
             raise PlotsMissingError(
-                f"figures need {(taken + needed) / 2**30:.3g} GiB of ulimit {option} (vl-convert reserves them), got "
-                f"{limit / 2**30:.3g} GiB: raise the limit{instead}"
+                f"figures need ulimit {option} of {(in_use + needed) / 2**30:.3g} GiB (vl-convert reserves it), got "
+                f"{limit / 2**30:.3g} GiB: raise the limit{alternative}"
             )
 
 
 def charts_module() -> ModuleType:
-    """What makes Altair's charts; a PlotsMissingError where Altair is not installed."""
+    """Import `charts`, which needs Altair.
+
+    Raises:
+        PlotsMissingError: Altair is not installed.
+    """
     try:
         from . import charts
     except ModuleNotFoundError as error:
@@ -74,7 +86,11 @@ def charts_module() -> ModuleType:
 
 
 def vega() -> str:
-    """The JavaScript of Vega, Vega-Lite and Vega-Embed; bundling takes seconds, so the user's cache keeps it."""
+    """Return the JavaScript of Vega, Vega-Lite and Vega-Embed; it is cached in the user's folder, as bundling is slow.
+
+    Raises:
+        PlotsMissingError: vl-convert is not installed, or a resource limit is too low for bundling.
+    """
     convert = converter()
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     file = Path(root) / "seqmix" / f"vega-{convert.__version__}.js"
@@ -82,6 +98,6 @@ def vega() -> str:
         return file.read_text(encoding="utf-8")
     except OSError:
         bundle = engine().javascript_bundle().replace("</script", "<\\/script")
-        with suppress(SeqmixError):  # a home that cannot be written
+        with suppress(SeqmixError):  # the cache is optional: the folder may not be writable
             write_file(bundle, file)
         return bundle

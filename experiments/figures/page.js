@@ -1,12 +1,12 @@
 "use strict";
-// Draws every figure of the page, and again what a switch changes: series, the kind of an axis, smoothing.
+// Draws every figure of the page, and redraws figures when a switch changes: visible series, log axes, smoothing.
 (async () => {
   const all = (selector, root = document) => [...root.querySelectorAll(selector)];
   const specs = JSON.parse(document.getElementById("specs").textContent);
   const hidden = new Set();
   let smoothing = 0;
 
-  // an exponential moving average that starts at its first value, of each series alone
+  // exponential moving average of each series, unbiased: it starts at the series' first value
   function smoothed(rows) {
     const last = {};
     return rows.map(row => {
@@ -26,7 +26,7 @@
     const shown = spec.params.find(param => param.name === "shown"), names = shown.value;
     let view;
     const seen = () => names.filter(name => !hidden.has(name));
-    const data = () => structuredClone(smooth && smoothing ? smoothed(rows) : rows);  // Vega marks the rows it is given
+    const data = () => structuredClone(smooth && smoothing ? smoothed(rows) : rows);  // a copy, since Vega modifies the rows
     return {
       async draw() {
         for (const input of all(".log", box.closest("figure"))) {

@@ -1,4 +1,4 @@
-"""A page of HTML in one file that needs no network: Vega and the figures' specs, light and dark, wide and narrow."""
+"""HTML pages with figures: one self-contained file with Vega and all specs, for light and dark, wide and narrow."""
 
 import json
 from collections.abc import Sequence
@@ -13,24 +13,31 @@ HERE = Path(__file__).parent
 
 
 def render(figures: Sequence[Figure], *, template: Path = HERE / "page.html", **values: Any) -> str:
-    """The page that a template lays out, which has `values` by name; a SeqmixError where Altair is not installed."""
-    import jinja2  # which Altair and torch need, too
+    """Render a page of figures from a template, which may use `values` by name.
+
+    Raises:
+        SeqmixError: Altair or vl-convert is not installed.
+    """
+    import jinja2  # always installed: Altair and torch require it
 
     charts = charts_module()
     loader = jinja2.FileSystemLoader([template.parent, HERE])
     engine = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     specs = {}
     for figure in figures:
-        found = charts.scales(figure)
-        specs[figure.name] = {"spec": charts.page_spec(figure), "scales": found, "smooth": figure.smooth}
+        specs[figure.name] = {
+            "spec": charts.page_spec(figure),
+            "scales": charts.scales(figure),
+            "smooth": figure.smooth,
+        }
     return engine.get_template(template.name).render(
         values,
         figures=figures,
         styles=legend(figures),
-        switches={name: {at: list(kinds) for at, kinds in one["scales"].items()} for name, one in specs.items()},
+        switches={name: {axis: list(kinds) for axis, kinds in one["scales"].items()} for name, one in specs.items()},
         legend=legend,
         theme=theme,
-        # within a script nothing ends it but its tag
+        # inside a script element, only a closing tag needs escaping
         specs=json.dumps(specs, ensure_ascii=False).replace("</", "<\\/"),
         style=theme.style_sheet(":root") + (HERE / "page.css").read_text(encoding="utf-8"),
         script=(HERE / "page.js").read_text(encoding="utf-8"),

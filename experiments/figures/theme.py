@@ -1,7 +1,7 @@
-"""The one theme of all figures: colours for light and dark as CSS variables, markers, dashes, and Vega's configuration.
+"""The theme of all figures: colours for light and dark as CSS variables, markers, dashes, and Vega's configuration.
 
 The colours are those of Okabe and Ito (2008, "Color Universal Design"), made for every common colour vision. On a light
-page some are darker, each until it stands out (3 to 1, WCAG 2.2 criterion 1.4.11) and still differs from all others.
+page some are darkened to a contrast of 3 to 1 (WCAG 2.2 criterion 1.4.11) that still keeps them apart from the others.
 """
 
 import re
@@ -11,43 +11,43 @@ LIGHT = {"ink": "#1b1f24", "muted": "#5b636e", "rule": "#dfe3e8", "paper": "#fff
 DARK = {"ink": "#e8eaed", "muted": "#a2a9b3", "rule": "#343a43", "paper": "#14171b", "panel": "#1d2127"}
 LIGHT_LINES = ("#00649c", "#e26400", "#008d66", "#cc79a7", "#805800", "#1e9be2", "#1b1f24", "#444005")
 DARK_LINES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#e8eaed", "#f0e442")
-"""Blue, vermilion, green, purple, orange, sky blue, ink and yellow; further series take them again, dashed."""
+"""Blue, vermilion, green, purple, orange, sky blue, ink and yellow; further series reuse them with dashed lines."""
 COLORS = len(LIGHT_LINES)
 DASHES = ([1, 0], [5, 3], [2, 2])
 SHAPES = "circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right", "triangle-left"
 MARKERS = dict(zip(SHAPES, "●■▲◆✚▼▶◀", strict=True))
-"""Vega's shapes, and what a legend in text shows for them."""
+"""Characters for Vega's shapes in a text legend."""
 FONT = "Helvetica, Arial, 'Liberation Sans', sans-serif"
 
 
 def color(style: int) -> str:
-    """The CSS variable of a series' colour."""
+    """Return the CSS variable of a style's colour."""
     return f"var(--line-{style % COLORS})"
 
 
 def dash(style: int) -> list[int]:
-    """A series' dashes: lengths of strokes and gaps."""
+    """Return the dashes of a style: lengths of strokes and gaps."""
     return DASHES[style // COLORS % len(DASHES)]
 
 
 def shape(style: int) -> str:
-    """The shape of a series' markers."""
+    """Return the marker shape of a style."""
     return SHAPES[style % len(SHAPES)]
 
 
 def colors(dark: bool = False) -> dict[str, str]:
-    """All colours by the names of their variables: ink, paper, ..., line-0 and so on."""
+    """Return all colours by the names of their variables: ink, paper, ..., line-0 and so on."""
     names, lines = (DARK, DARK_LINES) if dark else (LIGHT, LIGHT_LINES)
     return names | {f"line-{i}": line for i, line in enumerate(lines)}
 
 
 def variables(dark: bool = False) -> str:
-    """The colours as CSS variables."""
+    """Return CSS that sets the colours as variables."""
     return "".join(f"--{name}:{value};" for name, value in colors(dark).items())
 
 
 def style_sheet(element: str) -> str:
-    """CSS that defines the variables on an element: light or dark as the system is, light on paper."""
+    """Return CSS that defines the colours on an element: light or dark like the system, light in print."""
     return (
         f"{element}{{color-scheme:light dark;{variables()}}}"
         f"@media (prefers-color-scheme:dark){{{element}{{{variables(dark=True)}}}}}"
@@ -55,13 +55,13 @@ def style_sheet(element: str) -> str:
     )
 
 
-def resolved(svg: str) -> str:
-    """A drawing in the light colours, for programs that do not know CSS variables."""
+def resolve_colors(svg: str) -> str:
+    """Replace the CSS variables of a drawing by the light colours, for programs that do not support variables."""
     return re.sub(r"var\(--([\w-]+)\)", lambda name: colors()[name[1]], svg)
 
 
 def config(font: float) -> dict[str, Any]:
-    """Vega-Lite's configuration for a font size."""
+    """Return Vega-Lite's configuration for a font size."""
     muted = {"labelColor": "var(--muted)", "titleColor": "var(--muted)"}
     text = {"labelFontSize": font, "titleFontSize": font, "titleFontWeight": "normal"}
     lines = {"domainColor": "var(--muted)", "tickColor": "var(--muted)", "gridColor": "var(--rule)"}

@@ -1,4 +1,4 @@
-"""The paper's claims, one by one: what is run for each, and what is kept of it."""
+"""The claims of the RetNet paper: how each is measured, and the values that are saved for the page."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -21,49 +21,58 @@ from ..worker import STOPPED
 
 FOLDER = Path(__file__).parent
 KEPT = FOLDER / "results"
-"""What the page is written from."""
+"""Folder of the saved values, from which the page is generated."""
 
 Scale = Literal["cpu", "gpu"]
 STUDIES = ("table5", "table6", "figure5", "table4", "figure6", "figure6-batch8")
-"""Claims that are a study each, a YAML file of that name."""
+"""Claims that are measured by a study of their own, the YAML file of that name."""
 TIMED = ("table4", "figure6", "figure6-batch8")
-"""Those in which something is timed: nothing else should run."""
+"""Claims about speed: nothing else should run on the machine meanwhile."""
 OF_RUNS = ("table8", "paradigms")
-"""Claims about the runs of figure5."""
+"""Claims that are measured on the trained models of figure5."""
 LEARNED = ("table6", "table5", "figure5", *OF_RUNS)
-"""Those in which something is learned."""
+"""Claims about trained models."""
 CLAIMS = (*LEARNED, *TIMED)
 
 CONTEXTS = {"cpu": (64, 128, 256), "gpu": (512, 1024, 2048)}
-"""A quarter, a half and the whole of a training sequence; its last sixteenth is scored, as in the paper."""
+"""Context lengths of Table 8, by scale: a quarter, a half and the whole of a training sequence.
+
+The loss is measured on the last sixteenth of the sequence, as in the paper.
+"""
 SEQUENCES = 256
-"""Sequences of which the last tokens are scored."""
+"""Number of sequences in Table 8."""
 WIDTH = {"cpu": 128, "gpu": 2048}
-"""Of the models whose paradigms are compared."""
+"""d_model of the models whose paradigms are compared."""
 TIMES = (1, 4)
-"""Lengths at which paradigms are compared, in sequences of training."""
+"""Lengths at which paradigms are compared, in multiples of the training length."""
 
 
 def prove(claim: str, *, scale: Scale, jobs: int | None, kept: Path | None, tell: Callable[[str], object]) -> int:
-    """Measure one claim of `CLAIMS` on a scale, or go on with it, and write what a page needs of it to `kept`, if
-    given.
+    """Measure or resume one claim, and write the values for the page.
+
+    Args:
+        claim: one of `CLAIMS`.
+        scale: the size of the models.
+        jobs: the number of runs at once; None for the default.
+        kept: the folder for the values; None to write none.
+        tell: called with lines on the progress.
 
     Returns:
-        An exit status: 0, 1 if runs failed, 130 if it was stopped.
+        The exit status: 0 for success, 1 if runs failed, 130 if it was stopped.
 
     Raises:
-        SeqmixError: there is no such claim, or it cannot be measured.
+        SeqmixError: the claim does not exist, or cannot be measured.
     """
     require_name("claim", claim, CLAIMS)
     tell(f"{claim}:")
     if claim in STUDIES:
         file = file_of(claim, scale)
         folder = folder_of(claim, scale)
-        found, outcome = run_study(plan(load_study(file), file), folder, jobs=jobs, observer=Observer(tell))
+        results, outcome = run_study(plan(load_study(file), file), folder, jobs=jobs, observer=Observer(tell))
         status = STOPPED if outcome.stopped else 1 if outcome.failed else 0
-        tell("stopped; the same command resumes it" if outcome.stopped else f"{folder} has report.html and every run")
+        tell("stopped: rerun the same command to resume" if outcome.stopped else f"the report is {folder}/report.html")
         if status == 0 and kept is not None:
-            values = found.model_dump(mode="json")
+            values = results.model_dump(mode="json")
             for run in values["runs"]:
                 run.update(history=[], evaluations=[])
             _keep(kept, claim, values)
@@ -77,34 +86,35 @@ def prove(claim: str, *, scale: Scale, jobs: int | None, kept: Path | None, tell
 
 
 def file_of(claim: str, scale: Scale) -> Path:
-    """The study of a claim."""
+    """Return the YAML file of a claim's study."""
     return (FOLDER if scale == "cpu" else FOLDER / "gpu") / f"{claim}.yaml"
 
 
 def folder_of(claim: str, scale: Scale) -> Path:
-    """Where the study of a claim is made: in the working directory, as others."""
+    """Return the folder of a claim's study, in the working directory."""
     return Path("studies") / (f"retnet-{claim}" if scale == "cpu" else f"retnet-{claim}-gpu")
 
 
 def contexts(scale: Scale) -> dict[str, Any]:
-    """Table 8: the loss of a sequence's last tokens after more and less of it, by model and size, means over seeds."""
-    asked = CONTEXTS[scale]
-    scored = asked[-1] // 16
-    found: dict[tuple[str, Any], list[list[float]]] = {}
+    """Measure Table 8: the loss of a sequence's last tokens by context length, for each model; means over seeds."""
+    lengths = CONTEXTS[scale]
+    scored = lengths[-1] // 16
+    losses_by_model: dict[tuple[str, Any], list[list[float]]] = {}
     for run, folder in _runs(scale):
-        source = open_text(run.config, folder, asked)
+        source = open_text(run.config, folder, lengths)
         model = load_run(folder, device=_device())
-        measured = by_context(model, source, asked, scored=scored, tokens=SEQUENCES * asked[-1])
-        found.setdefault((run.entry, run.config.model.d_model), []).append([context.loss for context in measured])
+        measured = by_context(model, source, lengths, scored=scored, tokens=SEQUENCES * lengths[-1])
+        losses = [context.loss for context in measured]
+        losses_by_model.setdefault((run.entry, run.config.model.d_model), []).append(losses)
     models = [
         {"entry": entry, "d_model": width, "seeds": len(losses), "losses": list(map(mean, zip(*losses, strict=True)))}
-        for (entry, width), losses in found.items()
+        for (entry, width), losses in losses_by_model.items()
     ]
-    return {"contexts": list(asked), "scored": scored, "models": models}
+    return {"contexts": list(lengths), "scored": scored, "models": models}
 
 
 def paradigms(scale: Scale) -> dict[str, Any]:
-    """That the paradigms are one function: the largest difference of a token's loss, in float32 and in float64."""
+    """Measure that all paradigms compute the same: the largest difference of a token's loss, in float32 and float64."""
     rows = []
     for run, folder in _runs(scale):
         if (run.config.seed, run.config.model.d_model) != (0, WIDTH[scale]):
@@ -120,7 +130,7 @@ def paradigms(scale: Scale) -> dict[str, Any]:
 
 
 def _runs(scale: Scale) -> Iterator[tuple[PlannedRun, Path]]:
-    """The runs of figure5, and their folders."""
+    """Yield the runs of figure5 and their folders."""
     file = file_of("figure5", scale)
     for run in plan(load_study(file), file).runs:
         yield run, folder_of("figure5", scale) / RUNS / run.name
@@ -131,7 +141,7 @@ def _device() -> str:
 
 
 def _keep(folder: Path, claim: str, values: dict[str, Any]) -> None:
-    """Write what a page needs: no curves, and of the machine what plays a part."""
+    """Write the values of a claim as JSON; of the machine, only threads, device and torch version are kept."""
     if "machine" in values:
         values["machine"] = {key: values["machine"].get(key) for key in ("threads", "device", "torch")}
     folder.mkdir(parents=True, exist_ok=True)

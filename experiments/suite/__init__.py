@@ -1,6 +1,6 @@
-"""The suite: tasks of published benchmarks that tell mixers apart, each an ordinary study.
+"""The suite: tasks of published benchmarks that separate mixers, each an ordinary study.
 
-tasks     what is trained on: small.yaml, paper.yaml; the studies of all tasks, in files that `seqmix compare` runs too
-budget    how much of it fits into a time, by steps that are timed
-scores    what came out: rows that can be merged, a table
+tasks     the tasks (small.yaml, paper.yaml), and their studies, as files that `seqmix compare` can also run
+budget    the part of the suite that fits into a time budget, from timed steps
+scores    the results: rows that can be merged, and a table
 """

@@ -1,4 +1,4 @@
-"""How much of the suite fits into a time, by steps that are timed on this machine."""
+"""The part of the suite that fits into a time budget, from steps that are timed on this machine."""
 
 import re
 import time
@@ -19,43 +19,44 @@ LADDER = (
     Extent(steps=0.7, one_rate=True, one_seed=True),
     Extent(steps=0.5, one_rate=True, one_seed=True),
 )
-"""What is tried, the most first: then tasks are left out, from the last."""
+"""Extents to try, largest first; if none fits, tasks are left out, starting from the last."""
 STEPS = 3
-"""Steps that are timed; the fastest counts."""
+"""Number of timed steps; the fastest counts."""
 START = 5.0
-"""Seconds for a process to begin and to end."""
+"""Seconds to start and end a process."""
 UNITS = {"s": 1, "m": 60, "h": 3600}
+"""Seconds per unit of a duration."""
 
 
 def seconds_of(text: str) -> float:
-    """A duration: 90s, 30m, 2h, or 1h30m.
+    """Parse a duration such as 90s, 30m, 2h or 1h30m.
 
     Raises:
-        SeqmixError: it is none.
+        SeqmixError: the text is not a duration.
     """
     parts = re.findall(r"(\d+(?:\.\d+)?)([smh])", text)
     if not parts or "".join(map("".join, parts)) != text:
-        raise SeqmixError(f"a budget is a duration such as 90s, 30m or 1h30m, and was given {text!r}")
+        raise SeqmixError(f"expected a duration such as 90s, 30m or 1h30m as the budget, got {text!r}")
     return sum(float(number) * UNITS[unit] for number, unit in parts)
 
 
 def time_runs(tasks: Sequence[PlannedTask]) -> dict[str, dict[str, float]]:
-    """Seconds that one run of each entry takes, by task and entry: steps, evaluations, and the start of a process."""
+    """Estimate the seconds of one run, by task and entry: steps, evaluations, and the start of the process."""
     threads = torch.get_num_threads()
-    found: dict[str, dict[str, float]] = {}
+    seconds: dict[str, dict[str, float]] = {}
     for planned in tasks:
         torch.set_num_threads(planned.plan.study.threads)
-        firsts = {run.entry: run for run in reversed(planned.plan.runs)}
-        found[planned.name] = {entry: _seconds(run) for entry, run in firsts.items()}
+        first_runs = {run.entry: run for run in reversed(planned.plan.runs)}
+        seconds[planned.name] = {entry: _seconds(run) for entry, run in first_runs.items()}
     torch.set_num_threads(threads)
-    return found
+    return seconds
 
 
 def _seconds(run: PlannedRun) -> float:
     config = run.config
     gpu = torch.cuda.is_available()
     model = build_model(config.model, seed=config.seed).to("cuda" if gpu else "cpu")
-    # on a CPU the time of a core, which does not depend on what else runs
+    # on a CPU, count the process's CPU time, which other load does not change
     clock = time.perf_counter if gpu else time.process_time
     trainer = Trainer(config, config.open_data(), model, torch.optim.AdamW(model.parameters()))
     times = []
@@ -72,33 +73,33 @@ def _seconds(run: PlannedRun) -> float:
 def fit(
     times: Mapping[str, Mapping[str, float]], rates: Mapping[str, int], seeds: int, budget: float
 ) -> tuple[Extent, list[str], float]:
-    """The largest part of the suite that fits.
+    """Return the largest part of the suite that fits into a budget.
 
     Args:
         times: seconds of a run, by task and entry, most important task first.
-        rates: learning rates of each task.
-        seeds: how many.
-        budget: seconds that all runs may take, one after another.
+        rates: number of learning rates of each task.
+        seeds: number of seeds.
+        budget: seconds that all runs together may take, run one after another.
 
     Returns:
-        What is run; the tasks; the seconds that it takes.
+        The extent of the runs, the tasks, and the seconds of all runs.
 
     Raises:
         SeqmixError: not even one task fits.
     """
     for extent, names in _ladder(list(times)):
-        took = sum(cost(times[name], rates[name], seeds, extent) for name in names)
-        if took <= budget:
-            return extent, names, took
+        seconds = sum(cost(times[name], rates[name], seeds, extent) for name in names)
+        if seconds <= budget:
+            return extent, names, seconds
     least = cost(next(iter(times.values())), 1, 1, LADDER[-1])
     raise SeqmixError(
-        f"nothing fits into the budget: the first task alone takes about {least / 60:.1f} core-minutes; give more, "
-        "fewer mixers, or --tasks"
+        f"no task fits into the budget: the first alone takes about {least / 60:.1f} core-minutes; raise --budget, "
+        "name fewer mixers, or choose other --tasks"
     )
 
 
 def cost(times: Mapping[str, float], rates: int, seeds: int, extent: Extent) -> float:
-    """Seconds of all runs of a task."""
+    """Return the seconds of all runs of a task."""
     runs = (1 if extent.one_rate else rates) * (1 if extent.one_seed else seeds)
     return runs * sum(START + (seconds - START) * extent.steps for seconds in times.values())
 
@@ -109,14 +110,14 @@ def _ladder(names: list[str]) -> Iterator[tuple[Extent, list[str]]]:
 
 
 def left_out(extent: Extent, names: Sequence[str], every: Sequence[str]) -> list[str]:
-    """What a budget leaves out, a sentence each."""
-    said = []
+    """Return sentences on the parts that a budget leaves out; `names` are the chosen tasks, `every` all tasks."""
+    sentences = []
     if missing := [name for name in every if name not in names]:
-        said.append(f"The budget leaves out {', '.join(missing)}.")
+        sentences.append(f"The budget leaves out {', '.join(missing)}.")
     if extent.steps < 1:
-        said.append(f"Runs have {extent.steps:.0%} of their steps: figures are lower than those of whole runs.")
+        sentences.append(f"Runs have {extent.steps:.0%} of their steps, so scores are lower than those of full runs.")
     if extent.one_rate:
-        said.append("One learning rate is tried of each grid.")
+        sentences.append("One learning rate of each grid is tried.")
     if extent.one_seed:
-        said.append("There is one seed, so how much is chance is not known.")
-    return said
+        sentences.append("There is only one seed, so differences may be chance.")
+    return sentences

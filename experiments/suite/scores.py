@@ -1,4 +1,4 @@
-"""What the suite found: a row per task and mixer, which other calls' rows can stand beside, and a table."""
+"""Scores of the suite: a row per task and mixer, merging with the rows of other calls, and a table."""
 
 import math
 from collections.abc import Sequence
@@ -20,38 +20,40 @@ from .tasks import Metric, PlannedTask, Size, SuiteTask
 SCORES_FILE = "suite.json"
 PAGE_FILE = "suite.md"
 PUBLISHED = Path(__file__).with_name("results")
-"""What docs/leaderboard.md is made from: a file for each size and matching."""
+"""Folder of the scores behind docs/leaderboard.md: a file for each size and kind of matching."""
 
 
 class ScoreRow(Config):
-    """An entry on a task, at its best learning rate."""
+    """Score of an entry on a task, at its best learning rate."""
 
     entry: str
     mixers: tuple[str, ...]
-    """Kinds, once each."""
+    """Distinct kinds of mixers."""
     score: Statistic
-    """Accuracy at the difficulties that count, over seeds."""
+    """Mean accuracy at the scored difficulties; statistics over seeds."""
     accuracy_by: AccuracyBy
-    """Means over seeds, by difficulty."""
+    """Accuracy by difficulty, averaged over seeds."""
     learning_rate: float
     parameters: int
     state_bytes: int
-    """Of one sequence, after as many tokens as it has in training."""
+    """State bytes of one sequence at the training length."""
     state_grows: bool
+    """True if the state grows with the sequence."""
     machine: Machine = Machine()
-    """What computed it, and with which versions."""
+    """Machine and versions that computed the row."""
 
 
 class Conditions(Config):
-    """What is the same for all rows of a task: rows of other conditions do not stand beside them."""
+    """Conditions that all rows of a task share; only rows with equal conditions can be compared."""
 
     data: str
-    """What is not the default, in YAML; so is the training."""
+    """Fields of the data that differ from the defaults, in YAML."""
     training: str
+    """Fields of the training that differ from the defaults, in YAML."""
     learning_rates: tuple[float, ...]
     seeds: tuple[int, ...]
     matched: str
-    """What is made equal, and to what."""
+    """Cost that is matched, its target, and the knob."""
 
 
 class TaskScores(Config):
@@ -61,43 +63,43 @@ class TaskScores(Config):
     conditions: Conditions
     rows: tuple[ScoreRow, ...] = ()
     left_out: dict[str, str] = Field(default_factory=dict)
-    """Entries without a figure, and why."""
+    """Reasons for entries without a score, by entry."""
 
 
 class Scores(Config):
-    """All that was found."""
+    """Scores of the suite, as stored in suite.json."""
 
     format: Literal[1] = 1
     size: Size
     match: Metric
     created: str
-    """ISO 8601, UTC."""
+    """Date and time in ISO 8601, UTC."""
     commands: tuple[str, ...]
-    """That computed it."""
+    """Commands that computed the scores."""
     notes: tuple[str, ...] = ()
-    """What was left out, a sentence each."""
+    """Sentences on the parts of the suite that were left out."""
     tasks: dict[str, TaskScores]
 
 
 def task_scores(planned: PlannedTask, results: Results) -> TaskScores:
-    """The rows of one task, from its study's results."""
+    """Return the scores of one task from the results of its study."""
     rows = []
-    for found in results.summary:
+    for summary in results.summary:
         runs = [
             run
             for run in results.runs
-            if (run.entry, run.learning_rate, run.status) == (found.entry, found.learning_rate, "finished")
+            if (run.entry, run.learning_rate, run.status) == (summary.entry, summary.learning_rate, "finished")
         ]
-        entry = results.entry_of(found)
+        entry = results.entry_of(summary)
         rows.append(
             ScoreRow(
-                entry=found.entry,
+                entry=summary.entry,
                 mixers=entry.mixers,
                 score=statistic([_score(run, planned.task) for run in runs]),
                 accuracy_by={
-                    name: {key: value.mean for key, value in by.items()} for name, by in found.accuracy_by.items()
+                    name: {key: value.mean for key, value in by.items()} for name, by in summary.accuracy_by.items()
                 },
-                learning_rate=found.learning_rate,
+                learning_rate=summary.learning_rate,
                 parameters=entry.parameters,
                 state_bytes=entry.state_bytes,
                 state_grows=entry.state_grows,
@@ -105,33 +107,36 @@ def task_scores(planned: PlannedTask, results: Results) -> TaskScores:
             )
         )
     failed = {run.entry: run.error or "it was stopped" for run in results.runs if run.status != "finished"}
-    there = {row.entry for row in rows}
+    scored = {row.entry for row in rows}
     return TaskScores(
         task=planned.task,
         conditions=conditions_of(planned),
         rows=tuple(rows),
-        left_out={**planned.left_out, **{name: why for name, why in failed.items() if name not in there}},
+        left_out={**planned.left_out, **{name: why for name, why in failed.items() if name not in scored}},
     )
 
 
 def conditions_of(planned: PlannedTask) -> Conditions:
-    """What all entries of a task share."""
+    """Return the conditions of a planned task."""
     config = planned.plan.runs[0].config
     study = planned.plan.study
     match = study.match
     training = config.training.model_copy(update={"learning_rate": study.learning_rates[0]})
     return Conditions(
-        data=_different({"kind": config.data.kind}, config.data),
-        training=_different({}, training),
+        data=_changed_fields({"kind": config.data.kind}, config.data),
+        training=_changed_fields({}, training),
         learning_rates=study.learning_rates,
         seeds=study.seeds,
         matched="" if match is None else f"{match.metric} {match.wanted:,} by {match.knob}",
     )
 
 
-def _different(more: dict[str, str], config: Config) -> str:
-    """What of a configuration is not the default, in YAML: a field that is added later changes nothing."""
-    return to_yaml(more | config.model_dump(mode="json", exclude_defaults=True))
+def _changed_fields(always: dict[str, str], config: Config) -> str:
+    """Return a configuration's fields that differ from the defaults, and those in `always`, in YAML.
+
+    Defaults are left out so that scores stay comparable when a later version adds a field.
+    """
+    return to_yaml(always | config.model_dump(mode="json", exclude_defaults=True))
 
 
 def _score(run: RunResult, task: SuiteTask) -> float:
@@ -140,31 +145,31 @@ def _score(run: RunResult, task: SuiteTask) -> float:
 
 
 def new_scores(size: Size, match: Metric, command: str, notes: Sequence[str], planned: Sequence[PlannedTask]) -> Scores:
-    """Scores of now, without rows yet."""
+    """Return scores without rows, created now."""
     created = datetime.now(UTC).isoformat(timespec="seconds")
     tasks = {each.name: TaskScores(task=each.task, conditions=conditions_of(each)) for each in planned}
     return Scores(size=size, match=match, created=created, commands=(command,), notes=tuple(notes), tasks=tasks)
 
 
 def merge(one: Scores, other: Scores) -> Scores:
-    """Rows of both, where a name is in both those of the first.
+    """Merge two scores; for an entry in both, the first's row is kept.
 
     Raises:
-        SeqmixError: a task has other conditions in them: then rows cannot be compared.
+        SeqmixError: sizes, matching or conditions differ, so that rows cannot be compared.
     """
     if (one.size, one.match) != (other.size, other.match):
         raise SeqmixError(
-            f"{one.size} settings at equal {one.match} and {other.size} at equal {other.match} cannot stand in one "
-            "table"
+            f"expected scores with {one.size} settings at equal {one.match}, got {other.size} settings at equal "
+            f"{other.match}: such rows cannot share a table"
         )
     tasks = dict(one.tasks)
     for name, theirs in other.tasks.items():
         ours = tasks.get(name, theirs)
         for field in Conditions.model_fields:
             if getattr(ours.conditions, field) != getattr(theirs.conditions, field):
-                raise SeqmixError(f"rows of {name} cannot stand in one table: their {field.replace('_', ' ')} differ")
-        own = {row.entry for row in ours.rows}
-        rows = (*ours.rows, *(row for row in theirs.rows if row.entry not in own))
+                raise SeqmixError(f"rows of {name} cannot share a table: their {field.replace('_', ' ')} differ")
+        entries = {row.entry for row in ours.rows}
+        rows = (*ours.rows, *(row for row in theirs.rows if row.entry not in entries))
         left_out = {k: v for k, v in (theirs.left_out | ours.left_out).items() if k not in {row.entry for row in rows}}
         tasks[name] = ours.model_copy(update={"rows": rows, "left_out": left_out})
     commands = tuple(dict.fromkeys((*one.commands, *other.commands)))
@@ -173,7 +178,7 @@ def merge(one: Scores, other: Scores) -> Scores:
 
 
 def comparable(one: Scores, other: Scores) -> Scores:
-    """The second's tasks, but those that have other conditions in the first."""
+    """Return `other` without the tasks whose conditions differ from those in `one`."""
     tasks = {
         name: task
         for name, task in other.tasks.items()
@@ -183,10 +188,10 @@ def comparable(one: Scores, other: Scores) -> Scores:
 
 
 def read_scores(path: Path) -> Scores:
-    """Read suite.json, that of a folder, or published results, by name.
+    """Read scores from a suite.json, from a folder with one, or from the published results of a name.
 
     Raises:
-        SeqmixError: it is not there, or is something else.
+        SeqmixError: the file does not exist or does not hold scores.
     """
     published = PUBLISHED / f"{path}.json"
     file = path / SCORES_FILE if path.is_dir() else path if path.is_file() or not published.is_file() else published
@@ -199,37 +204,39 @@ def read_scores(path: Path) -> Scores:
 
 
 def score_table(scores: Scores) -> tuple[list[str], list[tuple[str, ...]]]:
-    """Head and rows of the tasks that have figures: accuracies in percent, best mean first, and guessing at the end.
+    """Return heads and rows of the score table: accuracies in percent, best mean first, chance level last.
 
-    A task with variations is one column, the mean over all of them. An entry without a figure in each of them has none
-    there, and none of the mean unless it has one in every task.
+    A task with variations is one column, the mean over all of them; an entry needs a score in each. The mean over tasks
+    is given for entries with a score in every task.
     """
     tasks = {name: task for name, task in scores.tasks.items() if task.rows and task.task.varies is None}
-    found: dict[str, dict[str, Statistic]] = {}
+    table_scores: dict[str, dict[str, Statistic]] = {}
     for name in tasks:
         parts = [task for key, task in scores.tasks.items() if name in (key, task.task.varies)]
         for row in tasks[name].rows:
-            figures = [other.score for part in parts for other in part.rows if other.entry == row.entry]
-            if len(figures) == len(parts):
-                found.setdefault(row.entry, {})[name] = _over(figures)
+            parts_scores = [other.score for part in parts for other in part.rows if other.entry == row.entry]
+            if len(parts_scores) == len(parts):
+                table_scores.setdefault(row.entry, {})[name] = _average(parts_scores)
 
     def average(entry: str) -> float | None:
-        return mean(value.mean for value in found[entry].values()) if len(found[entry]) == len(tasks) else None
+        by_task = table_scores[entry]
+        return mean(value.mean for value in by_task.values()) if len(by_task) == len(tasks) else None
 
-    ranked = sorted(found, key=lambda entry: -(average(entry) or 0.0))
+    ranked = sorted(table_scores, key=lambda entry: -(average(entry) or 0.0))
     rows = [
-        (entry, *(_percent(found[entry].get(name)) for name in tasks), _percent(average(entry))) for entry in ranked
+        (entry, *(_percent(table_scores[entry].get(name)) for name in tasks), _percent(average(entry)))
+        for entry in ranked
     ]
-    guess = [task.task.chance for task in tasks.values()]
-    guesses = ("(guessing)", *map(_percent, guess), _percent(mean(guess) if guess else None))
-    return ["entry", *tasks, "mean"], [*rows, guesses]
+    chances = [task.task.chance for task in tasks.values()]
+    guessing = ("(guessing)", *map(_percent, chances), _percent(mean(chances) if chances else None))
+    return ["entry", *tasks, "mean"], [*rows, guessing]
 
 
-def _over(figures: Sequence[Statistic]) -> Statistic:
-    """The mean over variations; their spreads are independent."""
-    spreads = [figure.spread for figure in figures if figure.spread is not None]
-    spread = math.hypot(*spreads) / len(figures) if len(spreads) == len(figures) else None
-    return Statistic(mean=mean(figure.mean for figure in figures), spread=spread)
+def _average(scores: Sequence[Statistic]) -> Statistic:
+    """Return the mean of scores; spreads are combined as independent."""
+    spreads = [score.spread for score in scores if score.spread is not None]
+    spread = math.hypot(*spreads) / len(scores) if len(spreads) == len(scores) else None
+    return Statistic(mean=mean(score.mean for score in scores), spread=spread)
 
 
 def _percent(value: Statistic | float | None) -> str:
@@ -241,11 +248,11 @@ def _percent(value: Statistic | float | None) -> str:
 
 
 def markdown(scores: Scores, *, reports: bool = True) -> list[str]:
-    """The lines of a page: the table, what each task is, what was left out, how to compute it again.
+    """Return the lines of a page: the table, the tasks, the parts left out, and the commands to reproduce it.
 
     Args:
-        scores: what was found.
-        reports: whether the reports of the tasks' studies lie beside the page.
+        scores: the scores to show.
+        reports: True to link the reports of the tasks' studies, which must lie beside the page.
     """
     head, rows = score_table(scores)
     lines = [*table([head[0], *(f"{name}:" for name in head[1:])], rows), ""]
@@ -255,15 +262,16 @@ def markdown(scores: Scores, *, reports: bool = True) -> list[str]:
     for name, task in scores.tasks.items():
         at = f", at {' and '.join(task.task.score_at)}" if task.task.score_at else ""
         link = f"[**{name}**]({name}/{REPORT_FILE})" if reports else f"**{name}**"
-        same = task.conditions
-        seeds, rates = (", ".join(f"{value:g}" for value in values) for values in (same.seeds, same.learning_rates))
+        shared = task.conditions
+        seeds = ", ".join(f"{seed:g}" for seed in shared.seeds)
+        rates = ", ".join(f"{rate:g}" for rate in shared.learning_rates)
         lines.append(
             f"- {link}: {task.task.measures}{at} ({task.task.source}). Seeds {seeds}; learning rates {rates}; "
-            f"{same.matched}."
+            f"{shared.matched}."
         )
-        lines += [f"  Not the published settings: {task.task.differs}."] if task.task.differs else []
+        lines += [f"  Differs from the published settings: {task.task.differs}."] if task.task.differs else []
         for entry, why in task.left_out.items():
-            lines.append(f"  Without a figure: {why if why.startswith(entry) else f'{entry}: {why}'}.")
+            lines.append(f"  No score: {why if why.startswith(entry) else f'{entry}: {why}'}.")
     lines += ["", *scores.notes, ""] if scores.notes else [""]
     machines = dict.fromkeys(
         f"seqmix {row.machine.seqmix}{f' ({row.machine.commit[:7]})' if row.machine.commit else ''}, "
@@ -271,11 +279,11 @@ def markdown(scores: Scores, *, reports: bool = True) -> list[str]:
         for task in scores.tasks.values()
         for row in task.rows
     )
-    lines += [f"Computed by {'; '.join(machines)}, {scores.created[:10]}:", "", "```text", *scores.commands, "```"]
+    lines += [f"Computed with {'; '.join(machines)}, {scores.created[:10]}:", "", "```text", *scores.commands, "```"]
     return lines
 
 
 def write_scores(scores: Scores, folder: Path) -> None:
-    """Write suite.json and suite.md."""
+    """Write suite.json and suite.md into a folder."""
     write_file(scores.model_dump_json(indent=1) + "\n", folder / SCORES_FILE)
     write_file("\n".join([f"# The suite, {scores.size} settings", "", *markdown(scores)]) + "\n", folder / PAGE_FILE)

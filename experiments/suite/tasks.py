@@ -1,4 +1,4 @@
-"""The tasks of the suite at small and at published settings, and the studies that they become."""
+"""The tasks of the suite, at small and at published settings, and their studies."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -22,57 +22,59 @@ BASE_FILE = "base.yaml"
 Size = Literal["small", "paper"]
 Metric = Literal["parameters", "state"]
 KNOBS: dict[Metric, tuple[str, float]] = {"parameters": ("blocks.*.ffn.expansion", 0.01), "state": ("d_model", 0.15)}
-"""What makes models equal, and how far apart they may stay: heads divide widths, so states come in coarse steps."""
+"""Knob and tolerance of matching; the state's tolerance is wide because heads must divide widths."""
 
 
 class Change(Config):
-    """How one variation of a task differs from it."""
+    """Changes to a task that make one variation of it."""
 
     model: dict[str, Any] = Field(default_factory=dict)
-    """Changes of the task's model, as are those of its data and training."""
+    """Changes to the task's model."""
     data: dict[str, Any] = Field(default_factory=dict)
+    """Changes to the task's data."""
     training: dict[str, Any] = Field(default_factory=dict)
+    """Changes to the task's training."""
 
 
 class SuiteTask(Config):
-    """One task at one size."""
+    """A task of the suite at one size."""
 
     measures: str
-    """What it asks of a mixer, in a few words."""
+    """Ability that the task measures, in a few words."""
     source: str
-    """Where it was published."""
+    """Publication of the task."""
     differs: str | None = None
-    """Where these settings are not the published ones."""
+    """Differences from the published settings; null for none."""
     chance: float = Field(gt=0, lt=1)
     """Accuracy of guessing."""
     model: dict[str, Any] = Field(default_factory=dict)
-    """Changes of the base's model."""
+    """Changes to the base's model."""
     data: dict[str, Any]
-    """The task's data."""
+    """Data of the task."""
     training: dict[str, Any] = Field(default_factory=dict)
-    """Changes of the base's training."""
+    """Changes to the base's training."""
     learning_rates: Annotated[tuple[Rate, ...], OnceEach] = Field(min_length=1)
-    """The grid; its first one is taken where there is time for one alone."""
+    """Grid of learning rates; the first is used if there is time for only one."""
     score_at: tuple[str, ...] | None = None
     """Difficulties whose mean accuracy is the score; null for all that are evaluated."""
     changes: dict[Name, Change] = Field(default_factory=dict)
-    """Variations, each a study of its own, called TASK+VARIATION: the task's score is the mean over it and them."""
+    """Variations by name, each a study called TASK+VARIATION; the score is the mean over the task and all of them."""
     varies: str | None = None
-    """Of a variation, the task."""
+    """Name of the task of which this is a variation; null if it is none."""
 
 
 class SuiteSettings(Config):
-    """All tasks at one size."""
+    """All tasks of the suite at one size."""
 
     base: str
-    """The file that all tasks start from, beside this one."""
+    """File beside this one that all tasks start from."""
     seeds: Annotated[tuple[Seed, ...], OnceEach] = Field(min_length=1)
-    """A run of every entry each."""
+    """Random seeds, each a run of every entry."""
     tasks: dict[Name, SuiteTask] = Field(min_length=1)
-    """By name, most important first."""
+    """Tasks by name, most important first."""
 
     def chosen(self, names: Sequence[str]) -> dict[str, SuiteTask]:
-        """The tasks with these names, in the suite's order; all where there are none.
+        """Return the named tasks and their variations, in the suite's order; all tasks if `names` is empty.
 
         Raises:
             SeqmixError: there is no such task.
@@ -88,7 +90,7 @@ class SuiteSettings(Config):
 
 
 def _variations(name: str, task: SuiteTask) -> dict[str, SuiteTask]:
-    """The tasks that a task's changes make, by name."""
+    """Return the variations of a task by name."""
     return {
         f"{name}+{key}": task.model_copy(update={"varies": name, "changes": {key: task.changes[key]}})
         for key in task.changes
@@ -96,54 +98,56 @@ def _variations(name: str, task: SuiteTask) -> dict[str, SuiteTask]:
 
 
 def load_settings(size: Size) -> SuiteSettings:
-    """The tasks at one size."""
+    """Load the tasks at one size."""
     return load(SuiteSettings, FOLDER / f"{size}.yaml", presets=FOLDER)
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """What is measured: a mixer in the suite's own model, or the blocks of a configuration."""
+    """Candidate for the suite: a mixer in the suite's own model, or the blocks of a configuration."""
 
     name: str
     mixer: dict[str, Any] | None = None
-    """A kind, which has as many heads as the task's model, and options."""
+    """Kind and options of the mixer; without `n_heads`, it gets the heads of the task's model."""
     config: RunConfig | None = None
     source: str = ""
-    """Of the configuration: a preset, or a file's absolute path."""
+    """Source of the configuration: a preset, or the absolute path of a file."""
 
     @classmethod
-    def of(cls, given: str) -> "Candidate":
-        """What a command line names: a mixer's kind, a plug-in (module:Class), NAME={kind: ...}, a preset or a file.
+    def of(cls, argument: str) -> "Candidate":
+        """Parse a command-line argument: a mixer's kind, a plug-in (module:Class), NAME={kind: ...}, a preset, a file.
 
         Raises:
-            SeqmixError: it is none of them.
+            SeqmixError: the argument is none of these.
         """
-        name, found, options = given.partition("=")
-        if found:
-            mixer = (node := parse(options, given)) and node.plain()
+        name, equals_sign, options = argument.partition("=")
+        if equals_sign:
+            mixer = (node := parse(options, argument)) and node.plain()
             if not isinstance(mixer, Mapping) or not isinstance(mixer.get("kind"), str):
-                raise SeqmixError(f"{given!r} is not NAME={{kind: MIXER, ...}}")
+                raise SeqmixError(f"expected NAME={{kind: MIXER, ...}}, got {argument!r}")
             fields = MIXERS.resolve(mixer["kind"])
             known = [*fields.model_fields, *fields.deprecated_names]
             for key in mixer:
                 if key not in known:
                     raise SeqmixError(
-                        f"{given!r}: unknown key {key!r}; allowed: {', '.join(known)}{nearest(str(key), known)}"
+                        f"{argument!r}: unknown key {key!r}; allowed: {', '.join(known)}{nearest(str(key), known)}"
                     )
             if not re.fullmatch(NAME_PATTERN, name):
-                raise SeqmixError(f"{given!r}: a name has letters, digits and . _ + -, and was given {name!r}")
+                raise SeqmixError(f"{argument!r}: expected a name of letters, digits and . _ + -, got {name!r}")
             return cls(name, dict(mixer))
-        file = Path(given)
-        if file.suffix in (".yaml", ".yml") or (given not in MIXERS.kinds() and (PRESETS / f"{given}.yaml").is_file()):
-            return cls(file.stem, config=load_config(given), source=str(file.absolute()) if file.is_file() else given)
-        MIXERS.resolve(given)
-        return cls(given.rpartition(":")[2], {"kind": given})
+        file = Path(argument)
+        is_preset = argument not in MIXERS.kinds() and (PRESETS / f"{argument}.yaml").is_file()
+        if file.suffix in (".yaml", ".yml") or is_preset:
+            source = str(file.absolute()) if file.is_file() else argument
+            return cls(file.stem, config=load_config(argument), source=source)
+        MIXERS.resolve(argument)
+        return cls(argument.rpartition(":")[2], {"kind": argument})
 
     def entry(self, base: RunConfig) -> dict[str, Any]:
-        """Its entry in a study of this base."""
+        """Return the candidate's entry in a study with this base."""
         if self.config is not None:
             model = self.config.model
-            # a pattern of many layers keeps each of its blocks once
+            # the small model has each block of the pattern once
             pattern = list(dict.fromkeys(model.layers))
             layers = max(base.model.n_layers, len(pattern))
             return {
@@ -159,25 +163,25 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Extent:
-    """How much of a size's settings is run."""
+    """Part of the settings that is run."""
 
     steps: float = 1.0
-    """Share of the steps."""
+    """Share of the steps, at most 1."""
     one_rate: bool = False
-    """Whether the first learning rate is taken alone."""
+    """True to try only the first learning rate."""
     one_seed: bool = False
-    """Whether the first seed is taken alone."""
+    """True to use only the first seed."""
 
 
 @dataclass(frozen=True)
 class PlannedTask:
-    """A task and its runs."""
+    """A task with its planned runs."""
 
     name: str
     task: SuiteTask
     plan: Plan
     left_out: Mapping[str, str]
-    """Candidates that cannot be trained on it, and why."""
+    """Reasons for candidates that cannot be trained on the task, by name."""
 
 
 def write_studies(
@@ -189,10 +193,10 @@ def write_studies(
     extent: Extent,
     started: Callable[[str], object] = str,
 ) -> list[PlannedTask]:
-    """Write each task's study and the base of it, folder/TASK/TASK.yaml and base.yaml, and plan it; `started` is given
-    what is done now, in words, as models of equal cost are sought.
+    """Write each task's study (folder/TASK/TASK.yaml and its base.yaml), and plan it.
 
-    What is matched is the cost of the task's own model, with attention, so that rows of other calls stand beside it.
+    Every candidate is matched to the cost of the task's own model, which has attention, so that rows of different calls
+    are comparable. `started` is called with a line when the planning of a task starts.
 
     Raises:
         SeqmixError: no candidate can be trained on a task.
@@ -217,7 +221,7 @@ def write_studies(
 
 
 def base_of(settings: SuiteSettings, task: SuiteTask, extent: Extent) -> RunConfig:
-    """What all entries of a task start from."""
+    """Return the configuration that all entries of a task start from."""
     parts = {"model": task.model, "data": task.data, "training": task.training}.items()
     for change in task.changes.values() if task.varies else ():
         parts = [*parts, *change.model_dump().items()]
@@ -230,22 +234,22 @@ def base_of(settings: SuiteSettings, task: SuiteTask, extent: Extent) -> RunConf
 
 
 def _plan(name: str, task: SuiteTask, study: dict[str, Any], file: Path) -> PlannedTask:
-    """The study's plan, without the entries that make it impossible."""
+    """Plan a task's study without the entries that cannot be planned."""
 
-    def planned(entries: Mapping[str, Any]) -> Plan:
+    def plan_entries(entries: Mapping[str, Any]) -> Plan:
         write_file(to_yaml(study | {"entries": dict(entries)}), file)
         return plan(load_study(file), file)
 
     entries = study["entries"]
     left_out = dict[str, str]()
     try:
-        return PlannedTask(name, task, planned(entries), left_out)
+        return PlannedTask(name, task, plan_entries(entries), left_out)
     except SeqmixError:
         for entry, value in entries.items():
             try:
-                planned({entry: value})
+                plan_entries({entry: value})
             except SeqmixError as error:
                 left_out[entry] = str(error).replace(f"{file}: ", "")
     if len(left_out) == len(entries):
-        raise StudyError(f"nothing can be trained on {name}: {next(iter(left_out.values()))}")
-    return PlannedTask(name, task, planned({k: v for k, v in entries.items() if k not in left_out}), left_out)
+        raise StudyError(f"no mixer can be trained on {name}: {next(iter(left_out.values()))}")
+    return PlannedTask(name, task, plan_entries({k: v for k, v in entries.items() if k not in left_out}), left_out)

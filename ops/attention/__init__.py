@@ -1,4 +1,4 @@
-"""The softmax family: attention."""
+"""Softmax attention and its KV caches."""
 
 from ...registry.moved import former_names
 from .api import Backend, SoftmaxOptions, softmax_attention, softmax_flops

@@ -1,19 +1,19 @@
-"""Softmax attention: every query reads the keys up to its own, weighted by the softmax of their products.
+"""Softmax attention: the output of a token is the average of the values up to it, weighted by a softmax of scores.
 
 Notation: B batch, T tokens, H query heads, G key heads (head h reads key head h // (H / G)), K key width, V value
 width, S slots of a cache, N packed documents, C chunk; n a query's position, m a key's, w the window, a = log_decay.
 
-    s_nm = scale * sum_d q_nd k_md exp(a_d (n - m))          a None means 0; xPos has a decay a pair of dimensions
+    s_nm = scale * sum_d q_nd k_md exp(a_d (n - m))          a None means 0; xPos has one decay per pair of dimensions
     o_n  = sum_m softmax_m(s_nm) v_m                         over the keys  max(0, n - w + 1) <= m <= n
 
-A window of w means that a query sees w keys, its own included. The state is a cache of keys and values, and rows of a
-batch may have read different numbers of tokens: what a query sees is decided by the positions that slots hold.
+With a window of w, a query sees w keys, its own included. The state is a cache of keys and values. Rows of a batch may
+have read different numbers of tokens: masks follow from the positions that a cache's slots hold.
 
-The decay of a pair is a product of two factors relative to a reference r, the middle of the queries at hand:
+The decay exp(a (n - m)) is applied as two factors, relative to a reference r in the middle of the queries:
 
-    exp(a (n - r)) * exp(-a (m - r))         keys far before r underflow to 0, which is their limit
+    exp(a (n - r)) * exp(-a (m - r))         factors of keys far before r underflow to 0, as they should
 
-Keys are cached without their factor, so no factor ever depends on an absolute position.
+Keys are cached without their factor, so no factor depends on an absolute position.
 """
 
 from typing import Any, Literal, Unpack
@@ -33,16 +33,16 @@ from .ring import attend_in_ring, can_ring
 from .sdpa import attend_in_blocks, softmax_chunkwise, softmax_parallel, softmax_recurrent
 
 Backend = Literal["auto", "sdpa", "flex", "xformers"]
-"""The kernel backend: `auto` is resolved when a model is built; `sdpa` and `flex` are torch's."""
+"""Name of a kernel backend; `auto` is resolved when a model is built; `sdpa` and `flex` are torch's own."""
 
 
 class SoftmaxOptions(CallOptions, total=False):
-    """What changes scores; a mixer passes a `Call` in the place of the options of a call."""
+    """Keywords of `softmax_attention`: how scores are computed, and `CallOptions` unless a `Call` is passed."""
 
     scale: float | None
-    """Factor of the scores, 1/sqrt(K) by default."""
+    """Factor of the scores; 1/sqrt(K) by default."""
     window: int | None
-    """Keys that a query sees, its own included; None means all."""
+    """Number of keys that a query sees, its own included; None means all."""
     log_decay: Float[Tensor, " K"] | None
     """Natural log of the decay per token of distance, for each key dimension, <= 0."""
     log_forget: Float[Tensor, "B T H"] | None
@@ -50,11 +50,11 @@ class SoftmaxOptions(CallOptions, total=False):
     slopes: Float[Tensor, " H"] | None
     """ALiBi slope: subtracted from a score per token of distance."""
     softcap: float | None
-    """Bound of the scores before gates and slopes, above 0."""
+    """Soft bound of the scores, above 0: softcap * tanh(score / softcap), before gates and slopes are added."""
     sinks: Float[Tensor, " H"] | None
-    """Score of one more key, without a value."""
+    """Attention sink: score of one additional key per head whose value is zero."""
     value_dims: int | None
-    """Number of leading key dimensions that are the values; v is then [B T G 0]."""
+    """Number of leading key dimensions that are used as the values; v is then [B T G 0]."""
 
 
 def softmax_attention(
@@ -64,51 +64,54 @@ def softmax_attention(
     call: Call | None = None,
     **options: Unpack[SoftmaxOptions],
 ) -> AttentionOutput:
-    """Causal softmax attention of grouped heads, with or without a KV cache; parallel by default.
+    """Compute causal softmax attention with grouped heads, with or without a KV cache; parallel by default.
 
-    In a context-parallel group keys and values come from the processes before, one block at a time (ring.py); a state
-    is of all of them, so where one is given or wanted, every process gathers them. Neither asks the backend.
+    In a context-parallel group, keys and values of earlier processes arrive one block at a time (ring attention). If a
+    state is passed or requested, every process gathers all keys and values instead, because the state is the cache of
+    the whole row. Either way the backend is ignored.
+
+    The state is a KV cache. The final cache has the type of the initial one. Without an initial cache it is a ring of
+    `window` slots if there is a window, else a growing cache; with forget gates, a `ForgettingCache` around it. A
+    `RingCache` is written in place if a final state is requested, grad mode is off, documents are not packed, and there
+    is no window or `donate_state` is set.
 
     Args:
         q: queries.
         k: keys.
         v: values.
-        call: the call of a mixer; None for those who call the op by itself, with `CallOptions` among the options. The
-            chunkwise paradigm then has blocks of 512 queries, and the backend is `sdpa`.
-        options: what changes scores, `SoftmaxOptions`, and `CallOptions`. The state is a KV cache. A `RingCache` is
-            written in place if a final state is wanted and grad mode is off, except with packed documents; a state is
-            never written in grad mode. The final state is of the kind of the initial one; without one, a ring of
-            `window` slots under a window, else a growing cache; under forget gates a `ForgettingCache` of it.
+        call: the mixer's call; None if you call the op directly, with `CallOptions` among the options. The chunkwise
+            paradigm then has blocks of 512 queries, and the backend is `sdpa`.
+        options: `SoftmaxOptions`.
 
     Raises:
-        SeqmixError: shapes, dtypes or the documents' boundaries do not fit, or the backend has not all of it.
-        RuntimeError: what only tensors know does not fit, raised in the device's own time: a ring that would drop keys
-            which later queries see, a decay whose factors would leave the dtype's range; on a GPU and in compiled code
-            the boundaries too.
+        SeqmixError: shapes, dtypes or document boundaries do not match, or the backend does not support an option.
+        RuntimeError: a check of tensor values failed, raised when the device gets there: a ring cache is too small for
+            the window; a decay would leave the dtype's range; on a GPU and in compiled code, document boundaries.
     """
     known = SoftmaxOptions.__annotations__
     if unknown := [name for name in options if name not in known]:
-        raise SeqmixError(f"softmax has no option {unknown[0]!r}{nearest(unknown[0], known)}")
-    own: Any = {name: value for name, value in options.items() if name in CallOptions.__annotations__}
-    scores: dict[str, Any] = {name: value for name, value in options.items() if name not in own}
+        raise SeqmixError(f"softmax attention has no option {unknown[0]!r}{nearest(unknown[0], known)}")
+    call_options: Any = {name: value for name, value in options.items() if name in CallOptions.__annotations__}
+    score_options: dict[str, Any] = {name: value for name, value in options.items() if name not in call_options}
     if call is None:
-        own = {"backend": "sdpa"} | own
-    call = Call.given(call, q.shape[1], own, paradigm=Paradigm.PARALLEL, chunk_size=512)
-    if scores.get("scale") is None:
-        scores["scale"] = q.shape[-1] ** -0.5
+        call_options = {"backend": "sdpa"} | call_options
+    call = Call.given(call, q.shape[1], call_options, paradigm=Paradigm.PARALLEL, chunk_size=512)
+    if score_options.get("scale") is None:
+        score_options["scale"] = q.shape[-1] ** -0.5
     x = AttentionInputs(
         q, k, v, 1.0, call.state, call.documents, call.return_state, call.chunk_size, donated=call.donated
     )
-    x = x._replace(**scores)
+    x = x._replace(**score_options)
     require_attention(x)
     if call.cp_group is not None:
-        return _over_ranks(x, call)
+        return _attend_in_group(x, call)
     result = chosen("softmax", call.paradigm, call.backend).function(x)
     record("softmax", v, x.log_forget, result[0])
     return result
 
 
-def _over_ranks(x: AttentionInputs, call: Call) -> AttentionOutput:
+def _attend_in_group(x: AttentionInputs, call: Call) -> AttentionOutput:
+    """Compute the attention of this process's queries in a context-parallel group."""
     cp = call.cp_group
     length = x.q.shape[1]
     assert cp is not None
@@ -117,13 +120,12 @@ def _over_ranks(x: AttentionInputs, call: Call) -> AttentionOutput:
     if can_ring(x):
         require_range(x.log_decay, min(call.chunk_size, length), x.q.dtype)
         return attend_in_ring(x, cp), None
-    x = x._replace(
-        k=cp.gather_tokens(x.k),
-        v=cp.gather_tokens(x.v)
-        if x.value_dims is None
-        else x.v.new_empty(*x.k.shape[:1], cp.size * length, *x.v.shape[2:]),
-        log_forget=None if x.log_forget is None else cp.gather_tokens(x.log_forget),
-    )
+    if x.value_dims is None:
+        v = cp.gather_tokens(x.v)
+    else:  # v is empty: values are dimensions of the keys
+        v = x.v.new_empty(*x.k.shape[:1], cp.size * length, *x.v.shape[2:])
+    log_forget = None if x.log_forget is None else cp.gather_tokens(x.log_forget)
+    x = x._replace(k=cp.gather_tokens(x.k), v=v, log_forget=log_forget)
     require_range(x.log_decay, min(size, length), x.q.dtype)
     return attend_in_blocks(x, size, cp.start(length)), x.final()
 
@@ -138,16 +140,19 @@ def softmax_flops(
     chunk_size: int = 512,
     context: int = 0,
 ) -> int:
-    """Operations of one query head's matrix products, forward, as each paradigm computes them (masked pairs count).
+    """Return the FLOPs of one query head's matrix products in the forward pass.
+
+    They are counted as each paradigm computes them, masked pairs included.
 
     Args:
-        paradigm: how it is computed.
+        paradigm: parallel, recurrent or chunkwise.
         length: tokens of the segment.
         key_dim: K.
         value_dim: V.
-        window: keys that a query sees, its own included.
-        chunk_size: queries per block.
-        context: tokens read before; a growing cache holds them all, under a window a ring has `window` slots.
+        window: number of keys that a query sees, its own included; None means all.
+        chunk_size: queries per block of the chunkwise paradigm.
+        context: tokens read before the segment, all of them in a growing cache; with a window, the cache is a ring of
+            `window` slots.
     """
     cached = 0 if context == 0 else context if window is None else window
     if paradigm is Paradigm.CHUNKWISE:
@@ -155,14 +160,14 @@ def softmax_flops(
         blocks = [(start, min(start + chunk_size, length)) for start in starts]
         pairs = sum((stop - start) * (cached + stop - first_key(start, cached, window)) for start, stop in blocks)
     elif paradigm is Paradigm.RECURRENT and cached and length == 1 and window is not None:
-        pairs = cached  # the token's key is in the ring by then
+        pairs = cached  # the token's key is written to the ring first
     else:
         pairs = length * (cached + length)
     return 2 * pairs * (key_dim + value_dim)
 
 
-# Twice the worst of several thousand cases per function. In blocks, gradients of keys and values in 16 bits are rounded
-# once per block: 70 blocks of one query make that tolerance.
+# Twice the largest error in several thousand cases per function. The chunkwise paradigm rounds 16-bit gradients of keys
+# and values once per block: its tolerances come from 70 blocks of one query.
 TOLERANCES = {torch.float64: 1e-15, torch.float32: 4e-7, torch.bfloat16: 7e-3, torch.float16: 8e-4}
 
 declare_references(

@@ -1,4 +1,4 @@
-"""One call of softmax attention (notation of api.py): what every kernel takes, and what no kernel takes."""
+"""Inputs of softmax attention kernels, and the checks that hold for all of them (notation of api.py)."""
 
 import math
 from itertools import pairwise
@@ -13,43 +13,58 @@ from ..recurrence.family import require_chunk_size, require_floats, require_pack
 from ..runtime.custom_op import needs_grad
 from ..runtime.kernel import Probe
 from ..runtime.packing import Documents, require_async
-from .forget_gates import gate_bias, offered_sums, written_sums
-from .kv_cache import Cache, ForgettingCache, KeyCache, Offer, final_cache, key_cache, offer_of, offer_written, row_of
+from .forget_gates import gate_bias, gate_sums, gate_sums_after_write
+from .kv_cache import (
+    Cache,
+    ForgettingCache,
+    KeyCache,
+    KeyValues,
+    cached_key_values,
+    final_cache,
+    join_key_values,
+    key_cache,
+    row_of,
+)
 
 
 class AttentionInputs(NamedTuple):
-    """One call of softmax attention: what a kernel takes."""
+    """Inputs of a softmax attention kernel."""
 
     q: Float[Tensor, "B T H K"]
+    """Queries."""
     k: Float[Tensor, "B T G K"]
-    """Of all T tokens of the row, where q is of one process's."""
+    """Keys; in a context-parallel group that gathers them, those of the whole row."""
     v: Float[Tensor, "B T G V"]
+    """Values, of the same tokens as k."""
     scale: float
+    """Factor of the scores."""
     cache: Cache | None
-    """What was read before; None means nothing."""
+    """Cache of the tokens before the segment; None if there are none."""
     documents: Documents | None
-    """Those of a packed row; caches then have one row per document."""
+    """Documents of a packed row, for each of which a cache has a row; None if the batch is not packed."""
     output_final_state: bool
+    """True if the cache after the segment is requested."""
     chunk_size: int
+    """Queries per block of the chunkwise paradigm."""
     window: int | None = None
-    """Keys that a query sees, its own included; None means all."""
+    """Number of keys that a query sees, its own included; None means all."""
     log_decay: Float[Tensor, " K"] | None = None
     """Natural log of the decay per token of distance, for each key dimension, <= 0."""
     log_forget: Float[Tensor, "B T H"] | None = None
-    """Natural log of each token's forget gate, <= 0; of all tokens of the row, as k."""
+    """Natural log of each token's forget gate, <= 0; of the same tokens as k."""
     slopes: Float[Tensor, " H"] | None = None
-    """What is taken from a score per token of distance (ALiBi)."""
+    """ALiBi slope: subtracted from a score per token of distance."""
     softcap: float | None = None
-    """The bound of scores, before gates and slopes."""
+    """Soft bound of the scores, before gates and slopes are added."""
     sinks: Float[Tensor, " H"] | None = None
-    """The score of one more key, without a value."""
+    """Attention sink: score of one additional key per head whose value is zero."""
     donated: bool = False
-    """True if the final cache may be written over the given one."""
+    """True if the final cache may be written over the initial one."""
     value_dims: int | None = None
-    """Values are the first dimensions of the keys, so many, and v is empty; None where they have their own."""
+    """Number of leading key dimensions that are used as the values (v is then empty); None if v has the values."""
 
     def final(self) -> Cache | None:
-        """The cache after the segment, if it is wanted."""
+        """Return the cache after the segment; None unless requested."""
         if not self.output_final_state:
             return None
         return final_cache(
@@ -57,41 +72,45 @@ class AttentionInputs(NamedTuple):
         )
 
     @property
-    def kept(self) -> KeyCache | None:
-        """The keys and values that were read before."""
+    def key_cache(self) -> KeyCache | None:
+        """Initial cache without forget gates."""
         return None if self.cache is None else key_cache(self.cache)
 
-    def offer(self) -> Offer:
-        """The keys and values that the queries may see: the old cache's, then the segment's."""
-        offer = offer_of(self.k, self.v, self.kept, self.documents)
+    def key_values(self) -> KeyValues:
+        """Return the keys and values that the queries may see: those of the initial cache, then the segment's."""
+        kv = join_key_values(self.k, self.v, self.key_cache, self.documents)
         if self.log_forget is not None:
             past = self.cache if isinstance(self.cache, ForgettingCache) else None
-            offer = offer._replace(sums=offered_sums(self.log_forget, past, self.documents))
-        return self._with_values(offer)
+            kv = kv._replace(sums=gate_sums(self.log_forget, past, self.documents))
+        return self._select_values(kv)
 
-    def written(self, after: Cache) -> Offer:
-        """The same of a cache that has taken the segment in already."""
+    def key_values_after_write(self, final_cache: Cache) -> KeyValues:
+        """Return the keys and values of a cache that already includes the segment."""
         assert self.cache is not None
-        offer = offer_written(key_cache(after), self.cache.length, self.k)
-        if self.log_forget is not None and isinstance(after, ForgettingCache):
-            offer = offer._replace(sums=written_sums(self.log_forget, after))
-        return self._with_values(offer)
+        kv = cached_key_values(key_cache(final_cache), self.cache.length, self.k)
+        if self.log_forget is not None and isinstance(final_cache, ForgettingCache):
+            kv = kv._replace(sums=gate_sums_after_write(self.log_forget, final_cache))
+        return self._select_values(kv)
 
-    def _with_values(self, offer: Offer) -> Offer:
-        return offer if self.value_dims is None else offer._replace(values=offer.keys[..., : self.value_dims])
+    def _select_values(self, kv: KeyValues) -> KeyValues:
+        """Take the values from the keys if `value_dims` is set."""
+        return kv if self.value_dims is None else kv._replace(values=kv.keys[..., : self.value_dims])
 
-    def bias(self, places: Tensor, offer: Offer) -> Float[Tensor, "_ H T M"] | None:
-        """What is added to the scores of queries at `places`, float32 or float64; None is nothing."""
+    def bias(self, places: Tensor, kv: KeyValues) -> Float[Tensor, "_ H T M"] | None:
+        """Return the addend of the scores of queries at `places`, float32 or float64; None means zero."""
         wide = torch.promote_types(self.q.dtype, torch.float32)
-        bias = None if offer.sums is None else gate_bias(offer.sums, wide)
+        bias = None if kv.sums is None else gate_bias(kv.sums, wide)
         if self.slopes is not None:
-            distance = (places[:, None] - offer.places[:, None]).to(wide)
-            sloped = -self.slopes[:, None, None].to(wide) * distance[:, None]
-            bias = sloped if bias is None else bias.add_(sloped)
+            distance = (places[:, None] - kv.places[:, None]).to(wide)
+            alibi = -self.slopes[:, None, None].to(wide) * distance[:, None]
+            bias = alibi if bias is None else bias.add_(alibi)
         return bias
 
-    def by_document(self) -> list["AttentionInputs"]:
-        """The call as one of each document, which cost their sum; itself where the host does not know them."""
+    def split_documents(self) -> list["AttentionInputs"]:
+        """Return the inputs of each non-empty document; a list of this object alone if nothing can be split.
+
+        Documents computed one by one cost only the sum of their own pairs. Splitting needs boundaries on the host.
+        """
         if self.documents is None or self.documents.boundaries is None:
             return [self]
         spans = enumerate(pairwise(self.documents.boundaries))
@@ -109,12 +128,12 @@ class AttentionInputs(NamedTuple):
 
     @property
     def scores(self) -> tuple[str, ...]:
-        """What changes scores beside their scale, decay and window, by name."""
+        """Names of the options that change scores, besides scale, decay and window."""
         return tuple(name for name in ("log_forget", "slopes", "softcap", "sinks") if getattr(self, name) is not None)
 
     def probe(self) -> Probe:
-        """What this call asks of a kernel."""
-        cached = () if self.kept is None else self.kept[:2]
+        """Return the description of this call that a kernel is chosen by."""
+        cached = () if self.key_cache is None else self.key_cache[:2]
         return Probe(
             device=self.q.device,
             dtype=self.q.dtype,
@@ -127,82 +146,87 @@ class AttentionInputs(NamedTuple):
         )
 
 
-def without_scores(backend: str, probe: Probe) -> list[str]:
-    """The reason why a backend that knows scores of products alone cannot run what it is asked, if there is one."""
-    return [f"{backend} has no {' and no '.join(probe.scores)}, as sdpa has"] if probe.scores else []
+def unsupported_scores(backend: str, probe: Probe) -> list[str]:
+    """Return why a backend without score options cannot run a call: one sentence if the call has any, else none."""
+    return [f"{backend} has no {' and no '.join(probe.scores)}: use backend=sdpa"] if probe.scores else []
 
 
 AttentionOutput = tuple[Float[Tensor, "B T H V"], Cache | None]
-"""The output in the dtype of q, and the final state (None unless wanted)."""
+"""Output in the dtype of q, and the final cache (None unless requested)."""
 
 
-def factored(q: Tensor, start: int, offer: Offer, log_decay: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Queries at the places start, start + 1, ... and an offer's keys, each with its factor of the decay."""
+def apply_decay(q: Tensor, start: int, kv: KeyValues, log_decay: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return queries at the places start, start + 1, ... and keys, each multiplied by its factor of the decay."""
     if log_decay is None:
-        return q, offer.keys
+        return q, kv.keys
     length = q.shape[1]
     middle = start + length // 2
     places = torch.arange(start, start + length, device=q.device)
-    q = _decayed(q, places - middle, log_decay)
+    q = _scale_by_decay(q, places - middle, log_decay)
     # keys after the block are masked for all of its queries, and must not overflow
-    return q, _decayed(offer.keys, (middle - offer.places).clamp(min=middle - start - length), log_decay)
+    return q, _scale_by_decay(kv.keys, (middle - kv.places).clamp(min=middle - start - length), log_decay)
 
 
-def _decayed(x: Tensor, distance: Tensor, log_decay: Tensor) -> Tensor:
-    """Heads [B T H K] times exp(log_decay * distance), distance [T] or [B T]."""
+def _scale_by_decay(x: Tensor, distance: Tensor, log_decay: Tensor) -> Tensor:
+    """Return x [B T H K] times exp(log_decay * distance), with distance [T] or [B T]."""
     wide = torch.promote_types(x.dtype, torch.float32)
     factor = (distance[..., None, None].to(wide) * log_decay.to(wide)).exp()
     return (x.to(wide) * factor).to(x.dtype)
 
 
-def visible_keys(places: Tensor, offer: Offer, window: int | None) -> Bool[Tensor, "_ 1 T M"]:
-    """Which keys each query sees."""
+def visible_keys(places: Tensor, kv: KeyValues, window: int | None) -> Bool[Tensor, "_ 1 T M"]:
+    """Return the attention mask: True where the query at a place sees the key."""
     query = places[:, None]
-    key = offer.places[:, None]
+    key = kv.places[:, None]
     visible = key <= query
     if window is not None:
         visible = visible & (key > query - window)
-    if offer.documents is not None:
-        of_key, of_query = offer.documents
+    if kv.documents is not None:
+        of_key, of_query = kv.documents
         visible = visible & (of_key == of_query[:, None])
     return visible[:, None]
 
 
 def require_range(log_decay: Tensor | None, length: int, dtype: torch.dtype) -> None:
-    """Refuse a decay that `length` queries at once would turn into factors outside the dtype's range."""
+    """Raise a RuntimeError if the factors of the decay, over `length` queries at once, would leave the dtype's range.
+
+    On a GPU the error is raised when the device gets there.
+    """
     if log_decay is None:
         return
-    # one half of the exponent's range is the factors', the other is left to queries and keys
+    # half of the exponent's range is for the factors, the other half for queries and keys
     lowest = -math.log(torch.finfo(dtype).max) / length
     require_async(
         (log_decay >= lowest).all(),
-        f"log_decay is so low that its factors over this many tokens at once leave the range of {dtype}: "
+        f"log_decay is too low: its factors over this many tokens at once leave the range of {dtype}; "
         "use the chunkwise paradigm, or a smaller chunk_size",
     )
 
 
 def require_attention(x: AttentionInputs) -> None:
-    """Refuse shapes and dtypes that no kernel takes."""
+    """Raise a SeqmixError for shapes or dtypes that no kernel accepts."""
     q, k, v = x.q, x.k, x.v
     require_floats(q, k, v)
     shapes = (q.shape, k.shape, v.shape)
-    fit = all(len(shape) == 4 for shape in shapes) and q.shape[:2] == k.shape[:2] == v.shape[:2]
-    if not fit or q.shape[1] < 1:
+    consistent = all(len(shape) == 4 for shape in shapes) and q.shape[:2] == k.shape[:2] == v.shape[:2]
+    if not consistent or q.shape[1] < 1:
         raise SeqmixError(
-            "q must be [B T H K], k [B T G K] and v [B T G V] with T >= 1; "
-            f"given are {list(q.shape)}, {list(k.shape)}, {list(v.shape)}"
+            "softmax attention expects q [B T H K], k [B T G K] and v [B T G V] with T >= 1, "
+            f"got {list(q.shape)}, {list(k.shape)}, {list(v.shape)}"
         )
     n_heads, key_dim = q.shape[2:]
     n_kv_heads = k.shape[2]
     if k.shape[3] != key_dim or v.shape[2] != n_kv_heads or n_heads % n_kv_heads:
         raise SeqmixError(
-            "k and v must have the same heads, their number must divide that of q, and k the width of q; "
-            f"given are {list(q.shape)}, {list(k.shape)}, {list(v.shape)}"
+            "k and v must have the same number of heads, which must divide the heads of q; k must be as wide as q; got "
+            f"q, k, v of {list(q.shape)}, {list(k.shape)}, {list(v.shape)}"
         )
     if x.window is not None and x.window < 1:
-        raise SeqmixError(f"a window of {x.window} keys leaves out the query's own: 1 is the smallest")
+        raise SeqmixError(f"window must be at least 1 (the query's own key), got a window of {x.window}")
     if x.log_decay is not None and x.log_decay.shape != (key_dim,):
-        raise SeqmixError(f"log_decay must be one scalar per key dimension [{key_dim}], is {list(x.log_decay.shape)}")
+        raise SeqmixError(
+            f"log_decay must have one number per key dimension [{key_dim}], got {list(x.log_decay.shape)}"
+        )
     require_packing(q, None if x.documents is None else x.documents.cu_seqlens)
     require_chunk_size(x.chunk_size)
     _require_scores(x)
@@ -210,38 +234,40 @@ def require_attention(x: AttentionInputs) -> None:
 
 
 def _require_scores(x: AttentionInputs) -> None:
-    """Refuse what does not fit the heads, or is no bound of scores."""
+    """Raise a SeqmixError for score options of the wrong shape, dtype or range."""
     n_heads = x.q.shape[2]
     shapes = {"log_forget": (*x.k.shape[:2], n_heads), "slopes": (n_heads,), "sinks": (n_heads,)}
     for name, shape in shapes.items():
-        given = getattr(x, name)
-        if given is not None and (given.shape != shape or not given.is_floating_point()):
-            raise SeqmixError(f"{name} must be floats {list(shape)}, is {list(given.shape)} of {given.dtype}")
+        tensor = getattr(x, name)
+        if tensor is not None and (tensor.shape != shape or not tensor.is_floating_point()):
+            raise SeqmixError(f"{name} must be floats {list(shape)}, got {list(tensor.shape)} of {tensor.dtype}")
     if x.softcap is not None and not 0 < x.softcap < math.inf:
-        raise SeqmixError(f"softcap bounds scores, so it is a number above 0 (None for no bound), and is {x.softcap}")
-    widest = x.k.shape[3]
-    if x.value_dims is not None and not (0 < x.value_dims <= widest and x.v.shape[3] == 0):
+        raise SeqmixError(f"softcap must be a finite number above 0 (or None for no bound), got {x.softcap}")
+    key_dim = x.k.shape[3]
+    if x.value_dims is not None and not (0 < x.value_dims <= key_dim and x.v.shape[3] == 0):
         raise SeqmixError(
-            f"value_dims are from 1 to the {widest} of the keys, with an empty v; given are {x.value_dims} and "
-            f"{list(x.v.shape)}"
+            f"value_dims must be from 1 to {key_dim} (the width of the keys) with an empty v, got {x.value_dims} and "
+            f"v of {list(x.v.shape)}"
         )
 
 
 def _require_cache(x: AttentionInputs, rows: int) -> None:
-    """Refuse a cache of another call."""
+    """Raise a SeqmixError for a cache that does not match the inputs."""
     if x.cache is None:
         return
-    if isinstance(x.cache, ForgettingCache) != (x.log_forget is not None):
-        kept, given = ("has", "not given") if x.log_forget is None else ("has no", "given")
-        raise SeqmixError(f"the cache {kept} forget gates, and log_forget is {given}: they go together")
-    kept, (n_kv_heads, key_dim), value_dim = key_cache(x.cache), x.k.shape[2:], x.v.shape[3]
-    needed = [[rows, n_kv_heads, key_dim], [rows, n_kv_heads, value_dim], [rows]]
-    leaves = list(kept)
+    if isinstance(x.cache, ForgettingCache) and x.log_forget is None:
+        raise SeqmixError("the cache has forget gates, but log_forget is None: pass both or neither")
+    if not isinstance(x.cache, ForgettingCache) and x.log_forget is not None:
+        raise SeqmixError("the cache has no forget gates, but log_forget was passed: pass both or neither")
+    n_kv_heads, key_dim = x.k.shape[2:]
+    value_dim = x.v.shape[3]
+    expected = [[rows, n_kv_heads, key_dim], [rows, n_kv_heads, value_dim], [rows]]
+    leaves = list(key_cache(x.cache))
     if isinstance(x.cache, ForgettingCache):
-        needed = [*needed, [rows, x.q.shape[2]]]
+        expected = [*expected, [rows, x.q.shape[2]]]
         leaves = [*leaves, x.cache.log_forget]
-    if needed != [[*leaf.shape[:1], *leaf.shape[2:]] for leaf in leaves]:
+    if expected != [[*leaf.shape[:1], *leaf.shape[2:]] for leaf in leaves]:
         raise SeqmixError(
-            f"the cache must have {rows} rows of {n_kv_heads} heads of {key_dim} (keys) and {value_dim} (values); "
-            f"its leaves are {', '.join(str(list(leaf.shape)) for leaf in leaves)}"
+            f"the cache must have {rows} rows of {n_kv_heads} heads with keys {key_dim} and values {value_dim} wide, "
+            f"got tensors of {', '.join(str(list(leaf.shape)) for leaf in leaves)}"
         )

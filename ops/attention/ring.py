@@ -1,17 +1,17 @@
-"""Softmax attention of one process's queries over the keys of all processes before it (notation of api.py).
+"""Ring attention: one process's queries attend to the keys of all processes before it (notation of api.py).
 
-Ring attention (arXiv 2310.01889): keys and values come block by block, one per process, and the softmax over all of
-them is computed as they come (arXiv 1805.02867). With the maximum M of a query's scores so far, own keys first,
+Keys and values arrive in blocks, one per process (arXiv 2310.01889), and the softmax is accumulated online (arXiv
+1805.02867). M is the maximum of a query's scores so far, beginning with the process's own keys:
 
     M' = max(M, max_m s_nm)        r = e^(M - M')        l <- r l + sum_m e^(s_nm - M')
     o_n = a / l                    L_n = M + log l       a <- r a + sum_m e^(s_nm - M') v_m
 
-Backward receives the blocks again, so that between the passes a process holds its own keys and values only:
+The backward pass receives the blocks again, so that a process stores only its own keys and values between the passes:
 
     w_nm = e^(s_nm - L_n)          dv_m = sum_n w_nm do_n          ds_nm = w_nm (do_n . v_m - do_n . o_n + dL_n)
 
-and sends a block's gradients to its process. Keys of later processes are in the future and are not sent. Under a window
-of w, a process sends its last w - 1 keys, to the processes that see them.
+It sends a block's gradients back to the block's process. Keys of later processes are in the future and are never
+received. With a window of w, a process sends its last w - 1 keys, and only to the processes that see them.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,13 +25,13 @@ from torch.nn.functional import logsigmoid
 from ..recurrence.token_loop import no_autocast
 from ..runtime.context_parallel import ContextParallel
 from ..runtime.custom_op import Gradients, Op, needs_grad
-from .inputs import AttentionInputs, factored, visible_keys
-from .kv_cache import Offer
-from .scores import by_group, by_head, product, products, scores
+from .inputs import AttentionInputs, apply_decay, visible_keys
+from .kv_cache import KeyValues
+from .scores import group_heads, mask_scores, matmul, query_key_products, ungroup_heads
 
 
-class Ring(NamedTuple):
-    """What the op takes: tensors of this process's tokens."""
+class RingInputs(NamedTuple):
+    """Inputs of the op: tensors of this process's tokens."""
 
     q: Tensor
     k: Tensor
@@ -39,7 +39,7 @@ class Ring(NamedTuple):
     sums: Tensor | None
     """Sums of log forget gates from the row's first token on, [B T H], float64."""
     documents: Tensor | None
-    """The document of each token of the whole row."""
+    """Document of each token of the whole row."""
     log_decay: Tensor | None
     slopes: Tensor | None
     scale: float
@@ -48,23 +48,32 @@ class Ring(NamedTuple):
     value_dims: int | None
     chunk_size: int
     group: str
+    """Name of the context-parallel process group."""
     rank: int
+    """Rank of this process in the group."""
     size: int
+    """Number of processes in the group."""
 
 
 def can_ring(x: AttentionInputs) -> bool:
-    """Whether keys and values need not be gathered: a state is the cache of the whole row, and so is its gradient."""
+    """Return True if ring attention can compute a call.
+
+    It handles no caches, which hold keys of the whole row, and no gradients of log_decay or slopes.
+    """
     return x.cache is None and not x.output_final_state and not needs_grad(x.log_decay, x.slopes)
 
 
 def attend_in_ring(x: AttentionInputs, cp: ContextParallel) -> Float[Tensor, "B T H V"]:
-    """What this rank's queries read; keys, values and gates are its own tokens' too, documents the whole row's."""
+    """Compute the attention of this rank's queries.
+
+    Keys, values and gates in `x` are those of this rank's tokens too; documents are those of the whole row.
+    """
     sums = None
     if x.log_forget is not None:
         sums = x.log_forget.double().cumsum(dim=1)
         sums = sums + cp.gather(sums[:, -1:])[: cp.rank].sum(dim=0)
     documents = None if x.documents is None else x.documents.of_token
-    call = Ring(
+    call = RingInputs(
         x.q,
         x.k,
         x.v,
@@ -76,11 +85,14 @@ def attend_in_ring(x: AttentionInputs, cp: ContextParallel) -> Float[Tensor, "B 
         x.softcap,
         x.window,
         x.value_dims,
-        # what has no numbers is only counted, at any length
-        *(x.q.shape[1] if x.q.device.type == "meta" else x.chunk_size, cp.name, cp.rank, cp.size),
+        # meta tensors are only used to count operations: one block, whatever the length
+        x.q.shape[1] if x.q.device.type == "meta" else x.chunk_size,
+        cp.name,
+        cp.rank,
+        cp.size,
     )
     with no_autocast(x.q.device):
-        # ranks that are not processes share one graph
+        # simulated ranks share one process and one autograd graph, so they bypass the op
         output, log_sum = RING(call) if type(cp) is ContextParallel else _attend(call, cp)
         if x.sinks is None:
             return output
@@ -92,64 +104,67 @@ class _Tile(NamedTuple):
     """A chunk of queries and the keys of one block that some of them see."""
 
     queries: slice
+    """Queries of the chunk, among those of this rank."""
     keys: slice
+    """Keys of the tile, among those of the block."""
     first: int
-    """The place of the first query."""
-    offer: Offer
+    """Place of the first query."""
+    kv: KeyValues
+    """Keys and values of the tile."""
 
 
 class _Blocks:
-    """The blocks of keys, values and sums that a rank reads."""
+    """The blocks of keys, values and gate sums that a rank reads: its own, and those of earlier ranks."""
 
-    def __init__(self, x: Ring, cp: ContextParallel) -> None:
+    def __init__(self, x: RingInputs, cp: ContextParallel) -> None:
         self.x = x
         self.cp = cp
         self.length = x.q.shape[1]
-        self.own = [tensor for tensor in (x.k, x.v, x.sums) if tensor is not None]
-        seen = self.length * cp.size if x.window is None else x.window - 1
-        self.kept = min(seen, self.length)
-        self.reach = min(-(-seen // self.length), cp.size - 1)
+        self.own_block = [tensor for tensor in (x.k, x.v, x.sums) if tensor is not None]
+        keys_before = self.length * cp.size if x.window is None else x.window - 1
+        self.shared_tokens = min(keys_before, self.length)
+        self.reach = min(-(-keys_before // self.length), cp.size - 1)
 
-    def sent(self) -> list[Tensor]:
-        """What ranks after this one see of its own."""
-        return [tensor[:, self.length - self.kept :].contiguous() for tensor in self.own]
+    def outgoing(self) -> list[Tensor]:
+        """Return the part of this rank's block that later ranks see: its last `shared_tokens` tokens."""
+        return [tensor[:, self.length - self.shared_tokens :].contiguous() for tensor in self.own_block]
 
     def __iter__(self) -> Iterator[tuple[int, Sequence[Tensor]]]:
-        """This rank's, then those of the ranks before and how many ranks before; empty where there is no such rank.
+        """Yield (distance, block): this rank's block, then that of each rank `distance` ranks before it.
 
-        The next is on its way while one is computed with.
+        A block is empty if there is no such rank. The next block is received while one is in use.
         """
-        sent = self.sent()
-        coming = None
+        outgoing = self.outgoing()
+        incoming = None
         for distance in range(self.reach + 1):
-            block, works = (self.own, []) if coming is None else coming
+            block, works = (self.own_block, []) if incoming is None else incoming
             for work in works:
                 work.wait()
-            coming = self.cp.exchange(sent, sent, distance + 1) if distance < self.reach else None
+            incoming = self.cp.exchange(outgoing, outgoing, distance + 1) if distance < self.reach else None
             yield distance, block
 
-    def give_back(self, owed: Sequence[Tensor], distance: int, totals: Sequence[Tensor]) -> None:
-        """Send gradients of the block of the rank so far before, and add what ranks after this one send to `totals`."""
-        received, works = self.cp.exchange(owed, self.sent(), -distance)
+    def return_gradients(self, gradients: Sequence[Tensor], distance: int, totals: Sequence[Tensor]) -> None:
+        """Send a block's gradients to its rank, `distance` ranks before, and add those received to `totals`."""
+        received, works = self.cp.exchange(gradients, self.outgoing(), -distance)
         for work in works:
             work.wait()
         for total, part in zip(totals, received, strict=False):
-            total[:, self.length - self.kept :] += part
+            total[:, self.length - self.shared_tokens :] += part
 
     def tiles(self, distance: int, block: Sequence[Tensor]) -> Iterator[tuple[int, _Tile]]:
-        """The tiles of a block, by the number of their chunk."""
+        """Yield (chunk number, tile) for the tiles of a block."""
         if not block:
             return
         x = self.x
         start = self.cp.start(self.length)
-        k, v, *more = block
+        k, v, *sums_of_keys = block
         origin = start + self.length - k.shape[1] - distance * self.length
-        for number, at in enumerate(range(0, self.length, x.chunk_size)):
-            stop = min(at + x.chunk_size, self.length)
-            first = start + at
+        for number, offset in enumerate(range(0, self.length, x.chunk_size)):
+            stop = min(offset + x.chunk_size, self.length)
+            first = start + offset
             last = start + stop
             begin = 0 if x.window is None else max(0, first - x.window + 1 - origin)
-            queries = slice(at, stop)
+            queries = slice(offset, stop)
             keys = slice(begin, min(k.shape[1], last - origin))
             if keys.start >= keys.stop:
                 continue
@@ -158,134 +173,140 @@ class _Blocks:
             documents = None
             if x.documents is not None:
                 documents = x.documents[origin + keys.start : origin + keys.stop], x.documents[first:last]
-            sums = (more[0][:, keys], x.sums[:, queries]) if x.sums is not None else None
-            yield number, _Tile(queries, keys, first, Offer(k[:, keys], values, places[None], documents, 0, sums))
+            sums = (sums_of_keys[0][:, keys], x.sums[:, queries]) if x.sums is not None else None
+            yield number, _Tile(queries, keys, first, KeyValues(k[:, keys], values, places[None], documents, 0, sums))
 
 
-def _scores(x: Ring, tile: _Tile) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Queries and keys with their factors, products (or their tanh), and scores [B H C M]."""
-    offer = tile.offer
+def _tile_scores(x: RingInputs, tile: _Tile) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return a tile's queries and keys with their decay factors, their products, and the scores [B H C M].
+
+    With a softcap the products are bounded by tanh, as in `query_key_products`.
+    """
+    kv = tile.kv
     call = AttentionInputs(x.q[:, tile.queries], x.k, x.v, x.scale, None, None, False, x.chunk_size)
     call = call._replace(softcap=x.softcap, slopes=x.slopes)
-    q, keys = factored(call.q, tile.first, offer, x.log_decay)
+    q, keys = apply_decay(call.q, tile.first, kv, x.log_decay)
     places = torch.arange(tile.first, tile.first + q.shape[1], device=q.device)
-    bounded = products(call, q, keys)
-    return q, keys, bounded, scores(call, bounded, visible_keys(places, offer, x.window), call.bias(places, offer))
+    products = query_key_products(call, q, keys)
+    return q, keys, products, mask_scores(call, products, visible_keys(places, kv, x.window), call.bias(places, kv))
 
 
-_Reads: TypeAlias = dict[int, tuple[Tensor, Tensor, Tensor]]
-"""By the number of a chunk, of each query: the greatest score, the sum of weights, and the weighted sum of values."""
+_Accumulators: TypeAlias = dict[int, tuple[Tensor, Tensor, Tensor]]
+"""For each chunk number, per query: the maximum score, the sum of weights, and the weighted sum of values."""
 
 
-def _attend(x: Ring, cp: ContextParallel) -> tuple[Tensor, Tensor]:
-    """The output, and the log of the sum of each query's weights."""
+def _attend(x: RingInputs, cp: ContextParallel) -> tuple[Tensor, Tensor]:
+    """Compute the output, and the logsumexp of each query's scores."""
     blocks = _Blocks(x, cp)
-    reads = _Reads()
+    accumulators = _Accumulators()
     for distance, block in blocks:
-        _read(x, blocks.tiles(distance, block), reads)
-        del block  # the next are there before it is bound again
-    output, log_sum = _empty(x)
-    for number, (top, total, read) in reads.items():
+        _accumulate(x, blocks.tiles(distance, block), accumulators)
+        del block  # free it before the next one arrives
+    output, log_sum = _allocate(x)
+    for number, (maximum, total, weighted) in accumulators.items():
         chunk = slice(number * x.chunk_size, (number + 1) * x.chunk_size)
-        output[:, chunk] = (read / total[..., None]).transpose(1, 2)
-        log_sum[:, :, chunk] = top + total.log()
+        output[:, chunk] = (weighted / total[..., None]).transpose(1, 2)
+        log_sum[:, :, chunk] = maximum + total.log()
     return output, log_sum
 
 
-def _read(x: Ring, tiles: Iterable[tuple[int, _Tile]], reads: _Reads) -> None:
-    """Add what queries read in a block."""
+def _accumulate(x: RingInputs, tiles: Iterable[tuple[int, _Tile]], accumulators: _Accumulators) -> None:
+    """Add the tiles of a block to the accumulators of their chunks."""
     for number, tile in tiles:
-        *_, found = _scores(x, tile)
-        top = found.detach().amax(-1)
-        if number in reads:  # own keys come first, of which a query sees one: the maximum is finite
-            top = torch.maximum(top, reads[number][0])
-        weights = (found - top[..., None]).exp()
+        *_, scores = _tile_scores(x, tile)
+        maximum = scores.detach().amax(-1)
+        if number in accumulators:  # a query's own key came first, so its maximum is finite
+            maximum = torch.maximum(maximum, accumulators[number][0])
+        weights = (scores - maximum[..., None]).exp()
         total = weights.sum(-1)
-        values = tile.offer.values.transpose(1, 2).to(weights.dtype)
-        read = by_head(product(by_group(weights, x.k.shape[2]), values), x.q.shape[2])
-        if number in reads:
-            before, total_before, read_before = reads[number]
-            shrunk = (before - top).exp()
-            total = total + total_before * shrunk
-            read = read + read_before * shrunk[..., None]
-        reads[number] = top, total, read
+        values = tile.kv.values.transpose(1, 2).to(weights.dtype)
+        weighted = ungroup_heads(matmul(group_heads(weights, x.k.shape[2]), values), x.q.shape[2])
+        if number in accumulators:
+            old_maximum, old_total, old_weighted = accumulators[number]
+            rescale = (old_maximum - maximum).exp()
+            total = total + old_total * rescale
+            weighted = weighted + old_weighted * rescale[..., None]
+        accumulators[number] = maximum, total, weighted
 
 
 class _Backward:
-    """What the tiles of a backward pass have in common, and the gradients that stay here."""
+    """A backward pass: values that all tiles need, and the gradients of this rank's queries and gate sums."""
 
-    def __init__(self, x: Ring, gradients: Gradients) -> None:
+    def __init__(self, x: RingInputs, gradients: Gradients) -> None:
         (d_output, d_log_sum), (output, self.log_sum) = gradients.outputs, gradients.saved
         self.x = x
         self.wide = self.log_sum.dtype
         d_output = torch.zeros_like(output) if d_output is None else d_output
         self.d_output = d_output.to(self.wide).transpose(1, 2)
-        taken = (self.d_output * output.to(self.wide).transpose(1, 2)).sum(-1)
-        self.taken = taken if d_log_sum is None else taken - d_log_sum
+        d_output_dot_output = (self.d_output * output.to(self.wide).transpose(1, 2)).sum(-1)
+        self.offset = d_output_dot_output if d_log_sum is None else d_output_dot_output - d_log_sum
         self.d_q = torch.zeros_like(x.q, dtype=self.wide)
         self.d_sums = None if x.sums is None else torch.zeros_like(x.sums)
 
-    def owed(self, block: Sequence[Tensor], tiles: Iterator[_Tile]) -> list[Tensor]:
-        """The gradients of a block."""
-        owed = [torch.zeros_like(x, dtype=torch.promote_types(x.dtype, self.wide)) for x in block]
+    def block_gradients(self, block: Sequence[Tensor], tiles: Iterator[_Tile]) -> list[Tensor]:
+        """Return the gradients of a block's tensors, and add those of the queries and gate sums."""
+        gradients = [torch.zeros_like(x, dtype=torch.promote_types(x.dtype, self.wide)) for x in block]
         for tile in tiles:
-            self._add(tile, owed)
-        return owed
+            self._add_tile(tile, gradients)
+        return gradients
 
-    def _add(self, tile: _Tile, owed: list[Tensor]) -> None:
+    def _add_tile(self, tile: _Tile, gradients: list[Tensor]) -> None:
+        """Add a tile's gradients, see the equations above."""
         x = self.x
         groups = self.x.k.shape[2]
         n_heads = self.x.q.shape[2]
-        q, keys, bounded, found = _scores(x, tile)
-        weights = (found - self.log_sum[:, :, tile.queries, None]).exp()
-        d_read = by_group(self.d_output[:, :, tile.queries], groups)
-        d_scores = by_head(product(d_read, tile.offer.values.permute(0, 2, 3, 1).to(self.wide)), n_heads)
-        d_scores = weights * (d_scores - self.taken[:, :, tile.queries, None])
+        q, keys, products, scores = _tile_scores(x, tile)
+        weights = (scores - self.log_sum[:, :, tile.queries, None]).exp()
+        d_output = group_heads(self.d_output[:, :, tile.queries], groups)
+        d_scores = ungroup_heads(matmul(d_output, tile.kv.values.permute(0, 2, 3, 1).to(self.wide)), n_heads)
+        d_scores = weights * (d_scores - self.offset[:, :, tile.queries, None])
         if self.d_sums is not None:
             self.d_sums[:, tile.queries] += d_scores.sum(-1).transpose(1, 2)
-            owed[2][:, tile.keys] -= d_scores.sum(-2).transpose(1, 2)
-        d_values = product(by_group(weights, groups).mT, d_read).transpose(1, 2)
-        owed[0 if x.value_dims else 1][:, tile.keys, :, : d_values.shape[3]] += d_values
+            gradients[2][:, tile.keys] -= d_scores.sum(-2).transpose(1, 2)
+        d_values = matmul(group_heads(weights, groups).mT, d_output).transpose(1, 2)
+        gradients[0 if x.value_dims else 1][:, tile.keys, :, : d_values.shape[3]] += d_values
         if x.softcap is not None:
-            d_scores = d_scores * (1 - bounded.square())
-        d_scores = by_group(d_scores * x.scale, groups)
-        d_q = by_head(product(d_scores, keys.transpose(1, 2).to(self.wide)), n_heads).transpose(1, 2)
-        d_keys = product(d_scores.mT, by_group(q.transpose(1, 2).to(self.wide), groups)).transpose(1, 2)
-        # factors are the same for a gradient
-        d_q, d_keys = factored(d_q, tile.first, tile.offer._replace(keys=d_keys), x.log_decay)
+            d_scores = d_scores * (1 - products.square())
+        d_scores = group_heads(d_scores * x.scale, groups)
+        d_q = ungroup_heads(matmul(d_scores, keys.transpose(1, 2).to(self.wide)), n_heads).transpose(1, 2)
+        d_keys = matmul(d_scores.mT, group_heads(q.transpose(1, 2).to(self.wide), groups)).transpose(1, 2)
+        # a gradient has the same decay factors as its tensor
+        d_q, d_keys = apply_decay(d_q, tile.first, tile.kv._replace(keys=d_keys), x.log_decay)
         self.d_q[:, tile.queries] += d_q
-        owed[0][:, tile.keys] += d_keys
+        gradients[0][:, tile.keys] += d_keys
 
 
-def _differentiate(x: Ring, cp: ContextParallel, gradients: Gradients) -> dict[str, Tensor]:
+def _differentiate(x: RingInputs, cp: ContextParallel, gradients: Gradients) -> dict[str, Tensor]:
+    """Compute the gradients of this rank's tensors, and exchange those of other ranks' blocks."""
     blocks = _Blocks(x, cp)
     backward = _Backward(x, gradients)
     totals: list[Tensor] = []
     for distance, block in blocks:
-        owed = backward.owed(block, (tile for _, tile in blocks.tiles(distance, block)))
+        d_block = backward.block_gradients(block, (tile for _, tile in blocks.tiles(distance, block)))
         if distance == 0:
-            totals = owed
+            totals = d_block
         else:
-            blocks.give_back([d.to(t.dtype) for d, t in zip(owed, block, strict=True)], distance, totals)
-        del block, owed  # the next are there before these are bound again
+            blocks.return_gradients([d.to(y.dtype) for d, y in zip(d_block, block, strict=True)], distance, totals)
+        del block, d_block  # free them before the next block arrives
     d_sums = {} if backward.d_sums is None else {"sums": backward.d_sums + totals[2]}
     return {"q": backward.d_q, "k": totals[0], "v": totals[1], **d_sums}
 
 
-def _empty(x: Ring) -> tuple[Tensor, Tensor]:
+def _allocate(x: RingInputs) -> tuple[Tensor, Tensor]:
+    """Allocate the output and the logsumexp of the scores."""
     batch_size, length, n_heads, _ = x.q.shape
     output = x.q.new_empty(batch_size, length, n_heads, x.value_dims or x.v.shape[3])
     return output, x.q.new_empty(batch_size, n_heads, length, dtype=torch.promote_types(x.q.dtype, torch.float32))
 
 
-def _group(x: Ring) -> ContextParallel:
+def _group(x: RingInputs) -> ContextParallel:
     return ContextParallel(x.group, x.rank, x.size)
 
 
 RING = Op(
     "softmax_ring",
-    Ring,
-    fake=_empty,
+    RingInputs,
+    fake=_allocate,
     forward=lambda x: _attend(x, _group(x)),
     backward=lambda x, gradients: _differentiate(x, _group(x), gradients),
     outputs=2,

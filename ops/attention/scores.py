@@ -1,8 +1,8 @@
-"""Softmax attention by its scores, written out, where torch's SDPA has no word for it (notation of api.py).
+"""Softmax attention with explicit scores, for options that torch's SDPA lacks (notation of api.py).
 
     w_nm = exp(s_nm - L_n)          L_n = log sum_m exp(s_nm)          o_n = sigmoid(L_n - sink) sum_m w_nm v_m
 
-All in float32 or wider: in bfloat16 a score of 30 is rounded by up to 0.06.
+Everything is computed in float32 or wider: in bfloat16 a score of 30 has a rounding error of up to 0.06.
 """
 
 import torch
@@ -15,10 +15,10 @@ from .inputs import AttentionInputs
 
 
 def needs_weights(x: AttentionInputs, bias: Tensor | None) -> bool:
-    """Whether SDPA cannot compute a call, or not well.
+    """Return True if SDPA cannot compute a call, or not well.
 
-    It has neither caps nor sinks, and no fused kernel for two widths. Beside queries of 16 bits it takes a wider bias,
-    but not everywhere: kernels of GPUs refuse it, or read its bytes as numbers of 16 bits.
+    SDPA has no softcap, no sinks and no fused kernel for keys and values of different widths. A bias wider than 16-bit
+    queries works on CPUs, but GPU kernels reject it, or read its bytes as 16-bit numbers.
     """
     return (
         x.softcap is not None
@@ -28,60 +28,67 @@ def needs_weights(x: AttentionInputs, bias: Tensor | None) -> bool:
     )
 
 
-def weighed(
+def attend_by_scores(
     x: AttentionInputs,
     q: Float[Tensor, "B T H K"],
     keys: Float[Tensor, "B M G K"],
     values: Float[Tensor, "B M G V"],
-    seen: Bool[Tensor, "_ 1 T M"],
+    visible: Bool[Tensor, "_ 1 T M"],
     bias: Float[Tensor, "_ H T M"] | None,
 ) -> Float[Tensor, "B T H V"]:
-    """What queries read of keys and values; the cap and the sinks are the call's."""
-    wide, (n_heads, groups) = torch.promote_types(q.dtype, torch.float32), (q.shape[2], keys.shape[2])
+    """Return the attention output of queries over keys and values; softcap and sinks are those of `x`."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    n_heads = q.shape[2]
+    groups = keys.shape[2]
     with no_autocast(q.device):
-        found = scores(x, products(x, q, keys), seen, bias)
-        output = by_head(product(by_group(found.softmax(-1), groups), values.transpose(1, 2).to(wide)), n_heads)
+        scores = mask_scores(x, query_key_products(x, q, keys), visible, bias)
+        output = matmul(group_heads(scores.softmax(-1), groups), values.transpose(1, 2).to(wide))
+        output = ungroup_heads(output, n_heads)
         if x.sinks is not None:
-            # sigmoid, whose own backward pass forms 1 - sigmoid by subtraction
-            share = logsigmoid(found.logsumexp(-1) - x.sinks[:, None].to(wide)).exp()
+            # the backward pass of sigmoid forms 1 - sigmoid by subtraction, which cancels; this form does not
+            share = logsigmoid(scores.logsumexp(-1) - x.sinks[:, None].to(wide)).exp()
             output = output * share[..., None]
     return output.transpose(1, 2).to(q.dtype)
 
 
-def products(
+def query_key_products(
     x: AttentionInputs, q: Float[Tensor, "B T H K"], keys: Float[Tensor, "B M G K"]
 ) -> Float[Tensor, "B H T M"]:
-    """scale q . k, or under a cap the tanh of its share of the cap; not under autocast."""
+    """Return scale * q . k, or with a softcap tanh(scale * q . k / softcap). Autocast must be off."""
     wide = torch.promote_types(q.dtype, torch.float32)
     scale = x.scale if x.softcap is None else x.scale / x.softcap
-    queries = by_group(q.transpose(1, 2).to(wide) * scale, keys.shape[2])
-    found = by_head(product(queries, keys.permute(0, 2, 3, 1).to(wide)), q.shape[2])
-    return found if x.softcap is None else found.tanh_()  # in place where no backward pass needs what was there
+    queries = group_heads(q.transpose(1, 2).to(wide) * scale, keys.shape[2])
+    products = ungroup_heads(matmul(queries, keys.permute(0, 2, 3, 1).to(wide)), q.shape[2])
+    return products if x.softcap is None else products.tanh_()  # in place: no backward pass needs the products
 
 
-def scores(
+def mask_scores(
     x: AttentionInputs,
-    found: Float[Tensor, "B H T M"],
-    seen: Bool[Tensor, "_ 1 T M"],
+    products: Float[Tensor, "B H T M"],
+    visible: Bool[Tensor, "_ 1 T M"],
     bias: Float[Tensor, "_ H T M"] | None,
 ) -> Float[Tensor, "B H T M"]:
-    """The scores of `products`, which may be overwritten; -inf where a key is not seen."""
-    found = found if x.softcap is None else found * x.softcap
-    return (found if bias is None else found.add_(bias)).masked_fill_(~seen, -torch.inf)
+    """Return the scores from the result of `query_key_products`, which may be overwritten; -inf where masked."""
+    scores = products if x.softcap is None else products * x.softcap
+    return (scores if bias is None else scores.add_(bias)).masked_fill_(~visible, -torch.inf)
 
 
-def by_group(y: Float[Tensor, "B H T _"], groups: int) -> Float[Tensor, "B G N _"]:
-    """The heads that share a key are rows of one product."""
+def group_heads(y: Float[Tensor, "B H T _"], groups: int) -> Float[Tensor, "B G N _"]:
+    """Merge the query heads that share a key head into rows of one matrix, N = T H / G."""
     return y.unflatten(1, (groups, -1)).flatten(2, 3)
 
 
-def by_head(y: Float[Tensor, "B G N _"], n_heads: int) -> Float[Tensor, "B H T _"]:
-    """Undoes it."""
+def ungroup_heads(y: Float[Tensor, "B G N _"], n_heads: int) -> Float[Tensor, "B H T _"]:
+    """Split the rows of `group_heads` into heads again."""
     return y.unflatten(2, (n_heads // y.shape[1], -1)).flatten(1, 2)
 
 
-def product(x: Float[Tensor, "B G N M"], y: Float[Tensor, "B G M O"]) -> Float[Tensor, "B G N O"]:
-    """x @ y; on a CPU row by row, as torch copies y where its heads do not lie in the order of the batch: a cache's."""
+def matmul(x: Float[Tensor, "B G N M"], y: Float[Tensor, "B G M O"]) -> Float[Tensor, "B G N O"]:
+    """Return x @ y.
+
+    On a CPU it multiplies batch row by batch row: torch's batched product would copy y if its heads are strided
+    differently from its rows, as in a cache.
+    """
     if x.device.type != "cpu" or torch.compiler.is_compiling() or x.shape[0] == 1:
         return x @ y
     return torch.stack([a @ b for a, b in zip(x, y, strict=True)])

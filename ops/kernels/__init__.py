@@ -1,7 +1,7 @@
-"""Kernel backends beside the plain-torch references: Triton, and those of other libraries; `selection` chooses one.
+"""Kernel backends besides the plain-torch references: this library's Triton kernels, and kernels of other libraries.
 
-A kernel is declared beside its code (`Kernel`), with its tolerances and the reasons for which it refuses a call. These
-modules are imported on demand: each needs its optional library only where a kernel is launched.
+Each kernel is declared next to its code (`Kernel`), with its tolerances and the calls it does not support; `selection`
+chooses one. These modules are imported on demand, and each imports its optional library only to launch a kernel.
 """
 
 from ..runtime.kernel import Kernel, Probe, declare, find

@@ -2,23 +2,23 @@
 
     log_decay     fla's function
     None          chunk_simple_gla, without gates
-    [H]           chunk_simple_gla(g_gamma=a); fla gives that no gradient, so where one is wanted, as [B T H]
+    [H]           chunk_simple_gla(g_gamma=a), which has no gradient for a; if one is needed, a is expanded to [B T H]
     [B T H]       chunk_simple_gla(g=a)
     [B T H K]     chunk_gla(g=a)
 
-Layout, recurrence, scale and states are the same as here: natural logarithms, and a state [N H K V] in float32 that
-decays before the first token is added. What differs, and what is done about it:
+Layout, recurrence, scale and states agree with this library: natural logarithms, and a float32 state [N H K V] that
+decays before the first token is added. Three things differ:
 
-    A chunk is 64 tokens: chunk_size is not read. It changes the cost and never the result.
-    Sums of log-decays inside a chunk are subtracted, and inf - inf is nan: log-decays are clamped at LOWEST first,
-    whose exponential is 0 in float32. Where that clamps, the gradient is 0.
-    fla caches tables of the boundaries by the identity of the tensor: a copy is passed, so that boundaries written in
-    place are seen. Making the tables waits for the device.
+    Chunks always have 64 tokens: chunk_size is ignored. It changes the cost and never the result.
+    fla subtracts sums of log-decays, and inf - inf is nan. So log-decays are clamped at LOWEST, whose exponential is 0
+    in float32. The gradient of a clamped log-decay is 0.
+    fla caches tables of document boundaries by the identity of the tensor. So a copy is passed, in case the boundaries
+    are later changed in place. Making the tables waits for the device.
 
-fla's functions cannot be compiled. Compiled code has one custom op around them, whose backward pass recomputes the
-forward, since what fla saves between the two is inside its autograd function.
+fla's functions cannot be compiled. In compiled code they are wrapped in one custom op, whose backward pass recomputes
+the forward pass, because the tensors that fla saves are inside its own autograd function.
 
-fla is imported where it is called.
+fla is imported only when it is called.
 """
 
 import math
@@ -36,43 +36,45 @@ from ..runtime.kernel import Kernel, Probe, declare, installed
 from ..runtime.paradigm import Paradigm
 
 LOWEST = -256 * math.log(2)
-"""The lowest log-decay that is passed on."""
+"""Lower bound of the log-decays passed to fla."""
 
 SUSPECT = 64
-"""The width of keys at which a product of a transposed tile is miscompiled on Hopper (fla-org issue 640)."""
+"""Key width at which Triton may miscompile a product with a transposed tile on Hopper (fla-org issue 640)."""
 
 COLLAPSES_AT = 256
-"""The width from which fla's backward is slow: on a GPU after Hopper one of its tiles exceeds the shared memory of a
-block, and what is left to it cannot use the matrix instructions."""
+"""Width from which fla's backward pass is very slow on GPUs after Hopper: one of its tiles exceeds the shared memory
+of a block, and the tiles that fit cannot use the matrix instructions."""
 
 
 def limits(probe: Probe) -> list[str]:
-    """Why it cannot run what it is asked about, beside the dtype."""
+    """Return why this backend cannot run a call, besides its dtype; empty if it can."""
     reasons = []
     if not installed("fla"):
         reasons.append("flash-linear-attention is not installed (pip install --no-deps fla-core)")
     if not installed("triton"):
         reasons.append("triton is not installed (pip install 'seqmix[gpu]', on Linux)")
     if probe.device.type != "cuda":
-        reasons.append(f"it needs a CUDA device and not {probe.device.type}")
+        reasons.append(f"it needs a CUDA device, got {probe.device.type}")
     if probe.wide_output:
-        reasons.append("its output has the dtype of its inputs")
+        reasons.append("it has no float32 output for 16-bit inputs")
     if probe.key_width % 2 or probe.value_width % 2:
-        reasons.append(f"its backward pass refuses odd widths, {probe.key_width} and {probe.value_width}")
+        reasons.append(f"its backward pass needs even widths, got {probe.key_width} and {probe.value_width}")
     if probe.device.type == "cuda" and torch.cuda.is_available():
         capability = torch.cuda.get_device_capability(probe.device)
         if probe.needs_grad and capability[0] == 9 and _is_miscompiled():
             if probe.log_decay == "B T H":
-                reasons.append("with this triton its backward pass of given decays is wrong on Hopper: 3.7.1 is right")
+                reasons.append(
+                    "this triton miscompiles its backward pass for decays per token on Hopper: install triton 3.7.1"
+                )
             if probe.log_decay == "H" and probe.key_width == SUSPECT:
                 reasons.append(
-                    f"with this triton its backward pass of rates per head is suspect on Hopper where keys are "
-                    f"{SUSPECT} wide: the product that goes wrong elsewhere is in it too; 3.7.1 is right"
+                    f"its backward pass for decays per head and keys {SUSPECT} wide is suspect on Hopper with this "
+                    "triton, which miscompiles the same product elsewhere: install triton 3.7.1"
                 )
         wide = max(probe.key_width, probe.value_width) >= COLLAPSES_AT
         if probe.needs_grad and wide and capability >= (10, 0) and probe.log_decay != "B T H K":
             reasons.append(
-                f"its backward pass collapses from a width of {COLLAPSES_AT} on a device of compute capability "
+                f"its backward pass is very slow for widths from {COLLAPSES_AT} on a device of compute capability "
                 f"{'.'.join(map(str, capability))}"
             )
     return reasons
@@ -80,16 +82,16 @@ def limits(probe: Probe) -> list[str]:
 
 @cache
 def _is_miscompiled() -> bool:
-    """Whether the installed triton is one that fla refuses to run this backward with."""
+    """Return True if the installed triton is a release with which fla refuses to run this backward pass."""
     release = tuple(int(number) for number in re.findall(r"\d+", version("triton"))[:3])
     return (3, 4, 0) <= release < (3, 7, 1)
 
 
 def decay_chunkwise_fla(x: Recurrence) -> RecurrenceOutput:
-    """The chunkwise paradigm by fla.
+    """Compute the chunkwise paradigm of the decay family by fla.
 
     Raises:
-        SeqmixError: `KERNEL` does not take this.
+        SeqmixError: `KERNEL` does not support the call.
     """
     x, log_decay = x.by_head(), x.log_decay
     if log_decay is not None:
@@ -102,7 +104,7 @@ def decay_chunkwise_fla(x: Recurrence) -> RecurrenceOutput:
 
 
 def _chunkwise(x: Recurrence) -> tuple[Tensor, Tensor]:
-    """Output and final state, which is empty unless wanted; with gradients by fla's own autograd function."""
+    """Return the output, and the final state (empty unless requested); gradients come from fla's autograd function."""
     KERNEL.require(x.probe())
     options = {
         "scale": x.scale,
@@ -130,18 +132,18 @@ def _forward(x: Recurrence) -> tuple[Tensor, Tensor]:
 
 
 def _backward(x: Recurrence, gradients: Gradients) -> dict[str, Tensor]:
-    """The gradients; recomputes the forward."""
+    """Return the gradients; the forward pass is recomputed."""
     leaves = {
         name: getattr(x, name).detach().requires_grad_()
         for name in ("q", "k", "v", "log_decay", "initial_state")
         if name in gradients.wanted
     }
     with torch.enable_grad():
-        # fla's own function is the whole graph: inside an op no other is recorded
+        # inside an op nothing else is recorded, so this graph is fla's function alone
         outputs = _chunkwise(x._replace(**leaves))
-        given = [(y, d) for y, d in zip(outputs, gradients.outputs, strict=True) if d is not None and d.numel()]
-        found = torch.autograd.grad([y for y, _ in given], list(leaves.values()), [d for _, d in given])
-    return dict(zip(leaves, found, strict=True))
+        pairs = [(y, d) for y, d in zip(outputs, gradients.outputs, strict=True) if d is not None and d.numel()]
+        d_leaves = torch.autograd.grad([y for y, _ in pairs], list(leaves.values()), [d for _, d in pairs])
+    return dict(zip(leaves, d_leaves, strict=True))
 
 
 OP = Op("decay_chunkwise_fla", Recurrence, fake=_allocate, forward=_forward, backward=_backward, outputs=2)
@@ -152,7 +154,7 @@ KERNEL = declare(
         paradigm=Paradigm.CHUNKWISE,
         backend="fla",
         function=decay_chunkwise_fla,
-        # no float32: its products are then of TF32, which has 11 bits
+        # no float32: fla would compute its products in TF32, with 11 bits of precision
         tolerances={torch.bfloat16: 1.5e-2, torch.float16: 1.8e-3},
         limits=limits,
         differences=True,

@@ -1,8 +1,8 @@
-"""Which backend computes a layer: resolved once, when a model is built, for its device and its activations' dtype.
+"""Choice of the kernel backend of a layer, made once when a model is built, for its device and activations' dtype.
 
-A name means that backend wherever it has a kernel, and the reference in the paradigms it has none for. `auto` is the
-first of `AUTO` whose kernel can run, else the reference. A kernel of `AUTO` has a trial first, on the GPU itself and as
-training and decoding will call it.
+A backend that is named in the configuration computes every paradigm it has a kernel for; the reference computes the
+others. `auto` means, per paradigm, the first backend of `AUTO` whose kernel can run, else the reference. On a GPU,
+kernels of `AUTO` must first pass a trial on the device itself, with calls as in training and decoding.
 """
 
 import logging
@@ -24,28 +24,28 @@ AUTO: Mapping[str, Mapping[Paradigm, Sequence[str]]] = {
     "decay": {Paradigm.CHUNKWISE: ("triton", "fla"), Paradigm.RECURRENT: ("triton",)},
     "delta": {Paradigm.CHUNKWISE: ("triton",)},
 }
-"""The backends that `auto` tries on a GPU, in this order, by op. A backend that is named has the same trial."""
+"""Backends that `auto` tries on a GPU, in this order, by op. Backends named in a configuration have the same trial."""
 
 TRIAL_LENGTH = 259
-"""Tokens of a trial: whole chunks, and a ragged one."""
+"""Tokens of a trial: several whole chunks and an incomplete one."""
 
 log = logging.getLogger("seqmix")
 
 
 @cache  # one trial and one log line for all layers with the same question
 def choose(op: str, backend: str, probe: Probe) -> Mapping[Paradigm, str]:
-    """The name of the backend that computes each paradigm where the configuration says `backend`, possibly `auto`.
+    """Return the backend that computes each paradigm.
 
     Args:
-        op: the op's name.
-        backend: what the configuration says.
-        probe: what its kernels will be asked.
+        op: name of the op.
+        backend: the backend in the configuration, or `auto`.
+        probe: description of the calls that its kernels will receive.
 
     Raises:
-        SeqmixError: a named backend has no kernel of this op, or none that can run what it will be asked: its reasons.
+        SeqmixError: the backend named has no kernel of this op, or none of its kernels can run the calls.
     """
     fallback = reference(op, Paradigm.CHUNKWISE).backend
-    found = dict.fromkeys(Paradigm, fallback)
+    chosen = dict.fromkeys(Paradigm, fallback)
     where = f"on {probe.device} in {probe.dtype}"
     if backend == "auto":
         for paradigm, names in AUTO.get(op, {}).items() if probe.device.type == "cuda" else ():
@@ -55,72 +55,78 @@ def choose(op: str, backend: str, probe: Probe) -> Mapping[Paradigm, str]:
                 reason = "; ".join(kernel.unsupported(probe)) or disagreement(kernel, probe)
                 if reason is None:
                     log.info("%s %s %s: %s", op, paradigm, where, name)
-                    found[paradigm] = name
+                    chosen[paradigm] = name
                     break
                 reasons.append(reason)
             else:
-                log.warning("%s %s %s: the reference, since %s", op, paradigm, where, "; ".join(reasons))
+                log.warning("%s %s %s: using the reference, because %s", op, paradigm, where, "; ".join(reasons))
     elif backend != fallback:
-        reasons = {kernel.paradigm: kernel.unsupported(probe) for kernel in _kernels(op, backend)}
+        reasons = {kernel.paradigm: kernel.unsupported(probe) for kernel in _kernels_of(op, backend)}
         for paradigm in AUTO.get(op, {}) if probe.device.type == "cuda" else ():
             if reasons.get(paradigm) == [] and (reason := disagreement(find(op, paradigm, backend), probe)):
                 raise SeqmixError(f"backend {backend} cannot run: {reason}")
         if all(reasons.values()):
             raise SeqmixError(f"backend {backend} cannot run: {'; '.join(next(iter(reasons.values())))}")
-        for paradigm, why in reasons.items():
-            if why:
-                log.warning("%s %s %s: the reference, since %s", op, paradigm, where, "; ".join(why))
+        for paradigm, paradigm_reasons in reasons.items():
+            if paradigm_reasons:
+                message = "%s %s %s: using the reference, because %s"
+                log.warning(message, op, paradigm, where, "; ".join(paradigm_reasons))
             else:
-                found[paradigm] = backend
-    return MappingProxyType(found)
+                chosen[paradigm] = backend
+    return MappingProxyType(chosen)
 
 
 def described(op: str, backends: Mapping[Paradigm, str]) -> str:
-    """The backend that was chosen, in few words: with its paradigms where it has kernels of others that cannot run."""
+    """Return a short description of the chosen backend, such as "triton" or "triton (recurrent)".
+
+    Paradigms are listed only if the backend has kernels of other paradigms that are not in use.
+    """
     fallback = reference(op, Paradigm.CHUNKWISE).backend
     chosen = {paradigm: name for paradigm, name in backends.items() if name != fallback}
     if not chosen:
         return fallback
     (name,) = set(chosen.values())
-    every = {kernel.paradigm for kernel in _kernels(op, name)}
-    return name if set(chosen) == every else f"{name} ({', '.join(sorted(chosen))})"
+    supported = {kernel.paradigm for kernel in _kernels_of(op, name)}
+    return name if set(chosen) == supported else f"{name} ({', '.join(sorted(chosen))})"
 
 
-def _kernels(op: str, backend: str) -> list[Kernel]:
-    """All kernels of a backend; a SeqmixError where there is none."""
+def _kernels_of(op: str, backend: str) -> list[Kernel]:
+    """Return all kernels that a backend has of an op; a SeqmixError if there are none."""
     for paradigm in Paradigm if backend in ON_DEMAND else ():
         try:
             find(op, paradigm, backend)
         except SeqmixError:
             continue
-    found = [kernel for key, kernel in KERNELS.items() if (key.op, key.backend) == (op, backend)]
-    if not found:
-        later = (name for name, modules in ON_DEMAND.items() if op in modules)
-        known = sorted({"auto", *later, *(key.backend for key in KERNELS if key.op == op)})
-        raise SeqmixError(f"{op} has no backend {backend!r}; there are {', '.join(known)}{nearest(backend, known)}")
-    return found
+    kernels = [kernel for key, kernel in KERNELS.items() if (key.op, key.backend) == (op, backend)]
+    if not kernels:
+        on_demand = (name for name, modules in ON_DEMAND.items() if op in modules)
+        known = sorted({"auto", *on_demand, *(key.backend for key in KERNELS if key.op == op)})
+        available = ", ".join(known)
+        raise SeqmixError(f"{op} has no backend {backend!r} (available: {available}){nearest(backend, known)}")
+    return kernels
 
 
 def disagreement(kernel: Kernel, probe: Probe) -> str | None:
-    """Run a kernel of the decay or delta family on a few tokens, forward and backward; None if it is as the reference.
+    """Compare a kernel of the decay or delta family with the reference in a trial; return what is wrong, or None.
 
-    Rates that are fixed per head are tried as those of retention, without a gradient, too: that is another kernel. A
-    recurrent one reads one token, forward. This is not the conformance kit; but what a compiler or a driver gets wrong
-    is wrong by far more.
+    The trial runs a few tokens forward and backward; a recurrent kernel runs one token forward. Decays per head are
+    tried with and without a gradient, as these are different kernels (retention has none). A trial does not replace the
+    conformance kit, but errors of a compiler or a driver are far larger than its tolerance.
 
     Raises:
-        SeqmixError: after its failure the device does not compute any more, as after an illegal access.
+        SeqmixError: the kernel failed, and the device does not work any more, as after an illegal memory access.
     """
-    step = kernel.paradigm is Paradigm.RECURRENT
-    for learned in (False,) if step else (True, False) if probe.log_decay == "H" else (True,):
+    one_token = kernel.paradigm is Paradigm.RECURRENT
+    length = 1 if one_token else TRIAL_LENGTH
+    for learned in (False,) if one_token else (True, False) if probe.log_decay == "H" else (True,):
         try:
-            reason = _difference(kernel, probe, _trial(kernel.op, probe, 1 if step else TRIAL_LENGTH, learned))
+            reason = _compare_with_reference(kernel, probe, _trial_inputs(kernel.op, probe, length, learned))
         except Exception as error:  # whatever a compiler or a driver raises
             short = f"{type(error).__name__}: {(str(error) or 'no reason').splitlines()[0]}"
             reason = f"{kernel.key} failed in a trial: {short}"
-            if not _computes(probe.device):
+            if not _device_works(probe.device):
                 raise SeqmixError(
-                    f"{reason}; {probe.device} does not compute any more in this process: start it again with "
+                    f"{reason}; {probe.device} no longer works in this process: restart it with "
                     f"`backend: {reference(kernel.op, Paradigm.CHUNKWISE).backend}`"
                 ) from error
         if reason is not None:
@@ -128,31 +134,31 @@ def disagreement(kernel: Kernel, probe: Probe) -> str | None:
     return None
 
 
-def _computes(device: torch.device) -> bool:
-    """Whether a device still does, after an error."""
+def _device_works(device: torch.device) -> bool:
+    """Return True if a device can still compute after an error."""
     try:
         return float(torch.ones(2, device=device).sum()) == 2
     except Exception:
         return False
 
 
-def _difference(kernel: Kernel, probe: Probe, tensors: Mapping[str, Tensor]) -> str | None:
-    """What is not the reference's."""
-    results = _results(kernel, probe, tensors)
-    expected = _results(reference(kernel.op, kernel.paradigm), probe, tensors)
+def _compare_with_reference(kernel: Kernel, probe: Probe, tensors: Mapping[str, Tensor]) -> str | None:
+    """Return the first result of a kernel that differs too much from the reference, in words; None if none does."""
+    results = _run(kernel, probe, tensors)
+    expected = _run(reference(kernel.op, kernel.paradigm), probe, tensors)
     for name, result in results.items():
         exact = expected[name].double()
         error = float((result.double() - exact).norm() / exact.norm())
         if not error <= 10 * kernel.tolerances[probe.dtype]:
-            return f"{kernel.key} was wrong in a trial: {name} is off by {error:.1e} of its norm"
+            return f"{kernel.key} was wrong in a trial: {name} has a relative error of {error:.1e}"
     return None
 
 
-def _trial(op: str, probe: Probe, length: int, learned: bool) -> dict[str, Tensor]:
-    """Two sequences of two heads of random numbers, with a layer's strides: q, k and v are columns of one projection.
+def _trial_inputs(op: str, probe: Probe, length: int, learned: bool) -> dict[str, Tensor]:
+    """Return random inputs of two sequences with two heads.
 
-    Every tensor wants its gradient, decays where they are learned; but not of one token: that is decoding. Keys of the
-    delta rule have norm 1.
+    Strides are those of a layer: q, k and v are columns of one projection. Keys of the delta rule have norm 1. Inputs
+    of several tokens require gradients (decays only if `learned`); one token is a decoding step and requires none.
     """
     generator = torch.Generator().manual_seed(0)
     wide = torch.promote_types(probe.dtype, torch.float32)
@@ -176,8 +182,8 @@ def _trial(op: str, probe: Probe, length: int, learned: bool) -> dict[str, Tenso
     return tensors
 
 
-def _results(kernel: Kernel, probe: Probe, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Output, final state and all gradients that are wanted."""
+def _run(kernel: Kernel, probe: Probe, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Run a kernel, and return its output, final state and all required gradients by name."""
     call = Recurrence(
         q=tensors["q"],
         k=tensors["k"],
@@ -196,8 +202,8 @@ def _results(kernel: Kernel, probe: Probe, tensors: Mapping[str, Tensor]) -> dic
         output, state = kernel.function(call)
         loss = output.double().square().mean() + state.double().square().mean()
     results = {"output": output.detach(), "final state": state.detach()}
-    wanted = {name: tensor for name, tensor in tensors.items() if tensor.requires_grad}
-    if wanted:
-        for name, gradient in zip(wanted, torch.autograd.grad(loss, list(wanted.values())), strict=True):
+    leaves = {name: tensor for name, tensor in tensors.items() if tensor.requires_grad}
+    if leaves:
+        for name, gradient in zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True):
             results[f"the gradient of {name}"] = gradient
     return results

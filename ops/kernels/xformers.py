@@ -1,23 +1,23 @@
 """Softmax attention through xformers' memory-efficient attention (notation of attention/api.py).
 
     segment                        xformers' mask
-    alone                          LowerTriangularMask
-    all rows with equal caches     LowerTriangularFromBottomRightMask
-      either, under a window       LowerTriangularFromBottomRightLocalAttentionMask
+    without a cache                LowerTriangularMask
+    caches of equal length         LowerTriangularFromBottomRightMask
+      either, with a window        LowerTriangularFromBottomRightLocalAttentionMask
     packed documents               BlockDiagonalCausalMask
-      under a window               BlockDiagonalCausalLocalAttentionMask
-    rows or documents that differ  BlockDiagonalCausalFromBottomRightMask
-      in their past; with window   BlockDiagonalCausalLocalAttentionFromBottomRightMask
+      with a window                BlockDiagonalCausalLocalAttentionMask
+    caches of different lengths    BlockDiagonalCausalFromBottomRightMask
+      with a window                BlockDiagonalCausalLocalAttentionFromBottomRightMask
 
-The masks know lengths and no positions: the last query sees the last key. So the slots of a cache that are filled are
-first gathered in the order of their positions, which also puts a ring in order and leaves out what no query sees.
-These masks hold lengths as Python numbers: with packed documents or a cache a call waits for the device to read them.
+The masks know lengths but no positions: the last query sees the last key. So the filled slots of a cache are first
+gathered in the order of their positions, which also sorts a ring and drops keys that no query sees. The masks store
+lengths as Python numbers: with packed documents or a cache, a call waits for the device to read them.
 
-A call to xformers is its own autograd function, which a compiler does not take in. Compiled code therefore has one
-custom op, whose backward pass recomputes the forward: what xformers saves between the two, the logarithms of the
-softmax's sums, has a shape that depends on the kernel that it chooses, and that no fake could tell.
+xformers is an autograd function that a compiler cannot trace. So compiled code has one custom op, whose backward pass
+recomputes the forward pass: the logsumexp that xformers saves has a shape that depends on the kernel it chooses, which
+the op's fake implementation cannot know.
 
-xformers is imported where it is called.
+xformers is imported only when it is called.
 """
 
 from collections.abc import Sequence
@@ -28,85 +28,86 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..attention.inputs import AttentionInputs, AttentionOutput, factored, require_range, without_scores
+from ..attention.inputs import AttentionInputs, AttentionOutput, apply_decay, require_range, unsupported_scores
 from ..attention.kv_cache import RingCache
 from ..runtime.custom_op import Gradients, Op, needs_grad
 from ..runtime.kernel import Kernel, Probe, declare, installed
 from ..runtime.paradigm import Paradigm
 
 FLASH_WIDTH = 256
-"""The widest heads of the kernels for 16 bits."""
+"""Largest head width of the 16-bit kernels."""
 
 
 def limits(probe: Probe) -> list[str]:
-    """Why it cannot run what it is asked about, beside the dtype."""
-    reasons = without_scores("xformers", probe)
+    """Return why this backend cannot run a call, besides its dtype; empty if it can."""
+    reasons = unsupported_scores("xformers", probe)
     if not installed("xformers"):
         reasons.append("xformers is not installed (pip install 'seqmix[gpu]', on Linux)")
     if probe.device.type != "cuda":
-        reasons.append(f"it needs a CUDA device and not {probe.device.type}")
-    multiple = 4 if probe.dtype == torch.float32 else 8  # of 16 bytes
+        reasons.append(f"it needs a CUDA device, got {probe.device.type}")
+    multiple = 4 if probe.dtype == torch.float32 else 8  # its loads are of 16 bytes
     if probe.key_width % multiple or probe.value_width % multiple:
         reasons.append(
-            f"in this dtype widths are multiples of {multiple}, not {probe.key_width} and {probe.value_width}"
+            f"in this dtype widths must be multiples of {multiple}, got {probe.key_width} and {probe.value_width}"
         )
-    # there are two families of kernels, and this is what the first takes; the second takes float32 and other widths
-    first = probe.dtype != torch.float32 and probe.key_width == probe.value_width <= FLASH_WIDTH
-    if not first and probe.window and probe.needs_grad:
+    # xformers has two families of kernels: flash for 16 bits and one width, cutlass for everything else
+    is_flash = probe.dtype != torch.float32 and probe.key_width == probe.value_width <= FLASH_WIDTH
+    if not is_flash and probe.window and probe.needs_grad:
         reasons.append(
-            "under a window there is a backward pass only in 16 bits, "
-            f"with keys and values of one width up to {FLASH_WIDTH}"
+            "with a window, its backward pass needs a 16-bit dtype "
+            f"and keys and values of one width up to {FLASH_WIDTH}"
         )
     if probe.device.type == "cuda" and torch.cuda.is_available():
         capability = torch.cuda.get_device_capability(probe.device)
-        if first and capability < (8, 0):
-            reasons.append(f"its kernels for 16 bits need compute capability 8.0, and this device has {capability}")
-        if not first and capability > (9, 0):
+        if is_flash and capability < (8, 0):
+            reasons.append(f"its 16-bit kernels need compute capability 8.0 or later, got {capability}")
+        if not is_flash and capability > (9, 0):
             reasons.append(
-                "float32, and keys and values of two widths, end with compute capability 9.0, "
-                f"and this device has {capability}"
+                "its kernels for float32, and for keys and values of different widths, need compute capability 9.0 or "
+                f"earlier, got {capability}"
             )
     return reasons
 
 
 class _Inputs(NamedTuple):
-    """What the op is given; keys and values are those offered, the cache's first."""
+    """Inputs of the op; keys and values are the cached ones, then the segment's."""
 
     q: Tensor
     keys: Tensor
     values: Tensor
     read: Tensor | None
-    """Tokens that each row or document has read before; None without a cache."""
+    """Number of tokens that each row or document has read before; None without a cache."""
     cu_seqlens: Tensor | None
     boundaries: Sequence[int] | None
     capacity: int
     """Slots of the cache."""
     ring: bool
+    """True if the cache is a ring."""
     window: int
-    """0 is none."""
+    """Number of keys that a query sees; 0 means all."""
     scale: float
 
 
 def softmax_parallel_xformers(x: AttentionInputs) -> AttentionOutput:
-    """The parallel paradigm by xformers.
+    """Compute softmax attention in the parallel paradigm by xformers.
 
     Raises:
-        SeqmixError: `KERNEL` does not take this.
+        SeqmixError: `KERNEL` does not support the call.
     """
     KERNEL.require(x.probe())
     require_range(x.log_decay, x.q.shape[1], x.q.dtype)
-    offer = x.offer()
-    kept = x.kept
-    query, keys = factored(x.q, 0, offer, x.log_decay)
+    kv = x.key_values()
+    cache = x.key_cache
+    query, keys = apply_decay(x.q, 0, kv, x.log_decay)
     inputs = _Inputs(
         query,
         keys,
-        offer.values,
-        None if kept is None else kept.length,
+        kv.values,
+        None if cache is None else cache.length,
         None if x.documents is None else x.documents.cu_seqlens,
         None if x.documents is None else x.documents.boundaries,
-        0 if kept is None else kept.keys.shape[1],
-        isinstance(kept, RingCache),
+        0 if cache is None else cache.keys.shape[1],
+        isinstance(cache, RingCache),
         x.window or 0,
         x.scale,
     )
@@ -118,37 +119,44 @@ def softmax_parallel_xformers(x: AttentionInputs) -> AttentionOutput:
 
 
 def bias(
-    queries: Sequence[int], keys: Sequence[int], window: int | None, *, apart: bool, device: torch.device | None = None
+    queries: Sequence[int], keys: Sequence[int], window: int | None, *, packed: bool, device: torch.device | None = None
 ) -> Any:
-    """xformers' mask of so many queries, and keys (no fewer, their own the last), of each row or document; `apart` is
-    whether they are packed one after another in one row."""
+    """Return xformers' mask.
+
+    Args:
+        queries: number of queries of each row or document.
+        keys: number of keys of each row or document, at least as many; the last ones are the queries' own.
+        window: number of keys that a query sees; None means all.
+        packed: True if all are packed one after another in one row.
+        device: device of the mask's tensors.
+    """
     masks = import_module("xformers.ops.fmha.attn_bias")
     if window is not None and window >= max(keys):
         window = None
-    alone = list(queries) == list(keys)
-    if apart:
+    no_cache = list(queries) == list(keys)
+    if packed:
         blocks = masks.BlockDiagonalMask.from_seqlens(list(queries), list(keys), device=device)
         if window is None:
-            return blocks.make_causal() if alone else blocks.make_causal_from_bottomright()
-        if alone:
+            return blocks.make_causal() if no_cache else blocks.make_causal_from_bottomright()
+        if no_cache:
             return blocks.make_local_attention(window)
         return blocks.make_local_attention_from_bottomright(window)
     if window is not None:
         return masks.LowerTriangularFromBottomRightLocalAttentionMask(window)
-    return masks.LowerTriangularMask() if alone else masks.LowerTriangularFromBottomRightMask()
+    return masks.LowerTriangularMask() if no_cache else masks.LowerTriangularFromBottomRightMask()
 
 
 class Plan(NamedTuple):
-    """How a segment and what came before it become rows or blocks."""
+    """Layout of a call to xformers: which keys belong to which queries."""
 
     queries: list[int]
-    """Of each row or document."""
+    """Number of queries of each row or document."""
     keys: list[int]
-    """That each has."""
-    apart: bool
-    """Whether they are packed one after another in one row."""
-    chosen: Tensor | None
-    """Which of all keys offered they are, on the host; None where they are those of the segment as it is."""
+    """Number of keys of each row or document."""
+    packed: bool
+    """True if all are packed one after another in one row."""
+    key_indices: Tensor | None
+    """Indices of the keys used among cached keys and segment, on the host; None means the segment's keys in order."""
 
 
 def plan(
@@ -161,10 +169,16 @@ def plan(
     ring: bool = False,
     window: int | None = None,
 ) -> Plan:
-    """How it is done; documents without tokens are left out.
+    """Lay out a call to xformers; empty documents are left out.
 
-    `read` is the tokens that each row or document has read before (None without a cache of so many slots), which come
-    before a row's own tokens, a packed row's before all; in a ring position p is in slot p mod S.
+    Args:
+        rows: rows of the batch.
+        length: tokens of the segment.
+        read: number of tokens that each row or document has read before; None without a cache.
+        boundaries: boundaries of packed documents; None if the batch is not packed.
+        capacity: slots of the cache. They come before a row's own tokens, or before all tokens of a packed row.
+        ring: True if position p is in slot p mod capacity; otherwise slots are right-aligned.
+        window: number of keys that a query sees; None means all.
     """
     spans = [(0, length)] * rows if boundaries is None else list(pairwise(boundaries))
     spans = [(row, start, stop) for row, (start, stop) in enumerate(spans) if start < stop]
@@ -172,39 +186,43 @@ def plan(
     if read is None:
         return Plan(queries, queries, boundaries is not None, None)
     keys = []
-    chosen = []
-    offered = capacity + length  # of one row of a batch
+    key_indices = []
+    row_keys = capacity + length  # of one row of a batch
     for (row, start, stop), tokens in zip(spans, queries, strict=True):
         last = read[row]
         cached = min(last, capacity if window is None else min(capacity, window - 1))
         slots = torch.arange(last - cached, last)
         slots = slots % capacity if ring else slots - last + capacity
         if boundaries is None:
-            chosen += [row * offered + slots, row * offered + capacity + torch.arange(tokens)]
+            key_indices += [row * row_keys + slots, row * row_keys + capacity + torch.arange(tokens)]
         else:
-            chosen += [row * capacity + slots, len(read) * capacity + torch.arange(start, stop)]
+            key_indices += [row * capacity + slots, len(read) * capacity + torch.arange(start, stop)]
         keys.append(cached + tokens)
-    return Plan(queries, keys, boundaries is not None or len(set(keys)) > 1, torch.cat(chosen))
+    return Plan(queries, keys, boundaries is not None or len(set(keys)) > 1, torch.cat(key_indices))
 
 
 class _Call(NamedTuple):
-    """What xformers is given."""
+    """Arguments of a call to xformers."""
 
     q: Tensor
+    """Queries, [. . H K]."""
     k: Tensor
+    """Keys in order, [. . G K]."""
     v: Tensor
+    """Values in order, [. . G V]."""
     options: dict[str, Any]
-    chosen: Tensor | None
-    """Which of the keys offered these are; None where they are all, in order."""
+    """Mask and scale."""
+    key_indices: Tensor | None
+    """Indices of the keys among all keys of the op; None means all, in order."""
 
 
 def _call(x: _Inputs) -> _Call:
-    """Queries [. . H K], and keys and values in order [. . G .]."""
+    """Arrange the op's inputs for a call to xformers."""
     rows, length, n_heads, width = x.q.shape
     boundaries = x.boundaries
     if boundaries is None and x.cu_seqlens is not None:
         boundaries = x.cu_seqlens.tolist()
-    found = plan(
+    layout = plan(
         rows,
         length,
         None if x.read is None else x.read.tolist(),
@@ -216,59 +234,59 @@ def _call(x: _Inputs) -> _Call:
     q = x.q
     keys = x.keys
     values = x.values
-    chosen = None if found.chosen is None else found.chosen.to(q.device)
-    if chosen is not None:
-        keys, values = (y.flatten(0, 1).index_select(0, chosen) for y in (keys, values))
-        keys, values = (y.unflatten(0, (1 if found.apart else rows, -1)) for y in (keys, values))
-    if found.apart:
+    key_indices = None if layout.key_indices is None else layout.key_indices.to(q.device)
+    if key_indices is not None:
+        keys, values = (y.flatten(0, 1).index_select(0, key_indices) for y in (keys, values))
+        keys, values = (y.unflatten(0, (1 if layout.packed else rows, -1)) for y in (keys, values))
+    if layout.packed:
         q = q.reshape(1, rows * length, n_heads, width)
-    mask = bias(found.queries, found.keys, x.window or None, apart=found.apart, device=q.device)
+    mask = bias(layout.queries, layout.keys, x.window or None, packed=layout.packed, device=q.device)
     options = {"attn_bias": mask, "scale": x.scale}
-    return _Call(_readable(q), _readable(keys), _readable(values), options, chosen)
+    return _Call(_aligned(q), _aligned(keys), _aligned(values), options, key_indices)
 
 
-def _readable(x: Tensor) -> Tensor:
-    """x as it lies, if its heads are contiguous and begin at multiples of 16 bytes."""
+def _aligned(x: Tensor) -> Tensor:
+    """Return x itself if its heads are contiguous and start at multiples of 16 bytes, else a copy."""
     offsets = (x.storage_offset(), *x.stride()[:-1])
     if x.stride(-1) == 1 and all(offset * x.element_size() % 16 == 0 for offset in offsets):
         return x
-    return x.clone(memory_format=torch.contiguous_format)  # contiguous() would leave what begins between two of them
+    return x.clone(memory_format=torch.contiguous_format)  # contiguous() would return a misaligned view as it is
 
 
-def _grouped(call: _Call) -> tuple[Tensor, Tensor, Tensor]:
-    """[B M G H/G .]: each key head serves several query heads without a copy."""
+def _group_heads(call: _Call) -> tuple[Tensor, Tensor, Tensor]:
+    """Return q, k, v as [B M G H/G .], where a key head serves several query heads without a copy."""
     n_kv_heads = call.k.shape[2]
-    several = call.q.shape[2] // call.k.shape[2]
-    k, v = (x[:, :, :, None].expand(-1, -1, -1, several, -1) for x in (call.k, call.v))
-    return call.q.unflatten(2, (n_kv_heads, several)), k, v
+    heads_per_key = call.q.shape[2] // call.k.shape[2]
+    k, v = (x[:, :, :, None].expand(-1, -1, -1, heads_per_key, -1) for x in (call.k, call.v))
+    return call.q.unflatten(2, (n_kv_heads, heads_per_key)), k, v
 
 
-def _repeated(call: _Call) -> tuple[Tensor, Tensor, Tensor]:
-    """[B M H .]: the backward kernels take no groups, so key heads are copied."""
-    several = call.q.shape[2] // call.k.shape[2]
-    k, v = (x if several == 1 else x.repeat_interleave(several, dim=2) for x in (call.k, call.v))
+def _repeat_keys(call: _Call) -> tuple[Tensor, Tensor, Tensor]:
+    """Return q, k, v as [B M H .] with copies of key heads: the backward kernels support no groups."""
+    heads_per_key = call.q.shape[2] // call.k.shape[2]
+    k, v = (x if heads_per_key == 1 else x.repeat_interleave(heads_per_key, dim=2) for x in (call.k, call.v))
     return call.q, k, v
 
 
-# ---- as it is called
+# ---- the op
 
 
 def _attend(x: _Inputs) -> tuple[Tensor]:
-    """Output; with gradients by xformers' own autograd function."""
-    _refuse(x)
-    differentiated = needs_grad(x.q, x.keys, x.values)
-    if not differentiated:
+    """Compute the output; gradients come from xformers' autograd function."""
+    _require(x)
+    wants_grad = needs_grad(x.q, x.keys, x.values)
+    if not wants_grad:
         # xformers decides by the tensors, not by grad mode, whether a backward pass will follow
         x = x._replace(q=x.q.detach(), keys=x.keys.detach(), values=x.values.detach())
     call = _call(x)
-    grouped = call.q.shape[2] != call.k.shape[2] and not differentiated
-    inputs = _grouped(call) if grouped else _repeated(call)
+    grouped = call.q.shape[2] != call.k.shape[2] and not wants_grad
+    inputs = _group_heads(call) if grouped else _repeat_keys(call)
     output = import_module("xformers.ops.fmha").memory_efficient_attention(*inputs, **call.options)
     return (output.reshape(*x.q.shape[:3], x.values.shape[3]),)
 
 
-def _refuse(x: _Inputs) -> None:
-    """Refuse what `KERNEL` does not take."""
+def _require(x: _Inputs) -> None:
+    """Raise a SeqmixError for a call that `KERNEL` does not support."""
     probe = Probe(
         device=x.q.device,
         dtype=x.q.dtype,
@@ -281,7 +299,7 @@ def _refuse(x: _Inputs) -> None:
 
 
 def _allocate(x: _Inputs) -> tuple[Tensor]:
-    _refuse(x)
+    _require(x)
     return (x.q.new_empty(*x.q.shape[:3], x.values.shape[3]),)
 
 
@@ -291,24 +309,25 @@ def _forward(x: _Inputs) -> tuple[Tensor]:
 
 
 def _backward(x: _Inputs, gradients: Gradients) -> dict[str, Tensor]:
-    """Recomputes the forward."""
+    """Return the gradients; the forward pass is recomputed."""
     fmha = import_module("xformers.ops.fmha")
     (d_output,) = gradients.outputs
     assert d_output is not None
     call = _call(x._replace(q=x.q.detach(), keys=x.keys.detach(), values=x.values.detach()))
-    inputs = _repeated(call)
-    output, sums = fmha.memory_efficient_attention_forward_requires_grad(*inputs, **call.options)
-    above = _readable(d_output.reshape(output.shape))
-    dq, dk, dv = fmha.memory_efficient_attention_backward(above, output, sums, *inputs, **call.options)
-    several = call.q.shape[2] // call.k.shape[2]
+    inputs = _repeat_keys(call)
+    output, log_sum = fmha.memory_efficient_attention_forward_requires_grad(*inputs, **call.options)
+    d_output = _aligned(d_output.reshape(output.shape))
+    dq, dk, dv = fmha.memory_efficient_attention_backward(d_output, output, log_sum, *inputs, **call.options)
+    heads_per_key = call.q.shape[2] // call.k.shape[2]
 
-    def of_offered(gradient: Tensor, given: Tensor) -> Tensor:
-        flat = gradient.unflatten(2, (-1, several)).sum(3).flatten(0, 1)
-        if call.chosen is not None:  # what was not read has no gradient
-            flat = flat.new_zeros(given.shape).flatten(0, 1).index_copy(0, call.chosen, flat)
-        return flat.reshape(given.shape)
+    def scatter(gradient: Tensor, target: Tensor) -> Tensor:
+        """Sum a gradient over the query heads of a key, and put it where the keys are in `target`."""
+        flat = gradient.unflatten(2, (-1, heads_per_key)).sum(3).flatten(0, 1)
+        if call.key_indices is not None:  # unused keys have a gradient of zero
+            flat = flat.new_zeros(target.shape).flatten(0, 1).index_copy(0, call.key_indices, flat)
+        return flat.reshape(target.shape)
 
-    return {"q": dq.reshape(x.q.shape), "keys": of_offered(dk, x.keys), "values": of_offered(dv, x.values)}
+    return {"q": dq.reshape(x.q.shape), "keys": scatter(dk, x.keys), "values": scatter(dv, x.values)}
 
 
 OP = Op("softmax_xformers", _Inputs, fake=_allocate, forward=_forward, backward=_backward, outputs=1)
@@ -319,7 +338,7 @@ KERNEL = declare(
         paradigm=Paradigm.PARALLEL,
         backend="xformers",
         function=softmax_parallel_xformers,
-        # those of SDPA; in float32 a fused softmax rounds its running sums once per block
+        # the tolerances of SDPA, but a fused softmax rounds its float32 running sums once per block
         tolerances={torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1.3e-3},
         limits=limits,
     )

@@ -1,18 +1,18 @@
-"""The engine of recurrences whose state is a vector, element by element: blocks of tokens, side by side.
+"""Engine of elementwise recurrences: blocks of tokens are computed side by side.
 
-Notation: B batch, T tokens, E the shape of a state, N packed documents; a = log_decay, all of it per element.
+Notation: B batch, T tokens, E shape of a state, N packed documents; w = written input, a = log_decay, per element.
 
     h_t = exp(a_t) h_{t-1} + w_t                                                 state  [E]
     g_t = dh_t + exp(a_{t+1}) g_{t+1}         dw_t = g_t         da_t = g_t exp(a_t) h_{t-1}
 
-A step of one token is often shorter than the call of an operation. So n blocks of m tokens are computed side by side:
-what each makes of a zero state, then the n states before them, one after another, then every token from these. Each
-token is read twice, whatever T is. Decays are only ever multiplied with, never divided by, and no gradient is a
-difference of sums: factors below the smallest number are 0, as what they stand for is.
+One token's arithmetic often takes less time than launching an operation. So n blocks of m tokens are computed side by
+side, in three passes: the final state of every block from a zero state; the n entry states, one after another; every
+token's state from its block's entry state. Each token is read twice, whatever T is. Decays are multiplied and never
+divided by, and no gradient is a difference of sums, so factors that underflow to 0 are harmless.
 
-The forward pass saves the blocks' entry states; the backward pass recomputes the rest. Packed documents need no blocks
-of their own: at a document's first token the decay is 0, and what is kept of the document's initial state is written.
-A product with 0 would let NaN and infinity through, so states at first tokens are set, not only multiplied.
+The forward pass saves the blocks' entry states; the backward pass recomputes the rest. Packed documents may begin
+anywhere in a block: at a document's first token the decay is set to 0, and the decayed initial state of the document is
+added to w. A product with 0 would let NaN and infinity through, so states at first tokens are set, not only multiplied.
 """
 
 from abc import ABC, abstractmethod
@@ -27,7 +27,7 @@ from ..runtime.custom_op import Gradients, Op
 from ..runtime.packing import Stretch, read_boundaries
 
 ELEMENTS = 2**18
-"""Of the states of a group's tokens at most on a CPU, where it is more than one block: what fits into its cache."""
+"""Most elements in the states of a group of several blocks on a CPU, so that they fit into its cache."""
 
 I = TypeVar("I", bound=Any)  # noqa: E741 inputs
 Outputs = tuple[Tensor, Tensor, Tensor]
@@ -35,39 +35,45 @@ Step = Callable[..., Tensor]
 
 
 class Rule(ABC, Generic[I]):
-    """A family: the terms of its recurrence, and what is read of its states.
+    """One recurrence: how its decays and written inputs follow from the op's inputs, and its output from the states.
 
-    Its inputs are a NamedTuple with `x` [B T *], of which the output has shape and dtype, `initial_state` [N *E] (or
-    None), `cu_seqlens`, `boundaries`, `chunk_size`, `output_final_state`, `needs_grad`, and `single`: whether blocks
-    are computed one by one. Tensors of a group of blocks are [m n B *], a token's of all blocks and rows side by side.
+    The inputs `I` are a NamedTuple with `x` [B T *] (the output has its shape and dtype), `initial_state` [N *E] or
+    None, `cu_seqlens`, `boundaries`, `chunk_size`, `output_final_state`, `needs_grad`, and `single` (True if blocks are
+    computed one by one). Tensors of a group of n blocks of m tokens are [m n B *].
     """
 
     is_complex = False
-    """Whether states are complex: outside of the op they are pairs of real numbers, [N *E 2]."""
+    """True if states are complex; outside of the op they are pairs of real numbers, [N *E 2]."""
 
     @abstractmethod
     def shape(self, x: I) -> tuple[int, ...]:
-        """E."""
+        """Return E, the shape of a state."""
 
     @abstractmethod
     def terms(self, x: I, group: Group) -> tuple[Tensor, Tensor]:
-        """a and w of a group, [m n B *E], wide and of nobody else: both are overwritten. Or a of all tokens, [*E]."""
+        """Return a and w of a group, [m n B *E], in the dtype of states; or a as [*E] if all tokens share it.
+
+        Both must be new tensors: the engine overwrites them.
+        """
 
     @abstractmethod
     def read(self, x: I, group: Group, states: Tensor) -> Tensor:
-        """The output of a group, [m n B *], from the states after its tokens."""
+        """Return the output of a group, [m n B *], from the states after its tokens."""
 
     @abstractmethod
     def d_states(self, x: I, group: Group, d_output: Tensor) -> Tensor:
-        """dh_t, what the output alone makes of it: [m n B *E], overwritten; d_output is [m n B *]."""
+        """Return dh_t, the gradient of h_t through its own token's output, as a new tensor [m n B *E].
+
+        `d_output` is [m n B *].
+        """
 
     @abstractmethod
-    def gradients(self, x: I, group: Group, of: "GroupGradients", out: dict[str, Tensor]) -> None:
-        """Fills or adds the gradients of the family's own inputs, which `out` has by name, those wanted."""
+    def gradients(self, x: I, group: Group, grads: "GroupGradients", out: dict[str, Tensor]) -> None:
+        """Write (or add) the gradients of the rule's own inputs to `out`, which has a tensor per requested name."""
 
 
 class GroupGradients(NamedTuple):
-    """What the backward pass knows of a group, [m n B *E] each, and the output's gradient, [m n B *]."""
+    """States and gradients of a group in the backward pass, [m n B *E] each."""
 
     states: Tensor
     """h_t."""
@@ -76,10 +82,14 @@ class GroupGradients(NamedTuple):
     d_log_decay: Tensor
     """da_t."""
     d_output: Tensor
+    """Gradient of the output, [m n B *]."""
 
 
 def scan_op(name: str, inputs: type[I], rule: Rule[I]) -> Op[I]:
-    """The op of a family: output, final state [N *E], and the blocks' entry states [blocks B *E]."""
+    """Return the op of a recurrence.
+
+    Its outputs are the output, the final state [N *E], and the blocks' entry states [blocks B *E], saved for backward.
+    """
     return Op(
         name,
         inputs,
@@ -91,7 +101,7 @@ def scan_op(name: str, inputs: type[I], rule: Rule[I]) -> Op[I]:
 
 
 def tokens_first(x: Tensor, group: Group) -> Tensor:
-    """A group's tokens of [B T *] as [m n B *]; a view."""
+    """Return a group's tokens of x [B T *] as [m n B *]; a view."""
     batch, _, *rest = x.shape
     row, token, *inner = x.stride()
     return x.as_strided(
@@ -101,18 +111,18 @@ def tokens_first(x: Tensor, group: Group) -> Tensor:
     )
 
 
-def cut(x: Tensor, group: Group, dtype: torch.dtype) -> Tensor:
-    """The same in a dtype; a view where it has it."""
+def group_tokens(x: Tensor, group: Group, dtype: torch.dtype) -> Tensor:
+    """Return a group's tokens of x [B T *] as [m n B *] in a dtype; a view if x has that dtype."""
     return tokens_first(x, group).to(dtype)
 
 
-def own(x: Tensor, group: Group, dtype: torch.dtype) -> Tensor:
-    """The same as a copy."""
+def copy_group_tokens(x: Tensor, group: Group, dtype: torch.dtype) -> Tensor:
+    """Return a group's tokens of x [B T *] as [m n B *] in a dtype; always a contiguous copy."""
     return tokens_first(x, group).to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
-def wide(x: Tensor) -> torch.dtype:
-    """The dtype of states and sums: float32, or float64 of float64 inputs."""
+def state_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype of states and sums: float32, or float64 if x is float64."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
@@ -120,60 +130,69 @@ def wide(x: Tensor) -> torch.dtype:
 
 
 class Edges(NamedTuple):
-    """The documents' first tokens in a group: where they are, and whose they are."""
+    """Tokens of a group at which documents begin (or end), one per document."""
 
     token: Tensor
+    """Place of the token in its block."""
     block: Tensor
+    """Block of the token."""
     document: Tensor
+    """Document that the token belongs to."""
 
     def of(self, x: Tensor) -> Tensor:
-        """Of [m n 1 *], a copy of these tokens: [documents *]."""
+        """Return a copy of the values of x [m n 1 *] at these tokens: [documents *]."""
         return x[self.token, self.block, 0]
 
     def put(self, x: Tensor, values: Tensor | float) -> None:
-        """Write them."""
+        """Write values into x [m n 1 *] at these tokens."""
         x[self.token, self.block, 0] = torch.as_tensor(values, dtype=x.dtype, device=x.device)
 
 
 class Layout(NamedTuple):
-    """Where the documents of a packed row that hold tokens begin and end."""
+    """First and last tokens of the non-empty documents in a packed row."""
 
     document: Tensor
+    """Indices of the non-empty documents."""
     first: Tensor
+    """First token of each."""
     last: Tensor
+    """Last token of each."""
 
     @classmethod
     def of(cls, cu_seqlens: Tensor | None, boundaries: Sequence[int] | None, length: int) -> "Layout | None":
-        """None where nothing is packed; may read the boundaries from the device."""
+        """Return the layout of a packed row; None if the batch is not packed.
+
+        Without `boundaries` it reads cu_seqlens, which waits for the device.
+        """
         if cu_seqlens is None:
             return None
-        found = torch.tensor(read_boundaries(cu_seqlens, length) if boundaries is None else boundaries)
-        document = (found.diff() > 0).nonzero()[:, 0]
-        return cls(document, found[document], found[document + 1] - 1)
+        edges = torch.tensor(read_boundaries(cu_seqlens, length) if boundaries is None else boundaries)
+        document = (edges.diff() > 0).nonzero()[:, 0]
+        return cls(document, edges[document], edges[document + 1] - 1)
 
     def firsts(self, group: Group) -> Edges:
-        """The first tokens in a group."""
+        """Return the documents' first tokens that lie in a group."""
         return self._edges(self.first, group)
 
     def lasts(self, group: Group) -> Edges:
-        """The last ones."""
+        """Return the documents' last tokens that lie in a group."""
         return self._edges(self.last, group)
 
     def _edges(self, tokens: Tensor, group: Group) -> Edges:
         inside = (tokens >= group.start) & (tokens < group.stop)
-        at = tokens[inside] - group.start
-        return Edges(at % group.length, at // group.length, self.document[inside])
+        offset = tokens[inside] - group.start
+        return Edges(offset % group.length, offset // group.length, self.document[inside])
 
 
 # ---- blocks
 
 
 Rows = dict[int, list[tuple[int, Tensor]]]
-"""Values of some tokens of a group: by their place in a block, the block and the value, [1 ..]."""
+"""Values of some tokens of a group: a list of (block, value [1 ..]) for each place in a block."""
 
 
 def rows_of(edges: Edges | None, x: Tensor, before: int = 0) -> Rows:
-    """The values of x [m n 1 ..] at documents' first tokens, or so many tokens before them in the same block."""
+    """Return the values of x [m n 1 ..] at `edges`, or `before` tokens earlier where that lies in the same block."""
     rows: Rows = {}
     if edges is not None:
         inside = edges.token >= before
@@ -193,24 +212,31 @@ def run_blocks(
     firsts: Edges | None = None,
     step: Step = torch.addcmul,
 ) -> None:
-    """The states after each token in place of what is written, [m n ..], and those before each block, [n ..], in
-    `entered`.
+    """Compute the states of a group: those after each token replace `written`, the blocks' entry states fill `entered`.
 
-    A state, [..] before the first block, is multiplied with `decay` at each token [m n ..], and with `total` in a whole
-    block [n ..], needed where there are several. `step` makes the state after a token of what is written, the decay and
-    the state before it; at the first token of a document, what is written is the state.
+    Args:
+        decay: factor of the state at each token, [m n ..].
+        written: w at each token, [m n ..], overwritten.
+        total: factor of the state over a whole block, [n ..]; required if there are several blocks.
+        state: state before the first block, [..].
+        entered: receives the entry states, [n ..].
+        firsts: first tokens of documents, where the state is set to w.
+        step: step(w, decay, state) is the state after a token.
     """
     starts = rows_of(firsts, written)
     if len(entered) == 1 or total is None:
         entered[0] = state
     else:
-        inside = _exits(decay, written, starts, step)
-        _chain(state, total, inside, entered, range(len(entered)), firsts, step)
+        exits = _exits(decay, written, starts, step)
+        _chain(state, total, exits, entered, range(len(entered)), firsts, step)
     run_tokens(decay, written, entered, starts, step)
 
 
 def run_tokens(decay: Tensor, written: Tensor, entered: Tensor, starts: Rows, step: Step = torch.addcmul) -> None:
-    """The same where the states before the blocks are known, and what first tokens write."""
+    """Compute the states after each token, in place of `written`, from the entry states of the blocks.
+
+    `starts` has the states at the first tokens of documents.
+    """
     state = entered
     for t, (factor, h) in enumerate(zip(decay.unbind(), written.unbind(), strict=True)):
         state = step(h, factor, state, out=h)
@@ -219,7 +245,7 @@ def run_tokens(decay: Tensor, written: Tensor, entered: Tensor, starts: Rows, st
 
 
 def _exits(decay: Tensor, written: Tensor, starts: Rows, step: Step) -> Tensor:
-    """The states after the last tokens of blocks that start from zero: [m ..] -> [..]."""
+    """Return the states after the blocks' last tokens if every block starts from zero: [m ..] -> [..]."""
     factors = decay.unbind()
     h = written.unbind()
     state = h[0].clone()
@@ -231,7 +257,7 @@ def _exits(decay: Tensor, written: Tensor, starts: Rows, step: Step) -> Tensor:
 
 
 def _run_back(decay: Tensor, d_states: Tensor, ends: Rows) -> None:
-    """g of dh in place: [m ..], the last token's already has what comes from later blocks."""
+    """Turn dh into g in place, [m ..]; dh of the last token already includes the gradient from later blocks."""
     factors = decay.unbind()
     g = d_states.unbind()
     for t in range(len(g) - 2, -1, -1):
@@ -241,58 +267,66 @@ def _run_back(decay: Tensor, d_states: Tensor, ends: Rows) -> None:
 
 
 def _exits_back(decay: Tensor, d_states: Tensor, ends: Rows, firsts: Edges | None) -> Tensor:
-    """The gradient of the states before the first tokens, of what is inside alone: [m ..] -> [..]."""
+    """Return the gradients of the blocks' entry states through their own tokens alone: [m ..] -> [..]."""
     factors = decay.unbind()
-    above = d_states.unbind()
-    state = above[-1].clone()
-    for t in range(len(above) - 2, -1, -1):
-        torch.addcmul(above[t], factors[t + 1], state, out=state)
+    d_h = d_states.unbind()
+    g = d_h[-1].clone()
+    for t in range(len(d_h) - 2, -1, -1):
+        torch.addcmul(d_h[t], factors[t + 1], g, out=g)
         for block, last in ends.get(t, ()):
-            state[block].copy_(last)
-    state.mul_(factors[0])
+            g[block].copy_(last)
+    g.mul_(factors[0])
     if firsts is not None:
-        state[firsts.block[firsts.token == 0]] = 0
-    return state
+        g[firsts.block[firsts.token == 0]] = 0
+    return g
 
 
 def _chain(
     first: Tensor,
     total: Tensor,
-    inside: Tensor,
+    exits: Tensor,
     out: Tensor,
     order: Sequence[int],
     firsts: Edges | None,
     step: Step = torch.addcmul,
 ) -> None:
-    """States [n ..] between blocks, in an order: `first`, then of each block but the last what it makes of its own."""
+    """Pass a state through the blocks in `order`, and store in `out` [n ..] the state with which each is entered.
+
+    The first block is entered with `first`. The state after a block is its exit from zero, in `exits`, plus `total`
+    times its entry state; in a block where a document starts, it is the exit alone.
+    """
     state = first
-    cut = set() if firsts is None else set(firsts.block.tolist())  # a document starts in these
-    for at, i in enumerate(order):
-        if at:
-            passed = order[at - 1]
-            state = inside[passed] if passed in cut else step(inside[passed], total[passed], state)
-        out[i] = state
+    with_start = set() if firsts is None else set(firsts.block.tolist())
+    for i, block in enumerate(order):
+        if i:
+            previous = order[i - 1]
+            alone = previous in with_start
+            state = exits[previous] if alone else step(exits[previous], total[previous], state)
+        out[block] = state
 
 
-def cuts(x: Any, output: Tensor, elements: int) -> list[Group]:
-    """The tokens of a call in groups of blocks, where a state has so many elements."""
+def token_groups(x: Any, output: Tensor, elements: int) -> list[Group]:
+    """Split the tokens of a call into groups of blocks; `elements` is the size of one state."""
     most = group_elements(output.device, ELEMENTS) // max(output.shape[0] * elements * x.chunk_size, 1)
     most = 1 if x.single else max(most, 1)
     return groups(Stretch(slice(None), 0, output.shape[1]), x.chunk_size, most)
 
 
 class _Terms(NamedTuple):
-    """A group's recurrence, ready to run; of complex decays, all but the first two are conjugated in backward."""
+    """Terms of a group's recurrence, as the engine runs it."""
 
     decay: Tensor
+    """exp(a), [m n B *E], 0 at the documents' first tokens."""
     written: Tensor
+    """w, [m n B *E], overwritten with the states."""
     total: Tensor | None
-    """The decay of whole blocks, [n B *E], where there are several."""
-    kept: Tensor | None
-    """The decays of the documents' first tokens, in whose place zeros stand."""
+    """Decay over each whole block, [n B *E]; None if the group is one block."""
+    first_decay: Tensor | None
+    """Decays at the documents' first tokens, where `decay` has zeros; None if the batch is not packed."""
 
 
 def _terms(x: Any, rule: Rule[Any], group: Group, firsts: Edges | None, initial: Tensor | None) -> _Terms:
+    """Evaluate a rule's terms for a group, and fold the documents' initial states into `written`."""
     log_decay, written = rule.terms(x, group)
     if log_decay.ndim < written.ndim:
         decay = log_decay.exp().to(written.dtype).expand_as(written)
@@ -303,44 +337,45 @@ def _terms(x: Any, rule: Rule[Any], group: Group, firsts: Edges | None, initial:
     else:
         total = log_decay.sum(0).exp_()
         decay = log_decay.exp_()
-    kept = None
+    first_decay = None
     if firsts is not None:
-        kept = firsts.of(decay)
+        first_decay = firsts.of(decay)
         firsts.put(decay, 0)
         total[firsts.block, 0] = 0
         if initial is not None:
-            firsts.put(written, firsts.of(written) + kept * initial[firsts.document])
-    return _Terms(decay, written, total if group.chunks > 1 else None, kept)
+            firsts.put(written, firsts.of(written) + first_decay * initial[firsts.document])
+    return _Terms(decay, written, total if group.chunks > 1 else None, first_decay)
 
 
-def _conjugated(terms: _Terms) -> _Terms:
-    """What the backward pass multiplies with."""
+def _conjugate(terms: _Terms) -> _Terms:
+    """Return the terms with complex factors conjugated, as the backward pass needs them."""
     if not terms.decay.is_complex():
         return terms
-    # of fixed decays one is as good as all
-    one = terms.decay[0, 0, 0].conj_physical().expand_as(terms.decay)
-    decay = one if terms.decay.stride(0) == 0 else terms.decay.conj_physical()
-    total, kept = (None if y is None else y.conj_physical() for y in (terms.total, terms.kept))
-    return _Terms(decay, terms.written, total, kept)
+    # a fixed decay is one matrix, expanded over tokens
+    fixed = terms.decay[0, 0, 0].conj_physical().expand_as(terms.decay)
+    decay = fixed if terms.decay.stride(0) == 0 else terms.decay.conj_physical()
+    total, first_decay = (None if y is None else y.conj_physical() for y in (terms.total, terms.first_decay))
+    return _Terms(decay, terms.written, total, first_decay)
 
 
 def _as_states(x: Tensor, rule: Rule[Any]) -> Tensor:
-    """What passes for states outside of the op, as states: [.. *E]; a view."""
+    """Return states [.. *E] from the op's inputs or outputs: pairs of real numbers become complex; a view."""
     return torch.view_as_complex(x) if rule.is_complex and x.numel() else x
 
 
 def _initial(x: Any, rule: Rule[Any], dtype: torch.dtype) -> Tensor | None:
-    """The states before all tokens, [N *E]."""
+    """Return the initial states, [N *E]; None if there are none."""
     return None if x.initial_state is None else _as_states(x.initial_state.to(dtype).contiguous(), rule)
 
 
 def _allocate(x: Any, rule: Rule[Any]) -> Outputs:
+    """Allocate the output, the final state and the entry states."""
     output = x.x.new_empty(x.x.shape)
     shape = rule.shape(x)
     batch, length = output.shape[:2]
     rows = batch if x.cu_seqlens is None else x.cu_seqlens.shape[0] - 1
     blocks = -(-length // x.chunk_size) if x.needs_grad else 0
-    dtype = wide(output)
+    dtype = state_dtype(output)
     shape = (*shape, 2) if rule.is_complex else shape
     final = output.new_empty((rows, *shape) if x.output_final_state else (0,), dtype=dtype)
     return output, final, output.new_empty((blocks, batch, *shape), dtype=dtype)
@@ -354,14 +389,14 @@ def _forward(x: Any, rule: Rule[Any]) -> Outputs:
     initial = _initial(x, rule, results[1].dtype)
     if layout is None and initial is not None:
         state = initial
-    else:  # of packed documents, it is the first token that continues one
+    else:  # initial states of packed documents enter at their first tokens
         kind = torch.complex64 if rule.is_complex else results[1].dtype
         state = torch.zeros(
             (output.shape[0], *rule.shape(x)), device=output.device, dtype=torch.promote_types(kind, results[1].dtype)
         )
     if layout is not None and x.output_final_state:
-        final.zero_() if initial is None else final.copy_(initial)  # of documents without tokens
-    for group in cuts(x, output, state[0].numel()):
+        final.zero_() if initial is None else final.copy_(initial)  # empty documents keep their initial state
+    for group in token_groups(x, output, state[0].numel()):
         firsts = None if layout is None else layout.firsts(group)
         terms = _terms(x, rule, group, firsts, initial)
         entered = (
@@ -388,47 +423,46 @@ def _backward(x: Any, gradients: Gradients, rule: Rule[Any]) -> dict[str, Tensor
     d_output = torch.zeros_like(output) if d_output is None else d_output
     d_final = None if d_final is None or not d_final.numel() else _as_states(d_final.to(saved.dtype).contiguous(), rule)
     layout = Layout.of(x.cu_seqlens, x.boundaries, output.shape[1])
-    given = {name: getattr(x, name) for name in gradients.wanted}
-    out = {name: y.new_zeros(y.shape, dtype=saved.dtype) for name, y in given.items()}
+    inputs = {name: getattr(x, name) for name in gradients.wanted}
+    out = {name: y.new_zeros(y.shape, dtype=saved.dtype) for name, y in inputs.items()}
     d_initial = _as_states(out["initial_state"], rule) if "initial_state" in out else None
     initial = _initial(x, rule, saved.dtype)
     if layout is not None and d_initial is not None and d_final is not None:
-        d_initial.copy_(d_final)  # of documents without tokens
-    # the gradient of the state after the group
-    above = entries.new_zeros(entries.shape[1:]) if d_final is None or layout is not None else d_final
-    groups_of = cuts(x, output, above[0].numel())
+        d_initial.copy_(d_final)  # empty documents: the final state is the initial one
+    # gradient of the state after the group at hand
+    d_after = entries.new_zeros(entries.shape[1:]) if d_final is None or layout is not None else d_final
     index = len(entries)
-    for group in reversed(groups_of):
+    for group in reversed(token_groups(x, output, d_after[0].numel())):
         index -= group.chunks
         entered = entries[index : index + group.chunks]
         firsts = None if layout is None else layout.firsts(group)
         terms = _terms(x, rule, group, firsts, initial)
         run_tokens(terms.decay, terms.written, entered, rows_of(firsts, terms.written))
-        terms = _conjugated(terms)
-        d_above = tokens_first(d_output, group)
-        d_states = rule.d_states(x, group, d_above)
+        terms = _conjugate(terms)
+        d_group_output = tokens_first(d_output, group)
+        d_states = rule.d_states(x, group, d_group_output)
         if layout is not None and d_final is not None:
             lasts = layout.lasts(group)
             lasts.put(d_states, lasts.of(d_states) + d_final[lasts.document])
         ends = rows_of(firsts, d_states, before=1)
         if terms.total is None:
-            d_states[-1, 0] += above
+            d_states[-1, 0] += d_after
         else:
-            inside = _exits_back(terms.decay, d_states, ends, firsts)
-            after = torch.empty_like(entered)
-            _chain(above, terms.total, inside, after, range(group.chunks - 1, -1, -1), firsts)
-            d_states[-1] += after
+            d_entries = _exits_back(terms.decay, d_states, ends, firsts)
+            d_exits = torch.empty_like(entered)
+            _chain(d_after, terms.total, d_entries, d_exits, range(group.chunks - 1, -1, -1), firsts)
+            d_states[-1] += d_exits
         _run_back(terms.decay, d_states, ends)
         starts = layout is not None and group.start in layout.first
-        above = torch.zeros_like(above) if starts else terms.decay[0, 0] * d_states[0, 0]
+        d_after = torch.zeros_like(d_after) if starts else terms.decay[0, 0] * d_states[0, 0]
         before = torch.cat((entered[None], terms.written[:-1]))
-        if firsts is not None and terms.kept is not None:
-            firsts.put(terms.decay, terms.kept)
+        if firsts is not None and terms.first_decay is not None:
+            firsts.put(terms.decay, terms.first_decay)
             before[firsts.token, firsts.block, 0] = 0 if initial is None else initial[firsts.document]
             if d_initial is not None:
-                d_initial[firsts.document] = terms.kept * firsts.of(d_states)
+                d_initial[firsts.document] = terms.first_decay * firsts.of(d_states)
         d_log_decay = before.conj_physical_().mul_(terms.decay).mul_(d_states)
-        rule.gradients(x, group, GroupGradients(terms.written, d_states, d_log_decay, d_above), out)
+        rule.gradients(x, group, GroupGradients(terms.written, d_states, d_log_decay, d_group_output), out)
     if d_initial is not None and layout is None:
-        d_initial.copy_(above)
+        d_initial.copy_(d_after)
     return out

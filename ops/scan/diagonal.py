@@ -1,9 +1,9 @@
-"""The scan of a complex vector per channel with fixed decays: a diagonal state space model (S4D, arXiv 2206.11893).
+"""Scan with a complex state vector per channel and fixed decays: a diagonal state space model (S4D, arXiv 2206.11893).
 
     h_t = exp(a + i angle) h_{t-1} + x_t            state  [K C], complex; outside of the op [K C 2]
     o_t = Re(sum_k w h_t)                           [C]
 
-The states of all tokens would be 2 K times as large as the inputs; they exist for a group of blocks at a time.
+The states of all tokens would be 2 K times as large as the inputs, so only those of one group of blocks are in memory.
 """
 
 from collections.abc import Sequence
@@ -13,37 +13,43 @@ import torch
 from torch import Tensor
 
 from ..recurrence.groups import Group
-from .blocks import GroupGradients, Rule, cut, scan_op, tokens_first, wide
+from .blocks import GroupGradients, Rule, group_tokens, scan_op, state_dtype, tokens_first
 
 
 class Diagonal(NamedTuple):
-    """One call of the diagonal scan."""
+    """Inputs of the diagonal scan."""
 
     x: Tensor
-    """[B T C]."""
+    """Inputs, [B T C]."""
     log_decay: Tensor
-    """[K C]."""
+    """Natural log of the decays a, <= 0, [K C]."""
     angle: Tensor
-    """[K C]."""
+    """Rotation per token in radians, [K C]."""
     weight: Tensor
-    """w, [K C 2]."""
+    """Output weights w as pairs of real numbers, [K C 2]."""
     initial_state: Tensor | None
-    """[N K C 2]."""
+    """Initial states as pairs of real numbers, [N K C 2]; None means zeros."""
     cu_seqlens: Tensor | None
+    """Boundaries of packed documents, [N+1]; None if the batch is not packed."""
     boundaries: Sequence[int] | None
+    """The boundaries as numbers, if they are known on the host."""
     chunk_size: int
+    """Tokens per block."""
     output_final_state: bool
+    """True if the final state is requested."""
     single: bool
+    """True if blocks are computed one by one, False if several at once."""
     needs_grad: bool = False
+    """True if a backward pass may follow; set by the op."""
 
     @property
     def w(self) -> Tensor:
-        """The weights as complex numbers."""
-        return torch.view_as_complex(self.weight.to(wide(self.x)).contiguous())
+        """Weights as complex numbers, [K C]."""
+        return torch.view_as_complex(self.weight.to(state_dtype(self.x)).contiguous())
 
 
 class DiagonalScan(Rule[Diagonal]):
-    """The family of `Diagonal`."""
+    """Recurrence of the diagonal scan."""
 
     is_complex = True
 
@@ -51,10 +57,10 @@ class DiagonalScan(Rule[Diagonal]):
         return tuple(x.log_decay.shape)
 
     def terms(self, x: Diagonal, group: Group) -> tuple[Tensor, Tensor]:
-        dtype = wide(x.x)
-        # an angle of many turns, or of many tokens, has few digits left
+        dtype = state_dtype(x.x)
+        # float64: a large angle loses the digits that matter in float32
         log_decay = torch.complex(x.log_decay.double(), x.angle.double())
-        new = cut(x.x, group, dtype)
+        new = group_tokens(x.x, group, dtype)
         written = new.new_zeros((*new.shape[:3], *log_decay.shape, 2))
         written[..., 0].copy_(new[..., None, :])
         return log_decay, torch.view_as_complex(written)
@@ -63,19 +69,19 @@ class DiagonalScan(Rule[Diagonal]):
         return (states * x.w).sum(-2).real
 
     def d_states(self, x: Diagonal, group: Group, d_output: Tensor) -> Tensor:  # noqa: ARG002
-        return x.w.conj_physical() * d_output.to(wide(x.x))[..., None, :]
+        return x.w.conj_physical() * d_output.to(state_dtype(x.x))[..., None, :]
 
-    def gradients(self, x: Diagonal, group: Group, of: GroupGradients, out: dict[str, Tensor]) -> None:
+    def gradients(self, x: Diagonal, group: Group, grads: GroupGradients, out: dict[str, Tensor]) -> None:
         if "x" in out:
-            tokens_first(out["x"], group).copy_(torch.view_as_real(of.d_written)[..., 0].sum(-2))
+            tokens_first(out["x"], group).copy_(torch.view_as_real(grads.d_written)[..., 0].sum(-2))
         if "log_decay" in out or "angle" in out:
-            both = torch.view_as_real(of.d_log_decay).sum((0, 1, 2))
+            both = torch.view_as_real(grads.d_log_decay).sum((0, 1, 2))
             for i, name in enumerate(("log_decay", "angle")):
                 if name in out:
                     out[name] += both[..., i]
         if "weight" in out:
-            d_output = of.d_output.to(wide(x.x))[..., None, :]
-            d_weight = (of.states * d_output).sum((0, 1, 2)).conj_physical()
+            d_output = grads.d_output.to(state_dtype(x.x))[..., None, :]
+            d_weight = (grads.states * d_output).sum((0, 1, 2)).conj_physical()
             out["weight"] += torch.view_as_real(d_weight)
 
 

@@ -1,4 +1,4 @@
-"""The scan of channels that are independent of each other: the state is what is read.
+"""Scan of independent elements; the output is the state itself.
 
 h_t = exp(a_t) h_{t-1} + x_t                    output  h_t
 """
@@ -10,43 +10,50 @@ import torch
 from torch import Tensor
 
 from ..recurrence.groups import Group
-from .blocks import GroupGradients, Rule, own, scan_op, tokens_first, wide
+from .blocks import GroupGradients, Rule, copy_group_tokens, scan_op, state_dtype, tokens_first
 
 
 class Scan(NamedTuple):
-    """One call of the scan, or of that of logarithms."""
+    """Inputs of `scan` and `log_scan`."""
 
     x: Tensor
-    """[B T *E]."""
+    """Inputs (for `log_scan` their logarithms), [B T *E]."""
     log_decay: Tensor
-    """[B T *E]."""
+    """Natural log of the decays, <= 0, [B T *E]."""
     initial_state: Tensor | None
-    """[N *E]."""
+    """Initial states, [N *E]; None means 0, or -inf for `log_scan`."""
     cu_seqlens: Tensor | None
+    """Boundaries of packed documents, [N+1]; None if the batch is not packed."""
     boundaries: Sequence[int] | None
+    """The boundaries as numbers, if they are known on the host."""
     chunk_size: int
+    """Tokens per block."""
     output_final_state: bool
+    """True if the final state is requested."""
     single: bool
+    """True if blocks are computed one by one, False if several at once."""
     needs_grad: bool = False
+    """True if a backward pass may follow; set by the op."""
 
 
 class Elementwise(Rule[Scan]):
-    """The family of `Scan`."""
+    """Recurrence of `scan`."""
 
     def shape(self, x: Scan) -> tuple[int, ...]:
         return tuple(x.x.shape[2:])
 
     def terms(self, x: Scan, group: Group) -> tuple[Tensor, Tensor]:
-        return own(x.log_decay, group, wide(x.x)), own(x.x, group, wide(x.x))
+        dtype = state_dtype(x.x)
+        return copy_group_tokens(x.log_decay, group, dtype), copy_group_tokens(x.x, group, dtype)
 
     def read(self, x: Scan, group: Group, states: Tensor) -> Tensor:  # noqa: ARG002
         return states
 
     def d_states(self, x: Scan, group: Group, d_output: Tensor) -> Tensor:  # noqa: ARG002
-        return d_output.to(wide(x.x), copy=True, memory_format=torch.contiguous_format)
+        return d_output.to(state_dtype(x.x), copy=True, memory_format=torch.contiguous_format)
 
-    def gradients(self, x: Scan, group: Group, of: GroupGradients, out: dict[str, Tensor]) -> None:  # noqa: ARG002
-        for name, gradient in {"x": of.d_written, "log_decay": of.d_log_decay}.items():
+    def gradients(self, x: Scan, group: Group, grads: GroupGradients, out: dict[str, Tensor]) -> None:  # noqa: ARG002
+        for name, gradient in {"x": grads.d_written, "log_decay": grads.d_log_decay}.items():
             if name in out:
                 tokens_first(out[name], group).copy_(gradient)
 

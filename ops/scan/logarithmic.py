@@ -1,41 +1,42 @@
-"""The scan of logarithms: sums of exponentials that would leave the range of floats.
+"""Scan in the log domain: sums of exponentials that would overflow as floats.
 
-    h_t = log(exp(a_t + h_{t-1}) + exp(x_t))        output  h_t; the state before all tokens is -inf
+    h_t = log(exp(a_t + h_{t-1}) + exp(x_t))        output  h_t; the default initial state is -inf
 
-It is what normalises exponential gates: exp(a_t + h_{t-1} - h_t) and exp(x_t - h_t), the parts of the old and the new,
-add up to 1. The backward pass is a linear scan with the first of them as decays, from the last token to the first.
+Mixers with exponential gates use it as their normaliser: the share of the old state, exp(a_t + h_{t-1} - h_t), and the
+share of the new input, exp(x_t - h_t), add up to 1. The backward pass is a linear scan from the last token to the first
+whose decays are the shares of the old state.
 """
 
 import torch
 from torch import Tensor
 
 from ..runtime.custom_op import Gradients, Op
-from .blocks import Layout, cuts, own, run_blocks, tokens_first, wide
+from .blocks import Layout, copy_group_tokens, run_blocks, state_dtype, token_groups, tokens_first
 from .elementwise import SCAN, Scan
 
 
 def _layout(x: Scan) -> Layout | None:
-    """Where packed documents begin and end."""
+    """Return where packed documents begin and end; None if the batch is not packed."""
     return Layout.of(x.cu_seqlens, x.boundaries, x.x.shape[1])
 
 
 def _initial(x: Scan) -> Tensor:
-    """The states before the first tokens, [N *E]."""
+    """Return the initial states, [N *E]; -inf by default."""
     rows = x.x.shape[0] if x.cu_seqlens is None else x.cu_seqlens.shape[0] - 1
     if x.initial_state is None:
-        return x.x.new_full((rows, *x.x.shape[2:]), -torch.inf, dtype=wide(x.x))
-    return x.initial_state.to(wide(x.x))
+        return x.x.new_full((rows, *x.x.shape[2:]), -torch.inf, dtype=state_dtype(x.x))
+    return x.initial_state.to(state_dtype(x.x))
 
 
 def log_step(written: Tensor, factor: Tensor, state: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """The state after a token, of the state before it."""
+    """Return the state after a token: logaddexp of its input and of the decayed state before it."""
     return torch.logaddexp(written, factor + state, out=out)
 
 
 def _allocate(x: Scan) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, final state, and the output again, wide, for the backward pass."""
-    final = torch.empty_like(_initial(x) if x.output_final_state else x.x.new_empty(0, dtype=wide(x.x)))
-    return x.x.new_empty(x.x.shape), final, x.x.new_empty(x.x.shape if x.needs_grad else 0, dtype=wide(x.x))
+    """Allocate the output, the final state, and the output in the dtype of states, saved for the backward pass."""
+    final = torch.empty_like(_initial(x) if x.output_final_state else x.x.new_empty(0, dtype=state_dtype(x.x)))
+    return x.x.new_empty(x.x.shape), final, x.x.new_empty(x.x.shape if x.needs_grad else 0, dtype=state_dtype(x.x))
 
 
 def _forward(x: Scan) -> tuple[Tensor, Tensor, Tensor]:
@@ -43,11 +44,11 @@ def _forward(x: Scan) -> tuple[Tensor, Tensor, Tensor]:
     layout = _layout(x)
     initial = _initial(x)
     if x.output_final_state:
-        final.copy_(initial)  # of documents without tokens
+        final.copy_(initial)  # empty documents keep their initial state
     state = initial if layout is None else initial.new_full((1, *initial.shape[1:]), -torch.inf)
-    for group in cuts(x, output, state[0].numel()):
-        log_decay = own(x.log_decay, group, initial.dtype)
-        h = own(x.x, group, initial.dtype)
+    for group in token_groups(x, output, state[0].numel()):
+        log_decay = copy_group_tokens(x.log_decay, group, initial.dtype)
+        h = copy_group_tokens(x.x, group, initial.dtype)
         firsts = None if layout is None else layout.firsts(group)
         if firsts is not None:
             firsts.put(h, log_step(firsts.of(h), firsts.of(log_decay), initial[firsts.document]))
@@ -68,29 +69,29 @@ def _forward(x: Scan) -> tuple[Tensor, Tensor, Tensor]:
 
 def _backward(x: Scan, gradients: Gradients) -> dict[str, Tensor]:
     (d_output, d_final), (h,) = gradients.outputs, gradients.saved
-    above = torch.zeros_like(h) if d_output is None else d_output.to(h.dtype, copy=True)
+    d_h = torch.zeros_like(h) if d_output is None else d_output.to(h.dtype, copy=True)
     layout = _layout(x)
     initial = _initial(x)
     row, first = (slice(None), 0) if layout is None else (0, layout.first)
     document = slice(None) if layout is None else layout.document
     d_initial = torch.zeros_like(initial)
     if d_final is not None and d_final.numel():
-        above[row, -1 if layout is None else layout.last] += d_final[document].to(h.dtype)
+        d_h[row, -1 if layout is None else layout.last] += d_final[document].to(h.dtype)
         if layout is not None:
-            d_initial.copy_(d_final)  # of documents without tokens
-    # the log of each token's part of the old
+            d_initial.copy_(d_final)  # empty documents: the final state is the initial one
+    # log of the old state's share in h_t, per token
     before = torch.cat((h[:, :1], h[:, :-1]), dim=1)
     before[row, first] = initial[document]
-    kept = x.log_decay.to(h.dtype) + before - h
-    later = torch.cat((kept[:, 1:], torch.zeros_like(kept[:, :1])), dim=1)
+    old_share = x.log_decay.to(h.dtype) + before - h
+    next_share = torch.cat((old_share[:, 1:], torch.zeros_like(old_share[:, :1])), dim=1)
     reversed_documents = None if x.cu_seqlens is None else (x.cu_seqlens[-1] - x.cu_seqlens).flip(0)
-    reversed_scan = Scan(above.flip(1), later.flip(1), None, reversed_documents, None, x.chunk_size, False, x.single)
+    reversed_scan = Scan(d_h.flip(1), next_share.flip(1), None, reversed_documents, None, x.chunk_size, False, x.single)
     d_h = SCAN.forward(reversed_scan)[0].flip(1)
-    d_log_decay = d_h * kept.exp()
+    d_log_decay = d_h * old_share.exp()
     d_initial[document] = d_log_decay[row, first]
     d_x = d_h * (x.x.to(h.dtype) - h).exp()
-    found = {"x": d_x, "log_decay": d_log_decay}
-    return found if x.initial_state is None else found | {"initial_state": d_initial}
+    d_inputs = {"x": d_x, "log_decay": d_log_decay}
+    return d_inputs if x.initial_state is None else d_inputs | {"initial_state": d_initial}
 
 
 LOG_SCAN = Op("log_scan", Scan, fake=_allocate, forward=_forward, backward=_backward, saves=1)

@@ -1,9 +1,10 @@
-"""The scan of a vector per channel, which tokens write and read by shared keys and queries (Mamba, arXiv 2312.00752).
+"""Scan with a state vector per channel, written and read by keys and queries that all channels share (Mamba, arXiv
+2312.00752).
 
-    h_t = exp(step_t rate) h_{t-1} + k_t x_t^T      state  [K C]; the rate is one scalar per element of it
+    h_t = exp(step_t rate) h_{t-1} + k_t x_t^T      state  [K C]; one rate per element of the state
     o_t = q_t h_t                                   [C]
 
-The states of all tokens would be K times as large as the inputs; they exist for a group of blocks at a time.
+The states of all tokens would be K times as large as the inputs, so only those of one group of blocks are in memory.
 """
 
 from collections.abc import Sequence
@@ -13,75 +14,81 @@ import torch
 from torch import Tensor
 
 from ..recurrence.groups import Group
-from .blocks import GroupGradients, Rule, cut, scan_op, tokens_first, wide
+from .blocks import GroupGradients, Rule, group_tokens, scan_op, state_dtype, tokens_first
 
 
 class Selective(NamedTuple):
-    """One call of the selective scan."""
+    """Inputs of the selective scan."""
 
     x: Tensor
-    """[B T C]."""
+    """Inputs, [B T C]."""
     step: Tensor
-    """[B T C]."""
+    """Step sizes, >= 0, [B T C]."""
     rate: Tensor
-    """[K C]."""
+    """Log-decay per unit of step, <= 0, [K C]."""
     k: Tensor
-    """[B T K]."""
+    """Keys, [B T K]."""
     q: Tensor
-    """[B T K]."""
+    """Queries, [B T K]."""
     initial_state: Tensor | None
-    """[N K C]."""
+    """Initial states, [N K C]; None means zeros."""
     cu_seqlens: Tensor | None
+    """Boundaries of packed documents, [N+1]; None if the batch is not packed."""
     boundaries: Sequence[int] | None
+    """The boundaries as numbers, if they are known on the host."""
     chunk_size: int
+    """Tokens per block."""
     output_final_state: bool
+    """True if the final state is requested."""
     single: bool
+    """True if blocks are computed one by one, False if several at once."""
     needs_grad: bool = False
+    """True if a backward pass may follow; set by the op."""
 
 
 class SelectiveScan(Rule[Selective]):
-    """The family of `Selective`."""
+    """Recurrence of the selective scan."""
 
     def shape(self, x: Selective) -> tuple[int, ...]:
         return tuple(x.rate.shape)
 
     def terms(self, x: Selective, group: Group) -> tuple[Tensor, Tensor]:
-        dtype = wide(x.x)
-        log_decay = _per_key(x.step, group, dtype) * x.rate.to(dtype)
-        return log_decay, _per_channel(x.k, group, dtype) * _per_key(x.x, group, dtype)
+        dtype = state_dtype(x.x)
+        log_decay = _across_keys(x.step, group, dtype) * x.rate.to(dtype)
+        return log_decay, _across_channels(x.k, group, dtype) * _across_keys(x.x, group, dtype)
 
     def read(self, x: Selective, group: Group, states: Tensor) -> Tensor:
-        return (cut(x.q, group, states.dtype)[..., None, :] @ states)[..., 0, :]
+        return (group_tokens(x.q, group, states.dtype)[..., None, :] @ states)[..., 0, :]
 
     def d_states(self, x: Selective, group: Group, d_output: Tensor) -> Tensor:
-        dtype = wide(x.x)
-        return _per_channel(x.q, group, dtype) * d_output.to(dtype)[..., None, :]
+        dtype = state_dtype(x.x)
+        return _across_channels(x.q, group, dtype) * d_output.to(dtype)[..., None, :]
 
-    def gradients(self, x: Selective, group: Group, of: GroupGradients, out: dict[str, Tensor]) -> None:
-        dtype = of.states.dtype
-        new: dict[str, Tensor] = {}
+    def gradients(self, x: Selective, group: Group, grads: GroupGradients, out: dict[str, Tensor]) -> None:
+        dtype = grads.states.dtype
+        by_token: dict[str, Tensor] = {}
         if "x" in out:
-            new["x"] = (cut(x.k, group, dtype)[..., None, :] @ of.d_written)[..., 0, :]
+            by_token["x"] = (group_tokens(x.k, group, dtype)[..., None, :] @ grads.d_written)[..., 0, :]
         if "k" in out:
-            new["k"] = (of.d_written @ cut(x.x, group, dtype)[..., None])[..., 0]
+            by_token["k"] = (grads.d_written @ group_tokens(x.x, group, dtype)[..., None])[..., 0]
         if "q" in out:
-            new["q"] = (of.states @ of.d_output.to(dtype)[..., None])[..., 0]
+            by_token["q"] = (grads.states @ grads.d_output.to(dtype)[..., None])[..., 0]
         if "step" in out:
-            new["step"] = (of.d_log_decay * x.rate.to(dtype)).sum(-2)
+            by_token["step"] = (grads.d_log_decay * x.rate.to(dtype)).sum(-2)
         if "rate" in out:
-            out["rate"] += (of.d_log_decay * _per_key(x.step, group, dtype)).sum((0, 1, 2))
-        for name, gradient in new.items():
+            out["rate"] += (grads.d_log_decay * _across_keys(x.step, group, dtype)).sum((0, 1, 2))
+        for name, gradient in by_token.items():
             tokens_first(out[name], group).copy_(gradient)
 
 
-def _per_key(x: Tensor, group: Group, dtype: torch.dtype) -> Tensor:
-    """[m n B 1 C] of what each channel has."""
-    return cut(x, group, dtype).contiguous()[..., None, :]
+def _across_keys(x: Tensor, group: Group, dtype: torch.dtype) -> Tensor:
+    """Return a group's per-channel values, shaped [m n B 1 C] to broadcast over keys."""
+    return group_tokens(x, group, dtype).contiguous()[..., None, :]
 
 
-def _per_channel(x: Tensor, group: Group, dtype: torch.dtype) -> Tensor:
-    """[m n B K 1] of what each key has."""
-    return cut(x, group, dtype).contiguous()[..., None]
+def _across_channels(x: Tensor, group: Group, dtype: torch.dtype) -> Tensor:
+    """Return a group's per-key values, shaped [m n B K 1] to broadcast over channels."""
+    return group_tokens(x, group, dtype).contiguous()[..., None]
 
 
 SELECTIVE = scan_op("selective_scan", Selective, SelectiveScan())

@@ -1,1 +1,1 @@
-"""Ready adapters for the conformance kit, one file per library; each is imported, and needed, only where it is used."""
+"""Ready-made adapters for the conformance kit, one module per library, which is imported only when it is used."""

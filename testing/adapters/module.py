@@ -1,9 +1,10 @@
-"""A module of another project as a mixer: what the conformance kit takes of any `nn.Module`.
+"""Adapter that makes any `nn.Module` a mixer, so that the conformance kit can check it.
 
     config = adapt(lambda d_model: MyLayer(d_model), call=..., state=...)
     report = check_mixer(config)
 
-Nothing is guessed: what a module does not declare (a state, packing, its cost) is skipped by name.
+The adapter does not guess: checks of features that a module does not declare (a state, packing, its cost) are skipped
+with that reason.
 """
 
 import copy
@@ -27,71 +28,71 @@ from ...ops.runtime.paradigm import Paradigm
 from ...registry import require_name
 
 Result = tuple[Tensor, Any]
-"""Output and final state (None where none is wanted)."""
+"""Output and final state; the state is None if it is not wanted."""
 
 Calls = Callable[[Any, Tensor, Any, Tensor | None, bool], Result]
-"""`call(module, x, state, cu_seqlens, return_state)`: mixes a segment x, [B T D]; a state of None is nothing before."""
+"""`call(module, x, state, cu_seqlens, return_state)`: mixes a segment x, [B T D]; None starts without a state."""
 
 Begins = Callable[[Any, int], tuple[Any, ...]]
-"""`state(module, batch_size)`: the state before the first token, a NamedTuple of tensors, batch first in every leaf."""
+"""`state(module, batch_size)`: the state before the first token, a NamedTuple of tensors, each with the batch first."""
 
 
 class AdaptedConfig(MixerConfig):
-    """A module of another project; a subclass says how it is made and called, and what its traits are.
+    """Configuration of a module of another project; a subclass defines how to create and call it, and its traits.
 
-    A module with a state has two paradigms: parallel is one call, recurrent is a call for every token, so that
-    decoding is compared with the whole.
+    A module with a state has two paradigms: parallel is one call, and recurrent is one call per token, so that the kit
+    compares decoding with the call on all tokens.
     """
 
     paradigm: Paradigm = Field(default=Paradigm.PARALLEL, strict=False)
-    """The paradigm of training and evaluation."""
+    """Paradigm of training and evaluation."""
     layer: ClassVar[type["Adapted"]]
-    """What it builds."""
+    """Class of the mixer that the configuration builds."""
 
     @property
     def fixed_d_model(self) -> int | None:
-        """The only width that it has; None where it is made for any."""
+        """The only width that the module supports; None if it supports any."""
         return None
 
     @abstractmethod
     def module(self, d_model: int) -> nn.Module:
-        """The module."""
+        """Return the module for a width."""
 
     @abstractmethod
     def call(self, module: Any, x: Tensor, state: Any, cu_seqlens: Tensor | None, return_state: bool) -> Result:
         """Mix a segment; see `Calls`."""
 
     def state(self, module: Any, batch_size: int) -> tuple[Any, ...]:
-        """The initial state; see `Begins`."""
+        """Return the initial state; see `Begins`."""
         raise NotImplementedError
 
     def flops(self, module: Any, length: int, paradigm: Paradigm, context: int) -> int | None:  # noqa: ARG002
-        """The cost, as `SequenceMixer.flops` has it; None where it is not declared."""
+        """Return the cost, as in `SequenceMixer.flops`; None if it is not declared."""
         return None
 
     def undeclared(self, module: Any) -> dict[str, str]:
-        """What there is nothing to check of, each with the reason."""
+        """Return the features that cannot be checked, each with the reason."""
         name = type(module).__name__
-        reasons = {"refusals": "the adapter refuses what is not declared, not the module"}
+        reasons = {"refusals": "the adapter, not the module, refuses features that are not declared"}
         if not callable(getattr(module, "reset_parameters", None)):
             reasons["reset_parameters"] = f"{name} has no reset_parameters"
         if self.flops(module, 1, self.paradigm, 0) is None:
             reasons["flops"] = "flops is not declared"
         if self.traits.state == "growing":
-            reasons["rows"] = "traits.state is growing, and rows of other lengths need one max_length"
+            reasons["rows"] = "traits.state is growing, and rows of different lengths need a common max_length"
         return reasons
 
     def build(self, d_model: int, *, layer_idx: int, n_layers: int) -> "Adapted":  # noqa: ARG002
         if self.fixed_d_model not in (None, d_model):
-            raise ContractError(f"{self.kind} has d_model = {self.fixed_d_model}, and {d_model} was asked for")
+            raise ContractError(f"{self.kind} supports only d_model = {self.fixed_d_model}, got {d_model}")
         module = self.module(d_model)
         if not isinstance(module, nn.Module):
-            raise ContractError(f"{self.kind}: what is adapted has to be an nn.Module, and is {module!r}")
+            raise ContractError(f"{self.kind}: expected an nn.Module to adapt, got {module!r}")
         return self.layer(self, module)
 
 
 class Adapted(SequenceMixer[Any]):
-    """A module of another project as a mixer."""
+    """Mixer that calls a module of another project."""
 
     def __init__(self, config: AdaptedConfig, module: nn.Module) -> None:
         super().__init__(config)
@@ -116,6 +117,7 @@ class Adapted(SequenceMixer[Any]):
         return torch.cat(outputs, dim=1), concatenate(states)
 
     def _token_by_token(self, x: Tensor, state: Any) -> Result:
+        """Call the module once per token, each time from the previous state."""
         outputs = []
         for token in x.split(1, dim=1):
             y, state = self._call(token, state, None, True)
@@ -123,18 +125,19 @@ class Adapted(SequenceMixer[Any]):
         return torch.cat(outputs, dim=1), state
 
     def _call(self, x: Tensor, state: Any, cu_seqlens: Tensor | None, return_state: bool) -> Result:
+        """Call the module, and check that it returns an output and a state."""
         with self._exact():
             result: Any = self.config.call(self.module, x, state, cu_seqlens, return_state)
         if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[0], Tensor):
-            found = ", ".join(type(part).__name__ for part in (result if isinstance(result, tuple) else (result,)))
+            types = ", ".join(type(part).__name__ for part in (result if isinstance(result, tuple) else (result,)))
             raise ContractError(
-                f"{self.kind}: call has to return (output, state), and returned {found}: "
-                "give adapt a call=, such as lambda module, x, *_: (module(x)[0], None)"
+                f"{self.kind}: expected call to return (output, state), got {types}: "
+                "pass call= to adapt, such as lambda module, x, *_: (module(x)[0], None)"
             )
         return result
 
     def _exact(self) -> Any:
-        """Float64 parameters ask for mathematics, not for what is rounded to float32 inside."""
+        """Return a context in which a module with float64 parameters does not round to float32 inside."""
         return _InFloat64() if self.dtype == torch.float64 else nullcontext()
 
     def init_state(self, batch_size: int, *, max_length: int | None = None) -> Any:  # noqa: ARG002
@@ -149,7 +152,7 @@ class Adapted(SequenceMixer[Any]):
     def flops(self, length: int, paradigm: Paradigm, context: int = 0) -> int:
         cost = self.config.flops(self.module, length, paradigm, context)
         if cost is None:
-            raise ContractError(f"{self.kind} declares no flops")
+            raise ContractError(f"{self.kind} does not declare its cost: pass flops= to adapt")
         return cost
 
 
@@ -157,7 +160,7 @@ AdaptedConfig.layer = Adapted
 
 
 class _InFloat64(TorchFunctionMode):
-    """Whatever is asked for in float32 is float64."""
+    """Torch function mode that replaces float32 by float64 in the arguments of all functions."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.float:
@@ -177,47 +180,49 @@ def adapt(
     d_model: int | None = None,
     kind: str = "",
 ) -> AdaptedConfig:
-    """Make any module one that `check_mixer`, `parametrize_checks` and `seqmix check` take.
+    """Return a mixer configuration of any module, for `check_mixer`, `parametrize_checks` and `seqmix check`.
 
     Args:
-        module: the module, or what makes it of a width (its class, if the width is all that it takes).
+        module: a module, or a function that creates one for a width (the class, if the width is its only argument).
         call: `call(module, x, state, cu_seqlens, return_state) -> (y, state)`; by default `module(x)`, without a state.
-        state: `state(module, batch_size)`, the state before the first token; None where the module has none. Then what
-            needs one (pieces, decoding, saved states) is skipped by name.
-        traits: fields of `Traits` that differ from what is assumed, such as `{"packing": True}`. Assumed is a constant
-            state if `state` is given and none otherwise, no packing, and nothing about shifts.
-        flops: `flops(module, length, paradigm, context)`; without it the cost is not checked.
-        d_model: the width of a module; required for one that is made already.
-        kind: its name in reports; the class's or function's by default.
+        state: `state(module, batch_size)`, the state before the first token; None if the module has no state. Checks
+            that need a state (segments, decoding, saved states) are then skipped.
+        traits: fields of `Traits` that differ from the defaults, such as `{"packing": True}`. The defaults are a
+            constant state if `state` is given and no state otherwise, no packing, and no invariance to shifts.
+        flops: `flops(module, length, paradigm, context)`; if it is None, the cost is not checked.
+        d_model: the only width that is supported; required if `module` is a module.
+        kind: the name in reports; by default that of the class or function.
 
     Raises:
-        ContractError: an argument does not fit the others, in one sentence.
+        ContractError: the arguments do not fit together.
     """
     name = kind or (type(module) if isinstance(module, nn.Module) else module).__name__.strip("<>")
     make: Callable[[int], nn.Module] = module
     if isinstance(module, nn.Module):
         if d_model is None:
-            raise ContractError(f"adapt was given a {name}, whose width it cannot know: give d_model=")
+            raise ContractError(f"adapt needs the width of a module that exists already, {name}: pass d_model=")
         make = lambda _: copy.deepcopy(module).to(torch.get_default_device())  # noqa: E731
     for trait in traits or {}:
         require_name("trait", trait, [field.name for field in fields(Traits)])
     paradigms = frozenset({Paradigm.PARALLEL, Paradigm.RECURRENT} if state is not None else {Paradigm.PARALLEL})
-    assumed = {"packing": False, "shift_invariant": False, "state": "none" if state is None else "constant"}
-    declared = Traits(**{"paradigms": paradigms, **assumed, **(traits or {})})
+    defaults = {"packing": False, "shift_invariant": False, "state": "none" if state is None else "constant"}
+    declared = Traits(**{"paradigms": paradigms, **defaults, **(traits or {})})
     if declared.has_state is (state is None):
-        raise ContractError(f"adapt was given traits.state {declared.state!r} and {'no ' * (state is None)}state=")
-    calls, undeclared = call or (lambda module, x, *_: (module(x), None)), {"yaml": "what adapt makes is not in YAML"}
-    given = {
+        remedy = "pass state=" if state is None else "omit state="
+        raise ContractError(f"adapt needs state= exactly if traits.state is not none, got {declared.state!r}: {remedy}")
+    call_module = call or (lambda module, x, *_: (module(x), None))
+    undeclared = {"yaml": "YAML cannot describe a module that adapt was given"}
+    members = {
         "module": lambda _, d_model: make(d_model),
-        "call": lambda _, *given: calls(*given),
+        "call": lambda _, *arguments: call_module(*arguments),
         "state": lambda _, module, batch_size: state(module, batch_size) if state else None,
-        "flops": lambda _, *given: None if flops is None else flops(*given),
+        "flops": lambda _, *arguments: None if flops is None else flops(*arguments),
         "undeclared": lambda self, module: undeclared | AdaptedConfig.undeclared(self, module),
         "traits": property(lambda _: declared),
         "fixed_d_model": property(lambda _: d_model),
         "written": property(lambda _: f"adapt({name}, ...)"),
     }
-    typed = {"__module__": __name__, "__annotations__": {"kind": Literal[name]}, "kind": name}
-    made: Any = type(f"{name}Config", (AdaptedConfig,), typed | given)
-    made.layer = type(name, (Adapted,), {})  # which cannot be imported, so nobody tries to pickle functions
-    return made()
+    kind_field = {"__module__": __name__, "__annotations__": {"kind": Literal[name]}, "kind": name}
+    config_class: Any = type(f"{name}Config", (AdaptedConfig,), kind_field | members)
+    config_class.layer = type(name, (Adapted,), {})  # cannot be imported, which marks it as not picklable
+    return config_class()

@@ -1,4 +1,4 @@
-"""A bare function of queries, keys and values as a mixer: projections around it, as a layer has them."""
+"""Adapter that makes a function of queries, keys and values a mixer, with the projections of a layer around it."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -10,14 +10,14 @@ from .module import AdaptedConfig, Result, adapt
 
 
 class OpState(NamedTuple):
-    """What a function carries."""
+    """State of a function."""
 
     memory: Tensor
-    """A matrix per head, [B H K V]."""
+    """One matrix per head, [B H K V]."""
 
 
-class _Around(nn.Module):
-    """q, k, v, [B T H D/H], and one number per head and gate are projections of x; so is the output, of o."""
+class _Projections(nn.Module):
+    """Layer around a function: x is projected to q, k, v, [B T H D/H], and the gates, [B T H]; o to the output."""
 
     def __init__(self, d_model: int, n_heads: int, gates: Mapping[str, Callable[[Tensor], Tensor]]) -> None:
         super().__init__()
@@ -45,15 +45,16 @@ def adapt_op(
     traits: Mapping[str, Any] | None = None,
     kind: str = "",
 ) -> AdaptedConfig:
-    """Make a function of q, k, v, each [B T H K], one that `check_mixer` takes.
+    """Return a mixer configuration of a function of q, k and v, each [B T H K], for `check_mixer`.
 
     Args:
-        function: returns o, [B T H V], or (o, memory); its words are those of flash-linear-attention.
-        n_heads: H.
-        gates: further arguments, [B T H], by name, each with what makes it of any number: `{"g": F.logsigmoid}`.
-        state: whether it takes `initial_state` and `output_final_state`, a memory [B H K V].
-        traits: as `adapt` has them; with `packing` it is given `cu_seqlens`.
-        kind: its name in reports; the function's by default.
+        function: returns o, [B T H V], or (o, memory). The names of its arguments are those of flash-linear-attention.
+        n_heads: the number of heads, H.
+        gates: further arguments, [B T H], by name, each with the function that maps any number to a valid value:
+            `{"g": F.logsigmoid}`.
+        state: True if the function has the arguments `initial_state`, a memory [B H K V], and `output_final_state`.
+        traits: as in `adapt`; with `packing`, the function gets `cu_seqlens`.
+        kind: the name in reports; by default that of the function.
     """
 
     def call(module: Any, x: Tensor, before: Any, cu_seqlens: Tensor | None, return_state: bool) -> Result:
@@ -70,5 +71,6 @@ def adapt_op(
         return OpState(weight.new_zeros(batch_size, n_heads, size, size, dtype=wide))
 
     name = kind or getattr(function, "__name__", "op")
-    begins = initial if state else None
-    return adapt(lambda d: _Around(d, n_heads, gates or {}), call=call, state=begins, traits=traits, kind=name)
+    initial_state = initial if state else None
+    make = lambda d_model: _Projections(d_model, n_heads, gates or {})  # noqa: E731
+    return adapt(make, call=call, state=initial_state, traits=traits, kind=name)

@@ -1,4 +1,4 @@
-"""The retention layer of torchscale in its three modes: recurrent, parallel, and chunkwise with a `chunk`."""
+"""Adapter for torchscale's retention layer in its three modes: recurrent, parallel, and chunkwise (with `chunk`)."""
 
 import sys
 from functools import cache
@@ -16,39 +16,39 @@ from .module import Adapted, AdaptedConfig, Result
 
 
 class RetentionState(NamedTuple):
-    """What its recurrent mode carries, which is the same number of tokens for all rows."""
+    """State of the recurrent mode; all rows have processed the same number of tokens."""
 
     memory: Tensor
-    """Divided by the square root of the sum of decays, [B H V K]."""
+    """Memory, divided by the square root of the sum of decays, [B H V K]."""
     position: Tensor
-    """Tokens read, [B]."""
+    """Number of tokens processed, [B]."""
 
 
 class TorchscaleConfig(AdaptedConfig):
-    """torchscale's `MultiScaleRetention`, decoded token by token, in its parallel mode or in chunks."""
+    """torchscale's `MultiScaleRetention`: parallel or in chunks, and token by token."""
 
     kind: Literal["torchscale"] = "torchscale"
     n_heads: int = Field(default=2, gt=0, le=19)
-    """Heads; the twentieth's decay is 1 in float32, which its norm divides 0 by 0 with."""
+    """Number of heads, at most 19: the decay of a twentieth rounds to 1 in float32, and the norm divides 0 by 0."""
     chunk: int = Field(default=0, ge=0)
-    """Tokens of a chunk; 0 is the parallel mode."""
+    """Chunk length in tokens; 0 for the parallel mode."""
 
-    layer: ClassVar[type[Adapted]] = type("Torchscale", (Adapted,), {})  # no pickle finds modules built on stubs
+    layer: ClassVar[type[Adapted]] = type("Torchscale", (Adapted,), {})  # not picklable: torchscale needs the stubs
 
     @property
     def traits(self) -> Traits:
         paradigms = frozenset({Paradigm.PARALLEL, Paradigm.RECURRENT})
-        # the sum of decays is that of the tokens read, and the norm's eps is beside it
-        usual = {"packing": False, "shift_invariant": False, "compiles": False}
-        return Traits(paradigms=paradigms, state="constant", parallel_from_state=False, **usual)
+        # not invariant to shifts: the sum of decays depends on the position, and the norm adds eps to a result of it
+        fixed = {"packing": False, "shift_invariant": False, "compiles": False}
+        return Traits(paradigms=paradigms, state="constant", parallel_from_state=False, **fixed)
 
     def undeclared(self, module: Any) -> dict[str, str]:
         return {"rows": "a call has one position for all rows"} | super().undeclared(module.rel_pos)
 
     def module(self, d_model: int) -> nn.Module:
-        if d_model % (2 * self.n_heads):  # it turns pairs of channels
+        if d_model % (2 * self.n_heads):  # rotations need pairs of channels
             raise ContractError(
-                f"heads of an even size are needed, and {self.n_heads} do not divide {d_model} into such"
+                f"heads must have an even width: expected d_model to be a multiple of {2 * self.n_heads}, got {d_model}"
             )
         return _Layer(d_model, self.n_heads, self.chunk)
 
@@ -62,7 +62,7 @@ class TorchscaleConfig(AdaptedConfig):
         if x.shape[1] == 1:
             return module.step(x, self.state(module, len(x)) if state is None else state)
         y = module(x)
-        if return_state:  # its other modes leave none
+        if return_state:  # only the recurrent mode gives a state
             state = self.state(module, len(x))
             for token in x.split(1, dim=1):
                 _, state = module.step(token, state)
@@ -70,37 +70,48 @@ class TorchscaleConfig(AdaptedConfig):
 
 
 class _Layer(nn.Module):
+    """torchscale's retention layer with its relative positions."""
+
     def __init__(self, d_model: int, n_heads: int, chunk: int) -> None:
         super().__init__()
-        theirs, self.chunk = torchscale(), chunk
-        names = {"decoder_embed_dim": d_model, "decoder_retention_heads": n_heads, "recurrent_chunk_size": chunk or 1}
-        args = theirs.Config(**names)
-        self.rel_pos = theirs.RelPos(args)
-        self.retention = theirs.Retention(args, d_model, d_model, n_heads)
+        self.chunk = chunk
+        classes = torchscale()
+        args = classes.Config(
+            decoder_embed_dim=d_model, decoder_retention_heads=n_heads, recurrent_chunk_size=chunk or 1
+        )
+        self.rel_pos = classes.RelPos(args)
+        self.retention = classes.Retention(args, d_model, d_model, n_heads)
 
     def forward(self, x: Tensor) -> Tensor:
         length = x.shape[1]
         if not self.chunk:
             return self.retention(x, self.rel_pos(length))
-        padded = nn.functional.pad(x, (0, 0, 0, -length % self.chunk))  # as its decoder does
+        padded = nn.functional.pad(x, (0, 0, 0, -length % self.chunk))  # as torchscale's decoder does
         rel_pos = self.rel_pos(padded.shape[1], chunkwise_recurrent=True)
         return self.retention(padded, rel_pos, chunkwise_recurrent=True)[:, :length]
 
     def step(self, x: Tensor, state: RetentionState) -> tuple[Tensor, RetentionState]:
+        """Process one token from a state; return the output and the next state."""
         read, decay = int(state.position[0]), self.rel_pos.decay.exp()
-        held = {"prev_key_value": state.memory, "scale": (1 - decay**read) / (1 - decay)} if read else {}
-        y = self.retention(x, self.rel_pos(read + 1, activate_recurrent=True), False, held)
-        return y, RetentionState(held["prev_key_value"], state.position + 1)
+        incremental = {"prev_key_value": state.memory, "scale": (1 - decay**read) / (1 - decay)} if read else {}
+        y = self.retention(x, self.rel_pos(read + 1, activate_recurrent=True), False, incremental)
+        return y, RetentionState(incremental["prev_key_value"], state.position + 1)
 
 
 @cache
 def torchscale() -> SimpleNamespace:
-    """Its classes. Its RetNet imports fairscale and timm, of which nothing here is used: stubs stand for them."""
+    """Import torchscale's classes for RetNet.
+
+    The module of RetNet imports fairscale and timm, which these classes do not need: stubs replace them.
+
+    Raises:
+        ContractError: torchscale is not installed.
+    """
     names = ["fairscale", "fairscale.nn", "timm", "timm.models", "timm.models.layers"]
     stubs: dict[str, Any] = {name: ModuleType(name) for name in names}
     stubs["fairscale.nn"].checkpoint_wrapper = stubs["fairscale.nn"].wrap = None
     stubs["timm.models.layers"].drop_path = None
-    with patch.dict(sys.modules, stubs):  # and nobody else finds modules that were built on stubs
+    with patch.dict(sys.modules, stubs):  # afterwards, the stubs and the modules that use them are forgotten
         try:
             from torchscale.architecture.config import RetNetConfig  # pyright: ignore[reportMissingImports]
             from torchscale.architecture.retnet import (  # pyright: ignore[reportMissingImports]

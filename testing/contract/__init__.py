@@ -1,4 +1,4 @@
-"""The contract: the checks that run by default. Importing a file registers its checks, in this order."""
+"""The contract: the checks that run by default. Importing a module registers its checks, in this order."""
 
 # ruff: noqa: F401, I001
 from . import sequence, gradients, packing, batch

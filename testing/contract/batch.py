@@ -1,4 +1,4 @@
-"""Rows of a batch are independent sequences, and a tensor's strides do not matter."""
+"""Checks of batches: rows are independent sequences, and the strides of tensors do not matter."""
 
 import itertools
 from collections.abc import Callable
@@ -9,18 +9,18 @@ from torch import Tensor
 
 from ...mixers.state import is_inexact, map_state, select
 from ..check import check
-from ..gradients import strided, time_first, with_gradient_laid_out
+from ..gradients import strided, time_first, with_gradient_layout
 from ..mixer.case import CROWDS, Draw
 from ..mixer.trial import Trial
 
 FEW = 4
-"""Rows of a large batch that are mixed without the others: of a small one it is each."""
+"""Rows of a large batch to process together, without the others. In a small batch, each row is processed alone."""
 
 SAMPLES = 2
-"""Rows that go on from one row's state."""
+"""Sequences that continue from the state of a single row."""
 
 LOUD = 30.0
-"""How much larger the tokens of one row are: relative to the largest of all rows, the others are nothing."""
+"""Factor by which the tokens of one row are larger: anything normalised over rows makes the others vanish."""
 
 
 @check(
@@ -29,67 +29,74 @@ LOUD = 30.0
     draw=Draw(tokens=(1, 8), batch_size=(2, 3), crowded=4),
 )
 def rows_are_independent(trial: Trial) -> None:
-    """A sequence gives the same alone as beside others in a batch, much louder ones too, and beside few as beside many,
-    with a final state and without."""
+    """A sequence gives the same result alone and in any batch, small or large, with and without a final state, even if
+    the tokens of other rows are much larger."""
     rows = trial.case.batch_size
     x, state = trial.tokens(rows), trial.state(rows)
     x[0] *= LOUD if trial.case.seed % 2 else 1
     has_state, crowded = trial.mixer.traits.has_state, rows >= CROWDS[0]
-    few = trial.index(*range(rows)).split(1 if rows < CROWDS[0] else FEW)
-    # of many rows, without a state the last ones are enough
-    ways = [(has_state, few), (False, few[-1:])] if crowded else [(has_state and trial.case.seed // 2 % 2 == 1, few)]
-    for paradigm, (wanted, chosen) in itertools.product(trial.paradigms, ways):
-        y, states = trial.mix(x, state, paradigm=paradigm, return_state=wanted)
-        for some in chosen:
-            alone = trial.mix(
-                x[some], None if state is None else select(state, some), paradigm=paradigm, return_state=wanted
-            )
-            what = f"{paradigm}, rows {some.tolist()} of {len(x)} against them without the others"
-            trial.compare(what, (y[some], None if states is None else select(states, some)), alone)
+    groups = trial.index(*range(rows)).split(1 if rows < CROWDS[0] else FEW)
+    if crowded:  # without a final state, the last rows of a large batch are enough
+        calls = [(has_state, groups), (False, groups[-1:])]
+    else:
+        calls = [(has_state and trial.case.seed // 2 % 2 == 1, groups)]
+    for paradigm, (return_state, chosen) in itertools.product(trial.paradigms, calls):
+        y, states = trial.mix(x, state, paradigm=paradigm, return_state=return_state)
+        for group in chosen:
+            before = None if state is None else select(state, group)
+            alone = trial.mix(x[group], before, paradigm=paradigm, return_state=return_state)
+            what = f"{paradigm}, rows {group.tolist()} of {len(x)} against the same rows without the others"
+            trial.compare(what, (y[group], None if states is None else select(states, group)), alone)
 
 
 @check(
-    use="any call with slices or transposed tensors, as of a fused projection: other numbers are read",
+    use="any call with slices or transposed tensors, as from a fused projection: wrong numbers are read",
     share=0.06,
     draw=Draw(tokens=(1, 8), batch_size=(1, 3)),
 )
 def strides_change_nothing(trial: Trial) -> None:
-    """Inputs, states and gradients from above that are not contiguous, or do not begin where their memory does (rows
-    split from a batch), give what others give, with gradients and without; and so do rows that share the memory of one,
-    as samples of a prompt whose state is expanded do."""
+    """Results do not depend on memory layout, with and without gradients. Inputs, states and upstream gradients may be
+    non-contiguous, or may begin within a larger tensor, as rows split from a batch do. Rows of a state may share the
+    memory of one row, as in a prompt's state expanded over samples."""
     x, state = trial.tokens(), trial.state()
-    # time first is what other libraries have
-    lay = time_first if trial.case.seed % 3 == 0 else strided
+    # other libraries use time-first tensors
+    layout = time_first if trial.case.seed % 3 == 0 else strided
     for paradigm in trial.paradigms:
         call = trial.call(paradigm)
 
         def with_strides(x, state, call=call):
-            y, after = call(lay(x), _laid(strided, state))
-            after = _laid(lambda leaf: with_gradient_laid_out(leaf, strided) if is_inexact(leaf) else leaf, after)
-            return with_gradient_laid_out(y, lay), after
+            y, after = call(layout(x), _map_leaves(strided, state))
+            after = _map_leaves(lambda leaf: with_gradient_layout(leaf, strided) if is_inexact(leaf) else leaf, after)
+            return with_gradient_layout(y, layout), after
 
         expected = trial.differentiate(call, x, state)
         actual = trial.differentiate(with_strides, x, state)
         trial.compare(f"{paradigm}, strided inputs against contiguous ones", actual, expected)
         if trial.case.seed % 3 == 1:
-            inner = trial.differentiate(lambda x, state, call=call: call(_inside(x), _laid(_inside, state)), x, state)
-            trial.compare(f"{paradigm}, inputs that are the last rows of larger ones against others", inner, expected)
-        # without gradients, and as in decoding
+
+            def with_last_rows(x, state, call=call):
+                return call(_last_rows(x), _map_leaves(_last_rows, state))
+
+            inner = trial.differentiate(with_last_rows, x, state)
+            what = f"{paradigm}, inputs that are the last rows of larger tensors against separate ones"
+            trial.compare(what, inner, expected)
+        # without gradients: the whole segment, and one token as in decoding
         for length in {x.shape[1], 1 if trial.mixer.traits.has_state else x.shape[1]}:
             whole = expected[0]["the output"][:, :length], expected[1] if length == x.shape[1] else None
-            for rows, among in {"the last": _inside, "every other": _every_other}.items():
+            for rows, embed in {"the last": _last_rows, "every other": _every_other_row}.items():
                 with torch.no_grad():
-                    y, after = call(among(x[:, :length]), _laid(among, state))
-                what = f"{paradigm}, without gradients, {length} tokens, inputs that are {rows} rows of larger ones"
+                    y, after = call(embed(x[:, :length]), _map_leaves(embed, state))
+                what = f"{paradigm}, without gradients, {length} tokens, inputs that are {rows} rows of larger tensors"
                 trial.compare(what, (y, after if length == x.shape[1] else None), whole)
     if trial.mixer.traits.has_state:
-        _samples_share_a_prompt(trial, x[:1])
+        _require_samples_may_share_a_prompt(trial, x[:1])
 
 
-def _samples_share_a_prompt(trial: Trial, prompt: Tensor) -> None:
+def _require_samples_may_share_a_prompt(trial: Trial, prompt: Tensor) -> None:
+    """Compare steps from a prompt's state expanded over rows with steps from copies of that row."""
     samples = trial.tokens(SAMPLES, prompt.shape[1])
 
-    def state() -> Any:  # with room for what is sampled
+    def state() -> Any:  # with room for the sampled tokens
         with torch.no_grad():
             return trial.call()(prompt, trial.mixer.init_state(1, max_length=2 * prompt.shape[1]))[1]
 
@@ -98,20 +105,20 @@ def _samples_share_a_prompt(trial: Trial, prompt: Tensor) -> None:
 
     y, _ = trial.decode(samples, map_state(expanded, state()), trial.call(trial.reference))
     expected, _ = trial.decode(samples, select(state(), trial.index(*[0] * SAMPLES)), trial.call(trial.reference))
-    trial.compare(
-        "steps from a state that is expanded over rows against one whose row is copied", (y, None), (expected, None)
-    )
+    what = "steps from a state that is expanded over rows against a state with copied rows"
+    trial.compare(what, (y, None), (expected, None))
 
 
-def _laid(lay: Callable[[Tensor], Tensor], state: Any) -> Any:
-    return None if state is None else map_state(lay, state)
+def _map_leaves(layout: Callable[[Tensor], Tensor], state: Any) -> Any:
+    """Return a state whose leaves have another layout; None for None."""
+    return None if state is None else map_state(layout, state)
 
 
-def _inside(x: Tensor) -> Tensor:
-    """The same numbers, contiguous, as the last rows of what has others before them."""
+def _last_rows(x: Tensor) -> Tensor:
+    """Return the same numbers, contiguous, as the last rows of a larger tensor."""
     return torch.cat((torch.ones_like(x), x))[len(x) :]
 
 
-def _every_other(x: Tensor) -> Tensor:
-    """The same numbers, with rows of others between them."""
+def _every_other_row(x: Tensor) -> Tensor:
+    """Return the same numbers as every other row of a larger tensor."""
     return torch.stack((x, torch.ones_like(x)), dim=1).flatten(0, 1)[::2]

@@ -20,47 +20,47 @@ from ..mixer.options import chunk_sizes
 from ..mixer.trial import Trial, named_results
 
 RAGGED = 24
-"""A chunk that is no power of two: what handles it in blocks of 16 has a ragged one."""
+"""A chunk size that is not a power of two: code that splits chunks into blocks of 16 has a ragged last block."""
 
 CANDIDATES = (*(2**n for n in range(12)), RAGGED)
-"""Chunk sizes that a configuration may take; the smallest, the largest and this one are compared."""
+"""Chunk sizes to try; the smallest and the largest accepted one are compared, and `RAGGED` if it is accepted."""
 
 MANY = 64
-"""Tokens tried where one seems to be ignored."""
+"""Number of other tokens to try if one seems to be ignored."""
 
 LOUD = 8.0
-"""How much larger half of those are: what keeps the largest it has read notes others rarely."""
+"""Factor by which every other one of those tokens is larger: a running maximum seldom notices small tokens."""
 
 EVERY = 70
-"""Tokens up to which a segment is cut at every one."""
+"""Length up to which a segment is cut at every token; a longer one is cut at `LENGTHS` alone."""
 
 LARGE = 200.0
-"""A scale at which scores are tens of thousands: a mask of -10,000 hides nothing, and what is clamped is clamped."""
+"""Scale of tokens at which scores reach tens of thousands: a mask of -10,000 hides nothing, and clamps take effect."""
 
 
 @check(
     several_paradigms,
-    use="training in one paradigm and decoding in another: the model is another",
+    use="training in one paradigm and decoding in another: the model differs",
     remedy="leave the paradigm out of traits.paradigms, or declare traits.parallel_from_state=False",
     share=0.25,
     draw=Draw(tokens=(1, 11), long=8, uses=USES, scales=(1.0, 1.0, 1.0, LARGE), wide=10, options=True),
 )
 def paradigms_agree(trial: Trial) -> None:
-    """Every paradigm gives the same output, final state and gradients (of input, state, parameters), from any state, at
-    lengths around the boundaries of blocks of up to 128 tokens too."""
+    """Every paradigm gives the same output, final state and gradients (of input, state, parameters), from any state,
+    also at lengths around the boundaries of blocks of up to 128 tokens."""
     x, state = trial.tokens(), trial.state()
     expected = trial.differentiate(trial.call(trial.reference), x, state)
     slack = None
     if trial.case.scale > 1:
         slack = trial.sensitivity(trial.call(trial.reference), x, state, expected)
-        # where a softmax is saturated nothing moves, and large numbers still cancel
-        slack = {name: far + EXACT * trial.case.scale for name, far in slack.items()}
-    # where the reference alone is asked for, it is compared with all others
+        # if a softmax is saturated nothing moves, and large numbers still cancel
+        slack = {name: distance + EXACT * trial.case.scale for name, distance in slack.items()}
+    # if only the reference is under test, compare it with all other paradigms
     others = {*trial.paradigms} - {trial.reference} or trial.mixer.traits.paradigms - {trial.reference}
     for paradigm in sorted(others):
         actual = trial.differentiate(trial.used(paradigm), x, state, used=True)
         trial.compare(f"{paradigm} against {trial.reference}", actual, expected, slack=slack)
-        # every boundary in the longest segment counts: an output depends on no later token, so a part gives the whole's
+        # test every boundary within the longest segment: a prefix has the outputs that it has in the whole
         for length in sorted(LENGTHS)[:-1] if trial.case.length == max(LENGTHS) else ():
             part, _ = trial.mix(x[:, :length], state, paradigm=paradigm)
             what = f"{paradigm} on {length} tokens against {trial.reference} on more"
@@ -68,69 +68,74 @@ def paradigms_agree(trial: Trial) -> None:
 
 
 @check(
-    use="adapters (LoRA), quantised layers and hooks: a wrapped projection is bypassed in one paradigm, or in training",
+    use="adapters (LoRA), quantised layers, hooks: a wrapped projection is bypassed in one paradigm or in training",
     share=0.04,
     draw=Draw(tokens=(4, 9)),
 )
 def wrapped_projections_count_in_every_paradigm(trial: Trial) -> None:
-    """What is added to the outputs of each `nn.Linear`, or `nn.Conv1d` of size 1, by a hook or by a module in its place
-    as adapters are, counts in every paradigm, or in none, after calls without it too, and so does what a hook before it
-    makes of its inputs; and so it does where training mode wants no state. A weight of 8 bits changes no dtype."""
+    """A change to each projection (`nn.Linear`, or `nn.Conv1d` of size 1) takes effect in all paradigms or in none: a
+    forward hook, a forward pre-hook, or a module in its place, as adapters are. It also takes effect after calls
+    without it, and in training mode without a final state. A projection whose weight attribute has 8 bits changes no
+    dtype."""
     x, state = trial.tokens(), trial.state()
-    mixer, before = (copy.deepcopy(trial.without_dropout()) for _ in range(2))
-    for module, other in zip(mixer.modules(), before.modules(), strict=True):
-        if _is_projection(module):
-            module.register_forward_hook(partial(_added, 0.3 * trial.like(module.weight)))
-            other.register_forward_pre_hook(lambda _, given: 2 * given[0])
-    reads = {"": x, ", one token": x[:, :1]}
-    for read, tokens in reads.items():
-        _same_in_every_paradigm(trial, before, tokens, state, f"with hooks before projections{read}")
-    for read, tokens in reads.items():
-        _same_in_every_paradigm(trial, mixer, tokens, state, f"with hooks on projections{read}")
-    whole, _ = trial.mix(x, None, mixer, paradigm=trial.reference)
+    with_hooks, with_pre_hooks = (copy.deepcopy(trial.without_dropout()) for _ in range(2))
+    for hooked, pre_hooked in zip(with_hooks.modules(), with_pre_hooks.modules(), strict=True):
+        if _is_projection(hooked):
+            hooked.register_forward_hook(partial(_add_product, 0.3 * trial.like(hooked.weight)))
+            pre_hooked.register_forward_pre_hook(lambda _, inputs: 2 * inputs[0])
+    segments = {"": x, ", one token": x[:, :1]}
+    for suffix, tokens in segments.items():
+        what = f"with hooks before projections{suffix}"
+        _require_same_in_every_paradigm(trial, with_pre_hooks, tokens, state, what)
+    for suffix, tokens in segments.items():
+        _require_same_in_every_paradigm(trial, with_hooks, tokens, state, f"with hooks on projections{suffix}")
+    whole, _ = trial.mix(x, None, with_hooks, paradigm=trial.reference)
     for paradigm in trial.paradigms:
-        y, _ = trial.call(paradigm, mixer.train(), return_state=False)(x, None)
+        y, _ = trial.call(paradigm, with_hooks.train(), return_state=False)(x, None)
         what = f"with hooks on projections, {paradigm} in training mode against {trial.reference} in evaluation"
         trial.compare(what, (y.detach(), None), (whole, None))
-    for name, module in [*mixer.eval().named_modules()]:
+    replaced = with_hooks.eval()
+    for name, module in [*replaced.named_modules()]:
         if _is_projection(module):
             parent, _, leaf = name.rpartition(".")
-            setattr(mixer.get_submodule(parent), leaf, _Replaced(module, 0.3 * trial.like(module.weight)))
-    for read, tokens in reads.items():
-        _same_in_every_paradigm(trial, mixer, tokens, state, f"with projections replaced{read}")
+            setattr(replaced.get_submodule(parent), leaf, _Adapter(module, 0.3 * trial.like(module.weight)))
+    for suffix, tokens in segments.items():
+        _require_same_in_every_paradigm(trial, replaced, tokens, state, f"with projections replaced{suffix}")
     quantised = copy.deepcopy(trial.mixer)
-    called = [name for name, module in mixer.named_modules() if isinstance(module, _Replaced) and module.called]
+    called = [name for name, module in replaced.named_modules() if isinstance(module, _Adapter) and module.called]
     for name, module in [*quantised.named_modules()]:
-        if name in called and _is_projection(module):  # others are read and not called
+        if name in called and _is_projection(module):  # of other projections, the mixer reads the weight itself
             parent, _, leaf = name.rpartition(".")
             setattr(quantised.get_submodule(parent), leaf, _Quantised(module))
     for paradigm in trial.paradigms:
-        expected, actual = (trial.mix(x, state, each, paradigm=paradigm) for each in (None, quantised))
+        expected, actual = (trial.mix(x, state, mixer, paradigm=paradigm) for mixer in (None, quantised))
         trial.compare(f"{paradigm}, with projections whose weight attribute is int8 against without", actual, expected)
 
 
 def _is_projection(module: nn.Module) -> TypeGuard[nn.Linear | nn.Conv1d]:
-    of_one = isinstance(module, nn.Conv1d) and module.kernel_size == (1,) and module.groups == 1
-    return of_one or isinstance(module, nn.Linear)
+    """Return True for a linear layer, or a convolution that is one: kernel size 1 and one group."""
+    pointwise = isinstance(module, nn.Conv1d) and module.kernel_size == (1,) and module.groups == 1
+    return pointwise or isinstance(module, nn.Linear)
 
 
-def _same_in_every_paradigm(trial: Trial, mixer: SequenceMixer, x: Tensor, state: Any, what: str) -> None:
+def _require_same_in_every_paradigm(trial: Trial, mixer: SequenceMixer, x: Tensor, state: Any, what: str) -> None:
+    """Fail unless all paradigms of a mixer, and steps, give the same output and final state."""
     expected = trial.mix(x, state, mixer, paradigm=trial.reference)
     for paradigm in sorted(trial.mixer.traits.paradigms - {trial.reference}):
         actual = trial.mix(x, state, mixer, paradigm=paradigm)
         trial.compare(f"{what}, {paradigm} against {trial.reference}", actual, expected)
     if trial.mixer.traits.has_state and Paradigm.RECURRENT in trial.mixer.traits.paradigms:
-        given = trial.mixer.init_state(len(x)) if state is None else clone(state)
-        stepped = trial.decode(x, given, mixer.step)
+        start = trial.mixer.init_state(len(x)) if state is None else clone(state)
+        stepped = trial.decode(x, start, mixer.step)
         trial.compare(f"{what}, steps against {trial.reference}", stepped, expected)
 
 
-class _Replaced(nn.Module):
-    """A module in a projection's place that adds to its outputs, and has its attributes."""
+class _Adapter(nn.Module):
+    """A module in the place of a projection, as LoRA's: it adds to the output and forwards attributes."""
 
     def __init__(self, base: nn.Module, weight: Tensor) -> None:
         super().__init__()
-        self.base, self.added, self.called = base, partial(_added, weight), False
+        self.base, self.hook, self.called = base, partial(_add_product, weight), False
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -140,11 +145,11 @@ class _Replaced(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self.called = True
-        return self.added(self, (x,), self.base(x))
+        return self.hook(self, (x,), self.base(x))
 
 
-class _Quantised(_Replaced):
-    """One that computes what the projection does, of any dtype, and whose weight has 8 bits."""
+class _Quantised(_Adapter):
+    """A module in the place of a projection that computes the same, and whose `weight` attribute has 8 bits."""
 
     def __init__(self, base: nn.Linear | nn.Conv1d) -> None:
         super().__init__(base, base.weight)
@@ -154,10 +159,10 @@ class _Quantised(_Replaced):
         return self.base(x.to(self.dtype))
 
 
-def _added(weight: Tensor, module: nn.Module, given: tuple[Tensor, ...], y: Tensor) -> Tensor:  # noqa: ARG001
-    """What an adapter makes of a projection's output: torch's signature of a hook, after its own weight."""
+def _add_product(weight: Tensor, module: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> Tensor:  # noqa: ARG001
+    """Add another weight's product to the output of a projection; a forward hook after the first argument is bound."""
     product = nn.functional.linear if weight.ndim == 2 else nn.functional.conv1d
-    return y + product(given[0], weight.to(y))
+    return y + product(inputs[0], weight.to(y))
 
 
 @check(
@@ -167,7 +172,8 @@ def _added(weight: Tensor, module: nn.Module, given: tuple[Tensor, ...], y: Tens
     draw=Draw(pieces=(2, 4), tokens=(1, 6), long=12, batch_size=(1, 2), paradigms=True),
 )
 def pieces_equal_the_whole(trial: Trial) -> None:
-    """A segment at once equals its pieces in order, each in any paradigm, from any state; tokens of zeros count."""
+    """A segment processed at once equals its pieces in order, each in any paradigm, from any state. Tokens that are
+    all zeros count like others."""
     x, state = trial.tokens(blank=trial.case.seed % 3 == 2), trial.state()
     whole = trial.mix(x, state, paradigm=trial.reference)
     pieces = [partial(trial.mix, paradigm=paradigm) for paradigm in trial.case.paradigms]
@@ -190,8 +196,8 @@ def pieces_equal_the_whole(trial: Trial) -> None:
     ),
 )
 def gradients_flow_through_states(trial: Trial) -> None:
-    """Backpropagation through a chain of states equals that through the whole, from the last piece alone too, and a
-    detached state ends it."""
+    """Backpropagation through a chain of states equals backpropagation through the whole segment, also from the last
+    piece alone. A detached state stops it."""
     x, state, lengths = trial.tokens(), trial.state(), trial.case.lengths
     calls, whole = [*map(trial.used, trial.case.paradigms)], trial.call(trial.reference)
 
@@ -199,23 +205,23 @@ def gradients_flow_through_states(trial: Trial) -> None:
     expected = trial.differentiate(whole, x, state)
     trial.compare("backpropagation through pieces against the whole", actual, expected)
 
-    def last_piece(x: Tensor, given: Any) -> tuple[Tensor, Any]:
-        """No output of the first ones is read: a state alone has gradients from above."""
+    def last_piece(x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """Return the output of the last piece: earlier pieces get gradients through their final state alone."""
         *before, last = zip(x.split(lengths, dim=1), calls, strict=True)
         for piece, call in before:
-            _, given = call(piece, given)
-        return last[1](last[0], given)[0], None
+            _, state = call(piece, state)
+        return last[1](last[0], state)[0], None
 
     actual = trial.differentiate(last_piece, x, state, used=True)
-    expected = trial.differentiate(lambda x, given: (whole(x, given)[0][:, -lengths[-1] :], None), x, state)
+    expected = trial.differentiate(lambda x, state: (whole(x, state)[0][:, -lengths[-1] :], None), x, state)
     trial.compare("backpropagation from the last piece alone against the whole", actual, expected)
 
-    # truncated: the last piece, from the state that the first ones left
+    # truncated backpropagation: the last piece, from the detached state after the first ones
     first, last = trial.used(), trial.used(trial.case.paradigms[-1])
     head, tail = x.split([trial.case.length - lengths[-1], lengths[-1]], dim=1)
 
-    def truncated(x, given):
-        _, between = first(head, given)
+    def truncated(x, state):
+        _, between = first(head, state)
         return last(x, detach(between))
 
     _, between = trial.mix(head, state)
@@ -227,38 +233,38 @@ def gradients_flow_through_states(trial: Trial) -> None:
 @check(
     stateful,
     recurrent,
-    use="decoding: it gives another text than the model was trained for",
+    use="decoding: the model generates other text than it was trained for",
     share=0.08,
     draw=Draw(tokens=(1, 8), long=4, batch_size=(1, 2), wide=10, options=True),
 )
 def steps_equal_the_whole(trial: Trial) -> None:
-    """Decoding token by token, in place where a state allows it, gives what the whole segment gives."""
+    """Decoding token by token, in place if the state allows it, gives the same as the whole segment."""
     x, state = trial.tokens(blank=trial.case.seed % 3 == 2), trial.state()
-    # a step needs a state
-    given = trial.mixer.init_state(trial.case.batch_size) if state is None else clone(state)
+    # a step requires a state, so None becomes the initial one
+    start = trial.mixer.init_state(trial.case.batch_size) if state is None else clone(state)
     with torch.inference_mode(trial.case.seed % 2 == 1):
-        stepped = trial.decode(x, given)
+        stepped = trial.decode(x, start)
     for paradigm in trial.paradigms:
         trial.compare(f"steps against {paradigm}", stepped, trial.mix(x, state, paradigm=paradigm))
-    if trial.mixer.traits.state == "growing":  # with room, what is written in place
+    if trial.mixer.traits.state == "growing":  # with room to spare, steps write in place
         y, _ = trial.decode(x, trial.mixer.init_state(trial.case.batch_size, max_length=trial.case.length))
         trial.compare("steps from a state with room against the whole", (y, None), (trial.mix(x, None)[0], None))
 
 
 @check(
-    use="training: tokens see the future, so that the loss is too low",
+    use="training: tokens see the future, so the loss is too low",
     share=0.1,
     draw=Draw(tokens=(2, 12), long=3, batch_size=(1, 2), scales=(1.0, 2 * LARGE)),
 )
 def the_future_changes_nothing(trial: Trial) -> None:
-    """The output at a token depends on no later token, nor on how many there are, and the token is read, there or
-    later."""
-    x, state, other, wanted = trial.tokens(), trial.state(), trial.tokens(), trial.case.seed % 2 == 0
-    options: dict[str, Any] = {"return_state": wanted and trial.mixer.traits.has_state}
-    # of every token but the first, and of a long segment around the boundaries of blocks
+    """The output at a token depends neither on later tokens nor on their number. Every token has an effect, on its own
+    output or later."""
+    x, state, other = trial.tokens(), trial.state(), trial.tokens()
+    options: dict[str, Any] = {"return_state": trial.case.seed % 2 == 0 and trial.mixer.traits.has_state}
+    # cut before every token but the first; in a long segment, only around the boundaries of blocks
     cuts = [cut for cut in range(1, trial.case.length) if trial.case.length <= EVERY or cut in LENGTHS]
     copies = trial.index(*range(len(x))).repeat(len(cuts))
-    given = None if state is None else select(state, copies)
+    states = None if state is None else select(state, copies)
     for paradigm in trial.paradigms:
         later = torch.arange(trial.case.length, device=x.device) >= torch.tensor(cuts, device=x.device)[:, None]
         mixed = torch.where(later[:, None, :, None], other, x).flatten(0, 1)
@@ -266,24 +272,27 @@ def the_future_changes_nothing(trial: Trial) -> None:
             whole, _ = trial.mix(x, state, paradigm=paradigm, **options)
             for cut in {cuts[0], cuts[-1]}:
                 alone, _ = trial.mix(x[:, :cut], state, paradigm=paradigm, **options)
-                what = f"{paradigm}, {cut} tokens by themselves against the first {cut} of {x.shape[1]}"
+                what = f"{paradigm}, a segment of {cut} tokens against the first {cut} of {x.shape[1]}"
                 trial.compare(what, (alone, None), (whole[:, :cut], None))
-        # batches of one size: another number of rows may be rounded in another way
-        y, _ = trial.mix(x[copies], given, paradigm=paradigm, **options)
-        y_other, _ = trial.mix(mixed, given, paradigm=paradigm, **options)
-        for cut, as_given, changed_later in zip(cuts, y.split(len(x)), y_other.split(len(x)), strict=True):
+        # both batches have the same size: with another number of rows, results may be rounded differently
+        y, _ = trial.mix(x[copies], states, paradigm=paradigm, **options)
+        y_mixed, _ = trial.mix(mixed, states, paradigm=paradigm, **options)
+        for cut, unchanged, changed in zip(cuts, y.split(len(x)), y_mixed.split(len(x)), strict=True):
             what = f"{paradigm}, other tokens from step {cut} on"
-            # of large numbers blocks are rounded as those are
-            slack = {"the output before them": 1e-9 * as_given.abs().max().item()} if trial.case.scale > 1 else None
+            # the rounding of a block is relative to its largest numbers
+            slack = {"the output before them": 1e-9 * unchanged.abs().max().item()} if trial.case.scale > 1 else None
             with trial.differences(what, 1e-12, slack) as differences:
-                differences.tensor("the output before them", changed_later[:, :cut], as_given[:, :cut], "BTD")
-            reads = (as_given[:, cut] != changed_later[:, cut]).any() or _is_read(trial, x, state, cut, paradigm)
-            reads = reads or trial.case.scale > 1  # of large numbers, a softmax may see one token alone
-            require(reads, f"{paradigm}: the token at step {cut} is ignored, there and later")
+                differences.tensor("the output before them", changed[:, :cut], unchanged[:, :cut], "BTD")
+            has_effect = (unchanged[:, cut] != changed[:, cut]).any() or _has_effect(trial, x, state, cut, paradigm)
+            has_effect = has_effect or trial.case.scale > 1  # with large scores, a softmax may attend to one token
+            require(has_effect, f"{paradigm}: the token at step {cut} has no effect, there or later")
 
 
-def _is_read(trial: Trial, x: Tensor, state: Any, cut: int, paradigm: Paradigm) -> bool:
-    """True if any of many tokens at a step, as a gate may be shut for most, changes an output or the final state."""
+def _has_effect(trial: Trial, x: Tensor, state: Any, cut: int, paradigm: Paradigm) -> bool:
+    """Return True if one of many other tokens at a step changes an output or the final state.
+
+    A single token may change nothing, because a gate is closed for it.
+    """
     copies = trial.index(*[0] * MANY)
     others = x[copies].clone()
     others[:, cut] = trial.tokens(MANY, 1)[:, 0]
@@ -294,21 +303,21 @@ def _is_read(trial: Trial, x: Tensor, state: Any, cut: int, paradigm: Paradigm) 
 
 @check(
     chunked,
-    use="chunk_size: it changes the model, not its cost",
+    use="chunk_size: it changes the model, not only its cost",
     share=0.09,
     draw=Draw(tokens=(1, 12), long=4, batch_size=(1, 2)),
 )
 def chunk_size_changes_nothing(trial: Trial) -> None:
-    """Output and final state do not depend on chunk_size."""
-    x, state, own = trial.tokens(), trial.state(), trial.config.model_dump()["chunk_size"]
+    """Output and final state do not depend on `chunk_size`."""
+    x, state, current = trial.tokens(), trial.state(), trial.config.model_dump()["chunk_size"]
     accepted = chunk_sizes(
         trial.config, lambda size: trial.subject.accepts({**trial.case.options, **size}), candidates=CANDIDATES
     )
-    others = sorted(size for size in accepted if size != own)
-    # small ones have boundaries in a short segment, and the largest has none in most
+    others = sorted(size for size in accepted if size != current)
+    # small chunks have boundaries within a short segment; the largest chunk has none in most segments
     rebuilt = {size: trial.rebuilt(chunk_size=size) for size in {*others[:1], *others[-1:], *({RAGGED} & {*others})}}
     for paradigm in trial.paradigms:
         expected = trial.mix(x, state, paradigm=paradigm)
         for size, mixer in rebuilt.items():
             actual = trial.mix(x, state, mixer, paradigm=paradigm)
-            trial.compare(f"{paradigm}, chunk_size {size} against {own}", actual, expected)
+            trial.compare(f"{paradigm}, chunk_size {size} against {current}", actual, expected)

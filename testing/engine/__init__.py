@@ -1,1 +1,1 @@
-"""The engine: runs checks on drawn cases, reduces one that fails, and reports it."""
+"""The engine: runs checks on drawn cases, reduces a failing case, and reports it."""

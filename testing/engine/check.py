@@ -1,4 +1,4 @@
-"""A check: a named property, what it needs of what is tested, what it draws, and the function that tests it."""
+"""A check: a named property, its preconditions, the cases it draws, and the function that tests it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,35 +11,38 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class Check(Generic[S, D, T]):
-    """One property, of mixers (S is their configuration) or of kernels."""
+    """One property of mixers or of kernels.
+
+    S is the subject (a mixer's configuration, or a kernel), D draws its cases, and T is a trial on one case.
+    """
 
     name: str
-    """As in reports: that of the function."""
+    """Name in reports: that of the test function."""
     property: str
-    """One sentence: the function's docstring."""
+    """The property in one sentence: the docstring of the test function."""
     test: Callable[[T], None]
-    """Raises where the property does not hold."""
+    """Test function: raises if the property does not hold."""
     needs: tuple[Callable[..., str | None], ...]
-    """Each gives the reason why there is nothing to test (the trait, by name), or None."""
+    """Preconditions: each returns the reason to skip the check (the missing trait, by name), or None."""
     draw: D
-    """What a case holds."""
+    """Kinds of cases to draw."""
     share: float
-    """Cases, as a share of the examples asked for; 0 means one."""
+    """Cases to run, as a share of the requested examples; 0 runs one case."""
     compiles: bool = False
-    """True if it compiles, which is slow: left out of quick runs."""
+    """True if the check compiles, which is slow: quick runs leave it out."""
     long: bool = False
-    """True if most of its cases have hundreds of tokens: left out of quick runs."""
+    """True if most of its cases have hundreds of tokens: quick runs leave it out."""
     stress: bool = False
-    """True if it runs under `--stress` alone."""
+    """True if the check runs only under `--stress`."""
     use: str = ""
-    """Which use breaks where the property does not hold, and how: "training on packed text: documents leak"."""
+    """Use that breaks if the property does not hold, and how: "training on packed text: documents leak"."""
     remedy: str = ""
-    """What to declare or override where a mixer is meant to be so: "declare traits.packing=False"."""
+    """Remedy if a mixer is meant to behave this way: "declare traits.packing=False"."""
 
     def examples(self, asked: int) -> int:
-        """How many cases to run where `asked` were asked for."""
+        """Return the number of cases to run when `asked` examples are requested."""
         return max(1, round(asked * self.share))
 
     def skip_reason(self, *subject: Any) -> str | None:
-        """Why it does not apply to a kernel, or to a configuration and its mixer."""
+        """Return why the check does not apply to a kernel, or to a configuration and its mixer; None if it applies."""
         return next((reason for need in self.needs if (reason := need(*subject))), None)

@@ -1,4 +1,4 @@
-"""How checks end, and which are selected, for mixers and for kernels."""
+"""Outcomes of checks, and the selection of checks by name, for mixers and for kernels."""
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ from .check import Check
 
 
 class Status(StrEnum):
-    """How a check ended."""
+    """Result of a check."""
 
     PASSED = "passed"
     FAILED = "failed"
@@ -20,44 +20,49 @@ class Status(StrEnum):
 
 @dataclass(frozen=True)
 class CheckOutcome:
-    """One check on one mixer or kernel."""
+    """Outcome of one check on one mixer or kernel."""
 
     check: Check
     status: Status
     reason: str = ""
-    """Why it was skipped or expected to fail; of a failure, the whole report, or where its cause is reported."""
+    """Why the check was skipped or expected to fail; for a failure, its report (one line if `same_as` is set)."""
     examples: int = 0
-    """Cases run, until one failed."""
+    """Cases run, up to and including the first that failed."""
     seconds: float = 0.0
+    """Time that the check took."""
     case: Any = None
-    """Of a failure, the case: the smallest found, where cases are reduced."""
+    """The case that failed, reduced to a small one unless reduction is off; None if no case failed."""
     script: tuple[str, ...] = ()
-    """Of a failure on a case, the lines that reproduce it."""
+    """Lines of Python that reproduce the failure; empty if no case failed."""
     same_as: str = ""
-    """Of a failure whose cause an earlier check has reported, that check's name."""
+    """Name of an earlier check that failed for the same cause and reports it; empty otherwise."""
     notes: tuple[str, ...] = ()
-    """Warnings: what is no failure, and worth knowing."""
+    """Warnings that do not fail the check."""
 
 
 @dataclass
 class Outcomes:
-    """All checks on one mixer or kernel."""
+    """Outcomes of all checks on one mixer or kernel."""
 
     outcomes: list[CheckOutcome] = field(default_factory=list, kw_only=True)
 
     @property
     def passed(self) -> bool:
-        """True if nothing failed."""
+        """True if no check failed."""
         return not self.failures
 
     @property
     def failures(self) -> list[CheckOutcome]:
-        """The checks that failed."""
+        """Outcomes of the checks that failed."""
         return [outcome for outcome in self.outcomes if outcome.status is Status.FAILED]
 
 
 def known_names(names: Iterable[str], checks: Collection[str]) -> list[str]:
-    """Names of checks, in the order in which the checks run; one that there is not is a SeqmixError."""
+    """Return the names in the order in which the checks run.
+
+    Raises:
+        SeqmixError: no check has one of the names.
+    """
     names = list(names)
     for name in names:
         require_name("check", name, checks)
@@ -65,15 +70,15 @@ def known_names(names: Iterable[str], checks: Collection[str]) -> list[str]:
 
 
 def chosen_names(names: Iterable[str] | None, checks: Mapping[str, Check], *, stress: bool = False) -> list[str]:
-    """Names of the checks to run; None chooses the default ones, and with `stress` all.
+    """Return the names of the checks to run; None selects the default checks, or all of them with `stress`.
 
     Raises:
-        SeqmixError: a name that is no check's, or an empty selection.
+        SeqmixError: no check has one of the names, or the selection is empty.
     """
     if names is None:
         return [name for name, check in checks.items() if stress or not check.stress]
     if isinstance(names, str):
-        raise SeqmixError(f"checks needs a list of names, and was given {names!r}: write [{names!r}]")
+        raise SeqmixError(f"checks must be a list of names, got {names!r}: write [{names!r}]")
     if not (chosen := known_names(names, checks)):
-        raise SeqmixError("checks names none, so nothing would be checked: leave it out for all of them")
+        raise SeqmixError("checks must name at least one check, got an empty list: omit it to run the default checks")
     return chosen

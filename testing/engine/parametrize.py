@@ -7,14 +7,14 @@ from typing import Any
 
 from hypothesis import core, settings
 
-from ...registry import SeqmixError, nearest
+from ...registry import SeqmixError, choices
 from .check import Check
 from .outcome import Outcomes, Status, chosen_names, known_names
 
 
 @dataclass
 class CommandLine:
-    """Options given to pytest itself (pytest_plugin.py), which hold whatever tests say."""
+    """Options from pytest's own command line (pytest_plugin.py); they override those of the tests."""
 
     examples: int | None = None
     stress: bool = False
@@ -25,24 +25,30 @@ COMMAND_LINE = CommandLine()
 
 @dataclass(frozen=True)
 class BoundCheck:
-    """A check with its mixer or kernel, as pytest passes it to a test."""
+    """A check bound to one mixer or kernel, as pytest passes it to a test."""
 
     name: str
     run: Callable[..., Outcomes]
     options: Mapping[str, Any]
 
     def __call__(self, **options: Any) -> None:
-        """Run it, with these options beside those given before; hypothesis' profile and seed hold here too."""
+        """Run the check with these options in addition to the bound ones.
+
+        Hypothesis' profile decides the number of examples, unless an option does, and `--hypothesis-seed` the seed.
+
+        Raises:
+            SeqmixError: an option is one of the decorator's.
+        """
         import pytest
 
-        if fixed := sorted({"checks", "expected_failures"} & options.keys()):
-            raise SeqmixError(f"{fixed[0]} is given where tests are made of checks, not where one is run")
-        given = {"seed": _seed(), "examples": settings().max_examples, **self.options, **options}
+        if misplaced := sorted({"checks", "expected_failures"} & options.keys()):
+            raise SeqmixError(f"{misplaced[0]} is an option of the decorator that makes the tests: give it there")
+        arguments = {"seed": _seed(), "examples": settings().max_examples, **self.options, **options}
         if COMMAND_LINE.examples is not None:
-            given["examples"] = COMMAND_LINE.examples
+            arguments["examples"] = COMMAND_LINE.examples
         try:
-            report = self.run(**given)
-        except SeqmixError as error:  # nothing that a traceback of the kit would explain
+            report = self.run(**arguments)
+        except SeqmixError as error:  # the message suffices: a traceback would only show the kit
             pytest.fail(str(error), pytrace=False)
         if not report.outcomes:
             pytest.fail("ran no check", pytrace=False)
@@ -63,8 +69,21 @@ def parametrized(
     expected_failures: Mapping[str, Mapping[str, str]] | None,
     options: Mapping[str, Any],
 ) -> Any:
-    """pytest's decorator with a case for every check of those known and everything tested: its label, the name (of a
-    "kind" or "kernel") that `expected_failures` has for it, and what runs checks on it."""
+    """Return pytest's decorator, with one test case per check and subject.
+
+    Args:
+        tested: the subjects, each with its label, its name in `expected_failures`, and the function that runs checks
+            on it.
+        known: all checks by name.
+        what: the word for a subject in errors: "kind" or "kernel".
+        checks: names of the checks to run; None for the default ones.
+        stress: True to run the checks of `--stress` too, if `checks` is None.
+        expected_failures: by subject, the checks that are known to fail, each with a reason.
+        options: options of the function that runs the checks.
+
+    Raises:
+        SeqmixError: no check or subject has one of the names.
+    """
     import pytest
 
     chosen = chosen_names(checks, known, stress=stress or COMMAND_LINE.stress)
@@ -73,22 +92,25 @@ def parametrized(
     for name, failures in expected.items():
         if name not in names:
             raise SeqmixError(
-                f"expected_failures names the {what} {name!r}, which is not tested here; tested: "
-                f"{', '.join(names)}{nearest(name, names)}"
+                f"expected_failures has the {what} {name!r}, which is not tested here{choices(name, names, 'tested')}"
             )
         known_names(failures, known)
     cases = []
     for label, name, run in tested:
         for check in chosen:
-            reasons = {other: why for other, why in expected.get(name, {}).items() if other == check}
+            failures = expected.get(name, {})
+            reasons = {check: failures[check]} if check in failures else {}
             bound = BoundCheck(check, partial(run, checks=[check], expected_failures=reasons), options)
             cases.append(pytest.param(bound, id=f"{label}-{check}"))
     return pytest.mark.parametrize("check", cases)
 
 
 def _seed() -> int | None:
-    """The same in every run, so that a suite that passes goes on passing; None, which leaves it to hypothesis, under
-    `--hypothesis-seed` and under a profile of the project's own, such as one that looks for more every night."""
-    # where its pytest plugin puts the option, and the name for which older versions have no function
+    """Return the seed of the cases: 0, so that a suite that passes keeps passing.
+
+    None leaves the seed to hypothesis: under `--hypothesis-seed`, and under a profile of the user's project, such as
+    one that draws new cases every night.
+    """
+    # hypothesis' pytest plugin stores the option in `core`; older versions have no function for the profile's name
     forced, profile = getattr(core, "global_force_seed", None), getattr(settings, "_current_profile", "default")
     return 0 if forced is None and profile in ("default", "ci") else None

@@ -1,4 +1,4 @@
-"""The engine of mixer and kernel checks: it runs them on drawn cases, and reports a small one that fails."""
+"""The engine of mixer and kernel checks: it runs checks on drawn cases and reports a small failing case."""
 
 import gc
 import re
@@ -19,54 +19,55 @@ from .outcome import CheckOutcome, Status, chosen_names, known_names
 from .search import describe_error, search
 
 EXAMPLES = 100
-"""Examples asked for by default; each check takes its share."""
+"""Default number of requested examples; each check runs a share of them."""
 
-ALONE = "Alone and on a new {what} this case passes: the result depends on earlier calls, or on chance."
+ALONE = "This case passes when run alone on a new {what}: the result depends on earlier calls or on chance."
+"""Note in the report of a failure that cannot be reproduced from its case."""
 
 C = TypeVar("C")
 
 
 class CheckedSubject(ABC, Generic[C]):
-    """A mixer or kernel under test, and what the engine needs of it; `C` is the class of its cases."""
+    """A mixer or kernel under test, as the engine uses it; `C` is the class of its cases."""
 
     what: str
     """"mixer" or "kernel"."""
     name: str
-    """As reports have it."""
+    """Name in reports."""
     notes: dict[str, None]
-    """Warnings of the check that runs, each once."""
+    """Warnings of the running check, each once, in order."""
 
     @abstractmethod
     def skip_reason(self, check: Check) -> str | None:
-        """Why a check does not apply."""
+        """Return why a check does not apply; None if it applies."""
 
     @abstractmethod
     def cases(self, check: Check) -> SearchStrategy[C]:
-        """What cases are drawn from."""
+        """Return the strategy that draws cases."""
 
     def fixed_cases(self, check: Check) -> list[C]:  # noqa: ARG002
-        """Cases that run in any case, after those drawn."""
+        """Return cases that always run, after the drawn ones."""
         return []
 
     @abstractmethod
     def attempt(self, check: Check, case: C) -> None:
-        """Run a check on a case; raises where its property does not hold."""
+        """Run a check on a case; raises if its property does not hold."""
 
     @abstractmethod
     def simpler(self, check: Check, case: C) -> Iterable[C]:
-        """Cases that are simpler in one respect, the best first; some may not be cases of what is tested."""
+        """Return cases that are simpler in one respect, the simplest first; the subject may refuse some of them."""
 
     def renewed(self) -> Self:
-        """The same subject, not called before."""
+        """Return the same subject in a fresh state, as before its first call."""
         return self
 
     @abstractmethod
     def script(self, check: Check, case: C | None, **asked: Any) -> Iterable[str]:
-        """Python that runs a check on a case, or on all that are drawn as was asked."""
+        """Return lines of Python that run a check on a case; without a case, on all that `asked` draws."""
 
 
 def as_many_as_asked(fixed: list[C], examples: int) -> list[C]:
-    """Of the fixed cases all, or where fewer examples are asked for than usual, as large a share, of every kind."""
+    """Return all fixed cases, or an evenly spread share of them if fewer than `EXAMPLES` examples are requested."""
     share = min(examples, EXAMPLES)
     return [case for i, case in enumerate(fixed) if (i + 1) * share // EXAMPLES > i * share // EXAMPLES]
 
@@ -85,21 +86,25 @@ def run_checks(
     on_outcome: Callable[[CheckOutcome], None] | None = None,
     on_case: Callable[[Any, int], None] | None = None,
 ) -> list[CheckOutcome]:
-    """Run checks, of those known, on what is tested; arguments and errors are those of `check_mixer`."""
+    """Run checks on a subject and return their outcomes; `known` has all checks by name.
+
+    The other arguments, and the errors, are those of `check_mixer`.
+    """
     expected = dict(expected_failures or {})
     known_names(expected, known)
     names = chosen_names(checks, known, stress=stress)
     causes: dict[str, str] = {}
     if not isinstance(examples, int) or isinstance(examples, bool) or examples < 1:
-        raise SeqmixError(f"examples needs an integer >= 1, and was given {examples!r}")
+        raise SeqmixError(f"examples must be an integer >= 1, got {examples!r}")
     if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or seed < 0):
-        raise SeqmixError(f"seed needs an integer >= 0, or None, and was given {seed!r}")
-    outcomes, asked = [], {"examples": examples, "seed": seed}
-    with _few_objects():
+        raise SeqmixError(f"seed must be an integer >= 0 or None, got {seed!r}")
+    outcomes = []
+    asked = {"examples": examples, "seed": seed}
+    with _cheap_garbage_collection():
         for check in (known[name] for name in names):
             reason = tested.skip_reason(check)
             if reason is None and check.compiles and not compiles:
-                reason = "it compiles, and compiling was left out"
+                reason = "checks that compile are turned off"
             if reason is not None:
                 outcome = CheckOutcome(check, Status.SKIPPED, reason)
             else:
@@ -120,6 +125,7 @@ def _run(
     on_case: Callable[[int], None] | None,
     causes: dict[str, str],
 ) -> CheckOutcome:
+    """Run one check on the fixed and drawn cases; `causes` maps the causes reported so far to their checks."""
     started = time.perf_counter()
     tested.notes = {}
     with _one_thread():
@@ -132,44 +138,48 @@ def _run(
             simpler=partial(tested.simpler, check) if shrink and expected is None else None,
             on_case=on_case,
         )
-        alone = True
+        fails_alone = True
         if result.case is not None and expected is None:
             with suppress(Exception):
                 tested.renewed().attempt(check, result.case)
-                alone = False
+                fails_alone = False
     notes = list(tested.notes)
     if result.too_large is not None:
-        notes.append(f"left out: {result.too_large!r} asks for more than {MOST / 2**30:g} GiB of memory")
-    about: dict[str, Any] = {"examples": result.examples, "seconds": time.perf_counter() - started}
-    about |= {"case": result.case, "notes": tuple(notes)}
+        notes.append(f"left out: {result.too_large!r} needs more than {MOST / 2**30:g} GiB of memory")
+    measured: dict[str, Any] = {
+        "examples": result.examples,
+        "seconds": time.perf_counter() - started,
+        "case": result.case,
+        "notes": tuple(notes),
+    }
     if result.error is None and expected is not None:
-        sentence = f"expected {check.name} to fail ({expected}), and it passed"
-        return CheckOutcome(check, Status.FAILED, sentence, **about)
+        sentence = f"expected {check.name} to fail ({expected}), but it passed"
+        return CheckOutcome(check, Status.FAILED, sentence, **measured)
     if expected is not None:
-        return CheckOutcome(check, Status.EXPECTED_FAILURE, expected, **about)
+        return CheckOutcome(check, Status.EXPECTED_FAILURE, expected, **measured)
     if result.error is None:
         nothing_ran = bool(notes) and not result.examples
         if nothing_ran:
-            return CheckOutcome(check, Status.SKIPPED, notes[-1], **about)
-        return CheckOutcome(check, Status.PASSED, **about)
+            return CheckOutcome(check, Status.SKIPPED, notes[-1], **measured)
+        return CheckOutcome(check, Status.PASSED, **measured)
     difference = describe_error(result.error)
     first = causes.setdefault(cause_of(difference), check.name)
     if first != check.name:
-        sentence = f"fails as {first} does: {difference.splitlines()[0]}"
-        return CheckOutcome(check, Status.FAILED, sentence, same_as=first, **about)
+        sentence = f"fails for the same cause as {first}: {difference.splitlines()[0]}"
+        return CheckOutcome(check, Status.FAILED, sentence, same_as=first, **measured)
     script: tuple[str, ...] = ()
     if result.case is not None:
-        script = tuple(tested.script(check, result.case) if alone else tested.script(check, None, **asked))
-    heading = "To reproduce:" if alone else f"{ALONE.format(what=tested.what)}\nTo run all cases again:"
+        script = tuple(tested.script(check, result.case) if fails_alone else tested.script(check, None, **asked))
+    heading = "To reproduce:" if fails_alone else f"{ALONE.format(what=tested.what)}\nTo run all cases again:"
     lines = [difference, heading, *(f"    {line}" for line in script)] if script else [difference]
     lines += [f"{check.name}: {check.property}"]
-    lines += [f"Without it breaks: {check.use}"] if check.use else []
-    lines += [f"If that is intended: {check.remedy}"] if check.remedy else []
-    return CheckOutcome(check, Status.FAILED, "\n".join(lines), script=script, **about)
+    lines += [f"Affected use: {check.use}"] if check.use else []
+    lines += [f"If this is intended: {check.remedy}"] if check.remedy else []
+    return CheckOutcome(check, Status.FAILED, "\n".join(lines), script=script, **measured)
 
 
 def cause_of(difference: str) -> str:
-    """What makes two failures one: the line that raised; of a difference, its sentence without numbers."""
+    """Return a key that is equal for failures with one cause: the line that raised, or the sentence without numbers."""
     if (raised := re.search(r"raised \w+: .*", difference)) is not None:
         return raised[0]
     return re.sub(r"[-+\d.]+(e[-+]\d+)?", "N", difference)
@@ -177,7 +187,7 @@ def cause_of(difference: str) -> str:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Tensors of a case are small: threads would cost more than they save, and a multiple of it on a busy machine."""
+    """Run torch on one thread: for the small tensors of cases, threads cost more than they save."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -187,11 +197,13 @@ def _one_thread() -> Iterator[None]:
 
 
 @contextmanager
-def _few_objects() -> Iterator[None]:
-    """What there was before is not searched for garbage: with torch's modules, that takes longer than a case. What a
-    compiler makes is searched more seldom than by default."""
+def _cheap_garbage_collection() -> Iterator[None]:
+    """Collect garbage less often, and only among new objects.
+
+    With torch imported, one collection of all objects takes longer than a case.
+    """
     frozen, thresholds = gc.get_freeze_count(), gc.get_threshold()
-    if not frozen:  # what somebody froze stays so, and what a check leaves would as well
+    if not frozen:  # unfreezing afterwards would undo the caller's own freeze
         gc.freeze()
     gc.set_threshold(thresholds[0] and max(thresholds[0], 20_000), *thresholds[1:])
     try:
@@ -204,16 +216,16 @@ def _few_objects() -> Iterator[None]:
 
 @contextmanager
 def strict_numerics() -> Iterator[None]:
-    """Uninitialised memory is NaN, float32 products are not TF32; both as before afterwards."""
+    """Fill uninitialised memory with NaN and compute float32 products without TF32; restore both afterwards."""
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    memory: Any = torch.utils.deterministic  # a module whose class has the attribute
+    memory: Any = torch.utils.deterministic  # typed Any: the module's class has the attribute
     fill, precision = memory.fill_uninitialized_memory, torch.get_float32_matmul_precision()
     with ExitStack() as after:
         after.callback(torch.use_deterministic_algorithms, deterministic, warn_only=warn_only)
         after.callback(setattr, memory, "fill_uninitialized_memory", fill)
         after.callback(torch.set_float32_matmul_precision, precision)
-        # torch fills what `empty` returns with NaN (and integers with their largest) in this mode
+        # in this mode, torch fills the tensors of `empty` with NaN, and integer ones with their largest number
         torch.use_deterministic_algorithms(True, warn_only=True)
         memory.fill_uninitialized_memory = True
         torch.set_float32_matmul_precision("highest")

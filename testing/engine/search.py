@@ -1,4 +1,4 @@
-"""Looking for a small case on which a check raises, and where it was raised."""
+"""Search for a small case on which a check raises, and describe the error."""
 
 import sys
 import traceback
@@ -19,20 +19,21 @@ from .shrink import shrink
 
 C = TypeVar("C")
 
-FLAKY = "the result is not a function of its arguments: the same case passed once and failed once. When it failed:"
+FLAKY = "the same case passed once and failed once: the result is not a function of its arguments. The failure:"
+"""First line of the report of a flaky failure."""
 
 
 class SearchResult(NamedTuple, Generic[C]):
-    """How a search for a case that fails ended."""
+    """Result of the search for a failing case."""
 
     error: Exception | None
-    """Of the case that failed; None if none did."""
+    """Error of the failing case; None if no case failed."""
     case: C | None
-    """The case that failed, reduced where that was asked for."""
+    """The failing case, reduced if requested; None if no case failed."""
     examples: int
-    """Cases run until one failed, that one included; neither impossible ones nor those of shrinking."""
+    """Cases run, up to and including the first failure; refused cases and those of the reduction do not count."""
     too_large: C | None = None
-    """A case that asked for more memory than a case may take, and was left out."""
+    """A case that was left out because it needs more memory than a case may take; None without such a case."""
 
 
 def search(
@@ -45,24 +46,30 @@ def search(
     simpler: Callable[[C], Iterable[C]] | None = None,
     on_case: Callable[[int], None] | None = None,
 ) -> SearchResult[C]:
-    """Run cases until one fails, at most `examples`; then the fixed ones; and of one that failed, simpler ones.
+    """Run drawn cases, at most `examples`, then the fixed ones, until a case fails; then reduce that case.
 
-    A seed of None leaves the cases to hypothesis. `simpler` gives simpler cases than the one that failed; None leaves
-    it as it is. `on_case` is called after each case, with the number of cases so far.
+    Args:
+        attempt: runs a case; raises if it fails.
+        cases: draws cases.
+        examples: the maximum number of drawn cases.
+        seed: of the drawn cases; None leaves it to hypothesis.
+        fixed: cases that run after the drawn ones.
+        simpler: returns simpler cases than a given one; None reports the failing case without reducing it.
+        on_case: called after each case, with the number of cases so far.
     """
     count = passed = 0
     failures: list[tuple[C, Exception]] = []
     too_large: list[C] = []
-    # hypothesis' objects refer to each other and so live until garbage is collected: not with what is attempted, which
-    # holds every mixer and tensor of a check
-    held = [attempt]
+    # `attempt` holds every mixer and tensor of a check. hypothesis' objects form cycles and live until garbage is
+    # collected: they reach `attempt` only through this list, which is cleared at the end
+    attempts = [attempt]
 
-    def once(case: C) -> None:
+    def run_case(case: C) -> None:
         nonlocal count, passed
         count += 1
         try:
-            held[0](case)
-        except UnsatisfiedAssumption:  # not a case
+            attempts[0](case)
+        except UnsatisfiedAssumption:  # the subject refuses this case
             raise
         except MemoryBoundError as error:
             too_large.append(case)
@@ -86,24 +93,23 @@ def search(
         report_multiple_bugs=False,
         print_blob=False,
     )
-    run = options(given(case=cases)(once))
-    # hypothesis mixes in numbers that it reads from the source of whatever modules are imported: with the same seed,
-    # another test that ran before, or a plug-in, would make other cases. It has no setting for that; what is switched
-    # off is not public: a test says if it has gone
-    without = patch.object(HypothesisProvider, "_maybe_draw_constant", lambda *_, **__: None, create=True)
-    large = lambda: too_large[0] if too_large else None  # noqa: E731
+    run = options(given(case=cases)(run_case))
+    # hypothesis also draws constants that it reads from the source of the imported modules, so the cases of a seed
+    # would depend on earlier tests and on plug-ins. No public setting turns this off; a test fails if the name goes
+    no_constants = patch.object(HypothesisProvider, "_maybe_draw_constant", lambda *_, **__: None, create=True)
+    first_too_large = lambda: too_large[0] if too_large else None  # noqa: E731
     try:
-        with without:
+        with no_constants:
             (run if seed is None else with_seed(seed)(run))()
         for case in fixed:
             with suppress(UnsatisfiedAssumption):
-                once(case)
+                run_case(case)
     except Unsatisfiable:
         if too_large:
-            return SearchResult(None, None, 0, large())
-        text = f"none of {count} cases could be run: the configuration refuses the options of every one"
+            return SearchResult(None, None, 0, first_too_large())
+        text = f"none of {count} cases could run: the configuration refuses the options of every case"
         return SearchResult(CheckFailure(text), None, 0)
-    except Flaky:  # with what hypothesis says of it, which is for authors of strategies
+    except Flaky:  # its message addresses authors of strategies
         if not failures:
             raise
         case, error = failures[-1]
@@ -113,31 +119,36 @@ def search(
             return SearchResult(error, None, passed)
         case = failures[-1][0]
         if simpler is not None:
-            case, error = shrink(once, case, error, simpler)
+            case, error = shrink(run_case, case, error, simpler)
         return SearchResult(error, case, passed + 1)
     finally:
-        held.clear()
-    return SearchResult(None, None, passed, large())
+        attempts.clear()
+    return SearchResult(None, None, passed, first_too_large())
 
 
 def describe_error(error: Exception) -> str:
-    """What a check says of a failure; of another exception, what and where it was."""
+    """Return the message of a check's failure; for any other exception, the line of `where_raised`."""
     return str(error) if isinstance(error, CheckFailure) else where_raised(error)
 
 
 def where_raised(error: Exception) -> str:
-    """An exception that is not a check's own, and the line to look at: the last of the mixer's author, not of
-    what that calls (torch, the ops of seqmix); of a built-in mixer, the last of seqmix below the kit."""
+    """Return one line: the exception, its message, and the place in the code where the author should look.
+
+    The place is the innermost line of the mixer author's own code; library code that it calls (torch, seqmix) is
+    skipped. For a built-in mixer, it is the innermost line of seqmix outside the kit.
+    """
     frames = list(traceback.walk_tb(error.__traceback__))
     modules = [str(frame.f_globals.get("__name__")) for frame, _ in frames]
-    own = [i for i, name in enumerate(modules) if not name.startswith("hypothesis_")]  # a module that it makes up
-    own = [i for i in own if modules[i].partition(".")[0] not in _NOT_THE_AUTHORS]
-    ours = [i for i, name in enumerate(modules) if name.startswith("seqmix.") and not name.startswith(_THE_KIT)]
-    frame, line = frames[(own or ours or [-1])[-1]]
+    authors = [i for i, name in enumerate(modules) if not name.startswith("hypothesis_")]  # a generated module
+    authors = [i for i in authors if modules[i].partition(".")[0] not in _LIBRARIES]
+    built_in = [i for i, name in enumerate(modules) if name.startswith("seqmix.") and not name.startswith(_THE_KIT)]
+    frame, line = frames[(authors or built_in or [-1])[-1]]
     text = str(error).strip().splitlines() or [""]
     code = frame.f_code
     return f"raised {type(error).__name__}: {text[0]} ({code.co_filename}:{line}, in {code.co_name})"
 
 
-_NOT_THE_AUTHORS = {*sys.stdlib_module_names, "hypothesis", "jaxtyping", "pydantic", "pydantic_core", "seqmix", "torch"}
+_LIBRARIES = {*sys.stdlib_module_names, "hypothesis", "jaxtyping", "pydantic", "pydantic_core", "seqmix", "torch"}
+"""Packages whose code is not the mixer author's."""
 _THE_KIT = ("seqmix.testing.", "seqmix.mixers.contract")
+"""Prefixes of the modules that call mixers."""

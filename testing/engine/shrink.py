@@ -1,4 +1,4 @@
-"""Reducing a case that fails, step by step, as long as the same fails."""
+"""Reduce a failing case step by step, as long as it fails with the same type of error."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -7,7 +7,7 @@ from typing import TypeVar
 from hypothesis.errors import UnsatisfiedAssumption
 
 ATTEMPTS, SECONDS = 200, 10.0
-"""What reducing a case may take."""
+"""Limits of one reduction: simpler cases tried, and time."""
 
 C = TypeVar("C")
 
@@ -15,7 +15,10 @@ C = TypeVar("C")
 def shrink(
     attempt: Callable[[C], None], case: C, error: Exception, simpler: Callable[[C], Iterable[C]]
 ) -> tuple[C, Exception]:
-    """The first simpler case that raises an exception of the same type, and so on from there, with its exception."""
+    """Return a simpler case that raises an exception of the same type, and that exception.
+
+    Each simpler case that still fails is the start of the next step. If no simpler case fails, the case is returned.
+    """
     seen, end = {repr(case)}, time.monotonic() + SECONDS
     candidates = iter(simpler(case))
     while (candidate := next(candidates, None)) is not None and len(seen) <= ATTEMPTS and time.monotonic() < end:
@@ -24,7 +27,7 @@ def shrink(
         seen.add(repr(candidate))
         try:
             attempt(candidate)
-        except UnsatisfiedAssumption:  # not a case
+        except UnsatisfiedAssumption:  # the subject refuses this case
             continue
         except Exception as other:
             if type(other) is type(error):
@@ -33,7 +36,7 @@ def shrink(
 
 
 def fewer(number: int, least: int) -> Iterator[int]:
-    """The least, and then numbers ever nearer to this one, which is not among them."""
+    """Yield numbers below `number`: `least` first, then ever closer to `number`."""
     step = number - least
     while step > 0:
         yield number - step

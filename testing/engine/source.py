@@ -1,4 +1,4 @@
-"""Values as the Python that makes them, for reports."""
+"""Python source that recreates values, for reports."""
 
 import sys
 from collections.abc import Iterator, Mapping
@@ -11,13 +11,13 @@ from ...registry import Config
 
 
 def source(value: Any) -> str:
-    """A value as Python that makes it; of a configuration, the fields that are not the default."""
-    if isinstance(written := getattr(value, "written", None), str):  # of what has no source
+    """Return Python that recreates a value; a configuration shows only fields that differ from their defaults."""
+    if isinstance(written := getattr(value, "written", None), str):  # an adapter's configuration: not reproducible
         return written
     if isinstance(value, Config):
-        known = type(value).model_fields
-        return call_source(type(value).__name__, given(vars(value), {name: f.default for name, f in known.items()}))
-    if isinstance(value, Enum):  # a paradigm, or one of a plug-in
+        defaults = {name: field.default for name, field in type(value).model_fields.items()}
+        return call_source(type(value).__name__, given(vars(value), defaults))
+    if isinstance(value, Enum):  # a paradigm, or a plug-in's own enum
         return f"{type(value).__name__}.{value.name}"
     if isinstance(value, tuple):
         return f"({', '.join(map(source, value))}{',' if len(value) == 1 else ''})"
@@ -27,37 +27,43 @@ def source(value: Any) -> str:
 
 
 def call_source(function: str, named: Mapping[str, Any], *positional: str) -> str:
-    """A call with named arguments, after positional ones that are Python already."""
+    """Return the source of a call; positional arguments are Python source already, named ones are values."""
     return f"{function}({', '.join([*positional, *(f'{name}={source(value)}' for name, value in named.items())])})"
 
 
 def given(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """The values that are not the default, in the order of the defaults."""
+    """Return the values that differ from their defaults, in the order of the defaults."""
     return {name: values[name] for name, default in defaults.items() if values[name] != default}
 
 
 class WrittenCase:
-    """A dataclass whose `repr` is Python that makes it."""
+    """Base of a dataclass whose `repr` is Python that recreates it; every field needs a default."""
 
     def __repr__(self) -> str:
-        """As Python; only what differs from the defaults, which all fields have."""
+        """Return the call that recreates the value, with the fields that differ from their defaults."""
         return call_source(type(self).__name__, given(vars(self), vars(type(self)())))
 
 
 def imports(written: str, kit: str, values: Any = ()) -> Iterator[str]:
-    """The imports that written Python needs, which uses these names of the kit and the classes of these values."""
+    """Yield the import lines that Python source needs.
+
+    Args:
+        written: the source.
+        kit: the names of `seqmix.testing` in it.
+        values: the values whose classes may be in it.
+    """
     if "Paradigm." in written:
         yield "from seqmix import Paradigm"
     if "torch." in written:
         yield "import torch"
     yield f"from seqmix.testing import {kit}"
     for cls in dict.fromkeys(_classes(values)):
-        if f"{cls.__name__}." in written or f"{cls.__name__}(" in written:  # a field that has its default is not
+        if f"{cls.__name__}." in written or f"{cls.__name__}(" in written:  # fields with their defaults are not
             yield _import(cls)
 
 
 def _classes(value: Any) -> Iterator[type]:
-    """The classes that a value's source names, but for those of the kit."""
+    """Yield the classes that a value's source may name, except those of the kit."""
     if isinstance(value, Config):
         yield type(value)
         value = [getattr(value, name) for name in type(value).model_fields]
@@ -72,13 +78,13 @@ def _classes(value: Any) -> Iterator[type]:
 
 def _import(cls: type) -> str:
     line = import_line(cls.__module__, cls.__qualname__)
-    return line or f"...  # {cls.__qualname__} of {cls.__module__}, which cannot be imported"
+    return line or f"...  # cannot be imported: {cls.__qualname__} of {cls.__module__}"
 
 
 def import_line(module: str, name: str) -> str | None:
-    """The line that imports a module's global; None of what is no module's global."""
+    """Return the line that imports a global of a module; None for a name that cannot be imported."""
     main = sys.modules.get("__main__")
-    if module == "__main__":  # of the script that ran, which is a module to others
+    if module == "__main__":  # other programs import the script that ran by its module name
         spec, file = getattr(main, "__spec__", None), getattr(main, "__file__", None)
         module = spec.name if spec is not None else Path(file).stem if file else ""
     parts = (*module.split("."), name)

@@ -1,1 +1,1 @@
-"""Kernels under test: each op's definition in float64, the calls that are drawn, and the checks."""
+"""Cases for kernel checks: each op's definition in float64, drawn and fixed calls, and trials of a kernel on them."""

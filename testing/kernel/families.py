@@ -1,5 +1,4 @@
-"""The op families as kernels are tested on them: what a case of each holds, and its definition in float64. Softmax
-attention is softmax.py's.
+"""Cases of the op families, with their definitions in float64; softmax attention has its own module, softmax.py.
 
 Notation: B batch, T tokens, H heads, K key width, V value width, N rows of a state.
 """
@@ -23,26 +22,26 @@ from .layout import writable
 from .softmax import SoftmaxCase
 
 FEW_OF_FLOAT16 = 100.0
-"""The size of products up to which what the cases here add up stays within float16."""
+"""Largest product of the sizes of queries, keys and values for which the sums of these cases fit into float16."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class DecayCase(KernelCase):
-    """One call of a kernel of the decay family (ops/decay/api.py has its notation)."""
+    """One call of a kernel of the decay family (notation: ops/decay/api.py)."""
 
     strength: float = 1.0
-    """How much the log-decays vary."""
+    """Standard deviation of the normal numbers x in the log-decays, -|x| - weakest."""
     weakest: float = 0.0
-    """What is taken from all of them: none is above its negative."""
+    """Amount by which all log-decays are lowered: none is above -weakest."""
     resets: tuple[int, ...] = ()
-    """Tokens whose log-decay is -inf; heads, where there is one scalar per head."""
+    """Indices of the tokens whose log-decay is -inf; indices of heads, if there is one scalar per head."""
     resets_one_key: bool = False
-    """True if a reset is one of the first key dimension alone."""
+    """True if a reset is only in the first key dimension (log-decays with a key dimension)."""
     shared: int = 1
-    """Heads of each of the `n_heads` queries and keys."""
+    """Number of value heads that share each of the `n_heads` query and key heads."""
 
     decays, widens = (None, "H", "B T H", "B T H K"), (False, True)
-    # where decays are strong, differences of large sums are noise
+    # the last case has strong decays, with which differences of large sums would be noise
     fixed = (
         *FIXED,
         *STATES,
@@ -60,7 +59,7 @@ class DecayCase(KernelCase):
 
     @property
     def all_heads(self) -> int:
-        """H."""
+        """H, the number of value heads."""
         return self.shared * self.n_heads
 
     def dtype_of(self, name: str) -> torch.dtype:
@@ -69,33 +68,38 @@ class DecayCase(KernelCase):
 
     @property
     def undefined(self) -> tuple[str, ...]:
-        """Where states leave the range of the inputs' dtype, in which a kernel may multiply queries by them, all but
-        the final state, which is wider; and an output that has no wider dtype."""
+        """The output, if float16 cannot represent it, or the states from which it is computed.
+
+        A kernel may multiply queries by states in the inputs' dtype. The final state is wider and always defined.
+        """
         q, k, v = self.sizes
         beyond = k * v > FEW_OF_FLOAT16 or (q * k * v > FEW_OF_FLOAT16 and not self.wide_output)
         return ("output",) if self.dtype == torch.float16 and beyond else ()
 
     def lost(self, name: str) -> float:
-        """A few of the smallest numbers of the inputs' dtype: it may have the states that a wide output is read from,
-        and keys times the decays of their dimensions, which a state adds up."""
+        """Return the absolute error that is always allowed; it includes underflow in the inputs' dtype.
+
+        In that dtype a kernel may store the states from which a wide output is computed, and keys times the decays of
+        their dimensions, which a state adds up.
+        """
         info = torch.finfo(self.dtype)
-        few = 8 * info.tiny * info.eps
-        read = few if name == "output" and self.wide_output else 0.0
-        written = few * self.sizes[2] if name == "state" and self.log_decay == "B T H K" else 0.0
+        underflow = 8 * info.tiny * info.eps
+        read = underflow if name == "output" and self.wide_output else 0.0
+        written = underflow * self.sizes[2] if name == "state" and self.log_decay == "B T H K" else 0.0
         return super().lost(name) + read + written
 
     @classmethod
     def details(cls, drawn: Drawn) -> dict[str, Any]:
         draw, probe, common, heads = drawn
-        # a state beyond float16 is not among them: not all results are defined then
+        # float16 states beyond their range are not drawn: some outputs would be undefined
         sizes = st.sampled_from([(1.0, 1.0, 1.0)] * 6 + [BELOW] + ([ABOVE] if probe.dtype != torch.float16 else []))
-        found: dict[str, Any] = {"n_heads": draw(heads), "sizes": draw(sizes), "shared": draw(cls.groups)}
+        fields: dict[str, Any] = {"n_heads": draw(heads), "sizes": draw(sizes), "shared": draw(cls.groups)}
         if probe.log_decay is None:
-            return found
+            return fields
         length = sum(common["lengths"]) if probe.packed else common["lengths"][0]
-        # of one scalar per head a single one, or nothing would be left
+        # with one scalar per head, usually at most one reset: otherwise most states would be empty
         some = st.lists(st.integers(0, length - 1), max_size=1 if probe.log_decay == "H" else 3).map(tuple)
-        return found | {
+        return fields | {
             "strength": draw(st.sampled_from([1.0, 0.0, 0.01, 0.3, 5.0])),
             "weakest": draw(st.sampled_from([0.0, 0.0, 0.0, 9.0])),
             "resets": draw(st.just(()) | some | some | st.just(tuple(range(length)))),
@@ -138,13 +142,13 @@ class DecayCase(KernelCase):
         return call
 
     def define(self, inputs: Tensors) -> Tensors:
-        """S_t = diag(exp(a_t)) S_{t-1} + k_t v_t^T and o_t = scale q_t S_t, token by token."""
+        """Compute S_t = diag(exp(a_t)) S_{t-1} + k_t v_t^T and o_t = scale q_t S_t, token by token."""
         inputs = inputs | {name: inputs[name].repeat_interleave(self.shared, dim=2) for name in "qk"}
         written = inputs["k"][..., :, None] * inputs["v"][..., None, :]  # [B T H K V]
         return self.recurrence(inputs, lambda t, decay, state: torch.addcmul(written[:, t], decay, state))
 
     def recurrence(self, inputs: Tensors, step: Callable[[int, Tensor, Tensor], Tensor]) -> Tensors:
-        """Output and final state; `step` makes the next state of a token's number, its decay and the state before."""
+        """Return output and final state; `step(t, decay, state)` returns the state after token t."""
         q, k, v = (inputs[name] for name in "qkv")
         a = inputs.get("log_decay", k.new_zeros(self.all_heads))
         a = a.expand(*k.shape[:2], -1) if a.ndim == 1 else a
@@ -159,16 +163,19 @@ class DecayCase(KernelCase):
                 state = step(t, decays[t], state)
                 states.append(state)
             final.append(state)
-        found = {"output": self.factor * torch.einsum("bthk,bthkv->bthv", q, torch.stack(states, dim=1))}
-        return found | ({"state": torch.cat(final)} if self.final_state else {})
+        results = {"output": self.factor * torch.einsum("bthk,bthkv->bthv", q, torch.stack(states, dim=1))}
+        return results | ({"state": torch.cat(final)} if self.final_state else {})
 
     def terms(self, inputs: Tensors, absolute: Tensors) -> Tensors:
         del inputs
-        return self.define(absolute)  # every term is a product of inputs and decays
+        return self.define(absolute)  # every term is a product of inputs and decays, so absolute inputs suffice
 
     def cancelled(self, kernel: Kernel, absolute: Tensors, of_terms: Tensors) -> Tensors:
-        """A kernel may say that it forms the gradient of a token's log-decay as the sum over later tokens of
-        q dq - k dk."""
+        """Add the terms of log-decay gradients that are differences of sums, for a kernel that declares them.
+
+        Such a kernel computes the gradient of a token's log-decay as the sum of q dq - k dk over that token and all
+        later ones.
+        """
         if not kernel.differences or self.log_decay is None or "T" not in self.log_decay:
             return of_terms
         through = absolute["q"].detach() * of_terms["q"] + absolute["k"].detach() * of_terms["k"]
@@ -180,18 +187,19 @@ class DecayCase(KernelCase):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class DeltaCase(DecayCase):
-    """One call of a kernel of the delta family (ops/delta/api.py has its notation); keys have one norm."""
+    """One call of a kernel of the delta family (notation: ops/delta/api.py); all keys have the same norm."""
 
     rate: float = 1.0
-    """The largest beta; the smallest is 0."""
+    """Upper bound of beta; the lower bound is 0."""
     key_norm: float = 1.0
+    """Norm of the keys."""
 
     widens, groups, extras = (False,), st.just(1), ("beta",)
     axes: ClassVar[Mapping[str, str]] = {**DecayCase.axes, "beta": "BTH"}
 
     @property
     def sign(self) -> int:
-        """Of what was read, where it is written."""
+        """Sign with which the vector read from a state is written back."""
         return -1
 
     def dtype_of(self, name: str) -> torch.dtype:
@@ -199,25 +207,27 @@ class DeltaCase(DecayCase):
 
     @property
     def undefined(self) -> tuple[str, ...]:
-        """Keys read states too: what is written after an initial state that leaves the range is not defined either."""
+        """The outputs of the base class, and the final state if the initial state is out of range: keys read it."""
         return (*super().undefined, "state") if super().undefined and self.initial_state else super().undefined
 
     def lost(self, name: str) -> float:
-        """What tokens write, and what is left of keys, has the inputs' dtype: a state, which is wider, adds up a few of
-        that dtype's smallest numbers."""
+        """Return the absolute error that is always allowed; that of a state includes underflow in the inputs' dtype.
+
+        The vectors that tokens write have the inputs' dtype, and a state, which is wider, adds them up.
+        """
         info = torch.finfo(self.dtype)
         return super().lost(name) + (8 * info.tiny * info.eps if name == "state" else 0.0)
 
     @classmethod
     def details(cls, drawn: Drawn) -> dict[str, Any]:
-        # a state of small betas remembers everything
         draw = drawn.draw
-        found = super().details(drawn) | {"rate": draw(st.sampled_from([1.0, 2.0, 0.01]))}
-        return found | {"key_norm": draw(st.sampled_from([1.0, 1.0, 1.0, 0.5, 0.0]))}
+        # with small betas, a state remembers all tokens
+        fields = super().details(drawn) | {"rate": draw(st.sampled_from([1.0, 2.0, 0.01]))}
+        return fields | {"key_norm": draw(st.sampled_from([1.0, 1.0, 1.0, 0.5, 0.0]))}
 
     def inputs(self, device: torch.device) -> Tensors:
         inputs, generator = super().inputs(device), torch.Generator().manual_seed(self.seed + 2**17)
-        if self.dtype.is_floating_point:  # others are for kernels to refuse
+        if self.dtype.is_floating_point:  # kernels refuse other dtypes
             keys = writable(inputs["k"])
             keys.copy_(self.key_norm * F.normalize(keys.double(), dim=-1))
         beta = torch.randn(self.rows, self.length, self.n_heads, generator=generator, dtype=torch.float64)
@@ -225,12 +235,15 @@ class DeltaCase(DecayCase):
         return inputs | {"beta": self.laid_out("beta", beta.to(device, self.wide))}
 
     def define(self, inputs: Tensors) -> Tensors:
-        """S_t = P_t + b_t k_t (v_t - k_t^T P_t) with P_t = exp(a_t) S_{t-1}, and o_t = scale q_t S_t, by token."""
+        """Compute S_t = P_t + b_t k_t (v_t - k_t^T P_t) with P_t = exp(a_t) S_{t-1}, and o_t = scale q_t S_t."""
         return self.replaced(inputs, lambda _, key, decay, state: (self.sign * _row(key, decay * state), state))
 
     def terms(self, inputs: Tensors, absolute: Tensors) -> Tensors:
-        """The terms of a token's own sums: added up over tokens, as those of `decay`, they would grow while a state
-        that is replaced does not. Those of gradients do add up."""
+        """Return the terms of each token's own sums, with the exact state before it.
+
+        The delta rule replaces the contents of a state. Terms that add up over tokens, as in the decay family, would
+        grow while the state does not. The terms of gradients do add up over tokens.
+        """
         before: list[Tensor] = []
 
         def remember(_: int, key: Tensor, decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -246,8 +259,11 @@ class DeltaCase(DecayCase):
     def replaced(
         self, inputs: Tensors, predict: Callable[[int, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
     ) -> Tensors:
-        """The recurrence; `predict` makes of a token's number, its key, its decay and the state before what is added
-        to the value, and the state that decays."""
+        """Return output and final state of the delta rule.
+
+        `predict(t, key, decay, state)` returns the vector that is added to the value of token t, and the state that
+        decays.
+        """
         k, v, beta = (inputs[name] for name in ("k", "v", "beta"))
 
         def step(t: int, decay: Tensor, state: Tensor) -> Tensor:
@@ -258,20 +274,25 @@ class DeltaCase(DecayCase):
         return self.recurrence(inputs, step)
 
     def exact(self, kernel: Kernel) -> Exact:
-        """The definition's. A transition gathers in one element what was in many, so a gradient is one of its terms."""
-        found = super().exact(kernel)
-        terms = {name: torch.maximum(found.gradients_terms[name], x.abs()) for name, x in found.gradients.items()}
-        return found._replace(gradients_terms=terms)
+        """Return the definition's results; the terms of a gradient are at least as large as the gradient itself.
+
+        A transition can gather many elements into one, which the terms of single tokens do not include.
+        """
+        exact = super().exact(kernel)
+        terms = {name: torch.maximum(exact.gradients_terms[name], x.abs()) for name, x in exact.gradients.items()}
+        return exact._replace(gradients_terms=terms)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class DplrCase(DeltaCase):
-    """One call of a kernel of the delta family that reads by a (ops/dplr/api.py has its notation): a has the norm of
-    keys, and what is written where, b or else -k, is near -beta a. What is removed and never written would leave
-    nothing but roundings."""
+    """One call of a DPLR kernel, which reads a state by the vector a (notation: ops/dplr/api.py).
+
+    a has the norm of the keys, and the vector b, along which the read value is added, is close to -beta a: as in the
+    delta rule, a state loses what it contains along a. With independent vectors, results could be mere rounding errors.
+    """
 
     has_b: bool = True
-    """True if b is given; if not, it is -k."""
+    """True if the call has b; otherwise b = -k."""
 
     extras = ("a", "b")
     axes: ClassVar[Mapping[str, str]] = {**DecayCase.axes, "a": "BTHK", "b": "BTHK"}
@@ -282,39 +303,42 @@ class DplrCase(DeltaCase):
 
     @classmethod
     def details(cls, drawn: Drawn) -> dict[str, Any]:
-        found, asked = super().details(drawn) | {"has_b": drawn.draw(st.booleans())}, drawn.common["grad"]
-        grad = tuple(name for name in asked if name != "b" or found["has_b"])
-        # of b alone it would be a case without gradients, which others are
-        return found | ({"grad": grad} if grad or not asked else {"has_b": True})
+        fields = super().details(drawn) | {"has_b": drawn.draw(st.booleans())}
+        drawn_grad = drawn.common["grad"]
+        grad = tuple(name for name in drawn_grad if name != "b" or fields["has_b"])
+        # if only b has a gradient, keep b: the probe asks for a case with gradients
+        return fields | ({"grad": grad} if grad or not drawn_grad else {"has_b": True})
 
     def inputs(self, device: torch.device) -> Tensors:
         inputs, generator = super().inputs(device), torch.Generator().manual_seed(self.seed + 2**18)
         a, e = torch.randn(2, *inputs["k"].shape, generator=generator, dtype=torch.float64)
-        a, beta = self.key_norm * F.normalize(a, dim=-1), inputs.pop("beta").cpu().abs().double()[..., None]
-        found, written = {"a": a}, beta * a * (1 + e.clamp(-1, 1) / 4)
+        a = self.key_norm * F.normalize(a, dim=-1)
+        beta = inputs.pop("beta").cpu().abs().double()[..., None]
+        vectors = {"a": a}
+        removed = beta * a * (1 + e.clamp(-1, 1) / 4)
         if self.has_b:
-            found["b"] = -written
+            vectors["b"] = -removed
         elif self.dtype.is_floating_point:
             keys = writable(inputs["k"])
-            keys.copy_(written[:, :, : keys.shape[2]])
-        return inputs | {name: self.laid_out(name, x.to(device, self.dtype)) for name, x in found.items()}
+            keys.copy_(removed[:, :, : keys.shape[2]])
+        return inputs | {name: self.laid_out(name, x.to(device, self.dtype)) for name, x in vectors.items()}
 
     def replaced(
         self, inputs: Tensors, predict: Callable[[int, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
     ) -> Tensors:
         k, v, a = (inputs[name] for name in ("k", "v", "a"))
-        b = inputs.get("b", k)  # the sign is that of what is read
+        b = inputs.get("b", k)  # without b, it is -k: `sign` has the minus
 
         def step(t: int, decay: Tensor, state: Tensor) -> Tensor:
-            found, state = predict(t, a[:, t], decay, state)
-            written = k[:, t, :, :, None] * v[:, t, :, None] + b[:, t, :, :, None] * found[:, :, None]
+            read, state = predict(t, a[:, t], decay, state)
+            written = k[:, t, :, :, None] * v[:, t, :, None] + b[:, t, :, :, None] * read[:, :, None]
             return torch.addcmul(written, decay, state)
 
         return self.recurrence(inputs, step)
 
 
 def _row(x: Tensor, state: Tensor) -> Tensor:
-    """x^T S: [B H K], [B H K V] -> [B H V]."""
+    """Return x^T S: [B H K], [B H K V] -> [B H V]."""
     return torch.einsum("bhk,bhkv->bhv", x, state)
 
 
@@ -324,4 +348,4 @@ FAMILIES: dict[str, type[KernelCase]] = {
     "dplr": DplrCase,
     "softmax": SoftmaxCase,
 }
-"""Every op that kernels are declared for."""
+"""Classes of cases by op: all ops that have kernels."""

@@ -1,4 +1,4 @@
-"""Kernel cases that are not left to chance: fields of a case, and `needs_grad` where they are for one side alone."""
+"""Fixed kernel cases: fields of a case; `needs_grad`, if given, makes it a case with or without gradients only."""
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,25 +11,25 @@ from .sizes import LARGE
 Fields = Mapping[str, Any]
 
 CROWD = (0, *[0, 1, 2, 0, 0, 1] * 50, 3, 0, 0)
-"""Lengths of documents, more than a byte counts: empty ones first, last and side by side."""
+"""Lengths of more documents than a byte can count; empty ones are first, last and side by side."""
 
 ROWS = 130
-"""Rows of a batch that with two heads are more programs than a byte counts."""
+"""Number of rows that, with two heads, need more programs than a byte can count."""
 
 _BATCH: Fields = {"lengths": (3,) * 9, "n_heads": 9, "key_width": 3, "value_width": 5}
 _SMALL: Fields = {"n_heads": 2, "key_width": 2, "value_width": 3, "chunk_size": 3}
 
 PROGRAMS = 2**16
-"""More heads and rows than CUDA's grids have blocks in their second and third dimension."""
+"""Product of heads and rows that exceeds the second and third dimension of a CUDA grid."""
 
 FIXED: tuple[Fields, ...] = (
-    # the first: a kernel that is slow, and asked for fewer examples, is not asked for it
+    # the largest case is first, because the first one runs only with the full number of examples
     {"lengths": (1, 1), "n_heads": PROGRAMS // 2, "key_width": 2, "value_width": 3, "chunk_size": 3},
     {"lengths": (17,), "key_width": 33, "value_width": 72, "layout": "sliced", "chunk_size": 16},
     {**_BATCH, "layout": "heads_first"},
     {**_BATCH, "log_decay": "H"},
     {**_BATCH, "log_decay": "B T H", "layout": "fused"},
-    # a gradient of a head's decay is a sum over more blocks than a byte counts
+    # the gradient of a head's decay is a sum over more blocks than a byte can count
     {**_BATCH, "lengths": (65,) * 60, "n_heads": 2, "chunk_size": 16, "log_decay": "H"},
     {"lengths": (260,), "key_width": 5, "value_width": 8, "chunk_size": LARGE, "layout": "fused"},
     {"lengths": CROWD, "packed": True, "key_width": 2, "value_width": 3, "chunk_size": 32},
@@ -40,16 +40,17 @@ FIXED: tuple[Fields, ...] = (
     {**_BATCH, "lengths": (5, 5), "n_heads": 3, "layout": "mixed"},
     {"lengths": (3,) * ROWS, "n_heads": 2, "key_width": 2, "value_width": 3, "chunk_size": 3},
 )
-"""Of every op."""
+"""Fixed cases of every op."""
 
 TAILS = (1, 5, 6, 7)
-"""Tokens of chunks of 3: the last chunk has one, two, all, and there is but one."""
+"""Lengths in tokens for chunks of 3: a single chunk of one token, and last chunks of two, three and one tokens."""
 
 ABOVE, BELOW = (1e-3, 4.0, 1e4), (1.0, 1e-3, 1e-3)
-"""Sizes of queries, keys and values, of which sums of keys times values are above float16's range, or below its normal
-numbers."""
+"""Sizes of queries, keys and values whose sums of keys times values are above float16's range (`ABOVE`), or below its
+normal numbers (`BELOW`)."""
 
 _RANGE = (((9,), 4), ((9,), 16), ((1,), 4), ((3, 0, 9), 4))
+"""Lengths and chunk lengths for the cases at the limits of float16."""
 
 STATES: tuple[Fields, ...] = tuple(
     {
@@ -65,7 +66,7 @@ STATES: tuple[Fields, ...] = tuple(
     for sizes in (ABOVE, BELOW)
     for lengths, chunk_size in _RANGE
 )
-"""States that float16 cannot hold, which are float32: above its range, and below its normal numbers."""
+"""Cases whose float32 states do not fit into float16: above its range, and below its normal numbers."""
 
 
 WIDE: tuple[Fields, ...] = tuple(
@@ -73,26 +74,27 @@ WIDE: tuple[Fields, ...] = tuple(
     | {"wide_output": True, "needs_grad": False, "chunk_size": chunk_size}
     for chunk_size in (3, 16)
 )
-"""Outputs above float16's range, of states within it, where they are float32."""
+"""Cases whose float32 outputs are above float16's range, while the states are within it."""
 
 SLOW: Fields = {**_SMALL, "lengths": (300,), "chunk_size": 64, "dtype": torch.bfloat16, "needs_grad": False}
-"""A row of which decays near 1, rounded to 16 bits, leave another memory."""
+"""A long row: decays near 1 that are rounded to 16 bits would change the state noticeably."""
 
 RESETS: tuple[Fields, ...] = tuple(
     {**_SMALL, "lengths": (7,), "log_decay": log_decay, "resets": (token,), "needs_grad": needs_grad}
     for log_decay, odd in (("B T H", 0), ("B T H K", 1))
     for token, needs_grad in ((0, odd == 1), (2, odd == 0), (3, odd == 1), (6, odd == 0), (2, odd == 1))
 )
-"""Resets on the first token and the last, and on either side of a chunk's end."""
+"""Cases with a reset on the first token, on the last token, and on either side of a chunk's end."""
 
 
 LONG: Fields = {"n_heads": 1, "key_width": 2, "value_width": 2, "chunk_size": 64, "log_decay": "B T H"}
 LONG = {**LONG, "lengths": (4096,), "weakest": 0.5, "needs_grad": False}
-"""A row of which a running sum of all log-decays has lost the digits of one."""
+"""A long row: a running sum of all its log-decays loses the digits of a single one."""
 
 
 def _windows() -> Iterator[Fields]:
-    for window in range(1, 7):  # of 5 tokens in chunks of 3
+    """Yield the cases of `WINDOWS`."""
+    for window in range(1, 7):  # the segment has 5 tokens in chunks of 3
         fields = {**_SMALL, "lengths": (5,), "window": window}
         yield fields | {"initial_state": False, "final_state": False}
         yield fields | {"initial_state": False, "final_state": True, "needs_grad": False}
@@ -107,18 +109,18 @@ def _windows() -> Iterator[Fields]:
             }
     yield {**_SMALL, "lengths": (4, 0, 5, 6, 1), "packed": True, "window": 5}
     several: Fields = {**_SMALL, "lengths": (300,), "chunk_size": LARGE, "initial_state": False}
-    for window in (40, 150):  # plain first: with decays or other scores a kernel may take another path
+    for window in (40, 150):  # without decays and other scores: a kernel may take another path then
         yield several | {"window": window, "log_decay": None, "scores": ()}
     yield several | {"window": 150}
-    for read in (2**24 + 1, 2**31 + 3):  # float32 and int32 have no such number
+    for read in (2**24 + 1, 2**31 + 3):  # float32 cannot represent the first, int32 not the second
         for lengths in ((2, 2), (1,), (3, 0)):
             ring = {"window": 4, "initial_state": True, "cache": "ring", "capacity": 4, "packed": 0 in lengths}
             yield {**_SMALL, **ring, "lengths": lengths, "reads": (read, 2)[: len(lengths)], "needs_grad": False}
 
 
 WINDOWS = tuple(_windows())
-"""Windows around the lengths of chunks and of the segment, with caches around the window; some of several blocks; and
-after more tokens than an int32 counts."""
+"""Cases with windows: around the lengths of chunks and of the segment, with caches of about the window's length; over
+several blocks; and after more tokens than an int32 can count."""
 
 _SCORED: Fields = {**_SMALL, "key_width": 5, "lengths": (9,), "log_decay": None, "scores": ()}
 
@@ -138,22 +140,28 @@ SCORES: tuple[Fields, ...] = tuple(
         {"lengths": (3, 0, 6), "packed": True},
     )
 )
-"""Scores beyond what float64 can exponentiate, of both signs; all so low that -10,000 is above them; one key that
-outweighs all others, seen by all queries or by the last alone; products that float16 holds after they are scaled."""
+"""Cases with extreme scores, in this order: of both signs, and too large to exponentiate even in float64; all below
+-10,000; one key that outweighs all others, visible to all queries or only to the last; and products of queries and keys
+that fit into float16 only after scaling. Each with and without a window, a state and packed documents."""
 
 
 def endings(decays: Sequence[str | None], leaves: Callable[[str | None], list[str]]) -> Iterator[Fields]:
-    """Last chunks of every length, by kind of log-decay and by what has a gradient from above; and gradients of one
-    input alone, as of a prompt before a frozen model, and of all but one.
+    """Yield cases with last chunks of every length, and cases with gradients of some inputs only.
 
-    `leaves` names the inputs that have gradients, of a kind of log-decay.
+    The last chunks are combined with the kinds of log-decays, and with the outputs that receive a gradient from above.
+    Gradients of a single input occur with frozen models (a trained prompt, for example); others are of all inputs but
+    one.
+
+    Args:
+        decays: kinds of log-decays.
+        leaves: returns the names of the inputs that have gradients, for a kind of log-decay.
     """
     above = ("both", "output", "state")
     for number, (length, log_decay) in enumerate(itertools.product(TAILS, decays)):
         fields = {**_SMALL, "lengths": (length,), "log_decay": log_decay, "final_state": True}
         yield fields | {"initial_state": number % 2 == 0, "needs_grad": False}
-        for more, upstream in enumerate(above if length % 3 == 1 else above[1:]):
-            initial_state = (number + more) % 2 == 0
+        for offset, upstream in enumerate(above if length % 3 == 1 else above[1:]):
+            initial_state = (number + offset) % 2 == 0
             yield fields | {"upstream": upstream, "initial_state": initial_state, "needs_grad": True}
     for log_decay, upstream in itertools.product(decays, above[1:]):
         fields = {**_SMALL, "lengths": (*TAILS, 0), "packed": True, "log_decay": log_decay, "final_state": True}
@@ -164,10 +172,10 @@ def endings(decays: Sequence[str | None], leaves: Callable[[str | None], list[st
         names = leaves(log_decay)
         for number, name in enumerate(names):
             others = tuple(other for other in names if other != name)
-            both = ((name,), others)
-            # of each input one of them by kind of log-decay, of the last one, a state, both
-            for grad in both if number == len(names) - 1 else both[(number + kind) % 2 :][:1]:
-                # of one width, gradients in the places of others have their shapes
+            choices = ((name,), others)
+            # alternate between the input alone and all others; for the last input, a state, take both
+            for grad in choices if number == len(names) - 1 else choices[(number + kind) % 2 :][:1]:
+                # equal widths, so that a gradient in another's place has the right shape and only its values are wrong
                 yield fields | {"grad": grad} | ({"value_width": fields["key_width"]} if grad == others else {})
     for length in (63, 64, 65):
         yield {**_SMALL, "lengths": (length,), "log_decay": decays[-1], "chunk_size": 64, "upstream": "state"} | {

@@ -1,1 +1,1 @@
-"""A mixer under test: its configuration and options, the cases that are drawn, and what a check does with one."""
+"""A mixer under test: its configuration and options, the drawn cases, and the operations that checks use on a case."""

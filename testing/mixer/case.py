@@ -1,4 +1,4 @@
-"""One case of a mixer check: everything that was drawn, in a form that shrinks and can be written down."""
+"""A case of a mixer check: everything that was drawn, in a form that can be reduced and written as Python."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,132 +15,141 @@ from ..engine.shrink import fewer
 from ..engine.source import WrittenCase
 
 Start = Literal["none", "initial", "read", "moved"]
-"""The state before the segment: None; the initial state; the state after a prefix of a few tokens; and after a prefix
-of tokens of many sizes, which of a constant state is longer. All are states that tokens lead to, so that leaves which
-depend on each other, as those of a symmetric matrix do, are as the mixer makes them."""
+"""State before the segment. "none": None; "initial": the initial state; "read": the state after a prefix of a few
+tokens; "moved": the state after a prefix of tokens of many sizes, which is longer if the state is constant. Every
+state comes from tokens, so constraints between its numbers, such as a symmetric matrix, hold."""
 
 STARTS: tuple[Start, ...] = ("none", "initial", "read", "moved")
 
 Use = Literal["evaluation", "training", "frozen", "truncated"]
-"""How a mixer is called: evaluated with its final state; trained without one; the same where the tokens want no
-gradient, as after a frozen embedding; trained with one, as by truncated backpropagation through time."""
+"""How a mixer is called. "evaluation": evaluation mode with the final state; "training": training mode without a final
+state; "frozen": the same, and the tokens need no gradient, as after a frozen embedding; "truncated": training mode
+with the final state, as in truncated backpropagation through time."""
 
 IN_WORDS: dict[Use, str] = {
-    "evaluation": "evaluated",
-    "training": "trained, no final state wanted",
-    "frozen": "trained, tokens without gradient",
-    "truncated": "trained, a final state wanted",
+    "evaluation": "evaluation",
+    "training": "training without a final state",
+    "frozen": "training, tokens without gradient",
+    "truncated": "training with a final state",
 }
+"""The uses in words, for reports."""
 USES: tuple[Use, ...] = tuple(IN_WORDS)
 
 LENGTHS = (16, 17, 33, 65, 15, 31, 32, 63, 64, 70, 127, 128, 129, 130)
-"""Tokens around the boundaries of blocks: tiles and chunks mostly hold a power of two."""
+"""Lengths around the boundaries of blocks: tiles and chunks mostly hold a power of two tokens."""
 
 BETWEEN = tuple(length for length in range(12, max(LENGTHS)) if length not in LENGTHS)
+"""Further lengths of long pieces, between those of `LENGTHS`."""
 
 CROWDS = (9, 33)
-"""Rows of a large batch: above powers of two, up to which rows may be handled another way."""
+"""Batch sizes of large batches: just above powers of two, where code for small batches may end."""
 
 MANY = 9
-"""Documents beside a few."""
+"""Additional documents, at most, in a case of many."""
 
 HEADS = (12, 1)
-"""Heads of a wide mixer, beside its own: several, and one of more than 128 channels."""
+"""Numbers of heads to try in a wide mixer, beside its own: several, and one with more than 128 channels."""
 
 FIXED = 1
-"""The seed of cases that run in any case."""
+"""Seed of the fixed cases, which always run."""
 
 SHORT = 12
-"""Tokens of which one wide head, whose features may be the squares of its channels, takes little time."""
+"""Longest segment on which a single wide head is tried: its features may be the squares of its channels."""
 
 MEDIUM = 33
-"""Tokens at most of a long piece of a wide mixer, whose backward pass may keep a megabyte for each."""
+"""Longest piece of a wide mixer, in tokens: its backward pass may keep a megabyte per token."""
 
 LAYERS = 3
-"""Layers of the model that a mixer is built for."""
+"""Number of layers of the model that a mixer is built for."""
 
 
 @dataclass(frozen=True, repr=False)
 class Case(WrittenCase):
-    """What a check runs on. Tensors are functions of `seed`, so a smaller case is a simpler one."""
+    """The input of a check. Tensors are functions of `seed`, so a case is small and can be written down."""
 
     lengths: tuple[int, ...] = (1,)
     """Tokens of each piece, or of each packed document (which may be empty)."""
     batch_size: int = 1
-    """Sequences."""
+    """Number of sequences."""
     start: Start = "none"
+    """State before the segment."""
     paradigms: tuple[Paradigm, ...] = ()
-    """One per piece, where pieces have their own."""
+    """Paradigm of each piece; empty if the check does not draw one per piece."""
     rows: tuple[int, ...] = ()
-    """Rows of a state, in the order they are taken."""
+    """Rows of a state to select, in this order."""
     use: Use = "evaluation"
+    """How the mixer is called."""
     scale: float = 1.0
     """Standard deviation of the tokens' numbers."""
     layer: int = 0
-    """The layer's index, of `LAYERS`."""
+    """Index of the layer, of `LAYERS`."""
     wide: bool = False
-    """True if the mixer has several tiles of channels or many heads, and not the fewest that fit."""
+    """True if the mixer has several tiles of channels or many heads, rather than the smallest width that fits."""
     seed: int = 0
+    """Seed of the tensors."""
     dtype: torch.dtype = torch.float64
-    """Of parameters and inputs."""
+    """Dtype of parameters and inputs."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Fields of the configuration that differ from the one under test."""
 
     @property
     def final_state(self) -> bool:
-        """True if its use wants a final state."""
+        """True if the case's use asks for a final state."""
         return self.use in ("evaluation", "truncated")
 
     @property
     def length(self) -> int:
-        """Tokens in all."""
+        """Total number of tokens of all pieces or documents."""
         return sum(self.lengths)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Draw:
-    """What a check wants drawn; the defaults are one segment from any state."""
+    """Specification of the cases that a check draws. The defaults draw one segment from any state."""
 
     pieces: tuple[int, int] = (1, 1)
-    """How many pieces or documents, at least and at most."""
+    """Fewest and most pieces or documents."""
     tokens: tuple[int, int] = (1, 11)
-    """Tokens of each, at least and at most, but for the long ones."""
+    """Fewest and most tokens of a piece or document, except for long ones."""
     long: int = 0
-    """One piece in so many, on average, has one of `LENGTHS` instead; 0 is none."""
+    """One piece in this many, on average, is long: its length is in `LENGTHS` or `BETWEEN`. 0 draws no long piece."""
     longest: int = max(LENGTHS)
-    """The longest of them."""
+    """Longest length of a long piece, in tokens."""
     many: int = 0
-    """One case in so many, on average, has up to `MANY` more pieces; 0 is none."""
+    """One case in this many, on average, has up to `MANY` more pieces. 0 draws no such case."""
     lists: tuple[tuple[int, ...], ...] = ()
-    """Lengths of further cases that run in any case."""
+    """Lengths of further fixed cases, which always run."""
     chunk_size: int | None = None
-    """Tokens of a chunk, where the configuration takes as many; by default it is drawn."""
+    """Tokens of a chunk, if the configuration accepts that size; by default it is drawn."""
     fixed: int = 0
-    """Tokens of each in the cases that run in any case; as many as are drawn at most by default."""
+    """Tokens of a piece or document in the fixed cases; 0 uses the upper bound of `tokens`."""
     batch_size: tuple[int, int] = (1, 3)
-    """Sequences, at least and at most, but for the large ones."""
+    """Fewest and most sequences, except in large batches."""
     crowded: int = 0
-    """One batch in so many, on average, has one of `CROWDS` as rows instead; 0 is none."""
+    """One batch in this many, on average, is large: its size is in `CROWDS`. 0 draws no large batch."""
     starts: tuple[Start, ...] = STARTS
+    """States before the segment to draw from."""
     paradigms: bool = False
-    """True if every piece has its own paradigm."""
+    """True to draw a paradigm for every piece."""
     rows: bool = False
-    """True if rows of the state are chosen."""
+    """True to draw rows of the state."""
     uses: tuple[Use, ...] = ("evaluation",)
+    """Uses to draw from."""
     scales: tuple[float, ...] = (1.0,)
+    """Standard deviations of tokens to draw from."""
     wide: int = 0
-    """One case in so many, on average, has a wide mixer, if one fits; 0 is none."""
+    """One case in this many, on average, has a wide mixer, if one fits. 0 draws no wide mixer."""
     options: bool = False
-    """True if every value of every option comes by itself in a case that always runs."""
+    """True to add a fixed case for every value of every option."""
     dtypes: tuple[torch.dtype, ...] = (torch.float64,)
-    """Of parameters and inputs."""
+    """Dtypes of parameters and inputs to draw from."""
 
     def of(self, traits: Traits) -> "Draw":
-        """What of it there is for a mixer: one that has no state begins from nothing."""
+        """Return what can be drawn for a mixer with these traits: without a state, every segment starts from None."""
         return self if traits.has_state else replace(self, starts=("none",))
 
     def fixed_cases(self, traits: Traits) -> list[Case]:
-        """What is not left to chance: long segments in every paradigm, a large batch, each dtype, use and scale."""
+        """Return the cases that always run: long segments in every paradigm, large batches, each dtype, use, scale."""
         lengths = (self.fixed or self.tokens[1],) * self.pieces[0]
         usual = Case(lengths, self.batch_size[0], self.starts[-1], seed=FIXED, dtype=self.dtypes[0])
         long = (
@@ -157,13 +166,13 @@ class Draw:
         if len(self.dtypes) > 1:
             cases += [replace(usual, dtype=dtype) for dtype in self.dtypes]
         cases += [replace(usual, use=use, layer=LAYERS - 1) for use in self.uses[1:]]
-        begun = dict.fromkeys((self.starts[-1], self.starts[0]))
-        cases += [replace(usual, scale=scale, start=start) for scale in {*self.scales} - {1.0} for start in begun]
-        heads: list[dict[str, Any]] = [{}, *({"options": {"n_heads": number}} for number in HEADS)]
+        two_starts = dict.fromkeys((self.starts[-1], self.starts[0]))
+        cases += [replace(usual, scale=scale, start=start) for scale in {*self.scales} - {1.0} for start in two_starts]
+        heads: list[dict[str, Any]] = [{}, *({"n_heads": number} for number in HEADS)]
         heads = heads[:-1] if max(self.tokens[1], self.fixed) > SHORT else heads
-        cases += [replace(usual, wide=True, **more) for more in heads] if self.wide else []
+        cases += [replace(usual, wide=True, options=options) for options in heads] if self.wide else []
         cases += [replace(usual, wide=True, lengths=long[0])] if self.wide and self.long and not self.lists else []
-        if self.wide and len(self.dtypes) > 1:  # of many heads, some decays are nearest to 1
+        if self.wide and len(self.dtypes) > 1:  # decays of many heads come nearest to 1
             many = replace(usual, wide=True, dtype=self.dtypes[1], options={"n_heads": 12})
             cases = [many, *cases, replace(usual, wide=True, dtype=self.dtypes[-1])]
         if not self.paradigms:
@@ -171,7 +180,7 @@ class Draw:
         return [replace(case, paradigms=(p,) * len(case.lengths)) for case in cases for p in sorted(traits.paradigms)]
 
     def typical(self, traits: Traits, options: dict[str, Any]) -> Case:
-        """A case in which most of what can be drawn plays a part: several tokens and rows, a state, any paradigm."""
+        """Return the first case, which exercises most of what can be drawn: several tokens and rows, a state."""
         least, most = self.tokens
         declared = sorted(traits.paradigms)
         rows = self.batch_size[1]
@@ -182,9 +191,9 @@ class Draw:
         return replace(case, rows=rearranged, dtype=self.dtypes[0], scale=self.scales[0], options=options)
 
     def simpler(self, case: Case) -> Iterator[Case]:
-        """Cases that are simpler in one respect, within what is drawn; options may be none of the configuration."""
+        """Yield cases that are simpler in one respect, within what is drawn; their options may be invalid together."""
         lengths, options, chunk_size = case.lengths, dict(case.options), case.options.get("chunk_size", math.inf)
-        for size in (2, 16):  # the second boundary of small chunks may do for one that many tokens lead to
+        for size in (2, 16):  # a failure at a far boundary of chunks may show at the second boundary of small ones
             if size < chunk_size and case.length > 4 * size:
                 short = tuple(min(length, max(2 * size + 1, self.tokens[0])) for length in lengths)
                 yield replace(case, lengths=short, options=options | {"chunk_size": size})
@@ -200,31 +209,36 @@ class Draw:
             yield replace(case, batch_size=rows, rows=tuple(min(row, rows - 1) for row in case.rows))
         drawn = {"start": [start for start in STARTS if start in self.starts], "use": self.uses, "scale": self.scales}
         for name, values in {**drawn, "layer": range(LAYERS), "wide": (False, True)}.items():
-            now = getattr(case, name)  # of a case that always runs, it may be none of those that are drawn
-            yield from (replace(case, **{name: value}) for value in values[: values.index(now) if now in values else 0])
-        # some go together: without one alone the others may be refused
+            current = getattr(case, name)  # a fixed case may have a value that is not drawn
+            simpler = values[: values.index(current)] if current in values else ()
+            yield from (replace(case, **{name: value}) for value in simpler)
+        # drop all options at once too: the configuration may refuse some without the others
         yield from (replace(case, options=few) for few in ({}, {"chunk_size": chunk_size}) if {*few} < {*options})
         for name in options:
             yield replace(case, options={other: value for other, value in options.items() if other != name})
         yield from (
             replace(case, options=options | {"chunk_size": size}) for size in (1, 2) if size < chunk_size < math.inf
         )
-        yield from (replace(case, paradigms=(one,) * len(lengths)) for one in dict.fromkeys(case.paradigms))
+        yield from (replace(case, paradigms=(paradigm,) * len(lengths)) for paradigm in dict.fromkeys(case.paradigms))
         yield from (replace(case, rows=case.rows[:i]) for i in range(1, len(case.rows)))
         yield replace(case, seed=0)
 
     def cases(self, traits: Traits, options: Callable[[Random, bool], dict[str, Any]]) -> st.SearchStrategy[Case]:
-        """The strategy: hypothesis draws a number, which all of a case is a function of.
+        """Return the strategy of cases: hypothesis draws one number, and every field is a function of that number.
 
-        Drawn by a strategy for each field, cases would repeat: hypothesis makes new ones from parts of old ones, of a
-        hundred not a dozen lengths differed.
+        With a strategy per field cases would repeat, because hypothesis builds new ones from parts of old ones: among a
+        hundred cases there were fewer than a dozen different lengths.
+
+        Args:
+            traits: traits of the mixer.
+            options: draws options from a random generator and a flag, False to draw a chunk size alone.
         """
         long = [length for length in (*LENGTHS, *BETWEEN) if length <= self.longest]
         few, most = self.pieces
 
         def case(number: int) -> Case:
             chance, lengths = Random(number), ()
-            if number == 0:  # what hypothesis tries first, and a quick run alone
+            if number == 0:  # the first number that hypothesis tries; a quick run tries no other
                 return self.typical(traits, options(chance, False))
             pieces = _sometimes(chance, self.many, range(most + 1, most + MANY), (few, most))
             while not sum(lengths):
@@ -251,5 +265,5 @@ class Draw:
 
 
 def _sometimes(chance: Random, one_in: int, rare: Sequence[int], usual: tuple[int, int]) -> int:
-    """One of the rare one time in so many, never if that is 0; else at least and at most the usual."""
+    """Draw one of the rare numbers once in `one_in` times (never if 0), else a number within the usual bounds."""
     return chance.choice(rare) if one_in and chance.randrange(one_in) == 0 else chance.randint(*usual)

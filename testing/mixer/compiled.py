@@ -1,4 +1,4 @@
-"""A mixer that is compiled, against itself."""
+"""A compiled mixer against the same mixer in eager mode."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,20 +13,23 @@ from ..compare import CheckFailure, require
 from .trial import Trial
 
 PREFIX = 5
-"""Tokens before a segment that is compiled: of a cache that holds none, a mistake is not seen."""
+"""Tokens before a compiled segment: an empty cache would hide mistakes."""
 
 
 def counting_backend(name: str) -> Any:
-    """A backend of the compiler that counts graphs; imported where something compiles, for it takes a second."""
+    """Return a compiler backend that counts graphs. Its import takes a second, so it happens here."""
     from torch._dynamo.testing import CompileCounterWithBackend
 
     return CompileCounterWithBackend(name)
 
 
 def backend_of(trial: Trial) -> str:
-    """`aot_eager` cuts into forward and backward by inductor's rules, which take half a second to import."""
-    asked = trial.subject.compile_backend
-    return "aot_eager_default_partitioner" if asked == "aot_eager" else asked
+    """Return the name of the compiler backend.
+
+    `aot_eager` is replaced by its form with the default partitioner: inductor's takes half a second to import.
+    """
+    backend = trial.subject.compile_backend
+    return "aot_eager_default_partitioner" if backend == "aot_eager" else backend
 
 
 def require_one_graph(
@@ -34,24 +37,37 @@ def require_one_graph(
     function: Callable[..., Any],
     boundaries: Sequence[Tensor | None] = (None, None),
 ) -> None:
-    """Fail unless calls with these boundaries compile into one graph that gives what eager gives."""
+    """Fail unless all calls share one compiled graph, and give the results and gradients of eager mode.
+
+    Args:
+        trial: the case.
+        function: the function to compile: of tokens, state and `cu_seqlens`.
+        boundaries: `cu_seqlens` of each call; None for a call without packing.
+    """
     torch._dynamo.reset()
     counter = counting_backend(backend_of(trial))
     compiled = torch.compile(function, fullgraph=True, backend=counter)
-    for cuts in boundaries:
-        options = {} if cuts is None else {"cu_seqlens": cuts}
-        x, state = trial.tokens(), state_before(trial, trial.case.batch_size if cuts is None else len(cuts) - 1)
+    for cu_seqlens in boundaries:
+        options = {} if cu_seqlens is None else {"cu_seqlens": cu_seqlens}
+        rows = trial.case.batch_size if cu_seqlens is None else len(cu_seqlens) - 1
+        x, state = trial.tokens(), state_before(trial, rows)
         expected = trial.differentiate(partial(function, **options), x, state)
-        with one_graph():
+        with compiler_errors_as_failures():
             actual = trial.differentiate(partial(compiled, **options), x, state)
         trial.compare("compiled against eager", actual, expected)
     count = counter.frame_count
-    require(count == 1, f"{len(boundaries)} calls of equal shapes compiled {count} graphs: something depends on data")
+    require(
+        count == 1,
+        f"expected {len(boundaries)} calls of equal shapes to compile 1 graph, got {count}: something depends on data",
+    )
 
 
 def state_before(trial: Trial, rows: int) -> Any:
-    """What comes before, where the case begins from a state: as many tokens at every call, so that shapes are equal,
-    and rows that differ, so that it is seen which row a document has, also in how much they have read if they may."""
+    """Return the state that a compiled call begins from; None if the case begins without one.
+
+    Its shapes are the same at every call. Rows have different values, so that mixed-up rows are found. If the mixer
+    allows it, they have processed different numbers of tokens too.
+    """
     traits = trial.mixer.traits
     if trial.case.start == "none" or not traits.has_state:
         return None
@@ -61,15 +77,15 @@ def state_before(trial: Trial, rows: int) -> Any:
 
 
 def rows_may_differ(trial: Trial) -> bool:
-    """True if rows of one state may have read different numbers of tokens."""
+    """Return True if rows of one state may have processed different numbers of tokens."""
     return "rows" not in getattr(trial.mixer, "undeclared", {})
 
 
 @contextmanager
-def one_graph() -> Iterator[None]:
-    """Report an error of the compiler as a failure."""
+def compiler_errors_as_failures() -> Iterator[None]:
+    """Turn an error of the compiler into a `CheckFailure`."""
     try:
         yield
-    except Exception as error:  # the compiler's have no base of their own
+    except Exception as error:  # the compiler's errors share no base class
         reason = (str(error).strip().splitlines() or [""])[0]
         raise CheckFailure(f"does not compile into one graph: {type(error).__name__}: {reason}") from error

@@ -1,18 +1,25 @@
-"""Central differences."""
+"""Comparison of derivatives with central differences."""
 
 from collections.abc import Callable, Mapping
 
 STEPS = (1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
-"""Steps of the differences: a smaller one where a larger one crosses a kink, as of a maximum."""
+"""Step sizes to try: a large step may cross a kink, such as that of a maximum; a smaller one may not."""
 
 
 ALLOWED = 1e-6
-"""Between a derivative and differences, relative to the sum of the absolute values of its terms."""
+"""Tolerance of a derivative against differences, relative to the sum of the absolute values of its terms."""
 
 
 def agrees(
     names: list[str], slopes: Mapping[str, float], size: float, rate: Callable[[list[str], float], float]
 ) -> bool:
-    """True if the slopes are those of differences with one of the steps."""
+    """Return True if the slope along some tensors equals the difference quotient with at least one of the steps.
+
+    Args:
+        names: tensors that move together.
+        slopes: slope along the direction of each tensor, by name.
+        size: sum of the absolute values of the slope's terms.
+        rate: returns the difference quotient for some names and a step.
+    """
     slope = sum(slopes[name] for name in names)
     return any(abs(rate(names, step) - slope) <= ALLOWED * size for step in STEPS)

@@ -1,8 +1,8 @@
-"""The options of a configuration that a check varies.
+"""Options of a configuration that checks vary.
 
-Literals and booleans are tried in every value, `X | None` in None too. Numbers come from a field's `examples`
-(pydantic's own), which are tried before anything else, and from its bounds: what a field allows, somebody sets. Of a
-float that has neither, twice its value is tried where every value is.
+Every value of a Literal or a boolean is tried, and None for `X | None`. Numbers come from pydantic's `examples` of the
+field, which are tried first, and from its bounds: somebody will set whatever a field allows. For a float without
+examples or bounds, twice its value is tried by the checks that try every value.
 """
 
 from collections.abc import Callable, Iterable
@@ -19,44 +19,51 @@ from ...mixers.traits import ContractError
 from ...registry import Config, SeqmixError
 
 FIXED = {"kind", "paradigm", "chunk_size", "backend"}
-"""Not options: how a map is computed, which has checks of its own."""
+"""Fields that are not varied as options. They say how the map is computed, which other checks test."""
 
 CHUNK_SIZES = (3, 1, 2, 4, 7, 64)
-"""Small ones, so that short segments have many chunks; those that the configuration refuses are left out."""
+"""Chunk sizes to try. Small ones give short segments many chunks; those that the configuration refuses are skipped."""
 
 BOUNDS = ("ge", "gt", "le", "lt")
-"""What numbers are declared with."""
+"""pydantic's names for the bounds of a number."""
 
 UNEVEN = 3
-"""A number that is no power of two."""
+"""A number that is not a power of two."""
 
 FAR = 64
-"""An upper bound above it guards against mistakes, and costs too much to be tried."""
+"""Largest upper bound that is tried. A higher one guards against mistakes, and costs too much to be tried."""
 
 
 def alternatives(config: MixerConfig, *, guessed: bool = False) -> dict[str, list[Any]]:
-    """Values to try for each field, beside the one it has; `guessed` of floats that name none too, twice of what they
-    have, which may be too much for 16 bits."""
+    """Return the values to try for each field, beside its current one.
+
+    Args:
+        config: the configuration to vary.
+        guessed: True to try twice the value of a float without examples or bounds. It may be too large for 16 bits.
+    """
     values_by_field: dict[str, list[Any]] = {}
     for name, field in type(config).model_fields.items():
         if name in FIXED or name in getattr(config, "not_varied", ()):
             continue
-        own = getattr(config, name)
-        values = [*(field.examples or []), *_values(field.annotation), *_bounds(field, own)]
-        values += [2 * own or 0.5] if guessed and not values and isinstance(own, float) else []
-        # parts that are equal, as of a hybrid of mixers
-        values += [own[:1] * len(own)] if isinstance(own, tuple) and own and isinstance(own[0], Config) else []
-        # a value may be a list, which is not hashed, and which the configuration makes another type of
+        current = getattr(config, name)
+        values = [*(field.examples or []), *_enumerate_values(field.annotation), *_values_in_bounds(field, current)]
+        if guessed and not values and isinstance(current, float):
+            values.append(2 * current or 0.5)
+        # several parts, such as the mixers of a hybrid: also try equal ones
+        if isinstance(current, tuple) and current and isinstance(current[0], Config):
+            values.append(current[:1] * len(current))
+        # no set or dict here: a value may be a list, which the configuration converts to another type
         others = [value for n, value in enumerate(values) if value not in values[:n]]
-        if others := [value for value in others if value != own and _accepted(config, name, value) != own]:
+        if others := [value for value in others if value != current and _converted(config, name, value) != current]:
             values_by_field[name] = others
     return values_by_field
 
 
 def not_varied(config: MixerConfig) -> list[str]:
-    """Fields of which no other value is known: integers without `examples` or bounds, text, lists."""
+    """Return the fields for which no other value is known: integers without `examples` or bounds, text, lists."""
     varied, fields = alternatives(config, guessed=True), type(config).model_fields.items()
-    return [name for name, x in fields if name not in FIXED | varied.keys() and len(_values(x.annotation)) != 1]
+    fixed = FIXED | varied.keys()
+    return [name for name, field in fields if name not in fixed and len(_enumerate_values(field.annotation)) != 1]
 
 
 def chunk_sizes(
@@ -64,21 +71,35 @@ def chunk_sizes(
     accepts: Callable[[dict[str, Any]], bool] | None = None,
     candidates: Iterable[int] = CHUNK_SIZES,
 ) -> list[Any]:
-    """Chunk sizes that the configuration takes, and `accepts` too: the candidates, those its field names, its own."""
+    """Return the chunk sizes that a configuration accepts; empty if it has no field `chunk_size`.
+
+    Args:
+        config: the configuration.
+        accepts: returns True if a mixer can be built with these options; by default, if the configuration is valid.
+        candidates: sizes to try, beside those that the field names and the current one.
+    """
     field = type(config).model_fields.get("chunk_size")
     if field is None:
         return []
     accepts = accepts or (lambda options: changed(config, options) is not None)
-    own = vars(config)["chunk_size"]
-    sizes = dict.fromkeys([*candidates, *(field.examples or []), *_values(field.annotation), own])
-    return [size for size in sizes if size == own or accepts({"chunk_size": size})]
+    current = vars(config)["chunk_size"]
+    sizes = dict.fromkeys([*candidates, *(field.examples or []), *_enumerate_values(field.annotation), current])
+    return [size for size in sizes if size == current or accepts({"chunk_size": size})]
 
 
 def drawn_options(
     config: MixerConfig, *, vary: bool, accepts: Callable[[dict[str, Any]], bool] | None = None
 ) -> Callable[[Random, bool], dict[str, Any]]:
-    """What draws changes of the configuration: any few fields, or none if there are to be no changes, and a chunk size
-    small enough for short segments."""
+    """Return a function that draws changes of a configuration from a random generator and a flag.
+
+    It draws a chunk size, often one that is small enough for short segments. If the flag is True, it may change any
+    other fields too.
+
+    Args:
+        config: the configuration to change.
+        vary: False to draw chunk sizes alone.
+        accepts: returns True if a mixer can be built with these options; by default, if the configuration is valid.
+    """
     sizes, fields = chunk_sizes(config, accepts), alternatives(config) if vary else {}
 
     def draw(chance: Random, changes: bool) -> dict[str, Any]:
@@ -89,29 +110,36 @@ def drawn_options(
     return draw
 
 
-def singly(config: MixerConfig, accepts: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
-    """Each value by itself, or with the one other that it needs: among all others no plain path is taken."""
+def single_changes(config: MixerConfig, accepts: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+    """Return one change per value of every option: that value alone, or with one other value that it requires.
+
+    Changing many options at once would never take the plain code path of each.
+    """
     values, changes = _all_values(config), []
-    for one in values:
-        few = ({one[0]: one[1]}, *({one[0]: one[1], other[0]: other[1]} for other in values if other[0] != one[0]))
-        changes += [options for options in few if accepts(options)][:1]
+    for name, value in values:
+        pairs = ({name: value, other_name: other} for other_name, other in values if other_name != name)
+        changes += [options for options in ({name: value}, *pairs) if accepts(options)][:1]
     return changes
 
 
-def shared(config: MixerConfig, accepts: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
-    """Heads that share something, neither one nor each for itself: which head reads which can be wrong there alone."""
+def shared_head_changes(config: MixerConfig, accepts: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+    """Return changes in which groups of heads share something, such as keys and values.
+
+    With one group, or one per head, a wrong mapping from heads to groups goes unnoticed.
+    """
     names = [name for name in alternatives(config) if "heads" in name or "group" in name]
     sizes = ((4, 2), (6, 2), (6, 3), (8, 2), (12, 3))
-    candidates = [[{many: n, few: each} for n, each in sizes] for many, few in permutations(names, 2)]
-    return [options for each in candidates for options in list(filter(accepts, each))[:1]]
+    candidates = [[{many: n, few: groups} for n, groups in sizes] for many, few in permutations(names, 2)]
+    return [options for of_pair in candidates for options in list(filter(accepts, of_pair))[:1]]
 
 
 def _all_values(config: MixerConfig) -> list[tuple[str, Any]]:
+    """Return name and value of every alternative, guessed ones included."""
     return [(name, value) for name, others in alternatives(config, guessed=True).items() for value in others]
 
 
 def changed(config: MixerConfig, options: dict[str, Any]) -> MixerConfig | None:
-    """The configuration with other options; None where they do not go together."""
+    """Return the configuration with other options; None if it refuses the combination."""
     if not options:
         return config
     try:
@@ -121,7 +149,11 @@ def changed(config: MixerConfig, options: dict[str, Any]) -> MixerConfig | None:
 
 
 def require_examples(config: MixerConfig) -> None:
-    """Refuse a field whose own example it refuses: the value would never be tried, and nobody would know."""
+    """Check that every field accepts its own `examples`: a refused one would never be tried, and nobody would notice.
+
+    Raises:
+        ContractError: a field refuses one of its examples.
+    """
     cls = type(config)
     for name, value in ((name, value) for name, field in cls.model_fields.items() for value in field.examples or []):
         try:
@@ -129,42 +161,46 @@ def require_examples(config: MixerConfig) -> None:
         except SeqmixError:
             continue
         except ValidationError as error:
-            # an error without a place is a rule about several fields: with others the value may do
+            # an error without a location is a rule about several fields: the value may be fine with others
             for detail in (detail for detail in error.errors() if detail["loc"][:1] == (name,)):
                 refused = f"{cls.__name__}: field {name} refuses {value!r}, one of its own examples"
                 raise ContractError(f"{refused}: {detail['msg']}") from None
 
 
-def _accepted(config: MixerConfig, name: str, value: object) -> object:
-    """A value as the configuration holds it; as it is where it does not go with the others."""
+def _converted(config: MixerConfig, name: str, value: object) -> object:
+    """Return a value as the configuration stores it; unchanged if the configuration refuses it."""
     other = changed(config, {name: value}) if isinstance(value, list | dict) else None
     return value if other is None else getattr(other, name)
 
 
-def _bounds(field: FieldInfo, own: object) -> list[Any]:
-    """Numbers between two bounds, which are there to be used, and a bound itself where it is allowed and near; where
-    there is no upper bound, an integer that is no power of two, or one less of many."""
-    if own is None and int in get_args(field.annotation):
+def _values_in_bounds(field: FieldInfo, current: object) -> list[Any]:
+    """Return numbers to try that follow from a field's bounds.
+
+    With two bounds near each other: the middle, and each bound that is allowed itself. For an integer without a near
+    upper bound: `UNEVEN`, or one less than a large current value.
+    """
+    if current is None and int in get_args(field.annotation):
         return [UNEVEN]
-    if isinstance(own, bool) or not isinstance(own, int | float):
+    if isinstance(current, bool) or not isinstance(current, int | float):
         return []
     bounds = {kind: getattr(part, kind) for part in field.metadata for kind in BOUNDS if hasattr(part, kind)}
     low, high = bounds.get("ge", bounds.get("gt")), bounds.get("le", bounds.get("lt"))
-    if isinstance(own, int) and low is not None and (high is None or high > FAR):
-        # a large number may be that of positions, which texts need
-        return [UNEVEN if own <= FAR else own - 1]
+    if isinstance(current, int) and low is not None and (high is None or high > FAR):
+        # a large number may be a maximum position: a small one would refuse the segments of most checks
+        return [UNEVEN if current <= FAR else current - 1]
     if low is None or high is None or high > FAR:
         return []
-    between = (low + high) // 2 if isinstance(own, int) else (low + high) / 2
-    return [between, *(bounds[kind] for kind in ("le", "ge") if kind in bounds)]
+    middle = (low + high) // 2 if isinstance(current, int) else (low + high) / 2
+    return [middle, *(bounds[kind] for kind in ("le", "ge") if kind in bounds)]
 
 
-def _values(annotation: Any) -> list[Any]:
+def _enumerate_values(annotation: Any) -> list[Any]:
+    """Return all values of a Literal, a boolean or None, also within a union; none of any other type."""
     origin = get_origin(annotation)
     if origin is Literal:
         return list(get_args(annotation))
     if origin in (Union, UnionType):
-        return [value for option in get_args(annotation) for value in _values(option)]
+        return [value for option in get_args(annotation) for value in _enumerate_values(option)]
     if annotation is bool:
         return [False, True]
     if annotation is NoneType:

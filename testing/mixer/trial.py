@@ -1,4 +1,4 @@
-"""What a check does with a mixer on one case."""
+"""Operations that a check uses on one case: draw tensors, call the mixer, differentiate, compare."""
 
 from collections.abc import Callable, Mapping
 from functools import cached_property, partial
@@ -20,57 +20,61 @@ from .options import changed
 from .subject import Subject, build, reference_paradigm
 
 SegmentCall = Callable[[Tensor, Any], tuple[Tensor, Any]]
-"""Gives output and final state of a segment and a state: the mixer, or something that calls it."""
+"""Returns output and final state for a segment and a state: the mixer, or a function that calls it."""
 
 LONGER = 9
-"""Tokens by which the prefix of a "moved" constant state is longer."""
+"""Additional tokens in the prefix of a "moved" state, if the state is constant."""
 
 SegmentResult = tuple[Tensor | Mapping[str, Tensor] | None, Any]
-"""Output, or output and gradients by name, and the final state."""
+"""Pair of output (or output and gradients by name) and final state."""
 
 
 class Trial:
-    """One case of a check: the mixer, and tensors drawn from the case's seed.
+    """A case of a check: the mixer, and tensors drawn from the case's seed.
 
-    Where the case's options do not go together, the case is not one (hypothesis draws another).
+    If the configuration refuses the case's options, hypothesis draws another case.
     """
 
     def __init__(self, subject: Subject, case: Case) -> None:
         self.subject, self.case = subject, case
         self.d_model = subject.wide if case.wide else subject.d_model
-        config, mixer = (
-            changed(subject.config, dict(case.options)),
-            subject.mixer(case.options, case.dtype, case.layer, self.d_model),
-        )
+        config = changed(subject.config, dict(case.options))
+        mixer = subject.mixer(case.options, case.dtype, case.layer, self.d_model)
         if config is None or mixer is None:
             raise UnsatisfiedAssumption
         self.config: MixerConfig = config
         self.mixer: SequenceMixer = mixer
         self.generator = torch.Generator().manual_seed(case.seed)
         self.prefix = 0
-        """Tokens that the latest of `state` has read."""
+        """Tokens processed by the latest result of `state`."""
         self.notes: list[str] = []
-        """What a report says of the case that is no failure."""
+        """Warnings about the case for the report; they are not failures."""
 
     @property
     def paradigms(self) -> list[Paradigm]:
-        """The paradigms under test, the configured default first."""
+        """Paradigms under test, the configured default first."""
         declared = self.mixer.traits.paradigms
         chosen = declared if self.subject.paradigms is None else declared & frozenset(self.subject.paradigms)
         return sorted(chosen, key=lambda p: (p is not self.mixer.paradigm, p))
 
     @property
     def reference(self) -> Paradigm:
-        """The paradigm that others are compared with."""
+        """Paradigm that others are compared with."""
         return reference_paradigm(self.config)
 
     def randn(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Normal numbers, drawn in float64 on the CPU: the same on every device."""
+        """Return normal numbers, drawn in float64 on the CPU, so that they are the same on every device."""
         x = torch.randn(shape, generator=self.generator, dtype=torch.float64)
         return x.to(self.subject.device, dtype or self.case.dtype)
 
     def tokens(self, batch_size: int | None = None, length: int | None = None, *, blank: bool = False) -> Tensor:
-        """A segment; of the case's size by default. `blank`: about every third token is all zeros."""
+        """Return a segment [B T D] of random tokens.
+
+        Args:
+            batch_size: number of sequences; by default the case's.
+            length: number of tokens; by default the case's.
+            blank: True to make about every third token all zeros.
+        """
         batch_size = self.case.batch_size if batch_size is None else batch_size
         length = self.case.length if length is None else length
         x = self.randn(batch_size, length, self.d_model) * self.case.scale
@@ -79,11 +83,16 @@ class Trial:
         return x
 
     def like(self, x: Tensor) -> Tensor:
-        """Normal numbers of this shape and dtype."""
+        """Return normal numbers of a tensor's shape and dtype."""
         return self.randn(*x.shape, dtype=x.dtype)
 
     def state(self, rows: int | None = None, start: Start | None = None) -> Any:
-        """What comes before; of the case's kind by default."""
+        """Return a state before the segment.
+
+        Args:
+            rows: number of sequences; by default the case's batch size.
+            start: kind of the state; by default the case's.
+        """
         rows = self.case.batch_size if rows is None else rows
         start = self.case.start if start is None else start
         if start == "none":
@@ -96,7 +105,13 @@ class Trial:
         return self.state_after(self.prefix, rows, sizes=start == "moved")
 
     def state_after(self, length: int, rows: int, *, sizes: bool = False) -> Any:
-        """A state after so many tokens of the case's own scale, or of many `sizes`."""
+        """Return the state after random tokens.
+
+        Args:
+            length: number of tokens.
+            rows: number of sequences.
+            sizes: True to scale every token by a factor of its own.
+        """
         x = self.tokens(rows, length)
         if sizes:
             x = x * self.randn(rows, length, 1).exp()
@@ -105,58 +120,67 @@ class Trial:
         return state
 
     def initial_state(self, rows: int) -> Any:
-        """The initial state; None where the mixer has none."""
+        """Return the initial state; None if the mixer has no state."""
         return self.mixer.init_state(rows) if self.mixer.traits.has_state else None
 
     @property
     def use(self) -> str:
-        """How the case calls the mixer, in words."""
+        """How the case calls the mixer, in words, such as "training without a final state"."""
         return IN_WORDS[self.case.use]
 
     def boundaries(self, dtype: torch.dtype = torch.int64) -> Tensor | None:
-        """`cu_seqlens` of the case's lengths; None of several rows, or without packing."""
+        """Return `cu_seqlens` for the case's lengths; None if the batch has several rows, or the mixer cannot pack."""
         lengths = self.case.lengths
         if self.case.batch_size > 1 or not self.mixer.traits.packing:
             return None
         return torch.tensor([0, *accumulate(lengths)], dtype=dtype, device=self.subject.device)
 
     def index(self, *rows: int) -> Tensor:
-        """Rows of a state, as `select` takes them."""
+        """Return rows of a state as an index tensor for `select`."""
         return torch.tensor(rows, device=self.subject.device)
 
     def after(self, paradigm: Paradigm | None) -> Paradigm:
-        """This paradigm (None: the default), or the reference where it takes no state."""
+        """Return the paradigm to continue from a state with: the given one, or the reference if it takes no state.
+
+        None means the default paradigm.
+        """
         paradigm = paradigm or self.mixer.paradigm
         return paradigm if self.mixer.traits.takes_state(paradigm) else self.reference
 
     def call(
         self, paradigm: Paradigm | None = None, mixer: Callable[..., Any] | None = None, **options: Any
     ) -> SegmentCall:
-        """The mixer as a function of a segment and a state, which a paradigm `after` this one takes."""
+        """Return the mixer as a function of a segment and a state.
+
+        Args:
+            paradigm: paradigm to compute in; if it takes no state, a segment after a state uses the reference.
+            mixer: mixer to call; by default the case's.
+            options: further arguments of the mixer; by default the final state is returned if there is one.
+        """
         mixed = partial(mixer or self.mixer, **{"return_state": self.mixer.traits.has_state, **options})
         return lambda x, state: mixed(x, state, paradigm=paradigm if state is None else self.after(paradigm))
 
     def used(self, paradigm: Paradigm | None = None, **options: Any) -> SegmentCall:
-        """The mixer as the case uses it, without dropout: see `Use`."""
+        """Return the mixer as a function of a segment and a state, called as the case's use says, without dropout."""
         return self.call(paradigm, self.mixer_in_use, return_state=self.final_state, **options)
 
     @property
     def final_state(self) -> bool:
-        """True if the case's use wants a final state, and there is one."""
+        """True if the case's use asks for a final state and the mixer has one."""
         return self.case.final_state and self.mixer.traits.has_state
 
     @cached_property
     def mixer_in_use(self) -> SequenceMixer:
-        """The mixer in the case's mode, without dropout in training."""
+        """Mixer in the mode of the case's use, training or evaluation, without dropout."""
         return self.mixer if self.case.use == "evaluation" else self.without_dropout().train()
 
     def without_dropout(self) -> SequenceMixer:
-        """The mixer with the same parameters, with no dropout in training."""
-        none: dict[str, Any] = {n: 0.0 for n, v in self.config if "dropout" in n and isinstance(v, float) and v}
-        other = self.rebuilt(**(none if changed(self.config, none) is not None else {}))
-        for name, parameter in self.mixer.named_parameters():  # gradients are of the same
+        """Return a mixer that shares the parameters and has no dropout in training."""
+        zeros: dict[str, Any] = {n: 0.0 for n, v in self.config if "dropout" in n and isinstance(v, float) and v}
+        other = self.rebuilt(**(zeros if changed(self.config, zeros) is not None else {}))
+        for name, parameter in self.mixer.named_parameters():  # share them, so that gradients can be compared
             module, _, leaf = name.rpartition(".")
-            # as an assignment: modules such as nn.GRU keep lists of their parameters
+            # assign the attribute: modules such as nn.GRU keep a list of their parameters beside
             setattr(other.get_submodule(module), leaf, parameter)
         for module in other.modules():
             if isinstance(module, _DropoutNd):
@@ -164,8 +188,10 @@ class Trial:
         return other
 
     def kept(self, call: SegmentCall) -> SegmentCall:
-        """A call whose final state is left out where states grow: they may hold a row's tokens in more room than it
-        needs alone."""
+        """Return a call without its final state if the state grows, and unchanged if the state is constant.
+
+        A growing state of several rows may have more room than a row alone needs, so it cannot be compared.
+        """
 
         def mixed(x: Tensor, state: Any) -> tuple[Tensor, Any]:
             y, after = call(x, state)
@@ -174,24 +200,38 @@ class Trial:
         return mixed
 
     def mix(self, x: Tensor, state: Any, mixer: Callable[..., Any] | None = None, **options: Any) -> tuple[Tensor, Any]:
-        """Output and final state without grad, where a state given may be consumed."""
+        """Return output and final state without gradients.
+
+        The state is cloned first, because the call may write into it.
+        """
         with torch.no_grad():
             return self.call(mixer=mixer, **options)(x, None if state is None else clone(state))
 
     def in_pieces(self, *calls: SegmentCall) -> SegmentCall:
-        """Consecutive pieces of a segment, as long as the case's lengths: each by its own call, or all by one."""
+        """Return a call that processes a segment as consecutive pieces of the case's lengths.
+
+        Args:
+            calls: the call of each piece, or one call for all of them.
+        """
 
         def call(x: Tensor, state: Any) -> tuple[Tensor, Any]:
-            outputs, each = [], calls * len(self.case.lengths) if len(calls) == 1 else calls
-            for piece, mixer in zip(x.split(self.case.lengths, dim=1), each, strict=True):
-                y, state = mixer(piece, state)
+            outputs = []
+            piece_calls = calls * len(self.case.lengths) if len(calls) == 1 else calls
+            for piece, piece_call in zip(x.split(self.case.lengths, dim=1), piece_calls, strict=True):
+                y, state = piece_call(piece, state)
                 outputs.append(y)
             return torch.cat(outputs, dim=1), state
 
         return call
 
     def decode(self, x: Tensor, state: Any, step: SegmentCall | None = None) -> tuple[Tensor, Any]:
-        """Output and final state token by token, without grad; the state given may be consumed."""
+        """Return output and final state, computed token by token without gradients.
+
+        Args:
+            x: tokens.
+            state: state before them, which the first step may write into.
+            step: call for one token; by default the mixer's `step`.
+        """
         outputs = []
         with torch.no_grad():
             for token in x.split(1, dim=1):
@@ -209,15 +249,18 @@ class Trial:
         zeros: Mapping[str, Tensor] | None = None,
         used: bool = False,
     ) -> tuple[dict[str, Tensor], Any]:
-        """Output and gradients by name, and the final state: of these, what the case's use gives.
+        """Return output and gradients by name, and the final state if the case's use asks for one.
+
+        Upstream gradients are random, and the same for every call of a case.
 
         Args:
-            call: what is differentiated.
+            call: the function to differentiate.
             x: the segment.
-            state: what comes before.
-            mixer: whose parameters; the case's by default.
-            zeros: by name of a result, where the gradient from above is zero as well; the result itself by default.
-            used: whether the call is one that the case's use makes, whose tokens may want no gradient.
+            state: state before the segment.
+            mixer: mixer whose parameters to differentiate by; by default the case's.
+            zeros: tensors by name of a result: the upstream gradient is zero where the tensor is. By default the
+                results themselves.
+            used: True if the call is made as the case's use says, so that the tokens may need no gradient.
         """
         if not self.mixer.traits.differentiable:
             with torch.no_grad():
@@ -230,31 +273,44 @@ class Trial:
         results = named_results(y, after)
         leaves = {} if frozen else {"the input": x}
         leaves |= {**named_leaves("the state's", state), **learnable(mixer or self.mixer)}
-        found = gradients(results, self._above(zeros or results), leaves)
-        named = {f"the gradient of {name}": as_real(gradient) for name, gradient in found.items()}
+        computed = gradients(results, self._upstream(zeros or results), leaves)
+        named = {f"the gradient of {name}": as_real(gradient) for name, gradient in computed.items()}
         return {"the output": y.detach(), **named}, None if after is None else map_state(Tensor.detach, after)
 
-    def _above(self, results: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Gradients from above, the same in every dtype; zero where a result is, as in the empty slots of a cache."""
-        generator, above = torch.Generator().manual_seed(self.case.seed + 1), {}
+    def _upstream(self, results: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return random upstream gradients, zero where a result is zero, as in the empty slots of a cache."""
+        generator, upstream = torch.Generator().manual_seed(self.case.seed + 1), {}
         for name, result in results.items():
             noise = torch.randn(result.shape, generator=generator, dtype=torch.float64).to(self.case.dtype)
-            above[name] = noise.to(result.device) * (result.detach() != 0)
-        return above
+            upstream[name] = noise.to(result.device) * (result.detach() != 0)
+        return upstream
 
     def sensitivity(
         self, call: SegmentCall, x: Tensor, state: Any, results: tuple[dict[str, Tensor], Any]
     ) -> dict[str, float]:
-        """How far outputs, gradients and state move, by name, where tokens move by 1e-10 of themselves: large numbers
-        cancel, and what is left is as far off in any order of computing it."""
+        """Return, by name, the error to allow where large numbers cancel: 10 times what a small perturbation changes.
+
+        The perturbation moves each number of the tokens by about 1e-10, relative. Any order of computation may be as
+        far off.
+
+        Args:
+            call: the function that gave the results.
+            x: the segment.
+            state: state before the segment.
+            results: output and gradients by name, and final state, without the perturbation.
+        """
         moved, after = self.differentiate(call, x * (1 + 1e-10 * self.like(x)), state)
         pairs = {name: (moved[name], result) for name, result in results[0].items()}
         leaves = float_leaves(after)
         pairs |= {f"the final state's {n}": (leaves[n], leaf) for n, leaf in float_leaves(results[1]).items()}
-        return {name: 10 * (one - other).abs().max().item() for name, (one, other) in pairs.items() if one.numel()}
+        return {name: 10 * (x - y).abs().max().item() for name, (x, y) in pairs.items() if x.numel()}
 
     def rebuilt(self, dtype: torch.dtype | None = None, **options: Any) -> SequenceMixer:
-        """The same parameters in a mixer of other options or dtype."""
+        """Return a new mixer with the same parameters and other options or dtype.
+
+        Raises:
+            CheckFailure: the configuration refuses the options.
+        """
         config = changed(self.config, options)
         if config is None:
             refused = ", ".join(f"{name}={value}" for name, value in options.items())
@@ -268,17 +324,27 @@ class Trial:
         return other
 
     def _restore_constants(self, exact: SequenceMixer) -> None:
-        """What a cast has rounded in buffers (decays, say, which every dtype has in float32) is a mixer's error."""
+        """Give the exact mixer the float64 values of its buffers.
+
+        A buffer, such as a decay, should be float32 in every dtype: if a cast rounds it, that is an error to find.
+        """
         unrounded = self.subject.mixer(self.case.options, torch.float64, self.case.layer, self.d_model)
-        cast, given = dict(self.mixer.named_buffers()), dict(unrounded.named_buffers() if unrounded is not None else ())
-        # a call may register some
+        cast_buffers = dict(self.mixer.named_buffers())
+        wide_buffers = dict(unrounded.named_buffers() if unrounded is not None else ())
         for name, buffer in exact.named_buffers():
-            rounded, wide = cast.get(name), given.get(name)
+            # a buffer may be missing here: a call may have registered it
+            rounded, wide = cast_buffers.get(name), wide_buffers.get(name)
             if rounded is not None and wide is not None and buffer.is_floating_point() and wide.shape == buffer.shape:
                 buffer.copy_(wide if torch.equal(wide.to(rounded.dtype), rounded) else buffer)
 
     def differences(self, what: str, tolerance: float = EXACT, slack: Mapping[str, float] | None = None) -> Differences:
-        """A comparison: a context manager that fails at its end if something differed."""
+        """Return a context manager that collects comparisons, and fails at its end if anything differs.
+
+        Args:
+            what: the comparison in words.
+            tolerance: allowed difference, both relative and absolute; 0 requires equal bits.
+            slack: further absolute difference allowed, by name of a tensor.
+        """
         return Differences(what, tolerance, slack)
 
     def compare(
@@ -289,7 +355,18 @@ class Trial:
         tolerance: float = EXACT,
         slack: Mapping[str, float] | None = None,
     ) -> None:
-        """Outputs and final state of the one against the other's: as `mix` gives them, or `differentiate`."""
+        """Compare two results of `mix` or `differentiate`: outputs, gradients, and final state.
+
+        Args:
+            what: the comparison in words.
+            actual: the result under test.
+            expected: the result that it should equal; an output of None is not compared.
+            tolerance: allowed difference, both relative and absolute; 0 requires equal bits.
+            slack: further absolute difference allowed, by name of a tensor.
+
+        Raises:
+            CheckFailure: something differs.
+        """
         with self.differences(what, tolerance, slack) as differences:
             if actual[0] is not None and expected[0] is not None:
                 differences.tensors(
@@ -299,37 +376,42 @@ class Trial:
 
 
 def leaves_of(state: Any) -> dict[str, Tensor]:
-    """The leaves of a state by name, themselves: those of `to_dict` may be copies, which have no gradient."""
+    """Return the leaves of a state by name: the tensors themselves, whereas `to_dict` may return copies."""
     leaves: list[Tensor] = []
     map_state(lambda leaf: leaves.append(leaf) or leaf, state)
     return dict(zip(to_dict(state), leaves, strict=True))
 
 
 def float_leaves(state: Any) -> dict[str, Tensor]:
-    """The leaves of a state that have gradients."""
+    """Return the float and complex leaves of a state by name: those that can have gradients."""
     return {name: leaf for name, leaf in leaves_of(state or ()).items() if is_inexact(leaf)}
 
 
 def named_leaves(whose: str, state: Any) -> dict[str, Tensor]:
-    """The same, by name in a report."""
+    """Return the float and complex leaves of a state, named as in a report: "the state's memory".
+
+    Args:
+        whose: the beginning of the names, such as "the state's".
+        state: the state, or None.
+    """
     return {f"{whose} {name}": leaf for name, leaf in float_leaves(state).items()}
 
 
 def named_results(y: Tensor, after: Any) -> dict[str, Tensor]:
-    """Output and float leaves of the final state, by name in a report."""
+    """Return the output and the float leaves of the final state, named as in a report."""
     return {"the output": y} | {name: as_real(leaf) for name, leaf in named_leaves("the final state's", after).items()}
 
 
 def as_leaves(state: Any) -> Any:
-    """The state as leaves of a new graph."""
+    """Return the state as leaves of a new graph."""
     return None if state is None else map_state(lambda x: x.detach().requires_grad_(is_inexact(x)), state)
 
 
 def learnable(mixer: SequenceMixer) -> dict[str, Tensor]:
-    """The parameters that are not frozen."""
+    """Return the parameters that are not frozen, by name."""
     return {name: parameter for name, parameter in mixer.named_parameters() if parameter.requires_grad}
 
 
 def late_start(mixer: SequenceMixer, rows: int, start: int) -> Any:
-    """The initial state, at a later position."""
+    """Return the initial state, shifted to a later position."""
     return mixer.shift_state(mixer.init_state(rows), start)

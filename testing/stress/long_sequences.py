@@ -1,4 +1,4 @@
-"""Segments of hundreds and thousands of tokens: blocks, tables of positions and windows end there."""
+"""Check of segments of hundreds and thousands of tokens, where blocks, tables of positions and windows end."""
 
 from functools import cache
 from typing import Any
@@ -17,73 +17,73 @@ from ..mixer.options import chunk_sizes
 from ..mixer.trial import Trial
 
 MOVED = 3.0
-"""How far vectors are moved: by so much a gate is open, or closed."""
+"""Change of all vector parameters, such as gate biases, that opens or closes a gate."""
 
 
 BLOCKS = (256, 512, 1024)
-"""Tokens that blocks divide."""
+"""Lengths that are whole numbers of blocks."""
 
 
 HEAD = 9
-"""Tokens read before thousands, or of a document that begins after a block."""
+"""Tokens of a short first piece, or beyond the end of a block."""
 
 CONTEXT = 8192
-"""Tokens that a table of positions often has rows for."""
+"""Number of positions that tables of positions often have."""
 
 
 @check(
     stress=True,
-    use="long sequences: what is cut into blocks of a thousand tokens is another map, or has another gradient",
+    use="long sequences: code that splits them into blocks of a thousand tokens has wrong results or gradients",
     share=0,
     long=True,
-    # more chunks than 8 bits count; smaller ones take longer
+    # more chunks than an 8-bit integer can count; smaller chunks would take longer
     draw=Draw(tokens=(1030, 1160), batch_size=(1, 1), starts=("read",), chunk_size=16),
 )
 def thousands_of_tokens_agree(trial: Trial) -> None:
-    """At a thousand tokens every paradigm gives the same output, final state and gradients (a quadratic one that is not
-    the default at hundreds), at two thousand the same output and final state, of packed documents and in large chunks
-    too; after four thousand one token at a time gives what the whole does, of which no final state is wanted, chunkwise
-    gradients are those of two halves; and 8,201 at once give what pieces do."""
-    text, stepped = _as_long_as_it_takes(trial)
+    """All paradigms give the same for thousands of tokens. At a thousand tokens the output, final state and gradients
+    agree (at hundreds for a quadratic paradigm that is not the default); at two thousand the output and final state,
+    also for packed documents and large chunks. After four thousand tokens, decoding steps equal the whole, and
+    chunkwise gradients equal those of two halves. At 8,201 tokens, the whole equals its pieces."""
+    text, stepped = _longest_segment(trial)
     length, state = text.shape[1], trial.state()
-    x, more = text[:, : length // 4], text[:, : length // 2]
-    expected = cache(lambda length: trial.differentiate(trial.call(trial.reference), x[:, :length], state))
-    whole = trial.mix(more, state, paradigm=trial.reference)
+    quarter, half = text[:, : length // 4], text[:, : length // 2]
+    expected = cache(lambda length: trial.differentiate(trial.call(trial.reference), quarter[:, :length], state))
+    whole = trial.mix(half, state, paradigm=trial.reference)
     for paradigm in {*trial.paradigms, trial.mixer.paradigm} - {trial.reference}:
-        part = _as_many(trial, paradigm, x, BLOCKS[1] + HEAD)
+        part = _limit_length(trial, paradigm, quarter, BLOCKS[1] + HEAD)
         actual = trial.differentiate(trial.used(paradigm), part, state, used=True)
         what = f"{paradigm} against {trial.reference}, {part.shape[1]:,} tokens"
         trial.compare(what, actual, expected(part.shape[1]))
-        part = _as_many(trial, paradigm, more)
+        part = _limit_length(trial, paradigm, half)
         y, after = trial.mix(part, state, paradigm=paradigm)
-        expect = (whole[0][:, : part.shape[1]], whole[1] if part.shape == more.shape else None)
+        complete = part.shape == half.shape
         what = f"{paradigm} against {trial.reference}, without gradients"
-        trial.compare(what, (y, after if part.shape == more.shape else None), expect)
-    beginning, _ = trial.mix(more, None)
-    _without_states(trial, more, beginning)
-    _documents(trial, more)
-    _in_large_chunks(trial, more, state, whole)
-    _gradients_of_thousands(trial, text)
-    _whole_blocks(trial, text, state)
-    # four thousand from nothing, with no final state wanted, as text is scored
+        expected_part = (whole[0][:, : part.shape[1]], whole[1] if complete else None)
+        trial.compare(what, (y, after if complete else None), expected_part)
+    beginning, _ = trial.mix(half, None)
+    _compare_without_states(trial, half, beginning)
+    _compare_documents(trial, half)
+    _compare_large_chunks(trial, half, state, whole)
+    _compare_gradients_of_halves(trial, text)
+    _compare_whole_blocks(trial, text, state)
+    # four thousand tokens from the start without a final state, the call that scores a text
     y, _ = trial.mix(text, None, return_state=False)
-    what = f"{trial.mixer.paradigm}, the first of {length:,} tokens against {more.shape[1]:,}"
-    trial.compare(what, (y[:, : more.shape[1]], None), (beginning, None))
+    what = f"{trial.mixer.paradigm}, the first of {length:,} tokens against {half.shape[1]:,}"
+    trial.compare(what, (y[:, : half.shape[1]], None), (beginning, None))
     if stepped is not None:
         what = f"steps after {length - 2:,} tokens against {trial.mixer.paradigm}"
         trial.compare(what, (stepped, None), (y[:, -2:], None))
-        _after_a_context(trial)
+        _compare_beyond_context(trial)
 
 
-def _after_a_context(trial: Trial) -> None:
-    """More tokens than a context usually has, at once and in pieces: where tables of positions end, and scans of chunks
-    have two levels."""
-    if Paradigm.CHUNKWISE not in trial.paradigms:  # others are quadratic or go token by token
+def _compare_beyond_context(trial: Trial) -> None:
+    """Compare 8,201 tokens at once with pieces: tables of positions end there, and scans of chunks have two levels."""
+    if Paradigm.CHUNKWISE not in trial.paradigms:  # other paradigms take too long
         return
-    text, state, outputs, mixer = trial.tokens(1, CONTEXT + HEAD), None, [], _of_few_heads(trial)
+    text, state, outputs, mixer = trial.tokens(1, CONTEXT + HEAD), None, [], _with_few_heads(trial)
     try:
         whole, _ = trial.mix(text, None, mixer, paradigm=Paradigm.CHUNKWISE, return_state=False)
-    except SeqmixError:  # the table's end is refused
+    except SeqmixError:  # the mixer has a table of fewer positions
         return
     for piece in text.split(BLOCKS[-1] - 1, dim=1):
         y, state = trial.mix(piece, state, mixer, paradigm=Paradigm.CHUNKWISE)
@@ -92,32 +92,37 @@ def _after_a_context(trial: Trial) -> None:
     trial.compare(what, (whole, None), (torch.cat(outputs, dim=1), None))
 
 
-def _of_few_heads(trial: Trial, dtype: torch.dtype = torch.float64) -> SequenceMixer:
-    """The mixer; where its states grow, so that chunks or not it is quadratic, of one head if it may have one."""
-    one = {**trial.case.options, "n_heads": 1} if trial.mixer.traits.state == "growing" else trial.case.options
-    found = trial.subject.mixer(one, dtype, trial.case.layer)
-    return trial.rebuilt(dtype) if found is None else found
+def _with_few_heads(trial: Trial, dtype: torch.dtype = torch.float64) -> SequenceMixer:
+    """Return the mixer; with one head, if possible, if its state grows, because it takes quadratic time then."""
+    options = {**trial.case.options, "n_heads": 1} if trial.mixer.traits.state == "growing" else trial.case.options
+    mixer = trial.subject.mixer(options, dtype, trial.case.layer)
+    return trial.rebuilt(dtype) if mixer is None else mixer
 
 
-def _as_many(trial: Trial, paradigm: Paradigm, text: Tensor, most: int = BLOCKS[-1] + HEAD) -> Tensor:
-    """As many tokens as there are blocks for; but for the default, what is quadratic reads no more."""
-    few = paradigm is Paradigm.PARALLEL and paradigm is not trial.mixer.paradigm
-    return text[:, :most] if few else text
+def _limit_length(trial: Trial, paradigm: Paradigm, text: Tensor, longest: int = BLOCKS[-1] + HEAD) -> Tensor:
+    """Return the text, cut to a length if the paradigm takes quadratic time and is not the default."""
+    quadratic = paradigm is Paradigm.PARALLEL and paradigm is not trial.mixer.paradigm
+    return text[:, :longest] if quadratic else text
 
 
-def _without_states(trial: Trial, text: Tensor, whole: Tensor) -> None:
-    """What no final state is wanted of, in lengths that blocks divide (and transforms of as many tokens wrap) too."""
+def _compare_without_states(trial: Trial, text: Tensor, whole: Tensor) -> None:
+    """Compare calls without a final state with the whole, also at whole numbers of blocks.
+
+    There, a Fourier transform of as many tokens wraps around.
+    """
     for paradigm in trial.paradigms:
-        many = _as_many(trial, paradigm, text).shape[1]
-        blocks = () if paradigm is Paradigm.RECURRENT else BLOCKS if many == text.shape[1] else BLOCKS[:-1]
-        for length in (many, *blocks):
-            alone, _ = trial.mix(text[:, :length], None, paradigm=paradigm, return_state=False)
-            what = f"{paradigm}, {alone.shape[1]:,} tokens, no final state wanted"
-            trial.compare(what, (alone, None), (whole[:, :length], None))
+        longest = _limit_length(trial, paradigm, text).shape[1]
+        blocks = BLOCKS if longest == text.shape[1] else BLOCKS[:-1]
+        if paradigm is Paradigm.RECURRENT:  # it has no blocks
+            blocks = ()
+        for length in (longest, *blocks):
+            y, _ = trial.mix(text[:, :length], None, paradigm=paradigm, return_state=False)
+            what = f"{paradigm}, {y.shape[1]:,} tokens, return_state=False"
+            trial.compare(what, (y, None), (whole[:, :length], None))
 
 
-def _documents(trial: Trial, text: Tensor) -> None:
-    """Documents of a thousand tokens, and those that begin where blocks of tokens do."""
+def _compare_documents(trial: Trial, text: Tensor) -> None:
+    """Compare packed documents with each alone. Some are a thousand tokens long, some begin at boundaries of blocks."""
     if not trial.mixer.traits.packing:
         return
     length = text.shape[1]
@@ -130,30 +135,33 @@ def _documents(trial: Trial, text: Tensor) -> None:
         y, packed = trial.mix(text, None, cu_seqlens=ends)
         what = f"documents that begin at {', '.join(map(str, ends[:-1].tolist()))} of {length:,}, packed against alone"
         trial.compare(what, (y, packed if keep_state else None), (expected, after))
-    # the others are quadratic or go token by token
+    # other paradigms take too long for all tokens
     short = ends.clamp(max=min(length, BLOCKS[-1] + HEAD)).unique()
     for paradigm in {*trial.paradigms} - {trial.mixer.paradigm, Paradigm.RECURRENT}:
         y, _ = trial.mix(text[:, : short[-1]], None, paradigm=paradigm, cu_seqlens=short)
         trial.compare(f"{paradigm}, {what}", (y, None), (expected[:, : short[-1]], None))
 
 
-def _in_large_chunks(trial: Trial, text: Tensor, state: Any, whole: tuple[Tensor, Any]) -> None:
-    """What chunks of hundreds of tokens give, where there may be such, and those of the configuration."""
+def _compare_large_chunks(trial: Trial, text: Tensor, state: Any, whole: tuple[Tensor, Any]) -> None:
+    """Compare the configured chunk size, and those of hundreds of tokens that are accepted, with the reference."""
     if Paradigm.CHUNKWISE not in trial.paradigms:
         return
     accepts = lambda size: trial.subject.accepts({**trial.case.options, **size})  # noqa: E731
     for size in chunk_sizes(trial.subject.config, accepts, candidates=BLOCKS):
-        found = trial.mix(text, state, trial.rebuilt(chunk_size=size), paradigm=Paradigm.CHUNKWISE)
-        trial.compare(f"chunks of {size} on {text.shape[1]:,} tokens against {trial.reference}", found, whole)
+        chunked = trial.mix(text, state, trial.rebuilt(chunk_size=size), paradigm=Paradigm.CHUNKWISE)
+        trial.compare(f"chunks of {size} on {text.shape[1]:,} tokens against {trial.reference}", chunked, whole)
 
 
-def _gradients_of_thousands(trial: Trial, text: Tensor) -> None:
-    """Chunkwise, which alone is linear in memory and in blocks: at once against two halves."""
+def _compare_gradients_of_halves(trial: Trial, text: Tensor) -> None:
+    """Compare gradients of a whole text with those of two halves, in the chunkwise paradigm.
+
+    It is the only paradigm that is both linear in memory and processed in blocks.
+    """
     if Paradigm.CHUNKWISE not in trial.paradigms:
         return
-    # of growing states chunks are quadratic: in float32 they take half the time
-    dtype, near = (torch.float32, 1e-4) if trial.mixer.traits.state == "growing" else (trial.case.dtype, EXACT)
-    text, mixer, half = text.to(dtype), _of_few_heads(trial, dtype), text.shape[1] // 2
+    # with a growing state the chunkwise paradigm takes quadratic time; float32 halves it
+    dtype, tolerance = (torch.float32, 1e-4) if trial.mixer.traits.state == "growing" else (trial.case.dtype, EXACT)
+    text, mixer, half = text.to(dtype), _with_few_heads(trial, dtype), text.shape[1] // 2
     call = trial.call(Paradigm.CHUNKWISE, mixer)
 
     def in_halves(x: Tensor, state: Any) -> tuple[Tensor, Any]:
@@ -163,11 +171,14 @@ def _gradients_of_thousands(trial: Trial, text: Tensor) -> None:
 
     what = f"chunkwise, {text.shape[1]:,} tokens at once against two halves"
     whole, halves = (trial.differentiate(each, text, None, mixer=mixer) for each in (call, in_halves))
-    trial.compare(what, whole, halves, near)
+    trial.compare(what, whole, halves, tolerance)
 
 
-def _whole_blocks(trial: Trial, text: Tensor, state: Any) -> None:
-    """Segments that blocks divide, by mixers whose vectors (of gates, of decays) are moved, so that one remembers."""
+def _compare_whole_blocks(trial: Trial, text: Tensor, state: Any) -> None:
+    """Compare paradigms on whole numbers of blocks, with vector parameters (gate biases, decays) moved up and down.
+
+    In one of the two directions the mixer forgets slowly, so that errors at a distance show.
+    """
     for shift in (MOVED, -MOVED) if trial.mixer.traits.has_state else ():
         mixer = trial.rebuilt()
         with torch.no_grad():
@@ -175,26 +186,28 @@ def _whole_blocks(trial: Trial, text: Tensor, state: Any) -> None:
                 parameter.add_(shift if parameter.ndim == 1 else 0)
         start, after, y = 0, state, text[:, :0]
         for length in (length for length in BLOCKS if length + HEAD <= text.shape[1]):
-            more, after = trial.mix(text[:, start:length], after, mixer, paradigm=trial.reference)
-            y = torch.cat((y, more), dim=1)
-            if not y.isfinite().all():  # such parameters are none
+            y_next, after = trial.mix(text[:, start:length], after, mixer, paradigm=trial.reference)
+            y = torch.cat((y, y_next), dim=1)
+            if not y.isfinite().all():  # the mixer cannot have such parameters
                 break
             for paradigm in {*trial.paradigms} - {trial.reference}:
-                z, found = trial.mix(text[:, :length], state, mixer, paradigm=paradigm)
-                what = f"{paradigm}, {length} tokens against {trial.reference}, vectors moved by {shift:g}"
-                trial.compare(what, (z, found), (y, after))
+                actual = trial.mix(text[:, :length], state, mixer, paradigm=paradigm)
+                what = f"{paradigm}, {length} tokens against {trial.reference}, vector parameters moved by {shift:g}"
+                trial.compare(what, actual, (y, after))
             start = length
         else:
             token = text[:, start : start + 1]
             y, _ = trial.decode(token, clone(after), trial.call(trial.reference, mixer))
             whole, _ = trial.mix(text[:, : start + 1], state, mixer)
-            what = f"a step after {start} tokens against the whole, vectors moved by {shift:g}"
+            what = f"a step after {start} tokens against the whole, vector parameters moved by {shift:g}"
             trial.compare(what, (y, None), (whole[:, start:], None))
 
 
-def _as_long_as_it_takes(trial: Trial) -> tuple[Tensor, Tensor | None]:
-    """Four times a case's tokens, or as many as a table of positions has, and steps at their end, if there is a
-    state."""
+def _longest_segment(trial: Trial) -> tuple[Tensor, Tensor | None]:
+    """Return a segment of four times the case's tokens, or as many as the mixer accepts, and the steps at its end.
+
+    The steps are the outputs of the last two tokens, decoded one by one; None if the mixer has no state.
+    """
     text = trial.tokens(length=4 * trial.case.length)
     while True:
         try:

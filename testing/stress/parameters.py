@@ -1,4 +1,4 @@
-"""Parameters that never learn."""
+"""Check that every parameter learns."""
 
 from torch import Tensor
 
@@ -18,19 +18,20 @@ from ..mixer.trial import Trial, learnable
     draw=Draw(tokens=(9, 9), batch_size=(2, 2), starts=("none",)),
 )
 def every_parameter_learns(trial: Trial) -> None:
-    """Every parameter that is not frozen has a finite gradient that is not zero, in every paradigm."""
+    """Every parameter that is not frozen has a finite, non-zero gradient in every paradigm."""
     parameters = learnable(trial.mixer)
 
-    def learning(x: Tensor, paradigm: Paradigm) -> dict[str, bool]:
+    def nonzero_gradients(x: Tensor, paradigm: Paradigm) -> dict[str, bool]:
         y, _ = trial.mixer(x, paradigm=paradigm)
-        found = gradients({"y": y}, {"y": trial.like(y)}, parameters)
-        for name, gradient in found.items():
+        computed = gradients({"y": y}, {"y": trial.like(y)}, parameters)
+        for name, gradient in computed.items():
             require(gradient.isfinite().all(), f"{paradigm}: the gradient of {name} is not finite")
-        return {name: bool(gradient.any()) for name, gradient in found.items()}
+        return {name: bool(gradient.any()) for name, gradient in computed.items()}
 
     for paradigm in trial.paradigms if parameters else ():
-        found = learning(trial.tokens(), paradigm)
-        if not all(found.values()):  # an expert may be chosen for few tokens, a scale read after many
-            found |= {name: learns for name, learns in learning(trial.tokens(8, 130), paradigm).items() if learns}
-        for name, learns in found.items():
-            require(learns, f"{paradigm}: {name} has no gradient: nothing depends on it")
+        learns = nonzero_gradients(trial.tokens(), paradigm)
+        if not all(learns.values()):  # an expert may be chosen for few tokens, and a scale used after many alone
+            learns_later = nonzero_gradients(trial.tokens(8, 130), paradigm)
+            learns |= {name: True for name, nonzero in learns_later.items() if nonzero}
+        for name, nonzero in learns.items():
+            require(nonzero, f"{paradigm}: the gradient of {name} is zero: the output does not depend on it")

@@ -1,4 +1,4 @@
-"""Low precision at late positions, over many steps, and under autocast."""
+"""Checks of low precision at late positions, over many decoding steps, and under autocast."""
 
 from typing import Any
 
@@ -8,19 +8,19 @@ from torch import Tensor
 from ...mixers.state import to_dict
 from ...ops.runtime.paradigm import Paradigm
 from ...registry import SeqmixError
-from ..check import LESS_PRECISE, check, positioned, shifted, stateful
-from ..compare import near, require
+from ..check import LESS_PRECISE, check, positioned, shifted_leaves, stateful
+from ..compare import require, require_near
 from ..memory_limit import limited_memory
 from ..mixer.case import FIXED, USES, Draw
 from ..mixer.rounding import LOW, is_copied, require_near_float64, rows_moved, step_by_step, tolerance_after
 from ..mixer.trial import SegmentCall, Trial, late_start
 
 STEPS = 160
-"""Tokens decoded one by one: a state that is rounded at every token drifts."""
+"""Tokens to decode one by one: enough for a state that is rounded at every token to drift."""
 
 
 PIECE, ROUNDED = 7, 1e-6
-"""Tokens of a piece at a late position, and how far angles there are rounded."""
+"""Tokens of a piece at a late position, and tolerance there, where angles are rounded."""
 
 LATE = Draw(
     tokens=(12, 24), fixed=40, batch_size=(2, 2), starts=("initial",), dtypes=(torch.float32, torch.bfloat16), wide=10
@@ -42,8 +42,8 @@ AUTOCAST = Draw(
     draw=LATE,
 )
 def late_positions_are_exact(trial: Trial) -> None:
-    """After a million tokens float32, also under autocast, and bfloat16 are as near float64 as at the start, or so many
-    are refused."""
+    """At positions after a million and after 2^31 tokens, float32 (also under autocast) and bfloat16 are as near
+    float64 as at the start, or the mixer refuses such positions."""
     exact, device = trial.rebuilt(torch.float64), trial.subject.device.type
     x, tolerances = trial.tokens(), trial.subject.tolerances
     for number, start in enumerate((10**6, 2**31 - 2)):
@@ -56,15 +56,15 @@ def late_positions_are_exact(trial: Trial) -> None:
         for paradigm in trial.paradigms:
             y, after = trial.mix(x, late_start(trial.mixer, len(x), start), paradigm=paradigm)
             what = f"{paradigm}, {trial.case.dtype} at position {start:,}"
-            near("the output", what, y, expected, tolerances[trial.case.dtype])
-            if trial.case.dtype == torch.float32:  # products have 8 bits there, and an angle may be one
+            require_near("the output", what, y, expected, tolerances[trial.case.dtype])
+            if trial.case.dtype == torch.float32:  # autocast rounds operands to 8 bits, perhaps those of angles too
                 with torch.autocast(device, torch.bfloat16):
                     y, _ = trial.mix(x, late_start(trial.mixer, len(x), start), paradigm=paradigm)
-                near("the output", f"{what} under autocast", y, expected, tolerances[torch.bfloat16])
+                require_near("the output", f"{what} under autocast", y, expected, tolerances[torch.bfloat16])
             for name, leaf in to_dict(after).items():
-                if shifted(trial.mixer, start).get(name):
-                    sentence = f"{paradigm}: the state's {name} went from {start:,} to {leaf.min().item():,}"
-                    require((leaf >= start).all(), f"{sentence}; positions are int64")
+                if shifted_leaves(trial.mixer, start).get(name):
+                    sentence = f"{paradigm}: expected the state's {name} to be at least {start:,}"
+                    require((leaf >= start).all(), f"{sentence}, got {leaf.min().item():,}: use int64 for positions")
         pieces, between = [], late_start(exact, len(x), start)
         for piece in x.double().split(PIECE, dim=1):
             z, between = trial.mix(piece, between, exact, paradigm=in_pieces)
@@ -83,7 +83,8 @@ def late_positions_are_exact(trial: Trial) -> None:
     draw=Draw(tokens=(STEPS, STEPS), batch_size=(4, 4), starts=("none",), dtypes=LOW),
 )
 def long_decoding_does_not_drift(trial: Trial) -> None:
-    """The state is wide: after many segments of one token, low precision is as near float64 as after one segment."""
+    """After many segments of one token, low precision is as near float64 as after a single segment: the state keeps
+    enough bits."""
     exact, tolerance = trial.rebuilt(torch.float64), tolerance_after(STEPS, trial)
     x = trial.tokens()
     expected, _ = trial.mix(x.double(), None, exact)
@@ -97,36 +98,36 @@ def long_decoding_does_not_drift(trial: Trial) -> None:
         return {"the output": stepped(x, state, rounds)[0][:, -last:]}
 
     moved = rows_moved(ends, x, start, trial.case.dtype)
-    # several rows cost as much as one, each is looked at by itself, and one may be another path, of 16 bits perhaps
-    alone = trial.case.seed == FIXED and trial.case.dtype != torch.float16
-    for rows in (len(x), 1) if alone else (len(x),):
-        given = trial.mixer.init_state(rows, max_length=STEPS)
-        y, _ = trial.decode(x[:rows], given, trial.call(trial.reference))
+    # several rows take no longer than one, and each is compared alone; a single row may have its own code path
+    one_row_too = trial.case.seed == FIXED and trial.case.dtype != torch.float16
+    for rows in (len(x), 1) if one_row_too else (len(x),):
+        initial = trial.mixer.init_state(rows, max_length=STEPS)
+        y, _ = trial.decode(x[:rows], initial, trial.call(trial.reference))
         what = f"the last {last} of {STEPS} segments of one token in {trial.case.dtype}, one of {rows} rows"
         for row in torch.arange(rows).split(1):
-            far = lambda name, row=row: moved(name)[row]  # noqa: E731
-            near("the output", what, y[row, -last:], expected[row], tolerance, moved=far)
+            moved_row = lambda name, row=row: moved(name)[row]  # noqa: E731
+            require_near("the output", what, y[row, -last:], expected[row], tolerance, row_moves=moved_row)
 
 
 @check(
     stress=True,
-    use="mixed precision (autocast)",
+    use="mixed precision (autocast): more than rounding changes",
     remedy=LESS_PRECISE,
     share=0.06,
     draw=AUTOCAST,
 )
 def autocast_changes_only_precision(trial: Trial) -> None:
-    """Under autocast to bfloat16, output, final state and gradients are near float64, packed documents too, and a
-    state's leaves keep their dtypes, but for those of a cache."""
+    """Under autocast to bfloat16, output, final state and gradients are near float64, also for packed documents. The
+    leaves of a state keep their dtypes, except those of a cache."""
     device, length = trial.subject.device.type, trial.case.length
     x, state, exact = trial.tokens(), trial.state(), trial.rebuilt(torch.float64)
     initial = to_dict(trial.initial_state(trial.case.batch_size))
     packed: dict[str, Tensor] = {}
-    if trial.mixer.traits.packing and trial.case.seed % 2:  # the rows as documents
+    if trial.mixer.traits.packing and trial.case.seed % 2:  # pack the rows as documents
         packed["cu_seqlens"] = torch.arange(0, x.numel() + 1, length, device=x.device)[: len(x) + 1]
         x = x.flatten(0, 1)[None]
 
-    def under(what: str, paradigm: Paradigm) -> SegmentCall:
+    def under_autocast(what: str, paradigm: Paradigm) -> SegmentCall:
         used = trial.used(paradigm, **packed)
 
         def call(x: Tensor, state: Any) -> tuple[Tensor, Any]:
@@ -136,12 +137,12 @@ def autocast_changes_only_precision(trial: Trial) -> None:
                 if leaf.dtype != initial[name].dtype:
                     sentence = f"{what}: expected the state's {name} in {initial[name].dtype}, got {leaf.dtype}"
                     require(is_copied(trial, name), sentence)
-                    trial.notes.append(f"{sentence}; of a cache, whose numbers are only copied, this is allowed")
+                    trial.notes.append(f"{sentence}; this is allowed in a cache, whose numbers are only copied")
             return y, after
 
         return trial.kept(call) if packed else call
 
     whole = trial.call(trial.reference, exact, **packed)
-    described = {f"{paradigm} under autocast, {trial.use}": paradigm for paradigm in trial.paradigms}
-    calls = {what: under(what, paradigm) for what, paradigm in described.items()}
+    descriptions = {f"{paradigm} under autocast, {trial.use}": paradigm for paradigm in trial.paradigms}
+    calls = {what: under_autocast(what, paradigm) for what, paradigm in descriptions.items()}
     require_near_float64(trial, calls, trial.kept(whole) if packed else whole, x, state, exact, torch.bfloat16)

@@ -1,4 +1,4 @@
-"""A result does not depend on what else there is: other layers, other threads, torch's defaults."""
+"""Check that results do not depend on their surroundings: other layers, other threads, torch's global settings."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -19,65 +19,68 @@ from ..mixer.case import FIXED, Draw
 from ..mixer.trial import Trial
 
 POINTS = 32
-"""Places inside a call, of a case that runs in any case, at which another one comes between."""
+"""Operations of a fixed case before which another thread's call runs."""
 
 FEW = 16
-"""Such places of what is drawn."""
+"""Operations of a drawn case before which another thread's call runs."""
 
 AT_ONCE = 4
-"""Such places in one call."""
+"""Operations of one call before which another thread's call runs."""
 
 PATIENCE = 0.05
-"""Seconds that the call waits for the other one, which may wait for a lock that the call holds."""
+"""Seconds to wait for the other thread's call, which may wait itself for a lock that the interrupted call holds."""
 
 
 @check(
     stress=True,
-    use="servers with threads, models of several layers, and code under another default dtype",
+    use="threaded servers, models of several layers, and code with another default dtype: results change",
     share=0.05,
     draw=Draw(tokens=(1, 6), batch_size=(1, 2), lists=((4,),)),
 )
 def surroundings_change_nothing(trial: Trial) -> None:
-    """A call gives the same bits whatever torch's default dtype, in a second layer that shares positions with the
-    first, and where another thread's call, of the mixer or of another layer, comes between any two of its operations;
-    and the same results with torch's deterministic algorithms."""
+    """A call gives the same bits with any default dtype of torch, in a second layer that shares positions with the
+    first, and while another thread calls the mixer or another layer between any two of its operations. It gives the
+    same results with and without torch's deterministic algorithms."""
     x, other, state, layer = trial.tokens(), trial.tokens(), trial.state(), trial.rebuilt()
     points = POINTS if trial.case.seed == FIXED else FEW
     for paradigm in trial.paradigms:
 
-        def mixed() -> Any:
+        def mix() -> Any:
             return trial.mix(x, state, paradigm=paradigm)  # noqa: B023
 
-        def between(mixer: SequenceMixer) -> None:
+        def mix_other(mixer: SequenceMixer) -> None:
             trial.mix(other, None, mixer, paradigm=paradigm)  # noqa: B023
 
-        alone = mixed()
+        alone = mix()
         for dtype in (torch.bfloat16, torch.float64):
-            with _default(dtype):
-                trial.compare(f"{paradigm}, where {dtype} is torch's default", mixed(), alone, 0)
+            with _default_dtype(dtype):
+                trial.compare(f"{paradigm}, with {dtype} as torch's default dtype", mix(), alone, 0)
         memo = Memo()
         with torch.no_grad():
             for place in ("first", "second"):
-                what = f"{paradigm}, the {place} of two such layers that share positions against one alone"
+                what = f"{paradigm}, the {place} of two equal layers that share positions against one alone"
                 trial.compare(what, trial.mix(x, state, paradigm=paradigm, memo=memo), alone, 0)
-        _with_usual_algorithms(trial, paradigm, x)
-        with _Between((), mixed) as counted:
-            mixed()
+        _compare_deterministic_algorithms(trial, paradigm, x)
+        with _Interleaved((), mix) as counted:
+            mix()
         stride = max(1, counted.number // points)
-        # of the two that always run, the one from a state at other places than the one from none
+        # the fixed case with a state interrupts other operations than the one without
         first = (trial.case.seed if state is None else trial.case.seed + stride // 2) % stride
         chosen = range(1 + first, counted.number + 1, stride)
         for number, start in enumerate(range(0, len(chosen), AT_ONCE)):
-            several = chosen[start : start + AT_ONCE]  # neighbours: the first of them are anywhere in the call
-            with _Between(several, partial(between, (trial.mixer, layer)[number % 2])) as calls:
-                found = mixed()
+            operations = chosen[start : start + AT_ONCE]  # consecutive ones: each group covers another part of the call
+            with _Interleaved(operations, partial(mix_other, (trial.mixer, layer)[number % 2])) as calls:
+                interleaved = mix()
             calls.join()
-            places = ", ".join(map(str, several))
-            trial.compare(f"{paradigm}, with other calls before its operations {places}", found, alone, 0)
+            numbers = ", ".join(map(str, operations))
+            trial.compare(f"{paradigm}, with other calls before its operations {numbers}", interleaved, alone, 0)
 
 
-def _with_usual_algorithms(trial: Trial, paradigm: Paradigm, x: Tensor) -> None:
-    """Results and gradients, of packed tokens too; elsewhere in these checks torch's algorithms are deterministic."""
+def _compare_deterministic_algorithms(trial: Trial, paradigm: Paradigm, x: Tensor) -> None:
+    """Compare results and gradients with and without torch's deterministic algorithms; packed, if the mixer can pack.
+
+    Other checks run with deterministic algorithms alone.
+    """
     before, packs = trial.state(1), trial.mixer.traits.packing
     packed: dict[str, Any] = {"cu_seqlens": trial.index(0, x.shape[1])} if packs else {}
     call = trial.call(paradigm, **packed)
@@ -91,7 +94,8 @@ def _with_usual_algorithms(trial: Trial, paradigm: Paradigm, x: Tensor) -> None:
 
 
 @contextmanager
-def _default(dtype: torch.dtype) -> Iterator[None]:
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Set torch's default dtype within the block."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -100,8 +104,8 @@ def _default(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-class _Between(TorchFunctionMode):
-    """Calls a function in another thread before some of torch's operations, by their numbers from 1."""
+class _Interleaved(TorchFunctionMode):
+    """A mode that calls a function in another thread before some of torch's operations, numbered from 1."""
 
     def __init__(self, points: Sequence[int], function: Callable[[], None]) -> None:
         super().__init__()
@@ -116,12 +120,12 @@ class _Between(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def join(self) -> None:
-        """Waits for what was called, and raises what it raised."""
+        """Wait for the calls in the other thread; raise the error of one that failed."""
         for call in self.called:
             call.result()
 
 
 @cache
-def _other_thread(process: int) -> ThreadPoolExecutor:  # noqa: ARG001  a fork has no threads
-    """One for all: what libraries hold for a thread outlives it."""
+def _other_thread(process: int) -> ThreadPoolExecutor:  # noqa: ARG001  a forked process needs its own thread
+    """Return a single thread for all calls: libraries keep memory per thread, which outlives the thread."""
     return ThreadPoolExecutor(max_workers=1)

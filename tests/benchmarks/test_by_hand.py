@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_leaves
 
 from seqmix import load_config
 from seqmix.benchmarks.peers import Size
-from seqmix.benchmarks.peers.by_hand import why_not
+from seqmix.benchmarks.peers.by_hand import unsupported_reason
 from seqmix.benchmarks.peers.ours import ByHand, Seqmix
 
 CPU = torch.device("cpu")
@@ -147,4 +147,4 @@ def test_the_results_are_the_same_bit_for_bit(both):
     ],
 )
 def test_other_models_are_refused(change):
-    assert why_not(load_config("retnet-tiny", [change]).model) is not None
+    assert unsupported_reason(load_config("retnet-tiny", [change]).model) is not None

@@ -24,7 +24,7 @@ def refused_at_once(refused, monkeypatch):
     def measured(*arguments):
         raise AssertionError("something was measured")
 
-    monkeypatch.setattr("seqmix.benchmarks.benchmark.interleaved", measured)
+    monkeypatch.setattr("seqmix.benchmarks.benchmark.time_interleaved", measured)
     return lambda *arguments: refused("bench", *arguments)
 
 
@@ -71,9 +71,9 @@ def test_compiled_variants_take_part_when_asked_for(bench, tmp_path, monkeypatch
         (("op", *SMALL, "--batch", "0"), "--batch is 0; allowed: from 1 to 1,048,576"),
         (("train", *SMALL, "--tokens", "-1"), "--tokens is -1; allowed: from 1 to 16,777,216"),
         (("op", *SMALL, "--limit", "nan"), "--limit is nan; allowed: at least 0"),
-        (("op", *SMALL, "--dtype", "float23"), 'bfloat16; did you mean "float32"'),
+        (("op", *SMALL, "--dtype", "float23"), 'did you mean "float32"? Number formats: '),
         (("op", *SMALL, "--device", "gpu"), "device 'gpu' cannot be used here: "),
-        (("op", "attention-tiny"), "bench op times retention, and the model's mixers are attention"),
+        (("op", "attention-tiny"), "bench op needs a model with retention, got one with attention"),
         (("op", *SMALL, "--json", "no/such/out.json"), "no/such/out.json cannot be written: there is no folder "),
         (("op", *SMALL, "--markdown", "."), ". cannot be written: it is a folder"),
         (("op", *SMALL, "--plot", "plot.docx"), "--plot plot.docx: the name must end in one of ."),

@@ -11,7 +11,7 @@ import torch
 from seqmix import MIXERS
 from seqmix.benchmarks import gpu
 from seqmix.benchmarks.benchmark import Report, Row
-from seqmix.benchmarks.gpu import combined, measure, run_process
+from seqmix.benchmarks.gpu import combine, measure, run_process
 from seqmix.benchmarks.gpu_plan import GROUPS, Part, plan
 from seqmix.benchmarks.measure import Spread
 from seqmix.benchmarks.report import to_json
@@ -106,7 +106,7 @@ def test_a_rehearsal_has_a_part_of_every_kind(monkeypatch):
 def test_what_does_not_fit_is_not_started():
     skipped = {(part.group, part.name): part.skipped for part in plan(16 * GIB)}
     assert skipped["paper-train", "seqmix"].startswith("parameters alone take ")
-    assert skipped["paper-train", "seqmix"].endswith(" GiB, and the GPU has 16")
+    assert skipped["paper-train", "seqmix"].endswith(" GiB, but the GPU has 16 GiB")
     assert skipped["op", "op"] is None
     assert {(part.group, part.name): part.skipped for part in plan(80 * GIB)}["paper-train", "seqmix"] is None
 
@@ -161,7 +161,7 @@ def test_a_budget_is_kept_and_what_it_leaves_out_is_said(parts, tmp_path, monkey
 
     outcomes = measure(parts, tmp_path, silent, runner, time_limit=50.0, budget=85.0)
     assert given == [("retention", 50.0), ("wrong", 50.0), ("seqmix", 35.0), ("crashing", 15.0)]
-    assert outcomes[4].problem == "not begun: the budget of 85 s is spent"
+    assert outcomes[4].problem == "not started: the budget of 85 s is spent"
     assert outcomes[5].problem == "fla is not installed"
 
 
@@ -194,7 +194,7 @@ def test_what_was_measured_is_not_measured_again(parts, tmp_path):
 
 
 def test_reports_of_several_processes_are_one_with_ratios_of_medians():
-    one = combined([report("seqmix", 20.0, 40.0), report("llama", 30.0, 100.0)])
+    one = combine([report("seqmix", 20.0, 40.0), report("llama", 30.0, 100.0)])
     assert [(row.length, row.name, row.ratio.median) for row in one.rows] == [
         (8192, "seqmix", 1.0),
         (8192, "llama", pytest.approx(1.5)),
@@ -202,7 +202,7 @@ def test_reports_of_several_processes_are_one_with_ratios_of_medians():
         (16384, "llama", pytest.approx(2.5)),
     ]
     assert one.rows[1].ratio.high == pytest.approx(3.0)
-    assert combined([report("seqmix", 20.0)]).rows[0].ratio.median == 1.0
+    assert combine([report("seqmix", 20.0)]).rows[0].ratio.median == 1.0
 
 
 def fake_program(monkeypatch, code):
@@ -220,9 +220,9 @@ def test_a_process_is_given_where_to_write(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("code", "problem"),
     [
-        ("print('error: this is why'); raise SystemExit(2)", "exit status 2: error: this is why (all of it: op.txt)"),
-        ("import os; os.kill(os.getpid(), 9)", "killed by signal 9: it printed nothing (all of it: op.txt)"),
-        ("import time; time.sleep(60)", "stopped after 1 s"),
+        ("print('error: this is why'); raise SystemExit(2)", "exit status 2: error: this is why (full output: op.txt)"),
+        ("import os; os.kill(os.getpid(), 9)", "killed by signal 9: it printed nothing (full output: op.txt)"),
+        ("import time; time.sleep(60)", "stopped at its time limit of 1 s"),
     ],
 )
 def test_a_process_that_ends_badly_says_how(code, problem, monkeypatch, tmp_path):

@@ -28,7 +28,7 @@ def test_all_learn_the_text(seqmix):
 def test_a_model_of_ours_learns_as_seqmix_train_does(seqmix):
     found = Learning("retention", CHANGES)
     for _ in range(2):
-        found.turn()
+        found.train_next_steps()
     file = "run.yaml"
     Path(file).write_text(found.config.model_dump_json())
     assert seqmix("train", file, "--out", "run").status == 0

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from seqmix.benchmarks import benchmark
 from seqmix.benchmarks.benchmark import Entry, Forecast, Implementation, Skip, run
 from seqmix.benchmarks.machine import available_memory, with_peak_memory
-from seqmix.benchmarks.measure import Spread, TimedCall, interleaved, lengthened, ratio, turns
+from seqmix.benchmarks.measure import Spread, TimedCall, lengthen, ratio, time_interleaved, turns
 from seqmix.benchmarks.models import PrefillBenchmark
 from seqmix.benchmarks.op import OpBenchmark
-from seqmix.benchmarks.products import LARGEST, LONGEST, Product, in_pieces, recorded, timed_alone
+from seqmix.benchmarks.products import LARGEST, LONGEST, Product, calls_of, record_products, split_products
 from seqmix.ops.decay import decay
 from seqmix.ops.decay.api import decay_flops
 from seqmix.ops.runtime.paradigm import Paradigm
@@ -39,7 +39,7 @@ def test_calls_take_turns_and_are_prepared_outside_the_time():
         return TimedCall(run, prepare, units=units)
 
     calls = {"a": call("a", 1.0), "b": call("b", 6.0, units=3)}
-    samples = interleaved(calls, repeat=3, clock=lambda: now[0], synchronize=lambda: None)
+    samples = time_interleaved(calls, repeat=3, clock=lambda: now[0], synchronize=lambda: None)
     assert samples == {"a": [1.0] * 3, "b": [2.0] * 3}
     assert [name for name in log if " " not in name] == ["a", "b", "b", "a", "a", "b"]
     assert log[:4] == ["prepare a", "a", "prepare b", "b"]
@@ -59,19 +59,19 @@ def test_a_ratio_is_formed_in_each_round():
 
 def test_the_device_is_waited_for_before_and_behind_each_call():
     log = []
-    interleaved({"a": TimedCall(lambda: log.append("run"))}, repeat=2, synchronize=lambda: log.append("wait"))
+    time_interleaved({"a": TimedCall(lambda: log.append("run"))}, repeat=2, synchronize=lambda: log.append("wait"))
     assert log == ["wait", "run", "wait"] * 2
 
 
 def test_a_short_call_is_done_several_times_over():
     log = []
     call = TimedCall(lambda: log.append("run"), units=2)
-    longer = lengthened(call, seconds=1e-3)  # of a unit
+    longer = lengthen(call, seconds=1e-3)  # of a unit
     longer.run()
     assert (len(log), longer.units) == (3, 6)
-    assert lengthened(call, seconds=1.0) is call
+    assert lengthen(call, seconds=1.0) is call
     prepared = TimedCall(call.run, prepare=lambda: None)
-    assert lengthened(prepared, seconds=1e-6) is prepared
+    assert lengthen(prepared, seconds=1e-6) is prepared
 
 
 # ---- products
@@ -83,16 +83,16 @@ def flops(products):
 
 def test_products_are_counted_forward_and_backward():
     x, w = torch.randn(3, 5, 8, requires_grad=True), torch.randn(7, 8, requires_grad=True)
-    assert flops(recorded(lambda: F.linear(x, w))) == 2 * 15 * 8 * 7
-    assert flops(recorded(lambda: F.linear(x, w).sum().backward())) == 3 * 2 * 15 * 8 * 7
-    assert flops(recorded(lambda: x @ x.transpose(1, 2))) == 2 * 3 * 5 * 8 * 5
-    assert flops(recorded(lambda: torch.addmm(w, w @ w.T, w))) == 2 * 7 * 8 * 7 + 2 * 7 * 7 * 8
+    assert flops(record_products(lambda: F.linear(x, w))) == 2 * 15 * 8 * 7
+    assert flops(record_products(lambda: F.linear(x, w).sum().backward())) == 3 * 2 * 15 * 8 * 7
+    assert flops(record_products(lambda: x @ x.transpose(1, 2))) == 2 * 3 * 5 * 8 * 5
+    assert flops(record_products(lambda: torch.addmm(w, w @ w.T, w))) == 2 * 7 * 8 * 7 + 2 * 7 * 7 * 8
 
 
 def test_products_inside_an_op_are_counted():
     q, k, v = torch.randn(1, 64, 2, 8), torch.randn(1, 64, 2, 8), torch.randn(1, 64, 2, 12)
     log_decay = torch.tensor([-0.1, -0.2])
-    counted = flops(recorded(lambda: decay(q, k, v, log_decay, paradigm=Paradigm.CHUNKWISE, chunk_size=16)))
+    counted = flops(record_products(lambda: decay(q, k, v, log_decay, paradigm=Paradigm.CHUNKWISE, chunk_size=16)))
     declared = 2 * decay_flops(Paradigm.CHUNKWISE, 64, 8, 12, chunk_size=16)
     assert counted == declared
 
@@ -105,21 +105,21 @@ def test_attention_is_counted_by_its_scores(causal, squares):
     def attend():
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
-    assert flops(recorded(attend)) == pytest.approx(forward)
-    assert flops(recorded(lambda: attend().sum().backward())) == pytest.approx(3.5 * forward)
+    assert flops(record_products(attend)) == pytest.approx(forward)
+    assert flops(record_products(lambda: attend().sum().backward())) == pytest.approx(3.5 * forward)
 
 
 def test_large_products_are_timed_in_pieces_of_the_same_work():
     products = Counter({Product(1, 3 * LONGEST, 64, 4, torch.float32): 2, Product(300, 512, 8, 512, torch.float32): 1})
-    pieces = in_pieces(products)
+    pieces = split_products(products)
     assert flops(pieces) == pytest.approx(flops(products))
     assert all(max(p.m, p.k, p.n) <= LONGEST and p.batch * p.m * p.n <= LARGEST for p in pieces)
 
 
 def test_a_product_is_timed_as_it_is():
     product = Product(2, 3, 4, 5, torch.float32)
-    (call,) = timed_alone([product], CPU).values()
-    counted = recorded(call.run)
+    (call,) = calls_of([product], CPU).values()
+    counted = record_products(call.run)
     # an `out=` is seen as the product that it is
     assert set(counted) <= {product}
     assert call.units == 100
@@ -130,7 +130,7 @@ def test_no_share_is_told_of_what_cannot_be_seen():
     def opaque(x: torch.Tensor) -> torch.Tensor:
         return x * 2
 
-    assert recorded(lambda: opaque(torch.ones(2))) is None
+    assert record_products(lambda: opaque(torch.ones(2))) is None
 
 
 # ---- memory
@@ -210,7 +210,7 @@ def test_what_takes_too_long_is_foretold_from_shorter_lengths(settings):
     forecast.add("a", 1024, 0.5, 2.0**20)
     assert forecast.probes("a", 16_384) == [4096]
     forecast.require("a", 4096, rows=1)  # 8 s, if it is quadratic
-    with pytest.raises(Skip, match=r"would take about 16 s a call, above the limit of 10 s"):
+    with pytest.raises(Skip, match=r"would take about 16 s per call, above the limit of 10 s"):
         forecast.require("a", 4096, rows=2)
     forecast.add("a", 2048, 1.0, 2.0**21)
     forecast.require("a", 16_384, rows=1)  # it is linear
@@ -220,7 +220,7 @@ def test_what_takes_too_long_is_foretold_from_shorter_lengths(settings):
 def test_what_does_not_fit_is_foretold(settings):
     forecast = Forecast(2, settings(limit=1e9))
     forecast.add("a", 1024, 1e-6, 2.0**30)
-    with pytest.raises(Skip, match=r"would need about [\d,]+ GiB, and [\d,]+ GiB are free"):
+    with pytest.raises(Skip, match=r"would need about [\d,]+ GiB, but only [\d,]+ GiB are free"):
         forecast.require("a", 2**20, rows=1)
 
 
@@ -275,9 +275,9 @@ def test_the_clock_is_the_processors_where_that_is_asked_for(settings, monkeypat
 
     def watched(*arguments, clock=None, **options):
         clocks.append(clock)
-        return interleaved(*arguments, **options)
+        return time_interleaved(*arguments, **options)
 
-    monkeypatch.setattr(benchmark, "interleaved", watched)
+    monkeypatch.setattr(benchmark, "time_interleaved", watched)
     run(FakeBenchmark(settings(cpu_time=True), Fake("a")))
     run(FakeBenchmark(settings(), Fake("a")))
     assert [clock for clock in clocks if clock] == [time.process_time, time.perf_counter]

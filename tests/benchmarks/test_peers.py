@@ -8,7 +8,7 @@ from seqmix import load_config
 from seqmix.benchmarks.models import model_to_measure
 from seqmix.benchmarks.peers import PEERS, Seqmix, Size
 from seqmix.benchmarks.peers.gpt import GptEager, GptSdpa
-from seqmix.benchmarks.peers.peer import not_installed
+from seqmix.benchmarks.peers.peer import install_hint
 from seqmix.benchmarks.peers.torchscale import TorchscaleChunkwise
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -96,8 +96,8 @@ def test_layers_computed_anew_give_the_same_gradients(kind, model):
 
 
 def test_what_is_not_there_says_how_to_get_it():
-    assert not_installed("torch", "torch") is None
-    assert not_installed("nowhere.models", "nowhere-models") == (
+    assert install_hint("torch", "torch") is None
+    assert install_hint("nowhere.models", "nowhere-models") == (
         "nowhere-models is not installed: pip install nowhere-models"
     )
     (fla,) = (kind for kind in PEERS if kind.name == "fla")

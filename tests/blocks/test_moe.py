@@ -115,7 +115,7 @@ def test_balance_evens_the_load():
 
 
 def test_more_experts_per_token_than_there_are_is_refused():
-    with pytest.raises(ValueError, match="top_k = 6 experts per token, and n_experts is 5"):
+    with pytest.raises(ValueError, match="top_k must be at most n_experts = 5, got 6"):
         built(top_k=6)
 
 

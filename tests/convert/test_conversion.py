@@ -91,15 +91,15 @@ FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
     [
         ({"model_type": "lama"}, 'unknown architecture, lama; known: llama.*did you mean "llama"'),
         ({"attention_bias": True}, r"lacks the tensor model.layers.0.self_attn.q_proj.bias"),
-        ({"rope_scaling": {"type": "yarn", "factor": 2}}, "rope_parameters = .*yarn.*default, linear or llama3"),
-        ({"rope_scaling": {"type": "linear", "beta": 2}}, "rope_parameters = .*beta.*with the fields of these"),
-        ({"hidden_act": "gelu"}, "hidden_act = 'gelu'; what has a counterpart here is 'silu'"),
-        ({"clip_qkv": 8}, "clip_qkv = 8, a field that is not known here"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2}}, "rope_parameters must be .*default, linear or llama3.*yarn"),
+        ({"rope_scaling": {"type": "linear", "beta": 2}}, "rope_parameters must be .*fields of that type.*beta"),
+        ({"hidden_act": "gelu"}, "hidden_act must be 'silu'.* to have a counterpart in seqmix, got 'gelu'"),
+        ({"clip_qkv": 8}, "unknown field, clip_qkv = 8"),
         ({"intermediate_size": None}, "lacks intermediate_size"),
-        ({"intermediate_size": 32}, r"mlp.gate_proj.weight has shape \[24, 16\], by config.json \[32, 16\]"),
-        ({"num_hidden_layers": 1}, r"has a tensor model.layers.1.* which nothing here takes"),
+        ({"intermediate_size": 32}, r"mlp.gate_proj.weight must have shape \[32, 16\] by config.json, got \[24, 16\]"),
+        ({"num_hidden_layers": 1}, r"a tensor without a counterpart in seqmix: model.layers.1"),
         ({"num_hidden_layers": 3}, r"lacks the tensor model.layers.2"),
-        ({"tie_word_embeddings": True}, "has a tensor lm_head.weight"),
+        ({"tie_word_embeddings": True}, "a tensor without a counterpart in seqmix: lm_head.weight"),
     ],
 )
 def test_what_has_no_counterpart_is_refused_by_name(theirs, tmp_path, fields, words):
@@ -141,9 +141,9 @@ def test_tokens_that_are_not_bytes_need_a_tokenizer(theirs, tmp_path):
 @pytest.mark.parametrize(
     ("block", "words"),
     [
-        ({"mixer": ATTENTION | {"softcap": 2.0}}, "mixer.softcap is 2.0, and in llama it is null"),
-        ({"mixer": {"kind": "retention", "n_heads": 2}}, "llama has layers of attention, and .* is retention"),
-        ({"norm": {"kind": "layernorm"}}, "norm.kind is 'layernorm', and in llama it is 'rmsnorm'"),
+        ({"mixer": ATTENTION | {"softcap": 2.0}}, "llama cannot represent .*mixer.softcap = 2.0: .* gives null"),
+        ({"mixer": {"kind": "retention", "n_heads": 2}}, "llama has layers of attention, got .* retention"),
+        ({"norm": {"kind": "layernorm"}}, "llama cannot represent .*norm.kind = 'layernorm': .* gives 'rmsnorm'"),
         ({"ffn": None}, "no counterpart in llama"),
         ({}, None),
     ],
@@ -204,5 +204,5 @@ def test_whether_fla_fuses_its_norms_matters_only_where_a_tensor_is_renamed():
     assert plain == ARCHITECTURES["gated-deltanet"].config({**sizes, "fuse_norm": True}, "here")
     gla = {name: x for name, x in sizes.items() if name != "head_dim"} | {"fuse_norm": False}
     assert ARCHITECTURES["gla"].config(gla, "here") == ARCHITECTURES["gla"].config({**gla, "fuse_norm": True}, "here")
-    assert ARCHITECTURES["gla"].renamed(gla) == {".attn.g_norm.": ".attn.g_norm_swish_gate."}
-    assert ARCHITECTURES["gla"].renamed({**gla, "use_output_gate": False}) == {}
+    assert ARCHITECTURES["gla"].tensor_aliases(gla) == {".attn.g_norm.": ".attn.g_norm_swish_gate."}
+    assert ARCHITECTURES["gla"].tensor_aliases({**gla, "use_output_gate": False}) == {}

@@ -12,13 +12,13 @@ from hypothesis import settings
 from seqmix import SeqmixError
 from seqmix.convert import ARCHITECTURES, import_from
 from seqmix.convert.rwkv import RWKV7
-from seqmix.convert.theirs import Rotation, Theirs, typed
+from seqmix.convert.theirs import Rotation, Theirs, validate_types
 from seqmix.models import build_meta
 
 SAMPLE = 60
 """Cases of an architecture in every run; all, more than 6,000, with --hypothesis-profile nightly."""
 COMPUTED = {"scaling", "positions", "networks", "embedding_scale", "embedding_norm"}
-"""Fields of tables that are none of config.json: `unfolded` makes them of others."""
+"""Fields of tables that are none of config.json: `expand_fields` makes them of others."""
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -48,17 +48,17 @@ def test_every_field_that_a_converter_computes_with_has_a_type(name):
 
 
 FAULTS = {
-    "hidden_size": ("x", "config.json: hidden_size: needs an integer, and was given 'x'"),
-    "intermediate_size": ({}, "config.json: intermediate_size: needs an integer, and was given {}"),
-    "num_attention_heads": (2**63, "config.json: num_attention_heads: needs a number <= 65536, and was given 92233720"),
-    "head_dim": (2**63, "config.json: head_dim: needs a number <= 1048576, and was given 9223372036854775808"),
-    "rope_parameters": ("x", "config.json: rope_parameters: needs a mapping, and was given 'x'"),
+    "hidden_size": ("x", "config.json: hidden_size: expected an integer, got 'x'"),
+    "intermediate_size": ({}, "config.json: intermediate_size: expected an integer, got {}"),
+    "num_attention_heads": (2**63, "config.json: num_attention_heads: expected a number <= 65536, got 92233720"),
+    "head_dim": (2**63, "config.json: head_dim: expected a number <= 1048576, got 9223372036854775808"),
+    "rope_parameters": ("x", "config.json: rope_parameters: expected a mapping, got 'x'"),
     "rope_scaling": (
         {"rope_type": "linear", "factor": "x"},
-        "config.json: rope: factor: needs a number, and was given 'x'",
+        "config.json: rope: factor: expected a number, got 'x'",
     ),
     "num_hidden_layers": (None, "config.json lacks num_hidden_layers"),
-    "eos_token_id": ({}, "config.json: eos_token_id: needs "),
+    "eos_token_id": ({}, "config.json: eos_token_id: expected "),
 }
 
 
@@ -74,8 +74,8 @@ def test_the_command_names_file_key_and_value(key, refused, tmp_path):
 
 
 def test_a_field_that_is_null_is_missing():
-    assert typed({"hidden_size": None, "attn": None, "other": 1}, "here") == {"other": 1}
-    assert typed({"factor": 2.0, "beta": "x"}, "here", Rotation) == {"factor": 2.0, "beta": "x"}
+    assert validate_types({"hidden_size": None, "attn": None, "other": 1}, "here") == {"other": 1}
+    assert validate_types({"factor": 2.0, "beta": "x"}, "here", Rotation) == {"factor": 2.0, "beta": "x"}
     fields = whole("rwkv7")
     assert RWKV7().config(fields | {"hidden_ratio": None}, "here") == RWKV7().config(fields, "here")
 

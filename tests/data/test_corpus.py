@@ -144,11 +144,11 @@ def test_a_split_shorter_than_a_sequence_is_refused(tmp_path, folder):
     assert read(text, validation_fraction=0.5, sequence_length=80)
     for name, fraction, length, found in (("training", 0.5, 81, 81), ("validation", 0.05, 9, 9)):
         message = error(text, validation_fraction=fraction, sequence_length=length)
-        for part in (name, str(text), f" {found} tokens", str(length + 1), "data.sequence_length"):
+        for part in (name, str(text), f"got {found}:", str(length + 1), "data.sequence_length"):
             assert part in message
     # a split that holds out nothing names the other ones
     message = error(folder / "file00.txt", folder / "file01.txt")
-    for part in ("validation", " 0 tokens", "data.split is by_file", "tail"):
+    for part in ("validation", "got 0:", "data.split is by_file", "tail"):
         assert part in message
 
 

@@ -115,7 +115,7 @@ def test_a_saved_dataset_is_read_from_its_folder(library, tmp_path):
     for file in ("state.json", "dataset_info.json"):
         (tmp_path / file).touch()
     assert texts(dataset={"path": str(tmp_path)}) == [b"whole"]
-    assert "is a saved dataset: data.dataset={path: " in error(tmp_path)
+    assert "is a saved dataset: set data.dataset={path: " in error(tmp_path)
     library([], train=ROWS, test=[{"text": "held"}])
     assert texts(dataset={"path": str(tmp_path), "split": "test"}) == [b"held"]
     assert re.search("'tset'.*train, test.*\"test\"", error(dataset={"path": str(tmp_path), "split": "tset"}))
@@ -213,7 +213,7 @@ def test_auto_is_by_document_where_a_file_holds_several(copies, library, tmp_pat
 def test_a_missing_field_names_the_setting_of_its_source(tmp_path):
     file = lines(tmp_path / "a.jsonl", {"txt": "b"})
     for kind, more, named in (
-        (WeightedSourceConfig, {"weight": 1.0}, "text_field of this one of data.sources"),
+        (WeightedSourceConfig, {"weight": 1.0}, "text_field of this entry of data.sources"),
         (SourceConfig, {}, "data.validation.text_field"),
     ):
         config = kind(paths=(str(file),), **more)

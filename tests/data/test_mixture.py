@@ -169,7 +169,7 @@ def test_the_validation_split_may_be_other_documents(sources, tmp_path):
     (held / "1.md").write_text("another " * 9)
     assert read_corpus(TextConfig(**fields, validation=validation)).digest != corpus.digest
     short = TextConfig(**fields | {"sequence_length": 500}, validation=validation)
-    assert re.match("the validation split of .* has ", refusal(lambda: read_corpus(short)))
+    assert re.match("the validation split of .* needs at least 501 tokens", refusal(lambda: read_corpus(short)))
 
 
 A = {"paths": ["a"]}

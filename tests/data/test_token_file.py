@@ -223,7 +223,7 @@ def test_other_files_are_not_token_files(tmp_path):
         (b'"seqmix.tables"', b'"seqmix.fables"', "tables"),
         (b'"digests": {', b'"dogests": {', "digests"),
         (b'"seqmix.bytes": "1', b'"seqmix.bytes": "-', "'-"),
-        (b'"I64", "shape": [', b'"U64", "shape": [', "ends are U64 ["),
+        (b'"I64", "shape": [', b'"U64", "shape": [', "ends must be one-dimensional I64, got U64 ["),
     ],
 )
 def test_a_header_of_something_else_is_refused(tmp_path, written, instead, named):
@@ -251,7 +251,7 @@ def test_a_text_of_begin_tokens_alone_is_refused(tmp_path, packing):
     write(tmp_path / "a.tokens", *([b"a text"] * 40), tokenizer=Opened(1))
     config = TextConfig(paths=(str(tmp_path / "a.tokens"),), sequence_length=4, packing=packing, split="tail")
     with pytest.raises(
-        SeqmixError, match=r"expected at least one token besides the begin token 256, got \d+ of it alone"
+        SeqmixError, match=r"expected at least one token besides the begin token 256, got \d+ begin tokens only"
     ):
         config.open(257)
 

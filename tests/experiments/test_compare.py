@@ -19,7 +19,7 @@ from runs import wait_for_steps
 from seqmix.experiments import lock, runner
 from seqmix.experiments.collect import is_finished
 from seqmix.experiments.figures.libraries import PlotsMissingError
-from seqmix.experiments.lock import locked
+from seqmix.experiments.lock import hold_lock
 from seqmix.experiments.plan import plan
 from seqmix.experiments.results import read_results
 from seqmix.experiments.runner import Observer, make_runs
@@ -172,9 +172,9 @@ def test_finished_runs_are_not_made_again(made, monkeypatch):
 @pytest.mark.parametrize(
     ("damaged", "why"),
     [
-        (None, "has another configuration than before"),
+        (None, "has a different configuration than before"),
         ("metrics.jsonl", "lacks measurements in metrics.jsonl"),
-        ("checkpoints/*/model.safetensors", "has no checkpoint that is intact"),
+        ("checkpoints/*/model.safetensors", "has no intact checkpoint"),
     ],
 )
 def test_a_run_that_cannot_be_gone_on_with_is_laid_aside(made, tmp_path, monkeypatch, damaged, why):
@@ -193,7 +193,7 @@ def test_a_run_that_cannot_be_gone_on_with_is_laid_aside(made, tmp_path, monkeyp
     aside = place.with_name(f"{run.name}.before-1")
     assert not place.exists()
     assert read_config(aside).training.warmup_steps == 1
-    assert shown.notes == [f"{run.name} {why} and is trained again; what was there is now {aside}"]
+    assert shown.notes == [f"{run.name} {why} and is trained again; the old run is now {aside}"]
 
 
 @pytest.mark.slow
@@ -215,7 +215,7 @@ def test_a_study_that_is_stopped_and_killed_ends_as_the_undisturbed_one(made, tm
             assert [run.status for run in read_results(folder).runs] == ["missing", "missing"]
         else:
             assert process.exitcode == -signal.SIGKILL
-        with locked(folder, print):  # its runs have ended
+        with hold_lock(folder, print):  # its runs have ended
             assert wanted < losses(run)[-1][0] < 120
     status, printed = command(tmp_path, "compare", "small.yaml")
     assert status == 0
@@ -228,10 +228,10 @@ def test_a_study_that_is_stopped_and_killed_ends_as_the_undisturbed_one(made, tm
 
 
 def test_a_study_is_made_by_one_process(tmp_path):
-    says = f"another process .*{os.getpid()}.* makes"
-    with locked(tmp_path, print), pytest.raises(StudyError, match=says), locked(tmp_path, print):
+    says = f"another process .*{os.getpid()}.* is running"
+    with hold_lock(tmp_path, print), pytest.raises(StudyError, match=says), hold_lock(tmp_path, print):
         pass
-    with locked(tmp_path, print):
+    with hold_lock(tmp_path, print):
         pass
 
 
@@ -246,11 +246,11 @@ def test_runs_of_a_dead_process_are_waited_for(tmp_path, monkeypatch):
         shown = Quiet()
         with (
             pytest.raises(StudyError, match="runs of an earlier process are still writing"),
-            locked(tmp_path, shown.note),
+            hold_lock(tmp_path, shown.note),
         ):
             pass
-        assert shown.notes == ["waiting for runs of an earlier process, which write their checkpoints"]
-    with locked(tmp_path, shown.note):
+        assert shown.notes == ["waiting for runs of an earlier process to write their checkpoints"]
+    with hold_lock(tmp_path, shown.note):
         pass
 
 

@@ -145,7 +145,7 @@ def test_a_limit_of_memory_that_figures_exceed_is_one_sentence(folders, tmp_path
         ["sh", "-c", f"{command} --out {file}"], cwd=folders, capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr[:500]
-    assert re.match(f"error: .* GiB of ulimit {option} .*vl-convert.* got {limit / 2**20:g} GiB", done.stderr)
+    assert re.match(f"error: .* ulimit {option} of .* GiB .*vl-convert.* got {limit / 2**20:g} GiB", done.stderr)
     assert not (folders / file).exists()
 
 

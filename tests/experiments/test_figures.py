@@ -18,7 +18,7 @@ from seqmix.experiments.figures.figure import (
     drawable,
     legend,
     resolve,
-    thinned,
+    thin,
 )  # fmt: skip
 from seqmix.experiments.figures.writer import adaptive, draw
 from seqmix.experiments.units import number, quantity
@@ -81,11 +81,11 @@ def test_points_that_are_not_finite_are_left_out():
 def test_a_thinned_line_keeps_its_extremes():
     values = [float(i % 7) for i in range(10_000)]
     values[4321], values[8765] = 99.0, -99.0
-    kept = list(thinned(values, 240))
+    kept = list(thin(values, 240))
     assert {0, 4321, 8765, 9_999} <= set(kept)
     assert len(kept) <= 242
     assert kept == sorted(kept)
-    assert list(thinned(values[:200], 240)) == list(range(200))
+    assert list(thin(values[:200], 240)) == list(range(200))
 
 
 def test_rows_are_in_the_units_of_the_axes():

@@ -87,7 +87,7 @@ def test_what_cannot_be_reached_says_how_near_it_came():
         matched(model, "parameters", 500_000, "n_layers")
     assert str(error.value) == (
         "no n_layers gives 500,000 parameters within 1 %: 2 comes nearest, with 459,648 (-8.1 %); "
-        "turn another knob, or allow more by tolerance"
+        "choose another knob, or raise tolerance"
     )
 
 
@@ -111,8 +111,8 @@ def test_a_knob_that_is_none(knob, said):
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"knob": "n_layers"}, "and this is of none"),
-        ({"knob": "n_layers", "flops": 1, "state": 1}, "and this is of flops and state"),
+        ({"knob": "n_layers"}, "got none"),
+        ({"knob": "n_layers", "flops": 1, "state": 1}, "got flops and state"),
         ({"knob": "n_layers", "flops": 0}, "must be above 0"),
     ],
 )

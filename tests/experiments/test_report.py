@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from studies import STUDIES, few, recall, text, varied
 
-from seqmix.experiments.report import REPORT_FILE, answer, measured, render, write_report
+from seqmix.experiments.report import REPORT_FILE, answer, format_statistic, render, write_report
 from seqmix.experiments.results import Results, Statistic, read_results, write
 from seqmix.experiments.study_figures import Plots
 from seqmix.experiments.summary import best_first
@@ -70,7 +70,7 @@ def test_a_report_is_one_file(study):
 def test_the_answer_names_what_is_best():
     assert "<h1>Which mixer recalls the most pairs of key and value?</h1>" in page("recall")
     assert (
-        said(recall()) == "attention reaches an accuracy of 92.9 ± 0.5 %, gated DeltaNet comes next with 90.5 ± 1.0 %."
+        said(recall()) == "attention reaches an accuracy of 92.9 ± 0.5 %, followed by gated DeltaNet with 90.5 ± 1.0 %."
     )
     order = [row[0] for row in table(page("recall"), "Results of all entries")[1:]]
     assert order == ["attention", "gated DeltaNet", "Mamba-2", "retention", "linear attention"]
@@ -104,8 +104,8 @@ def test_only_what_there_are_data_for_is_drawn():
         "decode-memory", "decode-state",
     ]  # fmt: skip
     assert headings(page("text")) == [
-        "What came out", "How training went", "Speed and memory", "Beside the paper", "What was held equal",
-        "To do it again",
+        "Results", "Training", "Speed and memory", "Comparison with the paper", "What was held equal",
+        "Reproduce",
     ]  # fmt: skip
 
 
@@ -157,7 +157,7 @@ def test_the_page_has_the_numbers_of_results_json(tmp_path):
     for row, line in zip(best_first(found), cells, strict=True):
         shown = dict(zip(head, line, strict=True))
         assert shown["entry"] == row.entry
-        assert shown["validation loss"] == measured(row.validation_loss)
+        assert shown["validation loss"] == format_statistic(row.validation_loss)
         # one speed, that of the plot, with its spread and how it was measured
         timed = next(one for one in found.speed.train if (one.entry, one.length) == (row.entry, 16384))
         low, high = timed.tokens_per_second_range
@@ -208,14 +208,14 @@ def test_failures_stand_there_with_their_reasons():
 
 
 def test_what_was_equal_is_shown_with_what_was_not():
-    assert "Of one seed, every entry reads the same batches in the same order." in page("text")
+    assert "With the same seed, all entries see the same batches in the same order." in page("text")
     assert [
         "attention",
         "parameters 1,234,311 by blocks.main.ffn.expansion = 2.1 (wanted 1,234,000; +0.01 %)",
-    ] in table(page("text"), "What was made equal")
+    ] in table(page("text"), "Matched costs")
     fields = [row[0] for row in table(page("text"), "Fields that differ")]
     assert fields == ["field", "blocks.main.mixer.kind", "blocks.main.ffn.expansion"]
-    assert "n_layers: 4\n" in page("text").partition("What is the same in all models")[2]
+    assert "n_layers: 4\n" in page("text").partition("Fields that are equal in all models")[2]
     assert ["In-domain perplexity", "retention", "26.05", "4.95"] in table(page("text"), "The paper")
 
 
@@ -224,7 +224,7 @@ def test_what_was_not_timed_and_a_rate_at_the_edge_are_said():
     study["speed"]["train"].append({"entry": "attention", "length": 65536, "skipped": "it takes 3 minutes a step"})
     study["summary"][0]["at_edge"] = "highest"
     made = render(results(study))
-    assert ["attention", "training at 65,536", "it takes 3 minutes a step"] in table(made, "What was not timed")
+    assert ["attention", "training at 65,536", "it takes 3 minutes a step"] in table(made, "Not timed")
     assert "0.001, highest tried" in [cell for row in table(made, "Results of all") for cell in row]
 
 
@@ -264,4 +264,4 @@ def test_the_file_is_replaced_whole(tmp_path):
     ],
 )
 def test_a_mean_is_shown_with_its_spread(value, share, shown):
-    assert measured(value, share=share).replace("\N{NO-BREAK SPACE}", " ") == shown
+    assert format_statistic(value, share=share).replace("\N{NO-BREAK SPACE}", " ") == shown

@@ -201,7 +201,7 @@ def test_a_file_that_is_no_results(tmp_path, text, said):
 def test_a_figure_of_nobody_is_refused():
     found = results([run("a", 1.0)]).model_dump(mode="json")
     found["runs"][0]["entry"] = "b"
-    with pytest.raises(ValueError, match=r"'b'.*entry: a"):
+    with pytest.raises(ValueError, match=r"'b'.*entries: a"):
         Results.model_validate(found)
 
 

@@ -110,9 +110,7 @@ def test_a_claim_is_measured_and_kept(tmp_path, monkeypatch, page):
 
 
 def test_an_unknown_claim_is_one_sentence():
-    with pytest.raises(
-        SeqmixError, match=r"^there is no claim 'tabel6'; claims: table6, .*; did you mean \"table6\"\?$"
-    ):
+    with pytest.raises(SeqmixError, match=r"^there is no claim 'tabel6'; did you mean \"table6\"\? Claims: table6, "):
         claims.prove("tabel6", scale="cpu", jobs=None, kept=None, tell=print)
 
 

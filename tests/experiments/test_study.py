@@ -79,7 +79,9 @@ def test_a_run_costs_what_its_variant_does(planned):
         assert run.cost == tuple(cost_of(model, metric, length) for metric in ("parameters", "flops", "state"))
         assert run.flops == 3 * 120 * 2 * length * cost_of(model, "flops", length)
     assert len({run.cost for run in found.runs}) == len(found.runs)
-    assert "Models are matched by parameters; their parameters are 0 % apart in a variant, or less." in found.fairness
+    assert (
+        "Models are matched by parameters; within a variant, their parameters are at most 0 % apart." in found.fairness
+    )
 
 
 def test_models_that_cannot_be_built_are_refused_before_anything_is_trained(planned):
@@ -95,14 +97,14 @@ def test_rates_that_differ_have_runs_of_different_names(planned):
 
 def test_what_is_the_same_is_said(planned):
     assert planned("learning_rates: [1e-3, 3e-3]\n").fairness == (
-        "Of one seed, every entry reads the same batches in the same order: 120 steps of 2 sequences of 16 tokens, "
-        "3,840 tokens in all.",
-        "At the end every entry is judged by 2 evaluation batches, the same for all.",
-        "Models are matched by parameters; their parameters are 11,344.",
-        "Each entry has its best of the learning rates 0.001, 0.003, by mean final validation loss over the seeds.",
+        "With the same seed, all entries see the same batches in the same order: 120 steps of 2 sequences of 16 "
+        "tokens, 3,840 tokens in all.",
+        "At the end, every entry is evaluated on the same 2 evaluation batches.",
+        "Models are matched by parameters; all have 11,344 parameters.",
+        "Each entry is reported at its best learning rate of 0.001, 0.003, by mean final validation loss over seeds.",
     )
     own = planned("entries: {muon: {training: {optimizer: muon}}}\n").fairness
-    assert own[-1] == "training.optimizer is an entry's own: retention adamw, attention adamw, muon muon."
+    assert own[-1] == "training.optimizer differs between entries: retention adamw, attention adamw, muon muon."
 
 
 @pytest.mark.parametrize("place", ["seed", "data", "vocab_size", *SAME])
@@ -130,16 +132,22 @@ def test_patience_is_refused(planned, small):
     ("study", "said"),
     [
         ("mixers: [retention]\n", "missing key 'base'"),
-        (ALONE, "nothing is compared: give mixers, entries, or both"),
-        (ALONE + "mixers: [retention, {kind: retention}]\n", "retention is there twice: name them under entries"),
-        (ALONE + "mixers: [{n_heads: 2}]\n", "a mixer is a kind or a mapping with one"),
-        (ALONE + "mixers: [retention]\nentries: {retention: {}}\n", "retention is among mixers and entries"),
-        (ALONE + "mixers: [retention]\nseeds: [1, 1]\n", "each value once, and there are [1, 1]"),
-        (ALONE + "entries: {a: {set: {data.order: epochs}}}\n", "data.order is neither: change it for the whole study"),
-        (ALONE + "entries: {a: {training: {steps: 3}}}\n", "training.steps decides what is read"),
-        (ALONE + "entries: {a: {set: {training.carry_state: true}}}\n", "training.carry_state decides what is read"),
-        (ALONE + "mixers: [retention]\nvary: {seed: [1]}\n", "seed has its own key in a study: seeds"),
-        (ALONE + "mixers: [retention]\nvary: {steps: [1]}\n", "a field of model, data or training, and steps is none"),
+        (ALONE, "a study needs entries to compare: give mixers, entries, or both"),
+        (
+            ALONE + "mixers: [retention, {kind: retention}]\n",
+            "retention is listed twice: give each a name under entries",
+        ),
+        (ALONE + "mixers: [{n_heads: 2}]\n", "expected a mixer's kind or a mapping with a kind, got"),
+        (ALONE + "mixers: [retention]\nentries: {retention: {}}\n", "retention is in both mixers and entries"),
+        (ALONE + "mixers: [retention]\nseeds: [1, 1]\n", "each value once, got [1, 1]"),
+        (ALONE + "entries: {a: {set: {data.order: epochs}}}\n", "got data.order: change it for the whole study"),
+        (ALONE + "entries: {a: {training: {steps: 3}}}\n", "training.steps affects the batches or the evaluation"),
+        (
+            ALONE + "entries: {a: {set: {training.carry_state: true}}}\n",
+            "training.carry_state affects the batches or the evaluation",
+        ),
+        (ALONE + "mixers: [retention]\nvary: {seed: [1]}\n", "vary cannot change seed: use seeds"),
+        (ALONE + "mixers: [retention]\nvary: {steps: [1]}\n", "fields of model, data or training, got steps"),
         (
             ALONE + "mixers: [retention]\npaper: [{label: x, entry: retenton, theirs: 1.0}]\n",
             "'retenton'.*\"retention\"?",
@@ -158,11 +166,11 @@ def test_patience_is_refused(planned, small):
         ),
         (
             ALONE + "entries: {a: {set: {model.d_model: 64}}}\nvary: {model.d_model: [16, 32]}\n",
-            "entries.a model.d_model",
+            "entries.a changes model.d_model",
         ),
         (
             ALONE + "entries: {a: {model: {blocks: {ret: {mixer: {gate: none}}}}}}\nvary: {model.blocks.ret: [1]}\n",
-            "a model.blocks.ret.mixer.gate",
+            "a changes model.blocks.ret.mixer.gate",
         ),
         (
             ALONE + "mixers: [retention]\nvary: {model.blocks.ret.ffn.expansion: [1, 2]}\n"
@@ -174,7 +182,7 @@ def test_patience_is_refused(planned, small):
             ALONE + "mixers: [retention]\ndata: {kind: parity}\ntraining: {carry_state: true}\n",
             "small.yaml: training.carry_state",
         ),
-        (ALONE + "mixers: [retention, atention]\n", "unknown mixer kind 'atention'; allowed: .*\"attention\"?"),
+        (ALONE + "mixers: [retention, atention]\n", "unknown mixer kind 'atention'; did you mean \"attention\"."),
         (ALONE + "entries: {a: {model: {n_layer: 2}}}\n", "entries.a: model.n_layer"),
         (ALONE + "entries: {a: {extends: retnet-tinny}}\n", "unknown preset 'retnet-tinny'; .*\"retnet-tiny\"?"),
         (ALONE + "mixers: [retention]\nvary: {data.sequence_lenth: [1]}\n", "vary: data.sequence_lenth"),
@@ -196,7 +204,7 @@ def test_a_study_is_found(written, tmp_path):
     assert find_study(str(written())) == tmp_path / "small.yaml"
     for name in shipped():
         assert find_study(name) == STUDIES / f"{name}.yaml"
-    with pytest.raises(SeqmixError, match=r"there is no study 'recal'; studies: .*or give a YAML file"):
+    with pytest.raises(SeqmixError, match=r"no study 'recal': give a YAML file or one of .*recall"):
         find_study("recal")
     with pytest.raises(SeqmixError, match=r'no file .*smal\.yaml; did you mean "small\.yaml"\?'):
         find_study(str(tmp_path / "smal.yaml"))

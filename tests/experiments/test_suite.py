@@ -75,7 +75,7 @@ def test_states_are_made_equal_and_what_cannot_be_is_left_out(tmp_path):
     (task,) = write_studies(tmp_path, settings, chosen, [*given[:1], nothing], "parameters", Extent())
     assert task.left_out.keys() == {"nothing"}
     assert "3" in task.left_out["nothing"]
-    with pytest.raises(SeqmixError, match="nothing can be trained on recall"):
+    with pytest.raises(SeqmixError, match="no mixer can be trained on recall"):
         write_studies(tmp_path, settings, chosen, [nothing], "parameters", Extent())
 
 
@@ -172,7 +172,7 @@ def test_a_plug_in_gets_its_row_beside_retention_and_attention(seqmix, refused):
     _rows_are_merged(found, both)
     assert "no_such" in refused("suite", "--tasks", "no_such")
     # a folder of another suite, before anything is trained
-    assert "cannot stand in one table" in refused("suite", "--match", "state", "--out", "mine", "--dry-run")
+    assert "cannot share a table" in refused("suite", "--match", "state", "--out", "mine", "--dry-run")
     everything = seqmix("suite", "all", "--quick", "--tasks", "first", "--dry-run")
     runs = re.search("first +([0-9]+) +4 ", everything.out)
     assert runs
@@ -180,13 +180,13 @@ def test_a_plug_in_gets_its_row_beside_retention_and_attention(seqmix, refused):
     assert "parallel_hybrid" not in everything.out
     assert "--budget" in refused("suite", "--quick", "--budget", "9s")
     # what could not be compared is refused before it is trained
-    assert "rows of first cannot stand" in refused("suite", "--beside", "mine", "--out", "other")
+    assert "rows of first cannot share" in refused("suite", "--beside", "mine", "--out", "other")
     assert not list(Path("other").glob("*/runs"))
     assert "nothing is measured" in refused("suite", "--no-references")
     assert "elsewhere" in refused("suite", "--beside", "elsewhere")
     # before anything else is trained without it
     assert 'did you mean "n_heads"?' in refused("suite", "x={kind: gla, n_headz: 3}", "--dry-run")
-    assert "was given 'a b'" in refused("suite", "a b={kind: gla}", "--dry-run")
+    assert "got 'a b'" in refused("suite", "a b={kind: gla}", "--dry-run")
     assert "two mixers are called attention" in refused("suite", "attention={kind: gla}", "--dry-run")
     Path("file").touch()
     assert "is a file" in refused("suite", "gla", "--out", "file", "--dry-run")

@@ -150,7 +150,7 @@ REFUSED = {
     ),
     "a wrong type": (
         lambda model: replace_mixers(model, {"kind": "gla", "n_heads": "four"}),
-        "^the mixer: n_heads: needs an integer, and was given 'four'$",
+        "^the mixer: n_heads: expected an integer, got 'four'$",
     ),
     "no mapping": (lambda model: replace_mixers(model, "gla"), "^the mixer: .*'gla'"),
     "a number of layers": (lambda model: replace_mixers(model, GLA, 1), r"such as \[1\]"),

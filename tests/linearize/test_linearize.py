@@ -11,7 +11,7 @@ from runs import refusal, run_of
 from seqmix import SeqmixError, load_run
 from seqmix.linearize import Linearization, Plan, load_plan
 from seqmix.linearize.measure import gap_closed
-from seqmix.linearize.transfer import by_heads, transfer
+from seqmix.linearize.transfer import regroup_heads, transfer
 from seqmix.mixers.attention import AttentionConfig
 from seqmix.mixers.gated_delta_net import GatedDeltaNetConfig
 from seqmix.mixers.mamba import MambaConfig
@@ -152,10 +152,10 @@ def test_projections_are_taken_over_by_head():
 
 def test_heads_are_joined_and_split():
     weight = torch.arange(24.0).view(4, 2, 3)
-    torch.testing.assert_close(by_heads(weight, 2), weight.view(2, 4, 3))
-    torch.testing.assert_close(by_heads(weight, 8), weight.view(8, 1, 3))
-    torch.testing.assert_close(by_heads(weight[:, :1], 8), weight[:, :1].repeat_interleave(2, 0))
-    assert by_heads(weight, 3) is None
+    torch.testing.assert_close(regroup_heads(weight, 2), weight.view(2, 4, 3))
+    torch.testing.assert_close(regroup_heads(weight, 8), weight.view(8, 1, 3))
+    torch.testing.assert_close(regroup_heads(weight[:, :1], 8), weight[:, :1].repeat_interleave(2, 0))
+    assert regroup_heads(weight, 3) is None
 
 
 def test_the_gap_is_a_share():
@@ -168,9 +168,9 @@ def test_what_cannot_be_is_refused(teacher, tmp_path, monkeypatch):
         return Linearization(teacher, plan_of(*swap, **fields), tmp_path / "out", device="cpu")
 
     message = refusal(lambda: begun({"layers": [3], "mixer": GLA}))
-    assert message == "swap names layer 3, and the model has layers 0 to 2"
+    assert message == "swap names layer 3, but the model has layers 0 to 2"
     assert refusal(lambda: begun({"mixer": GLA}, {"layers": [1], "mixer": GDN})) == "swap names layer 1 twice"
-    assert "keep.best is 2" in refusal(lambda: begun({"layers": [1], "mixer": GLA}, keep={"best": 2}))
+    assert "swapped layers (1), got 2" in refusal(lambda: begun({"layers": [1], "mixer": GLA}, keep={"best": 2}))
     assert "training" in refusal(lambda: begun({"layers": [1], "mixer": GLA}, training={"steeps": 1}, stages=STAGES))
     work = Linearization(teacher, plan_of(stages=STAGES), tmp_path / "none", device="cpu")
     work.prepare()

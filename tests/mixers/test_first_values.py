@@ -12,8 +12,8 @@ from mutants.specimen import Specimen, SpecimenConfig
 from torch import Tensor, nn
 
 from seqmix.mixers.contract import SequenceMixer
-from seqmix.testing.compare import CheckFailure, near, require
-from seqmix.testing.contract.packing import alone, described, together
+from seqmix.testing.compare import CheckFailure, require, require_near
+from seqmix.testing.contract.packing import describe_lengths, mix_each_alone, pack_outputs
 from seqmix.testing.mixer.case import Draw
 from seqmix.testing.mixer.trial import SegmentCall, Trial, learnable
 
@@ -45,7 +45,7 @@ def _under_autocast(trial: Trial, x: Tensor) -> None:
             return layers[1](x, first_values=values)[0]
 
     what = "under autocast, with values that the first layer gives there"
-    near("the output", what, run(True), run(False), 2 * trial.subject.tolerances[torch.bfloat16])
+    require_near("the output", what, run(True), run(False), 2 * trial.subject.tolerances[torch.bfloat16])
 
 
 def taking(trial: Trial) -> SequenceMixer:
@@ -87,11 +87,11 @@ def compared(
             trial.compare(f"{what}: {way} against {trial.reference}", found, whole)
     if (boundaries := trial.boundaries()) is not None:
         before = trial.state(len(trial.case.lengths))
-        separate = alone(trial, trial.mix, x, before, mixer=mix)
+        separate = mix_each_alone(trial, trial.mix, x, before, mixer=mix)
         for paradigm in trial.paradigms:
             packed, _ = trial.mix(x, before, mix, cu_seqlens=boundaries, paradigm=paradigm)
-            said = f"{what}: documents of {described(trial)} tokens, {paradigm}, and alone"
-            trial.compare(said, (packed, None), (together(separate, trial.case.lengths), None))
+            said = f"{what}: documents of {describe_lengths(trial)} tokens, {paradigm}, and alone"
+            trial.compare(said, (packed, None), (pack_outputs(separate, trial.case.lengths), None))
     require(torch.equal(x, kept), f"{what}: a call writes into its tokens or first values")
     return whole[0]
 

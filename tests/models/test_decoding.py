@@ -96,7 +96,7 @@ def test_prefill_does_not_use_the_graphs_of_training(model_of):
     assert counters["stats"]["unique_graphs"] == 0
 
 
-class Recorded(module.Held):
+class Recorded(module.StaticStep):
     """The last one that was made."""
 
     def __init__(self, *args):
@@ -137,7 +137,7 @@ def captured(monkeypatch):
         "graph": capturing,
     }.items():
         monkeypatch.setattr(torch.cuda, name, fake)
-    monkeypatch.setattr(module, "Held", Recorded)
+    monkeypatch.setattr(module, "StaticStep", Recorded)
     FakeGraph.made = 0
 
     def decoder_of(model, state):
@@ -166,9 +166,9 @@ def test_a_held_step_is_the_models_in_static_buffers(model_of, each_mixer, captu
 def test_a_capture_copies_no_state_but_what_shares_memory(model_of):
     model = model_of("retention", "gla")
     _, state = prefill(model, PROMPTS, max_length=20)
-    assert places(module.Held(module.decode_step, STEPS[0], state).state) == places(state)
+    assert places(module.StaticStep(module.decode_step, STEPS[0], state).state) == places(state)
     ring = torch.zeros(4)
-    held = module.Held(module.decode_step, STEPS[0], ((ring, ring), (ring[::2], torch.zeros(1).expand(3))))
+    held = module.StaticStep(module.decode_step, STEPS[0], ((ring, ring), (ring[::2], torch.zeros(1).expand(3))))
     assert len(set(places(held.state))) == 4
     assert all(leaf.is_contiguous() for leaf in to_dict(held.state).values())
 

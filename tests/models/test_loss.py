@@ -149,7 +149,7 @@ def test_another_reduction_is_refused(model_of, asked):
     model, (x, targets) = model_of("retention"), asked
     with pytest.raises(SeqmixError, match=r"'sum'.*'none'.*'mean'.*'avg'"):
         model(x, targets=targets, reduction="avg")
-    with pytest.raises(SeqmixError, match=r"targets of shape .*, and tokens of "):
+    with pytest.raises(SeqmixError, match=r"targets must have the shape of the tokens, .*, got "):
         model(x, targets=targets[:, 1:])
     with pytest.raises(SeqmixError, match="'mean'"):
         linear_cross_entropy(*data(), "mean")

@@ -62,5 +62,5 @@ def test_a_text_of_any_length_is_scored_in_segments(model_of, each_mixer, monkey
 
 def test_what_cannot_be_scored_is_refused(model_of):
     model = model_of("retention")
-    assert "has no tokens" in refusal(lambda: Scorer(model).continuations([([1], [])]))
-    assert "at least 1, and is 0" in refusal(lambda: Scorer(model, batch_size=0))
+    assert "at least one token each" in refusal(lambda: Scorer(model).continuations([([1], [])]))
+    assert "at least 1, got 0" in refusal(lambda: Scorer(model, batch_size=0))

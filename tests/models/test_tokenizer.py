@@ -19,7 +19,7 @@ def test_bytes_are_opened_by_the_begin_token():
     assert torch.equal(bytes_.encode(""), torch.tensor([256]))
     # as a command line has bytes that are not UTF-8
     assert bytes_.encode(b"a\xff".decode(errors="surrogateescape")).tolist() == [256, 0x61, 0xFF]
-    with pytest.raises(SeqmixError, match=r"1: '\\ud800'"):
+    with pytest.raises(SeqmixError, match=r"'\\ud800' at 1"):
         bytes_.encode("a\ud800")
 
 
@@ -139,7 +139,7 @@ def test_a_vocabulary_with_holes_and_special_tokens_is_read(tmp_path):
     ("name", "words"),
     [
         ("no.json", "No such file `bytes`"),
-        ("", "folder without tokenizer.json; transformers"),
+        ("", "folder without tokenizer.json: write one with transformers"),
         ("other.json", "tokenizer.json"),
     ],
 )

@@ -9,6 +9,7 @@ import torch
 import seqmix.ops.kernels.selection as module
 from seqmix import build_model, load_config
 from seqmix.mixers import Paradigm
+from seqmix.ops import attention  # noqa: F401 (declares the kernels of softmax)
 from seqmix.ops.decay.chunkwise import decay_chunkwise
 from seqmix.ops.kernels.selection import choose, described, disagreement
 from seqmix.ops.runtime.kernel import Probe, chosen, find, reference
@@ -156,11 +157,11 @@ def test_auto_tries_the_delta_rules_kernel(trial, log_decay):
 
 @pytest.mark.parametrize("wrong", ["kernel", "reference"])
 def test_a_device_that_is_lost_in_a_trial_is_a_sentence(wrong, monkeypatch):
-    monkeypatch.setattr(module, "_computes", lambda device: False)
+    monkeypatch.setattr(module, "_device_works", lambda device: False)
     if wrong == "reference":
         monkeypatch.setattr(module, "reference", lambda *_: replace(CHUNKWISE, function=broken))
     kernel = replace(CHUNKWISE, function=broken) if wrong == "kernel" else CHUNKWISE
-    with pytest.raises(SeqmixError, match=r"no code for this device; cpu does not compute .*`backend: reference`$"):
+    with pytest.raises(SeqmixError, match=r"no code for this device; cpu no longer works .*`backend: reference`$"):
         disagreement(kernel, PROBE)
 
 
@@ -231,5 +232,5 @@ def test_only_backends_of_the_op_are_named():
     with pytest.raises(SeqmixError) as refused:
         choose("delta", "triton_tf32x3", PROBE)
     assert str(refused.value) == (
-        "delta has no backend 'triton_tf32x3'; there are auto, reference, triton; did you mean \"triton\"?"
+        "delta has no backend 'triton_tf32x3' (available: auto, reference, triton); did you mean \"triton\"?"
     )

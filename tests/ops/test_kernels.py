@@ -271,7 +271,7 @@ def test_lines_find_or_make_a_kernel_that_is_not_declared(tmp_path, monkeypatch,
     done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert re.search(r"^\S*CheckFailure: ", done.stderr, re.MULTILINE), done.stderr
     (outcome,) = check_kernel(own.kernels[1], checks=["outputs_are_the_definitions"]).outcomes
-    assert "kernel = ...  # the one that was checked: <lambda> is no global" in outcome.reason
+    assert "kernel = ...  # the kernel that was checked: <lambda> cannot be imported" in outcome.reason
 
 
 def test_what_does_not_exist_is_refused():

@@ -20,7 +20,7 @@ from torch.testing import assert_close
 
 from seqmix.ops.attention import softmax_attention
 from seqmix.ops.attention.inputs import visible_keys
-from seqmix.ops.attention.kv_cache import GrowingCache, RingCache, offer_of
+from seqmix.ops.attention.kv_cache import GrowingCache, RingCache, join_key_values
 from seqmix.ops.kernels import flex as softmax_flex
 from seqmix.ops.kernels import xformers as softmax_xformers
 from seqmix.ops.kernels.flex import BLOCK
@@ -77,7 +77,7 @@ def segments(draw, sizes):
 def offered(segment, options):
     """The keys and values that the queries may see."""
     _, k, v = (x.detach() for x in segment)
-    return offer_of(k, v, options["initial_state"], Documents.of(options["cu_seqlens"], k.shape[1]))
+    return join_key_values(k, v, options["initial_state"], Documents.of(options["cu_seqlens"], k.shape[1]))
 
 
 def seen(offer, length, window):
@@ -93,11 +93,11 @@ def test_blocks_cover_what_is_seen_and_the_function_is_the_mask(drawn):
     offer, length = offered(segment, given_), segment[0].shape[1]
     keys = offer.keys.shape[1]
     dense = seen(offer, length, window)
-    mask = softmax_flex.visible(offer, window)
+    mask = softmax_flex.make_mask_mod(offer, window)
     row, query, key = (torch.arange(n) for n in (dense.shape[0], length, keys))
     assert_close(mask(row[:, None, None], torch.tensor(0), query[:, None], key).expand_as(dense), dense)
 
-    some, every = (x[:, 0] for x in softmax_flex.blocks(length, offer, window))
+    some, every = (x[:, 0] for x in softmax_flex.visible_blocks(length, offer, window))
     whole = torch.zeros(dense.shape[0], some.shape[1] * BLOCK, some.shape[2] * BLOCK, dtype=torch.bool)
     whole[:, :length, :keys] = dense
     by_block = whole.unflatten(2, (-1, BLOCK)).unflatten(1, (-1, BLOCK))
@@ -111,9 +111,9 @@ def test_blocks_without_a_cache_are_those_that_torch_finds_pair_by_pair(window):
     from torch.nn.attention.flex_attention import create_block_mask
 
     (_, k, v), _ = inputs([700], width=1)
-    offer = offer_of(k, v, None, None)
+    offer = join_key_values(k, v, None, None)
     ours = softmax_flex.block_mask(700, offer, window)
-    theirs = create_block_mask(softmax_flex.visible(offer, window), 1, 1, 700, 700, "cpu", BLOCK_SIZE=BLOCK)
+    theirs = create_block_mask(softmax_flex.make_mask_mod(offer, window), 1, 1, 700, 700, "cpu", BLOCK_SIZE=BLOCK)
     assert_close(ours.to_dense(), theirs.to_dense())
     for name in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
         assert_close(getattr(ours, name), getattr(theirs, name))
@@ -191,10 +191,10 @@ def test_a_higher_order_op_skips_opcheck():
 def test_only_what_a_query_can_see_is_gathered():
     found = softmax_xformers.plan(2, 1, [9, 2], None, capacity=9, window=4)
     assert found.keys == [4, 3]
-    assert found.apart
-    assert found.chosen.tolist() == [6, 7, 8, 9, 17, 18, 19]
+    assert found.packed
+    assert found.key_indices.tolist() == [6, 7, 8, 9, 17, 18, 19]
     ring = softmax_xformers.plan(1, 2, [9], None, capacity=4, ring=True, window=4)
-    assert ring.chosen.tolist() == [2, 3, 0, 4, 5]  # positions 6, 7, 8, and its own
+    assert ring.key_indices.tolist() == [2, 3, 0, 4, 5]  # positions 6, 7, 8, and its own
 
 
 def _dense(q, k, v, attn_bias, scale):
@@ -278,7 +278,7 @@ def test_xformers_compiles_into_one_graph_with_gradients(call, standing_in):
 
 
 def test_what_xformers_cannot_load_is_copied():
-    readable = softmax_xformers._readable
+    readable = softmax_xformers._aligned
     x = torch.zeros(2, 3, 4, 8)
     for given_ in (x, x[:, 1:], x[:, :, :1].expand(-1, -1, 4, -1)):
         assert readable(given_) is given_
@@ -297,7 +297,7 @@ def test_xformers_says_what_it_does_not_take(monkeypatch):
         assert xformers.unsupported(replace(PROBE, **taken)) == []
     assert reasons(xformers, "cpu", device=CPU)
     assert reasons(xformers, "float64", dtype=torch.float64)
-    assert reasons(xformers, "multiples of 8, not 20 and 64", key_width=20)
+    assert reasons(xformers, "multiples of 8, got 20 and 64", key_width=20)
     for other in (single, {"value_width": 128}):
         assert reasons(xformers, "window", **other, **low)
     monkeypatch.setattr(softmax_xformers, "installed", lambda library: False)

@@ -28,10 +28,10 @@ from seqmix.models import Decoder, ModelConfig, prefill
 from seqmix.ops.decay import decay
 from seqmix.ops.kernels.triton.decay import launch as triton_launch
 from seqmix.ops.kernels.triton.decay import op as decay_triton
-from seqmix.ops.kernels.triton.decay.launch import INTERPRETED, choose, configurations
+from seqmix.ops.kernels.triton.decay.launch import INTERPRETED, choose_configuration, configurations
 from seqmix.ops.kernels.triton.decay.op import KERNEL, STEP_KERNEL, TF32X3_KERNEL, decay_step_triton
 from seqmix.ops.kernels.triton.delta import op as delta_triton
-from seqmix.ops.kernels.triton.launch import chunk_table, readable
+from seqmix.ops.kernels.triton.launch import addressable, chunk_table
 from seqmix.ops.recurrence.family import Recurrence
 from seqmix.ops.recurrence.groups import capacity
 from seqmix.ops.runtime.kernel import Probe, find
@@ -567,11 +567,11 @@ def test_reasons(native, asked, named):
     assert named in reason
     delta, wide = delta_triton.KERNEL, {"key_width": 256, "value_width": 512, "log_decay": "B T H"}
     assert not delta.unsupported(replace(PROBE, dtype=torch.bfloat16, **wide))
-    assert "float32 are up to 64 wide, not 256" in delta.unsupported(replace(PROBE, **wide))[0]
+    assert "float32 keys must be at most 64 wide, got 256" in delta.unsupported(replace(PROBE, **wide))[0]
     assert delta.unsupported(replace(PROBE, **asked))
     by_key = replace(PROBE, dtype=torch.bfloat16, key_width=128, value_width=512, log_decay=KEYS)
     assert not delta.unsupported(by_key)
-    assert "by themselves are up to 128 wide, not 129" in delta.unsupported(replace(by_key, key_width=129))[0]
+    assert "per dimension must be at most 128 wide, got 129" in delta.unsupported(replace(by_key, key_width=129))[0]
     assert not TF32X3_KERNEL.unsupported(PROBE)
     assert "take more registers" in TF32X3_KERNEL.unsupported(replace(PROBE, log_decay=KEYS))[0]
     assert "supports float32, got bfloat16" in TF32X3_KERNEL.unsupported(replace(PROBE, dtype=torch.bfloat16))[0]
@@ -582,7 +582,14 @@ def test_reasons(native, asked, named):
 
 def test_chunk_size_picks_the_chunk():
     table = configurations(16, 256, 512)
-    assert [choose(table, size).chunk for size in (1, 63, 64, 100, 128, 1000)] == [64, 64, 64, 64, 128, 128]
+    assert [choose_configuration(table, size).chunk for size in (1, 63, 64, 100, 128, 1000)] == [
+        64,
+        64,
+        64,
+        64,
+        128,
+        128,
+    ]
     heads = (16, 64), (65, 16), (16, 65), (256, 512)
     tables = [configurations(bits, *widths) for bits in (16, 32) for widths in heads]
     for table in (INTERPRETED, *tables, *(configurations(32, *widths, tf32x3=True) for widths in heads)):
@@ -626,11 +633,11 @@ def test_states_between_chunks_have_places_of_their_own(lengths, chunk):
 
 def test_offsets_inside_a_chunk_fit_32_bits():
     far = torch.empty_strided((1, 4, 1, 16), (1, 2**28, 16, 1), device="meta")
-    assert readable(far, 4) is far
+    assert addressable(far, 4) is far
     farther = torch.empty_strided((1, 8, 1, 16), (1, 2**28, 16, 1), device="meta")
-    assert readable(farther, 4) is farther
-    assert readable(farther, 8).stride() == (128, 16, 16, 1)
+    assert addressable(farther, 4) is farther
+    assert addressable(farther, 8).stride() == (128, 16, 16, 1)
     # a stride is that of nothing where there is one token, and a copy keeps it
     single = farther[:, :1]
-    assert readable(single, 8) is single
-    assert readable(torch.zeros(1, 2, 3, 4).mT, 8).stride(3) == 1
+    assert addressable(single, 8) is single
+    assert addressable(torch.zeros(1, 2, 3, 4).mT, 8).stride(3) == 1

@@ -102,12 +102,12 @@ def test_the_command_names_a_class_and_its_configuration(tmp_path):
     ("source", "fields", "words"),
     [
         (f"hf:{MAMBA2}Mamba2Mixr", "", 'has no nn.Module .Mamba2Mixr.*did you mean "Mamba2Mixer"'),
-        ("hf:mamba2", "", "write hf:MODULE:CLASS"),
+        ("hf:mamba2", "", "expected hf:MODULE:CLASS"),
         (f"hf:{MODELS}mamba3:Mixer", "", "cannot be imported"),
         (f"hf:{MAMBA2}Mamba2Mixer", "{hiden_size: 16}", 'has no field .hiden_size.*did you mean "hidden_size"'),
         (f"hf:{MAMBA2}Mamba2Mixer", "{hidden_size: x}", "refuses .*expected int"),
-        (f"hf:{MAMBA2}Mamba2Mixer", "16", "needs fields of a configuration"),
-        ("hf:torch.nn:Linear", "", "no configuration of transformers"),
+        (f"hf:{MAMBA2}Mamba2Mixer", "16", "must be fields of a configuration"),
+        ("hf:torch.nn:Linear", "", "must take a configuration of transformers"),
     ],
 )
 def test_a_wrong_name_or_field_is_one_sentence(source, fields, words):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from peers.converted import VOCAB, compare, computing_in, moved
 
-from seqmix.convert.fields import HARMLESS
+from seqmix.convert.fields import IGNORED_FIELDS
 
 # not importorskip: it would also skip where transformers is installed and its import fails
 if find_spec("transformers") is None:
@@ -139,7 +139,7 @@ def test_logits_are_equal_in_every_paradigm_and_the_way_back_is_exact(case, dtyp
 
 def function_of(config):
     """What matters of a configuration, as JSON has it."""
-    config = {k: v for k, v in config.items() if k not in HARMLESS.split()}
+    config = {k: v for k, v in config.items() if k not in IGNORED_FIELDS.split()}
     return json.loads(json.dumps({k: v for k, v in config.items() if k not in STARTS}))
 
 

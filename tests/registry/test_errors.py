@@ -1,6 +1,6 @@
 import pytest
 
-from seqmix.registry import ConfigError, SeqmixError, nearest, require_name
+from seqmix.registry import ConfigError, SeqmixError, choices, nearest, require_name
 from seqmix.registry.errors import LONGEST, shown
 
 
@@ -12,8 +12,15 @@ def test_nearest_suggests_the_closest_name_if_one_is_close():
 
 def test_a_name_must_be_among_those_allowed():
     require_name("part", "op", ["op", "train"])
-    with pytest.raises(SeqmixError, match=r"part 'trian'.*op, train.*\"train\""):
+    with pytest.raises(SeqmixError, match=r"^there is no part 'trian'; did you mean \"train\"\? Parts: op, train$"):
         require_name("part", "trian", ["op", "train"])
+
+
+def test_a_few_allowed_names_are_listed_after_the_nearest():
+    assert choices("xyz", ["op", "train"]) == "; allowed: op, train"
+    assert choices("name-3", [f"name-{n}0" for n in range(13)]).endswith(
+        "Allowed: " + ", ".join(f"name-{n}0" for n in range(10)) + " and 3 more"
+    )
 
 
 def test_values_are_shown_as_in_yaml_and_cut():

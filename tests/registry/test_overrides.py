@@ -68,7 +68,7 @@ def test_a_new_tree_has_the_value_of_the_command_line_in_the_mapping_of_the_file
     ("change", "words"),
     [
         *(
-            (change, [repr(change), "dotted.path=value"])
+            (change, ["expected dotted.path=value", repr(change)])
             for change in ("rate", "=3", ".rate=3", "model.=3", "a..b=3", "")
         ),
         ("rate.x=3", ["rate.x: rate is 0.1 (run.yaml:1)"]),

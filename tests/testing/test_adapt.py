@@ -66,7 +66,7 @@ def test_every_skip_names_its_reason():
     assert reasons["documents_are_sequences"] == "traits.packing is False"
     assert reasons["every_parameter_is_initialised"] == "Convolution has no reset_parameters"
     assert reasons["flops_are_as_declared"] == "flops is not declared"
-    assert reasons["configurations_round_trip"] == "what adapt makes is not in YAML"
+    assert reasons["configurations_round_trip"] == "YAML cannot describe a module that adapt was given"
     assert all(reasons.values())
 
 
@@ -124,12 +124,12 @@ def test_rounding_inside_is_not_held_against_a_module():
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: adapt(Convolution(8)), "width it cannot know"),
+        (lambda: adapt(Convolution(8)), "needs the width of a module"),
         (lambda: adapt(Convolution, traits={"pakking": True}), "no trait 'pakking'.*did you mean \"packing\""),
-        (lambda: adapt(Convolution, traits={"state": "growing"}), "'growing' and no state="),
-        (lambda: check_mixer(adapt(lambda d: 3)), "has to be an nn.Module, and is 3"),
-        (lambda: check_mixer(adapt(lambda d: nn.GRU(d, d))), "returned tuple, NoneType: give adapt a call="),
-        (lambda: check_mixer(adapt(Convolution(8), d_model=8), d_model=12), "d_model = 8, and 12"),
+        (lambda: adapt(Convolution, traits={"state": "growing"}), "got 'growing': pass state="),
+        (lambda: check_mixer(adapt(lambda d: 3)), "expected an nn.Module to adapt, got 3"),
+        (lambda: check_mixer(adapt(lambda d: nn.GRU(d, d))), "got tuple, NoneType: pass call= to adapt"),
+        (lambda: check_mixer(adapt(Convolution(8), d_model=8), d_model=12), "d_model = 8, got 12"),
         (lambda: adapt(Convolution).build(8, layer_idx=0, n_layers=1).init_state(2), "no state"),
     ],
 )

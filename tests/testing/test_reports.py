@@ -34,8 +34,8 @@ def test_a_failure_names_what_differs_and_the_smallest_case_and_reproduces_it(fo
     assert reproduction == "To reproduce:"
     assert script[-2].endswith(repr(outcome.case))
     assert about == f"paradigms_agree: {CHECKS['paradigms_agree'].property}"
-    assert remedy == f"If that is intended: {CHECKS['paradigms_agree'].remedy}"
-    assert breaks == f"Without it breaks: {CHECKS['paradigms_agree'].use}"
+    assert remedy == f"If this is intended: {CHECKS['paradigms_agree'].remedy}"
+    assert breaks == f"Affected use: {CHECKS['paradigms_agree'].use}"
     with pytest.raises(CheckFailure, match="the state's memory"):
         exec(snippet_of(outcome), {})
     # the cases of an outcome are those until one failed, without those that shrinking tries
@@ -264,4 +264,4 @@ def test_an_expected_failure_is_not_one_and_one_that_passes_is(forgetful, failur
     assert report.passed
     expected = {"the_future_changes_nothing": "it looks ahead"}
     outcome = failure(RetentionConfig(n_heads=2), "the_future_changes_nothing", expected_failures=expected)
-    assert outcome.reason.endswith("to fail (it looks ahead), and it passed")
+    assert outcome.reason.endswith("to fail (it looks ahead), but it passed")

@@ -10,7 +10,7 @@ from unusual import Mesa
 from seqmix.mixers.retention import RetentionConfig
 from seqmix.testing import Case, Status, adapt, check_mixer, memory_limit, reproduce
 from seqmix.testing.engine.run import cause_of
-from seqmix.testing.gradients import strided, time_first, with_gradient_laid_out
+from seqmix.testing.gradients import strided, time_first, with_gradient_layout
 from seqmix.testing.mixer.subject import Subject
 from seqmix.testing.mixer.trial import Trial
 
@@ -20,7 +20,7 @@ def test_a_gradient_arrives_as_it_was_laid_out(layout):
     linear, strides = nn.Linear(4, 4), []
     y = linear(torch.ones(2, 3, 4))
     y.register_hook(lambda gradient: strides.append(gradient.stride()))
-    (with_gradient_laid_out(y, layout) * torch.randn(2, 3, 4)).sum().backward()
+    (with_gradient_layout(y, layout) * torch.randn(2, 3, 4)).sum().backward()
     assert strides == [layout(torch.ones(2, 3, 4)).stride()]
     assert strides != [torch.ones(2, 3, 4).stride()]
 
@@ -67,7 +67,7 @@ def test_a_case_that_needs_too_much_memory_is_left_out_and_said(monkeypatch):
     monkeypatch.setattr(Pairs, "more", numbers)
     (outcome,) = check_mixer(adapt(Pairs), checks=["long_segments_do_not_drift"], examples=1).outcomes
     assert outcome.status is Status.SKIPPED
-    assert "asks for more than" in outcome.reason
+    assert "needs more than" in outcome.reason
 
 
 def test_a_cache_in_autocasts_dtype_is_a_warning():
@@ -101,7 +101,8 @@ def test_one_cause_is_reported_once(mixing):
     first, *others = check_mixer(mixing(broken), checks=names, shrink=False).failures
     assert "To reproduce:" in first.reason
     assert [outcome.same_as for outcome in (first, *others)] == ["", *[first.check.name] * len(others)]
-    assert all(outcome.reason.startswith("fails as paradigms_agree does: raised KeyError") for outcome in others)
+    start = "fails for the same cause as paradigms_agree: raised KeyError"
+    assert all(outcome.reason.startswith(start) for outcome in others)
     assert cause_of("a: off by 1.5e-3 in 3 of 4") == cause_of("a: off by 2 in 1 of 9") != cause_of("b: off by 2")
 
 

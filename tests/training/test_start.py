@@ -133,7 +133,7 @@ def test_fields_that_differ_are_noted(folder, tmp_path):
         ("text.txt", (), "cannot be read: it is a run directory"),
         (".", (), "or a folder of seqmix.hf (it has no config.json)"),
         ("theirs", (), "its config.json is of another library: `seqmix convert` makes a run directory of it"),
-        ("named", (), "names code that loading it would import: strange"),
+        ("named", (), "would import code that it names: strange"),
     ],
 )
 def test_another_model_or_tokenizer_is_refused_before_anything_is_written(folder, tmp_path, source, changes, words):

@@ -1,1 +1,1 @@
-"""Kernels in Triton: `tiles` and `launch` are shared; a family has its op, its launch, and its jitted bodies."""
+"""Kernels in Triton. `tiles` and `launch` are shared; each family has an op, launch code and jitted bodies."""

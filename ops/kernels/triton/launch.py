@@ -1,6 +1,6 @@
-"""How the Triton kernels of all families are launched: configurations, widths, strides, documents, what they need.
+"""Launch code that all Triton kernels share: configurations, padding, strides, packed documents and requirements.
 
-This module needs no triton: it is imported where a kernel is launched.
+This module does not import triton; `kernels` does, when a kernel is launched.
 """
 
 import os
@@ -17,123 +17,130 @@ from ...runtime.custom_op import Op
 from ...runtime.kernel import Probe, installed
 
 UNIT = 16
-"""Widths are padded to a multiple of it: matrix instructions and 16-byte loads want no less."""
+"""Widths are padded to a multiple of this, the smallest that matrix instructions and 16-byte loads support."""
 
 FUSED = {"enable_fp_fusion": True}
-"""A product and a sum are one instruction; explicit, since Triton's default is about to change."""
+"""Compiler option that fuses a product and a sum; set explicitly, because Triton's default is about to change."""
 
 REGISTERS = 65536
-"""Of a multiprocessor."""
+"""Registers of a multiprocessor."""
 
 
 class Launch(NamedTuple):
-    """How one body runs."""
+    """Launch configuration of one jitted function."""
 
     tile: tuple[int, int]
-    """Of a scan, keys and values of a state's tile; of a band, inner width per step and columns of the result."""
+    """Tile sizes: keys and values of a state's tile (scans), or inner width per step and output columns (bands)."""
     warps: int
+    """Warps per block."""
     stages: int
-    """Steps of a loop whose loads are in flight at once."""
+    """Loop iterations whose loads are in flight at once."""
     blocks: int = 1
-    """Blocks that a multiprocessor holds: registers are capped for them, and what a compiler makes is held to it."""
+    """Blocks that must fit a multiprocessor at once; registers per thread are limited accordingly."""
 
     @property
     def options(self) -> dict[str, Any]:
-        """For the launcher."""
-        # registers are given to threads by eights
+        """Triton's launch options."""
+        # registers are allocated in multiples of 8 per thread
         cap = {"maxnreg": REGISTERS // (32 * self.warps * self.blocks) // 8 * 8} if self.blocks > 1 else {}
         return {"num_warps": self.warps, "num_stages": self.stages, **cap, **FUSED}
 
 
 def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, on a CPU."""
+    """Return True if kernels run in Triton's interpreter, on a CPU."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def kernels(family: str, module: str = "bodies") -> Any:
-    """The jitted functions of a family; imports triton."""
+    """Return the module with the jitted functions of a family; imports triton."""
     return import_module(f"{__package__}.{family}.{module}")
 
 
-def missing(probe: Probe) -> list[str]:
-    """What is not there that every kernel here needs."""
+def missing_requirements(probe: Probe) -> list[str]:
+    """Return why no Triton kernel can run a call: no triton, no CUDA device, or an unsupported interpreter dtype."""
     reasons = []
     if not installed("triton"):
         reasons.append("triton is not installed (pip install 'seqmix[gpu]', on Linux)")
     if interpreted():
         if probe.dtype == torch.bfloat16:
-            reasons.append("bfloat16 is wrong in Triton's interpreter")
+            reasons.append("Triton's interpreter computes bfloat16 wrongly")
     elif probe.device.type != "cuda":
         reasons.append(
-            f"it needs a CUDA device and not {probe.device.type}, or TRITON_INTERPRET=1 before triton is imported"
+            f"it needs a CUDA device, got {probe.device.type} (or set TRITON_INTERPRET=1 before triton is imported)"
         )
     return reasons
 
 
-def padded(op: Op[Recurrence], x: Recurrence) -> RecurrenceOutput:
-    """What a chunkwise op makes of a call, in widths that are multiples of UNIT; decays and states are float32."""
-    key_width, value_width, wanted = x.q.shape[3], x.v.shape[3], x.output_final_state
-    more_keys, more_values = -key_width % UNIT, -value_width % UNIT
+def run_padded(op: Op[Recurrence], x: Recurrence) -> RecurrenceOutput:
+    """Run a chunkwise op with widths padded to multiples of UNIT, and with float32 decays and states."""
+    key_width, value_width = x.q.shape[3], x.v.shape[3]
+    key_padding, value_padding = -key_width % UNIT, -value_width % UNIT
     log_decay = None if x.log_decay is None else x.log_decay.float()
     if log_decay is not None and log_decay.ndim == 4:
-        log_decay = F.pad(log_decay, (0, more_keys))
-    x = x._replace(log_decay=log_decay, initial_state=None if x.initial_state is None else x.initial_state.float())
-    if more_keys or more_values:
+        log_decay = F.pad(log_decay, (0, key_padding))
+    initial_state = None if x.initial_state is None else x.initial_state.float()
+    x = x._replace(log_decay=log_decay, initial_state=initial_state)
+    if key_padding or value_padding:
+        if initial_state is not None:
+            initial_state = F.pad(initial_state, (0, value_padding, 0, key_padding))
         x = x._replace(
-            q=F.pad(x.q, (0, more_keys)),
-            k=F.pad(x.k, (0, more_keys)),
-            v=F.pad(x.v, (0, more_values)),
-            initial_state=None if x.initial_state is None else F.pad(x.initial_state, (0, more_values, 0, more_keys)),
+            q=F.pad(x.q, (0, key_padding)),
+            k=F.pad(x.k, (0, key_padding)),
+            v=F.pad(x.v, (0, value_padding)),
+            initial_state=initial_state,
         )
     output, state, *_ = op(x)
-    if more_keys or more_values:
+    if key_padding or value_padding:
         output = output[..., :value_width]
-        if wanted:
+        if x.output_final_state:
             # a copy: a view would keep the padding alive
             state = state[..., :key_width, :value_width].contiguous()
-    return RecurrenceOutput(output, state if wanted else None)
+    return RecurrenceOutput(output, state if x.output_final_state else None)
 
 
 def chunk_table(cu_seqlens: Tensor, length: int, chunk: int, *, starts: bool, ends: bool) -> tuple[Tensor, Tensor]:
-    """How packed documents are cut; nothing waits for the device.
+    """Divide packed documents into chunks, without waiting for the device.
 
     Args:
-        starts: whether states enter documents. Else those that do are zero, and one is stored for all of them.
-        ends: the same, of the gradients of states that leave documents.
+        cu_seqlens: boundaries of the documents, [N + 1].
+        length: tokens of the row.
+        chunk: tokens per chunk.
+        starts: True if documents have initial states. Otherwise these are zero, and all documents share one entry.
+        ends: True if final states of documents have gradients. Otherwise these are zero, and all share one entry.
 
     Returns:
-        each document's first chunk [N + 1], and each chunk's first token and number of tokens, which is 0 for those
-        that are over, as there is room for as many as there can be; and where the state is stored that enters it, and
-        the gradient of what leaves it [chunks 4].
+        the index of each document's first chunk [N + 1], and a table [chunks 4]: a chunk's first token, its number of
+        tokens, the index of its stored entry state, and the index of the gradient of its exit state. The table has as
+        many rows as documents could need; surplus rows have 0 tokens.
     """
     boundaries = cu_seqlens.long()
     firsts = F.pad(((boundaries.diff() + chunk - 1) // chunk).cumsum(0), (1, 0))
     documents = boundaries.shape[0] - 1
-    number = torch.arange(capacity(length, chunk, cu_seqlens), device=boundaries.device)
-    document = (torch.searchsorted(firsts, number, right=True) - 1).clamp_(max=documents - 1)
-    own = number - firsts[document]
-    start = boundaries[document] + own * chunk
+    index = torch.arange(capacity(length, chunk, cu_seqlens), device=boundaries.device)
+    document = (torch.searchsorted(firsts, index, right=True) - 1).clamp_(max=documents - 1)
+    index_in_document = index - firsts[document]
+    start = boundaries[document] + index_in_document * chunk
     tokens = (boundaries[document + 1] - start).clamp_(0, chunk)
-    entering, leaving = number, number
+    entering, leaving = index, index
     if not (starts and ends):
-        # of a document's chunks, all but one leave their state to the next
-        inner = F.pad((firsts.diff() - 1).clamp_(min=0).cumsum(0), (1, 0))[document] + own
-        entering = number if starts else torch.where(own > 0, inner, 0)
-        leaving = number if ends else torch.where(start + chunk < boundaries[document + 1], inner + 1, 0)
+        # only states between two chunks of a document are stored, after the shared zero
+        inner = F.pad((firsts.diff() - 1).clamp_(min=0).cumsum(0), (1, 0))[document] + index_in_document
+        entering = index if starts else torch.where(index_in_document > 0, inner, 0)
+        leaving = index if ends else torch.where(start + chunk < boundaries[document + 1], inner + 1, 0)
     return firsts, torch.stack((start, tokens, entering, leaving), dim=1)
 
 
-def readable(x: Tensor, chunk: int) -> Tensor:
-    """x [B T H D] as it lies, if its rows are contiguous and a chunk's offsets fit 32 bits."""
+def addressable(x: Tensor, chunk: int) -> Tensor:
+    """Return x [B T H D] itself if D is contiguous and the offsets in a chunk fit 32 bits, else a contiguous copy."""
     return x if x.stride(3) == 1 and min(chunk, x.shape[1]) * x.stride(1) < 2**31 else x.contiguous()
 
 
 def contiguous(state: Tensor | None) -> Tensor | None:
-    """A state that may be missing, contiguous."""
+    """Return a state as a contiguous tensor; None stays None."""
     return None if state is None else state.contiguous()
 
 
 def strides(*axes: str, **tensors: Tensor) -> dict[str, int]:
-    """As the jitted functions name them, of some axes or all."""
+    """Return the strides of tensors by the names of the jitted functions' arguments, for some axes or all."""
     numbers = {"row": 0, "token": 1, "head": 2}
     return {f"{name}_{axis}": x.stride(numbers[axis]) for name, x in tensors.items() for axis in axes or numbers}

@@ -1,13 +1,14 @@
 # ruff: noqa: RET505  a branch that is decided when a kernel is compiled needs its `else`
-"""What the Triton kernels of all families are made of: tiles, chunks, and the decays between tokens.
+"""Building blocks of all Triton kernels: loading tiles, locating chunks, and decays between tokens.
 
-A chunk has m <= C tokens. The clock of a token is the sum of the log2-decays from its chunk's beginning to the token
-itself, so what is left of token j at token i >= j is exp2(clock_i - clock_j). Such a difference is formed without loss:
+A chunk has m <= C tokens. The clock of a token is the sum of the log2-decays from the start of its chunk up to and
+including the token, so the decay from token j to a later token i is exp2(clock_i - clock_j). Clocks are stored so that
+this difference loses no precision:
 
-    decay per head          clock_i = (i + 1) rate                 the difference of the counts times the rate
-    a decay for each token  clock_i = whole_i + part_i             whole: an integer; part: in [0, 1)
+    one decay per head      clock_i = (i + 1) rate                 difference of the counts, times the rate
+    one decay per token     clock_i = whole_i + part_i             whole: an integer; part: in [0, 1)
 
-This file and the families' `bodies.py` and `per_key_bodies.py` alone import triton.
+Only this file and the families' `bodies.py` and `per_key_bodies.py` import triton.
 """
 
 # Jitted functions have no types that pyright could follow.
@@ -18,18 +19,21 @@ import triton
 import triton.language as tl
 
 VARYING = ["length", "chunks", "chunks_a_row", "plane"]
-"""Sizes that differ from call to call: a kernel is not recompiled for what they are multiples of."""
+"""Sizes that vary between calls: Triton must not specialise (recompile) a kernel for them."""
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 LOG2_E = tl.constexpr(1.4426950408889634)
 RESET = tl.constexpr(-256.0)
-"""The least log2-decay: exp2 of it is 0 in float32, as exp2 of -inf is, and sums of it are exact."""
+"""Lower bound of log2-decays. Its exp2 is 0 in float32, like exp2 of -inf, and unlike -inf it can be subtracted."""
 
 
 @triton.jit
 def dot(x, y, acc, PRECISION: tl.constexpr = "ieee"):
-    """acc + x y in float32; products of float32 are `ieee`, or `tf32x3`: three of TF32. The interpreter knows the first
-    alone, and multiplies 16-bit numbers wrongly, so there they are widened."""
+    """Return acc + x y in float32.
+
+    PRECISION of float32 products is `ieee`, or `tf32x3` for three TF32 products. The interpreter supports only `ieee`
+    and multiplies 16-bit numbers wrongly, so there operands are cast to float32.
+    """
     if INTERPRETED:
         return tl.dot(x.to(tl.float32), y.to(tl.float32), acc, input_precision="ieee")
     else:
@@ -38,32 +42,32 @@ def dot(x, y, acc, PRECISION: tl.constexpr = "ieee"):
 
 @triton.jit
 def log2(a):
-    """A natural log-decay as a log2-decay, not below RESET; nan stays nan."""
+    """Convert a natural log-decay to a log2-decay, at least RESET; nan stays nan."""
     a *= LOG2_E
     return tl.where(a < RESET, RESET, a)
 
 
 @triton.jit
 def load_tile(x, stride, rows, m, columns, WIDTH: tl.constexpr):
-    """The rows below m and the columns below WIDTH of x, zero elsewhere: [rows columns]."""
+    """Load a tile [rows columns] of x; zero for rows from m and columns from WIDTH on."""
     inside = (rows[:, None] < m) & (columns[None, :] < WIDTH)
     return tl.load(x + rows[:, None] * stride + columns[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
 def chunk_at(chunk, table, length, chunks_a_row, C: tl.constexpr):
-    """Row of the batch, first token, and number of tokens of a chunk."""
+    """Return a chunk's row of the batch, first token and number of tokens."""
     if table is None:
         row = chunk // chunks_a_row
         start = (chunk % chunks_a_row) * C
         return row, start, tl.minimum(length - start, C)
-    else:  # of packed documents the table knows, and gives no tokens to the chunks that are over
+    else:  # packed documents have a table; surplus chunks in it have 0 tokens
         return chunk * 0, tl.load(table + 4 * chunk), tl.load(table + 4 * chunk + 1)
 
 
 @triton.jit
 def state_at(chunk, table, LEAVING: tl.constexpr):
-    """Which of the stored states enters a chunk, or leaves it."""
+    """Return the index of the stored state that enters a chunk, or of the gradient that leaves it."""
     if table is None:
         return chunk
     else:
@@ -72,7 +76,7 @@ def state_at(chunk, table, LEAVING: tl.constexpr):
 
 @triton.jit
 def rate_of(rates, h):
-    """log2 of the head's decay; 0 where decays are not fixed."""
+    """Return the log2-decay of a head; 0 if decays are not fixed per head."""
     if rates is None:
         return 0.0
     else:
@@ -81,7 +85,7 @@ def rate_of(rates, h):
 
 @triton.jit
 def clock_of(clocks, plane, at, rows, m):
-    """The clocks of the rows, in two parts; fixed decays count the tokens."""
+    """Return the clocks of the rows as (whole, part); with fixed decays, the count of tokens and 0."""
     if clocks is None:
         return (rows + 1).to(tl.float32), (rows * 0).to(tl.float32)
     else:
@@ -91,7 +95,7 @@ def clock_of(clocks, plane, at, rows, m):
 
 @triton.jit
 def last_clock(clocks, plane, at, m):
-    """The clock of the last token: that of the chunk."""
+    """Return the clock of the chunk's last token, as (whole, part)."""
     if clocks is None:
         return m.to(tl.float32), 0.0
     else:
@@ -100,7 +104,7 @@ def last_clock(clocks, plane, at, m):
 
 @triton.jit
 def between(whole, part, whole_0, part_0, rate, TOKEN: tl.constexpr):
-    """The log2-decay from one clock to a later one."""
+    """Return the log2-decay from the clock (whole_0, part_0) to the later clock (whole, part)."""
     if TOKEN:
         return (whole - whole_0) + (part - part_0)
     else:
@@ -109,7 +113,7 @@ def between(whole, part, whole_0, part_0, rate, TOKEN: tl.constexpr):
 
 @triton.jit
 def sequence_at(n, firsts, length, chunks_a_row, C: tl.constexpr):
-    """Row of the batch, first chunk, and number of chunks of a row of states."""
+    """Return the row of the batch, the first chunk and the number of chunks of sequence n (a row or a document)."""
     if firsts is None:
         return n, n * chunks_a_row, tl.cdiv(length, C)
     else:

@@ -1,1 +1,1 @@
-"""The decay family in Triton: scalar decays (`launch`, `bodies`) and a decay per key dimension (`per_key_*`)."""
+"""Triton kernels of the decay family: scalar decays (`launch`, `bodies`) and decays per key dimension (`per_key_*`)."""

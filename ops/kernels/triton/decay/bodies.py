@@ -1,11 +1,16 @@
-"""The Triton bodies of the decay family: jitted code alone.
+"""Jitted Triton functions of the decay family.
 
-Notation of ops/decay/api.py, and of its chunkwise op: a chunk has m <= C tokens, i and j count them from 0, S is the
-state that enters it and dS' the gradient of the state that leaves it. op.py has the recurrence and the map of the
-bodies, launch.py the configurations that they run in.
+Notation of ops/decay/api.py and chunkwise.py: a chunk has m <= C tokens, counted from 0 by i and j. S is the state that
+enters the chunk, dS' the gradient of the state that leaves it. op.py explains how the functions fit together, launch.py
+has their configurations. Clocks are explained in ../tiles.py. In equations,
 
-exp2 sees no argument above 0: what a mask leaves out is -inf before it. Clocks are those of ../tiles.py. So many
-heads as `shared` have one query and key.
+    reached_i = exp2(clock_i)                  decay from the start of the chunk up to token i
+    left_j    = exp2(clock_{m-1} - clock_j)    decay from token j to the end of the chunk
+    total     = exp2(clock_{m-1})              decay over the whole chunk
+    A_ij      = scale exp2(clock_i - clock_j) q_i k_j^T        for j <= i, else 0
+
+exp2 never has an argument above 0: masked arguments are set to -inf first. `shared` heads have a query and key in
+common.
 """
 
 # Jitted functions have no types that pyright could follow.
@@ -29,23 +34,23 @@ from ..tiles import (
     state_at,
 )
 
-# arguments stand in groups, which a formatter would separate: tensors, strides, sizes, constants
+# arguments are grouped as tensors, strides, sizes, constants; a formatter would undo that
 # fmt: off
 
-# Tile counts are hand-written constants: tl.cdiv of constants is not a constant in Triton 3.6.
+# Tile counts are written out, because tl.cdiv of constants is not a constant in Triton 3.6.
 
-# ---- the clocks of decays that are given for each token
+# ---- clocks of decays per token
 
 
 @triton.jit(do_not_specialize=VARYING)
 def clocks(log_decay, clocks, table, length, heads, chunks, chunks_a_row, plane, C: tl.constexpr):
-    """The clocks of one chunk and head: log_decay [B T H] to [2 B H T]; a program each."""
+    """Compute clocks [2 B H T] (whole and part) from log_decay [B T H]; one program per chunk and head."""
     pid = tl.program_id(0).to(tl.int64)
     h, chunk = pid // chunks, pid % chunks
     row, start, m = chunk_at(chunk, table, length, chunks_a_row, C)
     rows = tl.arange(0, C)
     a = tl.load(log_decay + (row * length + start + rows) * heads + h, mask=rows < m, other=0.0)
-    # float64, for these few numbers alone: a clock has to be exact beside 256s that were added to it
+    # float64 for these few numbers: a clock must stay exact after resets added multiples of 256 to it
     clock = tl.cumsum(log2(a.to(tl.float64)), 0)
     whole = tl.floor(clock)
     at = clocks + (row * heads + h) * length + start + rows
@@ -64,11 +69,11 @@ def state_scan(
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr, TILE_K: tl.constexpr,
     TILE_V: tl.constexpr, REVERSE: tl.constexpr,
 ):
-    """One tile of the state of one sequence and head, carried over its chunks; a program each.
+    """Carry a tile of the state through all chunks of a sequence; one program per state tile, sequence and head.
 
-    Forward: S' = total S + (left x)^T w with x = k, w = v; S is stored for every chunk. In reverse: dS = total dS' +
-    (scale reached x)^T w with x = q, w = do; dS' is stored for every chunk, and <S, dS'> if the entries S are given.
-    So many heads share an x.
+    Forward: S' = total S + (left x)^T w with x = k, w = v; `states` receives S of every chunk. Reverse: dS = total dS'
+    + (scale reached x)^T w with x = q, w = do; `states` receives dS' of every chunk. In reverse, `products` receives
+    <S, dS'> of every chunk if `entries` has the states S. `shared` heads have one x.
     """
     across: tl.constexpr = (V + TILE_V - 1) // TILE_V
     tiles: tl.constexpr = (K + TILE_K - 1) // TILE_K * across
@@ -105,7 +110,7 @@ def state_scan(
             state = (state_at(index, table, False) * heads + h) * K * V
             entry = tl.load(entries + state + place, mask=inside, other=0.0).to(tl.float32)
             tl.store(products + (index * heads + h) * tiles + tile, tl.sum(entry * acc))
-        # not of the table: a load of an address that was loaded has no stage of its own
+        # computed, not loaded from the table: loads whose address is itself loaded are not pipelined
         start, m = (number * C).to(tl.int64), tl.minimum(size - number * C, C)
         x_tile = tl.trans(load_tile(x_at + start * x_token, x_token, rows, m, ks, K))
         w_tile = load_tile(w_at + start * w_token, w_token, rows, m, vs, V)
@@ -123,7 +128,7 @@ def state_scan(
                 factor = tl.exp2(tl.where(rows < m, left, float("-inf")))
             x_tile = (x_tile.to(tl.float32) * factor[None, :]).to(x_tile.dtype)
             acc *= tl.exp2(between(whole_m, part_m, 0.0, 0.0, rate, clocks is not None))
-        if totals is not None:  # one per key dimension, [chunks H K], of x that has decayed
+        if totals is not None:  # [chunks H K], one per key dimension; x already includes its decay
             acc *= tl.load(totals + (index * heads + h) * K + ks, mask=ks < K, other=0.0)[:, None]
         acc = dot(x_tile, w_tile, acc, PRECISION)
     if final is not None:
@@ -141,12 +146,12 @@ def _band(
     PRECISION: tl.constexpr, TILE_INNER: tl.constexpr, TILE_OUTER: tl.constexpr, REVERSE: tl.constexpr,
     STRICT: tl.constexpr = False,
 ):
-    """out = factor (x state) + (mask * (x y^T)) z for the columns from `outer` on, x and y [m INNER], z [m OUTER].
+    """Compute out = factor (x state) + (mask * (x y^T)) z for the columns from `outer` on.
 
-    Rows are queries, and see the keys up to their own; in reverse rows are keys, and are seen by the queries from
-    their own on; where it is strict, not their own. No state is one of zeros. The reversed scores are a product of
-    their own, as the transpose of a product is miscompiled by some versions of Triton. `sums` gets the rows' products
-    of `other` with the first term of out.
+    x and y are [m INNER], z is [m OUTER]. Forward, rows are queries, which see keys up to their own token. In reverse,
+    rows are keys, seen by queries from their own token on. STRICT excludes a token's own key. A state of None is zero.
+    The reversed scores are computed as a product, not as a transpose, because some versions of Triton miscompile the
+    transpose of a product. `sums` receives the dot products of the rows of `other` with those of the first term.
     """
     rows = tl.arange(0, C)
     columns = outer + tl.arange(0, TILE_OUTER)
@@ -202,7 +207,7 @@ def band_forward(
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr, TILE_INNER: tl.constexpr,
     TILE_OUTER: tl.constexpr,
 ):
-    """o = scale (reached q) S + A v; a program for every V tile, chunk and head."""
+    """Compute o = scale (reached q) S + A v; one program per V tile, chunk and head."""
     tiles: tl.constexpr = (V + TILE_OUTER - 1) // TILE_OUTER
     pid = tl.program_id(0).to(tl.int64)
     tile, chunk, h = (pid % tiles).to(tl.int32), pid // tiles % chunks, pid // tiles // chunks
@@ -228,10 +233,10 @@ def band_backward(
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr, TILE_INNER: tl.constexpr,
     TILE_OUTER: tl.constexpr, STRICT: tl.constexpr,
 ):
-    """dq, dk and, unless it is None, dv; a program for every role and its tile, chunk and head.
+    """Compute dq, dk and (unless it is None) dv; one program per role, tile, chunk and head.
 
-    Roles are next to each other, so that those of a chunk run together and read it from memory once. `sums`
-    [2 tiles B H T] gets the rows' q dq and k dk, as far as they came through the states.
+    The role is which gradient to compute. Roles of a chunk are neighbours, so that they run at the same time and read
+    the chunk from memory once. `sums` [2 tiles B H T] receives the rows' q dq and k dk, of gradients through states.
     """
     k_tiles: tl.constexpr = (K + TILE_OUTER - 1) // TILE_OUTER
     v_tiles: tl.constexpr = (V + TILE_OUTER - 1) // TILE_OUTER
@@ -276,12 +281,12 @@ def band_backward(
         )
 
 
-# ---- the gradient of log-decays
+# ---- gradient of log-decays
 
 
 @triton.jit
 def _sum_of_tiles(x, size, rows, inside, TILES: tl.constexpr, C: tl.constexpr):
-    """x [TILES size] added up over its tiles: [rows]."""
+    """Sum x [TILES size] over its tiles, at the given rows: [rows]."""
     total = tl.zeros((C,), tl.float32)
     for tile in range(TILES):
         total += tl.load(x + tile * size + rows, mask=inside, other=0.0)
@@ -296,16 +301,16 @@ def decay_gradient(
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr, TILE_INNER: tl.constexpr,
     TILES: tl.constexpr, PRODUCTS: tl.constexpr,
 ):
-    """d log_decay of one chunk and head, to out [B T H], or to [chunks H] its part of d log_decay [H]; a program each.
+    """Compute the gradient of log-decays; one program per chunk and head.
 
-    With P = A * (do v^T), what queries have of keys, and dq and dk those through the states:
+    With P = A * (do v^T), and dq and dk the parts of the gradients that come through states:
 
-        of a token  da_l = sum_{j < l <= i} P_ij + sum_{i >= l} q_i dq_i + sum_{j < l} k_j dk_j + total <S, dS'>
-        of a head   their sum over l, where every term is as often as it was decayed:
+        per token   da_l = sum_{j < l <= i} P_ij + sum_{i >= l} q_i dq_i + sum_{j < l} k_j dk_j + total <S, dS'>
+        per head    the sum of da_l, in which a term counts once for every token that it decays over:
                     sum (i - j) P_ij + sum (i + 1) q_i dq_i + sum (m - 1 - j) k_j dk_j + m total <S, dS'>
 
-    Nothing is added that is taken away again, so what decays have made small is exact for its size. Past a reset every
-    term is 0.
+    `out` is [B T H] for decays per token, or [chunks H] for decays per head. No large terms cancel, so gradients that
+    are small because of strong decays keep their relative precision. Terms across a reset are 0.
     """
     pid = tl.program_id(0).to(tl.int64)
     h, chunk = pid // chunks, pid % chunks
@@ -337,7 +342,7 @@ def decay_gradient(
 
     through_q = _sum_of_tiles(sums + at, plane, rows, rows < m, TILES, C)
     kept = 0.0
-    if PRODUCTS:  # compiled, even a loop of no turns reads what is not there
+    if PRODUCTS:  # Triton would compile the load even in a loop of 0 iterations
         for tile in range(PRODUCTS):
             kept += tl.load(products + (chunk * heads + h) * PRODUCTS + tile)
     whole_m, part_m = last_clock(clocks, plane, at, m)
@@ -349,9 +354,9 @@ def decay_gradient(
         total += tl.sum(through_q * (rows + 1) + through_k * (m - 1 - rows))
         tl.store(out + chunk * heads + h, total + kept * m)
     else:
-        # entry [l, j] is what queries from l on have of key j
+        # entry [l, j]: sum of P_ij over queries i >= l, for keys j < l
         across = tl.where(rows[:, None] > rows[None, :], tl.cumsum(pairs, 0, reverse=True), 0.0)
-        # the keys before each token
+        # sums over the keys before each token
         inside = (rows > 0) & (rows < m)
         through_k = _sum_of_tiles(sums + TILES * plane + at - 1, plane, rows, inside, TILES, C)
         gradient = tl.sum(across, 1) + tl.cumsum(through_q, 0, reverse=True) + tl.cumsum(through_k, 0) + kept
@@ -368,7 +373,7 @@ def step(
     scale, heads, shared,
     K: tl.constexpr, V: tl.constexpr, WIDTH: tl.constexpr, TILE_V: tl.constexpr,
 ):
-    """S = decay S + k v^T in place, and o = scale q S; a program for every V tile, row and head, K in one piece."""
+    """Compute S = decay S + k v^T in place and o = scale q S; one program per V tile, row and head, over all keys."""
     tiles: tl.constexpr = (V + TILE_V - 1) // TILE_V
     pid = tl.program_id(0).to(tl.int64)
     tile, sequence = (pid % tiles).to(tl.int32), pid // tiles
@@ -382,7 +387,7 @@ def step(
     place = state + sequence * K * V + ks[:, None] * V + vs[None, :]
     memory = tl.load(place, mask=inside, other=0.0)
     if log_decay is not None:
-        # a stride of 0 where all key dimensions share a decay
+        # decay_key is 0 if all key dimensions share a decay
         a = tl.load(log_decay + n * decay_row + h * decay_head + ks * decay_key, mask=ks < K, other=0.0)
         memory *= tl.exp2(log2(a))[:, None]
     memory += key[:, None] * value[None, :]

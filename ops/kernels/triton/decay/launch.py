@@ -1,7 +1,7 @@
-"""How the Triton kernels of the decay family are launched: tables of configurations, and one call of the bodies.
+"""Launch code of the decay family's Triton kernels: the table of configurations, and the launches of one call.
 
-The notation and what each body computes stand in op.py. This module needs no triton: it is imported where a kernel
-is launched.
+op.py explains the notation and what each jitted function computes. This module does not import triton; `kernels` does,
+when a kernel is launched.
 """
 
 from collections.abc import Mapping
@@ -14,43 +14,46 @@ from torch import Tensor
 from ....recurrence.family import Recurrence
 from ....recurrence.groups import capacity
 from ....runtime.kernel import Probe
-from ..launch import FUSED, Launch, chunk_table, interpreted, kernels, readable, strides
+from ..launch import FUSED, Launch, addressable, chunk_table, interpreted, kernels, strides
 
 MAX_KEY_WIDTH, MAX_VALUE_WIDTH = 256, 512
-"""The paper's head."""
+"""Largest supported head, that of the RetNet paper."""
 
 
-def too_wide(probe: Probe) -> list[str]:
-    """Whether heads are wider than that."""
+def width_limits(probe: Probe) -> list[str]:
+    """Return why a call's heads are too wide; empty if they are not."""
     if probe.key_width <= MAX_KEY_WIDTH and probe.value_width <= MAX_VALUE_WIDTH:
         return []
-    widths = f"keys are up to {MAX_KEY_WIDTH} wide and values up to {MAX_VALUE_WIDTH}"
-    return [f"{widths}, not {probe.key_width} and {probe.value_width}"]
+    limit = f"keys must be at most {MAX_KEY_WIDTH} and values at most {MAX_VALUE_WIDTH} wide"
+    return [f"{limit}, got {probe.key_width} and {probe.value_width}"]
 
 
 class Configuration(NamedTuple):
-    """How the chunkwise bodies run for one kind of input."""
+    """Launch configurations of the chunkwise functions for one kind of input."""
 
     chunk: int
-    """C, tokens."""
+    """C, tokens per chunk."""
     scan: Launch
+    """Scan with decays per head, or without decays."""
     token_scan: Launch
-    """The scan where decays are given for each token: clocks take registers."""
+    """Scan with decays per token, whose clocks take registers."""
     forward: Launch
+    """Forward band."""
     backward: Launch
+    """Backward band."""
     decay_backward: Launch
-    """The backward band where decays are given for each token, or a log-decay has a gradient: clocks and the sums that
-    the gradient needs take registers."""
+    """Backward band with decays per token, or with gradients of log-decays: clocks and sums take registers."""
     keys: Launch | None = None
-    """What each key dimension decays by itself; its tile is a step of values and a tile of keys."""
+    """Functions for decays per key dimension; the tile is a step of values and a tile of keys. None: unsupported."""
     precision: str = "ieee"
-    """Of products of float32: `ieee`, or `tf32x3`, three of TF32 on tensor cores."""
+    """Precision of float32 products: `ieee`, or `tf32x3` for three TF32 products on tensor cores."""
 
 
 def configurations(bits: int, key_width: int, value_width: int, *, tf32x3: bool = False) -> tuple[Configuration, ...]:
-    """The table for GPUs, the largest chunk first, for elements of so many bits.
+    """Return the table for GPUs, largest chunk first, for elements of `bits` bits.
 
-    What memory bounds, a scan and everything of narrow heads, wants several blocks: one computes while others wait.
+    Functions bound by memory (scans, and all functions of narrow heads) run several blocks per multiprocessor, so that
+    one computes while others wait.
     """
     if bits == 32 and tf32x3:
         scan = Launch((64, 64), 8, 2)
@@ -62,13 +65,13 @@ def configurations(bits: int, key_width: int, value_width: int, *, tf32x3: bool 
     if max(key_width, value_width) <= 64:
         four, three = Launch((64, 64), 4, 3, blocks=4), Launch((64, 64), 4, 3, blocks=3)
         return (Configuration(64, four, three, four, four, three, Launch((64, 32), 8, 2)),)
-    # a forward band has as many columns as a value
+    # the columns of a forward band are those of the values
     columns = 64 if value_width <= 64 else 128
     scan = Launch((64, 64), 8, 3, blocks=2)
     large = Configuration(
         128,
         scan=scan,
-        token_scan=scan._replace(stages=2),  # float16 spills with three
+        token_scan=scan._replace(stages=2),  # float16 spills registers with three
         forward=Launch((64, columns), 8, 3),
         backward=Launch((64, 128), 8, 3),
         decay_backward=Launch((64, 64), 8, 3),
@@ -79,74 +82,96 @@ def configurations(bits: int, key_width: int, value_width: int, *, tf32x3: bool 
 
 _SMALL = Launch((16, 32), 1, 1)
 INTERPRETED = tuple(Configuration(chunk, *[_SMALL] * 6, precision="ieee") for chunk in (32, 16))
-"""The table for the interpreter: small, so that short inputs have several of everything."""
+"""Table for the interpreter, with small tiles, so that short inputs have several tiles and chunks."""
 
 STEP = Launch((MAX_KEY_WIDTH, 32), 4, 1)
-"""One token: the tile holds all keys."""
+"""Configuration of the decoding step; the tile holds all keys."""
 
 
-def choose(table: tuple[Configuration, ...], chunk_size: int) -> Configuration:
-    """The largest chunk that is not larger than asked for, or else the smallest there is."""
-    return next((found for found in table if found.chunk <= chunk_size), table[-1])
+def choose_configuration(table: tuple[Configuration, ...], chunk_size: int) -> Configuration:
+    """Return the configuration with the largest chunk of at most `chunk_size` tokens, else the smallest chunk."""
+    return next((configuration for configuration in table if configuration.chunk <= chunk_size), table[-1])
 
 
 def configuration_of(x: Recurrence) -> Configuration:
-    """The configuration that a call runs with, on its device."""
+    """Return the configuration of a call on its device."""
     if interpreted():
-        return choose(INTERPRETED, x.chunk_size)
+        return choose_configuration(INTERPRETED, x.chunk_size)
     table = configurations(8 * x.q.element_size(), x.q.shape[3], x.v.shape[3], tf32x3=x.tf32x3)
     if torch.cuda.get_device_capability(x.q.device) != (9, 0):
-        # the large ones are known to fit Hopper, and the smallest fits what has less shared memory
+        # large chunks are only known to fit Hopper; the smallest fits GPUs with less shared memory
         return table[-1]
-    return choose(table, x.chunk_size)
+    return choose_configuration(table, x.chunk_size)
 
 
 class Launcher:
-    """One call of the chunkwise op: what its bodies have in common, and how each is launched."""
+    """Launches of one call of the chunkwise op: the arguments that its functions share, and a method per launch."""
 
     def __init__(self, x: Recurrence, needs_log_decay: bool = False, *, d_final: bool = False) -> None:
+        """Prepare the launches of a call.
+
+        Args:
+            x: the call.
+            needs_log_decay: True if the gradient of log-decays is required.
+            d_final: True if the final state has a gradient.
+        """
         log_decay, cu_seqlens = x.log_decay, x.cu_seqlens
         self.kernels = kernels("decay")
         self.configuration = configuration_of(x)
         self.chunk = self.configuration.chunk
-        full = needs_log_decay or (log_decay is not None and log_decay.ndim == 3)
-        self.backward = self.configuration.decay_backward if full else self.configuration.backward
-        self.q, self.k, self.v = (readable(tensor, self.chunk) for tensor in (x.q, x.k, x.v))
-        # of the scans
+        per_token = log_decay is not None and log_decay.ndim == 3
+        uses_decay_backward = needs_log_decay or per_token
+        self.backward = self.configuration.decay_backward if uses_decay_backward else self.configuration.backward
+        self.q, self.k, self.v = (addressable(tensor, self.chunk) for tensor in (x.q, x.k, x.v))
+        # operands of the scans
         self.queries, self.keys = self.q, self.k
-        # where every key dimension decays by itself: the decays of chunks, [chunks H K], and A, [chunks H C C]; of the
-        # delta rule also what predicts, [B T H K], and the pairs of keys, [chunks H C C]
-        self.totals, self.scores, self.reads, self.pairs = None, None, None, None
+        # set for decays per key dimension: decays of whole chunks, [chunks H K], and A, [chunks H C C]
+        self.totals, self.scores = None, None
+        # set also for the delta rule: decayed keys that predict, [B T H K], and pairs of keys, [chunks H C C]
+        self.reads, self.pairs = None, None
         self.batch, self.length, self.heads, self.value_width = x.v.shape
         self.key_width, self.shared = x.q.shape[3], x.shared
         self.log_decay = None if log_decay is None else log_decay.contiguous()
-        # its kernels take no stride of the boundaries, which may be a column
+        # kernels assume a stride of 1, and the boundaries may be a column
         self.boundaries = None if cu_seqlens is None else cu_seqlens.contiguous()
         self.firsts, self.table = None, None
         if cu_seqlens is not None:
-            edges = {"starts": x.initial_state is not None, "ends": d_final}
-            self.firsts, self.table = chunk_table(cu_seqlens, self.length, self.chunk, **edges)
+            starts = x.initial_state is not None
+            self.firsts, self.table = chunk_table(cu_seqlens, self.length, self.chunk, starts=starts, ends=d_final)
         self.rows = x.rows
         self.chunks = self.batch * capacity(self.length, self.chunk, cu_seqlens)
-        # states that enter chunks, and gradients of those that leave them: where documents begin and end with zeros,
-        # no more than there would be of one document
+        # stored entry states, and gradients of exit states; if documents begin and end with zeros, as many as for one
+        # long document
         self.entries, self.exits = (
-            self.batch * capacity(self.length, self.chunk, cu_seqlens if given else None)
-            for given in (x.initial_state is not None, d_final)
+            self.batch * capacity(self.length, self.chunk, cu_seqlens if per_document else None)
+            for per_document in (x.initial_state is not None, d_final)
         )
-        plane = self.batch * self.heads * self.length
-        sizes = {"length": self.length, "heads": self.heads, "chunks_a_row": -(-self.length // self.chunk)}
-        self.common = {**sizes, "plane": plane, "C": self.chunk}
-        # decays fixed per head are rates; those given for each token become clocks
-        given = log_decay is not None and log_decay.ndim == 3
-        self.decays = {"rates": None if given else self.log_decay, "clocks": self._clocks() if given else None}
+        # decays fixed per head are passed as rates, decays per token as clocks
+        self.common = {
+            "length": self.length,
+            "heads": self.heads,
+            "chunks_a_row": -(-self.length // self.chunk),
+            "plane": self.batch * self.heads * self.length,
+            "C": self.chunk,
+        }
+        self.decays = {
+            "rates": None if per_token else self.log_decay,
+            "clocks": self._compute_clocks() if per_token else None,
+        }
         self.common |= {**self.decays, "scale": x.scale, "K": self.key_width, "V": self.value_width}
         operands = {"q": self.q, "k": self.k, "v": self.v}
-        self.in_bands = {**self.common, **operands, **strides(**operands), "table": self.table, "chunks": self.chunks}
-        self.in_bands |= {"shared": self.shared, "PRECISION": self.configuration.precision}
+        self.band_arguments = {
+            **self.common,
+            **operands,
+            **strides(**operands),
+            "table": self.table,
+            "chunks": self.chunks,
+            "shared": self.shared,
+            "PRECISION": self.configuration.precision,
+        }
 
-    def _clocks(self) -> Tensor:
-        """Of decays that are given for each token: [2 B H T]."""
+    def _compute_clocks(self) -> Tensor:
+        """Compute the clocks of decays per token, [2 B H T]."""
         assert self.log_decay is not None
         clocks = self.log_decay.new_empty(2, self.batch, self.heads, self.length)
         self.kernels.clocks[(self.chunks * self.heads,)](
@@ -154,15 +179,15 @@ class Launcher:
         )
         return clocks
 
-    def reading(self, scale: float | None = None, **operands: Tensor) -> "Launcher":
-        """The same bands of other queries, keys or values, and by another scale."""
+    def with_operands(self, scale: float | None = None, **operands: Tensor) -> "Launcher":
+        """Return a copy whose bands use other queries, keys or values, or another scale."""
         other = copy(self)
-        given = {} if scale is None else {"scale": scale}
-        other.in_bands = {**self.in_bands, **operands, **strides(**operands), **given}
+        changed_scale = {} if scale is None else {"scale": scale}
+        other.band_arguments = {**self.band_arguments, **operands, **strides(**operands), **changed_scale}
         return other
 
     def new_states(self, number: int) -> Tensor:
-        """Room for so many, as narrow as the inputs."""
+        """Allocate `number` states in the inputs' dtype, [number H K V]."""
         return self.q.new_empty(number, self.heads, self.key_width, self.value_width)
 
     @property
@@ -171,14 +196,18 @@ class Launcher:
 
     @property
     def scan_tiles(self) -> int:
-        """Tiles of a state as the scan has them."""
+        """Number of tiles that the scan divides a state into."""
         tile_k, tile_v = self._scan.tile
         return -(-self.key_width // tile_k) * -(-self.value_width // tile_v)
 
     def scan(
         self, x: Tensor, w: Tensor, states: Tensor, ends: Mapping[str, Tensor | None], *, reverse: bool = False
     ) -> None:
-        """Fill `states`, and of `ends` what is wanted: initial and final; products with the entries, given both."""
+        """Scan over chunks, and fill `states`.
+
+        `ends` may have `initial`, read as the first state; `final`, filled with the last one; and `entries` and
+        `products`, the states and the room for their products with the gradients.
+        """
         launch = self._scan
         operands = {"x": x, "w": w}
         self.kernels.state_scan[(self.scan_tiles * self.rows * self.heads,)](
@@ -200,7 +229,7 @@ class Launcher:
         )
 
     def forward_band(self, states: Tensor, output: Tensor) -> None:
-        """Fill `output`."""
+        """Compute the output, into `output`."""
         launch = self.configuration.forward
         tiles = -(-self.value_width // launch.tile[1])
         self.kernels.band_forward[(tiles * self.chunks * self.heads,)](
@@ -208,17 +237,17 @@ class Launcher:
             out=output,
             TILE_INNER=launch.tile[0],
             TILE_OUTER=launch.tile[1],
-            **self.in_bands,
+            **self.band_arguments,
             **launch.options,
         )
 
     @property
     def key_tiles(self) -> int:
-        """Tiles of dq and dk."""
+        """Number of tiles that dq and dk are divided into."""
         return -(-self.key_width // self.backward.tile[1])
 
     def new_products(self, tiles: int) -> Tensor | None:
-        """Room for what a scan of so many tiles adds to the gradient of the log-decay, if it is its to find."""
+        """Allocate room for <S, dS'> of a scan with `tiles` tiles; None if the scan need not compute it."""
         return self.q.new_empty(self.chunks, self.heads, tiles, dtype=torch.float32)
 
     def gradients(
@@ -230,10 +259,14 @@ class Launcher:
         strict: bool = False,
         **states: Tensor | None,
     ) -> None:
-        """Fill the gradients of q, k, and what else there is of v and log_decay, from `states` and `d_states`.
+        """Compute the gradients in `out`: q and k, and v and log_decay if they are there.
 
-        Of the latter, and of products [chunks H tiles], there may be none. Where it is strict, queries see no keys of
-        their own.
+        Args:
+            do: gradient of the output.
+            out: tensors to fill, by name.
+            products: <S, dS'> of the scan, [chunks H tiles], or None.
+            strict: True if a query does not see its own token's key.
+            states: `states`, and `d_states` or None.
         """
         launch, sums = self.backward, None
         dv, log_decay = out.get("v"), out.get("log_decay")
@@ -250,7 +283,7 @@ class Launcher:
             TILE_INNER=launch.tile[0],
             TILE_OUTER=launch.tile[1],
             STRICT=strict,
-            **self.in_bands,
+            **self.band_arguments,
             **strides(do=do),
             **launch.options,
         )
@@ -258,6 +291,7 @@ class Launcher:
             self._decay_gradient(do, sums, products, log_decay)
 
     def _decay_gradient(self, do: Tensor, sums: Tensor | None, products: Tensor | None, out: Tensor) -> None:
+        """Compute the gradient of log-decays, into `out`."""
         launch = self.backward
         by_chunk = out if self.decays["rates"] is None else out.new_zeros(self.chunks, self.heads)
         self.kernels.decay_gradient[(self.chunks * self.heads,)](
@@ -268,7 +302,7 @@ class Launcher:
             TILE_INNER=launch.tile[0],
             TILES=self.key_tiles,
             PRODUCTS=0 if products is None else products.shape[2],
-            **self.in_bands,
+            **self.band_arguments,
             **strides(do=do),
             **launch.options,
         )

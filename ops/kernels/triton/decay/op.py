@@ -1,29 +1,29 @@
-"""The decay family's chunkwise op and its decode step in Triton.
+"""The decay family's chunkwise op and its decoding step in Triton.
 
     S_t = exp(a_t) S_{t-1} + k_t v_t^T        o_t = scale q_t S_t        (notation of ops/decay)
 
-for decays that all key dimensions share, log_decay None, [H] or [B T H] (of [B T H K] the step, the scan, and what
-per_key_launch.py has). Tokens are cut into chunks of C. Three bodies compute everything (bodies.py):
+Decays are shared by all key dimensions: log_decay is None, [H] or [B T H]. For [B T H K] the step and the scan are the
+same, and per_key_launch.py has the rest. Tokens are divided into chunks of C. Three jitted functions (bodies.py) do
+all of the work:
 
-    state_scan   walks the chunks with one tile of the state in registers, and stores what enters each chunk
-                 backwards, with (q, do) for (k, v), the gradient of what leaves it
+    state_scan   goes through the chunks with one tile of the state in registers, and stores each chunk's entry state S;
+                 backwards, with (q, do) for (k, v), it stores the gradient dS' of each chunk's exit state
     band         factor (X S) + (mask * (X Y^T)) Z inside a chunk, for one tile of columns
-                     o    X = q    Y = k    Z = v    the state that enters
-                     dq   X = do   Y = v    Z = k    the same, transposed
-                     dk   X = v    Y = do   Z = q    the gradient of the state that leaves, transposed; mask reversed
-                     dv   X = k    Y = q    Z = do   the same; mask reversed
-    step         one token: the state is read, updated in place, and read out
+                     o    X = q    Y = k    Z = v    S
+                     dq   X = do   Y = v    Z = k    S, transposed
+                     dk   X = v    Y = do   Z = q    dS', transposed; mask reversed
+                     dv   X = k    Y = q    Z = do   dS'; mask reversed
+    step         one token: updates the state in place and computes the output
 
-That a state between chunks and a band inside them is enough is Eq. 7 of the RetNet paper (arXiv 2307.08621) and its
-derivative; a band for all four products is what lets dq, dk and dv be one launch, which reads the chunk once. Decays
-per token and head, which the paper does not have, enter through the clocks of bodies.py, and the gradient of
-a log-decay is that of ops/decay/chunkwise.py.
+This is Eq. 7 of the RetNet paper (arXiv 2307.08621) and its derivative. Because dq, dk and dv have one form, a single
+launch computes all three and reads a chunk from memory once. Decays per token and head, which the paper does not have,
+enter through the clocks of tiles.py; the gradient of a log-decay is that of ops/decay/chunkwise.py.
 
-Accumulators, decays, and the states that walk are float32. What is stored between the bodies has the inputs' dtype,
-since it is an operand of a matrix product next; in float16 a state beyond 65,504 overflows there. Products of float32
-are float32, unless TF32 is asked for.
+Accumulators, decays, and the states carried by a scan are float32. Tensors stored between the functions have the
+inputs' dtype, because they are operands of matrix products; in float16 a state beyond 65,504 overflows there. Products
+of float32 are float32, unless TF32 is requested.
 
-This module does not import triton: that happens where a kernel is launched.
+This module does not import triton; that happens when a kernel is launched.
 """
 
 from dataclasses import replace
@@ -39,31 +39,31 @@ from ....recurrence.groups import capacity
 from ....runtime.custom_op import Gradients, Op, has_tangent, needs_grad
 from ....runtime.kernel import Kernel, Probe, declare
 from ....runtime.paradigm import Paradigm
-from ..launch import UNIT, contiguous, kernels, missing, padded, readable, strides
-from .launch import MAX_KEY_WIDTH, STEP, configuration_of, too_wide
+from ..launch import UNIT, addressable, contiguous, kernels, missing_requirements, run_padded, strides
+from .launch import MAX_KEY_WIDTH, STEP, configuration_of, width_limits
 from .per_key_launch import MAX_KEY_CHUNK, launcher_of
 
-# ---- what is taken
+# ---- limits
 
 
 def limits(probe: Probe) -> list[str]:
-    """Why the chunkwise kernels cannot run what they are asked about, beside the dtype."""
-    return missing(probe) + too_wide(probe)
+    """Return why the chunkwise kernel cannot run a call, besides its dtype; empty if it can."""
+    return missing_requirements(probe) + width_limits(probe)
 
 
 def tf32x3_limits(probe: Probe) -> list[str]:
-    """The same with products of TF32."""
+    """Return why the chunkwise kernel with TF32 products cannot run a call, besides its dtype; empty if it can."""
     reasons = limits(probe)
     if probe.log_decay == "B T H K":
-        reasons.append("keys that decay by themselves take more registers for products of TF32 than there are")
+        reasons.append("decays per key dimension take more registers with TF32 products than a GPU has")
     return reasons
 
 
 def step_limits(probe: Probe) -> list[str]:
-    """Why the step cannot run what it is asked about, beside the dtype."""
-    reasons = missing(probe)
+    """Return why the decoding step cannot run a call, besides its dtype; empty if it can."""
+    reasons = missing_requirements(probe)
     if probe.key_width > MAX_KEY_WIDTH:
-        reasons.append(f"keys are up to {MAX_KEY_WIDTH} wide, not {probe.key_width}")
+        reasons.append(f"keys must be at most {MAX_KEY_WIDTH} wide, got {probe.key_width}")
     return reasons
 
 
@@ -71,39 +71,39 @@ def step_limits(probe: Probe) -> list[str]:
 
 
 def decay_chunkwise_triton(x: Recurrence) -> RecurrenceOutput:
-    """The chunkwise paradigm on a GPU.
+    """Compute the chunkwise paradigm on a GPU.
 
-    The chunks are the largest of the table that are not larger than `chunk_size`; of 64 tokens at most where every key
-    dimension decays by itself.
+    Chunks are the largest in the table that do not exceed `chunk_size`, and at most 64 tokens with decays per key
+    dimension.
 
     Raises:
-        SeqmixError: `KERNEL` does not take this.
+        SeqmixError: `KERNEL` does not support the call.
     """
     if x.log_decay is not None and x.log_decay.ndim == 4:
         x = x._replace(chunk_size=min(x.chunk_size, MAX_KEY_CHUNK))
-    return padded(CHUNKWISE, x)
+    return run_padded(CHUNKWISE, x)
 
 
 def decay_chunkwise_tf32x3(x: Recurrence) -> RecurrenceOutput:
-    """The chunkwise paradigm on a GPU, of float32, with each product as three of TF32.
+    """Compute the chunkwise paradigm on a GPU in float32, with each product computed as three TF32 products.
 
-    What is left out of a product is below 2^-21 of it.
+    The relative error of a product is below 2^-21.
 
     Raises:
-        SeqmixError: `TF32X3_KERNEL` does not take this.
+        SeqmixError: `TF32X3_KERNEL` does not support the call.
     """
     TF32X3_KERNEL.require(x.probe())
     return decay_chunkwise_triton(x._replace(tf32x3=True))
 
 
 def decay_recurrent_triton(x: Recurrence) -> RecurrenceOutput:
-    """The recurrent paradigm on a GPU.
+    """Compute the recurrent paradigm on a GPU.
 
-    One token without gradients is one kernel, which writes the final state over the initial one where that was donated,
-    and over a copy elsewhere. More tokens, documents and gradients are the reference's.
+    One token without gradients is one kernel launch. It writes the final state over the initial one if that is donated,
+    else over a copy. Several tokens, packed documents and gradients are computed by the reference.
 
     Raises:
-        SeqmixError: `STEP_KERNEL` does not take this.
+        SeqmixError: `STEP_KERNEL` does not support the call.
     """
     STEP_KERNEL.require(x.probe())
     tensors = (x.q, x.k, x.v, x.log_decay, x.initial_state)
@@ -118,19 +118,21 @@ def decay_recurrent_triton(x: Recurrence) -> RecurrenceOutput:
 
 
 def decay_step_triton(x: Recurrence) -> Tensor:
-    """One token for decoding, [B 1 H V]: its initial state is updated in place, and nothing waits for the device.
+    """Compute the output of one decoded token, [B 1 H V], and update its initial state in place.
+
+    Nothing waits for the device.
 
     Raises:
-        SeqmixError: it is not one token from a float32 and contiguous state, a gradient is wanted, or `STEP_KERNEL`
-            does not take this.
+        SeqmixError: the call is not one token with a contiguous float32 state, a gradient is required, or `STEP_KERNEL`
+            does not support the call.
     """
     state = x.initial_state
     if x.q.shape[1] != 1:
-        raise SeqmixError(f"a step is one token, and given are {x.q.shape[1]}")
+        raise SeqmixError(f"a decoding step expects one token, got {x.q.shape[1]}")
     if state is None or state.dtype != torch.float32 or not state.is_contiguous():
         raise SeqmixError("a state that is updated in place must be float32 and contiguous")
     if needs_grad(x.q, x.k, x.v, x.log_decay, state):
-        raise SeqmixError("a step in place has no gradient: decode under torch.no_grad()")
+        raise SeqmixError("an in-place step has no gradients: decode under torch.no_grad()")
     (output,) = STEP_OP(x._replace(log_decay=None if x.log_decay is None else x.log_decay.float()))
     return output
 
@@ -139,18 +141,21 @@ def decay_step_triton(x: Recurrence) -> Tensor:
 
 
 def _allocate(x: Recurrence) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, final state [N H K V] and chunk entry states [chunks H K V]; the last two are empty unless saved."""
-    # here, inside the ops, a compiler does not look
+    """Allocate the output, the final state [N H K V] and the entry states of chunks [chunks H K V].
+
+    The final state is empty unless requested, the entry states unless they are saved for the backward pass.
+    """
+    # checked inside the op, which a compiler does not trace
     KERNEL.require(x.probe())
     heads, key_width, value_width = x.matrix
     final_state = x.q.new_empty((x.rows, *x.matrix) if x.output_final_state else 0, dtype=torch.float32)
     chunk = configuration_of(x).chunk
-    # saved where they are no larger than q, k and v; elsewhere the backward scans again
+    # save entry states if they are no larger than q, k and v; otherwise the backward pass scans again
     if not x.needs_grad or key_width * value_width > chunk * (2 * key_width + value_width):
         return x.new_output(), final_state, x.q.new_empty(0)
-    stored = capacity(x.q.shape[1], chunk, None if x.initial_state is None else x.cu_seqlens)
-    entries = x.q.new_empty(x.q.shape[0] * stored, heads, key_width, value_width)
-    # packed documents leave chunks over, and an output has to be defined everywhere
+    states_per_row = capacity(x.q.shape[1], chunk, None if x.initial_state is None else x.cu_seqlens)
+    entries = x.q.new_empty(x.q.shape[0] * states_per_row, heads, key_width, value_width)
+    # packed documents may not use all rows, and an op's output must be defined everywhere
     return x.new_output(), final_state, entries if x.cu_seqlens is None else entries.zero_()
 
 
@@ -169,12 +174,12 @@ def _backward(x: Recurrence, gradients: Gradients) -> dict[str, Tensor]:
     needs_log_decay = x.log_decay is not None and "log_decay" in gradients.wanted
     d_final = None if d_final_state is None or not d_final_state.numel() else d_final_state.contiguous()
     call = launcher_of(x, needs_log_decay, d_final=d_final is not None)
-    given = {"v": x.v, "initial_state": x.initial_state}
-    given["log_decay"] = x.log_decay if needs_log_decay or call.totals is not None else None
-    out = {name: tensor.new_empty(tensor.shape) for name, tensor in given.items() if tensor is not None}
+    inputs = {"v": x.v, "initial_state": x.initial_state}
+    inputs["log_decay"] = x.log_decay if needs_log_decay or call.totals is not None else None
+    out = {name: tensor.new_empty(tensor.shape) for name, tensor in inputs.items() if tensor is not None}
     out |= {name: x.q.new_empty(*x.v.shape[:3], call.key_width) for name in "qk"}
-    # an operand of products as narrow as the others: the gradient of a wide output is rounded here, once
-    do = readable(torch.zeros_like(x.v) if d_output is None else d_output.to(x.v.dtype), call.chunk)
+    # an operand of products in the inputs' dtype: the gradient of a float32 output is rounded here, once
+    do = addressable(torch.zeros_like(x.v) if d_output is None else d_output.to(x.v.dtype), call.chunk)
     if not states.numel():
         states = call.new_states(call.entries)
         call.scan(call.keys, call.v, states, {"initial": contiguous(x.initial_state)})
@@ -195,11 +200,11 @@ def _allocate_step(x: Recurrence) -> tuple[Tensor]:
 
 
 def _step(x: Recurrence) -> tuple[Tensor]:
-    """The output of one token; the initial state is updated."""
+    """Compute the output of one token, and update the initial state in place."""
     (output,) = _allocate_step(x)
     batch, (heads, key_width, value_width) = x.q.shape[0], x.matrix
     tile, log_decay = STEP.tile[1], x.log_decay
-    q, k, v = (readable(tensor, 1) for tensor in (x.q, x.k, x.v))
+    q, k, v = (addressable(tensor, 1) for tensor in (x.q, x.k, x.v))
     row, head, key = 0, 0, 0
     if log_decay is not None and log_decay.ndim == 1:
         head = log_decay.stride(0)
@@ -271,5 +276,5 @@ STEP_KERNEL = declare(
         limits=step_limits,
     )
 )
-# one token has no products of matrices
+# a step has no matrix products, so TF32 makes no difference
 declare(replace(STEP_KERNEL, backend="triton_tf32x3", tolerances={torch.float32: TOLERANCES[torch.float32]}))

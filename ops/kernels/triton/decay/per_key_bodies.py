@@ -1,12 +1,13 @@
 # ruff: noqa: RET505, ARG001  a branch that is decided when a kernel is compiled needs its `else`; all take one tile
-"""The Triton bodies of the decay family where every key dimension decays by itself: jitted code alone.
+"""Jitted Triton functions of the decay family with one decay per key dimension.
 
-Notation of bodies.py; per_key_launch.py has the map of the bodies. Pairs of tokens are formed as in
-ops/recurrence/intra_chunk.py: a chunk is cut into blocks of 2, of 4, .. tokens, and a pair goes by way of the middle of
-the smallest block that holds it, with its query in the second half and its key in the first. The blocks of one size are
-one product of the whole chunk, of which a mask leaves those pairs: but for roundings, no factor is above 1.
+Notation of bodies.py; per_key_launch.py explains how the functions fit together. Pairs of tokens are decayed as in
+ops/recurrence/intra_chunk.py: a chunk is divided into blocks of 2, 4, 8, .. tokens. A pair is decayed in two factors,
+from the key to the middle of the smallest block that contains both, and from there to the query. The key is in the
+first half of that block and the query in the second. All blocks of one size are computed by one product of the whole
+chunk, and a mask selects their pairs. No factor exceeds 1, apart from rounding.
 
-Clocks are those of ../tiles.py, [2 B T H K]; where inputs have 16 bits [1 B T H K], their sums alone.
+Clocks are explained in ../tiles.py: [2 B T H K] for float32 inputs; for 16-bit inputs [1 B T H K], one float32 sum.
 """
 
 # Jitted functions have no types that pyright could follow.
@@ -18,7 +19,7 @@ import triton.language as tl
 
 from ..tiles import INTERPRETED, VARYING, between, chunk_at, dot, load_tile, log2, state_at
 
-# arguments stand in groups, which a formatter would separate: tensors, strides, sizes, constants
+# arguments are grouped as tensors, strides, sizes, constants; a formatter would undo that
 # fmt: off
 
 
@@ -28,8 +29,10 @@ def key_decay(
     scale, length, heads, shared, chunks, chunks_a_row, plane,
     K: tl.constexpr, C: tl.constexpr, TILE_INNER: tl.constexpr, TILE_OUTER: tl.constexpr,
 ):
-    """Clocks, scale reached q, left k, total [chunks H K], and reached k to reads unless that is None; a program for
-    every tile of keys, chunk and head."""
+    """Compute clocks and decayed operands; one program per tile of key dimensions, chunk and head.
+
+    `queries` receives scale reached q, `keys` left k, `totals` [chunks H K] total, and `reads` (unless None) reached k.
+    """
     tiles: tl.constexpr = (K + TILE_OUTER - 1) // TILE_OUTER
     pid = tl.program_id(0).to(tl.int64)
     tile, chunk, h = (pid % tiles).to(tl.int32), pid // tiles % chunks, pid // tiles // chunks
@@ -65,7 +68,7 @@ def key_decay(
 
 @triton.jit
 def _clock_of(clocks, plane, token, rows, m, ks, K: tl.constexpr, EXACT: tl.constexpr):
-    """The clocks of the rows, in two parts."""
+    """Load the clocks of the rows as (whole, part); without EXACT, one sum and 0."""
     if EXACT:
         return load_tile(clocks, token, rows, m, ks, K), load_tile(clocks + plane, token, rows, m, ks, K)
     else:
@@ -74,8 +77,11 @@ def _clock_of(clocks, plane, token, rows, m, ks, K: tl.constexpr, EXACT: tl.cons
 
 @triton.jit
 def _to_middle(clocks, plane, token, whole, part, rows, m, ks, half, K: tl.constexpr, EXACT: tl.constexpr):
-    """Of the blocks of two halves: the decays of queries since the middle, and of keys up to it. Rows of the other half
-    have 0."""
+    """Return decays relative to the middle of each block of two halves.
+
+    The first result is the decay from the middle to each query in a second half, the second the decay from each key in
+    a first half to the middle. Rows of the other half are 0.
+    """
     second, middle = (rows & half) != 0, (rows | (2 * half - 1)) - half  # the last token of the first half
     whole_0, part_0 = _clock_of(clocks, plane, token, middle, m, ks, K, EXACT)
     since = between(whole, part, whole_0, part_0, 0.0, True)
@@ -87,7 +93,7 @@ def _to_middle(clocks, plane, token, whole, part, rows, m, ks, half, K: tl.const
 
 @triton.jit
 def _same_block(rows, size):
-    """Which rows are in one block of so many, a power of two: [rows rows]."""
+    """Return True where two rows are in the same block of `size` tokens, a power of two: [rows rows]."""
     return (rows[:, None] | (size - 1)) == (rows[None, :] | (size - 1))
 
 
@@ -97,7 +103,7 @@ def key_pairs(
     scale, length, heads, shared, chunks, chunks_a_row, plane,
     K: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, TILE_INNER: tl.constexpr, TILE_OUTER: tl.constexpr,
 ):
-    """A of one chunk and head, to scores [chunks H C C]; a program each. C is two to the power of LEVELS."""
+    """Compute A, to scores [chunks H C C]; one program per chunk and head. C is two to the power of LEVELS."""
     exact: tl.constexpr = q.dtype.element_ty == tl.float32
     pid = tl.program_id(0).to(tl.int64)
     h, chunk = pid // chunks, pid % chunks
@@ -137,7 +143,10 @@ def key_band(
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, TILE_INNER: tl.constexpr, TILE_OUTER: tl.constexpr,
     REVERSE: tl.constexpr,
 ):
-    """out = x S + A z, in reverse with A^T; a program for every V tile, chunk and head. x [B T H K] has decayed."""
+    """Compute out = x S + A z, in reverse with A^T; one program per V tile, chunk and head.
+
+    x [B T H K] already includes its decay.
+    """
     tiles: tl.constexpr = (V + TILE_OUTER - 1) // TILE_OUTER
     pid = tl.program_id(0).to(tl.int64)
     tile, chunk, h = (pid % tiles).to(tl.int32), pid // tiles % chunks, pid // tiles // chunks
@@ -146,7 +155,7 @@ def key_band(
         return
     m, at = m.to(tl.int32), (row * length + start) * heads + h
     rows, columns = tl.arange(0, C), tile * TILE_OUTER + tl.arange(0, TILE_OUTER)
-    # in reverse the states are gradients of those that leave
+    # in reverse, states are the gradients of the states that leave chunks
     states += (state_at(chunk, table, REVERSE) * heads + h) * K * V
     weights = tl.load(scores + (chunk * heads + h) * C * C + rows[:, None] * C + rows[None, :])
     if REVERSE:
@@ -164,8 +173,10 @@ def key_band(
 
 @triton.jit
 def _through(same, rows, x, high, low, EXACT: tl.constexpr, REVERSE: tl.constexpr):
-    """To high and low is added, of every row, the sum of x over the rows of its block from its own on, or in reverse
-    over those before it. Tensor cores add up two parts of 16 bits, each to its own."""
+    """Add to each row of (high, low) the sum of x over the rows of its block from its own on, or before it in reverse.
+
+    For tensor cores, x is split into two bfloat16 parts, one of which is summed into high and one into low.
+    """
     weights = same & (rows[None, :] < rows[:, None] if REVERSE else rows[None, :] >= rows[:, None])
     if EXACT or INTERPRETED:
         return dot(weights.to(tl.float32), x, high), low
@@ -180,10 +191,10 @@ def _side(
     scale, ks, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, TILE_INNER: tl.constexpr,
     TILE_OUTER: tl.constexpr, REVERSE: tl.constexpr, STRICT: tl.constexpr,
 ):
-    """dq of the columns ks, from x = do, y = v, mine = q, other = k and S; in reverse dk, from v, do, k, q and dS'.
+    """Compute dq of the columns ks from x = do, y = v, mine = q, other = k and S; in reverse dk from v, do, k, q, dS'.
 
-    No state is one of zeros; where it is strict, queries see no keys of their own. Returned is the gradient with what
-    went through the decay of each token.
+    A state of None is zero. STRICT excludes a token's own key. Returns `gradient` plus the gradient of each token's
+    log-decay through these terms.
     """
     exact: tl.constexpr = x.dtype.element_ty == tl.float32
     rows = tl.arange(0, C)
@@ -205,7 +216,7 @@ def _side(
     my_tile = load_tile(mine, mine_token, rows, m, ks, K).to(tl.float32)
     other_tile = load_tile(other, other_token, rows, m, ks, K)
     wide = other_tile.to(tl.float32)
-    # what goes through decays: of one size of blocks after another, each added up a turn later
+    # gradients through decays, one block size after another; each is summed in the next iteration
     through, low = my_tile * acc, tl.zeros((C, TILE_OUTER), tl.float32)
     d_scores *= scale
     if not STRICT:
@@ -226,7 +237,7 @@ def _side(
     tl.store(out + rows[:, None] * token + ks[None, :], acc.to(out.dtype.element_ty), mask=inside)
     if REVERSE:
         return gradient + low
-    else:  # and of pairs of neighbours
+    else:  # the last block size, pairs of neighbours
         return gradient + low + through
 
 
@@ -237,10 +248,10 @@ def key_backward(
     scale, length, heads, shared, chunks, chunks_a_row, plane, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
     LEVELS: tl.constexpr, TILE_INNER: tl.constexpr, TILE_OUTER: tl.constexpr, STRICT: tl.constexpr,
 ):
-    """dq, dk and the gradient of the log-decays; a program for every tile of keys, chunk and head.
+    """Compute dq, dk and the gradient of the log-decays; one program per tile of key dimensions, chunk and head.
 
-    To a decay every term is added that went through it, and none is taken away again. Where `d_states` is None, what
-    goes through the states that leave is another launch's.
+    The gradient of a decay is the sum of all terms that it scales; nothing is subtracted. If `d_states` is None, the
+    gradient through the states that leave chunks is computed by another launch.
     """
     tiles: tl.constexpr = (K + TILE_OUTER - 1) // TILE_OUTER
     pid = tl.program_id(0).to(tl.int64)

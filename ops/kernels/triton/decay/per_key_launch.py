@@ -1,14 +1,15 @@
-"""How the decay family's chunkwise op is launched where every key dimension decays by itself (GLA, HGRN2).
+"""Launch code of the decay family's chunkwise op with one decay per key dimension (GLA, HGRN2).
 
-Notation of ops/decay/chunkwise.py, whose equations these are. What decays from or to the ends of a chunk is formed
-first; with it the scan is that of op.py, without decays of tokens:
+Notation and equations of ops/decay/chunkwise.py. Queries and keys are first multiplied by their decays from the start
+or to the end of their chunk; with these, the scan is that of op.py without decays per token:
 
-    key_decay       scale (q * p), k * s, g, and the clocks; of the delta rule also k * p
-    key_pairs       A of each chunk; of the delta rule also (k k^T) * D
+    key_decay       scale (q * p), k * s, g, and the clocks; for the delta rule also k * p
+    key_pairs       A of each chunk; for the delta rule also (k k^T) * D
     key_band        o = scale (q * p) S + A v, and dv = (k * s) dS' + A^T do
-    key_backward    dq, dk and da: what went through the states, and through A by way of the middles of blocks
+    key_backward    dq, dk and da, through the states and through A
 
-Backward forms the first two again. This module needs no triton: it is imported where a kernel is launched.
+The backward pass computes the first two again. This module does not import triton; `kernels` does, when a kernel is
+launched.
 """
 
 from collections.abc import Mapping
@@ -23,53 +24,74 @@ from ..launch import Launch, kernels, strides
 from .launch import Launcher
 
 MAX_KEY_CHUNK = 64
-"""Tokens of a chunk at most."""
+"""Largest number of tokens in a chunk."""
 
 
 def launcher_of(x: Recurrence, needs_log_decay: bool = False, *, d_final: bool = False) -> Launcher:
-    """What launches the bodies for decays such as a call's, backwards with or without gradients of final states."""
+    """Return the launcher for the decays of a call; the arguments are those of `Launcher`."""
     if x.log_decay is not None and x.log_decay.ndim == 4:
         return KeyLauncher(x, d_final=d_final)
     return Launcher(x, needs_log_decay, d_final=d_final)
 
 
 class KeyLauncher(Launcher):
-    """One call of the op: the operands that have decayed, the scan, and the bodies of its own."""
+    """Launches of one call of the op with decays per key dimension.
+
+    Its scans are those of `Launcher`, with operands that already include their decays.
+    """
 
     def __init__(self, x: Recurrence, *, d_final: bool = False) -> None:
+        """Prepare the launches of a call, and compute the decayed operands and A; arguments as for `Launcher`."""
         assert x.log_decay is not None
-        # what the scan reads has been scaled and has decayed
+        # the scan's operands already include scale and decays
         super().__init__(x._replace(log_decay=None, scale=1.0), d_final=d_final)
         assert self.configuration.keys is not None
-        self.launch, predicts = self.configuration.keys, x.beta is not None
+        self.launch = self.configuration.keys
+        is_delta_rule = x.beta is not None
         per_key = (*x.v.shape[:3], self.key_width)
         self.queries, self.keys = (self.q.new_empty(per_key) for _ in range(2))
-        self.reads = self.q.new_empty(per_key) if predicts else None
+        self.reads = self.q.new_empty(per_key) if is_delta_rule else None
         self.totals = x.log_decay.new_empty(self.chunks, self.heads, self.key_width)
-        clocks = x.log_decay.new_empty(2 if x.q.dtype == torch.float32 else 1, *per_key)
-        self.own = {"clocks": clocks, "scale": x.scale, "plane": self.common["plane"]}
-        self.own |= {"shared": self.shared, "q": self.q, "k": self.k, **strides(q=self.q, k=self.k)}
-        found = {"queries": self.queries, "keys": self.keys, "reads": self.reads, "totals": self.totals}
-        self._run("key_decay", self.launch, self.key_width, log_decay=x.log_decay.contiguous(), **found, **self.own)
-        self.own["LEVELS"] = self.chunk.bit_length() - 1
-        self.scores = self._pairs(self.q.dtype)
-        # the rows of an inverse add up roundings of many pairs
-        self.pairs = self.reading(1.0, q=self.k)._pairs(torch.float32) if predicts else None
+        self.key_arguments = {
+            "clocks": x.log_decay.new_empty(2 if x.q.dtype == torch.float32 else 1, *per_key),
+            "scale": x.scale,
+            "plane": self.common["plane"],
+            "shared": self.shared,
+            "q": self.q,
+            "k": self.k,
+            **strides(q=self.q, k=self.k),
+        }
+        self._run(
+            "key_decay",
+            self.launch,
+            self.key_width,
+            log_decay=x.log_decay.contiguous(),
+            queries=self.queries,
+            keys=self.keys,
+            reads=self.reads,
+            totals=self.totals,
+            **self.key_arguments,
+        )
+        self.key_arguments["LEVELS"] = self.chunk.bit_length() - 1
+        self.scores = self._compute_pairs(self.q.dtype)
+        # float32, because rows of the inverse add up the rounding errors of many pairs
+        self.pairs = self.with_operands(1.0, q=self.k)._compute_pairs(torch.float32) if is_delta_rule else None
 
-    def reading(self, scale: float | None = None, **operands: Tensor) -> "KeyLauncher":
-        other, given = copy(self), {} if scale is None else {"scale": scale}
+    def with_operands(self, scale: float | None = None, **operands: Tensor) -> "KeyLauncher":
+        other = copy(self)
+        changed_scale = {} if scale is None else {"scale": scale}
         other.v = operands.pop("v", self.v)
-        other.own = {**self.own, **operands, **strides(**operands), **given}
+        other.key_arguments = {**self.key_arguments, **operands, **strides(**operands), **changed_scale}
         return other
 
-    def _pairs(self, dtype: torch.dtype) -> Tensor:
-        """What queries have of keys inside chunks: [chunks H C C]."""
+    def _compute_pairs(self, dtype: torch.dtype) -> Tensor:
+        """Compute A, the scores scale q k^T inside chunks with their decays: [chunks H C C]."""
         scores = self.q.new_empty(self.chunks, self.heads, self.chunk, self.chunk, dtype=dtype)
-        self._run("key_pairs", self.launch, 1, scores=scores, **self.own)
+        self._run("key_pairs", self.launch, 1, scores=scores, **self.key_arguments)
         return scores
 
     def _run(self, name: str, launch: Launch, width: int, **arguments: Any) -> None:
-        """Launch a body for every tile of so many columns, chunk and head."""
+        """Launch a jitted function once per tile of `width` columns, chunk and head."""
         tiles = -(-width // launch.tile[1])
         sizes = {size: self.common[size] for size in ("length", "heads", "chunks_a_row", "K", "C")}
         getattr(kernels("decay", "per_key_bodies"), name)[(tiles * self.chunks * self.heads,)](
@@ -83,16 +105,27 @@ class KeyLauncher(Launcher):
         )
 
     def forward_band(self, states: Tensor, output: Tensor) -> None:
-        """Fill `output`."""
+        """Compute the output, into `output`."""
         self._band(self.queries, self.v, states, output)
 
     def _band(self, x: Tensor, z: Tensor, states: Tensor, out: Tensor, *, reverse: bool = False) -> None:
-        launch, given = self.configuration.forward, {"x": x, "z": z, "scores": self.scores, "states": states}
-        given |= {"out": out, "V": self.value_width, "REVERSE": reverse}
-        self._run("key_band", launch, self.value_width, **given, **strides(z=z))
+        """Compute out = x S + A z, in reverse with A^T."""
+        self._run(
+            "key_band",
+            self.configuration.forward,
+            self.value_width,
+            x=x,
+            z=z,
+            scores=self.scores,
+            states=states,
+            out=out,
+            V=self.value_width,
+            REVERSE=reverse,
+            **strides(z=z),
+        )
 
     def new_products(self, tiles: int) -> Tensor | None:
-        """None: one body finds the gradient of the log-decays, wanted or not."""
+        """Return None: `key_backward` computes the gradient of log-decays without the scan's products."""
 
     def gradients(
         self,
@@ -107,6 +140,19 @@ class KeyLauncher(Launcher):
         d_states = states["d_states"]
         if "v" in out and d_states is not None:
             self._band(self.keys, do, d_states, out["v"], reverse=True)
-        given = {"v": self.v, "do": do, **states, "totals": self.totals, "V": self.value_width, "STRICT": strict}
-        found = {"dq": out["q"], "dk": out["k"], "d_log_decay": out["log_decay"], **strides(v=self.v, do=do)}
-        self._run("key_backward", self.launch, self.key_width, **given, **found, **self.own)
+        self._run(
+            "key_backward",
+            self.launch,
+            self.key_width,
+            v=self.v,
+            do=do,
+            **states,
+            totals=self.totals,
+            V=self.value_width,
+            STRICT=strict,
+            dq=out["q"],
+            dk=out["k"],
+            d_log_decay=out["log_decay"],
+            **strides(v=self.v, do=do),
+            **self.key_arguments,
+        )

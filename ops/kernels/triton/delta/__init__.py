@@ -1,1 +1,1 @@
-"""The delta rule in Triton."""
+"""Triton kernels of the delta rule."""

@@ -1,6 +1,6 @@
-"""The Triton bodies of the delta family that the decay family does not have: jitted code alone.
+"""Jitted Triton functions of the delta rule, besides those it shares with the decay family.
 
-Notation of ../decay/bodies.py; op.py has the recurrence and the map of the bodies.
+Notation of ../decay/bodies.py; op.py has the recurrence and explains how the functions fit together.
 """
 
 # Jitted functions have no types that pyright could follow.
@@ -12,7 +12,7 @@ import triton.language as tl
 
 from ..tiles import VARYING, between, chunk_at, clock_of, dot, last_clock, load_tile, rate_of, sequence_at, state_at
 
-# arguments stand in groups, which a formatter would separate: tensors, strides, sizes, constants
+# arguments are grouped as tensors, strides, sizes, constants; a formatter would undo that
 # fmt: off
 
 
@@ -21,11 +21,11 @@ def solve(
     q, k, beta, rates, clocks, pairs, inverse, weights, table, q_row, q_token, q_head, k_row, k_token, k_head,
     scale, length, heads, chunks, chunks_a_row, plane, K: tl.constexpr, C: tl.constexpr, TILE_INNER: tl.constexpr,
 ):
-    """T of one chunk and head, to inverse [chunks H C C], and A to weights unless that is None; a program each.
+    """Compute T, to inverse [chunks H C C], and A, to weights unless that is None; one program per chunk and head.
 
-    T = (1 + L)^-1 with L = (beta k k^T) * D below the diagonal, row by row: T_i = 1_i - sum_{j < i} L_ij T_j. The pairs
-    (k k^T) * D are given, [chunks H C C], or formed: as their transpose, keys by queries, from which row i of L is read
-    as a column.
+    T = (1 + L)^-1 with L = (beta k k^T) * D below the diagonal, where D_ij is the decay from token j to token i. It is
+    computed row by row: T_i = 1_i - sum_{j < i} L_ij T_j. `pairs` has (k k^T) * D, [chunks H C C]; if it is None, they
+    are computed here. Both are held transposed, so that row i of L is read as a column.
     """
     pid = tl.program_id(0).to(tl.int64)
     h, chunk = pid // chunks, pid % chunks
@@ -75,14 +75,15 @@ def delta_scan(
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, TILE_K: tl.constexpr, TILE_V: tl.constexpr,
     REVERSE: tl.constexpr,
 ):
-    """All keys of a state by one tile of its values, carried over the chunks of a sequence and head; a program each.
+    """Carry a tile of the state, all keys by TILE_V values, through all chunks of a sequence.
 
-    Forward: U = T beta (v - reached (k S)) to `written`, S' = total S + k^T (left U); S is stored for every chunk.
-    In reverse v is do: z = T^T (A^T do + left (k dS')) to `written`, dS = total dS' + q^T (scale reached do) -
-    k^T (beta reached z); dS' is stored for every chunk, and <S, dS'> if the entries S are given.
+    One program per tile of values, sequence and head. Forward: U = T beta (v - reached (k S)) to `written`, and
+    S' = total S + k^T (left U); `states` receives S of every chunk. In reverse, v is do: z = T^T (A^T do + left
+    (k dS')) to `written`, and dS = total dS' + q^T (scale reached do) - k^T (beta reached z); `states` receives dS' of
+    every chunk, and `products` <S, dS'> if `entries` has the states S.
 
-    Where every key dimension decays by itself, q and k have decayed already, `reads` is reached k, and `totals`
-    [chunks H K] is what remains of S.
+    With decays per key dimension, q and k already include their decays, `reads` is reached k, and `totals` [chunks H K]
+    is total.
     """
     tiles: tl.constexpr = (V + TILE_V - 1) // TILE_V
     pid = tl.program_id(0).to(tl.int64)
@@ -99,7 +100,7 @@ def delta_scan(
     q += row * q_row + h * q_head
     k += row * k_row + h * k_head
     v += row * v_row + h * v_head
-    if reads is not None:  # which lie as k does
+    if reads is not None:  # reads has the strides of k
         reads += row * k_row + h * k_head
 
     if initial is None:
@@ -119,7 +120,7 @@ def delta_scan(
             tl.store(products + chunk * tiles + tile, tl.sum(other * acc))
         state = (state_at(index, table, REVERSE) * heads + h) * K * V
         tl.store(states + state + place, entry, mask=inside)
-        # of the table: sums of the document's boundary take registers
+        # loaded from the table: computing them from the document's boundary takes more registers
         row, start, m = chunk_at(index, table, length, chunks_a_row, C)
         m = m.to(tl.int32)
         at, token = (row * heads + h) * length + start, (row * length + start) * heads + h
