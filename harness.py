@@ -2,7 +2,7 @@
 
     python -m seqmix.harness run --model seqmix --model_args run=runs/retnet-tiny --tasks NAME --include_path DIR
 
-runs lm-eval's own command. It needs `pip install 'seqmix[eval]'`.
+runs lm-eval's own command. It needs `pip install lm_eval`.
 """
 
 import sys
@@ -24,7 +24,7 @@ try:
     TemplateLM: Any = import_module("lm_eval.api.model").TemplateLM
     register_model: Any = import_module("lm_eval.api.registry").register_model
 except ImportError as error:
-    missing = f"tasks need the package lm_eval: pip install 'seqmix[eval]' ({error})"
+    missing = f"tasks need the package lm_eval: pip install lm_eval ({error})"
     if __name__ == "__main__":
         raise SystemExit(f"error: {missing}") from None
     raise SeqmixError(missing) from error

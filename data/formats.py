@@ -195,7 +195,7 @@ def read_rows(path: Path, field: str) -> Iterator[tuple[str, dict[str, Any]]]:
     except ModuleNotFoundError as error:
         if not (error.name or "").startswith("pyarrow"):
             raise
-        raise SeqmixError(f"{path} needs pyarrow: pip install 'seqmix[data]'") from None
+        raise SeqmixError(f"{path} needs pyarrow: pip install pyarrow") from None
     except OSError as error:
         raise SeqmixError(f"the corpus {path} cannot be read: {error.strerror or error}") from error
     except (ValueError, NotImplementedError) as error:  # the base classes of pyarrow's errors
@@ -225,4 +225,4 @@ def _zstd(path: Path) -> Any:
             return import_module(name)
         except ModuleNotFoundError:
             continue
-    raise SeqmixError(f"{path} needs Zstandard: pip install 'seqmix[data]'")
+    raise SeqmixError(f"{path} needs Zstandard: pip install backports.zstd")

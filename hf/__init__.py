@@ -6,7 +6,7 @@ Importing this package registers `AutoConfig`, `AutoModel` and `AutoModelForCaus
 try:
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 except ModuleNotFoundError as error:
-    raise ModuleNotFoundError("seqmix.hf needs transformers: pip install 'seqmix[hf]'", name=error.name) from error
+    raise ModuleNotFoundError("seqmix.hf needs transformers: pip install transformers", name=error.name) from error
 
 from .cache import SeqmixCache
 from .configuration import SeqmixConfig

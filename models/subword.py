@@ -212,4 +212,4 @@ def _library() -> Any:
     except ModuleNotFoundError as error:
         if error.name != "tokenizers":
             raise
-        raise SeqmixError("a tokenizer other than `bytes` needs tokenizers: pip install 'seqmix[data]'") from None
+        raise SeqmixError("a tokenizer other than `bytes` needs tokenizers: pip install tokenizers") from None

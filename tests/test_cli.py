@@ -139,7 +139,7 @@ def test_text_is_generated_with_rounded_weights(seqmix, run, monkeypatch):
     assert dtypes == [{torch.float32}, {torch.bfloat16}]
     refused = seqmix("generate", str(run), "--prompt", "the ", "--dtype", "bf16")
     assert refused.status == 2
-    assert refused.err == ("error: there is no dtype 'bf16'; dtypes: float32, bfloat16; did you mean \"bfloat16\"?\n")
+    assert refused.err == "error: there is no dtype 'bf16'; did you mean \"bfloat16\"? Dtypes: float32, bfloat16\n"
 
 
 def test_text_is_streamed_piece_by_piece(seqmix, run, monkeypatch):

@@ -24,7 +24,9 @@ STATISTICS = Path("/proc/self/statm")
 class PlotsMissingError(SeqmixError):
     """The packages for figures are not installed, or a resource limit leaves them too little memory."""
 
-    def __init__(self, reason: str = "figures need altair and vl-convert-python: pip install 'seqmix[plots]'") -> None:
+    def __init__(
+        self, reason: str = "figures need altair and vl-convert-python: pip install altair vl-convert-python"
+    ) -> None:
         super().__init__(reason)
 
 

@@ -52,7 +52,7 @@ def limits(probe: Probe) -> list[str]:
     if not installed("fla"):
         reasons.append("flash-linear-attention is not installed (pip install --no-deps fla-core)")
     if not installed("triton"):
-        reasons.append("triton is not installed (pip install 'seqmix[gpu]', on Linux)")
+        reasons.append("triton is not installed (pip install triton, on Linux)")
     if probe.device.type != "cuda":
         reasons.append(f"it needs a CUDA device, got {probe.device.type}")
     if probe.wide_output:

@@ -42,7 +42,7 @@ def limits(probe: Probe) -> list[str]:
     """Return why this backend cannot run a call, besides its dtype; empty if it can."""
     reasons = unsupported_scores("xformers", probe)
     if not installed("xformers"):
-        reasons.append("xformers is not installed (pip install 'seqmix[gpu]', on Linux)")
+        reasons.append("xformers is not installed (pip install xformers, on Linux)")
     if probe.device.type != "cuda":
         reasons.append(f"it needs a CUDA device, got {probe.device.type}")
     multiple = 4 if probe.dtype == torch.float32 else 8  # its loads are of 16 bytes

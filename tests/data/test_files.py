@@ -130,7 +130,7 @@ def test_what_a_dataset_cannot_give_is_named(library, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=refuse))
     assert error(dataset={"path": "w"}).endswith("w cannot be read: Couldn't find it")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    assert "seqmix[data]" in error(dataset={"path": "w"})
+    assert "pip install datasets" in error(dataset={"path": "w"})
 
 
 def test_the_library_s_own_datasets_are_read(tmp_path):

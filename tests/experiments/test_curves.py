@@ -129,7 +129,7 @@ def test_what_draws_must_be_installed(refused, folders, monkeypatch, missing):
     monkeypatch.delitem(__import__("sys").modules, "seqmix.experiments.figures.charts", raising=False)
     monkeypatch.delattr("seqmix.experiments.figures.charts", raising=False)
     monkeypatch.setitem(__import__("sys").modules, missing, None)
-    assert "pip install 'seqmix[plots]'" in refused("plot", "one")
+    assert "pip install altair vl-convert-python" in refused("plot", "one")
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from seqmix.experiments.figures.figure import Axis
 from seqmix.experiments.report import write_report
 from seqmix.experiments.results import Results
 
-playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install 'seqmix[browser]'")
+playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install playwright")
 pytest.importorskip("altair")
 PROGRAM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason="no browser: install chromium")

@@ -62,7 +62,7 @@ def make_logger(name: str) -> Logger:
         return {"tensorboard": TensorBoard, "wandb": WandB}[name]()
     except ImportError as error:
         raise SeqmixError(
-            f"training.loggers needs the package {name}, which is not installed: pip install 'seqmix[{name}]'"
+            f"training.loggers needs the package {name}, which is not installed: pip install {name}"
         ) from error
 
 

@@ -60,7 +60,7 @@ def missing_requirements(probe: Probe) -> list[str]:
     """Return why no Triton kernel can run a call: no triton, no CUDA device, or an unsupported interpreter dtype."""
     reasons = []
     if not installed("triton"):
-        reasons.append("triton is not installed (pip install 'seqmix[gpu]', on Linux)")
+        reasons.append("triton is not installed (pip install triton, on Linux)")
     if interpreted():
         if probe.dtype == torch.bfloat16:
             reasons.append("Triton's interpreter computes bfloat16 wrongly")
