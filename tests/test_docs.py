@@ -118,9 +118,8 @@ def is_like(pattern: str, text: str) -> bool:
 
 
 def paged(page):
-    """A page as a parameter: all but those that a newcomer reads first are slow."""
-    first = page.name in ("README.md", "get-started.md")
-    return pytest.param(page, marks=() if first else pytest.mark.slow)
+    """A page as a parameter: all but the README are slow."""
+    return pytest.param(page, marks=() if page.name == "README.md" else pytest.mark.slow)
 
 
 @pytest.mark.parametrize("page", map(paged, PAGES), ids=names(PAGES))

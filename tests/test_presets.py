@@ -83,6 +83,7 @@ def test_a_preset_is_built_on_meta_and_counted(name):
     assert min(cost.flops_per_token, cost.state_bytes, cost.activation_bytes) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_every_parameter_of_a_preset_s_blocks_has_a_gradient(name):
     config = shrunk(name)

@@ -12,6 +12,7 @@ from seqmix.benchmarks.learn import NAMES, Learning
 CHANGES = ("data.paths=[text.txt]", "training.steps=8")
 
 
+@pytest.mark.slow
 def test_all_learn_the_text(seqmix):
     done = seqmix("bench", "learn", *CHANGES, "--json", "out.json")
     assert done.status == 0, done.err

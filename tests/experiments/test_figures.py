@@ -115,6 +115,7 @@ def test_a_legend_has_each_name_once():
 # ---- drawings
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("awkward", AWKWARD, ids=lambda one: one.name)
 def test_a_spec_is_vega_lite(awkward):
     alt = pytest.importorskip("altair")

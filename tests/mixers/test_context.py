@@ -81,6 +81,7 @@ def test_a_sequence_over_several_ranks_is_that_of_one(ranks, kind, fields):
     ranks("mixer_as_one", kind, fields, cases)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "fields"),
     [
@@ -114,6 +115,7 @@ def test_a_model_over_several_ranks_is_the_model_of_one(ranks, preset):
     ranks("model_as_one", preset)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "fields"), MIXERS_OF_ALL_OPS[:-1], ids=IDS[:-1])
 def test_communication_for_a_constant_state_does_not_grow_with_the_sequence(ranks, kind, fields):
     # what each rank receives in forward and backward for one layer with d_model 16

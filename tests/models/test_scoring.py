@@ -20,6 +20,7 @@ def alone(model, context, continuation):
     return found.item(), bool((logits.argmax(-1) == tokens[len(context) :]).all())
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_continuations_are_scored_as_in_one_pass(model_of, each_mixer):
     model = model_of(*each_mixer)

@@ -152,6 +152,7 @@ def test_flex_traces_into_one_graph(call):
     assert_close(*results, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_compiled_kernel_visits_all_it_should():
     torch.compiler.reset()

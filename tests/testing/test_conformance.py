@@ -32,7 +32,11 @@ def cases(kinds, checks=None):
     return parametrize_checks(configs, checks=checks, stress=NIGHTLY, examples=examples).args[1]
 
 
-CASES = cases(BUILT_IN) if NIGHTLY else [*cases(FAMILIES), *cases(OTHERS, OWN), *cases(OTHERS[::3], COMPILED[:1])]
+def slow(params):
+    return [pytest.param(*param.values, id=param.id, marks=(*param.marks, pytest.mark.slow)) for param in params]
+
+
+CASES = cases(BUILT_IN) if NIGHTLY else [*cases(FAMILIES), *cases(OTHERS, OWN), *slow(cases(OTHERS[::3], COMPILED[:1]))]
 
 
 @pytest.mark.parametrize("check", CASES)

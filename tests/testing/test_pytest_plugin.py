@@ -67,6 +67,7 @@ def test_a_wrong_option_is_one_error_that_names_it(run, options, named):
     assert re.search(f"^ERROR: .*{named}", done.stderr.str(), re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_a_wrong_option_is_one_error_under_xdist(run):
     done = run("-p", "xdist", "-n", "1", "--seqmix-check", "row_are_independent")
     assert done.ret == pytest.ExitCode.USAGE_ERROR
