@@ -244,7 +244,7 @@ BAD_CHECKS = {
         ["retention", "--expected-failure", "paradigms_agree="],
         "CHECK=REASON.*'paradigms_agree='",
     ),
-    "unknown dtype": (["retention", "--tolerance", "bfloat=1"], "'bfloat'.*float16.*\"bfloat16\""),
+    "unknown dtype": (["retention", "--tolerance", "bfloat=1"], "'bfloat'.*\"bfloat16\".*float16"),
     "tolerance of zero": (["retention", "--tolerance", "bfloat16=0"], "bfloat16 .*above 0.*'0'"),
     "tolerance without a number": (["retention", "--tolerance", "bfloat16=big"], "bfloat16 .*above 0.*'big'"),
     "a folder as a file": (["retention", "--json", "."], "folder"),

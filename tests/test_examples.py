@@ -61,7 +61,7 @@ def test_the_report_on_the_page_is_what_its_example_prints(tmp_path, monkeypatch
     text = PAGE.read_text()
     (source,) = re.findall(r"^```python\n(# convolution.py\n.*?)^```$", text, re.M | re.S)
     ((example, shown),) = re.findall(
-        r"^```python\n([^`]*print\(failure.reason\)[^`]*)```\n\n```text\n(.*?)```$", text, re.M | re.S
+        r"^```python\n([^`]*print\(failure.reason\)[^`]*)```\n\n[^`]*```text\n(.*?)```$", text, re.M | re.S
     )
     (tmp_path / "convolution.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)

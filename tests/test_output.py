@@ -135,9 +135,9 @@ def test_files_of_the_working_directory_stand_in_for_no_library(tmp_path):
 @pytest.mark.parametrize(
     ("document", "words"),
     [
-        ("extends: ./pipe.yaml", "pipe.yaml .*a pipe or a device"),
-        ("extends: /dev/zero", "/dev/zero .*a pipe or a device"),
-        ("extends: retnet-tiny\ndata: {tokenizer: pipe.yaml}", "pipe.yaml .*a pipe or a device"),
+        ("extends: ./pipe.yaml", "pipe.yaml .*a pipe or device"),
+        ("extends: /dev/zero", "/dev/zero .*a pipe or device"),
+        ("extends: retnet-tiny\ndata: {tokenizer: pipe.yaml}", "pipe.yaml .*a pipe or device"),
         ("model: " + "[" * 10**5 + "]" * 10**5, "nested too deeply"),
         ("extends: " + "x" * 299_000, r"x \[297,.* characters\] "),
     ],

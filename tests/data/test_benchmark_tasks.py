@@ -302,7 +302,7 @@ def test_a_sequence_is_decompressed_from_its_last_vector_alone():
     assert model.readout is not None
     assert torch.equal(model.logits(model.readout(others)), model(tokens).logits)
     assert len({row.numpy().tobytes() for row in model(tokens).logits[0].detach()}) == 16  # places differ
-    with pytest.raises(ContractError, match="without states"):
+    with pytest.raises(ContractError, match="turn off states"):
         model(tokens, return_state=True)
     for change in ("model.readout=each", "data={kind: parity}"):
         with pytest.raises(ConfigError, match=r"needs model\.readout"):
