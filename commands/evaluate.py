@@ -66,7 +66,9 @@ def evaluate(
     ] = 16384,
     tasks: Annotated[
         str | None,
-        typer.Option(help="Run these lm-eval tasks, separated by commas; needs the package lm_eval.", metavar="NAME,..."),
+        typer.Option(
+            help="Run these lm-eval tasks, separated by commas; needs the package lm_eval.", metavar="NAME,..."
+        ),
     ] = None,
     include_path: Annotated[
         Path | None, typer.Option(help="With --tasks: a folder with your own tasks, in YAML.", metavar="DIR")

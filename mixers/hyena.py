@@ -22,7 +22,7 @@ layers of the FFN share the frequencies of the sines.
 
 import math
 from itertools import pairwise
-from typing import ClassVar, Literal, NamedTuple, TypeAlias, cast
+from typing import Literal, NamedTuple, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +45,6 @@ FAINT = 0.01
 class HyenaConfig(MixerConfig):
     """Hyena: gates alternate with convolutions over all tokens, whose filters are functions of the distance."""
 
-    deprecated_names: ClassVar = {"conv_size": "short_conv"}
     kind: Literal["hyena"] = "hyena"
     order: int = Field(default=2, gt=0, le=4, examples=[1, 3])
     """Number of gates, each applied after a long convolution."""

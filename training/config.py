@@ -34,8 +34,6 @@ def _name_or_path(*names: str) -> AfterValidator:
 class TrainingConfig(Config):
     """Optimizer, schedule, evaluation and checkpoints."""
 
-    deprecated_names = {"accumulate": "grad_accum_steps", "checkpoint_activations": "activation_checkpointing"}  # noqa: RUF012
-
     start_from: str | None = Field(default=None, min_length=1)
     """Path of weights to start from, instead of random ones: a run directory (`seqmix convert` writes one too), a file
     of `seqmix export`, or a folder of `seqmix.hf`. You may then leave out `model`, and the tokenizer of a text: both
@@ -170,8 +168,6 @@ class TrainingConfig(Config):
 
 class DistributedConfig(Config):
     """Parallelism over the data x shard x context_parallel processes that `torchrun` starts."""
-
-    deprecated_names = {"context": "context_parallel"}  # noqa: RUF012
 
     data: int = Field(default=1, gt=0)
     """Replicas of the model; each is sharded, and gradients are reduced over all replicas (hybrid sharding)."""

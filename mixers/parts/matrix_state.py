@@ -33,7 +33,6 @@ ShortConv = Annotated[
 class MatrixStateConfig(MixerConfig):
     """Fields of every mixer whose state is a matrix per head."""
 
-    deprecated_names: ClassVar = {"conv_size": "short_conv"}
     family: ClassVar[Family] = DECAY
     """Op family of the recurrence."""
     value_residual: ClassVar[bool] = False

@@ -184,7 +184,7 @@ def test_patience_is_refused(planned, small):
         ),
         (ALONE + "mixers: [retention, atention]\n", "unknown mixer kind 'atention'; did you mean \"attention\"?"),
         (ALONE + "entries: {a: {model: {n_layer: 2}}}\n", "entries.a: model.n_layer"),
-        (ALONE + "entries: {a: {extends: retnet-tinny}}\n", "unknown preset 'retnet-tinny'; did you mean \"retnet-tiny\"?"),
+        (ALONE + "entries: {a: {extends: retnet-tinny}}\n", "'retnet-tinny'; did you mean \"retnet-tiny\"?"),
         (ALONE + "mixers: [retention]\nvary: {data.sequence_lenth: [1]}\n", "vary: data.sequence_lenth"),
         (ALONE + "mixers: [retention]\nmatch: {parameters: other, knob: n_layers}\n", "'other'"),
         (ALONE + "mixers: [retention]\nmatch: {parameters: 1000000, knob: n_layer}\n", "'n_layer'.*\"n_layers\"?"),
