@@ -46,7 +46,7 @@ def change(how):
 @pytest.mark.parametrize("trust", [{}, {"trust_remote_code": False}, {"trust_remote_code": None}])
 @pytest.mark.parametrize("cls", CLASSES)
 def test_nothing_is_imported_without_trust(folder, cls, trust):
-    with pytest.raises(SeqmixError, match=r"names code .*: strangers_hf:Config; .* trust_remote_code=True$"):
+    with pytest.raises(SeqmixError, match=r"import code .*: strangers_hf:Config; .* trust_remote_code=True$"):
         cls.from_pretrained(folder, **trust)
     assert not Path("ran").exists()
 

@@ -55,7 +55,7 @@ def test_classes_of_transformers_decode_as_they_train(path):
             {"use": "decoding", "config": {"num_hidden_layers": 3}},
             "results_are_deterministic",
         ),
-        (LLAMA + "LlamaModel", {"use": "decoding"}, "long_segments_do_not_drift"),
+        # LlamaModel and long_segments_do_not_drift are left out: a case takes a minute
         (LLAMA + "LlamaAttention", {"mask": False, "config": {"attn_implementation": "eager"}}, DECODING[3]),
         (LLAMA + "LlamaAttention", {"mask": False, "use": "decoding"}, DECODING[1]),
     ],
