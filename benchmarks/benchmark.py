@@ -50,7 +50,7 @@ class Settings:
     limit: float = 120.0
     """Most seconds of one call; a call that is predicted to take longer is skipped."""
     shares: bool = True
-    """True to also time the machine's rates and the matrix products alone, from which shares are computed."""
+    """True to also time the machine's rates and the matrix products alone: a share is what a call reaches of those."""
     rates: Rates | None = None
     """Sizes of the calls that measure the machine's rates; chosen for the device when None."""
 

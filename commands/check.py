@@ -279,8 +279,8 @@ def mixers_of(source: str, changes: Sequence[str] = (), hf_config: str = "") -> 
     presets = sorted(file.stem for file in PRESETS.glob("*.yaml"))
     is_file = source.endswith((".yaml", ".yml")) or "/" in source or Path(source).is_file()
     if not is_file and source not in presets:
-        hint = nearest(source, [*kinds, *presets]) or "; write your own mixer as my_module:MyConfig"
-        raise SeqmixError(f"there is no mixer kind, preset or file {source!r}{hint}; `seqmix mixers` lists the kinds")
+        hint = nearest(source, [*kinds, *presets]) or "; write your own mixer as my_module:MyConfig."
+        raise SeqmixError(f"there is no mixer kind, preset or file {source!r}{hint} `seqmix mixers` lists the kinds")
     if source.endswith(".py"):
         module = Path(source).stem
         raise SeqmixError(f"{source} is a Python file: write the dotted path of its configuration, {module}:MyConfig")

@@ -77,7 +77,7 @@ def tokenize(
     if vocabulary_exists and not was_unfinished(out):
         raise exists_already
     if not out.parent.is_dir():
-        raise SeqmixError(f"the folder {out.parent} does not exist")
+        raise SeqmixError(f"the folder {out.parent} does not exist: create it, or choose another --out")
     console = terminal()
     columns = (
         SpinnerColumn(),

@@ -42,11 +42,11 @@ def recognised(config: Mapping[str, Any], where: object) -> Architecture:
     for architecture in ARCHITECTURES.values():
         if architecture.recognises(config):
             return architecture
-    kind = str(config.get("model_type", "no model_type"))
+    kind = config.get("model_type")
     known = [each.model_type for each in ARCHITECTURES.values() if each.model_type]
-    raise SeqmixError(
-        f"{where} has an unknown architecture, {kind}; known: {', '.join(ARCHITECTURES)}{nearest(kind, known)}"
-    )
+    given = "no model_type" if kind is None else f"the unknown model_type {kind!r}"
+    hint = nearest(str(kind), known) or "."
+    raise SeqmixError(f"{where} has {given}{hint} Supported architectures: {', '.join(ARCHITECTURES)}")
 
 
 def import_from(source: Path, out: Path | None, tokenizer: str | None = None) -> tuple[Architecture, list[Rule]]:

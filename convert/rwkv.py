@@ -32,7 +32,7 @@ class Halves(Architecture):
         types = values.pop(self.types)
         if types != list(self.halves) * (len(types) // 2):
             raise SeqmixError(
-                f"{self.name} needs layers that alternate between {' and '.join(self.mixers)}, got another pattern"
+                f"{self.name} needs layers that alternate between {' and '.join(self.mixers)}, got {', '.join(types)}"
             )
         return values | {"num_hidden_layers": len(types) // 2}
 

@@ -253,7 +253,8 @@ def find_study(source: str) -> Path:
         return file
     if file.suffix in (".yaml", ".yml"):
         siblings = [other.name for other in file.parent.glob(f"*{file.suffix}")]
-        raise StudyError(f"no file {file}{nearest(file.name, siblings)}")
+        hint = nearest(file.name, siblings) or "."
+        raise StudyError(f"the study {file} does not exist{hint} `seqmix compare --list` names those of the package")
     names = shipped()
     if source not in names:
         raise StudyError(f"no study {source!r}: give a YAML file or one of {', '.join(names)}{nearest(source, names)}")

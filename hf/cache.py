@@ -33,7 +33,7 @@ class StateLayer(CacheLayerMixin):
         self.capacity = max_length
 
     def reserve(self, mixer: SequenceMixer[Any], batch_size: int, length: int) -> Any:
-        """Return the state before a segment, with capacity for `length` tokens including the segment."""
+        """Allocate or enlarge the state for `length` tokens, the coming segment included, and return it."""
         require_state(mixer.traits, mixer.kind)
         if self.state is None:
             self.capacity = max(self.capacity, length)

@@ -70,16 +70,18 @@ def reach_figures(views: Sequence[LayerView]) -> list[Figure]:
     """Return two figures: the share of weight within a distance, and the reach of heads by layer."""
     with_maps = [view for view in views if view.maps is not None]
     within = [Series(f"{view.layer} {view.mixer}", _weight_by_distance(view), view.layer) for view in with_maps]
-    heads = [Point(view.layer, reach) for view in views for reach in view.reach]
-    tokens = Axis("distance (tokens)", log=False)
-    share = Axis("share of weight", unit="share", zero=True, log=False)
-    layers = Axis("layer", log=False)
+    reach_points = [Point(view.layer, reach) for view in views for reach in view.reach]
+    distance_axis = Axis("distance (tokens)", log=False)
+    share_axis = Axis("share of weight", unit="share", zero=True, log=False)
+    layer_axis = Axis("layer", log=False)
     caption = "Share of a query's weight on tokens at most this far back; mean of heads and queries."
     reach = "Mean distance from a query to the tokens that a head reads, by weight; by gradients if there are no heads."
-    distance = Axis("mean distance (tokens)", zero=True)
+    reach_axis = Axis("mean distance (tokens)", zero=True)
     return [
-        Figure("within", "Weight within a distance", caption, tokens, share, within),
-        Figure("reach", "Reach by layer", reach, layers, distance, [Series("a head", heads)], joined=False),
+        Figure("within", "Weight within a distance", caption, distance_axis, share_axis, within),
+        Figure(
+            "reach", "Reach by layer", reach, layer_axis, reach_axis, [Series("a head", reach_points)], joined=False
+        ),
     ]
 
 

@@ -129,7 +129,9 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
     semantics: for every segment, every state and every declared paradigm, output, final state and gradients agree up
     to rounding, and mixing a whole segment equals mixing its pieces in order:
 
-        f_p(x, s) = f_q(x, s)        f(x1 ++ x2, s) = y1 ++ f(x2, s1)   where (y1, s1) = f(x1, s)
+        f_p(x, s) = f_q(x, s)        f(x1 ++ x2, s) = (y1 ++ y2, s2)
+
+    where (y1, s1) = f(x1, s) and (y2, s2) = f(x2, s1).
 
     A mixer that cannot satisfy this for some input rejects that input with an error that gives the reason. The contract
     holds in evaluation, and in training without dropout.
@@ -257,7 +259,9 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
         Raises:
             ContractError: the mixer has no value residual.
         """
-        raise ContractError(f"{self.kind} has no value residual (traits.value_residual is False)")
+        raise ContractError(
+            f"{self.kind} has no value residual: declare traits.value_residual and override accept_first_values"
+        )
 
     @abstractmethod
     def init_state(self, batch_size: int, *, max_length: int | None = None) -> S:
@@ -387,10 +391,10 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
 
     def _require_values(self, x: Tensor, first_values: Tensor | None, return_values: bool) -> None:
         if return_values and not self.traits.value_residual:
-            raise ContractError(f"{self.kind} cannot return values: traits.value_residual is False")
+            raise ContractError(f"{self.kind} has no values (traits.value_residual is False): leave out return_values")
         if self.takes_first_values != (first_values is not None):
             if self.takes_first_values:
-                raise ContractError(f"{self.kind} needs first_values, got None")
+                raise ContractError(f"{self.kind} needs first_values: pass those that the first layer returns")
             raise ContractError(f"{self.kind} takes no first_values: call accept_first_values() first")
         if first_values is not None and first_values.shape != x.shape:
             raise ContractError(

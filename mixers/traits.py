@@ -70,7 +70,7 @@ class Traits:
         for paradigm in chain(paradigms, Paradigm):
             if paradigm in self.paradigms and (not from_state or self.takes_state(paradigm)):
                 return paradigm
-        raise ContractError("no declared paradigm accepts a state")
+        raise ContractError("no declared paradigm accepts a state: leave out the state, or declare another paradigm")
 
 
 def require_paradigm(paradigm: Paradigm, traits: Traits, kind: str) -> None:

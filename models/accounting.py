@@ -121,8 +121,8 @@ def account(config: ModelConfig, *, length: int = 2048, dtype: torch.dtype = tor
 
 def flops_per_token(model: LanguageModel, length: int) -> int:
     """Return forward FLOPs of matrix products per token, in the default paradigms, output projection included."""
-    readout = 0 if model.readout is None else sum(p.numel() for p in model.readout.parameters() if p.ndim == 2)
-    return sum(_flops(block, length) for block in model.blocks) + 2 * (readout + model.head.weight.numel())
+    readout_weights = 0 if model.readout is None else sum(p.numel() for p in model.readout.parameters() if p.ndim == 2)
+    return sum(_flops(block, length) for block in model.blocks) + 2 * (readout_weights + model.head.weight.numel())
 
 
 def _flops(block: Block, length: int) -> int:

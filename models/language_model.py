@@ -293,7 +293,7 @@ class LanguageModel(nn.Module):
         """Return the same state with a capacity of `max_length` tokens; None for no spare capacity.
 
         Raises:
-            ContractError: the processed prefix is longer.
+            ContractError: the processed prefix is longer than `max_length`.
         """
         return tuple(
             block.mixer.resize_state(before, max_length) for block, before in zip(self.blocks, state, strict=True)

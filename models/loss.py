@@ -45,8 +45,8 @@ def linear_cross_entropy(
     # torch's own function computes each part's gradient in the forward pass, so it recomputes no logits. But it rounds
     # the sum to the dtype of `hidden`, which is too coarse in bfloat16, and older versions of torch do not have it
     make_options = getattr(torch.nn, "LinearCrossEntropyOptions", None)
-    plain = softcap is None and reduction == "sum" and hidden.dtype in (torch.float32, torch.float64)
-    if plain and make_options is not None:
+    torch_supports = softcap is None and reduction == "sum" and hidden.dtype in (torch.float32, torch.float64)
+    if torch_supports and make_options is not None:
         options = make_options(batch_chunk_size=size, chunking_method=None)
         return F.linear_cross_entropy(hidden, weight, targets, reduction="sum", ignore_index=IGNORED, options=options)
     # each part rounds a wide weight for itself, so that autograd adds up the parts' gradients in float32

@@ -136,9 +136,9 @@ class Moe(FeedForward):
 
     def flops(self, length: int) -> int:  # noqa: D102
         expert = sum(part.weight[0].numel() for part in (self.gate_proj, self.up_proj, self.down_proj))
-        shared = 0 if self.shared is None else self.shared.flops(length)
-        shared += 0 if self.shared_gate is None else 2 * length * self.shared_gate.weight.numel()
-        return 2 * length * (self.router.weight.numel() + self.config.top_k * expert) + shared
+        shared_flops = 0 if self.shared is None else self.shared.flops(length)
+        shared_flops += 0 if self.shared_gate is None else 2 * length * self.shared_gate.weight.numel()
+        return 2 * length * (self.router.weight.numel() + self.config.top_k * expert) + shared_flops
 
 
 class ExpertLinear(nn.Module):

@@ -44,8 +44,8 @@ class MemorizationConfig(TaskConfig):
         super().require(difficulty)
         if difficulty > self.hardest:
             raise ValueError(
-                f"facts must be at most the number of keys of vocab_size {self.vocab_size}, {self.hardest}, got "
-                f"{difficulty}"
+                f"facts must be at most {self.hardest}, the number of keys with vocab_size {self.vocab_size}, "
+                f"got {difficulty}"
             )
 
     @cached_property

@@ -105,7 +105,7 @@ def _final_state(x: Tensor, past: Tensor | None, grows: bool, cu_seqlens: Tensor
 
 
 class _LongInputs(NamedTuple):
-    """Inputs of the op."""
+    """Inputs of the long convolution, as `long_convolution` takes them."""
 
     x: Tensor
     filters: Tensor

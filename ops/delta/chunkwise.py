@@ -54,7 +54,7 @@ class _System(NamedTuple):
 
 
 class DeltaChunks(Chunks):
-    """Chunks of the delta rule: the equations of this module."""
+    """Forward and backward of the delta rule in chunks, by the equations of this module."""
 
     def __init__(self, x: Recurrence, needs_log_decay: bool) -> None:
         # a chunk needs memory for three times its keys and values, and for the pairs of its tokens

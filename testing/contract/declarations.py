@@ -35,7 +35,7 @@ ONCE = Draw(tokens=(4, 4), batch_size=(2, 2), starts=("none",))
     draw=ONCE,
 )
 def what_is_not_declared_is_refused(trial: Trial) -> None:
-    """A paradigm, packing, dtype, shape or state that does not fit raises a `ContractError`, and is never computed."""
+    """A paradigm, packing, dtype or number of rows that does not fit raises a `ContractError`."""
     mixer, x = trial.mixer, trial.tokens()
     state, boundaries = trial.initial_state(2) or (x[:, 0],), torch.tensor([0, 4, 8], device=x.device)
     for paradigm in sorted(set(Paradigm) - mixer.traits.paradigms):

@@ -172,7 +172,7 @@ def dtypes_are_kept(trial: Trial) -> None:
 
 
 def _is_coarse(leaf: Tensor) -> bool:
-    """Return True if float32 numbers have at most the 10 mantissa bits of float16 or TF32; False for a few numbers."""
+    """Return True if at least `FEW` float32 numbers all fit the 10 mantissa bits of float16 or TF32."""
     numbers = leaf[(leaf != 0) & leaf.isfinite()]
     return numbers.numel() >= FEW and not (numbers.view(torch.int32) & 0x1FFF).any()
 

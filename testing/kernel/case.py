@@ -107,11 +107,11 @@ class KernelCase(WrittenCase, ABC):
     grad: tuple[str, ...] = ()
     """Inputs whose gradients are computed; if empty, grad mode is off."""
     upstream: Literal["both", "output", "state"] = "both"
-    """Results that receive a gradient from above: the output, the final state, or both."""
+    """Results that receive an upstream gradient: the output, the final state, or both."""
     layout: Layout = "contiguous"
     """Memory layout of the tensors."""
     sizes: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    """Factors of queries, keys and values."""
+    """Numbers by which the random queries, keys and values are multiplied."""
     scale: float | None = None
     """Scale of the output (softmax: of the scores); None for the op's default, K^-0.5."""
     chunk_size: int = 4
@@ -311,7 +311,7 @@ class KernelCase(WrittenCase, ABC):
 
     @property
     def differentiated(self) -> tuple[str, ...]:
-        """Names of the outputs that receive a gradient from above."""
+        """Names of the outputs that receive an upstream gradient."""
         state = self.float_state() if self.final_state else ()
         return {"both": ("output", *state), "output": ("output",), "state": state}[self.upstream]
 

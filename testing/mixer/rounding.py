@@ -25,7 +25,7 @@ Larger ones find a discontinuity that is near."""
 
 
 JUMP = 3
-"""Ratio to the expected move above which a row counts as having crossed a discontinuity."""
+"""A row whose result changes more than this many times as much as expected has crossed a discontinuity."""
 
 
 def require_near_float64(

@@ -211,7 +211,7 @@ def build(config: MixerConfig, d_model: int, layer: int = 0) -> SequenceMixer:
     with _refusals(f"{config.kind}: build", BuildError):
         mixer = config.build(d_model, layer_idx=layer, n_layers=LAYERS)
     if not isinstance(mixer, SequenceMixer):
-        raise BuildError(f"{config.kind}: build returned {mixer!r}, expected a SequenceMixer")
+        raise BuildError(f"{config.kind}: build must return a SequenceMixer, got {mixer!r}")
     if not hasattr(mixer, "traits"):
         raise BuildError(f"{config.kind}: {type(mixer).__name__}.__init__ has to call super().__init__(config)")
     return mixer

@@ -136,7 +136,7 @@ class Trial:
         return torch.tensor([0, *accumulate(lengths)], dtype=dtype, device=self.subject.device)
 
     def index(self, *rows: int) -> Tensor:
-        """Return rows of a state as an index tensor for `select`."""
+        """Return row numbers as an index tensor for `select`."""
         return torch.tensor(rows, device=self.subject.device)
 
     def after(self, paradigm: Paradigm | None) -> Paradigm:

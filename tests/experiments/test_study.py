@@ -206,7 +206,7 @@ def test_a_study_is_found(written, tmp_path):
         assert find_study(name) == STUDIES / f"{name}.yaml"
     with pytest.raises(SeqmixError, match=r"no study 'recal': give a YAML file or one of .*recall"):
         find_study("recal")
-    with pytest.raises(SeqmixError, match=r'no file .*smal\.yaml; did you mean "small\.yaml"\?'):
+    with pytest.raises(SeqmixError, match=r'the study .*smal\.yaml does not exist; did you mean "small\.yaml"\?'):
         find_study(str(tmp_path / "smal.yaml"))
 
 

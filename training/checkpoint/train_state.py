@@ -157,7 +157,10 @@ def load_state(folder: Path, model: LanguageModel, batch_size: int, groups: Proc
     leaves = to_dict(template)
     require_same_names(files, chunks, leaves)
     if any(first.shape[:1] != (batch_size,) for first, *_ in chunks.values()):
-        raise CheckpointError(f"{files[0]} has a state of another batch size than training.batch_size = {batch_size}")
+        sizes = sorted({first.shape[0] for first, *_ in chunks.values() if first.shape})
+        raise CheckpointError(
+            f"{files[0]} needs training.batch_size = {' or '.join(map(str, sizes))}, got {batch_size}: set it back"
+        )
     for name, (first, *_) in chunks.items():
         _require_leaf(files[0], name, first, leaves[name])
     # keeps the floating-point dtypes of the file, which may be narrower than the model's

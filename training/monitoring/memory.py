@@ -22,7 +22,7 @@ def keep_freed_memory() -> None:
 
 
 def return_freed_memory() -> None:
-    """Undo `keep_freed_memory`: set the values that glibc itself reaches in a process that frees large blocks."""
+    """Undo `keep_freed_memory`: set the thresholds at which glibc's own adaptation ends."""
     _set({M_MMAP_MAX: 2**16, M_MMAP_THRESHOLD: 2**25, M_TRIM_THRESHOLD: 2**26})
 
 
