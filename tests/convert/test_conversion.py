@@ -89,7 +89,7 @@ FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"model_type": "lama"}, 'unknown model_type 'lama'; did you mean "llama".*Supported architectures: llama'),
+        ({"model_type": "lama"}, 'unknown model_type .lama.; did you mean "llama".*Supported architectures: llama'),
         ({"attention_bias": True}, r"lacks the tensor model.layers.0.self_attn.q_proj.bias"),
         ({"rope_scaling": {"type": "yarn", "factor": 2}}, "rope_parameters must be .*default, linear or llama3.*yarn"),
         ({"rope_scaling": {"type": "linear", "beta": 2}}, "rope_parameters must be .*fields of that type.*beta"),
