@@ -40,7 +40,7 @@ class SoftmaxOptions(CallOptions, total=False):
     """Keywords of `softmax_attention`: how scores are computed, and `CallOptions` unless a `Call` is passed."""
 
     scale: float | None
-    """Factor of the scores; 1/sqrt(K) by default."""
+    """Number that query-key products are multiplied by; 1/sqrt(K) by default."""
     window: int | None
     """Number of keys that a query sees, its own included; None means all."""
     log_decay: Float[Tensor, " K"] | None
@@ -52,7 +52,7 @@ class SoftmaxOptions(CallOptions, total=False):
     softcap: float | None
     """Soft bound of the scores, above 0: softcap * tanh(score / softcap), before gates and slopes are added."""
     sinks: Float[Tensor, " H"] | None
-    """Attention sink: score of one additional key per head whose value is zero."""
+    """Attention sink: score of an additional key with a value of zero, one per head."""
     value_dims: int | None
     """Number of leading key dimensions that are used as the values; v is then [B T G 0]."""
 
@@ -85,8 +85,8 @@ def softmax_attention(
 
     Raises:
         SeqmixError: shapes, dtypes or document boundaries do not match, or the backend does not support an option.
-        RuntimeError: a check of tensor values failed, raised when the device gets there: a ring cache is too small for
-            the window; a decay would leave the dtype's range; on a GPU and in compiled code, document boundaries.
+        RuntimeError: a ring cache is too small for the window, or a decay would leave the dtype's range; on a GPU and
+            in compiled code, also if document boundaries are invalid. A GPU raises it late, when it reaches the check.
     """
     known = SoftmaxOptions.__annotations__
     if unknown := [name for name in options if name not in known]:

@@ -19,9 +19,10 @@ from .kv_cache import ForgettingCache, RingCache
 def gate_sums(
     log_forget: Float[Tensor, "B T H"], cache: ForgettingCache | None, documents: Documents | None
 ) -> tuple[Float[Tensor, "B M H"], Float[Tensor, "B T H"]]:
-    """Return the sums c of the keys of `join_key_values` and of the queries, from the segment's first token on.
+    """Return the sums of log forget gates up to each key and up to each query, from the segment's first token on.
 
-    With packed documents, sums begin at the first token of the row.
+    The keys are those of `join_key_values`. A cached key comes before the first token, so its sum is minus that of the
+    gates in between. With packed documents, sums begin at the first token of the row.
     """
     segment = log_forget.double().cumsum(dim=1)
     if cache is None:
@@ -36,9 +37,9 @@ def gate_sums(
 def gate_sums_after_write(
     log_forget: Float[Tensor, "B T H"], cache: ForgettingCache
 ) -> tuple[Float[Tensor, "B M H"], Float[Tensor, "B T H"]]:
-    """Return the sums c of a cache's keys and of the queries, if the cache already includes the segment.
+    """Return the sums of log forget gates up to each key of a cache that includes the segment, and up to each query.
 
-    Sums begin at the segment's last token.
+    Sums are relative to the segment's last token, whose sum is 0.
     """
     segment = log_forget.double().cumsum(dim=1)
     return -_sum_later_gates(cache), segment - segment[:, -1:]
@@ -47,10 +48,10 @@ def gate_sums_after_write(
 def gate_bias(
     sums: tuple[Float[Tensor, "B M H"], Float[Tensor, "B T H"]], dtype: torch.dtype
 ) -> Float[Tensor, "B H T M"]:
-    """Return the addend of the scores: c_n - c_m computed from float64 sums and rounded to `dtype`.
+    """Return the forget gates' bias of the scores, c_n - c_m for query n and key m: float64 sums, rounded to `dtype`.
 
-    In float32 every sum is split into the nearest float32 and a remainder. Differences of the nearest floats are exact,
-    or far from 0.
+    In float32 every sum is split into the nearest float32 and a remainder, and the two are subtracted separately.
+    Differences of the nearest floats are exact, or far from 0.
     """
     of_key, of_query = (x.transpose(1, 2).contiguous() for x in sums)
     of_key = of_key[:, :, None]
@@ -63,7 +64,7 @@ def gate_bias(
 
 
 def _sum_later_gates(cache: ForgettingCache) -> Float[Tensor, "N S H"]:
-    """Return, for each slot, the sum of the gates of later tokens in the cache."""
+    """Return, for each slot, the sum of the log forget gates of later tokens in the cache."""
     ring = cache.cache
     gates = cache.log_forget.double()
     if not isinstance(ring, RingCache):

@@ -1,4 +1,4 @@
-"""Inputs of softmax attention kernels, and the checks that hold for all of them (notation of api.py)."""
+"""Inputs of softmax attention kernels, and the checks that apply to all of them (notation of api.py)."""
 
 import math
 from itertools import pairwise
@@ -31,17 +31,17 @@ class AttentionInputs(NamedTuple):
     """Inputs of a softmax attention kernel."""
 
     q: Float[Tensor, "B T H K"]
-    """Queries."""
+    """Queries of the segment."""
     k: Float[Tensor, "B T G K"]
-    """Keys; in a context-parallel group that gathers them, those of the whole row."""
+    """Keys of the segment; of the whole row if a context-parallel group gathers keys."""
     v: Float[Tensor, "B T G V"]
     """Values, of the same tokens as k."""
     scale: float
-    """Factor of the scores."""
+    """Number that query-key products are multiplied by."""
     cache: Cache | None
     """Cache of the tokens before the segment; None if there are none."""
     documents: Documents | None
-    """Documents of a packed row, for each of which a cache has a row; None if the batch is not packed."""
+    """Documents of a packed row (a cache then has one row per document); None if the batch is not packed."""
     output_final_state: bool
     """True if the cache after the segment is requested."""
     chunk_size: int
@@ -57,7 +57,7 @@ class AttentionInputs(NamedTuple):
     softcap: float | None = None
     """Soft bound of the scores, before gates and slopes are added."""
     sinks: Float[Tensor, " H"] | None = None
-    """Attention sink: score of one additional key per head whose value is zero."""
+    """Attention sink: score of an additional key with a value of zero, one per head."""
     donated: bool = False
     """True if the final cache may be written over the initial one."""
     value_dims: int | None = None
@@ -73,7 +73,7 @@ class AttentionInputs(NamedTuple):
 
     @property
     def key_cache(self) -> KeyCache | None:
-        """Initial cache without forget gates."""
+        """Initial cache without forget gates; None if there is no cache."""
         return None if self.cache is None else key_cache(self.cache)
 
     def key_values(self) -> KeyValues:
@@ -97,7 +97,10 @@ class AttentionInputs(NamedTuple):
         return kv if self.value_dims is None else kv._replace(values=kv.keys[..., : self.value_dims])
 
     def bias(self, places: Tensor, kv: KeyValues) -> Float[Tensor, "_ H T M"] | None:
-        """Return the addend of the scores of queries at `places`, float32 or float64; None means zero."""
+        """Return what gates and slopes add to the scores of queries, float32 or float64; None means zero.
+
+        `places` are the queries' positions relative to the segment's first token.
+        """
         wide = torch.promote_types(self.q.dtype, torch.float32)
         bias = None if kv.sums is None else gate_bias(kv.sums, wide)
         if self.slopes is not None:
@@ -109,7 +112,8 @@ class AttentionInputs(NamedTuple):
     def split_documents(self) -> list["AttentionInputs"]:
         """Return the inputs of each non-empty document; a list of this object alone if nothing can be split.
 
-        Documents computed one by one cost only the sum of their own pairs. Splitting needs boundaries on the host.
+        Documents computed one by one skip the pairs of tokens of different documents. Splitting needs the boundaries on
+        the host.
         """
         if self.documents is None or self.documents.boundaries is None:
             return [self]
@@ -128,11 +132,11 @@ class AttentionInputs(NamedTuple):
 
     @property
     def scores(self) -> tuple[str, ...]:
-        """Names of the options that change scores, besides scale, decay and window."""
+        """Names of the options in use that change scores, besides scale, decay and window."""
         return tuple(name for name in ("log_forget", "slopes", "softcap", "sinks") if getattr(self, name) is not None)
 
     def probe(self) -> Probe:
-        """Return the description of this call that a kernel is chosen by."""
+        """Return the properties of this call that decide which kernels can run it."""
         cached = () if self.key_cache is None else self.key_cache[:2]
         return Probe(
             device=self.q.device,
@@ -147,8 +151,8 @@ class AttentionInputs(NamedTuple):
 
 
 def unsupported_scores(backend: str, probe: Probe) -> list[str]:
-    """Return why a backend without score options cannot run a call: one sentence if the call has any, else none."""
-    return [f"{backend} has no {' and no '.join(probe.scores)}: use backend=sdpa"] if probe.scores else []
+    """Return why a backend without score options cannot run a call: one sentence if any is in use, else none."""
+    return [f"{backend} does not support {' or '.join(probe.scores)}"] if probe.scores else []
 
 
 AttentionOutput = tuple[Float[Tensor, "B T H V"], Cache | None]
@@ -156,7 +160,10 @@ AttentionOutput = tuple[Float[Tensor, "B T H V"], Cache | None]
 
 
 def apply_decay(q: Tensor, start: int, kv: KeyValues, log_decay: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return queries at the places start, start + 1, ... and keys, each multiplied by its factor of the decay."""
+    """Return queries and keys multiplied so that their products include the decay from key to query.
+
+    The queries are at the places start, start + 1, ..., counted from the segment's first token.
+    """
     if log_decay is None:
         return q, kv.keys
     length = q.shape[1]
@@ -175,7 +182,10 @@ def _scale_by_decay(x: Tensor, distance: Tensor, log_decay: Tensor) -> Tensor:
 
 
 def visible_keys(places: Tensor, kv: KeyValues, window: int | None) -> Bool[Tensor, "_ 1 T M"]:
-    """Return the attention mask: True where the query at a place sees the key."""
+    """Return the attention mask: True where a query sees a key.
+
+    `places` are the queries' positions relative to the segment's (or packed row's) first token.
+    """
     query = places[:, None]
     key = kv.places[:, None]
     visible = key <= query
@@ -188,9 +198,9 @@ def visible_keys(places: Tensor, kv: KeyValues, window: int | None) -> Bool[Tens
 
 
 def require_range(log_decay: Tensor | None, length: int, dtype: torch.dtype) -> None:
-    """Raise a RuntimeError if the factors of the decay, over `length` queries at once, would leave the dtype's range.
+    """Raise a RuntimeError if decays over `length` tokens, computed at once, would leave the dtype's range.
 
-    On a GPU the error is raised when the device gets there.
+    On a GPU the error is raised late, when the device reaches the check.
     """
     if log_decay is None:
         return
@@ -198,8 +208,8 @@ def require_range(log_decay: Tensor | None, length: int, dtype: torch.dtype) -> 
     lowest = -math.log(torch.finfo(dtype).max) / length
     require_async(
         (log_decay >= lowest).all(),
-        f"log_decay is too low: its factors over this many tokens at once leave the range of {dtype}; "
-        "use the chunkwise paradigm, or a smaller chunk_size",
+        f"log_decay must be high enough for decays over all tokens of a block to stay within the range of {dtype}, got "
+        "lower values: use the chunkwise paradigm or a smaller chunk_size",
     )
 
 

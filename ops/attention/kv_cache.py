@@ -99,11 +99,11 @@ def empty_cache(
 
     Args:
         kind: `GrowingCache` or `RingCache`.
-        rows: N.
-        capacity: S.
-        sizes: G, K and V.
+        rows: number of rows: packed documents, or rows of the batch.
+        capacity: number of slots.
+        sizes: number of key heads, key width and value width.
         like: a tensor with the dtype and device of the keys.
-        forget_heads: H, for a cache with forget gates; None for one without.
+        forget_heads: number of query heads, for a cache with forget gates; None for one without.
 
     Raises:
         SeqmixError: the capacity of a ring is below 1.
@@ -137,7 +137,7 @@ def moved(cache: Cache, kind: type[GrowingCache] | type[RingCache], capacity: in
 
 
 def row_of(cache: Cache, row: int) -> Cache:
-    """Return one row of a cache, as a cache of one row; views."""
+    """Return one row of a cache, as a cache of one row that shares the memory."""
     if isinstance(cache, ForgettingCache):
         return ForgettingCache(_key_row_of(cache.cache, row), cache.log_forget[row : row + 1])
     return _key_row_of(cache, row)
@@ -162,13 +162,13 @@ class KeyValues(NamedTuple):
     """Keys and values that a segment's queries may see: cached ones in any order, then the segment's in order."""
 
     keys: Float[Tensor, "B M G K"]
-    """Keys."""
+    """Keys: cached ones, then the segment's."""
     values: Float[Tensor, "B M G V"]
-    """Values."""
+    """Values of the same tokens as the keys."""
     places: Int[Tensor, "_ M"]
     """Position of each key relative to the segment's (or packed row's) first token; T or more for an empty slot."""
     documents: tuple[Int[Tensor, " M"], Int[Tensor, " T"]] | None
-    """Document of each key, and of each query; None if the batch is not packed."""
+    """Document index of each key, and of each query; None if the batch is not packed."""
     cached: int
     """Number of keys that come from the cache."""
     sums: tuple[Float[Tensor, "B M H"], Float[Tensor, "B T H"]] | None = None
@@ -222,7 +222,10 @@ def join_key_values(k: Tensor, v: Tensor, cache: KeyCache | None, documents: Doc
 
 
 def cached_key_values(cache: KeyCache, read_before: Tensor, k: Tensor) -> KeyValues:
-    """Return the keys and values of a cache that already includes the segment whose keys are `k`."""
+    """Return the keys and values of a cache that already includes the segment whose keys are `k`.
+
+    `read_before` is the number of tokens read before the segment, per row.
+    """
     places = _places_of_slots(cache, read_before, k.shape[1], None)
     return KeyValues(cache.keys.to(k.dtype), cache.values.to(k.dtype), places, None, cache.keys.shape[1])
 
@@ -286,15 +289,15 @@ def _append(past: Tensor, tokens: Tensor) -> Tensor:
 def _ring_update(ring: RingCache, stored: int, read: Tensor, *, donated: bool) -> _Update:
     """Return the update that writes the last `stored` tokens to their slots of a ring; in place if it is donated.
 
-    A ring without a window is always donated by contract; one with a window, if the caller says so.
+    A ring without a window is always donated, see `softmax_attention`; one with a window, if the caller donates it.
     """
     row = torch.arange(read.shape[0], device=read.device)[:, None]
     slot = ring.slots(read[:, None] + torch.arange(-stored, 0, device=read.device))
 
     def write(past: Tensor, tokens: Tensor) -> Tensor:
         # rows that share memory (a state expanded over a batch) need copies before they are written
-        shared = past.stride(0) == 0 and past.shape[0] > 1
-        in_place = donated and not torch.is_grad_enabled() and not shared
+        rows_share_memory = past.stride(0) == 0 and past.shape[0] > 1
+        in_place = donated and not torch.is_grad_enabled() and not rows_share_memory
         put = Tensor.index_put_ if in_place else Tensor.index_put
         return put(past, (row, slot), tokens[:, tokens.shape[1] - stored :].to(past.dtype))
 

@@ -31,7 +31,7 @@ from .scores import group_heads, mask_scores, matmul, query_key_products, ungrou
 
 
 class RingInputs(NamedTuple):
-    """Inputs of the op: tensors of this process's tokens."""
+    """Inputs of ring attention on one process: tensors of its tokens, options, and its place in the group."""
 
     q: Tensor
     k: Tensor
@@ -39,7 +39,7 @@ class RingInputs(NamedTuple):
     sums: Tensor | None
     """Sums of log forget gates from the row's first token on, [B T H], float64."""
     documents: Tensor | None
-    """Document of each token of the whole row."""
+    """Document index of each token of the whole row; None if the batch is not packed."""
     log_decay: Tensor | None
     slopes: Tensor | None
     scale: float
@@ -58,15 +58,15 @@ class RingInputs(NamedTuple):
 def can_ring(x: AttentionInputs) -> bool:
     """Return True if ring attention can compute a call.
 
-    It handles no caches, which hold keys of the whole row, and no gradients of log_decay or slopes.
+    Ring attention handles no caches, which hold keys of the whole row, and no gradients of log_decay or slopes.
     """
     return x.cache is None and not x.output_final_state and not needs_grad(x.log_decay, x.slopes)
 
 
 def attend_in_ring(x: AttentionInputs, cp: ContextParallel) -> Float[Tensor, "B T H V"]:
-    """Compute the attention of this rank's queries.
+    """Compute the attention of this rank's queries to the keys of its own and all earlier ranks.
 
-    Keys, values and gates in `x` are those of this rank's tokens too; documents are those of the whole row.
+    Queries, keys, values and gates in `x` are those of this rank's tokens; documents are those of the whole row.
     """
     sums = None
     if x.log_forget is not None:
@@ -104,11 +104,11 @@ class _Tile(NamedTuple):
     """A chunk of queries and the keys of one block that some of them see."""
 
     queries: slice
-    """Queries of the chunk, among those of this rank."""
+    """Indices of the chunk's queries among those of this rank."""
     keys: slice
-    """Keys of the tile, among those of the block."""
+    """Indices of the tile's keys among those of the block."""
     first: int
-    """Place of the first query."""
+    """Index of the first query in the whole row."""
     kv: KeyValues
     """Keys and values of the tile."""
 
@@ -144,7 +144,10 @@ class _Blocks:
             yield distance, block
 
     def return_gradients(self, gradients: Sequence[Tensor], distance: int, totals: Sequence[Tensor]) -> None:
-        """Send a block's gradients to its rank, `distance` ranks before, and add those received to `totals`."""
+        """Send a block's gradients to the rank that owns the block, `distance` ranks before this one.
+
+        The gradients that this rank receives for its own block are added to `totals`.
+        """
         received, works = self.cp.exchange(gradients, self.outgoing(), -distance)
         for work in works:
             work.wait()
@@ -162,17 +165,17 @@ class _Blocks:
         for number, offset in enumerate(range(0, self.length, x.chunk_size)):
             stop = min(offset + x.chunk_size, self.length)
             first = start + offset
-            last = start + stop
+            end = start + stop
             begin = 0 if x.window is None else max(0, first - x.window + 1 - origin)
             queries = slice(offset, stop)
-            keys = slice(begin, min(k.shape[1], last - origin))
+            keys = slice(begin, min(k.shape[1], end - origin))
             if keys.start >= keys.stop:
                 continue
             values = v[:, keys] if x.value_dims is None else k[:, keys, :, : x.value_dims]
             places = torch.arange(origin + keys.start, origin + keys.stop, device=k.device)
             documents = None
             if x.documents is not None:
-                documents = x.documents[origin + keys.start : origin + keys.stop], x.documents[first:last]
+                documents = x.documents[origin + keys.start : origin + keys.stop], x.documents[first:end]
             sums = (sums_of_keys[0][:, keys], x.sums[:, queries]) if x.sums is not None else None
             yield number, _Tile(queries, keys, first, KeyValues(k[:, keys], values, places[None], documents, 0, sums))
 
@@ -244,14 +247,14 @@ class _Backward:
         self.d_sums = None if x.sums is None else torch.zeros_like(x.sums)
 
     def block_gradients(self, block: Sequence[Tensor], tiles: Iterator[_Tile]) -> list[Tensor]:
-        """Return the gradients of a block's tensors, and add those of the queries and gate sums."""
+        """Return the gradients of a block's tensors, and add those of the queries and gate sums to this object."""
         gradients = [torch.zeros_like(x, dtype=torch.promote_types(x.dtype, self.wide)) for x in block]
         for tile in tiles:
             self._add_tile(tile, gradients)
         return gradients
 
     def _add_tile(self, tile: _Tile, gradients: list[Tensor]) -> None:
-        """Add a tile's gradients, see the equations above."""
+        """Add the gradients of a tile: the backward equations in the module's docstring."""
         x = self.x
         groups = self.x.k.shape[2]
         n_heads = self.x.q.shape[2]

@@ -15,7 +15,7 @@ from .inputs import AttentionInputs
 
 
 def needs_weights(x: AttentionInputs, bias: Tensor | None) -> bool:
-    """Return True if SDPA cannot compute a call, or not well.
+    """Return True if SDPA cannot compute a call correctly, or only slowly.
 
     SDPA has no softcap, no sinks and no fused kernel for keys and values of different widths. A bias wider than 16-bit
     queries works on CPUs, but GPU kernels reject it, or read its bytes as 16-bit numbers.
@@ -79,7 +79,7 @@ def group_heads(y: Float[Tensor, "B H T _"], groups: int) -> Float[Tensor, "B G 
 
 
 def ungroup_heads(y: Float[Tensor, "B G N _"], n_heads: int) -> Float[Tensor, "B H T _"]:
-    """Split the rows of `group_heads` into heads again."""
+    """Split rows of one matrix per key head into query heads again; the inverse of `group_heads`."""
     return y.unflatten(2, (n_heads // y.shape[1], -1)).flatten(1, 2)
 
 

@@ -41,7 +41,7 @@ def softmax_recurrent(x: AttentionInputs) -> AttentionOutput:
 
 
 def softmax_chunkwise(x: AttentionInputs) -> AttentionOutput:
-    """Compute the attention in blocks of C queries, each over the keys from its window's start to its own end.
+    """Compute the attention in blocks of C queries, each over the keys from the start of its window to its last query.
 
     Time is quadratic in T, or linear with a window. Memory is linear in T, forward and backward: masks and decayed keys
     exist for one block at a time and are recomputed in the backward pass, for a third more work. The loop over blocks
@@ -77,8 +77,8 @@ def attend_in_blocks(x: AttentionInputs, size: int, start: int = 0) -> Float[Ten
     for offset in range(0, x.q.shape[1], size):
         block = x._replace(q=x.q[:, offset : offset + size])
         first = start + offset
-        last = start + offset + block.q.shape[1]
-        block_kv = kv.up_to(first, last, x.window)
+        stop = first + block.q.shape[1]
+        block_kv = kv.up_to(first, stop, x.window)
         if x.q.shape[1] > size and torch.is_grad_enabled():
             outputs.append(checkpoint(_attend, block, block_kv, first, use_reentrant=False, preserve_rng_state=False))
         else:

@@ -62,7 +62,9 @@ def long_convolution(
     if state is not None and (state.ndim != 3 or (state.shape[0], state.shape[2]) != (rows, x.shape[2])):
         raise SeqmixError(f"the initial state must be [{rows} P {x.shape[2]}], got {list(state.shape)}")
     if call.paradigm is Paradigm.CHUNKWISE:
-        raise SeqmixError("a long convolution expects the parallel or recurrent paradigm, not chunkwise")
+        raise SeqmixError(
+            "a long convolution expects the parallel or recurrent paradigm, got chunkwise: set paradigm=parallel"
+        )
     row = x
     documents = call.documents
     length = x.shape[1]
@@ -113,7 +115,7 @@ class _LongInputs(NamedTuple):
     cu_seqlens: Tensor | None
     boundaries: Sequence[int] | None
     direct: bool
-    """True to evaluate sums, False to use FFTs."""
+    """True to evaluate the sum over inputs directly, False to use FFTs."""
 
     @property
     def documents(self) -> Iterator[Stretch]:
@@ -176,7 +178,7 @@ def _inputs_in_reach(x: Tensor, past: Tensor | None, document: Stretch, reach: i
 
 
 def _convolve_by_fft(inputs: Tensor, filters: Tensor, length: int) -> Tensor:
-    """Return the outputs of the last `length` inputs."""
+    """Return the outputs of the last `length` inputs, computed by FFT."""
     inputs, taps = inputs.transpose(1, 2), filters[:, : inputs.shape[1]].to(inputs.dtype)
     size = _fast_size(taps.shape[1] + length - 1)
     product = torch.fft.rfft(inputs, n=size) * torch.fft.rfft(taps, n=size)
@@ -185,7 +187,7 @@ def _convolve_by_fft(inputs: Tensor, filters: Tensor, length: int) -> Tensor:
 
 
 def _fft_backward(d_new: Tensor, inputs: Tensor, filters: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradients of the inputs and of the taps they met: correlations, computed by FFT."""
+    """Return the gradients of the inputs and of the filter taps that multiply them: correlations, computed by FFT."""
     length = d_new.shape[1]
     width = inputs.shape[1]
     inputs, taps = inputs.transpose(1, 2), filters[:, :width].to(inputs.dtype)
@@ -197,7 +199,7 @@ def _fft_backward(d_new: Tensor, inputs: Tensor, filters: Tensor) -> tuple[Tenso
 
 
 def _fast_size(at_least: int) -> int:
-    """Return the smallest fast FFT size that is large enough: a power of two times 1, 3, 5, 9 or 15."""
+    """Return the smallest FFT size from `at_least` on that is fast: a power of two times 1, 3, 5, 9 or 15."""
     return min(odd << (-(-at_least // odd) - 1).bit_length() for odd in (1, 3, 5, 9, 15))
 
 
@@ -209,7 +211,7 @@ def _convolve_by_sums(inputs: Tensor, filters: Tensor, length: int) -> Tensor:
 
 
 def _sums_backward(d_new: Tensor, inputs: Tensor, filters: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradients of the inputs and of the taps they met, by the definition."""
+    """Return the gradients of the inputs and of the filter taps that multiply them, by the definition."""
     taps = _reversed_taps(filters, inputs)
     first = inputs.shape[1] - d_new.shape[1]
     d_inputs = torch.zeros_like(inputs)

@@ -28,7 +28,7 @@ class ConvolutionOutput(NamedTuple):
     output: Float[Tensor, "B T D"]
     """Output, in the dtype of the input."""
     final_state: Float[Tensor, "N _ D"] | None
-    """Inputs that later tokens need; None unless requested."""
+    """Past inputs that later outputs depend on, oldest first; None unless requested."""
 
 
 def short_convolution(

@@ -55,8 +55,8 @@ def decay(
     is quadratic in T. In the recurrent paradigm a token costs the same at every position. The state is [N H K V].
 
     Args:
-        q: queries; H / G heads share each of them.
-        k: keys; H / G heads share each of them.
+        q: queries; each is shared by H / G heads.
+        k: keys; each is shared by H / G heads.
         v: values.
         log_decay: natural log of the decay, <= 0, -inf allowed; None means no decay.
         call: the call of a mixer; None if you call the op directly, with `options`.
@@ -109,7 +109,7 @@ def decay_flops(
     Causal scores count as full squares, because kernels compute them in full.
 
     Args:
-        paradigm: paradigm of the computation.
+        paradigm: parallel, recurrent or chunkwise.
         length: tokens of the segment.
         key_width: K.
         value_width: V.
@@ -147,4 +147,4 @@ declare_references(
 )
 
 DECAY = Family("decay", frozenset(Paradigm), decay_flops, _segment_map, torch.mul)
-"""Description of the family for mixers."""
+"""The decay family, as mixers use it."""

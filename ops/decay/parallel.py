@@ -11,7 +11,9 @@ from ..recurrence.token_loop import no_autocast
 from ..runtime.packing import document_of_token
 
 MAX_PAIR_DECAYS = 2**20
-"""Most pair decays (pairs of tokens times key dimensions) to compute at once; else one key dimension after another."""
+"""Maximum number of pair decays (pairs of tokens times key dimensions) that are computed at once.
+
+Beyond it, key dimensions are computed one after another."""
 
 
 def decay_parallel(x: Recurrence) -> RecurrenceOutput:
@@ -74,7 +76,7 @@ def _sum_where(mask: Tensor, a: Tensor) -> Tensor:
 
 
 def _split_keys(rows: int, a: Tensor) -> tuple[Tensor, ...]:
-    """Split log-decays [.. K L] into single key dimensions if `rows` times their number is too large for one piece."""
+    """Split log-decays [.. K L] into single key dimensions if they have more than MAX_PAIR_DECAYS pairs with `rows`."""
     return a.split(a.shape[-2] if rows * a.shape[-1] * a.shape[-2] <= MAX_PAIR_DECAYS else 1, dim=-2)
 
 

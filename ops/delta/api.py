@@ -86,7 +86,7 @@ def delta_product(
     scale: float | None = None,
     **options: Unpack[CallOptions],
 ) -> RecurrenceOutput:
-    """The delta rule with n steps per token, a transition of n Householder matrices (DeltaProduct, arXiv 2502.10297).
+    """The delta rule with n steps per token; a transition has n Householder factors (DeltaProduct, arXiv 2502.10297).
 
     Each token decays the state before its first step, and its query reads the state after its last step. q and
     log_decay have one entry per token; in k, v and beta the steps of a token are adjacent. The steps run as tokens of
@@ -221,4 +221,4 @@ declare_references(
 )
 
 DELTA = Family("delta", PARADIGMS, delta_flops, segment_map, torch.matmul)
-"""Description of the family for mixers."""
+"""The delta family, as mixers use it."""

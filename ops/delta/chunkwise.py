@@ -44,7 +44,7 @@ class _System(NamedTuple):
 
     decays: ChunkDecays
     reads: Tensor
-    """X: queries and keys that read, [G m*2 K]."""
+    """X: queries times scale, and keys that read, [G m*2 K]."""
     keys: Tensor
     """Keys that write, [G m*c K]; c is 2 if b is set, else 1."""
     pairs: Tensor
@@ -179,7 +179,7 @@ class DeltaChunks(Chunks):
         return writes[:, :, 0], writes.flatten(1, 2)
 
     def _chunk_rows(self, group: Group, x: GroupTokens) -> list[tuple[int, slice]]:
-        """Return the index and the rows of G of each chunk of a group."""
+        """Return each chunk's index in its group, and its slice of the first dimension, G."""
         rows = len(x.v) // group.chunks
         return [(number, slice(number * rows, (number + 1) * rows)) for number in range(group.chunks)]
 

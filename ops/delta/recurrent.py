@@ -75,7 +75,7 @@ class DeltaRule(TokenRule):
 
 
 def _d_read(x: TokenVectors, d_state: Tensor) -> Tensor:
-    """Return dr from dS."""
+    """Return the gradient of the values that a reads, dr, from the gradient of the state, dS."""
     return -(x.beta_k.mT @ d_state) if x.b is None else x.b.mT @ d_state
 
 

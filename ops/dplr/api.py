@@ -78,4 +78,4 @@ declare_references(
 )
 
 DPLR = Family("dplr", PARADIGMS, delta_flops, segment_map, torch.matmul)
-"""Description of the family for mixers; pass `n_keys=2` to its flops for calls with b."""
+"""The family of this op, as mixers use it; pass `n_keys=2` to its `flops` for calls with b."""

@@ -64,12 +64,13 @@ def limits(probe: Probe) -> list[str]:
         if probe.needs_grad and capability[0] == 9 and _is_miscompiled():
             if probe.log_decay == "B T H":
                 reasons.append(
-                    "this triton miscompiles its backward pass for decays per token on Hopper: install triton 3.7.1"
+                    "the installed triton miscompiles its backward pass for decays per token on Hopper: "
+                    "install triton 3.7.1"
                 )
             if probe.log_decay == "H" and probe.key_width == SUSPECT:
                 reasons.append(
-                    f"its backward pass for decays per head and keys {SUSPECT} wide is suspect on Hopper with this "
-                    "triton, which miscompiles the same product elsewhere: install triton 3.7.1"
+                    f"its backward pass for decays per head and keys {SUSPECT} wide is suspect on Hopper: the "
+                    "installed triton miscompiles the same product elsewhere; install triton 3.7.1"
                 )
         wide = max(probe.key_width, probe.value_width) >= COLLAPSES_AT
         if probe.needs_grad and wide and capability >= (10, 0) and probe.log_decay != "B T H K":

@@ -145,7 +145,10 @@ def block_mask(length: int, kv: KeyValues, window: int | None) -> "BlockMask":
 
 
 def visible_blocks(length: int, kv: KeyValues, window: int | None) -> tuple[Tensor, Tensor]:
-    """Return two tables [_ 1 Q M] over blocks of queries and keys: some pair may be visible; all pairs are visible."""
+    """Return two Boolean tables [_ 1 Q M] over blocks of queries and keys.
+
+    The first is True where some pair may be visible, the second where all pairs are.
+    """
     padding = -length % BLOCK
     query = torch.arange(length + padding, device=kv.places.device).clamp(max=length - 1)
     first_q, last_q = _block_bounds(query[None], "row")
@@ -173,7 +176,10 @@ def _pad_to_blocks(x: Tensor) -> Tensor:
 
 
 def _block_bounds(x: Tensor, axis: str) -> tuple[Tensor, Tensor]:
-    """Return the minimum and maximum of each block of x [_ n], shaped as a row or a column of a table of blocks."""
+    """Return the minimum and maximum of each block of x [_ n], shaped to broadcast over a table of blocks.
+
+    `axis` is "row" if the blocks are rows of the table, "column" if they are its columns.
+    """
     by_block = x.unflatten(1, (-1, BLOCK))
     bounds = by_block.amin(-1), by_block.amax(-1)
     low, high = (bound[:, :, None] if axis == "row" else bound[:, None, :] for bound in bounds)
@@ -181,7 +187,7 @@ def _block_bounds(x: Tensor, axis: str) -> tuple[Tensor, Tensor]:
 
 
 def _block_lists(table: Tensor) -> tuple[Tensor, Tensor]:
-    """Return, for each row of a table of blocks, how many are True, and all column indices with those first."""
+    """Return, for each row of a Boolean table, the number of True entries, and all column indices, theirs first."""
     numbers = table.to(torch.int32)
     return numbers.sum(-1, dtype=torch.int32), numbers.argsort(dim=-1, descending=True, stable=True).to(torch.int32)
 

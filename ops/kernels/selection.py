@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...registry import SeqmixError, nearest
+from ...registry import SeqmixError, choices
 from ..recurrence.family import Recurrence
 from ..runtime.kernel import KERNELS, ON_DEMAND, Kernel, Probe, find, reference
 from ..runtime.paradigm import Paradigm
@@ -24,7 +24,8 @@ AUTO: Mapping[str, Mapping[Paradigm, Sequence[str]]] = {
     "decay": {Paradigm.CHUNKWISE: ("triton", "fla"), Paradigm.RECURRENT: ("triton",)},
     "delta": {Paradigm.CHUNKWISE: ("triton",)},
 }
-"""Backends that `auto` tries on a GPU, in this order, by op. Backends named in a configuration have the same trial."""
+"""Backends that `auto` tries on a GPU, in this order, by op and paradigm; a backend named in a configuration has the
+same trial."""
 
 TRIAL_LENGTH = 259
 """Tokens of a trial: several whole chunks and an incomplete one."""
@@ -42,7 +43,8 @@ def choose(op: str, backend: str, probe: Probe) -> Mapping[Paradigm, str]:
         probe: description of the calls that its kernels will receive.
 
     Raises:
-        SeqmixError: the backend named has no kernel of this op, or none of its kernels can run the calls.
+        SeqmixError: the backend named has no kernel of this op, none of its kernels can run the calls, or one fails its
+            trial.
     """
     fallback = reference(op, Paradigm.CHUNKWISE).backend
     chosen = dict.fromkeys(Paradigm, fallback)
@@ -64,9 +66,10 @@ def choose(op: str, backend: str, probe: Probe) -> Mapping[Paradigm, str]:
         reasons = {kernel.paradigm: kernel.unsupported(probe) for kernel in _kernels_of(op, backend)}
         for paradigm in AUTO.get(op, {}) if probe.device.type == "cuda" else ():
             if reasons.get(paradigm) == [] and (reason := disagreement(find(op, paradigm, backend), probe)):
-                raise SeqmixError(f"backend {backend} cannot run: {reason}")
+                raise SeqmixError(f"backend {backend} cannot run: {reason}; use backend={fallback}")
         if all(reasons.values()):
-            raise SeqmixError(f"backend {backend} cannot run: {'; '.join(next(iter(reasons.values())))}")
+            reason = "; ".join(next(iter(reasons.values())))
+            raise SeqmixError(f"backend {backend} cannot run: {reason}; use backend={fallback}")
         for paradigm, paradigm_reasons in reasons.items():
             if paradigm_reasons:
                 message = "%s %s %s: using the reference, because %s"
@@ -101,8 +104,7 @@ def _kernels_of(op: str, backend: str) -> list[Kernel]:
     if not kernels:
         on_demand = (name for name, modules in ON_DEMAND.items() if op in modules)
         known = sorted({"auto", *on_demand, *(key.backend for key in KERNELS if key.op == op)})
-        available = ", ".join(known)
-        raise SeqmixError(f"{op} has no backend {backend!r} (available: {available}){nearest(backend, known)}")
+        raise SeqmixError(f"{op} has no backend {backend!r}{choices(backend, known, 'available')}")
     return kernels
 
 
@@ -111,7 +113,7 @@ def disagreement(kernel: Kernel, probe: Probe) -> str | None:
 
     The trial runs a few tokens forward and backward; a recurrent kernel runs one token forward. Decays per head are
     tried with and without a gradient, as these are different kernels (retention has none). A trial does not replace the
-    conformance kit, but errors of a compiler or a driver are far larger than its tolerance.
+    conformance kit, but errors of a compiler or a driver are far larger than the kernel's tolerance.
 
     Raises:
         SeqmixError: the kernel failed, and the device does not work any more, as after an illegal memory access.
@@ -126,7 +128,7 @@ def disagreement(kernel: Kernel, probe: Probe) -> str | None:
             reason = f"{kernel.key} failed in a trial: {short}"
             if not _device_works(probe.device):
                 raise SeqmixError(
-                    f"{reason}; {probe.device} no longer works in this process: restart it with "
+                    f"{reason}; {probe.device} no longer works in this process: restart the process with "
                     f"`backend: {reference(kernel.op, Paradigm.CHUNKWISE).backend}`"
                 ) from error
         if reason is not None:

@@ -13,9 +13,9 @@ The masks know lengths but no positions: the last query sees the last key. So th
 gathered in the order of their positions, which also sorts a ring and drops keys that no query sees. The masks store
 lengths as Python numbers: with packed documents or a cache, a call waits for the device to read them.
 
-xformers is an autograd function that a compiler cannot trace. So compiled code has one custom op, whose backward pass
-recomputes the forward pass: the logsumexp that xformers saves has a shape that depends on the kernel it chooses, which
-the op's fake implementation cannot know.
+A compiler cannot trace xformers' attention, which is an autograd function. So compiled code has one custom op, whose
+backward pass recomputes the forward pass: the logsumexp that xformers saves has a shape that depends on the kernel it
+chooses, which the op's fake implementation cannot know.
 
 xformers is imported only when it is called.
 """
@@ -59,24 +59,25 @@ def limits(probe: Probe) -> list[str]:
         )
     if probe.device.type == "cuda" and torch.cuda.is_available():
         capability = torch.cuda.get_device_capability(probe.device)
+        got = f"got {'.'.join(map(str, capability))}"
         if is_flash and capability < (8, 0):
-            reasons.append(f"its 16-bit kernels need compute capability 8.0 or later, got {capability}")
+            reasons.append(f"its 16-bit kernels need compute capability 8.0 or later, {got}")
         if not is_flash and capability > (9, 0):
             reasons.append(
                 "its kernels for float32, and for keys and values of different widths, need compute capability 9.0 or "
-                f"earlier, got {capability}"
+                f"earlier, {got}"
             )
     return reasons
 
 
 class _Inputs(NamedTuple):
-    """Inputs of the op; keys and values are the cached ones, then the segment's."""
+    """Inputs of the xformers op; keys and values are the cached ones, then the segment's."""
 
     q: Tensor
     keys: Tensor
     values: Tensor
     read: Tensor | None
-    """Number of tokens that each row or document has read before; None without a cache."""
+    """Number of tokens read before the segment, per row or document; None without a cache."""
     cu_seqlens: Tensor | None
     boundaries: Sequence[int] | None
     capacity: int
@@ -121,13 +122,13 @@ def softmax_parallel_xformers(x: AttentionInputs) -> AttentionOutput:
 def bias(
     queries: Sequence[int], keys: Sequence[int], window: int | None, *, packed: bool, device: torch.device | None = None
 ) -> Any:
-    """Return xformers' mask.
+    """Build the mask object that xformers takes as `attn_bias`.
 
     Args:
         queries: number of queries of each row or document.
-        keys: number of keys of each row or document, at least as many; the last ones are the queries' own.
+        keys: number of keys of each row or document, at least its number of queries; the last are the queries' own.
         window: number of keys that a query sees; None means all.
-        packed: True if all are packed one after another in one row.
+        packed: True if rows or documents lie one after another in one row.
         device: device of the mask's tensors.
     """
     masks = import_module("xformers.ops.fmha.attn_bias")
@@ -154,9 +155,9 @@ class Plan(NamedTuple):
     keys: list[int]
     """Number of keys of each row or document."""
     packed: bool
-    """True if all are packed one after another in one row."""
+    """True if rows or documents lie one after another in one row."""
     key_indices: Tensor | None
-    """Indices of the keys used among cached keys and segment, on the host; None means the segment's keys in order."""
+    """Indices of the keys used among cached keys, then the segment's, on the host; None means the segment's alone."""
 
 
 def plan(
@@ -174,7 +175,7 @@ def plan(
     Args:
         rows: rows of the batch.
         length: tokens of the segment.
-        read: number of tokens that each row or document has read before; None without a cache.
+        read: number of tokens read before the segment, per row or document; None without a cache.
         boundaries: boundaries of packed documents; None if the batch is not packed.
         capacity: slots of the cache. They come before a row's own tokens, or before all tokens of a packed row.
         ring: True if position p is in slot p mod capacity; otherwise slots are right-aligned.
@@ -189,10 +190,10 @@ def plan(
     key_indices = []
     row_keys = capacity + length  # of one row of a batch
     for (row, start, stop), tokens in zip(spans, queries, strict=True):
-        last = read[row]
-        cached = min(last, capacity if window is None else min(capacity, window - 1))
-        slots = torch.arange(last - cached, last)
-        slots = slots % capacity if ring else slots - last + capacity
+        n_read = read[row]
+        cached = min(n_read, capacity if window is None else min(capacity, window - 1))
+        slots = torch.arange(n_read - cached, n_read)
+        slots = slots % capacity if ring else slots - n_read + capacity
         if boundaries is None:
             key_indices += [row * row_keys + slots, row * row_keys + capacity + torch.arange(tokens)]
         else:

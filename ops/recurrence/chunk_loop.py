@@ -29,7 +29,7 @@ class GroupTokens(NamedTuple):
     k: Tensor
     v: Tensor
     beta: Tensor | None
-    """Write strengths [G m 1]."""
+    """Write strengths of the delta family [G m 1]."""
     a: Tensor | None
     b: Tensor | None
 
@@ -40,7 +40,7 @@ class ChunkStates(NamedTuple):
     entries: Tensor
     """State before each chunk, [n B H K V]."""
     nonzero: slice
-    """Rows of G whose entry state may be nonzero: the last ones."""
+    """Slice of the dimension G (chunk, batch row, head) whose entry states may be nonzero: its last part."""
 
 
 class Chunks(ABC):
@@ -80,7 +80,7 @@ class Chunks(ABC):
             states: states before each chunk.
             d_states: gradients of the states before each chunk and after the last, [n+1 B H K V]. The last entry is an
                 input; this method writes the others, except those of states that are zero (`states.nonzero`).
-            used: rows of G whose exit state the loss depends on: the first ones.
+            used: slice of the dimension G whose exit states the loss depends on: its first part.
         """
 
 

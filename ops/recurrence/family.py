@@ -96,7 +96,7 @@ class Recurrence(NamedTuple):
 
     @property
     def stretches(self) -> list[Stretch]:
-        """Ranges of tokens that depend on each other; use it only inside an op."""
+        """Ranges of tokens that are processed as one sequence each; use it only in an op, as it may wait for a GPU."""
         return stretches(self.q.shape[0], self.q.shape[1], self.cu_seqlens, self.boundaries)
 
     def widened(self) -> "Recurrence":
@@ -114,7 +114,7 @@ class Recurrence(NamedTuple):
         return self.v.new_empty(self.v.shape, dtype=self.output_dtype)
 
     def new_state(self, *leading: int) -> Tensor:
-        """Allocate states, [.. H K V]."""
+        """Allocate uninitialised states, [*leading H K V]."""
         return self.q.new_empty((*leading, *self.matrix), dtype=self.wide)
 
     def probe(self) -> Probe:
@@ -223,7 +223,10 @@ def recur(
 
 
 def _memoized_decay(call: Call, q: Tensor, log_decay: Tensor | None) -> Tensor | None:
-    """Return exp(log_decay) from the memo that layers and decoding steps share; None if that does not apply."""
+    """Return exp(log_decay) from the memo that layers and decoding steps share.
+
+    Returns None without a memo, for several tokens, and for decays that are not fixed per head.
+    """
     if call.memo is None or q.shape[1] > 1 or log_decay is None or log_decay.ndim > 1:
         return None
     return call.once(fixed_decay, log_decay, torch.promote_types(q.dtype, torch.float32))

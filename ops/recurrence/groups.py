@@ -13,9 +13,9 @@ from torch import Tensor
 from ..runtime.packing import Stretch
 
 CACHED_ELEMENTS = 3 * 2**17
-"""Most elements of the keys and values of a group on a CPU, so that it fits the cache; one chunk may exceed it."""
+"""Maximum number of elements of a group's keys and values on a CPU, to fit its cache; a single chunk may exceed it."""
 UNCACHED_ELEMENTS = 2**26
-"""Most elements of a group on other devices: only memory limits a group there, and small launches dominate the time."""
+"""Maximum number of elements of a group on other devices, where only memory limits it and small launches are slow."""
 
 
 class Group(NamedTuple):
@@ -35,7 +35,7 @@ class Group(NamedTuple):
 
 
 def group_elements(device: torch.device, cached: int) -> int:
-    """Return the maximum number of elements of a group: `cached` on a CPU, a fixed number elsewhere."""
+    """Return the maximum number of elements of a group: `cached` on a CPU, UNCACHED_ELEMENTS elsewhere."""
     return cached if device.type == "cpu" else UNCACHED_ELEMENTS
 
 

@@ -35,7 +35,7 @@ class StateGradients(NamedTuple):
     d_key: Tensor | None
     """Gradient of the keys through the exit state, [G m*c K]."""
     d_total: Tensor | None
-    """Gradient of log g, <g * S, dS'>_V, [G K]."""
+    """Gradient of the log-decay over the whole chunk, log g: <g * S, dS'>_V, [G K]."""
 
 
 class ChunkDecays(ABC):
@@ -126,7 +126,7 @@ class _ScalarChunk(ChunkDecays):
     def _log_decay_gradient(
         self, pairs: Tensor, d_prefix: Tensor | None, d_suffix: Tensor | None, d_total: Tensor | None
     ) -> Tensor:
-        """Return da [G m].
+        """Return the gradient of each token's log-decay, da [G m].
 
         Args:
             pairs: A * dA, summed over the queries and keys of a token, [G m m]; overwritten.
@@ -151,7 +151,7 @@ class _ScalarChunk(ChunkDecays):
 
 
 class _FixedChunk(_ScalarChunk):
-    """Equal decays of all tokens: da [G] is summed over the tokens, so each term counts as often as it decays."""
+    """Decays that are equal for all tokens: da [G] counts each term once for every token over which it decays."""
 
     def __init__(
         self, mask: Tensor, prefix: Tensor | None, suffix: Tensor | None, total: Tensor | None, distance: Tensor
@@ -254,8 +254,8 @@ class _PerKeyChunk(ChunkDecays):
     def _factors(self, q: Tensor, k: Tensor) -> Iterator[tuple[int, Tensor, Tensor, Tensor, Tensor]]:
         """Yield the factors of the scores for each block size, the largest first.
 
-        A tuple has the tokens of half a block, the decayed queries [G n half*r K] and keys [G n half*c K], and the
-        decays of the queries (from the middle of the block) and of the keys (to the middle).
+        A tuple has the number of tokens in half a block, the decayed queries [G n half*r K] and keys [G n half*c K],
+        and the decays of the queries (from the middle of the block) and of the keys (to the middle).
         """
         queries = q.shape[1] // self.length
         keys = k.shape[1] // self.length
@@ -268,7 +268,7 @@ class _PerKeyChunk(ChunkDecays):
             yield half, query, key, from_middle, to_middle
 
     def _pad(self, x: Tensor, rows: int) -> Tensor:
-        """Pad x [G m*rows *] to a power of two of tokens."""
+        """Pad x [G m*rows *], with `rows` rows per token, to a number of tokens that is a power of two."""
         return x if self.size == self.length else F.pad(x, (0, 0, 0, (self.size - self.length) * rows))
 
     def _same_token(self, scores: Tensor) -> Tensor:
@@ -346,7 +346,7 @@ class _TokenDecays:
 
 
 def make_decays(x: Recurrence, scale: float, queries: int = 1) -> _FixedDecays | _TokenDecays:
-    """Build the decays of a call; `chunks` of the result returns those of a group. `queries` is r."""
+    """Build the decays of a call; `chunks` of the result returns those of a group. A token has `queries` queries."""
     like = x.q.new_empty(0, dtype=x.wide)
     size = min(x.chunk_size, x.q.shape[1])
     mask = _CausalMask(scale, queries, size, like)
@@ -408,5 +408,5 @@ def _multiply(count: Tensor, rate: Tensor) -> Tensor:
 
 
 def _vecdot(x: Tensor, y: Tensor, tokens: int) -> Tensor:
-    """Return the inner products of rows [G m*r K], summed over the rows of a token: [G m]."""
+    """Return the inner products of the rows of x and y [G m*r K], summed over the rows of a token: [G m]."""
     return torch.linalg.vecdot(*(a.reshape(a.shape[0], tokens, -1).to(y.dtype) for a in (x, y)))

@@ -1,4 +1,4 @@
-"""Batched products of bfloat16 on processors that multiply it faster than float32."""
+"""Batched matrix products, in bfloat16 on CPUs that multiply it faster than float32."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from .family import Recurrence
 HAS_BFLOAT16 = torch.cpu._is_avx512_bf16_supported()
 """True if the CPU multiplies bfloat16 in hardware (AVX-512-BF16); emulation is slower than float32."""
 MIN_MULTIPLICATIONS = 2**17
-"""Rounding operands to bfloat16 pays from so many multiplications on, in the product of a chunk with its state."""
+"""Multiplications in the product of a chunk with its state from which rounding its operands to bfloat16 saves time."""
 
 
 def product_dtype(x: Recurrence) -> torch.dtype:

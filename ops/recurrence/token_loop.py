@@ -32,11 +32,11 @@ from .groups import group_elements
 BLOCK = 64
 """Tokens between saved states."""
 CACHED_ELEMENTS = 2**19
-"""Most elements of states that are computed at once on a CPU."""
+"""Maximum number of elements of the states that are computed at once on a CPU."""
 
 
 class TokenVectors(NamedTuple):
-    """Vectors of n tokens in the dtype of states, with R = B H; the items of `each` have no first axis."""
+    """Vectors of n tokens in the dtype of states, with R = B H; single tokens (`each`) lack the first axis."""
 
     q: Tensor
     """Queries times the scale, [n R 1 K]."""
@@ -72,7 +72,7 @@ class TokenVectors(NamedTuple):
 
 
 class TokenRule(ABC):
-    """Update of a family's state by one token, [R K V]; tokens and states have the dtype of states."""
+    """Update of a family's state [R K V] by one token, and its gradients; all tensors have the dtype of states."""
 
     @abstractmethod
     def step(self, x: Recurrence) -> tuple[Tensor, Tensor]:
@@ -247,7 +247,7 @@ def _tokens(x: Recurrence, start: int, stop: int) -> TokenVectors:
 
 
 def _write_states(rule: TokenRule, tokens: list[TokenVectors], states: Tensor) -> None:
-    """Compute the state after each token into states[1:], starting from states[0]."""
+    """Compute the state after each token, starting from states[0], and write it to states[1:]."""
     each = states.unbind(0)
     for token, before, after in zip(tokens, each[:-1], each[1:], strict=True):
         rule.write(token, before, after)
@@ -275,13 +275,16 @@ _NULL_CONTEXT = nullcontext()
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Context without autocast; no effect where autocast is off already, or on the meta device, which it rejects."""
+    """Context without autocast; no effect if autocast is off already, or on the meta device, which autocast rejects."""
     on = device.type != "meta" and torch.is_autocast_enabled(device.type)
     return torch.autocast(device.type, enabled=False) if on else _NULL_CONTEXT
 
 
 def decay_initial_state(x: Recurrence) -> tuple[Tensor | None, bool]:
-    """Return exp(a) S before a single token, and True if it may be overwritten: a donated state decays in place."""
+    """Return the initial state after the decay of a single token, and True if the result may be overwritten.
+
+    A donated state decays in place. Without an initial state, returns (None, False).
+    """
     state = x.initial_state
     wide = x.wide
     if state is None:

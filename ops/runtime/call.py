@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ...registry import SeqmixError, nearest
+from ...registry import SeqmixError, choices
 from .context_parallel import ContextParallel
 from .memo import Memo, once
 from .packing import Documents, advance, token_positions
@@ -116,7 +116,7 @@ class Call(NamedTuple):
         for name in options:
             if name not in CallOptions.__annotations__:
                 known = CallOptions.__annotations__
-                raise SeqmixError(f"unknown option {name!r}{nearest(name, known)} (options: {', '.join(known)})")
+                raise SeqmixError(f"unknown option {name!r}{choices(name, known, 'options')}")
         defaults: CallOptions = {"paradigm": paradigm, "chunk_size": chunk_size}
         return cls.of(length=length, **(defaults | options))
 

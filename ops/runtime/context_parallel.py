@@ -70,13 +70,12 @@ class ContextParallel:
         """Start sending to the rank `distance` after this one, and receiving from the rank `distance` before it.
 
         Args:
-            sent: tensors to send; they must not change until the works are done.
+            sent: tensors to send; they must not change until the returned works are complete.
             like: tensors with the shapes and dtypes of the tensors to receive.
             distance: number of ranks between sender and receiver.
 
         Returns:
-            The received tensors (empty list if there is no such rank), which are filled once the works are done, and
-            the works.
+            The received tensors (empty list if there is no such rank), and the works to wait for, which fill them.
         """
         calls: list[dist.P2POp] = []
         received: list[Tensor] = []
@@ -113,11 +112,14 @@ class ContextParallel:
         return document_of_token(documents.cu_seqlens, self.size * length)[length - 1 :: length]
 
     def last_row(self, rows: Tensor, documents: Documents | None) -> Tensor:
-        """Return the row of the document of this segment's last token, [1 ..]; all rows if `documents` is None."""
+        """Return the entry of `rows` (one per document) for the document of this segment's last token, [1 ..].
+
+        Returns `rows` itself if `documents` is None.
+        """
         return rows if documents is None else rows.index_select(0, documents.of_token[-1:])
 
     def continued(self, row: Tensor, rows: Tensor, documents: Documents | None) -> Tensor:
-        """Return `rows` with `row` in place of the document that this segment starts in.
+        """Return `rows` (one per document) with `row` in place of that of the document this segment starts in.
 
         Returns `row` itself if `documents` is None.
         """
@@ -127,9 +129,10 @@ class ContextParallel:
         return torch.where(document == documents.of_token[:1], row, rows)
 
     def after(self, row: Tensor, rows: Tensor, documents: Documents | None, length: int) -> Tensor:
-        """Return the rows before this segment, given the `row` that the preceding rank ended with.
+        """Return the states before this segment (one per document), given the state `row` after the preceding segment.
 
-        As `continued`, but `row` is ignored if the preceding rank's last document ends where this segment starts.
+        `rows` are the states before the whole row. `row` replaces that of the document which this segment starts in,
+        unless the document starts with this segment.
         """
         if documents is None:
             return row

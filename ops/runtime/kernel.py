@@ -70,7 +70,7 @@ class Key(NamedTuple):
 
 
 def no_limits(probe: Probe) -> list[str]:  # noqa: ARG001
-    """Return the limits of a kernel that runs every call: none."""
+    """Return no reasons: the limits of a kernel that can run every call."""
     return []
 
 
@@ -84,8 +84,8 @@ class Kernel:
     backend: str
     """Kernel backend: "reference" and "sdpa" are plain torch, "triton" is this library's."""
     function: Callable[..., Any]
-    """Computes the op from one value that describes the call (`Recurrence`, `Attention`). Returns (output, final state
-    or None); raises a SeqmixError for a call that it does not support."""
+    """Computes the op from one value that describes the call (`Recurrence`, `AttentionInputs`). Returns (output, final
+    state or None); raises a SeqmixError for a call that it does not support."""
     tolerances: Mapping[torch.dtype, float]
     """Largest error of every element of outputs, final states and gradients, by supported dtype.
 
@@ -119,7 +119,7 @@ class Kernel:
     def require(self, probe: Probe) -> None:
         """Raise a SeqmixError with the reasons if the kernel cannot run a call."""
         if reasons := self.unsupported(probe):
-            raise SeqmixError("; ".join(reasons))
+            raise SeqmixError(f"kernel {self.key} cannot run: {'; '.join(reasons)}; use another backend")
 
 
 OPS = (__package__ or "").rpartition(".")[0]

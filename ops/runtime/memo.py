@@ -15,7 +15,7 @@ from torch import Tensor
 R = TypeVar("R")
 
 MAX_COMPARED = 64
-"""Size up to which tensors of integers are compared by value; comparing more costs as much as recomputing."""
+"""Number of integers up to which a tensor is compared by value; comparing more costs as much as recomputing."""
 
 
 class Memo:

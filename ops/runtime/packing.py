@@ -95,12 +95,12 @@ def read_boundaries(cu_seqlens: Tensor, length: int) -> list[int]:
     """
     boundaries: list[int] = cu_seqlens.tolist()
     if len(boundaries) < 2 or boundaries[0] != 0 or boundaries[-1] != length or sorted(boundaries) != boundaries:
-        raise SeqmixError(f"cu_seqlens must rise from 0 to the {length} tokens, got {boundaries[:8]}")
+        raise SeqmixError(f"cu_seqlens must rise from 0 to {length}, the number of tokens, got {boundaries[:8]}")
     return boundaries
 
 
 def require_async(condition: Tensor, sentence: str) -> None:
-    """Raise a RuntimeError if a tensor is False, without waiting for the device: it raises when it gets there.
+    """Raise a RuntimeError if a Boolean tensor is False; on a GPU it is raised late, when the device reaches the check.
 
     The message `sentence` must not contain sizes: compiled code would be recompiled for every size.
     """

@@ -2,7 +2,7 @@
 
 from enum import StrEnum
 
-from ...registry import SeqmixError, nearest
+from ...registry import SeqmixError, choices
 
 
 class Paradigm(StrEnum):
@@ -21,4 +21,4 @@ class Paradigm(StrEnum):
         try:
             return cls(name)
         except ValueError:
-            raise SeqmixError(f"unknown paradigm {name!r}{nearest(name, cls)} (paradigms: {', '.join(cls)})") from None
+            raise SeqmixError(f"unknown paradigm {name!r}{choices(name, cls, 'paradigms')}") from None

@@ -33,7 +33,7 @@ _records = _Records()
 def recorded() -> Iterator[list[Recorded]]:
     """Record the op calls of this thread while the context is open, in the list that it yields.
 
-    Records in eager mode only, and no calls of a context-parallel group.
+    Calls in compiled code or in a context-parallel group are not recorded.
     """
     before = _records.open
     calls = list[Recorded]()

@@ -314,7 +314,7 @@ def _require_scan(*tensors: Tensor, call: Call, shape: tuple[int, ...]) -> None:
     if any(tensor.dtype not in FLOATS for tensor in tensors):
         raise SeqmixError(f"a scan expects floating-point tensors, got {', '.join(str(t.dtype) for t in tensors)}")
     if call.paradigm is Paradigm.PARALLEL:
-        raise SeqmixError("a scan expects the recurrent or chunkwise paradigm, not parallel")
+        raise SeqmixError("a scan expects the recurrent or chunkwise paradigm, got parallel: set paradigm=chunkwise")
     require_packing(x, call.cu_seqlens)
     require_chunk_size(call.chunk_size)
     expected = [call.rows(x.shape[0]), *shape]

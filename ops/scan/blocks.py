@@ -27,7 +27,7 @@ from ..runtime.custom_op import Gradients, Op
 from ..runtime.packing import Stretch, read_boundaries
 
 ELEMENTS = 2**18
-"""Most elements in the states of a group of several blocks on a CPU, so that they fit into its cache."""
+"""Maximum number of elements of the states of several blocks computed together on a CPU, so that they fit its cache."""
 
 I = TypeVar("I", bound=Any)  # noqa: E741 inputs
 Outputs = tuple[Tensor, Tensor, Tensor]
@@ -76,11 +76,11 @@ class GroupGradients(NamedTuple):
     """States and gradients of a group in the backward pass, [m n B *E] each."""
 
     states: Tensor
-    """h_t."""
+    """State after each token, h_t."""
     d_written: Tensor
-    """dw_t."""
+    """Gradient of the written input, dw_t."""
     d_log_decay: Tensor
-    """da_t."""
+    """Gradient of the log-decay, da_t."""
     d_output: Tensor
     """Gradient of the output, [m n B *]."""
 
@@ -133,11 +133,11 @@ class Edges(NamedTuple):
     """Tokens of a group at which documents begin (or end), one per document."""
 
     token: Tensor
-    """Place of the token in its block."""
+    """Index of each token in its block."""
     block: Tensor
-    """Block of the token."""
+    """Index of each token's block in the group."""
     document: Tensor
-    """Document that the token belongs to."""
+    """Index of the document that each token belongs to."""
 
     def of(self, x: Tensor) -> Tensor:
         """Return a copy of the values of x [m n 1 *] at these tokens: [documents *]."""
@@ -154,9 +154,9 @@ class Layout(NamedTuple):
     document: Tensor
     """Indices of the non-empty documents."""
     first: Tensor
-    """First token of each."""
+    """Index of each document's first token in the row."""
     last: Tensor
-    """Last token of each."""
+    """Index of each document's last token in the row."""
 
     @classmethod
     def of(cls, cu_seqlens: Tensor | None, boundaries: Sequence[int] | None, length: int) -> "Layout | None":
@@ -257,7 +257,10 @@ def _exits(decay: Tensor, written: Tensor, starts: Rows, step: Step) -> Tensor:
 
 
 def _run_back(decay: Tensor, d_states: Tensor, ends: Rows) -> None:
-    """Turn dh into g in place, [m ..]; dh of the last token already includes the gradient from later blocks."""
+    """Turn each state's gradient through its own output (dh) into its whole gradient (g), in place, [m ..].
+
+    dh of a block's last token already includes the gradient from later blocks.
+    """
     factors = decay.unbind()
     g = d_states.unbind()
     for t in range(len(g) - 2, -1, -1):
@@ -296,11 +299,11 @@ def _chain(
     times its entry state; in a block where a document starts, it is the exit alone.
     """
     state = first
-    with_start = set() if firsts is None else set(firsts.block.tolist())
+    blocks_with_start = set() if firsts is None else set(firsts.block.tolist())
     for i, block in enumerate(order):
         if i:
             previous = order[i - 1]
-            alone = previous in with_start
+            alone = previous in blocks_with_start
             state = exits[previous] if alone else step(exits[previous], total[previous], state)
         out[block] = state
 
@@ -453,8 +456,8 @@ def _backward(x: Any, gradients: Gradients, rule: Rule[Any]) -> dict[str, Tensor
             _chain(d_after, terms.total, d_entries, d_exits, range(group.chunks - 1, -1, -1), firsts)
             d_states[-1] += d_exits
         _run_back(terms.decay, d_states, ends)
-        starts = layout is not None and group.start in layout.first
-        d_after = torch.zeros_like(d_after) if starts else terms.decay[0, 0] * d_states[0, 0]
+        starts_document = layout is not None and group.start in layout.first
+        d_after = torch.zeros_like(d_after) if starts_document else terms.decay[0, 0] * d_states[0, 0]
         before = torch.cat((entered[None], terms.written[:-1]))
         if firsts is not None and terms.first_decay is not None:
             firsts.put(terms.decay, terms.first_decay)

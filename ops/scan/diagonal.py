@@ -32,9 +32,9 @@ class Diagonal(NamedTuple):
     cu_seqlens: Tensor | None
     """Boundaries of packed documents, [N+1]; None if the batch is not packed."""
     boundaries: Sequence[int] | None
-    """The boundaries as numbers, if they are known on the host."""
+    """Values of cu_seqlens; None where they are not known on the host."""
     chunk_size: int
-    """Tokens per block."""
+    """Number of tokens per block."""
     output_final_state: bool
     """True if the final state is requested."""
     single: bool

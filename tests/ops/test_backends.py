@@ -232,5 +232,5 @@ def test_only_backends_of_the_op_are_named():
     with pytest.raises(SeqmixError) as refused:
         choose("delta", "triton_tf32x3", PROBE)
     assert str(refused.value) == (
-        "delta has no backend 'triton_tf32x3' (available: auto, reference, triton); did you mean \"triton\"?"
+        "delta has no backend 'triton_tf32x3'; did you mean \"triton\"? Available: auto, reference, triton"
     )

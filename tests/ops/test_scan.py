@@ -196,7 +196,7 @@ def test_wrong_input_is_refused():
             scan(x, wrong)
     with pytest.raises(SeqmixError, match="T >= 1"):
         scan(x[:, :0], a[:, :0])
-    with pytest.raises(SeqmixError, match="not parallel"):
+    with pytest.raises(SeqmixError, match="got parallel"):
         scan(x, a, paradigm="parallel")
     with pytest.raises(SeqmixError, match=r"initial state must be \[2, 5\]"):
         scan(x, a, initial_state=randn(2, 4))

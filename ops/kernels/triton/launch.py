@@ -30,7 +30,8 @@ class Launch(NamedTuple):
     """Launch configuration of one jitted function."""
 
     tile: tuple[int, int]
-    """Tile sizes: keys and values of a state's tile (scans), or inner width per step and output columns (bands)."""
+    """Tile sizes: keys and values of a state's tile (scans over chunks), or inner width per step and output columns
+    (products inside chunks)."""
     warps: int
     """Warps per block."""
     stages: int
@@ -110,14 +111,14 @@ def chunk_table(cu_seqlens: Tensor, length: int, chunk: int, *, starts: bool, en
 
     Returns:
         the index of each document's first chunk [N + 1], and a table [chunks 4]: a chunk's first token, its number of
-        tokens, the index of its stored entry state, and the index of the gradient of its exit state. The table has as
-        many rows as documents could need; surplus rows have 0 tokens.
+        tokens, the index of its stored entry state, and the index of the gradient of its exit state. The table has the
+        most rows that any boundaries need; surplus rows have 0 tokens.
     """
     boundaries = cu_seqlens.long()
     firsts = F.pad(((boundaries.diff() + chunk - 1) // chunk).cumsum(0), (1, 0))
-    documents = boundaries.shape[0] - 1
+    n_documents = boundaries.shape[0] - 1
     index = torch.arange(capacity(length, chunk, cu_seqlens), device=boundaries.device)
-    document = (torch.searchsorted(firsts, index, right=True) - 1).clamp_(max=documents - 1)
+    document = (torch.searchsorted(firsts, index, right=True) - 1).clamp_(max=n_documents - 1)
     index_in_document = index - firsts[document]
     start = boundaries[document] + index_in_document * chunk
     tokens = (boundaries[document + 1] - start).clamp_(0, chunk)
@@ -141,6 +142,6 @@ def contiguous(state: Tensor | None) -> Tensor | None:
 
 
 def strides(*axes: str, **tensors: Tensor) -> dict[str, int]:
-    """Return the strides of tensors by the names of the jitted functions' arguments, for some axes or all."""
+    """Return the strides of tensors, for some axes or all, named like the arguments of jitted functions: `q_row`."""
     numbers = {"row": 0, "token": 1, "head": 2}
     return {f"{name}_{axis}": x.stride(numbers[axis]) for name, x in tensors.items() for axis in axes or numbers}

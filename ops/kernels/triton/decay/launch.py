@@ -17,7 +17,7 @@ from ....runtime.kernel import Probe
 from ..launch import FUSED, Launch, addressable, chunk_table, interpreted, kernels, strides
 
 MAX_KEY_WIDTH, MAX_VALUE_WIDTH = 256, 512
-"""Largest supported head, that of the RetNet paper."""
+"""Largest supported widths of a head's keys and values, those of the RetNet paper."""
 
 
 def width_limits(probe: Probe) -> list[str]:
@@ -29,28 +29,31 @@ def width_limits(probe: Probe) -> list[str]:
 
 
 class Configuration(NamedTuple):
-    """Launch configurations of the chunkwise functions for one kind of input."""
+    """Launch configurations of the chunkwise functions for one dtype and width of heads.
+
+    op.py explains the functions: scans go over the chunks, bands compute the products inside chunks.
+    """
 
     chunk: int
     """C, tokens per chunk."""
     scan: Launch
-    """Scan with decays per head, or without decays."""
+    """Scan over chunks, with decays fixed per head or without decays."""
     token_scan: Launch
-    """Scan with decays per token, whose clocks take registers."""
+    """Scan over chunks with decays per token, whose clocks (sums of log-decays) take registers."""
     forward: Launch
-    """Forward band."""
+    """Products inside chunks in the forward pass (forward band)."""
     backward: Launch
-    """Backward band."""
+    """Products inside chunks in the backward pass (backward band)."""
     decay_backward: Launch
     """Backward band with decays per token, or with gradients of log-decays: clocks and sums take registers."""
     keys: Launch | None = None
-    """Functions for decays per key dimension; the tile is a step of values and a tile of keys. None: unsupported."""
+    """Functions for decays per key dimension (tile: a step of values, a tile of keys); None if they are unsupported."""
     precision: str = "ieee"
     """Precision of float32 products: `ieee`, or `tf32x3` for three TF32 products on tensor cores."""
 
 
 def configurations(bits: int, key_width: int, value_width: int, *, tf32x3: bool = False) -> tuple[Configuration, ...]:
-    """Return the table for GPUs, largest chunk first, for elements of `bits` bits.
+    """Return the configurations for GPUs, largest chunk first, for elements of `bits` bits.
 
     Functions bound by memory (scans, and all functions of narrow heads) run several blocks per multiprocessor, so that
     one computes while others wait.
@@ -82,14 +85,14 @@ def configurations(bits: int, key_width: int, value_width: int, *, tf32x3: bool 
 
 _SMALL = Launch((16, 32), 1, 1)
 INTERPRETED = tuple(Configuration(chunk, *[_SMALL] * 6, precision="ieee") for chunk in (32, 16))
-"""Table for the interpreter, with small tiles, so that short inputs have several tiles and chunks."""
+"""Configurations for Triton's interpreter, with small tiles, so that short inputs have several tiles and chunks."""
 
 STEP = Launch((MAX_KEY_WIDTH, 32), 4, 1)
 """Configuration of the decoding step; the tile holds all keys."""
 
 
 def choose_configuration(table: tuple[Configuration, ...], chunk_size: int) -> Configuration:
-    """Return the configuration with the largest chunk of at most `chunk_size` tokens, else the smallest chunk."""
+    """Return the configuration with the largest chunk of at most `chunk_size` tokens, or the last one if none fits."""
     return next((configuration for configuration in table if configuration.chunk <= chunk_size), table[-1])
 
 
@@ -180,7 +183,7 @@ class Launcher:
         return clocks
 
     def with_operands(self, scale: float | None = None, **operands: Tensor) -> "Launcher":
-        """Return a copy whose bands use other queries, keys or values, or another scale."""
+        """Return a copy whose products inside chunks use other queries, keys or values, or another scale."""
         other = copy(self)
         changed_scale = {} if scale is None else {"scale": scale}
         other.band_arguments = {**self.band_arguments, **operands, **strides(**operands), **changed_scale}
@@ -205,8 +208,8 @@ class Launcher:
     ) -> None:
         """Scan over chunks, and fill `states`.
 
-        `ends` may have `initial`, read as the first state; `final`, filled with the last one; and `entries` and
-        `products`, the states and the room for their products with the gradients.
+        `ends` may have `initial`, read as the first state; `final`, filled with the last one; and, in reverse, the
+        chunks' `entries` and `products`, filled with the entry states' inner products with the gradients.
         """
         launch = self._scan
         operands = {"x": x, "w": w}
@@ -229,7 +232,7 @@ class Launcher:
         )
 
     def forward_band(self, states: Tensor, output: Tensor) -> None:
-        """Compute the output, into `output`."""
+        """Compute the output from the chunks' entry states, and write it to `output`."""
         launch = self.configuration.forward
         tiles = -(-self.value_width // launch.tile[1])
         self.kernels.band_forward[(tiles * self.chunks * self.heads,)](
@@ -247,7 +250,7 @@ class Launcher:
         return -(-self.key_width // self.backward.tile[1])
 
     def new_products(self, tiles: int) -> Tensor | None:
-        """Allocate room for <S, dS'> of a scan with `tiles` tiles; None if the scan need not compute it."""
+        """Allocate the inner products <S, dS'> of a reversed scan, [chunks H tiles]; None if they are not needed."""
         return self.q.new_empty(self.chunks, self.heads, tiles, dtype=torch.float32)
 
     def gradients(
@@ -259,14 +262,14 @@ class Launcher:
         strict: bool = False,
         **states: Tensor | None,
     ) -> None:
-        """Compute the gradients in `out`: q and k, and v and log_decay if they are there.
+        """Compute gradients and write them to `out`: those of q and k, and those of v and log_decay if `out` has them.
 
         Args:
             do: gradient of the output.
-            out: tensors to fill, by name.
-            products: <S, dS'> of the scan, [chunks H tiles], or None.
+            out: tensors to fill, by name of the input.
+            products: <S, dS'> of the scan, [chunks H tiles]; None means zero.
             strict: True if a query does not see its own token's key.
-            states: `states`, and `d_states` or None.
+            states: `states` (entry states of the chunks), and `d_states` (gradients of their exit states) or None.
         """
         launch, sums = self.backward, None
         dv, log_decay = out.get("v"), out.get("log_decay")
@@ -291,7 +294,7 @@ class Launcher:
             self._decay_gradient(do, sums, products, log_decay)
 
     def _decay_gradient(self, do: Tensor, sums: Tensor | None, products: Tensor | None, out: Tensor) -> None:
-        """Compute the gradient of log-decays, into `out`."""
+        """Compute the gradient of log-decays, and write it to `out`."""
         launch = self.backward
         by_chunk = out if self.decays["rates"] is None else out.new_zeros(self.chunks, self.heads)
         self.kernels.decay_gradient[(self.chunks * self.heads,)](

@@ -73,8 +73,8 @@ def step_limits(probe: Probe) -> list[str]:
 def decay_chunkwise_triton(x: Recurrence) -> RecurrenceOutput:
     """Compute the chunkwise paradigm on a GPU.
 
-    Chunks are the largest in the table that do not exceed `chunk_size`, and at most 64 tokens with decays per key
-    dimension.
+    On Hopper GPUs, chunks have the largest supported length up to `chunk_size`, and at most 64 tokens with decays per
+    key dimension; on other GPUs, the smallest supported length.
 
     Raises:
         SeqmixError: `KERNEL` does not support the call.
@@ -130,7 +130,8 @@ def decay_step_triton(x: Recurrence) -> Tensor:
     if x.q.shape[1] != 1:
         raise SeqmixError(f"a decoding step expects one token, got {x.q.shape[1]}")
     if state is None or state.dtype != torch.float32 or not state.is_contiguous():
-        raise SeqmixError("a state that is updated in place must be float32 and contiguous")
+        found = "none" if state is None else f"{state.dtype} with strides {state.stride()}"
+        raise SeqmixError(f"a decoding step expects an initial state that is float32 and contiguous, got {found}")
     if needs_grad(x.q, x.k, x.v, x.log_decay, state):
         raise SeqmixError("an in-place step has no gradients: decode under torch.no_grad()")
     (output,) = STEP_OP(x._replace(log_decay=None if x.log_decay is None else x.log_decay.float()))

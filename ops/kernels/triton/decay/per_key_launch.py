@@ -24,7 +24,7 @@ from ..launch import Launch, kernels, strides
 from .launch import Launcher
 
 MAX_KEY_CHUNK = 64
-"""Largest number of tokens in a chunk."""
+"""Maximum number of tokens in a chunk with decays per key dimension."""
 
 
 def launcher_of(x: Recurrence, needs_log_decay: bool = False, *, d_final: bool = False) -> Launcher:
@@ -105,7 +105,7 @@ class KeyLauncher(Launcher):
         )
 
     def forward_band(self, states: Tensor, output: Tensor) -> None:
-        """Compute the output, into `output`."""
+        """Compute the output from the chunks' entry states, and write it to `output`."""
         self._band(self.queries, self.v, states, output)
 
     def _band(self, x: Tensor, z: Tensor, states: Tensor, out: Tensor, *, reverse: bool = False) -> None:

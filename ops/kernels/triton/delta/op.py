@@ -70,11 +70,11 @@ class Configuration(NamedTuple):
     """Launch configurations of the delta rule's own functions; a tile of the scans holds all keys."""
 
     solve: Launch
-    """Inverse T of each chunk."""
+    """Computation of the inverse T of each chunk."""
     scan: Launch
-    """Forward scan."""
+    """Scan over chunks in the forward pass."""
     reverse: Launch
-    """Reversed scan."""
+    """Scan over chunks in the backward pass, from the last to the first."""
 
 
 def configuration(bits: int, key_width: int) -> Configuration:
@@ -104,7 +104,7 @@ class DeltaLauncher:
         self.weights = bands.scores
 
     def solve(self, weights: Tensor | None) -> None:
-        """Compute T, into `inverse`, and A, into `weights` unless that is None."""
+        """Compute T and write it to `inverse`; unless `weights` is None, compute A and write it there."""
         bands, launch = self.bands, self.configuration.solve
         operands = {"q": bands.q, "k": bands.k}
         kernels("delta").solve[(bands.chunks * bands.heads,)](
@@ -122,7 +122,7 @@ class DeltaLauncher:
         )
 
     def scan(self, v: Tensor, states: Tensor, written: Tensor, *, reverse: bool = False, **ends: Tensor | None) -> None:
-        """Scan over chunks, and fill `states` and `written`; in reverse, v is do.
+        """Scan over chunks, and fill `states` and `written`; in reverse, `v` is the gradient of the output.
 
         `ends` are those of `Launcher.scan`.
         """
