@@ -22,7 +22,7 @@ COMMANDS = {
     "evaluate": "Evaluate trained models: the validation loss at lengths beyond that of training, or tasks of lm-eval.",
     "average": "Average the weights of a run's last checkpoints, and write them as a new run directory.",
     "convert": "Convert a model of another library to a run directory, or a run to a folder of another library.",
-    "linearize": "Replace mixers of a trained model by a plan, and train the new ones to imitate the old ones.",
+    "linearize": "Replace mixers of a trained model as a plan says, and train the new ones to imitate the old ones.",
     "export": "Export a trained model to one safetensors file with its configuration, or for Hugging Face.",
     "tokenize": "Tokenize text once, into a file that training memory-maps; train a BPE tokenizer.",
     "mixers": "List the available mixers and their traits: paradigms, state, packing.",
@@ -166,12 +166,12 @@ def explanation(error: Exception) -> str | None:
 
             if is_out_of_memory(error):
                 reason = f" ({str(error).partition(chr(10))[0]})" if str(error) else ""
-                return f"out of memory{reason}: the text, the model or the batch is too large"
+                return f"out of memory{reason}: use a shorter text, a smaller model or a smaller batch"
     return None
 
 
 def _reported_by_another_process() -> bool:
-    """Return True if local rank 0 has the same error and reports it: so it is before the process group exists."""
+    """Return True if local rank 0 has the same error and reports it, as it does before the process group exists."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         return False
     import torch.distributed as dist

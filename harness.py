@@ -37,7 +37,7 @@ GENERATION_OPTIONS = {"until", "max_gen_toks", "do_sample", "temperature", "top_
 
 @register_model("seqmix")
 class SeqmixLM(TemplateLM):
-    """seqmix model with the interface that lm-eval calls.
+    """Adapter of a seqmix model to the interface that lm-eval calls.
 
     Args:
         run: run directory or exported file; None if `model` is given.
@@ -114,7 +114,7 @@ class SeqmixLM(TemplateLM):
         return scores
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:  # noqa: ARG002
-        """Return the log-likelihoods of whole texts of any length; the state is carried on, so no window is needed."""
+        """Return the log-likelihoods of whole texts of any length; a text is read with one state, without windows."""
         texts = [self._tokens.encode(request.args[0]) for request in requests]
         scores = [score.log_likelihood for score in self._scorer.texts(texts)]
         for request, score in zip(requests, scores, strict=True):
@@ -142,8 +142,8 @@ class SeqmixLM(TemplateLM):
         """Translate the generation_kwargs of a task to options of `generate_text`."""
         if unknown := [name for name in task_options if name not in GENERATION_OPTIONS]:
             raise SeqmixError(
-                f"a task sets generation_kwargs.{unknown[0]}, which seqmix does not support; "
-                f"supported: {', '.join(sorted(GENERATION_OPTIONS))}"
+                f"a task sets generation_kwargs.{unknown[0]}, which seqmix does not support: use only "
+                f"{', '.join(sorted(GENERATION_OPTIONS))}"
             )
         temperature = float(task_options.get("temperature", 0 if not task_options.get("do_sample") else 1))
         sampling = Sampling(
@@ -186,7 +186,7 @@ def evaluate_tasks(
         SeqmixError: a task is unknown, its data cannot be read, or the model's tokens are not text.
     """
     if include_path is not None and not Path(include_path).is_dir():
-        raise SeqmixError(f"--include-path {include_path} is not a folder")
+        raise SeqmixError(f"expected --include-path to be a folder, got {include_path}")
     manager = _task_manager(tuple(tasks), include_path)
     lm = SeqmixLM(model=model, batch_size=batch_size)
     try:
@@ -208,7 +208,7 @@ def evaluate_tasks(
 
 @lru_cache(maxsize=1)
 def _task_manager(tasks: tuple[str, ...], include_path: str | Path | None) -> Any:
-    """Return lm-eval's task index, without lm-eval's own tasks if the folder has all that are needed.
+    """Return lm-eval's task index, without lm-eval's own tasks if `include_path` has all the requested ones.
 
     Indexing lm-eval's own tasks takes half a minute.
     """
@@ -220,8 +220,8 @@ def _task_manager(tasks: tuple[str, ...], include_path: str | Path | None) -> An
     manager = make_manager()
     if unknown := [name for name in tasks if not manager.match_tasks([name])]:
         raise SeqmixError(
-            f"lm-eval has no task {unknown[0]!r}{nearest(unknown[0], manager.all_tasks)}; "
-            "`lm_eval ls tasks` lists them, --include-path DIR adds others"
+            f"lm-eval has no task {unknown[0]!r}: list the tasks with `lm_eval ls tasks`, or add your own with "
+            f"--include-path DIR{nearest(unknown[0], manager.all_tasks)}"
         )
     return manager
 

@@ -13,18 +13,20 @@ ERROR = "seqmix_error"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add the options."""
+    """Add the options of this module to pytest."""
     group = parser.getgroup("seqmix", "conformance tests of mixers and kernels (seqmix.testing)")
     text = "run only the tests of this check, among those that seqmix.testing generates; may be repeated"
     group.addoption("--seqmix-check", action="append", default=[], metavar="NAME", help=text)
-    text = "number of cases for the largest check, instead of the number that tests set; other checks take a share"
+    text = (
+        "number of cases for the largest check, instead of the number that tests set; others take proportionally fewer"
+    )
     group.addoption("--seqmix-examples", type=int, metavar="N", help=text)
     text = "also run the checks of `seqmix check --stress`, in tests that do not name checks"
     group.addoption("--seqmix-stress", action="store_true", help=text)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Set the options that decorators read while tests are collected."""
+    """Set `COMMAND_LINE.stress`, which the decorators of seqmix.testing read while tests are collected."""
     names, stress = config.getoption("seqmix_check") or [], bool(config.getoption("seqmix_stress"))
     if stress or names:
         from .testing import CHECKS
@@ -35,7 +37,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect tests of other checks, and set the number of examples."""
+    """Deselect tests of checks that --seqmix-check does not name, and apply --seqmix-examples."""
     if "seqmix.testing" not in sys.modules:  # no test uses the conformance kit
         return
     from .registry import SeqmixError, require_name

@@ -109,8 +109,8 @@ def bench(
     """Benchmark throughput, latency and peak memory against other installed implementations.
 
     All models have the same number of parameters. After a warm-up, their calls are interleaved in one run. Ratios are
-    to the first implementation; shares are of the machine's peak rate, measured in the same rounds. An implementation
-    that cannot run is listed with the reason.
+    relative to the first implementation; the column `share` is the fraction of the machine's peak rate, measured in the
+    same rounds. An implementation that cannot run is listed with the reason.
 
     [bold]seqmix bench op --length 2048 --length 8192[/bold]
 
@@ -183,8 +183,8 @@ def show(report: Report, console: Console) -> None:
 
 
 def _table(report: Report, left_out: tuple[str, ...]) -> Table:
-    heads, lines = cells(report, left_out)
-    table = plain_table(*heads, rows=lines, justify="right", no_wrap=True)
+    headers, rows = cells(report, left_out)
+    table = plain_table(*headers, rows=rows, justify="right", no_wrap=True)
     for column in table.columns[: name_columns(report)]:
         column.justify = "left"
     return table

@@ -67,7 +67,7 @@ def check(
     ] = False,
     examples: Annotated[
         int | None,
-        typer.Option(help="Number of examples of the largest check, by default 100; others take a share.", min=1),
+        typer.Option(help="Number of examples of the largest check, by default 100; others take fewer.", min=1),
     ] = None,
     seed: Annotated[int, typer.Option(help="Random seed of the examples.")] = 0,
     d_model: Annotated[
@@ -126,7 +126,7 @@ def check(
 
     require_writable(json_file, junit_file)
     if quick and stress:
-        raise SeqmixError("--quick and --stress exclude each other: expected at most one of them")
+        raise SeqmixError("expected at most one of --quick and --stress, got both: leave one out")
     console = terminal()
     kernel = kernel_of(source)
     n_examples = examples or (QUICK_EXAMPLES if quick else EXAMPLES)
@@ -286,7 +286,7 @@ def mixers_of(source: str, changes: Sequence[str] = (), hf_config: str = "") -> 
         raise SeqmixError(f"{source} is a Python file: write the dotted path of its configuration, {module}:MyConfig")
     mapping = read_mapping(source, PRESETS)
     if not mapping:
-        raise SeqmixError(f"expected the configuration of a run or of a mixer, but {source} is empty")
+        raise SeqmixError(f"expected the configuration of a run or of a mixer, but {source} is empty: fill it in")
     if "kind" in mapping:
         return [load(_resolve_class(str(mapping["kind"])), source, changes, presets=PRESETS)], False
     from ..training import load_config  # imported late, as it takes 0.2 s that a mixer kind does not need
@@ -352,7 +352,7 @@ def _build_example(cls: type[MixerConfig], changes: Sequence[str]) -> MixerConfi
 
 
 MARKS = {"passed": "✓", "failed": "✗", "skipped": "-", "expected failure": "x"}
-"""Mark of a line, by status."""
+"""Mark before the name of a check, by status of its outcome."""
 
 
 def _show_case(status: Status, check: "Check", cases: int) -> None:

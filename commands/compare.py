@@ -91,9 +91,9 @@ def _missing_report_reason(folder: Path) -> str:
 
 def show(results: Results, console: Console) -> None:
     """Print the summary table, the conditions that all runs share, and notes."""
-    head, rows = summary_table(results)
+    headers, rows = summary_table(results)
     if rows:
-        console.print(plain_table(*head, rows=rows, overflow="fold"))
+        console.print(plain_table(*headers, rows=rows, overflow="fold"))
     for sentence in (*results.fairness, *notes(results)):
         console.print(sentence, soft_wrap=True)
 
@@ -107,8 +107,8 @@ def _show_plan(planned: Plan, console: Console) -> None:
         (e.name, ", ".join(e.mixers), f"{e.parameters:,}", f"{si(e.flops_per_token)}FLOP", state_size(e))
         for e in entries
     ]
-    heads = ("entry", "mixers", "parameters", "forward/token", "state")
-    console.print(plain_table(*heads, rows=rows, overflow="fold"))
+    headers = ("entry", "mixers", "parameters", "forward/token", "state")
+    console.print(plain_table(*headers, rows=rows, overflow="fold"))
     for entry in entries:
         if entry.matched:
             console.print(f"{entry.name}: {entry.matched}")

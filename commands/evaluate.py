@@ -144,7 +144,7 @@ def _save_scores(scores: dict[str, Any], run: Path) -> None:
     try:
         before = json.loads(file.read_text()) if file.exists() else {}
     except (OSError, ValueError, RecursionError) as error:
-        raise SeqmixError(f"--save adds scores to {file}, which cannot be read: {error}") from error
+        raise SeqmixError(f"--save adds scores to {file}, which cannot be read: {error}; move it away") from error
     if not isinstance(before, dict):
         raise SeqmixError(f"--save adds scores to {file}, which is not a mapping: move it away")
     write_file(json.dumps(before | scores, indent=2) + "\n", file)
@@ -183,8 +183,8 @@ def _evaluate_run(
 
         def choose_paradigms(length: int) -> Sequence[Paradigm]:
             status.update(f"{length:,} tokens by {join_words(chosen)}")
-            linear = [each for each in chosen if each != Paradigm.PARALLEL]
-            return chosen if paradigm or length <= LARGEST_PARALLEL or not linear else linear
+            others = [each for each in chosen if each != Paradigm.PARALLEL]
+            return chosen if paradigm or length <= LARGEST_PARALLEL or not others else others
 
         evaluation.lengths.extend(by_length(model, source, lengths, paradigms=choose_paradigms, tokens=tokens))
         if contexts:

@@ -40,7 +40,7 @@ def linearize(
     device: DeviceOrGpu = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan with its costs, without training.")] = False,
 ) -> None:
-    """Replace mixers of a trained model by a plan, and train the new ones to imitate the old ones.
+    """Replace mixers of a trained model as a plan says, and train the new ones to imitate the old ones.
 
     The output folder is a run directory, which generates, evaluates and exports like any other. Its linearize.json and
     linearize.md compare the new model with its teacher. Run the command again to continue after a stop.
@@ -64,8 +64,8 @@ def linearize(
             words = ["seqmix", "linearize", source, plan, "--out", out]
             console.print(f"stopped with a checkpoint; continue with: {shlex.join(map(str, words))}")
             raise typer.Exit(130)
-    head, rows = table(linearization.finish())
-    console.print(plain_table(*head, rows=rows))
+    headers, rows = table(linearization.finish())
+    console.print(plain_table(*headers, rows=rows))
     console.print(f"{out} is a run directory; linearize.json and linearize.md in it compare it with its teacher")
 
 
@@ -81,8 +81,8 @@ def _show_plan(linearization: Linearization, console: Console) -> None:
         rows.append((f"{i}", old.mixer, new.mixer if i in linearization.swapped else "", *counts, *sizes))
     counts = f"{before.parameters:,}", f"{after.parameters:,}"
     rows.append(("all", "", "", *counts, si_bytes(before.state_bytes), si_bytes(after.state_bytes)))
-    heads = ("layer", "mixer", "new mixer", "parameters", "new", f"state at {length:,}", "new")
-    console.print(plain_table(*heads, rows=rows))
+    headers = ("layer", "mixer", "new mixer", "parameters", "new", f"state at {length:,}", "new")
+    console.print(plain_table(*headers, rows=rows))
     if linearization.plan.keep is not None:
         console.print(f"the {linearization.plan.keep.best} layers whose swap costs most keep their mixer")
     stages = []

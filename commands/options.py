@@ -32,7 +32,7 @@ DeviceOrGpu = Annotated[
     str | None, typer.Option(help="Device: cpu, cuda, cuda:1, ...; by default a GPU if there is one, else the CPU.")
 ]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-"""Dtypes by name."""
+"""Dtypes that --dtype accepts, by name."""
 Jobs = Annotated[int | None, typer.Option(help="Number of runs in parallel; one per core or GPU by default.", min=1)]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write all results as JSON.", metavar="FILE")]
 
@@ -62,7 +62,7 @@ def require_writable(*files: Path | None) -> None:
     for file in filter(None, files):
         folder = file.absolute().parent
         if not folder.is_dir():
-            raise SeqmixError(f"{file} cannot be written: there is no folder {folder}")
+            raise SeqmixError(f"{file} cannot be written: there is no folder {folder}; create it")
         if file.is_dir():
             raise SeqmixError(f"{file} cannot be written: it is a folder")
         if not os.access(file if file.exists() else folder, os.W_OK):

@@ -15,7 +15,7 @@ from .options import Overrides
 from .show import si_bytes
 
 SHOWN = 8
-"""Number of layouts in the table."""
+"""Maximum number of layouts in the table."""
 COLUMNS = "data", "shard", "context", "micro-batches", "memory", "received", "copies", "computing", "sending", "step"
 
 

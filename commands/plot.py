@@ -46,7 +46,7 @@ def plot(
 ) -> None:
     """Plot the measurements of runs or of a study: an interactive page, or figures for a paper.
 
-    It also works while the runs are training.
+    Runs that are still training can be plotted, too.
 
     [bold]seqmix plot runs/retnet-tiny runs/attention-tiny[/bold]
 
@@ -101,7 +101,7 @@ def names_of(runs: Sequence[Path]) -> list[str]:
     paths = [run.resolve() for run in runs]
     for i, path in enumerate(paths):
         if path in paths[:i]:
-            raise SeqmixError(f"{runs[i]} is given twice")
+            raise SeqmixError(f"{runs[i]} is given twice: leave one out")
     depth = 1
     while len({path.parts[-depth:] for path in paths}) < len(paths):
         depth += 1

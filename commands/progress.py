@@ -22,11 +22,11 @@ from .console import terminal
 
 NATS_PER_BIT = math.log(2)
 SECONDS_BETWEEN_LINES = 10.0
-"""Minimum time between progress lines without a terminal."""
+"""Minimum time between progress lines without a terminal, in seconds."""
 
 
 def run_with_progress(config: RunConfig, run: Path, *, resume: bool = False, device: str | None = None) -> bool:
-    """Train, and show the progress.
+    """Train a new or resumed run, and show its progress.
 
     The first Ctrl-C (or SIGTERM) stops training after the current step, with a checkpoint; the second stops at once.
 
@@ -107,7 +107,7 @@ class Steps:
         )
         self.task = self.bar.add_task("train", total=settings.steps, measured="")
         self.recent: deque[tuple[float, float]] = deque(maxlen=20)
-        """Tokens per second, and seconds since the step before (with evaluations), of the last steps."""
+        """Of each recent step: tokens per second, and seconds since the step before, evaluations included."""
         self.last_step_time = time.monotonic()
         self.last_line_time = -math.inf
 

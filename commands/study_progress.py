@@ -17,7 +17,7 @@ class Forecast:
     """Progress of a study and the remaining time; runs are weighted by their FLOPs.
 
     Args:
-        weights: FLOPs of each run to do.
+        weights: FLOPs of each unfinished run, by name.
         clock: returns the time in seconds.
     """
 
@@ -27,9 +27,9 @@ class Forecast:
         self.shares: dict[str, float] = {}
         """Completed fraction of each run."""
         self.first: dict[str, float] = {}
-        """Completed fraction of each run at its first report: steps of an earlier call."""
+        """Fraction of each run that was completed at its first report, by an earlier call of the command."""
         self.began = clock()
-        """Start time."""
+        """Time of `clock` at the start, in seconds."""
 
     def move(self, run: str, share: float) -> None:
         """Record the completed fraction of a run."""
@@ -85,7 +85,7 @@ class StudyProgress(Observer):
             self.bar.stop()
 
     def begin(self, runs: Sequence[PlannedRun], total: int) -> None:
-        """Show a bar for the whole study."""
+        """Show a bar for the whole study, in which `runs`, out of `total`, are not finished."""
         self.forecast = Forecast({run.name: run.flops for run in runs})
         self.left = len(runs)
         self.total = total

@@ -38,22 +38,22 @@ from .study_progress import StudyProgress
 REFERENCES = ("attention", "retention")
 """Mixers that are measured for comparison."""
 EXTENT_FILE = "extent.yaml"
-"""File in the output folder with the extent that a budget led to."""
+"""File in the output folder with the tasks, steps, learning rates and seeds that fit into a budget."""
 
 
 class _SavedExtent(Config):
     """Contents of `EXTENT_FILE`: the extent chosen for a budget, which a resumed suite keeps."""
 
     asked: tuple[str, ...]
-    """Size, match, budget and tasks of the call."""
+    """Size, match, budget and tasks that the command was called with."""
     steps: float
-    """Fraction of the steps."""
+    """Fraction of the steps in the settings, at most 1."""
     one_rate: bool
     """True for a single learning rate."""
     one_seed: bool
     """True for a single seed."""
     tasks: tuple[str, ...]
-    """Names of the chosen tasks."""
+    """Names of the tasks that fit into the budget."""
 
 
 def suite(
@@ -178,8 +178,8 @@ def suite(
         if outcome.stopped:
             console.print(f"stopped with a checkpoint of every run; resume with: {again}")
             raise typer.Exit(130)
-    head, rows = score_table(shown)
-    console.print(plain_table(*head, rows=rows, overflow="fold"))
+    headers, rows = score_table(shown)
+    console.print(plain_table(*headers, rows=rows, overflow="fold"))
     for sentence in (*shown.notes, *_describe_missing_scores(shown.tasks)):
         console.print(sentence, soft_wrap=True)
     console.print(f"{folder} has {PAGE_FILE}, {SCORES_FILE} and a folder with the report of each task")

@@ -25,7 +25,9 @@ def _name_or_path(*names: str) -> AfterValidator:
     def check(value: str) -> str:
         module, colon, name = value.partition(":")
         if value not in names and not (module and colon and name):
-            raise ValueError(f"allowed: {', '.join(names)}, or a path such as my_module:name{nearest(value, names)}")
+            raise ValueError(
+                f"expected {', '.join(names)}, or a path such as my_module:name, got {value!r}{nearest(value, names)}"
+            )
         return value
 
     return AfterValidator(check)
@@ -118,7 +120,7 @@ class TrainingConfig(Config):
     @classmethod
     def _micro_batches_are_equal(cls, steps: int, info: ValidationInfo) -> int:
         if (batch_size := info.data.get("batch_size")) is not None and batch_size % steps:
-            raise ValueError(f"grad_accum_steps must divide batch_size; {steps} does not divide {batch_size}")
+            raise ValueError(f"expected grad_accum_steps to divide batch_size = {batch_size}, got {steps}")
         return steps
 
     @model_validator(mode="before")
@@ -136,9 +138,9 @@ class TrainingConfig(Config):
     def _fields_fit(self) -> Self:
         if (self.schedule == "wsd") != (self.decay_steps is not None):
             raise ValueError(
-                "schedule wsd needs decay_steps, the length of its final decay"
+                "schedule wsd needs decay_steps: set it to the length of the final decay, in steps"
                 if self.schedule == "wsd"
-                else f"decay_steps requires schedule wsd, got {self.schedule}"
+                else f"decay_steps requires schedule wsd, got {self.schedule}: leave out decay_steps"
             )
         if self.compile and self.activation_checkpointing == "matmuls":
             raise ValueError(
@@ -146,12 +148,17 @@ class TrainingConfig(Config):
                 "to true, or compile to false"
             )
         if self.optimizer_options and ":" not in self.optimizer:
-            raise ValueError(f"optimizer_options require an optimizer given by path, got {self.optimizer}")
+            raise ValueError(
+                f"optimizer_options require an optimizer given by path, got {self.optimizer}: leave them out"
+            )
         return self
 
     @property
     def phases(self) -> tuple[int, int]:
-        """Steps of the warm-up and of wsd's decay; if the run is too short for both, the warm-up is shortened."""
+        """Number of steps of the warm-up, and of the final decay of schedule wsd (0 for other schedules).
+
+        If the run is too short for both, the warm-up is shortened first.
+        """
         decay = min(self.decay_steps or 0, self.steps)
         return min(self.warmup_steps, self.steps - decay), decay
 
@@ -209,7 +216,7 @@ class RunConfig(Config):
         if carried and data.sequence_length % processes:
             raise ValueError(
                 f"training.carry_state needs segments of equal length, but distributed.context_parallel = {processes} "
-                f"does not divide data.sequence_length = {data.sequence_length}"
+                f"does not divide data.sequence_length = {data.sequence_length}: choose a multiple of {processes}"
             )
         if self.distributed.gather_dtype == "bfloat16" and self.training.precision != "bfloat16":
             raise ValueError(
@@ -218,24 +225,30 @@ class RunConfig(Config):
             )
         data.require_fit(self.model.vocab_size)
         if self.model.readout != data.readout:
-            raise ValueError(f"data.kind {data.kind} needs model.readout: {data.readout}")
+            raise ValueError(f"data.kind {data.kind} needs model.readout: {data.readout}, got {self.model.readout}")
         if carried and not data.is_text:
-            raise ValueError(f"training.carry_state needs data.kind text, got {data.kind}")
+            raise ValueError(
+                f"training.carry_state needs data.kind text, got {data.kind}: set training.carry_state to false"
+            )
         if self.training.evaluation_lengths and not data.is_text:
-            raise ValueError(f"training.evaluation_lengths needs data.kind text, got {data.kind}")
+            raise ValueError(f"training.evaluation_lengths needs data.kind text, got {data.kind}: leave them out")
         if carried and packed:
             raise ValueError(
                 "training.carry_state does not reset the state at document boundaries, as data.packing needs: set one "
                 "of them to false"
             )
         if carried and isinstance(data, TextConfig) and data.order == "epochs":
-            raise ValueError("training.carry_state reads the text in its original order: data.order cannot be epochs")
+            raise ValueError(
+                "training.carry_state reads the text in its original order, but data.order is epochs: leave out "
+                "data.order, or set training.carry_state to false"
+            )
         for name in dict.fromkeys(self.model.layers):
             mixer = self.model.blocks[name].mixer
             if carried and mixer.traits.state == "growing":
                 raise ValueError(
                     f"training.carry_state needs mixers whose state has a constant size; the state of "
-                    f"model.blocks.{name}.mixer ({mixer.kind}) grows with the text"
+                    f"model.blocks.{name}.mixer ({mixer.kind}) grows with the text: set training.carry_state to false, "
+                    "or choose another mixer"
                 )
             if packed and not mixer.traits.packing:
                 raise ValueError(

@@ -23,7 +23,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
-        """Move the average towards the parameters after a step, counted from 0."""
+        """Update the average with the parameters after a step; steps are counted from 0."""
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
         for name, parameter in model.named_parameters():
             self.parameters[name].lerp_(parameter, weight)

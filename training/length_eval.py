@@ -23,7 +23,7 @@ from .config import RunConfig
 TIMES = (1, 2, 4, 8, 16)
 """Default lengths, as multiples of the training length."""
 BATCH_TOKENS = 4096
-"""Tokens per batch; at least one sequence."""
+"""Maximum number of tokens per batch, unless a single sequence is longer."""
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,13 @@ class PositionLoss:
     """Loss (nats per token) at the positions start to stop - 1 of a sequence."""
 
     start: int
-    """First position."""
+    """First position of the range, counted from 0."""
     stop: int
-    """Position after the last one."""
+    """Position after the last one of the range."""
     tokens: int
     """Number of tokens measured."""
     losses: dict[Paradigm, float]
-    """Mean loss for each paradigm."""
+    """Mean loss in nats per token, by paradigm."""
 
 
 @dataclass(frozen=True)
@@ -49,28 +49,28 @@ class LengthLoss:
     tokens: int
     """Number of tokens measured."""
     losses: dict[Paradigm, float]
-    """Mean loss for each paradigm."""
+    """Mean loss in nats per token, by paradigm."""
     positions: tuple[PositionLoss, ...]
     """Loss by range of positions."""
     difference: float
-    """Largest difference in one token's loss between the first paradigm and another; 0 with a single paradigm."""
+    """Largest difference, in nats, of one token's loss between the first paradigm and another; 0 with one paradigm."""
 
 
 @dataclass(frozen=True)
 class ContextLoss:
-    """Loss (nats per token) of the last tokens of sequences, truncated on the left to one length."""
+    """Loss (nats per token) of the last tokens of sequences, after a context of one length."""
 
     context: int
-    """Length after truncation, scored tokens included."""
+    """Context length in tokens, scored tokens included; longer sequences are truncated on the left."""
     tokens: int
     """Number of tokens measured."""
     loss: float
-    """Mean loss."""
+    """Mean loss in nats per token."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """All measurements of a run."""
+    """Validation losses of a run by sequence length and by context length."""
 
     trained_length: int
     """Sequence length of training, in tokens."""
@@ -79,7 +79,7 @@ class Evaluation:
     contexts: list[ContextLoss] = field(default_factory=list)
     """Losses by context length."""
     scored: int = 0
-    """Tokens at the end of each sequence that are scored for `contexts`."""
+    """Number of tokens at the end of each sequence that are scored for `contexts`; 0 without contexts."""
 
 
 def open_text(config: RunConfig, run: Any, lengths: Sequence[int]) -> Text:
@@ -97,13 +97,13 @@ def open_text(config: RunConfig, run: Any, lengths: Sequence[int]) -> Text:
     if longest >= available:
         raise SeqmixError(
             f"sequence length {longest:,} needs {longest + 1:,} validation tokens (one more, for the last target), but "
-            f"{source.name} has {available:,}"
+            f"{source.name} has {available:,}: choose a shorter length"
         )
     return source
 
 
 def common_paradigms(model: LanguageModel) -> tuple[Paradigm, ...]:
-    """Return the paradigms that every layer declares, configured ones first."""
+    """Return the paradigms that every layer supports; those that a layer is configured to use come first."""
     declared = [block.mixer.traits.paradigms for block in model.blocks]
     configured = {block.mixer.paradigm for block in model.blocks}
     return tuple(sorted(frozenset(Paradigm).intersection(*declared), key=lambda p: (p not in configured, p)))

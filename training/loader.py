@@ -14,7 +14,7 @@ from .config import RunConfig
 from .distributed.process_groups import ALONE, ProcessGroups
 
 _Read: TypeAlias = tuple[Batch, dict[str, Any] | None]
-"""A batch, and the data's state for a checkpoint after that step."""
+"""The batch of a step, and the data's state after this step, for a checkpoint."""
 
 
 class Loader:
@@ -25,7 +25,7 @@ class Loader:
         source: the data.
         device: device of the batches.
         groups: the processes of the run.
-        ahead: True to read one step ahead in a thread; None for True on a GPU.
+        ahead: True to read one step ahead in a thread; None to do so only if the device is a GPU.
     """
 
     def __init__(

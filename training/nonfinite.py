@@ -23,23 +23,23 @@ class Place(NamedTuple):
     """The first module whose value (an output or its gradient) is not finite, and the tokens affected."""
 
     module: str
-    """Dotted name of the module, and its parameter that is not finite, if any."""
+    """Dotted name of the module, followed by the name of its first parameter that is not finite, if any."""
     call: int = 0
-    """Number of the call of the model, from 0."""
+    """Index of the call of the model, from 0."""
     tokens: Tensor | None = None
-    """Boolean mask [B, T] of the tokens that are not finite; None if all are, from the first call on, or unknown."""
+    """Boolean mask [B, T], True for non-finite tokens; None if unknown, or if call 0 has only such tokens."""
     backward: bool = False
     """True for a gradient, where NaN and infinity spread to earlier tokens."""
 
 
 def first_module(model: nn.Module, calls: Callable[[], Iterable[object]], *, backward: bool = False) -> Place | None:
-    """Find the innermost module whose output is first NaN or infinite; None if all outputs are finite.
+    """Find the innermost module in whose output NaN or infinity first appears; None if all outputs are finite.
 
     The model runs again with hooks, in eager mode, as compiled code has no hooks.
 
     Args:
         model: the model.
-        calls: returns an iterable; each iteration calls the model once, and with `backward` the backward pass too.
+        calls: returns an iterable; each iteration calls the model once, and runs the backward pass too if `backward`.
         backward: True to watch the gradients of the outputs instead of the outputs.
     """
     places: list[Place] = []

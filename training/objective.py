@@ -5,7 +5,7 @@ from ..models import LanguageModel, ModelOutput, ModelState
 
 
 class Objective:
-    """Cross-entropy. A subclass may change the loss, or prepare the model before training."""
+    """Training objective: cross-entropy. A subclass may change the loss, or prepare the model before training."""
 
     def prepare(self, model: LanguageModel) -> None:
         """Prepare a new model before its optimizer is built: initialise parameters, or freeze some of them."""

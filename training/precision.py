@@ -10,9 +10,9 @@ from ..ops.recurrence import products
 from .config import RunConfig, TrainingConfig
 
 MIN_STEP_FLOPS = 2**30
-"""FLOPs of a training step below which no trial is made."""
+"""FLOPs of a training step below which bfloat16 is not tried."""
 TRIAL_FLOPS = 2**34
-"""Maximum FLOPs of a step of the trial: some tenths of a second."""
+"""Maximum FLOPs of one timed step of the bfloat16 trial, which takes some tenths of a second."""
 MAX_TIME_RATIO = 0.95
 """bfloat16 is chosen if it takes at most this fraction of float32's time."""
 
@@ -62,7 +62,7 @@ def choose_precision(config: RunConfig, clock: Callable[[], float] = time.proces
 
 
 def _ratio(config: ModelConfig, rows: int, length: int, clock: Callable[[], float]) -> float:
-    """Return the time of a forward and backward pass in bfloat16 over that in float32 (the minimum of three each)."""
+    """Return the time of a forward and backward pass in bfloat16 divided by that in float32 (minimum of three each)."""
     times: dict[torch.dtype, list[float]] = {torch.bfloat16: [], torch.float32: []}
     model = build_model(config, seed=0)
     tokens = torch.zeros(rows, length, dtype=torch.int64)

@@ -118,7 +118,7 @@ def train(
 
 
 class Course:
-    """The steps, evaluations and checkpoints of a run.
+    """Loop over the steps of a run, with its evaluations and checkpoints.
 
     Args:
         trainer: makes the steps and evaluations.
@@ -221,7 +221,7 @@ class Course:
         Args:
             step: number of steps completed.
             metrics: metrics of the last step, for the manifest.
-            wait: True to return when the checkpoint is complete.
+            wait: True to wait until the checkpoint is complete.
 
         Raises:
             CheckpointError: this checkpoint or the previous one could not be written.
@@ -286,11 +286,12 @@ class Course:
     def _record_evaluation(self, measured: Measured, *, final: bool) -> Evaluated:
         """Evaluate at training.evaluation_lengths too, record all metrics, and return the event."""
         lengths = self.config.training.evaluation_lengths
-        trained = self.config.data.sequence_length
-        longer = {length: self.trainer.evaluate(final=final, length=length) for length in lengths}
-        by_length = {length: each.loss for length, each in longer.items()}
+        trained_length = self.config.data.sequence_length
+        measured_at = {length: self.trainer.evaluate(final=final, length=length) for length in lengths}
+        by_length = {length: each.loss for length, each in measured_at.items()}
         # the loss by position is that of the longest sequences
-        positions = longer[max(longer)].loss_by.get("position") if longer and max(longer) > trained else None
+        longest = max(lengths, default=0)
+        positions = measured_at[longest].loss_by.get("position") if longest > trained_length else None
         loss_by = measured.loss_by | ({"position": positions} if positions else {})
         values = {"step": self.done, "validation_loss": measured.loss, "final": final}
         values |= {"validation_loss_by_length": by_length} if by_length else {}
@@ -324,7 +325,7 @@ def _load_inputs(
     with groups.raise_together():
         if requested is not None and groups.size > 1:
             raise TrainingError(
-                f"with {groups.size} processes, each one takes its own device: leave out the device, got {requested}"
+                f"expected no device, as each of {groups.size} processes takes its own, got {requested}: leave it out"
             )
         if not resume and groups.is_main:
             require_free(run)
@@ -332,9 +333,9 @@ def _load_inputs(
         ranks = groups.dp_size
         if settings.batch_size % (ranks * settings.grad_accum_steps):
             raise TrainingError(
-                f"training.batch_size = {settings.batch_size} must be a multiple of {ranks} data-parallel ranks "
-                f"(data x shard) times training.grad_accum_steps = {settings.grad_accum_steps}, which is "
-                f"{ranks * settings.grad_accum_steps}"
+                f"expected training.batch_size to be a multiple of {ranks * settings.grad_accum_steps} ({ranks} "
+                f"data-parallel ranks, data x shard, times training.grad_accum_steps = {settings.grad_accum_steps}), "
+                f"got {settings.batch_size}"
             )
         source = config.open_data(run)
     with groups.raise_together():
@@ -362,7 +363,7 @@ def _lock_resumed_run(run: Path) -> Iterator[None]:
             weights or no optimizer state.
     """
     if not (run / CONFIG_FILE).is_file():
-        raise TrainingError(f"{run} is not a run directory: it has no {CONFIG_FILE}")
+        raise TrainingError(f"{run} is not a run directory: it has no {CONFIG_FILE}; `seqmix train` writes one")
     had_lock = (run / LOCK_FILE).exists()
     with lock_run(run):
         try:

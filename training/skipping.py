@@ -7,11 +7,11 @@ from statistics import median
 from .config import TrainingConfig
 
 WINDOW = 64
-"""Number of last gradient norms whose median is the usual one."""
+"""Number of most recent gradient norms whose median is compared with the next norm."""
 MIN_NORMS = 16
 """Number of gradient norms below which no norm counts as a spike."""
 MAX_NONFINITE_IN_A_ROW = 10
-"""Maximum number of non-finite steps in a row; after more, the parameters are at fault."""
+"""Maximum number of non-finite steps in a row; more end the run, as the parameters are at fault."""
 
 
 class Skipping:

@@ -36,11 +36,11 @@ class SourceModel(NamedTuple):
     """Model and tokenizer of a source of weights; the weights themselves are not read."""
 
     model: Mapping[str, Any]
-    """Fields of its model configuration."""
+    """Fields of the model's configuration."""
     tokenizer: str | None
     """Tokenizer, as a value of `data.tokenizer`; None if its tokens are not text."""
     begin: str | None = None
-    """Begin token, as a value of `data.begin_token`."""
+    """Begin token, as a value of `data.begin_token`; None if the source names none."""
 
 
 def load_config(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -65,7 +65,7 @@ class WeightsOrigin(NamedTuple):
     """Origin of the initial parameters, as returned by `start_from`."""
 
     note: str
-    """One sentence for the user."""
+    """One sentence for the user, with the source of the weights and the changed fields of the model."""
     provenance: dict[str, str]
     """Folder of the weights, and the SHA-256 of their names and values."""
 

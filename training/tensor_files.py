@@ -31,7 +31,7 @@ class Chunk(NamedTuple):
     values: Tensor
     """Values of the block."""
     begin: tuple[int, ...]
-    """Index of its first value in each dimension of the tensor."""
+    """Index of the block's first value in each dimension of the whole tensor."""
     shape: tuple[int, ...]
     """Shape of the whole tensor."""
 
@@ -41,7 +41,7 @@ class Chunk(NamedTuple):
         return cls(tensor, (0,) * tensor.ndim, tuple(tensor.shape))
 
     def overlap(self, other: "Chunk") -> tuple[Tensor, Tensor]:
-        """Return the overlap with another chunk of the same tensor: a view of this chunk's values, and one of its."""
+        """Return the overlap with another chunk of the same tensor, as a view of this chunk and a view of the other."""
         first = [max(each) for each in zip(self.begin, other.begin, strict=True)]
         ends = zip(self.begin, self.values.shape, other.begin, other.values.shape, strict=True)
         last = [max(min(a + n, b + m), at) for (a, n, b, m), at in zip(ends, first, strict=True)]
@@ -160,18 +160,18 @@ def read_tensors(files: Sequence[Path]) -> tuple[Mapping[str, Tensor], dict[str,
 
 
 def fill(files: Sequence[Path], wanted: Mapping[str, Chunk]) -> None:
-    """Fill chunks with the values of files; the files may divide the tensors differently.
+    """Copy the values in files into the `wanted` chunks; the files may divide the tensors differently.
 
     Raises:
-        CheckpointError: as for `read_chunks`; or names, shapes or kinds of dtype differ. Then nothing is copied.
+        CheckpointError: as for `read_chunks`; or names, shapes or dtypes do not fit. Then nothing is copied.
     """
     chunks = read_chunks(files)[0]
     require_same_names(files, chunks, wanted)
     for name, chunk in wanted.items():
         if (shape := chunks[name][0].shape) != chunk.shape:
             raise CheckpointError(
-                f"{_quote_files(files)} belongs to another model: its {name} has shape {list(shape)} "
-                f"instead of {list(chunk.shape)}"
+                f"{_quote_files(files)} belongs to another model: expected its {name} to have shape "
+                f"{list(chunk.shape)}, got {list(shape)}"
             )
         saved_dtype = chunks[name][0].values.dtype
         dtype = chunk.values.dtype

@@ -35,11 +35,11 @@ from .schedule import learning_rate
 from .skipping import Skipping
 
 _Calls: TypeAlias = Callable[[], Iterator[object]]
-"""Returns an iterator that calls the model once per iteration."""
+"""Function that returns an iterator; each iteration calls the model once."""
 _Describe: TypeAlias = Callable[[Place], str]
-"""Describes a place as the end of a sentence."""
+"""Function that describes a place in the data, as the end of a sentence."""
 _Origin: TypeAlias = Callable[[int, int], str | None]
-"""Returns the file and offset of a token, given its row and its index in that row."""
+"""Function that returns the file and offset of a token, given its row and its index in that row."""
 
 
 class StepResult(NamedTuple):
@@ -52,13 +52,13 @@ class StepResult(NamedTuple):
     learning_rate: float
     """Learning rate of this step."""
     expert_violation: float | None = None
-    """Largest load of an expert over its layer's mean, minus 1 (MaxVio); None without experts."""
+    """Largest load of an expert divided by its layer's mean load, minus 1 (MaxVio); None without experts."""
     skipped: str | None = None
     """Why the step was skipped, leaving the parameters unchanged; None if it was taken."""
 
 
 class Trainer:
-    """Training of a model: one method makes a step, another evaluates.
+    """Trainer of a model: makes optimizer steps, and evaluates.
 
     Args:
         config: the run.
@@ -89,7 +89,7 @@ class Trainer:
         self.loader = Loader(config, source, model.device, groups)
         self.precision = precision_of(config.training, model.device)
         self.state: ModelState | None = None
-        """With training.carry_state, the recurrent state after the last step, for this process's rows."""
+        """Recurrent state of this process's rows after the last step; None without training.carry_state."""
         self.ema = None if config.training.ema is None else Ema(model, config.training.ema)
         """Moving average of the parameters; None without training.ema."""
         self.skipping = Skipping(config.training)
@@ -105,8 +105,8 @@ class Trainer:
             step: the number of the step, from 0.
 
         Raises:
-            NotFiniteError: the loss or the gradient is NaN or infinite, and training.skip_nonfinite is off or gave up.
-                The parameters are unchanged.
+            NotFiniteError: the loss or the gradient is NaN or infinite, and training.skip_nonfinite is off, or too
+                many steps in a row were skipped. The parameters are unchanged.
         """
         settings = self.config.training
         states = []
@@ -168,19 +168,19 @@ class Trainer:
         """Evaluate the model on the validation split; every sequence starts from an empty state.
 
         Args:
-            final: True for the final evaluation, which reads training.final_evaluation_batches.
+            final: True for the final evaluation, of training.final_evaluation_batches batches.
             length: sequence length; that of training when None. A batch has about as many tokens at any length.
 
         Raises:
             NotFiniteError: the loss is not finite.
         """
         settings = self.config.training
-        trained = self.config.data.sequence_length
+        trained_length = self.config.data.sequence_length
         limit = settings.final_evaluation_batches if final else settings.evaluation_batches
-        length = length or trained
+        length = length or trained_length
         # the same number of tokens as in a micro-batch of training
-        rows = max(self.rows // settings.grad_accum_steps * trained // length, 1)
-        limit = None if limit is None else max(limit * settings.batch_size * trained // (rows * length), 1)
+        rows = max(self.rows // settings.grad_accum_steps * trained_length // length, 1)
+        limit = None if limit is None else max(limit * settings.batch_size * trained_length // (rows * length), 1)
         score = Score()
         total = Score()
         list(self._add_scores(score, rows, limit, length))
@@ -250,15 +250,15 @@ class Trainer:
 
     @contextmanager
     def _place_dropout(self, step: int, row: int, width: int, length: int) -> Iterator[None]:
-        """Let dropout masks depend on a token's place in the whole batch, not on how the batch is divided.
+        """Context in which dropout masks depend on a token's place in the whole batch, not on how the batch is divided.
 
         Outside of this context, dropout draws from torch's generator.
 
         Args:
-            step: the step.
+            step: the number of the step, from 0.
             row: first row of the micro-batch, among this process's rows.
-            width: tokens of a row of the model's input, which packs several sequences or has one.
-            length: tokens of a sequence.
+            width: tokens of a row of the model's input, which is one sequence or several packed ones.
+            length: tokens of one sequence.
         """
         groups = self.groups
         segment = -(-width // groups.context_parallel)  # tokens of a row on this rank
@@ -308,7 +308,7 @@ class Trainer:
             yield
 
     def _rank_batches(self, batches: Iterator[Examples]) -> Iterator[Examples]:
-        """Yield this rank's batches, round-robin; when there are too few for all ranks, one without targets."""
+        """Yield this rank's batches, round-robin; if none is left for it at the end, one without targets."""
         batches = iter(batches)
         rank = self.groups.dp_rank
         while part := list(islice(batches, self.groups.dp_size)):
@@ -325,8 +325,8 @@ class Trainer:
         Args:
             what: name of the value, for the message.
             value: the value, the same on all processes.
-            calls: repeats the calls that computed it.
-            describe: describes where in the data it began.
+            calls: repeats the calls of the model that computed the value.
+            describe: describes the place in the data where the value became NaN or infinite.
             backward: True to search in the gradients instead of the outputs.
         """
         if math.isfinite(value):
@@ -352,9 +352,9 @@ class Trainer:
         Args:
             of: "batch" or "evaluation".
             origin: returns the file and offset of a token.
-            sizes: sequences per call, their length in tokens, and the number of sequences from one rank to the next and
-                from one call to the next.
-            place: where the value was found.
+            sizes: sequences per call, their length in tokens, and how many sequences lie between the first ones of two
+                ranks, and of two calls.
+            place: the module and tokens where the value is first not finite.
 
         Returns:
             The text; empty if the place has no tokens.

@@ -13,7 +13,7 @@ TRAINING = {"steps": 100, "batch_size": 4, "learning_rate": 1e-3}
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({"grad_accum_steps": 3}, "grad_accum_steps.* 3 .* 4"),
+        ({"grad_accum_steps": 3}, "grad_accum_steps.* 4, got 3"),
         ({"schedule": "wsd"}, "decay_steps"),
         ({"schedule": "cosine", "decay_steps": 5}, "decay_steps .*wsd.*cosine"),
         ({"schedule": "cosin"}, 'a path such as.*did you mean "cosine"'),

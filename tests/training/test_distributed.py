@@ -352,7 +352,7 @@ def test_a_process_waits_no_longer_than_it_is_given(two):
     [
         (["distributed.shard=4"], ["1 x 4 x 1", "--nproc-per-node 4"]),
         (["distributed.context_parallel=3"], ["1 x any x 3", "--nproc-per-node 3"]),
-        (["training.batch_size=6", "training.grad_accum_steps=2"], ["training.batch_size = 6", " 4"]),
+        (["training.batch_size=6", "training.grad_accum_steps=2"], ["to be a multiple of 4 ", "got 6"]),
     ],
 )
 def test_a_layout_that_does_not_fit_is_refused(two, text, tmp_path, changes, named):

@@ -124,7 +124,7 @@ def test_what_wandb_refuses_is_a_sentence_with_the_way_on(wandb, config_of, tmp_
     message = refusal(lambda: run_of(config_of("training.loggers=[wandb]"), tmp_path / "run"))
     assert message.startswith("W&B cannot start: ")
     assert "'offline'" in message  # what is allowed
-    assert message.endswith("with WANDB_MODE=offline it needs no network")
+    assert message.endswith("set WANDB_MODE=offline to log without a network")
     assert not (tmp_path / "run").exists()
 
 

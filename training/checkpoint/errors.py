@@ -47,6 +47,6 @@ def explain_errors(run: Path, settings: TrainingConfig) -> Iterator[None]:
 
 
 def newest_checkpoint(run: Path) -> str:
-    """Return the end of a sentence that names the newest checkpoint of a run."""
+    """Return the last clause of an error message, which names the newest checkpoint of a run."""
     folders = checkpoints(run)
     return f"the newest checkpoint is {folders[-1]}" if folders else "no checkpoint was written yet"

@@ -42,14 +42,14 @@ class Best(Config):
     """The best evaluation so far."""
 
     loss: float | None = None
-    """Validation loss of the best evaluation; None before the first one."""
+    """Validation loss of the best evaluation, in nats per token; None before the first evaluation."""
     step: int = 0
-    """Step of the best evaluation."""
+    """Step of the best evaluation; 0 before the first evaluation."""
     evaluations_since: int = 0
-    """Number of evaluations since then, all without improvement."""
+    """Number of evaluations since the best one."""
 
     def after(self, step: int, loss: float) -> "Best":
-        """Return the best evaluation after one more."""
+        """Return the best evaluation, after one more at `step` with this loss."""
         if self.loss is None or loss < self.loss:
             return Best(loss=loss, step=step)
         return Best(loss=self.loss, step=self.step, evaluations_since=self.evaluations_since + 1)
@@ -101,13 +101,13 @@ class Manifest(Config):
         return [name for name in self.files if re.fullmatch(rf"{part}(-\d+-of-\d+)?\.safetensors", name)]
 
     def seal(self, files: dict[str, WrittenFile]) -> "Manifest":
-        """Return the manifest with these files and with its checksum."""
+        """Return a copy of the manifest with these files and with its checksum."""
         complete = self.model_copy(update={"files": files})
         return complete.model_copy(update={"sha256": complete.checksum})
 
     @property
     def checksum(self) -> str:
-        """Expected value of `sha256`."""
+        """Expected value of `sha256`: the SHA-256 of all other fields."""
         # fields that older formats lack are omitted at their default, so that old checksums stay valid
         added = {
             "data": None,
@@ -179,7 +179,7 @@ class Writer:
         """Wait for a pending write.
 
         Raises:
-            CheckpointError: it failed on some process.
+            CheckpointError: the write failed on some process.
         """
         if self._pending is None:
             return
@@ -426,7 +426,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def files_of(folder: Path, part: str) -> list[Path]:
-    """Return the files of a checkpoint's part; if the manifest names none, the path of a single process's file."""
+    """Return the files of a checkpoint's part; if its manifest names none, the path that one process would write."""
     return [folder / name for name in read_manifest(folder).files_of(part) or (file_of(part),)]
 
 

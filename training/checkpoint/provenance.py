@@ -37,7 +37,7 @@ def record_session(
 ) -> None:
     """Append a line to sessions.jsonl for a start or resumption of a run.
 
-    It has the versions, git commit, seed, threads, processes and machine.
+    The line has the versions, git commit, seed, threads, processes and machine.
 
     Args:
         run: the run directory.
@@ -96,7 +96,7 @@ def missing_plug_ins(run: Path) -> str:
     sentences = (
         f"the run used the module {name}: pip install {source}"
         if "==" in source
-        else f"the run used the module {name}, which was {source}"
+        else f"the run used the module {name} ({source})"
         for name, source in missing
     )
     return "".join(f"; {sentence}" for sentence in sentences)

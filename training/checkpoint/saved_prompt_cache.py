@@ -101,13 +101,13 @@ def _require_tokens(recent: Tensor, lengths: Tensor, vocab_size: int) -> None:
     are_counts = lengths.dtype == torch.int64 and lengths.ndim == 1 and bool(((lengths > 0) & (lengths < 2**31)).all())
     if not are_counts or not len(lengths):
         raise ContractError("its lengths are not the token counts of texts")
-    missing = (RECENT_TOKENS - lengths).clamp(min=0)
+    n_padding = (RECENT_TOKENS - lengths).clamp(min=0)
     if recent.dtype != torch.int64 or recent.shape != (len(lengths), RECENT_TOKENS):
         raise ContractError(
             f"expected its recent tokens to be int64 [{len(lengths)}, {RECENT_TOKENS}], got {recent.dtype} "
             f"{list(recent.shape)}"
         )
-    is_padding = torch.arange(RECENT_TOKENS) < missing[:, None]
+    is_padding = torch.arange(RECENT_TOKENS) < n_padding[:, None]
     if not torch.where(is_padding, recent == -1, (recent >= 0) & (recent < vocab_size)).all():
         raise ContractError(f"expected its recent tokens to be 0 to {vocab_size - 1}, the vocabulary of the model")
 
@@ -124,11 +124,11 @@ def _require_rows(leaves: dict[str, Tensor], rows: int) -> None:
 
 
 def _require_leaves(leaves: dict[str, Tensor], tokens: Tensor, model: LanguageModel) -> None:
-    """Check that a state can be the model's after these texts: dtypes, shapes, NaN, and token counts.
+    """Check the dtypes, shapes and token counts of a state against the model and the texts, and that it has no NaN.
 
     Args:
         leaves: the leaves of the state, by name.
-        tokens: tokens that the state has processed, per text.
+        tokens: number of tokens that the state has processed, per text.
         model: the model.
 
     Raises:

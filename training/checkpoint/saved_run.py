@@ -24,7 +24,7 @@ from .provenance import missing_plug_ins
 from .run_dir import CONFIG_FILE
 
 OTHER_FLOATS = {"F16": "float16", "BF16": "bfloat16", "F64": "float64"}
-"""Floating-point types of safetensors other than float32, and their names."""
+"""Names of the floating-point dtypes other than float32, by the type's name in safetensors files."""
 EXPORTED_CONFIG = "seqmix.config"
 """Metadata key of the run's configuration, as JSON, in an exported file; the tokenizer has `EXPORTED_TOKENIZER`."""
 
@@ -96,7 +96,10 @@ def load_run(
     """
     run = Path(run)
     if run.is_file() and ema:
-        raise CheckpointError(f"{run} is an exported file: `seqmix export --ema` writes the moving average to one")
+        raise CheckpointError(
+            f"{run} is an exported file, which has one set of weights: leave out --ema (ema=True); `seqmix export "
+            "--ema` writes the moving average"
+        )
     if run.is_file():
         model = _load_file(run, device, trust)
         _report_conversion([run], tell)
@@ -240,7 +243,9 @@ def _load_checkpoint(
     run: Path, config: RunConfig, device: torch.device | str, choice: Choice, tell: Callable[[str], object], ema: bool
 ) -> tuple[LanguageModel, int]:
     if ema and config.training.ema is None:
-        raise CheckpointError(f"{run} has no moving average of its weights: it was trained without training.ema")
+        raise CheckpointError(
+            f"{run} has no moving average of its weights: it was trained without training.ema; leave out --ema"
+        )
     part = train_state.EMA if ema else train_state.MODEL
     checkpoint.find(run, choice, parts=())  # report a missing checkpoint before building a large model
     model = build_model(config.model, device=device)

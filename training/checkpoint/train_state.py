@@ -116,7 +116,7 @@ def load_optimizer(folder: Path, model: LanguageModel, optimizer: AnyOptimizer) 
     """Load a checkpoint's optimizer state.
 
     Raises:
-        CheckpointError: it is missing, damaged, or of another model.
+        CheckpointError: the state is missing, damaged, or of another model.
     """
     files = files_of(folder, OPTIMIZER)
     chunks = read_chunks(files)[0]
@@ -173,7 +173,7 @@ def _require_leaf(file: Path, name: str, saved: Chunk, leaf: Tensor) -> None:
     """Check that a saved leaf of a state has the model's shape and dtype; any floating-point dtype is allowed.
 
     Raises:
-        CheckpointError: it does not.
+        CheckpointError: the shape, the dtype or a token count does not fit.
     """
     dtype = saved.values.dtype
     expected = leaf.dtype
@@ -197,7 +197,7 @@ def chunks_of(tensors: Mapping[str, Tensor]) -> dict[str, Chunk]:
 
 
 def _require_same_model(file: Path, metadata: Mapping[str, str], config: ModelConfig) -> list[str]:
-    """Check that a checkpoint is of the same model; return one phrase per implementation field that differs.
+    """Check that a checkpoint is of the configured model; return one phrase per implementation field that differs.
 
     Raises:
         CheckpointError: another field of the model differs.

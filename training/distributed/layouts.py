@@ -1,8 +1,9 @@
-"""Estimates of a training step on many GPUs, by layout: memory, traffic and time, by arithmetic. Nothing is measured.
+"""Estimates of a training step on many GPUs, by layout: memory, traffic and time. They are computed, not measured.
 
 Notation: P parameters, of which R are outside of blocks, E in embedding and output projection, and at most B in one
-block; L layers; F operations per token; n = shard x context_parallel shards of a replica; A bytes of activations per
-block (`account`); V logits in memory at once. Then each GPU takes, in bytes and seconds,
+block; L layers; T tokens in a sequence; `sequences` in a micro-batch of one data-parallel rank; `tokens` in a batch;
+F operations per token; n = shard x context_parallel shards of a replica; A bytes of activations per block and sequence
+(`account`); V logits in memory at once; `peak` operations per second. Then each GPU takes, in bytes and seconds,
 
     memory     16 P / n + 4 (2 B + 2 E) + sequences 4 d_model T L / context_parallel
                + the larger of sequences A / context_parallel and 12 V
@@ -36,7 +37,7 @@ PEAK_FRACTION = 0.4
 MEMORY_FRACTION = 0.9
 """Usable fraction of a GPU's memory; the rest is for the CUDA context, libraries and fragmentation."""
 GPUS_PER_MACHINE = 8
-"""Number of GPUs in a machine."""
+"""Assumed number of GPUs in a machine."""
 BYTES_PER_LOGIT = 3 * 4
 """Bytes per logit in the loss: the logit, its log-probability and its gradient, in float32."""
 
@@ -45,11 +46,11 @@ class Gpu(NamedTuple):
     """A kind of GPU: its memory by the data sheet, and assumed transfer rates."""
 
     memory: float
-    """Memory in bytes."""
+    """Memory of the GPU, in bytes."""
     inside: float
-    """Bytes per second that it receives from GPUs of the same machine."""
+    """Bytes per second that the GPU receives from GPUs of the same machine."""
     between: float
-    """Bytes per second that it receives from other machines."""
+    """Bytes per second that the GPU receives from other machines."""
 
 
 GPUS = {
@@ -65,15 +66,15 @@ class Layout:
     """A division of a training step over GPUs, with the cost for each GPU."""
 
     data: int
-    """Replicas of the model."""
+    """Number of replicas of the model."""
     shard: int
-    """GPUs that a replica's parameters are sharded over, besides context parallelism."""
+    """Number of GPUs that a replica's parameters are sharded over, besides context parallelism."""
     context_parallel: int
-    """GPUs that share each sequence."""
+    """Number of GPUs that share each sequence."""
     grad_accum_steps: int
-    """Micro-batches per step."""
+    """Number of micro-batches per step."""
     memory: float
-    """Memory in bytes."""
+    """Memory that each GPU needs, in bytes."""
     received: float
     """Bytes received per micro-batch within a replica: parameters, gradients and the traffic of context parallelism."""
     copied: float
@@ -83,16 +84,16 @@ class Layout:
     sending: float
     """Seconds of communication per step."""
     fits: bool
-    """True if the GPU's memory suffices."""
+    """True if a GPU has enough memory."""
 
     @property
     def seconds(self) -> tuple[float, float]:
-        """Seconds per step: if communication and computation overlap, and if they do not."""
+        """Two estimates of the seconds per step: communication and computation overlap, or they do not."""
         return max(self.computing, self.sending), self.computing + self.sending
 
     @property
     def overrides(self) -> list[str]:
-        """Overrides that set this layout on the command line."""
+        """Configuration overrides (key=value) that set this layout on the command line."""
         fields = {"data": self.data, "shard": self.shard, "context_parallel": self.context_parallel}
         distributed = [f"distributed.{name}={size}" for name, size in fields.items()]
         return [*distributed, f"training.grad_accum_steps={self.grad_accum_steps}"]
@@ -148,10 +149,11 @@ class Planner:
         parameters = self.cost.parameters
         micro_batches = settings.batch_size // (data * shard * sequences)
         # parameters, gradients and two moments are sharded; logits and a recomputed block are not in memory together
-        rows = sequences / context_parallel
+        gpu_sequences = sequences / context_parallel
         vocab_size = self.config.model.vocab_size
-        logits = BYTES_PER_LOGIT * min(rows * self.length * vocab_size, LOGITS_AT_ONCE["cuda"])
-        memory = 16 * parameters / shards + rows * self.stored_bytes + max(rows * self.recomputed_bytes, logits)
+        logits = BYTES_PER_LOGIT * min(gpu_sequences * self.length * vocab_size, LOGITS_AT_ONCE["cuda"])
+        memory = 16 * parameters / shards + gpu_sequences * self.stored_bytes
+        memory += max(gpu_sequences * self.recomputed_bytes, logits)
         # blocks are gathered twice, other parameters once; gradients are scattered once, and summed over replicas
         rest = parameters - sum(layer.parameters for layer in self.cost.layers)
         width = self.bytes_per_gathered
@@ -179,7 +181,7 @@ class Planner:
         )
 
     def layouts(self, gpus: int) -> list[Layout]:
-        """Return all layouts for a number of GPUs, each with the fewest micro-batches that fit.
+        """Return all layouts for a number of GPUs, each with the fewest micro-batches that fit into memory.
 
         Layouts that fit come first, the fastest of them first.
 
@@ -190,12 +192,12 @@ class Planner:
         if not layouts:
             raise SeqmixError(
                 f"no layout of {gpus} GPUs divides training.batch_size = {self.config.training.batch_size}: choose a "
-                "batch size that is a multiple of the GPUs, or another number of GPUs"
+                f"batch size that is a multiple of {gpus}, or another number of GPUs"
             )
         return sorted(layouts, key=lambda layout: (not layout.fits, layout.seconds[1], layout.memory))
 
     def segments(self, ranks: int) -> float:
-        """Return the bytes that a GPU receives per sequence if `ranks` GPUs share it (context parallelism)."""
+        """Return the bytes that a GPU receives per sequence if `ranks` GPUs share the sequence."""
         if ranks == 1:
             return 0.0
         by_block = {
@@ -209,7 +211,7 @@ class Planner:
         return all(block.mixer.supports_context_parallel for block in build_meta(self.config.model).blocks)
 
     def _sizes(self, gpus: int) -> Iterator[tuple[int, int, int]]:
-        """Yield the sizes data, shard and context_parallel of all layouts; sequences are shared within a machine."""
+        """Yield data, shard and context_parallel of all layouts; the GPUs that share a sequence are in one machine."""
         batch = self.config.training.batch_size
         is_divisible = self._supports_context_parallel and self.length >= GPUS_PER_MACHINE
         for context_parallel in _divisors(GPUS_PER_MACHINE) if is_divisible else [1]:
@@ -220,7 +222,7 @@ class Planner:
                     yield data, shard, context_parallel
 
     def _best_layout(self, data: int, shard: int, context_parallel: int) -> Layout:
-        """Return the layout with the fewest micro-batches that fits, else the one with most."""
+        """Return the layout with the fewest micro-batches that fits into memory; if none fits, the one with most."""
         rows = self.config.training.batch_size // (data * shard)
         for sequences in reversed(_divisors(rows)):
             layout = self.layout(data=data, shard=shard, context_parallel=context_parallel, sequences=sequences)
@@ -229,16 +231,16 @@ class Planner:
         raise AssertionError("one sequence divides every number of rows")
 
     def _link_rate(self, gpus: int) -> float:
-        """Return the bytes per second that a GPU receives in a group of so many GPUs."""
+        """Return the bytes per second that a GPU receives in a group of this many GPUs."""
         return self.gpu.inside if gpus <= GPUS_PER_MACHINE else self.gpu.between
 
 
 @dataclass(frozen=True)
 class _CountingGroup(ContextParallel):
-    """A group without other processes, which counts the bytes that they would send."""
+    """Context-parallel group of one process, which counts the bytes that the others would send to it."""
 
     sent: list[int]
-    """Bytes of each call."""
+    """Bytes that each call would receive, in forward and backward."""
 
     def gather(self, x: Tensor) -> Tensor:
         # values in forward, and gradients of floating-point values in backward
@@ -263,7 +265,7 @@ def received(config: ModelConfig, tokens: int, *, ranks: int, layer: int = 0) ->
         config: the model.
         tokens: length of the sequence.
         ranks: processes that share the sequence; the count is that of the last one, which receives most.
-        layer: number of the layer.
+        layer: index of the layer, from 0.
     """
     mixer: SequenceMixer = build_meta(config).blocks[layer].mixer
     mixer.cp_group = group = _CountingGroup("", rank=ranks - 1, size=ranks, sent=[])

@@ -1,7 +1,7 @@
 """Process groups of a run that `torchrun` starts; a single process needs none.
 
-Each data-parallel rank reads its own sequences. It is a context-parallel group of processes that share the sequences:
-process p is rank p % context_parallel of the group of data-parallel rank p // context_parallel.
+Each data-parallel rank reads its own sequences. A data-parallel rank is a context-parallel group of processes that
+share the sequences: process p is rank p % context_parallel of the group of data-parallel rank p // context_parallel.
 """
 
 import json
@@ -31,11 +31,11 @@ class ProcessGroups:
     size: int = 1
     """World size: data x shard x context_parallel."""
     data: int = 1
-    """Replicas of the model."""
+    """Number of replicas of the model."""
     shard: int = 1
-    """Processes that a replica's parameters are sharded over, besides context parallelism."""
+    """Number of processes that a replica's parameters are sharded over, besides context parallelism."""
     context_parallel: int = 1
-    """Processes that share each sequence."""
+    """Number of processes that share each sequence."""
     cp_group: ContextParallel | None = None
     """Context-parallel group of this process; None without context parallelism."""
     group: Any = None
@@ -43,7 +43,7 @@ class ProcessGroups:
     background_group: Any = None
     """Torch process group for the collective calls of another thread."""
     timeout: timedelta | None = None
-    """Time to wait for another process."""
+    """Time to wait for another process before an error; None for torch's default."""
 
     @property
     def background(self) -> "ProcessGroups":
@@ -67,7 +67,7 @@ class ProcessGroups:
 
     @property
     def replica(self) -> int:
-        """Number of this process's replica of the model, from 0."""
+        """Index of this process's replica of the model, from 0."""
         return self.rank // (self.size // self.data)
 
     @cached_property
@@ -127,7 +127,7 @@ class ProcessGroups:
 
 
 ALONE = ProcessGroups()
-"""A single process."""
+"""Groups of a run with a single process."""
 
 
 @contextmanager
@@ -164,7 +164,7 @@ def join_processes(config: DistributedConfig) -> Iterator[ProcessGroups]:
         except (ValueError, dist.DistError) as error:
             raise SeqmixError(
                 f"the {size} processes (WORLD_SIZE) cannot connect: {str(error).splitlines()[0]}; start them with "
-                "torchrun, which sets what they need"
+                "torchrun, which sets the addresses that they need"
             ) from error
     cp_group = None
     for first in range(0, size, cp_size) if cp_size > 1 else ():
@@ -190,7 +190,7 @@ def join_processes(config: DistributedConfig) -> Iterator[ProcessGroups]:
 
 
 def require_alone(what: str) -> None:
-    """Check that torchrun did not start several processes, for a task of one process.
+    """Check that torchrun did not start several processes, for a task that runs in one process.
 
     Args:
         what: the task, for the message.

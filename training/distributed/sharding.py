@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 def sharder(groups: ProcessGroups, config: DistributedConfig) -> Callable[[nn.Module], object] | None:
     """Return a function that shards the parameters of a module; None in a single process.
 
-    It is called for each block, and then for the model. Blocks are gathered one at a time, in forward and backward.
-    They are gathered in float32 by default: a bfloat16 copy rounds decays and norms too, which autocast does not.
-    Gradients are averaged over all processes.
+    The function is called for each block, and then for the model. Blocks are gathered one at a time, in forward and
+    backward. They are gathered in float32 by default: a bfloat16 copy rounds decays and norms too, which autocast does
+    not. Gradients are averaged over all processes.
     """
     if groups.size == 1:
         return None
@@ -40,7 +40,7 @@ def sharder(groups: ProcessGroups, config: DistributedConfig) -> Callable[[nn.Mo
 
 
 def keep_gathered(model: LanguageModel, keep: bool) -> None:
-    """Let the next backward pass leave parameters gathered and gradients unreduced, if `keep`; else reduce them."""
+    """Let backward passes keep parameters gathered and gradients unreduced if `keep`, else reshard and reduce."""
     from torch.distributed.fsdp import FSDPModule
 
     if isinstance(model, FSDPModule):

@@ -32,7 +32,7 @@ class Noted:
     """A note for the user."""
 
     step: int
-    """Steps completed."""
+    """Number of steps completed so far."""
     text: str
     """Text of the note, one sentence."""
 
@@ -42,7 +42,7 @@ class Compiled:
     """Compilation is done, which is known after the second step."""
 
     step: int
-    """Steps completed."""
+    """Number of steps completed so far."""
     seconds: float
     """Compile time in seconds: the first step's time minus the second's."""
     kinds: int
@@ -54,7 +54,7 @@ class Stepped:
     """One optimizer step was made, or skipped."""
 
     step: int
-    """Steps completed."""
+    """Number of steps completed so far."""
     loss: float
     """Loss of this batch, in nats per token."""
     learning_rate: float
@@ -62,11 +62,11 @@ class Stepped:
     gradient_norm: float
     """Gradient norm before clipping."""
     tokens_per_second: float
-    """Throughput of this step, over all processes."""
+    """Throughput of this step, in tokens per second over all processes."""
     mfu: float | None = None
-    """Model FLOPs utilization; None if the device's peak rate is unknown."""
+    """Model FLOPs utilization, a fraction of the peak rate; None if that rate is unknown."""
     expert_violation: float | None = None
-    """Largest load of an expert over its layer's mean, minus 1 (MaxVio); None without experts."""
+    """Largest load of an expert divided by its layer's mean load, minus 1 (MaxVio); None without experts."""
     memory_bytes: int | None = None
     """Peak memory so far: of tensors on a GPU, else of the process; None if the system does not report it."""
     skipped_steps: int | None = None
@@ -78,19 +78,19 @@ class Evaluated:
     """One evaluation was made."""
 
     step: int
-    """Steps completed."""
+    """Number of steps completed so far."""
     loss: float
     """Validation loss, in nats per token."""
     final: bool
-    """True for the final evaluation, which reads `training.final_evaluation_batches`."""
+    """True for the final evaluation, of `training.final_evaluation_batches` batches."""
     by_length: dict[int, float] = field(default_factory=dict)
-    """Loss at each length of `training.evaluation_lengths`."""
+    """Validation loss in nats per token, by length in `training.evaluation_lengths`."""
     accuracy: float | None = None
     """Fraction of a task's targets that are predicted correctly; None for a text."""
     accuracy_by: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Accuracy for each value of each axis of difficulty of a task."""
+    """Accuracy by axis of difficulty of a task (such as the number of pairs), and by value on this axis."""
     loss_by: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Loss for each slice of `data.slices`. Positions are those of sequences of the longest evaluated length."""
+    """Loss in nats per token, by axis of `data.slices` and slice; by position, of the longest evaluated sequences."""
 
 
 @dataclass(frozen=True)
@@ -98,11 +98,11 @@ class StoppedEarly:
     """Training ends early: the loss has not improved for `training.patience` evaluations."""
 
     step: int
-    """Steps completed."""
+    """Number of steps completed so far."""
     best_step: int
     """Step of the best evaluation."""
     best_loss: float
-    """Validation loss of the best evaluation."""
+    """Validation loss of the best evaluation, in nats per token."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Saved:
     """A checkpoint is being written, asynchronously: it is complete before the next one starts, or the run ends."""
 
     step: int
-    """Steps completed."""
+    """Number of steps completed so far."""
     folder: Path
     """Folder of the checkpoint."""
 

@@ -100,7 +100,7 @@ class TensorBoard:
         self._writer = self._writer_class(str(run / TENSORBOARD_FOLDER), purge_step=step + 1)
 
     def record(self, step: int, values: dict[str, float]) -> None:
-        """Append the numbers."""
+        """Log the numbers of one line of metrics.jsonl."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
@@ -141,10 +141,10 @@ class WandB:
             )
         except Exception as error:  # errors of W&B have many types, also those of the network
             reason = " ".join(str(error).split("\n")[:3])  # for an invalid setting, three lines say which and why
-            raise SeqmixError(f"W&B cannot start: {reason}; with WANDB_MODE=offline it needs no network") from error
+            raise SeqmixError(f"W&B cannot start: {reason}; set WANDB_MODE=offline to log without a network") from error
 
     def record(self, step: int, values: dict[str, float]) -> None:
-        """Log the numbers."""
+        """Log the numbers of one line of metrics.jsonl."""
         self._run.log(values, step=step)
 
     def close(self) -> None:

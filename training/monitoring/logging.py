@@ -27,7 +27,7 @@ class Metrics:
         self._started = list[Logger]()
 
     def begin(self, step: int) -> None:
-        """Start after a number of completed steps.
+        """Start to record a run of which `step` steps are completed: 0 for a new run.
 
         Lines of later steps, which will run again, are deleted, and so are invalid lines (truncated writes).
         """
@@ -43,7 +43,7 @@ class Metrics:
             raise
 
     def record(self, values: dict[str, Any]) -> None:
-        """Append a line of values by name, one of which is `step`."""
+        """Append a line to metrics.jsonl, and log its numbers; `values` are by name, one of them `step`."""
         with self.file.open("a") as file:
             file.write(json.dumps(values) + "\n")
         for logger in self._started:

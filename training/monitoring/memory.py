@@ -9,7 +9,7 @@ import torch
 M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
 M_MMAP_MAX = -4
-"""Parameter numbers of mallopt(3)."""
+"""Number of a parameter of glibc's mallopt(3), like the two constants above."""
 
 
 def keep_freed_memory() -> None:
@@ -22,7 +22,7 @@ def keep_freed_memory() -> None:
 
 
 def return_freed_memory() -> None:
-    """Undo `keep_freed_memory`: set the thresholds at which glibc's own adaptation ends."""
+    """Undo `keep_freed_memory`: set the largest thresholds to which glibc adapts by itself."""
     _set({M_MMAP_MAX: 2**16, M_MMAP_THRESHOLD: 2**25, M_TRIM_THRESHOLD: 2**26})
 
 

@@ -20,9 +20,9 @@ class Measured:
     accuracy: float | None = None
     """Fraction of targets that are the most probable token; None if not measured."""
     accuracy_by: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Accuracy for each value of each axis of difficulty."""
+    """Accuracy by axis of difficulty of a task (such as the number of pairs), and by value on this axis."""
     loss_by: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Loss for each slice of each axis; slices without targets are left out."""
+    """Loss in nats per target, by axis and slice; slices without targets are left out."""
 
 
 @dataclass
@@ -36,9 +36,9 @@ class Score:
     right: int | None = None
     """Number of targets predicted correctly; None if not measured."""
     answers: dict[str, dict[str, tuple[int, int]]] = field(default_factory=dict)
-    """Numbers of correct targets and of all targets, by axis of difficulty and value."""
+    """Number of correctly predicted targets, and of all targets, by axis of difficulty and value."""
     losses: dict[str, dict[str, tuple[float, int]]] = field(default_factory=dict)
-    """Summed loss and number of targets, by axis and slice."""
+    """Summed loss in nats, and number of targets, by axis and slice."""
 
     def add(
         self,
@@ -47,13 +47,13 @@ class Score:
         predicted: Int[Tensor, " M"] | None = None,
         slices: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
-        """Add a batch.
+        """Add the loss and the predictions of a batch.
 
         Args:
             loss: summed loss in nats.
             targets: the correct tokens, `IGNORED` where there is no target.
             predicted: the most probable token at each target, row by row; None without accuracy.
-            slices: the value of each row, by axis of difficulty.
+            slices: the value of each sequence (a row of `targets`), by axis of difficulty.
         """
         is_target = targets != IGNORED
         self.loss = self.loss + loss
@@ -81,7 +81,7 @@ class Score:
             _count(self.losses, axis, name, losses[in_slice].double().sum().item(), int(in_slice.sum()))
 
     def merge(self, other: Mapping[str, Any]) -> None:
-        """Add the counts of another score, given as its `asdict`."""
+        """Add the sums and counts of another score, given as a dictionary (`dataclasses.asdict`)."""
         self.loss = self.loss + other["loss"]
         self.asked = self.asked + other["asked"]
         if other["right"] is not None:
@@ -114,5 +114,5 @@ def _count(counts: dict[str, dict[str, tuple[Any, int]]], axis: str, value: str,
 
 
 def _with_targets(by_value: Mapping[str, tuple[float, int]]) -> dict[str, tuple[float, int]]:
-    """Return only the slices that have targets."""
+    """Return the losses and counts of the slices that have targets."""
     return {value: counts for value, counts in by_value.items() if counts[1]}

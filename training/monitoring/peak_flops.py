@@ -1,8 +1,8 @@
 """Peak FLOP/s of known GPUs, for model FLOPs utilization (MFU).
 
 The figures are from the vendor's data sheets, for dense matrix products: bfloat16 on tensor cores with float32
-accumulation, and float32 without tensor cores (torch's default). There is none for CPUs, whose throughput depends on
-other programs; `seqmix bench` measures it beside each call.
+accumulation, and float32 without tensor cores (torch's default). CPUs have none, as their throughput
+depends on other programs; `seqmix bench` measures their peak rate beside each call.
 """
 
 import re
