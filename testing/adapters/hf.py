@@ -41,7 +41,7 @@ CACHES = ("cache", "past_key_values", "cache_params")
 
 
 class HFConfig(AdaptedConfig):
-    """A layer, a mixer or a model of transformers."""
+    """Configuration of a layer, a mixer or a model of transformers."""
 
     kind: Literal["hf"] = "hf"
     path: str = Field(pattern=r"^[\w.]+:\w+$", examples=["transformers.models.llama.modeling_llama:LlamaAttention"])
@@ -49,7 +49,7 @@ class HFConfig(AdaptedConfig):
     config: Mapping[str, Any] = {}
     """Fields of the class's configuration; missing fields get small values."""
     layer_idx: int = Field(default=0, ge=0)
-    """Index of the layer."""
+    """Index of the layer in its model, for a class that takes `layer_idx`."""
     mask: bool = True
     """True to pass the mask that the model would create, if the layer takes one."""
     use: Literal["training", "packed", "decoding"] = "training"
@@ -307,7 +307,7 @@ def named(path: str, config: str, changes: Sequence[str], *, presets: Path) -> l
 
 
 def _has_cache(path: str) -> bool:
-    """True if the module's `forward` has an argument for a cache."""
+    """Return True if the module's `forward` has an argument for a cache."""
     parameters = inspect.signature(_class(path).forward).parameters
     return any(name in CACHES for name in parameters)
 

@@ -29,7 +29,7 @@ class TorchscaleConfig(AdaptedConfig):
 
     kind: Literal["torchscale"] = "torchscale"
     n_heads: int = Field(default=2, gt=0, le=19)
-    """Number of heads, at most 19: the decay of a twentieth rounds to 1 in float32, and the norm divides 0 by 0."""
+    """Number of heads, at most 19: the decay of the twentieth rounds to 1 in float32, and the norm divides 0 by 0."""
     chunk: int = Field(default=0, ge=0)
     """Chunk length in tokens; 0 for the parallel mode."""
 

@@ -252,8 +252,10 @@ def _require_flops_grow(mixer: SequenceMixer, paradigm: Paradigm) -> None:
     with suppress(SeqmixError), limited_memory():  # the mixer refuses such lengths, or counts pairs with a mask
         counts = [mixer.flops(2**n, paradigm) for n in range(18, 23)]
         for n, (once, twice) in enumerate(itertools.pairwise(counts), start=18):
-            sentence = f"{paradigm}: flops returns {once!r} for 2^{n} tokens and {twice!r} for twice as many"
-            require(1.9 * once <= twice <= 4.1 * once, f"{sentence}: expected 2 to 4 times as much")
+            sentence = f"{paradigm}: expected flops to be 2 to 4 times as large for twice the tokens"
+            require(
+                1.9 * once <= twice <= 4.1 * once, f"{sentence}, got {once!r} for 2^{n} and {twice!r} for 2^{n + 1}"
+            )
 
 
 class _RandomDraws(TorchDispatchMode):
@@ -284,7 +286,7 @@ def _require_built_or_refused(trial: Trial, d_model: int) -> None:
 
 
 def _require_refusal(what: str, call: Callable[[], object], word: str = "") -> None:
-    """Fail unless a call raises a `ContractError` whose message has a word in it."""
+    """Fail unless a call raises a `ContractError` whose message contains `word`."""
     try:
         call()
     except ContractError as error:

@@ -160,7 +160,7 @@ class _Quantised(_Adapter):
 
 
 def _add_product(weight: Tensor, module: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> Tensor:  # noqa: ARG001
-    """Add another weight's product to the output of a projection; a forward hook after the first argument is bound."""
+    """Add another weight's product to a projection's output; with `weight` bound by `partial`, it is a forward hook."""
     product = nn.functional.linear if weight.ndim == 2 else nn.functional.conv1d
     return y + product(inputs[0], weight.to(y))
 

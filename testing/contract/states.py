@@ -16,7 +16,7 @@ from ..mixer.case import Draw
 from ..mixer.trial import Trial, as_leaves, float_leaves, learnable, leaves_of, named_results
 
 STEPS = 3
-"""Further steps during which the state returned by an earlier step has to keep its values."""
+"""Number of further steps during which the state returned by an earlier step has to keep its values."""
 
 DEEP, GROWN = 12, 40
 """Number of layers of a deep model, and of tokens after which a growing state has grown."""

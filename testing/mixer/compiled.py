@@ -1,4 +1,4 @@
-"""A compiled mixer against the same mixer in eager mode."""
+"""Comparison of a compiled mixer with the same mixer in eager mode."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ from ..compare import CheckFailure, require
 from .trial import Trial
 
 PREFIX = 5
-"""Tokens before a compiled segment: an empty cache would hide mistakes."""
+"""Number of tokens before a compiled segment: an empty cache would hide mistakes."""
 
 
 def counting_backend(name: str) -> Any:

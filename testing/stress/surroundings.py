@@ -19,13 +19,13 @@ from ..mixer.case import FIXED, Draw
 from ..mixer.trial import Trial
 
 POINTS = 32
-"""Operations of a fixed case before which another thread's call runs."""
+"""Approximate number of operations of a fixed case before which another thread's call runs."""
 
 FEW = 16
-"""Operations of a drawn case before which another thread's call runs."""
+"""Approximate number of operations of a drawn case before which another thread's call runs."""
 
 AT_ONCE = 4
-"""Operations of one call before which another thread's call runs."""
+"""Number of operations of one call before which another thread's call runs."""
 
 PATIENCE = 0.05
 """Seconds to wait for the other thread's call, which may wait itself for a lock that the interrupted call holds."""
