@@ -153,8 +153,10 @@ class _Layer(nn.Module):
             arguments |= {"inputs_embeds": x, "use_cache": cache is not None}
             return self.layer(**arguments)[0]
         needs_positions = "position_embeddings" in known
-        read = cache.get_seq_length() if needs_positions and cache is not None else 0
-        positions = arguments.pop("position_ids", torch.arange(read, read + x.shape[1], device=x.device)[None])
+        processed = cache.get_seq_length() if needs_positions and cache is not None else 0
+        positions = arguments.pop(
+            "position_ids", torch.arange(processed, processed + x.shape[1], device=x.device)[None]
+        )
         if needs_positions:
             arguments["position_embeddings"] = self.rotary(x, positions)
             if masked:

@@ -92,9 +92,9 @@ class _Layer(nn.Module):
 
     def step(self, x: Tensor, state: RetentionState) -> tuple[Tensor, RetentionState]:
         """Process one token from a state; return the output and the next state."""
-        read, decay = int(state.position[0]), self.rel_pos.decay.exp()
-        incremental = {"prev_key_value": state.memory, "scale": (1 - decay**read) / (1 - decay)} if read else {}
-        y = self.retention(x, self.rel_pos(read + 1, activate_recurrent=True), False, incremental)
+        position, decay = int(state.position[0]), self.rel_pos.decay.exp()
+        incremental = {"prev_key_value": state.memory, "scale": (1 - decay**position) / (1 - decay)} if position else {}
+        y = self.retention(x, self.rel_pos(position + 1, activate_recurrent=True), False, incremental)
         return y, RetentionState(incremental["prev_key_value"], state.position + 1)
 
 

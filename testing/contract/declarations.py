@@ -131,7 +131,7 @@ def _salt_hash(plain: Callable[[Any], int], salt: int, value: Any) -> int:
 
 
 def _overwrite_after_use(trial: Trial, x: Tensor) -> None:
-    """Overwrite the parameters of a used mixer, in evaluation or training mode: no cache of old ones may be used."""
+    """Overwrite the parameters of a mixer after a call, in evaluation or training mode: the next call must use them."""
     training, loaded = trial.case.seed % 2 == 1, trial.case.seed // 2 % 2 == 1
     used, fresh = (copy.deepcopy(trial.without_dropout()).train(training) for _ in range(2))
     with torch.no_grad():
@@ -236,10 +236,10 @@ def flops_are_as_declared(trial: Trial) -> None:
         # a sum over one token, as in a ragged chunk or a new cache, is elementwise in torch.einsum and not counted
         size = {Paradigm.RECURRENT: 1, Paradigm.CHUNKWISE: trial.mixer.chunk_size}.get(paradigm, trial.case.length)
         lone = trial.case.length if size == 1 else trial.case.length % size == 1
-        first = 4 * trial.d_model * (lone > 0 and trial.mixer.traits.state == "growing" and not context)
+        new_cache = 4 * trial.d_model * (lone > 0 and trial.mixer.traits.state == "growing" and not context)
         sentence = f"{paradigm}: flops({trial.case.length}, context={context}) returns {declared:,}, but a call takes"
         sentence += f" {counted[0]:,} ({counted[1]:,} with a final state)"
-        require(min(counted) <= declared <= max(counted) + max(4 * lone * state_size, first), sentence)
+        require(min(counted) <= declared <= max(counted) + max(4 * lone * state_size, new_cache), sentence)
         if trial.case.length == 1 and not trial.case.options:  # once, because flops may loop over millions of chunks
             _require_flops_grow(trial.mixer, paradigm)
 

@@ -185,8 +185,8 @@ def what_is_not_taken_is_refused(trial: KernelTrial) -> None:
     use="forward-mode differentiation (torch.func.jvp): its results are silently wrong",
 )
 def tangents_are_right_or_refused(trial: KernelTrial) -> None:
-    """Forward-mode derivatives equal those of the definition, or raise an error. If a custom op has a backward formula
-    alone, torch silently takes its tangent for zero."""
+    """Forward-mode derivatives equal those of the definition, or raise an error. If a custom op has only a
+    backward formula, torch silently uses a tangent of zero."""
     case, cpu, randn = trial.case, torch.device("cpu"), trial.case.randn()
     exact_inputs = {name: wide(x) for name, x in case.inputs(cpu).items()}
     # proportional to the inputs, except for a log-decay, which may be -inf and has to stay so

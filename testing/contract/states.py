@@ -57,7 +57,7 @@ def the_initial_state_is_nothing_read(trial: Trial) -> None:
 
 
 def _exceed_max_length(trial: Trial, paradigm: Paradigm, x: Tensor) -> None:
-    """Process more tokens than the state was allocated for, without a final state: the output is right, or an error."""
+    """Process more tokens than the state was allocated for, without a final state: only a right output or an error."""
     batch_size, room = x.shape[:2]
     longer = torch.cat((x, trial.tokens(length=3)), dim=1)
     whole = trial.mix(longer, None, paradigm=paradigm)[0]

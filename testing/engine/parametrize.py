@@ -53,7 +53,7 @@ class BoundCheck:
         except SeqmixError as error:  # the message suffices: a traceback would only show the kit
             pytest.fail(str(error), pytrace=False)
         if not report.outcomes:
-            pytest.fail("ran no check", pytrace=False)
+            pytest.fail(f"expected {self.name} to run, got no outcome", pytrace=False)
         ends = {Status.SKIPPED: pytest.skip, Status.EXPECTED_FAILURE: pytest.xfail}
         ends[Status.FAILED] = partial(pytest.fail, pytrace=False)
         for outcome in report.outcomes:

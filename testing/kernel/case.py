@@ -163,7 +163,7 @@ class KernelCase(WrittenCase, ABC):
 
     @classmethod
     def cases(cls, probes: Sequence[Probe], wide: Sequence[Probe], wanted: KernelDraw) -> st.SearchStrategy[Self]:
-        """Return a strategy for cases, as a check wants them.
+        """Return a strategy that draws cases for a check.
 
         Args:
             probes: kinds of calls in usual sizes.

@@ -215,10 +215,10 @@ class SoftmaxCase(KernelCase):
         return self.attend(inputs, lambda _, scores: self.weights(scores)[..., 1:])
 
     def terms(self, inputs: Tensors, absolute: Tensors) -> Tensors:
-        """Return the results with weights enlarged by the sizes of their scores.
+        """Return the results with each attention weight enlarged by the size of its score.
 
-        An error of a score changes its own weight by the same amount, relatively, and all weights of the query by that
-        amount times its weight.
+        An error of a score causes an equal relative error of its own weight. It also causes a relative error of all
+        weights of the query: its own weight times the error.
         """
         exact: dict[int, Tensor] = {}
         # a kernel may subtract sums of gates over all tokens of a segment from each other. In lower precision it forms

@@ -191,7 +191,7 @@ class Draw:
         return replace(case, rows=rearranged, dtype=self.dtypes[0], scale=self.scales[0], options=options)
 
     def simpler(self, case: Case) -> Iterator[Case]:
-        """Yield cases of this specification, each simpler in one respect; the configuration may refuse their options."""
+        """Yield cases within this specification that are simpler in one respect; their options may be refused."""
         lengths, options, chunk_size = case.lengths, dict(case.options), case.options.get("chunk_size", math.inf)
         for size in (2, 16):  # a failure at a far boundary of chunks may show at the second boundary of small ones
             if size < chunk_size and case.length > 4 * size:

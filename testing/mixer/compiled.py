@@ -17,7 +17,7 @@ PREFIX = 5
 
 
 def counting_backend(name: str) -> Any:
-    """Return a compiler backend that counts graphs. Its import takes a second, so it happens here."""
+    """Return a compiler backend that counts graphs. The import takes a second, so it is in here."""
     from torch._dynamo.testing import CompileCounterWithBackend
 
     return CompileCounterWithBackend(name)
@@ -26,7 +26,7 @@ def counting_backend(name: str) -> Any:
 def backend_of(trial: Trial) -> str:
     """Return the name of the compiler backend.
 
-    `aot_eager` is replaced by its form with the default partitioner: inductor's takes half a second to import.
+    `aot_eager` is replaced by its form with the default partitioner: importing that of inductor takes half a second.
     """
     backend = trial.subject.compile_backend
     return "aot_eager_default_partitioner" if backend == "aot_eager" else backend

@@ -108,7 +108,7 @@ def _limit_length(trial: Trial, paradigm: Paradigm, text: Tensor, longest: int =
 def _compare_without_states(trial: Trial, text: Tensor, whole: Tensor) -> None:
     """Compare outputs of calls without a final state with those of the whole segment, also at whole numbers of blocks.
 
-    There, a Fourier transform of as many tokens wraps around.
+    At these lengths, a Fourier transform without padding wraps around.
     """
     for paradigm in trial.paradigms:
         longest = _limit_length(trial, paradigm, text).shape[1]
