@@ -42,8 +42,8 @@ def check(
 
     Args:
         needs: conditions on the mixer; the check is skipped with the reason of the first one that does not hold.
-        share: cases to run, as a share of the examples asked for; 0 runs one.
-        draw: what a case holds; by default one segment from any state.
+        share: number of cases to run, as a share of the requested examples; 0 runs one case.
+        draw: specification of the cases to draw; by default one segment from any state.
         compiles: True if the check compiles the mixer.
         long: True if most cases have hundreds of tokens.
         stress: True if the check runs under `--stress` alone.
@@ -68,8 +68,8 @@ def kernel_check(
 
     Args:
         needs: conditions on the kernel; the check is skipped with the reason of the first one that does not hold.
-        share: cases to run, as a share of the examples asked for; 0 runs one.
-        draw: what a case holds.
+        share: number of cases to run, as a share of the requested examples; 0 runs one case.
+        draw: specification of the cases to draw; by default the defaults of `KernelDraw`.
         use: what breaks in practice if the property does not hold.
 
     Raises:
@@ -84,9 +84,13 @@ def _register_in(checks: dict[str, Any], **fields: Any) -> Callable[[Callable[..
     def register(test: Callable[..., None]) -> Callable[..., None]:
         name, sentence = test.__name__, " ".join((test.__doc__ or "").split())
         if name in checks:
-            raise ValueError(f"expected a new check name, got {name}: a check called {name} already exists")
+            raise ValueError(
+                f"expected a new check name, got {name}: a check called {name} already exists; rename the function"
+            )
         if not sentence:
-            raise ValueError(f"{name} needs a docstring: the property it tests")
+            raise ValueError(
+                f"expected the check {name} to have a docstring, got none: describe the property that it tests"
+            )
         checks[name] = Check(name=name, property=sentence, test=test, **fields)
         return test
 
@@ -135,18 +139,18 @@ def declares(feature: str, words: str) -> Need:
 
 
 def shifted_leaves(mixer: SequenceMixer, tokens: int = 65) -> dict[str, bool]:
-    """Return the leaves of the state that `shift_state` changes, by name.
+    """Return, for each leaf of a state that `shift_state` changes, True if it is a position, by name of the leaf.
 
-    The value is True if the leaf is a position: it grows by exactly the number of tokens.
+    A position grows by exactly `tokens`.
     """
     state = mixer.init_state(1)
-    moved = to_dict(mixer.shift_state(state, tokens))
-    changed = {name: leaf for name, leaf in to_dict(state).items() if not torch.equal(moved[name], leaf)}
-    return {name: torch.equal(moved[name], leaf + tokens) for name, leaf in changed.items()}
+    shifted = to_dict(mixer.shift_state(state, tokens))
+    changed = {name: leaf for name, leaf in to_dict(state).items() if not torch.equal(shifted[name], leaf)}
+    return {name: torch.equal(shifted[name], leaf + tokens) for name, leaf in changed.items()}
 
 
 def several_paradigms(config: MixerConfig, _: SequenceMixer) -> str | None:
-    """Two paradigms."""
+    """At least two paradigms."""
     (*others, last) = sorted(config.traits.paradigms)
     return None if others else f"traits.paradigms has {last} alone"
 

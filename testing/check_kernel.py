@@ -55,7 +55,7 @@ def check_kernel(
         kernel: the kernel to test.
         checks: names of the checks to run; by default all.
         device: device to run the kernel on.
-        examples: examples asked for; each check takes its share.
+        examples: number of requested examples; each check runs its share of them (`Check.share`).
         seed: seed of the drawn cases; None leaves it to hypothesis.
         shrink: True to reduce a failing case.
         expected_failures: checks that are known to fail, each with a reason. One that passes counts as a failure.
@@ -79,7 +79,7 @@ def check_kernel(
 
 
 def reproduce_kernel(name: str, kernel: Kernel, case: KernelCase, *, device: str | torch.device = "cpu") -> None:
-    """Run one check on one case: the line that a failure report prints.
+    """Run one check on one case; the report of a failure prints such a call.
 
     Args:
         name: name of the check.
@@ -101,9 +101,9 @@ def parametrize_kernels(
     expected_failures: Mapping[str, Mapping[str, str]] | None = None,
     **options: Any,
 ) -> Any:
-    """Return a decorator that gives a pytest function an argument `check`, one for every kernel and check.
+    """Return a decorator that makes a pytest function one test per kernel and check, with an argument `check`.
 
-    The function calls it: `check()`. The test is skipped with the kernel's own reason if the kernel cannot run here.
+    The function has to call `check()`. The test is skipped with the kernel's own reason if the kernel cannot run here.
 
     Args:
         kernels: kernels to test; by default all declared ones.
@@ -117,10 +117,12 @@ def parametrize_kernels(
     """
     tested = list(KERNELS.values() if kernels is None else kernels)
     if not tested:
-        raise SeqmixError("parametrize_kernels got no kernel to test: pass at least one, or omit `kernels` to test all")
+        raise SeqmixError(
+            "parametrize_kernels expects at least one kernel, got none: pass one, or omit `kernels` to test all"
+        )
     named = [(str(kernel.key), str(kernel.key), partial(check_kernel, kernel)) for kernel in tested]
-    known = {"checks": checks, "expected_failures": expected_failures}
-    return parametrized(named, KERNEL_CHECKS, what="kernel", **known, options=options)
+    selection = {"checks": checks, "expected_failures": expected_failures}
+    return parametrized(named, KERNEL_CHECKS, what="kernel", **selection, options=options)
 
 
 class CheckedKernel(CheckedSubject[KernelCase]):
@@ -161,7 +163,7 @@ class CheckedKernel(CheckedSubject[KernelCase]):
         return as_many_as_asked(cases, self.examples)
 
     def _select_probes(self, check: KernelCheck, probes: Iterable[Probe]) -> list[Probe]:
-        """Return the probes that a check asks this kernel for."""
+        """Return the probes, which describe kinds of calls, that a check runs this kernel on."""
         return [probe for probe in probes if check.draw.asks(self.kernel, probe)]
 
     def simpler(self, check: KernelCheck, case: KernelCase) -> Iterable[KernelCase]:

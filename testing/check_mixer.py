@@ -59,9 +59,10 @@ def check_mixer(
         d_model: width of the residual stream; by default the first of a short list of widths that fits.
         device: device to test on.
         paradigms: declared paradigms to test, each against the reference; by default all.
-        examples: examples asked for; each check takes its share.
+        examples: number of requested examples; each check runs its share of them (`Check.share`).
         seed: seed of the drawn cases; None leaves it to hypothesis.
-        vary: True if checks may change options of the configuration: Literals, booleans, None, and `examples`.
+        vary: True if checks may change fields of the configuration: Literals, booleans, optional fields, numbers with
+            bounds, and fields with `examples`.
         compiles: True to run the checks that compile, which take several seconds each; False to skip them.
         stress: True to run the checks of `--stress` too, unless `checks` selects some.
         tolerances: allowed relative errors by low-precision dtype, in place of the kit's own.
@@ -70,7 +71,8 @@ def check_mixer(
         expected_failures: checks that are known to fail, each with a reason. One that passes counts as a failure.
         shrink: True to reduce a failing case to the fewest tokens and options.
         on_outcome: called after each check with its outcome.
-        on_case: called after each case with the check and the number of cases run so far, smaller ones included.
+        on_case: called after each case with the check and the number of cases run so far, which includes those that a
+            reduction tries.
 
     Raises:
         SeqmixError: an argument is wrong (a check or paradigm that does not exist, a width that does not fit), or the
@@ -103,7 +105,7 @@ def check_mixer(
 
 
 def reproduce(name: str, config: MixerConfig, case: Case, **options: Any) -> None:
-    """Run one check on one case: the line that a failure report prints.
+    """Run one check on one case; the report of a failure prints such a call.
 
     Args:
         name: name of the check.
@@ -127,9 +129,9 @@ def parametrize_checks(
     expected_failures: Mapping[str, Mapping[str, str]] | None = None,
     **options: Any,
 ) -> Any:
-    """Return a decorator that gives a pytest function an argument `check`, one for every configuration and check.
+    """Return a decorator that makes a pytest function one test per configuration and check, with an argument `check`.
 
-    The function calls it: `check()`, or `check(device="cuda")`. Every run draws the same cases, unless you give
+    The function has to call it: `check()`, or `check(device="cuda")`. Every run draws the same cases, unless you give
     hypothesis a seed (`--hypothesis-seed`) or your project registers a profile; a profile's `max_examples` counts too.
 
     Args:
@@ -143,9 +145,9 @@ def parametrize_checks(
         SeqmixError: a check or kind does not exist, or there is nothing to test.
     """
     if isinstance(configs, MixerConfig) or not all(isinstance(config, MixerConfig) for config in configs):
-        raise SeqmixError(f"parametrize_checks expects a list of configurations, got {configs!r}")
+        raise SeqmixError(f"parametrize_checks expects a list of configurations, got {configs!r}: pass [config, ...]")
     if not configs:
-        raise SeqmixError("parametrize_checks got no configuration to test: pass at least one")
+        raise SeqmixError("parametrize_checks expects at least one configuration, got none: pass [config, ...]")
     tested = [(_label(config, configs), config.kind, partial(check_mixer, config)) for config in configs]
     return parametrized(
         tested,
@@ -159,7 +161,7 @@ def parametrize_checks(
 
 
 def _label(config: MixerConfig, configs: Sequence[MixerConfig]) -> str:
-    """Return a configuration's kind, followed by a number if several configurations have it."""
+    """Return a configuration's kind, followed by its number among those of the same kind if there are several."""
     same_kind = [other for other in configs if other.kind == config.kind]
     return config.kind if len(same_kind) == 1 else f"{config.kind}{same_kind.index(config)}"
 
@@ -178,9 +180,9 @@ class CheckedMixer(CheckedSubject[Case]):
 
     def cases(self, check: MixerCheck) -> SearchStrategy[Case]:
         draw, options = check.draw.of(self.subject.traits), self.subject.options
-        chunks = {"chunk_size": draw.chunk_size}
-        if draw.chunk_size is not None and self.subject.accepts(chunks):
-            options = lambda chance, changes: self.subject.options(chance, changes) | chunks  # noqa: E731
+        fixed_chunk = {"chunk_size": draw.chunk_size}
+        if draw.chunk_size is not None and self.subject.accepts(fixed_chunk):
+            options = lambda chance, changes: self.subject.options(chance, changes) | fixed_chunk  # noqa: E731
         return draw.cases(self.subject.traits, options)
 
     def fixed_cases(self, check: MixerCheck) -> list[Case]:

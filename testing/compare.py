@@ -29,11 +29,11 @@ class CheckFailure(AssertionError):  # noqa: N818  test frameworks count it as a
 
 
 MOST_LINES = 5
-"""Tensors described in a failure beside the first one."""
+"""Maximum number of tensors that a failure describes besides the first one."""
 
 
 class Differences:
-    """A context manager that collects differences, and fails at its end with every tensor that is wrong.
+    """Context manager that compares tensors and, at its end, raises one `CheckFailure` that lists those that differ.
 
     Args:
         what: the comparison in words ("recurrent against parallel").
@@ -78,20 +78,20 @@ class Differences:
             )
 
     def _within_absolute(self, actual: Tensor, expected: Tensor) -> bool:
-        """True if every element is within the absolute tolerance: a quick test that most tensors pass."""
+        """Return True if every element is within the absolute tolerance: a quick test that most tensors pass."""
         return is_inexact(actual) and bool(((actual - expected).abs() <= self.tolerance).all())
 
     def close(
         self, name: str, actual: Tensor, exact: Tensor, dtype: torch.dtype, size: Tensor, axes: Sequence[str] = ()
     ) -> None:
-        """Compare a result in any dtype with the exact one in float64, relative to a size per element.
+        """Compare a result in any dtype with the exact one in float64; each element has a tolerance of its own.
 
         Args:
             name: the tensor in words, for the report.
             actual: the tensor under test.
             exact: the exact tensor, in float64.
             dtype: dtype that `actual` should have.
-            size: what the tolerance is relative to, one number per element.
+            size: for each element, the number that `tolerance` is multiplied by.
             axes: names of the dimensions, one letter each ("BTHV"), if they are known.
         """
         if actual.shape != exact.shape or actual.dtype != dtype:
@@ -124,10 +124,10 @@ FEW = 8
 """Number of elements below which the norm of a tensor means little: its sums over tokens may happen to cancel."""
 
 ROUNDINGS = 2
-"""Allowed error of a row, as a multiple of how far it moves if its inputs are rounded: a mixer rounds several times."""
+"""Allowed error of a row, as a multiple of the change that rounding its inputs causes: a mixer rounds several times."""
 
 MOVES = 8
-"""Allowed error of a whole tensor, as a multiple of how far it moves if the tokens are rounded."""
+"""Allowed error of a whole tensor, as a multiple of the change that rounding the tokens causes."""
 
 
 def require_near(
@@ -154,11 +154,12 @@ def require_near(
         actual: the tensor in low precision.
         exact: the exact tensor.
         tolerance: allowed error of a row, relative to the mean norm of the rows.
-        floor: root mean square of an element below which a number counts as zero.
-        row_moves: returns, for a name, how far each row of the exact tensor moves if its inputs are rounded. A row
-            counts as right if it is off by at most `ROUNDINGS` times as much.
-        perturbed: returns the exact tensor for rounded tokens. The tolerance is at least `MOVES` times as far as that
-            tensor is from `exact`.
+        floor: least size that errors are relative to, as a root mean square per element; it replaces the mean norm of
+            the rows if that is smaller.
+        row_moves: returns, by name of a tensor, the norm of each exact row's change if its inputs are rounded. A row
+            counts as right if its error is at most `ROUNDINGS` times as large.
+        perturbed: returns the exact tensor for rounded tokens. The tolerance is at least `MOVES` times the relative
+            distance of that tensor from `exact`.
 
     Raises:
         CheckFailure: the tensor is not near; the message has the first element that is not finite or, of an output,
@@ -190,7 +191,7 @@ def _upper_quartile(error: Tensor) -> float:
 
 
 def axes_of(name: str) -> str:
-    """Return the dimensions of a tensor by its name in a mixer's report: "BTD" for output and input, else unknown."""
+    """Return the dimensions of a tensor by its name in a mixer's report: "BTD" for output and input, "" for others."""
     return "BTD" if name.endswith(("the output", "the input")) else ""
 
 
@@ -203,7 +204,7 @@ def require(holds: bool | Tensor, sentence: str) -> None:
 def _describe_difference(
     name: str, actual: Tensor, expected: Tensor, wrong: Tensor, axes: Sequence[str], allowed: str
 ) -> list[str]:
-    """Return one line that describes the wrong elements: where, what was expected, by how much; empty if all are right.
+    """Return one line, in a list, that says where elements are wrong and by how much; an empty list if none is.
 
     Args:
         name: the tensor in words.
@@ -264,7 +265,10 @@ def _leaf_axes(state: Any, leaf: str) -> list[str]:
 
 
 def _rms(x: Tensor) -> float:
-    """Return the root mean square of the finite numbers: where large numbers cancel, the rest has their rounding."""
+    """Return the root mean square of a tensor's finite numbers; 0 for integers.
+
+    Errors of rounding are relative to it: a small element may be the difference of large numbers.
+    """
     finite = x.detach()[x.detach().isfinite()].abs().to(torch.float64) if is_inexact(x) else x.new_empty(0)
     return finite.square().mean().sqrt().item() if finite.numel() else 0.0
 

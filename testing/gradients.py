@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 Layout = Callable[[Tensor], Tensor]
-"""Returns a tensor with the same numbers and another memory layout."""
+"""Function that returns a tensor with the same numbers and another memory layout."""
 
 
 class _GradientLayout(torch.autograd.Function):
@@ -24,9 +24,9 @@ class _GradientLayout(torch.autograd.Function):
 
 
 def with_gradient_layout(x: Tensor, layout: Layout) -> Tensor:
-    """Return the same tensor, whose gradient arrives in this layout if nothing else reads x.
+    """Return a view of x; in the backward pass x gets its gradient in this layout, if nothing else reads x.
 
-    A slice of a stack would not do: autograd adds up the gradients of slices, and the sum is contiguous.
+    A slice of a stacked tensor would not do: autograd adds up the gradients of slices, and the sum is contiguous.
     """
     return _GradientLayout.apply(x, layout) if x.requires_grad else x
 

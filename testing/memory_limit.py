@@ -19,12 +19,12 @@ STATISTICS = Path("/proc/self/statm")
 
 
 class MemoryBoundError(SeqmixError):
-    """A case asked for more main memory than `MOST`."""
+    """A case asked for more main memory than `MOST`, 4 GiB."""
 
 
 @contextmanager
 def limited_memory() -> Iterator[None]:
-    """Limit the CPU memory that the block may allocate to 4 GiB on Linux; elsewhere there is no limit.
+    """Limit the main memory that a `with` block may allocate to 4 GiB on Linux; elsewhere there is no limit.
 
     Raises:
         MemoryBoundError: an allocation was refused.
@@ -41,6 +41,8 @@ def limited_memory() -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
             raise
-        raise MemoryBoundError(f"the case asks for more than {MOST / 2**30:g} GiB of memory") from error
+        raise MemoryBoundError(
+            f"expected a case to need at most {MOST / 2**30:g} GiB of memory, got a request for more"
+        ) from error
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, before)

@@ -41,7 +41,7 @@ CACHES = ("cache", "past_key_values", "cache_params")
 
 
 class HFConfig(AdaptedConfig):
-    """A layer, a mixer or a model of transformers."""
+    """Configuration of a layer, a mixer or a model of transformers."""
 
     kind: Literal["hf"] = "hf"
     path: str = Field(pattern=r"^[\w.]+:\w+$", examples=["transformers.models.llama.modeling_llama:LlamaAttention"])
@@ -49,7 +49,7 @@ class HFConfig(AdaptedConfig):
     config: Mapping[str, Any] = {}
     """Fields of the class's configuration; missing fields get small values."""
     layer_idx: int = Field(default=0, ge=0)
-    """Index of the layer."""
+    """Index of the layer in its model, for a class that takes `layer_idx`."""
     mask: bool = True
     """True to pass the mask that the model would create, if the layer takes one."""
     use: Literal["training", "packed", "decoding"] = "training"
@@ -153,8 +153,10 @@ class _Layer(nn.Module):
             arguments |= {"inputs_embeds": x, "use_cache": cache is not None}
             return self.layer(**arguments)[0]
         needs_positions = "position_embeddings" in known
-        read = cache.get_seq_length() if needs_positions and cache is not None else 0
-        positions = arguments.pop("position_ids", torch.arange(read, read + x.shape[1], device=x.device)[None])
+        processed = cache.get_seq_length() if needs_positions and cache is not None else 0
+        positions = arguments.pop(
+            "position_ids", torch.arange(processed, processed + x.shape[1], device=x.device)[None]
+        )
         if needs_positions:
             arguments["position_embeddings"] = self.rotary(x, positions)
             if masked:
@@ -307,7 +309,7 @@ def named(path: str, config: str, changes: Sequence[str], *, presets: Path) -> l
 
 
 def _has_cache(path: str) -> bool:
-    """True if the module's `forward` has an argument for a cache."""
+    """Return True if the module's `forward` has an argument for a cache."""
     parameters = inspect.signature(_class(path).forward).parameters
     return any(name in CACHES for name in parameters)
 

@@ -28,10 +28,10 @@ from ...ops.runtime.paradigm import Paradigm
 from ...registry import require_name
 
 Result = tuple[Tensor, Any]
-"""Output and final state; the state is None if it is not wanted."""
+"""Output and final state; the state is None unless it is requested."""
 
 Calls = Callable[[Any, Tensor, Any, Tensor | None, bool], Result]
-"""`call(module, x, state, cu_seqlens, return_state)`: mixes a segment x, [B T D]; None starts without a state."""
+"""`call(module, x, state, cu_seqlens, return_state)`: mixes a segment x, [B T D]; a `state` of None begins a text."""
 
 Begins = Callable[[Any, int], tuple[Any, ...]]
 """`state(module, batch_size)`: the state before the first token, a NamedTuple of tensors, each with the batch first."""
@@ -45,7 +45,7 @@ class AdaptedConfig(MixerConfig):
     """
 
     paradigm: Paradigm = Field(default=Paradigm.PARALLEL, strict=False)
-    """Paradigm of training and evaluation."""
+    """Default paradigm, in training and evaluation."""
     layer: ClassVar[type["Adapted"]]
     """Class of the mixer that the configuration builds."""
 
@@ -67,7 +67,7 @@ class AdaptedConfig(MixerConfig):
         raise NotImplementedError
 
     def flops(self, module: Any, length: int, paradigm: Paradigm, context: int) -> int | None:  # noqa: ARG002
-        """Return the cost, as in `SequenceMixer.flops`; None if it is not declared."""
+        """Return the floating-point operations of a call, as in `SequenceMixer.flops`; None if it is not declared."""
         return None
 
     def undeclared(self, module: Any) -> dict[str, str]:
@@ -190,7 +190,7 @@ def adapt(
         traits: fields of `Traits` that differ from the defaults, such as `{"packing": True}`. The defaults are a
             constant state if `state` is given and no state otherwise, no packing, and no invariance to shifts.
         flops: `flops(module, length, paradigm, context)`; if it is None, the cost is not checked.
-        d_model: the only width that is supported; required if `module` is a module.
+        d_model: the only width that is supported; required if `module` is an instance.
         kind: the name in reports; by default that of the class or function.
 
     Raises:
@@ -200,7 +200,9 @@ def adapt(
     make: Callable[[int], nn.Module] = module
     if isinstance(module, nn.Module):
         if d_model is None:
-            raise ContractError(f"adapt needs the width of a module that exists already, {name}: pass d_model=")
+            raise ContractError(
+                f"adapt needs the width of a module that exists already, {name}, got none: pass d_model="
+            )
         make = lambda _: copy.deepcopy(module).to(torch.get_default_device())  # noqa: E731
     for trait in traits or {}:
         require_name("trait", trait, [field.name for field in fields(Traits)])
@@ -209,7 +211,9 @@ def adapt(
     declared = Traits(**{"paradigms": paradigms, **defaults, **(traits or {})})
     if declared.has_state is (state is None):
         remedy = "pass state=" if state is None else "omit state="
-        raise ContractError(f"adapt needs state= exactly if traits.state is not none, got {declared.state!r}: {remedy}")
+        argument = "no state=" if state is None else "state="
+        got = f"got {argument} and traits.state {declared.state!r}"
+        raise ContractError(f"adapt expects state= exactly if traits.state is not none, {got}: {remedy}")
     call_module = call or (lambda module, x, *_: (module(x), None))
     undeclared = {"yaml": "YAML cannot describe a module that adapt was given"}
     members = {

@@ -10,7 +10,7 @@ from .module import AdaptedConfig, Result, adapt
 
 
 class OpState(NamedTuple):
-    """State of a function."""
+    """State of a function of queries, keys and values (`adapt_op`)."""
 
     memory: Tensor
     """One matrix per head, [B H K V]."""

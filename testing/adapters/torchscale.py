@@ -29,7 +29,7 @@ class TorchscaleConfig(AdaptedConfig):
 
     kind: Literal["torchscale"] = "torchscale"
     n_heads: int = Field(default=2, gt=0, le=19)
-    """Number of heads, at most 19: the decay of a twentieth rounds to 1 in float32, and the norm divides 0 by 0."""
+    """Number of heads, at most 19: the decay of the twentieth rounds to 1 in float32, and the norm divides 0 by 0."""
     chunk: int = Field(default=0, ge=0)
     """Chunk length in tokens; 0 for the parallel mode."""
 
@@ -92,9 +92,9 @@ class _Layer(nn.Module):
 
     def step(self, x: Tensor, state: RetentionState) -> tuple[Tensor, RetentionState]:
         """Process one token from a state; return the output and the next state."""
-        read, decay = int(state.position[0]), self.rel_pos.decay.exp()
-        incremental = {"prev_key_value": state.memory, "scale": (1 - decay**read) / (1 - decay)} if read else {}
-        y = self.retention(x, self.rel_pos(read + 1, activate_recurrent=True), False, incremental)
+        position, decay = int(state.position[0]), self.rel_pos.decay.exp()
+        incremental = {"prev_key_value": state.memory, "scale": (1 - decay**position) / (1 - decay)} if position else {}
+        y = self.retention(x, self.rel_pos(position + 1, activate_recurrent=True), False, incremental)
         return y, RetentionState(incremental["prev_key_value"], state.position + 1)
 
 

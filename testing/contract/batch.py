@@ -14,10 +14,10 @@ from ..mixer.case import CROWDS, Draw
 from ..mixer.trial import Trial
 
 FEW = 4
-"""Rows of a large batch to process together, without the others. In a small batch, each row is processed alone."""
+"""Number of rows of a large batch to process without the others. In a small batch, each row is processed alone."""
 
 SAMPLES = 2
-"""Sequences that continue from the state of a single row."""
+"""Number of sequences that continue from the state of a single row."""
 
 LOUD = 30.0
 """Factor by which the tokens of one row are larger: anything normalised over rows makes the others vanish."""

@@ -131,7 +131,7 @@ def _salt_hash(plain: Callable[[Any], int], salt: int, value: Any) -> int:
 
 
 def _overwrite_after_use(trial: Trial, x: Tensor) -> None:
-    """Overwrite the parameters of a used mixer, in evaluation or training mode: no cache of old ones may be used."""
+    """Overwrite the parameters of a mixer after a call, in evaluation or training mode: the next call must use them."""
     training, loaded = trial.case.seed % 2 == 1, trial.case.seed // 2 % 2 == 1
     used, fresh = (copy.deepcopy(trial.without_dropout()).train(training) for _ in range(2))
     with torch.no_grad():
@@ -236,10 +236,10 @@ def flops_are_as_declared(trial: Trial) -> None:
         # a sum over one token, as in a ragged chunk or a new cache, is elementwise in torch.einsum and not counted
         size = {Paradigm.RECURRENT: 1, Paradigm.CHUNKWISE: trial.mixer.chunk_size}.get(paradigm, trial.case.length)
         lone = trial.case.length if size == 1 else trial.case.length % size == 1
-        first = 4 * trial.d_model * (lone > 0 and trial.mixer.traits.state == "growing" and not context)
+        new_cache = 4 * trial.d_model * (lone > 0 and trial.mixer.traits.state == "growing" and not context)
         sentence = f"{paradigm}: flops({trial.case.length}, context={context}) returns {declared:,}, but a call takes"
         sentence += f" {counted[0]:,} ({counted[1]:,} with a final state)"
-        require(min(counted) <= declared <= max(counted) + max(4 * lone * state_size, first), sentence)
+        require(min(counted) <= declared <= max(counted) + max(4 * lone * state_size, new_cache), sentence)
         if trial.case.length == 1 and not trial.case.options:  # once, because flops may loop over millions of chunks
             _require_flops_grow(trial.mixer, paradigm)
 
@@ -252,8 +252,10 @@ def _require_flops_grow(mixer: SequenceMixer, paradigm: Paradigm) -> None:
     with suppress(SeqmixError), limited_memory():  # the mixer refuses such lengths, or counts pairs with a mask
         counts = [mixer.flops(2**n, paradigm) for n in range(18, 23)]
         for n, (once, twice) in enumerate(itertools.pairwise(counts), start=18):
-            sentence = f"{paradigm}: flops returns {once!r} for 2^{n} tokens and {twice!r} for twice as many"
-            require(1.9 * once <= twice <= 4.1 * once, f"{sentence}: expected 2 to 4 times as much")
+            sentence = f"{paradigm}: expected flops to be 2 to 4 times as large for twice the tokens"
+            require(
+                1.9 * once <= twice <= 4.1 * once, f"{sentence}, got {once!r} for 2^{n} and {twice!r} for 2^{n + 1}"
+            )
 
 
 class _RandomDraws(TorchDispatchMode):
@@ -284,7 +286,7 @@ def _require_built_or_refused(trial: Trial, d_model: int) -> None:
 
 
 def _require_refusal(what: str, call: Callable[[], object], word: str = "") -> None:
-    """Fail unless a call raises a `ContractError` whose message has a word in it."""
+    """Fail unless a call raises a `ContractError` whose message contains `word`."""
     try:
         call()
     except ContractError as error:

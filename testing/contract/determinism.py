@@ -22,7 +22,7 @@ LOSS_SCALE = 2.0**16
 """Factor that multiplies the loss in float16 training."""
 
 FRESH = 13
-"""Length of a segment, and size of a chunk, that no other check uses: nothing is cached for it yet."""
+"""Length of a segment, and size of a chunk, in tokens, that no other check uses: nothing is cached for it yet."""
 
 PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, type(None))
 """Types of attributes that are compared by ==."""
@@ -103,10 +103,10 @@ def _train_after_sampling(trial: Trial) -> None:
 
 
 def _backward_twice(trial: Trial, paradigm: Paradigm, x: Tensor, state: Any) -> None:
-    """Run several backward passes through the same graph.
+    """Compare several backward passes through the same graph.
 
-    All give the same gradients, also with a scaled loss and when they are added to existing ones, and none writes into
-    the upstream gradients.
+    All have to give the same gradients, also with a scaled loss and when they are added to existing ones. None may
+    write into the upstream gradients.
     """
     parameters = {f"the gradient of {name}": parameter for name, parameter in learnable(trial.mixer).items()}
     leaves = {"the gradient of the input": x.detach().requires_grad_(), **parameters}

@@ -21,26 +21,26 @@ from ..kernel.families import FAMILIES
 from ..kernel.trial import KernelTrial
 
 FEW = st.integers(1, 9)
-"""Lengths for checks that are expensive, or to which long segments add nothing."""
+"""Strategy of lengths, in tokens, for checks that are expensive, or to which long segments add nothing."""
 
 
 def with_grad(kernel: Kernel, probe: Probe) -> bool:
-    """Return True if the probe needs gradients and the kernel takes it."""
+    """Return True for a probe with gradients, if the kernel supports its calls."""
     return probe.needs_grad and takes(kernel, probe)
 
 
 def widest_with_grad(kernel: Kernel, probe: Probe) -> bool:
-    """Return True if the probe needs gradients, in the most exact dtype of the kernel, and the kernel takes it."""
+    """Return True for a probe with gradients in the kernel's most exact dtype, if the kernel supports its calls."""
     return probe.dtype == min(kernel.tolerances, key=lambda dtype: torch.finfo(dtype).eps) and with_grad(kernel, probe)
 
 
 def in_pieces(kernel: Kernel, probe: Probe) -> bool:
-    """Return True if the kernel takes the probe as a whole and in pieces."""
+    """Return True if the kernel supports the calls that a probe describes, both at once and in pieces."""
     return probe.final_state and takes(kernel, probe) and takes(kernel, replace(probe, initial_state=True))
 
 
 def token_by_token_in_16_bits(kernel: Kernel, probe: Probe) -> bool:
-    """Return True for a probe in 16 bits, neither packed nor with gradients, that the kernel takes token by token.
+    """Return True for a probe in 16 bits, neither packed nor with gradients, if the kernel can run token by token.
 
     Only ops whose state is a sum over tokens count.
     """
@@ -151,8 +151,8 @@ def inputs_are_left_alone(trial: KernelTrial) -> None:
             same = upstream[name]._version == version and torch.equal(upstream[name], values)
             require(same, f"the upstream gradient of {name} was written in place")
         for name, result in results.items():
-            shared = memory.get(result.untyped_storage().data_ptr()) if result.numel() else None
-            require(shared is None, f"{name} is a view of the input {shared}")
+            input_name = memory.get(result.untyped_storage().data_ptr()) if result.numel() else None
+            require(input_name is None, f"{name} is a view of the input {input_name}")
     for name, version in versions.items():
         same = inputs[name]._version == version and torch.equal(inputs[name].detach(), before[name].detach())
         require(same, f"the input {name} was written in place")
@@ -185,8 +185,8 @@ def what_is_not_taken_is_refused(trial: KernelTrial) -> None:
     use="forward-mode differentiation (torch.func.jvp): its results are silently wrong",
 )
 def tangents_are_right_or_refused(trial: KernelTrial) -> None:
-    """Forward-mode derivatives equal those of the definition, or raise an error. If a custom op has a backward formula
-    alone, torch silently takes its tangent for zero."""
+    """Forward-mode derivatives equal those of the definition, or raise an error. If a custom op has only a
+    backward formula, torch silently uses a tangent of zero."""
     case, cpu, randn = trial.case, torch.device("cpu"), trial.case.randn()
     exact_inputs = {name: wide(x) for name, x in case.inputs(cpu).items()}
     # proportional to the inputs, except for a log-decay, which may be -inf and has to stay so
@@ -326,7 +326,7 @@ def _require_own_memory(trial: KernelTrial) -> None:
 
 
 def _require_boundaries_read(trial: KernelTrial) -> None:
-    """Fail if a kernel caches what it derives from boundaries, and others are written into the same memory."""
+    """Fail if a kernel caches what it derives from boundaries, and uses it after others are written in their memory."""
     case = replace(trial.case, grad=())
     other = replace(case, lengths=case.lengths[::-1])
     call, later = (each.call(each.inputs(trial.device)) for each in (case, other))

@@ -16,11 +16,11 @@ from ..mixer.rounding import LOW, is_copied, require_near_float64, rows_moved, s
 from ..mixer.trial import Trial, named_leaves, named_results
 
 LONG = 700
-"""Tokens of a long segment: more than a few blocks, and more than an 8-bit integer can count."""
+"""Number of tokens of a long segment: more than a few blocks, and more than an 8-bit integer can count."""
 
 
 MANY = 24
-"""Tokens after which the sums in a float32 state use all of its bits."""
+"""Number of tokens after which the sums in a float32 state use all of its bits."""
 
 
 @check(
@@ -108,9 +108,9 @@ def _require_no_drift(trial: Trial, length: int) -> None:
     if trial.mixer.traits.has_state:
         start = state or exact.init_state(1, max_length=length)
         stepped = torch.no_grad()(step_by_step(trial, exact))
-        moved = rows_moved(lambda x, state, rounds: ends(*stepped(x, state, rounds)), x, start, dtype)
+        row_moves = rows_moved(lambda x, state, rounds: ends(*stepped(x, state, rounds)), x, start, dtype)
     else:
-        moved = rows_moved(lambda x, *_: ends(*trial.mix(x, None, exact)), x, None, dtype)
+        row_moves = rows_moved(lambda x, *_: ends(*trial.mix(x, None, exact)), x, None, dtype)
     for paradigm in trial.paradigms:
         # parallel takes quadratic time: thousands of tokens only if it is the default, and from a state if it takes one
         has_case_with_state = state is None and trial.mixer.traits.takes_state(paradigm)
@@ -121,7 +121,7 @@ def _require_no_drift(trial: Trial, length: int) -> None:
         what = f"{paradigm} in {dtype}, the last {last} of {length} tokens"
         for name, result in expected.items():
             perturbed_result = lambda name=name: perturbed()[name]  # noqa: E731
-            require_near(name, what, actual[name], result, tolerance, row_moves=moved, perturbed=perturbed_result)
+            require_near(name, what, actual[name], result, tolerance, row_moves=row_moves, perturbed=perturbed_result)
 
 
 @check(
@@ -195,15 +195,18 @@ def extremes_are_finite(trial: Trial) -> None:
     if trial.case.dtype != torch.float16:  # products overflow float16 (65,504)
         inputs["inputs of a thousand"] = 1000 * x
     x, state = torch.cat(list(inputs.values())), trial.state(len(inputs))
-    exact = cache(lambda: _named(*trial.differentiate(trial.call(trial.reference, wide), x.double(), widened(state))))
-    wide = trial.rebuilt(torch.float64)
+    exact = trial.rebuilt(torch.float64)
+    call = trial.call(trial.reference, exact)
+    exact_results = cache(lambda: _named(*trial.differentiate(call, x.double(), widened(state))))
     for paradigm in trial.paradigms:
         results = _named(*trial.differentiate(trial.call(paradigm), x, state))
         of_parameters = {f"the gradient of {name}" for name, _ in trial.mixer.named_parameters()}
         for name, tensor in results.items():
             whole = name in of_parameters
             for what, part in [(", ".join(inputs), tensor)] if whole else zip(inputs, tensor, strict=True):
-                if part.isfinite().all() or ("thousand" in what and _may_overflow(name, exact()[name], part.dtype)):
+                if part.isfinite().all() or (
+                    "thousand" in what and _may_overflow(name, exact_results()[name], part.dtype)
+                ):
                     continue
                 require(False, f"{paradigm} in {trial.case.dtype}, {what}: {name} is not finite")
 

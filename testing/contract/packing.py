@@ -116,7 +116,7 @@ def gradients_of_documents_are_those_of_sequences(trial: Trial) -> None:
 
 
 def describe_lengths(trial: Trial) -> str:
-    """Return the lengths of the documents in words, cut after eight."""
+    """Return the lengths of the documents as text, cut after eight."""
     lengths = trial.case.lengths
     return ", ".join(map(str, lengths[:8])) + (f" and {len(lengths) - 8} more" if len(lengths) > 8 else "")
 
@@ -130,7 +130,7 @@ def states_of_documents(trial: Trial) -> Any:
 
 
 Group = tuple[list[int], Tensor | None, Any]
-"""Documents of equal length: their indices, their outputs [N T D] (None if they are empty) and their final states."""
+"""Documents of equal length: their indices, their outputs [N t D] (None if they are empty) and their final states."""
 
 
 def mix_each_alone(trial: Trial, call: SegmentCall, x: Tensor, state: Any, **options: Any) -> list[Group]:
@@ -154,7 +154,7 @@ def mix_each_alone(trial: Trial, call: SegmentCall, x: Tensor, state: Any, **opt
 
 
 def unpack_documents(x: Tensor, lengths: tuple[int, ...], rows: list[int]) -> Tensor:
-    """Return documents of equal length as a batch: [1 T D] -> [N T D]."""
+    """Return documents of equal length as a batch: [1 T D] -> [N t D]."""
     parts = x[0].split(lengths)
     return torch.stack([parts[row] for row in rows])
 

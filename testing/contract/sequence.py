@@ -160,7 +160,7 @@ class _Quantised(_Adapter):
 
 
 def _add_product(weight: Tensor, module: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> Tensor:  # noqa: ARG001
-    """Add another weight's product to the output of a projection; a forward hook after the first argument is bound."""
+    """Add another weight's product to a projection's output; with `weight` bound by `partial`, it is a forward hook."""
     product = nn.functional.linear if weight.ndim == 2 else nn.functional.conv1d
     return y + product(inputs[0], weight.to(y))
 
@@ -263,8 +263,8 @@ def the_future_changes_nothing(trial: Trial) -> None:
     options: dict[str, Any] = {"return_state": trial.case.seed % 2 == 0 and trial.mixer.traits.has_state}
     # cut before every token but the first; in a long segment, only around the boundaries of blocks
     cuts = [cut for cut in range(1, trial.case.length) if trial.case.length <= EVERY or cut in LENGTHS]
-    copies = trial.index(*range(len(x))).repeat(len(cuts))
-    states = None if state is None else select(state, copies)
+    indices = trial.index(*range(len(x))).repeat(len(cuts))
+    states = None if state is None else select(state, indices)
     for paradigm in trial.paradigms:
         later = torch.arange(trial.case.length, device=x.device) >= torch.tensor(cuts, device=x.device)[:, None]
         mixed = torch.where(later[:, None, :, None], other, x).flatten(0, 1)
@@ -275,7 +275,7 @@ def the_future_changes_nothing(trial: Trial) -> None:
                 what = f"{paradigm}, a segment of {cut} tokens against the first {cut} of {x.shape[1]}"
                 trial.compare(what, (alone, None), (whole[:, :cut], None))
         # both batches have the same size: with another number of rows, results may be rounded differently
-        y, _ = trial.mix(x[copies], states, paradigm=paradigm, **options)
+        y, _ = trial.mix(x[indices], states, paradigm=paradigm, **options)
         y_mixed, _ = trial.mix(mixed, states, paradigm=paradigm, **options)
         for cut, unchanged, changed in zip(cuts, y.split(len(x)), y_mixed.split(len(x)), strict=True):
             what = f"{paradigm}, other tokens from step {cut} on"
@@ -293,11 +293,11 @@ def _has_effect(trial: Trial, x: Tensor, state: Any, cut: int, paradigm: Paradig
 
     A single token may change nothing, because a gate is closed for it.
     """
-    copies = trial.index(*[0] * MANY)
-    others = x[copies].clone()
+    indices = trial.index(*[0] * MANY)
+    others = x[indices].clone()
     others[:, cut] = trial.tokens(MANY, 1)[:, 0]
     others[::2, cut] *= LOUD
-    y, after = trial.mix(others, None if state is None else select(state, copies), paradigm=paradigm)
+    y, after = trial.mix(others, None if state is None else select(state, indices), paradigm=paradigm)
     return any(((leaf - leaf[:1]).abs() > EXACT).any() for leaf in named_results(y, after).values())
 
 

@@ -16,7 +16,7 @@ from ..mixer.case import Draw
 from ..mixer.trial import Trial, as_leaves, float_leaves, learnable, leaves_of, named_results
 
 STEPS = 3
-"""Further steps during which the state returned by an earlier step has to keep its values."""
+"""Number of further steps during which the state returned by an earlier step has to keep its values."""
 
 DEEP, GROWN = 12, 40
 """Number of layers of a deep model, and of tokens after which a growing state has grown."""
@@ -57,7 +57,7 @@ def the_initial_state_is_nothing_read(trial: Trial) -> None:
 
 
 def _exceed_max_length(trial: Trial, paradigm: Paradigm, x: Tensor) -> None:
-    """Process more tokens than the state was allocated for, without a final state: the output is right, or an error."""
+    """Process more tokens than the state was allocated for, without a final state: only a right output or an error."""
     batch_size, room = x.shape[:2]
     longer = torch.cat((x, trial.tokens(length=3)), dim=1)
     whole = trial.mix(longer, None, paradigm=paradigm)[0]

@@ -13,7 +13,7 @@ T = TypeVar("T")
 class Check(Generic[S, D, T]):
     """One property of mixers or of kernels.
 
-    S is the subject (a mixer's configuration, or a kernel), D draws its cases, and T is a trial on one case.
+    S is the subject (a mixer's configuration, or a kernel), D specifies the cases to draw, T is a trial on one case.
     """
 
     name: str
@@ -27,17 +27,17 @@ class Check(Generic[S, D, T]):
     draw: D
     """Kinds of cases to draw."""
     share: float
-    """Cases to run, as a share of the requested examples; 0 runs one case."""
+    """Number of cases to run, as a share of the requested examples; 0 runs one case."""
     compiles: bool = False
-    """True if the check compiles, which is slow: quick runs leave it out."""
+    """True if the check compiles the mixer, which is slow: quick runs leave it out."""
     long: bool = False
     """True if most of its cases have hundreds of tokens: quick runs leave it out."""
     stress: bool = False
     """True if the check runs only under `--stress`."""
     use: str = ""
-    """Use that breaks if the property does not hold, and how: "training on packed text: documents leak"."""
+    """Use that breaks if the property does not hold, and how, such as "training on packed text: documents leak"."""
     remedy: str = ""
-    """Remedy if a mixer is meant to behave this way: "declare traits.packing=False"."""
+    """Remedy if a mixer is meant to lack the property, such as "declare traits.packing=False"."""
 
     def examples(self, asked: int) -> int:
         """Return the number of cases to run when `asked` examples are requested."""

@@ -27,9 +27,9 @@ class CheckOutcome:
     reason: str = ""
     """Why the check was skipped or expected to fail; for a failure, its report (one line if `same_as` is set)."""
     examples: int = 0
-    """Cases run, up to and including the first that failed."""
+    """Number of cases run, up to and including the first that failed."""
     seconds: float = 0.0
-    """Time that the check took."""
+    """Time that the check took, in seconds."""
     case: Any = None
     """The case that failed, reduced to a small one unless reduction is off; None if no case failed."""
     script: tuple[str, ...] = ()
@@ -58,7 +58,7 @@ class Outcomes:
 
 
 def known_names(names: Iterable[str], checks: Collection[str]) -> list[str]:
-    """Return the names in the order in which the checks run.
+    """Return names of checks, sorted by the order in which the checks run.
 
     Raises:
         SeqmixError: no check has one of the names.

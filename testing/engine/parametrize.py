@@ -37,12 +37,14 @@ class BoundCheck:
         Hypothesis' profile decides the number of examples, unless an option does, and `--hypothesis-seed` the seed.
 
         Raises:
-            SeqmixError: an option is one of the decorator's.
+            SeqmixError: an option has to be given to the decorator instead (`checks`, `expected_failures`).
         """
         import pytest
 
         if misplaced := sorted({"checks", "expected_failures"} & options.keys()):
-            raise SeqmixError(f"{misplaced[0]} is an option of the decorator that makes the tests: give it there")
+            raise SeqmixError(
+                f"check() expects options of one run, got {misplaced[0]}: pass it to the decorator instead"
+            )
         arguments = {"seed": _seed(), "examples": settings().max_examples, **self.options, **options}
         if COMMAND_LINE.examples is not None:
             arguments["examples"] = COMMAND_LINE.examples
@@ -51,7 +53,7 @@ class BoundCheck:
         except SeqmixError as error:  # the message suffices: a traceback would only show the kit
             pytest.fail(str(error), pytrace=False)
         if not report.outcomes:
-            pytest.fail("ran no check", pytrace=False)
+            pytest.fail(f"expected {self.name} to run, got no outcome", pytrace=False)
         ends = {Status.SKIPPED: pytest.skip, Status.EXPECTED_FAILURE: pytest.xfail}
         ends[Status.FAILED] = partial(pytest.fail, pytrace=False)
         for outcome in report.outcomes:
@@ -91,9 +93,8 @@ def parametrized(
     names = dict.fromkeys(name for _, name, _ in tested)
     for name, failures in expected.items():
         if name not in names:
-            raise SeqmixError(
-                f"expected_failures has the {what} {name!r}, which is not tested here{choices(name, names, 'tested')}"
-            )
+            allowed = choices(name, names, "tested")
+            raise SeqmixError(f"expected_failures expects {what}s tested here, got the {what} {name!r}{allowed}")
         known_names(failures, known)
     cases = []
     for label, name, run in tested:

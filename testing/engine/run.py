@@ -31,7 +31,7 @@ class CheckedSubject(ABC, Generic[C]):
     """A mixer or kernel under test, as the engine uses it; `C` is the class of its cases."""
 
     what: str
-    """"mixer" or "kernel"."""
+    """Word for the subject in reports: "mixer" or "kernel"."""
     name: str
     """Name in reports."""
     notes: dict[str, None]
@@ -51,7 +51,7 @@ class CheckedSubject(ABC, Generic[C]):
 
     @abstractmethod
     def attempt(self, check: Check, case: C) -> None:
-        """Run a check on a case; raises if its property does not hold."""
+        """Run a check on a case; raise an exception if the property does not hold."""
 
     @abstractmethod
     def simpler(self, check: Check, case: C) -> Iterable[C]:
@@ -63,7 +63,10 @@ class CheckedSubject(ABC, Generic[C]):
 
     @abstractmethod
     def script(self, check: Check, case: C | None, **asked: Any) -> Iterable[str]:
-        """Return lines of Python that run a check on a case; without a case, on all that `asked` draws."""
+        """Return lines of Python that run a check on a case; without a case, on all cases.
+
+        `asked` has the arguments `examples` and `seed` of the run, which decide what all cases are.
+        """
 
 
 def as_many_as_asked(fixed: list[C], examples: int) -> list[C]:
@@ -153,7 +156,7 @@ def _run(
         "notes": tuple(notes),
     }
     if result.error is None and expected is not None:
-        sentence = f"expected {check.name} to fail ({expected}), but it passed"
+        sentence = f"expected {check.name} to fail ({expected}), but it passed: remove it from expected_failures"
         return CheckOutcome(check, Status.FAILED, sentence, **measured)
     if expected is not None:
         return CheckOutcome(check, Status.EXPECTED_FAILURE, expected, **measured)
@@ -179,7 +182,7 @@ def _run(
 
 
 def cause_of(difference: str) -> str:
-    """Return a key that is equal for failures with one cause: the line that raised, or the sentence without numbers."""
+    """Return a key that failures of the same cause share: the error and its line, or the message without numbers."""
     if (raised := re.search(r"raised \w+: .*", difference)) is not None:
         return raised[0]
     return re.sub(r"[-+\d.]+(e[-+]\d+)?", "N", difference)
@@ -219,14 +222,14 @@ def strict_numerics() -> Iterator[None]:
     """Fill uninitialised memory with NaN and compute float32 products without TF32; restore both afterwards."""
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    memory: Any = torch.utils.deterministic  # typed Any: the module's class has the attribute
-    fill, precision = memory.fill_uninitialized_memory, torch.get_float32_matmul_precision()
+    settings: Any = torch.utils.deterministic  # typed Any: the module's class has the attribute
+    fill, precision = settings.fill_uninitialized_memory, torch.get_float32_matmul_precision()
     with ExitStack() as after:
         after.callback(torch.use_deterministic_algorithms, deterministic, warn_only=warn_only)
-        after.callback(setattr, memory, "fill_uninitialized_memory", fill)
+        after.callback(setattr, settings, "fill_uninitialized_memory", fill)
         after.callback(torch.set_float32_matmul_precision, precision)
         # in this mode, torch fills the tensors of `empty` with NaN, and integer ones with their largest number
         torch.use_deterministic_algorithms(True, warn_only=True)
-        memory.fill_uninitialized_memory = True
+        settings.fill_uninitialized_memory = True
         torch.set_float32_matmul_precision("highest")
         yield

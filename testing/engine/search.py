@@ -31,7 +31,7 @@ class SearchResult(NamedTuple, Generic[C]):
     case: C | None
     """The failing case, reduced if requested; None if no case failed."""
     examples: int
-    """Cases run, up to and including the first failure; refused cases and those of the reduction do not count."""
+    """Number of cases run, up to and including the first failure, without refused cases and those of the reduction."""
     too_large: C | None = None
     """A case that was left out because it needs more memory than a case may take; None without such a case."""
 
@@ -52,9 +52,9 @@ def search(
         attempt: runs a case; raises if it fails.
         cases: draws cases.
         examples: the maximum number of drawn cases.
-        seed: of the drawn cases; None leaves it to hypothesis.
+        seed: seed of the drawn cases; None leaves it to hypothesis.
         fixed: cases that run after the drawn ones.
-        simpler: returns simpler cases than a given one; None reports the failing case without reducing it.
+        simpler: returns the simpler cases to try in place of a failing one; None reports the failing case as it is.
         on_case: called after each case, with the number of cases so far.
     """
     count = passed = 0
@@ -151,4 +151,4 @@ def where_raised(error: Exception) -> str:
 _LIBRARIES = {*sys.stdlib_module_names, "hypothesis", "jaxtyping", "pydantic", "pydantic_core", "seqmix", "torch"}
 """Packages whose code is not the mixer author's."""
 _THE_KIT = ("seqmix.testing.", "seqmix.mixers.contract")
-"""Prefixes of the modules that call mixers."""
+"""Prefixes of the modules that call mixers: they are not the place to look for an error."""

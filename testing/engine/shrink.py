@@ -7,7 +7,7 @@ from typing import TypeVar
 from hypothesis.errors import UnsatisfiedAssumption
 
 ATTEMPTS, SECONDS = 200, 10.0
-"""Limits of one reduction: simpler cases tried, and time."""
+"""Limits of one reduction: number of simpler cases tried, and time in seconds."""
 
 C = TypeVar("C")
 
@@ -17,7 +17,8 @@ def shrink(
 ) -> tuple[C, Exception]:
     """Return a simpler case that raises an exception of the same type, and that exception.
 
-    Each simpler case that still fails is the start of the next step. If no simpler case fails, the case is returned.
+    Each simpler case that still fails is the start of the next step. If no simpler case fails, the result is `case` and
+    `error`.
     """
     seen, end = {repr(case)}, time.monotonic() + SECONDS
     candidates = iter(simpler(case))

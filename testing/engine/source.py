@@ -49,8 +49,8 @@ def imports(written: str, kit: str, values: Any = ()) -> Iterator[str]:
 
     Args:
         written: the source.
-        kit: the names of `seqmix.testing` in it.
-        values: the values whose classes may be in it.
+        kit: the names that it uses from `seqmix.testing`, separated by commas.
+        values: values whose classes it may name.
     """
     if "Paradigm." in written:
         yield "from seqmix import Paradigm"

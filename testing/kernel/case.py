@@ -1,8 +1,8 @@
 """A case of a kernel check: a reproducible description of one call, and its definition in float64.
 
-Tensors are functions of the case's seed and are passed by name. The leaves of a state have the same names among inputs
-and outputs: there they are the initial state, here the final state. Each op family has its own class of cases:
-families.py, softmax.py.
+Tensors are functions of the case's seed and are passed by name. The leaves of a state have the same names among inputs,
+where they are the initial state, and among outputs, where they are the final state. Each op family has its own class of
+cases: families.py, softmax.py.
 """
 
 import itertools
@@ -28,7 +28,7 @@ from .sizes import CHUNK_SIZES, DTYPES, HEADS, LARGE, LENGTHS, LONG, MANY, RARE,
 Tensors = dict[str, Tensor]
 
 SEGMENT = {"output": "BTHV", "q": "BTHK", "k": "BTHK", "v": "BTHV"}
-"""Dimensions of the tensors that every op has."""
+"""Dimensions of the tensors that every op has: B batch, T tokens, H heads, K key width, V value width."""
 
 PROBED = ("dtype", "key_width", "value_width", "log_decay", "wide_output", "packed", "initial_state", "final_state")
 """Fields that cases and probes have in common."""
@@ -47,7 +47,7 @@ class Exact(NamedTuple):
 
 
 def takes(kernel: Kernel, probe: Probe) -> bool:
-    """True if the kernel supports the calls that the probe describes."""
+    """Return True if the kernel supports the calls that the probe describes."""
     return not kernel.unsupported(probe)
 
 
@@ -57,7 +57,7 @@ class Drawn(NamedTuple):
     draw: Callable[..., Any]
     """Function that draws from a strategy of hypothesis."""
     probe: Probe
-    """Requirements of the case on a kernel."""
+    """Features that a kernel needs to run the case."""
     common: Mapping[str, Any]
     """Drawn values of the fields that cases of all ops have."""
     heads: st.SearchStrategy[int]
@@ -69,7 +69,7 @@ class KernelDraw:
     """Settings for the cases that a kernel check draws."""
 
     asks: Callable[[Kernel, Probe], bool] = takes
-    """Filter of probes: True if the check runs the kernel on calls like this."""
+    """Returns True if the check runs a kernel on the calls that a probe describes."""
     tokens: st.SearchStrategy[int] = LENGTHS
     """Strategy for the lengths of rows and documents."""
     cut: bool = False
@@ -87,7 +87,7 @@ class KernelCase(WrittenCase, ABC):
     dtype: torch.dtype = torch.float64
     """Dtype of queries, keys and values."""
     lengths: tuple[int, ...] = (1,)
-    """Tokens of each row of the batch, all equal; or of each packed document, which may be empty."""
+    """Number of tokens of each row of the batch, all equal; or of each packed document, which may be empty."""
     packed: bool = False
     """True if documents are packed into one row."""
     n_heads: int = 1
@@ -119,7 +119,7 @@ class KernelCase(WrittenCase, ABC):
     cu_seqlens_dtype: torch.dtype = torch.int64
     """Dtype of the document boundaries."""
     cuts: tuple[int, ...] = ()
-    """Tokens of each row or document before the cut, for a check that cuts in two."""
+    """Number of tokens of each row or document before the cut, for a check that cuts in two."""
     seed: int = 0
     """Seed of the tensors."""
 
@@ -128,9 +128,9 @@ class KernelCase(WrittenCase, ABC):
     widens: ClassVar[tuple[bool, ...]] = (False,)
     """Values of `wide_output` that the op supports."""
     windows: ClassVar[tuple[bool, ...]] = (False,)
-    """Possible answers to "does the call have a window?"."""
+    """(False, True) if the op has calls with a window and without; (False,) if it has no windows."""
     changes: ClassVar[tuple[tuple[str, ...], ...]] = ((),)
-    """Combinations of the op's arguments that change scores, by name."""
+    """Combinations to try of the arguments that change scores, by their names."""
     extras: ClassVar[tuple[str, ...]] = ()
     """Inputs with gradients other than queries, keys, values, log-decays and states."""
     axes: ClassVar[Mapping[str, str]]
@@ -142,7 +142,7 @@ class KernelCase(WrittenCase, ABC):
     at_once: ClassVar[tuple[tuple[str, ...], ...]] = (("final_state", "upstream"),)
     """Groups of fields that a simpler case resets to their defaults together."""
     fixed: ClassVar[tuple[Fields, ...]] = FIXED
-    """Fields of the fixed cases."""
+    """Fixed cases of the op, each as a mapping of its fields."""
     adds_up: ClassVar[bool]
     """True if a state is a sum over tokens, in which rounding errors accumulate; False if it stores the tokens."""
 
@@ -150,7 +150,7 @@ class KernelCase(WrittenCase, ABC):
 
     @classmethod
     def probes(cls, device: torch.device, widths: Sequence[tuple[int, int]] = WIDTHS) -> Iterator[Probe]:
-        """Yield the probes of all kinds of calls that the op has, the simplest first."""
+        """Yield one probe for each kind of call that the op has, the simplest first."""
         names = (*PROBED, "window", "scores", "needs_grad")
         flags = itertools.product((False, True), repeat=3)
         kinds = itertools.product(
@@ -163,7 +163,7 @@ class KernelCase(WrittenCase, ABC):
 
     @classmethod
     def cases(cls, probes: Sequence[Probe], wide: Sequence[Probe], wanted: KernelDraw) -> st.SearchStrategy[Self]:
-        """Return a strategy for cases, as a check wants them.
+        """Return a strategy that draws cases for a check.
 
         Args:
             probes: kinds of calls in usual sizes.
@@ -299,7 +299,7 @@ class KernelCase(WrittenCase, ABC):
         yield from (replace(self, grad=grad) for grad in ((), *((name,) for name in self.grad)))
 
     def probe(self, device: torch.device) -> Probe:
-        """Return the requirements of this case on a kernel."""
+        """Return the features that a kernel needs to run this case."""
         return Probe(device=device, needs_grad=bool(self.grad), **{name: getattr(self, name) for name in PROBED})
 
     # ---- sizes
@@ -394,12 +394,12 @@ class KernelCase(WrittenCase, ABC):
         """
 
     def cancelled(self, kernel: Kernel, absolute: Tensors, of_terms: Tensors) -> Tensors:
-        """Return the gradients of `terms`, enlarged by terms that the kernel may add and subtract again."""
+        """Return `of_terms`, the gradients of `terms`, enlarged by terms that the kernel may add and subtract again."""
         del kernel, absolute
         return of_terms
 
     def exact(self, kernel: Kernel) -> Exact:
-        """Return the definition's outputs and gradients, with the terms that the kernel may form."""
+        """Return the definition's outputs and gradients, each with its error scale for this kernel."""
         cpu = torch.device("cpu")
         inputs = {name: wide(x) for name, x in self.inputs(cpu).items()}
         variables = leaves(inputs, self.grad)
@@ -410,18 +410,18 @@ class KernelCase(WrittenCase, ABC):
         sizes = {name: x.detach() for name, x in terms.items()}
         if not self.grad:
             return Exact(values, {}, sizes, {})
-        above = {name: wide(self.cotangent(name, values[name], cpu)) for name in self.differentiated}
+        upstream = {name: wide(self.cotangent(name, values[name], cpu)) for name in self.differentiated}
         varied = {name: x for name, x in absolute.items() if x.requires_grad}
-        of_terms = gradients(terms, {name: x.abs() for name, x in above.items()}, varied)
-        exact = gradients(outputs, above, {name: variables[name] for name in self.grad})
+        of_terms = gradients(terms, {name: x.abs() for name, x in upstream.items()}, varied)
+        exact = gradients(outputs, upstream, {name: variables[name] for name in self.grad})
         return Exact(values, exact, sizes, self.cancelled(kernel, absolute, of_terms))
 
     def randn(self) -> Callable[..., Tensor]:
-        """Return a generator of normal numbers in float64 on the CPU, so that they are the same for every device."""
+        """Return a function that draws normal numbers, in float64 on the CPU, so that every device gets the same."""
         return partial(torch.randn, generator=torch.Generator().manual_seed(self.seed), dtype=torch.float64)
 
     def cotangent(self, name: str, output: Tensor, device: torch.device) -> Tensor:
-        """Return the gradient from above of an output."""
+        """Return the upstream gradient of an output: random numbers."""
         generator = torch.Generator().manual_seed(self.seed + 1 + len(name))
         noise = torch.randn(output.shape, generator=generator, dtype=torch.float64)
         return self.laid_out(name, noise.to(device, self.dtype_of(name)), dim=-1)
@@ -431,7 +431,7 @@ class KernelCase(WrittenCase, ABC):
         return laid_out(self.layout, name, x, dim, per_token=self.axes_of(name)[:2] == "BT")
 
     def heads(self, randn: Callable[..., Tensor], heads: tuple[int, int, int], device: torch.device) -> Tensors:
-        """Return queries, keys and values, with these numbers of heads.
+        """Return random queries, keys and values; `heads` has the number of heads of each.
 
         Their mean is 1, so that sums over tokens grow with T: a kernel that loses terms becomes visible.
         """
@@ -461,7 +461,7 @@ class KernelCase(WrittenCase, ABC):
     def parts(self, inputs: Tensors, pieces: Sequence[tuple[int, ...]]) -> "list[tuple[Self, Tensors]]":
         """Split the case into consecutive calls, each with its per-token inputs; all but the last want a final state.
 
-        A piece has the numbers of tokens of every row or document.
+        Each piece is a tuple of the numbers of tokens of all rows or documents.
         """
         per_token = [name for name in inputs if self.axes_of(name)[:2] == "BT"]
         rest = {name: self.sequences(inputs[name]) for name in per_token}
@@ -474,7 +474,7 @@ class KernelCase(WrittenCase, ABC):
         return parts
 
     def continued(self, before: "KernelCase") -> Self:
-        """Return the same call, starting from the final state of the call before."""
+        """Return the same call, starting from the final state of the call `before`."""
         del before
         return replace(self, initial_state=True)
 

@@ -84,9 +84,9 @@ class DecayCase(KernelCase):
         """
         info = torch.finfo(self.dtype)
         underflow = 8 * info.tiny * info.eps
-        read = underflow if name == "output" and self.wide_output else 0.0
-        written = underflow * self.sizes[2] if name == "state" and self.log_decay == "B T H K" else 0.0
-        return super().lost(name) + read + written
+        of_output = underflow if name == "output" and self.wide_output else 0.0
+        of_state = underflow * self.sizes[2] if name == "state" and self.log_decay == "B T H K" else 0.0
+        return super().lost(name) + of_output + of_state
 
     @classmethod
     def details(cls, drawn: Drawn) -> dict[str, Any]:
@@ -171,7 +171,7 @@ class DecayCase(KernelCase):
         return self.define(absolute)  # every term is a product of inputs and decays, so absolute inputs suffice
 
     def cancelled(self, kernel: Kernel, absolute: Tensors, of_terms: Tensors) -> Tensors:
-        """Add the terms of log-decay gradients that are differences of sums, for a kernel that declares them.
+        """Add the terms of log-decay gradients that are differences of sums, for a kernel that declares `differences`.
 
         Such a kernel computes the gradient of a token's log-decay as the sum of q dq - k dk over that token and all
         later ones.
@@ -239,7 +239,7 @@ class DeltaCase(DecayCase):
         return self.replaced(inputs, lambda _, key, decay, state: (self.sign * _row(key, decay * state), state))
 
     def terms(self, inputs: Tensors, absolute: Tensors) -> Tensors:
-        """Return the terms of each token's own sums, with the exact state before it.
+        """Return the terms of the sums of each token alone, which starts from the exact state before it.
 
         The delta rule replaces the contents of a state. Terms that add up over tokens, as in the decay family, would
         grow while the state does not. The terms of gradients do add up over tokens.

@@ -1,4 +1,4 @@
-"""Fixed kernel cases: fields of a case; `needs_grad`, if given, makes it a case with or without gradients only."""
+"""Fixed kernel cases, as fields of a case; `needs_grad`, if given, makes it a case with or without gradients only."""
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +20,7 @@ _BATCH: Fields = {"lengths": (3,) * 9, "n_heads": 9, "key_width": 3, "value_widt
 _SMALL: Fields = {"n_heads": 2, "key_width": 2, "value_width": 3, "chunk_size": 3}
 
 PROGRAMS = 2**16
-"""Product of heads and rows that exceeds the second and third dimension of a CUDA grid."""
+"""Product of heads and rows that exceeds the limit of a CUDA grid's second and third dimension."""
 
 FIXED: tuple[Fields, ...] = (
     # the largest case is first, because the first one runs only with the full number of examples
@@ -77,7 +77,7 @@ WIDE: tuple[Fields, ...] = tuple(
 """Cases whose float32 outputs are above float16's range, while the states are within it."""
 
 SLOW: Fields = {**_SMALL, "lengths": (300,), "chunk_size": 64, "dtype": torch.bfloat16, "needs_grad": False}
-"""A long row: decays near 1 that are rounded to 16 bits would change the state noticeably."""
+"""Case of a long row: decays near 1 that are rounded to 16 bits would change the state noticeably."""
 
 RESETS: tuple[Fields, ...] = tuple(
     {**_SMALL, "lengths": (7,), "log_decay": log_decay, "resets": (token,), "needs_grad": needs_grad}
@@ -89,7 +89,7 @@ RESETS: tuple[Fields, ...] = tuple(
 
 LONG: Fields = {"n_heads": 1, "key_width": 2, "value_width": 2, "chunk_size": 64, "log_decay": "B T H"}
 LONG = {**LONG, "lengths": (4096,), "weakest": 0.5, "needs_grad": False}
-"""A long row: a running sum of all its log-decays loses the digits of a single one."""
+"""Case of a long row: a running sum of all its log-decays loses the digits of a single one."""
 
 
 def _windows() -> Iterator[Fields]:
@@ -148,7 +148,7 @@ that fit into float16 only after scaling. Each with and without a window, a stat
 def endings(decays: Sequence[str | None], leaves: Callable[[str | None], list[str]]) -> Iterator[Fields]:
     """Yield cases with last chunks of every length, and cases with gradients of some inputs only.
 
-    The last chunks are combined with the kinds of log-decays, and with the outputs that receive a gradient from above.
+    The last chunks are combined with the kinds of log-decays, and with the outputs that receive an upstream gradient.
     Gradients of a single input occur with frozen models (a trained prompt, for example); others are of all inputs but
     one.
 
@@ -156,14 +156,14 @@ def endings(decays: Sequence[str | None], leaves: Callable[[str | None], list[st
         decays: kinds of log-decays.
         leaves: returns the names of the inputs that have gradients, for a kind of log-decay.
     """
-    above = ("both", "output", "state")
+    upstreams = ("both", "output", "state")
     for number, (length, log_decay) in enumerate(itertools.product(TAILS, decays)):
         fields = {**_SMALL, "lengths": (length,), "log_decay": log_decay, "final_state": True}
         yield fields | {"initial_state": number % 2 == 0, "needs_grad": False}
-        for offset, upstream in enumerate(above if length % 3 == 1 else above[1:]):
+        for offset, upstream in enumerate(upstreams if length % 3 == 1 else upstreams[1:]):
             initial_state = (number + offset) % 2 == 0
             yield fields | {"upstream": upstream, "initial_state": initial_state, "needs_grad": True}
-    for log_decay, upstream in itertools.product(decays, above[1:]):
+    for log_decay, upstream in itertools.product(decays, upstreams[1:]):
         fields = {**_SMALL, "lengths": (*TAILS, 0), "packed": True, "log_decay": log_decay, "final_state": True}
         yield fields | {"upstream": upstream, "needs_grad": True}
     for kind, log_decay in enumerate(decays):

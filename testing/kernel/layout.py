@@ -14,7 +14,7 @@ Layout = Literal["contiguous", "fused", "heads_first", "sliced", "expanded", "mi
 - `heads_first`: the heads of queries, keys and values are stored before tokens; the second and third dimension of other
   tensors are exchanged.
 - `sliced`: every tensor is a slice of a larger one, whose other elements are NaN.
-- `expanded`: states and gradients from above repeat one element along a dimension (stride 0), and all heads share the
+- `expanded`: states and upstream gradients repeat one element along a dimension (stride 0), and all heads share the
   queries and keys of the first.
 - `mixed`: queries, keys and values have different strides.
 """

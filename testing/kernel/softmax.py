@@ -48,9 +48,9 @@ class SoftmaxCase(KernelCase):
     window: int | None = None
     """Number of keys that a query sees, its own included; None for no limit."""
     cache: Literal["growing", "ring"] = "growing"
-    """Kind of the initial state."""
+    """Kind of the initial state: a cache with a slot per token, or a ring of slots that are used again."""
     reads: tuple[int, ...] = ()
-    """Tokens processed before each row or document."""
+    """Number of tokens processed before the segment, for each row or document."""
     capacity: int = 0
     """Number of slots of the initial state, S."""
     loud: tuple[int, ...] = ()
@@ -99,12 +99,12 @@ class SoftmaxCase(KernelCase):
         draw, probe, common, heads = drawn
         lengths, chunk_size = common["lengths"], common["chunk_size"]
         # if there are many heads, they are key heads, or query heads that share a key head
-        n_kv_heads, shared = (draw(number) for number in draw(st.permutations([heads, st.integers(1, 2)])))
+        n_kv_heads, queries_per_key = (draw(number) for number in draw(st.permutations([heads, st.integers(1, 2)])))
         edges = [max(1, size + offset) for size in (chunk_size, *lengths) for offset in (-1, 0, 1)]
         windows = st.integers(1, 9) | st.sampled_from([16, 40, 150]) | st.sampled_from(edges)
         window = draw(windows) if probe.window else None
         fields = {
-            "n_heads": n_kv_heads * shared,
+            "n_heads": n_kv_heads * queries_per_key,
             "n_kv_heads": n_kv_heads,
             "window": window,
             "scores": probe.scores,
@@ -215,10 +215,10 @@ class SoftmaxCase(KernelCase):
         return self.attend(inputs, lambda _, scores: self.weights(scores)[..., 1:])
 
     def terms(self, inputs: Tensors, absolute: Tensors) -> Tensors:
-        """Return the results with weights enlarged by the sizes of their scores.
+        """Return the results with each attention weight enlarged by the size of its score.
 
-        An error of a score changes its own weight by the same amount, relatively, and all weights of the query by that
-        amount times its weight.
+        An error of a score causes an equal relative error of its own weight. It also causes a relative error of all
+        weights of the query: its own weight times the error.
         """
         exact: dict[int, Tensor] = {}
         # a kernel may subtract sums of gates over all tokens of a segment from each other. In lower precision it forms
@@ -266,7 +266,7 @@ class SoftmaxCase(KernelCase):
         return of_terms | {"log_decay": of_terms["log_decay"] + through}
 
     def attend(self, inputs: Tensors, weigh: Callable[[int, Scores], Tensor]) -> Tensors:
-        """Return output and final cache; `weigh(n, scores)` returns the attention weights of row n, [H n m]."""
+        """Return output and final cache; `weigh(row, scores)` returns the attention weights of a row, [H n m]."""
         input_names = {"keys": "k", "values": "v"}
         if "log_forget" in self.scores:
             input_names["gates"] = "log_forget"
@@ -339,7 +339,7 @@ class SoftmaxCase(KernelCase):
 
     @staticmethod
     def slots(read: int, cache: str, capacity: int) -> tuple[Tensor, int]:
-        """Return the slots that are filled after `read` tokens, in the order of positions, and the first position."""
+        """Return the indices of the slots filled after `read` tokens, by position, and the first position in them."""
         if cache == "growing":  # right-aligned
             return torch.arange(capacity - read, capacity), 0
         first = max(0, read - capacity)
@@ -347,5 +347,5 @@ class SoftmaxCase(KernelCase):
 
     def cotangent(self, name: str, output: Tensor, device: torch.device) -> Tensor:
         # empty slots of a cache are zero and no result depends on them: their gradient is zero
-        above = super().cotangent(name, output, device)
-        return above if name == "output" else above * (output != 0).to(device)
+        upstream = super().cotangent(name, output, device)
+        return upstream if name == "output" else upstream * (output != 0).to(device)

@@ -33,7 +33,7 @@ class KernelTrial:
             return case.run(self.kernel, inputs)
 
     def above(self, outputs: Tensors) -> Tensors:
-        """Return the gradients from above of the case's outputs."""
+        """Return the upstream gradients of the case's outputs, by name."""
         case = self.case
         return {name: case.cotangent(name, outputs[name].detach(), self.device) for name in case.differentiated}
 
@@ -43,7 +43,7 @@ class KernelTrial:
         Args:
             outputs: the outputs of `run`.
             inputs: the inputs of `run`.
-            above: the gradients from above; None for the case's own.
+            above: the upstream gradients; None for the case's own.
             options: `create_graph` and `retain_graph`, as in torch.autograd.grad.
         """
         above = self.above(outputs) if above is None else above

@@ -36,25 +36,25 @@ IN_WORDS: dict[Use, str] = {
 USES: tuple[Use, ...] = tuple(IN_WORDS)
 
 LENGTHS = (16, 17, 33, 65, 15, 31, 32, 63, 64, 70, 127, 128, 129, 130)
-"""Lengths around the boundaries of blocks: tiles and chunks mostly hold a power of two tokens."""
+"""Lengths in tokens around the boundaries of blocks: tiles and chunks mostly hold a power of two tokens."""
 
 BETWEEN = tuple(length for length in range(12, max(LENGTHS)) if length not in LENGTHS)
 """Further lengths of long pieces, between those of `LENGTHS`."""
 
 CROWDS = (9, 33)
-"""Batch sizes of large batches: just above powers of two, where code for small batches may end."""
+"""Batch sizes of large batches: just above powers of two, up to which code for small batches may be used."""
 
 MANY = 9
-"""Additional documents, at most, in a case of many."""
+"""Exclusive upper bound of the additional pieces or documents in a case that has many (`Draw.many`)."""
 
 HEADS = (12, 1)
-"""Numbers of heads to try in a wide mixer, beside its own: several, and one with more than 128 channels."""
+"""Numbers of heads to try in a wide mixer, besides the configured one; a single head has more than 128 channels."""
 
 FIXED = 1
 """Seed of the fixed cases, which always run."""
 
 SHORT = 12
-"""Longest segment on which a single wide head is tried: its features may be the squares of its channels."""
+"""Longest segment, in tokens, on which a single wide head is tried: it may have the square of its width in features."""
 
 MEDIUM = 33
 """Longest piece of a wide mixer, in tokens: its backward pass may keep a megabyte per token."""
@@ -68,7 +68,7 @@ class Case(WrittenCase):
     """The input of a check. Tensors are functions of `seed`, so a case is small and can be written down."""
 
     lengths: tuple[int, ...] = (1,)
-    """Tokens of each piece, or of each packed document (which may be empty)."""
+    """Number of tokens of each piece, or of each packed document (which may be empty)."""
     batch_size: int = 1
     """Number of sequences."""
     start: Start = "none"
@@ -76,13 +76,13 @@ class Case(WrittenCase):
     paradigms: tuple[Paradigm, ...] = ()
     """Paradigm of each piece; empty if the check does not draw one per piece."""
     rows: tuple[int, ...] = ()
-    """Rows of a state to select, in this order."""
+    """Indices of the rows of a state to select, in this order."""
     use: Use = "evaluation"
     """How the mixer is called."""
     scale: float = 1.0
-    """Standard deviation of the tokens' numbers."""
+    """Standard deviation of the elements of the tokens."""
     layer: int = 0
-    """Index of the layer, of `LAYERS`."""
+    """Index of the mixer's layer in a model of `LAYERS` layers."""
     wide: bool = False
     """True if the mixer has several tiles of channels or many heads, rather than the smallest width that fits."""
     seed: int = 0
@@ -90,7 +90,7 @@ class Case(WrittenCase):
     dtype: torch.dtype = torch.float64
     """Dtype of parameters and inputs."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of the configuration that differ from the one under test."""
+    """Changes to the configuration under test: new values by name of the field."""
 
     @property
     def final_state(self) -> bool:
@@ -116,13 +116,13 @@ class Draw:
     longest: int = max(LENGTHS)
     """Longest length of a long piece, in tokens."""
     many: int = 0
-    """One case in this many, on average, has up to `MANY` more pieces. 0 draws no such case."""
+    """One case in this many, on average, has 1 to `MANY` - 1 more pieces than `pieces` allows. 0 draws no such case."""
     lists: tuple[tuple[int, ...], ...] = ()
-    """Lengths of further fixed cases, which always run."""
+    """Lengths of the pieces or documents of further fixed cases, which always run."""
     chunk_size: int | None = None
-    """Tokens of a chunk, if the configuration accepts that size; by default it is drawn."""
+    """Chunk length in tokens, if the configuration accepts it; None draws one."""
     fixed: int = 0
-    """Tokens of a piece or document in the fixed cases; 0 uses the upper bound of `tokens`."""
+    """Number of tokens of a piece or document in the fixed cases; 0 uses the upper bound of `tokens`."""
     batch_size: tuple[int, int] = (1, 3)
     """Fewest and most sequences, except in large batches."""
     crowded: int = 0
@@ -132,7 +132,7 @@ class Draw:
     paradigms: bool = False
     """True to draw a paradigm for every piece."""
     rows: bool = False
-    """True to draw rows of the state."""
+    """True to draw indices of rows of the state (`Case.rows`)."""
     uses: tuple[Use, ...] = ("evaluation",)
     """Uses to draw from."""
     scales: tuple[float, ...] = (1.0,)
@@ -145,7 +145,7 @@ class Draw:
     """Dtypes of parameters and inputs to draw from."""
 
     def of(self, traits: Traits) -> "Draw":
-        """Return what can be drawn for a mixer with these traits: without a state, every segment starts from None."""
+        """Return this specification for a mixer with these traits: without a state, every segment starts from None."""
         return self if traits.has_state else replace(self, starts=("none",))
 
     def fixed_cases(self, traits: Traits) -> list[Case]:
@@ -191,7 +191,7 @@ class Draw:
         return replace(case, rows=rearranged, dtype=self.dtypes[0], scale=self.scales[0], options=options)
 
     def simpler(self, case: Case) -> Iterator[Case]:
-        """Yield cases that are simpler in one respect, within what is drawn; their options may be invalid together."""
+        """Yield cases within this specification that are simpler in one respect; their options may be refused."""
         lengths, options, chunk_size = case.lengths, dict(case.options), case.options.get("chunk_size", math.inf)
         for size in (2, 16):  # a failure at a far boundary of chunks may show at the second boundary of small ones
             if size < chunk_size and case.length > 4 * size:
@@ -231,7 +231,8 @@ class Draw:
 
         Args:
             traits: traits of the mixer.
-            options: draws options from a random generator and a flag, False to draw a chunk size alone.
+            options: draws changes of the configuration from a random generator and a flag; False draws a chunk size
+                alone.
         """
         long = [length for length in (*LENGTHS, *BETWEEN) if length <= self.longest]
         few, most = self.pieces

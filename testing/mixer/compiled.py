@@ -1,4 +1,4 @@
-"""A compiled mixer against the same mixer in eager mode."""
+"""Comparison of a compiled mixer with the same mixer in eager mode."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,11 +13,11 @@ from ..compare import CheckFailure, require
 from .trial import Trial
 
 PREFIX = 5
-"""Tokens before a compiled segment: an empty cache would hide mistakes."""
+"""Number of tokens before a compiled segment: an empty cache would hide mistakes."""
 
 
 def counting_backend(name: str) -> Any:
-    """Return a compiler backend that counts graphs. Its import takes a second, so it happens here."""
+    """Return a compiler backend that counts graphs. The import takes a second, so it is in here."""
     from torch._dynamo.testing import CompileCounterWithBackend
 
     return CompileCounterWithBackend(name)
@@ -26,7 +26,7 @@ def counting_backend(name: str) -> Any:
 def backend_of(trial: Trial) -> str:
     """Return the name of the compiler backend.
 
-    `aot_eager` is replaced by its form with the default partitioner: inductor's takes half a second to import.
+    `aot_eager` is replaced by its form with the default partitioner: importing that of inductor takes half a second.
     """
     backend = trial.subject.compile_backend
     return "aot_eager_default_partitioner" if backend == "aot_eager" else backend

@@ -16,8 +16,8 @@ def agrees(
     """Return True if the slope along some tensors equals the difference quotient with at least one of the steps.
 
     Args:
-        names: tensors that move together.
-        slopes: slope along the direction of each tensor, by name.
+        names: names of the tensors to vary together.
+        slopes: derivative along the direction in which each tensor varies, by name.
         size: sum of the absolute values of the slope's terms.
         rate: returns the difference quotient for some names and a step.
     """

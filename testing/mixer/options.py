@@ -28,7 +28,7 @@ BOUNDS = ("ge", "gt", "le", "lt")
 """pydantic's names for the bounds of a number."""
 
 UNEVEN = 3
-"""A number that is not a power of two."""
+"""Value to try for an integer without a near upper bound: not a power of two."""
 
 FAR = 64
 """Largest upper bound that is tried. A higher one guards against mistakes, and costs too much to be tried."""
@@ -163,8 +163,8 @@ def require_examples(config: MixerConfig) -> None:
         except ValidationError as error:
             # an error without a location is a rule about several fields: the value may be fine with others
             for detail in (detail for detail in error.errors() if detail["loc"][:1] == (name,)):
-                refused = f"{cls.__name__}: field {name} refuses {value!r}, one of its own examples"
-                raise ContractError(f"{refused}: {detail['msg']}") from None
+                accepted = f"{cls.__name__}: expected field {name} to accept its own example {value!r}"
+                raise ContractError(f"{accepted}, got: {detail['msg']}; correct `examples`, or the field") from None
 
 
 def _converted(config: MixerConfig, name: str, value: object) -> object:

@@ -16,11 +16,11 @@ LOW = (torch.float32, torch.bfloat16, torch.float16)
 """Dtypes that are compared with float64."""
 
 Rounded = Callable[..., tuple[Tensor, Any]]
-"""Returns output and final state of a segment, a state, and `rounds`: True to round intermediate states."""
+"""Function of a segment, a state, and `rounds` (True to round intermediate states); returns output and final state."""
 
 
 DRAWS = (1, 1, 1, 1, 2, 2, 2, 2, 4, 4, 4, 4, 8, 8, 16, 16)
-"""Sizes of the random perturbations that find ill-conditioned rows, as multiples of two roundings.
+"""Sizes of the random perturbations that find ill-conditioned rows, as multiples of the machine epsilon.
 Larger ones find a discontinuity that is near."""
 
 
@@ -43,7 +43,7 @@ def require_near_float64(
     Args:
         trial: the case.
         calls: calls in low precision, by their description.
-        whole: the call in float64 that they should equal.
+        whole: the float64 call whose results they should equal.
         x: tokens, in low precision.
         state: state before the tokens, in low precision.
         exact: the float64 mixer, whose parameters `whole` reads.
@@ -66,13 +66,13 @@ def require_near_float64(
         tensors, after = trial.differentiate(call, x, state, mixer=exact, zeros=results)
         return named_results(tensors.pop("the output"), after) | tensors
 
-    moved = rows_moved(exact_results, x, state, dtype)
+    row_moves = rows_moved(exact_results, x, state, dtype)
     for what, call in calls.items():
         tensors, after = trial.differentiate(call, x, state, zeros=results, used=True)
         for name, result in named_results(tensors.pop("the output"), after).items():
-            require_near(name, what, result, results[name], tolerance, row_moves=moved)
+            require_near(name, what, result, results[name], tolerance, row_moves=row_moves)
         for name, gradient in tensors.items():
-            require_near(name, what, gradient, expected[name], GRADIENTS * tolerance, floor=floor, row_moves=moved)
+            require_near(name, what, gradient, expected[name], GRADIENTS * tolerance, floor=floor, row_moves=row_moves)
 
 
 def tolerance_after(length: int, trial: Trial) -> float:
@@ -111,9 +111,9 @@ def rounding(dtype: torch.dtype, seed: int = 0, times: int = 1) -> Callable[[Any
     """Return a function that perturbs a float64 tensor or state at random.
 
     Args:
-        dtype: dtype whose rounding is the unit: a number moves by up to `times` its machine epsilon, relative.
+        dtype: dtype whose machine epsilon is the unit of the perturbation.
         seed: seed of the perturbation.
-        times: size of the perturbation.
+        times: largest relative change of a number, as a multiple of the machine epsilon.
     """
     generator, unit = torch.Generator().manual_seed(seed), times * torch.finfo(dtype).eps
 
@@ -127,9 +127,9 @@ def rounding(dtype: torch.dtype, seed: int = 0, times: int = 1) -> Callable[[Any
 def rows_moved(
     exact: Callable[[Tensor, Any, bool], Mapping[str, Tensor]], x: Tensor, state: Any, dtype: torch.dtype
 ) -> Callable[[str], Tensor]:
-    """Return how far each row of the exact results moves, at most, if inputs and intermediate states are rounded.
+    """Return a function that gives the largest change of each exact row if inputs and intermediate states are rounded.
 
-    A row that moves far is ill-conditioned: an input is near a discontinuity, or almost everything cancels. No
+    A row that changes much is ill-conditioned: an input is near a discontinuity, or almost everything cancels. No
     low-precision mixer can be near the exact result there.
 
     Args:
@@ -139,7 +139,7 @@ def rows_moved(
         dtype: dtype that the tokens are rounded to; states are rounded to float32.
 
     Returns:
-        A function from the name of a result to the distances of its rows, which is computed at the first call.
+        A function from the name of a result to the norm of each row's change. The first call computes them all.
     """
 
     @cache
@@ -163,8 +163,9 @@ def rows_moved(
 def is_copied(trial: Trial, leaf: str) -> bool:
     """Return True if a token only copies the numbers of a leaf, as in a cache or a running maximum.
 
-    Their rounding stays as it is. A sum is not copied: its rounding adds up. Two states that differ in this leaf alone
-    process the same token. Each number that then differs has to be one that the leaf held before, in either state.
+    Copied numbers keep their rounding error, whereas in a sum errors add up. The test: two states that differ in this
+    leaf alone process the same token. Each number of the leaf that then differs has to be one that it held before, in
+    either state.
     """
     exact = trial.rebuilt(torch.float64)  # in float64, two numbers are not equal by accident of rounding
     _, before = trial.mix(trial.tokens(2, 4).double(), None, exact)

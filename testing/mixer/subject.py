@@ -98,12 +98,12 @@ class Subject:
 
     @cached_property
     def single_options(self) -> list[dict[str, Any]]:
-        """Changes of the configuration that use every value of every option once."""
+        """Changes of the configuration, one for every value of every option."""
         return single_changes(self.config, self.accepts) if self.vary else []
 
     @cached_property
     def shared_options(self) -> list[dict[str, Any]]:
-        """Changes of the configuration in which groups of heads share something."""
+        """Changes of the configuration in which groups of heads share something, such as keys and values."""
         return shared_head_changes(self.config, self.accepts) if self.vary else []
 
     def accepts(self, options: dict[str, Any]) -> bool:
@@ -126,7 +126,7 @@ class Subject:
         Args:
             options: changes of the configuration.
             dtype: dtype of the parameters.
-            layer: index of the layer, of `LAYERS`.
+            layer: index of the mixer's layer in a model of `LAYERS` layers.
             d_model: width; by default the subject's.
         """
         d_model = self.d_model if d_model is None else d_model
@@ -167,7 +167,7 @@ class Subject:
 
     @cached_property
     def wide(self) -> int:
-        """Width with several tiles of channels or many heads; the usual width if no larger one fits."""
+        """Width (d_model) with several tiles of channels or many heads; the usual width if no larger one fits."""
         for times in (12, 16, 8):  # 12 gives two heads of 72 channels where the usual heads have 6: a ragged tile
             with suppress(SeqmixError):
                 build(self.config, times * self.d_model)
@@ -175,10 +175,10 @@ class Subject:
         return self.d_model
 
     def probe(self) -> None:
-        """Build the mixer and call it once in every paradigm, so that a mixer that never works is one error.
+        """Build the mixer and call it once in every paradigm, so that a mixer that never works gives one error.
 
         Raises:
-            ContractError: building or calling it fails, or it returns no output and state.
+            ContractError: building or calling the mixer fails, or a call does not return an output and a state.
         """
         # not one of the mixers that checks use: a mixer may remember calls
         mixer = self._build({}, torch.float64, 0, self.d_model)
@@ -202,7 +202,7 @@ class Subject:
 
 
 def build(config: MixerConfig, d_model: int, layer: int = 0) -> SequenceMixer:
-    """Build the mixer of one of `LAYERS` layers.
+    """Build the mixer for one layer of a model of `LAYERS` layers.
 
     Raises:
         SeqmixError: the configuration refuses the width.
@@ -239,18 +239,18 @@ def reference_paradigm(config: MixerConfig) -> Paradigm:
 
 
 def _require_device(device: str | torch.device) -> torch.device:
-    """Return the device; a `SeqmixError` if it cannot compute."""
+    """Return the device; raise a `SeqmixError` if it cannot compute."""
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, TypeError) as error:
         raise SeqmixError(f"device {str(device)!r} cannot be used here: {str(error).splitlines()[0]}") from None
     if torch.device(device).type == "meta":
-        raise SeqmixError("device 'meta' cannot be used here: its tensors hold no numbers to check")
+        raise SeqmixError("expected a device that computes, got device 'meta': use one whose tensors hold numbers")
     return torch.device(device)
 
 
 def _require_paradigms(paradigms: tuple[Paradigm, ...], config: MixerConfig) -> tuple[Paradigm, ...]:
-    """Return the paradigms; a `ContractError` if there are none, or the mixer does not declare one of them."""
+    """Return the paradigms; raise a `ContractError` if there are none, or the mixer does not declare one of them."""
     declared = ", ".join(sorted(config.traits.paradigms))
     if isinstance(paradigms, str):  # a Paradigm is a str too
         raise ContractError(f"paradigms expects a tuple, got {str(paradigms)!r}: write ({str(paradigms)!r},)")
@@ -262,7 +262,7 @@ def _require_paradigms(paradigms: tuple[Paradigm, ...], config: MixerConfig) -> 
 
 
 def _width(config: MixerConfig, d_model: int | None) -> int:
-    """Return the given width, or the first of `D_MODELS` that fits; a `SeqmixError` if none does."""
+    """Return the given width, or the first of `D_MODELS` that fits; raise a `SeqmixError` if none does."""
     d_model = getattr(config, "fixed_d_model", None) if d_model is None else d_model
     if d_model is not None:
         if not isinstance(d_model, int) or isinstance(d_model, bool) or d_model < 1:
@@ -282,4 +282,4 @@ def _width(config: MixerConfig, d_model: int | None) -> int:
             return d_model
     reason = str(errors[0]).removeprefix(f"{config.kind}: ")
     widths = ", ".join(map(str, D_MODELS))
-    raise ContractError(f"{config.kind} fits none of the widths {widths}: {reason}; pass a d_model that fits")
+    raise ContractError(f"expected {config.kind} to fit one of the widths {widths}, got: {reason} (pass d_model=)")

@@ -20,10 +20,10 @@ from .options import changed
 from .subject import Subject, build, reference_paradigm
 
 SegmentCall = Callable[[Tensor, Any], tuple[Tensor, Any]]
-"""Returns output and final state for a segment and a state: the mixer, or a function that calls it."""
+"""Function of a segment and a state that returns output and final state: the mixer, or one that calls it."""
 
 LONGER = 9
-"""Additional tokens in the prefix of a "moved" state, if the state is constant."""
+"""Number of additional tokens in the prefix of a "moved" state, if the state is constant."""
 
 SegmentResult = tuple[Tensor | Mapping[str, Tensor] | None, Any]
 """Pair of output (or output and gradients by name) and final state."""
@@ -46,7 +46,7 @@ class Trial:
         self.mixer: SequenceMixer = mixer
         self.generator = torch.Generator().manual_seed(case.seed)
         self.prefix = 0
-        """Tokens processed by the latest result of `state`."""
+        """Number of tokens before the state that `state` returned last."""
         self.notes: list[str] = []
         """Warnings about the case for the report; they are not failures."""
 
@@ -110,7 +110,7 @@ class Trial:
         Args:
             length: number of tokens.
             rows: number of sequences.
-            sizes: True to scale every token by a factor of its own.
+            sizes: True to multiply every token by a random factor.
         """
         x = self.tokens(rows, length)
         if sizes:
@@ -140,7 +140,7 @@ class Trial:
         return torch.tensor(rows, device=self.subject.device)
 
     def after(self, paradigm: Paradigm | None) -> Paradigm:
-        """Return the paradigm to continue from a state with: the given one, or the reference if it takes no state.
+        """Return the paradigm to continue from a state with: `paradigm`, or the reference if `paradigm` takes no state.
 
         None means the default paradigm.
         """
@@ -290,8 +290,8 @@ class Trial:
     ) -> dict[str, float]:
         """Return, by name, the error to allow where large numbers cancel: 10 times what a small perturbation changes.
 
-        The perturbation moves each number of the tokens by about 1e-10, relative. Any order of computation may be as
-        far off.
+        The perturbation changes each number of the tokens by about 1e-10 of itself. Another order of computation may
+        change results as much.
 
         Args:
             call: the function that gave the results.
@@ -299,8 +299,8 @@ class Trial:
             state: state before the segment.
             results: output and gradients by name, and final state, without the perturbation.
         """
-        moved, after = self.differentiate(call, x * (1 + 1e-10 * self.like(x)), state)
-        pairs = {name: (moved[name], result) for name, result in results[0].items()}
+        perturbed, after = self.differentiate(call, x * (1 + 1e-10 * self.like(x)), state)
+        pairs = {name: (perturbed[name], result) for name, result in results[0].items()}
         leaves = float_leaves(after)
         pairs |= {f"the final state's {n}": (leaves[n], leaf) for n, leaf in float_leaves(results[1]).items()}
         return {name: 10 * (x - y).abs().max().item() for name, (x, y) in pairs.items() if x.numel()}
@@ -326,7 +326,8 @@ class Trial:
     def _restore_constants(self, exact: SequenceMixer) -> None:
         """Give the exact mixer the float64 values of its buffers.
 
-        A buffer, such as a decay, should be float32 in every dtype: if a cast rounds it, that is an error to find.
+        A buffer, such as a decay, should stay float32 in a mixer of any dtype. The exact values show an error if a cast
+        rounds it.
         """
         unrounded = self.subject.mixer(self.case.options, torch.float64, self.case.layer, self.d_model)
         cast_buffers = dict(self.mixer.named_buffers())
@@ -403,7 +404,7 @@ def named_results(y: Tensor, after: Any) -> dict[str, Tensor]:
 
 
 def as_leaves(state: Any) -> Any:
-    """Return the state as leaves of a new graph."""
+    """Return the state as leaves of a new graph; None for None."""
     return None if state is None else map_state(lambda x: x.detach().requires_grad_(is_inexact(x)), state)
 
 
@@ -413,5 +414,5 @@ def learnable(mixer: SequenceMixer) -> dict[str, Tensor]:
 
 
 def late_start(mixer: SequenceMixer, rows: int, start: int) -> Any:
-    """Return the initial state, shifted to a later position."""
+    """Return the initial state of `rows` sequences, shifted to the position `start`."""
     return mixer.shift_state(mixer.init_state(rows), start)

@@ -73,8 +73,8 @@ def packing_compiles_into_one_graph(trial: Trial) -> None:
 )
 def graphs_follow_sizes(trial: Trial) -> None:
     """A compiled mixer gives the results of eager mode for other numbers of tokens and packed documents (or rows, if
-    the mixer cannot pack). The compiler may make further graphs for them, but not for other boundaries of as many
-    documents and tokens."""
+    the mixer cannot pack). The compiler may make further graphs for them, but not if boundaries change while the
+    numbers of documents and tokens stay."""
     packs = trial.mixer.traits.packing
 
     def function(x: Tensor, state: Any, **options: Any) -> tuple[Tensor, Any]:

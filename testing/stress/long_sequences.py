@@ -17,15 +17,15 @@ from ..mixer.options import chunk_sizes
 from ..mixer.trial import Trial
 
 MOVED = 3.0
-"""Change of all vector parameters, such as gate biases, that opens or closes a gate."""
+"""Amount added to all vector parameters, such as gate biases: enough to open or close a gate."""
 
 
 BLOCKS = (256, 512, 1024)
-"""Lengths that are whole numbers of blocks."""
+"""Lengths in tokens that are whole numbers of blocks."""
 
 
 HEAD = 9
-"""Tokens of a short first piece, or beyond the end of a block."""
+"""Number of tokens of a short first piece, or beyond the end of a block."""
 
 CONTEXT = 8192
 """Number of positions that tables of positions often have."""
@@ -93,7 +93,7 @@ def _compare_beyond_context(trial: Trial) -> None:
 
 
 def _with_few_heads(trial: Trial, dtype: torch.dtype = torch.float64) -> SequenceMixer:
-    """Return the mixer; with one head, if possible, if its state grows, because it takes quadratic time then."""
+    """Return the mixer; one whose state grows has one head, if possible, because it takes quadratic time."""
     options = {**trial.case.options, "n_heads": 1} if trial.mixer.traits.state == "growing" else trial.case.options
     mixer = trial.subject.mixer(options, dtype, trial.case.layer)
     return trial.rebuilt(dtype) if mixer is None else mixer
@@ -106,9 +106,9 @@ def _limit_length(trial: Trial, paradigm: Paradigm, text: Tensor, longest: int =
 
 
 def _compare_without_states(trial: Trial, text: Tensor, whole: Tensor) -> None:
-    """Compare calls without a final state with the whole, also at whole numbers of blocks.
+    """Compare outputs of calls without a final state with those of the whole segment, also at whole numbers of blocks.
 
-    There, a Fourier transform of as many tokens wraps around.
+    At these lengths, a Fourier transform without padding wraps around.
     """
     for paradigm in trial.paradigms:
         longest = _limit_length(trial, paradigm, text).shape[1]
@@ -175,7 +175,7 @@ def _compare_gradients_of_halves(trial: Trial, text: Tensor) -> None:
 
 
 def _compare_whole_blocks(trial: Trial, text: Tensor, state: Any) -> None:
-    """Compare paradigms on whole numbers of blocks, with vector parameters (gate biases, decays) moved up and down.
+    """Compare paradigms on whole numbers of blocks, with vector parameters (gate biases, decays) raised and lowered.
 
     In one of the two directions the mixer forgets slowly, so that errors at a distance show.
     """

@@ -16,11 +16,11 @@ from ..mixer.rounding import LOW, is_copied, require_near_float64, rows_moved, s
 from ..mixer.trial import SegmentCall, Trial, late_start
 
 STEPS = 160
-"""Tokens to decode one by one: enough for a state that is rounded at every token to drift."""
+"""Number of tokens to decode one by one: enough for a state that is rounded at every token to drift."""
 
 
 PIECE, ROUNDED = 7, 1e-6
-"""Tokens of a piece at a late position, and tolerance there, where angles are rounded."""
+"""Number of tokens of a piece at a late position, and tolerance there, where angles are rounded."""
 
 LATE = Draw(
     tokens=(12, 24), fixed=40, batch_size=(2, 2), starts=("initial",), dtypes=(torch.float32, torch.bfloat16), wide=10
@@ -97,7 +97,7 @@ def long_decoding_does_not_drift(trial: Trial) -> None:
     def ends(x: Tensor, state: Any, rounds: bool) -> dict[str, Tensor]:
         return {"the output": stepped(x, state, rounds)[0][:, -last:]}
 
-    moved = rows_moved(ends, x, start, trial.case.dtype)
+    row_moves = rows_moved(ends, x, start, trial.case.dtype)
     # several rows take no longer than one, and each is compared alone; a single row may have its own code path
     one_row_too = trial.case.seed == FIXED and trial.case.dtype != torch.float16
     for rows in (len(x), 1) if one_row_too else (len(x),):
@@ -105,8 +105,8 @@ def long_decoding_does_not_drift(trial: Trial) -> None:
         y, _ = trial.decode(x[:rows], initial, trial.call(trial.reference))
         what = f"the last {last} of {STEPS} segments of one token in {trial.case.dtype}, one of {rows} rows"
         for row in torch.arange(rows).split(1):
-            moved_row = lambda name, row=row: moved(name)[row]  # noqa: E731
-            require_near("the output", what, y[row, -last:], expected[row], tolerance, row_moves=moved_row)
+            moves_of_row = lambda name, row=row: row_moves(name)[row]  # noqa: E731
+            require_near("the output", what, y[row, -last:], expected[row], tolerance, row_moves=moves_of_row)
 
 
 @check(

@@ -19,13 +19,13 @@ from ..mixer.case import FIXED, Draw
 from ..mixer.trial import Trial
 
 POINTS = 32
-"""Operations of a fixed case before which another thread's call runs."""
+"""Approximate number of operations of a fixed case before which another thread's call runs."""
 
 FEW = 16
-"""Operations of a drawn case before which another thread's call runs."""
+"""Approximate number of operations of a drawn case before which another thread's call runs."""
 
 AT_ONCE = 4
-"""Operations of one call before which another thread's call runs."""
+"""Number of operations of one call before which another thread's call runs."""
 
 PATIENCE = 0.05
 """Seconds to wait for the other thread's call, which may wait itself for a lock that the interrupted call holds."""
@@ -85,12 +85,13 @@ def _compare_deterministic_algorithms(trial: Trial, paradigm: Paradigm, x: Tenso
     packed: dict[str, Any] = {"cu_seqlens": trial.index(0, x.shape[1])} if packs else {}
     call = trial.call(paradigm, **packed)
     expected = trial.differentiate(call, x[:1], before)
-    was, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(not was, warn_only=True)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(not deterministic, warn_only=True)
     try:
         trial.compare(f"{paradigm}, with torch's other algorithms", trial.differentiate(call, x[:1], before), expected)
     finally:
-        torch.use_deterministic_algorithms(was, warn_only=warns)
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
 
 
 @contextmanager

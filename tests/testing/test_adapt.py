@@ -126,7 +126,7 @@ def test_rounding_inside_is_not_held_against_a_module():
     [
         (lambda: adapt(Convolution(8)), "needs the width of a module"),
         (lambda: adapt(Convolution, traits={"pakking": True}), "no trait 'pakking'.*did you mean \"packing\""),
-        (lambda: adapt(Convolution, traits={"state": "growing"}), "got 'growing': pass state="),
+        (lambda: adapt(Convolution, traits={"state": "growing"}), "traits.state 'growing': pass state="),
         (lambda: check_mixer(adapt(lambda d: 3)), "expected an nn.Module to adapt, got 3"),
         (lambda: check_mixer(adapt(lambda d: nn.GRU(d, d))), "got tuple, NoneType: pass call= to adapt"),
         (lambda: check_mixer(adapt(Convolution(8), d_model=8), d_model=12), "d_model = 8, got 12"),

@@ -264,4 +264,4 @@ def test_an_expected_failure_is_not_one_and_one_that_passes_is(forgetful, failur
     assert report.passed
     expected = {"the_future_changes_nothing": "it looks ahead"}
     outcome = failure(RetentionConfig(n_heads=2), "the_future_changes_nothing", expected_failures=expected)
-    assert outcome.reason.endswith("to fail (it looks ahead), but it passed")
+    assert outcome.reason.endswith("to fail (it looks ahead), but it passed: remove it from expected_failures")

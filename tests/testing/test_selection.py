@@ -213,7 +213,7 @@ def test_pytest_reports_how_a_check_ended(forgetful, bound):
 @pytest.mark.parametrize(
     ("function", "arguments", "named"),
     [
-        (parametrize_checks, {"configs": []}, "no configuration"),
+        (parametrize_checks, {"configs": []}, "at least one configuration"),
         (parametrize_checks, {"configs": RETENTION}, "list of configurations"),
         (parametrize_checks, {"configs": [RetentionConfig]}, "list of configurations"),
         (parametrize_checks, {"configs": [RETENTION], "checks": ["row_are_independent"]}, "'row_are_independent'"),
