@@ -75,12 +75,20 @@ def reach_figures(views: Sequence[LayerView]) -> list[Figure]:
     share_axis = Axis("share of weight", unit="share", zero=True, log=False)
     layer_axis = Axis("layer", log=False)
     within_caption = "Share of a query's weight on tokens at most this far back; mean of heads and queries."
-    reach_caption = "Mean distance from a query to the tokens that a head reads, by weight; by gradients if there are no heads."
+    reach_caption = (
+        "Mean distance from a query to the tokens that a head reads, by weight; by gradients if there are no heads."
+    )
     reach_axis = Axis("mean distance (tokens)", zero=True)
     return [
         Figure("within", "Weight within a distance", within_caption, distance_axis, share_axis, within),
         Figure(
-            "reach", "Reach by layer", reach_caption, layer_axis, reach_axis, [Series("a head", reach_points)], joined=False
+            "reach",
+            "Reach by layer",
+            reach_caption,
+            layer_axis,
+            reach_axis,
+            [Series("a head", reach_points)],
+            joined=False,
         ),
     ]
 
