@@ -1,7 +1,7 @@
 """Dropout whose mask does not depend on how a batch is divided among processes and micro-batches.
 
 An element is set to 0 if a hash of a key, of its token's index in the whole batch and of its channel is below p. The
-hash multiplies and xor-shifts like the final steps of SplitMix64 and xxHash, which is faster than a random number generator.
+hash multiplies and xor-shifts like the final steps of SplitMix64 and xxHash, faster than a random number generator.
 """
 
 import torch

@@ -1,7 +1,7 @@
 """Measurements of every layer of a model on one text: weights, reach, decays, gates, states, gradients.
 
-All kinds of mixers are measured by the same code. Weights come from the ops that a mixer calls (`mixers/influence.py`), or
-are gradients with respect to the mixer's inputs. States are the tensors of its state; gates are those of `GatedNorm`.
+The same code measures all kinds of mixers. Weights come from the ops that a mixer calls (`mixers/influence.py`), or are
+gradients with respect to the mixer's inputs. States are the tensors of its state; gates are those of `GatedNorm`.
 """
 
 from collections.abc import Sequence

@@ -62,7 +62,7 @@ class Prepared(Config):
     taken: tuple[LayerTransfer, ...]
     """Transfers from old to new mixers, one per swapped layer."""
     costs: dict[str, float]
-    """Increase of the teacher's loss, in nats per token, if one layer alone is swapped, by the index of the layer; empty
+    """Increase of the teacher's loss, in nats per token, if one layer alone is swapped, by the layer's index; empty
     unless the plan has `keep`."""
     kept: tuple[int, ...]
     """Indices of the layers that keep their mixer because of the plan's `keep`."""
@@ -150,7 +150,7 @@ class Linearization:
 
     @property
     def swapped(self) -> dict[int, MixerConfig]:
-        """New mixer of each swapped layer, by index; once `prepare` has run, without the layers that keep their mixer."""
+        """New mixer of each swapped layer, by index; once `prepare` has run, without layers that keep their mixer."""
         kept = self.prepared.kept if (self.folders[0] / PREPARED_FILE).is_file() else ()
         return {layer: mixer for layer, mixer in self.mixers.items() if layer not in kept}
 

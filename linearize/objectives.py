@@ -42,8 +42,8 @@ class Text(Objective):
 class MixerOutput(Text):
     """Objective of the stage `mixer_output`: the relative squared error of each new mixer's output.
 
-    A new mixer receives the inputs of the teacher's mixer in the same layer, and its output is compared with that of the
-    teacher's mixer.
+    A new mixer receives the inputs of the teacher's mixer in the same layer, and its output is compared with the output
+    of that mixer.
     """
 
     def __call__(self, model: LanguageModel, batch: Packed, state: ModelState | None) -> ModelOutput:  # noqa: ARG002
@@ -69,7 +69,7 @@ class MixerOutput(Text):
 
 
 class Hidden(Text):
-    """Objective of the stage `hidden`: the relative squared error of the hidden states after each layer with a new mixer.
+    """Objective of the stage `hidden`: the relative squared error of hidden states after each layer with a new mixer.
 
     Each layer of the student runs on the student's own hidden states.
     """

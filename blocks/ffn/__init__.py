@@ -60,8 +60,8 @@ class FeedForward(nn.Module, ABC):
             total: sums a tensor over all processes.
 
         Returns:
-            The largest load of an expert divided by the mean load, minus 1 (MaxVio of arXiv 2408.15664); None for a network
-            without experts.
+            The largest load of an expert divided by the mean load, minus 1 (MaxVio of arXiv 2408.15664); None for a
+            network without experts.
         """
         del total
         return None

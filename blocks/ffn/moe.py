@@ -117,7 +117,7 @@ class Moe(FeedForward):
         return self.config.routed_scale * weights / weights.sum(-1, keepdim=True), chosen
 
     def _apply_experts(self, x: Tensor, weights: Tensor, chosen: Tensor, ends: Tensor) -> Tensor:
-        """Return each token's weighted sum of its experts' outputs; tokens are sorted by expert for grouped products."""
+        """Return each token's weighted sum of expert outputs; tokens are sorted by expert for grouped products."""
         order = chosen.flatten().argsort(stable=True)
         inverse = order.argsort()
         by_expert = x[order // self.config.top_k]
