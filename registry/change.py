@@ -67,7 +67,7 @@ def _renamed_entry(node: Node, annotation: Any, base: Node | None, path: str) ->
 
 
 def _with_kind(node: Node, registry: Registry[Any], base: Node | None, path: str) -> Node:
-    """Return the mapping of a registry's configuration with its kind: the default if neither it nor the base has one."""
+    """Return the mapping of a registry's configuration with its kind: the default if it and the base have none."""
     kind = node.child("kind") or (base and base.child("kind"))
     if kind is None and registry.default_kind is not None:
         kind = Node(registry.default_kind, node.origin)
