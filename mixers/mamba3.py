@@ -65,8 +65,8 @@ class Mamba3State(NamedTuple):
     recent: Float[Tensor, "B 1 H*(K+V)"]
     """Last rotated key and last value of each head."""
     angle: Float[Tensor, "B H A"]
-    """Angle phi of each head and rotated pair, in radians; float64 and not reduced modulo 2 pi, as 16 digits suffice for
-    any practical number of tokens."""
+    """Angle phi of each head and rotated pair, in radians; float64 and not reduced modulo 2 pi, as 16 digits suffice
+    for any practical number of tokens."""
     position: Int[Tensor, " B"]
     """Number of tokens processed."""
 

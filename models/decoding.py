@@ -111,7 +111,7 @@ class StaticStep:
     def warm_up(self) -> None:
         """Run a few steps, restoring the state after each because it may have room for only one more token.
 
-        The first calls initialise compilers and libraries, which must not happen during a capture. The state is copied to
+        The first calls initialise compilers and libraries, which must not happen in a capture. The state is copied to
         main memory, because a GPU may not have room for a second state.
         """
         before = map_state(lambda leaf: leaf.to("cpu", copy=True), self.state)
