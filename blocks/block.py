@@ -19,21 +19,22 @@ from .norm import NORMS, Norm, NormConfig
 
 
 class BlockConfig(Config):
-    """Configuration of one kind of layer."""
+    """Configuration of a block: one kind of layer, with a mixer, a feed-forward network and norms."""
 
     mixer: Annotated[MixerConfig, MIXERS]
     """Sequence mixer, which combines tokens."""
     ffn: Annotated[FfnConfig, FFNS] | None
     """Feed-forward network, applied to each token; null for a block that has only a mixer."""
     norm: Annotated[NormConfig, NORMS]
-    """Norm of the mixer branch and of the ffn branch."""
+    """Norm of the mixer branch and of the feed-forward branch; each branch has its own parameters."""
     norm_placement: Literal["input", "output", "stream"] = "input"
     """Position of the norms: the `input` of a branch (pre-norm), its `output` (OLMo 2), or the `stream` before the
     branch, so that the branch's output is added to the normed stream (MiniMax-01)."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Dropout probability of the outputs of mixer and ffn, in training."""
+    """Dropout probability for the outputs of the mixer and of the feed-forward network, in training."""
     residual_scale: float = Field(default=1.0, gt=0)
-    """Factor of the outputs of mixer and ffn before they are added to the residual stream."""
+    """Factor by which the outputs of the mixer and of the feed-forward network are multiplied before they are added to
+    the residual stream."""
     shared: bool = False
     """True if all layers of this block share their parameters; each layer still has its own state."""
 
@@ -76,7 +77,7 @@ class Block(nn.Module):
         donate_state: bool = False,
         memo: Memo | None = None,
     ) -> tuple[Any, ...]:
-        """Apply the layer to a segment; arguments and results are those of the mixer."""
+        """Apply the layer to a segment x; arguments and results are those of `SequenceMixer.forward`."""
         norm = self.mixer_norm
         ffn = self.ffn
         ffn_norm = self.ffn_norm  # looked up once: nn.Module looks up submodules by a function call
@@ -99,7 +100,7 @@ class Block(nn.Module):
         return (x, state, *values)
 
     def _branch_input(self, x: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
-        """Return the residual stream and the input of a branch."""
+        """Return the residual stream to which the branch's output is added, and the input of the branch."""
         if self.norm_placement == "output":
             return x, x
         normed = norm(x)

@@ -1,7 +1,7 @@
-"""Dropout whose mask of a batch does not depend on how the batch is divided into processes and micro-batches.
+"""Dropout whose mask does not depend on how a batch is divided among processes and micro-batches.
 
-An element is dropped if a hash of a key, of its token's index in the whole batch and of its channel is below p. The
-hash multiplies and folds like the final steps of SplitMix64 and xxHash, which is faster than a random number generator.
+An element is set to 0 if a hash of a key, of its token's index in the whole batch and of its channel is below p. The
+hash multiplies and xor-shifts like the final steps of SplitMix64 and xxHash, faster than a random number generator.
 """
 
 import torch
@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 
 class Dropout(nn.Dropout):
-    """Dropout of [B T D]. If `place` is set, the mask is a function of it alone; otherwise this is nn.Dropout."""
+    """Dropout of x [B T D]. If `place` is set, it alone determines the mask; otherwise this is nn.Dropout."""
 
     place: Int[Tensor, "3"] | None = None
-    """A key, the index of the input's first token in the whole batch, and the tokens of a whole row (the input may have
-    fewer)."""
+    """Three integers: the key of the hash, the index of the input's first token in the whole batch, and the number of
+    tokens in a whole row (the input may have fewer). None to draw masks from torch's random generator."""
 
     def forward(self, input: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
         """Return the input, in training with random elements set to 0 and the others scaled by 1 / (1 - p)."""

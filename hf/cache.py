@@ -1,4 +1,4 @@
-"""Cache for the `generate` of Hugging Face, whose layers hold mixer states instead of keys and values."""
+"""Cache for `generate` of Hugging Face whose layers hold states of mixers instead of keys and values."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,11 +14,11 @@ from ..registry import SeqmixError
 from .padding import Rows, mix_rows
 
 CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
-"""Name of the cache in arguments and outputs; it depends on the installed release of transformers."""
+"""Name of the cache in arguments and outputs of a model; it depends on the installed release of transformers."""
 
 
 class StateLayer(CacheLayerMixin):
-    """State of one layer after all tokens so far.
+    """Cache layer that holds the state of one mixer after all tokens so far.
 
     Args:
         max_length: capacity in tokens, so that a KV cache is allocated once; it grows when more is needed.
@@ -33,7 +33,7 @@ class StateLayer(CacheLayerMixin):
         self.capacity = max_length
 
     def reserve(self, mixer: SequenceMixer[Any], batch_size: int, length: int) -> Any:
-        """Allocate or enlarge the state for `length` tokens, the coming segment included, and return it."""
+        """Allocate or enlarge the state for `length` tokens, including the coming segment, and return the state."""
         require_state(mixer.traits, mixer.kind)
         if self.state is None:
             self.capacity = max(self.capacity, length)
@@ -48,7 +48,7 @@ class StateLayer(CacheLayerMixin):
         return self.length
 
     def get_mask_sizes(self, query: int | Tensor) -> tuple[int, int]:
-        """Return the length and offset of keys, as an attention layer would: masks of other layers need them."""
+        """Return the number of keys including the query tokens, and their offset 0; masks of other layers need both."""
         return self.length + (query if isinstance(query, int) else len(query)), 0
 
     def get_max_length(self) -> int:
@@ -70,7 +70,7 @@ class StateLayer(CacheLayerMixin):
         raise SeqmixError("crop() and assisted decoding are not supported: a recurrent state cannot take tokens back")
 
     def update(self, *_: Any, **__: Any) -> Any:
-        raise SeqmixError("this cache layer holds the state of a mixer, got keys and values")
+        raise SeqmixError("this cache layer expects the state of a mixer, got keys and values: start with a new cache")
 
     lazy_initialization = update
 
@@ -79,7 +79,7 @@ class SeqmixCache(Cache):
     """Cache for `SeqmixForCausalLM`. Pass it from call to call; to continue a prefix twice, copy it with copy.deepcopy.
 
     Args:
-        n_layers: layers of the model.
+        n_layers: number of layers of the model.
         max_length: capacity in tokens, so that KV caches are allocated once; they grow when more is needed.
     """
 
@@ -90,14 +90,14 @@ class SeqmixCache(Cache):
 def mix_cached(
     run: Callable[..., Any], x: Tensor, mixers: Sequence[SequenceMixer[Any]], layers: Sequence[StateLayer], rows: Rows
 ) -> Tensor:
-    """Mix a batch from the states of a cache, and store the states after it in the cache.
+    """Mix a batch, starting from the states in a cache, and store the states after the batch in the cache.
 
     Args:
         run: a function of a segment without padding, a state per mixer, a paradigm per mixer, `cu_seqlens` and
             `return_state`, which returns the output and the states after the segment.
         x: the batch, [B T D].
         mixers: the mixers.
-        layers: cache layer of each mixer.
+        layers: the cache layer of each mixer.
         rows: padding and packed documents of the batch.
 
     Returns:
@@ -107,7 +107,7 @@ def mix_cached(
         SeqmixError: documents are packed.
     """
     if rows.cu_seqlens is not None:
-        raise SeqmixError("packed documents leave no cache: set use_cache=False")
+        raise SeqmixError("packed documents cannot fill a cache: set use_cache=False")
     # a segment of one token is a decoding step, a longer one is a prompt
     count, length, _ = x.shape
     order = (Paradigm.RECURRENT, Paradigm.CHUNKWISE) if length == 1 else (Paradigm.CHUNKWISE, Paradigm.PARALLEL)

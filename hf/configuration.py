@@ -1,4 +1,4 @@
-"""Configuration class of Hugging Face for seqmix models, with the fields that other libraries expect."""
+"""Hugging Face configuration class for seqmix models, with the fields that other libraries expect."""
 
 import json
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from ..registry import SeqmixError, require_trusted, unimported, validated
 from ..registry.errors import shown
 
 SOURCE = "the model of config.json"
-"""Name of the configuration in error messages."""
+"""Name of a `SeqmixConfig`'s model in error messages."""
 
 SIZES = {
     "vocab_size": "vocab_size",
@@ -60,7 +60,9 @@ class SeqmixConfig(PretrainedConfig):
         sizes = {name: fields.get(field) for name, field in SIZES.items()}
         for name, value in given_sizes.items():
             if value != sizes[name]:
-                raise SeqmixError(f"config.json has another {name} than its model, {sizes[name]}: got {shown(value)}")
+                raise SeqmixError(
+                    f"config.json: {name} must be that of its model, {sizes[name]}, got {shown(value)}: remove {name}"
+                )
         super().__init__(**kwargs)
         for name, value in {**sizes, "use_cache": use_cache}.items():
             setattr(self, name, value)
@@ -70,7 +72,7 @@ class SeqmixConfig(PretrainedConfig):
         """Validated configuration of the model.
 
         Raises:
-            SeqmixError: it names code that is not imported yet, or is not valid.
+            SeqmixError: the configuration is not valid, or names code that is not imported yet.
         """
         return self.read()
 
@@ -89,10 +91,10 @@ class SeqmixConfig(PretrainedConfig):
 
 
 def _require_types(fields: Mapping[str, Any]) -> None:
-    """Check the types of fields that transformers computes with.
+    """Check the types of the configuration's dtype and special tokens, which transformers uses unchecked.
 
     Raises:
-        SeqmixError: a dtype does not exist in torch, or a token is not an integer.
+        SeqmixError: a dtype does not exist in torch, or the ID of a special token is not an integer.
     """
     for name, value in fields.items():
         if name in ("dtype", "torch_dtype"):

@@ -21,7 +21,7 @@ def export_hf(
     Args:
         run: run directory, or a file from `export_run`.
         out: output folder, new or empty.
-        choice: which checkpoint to export, as in `load_run`.
+        choice: the checkpoint to export, as in `load_run`.
         tell: function that receives warnings, as in `load_run`.
         ema: True to export the averaged weights, as in `load_run`.
 

@@ -65,13 +65,15 @@ class SeqmixPreTrainedModel(PreTrainedModel):
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         for problem in ("missing", "unexpected", "mismatched"):
             if names := sorted(map(str, info[f"{problem}_keys"])):
-                raise SeqmixError(f"the file of weights has {problem} tensors: {', '.join(names)}")
+                raise SeqmixError(
+                    f"the weights do not fit the model of config.json: {problem} tensors {', '.join(names)}"
+                )
         model.restore_buffers()
         return (model, info) if output_loading_info else model
 
     @torch.no_grad()
     def restore_buffers(self) -> None:
-        """Initialise the buffers that are not saved; everything else stays unchanged."""
+        """Initialise the buffers that checkpoints do not contain; parameters and other buffers stay unchanged."""
         for block in self.model.distinct_blocks:
             if any(module._non_persistent_buffers_set for module in block.modules()):
                 saved = {name: tensor.clone() for name, tensor in block.state_dict().items()}
@@ -80,7 +82,7 @@ class SeqmixPreTrainedModel(PreTrainedModel):
                 block.load_state_dict(saved)
 
     def _init_weights(self, module: torch.nn.Module) -> None:
-        """Do nothing: the constructor initialises, and a file of weights is complete."""
+        """Do nothing: the constructor has initialised all parameters, and a file of weights has all of them."""
 
     def get_expanded_tied_weights_keys(self, *_: Any, **__: Any) -> dict[str, str]:
         parameters = dict(self.named_parameters(remove_duplicate=False))
@@ -105,7 +107,7 @@ class SeqmixPreTrainedModel(PreTrainedModel):
     def _hidden(
         self, tokens: Tensor | None, attention_mask: Tensor | None, options: Mapping[str, Any]
     ) -> tuple[Tensor, Rows, SeqmixCache | None]:
-        """Return the residual stream after the last block [B T D], the layout of its rows, and the cache."""
+        """Return the residual stream after the last block [B T D], the padding and packing of rows, and the cache."""
         embeddings = options.get("inputs_embeds")
         caches = (options.get("cache"), options.get("past_key_values"))
         if options.get("output_attentions") or options.get("output_hidden_states"):
@@ -116,7 +118,9 @@ class SeqmixPreTrainedModel(PreTrainedModel):
             raise SeqmixError("cache and past_key_values are two names of one argument, got both: give one")
         cache = next((cache for cache in caches if cache is not None), None)
         if not isinstance(cache, SeqmixCache | None):
-            raise SeqmixError(f"expected a SeqmixCache as the cache, got a {type(cache).__name__}")
+            raise SeqmixError(
+                f"expected a SeqmixCache as the cache, got a {type(cache).__name__}: pass that of an earlier call"
+            )
         model = self.model
         mixers = [block.mixer for block in self.model.blocks]
         x = model.embed(tokens) if embeddings is None else model.dropout(embeddings)
@@ -139,7 +143,7 @@ class SeqmixPreTrainedModel(PreTrainedModel):
 
 
 class SeqmixModel(SeqmixPreTrainedModel):
-    """seqmix model without its output projection, which returns hidden states after the last norm."""
+    """seqmix model without its output projection: it returns the hidden states after the final norm."""
 
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **options: Any
@@ -216,6 +220,6 @@ class SeqmixForCausalLM(SeqmixPreTrainedModel, GenerationMixin):
         self, generation_config: Any, model_kwargs: dict[str, Any], _: Any, __: int, max_cache_length: int
     ) -> None:
         if (kind := generation_config.cache_implementation) is not None:
-            raise SeqmixError(f"a seqmix model has its own cache: remove cache_implementation, got {kind!r}")
+            raise SeqmixError(f"a seqmix model has its own cache, got cache_implementation = {kind!r}: remove it")
         if model_kwargs.get(CACHE_NAME) is None and generation_config.use_cache:
             model_kwargs[CACHE_NAME] = SeqmixCache(len(self.model.blocks), max_cache_length)

@@ -19,7 +19,8 @@ class Rows(NamedTuple):
     mask: Bool[Tensor, "B T"] | None = None
     """True for real tokens, False for padding; None without padding."""
     cu_seqlens: Int[Tensor, "N+1"] | None = None
-    """Boundaries of documents packed in one row; None if none are packed."""
+    """Boundaries of N documents packed in one row: document n is tokens cu_seqlens[n] to cu_seqlens[n+1] - 1; None if
+    no documents are packed."""
 
 
 def rows_of(shape: tuple[int, int], attention_mask: Tensor | None, options: Mapping[str, Any], *, cached: bool) -> Rows:
@@ -29,7 +30,7 @@ def rows_of(shape: tuple[int, int], attention_mask: Tensor | None, options: Mapp
         shape: B and T.
         attention_mask: mask of all tokens so far, [B S]; the segment is the last T tokens.
         options: `cu_seq_lens_q`, or `position_ids` [B T], which count from 0 in every packed document.
-        cached: True if the segment continues states, which have their own positions.
+        cached: True if the segment continues cached states, which count positions themselves.
 
     Raises:
         SeqmixError: the mask does not have one entry per token, or documents are packed in several rows.
@@ -60,13 +61,13 @@ def rows_of(shape: tuple[int, int], attention_mask: Tensor | None, options: Mapp
 def mix_rows(
     mix: Callable[..., Any], x: Float[Tensor, "B T D"], state: Any, rows: Rows, mixers: Sequence[SequenceMixer[Any]]
 ) -> tuple[Float[Tensor, "B T D"], Any]:
-    """Mix a batch whose rows may have padding anywhere: its real tokens as packed documents, or row by row.
+    """Mix a batch whose rows may have padding anywhere. Its real tokens are mixed as packed documents or row by row.
 
     Args:
         mix: a function of a segment without padding, a state and `cu_seqlens`, which returns the output and the state
             after the segment.
         x: the batch.
-        state: state of B rows before the batch; None for none.
+        state: the state of B rows before the batch; None if no tokens came before.
         rows: padding and packed documents.
         mixers: the mixers; real tokens are packed only if all of them declare packing.
 
@@ -91,7 +92,7 @@ def mix_rows(
 
 
 def _spread(y: Float[Tensor, "N D"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
-    """Put the outputs of real tokens at their places in the batch; padding gets 0."""
+    """Return a batch [B T D] with the outputs of the N real tokens at their places, and 0 at padding."""
     spread = y.new_zeros(*mask.shape, y.shape[-1])
     spread[mask] = y
     return spread

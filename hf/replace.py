@@ -71,7 +71,7 @@ def replace_mixers(
 
 
 class MixerAsAttention(nn.Module):
-    """Mixer with the interface of the attention in layer `layer_idx` of a Hugging Face decoder."""
+    """Mixer that stands in for the attention of layer `layer_idx` of a Hugging Face decoder."""
 
     def __init__(self, mixer: SequenceMixer[Any], layer_idx: int) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ class MixerAsAttention(nn.Module):
 
 
 def _decoder_of(model: nn.Module) -> Any:
-    """Return the submodule whose `layers` have attention as `self_attn`.
+    """Return the decoder of a model: the submodule whose `layers` have attention as `self_attn`.
 
     Raises:
         SeqmixError: no submodule has such layers.
@@ -109,11 +109,13 @@ def _decoder_of(model: nn.Module) -> Any:
         layers = getattr(module, "layers", None)
         if isinstance(layers, nn.ModuleList) and any(hasattr(layer, "self_attn") for layer in layers):
             return module
-    raise SeqmixError(f"{type(model).__name__} has no decoder layers with attention as self_attn")
+    raise SeqmixError(
+        f"replace_mixers expects a decoder whose layers have attention as self_attn, got a {type(model).__name__}"
+    )
 
 
 def _pass_rows(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Pass padding and packed documents to the layers, which the decoder's four-dimensional mask does not describe."""
+    """Pass padding and packed documents to the layers, because the decoder's mask [B 1 T S] does not have them."""
     arguments = inspect.signature(decoder.forward).bind_partial(*args, **kwargs).arguments
     arguments |= arguments.pop("kwargs", {})
     tokens = arguments.get("input_ids")
@@ -125,7 +127,7 @@ def _pass_rows(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 def _state_layer(cache: Any, layer_idx: int) -> StateLayer:
-    """Return a cache layer for states; the first call puts it in place of the layer for keys and values.
+    """Return the cache layer for the state of a mixer; the first call replaces the layer for keys and values by it.
 
     Raises:
         SeqmixError: the layer already holds keys and values.

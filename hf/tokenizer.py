@@ -11,7 +11,7 @@ from ..models import Tokenizer as OurTokenizer
 from ..registry import SeqmixError
 
 BEGIN = "<|begin|>"
-"""Name of the begin token, if it is added to a vocabulary."""
+"""Text of the begin token in a vocabulary to which it is added."""
 
 
 def hf_tokenizer(tokenizer: OurTokenizer) -> PreTrainedTokenizerFast:
@@ -23,7 +23,8 @@ def hf_tokenizer(tokenizer: OurTokenizer) -> PreTrainedTokenizerFast:
     fast, name = _fast_tokenizer(tokenizer)
     if fast.token_to_id(name) != tokenizer.begin:
         raise SeqmixError(
-            f"the IDs of the vocabulary have gaps, so its begin token {tokenizer.begin} would get another ID"
+            f"the IDs of the vocabulary have gaps, so its begin token {tokenizer.begin} would get another ID: "
+            "choose a token of the vocabulary as the begin token"
         )
     fast.post_processor = processors.TemplateProcessing(
         single=f"{name} $A", pair=f"{name} $A {name} $B", special_tokens=[(name, tokenizer.begin)]
@@ -36,7 +37,7 @@ def hf_tokenizer(tokenizer: OurTokenizer) -> PreTrainedTokenizerFast:
 
 
 def _fast_tokenizer(tokenizer: OurTokenizer) -> tuple[Tokenizer, str]:
-    """Return a fast tokenizer with the same tokens, and the name of its begin token."""
+    """Return a tokenizer of the library `tokenizers` with the same tokens, and the text of its begin token."""
     if tokenizer.vocabulary is None:
         if not isinstance(tokenizer, ByteTokenizer):
             raise SeqmixError(
@@ -60,7 +61,7 @@ def _fast_tokenizer(tokenizer: OurTokenizer) -> tuple[Tokenizer, str]:
 
 
 def _byte_letters() -> list[str]:
-    """Return the letter of each byte in a byte-level vocabulary; a printable byte is its own letter."""
+    """Return for each byte, 0 to 255, the letter that stands for it in a byte-level vocabulary (GPT-2's)."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     substitutes = iter(range(256, 512))
     return [chr(byte if byte in printable else next(substitutes)) for byte in range(256)]

@@ -1,4 +1,4 @@
-"""Inspection of a trained model on a text: where heads look, how long states remember, how gradients flow."""
+"""Inspection of a trained model on a text: how far back heads look, how states grow, how large gradients are."""
 
 from .views import LayerView, look
 

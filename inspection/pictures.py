@@ -1,4 +1,4 @@
-"""Attention maps as PNG images whose opacity is the weight, so that a page can paint them in a colour of its theme."""
+"""Attention maps as PNG images whose opacity shows the weight, so that a page can paint them in its theme's colour."""
 
 import struct
 import zlib
@@ -10,12 +10,12 @@ from torch import Tensor
 
 
 def picture(values: Float[Tensor, "Q T"]) -> str:
-    """Return a map as the data URL of a PNG (gray and opacity) with one pixel per entry.
+    """Return an attention map as the data URL of a PNG (gray and opacity) with one pixel per weight.
 
-    The opacity is the square root of an entry divided by the largest of its row, so that small weights are visible.
+    The opacity is sqrt(weight / largest weight of its row), so that small weights are visible.
     """
-    share = values.float() / values.amax(-1, keepdim=True).clamp(min=1e-30)
-    opacity = (255 * share.clamp(0, 1).sqrt()).round().to(torch.uint8).cpu()
+    relative = values.float() / values.amax(-1, keepdim=True).clamp(min=1e-30)
+    opacity = (255 * relative.clamp(0, 1).sqrt()).round().to(torch.uint8).cpu()
     rows, columns = opacity.shape
     pixels = torch.stack((torch.zeros_like(opacity), opacity), dim=-1).flatten(1)
     # each line begins with the type of its filter, 0 for none

@@ -13,11 +13,11 @@ from .views import LayerView
 TEMPLATE = Path(__file__).with_name("report.html")
 HEADS = "layer", "mixer", "head", "reach", "90 % within", "decay", "its reach", "decays saturated", "gate saturated"
 MOST_HEADS = 16
-"""Largest number of a layer's maps that are shown."""
+"""Maximum number of heads of a layer whose maps are shown."""
 
 
 def sections_of(views: Sequence[LayerView]) -> list[tuple[str, list[Figure]]]:
-    """Return the report's sections: each heading with its figures."""
+    """Return the sections of the report, each as its heading and its figures."""
     sections = {"How far back": reach_figures, "States": state_figures, "Gradients": gradient_figures}
     return [(heading, drawable(figures(views))) for heading, figures in sections.items()]
 
@@ -43,7 +43,7 @@ def render(views: Sequence[LayerView], title: str, facts: str) -> str:
 
 
 def rows_of(view: LayerView) -> list[tuple[str, ...]]:
-    """Return a layer's rows of the table, one per head."""
+    """Return the table rows of a layer, one per head, with the columns `HEADS`."""
     columns = {"{:.1f}": (view.reach, view.reach_90), "{:.4f}": (view.decays,), "{:.1f} ": (view.decay_reach,)}
     texts = [list(map(form.format, values)) for form, lists in columns.items() for values in lists]
     shares = ["" if share is None else f"{share:.1%}" for share in (view.saturated_decays, view.saturated_gates)]
@@ -56,7 +56,7 @@ def rows_of(view: LayerView) -> list[tuple[str, ...]]:
 
 
 def maps_of(view: LayerView) -> list[tuple[str, str, str]]:
-    """Return each head's name, picture, and description for screen readers."""
+    """Return for each head its name, its attention map as a data URL, and a description for screen readers."""
     quantity = "weights" if view.of_heads else "gradient norms"
     pictures = []
     for head, values in enumerate(() if view.maps is None else view.maps[:MOST_HEADS]):
@@ -67,26 +67,34 @@ def maps_of(view: LayerView) -> list[tuple[str, str, str]]:
 
 
 def reach_figures(views: Sequence[LayerView]) -> list[Figure]:
-    """Return two figures: the share of weight within a distance, and the reach of heads by layer."""
+    """Return two figures: the share of attention weight within a distance, and the reach of heads by layer."""
     with_maps = [view for view in views if view.maps is not None]
     within = [Series(f"{view.layer} {view.mixer}", _weight_by_distance(view), view.layer) for view in with_maps]
     reach_points = [Point(view.layer, reach) for view in views for reach in view.reach]
     distance_axis = Axis("distance (tokens)", log=False)
     share_axis = Axis("share of weight", unit="share", zero=True, log=False)
     layer_axis = Axis("layer", log=False)
-    caption = "Share of a query's weight on tokens at most this far back; mean of heads and queries."
-    reach = "Mean distance from a query to the tokens that a head reads, by weight; by gradients if there are no heads."
+    within_caption = "Share of a query's weight on tokens at most this far back; mean of heads and queries."
+    reach_caption = (
+        "Mean distance from a query to the tokens that a head reads, by weight; by gradients if there are no heads."
+    )
     reach_axis = Axis("mean distance (tokens)", zero=True)
     return [
-        Figure("within", "Weight within a distance", caption, distance_axis, share_axis, within),
+        Figure("within", "Weight within a distance", within_caption, distance_axis, share_axis, within),
         Figure(
-            "reach", "Reach by layer", reach, layer_axis, reach_axis, [Series("a head", reach_points)], joined=False
+            "reach",
+            "Reach by layer",
+            reach_caption,
+            layer_axis,
+            reach_axis,
+            [Series("a head", reach_points)],
+            joined=False,
         ),
     ]
 
 
 def _weight_by_distance(view: LayerView) -> list[Point]:
-    """Return the cumulative weight by distance, the mean of heads and queries.
+    """Return the share of a query's weight within each distance in tokens, the mean over heads and queries.
 
     Beyond the first token of the text, a query's cumulative weight stays at its final value.
     """
@@ -102,7 +110,7 @@ def _weight_by_distance(view: LayerView) -> list[Point]:
 def state_figures(views: Sequence[LayerView]) -> list[Figure]:
     """Return figures of the norm and effective rank of each layer's state (its first tensor) over the text."""
     first_states = [(view, view.states[0]) for view in views if view.states]
-    tokens = Axis("tokens", log=False)
+    token_axis = Axis("tokens", log=False)
 
     def series(attribute: str) -> list[Series]:
         return [
@@ -114,16 +122,23 @@ def state_figures(views: Sequence[LayerView]) -> list[Figure]:
             for view, state in first_states
         ]
 
-    norm = "Frobenius norm of the first tensor of the state."
-    rank = "Exponential of the entropy of the singular values of a head's matrix; mean of heads."
+    norm_caption = "Frobenius norm of the first tensor of the state."
+    rank_caption = "Exponential of the entropy of the singular values of a head's matrix; mean of heads."
     return [
-        Figure("state-norm", "State norm", norm, tokens, Axis("norm"), series("norms")),
-        Figure("state-rank", "Effective rank", rank, tokens, Axis("rank", zero=True, log=False), series("ranks")),
+        Figure("state-norm", "State norm", norm_caption, token_axis, Axis("norm"), series("norms")),
+        Figure(
+            "state-rank",
+            "Effective rank",
+            rank_caption,
+            token_axis,
+            Axis("rank", zero=True, log=False),
+            series("ranks"),
+        ),
     ]
 
 
 def gradient_figures(views: Sequence[LayerView]) -> list[Figure]:
-    """Return a figure of gradient norms by layer."""
+    """Return one figure, the gradient norms by layer."""
     attributes = {"parameters": "gradient_norm", "stream after the layer": "stream_gradient_norm"}
     series = [
         Series(name, [Point(view.layer, getattr(view, attribute)) for view in views], style)

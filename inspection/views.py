@@ -1,7 +1,7 @@
 """Measurements of every layer of a model on one text: weights, reach, decays, gates, states, gradients.
 
-The code is independent of the kinds of mixers. Weights come from the ops that a mixer calls (`mixers/influence.py`), or
-are gradients with respect to the mixer's inputs. States are the tensors of its state; gates are those of `GatedNorm`.
+The same code measures all kinds of mixers. Weights come from the ops that a mixer calls (`mixers/influence.py`), or are
+gradients with respect to the mixer's inputs. States are the tensors of its state; gates are those of `GatedNorm`.
 """
 
 from collections.abc import Sequence
@@ -20,13 +20,13 @@ from ..models import LanguageModel
 from ..ops.runtime.recording import recorded
 
 ROWS = 64
-"""Largest number of tokens whose weights are measured, spread evenly over the text."""
+"""Maximum number of query tokens whose attention weights are measured, spread evenly over the text."""
 POINTS = 16
-"""Largest number of tokens after which states are measured, spread evenly over the text."""
+"""Maximum number of positions at which states are measured, spread evenly over the text."""
 OPEN = 0.999
-"""A decay above this counts as saturated."""
+"""Bound above which a decay counts as saturated: the state forgets almost nothing."""
 SHUT = 0.01
-"""A decay below this counts as saturated."""
+"""Bound below which a decay counts as saturated: the state forgets almost everything."""
 
 
 @dataclass
@@ -36,26 +36,28 @@ class StateView:
     name: str
     """Name of the tensor in the state."""
     norms: list[float] = field(default_factory=list)
-    """Frobenius norm after each of `LayerView.points` tokens."""
+    """Frobenius norms of the tensor, one for each number of tokens in `LayerView.points`."""
     ranks: list[float] = field(default_factory=list)
-    """Effective rank: the exponential of the entropy of the singular values (Roy and Vetterli 2007), mean of heads."""
+    """Effective ranks, one for each number of tokens in `LayerView.points`: the exponential of the entropy of the
+    singular values (Roy and Vetterli 2007), mean of heads."""
 
 
 @dataclass
 class LayerView:
-    """Measurements of one layer."""
+    """Measurements of one layer on one text, from `look`."""
 
     layer: int
     """Index of the layer, from 0."""
     mixer: str
-    """Kind of the mixer."""
+    """Kind of the mixer, such as "retention"."""
     queries: list[int]
-    """Indices of the tokens whose weights are measured."""
+    """Indices, from 0, of the query tokens whose weights are measured."""
     maps: Float[Tensor, "H Q T"] | None = None
-    """Absolute weights of all tokens in the outputs at the queries, each row divided by its sum; None if the mixer is
-    not differentiable."""
+    """Absolute weight of each of the T tokens in the output at each of the Q queries, per head; each row is divided by
+    its sum. None if the mixer is not differentiable."""
     of_heads: bool = False
-    """True if the maps are weights of an op's heads, False if norms of gradients with respect to the mixer's inputs."""
+    """True if `maps` has the weights of a mixer's heads; False if it has norms of gradients with respect to the mixer's
+    inputs, as a single head."""
     reach: list[float] = field(default_factory=list)
     """Mean distance, by weight, from a query to the tokens that a head reads, in tokens; one per head."""
     reach_90: list[float] = field(default_factory=list)
@@ -69,9 +71,9 @@ class LayerView:
     saturated_gates: float | None = None
     """Share of the output gate's sigmoids above 0.95 or below 0.05; None if the mixer has no output gate."""
     points: list[int] = field(default_factory=list)
-    """Numbers of tokens after which the states are measured."""
+    """Numbers of tokens after which the state is measured."""
     states: list[StateView] = field(default_factory=list)
-    """Measurements of each tensor of the state."""
+    """Measurements of each floating-point tensor of the state; empty if the mixer has no state."""
     gradient_norm: float = 0.0
     """Norm of the mean loss's gradient with respect to the layer's parameters."""
     stream_gradient_norm: float = 0.0
@@ -83,7 +85,7 @@ class LayerView:
 
 
 def look(model: LanguageModel, tokens: Int[Tensor, "1 T"]) -> list[LayerView]:
-    """Run a sequence of T >= 2 tokens through a model in evaluation mode, and measure every layer."""
+    """Run a sequence of T >= 2 tokens through a model, which must be in evaluation mode, and measure every layer."""
     mixers = {i: block.mixer for i, block in enumerate(model.blocks)}
     with captured(mixers) as calls, torch.no_grad():
         model(tokens)
@@ -188,16 +190,16 @@ def _measure_gradients(model: LanguageModel, tokens: Tensor, views: Sequence[Lay
 
 
 def _distance_of_share(maps: Float[Tensor, "H Q T"], queries: Sequence[int], share: float) -> Float[Tensor, " H"]:
-    """Return the distance within which a share of each row's weight lies, mean of the queries."""
-    rows = []
+    """Return for each head the distance in tokens within which this share of a query's weight lies, mean of queries."""
+    distances = []
     for row, n in enumerate(queries):
         nearest_first = maps[:, row, : n + 1].flip(-1).cumsum(-1)
-        rows.append((nearest_first < share * nearest_first[:, -1:]).sum(-1).double())
-    return torch.stack(rows).mean(0)
+        distances.append((nearest_first < share * nearest_first[:, -1:]).sum(-1).double())
+    return torch.stack(distances).mean(0)
 
 
 def _share_of_true(masks: Sequence[Tensor]) -> float:
-    """Return the share of True elements in all masks together."""
+    """Return the share of elements that are True, over all masks together."""
     return sum(int(mask.sum()) for mask in masks) / max(sum(mask.numel() for mask in masks), 1)
 
 

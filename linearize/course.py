@@ -42,7 +42,7 @@ MARK = "# of "
 
 
 class LayerTransfer(Config):
-    """Record of the parameters that a layer's new mixer took over from the old one."""
+    """Record of the parameters that a swapped layer's new mixer took over from its old one."""
 
     layer: int
     """Index of the layer, from 0."""
@@ -51,26 +51,27 @@ class LayerTransfer(Config):
     new: str
     """Kind of the new mixer."""
     done: tuple[str, ...]
-    """Descriptions of what was copied or fitted."""
+    """Descriptions of what was copied or fitted, such as "q copied"."""
     initial: tuple[str, ...]
-    """Parameters that keep their random initialisation."""
+    """Names of the new mixer's parameters that keep their random initialisation, in part or as a whole."""
 
 
 class Prepared(Config):
-    """The student before its first stage."""
+    """Record of a student before its first training stage: what was swapped, kept and transferred."""
 
     taken: tuple[LayerTransfer, ...]
     """Transfers from old to new mixers, one per swapped layer."""
     costs: dict[str, float]
-    """Increase of the teacher's loss if one layer alone is swapped, by layer; empty unless the plan keeps layers."""
+    """Increase of the teacher's loss, in nats per token, if one layer alone is swapped, by the layer's index; empty
+    unless the plan has `keep`."""
     kept: tuple[int, ...]
-    """Layers that keep their mixer because of the plan's `keep`."""
+    """Indices of the layers that keep their mixer because of the plan's `keep`."""
     teacher: Measurement
-    """The teacher."""
+    """Quality of the teacher."""
     start: Measurement
-    """The student with random new mixers; its loss is CE0."""
+    """Quality of the student with random new mixers; its loss is CE0 in `gap_closed`."""
     transferred: Measurement
-    """The student after transfer and calibration."""
+    """Quality of the student after transfer and calibration."""
 
 
 class Result(Config):
@@ -79,17 +80,18 @@ class Result(Config):
     source: str
     """Path of the teacher's run directory."""
     prepared: Prepared
-    """The student before its first stage."""
+    """Record of the student before its first training stage."""
     tokens: int
-    """Number of tokens in all stages' training."""
+    """Number of tokens that the student was trained on, in all stages together."""
     stages: dict[str, float]
-    """Validation loss after each stage."""
+    """Validation loss in nats per token after each stage, by the name of the stage."""
     student: Measurement
-    """The student after the last stage."""
+    """Quality of the student after the last stage."""
     gap_closed: float | None
-    """(CE0 - CE) / (CE0 - CE_teacher); None if no layer was swapped."""
+    """Share of the loss gap to the teacher that training has closed: (CE0 - CE) / (CE0 - CE_teacher), where CE0 is the
+    loss of the student with random new mixers; None if no layer was swapped."""
     decoding: dict[str, Decoding]
-    """Decoding of the `teacher` and of the `student`."""
+    """Decoding cost of the `teacher` and of the `student`."""
 
 
 class Linearization:
@@ -99,7 +101,7 @@ class Linearization:
 
     Args:
         source: a run directory, or a model that `seqmix convert` can read.
-        plan: the plan.
+        plan: the plan, as from `load_plan`.
         out: directory of the result.
         device: device to compute on; None means a GPU if there is one.
         tokenizer: tokenizer of the source, as for `import_from`.
@@ -148,17 +150,17 @@ class Linearization:
 
     @property
     def swapped(self) -> dict[int, MixerConfig]:
-        """New mixer of each swapped layer; once `prepare` has run, without layers that keep their mixer."""
+        """New mixer of each swapped layer, by index; once `prepare` has run, without layers that keep their mixer."""
         kept = self.prepared.kept if (self.folders[0] / PREPARED_FILE).is_file() else ()
         return {layer: mixer for layer, mixer in self.mixers.items() if layer not in kept}
 
     @property
     def prepared(self) -> Prepared:
-        """Record that `prepare` has written."""
+        """Record of the student before its first training stage, as `prepare` has written it."""
         return Prepared.model_validate_json((self.folders[0] / PREPARED_FILE).read_bytes())
 
     def config(self, name: StageName | None = None) -> RunConfig:
-        """Return the configuration of a stage; without a name, that of the result."""
+        """Return the run configuration of a training stage; without a name, that of the result."""
         model = student_of(self.run.model, self.swapped)
         if name is None:
             return run_config(self.run, self.plan, model)
@@ -210,7 +212,7 @@ class Linearization:
         return prepared
 
     def _random_student(self, mixers: dict[int, MixerConfig]) -> LanguageModel:
-        """Build the student: the teacher's parameters, and new mixers with random ones."""
+        """Build a student with the teacher's parameters, except for its new mixers, whose parameters are random."""
         student = build_model(student_of(self.run.model, mixers), device=self.device, seed=self.plan.seed)
         teacher_tensors = self.teacher.state_dict()
         new = tuple(f"blocks.{layer}.mixer." for layer in mixers)
@@ -225,7 +227,7 @@ class Linearization:
     def _transfer(
         self, student: LanguageModel, layers: list[int], source: Any, config: RunConfig
     ) -> list[LayerTransfer]:
-        """Transfer parameters from the teacher to the student's new mixers, and calibrate these."""
+        """Transfer parameters from the teacher to the student's new mixers, and calibrate the new mixers."""
         pairs = {i: (self.teacher.blocks[i].mixer, student.blocks[i].mixer) for i in layers}
         before = {i: {n: p.detach().clone() for n, p in new.named_parameters()} for i, (_, new) in pairs.items()}
         done = {i: transfer(old, new, self.plan.transfer) for i, (old, new) in pairs.items()}
@@ -240,14 +242,14 @@ class Linearization:
         return transfers
 
     def stage(self, name: StageName, stop: Callable[[], bool] = lambda: False) -> Iterator[Event] | None:
-        """Train a stage, or resume it; earlier stages must be complete.
+        """Train one stage of the plan, or resume it; earlier stages must be complete.
 
         Args:
             name: the stage.
             stop: called after each step; training stops with a checkpoint when it returns True.
 
         Returns:
-            the events of `train`; None if the stage is complete.
+            The events of `train`; None if the stage is already complete.
         """
         folder = self.folders[self._number(name)]
         config = self.config(name)
@@ -264,7 +266,7 @@ class Linearization:
         return train(config, folder, resume=resume, stop=stop, device=self.device, objective=objective)
 
     def finish(self) -> Result:
-        """Write the result, and compare it with the teacher."""
+        """Write the trained student as a run, compare it with the teacher, and return the comparison."""
         names = list(self.plan.staged)
         last = self.folders[-1]
         student = load_run(last, device=self.device)
@@ -298,7 +300,7 @@ class Linearization:
         return [self.out / "stages" / f"{i}-{name}" for i, name in enumerate(["transfer", *self.plan.staged])]
 
     def trained(self, name: StageName) -> str:
-        """Return which parameters a stage trains: `mixers` or `all`."""
+        """Return which parameters a stage trains: `mixers` for those of the new mixers, or `all`."""
         return self.plan.staged[name].train or ("all" if name == "text" else "mixers")
 
     def _number(self, name: StageName) -> int:
@@ -330,6 +332,6 @@ def vocabulary_of(source: Source) -> bytes | None:
 
 
 def _final_loss(run: Path) -> float:
-    """Return the last validation loss of a run."""
+    """Return the last validation loss of a run directory, in nats per token."""
     lines = [json.loads(line) for line in (run / METRICS_FILE).read_text(encoding="utf-8").splitlines()]
     return next(line["validation_loss"] for line in reversed(lines) if "validation_loss" in line)

@@ -18,7 +18,7 @@ DECODED = 64
 
 
 class Measurement(Config):
-    """Quality of one model on the validation split."""
+    """Quality of a model on the validation split, compared with its teacher."""
 
     loss: float
     """Cross-entropy, in nats per token."""
@@ -32,7 +32,7 @@ class Decoding(Config):
     """Cost of decoding one sequence after a context of the training length."""
 
     milliseconds: float
-    """Time per token, the best of three measurements."""
+    """Time per token in milliseconds, the best of three measurements."""
     state_bytes: int
     """Size of the state of one sequence, in bytes."""
 
@@ -44,7 +44,7 @@ def gap_closed(start: float, student: float, teacher: float) -> float | None:
 
 @torch.no_grad()
 def measure(model: LanguageModel, teacher: LanguageModel, source: Source, config: RunConfig) -> Measurement:
-    """Measure a model on the batches of the final evaluation."""
+    """Measure a model's loss and its agreement with the teacher, on the batches of the final evaluation."""
     loss = 0.0
     divergence_sum = 0.0
     agreements = 0

@@ -21,7 +21,7 @@ class Text(Objective):
 
     Args:
         teacher: the teacher.
-        layers: layers with new mixers.
+        layers: indices of the layers with new mixers.
         mixers_alone: True if only the new mixers are trained.
     """
 
@@ -42,7 +42,8 @@ class Text(Objective):
 class MixerOutput(Text):
     """Objective of the stage `mixer_output`: the relative squared error of each new mixer's output.
 
-    A new mixer receives the inputs of the teacher's mixer, and its output is compared with the teacher's.
+    A new mixer receives the inputs of the teacher's mixer in the same layer, and its output is compared with the output
+    of that mixer.
     """
 
     def __call__(self, model: LanguageModel, batch: Packed, state: ModelState | None) -> ModelOutput:  # noqa: ARG002
@@ -68,9 +69,9 @@ class MixerOutput(Text):
 
 
 class Hidden(Text):
-    """Objective of the stage `hidden`: the relative squared error of hidden states after the new layers.
+    """Objective of the stage `hidden`: the relative squared error of hidden states after each layer with a new mixer.
 
-    Teacher and student each run on their own hidden states.
+    Each layer of the student runs on the student's own hidden states.
     """
 
     def __call__(self, model: LanguageModel, batch: Packed, state: ModelState | None) -> ModelOutput:  # noqa: ARG002
@@ -107,7 +108,7 @@ OBJECTIVES: dict[StageName, type[Text]] = {
 
 
 def relative_error(y: Tensor, expected: Tensor, targets: Tensor) -> Tensor:
-    """Return the mean of |y - expected|^2, divided by the mean of |expected|^2, times the number of targets."""
+    """Return the mean of (y - expected)^2 divided by the mean of expected^2, times the number of targets that count."""
     y = y.float()
     expected = expected.float()
     return F.mse_loss(y, expected) / expected.square().mean().clamp(min=1e-12) * (targets != IGNORED).sum()

@@ -1,4 +1,4 @@
-"""The plan of a linearization: which layers get which mixer, what these take over, and the training stages."""
+"""The plan of a linearization: which layers get which mixer, which parameters are transferred, and training stages."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,7 +15,7 @@ StageName = Literal["mixer_output", "hidden", "logits", "text"]
 
 
 class Swap(Config):
-    """A new mixer for some layers."""
+    """A new mixer and the layers that get it."""
 
     layers: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(default=None, strict=False)
     """Indices of the layers, from 0; null means all layers."""
@@ -24,14 +24,15 @@ class Swap(Config):
 
 
 class Stage(Config):
-    """A training stage."""
+    """Settings of one training stage of a linearization."""
 
     tokens: int = Field(gt=0)
     """Number of tokens to train on, rounded up to whole batches."""
     learning_rate: float = Field(gt=0)
     """Peak learning rate."""
     train: Literal["mixers", "all"] | None = None
-    """Parameters to train: those of the new `mixers`, or `all`; null means `all` in the stage `text`, else `mixers`."""
+    """Parameters to train: only those of the new mixers (`mixers`), or `all`; null means `all` in the stage `text`, and
+    `mixers` in the others."""
 
 
 class Stages(Config):
@@ -39,10 +40,10 @@ class Stages(Config):
 
     mixer_output: Stage | None = None
     """Train each new mixer to reproduce the output of the teacher's mixer on the teacher's inputs; the loss is the
-    squared error divided by the output's mean square."""
+    squared error divided by the mean square of the teacher's output."""
     hidden: Stage | None = None
     """Train the student, running on its own hidden states, to reproduce the teacher's hidden states after each new
-    layer; the loss is the squared error divided by their mean square."""
+    layer; the loss is the squared error divided by the mean square of the teacher's hidden states."""
     logits: Stage | None = None
     """Train the student on the Kullback-Leibler divergence of its next-token distribution from the teacher's."""
     text: Stage | None = None
@@ -50,10 +51,10 @@ class Stages(Config):
 
 
 class Keep(Config):
-    """Layers that keep their mixer although the plan swaps them."""
+    """Choice of layers that keep their old mixer although the plan swaps them."""
 
     best: int = Field(ge=0)
-    """Number of swapped layers that keep their mixer: those whose swap alone raises the loss most."""
+    """Number of swapped layers that keep their old mixer: those whose swap alone raises the teacher's loss most."""
 
 
 class Plan(Config):
@@ -62,24 +63,24 @@ class Plan(Config):
     swap: tuple[Swap, ...] = Field(strict=False)
     """New mixers and their layers; an empty list leaves the teacher as it is."""
     keep: Keep | None = None
-    """Layers that keep their mixer although they are swapped; null means none."""
+    """Choice of layers that keep their old mixer although `swap` names them; null means none."""
     transfer: tuple[Literal["q", "k", "v", "o"], ...] = Field(default=("q", "k", "v", "o"), strict=False)
-    """Projections that new mixers take over from the old ones."""
+    """Projections that are copied from old to new mixers: queries `q`, keys `k`, values `v`, output `o`."""
     calibration_tokens: int = Field(default=8192, ge=0)
     """Number of tokens for calibration: decays are set to the reach of the teacher's heads, and output projections are
     fitted to the teacher's outputs by least squares; 0 turns both off."""
     stages: Stages = Stages()
     """Training stages of the student."""
     data: Annotated[DataConfig, DATA] | None = None
-    """Data to train and evaluate on; null means the data of the source."""
+    """Data to train and evaluate on; null means the data of the source model's run."""
     training: dict[str, Any] = Field(default_factory=dict)
-    """Fields of `training` that differ from those of the source."""
+    """Fields of the section `training` that differ from those of the source model's run, by name."""
     seed: int = Field(default=0, ge=0, lt=2**31)
     """Seed of the new parameters and of the data order."""
 
     @property
     def staged(self) -> dict[StageName, Stage]:
-        """Stages of this plan, in the order in which they run."""
+        """Training stages that this plan has, by name, in the order in which they run."""
         stages: dict[Any, Stage | None] = {name: getattr(self.stages, name) for name in Stages.model_fields}
         return {name: stage for name, stage in stages.items() if stage is not None}
 
@@ -94,7 +95,7 @@ def load_plan(file: Path) -> Plan:
 
 
 def mixers_of(plan: Plan, teacher: ModelConfig) -> dict[int, MixerConfig]:
-    """Return the new mixer of each swapped layer, in the order of layers.
+    """Return the new mixer of each swapped layer, by the index of the layer, in ascending order.
 
     Raises:
         SeqmixError: a layer does not exist, or is swapped twice.
@@ -103,9 +104,9 @@ def mixers_of(plan: Plan, teacher: ModelConfig) -> dict[int, MixerConfig]:
     for swap in plan.swap:
         for layer in range(teacher.n_layers) if swap.layers is None else swap.layers:
             if layer >= teacher.n_layers:
-                raise SeqmixError(f"swap names layer {layer}, but the model has layers 0 to {teacher.n_layers - 1}")
+                raise SeqmixError(f"swap expects layers from 0 to {teacher.n_layers - 1}, got layer {layer}")
             if layer in mixers:
-                raise SeqmixError(f"swap names layer {layer} twice")
+                raise SeqmixError(f"swap must name each layer once, got layer {layer} twice: remove one")
             mixers[layer] = swap.mixer
     return dict(sorted(mixers.items()))
 

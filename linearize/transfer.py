@@ -1,4 +1,4 @@
-"""Transfer from old mixers to new ones: copied projections, decays set by the reach of heads, a fitted output."""
+"""Transfer from old mixers to new ones: copy projections, set decays by the reach of heads, fit output projections."""
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -13,18 +13,18 @@ from ..models import LanguageModel
 from ..ops.runtime.recording import recorded
 
 QUERIES = 16
-"""Number of tokens, in the second half of a sequence, at which reach is measured."""
+"""Number of query tokens, in the second half of a sequence, at which the reach of heads is measured."""
 
 
 @torch.no_grad()
 def transfer(old: SequenceMixer, new: SequenceMixer, roles: Sequence[str]) -> dict[str, str]:
     """Copy parameters of the old mixer into the new one.
 
-    Mixers of the same kind share all parameters of equal shape; otherwise the projections in `roles` are copied head by
-    head.
+    Between mixers of the same kind, all parameters of equal name and shape are copied; otherwise the projections in
+    `roles` (`q`, `k`, `v`, `o`) are copied head by head.
 
     Returns:
-        a description of each copy, by the name of the parameter or the role of the projection.
+        A description of each copy, such as "copied", by the name of the parameter or the role of the projection.
     """
     if new.kind == old.kind:
         old_parameters = dict(old.named_parameters())
@@ -77,13 +77,13 @@ def calibrate(
     Args:
         teacher: the teacher.
         student: the student, whose new mixers are changed.
-        layers: layers with new mixers.
+        layers: indices of the layers with new mixers.
         source: the data.
-        rows: sequences per batch.
+        rows: number of sequences per batch.
         tokens: number of tokens to use, rounded up to whole batches.
 
     Returns:
-        by layer, descriptions of what was set.
+        Descriptions of what was set, by the index of the layer.
     """
     done: dict[int, list[str]] = {layer: [] for layer in layers}
     sums: dict[int, tuple[Any, Any, nn.Linear]] = {}
@@ -146,7 +146,7 @@ def _output_projection(mixer: SequenceMixer) -> nn.Linear | None:
 
 
 def initial_parameters(new: SequenceMixer, before: Mapping[str, Tensor], done: Collection[str]) -> tuple[str, ...]:
-    """Return the parameters that keep their initialisation, in part or as a whole.
+    """Return the names of the parameters that keep their initialisation, in part or as a whole.
 
     Args:
         new: the new mixer.

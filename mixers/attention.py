@@ -39,7 +39,7 @@ from .parts.widths import rotary_dim
 from .traits import ContractError, Traits
 
 AttentionState = Cache
-"""KV cache: a ring buffer if a window or max_length bounds it, else a growing cache."""
+"""KV cache: a ring buffer if `window` or `max_length` bounds its size, else a growing cache."""
 
 
 class AttentionConfig(MixerConfig):
@@ -49,7 +49,7 @@ class AttentionConfig(MixerConfig):
     n_heads: int = Field(gt=0, examples=[2, 1, 6])
     """Number of query heads."""
     n_kv_heads: int | None = Field(default=None, gt=0, examples=[1])
-    """Key and value heads, each shared by n_heads / n_kv_heads query heads; n_heads when null."""
+    """Number of key and value heads, each shared by n_heads / n_kv_heads query heads; n_heads when null."""
     head_dim: int | None = Field(default=None, gt=0, examples=[8])
     """Width of one head; d_model / n_heads when null."""
     positions: Literal["rope", "xpos", "alibi", "none"] = "rope"
@@ -65,7 +65,7 @@ class AttentionConfig(MixerConfig):
     """Norm of queries and keys before rotation: `rms` is per head, with weights that all heads share;
     `rms_zero_centered` is the same with factors 1 + weight (Qwen3-Next); `rms_all_heads` is over all heads (OLMo)."""
     norm_eps: float = Field(default=1e-6, ge=0)
-    """Added to the mean square in `qk_norm`."""
+    """Constant added to the mean square in `qk_norm`."""
     softcap: float | None = Field(default=None, gt=0, examples=[2.0])
     """Bound c on the scores s, which become c tanh(s / c) (Gemma 2); null for no bound."""
     forget_gate: bool = False
@@ -201,7 +201,7 @@ class Attention(CachedMixer):
         return q, k, v, dict(zip(names, others, strict=True))
 
     def _score_options(self, extras: dict[str, Tensor]) -> SoftmaxOptions:
-        """Return the options of the op that change the scores."""
+        """Return the options of `softmax_attention` that change the scores."""
         options: SoftmaxOptions = {"window": self.config.window, "softcap": self.config.softcap, "sinks": self.sinks}
         if self.config.positions == "xpos":
             options["log_decay"] = xpos_log_decay(self.head_dim, self.device)
@@ -245,7 +245,7 @@ class Attention(CachedMixer):
 
     @property
     def _score_changes(self) -> dict[str, bool]:
-        """Score options that a kernel may not support, by the op's names: True if this layer uses the option."""
+        """Options of the softmax op that a kernel may not support, by name; True if this layer uses the option."""
         config = self.config
         capped = config.softcap is not None
         sloped = config.positions == "alibi"

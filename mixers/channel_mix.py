@@ -25,13 +25,14 @@ from .traits import Traits
 
 
 class ChannelMixConfig(MixerConfig):
-    """RWKV's channel mixing: squared ReLUs of each token mixed with the previous one."""
+    """RWKV's channel mixing: a feed-forward network with squared ReLU on each token mixed with the previous one."""
 
     kind: Literal["channel_mix"] = "channel_mix"
     expansion: float = Field(default=4.0, gt=0, le=1000, examples=[2.0])
     """Hidden width divided by d_model; the width is rounded to a whole number."""
     gate: bool = True
-    """True for a gated network (RWKV-4). If False, mu is the weight of the previous token, as in RWKV-7."""
+    """True for a gated network, in which mu is the weight of the current token (RWKV-4); False for an ungated one, in
+    which mu is the weight of the previous token (RWKV-7)."""
     paradigm: Paradigm = Field(default=Paradigm.CHUNKWISE, strict=False)
     """Paradigm of training and evaluation; all paradigms are the same computation here."""
 
@@ -45,16 +46,16 @@ class ChannelMixConfig(MixerConfig):
 
 
 class ChannelMixState(NamedTuple):
-    """State after a prefix."""
+    """State of channel mixing after a prefix: its last token."""
 
     recent: Float[Tensor, "B 1 D"]
-    """Input of the last token."""
+    """Input x of the last token."""
     position: Int[Tensor, " B"]
-    """Tokens processed."""
+    """Number of tokens processed."""
 
 
 class ChannelMix(SequenceMixer[ChannelMixState]):
-    """Layer configured by `ChannelMixConfig`; mu starts as in the authors' code for a layer of this depth."""
+    """Layer configured by `ChannelMixConfig`; mu is initialised as in the authors' code for a layer of this depth."""
 
     supports_context_parallel = True
 

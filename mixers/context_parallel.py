@@ -35,7 +35,8 @@ def mix_sequentially(mixer: Mixer, x: Tensor, call: Call) -> tuple[Any, ...]:
     """Call `mix` on this rank's segment, starting from the final state of the ranks before it.
 
     Returns:
-        The output of this rank's tokens, the final state of the whole row (None unless requested), and any values.
+        The output of this rank's tokens, the final state of the whole row (None unless requested), and the values for
+        later layers, if `mix` returns any.
 
     Raises:
         ContractError: the state grows, so that ranks would have states of different shapes; or `mix` returns no state.

@@ -40,7 +40,7 @@ class MixerConfig(Config, ABC):
     @property
     @abstractmethod
     def traits(self) -> Traits:
-        """Traits that a mixer of this configuration declares."""
+        """Properties that a mixer of this configuration declares, such as its paradigms."""
 
     @abstractmethod
     def build(self, d_model: int, *, layer_idx: int, n_layers: int) -> "SequenceMixer[Any]":
@@ -119,7 +119,7 @@ MIXERS = Registry("mixer", MixerConfig, package="seqmix.mixers", entry_points="s
 Mixed: TypeAlias = (
     tuple[Float[Tensor, "B T D"], S | None] | tuple[Float[Tensor, "B T D"], S | None, Float[Tensor, "B T D"]]
 )
-"""Output and final state; a third entry, if there is one, has the values for later layers."""
+"""Result of a mixer: output [B T D], final state, and (only with a value residual) the values for later layers."""
 
 
 class SequenceMixer(nn.Module, ABC, Generic[S]):
@@ -158,11 +158,12 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
         self.paradigm = config.paradigm
         self.chunk_size: int = getattr(config, "chunk_size", CHUNK_SIZE)
         self.backend: str = getattr(config, "backend", "auto")
-        """Kernel backend that the configuration asks for."""
+        """Kernel backend in the configuration; "auto" chooses one for each paradigm."""
         self.backends: dict[Paradigm, str] = {}
         """Kernel backend of each paradigm; empty until `resolve_backend`."""
         self.cp_group: ContextParallel | None = None
-        """Processes that share a row of tokens, one segment each; None if x has all tokens."""
+        """Group of processes that compute a row of tokens together, one segment each (context parallelism); None if x
+        has all tokens."""
 
     @final
     def forward(
@@ -192,7 +193,8 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
             return_values: True to return this mixer's values, for later layers.
             donate_state: True if the next state may be written over `state`, which the caller does not need again;
                 ignored under grad. A growing state is donated in any case.
-            memo: results that the layers of a model share; for eager calls without gradients only.
+            memo: cache of results that are equal in several layers, such as rotation angles; only for eager calls
+                without gradients.
 
         Returns:
             The output [B T D] and the final state (None unless requested), then the values [B T D] if requested.
@@ -270,7 +272,7 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
         Recurrent leaves are float32 (float64 under float64 parameters), caches have the parameters' dtype.
 
         Args:
-            batch_size: rows of the state.
+            batch_size: number of rows of the state.
             max_length: capacity in tokens, so that a growing state is allocated once.
         """
 
@@ -335,13 +337,16 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
         """Count the floating-point operations of matrix products in one forward pass over one sequence.
 
         Args:
-            length: tokens of the segment.
+            length: number of tokens in the segment.
             paradigm: the algorithm.
-            context: tokens of the prefix before the segment.
+            context: number of tokens in the prefix before the segment.
         """
 
     def kernels(self, dtype: torch.dtype) -> tuple[str, Probe] | None:
-        """Return the op and the kernel probe for activations of `dtype`; None if there is no choice of backend."""
+        """Return the name of the mixer's op and the description of its kernel for activations of `dtype`, or None.
+
+        None means that there is no choice of backend.
+        """
         return None
 
     def resolve_backend(self, dtype: torch.dtype) -> None:
@@ -374,7 +379,7 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
         return torch.promote_types(self.dtype, torch.float32)
 
     def _tensor(self) -> Tensor:
-        """Return the first parameter or floating-point buffer, whose device and dtype the mixer computes with."""
+        """Return the first parameter, or else floating-point buffer; the mixer computes in its dtype on its device."""
         parts: list[nn.Module | None] = [self]
         while parts:  # called for every token, and parameters() would take several times as long
             if (module := parts.pop()) is not None:

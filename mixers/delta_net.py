@@ -44,7 +44,7 @@ class DeltaConfig(QKVConfig):
     """True to scale the write rate up to 2, so that eigenvalues of the state transition lie between -1 and 1."""
     norm_affine: Affine = True
     norm_eps: float = Field(default=1e-5, ge=0)
-    """Added to the mean square in the output norm."""
+    """Constant added to the mean square in the output norm."""
     chunk_size: DeltaChunk = 64
 
 
@@ -52,7 +52,7 @@ class GroupedValuesConfig(DeltaConfig):
     """Fields of mixers in which several value heads may share queries and keys (Qwen3-Next)."""
 
     n_qk_heads: int | None = Field(default=None, gt=0, examples=[1])
-    """Query and key heads, each shared by n_heads / n_qk_heads value heads; n_heads when null."""
+    """Number of query and key heads, each shared by n_heads / n_qk_heads value heads; n_heads when null."""
 
     @model_validator(mode="after")
     def _check_groups(self) -> Self:
@@ -88,6 +88,6 @@ class DeltaNet(QKVMixer):
 
 
 def write_rate(logits: Float[Tensor, "B T H"], dtype: torch.dtype, *, neg_eigval: bool) -> Float[Tensor, "B T H"]:
-    """Return beta_t, from 0 to 1, or from 0 to 2 if negative eigenvalues are allowed."""
+    """Return the write rate beta_t = sigmoid(logits), doubled if `neg_eigval` allows negative eigenvalues."""
     beta = logits.to(dtype).sigmoid()
     return 2 * beta if neg_eigval else beta

@@ -25,7 +25,7 @@ class DeltaProductConfig(DeltaConfig):
 
     kind: Literal["delta_product"] = "delta_product"
     n_steps: int = Field(default=2, gt=0, le=128, examples=[1, 3, 4])
-    """Delta-rule steps per token, each with its own key and value."""
+    """Number of delta-rule steps per token, each with its own key and value."""
     forget_gate: bool = True
     """True if the state decays before the steps of a token."""
     allow_neg_eigval: bool = True

@@ -76,7 +76,7 @@ class H3(ScanMixer):
         return y, self.state_after(x, memory, recent, call)
 
     def diagonal(self) -> tuple[Float[Tensor, "K D"], Float[Tensor, "K D"], Float[Tensor, "K D 2"]]:
-        """Return real part and imaginary part of Delta A, and 2 C B as pairs of real numbers, all in float64.
+        """Return real and imaginary part of Delta A, [K D] each, and 2 C B as pairs of real numbers; all in float64.
 
         Compilers do not support complex numbers, and angles need float64.
         """

@@ -40,7 +40,7 @@ class HGRN2Config(QKVConfig):
 
 
 class HGRN2(QKVMixer):
-    """Layer configured by `HGRN2Config`. Lower bounds start at `bound`; 0 means that there are none."""
+    """Layer configured by `HGRN2Config`. Lower bounds of the forget gates start at `bound`; 0 means no lower bounds."""
 
     log_decay_shape = "B T H K"
     activation = "none"  # silu would prevent forget gates from closing

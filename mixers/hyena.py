@@ -39,7 +39,7 @@ from .parts import ShortConvolution
 from .traits import Traits, require_capacity
 
 FAINT = 0.01
-"""Value to which a window decays over the distances in `decay_range`."""
+"""Value to which a filter's window decays over the distances in `decay_range`."""
 
 
 class HyenaConfig(MixerConfig):
@@ -66,7 +66,7 @@ class HyenaConfig(MixerConfig):
     decay_range: tuple[float, float] = Field(default=(0.3, 1.5), strict=False)
     """Fractions of L at which the windows of the fastest and the slowest channel fall to 0.01; from 1e-6 to 1e6."""
     decay_shift: float = Field(default=0.05, ge=0, le=1)
-    """Added to the window, which therefore never falls to 0."""
+    """Constant added to the exponential windows of the filters, so that they never fall to 0."""
     paradigm: Paradigm = Field(default=Paradigm.PARALLEL, strict=False)
     """Paradigm of training and evaluation."""
 
@@ -94,7 +94,7 @@ class HyenaConfig(MixerConfig):
 
 
 class GrowingHyenaState(NamedTuple):
-    """State after a prefix; each segment of T tokens adds T entries, also if its row is packed."""
+    """Growing state of Hyena after a prefix: a segment of T tokens adds T entries, also with packed documents."""
 
     recent: Float[Tensor, "B W-1 D*(N+1)"]
     """Last inputs of the short convolution, oldest first."""
@@ -103,12 +103,12 @@ class GrowingHyenaState(NamedTuple):
 
 
 class AllocatedHyenaState(NamedTuple):
-    """State after a prefix, preallocated for P tokens."""
+    """State of Hyena after a prefix, preallocated for P tokens."""
 
     recent: Float[Tensor, "B W-1 D*(N+1)"]
     inputs: Float[Tensor, "B P N D"]
     length: Int[Tensor, " B"]
-    """Tokens processed."""
+    """Number of tokens processed."""
 
 
 HyenaState: TypeAlias = GrowingHyenaState | AllocatedHyenaState
@@ -174,7 +174,7 @@ class Hyena(SequenceMixer[HyenaState]):
         return y, AllocatedHyenaState(recent, after, processed)
 
     def filters(self, length: int) -> Float[Tensor, "N D length"]:
-        """Return h_n at the distances 0 to length - 1, with b_n added at distance 0; float64.
+        """Return the filters h_n at distances from 0 to length - 1 tokens, with b_n added at distance 0; float64.
 
         In float32, nested sines would amplify one rounding error a thousandfold. Autocast also leaves float64 alone.
         """

@@ -17,7 +17,7 @@ from .contract import SequenceMixer
 
 
 class Seen(NamedTuple):
-    """Recorded call of a module."""
+    """Recorded arguments and output of a module's call."""
 
     x: Tensor
     """First argument of the call."""
@@ -29,7 +29,7 @@ class Seen(NamedTuple):
 
 @contextmanager
 def captured(modules: Mapping[int, nn.Module]) -> Iterator[dict[int, Seen]]:
-    """Record the last call of each module, by its number, while the context is open."""
+    """Record the last call of each module while the context is open; yield the calls by the keys of `modules`."""
     calls: dict[int, Seen] = {}
 
     def hook(number: int) -> Any:
@@ -50,7 +50,7 @@ def captured(modules: Mapping[int, nn.Module]) -> Iterator[dict[int, Seen]]:
 def weights_of(
     mixer: SequenceMixer, x: Float[Tensor, "B T D"], queries: Sequence[int], **options: Any
 ) -> tuple[Float[Tensor, "B H Q T"], bool]:
-    """Return the weights with which outputs at some tokens read all tokens, and True if they belong to an op's heads.
+    """Return the weights of all tokens in the outputs at the tokens `queries`, and True if the weights are per head.
 
     If the mixer calls no op with heads, the result has one head. Its weights are norms of the gradient of the output
     with respect to the mixer's input; the dimensions of the output are summed with random signs from a fixed seed.
@@ -58,8 +58,8 @@ def weights_of(
     Args:
         mixer: the mixer, whose parameters need no gradients.
         x: the segment.
-        queries: indices of the tokens whose outputs are examined, from 0.
-        options: further arguments of the mixer.
+        queries: indices, from 0, of the Q tokens whose outputs are examined.
+        options: further keyword arguments of the mixer.
     """
     x = x.detach().requires_grad_()
     with torch.enable_grad(), recorded() as calls:
@@ -73,7 +73,7 @@ def weights_of(
 
 
 def head_weights(call: Recorded, length: int, queries: Sequence[int]) -> Float[Tensor, "B H Q T"] | None:
-    """Return the weights of a recorded op call over `length` tokens; None if it has no values, or no gradients."""
+    """Return the weights of a recorded op call over `length` tokens; None if the call has no values or no gradients."""
     if not call.v.shape[-1] or not call.output.requires_grad or not call.v.requires_grad:
         return None
     heads = call.output.shape[2]
@@ -91,7 +91,7 @@ def head_weights(call: Recorded, length: int, queries: Sequence[int]) -> Float[T
 
 
 def reach_of(weights: Float[Tensor, "B H Q T"], queries: Sequence[int]) -> Float[Tensor, " H"]:
-    """Return the mean distance in tokens from a query to what it reads, by absolute weight, averaged over queries."""
+    """Return for each head the mean distance in tokens from a query to the tokens it reads, by absolute weight."""
     size = weights.abs().double()
     position = torch.arange(weights.shape[-1], device=weights.device)
     distance = torch.tensor(list(queries), device=weights.device)[:, None] - position

@@ -32,7 +32,7 @@ class KeyDecayConfig(DeltaConfig):
     gate_rank: int | None = Field(default=None, gt=0, le=2**20, examples=[3, None])
     """Rank of the maps from tokens to decays and to the output gate; the width of a head's values when null."""
     gate_bias: bool = False
-    """True if the output gate has a bias, as in fla's layer."""
+    """True if the output gate has a bias, as in the layer of the library fla (flash-linear-attention)."""
     decay_lower_bound: float | None = Field(default=None, lt=0, ge=-1000, examples=[-5.0])
     """Lower bound of the log-decays, enforced by a sigmoid; null for unbounded log-decays, from softplus."""
 

@@ -45,11 +45,11 @@ class LatentAttentionConfig(MixerConfig):
     v_head_dim: int | None = Field(default=None, gt=0, examples=[7])
     """Width V of the values of a head; K when null."""
     positions: Literal["rope", "none"] = "rope"
-    """`rope` rotates the shared keys and their queries; `none` leaves them unrotated (Kimi Linear)."""
+    """Position encoding: `rope` rotates the shared keys and their queries, `none` rotates nothing (Kimi Linear)."""
     rope_base: float = Field(default=10000.0, gt=1, examples=[100.0])
     """Base of the rotation frequencies."""
     norm_eps: float = Field(default=1e-6, ge=0)
-    """Added to the mean square in the norms of the latents."""
+    """Constant added to the mean square in the norms of the latents."""
     window: int | None = Field(default=None, gt=1, examples=[4])
     """Number of keys that a query sees, including its own; null for all. A window bounds the state."""
     chunk_size: int = Field(default=512, gt=0, le=2**20)
@@ -99,7 +99,7 @@ class LatentAttention(CachedMixer):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise Xavier-uniform matrices and norm weights of 1."""
+        """Initialise matrices as Xavier-uniform, and norm weights as 1."""
         for projection in self.in_proj.weight.split(list(self.widths.values())):
             nn.init.xavier_uniform_(projection)
         for up in (self.q_up, self.kv_up, self.out_proj):
@@ -166,7 +166,7 @@ class LatentAttention(CachedMixer):
         return torch.einsum("bthr,hvr->bthv", output, to_values), final_state
 
     def _up(self) -> Float[Tensor, "H K+V R"]:
-        """Return the matrix from latents to keys and values by head, with any adapter or hook of the projection."""
+        """Return the matrix that maps latents to keys and values by head, including adapters and hooks."""
         up = self.kv_up
         weight = up.weight
         if type(up) is not nn.Linear or up._forward_hooks or up._forward_pre_hooks:
@@ -206,5 +206,5 @@ class LatentAttention(CachedMixer):
 
 
 def _norm(width: int, config: LatentAttentionConfig) -> GatedNorm:
-    """Return an RMS norm with weights."""
+    """Return an RMS norm of vectors of this width, with weights."""
     return GatedNorm(width, "rms", "none", affine=True, eps=config.norm_eps)

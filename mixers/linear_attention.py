@@ -31,7 +31,7 @@ class LinearAttentionConfig(QKVConfig):
     denominator: bool = True
     """True to divide by the sum of the weights, so that the output is a weighted mean of the values."""
     eps: float = Field(default=1e-6, gt=0)
-    """Added to the denominator."""
+    """Constant added to the denominator."""
     gate: OutputGate = "none"
     head_norm: OutputNorm = "none"
     """Norm of the output of each head; without a norm or denominator, the output grows with T."""
@@ -70,7 +70,7 @@ class LinearAttention(QKVMixer):
         return RecurrenceOutput(o[..., :-1] / (o[..., -1:] + self.config.eps), memory)
 
     def features(self, qk: Float[Tensor, "B T 2H K"]) -> Float[Tensor, "B T 2H K"]:
-        """Apply phi to queries and keys."""
+        """Apply the feature map phi to queries and keys, after their norm."""
         qk = super().features(qk)
         if self.config.feature_map == "elu":
             return F.elu(qk) + 1

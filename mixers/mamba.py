@@ -31,7 +31,7 @@ class MambaConfig(ScanConfig):
 
     kind: Literal["mamba"] = "mamba"
     expand: float = Field(default=2.0, gt=0, le=1000, examples=[1.0])
-    """Width of the recurrence and the gate, divided by d_model."""
+    """Number of channels of the recurrence, and of the gate, divided by d_model."""
     d_state: int = Field(default=16, gt=0, le=2**20, examples=[5, 1])
     """Size N of the state per channel."""
     dt_rank: int | None = Field(default=None, gt=0, le=2**20, examples=[2])

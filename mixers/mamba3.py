@@ -36,7 +36,7 @@ from .parts.token_shift import token_shift
 from .traits import ContractError
 
 MIN_RATE = 1e-4
-"""Lower limit of decay rates."""
+"""Lower limit of decay rates, which are multiplied by the step size Delta."""
 
 
 class Mamba3Config(StateSpaceConfig):
@@ -50,7 +50,7 @@ class Mamba3Config(StateSpaceConfig):
 
     @classmethod
     def example_fields(cls) -> dict[str, Any]:
-        """Return fields for small heads that have a pair to rotate."""
+        """Return fields, by name, for small heads with a pair of dimensions to rotate."""
         return {"head_dim": 12, "d_state": 4}
 
     def build(self, d_model: int, *, layer_idx: int, n_layers: int) -> "Mamba3":
@@ -58,16 +58,17 @@ class Mamba3Config(StateSpaceConfig):
 
 
 class Mamba3State(NamedTuple):
-    """State after a prefix."""
+    """State of Mamba-3 after a prefix."""
 
     memory: Float[Tensor, "B H K V"]
-    """S, float32 or float64."""
+    """State matrix S of each head, float32 or float64."""
     recent: Float[Tensor, "B 1 H*(K+V)"]
     """Last rotated key and last value of each head."""
     angle: Float[Tensor, "B H A"]
-    """Angle phi, float64 and not reduced modulo 2 pi: its 16 digits suffice for any practical number of tokens."""
+    """Angle phi of each head and rotated pair, in radians; float64 and not reduced modulo 2 pi, as 16 digits suffice
+    for any practical number of tokens."""
     position: Int[Tensor, " B"]
-    """Tokens processed."""
+    """Number of tokens processed."""
 
 
 class Mamba3(StateSpaceMixer):
@@ -77,7 +78,9 @@ class Mamba3(StateSpaceMixer):
         self.pairs = int(config.d_state * config.partial_rotary_factor / 2 + 1e-6)
         if not self.pairs:
             raise ContractError(
-                f"partial_rotary_factor * d_state must be >= 2, got {config.partial_rotary_factor:g} * {config.d_state}"
+                "partial_rotary_factor * d_state must be >= 2, "
+                f"got {config.partial_rotary_factor:g} * {config.d_state}: "
+                "increase one of them"
             )
         super().__init__(config, d_model, n_layers, None, None, None, self.pairs)
         # entry 0 is for B, entry 1 for C

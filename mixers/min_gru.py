@@ -30,7 +30,8 @@ class MinGRUConfig(ScanConfig):
     expand: float = Field(default=1.0, gt=0, le=1000, examples=[2.0])
     """Width of the state, divided by d_model."""
     candidate: Literal["positive", "linear"] = "positive"
-    """Candidate v: `positive` applies g to the projection, `linear` uses the projection itself."""
+    """Candidate v, the new value of the state: `positive` makes the projection positive (v + 1/2 above 0, sigmoid(v)
+    below), `linear` uses the projection itself."""
     short_conv: ShortConv = None
 
     def build(self, d_model: int, *, layer_idx: int, n_layers: int) -> "MinGRU":

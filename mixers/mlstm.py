@@ -32,7 +32,7 @@ from .parts.qkv import Affine, KeyExpansion, OutputGate, OutputNorm
 from .parts.token_shift import token_shift
 
 MAX_EXPONENT = 80.0
-"""Largest exponent that is used; e^88 is the end of the range of float32."""
+"""Upper limit of exponents; e^88 is the end of the range of float32."""
 
 
 class MLSTMConfig(QKVConfig):
@@ -51,16 +51,16 @@ class MLSTMConfig(QKVConfig):
 
 
 class MLSTMState(NamedTuple):
-    """State after a prefix."""
+    """State of mLSTM after a prefix."""
 
     memory: Float[Tensor, "B H K V+1"]
-    """C and n, both divided by e^l, float32 or float64."""
+    """Matrix memory C of each head with the normaliser n as its last column, divided by e^l; float32 or float64."""
     weight: Float[Tensor, "B H"]
-    """Log of the sum of weights, l."""
+    """Natural log l of the sum of the tokens' decayed weights."""
     recent: Float[Tensor, "B W-1 C"]
     """Last inputs of the short convolution, oldest first; empty without a short convolution."""
     position: Int[Tensor, " B"]
-    """Tokens processed."""
+    """Number of tokens processed."""
 
 
 class MLSTM(QKVMixer):
@@ -107,7 +107,7 @@ class MLSTM(QKVMixer):
         return y, None if after is None or weight_after is None else MLSTMState(after[0], weight_after, *after[1:])
 
     def gates(self, h: QKV) -> tuple[Float[Tensor, "B T H"], Float[Tensor, "B T H"]]:
-        """Return i_t and log sigmoid(f_t), in float32 or float64."""
+        """Return the logits i_t of the input gate, and log sigmoid(f_t) of the forget gate; float32 or float64."""
         wide = self.state_dtype
         cap = self.config.gate_soft_cap
         i, f = (h.more[name].to(wide) + b for name, b in zip("if", self.gate_bias.to(wide), strict=True))

@@ -39,7 +39,7 @@ class ParallelHybridConfig(MixerConfig):
     mixers: tuple[Annotated[MixerConfig, MIXERS], ...] = Field(min_length=2, strict=False, examples=EXAMPLES)
     """Two or more mixers; the supported paradigms are those that all of them support."""
     scales: tuple[float, ...] | None = Field(default=None, strict=False, examples=[[0.5, 2.0]])
-    """One factor per mixer for its output; 1 when null."""
+    """Factors by which the mixers' outputs are multiplied, one per mixer; 1 for all when null."""
     paradigm: Paradigm = Field(default=Paradigm.CHUNKWISE, strict=False)
     """Paradigm of training and evaluation, for all mixers."""
 
@@ -47,7 +47,7 @@ class ParallelHybridConfig(MixerConfig):
     @classmethod
     def _check_paradigms(cls, mixers: tuple[MixerConfig, ...]) -> tuple[MixerConfig, ...]:
         if not _common_paradigms(mixers):
-            declared = "; ".join(f"{mixer.kind} has {', '.join(sorted(mixer.traits.paradigms))}" for mixer in mixers)
+            declared = " and ".join(f"{mixer.kind} ({', '.join(sorted(mixer.traits.paradigms))})" for mixer in mixers)
             raise ValueError(f"mixers must have a paradigm in common, got {declared}")
         return mixers
 
@@ -114,7 +114,7 @@ class ParallelHybrid(SequenceMixer[Any]):
 
     @property
     def parts(self) -> list[SequenceMixer[Any]]:
-        """List of the mixers."""
+        """The mixers, as a list whose type checkers know its elements."""
         return [*self.mixers]  # pyright: ignore[reportReturnType]  ModuleList does not know the type of its elements
 
     def reset_parameters(self) -> None:

@@ -87,7 +87,7 @@ class Retention(QKVMixer):
 def normalizers(
     positions: Int[Tensor, "_ T"], log_decay: Float[Tensor, " H"] | None, scale: float, dtype: torch.dtype
 ) -> Float[Tensor, "_ T H 1"]:
-    """Return the product of both score normalisers, `scale` and `row_scale`."""
+    """Return the product of the two score normalisers, `scale` and `row_scale`, at each position."""
     return (scale * row_scale(positions, log_decay)).to(dtype)
 
 

@@ -29,7 +29,7 @@ from .parts.widths import head_width
 from .traits import Traits
 
 SHARPNESS = 8.0
-"""Constant c of the paper."""
+"""Constant c = 8 of the paper, by which log-decays are multiplied."""
 LINEAR_BELOW = 2.5e-7
 """Value of 1 - a^2 below which its square root is replaced by a line."""
 
@@ -41,7 +41,7 @@ class RGLRUConfig(ScanConfig):
     n_heads: int = Field(gt=0, examples=[2, 1, 3])
     """Number of blocks in the block-diagonal matrices of the gates."""
     expand: float = Field(default=1.0, gt=0, le=1000, examples=[2.0])
-    """Width of the recurrence, divided by d_model."""
+    """Number of channels of the recurrence, divided by d_model."""
     short_conv: int = Field(default=4, gt=0, le=64, examples=[2])
     """Width of the short convolution in tokens."""
     a_range: Annotated[tuple[float, float], in_range(1e-6, 1 - 1e-6)] = Field(default=(0.9, 0.999), strict=False)
@@ -76,7 +76,7 @@ class RGLRU(ScanMixer):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Initialise as the paper: LeCun-normal matrices, biases of 0, and decays in their range."""
+        """Initialise as the paper: LeCun-normal matrices, biases of 0, and decays in the range `a_range`."""
         super().reset_parameters()
         for layer in (self.in_proj, self.out_proj):
             nn.init.normal_(layer.weight, std=layer.in_features**-0.5)

@@ -34,7 +34,7 @@ class RWKV4Config(ScanConfig):
 
     kind: Literal["rwkv4"] = "rwkv4"
     expand: float = Field(default=1.0, gt=0, le=1000, examples=[2.0])
-    """Width of the means, divided by d_model."""
+    """Number of channels, each with a mean of its values, divided by d_model."""
 
     def build(self, d_model: int, *, layer_idx: int, n_layers: int) -> "RWKV4":
         return RWKV4(self, d_model, layer_idx, n_layers)

@@ -41,9 +41,9 @@ class RWKV7Config(LowRanks, MatrixStateConfig):
     value_residual = True
     n_heads: Heads
     key_eps: float = Field(default=1e-6, gt=0)
-    """Added to the squared length of kappa."""
+    """Constant added to the squared length of the removed key kappa before it is divided by its length."""
     norm_eps: float = Field(default=1e-5, ge=0)
-    """Multiplied by the width of a head and added to the variance in the output norm."""
+    """Constant that is multiplied by the width of a head and added to the variance in the output norm."""
     chunk_size: DeltaChunk = 64
 
     def build(self, d_model: int, *, layer_idx: int, n_layers: int) -> "RWKV7":

@@ -21,12 +21,12 @@ def map_state(function: Callable[[Tensor], Tensor], state: S) -> S:
 
 
 def detach(state: S) -> S:
-    """Detach the state from its autograd graph, for truncated backpropagation through time."""
+    """Return the state detached from its autograd graph, for truncated backpropagation through time."""
     return map_state(Tensor.detach, state)
 
 
 def clone(state: S) -> S:
-    """Copy the state; the copy stays valid when the original is donated."""
+    """Return a copy of the state, which stays valid when the original is donated (may be overwritten)."""
     return map_state(Tensor.clone, state)
 
 
@@ -47,12 +47,12 @@ def concatenate(states: list[S]) -> S:
 
 
 def nbytes(state: tuple[Any, ...]) -> int:
-    """Return the size of all leaves in bytes."""
+    """Return the size of a state in bytes, all leaves together."""
     return sum(leaf.numel() * leaf.element_size() for leaf in to_dict(state).values())
 
 
 def to_dict(state: tuple[Any, ...]) -> dict[str, Tensor]:
-    """Return all leaves by name ("0.memory"), contiguous, and as pairs of real numbers if complex, for safetensors."""
+    """Return the leaves of a state by name ("0.memory"), contiguous; complex ones as pairs of real numbers."""
     return {".".join(path): as_real(leaf).contiguous() for path, leaf in _leaves(state, ())}
 
 

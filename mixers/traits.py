@@ -29,7 +29,7 @@ class Traits:
     compiles: bool = True
     """True if `torch.compile` works with fullgraph=True."""
     surrogate_gradients: bool = False
-    """True if the backward pass is the derivative of another function, as with a straight-through estimator."""
+    """True if the backward pass is the derivative of another function than the forward pass (straight-through)."""
     value_residual: bool = False
     """True if layers pass their values to later layers, and can mix in the values of the first layer."""
     differentiable: bool = True
@@ -50,7 +50,8 @@ class Traits:
                 raise ContractError(f"Traits.{name} expects True or False, got {value!r}")
         if self.has_state and not any(map(self.takes_state, self.paradigms)):
             raise ContractError(
-                "Traits.parallel_from_state is False, but no other paradigm is declared that accepts a state"
+                "Traits.parallel_from_state = False needs another paradigm that accepts a state: "
+                "declare one, or declare state='none'"
             )
 
     @property
@@ -59,11 +60,11 @@ class Traits:
         return self.state != "none"
 
     def takes_state(self, paradigm: Paradigm) -> bool:
-        """True if this paradigm accepts an initial state."""
+        """True if the mixer accepts an initial state in this paradigm."""
         return self.has_state and (self.parallel_from_state or paradigm is not Paradigm.PARALLEL)
 
     def prefer(self, *paradigms: Paradigm, from_state: bool = False) -> Paradigm:
-        """Return the first of these paradigms that is declared, or else any declared one.
+        """Return the first of these paradigms that the mixer declares, or else any that it declares.
 
         With `from_state`, only paradigms that accept an initial state count.
         """
@@ -87,7 +88,7 @@ def require_state(traits: Traits, kind: str) -> None:
     """Reject a call that passes or requests a state, if the mixer has no state."""
     if not traits.has_state:
         raise ContractError(
-            f"{kind} has no state (traits.state is 'none'): it mixes whole sequences, and cannot decode"
+            f"{kind} has no state (traits.state is 'none'): leave out state and return_state; decoding is not possible"
         )
 
 
@@ -96,7 +97,7 @@ def require_initial_state(paradigm: Paradigm, traits: Traits, kind: str) -> None
     if not traits.takes_state(paradigm):
         require_state(traits, kind)
         accepting = ", ".join(sorted(traits.paradigms - {paradigm}))
-        raise ContractError(f"{kind} takes no state in the {paradigm} paradigm; it takes one in: {accepting}")
+        raise ContractError(f"{kind} takes no state in the {paradigm} paradigm: use {accepting}")
 
 
 def require_compiles(traits: Traits, kind: str) -> None:
@@ -106,6 +107,6 @@ def require_compiles(traits: Traits, kind: str) -> None:
 
 
 def require_capacity(length: int, max_length: int | None, kind: str) -> None:
-    """Reject a capacity smaller than the processed prefix."""
+    """Reject a capacity `max_length` in tokens that is smaller than the processed prefix of `length` tokens."""
     if max_length is not None and length > max_length:
         raise ContractError(f"{kind} has processed {length} tokens: expected max_length >= {length}, got {max_length}")

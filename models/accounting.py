@@ -22,22 +22,22 @@ from .language_model import MATMULS, LanguageModel
 
 @dataclass(frozen=True, kw_only=True)
 class LayerCost:
-    """Costs of one layer."""
+    """Costs of one layer of a model: parameters, FLOPs, state and activation memory."""
 
     block: str
     """Name of the block in the configuration."""
     mixer: str
     """Kind of the mixer."""
     mixer_parameters: int
-    """Parameters of the mixer."""
+    """Number of parameters of the mixer."""
     ffn_parameters: int
-    """Parameters of the feed-forward network; norms count only in `parameters`."""
+    """Number of parameters of the feed-forward network; norms count only in `parameters`."""
     parameters: int
-    """All parameters of the layer."""
+    """Number of all parameters of the layer."""
     flops_per_token: int
     """Forward FLOPs of matrix products per token, at the model's `length` in the layer's default paradigm."""
     state_elements: int
-    """Elements of the state of one sequence after `length` tokens, without positions."""
+    """Number of elements of the state of one sequence after `length` tokens, without positions."""
     state_bytes: int
     """Bytes of the state of one sequence after `length` tokens, positions included."""
     activation_bytes: int
@@ -45,7 +45,7 @@ class LayerCost:
     input_bytes: int
     """Bytes of the layer's input: all that the layer saves with activation checkpointing."""
     matmul_bytes: int
-    """Bytes of the results of linear layers, which activation checkpointing `matmuls` saves as well."""
+    """Bytes of the products with weight matrices, which activation checkpointing `matmuls` saves besides the input."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,27 +57,30 @@ class ModelCost:
     layers: tuple[LayerCost, ...]
     """Costs of each layer."""
     parameters: int
-    """All parameters; a tied matrix counts once."""
+    """Number of all parameters; a tied matrix counts once."""
     embedding_parameters: int
-    """Parameters of embedding and output projection; a tied matrix counts once."""
+    """Number of parameters of embedding and output projection; a tied matrix counts once."""
     parameter_bytes: int
     """Bytes of all parameters."""
     flops_per_token: int
     """Forward FLOPs of matrix products per token, output projection included."""
     state_elements: int
-    """Elements of the states of one sequence after `length` tokens, without positions."""
+    """Number of elements of all layers' states of one sequence after `length` tokens, without positions."""
     state_bytes: int
-    """Bytes of the states of one sequence after `length` tokens, positions included."""
+    """Bytes of all layers' states of one sequence after `length` tokens, positions included."""
     activation_bytes: int
-    """Activation memory for one sequence of `length` tokens: all layers, the logits and their gradient."""
+    """Activation memory in bytes for one sequence of `length` tokens: all layers, the logits and their gradient."""
 
     @property
     def body_parameters(self) -> int:
-        """Parameters outside embedding and output projection: the number that papers quote."""
+        """Number of parameters outside embedding and output projection, which papers quote."""
         return self.parameters - self.embedding_parameters
 
     def checkpointed_bytes(self, *, matmuls: bool) -> int:
-        """Return the activation memory with activation checkpointing, including the layer that backward recomputes."""
+        """Return the activation memory in bytes with checkpointing, including the layer that backward recomputes.
+
+        `matmuls` is True if the products with weight matrices are saved too.
+        """
         saved = sum(layer.input_bytes + matmuls * layer.matmul_bytes for layer in self.layers)
         outside_layers = self.activation_bytes - sum(layer.activation_bytes for layer in self.layers)
         return outside_layers + saved + max(layer.activation_bytes for layer in self.layers)
@@ -120,19 +123,22 @@ def account(config: ModelConfig, *, length: int = 2048, dtype: torch.dtype = tor
 
 
 def flops_per_token(model: LanguageModel, length: int) -> int:
-    """Return forward FLOPs of matrix products per token, in the default paradigms, output projection included."""
+    """Return a model's forward FLOPs of matrix products per token, for sequences of `length` tokens.
+
+    Every layer uses its default paradigm; the output projection is included.
+    """
     readout_weights = 0 if model.readout is None else sum(p.numel() for p in model.readout.parameters() if p.ndim == 2)
     return sum(_flops(block, length) for block in model.blocks) + 2 * (readout_weights + model.head.weight.numel())
 
 
 def _flops(block: Block, length: int) -> int:
-    """Return forward FLOPs per token of one layer."""
+    """Return the forward FLOPs of matrix products per token in one layer, in its default paradigm."""
     ffn = 0 if block.ffn is None else block.ffn.flops(length)
     return (block.mixer.flops(length, block.mixer.paradigm) + ffn) // length
 
 
 def _layer(name: str, block: Block, length: int, saved: dict[str, int]) -> LayerCost:
-    """Return the costs of one layer; `saved` are those of `_saved_bytes`."""
+    """Return the costs of the layer `block`; `saved` has the results of `_saved_bytes`."""
     state = block.mixer.init_state(1, max_length=length)
     return LayerCost(
         block=name,
@@ -152,7 +158,7 @@ def _count(module: nn.Module) -> int:
 
 
 class _Matmuls(TorchDispatchMode):
-    """Counts the bytes of the results that activation checkpointing `matmuls` saves."""
+    """Context that adds up the bytes of the products that activation checkpointing `matmuls` saves."""
 
     total = 0
 

@@ -21,7 +21,7 @@ _compiled: WeakKeyDictionary[LanguageModel, dict[FunctionType, Callable[..., Any
 
 
 class CompileError(SeqmixError):
-    """torch.compile has failed, for example because a C++ compiler is missing."""
+    """Error of torch.compile, for example because a C++ compiler is missing."""
 
 
 def compile_blocks(model: LanguageModel) -> int:
@@ -31,7 +31,7 @@ def compile_blocks(model: LanguageModel) -> int:
     therefore gets a copy of that code: blocks of a kind share graphs, other kinds and other models do not count.
 
     Returns:
-        The number of kinds; each is compiled at its first call.
+        The number of kinds of blocks; each is compiled at its first call.
 
     Raises:
         ContractError: a mixer cannot be compiled.
@@ -76,7 +76,7 @@ def _require_compiles(model: LanguageModel) -> None:
 
 
 def compiler_failure(error: Any) -> str | None:
-    """Return the reason of a compiler's failure, in one line; None for any other exception."""
+    """Return in one line the reason why torch.compile has failed; None if `error` is any other exception."""
     dynamo = sys.modules.get("torch._dynamo.exc")  # every compilation imports it
     if dynamo is None or not isinstance(error, dynamo.BackendCompilerFailed):
         return None

@@ -32,15 +32,15 @@ class ModelConfig(Config):
     vocab_size: int = Field(gt=0, le=2**31)
     """Number of tokens in the vocabulary."""
     blocks: dict[str, BlockConfig] = Field(min_length=1)
-    """Kinds of layers, by a name of your choice."""
+    """Configurations of the kinds of layers, each under a name of your choice, which `pattern` uses."""
     pattern: tuple[str, ...] | None = Field(default=None, min_length=1, strict=False)
     """Names of blocks, tiled over the layers; optional with a single block."""
     norm: Annotated[NormConfig, NORMS]
     """Norm after the last layer."""
     embedding_scale: float = Field(default=1.0, gt=0)
-    """Factor of the embedding's output, such as sqrt(d_model) in Gemma."""
+    """Factor by which the embedding's output is multiplied, such as sqrt(d_model) in Gemma."""
     embedding_norm: Annotated[NormConfig, NORMS] | None = None
-    """Norm of the embedding's output (RWKV); null for none."""
+    """Norm of the embedding's output, before the first layer (RWKV); null for none."""
     logit_softcap: float | None = Field(default=None, gt=0)
     """Soft cap c of the logits, which become c tanh(logits / c) (Gemma); null for none."""
     readout: Literal["each", "last"] = "each"
@@ -50,7 +50,7 @@ class ModelConfig(Config):
     tie_embeddings: bool = False
     """True if the output projection shares the embedding's matrix."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Dropout probability of the embedding, in training."""
+    """Dropout probability for the embedding's output, in training."""
     init: PaperInit | NormalInit = Field(default=PaperInit(), discriminator="kind")
     """Initialisation of the parameters."""
 
@@ -74,6 +74,6 @@ class ModelConfig(Config):
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """Name of each layer's block."""
+        """Names of the layers' blocks, one per layer: the pattern, repeated."""
         pattern = self.pattern or tuple(self.blocks)
         return tuple(pattern[i % len(pattern)] for i in range(self.n_layers))

@@ -15,10 +15,11 @@ from .compiling import compiled_for, rows_as_sums
 from .language_model import LanguageModel, ModelState
 
 STREAMED = 256
+"""Number of tokens that are generated before the decode step may be compiled."""
 COMPILED_FROM = 8192
-"""Automatic compilation of the decode step: it happens after `STREAMED` tokens, if at least `COMPILED_FROM` tokens may
-still follow. Compiling takes about two seconds per layer on a CPU, as much time as it saves in 3,000 to 5,000 tokens.
-The decision counts tokens and does not measure time, so that a text is a function of its seed."""
+"""Minimum number of tokens that may follow the first `STREAMED` ones, so that the decode step is compiled. Compiling
+takes about two seconds per layer on a CPU, as much time as it saves in 3,000 to 5,000 tokens. The decision counts
+tokens and does not measure time, so that a text is a function of its seed."""
 
 
 def compiled_after(max_new_tokens: int) -> int | None:
@@ -27,7 +28,7 @@ def compiled_after(max_new_tokens: int) -> int | None:
 
 
 class Decoder:
-    """A model with its state after a prefix; every step decodes one more token per row.
+    """A decoder: a model and its state after a prefix. Every step decodes one more token per row.
 
     On a CUDA device, a step whose state has a fixed size is captured as a CUDA graph: tokens, state and logits then
     have static buffers, and a step is a single launch.
@@ -50,7 +51,7 @@ class Decoder:
 
     @torch.no_grad()
     def step(self, tokens: Int[Tensor, " N"]) -> Float[Tensor, "N vocab"]:
-        """Decode one token per row and return the logits of the next, which may overwrite those of the last step."""
+        """Decode one token per row; return the logits of the next, which may overwrite those of the last step."""
         step = partial(self._step, donate_state=True, memo=self._memo)
         if self._fixed_sizes and self._captured is None:
             static = StaticStep(partial(step, self.model), tokens, self.state)
@@ -78,14 +79,20 @@ def decode_step(
     donate_state: bool = False,
     memo: Memo | None = None,
 ) -> tuple[Float[Tensor, "N vocab"], ModelState]:
-    """Decode one token per row; return the logits and the next state. Options are those of `LanguageModel.forward`."""
+    """Decode one token per row; return the logits of the next token and the next state.
+
+    `donate_state` and `memo` are those of `LanguageModel.forward`.
+    """
     paradigms = model.prefer(Paradigm.RECURRENT, Paradigm.CHUNKWISE, from_state=True)
     output = model(tokens[:, None], state, paradigm=paradigms, return_state=True, donate_state=donate_state, memo=memo)
     return output.logits[:, 0], output.state
 
 
 class StaticStep:
-    """A decode step whose tokens, state and logits have static buffers; the state's buffers are the given tensors."""
+    """A decode step that reads tokens and state from fixed buffers, and writes the next state and the logits into them.
+
+    The buffers of the state are the tensors of the given state.
+    """
 
     def __init__(self, step: Callable[..., tuple[Tensor, ModelState]], tokens: Tensor, state: ModelState) -> None:
         self._step = step
@@ -102,9 +109,10 @@ class StaticStep:
         self.logits = logits if self.logits is None else self.logits.copy_(logits)
 
     def warm_up(self) -> None:
-        """Run a few steps, and restore the state after each: it may have room for only one more token.
+        """Run a few steps, restoring the state after each because it may have room for only one more token.
 
-        The copy is in main memory, because a GPU may not have room for a second state.
+        The first calls initialise compilers and libraries, which must not happen in a capture. The state is copied to
+        main memory, because a GPU may not have room for a second state.
         """
         before = map_state(lambda leaf: leaf.to("cpu", copy=True), self.state)
         for _ in range(3):
@@ -127,7 +135,7 @@ def _without_shared_memory(state: ModelState) -> ModelState:
 
 
 class _CapturedStep:
-    """A static step as a CUDA graph."""
+    """A `StaticStep` captured as a CUDA graph."""
 
     def __init__(self, held: StaticStep) -> None:
         self.held = held
@@ -142,7 +150,7 @@ class _CapturedStep:
             held()
 
     def replay(self, tokens: Tensor) -> Tensor:
-        """Decode one token per row; return the buffer of the logits."""
+        """Decode one token per row; return the buffer of the next token's logits, which the next call overwrites."""
         self.held.tokens.copy_(tokens)
         self.graph.replay()
         assert self.held.logits is not None

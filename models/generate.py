@@ -22,7 +22,7 @@ LEAST_TEMPERATURE = 1e-3
 """Lowest temperature above 0: a lower one is greedy in effect, and logits divided by it may overflow."""
 
 GATHERED = 256
-"""Number of new tokens after which only their count and the last ones are kept, so that memory does not grow."""
+"""Number of new tokens after which only their count and the last ones are kept, so that memory stays bounded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class Sampling:
     """
 
     temperature: float = 1.0
-    """Divisor of the logits; 0 selects the most probable token (greedy)."""
+    """Temperature: logits are divided by it; 0 selects the most probable token (greedy)."""
     top_k: int | None = None
     """Number of the most probable tokens to sample from; None for all."""
     top_p: float = 1.0
@@ -58,7 +58,7 @@ class Sampling:
 def sample(
     logits: Float[Tensor, "B vocab"], sampling: Sampling, generator: torch.Generator | None = None
 ) -> Int[Tensor, " B"]:
-    """Sample one token per row; without a generator, from torch's global one."""
+    """Sample one token per row of logits; without a generator, torch's global one is used."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
     logits = logits.float() / sampling.temperature
@@ -226,12 +226,14 @@ def cache_text(model: LanguageModel, prompts: Sequence[str], *, after: PromptCac
 def _tokenizer(model: LanguageModel) -> Tokenizer:
     """Return the model's tokenizer; a SeqmixError if it has none."""
     if model.tokenizer is None:
-        raise SeqmixError("this model was trained on a task and has no tokenizer: it cannot continue text")
+        raise SeqmixError(
+            "text needs a model with a tokenizer, got one trained on a task: use generate_tokens with token IDs"
+        )
     return model.tokenizer
 
 
 def _encoded(model: LanguageModel, prompts: Sequence[str], after: PromptCache | None) -> list[Int[Tensor, " T"]]:
-    """Return the tokens of prompts; a text without a prefix starts with the begin token."""
+    """Return the tokens of each prompt; a prompt without a prefix starts with the begin token."""
     tokenizer = _tokenizer(model)
     if isinstance(prompts, str):
         raise SeqmixError(f"prompts must be a list of strings: pass [{prompts[:20]!r}]")
@@ -248,7 +250,7 @@ def _encoded(model: LanguageModel, prompts: Sequence[str], after: PromptCache | 
 def _decoders(
     model: LanguageModel, prompts: Sequence[Int[Tensor, " T"]], after: PromptCache | None
 ) -> list[TextDecoder]:
-    """Return a decoder per text, which has processed the prefix's last tokens: a character may continue from them."""
+    """Return one decoder per text, which has processed the prefix's last tokens: they may end within a character."""
     tokenizer = _tokenizer(model)
     if after is None:
         return [tokenizer.decoder() for _ in prompts]
@@ -262,7 +264,7 @@ def _decoders(
 
 
 class _Text:
-    """A growing text: decodes tokens, and holds back characters that may be the start of a stop string."""
+    """Decoder of one growing text that holds back characters which may be the start of a stop string."""
 
     def __init__(self, decoder: TextDecoder, stop: tuple[str, ...]) -> None:
         self.decoder = decoder
@@ -271,7 +273,7 @@ class _Text:
         self.stopped = False
 
     def add(self, token: int | None) -> str:
-        """Add one token, or None at the end of the text, and return the new characters that are certain."""
+        """Decode one token, or None at the end of the text; return the new characters that start no stop string."""
         if self.stopped:
             return ""
         self.pending += self.decoder(token)
@@ -288,6 +290,6 @@ class _Text:
 
 
 def generate_text(model: LanguageModel, prompts: Sequence[str], **options: Any) -> list[str]:
-    """Return the whole continuations of texts; `options` are those of `stream_text`."""
+    """Return the whole continuation of each prompt, without the prompt; `options` are those of `stream_text`."""
     pieces = list(stream_text(model, prompts, **options))
     return ["".join(parts) for parts in zip(*pieces, strict=True)]

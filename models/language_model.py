@@ -66,7 +66,8 @@ class LanguageModel(nn.Module):
         """True if the backward pass recomputes the activations of each block: forward then saves only the blocks'
         inputs, and with `matmuls` also the results of linear layers."""
         self.cp_group: ContextParallel | None = None
-        """Ranks that share sequences (context parallelism); set by `set_cp_group`."""
+        """Group of ranks that compute each sequence together (context parallelism), set by `set_cp_group`; None if each
+        rank computes whole sequences."""
         self.tie()
 
     def tie(self) -> None:
@@ -100,7 +101,7 @@ class LanguageModel(nn.Module):
     def reset_rest(self, assign: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> None:
         """Initialise the parameters outside the blocks, and with `NormalInit` all matrices.
 
-        `assign` copies a full tensor into a parameter, which may be sharded.
+        `assign` is called with a parameter, which may be sharded, and the full tensor to copy into it.
         """
         for module in (self.embedding_norm, self.readout, self.norm):
             if module is not None:
@@ -144,7 +145,7 @@ class LanguageModel(nn.Module):
             return_predictions: True to return the most probable token at each position with a target.
             select: indices into the B * T tokens (row by row): only their logits are computed.
             donate_state: True if the next state may be written over `state`, which the caller does not need again.
-            memo: constants from earlier calls of this model with the same parameters; a decoder passes its own.
+            memo: cache of constants, such as rotation angles, for calls with the same parameters; None for a new cache.
 
         Under context parallelism (`cp_group`), each rank returns the results of its own tokens (`local_targets`). The
         "mean" divides by the number of targets on all ranks, so that the ranks' losses add up to the loss of the whole
@@ -242,7 +243,7 @@ class LanguageModel(nn.Module):
     def _loss(
         self, x: Float[Tensor, "B T D"], targets: Tensor, reduction: Reduction, return_predictions: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the loss from the residual stream after the last block, and the predictions (None if not wanted)."""
+        """Return the loss from the residual stream after the last block, and predictions (None unless requested)."""
         local = self.local_targets(targets)
         predictions = None
         softcap = self.config.logit_softcap
@@ -290,7 +291,7 @@ class LanguageModel(nn.Module):
         return tuple(block.mixer.init_state(batch_size, max_length=max_length) for block in self.blocks)
 
     def resize_state(self, state: ModelState, max_length: int | None) -> ModelState:
-        """Return the same state with a capacity of `max_length` tokens; None for no spare capacity.
+        """Return the state with a capacity of `max_length` tokens, prefix included; None for no spare capacity.
 
         Raises:
             ContractError: the processed prefix is longer than `max_length`.
@@ -300,7 +301,7 @@ class LanguageModel(nn.Module):
         )
 
     def prefer(self, *paradigms: Paradigm, from_state: bool = False) -> tuple[Paradigm, ...]:
-        """Return for each layer the first of these paradigms that it declares.
+        """Return for each layer the first of these paradigms that it declares, or else any that it declares.
 
         With `from_state`, only paradigms that can start from a state count.
         """

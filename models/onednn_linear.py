@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from ..ops.runtime.custom_op import has_tangent
 
 LEAST = 2**22
-"""Number of multiplications from which calling oneDNN is faster."""
+"""Number of multiplications in a product from which oneDNN is faster than torch's default."""
 
 
 class Linear(nn.Linear):
-    """A linear layer that calls `linear`, which may use oneDNN."""
+    """A linear layer whose products oneDNN computes, where `linear` finds it faster."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: D102
         return linear(input, self.weight, self.bias)
@@ -134,7 +134,7 @@ def _flops(x: torch.Size, weight: torch.Size, *_: Any, **__: Any) -> int:
 
 @cache
 def _make_countable() -> None:
-    """Register the op with torch's FLOP counter; lazily, because that imports Triton, which importing seqmix avoids."""
+    """Register `seqmix::linear` with torch's FLOP counter, only when needed: registering imports Triton."""
     from torch.utils.flop_counter import register_flop_formula
 
     register_flop_formula(torch.ops.seqmix.linear)(_flops)

@@ -20,7 +20,7 @@ from .decoding import decode_step
 from .language_model import LanguageModel, ModelState
 
 SEGMENT = 8192
-"""Tokens per segment if all states have a constant size: this bounds the memory of prefill for any prompt length.
+"""Number of tokens per segment if all states have a constant size, which bounds the memory of prefill.
 Prompts of a model with a growing state (a KV cache) are processed in a single pass: the cache needs more memory than
 segments would save, and later segments would need masks."""
 
@@ -34,7 +34,7 @@ def prefill(
     max_length: int | None = None,
     compiled: bool = False,
 ) -> tuple[Float[Tensor, "N vocab"], ModelState]:
-    """Process prompts; return the logits of each prompt's next token, and the states as one batch.
+    """Process N prompts; return the logits of each prompt's next token, and the states after the prompts as one batch.
 
     Args:
         model: the model.
@@ -67,7 +67,9 @@ def prefill(
     boundaries = torch.tensor([0, *ends], device=model.device)
     constant = all(mixer.state == "constant" for mixer in traits)
     if compiled and not constant:
-        raise SeqmixError("compiled prefill needs states of constant size, but the state of a layer grows")
+        raise SeqmixError(
+            "compiled prefill needs states of constant size, got a layer whose state grows: set compiled=False"
+        )
     size = SEGMENT if constant else ends[-1]
     if state is None and max_length is not None:
         state = model.init_state(len(prompts), max_length=max_length)

@@ -13,19 +13,19 @@ from .language_model import LanguageModel, ModelState
 from .prefill import prefill
 
 RECENT = 16
-"""Number of last tokens that are saved: they may encode an incomplete character, which the next tokens complete."""
+"""Number of last tokens of a text that its cache has: they may end within a character, which the next tokens end."""
 
 
 @dataclass(frozen=True)
 class PromptCache:
-    """State of a model after N texts. It is immutable: continuations do not change it."""
+    """State of a model after each of N texts, from which continuations can start; continuations do not change it."""
 
     state: ModelState | None
     """State after all tokens of each text except the last one, which the next call processes; None for empty texts."""
     recent: Int[Tensor, "N R"]
     """Last R = `RECENT` tokens of each text, on the CPU; -1 in front of shorter texts."""
     lengths: Int[Tensor, " N"]
-    """Number of tokens of each text, on the CPU."""
+    """Number of tokens in each text, on the CPU."""
 
     @classmethod
     def empty(cls, count: int) -> "PromptCache":
@@ -43,7 +43,7 @@ class PromptCache:
         """
         for row in rows:
             if not 0 <= row < len(self):
-                raise SeqmixError(f"the prompt cache has no text {row}: expected a row from 0 to {len(self) - 1}")
+                raise SeqmixError(f"expected rows of the prompt cache from 0 to {len(self) - 1}, got {row}")
         index = torch.tensor(rows, dtype=torch.int64)
         state = None if self.state is None else select(self.state, index)
         return PromptCache(state, self.recent[index], self.lengths[index])
@@ -75,20 +75,20 @@ class PromptCache:
     def prefill(
         self, model: LanguageModel, texts: Sequence[Int[Tensor, " T"]], *, more: int
     ) -> tuple[Float[Tensor, "N vocab"], ModelState]:
-        """Prefill the tokens of `broadcast`; return the next tokens' logits and a state with room for `more` tokens."""
+        """Prefill tokens that `broadcast` returned; return the next tokens' logits and a state with room for `more`."""
         max_length = max(map(len, texts), default=0) + more + max(int(self.lengths.max()) - 1, 0)
         state = None if self.state is None else self.resized_state(model, max_length)
         return prefill(model, texts, state=state, max_length=max_length)
 
     def extend(self, state: ModelState | None, texts: Sequence[Int[Tensor, " T"]]) -> "PromptCache":
-        """Return the cache after the tokens of `broadcast`; `state` is the state before each text's last token."""
+        """Return the cache after tokens that `broadcast` returned; `state` is that before each text's last token."""
         parts = zip(self.recent[:, :-1], texts, strict=True)
         recent = torch.stack([torch.cat((old, new.cpu()))[-RECENT:] for old, new in parts])
         lengths = (self.lengths - 1).clamp(min=0) + torch.tensor([len(new) for new in texts])
         return PromptCache(state, recent, lengths)
 
     def resized_state(self, model: LanguageModel, max_length: int | None) -> ModelState:
-        """Return a copy of the state with a capacity of `max_length` tokens; None for no spare capacity."""
+        """Return a copy of the state with a capacity of `max_length` tokens in all; None for no spare capacity."""
         if self.state is None:
             return model.init_state(len(self), max_length=max_length)
         # clone: decoding may write into the state, and `resize_state` does not copy a state of fixed size

@@ -22,7 +22,7 @@ from .prefill import SEGMENT, prefill
 
 
 class Score(NamedTuple):
-    """Likelihood of a sequence of tokens."""
+    """Log-likelihood of a sequence of tokens, and whether greedy decoding would generate it."""
 
     log_likelihood: float
     """Log-likelihood in nats, summed over the tokens."""
@@ -90,7 +90,7 @@ class Scorer:
     def _after_first(
         self, rows: Sequence[Int[Tensor, " T"]], state: ModelState | None
     ) -> tuple[Float[Tensor, " N"], Bool[Tensor, " N"]]:
-        """Score the tokens of each row after its first one, from a state.
+        """Score the tokens of each row after its first one, starting from a state; None for no prefix.
 
         Returns:
             Log-likelihoods in nats, and True for each row whose tokens are all the most probable ones.

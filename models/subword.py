@@ -16,9 +16,9 @@ from .tokenizer import TOKENIZER_FILE, ByteTokenizer, TextDecoder, Tokenizer
 from .vocabulary_schema import LARGEST, require_safe
 
 AT_ONCE = 256
-"""Number of documents in a batch, which the library encodes on all cores."""
+"""Number of documents in a batch, which the library `tokenizers` encodes on all cores."""
 EXPORTED_TOKENIZER = "seqmix.tokenizer"
-"""Metadata key of the vocabulary in a file of `seqmix export`."""
+"""Key of the vocabulary in the metadata of a file that `seqmix export` wrote."""
 LEAST_VOCABULARY = 257
 """Smallest vocabulary: every byte, so that any text can be encoded, and the begin token."""
 
@@ -66,11 +66,11 @@ class SubwordTokenizer(Tokenizer):
             self.identity = f"{self.identity} {begin}"
         else:
             raise SeqmixError(
-                f"the tokenizer {name} has no token {begin!r}, which should open documents{nearest(begin, tokens)}"
+                f"expected a token of the tokenizer {name} to open documents, got {begin!r}{nearest(begin, tokens)}"
             )
 
     def encode_documents(self, documents: Iterable[tuple[str, bytes]]) -> Iterator[np.ndarray]:
-        """Yield the tokens of documents, given by name and UTF-8 text.
+        """Yield the tokens of each document, without a begin token; documents are pairs of a name and UTF-8 text.
 
         Raises:
             SeqmixError: a document is not UTF-8, or the vocabulary cannot encode it.
@@ -83,7 +83,7 @@ class SubwordTokenizer(Tokenizer):
                 yield np.array(encoding.ids, dtype=self.dtype)
 
     def decoder(self) -> TextDecoder:
-        """Return a new decoder, which shows special tokens too."""
+        """Return a new decoder for one text; special tokens appear in the text."""
         stream = _library().decoders.DecodeStream(skip_special_tokens=False)
         pending = []
 
@@ -179,7 +179,7 @@ def _exported(file: Path) -> bytes:
 
 @contextmanager
 def _explained(what: str) -> Iterator[None]:
-    """Turn errors of the library into SeqmixErrors that begin with `what`.
+    """Turn errors of the library `tokenizers` into SeqmixErrors that begin with `what`.
 
     The library raises plain `Exception`s, and for a panic in Rust a `PanicException`, which is not an `Exception`.
     """

@@ -30,29 +30,29 @@ class Tokenizer(ABC):
     """A mapping from text to tokens and back."""
 
     unit: str
-    """Plural noun for a token: "bytes" or "subwords"."""
+    """Plural noun for tokens in messages: "bytes" or "subwords"."""
     identity: str
     """Identifier that is equal for equal tokenizers: `bytes`, or a hash of the vocabulary."""
     vocab_size: int
     """Number of tokens, including the begin token."""
     begin: int
-    """Token that opens a document."""
+    """ID of the begin token, which opens every document."""
     vocabulary: bytes | None = None
-    """Content of the tokenizer.json; None for bytes."""
+    """Content of the tokenizer.json; None for the byte tokenizer, which has no file."""
 
     @property
     def text_tokens(self) -> int:
-        """Number of tokens that may be generated: all but a begin token that is the last one."""
+        """Number of tokens that may be generated, the IDs below it: all except a begin token that comes last."""
         return self.vocab_size - (self.begin == self.vocab_size - 1)
 
     @property
     def dtype(self) -> type[np.unsignedinteger]:
-        """Smallest of uint16 and uint32 that can represent every token."""
+        """NumPy dtype of tokens in files: uint16 if it can represent every token, otherwise uint32."""
         return np.uint16 if self.vocab_size <= 2**16 else np.uint32
 
     @abstractmethod
     def encode_documents(self, documents: Iterable[tuple[str, bytes]]) -> Iterator[np.ndarray]:
-        """Yield the tokens of documents, given by name and text, without begin tokens.
+        """Yield the tokens of each document, without a begin token; documents are pairs of a name and UTF-8 text.
 
         Raises:
             SeqmixError: a document cannot be encoded; the message has its name.
@@ -96,7 +96,7 @@ class ByteTokenizer(Tokenizer):
     begin = 256
 
     def encode_documents(self, documents: Iterable[tuple[str, bytes]]) -> Iterator[np.ndarray]:
-        """Yield the bytes of documents."""
+        """Yield the bytes of each document."""
         for _, text in documents:
             yield np.frombuffer(text, dtype=np.uint8).astype(np.uint16)
 

@@ -11,11 +11,11 @@ from typing import Any
 from ..registry import SeqmixError
 
 EXPANSION = 64
-"""Maximum factor by which a part of a tokenizer may lengthen a text, in bytes."""
+"""Maximum factor by which a part of a tokenizer (normalizer, decoder, ...) may lengthen a text in bytes."""
 LONGEST = 1000
 """Maximum number of bytes that a part may insert into a text at one position."""
 LARGEST = 2**31
-"""Upper bound of token ids, exclusive."""
+"""Upper bound of token IDs, exclusive."""
 
 
 def require_safe(vocabulary: bytes, name: object) -> None:

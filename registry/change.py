@@ -1,4 +1,4 @@
-"""Apply a document to a configuration: deprecated field names become the current ones, default kinds are filled in."""
+"""Merge a YAML document into the configuration that it changes, with current field names and default kinds."""
 
 import warnings
 from collections.abc import Iterator
@@ -11,11 +11,11 @@ from .registry import Registry
 from .tree import Node
 
 _warned: dict[str, dict[Any, Any]] = {}
-"""Registries of shown warnings, by source: with them, the `warnings` module shows each warning once."""
+"""Registries of warnings that were shown, by the file they are about: the `warnings` module shows each warning once."""
 
 
 def change(base: Node | None, document: Node, cls: type[Config]) -> Node:
-    """Merge a document into the base that it changes and return the result; both describe the same class.
+    """Merge a YAML document into the base configuration that it changes; return the result. `cls` is the class of both.
 
     A deprecated field name sets the current field, and a warning names its line. A mapping without a `kind` gets the
     default kind, unless the base has a kind there.
@@ -25,7 +25,7 @@ def change(base: Node | None, document: Node, cls: type[Config]) -> Node:
 
 
 def _renamed(node: Node, cls: type[Config], base: Node | None, path: str) -> Node:
-    """Return a mapping of a class's fields with their current names.
+    """Return a mapping of the fields of `cls` in which deprecated names are replaced by the current ones.
 
     `base` is the value that the mapping changes; `path` has the keys that lead to the mapping, for warnings.
     """
@@ -48,7 +48,7 @@ def _renamed(node: Node, cls: type[Config], base: Node | None, path: str) -> Nod
 
 
 def _renamed_entry(node: Node, annotation: Any, base: Node | None, path: str) -> Node:
-    """Return the value of a field, in which all names are current; the field's annotation tells the classes."""
+    """Return a field's value with current names in all its mappings, whose classes the field's annotation tells."""
     if node.entries is None:
         return node
     classes = []
@@ -67,7 +67,7 @@ def _renamed_entry(node: Node, annotation: Any, base: Node | None, path: str) ->
 
 
 def _with_kind(node: Node, registry: Registry[Any], base: Node | None, path: str) -> Node:
-    """Return a member of a family with its kind, the default one if neither it nor the base has a kind."""
+    """Return the mapping of a registry's configuration with its kind: the default if it and the base have none."""
     kind = node.child("kind") or (base and base.child("kind"))
     if kind is None and registry.default_kind is not None:
         kind = Node(registry.default_kind, node.origin)

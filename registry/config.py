@@ -63,12 +63,12 @@ class Config(BaseModel):
 
 
 def deprecation(old: str, new: str) -> str:
-    """Return the warning for a field that is set by its deprecated name."""
+    """Return the text of the warning for a field that is set by its deprecated name `old`."""
     return f"{old} is deprecated, use {new}: the next minor version removes the old name"
 
 
 def refusal(sentence: str) -> PydanticCustomError:
-    """Return a pydantic error with this message; braces in it are literal."""
+    """Return a pydantic error with this message, in which braces are literal text."""
     return PydanticCustomError("refused", "{sentence}", {"sentence": sentence})  # pyright: ignore[reportArgumentType]
 
 

@@ -9,7 +9,7 @@ LONGEST = 2000
 """Maximum number of characters in a line of an error; the middle of a longer line is cut."""
 
 LISTED = 10
-"""Allowed values that an error lists; the rest is counted."""
+"""Maximum number of allowed values that an error lists; of the others it gives the number."""
 
 
 class SeqmixError(ValueError):
@@ -30,7 +30,7 @@ class ConfigError(SeqmixError):
 
 
 def _cut(line: str) -> str:
-    """Return a line of an error, without its middle if it is longer than `LONGEST`."""
+    """Return a line of an error; if it is longer than `LONGEST` characters, its middle is left out."""
     excess = len(line) - LONGEST
     return line if excess <= 0 else f"{line[: LONGEST // 2]} [{excess:,} characters] {line[-LONGEST // 2 :]}"
 
@@ -57,7 +57,7 @@ def choices(word: str, allowed: Iterable[str], label: str = "allowed") -> str:
 
 
 def require_name(what: str, name: str, allowed: Collection[str]) -> None:
-    """Raise a SeqmixError, with the nearest match, if a name is not among the allowed ones; `what` is their noun."""
+    """Raise a SeqmixError, with the nearest match, if a name is not allowed; `what` is the noun for it: "mixer"."""
     if name not in allowed:
         raise SeqmixError(f"there is no {what} {name!r}{choices(name, allowed, f'{what}s')}")
 

@@ -1,4 +1,4 @@
-"""Turn pydantic's errors into sentences: the place of a value, what was expected, and the value."""
+"""Turn pydantic's errors into sentences: where the value is written, what was expected, and the value."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -11,7 +11,7 @@ from .errors import nearest, shown
 from .tree import COMMAND_LINE, Node, Origin
 
 _SHOWN = 5
-"""Maximum number of errors that are reported; the rest is counted."""
+"""Maximum number of errors that are reported; of the others only the number is."""
 
 _EXPECTED = {
     "int_type": "an integer",
@@ -41,7 +41,7 @@ _EXPECTED = {
 
 
 class _Mismatch(NamedTuple):
-    """A value and what was expected in its place; each branch of a union gives one."""
+    """A wrong value and what was expected instead; a field with several allowed types gives one per type."""
 
     expected: str
     value: Any
@@ -49,7 +49,7 @@ class _Mismatch(NamedTuple):
 
 
 def explain(error: ValidationError, tree: Node) -> str:
-    """Return one line per error, at most five: the origin, the keys that lead to the value, and a sentence."""
+    """Return one line per error, at most five: the file and line, the keys that lead to the value, and a sentence."""
     by_place: dict[str, list[str | _Mismatch]] = {}
     for detail in error.errors(include_url=False):
         if detail["type"] == "too_short" and len(detail["input"]) >= detail.get("ctx", {})["min_length"]:
@@ -62,12 +62,12 @@ def explain(error: ValidationError, tree: Node) -> str:
 
 
 def explain_fields(error: ValidationError, fields: Any, name: str) -> str:
-    """Explain an error of values that were given in Python; each line begins with `name`."""
+    """Return `explain` for values that were given in Python, not in a file; each line begins with `name`."""
     return explain(error, Node.of(fields, Origin(name)))
 
 
 def _sentences(problems: Sequence[str | _Mismatch]) -> Iterator[str]:
-    """Yield the sentences for one place. The branches of a union share one: "expected a number or 'auto', got 'a'"."""
+    """Yield the sentences about one value; several expected types make one: "expected a number or 'auto', got 'a'"."""
     yield from (problem for problem in problems if isinstance(problem, str))
     if branches := [problem for problem in problems if isinstance(problem, _Mismatch)]:
         expected = " or ".join(dict.fromkeys(branch.expected for branch in branches))
@@ -77,7 +77,7 @@ def _sentences(problems: Sequence[str | _Mismatch]) -> Iterator[str]:
 
 
 def _place(detail: ErrorDetails, tree: Node) -> str:
-    """Return the beginning of a line: `run.yaml:3: model.pattern[2]: `, without keys for the whole document."""
+    """Return the beginning of a line, `run.yaml:3: model.pattern[2]: `; without keys if the whole document is wrong."""
     location = detail["loc"]
     kind = detail["type"]
     if kind == "union_tag_invalid":
@@ -92,7 +92,7 @@ def _place(detail: ErrorDetails, tree: Node) -> str:
 
 
 def _problem(detail: ErrorDetails) -> str | _Mismatch:
-    """Return an error of pydantic as a sentence, or as the value and what was expected in its place."""
+    """Return an error of pydantic as a sentence, or as a wrong value and what was expected instead."""
     kind = detail["type"]
     value = detail["input"]
     message = detail["msg"]

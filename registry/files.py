@@ -92,7 +92,7 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
 
 
 def is_vacant(folder: Path, besides: Collection[str] = ()) -> bool:
-    """True if a folder is missing or empty; names in `besides`, and partial files of killed processes, do not count.
+    """True if a folder is missing or empty, apart from the names in `besides` and partial files of killed processes.
 
     Raises:
         OSError: the folder cannot be read.
@@ -189,7 +189,7 @@ def _delaying_signals() -> Iterator[None]:
 
 
 def _signals() -> list[signal.Signals]:
-    """Return those of SIGTERM and SIGHUP that the system has."""
+    """Return the signals SIGTERM and SIGHUP, or those of the two that the operating system has."""
     return [number for number in signal.Signals if number.name in ("SIGTERM", "SIGHUP")]
 
 
@@ -231,7 +231,7 @@ def write_file(content: str | bytes, file: Path) -> Path:
 
 
 def write_files(contents: Mapping[Path, str | bytes]) -> None:
-    """Write files that belong together as `write_file` does, all or none.
+    """Write the contents of several files, by path, as `write_file` does: all of them, or none after an error.
 
     Raises:
         SeqmixError: a file cannot be written.
@@ -253,7 +253,7 @@ def write_files(contents: Mapping[Path, str | bytes]) -> None:
 
 
 def read_bytes(file: Path) -> bytes:
-    """Return the content of a file that another file names; a pipe or device is refused, as reading it may never end.
+    """Return the content of a file; a pipe or device is refused, because reading it may never end.
 
     Raises:
         OSError: the file cannot be read.

@@ -50,7 +50,9 @@ def load(
 
 
 def validated(cls: type[C], fields: Node | Mapping[str, Any], name: str = "") -> C:
-    """Return the configuration of a tree, or of values that were given in Python; `name` begins errors of the latter.
+    """Validate a tree, or values that were given in Python, and return the configuration.
+
+    `name` begins the errors of values that were given in Python.
 
     Raises:
         ConfigError: the configuration is wrong; the message is as in `load`.
@@ -66,12 +68,12 @@ def validated(cls: type[C], fields: Node | Mapping[str, Any], name: str = "") ->
 
 
 def dump(config: Config) -> str:
-    """Return the whole configuration as YAML, keys in the order of the fields; `load` reads an equal one from it."""
+    """Return the whole configuration as YAML, keys in the order of the fields; `load` reads it back."""
     return write(config.model_dump(mode="json"))
 
 
 def override(tree: Node, assignment: str, cls: type[Config] = Config) -> Node:
-    """Apply one change, `dotted.path=value`, to the tree of a class's configuration.
+    """Return the tree of a configuration of class `cls` after one change, `dotted.path=value`.
 
     Raises:
         ConfigError: the change does not have that form, its value is not YAML, or its path leads through a value that
@@ -92,12 +94,15 @@ def override(tree: Node, assignment: str, cls: type[Config] = Config) -> Node:
 
 
 def _difference(base: Node | None, keys: Sequence[str], depth: int, value: Node) -> Node:
-    """Return the mapping that has `value` at `keys`; mappings on the way keep the origin they have in the base."""
+    """Return nested mappings with `value` at the path `keys[depth:]`; mappings keep their origin in `base`."""
     if depth == len(keys):
         return value
     if base is not None and base.entries is None:
         path = ".".join(keys)
         parent = ".".join(keys[:depth])
-        raise ConfigError(f"{COMMAND_LINE}: {path}: {parent} is {shown(base.plain())} ({base.origin}), not a mapping")
+        value_shown = shown(base.plain())
+        raise ConfigError(
+            f"{COMMAND_LINE}: {path}: expected {parent} to be a mapping, got {value_shown} ({base.origin})"
+        )
     inner = _difference(base and base.child(keys[depth]), keys, depth + 1, value)
     return Node({keys[depth]: inner}, base.origin if base else value.origin)

@@ -1,4 +1,4 @@
-"""Support for names that have moved: they work for one more minor version, with a warning that tells the new name."""
+"""Support for modules and functions with a new name: the old one works for one more minor version, with a warning."""
 
 import importlib
 import sys
@@ -31,7 +31,7 @@ MODULES: Mapping[str, str] = {
 
 
 class _Finder(MetaPathFinder, Loader):
-    """Import hook for former module names: it makes a module that looks its names up in the present module."""
+    """Import hook for former module names: the imported module looks up every name in the present module."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None

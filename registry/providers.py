@@ -1,4 +1,4 @@
-"""Sources of kinds: the files of a package, entry points, and dotted paths. Listing them imports no modules."""
+"""Sources of kinds: files of a package, entry points, dotted paths. Listing the kinds imports no modules."""
 
 import importlib
 import importlib.metadata
@@ -22,14 +22,17 @@ Provider = type | str
 
 
 def files(package: str) -> Iterator[tuple[str, Provider]]:
-    """Yield the kinds that a package's own modules define: those whose text has `kind: Literal["<module name>"]`."""
+    """Yield the kinds that a package's modules define, each with the module's full name.
+
+    A module defines a kind if its text has `kind: Literal["<module name>"]`.
+    """
     spec = importlib.util.find_spec(package)
     for folder in (spec.submodule_search_locations if spec else None) or []:
         yield from _modules(package, folder, _stamp(folder))
 
 
 def entry_points(group: str | None) -> Iterator[tuple[str, Provider]]:
-    """Yield the names and paths that installed distributions offer in a group; a name may occur more than once."""
+    """Yield name and dotted path of each entry point in a group of the installed packages; a name may occur twice."""
     yield from _points(group, tuple((folder, _stamp(folder)) for folder in sys.path)) if group else ()
 
 
@@ -60,12 +63,12 @@ def _stamp(folder: str) -> int:
 
 
 def module_of(provider: Provider) -> str:
-    """Return the full name of a provider's module."""
+    """Return the full name of the module that has a provider's class."""
     return provider.partition(":")[0] if isinstance(provider, str) else provider.__module__
 
 
 def load(provider: Provider, base: type[BaseModel]) -> Any:
-    """Import and return the class of a provider, without checking it; exceptions of the import propagate.
+    """Import and return the class of a kind's provider, without checking it; exceptions of the import propagate.
 
     Raises:
         ConfigError: the path is malformed, or the module has no such class.
@@ -127,7 +130,7 @@ def unimported(value: Any) -> list[str]:
 
 
 def require_trusted(value: Any, name: object, how: str) -> None:
-    """Refuse plain data that names code that is not imported yet.
+    """Refuse plain data that names code, as dotted paths, whose modules are not imported yet.
 
     Args:
         value: a configuration that another person may have written.
@@ -177,14 +180,14 @@ def kind_of(config: type[BaseModel]) -> str | None:
 
 
 def require_kind(candidate: object, base: type[BaseModel]) -> str:
-    """Check that a class is a configuration of a family, and return its kind.
+    """Check that a class is a configuration that extends `base`, and return its kind.
 
     Raises:
         ConfigError: the candidate is not a subclass of the base, is abstract, or declares no kind.
     """
     if not (isinstance(candidate, type) and issubclass(candidate, base)):
         name = path_of(candidate) if isinstance(candidate, type) else repr(candidate)
-        raise ConfigError(f"{name} is not a subclass of {path_of(base)}")
+        raise ConfigError(f"expected a subclass of {path_of(base)}, got {name}")
     if inspect.isabstract(candidate):
         missing = ", ".join(sorted(candidate.__abstractmethods__))
         raise ConfigError(f"{path_of(candidate)} is abstract: define {missing}")

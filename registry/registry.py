@@ -18,17 +18,17 @@ C = TypeVar("C", bound=Config)
 D = TypeVar("D", bound=Config)
 
 DEFAULT_KIND = "x-default-kind"
-"""JSON schema key for the default kind of a family: that of a mapping without a kind."""
+"""JSON schema key for the default kind of a registry, which a mapping without a kind gets."""
 
 _warned: dict[Any, Any] = {}
-"""Registry of shown warnings: with it, the `warnings` module shows each warning once."""
+"""Registry of warnings that were shown: the `warnings` module shows each warning once."""
 
 _describing: ContextVar[tuple["Registry[Any]", ...]] = ContextVar("_describing", default=())
-"""Families whose JSON schema is being generated, the outermost first."""
+"""Registries whose JSON schema is being generated, the outermost first."""
 
 
 class Registry(Generic[C]):
-    """The kinds of one family.
+    """The kinds of one family of configurations, such as all mixers.
 
     A kind comes from a file of the family's own package, from an entry point of an installed distribution, from a class
     that the program registers, or from a dotted path in place of a kind. It is looked up when a configuration is
@@ -86,7 +86,7 @@ class Registry(Generic[C]):
         return config
 
     def kinds(self) -> list[str]:
-        """Return the available kinds, sorted.
+        """Return the names of the available kinds, sorted.
 
         Built-in modules are not imported; plug-ins are, because broken ones are left out.
         """
@@ -99,7 +99,7 @@ class Registry(Generic[C]):
         return {kind: self.resolve(kind) for kind in sorted(kind for kind, _ in files(self._package))}
 
     def broken(self) -> dict[str, str]:
-        """Return the broken plug-ins by kind, each with the reason: its import fails, or a built-in has its kind."""
+        """Return for each broken plug-in its kind and the reason: its import fails, or a built-in has the same kind."""
         reasons = {}
         providers = self._providers()
         for kind, _ in entry_points(self._group):
@@ -139,7 +139,7 @@ class Registry(Generic[C]):
         return config
 
     def _provider(self, kind: str) -> Provider:
-        """Return the provider of a kind; a path is its own provider."""
+        """Return the provider of a kind; a dotted path in place of a kind is returned unchanged."""
         if ":" in kind:
             return kind
         providers = self._providers().get(kind, {})
@@ -170,7 +170,7 @@ class Registry(Generic[C]):
         )
 
     def _providers(self) -> dict[str, dict[str, Provider]]:
-        """Return the providers of each kind by module; a module counts once, even if it offers the kind repeatedly."""
+        """Return for each kind its providers by module; of several providers in one module, only the first counts."""
         providers: dict[str, dict[str, Provider]] = {}
         for kind, provider in (*self._registered.items(), *files(self._package), *entry_points(self._group)):
             providers.setdefault(kind, {}).setdefault(module_of(provider), provider)
@@ -190,7 +190,7 @@ class Registry(Generic[C]):
         return core_schema.with_info_plain_validator_function(self._validated, serialization=serialization)
 
     def _validated(self, value: Any, info: core_schema.ValidationInfo) -> Config:
-        """Return an instance unchanged; validate a mapping by the class of its kind.
+        """Validate a field's value: an instance stays as it is, a mapping is validated by the class of its kind.
 
         The class is looked up here, not when a field is defined, because pydantic's own unions cannot grow.
         """
@@ -210,7 +210,7 @@ class Registry(Generic[C]):
         return config.model_validate({**value, "kind": kind_of(config)}, context=info.context)
 
     def _serialized(self, value: Config, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Return all fields and the kind, which is a dotted path if the class's kind stands for another class."""
+        """Return all fields of a configuration, with a dotted path as the kind if its kind stands for another class."""
         kind = require_kind(type(value), self.base)
         with suppress(ConfigError):
             if self.resolve(kind) is type(value):
@@ -218,7 +218,7 @@ class Registry(Generic[C]):
         return {**handler(value), "kind": path_of(type(value))}
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        """Return the schema of a member: one of all kinds, by `kind`, or any mapping whose kind is a dotted path."""
+        """Return the JSON schema of a field: that of the kind in `kind`, or any mapping if it is a dotted path."""
         configs = {kind: self.resolve(kind).__pydantic_core_schema__ for kind in self.kinds()}
         outer = _describing.get()
         if self in outer:  # a kind that contains kinds of its own family refers to their definitions
@@ -234,7 +234,7 @@ class Registry(Generic[C]):
 
 
 def _error_at_kind(kind: Any, error_type: str, **context: Any) -> ValidationError:
-    """Return a pydantic error whose place is the key `kind`."""
+    """Return a pydantic error that is reported at the key `kind`."""
     details = InitErrorDetails(type=error_type, loc=("kind",), input=kind, ctx=context)
     return ValidationError.from_exception_data("kind", [details])
 

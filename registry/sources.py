@@ -1,4 +1,4 @@
-"""Read a preset or file into one tree, merged with the files that it extends."""
+"""Read a preset or a YAML file, merged with the files that it extends, into one tree."""
 
 import os
 from pathlib import Path
@@ -16,7 +16,7 @@ EXTENDS = "extends"
 
 
 def read(source: str | Path, presets: Path, cls: type[Config] = Config, *, folder: Path | None = None) -> Node:
-    """Read a preset or a YAML file, merged into everything that it extends.
+    """Read a preset or a YAML file as a tree, merged into the files that it extends.
 
     Args:
         source: a file, or a word. A word means a file if it ends in .yaml or .yml, contains a separator, or is the name
@@ -34,7 +34,7 @@ def read(source: str | Path, presets: Path, cls: type[Config] = Config, *, folde
 
 
 def read_mapping(source: str | Path, presets: Path) -> dict[str, Any]:
-    """Read a preset or file, merged into everything that it extends, as plain data; raises the errors of `read`."""
+    """Read a preset or file as plain data, merged into the files that it extends; raises the errors of `read`."""
     return read(source, presets).plain()
 
 
@@ -44,7 +44,7 @@ def _read(
     """Read the tree of a file; `chain` has the files that extend it, and `named_at` begins errors about its name."""
     if os.path.realpath(path) in [os.path.realpath(file) for file in chain]:
         circle = " -> ".join(_name(file) for file in (*chain, path))
-        raise ConfigError(f"{named_at}files extend each other in a circle: {circle}")
+        raise ConfigError(f"{named_at}files extend each other in a circle: {circle}; remove one `extends`")
     document = _document(path, named_at, by_file)
     extends = document.child(EXTENDS)
     difference = Node({key: node for key, node in (document.entries or {}).items() if key != EXTENDS}, document.origin)
@@ -61,7 +61,7 @@ def _read(
 
 
 def _locate(name: str, folder: Path, presets: Path, named_at: str) -> Path:
-    """Return the file that a word means: a file relative to `folder`, or a preset."""
+    """Return the path of the file or preset that `name` means; a file is relative to `folder`."""
     path = folder / name
     preset = presets / f"{name}.yaml"
     if path.suffix in (".yaml", ".yml") or "/" in name or os.sep in name or _is_file(path):
@@ -85,7 +85,9 @@ def _document(path: Path, named_at: str, by_file: bool) -> Node:
         raise ConfigError(f"{named_at}{name} is a folder, not a YAML file") from None
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
-        raise ConfigError(f"{name}:{line}: byte 0x{error.object[error.start]:02x} is not UTF-8 text") from error
+        raise ConfigError(
+            f"{name}:{line}: byte 0x{error.object[error.start]:02x} is not UTF-8 text: save the file as UTF-8"
+        ) from error
     except OSError as error:
         raise ConfigError(f"{named_at}{name} cannot be read: {error.strerror}") from error
     document = parse(text, name) or Node({}, Origin(name, 1))

@@ -13,7 +13,7 @@ COMMAND_LINE = "command line"
 
 @dataclass(frozen=True)
 class Origin:
-    """The place at which a value was written."""
+    """The source and line at which a value was written."""
 
     source: str
     """Name of the file, or `COMMAND_LINE`."""
@@ -26,7 +26,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class Node:
-    """A value and its origin: in a mapping, the place of its key; elsewhere its own place."""
+    """A value of a YAML document and its origin: for an entry of a mapping its key's line, else its own."""
 
     value: "Mapping[str, Node] | tuple[Node, ...] | Scalar"
     origin: Origin
@@ -77,9 +77,9 @@ class Node:
         return Node({**self.entries, **merged}, difference.origin)
 
     def find(self, location: Sequence[Key]) -> "tuple[tuple[Key, ...], Node]":
-        """Return the deepest value along a location, after the keys that lead to it.
+        """Return the keys of `location` that exist, and the value to which they lead.
 
-        Parts that are not keys are skipped: pydantic puts the names of union branches among the keys.
+        Parts of `location` that are not keys are skipped: pydantic puts the names of allowed types among the keys.
         """
         keys: tuple[Key, ...] = ()
         node = self

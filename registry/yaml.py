@@ -19,7 +19,7 @@ from .errors import ConfigError
 from .tree import COMMAND_LINE, Node, Origin
 
 MOST_VALUES = 100_000
-"""Maximum number of values in a document, aliases expanded: a few lines of nested aliases may mean billions."""
+"""Maximum number of values in a document after aliases are expanded: a few nested aliases may stand for billions."""
 
 MOST_CHARACTERS = 300_000
 """Maximum number of characters in a document: longer ones take seconds to parse."""
@@ -56,7 +56,7 @@ def parse(text: str, source: str) -> Node | None:
 
 
 def write(value: Any, *, in_one_line: bool = False) -> str:
-    """Return dicts, lists and scalars as YAML, keys in their order; `parse` reads the same values from it."""
+    """Return dicts, lists and scalars as YAML, keys in their order; `parse` reads the same values back."""
     dumper = YAML(typ="safe", pure=True)
     dumper.Representer = _Representer
     dumper.sort_base_mapping_type_on_output = False  # pyright: ignore[reportAttributeAccessIssue]
@@ -75,9 +75,9 @@ class _Builder:
         self._constructor = constructor
         self._source = source
         self._values = 0
-        """Number of values so far, aliases expanded."""
+        """Number of values built so far; each use of an alias counts."""
         self._built: dict[Any, tuple[Node, int] | None] = {}
-        """Trees by ruamel's node, each with its number of values; None while a tree is being built."""
+        """Tree and number of values of each of ruamel's nodes; None while its tree is being built."""
 
     def build(self, node: Any) -> Node:
         """Return the tree of a node. An anchored node is built only once."""
@@ -91,7 +91,7 @@ class _Builder:
             tree, size = built
             self._values += size
         else:
-            raise self._error(node, "an alias is inside the value that it names")
+            raise self._error(node, "an alias is inside the value that it names: remove it")
         if self._values > MOST_VALUES:
             raise self._error(node, f"expected at most {MOST_VALUES:,} values, aliases expanded, got more")
         return tree
@@ -121,7 +121,9 @@ class _Builder:
         for key, _ in node.value:
             if (word := self._key(key)) in first:
                 line = _origin(self._source, first[word].start_mark).line
-                raise self._error(key, f"key {word!r} is given twice" + (f", first in line {line}" if line else ""))
+                raise self._error(
+                    key, f"key {word!r} is given twice" + (f", first in line {line}" if line else "") + ": remove one"
+                )
             first[word] = key
         self._constructor.flatten_mapping(node)  # puts the entries that `<<` merges before the node's own
         return {

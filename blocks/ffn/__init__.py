@@ -36,16 +36,16 @@ class FfnConfig(Config, ABC):
         """Build the module for a residual stream of width `d_model`."""
 
     def hidden_width(self, d_model: int) -> int:
-        """Return the width between the two products, at least 1."""
+        """Return the hidden width for a residual stream of width `d_model`, at least 1."""
         return -(-max(round(self.expansion * d_model), 1) // self.multiple_of) * self.multiple_of
 
 
 class FeedForward(nn.Module, ABC):
-    """A map applied to every token independently."""
+    """A feed-forward network: a map that is applied to every token independently."""
 
     @abstractmethod
     def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
-        """Map every token."""
+        """Apply the network to every token."""
 
     def reset_parameters(self) -> None:
         """Initialise every parameter: linear layers by torch's default, as in the code of the RetNet authors."""
@@ -60,7 +60,8 @@ class FeedForward(nn.Module, ABC):
             total: sums a tensor over all processes.
 
         Returns:
-            The largest load divided by the mean, minus 1 (MaxVio of arXiv 2408.15664); None if there is no load.
+            The largest load of an expert divided by the mean load, minus 1 (MaxVio of arXiv 2408.15664); None for a
+            network without experts.
         """
         del total
         return None

@@ -33,15 +33,15 @@ class MoeConfig(FfnConfig):
     top_k: int = Field(gt=0)
     """Number of experts per token."""
     shared_expansion: float = Field(default=0.0, ge=0, le=1000)
-    """Hidden width divided by d_model of a shared expert, applied to all tokens; 0 means no shared expert."""
+    """Hidden width, divided by d_model, of a shared expert that is applied to all tokens; 0 means no shared expert."""
     shared_gate: bool = False
     """True to multiply the shared expert's output by a gate per token, the sigmoid of a linear map (Qwen3-Next)."""
     scores: Literal["sigmoid", "softmax"] = "sigmoid"
     """Function that turns the router's logits into scores."""
     routed_scale: float = Field(default=1.0, gt=0)
-    """Factor of the sum of the routed experts' outputs."""
+    """Factor by which the sum of the routed experts' outputs is multiplied."""
     balance_rate: float = Field(default=1e-3, ge=0, lt=1)
-    """Change of an expert's bias after each optimizer step; 0 turns load balancing off."""
+    """Amount by which an expert's bias rises or falls after each optimizer step; 0 turns load balancing off."""
     activation: Activation = "silu"
     """Activation function f of the experts' gates."""
 
@@ -104,7 +104,7 @@ class Moe(FeedForward):
         return y + (self.shared(x) if self.shared_gate is None else self.shared_gate(x).sigmoid() * self.shared(x))
 
     def route(self, x: Float[Tensor, "N D"]) -> tuple[Float[Tensor, "N k"], Int[Tensor, "N k"]]:
-        """Return the weights and the indices of each token's experts.
+        """Return the weights and the indices of each token's k = `top_k` experts.
 
         Scores are float32 or wider, so that close scores do not round to ties.
         """
@@ -117,7 +117,7 @@ class Moe(FeedForward):
         return self.config.routed_scale * weights / weights.sum(-1, keepdim=True), chosen
 
     def _apply_experts(self, x: Tensor, weights: Tensor, chosen: Tensor, ends: Tensor) -> Tensor:
-        """Return the weighted sums of the experts' outputs; tokens are sorted by expert for grouped products."""
+        """Return each token's weighted sum of expert outputs; tokens are sorted by expert for grouped products."""
         order = chosen.flatten().argsort(stable=True)
         inverse = order.argsort()
         by_expert = x[order // self.config.top_k]

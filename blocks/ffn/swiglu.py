@@ -9,7 +9,7 @@ from . import ACTIVATIONS, Activation, FeedForward, FfnConfig
 
 
 class SwigluConfig(FfnConfig):
-    """Gated network (f(x W_g) * x W_u) W_d; an expansion of 8/3 has as many parameters as an mlp of 4."""
+    """Gated network (f(x W_g) * x W_u) W_d; with an expansion of 8/3 it has as many parameters as an mlp with 4."""
 
     kind: Literal["swiglu"] = "swiglu"
     activation: Activation = "silu"

@@ -28,7 +28,7 @@ class NormConfig(Config, ABC):
     kind: Any
     """Name under which the norm is registered; a `Literal` in every subclass."""
     eps: float = Field(ge=0)
-    """Constant added to the variance or mean square."""
+    """Constant added to the variance or mean square, against division by 0."""
 
     @abstractmethod
     def build(self, d_model: int) -> Norm:

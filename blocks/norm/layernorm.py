@@ -15,7 +15,7 @@ class LayerNormConfig(NormConfig):
     eps: float = Field(default=1e-5, ge=0)
     """Constant added to the variance."""
     bias: bool = False
-    """True to add a bias."""
+    """True to add a learned bias after the weight."""
 
     def build(self, d_model: int) -> nn.LayerNorm:
         """Build the norm."""

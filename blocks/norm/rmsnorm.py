@@ -25,7 +25,7 @@ class RmsNormConfig(NormConfig):
 
 
 class ZeroCenteredRMSNorm(nn.RMSNorm):
-    """RMS normalisation that multiplies by 1 + weight."""
+    """RMS normalisation that multiplies by 1 + weight, where the weight starts at 0."""
 
     def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
         """Normalise every token."""

@@ -7,13 +7,13 @@ from torch import Tensor, nn
 
 
 class BonusNorm(nn.Module):
-    """GroupNorm(o) * weight + bias + (sum_K bonus * q * k) v, per head.
+    """Output norm of RWKV-7, GroupNorm(o) * weight + bias + (sum_K bonus * q * k) v, per head.
 
     Args:
-        n_heads: heads; each is one group, with its own weight, bias and bonus.
+        n_heads: number of heads; each is one group, with its own weight, bias and bonus.
         width: width of a head.
-        eps: eps times the width is added to the variance.
-        start: initial weight.
+        eps: constant that is multiplied by `width` and added to the variance.
+        start: initial value of all weights.
     """
 
     def __init__(self, n_heads: int, width: int, eps: float, start: float) -> None:

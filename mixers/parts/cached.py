@@ -9,7 +9,7 @@ from ..traits import require_capacity
 
 
 class CachedMixer(SequenceMixer[Cache]):
-    """A mixer with a KV cache: a ring buffer if a window or max_length bounds it, else a growing cache.
+    """A mixer with a KV cache: a ring buffer if `window` or `max_length` bounds its size, else a growing cache.
 
     Args:
         config: the mixer's configuration, which has a field `window`.
@@ -26,7 +26,7 @@ class CachedMixer(SequenceMixer[Cache]):
     @property
     @abstractmethod
     def cache_sizes(self) -> tuple[int, int, int]:
-        """Number of cache heads, width of a key, width of a value."""
+        """Sizes of the KV cache: number of heads, width of a key, width of a value."""
 
     def init_state(self, batch_size: int, *, max_length: int | None = None) -> Cache:
         cache_type, capacity = self._cache_type(max_length, 0)

@@ -14,10 +14,10 @@ LogDecays: TypeAlias = tuple[Float[Tensor, " H"], Float[Tensor, " H"]]
 
 
 class FixedDecay(nn.Module):
-    """Log-decay of each head, by a schedule.
+    """Decay gamma of each head, which does not depend on the tokens, by a schedule.
 
     Args:
-        n_heads: heads.
+        n_heads: number of heads.
         schedule: `geometric`: gamma_h = 1 - 2^(-5-h); `log_uniform`: 1 - gamma from 1/32 to 1/512, evenly spaced in its
             logarithm; `constant`: `gamma` for all heads; `none`: no decay.
         gamma: decay of the schedule `constant`.
@@ -54,7 +54,7 @@ class FixedDecay(nn.Module):
     def log_decays(
         self, device: torch.device, dtype: torch.dtype, memo: Memo | None = None
     ) -> LogDecays | tuple[None, None]:
-        """Return the natural log of each head's decay, as float64 and as `dtype`; `memo` is that of the call."""
+        """Return the natural log of each head's decay, as float64 and as `dtype`; (None, None) without decay."""
         if self.schedule == "none":
             return None, None
         if self.logit is None:
@@ -72,7 +72,7 @@ def scheduled(
 
 
 def _leak(n_heads: int, schedule: DecaySchedule, gamma: float | None, device: torch.device) -> Tensor:
-    """Return 1 - gamma of each head, float64."""
+    """Return 1 - gamma of each head by the schedule, float64."""
     if gamma is not None:
         return torch.full((n_heads,), 1 - gamma, device=device, dtype=torch.float64)
     if schedule == "log_uniform":

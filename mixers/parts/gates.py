@@ -39,7 +39,7 @@ class LowRank(nn.Module):
         return self.up(low)
 
     def reset_parameters(self) -> None:
-        """Initialise Xavier-uniform matrices and a bias of 0."""
+        """Initialise the matrices as Xavier-uniform, and the bias as 0."""
         nn.init.xavier_uniform_(self.down.weight)
         nn.init.xavier_uniform_(self.up.weight)
         if self.up.bias is not None:
@@ -58,7 +58,7 @@ class LowRanks(Config):
 
     @property
     def ranks(self) -> tuple[int, int, int]:
-        """Ranks of decays and rates, of the value residual, and of the output gate."""
+        """Ranks of three maps: that to decays and rates, that of the value residual, and that of the output gate."""
         return self.rank, self.value_rank or self.rank, self.gate_rank or 2 * self.rank
 
 
@@ -77,7 +77,7 @@ def gate_decay(logits: Float[Tensor, "*batch"], normalizer: float) -> Float[Tens
 
 
 class GatedNorm(nn.Module):
-    """norm(x) * weight * act(gate) over the last dimension.
+    """Norm of the last dimension, with weights and a gate: norm(x) * weight * act(gate).
 
     The result has the dtype of x, but float32 for float16: the product of x and the gate, and x squared, can leave the
     range of float16. Statistics are computed in float32 or wider. They never cross tokens, as those of nn.GroupNorm do.
@@ -103,7 +103,7 @@ class GatedNorm(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise weights of 1."""
+        """Initialise the weights as 1."""
         if self.weight is not None:
             nn.init.ones_(self.weight)
 

@@ -36,9 +36,9 @@ class MatrixStateConfig(MixerConfig):
     family: ClassVar[Family] = DECAY
     """Op family of the recurrence."""
     value_residual: ClassVar[bool] = False
-    """True if layers pass their values to later layers."""
+    """True if the first layer passes its values to later layers (value residual)."""
     norm_eps: float = Field(default=1e-6, ge=0)
-    """Added to the variance or the mean square in the output norm."""
+    """Constant added to the variance or the mean square in the output norm."""
     chunk_size: Chunk = CHUNK_SIZE
     backend: Backend = "auto"
     """Kernel backend of the chunkwise paradigm and of decoding steps; changes the cost, never the result."""
@@ -58,14 +58,14 @@ class MatrixStateConfig(MixerConfig):
 
 
 class MatrixState(NamedTuple):
-    """State after a prefix."""
+    """State of a mixer after a prefix: a matrix per head."""
 
     memory: Float[Tensor, "B H K V"]
-    """S, float32 or float64."""
+    """State matrix S of each head, float32 or float64."""
     recent: Float[Tensor, "B W-1 C"]
     """Last inputs of the short convolution, oldest first; empty without a short convolution."""
     position: Int[Tensor, " B"]
-    """Tokens processed."""
+    """Number of tokens processed."""
 
 
 class MatrixStateMixer(SequenceMixer[MatrixState]):
@@ -80,7 +80,7 @@ class MatrixStateMixer(SequenceMixer[MatrixState]):
     silu: ClassVar[bool] = False
     """True to apply silu even if the short convolution, which it normally follows, is switched off."""
     steps: int = 1
-    """Steps of the recurrence per token."""
+    """Number of steps of the recurrence per token."""
     wide_output: bool = False
     """True if the op returns float32 for 16-bit inputs, because only a quotient of the output fits 16 bits."""
     n_heads: int
@@ -137,6 +137,6 @@ class MatrixStateMixer(SequenceMixer[MatrixState]):
         )
 
     def op_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """Return the dtype of the op's inputs if the projections have `dtype`."""
+        """Return the dtype of the inputs of the recurrence, if the projections have `dtype`."""
         # kernels store the states between chunks in the input dtype, and sums of many tokens overflow in float16
         return torch.float32 if self.wide_output and dtype == torch.float16 else dtype

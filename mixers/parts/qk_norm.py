@@ -10,7 +10,7 @@ class QKNorm(nn.Module):
     """RMS norms of queries and keys, each with its own weights.
 
     Args:
-        n_heads: number of query heads, number of key heads.
+        n_heads: number of query heads and number of key heads.
         width: width of a head.
         eps: added to the mean square.
         all_heads: True to take the mean over all heads, each with its own weights; False to take it per head, with

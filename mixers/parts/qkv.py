@@ -80,12 +80,15 @@ class QKVConfig(MatrixStateConfig):
     @model_validator(mode="after")
     def _check_rotation_base(self) -> "QKVConfig":
         if self.rotation == "none" and self.rotation_base != type(self).model_fields["rotation_base"].default:
-            raise ValueError(f"rotation_base = {self.rotation_base} needs a rotation, got rotation = none")
+            raise ValueError(
+                f"rotation_base = {self.rotation_base} needs a rotation, got rotation = none: "
+                "set rotation, or leave out rotation_base"
+            )
         return self
 
 
 class QKV(NamedTuple):
-    """Projections of a segment, ready for the recurrence."""
+    """Queries, keys, values and further projections of a segment, ready for the recurrence."""
 
     q: Float[Tensor, "B T H K"]
     k: Float[Tensor, "B T*n H K"]
@@ -99,7 +102,7 @@ class QKV(NamedTuple):
     recent: Float[Tensor, "N W-1 C"] | None
     """Last inputs of the short convolution; None unless the final state is requested."""
     dtype: torch.dtype
-    """Dtype of the projections; the op's inputs may be wider."""
+    """Dtype of the projections; `q`, `k` and `v` may be wider."""
 
 
 class QKVMixer(MatrixStateMixer):
@@ -115,7 +118,7 @@ class QKVMixer(MatrixStateMixer):
     """
 
     gains: ClassVar[tuple[float, float]] = (2**-2.5, 2**-1)
-    """Gains of the Xavier-uniform input and output projections; the defaults are the RetNet authors'."""
+    """Gains with which the input and the output projection are initialised (Xavier-uniform); by default as RetNet's."""
     activation: ClassVar[Literal["silu", "none"]] = "silu"
     """Activation after the short convolution."""
     projects_gate: ClassVar[bool] = True

@@ -87,7 +87,7 @@ def rotated(
         base: base of the frequencies.
         dims: number of dimensions to rotate, counted from the first; None for all.
         scaling: scaling of the angles; None for none.
-        memo: that of the call, because all layers use the same angles.
+        memo: cache of the call, in which layers find angles that earlier layers computed; None for none.
     """
     if dims is not None and dims < x.shape[-1]:
         rotated_dims = rotated(x[..., :dims], positions, schedule, base, None, scaling, memo)

@@ -30,18 +30,18 @@ class ScanConfig(MixerConfig):
 
 
 class ScanState(NamedTuple):
-    """State after a prefix."""
+    """State of a scan mixer after a prefix: one or a few numbers per channel."""
 
     memory: Float[Tensor, "B *E"]
-    """h, float32 or float64."""
+    """State h of the recurrence, of sizes E, float32 or float64."""
     recent: Float[Tensor, "B W-1 C"]
     """Last inputs of the short convolution, oldest first; empty without a short convolution."""
     position: Int[Tensor, " B"]
-    """Tokens processed."""
+    """Number of tokens processed."""
 
 
 class ScanMixer(SequenceMixer[ScanState]):
-    """A mixer whose state is [B *E].
+    """A mixer of the scan family, whose state is a tensor [B *E] with one or a few numbers per channel.
 
     A subclass passes the sizes E to the constructor, sets `convolution` if it has one, and defines `mix`.
     """
@@ -49,7 +49,7 @@ class ScanMixer(SequenceMixer[ScanState]):
     supports_context_parallel = True
     convolution: ShortConvolution | None
     products = 0
-    """Multiplications per token in matrix products that are not linear layers."""
+    """Number of multiplications per token in matrix products outside linear layers, for `flops`."""
 
     def __init__(self, config: Any, *memory: int) -> None:
         super().__init__(config)

@@ -28,7 +28,7 @@ class ShortConvolution(nn.Module):
     def of(
         cls, kernel_size: int | None, width: int, *, bias: bool = False, activation: Activation = "silu"
     ) -> "ShortConvolution | None":
-        """Build the convolution for a field `short_conv`; None if the field is 0 or null."""
+        """Build the convolution for a configuration's field `short_conv`; return None if the field is 0 or null."""
         return cls(width, kernel_size, bias=bias, activation=activation) if kernel_size else None
 
     def reset_parameters(self) -> None:

@@ -26,11 +26,11 @@ class StateSpaceConfig(TimeStepRange):
     n_groups: int = Field(default=1, gt=0, le=2**20, examples=[2])
     """Number of groups of heads; the heads of a group share B and C."""
     norm_eps: float = Field(default=1e-5, ge=0)
-    """Added to the mean square in norms."""
+    """Constant added to the mean square in norms."""
 
     @classmethod
     def example_fields(cls) -> dict[str, Any]:
-        """Return fields for small heads; the smallest model with default heads would be 32 wide."""
+        """Return fields, by name, for small heads; the smallest model with default heads would be 32 wide."""
         return {"head_dim": 6, "d_state": 5}
 
 
@@ -42,8 +42,8 @@ class StateSpaceMixer(MatrixStateMixer):
     Args:
         config: the mixer's configuration.
         d_model: width of the residual stream.
-        n_layers: layers of the model; the output projection starts smaller in deeper models.
-        more: widths of further projections; None for one scalar per head.
+        n_layers: number of layers of the model; the output projection starts smaller in deeper models.
+        more: widths of further projections; None stands for `n_heads`, one scalar per head.
 
     Raises:
         ContractError: heads or groups do not divide the widths.

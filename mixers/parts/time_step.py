@@ -13,7 +13,7 @@ from .matrix_state import MatrixStateConfig
 
 
 def in_range(least: float, most: float) -> AfterValidator:
-    """Return a validator for an ordered pair within bounds that float32 and float16 can represent."""
+    """Return a validator that accepts a pair (low, high) with least <= low <= high <= most."""
 
     def check(pair: tuple[float, float]) -> tuple[float, float]:
         if not least <= pair[0] <= pair[1] <= most:
@@ -38,7 +38,7 @@ Limit = Annotated[tuple[float, Annotated[float, Field(allow_inf_nan=True)] | Non
 
 
 class TimeStepRange(MatrixStateConfig):
-    """Field of a mixer with step sizes."""
+    """Fields of a mixer with step sizes, which depend on the token."""
 
     time_step_range: Annotated[tuple[float, float], in_range(1e-6, 1e3)] = Field(default=(1e-3, 0.1), strict=False)
     """Range of the initial step sizes, from 1e-6 to 1e3: evenly spaced in the logarithm, for an input of zero. The
@@ -55,7 +55,7 @@ class TimeStepFields(TimeStepRange):
 
 
 def step_bias(uniform: Float[Tensor, "*batch"], steps: tuple[float, float]) -> Float[Tensor, "*batch"]:
-    """Return biases whose softplus is a step size between two numbers, evenly in the logarithm.
+    """Return biases whose softplus is a step size from a range, evenly spaced in the logarithm.
 
     Args:
         uniform: numbers from 0 (lowest step size) to 1 (highest).
@@ -70,7 +70,7 @@ class TimeStepDecay(nn.Module):
     """Step sizes and log-decays of heads, each with a rate e^{A_log} and a bias b.
 
     Args:
-        n_heads: heads.
+        n_heads: number of heads.
         rates: range of the initial rates e^{A_log}, evenly spaced.
         steps: range of the initial softplus(b), evenly spaced in the logarithm.
         limit: lower and upper limit of step sizes (None: no upper limit); None for no limits.

@@ -25,7 +25,7 @@ class TokenShift(nn.Module):
     """Mixtures of each token with the previous one, x_t + mu * (x_{t-1} - x_t), with several mu per channel.
 
     Args:
-        width: channels.
+        width: number of channels.
         powers: exponent p of each mixture, whose mu starts at 1 - (channel / width)^p.
     """
 
@@ -37,7 +37,7 @@ class TokenShift(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Initialise mu by channel."""
+        """Initialise mu as 1 - (channel / width)^p, with the exponent p of each mixture."""
         width = self.weight.shape[1]
         channel = torch.arange(width, device=self.weight.device, dtype=torch.float64) / width
         for mu, power in zip(self.weight, self.powers, strict=True):

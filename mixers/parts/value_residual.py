@@ -8,14 +8,17 @@ from .gates import LowRank
 
 
 class ValueResidual(LowRank):
-    """v + nu * (v^1 - v) by channel, with nu = sigmoid(x W_1 W_2 + b) and a low-rank W_1 W_2, as in RWKV-7."""
+    """Mixture of a layer's values v with the first layer's values v^1, v + nu * (v^1 - v) by channel, as in RWKV-7.
+
+    nu = sigmoid(x W_1 W_2 + b), with a low-rank W_1 W_2.
+    """
 
     def __init__(self, width: int, rank: int) -> None:
         super().__init__(width, rank, width, bias=True)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Initialise the share nu of the first layer around 0.72 to 0.63, falling by channel."""
+        """Initialise nu, the share of the first layer's values, near 0.72 in the first channel, falling to 0.63."""
         super().reset_parameters()
         bias = self.up.bias
         bias.copy_(torch.linspace(0.93, 0.53, len(bias), device=bias.device, dtype=torch.float64))

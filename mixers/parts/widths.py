@@ -61,7 +61,7 @@ def heads_of(d_model: int, expand: float, head_dim: int, n_groups: int) -> int:
 
 
 def rotary_dim(share: float, head_dim: int) -> int:
-    """Return the number of rotated dimensions of a head, `share * head_dim`.
+    """Return the number of dimensions of a head that are rotated, `share * head_dim`.
 
     Raises:
         ContractError: the number is not even and above 0; the message names the nearest shares that work.
@@ -88,8 +88,8 @@ def nearest_of(workable: list[int], given: int) -> str:
     """Name the nearest workable numbers below and above the given one, as "4 or 8"; empty if there are none.
 
     Args:
-        workable: sorted numbers.
-        given: the number to look for.
+        workable: the numbers that work, in ascending order.
+        given: the number that does not work.
     """
     index = bisect(workable, given)
     return " or ".join(map(str, workable[max(0, index - 1) : index + 1]))

@@ -176,7 +176,7 @@ REFUSED = {
     "hidden states": (call(output_hidden_states=True), "use forward hooks"),
     "embeddings and tokens": (call(inputs_embeds=torch.zeros(2, 3, 64)), "not both"),
     "packed rows": (call(position_ids=torch.tensor([[0, 1, 0]] * 2), use_cache=False), "one row"),
-    "packed documents with a cache": (call(cu_seq_lens_q=torch.tensor([0, 3]), use_cache=True), "leave no cache"),
+    "packed documents with a cache": (call(cu_seq_lens_q=torch.tensor([0, 3]), use_cache=True), "cannot fill a cache"),
     "a new vocabulary": (lambda model: model.resize_token_embeddings(300), "vocabulary is fixed"),
 }
 

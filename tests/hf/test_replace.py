@@ -155,7 +155,7 @@ REFUSED = {
     "no mapping": (lambda model: replace_mixers(model, "gla"), "^the mixer: .*'gla'"),
     "a number of layers": (lambda model: replace_mixers(model, GLA, 1), r"such as \[1\]"),
     "a wrong width": (lambda model: replace_mixers(model, {"kind": "gla", "n_heads": 3}), "3"),
-    "no attention": (lambda model: replace_mixers(model.lm_head, GLA), "Linear has no decoder layers"),
+    "no attention": (lambda model: replace_mixers(model.lm_head, GLA), "attention as self_attn, got a Linear"),
 }
 
 

@@ -96,7 +96,10 @@ FIELDS = {
     "bos_token_id": ({}, "got {}"),
     "eos_token_id": ("1", "got"),
 }
-FIELDS |= {"model_type": ("other", "expected 'seqmix', got 'other'"), "vocab_size": ({}, "another vocab_size")}
+FIELDS |= {
+    "model_type": ("other", "expected 'seqmix', got 'other'"),
+    "vocab_size": ({}, "vocab_size must be that of its model"),
+}
 
 
 @pytest.mark.parametrize("name", FIELDS)
@@ -110,5 +113,5 @@ def test_fields_of_transformers_have_their_types(folder, name):
 def test_tensors_of_another_shape_are_refused_by_name(folder):
     change(lambda fields: fields["model"]["blocks"]["ret"]["ffn"].update(expansion=0.5))
     change(lambda fields: fields["model"]["blocks"]["ret"]["mixer"].update(kind="retention"))
-    with pytest.raises(SeqmixError, match=r"the file of weights has mismatched tensors: .*ffn"):
+    with pytest.raises(SeqmixError, match=r"the weights do not fit the model of config.json: mismatched tensors .*ffn"):
         SeqmixForCausalLM.from_pretrained(folder)

@@ -168,8 +168,9 @@ def test_what_cannot_be_is_refused(teacher, tmp_path, monkeypatch):
         return Linearization(teacher, plan_of(*swap, **fields), tmp_path / "out", device="cpu")
 
     message = refusal(lambda: begun({"layers": [3], "mixer": GLA}))
-    assert message == "swap names layer 3, but the model has layers 0 to 2"
-    assert refusal(lambda: begun({"mixer": GLA}, {"layers": [1], "mixer": GDN})) == "swap names layer 1 twice"
+    assert message == "swap expects layers from 0 to 2, got layer 3"
+    message = refusal(lambda: begun({"mixer": GLA}, {"layers": [1], "mixer": GDN}))
+    assert message == "swap must name each layer once, got layer 1 twice: remove one"
     assert "swapped layers (1), got 2" in refusal(lambda: begun({"layers": [1], "mixer": GLA}, keep={"best": 2}))
     assert "training" in refusal(lambda: begun({"layers": [1], "mixer": GLA}, training={"steeps": 1}, stages=STAGES))
     work = Linearization(teacher, plan_of(stages=STAGES), tmp_path / "none", device="cpu")

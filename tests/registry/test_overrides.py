@@ -71,9 +71,9 @@ def test_a_new_tree_has_the_value_of_the_command_line_in_the_mapping_of_the_file
             (change, ["expected dotted.path=value", repr(change)])
             for change in ("rate", "=3", ".rate=3", "model.=3", "a..b=3", "")
         ),
-        ("rate.x=3", ["rate.x: rate is 0.1 (run.yaml:1)"]),
-        ("model.pattern.0=c", ['model.pattern.0: model.pattern is ["a", "b"] (run.yaml:6)']),
-        ("model.ffn.kind=mlp", ["model.ffn.kind: model.ffn is null (run.yaml:5)"]),
+        ("rate.x=3", ["rate.x: expected rate to be a mapping, got 0.1 (run.yaml:1)"]),
+        ("model.pattern.0=c", ['model.pattern.0: expected model.pattern to be a mapping, got ["a", "b"] (run.yaml:6)']),
+        ("model.ffn.kind=mlp", ["model.ffn.kind: expected model.ffn to be a mapping, got null (run.yaml:5)"]),
         ("rate=]", ["rate: ", "']'", "column 1: "]),
         ("rate={a: 1, a: 2}", ["rate: ", "'{a: 1, a: 2}'", "key 'a'"]),
         ("name=*.py", ["name: ", "'*.py'", "'name=\"*.py\"'"]),
