@@ -23,7 +23,7 @@ LADDER = (
 STEPS = 3
 """Number of timed steps; the fastest counts."""
 START = 5.0
-"""Seconds to start and end a process."""
+"""Assumed seconds in which a run's process starts and ends."""
 UNITS = {"s": 1, "m": 60, "h": 3600}
 """Seconds per unit of a duration."""
 
