@@ -58,7 +58,8 @@ def _bytes(file: Path, key: str) -> int | None:
 
 @dataclass(frozen=True)
 class Rates:
-    """Sizes of two calls that measure the machine's rates: a matrix product and a copy, timed with all others."""
+    """Sizes of a matrix product and a memory copy that measure the machine's rates (FLOP/s, bytes/s), timed in the same
+    rounds as a benchmark's calls."""
 
     size: int
     """Width of the two square matrices that are multiplied."""
