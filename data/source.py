@@ -45,7 +45,8 @@ class Examples(NamedTuple):
 
     batch: Batch
     slices: Mapping[str, Sequence[str]] | None = None
-    """Difficulty of each row, by axis, by which accuracy is reported; None if accuracy is not measured."""
+    """Difficulties at which accuracy is reported: one per row, under the name of the difficulty (such as "pairs"); None
+    if accuracy is not measured."""
 
 
 class Source(ABC):
@@ -220,7 +221,7 @@ registers."""
 
 
 def share(rows: int, rank: int, world_size: int) -> slice:
-    """Return the rows of one rank.
+    """Return the slice of a batch's rows that one data-parallel rank reads.
 
     Raises:
         SeqmixError: world_size does not divide the rows.

@@ -45,7 +45,7 @@ class MemorizationConfig(TaskConfig):
         if difficulty > self.hardest:
             raise ValueError(
                 f"facts must be at most {self.hardest}, the number of keys with vocab_size {self.vocab_size}, "
-                f"got {difficulty}"
+                f"got {difficulty}: raise vocab_size"
             )
 
     @cached_property
