@@ -86,7 +86,7 @@ class Row:
     """Reason why nothing was measured; None if it was."""
     parameters: int | None = None
     tokens: int | None = None
-    """Tokens per step."""
+    """Tokens that one step processes."""
     seconds: Spread | None = None
     """Seconds per step."""
     ratio: Spread | None = None

@@ -53,9 +53,9 @@ class Source(ABC):
     """Opened training data. A batch depends only on (seed, step)."""
 
     name: str
-    """Name in messages."""
+    """Name of the data in messages."""
     vocab_size: int
-    """Size of the vocabulary."""
+    """Vocabulary size: tokens are 0 to vocab_size - 1."""
     tokenizer: Tokenizer | None = None
     """Tokenizer; None if tokens are not text."""
     bytes_per_token: float | None = None

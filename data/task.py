@@ -39,7 +39,7 @@ class TaskConfig(DataConfig):
     axis: ClassVar[str]
     """Name of the difficulty in evaluations."""
     easiest: ClassVar[int] = 1
-    """Smallest difficulty."""
+    """Smallest difficulty that the task has."""
     sequence_length: int = Field(default=64, gt=0, le=2**20)
     """Training sequence length in tokens."""
     evaluate_at: Difficulties | None = None

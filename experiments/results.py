@@ -193,7 +193,7 @@ class DecodeSpeedRow(Config):
     context: Count
     """Tokens of the context."""
     seconds: float | None = None
-    """Seconds per token."""
+    """Seconds per decoding step, in which every sequence gets one token."""
     seconds_range: Range | None = None
     memory_bytes: float | None = None
     """Peak bytes of a call beyond parameters and state."""
@@ -207,7 +207,7 @@ class SpeedResult(Config):
     """Speeds of all entries, timed interleaved: medians, with ranges from the lowest to the highest."""
 
     repeat: Count | None = None
-    """Number of rounds."""
+    """Number of timing rounds, over which the medians are taken."""
     threads: Count | None = None
     """CPU threads; None on a GPU."""
     tokens: Count | None = None

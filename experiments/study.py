@@ -117,7 +117,7 @@ class Speed(Config):
     decode: DecodeSpeed | None = None
     """Timing of decoding; null for none."""
     repeat: int = Field(default=5, ge=5, le=10_000)
-    """Number of rounds."""
+    """Number of timing rounds, over which medians are taken."""
 
 
 class PaperFigure(Config):

@@ -50,7 +50,7 @@ class MemorizationConfig(TaskConfig):
 
     @cached_property
     def values(self) -> np.ndarray:
-        """Value of each key, [hardest]."""
+        """Value token of each key, [number of keys]."""
         values = np.random.default_rng(self.map_seed).permutation(np.arange(self.hardest, self.vocab_size - 1))
         return values[: self.hardest]
 

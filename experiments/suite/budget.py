@@ -99,7 +99,7 @@ def fit(
 
 
 def cost(times: Mapping[str, float], rates: int, seeds: int, extent: Extent) -> float:
-    """Return the seconds of all runs of a task."""
+    """Return the seconds of all runs of a task at an extent; `times` are the seconds of one full run by entry."""
     runs = (1 if extent.one_rate else rates) * (1 if extent.one_seed else seeds)
     return runs * sum(START + (seconds - START) * extent.steps for seconds in times.values())
 
