@@ -14,7 +14,7 @@ from .theirs import validate_types
 
 
 class Joined(NamedTuple):
-    """Source of a seqmix tensor: parts of the library's tensors, concatenated along a dimension other than the first."""
+    """Source of a seqmix tensor: parts of the library's tensors, concatenated along any dimension but the first."""
 
     parts: tuple[Part, ...]
     dim: int
