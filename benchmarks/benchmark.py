@@ -50,9 +50,10 @@ class Settings:
     limit: float = 120.0
     """Most seconds of one call; a call that is predicted to take longer is skipped."""
     shares: bool = True
-    """True to also time the machine's rates and the matrix products alone: a share is what a call reaches of those."""
+    """True to also time a memory copy and each call's matrix products alone; `Row.floor` and `Row.share`, the share of
+    the attainable speed that a call reaches, are computed from them."""
     rates: Rates | None = None
-    """Sizes of the calls that measure the machine's rates; chosen for the device when None."""
+    """Sizes of the matrix product and the copy that measure the machine's rates; None chooses them for the device."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,19 +62,20 @@ class Entry:
 
     call: TimedCall
     tokens: int
-    """Tokens per unit of the call."""
+    """Tokens that one step of the call processes."""
     parameters: int | None = None
     state_bytes: int | None = None
     """Bytes of the states of all sequences."""
     moved: int | None = None
-    """Bytes that one unit must move; None if memory bandwidth does not limit the call."""
+    """Bytes that one step must read from and write to memory; None if memory bandwidth does not limit the call."""
     record: Callable[[], Any] | None = None
-    """Runs the call's matrix products once; None if its base has the same ones, or if they do not limit the call."""
+    """Function that runs the call once, for its matrix products to be recorded; None if the implementation's `base` has
+    the same products, or if they do not limit the call."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """Figures of one implementation at one length."""
+    """Measured values of one implementation at one length."""
 
     what: str
     """Part of the benchmark, such as "forward"."""
@@ -81,18 +83,20 @@ class Row:
     name: str
     """Name of the implementation."""
     skipped: str | None = None
-    """Reason why there are no figures; None if there are."""
+    """Reason why nothing was measured; None if it was."""
     parameters: int | None = None
     tokens: int | None = None
-    """Tokens per step."""
+    """Tokens that one step processes."""
     seconds: Spread | None = None
     """Seconds per step."""
     ratio: Spread | None = None
-    """Seconds divided by those of the first implementation in the same round."""
+    """Seconds divided by those of the first implementation in the same round; with `interleave_lengths`, by the
+    implementation's own at its first length."""
     share: Spread | None = None
-    """Floor divided by seconds."""
+    """Share of the attainable speed: floor divided by seconds, round by round; 1 is a call as fast as its floor."""
     floor: float | None = None
-    """Fewest seconds that a step can take: its own matrix products alone, or its memory traffic; the median."""
+    """Fewest seconds that a step can take, from the time of its own matrix products alone or of its memory traffic;
+    median over rounds."""
     peak_bytes: int | None = None
     """Peak bytes beyond those allocated before the step."""
     state_bytes: int | None = None
@@ -126,7 +130,8 @@ class Implementation(ABC):
 
     name: str
     base: str | None = None
-    """Name of the implementation with the same matrix products and the same growth of cost; measured before this."""
+    """Name of an implementation with the same matrix products and the same growth of cost, which must be measured
+    first; None if there is none."""
 
     @abstractmethod
     def missing(self) -> str | None:
@@ -160,7 +165,7 @@ class Benchmark(ABC):
         """Return the implementations by part, such as "forward" and "forward + backward"."""
 
     def rows(self, length: int) -> int:  # noqa: ARG002
-        """Return the sequences per call, to which its cost is proportional."""
+        """Return the number of sequences per call; the cost of a call is proportional to it."""
         return self.settings.batch
 
     def notes(self) -> Iterable[str]:
@@ -231,13 +236,13 @@ def chosen_names(names: Sequence[str], only: Sequence[str]) -> list[str]:
 
 
 class Forecast:
-    """Prediction of a call's time and memory from shorter lengths, by the power of the length last observed."""
+    """Prediction of a call's time and memory from shorter lengths, by the power law between the last two measured."""
 
     def __init__(self, order: int, settings: Settings) -> None:
         self.order = order
         self.settings = settings
         self.costs: dict[str, list[tuple[int, float, float]]] = {}
-        """By implementation: length, and seconds and bytes per sequence at that length."""
+        """Measurements by implementation: length, seconds per sequence, and bytes per sequence, in the order taken."""
 
     def probes(self, implementation: str, length: int) -> list[int]:
         """Return shorter lengths to try first, ascending; each is a quarter of the next."""
@@ -282,7 +287,7 @@ class _Ready(NamedTuple):
     entry: Entry
     peak: int | None
     products: dict[Product, float] | None
-    """Matrix products that make up its floor and their counts; None if unknown, or if they do not limit the call."""
+    """How often a step computes each matrix product, for its floor; None if unknown or if they do not limit it."""
 
 
 @dataclass(frozen=True)
@@ -296,8 +301,9 @@ class _Rounds:
     forecast: Forecast
     progress: Callable[[str], Any]
 
-    def measure(self, implementations: Sequence[Implementation], rates: dict[str, list[float]]) -> Iterator[Row]:
-        """Yield a row per implementation and length; append the seconds of the two machine calls to `rates`."""
+    def measure(self, implementations: Sequence[Implementation], rate_seconds: dict[str, list[float]]) -> Iterator[Row]:
+        """Yield a row per implementation and length; append the seconds of the machine's product and copy to
+        `rate_seconds`."""
         settings = self.benchmark.settings
         ready: dict[tuple[str, int], _Ready] = {}
         skipped: dict[tuple[str, int], str] = {}
@@ -319,7 +325,7 @@ class _Rounds:
             on_call=lambda key: self._report(key[0], key[1]) if key in calls else self._report("the machine's rates"),
         )
         for name in rate_calls:
-            rates[name] += samples[name]
+            rate_seconds[name] += samples[name]
         # ratios are to the first implementation; with interleaved lengths, to the implementation's own first length
         like = 0 if settings.interleave_lengths else 1
         for implementation, length in places:

@@ -30,7 +30,7 @@ GROUPS = {
 """Titles of the groups of parts, by name, in the order in which they run."""
 
 HEADS = {"K256-V512": (8, 2.0), "K128-V128": (16, 1.0), "K64-V64": (32, 1.0)}
-"""Number of heads and `expand_v` at width 2,048: the paper's shape first, then the shapes of most other models."""
+"""Number of heads and `expand_v` by key and value width per head, at d_model 2,048; the RetNet paper's come first."""
 CONTEXT = 8192
 ROOM = 2**31
 """Bytes reserved for activations, workspaces of libraries and memory fragmentation."""
@@ -131,7 +131,8 @@ def _paper_parts(
 ) -> Iterator[Part]:
     """Yield one part per peer: two models of this size do not fit into memory together.
 
-    `words` are the arguments of `seqmix bench`; `bytes_each` is the memory of one parameter.
+    `words` are the arguments of `seqmix bench`; `bytes_each` is the bytes per parameter that the benchmark allocates,
+    with gradients and optimizer if it trains.
     """
     benchmark, preset = words[:2]
     size = Size(model_to_measure(preset, ()))

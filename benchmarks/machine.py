@@ -58,7 +58,8 @@ def _bytes(file: Path, key: str) -> int | None:
 
 @dataclass(frozen=True)
 class Rates:
-    """Sizes of two calls that measure the machine's rates: a matrix product and a copy, timed with all others."""
+    """Sizes of a matrix product and a memory copy that measure the machine's rates (FLOP/s, bytes/s), timed in the same
+    rounds as a benchmark's calls."""
 
     size: int
     """Width of the two square matrices that are multiplied."""
@@ -71,7 +72,7 @@ class Rates:
         return cls(8192, 2**30) if device.type == "cuda" else cls(2048, 2**28)
 
     def calls(self, device: torch.device, dtype: torch.dtype) -> dict[str, TimedCall]:
-        """Return the two calls, by the names "product" and "copy"."""
+        """Return a matrix product and a memory copy of these sizes as timed calls, named "product" and "copy"."""
         a, b, out = (torch.randn(self.size, self.size, device=device).to(dtype) for _ in range(3))
         source = torch.zeros(self.copied, dtype=torch.uint8, device=device)
         target = torch.zeros_like(source)

@@ -35,7 +35,7 @@ SHORTEST = 5e-3
 
 
 def lengthen(call: TimedCall, seconds: float) -> TimedCall:
-    """Return a call that repeats a short one until it takes `SHORTEST`; `seconds` is the time per unit.
+    """Return a call that repeats a short one until it takes `SHORTEST`; `seconds` is the time per step.
 
     A call with a preparation is returned unchanged: it must be prepared before every run.
     """
@@ -77,7 +77,7 @@ def time_interleaved(
     synchronize: Callable[[], Any] = _nothing,
     on_call: Callable[[Name], Any] = lambda name: None,  # noqa: ARG005
 ) -> dict[Name, list[float]]:
-    """Time calls in rounds, each of which runs every call once; return the seconds per unit of each call and round.
+    """Time calls in rounds, each of which runs every call once; return the seconds per step of each call, by round.
 
     The calls must be warmed up. `synchronize` waits until the device is idle; `on_call` gets the name of each call
     before it runs.

@@ -22,7 +22,7 @@ STEPS = 16
 
 
 def model_to_measure(config: str | None = None, changes: Sequence[str] = ()) -> ModelConfig:
-    """Return the model of a configuration (by default `MODEL`) with changes, and without dropout.
+    """Return the model of a configuration (by default retnet-tiny with the changes `MODEL`), changed, without dropout.
 
     The other projects' models have no dropout either.
     """
@@ -75,7 +75,7 @@ class ModelBenchmark(Benchmark):
 
     @abstractmethod
     def entry(self, implementation: ModelImplementation, length: int) -> Entry:
-        """Return the model of an implementation, ready to run at a length."""
+        """Return an implementation's timed call at a length, with the model ready to run."""
 
     def parts(self) -> dict[str, list[Implementation]]:
         return {self.name: list(self.implementations())}
@@ -165,7 +165,7 @@ class TrainBenchmark(ModelBenchmark):
 
 
 class PrefillBenchmark(ModelBenchmark):
-    """Benchmark of prefill: a call processes a prompt, and computes the logits of the last token only if possible."""
+    """Benchmark of prefill: a call processes a prompt; models that can do so compute the last token's logits only."""
 
     name = "prefill"
     title = "Prefill of a prompt"

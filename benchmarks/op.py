@@ -1,4 +1,4 @@
-"""The op benchmark: sequence maps without weights (retention, attention), forward and forward + backward."""
+"""The op benchmark: retention and attention of given queries, keys and values, forward and forward + backward."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ class Shapes(NamedTuple):
         """
         if (config := Size(model).retention) is None:
             kinds = ", ".join(sorted({model.blocks[name].mixer.kind for name in model.layers}))
-            raise SeqmixError(f"bench op needs a model with retention, got one with {kinds}")
+            raise SeqmixError(f"bench op needs a model with retention, got one with {kinds}: choose a retnet preset")
         keys, values = (
             round(model.d_model * expand) // config.n_heads for expand in (config.expand_k, config.expand_v)
         )
@@ -46,7 +46,7 @@ class Shapes(NamedTuple):
 
 @dataclass
 class OpImplementation(Implementation):
-    """Function of queries, keys and values [B T H *], timed with random inputs."""
+    """Function of queries, keys and values [B T H K or V], timed with random inputs."""
 
     name: str
     settings: Settings
@@ -85,7 +85,7 @@ class OpImplementation(Implementation):
 
 
 class OpBenchmark(Benchmark):
-    """Benchmark of retention's op in its paradigms, of other projects' retention, and of softmax attention."""
+    """Benchmark of retention without its projections, in several paradigms, beside other projects' and attention."""
 
     name = "op"
     title = "A map over a sequence, without weights"

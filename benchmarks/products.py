@@ -19,9 +19,9 @@ from ..models.onednn_linear import onednn_linear
 from .measure import TimedCall, repeat_call
 
 LONGEST = 4096
-"""Most rows, columns or summands of a timed product; a longer one is timed in pieces, since time is proportional."""
+"""Most rows, columns or inner elements of a timed product; of a longer one, a piece is timed and the time scaled."""
 LARGEST = 2**24
-"""Most elements of an operand over the whole batch; a larger batch is timed in pieces."""
+"""Most elements of an operand of a timed batch of products; of a larger batch, a part is timed and the time scaled."""
 BLOCK = 512
 """Queries and keys per block in which the products of attention are timed."""
 
@@ -35,7 +35,7 @@ class Product(NamedTuple):
     n: int
     dtype: torch.dtype
     column_major: tuple[bool, bool] | None = None
-    """For oneDNN products (models/onednn_linear.py): True for each operand in column-major layout. None for torch's."""
+    """True for each operand in column-major layout, in a oneDNN product (models/onednn_linear.py); None in torch's."""
 
     @property
     def flops(self) -> int:
@@ -122,7 +122,7 @@ def record_products(call: Callable[[], Any]) -> Counter[Product] | None:
 
 
 def split_products(products: Counter[Product]) -> dict[Product, float]:
-    """Split large products into pieces for timing; return how often each piece fits into the original work."""
+    """Replace large products by pieces to time; return how many times each piece is needed for the original FLOPs."""
     pieces: dict[Product, float] = {}
     for product, count in products.items():
         m, k, n = (min(x, LONGEST) for x in (product.m, product.k, product.n))

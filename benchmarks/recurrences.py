@@ -151,7 +151,10 @@ def _selective_loop(x: Inputs) -> Tensor:
 
 
 def _matrix(op: Callable[..., Any], *decay: int, extra: tuple[str, ...] = ()) -> Case:
-    """Return the case of an op with a matrix state, which takes its inputs by keyword."""
+    """Return the case of an op that has a matrix state and takes its inputs by keyword.
+
+    `decay` is the shape of a token's log-decays, empty for none; `extra` are names of further inputs.
+    """
     return Case(
         lambda normal: _matrix_inputs(normal, decay, *extra),
         lambda x: op(**x)[0],

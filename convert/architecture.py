@@ -14,7 +14,7 @@ from .theirs import validate_types
 
 
 class Joined(NamedTuple):
-    """Parts that are concatenated along a dimension other than the first."""
+    """Source of a seqmix tensor: parts of the library's tensors, concatenated along any dimension but the first."""
 
     parts: tuple[Part, ...]
     dim: int
@@ -47,9 +47,10 @@ class Architecture:
     common: ClassVar[Table]
     """Table of the model's fields and of the fields that all layers share."""
     kinds: ClassVar[Mapping[str, Mapping[str, Table]]] = {}
-    """Tables of the fields of different layers: first by a field with one entry per layer, then by its values."""
+    """Tables of the fields of each kind of layer: by the name of a field of config.json that has one entry per layer,
+    such as `layer_types`, and then by the entry."""
     ignored_fields: ClassVar[str] = ""
-    """Additional names, like `IGNORED_FIELDS`, of fields that do not change what a trained model computes."""
+    """Space-separated names of fields, besides `IGNORED_FIELDS`, that do not change what a trained model computes."""
     ignored_tensors: ClassVar[str] = r".*rotary_emb\.inv_freq"
     """Regular expression of names of tensors to ignore: buffers that the library can compute."""
     aliases: ClassVar[Mapping[str, str]] = {}
@@ -64,11 +65,11 @@ class Architecture:
     """Prefix of the names of all layers' tensors."""
 
     def block(self, block: Block) -> Layout:
-        """Return the layout of a block's tensors."""
+        """Return the sources of a block's tensors, by their seqmix name relative to the block."""
         raise NotImplementedError
 
     def outer_tensors(self, model: LanguageModel) -> Layout:
-        """Return the layout of the tensors outside the blocks."""
+        """Return the sources of the tensors outside the blocks (embedding, final norm, head), by their seqmix name."""
         del model
         return {"embedding.weight": self.embedding, "norm.weight": self.norm, "head.weight": self.head}
 
@@ -77,11 +78,11 @@ class Architecture:
         return index
 
     def computed_tensors(self, model: LanguageModel) -> dict[str, Tensor]:
-        """Return tensors to export although they hold no parameters, because the library expects to load them."""
+        """Return tensors to export, by the library's name, that hold no parameters but that the library must load."""
         return {}
 
     def tensor_aliases(self, values: Mapping[str, Any]) -> Mapping[str, str]:
-        """Return the aliases for a model with these fields in config.json."""
+        """Return the `aliases` that apply to a model with these fields in config.json."""
         del values
         return self.aliases
 
@@ -90,7 +91,7 @@ class Architecture:
         return dict(values)
 
     def collapse_fields(self, values: dict[str, Any]) -> dict[str, Any]:
-        """Return fields of the tables in the form of config.json: the inverse of `expand_fields`."""
+        """Return the fields that the tables use in the form of config.json: the inverse of `expand_fields`."""
         return values
 
     def recognises(self, values: Mapping[str, Any]) -> bool:
@@ -198,7 +199,7 @@ class Architecture:
 
 
 def rule(name: str, source: Source, shape: tuple[int, ...], prefix: str = "") -> Rule:
-    """Make the rule of one entry of a layout.
+    """Make the rule that computes one seqmix tensor from its source.
 
     Args:
         name: name of the seqmix tensor.

@@ -40,25 +40,25 @@ class Field:
     default: Any = REQUIRED
     """Value to assume if the field is missing or null, or a function that computes it from the other fields."""
     read: Callable[[Any, Values], Any] = lambda value, _: value
-    """Computes the seqmix value from the field's value and all fields of config.json."""
+    """Function that computes the seqmix value from the field's value and all fields of config.json."""
     write: Callable[[Any, Values], Any] = lambda value, _: value
-    """Computes the field's value from the seqmix value and all seqmix fields by path."""
+    """Function that computes the field's value from the seqmix value and all seqmix fields by path."""
     allowed: tuple[Any, ...] | None = None
     """Values of the field that have a counterpart in seqmix; None for any value."""
 
 
 def same(*paths: str, default: Any = REQUIRED, **options: Any) -> Field:
-    """Make a field with the same value in seqmix; `options` are further attributes of `Field`."""
+    """Make a field whose value is the same in the seqmix fields at `paths`; `options` are attributes of `Field`."""
     return Field(paths, default, **options)
 
 
 def only(value: Any, *others: Any) -> Field:
-    """Make a field without a counterpart, for which seqmix supports only these values; the first is the default."""
+    """Make a field without a counterpart in seqmix, which supports only these values; the first is the default."""
     return Field((), value, allowed=(value, *others))
 
 
 def choice(path: str, values: Mapping[Any, Any], default: Any = REQUIRED) -> Field:
-    """Make a field whose values have other names in seqmix.
+    """Make a field each of whose values corresponds to a differently named value in seqmix.
 
     `values` maps the field's values to those of seqmix. If several have the same seqmix value, the first is written.
     """
@@ -73,13 +73,13 @@ def choice(path: str, values: Mapping[Any, Any], default: Any = REQUIRED) -> Fie
 
 
 def width(path: str, default: Any = REQUIRED, over: str = "hidden_size") -> Field:
-    """Make a field with a width, which seqmix states as a multiple of d_model; `over` is the field of d_model."""
+    """Make a field with a width, which seqmix states as a multiple of d_model; `over` names the field with d_model."""
     read = lambda value, theirs: value / theirs[over]  # noqa: E731
     return Field((path,), default, read, lambda value, ours: round(value * ours["d_model"]))
 
 
 def head_size(*paths: str, heads: str, of: str = "mixer.n_heads", **default: Any) -> Field:
-    """Make a field with the width of one head, which seqmix states as the width of all heads over d_model.
+    """Make a field with the width of one head; seqmix states the width of all heads together, divided by d_model.
 
     Args:
         paths: paths of the seqmix fields.
@@ -133,7 +133,7 @@ class Table:
         return {name: spec.write(ours[spec.paths[0]], ours) for name, spec in self.fields.items() if spec.paths}
 
     def matches(self, ours: Values) -> bool:
-        """True if seqmix fields have all constant values of this table."""
+        """True if these seqmix fields, by path, have all values that the table fixes (`ours`)."""
         return all(ours.get(path, REQUIRED) == value for path, value in self.ours.items())
 
 
@@ -157,7 +157,7 @@ def require_known(values: Values, known: set[str], where: object) -> None:
 
 
 def flatten_config(m: ModelConfig, layer: str) -> dict[str, Any]:
-    """Return the fields of a model and of one of its blocks by path, with numbers of heads resolved."""
+    """Return the fields of a model and of one of its blocks by path; unset numbers of key heads become n_heads."""
     ffn = m.blocks[layer].ffn
     block = m.blocks[layer].model_dump(mode="json")
     ours = m.model_dump(mode="json", exclude={"blocks", "pattern", "norm", "init", "dropout"})
@@ -218,14 +218,14 @@ def require_same(ours: ModelConfig, converted: ModelConfig, name: str) -> None:
 
 
 def _function_fields(m: ModelConfig) -> dict[str, Any]:
-    """Return all fields, except widths, on which a trained model's outputs depend, by dotted name and layer."""
+    """Return the fields on which a trained model's outputs depend, except widths, by path (`layer 0.norm.eps`)."""
     dumped = m.model_dump(mode="json", exclude={"blocks", "pattern", "init", "dropout"})
     layers = {f"layer {i}": m.blocks[name].model_dump(mode="json") for i, name in enumerate(m.layers)}
     return dict(_leaves(dumped, "model.")) | dict(_leaves(layers, ""))
 
 
 def _leaves(tree: Values, prefix: str) -> Iterator[tuple[str, Any]]:
-    """Yield the dotted name and value of every leaf, without training fields and widths."""
+    """Yield the dotted path and the value of every innermost field, without training fields and widths."""
     for name, value in tree.items():
         if isinstance(value, dict):
             yield from _leaves(value, f"{prefix}{name}.")

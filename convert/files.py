@@ -77,12 +77,12 @@ def read_weights(source: Path) -> Mapping[str, Tensor]:
     """
     files = sorted(source.glob("*.safetensors"))
     if not files:
-        raise SeqmixError(f"{source} has no *.safetensors files")
+        raise SeqmixError(f"{source} has no *.safetensors files: put the model's weights there in this format")
     return read_tensors(files)[0]
 
 
 def require_size(source: Path, model: LanguageModel) -> None:
-    """Check that the configured model is not far larger than the weights, before its tensors are laid out.
+    """Check that config.json does not describe a model far larger than the weights beside it.
 
     Raises:
         SeqmixError: the model has more than twice as many parameters as the weights have bytes.

@@ -20,7 +20,7 @@ NEGATIVE: dict[str, str | Field] = {"allow_neg_eigval": same("mixer.allow_neg_ei
 
 
 def convolution_fields(*, default: bool = True) -> dict[str, str | Field]:
-    """Return the fields of the short convolution; `default` is the default of `use_short_conv`."""
+    """Make the fields of the short convolution; `default` is the value of `use_short_conv` if config.json lacks it."""
     used = same(
         "mixer.short_conv",
         default=default,
@@ -31,7 +31,7 @@ def convolution_fields(*, default: bool = True) -> dict[str, str | Field]:
 
 
 def network_width(ratio: int) -> Field:
-    """Make the field of the network's width; its default is 2/3 ratio d_model, rounded up to a multiple of 256."""
+    """Make the field of the feed-forward width, by default 2/3 * ratio * d_model, rounded up to a multiple of 256."""
 
     def default(theirs: Mapping[str, Any]) -> int:
         return -(-int(theirs["hidden_size"] * (theirs.get("hidden_ratio") or ratio) * 2 / 3) // 256) * 256
@@ -59,7 +59,7 @@ class Fla(Architecture):
     )
     embedding = "model.embeddings.weight"
     rotated = ""
-    """Letters of the projections that are rotated (RoPE), of "qk"."""
+    """Letters of the projections to which RoPE is applied: "qk", or "" for none."""
 
     def block(self, block: Block) -> Layout:
         mixer: Any = block.mixer
@@ -81,7 +81,7 @@ class Fla(Architecture):
 
 
 def retention_fields(expand_k: float, expand_v: float) -> dict[str, str | Field]:
-    """Return the fields that RetNet and GLA share, with these defaults of the expansions."""
+    """Make the fields that RetNet and GLA share; the arguments are the defaults of `expand_k` and `expand_v`."""
     return {
         "expand_k": same("mixer.expand_k", default=expand_k),
         "expand_v": same("mixer.expand_v", default=expand_v),
@@ -156,7 +156,7 @@ class DeltaNet(Fla):
 
 
 def head_fields(expand_v: float) -> dict[str, str | Field]:
-    """Return the fields of heads and their widths, with this default of `expand_v`.
+    """Make the fields of numbers and widths of heads; `expand_v` is the default of the field of that name.
 
     The widths need not divide d_model, and several value heads may share a query and key head.
     """
@@ -236,7 +236,7 @@ class KDA(GatedDeltaNet):
 
 
 def projections(mixer: Any, prefix: str, rotated: str = "") -> tuple[Part, ...]:
-    """Return the parts of the fused input projection, one tensor of fla per projection.
+    """Return the parts of seqmix's fused input projection, each of which is a projection of its own in fla.
 
     The rows of projections whose letter is in `rotated` are reordered, so that rotated pairs lie side by side.
     """

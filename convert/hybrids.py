@@ -39,8 +39,8 @@ def experts(prefix: str, ffn: Any, names: tuple[str, str, str] = ("gate_proj", "
 
     Args:
         prefix: prefix of the library's tensor names.
-        ffn: the network of the block.
-        names: the library's names of the three products.
+        ffn: the block's mixture of experts.
+        names: the library's names of an expert's gate, up and down projection.
     """
     layout: Layout = {}
     for ours, name in zip(("gate_proj", "up_proj", "down_proj"), names, strict=True):

@@ -33,7 +33,7 @@ class Part:
     """Sizes of the pattern's dimensions."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Apply the part to the other library's tensor."""
+        """Return the other library's tensor, rearranged, or the selected entries of it."""
         rearranged = repeat(x, self.pattern, **self.sizes) if self.pattern else x
         if self.index is None:
             return rearranged
@@ -50,7 +50,7 @@ class Part:
 
 
 def part(name: str, *shape: int, pattern: str = "", index: int | tuple[int, ...] | None = None, **sizes: int) -> Part:
-    """Make a part of the other library's tensor with this name and shape."""
+    """Make a `Part` of the other library's tensor with this name and shape; `sizes` are the pattern's dimensions."""
     return Part(name, shape, pattern, index, sizes)
 
 
@@ -154,9 +154,9 @@ def to_theirs(rules: Iterable[Rule], ours: Mapping[str, Tensor]) -> dict[str, Te
 
 
 def plan(rules: Iterable[Rule]) -> list[tuple[str, str, str, str]]:
-    """Return the rows of the printed conversion plan, with equal layers and experts merged.
+    """Return the lines of the printed conversion plan; tensors of like layers and experts share a line.
 
-    Each row has a seqmix tensor, its shape, the other library's tensor with its shape, and the rearrangement.
+    Each line has a seqmix tensor, its shape, the other library's tensor with its shape, and the rearrangement.
     """
     rows: dict[tuple[str, str, str, str], list[str]] = {}
     for rule in rules:

@@ -146,7 +146,7 @@ class Qwen3(Qwen2):
 
 
 def norms(mixer: str = "input_layernorm", ffn: str = "post_attention_layernorm") -> Layout:
-    """Return the layout of the norms of the mixer and of the network, from the library's names."""
+    """Return the layout of the two norms of a layer; the arguments are the library's names of them."""
     return {"mixer_norm.weight": f"{mixer}.weight", "ffn_norm.weight": f"{ffn}.weight"}
 
 
@@ -157,13 +157,13 @@ def swiglu(
     *,
     bias: bool = False,
 ) -> Layout:
-    """Return the layout of a gated network.
+    """Return the layout of a gated feed-forward network.
 
     Args:
         prefix: prefix of the library's tensor names.
         ours: prefix of the seqmix tensor names.
-        names: the library's names of the three products.
-        bias: True if the products have biases.
+        names: the library's names of the gate, up and down projection.
+        bias: True if the projections have biases.
     """
     our_names = ("gate_proj", "up_proj", "down_proj")
     return {
@@ -201,7 +201,7 @@ def attention(mixer: Any, prefix: str = "self_attn") -> Layout:
 
 
 def rotary_rows(heads: int, size: int, rotary_dim: int, stride: int) -> tuple[int, ...]:
-    """Return the order of the rows of heads with partial rotation: rotated rows in pairs first, then the others.
+    """Return the library's row numbers in seqmix's order, with partial RoPE: per head, rotated pairs, then the rest.
 
     Args:
         heads: number of heads.

@@ -10,7 +10,7 @@ from .layout import part
 from .llama import BASE
 
 STEPS = "time_step_rank time_step_min time_step_max time_step_floor residual_in_fp32 rescale_prenorm_residual "
-"""Ignored fields: the initialisation, and the dtype of the residual stream."""
+"""Names of ignored fields, space-separated: those of initialisation, and of the residual stream's dtype."""
 SHARED = BASE | Table(
     {"ffn": None},
     {

@@ -19,7 +19,7 @@ class Halves(Architecture):
     """An architecture whose layers each become two alternating blocks in seqmix."""
 
     types: ClassVar[str] = "layer_types"
-    """Field of the tables with the kind of each block."""
+    """Name of the field, in the tables only, that has the kind of each seqmix block."""
     halves: ClassVar[tuple[str, str]] = (TIME, CHANNEL)
     """Kinds of the two blocks of a layer."""
 

@@ -21,7 +21,7 @@ from .token_file import TokenFile
 from .token_store import Store, Stream, digest, tokenized
 
 _Part: TypeAlias = tuple[Store, np.ndarray]
-"""A store, and the start and end of each of its pieces that are used, [N 2]."""
+"""A store of tokens, and the pieces of it that a split uses: start and end positions, [N 2]."""
 SEPARATE = "data.validation"
 """Name of the split when `data.validation` configures separate validation documents."""
 ENTROPY_TOKENS = 2**24
@@ -50,13 +50,13 @@ class Corpus:
     digest: str | None = None
     """Hash of the documents, the tokenizer and the split."""
     parts: tuple[int, ...] | None = None
-    """Training tokens per source, 0 for a streamed source; None if there is only one source."""
+    """Number of training tokens of each source, 0 for a streamed source; None if there is only one source."""
     stores: Mapping[str, Sequence[_Part]] = field(default_factory=dict)
     """Stores and pieces behind the splits, under the keys `training` and `validation`."""
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Training tokens per source, in their order in `train`; 0 for a streamed source."""
+        """Number of training tokens of each source, in the order of `train`; 0 for a streamed source."""
         return (len(self.train),) if self.parts is None else self.parts
 
     @property
@@ -208,8 +208,8 @@ def _resolve_split(split: str, source: DocumentsConfig, stores: Sequence[Store])
     if sum(len(store.ends) for store in stores) == 1:
         return "tail"
     # by_file only suits sources in which every file is one document
-    rows = source.dataset is not None or any(has_rows(path, source.text_field) for _, path in source_files(source))
-    return "by_document" if rows or any(isinstance(store, TokenFile) for store in stores) else "by_file"
+    by_row = source.dataset is not None or any(has_rows(path, source.text_field) for _, path in source_files(source))
+    return "by_document" if by_row or any(isinstance(store, TokenFile) for store in stores) else "by_file"
 
 
 class _InMemory:

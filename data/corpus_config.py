@@ -32,8 +32,8 @@ class DatasetConfig(Config):
     split: str = Field(default="train", min_length=1)
     """Split of the dataset to read; `data.split` divides it further into training and validation split."""
     streaming: bool = False
-    """Stream rows during training instead of loading the dataset into memory, starting over at its end. Checkpoints
-    save the position in the stream. Needs `data.validation`."""
+    """True to stream rows during training instead of loading the dataset into memory, starting over at its end.
+    Checkpoints save the position in the stream. Needs `data.validation`."""
     shuffle_buffer: int = Field(default=1000, gt=0)
     """Rows that are shuffled together when training streams them; 1 keeps their order."""
     skip: int = Field(default=0, ge=0)

@@ -25,7 +25,7 @@ START: Mapping[str, Any] = {"pass": 0, "block": 0, "row": 0, "rows": None, "docu
 
 
 class DatasetStream:
-    """The tokens of a streamed dataset, with a begin token before each document.
+    """The endless token stream of a streamed dataset, with a begin token before each document.
 
     Args:
         config: the source; its `dataset` is read.

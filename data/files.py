@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..registry import SeqmixError, nearest
+from ..registry import SeqmixError, choices
 from .corpus_config import DatasetConfig, DocumentsConfig, SourceConfig, WeightedSourceConfig
 from .formats import JSON_LINES, format_of, has_rows, read_lines, read_rows, read_text
 
@@ -116,7 +116,7 @@ def _read_file(key: str, path: Path, config: DocumentsConfig) -> Iterator[Docume
     field = config.text_field
     suffix = format_of(path)[0]
     if suffix == TOKENS:
-        raise SeqmixError(f"{path} is a token file, which is tokenized already: expected text")
+        raise SeqmixError(f"{path}: expected text, got a token file, which is tokenized already: leave it out")
     try:
         if not has_rows(path, field):
             yield Document(key, str(path), read_text(path, config.encoding))
@@ -151,16 +151,14 @@ def _parse_line(name: str, line: bytes | str) -> dict[str, object]:
 def _text_of(row: dict[str, object], field: str, name: str, config: DocumentsConfig) -> bytes:
     """Return the text field of a row, as UTF-8."""
     if field not in row:
-        fields = ", ".join(row) or "none"
+        fields = choices(field, row, "fields") if row else "; fields: none"
         if isinstance(config, WeightedSourceConfig):
             setting = "text_field of this entry of data.sources"
         elif isinstance(config, SourceConfig):
             setting = "data.validation.text_field"
         else:
             setting = "data.text_field"
-        raise SeqmixError(
-            f"{name}: there is no field {field!r}; fields: {fields}{nearest(field, row)}; set {setting} to one of them"
-        )
+        raise SeqmixError(f"{name}: there is no field {field!r}{fields}; set {setting} to the one with the text")
     text = row[field]
     if not isinstance(text, str):
         raise SeqmixError(f"{name}: the field {field!r} must be text, got {type(text).__name__}")
@@ -220,8 +218,8 @@ def open_dataset(config: DatasetConfig) -> Any:
         rows = datasets.load_from_disk(str(folder))
         if hasattr(rows, "keys"):
             if config.split not in rows:
-                splits = f"{', '.join(rows)}{nearest(config.split, rows)}"
-                raise SeqmixError(f"the dataset {config.path} has no split {config.split!r}; splits: {splits}")
+                splits = choices(config.split, rows, "splits")
+                raise SeqmixError(f"the dataset {config.path} has no split {config.split!r}{splits}")
             rows = rows[config.split]
         if config.streaming:
             rows = rows.to_iterable_dataset()

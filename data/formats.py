@@ -24,11 +24,11 @@ COMPRESSED = {".gz": "gzip", ".xz": "lzma", ".bz2": "bz2", ".zst": "zstd"}
 PIECE = 2**20
 """Bytes read and checked at a time."""
 MAX_ODD_BYTES = 8
-"""Bytes of a piece that may be invalid UTF-8 or unprintable in any case."""
+"""Number of bytes that may be invalid UTF-8 or control characters even in a short piece."""
 MAX_ODD_SHARE = 0.02
-"""Share of a piece's bytes that may be invalid UTF-8 or unprintable."""
+"""Largest share of a piece's bytes that may be invalid UTF-8 or control characters."""
 EXPANSION_LIMIT_FROM = 2**26
-"""Uncompressed bytes from which `MAX_EXPANSION` applies."""
+"""Size in uncompressed bytes above which `MAX_EXPANSION` is enforced."""
 MAX_EXPANSION = 500
 """Maximum ratio of uncompressed to compressed bytes, against archives that never end; text expands 3 to 20 times."""
 CONTROL = bytes({*range(32), 127} - set(b"\b\t\n\v\f\r\x1b"))
@@ -151,7 +151,7 @@ def read_lines(path: Path, encoding: str) -> Iterator[bytes | str]:
 
 
 def _encoding_error(path: Path, encoding: str, error: UnicodeError) -> SeqmixError:
-    return SeqmixError(f"{path} must be in {encoding}, the value of data.encoding: {error}")
+    return SeqmixError(f"{path} must be in {encoding}, the value of data.encoding: {error}; set it to the file's own")
 
 
 def _require_text(path: Path, piece: bytes, start: int) -> None:

@@ -20,9 +20,9 @@ CYCLE = 4096
 def mixture(weights: Sequence[float], batch_size: int, *, seed: int, step: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the source of each row of a step, and the row's number among all sequences of its source.
 
-    A cycle has `weight * CYCLE` sequences of a source (rounded, at least one). They are spread evenly: the cycle is cut
-    into as many equal shares, and each sequence lies at a random place of its own share. So any run of rows has each
-    source about as often as its weight says.
+    A cycle has `weight * CYCLE` sequences of a source (rounded, at least one), for weights that sum to 1. They are
+    spread evenly: the cycle is cut into as many stretches of equal length, and each sequence lies at a random place of
+    its own stretch. So any consecutive rows have each source about as often as its weight says.
 
     Returns:
         Two int64 arrays, [batch_size] each.
@@ -61,12 +61,12 @@ def _draw_cycle(counts: tuple[int, ...], seed: int, cycle: int) -> tuple[np.ndar
 
 
 def random_starts(n_tokens: int, length: int, count: int, *, seed: int, step: int, source: int = 0) -> np.ndarray:
-    """Draw `count` independent random starts."""
+    """Draw the starts of `count` sequences independently and uniformly from all that fit into the stream, [count]."""
     return np.random.default_rng([seed, step, source]).integers(0, n_tokens - length, size=count)
 
 
 def epoch_starts(n_tokens: int, length: int, numbers: np.ndarray, *, seed: int, source: int = 0) -> np.ndarray:
-    """Return the starts of sequences that read the stream once per epoch, reshuffled every epoch.
+    """Return the starts of the sequences with these numbers, [N]; they read the stream once per epoch, reshuffled.
 
     The stream is cut into ceil((n_tokens - 1) / length) contiguous samples. Sequence number g is entry g % samples of
     the order of epoch g // samples; a step may span two epochs.
@@ -77,7 +77,7 @@ def epoch_starts(n_tokens: int, length: int, numbers: np.ndarray, *, seed: int, 
 
 
 def contiguous_starts(n_tokens: int, length: int, batch_size: int, *, seed: int, step: int) -> np.ndarray:
-    """Return the starts of sequences that continue those of the previous step.
+    """Return the starts of a step's sequences, [batch_size], each of which continues one of the previous step.
 
     The text is cut into one lane per row of a batch, and every row reads its lane from start to end, one window per
     step. At the end of the lanes, the text is cut again from another random offset.

@@ -21,7 +21,7 @@ FACTOR = np.uint64(0x9E3779B97F4A7C15)
 
 
 class SlicesConfig(Config):
-    """Slices for which evaluations report the loss separately."""
+    """Configuration of the slices of a text's targets for which evaluations report the loss separately."""
 
     ngram: int = Field(default=2, ge=2, le=64)
     """Length of the n-grams of recall hits in tokens: 2 for subword tokens, more for bytes."""

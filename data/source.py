@@ -45,16 +45,17 @@ class Examples(NamedTuple):
 
     batch: Batch
     slices: Mapping[str, Sequence[str]] | None = None
-    """Difficulty of each row, by axis, by which accuracy is reported; None if accuracy is not measured."""
+    """Difficulties at which accuracy is reported: one per row, under the name of the difficulty (such as "pairs"); None
+    if accuracy is not measured."""
 
 
 class Source(ABC):
     """Opened training data. A batch depends only on (seed, step)."""
 
     name: str
-    """Name in messages."""
+    """Name of the data in messages."""
     vocab_size: int
-    """Size of the vocabulary."""
+    """Vocabulary size: tokens are 0 to vocab_size - 1."""
     tokenizer: Tokenizer | None = None
     """Tokenizer; None if tokens are not text."""
     bytes_per_token: float | None = None
@@ -220,7 +221,7 @@ registers."""
 
 
 def share(rows: int, rank: int, world_size: int) -> slice:
-    """Return the rows of one rank.
+    """Return the slice of a batch's rows that one data-parallel rank reads.
 
     Raises:
         SeqmixError: world_size does not divide the rows.

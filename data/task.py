@@ -26,7 +26,7 @@ EVALUATION = 2
 ORDER = 3
 """First number of the seeds of the order of a fixed training split."""
 BLOCK = 64
-"""Evaluation examples generated together, so that example i does not depend on how many are generated."""
+"""Number of evaluation examples generated together, so that example i does not depend on how many are generated."""
 
 Difficulties = Annotated[tuple[Annotated[int, Field(ge=0, le=2**20)], ...], Field(min_length=1)]
 
@@ -39,7 +39,7 @@ class TaskConfig(DataConfig):
     axis: ClassVar[str]
     """Name of the difficulty in evaluations."""
     easiest: ClassVar[int] = 1
-    """Smallest difficulty."""
+    """Smallest difficulty that the task has."""
     sequence_length: int = Field(default=64, gt=0, le=2**20)
     """Training sequence length in tokens."""
     evaluate_at: Difficulties | None = None
@@ -89,7 +89,7 @@ class TaskConfig(DataConfig):
         return self.easiest + fitting - 1 if fitting else 0
 
     def require(self, difficulty: int) -> None:
-        """Check that the task has a difficulty.
+        """Check that a difficulty is one that the task has.
 
         Raises:
             ValueError: the difficulty is out of range.
@@ -120,7 +120,9 @@ class TaskConfig(DataConfig):
     def _difficulties_fit(self) -> Self:
         configured: tuple[int, ...] | None = getattr(self, self.field)
         if configured is None and self.hardest < 1:
-            raise ValueError(f"sequence_length {self.sequence_length} is too short for an example of {self.kind}")
+            raise ValueError(
+                f"sequence_length {self.sequence_length} is too short for an example of {self.kind}: raise it"
+            )
         for name, values in ((self.field, configured), ("evaluate_at", self.evaluate_at)):
             for value in values or ():
                 self.require(value)
@@ -210,13 +212,13 @@ class Task(Source):
         trained = length or self.config.sequence_length
         total = config.evaluation_examples if limit is None else min(limit * batch_size, config.evaluation_examples)
         per_difficulty = -(-total // len(difficulties))
-        widths = {difficulty: max(trained, config.length_of(difficulty)) for difficulty in difficulties}
-        for width in dict.fromkeys(widths.values()):
-            group = [difficulty for difficulty in widths if widths[difficulty] == width]
-            examples = [self._validation_rows(per_difficulty, difficulty, width) for difficulty in group]
+        lengths = {difficulty: max(trained, config.length_of(difficulty)) for difficulty in difficulties}
+        for group_length in dict.fromkeys(lengths.values()):
+            group = [difficulty for difficulty in lengths if lengths[difficulty] == group_length]
+            examples = [self._validation_rows(per_difficulty, difficulty, group_length) for difficulty in group]
             inputs, targets = (np.concatenate(side) for side in zip(*examples, strict=True))
             names = np.repeat([str(difficulty) for difficulty in group], per_difficulty)
-            size = max(batch_size * trained // width, 1)
+            size = max(batch_size * trained // group_length, 1)
             for at in range(0, len(inputs), size):
                 # the last batch is padded to full size, which compiled models need
                 rows = np.resize(np.arange(at, min(at + size, len(inputs))), size)

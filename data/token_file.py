@@ -249,7 +249,7 @@ def _parse_size(text: str) -> int:
 
 
 def _checksum(*tables: bytes) -> int:
-    """CRC-32 of the tables, concatenated."""
+    """Return the CRC-32 of the concatenated tables."""
     return reduce(lambda check, table: crc32(table, check), tables, 0)
 
 

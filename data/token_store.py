@@ -40,7 +40,7 @@ class Store(Protocol):
         ...
 
     def name_of(self, number: int) -> str:
-        """Return the location of a document, for messages."""
+        """Return where the document with this number comes from, for messages, such as "corpus.tokens, document 3"."""
         ...
 
 

@@ -11,7 +11,7 @@ NOISE = 2.0**20
 
 
 def figures_of(report: Report) -> list[Figure]:
-    """Return a figure of the time of each part of a benchmark, and one of the memory of the last part."""
+    """Return a figure of each part's time, and one of the last part's peak memory (for decoding: of its state)."""
     parts = list(dict.fromkeys(row.what for row in report.rows))
     x = Axis("tokens", log=True, ticks=sorted({row.length for row in report.rows}))
 
@@ -48,7 +48,7 @@ def figures_of(report: Report) -> list[Figure]:
 
 
 def _styles(report: Report) -> dict[str, int]:
-    """Return the style of each implementation; a compiled variant has the colour of its base and a dashed line."""
+    """Return the style index of each implementation by name; a compiled variant is its uncompiled one, but dashed."""
     names = list(dict.fromkeys(row.name for row in report.rows))
     bases = [name.removesuffix("-compiled") for name in names]
     return {

@@ -24,11 +24,11 @@ from .summary import summarise
 C = TypeVar("C", bound=Config)
 RUNS = "runs"
 JOBS_FILE = "jobs.jsonl"
-"""File in a study's folder with a JSON line per process of a run: the run, and how many ran at once."""
+"""File in a study's folder with a JSON line per started run: its name, and how many runs trained at once."""
 EVALUATED = ("validation_loss", "accuracy", "accuracy_by", "validation_loss_by", "validation_loss_by_length")
 """Fields of a run's result that come from its final evaluation."""
 LARGEST_EXPONENT = 700.0
-"""Largest loss whose perplexity, exp(loss), fits into a float; models that diverged exceed it."""
+"""Largest loss (nats per token) whose perplexity exp(loss) fits into a float; models that diverged may exceed it."""
 
 
 def collect(plan: Plan, folder: Path, *, failed: Mapping[str, str], speed: SpeedResult | None = None) -> Results:
@@ -54,7 +54,7 @@ def collect(plan: Plan, folder: Path, *, failed: Mapping[str, str], speed: Speed
 
 
 def entry_result(entry: PlannedEntry) -> EntryResult:
-    """Describe an entry: its configuration, its mixers and its cost."""
+    """Return an entry as results.json has it: its model's configuration, mixers and costs."""
     model = entry.config.model
     mixers = [model.blocks[name].mixer for name in model.layers]
     return EntryResult(
@@ -89,7 +89,8 @@ def run_result(run: PlannedRun, folder: Path, *, error: str | None = None, at_on
         run: the planned run.
         folder: the folder of the run, which may not exist.
         error: the reason why the run failed; None if it did not.
-        at_once: the largest number of runs that shared the machine with it, itself included; None if unknown.
+        at_once: the largest number of the study's runs that trained at the same time, this one included; None if
+            unknown.
     """
     lines = _measurements(folder) if is_same(run, folder) else []
     add_time(lines, run.tokens_per_step)
@@ -135,7 +136,7 @@ def _scores(folder: Path) -> dict[str, dict[str, float]]:
 
 
 def _runs_at_once(file: Path) -> dict[str, int]:
-    """Return the largest number of runs at once for each run listed in the jobs file."""
+    """Return, for each run listed in the jobs file, the largest number of runs that trained at the same time."""
     at_once: dict[str, int] = {}
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     for line in lines:
@@ -146,12 +147,12 @@ def _runs_at_once(file: Path) -> dict[str, int]:
 
 
 def _from_line(kind: type[C], line: Mapping[str, Any]) -> C:
-    """Build a configuration class from those entries of a line that are its fields."""
+    """Build an object of a configuration class from a line's values of its fields; a field without a value is None."""
     return kind(**{name: line.get(name) for name in kind.model_fields})
 
 
 def _measurements(folder: Path) -> list[Measurement]:
-    """Read the complete measurements of a run: steps and evaluations whose required numbers are finite."""
+    """Read a run's measurements whose required numbers are all there and finite; [] if the file cannot be read."""
     try:
         return [line for line in read_measurements(folder) if _is_complete(line)]
     except OSError:
@@ -165,7 +166,7 @@ def _is_complete(line: Measurement) -> bool:
 
 
 def _machine(folders: Iterable[Path]) -> Machine:
-    """Return the machine and versions of the first run that has recorded them."""
+    """Return the machine and versions that the first of the runs with a record states; all None without a record."""
     for folder in folders:
         try:
             first = json.loads(read_bytes(folder / SESSIONS_FILE).splitlines()[0])
@@ -176,7 +177,7 @@ def _machine(folders: Iterable[Path]) -> Machine:
 
 
 def _paper_row(figure: PaperFigure, summary: Iterable[SummaryRow]) -> PaperRow:
-    """Return a figure of a paper with our measurement of its entry, in the first variant."""
+    """Return a number of a paper beside our measurement of the same entry, in the study's first variant."""
     row = next((row for row in summary if row.entry == figure.entry), None)
     statistic = row and (row.accuracy if figure.ours == "accuracy" else row.validation_loss)
     ours = statistic and statistic.mean

@@ -11,8 +11,8 @@ def compare_configs(configs: Mapping[str, str]) -> tuple[dict[str, Any], dict[st
     """Split the fields of configurations, given as YAML by name, into equal and different ones.
 
     Returns:
-        Values of the fields that are equal in all configurations, by dotted path; and of the other fields, by dotted
-        path and name.
+        The values that are equal in all configurations, by the field's dotted path; and the values of all other
+        fields, by dotted path and name of the configuration.
 
     Raises:
         ConfigError: a configuration is not a YAML mapping.

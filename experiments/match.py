@@ -1,5 +1,5 @@
 """Models of equal cost: one field of a configuration (the knob) is changed until a model has a wanted number of
-parameters, operations or state bytes.
+parameters, FLOPs or state bytes.
 
 Costs are exact: they are counted on the model built on the `meta` device. A cost is a step function of most fields
 (widths are whole numbers, heads must divide them), so the search keeps the value that comes nearest.
@@ -16,16 +16,16 @@ from pydantic import Field, ValidationError, model_validator
 
 from ..mixers.state import nbytes
 from ..models import ModelConfig, build_meta, flops_per_token
-from ..registry import Config, SeqmixError, nearest
+from ..registry import Config, SeqmixError, choices
 
 Metric = Literal["parameters", "flops", "state"]
 UNITS: dict[Metric, str] = {"parameters": "parameters", "flops": "FLOPs per token", "state": "bytes of state"}
 DOUBLINGS = 20
 """Most doublings, and most halvings, of the knob's present value in the search for a bracket."""
 HALVINGS = 20
-"""Most halvings of the bracket."""
+"""Most bisection steps within the bracket."""
 HOLES = 64
-"""Neighbours of a whole number that are tried if no model can be built with it."""
+"""Whole numbers less than this far away are tried in place of one with which no model can be built."""
 
 
 class MatchError(SeqmixError):
@@ -41,7 +41,7 @@ class Match(Config):
     parameters: int | float | str | None = None
     """Number of parameters, or the name of an entry, a preset or a file whose model has that number."""
     flops: int | float | str | None = None
-    """Forward operations of matrix products per token at data.sequence_length, or a name as for `parameters`."""
+    """FLOPs of the forward pass's matrix products, per token at data.sequence_length, or a name as for `parameters`."""
     state: int | float | str | None = None
     """Bytes of one sequence's state after data.sequence_length tokens, or a name as for `parameters`."""
     knob: str = Field(min_length=1)
@@ -58,7 +58,7 @@ class Match(Config):
                 f"expected exactly one of parameters, flops and state, got {' and '.join(metrics) or 'none'}"
             )
         if not isinstance(self.wanted, str) and self.wanted <= 0:
-            raise ValueError(f"{self.metric} to match must be above 0, got {self.wanted}")
+            raise ValueError(f"expected {self.metric} to match above 0, got {self.wanted}")
         return self
 
     @property
@@ -78,7 +78,7 @@ class Match(Config):
 
 @dataclass(frozen=True)
 class Matched:
-    """Result of matching: the model, and the value of the knob that gives it the wanted cost."""
+    """Result of matching: the changed model, the knob's value in it, and its cost beside the wanted one."""
 
     model: ModelConfig
     knob: str
@@ -95,11 +95,11 @@ class Matched:
 
 
 class Cost(NamedTuple):
-    """Costs of a model that can be matched."""
+    """Costs of a model, any of which models can be matched by: parameters, FLOPs and state."""
 
     parameters: int
     flops_per_token: int
-    """Forward operations of matrix products per token, at the training length."""
+    """FLOPs of the forward pass's matrix products, per token at the training length."""
     state_bytes: int
     """State bytes of one sequence at the training length."""
 
@@ -114,7 +114,7 @@ def whole_cost(model: ModelConfig, length: int) -> Cost:
 
 
 def cost_of(model: ModelConfig, metric: Metric, length: int) -> int:
-    """Return one cost of a model at a length: parameters, forward operations per token, or state bytes per sequence.
+    """Return one cost of a model at a length: parameters, forward FLOPs per token, or state bytes per sequence.
 
     Raises:
         SeqmixError: the model cannot be built.
@@ -128,7 +128,7 @@ def cost_of(model: ModelConfig, metric: Metric, length: int) -> int:
 
 
 def solve(model: ModelConfig, match: Match, wanted: float, *, length: int) -> Matched:
-    """Change the knob of a model until the model has the wanted cost at a length.
+    """Find the value of a model's knob at which the model has the wanted cost at a length, within the tolerance.
 
     Raises:
         MatchError: the knob does not exist or is not a number; or no value comes within the tolerance (the message has
@@ -136,7 +136,7 @@ def solve(model: ModelConfig, match: Match, wanted: float, *, length: int) -> Ma
     """
     search = _Search(_Knob.of(model, match.knob), match.metric, wanted, length)
     if (best := search.run()) is None:
-        raise MatchError(f"no value of {match.knob} gives a valid model: {search.last_error}")
+        raise MatchError(f"no value of {match.knob} gives a valid model ({search.last_error}): choose another knob")
     matched = Matched(search.knob.with_value(best), match.knob, best, match.metric, search.costs[best] or 0, wanted)
     if abs(matched.cost / wanted - 1) > match.tolerance:
         raise MatchError(
@@ -156,15 +156,15 @@ class _Knob:
 
     model: ModelConfig
     places: Sequence[tuple[str, ...]]
-    """Paths of the field."""
+    """Paths of the places that hold the field, as keys from the model down."""
     whole: bool
-    """True if only integers are allowed at all places."""
+    """True if the field must be an integer at every place."""
     value: int | float | None
-    """Present value; None if unset at all places."""
+    """Present value, from the first place at which it is set; None if it is null at all places."""
 
     @classmethod
     def of(cls, model: ModelConfig, path: str) -> "_Knob":
-        """Return the field at a dotted path, where `*` stands for all keys of a mapping that have it.
+        """Find the field at a dotted path, in which `*` stands for every key under which the rest of the path exists.
 
         Raises:
             MatchError: the field does not exist, or is not a number.
@@ -193,7 +193,7 @@ class _Knob:
 
 
 def _fields(node: Any, keys: Sequence[str], place: tuple[str, ...]) -> list[tuple[tuple[str, ...], Config]]:
-    """Follow keys from a node; return the paths that they lead to and the configurations that own the field.
+    """Follow keys from a node of a configuration; return each field's full path and the configuration that owns it.
 
     Raises:
         MatchError: the keys lead to no field.
@@ -214,12 +214,11 @@ def _fields(node: Any, keys: Sequence[str], place: tuple[str, ...]) -> list[tupl
             raise problems[0]
         return fields
     if key not in children:
-        allowed = f"allowed: {', '.join(children)}{nearest(key, children)}"
-        raise MatchError(f"{'.'.join(place) or 'the model'} has no {key!r}; {allowed}")
+        raise MatchError(f"{'.'.join(place) or 'the model'} has no {key!r}{choices(key, children)}")
     if rest:
         return _fields(children[key], rest, (*place, key))
     if not isinstance(node, Config):
-        raise MatchError(f"{'.'.join((*place, key))} is not a field")
+        raise MatchError(f"{'.'.join((*place, key))} is not a field: choose a numeric field")
     return [((*place, key), node)]
 
 
@@ -250,10 +249,10 @@ class _Search:
     costs: dict[int | float, int | None] = field(default_factory=dict)
     """Costs of the values tried so far; None if no model can be built with a value."""
     last_error: str = ""
-    """Reason why the last of those models could not be built."""
+    """Reason why no model could be built with the last such value."""
 
     def run(self) -> int | float | None:
-        """Return the value with the nearest cost, rounded to the fewest digits that keep it; None if none is valid."""
+        """Return the value with the nearest cost, in the fewest digits that keep it so; None if no value is valid."""
         if (bracket := self._bracket()) is not None:
             self._bisect(*bracket)
         built = [value for value, cost in self.costs.items() if cost is not None]
@@ -264,7 +263,7 @@ class _Search:
         return next((value for value in rounded if self._cost(value) == self.costs[best]), best)
 
     def _bracket(self) -> tuple[int | float, int | float] | None:
-        """Return two neighbours, on a geometric grid around the present value, with the wanted cost between theirs."""
+        """Return two values whose costs enclose the wanted cost, doublings or halvings of the present one; or None."""
         start = self.knob.value or 1
         first = self._nearest_valid(start, 0, math.inf)
         if first is None:

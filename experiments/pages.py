@@ -28,6 +28,8 @@ def fill(file: Path, parts: Mapping[str, Sequence[str]]) -> str:
         before, begin_marker, rest = page.partition(begin)
         _, end_marker, after = rest.partition(end)
         if not (begin_marker and end_marker):
-            raise SeqmixError(f"{file.name} has no region between {begin} and {end}")
+            raise SeqmixError(
+                f"{file.name} has no region between {begin} and {end}: add both markers, on their own lines"
+            )
         page = "\n".join([before + begin, "", *lines, "", end]) + after
     return page

@@ -62,7 +62,7 @@ class PlannedRun:
 
     @property
     def flops(self) -> float:
-        """Operations of the whole training: three times the forward operations."""
+        """FLOPs of the whole training: three times those of the forward passes."""
         return 3.0 * self.config.training.steps * self.tokens_per_step * self.cost.flops_per_token
 
 
@@ -188,15 +188,18 @@ class _Variant:
         other = self._read_tree(source).child("model")
         before = tree.child("model")
         if other is None or other.entries is None:
-            raise StudyError(f"{source} has no model to extend")
+            raise StudyError(f"{source} has no model to extend: name a preset or a configuration file with a model")
         vocabulary = before and before.child("vocab_size")
         model = {**other.entries, **({} if vocabulary is None else {"vocab_size": vocabulary})}
         return Node({**(tree.entries or {}), "model": Node(model, other.origin)}, tree.origin)
 
     def _match(self, name: str, waiting: tuple[str, ...] = ()) -> PlannedEntry:
-        """Match an entry; `waiting` are the entries whose matching needs the cost of this one."""
+        """Match an entry to the cost that is asked of it; `waiting` are the entries that need this one's cost first."""
         if name in waiting:
-            raise StudyError(f"{self.file}: entries match each other in a circle: {' -> '.join((*waiting, name))}")
+            raise StudyError(
+                f"{self.file}: entries match each other in a circle: {' -> '.join((*waiting, name))}; match one of "
+                "them to a number"
+            )
         if name in self.planned:
             return self.planned[name]
         config = self.configs[name]
@@ -237,7 +240,7 @@ class _Variant:
 
 
 def _with_mixer(mixer: str | Mapping[str, Any], tree: Node) -> dict[str, Any]:
-    """Return changes that put one mixer into all blocks; a bare kind keeps the heads of the mixer it replaces."""
+    """Return changes that put one mixer into all blocks; a kind without options keeps the block's number of heads."""
     changes: dict[str, Any] = {}
     for name, block in ((tree.plain().get("model") or {}).get("blocks") or {}).items():
         before = (block or {}).get("mixer") or {}
@@ -268,8 +271,8 @@ def require_fair(entries: list[PlannedEntry], variant: Variant) -> None:
     first = entries[0]
     if first.config.training.patience is not None:
         raise StudyError(
-            f"training.patience is {first.config.training.patience}: entries would stop at different steps and read "
-            "different numbers of tokens; set it to null in the study's training"
+            f"expected training.patience to be null, got {first.config.training.patience}: entries would stop at "
+            "different steps and read different numbers of tokens; set it to null in the study's training"
         )
     for place in ("seed", "model.vocab_size", "data", *(f"training.{name}" for name in SAME)):
         ours, *others = (attrgetter(place)(entry.config) for entry in entries)

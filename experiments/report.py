@@ -88,7 +88,7 @@ def answer(plots: Plots) -> str:
 
 
 def _sentence(plots: Plots, ranked: Sequence[SummaryRow]) -> str:
-    """Return the best entry, the next one, and a caution if the difference may be chance."""
+    """Name the best entry and the next one in a sentence or two, with a caution if the difference may be chance."""
     scored = [(row, score) for row in ranked if (score := plots.score(row)) is not None]
     if not scored:
         return "no run has finished."
@@ -153,7 +153,7 @@ def _format_like(value: float | None, other: float) -> str:
 
 
 def _machine(machine: Machine) -> list[str]:
-    """Describe the machine of a study, and the versions of seqmix and torch."""
+    """Return texts on the machine of a study and on the versions of seqmix and torch, as far as they are known."""
     threads = f"{machine.threads} thread{'s' * (machine.threads > 1)}" if machine.threads else ""
     versions = [f"{name} {version}" for name in ("seqmix", "torch") if (version := getattr(machine, name))]
     return [", ".join(filter(None, [machine.processor, machine.device, threads])), *versions]

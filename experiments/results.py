@@ -1,7 +1,7 @@
 """Results of a study, as values and as results.json.
 
-The figures of a run are computed from the `metrics.jsonl` in its folder. Operations are those of training: three times
-the forward operations of matrix products. Seconds are those of training steps, computed from the logged speed.
+The values of a run are computed from the `metrics.jsonl` in its folder. FLOPs of training are three times the FLOPs of
+the forward passes' matrix products. Seconds are those of training steps, computed from the logged speed.
 """
 
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ COSTS = ("parameters", "flops_per_token", "state_bytes")
 AccuracyBy = dict[str, dict[str, float]]
 """Accuracy by name and value of a difficulty, such as {"pairs": {"8": 0.9}}."""
 Range = tuple[float, float]
-"""Lowest and highest of several measurements, or their quartiles."""
+"""Lower and upper end of several measurements: the lowest and highest, or the quartiles."""
 
 
 class ResultsError(SeqmixError):
@@ -57,7 +57,7 @@ class EntryResult(Config):
     """Cost that was matched, and the knob's value, as text; None if the entry was not matched."""
     parameters: Count
     flops_per_token: float
-    """Forward operations of matrix products per token."""
+    """FLOPs of the forward pass's matrix products, per token."""
     state_bytes: Count
     """State bytes of one sequence at the training length."""
     state_grows: bool
@@ -69,7 +69,7 @@ class _Moment(Config):
     tokens: Count
     """Training tokens so far."""
     flops: float
-    """Operations of training so far."""
+    """FLOPs of training so far."""
     seconds: float
     """Seconds of training steps so far."""
 
@@ -105,19 +105,19 @@ class RunResult(Config):
     """True if no other run of the study ran at the same time, so that times are undisturbed."""
     parameters: Count | None = None
     flops_per_token: float | None = None
-    """Forward operations of matrix products per token."""
+    """FLOPs of the forward pass's matrix products, per token."""
     state_bytes: Count | None = None
     """State bytes of one sequence at the training length."""
     status: Literal["finished", "failed", "missing"]
-    """A run that has not ended is "missing"."""
+    """Outcome of the run; "missing" if it has not ended or not begun."""
     error: str | None = None
     """Reason of the failure, in one sentence."""
     seconds: float | None = None
     """Seconds of all training steps."""
     tokens_per_second: float | None = None
-    """Median over the logged steps."""
+    """Training tokens per second, median over the logged steps."""
     tokens_per_second_range: Range | None = None
-    """Quartiles over the logged steps."""
+    """Lower and upper quartile of the tokens per second over the logged steps."""
     peak_memory_bytes: Count | None = None
     validation_loss: float | None = None
     """Validation loss of the final evaluation, in nats per token."""
@@ -126,9 +126,9 @@ class RunResult(Config):
     accuracy_by: AccuracyBy = Field(default_factory=dict)
     """Accuracy of the final evaluation, by difficulty."""
     validation_loss_by: dict[str, dict[str, float]] = Field(default_factory=dict)
-    """Validation loss by kind of slice (positions, recall hits) and slice."""
+    """Validation loss of slices of the targets, by kind of slice (positions, recall hits) and name of the slice."""
     validation_loss_by_length: dict[str, float] = Field(default_factory=dict)
-    """Validation loss by sequence length."""
+    """Validation loss by sequence length in tokens, in nats per token."""
     scores: dict[str, dict[str, float]] = Field(default_factory=dict)
     """Scores of lm-eval tasks, by task and metric, as written by `seqmix evaluate --tasks --save`."""
     history: tuple[Point, ...] = ()
@@ -138,7 +138,7 @@ class RunResult(Config):
 
 
 class Statistic(Config):
-    """Mean and spread of a measurement over seeds."""
+    """Mean and spread of a measured value over seeds."""
 
     mean: float
     spread: float | None = None
@@ -154,17 +154,17 @@ class SummaryRow(Config):
     at_edge: Literal["lowest", "highest"] | None = None
     """End of the learning rates' grid at which the best rate lies, if any: a rate beyond it may be better."""
     seeds: Count
-    """Number of finished runs."""
+    """Number of seeds with a finished run."""
     parameters: Count | None = None
     """Number of parameters in this variant."""
     flops_per_token: float | None = None
-    """Forward operations of matrix products per token in this variant."""
+    """FLOPs of the forward pass's matrix products, per token, in this variant."""
     state_bytes: Count | None = None
     """State bytes of one sequence in this variant."""
     tokens_per_second: float | None = None
-    """Median over seeds."""
+    """Training tokens per second, median over seeds."""
     tokens_per_second_range: Range | None = None
-    """Lowest lower quartile and highest upper quartile of the seeds."""
+    """Lowest lower quartile and highest upper quartile of the tokens per second of all seeds."""
     validation_loss: Statistic
     accuracy: Statistic | None = None
     accuracy_by: dict[str, dict[str, Statistic]] = Field(default_factory=dict)
@@ -183,7 +183,7 @@ class TrainSpeedRow(Config):
     memory_bytes: float | None = None
     """Peak bytes of a step beyond parameters and optimizer."""
     skipped: str | None = None
-    """Reason why there are no figures; None if there are."""
+    """Reason why nothing was measured; None if it was."""
 
 
 class DecodeSpeedRow(Config):
@@ -193,21 +193,21 @@ class DecodeSpeedRow(Config):
     context: Count
     """Tokens of the context."""
     seconds: float | None = None
-    """Seconds per token."""
+    """Seconds per decoding step, in which every sequence gets one token."""
     seconds_range: Range | None = None
     memory_bytes: float | None = None
     """Peak bytes of a call beyond parameters and state."""
     state_bytes: Count | None = None
     """State bytes of all sequences."""
     skipped: str | None = None
-    """Reason why there are no figures; None if there are."""
+    """Reason why nothing was measured; None if it was."""
 
 
 class SpeedResult(Config):
-    """Speeds of all entries, timed interleaved; figures are medians with the lowest and highest as ranges."""
+    """Speeds of all entries, timed interleaved: medians, with ranges from the lowest to the highest."""
 
     repeat: Count | None = None
-    """Number of rounds."""
+    """Number of timing rounds, over which the medians are taken."""
     threads: Count | None = None
     """CPU threads; None on a GPU."""
     tokens: Count | None = None
@@ -220,7 +220,7 @@ class SpeedResult(Config):
 
 
 class PaperRow(Config):
-    """A figure of a paper and our measurement beside it."""
+    """A number of a paper and our measurement beside it."""
 
     label: str
     entry: str
@@ -238,7 +238,7 @@ class Results(Config):
     """Date and time in ISO 8601, UTC."""
     machine: Machine = Machine()
     x_label: str | None = None
-    """Label of the axis of a difficulty; None for the difficulty's own name."""
+    """Label of the x axis in figures of accuracy by difficulty; None for the difficulty's own name."""
     fairness: tuple[str, ...] = ()
     """Sentences on what was the same for all entries and what was not."""
     entries: tuple[EntryResult, ...]

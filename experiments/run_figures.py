@@ -66,9 +66,9 @@ def _tokens_per_step(config: Path) -> int | None:
 
 
 def figures_of(runs: Sequence[Curves]) -> list[Figure]:
-    """Return figures of the loss over tokens and time, accuracy, learning rate, gradient norm, throughput and memory.
+    """Return the figures of runs: loss over tokens and time, accuracy, learning rate, gradient norm, speed and memory.
 
-    If the tokens per step of a run are unknown, figures are over steps.
+    If the tokens per step of any run are unknown, the figures' x axis counts steps instead of tokens.
     """
     has_tokens = all("tokens" in line for run in runs for line in (*run.steps, *run.evaluations))
     x_key = "tokens" if has_tokens else "step"

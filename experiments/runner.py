@@ -49,7 +49,7 @@ class Observer:
         """Function that shows a line to the user."""
 
     def begin(self, runs: Sequence[PlannedRun], total: int) -> None:
-        """Handle the start of a study of which `runs`, out of `total`, are not finished."""
+        """Handle the start of a study: `runs` are those not finished yet, `total` is the number of all its runs."""
         if finished := total - len(runs):
             self.note(f"{finished} of {total} runs are finished already")
 
@@ -205,7 +205,7 @@ def _restart_reason(run: PlannedRun, folder: Path) -> str | None:
 
 
 class _Process:
-    """Process of a run."""
+    """Subprocess that trains one run, with the messages that it sends."""
 
     def __init__(
         self,

@@ -22,9 +22,9 @@ class ScalingLine:
 
     entry: str
     exponent: float
-    """a: the loss falls by 1 - 2^-a when parameters double."""
+    """Exponent a of the law L(N) = c N^-a: doubling the parameters multiplies the loss by 2^-a."""
     error: float
-    """Standard error of a, from the deviations of the runs from the line."""
+    """Standard error of the exponent, from the deviations of the runs from the line."""
     runs: int
     """Number of runs in the fit."""
     sizes: tuple[int, ...]
@@ -62,7 +62,7 @@ def scaling_lines(results: Results) -> Iterator[ScalingLine]:
 
 
 def fit(entry: str, runs: Sequence[RunResult]) -> ScalingLine | None:
-    """Fit the power law of finished runs; None for fewer than three sizes, or for variants that differ otherwise."""
+    """Fit the power law to finished runs; None for fewer than three sizes, or if variants differ in more than size."""
     measured = [(run.parameters, run.validation_loss) for run in runs if run.status == "finished"]
     points = [(math.log(size), math.log(loss)) for size, loss in measured if size and loss and loss > 0]
     sizes = sorted({size for size, loss in measured if size and loss and loss > 0})

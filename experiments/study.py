@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
-from ..registry import Config, SeqmixError, load, nearest
+from ..registry import Config, SeqmixError, choices, load, nearest
 from .differences import leaves
 from .match import Match
 
@@ -39,7 +39,7 @@ SAME = (
 
 def _require_distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
     if len(set(map(repr, values))) < len(values):
-        raise ValueError(f"expected each value once, got {list(values)}")
+        raise ValueError(f"expected each value once, got {list(values)}: remove the duplicates")
     return values
 
 
@@ -117,16 +117,16 @@ class Speed(Config):
     decode: DecodeSpeed | None = None
     """Timing of decoding; null for none."""
     repeat: int = Field(default=5, ge=5, le=10_000)
-    """Number of rounds."""
+    """Number of timing rounds, over which medians are taken."""
 
 
 class PaperFigure(Config):
-    """A figure of a paper to compare with a measurement of the study."""
+    """A number of a paper to compare with a measurement of the study."""
 
     label: str = Field(min_length=1)
-    """Name of the figure, and its place in the paper."""
+    """Name of the number, and its place in the paper."""
     entry: str
-    """Entry whose measurement is compared with the figure."""
+    """Entry whose measurement is compared with the number."""
     theirs: float
     """Value in the paper."""
     ours: Literal["perplexity", "validation_loss", "accuracy"] = "perplexity"
@@ -167,7 +167,7 @@ class Study(Config):
     speed: Speed | None = None
     """Timing of training and decoding after the runs; null for none."""
     paper: tuple[PaperFigure, ...] = ()
-    """Figures of a paper to compare with the study's measurements."""
+    """Numbers of a paper to compare with the study's measurements."""
 
     @field_validator("mixers")
     @classmethod
@@ -175,7 +175,7 @@ class Study(Config):
         kinds = [mixer if isinstance(mixer, str) else mixer.get("kind") for mixer in mixers]
         for mixer, kind in zip(mixers, kinds, strict=True):
             if not isinstance(kind, str):
-                raise ValueError(f"expected a mixer's kind or a mapping with a kind, got {mixer}")
+                raise ValueError(f"expected a mixer's kind or a mapping with the key kind, got {mixer}")
             if kinds.count(kind) > 1:
                 raise ValueError(f"{kind} is listed twice: give each a name under entries")
         return mixers
@@ -200,8 +200,7 @@ class Study(Config):
         for figure in self.paper:
             if figure.entry not in names:
                 raise ValueError(
-                    f"paper names an unknown entry {figure.entry!r}; entries: {', '.join(names)}"
-                    f"{nearest(figure.entry, names)}"
+                    f"paper names an unknown entry {figure.entry!r}{choices(figure.entry, names, 'entries')}"
                 )
         return self
 

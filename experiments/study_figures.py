@@ -18,7 +18,7 @@ from .summary import statistic
 VALIDATION = Axis(f"validation {LOSS.label}", log=False)
 TRAINING = Axis(f"training {LOSS.label}", log=False)
 MEASURED = {"accuracy": ACCURACY, "validation_loss": VALIDATION, "loss": TRAINING}
-"""Axis of each measured field of a point."""
+"""Axis of each measured value, by the name of its field in the results."""
 RATE = Axis("tokens per second", zero=True, log=False)
 STATE = Axis("state", unit="bytes")
 MEMORY = Axis("peak memory", unit="bytes", zero=True, log=False, noise=NOISE)
@@ -57,7 +57,7 @@ class Plots:
         )
         lengths = sorted({run.sequence_length for run in results.runs if run.sequence_length is not None})
         self.training_marks = dict.fromkeys(map(float, lengths), "trained")
-        """Labels of the training lengths, for an axis of lengths."""
+        """Label of the mark at each training length (tokens), for figures over the sequence length."""
 
     def score(self, row: SummaryRow) -> Statistic | None:
         """Return the score by which the study compares entries: accuracy for tasks, validation loss for text."""

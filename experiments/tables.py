@@ -152,7 +152,7 @@ def write_tables(results: Results, folder: Path) -> None:
 
 COLUMNS = {"variant": "", "mean": "", "accuracy_by": "accuracy"}
 COLUMNS |= dict.fromkeys(("validation_loss_by", "validation_loss_by_length"), "validation_loss")
-"""Names of fields in CSV columns where they differ; an empty name is left out of the path."""
+"""Parts of a field's path that have another name in CSV columns, with that name; an empty one is left out."""
 
 
 def _cells(value: RunResult | SummaryRow) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def _train(config: RunConfig, folder: Path, stop: StopRequest, tell: Callable[..., None]) -> int:
-    """Start or resume the training; return the last step."""
+    """Train the run from its start or its checkpoint; return the step of the last event."""
     step = 0
     reported = 0.0
     for event in train(config, folder, resume=(folder / CONFIG_FILE).exists(), stop=stop.made):

@@ -32,7 +32,7 @@ class GptBlock(nn.Module):
         self.down = nn.Linear(hidden, d_model, bias=False)
 
     def forward(self, x: Tensor, cache: tuple[Tensor, Tensor] | None = None, read: int = 0) -> Tensor:
-        """Compute the layer's output; keys and values are appended to the cache, which holds `read` tokens."""
+        """Compute the layer's output; keys and values are written to the cache after the `read` tokens in it."""
         q, k, v = (y.unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for y in self.qkv(self.norm_1(x)).chunk(3, -1))
         if cache is not None:
             end = read + x.shape[1]
@@ -58,7 +58,7 @@ class Gpt(nn.Module):
                 nn.init.normal_(parameter, std=0.02)
 
     def forward(self, tokens: Tensor, cache: Cache | None = None, read: int = 0, *, last: bool = False) -> Tensor:
-        """Compute the logits; only of the last token if `last`. The cache holds `read` tokens."""
+        """Compute the logits, of the last token only if `last`; the cache already holds the first `read` tokens."""
         x = self.embedding(tokens)
         x = x + sines(read, tokens.shape[1], x)
         for i, block in enumerate(self.blocks):

@@ -55,7 +55,7 @@ class Size:
 
         Args:
             mixer: parameters of the model's mixer, in units of d_model^2.
-            products: weight matrices of its feed-forward network.
+            products: number of d_model x hidden weight matrices in its feed-forward network.
         """
         d = self.config.d_model
         # norms are neglected, having few parameters; the other models do not tie embeddings
@@ -80,7 +80,7 @@ class Peer(ABC):
     writes_state: ClassVar[bool] = True
     """True if a step rewrites the whole state (constant size); False for a KV cache, which is only read."""
     needs: ClassVar[tuple[str, str] | None] = None
-    """Module that must be installed, and the package that provides it."""
+    """Module that must be installed, and the package that provides it; None if the peer needs none."""
     needs_gpu: ClassVar[bool] = False
     needs_retention: ClassVar[bool] = False
     """True if it takes its number of heads from a retention layer of the seqmix model."""
@@ -132,7 +132,7 @@ class Peer(ABC):
 
     @abstractmethod
     def state_after(self, context: int, batch: int, room: int) -> Any:
-        """Return a state as after `context` tokens, with space for `room` more tokens."""
+        """Return a random state of the size that it has after `context` tokens, with space for `room` more tokens."""
 
     def renew(self, state: Any, context: int) -> Any:  # noqa: ARG002
         """Reset a used state of `state_after` to its context length."""

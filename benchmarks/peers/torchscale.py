@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from .peer import Peer
 
 CHUNK = 128
-"""Chunk length in tokens of its chunkwise mode; its default of 512 is slower on a CPU."""
+"""Chunk length, in tokens, of torchscale's chunkwise mode; the default there, 512, is slower on a CPU."""
 
 
 class TorchscaleParallel(Peer):

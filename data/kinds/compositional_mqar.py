@@ -30,7 +30,8 @@ class CompositionalMqarConfig(TaskConfig):
     power_a: float = Field(default=0.01, gt=0, le=1)
     """Exponent of the power law of the question positions, as in `mqar`."""
     noise: bool = True
-    """Fill the other positions after the triples with random tokens, including keys and values, instead of token 0."""
+    """True to fill the other positions after the triples with random tokens, including keys and values; False leaves
+    token 0 there."""
 
     @property
     def n_tokens(self) -> int:

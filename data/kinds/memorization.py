@@ -45,12 +45,12 @@ class MemorizationConfig(TaskConfig):
         if difficulty > self.hardest:
             raise ValueError(
                 f"facts must be at most {self.hardest}, the number of keys with vocab_size {self.vocab_size}, "
-                f"got {difficulty}"
+                f"got {difficulty}: raise vocab_size"
             )
 
     @cached_property
     def values(self) -> np.ndarray:
-        """Value of each key, [hardest]."""
+        """Value token of each key, [number of keys]."""
         values = np.random.default_rng(self.map_seed).permutation(np.arange(self.hardest, self.vocab_size - 1))
         return values[: self.hardest]
 

@@ -30,7 +30,7 @@ class ModularArithmeticConfig(TaskConfig):
     modulus: int = Field(default=5, ge=2, le=1000)
     """Modulus of the arithmetic. Digits are 0 to `modulus - 1` and are their own tokens; + - * ( ) and = follow."""
     brackets: bool = False
-    """Put every operation in brackets, nested at random."""
+    """True to put every operation in brackets, nested at random."""
     lengths: Difficulties | None = None
     """Numbers of tokens in an expression; rows cycle through them. Null for the longest that fits. Without brackets, an
     even length is shortened by one token. `evaluate_at` may be longer."""

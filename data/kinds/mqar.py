@@ -32,7 +32,8 @@ class MqarConfig(TaskConfig):
     """Exponent of the power law of the question positions: with 1 all positions are equally likely, near 0 keys are
     asked soon after the pairs."""
     noise: bool = True
-    """Fill the other positions after the pairs with random tokens, including keys and values, instead of token 0."""
+    """True to fill the other positions after the pairs with random tokens, including keys and values; False leaves
+    token 0 there."""
 
     @property
     def n_tokens(self) -> int:

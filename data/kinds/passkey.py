@@ -32,7 +32,7 @@ class PasskeyConfig(TaskConfig):
     depths: Difficulties = (0, 25, 50, 75, 100)
     """Percentages of the text that come before the number; rows cycle through them."""
     digits: int = Field(default=5, gt=0, le=100)
-    """Number of digits."""
+    """Number of digits of the hidden number."""
     paths: tuple[Annotated[str, Field(min_length=1)], ...] | None = Field(default=None, min_length=1)
     """Files and folders of the text; null reads the source of Python's standard library."""
 

@@ -86,7 +86,7 @@ Element = tuple[int, ...]
 
 @cache
 def _factor(name: str) -> list[Element]:
-    """Return the elements of S, A or Z of some items (such as A4), in lexicographic order."""
+    """Return all permutations in a group named S, A or Z and a number of items (such as A4), in lexicographic order."""
     n = int(name[1:])
     if name[0] == "Z":
         return [tuple((item + shift) % n for item in range(n)) for shift in range(n)]

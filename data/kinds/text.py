@@ -25,8 +25,8 @@ class TextConfig(CorpusConfig):
     is_text = True
     kind: Literal["text"] = "text"
     packing: bool = False
-    """Start every document of a sequence from an empty state, so that no state crosses a document boundary. Needs
-    mixers that declare packing. Otherwise documents in the same sequence see each other. Begin tokens are never
+    """True to start every document of a sequence from an empty state, so that no state crosses a document boundary; it
+    needs mixers that declare packing. If False, documents in the same sequence see each other. Begin tokens are never
     targets."""
     order: Literal["random_windows", "epochs"] = "random_windows"
     """Order of the sequences: `random_windows` cuts them at random positions; `epochs` cuts the text once and reads
@@ -143,7 +143,7 @@ class Text(Source):
             yield Examples(self._check_documents(batch))
 
     def _evaluation_starts(self, batch_size: int, limit: int | None, length: int) -> np.ndarray:
-        """Return the positions of the evaluated sequences; with `limit`, that many batches spread evenly."""
+        """Return the positions in the validation split at which evaluated sequences start; see `evaluation_batches`."""
         starts = np.arange(0, len(self.corpus.validation) - length, length)
         if limit is not None and limit * batch_size < len(starts):
             starts = starts[np.linspace(0, len(starts) - 1, limit * batch_size).round().astype(int)]

@@ -139,7 +139,7 @@ def drawable(figures: Iterable[Figure]) -> list[Figure]:
 
 
 def legend(figures: Iterable[Figure]) -> dict[str, int]:
-    """Return the styles of all series by name, in the order of the styles."""
+    """Return the style index of each series by name, in ascending order."""
     styles = {one.name: one.style for figure in figures for one in figure.series}
     return dict(sorted(styles.items(), key=lambda pair: pair[1]))
 

@@ -44,7 +44,7 @@ def converter() -> Any:
 
 
 def engine() -> Any:
-    """Import vl-convert, and check that its JavaScript engine can allocate its memory: it would abort the process.
+    """Import vl-convert, and check that its JavaScript engine can reserve its memory: on failure it aborts the process.
 
     Raises:
         PlotsMissingError: vl-convert is not installed, or a resource limit is too low.

@@ -13,7 +13,7 @@ HERE = Path(__file__).parent
 
 
 def render(figures: Sequence[Figure], *, template: Path = HERE / "page.html", **values: Any) -> str:
-    """Render a page of figures from a template, which may use `values` by name.
+    """Return the HTML of a page with these figures, from a Jinja template that may use `values` by name.
 
     Raises:
         SeqmixError: Altair or vl-convert is not installed.

@@ -61,7 +61,7 @@ def resolve_colors(svg: str) -> str:
 
 
 def config(font: float) -> dict[str, Any]:
-    """Return Vega-Lite's configuration for a font size."""
+    """Return Vega-Lite's configuration with labels of this font size, in the units of the spec."""
     muted = {"labelColor": "var(--muted)", "titleColor": "var(--muted)"}
     text = {"labelFontSize": font, "titleFontSize": font, "titleFontWeight": "normal"}
     lines = {"domainColor": "var(--muted)", "tickColor": "var(--muted)", "gridColor": "var(--rule)"}

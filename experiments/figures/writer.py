@@ -14,7 +14,7 @@ ENDINGS = (".html", ".svg", ".png", ".pdf")
 COLUMN = 3.25
 """Width of a paper's column, in inches."""
 POINTS = 72
-"""Units of a spec per inch."""
+"""Points per inch: widths in a Vega-Lite spec are in points."""
 DOTS = 300
 """Pixels of a PNG per inch."""
 SIZE = re.compile(r'width="([\d.]+)" height="([\d.]+)"')
@@ -50,7 +50,7 @@ def content_of(figures: Sequence[Figure], ending: str, *, width: float = COLUMN,
     Args:
         figures: the figures.
         ending: ".html", ".svg", ".png" or ".pdf".
-        width: inches of a drawing.
+        width: the width of a drawing in inches; an HTML page ignores it.
         values: values that a page's template uses, such as `title`.
 
     Raises:

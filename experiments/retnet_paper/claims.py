@@ -40,7 +40,7 @@ CONTEXTS = {"cpu": (64, 128, 256), "gpu": (512, 1024, 2048)}
 The loss is measured on the last sixteenth of the sequence, as in the paper.
 """
 SEQUENCES = 256
-"""Number of sequences in Table 8."""
+"""Number of sequences whose loss is measured for Table 8."""
 WIDTH = {"cpu": 128, "gpu": 2048}
 """d_model of the models whose paradigms are compared."""
 TIMES = (1, 4)
@@ -48,7 +48,7 @@ TIMES = (1, 4)
 
 
 def prove(claim: str, *, scale: Scale, jobs: int | None, kept: Path | None, tell: Callable[[str], object]) -> int:
-    """Measure or resume one claim, and write the values for the page.
+    """Measure one claim, or resume its measurement, and write the values for docs/explanation/paper.md.
 
     Args:
         claim: one of `CLAIMS`.
@@ -114,7 +114,7 @@ def contexts(scale: Scale) -> dict[str, Any]:
 
 
 def paradigms(scale: Scale) -> dict[str, Any]:
-    """Measure that all paradigms compute the same: the largest difference of a token's loss, in float32 and float64."""
+    """Measure how far paradigms differ: the largest difference of a token's loss, in float32 and in float64."""
     rows = []
     for run, folder in _runs(scale):
         if (run.config.seed, run.config.model.d_model) != (0, WIDTH[scale]):

@@ -23,7 +23,7 @@ LADDER = (
 STEPS = 3
 """Number of timed steps; the fastest counts."""
 START = 5.0
-"""Seconds to start and end a process."""
+"""Assumed seconds in which a run's process starts and ends."""
 UNITS = {"s": 1, "m": 60, "h": 3600}
 """Seconds per unit of a duration."""
 
@@ -99,7 +99,7 @@ def fit(
 
 
 def cost(times: Mapping[str, float], rates: int, seeds: int, extent: Extent) -> float:
-    """Return the seconds of all runs of a task."""
+    """Return the seconds of all runs of a task at an extent; `times` are the seconds of one full run by entry."""
     runs = (1 if extent.one_rate else rates) * (1 if extent.one_seed else seeds)
     return runs * sum(START + (seconds - START) * extent.steps for seconds in times.values())
 

@@ -145,7 +145,7 @@ def _score(run: RunResult, task: SuiteTask) -> float:
 
 
 def new_scores(size: Size, match: Metric, command: str, notes: Sequence[str], planned: Sequence[PlannedTask]) -> Scores:
-    """Return scores without rows, created now."""
+    """Return scores of the planned tasks, with no rows yet and the present time as their date."""
     created = datetime.now(UTC).isoformat(timespec="seconds")
     tasks = {each.name: TaskScores(task=each.task, conditions=conditions_of(each)) for each in planned}
     return Scores(size=size, match=match, created=created, commands=(command,), notes=tuple(notes), tasks=tasks)
@@ -188,7 +188,7 @@ def comparable(one: Scores, other: Scores) -> Scores:
 
 
 def read_scores(path: Path) -> Scores:
-    """Read scores from a suite.json, from a folder with one, or from the published results of a name.
+    """Read scores: `path` is a suite.json, a folder with one, or the name of published results.
 
     Raises:
         SeqmixError: the file does not exist or does not hold scores.
@@ -262,12 +262,12 @@ def markdown(scores: Scores, *, reports: bool = True) -> list[str]:
     for name, task in scores.tasks.items():
         at = f", at {' and '.join(task.task.score_at)}" if task.task.score_at else ""
         link = f"[**{name}**]({name}/{REPORT_FILE})" if reports else f"**{name}**"
-        shared = task.conditions
-        seeds = ", ".join(f"{seed:g}" for seed in shared.seeds)
-        rates = ", ".join(f"{rate:g}" for rate in shared.learning_rates)
+        conditions = task.conditions
+        seeds = ", ".join(f"{seed:g}" for seed in conditions.seeds)
+        rates = ", ".join(f"{rate:g}" for rate in conditions.learning_rates)
         lines.append(
             f"- {link}: {task.task.measures}{at} ({task.task.source}). Seeds {seeds}; learning rates {rates}; "
-            f"{shared.matched}."
+            f"{conditions.matched}."
         )
         lines += [f"  Differs from the published settings: {task.task.differs}."] if task.task.differs else []
         for entry, why in task.left_out.items():

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from ...mixers import MIXERS
-from ...registry import Config, SeqmixError, dump, load, nearest, require_name, write_file
+from ...registry import Config, SeqmixError, choices, dump, load, require_name, write_file
 from ...registry.yaml import parse
 from ...registry.yaml import write as to_yaml
 from ...training import PRESETS, RunConfig, load_config
@@ -67,7 +67,7 @@ class SuiteSettings(Config):
     """All tasks of the suite at one size."""
 
     base: str
-    """File beside this one that all tasks start from."""
+    """Configuration file beside the settings' file, which all tasks start from."""
     seeds: Annotated[tuple[Seed, ...], OnceEach] = Field(min_length=1)
     """Random seeds, each a run of every entry."""
     tasks: dict[Name, SuiteTask] = Field(min_length=1)
@@ -129,9 +129,7 @@ class Candidate:
             known = [*fields.model_fields, *fields.deprecated_names]
             for key in mixer:
                 if key not in known:
-                    raise SeqmixError(
-                        f"{argument!r}: unknown key {key!r}; allowed: {', '.join(known)}{nearest(str(key), known)}"
-                    )
+                    raise SeqmixError(f"{argument!r}: unknown key {key!r}{choices(str(key), known)}")
             if not re.fullmatch(NAME_PATTERN, name):
                 raise SeqmixError(f"{argument!r}: expected a name of letters, digits and . _ + -, got {name!r}")
             return cls(name, dict(mixer))
@@ -144,7 +142,7 @@ class Candidate:
         return cls(argument.rpartition(":")[2], {"kind": argument})
 
     def entry(self, base: RunConfig) -> dict[str, Any]:
-        """Return the candidate's entry in a study with this base."""
+        """Return the candidate as an entry of a study whose base is `base`."""
         if self.config is not None:
             model = self.config.model
             # the small model has each block of the pattern once
@@ -163,10 +161,10 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Extent:
-    """Part of the settings that is run."""
+    """Extent to which each task is run: a share of its steps, and all or one of its learning rates and seeds."""
 
     steps: float = 1.0
-    """Share of the steps, at most 1."""
+    """Share of the training steps, from 0 to 1."""
     one_rate: bool = False
     """True to try only the first learning rate."""
     one_seed: bool = False

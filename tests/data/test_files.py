@@ -60,7 +60,7 @@ def test_every_line_is_a_document(tmp_path):
         ("\udcff", "JSON: "),
         ("[" * 100_000, "JSON: "),
         ('["text"]', "list"),
-        ('{"txt": "b"}', "'text'; fields: txt;.*\"txt\".*data.text_field"),
+        ('{"txt": "b"}', "'text'; did you mean \"txt\".*Fields: txt;.*data.text_field"),
         ("{}", "'text'; fields: none;.*data.text_field"),
         ('{"text": 5}', "'text' .*int"),
         ('{"text": null}', "'text' .*NoneType"),
@@ -118,7 +118,9 @@ def test_a_saved_dataset_is_read_from_its_folder(library, tmp_path):
     assert "is a saved dataset: set data.dataset={path: " in error(tmp_path)
     library([], train=ROWS, test=[{"text": "held"}])
     assert texts(dataset={"path": str(tmp_path), "split": "test"}) == [b"held"]
-    assert re.search("'tset'.*train, test.*\"test\"", error(dataset={"path": str(tmp_path), "split": "tset"}))
+    assert re.search(
+        "'tset'; did you mean \"test\".*train, test", error(dataset={"path": str(tmp_path), "split": "tset"})
+    )
 
 
 def test_what_a_dataset_cannot_give_is_named(library, monkeypatch):
