@@ -177,12 +177,14 @@ def test_parameters_gathered_in_bfloat16_are_rounded(two, text, tmp_path):
 
 
 @pytest.mark.parametrize("packed", [(), (PACKED,)], ids=["", "packed"])
-@pytest.mark.parametrize("layout", [("data=2", "shard=2"), ("data=2", "context=2"), ("shard=2", "context=2")], ids=str)
+@pytest.mark.parametrize(
+    "layout", [("data=2", "shard=2"), ("data=2", "context_parallel=2"), ("shard=2", "context_parallel=2")], ids=str
+)
 def test_four_processes_train_as_one(four, text, documents, tmp_path, layout, packed):
     changes = [f"data.paths=[{documents if packed else text}]", *DROPOUT, *packed]
     alone = on_ranks.train_here(changes, str(tmp_path / "alone"))
     together = four("train_here", [*changes, *(f"distributed.{part}" for part in layout)], str(tmp_path / "run"))
-    require_same(together, alone, 2 if "context=2" in layout else 4)
+    require_same(together, alone, 2 if "context_parallel=2" in layout else 4)
 
 
 def test_attention_on_four_processes_keeps_a_quarter_of_keys_and_values(four):
