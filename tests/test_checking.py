@@ -220,7 +220,7 @@ BAD_CHECKS = {
     "a module's file": (["forgetful.py"], "forgetful.py .*forgetful:MyConfig"),
     "missing file": (["no.yaml"], "no.yaml"),
     "missing module": (["nothere:Config"], "'nothere'"),
-    "not a configuration": (["forgetful:Forgetful"], "forgetful:Forgetful .*MixerConfig"),
+    "not a configuration": (["forgetful:Forgetful"], "forgetful:Forgetful' .*MixerConfig"),
     "no class": (["forgetful:"], "'forgetful:' .*my_module:MyConfig"),
     "no module before the colon": ([":MyConfig"], "':MyConfig' .*module"),
     "module that exits": (["leaves:Config"], r"leaves .*sys.exit\(3\)"),

@@ -124,6 +124,7 @@ def test_an_environment_that_is_not_torchrun_s_is_one_sentence(refused, monkeypa
     assert re.search(words, refused("train", "retnet-tiny", *SMALL, "data.paths=[text.txt]"))
 
 
+@pytest.mark.slow
 def test_files_of_the_working_directory_stand_in_for_no_library(tmp_path):
     for name in ("typer", "einops", "triton"):
         (tmp_path / f"{name}.py").write_text(f"raise SystemExit('{name} of this folder')")

@@ -282,4 +282,4 @@ def _width(config: MixerConfig, d_model: int | None) -> int:
             return d_model
     reason = str(errors[0]).removeprefix(f"{config.kind}: ")
     widths = ", ".join(map(str, D_MODELS))
-    raise ContractError(f"expected {config.kind} to fit one of the widths {widths}, got: {reason} (pass d_model=)")
+    raise ContractError(f"{config.kind} fits none of the widths {widths}: {reason}; give another one as d_model=")

@@ -42,6 +42,7 @@ TINY = SuiteSettings.model_validate(
 """Two tasks of a second each."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", ["small", "paper"])
 def test_all_tasks_can_be_trained_on_at_equal_parameters(size, tmp_path):
     settings = load_settings(size)

@@ -43,6 +43,7 @@ def test_a_retention_head_reaches_as_far_as_its_decay(gamma):
     assert view.reach == pytest.approx([torch.stack(reach).mean().item()] * 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", sorted(MIXERS.built_in()))
 def test_every_mixer_has_all_views(kind):
     config = MIXERS.built_in()[kind]

@@ -40,7 +40,7 @@ def test_a_step_is_one_token(mixer):
         (2, torch.tensor([0, 4]), "2"),
         (1, torch.tensor([[0, 4]]), r"\[1, 2\]"),
         (1, torch.tensor([0.0, 4.0]), r"\[2\], torch.float32"),
-        (1, torch.tensor([0, 3]), "cu_seqlens.* 0 .*4 tokens"),
+        (1, torch.tensor([0, 3]), "cu_seqlens .* 0 to 4, .*tokens"),
     ],
     ids=str,
 )
@@ -77,7 +77,7 @@ def traits(**changes):
         ({"state": "grows"}, "'constant', 'growing' or 'none'.*'grows'.*\"growing\""),
         ({"packing": None}, "None"),
         ({"shift_invariant": 1}, "1"),
-        ({"parallel_from_state": False, "paradigms": frozenset({"parallel"})}, "no other paradigm"),
+        ({"parallel_from_state": False, "paradigms": frozenset({"parallel"})}, "needs another paradigm"),
         ({"compiles": "no"}, "'no'"),
     ],
 )

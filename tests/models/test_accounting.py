@@ -53,6 +53,7 @@ def test_a_block_may_have_no_ffn_and_any_dtype(config_of):
             assert all(type(getattr(record, f.name)) is int for f in fields(record) if f.type is int)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mixer", [*MIXERS.kinds(), "windowed attention", "xpos attention"])
 def test_operations_are_those_that_torch_counts(config_of, mixer):
     config = config_of(mixer)

@@ -57,7 +57,7 @@ def test_each_text_continues_with_its_own_prompt_or_all_with_one(model_of):
     assert torch.equal(generated(model, more[1:2], 4, after=chosen), torch.cat([one[2], one[0], one[2]]))
     with pytest.raises(SeqmixError, match=r"3 texts.*got 2"):
         generated(model, more[:2], 4, after=cache)
-    with pytest.raises(SeqmixError, match=r"text 3: .*from 0"):
+    with pytest.raises(SeqmixError, match=r"rows .*from 0 to 2, got 3"):
         cache.select([3])
 
 

@@ -31,6 +31,7 @@ def test_every_check_has_a_mutant_and_the_page_lists_them():
     assert listed == tables(), "run: python tests/mutants/table.py"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [SpecimenConfig(), CachedConfig()], ids=lambda config: config.kind)
 def test_a_mixer_that_keeps_the_contract_passes_every_check(config):
     report = check_mixer(config, examples=FEW, stress=True, compiles=NIGHTLY)

@@ -38,7 +38,7 @@ def test_a_call_is_made_in_the_words_of_fla():
 
 @pytest.mark.parametrize("boundaries", [[0, 5], [1, 6], [0, 4, 2, 6], [0, 7], [0], []], ids=str)
 def test_boundaries_that_do_not_rise_to_the_length_are_refused(boundaries):
-    with pytest.raises(SeqmixError, match=rf"cu_seqlens .* 6 .*{re.escape(str(boundaries))}"):
+    with pytest.raises(SeqmixError, match=rf"cu_seqlens .* 6, .*{re.escape(str(boundaries))}"):
         Call.of("parallel", 6, cu_seqlens=torch.tensor(boundaries, dtype=torch.int64))
 
 

@@ -238,7 +238,7 @@ def raises(error):
         (raises(KeyError("layers")), r"KeyError: 'layers' \(.*test_reports.py:\d+, in build\)"),
         (raises(ValueError("odd")), "12, 8, .*ValueError: odd "),
         (lambda self, d_model, layer_idx: None, "TypeError: .* unexpected keyword argument 'n_layers'"),
-        (lambda self, d_model, *, layer_idx, n_layers: None, "None, .* SequenceMixer"),
+        (lambda self, d_model, *, layer_idx, n_layers: None, "SequenceMixer, got None"),
     ],
     ids=["an error", "an error at every width", "signature", "not a mixer"],
 )

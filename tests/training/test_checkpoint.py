@@ -99,7 +99,7 @@ def test_a_carried_state_and_what_computed_it_are_saved_without_pickle(config_of
     assert set(manifest["metrics"]) == {"loss", "validation_loss"}
     model, deeper = (build_model(config_of(f"model.n_layers={n}").model) for n in (2, 3))
     assert load_state(latest(run), model, 4)
-    assert "batch_size = 5" in refused(lambda: load_state(latest(run), model, 5))
+    assert "batch_size = 4, got 5" in refused(lambda: load_state(latest(run), model, 5))
     assert " 2." in refused(lambda: load_state(latest(run), deeper, 4))
 
 
@@ -359,7 +359,7 @@ def test_the_next_best_is_taken_where_the_best_is_damaged(made, tmp_path):
 
 
 FOREIGN = {
-    "wider": (["model.d_model=32"], "embedding.weight .*257, 32.*257, 16"),
+    "wider": (["model.d_model=32"], "embedding.weight .*257, 16.*257, 32"),
     "deeper": (["model.n_layers=3"], "blocks.2."),
     "shallower": (["model.n_layers=1"], "blocks.1."),
     "of another mixer": (["model.blocks.ret.mixer={kind: attention, n_heads: 2}"], "blocks.0."),
