@@ -84,5 +84,5 @@ def test_a_run_names_the_plug_in_that_is_missing(config_of, tmp_path, monkeypatc
     source = "pip install some-plug-in==1.2" if installed else str(tmp_path / "own_plug_in.py")
     message = refusal(lambda: load_run(tmp_path / "run"))
     assert "the run used the module own_plug_in" in message
-    assert message.endswith(source)
+    assert source in message
     assert "plug_ins" not in json.loads((tmp_path / "plain" / "sessions.jsonl").read_text())
