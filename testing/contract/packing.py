@@ -30,7 +30,7 @@ DOCUMENTS = Draw(pieces=(2, 4), tokens=(0, 6), long=12, many=8, lists=LISTS, bat
     draw=DOCUMENTS,
 )
 def documents_are_sequences(trial: Trial) -> None:
-    """Packed documents, including empty ones, give the same as each alone: outputs, final states, and the outputs of later
+    """Packed documents, also empty ones, give the same as each alone: outputs, final states, and the outputs of later
     tokens."""
     blank = trial.case.length > 1 and trial.case.seed % 3 == 2 - (trial.case.start == "none")  # some fixed cases too
     x, state = trial.tokens(blank=blank), states_of_documents(trial)
