@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from types import FunctionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
@@ -296,7 +297,11 @@ def mixers_of(source: str, changes: Sequence[str] = (), hf_config: str = "") -> 
 
 
 def _load_adapted(path: str) -> MixerConfig | None:
-    """Load the configuration object or the `nn.Module` class of a dotted path; None if it names something else."""
+    """Load the configuration object or the `nn.Module` class of a dotted path; None if it names something else.
+
+    Raises:
+        SeqmixError: the path names a function, or a class that needs more than a width.
+    """
     from ..testing import adapt
 
     module, _, name = path.partition(":")
@@ -307,6 +312,11 @@ def _load_adapted(path: str) -> MixerConfig | None:
     if isinstance(value, type) and issubclass(value, nn.Module) and not issubclass(value, SequenceMixer):
         _require_only_width(path, value)
         return adapt(value)
+    if isinstance(value, FunctionType):
+        raise SeqmixError(
+            f"{path} is a function: if it returns a layer of a given width, write layer = adapt({name}) beside it and "
+            f"check {module}:layer (docs/how-to/check-your-own-layer.md)"
+        )
     return value if isinstance(value, MixerConfig) else None
 
 

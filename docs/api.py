@@ -209,23 +209,15 @@ def _signature(function: griffe.Function) -> str:
     signature = function.signature()
     if len(signature) <= 100:
         return signature
-    parameters = []
-    parameter = ""
-    depth = 0  # of nested brackets: commas inside them do not separate parameters
-    for character in signature.removeprefix(function.name + "("):
+    lines, depth = [""], 0  # commas inside brackets do not separate parameters
+    for character in function.signature(return_type=False).removeprefix(f"{function.name}(").removesuffix(")"):
         depth += (character in "([{") - (character in ")]}")
-        if depth < 0:
-            break
         if character == "," and depth == 0:
-            parameters.append(parameter.strip())
-            parameter = ""
+            lines.append("")
         else:
-            parameter += character
-    if parameter.strip():
-        parameters.append(parameter.strip())
-    end = signature[signature.rindex(")") :] if ") -> " in signature else ")"
-    end = f") -> {function.returns}" if function.returns else end
-    return "\n".join([f"{function.name}(", *(f"    {each}," for each in parameters), end])
+            lines[-1] += character
+    returns = f" -> {function.returns}" if function.returns else ""
+    return "\n".join([f"{function.name}(", *(f"    {line.strip()}," for line in lines), f"){returns}"])
 
 
 def _one_line(member: griffe.Object) -> str:

@@ -221,6 +221,7 @@ BAD_CHECKS = {
     "missing file": (["no.yaml"], "no.yaml"),
     "missing module": (["nothere:Config"], "'nothere'"),
     "not a configuration": (["forgetful:Forgetful"], "forgetful:Forgetful' .*MixerConfig"),
+    "a function": (["makes:layer"], r"makes:layer is a function.*adapt\(layer\)"),
     "no class": (["forgetful:"], "'forgetful:' .*my_module:MyConfig"),
     "no module before the colon": ([":MyConfig"], "':MyConfig' .*module"),
     "module that exits": (["leaves:Config"], r"leaves .*sys.exit\(3\)"),
@@ -314,6 +315,7 @@ class BuildConfig(StrangeConfig):
 def test_what_cannot_be_checked_is_one_line(refused, case):
     Path("strange.py").write_text(STRANGE)
     Path("leaves.py").write_text("import sys\n\nsys.exit(3)\n")
+    Path("makes.py").write_text("def layer(d_model):\n    pass\n")
     Path("empty.yaml").write_text("# nothing\n")
     Path("bad.yaml").write_text("kind: retention\nn_heads: 0\n")
     Path("other.yaml").write_text("name: me\n")
