@@ -287,7 +287,8 @@ class _Ready(NamedTuple):
     entry: Entry
     peak: int | None
     products: dict[Product, float] | None
-    """How often a step computes each matrix product, for its floor; None if unknown or if they do not limit it."""
+    """Number of times that a step computes each matrix product, for the lower bound of its time; None if unknown, or
+    if products do not limit the step."""
 
 
 @dataclass(frozen=True)

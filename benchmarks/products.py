@@ -19,9 +19,11 @@ from ..models.onednn_linear import onednn_linear
 from .measure import TimedCall, repeat_call
 
 LONGEST = 4096
-"""Most rows, columns or inner elements of a timed product; of a longer one, a piece is timed and the time scaled."""
+"""Maximum number of rows, columns or inner elements of a timed product. Of a longer one, a piece is timed, and its time
+is scaled up."""
 LARGEST = 2**24
-"""Most elements of an operand of a timed batch of products; of a larger batch, a part is timed and the time scaled."""
+"""Maximum number of elements of an operand in a timed batch of products. Of a larger batch, a part is timed, and its
+time is scaled up."""
 BLOCK = 512
 """Queries and keys per block in which the products of attention are timed."""
 

@@ -117,8 +117,8 @@ def to_theirs(rules: Iterable[Rule], ours: Mapping[str, Tensor]) -> dict[str, Te
     """Compute all tensors of the other library's model from those of a seqmix model.
 
     Raises:
-        SeqmixError: a seqmix tensor has different numbers at places that share one number in the other library, or is
-            not zero although the other library has no such tensor.
+        SeqmixError: a seqmix tensor has different values where the other library has one shared value, or is not zero
+            although the other library has no such tensor.
     """
     theirs: dict[str, Tensor] = {}
     rules = list(rules)

@@ -52,7 +52,7 @@ class Corpus:
     parts: tuple[int, ...] | None = None
     """Number of training tokens of each source, 0 for a streamed source; None if there is only one source."""
     stores: Mapping[str, Sequence[_Part]] = field(default_factory=dict)
-    """Stores and pieces behind the splits, under the keys `training` and `validation`."""
+    """Stores and pieces that the splits are made of, under the keys `training` and `validation`."""
 
     @property
     def sizes(self) -> tuple[int, ...]:

@@ -76,7 +76,7 @@ class Entry(Config):
             top, _, rest = path.partition(".")
             if top not in ("model", "training") or not rest:
                 raise ValueError(
-                    f"an entry can change fields of model and training, got {path}: change it for the whole study"
+                    f"an entry can only change fields of model and training, got {path}: change it for the whole study"
                 )
             if top == "training" and rest in SAME:
                 raise ValueError(

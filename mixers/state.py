@@ -102,7 +102,7 @@ def _join(leaves: list[Tensor]) -> Tensor:
         row_shapes = " and ".join(map(str, shapes))
         raise ContractError(
             f"states in one batch must have leaves of the same shape per row, got {row_shapes}: "
-            "give growing states equally many tokens, or start each from init_state with the same max_length"
+            "let growing states read the same number of tokens, or start each from init_state with the same max_length"
         )
     return torch.cat(leaves)
 

@@ -35,7 +35,7 @@ class LayerCost:
     parameters: int
     """Number of all parameters of the layer."""
     flops_per_token: int
-    """Forward FLOPs of matrix products per token, at the model's `length` in the layer's default paradigm."""
+    """Forward FLOPs of matrix products per token, for `ModelCost.length` tokens in the default paradigm."""
     state_elements: int
     """Number of elements of the state of one sequence after `length` tokens, without positions."""
     state_bytes: int

@@ -21,7 +21,7 @@ DEFAULT_KIND = "x-default-kind"
 """JSON schema key for the default kind of a registry, which a mapping without a kind gets."""
 
 _warned: dict[Any, Any] = {}
-"""Registry of warnings that were shown: the `warnings` module shows each warning once."""
+"""Record of warnings already shown, for `warnings.warn_explicit`, so that each is shown once."""
 
 _describing: ContextVar[tuple["Registry[Any]", ...]] = ContextVar("_describing", default=())
 """Registries whose JSON schema is being generated, the outermost first."""

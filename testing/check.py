@@ -84,9 +84,7 @@ def _register_in(checks: dict[str, Any], **fields: Any) -> Callable[[Callable[..
     def register(test: Callable[..., None]) -> Callable[..., None]:
         name, sentence = test.__name__, " ".join((test.__doc__ or "").split())
         if name in checks:
-            raise ValueError(
-                f"expected a new check name, got {name}: a check called {name} already exists; rename the function"
-            )
+            raise ValueError(f"a check called {name} already exists: rename the function")
         if not sentence:
             raise ValueError(
                 f"expected the check {name} to have a docstring, got none: describe the property that it tests"

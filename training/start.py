@@ -118,7 +118,7 @@ def describe(folder: Path) -> SourceModel:
     try:
         source = _describe_export(folder) if folder.is_file() else _describe_hugging_face(folder)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
-        allowed = "expected a run directory, a file of `seqmix export`, or a folder of seqmix.hf"
+        allowed = "expected a run directory, a file of `seqmix export`, or a folder of `seqmix export --to hf`"
         if not folder.exists():
             siblings = [other.name for other in folder.absolute().parent.glob("*")]
             suggestion = nearest(folder.name, siblings)

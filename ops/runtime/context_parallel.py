@@ -119,7 +119,7 @@ class ContextParallel:
         return rows if documents is None else rows.index_select(0, documents.of_token[-1:])
 
     def continued(self, row: Tensor, rows: Tensor, documents: Documents | None) -> Tensor:
-        """Return `rows` (one per document) with `row` in place of that of the document this segment starts in.
+        """Return `rows` (one per document), with `row` for the document in which this segment starts.
 
         Returns `row` itself if `documents` is None.
         """

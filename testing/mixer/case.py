@@ -22,7 +22,7 @@ state comes from tokens, so constraints between its numbers, such as a symmetric
 STARTS: tuple[Start, ...] = ("none", "initial", "read", "moved")
 
 Use = Literal["evaluation", "training", "frozen", "truncated"]
-"""How a mixer is called. "evaluation": evaluation mode with the final state; "training": training mode without a final
+"""Ways to call a mixer. "evaluation": evaluation mode with the final state; "training": training mode without a final
 state; "frozen": the same, and the tokens need no gradient, as after a frozen embedding; "truncated": training mode
 with the final state, as in truncated backpropagation through time."""
 
@@ -78,7 +78,7 @@ class Case(WrittenCase):
     rows: tuple[int, ...] = ()
     """Indices of the rows of a state to select, in this order."""
     use: Use = "evaluation"
-    """How the mixer is called."""
+    """Way to call the mixer."""
     scale: float = 1.0
     """Standard deviation of the elements of the tokens."""
     layer: int = 0

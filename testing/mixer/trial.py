@@ -125,7 +125,7 @@ class Trial:
 
     @property
     def use(self) -> str:
-        """How the case calls the mixer, in words, such as "training without a final state"."""
+        """Way in which the case calls the mixer, in words, such as "training without a final state"."""
         return IN_WORDS[self.case.use]
 
     def boundaries(self, dtype: torch.dtype = torch.int64) -> Tensor | None:

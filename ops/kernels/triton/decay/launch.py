@@ -88,7 +88,7 @@ INTERPRETED = tuple(Configuration(chunk, *[_SMALL] * 6, precision="ieee") for ch
 """Configurations for Triton's interpreter, with small tiles, so that short inputs have several tiles and chunks."""
 
 STEP = Launch((MAX_KEY_WIDTH, 32), 4, 1)
-"""Configuration of the decoding step; the tile holds all keys."""
+"""Tile and launch options of the decoding step; the tile spans the whole key width."""
 
 
 def choose_configuration(table: tuple[Configuration, ...], chunk_size: int) -> Configuration:

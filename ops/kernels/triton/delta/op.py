@@ -67,7 +67,7 @@ def limits(probe: Probe) -> list[str]:
 
 
 class Configuration(NamedTuple):
-    """Launch configurations of the delta rule's own functions; a tile of the scans holds all keys."""
+    """Launch configurations of the delta rule's own functions; a tile of the scans spans the whole key width."""
 
     solve: Launch
     """Computation of the inverse T of each chunk."""
