@@ -25,7 +25,7 @@ from .measure import Spread
 from .report import from_json, markdown, to_json
 
 PROGRAM = (sys.executable, "-c", "from seqmix.cli import main; main()")
-LEAST = 15.0
+MIN_PART_SECONDS = 15.0
 """Least seconds of the budget with which a part is started: a process needs them to start up."""
 
 
@@ -91,7 +91,7 @@ def measure(
         failed = False
         problem = part.skipped
         remaining = end - began
-        if problem is None and not file.exists() and remaining < LEAST:
+        if problem is None and not file.exists() and remaining < MIN_PART_SECONDS:
             problem = f"not started: the budget of {budget:,.0f} s is spent"
         elif problem is None and not file.exists():
             note(f"{index + 1} of {len(parts)}: {part.group} {part.name}")

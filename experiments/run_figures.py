@@ -90,20 +90,22 @@ def figures_of(runs: Sequence[Curves]) -> list[Figure]:
 
     faint = "Faint lines: training batches, as logged. Lines with markers: evaluations."
     over_time = f"{faint} Time is that of training steps; other load on the machine lengthens it."
-    rate = Axis("learning rate", zero=True, log=False)
-    speed = Axis("tokens per second", zero=True, log=False)
-    memory = Axis("peak memory", unit="bytes", zero=True, log=False)
-    norm = Axis("gradient norm")
-    time = Axis("time of training steps", unit="seconds", log=False)
+    rate_axis = Axis("learning rate", zero=True, log=False)
+    speed_axis = Axis("tokens per second", zero=True, log=False)
+    memory_axis = Axis("peak memory", unit="bytes", zero=True, log=False)
+    norm_axis = Axis("gradient norm")
+    time_axis = Axis("time of training steps", unit="seconds", log=False)
     return drawable(
         [
             Figure("loss", "Loss", faint, x_axis, LOSS, losses(x_key), smooth=True),
-            Figure("loss-time", "Loss over time", over_time, time, LOSS, losses("seconds"), smooth=True),
+            Figure("loss-time", "Loss over time", over_time, time_axis, LOSS, losses("seconds"), smooth=True),
             each("accuracy", "Accuracy", "Share of target tokens predicted correctly.", ACCURACY, "accuracy"),
-            each("learning-rate", "Learning rate", "Learning rate of the schedule.", rate, "learning_rate"),
-            each("gradient-norm", "Gradient norm", "Norm before clipping.", norm, "gradient_norm", smooth=True),
-            each("throughput", "Throughput", "Speed of the logged steps.", speed, "tokens_per_second", smooth=True),
-            each("memory", "Peak memory", "Largest memory allocated so far.", memory, "memory_bytes"),
+            each("learning-rate", "Learning rate", "Learning rate of the schedule.", rate_axis, "learning_rate"),
+            each("gradient-norm", "Gradient norm", "Norm before clipping.", norm_axis, "gradient_norm", smooth=True),
+            each(
+                "throughput", "Throughput", "Speed of the logged steps.", speed_axis, "tokens_per_second", smooth=True
+            ),
+            each("memory", "Peak memory", "Largest memory allocated so far.", memory_axis, "memory_bytes"),
         ]
     )
 

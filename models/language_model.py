@@ -211,8 +211,8 @@ class LanguageModel(nn.Module):
                 )
         after = []
         first_values = None
-        eager = not torch.compiler.is_compiling() and not torch.is_grad_enabled()
-        memo = (Memo() if memo is None else memo).next_pass() if eager else None
+        can_memoize = not torch.compiler.is_compiling() and not torch.is_grad_enabled()
+        memo = (Memo() if memo is None else memo).next_pass() if can_memoize else None
         for block, before, layer_paradigm in zip(self.blocks, states, paradigms, strict=True):
             call = partial(
                 block,

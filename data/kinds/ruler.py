@@ -18,7 +18,7 @@ NEEDLE = "One of the special magic {}s for {} is: {}."
 PROMPT = "The special magic {} for {} mentioned in the text is: "
 SHORTEST = {"niah_single_1": 192, "niah_multikey_2": 192, "niah_multikey_3": 320, "vt": 224, "cwe": 1024, "fwe": 640}
 """Smallest length in bytes into which every example of a task fits."""
-VARIABLES = 5
+N_VARIABLES = 5
 """Number of words in the answer of `vt`."""
 COMMON = 10
 """Number of words in the answer of `cwe`."""
@@ -132,7 +132,7 @@ def _make_needle(rng: Rng, length: int, task: str) -> tuple[str, str]:
 
 def _make_variables(rng: Rng, length: int) -> tuple[str, str]:
     """Make an example of `vt`: the text with question and answer, and the answer."""
-    names = [_word(rng, ascii_uppercase, 5) for _ in range(VARIABLES)]
+    names = [_word(rng, ascii_uppercase, 5) for _ in range(N_VARIABLES)]
     value = str(rng.integers(10**4, 10**5))
     assigned = [value, *(f"VAR {name}" for name in names)]
     lines = [f"VAR {name} = {source}" for name, source in zip(names, assigned, strict=False)]

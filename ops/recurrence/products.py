@@ -17,8 +17,8 @@ def product_dtype(x: Recurrence) -> torch.dtype:
     It is not faster for small products, which cost more to launch than to compute. Calls with a wide output use the
     dtype of states, so that the gradient of the output is not rounded.
     """
-    _, keys, values = x.matrix
-    large = min(x.chunk_size, x.q.shape[1]) * keys * values >= MIN_MULTIPLICATIONS
+    _, key_width, value_width = x.matrix
+    large = min(x.chunk_size, x.q.shape[1]) * key_width * value_width >= MIN_MULTIPLICATIONS
     supported = HAS_BFLOAT16 and torch.backends.mkldnn.enabled and x.q.device.type == "cpu"
     return x.q.dtype if supported and large and x.output_dtype == torch.bfloat16 else x.wide
 

@@ -239,12 +239,12 @@ class Planner:
 class _CountingGroup(ContextParallel):
     """Context-parallel group of one process, which counts the bytes that the others would send to it."""
 
-    sent: list[int]
+    received: list[int]
     """Bytes that each call would receive, in forward and backward."""
 
     def gather(self, x: Tensor) -> Tensor:
         # values in forward, and gradients of floating-point values in backward
-        self.sent.append((1 + x.is_floating_point()) * (self.size - 1) * x.nbytes)
+        self.received.append((1 + x.is_floating_point()) * (self.size - 1) * x.nbytes)
         return x.expand(self.size, *x.shape)
 
     def exchange(
@@ -254,7 +254,7 @@ class _CountingGroup(ContextParallel):
         distance: int,  # noqa: ARG002
     ) -> tuple[list[Tensor], list[Any]]:
         # once in forward and once in backward; the last rank receives most
-        self.sent.append(2 * sum(x.nbytes for x in like))
+        self.received.append(2 * sum(x.nbytes for x in like))
         return [torch.empty_like(x) for x in like], []
 
 
@@ -268,9 +268,9 @@ def received(config: ModelConfig, tokens: int, *, ranks: int, layer: int = 0) ->
         layer: index of the layer, from 0.
     """
     mixer: SequenceMixer = build_meta(config).blocks[layer].mixer
-    mixer.cp_group = group = _CountingGroup("", rank=ranks - 1, size=ranks, sent=[])
+    mixer.cp_group = group = _CountingGroup("", rank=ranks - 1, size=ranks, received=[])
     mixer(torch.empty(1, tokens // ranks, config.d_model, device="meta"))
-    return sum(group.sent)
+    return sum(group.received)
 
 
 def _divisors(number: int) -> list[int]:
