@@ -207,13 +207,13 @@ def adapt(
     for trait in traits or {}:
         require_name("trait", trait, [field.name for field in fields(Traits)])
     paradigms = frozenset({Paradigm.PARALLEL, Paradigm.RECURRENT} if state is not None else {Paradigm.PARALLEL})
-    defaults = {
+    defaults: dict[str, Any] = {
         "paradigms": paradigms,
         "packing": False,
         "shift_invariant": False,
         "state": "none" if state is None else "constant",
     }
-    declared = Traits(**(defaults | (traits or {})))
+    declared = Traits(**{**defaults, **(traits or {})})
     if declared.has_state is (state is None):
         remedy = "pass state=" if state is None else "omit state="
         argument = "no state=" if state is None else "state="
