@@ -7,9 +7,12 @@ from typing import Annotated
 
 import typer
 
+from ..mixers.roles import ParameterRole
 from ..models import LayerCost, ModelCost, account
+from ..models.builder import build_meta
 from ..training import RunConfig, load_config
 from ..training.distributed.layouts import received
+from ..training.optimizer import assignments
 from .console import plain_table, terminal
 from .options import Overrides
 
@@ -20,10 +23,54 @@ def show(
     length: Annotated[
         int | None, typer.Option(help="Sequence length in tokens; data.sequence_length by default.", min=1, max=2**31)
     ] = None,
+    parameters: Annotated[
+        bool, typer.Option("--parameters", help="Show instead each parameter's shape, role and optimizer.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show a model's cost by layer without allocating it: parameters, FLOPs, state, activations."""
-    print_cost(load_config(config, overrides or []), length, as_json=as_json)
+    loaded = load_config(config, overrides or [])
+    if parameters:
+        print_parameters(loaded, as_json=as_json)
+    else:
+        print_cost(loaded, length, as_json=as_json)
+
+
+def print_parameters(config: RunConfig, *, as_json: bool = False) -> None:
+    """Print each parameter of a configuration's model, and how it is trained.
+
+    Args:
+        config: the configuration.
+        as_json: True to print JSON instead of a table.
+    """
+    assigned = assignments(build_meta(config.model), config.training)
+    if as_json:
+        entries = [
+            {
+                "name": a.name,
+                "shape": list(a.parameter.shape),
+                "role": a.role.role,
+                "blocks": [block._asdict() for block in a.role.blocks],
+                "optimizer": a.optimizer,
+                "weight_decay": a.weight_decay,
+            }
+            for a in assigned
+        ]
+        typer.echo(json.dumps(entries, indent=2))
+        return
+    table = plain_table("parameter", "shape", "role", "optimizer", "decay")
+    for a in assigned:
+        shape = " x ".join(map(str, a.parameter.shape))
+        table.add_row(a.name, shape, _role_text(a.role), a.optimizer, f"{a.weight_decay:g}")
+    terminal().print(table)
+
+
+def _role_text(role: ParameterRole) -> str:
+    """Return a role's name, with the rows of each block: "matrix (q 128, k 128, gate beta 4)"."""
+    blocks = [
+        f"{'' if block.role is role.role else f'{block.role} '}{block.name} {block.rows}" for block in role.blocks
+    ]
+    return f"{role.role} ({', '.join(blocks)})" if blocks else str(role.role)
 
 
 def print_cost(config: RunConfig, length: int | None = None, *, as_json: bool = False) -> None:

@@ -36,6 +36,7 @@ from .parts.gates import gate_decay
 from .parts.projections import projections_of
 from .parts.rotary import LinearScaling, RopeScaling
 from .parts.widths import rotary_dim
+from .roles import Role, RowBlock
 from .traits import ContractError, Traits
 
 AttentionState = Cache
@@ -150,12 +151,25 @@ class Attention(CachedMixer):
             self.widths["gate"] = queries
         if config.forget_gate:
             self.widths["forget"] = self.n_heads
+        heads = {"q": self.n_heads, "k": self.n_kv_heads, "v": self.n_kv_heads, "gate": self.n_heads}
+        self.row_blocks = [
+            RowBlock(name, rows, Role.GATE if name == "forget" else Role.MATRIX, heads.get(name, 1))
+            for name, rows in self.widths.items()
+        ]
+        self.parameter_roles = {
+            "in_proj.weight": self.row_blocks,
+            "forget_bias": Role.RATE,
+            "sinks": Role.VECTOR,
+        }
         # one matrix product for all projections
         self.in_proj = nn.Linear(d_model, sum(self.widths.values()), bias=config.bias in ("qkv", "all"))
         kind = config.qk_norm
-        heads = (self.n_heads, self.n_kv_heads)
         options = {"all_heads": kind == "rms_all_heads", "zero_centered": kind == "rms_zero_centered"}
-        self.qk_norm = None if kind == "none" else QKNorm(heads, self.head_dim, config.norm_eps, **options)
+        self.qk_norm = (
+            None
+            if kind == "none"
+            else QKNorm((self.n_heads, self.n_kv_heads), self.head_dim, config.norm_eps, **options)
+        )
         self.forget_heads = self.n_heads if config.forget_gate else None
         self.forget_bias = nn.Parameter(torch.empty(self.n_heads)) if config.forget_gate else None
         self.sinks = nn.Parameter(torch.empty(self.n_heads)) if config.sinks else None
@@ -213,8 +227,7 @@ class Attention(CachedMixer):
 
     @property
     def projections(self) -> dict[str, Float[Tensor, "H _ D"]]:
-        heads = {"q": self.n_heads, "k": self.n_kv_heads, "v": self.n_kv_heads, "o": self.n_heads}
-        return projections_of(self.in_proj, self.out_proj, self.widths, heads)
+        return projections_of(self.in_proj, self.out_proj, self.row_blocks, self.n_heads)
 
     @property
     def cache_sizes(self) -> tuple[int, int, int]:

@@ -21,6 +21,7 @@ from ..ops.scan import SCAN_PARADIGMS
 from .contract import MixerConfig, SequenceMixer
 from .parts import Call
 from .parts.token_shift import token_shift
+from .roles import Role
 from .traits import Traits
 
 
@@ -64,6 +65,7 @@ class ChannelMix(SequenceMixer[ChannelMixState]):
         self.gated = config.gate
         self.remaining_depth = 1 - layer_idx / n_layers
         width = max(round(config.expansion * d_model), 1)
+        self.parameter_roles = {"shift": Role.VECTOR}
         self.shift = nn.Parameter(torch.empty(1 + config.gate, d_model))
         self.k_proj = nn.Linear(d_model, width, bias=False)
         self.v_proj = nn.Linear(width, d_model, bias=False)

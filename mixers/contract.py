@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
+from types import MappingProxyType
 from typing import Any, Generic, Self, TypeAlias, cast, final
 
 import torch
@@ -18,6 +19,7 @@ from ..ops.runtime.packing import Documents
 from ..ops.runtime.paradigm import Paradigm
 from ..registry import Config, Registry, SeqmixError
 from .context_parallel import mix_sequentially
+from .roles import Roles
 from .state import S, from_dict, to_dict
 from .traits import ContractError, Traits, require_compiles, require_initial_state, require_paradigm, require_state
 
@@ -145,6 +147,8 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
     """
 
     traits: Traits
+    parameter_roles: Roles = MappingProxyType({})
+    """Roles of the mixer's parameters that are not those of torch's layers or of the mixer's parts, by name."""
     supports_context_parallel: bool = False
     """True if `mix` reads `call.cp_group` itself: x is then this rank's segment, and all other arguments are those of
     the whole row. If False, the state is sent from rank to rank, and each rank waits for the one before it."""

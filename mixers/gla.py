@@ -21,6 +21,7 @@ from ..ops.decay import decay
 from .parts import QKV, Call, LowRank, QKVConfig, QKVMixer, RecurrenceOutput
 from .parts.gates import gate_decay
 from .parts.qkv import Affine, KeyExpansion
+from .roles import Role
 
 
 class GLAConfig(QKVConfig):
@@ -48,7 +49,7 @@ class GLA(QKVMixer):
 
     def __init__(self, config: GLAConfig, d_model: int) -> None:
         super().__init__(config, d_model)
-        self.decay_proj = LowRank(d_model, config.gate_rank, self.n_heads * self.key_dim, bias=True)
+        self.decay_proj = LowRank(d_model, config.gate_rank, self.n_heads * self.key_dim, bias=True, role=Role.GATE)
 
     @torch.no_grad()
     def set_reach(self, tokens: Float[Tensor, " H"]) -> list[str]:

@@ -23,6 +23,7 @@ from .parts import Call, ShortConvolution
 from .parts.matrix_state import Chunk
 from .parts.scan_state import ScanConfig, ScanMixer, ScanState
 from .parts.time_step import in_range
+from .roles import Role, RowBlock
 
 
 class H3Config(ScanConfig):
@@ -52,6 +53,13 @@ class H3(ScanMixer):
         self.log_step = nn.Parameter(torch.empty(d_model))
         self.A_log, self.A_imag = (nn.Parameter(torch.empty(pairs, d_model)) for _ in range(2))
         self.C = nn.Parameter(torch.empty(pairs, d_model, 2))
+        self.parameter_roles = {
+            "in_proj.weight": [RowBlock(name, d_model) for name in ("q", "k", "v")],
+            "log_step": Role.RATE,
+            "A_log": Role.RATE,
+            "A_imag": Role.RATE,
+            "C": Role.VECTOR,
+        }
         self.D = nn.Parameter(torch.empty(d_model))
         self.out_proj = nn.Linear(d_model, d_model, bias=False)
         self.reset_parameters()

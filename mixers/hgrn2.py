@@ -12,7 +12,7 @@ one per key dimension. There is a factor 1/sqrt(K), which the norm cancels excep
 """
 
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..ops.decay import decay
 from .parts import QKV, Call, QKVConfig, QKVMixer, RecurrenceOutput
 from .parts.qkv import Affine, OutputGate
+from .roles import Role, Roles
 
 
 class HGRN2Config(QKVConfig):
@@ -61,6 +62,8 @@ class HGRN2(QKVMixer):
 
 class ForgetGate(nn.Module):
     """Forget gate f_t from logits, with a learned lower bound per key dimension that starts at `bound`; 0 for none."""
+
+    parameter_roles: ClassVar[Roles] = {"bound": Role.RATE}
 
     def __init__(self, n_heads: int, key_dim: int, bound: float) -> None:
         super().__init__()

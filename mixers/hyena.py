@@ -36,6 +36,7 @@ from ..ops.runtime.packing import require_async
 from ..ops.runtime.paradigm import Paradigm
 from .contract import MixerConfig, SequenceMixer
 from .parts import ShortConvolution
+from .roles import Role, RowBlock
 from .traits import Traits, require_capacity
 
 FAINT = 0.01
@@ -128,6 +129,14 @@ class Hyena(SequenceMixer[HyenaState]):
         width = config.filter_width
         self.in_proj = nn.Linear(d_model, streams, bias=False)
         self.convolution = ShortConvolution(streams, config.short_conv, bias=True, activation="none")
+        streams_of = [RowBlock(f"stream_{n}", d_model) for n in range(config.order + 1)]
+        self.parameter_roles = {
+            "in_proj.weight": streams_of,
+            # the network that computes the filters; not decayed, as in the authors' code
+            **{f"filter_layers.{n}.weight": Role.CONVOLUTION for n in range(config.filter_depth - 1)},
+            "filter_out.weight": Role.CONVOLUTION,
+            "skip": Role.VECTOR,
+        }
         widths = [1 + 2 * config.n_bands, *[width] * (config.filter_depth - 1)]
         self.filter_layers = nn.Sequential(*(nn.Linear(*sizes) for sizes in pairwise(widths)))
         self.filter_out = nn.Linear(width, self.n_filters * d_model, bias=False)

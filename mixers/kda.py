@@ -21,6 +21,7 @@ from ..ops.delta import delta
 from .delta_net import DeltaConfig, GroupedValuesConfig, write_rate
 from .parts import QKV, Call, LowRank, QKVMixer, RecurrenceOutput, TimeStepDecay
 from .parts.qkv import OutputGate
+from .roles import Role
 
 
 class KeyDecayConfig(DeltaConfig):
@@ -57,7 +58,7 @@ class KDA(QKVMixer):
         super().__init__(config, d_model, **more)
         rank = config.gate_rank or self.value_dim
         gate = config.gate != "none"
-        self.decay_proj = LowRank(d_model, rank, self.n_heads * self.key_dim, bias=False)
+        self.decay_proj = LowRank(d_model, rank, self.n_heads * self.key_dim, bias=False, role=Role.GATE)
         bound = config.decay_lower_bound
         rates = (1.0, 16.0 if config.decay_lower_bound is None else 1.0)
         self.decay = TimeStepDecay(self.n_heads, rates, key_dim=self.key_dim, lower_bound=bound)

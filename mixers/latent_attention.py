@@ -25,6 +25,7 @@ from ..ops.runtime.kernel import Probe
 from ..ops.runtime.paradigm import Paradigm
 from .contract import MixerConfig
 from .parts import CachedMixer, GatedNorm, divided, rotated
+from .roles import RowBlock
 from .traits import Traits
 
 
@@ -91,10 +92,18 @@ class LatentAttention(CachedMixer):
         queries = self.n_heads * (self.key_dim + self.rotary_dim)
         self.widths = {"q": config.q_lora_rank or queries, "latent": self.rank, "rotary": self.rotary_dim}
         self.in_proj = nn.Linear(d_model, sum(self.widths.values()), bias=False)
+        # without a compressed query, the rows of in_proj are those of the heads
+        query_rows = RowBlock("q", self.widths["q"], heads=1 if config.q_lora_rank else self.n_heads)
+        kv_rows = self.n_heads * (self.key_dim + self.value_dim)
+        self.parameter_roles = {
+            "in_proj.weight": [query_rows, RowBlock("latent", self.rank), RowBlock("rotary", self.rotary_dim)],
+            "q_up.weight": [RowBlock("q", queries, heads=self.n_heads)],
+            "kv_up.weight": [RowBlock("kv", kv_rows, heads=self.n_heads)],
+        }
         self.q_norm = _norm(config.q_lora_rank, config) if config.q_lora_rank else None
         self.q_up = nn.Linear(config.q_lora_rank, queries, bias=False) if config.q_lora_rank else None
         self.kv_norm = _norm(self.rank, config)
-        self.kv_up = nn.Linear(self.rank, self.n_heads * (self.key_dim + self.value_dim), bias=False)
+        self.kv_up = nn.Linear(self.rank, kv_rows, bias=False)
         self.out_proj = nn.Linear(self.n_heads * self.value_dim, d_model, bias=False)
         self.reset_parameters()
 

@@ -24,6 +24,7 @@ from .parts.matrix_state import Chunk
 from .parts.scan_state import ScanConfig, ScanMixer, ScanState
 from .parts.time_step import in_range, step_bias
 from .parts.widths import head_width
+from .roles import Role, RowBlock
 
 
 class MambaConfig(ScanConfig):
@@ -59,6 +60,16 @@ class Mamba(ScanMixer):
         self.x_proj = nn.Linear(width, sum(self.widths), bias=False)
         self.dt_proj = nn.Linear(rank, width)
         self.A_log = nn.Parameter(torch.empty(config.d_state, width))
+        self.parameter_roles = {
+            "in_proj.weight": [RowBlock("v", width), RowBlock("gate", width)],
+            "x_proj.weight": [
+                RowBlock("dt", rank, Role.GATE),
+                *(RowBlock(name, config.d_state) for name in ("k", "q")),
+            ],
+            "dt_proj.weight": Role.GATE,
+            "dt_proj.bias": Role.RATE,
+            "A_log": Role.RATE,
+        }
         self.D = nn.Parameter(torch.empty(width))
         self.out_proj = nn.Linear(width, d_model, bias=False)
         self.products = self.A_log.numel()  # the product C h

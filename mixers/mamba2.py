@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..ops.decay import decay
 from .parts import Call, MatrixState, ShortConv, ShortConvolution, TimeStepDecay, TimeStepFields
 from .parts.state_space import StateSpaceConfig, StateSpaceMixer
+from .roles import Role
 
 
 class Mamba2Config(StateSpaceConfig, TimeStepFields):
@@ -40,10 +41,11 @@ class Mamba2(StateSpaceMixer):
 
     def __init__(self, config: Mamba2Config, d_model: int, n_layers: int = 1) -> None:
         # one matrix product for the gate, the convolved values, B and C, and the step sizes
-        super().__init__(config, d_model, n_layers, None)
+        super().__init__(config, d_model, n_layers, [("dt", None)])
         self.convolution = ShortConvolution.of(config.short_conv, sum(self.widths), bias=True)
         self.decay = TimeStepDecay(self.n_heads, config.a_range, config.time_step_range, config.time_step_limit)
         self.norm_weight = nn.Parameter(torch.empty(self.widths[0]))
+        self.parameter_roles = {**self.parameter_roles, "norm_weight": Role.NORM}
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -33,6 +33,7 @@ from .parts.rotary import Rotation, rotate
 from .parts.state_space import StateSpaceConfig, StateSpaceMixer
 from .parts.time_step import step_bias
 from .parts.token_shift import token_shift
+from .roles import Role
 from .traits import ContractError
 
 MIN_RATE = 1e-4
@@ -82,11 +83,14 @@ class Mamba3(StateSpaceMixer):
                 f"got {config.partial_rotary_factor:g} * {config.d_state}: "
                 "increase one of them"
             )
-        super().__init__(config, d_model, n_layers, None, None, None, self.pairs)
+        gates = [("dt", None), ("a", None), ("share", None), ("angle", self.pairs)]
+        super().__init__(config, d_model, n_layers, gates)
         # entry 0 is for B, entry 1 for C
         self.key_norm = nn.Parameter(torch.empty(2, self.key_dim))
         self.key_bias = nn.Parameter(torch.empty(2, self.n_heads, self.key_dim))
         self.dt_bias = nn.Parameter(torch.empty(self.n_heads))
+        own_roles = {"key_norm": Role.NORM, "key_bias": Role.VECTOR, "dt_bias": Role.RATE}
+        self.parameter_roles = {**self.parameter_roles, **own_roles}
         norm = config.head_norm
         eps = config.norm_eps
         self.norm = GatedNorm(self.value_dim, norm, "swish", affine=True, eps=eps, heads=self.n_heads)

@@ -21,6 +21,7 @@ from ..ops.scan import scan
 from .parts import Call, ShortConv, ShortConvolution
 from .parts.scan_state import ScanConfig, ScanMixer, ScanState
 from .parts.widths import head_width
+from .roles import Role, RowBlock
 
 
 class MinGRUConfig(ScanConfig):
@@ -44,6 +45,7 @@ class MinGRU(ScanMixer):
     def __init__(self, config: MinGRUConfig, d_model: int) -> None:
         width = head_width(d_model, config.expand, 1, "expand")
         super().__init__(config, width)
+        self.parameter_roles = {"in_proj.weight": [RowBlock("gate", width, Role.GATE), RowBlock("v", width)]}
         self.in_proj = nn.Linear(d_model, 2 * width, bias=False)
         self.out_proj = nn.Linear(width, d_model, bias=False)
         self.convolution = ShortConvolution.of(config.short_conv, d_model, bias=True, activation="none")

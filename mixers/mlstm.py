@@ -30,6 +30,7 @@ from .parts import QKV, Call, Paradigm, QKVConfig, QKVMixer, RecurrenceOutput
 from .parts.gates import GatedNorm
 from .parts.qkv import Affine, KeyExpansion, OutputGate, OutputNorm
 from .parts.token_shift import token_shift
+from .roles import Role
 
 MAX_EXPONENT = 80.0
 """Upper limit of exponents; e^88 is the end of the range of float32."""
@@ -72,6 +73,7 @@ class MLSTM(QKVMixer):
     def __init__(self, config: MLSTMConfig, d_model: int) -> None:
         super().__init__(config, d_model, i=config.n_heads, f=config.n_heads)
         self.gate_bias = nn.Parameter(torch.empty(2, self.n_heads))
+        self.parameter_roles = {**self.parameter_roles, "gate_bias": Role.RATE}
         self.value_dim += 1  # the width of the state, with n
         self.reset_parameters()
 

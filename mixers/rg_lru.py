@@ -26,6 +26,7 @@ from .parts import Call, ShortConvolution
 from .parts.scan_state import ScanConfig, ScanMixer, ScanState
 from .parts.time_step import in_range
 from .parts.widths import head_width
+from .roles import Role, RowBlock
 from .traits import Traits
 
 SHARPNESS = 8.0
@@ -70,6 +71,12 @@ class RGLRU(ScanMixer):
         self.gate_weight = nn.Parameter(torch.empty(config.n_heads, block, 2 * block))
         self.gate_bias = nn.Parameter(torch.empty(config.n_heads, 2 * block))
         self.rate = nn.Parameter(torch.empty(self.width))
+        self.parameter_roles = {
+            "in_proj.weight": [RowBlock("v", self.width), RowBlock("gate", self.width)],
+            "gate_weight": Role.GATE,
+            "gate_bias": Role.RATE,
+            "rate": Role.RATE,
+        }
         self.out_proj = nn.Linear(self.width, d_model)
         self.products = self.gate_weight.numel()
         self.reset_parameters()

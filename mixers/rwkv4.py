@@ -27,6 +27,7 @@ from .parts import Call
 from .parts.scan_state import ScanConfig, ScanMixer, ScanState
 from .parts.token_shift import token_shift
 from .parts.widths import head_width
+from .roles import Role
 
 
 class RWKV4Config(ScanConfig):
@@ -50,6 +51,7 @@ class RWKV4(ScanMixer):
         self.mix_k, self.mix_v, self.mix_r = (nn.Parameter(torch.empty(d_model)) for _ in range(3))
         self.k_proj, self.v_proj, self.r_proj = (nn.Linear(d_model, self.width, bias=False) for _ in range(3))
         self.time_decay, self.time_first = (nn.Parameter(torch.empty(self.width)) for _ in range(2))
+        self.parameter_roles = {"time_decay": Role.RATE}
         self.out_proj = nn.Linear(self.width, d_model, bias=False)
         self.reset_parameters()
 

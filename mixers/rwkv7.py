@@ -31,6 +31,7 @@ from .parts.gates import LowRanks
 from .parts.qkv import Heads
 from .parts.token_shift import TokenShift
 from .parts.value_residual import ValueResidual
+from .roles import Role, RowBlock
 
 
 class RWKV7Config(LowRanks, MatrixStateConfig):
@@ -64,8 +65,13 @@ class RWKV7(MatrixStateMixer):
         self.convolution = TokenShift(d_model, [p * (1 - layer_idx / n_layers) for p in (0.2, 0.9, 0.7, 0.7, 0.9, 0.2)])
         self.removed, self.replaced = (nn.Parameter(torch.empty(self.n_heads, self.key_dim)) for _ in range(2))
         self.in_proj, self.out_proj = (nn.Linear(d_model, n * d_model, bias=False) for n in (3, 1))
-        self.decay_proj = LowRank(d_model, config.rank, d_model, bias=True, activation="tanh")
-        self.rate_proj = LowRank(d_model, config.rank, d_model, bias=True)
+        self.parameter_roles = {
+            "in_proj.weight": [RowBlock(name, d_model, heads=self.n_heads) for name in ("r", "k", "v")],
+            "removed": Role.VECTOR,
+            "replaced": Role.VECTOR,
+        }
+        self.decay_proj = LowRank(d_model, config.rank, d_model, bias=True, activation="tanh", role=Role.GATE)
+        self.rate_proj = LowRank(d_model, config.rank, d_model, bias=True, role=Role.GATE)
         self.gate_proj = LowRank(d_model, config.ranks[2], d_model, bias=False, activation="sigmoid")
         self.value_proj: ValueResidual | None = None
         self.norm = BonusNorm(config.n_heads, self.key_dim, config.norm_eps, ((layer_idx + 1) / n_layers) ** 0.7)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple, TypeAlias, cast
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from ..blocks import Block, Dropout
 from ..blocks.ffn.moe import ExpertLinear
 from ..mixers import ContractError, Paradigm
+from ..mixers.roles import Role, Roles
 from ..ops.kernels.selection import described
 from ..ops.runtime.context_parallel import ContextParallel
 from ..ops.runtime.memo import Memo
@@ -48,6 +49,8 @@ class ModelOutput(NamedTuple):
 
 class LanguageModel(nn.Module):
     """A causal language model whose layers may all be different."""
+
+    parameter_roles: ClassVar[Roles] = {"head.weight": Role.READOUT}
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

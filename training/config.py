@@ -59,16 +59,19 @@ class TrainingConfig(Config):
     """Length of the final decay of schedule wsd, in steps."""
     final_lr_ratio: float = Field(default=0.0, ge=0, le=1)
     """Final learning rate as a fraction of the peak."""
-    optimizer: Annotated[str, _name_or_path("adamw", "muon")] = "adamw"
-    """`adamw`, or `muon`: Muon for the weight matrices of the blocks, with steps scaled to those of AdamW, and AdamW
-    for all other parameters. Or the path of a class or function that is called with parameter groups and `lr`:
-    torch.optim:SGD."""
+    optimizer: Annotated[str, _name_or_path("adamw", "muon", "normuon")] = "adamw"
+    """`adamw`; or `muon`: Muon for matrices, with steps scaled to those of AdamW, and AdamW for all other parameters;
+    or `normuon`, which also evens out the rows of a step. Or the path of a class or function that is called with
+    parameter groups and `lr`: torch.optim:SGD."""
     optimizer_options: dict[str, Any] = Field(default_factory=dict)
     """Further keyword arguments for an optimizer given by path."""
     muon_momentum: Rate = 0.95
     """Momentum of Muon."""
+    muon_split: Literal["projections", "heads"] = "projections"
+    """Matrices that Muon orthogonalises separately: the `projections` of an input projection (queries, keys, values,
+    output gate), or also their `heads`."""
     weight_decay: float = Field(default=0.05, ge=0)
-    """Weight decay of matrices; vectors, such as biases and norms, are not decayed."""
+    """Weight decay of matrices and embeddings; rates, norms, convolutions and other vectors are not decayed."""
     betas: tuple[Rate, Rate] = Field(default=(0.9, 0.98), strict=False)
     """Decay rates of AdamW's first and second moment."""
     clip_norm: float | None = Field(default=2.0, gt=0)

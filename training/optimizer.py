@@ -2,13 +2,15 @@
 
 from collections import ChainMap
 from collections.abc import MutableMapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from ..mixers.roles import ParameterRole, Role, roles_of
 from ..registry import SeqmixError, import_object
 from .config import TrainingConfig
+from .muon import Muon
 
 
 class Together:
@@ -41,57 +43,93 @@ class Together:
 AnyOptimizer: TypeAlias = torch.optim.Optimizer | Together
 
 
-def build_optimizer(model: nn.Module, config: TrainingConfig) -> AnyOptimizer:
-    """Build the optimizer of a model. Weight decay applies to matrices, not to vectors.
+class Assignment(NamedTuple):
+    """Training of one parameter, as its role decides."""
 
-    Every parameter is in exactly one group; parameters without `requires_grad` are left out.
+    name: str
+    parameter: nn.Parameter
+    role: ParameterRole
+    optimizer: str
+    """Optimizer that updates the parameter: `muon`, `normuon`, `adamw`, or the path of another one."""
+    weight_decay: float
 
-    `muon` updates the weights of the blocks' linear layers with Muon, and everything else (embedding, output
-    projection, vectors, convolutions) with AdamW. Its steps are scaled to those of AdamW (0.2 sqrt(max(rows, columns)),
-    Liu et al. 2025, "Muon is scalable for LLM training"), so that both share one learning rate and one weight decay.
+
+def assignments(model: nn.Module, config: TrainingConfig) -> list[Assignment]:
+    """Return how each parameter that requires a gradient is trained.
 
     Raises:
-        SeqmixError: an optimizer given by path cannot be imported, or rejects its arguments.
+        ContractError: a parameter has no role.
+    """
+    roles = roles_of(model)
+    muon = config.optimizer in ("muon", "normuon")
+    return [
+        Assignment(
+            name,
+            parameter,
+            roles[name],
+            "adamw" if muon and roles[name].role is not Role.MATRIX else config.optimizer,
+            config.weight_decay if roles[name].role.decays else 0.0,
+        )
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    ]
+
+
+def build_optimizer(model: nn.Module, config: TrainingConfig) -> AnyOptimizer:
+    """Build the optimizer of a model, from the roles of its parameters (`seqmix.mixers.roles`).
+
+    Every parameter is in exactly one group; parameters without `requires_grad` are left out. Weight decay applies to
+    maps of tokens and of the vocabulary, not to rates, norms, convolutions and vectors.
+
+    `muon` and `normuon` update matrices, each of their maps (queries, keys, ...) separately, and AdamW everything else.
+    Their steps are scaled to those of AdamW, so that both share one learning rate and one weight decay.
+
+    Raises:
+        SeqmixError: a parameter has no role, or an optimizer given by path cannot be imported or rejects its arguments.
     """
     if not isinstance(config, TrainingConfig):
         raise SeqmixError(
             f"build_optimizer expects a TrainingConfig, such as config.training, got a {type(config).__name__}"
         )
-    in_blocks = model.get_submodule("blocks").modules() if config.optimizer == "muon" else ()
-    weights = (module.weight for module in in_blocks if isinstance(module, nn.Linear))
-    matrices = dict.fromkeys(weight for weight in weights if weight.requires_grad)  # deduplicated
-    rest = [p for p in model.parameters() if p not in matrices and p.requires_grad]
-    groups = [
-        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
+    assigned = assignments(model, config)
     if ":" in config.optimizer:
         make = import_object(config.optimizer, "the optimizer")
         try:
-            return make(groups, lr=config.learning_rate, **config.optimizer_options)
+            return make(_groups(assigned), lr=config.learning_rate, **config.optimizer_options)
         except (TypeError, ValueError) as error:
             raise SeqmixError(f"training.optimizer: {config.optimizer} rejects its arguments: {error}") from error
-    adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
-    # created now, not by the first step, so that checkpoints have it also for parameters without a gradient
-    for parameter in rest:
-        adamw.state[parameter] = {
-            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-            "exp_avg": torch.zeros_like(parameter),
-            "exp_avg_sq": torch.zeros_like(parameter),
-        }
-    if not matrices:
-        return adamw
-    muon = torch.optim.Muon(
-        list(matrices),
-        lr=config.learning_rate,
-        weight_decay=config.weight_decay,
-        momentum=config.muon_momentum,
-        adjust_lr_fn="match_rms_adamw",
-    )
-    for matrix in matrices:
-        muon.state[matrix] = {"momentum_buffer": torch.zeros_like(matrix)}
-    return Together(adamw, muon)
+    optimizers: list[torch.optim.Optimizer] = []
+    if rest := [a for a in assigned if a.optimizer == "adamw"]:
+        adamw = torch.optim.AdamW(_groups(rest), lr=config.learning_rate, betas=config.betas, fused=True)
+        # created now, not by the first step, so that checkpoints have it also for parameters without a gradient
+        for a in rest:
+            adamw.state[a.parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=a.parameter.device),
+                "exp_avg": torch.zeros_like(a.parameter),
+                "exp_avg_sq": torch.zeros_like(a.parameter),
+            }
+        optimizers.append(adamw)
+    if matrices := [a for a in assigned if a.optimizer != "adamw"]:
+        muon = Muon(
+            _groups(matrices),
+            {a.parameter: a.role for a in matrices},
+            lr=config.learning_rate,
+            momentum=config.muon_momentum,
+            betas=config.betas,
+            per_head=config.muon_split == "heads",
+            normalize_rows=config.optimizer == "normuon",
+        )
+        optimizers.append(muon)
+    return optimizers[0] if len(optimizers) == 1 else Together(*optimizers)
+
+
+def _groups(assigned: Sequence[Assignment]) -> list[dict[str, Any]]:
+    """Return the parameter groups of an optimizer: parameters with equal settings together."""
+    groups: dict[float, dict[str, Any]] = {}
+    for a in assigned:
+        group = groups.setdefault(a.weight_decay, {"params": [], "weight_decay": a.weight_decay})
+        group["params"].append(a.parameter)
+    return list(groups.values())
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ The bias affects which experts are chosen, not their weights g.
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from ...mixers.roles import Role, Roles
 from ...ops.grouped_linear import grouped_linear
 from . import ACTIVATIONS, Activation, FeedForward, FfnConfig
 from .swiglu import Swiglu, SwigluConfig
@@ -61,6 +62,7 @@ class MoeConfig(FfnConfig):
 class Moe(FeedForward):
     """The mixture of experts of `MoeConfig`."""
 
+    parameter_roles: ClassVar[Roles] = {"router.weight": Role.GATE, "shared_gate.weight": Role.GATE}
     bias: Tensor
     """Bias b of each expert, [E]; saved in checkpoints, not learned by gradients."""
     load: Tensor
@@ -143,6 +145,8 @@ class Moe(FeedForward):
 
 class ExpertLinear(nn.Module):
     """One linear map per expert, without biases."""
+
+    parameter_roles: ClassVar[Roles] = {"weight": Role.MATRIX}
 
     def __init__(self, experts: int, d_in: int, d_out: int) -> None:
         super().__init__()

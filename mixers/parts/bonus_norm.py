@@ -1,9 +1,13 @@
 """RWKV's output norm per head with its bonus, by which a token reads its own value again (arXiv 2503.14456, §4.1)."""
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from ..roles import Role, Roles
 
 
 class BonusNorm(nn.Module):
@@ -15,6 +19,8 @@ class BonusNorm(nn.Module):
         eps: constant that is multiplied by `width` and added to the variance.
         start: initial value of all weights.
     """
+
+    parameter_roles: ClassVar[Roles] = {"weight": Role.NORM, "bias": Role.NORM, "bonus": Role.VECTOR}
 
     def __init__(self, n_heads: int, width: int, eps: float, start: float) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
 """Fixed decays per head, which do not depend on the tokens (RetNet, arXiv 2307.08621, Eq. 8)."""
 
-from typing import Literal, TypeAlias
+from typing import ClassVar, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ...ops.runtime.memo import Memo, once
+from ..roles import Role, Roles
 
 DecaySchedule = Literal["geometric", "log_uniform", "constant", "none"]
 LogDecays: TypeAlias = tuple[Float[Tensor, " H"], Float[Tensor, " H"]]
@@ -23,6 +24,8 @@ class FixedDecay(nn.Module):
         gamma: decay of the schedule `constant`.
         learnable: True if the decays are parameters, initialised by the schedule.
     """
+
+    parameter_roles: ClassVar[Roles] = {"logit": Role.RATE}
 
     def __init__(self, n_heads: int, schedule: DecaySchedule, gamma: float | None, *, learnable: bool) -> None:
         super().__init__()

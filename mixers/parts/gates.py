@@ -1,6 +1,6 @@
 """Gates: low-rank maps, log-decays from logits, and the gated norm of an output."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -9,10 +9,14 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ...registry import Config
+from ..roles import Role, Roles
 
 
 class LowRank(nn.Module):
-    """A low-rank map, act(x W1) W2, with an optional bias that starts at 0 and an optional activation."""
+    """A low-rank map, act(x W1) W2, with an optional bias that starts at 0 and an optional activation.
+
+    `role` is that of the two matrices; the bias of a gate is a rate.
+    """
 
     def __init__(
         self,
@@ -22,8 +26,14 @@ class LowRank(nn.Module):
         *,
         bias: bool,
         activation: Literal["none", "tanh", "sigmoid"] = "none",
+        role: Role = Role.MATRIX,
     ) -> None:
         super().__init__()
+        self.parameter_roles = {
+            "down.weight": role,
+            "up.weight": role,
+            "up.bias": Role.RATE if role is Role.GATE else Role.VECTOR,
+        }
         self.activation = activation
         self.down = nn.Linear(width_in, rank, bias=False)
         self.up = nn.Linear(rank, width_out, bias=bias)
@@ -90,6 +100,8 @@ class GatedNorm(nn.Module):
         eps: added to the variance or the mean square.
         heads: size of the second last dimension, if each head has its own weights; None to share them.
     """
+
+    parameter_roles: ClassVar[Roles] = {"weight": Role.NORM}
 
     def __init__(
         self, width: int, norm: HeadNorm, gate: Gate, *, affine: bool, eps: float, heads: int | None = None

@@ -1,9 +1,13 @@
 """RMS norm of queries and keys, with weights."""
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from ..roles import Role, Roles
 
 
 class QKNorm(nn.Module):
@@ -17,6 +21,8 @@ class QKNorm(nn.Module):
             weights that all heads share.
         zero_centered: True if the factor is 1 + weight.
     """
+
+    parameter_roles: ClassVar[Roles] = {"q_weight": Role.NORM, "k_weight": Role.NORM}
 
     def __init__(
         self, n_heads: tuple[int, int], width: int, eps: float, *, all_heads: bool = False, zero_centered: bool = False

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ...ops.delta import unit_norm
 from ...ops.recurrence.family import RecurrenceOutput
 from ...ops.runtime.call import Call
+from ..roles import Role, RowBlock
 from ..traits import ContractError
 from .gates import Gate, GatedNorm, HeadNorm
 from .matrix_state import MatrixState, MatrixStateConfig, MatrixStateMixer, ShortConv
@@ -111,7 +112,7 @@ class QKVMixer(MatrixStateMixer):
     Args:
         config: the mixer's configuration.
         d_model: width of the residual stream.
-        more: widths of further projections by name; `project` returns them in `QKV.more`.
+        more: widths of further projections by name, the gates of the recurrence; `project` returns them in `QKV.more`.
 
     Raises:
         ContractError: the heads do not divide the widths, or heads that are rotated have an odd width.
@@ -141,6 +142,13 @@ class QKVMixer(MatrixStateMixer):
         step_widths = self.steps * keys, self.steps * values
         self.widths = {"q": keys, "k": step_widths[0], "v": step_widths[1], **gate, **more}
         self.extra_names = tuple(self.widths)[3:]
+        heads = {"q": self.n_qk_heads, "k": self.n_qk_heads * self.steps, "v": self.n_heads * self.steps}
+        heads["gate"] = self.n_heads
+        self.row_blocks = [
+            RowBlock(name, rows, Role.GATE if name in more else Role.MATRIX, heads.get(name, 1))
+            for name, rows in self.widths.items()
+        ]
+        self.parameter_roles = {"in_proj.weight": self.row_blocks}
         self.in_proj = nn.Linear(d_model, sum(self.widths.values()), bias=False)
         channels = keys + sum(step_widths)
         self.convolution = ShortConvolution.of(config.short_conv, channels, activation=self.activation)
@@ -171,8 +179,7 @@ class QKVMixer(MatrixStateMixer):
     @property
     def projections(self) -> dict[str, Float[Tensor, "H _ D"]]:
         # with several steps per token, return the first step
-        heads = {"q": self.n_qk_heads, "k": self.n_qk_heads * self.steps, "v": self.n_heads * self.steps}
-        views = projections_of(self.in_proj, self.out_proj, self.widths, heads | {"o": self.n_heads})
+        views = projections_of(self.in_proj, self.out_proj, self.row_blocks, self.n_heads)
         return views | {"k": views["k"][: self.n_qk_heads], "v": views["v"][: self.n_heads]}
 
     @abstractmethod

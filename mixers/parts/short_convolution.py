@@ -1,7 +1,7 @@
 """Short causal convolution, which many mixers have before their recurrence."""
 
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -10,12 +10,15 @@ from torch import Tensor, nn
 
 from ...ops.convolution import short_convolution
 from ...ops.runtime.call import Call
+from ..roles import Role, Roles
 
 Activation = Literal["silu", "none"]
 
 
 class ShortConvolution(nn.Module):
     """Causal convolution of `width` channels over the last `kernel_size` tokens, followed by silu or nothing."""
+
+    parameter_roles: ClassVar[Roles] = {"weight": Role.CONVOLUTION, "bias": Role.VECTOR}
 
     def __init__(self, width: int, kernel_size: int, *, bias: bool = False, activation: Activation = "silu") -> None:
         super().__init__()

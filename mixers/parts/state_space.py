@@ -1,6 +1,7 @@
 """Base classes of Mamba-2 and Mamba-3: projections, and groups of heads that share B and C (arXiv 2405.21060, §7)."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
+from ..roles import Role, RowBlock
 from .matrix_state import MatrixStateMixer
 from .projections import projections_of
 from .time_step import TimeStepRange
@@ -43,7 +45,8 @@ class StateSpaceMixer(MatrixStateMixer):
         config: the mixer's configuration.
         d_model: width of the residual stream.
         n_layers: number of layers of the model; the output projection starts smaller in deeper models.
-        more: widths of further projections; None stands for `n_heads`, one scalar per head.
+        gates: names and widths of further projections, the gates of the recurrence; None stands for `n_heads`, one
+            scalar per head.
 
     Raises:
         ContractError: heads or groups do not divide the widths.
@@ -51,7 +54,7 @@ class StateSpaceMixer(MatrixStateMixer):
 
     log_decay_shape = "B T H"
 
-    def __init__(self, config: Any, d_model: int, n_layers: int, *more: int | None) -> None:
+    def __init__(self, config: Any, d_model: int, n_layers: int, gates: Sequence[tuple[str, int | None]]) -> None:
         super().__init__(config)
         self.config = config
         self.n_layers = n_layers
@@ -62,7 +65,16 @@ class StateSpaceMixer(MatrixStateMixer):
         values = self.n_heads * config.head_dim
         keys = config.n_groups * config.d_state
         self.widths = [values, keys, keys]
-        self.in_widths = [values, sum(self.widths), *(self.n_heads if width is None else width for width in more)]
+        gate_widths = {name: self.n_heads if width is None else width for name, width in gates}
+        self.in_widths = [values, sum(self.widths), *gate_widths.values()]
+        self.row_blocks = [
+            RowBlock("gate", values, heads=self.n_heads),
+            RowBlock("v", values, heads=self.n_heads),
+            RowBlock("k", keys, heads=self.n_groups),
+            RowBlock("q", keys, heads=self.n_groups),
+            *(RowBlock(name, width, Role.GATE) for name, width in gate_widths.items()),
+        ]
+        self.parameter_roles = {"in_proj.weight": self.row_blocks}
         self.in_proj = nn.Linear(d_model, sum(self.in_widths), bias=False)
         self.out_proj = nn.Linear(values, d_model, bias=False)
         self.D = nn.Parameter(torch.empty(self.n_heads))
@@ -78,10 +90,7 @@ class StateSpaceMixer(MatrixStateMixer):
 
     @property
     def projections(self) -> dict[str, Float[Tensor, "H _ D"]]:
-        groups = self.n_groups
-        widths: dict[str, int] = dict(zip(("gate", "v", "k", "q"), (self.in_widths[0], *self.widths), strict=True))
-        widths["more"] = self.in_proj.out_features - sum(widths.values())
-        return projections_of(self.in_proj, self.out_proj, widths, {"q": groups, "k": groups, "v": self.n_heads})
+        return projections_of(self.in_proj, self.out_proj, self.row_blocks, self.n_heads)
 
     def by_group(self, x: Float[Tensor, "B T G*K"]) -> Float[Tensor, "B T G K"]:
         """Split B or C by group, whose heads share it."""

@@ -1,7 +1,7 @@
 """Decays from step sizes, a_t = exp(-e^{A_log} dt_t) with dt_t = softplus(x_t + b) (Mamba-2, arXiv 2405.21060)."""
 
 import math
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +9,7 @@ from jaxtyping import Float
 from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 
+from ..roles import Role, Roles
 from .matrix_state import MatrixStateConfig
 
 
@@ -77,6 +78,8 @@ class TimeStepDecay(nn.Module):
         key_dim: number of key dimensions per head, each with its own step size and bias; None for one per head.
         lower_bound: if set, log-decays are lower_bound * sigmoid(e^{A_log} (x + b)) instead of -e^{A_log} dt.
     """
+
+    parameter_roles: ClassVar[Roles] = {"A_log": Role.RATE, "dt_bias": Role.RATE}
 
     def __init__(
         self,

@@ -1,6 +1,7 @@
 """Token shift: the previous token of each token, across segments, packed documents and processes."""
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from ...ops.convolution import ConvolutionOutput, shift_tokens
 from ...ops.runtime.call import Call
+from ..roles import Role, Roles
 
 
 def token_shift(x: Float[Tensor, "B T C"], before: Float[Tensor, "N 1 C"] | None, call: Call) -> ConvolutionOutput:
@@ -28,6 +30,8 @@ class TokenShift(nn.Module):
         width: number of channels.
         powers: exponent p of each mixture, whose mu starts at 1 - (channel / width)^p.
     """
+
+    parameter_roles: ClassVar[Roles] = {"weight": Role.VECTOR}
 
     def __init__(self, width: int, powers: Sequence[float]) -> None:
         super().__init__()

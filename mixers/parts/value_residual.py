@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..roles import Role
 from .gates import LowRank
 
 
@@ -14,7 +15,7 @@ class ValueResidual(LowRank):
     """
 
     def __init__(self, width: int, rank: int) -> None:
-        super().__init__(width, rank, width, bias=True)
+        super().__init__(width, rank, width, bias=True, role=Role.GATE)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

@@ -10,6 +10,7 @@ from runs import metrics, refusal, require_same_run, run_of, stopped
 from seqmix import build_model
 from seqmix.training import TrainingConfig
 from seqmix.training.monitoring.events import Stepped
+from seqmix.training.muon import Muon
 from seqmix.training.optimizer import build_optimizer
 from seqmix.training.schedule import learning_rate
 
@@ -26,7 +27,7 @@ def settings(**fields) -> TrainingConfig:
     ids=str,
 )
 @pytest.mark.parametrize("preset", ["retnet-tiny", "hybrid-tiny"])
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("kind", ["adamw", "muon", "normuon"])
 def test_every_parameter_is_in_one_group_and_matrices_decay(config_of, preset, overrides, kind):
     model = build_model(config_of(*overrides, "model.n_layers=4", preset=preset).model)
     optimizer = build_optimizer(model, settings(optimizer=kind, weight_decay=0.3))
@@ -38,7 +39,7 @@ def test_muon_has_the_matrices_of_blocks_and_adamw_the_rest(config_of):
     model = build_model(config_of(LEARNABLE).model)
     optimizer = build_optimizer(model, settings(optimizer="muon", weight_decay=0.3, muon_momentum=0.8))
     adamw, of_matrices = optimizer.optimizers
-    assert (type(adamw), type(of_matrices)) == (torch.optim.AdamW, torch.optim.Muon)
+    assert (type(adamw), type(of_matrices)) == (torch.optim.AdamW, Muon)
     (group,) = of_matrices.param_groups
     assert (group["momentum"], group["weight_decay"]) == (0.8, 0.3)
     names = {id(parameter): name for name, parameter in model.named_parameters()}

@@ -80,16 +80,20 @@ def chunk_of(tensor: Tensor) -> Chunk:
     return Chunk(sharded.to_local(), tuple(place.offsets), tuple(sharded.shape))
 
 
+def shard_of(value: Tensor, like: Tensor) -> Tensor:
+    """Return this process's shard of a full tensor that is sharded as `like`, without communication."""
+    if (sharded := _as_dtensor(like)) is None:
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    value = value.to(like.device)
+    return distribute_tensor(value, sharded.device_mesh, sharded.placements, src_data_rank=None).to_local()
+
+
 @torch.no_grad()
 def assign(tensor: Tensor, value: Tensor) -> None:
     """Copy a full tensor into one that may be sharded, without communication."""
-    if (sharded := _as_dtensor(tensor)) is not None:
-        from torch.distributed.tensor import distribute_tensor
-
-        value = distribute_tensor(
-            value.to(tensor.device), sharded.device_mesh, sharded.placements, src_data_rank=None
-        ).to_local()
-    local_tensor(tensor).copy_(value)
+    local_tensor(tensor).copy_(shard_of(value, tensor))
 
 
 def _as_dtensor(tensor: Tensor) -> "DTensor | None":
