@@ -17,7 +17,7 @@ TRAINING = {"steps": 100, "batch_size": 4, "learning_rate": 1e-3}
         ({"schedule": "wsd"}, "decay_steps"),
         ({"schedule": "cosine", "decay_steps": 5}, "decay_steps .*wsd.*cosine"),
         ({"schedule": "cosin"}, 'a path such as.*did you mean "cosine"'),
-        ({"optimizer": "my_module:"}, "adamw, muon, or a path such as"),
+        ({"optimizer": "my_module:"}, "adamw, muon, normuon, or a path such as"),
         ({"optimizer_options": {"momentum": 0.9}}, "given by path, got adamw"),
         ({"ema": 1.0}, "less than 1"),
     ],
