@@ -35,6 +35,7 @@ COMMANDS = {
     "plot": "Plot the measurements of runs or of a study: an interactive page, or figures for a paper.",
     "inspect": "Show how a trained model processes a text: attention maps, reach of heads, states and gradients.",
     "show": "Show a model's cost by layer without allocating it: parameters, FLOPs, state, activations.",
+    "coordinates": "Check that training changes activations of every width by as much (coordinate check of muP).",
     "plan": "Estimate memory, traffic and time of a training step on many GPUs, by layout, without running it.",
     "schema": "Print the JSON schema of a configuration, for YAML completion in editors.",
 }

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..data import Batch
 from ..models import IGNORED, LanguageModel, build_model
 from ..training import RunConfig, load_config
-from ..training.optimizer import build_optimizer
+from ..training.optimizer import build_optimizer, set_learning_rate
 from ..training.schedule import learning_rate
 from .benchmark import Report, Row, chosen_names
 from .machine import describe
@@ -90,8 +90,7 @@ class Learning:
         settings = self.config.training
         self.model.train()
         for step in range(self.done, min(self.done + STEPS_PER_CALL, self.steps)):
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate(step, settings)
+            set_learning_rate(self.optimizer, learning_rate(step, settings))
             batch = self.source.training_batch(step, settings.batch_size, self.config.seed)
             (self.loss(batch) / (batch.targets != IGNORED).sum()).backward()
             nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip_norm or math.inf)

@@ -53,15 +53,16 @@ def print_parameters(config: RunConfig, *, as_json: bool = False) -> None:
                 "blocks": [block._asdict() for block in a.role.blocks],
                 "optimizer": a.optimizer,
                 "weight_decay": a.weight_decay,
+                "learning_rate_multiplier": a.multiplier,
             }
             for a in assigned
         ]
         typer.echo(json.dumps(entries, indent=2))
         return
-    table = plain_table("parameter", "shape", "role", "optimizer", "decay")
+    table = plain_table("parameter", "shape", "role", "optimizer", "decay", "rate")
     for a in assigned:
         shape = " x ".join(map(str, a.parameter.shape))
-        table.add_row(a.name, shape, _role_text(a.role), a.optimizer, f"{a.weight_decay:g}")
+        table.add_row(a.name, shape, _role_text(a.role), a.optimizer, f"{a.weight_decay:g}", f"x {a.multiplier:g}")
     terminal().print(table)
 
 

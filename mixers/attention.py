@@ -216,7 +216,12 @@ class Attention(CachedMixer):
 
     def _score_options(self, extras: dict[str, Tensor]) -> SoftmaxOptions:
         """Return the options of `softmax_attention` that change the scores."""
-        options: SoftmaxOptions = {"window": self.config.window, "softcap": self.config.softcap, "sinks": self.sinks}
+        options: SoftmaxOptions = {
+            "scale": self.score_scale,
+            "window": self.config.window,
+            "softcap": self.config.softcap,
+            "sinks": self.sinks,
+        }
         if self.config.positions == "xpos":
             options["log_decay"] = xpos_log_decay(self.head_dim, self.device)
         if self.config.positions == "alibi":
@@ -228,6 +233,10 @@ class Attention(CachedMixer):
     @property
     def projections(self) -> dict[str, Float[Tensor, "H _ D"]]:
         return projections_of(self.in_proj, self.out_proj, self.row_blocks, self.n_heads)
+
+    @property
+    def score_width(self) -> int:
+        return self.head_dim
 
     @property
     def cache_sizes(self) -> tuple[int, int, int]:

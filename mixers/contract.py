@@ -323,6 +323,17 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
         """
         return {}
 
+    def scale_like(self, base: Any) -> None:
+        """Set the constants of the forward pass that change with the width of heads, for muP; by default, none do.
+
+        Softmax attention divides its scores by K instead of sqrt(K). Mixers whose keys have length 1 lower the constant
+        of their output norm.
+
+        Args:
+            base: the mixer of the base model, which is equal but for its width.
+        """
+        del base
+
     def set_reach(self, tokens: Float[Tensor, " H"]) -> list[str]:
         """Set decays gamma so that each head's memory reaches back `tokens` = gamma / (1 - gamma) tokens on average.
 

@@ -119,6 +119,10 @@ class LatentAttention(CachedMixer):
                 norm.reset_parameters()
 
     @property
+    def score_width(self) -> int:
+        return self.key_dim + self.rotary_dim
+
+    @property
     def cache_sizes(self) -> tuple[int, int, int]:
         return 1, self.rank + self.rotary_dim, 0
 
@@ -153,7 +157,8 @@ class LatentAttention(CachedMixer):
             keys, values = self._keys_and_values(past.keys.to(q.dtype))
             past = past._replace(keys=keys, values=values)
         keys, values = self._keys_and_values(latents)
-        output, _ = softmax_attention(q, keys, values, call._replace(state=past, return_state=False), window=window)
+        inner = call._replace(state=past, return_state=False)
+        output, _ = softmax_attention(q, keys, values, inner, scale=self.score_scale, window=window)
         if not call.return_state:
             return output, None
         return output, final_cache(latents, latents[..., :0], window, call.state, call.documents, donated=call.donated)
@@ -168,7 +173,7 @@ class LatentAttention(CachedMixer):
             latents,
             latents[..., :0],
             call,
-            scale=q.shape[-1] ** -0.5,
+            scale=self.score_scale,
             window=self.config.window,
             value_dims=self.rank,
         )

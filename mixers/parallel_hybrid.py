@@ -139,6 +139,10 @@ class ParallelHybrid(SequenceMixer[Any]):
     def init_state(self, batch_size: int, *, max_length: int | None = None) -> Any:
         return self.state_type(*(mixer.init_state(batch_size, max_length=max_length) for mixer in self.parts))
 
+    def scale_like(self, base: Any) -> None:
+        for mixer, base_mixer in zip(self.parts, base.parts, strict=True):
+            mixer.scale_like(base_mixer)
+
     def resize_state(self, state: Any, max_length: int | None) -> Any:
         return self._map_states("resize_state", state, max_length)
 

@@ -1,11 +1,12 @@
 """The configuration of a language model: named blocks, tiled over the layers by a pattern."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from ..blocks import NORMS, BlockConfig, NormConfig
 from ..registry import Config, choices
+from .parametrization import CompleteP, Parametrization, Standard
 
 
 class PaperInit(Config):
@@ -53,6 +54,8 @@ class ModelConfig(Config):
     """Dropout probability for the embedding's output, in training."""
     init: PaperInit | NormalInit = Field(default=PaperInit(), discriminator="kind")
     """Initialisation of the parameters."""
+    parametrization: Parametrization = Standard()
+    """How learning rates and initial values follow width and depth: `standard`, `mup` or `completep`."""
 
     @field_validator("pattern")
     @classmethod
@@ -71,6 +74,28 @@ class ModelConfig(Config):
         if len(pattern) > n_layers:
             raise ValueError(f"pattern must have at most n_layers = {n_layers} names, got {len(pattern)}")
         return pattern
+
+    @model_validator(mode="after")
+    def _check_parametrization(self) -> Self:
+        if not isinstance(self.parametrization, Standard) and self.tie_embeddings:
+            raise ValueError(
+                f"parametrization = {self.parametrization.kind} needs tie_embeddings = false, got true: the learning "
+                "rate of the output projection falls with the width, that of the embedding does not"
+            )
+        return self
+
+    @property
+    def base(self) -> "ModelConfig | None":
+        """Configuration of the base model; None with the standard parametrization."""
+        if isinstance(self.parametrization, Standard):
+            return None
+        return self.model_copy(update={"d_model": self.parametrization.base_width, "parametrization": Standard()})
+
+    @property
+    def branch_scale(self) -> float:
+        """Factor of the outputs of mixers and feed-forward networks in a model of this depth (CompleteP)."""
+        chosen = self.parametrization
+        return chosen.base_depth / self.n_layers if isinstance(chosen, CompleteP) else 1.0
 
     @property
     def layers(self) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
 """The language model: embedding, layers, norm, output projection."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias, cast
 
@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from ..blocks import Block, Dropout
 from ..blocks.ffn.moe import ExpertLinear
 from ..mixers import ContractError, Paradigm
-from ..mixers.roles import Role, Roles
+from ..mixers.roles import Role, Roles, roles_of
 from ..ops.kernels.selection import described
 from ..ops.runtime.context_parallel import ContextParallel
 from ..ops.runtime.memo import Memo
@@ -21,6 +21,7 @@ from ..registry import SeqmixError
 from .config import ModelConfig, NormalInit
 from .loss import IGNORED, Reduction, capped, linear_cross_entropy, linear_predictions
 from .onednn_linear import onednn_linear
+from .parametrization import Shape, initial_std, shapes_of
 from .readout import LastVector
 from .tokenizer import ByteTokenizer, Tokenizer
 
@@ -72,6 +73,28 @@ class LanguageModel(nn.Module):
         """Group of ranks that compute each sequence together (context parallelism), set by `set_cp_group`; None if each
         rank computes whole sequences."""
         self.tie()
+        self.base_shapes: Mapping[str, Shape] = {}
+        """Shape of each parameter in the base model of muP, by name; empty with the standard parametrization."""
+        if config.base is not None:
+            self._scale_like(config.base)
+
+    def _scale_like(self, base: ModelConfig) -> None:
+        """Set the factors of muP and CompleteP by the base model.
+
+        Raises:
+            SeqmixError: the model cannot be built at the base's width.
+        """
+        try:
+            with torch.device("meta"):
+                base_model = LanguageModel(base)
+        except SeqmixError as error:
+            raise SeqmixError(
+                f"model.parametrization.base_width: the model cannot be built with d_model = {base.d_model}: {error}"
+            ) from error
+        self.base_shapes = shapes_of(base_model)
+        for block, base_block in zip(self.distinct_blocks, base_model.distinct_blocks, strict=True):
+            block.residual_scale *= self.config.branch_scale
+            block.mixer.scale_like(base_block.mixer)
 
     def tie(self) -> None:
         """Share the embedding's matrix with the output projection, if `config.tie_embeddings`."""
@@ -109,13 +132,18 @@ class LanguageModel(nn.Module):
         for module in (self.embedding_norm, self.readout, self.norm):
             if module is not None:
                 module.reset_parameters()
-        std = self.config.d_model**-0.5
-        matrices = [self.embedding.weight, self.head.weight]
+        names = ["embedding.weight", "head.weight"]
+        std = (self.config.base or self.config).d_model ** -0.5
         if isinstance(self.config.init, NormalInit):
             std = self.config.init.std
-            matrices = [m.weight for m in self.modules() if isinstance(m, nn.Linear | nn.Embedding | ExpertLinear)]
-        for matrix in matrices:
-            assign(matrix, torch.empty(matrix.shape, dtype=matrix.dtype, device=matrix.device).normal_(std=std))
+            drawn = (nn.Linear, nn.Embedding, ExpertLinear)
+            names = [f"{path}.weight" for path, module in self.named_modules() if isinstance(module, drawn)]
+        roles = roles_of(self) if self.base_shapes else {}
+        for name in names:
+            matrix = self.get_parameter(name)
+            base = self.base_shapes.get(name)
+            scaled = std if base is None else initial_std(std, roles[name].role, tuple(matrix.shape), base)
+            assign(matrix, torch.empty(matrix.shape, dtype=matrix.dtype, device=matrix.device).normal_(std=scaled))
 
     def forward(
         self,

@@ -54,6 +54,7 @@ class Muon(torch.optim.Optimizer):
         normalize_rows: bool = False,
     ) -> None:
         defaults = {"lr": lr, "weight_decay": 0.0, "momentum": momentum, "betas": betas}
+        defaults |= {"lr_multiplier": 1.0, "gate_multiplier": 1.0}
         super().__init__(groups, defaults)
         self.normalize_rows = normalize_rows
         self.blocks = {parameter: _blocks(parameter, roles[parameter], per_head=per_head) for parameter in roles}
@@ -96,7 +97,8 @@ class Muon(torch.optim.Optimizer):
             count = len(list(equal_blocks))
             rows = slice(start, start := start + count * block.rows)
             if block.role is Role.GATE:
-                updates.append(_adam_update(gradient[rows], state, rows, group))
+                ratio = group["gate_multiplier"] / group["lr_multiplier"]
+                updates.append(ratio * _adam_update(gradient[rows], state, rows, group))
                 continue
             mean = state["momentum_buffer"][rows]
             mean.lerp_(gradient[rows], 1 - group["momentum"])

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..mixers.roles import ParameterRole, Role, roles_of
+from ..models.parametrization import width_multipliers
 from ..registry import SeqmixError, import_object
 from .config import TrainingConfig
 from .muon import Muon
@@ -52,6 +53,10 @@ class Assignment(NamedTuple):
     optimizer: str
     """Optimizer that updates the parameter: `muon`, `normuon`, `adamw`, or the path of another one."""
     weight_decay: float
+    multiplier: float
+    """Factor of the learning rate (muP); the weight decay is divided by it, so that their product is the same."""
+    gate_multiplier: float
+    """Factor of the learning rate of rows that compute gates, which AdamW updates also in a matrix of Muon's."""
 
 
 def assignments(model: nn.Module, config: TrainingConfig) -> list[Assignment]:
@@ -62,17 +67,18 @@ def assignments(model: nn.Module, config: TrainingConfig) -> list[Assignment]:
     """
     roles = roles_of(model)
     muon = config.optimizer in ("muon", "normuon")
-    return [
-        Assignment(
-            name,
-            parameter,
-            roles[name],
-            "adamw" if muon and roles[name].role is not Role.MATRIX else config.optimizer,
-            config.weight_decay if roles[name].role.decays else 0.0,
-        )
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    ]
+    multipliers = width_multipliers(model, roles)
+    result = []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        role = roles[name]
+        by_muon = muon and role.role is Role.MATRIX
+        multiplier = multipliers[name].muon if by_muon else multipliers[name].adamw
+        decay = config.weight_decay / multiplier if role.role.decays else 0.0
+        optimizer = config.optimizer if by_muon or not muon else "adamw"
+        result.append(Assignment(name, parameter, role, optimizer, decay, multiplier, multipliers[name].adamw))
+    return result
 
 
 def build_optimizer(model: nn.Module, config: TrainingConfig) -> AnyOptimizer:
@@ -95,12 +101,14 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> AnyOptimizer:
     if ":" in config.optimizer:
         make = import_object(config.optimizer, "the optimizer")
         try:
-            return make(_groups(assigned), lr=config.learning_rate, **config.optimizer_options)
+            return make(_groups(assigned, config.learning_rate), lr=config.learning_rate, **config.optimizer_options)
         except (TypeError, ValueError) as error:
             raise SeqmixError(f"training.optimizer: {config.optimizer} rejects its arguments: {error}") from error
     optimizers: list[torch.optim.Optimizer] = []
     if rest := [a for a in assigned if a.optimizer == "adamw"]:
-        adamw = torch.optim.AdamW(_groups(rest), lr=config.learning_rate, betas=config.betas, fused=True)
+        adamw = torch.optim.AdamW(
+            _groups(rest, config.learning_rate), lr=config.learning_rate, betas=config.betas, fused=True
+        )
         # created now, not by the first step, so that checkpoints have it also for parameters without a gradient
         for a in rest:
             adamw.state[a.parameter] = {
@@ -111,7 +119,7 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> AnyOptimizer:
         optimizers.append(adamw)
     if matrices := [a for a in assigned if a.optimizer != "adamw"]:
         muon = Muon(
-            _groups(matrices),
+            _groups(matrices, config.learning_rate),
             {a.parameter: a.role for a in matrices},
             lr=config.learning_rate,
             momentum=config.muon_momentum,
@@ -123,12 +131,26 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> AnyOptimizer:
     return optimizers[0] if len(optimizers) == 1 else Together(*optimizers)
 
 
-def _groups(assigned: Sequence[Assignment]) -> list[dict[str, Any]]:
+def set_learning_rate(optimizer: AnyOptimizer, rate: float) -> None:
+    """Set the learning rate of a step: each group's is `rate`, times the group's multiplier (muP)."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get("lr_multiplier", 1.0)
+
+
+def _groups(assigned: Sequence[Assignment], rate: float) -> list[dict[str, Any]]:
     """Return the parameter groups of an optimizer: parameters with equal settings together."""
-    groups: dict[float, dict[str, Any]] = {}
+    groups: dict[tuple[float, ...], dict[str, Any]] = {}
     for a in assigned:
-        group = groups.setdefault(a.weight_decay, {"params": [], "weight_decay": a.weight_decay})
-        group["params"].append(a.parameter)
+        key = a.weight_decay, a.multiplier, a.gate_multiplier
+        if key not in groups:
+            groups[key] = {
+                "params": [],
+                "lr": rate * a.multiplier,
+                "weight_decay": a.weight_decay,
+                "lr_multiplier": a.multiplier,
+                "gate_multiplier": a.gate_multiplier,
+            }
+        groups[key]["params"].append(a.parameter)
     return list(groups.values())
 
 

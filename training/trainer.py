@@ -29,7 +29,7 @@ from .loader import Loader
 from .monitoring.metrics import Measured, Score
 from .nonfinite import NotFiniteError, Place, first_gradient, first_module
 from .objective import Objective
-from .optimizer import AnyOptimizer
+from .optimizer import AnyOptimizer, set_learning_rate
 from .precision import precision_of
 from .schedule import learning_rate
 from .skipping import Skipping
@@ -149,8 +149,7 @@ class Trainer:
         if settings.clip_norm is not None:
             clip_grads_with_norm_(parameters, settings.clip_norm, norm)
 
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        set_learning_rate(self.optimizer, rate)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:

@@ -18,6 +18,8 @@ class CachedMixer(SequenceMixer[Cache]):
     supports_context_parallel = True
     forget_heads: int | None = None
     """Number of heads with forget gates; None without forget gates."""
+    score_factor: float = 1.0
+    """Factor of the scores beside 1/sqrt(K); muP sets it."""
 
     def __init__(self, config: MixerConfig) -> None:
         super().__init__(config)
@@ -27,6 +29,19 @@ class CachedMixer(SequenceMixer[Cache]):
     @abstractmethod
     def cache_sizes(self) -> tuple[int, int, int]:
         """Sizes of the KV cache: number of heads, width of a key, width of a value."""
+
+    @property
+    @abstractmethod
+    def score_width(self) -> int:
+        """Width K of queries and keys."""
+
+    @property
+    def score_scale(self) -> float:
+        """Number that products of queries and keys are multiplied by."""
+        return self.score_factor * self.score_width**-0.5
+
+    def scale_like(self, base: Any) -> None:
+        self.score_factor = (base.score_width / self.score_width) ** 0.5
 
     def init_state(self, batch_size: int, *, max_length: int | None = None) -> Cache:
         cache_type, capacity = self._cache_type(max_length, 0)

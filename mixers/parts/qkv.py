@@ -170,6 +170,12 @@ class QKVMixer(MatrixStateMixer):
             part.reset_parameters()
         nn.init.xavier_uniform_(self.out_proj.weight, gain=self.gains[1])
 
+    def scale_like(self, base: Any) -> None:
+        # with keys and queries of length 1, outputs are proportional to 1/K at initialisation, and in wide heads the
+        # norm's constant would outweigh them
+        if self.config.qk_norm == "l2":
+            self.norm.eps *= (base.key_dim / self.key_dim) ** 2
+
     def mix(self, x: Float[Tensor, "B T D"], call: Call) -> tuple[Float[Tensor, "B T D"], MatrixState | None]:
         h = self.project(x, call)
         o, memory = self.recur(x, h, call.enter("memory"))

@@ -1,0 +1,92 @@
+"""muP and CompleteP: initial values, learning rates and scores over widths, and the coordinate check."""
+
+import pytest
+import torch
+from runs import refusal
+
+from seqmix import build_model
+from seqmix.experiments.coordinates import coordinates
+from seqmix.models import build_meta
+from seqmix.training import load_config
+from seqmix.training.optimizer import assignments, build_optimizer, set_learning_rate
+
+MUP = "model.parametrization={kind: mup, base_width: 64}"
+SMALL = ("model.n_layers=2", "data.sequence_length=32")
+
+
+def config_of(*changes, preset="retnet-tiny"):
+    return load_config(preset, [*SMALL, *changes])
+
+
+def test_the_base_model_is_that_of_the_standard_parametrization():
+    plain, mup = (build_model(config_of("model.d_model=64", *changes).model) for changes in ((), (MUP,)))
+    for (name, one), (_, other) in zip(plain.named_parameters(), mup.named_parameters(), strict=True):
+        assert torch.equal(one, other), name
+    training = config_of().training
+    for a, b in zip(assignments(plain, training), assignments(mup, training), strict=True):
+        assert (a.multiplier, a.weight_decay) == (b.multiplier, b.weight_decay)
+
+
+@pytest.mark.parametrize("init", ["{kind: paper}", "{kind: normal, std: 0.1}"])
+def test_initial_values_and_learning_rates_follow_the_width(init):
+    config = config_of("model.d_model=256", f"model.init={init}", MUP)
+    model = build_model(config.model)
+    std = 0.1 if "normal" in init else 64**-0.5
+    expected = {"embedding.weight": std, "head.weight": std / 4}
+    if "normal" in init:
+        expected["blocks.0.mixer.in_proj.weight"] = std / 2
+    for name, value in expected.items():
+        assert model.get_parameter(name).std().item() == pytest.approx(value, rel=0.05), name
+    by_name = {a.name: a for a in assignments(model, config.training)}
+    for name, multiplier in {
+        "embedding.weight": 1,
+        "blocks.1.mixer.in_proj.weight": 0.25,
+        "blocks.1.ffn.down_proj.weight": 0.25,
+        "blocks.1.ffn_norm.weight": 1,
+        "head.weight": 0.25,
+    }.items():
+        assert by_name[name].multiplier == multiplier, name
+        if by_name[name].weight_decay:
+            assert by_name[name].weight_decay * multiplier == pytest.approx(config.training.weight_decay)
+    optimizer = build_optimizer(model, config.training)
+    set_learning_rate(optimizer, 0.4)
+    assert {group["lr"] for group in optimizer.param_groups} == {0.4, 0.1}
+    # a step of Muon is as large in the spectral norm, relative to the weights', at every width
+    muon = {a.name: a for a in assignments(model, config.training.model_copy(update={"optimizer": "muon"}))}
+    assert muon["blocks.0.ffn.up_proj.weight"].multiplier == pytest.approx(0.5)
+
+
+def test_scores_are_divided_by_the_width_of_a_head():
+    for kind in ("attention", "latent_attention"):
+        mixer = f"model.blocks.ret.mixer={{kind: {kind}, n_heads: 2}}"
+        wide, plain = (
+            build_meta(config_of("model.d_model=256", mixer, *changes).model).blocks[0].mixer
+            for changes in ((MUP,), ())
+        )
+        base = build_meta(config_of("model.d_model=64", mixer).model).blocks[0].mixer
+        assert wide.score_scale == pytest.approx(plain.score_scale * (base.score_width / plain.score_width) ** 0.5)
+        assert base.score_scale == base.score_width**-0.5
+
+
+def test_branches_of_deep_models_are_scaled():
+    complete = "model.parametrization={kind: completep, base_width: 64, base_depth: 2}"
+    deep, shared = (
+        build_meta(config_of("model.d_model=64", "model.n_layers=8", complete, *changes).model)
+        for changes in ((), ("model.blocks.ret.shared=true",))
+    )
+    assert {block.residual_scale for block in (*deep.blocks, *shared.blocks)} == {0.25}
+    assert build_meta(config_of("model.d_model=64", complete).model).blocks[0].residual_scale == 1
+
+
+def test_what_muP_cannot_scale_is_refused():
+    assert "needs tie_embeddings = false" in refusal(lambda: config_of(MUP, "model.tie_embeddings=true"))
+    narrow = config_of("model.parametrization={kind: mup, base_width: 3}")
+    assert "base_width: the model cannot be built with d_model = 3: " in refusal(lambda: build_meta(narrow.model))
+
+
+def test_activations_grow_with_the_width_without_muP_and_not_with_it():
+    """Learning rates as in the coordinate checks of the paper: large enough to matter within a few steps."""
+    for changes, verdicts in (((), {"grows"}), ((MUP,), {"flat"})):
+        result = coordinates(config_of(*changes, "training.learning_rate=0.003"), (64, 192), steps=6, batch_size=2)
+        found = {one.verdict for one in result if one.part in ("mixer (ret)", "ffn (ret)", "stream")}
+        assert found == verdicts, result
