@@ -23,6 +23,7 @@ def coordinates(
     widths: Annotated[str, typer.Option(help="Widths d_model, separated by commas.")] = ",".join(map(str, WIDTHS)),
     steps: Annotated[int, typer.Option(help="Number of training steps.", min=1)] = 10,
     batch: Annotated[int, typer.Option(help="Sequences per step.", min=1)] = 4,
+    seeds: Annotated[int, typer.Option(help="Number of seeds to average over.", min=1)] = 1,
     out: Annotated[
         Path | None, typer.Option(help="Draw the sizes: a page (.html) or an image (.pdf, .svg, .png).", metavar="FILE")
     ] = None,
@@ -45,6 +46,7 @@ def coordinates(
         chosen,
         steps=steps,
         batch_size=batch,
+        seeds=seeds,
         on_width=lambda width: note(f"d_model = {width}: training {steps} steps"),
     )
     table = plain_table("activations", *map(str, chosen), "exponent", "")

@@ -54,6 +54,7 @@ def coordinates(
     *,
     steps: int = 10,
     batch_size: int = 4,
+    seeds: int = 1,
     on_width: Callable[[int], object] = lambda _: None,
 ) -> list[Coordinate]:
     """Train models of several widths for a few steps, and return the sizes of their activations.
@@ -65,6 +66,7 @@ def coordinates(
         widths: values of `model.d_model`, at least two.
         steps: number of training steps.
         batch_size: sequences per step.
+        seeds: number of seeds of the initial values, over which sizes are averaged.
         on_width: called with each width before its model is trained.
 
     Raises:
@@ -73,7 +75,9 @@ def coordinates(
     sizes: list[tuple[dict[str, float], dict[str, float]]] = []
     for width in widths:
         on_width(width)
-        sizes.append(_sizes_at(config, width, steps, batch_size))
+        runs = [_sizes_at(config, width, steps, batch_size, seed) for seed in range(seeds)]
+        before, after = ({part: fmean(run[i][part] for run in runs) for part in runs[0][i]} for i in (0, 1))
+        sizes.append((before, after))
     result = []
     for part in sizes[0][0]:
         before, after = (tuple(size[moment][part] for size in sizes) for moment in (0, 1))
@@ -88,10 +92,12 @@ def _exponent(widths: Sequence[int], sizes: Sequence[float]) -> float:
     return ((x * y).sum() / x.square().sum()).item()
 
 
-def _sizes_at(config: RunConfig, width: int, steps: int, batch_size: int) -> tuple[dict[str, float], dict[str, float]]:
+def _sizes_at(
+    config: RunConfig, width: int, steps: int, batch_size: int, seed: int
+) -> tuple[dict[str, float], dict[str, float]]:
     """Return the sizes of activations before and after the steps."""
     try:
-        model = build_model(config.model.model_copy(update={"d_model": width}), seed=config.seed)
+        model = build_model(config.model.model_copy(update={"d_model": width}), seed=seed)
     except SeqmixError as error:
         raise SeqmixError(f"d_model = {width}: {error}") from error
     source = config.open_data()
