@@ -8,6 +8,8 @@ from .figures.theme import COLORS
 
 NOISE = 2.0**20
 """Bytes below which a memory measurement is noise: the allocator rounds up."""
+COMPILED = "-compiled"
+"""End of the name of a compiled implementation."""
 
 
 def figures_of(report: Report) -> list[Figure]:
@@ -41,7 +43,7 @@ def figures_of(report: Report) -> list[Figure]:
         memory = Axis("peak memory", unit="bytes", zero=True, log=False, noise=NOISE)
 
     def bytes_of(row: Row) -> tuple[float, ...] | None:
-        return (value,) if (value := getattr(row, f"{kind}_bytes")) else None
+        return None if (value := getattr(row, f"{kind}_bytes")) is None else (value,)
 
     figures.append(Figure("memory", f"{kind.capitalize()} memory", caption, x, memory, series(parts[-1], bytes_of)))
     return drawable(figures)
@@ -50,8 +52,6 @@ def figures_of(report: Report) -> list[Figure]:
 def _styles(report: Report) -> dict[str, int]:
     """Return the style index of each implementation by name; a compiled variant is its uncompiled one, but dashed."""
     names = list(dict.fromkeys(row.name for row in report.rows))
-    bases = [name.removesuffix("-compiled") for name in names]
-    return {
-        name: names.index(base) + COLORS if base != name and base in names else names.index(name)
-        for name, base in zip(names, bases, strict=True)
-    }
+    bases = list(dict.fromkeys(name.removesuffix(COMPILED) for name in names))
+    compiled = COLORS * -(-len(bases) // COLORS)  # styles of the same colours that no uncompiled one has
+    return {name: bases.index(name.removesuffix(COMPILED)) + compiled * name.endswith(COMPILED) for name in names}

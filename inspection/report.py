@@ -1,6 +1,6 @@
 """Report of a model's inspection: one HTML file in the style of the study reports."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -68,29 +68,26 @@ def maps_of(view: LayerView) -> list[tuple[str, str, str]]:
 
 def reach_figures(views: Sequence[LayerView]) -> list[Figure]:
     """Return two figures: the share of attention weight within a distance, and the reach of heads by layer."""
-    with_maps = [view for view in views if view.maps is not None]
-    within = [Series(f"{view.layer} {view.mixer}", _weight_by_distance(view), view.layer) for view in with_maps]
-    reach_points = [Point(view.layer, reach) for view in views for reach in view.reach]
+    within = _series_of_layers(views, lambda view: [] if view.maps is None else _weight_by_distance(view))
+    heads = _series_of_layers(views, lambda view: [Point(view.layer, reach) for reach in view.reach])
     distance_axis = Axis("distance (tokens)", log=False)
     share_axis = Axis("share of weight", unit="share", zero=True, log=False)
     layer_axis = Axis("layer", log=False)
     within_caption = "Share of a query's weight on tokens at most this far back; mean of heads and queries."
     reach_caption = (
-        "Mean distance from a query to the tokens that a head reads, by weight; by gradients if there are no heads."
+        "Each point is a head: the mean distance from a query to the tokens that it reads, by weight; by gradients if "
+        "there are no heads."
     )
     reach_axis = Axis("mean distance (tokens)", zero=True)
     return [
         Figure("within", "Weight within a distance", within_caption, distance_axis, share_axis, within),
-        Figure(
-            "reach",
-            "Reach by layer",
-            reach_caption,
-            layer_axis,
-            reach_axis,
-            [Series("a head", reach_points)],
-            joined=False,
-        ),
+        Figure("reach", "Reach by layer", reach_caption, layer_axis, reach_axis, heads, joined=False),
     ]
+
+
+def _series_of_layers(views: Sequence[LayerView], points: Callable[[LayerView], list[Point]]) -> list[Series]:
+    """Return the points of each layer as a series; a layer has the same name and style in all figures."""
+    return [Series(f"{view.layer} {view.mixer}", points(view), view.layer) for view in views]
 
 
 def _weight_by_distance(view: LayerView) -> list[Point]:
@@ -109,20 +106,16 @@ def _weight_by_distance(view: LayerView) -> list[Point]:
 
 def state_figures(views: Sequence[LayerView]) -> list[Figure]:
     """Return figures of the norm and effective rank of each layer's state (its first tensor) over the text."""
-    first_states = [(view, view.states[0]) for view in views if view.states]
     token_axis = Axis("tokens", log=False)
+    tensors = dict.fromkeys(f"{view.states[0].name} of {view.mixer}" for view in views if view.states)
 
     def series(attribute: str) -> list[Series]:
-        return [
-            Series(
-                f"{view.layer} {view.mixer}: {state.name}",
-                [*map(Point, view.points, getattr(state, attribute))],
-                view.layer,
-            )
-            for view, state in first_states
-        ]
+        def points(view: LayerView) -> list[Point]:
+            return list(map(Point, view.points, getattr(view.states[0], attribute))) if view.states else []
 
-    norm_caption = "Frobenius norm of the first tensor of the state."
+        return _series_of_layers(views, points)
+
+    norm_caption = f"Frobenius norm of the first tensor of the state ({', '.join(tensors)})."
     rank_caption = "Exponential of the entropy of the singular values of a head's matrix; mean of heads."
     return [
         Figure("state-norm", "State norm", norm_caption, token_axis, Axis("norm"), series("norms")),

@@ -195,6 +195,7 @@ def figure(*columns, name="some", x=X, y=Y, **more) -> Figure:
     return Figure(name, "Some", "c", x, y, [Series("a", [Point(*p) for p in zip(*columns, strict=True)])], **more)
 
 
+SLICES = [f"a slice with a long name, number {i}" for i in range(26)]
 AWKWARD = [
     figure([1, 2, 3], [1e-9, 2e-9, 1.5e-9], name="tiny"),
     figure([1, 1e6, 1e14], [1e15, 5e15, 9e15], name="huge", x=Axis("x", unit="bytes")),
@@ -206,4 +207,7 @@ AWKWARD = [
     figure([1, 4], [2, 3], name="marked", marks={2.0: "trained"}),
     figure(["easy", "hard"], [0.1, 1.0], [0.0, 0.9], [0.2, 1.0], name="names", x=Axis("x", names=["easy", "hard"])),
     Figure("many", "t", "c", X, Y, [Series(f"s{i}", [Point(k, k + i) for k in range(99)], i) for i in range(20)]),
+    figure([1], [2], [1], [3], name="curve", smooth=True),
+    figure(SLICES, [0.5] * 26, name="slices", x=Axis("x", names=SLICES), y=ACCURACY),
+    figure([0] * 16 + [1] * 16, [*range(16)] * 2, name="heads", joined=False),
 ]

@@ -5,14 +5,15 @@ The colours of a spec are CSS variables (`theme`): a page defines them, a drawin
 """
 
 import json
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import altair as alt
 from altair.utils.schemapi import debug_mode
 
 from . import theme
-from .figure import Axis, Figure, Scale
+from .figure import Axis, Figure, Scale, by_legend, legend
 
 NUMBER = (
     "datum.value == 0 ? '0' : abs(datum.value) >= 1e4 ? format(datum.value, '.4~s') : "
@@ -21,55 +22,81 @@ NUMBER = (
 """Vega expression for the text of a tick: 0.25, 2,000, 200k, 3e-4."""
 HEIGHT = 0.62
 """Height of a plot divided by its width."""
+PAGE_PLOT = 260, 210
+"""Width and height in pixels for which the texts of a plot on a page are laid out; its width is its container's."""
+LETTER = 0.5
+"""Mean width of a letter divided by the size of its font."""
+LONGEST_NAME = 180
+"""Most room for the name of a category beside an axis, in the units of the spec; longer names end in dots."""
+INDEPENDENT: dict[str, Any] = {"color": "independent", "shape": "independent", "strokeDash": "independent"}
+"""Vega-Lite's resolution of scales between figures with different legends."""
 
 
 def scales(figure: Figure) -> dict[str, dict[str, dict[str, Any]]]:
     """Return the possible Vega-Lite scales by axis and kind (linear, log); the first kind is the initial one."""
 
     def scale(axis: Axis, kind: str) -> dict[str, Any]:
+        # room around the values, so that no marker is cut; not a domain of round numbers, which could end at a value
+        # that cannot exist, such as 120 %
+        room = {"nice": False, "padding": 8}
         if kind == "log":
-            return {"type": "log", "base": 2 if axis.unit == "bytes" else 10, "nice": False, "padding": 8}
-        # an axis that starts at zero gets no padding, which would extend it below zero
-        return {"type": "linear", "zero": axis.zero, "nice": not axis.ticks} | ({} if axis.zero else {"padding": 8})
+            return {"type": "log", "base": 2 if axis.unit == "bytes" else 10} | room
+        return {"type": "linear", "zero": axis.zero} | room
 
     axes = {"x": figure.x, "y": figure.y}
     return {name: {kind: scale(axes[name], kind) for kind in one.kinds} for name, one in figure.scales().items()}
 
 
-def chart(figure: Figure, *, interactive: bool = False) -> alt.LayerChart:
+def chart(
+    figure: Figure,
+    names: Mapping[str, int],
+    *,
+    size: tuple[float, float],
+    font: float,
+    interactive: bool = False,
+) -> alt.LayerChart:
     """Return the chart of a figure.
 
     An interactive chart has no legend, but a parameter `shown` with the names of the visible series.
+
+    Args:
+        figure: the figure.
+        names: the styles of all series of the legend by name; other figures of that legend may have more of them.
+        size: the width and the height of the plot, for which texts are laid out.
+        font: the size of the labels' font, in the units of the size.
+        interactive: True for a chart with a pointer and zoom.
     """
-    names = {one.name: one.style for one in figure.series}
     axis_scales = figure.scales()
     rows = figure.rows()
     base = alt.Chart()
-    spread = any(row["low"] < row["high"] for row in rows if "low" in row)
+    clip = interactive  # zoom moves marks out of the plot; without it, a marker at the edge is drawn whole
     dodge: dict[str, Any] = {"xOffset": alt.expr("datum.dodge || 0")} if any("dodge" in row for row in rows) else {}
     layers: list[alt.Chart | alt.LayerChart] = []
-    if spread and figure.banded:
-        band = base.mark_area(opacity=0.16, clip=True).transform_filter("isValid(datum.low)")
+    if any("low" in row and "dodge" not in row for row in rows):
+        band = base.mark_area(opacity=0.16, clip=clip).transform_filter("isValid(datum.low) && !isValid(datum.dodge)")
         layers.append(band.encode(y="low:Q", y2="high:Q"))
-    elif spread:
-        bar = base.mark_rule(strokeWidth=1.2, clip=True, **dodge).transform_filter("isValid(datum.low)")
+    if dodge:
+        bar = base.mark_rule(strokeWidth=1.2, clip=clip, **dodge)
+        bar = bar.transform_filter("isValid(datum.low) && isValid(datum.dodge)")
         layers.append(bar.encode(y="low:Q", y2="high:Q"))
     if any("faint" in row for row in rows):
-        layers.append(base.mark_line(strokeWidth=1, opacity=0.4, clip=True).transform_filter("datum.faint"))
+        layers.append(base.mark_line(strokeWidth=1, opacity=0.4, clip=clip).transform_filter("datum.faint"))
     if figure.joined:
-        lines = base.mark_line(strokeWidth=1.6, clip=True, **dodge).transform_filter("!datum.faint")
+        lines = base.mark_line(strokeWidth=1.6, clip=clip, **dodge).transform_filter("!datum.faint")
         layers.append(lines.encode(strokeDash=_by_style("strokeDash", names, [theme.dash(s) for s in names.values()])))
-    marker = base.mark_point(filled=True, opacity=1, size=30, clip=True, **dodge).transform_filter("datum.marker")
+    opacity = alt.expr("datum.faint ? 0.4 : 1")
+    marker = base.mark_point(filled=True, opacity=opacity, size=30, clip=clip, **dodge)
     shape = _by_style("shape", names, [theme.shape(style) for style in names.values()])
-    layers.append(marker.encode(shape=shape))
-    layers += [_mark(place, label) for place, label in figure.marks.items()]
+    layers.append(marker.transform_filter("datum.marker").encode(shape=shape))
+    layers += [_mark(place / axis_scales["x"].divisor, label) for place, label in figure.marks.items()]
     if interactive:
         layers.append(_pointer_layer(base, figure, axis_scales, dodge))
-    colors = _by_style("color", names, [theme.color(style) for style in names.values()], legend=not interactive)
+    key = None if interactive or len(names) == 1 else _legend(names, size[0] / font)
+    colors = _by_style("color", names, [theme.color(style) for style in names.values()], key)
     initial = {axis: next(iter(kinds.values()), None) for axis, kinds in scales(figure).items()}
     whole = alt.LayerChart(data=alt.NamedData(figure.name), layer=layers).encode(
-        x=_axis(alt.X, "x", figure.x, axis_scales["x"], initial["x"]),
-        y=_axis(alt.Y, "y", figure.y, axis_scales["y"], initial["y"]),
+        x=_axis(alt.X, "x", figure.x, axis_scales["x"], initial["x"], size[0] / font),
+        y=_axis(alt.Y, "y", figure.y, axis_scales["y"], initial["y"], size[1] / font),
         color=colors,
     )
     if interactive:
@@ -80,28 +107,39 @@ def chart(figure: Figure, *, interactive: bool = False) -> alt.LayerChart:
 
 def page_spec(figure: Figure) -> dict[str, Any]:
     """Return the Vega-Lite spec of a figure on a page, as wide as its container."""
+    font = 11.5
     with debug_mode(False):  # no validation, which would check the same parts repeatedly; tests validate whole specs
-        whole = chart(figure, interactive=True).properties(
-            width="container", height=210, description=f"{figure.title}. {figure.caption}"
+        whole = chart(figure, legend([figure]), size=PAGE_PLOT, font=font, interactive=True).properties(
+            width="container", height=PAGE_PLOT[1], description=f"{figure.title}. {figure.caption}"
         )
         spec = whole.to_dict(validate=False)
     fit = {"type": "fit-x", "contains": "padding"}
-    return _with_rows(spec, [figure]) | {"config": theme.config(11.5), "autosize": fit}
+    return _with_rows(spec, [figure]) | {"config": theme.config(font), "autosize": fit}
 
 
 def paper_spec(figures: Sequence[Figure], width: float, columns: int) -> dict[str, Any]:
-    """Return the Vega-Lite spec of figures for a paper, with a common legend; `width` is that of a plot, in points."""
-    names = max((len(one.name) for figure in figures for one in figure.series), default=1)
-    size: dict[str, Any] = {"width": width, "height": round(HEIGHT * width)}
+    """Return the Vega-Lite spec of figures for a paper; `width` is that of a plot, in points.
+
+    Figures have a common legend as far as their series allow it (`by_legend`).
+    """
+    font = 8
+    height = round(HEIGHT * width)
+    letters = max((len(one.name) for figure in figures for one in figure.series), default=1)
     with debug_mode(False):
-        if len(figures) == 1:
-            spec = chart(figures[0]).properties(**size).to_dict(validate=False)
-        else:
-            titled = [chart(figure).properties(**size, title=figure.title) for figure in figures]
-            spec = alt.concat(*titled, columns=columns).to_dict(validate=False)
-    config: dict[str, Any] = theme.config(8) | {"aria": False}
+        blocks = []
+        for group in by_legend(figures):
+            names = legend(group)
+            charts = []
+            for figure in group:
+                title: dict[str, Any] = {"title": _lines(figure.title, width / font)} if len(figures) > 1 else {}
+                one = chart(figure, names, size=(width, height), font=font)
+                charts.append(one.properties(width=width, height=height, **title))
+            blocks.append(charts[0] if len(figures) == 1 else alt.concat(*charts, columns=columns))
+        whole = blocks[0] if len(blocks) == 1 else alt.vconcat(*blocks).resolve_scale(**INDEPENDENT)
+        spec = whole.to_dict(validate=False)
+    config: dict[str, Any] = theme.config(font) | {"aria": False}
     room = (width + 40) * min(columns, len(figures))
-    config["legend"] |= {"orient": "top", "columns": max(1, int(room / (4.4 * names + 26)))}
+    config["legend"] |= {"orient": "top", "columns": max(1, int(room / (4.4 * letters + 26)))}
     return _with_rows(spec, figures) | {"config": config, "padding": 2}
 
 
@@ -109,23 +147,41 @@ def _with_rows(spec: dict[str, Any], figures: Sequence[Figure]) -> dict[str, Any
     return spec | {"datasets": spec.get("datasets", {}) | {figure.name: figure.rows() for figure in figures}}
 
 
-def _axis(kind: Any, field: str, axis: Axis, scale: Scale, first: dict[str, Any] | None) -> Any:
+def _axis(kind: Any, field: str, axis: Axis, scale: Scale, first: dict[str, Any] | None, room: float) -> Any:
+    """Return the encoding of an axis; `room` is its length divided by the size of the font."""
+    title = _lines(scale.label, room)
     if axis.names:
-        names = alt.Axis(labelAngle=0, labelLimit=90)
-        return kind(f"{field}:O", title=scale.label, sort=list(axis.names), axis=names)
-    shown = alt.Axis(labelExpr=NUMBER, labelOverlap=True, tickCount=6)
+        angle = 0
+        if LETTER * (2 + max(map(len, axis.names))) > room / len(axis.names):  # names do not fit side by side
+            angle = -45 if 1.5 * len(axis.names) < room else -90
+        names = alt.Axis(labelAngle=angle, labelLimit=LONGEST_NAME, labelOverlap=len(axis.names) > room)
+        return kind(f"{field}:O", title=title, sort=list(axis.names), axis=names)
+    shown: dict[str, Any] = {"labelExpr": NUMBER, "labelOverlap": True, "tickCount": 6}
+    if scale.steps:  # ticks only at integers; with more ticks than steps, Vega would place some between them
+        shown |= {"tickMinStep": 1, "tickCount": min(6, scale.steps)}
     if axis.ticks:
-        shown = alt.Axis(
-            labelExpr="format(datum.value, ',~r')", labelOverlap=True, values=[t / scale.divisor for t in axis.ticks]
-        )
-    return kind(f"{field}:Q", title=scale.label, scale=first or alt.Undefined, axis=shown)
+        shown = {"labelExpr": "format(datum.value, ',~r')", "labelOverlap": True}
+        shown["values"] = [tick / scale.divisor for tick in axis.ticks]
+    return kind(f"{field}:Q", title=title, scale=first or alt.Undefined, axis=alt.Axis(**shown))
 
 
-def _by_style(channel: str, names: dict[str, int], values: list[Any], *, legend: bool = True) -> Any:
-    scale = alt.Scale(domain=list(names), range=values)
+def _lines(text: str, room: float) -> str | list[str]:
+    """Return a text as lines that fit in the room, a width divided by the size of the font."""
+    lines = textwrap.wrap(text, max(8, int(room / LETTER)))
+    return lines if len(lines) > 1 else text
+
+
+def _by_style(channel: str, names: Mapping[str, int], values: list[Any], legend: alt.Legend | None = None) -> Any:
     kind = {"color": alt.Color, "shape": alt.Shape, "strokeDash": alt.StrokeDash}[channel]
-    shown = alt.Legend(title=None, symbolOpacity=1) if legend and channel == "color" and len(names) > 1 else None
-    return kind("series:N", scale=scale, legend=shown)
+    return kind("series:N", scale=alt.Scale(domain=list(names), range=values), legend=legend)
+
+
+def _legend(names: Iterable[str], room: float) -> alt.Legend:
+    """Return a legend of these names, in lines that fit in the room: a width divided by the size of the font."""
+    lines = {name: _lines(name, room) for name in names}
+    wrapped = {name: text for name, text in lines.items() if text != name}
+    more: dict[str, Any] = {"labelExpr": f"{json.dumps(wrapped)}[datum.label] || datum.label"} if wrapped else {}
+    return alt.Legend(title=None, symbolOpacity=1, **more)
 
 
 def _mark(place: float, label: str) -> Any:

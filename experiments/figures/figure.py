@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from ..units import choose_unit
 
 MOST_POINTS = 600
-"""Most points that are drawn of a series."""
+"""Most points that are drawn of a line; of points without a line, all are drawn."""
 FEW = 12
 """Most points of a series that each have a marker and an error bar; longer series have a band."""
 DECADES = 20.0
@@ -18,6 +18,9 @@ DOUBLINGS = 8.0
 """Ratio of largest to smallest value from which an axis with chosen ticks is logarithmic by default."""
 DODGE = 3.0
 """Points (1/72 inch) between the error bars of neighbouring series, so that none hides another."""
+DODGED = 12.0
+"""Points between the error bars of the first and the last series, at most: further away, a bar would seem to belong to
+another x value."""
 
 
 class Point(NamedTuple):
@@ -58,6 +61,7 @@ class Scale(NamedTuple):
     label: str  # label with the unit
     divisor: float  # value of the unit: plotted numbers are values divided by it
     kinds: Sequence[str]  # possible kinds ("linear", "log"), the initial one first
+    steps: int = 0  # if all values are integers (layers, tokens), the highest minus the lowest; 0 otherwise
 
 
 LOSS = Axis("loss (nats per token)", log=False)
@@ -91,24 +95,38 @@ class Figure:
         return {"x": resolve(self.x, xs), "y": resolve(self.y, ys)}
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return the points as rows of a Vega data set, in the units of the axes."""
+        """Return the points as rows of a Vega data set, in the units of the axes.
+
+        Rows of a noisy measurement are `faint`. A row with a `marker` is drawn as a point; all rows have one that no
+        line passes through. A row with a spread has `low` and `high`; it is drawn as an error bar if it has a `dodge`,
+        the bar's horizontal shift, and as a part of a band otherwise.
+        """
         scales = self.scales()
         x, y = scales["x"].divisor, scales["y"].divisor
+        step = min(DODGE, DODGED / max(1, len(self.series) - 1))
+        fitted = any(one.faint for one in self.series)
         rows = []
         for i, one in enumerate(self.series):
-            kept = [one.points[k] for k in thin([p.y for p in one.points], MOST_POINTS)]
-            every = 1 if len(kept) <= FEW else max(1, len(kept) // 5)  # a few markers, elsewhere in each series
+            points = list(one.points)
+            if self.joined:
+                points = [points[k] for k in thin([p.y for p in points], MOST_POINTS)]
+            alone = len(points) == 1  # neither a line nor a band shows a single point
+            every = 1
+            if self.joined and not self.x.names and len(points) > FEW:
+                every = len(points) // 5  # a few markers, elsewhere in each series
             first = (one.style * every) // 5 % every
-            for k, point in enumerate(kept):
+            barred = (alone or not self.banded) and any(p.low < p.high for p in points)
+            # points of a scatter, and beside a fitted line, are not shifted: their x values differ
+            dodge = 0.0 if fitted or self.banded or not self.joined else step * (i - (len(self.series) - 1) / 2)
+            for k, point in enumerate(points):
                 row = {"series": one.name, "x": point.x if isinstance(point.x, str) else point.x / x, "y": point.y / y}
-                if point.low <= point.high:
+                if point.low <= point.high and math.isfinite(point.high - point.low):
                     row |= {"low": point.low / y, "high": point.high / y}
-                # points beside a fitted line are not shifted
-                if not (self.banded or any(other.faint for other in self.series)) and any(p.low < p.high for p in kept):
-                    row["dodge"] = DODGE * (i - (len(self.series) - 1) / 2)
+                if barred:
+                    row["dodge"] = dodge
                 if one.faint:
                     row["faint"] = True
-                elif k % every == first % every:
+                if (alone or not one.faint) and k % every == first:
                     row["marker"] = True
                 rows.append(row)
         return rows
@@ -124,7 +142,8 @@ def resolve(axis: Axis, values: Sequence[float]) -> Scale:
     log = possible and (high / low >= (DOUBLINGS if axis.ticks else DECADES) if axis.log is None else axis.log)
     unit, divisor = choose_unit(axis.unit, math.sqrt(low * high) if log else max(abs(low), abs(high)))
     kinds = ("log", "linear") if log else ("linear", "log") if possible else ("linear",)
-    return Scale(f"{axis.label} ({unit})" if unit else axis.label, divisor, kinds)
+    steps = int(high - low) if not axis.unit and all(float(value).is_integer() for value in values) else 0
+    return Scale(f"{axis.label} ({unit})" if unit else axis.label, divisor, kinds, steps)
 
 
 def drawable(figures: Iterable[Figure]) -> list[Figure]:
@@ -142,6 +161,23 @@ def legend(figures: Iterable[Figure]) -> dict[str, int]:
     """Return the style index of each series by name, in ascending order."""
     styles = {one.name: one.style for figure in figures for one in figure.series}
     return dict(sorted(styles.items(), key=lambda pair: pair[1]))
+
+
+def by_legend(figures: Iterable[Figure]) -> list[list[Figure]]:
+    """Split figures, in their order, into groups that can have a common legend.
+
+    In a group, each name has one style and each style has one name.
+    """
+    groups: list[list[Figure]] = []
+    for figure in figures:
+        if groups:
+            together = [*groups[-1], figure]
+            pairs = {(one.name, one.style) for each in together for one in each.series}
+            if len(pairs) == len({name for name, _ in pairs}) == len({style for _, style in pairs}):
+                groups[-1] = together
+                continue
+        groups.append([figure])
+    return groups
 
 
 def thin(values: Sequence[float], most: int) -> Iterable[int]:

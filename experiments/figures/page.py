@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from . import theme
-from .figure import Figure, legend
+from .figure import Figure, by_legend, legend
 from .libraries import charts_module, vega
 
 HERE = Path(__file__).parent
@@ -33,8 +33,8 @@ def render(figures: Sequence[Figure], *, template: Path = HERE / "page.html", **
     return engine.get_template(template.name).render(
         values,
         figures=figures,
-        styles=legend(figures),
         switches={name: {axis: list(kinds) for axis, kinds in one["scales"].items()} for name, one in specs.items()},
+        by_legend=by_legend,
         legend=legend,
         theme=theme,
         # inside a script element, only a closing tag needs escaping

@@ -11,9 +11,10 @@ LIGHT = {"ink": "#1b1f24", "muted": "#5b636e", "rule": "#dfe3e8", "paper": "#fff
 DARK = {"ink": "#e8eaed", "muted": "#a2a9b3", "rule": "#343a43", "paper": "#14171b", "panel": "#1d2127"}
 LIGHT_LINES = ("#00649c", "#e26400", "#008d66", "#cc79a7", "#805800", "#1e9be2", "#1b1f24", "#444005")
 DARK_LINES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#e8eaed", "#f0e442")
-"""Blue, vermilion, green, purple, orange, sky blue, ink and yellow; further series reuse them with dashed lines."""
+"""Blue, vermilion, green, purple, orange, sky blue, ink and yellow; further series reuse them with other dashes and
+markers."""
 COLORS = len(LIGHT_LINES)
-DASHES = ([1, 0], [5, 3], [2, 2])
+DASHES = ([1, 0], [5, 3], [2, 2], [8, 2, 2, 2])
 SHAPES = "circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right", "triangle-left"
 MARKERS = dict(zip(SHAPES, "●■▲◆✚▼▶◀", strict=True))
 """Characters for Vega's shapes in a text legend."""
@@ -31,8 +32,19 @@ def dash(style: int) -> list[int]:
 
 
 def shape(style: int) -> str:
-    """Return the marker shape of a style."""
-    return SHAPES[style % len(SHAPES)]
+    """Return the marker shape of a style; series of the same colour have different ones."""
+    return SHAPES[(style + style // COLORS) % len(SHAPES)]
+
+
+def line_css(style: int) -> str:
+    """Return the CSS background of a horizontal line with a style's dashes."""
+    stops = []
+    place = 0
+    for i, length in enumerate(dash(style)):
+        ink = "transparent" if i % 2 else "currentColor"
+        stops.append(f"{ink} {place}px {place + length}px")
+        place += length
+    return f"repeating-linear-gradient(90deg, {', '.join(stops)})"
 
 
 def colors(dark: bool = False) -> dict[str, str]:
@@ -72,7 +84,9 @@ def config(font: float) -> dict[str, Any]:
         "axis": muted | text | lines | {"labelPadding": 3, "titlePadding": 5, "tickSize": 3},
         "axisX": {"grid": False, "labelFlush": False},
         "axisY": {"domain": False, "ticks": False},
+        # without a limit of 0, Vega-Lite hides entries after the 30th; dashes would notch the outline of a symbol
         "legend": {"labelColor": "var(--ink)", "labelFontSize": font, "labelLimit": 0, "symbolSize": 4 * font}
+        | {"symbolLimit": 0, "symbolStrokeWidth": 0}
         | {"columnPadding": 10, "rowPadding": 1, "offset": 4},
         "title": {"color": "var(--ink)", "fontSize": font + 0.5, "anchor": "start", "frame": "group", "offset": 6},
         "text": {"fontSize": font},

@@ -117,3 +117,11 @@ def test_time_and_memory_are_drawn_over_the_length(report):
     assert theme.color(compiled.style) == theme.color(seqmix.style) != theme.color(llama.style)
     assert theme.dash(compiled.style) != theme.dash(seqmix.style)
     assert [point.y for point in memory.series[0].points] == [3 * 2**20] * 2
+
+
+def test_implementations_and_their_compiled_variants_all_look_different(report):
+    names = [f"library {i}{end}" for i in range(10) for end in ("", "-compiled")]
+    rows = [row(name, 512, 20.0, peak_bytes=0) for name in names]
+    time, memory = figures_of(Report(**(vars(report) | {"rows": rows})))
+    assert len({one.style for one in time.series}) == 20
+    assert [(one.name, one.points[0].y) for one in memory.series] == [(name, 0) for name in names]

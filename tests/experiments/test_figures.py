@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -15,6 +16,7 @@ from seqmix.experiments.figures.figure import (
     Figure,
     Point,
     Series,
+    by_legend,
     drawable,
     legend,
     resolve,
@@ -96,6 +98,39 @@ def test_rows_are_in_the_units_of_the_axes():
     ]
 
 
+def test_a_scatter_has_all_its_points():
+    heads = figure([layer for layer in range(50) for _ in range(16)], range(800), joined=False)
+    assert len([row for row in heads.rows() if row.get("marker")]) == 800
+    slices = figure(list("abcdefghijklmnopq"), range(17), x=Axis("x", names="abcdefghijklmnopq"))
+    assert all(row["marker"] for row in slices.rows())
+
+
+def test_a_single_point_is_seen_where_others_have_a_line_or_a_band():
+    measured = Series("run", [Point(1, 4.9)], faint=True)
+    (row,) = Figure("f", "t", "c", X, Y, [measured], smooth=True).rows()
+    assert row["faint"]
+    assert row["marker"]
+    curves = [Series("short", [Point(1, 2, 1, 3)]), Series("long", [Point(x, 2, 1, 3) for x in range(99)])]
+    short, *long = Figure("f", "t", "c", X, Y, curves, smooth=True).rows()
+    assert short["dodge"] == 0  # an error bar
+    assert not any("dodge" in row for row in long)
+
+
+def test_a_spread_that_is_not_finite_has_no_bar():
+    (row,) = figure([1], [2], [1], [math.inf]).rows()
+    assert "low" not in row
+
+
+def test_many_error_bars_stay_beside_their_x():
+    bars = [Point(1, 2, 1, 3), Point(2, 2, 1, 3)]
+    many = Figure("f", "t", "c", X, Y, [Series(f"{i}", bars, i) for i in range(26)])
+    shifts = [row["dodge"] for row in many.rows()]
+    assert len(set(shifts)) == 26
+    assert max(shifts) - min(shifts) <= 12
+    scatter = replace(many, joined=False)  # whose x values are measured
+    assert {row["dodge"] for row in scatter.rows()} == {0}
+
+
 def test_error_bars_do_not_hide_each_other():
     series = [Series(name, [Point(1, 2, 1, 3), Point(2, 2, 1, 3)]) for name in "abc"]
     bars = Figure("f", "t", "c", X, Y, series)
@@ -110,6 +145,17 @@ def test_a_legend_has_each_name_once():
     points = [Point(1, 1)]
     series = [Series("b", points, style=1), Series("a", points), Series("b", points, style=1, faint=True)]
     assert list(legend([Figure("f", "t", "c", X, Y, series)] * 2).items()) == [("a", 0), ("b", 1)]
+
+
+def test_figures_have_a_common_legend_as_far_as_names_and_styles_agree():
+    def one(**styles):
+        return Figure("f", "t", "c", X, Y, [Series(name, [Point(1, 1)], style) for name, style in styles.items()])
+
+    agreeing = [one(a=0, b=1), one(b=1), one(c=2)]
+    assert by_legend(agreeing) == [agreeing]
+    same_look, other_look = one(d=0), one(d=1)
+    assert by_legend([*agreeing, same_look, other_look]) == [agreeing, [same_look], [other_look]]
+    assert by_legend([]) == []
 
 
 # ---- drawings
@@ -137,6 +183,69 @@ def test_a_drawing_has_the_width_of_its_column(tmp_path, width, count):
     assert {float(font) for font in re.findall(r'font-size="([\d.]+)px"', text)} <= {8.0, 8.5}
     assert "var(" not in text
     assert ">trained</text>" in text
+
+
+def texts_of(svg: str, role: str) -> list[str]:
+    """The texts of all marks with a role."""
+    marks = re.findall(rf'<g class="mark-text role-{role}\b.*?</g>', svg, re.DOTALL)
+    return re.findall(r"<text[^>]*>([^<]*)</text>", "".join(marks))
+
+
+def colors_of(svg: str, role: str) -> list[str]:
+    """The colours of all symbols with a role."""
+    marks = re.findall(rf'<g class="mark-symbol role-{role}\b.*?</g>', svg, re.DOTALL)
+    return re.findall(r'fill="(#\w+)"', "".join(marks))
+
+
+def test_all_heads_of_three_layers_are_drawn_at_whole_layers(tmp_path):
+    pytest.importorskip("altair")
+    layers = [Series(f"layer {i}", [Point(i, 1.5 * head) for head in range(16)], i) for i in range(3)]
+    for count, ticks in ((1, ["0"]), (2, ["0", "1"]), (3, ["0", "1", "2"])):
+        draw([Figure("f", "t", "c", Axis("layer"), Y, layers[:count], joined=False)], tmp_path / "f.svg")
+        svg = (tmp_path / "f.svg").read_text()
+        assert len(colors_of(svg, "mark")) == 16 * count
+        assert texts_of(svg, "axis-label")[: len(ticks)] == ticks
+        assert "clip-path" not in svg
+
+
+def test_an_axis_has_no_tick_beyond_what_can_be(tmp_path):
+    pytest.importorskip("altair")
+    draw([figure([1, 2], [0.02, 1.0], y=ACCURACY)], tmp_path / "f.svg")
+    assert texts_of((tmp_path / "f.svg").read_text(), "axis-label") == ["1", "2", "0", "20", "40", "60", "80", "100"]
+
+
+def test_each_legend_has_the_colours_of_its_figures(tmp_path):
+    pytest.importorskip("altair")
+    points = [Point(1, 1), Point(2, 2)]
+    first = Figure("f", "first", "c", X, Y, [Series("a", points, 0), Series("b", points, 1)])
+    second = Figure("g", "second", "c", X, Y, [Series("b", points, 1), Series("c", points, 2)])
+    other = Figure("h", "other", "c", X, Y, [Series("d", points, 0), Series("e", points, 1)])
+    draw([first, second, other], tmp_path / "f.svg", width=6.75)
+    svg = (tmp_path / "f.svg").read_text()
+    blue, orange, green = theme.LIGHT_LINES[:3]
+    assert texts_of(svg, "legend-label") == ["a", "b", "c", "d", "e"]
+    assert colors_of(svg, "legend-symbol") == [blue, orange, green, blue, orange]
+    drawn = colors_of(svg, "mark")
+    assert sorted(drawn) == sorted([blue] * 4 + [orange] * 6 + [green] * 2)
+
+
+def test_a_legend_is_whole_and_as_wide_as_its_column(tmp_path):
+    pytest.importorskip("altair")
+    long = [f"a name that somebody has written without a thought of figures, number {i}" for i in range(32)]
+    draw(
+        [Figure("f", "t", "c", X, Y, [Series(name, [Point(1, i)], i) for i, name in enumerate(long)])],
+        tmp_path / "f.svg",
+    )
+    svg = (tmp_path / "f.svg").read_text()
+    assert float(re.search(r'width="([\d.]+)pt"', svg)[1]) == pytest.approx(72 * 3.25, abs=1.5)
+    assert [f"number {i}" for i in range(32) if f"number {i}<" not in svg] == []
+
+
+def test_names_of_categories_are_whole(tmp_path):
+    pytest.importorskip("altair")
+    names = [f"a rather long name of a slice, number {i}" for i in range(5)]
+    draw([figure(names, range(5), x=Axis("slice", names=names))], tmp_path / "f.svg")
+    assert texts_of((tmp_path / "f.svg").read_text(), "axis-label")[:5] == names
 
 
 @pytest.mark.parametrize(("ending", "begins"), [("png", b"\x89PNG"), ("pdf", b"%PDF")])
@@ -203,5 +312,5 @@ def test_everything_stands_out_from_the_page(scheme):
 def test_lines_are_told_apart(scheme, sight):
     seen = [lab(np.array(SIGHT[sight]) @ linear(color)) for color in SCHEMES[scheme][1]]
     assert min(np.linalg.norm(a - b) for a, b in combinations(seen, 2)) > 14
-    looks = {(theme.color(i), tuple(theme.dash(i)), theme.shape(i)) for i in range(24)}
-    assert len(looks) == 24
+    assert len({(theme.color(i), theme.shape(i)) for i in range(64)}) == 64  # points
+    assert len({(theme.color(i), theme.line_css(i)) for i in range(32)}) == 32  # lines

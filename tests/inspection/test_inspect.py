@@ -10,9 +10,10 @@ import torch
 from runs import run_of
 
 from seqmix import MIXERS, build_model, load_config
+from seqmix.experiments.figures.figure import by_legend
 from seqmix.inspection import look
 from seqmix.inspection.pictures import picture
-from seqmix.inspection.report import MOST_HEADS, render, rows_of
+from seqmix.inspection.report import MOST_HEADS, reach_figures, render, rows_of, state_figures
 from seqmix.inspection.views import ROWS, effective_rank, spread
 
 TOKENS = torch.randint(256, (1, 12), generator=torch.Generator().manual_seed(0))
@@ -146,6 +147,22 @@ def test_a_page_of_a_mixer_without_gradients_or_heads_is_whole():
     assert "by gradients with respect to its inputs" in page
     assert rows_of(views[0])[0][3] == ""
     assert (ROWS, MOST_HEADS) == (64, 16)
+
+
+def test_every_head_of_every_layer_is_in_the_figure_of_reaches():
+    views = look(model_of("{kind: retention, n_heads: 12}", "model.n_layers=3"), TOKENS)
+    within, reach = reach_figures(views)
+    drawn = [(row["x"], row["y"]) for row in reach.rows() if row.get("marker")]
+    assert drawn == [(view.layer, pytest.approx(distance)) for view in views for distance in view.reach]
+    assert len(drawn) == 36
+    # a layer has one colour, and a colour one layer
+    assert len(by_legend([within, reach, *state_figures(views)])) == 1
+
+
+def test_a_page_says_how_many_maps_it_leaves_out():
+    pytest.importorskip("altair")
+    views = look(model_of("{kind: retention, n_heads: 24, rotation: none}"), TOKENS)
+    assert render(views, "a run", "facts").count("The first 16 of 24 heads.") == 2
 
 
 def test_what_cannot_be_read_is_refused(refused, config_of, tmp_path):
