@@ -5,7 +5,9 @@ from typing import Annotated
 
 import typer
 
-from ..experiments.retnet_paper.claims import CLAIMS, KEPT, LEARNED, TIMED, Scale, prove
+from ..experiments.retnet_paper.claims import CLAIMS, LEARNED, TIMED, Scale, prove
+from ..experiments.retnet_paper.verdict import Verdict
+from .console import plain_table, terminal
 from .options import Jobs
 
 GROUPS = {"learned": LEARNED, "timed": TIMED, "all": CLAIMS}
@@ -15,23 +17,30 @@ def paper(
     claims: Annotated[list[str], typer.Argument(help=f"Claims: {', '.join((*CLAIMS, *GROUPS))}.", metavar="CLAIM...")],
     scale: Annotated[Scale, typer.Option(help="Size of the models and of the data.")] = "cpu",
     jobs: Jobs = None,
-    keep: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder for the results; by default, with --scale cpu, the source of docs/explanation/paper.md."
-        ),
-    ] = None,
+    out: Annotated[
+        Path, typer.Option(help="Folder for the studies of the claims, with their reports and values.", metavar="DIR")
+    ] = Path("studies"),
 ) -> None:
-    """Reproduce claims of the RetNet paper by name.
+    """Reproduce claims of the RetNet paper by name, and compare them with the paper.
 
-    The group `learned` trains models, which takes half an hour. The group `timed` measures time, which needs an idle
-    machine. --scale gpu uses the paper's sizes, on your own text. Finished measurements are not repeated.
+    Each claim ends with the paper's figures, ours, and whether both point in the same direction. The group `learned`
+    trains models, which takes half an hour. The group `timed` measures time, which needs an idle machine. --scale gpu
+    uses the paper's sizes, on your own text. Finished measurements are not repeated.
 
     [bold]seqmix paper table6[/bold]
 
     [bold]seqmix paper learned --jobs 2[/bold]
     """
-    folder = keep or (KEPT if scale == "cpu" else None)
     for claim in dict.fromkeys(name for word in claims for name in GROUPS.get(word, (word,))):
-        if status := prove(claim, scale=scale, jobs=jobs, kept=folder, tell=typer.echo):
+        status, verdict = prove(claim, scale=scale, jobs=jobs, out=out, on_note=typer.echo)
+        if verdict is None:
             raise typer.Exit(status)
+        show(verdict)
+
+
+def show(verdict: Verdict) -> None:
+    """Print the figures of a claim and its summary."""
+    console = terminal()
+    rows = [(row.name, row.paper, row.ours, row.direction) for row in verdict.rows]
+    console.print(plain_table(*verdict.heads, "direction", rows=rows, overflow="fold"))
+    console.print(verdict.summary, soft_wrap=True)

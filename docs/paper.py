@@ -1,12 +1,13 @@
-"""Write the tables and pictures of docs/explanation/paper.md from saved results: `python docs/paper.py`.
+"""Write the tables and pictures of docs/explanation/paper.md from saved results: `python docs/paper.py [STUDIES]`.
 
-The results are in experiments/retnet_paper/results, one file per claim, written by `seqmix paper CLAIM`. The paper's
-own numbers are constants in this file. Numbers that the paper only plots were read off its plots, and are marked so.
+The results are in experiments/retnet_paper/results, one file per claim. With STUDIES, the folder that `seqmix paper`
+wrote to, the results of all claims that it has are saved there first, without curves and details of the machine.
 """
 
 import json
 import math
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
@@ -16,46 +17,38 @@ from seqmix.experiments.figures.figure import Axis, Figure, Point, Series
 from seqmix.experiments.figures.writer import adaptive
 from seqmix.experiments.pages import fill, table
 from seqmix.experiments.results import Results, read_results
-from seqmix.experiments.retnet_paper.claims import KEPT, OF_RUNS
+from seqmix.experiments.retnet_paper.claims import CLAIMS, FOLDER, OF_RUNS, values_of
+from seqmix.experiments.retnet_paper.verdict import (
+    FIGURE_5,
+    NAMES,
+    TABLE_5,
+    TABLE_6,
+    TABLE_8,
+    compare_losses,
+    differences,
+    judge,
+    signed,
+    sizes_of,
+    weights_of,
+)
 from seqmix.experiments.study_figures import Plots
 from seqmix.registry import write_file
 
+KEPT = FOLDER / "results"
+"""Folder of the saved results."""
 PAGES = Path(__file__).with_name("explanation")
 TARGET, PICTURES = PAGES / "paper.md", PAGES / "paper"
 BATCHES = {1: "one sequence", 8: "eight sequences"}
 """Batch sizes of Figure 6, and their names."""
-
-TABLE_5 = {"retnet": 26.05, "rwkv": 30.92, "h3": 29.97, "hyena": 32.08, "linear-transformer": 40.24}
-"""In-domain perplexity at 200M parameters."""
-TABLE_6 = {
-    "retnet": (26.05, ""),
-    "no-gate": (27.84, "`gate: none`, `expand_v: 1.0`, `ffn.expansion: 4.0`"),
-    "no-group-norm": (27.54, "`head_norm: none`"),
-    "no-decay": (27.86, "`decay: none`"),
-    "single-decay": (27.02, "`decay: constant`, `gamma: 0.9921875`"),
-    "small-heads": (27.68, "`n_heads: 16`"),
+CHANGES = {
+    "retnet": "",
+    "no-gate": "`gate: none`, `expand_v: 1.0`, `ffn.expansion: 4.0`",
+    "no-group-norm": "`head_norm: none`",
+    "no-decay": "`decay: none`",
+    "single-decay": "`decay: constant`, `gamma: 0.9921875`",
+    "small-heads": "`n_heads: 16`",
 }
-"""In-domain perplexity at 200M parameters, and the changed fields of each ablation."""
-TABLE_8 = {"transformer": (13.55, 12.56, 12.35), "retnet": (13.09, 12.14, 11.98)}
-"""Perplexity with a quarter, a half and all of a context of 2,048 tokens."""
-FIGURE_5 = {"1.3B": (14.8, 14.5), "2.7B": (13.2, 13.4), "6.7B": (12.8, 13.0)}
-"""Perplexity of RetNet and of the Transformer, read off the plot (to within 0.1)."""
-NAMES = {
-    "retnet": "RetNet",
-    "no-gate": "no swish gate",
-    "no-group-norm": "no GroupNorm",
-    "no-decay": "no decay (gamma = 1)",
-    "single-decay": "one decay for all heads",
-    "small-heads": "head dimension, a quarter",
-    "linear-transformer": "Linear Transformer",
-    "hyena": "Hyena",
-    "rwkv": "RWKV-4",
-    "h3": "H3",
-    "transformer": "Transformer (xPos)",
-    "gla": "GLA",
-    "gated-delta-net": "Gated DeltaNet",
-}
-"""Display names of the entries, as in the paper."""
+"""Changed fields of each ablation of Table 6."""
 
 
 def files(results_dir: Path = KEPT) -> dict[Path, str]:
@@ -79,7 +72,22 @@ def drawings(results_dir: Path = KEPT) -> dict[Path, str]:
 def part(claim: str, results_dir: Path) -> list[str]:
     """Return the lines of a claim; if it is not measured yet, a line with the command that measures it."""
     results = _read(claim, results_dir)
-    return PARTS[claim](*results) if results else [f"Not measured yet: `seqmix paper {' '.join(_names(claim))}`."]
+    if not results:
+        return [f"Not measured yet: `seqmix paper {' '.join(_names(claim))}`."]
+    return [*PARTS[claim](*results), *_verdict(claim, results)]
+
+
+def _verdict(claim: str, results: Sequence[Any]) -> list[str]:
+    """Return the lines with the verdict of `seqmix paper`: its table, unless the claim's has it, and its summary."""
+    verdicts = [judge(name, values) for name, values in zip(_names(claim), results, strict=True)]
+    rows = [row for verdict in verdicts for row in verdict.rows]
+    if len(verdicts) > 1:
+        sizes = [f"batch size {batch}" for batch, verdict in zip(BATCHES, verdicts, strict=True) for _ in verdict.rows]
+        rows = [replace(row, name=f"{row.name}, {size}") for row, size in zip(rows, sizes, strict=True)]
+    total = replace(verdicts[0], rows=rows)
+    cells = [(row.name, row.paper, row.ours, row.direction) for row in rows]
+    lines = [] if claim in ("table5", "table6") else ["", *table([*total.heads, "direction"], cells)]
+    return [*lines, "", total.summary]
 
 
 # ---- claims about quality
@@ -87,23 +95,41 @@ def part(claim: str, results_dir: Path) -> list[str]:
 
 def table6(results: Results) -> list[str]:
     """Return the table of the ablations."""
-    changes = {entry: change for entry, (_, change) in TABLE_6.items()}
-    return _compare_perplexities(results, {entry: figure for entry, (figure, _) in TABLE_6.items()}, changes)
+    return _perplexities(results, TABLE_6, CHANGES)
 
 
 def table5(results: Results) -> list[str]:
     """Return the table of other mixers: those in the paper, and additional ones."""
-    return _compare_perplexities(results, TABLE_5)
+    return _perplexities(results, TABLE_5)
+
+
+def _perplexities(
+    results: Results, perplexities: Mapping[str, float], changes: Mapping[str, str] | None = None
+) -> list[str]:
+    """Return a table of the paper's perplexities and our losses, with the difference to RetNet of both.
+
+    Args:
+        results: the study.
+        perplexities: the paper's perplexities, by entry.
+        changes: a description of the change for each entry, for an additional column.
+    """
+    rows = []
+    for one in compare_losses(results, perplexities):
+        name = [NAMES[one.entry]] if changes is None else [NAMES[one.entry], changes[one.entry]]
+        paper = "" if one.paper is None else f"{one.paper:+.3f}"
+        cells = [one.perplexity or "", paper, f"{one.loss:.4f}", signed(one.ours), one.direction]
+        rows.append((*name, *cells))
+    first = ["model"] if changes is None else ["row", "change"]
+    return table([*first, "paper", "Δ", "ours", "Δ of each seed", "direction"], rows)
 
 
 def figure5(results: Results) -> list[str]:
     """Return the tables of RetNet and the Transformer by model size."""
     paper_rows = [(size, ours, theirs, f"{math.log(ours / theirs):+.3f}") for size, (ours, theirs) in FIGURE_5.items()]
     rows = []
-    for width in dict.fromkeys(run.variant["model.d_model"] for run in results.runs):
-        losses = [_losses(results, entry, width) for entry in ("retnet", "transformer")]
+    for size, losses in sizes_of(results).items():
         means = [f"{mean(by_seed.values()):.4f}" for by_seed in losses]
-        rows.append((width, *means, _signed(_differences(*losses))))
+        rows.append((size, *means, signed(differences(*losses))))
     heads = ["RetNet:", "Transformer:"]
     return [
         *table(["paper, read off its plot", *heads, "RetNet - Transformer, nats:"], paper_rows),
@@ -153,7 +179,7 @@ def figure6(*results_by_batch: Results) -> list[str]:
     """Return the table of decoding time and memory by context length, for each batch size of `BATCHES`."""
     rows = []
     for batch, results in zip(BATCHES, results_by_batch, strict=True):
-        weights = _weights(results)
+        weights = weights_of(results)
         timed = {(row.entry, row.context): row for row in results.speed.decode}
         for context in dict.fromkeys(row.context for row in results.speed.decode):
             both = timed["retnet", context], timed["transformer", context]
@@ -188,7 +214,7 @@ def draw_figure6(*results_by_batch: Results) -> list[Figure]:
         time = next(figure for figure in Plots(results).speed() if figure.name == "decode-time")
         figures.append(replace(time, title=f"{time.title}, {batch}"))
         series = []
-        for style, (entry, weights) in enumerate(_weights(results).items()):
+        for style, (entry, weights) in enumerate(weights_of(results).items()):
             rows = [row for row in results.speed.decode if row.entry == entry]
             series.append(Series(entry, [Point(row.context, weights + (row.state_bytes or 0)) for row in rows], style))
         memory = Axis("memory", unit="bytes", zero=True, log=False)
@@ -221,64 +247,6 @@ def _read(claim: str, results_dir: Path) -> list[Any]:
     return [json.loads(file.read_text()) if claim in OF_RUNS else read_results(file) for file in result_files]
 
 
-def _weights(results: Results) -> dict[str, int]:
-    """Return the size of the parameters in bytes (float32), by entry."""
-    return {entry.name: 4 * entry.parameters for entry in results.entries}
-
-
-def _losses(results: Results, entry: str, width: int | None = None) -> dict[int, float]:
-    """Return the final validation losses of an entry by seed; with `width`, of the models of that d_model only."""
-    runs = [run for run in results.runs if run.entry == entry and width in (None, run.variant.get("model.d_model"))]
-    return {run.seed: run.validation_loss for run in runs if run.validation_loss is not None}
-
-
-def _differences(losses: Mapping[int, float], base: Mapping[int, float]) -> list[float]:
-    """Return losses minus those of the same seed in `base`."""
-    return [losses[seed] - base[seed] for seed in sorted(losses.keys() & base.keys())]
-
-
-def _compare_perplexities(
-    results: Results, paper: Mapping[str, float], changes: Mapping[str, str] | None = None
-) -> list[str]:
-    """Return a table that compares measured losses with the paper's perplexities, and a sentence that sums it up.
-
-    Each row has the paper's perplexity, its difference to RetNet's in nats, the measured loss, its differences to
-    RetNet's loss by seed, and whether both differences have the same sign.
-
-    Args:
-        results: the study; losses are relative to its entry `retnet`.
-        paper: the paper's perplexities, by entry.
-        changes: a description of the change for each entry, for an additional column.
-    """
-    base = _losses(results, "retnet")
-    rows = []
-    verdicts = {}
-    for entry in [entry.name for entry in results.entries]:
-        losses = _losses(results, entry)
-        deltas = [] if entry == "retnet" else _differences(losses, base)
-        paper_delta = verdict = ""
-        if entry in paper and deltas:
-            delta = math.log(paper[entry] / paper["retnet"])
-            agrees = [ours * delta > 0 for ours in deltas]
-            paper_delta = f"{delta:+.3f}"
-            verdict = verdicts[entry] = "same" if all(agrees) else "seeds disagree" if any(agrees) else "opposite"
-        ours = f"{mean(losses.values()):.4f}"
-        name = [NAMES[entry]] if changes is None else [NAMES[entry], changes[entry]]
-        rows.append((*name, paper.get(entry, ""), paper_delta, ours, _signed(deltas), verdict))
-    others = [f"{NAMES[entry]} [{verdict}]" for entry, verdict in verdicts.items() if verdict != "same"]
-    summary = f"All {len(verdicts)} rows reproduce in direction."
-    if others:
-        count = len(verdicts) - len(others)
-        listed = " and ".join(filter(None, (", ".join(others[:-1]), others[-1])))
-        summary = f"{count} of {len(verdicts)} rows reproduce in direction; the others do not: {listed}."
-    first = ["model"] if changes is None else ["row", "change"]
-    return [*table([*first, "paper", "Δ", "ours", "Δ of each seed", "direction"], rows), "", summary]
-
-
-def _signed(deltas: list[float]) -> str:
-    return ", ".join(f"{delta:+.4f}" for delta in deltas)
-
-
 def _comparison_heads(quantity: str) -> list[str]:
     """Return the heads of three columns: a quantity of RetNet, of the Transformer, and their ratio."""
     return [f"{quantity}: RetNet:", "Transformer:", "ratio:"]
@@ -288,6 +256,23 @@ def _mib(size: float) -> str:
     return f"{size / 2**20:,.0f} MiB"
 
 
+def save(studies: Path, results_dir: Path = KEPT) -> None:
+    """Save the values of all claims that a folder of studies has, without curves and details of the machine."""
+    for claim in CLAIMS:
+        file = values_of(claim, "cpu", studies)
+        if not file.is_file():
+            continue
+        values = json.loads(file.read_text(encoding="utf-8"))
+        for run in values.get("runs", []):
+            run.update(history=[], evaluations=[])
+        if "machine" in values:
+            values["machine"] = {key: values["machine"].get(key) for key in ("threads", "device", "torch")}
+        results_dir.mkdir(parents=True, exist_ok=True)
+        write_file(json.dumps(values, indent=1) + "\n", results_dir / f"{claim}.json")
+
+
 if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        save(Path(sys.argv[1]))
     for file, text in (files() | drawings()).items():
         write_file(text, file)

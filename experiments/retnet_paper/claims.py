@@ -1,4 +1,4 @@
-"""The claims of the RetNet paper: how each is measured, and the values that are saved for the page."""
+"""The claims of the RetNet paper: how each is measured. `verdict` compares the values with the paper's."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -15,13 +15,15 @@ from ...training import load_run
 from ...training.length_eval import by_context, by_length, open_text
 from ..collect import RUNS
 from ..plan import PlannedRun, plan
+from ..report import REPORT_FILE
+from ..results import RESULTS_FILE
 from ..runner import Observer, run_study
 from ..study import load_study
 from ..worker import STOPPED
+from .verdict import Verdict, judge
 
 FOLDER = Path(__file__).parent
-KEPT = FOLDER / "results"
-"""Folder of the saved values, from which the page is generated."""
+"""Folder of the studies' YAML files."""
 
 Scale = Literal["cpu", "gpu"]
 STUDIES = ("table5", "table6", "figure5", "table4", "figure6", "figure6-batch8")
@@ -47,42 +49,41 @@ TIMES = (1, 4)
 """Lengths at which paradigms are compared, in multiples of the training length."""
 
 
-def prove(claim: str, *, scale: Scale, jobs: int | None, kept: Path | None, tell: Callable[[str], object]) -> int:
-    """Measure one claim, or resume its measurement, and write the values for docs/explanation/paper.md.
+def prove(
+    claim: str, *, scale: Scale, jobs: int | None, out: Path, on_note: Callable[[str], object]
+) -> tuple[int, Verdict | None]:
+    """Measure one claim, or resume its measurement, and compare it with the paper.
 
     Args:
         claim: one of `CLAIMS`.
         scale: the size of the models.
         jobs: the number of runs at once; None for the default.
-        kept: the folder for the values; None to write none.
-        tell: called with lines on the progress.
+        out: the folder for the studies; `values_of` names the file with a claim's values.
+        on_note: called with lines on the progress.
 
     Returns:
-        The exit status: 0 for success, 1 if runs failed, 130 if it was stopped.
+        The exit status (0 for success, 1 if runs failed, 130 if it was stopped), and the verdict, None without success.
 
     Raises:
         SeqmixError: the claim does not exist, or cannot be measured.
     """
     require_name("claim", claim, CLAIMS)
-    tell(f"{claim}:")
+    on_note(f"{claim}:")
+    study = claim if claim in STUDIES else "figure5"
+    file = file_of(study, scale)
+    folder = folder_of(study, scale, out)
+    results, outcome = run_study(plan(load_study(file), file), folder, jobs=jobs, observer=Observer(on_note))
+    if outcome.stopped:
+        on_note("stopped: rerun the same command to resume")
+        return STOPPED, None
+    on_note(f"the report is {folder / REPORT_FILE}")
+    if outcome.failed:
+        return 1, None
     if claim in STUDIES:
-        file = file_of(claim, scale)
-        folder = folder_of(claim, scale)
-        results, outcome = run_study(plan(load_study(file), file), folder, jobs=jobs, observer=Observer(tell))
-        status = STOPPED if outcome.stopped else 1 if outcome.failed else 0
-        tell("stopped: rerun the same command to resume" if outcome.stopped else f"the report is {folder}/report.html")
-        if status == 0 and kept is not None:
-            values = results.model_dump(mode="json")
-            for run in values["runs"]:
-                run.update(history=[], evaluations=[])
-            _keep(kept, claim, values)
-        return status
-    if status := prove("figure5", scale=scale, jobs=jobs, kept=kept, tell=tell):
-        return status
-    values = contexts(scale) if claim == "table8" else paradigms(scale)
-    if kept is not None:
-        _keep(kept, claim, values)
-    return 0
+        return 0, judge(claim, results)
+    values = contexts(scale, out) if claim == "table8" else paradigms(scale, out)
+    write_file(json.dumps(values, indent=1) + "\n", values_of(claim, scale, out))
+    return 0, judge(claim, values)
 
 
 def file_of(claim: str, scale: Scale) -> Path:
@@ -90,17 +91,24 @@ def file_of(claim: str, scale: Scale) -> Path:
     return (FOLDER if scale == "cpu" else FOLDER / "gpu") / f"{claim}.yaml"
 
 
-def folder_of(claim: str, scale: Scale) -> Path:
-    """Return the folder of a claim's study, in the working directory."""
-    return Path("studies") / (f"retnet-{claim}" if scale == "cpu" else f"retnet-{claim}-gpu")
+def folder_of(claim: str, scale: Scale, out: Path) -> Path:
+    """Return the folder of a claim's study."""
+    return out / (f"retnet-{claim}" if scale == "cpu" else f"retnet-{claim}-gpu")
 
 
-def contexts(scale: Scale) -> dict[str, Any]:
+def values_of(claim: str, scale: Scale, out: Path) -> Path:
+    """Return the file with the values of a claim: a study's results, or what is measured on the models of figure5."""
+    if claim in STUDIES:
+        return folder_of(claim, scale, out) / RESULTS_FILE
+    return folder_of("figure5", scale, out) / f"{claim}.json"
+
+
+def contexts(scale: Scale, out: Path) -> dict[str, Any]:
     """Measure Table 8: the loss of a sequence's last tokens by context length, for each model; means over seeds."""
     lengths = CONTEXTS[scale]
     scored = lengths[-1] // 16
     losses_by_model: dict[tuple[str, Any], list[list[float]]] = {}
-    for run, folder in _runs(scale):
+    for run, folder in _runs(scale, out):
         source = open_text(run.config, folder, lengths)
         model = load_run(folder, device=_device())
         measured = by_context(model, source, lengths, scored=scored, tokens=SEQUENCES * lengths[-1])
@@ -113,10 +121,10 @@ def contexts(scale: Scale) -> dict[str, Any]:
     return {"contexts": list(lengths), "scored": scored, "models": models}
 
 
-def paradigms(scale: Scale) -> dict[str, Any]:
+def paradigms(scale: Scale, out: Path) -> dict[str, Any]:
     """Measure how far paradigms differ: the largest difference of a token's loss, in float32 and in float64."""
     rows = []
-    for run, folder in _runs(scale):
+    for run, folder in _runs(scale, out):
         if (run.config.seed, run.config.model.d_model) != (0, WIDTH[scale]):
             continue
         lengths = [times * run.config.data.sequence_length for times in TIMES]
@@ -129,20 +137,12 @@ def paradigms(scale: Scale) -> dict[str, Any]:
     return {"rows": rows}
 
 
-def _runs(scale: Scale) -> Iterator[tuple[PlannedRun, Path]]:
+def _runs(scale: Scale, out: Path) -> Iterator[tuple[PlannedRun, Path]]:
     """Yield the runs of figure5 and their folders."""
     file = file_of("figure5", scale)
     for run in plan(load_study(file), file).runs:
-        yield run, folder_of("figure5", scale) / RUNS / run.name
+        yield run, folder_of("figure5", scale, out) / RUNS / run.name
 
 
 def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _keep(folder: Path, claim: str, values: dict[str, Any]) -> None:
-    """Write the values of a claim as JSON; of the machine, only threads, device and torch version are kept."""
-    if "machine" in values:
-        values["machine"] = {key: values["machine"].get(key) for key in ("threads", "device", "torch")}
-    folder.mkdir(parents=True, exist_ok=True)
-    write_file(json.dumps(values, indent=1) + "\n", folder / f"{claim}.json")

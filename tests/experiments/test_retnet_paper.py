@@ -9,11 +9,13 @@ import pytest
 
 from seqmix import SeqmixError, load_config
 from seqmix.experiments.plan import plan
-from seqmix.experiments.results import read_results
+from seqmix.experiments.results import Results, read_results, write
 from seqmix.experiments.retnet_paper import claims
+from seqmix.experiments.retnet_paper.verdict import OPPOSITE, SAME, UNMEASURED, direction, judge
 from seqmix.experiments.study import load_study
 
 ROOT = Path(__file__).resolve().parents[2]
+SAVED = claims.FOLDER / "results"
 TINY = """
 base: retnet-tiny
 model: {n_layers: 1}
@@ -22,7 +24,7 @@ training: {steps: 2, batch_size: 2, warmup_steps: 1, evaluation_batches: 1, fina
 entries:
   retnet: {}
   transformer: {set: {model.blocks.ret.mixer: {kind: attention, n_heads: 2, positions: xpos}}}
-vary: {model.d_model: [128]}
+vary: {model.d_model: [64, 128]}
 """
 
 
@@ -50,7 +52,7 @@ def test_every_claim_is_a_study_at_both_scales_or_about_the_runs_of_one():
 def test_a_study_is_one_that_can_be_made(claim, scale):
     file = claims.file_of(claim, scale)
     study = load_study(file)
-    assert study.name == claims.folder_of(claim, scale).name
+    assert study.name == claims.folder_of(claim, scale, Path()).name
     assert study.question
     assert (study.speed is not None) == (claim in claims.TIMED)
     if scale == "cpu":
@@ -90,10 +92,13 @@ def test_a_claim_is_measured_and_kept(tmp_path, monkeypatch, page):
     Path("figure5.yaml").write_text(TINY)
     monkeypatch.setattr(claims, "file_of", lambda claim, scale: tmp_path / "figure5.yaml")
     monkeypatch.setitem(claims.CONTEXTS, "cpu", (4, 8, 16))
-    told = []
-    for claim in claims.OF_RUNS:
-        assert claims.prove(claim, scale="cpu", jobs=2, kept=tmp_path / "kept", tell=told.append) == 0
-    assert [line for line in told if line.endswith(":")] == ["table8:", "figure5:", "paradigms:", "figure5:"]
+    notes = []
+    for claim in ("figure5", *claims.OF_RUNS):
+        status, verdict = claims.prove(claim, scale="cpu", jobs=2, out=tmp_path / "out", on_note=notes.append)
+        assert status == 0
+        assert verdict.summary.startswith("The direction is the paper's in ")
+    assert [line for line in notes if line.endswith(":")] == ["figure5:", "table8:", "paradigms:"]
+    page.save(tmp_path / "out", tmp_path / "kept")
     results = read_results(tmp_path / "kept" / "figure5.json")
     assert not any(run.history or run.evaluations for run in results.runs)
     assert results.machine.processor is None
@@ -111,11 +116,11 @@ def test_a_claim_is_measured_and_kept(tmp_path, monkeypatch, page):
 
 def test_an_unknown_claim_is_one_sentence():
     with pytest.raises(SeqmixError, match=r"^there is no claim 'tabel6'; did you mean \"table6\"\? Claims: table6, "):
-        claims.prove("tabel6", scale="cpu", jobs=None, kept=None, tell=print)
+        claims.prove("tabel6", scale="cpu", jobs=None, out=Path(), on_note=print)
 
 
 def test_seeds_that_disagree_and_what_was_not_measured_are_said(tmp_path, page):
-    (tmp_path / "table6.json").write_bytes((claims.KEPT / "table6.json").read_bytes())
+    (tmp_path / "table6.json").write_bytes((SAVED / "table6.json").read_bytes())
     said = page.part("table6", tmp_path)
     study = json.loads((tmp_path / "table6.json").read_text())
     (run,) = (run for run in study["runs"] if (run["entry"], run["seed"]) == ("no-decay", 0))
@@ -126,3 +131,73 @@ def test_seeds_that_disagree_and_what_was_not_measured_are_said(tmp_path, page):
     for claim in sorted(page.PARTS.keys() - {"table6"}):
         (line,) = page.part(claim, tmp_path)
         assert line.startswith(f"Not measured yet: `seqmix paper {claim}")
+
+
+# ---- verdicts
+
+
+def values_of(claim: str):
+    file = SAVED / f"{claim}.json"
+    return read_results(file) if claim in claims.STUDIES else json.loads(file.read_text())
+
+
+def test_directions_are_those_of_all_seeds():
+    assert direction(+0.1, [0.2, 0.01]) == direction(-0.1, [-3.0]) == SAME
+    assert direction(+0.1, [-0.2, -0.01]) == OPPOSITE
+    assert direction(+0.1, [-0.2, 0.01]) == "seeds disagree"
+    assert direction(+0.1, [0.2, -0.01], "sizes") == "sizes disagree"
+    assert direction(+0.1, []) == direction(+0.1, [float("nan")]) == UNMEASURED
+
+
+@pytest.mark.parametrize("claim", claims.CLAIMS)
+def test_every_claim_has_a_verdict(claim):
+    verdict = judge(claim, values_of(claim))
+    compared = [row for row in verdict.rows if row.direction]
+    assert all(row.paper and row.ours for row in compared)
+    count = sum(row.direction == SAME for row in compared)
+    assert f" {count} of {len(compared)} rows" in verdict.summary
+    assert [row.name for row in compared if row.direction != SAME and row.name not in verdict.summary] == []
+
+
+def test_the_verdict_has_the_numbers_of_the_paper_and_of_the_study():
+    rows = {row.name: row for row in judge("table6", values_of("table6")).rows}
+    losses = {(run.entry, run.seed): run.validation_loss for run in values_of("table6").runs}
+    row = rows["no GroupNorm"]
+    assert row.paper == "27.54 (+0.056)"
+    assert row.ours == ", ".join(f"{losses['no-group-norm', i] - losses['retnet', i]:+.4f}" for i in (0, 1))
+    assert row.direction == OPPOSITE
+    speed, memory = judge("table4", values_of("table4")).rows
+    assert (speed.paper, speed.ours, speed.direction) == ("1.08 to 1.15", "2.10", SAME)
+    assert (memory.ours, memory.direction) == ("0.79", OPPOSITE)
+
+
+def test_the_paper_s_own_sizes_are_compared_by_the_names_of_their_entries():
+    results = values_of("figure5").model_dump(mode="json")
+    names = {64: "1.3b", 128: "2.7b", 192: "6.7b"}
+    for run in results["runs"]:
+        run["entry"] += f"-{names[run.pop('variant')['model.d_model']]}"
+    entries = [entry | {"name": f"{entry['name']}-{size}"} for size in names.values() for entry in results["entries"]]
+    renamed = Results.model_validate(results | {"entries": entries, "summary": []})
+    assert judge("figure5", renamed).rows == judge("figure5", values_of("figure5")).rows
+
+
+def test_the_command_ends_with_the_verdict_and_writes_where_the_user_is(seqmix, tmp_path, monkeypatch):
+    def study(planned, folder, *, jobs, observer):
+        write(values_of(planned.name.removeprefix("retnet-")), folder)
+        return values_of(planned.name.removeprefix("retnet-")), SimpleNamespace(stopped=False, failed=[])
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(claims, "run_study", study)
+    before = {file: file.stat().st_mtime_ns for file in claims.FOLDER.rglob("*")}
+    done = seqmix("paper", "table6")
+    assert done.status == 0
+    *table, summary = done.out.strip().splitlines()
+    (group_norm,) = (line for line in table if "GroupNorm" in line)
+    assert group_norm.split() == ["no", "GroupNorm", "27.54", "(+0.056)", "-0.0878,", "-0.0431", "opposite"]
+    assert summary == "The direction is the paper's in 4 of 5 rows, but not for: no GroupNorm (opposite)."
+    assert seqmix("paper", "table5", "--out", "elsewhere").status == 0
+    assert {file.relative_to(tmp_path) for file in tmp_path.rglob("results.json")} == {
+        Path("studies/retnet-table6/results.json"),
+        Path("elsewhere/retnet-table5/results.json"),
+    }
+    assert {file: file.stat().st_mtime_ns for file in claims.FOLDER.rglob("*")} == before
