@@ -62,7 +62,7 @@ def convert(
         if tokenizer is not None:
             raise SeqmixError("--tokenizer is for weights of another library, but a run has its own: leave it out")
         choice = checkpoint_choice(checkpoint)
-        architecture, rules = export_to(source, out, target, choice=choice, tell=note, trust=trust)
+        architecture, rules = export_to(source, out, target, choice=choice, on_note=note, trust=trust)
     rows = [(*row[:2], "<-" if target is None else "->", *row[2:]) for row in plan(rules)]
     terminal().print(
         plain_table("here", "shape", "", f"{architecture.name} ({architecture.library})", "how", rows=rows)

@@ -106,7 +106,7 @@ def evaluate(
     """
     require_writable(json_file)
     choice = checkpoint_choice(checkpoint)
-    load = partial(load_run, device=require_device(device), choice=choice, tell=note, ema=ema, trust=trust)
+    load = partial(load_run, device=require_device(device), choice=choice, on_note=note, ema=ema, trust=trust)
     if tasks is not None:
         options = {"include_path": include_path, "num_fewshot": num_fewshot, "limit": limit, "batch_size": batch_size}
         results = {str(run): _task_scores(load(run), tasks, options) for run in runs}
@@ -160,7 +160,7 @@ def _evaluate_run(
     tokens: int,
 ) -> Evaluation:
     """Measure the losses of one run by length and by context."""
-    config = read_config(run, tell=note)
+    config = read_config(run, on_note=note)
     trained = config.data.sequence_length
     lengths = requested_lengths or ([] if contexts else [times * trained for times in TIMES])
     source = open_text(config, run, [*requested_lengths, *contexts])

@@ -44,14 +44,14 @@ def export(
         raise SeqmixError("export needs exactly one output: --out FILE, or --to hf DIR")
     choice = checkpoint_choice(checkpoint)
     if to == "safetensors":
-        step = export_run(run, target, choice=choice, tell=note, ema=ema)
+        step = export_run(run, target, choice=choice, on_note=note, ema=ema)
         typer.echo(visible(f"{target} has the weights of step {step}"))
         return
     if find_spec("transformers") is None:
         raise SeqmixError("--to hf needs transformers: pip install transformers")
     from ..hf.export import export_hf
 
-    export_hf(run, target, choice=choice, tell=note, ema=ema)
+    export_hf(run, target, choice=choice, on_note=note, ema=ema)
     typer.echo(
         visible(f"{target} has the model: load it with import seqmix.hf and AutoModelForCausalLM.from_pretrained")
     )

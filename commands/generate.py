@@ -87,7 +87,7 @@ def generate(
     torch_device = require_device(device)
     choice = checkpoint_choice(checkpoint)
     require_name("dtype", dtype, DTYPES)
-    model = load_run(run, device=torch_device, choice=choice, tell=note, ema=ema, trust=trust).to(DTYPES[dtype])
+    model = load_run(run, device=torch_device, choice=choice, on_note=note, ema=ema, trust=trust).to(DTYPES[dtype])
     after = None if state is None else load_prompt_cache(state, model)
     if max_new_tokens == 0 and save_state is not None:
         _save_cache(cache_text(model, prompts, after=after), model, save_state)

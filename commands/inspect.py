@@ -44,7 +44,9 @@ def inspect(
     if json_file is not None and json_file.absolute() == out.absolute():
         raise SeqmixError(f"--out and --json are both {out}: give them different names")
     require_drawable("--out", out)
-    model = load_run(run, device=require_device(device), choice=checkpoint_choice(checkpoint), tell=note, trust=trust)
+    model = load_run(
+        run, device=require_device(device), choice=checkpoint_choice(checkpoint), on_note=note, trust=trust
+    )
     if model.tokenizer is None:
         raise SeqmixError(f"inspect needs a run trained on text, but {run} was trained on a task")
     try:

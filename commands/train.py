@@ -53,7 +53,7 @@ def train(
                 f"--resume takes no CONFIG, overrides or options, except distributed.KEY=VALUE for another number of "
                 f"processes: it uses {resume}/config.yaml, which you may edit"
             )
-        loaded = read_config(resume, changes, tell=note)
+        loaded = read_config(resume, changes, on_note=note)
         run = resume
     elif config is None:
         raise SeqmixError("train needs a CONFIG (a preset such as retnet-tiny, or a YAML file) or --resume RUN")
@@ -61,7 +61,7 @@ def train(
         loaded = load_config(config, overrides or [])
         run = out or Path("runs") / Path(config).name.removesuffix(".yaml").removesuffix(".yml")
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and (run / CONFIG_FILE).is_file():
-        loaded = read_config(run, tell=note) if resume is None else loaded
+        loaded = read_config(run, on_note=note) if resume is None else loaded
         resume = run  # restarted by torchrun --max-restarts
     if dry_run:
         loaded.data.require_files(loaded.model.vocab_size)

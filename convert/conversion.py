@@ -6,6 +6,7 @@ from typing import Any
 
 from ..models import TOKENIZER_FILE, build_meta
 from ..registry import SeqmixError, nearest, read_bytes, require_name
+from ..registry.moved import former_parameters
 from ..training import Choice
 from ..training.checkpoint.saved_run import read_weights
 from . import files, fla, hybrids, kimi_linear, llama, mamba, recurrent_gemma, rwkv, torchscale
@@ -92,13 +93,14 @@ def import_from(source: Path, out: Path | None, tokenizer: str | None = None) ->
     return architecture, rules
 
 
+@former_parameters(tell="on_note")
 def export_to(
     run: Path,
     out: Path | None,
     name: str,
     *,
     choice: Choice = "newest",
-    tell: Callable[[str], object],
+    on_note: Callable[[str], object],
     trust: bool = False,
 ) -> tuple[Architecture, list[Rule]]:
     """Convert a trained model to a model folder of another library.
@@ -108,7 +110,7 @@ def export_to(
         out: the folder to write; None checks the model and writes nothing.
         name: name of the architecture.
         choice: which checkpoint to read, as in `load_run`.
-        tell: receives notes about the run, as in `load_run`.
+        on_note: receives notes about the run, as in `load_run`.
         trust: allow the run to import modules, as in `load_run`.
 
     Returns:
@@ -119,7 +121,7 @@ def export_to(
             or written.
     """
     architecture = architecture_of(name)
-    config, tensors, vocabulary = read_weights(run, choice=choice, tell=tell, trust=trust)
+    config, tensors, vocabulary = read_weights(run, choice=choice, on_note=on_note, trust=trust)
     fields = architecture.fields(config)
     model = build_meta(config)
     rules = list(architecture.rules(model))

@@ -44,8 +44,8 @@ Message = dict[str, Any]
 class Observer:
     """Receiver of a study's events; this base class reports each as a line of text."""
 
-    def __init__(self, tell: Callable[[str], object]) -> None:
-        self.note = tell
+    def __init__(self, on_note: Callable[[str], object]) -> None:
+        self.note = on_note
         """Function that shows a line to the user."""
 
     def begin(self, runs: Sequence[PlannedRun], total: int) -> None:

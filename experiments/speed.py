@@ -44,7 +44,7 @@ class _DecodeSpeed(_OfEntries, DecodeBenchmark):
     """Benchmark of the entries' decoding."""
 
 
-def measure(plan: Plan, folder: Path, tell: Callable[[str], None]) -> SpeedResult | None:
+def measure(plan: Plan, folder: Path, on_note: Callable[[str], None]) -> SpeedResult | None:
     """Time all entries of a study, or read the times from its folder if nothing has changed since.
 
     Returns:
@@ -69,7 +69,7 @@ def measure(plan: Plan, folder: Path, tell: Callable[[str], None]) -> SpeedResul
     threads = torch.get_num_threads()
     torch.set_num_threads(plan.study.threads)
     try:
-        result = _measure(speed, models, device, tell)
+        result = _measure(speed, models, device, on_note)
     finally:
         torch.set_num_threads(threads)
     write_file(json.dumps({"asked": request, "found": result.model_dump(mode="json")}, indent=1), file)
@@ -85,13 +85,13 @@ def _read(file: Path, request: object) -> SpeedResult | None:
 
 
 def _measure(
-    speed: Speed, models: Mapping[str, ModelConfig], device: torch.device, tell: Callable[[str], None]
+    speed: Speed, models: Mapping[str, ModelConfig], device: torch.device, on_note: Callable[[str], None]
 ) -> SpeedResult:
     settings = partial(Settings, model=next(iter(models.values())), device=device, repeat=speed.repeat, shares=False)
 
     def rows(benchmark: _OfEntries) -> list[Row]:
         benchmark.models = models
-        report = run(benchmark, tell)
+        report = run(benchmark, on_note)
         if len(report.rows) < len(models) * len(set(benchmark.settings.lengths)):
             raise KeyboardInterrupt  # the rounds ended early
         return report.rows

@@ -37,7 +37,7 @@ SECONDS_BETWEEN_STEPS = 0.2
 
 def main() -> None:
     """Train the run that standard input asks for; exit with FINISHED, FAILED or STOPPED."""
-    tell = _channel()
+    report = _channel()
     request = json.loads(sys.stdin.readline())
     folder = Path(request["folder"])
     torch.set_num_threads(request["threads"])
@@ -46,14 +46,14 @@ def main() -> None:
         config = RunConfig.model_validate(request["config"])
         with StopRequest() as stop:
             threading.Thread(target=_stop_at_end_of_input, daemon=True).start()
-            last_step = _train(config, folder, stop, tell)
+            last_step = _train(config, folder, stop, report)
     except SeqmixError as error:
-        tell(failed=str(error))
+        report(failed=str(error))
         sys.exit(FAILED)
     sys.exit(FINISHED if last_step == config.training.steps else STOPPED)
 
 
-def _train(config: RunConfig, folder: Path, stop: StopRequest, tell: Callable[..., None]) -> int:
+def _train(config: RunConfig, folder: Path, stop: StopRequest, report: Callable[..., None]) -> int:
     """Train the run from its start or its checkpoint; return the step of the last event."""
     step = 0
     reported = 0.0
@@ -62,9 +62,9 @@ def _train(config: RunConfig, folder: Path, stop: StopRequest, tell: Callable[..
         match event:
             case Stepped() if time.monotonic() - reported > SECONDS_BETWEEN_STEPS:
                 reported = time.monotonic()
-                tell(step=step, loss=event.loss)
+                report(step=step, loss=event.loss)
             case Evaluated():
-                tell(step=step, validation_loss=event.loss)
+                report(step=step, validation_loss=event.loss)
             case Noted():
                 sys.stderr.write(f"step {step}: {event.text}\n")
     return step
@@ -75,12 +75,12 @@ def _channel() -> Callable[..., None]:
     output = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
-    def tell(**values: Any) -> None:
+    def report(**values: Any) -> None:
         with suppress(OSError):  # the parent is gone, but the checkpoint must still be written
             output.write(json.dumps(values) + "\n")
             output.flush()
 
-    return tell
+    return report
 
 
 def _stop_at_end_of_input() -> None:

@@ -7,14 +7,16 @@ from warnings import warn
 from safetensors import SafetensorError
 
 from ..registry import is_vacant, replacing_folder
+from ..registry.moved import former_parameters
 from ..training import Choice, load_run
 from ..training.checkpoint.files import CheckpointError
 from .modeling import SeqmixForCausalLM
 from .tokenizer import hf_tokenizer
 
 
+@former_parameters(tell="on_note")
 def export_hf(
-    run: str | Path, out: Path, *, choice: Choice = "newest", tell: Callable[[str], object] = warn, ema: bool = False
+    run: str | Path, out: Path, *, choice: Choice = "newest", on_note: Callable[[str], object] = warn, ema: bool = False
 ) -> None:
     """Write the trained model of a run for `AutoModelForCausalLM.from_pretrained`, which needs `import seqmix.hf`.
 
@@ -22,7 +24,7 @@ def export_hf(
         run: run directory, or a file from `export_run`.
         out: output folder, new or empty.
         choice: the checkpoint to export, as in `load_run`.
-        tell: function that receives warnings, as in `load_run`.
+        on_note: function that receives warnings, as in `load_run`.
         ema: True to export the averaged weights, as in `load_run`.
 
     Raises:
@@ -30,7 +32,7 @@ def export_hf(
     """
     if not is_vacant(out):
         raise CheckpointError(f"{out} exists and is not an empty folder: choose a new name")
-    model = load_run(run, choice=choice, tell=tell, ema=ema)
+    model = load_run(run, choice=choice, on_note=on_note, ema=ema)
     files = [SeqmixForCausalLM.wrap(model), *([] if model.tokenizer is None else [hf_tokenizer(model.tokenizer)])]
     try:
         with replacing_folder(out) as partial:

@@ -219,7 +219,9 @@ class SeqmixForCausalLM(SeqmixPreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], _: Any, __: int, max_cache_length: int
     ) -> None:
-        if (kind := generation_config.cache_implementation) is not None:
-            raise SeqmixError(f"a seqmix model has its own cache, got cache_implementation = {kind!r}: remove it")
+        if (implementation := generation_config.cache_implementation) is not None:
+            raise SeqmixError(
+                f"a seqmix model has its own cache, got cache_implementation = {implementation!r}: remove it"
+            )
         if model_kwargs.get(CACHE_NAME) is None and generation_config.use_cache:
             model_kwargs[CACHE_NAME] = SeqmixCache(len(self.model.blocks), max_cache_length)

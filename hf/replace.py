@@ -95,7 +95,9 @@ class MixerAsAttention(nn.Module):
 
         rows = kwargs.get(ROWS, Rows())
         if cache is None:
-            return mix_rows(lambda x, _, packed: mixer(x, cu_seqlens=packed), hidden_states, None, rows, [mixer])
+            return mix_rows(
+                lambda x, _, cu_seqlens: mixer(x, cu_seqlens=cu_seqlens), hidden_states, None, rows, [mixer]
+            )
         return mix_cached(run, hidden_states, [mixer], [_state_layer(cache, self.layer_idx)], rows), None
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..mixers import Paradigm, SequenceMixer
-from ..mixers.influence import Seen, captured, reach_of, weights_of
+from ..mixers.influence import Seen, reach_of, record_calls, weights_of
 from ..mixers.parts import GatedNorm
 from ..mixers.state import is_inexact, to_dict
 from ..models import LanguageModel
@@ -87,7 +87,7 @@ class LayerView:
 def look(model: LanguageModel, tokens: Int[Tensor, "1 T"]) -> list[LayerView]:
     """Run a sequence of T >= 2 tokens through a model, which must be in evaluation mode, and measure every layer."""
     mixers = {i: block.mixer for i, block in enumerate(model.blocks)}
-    with captured(mixers) as calls, torch.no_grad():
+    with record_calls(mixers) as calls, torch.no_grad():
         model(tokens)
     views = [_measure_layer(i, mixer, calls[i]) for i, mixer in mixers.items()]
     _measure_gradients(model, tokens, views)
@@ -176,7 +176,7 @@ def effective_rank(matrices: Float[Tensor, "H K V"]) -> float:
 def _measure_gradients(model: LanguageModel, tokens: Tensor, views: Sequence[LayerView]) -> None:
     """Measure the gradient norms of the layers' parameters, and of the residual stream after each layer."""
     blocks = dict(enumerate(model.blocks))
-    with torch.enable_grad(), captured(blocks) as calls:
+    with torch.enable_grad(), record_calls(blocks) as calls:
         loss = model(tokens[:, :-1], targets=tokens[:, 1:]).loss
     assert loss is not None
     for view, block in zip(views, model.blocks, strict=True):

@@ -231,9 +231,9 @@ class Linearization:
         pairs = {i: (self.teacher.blocks[i].mixer, student.blocks[i].mixer) for i in layers}
         before = {i: {n: p.detach().clone() for n, p in new.named_parameters()} for i, (_, new) in pairs.items()}
         done = {i: transfer(old, new, self.plan.transfer) for i, (old, new) in pairs.items()}
-        rows = config.training.batch_size // config.training.grad_accum_steps
+        batch_size = config.training.batch_size // config.training.grad_accum_steps
         tokens = self.plan.calibration_tokens
-        calibrated = calibrate(self.teacher, student, layers, source, rows, tokens) if layers else {}
+        calibrated = calibrate(self.teacher, student, layers, source, batch_size, tokens) if layers else {}
         transfers = []
         for i, (old, new) in pairs.items():
             words = (*(f"{name} {how}" for name, how in done[i].items()), *calibrated[i])

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..data import Packed
-from ..mixers.influence import captured
+from ..mixers.influence import record_calls
 from ..models import IGNORED, LanguageModel, ModelOutput, ModelState
 from ..models.loss import tokens_at_once
 from ..registry import SeqmixError
@@ -49,7 +49,7 @@ class MixerOutput(Text):
     def __call__(self, model: LanguageModel, batch: Packed, state: ModelState | None) -> ModelOutput:  # noqa: ARG002
         """Return the errors, summed over layers and targets."""
         mixers = {layer: self.teacher.blocks[layer].mixer for layer in self.layers}
-        with torch.no_grad(), captured(mixers) as teacher_calls:
+        with torch.no_grad(), record_calls(mixers) as teacher_calls:
             self.teacher.run_blocks(self.teacher.embed(batch.inputs), cu_seqlens=batch.cu_seqlens)
         loss = torch.zeros((), device=model.device)
         first = None
@@ -77,10 +77,10 @@ class Hidden(Text):
     def __call__(self, model: LanguageModel, batch: Packed, state: ModelState | None) -> ModelOutput:  # noqa: ARG002
         """Return the errors, summed over layers and targets."""
         outputs = []
-        for each, learns in ((self.teacher, False), (model, True)):
-            blocks = {layer: each.blocks[layer] for layer in self.layers}
-            with torch.set_grad_enabled(learns), captured(blocks) as calls:
-                each.run_blocks(each.embed(batch.inputs), cu_seqlens=batch.cu_seqlens)
+        for network, learns in ((self.teacher, False), (model, True)):
+            blocks = {layer: network.blocks[layer] for layer in self.layers}
+            with torch.set_grad_enabled(learns), record_calls(blocks) as calls:
+                network.run_blocks(network.embed(batch.inputs), cu_seqlens=batch.cu_seqlens)
             outputs.append([calls[layer].output for layer in self.layers])
         errors = [relative_error(y, expected, batch.targets) for expected, y in zip(*outputs, strict=True)]
         return ModelOutput(None, torch.stack(errors).sum())

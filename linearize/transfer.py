@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..data import Source
 from ..mixers import SequenceMixer
-from ..mixers.influence import captured, reach_of, weights_of
+from ..mixers.influence import reach_of, record_calls, weights_of
 from ..models import LanguageModel
 from ..ops.runtime.recording import recorded
 
@@ -70,7 +70,7 @@ def regroup_heads(weight: Tensor, heads: int) -> Tensor | None:
 
 
 def calibrate(
-    teacher: LanguageModel, student: LanguageModel, layers: Sequence[int], source: Source, rows: int, tokens: int
+    teacher: LanguageModel, student: LanguageModel, layers: Sequence[int], source: Source, batch_size: int, tokens: int
 ) -> dict[int, list[str]]:
     """Set decays by the reach of the teacher's heads, then fit output projections to the teacher's outputs.
 
@@ -79,7 +79,7 @@ def calibrate(
         student: the student, whose new mixers are changed.
         layers: indices of the layers with new mixers.
         source: the data.
-        rows: number of sequences per batch.
+        batch_size: number of sequences per batch.
         tokens: number of tokens to use, rounded up to whole batches.
 
     Returns:
@@ -90,17 +90,17 @@ def calibrate(
     tokens_used = 0
     step = 0
     while tokens_used < tokens:
-        batch = source.training_batch(step, rows, seed=2**31 - 1)  # other batches than those of the stages
+        batch = source.training_batch(step, batch_size, seed=2**31 - 1)  # other batches than those of the stages
         tokens_used = tokens_used + batch.inputs.numel()
         step = step + 1
-        with torch.no_grad(), captured({layer: teacher.blocks[layer].mixer for layer in layers}) as teacher_calls:
+        with torch.no_grad(), record_calls({layer: teacher.blocks[layer].mixer for layer in layers}) as teacher_calls:
             teacher.run_blocks(teacher.embed(batch.inputs.to(teacher.device)))
         for layer, (x, y, _) in teacher_calls.items():
             old, new = teacher.blocks[layer].mixer, student.blocks[layer].mixer
             if step == 1 and new.kind != old.kind:
                 done[layer] += _set_reach(old, new, x[:4])
             if (linear := _output_projection(new)) is not None and new.kind != old.kind:
-                with torch.no_grad(), captured({0: linear}) as linear_calls:
+                with torch.no_grad(), record_calls({0: linear}) as linear_calls:
                     new(x)
                 h = linear_calls[0].x.flatten(0, -2).double()
                 expected = y.flatten(0, -2).double()

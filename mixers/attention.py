@@ -25,7 +25,7 @@ from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from ..ops.attention import Backend, Cache, SoftmaxOptions, softmax_attention, softmax_flops, stored_as
+from ..ops.attention import Backend, Cache, SoftmaxOptions, cast_cache, softmax_attention, softmax_flops
 from ..ops.runtime.call import Call
 from ..ops.runtime.kernel import Probe
 from ..ops.runtime.paradigm import Paradigm
@@ -193,7 +193,7 @@ class Attention(CachedMixer):
         q, k, v, extras = self._project(x, call)
         output, final_state = softmax_attention(q, k, v, call, **self._score_options(extras))
         if final_state is not None:
-            final_state = stored_as(final_state, self.dtype)  # under autocast, a new cache has a narrower dtype
+            final_state = cast_cache(final_state, self.dtype)  # under autocast, a new cache has a narrower dtype
         gate = extras["gate"].unflatten(-1, (self.n_heads, -1)) if "gate" in extras else None
         return self.out_proj(self.gate(output, gate).to(output.dtype).flatten(2)), final_state
 

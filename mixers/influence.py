@@ -28,7 +28,7 @@ class Seen(NamedTuple):
 
 
 @contextmanager
-def captured(modules: Mapping[int, nn.Module]) -> Iterator[dict[int, Seen]]:
+def record_calls(modules: Mapping[int, nn.Module]) -> Iterator[dict[int, Seen]]:
     """Record the last call of each module while the context is open; yield the calls by the keys of `modules`."""
     calls: dict[int, Seen] = {}
 

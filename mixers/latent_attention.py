@@ -19,7 +19,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..ops.attention import Backend, Cache, final_cache, softmax_attention, softmax_flops, stored_as
+from ..ops.attention import Backend, Cache, cast_cache, final_cache, softmax_attention, softmax_flops
 from ..ops.runtime.call import Call
 from ..ops.runtime.kernel import Probe
 from ..ops.runtime.paradigm import Paradigm
@@ -132,7 +132,7 @@ class LatentAttention(CachedMixer):
         absorbed = call.paradigm is Paradigm.RECURRENT or call.cp_group is not None
         output, final_state = (self._attend_to_latents if absorbed else self._attend_to_keys)(q, latents, call)
         if final_state is not None:
-            final_state = stored_as(final_state, self.dtype)  # under autocast, a new cache has a narrower dtype
+            final_state = cast_cache(final_state, self.dtype)  # under autocast, a new cache has a narrower dtype
         return self.out_proj(output.flatten(2)), final_state
 
     def _project(self, x: Float[Tensor, "B T D"], call: Call) -> tuple[Tensor, Tensor]:

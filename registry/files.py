@@ -149,21 +149,21 @@ def _deferring_signals() -> Iterator[None]:
     process = os.getpid()
     received = list[int]()
 
-    def leave(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
-        signal.signal(number, signal.SIG_DFL)
+    def leave(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001
+        signal.signal(signum, signal.SIG_DFL)
         if os.getpid() != process:  # a forked process has nothing to delete
-            signal.raise_signal(number)
-        received.append(number)
+            signal.raise_signal(signum)
+        received.append(signum)
         raise _Ended
 
-    numbers = [number for number in _signals() if signal.getsignal(number) is signal.SIG_DFL]
-    for number in numbers:
-        signal.signal(number, leave)
+    deferred = [signum for signum in _signals() if signal.getsignal(signum) is signal.SIG_DFL]
+    for signum in deferred:
+        signal.signal(signum, leave)
     try:
         yield
     finally:
-        for number in numbers:
-            signal.signal(number, signal.SIG_DFL)
+        for signum in deferred:
+            signal.signal(signum, signal.SIG_DFL)
         if received:
             signal.raise_signal(received[0])
 
@@ -175,22 +175,22 @@ def _delaying_signals() -> Iterator[None]:
         yield
         return
     received = list[int]()
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, *_signals())}
-    before = {number: handler for number, handler in before.items() if handler is not None}  # None: not set by Python
-    for number in before:
-        signal.signal(number, lambda number, frame: received.append(number))  # noqa: ARG005
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, *_signals())}
+    before = {signum: handler for signum, handler in before.items() if handler is not None}  # None: not set by Python
+    for signum in before:
+        signal.signal(signum, lambda signum, frame: received.append(signum))  # noqa: ARG005
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        for number in received:
-            signal.raise_signal(number)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+        for signum in received:
+            signal.raise_signal(signum)
 
 
 def _signals() -> list[signal.Signals]:
     """Return the signals SIGTERM and SIGHUP, or those of the two that the operating system has."""
-    return [number for number in signal.Signals if number.name in ("SIGTERM", "SIGHUP")]
+    return [signum for signum in signal.Signals if signum.name in ("SIGTERM", "SIGHUP")]
 
 
 @contextmanager

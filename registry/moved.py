@@ -4,10 +4,13 @@ import importlib
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 MODULES: Mapping[str, str] = {
     "seqmix.ops.autograd": "seqmix.ops.runtime.custom_op",
@@ -69,3 +72,24 @@ def former_names(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
         return getattr(sys.modules[module], names[name])
 
     return find
+
+
+def former_parameters(**names: str) -> Callable[[Function], Function]:
+    """Return a decorator of a function, with which keywords work under their former names, with a warning.
+
+    Args:
+        names: present names of the parameters, by their former names.
+    """
+
+    def decorate(function: Any) -> Any:
+        @wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            for former in names.keys() & kwargs.keys():
+                present = names[former]
+                warnings.warn(f"{function.__name__}({former}=) is now {present}=", DeprecationWarning, stacklevel=2)
+                kwargs[present] = kwargs.pop(former)
+            return function(*args, **kwargs)
+
+        return call
+
+    return decorate

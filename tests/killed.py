@@ -115,7 +115,7 @@ def made_base(folder: Path) -> Path:
     changes = [f"data.paths=[{folder / 'text.txt'}]", f"data.tokenizer={folder / 'words.json'}", *SMALL]
     for _ in train(load_config("attention-tiny", changes), folder / "run"):
         pass
-    export_to(folder / "run", folder / "theirs", "llama", tell=print)
+    export_to(folder / "run", folder / "theirs", "llama", on_note=print)
     return folder
 
 

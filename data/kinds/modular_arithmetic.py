@@ -88,27 +88,27 @@ class ModularArithmeticConfig(TaskConfig):
         return [opening, *left, sign, *right, closing], value % self.modulus
 
     def solve(self, tokens: list[int]) -> dict[int, int]:
-        names = [self.name_of(token) for token in tokens]
-        end = names.index("=")
-        answers = {end: self._evaluate(iter(names))}
+        symbols = [self.name_of(token) for token in tokens]
+        end = symbols.index("=")
+        answers = {end: self._evaluate(iter(symbols))}
         if self.ask == "every" and not self.brackets:
-            answers |= {place: self._evaluate(iter(names[: place + 1])) for place in range(0, end, 2)}
+            answers |= {position: self._evaluate(iter(symbols[: position + 1])) for position in range(0, end, 2)}
         return answers
 
-    def _evaluate(self, names: Iterator[str]) -> int:
+    def _evaluate(self, symbols: Iterator[str]) -> int:
         """Read up to the next closing bracket, the equals sign or the end, and return the value of that part."""
         terms = [[1]]  # the factors of each term
         after_operand = False
-        for name in names:
-            if name in ")=":
+        for symbol in symbols:
+            if symbol in ")=":
                 break
-            if name in "+-" and after_operand:
-                terms.append([-1 if name == "-" else 1])
-            elif name == "-":
+            if symbol in "+-" and after_operand:
+                terms.append([-1 if symbol == "-" else 1])
+            elif symbol == "-":
                 terms[-1].append(-1)
-            elif name != "*":
-                terms[-1].append(self._evaluate(names) if name == "(" else int(name))
-            after_operand = name not in "+-*"
+            elif symbol != "*":
+                terms[-1].append(self._evaluate(symbols) if symbol == "(" else int(symbol))
+            after_operand = symbol not in "+-*"
         return sum(map(prod, terms)) % self.modulus
 
     def name_of(self, token: int) -> str:

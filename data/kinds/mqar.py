@@ -66,11 +66,11 @@ class MqarConfig(TaskConfig):
     def solve(self, tokens: list[int]) -> dict[int, int]:
         seen: dict[int, int] = {}
         answers = {}
-        for place, token in enumerate(tokens):
+        for position, token in enumerate(tokens):
             if token in seen:
-                answers[place] = seen[token]
-            elif place + 1 < len(tokens):
-                seen[token] = tokens[place + 1]  # a key is first seen in its pair
+                answers[position] = seen[token]
+            elif position + 1 < len(tokens):
+                seen[token] = tokens[position + 1]  # a key is first seen in its pair
         return answers
 
     def name_of(self, token: int) -> str:

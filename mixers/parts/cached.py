@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from typing import Any
 
-from ...ops.attention import Cache, GrowingCache, RingCache, empty_cache, key_cache, moved
+from ...ops.attention import Cache, GrowingCache, RingCache, empty_cache, key_cache, resize_cache
 from ..contract import MixerConfig, SequenceMixer
 from ..traits import require_capacity
 
@@ -50,7 +50,7 @@ class CachedMixer(SequenceMixer[Cache]):
     def resize_state(self, state: Cache, max_length: int | None) -> Cache:
         processed = int(state.length.max())
         require_capacity(processed, max_length, self.kind)
-        return moved(state, *self._cache_type(max_length, min(processed, key_cache(state).keys.shape[1])))
+        return resize_cache(state, *self._cache_type(max_length, min(processed, key_cache(state).keys.shape[1])))
 
     def _cache_type(self, max_length: int | None, slots: int) -> tuple[type[RingCache] | type[GrowingCache], int]:
         """Return the cache type and its number of slots: a ring buffer if the size is bounded, else a growing cache."""

@@ -8,11 +8,11 @@ from .kv_cache import (
     GrowingCache,
     KeyCache,
     RingCache,
+    cast_cache,
     empty_cache,
     final_cache,
     key_cache,
-    moved,
-    stored_as,
+    resize_cache,
 )
 
 __all__ = [
@@ -23,12 +23,14 @@ __all__ = [
     "KeyCache",
     "RingCache",
     "SoftmaxOptions",
+    "cast_cache",
     "empty_cache",
     "final_cache",
     "key_cache",
-    "moved",
+    "resize_cache",
     "softmax_attention",
     "softmax_flops",
-    "stored_as",
 ]
-__getattr__ = former_names(__name__, {"softmax": "softmax_attention"})
+__getattr__ = former_names(
+    __name__, {"softmax": "softmax_attention", "moved": "resize_cache", "stored_as": "cast_cache"}
+)

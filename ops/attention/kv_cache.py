@@ -119,7 +119,7 @@ def empty_cache(
     return ForgettingCache(cache, like.new_zeros(rows, capacity, forget_heads, dtype=wide))
 
 
-def moved(cache: Cache, kind: type[GrowingCache] | type[RingCache], capacity: int) -> Cache:
+def resize_cache(cache: Cache, kind: type[GrowingCache] | type[RingCache], capacity: int) -> Cache:
     """Copy the last `capacity` keys and values of a cache into a cache of another kind or capacity."""
     source = key_cache(cache)
     positions = kind.positions(source.length, capacity)
@@ -147,7 +147,7 @@ def _key_row_of(cache: KeyCache, row: int) -> KeyCache:
     return type(cache)(*(leaf[row : row + 1] for leaf in cache))
 
 
-def stored_as(cache: Cache, dtype: torch.dtype) -> Cache:
+def cast_cache(cache: Cache, dtype: torch.dtype) -> Cache:
     """Return a cache with keys and values cast to a dtype; forget gates keep their own."""
     if isinstance(cache, ForgettingCache):
         return cache._replace(cache=_cast_keys(cache.cache, dtype))

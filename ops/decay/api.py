@@ -67,7 +67,7 @@ def decay(
     Raises:
         SeqmixError: if shapes or dtypes do not fit, or an option is invalid.
     """
-    call = Call.given(call, q.shape[1], options, paradigm=Paradigm.CHUNKWISE)
+    call = Call.resolve(call, q.shape[1], options, paradigm=Paradigm.CHUNKWISE)
     return recur(DECAY, q, k, v, call, log_decay=log_decay, scale=scale, wide_output=wide_output)
 
 

@@ -70,7 +70,7 @@ def delta(
     Raises:
         SeqmixError: if shapes or dtypes do not fit, or an option is invalid.
     """
-    call = Call.given(call, q.shape[1], options, paradigm=Paradigm.CHUNKWISE, chunk_size=CHUNK_SIZE)
+    call = Call.resolve(call, q.shape[1], options, paradigm=Paradigm.CHUNKWISE, chunk_size=CHUNK_SIZE)
     require_paradigm(call.paradigm)
     return recur(DELTA, q, k, v, call, beta=beta, log_decay=log_decay, scale=scale)
 
@@ -105,7 +105,7 @@ def delta_product(
     Raises:
         SeqmixError: if shapes or dtypes do not fit, or an option is invalid.
     """
-    call = Call.given(call, q.shape[1], options, paradigm=Paradigm.CHUNKWISE, chunk_size=CHUNK_SIZE)
+    call = Call.resolve(call, q.shape[1], options, paradigm=Paradigm.CHUNKWISE, chunk_size=CHUNK_SIZE)
     batch, length, heads = q.shape[:3]
     steps = k.shape[1] // length
     if steps < 1 or k.shape[1] != steps * length:

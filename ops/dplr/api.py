@@ -64,7 +64,7 @@ def dplr(
     Raises:
         SeqmixError: if shapes or dtypes do not fit, or an option is invalid.
     """
-    call = Call.given(call, q.shape[1], options, paradigm=Paradigm.CHUNKWISE, chunk_size=CHUNK_SIZE)
+    call = Call.resolve(call, q.shape[1], options, paradigm=Paradigm.CHUNKWISE, chunk_size=CHUNK_SIZE)
     require_paradigm(call.paradigm)
     return recur(DPLR, q, k, v, call, a=a, b=b, log_decay=log_decay, scale=scale)
 

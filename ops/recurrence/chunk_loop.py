@@ -229,13 +229,13 @@ def _backward(make_chunks: MakeChunks, x: Recurrence, gradients: Gradients) -> d
     return out
 
 
-def _add(out: Tensor, group: Group, gradient: Tensor, shared: int) -> None:
+def _add(out: Tensor, group: Group, gradient: Tensor, heads_per_key: int) -> None:
     """Write a group's gradient to its tokens in out [B T H *], or add its sum over all tokens to out [H].
 
-    Gradients of an input that `shared` heads share are summed over these heads.
+    Gradients of an input that `heads_per_key` heads share are summed over these heads.
     """
-    if shared > 1:
-        gradient = gradient.unflatten(0, (-1, shared)).sum(1)
+    if heads_per_key > 1:
+        gradient = gradient.unflatten(0, (-1, heads_per_key)).sum(1)
     if out.ndim == 1:
         out += gradient.view(-1, len(out)).sum(0)
     else:

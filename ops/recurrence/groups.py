@@ -75,13 +75,13 @@ def group_view(x: Tensor, group: Group) -> Tensor:
     )
 
 
-def group_rows(x: Tensor, group: Group, dtype: torch.dtype, shared: int = 1) -> Tensor:
-    """Return a group's tokens of x [B T H D] as [G m D] in a dtype, each head repeated `shared` times.
+def group_rows(x: Tensor, group: Group, dtype: torch.dtype, heads_per_key: int = 1) -> Tensor:
+    """Return a group's tokens of x [B T H D] as [G m D] in a dtype, each head repeated `heads_per_key` times.
 
     The result is a view where the layout permits, such as for one chunk of one row.
     """
     x = group_view(x, group).to(dtype)
-    return (x if shared == 1 else x[:, :, :, None].expand(-1, -1, -1, shared, -1, -1)).flatten(0, -3)
+    return (x if heads_per_key == 1 else x[:, :, :, None].expand(-1, -1, -1, heads_per_key, -1, -1)).flatten(0, -3)
 
 
 def store_group(out: Tensor, group: Group, x: Tensor) -> None:

@@ -94,7 +94,7 @@ class Call(NamedTuple):
         )
 
     @classmethod
-    def given(
+    def resolve(
         cls, call: "Call | None", length: int, options: CallOptions, *, paradigm: Paradigm, chunk_size: int = CHUNK_SIZE
     ) -> "Call":
         """Return the call of a mixer, or build one from the options of a direct call.

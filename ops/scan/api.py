@@ -68,7 +68,7 @@ def scan(
         SeqmixError: shapes or dtypes do not match; the paradigm does not exist, or is the parallel one; an input has a
             tangent (forward-mode differentiation is supported for a single recurrent token only).
     """
-    call = Call.given(call, x.shape[1], options, paradigm=Paradigm.CHUNKWISE, chunk_size=64)
+    call = Call.resolve(call, x.shape[1], options, paradigm=Paradigm.CHUNKWISE, chunk_size=64)
     _require_same_shape(x, log_decay, call)
     if _is_step(x, call):
         h = log_decay[:, 0].to(state_dtype(x)).exp() * _initial_state(x, call, x.shape[2:]) + x[:, 0].to(state_dtype(x))
@@ -96,7 +96,7 @@ def log_scan(
     Raises:
         SeqmixError: for the same reasons as `scan`.
     """
-    call = Call.given(call, x.shape[1], options, paradigm=Paradigm.CHUNKWISE, chunk_size=64)
+    call = Call.resolve(call, x.shape[1], options, paradigm=Paradigm.CHUNKWISE, chunk_size=64)
     _require_same_shape(x, log_decay, call)
     dtype = state_dtype(x)
     if _is_step(x, call):
@@ -138,7 +138,7 @@ def selective_scan(
     Raises:
         SeqmixError: for the same reasons as `scan`.
     """
-    call = Call.given(call, x.shape[1], options, paradigm=Paradigm.CHUNKWISE, chunk_size=16)
+    call = Call.resolve(call, x.shape[1], options, paradigm=Paradigm.CHUNKWISE, chunk_size=16)
     shapes = [list(tensor.shape) for tensor in (x, step, rate, k, q)]
     if x.ndim != 3 or x.shape[1] < 1 or rate.ndim != 2 or shapes != _selective_shapes(x, rate):
         raise SeqmixError(
@@ -183,7 +183,7 @@ def diagonal_scan(
     Raises:
         SeqmixError: for the same reasons as `scan`.
     """
-    call = Call.given(call, x.shape[1], options, paradigm=Paradigm.CHUNKWISE, chunk_size=16)
+    call = Call.resolve(call, x.shape[1], options, paradigm=Paradigm.CHUNKWISE, chunk_size=16)
     shapes = [list(tensor.shape) for tensor in (x, log_decay, angle, weight)]
     if x.ndim != 3 or x.shape[1] < 1 or shapes[1:] != _diagonal_shapes(x, log_decay):
         raise SeqmixError(

@@ -19,7 +19,7 @@ FEW = 4
 SAMPLES = 2
 """Number of sequences that continue from the state of a single row."""
 
-LOUD = 30.0
+AMPLIFIED = 30.0
 """Factor by which the tokens of one row are larger: anything normalised over rows makes the others vanish."""
 
 
@@ -33,7 +33,7 @@ def rows_are_independent(trial: Trial) -> None:
     the tokens of other rows are much larger."""
     rows = trial.case.batch_size
     x, state = trial.tokens(rows), trial.state(rows)
-    x[0] *= LOUD if trial.case.seed % 2 else 1
+    x[0] *= AMPLIFIED if trial.case.seed % 2 else 1
     has_state, crowded = trial.mixer.traits.has_state, rows >= CROWDS[0]
     groups = trial.index(*range(rows)).split(1 if rows < CROWDS[0] else FEW)
     if crowded:  # without a final state, the last rows of a large batch are enough

@@ -28,10 +28,10 @@ CANDIDATES = (*(2**n for n in range(12)), RAGGED)
 MANY = 64
 """Number of other tokens to try if one seems to be ignored."""
 
-LOUD = 8.0
+AMPLIFIED = 8.0
 """Factor by which every other one of those tokens is larger: a running maximum seldom notices small tokens."""
 
-EVERY = 70
+CUT_EVERYWHERE = 70
 """Length up to which a segment is cut at every token; a longer one is cut at `LENGTHS` alone."""
 
 LARGE = 200.0
@@ -262,7 +262,7 @@ def the_future_changes_nothing(trial: Trial) -> None:
     x, state, other = trial.tokens(), trial.state(), trial.tokens()
     options: dict[str, Any] = {"return_state": trial.case.seed % 2 == 0 and trial.mixer.traits.has_state}
     # cut before every token but the first; in a long segment, only around the boundaries of blocks
-    cuts = [cut for cut in range(1, trial.case.length) if trial.case.length <= EVERY or cut in LENGTHS]
+    cuts = [cut for cut in range(1, trial.case.length) if trial.case.length <= CUT_EVERYWHERE or cut in LENGTHS]
     indices = trial.index(*range(len(x))).repeat(len(cuts))
     states = None if state is None else select(state, indices)
     for paradigm in trial.paradigms:
@@ -296,7 +296,7 @@ def _has_effect(trial: Trial, x: Tensor, state: Any, cut: int, paradigm: Paradig
     indices = trial.index(*[0] * MANY)
     others = x[indices].clone()
     others[:, cut] = trial.tokens(MANY, 1)[:, 0]
-    others[::2, cut] *= LOUD
+    others[::2, cut] *= AMPLIFIED
     y, after = trial.mix(others, None if state is None else select(state, indices), paradigm=paradigm)
     return any(((leaf - leaf[:1]).abs() > EXACT).any() for leaf in named_results(y, after).values())
 

@@ -184,7 +184,7 @@ def _require_before(loader: Loader, file: Path, before: Path, resume: bool) -> N
     _require_named(note, file)
     loader.require_written(found.folder)
     said: list[str] = []
-    model = load_run(run, tell=said.append)
+    model = load_run(run, on_note=said.append)
     if file.name == MANIFEST_FILE or file.name.startswith("model"):
         assert said == [note], f"it says {said}"
         written = loader.written[before.name]["model"]

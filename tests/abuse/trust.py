@@ -172,7 +172,7 @@ def _open(base: Path, run: Path, spelt: str, canary: Path) -> None:
     config = run / "config.yaml"
     config.write_text(config.read_text().replace("kind: retention", f"kind: {spelt}"))
     sentences: list[str] = []
-    load_run(run, tell=lambda said: sentences.append(f"{said}{', after' * canary.exists()}"))
+    load_run(run, on_note=lambda said: sentences.append(f"{said}{', after' * canary.exists()}"))
     assert canary.exists(), "its module is not imported"
     canary.unlink()
     assert len(sentences) == 1, sentences

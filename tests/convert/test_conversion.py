@@ -63,7 +63,7 @@ def test_a_converted_model_generates_with_its_tokenizer_and_goes_back(theirs, tm
     model = load_run(tmp_path / "ours")
     assert model.tokenizer.begin == 7
     assert generate_text(model, ["def "], max_new_tokens=4)
-    export_to(tmp_path / "ours", tmp_path / "back", "llama", tell=print)
+    export_to(tmp_path / "ours", tmp_path / "back", "llama", on_note=print)
     found, wanted = (load_file(folder / "model.safetensors") for folder in (tmp_path / "back", theirs))
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)

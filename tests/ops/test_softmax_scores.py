@@ -9,7 +9,7 @@ from fla_oracles import INSTALLED, agree, loaded, needs_fla, with_gradients
 from torch.nn.functional import scaled_dot_product_attention
 from torch.testing import assert_close
 
-from seqmix.ops.attention import ForgettingCache, RingCache, empty_cache, moved, sdpa, softmax_attention
+from seqmix.ops.attention import ForgettingCache, RingCache, empty_cache, resize_cache, sdpa, softmax_attention
 from seqmix.ops.runtime.call import Call
 from seqmix.ops.runtime.kernel import find
 from seqmix.ops.runtime.paradigm import Paradigm
@@ -186,7 +186,10 @@ def test_a_cache_that_moves_keeps_its_gates(capacity):
     given = chosen(*segment(7), ("log_forget",))
     _, state = softmax_attention(**part(given, 0, 5), window=3, output_final_state=True)
     expected, _ = softmax_attention(**part(given, 5, 7), window=3, initial_state=state)
-    for after in (moved(state, RingCache, capacity), moved(moved(state, RingCache, capacity), RingCache, 3)):
+    for after in (
+        resize_cache(state, RingCache, capacity),
+        resize_cache(resize_cache(state, RingCache, capacity), RingCache, 3),
+    ):
         exactly(softmax_attention(**part(given, 5, 7), window=3, initial_state=after)[0], expected)
 
 

@@ -65,7 +65,7 @@ def compare(source: Path, folder: Path, name: str, reference, dtype) -> Comparis
     assert architecture.name == name
     tokens = torch.randint(VOCAB, (2, LENGTH), generator=torch.Generator().manual_seed(0))
     result = Comparison(logits_agree(load_run(ours).to(dtype), reference(tokens), tokens))
-    export_to(ours, back, name, tell=print)
+    export_to(ours, back, name, on_note=print)
     wanted, found = (load_file(each / "model.safetensors") for each in (source, back))
     result.changed = sorted(wanted.keys() ^ found.keys())
     result.changed += [key for key in wanted.keys() & found.keys() if not exactly(wanted[key], found[key])]

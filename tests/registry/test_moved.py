@@ -5,7 +5,9 @@ import sys
 
 import pytest
 
-from seqmix.registry.moved import MODULES
+from seqmix import load_run
+from seqmix.registry.moved import MODULES, former_parameters
+from seqmix.training.checkpoint.files import CheckpointError
 
 FORMER = {
     "seqmix.ops.autograd": "Op",
@@ -22,7 +24,7 @@ FUNCTIONS = {
     "seqmix.ops.dplr": {"dplr_recurrence": "dplr"},
     "seqmix.ops.scan": {"scan_recurrence": "scan", "selective_recurrence": "selective_scan"},
     "seqmix.ops.convolution": {"convolve_short": "short_convolution", "convolve_long": "long_convolution"},
-    "seqmix.ops.attention": {"softmax": "softmax_attention"},
+    "seqmix.ops.attention": {"softmax": "softmax_attention", "moved": "resize_cache", "stored_as": "cast_cache"},
 }
 
 
@@ -58,3 +60,17 @@ def test_a_former_function_is_the_present_one(module, names):
             assert getattr(found, former) is getattr(found, present)
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = found.no_such_name
+
+
+def test_a_former_parameter_is_the_present_one():
+    @former_parameters(tell="on_note")
+    def load(run, on_note=None):
+        return run, on_note
+
+    with pytest.warns(DeprecationWarning, match=r"^load\(tell=\) is now on_note=$"):
+        assert load("run", tell=print) == ("run", print)
+    assert load("run", on_note=print) == load("run", print) == ("run", print)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'tel'"):
+        load("run", tel=print)
+    with pytest.warns(DeprecationWarning, match="is now on_note="), pytest.raises(CheckpointError):
+        load_run("no/run", tell=print)

@@ -354,8 +354,8 @@ def _require_refused_or_resumed(data, runs, folder, kind):
     run = folder() / "run"
     shutil.copytree(runs[kind], run)
     faithful = damage_run(run, runs[kind], runs, data.draw)
-    refused(lambda: generate_text(load_run(run, tell=require_lines), ["a"], max_new_tokens=2))
-    refused(lambda: export_run(run, run.parent / "a.safetensors", tell=require_lines))
+    refused(lambda: generate_text(load_run(run, on_note=require_lines), ["a"], max_new_tokens=2))
+    refused(lambda: export_run(run, run.parent / "a.safetensors", on_note=require_lines))
     refusal = refused(lambda: list(train(read_config(run), run, resume=True)))
     if faithful and refusal is None:
         name = Path("checkpoints") / f"step-{STEPS:06d}" / "model.safetensors"

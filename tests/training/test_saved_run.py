@@ -53,7 +53,7 @@ def test_damaged_parameters_are_named_and_the_previous_ones_read_and_damaged_mom
         assert same(weights(load_run(run)), load_file(checkpoints(run)[-1] / "model.safetensors"))
     file, notes = checkpoints(run)[-1] / "model.safetensors", []
     file.write_bytes(file.read_bytes()[:-1])
-    assert same(weights(load_run(run, tell=notes.append)), load_file(checkpoints(run)[-2] / "model.safetensors"))
+    assert same(weights(load_run(run, on_note=notes.append)), load_file(checkpoints(run)[-2] / "model.safetensors"))
     (note,) = notes
     assert note.startswith(f"{file} is damaged")
     with pytest.warns(UserWarning, match="is damaged"):
@@ -166,10 +166,10 @@ def test_weights_of_another_type_are_said(run, tmp_path):
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata()
     notes: list[str] = []
-    load_run(file, tell=notes.append)
+    load_run(file, on_note=notes.append)
     assert notes == []
     save_file({name: x.half() for name, x in load_file(file).items()}, file, metadata)
-    load_run(file, tell=notes.append)
+    load_run(file, on_note=notes.append)
     assert len(notes) == 1
     assert "float16" in notes[0]
     assert "float32" in notes[0]

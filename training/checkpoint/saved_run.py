@@ -14,6 +14,7 @@ from ...configs import PRESETS
 from ...models import TOKENIZER_FILE, LanguageModel, ModelConfig, SubwordTokenizer, Tokenizer, build_model
 from ...models.subword import EXPORTED_TOKENIZER
 from ...registry import ConfigError, dump, load, replacing_folder, require_trusted, unimported, write_file
+from ...registry.moved import former_parameters
 from ...registry.sources import read
 from ..config import RunConfig
 from ..tensor_files import fill, read_tensors, write_tensors
@@ -29,18 +30,19 @@ EXPORTED_CONFIG = "seqmix.config"
 """Metadata key of the run's configuration, as JSON, in an exported file; the tokenizer has `EXPORTED_TOKENIZER`."""
 
 
+@former_parameters(tell="on_note")
 def read_config(
     run: Path,
     changes: Sequence[str] = (),
     *,
-    tell: Callable[[str], object] = warnings.warn,
+    on_note: Callable[[str], object] = warnings.warn,
 ) -> RunConfig:
     """Read the resolved configuration of a run.
 
     Args:
         run: the run directory.
         changes: overrides, each "dotted.path=value".
-        tell: called with a sentence for each module that a dotted path is about to import.
+        on_note: called with a sentence for each module that a dotted path is about to import.
 
     Raises:
         CheckpointError: `run` is not a run directory.
@@ -53,7 +55,7 @@ def read_config(
         raise CheckpointError(f"{run} is not a run directory: {reason}; `seqmix train` writes one")
     try:
         for module in modules_of(run):
-            tell(f"{run} imports the module {module}")
+            on_note(f"{run} imports the module {module}")
         return load(RunConfig, run / CONFIG_FILE, changes, presets=PRESETS)
     except ConfigError as error:
         raise ConfigError(f"{error}{missing_plug_ins(run)}") from error
@@ -69,12 +71,13 @@ def modules_of(run: Path) -> list[str]:
     return list(dict.fromkeys(path.partition(":")[0] for path in unimported(kinds)))
 
 
+@former_parameters(tell="on_note")
 def load_run(
     run: str | Path,
     *,
     device: torch.device | str = "cpu",
     choice: Choice = "newest",
-    tell: Callable[[str], object] = warnings.warn,
+    on_note: Callable[[str], object] = warnings.warn,
     ema: bool = False,
     trust: bool = False,
 ) -> LanguageModel:
@@ -85,7 +88,7 @@ def load_run(
         device: the model's device.
         choice: the checkpoint: "newest", "best" (by validation loss), or a step. If the parameters of the newest are
             damaged, the previous one is loaded; instead of the best, the next best.
-        tell: called with a sentence for each damaged checkpoint, each module about to be imported, and weights that
+        on_note: called with a sentence for each damaged checkpoint, each module about to be imported, and weights that
             are converted to float32.
         ema: True to load the moving average of the weights (training.ema).
         trust: True if a file may import the modules that it names by dotted paths; a run directory always may.
@@ -102,21 +105,21 @@ def load_run(
         )
     if run.is_file():
         model = _load_file(run, device, trust)
-        _report_conversion([run], tell)
+        _report_conversion([run], on_note)
         return model
-    model, _ = _load_checkpoint(run, read_config(run, tell=tell), device, choice, tell, ema)
+    model, _ = _load_checkpoint(run, read_config(run, on_note=on_note), device, choice, on_note, ema)
     return model.eval()
 
 
 def read_weights(
-    run: Path, *, choice: Choice = "newest", tell: Callable[[str], object] = warnings.warn, trust: bool = False
+    run: Path, *, choice: Choice = "newest", on_note: Callable[[str], object] = warnings.warn, trust: bool = False
 ) -> tuple[ModelConfig, Mapping[str, Tensor], bytes | None]:
     """Read the model of a run, or of a file of `export_run`, without building it.
 
     Args:
         run: the run directory, or the file.
         choice: the checkpoint, as in `load_run`.
-        tell: as in `load_run`.
+        on_note: as in `load_run`.
         trust: as in `load_run`.
 
     Returns:
@@ -129,7 +132,7 @@ def read_weights(
     if run.is_file():
         config, tensors, tokenizer = _read_file(run, trust)
     else:
-        run_config = read_config(run, tell=tell)
+        run_config = read_config(run, on_note=on_note)
         config = run_config.model
         tokenizer = run_config.data.tokenizer_of(run)
         attempts: list[Mapping[str, Tensor]] = []
@@ -137,13 +140,19 @@ def read_weights(
         def use(folder: Path) -> None:
             attempts.append(read_tensors(checkpoint.files_of(folder, train_state.MODEL))[0])
 
-        _read_checkpoint(run, choice, train_state.MODEL, use, tell)
+        _read_checkpoint(run, choice, train_state.MODEL, use, on_note)
         tensors = attempts[-1]
     return config, tensors, None if tokenizer is None else tokenizer.vocabulary
 
 
+@former_parameters(tell="on_note")
 def export_run(
-    run: Path, out: Path, *, choice: Choice = "newest", tell: Callable[[str], object] = warnings.warn, ema: bool = False
+    run: Path,
+    out: Path,
+    *,
+    choice: Choice = "newest",
+    on_note: Callable[[str], object] = warnings.warn,
+    ema: bool = False,
 ) -> int:
     """Export the weights of a run to one safetensors file, with its configuration in the metadata.
 
@@ -151,7 +160,7 @@ def export_run(
         run: the run directory.
         out: the output file, which must not exist.
         choice: the checkpoint, as in `load_run`.
-        tell: as in `load_run`.
+        on_note: as in `load_run`.
         ema: as in `load_run`.
 
     Returns:
@@ -162,8 +171,8 @@ def export_run(
     """
     if out.exists():
         raise CheckpointError(f"{out} already exists: give --out the name of a new file")
-    config = read_config(run, tell=tell)
-    model, step = _load_checkpoint(run, config, "cpu", choice, tell, ema)
+    config = read_config(run, on_note=on_note)
+    model, step = _load_checkpoint(run, config, "cpu", choice, on_note, ema)
     metadata = {"format": "pt", "seqmix.step": str(step), EXPORTED_CONFIG: config.model_dump_json()}
     if model.tokenizer is not None and model.tokenizer.vocabulary is not None:
         metadata[EXPORTED_TOKENIZER] = model.tokenizer.vocabulary.decode()
@@ -229,18 +238,23 @@ def add_run(
 
 
 def _read_checkpoint(
-    run: Path, choice: Choice, part: str, use: Callable[[Path], object], tell: Callable[[str], object]
+    run: Path, choice: Choice, part: str, use: Callable[[Path], object], on_note: Callable[[str], object]
 ) -> checkpoint.IntactCheckpoint:
     """Call `use` with an intact checkpoint, and report the damaged ones that were skipped."""
     # only this part must be intact: the optimizer's state is not needed
     intact = checkpoint.read(run, choice, part, use)
     for note in intact.notes:
-        tell(note)
+        on_note(note)
     return intact
 
 
 def _load_checkpoint(
-    run: Path, config: RunConfig, device: torch.device | str, choice: Choice, tell: Callable[[str], object], ema: bool
+    run: Path,
+    config: RunConfig,
+    device: torch.device | str,
+    choice: Choice,
+    on_note: Callable[[str], object],
+    ema: bool,
 ) -> tuple[LanguageModel, int]:
     if ema and config.training.ema is None:
         raise CheckpointError(
@@ -250,19 +264,19 @@ def _load_checkpoint(
     checkpoint.find(run, choice, parts=())  # report a missing checkpoint before building a large model
     model = build_model(config.model, device=device)
     model.tokenizer = config.data.tokenizer_of(run)
-    intact = _read_checkpoint(run, choice, part, lambda folder: train_state.load_model(folder, model, part), tell)
-    _report_conversion([intact.folder / name for name in intact.manifest.files_of(part)], tell)
+    intact = _read_checkpoint(run, choice, part, lambda folder: train_state.load_model(folder, model, part), on_note)
+    _report_conversion([intact.folder / name for name in intact.manifest.files_of(part)], on_note)
     return model, intact.manifest.step
 
 
-def _report_conversion(files: Sequence[Path], tell: Callable[[str], object]) -> None:
+def _report_conversion(files: Sequence[Path], on_note: Callable[[str], object]) -> None:
     """Report weights that are stored in another type than float32, and were converted to it."""
     types: set[str] = set()
     for file in files:
         with suppress(OSError, SafetensorError), safe_open(file, "pt") as opened:  # training may delete old checkpoints
             types |= {opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118 not a mapping
     if dtypes := sorted(OTHER_FLOATS[type_] for type_ in types & OTHER_FLOATS.keys()):
-        tell(f"{files[0]} has weights in {' and '.join(dtypes)}, which are loaded as float32")
+        on_note(f"{files[0]} has weights in {' and '.join(dtypes)}, which are loaded as float32")
 
 
 def _load_file(file: Path, device: torch.device | str, trust: bool) -> LanguageModel:
