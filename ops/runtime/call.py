@@ -1,5 +1,6 @@
 """The call context: everything that a mixer passes to its op beside the tensors of a segment."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypedDict, TypeVar
 
@@ -119,6 +120,12 @@ class Call(NamedTuple):
                 raise SeqmixError(f"unknown option {name!r}{choices(name, known, 'options')}")
         defaults: CallOptions = {"paradigm": paradigm, "chunk_size": chunk_size}
         return cls.of(length=length, **(defaults | options))
+
+    @classmethod
+    def given(cls, *args: Any, **kwargs: Any) -> "Call":
+        """Deprecated name of `resolve`; it will be removed in 0.4."""
+        warnings.warn("Call.given is now Call.resolve", DeprecationWarning, stacklevel=2)
+        return cls.resolve(*args, **kwargs)
 
     def enter(self, leaf: str) -> "Call":
         """Return the call of an op that reads one leaf of the mixer's state."""

@@ -25,6 +25,13 @@ class State(NamedTuple):
 STATE = State(torch.zeros(5, 2), torch.tensor([0, 7, 1, 2, 9]))
 
 
+def test_the_former_name_of_resolve_warns():
+    call = Call(Paradigm.PARALLEL)
+    with pytest.warns(DeprecationWarning, match=r"Call\.given is now Call\.resolve"):
+        assert Call.given(call, 3, {}, paradigm=Paradigm.CHUNKWISE) is call
+    assert Call.resolve(None, 3, {}, paradigm=Paradigm.CHUNKWISE) == Call(Paradigm.CHUNKWISE)
+
+
 def test_a_call_is_made_in_the_words_of_fla():
     call = Call.of("recurrent", LENGTH, STATE, True, BOUNDARIES, chunk_size=7, backend="triton")
     assert (call.paradigm, call.state, call.return_state) == (Paradigm.RECURRENT, STATE, True)
