@@ -31,7 +31,7 @@ COMMANDS = {
     "bench-gpu": "Run all tests and benchmarks that need a GPU: kernels, conformance, speed, the paper's comparisons.",
     "compare": "Train several models under identical conditions and compare them.",
     "suite": "Measure mixers on recall, copying and state tracking, and show one table.",
-    "paper": "Reproduce claims of the RetNet paper by name.",
+    "paper": "Reproduce claims of the RetNet paper by name, and compare them with the paper.",
     "plot": "Plot the measurements of runs or of a study: an interactive page, or figures for a paper.",
     "inspect": "Show how a trained model processes a text: attention maps, reach of heads, states and gradients.",
     "show": "Show a model's cost by layer without allocating it: parameters, FLOPs, state, activations.",
