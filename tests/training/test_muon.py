@@ -49,7 +49,7 @@ def test_the_order_of_heads_permutes_the_update():
     heads = [RowBlock("q", ROWS, heads=4)]
     by_head = trained(heads, steps, per_head=True)
     torch.testing.assert_close(reordered(by_head), trained(heads, list(map(reordered, steps)), per_head=True))
-    assert not torch.allclose(by_head, trained(heads, steps))
+    assert (by_head - trained(heads, steps)).abs().max() > 0.01
 
 
 def test_rows_of_gates_are_updated_by_adamw():
