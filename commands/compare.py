@@ -1,20 +1,22 @@
 """`seqmix compare`: run a study from its file, and show its results on the terminal."""
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from ..experiments.answer import answer
 from ..experiments.collect import entry_result
 from ..experiments.figures.libraries import PlotsMissingError, charts_module, engine
 from ..experiments.plan import Plan, plan
 from ..experiments.report import REPORT_FILE
-from ..experiments.results import RESULTS_FILE, Results
+from ..experiments.results import RESULTS_FILE, Difference, Results, where
 from ..experiments.runner import run_study
 from ..experiments.study import STUDIES, find_study, load_study, shipped
-from ..experiments.tables import notes, state_size, summary_table
+from ..experiments.tables import difference_tables, notes, state_size, summary_table
 from ..registry import SeqmixError
 from .console import note, plain_table, terminal
 from .options import Jobs
@@ -90,12 +92,21 @@ def _missing_report_reason(folder: Path) -> str:
 
 
 def show(results: Results, console: Console) -> None:
-    """Print the summary table, the conditions that all runs share, and notes."""
+    """Print the summary table, the answer, what else differs, the conditions that all runs share, and notes."""
     headers, rows = summary_table(results)
     if rows:
         console.print(plain_table(*headers, rows=rows, overflow="fold"))
+    console.print(answer(results), soft_wrap=True)
+    _show_differences(results.differences, results.about, console)
     for sentence in (*results.fairness, *notes(results)):
         console.print(sentence, soft_wrap=True)
+
+
+def _show_differences(differences: Sequence[Difference], subject: str, console: Console) -> None:
+    """Print what differs between entries besides what the study compares."""
+    for variant, headers, rows in difference_tables(differences, subject):
+        console.print(f"what else differs{where(variant)}:")
+        console.print(plain_table(*headers, rows=rows, overflow="fold"))
 
 
 def _show_plan(planned: Plan, console: Console) -> None:
@@ -114,5 +125,6 @@ def _show_plan(planned: Plan, console: Console) -> None:
             console.print(f"{entry.name}: {entry.matched}")
     for sentence in planned.fairness:
         console.print(sentence, soft_wrap=True)
+    _show_differences(planned.differences, planned.subject, console)
     total = si(sum(run.flops for run in planned.runs))
     console.print(f"{len(planned.runs)} {'run' if len(planned.runs) == 1 else 'runs'}, about {total}FLOP.")

@@ -117,7 +117,8 @@ class StudyProgress(Observer):
 
     def ended(self, run: PlannedRun, problem: str | None) -> None:
         """Remove the bar of a run, and report how it ended."""
-        self.bar.remove_task(self.tasks.pop(run.name))
+        if run.name in self.tasks:  # a run may end without a start
+            self.bar.remove_task(self.tasks.pop(run.name))
         if problem is None:
             self.forecast.move(run.name, 1.0)
         else:

@@ -19,7 +19,7 @@ from .measurements import Measurement, add_time, read_measurements
 from .plan import Plan, PlannedEntry, PlannedRun
 from .results import EntryResult, EvaluationPoint, Machine, PaperRow, Point, Results, RunResult, SpeedResult, SummaryRow
 from .study import PaperFigure
-from .summary import summarise
+from .summary import choose_rates, summarise
 
 C = TypeVar("C", bound=Config)
 RUNS = "runs"
@@ -33,24 +33,34 @@ LARGEST_EXPONENT = 700.0
 
 def collect(plan: Plan, folder: Path, *, failed: Mapping[str, str], speed: SpeedResult | None = None) -> Results:
     """Collect the results of a study from its folder; `failed` maps names of failed runs to reasons."""
+    plan = tuned(plan, folder, failed)
     at_once = _runs_at_once(folder / JOBS_FILE)
     runs = [
         run_result(run, folder / RUNS / run.name, error=failed.get(run.name), at_once=at_once.get(run.name))
         for run in plan.runs
     ]
-    summary = summarise(runs, plan.study.learning_rates)
+    tune = plan.study.tune
+    summary = summarise(runs, () if tune is None else tune.learning_rate)
     return Results(
         name=plan.name,
         question=plan.study.question,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         machine=_machine(folder / RUNS / run.name for run in plan.runs),
         fairness=plan.fairness,
+        subject=plan.subject,
+        differences=plan.differences,
         entries=tuple(entry_result(entry) for entry in plan.entries),
         runs=tuple(runs),
         summary=tuple(summary),
         speed=speed or SpeedResult(),
         paper=tuple(_paper_row(figure, summary) for figure in plan.study.paper),
     )
+
+
+def tuned(plan: Plan, folder: Path, failed: Mapping[str, str]) -> Plan:
+    """Return a plan with the learning rates that its tuning runs in a folder have chosen so far."""
+    runs = [run_result(run, folder / RUNS / run.name, error=failed.get(run.name)) for run in plan.runs if run.tunes]
+    return plan.with_rates(choose_rates(runs))
 
 
 def entry_result(entry: PlannedEntry) -> EntryResult:
@@ -75,6 +85,8 @@ def is_finished(run: PlannedRun, folder: Path) -> bool:
 
 def is_same(run: PlannedRun, folder: Path) -> bool:
     """True if a folder contains a run with the same configuration; no modules named in the folder are imported."""
+    if run.waits:
+        return False
     try:
         # plug-ins of the study are imported already, so a folder that needs further modules is another run
         return not modules_of(folder) and read_config(folder) == run.config
@@ -105,8 +117,10 @@ def run_result(run: PlannedRun, folder: Path, *, error: str | None = None, at_on
         name=run.name,
         entry=run.entry,
         seed=run.config.seed,
-        learning_rate=run.config.training.learning_rate,
+        learning_rate=None if run.waits else run.config.training.learning_rate,
+        tunes=run.tunes,
         variant=dict(run.variant),
+        precision=_session(folder).get("precision") if lines else None,
         sequence_length=run.config.data.sequence_length,
         alone=None if at_once is None else at_once == 1,
         **run.cost._asdict(),
@@ -167,13 +181,17 @@ def _is_complete(line: Measurement) -> bool:
 
 def _machine(folders: Iterable[Path]) -> Machine:
     """Return the machine and versions that the first of the runs with a record states; all None without a record."""
-    for folder in folders:
-        try:
-            first = json.loads(read_bytes(folder / SESSIONS_FILE).splitlines()[0])
-            return _from_line(Machine, first)
-        except (OSError, ValueError, IndexError, RecursionError, AttributeError):
-            continue
-    return Machine()
+    return next((_from_line(Machine, session) for folder in folders if (session := _session(folder))), Machine())
+
+
+def _session(folder: Path) -> dict[str, Any]:
+    """Return what a run's folder records of its first start: machine, precision and versions; {} without a record."""
+    try:
+        first = json.loads(read_bytes(folder / SESSIONS_FILE).splitlines()[0])
+        Machine.model_validate({name: first.get(name) for name in Machine.model_fields})
+        return first
+    except (OSError, ValueError, IndexError, RecursionError, AttributeError):
+        return {}
 
 
 def _paper_row(figure: PaperFigure, summary: Iterable[SummaryRow]) -> PaperRow:

@@ -1,11 +1,13 @@
 """Planning of a study: every entry's configuration, matched, in every variant, with every learning rate and seed.
 
-The loop over seeds is outermost, so that a study that is stopped early has runs of every entry.
+The loop over seeds is outermost, so that a study that is stopped early has runs of every entry. With `tune`, the runs
+that choose the learning rates come first; `Plan.with_rates` gives the other runs the rates that were chosen.
 """
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 from operator import attrgetter
@@ -13,14 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from ..mixers import MIXERS
-from ..registry import ConfigError, SeqmixError, validated
+from ..registry import ConfigError, SeqmixError, choices, validated
 from ..registry.change import change
 from ..registry.sources import read
 from ..registry.tree import Node, Origin
 from ..training import PRESETS, RunConfig
+from .attribution import compare, field_of
+from .equal import Exempt, equal_sentences, mixers_of, set_options
 from .match import Cost, Match, Matched, cost_of, solve, whole_cost
-from .results import where
-from .study import SAME, Entry, Study, StudyError, kind_of
+from .results import Difference, where
+from .study import SAME, STUDIES, Entry, Study, StudyError, kind_of
+from .units import quantity
 
 MOST_RUNS = 10_000
 """Most runs of a study; planning builds a configuration for each."""
@@ -36,6 +41,8 @@ class PlannedEntry:
     """Configuration with the study's first seed and the entry's own learning rate."""
     matched: Matched | None = None
     """Result of matching; None if the entry is not matched."""
+    exempt: tuple[Exempt, ...] = ()
+    """Mixers of the entry without an option that is equal in all others."""
 
     @cached_property
     def cost(self) -> Cost:
@@ -54,6 +61,15 @@ class PlannedRun:
     config: RunConfig
     cost: Cost
     """Costs of the run's model."""
+    tunes: bool = False
+    """True if the run only helps to choose the learning rate; its result is not reported."""
+    waits: bool = False
+    """True if the learning rate has not been chosen yet; the configuration then has another one."""
+
+    @property
+    def group(self) -> str:
+        """The entry and the variant, for which one learning rate is chosen."""
+        return self.entry + where(self.variant)
 
     @property
     def tokens_per_step(self) -> int:
@@ -74,13 +90,32 @@ class Plan:
     entries: tuple[PlannedEntry, ...]
     """Entries in the first variant."""
     runs: tuple[PlannedRun, ...]
+    """All runs, those that tune first."""
     fairness: tuple[str, ...]
     """Sentences on what is the same for all entries and what is not."""
+    differences: tuple[Difference, ...] = ()
+    """What each entry differs in from the subject, in every variant."""
 
     @property
     def name(self) -> str:
         """Name of the study."""
         return self.study.name or "study"
+
+    @property
+    def subject(self) -> str:
+        """Name of the entry that the question is about."""
+        return self.study.subject or self.study.names[0]
+
+    def with_rates(self, rates: Mapping[str, float]) -> "Plan":
+        """Return the plan with the chosen learning rates, by `PlannedRun.group`; runs of other groups still wait."""
+        return replace(self, runs=tuple(run if run.tunes else _with_rate(run, rates) for run in self.runs))
+
+
+def _with_rate(run: PlannedRun, rates: Mapping[str, float]) -> PlannedRun:
+    if not run.waits or run.group not in rates:
+        return run
+    training = run.config.training.model_copy(update={"learning_rate": rates[run.group]})
+    return replace(run, config=run.config.model_copy(update={"training": training}), waits=False)
 
 
 def plan(study: Study, file: Path) -> Plan:
@@ -96,7 +131,8 @@ def plan(study: Study, file: Path) -> Plan:
         )
     varied = [dict(zip(study.vary, values, strict=True)) for values in product(*study.vary.values())]
     solved: dict[Any, Matched] = {}
-    variants = [_Variant(study, file, variant, solved).entries() for variant in varied]
+    source = _Source(study, file)
+    variants = [_Variant(study, source, variant, solved).entries() for variant in varied]
     for variant, entries in zip(varied, variants, strict=True):
         require_fair(entries, variant)
         for entry in entries:
@@ -104,26 +140,37 @@ def plan(study: Study, file: Path) -> Plan:
                 _ = entry.cost  # fails if the model cannot be built
             except SeqmixError as error:
                 raise type(error)(f"{file}: {entry.name}{where(variant)}: {error}") from None
+    _require_options(study, source, [entry for entries in variants for entry in entries])
     runs = [
-        _run(study, entry, variant, rate, seed)
-        for seed in study.seeds
+        _run(study, entry, variant, seed, rate)
+        for tuning, seeds in ((True, study.tuning_seeds), (False, study.seeds))
+        for seed in seeds
         for variant, entries in zip(varied, variants, strict=True)
         for entry in entries
-        for rate in study.learning_rates or (entry.config.training.learning_rate,)
+        for rate in (study.tune.learning_rate if study.tune and tuning else (None,))
     ]
     _require_names(runs)
-    return Plan(study, tuple(variants[0]), tuple(runs), tuple(_fairness(study, variants)))
+    differences = [
+        difference
+        for variant, entries in zip(varied, variants, strict=True)
+        for difference in _differences(study, entries, variant)
+    ]
+    return Plan(study, tuple(variants[0]), tuple(runs), tuple(_fairness(study, varied, variants)), tuple(differences))
 
 
-def _run(study: Study, entry: PlannedEntry, variant: Variant, rate: float, seed: int) -> PlannedRun:
-    training = entry.config.training.model_copy(update={"learning_rate": rate})
-    config = entry.config.model_copy(update={"training": training, "seed": seed})
+def _run(study: Study, entry: PlannedEntry, variant: Variant, seed: int, rate: float | None) -> PlannedRun:
+    """Plan a run; a learning rate is given to runs that tune."""
+    config = entry.config.model_copy(update={"seed": seed})
     parts = [entry.name]
     for path, value in variant.items():
         parts.append(path.rpartition(".")[2] + re.sub(r"[^A-Za-z0-9.+-]+", "_", str(value)).strip("_"))
-    if study.learning_rates:
+    if rate is not None:
+        training = config.training.model_copy(update={"learning_rate": rate})
+        config = config.model_copy(update={"training": training})
         parts.append(f"lr{rate:.16g}")
-    return PlannedRun("-".join([*parts, f"seed{seed}"]), entry.name, variant, config, entry.cost)
+    name = "-".join([*parts, f"seed{seed}"])
+    waits = study.tune is not None and rate is None
+    return PlannedRun(name, entry.name, variant, config, entry.cost, tunes=rate is not None, waits=waits)
 
 
 def _require_names(runs: list[PlannedRun]) -> None:
@@ -139,53 +186,93 @@ def _require_names(runs: list[PlannedRun]) -> None:
 # ---- configurations
 
 
+class _Source:
+    """Places of a study's values in its file, for error messages."""
+
+    def __init__(self, study: Study, file: Path) -> None:
+        self.study = study
+        self.file = file
+        self.tree: Node | None = None
+        with suppress(SeqmixError):  # the study was read already; without its file, errors have no lines
+            self.tree = read(file, STUDIES, Study, folder=file.parent)
+
+    def node(self, value: Any, *keys: str | int) -> Node:
+        """Return a value with its place in the file; values that the file does not have get the keys as their place."""
+        value = Node.of(value, Origin(f"{self.file}: {'.'.join(map(str, keys))}"))
+        if self.tree is not None:
+            found, node = self.tree.find(keys)
+            if found == keys and node.plain() == value.plain():
+                return node
+        return value
+
+    def place(self, value: Any, *keys: str | int) -> str:
+        """Return the place of a value, as errors begin with it: file, line and keys."""
+        origin = self.node(value, *keys).origin
+        return f"{origin}: " if origin.line is None else f"{origin}: {'.'.join(map(str, keys))}: "
+
+
 class _Variant:
     """Builder of the entries of one variant."""
 
-    def __init__(self, study: Study, file: Path, variant: Variant, solved: dict[Any, Matched]) -> None:
+    def __init__(self, study: Study, source: _Source, variant: Variant, solved: dict[Any, Matched]) -> None:
         self.study = study
-        self.file = file
+        self.source = source
+        self.file = source.file
         self.variant = variant
         self.solved = solved
         """Cache of matching results, shared by all variants, since many have the same models."""
         self.configs: dict[str, RunConfig] = {}
         """Configurations of the entries before matching."""
+        self.exempt: dict[str, list[Exempt]] = {}
+        """Mixers without the options that are equal in all others, by entry."""
         self.planned: dict[str, PlannedEntry] = {}
         """Entries that are matched already."""
 
     def entries(self) -> list[PlannedEntry]:
         """Return all entries, matched."""
-        base = self._read_tree(self.study.base)
-        for mixer in self.study.mixers:
+        base = self._read_tree(self.study.base, "base")
+        for number, mixer in enumerate(self.study.mixers):
             name = kind_of(mixer).rpartition(":")[2]
-            self.configs[name] = self._config(base, f"mixers: {name}", Entry(), mixer)
+            self.configs[name] = self._config(name, base, Entry(), number)
         for name, entry in self.study.entries.items():
-            self.configs[name] = self._config(base, f"entries.{name}", entry)
+            self.configs[name] = self._config(name, base, entry)
         return [self._match(name) for name in self.study.names]
 
-    def _config(self, tree: Node, place: str, entry: Entry, mixer: str | Mapping[str, Any] | None = None) -> RunConfig:
+    def _config(self, name: str, tree: Node, entry: Entry, mixer: int | None = None) -> RunConfig:
+        """Return the configuration of an entry; `mixer` is the index of the study's mixer that it has."""
         if entry.extends is not None:
-            tree = self._with_model_of(entry.extends, tree)
-        tree = self._apply(tree, "", {key: getattr(self.study, key) for key in ("model", "data", "training")})
+            tree = self._with_model_of(entry.extends, tree, name)
+        for part in ("model", "data", "training"):
+            tree = self._apply(tree, part, self.source.node(getattr(self.study, part), part))
         if mixer is not None:
-            tree = self._apply(tree, place, {"model": {"blocks": _with_mixer(mixer, tree)}})
-        tree = self._apply(tree, place, {"model": entry.model, "training": entry.training})
+            blocks = _with_mixer(self.source.node(self.study.mixers[mixer], "mixers", mixer), tree)
+            tree = self._apply(tree, "model", blocks)
+        tree = self._apply(tree, "model", self.source.node(entry.model, "entries", name, "model"))
+        tree = self._apply(tree, "training", self.source.node(entry.training, "entries", name, "training"))
         for path, value in entry.set.items():
-            tree = self._apply(tree, place, _nest(path, value))
+            tree = self._apply(tree, path, self.source.node(value, "entries", name, "set", path))
         for path, value in self.variant.items():
-            tree = self._apply(tree, "vary", _nest(path, value))
+            if not path.startswith("equal."):
+                tree = self._apply(
+                    tree, path, Node.of(value, self.source.node(self.study.vary[path], "vary", path).origin)
+                )
         # the last change names the study's file as the origin of errors that concern the whole configuration
-        return validated(RunConfig, self._apply(tree, "", {"seed": self.study.seeds[0]}))
+        tree = change(tree, Node.of({"seed": self.study.seeds[0]}, Origin(str(self.file))), RunConfig)
+        config = validated(RunConfig, tree)
+        model, self.exempt[name] = set_options(config.model, self.study.options(self.variant))
+        return config.model_copy(update={"model": model})
 
-    def _apply(self, tree: Node, place: str, changes: Mapping[str, Any]) -> Node:
-        """Apply changes to a tree; `place` is where the study has them, for error messages."""
-        changes = {key: value for key, value in changes.items() if value != {}}
-        origin = Origin(f"{self.file}: {place}" if place else str(self.file))
-        return change(tree, Node.of(changes, origin), RunConfig) if changes else tree
+    def _apply(self, tree: Node, path: str, value: Node) -> Node:
+        """Change the value at a dotted path of a tree."""
+        if value.entries is not None and not value.entries and "." not in path:
+            return tree
+        for key in reversed(path.split(".")):
+            value = Node({key: value}, value.origin)
+        return change(tree, value, RunConfig)
 
-    def _with_model_of(self, source: str, tree: Node) -> Node:
+    def _with_model_of(self, source: str, tree: Node, name: str) -> Node:
         """Replace the model of a tree by another configuration's model, but keep the tree's vocabulary size."""
-        other = self._read_tree(source).child("model")
+        other = self._read_tree(source, "entries", name, "extends").child("model")
         before = tree.child("model")
         if other is None or other.entries is None:
             raise StudyError(f"{source} has no model to extend: name a preset or a configuration file with a model")
@@ -217,7 +304,8 @@ class _Variant:
                 raise type(error)(f"{self.file}: {name}{where(self.variant)} cannot be matched: {error}") from None
             matched = self.solved[key]
             config = config.model_copy(update={"model": matched.model})
-        return self.planned.setdefault(name, PlannedEntry(name, config, matched))
+        planned = PlannedEntry(name, config, matched, tuple(self.exempt[name]))
+        return self.planned.setdefault(name, planned)
 
     def _wanted_cost(self, match: Match, length: int, waiting: tuple[str, ...]) -> float:
         """Return the cost that a match asks for: a number, or that of an entry, a preset or a file."""
@@ -227,39 +315,86 @@ class _Variant:
         if wanted in self.configs:
             return cost_of(self._match(wanted, waiting).config.model, match.metric, length)
         try:
-            return cost_of(validated(RunConfig, self._read_tree(wanted)).model, match.metric, length)
+            tree = read(wanted, PRESETS, RunConfig, folder=self.file.parent)
+            return cost_of(validated(RunConfig, tree).model, match.metric, length)
         except ConfigError as error:
             entries = ", ".join(list(self.configs)[:10])
             raise StudyError(
                 f"{self.file}: match: {wanted!r} is neither a configuration ({error}) nor an entry; entries: {entries}"
             ) from None
 
-    def _read_tree(self, source: str) -> Node:
-        """Read a preset, or a file beside the study."""
-        return read(source, PRESETS, RunConfig, folder=self.file.parent)
+    def _read_tree(self, name: str, *keys: str) -> Node:
+        """Read a preset, or a file beside the study; `keys` lead to its name in the study."""
+        try:
+            return read(name, PRESETS, RunConfig, folder=self.file.parent)
+        except ConfigError as error:
+            raise ConfigError(f"{self.source.place(name, *keys)}{error}") from None
 
 
-def _with_mixer(mixer: str | Mapping[str, Any], tree: Node) -> dict[str, Any]:
+def _with_mixer(mixer: Node, tree: Node) -> Node:
     """Return changes that put one mixer into all blocks; a kind without options keeps the block's number of heads."""
-    changes: dict[str, Any] = {}
-    for name, block in ((tree.plain().get("model") or {}).get("blocks") or {}).items():
-        before = (block or {}).get("mixer") or {}
-        if not isinstance(mixer, str):
-            changes[name] = {"mixer": mixer}
-        elif before.get("kind") != mixer:
-            changes[name] = {"mixer": {"kind": mixer}}
-            if before.get("n_heads") is not None and "n_heads" in MIXERS.resolve(mixer).model_fields:
-                changes[name]["mixer"]["n_heads"] = before["n_heads"]
-    return changes
+    changes: dict[str, Node] = {}
+    model = tree.child("model")
+    blocks = model and model.child("blocks")
+    for name, block in ((blocks and blocks.entries) or {}).items():
+        before = block.child("mixer")
+        kind = before and before.child("kind")
+        new = mixer
+        if isinstance(mixer.value, str):
+            if kind is not None and kind.value == mixer.value:
+                continue
+            options = {"kind": mixer}
+            heads = before and before.child("n_heads")
+            with suppress(ConfigError):  # validation reports an unknown kind
+                if (
+                    heads is not None
+                    and heads.value is not None
+                    and "n_heads" in MIXERS.resolve(mixer.value).model_fields
+                ):
+                    options["n_heads"] = Node(heads.value, mixer.origin)
+            new = Node(options, mixer.origin)
+        changes[name] = Node({"mixer": new}, mixer.origin)
+    return Node({"blocks": Node(changes, mixer.origin)}, mixer.origin) if changes else Node({}, mixer.origin)
 
 
-def _nest(path: str, value: Any) -> dict[str, Any]:
-    for key in reversed(path.split(".")):
-        value = {key: value}
-    return value
+def _require_options(study: Study, source: _Source, entries: list[PlannedEntry]) -> None:
+    """Check that every option that is to be equal exists in some mixer and takes the value there.
+
+    Raises:
+        StudyError: it does not.
+    """
+    for option in study.equal_options:
+        place = (
+            source.place(study.equal[option], "equal", option)
+            if option in study.equal
+            else f"{source.file}: vary: equal.{option}: "
+        )
+        kinds = {mixer.kind: mixer for entry in entries for mixer in mixers_of(entry.config.model)}
+        if not any(option in type(mixer).model_fields for mixer in kinds.values()):
+            known = dict.fromkeys(name for mixer in kinds.values() for name in type(mixer).model_fields)
+            raise StudyError(f"{place}no mixer of the study has this option{choices(option, known)}")
+        refused = [each for entry in entries for each in entry.exempt if each.option == option]
+        if {each.mixer for each in refused} == set(kinds):
+            reason = next(each.reason for each in refused if each.reason is not None)
+            raise StudyError(f"{place}no mixer of the study allows this value ({reason})")
 
 
 # ---- fairness
+
+
+def _differences(study: Study, entries: list[PlannedEntry], variant: Variant) -> list[Difference]:
+    """Compare the entries of a variant with the study's subject."""
+    named = {name: {"mixer.kind"} for name in study.names}
+    for mixer in study.mixers:
+        if not isinstance(mixer, str):
+            name = kind_of(mixer).rpartition(":")[2]
+            named[name] |= {field_of(f"model.blocks.x.mixer.{option}") for option in mixer}
+    for name, entry in study.entries.items():
+        named[name] |= {field_of(path) for path in entry.paths} | ({"*"} if entry.extends is not None else set())
+    ignored = {field_of(f"model.{entry.matched.knob}") for entry in entries if entry.matched is not None}
+    ignored |= set() if study.tune is None else {"training.learning_rate"}
+    configs = {entry.name: entry.config for entry in entries}
+    return compare(configs, study.subject or study.names[0], named, ignored, variant)
 
 
 def require_fair(entries: list[PlannedEntry], variant: Variant) -> None:
@@ -284,8 +419,8 @@ def require_fair(entries: list[PlannedEntry], variant: Variant) -> None:
                 )
 
 
-def _fairness(study: Study, variants: list[list[PlannedEntry]]) -> Iterator[str]:
-    """Yield sentences on what is equal in the comparison and what is not."""
+def _fairness(study: Study, varied: list[dict[str, Any]], variants: list[list[PlannedEntry]]) -> Iterator[str]:
+    """Yield sentences on what is equal in the comparison and what is not; `variants` has the entries by variant."""
     entries = variants[0]
     config = entries[0].config
     training = config.training
@@ -311,12 +446,22 @@ def _fairness(study: Study, variants: list[list[PlannedEntry]]) -> Iterator[str]
     metrics = {str(entry.matched.metric) for entry in entries if entry.matched is not None}
     matched = f"matched by {' and '.join(sorted(metrics))}" if metrics else "not matched"
     yield f"Models are {matched}; {parameters}."
-    if rates := ", ".join(f"{rate:g}" for rate in study.learning_rates):
-        yield f"Each entry is reported at its best learning rate of {rates}, by mean final validation loss over seeds."
-    for name in type(training).model_fields:
-        if name == "learning_rate" and rates:
-            continue
-        values = [getattr(entry.config.training, name) for entry in entries]
-        if len(set(map(repr, values))) > 1:
-            each = ", ".join(f"{entry.name} {value}" for entry, value in zip(entries, values, strict=True))
-            yield f"training.{name} differs between entries: {each}."
+    states = [entry.cost.state_bytes for entry in entries]
+    if min(states) < max(states):
+        yield f"States of one sequence have {quantity(min(states), 'bytes')} to {quantity(max(states), 'bytes')}."
+    equal = (
+        sentence
+        for variant, entries in zip(varied, variants, strict=True)
+        for sentence in equal_sentences(
+            study.options(variant), [(entry.name, each) for entry in entries for each in entry.exempt]
+        )
+    )
+    yield from dict.fromkeys(equal)
+    if study.tune is not None:
+        rates = ", ".join(f"{rate:g}" for rate in study.tune.learning_rate)
+        tuning = ", ".join(map(str, study.tuning_seeds))
+        yield (
+            f"Each entry's learning rate is tuned: {rates} with seed{'s' * (len(study.tuning_seeds) > 1)} {tuning}; "
+            "the best has the lowest mean final validation loss. Results are those of other seeds at that rate: "
+            f"{', '.join(map(str, study.seeds))}."
+        )

@@ -1,17 +1,25 @@
 """The report of a study: one page with the answer to its question, the results, and the way to reproduce them."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..registry import write_file
+from .answer import answer, format_statistic, variant_text
 from .differences import compare_configs, format_value
 from .figures import page
-from .results import Machine, Results, Statistic, SummaryRow
+from .results import Machine, Results, SummaryRow
 from .study import shipped
-from .study_figures import Plots, variant_text
+from .study_figures import Plots
 from .summary import best_first
-from .tables import Columns, fill_columns, speed_of, state_size
+from .tables import (
+    Columns,
+    difference_tables,
+    edges,
+    fill_columns,
+    speed_of,
+    state_size,
+    uncertainty,
+)
 from .units import number, quantity
 
 REPORT_FILE = "report.html"
@@ -49,7 +57,12 @@ def render(results: Results) -> str:
         facts=" · ".join(
             filter(None, [results.name if results.question else "", counts, results.created[:10], *machine])
         ),
-        answer=answer(plots),
+        answer=answer(results),
+        differences=[
+            (variant_text(variant), heads, rows)
+            for variant, heads, rows in difference_tables(results.differences, results.about)
+        ],
+        edges=list(edges(results)),
         unfinished=[run for run in results.runs if run.status != "finished"],
         sections=sections,
         summary=_summary(results, plots),
@@ -65,7 +78,7 @@ def render(results: Results) -> str:
         quantity=quantity,
         again={
             "seeds": ", ".join(map(str, sorted({run.seed for run in results.runs}))),
-            "learning rates": ", ".join(map(number, sorted({run.learning_rate for run in results.runs}))),
+            "learning rates": ", ".join(map(number, sorted({run.learning_rate for run in results.runs} - {None}))),
             "created": results.created,
             "machine": ", ".join(filter(None, machine)),
             "commit": results.machine.commit,
@@ -75,40 +88,10 @@ def render(results: Results) -> str:
     )
 
 
-def answer(plots: Plots) -> str:
-    """Return the result in a few sentences; for a study with variants, in its first and its last variant."""
-    if not any(plots.score(row) for row in plots.results.summary):
-        return "No run has finished, so there is nothing to compare."
-    if len(plots.variants) <= 1:
-        return _sentence(plots, best_first(plots.results))
-    return " ".join(
-        f"At {variant_text(end)}: {_sentence(plots, [row for row in best_first(plots.results) if row.variant == end])}"
-        for end in (plots.variants[0], plots.variants[-1])
-    )
-
-
-def _sentence(plots: Plots, ranked: Sequence[SummaryRow]) -> str:
-    """Name the best entry and the next one in a sentence or two, with a caution if the difference may be chance."""
-    scored = [(row, score) for row in ranked if (score := plots.score(row)) is not None]
-    if not scored:
-        return "no run has finished."
-    (best, best_score), *others = scored
-    measure = "an accuracy" if plots.has_accuracy else "a validation loss"
-    text = f"{best.entry} reaches {measure} of {format_statistic(best_score, share=plots.has_accuracy)}"
-    if not others:
-        return f"{text}."
-    second, second_score = others[0]
-    text = f"{text}, followed by {second.entry} with {format_statistic(second_score, share=plots.has_accuracy)}."
-    if min(best.seeds, second.seeds) < 2:
-        return f"{text} With only one seed, the difference may be chance."
-    if abs(best_score.mean - second_score.mean) <= (best_score.spread or 0) + (second_score.spread or 0):
-        return f"{text} The difference is within the spread of the seeds."
-    return text
-
-
 def _summary(results: Results, plots: Plots) -> tuple[list[str], list[tuple[Any, ...]]]:
     columns: Columns[SummaryRow] = [
         ("entry", lambda row: row.entry),
+        ("rank", lambda row: "" if row.rank is None else f"{row.rank}"),
         ("variant", lambda row: variant_text(row.variant)),
         ("accuracy", lambda row: format_statistic(row.accuracy, share=True)),
         ("validation loss", lambda row: format_statistic(row.validation_loss)),
@@ -124,27 +107,13 @@ def _summary(results: Results, plots: Plots) -> tuple[list[str], list[tuple[Any,
 
 def _notes(results: Results) -> str:
     """Return the notes below the summary table."""
-    notes = ["Best first."]
-    if any(row.seeds > 1 for row in results.summary):
-        notes.append("± is the standard deviation over seeds.")
-    if len({run.learning_rate for run in results.runs}) > 1:
-        notes.append("Each entry is shown at its best learning rate.")
+    notes = ["Best first.", *uncertainty(results)]
     notes.append("Losses are in nats per token; the state is that of one sequence.")
     cell, note = speed_of(results)
     return " ".join([*notes, *([note] if any(map(cell, results.summary)) else [])])
 
 
 # ---- numbers in words
-
-
-def format_statistic(value: Statistic | None, *, share: bool = False) -> str:
-    """Format a mean and its spread, in percent if `share`; empty for None."""
-    if value is None:
-        return ""
-    scale, unit, digits = (100, " %", 1) if share else (1, "", 3 if abs(value.mean) < 10 else 2)
-    spread = "" if value.spread is None else f" ± {value.spread * scale:.{digits}f}"
-    # no-break spaces keep a number on one line
-    return f"{value.mean * scale:.{digits}f}{spread}{unit}".replace(" ", "\N{NO-BREAK SPACE}")
 
 
 def _format_like(value: float | None, other: float) -> str:
@@ -155,5 +124,6 @@ def _format_like(value: float | None, other: float) -> str:
 def _machine(machine: Machine) -> list[str]:
     """Return texts on the machine of a study and on the versions of seqmix and torch, as far as they are known."""
     threads = f"{machine.threads} thread{'s' * (machine.threads > 1)}" if machine.threads else ""
+    products = f"{machine.precision} products" if machine.precision else ""
     versions = [f"{name} {version}" for name in ("seqmix", "torch") if (version := getattr(machine, name))]
-    return [", ".join(filter(None, [machine.processor, machine.device, threads])), *versions]
+    return [", ".join(filter(None, [machine.processor, machine.device, threads, products])), *versions]

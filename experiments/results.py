@@ -40,6 +40,8 @@ class Machine(Config):
     processor: str | None = None
     threads: Count | None = None
     device: str | None = None
+    precision: str | None = None
+    """Dtype of matrix products."""
     torch: str | None = None
     seqmix: str | None = None
     commit: str | None = None
@@ -62,6 +64,19 @@ class EntryResult(Config):
     """State bytes of one sequence at the training length."""
     state_grows: bool
     """True if the state grows with the sequence."""
+
+
+class Difference(Config):
+    """What an entry differs in from the study's subject, in one variant."""
+
+    entry: str
+    variant: dict[str, Any] = Field(default_factory=dict)
+    compared: tuple[str, ...] = ()
+    """What the study compares: "the mixer", or fields; empty for the subject itself."""
+    also: tuple[str, ...] = ()
+    """Other fields in which the entry differs from the subject."""
+    values: dict[str, str] = Field(default_factory=dict)
+    """What the entry has of every field in which some entry of the variant differs from the subject."""
 
 
 class _Moment(Config):
@@ -95,14 +110,18 @@ class RunResult(Config):
     """Name of the run and of its folder in runs/."""
     entry: str
     seed: int
-    learning_rate: float
-    """Peak learning rate."""
+    learning_rate: float | None = None
+    """Peak learning rate; None before it is chosen."""
+    tunes: bool = False
+    """True if the run only helped to choose the learning rate."""
     variant: dict[str, Any] = Field(default_factory=dict)
     """Values of the varied fields, by dotted path."""
+    precision: str | None = None
+    """Dtype of matrix products."""
     sequence_length: Count | None = None
     """Training length in tokens."""
     alone: bool | None = None
-    """True if no other run of the study ran at the same time, so that times are undisturbed."""
+    """True if no other run of the study ran at the same time; other programs may have."""
     parameters: Count | None = None
     flops_per_token: float | None = None
     """FLOPs of the forward pass's matrix products, per token."""
@@ -138,11 +157,13 @@ class RunResult(Config):
 
 
 class Statistic(Config):
-    """Mean and spread of a measured value over seeds."""
+    """Mean of a measured value over seeds, with its uncertainty."""
 
     mean: float
     spread: float | None = None
     """Sample standard deviation; None for a single seed."""
+    margin: float | None = None
+    """Half the width of the 95 % t interval of the mean; None for a single seed."""
 
 
 class SummaryRow(Config):
@@ -150,6 +171,8 @@ class SummaryRow(Config):
 
     entry: str
     variant: dict[str, Any] = Field(default_factory=dict)
+    rank: Count | None = None
+    """One more than the number of entries of the variant that are better beyond noise; None for a single seed."""
     learning_rate: float
     at_edge: Literal["lowest", "highest"] | None = None
     """End of the learning rates' grid at which the best rate lies, if any: a rate beyond it may be better."""
@@ -241,11 +264,27 @@ class Results(Config):
     """Label of the x axis in figures of accuracy by difficulty; None for the difficulty's own name."""
     fairness: tuple[str, ...] = ()
     """Sentences on what was the same for all entries and what was not."""
+    subject: str | None = None
+    """Entry that the question is about; None for the first entry."""
+    differences: tuple[Difference, ...] = ()
+    """What each entry differs in from the subject, in every variant."""
     entries: tuple[EntryResult, ...]
     runs: tuple[RunResult, ...]
     summary: tuple[SummaryRow, ...] = ()
     speed: SpeedResult = SpeedResult()
     paper: tuple[PaperRow, ...] = ()
+
+    @property
+    def about(self) -> str:
+        """Name of the entry that the question is about."""
+        return self.entries[0].name if self.subject is None else self.subject
+
+    def runs_of(self, row: SummaryRow) -> list[RunResult]:
+        """Return the finished runs behind a row of the summary."""
+        chosen = (row.entry, row.variant, row.learning_rate, "finished", False)
+        return [
+            run for run in self.runs if (run.entry, run.variant, run.learning_rate, run.status, run.tunes) == chosen
+        ]
 
     def entry_of(self, row: SummaryRow) -> EntryResult:
         """Return the entry of a row of the summary, with its costs in the row's variant."""
@@ -256,7 +295,9 @@ class Results(Config):
     @model_validator(mode="after")
     def _runs_are_of_entries(self) -> Self:
         names = {entry.name for entry in self.entries}
-        for row in (*self.runs, *self.summary, *self.speed.train, *self.speed.decode, *self.paper):
+        subject = () if self.subject is None else (Difference(entry=self.subject),)
+        rows = (*self.runs, *self.summary, *self.differences, *subject)
+        for row in (*rows, *self.speed.train, *self.speed.decode, *self.paper):
             if row.entry not in names:
                 raise ValueError(f"unknown entry {row.entry!r}; entries: {', '.join(sorted(names))}")
         return self

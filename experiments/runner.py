@@ -26,7 +26,7 @@ from ..training.checkpoint.files import CheckpointError, checkpoints, find
 from ..training.interrupt import StopRequest
 from ..training.monitoring.logging import METRICS_FILE
 from . import lock, results, speed
-from .collect import JOBS_FILE, RUNS, collect, is_finished, is_same
+from .collect import JOBS_FILE, RUNS, collect, is_finished, is_same, tuned
 from .figures.libraries import PlotsMissingError
 from .plan import Plan, PlannedRun
 from .report import REPORT_FILE, write_report
@@ -116,25 +116,41 @@ def make_runs(
 ) -> StudyOutcome:
     """Train the runs that are not finished, `jobs` at once, each on one of the GPUs if there are any.
 
-    The caller must hold the folder's lock. `stop` is polled; once it returns True, no further run starts, and running
-    ones stop with a checkpoint.
+    Runs that tune the learning rate come first; the others begin when all of these have ended. The caller must hold the
+    folder's lock. `stop` is polled; once it returns True, no further run starts, and running ones stop with a
+    checkpoint.
     """
-    waiting = [run for run in plan.runs if not is_finished(run, folder / RUNS / run.name)]
-    observer.begin(waiting, len(plan.runs))
+    plan = tuned(plan, folder, {})
+    unfinished = [run for run in plan.runs if not is_finished(run, folder / RUNS / run.name)]
+    observer.begin(unfinished, len(plan.runs))
+    waiting = [run for run in unfinished if not run.waits]
+    later = [run.name for run in unfinished if run.waits]
     outcome = StudyOutcome()
     messages = Queue[tuple["_Process", Message | None]]()
-    at_once = min(jobs, len(waiting))
+    at_once = min(jobs, len(unfinished))
     slots = list(range(jobs))
     running = set["_Process"]()
     gpus = visible_gpus()
     (folder / LOGS).mkdir(parents=True, exist_ok=True)
     try:
-        while waiting or running:
+        while waiting or running or later:
             if not outcome.stopped and stop():
                 outcome.stopped = True
                 waiting = []
+                later = []
                 for process in running:
                     process.ask_to_stop()
+            if later and not (waiting or running):
+                plan = tuned(plan, folder, outcome.failed)
+                for run in (run for run in plan.runs if run.name in later):
+                    if run.waits:
+                        outcome.failed[run.name] = "no learning rate is chosen, as every run that tunes it failed"
+                        observer.ended(run, outcome.failed[run.name])
+                    elif is_finished(run, folder / RUNS / run.name):
+                        observer.ended(run, None)
+                    else:
+                        waiting.append(run)
+                later = []
             while waiting and slots:
                 run = waiting.pop(0)
                 slot = slots.pop(0)

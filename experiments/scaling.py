@@ -55,7 +55,9 @@ def scaling_lines(results: Results) -> Iterator[ScalingLine]:
         runs = [
             run
             for run in results.runs
-            if run.entry == entry.name and best.get((run.entry, str(run.variant))) == run.learning_rate
+            if run.entry == entry.name
+            and not run.tunes
+            and best.get((run.entry, str(run.variant))) == run.learning_rate
         ]
         if line := fit(entry.name, runs):
             yield line

@@ -5,13 +5,16 @@ base: retnet-tiny                       # a preset or a file: model, data and tr
 mixers: [retention, attention]          # entries that differ only in their mixer
 entries:                                # entries with other changes
   hybrid: {extends: hybrid-tiny}
+subject: retention                      # the entry that the report's first sentence is about
 match: {parameters: retention, knob: blocks.*.ffn.expansion}
+equal: {short_conv: 4}                  # options that all mixers have alike
+tune: {learning_rate: [1.0e-3, 3.0e-3]}
 seeds: [0, 1, 2]
-learning_rates: [1.0e-3, 3.0e-3]
 """
 
 import math
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -19,6 +22,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
 from ..registry import Config, SeqmixError, choices, load, nearest
+from ..registry.config import deprecation
+from ..registry.errors import shown
 from .differences import leaves
 from .match import Match
 
@@ -91,6 +96,16 @@ class Entry(Config):
         return list(leaves({"model": self.model, "training": self.training, **self.set}))
 
 
+class Tune(Config):
+    """Tuning of the learning rate, with the same budget for every entry: each is trained at every rate and seed."""
+
+    learning_rate: Annotated[tuple[Rate, ...], OnceEach] = Field(min_length=2)
+    """Peak learning rates to try. The one with the lowest final validation loss, averaged over the tuning seeds, is
+    used for the study's own seeds."""
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1), OnceEach] | None = None
+    """Seeds of the tuning runs, other ones than the study's `seeds`; null for one seed after the largest of those."""
+
+
 class TrainSpeed(Config):
     """Timing of training steps."""
 
@@ -153,21 +168,42 @@ class Study(Config):
     mapping with a kind and options."""
     entries: dict[Name, Entry] = Field(default_factory=dict)
     """Entries by name, as changes to the base."""
+    subject: str | None = None
+    """Entry that the question is about, with which the report begins; null for the first entry."""
     match: Match | None = None
     """Matching of all entries to equal cost; null for none."""
+    equal: dict[str, Any] = Field(default_factory=dict)
+    """Options of mixers, such as short_conv: 4, that every mixer gets that has them; the plan and the report name the
+    mixers that have no such option or do not allow the value."""
     seeds: Annotated[tuple[Seed, ...], OnceEach] = Field(default=(0,), min_length=1)
     """Random seeds, each a run of every entry; a seed determines the initial parameters and the order of the data."""
-    learning_rates: Annotated[tuple[Rate, ...], OnceEach] = ()
-    """Peak learning rates to try for every entry; the one with the lowest final validation loss, averaged over seeds,
-    is reported. By default, only the configuration's own."""
+    tune: Tune | None = None
+    """Tuning of each entry's learning rate before the runs; null to use that of the configuration."""
     vary: dict[str, Annotated[tuple[Any, ...], Field(min_length=1), OnceEach]] = Field(default_factory=dict)
-    """Values by dotted path, such as data.sequence_length: [512, 1024]; every combination is a variant of the study."""
+    """Values by dotted path, such as data.sequence_length: [512, 1024] or equal.short_conv: [null, 4]; every
+    combination is a variant of the study."""
     threads: int = Field(default=1, gt=0)
     """CPU threads of a run; on a CPU, the last bits of results depend on this number."""
     speed: Speed | None = None
     """Timing of training and decoding after the runs; null for none."""
     paper: tuple[PaperFigure, ...] = ()
     """Numbers of a paper to compare with the study's measurements."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _learning_rates_are_tuned(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping) or "learning_rates" not in value or "tune" in value:
+            return value
+        rest = {name: entry for name, entry in value.items() if name != "learning_rates"}
+        rates = value["learning_rates"]
+        if isinstance(rates, list | tuple) and len(rates) == 1:
+            new = f"training: {{learning_rate: {rates[0]}}}"
+            rest["training"] = {**(value.get("training") or {}), "learning_rate": rates[0]}
+        else:
+            new = f"tune: {{learning_rate: {shown(rates)}}}"
+            rest["tune"] = {"learning_rate": rates}
+        warnings.warn(deprecation("learning_rates", new), FutureWarning, stacklevel=2)
+        return rest
 
     @field_validator("mixers")
     @classmethod
@@ -184,11 +220,11 @@ class Study(Config):
     @classmethod
     def _variants_are_of_all(cls, vary: dict[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
         for path in vary:
-            keys = {"seed": "seeds", "training.learning_rate": "learning_rates"}
+            keys = {"seed": "seeds", "training.learning_rate": "tune"}
             if path in keys:
                 raise ValueError(f"vary cannot change {path}: use {keys[path]}")
-            if path.partition(".")[0] not in ("model", "data", "training") or path.count(".") < 1:
-                raise ValueError(f"vary expects fields of model, data or training, got {path}")
+            if path.partition(".")[0] not in ("model", "data", "training", "equal") or path.count(".") < 1:
+                raise ValueError(f"vary expects fields of model, data, training or equal, got {path}")
         return vary
 
     @model_validator(mode="after")
@@ -197,33 +233,81 @@ class Study(Config):
             raise ValueError("a study needs entries to compare: give mixers, entries, or both")
         if duplicate := next((name for name in names if names.count(name) > 1), None):
             raise ValueError(f"{duplicate} is in both mixers and entries: rename the entry")
-        for figure in self.paper:
-            if figure.entry not in names:
-                raise ValueError(
-                    f"paper names an unknown entry {figure.entry!r}{choices(figure.entry, names, 'entries')}"
-                )
+        named = [("subject", self.subject), *(("paper", figure.entry) for figure in self.paper)]
+        for field, name in named:
+            if name is not None and name not in names:
+                raise ValueError(f"{field} names an unknown entry {name!r}{choices(name, names, 'entries')}")
+        return self
+
+    @model_validator(mode="after")
+    def _tuning_has_its_own_seeds(self) -> Self:
+        if shared := sorted(set(self.tuning_seeds) & set(self.seeds)):
+            raise ValueError(
+                f"tune.seeds and seeds must differ, got {shared[0]} in both: runs that choose a rate flatter it, and "
+                "are not reported; choose other tune.seeds"
+            )
         return self
 
     @model_validator(mode="after")
     def _nothing_is_changed_twice(self) -> Self:
         entry_paths = {f"entries.{name}": entry.paths for name, entry in self.entries.items()}
-        for place, paths in {"training": list(leaves({"training": self.training})), **entry_paths}.items():
-            if self.learning_rates and "training.learning_rate" in paths:
-                raise ValueError(
-                    f"{place} has a learning rate, but learning_rates apply to all entries: remove one of them"
-                )
+        matches = (self.match, *(entry.match for entry in self.entries.values()))
+        if self.tune is not None:
+            for place, paths in {"training": list(leaves({"training": self.training})), **entry_paths}.items():
+                if "training.learning_rate" in paths:
+                    raise ValueError(
+                        f"{place} has a learning rate, but tune applies to all entries: remove one of them"
+                    )
         for varied in self.vary:
             for place, path in ((place, path) for place, paths in entry_paths.items() for path in paths):
                 if f"{path}.".startswith(f"{varied}.") or f"{varied}.".startswith(f"{path}."):
                     raise ValueError(
                         f"vary changes {varied} in all entries, but {place} changes {path} too: remove one of them"
                     )
-            for match in (self.match, *(entry.match for entry in self.entries.values())):
+            for match in matches:
                 if match is not None and fnmatchcase(varied, f"model.{match.knob}"):
                     raise ValueError(
                         f"vary changes {varied}, but so does the knob {match.knob} of match: remove one of them"
                     )
+        for option in self.equal_options:
+            for place, changed in self._mixer_options():
+                if changed == option:
+                    raise ValueError(f"equal sets {option} in all mixers, but {place} sets it too: remove one of them")
+            if option in self.equal and f"equal.{option}" in self.vary:
+                raise ValueError(f"vary changes equal.{option}, but equal sets {option} too: remove one of them")
         return self
+
+    def _mixer_options(self) -> Iterator[tuple[str, str]]:
+        """Yield the options of mixers that entries set: the place of each in the study, and its name."""
+        for mixer in self.mixers:
+            if not isinstance(mixer, str):
+                yield from ((f"mixers: {kind_of(mixer)}", option) for option in mixer)
+        for name, entry in self.entries.items():
+            for path in entry.paths:
+                *parents, option = path.split(".")
+                if parents[:2] == ["model", "blocks"] and "mixer" in parents[3:]:
+                    yield f"entries.{name}", option
+        for path in self.vary:
+            *parents, option = path.split(".")
+            if parents[:2] == ["model", "blocks"] and "mixer" in parents[3:]:
+                yield "vary", option
+
+    @property
+    def equal_options(self) -> list[str]:
+        """Names of the options that are equal in all mixers."""
+        return [*self.equal, *(path.removeprefix("equal.") for path in self.vary if path.startswith("equal."))]
+
+    def options(self, variant: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the options that are equal in all mixers of a variant, with their values."""
+        varied = {path.removeprefix("equal."): value for path, value in variant.items() if path.startswith("equal.")}
+        return self.equal | varied
+
+    @property
+    def tuning_seeds(self) -> tuple[int, ...]:
+        """Seeds of the tuning runs; none without `tune`."""
+        if self.tune is None:
+            return ()
+        return (max(self.seeds) + 1,) if self.tune.seeds is None else self.tune.seeds
 
     @property
     def names(self) -> list[str]:
@@ -233,7 +317,8 @@ class Study(Config):
     @property
     def size(self) -> int:
         """Number of runs."""
-        return math.prod(map(len, (*self.vary.values(), self.names, self.seeds, self.learning_rates or (None,))))
+        tuning = len(self.tuning_seeds) * len(self.tune.learning_rate if self.tune is not None else ())
+        return math.prod(map(len, (*self.vary.values(), self.names))) * (tuning + len(self.seeds))
 
 
 def kind_of(mixer: str | Mapping[str, Any]) -> str:

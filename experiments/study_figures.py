@@ -9,6 +9,8 @@ from operator import attrgetter
 from statistics import fmean
 from typing import Any
 
+from .answer import has_accuracy, key_text, variant_text
+from .answer import score as score_of
 from .benchmark_figures import NOISE
 from .figures.figure import ACCURACY, LOSS, Axis, Figure, Point, Series, drawable
 from .results import Results, RunResult, Statistic, SummaryRow
@@ -46,12 +48,12 @@ class Plots:
         self.results = results
         self.styles = {entry.name: i for i, entry in enumerate(results.entries)}
         self.variants = _distinct(row.variant for row in results.summary)
-        finished = [run for run in results.runs if run.status == "finished"]
+        finished = [run for run in results.runs if run.status == "finished" and not run.tunes]
         self.curve_field = "validation_loss" if all(len(run.evaluations) > 1 for run in finished) else "loss"
         """Field of a point that curves show; the training loss if some run was evaluated only at the end."""
         self.alone = all(run.alone for run in finished)
-        """True if runs never trained at the same time, so that their times are comparable."""
-        self.has_accuracy = any(row.accuracy is not None for row in results.summary)
+        """True if runs went one after another, so that none of them slowed another one."""
+        self.has_accuracy = has_accuracy(results)
         self.score_axis, self.score_name = (
             (ACCURACY, "accuracy") if self.has_accuracy else (VALIDATION, "validation loss")
         )
@@ -61,7 +63,7 @@ class Plots:
 
     def score(self, row: SummaryRow) -> Statistic | None:
         """Return the score by which the study compares entries: accuracy for tasks, validation loss for text."""
-        return row.accuracy if self.has_accuracy else row.validation_loss
+        return score_of(self.results, row)
 
     def all(self) -> list[Figure]:
         """Return every figure, results first."""
@@ -106,7 +108,7 @@ class Plots:
     ) -> Figure:
         """Return the curves of a measure: the mean over seeds, and a band from the lowest to the highest seed."""
         rows = [row for row in self.results.summary if variant is None or row.variant == variant]
-        by_entry = {row.entry: runs for row in rows if (runs := self._runs(row))}
+        by_entry = {row.entry: runs for row in rows if (runs := self.results.runs_of(row))}
         points = {entry: list(_mean_curve(runs, over, measure)) for entry, runs in by_entry.items()}
         several_seeds = any(len(runs) > 1 for runs in by_entry.values())
         band = "; the mean, in a band from the lowest to the highest seed." if several_seeds else "."
@@ -117,7 +119,7 @@ class Plots:
         }
         caption = f"{MEASURED[measure].label.partition(' (')[0].capitalize()} during training{band}"
         if over == "seconds":
-            caption += " Every run had the machine to itself."
+            caption += " Runs went one after another; other load on the machine lengthens their times."
         return Figure(name, title, caption, x[over], MEASURED[measure], self._series(points), smooth=True)
 
     def _difficulty(self, name: str) -> Figure:
@@ -194,18 +196,19 @@ class Plots:
         yield replace(self._scores(f"{self.score_name} by state", caption, axis, self.score_axis, scores), joined=False)
 
     def _learning_rates(self) -> Iterator[Figure]:
-        rates = sorted({run.learning_rate for run in self.results.runs})
+        tuning = [run for run in self.results.runs if run.tunes]
+        rates = sorted({run.learning_rate for run in tuning if run.learning_rate is not None})
         if len(rates) < 2:
             return
         scores: dict[str, dict[Any, Statistic | None]] = {}
         for row in self._of_best_variant(self.results.summary):
             ends: dict[float, list[float]] = {}
-            for run in self.results.runs:
+            for run in tuning:
                 end = run.accuracy if self.has_accuracy else run.validation_loss
-                if (run.entry, run.variant) == (row.entry, row.variant) and end is not None:
+                if (run.entry, run.variant) == (row.entry, row.variant) and end is not None and run.learning_rate:
                     ends.setdefault(run.learning_rate, []).append(end)
             scores[row.entry] = {rate: statistic(values) for rate, values in ends.items()}
-        caption = "Final results of all runs. An entry that is best at an edge of the grid may be better beyond it."
+        caption = "Final results of tuning runs. An entry that is best at an edge of the grid may be better beyond it."
         axis = Axis("learning rate", log=True, ticks=rates)
         yield self._scores(f"{self.score_name} by learning rate", caption, axis, self.score_axis, scores)
 
@@ -231,15 +234,12 @@ class Plots:
     def _scores(
         self, title: str, caption: str, x: Axis, y: Axis, values: Mapping[str, Mapping[Any, Statistic | None]]
     ) -> Figure:
-        """Return a figure of means and deviations by entry and x value; its name is derived from the title."""
+        """Return a figure of means and intervals by entry and x value; its name is derived from the title."""
         series = self._series({entry: _points(of_entry, x, y) for entry, of_entry in values.items()})
         name = re.sub("[ _]", "-", title.removeprefix("validation "))
+        if any(point.low < point.high for each in series for point in each.points):
+            caption += " Bars are 95 % t intervals over seeds."
         return Figure(name, title[:1].upper() + title[1:], caption, x, y, series)
-
-    def _runs(self, row: SummaryRow) -> list[RunResult]:
-        """Return the finished runs behind a row of the summary."""
-        chosen = (row.entry, row.variant, row.learning_rate, "finished")
-        return [run for run in self.results.runs if (run.entry, run.variant, run.learning_rate, run.status) == chosen]
 
     def _of_best_variant(self, rows: Iterable[SummaryRow]) -> list[SummaryRow]:
         """Return one row per entry: that of the variant with its best score."""
@@ -266,13 +266,13 @@ def _mean_curve(runs: Sequence[RunResult], over: str, measure: str) -> Iterator[
 
 
 def _points(values: Mapping[Any, Statistic | None], x: Axis, y: Axis) -> list[Point]:
-    """Return means with error bars, in order; without bars if no value has a spread. Bars stay in the valid range."""
+    """Return means with error bars, in order; without bars if there are none. Bars stay in the valid range."""
     points = []
     highest = 1.0 if y is ACCURACY else math.inf
     for place in x.names or sorted(values):
         if (value := values.get(place)) is not None:
-            spread = value.spread or 0.0
-            points.append(Point(place, value.mean, max(value.mean - spread, 0.0), min(value.mean + spread, highest)))
+            margin = value.margin or 0.0
+            points.append(Point(place, value.mean, max(value.mean - margin, 0.0), min(value.mean + margin, highest)))
     return points if any(point.low < point.high for point in points) else [Point(point.x, point.y) for point in points]
 
 
@@ -283,16 +283,6 @@ def _axis_of(label: str, values: Iterable[Any]) -> tuple[Axis, dict[str, float |
         numbers = {repr(value): float(value) for value in values}
         return Axis(label, ticks=sorted(numbers.values())), dict(numbers)
     return Axis(label, names=list(map(str, values))), {repr(value): str(value) for value in values}
-
-
-def variant_text(variant: Mapping[str, Any]) -> str:
-    """Return a variant as text: the last part of each key, and the value."""
-    return ", ".join(f"{key_text(key)} {value}" for key, value in variant.items())
-
-
-def key_text(key: str) -> str:
-    """Return the last part of a dotted path, with spaces for underscores."""
-    return key.rpartition(".")[2].replace("_", " ")
 
 
 def _distinct(values: Iterable[Any]) -> list[Any]:

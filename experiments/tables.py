@@ -7,24 +7,23 @@ from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 from ..registry import write_file
+from .answer import answer
 from .differences import leaves
 from .pages import table
-from .results import EntryResult, Results, RunResult, Statistic, SummaryRow, TrainSpeedRow, where
+from .results import Difference, EntryResult, Results, RunResult, Statistic, SummaryRow, TrainSpeedRow, where
 from .scaling import scaling_lines
 from .summary import best_first
 from .units import number, quantity
 
 
 def notes(results: Results) -> Iterator[str]:
-    """Yield notes on the results: power laws, best learning rates at an edge of the grid, failed and missing runs."""
+    """Yield notes on the results: intervals, ranks, power laws, rates at an edge, failed and missing runs."""
+    yield from uncertainty(results)
+    yield from edges(results)
+    if len(precisions := list(dict.fromkeys(run.precision for run in results.runs if run.precision))) > 1:
+        yield f"Runs differ in the precision of matrix products ({' and '.join(precisions)}), so do not compare them."
     for line in scaling_lines(results):
         yield f"{line}."
-    for row in results.summary:
-        if row.at_edge is not None:
-            yield (
-                f"{row.entry}{where(row.variant)}: the best learning rate, {row.learning_rate:g}, is the {row.at_edge} "
-                f"that was tried; a {'lower' if row.at_edge == 'lowest' else 'higher'} one may be better."
-            )
     if any(map(speed_of(results)[0], results.summary)):
         yield speed_of(results)[1]
     for run in results.runs:
@@ -33,6 +32,49 @@ def notes(results: Results) -> Iterator[str]:
     if missing := [run.name for run in results.runs if run.status == "missing"]:
         ending = ", ..." if len(missing) > 5 else "."
         yield f"{len(missing)} of {len(results.runs)} runs are not finished: {', '.join(missing[:5])}{ending}"
+
+
+def uncertainty(results: Results) -> Iterator[str]:
+    """Yield sentences on what intervals and ranks mean in these results."""
+    if not results.summary:
+        return
+    if any(row.seeds > 1 for row in results.summary):
+        yield "± is half the width of the 95 % t interval over seeds."
+    if any(row.seeds < 2 for row in results.summary):
+        one = "There is one seed" if all(row.seeds < 2 for row in results.summary) else "Some entries have one seed"
+        yield f"{one}, so there is no interval and no rank: differences may be chance."
+    if any(row.rank is not None for row in results.summary):
+        yield (
+            "rank: one more than the number of entries that are better beyond noise; noise is a difference at equal "
+            "seeds whose 95 % t interval contains 0, and equal ranks are ties."
+        )
+
+
+def edges(results: Results) -> Iterator[str]:
+    """Yield a sentence for each entry whose best learning rate lies at an edge of those tried."""
+    for row in results.summary:
+        if row.at_edge is not None:
+            yield (
+                f"{row.entry}{where(row.variant)}: the best learning rate, {row.learning_rate:g}, is the {row.at_edge} "
+                f"that was tried; a {'lower' if row.at_edge == 'lowest' else 'higher'} one may be better."
+            )
+
+
+def difference_tables(
+    differences: Sequence[Difference], subject: str
+) -> Iterator[tuple[dict[str, Any], list[str], list[tuple[str, ...]]]]:
+    """Yield each variant in which entries differ besides what the study compares, with heads and rows of a table.
+
+    The subject's row comes first.
+    """
+    variants: list[dict[str, Any]] = []
+    variants += (each.variant for each in differences if each.variant not in variants)
+    for variant in variants:
+        found = [each for each in differences if each.variant == variant]
+        if fields := list(dict.fromkeys(field for each in found for field in each.also)):
+            found.sort(key=lambda each: each.entry != subject)
+            rows = [(each.entry, *(each.values.get(field, "") for field in fields)) for each in found]
+            yield variant, ["entry", *fields], rows
 
 
 Row = TypeVar("Row")
@@ -64,8 +106,8 @@ def speed_of(results: Results) -> tuple[Callable[[SummaryRow], str], str]:
         note += f", {speed.threads} thread{'s' * (speed.threads > 1)}" if speed.threads else ""
         note += f", medians of {speed.repeat} interleaved rounds" if speed.repeat else ""
         return lambda row: _speed(timed.get(row.entry)), f"{note}; lowest and highest in brackets."
-    alone = all(run.alone for run in results.runs if run.status == "finished")
-    sharing = "each run had the machine to itself"
+    alone = all(run.alone for run in results.runs if run.status == "finished" and not run.tunes)
+    sharing = "runs went one after another; other programs may have slowed them"
     if not alone:
         sharing = "runs may have shared the machine, so these numbers do not compare speeds"
     note = f"tokens/s: medians of the runs' own logged steps, quartiles in brackets; {sharing}."
@@ -83,13 +125,14 @@ def summary_table(results: Results) -> tuple[list[str], list[tuple[str, ...]]]:
     """Return the heads and rows of the summary table."""
     varied = dict.fromkeys(path for row in results.summary for path in row.variant)
     speed, _ = speed_of(results)
-    several_rates = len({run.learning_rate for run in results.runs}) > 1
+    several_rates = len({run.learning_rate for run in results.runs if run.learning_rate is not None}) > 1
     scores = dict.fromkeys(
         (task, metric) for row in results.summary for task in row.scores for metric in row.scores[task]
     )
     columns: Columns[SummaryRow] = [
         ("entry", lambda row: row.entry),
         *((path.rpartition(".")[2], lambda row, path=path: str(row.variant.get(path, ""))) for path in varied),
+        ("rank", lambda row: "" if row.rank is None else str(row.rank)),
         ("accuracy", lambda row: _accuracy(row.accuracy)),
         ("validation loss", lambda row: _loss(row.validation_loss)),
         *((" ".join(at), lambda row, at=at: _score(row, *at)) for at in scores),
@@ -108,8 +151,8 @@ def state_size(entry: EntryResult) -> str:
 
 
 def _accuracy(value: Statistic | None) -> str:
-    spread = "" if value is None or value.spread is None else f" ± {100 * value.spread:.1f}"
-    return "" if value is None else f"{100 * value.mean:.1f} %{spread}"
+    margin = "" if value is None or value.margin is None else f" ± {100 * value.margin:.1f}"
+    return "" if value is None else f"{100 * value.mean:.1f} %{margin}"
 
 
 def _score(row: SummaryRow, task: str, metric: str) -> str:
@@ -118,7 +161,7 @@ def _score(row: SummaryRow, task: str, metric: str) -> str:
 
 
 def _loss(value: Statistic) -> str:
-    return f"{value.mean:.4f}" + ("" if value.spread is None else f" ± {value.spread:.4f}")
+    return f"{value.mean:.4f}" + ("" if value.margin is None else f" ± {value.margin:.4f}")
 
 
 def markdown(results: Results) -> str:
@@ -126,6 +169,9 @@ def markdown(results: Results) -> str:
     lines = [f"# {results.name}", ""]
     lines += [results.question, ""] if results.question else []
     lines += [*table(*summary_table(results)), ""] if results.summary else []
+    lines += [answer(results), ""]
+    for variant, heads, rows in difference_tables(results.differences, results.about):
+        lines += [f"What else differs{where(variant)}:", "", *table(heads, rows), ""]
     lines += [f"- {sentence}" for sentence in (*results.fairness, *notes(results))]
     matched = [f"- {entry.name}: {entry.matched}" for entry in results.entries if entry.matched]
     lines += ["", "Matched:", "", *matched] if matched else []

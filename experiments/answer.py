@@ -1,0 +1,136 @@
+"""The answer to a study's question in sentences: where its subject stands, and what that can be attributed to."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from .results import Results, Statistic, SummaryRow
+from .summary import best_first, beyond_noise, difference
+
+MOST_VARIANTS = 4
+"""Most variants with an answer of their own; with more, only the first and the last have one."""
+MOST_NAMES = 5
+"""Most names in a list; of the others, only the number is given."""
+
+
+def answer(results: Results) -> str:
+    """Return the answer, beginning with the study's subject; one answer for each variant."""
+    if not results.summary:
+        return "No run has finished, so there is nothing to compare."
+    variants: list[dict[str, Any]] = []
+    variants += (row.variant for row in results.summary if row.variant not in variants)
+    if len(variants) > MOST_VARIANTS:
+        variants = [variants[0], variants[-1]]
+    return " ".join(
+        (f"At {variant_text(variant)}: " if variant else "") + " ".join(_sentences(results, variant))
+        for variant in variants
+    )
+
+
+def variant_text(variant: Mapping[str, Any]) -> str:
+    """Return a variant as text: the last part of each key, and the value."""
+    return ", ".join(f"{key_text(key)} {'none' if value is None else value}" for key, value in variant.items())
+
+
+def key_text(key: str) -> str:
+    """Return the last part of a dotted path, with spaces for underscores."""
+    return key.rpartition(".")[2].replace("_", " ")
+
+
+def score(results: Results, row: SummaryRow) -> Statistic | None:
+    """Return the score by which the study compares entries: accuracy for tasks, validation loss for text."""
+    return row.accuracy if has_accuracy(results) else row.validation_loss
+
+
+def has_accuracy(results: Results) -> bool:
+    """True if entries are compared by accuracy."""
+    return any(row.accuracy is not None for row in results.summary)
+
+
+def _sentences(results: Results, variant: Mapping[str, Any]) -> Iterator[str]:
+    rows = [row for row in best_first(results) if row.variant == variant and score(results, row) is not None]
+    subject = next((row for row in rows if row.entry == results.about), None)
+    if not rows:
+        yield "no run has finished."
+        return
+    share = has_accuracy(results)
+    if subject is None:
+        best = format_statistic(score(results, rows[0]), share=share)
+        yield f"{results.about} has not finished, so there is no answer about it; {rows[0].entry} reaches {best}."
+        return
+    yield from _standing(results, subject, [row for row in rows if row is not subject])
+    yield from _attribution(results, [row.entry for row in rows], variant)
+
+
+def _standing(results: Results, subject: SummaryRow, others: Sequence[SummaryRow]) -> Iterator[str]:
+    """Yield sentences on the subject's score and on which entries are better, tied or worse."""
+    share = has_accuracy(results)
+    measure = "an accuracy" if share else "a validation loss"
+    text = f"{subject.entry} reaches {measure} of {format_statistic(score(results, subject), share=share)}"
+    seeds = min(row.seeds for row in (subject, *others))
+    if not others:
+        yield f"{text}."
+    elif seeds < 2:
+        best = format_statistic(score(results, others[0]), share=share)
+        yield f"{text}; the best of the others is {others[0].entry} with {best}."
+    else:
+        relations: dict[str, list[str]] = {"better": [], "tied with it": [], "worse": []}
+        for row in others:
+            relations[_relation(results, subject, row)].append(row.entry)
+        parts = [
+            f"{names(entries)} {'is' if len(entries) == 1 else 'are'} {relation}"
+            for relation, entries in relations.items()
+            if entries
+        ]
+        yield f"{text} (mean and 95 % t interval of {subject.seeds} seeds); {', '.join(parts)}."
+    if seeds < 2:
+        yield "With only one seed there is no interval, so differences may be chance."
+
+
+def _relation(results: Results, subject: SummaryRow, other: SummaryRow) -> str:
+    field = "accuracy" if has_accuracy(results) else "validation_loss"
+    found = difference(results.runs_of(other), results.runs_of(subject), field)
+    if found is None or not beyond_noise(found):
+        return "tied with it"
+    return "better" if (found.mean > 0) == has_accuracy(results) else "worse"
+
+
+def _attribution(results: Results, entries: Sequence[str], variant: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a sentence on what differs between the entries besides what the study compares."""
+    found = [each for each in results.differences if each.variant == variant and each.entry in entries]
+    others = [each for each in found if each.entry != results.about]
+    if not others:
+        return
+    compared = names(list(dict.fromkeys(part for each in others for part in each.compared)) or ["nothing"])
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for each in others:
+        groups.setdefault(each.also, []).append(each.entry)
+    alike = groups.pop((), [])
+    if not groups:
+        yield f"The entries differ only in {compared}."
+        return
+    rest = f", so what separates them cannot be attributed to {compared} alone"
+    if len(groups) == 1:
+        ((fields, differing),) = groups.items()
+        verb = "differs" if len(differing) == 1 else "differ"
+        yield f"{names(differing)} {verb} from {results.about} also in {names(fields)}{rest}."
+    else:
+        fields = list(dict.fromkeys(field for each in groups for field in each))
+        yield f"The entries differ from {results.about} also in {names(fields)}{rest}."
+    if alike:
+        yield f"Only {names(alike)} differ{'s' * (len(alike) == 1)} from it in nothing else."
+
+
+def names(words: Sequence[str]) -> str:
+    """Return a list as text; a long one is cut."""
+    shown = list(words) if len(words) <= MOST_NAMES + 1 else [*words[:MOST_NAMES], f"{len(words) - MOST_NAMES} more"]
+    return " and ".join(filter(None, [", ".join(shown[:-1]), shown[-1]]))
+
+
+def format_statistic(value: Statistic | None, *, share: bool = False) -> str:
+    """Format a mean and its margin, in percent if `share`; empty for None."""
+    if value is None:
+        return ""
+    scale, unit, digits = (100, " %", 1) if share else (1, "", 3 if abs(value.mean) < 10 else 2)
+    margin = "" if value.margin is None else f" ± {value.margin * scale:.{digits}f}"
+    # no-break spaces keep a number on one line
+    return f"{value.mean * scale:.{digits}f}{margin}{unit}".replace(" ", "\N{NO-BREAK SPACE}")

@@ -1,0 +1,156 @@
+"""What a difference between two entries of a study can be attributed to.
+
+An entry is compared with the study's subject. If the kinds of their mixers differ, the study compares the mixer: its
+kind, with the options that only its own equations have. Otherwise it compares the fields that one of the two entries
+sets. Everything else in which the two differ is listed beside the answer: the accessories of mixers, heads,
+feed-forward networks, norms, sizes and training. The knob of `match` is not listed, as it is what makes costs equal.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from ..registry import Config
+from ..training import RunConfig
+from .differences import format_value, leaves
+from .equal import mixers_of
+from .results import Difference
+
+ACCESSORIES = ("short_conv", "qk_norm", "gate", "head_norm", "positions")
+"""Options that mixers have around their own equations."""
+SYNONYMS = {"rotation": "positions"}
+"""Other names of accessories in some mixers."""
+ABSENT = "no option"
+"""Value of an accessory of a mixer that does not have the option."""
+OFF = (None, False, 0, "none")
+"""Values of an accessory that turn it off; equal in effect, and equal to no option."""
+MIXER = "the mixer"
+
+
+class Feature(NamedTuple):
+    """What an entry has of a field."""
+
+    text: str
+    effect: frozenset[str]
+    """Values without the difference between `OFF` and `ABSENT`; equal for entries that do not differ in effect."""
+
+
+def describe(config: RunConfig) -> dict[str, Feature]:
+    """Return what an entry has of every field that entries may differ in, by the name of the field."""
+    model = config.model
+    blocks = [model.blocks[name] for name in dict.fromkeys(model.layers)]
+    mixers = mixers_of(model)
+    options = [(mixer, {SYNONYMS.get(name, name): name for name in type(mixer).model_fields}) for mixer in mixers]
+    features = {
+        name: _accessory([(mixer.kind, getattr(mixer, known.get(name, ""), ABSENT)) for mixer, known in options])
+        for name in ACCESSORIES
+    }
+    values: dict[str, list[Any]] = {}
+    for mixer, known in options:
+        for accessory, name in known.items():
+            if accessory not in ACCESSORIES:
+                values.setdefault(f"mixer.{name}", []).append(getattr(mixer, name))
+    for block in blocks:
+        for name, part in (("ffn", block.ffn), ("norm", block.norm)):
+            for path, value in _fields(name, part).items():
+                values.setdefault(path, []).append(value)
+        for path, value in _fields("block", block, exclude={"mixer", "ffn", "norm"}).items():
+            values.setdefault(path, []).append(value)
+    if len(set(model.layers)) > 1:
+        kinds = [model.blocks[name].mixer.kind for name in model.layers]
+        values["layers"] = [", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))]
+    sizes = _fields("", model, exclude={"blocks", "pattern", "norm"}) | _fields("final_norm", model.norm)
+    for path, value in (sizes | _fields("training", config.training)).items():
+        values[path] = [value]
+    for path, each in values.items():
+        texts = dict.fromkeys(map(_shown, each))
+        features[path] = Feature(" and ".join(texts), frozenset(texts))
+    return features
+
+
+def _accessory(values: Sequence[tuple[str, Any]]) -> Feature:
+    """Return an accessory from the kinds and values of an entry's mixers."""
+    kinds: dict[str, list[str]] = {}
+    for kind, value in values:
+        kinds.setdefault("none" if value in OFF else _shown(value), []).append(kind)
+    texts = (
+        list(kinds) if len(kinds) == 1 else [f"{text} ({', '.join(dict.fromkeys(of))})" for text, of in kinds.items()]
+    )
+    return Feature(", ".join(texts), frozenset("none" if text == ABSENT else text for text in kinds))
+
+
+def _fields(name: str, config: Config | None, exclude: Collection[str] = ()) -> dict[str, Any]:
+    """Flatten the fields of a part of a configuration by dotted path; a part that is null has one field."""
+    if config is None:
+        return {name: None}
+    fields = config.model_dump(mode="json", exclude=set(exclude))
+    return leaves({name: fields} if name else fields)
+
+
+def _shown(value: Any) -> str:
+    return "none" if value is None else format_value(value)
+
+
+def field_of(path: str) -> str:
+    """Return the field of `describe` that a path of a configuration sets, such as model.blocks.ret.ffn.expansion."""
+    top, *rest = path.split(".")
+    if top == "training":
+        return path
+    if rest[:1] != ["blocks"]:
+        return ".".join(["final_norm", *rest[1:]] if rest[:1] == ["norm"] else rest)
+    inside = rest[2:]
+    if inside[:1] == ["mixer"]:
+        accessory = SYNONYMS.get(inside[-1], inside[-1])
+        return accessory if accessory in ACCESSORIES else ".".join(inside)
+    return ".".join(inside if inside[:1] in (["ffn"], ["norm"]) else ["block", *inside])
+
+
+def compare(
+    configs: Mapping[str, RunConfig],
+    subject: str,
+    named: Mapping[str, Collection[str]],
+    ignored: Collection[str],
+    variant: Mapping[str, Any],
+) -> list[Difference]:
+    """Compare all entries of a variant with the subject.
+
+    Args:
+        configs: configurations by entry.
+        subject: the entry with which all others are compared.
+        named: fields that each entry sets; a field "*" stands for the whole model.
+        ignored: fields that are changed for matching, and those that are tuned.
+        variant: the variant.
+    """
+    features = {name: describe(config) for name, config in configs.items()}
+    found = {
+        name: _difference(features[subject], features[name], {*named[subject], *named[name]}, ignored)
+        for name in configs
+    }
+    shown = list(dict.fromkeys(field for _, also in found.values() for field in also))
+    return [
+        Difference(
+            entry=name,
+            variant=dict(variant),
+            compared=tuple(compared),
+            also=tuple(also),
+            values={field: features[name][field].text if field in features[name] else ABSENT for field in shown},
+        )
+        for name, (compared, also) in found.items()
+    ]
+
+
+def _difference(
+    one: Mapping[str, Feature], other: Mapping[str, Feature], named: Collection[str], ignored: Collection[str]
+) -> tuple[list[str], list[str]]:
+    """Return the fields that are compared, and all others in which two entries differ."""
+    differing = [
+        field
+        for field in dict.fromkeys([*one, *other])
+        if field not in ignored and (field not in one or field not in other or one[field].effect != other[field].effect)
+    ]
+    if "mixer.kind" in differing:
+        own = ("mixer.", "layers")
+        heads = [field for field in differing if field == "mixer.n_heads" and field in one and field in other]
+        return [MIXER], [*(field for field in differing if not field.startswith(own)), *heads]
+    whole = "*" in named
+    compared = [field for field in differing if field in named or (whole and not field.startswith("training."))]
+    return compared, [field for field in differing if field not in compared]

@@ -1,0 +1,82 @@
+"""Options that all mixers of a study have alike (`equal`), such as short_conv: 4, and mixers that cannot have them."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from ..mixers import MixerConfig
+from ..models import ModelConfig
+from ..registry.errors import shown
+from ..registry.explain import explain_fields
+
+
+@dataclass(frozen=True)
+class Exempt:
+    """A mixer that does not have the value that an option has in all others."""
+
+    option: str
+    mixer: str
+    """Kind of the mixer."""
+    reason: str | None
+    """Reason why the mixer keeps its own value; None if it has no such option."""
+
+
+def set_options(model: ModelConfig, options: Mapping[str, Any]) -> tuple[ModelConfig, list[Exempt]]:
+    """Set options in all mixers of a model that have them; also return the mixers that do not, or refuse the value."""
+    exempt: dict[Exempt, None] = {}
+    blocks = dict(model.blocks)
+    for name in dict.fromkeys(model.layers):
+        mixer = blocks[name].mixer
+        for option, value in options.items():
+            mixer = _set_option(mixer, option, value, exempt)
+        blocks[name] = blocks[name].model_copy(update={"mixer": mixer})
+    return model.model_copy(update={"blocks": blocks}), list(exempt)
+
+
+def _set_option(mixer: MixerConfig, option: str, value: Any, exempt: dict[Exempt, None]) -> MixerConfig:
+    if inner := _inner(mixer):
+        changed = tuple(_set_option(each, option, value, exempt) for each in inner)
+        return mixer.model_copy(update={"mixers": changed})
+    fields = {name: getattr(mixer, name) for name in type(mixer).model_fields}
+    if option not in fields:
+        exempt[Exempt(option, mixer.kind, None)] = None
+        return mixer
+    changes = fields | {option: value}
+    try:
+        return type(mixer).model_validate(changes)
+    except ValidationError as error:
+        why = explain_fields(error, changes, mixer.kind).splitlines()[0].removeprefix(f"{mixer.kind}: ")
+        reason = f"keeps {shown(fields[option])}: {why.removeprefix(f'{option}: ')}"
+        exempt[Exempt(option, mixer.kind, reason)] = None
+        return mixer
+
+
+def mixers_of(model: ModelConfig) -> list[MixerConfig]:
+    """Return the mixers of a model's layers, one per block; those inside a combination in place of the combination."""
+    return [each for name in dict.fromkeys(model.layers) for each in _flat(model.blocks[name].mixer)]
+
+
+def _flat(mixer: MixerConfig) -> list[MixerConfig]:
+    inner = _inner(mixer)
+    return [found for each in inner for found in _flat(each)] if inner else [mixer]
+
+
+def _inner(mixer: MixerConfig) -> tuple[MixerConfig, ...]:
+    """Return the mixers inside a combination such as parallel_hybrid; () for any other mixer."""
+    inner = getattr(mixer, "mixers", ())
+    return inner if isinstance(inner, tuple) and all(isinstance(each, MixerConfig) for each in inner) else ()
+
+
+def equal_sentences(options: Mapping[str, Any], exempt: Iterable[tuple[str, Exempt]]) -> Iterator[str]:
+    """Yield a sentence for each option, with the entries that do not have it; `exempt` has pairs with entries."""
+    for option, value in options.items():
+        exceptions = dict.fromkeys(
+            f"{entry if entry == each.mixer else f'{entry} ({each.mixer})'} "
+            + (f"has no {option}" if each.reason is None else each.reason)
+            for entry, each in exempt
+            if each.option == option
+        )
+        sentence = f"Equal in all mixers: {option} = {shown(value)}"
+        yield f"{sentence}; but {'; '.join(exceptions)}." if exceptions else f"{sentence}."
