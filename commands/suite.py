@@ -4,9 +4,9 @@ import shlex
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -18,18 +18,21 @@ from ..experiments.suite.scores import (
     PAGE_FILE,
     SCORES_FILE,
     TaskScores,
+    accessory_table,
     comparable,
     merge,
     new_scores,
     read_scores,
     score_table,
     task_scores,
+    uncertainty,
     write_scores,
 )
 from ..experiments.suite.tasks import Candidate, Extent, Metric, PlannedTask, Size, load_settings, write_studies
 from ..mixers import MIXERS
 from ..registry import Config, SeqmixError, load, write_file
 from ..registry.loading import dump
+from ..registry.yaml import parse
 from .console import plain_table, terminal
 from .options import Jobs
 from .show import si
@@ -49,7 +52,7 @@ class _SavedExtent(Config):
     steps: float
     """Fraction of the steps in the settings, at most 1."""
     one_rate: bool
-    """True for a single learning rate."""
+    """True without tuning of the learning rate."""
     one_seed: bool
     """True for a single seed."""
     tasks: tuple[str, ...]
@@ -76,11 +79,21 @@ def suite(
     budget: Annotated[
         str | None,
         typer.Option(
-            help="Time limit; learning rates, seeds, steps and tasks are left out until the suite fits.",
+            help="Time limit; tasks, tuning, seeds and steps are left out until the suite fits.",
             metavar="30m",
         ),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Use one learning rate and one seed.")] = False,
+    seeds: Annotated[
+        int | None, typer.Option(help="Number of seeds; by default, that of the settings.", min=1, max=100)
+    ] = None,
+    equal: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Option that every mixer gets that has it, such as short_conv=4; may be repeated.",
+            metavar="OPTION=VALUE",
+        ),
+    ] = None,
     beside: Annotated[
         list[Path] | None,
         typer.Option(
@@ -108,6 +121,11 @@ def suite(
     settings = load_settings(size)
     if quick and budget is not None:
         raise SeqmixError("--quick and --budget both limit the runs: leave one out")
+    if seeds is not None:
+        if quick:
+            raise SeqmixError("--quick has one seed, and --seeds sets their number: leave one out")
+        settings = settings.model_copy(update={"seeds": tuple(range(seeds))})
+    options = _equal_options(equal or [])
     if list_all:
         rows = [(name, task.measures, task.source) for name, task in settings.tasks.items()]
         console.print(plain_table("task", "measures", "source", rows=rows, overflow="fold"))
@@ -127,21 +145,24 @@ def suite(
     candidates = list(by_name.values())
     if not candidates:
         raise SeqmixError("nothing is measured: name a mixer, or leave out --no-references")
+    named = [each for each in sources if each not in REFERENCES] or sources
+    plan_tasks = partial(write_studies, equal=options, subject=Candidate.of(named[0]).name)
     jobs_option = [] if jobs is None else ["--jobs", str(jobs)]
     jobs = jobs or default_jobs(1)
     with tempfile.TemporaryDirectory() as temporary, console.status("") as status:
         extent = Extent(one_rate=quick, one_seed=quick)
         names = list(chosen)
-        request = (str(size), str(match), budget or "", *chosen)
+        request = (str(size), str(match), budget or "", str(seeds or ""), *(equal or ()), *chosen)
         if budget is not None:
-            planned = write_studies(Path(temporary), settings, chosen, candidates, match, extent, status.update)
-            extent, names = _read_extent(folder, request) or _fit_to_budget(planned, seconds_of(budget) * jobs, console)
+            planned = plan_tasks(Path(temporary), settings, chosen, candidates, match, extent, status.update)
+            extent, names = _read_extent(folder, request) or _fit_to_budget(planned, budget, jobs, console)
         notes = left_out(extent, names, list(chosen))
         chosen = {name: chosen[name] for name in names}
         study_folder = Path(temporary) if dry_run else folder
-        planned = write_studies(study_folder, settings, chosen, candidates, match, extent, status.update)
+        planned = plan_tasks(study_folder, settings, chosen, candidates, match, extent, status.update)
     words = [*(mixers or ()), *([f"--tasks={tasks}"] if tasks else ()), f"--match={match}", f"--size={size}"]
-    words += [f"--budget={budget}"] if budget else []
+    words += [*([f"--budget={budget}"] if budget else ()), *([] if seeds is None else [f"--seeds={seeds}"])]
+    words += [f"--equal={each}" for each in equal or ()]
     words += [*(["--quick"] if quick else ()), *(() if references else ("--no-references",))]
     command = f"seqmix suite {shlex.join(words)}"
     output_options = [*(["--out", str(out)] if out else ()), *jobs_option]
@@ -180,7 +201,11 @@ def suite(
             raise typer.Exit(130)
     headers, rows = score_table(shown)
     console.print(plain_table(*headers, rows=rows, overflow="fold"))
-    for sentence in (*shown.notes, *_describe_missing_scores(shown.tasks)):
+    headers, rows = accessory_table(shown)
+    if rows:
+        console.print("what else differs between the mixers:")
+        console.print(plain_table(*headers, rows=rows, overflow="fold"))
+    for sentence in (uncertainty(shown), *shown.notes, *_describe_missing_scores(shown.tasks)):
         console.print(sentence, soft_wrap=True)
     console.print(f"{folder} has {PAGE_FILE}, {SCORES_FILE} and a folder with the report of each task")
     if failed:
@@ -213,13 +238,29 @@ class _TaskProgress(StudyProgress):
         self.forecast.weights["later tasks"] = self.later_flops
 
 
-def _fit_to_budget(planned: Sequence[PlannedTask], budget: float, console: Console) -> tuple[Extent, list[str]]:
-    """Time a few steps of every run; return the extent and the tasks that fit into a budget in core-seconds."""
+def _fit_to_budget(
+    planned: Sequence[PlannedTask], budget: str, jobs: int, console: Console
+) -> tuple[Extent, list[str]]:
+    """Time a few steps of every run; return extent and tasks that fit into a budget with `jobs` runs at once."""
     console.print("timing a few steps of every run")
-    rates = {task.name: len(task.plan.study.learning_rates) for task in planned}
-    extent, names, seconds = fit(time_runs(planned), rates, len(planned[0].plan.study.seeds), budget)
-    console.print(f"{', '.join(names)}: about {seconds / 60:.0f} core-minutes")
+    rates = {task.name: len(task.task.learning_rates) for task in planned}
+    seeds = len(planned[0].plan.study.seeds)
+    extent, names, seconds = fit(time_runs(planned), rates, seeds, seconds_of(budget) * jobs)
+    at_once = f" with {jobs} runs at once ({seconds / 60:.1f} core-minutes)" if jobs > 1 else ""
+    console.print(f"{', '.join(names)}: about {seconds / jobs / 60:.1f} minutes{at_once}, if nothing else runs")
     return extent, names
+
+
+def _equal_options(assignments: Sequence[str]) -> dict[str, Any]:
+    """Parse the values of --equal, such as short_conv=4."""
+    options = {}
+    for each in assignments:
+        name, equals_sign, text = each.partition("=")
+        if not equals_sign or not name:
+            raise SeqmixError(f"expected --equal OPTION=VALUE, such as short_conv=4, got {each!r}")
+        node = parse(text, f"--equal {name}")
+        options[name] = None if node is None else node.plain()
+    return options
 
 
 def _read_extent(folder: Path, request: Sequence[str]) -> tuple[Extent, list[str]] | None:

@@ -4,14 +4,12 @@ import os
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
 from ..registry import SeqmixError
 from ..training import load_config, read_config
 from ..training.checkpoint.run_dir import CONFIG_FILE
 from ..training.monitoring.memory import keep_freed_memory
-from ..training.precision import choose_precision
 from .console import note
 from .options import DeviceOrGpu, Overrides, require_device
 from .progress import run_with_progress
@@ -70,12 +68,5 @@ def train(
     if device is not None:
         require_device(device)
     keep_freed_memory()
-    on_cpu = device == "cpu" or (device is None and not torch.cuda.is_available())
-    if (
-        resume is None and on_cpu and os.environ.get("WORLD_SIZE", "1") == "1"
-    ):  # several processes could choose differently
-        loaded, precision_note = choose_precision(loaded)
-        if precision_note is not None:
-            note(precision_note)
     if not run_with_progress(loaded, run, resume=resume is not None, device=device):
         raise typer.Exit(130)  # the shell's status of an interrupted command, so that `train && generate` stops

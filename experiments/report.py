@@ -78,7 +78,7 @@ def render(results: Results) -> str:
         quantity=quantity,
         again={
             "seeds": ", ".join(map(str, sorted({run.seed for run in results.runs}))),
-            "learning rates": ", ".join(map(number, sorted({run.learning_rate for run in results.runs} - {None}))),
+            "learning rates": ", ".join(map(number, results.learning_rates)),
             "created": results.created,
             "machine": ", ".join(filter(None, machine)),
             "commit": results.machine.commit,

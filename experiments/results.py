@@ -279,6 +279,11 @@ class Results(Config):
         """Name of the entry that the question is about."""
         return self.entries[0].name if self.subject is None else self.subject
 
+    @property
+    def learning_rates(self) -> list[float]:
+        """All learning rates, tuning included, ascending."""
+        return sorted({run.learning_rate for run in self.runs if run.learning_rate is not None})
+
     def runs_of(self, row: SummaryRow) -> list[RunResult]:
         """Return the finished runs behind a row of the summary."""
         chosen = (row.entry, row.variant, row.learning_rate, "finished", False)

@@ -17,6 +17,7 @@ from ..benchmarks.peers.ours import Seqmix
 from ..benchmarks.peers.peer import Size
 from ..models import ModelConfig
 from ..registry import dump, write_file
+from ..training.precision import precision_of
 from .plan import Plan
 from .results import DecodeSpeedRow, SpeedResult, TrainSpeedRow
 from .study import Speed
@@ -57,10 +58,12 @@ def measure(plan: Plan, folder: Path, on_note: Callable[[str], None]) -> SpeedRe
         return None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     models = {entry.name: entry.config.model for entry in plan.entries}
+    precision = precision_of(plan.entries[0].config.training, device)
     request = {
         "speed": speed.model_dump(mode="json"),
         "device": str(device),
         "threads": plan.study.threads,
+        "precision": str(precision).removeprefix("torch."),
         "models": {name: dump(model) for name, model in models.items()},
     }
     file = folder / SPEED_FILE
@@ -69,7 +72,7 @@ def measure(plan: Plan, folder: Path, on_note: Callable[[str], None]) -> SpeedRe
     threads = torch.get_num_threads()
     torch.set_num_threads(plan.study.threads)
     try:
-        result = _measure(speed, models, device, on_note)
+        result = _measure(speed, models, device, precision, on_note)
     finally:
         torch.set_num_threads(threads)
     write_file(json.dumps({"asked": request, "found": result.model_dump(mode="json")}, indent=1), file)
@@ -85,7 +88,11 @@ def _read(file: Path, request: object) -> SpeedResult | None:
 
 
 def _measure(
-    speed: Speed, models: Mapping[str, ModelConfig], device: torch.device, on_note: Callable[[str], None]
+    speed: Speed,
+    models: Mapping[str, ModelConfig],
+    device: torch.device,
+    precision: torch.dtype,
+    on_note: Callable[[str], None],
 ) -> SpeedResult:
     settings = partial(Settings, model=next(iter(models.values())), device=device, repeat=speed.repeat, shares=False)
 
@@ -99,7 +106,7 @@ def _measure(
     train = []
     decode = []
     if speed.train is not None:
-        train = rows(_TrainSpeed(settings(lengths=speed.train.lengths, tokens=speed.train.tokens)))
+        train = rows(_TrainSpeed(settings(lengths=speed.train.lengths, tokens=speed.train.tokens, dtype=precision)))
     if speed.decode is not None:
         decode = rows(_DecodeSpeed(settings(lengths=speed.decode.contexts, batch=speed.decode.batch)))
     return SpeedResult(

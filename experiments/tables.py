@@ -125,7 +125,7 @@ def summary_table(results: Results) -> tuple[list[str], list[tuple[str, ...]]]:
     """Return the heads and rows of the summary table."""
     varied = dict.fromkeys(path for row in results.summary for path in row.variant)
     speed, _ = speed_of(results)
-    several_rates = len({run.learning_rate for run in results.runs if run.learning_rate is not None}) > 1
+    several_rates = len(results.learning_rates) > 1
     scores = dict.fromkeys(
         (task, metric) for row in results.summary for task in row.scores for metric in row.scores[task]
     )

@@ -86,9 +86,8 @@ class TrainingConfig(Config):
     """Decay per step, such as 0.999, of an exponential moving average of the parameters, which checkpoints store beside
     the parameters; null for no average."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of matrix products: `bfloat16` is autocast with float32 parameters. `auto` chooses bfloat16 on a CUDA
-    device that supports it. On a CPU, `seqmix train` times a step in both: if bfloat16 is faster, it prints a note and
-    writes `bfloat16` into the run's config.yaml."""
+    """Precision of matrix products: `bfloat16` is autocast with float32 parameters. `auto` depends on the device alone:
+    bfloat16 on a CUDA device that supports it and on a CPU with bfloat16 instructions (AVX-512-BF16), else float32."""
     compile: bool = False
     """Compile each kind of block with `torch.compile` (fullgraph)."""
     activation_checkpointing: Checkpointing = False

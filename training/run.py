@@ -162,7 +162,7 @@ class Course:
         # masks of the library's own dropout do not depend on the layout
         modules = (module for module in trainer.model.modules() if module not in trainer.dropouts)
         dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in modules)
-        return _resume_notes(manifest, trainer.source, changed, self.groups, dropout)
+        return _resume_notes(manifest, trainer, changed, self.groups, dropout)
 
     def steps(self, start: int, stop: Callable[[], bool]) -> Iterator[Event]:
         """Run all steps from `start` on, with evaluations and checkpoints, until a stop request or early stopping."""
@@ -234,6 +234,7 @@ class Course:
             step=step,
             processes=groups.size,
             context_parallel=groups.context_parallel,
+            precision=str(trainer.precision).removeprefix("torch."),
             metrics=metrics,
             best=best,
             data=source.digest,
@@ -414,22 +415,25 @@ def _require_context_parallel_mixers(model: LanguageModel, settings: TrainingCon
 
 
 def _resume_notes(
-    manifest: Manifest, source: Source, changed_fields: list[str], groups: ProcessGroups, dropout: bool
+    manifest: Manifest, trainer: Trainer, changed_fields: list[str], groups: ProcessGroups, dropout: bool
 ) -> list[str]:
     """Describe how a resumed run differs from an uninterrupted one, in rounding, dropout or data: one sentence each.
 
     Args:
         manifest: the manifest of the checkpoint.
-        source: the data.
+        trainer: the trainer of the resumed run.
         changed_fields: phrases on implementation fields that changed.
         groups: the processes.
         dropout: True if the model has dropout whose masks depend on the layout.
     """
-    now = {"processes": groups.size, "context_parallel": groups.context_parallel}
-    then = {name: getattr(manifest, name) for name in now}
+    now: dict[str, object] = {"processes": groups.size, "context_parallel": groups.context_parallel}
+    then: dict[str, object] = {name: getattr(manifest, name) for name in now}
     other_masks = dropout and now != then
     now |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
     then |= {"threads": manifest.threads, "torch": manifest.torch}
+    if manifest.precision is not None:
+        now["precision"] = str(trainer.precision).removeprefix("torch.")
+        then["precision"] = manifest.precision
     changed = [f"{name} {then[name]} before and {now[name]} from here on" for name in now if now[name] != then[name]]
     notes = []
     if changed := [*changed, *changed_fields]:
@@ -438,6 +442,7 @@ def _resume_notes(
         )
     if other_masks:
         notes.append("another layout draws other dropout masks, like another seed: weights differ by some percent")
+    source = trainer.source
     if manifest.data is not None and manifest.data != source.digest:
         notes.append(
             f"{source.name} differs from the training data up to step {manifest.step}: the run continues on other data"

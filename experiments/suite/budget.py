@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -19,7 +19,7 @@ LADDER = (
     Extent(steps=0.7, one_rate=True, one_seed=True),
     Extent(steps=0.5, one_rate=True, one_seed=True),
 )
-"""Extents to try, largest first; if none fits, tasks are left out, starting from the last."""
+"""Extents to try, largest first; the first at which at least one task fits is used, with all tasks that fit."""
 STEPS = 3
 """Number of timed steps; the fastest counts."""
 START = 5.0
@@ -66,30 +66,41 @@ def _seconds(run: PlannedRun) -> float:
         times.append(clock() - began)
     began = clock()
     trainer.evaluate()
+    evaluation = clock() - began
+    began = clock()
+    trainer.evaluate(final=True)
+    last = clock() - began
     evaluations = -(-config.training.steps // config.training.evaluate_every)
-    return START + min(times) * config.training.steps + (clock() - began) * (evaluations + 2)
+    return START + min(times) * config.training.steps + evaluation * evaluations + last
 
 
 def fit(
     times: Mapping[str, Mapping[str, float]], rates: Mapping[str, int], seeds: int, budget: float
 ) -> tuple[Extent, list[str], float]:
-    """Return the largest part of the suite that fits into a budget.
+    """Return the part of the suite that fits into a budget: few tasks with tuning and all seeds before many without.
 
     Args:
         times: seconds of a run, by task and entry, most important task first.
         rates: number of learning rates of each task.
         seeds: number of seeds.
-        budget: seconds that all runs together may take, run one after another.
+        budget: core-seconds that all runs together may take.
 
     Returns:
-        The extent of the runs, the tasks, and the seconds of all runs.
+        The extent of the runs, the tasks, and the core-seconds of all runs.
 
     Raises:
         SeqmixError: not even one task fits.
     """
-    for extent, names in _ladder(list(times)):
-        seconds = sum(cost(times[name], rates[name], seeds, extent) for name in names)
-        if seconds <= budget:
+    for extent in LADDER:
+        names: list[str] = []
+        seconds = 0.0
+        for name in times:
+            seconds_of_task = cost(times[name], rates[name], seeds, extent)
+            if seconds + seconds_of_task > budget:
+                break
+            names.append(name)
+            seconds += seconds_of_task
+        if names:
             return extent, names, seconds
     least = cost(next(iter(times.values())), 1, 1, LADDER[-1])
     raise SeqmixError(
@@ -100,13 +111,9 @@ def fit(
 
 def cost(times: Mapping[str, float], rates: int, seeds: int, extent: Extent) -> float:
     """Return the seconds of all runs of a task at an extent; `times` are the seconds of one full run by entry."""
-    runs = (1 if extent.one_rate else rates) * (1 if extent.one_seed else seeds)
+    tuning = 0 if extent.one_rate or rates < 2 else rates  # with one tuning seed
+    runs = tuning + (1 if extent.one_seed else seeds)
     return runs * sum(START + (seconds - START) * extent.steps for seconds in times.values())
-
-
-def _ladder(names: list[str]) -> Iterator[tuple[Extent, list[str]]]:
-    yield from ((extent, names) for extent in LADDER)
-    yield from ((LADDER[-1], names[:count]) for count in range(len(names) - 1, 0, -1))
 
 
 def left_out(extent: Extent, names: Sequence[str], every: Sequence[str]) -> list[str]:
@@ -117,7 +124,7 @@ def left_out(extent: Extent, names: Sequence[str], every: Sequence[str]) -> list
     if extent.steps < 1:
         sentences.append(f"Runs have {extent.steps:.0%} of their steps, so scores are lower than those of full runs.")
     if extent.one_rate:
-        sentences.append("One learning rate of each grid is tried.")
+        sentences.append("Learning rates are not tuned: every mixer has the first of each grid.")
     if extent.one_seed:
-        sentences.append("There is only one seed, so differences may be chance.")
+        sentences.append("There is only one seed, so there are no intervals: differences may be chance.")
     return sentences

@@ -1,20 +1,20 @@
-"""Scores of the suite: a row per task and mixer, merging with the rows of other calls, and a table."""
+"""Scores of the suite: a row per task and mixer, merging with the rows of other calls, and tables."""
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import mean
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from pydantic import Field, ValidationError
 
 from ...registry import Config, SeqmixError, read_bytes, write_file
 from ...registry.yaml import write as to_yaml
+from ..attribution import ACCESSORIES, describe
 from ..pages import table
 from ..report import REPORT_FILE
 from ..results import AccuracyBy, Machine, Results, RunResult, Statistic
-from ..summary import statistic
+from ..summary import beyond_noise, statistic
 from .tasks import Metric, PlannedTask, Size, SuiteTask
 
 SCORES_FILE = "suite.json"
@@ -31,6 +31,10 @@ class ScoreRow(Config):
     """Distinct kinds of mixers."""
     score: Statistic
     """Mean accuracy at the scored difficulties; statistics over seeds."""
+    scores: dict[str, float] = Field(default_factory=dict)
+    """The same of each seed, by the seed; empty in files of older versions."""
+    accessories: dict[str, str] = Field(default_factory=dict)
+    """Accessories of the mixers, such as short_conv; empty in files of older versions."""
     accuracy_by: AccuracyBy
     """Accuracy by difficulty, averaged over seeds."""
     learning_rate: float
@@ -51,9 +55,14 @@ class Conditions(Config):
     training: str
     """Fields of the training that differ from the defaults, in YAML."""
     learning_rates: tuple[float, ...]
+    """Learning rates of which each mixer's is tuned, or the only one."""
+    tuning_seeds: tuple[int, ...] = ()
+    """Seeds of the tuning runs; none without tuning."""
     seeds: tuple[int, ...]
     matched: str
     """Cost that is matched, its target, and the knob."""
+    equal: str = ""
+    """Options that all mixers have alike, in YAML."""
 
 
 class TaskScores(Config):
@@ -84,18 +93,18 @@ class Scores(Config):
 def task_scores(planned: PlannedTask, results: Results) -> TaskScores:
     """Return the scores of one task from the results of its study."""
     rows = []
+    configs = {entry.name: entry.config for entry in planned.plan.entries}
     for summary in results.summary:
-        runs = [
-            run
-            for run in results.runs
-            if (run.entry, run.learning_rate, run.status) == (summary.entry, summary.learning_rate, "finished")
-        ]
+        by_seed = {str(run.seed): _score(run, planned.task) for run in results.runs_of(summary)}
+        features = describe(configs[summary.entry])
         entry = results.entry_of(summary)
         rows.append(
             ScoreRow(
                 entry=summary.entry,
                 mixers=entry.mixers,
-                score=statistic([_score(run, planned.task) for run in runs]),
+                score=statistic(list(by_seed.values())),
+                scores=by_seed,
+                accessories={name: features[name].text for name in ACCESSORIES},
                 accuracy_by={
                     name: {key: value.mean for key, value in by.items()} for name, by in summary.accuracy_by.items()
                 },
@@ -121,13 +130,16 @@ def conditions_of(planned: PlannedTask) -> Conditions:
     config = planned.plan.runs[0].config
     study = planned.plan.study
     match = study.match
-    training = config.training.model_copy(update={"learning_rate": study.learning_rates[0]})
+    rates = (config.training.learning_rate,) if study.tune is None else study.tune.learning_rate
+    training = config.training.model_copy(update={"learning_rate": rates[0]})
     return Conditions(
         data=_changed_fields({"kind": config.data.kind}, config.data),
         training=_changed_fields({}, training),
-        learning_rates=study.learning_rates,
+        learning_rates=rates,
+        tuning_seeds=study.tuning_seeds,
         seeds=study.seeds,
         matched="" if match is None else f"{match.metric} {match.wanted:,} by {match.knob}",
+        equal=to_yaml(study.equal, in_one_line=True).strip() if study.equal else "",
     )
 
 
@@ -207,44 +219,91 @@ def score_table(scores: Scores) -> tuple[list[str], list[tuple[str, ...]]]:
     """Return heads and rows of the score table: accuracies in percent, best mean first, chance level last.
 
     A task with variations is one column, the mean over all of them; an entry needs a score in each. The mean over tasks
-    is given for entries with a score in every task.
+    is given for entries with a score in every task. A star marks the best of a column and those tied with it.
     """
     tasks = {name: task for name, task in scores.tasks.items() if task.rows and task.task.varies is None}
-    table_scores: dict[str, dict[str, Statistic]] = {}
+    columns: dict[str, dict[str, _Cell]] = {}
     for name in tasks:
         parts = [task for key, task in scores.tasks.items() if name in (key, task.task.varies)]
         for row in tasks[name].rows:
-            parts_scores = [other.score for part in parts for other in part.rows if other.entry == row.entry]
-            if len(parts_scores) == len(parts):
-                table_scores.setdefault(row.entry, {})[name] = _average(parts_scores)
-
-    def average(entry: str) -> float | None:
-        by_task = table_scores[entry]
-        return mean(value.mean for value in by_task.values()) if len(by_task) == len(tasks) else None
-
-    ranked = sorted(table_scores, key=lambda entry: -(average(entry) or 0.0))
-    rows = [
-        (entry, *(_percent(table_scores[entry].get(name)) for name in tasks), _percent(average(entry)))
-        for entry in ranked
-    ]
+            cells = [
+                _Cell(other.score, other.scores) for part in parts for other in part.rows if other.entry == row.entry
+            ]
+            if len(cells) == len(parts):
+                columns.setdefault(name, {})[row.entry] = _average(cells)
+    entries = dict.fromkeys(entry for column in columns.values() for entry in column)
+    whole = {
+        entry: _average([column[entry] for column in columns.values()])
+        for entry in entries
+        if all(entry in columns.get(name, {}) for name in tasks)
+    }
+    ranked = sorted(entries, key=lambda entry: -(whole[entry].score.mean if entry in whole else 0.0))
+    texts = [_marked(column) for column in (*(columns.get(name, {}) for name in tasks), whole)]
+    rows = [(entry, *(text.get(entry, "") for text in texts)) for entry in ranked]
     chances = [task.task.chance for task in tasks.values()]
     guessing = ("(guessing)", *map(_percent, chances), _percent(mean(chances) if chances else None))
     return ["entry", *tasks, "mean"], [*rows, guessing]
 
 
-def _average(scores: Sequence[Statistic]) -> Statistic:
-    """Return the mean of scores; spreads are combined as independent."""
-    spreads = [score.spread for score in scores if score.spread is not None]
-    spread = math.hypot(*spreads) / len(scores) if len(spreads) == len(scores) else None
-    return Statistic(mean=mean(score.mean for score in scores), spread=spread)
+class _Cell(NamedTuple):
+    """A score, and that of each seed as far as it is known."""
+
+    score: Statistic
+    by_seed: Mapping[str, float]
+
+
+def _average(cells: Sequence[_Cell]) -> _Cell:
+    """Return the mean of scores; with the same seeds in all of them, the mean of each seed, and so an interval."""
+    seeds = cells[0].by_seed
+    if not seeds or any(cell.by_seed.keys() != seeds.keys() for cell in cells):
+        return _Cell(Statistic(mean=mean(cell.score.mean for cell in cells)), {})
+    by_seed = {seed: mean(cell.by_seed[seed] for cell in cells) for seed in seeds}
+    return _Cell(statistic(list(by_seed.values())), by_seed)
+
+
+def _marked(column: Mapping[str, _Cell]) -> dict[str, str]:
+    """Return the texts of a column, with a star at the best score and at those tied with it."""
+    best = max(column.values(), key=lambda cell: cell.score.mean, default=None)
+    ranked = all(len(cell.by_seed) > 1 for cell in column.values()) and len(column) > 1
+    texts = {}
+    for entry, cell in column.items():
+        star = best is not None and ranked and _tied(best, cell)
+        texts[entry] = _percent(cell.score) + (" *" if star else "")
+    return texts
+
+
+def _tied(best: _Cell, other: _Cell) -> bool:
+    differences = [value - other.by_seed[seed] for seed, value in best.by_seed.items() if seed in other.by_seed]
+    return len(differences) > 1 and not beyond_noise(statistic(differences))
 
 
 def _percent(value: Statistic | float | None) -> str:
     if value is None:
         return ""
     if isinstance(value, Statistic):
-        return _percent(value.mean) + ("" if value.spread is None else f" ± {100 * value.spread:.1f}")
+        return _percent(value.mean) + ("" if value.margin is None else f" ± {100 * value.margin:.1f}")
     return f"{100 * value:.1f}"
+
+
+def accessory_table(scores: Scores) -> tuple[list[str], list[tuple[str, ...]]]:
+    """Return heads and rows of a table of the mixers' accessories; no rows if all have the same ones."""
+    known = {row.entry: row.accessories for task in scores.tasks.values() for row in task.rows if row.accessories}
+    differing = [name for name in ACCESSORIES if len({each.get(name) for each in known.values()}) > 1]
+    if not differing:
+        return [], []
+    return ["entry", *differing], [
+        (entry, *(each.get(name, "") for name in differing)) for entry, each in known.items()
+    ]
+
+
+def uncertainty(scores: Scores) -> str:
+    """Return a sentence on what intervals and stars mean."""
+    if any(row.score.margin is not None for task in scores.tasks.values() for row in task.rows):
+        return (
+            "± is half the width of the 95 % t interval over seeds. A star marks the best of a column and those tied with "
+            "it, whose differences from it at equal seeds have a 95 % t interval that contains 0."
+        )
+    return "There is one seed, so there are no intervals and no ranking: differences may be chance."
 
 
 def markdown(scores: Scores, *, reports: bool = True) -> list[str]:
@@ -256,18 +315,24 @@ def markdown(scores: Scores, *, reports: bool = True) -> list[str]:
     """
     head, rows = score_table(scores)
     lines = [*table([head[0], *(f"{name}:" for name in head[1:])], rows), ""]
-    spread = any(row.score.spread is not None for task in scores.tasks.values() for row in task.rows)
-    seeds = ", mean ± standard deviation over seeds" if spread else ""
-    lines += [f"Accuracy in percent{seeds}; equal {scores.match}; best mean first.", ""]
+    lines += [f"Accuracy in percent; equal {scores.match}; best mean first. {uncertainty(scores)}", ""]
+    heads, rows = accessory_table(scores)
+    if rows:
+        lines += ["The mixers also differ in their accessories, so no score is that of a mixer's equations alone:", ""]
+        lines += [*table(heads, rows), ""]
     for name, task in scores.tasks.items():
         at = f", at {' and '.join(task.task.score_at)}" if task.task.score_at else ""
         link = f"[**{name}**]({name}/{REPORT_FILE})" if reports else f"**{name}**"
         conditions = task.conditions
         seeds = ", ".join(f"{seed:g}" for seed in conditions.seeds)
         rates = ", ".join(f"{rate:g}" for rate in conditions.learning_rates)
+        tuned = f"learning rate {rates}"
+        if conditions.tuning_seeds:
+            tuned = f"learning rate tuned ({rates}; seeds {', '.join(map(str, conditions.tuning_seeds))})"
+        equal = f"; equal in all mixers: {conditions.equal}" if conditions.equal else ""
         lines.append(
-            f"- {link}: {task.task.measures}{at} ({task.task.source}). Seeds {seeds}; learning rates {rates}; "
-            f"{conditions.matched}."
+            f"- {link}: {task.task.measures}{at} ({task.task.source}). Seeds {seeds}; {tuned}; "
+            f"{conditions.matched}{equal}."
         )
         lines += [f"  Differs from the published settings: {task.task.differs}."] if task.task.differs else []
         for entry, why in task.left_out.items():

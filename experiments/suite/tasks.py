@@ -54,7 +54,7 @@ class SuiteTask(Config):
     training: dict[str, Any] = Field(default_factory=dict)
     """Changes to the base's training."""
     learning_rates: Annotated[tuple[Rate, ...], OnceEach] = Field(min_length=1)
-    """Grid of learning rates; the first is used if there is time for only one."""
+    """Learning rates of which each mixer's is tuned; the first is used without tuning."""
     score_at: tuple[str, ...] | None = None
     """Difficulties whose mean accuracy is the score; null for all that are evaluated."""
     changes: dict[Name, Change] = Field(default_factory=dict)
@@ -161,12 +161,12 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Extent:
-    """Extent to which each task is run: a share of its steps, and all or one of its learning rates and seeds."""
+    """Extent to which each task is run: a share of its steps, with or without tuning, with all or one of its seeds."""
 
     steps: float = 1.0
     """Share of the training steps, from 0 to 1."""
     one_rate: bool = False
-    """True to try only the first learning rate."""
+    """True to use the first learning rate without tuning."""
     one_seed: bool = False
     """True to use only the first seed."""
 
@@ -190,11 +190,15 @@ def write_studies(
     match: Metric,
     extent: Extent,
     started: Callable[[str], object] = str,
+    *,
+    equal: Mapping[str, Any] | None = None,
+    subject: str | None = None,
 ) -> list[PlannedTask]:
     """Write each task's study (folder/TASK/TASK.yaml and its base.yaml), and plan it.
 
     Every candidate is matched to the cost of the task's own model, which has attention, so that rows of different calls
-    are comparable. `started` is called with a line when the planning of a task starts.
+    are comparable. `started` is called with a line when the planning of a task starts. `equal` has options that are
+    equal in all mixers; `subject` is the candidate that the reports begin with.
 
     Raises:
         SeqmixError: no candidate can be trained on a task.
@@ -212,8 +216,12 @@ def write_studies(
             "entries": {each.name: each.entry(base) for each in candidates},
             "match": {match: wanted, "knob": knob, "tolerance": tolerance},
             "seeds": list(settings.seeds[: 1 if extent.one_seed else None]),
-            "learning_rates": list(task.learning_rates[: 1 if extent.one_rate else None]),
+            "equal": dict(equal or {}),
         }
+        if not extent.one_rate and len(task.learning_rates) > 1:
+            study["tune"] = {"learning_rate": list(task.learning_rates)}
+        if subject is not None:
+            study["subject"] = subject
         planned.append(_plan(name, task, study, folder / name / f"{name}.yaml"))
     return planned
 
@@ -224,6 +232,7 @@ def base_of(settings: SuiteSettings, task: SuiteTask, extent: Extent) -> RunConf
     for change in task.changes.values() if task.varies else ():
         parts = [*parts, *change.model_dump().items()]
     changes = [f"{part}={to_yaml(value, in_one_line=True)}" for part, value in parts if value]
+    changes.append(f"training.learning_rate={task.learning_rates[0]}")
     config = load_config(FOLDER / settings.base, changes)
     if extent.steps == 1:
         return config
@@ -235,7 +244,10 @@ def _plan(name: str, task: SuiteTask, study: dict[str, Any], file: Path) -> Plan
     """Plan a task's study without the entries that cannot be planned."""
 
     def plan_entries(entries: Mapping[str, Any]) -> Plan:
-        write_file(to_yaml(study | {"entries": dict(entries)}), file)
+        values = study | {"entries": dict(entries)}
+        if values.get("subject") not in entries:
+            values.pop("subject", None)  # it cannot be trained on this task
+        write_file(to_yaml(values), file)
         return plan(load_study(file), file)
 
     entries = study["entries"]

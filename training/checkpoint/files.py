@@ -79,6 +79,8 @@ class Manifest(Config):
     """Number of processes during training, which affects the rounding of sums."""
     context_parallel: int = 1
     """Number of processes that shared each sequence."""
+    precision: str | None = None
+    """Dtype of matrix products during training; None in a checkpoint of an older version."""
     metrics: dict[str, float]
     """Metrics after this step; `validation_loss` only if this step was evaluated."""
     best: Best
@@ -114,6 +116,7 @@ class Manifest(Config):
             "data_state": None,
             "processes": 1,
             "context_parallel": 1,
+            "precision": None,
             "skipped_steps": 0,
             "gradient_norms": (),
         }
