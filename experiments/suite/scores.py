@@ -300,8 +300,8 @@ def uncertainty(scores: Scores) -> str:
     """Return a sentence on what intervals and stars mean."""
     if any(row.score.margin is not None for task in scores.tasks.values() for row in task.rows):
         return (
-            "± is half the width of the 95 % t interval over seeds. A star marks the best of a column and those tied with "
-            "it, whose differences from it at equal seeds have a 95 % t interval that contains 0."
+            "± is half the width of the 95 % t interval over seeds. A star marks the best of a column and those tied "
+            "with it: their differences from it at equal seeds have a 95 % t interval that contains 0."
         )
     return "There is one seed, so there are no intervals and no ranking: differences may be chance."
 
