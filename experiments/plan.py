@@ -364,11 +364,9 @@ def _require_options(study: Study, source: _Source, entries: list[PlannedEntry])
         StudyError: it does not.
     """
     for option in study.equal_options:
-        place = (
-            source.place(study.equal[option], "equal", option)
-            if option in study.equal
-            else f"{source.file}: vary: equal.{option}: "
-        )
+        varied = f"equal.{option}"
+        place = source.place(study.vary[varied], "vary", varied) if varied in study.vary else ""
+        place = place or source.place(study.equal[option], "equal", option)
         kinds = {mixer.kind: mixer for entry in entries for mixer in mixers_of(entry.config.model)}
         if not any(option in type(mixer).model_fields for mixer in kinds.values()):
             known = dict.fromkeys(name for mixer in kinds.values() for name in type(mixer).model_fields)

@@ -63,6 +63,7 @@ def run(
     accuracy: float | None = None,
     speed: float = 41000.0,
     variant: dict[str, Any] | None = None,
+    tunes: bool = False,
 ) -> dict[str, Any]:
     """A run whose loss falls to `end`."""
     random = np.random.default_rng([seed, len(name), int(rate * 1e5)])
@@ -83,6 +84,7 @@ def run(
         "entry": name,
         "seed": seed,
         "learning_rate": rate,
+        "tunes": tunes,
         "variant": variant or {},
         "status": "finished",
         "error": None,
@@ -122,12 +124,13 @@ def study(
 
 
 def recall() -> dict[str, Any]:
-    """Five mixers, three seeds, two learning rates, a task with slices of difficulty."""
+    """Five mixers, three seeds, two learning rates that are tuned, a task with slices of difficulty."""
     runs = []
     for i, (name, (_, _, _, best)) in enumerate(MIXERS.items()):
         for rate, worse, share in ((3e-4, 1.3, 0.9), (1e-3, 1.0, 1.0)):
             loss, how = 0.02 + 2 * (1 - best) * worse, {"accuracy": best * share, "speed": 30000.0 + 4000 * i}
-            runs += [run(name, seed, rate, loss, **how) for seed in range(3)]
+            runs.append(run(name, 3, rate, loss, **how, tunes=True))
+        runs += [run(name, seed, rate, loss, **how) for seed in range(3)]
     return study("recall", "Which mixer recalls the most pairs of key and value?", list(MIXERS), runs)
 
 

@@ -12,20 +12,21 @@ import pytest
 from seqmix import SeqmixError
 from seqmix.commands.study_progress import Forecast
 from seqmix.experiments.collect import collect, run_result
-from seqmix.experiments.results import EntryResult, Results, RunResult, read_results, write
+from seqmix.experiments.results import EntryResult, Results, RunResult, Statistic, read_results, write
 from seqmix.experiments.scaling import scaling_lines
 from seqmix.experiments.study_figures import Plots
-from seqmix.experiments.summary import best_first, summarise
+from seqmix.experiments.summary import best_first, choose_rates, statistic, summarise, t_quantile
 from seqmix.experiments.tables import markdown, write_tables
 from seqmix.registry.yaml import write as to_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run(entry, loss, *, seed=0, rate=1e-3, accuracy=None, variant=None):
+def run(entry, loss, *, seed=0, rate=1e-3, accuracy=None, variant=None, tunes=False):
     return RunResult(
         name=f"{entry}-{rate}-{seed}-{variant}",
         entry=entry,
+        tunes=tunes,
         seed=seed,
         learning_rate=rate,
         variant=variant or {},
@@ -55,24 +56,65 @@ def results(runs, rates=()):
     return Results(name="x", created="", entries=entries, runs=tuple(runs), summary=tuple(summarise(runs, rates)))
 
 
-def test_the_best_rate_is_that_of_the_mean_over_seeds():
+def test_the_best_rate_is_that_of_the_mean_over_tuning_seeds():
     runs = [
-        *(run("a", loss, seed=seed, rate=1e-3) for seed, loss in enumerate((2.0, 2.2))),
-        *(run("a", loss, seed=seed, rate=3e-3) for seed, loss in enumerate((1.0, 2.8))),
-        *(run("a", loss, seed=seed, rate=1e-2) for seed, loss in enumerate((3.0, 3.2))),
+        *(run("a", loss, seed=seed, rate=1e-3, tunes=True) for seed, loss in enumerate((2.0, 2.2))),
+        *(run("a", loss, seed=seed, rate=3e-3, tunes=True) for seed, loss in enumerate((1.0, 2.8))),
+        *(run("a", loss, seed=seed, rate=1e-2, tunes=True) for seed, loss in enumerate((3.0, 3.2))),
+        *(run("a", 0.1, seed=seed, rate=1e-2) for seed in (5, 6)),  # what is reported chooses nothing
     ]
-    (row,) = summarise(runs, (1e-3, 3e-3, 1e-2))
-    assert (row.learning_rate, row.at_edge, row.seeds) == (3e-3, None, 2)
-    assert (row.validation_loss.mean, row.validation_loss.spread) == pytest.approx((1.9, 1.2727922))
-    (row,) = summarise(runs[:2] + runs[4:], (1e-3, 1e-2))
-    assert (row.learning_rate, row.at_edge) == (1e-3, "lowest")
+    assert choose_rates(runs) == {"a": 3e-3}
+    assert choose_rates(runs[:2] + runs[4:]) == {"a": 1e-3}
 
 
 def test_a_rate_at_which_seeds_fail_is_not_taken():
     runs = [run("a", 2.0), run("a", 2.0, seed=1), run("a", 1.0, rate=1e-2), run("a", None, rate=1e-2, seed=1)]
-    (row,) = summarise(runs, (1e-3, 1e-2))
-    assert (row.learning_rate, row.seeds) == (1e-3, 2)
+    tuning = [each.model_copy(update={"tunes": True}) for each in runs]
+    assert choose_rates(tuning) == {"a": 1e-3}
+    assert choose_rates([each for each in tuning if each.status == "failed"]) == {}
+    # nothing is chosen before all have ended
+    assert choose_rates([*tuning, tuning[0].model_copy(update={"status": "missing", "validation_loss": None})]) == {}
     assert not summarise([run("a", None)])
+    assert not summarise(tuning)
+
+
+def test_a_rate_at_an_edge_of_the_grid_is_known():
+    assert [summarise([run("a", 1.0, rate=rate)], (1e-3, 3e-3, 1e-2))[0].at_edge for rate in (1e-3, 3e-3, 1e-2)] == [
+        "lowest",
+        None,
+        "highest",
+    ]
+
+
+@pytest.mark.parametrize(("degrees", "t"), [(1, 12.7062047), (2, 4.3026527), (3, 3.1824463), (30, 2.0422725)])
+def test_intervals_are_those_of_students_t(degrees, t):
+    assert t_quantile(degrees) == pytest.approx(t, abs=1e-7)  # of printed tables
+    values = [1.0 + 0.1 * i for i in range(degrees + 1)]
+    found = statistic(values)
+    assert found.margin == pytest.approx(t * np.std(values, ddof=1) / len(values) ** 0.5)
+    assert statistic([1.0]) == Statistic(mean=1.0)
+
+
+def test_entries_within_noise_share_a_rank():
+    def seeds(entry, *losses):
+        return [run(entry, loss, seed=seed) for seed, loss in enumerate(losses)]
+
+    # b is worse than a by the same in every seed, so the seeds' own differences are no noise; c is not
+    rows = summarise([*seeds("a", 1.0, 2.0, 3.0), *seeds("b", 1.1, 2.1, 3.11), *seeds("c", 1.4, 1.9, 3.1)])
+    assert {row.entry: row.rank for row in rows} == {"a": 1, "b": 2, "c": 1}
+    assert {row.rank for row in summarise([*seeds("a", 1.0), *seeds("b", 2.0)])} == {None}
+    assert {row.rank for row in summarise(seeds("a", 1.0, 2.0))} == {None}
+    better = [run(entry, 1.0, seed=seed, accuracy=acc) for entry, acc in (("a", 0.5), ("b", 0.7)) for seed in (0, 1)]
+    assert {row.entry: row.rank for row in summarise(better)} == {"b": 1, "a": 2}
+
+
+def test_what_ranks_and_intervals_mean_is_said():
+    several = markdown(results([run(entry, loss, seed=s) for entry, loss in (("a", 1.0), ("b", 2.0)) for s in (0, 1)]))
+    assert "95 % t interval over seeds" in several
+    assert "equal ranks are ties" in several
+    one = markdown(results([run("a", 1.0), run("b", 2.0)]))
+    assert "There is one seed, so there is no interval and no rank: differences may be chance." in one
+    assert "rank |" not in one
 
 
 def test_variants_and_accuracies_have_their_own_rows():
@@ -98,7 +140,7 @@ def test_scores_of_tasks_are_columns(tmp_path):
     found = results(runs)
     page = markdown(found)
     assert "piqa acc" in page
-    assert f"0.6000 ± {0.02**0.5:.4f}" in page
+    assert f"0.6000 ± {t_quantile(1) * 0.1:.4f}" in page
     write_tables(found, tmp_path)
     (first, *_) = csv.DictReader((tmp_path / "summary.csv").open())
     assert float(first["scores.piqa.acc"]) == pytest.approx(0.6)
@@ -124,7 +166,8 @@ def test_a_row_has_the_cost_of_its_variant_and_the_speed_of_its_runs():
         for width, rate, loss, speeds in ((8, 1e-3, 2.0, (7000, 7002, 7900)), (16, 1e-3, 1.0, (500, 510, 600)))
         for seed, speed in enumerate(speeds)
     ]
-    slow = run("a", 3.0, rate=1e-2, variant={"model.d_model": 8}).model_copy(update={"tokens_per_second": 1.0})
+    slow = run("a", 3.0, rate=1e-2, variant={"model.d_model": 8}, tunes=True)
+    slow = slow.model_copy(update={"tokens_per_second": 1.0})
     found = results([*runs, slow])
     page = markdown(found)
     assert "| 8 | 2.0000 ± 0.0000 | 3 | 0.001 | 800 | 8 KiB | 7,002 |" in page
@@ -272,7 +315,7 @@ def test_what_is_no_line_of_sizes_has_none():
 
 
 def test_runs_are_those_of_the_best_rate():
-    others = [sized("a", size, 9.0, rate=1.0) for size in SIZES] + [sized("a", 10**6, None)]
+    others = [sized("a", size, 9.0, rate=1.0, tunes=True) for size in SIZES] + [sized("a", 10**6, None)]
     (line,) = scaling_lines(results([*study(), *others]))
     assert (line.exponent, line.runs) == (pytest.approx(0.1), 6)
 

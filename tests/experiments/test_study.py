@@ -60,16 +60,31 @@ def test_an_entry_without_a_match_is_as_it_is_written(planned):
 
 
 def test_names_of_runs(planned):
-    more = "seeds: [0, 1]\nlearning_rates: [1e-3, 3e-3]\nvary: {data.sequence_length: [8, 16]}\n"
-    runs = planned(more).runs
-    assert len(runs) == len({run.name for run in runs}) == 2 * 2 * 2 * 2
-    assert runs[0].name == "retention-sequence_length8-lr0.001-seed0"
-    # something of every entry before the second seed
-    assert {run.entry for run in runs[:8]} == {"retention", "attention"}
-    assert {run.config.seed for run in runs[:8]} == {0}
+    more = "seeds: [0, 1]\ntune: {learning_rate: [1e-3, 3e-3]}\nvary: {data.sequence_length: [8, 16]}\n"
+    found = planned(more)
+    runs = found.runs
+    assert len(runs) == len({run.name for run in runs}) == found.study.size == 2 * 2 * (2 + 2)
+    assert runs[0].name == "retention-sequence_length8-lr0.001-seed2"
+    # every entry's rates are tuned first, and something of every entry comes before the second seed
+    assert [run.tunes for run in runs] == 8 * [True] + 8 * [False]
+    assert {run.config.seed for run in runs[:8]} == {2}
+    assert {(run.entry, run.config.seed) for run in runs[8:12]} == {("retention", 0), ("attention", 0)}
     last = runs[-1]
-    assert (last.entry, last.variant) == ("attention", {"data.sequence_length": 16})
-    assert (last.config.seed, last.config.training.learning_rate, last.config.data.sequence_length) == (1, 3e-3, 16)
+    assert (last.name, last.entry) == ("attention-sequence_length16-seed1", "attention")
+    assert (last.config.seed, last.config.data.sequence_length) == (1, 16)
+
+
+def test_runs_wait_for_the_rate_of_their_entry_and_variant(planned):
+    found = planned("seeds: [0, 1]\ntune: {learning_rate: [1e-3, 3e-3], seeds: [7, 8]}\n")
+    assert {run.config.seed for run in found.runs if run.tunes} == {7, 8}
+    assert all(run.waits for run in found.runs if not run.tunes)
+    chosen = found.with_rates({"attention": 3e-3}).runs
+    assert {run.name: run.config.training.learning_rate for run in chosen if not (run.tunes or run.waits)} == {
+        "attention-seed0": 3e-3, "attention-seed1": 3e-3,
+    }  # fmt: skip
+    assert [run.name for run in chosen if run.waits] == ["retention-seed0", "retention-seed1"]
+    # the budget is the same for every entry, and known before the rates are
+    assert sum(run.flops for run in chosen) == sum(run.flops for run in found.runs)
 
 
 def test_a_run_costs_what_its_variant_does(planned):
@@ -90,21 +105,118 @@ def test_models_that_cannot_be_built_are_refused_before_anything_is_trained(plan
 
 
 def test_rates_that_differ_have_runs_of_different_names(planned):
-    runs = planned("learning_rates: [0.0012345671, 0.0012345672]\n").runs
-    assert runs[0].name == "retention-lr0.0012345671-seed0"
-    assert len(runs) == 4
+    runs = planned("tune: {learning_rate: [0.0012345671, 0.0012345672]}\n").runs
+    assert runs[0].name == "retention-lr0.0012345671-seed1"
+    assert len(runs) == 6
+
+
+def test_learning_rates_of_older_versions_are_tuned(planned):
+    with pytest.warns(
+        FutureWarning, match=r"learning_rates is deprecated, use tune: \{learning_rate: \[0.001, 0.003\]\}"
+    ):
+        assert planned("learning_rates: [1e-3, 3e-3]\n").study.tune.learning_rate == (1e-3, 3e-3)
+    with pytest.warns(FutureWarning, match=r"use training: \{learning_rate: 0.003\}"):
+        (run, _) = planned("learning_rates: [3e-3]\n", study=UNMATCHED + "mixers: [retention, gla]\n").runs
+    assert (run.config.training.learning_rate, run.waits) == (3e-3, False)
 
 
 def test_what_is_the_same_is_said(planned):
-    assert planned("learning_rates: [1e-3, 3e-3]\n").fairness == (
+    found = planned("tune: {learning_rate: [1e-3, 3e-3]}\nseeds: [0, 1]\n")
+    assert found.fairness == (
         "With the same seed, all entries see the same batches in the same order: 120 steps of 2 sequences of 16 "
         "tokens, 3,840 tokens in all.",
         "At the end, every entry is evaluated on the same 2 evaluation batches.",
         "Models are matched by parameters; all have 11,344 parameters.",
-        "Each entry is reported at its best learning rate of 0.001, 0.003, by mean final validation loss over seeds.",
+        "States of one sequence have 1.01 KiB to 2.01 KiB.",
+        "Each entry's learning rate is tuned: 0.001, 0.003 with seed 2; the best has the lowest mean final validation "
+        "loss. Results are those of other seeds at that rate: 0, 1.",
     )
-    own = planned("entries: {muon: {training: {optimizer: muon}}}\n").fairness
-    assert own[-1] == "training.optimizer differs between entries: retention adamw, attention adamw, muon muon."
+
+
+# ---- options that are equal, and what else differs
+
+
+def test_an_option_is_equal_in_all_mixers_that_have_it(planned):
+    found = planned(
+        "equal: {short_conv: null, gate: none}\nentries:\n"
+        "  two: {extends: parallel-hybrid-tiny, model: {d_model: 128, n_layers: 1}, match: null}\n"
+        "  mamba: {match: null, set: {model.blocks.ret.mixer: {kind: mamba}}}\n"
+    )
+    blocks = {entry.name: entry.config.model.blocks["ret"].mixer for entry in found.entries if entry.name != "two"}
+    assert (blocks["retention"].short_conv, blocks["retention"].gate, blocks["attention"].gate) == (
+        None,
+        "none",
+        "none",
+    )
+    assert blocks["mamba"].short_conv == 4
+    (two,) = (entry.config.model for entry in found.entries if entry.name == "two")
+    inner = next(iter(two.blocks.values())).mixer.mixers
+    assert [mixer.gate for mixer in inner if hasattr(mixer, "gate")] == ["none"]
+    convolution, gate = found.fairness[-2:]
+    assert convolution == (
+        "Equal in all mixers: short_conv = null; but attention has no short_conv; two (attention) has no short_conv; "
+        "mamba keeps 4: expected an integer, got null."
+    )
+    assert gate == 'Equal in all mixers: gate = "none"; but two (mamba2) has no gate; mamba has no gate.'
+
+
+def test_an_option_may_vary(planned):
+    found = planned("vary: {equal.short_conv: [null, 4]}\n")
+    by_name = {run.name: run.config.model.blocks["ret"].mixer for run in found.runs}
+    assert by_name["retention-short_convNone-seed0"].short_conv is None
+    assert by_name["retention-short_conv4-seed0"].short_conv == 4
+    also = {(each.entry, each.variant["equal.short_conv"]): each.also for each in found.differences}
+    assert "short_conv" not in also["attention", None]
+    assert "short_conv" in also["attention", 4]
+
+
+def differences(found):
+    return {each.entry: (each.compared, set(each.also)) for each in found.differences}
+
+
+def test_mixers_are_compared_and_their_accessories_are_what_else_differs(planned):
+    found = planned("mixers: [retention, gla, delta_net]\n", study=ALONE + "model: {n_layers: 1}\n")
+    assert differences(found) == {
+        "retention": ((), set()),
+        "gla": (("the mixer",), {"head_norm", "positions"}),
+        "delta_net": (("the mixer",), {"short_conv", "qk_norm", "gate", "head_norm", "positions"}),
+    }
+    values = {each.entry: each.values for each in found.differences}
+    assert values["retention"]["short_conv"] == "none"
+    assert values["delta_net"]["short_conv"] == "4"
+    # an accessory that is off equals one that there is no option for; the knob of a match is no difference
+    matched = planned("equal: {gate: none, head_norm: none}\n")
+    assert differences(matched)["attention"] == (("the mixer",), {"positions"})
+    assert {each.entry: each.values["positions"] for each in matched.differences} == {
+        "retention": "retnet", "attention": "rope",
+    }  # fmt: skip
+
+
+def test_entries_of_one_mixer_are_compared_by_what_they_set(planned):
+    found = planned(
+        "entries:\n  open: {set: {model.blocks.ret.mixer.gate: none}}\n  muon: {training: {optimizer: muon}}\n"
+        "  wide: {match: null, extends: retnet-tiny}\n  both: {model: {dropout: 0.1}, set: {training.ema: 0.9}}\n",
+        study="base: retnet-tiny\nmodel: {n_layers: 1}\nmixers: [retention]\n",
+    )
+    assert differences(found) == {
+        "retention": ((), set()),
+        "open": (("gate",), set()),
+        "muon": (("training.optimizer",), set()),
+        "wide": ((), set()),
+        "both": (("dropout", "training.ema"), set()),
+    }
+
+
+def test_the_mixer_is_not_compared_alone_if_the_rest_of_the_model_differs_too(planned):
+    entry = (
+        "{set: {model.blocks.ret.mixer: {kind: gla, n_heads: 4}, training.weight_decay: 0.0}, "
+        "model: {blocks: {ret: {ffn: {kind: swiglu, expansion: 2.0}}}}}"
+    )
+    found = planned(f"subject: other\nentries: {{other: {entry}}}\n")
+    compared, also = differences(found)["retention"]
+    assert compared == ("the mixer",)
+    assert {"training.weight_decay", "ffn.kind", "mixer.n_heads"} <= also
+    assert differences(found)["other"] == ((), set())
 
 
 @pytest.mark.parametrize("place", ["seed", "data", "vocab_size", *SAME])
@@ -147,7 +259,45 @@ def test_patience_is_refused(planned, small):
             "training.carry_state affects the batches or the evaluation",
         ),
         (ALONE + "mixers: [retention]\nvary: {seed: [1]}\n", "vary cannot change seed: use seeds"),
-        (ALONE + "mixers: [retention]\nvary: {steps: [1]}\n", "fields of model, data or training, got steps"),
+        (
+            ALONE + "mixers: [retention]\nvary: {training.learning_rate: [1]}\n",
+            "vary cannot change training.learning_rate: use tune",
+        ),
+        (ALONE + "mixers: [retention]\nvary: {steps: [1]}\n", "fields of model, data, training or equal, got steps"),
+        (
+            ALONE + "mixers: [retention, gla]\nsubject: glaa\n",
+            "subject names an unknown entry 'glaa'; did you mean \"gla\"? Entries: retention, gla",
+        ),
+        (ALONE + "mixers: [gla]\ntune: {learning_rate: [0.1]}\n", "tune.learning_rate: expected a length >= 2"),
+        (
+            ALONE + "mixers: [gla]\nseeds: [3]\ntune: {learning_rate: [0.1, 0.2], seeds: [3]}\n",
+            "tune.seeds and seeds must differ, got 3 in both",
+        ),
+        # options that are to be equal
+        (
+            ALONE + "mixers: [retention]\nequal: {short_cnv: 4}\n",
+            'small.yaml:3: equal.short_cnv: no mixer of the study has this option; did you mean "short_conv"?.*',
+        ),
+        (
+            ALONE + "mixers: [retention]\nequal: {short_conv: wide}\n",
+            "small.yaml:3: equal.short_conv: no mixer of the study allows this value (keeps null: expected an integer",
+        ),
+        (
+            ALONE + "mixers: [retention]\nvary: {equal.short_cnv: [4]}\n",
+            "small.yaml:3: vary.equal.short_cnv: no mixer of the study has this option",
+        ),
+        (
+            ALONE + "mixers: [retention]\nvary: {equal.gate: [none]}\nequal: {gate: swish}\n",
+            "vary changes equal.gate, but equal sets gate too",
+        ),
+        (
+            ALONE + "mixers: [{kind: gla, n_heads: 2, short_conv: 3}]\nequal: {short_conv: 4}\n",
+            "equal sets short_conv in all mixers, but mixers: gla sets it too",
+        ),
+        (
+            ALONE + "entries: {a: {set: {model.blocks.ret.mixer.gate: none}}}\nequal: {gate: none}\n",
+            "equal sets gate in all mixers, but entries.a sets it too",
+        ),
         (
             ALONE + "mixers: [retention]\npaper: [{label: x, entry: retenton, theirs: 1.0}]\n",
             "'retenton'; did you mean \"retention\"? Entries: retention",
@@ -157,11 +307,11 @@ def test_patience_is_refused(planned, small):
         (ALONE + "entries: {a: {extends: /dev/null}}\n", "/dev/null cannot be read: it is a pipe or device"),
         # what would be changed twice, once in vain
         (
-            ALONE + "entries: {a: {training: {learning_rate: 0.5}}}\nlearning_rates: [0.1, 0.2]\n",
+            ALONE + "entries: {a: {training: {learning_rate: 0.5}}}\ntune: {learning_rate: [0.1, 0.2]}\n",
             "entries.a has a learning rate",
         ),
         (
-            ALONE + "mixers: [retention]\ntraining: {learning_rate: 0.5}\nlearning_rates: [0.1, 0.2]\n",
+            ALONE + "mixers: [retention]\ntraining: {learning_rate: 0.5}\ntune: {learning_rate: [0.1, 0.2]}\n",
             "training has a learning rate",
         ),
         (
@@ -182,10 +332,31 @@ def test_patience_is_refused(planned, small):
             ALONE + "mixers: [retention]\ndata: {kind: parity}\ntraining: {carry_state: true}\n",
             "small.yaml: training.carry_state",
         ),
-        (ALONE + "mixers: [retention, atention]\n", "unknown mixer kind 'atention'; did you mean \"attention\"?"),
-        (ALONE + "entries: {a: {model: {n_layer: 2}}}\n", "entries.a: model.n_layer"),
-        (ALONE + "entries: {a: {extends: retnet-tinny}}\n", "'retnet-tinny'; did you mean \"retnet-tiny\"?"),
-        (ALONE + "mixers: [retention]\nvary: {data.sequence_lenth: [1]}\n", "vary: data.sequence_lenth"),
+        # with file and line
+        (
+            ALONE + "mixers:\n- retention\n- atention\n",
+            "small.yaml:4: model.blocks.ret.mixer.kind: unknown mixer kind 'atention'; did you mean \"attention\"?",
+        ),
+        (
+            ALONE + "mixers:\n- retention\n- kind: attention\n  n_headz: 2\n",
+            "small.yaml:5: model.blocks.ret.mixer.n_headz: unknown key 'n_headz'; did you mean \"n_heads\"?",
+        ),
+        (
+            ALONE + "entries:\n  a:\n    set:\n      model.blocks.ret.mixer: {kind: atention}\n",
+            "small.yaml:5: model.blocks.ret.mixer.kind: unknown mixer kind 'atention'",
+        ),
+        (
+            ALONE + "entries:\n  a:\n    set:\n      model.blocks.ret.mixer.gat: none\n",
+            "small.yaml:5: model.blocks.ret.mixer.gat: unknown key 'gat'; did you mean \"gate\"?",
+        ),
+        (ALONE + "entries: {a: {model: {n_layer: 2}}}\n", "small.yaml:2: model.n_layer: unknown key"),
+        (
+            ALONE + "entries:\n  a:\n    extends: retnet-tinny\n",
+            "small.yaml:4: entries.a.extends: unknown preset 'retnet-tinny'; did you mean \"retnet-tiny\"?",
+        ),
+        ("base: retnet-tinny\nmixers: [gla]\n", "small.yaml:1: base: unknown preset 'retnet-tinny'"),
+        (ALONE + "model: {n_layer: 2}\nmixers: [gla]\n", "small.yaml:2: model.n_layer: unknown key"),
+        (ALONE + "mixers: [retention]\nvary: {data.sequence_lenth: [1]}\n", "small.yaml:3: data.sequence_lenth"),
         (ALONE + "mixers: [retention]\nmatch: {parameters: other, knob: n_layers}\n", "'other'"),
         (
             ALONE + "mixers: [retention]\nmatch: {parameters: 1000000, knob: n_layer}\n",
