@@ -8,8 +8,8 @@ from pydantic import ValidationError
 
 from ..mixers import MixerConfig
 from ..models import ModelConfig
-from ..registry.errors import shown
 from ..registry.explain import explain_fields
+from .differences import format_value
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def _set_option(mixer: MixerConfig, option: str, value: Any, exempt: dict[Exempt
         return type(mixer).model_validate(changes)
     except ValidationError as error:
         why = explain_fields(error, changes, mixer.kind).splitlines()[0].removeprefix(f"{mixer.kind}: ")
-        reason = f"keeps {shown(fields[option])}: {why.removeprefix(f'{option}: ')}"
+        reason = f"keeps {format_value(fields[option])}: {why.removeprefix(f'{option}: ')}"
         exempt[Exempt(option, mixer.kind, reason)] = None
         return mixer
 
@@ -78,5 +78,5 @@ def equal_sentences(options: Mapping[str, Any], exempt: Iterable[tuple[str, Exem
             for entry, each in exempt
             if each.option == option
         )
-        sentence = f"Equal in all mixers: {option} = {shown(value)}"
+        sentence = f"Equal in all mixers: {option} = {format_value(value)}"
         yield f"{sentence}; but {'; '.join(exceptions)}." if exceptions else f"{sentence}."

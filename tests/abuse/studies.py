@@ -24,7 +24,12 @@ FIELDS = {
         "{a: {training: {steps: 1}}}", "{retention: {}}", "{a: {match: {parameters: .nan, knob: d_model}}}",
     ),
     "seeds": ("[]", "[-1]", "[1e400]", "[0, 0]", f"[{2**70}]", "['0']", "[0.5]", "null"),
-    "learning_rates": ("[0]", "[-1.0]", "[.nan]", "[.inf]", "[1e-400]", "[a]"),
+    "tune": (
+        "{learning_rate: [0, 1.0]}", "{learning_rate: [-1.0, 1.0]}", "{learning_rate: [.nan, 1.0]}",
+        "{learning_rate: [1.0]}", "{learning_rate: [1.0, a]}", "{learning_rate: [0.1, 0.2], seeds: [0]}", "7",
+    ),
+    "equal": ("{no_such: 1}", "{short_conv: x}", "{short_conv: {a: 1}}", "{7: 1}", "[a]", f"{{short_conv: {2**80}}}"),
+    "subject": ("no-such", "7", "''"),
     "vary": (
         "{seed: [1]}", "{x: [1]}", "{model.no.such: [1]}", "{model.d_model: []}", "{model.d_model: [[1], {a: 1}]}",
         "{model.d_model: [-1]}", "{data.paths: [[/dev/zero]]}", f"{{model.d_model: [{2**80}]}}",

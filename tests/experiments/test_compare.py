@@ -142,6 +142,42 @@ def test_results(made):
     assert "- broken-seed0 failed: step 2: the loss is nan" in (folder / "summary.md").read_text()
 
 
+@pytest.mark.slow
+def test_rates_are_tuned_before_the_seeds_are_trained(made, tmp_path, small):
+    (tmp_path / "text.txt").write_text((made[0] / "text.txt").read_text())
+    tune = "tune: {learning_rate: [1.0e-3, 1.0e+30], seeds: [7]}\n"
+    text = small.replace("[retention, attention]", "[retention]").replace("steps: 120", "steps: 4")
+    (tmp_path / "small.yaml").write_text(text + tune + "seeds: [0, 1]\nsubject: retention\n")
+    status, printed = command(tmp_path, "compare", "small.yaml", "--jobs", "1")
+    assert status == 1
+    folder = tmp_path / "studies" / "small"
+    found = read_results(folder)
+    runs = {run.name: run for run in found.runs}
+    assert {name: (run.tunes, run.status, run.learning_rate) for name, run in runs.items()} == {
+        "retention-lr0.001-seed7": (True, "finished", 1e-3),
+        "retention-lr1e+30-seed7": (True, "failed", 1e30),
+        "retention-seed0": (False, "finished", 1e-3),
+        "retention-seed1": (False, "finished", 1e-3),
+    }
+    (row,) = found.summary
+    assert (row.seeds, row.learning_rate, row.at_edge) == (2, 1e-3, "lowest")
+    assert row.validation_loss.mean == pytest.approx(
+        (runs["retention-seed0"].validation_loss + runs["retention-seed1"].validation_loss) / 2
+    )
+    assert "the best learning rate, 0.001, is the lowest that was tried" in printed
+    assert {run.precision for run in found.runs if run.status == "finished"} == {found.machine.precision}
+    # a run that is reported is trained again if another rate is chosen
+    (tmp_path / "small.yaml").write_text(text + tune.replace("1.0e+30", "2.0e-3") + "seeds: [0]\n")
+    metrics = folder / "runs" / "retention-lr0.001-seed7" / "metrics.jsonl"
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    worse = [line | {"validation_loss": 99.0} if "validation_loss" in line else line for line in lines]
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in worse))
+    status, printed = command(tmp_path, "compare", "small.yaml", "--jobs", "1")
+    assert status == 0
+    assert "retention-seed0 has a different configuration than before and is trained again" in printed
+    assert [run.learning_rate for run in read_results(folder).runs if not run.tunes] == [2e-3]
+
+
 def test_without_what_draws_figures_a_study_has_its_results(made, tmp_path, monkeypatch):
     def missing(*arguments):
         raise PlotsMissingError

@@ -150,14 +150,14 @@ def test_an_option_is_equal_in_all_mixers_that_have_it(planned):
     )
     assert blocks["mamba"].short_conv == 4
     (two,) = (entry.config.model for entry in found.entries if entry.name == "two")
-    inner = next(iter(two.blocks.values())).mixer.mixers
+    inner = two.blocks["both"].mixer.mixers
     assert [mixer.gate for mixer in inner if hasattr(mixer, "gate")] == ["none"]
     convolution, gate = found.fairness[-2:]
     assert convolution == (
         "Equal in all mixers: short_conv = null; but attention has no short_conv; two (attention) has no short_conv; "
         "mamba keeps 4: expected an integer, got null."
     )
-    assert gate == 'Equal in all mixers: gate = "none"; but two (mamba2) has no gate; mamba has no gate.'
+    assert gate == "Equal in all mixers: gate = none; but two (mamba2) has no gate; mamba has no gate."
 
 
 def test_an_option_may_vary(planned):

@@ -9,6 +9,7 @@ from seqmix.experiments.plan import plan
 from seqmix.experiments.study import load_study
 from seqmix.experiments.suite import budget, scores, tasks
 from seqmix.experiments.suite.tasks import Candidate, Change, Extent, SuiteSettings, load_settings, write_studies
+from seqmix.experiments.summary import statistic
 from seqmix.mixers import MIXERS
 from seqmix.registry import SeqmixError
 from seqmix.training import load_config
@@ -104,27 +105,30 @@ def test_a_candidate_is_a_kind_a_mapping_a_plug_in_or_the_blocks_of_a_file(tmp_p
             Candidate.of(wrong)
 
 
-def test_a_budget_leaves_out_rates_then_seeds_then_steps_then_tasks():
+def test_a_budget_leaves_out_tasks_then_tuning_then_seeds_then_steps():
     times = {name: {"a": 105.0, "b": 105.0} for name in ("one", "two", "three")}
     rates = dict.fromkeys(times, 3)
-    whole = 3 * 2 * 3 * 2 * 105.0  # tasks, seeds, rates, entries
+    task = 2 * (3 + 2) * 105.0  # entries, tuning runs and seeds
 
     def chosen(seconds):
         extent, names, took = budget.fit(times, rates, 2, seconds)
         assert took <= seconds
         return extent, names
 
-    assert chosen(whole) == (Extent(), list(times))
-    assert chosen(whole - 1) == (Extent(one_rate=True), list(times))
-    assert chosen(whole / 3 - 1) == (Extent(one_rate=True, one_seed=True), list(times))
-    assert chosen(whole / 6 - 1) == (budget.LADDER[3], list(times))
-    assert chosen(whole / 6 * 0.6) == (budget.LADDER[-1], list(times))
-    assert chosen(250) == (budget.LADDER[-1], ["one", "two"])
+    assert chosen(3 * task) == (Extent(), list(times))
+    # few tasks with tuning and intervals before many without
+    assert chosen(3 * task - 1) == (Extent(), ["one", "two"])
+    assert chosen(task) == (Extent(), ["one"])
+    assert chosen(task - 1) == (Extent(one_rate=True), ["one", "two"])
+    assert chosen(2 * 2 * 105 - 1) == (Extent(one_rate=True, one_seed=True), ["one"])
+    assert chosen(2 * 105 - 1) == (budget.LADDER[3], ["one"])
+    assert chosen(2 * 75 - 1) == (budget.LADDER[-1], ["one"])
     said = " ".join(budget.left_out(budget.LADDER[-1], ["one", "two"], list(times)))
-    for part in ("leaves out three", "50%", "One learning rate", "one seed"):
+    for part in ("leaves out three", "50%", "not tuned", "one seed"):
         assert part in said
     with pytest.raises(SeqmixError, match=r"1\.8 core-minutes"):
         budget.fit(times, rates, 2, 60)
+    assert budget.cost(times["one"], 1, 3, Extent()) == 2 * 3 * 105.0  # a single rate needs no tuning
     assert [budget.seconds_of(text) for text in ("90s", "30m", "1h30m", "0.5h")] == [90, 1800, 5400, 1800]
     for wrong in ("30", "m", "30 m", "1d"):
         with pytest.raises(SeqmixError, match="duration"):
@@ -180,6 +184,9 @@ def test_a_plug_in_gets_its_row_beside_retention_and_attention(seqmix, refused):
     assert int(runs[1]) + everything.out.count("leaves out") == len(MIXERS.built_in()) - 1
     assert "parallel_hybrid" not in everything.out
     assert "--budget" in refused("suite", "--quick", "--budget", "9s")
+    assert "--seeds" in refused("suite", "--quick", "--seeds", "2")
+    assert "expected --equal OPTION=VALUE" in refused("suite", "gla", "--equal", "short_conv", "--dry-run")
+    assert 'did you mean "short_conv"?' in refused("suite", "gla", "--equal", "short_cnv=4", "--dry-run")
     # what could not be compared is refused before it is trained
     assert "rows of first cannot share" in refused("suite", "--beside", "mine", "--out", "other")
     assert not list(Path("other").glob("*/runs"))
@@ -209,6 +216,52 @@ def _rows_are_merged(one, both):
     assert [bool(row[-1]) for row in rows] == [True, False, True]
 
 
+def row_of(entry, *values, accessories=None):
+    return scores.ScoreRow(
+        entry=entry,
+        mixers=(entry,),
+        score=statistic(values),
+        scores={str(seed): value for seed, value in enumerate(values)},
+        accessories=accessories or {},
+        accuracy_by={},
+        learning_rate=1e-3,
+        parameters=1,
+        state_bytes=1,
+        state_grows=True,
+    )
+
+
+def test_ties_with_the_best_are_marked_and_accessories_stand_beside_the_scores(tmp_path):
+    planned = write_studies(
+        tmp_path, TINY, TINY.chosen(["first"]), [Candidate.of("gla"), Candidate.of("delta_net")], "parameters",
+        Extent(), equal={"gate": "none"}, subject="delta_net",
+    )  # fmt: skip
+    assert planned[0].plan.subject == "delta_net"
+    assert {entry.config.model.blocks["mixer"].mixer.gate for entry in planned[0].plan.entries} == {"none"}
+    conditions = scores.conditions_of(planned[0])
+    assert (conditions.equal, conditions.learning_rates) == ("{gate: none}", (1e-3, 1e-2))
+    assert (conditions.seeds, conditions.tuning_seeds) == ((0, 1), (2,))
+    assert "precision: float32" in conditions.training
+    found = scores.new_scores("small", "parameters", "", (), planned)
+    rows = (
+        row_of("best", 0.9, 0.95, accessories={"short_conv": "4"}),
+        row_of("tied", 0.89, 0.96, accessories={"short_conv": "none"}),
+        row_of("worse", 0.5, 0.55, accessories={"short_conv": "none"}),
+    )
+    found.tasks["first"] = found.tasks["first"].model_copy(update={"rows": rows})
+    _, cells = scores.score_table(found)
+    assert [row[0] for row in cells if row[-1].endswith("*")] == ["best", "tied"]
+    page = "\n".join(scores.markdown(found))
+    assert "95 % t interval over seeds" in page
+    assert "| worse | none |" in page
+    assert "learning rate tuned (0.001, 0.01; seeds 2)" in page
+    single = found.tasks["first"].model_copy(update={"rows": (row_of("a", 0.5), row_of("b", 0.9))})
+    found.tasks["first"] = single
+    page = "\n".join(scores.markdown(found))
+    assert "There is one seed, so there are no intervals and no ranking" in page
+    assert "*" not in page.replace("**", "").replace("blocks.*", "")
+
+
 def test_a_task_with_variations_is_one_column_of_their_mean(tmp_path):
     changes = {"long": {"data": {"sequence_length": 32}}, "few": {"data": {"training_examples": 8}}}
     first = TINY.tasks["first"].model_copy(
@@ -222,13 +275,11 @@ def test_a_task_with_variations_is_one_column_of_their_mean(tmp_path):
     assert [(each.sequence_length, each.training_examples) for each in data] == [(8, None), (32, None), (8, 8)]
     found = scores.new_scores("small", "parameters", "", (), planned)
     for (name, task), mean in zip(found.tasks.items(), (0.5, 0.7, 0.9), strict=True):
-        score = {"mean": mean, "spread": 0.1}
-        row = {"entry": "a", "mixers": ("attention",), "score": score, "accuracy_by": {}, "learning_rate": 1e-3}
-        rows = (scores.ScoreRow.model_validate(row | {"parameters": 1, "state_bytes": 1, "state_grows": True}),)
-        found.tasks[name] = task.model_copy(update={"rows": rows})
+        found.tasks[name] = task.model_copy(update={"rows": (row_of("a", mean - 0.1, mean + 0.1),)})
+    # the mean of each seed is 0.6 and 0.8, and t is 12.706
     assert scores.score_table(found) == (
         ["entry", "first", "mean"],
-        [("a", "70.0 ± 5.8", "70.0"), ("(guessing)", "50.0", "50.0")],
+        [("a", "70.0 ± 127.1", "70.0 ± 127.1"), ("(guessing)", "50.0", "50.0")],
     )
     # one without a figure: none of the task
     found.tasks["first+few"] = found.tasks["first+few"].model_copy(update={"rows": ()})
