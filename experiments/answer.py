@@ -20,10 +20,14 @@ def answer(results: Results) -> str:
     variants += (row.variant for row in results.summary if row.variant not in variants)
     if len(variants) > MOST_VARIANTS:
         variants = [variants[0], variants[-1]]
-    return " ".join(
-        (f"At {variant_text(variant)}: " if variant else "") + " ".join(_sentences(results, variant))
-        for variant in variants
-    )
+    standings = [" ".join(_standing(results, variant)) for variant in variants]
+    differences = [" ".join(_attribution(results, variant)) for variant in variants]
+    alike = len(set(differences)) == 1  # said once
+    parts = [
+        f"At {variant_text(variant)}: {standing} {'' if alike else difference}" if variant else standing
+        for variant, standing, difference in zip(variants, standings, differences, strict=True)
+    ]
+    return " ".join(filter(None, [*map(str.strip, parts), differences[0] if alike else ""]))
 
 
 def variant_text(variant: Mapping[str, Any]) -> str:
@@ -46,7 +50,8 @@ def has_accuracy(results: Results) -> bool:
     return any(row.accuracy is not None for row in results.summary)
 
 
-def _sentences(results: Results, variant: Mapping[str, Any]) -> Iterator[str]:
+def _standing(results: Results, variant: Mapping[str, Any]) -> Iterator[str]:
+    """Yield sentences on the subject's score in a variant, and on which entries are better, tied or worse."""
     rows = [row for row in best_first(results) if row.variant == variant and score(results, row) is not None]
     subject = next((row for row in rows if row.entry == results.about), None)
     if not rows:
@@ -57,13 +62,7 @@ def _sentences(results: Results, variant: Mapping[str, Any]) -> Iterator[str]:
         best = format_statistic(score(results, rows[0]), share=share)
         yield f"{results.about} has not finished, so there is no answer about it; {rows[0].entry} reaches {best}."
         return
-    yield from _standing(results, subject, [row for row in rows if row is not subject])
-    yield from _attribution(results, [row.entry for row in rows], variant)
-
-
-def _standing(results: Results, subject: SummaryRow, others: Sequence[SummaryRow]) -> Iterator[str]:
-    """Yield sentences on the subject's score and on which entries are better, tied or worse."""
-    share = has_accuracy(results)
+    others = [row for row in rows if row is not subject]
     measure = "an accuracy" if share else "a validation loss"
     text = f"{subject.entry} reaches {measure} of {format_statistic(score(results, subject), share=share)}"
     seeds = min(row.seeds for row in (subject, *others))
@@ -94,8 +93,9 @@ def _relation(results: Results, subject: SummaryRow, other: SummaryRow) -> str:
     return "better" if (found.mean > 0) == has_accuracy(results) else "worse"
 
 
-def _attribution(results: Results, entries: Sequence[str], variant: Mapping[str, Any]) -> Iterator[str]:
-    """Yield a sentence on what differs between the entries besides what the study compares."""
+def _attribution(results: Results, variant: Mapping[str, Any]) -> Iterator[str]:
+    """Yield sentences on what differs between the entries of a variant besides what the study compares."""
+    entries = [row.entry for row in results.summary if row.variant == variant]
     found = [each for each in results.differences if each.variant == variant and each.entry in entries]
     others = [each for each in found if each.entry != results.about]
     if not others:

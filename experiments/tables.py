@@ -62,19 +62,23 @@ def edges(results: Results) -> Iterator[str]:
 
 def difference_tables(
     differences: Sequence[Difference], subject: str
-) -> Iterator[tuple[dict[str, Any], list[str], list[tuple[str, ...]]]]:
-    """Yield each variant in which entries differ besides what the study compares, with heads and rows of a table.
+) -> list[tuple[dict[str, Any], list[str], list[tuple[str, ...]]]]:
+    """Return heads and rows of a table for each variant in which entries differ besides what the study compares.
 
-    The subject's row comes first.
+    The subject's row comes first. If the tables of all variants are the same, there is one for no variant in
+    particular.
     """
     variants: list[dict[str, Any]] = []
     variants += (each.variant for each in differences if each.variant not in variants)
+    tables = []
     for variant in variants:
         found = [each for each in differences if each.variant == variant]
         if fields := list(dict.fromkeys(field for each in found for field in each.also)):
             found.sort(key=lambda each: each.entry != subject)
             rows = [(each.entry, *(each.values.get(field, "") for field in fields)) for each in found]
-            yield variant, ["entry", *fields], rows
+            tables.append((variant, ["entry", *fields], rows))
+    same = len(tables) == len(variants) and all(table[1:] == tables[0][1:] for table in tables)
+    return [({}, *tables[0][1:])] if tables and same else tables
 
 
 Row = TypeVar("Row")
