@@ -18,7 +18,7 @@ from seqmix.blocks import FFNS, NORMS, BlockConfig
 from seqmix.data import DATA, DatasetConfig, WeightedSourceConfig
 from seqmix.experiments.match import Match
 from seqmix.experiments.pages import fill, table
-from seqmix.experiments.study import DecodeSpeed, Entry, PaperFigure, Speed, Study, TrainSpeed
+from seqmix.experiments.study import DecodeSpeed, Entry, PaperFigure, Speed, Study, TrainSpeed, Tune
 from seqmix.linearize.plan import Keep, Plan, Stage, Stages, Swap
 from seqmix.models.config import ModelConfig, NormalInit, PaperInit
 from seqmix.ops.runtime.kernel import KERNELS
@@ -72,7 +72,7 @@ def fields() -> list[str]:
         "Feed-forward networks": FFNS.built_in().values(),
         "Norms": NORMS.built_in().values(),
         "Linearizing": (Plan, Swap, Keep, Stages, Stage),
-        "Studies": (Study, Entry, Match, Speed, TrainSpeed, DecodeSpeed, PaperFigure),
+        "Studies": (Study, Entry, Match, Tune, Speed, TrainSpeed, DecodeSpeed, PaperFigure),
     }
     lines = [line for title, configs in sections.items() for line in (f"## {title}\n", *map(_section, configs))]
     return [*lines[:-1], lines[-1].rstrip("\n")]
