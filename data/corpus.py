@@ -114,7 +114,7 @@ def read_corpus(config: CorpusConfig, tokenizer: Tokenizer | None = None) -> Cor
             continue
         stores = _stores(source, tokenizer)
         split = SEPARATE if config.validation is not None else _resolve_split(config.split, source, stores)
-        pieces = [_split_store(store, split, config.validation_fraction) for store in stores]
+        pieces = [_split_store(store, split, config.test_fraction, config.validation_fraction) for store in stores]
         for store, tables in zip(stores, pieces, strict=True):
             for table in (store.digests, *tables):
                 identity.update(table.tobytes())
@@ -261,23 +261,26 @@ def _open_token_files(files: Sequence[tuple[str, Path]], tokenizer: Tokenizer) -
     return [TokenFile(path, tokenizer, name) for name, path in files]
 
 
-def _split_store(store: Store, split: str, fraction: float) -> tuple[np.ndarray, np.ndarray]:
+def _split_store(
+    store: Store, split: str, test_fraction: float, validation_fraction: float
+) -> tuple[np.ndarray, np.ndarray]:
     """Return a store's pieces for training and for validation, each as starts and ends [N 2].
 
-    `fraction` is the share of the validation split; with `data.validation` all pieces are for training.
+    The fractions are the shares of the test split, which is in neither, and of the validation split; with
+    `data.validation` all pieces are for training.
     """
     pieces = _document_bounds(store)
     if split == SEPARATE:
         return pieces, pieces[:0]
+    held_out = test_fraction + validation_fraction
     if split == "tail":
         starts, ends = pieces.T
         # a document is a begin token and n tokens; the validation piece starts one token early, because its first
         # token reads as the begin token
-        cuts = starts + ((ends - starts - 1) * (1 - fraction)).astype(np.int64)
-        return np.stack((starts, cuts + 1), axis=1), np.stack((cuts, ends), axis=1)
-    shares = (store.digests if split == "by_document" else store.names) / 2.0**64
-    validation = shares < fraction
-    return pieces[~validation], pieces[validation]
+        cuts, stops = (starts + ((ends - starts - 1) * (1 - share)).astype(np.int64) for share in (held_out, test_fraction))
+        return np.stack((starts, cuts + 1), axis=1), np.stack((cuts, stops + 1), axis=1)
+    places = (store.digests if split == "by_document" else store.names) / 2.0**64
+    return pieces[places >= held_out], pieces[(test_fraction <= places) & (places < held_out)]
 
 
 def _document_bounds(store: Store) -> np.ndarray:

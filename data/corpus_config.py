@@ -143,6 +143,10 @@ class CorpusConfig(DocumentsConfig, DataConfig):
     a single document, `by_file` for text files, and `by_document` otherwise."""
     validation_fraction: float = Field(default=0.1, gt=0, lt=1)
     """Share of the documents or files that is held out for validation; with `tail`, the share of every document."""
+    test_fraction: float = Field(default=0.0, ge=0, lt=1)
+    """Share that neither training nor validation reads, held out before the validation split: what a run with this
+    share as its `validation_fraction` validates on. Tune with `test_fraction: 0.1`, and the default validation split
+    stays unseen."""
 
     @model_validator(mode="after")
     def _bytes_have_their_begin_token(self) -> Self:
@@ -159,8 +163,13 @@ class CorpusConfig(DocumentsConfig, DataConfig):
         changed = {name for name in fields if getattr(self, name) != fields[name].default}
         if self.sources is not None and (offenders := changed & DocumentsConfig.model_fields.keys()):
             raise ValueError(f"with data.sources, every source has its own {min(offenders)}: set it there")
-        if self.validation is not None and (offenders := changed & {"split", "validation_fraction"}):
+        if self.validation is not None and (offenders := changed & {"split", "test_fraction", "validation_fraction"}):
             raise ValueError(f"data.validation replaces the split: leave out data.{min(offenders)}")
+        if self.test_fraction + self.validation_fraction >= 1:
+            raise ValueError(
+                f"test_fraction = {self.test_fraction} and validation_fraction = {self.validation_fraction} leave no text "
+                "for training: lower one of them"
+            )
         for part in self.parts if self.validation is None else ():
             if part.dataset is not None and part.streamed:
                 raise ValueError(

@@ -85,6 +85,17 @@ def test_the_tail_of_every_file_is_held_out(tmp_path):
     assert [*corpus.train[1:], *corpus.validation[1:]] == list(range(256))
 
 
+@pytest.mark.parametrize("split", ["by_file", "by_document", "tail"])
+def test_the_test_split_is_a_later_validation_split(folder, split):
+    tuning = read(folder, split=split, test_fraction=0.3, validation_fraction=0.2)
+    final = read(folder, split=split, validation_fraction=0.3)
+    both = read(folder, split=split, validation_fraction=0.5)
+    assert tuning.train.tolist() == both.train.tolist()
+    counts = [np.bincount(corpus.validation, minlength=BEGIN) for corpus in (tuning, final, both)]
+    assert counts[0].sum() > 0
+    assert (counts[0] + counts[1] == counts[2])[:BEGIN].all()
+
+
 @pytest.mark.parametrize(
     ("file", "paths", "fields", "alone"),
     [

@@ -189,6 +189,8 @@ ONE = {"sources": [A | {"weight": 1}]}
         ({"validation": A | {"weight": 1}}, "weight"),
         ({"validation": A, "split": "tail"}, "leave out data.split"),
         ({"validation": A, "validation_fraction": 0.2}, "leave out data.validation_fraction"),
+        ({"validation": A, "test_fraction": 0.2}, "leave out data.test_fraction"),
+        ({"test_fraction": 0.5, "validation_fraction": 0.5}, "leave no text for training"),
         ({"dataset": {"path": "w", "streaming": True}}, "data.validation="),
     ],
     ids=str,
