@@ -1,6 +1,7 @@
 """Sources of documents: files, datasets, and Python's own standard library."""
 
 import json
+import os
 import sysconfig
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ MAX_FILES = 10**6
 """Maximum number of names that a glob may match in a folder; tokenize larger collections in parts first."""
 SAVED = "dataset_dict.json", "state.json", "dataset_info.json"
 """Marker files in a folder of `save_to_disk`: the first if it has several splits, the other two if it has one."""
+FOREIGN_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
+"""Folders of the standard library that hold tests and installed packages."""
 
 
 class Document(NamedTuple):
@@ -235,8 +238,10 @@ def _is_saved_dataset(folder: Path) -> bool:
 def _standard_library() -> Iterator[Document]:
     """Yield Python's own modules, without tests, installed packages and machine-specific files."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    for file in sorted(root.rglob("*.py")):
-        parts = file.relative_to(root).parts
-        foreign = {"site-packages", "dist-packages", "test", "tests", "__pycache__"}.intersection(parts)
-        if not foreign and not file.name.startswith("_sysconfigdata"):
-            yield Document("/".join(parts), str(file), file.read_bytes())
+    files = list[Path]()
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in FOREIGN_FOLDERS]  # installed packages are many files
+        modules = (name for name in names if name.endswith(".py") and not name.startswith("_sysconfigdata"))
+        files.extend(Path(folder, name) for name in modules)
+    for file in sorted(files):
+        yield Document(file.relative_to(root).as_posix(), str(file), file.read_bytes())
