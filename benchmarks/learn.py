@@ -25,6 +25,7 @@ from .peers.gpt import GptBlock
 BUDGET = (
     "data={split: tail, sequence_length: 64}",
     "training={steps: 2000, batch_size: 12, learning_rate: 1.0e-3}",
+    "training={optimizer: adamw, schedule: cosine}",
     "training={final_lr_ratio: 0.1, weight_decay: 0.1, betas: [0.9, 0.99], clip_norm: 1.0}",
     "model.blocks.ret.mixer.paradigm=parallel",  # the fastest at this length
 )

@@ -427,6 +427,7 @@ SMALL = (
     *("training.steps=6", "training.batch_size=8", "training.warmup_steps=2", "training.evaluate_every=3"),
     *("training.evaluation_batches=2", "training.final_evaluation_batches=null"),
     *("training.checkpoint_every=100", "training.log_every=1"),
+    *("training.optimizer=adamw", "training.learning_rate=3.0e-3", "training.schedule=cosine"),
 )
 
 

@@ -12,7 +12,7 @@ model: {d_model: 16, n_layers: 1}
 mixers: [retention, attention]
 match: {parameters: retention, knob: blocks.*.ffn.expansion}
 data: {sequence_length: 16, paths: [text.txt]}
-training: {steps: 120, warmup_steps: 1, batch_size: 2, evaluate_every: 40, evaluation_batches: 1,
+training: {optimizer: adamw, steps: 120, warmup_steps: 1, batch_size: 2, evaluate_every: 40, evaluation_batches: 1,
            final_evaluation_batches: 2, checkpoint_every: 20, log_every: 1}
 """
 
