@@ -384,6 +384,17 @@ def test_a_study_is_found(written, tmp_path):
         find_study(str(tmp_path / "smal.yaml"))
 
 
+@pytest.mark.parametrize("name", [name for name in shipped() if name.startswith("recipe-")])
+def test_a_recipe_is_tuned_on_text_that_its_preset_does_not_validate_on(name):
+    file = find_study(name)
+    study = load_study(file)
+    preset = load_config(study.base)
+    assert name == f"recipe-{study.base}"
+    for run in plan(study, file).runs:
+        assert run.config.data.test_fraction == preset.data.validation_fraction
+        assert run.config.data.validation_fraction > 0
+
+
 # short-convolution has the entries of short-convolution-text
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in shipped() if NIGHTLY or name != "short-convolution-text"])
