@@ -167,8 +167,8 @@ class CorpusConfig(DocumentsConfig, DataConfig):
             raise ValueError(f"data.validation replaces the split: leave out data.{min(offenders)}")
         if self.test_fraction + self.validation_fraction >= 1:
             raise ValueError(
-                f"test_fraction = {self.test_fraction} and validation_fraction = {self.validation_fraction} leave no text "
-                "for training: lower one of them"
+                f"test_fraction = {self.test_fraction} and validation_fraction = {self.validation_fraction} leave no "
+                "text for training: lower one of them"
             )
         for part in self.parts if self.validation is None else ():
             if part.dataset is not None and part.streamed:
