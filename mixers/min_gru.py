@@ -42,6 +42,8 @@ class MinGRUConfig(ScanConfig):
 class MinGRU(ScanMixer):
     """Layer configured by `MinGRUConfig`."""
 
+    op = "scan"
+
     def __init__(self, config: MinGRUConfig, d_model: int) -> None:
         width = head_width(d_model, config.expand, 1, "expand")
         super().__init__(config, width)

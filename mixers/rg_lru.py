@@ -62,6 +62,8 @@ class RGLRUConfig(ScanConfig):
 class RGLRU(ScanMixer):
     """Layer configured by `RGLRUConfig`."""
 
+    op = "scan"
+
     def __init__(self, config: RGLRUConfig, d_model: int) -> None:
         block = head_width(d_model, config.expand, config.n_heads, "expand")
         self.width = block * config.n_heads

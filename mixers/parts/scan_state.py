@@ -1,6 +1,7 @@
 """Base classes of mixers of the scan family, whose state is one or a few numbers per channel."""
 
-from typing import Any, NamedTuple, cast
+import math
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -9,7 +10,8 @@ from torch import Tensor, nn
 
 from ...ops.runtime.call import Call
 from ...ops.runtime.paradigm import Paradigm
-from ...ops.scan import SCAN_PARADIGMS
+from ...ops.runtime.kernel import Probe
+from ...ops.scan import SCAN_PARADIGMS, Backend
 from ..contract import MixerConfig, SequenceMixer
 from ..traits import Traits
 from .matrix_state import Chunk
@@ -20,6 +22,8 @@ class ScanConfig(MixerConfig):
     """Fields of every mixer of the scan family."""
 
     chunk_size: Chunk = 64
+    backend: Backend = "auto"
+    """Kernel backend; changes the cost, never the result."""
     paradigm: Paradigm = Field(default=Paradigm.CHUNKWISE, strict=False)
     """Paradigm of training and evaluation."""
 
@@ -48,6 +52,8 @@ class ScanMixer(SequenceMixer[ScanState]):
 
     supports_context_parallel = True
     convolution: ShortConvolution | None
+    op: ClassVar[str | None] = None
+    """Name of the op of the recurrence; None if there is no choice of kernels."""
     products = 0
     """Number of multiplications per token in matrix products outside linear layers, for `flops`."""
 
@@ -88,3 +94,10 @@ class ScanMixer(SequenceMixer[ScanState]):
             recent = self.convolution.init_state(batch_size)
         memory = torch.zeros(batch_size, *self.memory, device=self.device, dtype=self.state_dtype)
         return ScanState(memory, recent, torch.zeros(batch_size, device=self.device, dtype=torch.int64))
+
+    def kernels(self, dtype: torch.dtype) -> tuple[str, Probe] | None:
+        if self.op is None:
+            return None
+        wide = torch.promote_types(dtype, torch.float32)  # mixers pass float32 even if projections have 16 bits
+        *keys, channels = self.memory
+        return self.op, Probe(device=self.device, dtype=wide, key_width=math.prod(keys), value_width=channels)

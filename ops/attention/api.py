@@ -105,7 +105,7 @@ def softmax_attention(
     require_attention(x)
     if call.cp_group is not None:
         return _attend_in_group(x, call)
-    result = chosen("softmax", call.paradigm, call.backend).function(x)
+    result = chosen("softmax", call.paradigm, call.backend, q).function(x)
     record("softmax", v, x.log_forget, result[0])
     return result
 

@@ -2,7 +2,8 @@
 
 A backend that is named in the configuration computes every paradigm it has a kernel for; the reference computes the
 others. `auto` means, per paradigm, the first backend of `AUTO` whose kernel can run, else the reference. On a GPU,
-kernels of `AUTO` must first pass a trial on the device itself, with calls as in training and decoding.
+kernels of `AUTO` must first pass a trial on the device itself, with calls as in training and decoding. On a CPU, `auto`
+means the native kernel, if the op has one and it can be compiled.
 """
 
 import logging
@@ -19,6 +20,7 @@ from ...registry import SeqmixError, choices
 from ..recurrence.family import Recurrence
 from ..runtime.kernel import KERNELS, ON_DEMAND, Kernel, Probe, find, reference
 from ..runtime.paradigm import Paradigm
+from .native.build import is_off
 
 AUTO: Mapping[str, Mapping[Paradigm, Sequence[str]]] = {
     "decay": {Paradigm.CHUNKWISE: ("triton", "fla"), Paradigm.RECURRENT: ("triton",)},
@@ -26,6 +28,9 @@ AUTO: Mapping[str, Mapping[Paradigm, Sequence[str]]] = {
 }
 """Backends that `auto` tries on a GPU, in this order, by op and paradigm; a backend named in a configuration has the
 same trial."""
+
+AUTO_ON_CPU: Mapping[str, Sequence[Paradigm]] = {"scan": (Paradigm.RECURRENT, Paradigm.CHUNKWISE)}
+"""Paradigms that `auto` computes with native kernels on a CPU, by op."""
 
 TRIAL_LENGTH = 259
 """Tokens of a trial: several whole chunks and an incomplete one."""
@@ -49,7 +54,12 @@ def choose(op: str, backend: str, probe: Probe) -> Mapping[Paradigm, str]:
     fallback = reference(op, Paradigm.CHUNKWISE).backend
     chosen = dict.fromkeys(Paradigm, fallback)
     where = f"on {probe.device} in {probe.dtype}"
-    if backend == "auto":
+    if backend == "auto" and probe.device.type == "cpu" and not is_off():
+        for paradigm in AUTO_ON_CPU.get(op, ()):
+            reasons = find(op, paradigm, "native").unsupported(probe)  # a compiler that is missing is logged there
+            log.debug("%s %s %s: %s", op, paradigm, where, "; ".join(reasons) or "native")
+            chosen[paradigm] = fallback if reasons else "native"
+    elif backend == "auto":
         for paradigm, names in AUTO.get(op, {}).items() if probe.device.type == "cuda" else ():
             reasons = []
             for name in names:

@@ -189,7 +189,7 @@ def recur(
     Raises:
         SeqmixError: if shapes or dtypes do not fit, or the kernel does not support them.
     """
-    kernel = chosen(family.name, call.paradigm, call.backend).function
+    kernel = chosen(family.name, call.paradigm, call.backend, q).function
     cp = call.cp_group
     documents = call.documents
     local = documents if cp is None else cp.local(documents, q.shape[1])

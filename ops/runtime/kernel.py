@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from ...registry import SeqmixError, nearest
 from .paradigm import Paradigm
@@ -82,7 +83,7 @@ class Kernel:
     """Name of the op: "decay", "softmax"."""
     paradigm: Paradigm
     backend: str
-    """Kernel backend: "reference" and "sdpa" are plain torch, "triton" is this library's."""
+    """Kernel backend: "reference" and "sdpa" are plain torch, "native" (C++, on CPUs) and "triton" this library's."""
     function: Callable[..., Any]
     """Computes the op from one value that describes the call (`Recurrence`, `AttentionInputs`). Returns (output, final
     state or None); raises a SeqmixError for a call that it does not support."""
@@ -100,6 +101,9 @@ class Kernel:
     differences: bool = False
     """True if the gradient of a log-decay per token is computed as a difference of sums. The terms that cancel then
     count among the terms of the tolerance; where decays are strong, the difference is rounding error only."""
+    follows_inputs: bool = False
+    """True if a layer that has this kernel leaves other devices and dtypes than the kernel's to the reference: the
+    choice is made when a model is built, on a CPU, and the model may be moved or converted afterwards."""
     higher_order: bool = False
     """True if the kernel calls a higher-order op of torch (an op that takes functions), which a dispatch mode cannot
     intercept."""
@@ -128,6 +132,7 @@ KERNELS: dict[Key, Kernel] = {}
 """All declared kernels; importing the module of an op declares its kernels."""
 
 ON_DEMAND: Mapping[str, Mapping[str, str]] = {
+    "native": {"scan": "native.scan"},
     "triton": {"decay": "triton.decay.op", "delta": "triton.delta.op"},
     "triton_tf32x3": {"decay": "triton.decay.op"},
     "fla": {"decay": "fla"},
@@ -204,12 +209,19 @@ def reference(op: str, paradigm: Paradigm) -> Kernel:
     raise SeqmixError(f"no reference kernel is declared for {op}/{paradigm}: import the module of the op first")
 
 
-def chosen(op: str, paradigm: Paradigm, backend: str) -> Kernel:
-    """Return the kernel of a backend, or the reference if the backend is `auto` or lacks this paradigm."""
+def chosen(op: str, paradigm: Paradigm, backend: str, x: Tensor) -> Kernel:
+    """Return the kernel of a backend for inputs like x.
+
+    The reference is returned if the backend is `auto` or lacks this paradigm, or if its kernel `follows_inputs` and x
+    has another device or dtype.
+    """
     key = Key(op, paradigm, backend)
     if key not in KERNELS and not torch.compiler.is_compiling():
         import_kernels(backend)
-    return KERNELS.get(key) or reference(op, paradigm)
+    kernel = KERNELS.get(key)
+    if kernel is None or (kernel.follows_inputs and (x.device.type != "cpu" or x.dtype not in kernel.tolerances)):
+        return reference(op, paradigm)
+    return kernel
 
 
 @cache

@@ -3,6 +3,7 @@
 from ...registry.moved import former_names
 from .api import (
     SCAN_PARADIGMS,
+    Backend,
     ScanOutput,
     diagonal_scan,
     log_scan,
@@ -10,7 +11,7 @@ from .api import (
     selective_scan,
 )
 
-__all__ = ["SCAN_PARADIGMS", "ScanOutput", "diagonal_scan", "log_scan", "scan", "selective_scan"]
+__all__ = ["SCAN_PARADIGMS", "Backend", "ScanOutput", "diagonal_scan", "log_scan", "scan", "selective_scan"]
 __getattr__ = former_names(
     __name__,
     {

@@ -12,7 +12,7 @@ tokens at once. Both are linear in T, forward and backward. A log-decay of -inf 
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar, Unpack
+from typing import Any, Literal, NamedTuple, TypeVar, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ from ...registry import SeqmixError
 from ..recurrence.family import require_chunk_size, require_packing
 from ..runtime.call import Call, CallOptions
 from ..runtime.custom_op import Op
-from ..runtime.kernel import FLOATS
+from ..runtime.kernel import FLOATS, chosen, declare_references
 from ..runtime.packing import Documents
 from ..runtime.paradigm import Paradigm
 from .blocks import state_dtype
@@ -36,6 +36,10 @@ SCAN_PARADIGMS = frozenset({Paradigm.RECURRENT, Paradigm.CHUNKWISE})
 """Paradigms of the scan family."""
 
 X = TypeVar("X", Scan, Selective, Diagonal)
+
+Backend = Literal["auto", "reference", "native"]
+"""Kernel backend. `auto` is resolved when a model is built: `native` (C++) on a CPU, where a compiler is installed, else
+`reference`, plain torch."""
 
 
 class ScanOutput(NamedTuple):
@@ -74,9 +78,9 @@ def scan(
         h = log_decay[:, 0].to(state_dtype(x)).exp() * _initial_state(x, call, x.shape[2:]) + x[:, 0].to(state_dtype(x))
         return ScanOutput(h.to(x.dtype)[:, None], h if call.return_state else None)
     if call.cp_group is None:
-        return _run(SCAN, Scan(x, log_decay, *_call_fields(call)))
+        return _run("scan", Scan(x, log_decay, *_call_fields(call)), call)
     total = _mask_to_last_document(log_decay.to(state_dtype(x)), call.documents).sum(1)
-    return _run_in_group(SCAN, Scan(x, log_decay, *_call_fields(call)), call, total.exp())
+    return _run_in_group("scan", Scan(x, log_decay, *_call_fields(call)), call, total.exp())
 
 
 def log_scan(
@@ -104,13 +108,13 @@ def log_scan(
         h = torch.logaddexp(x[:, 0].to(dtype), log_decay[:, 0].to(dtype) + before)
         return ScanOutput(h.to(x.dtype)[:, None], h if call.return_state else None)
     if call.cp_group is None:
-        return _run(LOG_SCAN, Scan(x, log_decay, *_call_fields(call)))
+        return _run("log_scan", Scan(x, log_decay, *_call_fields(call)), call)
     if call.state is None:
         start = x.new_full((call.rows(x.shape[0]), *x.shape[2:]), -torch.inf, dtype=dtype)
         call = call._replace(state=start)
     total = _mask_to_last_document(log_decay.to(dtype), call.documents).sum(1)
     inputs = Scan(x, log_decay, *_call_fields(call))
-    return _run_in_group(LOG_SCAN, inputs, call, total, torch.add, torch.logaddexp)
+    return _run_in_group("log_scan", inputs, call, total, torch.add, torch.logaddexp)
 
 
 def selective_scan(
@@ -155,9 +159,9 @@ def selective_scan(
         return ScanOutput(o, h if call.return_state else None)
     inputs = Selective(x, step, rate, k, q, *_call_fields(call))
     if call.cp_group is None:
-        return _run(SELECTIVE, inputs)
+        return _run("selective_scan", inputs, call)
     total = _mask_to_last_document(step.to(dtype), call.documents).sum(1)
-    return _run_in_group(SELECTIVE, inputs, call, (total[:, None] * rate.to(dtype)).exp())
+    return _run_in_group("selective_scan", inputs, call, (total[:, None] * rate.to(dtype)).exp())
 
 
 def diagonal_scan(
@@ -200,10 +204,10 @@ def diagonal_scan(
         return ScanOutput((real - imaginary).sum(1).to(x.dtype)[:, None], h if call.return_state else None)
     inputs = Diagonal(x, log_decay, angle, weight, *_call_fields(call))
     if call.cp_group is None:
-        return _run(DIAGONAL, inputs)
+        return _run("diagonal_scan", inputs, call)
     tokens = _mask_to_last_document(x.new_ones(1, x.shape[1], 1, dtype=dtype), call.documents).sum()
     transition = _polar(tokens * log_decay.double(), tokens * angle.double()).to(dtype)
-    return _run_in_group(DIAGONAL, inputs, call, transition[None], _complex_product)
+    return _run_in_group("diagonal_scan", inputs, call, transition[None], _complex_product)
 
 
 def _diagonal_shapes(x: Tensor, log_decay: Tensor) -> list[list[int]]:
@@ -256,14 +260,13 @@ def _initial_state(x: Tensor, call: Call, shape: torch.Size) -> Tensor:
     return call.state.to(state_dtype(x))
 
 
-def _run(op: Op[X], x: X) -> ScanOutput:
-    """Run a scan on the tokens of this process alone."""
-    output, final_state, _ = op(x)
-    return ScanOutput(output, final_state if x.output_final_state else None)
+def _run(op: str, x: X, call: Call) -> ScanOutput:
+    """Run the kernel that a call selects on the tokens of this process alone."""
+    return ScanOutput(*chosen(op, call.paradigm, call.backend, x.x).function(x))
 
 
 def _run_in_group(
-    op: Op[X],
+    op: str,
     x: X,
     call: Call,
     transition: Tensor,
@@ -283,9 +286,10 @@ def _run_in_group(
     cu_seqlens: Any = None if local is None else local.cu_seqlens
     boundaries: Any = None if local is None else local.boundaries
     x = x._replace(cu_seqlens=cu_seqlens, boundaries=boundaries)
-    _, written, _ = op(x._replace(initial_state=None, output_final_state=True))
+    _, written = _run(op, x._replace(initial_state=None, output_final_state=True), call)
+    assert written is not None
     state = cp.entry(transition, cp.last_row(written, documents), call.state, documents, length, apply, add)
-    result = _run(op, x._replace(initial_state=state))
+    result = _run(op, x._replace(initial_state=state), call)
     final = None if result.final_state is None else cp.final(result.final_state, documents, length)
     return ScanOutput(result.output, final)
 
@@ -320,3 +324,18 @@ def _require_scan(*tensors: Tensor, call: Call, shape: tuple[int, ...]) -> None:
     expected = [call.rows(x.shape[0]), *shape]
     if call.state is not None and list(call.state.shape) != expected:
         raise SeqmixError(f"the initial state must be {expected}, got {list(call.state.shape)}")
+
+
+def _reference(op: Op[X]) -> Callable[[X], ScanOutput]:
+    """Return the function of a reference kernel, from its op."""
+
+    def run(x: X) -> ScanOutput:
+        output, final_state, _ = op(x)
+        return ScanOutput(output, final_state if x.output_final_state else None)
+
+    return run
+
+
+TOLERANCES = {torch.float64: 2e-13, torch.float32: 1e-5, torch.bfloat16: 7e-3, torch.float16: 9e-4}
+
+declare_references("scan", dict.fromkeys(SCAN_PARADIGMS, (_reference(SCAN), TOLERANCES)))

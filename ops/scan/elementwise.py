@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..recurrence.groups import Group
+from ..runtime.kernel import Probe
 from .blocks import GroupGradients, Rule, copy_group_tokens, scan_op, state_dtype, tokens_first
 
 
@@ -34,6 +35,11 @@ class Scan(NamedTuple):
     """True if blocks are computed one by one, False if several at once."""
     needs_grad: bool = False
     """True if a backward pass may follow; set by the op."""
+
+    def probe(self) -> Probe:
+        """Return the properties of this call that a kernel must support."""
+        width = self.x[0, 0].numel()
+        return Probe(device=self.x.device, dtype=self.x.dtype, key_width=1, value_width=width, log_decay="B T H")
 
 
 class Elementwise(Rule[Scan]):

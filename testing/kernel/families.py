@@ -1,4 +1,4 @@
-"""Cases of the op families, with their definitions in float64; softmax attention has its own module, softmax.py.
+"""Cases of the op families, with their definitions in float64; scans.py has those of scans, softmax.py attention.
 
 Notation: B batch, T tokens, H heads, K key width, V value width, N rows of a state.
 """
@@ -19,6 +19,7 @@ from ...ops.runtime.kernel import Kernel
 from .case import SEGMENT, Drawn, Exact, KernelCase, Tensors
 from .fixed import ABOVE, BELOW, FIXED, LONG, RESETS, SLOW, STATES, WIDE
 from .layout import writable
+from .scans import ScanCase
 from .softmax import SoftmaxCase
 
 FEW_OF_FLOAT16 = 100.0
@@ -347,5 +348,6 @@ FAMILIES: dict[str, type[KernelCase]] = {
     "delta": DeltaCase,
     "dplr": DplrCase,
     "softmax": SoftmaxCase,
+    "scan": ScanCase,
 }
 """Classes of cases by op: all ops that have kernels."""

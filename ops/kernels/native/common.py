@@ -1,0 +1,43 @@
+"""What the native kernels share: their limits, and sequences as ranges of tokens."""
+
+from collections.abc import Callable
+from typing import overload
+
+import torch
+from torch import Tensor
+
+from ...runtime.kernel import Probe
+from ...runtime.packing import read_boundaries
+from . import build
+
+
+def limits_of(family: str) -> Callable[[Probe], list[str]]:
+    """Return the limits of a family's kernels: a CPU, and a compiler that can build them."""
+
+    def limits(probe: Probe) -> list[str]:
+        if probe.device.type != "cpu":
+            return [f"native kernels run on a CPU, got {probe.device}"]
+        reason = build.failure(family)
+        return [] if reason is None else [reason]
+
+    return limits
+
+
+def sequences(batch_size: int, length: int, cu_seqlens: Tensor | None) -> Tensor:
+    """Return where sequences begin and end among the B T tokens: rows of the batch, or packed documents, int64 [N+1].
+
+    Raises:
+        SeqmixError: the boundaries do not rise from 0 to the number of tokens.
+    """
+    if cu_seqlens is None:
+        return torch.arange(batch_size + 1) * length
+    return torch.tensor(read_boundaries(cu_seqlens, length))
+
+
+@overload
+def contiguous(x: Tensor) -> Tensor: ...
+@overload
+def contiguous(x: Tensor | None) -> Tensor | None: ...
+def contiguous(x: Tensor | None) -> Tensor | None:
+    """Return a tensor as contiguous float32 numbers, a copy only where it is not; None stays None."""
+    return None if x is None else x.to(torch.float32).contiguous()
