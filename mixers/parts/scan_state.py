@@ -9,8 +9,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ...ops.runtime.call import Call
-from ...ops.runtime.paradigm import Paradigm
 from ...ops.runtime.kernel import Probe
+from ...ops.runtime.paradigm import Paradigm
 from ...ops.scan import SCAN_PARADIGMS, Backend
 from ..contract import MixerConfig, SequenceMixer
 from ..traits import Traits

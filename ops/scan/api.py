@@ -38,7 +38,7 @@ SCAN_PARADIGMS = frozenset({Paradigm.RECURRENT, Paradigm.CHUNKWISE})
 X = TypeVar("X", Scan, Selective, Diagonal)
 
 Backend = Literal["auto", "reference", "native"]
-"""Kernel backend. `auto` is resolved when a model is built: `native` (C++) on a CPU, where a compiler is installed, else
+"""Kernel backend. `auto` is resolved when a model is built: `native` (C++) on a CPU that has a compiler, else
 `reference`, plain torch."""
 
 
@@ -338,4 +338,5 @@ def _reference(op: Op[X]) -> Callable[[X], ScanOutput]:
 
 TOLERANCES = {torch.float64: 2e-13, torch.float32: 1e-5, torch.bfloat16: 7e-3, torch.float16: 9e-4}
 
-declare_references("scan", dict.fromkeys(SCAN_PARADIGMS, (_reference(SCAN), TOLERANCES)))
+for _name, _op in {"scan": SCAN, "log_scan": LOG_SCAN, "selective_scan": SELECTIVE, "diagonal_scan": DIAGONAL}.items():
+    declare_references(_name, dict.fromkeys(sorted(SCAN_PARADIGMS), (_reference(_op), TOLERANCES)))

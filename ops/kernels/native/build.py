@@ -23,9 +23,11 @@ import shutil
 import subprocess
 import tempfile
 from atexit import register
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -137,10 +139,8 @@ def _folders() -> Iterator[Path]:
     if named := os.environ.get("SEQMIX_CACHE_DIR"):
         yield Path(named)
     else:
-        try:
+        with suppress(RuntimeError):  # a user without a home
             yield Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "seqmix" / "native"
-        except RuntimeError:  # this user has no home
-            pass
     yield _temporary()
 
 
@@ -182,7 +182,9 @@ def _build(command: list[str], source: Path, file: Path) -> None:
 def _run_compiler(command: list[str], source: Path) -> None:
     """Run a compiler; raise a SeqmixError with its first error if it fails."""
     try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, stdin=subprocess.DEVNULL)
+        result = subprocess.run(
+            command, capture_output=True, text=True, timeout=SECONDS, stdin=subprocess.DEVNULL, check=False
+        )
         lines = result.stderr.strip().splitlines() or [f"exit code {result.returncode}"]
         reason = next((line for line in lines if "error" in line), lines[0]) if result.returncode else None
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -192,7 +194,7 @@ def _run_compiler(command: list[str], source: Path) -> None:
 
 
 @cache
-def _function(family: str, name: str) -> ctypes._CFuncPtr:
+def _function(family: str, name: str) -> Callable[..., None]:
     function = getattr(library(family), name)
     function.restype = None
     return function
@@ -211,7 +213,7 @@ def run(family: str, name: str, *arguments: Tensor | int | float | None) -> None
     _function(family, name)(*converted, ctypes.c_int64(torch.get_num_threads()))
 
 
-def _converted(argument: Tensor | int | float | None) -> ctypes._SimpleCData:
+def _converted(argument: Tensor | int | float | None) -> Any:
     if argument is None:
         return ctypes.c_void_p(None)
     if isinstance(argument, Tensor):

@@ -23,15 +23,15 @@ def limits_of(family: str) -> Callable[[Probe], list[str]]:
     return limits
 
 
-def sequences(batch_size: int, length: int, cu_seqlens: Tensor | None) -> Tensor:
-    """Return where sequences begin and end among the B T tokens: rows of the batch, or packed documents, int64 [N+1].
+def sequences(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Return where sequences begin and end among the B T tokens of x: rows or packed documents, int64 [N+1].
 
     Raises:
         SeqmixError: the boundaries do not rise from 0 to the number of tokens.
     """
     if cu_seqlens is None:
-        return torch.arange(batch_size + 1) * length
-    return torch.tensor(read_boundaries(cu_seqlens, length))
+        return torch.arange(x.shape[0] + 1) * x.shape[1]
+    return torch.tensor(read_boundaries(cu_seqlens, x.shape[1]))
 
 
 @overload

@@ -21,7 +21,7 @@ def _allocate(x: Scan) -> tuple[Tensor, Tensor]:
 
 def _forward(x: Scan) -> tuple[Tensor, Tensor]:
     final, output = _allocate(x)
-    bounds = sequences(*x.x.shape[:2], x.cu_seqlens)
+    bounds = sequences(x.x, x.cu_seqlens)
     build.run(
         "scan",
         "scan_forward",
@@ -39,7 +39,7 @@ def _forward(x: Scan) -> tuple[Tensor, Tensor]:
 
 def _backward(x: Scan, gradients: Gradients) -> dict[str, Tensor]:
     (d_final, d_output), (output,) = gradients.outputs, gradients.saved
-    bounds = sequences(*x.x.shape[:2], x.cu_seqlens)
+    bounds = sequences(x.x, x.cu_seqlens)
     inputs = {"x": x.x, "log_decay": x.log_decay, "initial_state": x.initial_state}
     d = {name: y.new_empty(y.shape, dtype=torch.float32) for name, y in inputs.items() if y is not None}
     build.run(
