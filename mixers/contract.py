@@ -373,6 +373,9 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
         if (kernels := self.kernels(dtype)) is not None:
             op, probe = kernels
             self.backends = dict(choose(op, self.backend, probe))
+        for part in self.modules():
+            if hasattr(part, "choose_kernel"):  # a short convolution
+                cast("Any", part).choose_kernel(self.backend, dtype)
 
     def backend_of(self, paradigm: Paradigm) -> str:
         """Return the kernel backend of a paradigm; the configured one until `resolve_backend` has chosen."""

@@ -45,6 +45,8 @@ class H3Config(ScanConfig):
 class H3(ScanMixer):
     """Layer configured by `H3Config`."""
 
+    op = "diagonal_scan"
+
     def __init__(self, config: H3Config, d_model: int) -> None:
         pairs = config.d_state // 2
         super().__init__(config, pairs, d_model, 2)

@@ -50,6 +50,8 @@ class MambaConfig(ScanConfig):
 class Mamba(ScanMixer):
     """Layer configured by `MambaConfig`."""
 
+    op = "selective_scan"
+
     def __init__(self, config: MambaConfig, d_model: int) -> None:
         width = head_width(d_model, config.expand, 1, "expand")
         super().__init__(config, config.d_state, width)

@@ -44,6 +44,8 @@ class RWKV4Config(ScanConfig):
 class RWKV4(ScanMixer):
     """Layer configured by `RWKV4Config`; decays and mu start as in the authors' code for its depth."""
 
+    op = "scan"
+
     def __init__(self, config: RWKV4Config, d_model: int, layer_idx: int, n_layers: int) -> None:
         self.width = head_width(d_model, config.expand, 1, "expand")
         super().__init__(config, 2, self.width)

@@ -22,6 +22,7 @@ from .engine.outcome import CheckOutcome, Status
 from .engine.run import EXAMPLES
 from .kernel.case import KernelDraw
 from .kernel.families import DecayCase, DeltaCase, SoftmaxCase
+from .kernel.scans import ConvolutionCase, DiagonalCase, LogScanCase, ScanCase, SelectiveCase
 from .kernel.trial import KernelTrial
 from .mixer.case import Case, Draw
 from .mixer.trial import Trial
@@ -37,13 +38,18 @@ __all__ = [
     "Check",
     "CheckFailure",
     "CheckOutcome",
+    "ConvolutionCase",
     "DecayCase",
     "DeltaCase",
+    "DiagonalCase",
     "Draw",
     "KernelDraw",
     "KernelTrial",
+    "LogScanCase",
     "Outcome",
     "Report",
+    "ScanCase",
+    "SelectiveCase",
     "SoftmaxCase",
     "Status",
     "Trial",

@@ -1,18 +1,18 @@
 """Short causal convolution, which many mixers have before their recurrence."""
 
 import math
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ...ops.convolution import short_convolution
+from ...ops.convolution import Activation, short_convolution
+from ...ops.kernels.selection import choose
 from ...ops.runtime.call import Call
+from ...ops.runtime.kernel import Probe
+from ...ops.runtime.paradigm import Paradigm
 from ..roles import Role, Roles
-
-Activation = Literal["silu", "none"]
 
 
 class ShortConvolution(nn.Module):
@@ -22,7 +22,9 @@ class ShortConvolution(nn.Module):
 
     def __init__(self, width: int, kernel_size: int, *, bias: bool = False, activation: Activation = "silu") -> None:
         super().__init__()
-        self.activation = activation
+        self.activation: Activation = activation
+        self.backend = "reference"
+        """Kernel backend of the convolution, set by `choose_kernel`."""
         self.weight = nn.Parameter(torch.empty(width, kernel_size))
         self.bias = nn.Parameter(torch.empty(width)) if bias else None
         self.reset_parameters()
@@ -33,6 +35,13 @@ class ShortConvolution(nn.Module):
     ) -> "ShortConvolution | None":
         """Build the convolution for a configuration's field `short_conv`; return None if the field is 0 or null."""
         return cls(width, kernel_size, bias=bias, activation=activation) if kernel_size else None
+
+    def choose_kernel(self, backend: str, dtype: torch.dtype) -> None:
+        """Choose the kernel backend of the convolution; backends that only the mixer's op has mean `auto`."""
+        width, kernel_size = self.weight.shape
+        probe = Probe(device=self.weight.device, dtype=dtype, key_width=kernel_size, value_width=width)
+        named = backend if backend in ("reference", "native") else "auto"
+        self.backend = choose("short_convolution", named, probe)[Paradigm.PARALLEL]
 
     def reset_parameters(self) -> None:
         """Initialise uniformly within 1/sqrt(kernel_size), as `nn.Conv1d` does."""
@@ -49,9 +58,8 @@ class ShortConvolution(nn.Module):
         The state has the last inputs, oldest first, in the parameters' dtype, which differs from that of x under
         autocast.
         """
-        output, final_state = short_convolution(x, self.weight, self.bias, call)
-        if self.activation == "silu":
-            output = F.silu(output)
+        call = call._replace(backend=self.backend)
+        output, final_state = short_convolution(x, self.weight, self.bias, call, activation=self.activation)
         return output, None if final_state is None else final_state.to(self.weight.dtype)
 
     def init_state(self, batch_size: int) -> Float[Tensor, "B kernel_size-1 width"]:

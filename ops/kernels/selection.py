@@ -29,7 +29,14 @@ AUTO: Mapping[str, Mapping[Paradigm, Sequence[str]]] = {
 """Backends that `auto` tries on a GPU, in this order, by op and paradigm; a backend named in a configuration has the
 same trial."""
 
-AUTO_ON_CPU: Mapping[str, Sequence[Paradigm]] = {"scan": (Paradigm.RECURRENT, Paradigm.CHUNKWISE)}
+_SCAN = (Paradigm.RECURRENT, Paradigm.CHUNKWISE)
+AUTO_ON_CPU: Mapping[str, Sequence[Paradigm]] = {
+    "diagonal_scan": _SCAN,
+    "log_scan": _SCAN,
+    "scan": _SCAN,
+    "selective_scan": _SCAN,
+    "short_convolution": (Paradigm.PARALLEL,),
+}
 """Paradigms that `auto` computes with native kernels on a CPU, by op."""
 
 TRIAL_LENGTH = 259
@@ -51,7 +58,7 @@ def choose(op: str, backend: str, probe: Probe) -> Mapping[Paradigm, str]:
         SeqmixError: the backend named has no kernel of this op, none of its kernels can run the calls, or one fails its
             trial.
     """
-    fallback = reference(op, Paradigm.CHUNKWISE).backend
+    fallback = fallback_of(op)
     chosen = dict.fromkeys(Paradigm, fallback)
     where = f"on {probe.device} in {probe.dtype}"
     if backend == "auto" and probe.device.type == "cpu" and not is_off():
@@ -89,12 +96,17 @@ def choose(op: str, backend: str, probe: Probe) -> Mapping[Paradigm, str]:
     return MappingProxyType(chosen)
 
 
+def fallback_of(op: str) -> str:
+    """Return the name of the backend of an op's reference kernels."""
+    return next(kernel.backend for kernel in KERNELS.values() if kernel.op == op and kernel.reference)
+
+
 def described(op: str, backends: Mapping[Paradigm, str]) -> str:
     """Return a short description of the chosen backend, such as "triton" or "triton (recurrent)".
 
     Paradigms are listed only if the backend has kernels of other paradigms that are not in use.
     """
-    fallback = reference(op, Paradigm.CHUNKWISE).backend
+    fallback = fallback_of(op)
     chosen = {paradigm: name for paradigm, name in backends.items() if name != fallback}
     if not chosen:
         return fallback
@@ -139,7 +151,7 @@ def disagreement(kernel: Kernel, probe: Probe) -> str | None:
             if not _device_works(probe.device):
                 raise SeqmixError(
                     f"{reason}; {probe.device} no longer works in this process: restart the process with "
-                    f"`backend: {reference(kernel.op, Paradigm.CHUNKWISE).backend}`"
+                    f"`backend: {fallback_of(kernel.op)}`"
                 ) from error
         if reason is not None:
             return reason

@@ -132,7 +132,13 @@ KERNELS: dict[Key, Kernel] = {}
 """All declared kernels; importing the module of an op declares its kernels."""
 
 ON_DEMAND: Mapping[str, Mapping[str, str]] = {
-    "native": {"scan": "native.scan"},
+    "native": {
+        "scan": "native.scan",
+        "log_scan": "native.scan",
+        "diagonal_scan": "native.diagonal",
+        "selective_scan": "native.selective",
+        "short_convolution": "native.convolution",
+    },
     "triton": {"decay": "triton.decay.op", "delta": "triton.delta.op"},
     "triton_tf32x3": {"decay": "triton.decay.op"},
     "fla": {"decay": "fla"},
@@ -165,6 +171,7 @@ def all_kernels() -> dict[str, Kernel]:
     """Return every kernel by name, including those that are imported on demand."""
     for file in sorted(Path(__file__).parents[1].glob("*/api.py")):
         import_module(f"{OPS}.{file.parent.name}.api")
+    import_module(f"{OPS}.convolution")
     for backend in ON_DEMAND:
         import_kernels(backend)
     return {str(key): kernel for key, kernel in KERNELS.items()}

@@ -315,8 +315,7 @@ def _require_same_shape(x: Tensor, log_decay: Tensor, call: Call) -> None:
 def _require_scan(*tensors: Tensor, call: Call, shape: tuple[int, ...]) -> None:
     """Raise a SeqmixError for dtypes, states, packing or paradigms that no scan accepts."""
     x = tensors[0]
-    if any(tensor.dtype not in FLOATS for tensor in tensors):
-        raise SeqmixError(f"a scan expects floating-point tensors, got {', '.join(str(t.dtype) for t in tensors)}")
+    require_floats(*tensors)
     if call.paradigm is Paradigm.PARALLEL:
         raise SeqmixError("a scan expects the recurrent or chunkwise paradigm, got parallel: set paradigm=chunkwise")
     require_packing(x, call.cu_seqlens)
@@ -324,6 +323,12 @@ def _require_scan(*tensors: Tensor, call: Call, shape: tuple[int, ...]) -> None:
     expected = [call.rows(x.shape[0]), *shape]
     if call.state is not None and list(call.state.shape) != expected:
         raise SeqmixError(f"the initial state must be {expected}, got {list(call.state.shape)}")
+
+
+def require_floats(*tensors: Tensor) -> None:
+    """Raise a SeqmixError for dtypes that no scan accepts."""
+    if any(tensor.dtype not in FLOATS for tensor in tensors):
+        raise SeqmixError(f"a scan expects floating-point tensors, got {', '.join(str(t.dtype) for t in tensors)}")
 
 
 def _reference(op: Op[X]) -> Callable[[X], ScanOutput]:

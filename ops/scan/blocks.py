@@ -366,9 +366,14 @@ def _as_states(x: Tensor, rule: Rule[Any]) -> Tensor:
     return torch.view_as_complex(x) if rule.is_complex and x.numel() else x
 
 
+def _copy_states(x: Tensor, dtype: torch.dtype, rule: Rule[Any]) -> Tensor:
+    """Return states in a dtype, [N *E]; a copy, as a view of complex numbers must begin at an even offset."""
+    return _as_states(x.to(dtype, copy=True, memory_format=torch.contiguous_format), rule)
+
+
 def _initial(x: Any, rule: Rule[Any], dtype: torch.dtype) -> Tensor | None:
     """Return the initial states, [N *E]; None if there are none."""
-    return None if x.initial_state is None else _as_states(x.initial_state.to(dtype).contiguous(), rule)
+    return None if x.initial_state is None else _copy_states(x.initial_state, dtype, rule)
 
 
 def _allocate(x: Any, rule: Rule[Any]) -> Outputs:
@@ -424,7 +429,7 @@ def _backward(x: Any, gradients: Gradients, rule: Rule[Any]) -> dict[str, Tensor
     output = x.x.new_empty(x.x.shape)
     entries = _as_states(saved, rule)
     d_output = torch.zeros_like(output) if d_output is None else d_output
-    d_final = None if d_final is None or not d_final.numel() else _as_states(d_final.to(saved.dtype).contiguous(), rule)
+    d_final = None if d_final is None or not d_final.numel() else _copy_states(d_final, saved.dtype, rule)
     layout = Layout.of(x.cu_seqlens, x.boundaries, output.shape[1])
     inputs = {name: getattr(x, name) for name in gradients.wanted}
     out = {name: y.new_zeros(y.shape, dtype=saved.dtype) for name, y in inputs.items()}

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..recurrence.groups import Group
+from ..runtime.kernel import Probe
 from .blocks import GroupGradients, Rule, group_tokens, scan_op, state_dtype, tokens_first
 
 
@@ -42,10 +43,15 @@ class Diagonal(NamedTuple):
     needs_grad: bool = False
     """True if a backward pass may follow; set by the op."""
 
+    def probe(self) -> Probe:
+        """Return the properties of this call that a kernel must support."""
+        keys, channels = self.log_decay.shape
+        return Probe(device=self.x.device, dtype=self.x.dtype, key_width=keys, value_width=channels)
+
     @property
     def w(self) -> Tensor:
         """Weights as complex numbers, [K C]."""
-        return torch.view_as_complex(self.weight.to(state_dtype(self.x)).contiguous())
+        return torch.complex(*self.weight.to(state_dtype(self.x)).unbind(-1))
 
 
 class DiagonalScan(Rule[Diagonal]):

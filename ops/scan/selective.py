@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..recurrence.groups import Group
+from ..runtime.kernel import Probe
 from .blocks import GroupGradients, Rule, group_tokens, scan_op, state_dtype, tokens_first
 
 
@@ -44,6 +45,11 @@ class Selective(NamedTuple):
     """True if blocks are computed one by one, False if several at once."""
     needs_grad: bool = False
     """True if a backward pass may follow; set by the op."""
+
+    def probe(self) -> Probe:
+        """Return the properties of this call that a kernel must support."""
+        keys, channels = self.rate.shape
+        return Probe(device=self.x.device, dtype=self.x.dtype, key_width=keys, value_width=channels)
 
 
 class SelectiveScan(Rule[Selective]):

@@ -19,7 +19,7 @@ from ...ops.runtime.kernel import Kernel
 from .case import SEGMENT, Drawn, Exact, KernelCase, Tensors
 from .fixed import ABOVE, BELOW, FIXED, LONG, RESETS, SLOW, STATES, WIDE
 from .layout import writable
-from .scans import ScanCase
+from .scans import ConvolutionCase, DiagonalCase, LogScanCase, ScanCase, SelectiveCase
 from .softmax import SoftmaxCase
 
 FEW_OF_FLOAT16 = 100.0
@@ -349,5 +349,9 @@ FAMILIES: dict[str, type[KernelCase]] = {
     "dplr": DplrCase,
     "softmax": SoftmaxCase,
     "scan": ScanCase,
+    "log_scan": LogScanCase,
+    "diagonal_scan": DiagonalCase,
+    "selective_scan": SelectiveCase,
+    "short_convolution": ConvolutionCase,
 }
 """Classes of cases by op: all ops that have kernels."""

@@ -1,4 +1,4 @@
-"""Cases of the scan family, with their definitions in float64 (notation: ops/scan/api.py).
+"""Cases of scans and of the short convolution, with their definitions in float64 (notation: ops/scan/api.py).
 
 The channels of a case are its heads and its value width, C = H V, and its key width is K.
 """
@@ -10,11 +10,17 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ...ops.runtime.kernel import Probe
+from ...ops.convolution.short import ShortConvolutionInputs
+from ...ops.runtime.kernel import Kernel, Probe
+from ...ops.runtime.packing import Documents
+from ...ops.scan.api import require_floats
+from ...ops.scan.diagonal import Diagonal
 from ...ops.scan.elementwise import Scan
+from ...ops.scan.selective import Selective
 from .case import Drawn, KernelCase, Tensors
 from .fixed import FIXED, SLOW
 from .layout import spread
@@ -82,6 +88,10 @@ class ScanCase(KernelCase):
     def call(self, inputs: Tensors) -> Any:
         return Scan(inputs["x"], inputs["log_decay"], *self.options(inputs))
 
+    def run(self, kernel: Kernel, inputs: Tensors) -> Tensors:
+        require_floats(*inputs.values())
+        return super().run(kernel, inputs)
+
     def options(self, inputs: Tensors) -> tuple[Any, ...]:
         """Return the fields that the inputs of all scans have."""
         boundaries = self.cu_seqlens(inputs)
@@ -122,3 +132,215 @@ class ScanCase(KernelCase):
     def terms(self, inputs: Tensors, absolute: Tensors) -> Tensors:
         del inputs
         return self.define(absolute)  # every term is a product of inputs and decays, so absolute inputs suffice
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class SelectiveCase(ScanCase):
+    """One call of a kernel of `selective_scan`; its log-decays are -steps times -rates."""
+
+    decays = (None,)
+    fixed = (*FIXED, {**SLOW, "log_decay": None, "strength": 0.01})
+    names = ("x", "step", "rate", "k", "q")
+    axes: ClassVar[Mapping[str, str]] = {
+        "output": "BTC",
+        "x": "BTC",
+        "step": "BTC",
+        "rate": "KC",
+        "k": "BTK",
+        "q": "BTK",
+        "state": "NKC",
+    }
+
+    @classmethod
+    def leaves_of_probe(cls, probe: Probe) -> list[str]:
+        return [*cls.names, *(cls.state if probe.initial_state else ())]
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        return self.wide if name in ("step", "rate") else super().dtype_of(name)
+
+    def inputs(self, device: torch.device) -> Tensors:
+        randn = self.randn()
+        values = {name: 1 + self.random(name, randn) for name in self.names}
+        values["step"] = self.random("step", randn).abs() + self.weakest
+        values["rate"] = -self.strength * self.random("rate", randn).abs()
+        if self.initial_state:
+            values["state"] = self.random("state", randn)
+        return {name: self.laid_out(name, x.to(device, self.dtype_of(name))) for name, x in values.items()}
+
+    def call(self, inputs: Tensors) -> Selective:
+        return Selective(*(inputs[name] for name in self.names), *self.options(inputs))
+
+    def define(self, inputs: Tensors) -> Tensors:
+        """Compute h_t = exp(step_t rate) h_{t-1} + k_t x_t^T and o_t = q_t h_t, token by token."""
+        return self.selective(inputs, lambda step: step * inputs["rate"])
+
+    def selective(self, inputs: Tensors, log_decay: Callable[[Tensor], Tensor]) -> Tensors:
+        """Return output and final state; `log_decay(step)` returns the log-decays of a token, [K C]."""
+
+        def step(h: Tensor, x: Tensor, step: Tensor, k: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+            h = log_decay(step).exp() * h + k[:, None] * x
+            return h, q @ h
+
+        return self.recurrence(inputs, step)
+
+    def terms(self, inputs: Tensors, absolute: Tensors) -> Tensors:
+        del inputs
+
+        def log_decay(step: Tensor) -> Tensor:
+            size = step * absolute["rate"]
+            return size - 2 * size.detach()  # decays as they are, with gradients that are all positive
+
+        return self.selective(absolute, log_decay)
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class LogScanCase(ScanCase):
+    """One call of a kernel of `log_scan`; -inf, the logarithm of an empty state, is compared as a finite number."""
+
+    nothing: ClassVar[float] = -(2.0**100)
+    """The number in place of -inf."""
+    adds_up = False  # a logarithm in 16 bits is not exact enough to be added to for long
+
+    def run(self, kernel: Kernel, inputs: Tensors) -> Tensors:
+        return {name: x.nan_to_num(neginf=self.nothing) for name, x in super().run(kernel, inputs).items()}
+
+    def define(self, inputs: Tensors) -> Tensors:
+        """Compute h_t = log(exp(a_t + h_{t-1}) + exp(x_t)), token by token."""
+
+        def step(h: Tensor, x: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor]:
+            return (torch.logaddexp(log_decay + h, x),) * 2
+
+        return self.recurrence(inputs, step, empty=self.nothing)
+
+    def terms(self, inputs: Tensors, absolute: Tensors) -> Tensors:
+        """Return the magnitudes of the numbers whose exponentials are added.
+
+        An error of a logarithm is a relative error of the shares, which are the derivatives.
+        """
+        signed = {name: y + (inputs[name] - y).detach() if name != "log_decay" else y for name, y in absolute.items()}
+        outputs = self.define(signed)
+        numbers = [x.detach()[x > self.nothing / 2] for x in (*inputs.values(), *outputs.values())]
+        size = 1 + sum(x.abs().max() for x in numbers if len(x))
+        return {name: size * (1 + x - x.detach()) for name, x in outputs.items()}
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class DiagonalCase(ScanCase):
+    """One call of a kernel of `diagonal_scan`; its decays are fixed."""
+
+    decays = ("K C",)
+    fixed = (*FIXED, {**SLOW, "log_decay": "K C", "strength": 0.01})
+    names = ("x", "angle", "weight")
+    axes: ClassVar[Mapping[str, str]] = {
+        "output": "BTC",
+        "x": "BTC",
+        "angle": "KC",
+        "weight": "KC2",
+        "state": "NKC2",
+    }
+
+    @classmethod
+    def details(cls, drawn: Drawn) -> dict[str, Any]:
+        return super().details(drawn) | {"resets": ()}
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        return self.wide if name in ("angle", "weight") else super().dtype_of(name)
+
+    def call(self, inputs: Tensors) -> Diagonal:
+        names = ("x", "log_decay", "angle", "weight")
+        return Diagonal(*(inputs[name] for name in names), *self.options(inputs))
+
+    def define(self, inputs: Tensors) -> Tensors:
+        """Compute h_t = exp(a + i angle) h_{t-1} + x_t and o_t = Re(sum_k w h_t), token by token."""
+        decay, angle = inputs["log_decay"].exp(), inputs["angle"]
+        weight = inputs["weight"]
+
+        def step(h: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+            real, imaginary = h.unbind(-1)
+            cos, sin = decay * angle.cos(), decay * angle.sin()
+            h = torch.stack((cos * real - sin * imaginary + x, cos * imaginary + sin * real), dim=-1)
+            return h, (weight[..., 0] * h[..., 0] - weight[..., 1] * h[..., 1]).sum(0)
+
+        return self.recurrence(inputs, step)
+
+    def terms(self, inputs: Tensors, absolute: Tensors) -> Tensors:
+        """Return sums of absolute values: a rotation adds up both parts of a number."""
+        del inputs
+        decay, angle = absolute["log_decay"].exp(), absolute["angle"]
+        turn = 1 + (angle - angle.detach())  # 1 for cosine and sine, and for their derivatives
+
+        def step(h: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+            size = torch.linalg.vector_norm(h, dim=-1, keepdim=True)
+            h = (decay * turn)[..., None] * size + torch.stack((x.expand_as(decay),) * 2, dim=-1)
+            return h, (absolute["weight"] * h).sum((0, -1))
+
+        return self.recurrence(absolute, step)
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class ConvolutionCase(ScanCase):
+    """One call of a kernel of `short_convolution`, whose filters are as wide as the case's keys."""
+
+    has_bias: bool = True
+    """True if the call has a bias."""
+    silu: bool = False
+    """True if silu follows."""
+
+    decays = (None,)
+    fixed = FIXED
+    names = ("x", "weight", "bias")
+    axes: ClassVar[Mapping[str, str]] = {"output": "BTC", "x": "BTC", "weight": "CK", "bias": "C", "state": "NPC"}
+    adds_up = False
+
+    @property
+    def sizes_of_axes(self) -> dict[str, int]:
+        return super().sizes_of_axes | {"P": self.key_width - 1}
+
+    @classmethod
+    def leaves_of_probe(cls, probe: Probe) -> list[str]:
+        return [*cls.names, *(cls.state if probe.initial_state else ())]
+
+    @classmethod
+    def details(cls, drawn: Drawn) -> dict[str, Any]:
+        draw, heads = drawn.draw, drawn.heads
+        grad = drawn.common["grad"]
+        fields = {"n_heads": draw(heads), "silu": draw(st.booleans()), "has_bias": draw(st.booleans())}
+        kept = tuple(name for name in grad if name != "bias" or fields["has_bias"])
+        # if only the bias has a gradient, keep it: the probe asks for a case with gradients
+        return fields | ({"grad": kept} if kept or not grad else {"has_bias": True})
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        del name
+        return self.dtype
+
+    def inputs(self, device: torch.device) -> Tensors:
+        randn = self.randn()
+        names = [name for name in self.names if name != "bias" or self.has_bias]
+        values = {name: self.random(name, randn) for name in (*names, *(self.state if self.initial_state else ()))}
+        return {name: self.laid_out(name, x.to(device, self.dtype)) for name, x in values.items()}
+
+    def call(self, inputs: Tensors) -> ShortConvolutionInputs:
+        documents = Documents.of(self.cu_seqlens(inputs), self.length)
+        x, weight, bias, state = (inputs.get(name) for name in (*self.names, "state"))
+        assert x is not None
+        assert weight is not None
+        return ShortConvolutionInputs(x, weight, bias, state, documents, self.final_state, self.silu)
+
+    def define(self, inputs: Tensors) -> Tensors:
+        """Compute y_t = b + sum_{i<W} w[:, W-1-i] x_{t-i}, and silu if it follows, token by token."""
+        return self.convolved(inputs, F.silu)
+
+    def convolved(self, inputs: Tensors, activation: Callable[[Tensor], Tensor]) -> Tensors:
+        """Return output and final state, with a function in the place of silu."""
+        weight, bias = inputs["weight"], inputs.get("bias", 0)
+
+        def step(past: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+            window = torch.cat((past, x[None]))
+            y = (window * weight.T).sum(0) + bias
+            return window[1:], activation(y) if self.silu else y
+
+        return self.recurrence(inputs, step)
+
+    def terms(self, inputs: Tensors, absolute: Tensors) -> Tensors:
+        del inputs
+        return self.convolved(absolute, lambda y: 1.1 * y)  # silu's slope is at most 1.1

@@ -9,8 +9,9 @@ that then replaces the other.
     CXX               the compiler; otherwise c++, g++ or clang++, whichever is found first
     SEQMIX_NATIVE=0   turns the kernels off: `auto` chooses the reference
 
-Only flags that change rounding are set, never -ffast-math: linked with it, a library makes the whole process flush
-denormal numbers. OpenMP functions are not linked: torch has loaded its own OpenMP, whose threads these kernels share.
+-ffast-math is never set: a library that is linked with it makes the whole process flush denormal numbers, and sums
+could be added in any order (where they may, a source says so: `#pragma omp simd reduction`). OpenMP is not linked:
+torch has loaded its own, whose threads these kernels share.
 """
 
 import ctypes
@@ -37,6 +38,8 @@ from ....registry import SeqmixError
 SOURCES = Path(__file__).parent
 COMPILERS = ("c++", "g++", "clang++")
 """Compilers that are looked for, in this order, if CXX is not set."""
+BLOCK = 64
+"""Channels of a task, as in common.h."""
 SECONDS = 120
 """Time after which a compiler is stopped."""
 FLAGS = (
@@ -47,6 +50,7 @@ FLAGS = (
     "-fno-trapping-math",
     "-fno-signed-zeros",
     "-ffp-contract=fast",
+    "-fopenmp-simd",
 )
 MACHINES = {"AVX512": ("-march=x86-64-v4", "-mprefer-vector-width=512"), "AVX2": ("-march=x86-64-v3",)}
 """Flags for the vector instructions of an x86 processor, by torch's name of them. A library for one of these levels

@@ -2,6 +2,8 @@
 //
 // Nothing here depends on the number of threads, and no kernel changes the floating-point environment.
 #pragma once
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -13,6 +15,7 @@ constexpr int LANES = 16;
 constexpr int LANES = 8;
 #endif
 typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef double wide __attribute__((vector_size(8 * LANES)));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
 
 #define INLINE static inline __attribute__((always_inline))
@@ -32,6 +35,32 @@ INLINE void store(float* p, vec x, int n = LANES) {
     else
         for (int i = 0; i < n; i++) p[i] = x[i];
 }
+
+// The same for bfloat16, the upper half of a float; stores round to the nearest, ties to even.
+struct bfloat16 {
+    uint16_t bits;
+};
+typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
+typedef uint32_t words __attribute__((vector_size(4 * LANES)));
+INLINE vec load(const bfloat16* p, int n = LANES) {
+    halves x = {};
+    if (n == LANES)
+        std::memcpy(&x, p, sizeof x);
+    else
+        for (int i = 0; i < n; i++) x[i] = p[i].bits;
+    return (vec)(__builtin_convertvector(x, words) << 16);
+}
+INLINE void store(bfloat16* p, vec x, int n = LANES) {
+    words bits = (words)x;
+    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+    bits = x == x ? bits : bits * 0 + 0x7FC0;
+    const halves y = __builtin_convertvector(bits, halves);
+    if (n == LANES)
+        std::memcpy(p, &y, sizeof y);
+    else
+        for (int i = 0; i < n; i++) p[i].bits = y[i];
+}
+
 INLINE vec splat(float x) { return x - vec{}; }
 INLINE float sum(vec x) {
     float total = 0;
@@ -50,8 +79,7 @@ INLINE Exp exponential(vec x) {
     y = y > 88.0f ? splat(88.0f) : y;
     const vec shift = splat(12582912.0f);  // 1.5 * 2^23: adding and subtracting it rounds to an integer
     vec n = y * 1.44269504f + shift;
-    ivec bits;
-    std::memcpy(&bits, &n, sizeof n);
+    const ivec bits = (ivec)n;
     n = n - shift;
     vec r = (y - n * 0.693145752f) - n * 1.42860677e-6f;  // y - n log 2, with log 2 in two parts
     vec p = splat(1.98756915e-4f);
@@ -59,23 +87,53 @@ INLINE Exp exponential(vec x) {
     p = p * r + 8.33345205e-3f;
     p = p * r + 4.16657962e-2f;
     p = p * r + 1.66666655e-1f;
-    p = p * r + 0.5f;
+    p = p * r + 5.0000001201e-1f;
     p = p * r * r + r;  // exp(r) - 1
-    ivec exponent = (bits + (127 - 0x4B400000)) << 23;  // 2^n
-    vec scale;
-    std::memcpy(&scale, &exponent, sizeof scale);
+    vec scale = (vec)((bits + (127 - 0x4B400000)) << 23);  // 2^n
     scale = x < -87.33f ? splat(0) : scale;
     const vec near = n == 0.0f ? splat(1) : splat(0);
     return {near, p * scale + (scale - near * scale)};
 }
 INLINE vec exp(vec x) {
-    Exp e = exponential(x);
+    const Exp e = exponential(x);
     return e.factor + e.rest;
 }
+INLINE vec operator*(Exp a, vec h) { return a.factor * h + a.rest * h; }
+INLINE vec decay(Exp a, vec h, vec written) { return a.factor * h + (a.rest * h + written); }
+
+// Sequences and channels are split into tasks: a task has BLOCK channels (whole cache lines) of one sequence, or of one
+// group of sequences.
+constexpr int VECTORS = 64 / LANES;
+constexpr int BLOCK = VECTORS * LANES;
+
+static inline int64_t blocks(int64_t channels) { return (channels + BLOCK - 1) / BLOCK; }
+
+struct Task {
+    int64_t sequence, block, first;  // first: the first channel
+    int vectors, lanes[VECTORS];     // how many vectors there are, and the channels of each
+    Task(int64_t task, int64_t channels) {
+        sequence = task / blocks(channels);
+        block = task % blocks(channels);
+        first = block * BLOCK;
+        const int64_t left = channels - first < BLOCK ? channels - first : BLOCK;
+        vectors = int((left + LANES - 1) / LANES);
+        for (int i = 0; i < vectors; i++) lanes[i] = left - i * LANES < LANES ? int(left - i * LANES) : LANES;
+    }
+};
 
 // Run task(0) to task(count - 1), which are independent of each other.
 template <class Task>
 static void each(int64_t count, int64_t threads, const Task& task) {
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1 && count > 1)
     for (int64_t i = 0; i < count; i++) task(i);
+}
+
+// Add the rows of x [rows size] to its first row, one after another.
+static inline void add_blocks(float* x, int64_t rows, int64_t size, int64_t threads) {
+    constexpr int64_t part = 4096;
+    each((size + part - 1) / part, threads, [&](int64_t number) {
+        const int64_t stop = (number + 1) * part < size ? (number + 1) * part : size;
+        for (int64_t row = 1; row < rows; row++)
+            for (int64_t i = number * part; i < stop; i++) x[i] += x[row * size + i];
+    });
 }

@@ -10,6 +10,9 @@ from ...runtime.kernel import Probe
 from ...runtime.packing import read_boundaries
 from . import build
 
+GROUPS = 8
+"""Maximum number of groups of sequences, each with its own sums of the gradients of weights."""
+
 
 def limits_of(family: str) -> Callable[[Probe], list[str]]:
     """Return the limits of a family's kernels: a CPU, and a compiler that can build them."""
@@ -21,6 +24,11 @@ def limits_of(family: str) -> Callable[[Probe], list[str]]:
         return [] if reason is None else [reason]
 
     return limits
+
+
+def rows(x: Tensor, cu_seqlens: Tensor | None) -> int:
+    """Return the number of sequences N: rows of x [B T ..] or packed documents."""
+    return x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
 def sequences(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:

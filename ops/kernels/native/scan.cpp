@@ -1,69 +1,115 @@
-// Scan of independent elements: h_t = exp(a_t) h_{t-1} + x_t, the output is h_t.
+// Scans of independent elements, as numbers and as logarithms; the output is the state.
 #include "common.h"
 
-constexpr int VECTORS = 64 / LANES;  // a task has 64 channels of one sequence: whole cache lines of every token
-constexpr int BLOCK = VECTORS * LANES;
-
-struct Channels {  // the channels of a task
-    int64_t sequence, first;
-    int lanes[VECTORS];  // channels of each vector; 0 where there are none
-    Channels(int64_t task, int64_t channels) {
-        const int64_t blocks = (channels + BLOCK - 1) / BLOCK;
-        sequence = task / blocks;
-        first = task % blocks * BLOCK;
-        for (int i = 0; i < VECTORS; i++) {
-            const int64_t left = channels - first - i * LANES;
-            lanes[i] = left < 0 ? 0 : left < LANES ? int(left) : LANES;
-        }
-    }
-};
-
-static int64_t tasks(int64_t sequences, int64_t channels) { return sequences * ((channels + BLOCK - 1) / BLOCK); }
-
+//     h_t = exp(a_t) h_{t-1} + x_t
 extern "C" void scan_forward(const float* x, const float* log_decay, const float* initial, const int64_t* bounds,
                              int64_t sequences, int64_t channels, float* output, float* final, int64_t threads) {
-    each(tasks(sequences, channels), threads, [&](int64_t task) {
-        const Channels c(task, channels);
-        const int64_t row = c.sequence * channels + c.first;
+    each(sequences * blocks(channels), threads, [&](int64_t number) {
+        const Task task(number, channels);
+        const int64_t row = task.sequence * channels + task.first;
         vec h[VECTORS] = {};
-        for (int i = 0; initial && i < VECTORS; i++) h[i] = load(initial + row + i * LANES, c.lanes[i]);
-        for (int64_t t = bounds[c.sequence]; t < bounds[c.sequence + 1]; t++) {
-            const int64_t at = t * channels + c.first;
-            for (int i = 0; i < VECTORS; i++) {
-                const Exp a = exponential(load(log_decay + at + i * LANES, c.lanes[i]));
-                h[i] = a.factor * h[i] + (a.rest * h[i] + load(x + at + i * LANES, c.lanes[i]));
-                store(output + at + i * LANES, h[i], c.lanes[i]);
+        for (int i = 0; initial && i < task.vectors; i++) h[i] = load(initial + row + i * LANES, task.lanes[i]);
+        for (int64_t t = bounds[task.sequence]; t < bounds[task.sequence + 1]; t++)
+            for (int i = 0; i < task.vectors; i++) {
+                const int n = task.lanes[i];
+                const int64_t at = t * channels + task.first + i * LANES;
+                h[i] = decay(exponential(load(log_decay + at, n)), h[i], load(x + at, n));
+                store(output + at, h[i], n);
             }
-        }
-        for (int i = 0; final && i < VECTORS; i++) store(final + row + i * LANES, h[i], c.lanes[i]);
+        for (int i = 0; final && i < task.vectors; i++) store(final + row + i * LANES, h[i], task.lanes[i]);
     });
 }
 
-// g_t = dh_t + exp(a_{t+1}) g_{t+1}        dx_t = g_t        da_t = g_t exp(a_t) h_{t-1}
-extern "C" void scan_backward(const float* log_decay, const float* initial, const float* output, const float* d_output,
-                              const float* d_final, const int64_t* bounds, int64_t sequences, int64_t channels,
-                              float* d_x, float* d_log_decay, float* d_initial, int64_t threads) {
-    each(tasks(sequences, channels), threads, [&](int64_t task) {
-        const Channels c(task, channels);
-        const int64_t row = c.sequence * channels + c.first;
-        const int64_t start = bounds[c.sequence];
-        for (int i = 0; i < VECTORS; i++) {
-            const int n = c.lanes[i];
-            const int64_t offset = i * LANES;
-            vec g = d_final ? load(d_final + row + offset, n) : vec{};  // the gradient that reaches a token's state
-            for (int64_t t = bounds[c.sequence + 1] - 1; t >= start; t--) {
-                const int64_t at = t * channels + c.first + offset;
-                if (d_output) g += load(d_output + at, n);
-                store(d_x + at, g, n);
-                const Exp a = exponential(load(log_decay + at, n));
-                const vec before = t > start ? load(output + at - channels, n)
-                                   : initial ? load(initial + row + offset, n)
+//     g_t = dh_t + exp(a_{t+1}) g_{t+1}           dx_t = g_t        da_t = g_t exp(a_t) h_{t-1}
+extern "C" void scan_backward(const float*, const float* log_decay, const float* initial, const float* output,
+                              const float* d_output, const float* d_final, const int64_t* bounds, int64_t sequences,
+                              int64_t channels, float* d_x, float* d_log_decay, float* d_initial, int64_t threads) {
+    each(sequences * blocks(channels), threads, [&](int64_t number) {
+        const Task task(number, channels);
+        const int64_t row = task.sequence * channels + task.first, start = bounds[task.sequence];
+        vec g[VECTORS] = {};
+        for (int i = 0; d_final && i < task.vectors; i++) g[i] = load(d_final + row + i * LANES, task.lanes[i]);
+        for (int64_t t = bounds[task.sequence + 1] - 1; t >= start; t--)
+            for (int i = 0; i < task.vectors; i++) {
+                const int n = task.lanes[i];
+                const int64_t at = t * channels + task.first + i * LANES;
+                const vec before = t > start  ? load(output + at - channels, n)
+                                   : initial ? load(initial + row + i * LANES, n)
                                              : vec{};
-                const vec decayed = a.factor * g + a.rest * g;
-                store(d_log_decay + at, decayed * before, n);
-                g = decayed;
+                if (d_output) g[i] += load(d_output + at, n);
+                store(d_x + at, g[i], n);
+                g[i] = exponential(load(log_decay + at, n)) * g[i];
+                store(d_log_decay + at, g[i] * before, n);
             }
-            if (d_initial) store(d_initial + row + offset, g, n);
-        }
+        for (int i = 0; d_initial && i < task.vectors; i++) store(d_initial + row + i * LANES, g[i], task.lanes[i]);
+    });
+}
+
+INLINE vec narrow(wide x) { return __builtin_convertvector(x, vec); }
+INLINE wide widen(vec x) { return __builtin_convertvector(x, wide); }
+
+// log(1 + y) for 0 <= y <= 1, as 2 atanh(y / (2 + y))
+INLINE vec log1p(vec y) {
+    const vec s = y / (2.0f + y), u = s * s;
+    vec p = splat(1.0f / 15);
+    p = p * u + 1.0f / 13;
+    p = p * u + 1.0f / 11;
+    p = p * u + 1.0f / 9;
+    p = p * u + 1.0f / 7;
+    p = p * u + 1.0f / 5;
+    p = p * u + 1.0f / 3;
+    return 2.0f * (s + s * u * p);
+}
+
+//     h_t = log(exp(a_t + h_{t-1}) + exp(x_t))
+//
+// Each step adds log(1 + exp(-|d|)) to the larger of the two terms, with d their difference. If the old state decays
+// slowly, h is the sum of many small numbers, so it is carried in float64; the numbers added are float32.
+extern "C" void log_scan_forward(const float* x, const float* log_decay, const float* initial, const int64_t* bounds,
+                                 int64_t sequences, int64_t channels, float* output, float* final, int64_t threads) {
+    each(sequences * blocks(channels), threads, [&](int64_t number) {
+        const Task task(number, channels);
+        const int64_t row = task.sequence * channels + task.first;
+        wide h[VECTORS];
+        for (int i = 0; i < task.vectors; i++)
+            h[i] = widen(initial ? load(initial + row + i * LANES, task.lanes[i]) : splat(-INFINITY));
+        for (int64_t t = bounds[task.sequence]; t < bounds[task.sequence + 1]; t++)
+            for (int i = 0; i < task.vectors; i++) {
+                const int n = task.lanes[i];
+                const int64_t at = t * channels + task.first + i * LANES;
+                const wide old = widen(load(log_decay + at, n)) + h[i], add = widen(load(x + at, n));
+                const vec d = narrow(add - old);
+                h[i] = (add > old ? add : old) + widen(log1p(exp(d > 0.0f ? -d : d)));
+                store(output + at, narrow(h[i]), n);
+            }
+        for (int i = 0; final && i < task.vectors; i++) store(final + row + i * LANES, narrow(h[i]), task.lanes[i]);
+    });
+}
+
+//     s_t = exp(a_t + h_{t-1} - h_t)                 the old state's share
+//     g_t = dh_t + s_{t+1} g_{t+1}           dx_t = g_t exp(x_t - h_t)        da_t = g_t s_t
+extern "C" void log_scan_backward(const float* x, const float* log_decay, const float* initial, const float* output,
+                                  const float* d_output, const float* d_final, const int64_t* bounds, int64_t sequences,
+                                  int64_t channels, float* d_x, float* d_log_decay, float* d_initial,
+                                  int64_t threads) {
+    each(sequences * blocks(channels), threads, [&](int64_t number) {
+        const Task task(number, channels);
+        const int64_t row = task.sequence * channels + task.first, start = bounds[task.sequence];
+        vec g[VECTORS] = {};
+        for (int i = 0; d_final && i < task.vectors; i++) g[i] = load(d_final + row + i * LANES, task.lanes[i]);
+        for (int64_t t = bounds[task.sequence + 1] - 1; t >= start; t--)
+            for (int i = 0; i < task.vectors; i++) {
+                const int n = task.lanes[i];
+                const int64_t at = t * channels + task.first + i * LANES;
+                const vec h = load(output + at, n);
+                const vec before = t > start  ? load(output + at - channels, n)
+                                   : initial ? load(initial + row + i * LANES, n)
+                                             : splat(-INFINITY);
+                if (d_output) g[i] += load(d_output + at, n);
+                store(d_x + at, g[i] * exp(load(x + at, n) - h), n);
+                g[i] = exponential(load(log_decay + at, n) + (before - h)) * g[i];
+                store(d_log_decay + at, g[i], n);
+            }
+        for (int i = 0; d_initial && i < task.vectors; i++) store(d_initial + row + i * LANES, g[i], task.lanes[i]);
     });
 }
