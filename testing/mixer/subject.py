@@ -143,7 +143,10 @@ class Subject:
         with torch.no_grad():
             for parameter in mixer.parameters():
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-        return mixer.to(self.device, dtype).eval()
+        mixer = mixer.to(self.device, dtype).eval()
+        if self.device.type == "cpu":  # as in a model: native kernels; those of a GPU have checks of their own
+            mixer.resolve_backend(dtype)
+        return mixer
 
     def _initialised(self, options: dict[str, Any], layer: int, d_model: int) -> SequenceMixer | None:
         """Return a newly initialised mixer; None if the options are refused."""
