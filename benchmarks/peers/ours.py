@@ -5,12 +5,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...mixers import Paradigm
+from ...mixers import Paradigm, SequenceMixer
+from ...mixers.parts import ShortConvolution
 from ...mixers.state import to_dict
-from ...models import build_model, compile_blocks
+from ...models import build_meta, build_model, compile_blocks
 from ...models.compiling import rows_as_sums
 from ...models.decoding import Decoder
 from ...models.prefill import compiled_prefill
+from ...ops.kernels.selection import AUTO_ON_CPU, fallback_of
 from ...ops.runtime.memo import Memo
 from .by_hand import HandWritten, unsupported_reason
 from .peer import ALL, Peer, Size, last_of_rows
@@ -81,6 +83,32 @@ class Seqmix(Peer):
         layers = zip(self.module.blocks, state.state, strict=True)
         caches = [layer for block, layer in layers if block.mixer.traits.state == "growing"]
         return super().moved(state) - sum(x.nbytes for layer in caches for x in to_dict(layer).values())
+
+
+class Reference(Seqmix):
+    """seqmix with the reference kernels, plain torch, in place of the native ones that it has for a CPU."""
+
+    name = "reference"
+    roles = frozenset({"train", "prefill"})
+    compiled_roles = frozenset()
+
+    @classmethod
+    def missing(cls, size: Size, device: torch.device) -> str | None:
+        if device.type != "cpu":
+            return "seqmix has native kernels for a CPU only"
+        modules = list(build_meta(size.config).modules())
+        ops = [kernels[0] for x in modules if isinstance(x, SequenceMixer) and (kernels := x.kernels(torch.float32))]
+        convolutions = [x for x in modules if isinstance(x, ShortConvolution)]
+        return None if convolutions or set(ops) & set(AUTO_ON_CPU) else "seqmix has no native kernels for this model"
+
+    def build(self) -> nn.Module:
+        model = build_model(self.size.config, device=self.device, dtype=self.dtype)
+        for mixer in model.modules():
+            if isinstance(mixer, SequenceMixer):
+                kernels = mixer.kernels(self.dtype)
+                mixer.backend = "reference" if kernels is None else fallback_of(kernels[0])
+        model.resolve_backends(self.dtype)
+        return model
 
 
 class ByHand(Peer):

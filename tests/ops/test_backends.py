@@ -200,10 +200,11 @@ def test_a_named_backend_that_cannot_run_is_refused_with_its_reasons():
 
 
 def test_a_backend_computes_what_it_has_and_the_reference_the_rest():
-    assert chosen("softmax", Paradigm.PARALLEL, "auto") is reference("softmax", Paradigm.PARALLEL)
+    x = torch.zeros(1)
+    assert chosen("softmax", Paradigm.PARALLEL, "auto", x) is reference("softmax", Paradigm.PARALLEL)
     flex = find("softmax", Paradigm.PARALLEL, "flex")
-    assert chosen("softmax", Paradigm.PARALLEL, "flex") is flex
-    assert chosen("softmax", Paradigm.RECURRENT, "flex") is reference("softmax", Paradigm.RECURRENT)
+    assert chosen("softmax", Paradigm.PARALLEL, "flex", x) is flex
+    assert chosen("softmax", Paradigm.RECURRENT, "flex", x) is reference("softmax", Paradigm.RECURRENT)
 
 
 def test_a_model_resolves_its_backends_when_it_is_built(monkeypatch):
