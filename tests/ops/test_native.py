@@ -1,0 +1,283 @@
+"""The native kernels of a CPU: how they are compiled and chosen, and that neither threads nor neighbours change them.
+
+That they compute their ops is tested with all kernels, in test_kernels.py.
+"""
+
+import itertools
+import logging
+import os
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+import torch
+
+from seqmix import build_model, load_config
+from seqmix.ops.convolution import short_convolution
+from seqmix.ops.kernels.native import build
+from seqmix.ops.kernels.selection import AUTO_ON_CPU, choose
+from seqmix.ops.runtime.kernel import Probe, chosen, find, reference
+from seqmix.ops.runtime.paradigm import Paradigm
+from seqmix.ops.scan import diagonal_scan, log_scan, scan, selective_scan
+from seqmix.registry import SeqmixError
+
+PROBE = Probe(device=torch.device("cpu"), dtype=torch.float32, key_width=4, value_width=16)
+REMEDY = "install g\\+\\+ or clang\\+\\+, or set CXX"
+C, K, W = 70, 3, 4
+
+needs_compiler = pytest.mark.skipif(build.compiler() is None, reason="there is no C++ compiler")
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """A process that has compiled nothing, with an empty cache."""
+    caches = (build.library, build.failure, build._warn_once, build._function, build._temporary, choose)
+
+    def forget():
+        for cached in caches:
+            cached.cache_clear()
+
+    forget()
+    monkeypatch.setenv("SEQMIX_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.delenv("SEQMIX_NATIVE", raising=False)
+    yield forget
+    monkeypatch.undo()
+    forget()
+
+
+@pytest.fixture
+def tiny(fresh, monkeypatch, tmp_path):
+    """A family whose source compiles in no time."""
+    (tmp_path / "tiny.cpp").write_text('extern "C" void nothing() {}')
+    (tmp_path / "common.h").touch()
+    monkeypatch.setattr(build, "SOURCES", tmp_path)
+    return "tiny"
+
+
+def script(path, text):
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def native(caplog):
+    """The warnings about native kernels."""
+    return [x.getMessage() for x in caplog.records if x.levelno >= logging.WARNING and "native" in x.getMessage()]
+
+
+@pytest.mark.parametrize(
+    ("variable", "reason"),
+    [
+        ("PATH", f"no C\\+\\+ compiler was found: {REMEDY}"),
+        ("CXX", f"the compiler CXX=nowhere was not found: {REMEDY}"),
+        ("BROKEN", "cannot compile scan.cpp: error: no such instruction; set CXX to another compiler"),
+    ],
+)
+def test_without_a_working_compiler_the_reference_runs_and_says_so_once(
+    variable, reason, fresh, monkeypatch, tmp_path, caplog
+):
+    monkeypatch.setattr(logging.getLogger("seqmix"), "propagate", True)
+    monkeypatch.delenv("CXX", raising=False)
+    if variable == "BROKEN":
+        monkeypatch.setenv("CXX", script(tmp_path / "broken", "echo error: no such instruction >&2; exit 1"))
+    else:
+        monkeypatch.setenv(variable, "" if variable == "PATH" else "nowhere")
+    config = load_config("rg-lru-tiny", ["model.n_layers=1"]).model
+    model = build_model(config, seed=0)
+    assert model.backends == {"lru": "reference"}
+    build_model(config, seed=0)
+    for paradigm in AUTO_ON_CPU["scan"]:
+        with pytest.raises(SeqmixError, match=rf"backend native cannot run: .*{reason}; use backend=reference"):
+            choose("scan", "native", PROBE)
+        assert choose("scan", "auto", PROBE)[paradigm] == "reference"
+    lines = native(caplog)
+    assert len(lines) == len(set(lines)) == (2 if variable == "BROKEN" else 1)  # a line names the source that fails
+    assert "several times slower" in lines[0]
+    tokens = torch.arange(40)[None]
+    plain = build_model(
+        load_config("rg-lru-tiny", ["model.n_layers=1", "model.blocks.lru.mixer.backend=reference"]).model, seed=0
+    )
+    assert torch.equal(model(tokens).logits, plain(tokens).logits)
+
+
+def test_the_environment_turns_native_kernels_off_without_a_warning(fresh, monkeypatch, caplog):
+    monkeypatch.setenv("SEQMIX_NATIVE", "0")
+    monkeypatch.setenv("CXX", "nowhere")
+    assert set(choose("scan", "auto", PROBE).values()) == {"reference"}
+    assert not native(caplog)
+
+
+@needs_compiler
+def test_a_damaged_library_is_compiled_again(fresh, tiny, tmp_path):
+    build.library(tiny)
+    (file,) = (tmp_path / "cache").glob("*.so")
+    whole = file.read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"", whole[:-1] + b"x"):
+        fresh()
+        file.unlink()  # this process has mapped the old file
+        file.write_bytes(damaged)
+        build.library(tiny)
+        assert file.read_bytes() == whole
+    assert sorted(x.suffix for x in (tmp_path / "cache").iterdir()) == [".sha256", ".so"]
+
+
+@needs_compiler
+def test_another_source_compiler_or_flag_is_another_library(fresh, tiny, monkeypatch, tmp_path):
+    def files():
+        fresh()
+        build.library(tiny)
+        return len(list((tmp_path / "cache").glob("*.so")))
+
+    assert [files(), files()] == [1, 1]
+    (tmp_path / "tiny.cpp").write_text('extern "C" void something() {}')
+    assert files() == 2
+    monkeypatch.setenv("CXX", " ".join([*build.compiler(), "-g"]))
+    assert files() == 3
+    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-O1"))
+    assert files() == 4
+
+
+@needs_compiler
+def test_a_cache_that_cannot_be_written_is_replaced_by_a_temporary_folder(tiny, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SEQMIX_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    assert build.failure(tiny) is None
+    assert list(build._temporary().glob("*.so"))
+
+
+@needs_compiler
+def test_a_compiler_without_openmp_makes_kernels_of_one_thread(fresh, monkeypatch, tmp_path):
+    command = " ".join(build.compiler())
+    refuses = f'for word in "$@"; do [ "$word" = -fopenmp ] && exit 1; done; exec {command} "$@"'
+    monkeypatch.setenv("CXX", script(tmp_path / "plain", refuses))
+    x = torch.randn(2, 9, C)
+    expected = scan(x, -x.abs(), paradigm="recurrent").output
+    torch.testing.assert_close(scan(x, -x.abs(), backend="native").output, expected)
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_processes_that_start_together_share_an_empty_cache(tmp_path):
+    code = "from seqmix.ops.kernels.native import build; assert build.failure('scan') is None"
+    environment = os.environ | {"SEQMIX_CACHE_DIR": str(tmp_path)}
+    started = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(3)]
+    assert [process.wait(timeout=120) for process in started] == [0, 0, 0]
+    assert sorted(x.suffix for x in tmp_path.iterdir()) == [".sha256", ".so"]
+
+
+@needs_compiler
+def test_loading_a_library_leaves_the_floating_point_environment_alone():
+    build.library("scan")
+    tiny = torch.tensor(1e-40)
+    assert (tiny * 1).item() != 0  # not flushed
+
+
+@needs_compiler
+def test_a_layer_that_is_moved_or_converted_leaves_its_native_kernels():
+    find("scan", Paradigm.CHUNKWISE, "native")
+    use = partial(chosen, "scan", Paradigm.CHUNKWISE, "native")
+    assert use(torch.zeros(1)).backend == use(torch.zeros(1, dtype=torch.bfloat16)).backend == "native"
+    for x in (torch.zeros(1).double(), torch.zeros(1).half(), torch.zeros(1, device="meta")):
+        assert use(x) is reference("scan", Paradigm.CHUNKWISE)
+    model = build_model(load_config("mamba-tiny", ["model.n_layers=1"]).model, seed=0)
+    assert model.backends == {"mamba": "native"}
+    tokens = torch.arange(40)[None]
+    exact = model.double()(tokens).logits
+    torch.testing.assert_close(model.float()(tokens).logits.double(), exact, rtol=1e-4, atol=1e-4)
+
+
+def op_of(name, batch, length):
+    """An op of this name on random inputs, which need gradients: its function, its inputs and the rows of its state."""
+    torch.manual_seed(0)
+    x, step = torch.randn(batch, length, C), torch.rand(batch, length, C)
+    keys = (torch.randn(batch, length, K), torch.randn(batch, length, K))
+    functions = {
+        "scan": (scan, (x, -step), (C,)),
+        "log_scan": (log_scan, (x, -step), (C,)),
+        "selective_scan": (selective_scan, (x, step, -torch.rand(K, C), *keys), (K, C)),
+        "diagonal_scan": (diagonal_scan, (x, -torch.rand(K, C), torch.randn(K, C), torch.randn(K, C, 2)), (K, C, 2)),
+        "short_convolution": (
+            partial(short_convolution, activation="silu"),
+            (x, torch.randn(C, W), torch.randn(C)),
+            (W - 1, C),
+        ),
+    }
+    return functions[name]
+
+
+def run(function, inputs, state, per_token, **options):
+    """Output, final state, and the gradients of the inputs that have tokens and of the initial state."""
+    leaves = [x.detach().clone().requires_grad_() for x in (*inputs, state)]
+    output, final = function(
+        *leaves[:-1], initial_state=leaves[-1], output_final_state=True, backend="native", **options
+    )
+    loss = output.square().sum() + final.square().sum()
+    gradients = torch.autograd.grad(loss, leaves)
+    wanted = [gradient for i, gradient in enumerate(gradients) if per_token is None or i in per_token]
+    return [output, final, *wanted]
+
+
+every_op = pytest.mark.parametrize("name", ["diagonal_scan", "log_scan", "scan", "selective_scan", "short_convolution"])
+
+
+@needs_compiler
+@every_op
+def test_the_number_of_threads_changes_no_bit(name):
+    function, inputs, state = op_of(name, 3, 150)
+    states = torch.randn(3, *state)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            results.append(run(function, inputs, states, None))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
+@needs_compiler
+@every_op
+def test_a_row_and_a_packed_document_are_computed_as_alone(name):
+    function, inputs, state = op_of(name, 3, 100)
+    states = torch.randn(3, *state)
+    per_token = [i for i, x in enumerate(inputs) if x.shape[:2] == (3, 100)]
+    kept = [*per_token, len(inputs)]
+    whole = run(function, inputs, states, kept)
+    for n in range(3):
+        row = [x[n : n + 1] if i in per_token else x for i, x in enumerate(inputs)]
+        alone = run(function, row, states[n : n + 1], kept)
+        assert all(torch.equal(x[n : n + 1], y) for x, y in zip(whole, alone, strict=True))
+    lengths = (70, 0, 30)
+    boundaries = [0, *itertools.accumulate(lengths)]
+    packed = [x[:1] if i in per_token else x for i, x in enumerate(inputs)]
+    whole = run(function, packed, states, kept, cu_seqlens=torch.tensor(boundaries))
+    for n, (start, stop) in enumerate(itertools.pairwise(boundaries)):
+        if stop > start:
+            document = [x[:, start:stop] if i in per_token else x for i, x in enumerate(packed)]
+            alone = run(function, document, states[n : n + 1], kept)
+            parts = [x[n : n + 1] if x.shape[0] == 3 else x[:, start:stop] for x in whole]
+            assert all(map(torch.equal, parts, alone))
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("rate", [1e-5, 1e-4, 1e-3])
+@pytest.mark.parametrize("name", ["diagonal_scan", "log_scan", "scan", "selective_scan"])
+def test_slow_decays_do_not_drift_over_long_texts(name, rate):
+    length = 2**16
+    function, inputs, _ = op_of(name, 1, length)
+    x, second, *rest = (x[..., :4] if x.shape[-1] == C else x[..., :4, :] if x.shape[-1] == 2 else x for x in inputs)
+    if name == "selective_scan":
+        inputs = [x + 1, torch.full_like(second, 0.0123), torch.full_like(rest[0], -rate / 0.0123), *rest[1:]]
+    else:
+        inputs = [x + 1, torch.full_like(second, -rate), *rest]
+    results = []
+    for dtype, options in ((torch.float64, {"paradigm": "chunkwise"}), (torch.float32, {"backend": "native"})):
+        leaves = [y.to(dtype).requires_grad_() for y in inputs]
+        output = function(*leaves, **options).output
+        upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+        results.append([output, *torch.autograd.grad(output, leaves, upstream)])
+    for exact, result in zip(*results, strict=True):
+        assert (result.double() - exact).norm() <= 1.5e-5 * exact.norm()
