@@ -168,7 +168,8 @@ class SelectiveCase(ScanCase):
         return {name: self.laid_out(name, x.to(device, self.dtype_of(name))) for name, x in values.items()}
 
     def call(self, inputs: Tensors) -> Selective:
-        return Selective(*(inputs[name] for name in self.names), *self.options(inputs))
+        x, step, rate, k, q = (inputs[name] for name in self.names)
+        return Selective(x, step, rate, k, q, *self.options(inputs))
 
     def define(self, inputs: Tensors) -> Tensors:
         """Compute h_t = exp(step_t rate) h_{t-1} + k_t x_t^T and o_t = q_t h_t, token by token."""
@@ -208,7 +209,8 @@ class LogScanCase(ScanCase):
         """Compute h_t = log(exp(a_t + h_{t-1}) + exp(x_t)), token by token."""
 
         def step(h: Tensor, x: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor]:
-            return (torch.logaddexp(log_decay + h, x),) * 2
+            h = torch.logaddexp(log_decay + h, x)
+            return h, h
 
         return self.recurrence(inputs, step, empty=self.nothing)
 
@@ -247,8 +249,8 @@ class DiagonalCase(ScanCase):
         return self.wide if name in ("angle", "weight") else super().dtype_of(name)
 
     def call(self, inputs: Tensors) -> Diagonal:
-        names = ("x", "log_decay", "angle", "weight")
-        return Diagonal(*(inputs[name] for name in names), *self.options(inputs))
+        x, angle, weight = (inputs[name] for name in self.names)
+        return Diagonal(x, inputs["log_decay"], angle, weight, *self.options(inputs))
 
     def define(self, inputs: Tensors) -> Tensors:
         """Compute h_t = exp(a + i angle) h_{t-1} + x_t and o_t = Re(sum_k w h_t), token by token."""

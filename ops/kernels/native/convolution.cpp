@@ -3,10 +3,10 @@
 //     z_t = b + sum_j w_j x_{t-W+1+j}         y_t = z_t, or silu(z_t) = z_t sigmoid(z_t)
 //
 // Inputs and outputs are float32 or bfloat16, sums float32. A task copies CHUNK tokens of its channels, and the W - 1
-// inputs before them, into a buffer of floats.
+// inputs before them, into a buffer of floats. WIDTH is W where the compiler may know it, else 0.
 #include "common.h"
 
-constexpr int CHUNK = 64;
+constexpr int CHUNK = 32;
 
 // The inputs of a sequence: the initial state, [W-1 D], and then tokens, which may have a stride.
 template <class T>
@@ -27,7 +27,7 @@ static void fill(std::vector<vec>& buffer, const Inputs<T>& inputs, const Task& 
             buffer[t * VECTORS + i] = inputs.at(start, first - inputs.past + t, task.first + i * LANES, task.lanes[i]);
 }
 
-static vec filtered(const vec* x, const vec* weight, int64_t width) {
+INLINE vec filtered(const vec* x, const vec* weight, int64_t width) {
     vec z = weight[width * VECTORS];  // the bias
     for (int64_t j = 0; j < width; j++) z += weight[j * VECTORS] * x[j * VECTORS];
     return z;
@@ -44,11 +44,11 @@ static std::vector<vec> filters(const float* weight, const float* bias, const Ta
     return w;
 }
 
-template <class T>
+template <class T, int WIDTH>
 static void forward(const T* x, int64_t stride, const float* weight, const float* bias, const T* initial,
-                    const int64_t* bounds, int64_t sequences, int64_t channels, int64_t width, int64_t silu, T* output,
-                    T* final, int64_t threads) {
-    const int64_t past = width - 1;
+                    const int64_t* bounds, int64_t sequences, int64_t channels, int64_t any_width, int64_t silu,
+                    T* output, T* final, int64_t threads) {
+    const int64_t width = WIDTH ? WIDTH : any_width, past = width - 1;
     each(sequences * blocks(channels), threads, [&](int64_t number) {
         const Task task(number, channels);
         const std::vector<vec> w = filters(weight, bias, task, channels, width);
@@ -79,17 +79,18 @@ static void forward(const T* x, int64_t stride, const float* weight, const float
 //     dx_t = sum_j w_j dz_{t+W-1-j}        dw_j = sum_t dz_t x_{t-W+1+j}        db = sum_t dz_t
 //
 // Sums over tokens have a partial sum per group of sequences, d_weight [groups W+1 D], whose last row is the bias's.
-template <class T>
+template <class T, int WIDTH>
 static void backward(const T* x, int64_t stride, const float* weight, const float* bias, const T* initial,
                      const T* d_output, const T* d_final, const int64_t* bounds, int64_t sequences, int64_t groups,
-                     int64_t channels, int64_t width, int64_t silu, T* d_x, double* d_weight, T* d_initial,
+                     int64_t channels, int64_t any_width, int64_t silu, T* d_x, double* d_weight, T* d_initial,
                      int64_t threads) {
-    const int64_t past = width - 1;
+    const int64_t width = WIDTH ? WIDTH : any_width, past = width - 1;
     each(groups * blocks(channels), threads, [&](int64_t number) {
         const Task task(number, channels);  // its sequence is the number of a group
         const std::vector<vec> w = filters(weight, bias, task, channels, width);
         std::vector<vec> buffer((past + CHUNK) * VECTORS);
         std::vector<vec> dz((past + CHUNK) * VECTORS);  // of a chunk, and of the W - 1 tokens after it
+        std::vector<vec> sums(width + 1);
         std::vector<wide> totals((width + 1) * VECTORS);
         for (int64_t s = task.sequence * sequences / groups; s < (task.sequence + 1) * sequences / groups; s++) {
             const int64_t start = bounds[s], length = bounds[s + 1] - start, row = s * past * channels;
@@ -122,17 +123,21 @@ static void backward(const T* x, int64_t stride, const float* weight, const floa
                         dz[t * VECTORS + i] = d;
                     }
                 for (int i = 0; i < task.vectors; i++) {
-                    for (int64_t j = 0; j <= width; j++) {
-                        vec total = {};
-                        for (int64_t t = 0; t < tokens; t++)
-                            total += j < width ? dz[t * VECTORS + i] * buffer[(t + j) * VECTORS + i] : dz[t * VECTORS + i];
-                        totals[j * VECTORS + i] += __builtin_convertvector(total, wide);
-                    }
+                    vec known[WIDTH + 1] = {};  // the sums of this chunk, in registers
+                    if (!WIDTH) std::fill(sums.begin(), sums.end(), vec{});
+                    vec* sum = WIDTH ? known : sums.data();
                     for (int64_t t = 0; t < tokens; t++) {
-                        vec d = {};
-                        for (int64_t j = 0; j < width; j++) d += w[j * VECTORS + i] * dz[(t + past - j) * VECTORS + i];
-                        write(first + t, i, d);
+                        const vec* d = &dz[t * VECTORS + i];
+                        vec dx = {};
+                        for (int64_t j = 0; j < width; j++) {
+                            sum[j] += d[0] * buffer[(t + j) * VECTORS + i];
+                            dx += w[j * VECTORS + i] * d[(past - j) * VECTORS];
+                        }
+                        sum[width] += d[0];
+                        write(first + t, i, dx);
                     }
+                    for (int64_t j = 0; j <= width; j++)
+                        totals[j * VECTORS + i] += __builtin_convertvector(sum[j], wide);
                 }
             }
             for (int64_t t = -past; t < 0; t++)
@@ -154,14 +159,16 @@ static void backward(const T* x, int64_t stride, const float* weight, const floa
     extern "C" void name(const T* x, int64_t stride, const float* weight, const float* bias, const T* initial,         \
                          const int64_t* bounds, int64_t sequences, int64_t channels, int64_t width, int64_t silu,      \
                          T* output, T* final, int64_t threads) {                                                       \
-        forward(x, stride, weight, bias, initial, bounds, sequences, channels, width, silu, output, final, threads);   \
+        const auto run = width == 4 ? forward<T, 4> : forward<T, 0>;                                                   \
+        run(x, stride, weight, bias, initial, bounds, sequences, channels, width, silu, output, final, threads);   \
     }
 #define BACKWARD(name, T)                                                                                              \
     extern "C" void name(const T* x, int64_t stride, const float* weight, const float* bias, const T* initial,         \
                          const T* d_output, const T* d_final, const int64_t* bounds, int64_t sequences,                \
                          int64_t groups, int64_t channels, int64_t width, int64_t silu, T* d_x, double* d_weight,      \
                          T* d_initial, int64_t threads) {                                                              \
-        backward(x, stride, weight, bias, initial, d_output, d_final, bounds, sequences, groups, channels, width,      \
+        const auto run = width == 4 ? backward<T, 4> : backward<T, 0>;                                                 \
+        run(x, stride, weight, bias, initial, d_output, d_final, bounds, sequences, groups, channels, width,      \
                  silu, d_x, d_weight, d_initial, threads);                                                             \
     }
 FORWARD(forward_float32, float)
