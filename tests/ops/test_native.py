@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from seqmix import build_model, load_config
+from seqmix.mixers.parts import ShortConvolution
 from seqmix.ops.convolution import short_convolution
 from seqmix.ops.kernels.native import build
 from seqmix.ops.kernels.selection import AUTO_ON_CPU, choose
@@ -185,6 +186,17 @@ def test_a_layer_that_is_moved_or_converted_leaves_its_native_kernels():
     tokens = torch.arange(40)[None]
     exact = model.double()(tokens).logits
     torch.testing.assert_close(model.float()(tokens).logits.double(), exact, rtol=1e-4, atol=1e-4)
+
+
+@needs_compiler
+def test_short_convolutions_follow_the_backend_of_their_mixer():
+    def backends(preset, *changes):
+        model = build_model(load_config(preset, ["model.n_layers=1", *changes]).model)
+        return {part.backend for part in model.modules() if isinstance(part, ShortConvolution)}
+
+    assert backends("gated-delta-net-tiny") == backends("mamba-tiny") == {"native"}
+    assert backends("gated-delta-net-tiny", "model.blocks.delta.mixer.backend=reference") == {"reference"}
+    assert backends("mamba-tiny", "model.blocks.mamba.mixer.backend=native") == {"native"}
 
 
 def op_of(name, batch, length):

@@ -66,7 +66,11 @@ def is_off() -> bool:
 
 def compiler() -> list[str] | None:
     """Return the command of the compiler, which may have several words; None if there is none."""
-    if command := shlex.split(os.environ.get("CXX", "")):
+    if named := os.environ.get("CXX", "").strip():
+        try:
+            command = shlex.split(named)
+        except ValueError:  # a quote without an end
+            return None
         return command if shutil.which(command[0]) else None
     return next(([found] for name in COMPILERS if (found := shutil.which(name))), None)
 
