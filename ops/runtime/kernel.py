@@ -133,6 +133,8 @@ KERNELS: dict[Key, Kernel] = {}
 
 ON_DEMAND: Mapping[str, Mapping[str, str]] = {
     "native": {
+        "delta": "native.delta",
+        "dplr": "native.delta",
         "scan": "native.scan",
         "log_scan": "native.scan",
         "diagonal_scan": "native.diagonal",

@@ -1,0 +1,532 @@
+// The delta family: a matrix state per head, in which a token replaces what it reads (ops/delta and ops/dplr).
+//
+//     P_t = diag(exp(g_t)) S_{t-1}                     r_t = P_t^T a_t             o_t = scale S_t^T q_t
+//     S_t = P_t + k_t e_t^T,  e_t = v_t - r_t                                      without b; k has the factor beta
+//     S_t = P_t + k_t v_t^T + b_t r_t^T                                            with b
+//
+// Decays cost nothing per element of a state. It is held as S = diag(exp(G)) M, with G the sum of the log-decays since M
+// was last rescaled: keys that write are divided by exp(G), keys that read are multiplied by it. When a G leaves
+// [-LIMIT, LIMIT], M is multiplied by exp(G), and G is 0. As exp(G) is computed anew for every token, the rounding of
+// slow decays does not add up over many tokens.
+//
+// Three loops use what is independent: columns of a state in `scan_forward` and `scan_reverse`, rows in `scan_rows`.
+#include "common.h"
+
+constexpr int64_t TOKENS = 64;   // tokens of a block: the states before blocks are saved
+constexpr int64_t ROWS = 16;     // rows of a state that `scan_rows` carries together
+constexpr int TILE = ROWS / LANES;
+constexpr int64_t COLUMNS = 4 * LANES;  // most columns that the other scans carry together
+constexpr double LIMIT = 8;
+
+struct Tensor {                  // contiguous, [tokens H *]; data is null if the call has no such tensor
+    void* data;
+    bool is_bfloat16 = false;
+};
+
+INLINE float* floats(const Tensor& x, int64_t at) { return static_cast<float*>(x.data) + at; }
+INLINE vec load(const Tensor& x, int64_t at, int n) {
+    return x.is_bfloat16 ? load(static_cast<bfloat16*>(x.data) + at, n) : load(floats(x, at), n);
+}
+INLINE void store(const Tensor& x, int64_t at, vec value, int n) {
+    if (x.is_bfloat16)
+        store(static_cast<bfloat16*>(x.data) + at, value, n);
+    else
+        store(floats(x, at), value, n);
+}
+
+struct Call {
+    Tensor q, k, v, a, b;        // a is k in calls without a
+    const float *beta, *decay;   // [tokens H], and log-decays [tokens H] or [tokens H K]; null if there are none
+    int64_t decays_per_key;      // 1 for log-decays per key, else 0
+    double scale;
+    const int64_t* bounds;       // tokens of sequence n: bounds[n] to bounds[n + 1]
+    int64_t sequences, heads, keys, values;
+    float* state;                // initial state, or backwards the gradient of the final state [N H K V]; null is zero
+    float* final_state;          // final state, or backwards the gradient of the initial state; null if not wanted
+    Tensor output;               // o, or backwards its gradient as float32
+    Tensor reads;                // e, or r with b; float32 [tokens H V]
+    float* entries;              // states before the blocks [blocks H K V]
+    int64_t threads;
+    // backwards only
+    Tensor values_read;          // v as float32 with b, else e
+    Tensor d_reads, d_values;    // gradients of r and v with b; without b, d_reads is the gradient of v; float32
+    Tensor d_q, d_k, d_a, d_b;   // d_a is absent in calls without a
+    float *d_decay, *d_beta;     // as decay and beta, but with ceil(K / ROWS) parts of a sum in place of one number
+
+    bool with_b() const { return b.data != nullptr; }
+    int64_t row(int64_t token, int64_t head) const { return token * heads + head; }
+    float beta_at(int64_t row) const { return beta ? beta[row] : 1.0f; }
+    float* state_at(float* states, int64_t index, int64_t head) const {
+        return states ? states + (index * heads + head) * keys * values : nullptr;
+    }
+    int64_t parts() const { return (keys + ROWS - 1) / ROWS; }
+};
+
+struct Place {                   // a head of a sequence
+    int64_t sequence, head, start, stop, first_entry;
+    Place(const Call& x, int64_t number) {
+        sequence = number / x.heads, head = number % x.heads;
+        start = x.bounds[sequence], stop = x.bounds[sequence + 1];
+        first_entry = start / TOKENS + sequence;
+    }
+    int64_t blocks() const { return (stop - start + TOKENS - 1) / TOKENS; }
+};
+
+struct Block {
+    int64_t start, stop;         // tokens
+    Block(const Place& at, int64_t number) {
+        start = at.start + number * TOKENS;
+        stop = std::min(start + TOKENS, at.stop);
+    }
+};
+
+// Lanes of vector i that hold elements, of n elements in all.
+INLINE int lanes(int64_t n, int64_t i) { return int(std::max<int64_t>(std::min<int64_t>(n - i * LANES, LANES), 0)); }
+
+// ---- keys as factors of M
+
+struct Decay {                   // G and exp(G) of all keys
+    std::vector<wide> sums;
+    std::vector<vec> factors;
+
+    explicit Decay(int64_t vectors) : sums(vectors), factors(vectors) { reset(); }
+
+    void reset() {
+        std::fill(sums.begin(), sums.end(), wide{});
+        std::fill(factors.begin(), factors.end(), splat(1));
+    }
+
+    // Add the log-decays of a token. True if M has to be rescaled.
+    bool add(const Call& x, int64_t row) {
+        if (!x.decay) return false;
+        bool beyond = false;
+        const int64_t vectors = sums.size(), distinct = x.decays_per_key ? vectors : 1;
+        for (int64_t i = 0; i < distinct; i++) {
+            const vec log_decay = x.decays_per_key ? load(x.decay + row * x.keys + i * LANES, lanes(x.keys, i)) : splat(x.decay[row]);
+            wide sum = sums[i] + __builtin_convertvector(log_decay, wide);
+            sum = sum < -200.0 ? wide{} - 200.0 : sum;
+            sums[i] = sum;
+            const vec high = __builtin_convertvector(sum, vec);
+            const vec low = __builtin_convertvector(sum - __builtin_convertvector(high, wide), vec);
+            const vec factor = exp(high);
+            factors[i] = factor + factor * low;
+            for (int lane = 0; lane < LANES; lane++) beyond |= !(sum[lane] >= -LIMIT && sum[lane] <= LIMIT);
+        }
+        for (int64_t i = distinct; i < vectors; i++) sums[i] = sums[0], factors[i] = factors[0];
+        return beyond;
+    }
+};
+
+struct Keys {
+    const Call& x;
+    int64_t vectors;             // vectors of a key; a whole number of tiles
+    Decay decay;
+    std::vector<vec> a, k, b, q; // [TOKENS vectors] each, zero beyond K
+    std::vector<vec> factors;    // exp(G) where k, b and q are used
+    std::vector<vec> rescaling;  // factors of M
+    bool rescales[TOKENS];
+
+    Keys(const Call& x, int64_t longest)
+        : x(x), vectors((x.keys + ROWS - 1) / ROWS * TILE), decay(vectors) {
+        const int64_t size = (std::min(longest, TOKENS) + 1) * vectors;
+        for (auto* buffer : {&a, &k, &q, &factors, &rescaling}) buffer->resize(size);
+        if (x.with_b()) b.resize(size);
+    }
+    const float* at(const std::vector<vec>& buffer, int64_t t) const {
+        return reinterpret_cast<const float*>(buffer.data() + t * vectors);
+    }
+};
+
+// a is the factor of M before a token's rescaling, the others after it. a has one more row, of zeros.
+struct ForwardKeys : Keys {
+    using Keys::Keys;
+    void compute(const Place& place, const Block& block) {
+        for (int64_t token = block.start; token < block.stop; token++) {
+            const int64_t t = token - block.start, row = x.row(token, place.head);
+            rescales[t] = decay.add(x, row);
+            for (int64_t i = 0; i < vectors; i++)
+                a[t * vectors + i] = load(x.a, row * x.keys + i * LANES, lanes(x.keys, i)) * decay.factors[i];
+            if (rescales[t]) {
+                std::copy(decay.factors.begin(), decay.factors.end(), rescaling.begin() + t * vectors);
+                decay.reset();
+            }
+            const float beta = x.beta_at(row), scale = float(x.scale);
+            for (int64_t i = 0; i < vectors; i++) {
+                const int64_t at = row * x.keys + i * LANES, to = t * vectors + i;
+                const int n = lanes(x.keys, i);
+                k[to] = beta * load(x.k, at, n) / decay.factors[i];
+                q[to] = scale * load(x.q, at, n) * decay.factors[i];
+                if (x.with_b()) b[to] = load(x.b, at, n) / decay.factors[i];
+                factors[to] = decay.factors[i];
+            }
+        }
+        std::fill_n(a.begin() + (block.stop - block.start) * vectors, vectors, vec{});
+    }
+};
+
+// All are factors of dM before a token's rescaling, except `rescaled`. a has the sign of dr in terms of d_reads.
+struct ReverseKeys : Keys {
+    std::vector<vec> rescaled;   // a after a token's rescaling
+    ReverseKeys(const Call& x, int64_t longest) : Keys(x, longest), rescaled(a.size()) {}
+    void compute(const Place& place, const Block& block) {
+        for (int64_t token = block.stop - 1; token >= block.start; token--) {
+            const int64_t t = token - block.start, row = x.row(token, place.head);
+            const float beta = x.beta_at(row), scale = float(x.scale), sign = x.with_b() ? 1.0f : -1.0f;
+            for (int64_t i = 0; i < vectors; i++) {
+                const int64_t at = row * x.keys + i * LANES, to = t * vectors + i;
+                const int n = lanes(x.keys, i);
+                k[to] = beta * load(x.k, at, n) * decay.factors[i];
+                q[to] = scale * load(x.q, at, n) / decay.factors[i];
+                a[to] = rescaled[to] = sign * load(x.a, at, n) / decay.factors[i];
+                if (x.with_b()) b[to] = load(x.b, at, n) * decay.factors[i];
+                factors[to] = decay.factors[i];
+            }
+            rescales[t] = decay.add(x, row);
+            if (rescales[t]) {
+                std::copy(decay.factors.begin(), decay.factors.end(), rescaling.begin() + t * vectors);
+                for (int64_t i = 0; i < vectors; i++) rescaled[t * vectors + i] *= decay.factors[i];
+                decay.reset();
+            }
+        }
+    }
+};
+
+// ---- scans of N vectors of columns of M, [K N]
+
+template <int N> struct Columns {
+    vec at[N];
+};
+template <int N> static Columns<N> load_columns(const Tensor& x, int64_t at, int64_t n) {
+    Columns<N> out;
+    for (int i = 0; i < N; i++) out.at[i] = load(x, at + i * LANES, lanes(n, i));
+    return out;
+}
+template <int N> static void store_columns(const Tensor& x, int64_t at, const Columns<N>& in, int64_t n) {
+    for (int i = 0; i < N; i++) store(x, at + i * LANES, in.at[i], lanes(n, i));
+}
+
+template <int N> struct Write {
+    const float* key;
+    const Columns<N>* columns;
+};
+template <int N> struct Read {
+    const float* key;
+    Columns<N>* columns;
+};
+
+// Add outer products of keys and columns to M, and read the result with other keys: one pass over M.
+template <int N, int W, int R> INLINE void pass(vec* m, int64_t keys, Write<N> (&&writes)[W], Read<N> (&&reads)[R]) {
+    vec written[W][N], read[R][N];
+    for (int j = 0; j < W; j++) std::copy_n(writes[j].columns->at, N, written[j]);
+    for (int j = 0; j < R; j++) std::fill_n(read[j], N, vec{});
+    for (int64_t k = 0; k < keys; k++, m += N)
+        for (int i = 0; i < N; i++) {
+            vec x = m[i];
+            for (int j = 0; j < W; j++) x += writes[j].key[k] * written[j][i];
+            m[i] = x;
+            for (int j = 0; j < R; j++) read[j][i] += reads[j].key[k] * x;
+        }
+    for (int j = 0; j < R; j++) std::copy_n(read[j], N, reads[j].columns->at);
+}
+
+template <int N> static void rescale(vec* m, int64_t keys, const float* factors) {
+    for (int64_t k = 0; k < keys; k++)
+        for (int i = 0; i < N; i++) m[k * N + i] *= factors[k];
+}
+
+// Each pass writes a token, answers its query, and reads what the next token predicts.
+template <int N> static void scan_forward(const ForwardKeys& keys, const Place& place, const Block& block, int64_t first, vec* m) {
+    const Call& x = keys.x;
+    const int64_t n = x.values - first;
+    Columns<N> read = {}, output;
+    pass<N>(m, x.keys, {Write<N>{keys.at(keys.a, 0), &read}}, {Read<N>{keys.at(keys.a, 0), &read}});
+    for (int64_t token = block.start; token < block.stop; token++) {
+        const int64_t t = token - block.start, at = x.row(token, place.head) * x.values + first;
+        if (keys.rescales[t]) rescale<N>(m, x.keys, keys.at(keys.rescaling, t));
+        const Columns<N> value = load_columns<N>(x.v, at, n);
+        Columns<N> saved = read;
+        for (int i = 0; i < N && !x.with_b(); i++) saved.at[i] = value.at[i] - read.at[i];
+        if (x.reads.data) store_columns(x.reads, at, saved, n);
+        const Read<N> query = {keys.at(keys.q, t), &output}, next = {keys.at(keys.a, t + 1), &read};
+        if (x.with_b())
+            pass<N>(m, x.keys, {Write<N>{keys.at(keys.k, t), &value}, {keys.at(keys.b, t), &saved}}, {query, next});
+        else
+            pass<N>(m, x.keys, {Write<N>{keys.at(keys.k, t), &saved}}, {query, next});
+        store_columns(x.output, at, output, n);
+    }
+}
+
+//     dS_t = exp(g_{t+1}) dP_{t+1} + scale q_t do_t^T          dP_t = dS_t + a_t dr_t^T
+//     dv_t = dS_t^T k_t           dr_t = -dv_t (without b) or dS_t^T b_t (with b)
+template <int N> static void scan_reverse(const ReverseKeys& keys, const Place& place, const Block& block, int64_t first, vec* m) {
+    const Call& x = keys.x;
+    const int64_t n = x.values - first;
+    Columns<N> d_read = {}, d_value;
+    Write<N> later = {keys.at(keys.q, 0), &d_read};  // what the token after this one read; zero at first
+    for (int64_t token = block.stop - 1; token >= block.start; token--) {
+        const int64_t t = token - block.start, at = x.row(token, place.head) * x.values + first;
+        const Columns<N> d_output = load_columns<N>(x.output, at, n);
+        const Write<N> query = {keys.at(keys.q, t), &d_output};
+        if (x.with_b()) {
+            pass<N>(m, x.keys, {later, query}, {Read<N>{keys.at(keys.k, t), &d_value}, {keys.at(keys.b, t), &d_read}});
+            store_columns(x.d_values, at, d_value, n);
+        } else {
+            pass<N>(m, x.keys, {later, query}, {Read<N>{keys.at(keys.k, t), &d_read}});
+        }
+        store_columns(x.d_reads, at, d_read, n);
+        if (keys.rescales[t]) rescale<N>(m, x.keys, keys.at(keys.rescaling, t));
+        later.key = keys.at(keys.rescaled, t);
+    }
+    pass<N>(m, x.keys, {later}, {Read<N>{later.key, &d_value}});
+}
+
+// M of the columns `from` to `to`, in groups of 4, 2 or 1 vectors; the last group may be one vector wider than they are.
+struct Matrix {
+    const Call& x;
+    int64_t from, to;
+    std::vector<vec> data;
+
+    Matrix(const Call& x, int64_t from, int64_t to)
+        : x(x), from(from), to(to), data(x.keys * ((to - from + LANES - 1) / LANES + 1)) {}
+
+    template <class F> void each_group(const F& f) {
+        vec* group = data.data();
+        for (int64_t first = from; first < to;) {
+            const int64_t left = to - first;
+            const auto run = [&](auto n) {
+                f(n, first, group);
+                group += n * x.keys;
+                first += n * LANES;
+            };
+            if (left > 2 * LANES) run(std::integral_constant<int, 4>{});
+            else if (left > LANES) run(std::integral_constant<int, 2>{});
+            else run(std::integral_constant<int, 1>{});
+        }
+    }
+    void read(const float* states) {
+        if (!states) return;  // zero
+        each_group([&](auto n, int64_t first, vec* m) {
+            for (int64_t k = 0; k < x.keys; k++)
+                for (int i = 0; i < n; i++)
+                    m[k * n + i] = load(states + k * x.values + first + i * LANES, lanes(x.values - first, i));
+        });
+    }
+    void write(float* states, const Keys& keys) {
+        if (!states) return;
+        const float* factors = reinterpret_cast<const float*>(keys.decay.factors.data());
+        each_group([&](auto n, int64_t first, vec* m) {
+            for (int64_t k = 0; k < x.keys; k++)
+                for (int i = 0; i < n; i++)
+                    store(states + k * x.values + first + i * LANES, factors[k] * m[k * n + i], lanes(x.values - first, i));
+        });
+    }
+};
+
+static void forward_columns(const Call& x, const Place& place, int64_t from, int64_t to) {
+    ForwardKeys keys(x, place.stop - place.start);
+    Matrix matrix(x, from, to);
+    matrix.read(x.state_at(x.state, place.sequence, place.head));
+    for (int64_t number = 0; number < place.blocks(); number++) {
+        const Block block(place, number);
+        matrix.write(x.state_at(x.entries, place.first_entry + number, place.head), keys);
+        keys.compute(place, block);
+        matrix.each_group([&](auto n, int64_t first, vec* m) { scan_forward<n>(keys, place, block, first, m); });
+    }
+    matrix.write(x.state_at(x.final_state, place.sequence, place.head), keys);
+}
+
+static void reverse_columns(const Call& x, const Place& place, int64_t from, int64_t to) {
+    ReverseKeys keys(x, place.stop - place.start);
+    Matrix matrix(x, from, to);
+    matrix.read(x.state_at(x.state, place.sequence, place.head));
+    for (int64_t number = place.blocks() - 1; number >= 0; number--) {
+        const Block block(place, number);
+        keys.compute(place, block);
+        matrix.each_group([&](auto n, int64_t first, vec* m) { scan_reverse<n>(keys, place, block, first, m); });
+    }
+    matrix.write(x.state_at(x.final_state, place.sequence, place.head), keys);
+}
+
+// ---- scan of ROWS rows of M and dM, [V TILE], forwards and backwards through a block
+
+struct Tile {
+    vec at[TILE];
+};
+
+INLINE Tile tile_at(const float* key) {
+    Tile out;
+    for (int i = 0; i < TILE; i++) out.at[i] = load(key + i * LANES);
+    return out;
+}
+INLINE Tile load_tile(const Tensor& x, int64_t at, int64_t n) {
+    Tile out;
+    for (int i = 0; i < TILE; i++) out.at[i] = load(x, at + i * LANES, lanes(n, i));
+    return out;
+}
+INLINE void store_tile(const Tensor& x, int64_t at, const Tile& in, int64_t n) {
+    for (int i = 0; i < TILE; i++) store(x, at + i * LANES, in.at[i], lanes(n, i));
+}
+INLINE Tile operator*(Tile x, const Tile& y) {
+    for (int i = 0; i < TILE; i++) x.at[i] *= y.at[i];
+    return x;
+}
+INLINE Tile operator*(float x, Tile y) {
+    for (int i = 0; i < TILE; i++) y.at[i] *= x;
+    return y;
+}
+INLINE Tile operator+(Tile x, const Tile& y) {
+    for (int i = 0; i < TILE; i++) x.at[i] += y.at[i];
+    return x;
+}
+INLINE float sum(const Tile& x) {
+    float total = 0;
+    for (int i = 0; i < TILE; i++) total += sum(x.at[i]);
+    return total;
+}
+INLINE float dot(const float* x, const float* y, int64_t n) {
+    vec total = {};
+    for (int64_t i = 0; i < n; i += LANES) total += load(x + i, lanes(n - i, 0)) * load(y + i, lanes(n - i, 0));
+    return sum(total);
+}
+
+static void read_rows(Tile* tile, const float* states, int64_t first, const Call& x) {
+    float* to = reinterpret_cast<float*>(tile);
+    std::fill_n(to, x.values * ROWS, 0.0f);
+    for (int64_t k = 0; states && k < std::min(ROWS, x.keys - first); k++)
+        for (int64_t v = 0; v < x.values; v++) to[v * ROWS + k] = states[(first + k) * x.values + v];
+}
+
+//     dq_t = scale S_t do_t      da_t = P_t dr_t      dk_t = dS_t e_t (dS_t v_t with b)      db_t = dS_t r_t
+//     dbeta_t = <k_t, dS_t e_t>  dg_t = row sums of P_t * dP_t
+//
+// states[0] is the state before the block; states[t] becomes P_t. d_state becomes the gradient of states[0]. S_t do_t is
+// computed as P_t do_t + k_t <e_t, do_t>, or as P_t do_t + k_t <v_t, do_t> + b_t <r_t, do_t>.
+template <bool with_b>
+static void scan_rows(const ForwardKeys& keys, const ReverseKeys& d_keys, const Place& place, const Block& block, int64_t first,
+               Tile* states, Tile* d_state) {
+    const Call& x = keys.x;
+    const int64_t V = x.values, n = x.keys - first;
+    for (int64_t token = block.start; token < block.stop; token++) {
+        const int64_t t = token - block.start, at = x.row(token, place.head) * V;
+        Tile *now = states + t * V, *next = now + V;
+        if (keys.rescales[t]) {
+            const Tile factors = tile_at(keys.at(keys.rescaling, t) + first);
+            for (int64_t v = 0; v < V; v++) now[v] = now[v] * factors;
+        }
+        if (token + 1 == block.stop) break;
+        const Tile k = tile_at(keys.at(keys.k, t) + first), b = with_b ? tile_at(keys.at(keys.b, t) + first) : k;
+        const float *values = floats(x.values_read, at), *reads = floats(x.reads, at);
+        for (int64_t v = 0; v < V; v++)
+            for (int i = 0; i < TILE; i++) {
+                next[v].at[i] = now[v].at[i] + values[v] * k.at[i];
+                if (with_b) next[v].at[i] += reads[v] * b.at[i];
+            }
+    }
+    for (int64_t token = block.stop - 1; token >= block.start; token--) {
+        const int64_t t = token - block.start, row = x.row(token, place.head), at = row * V;
+        const Tile *now = states + t * V, q = tile_at(d_keys.at(d_keys.q, t) + first), a = tile_at(d_keys.at(d_keys.a, t) + first);
+        const float *values = floats(x.values_read, at), *reads = floats(x.reads, at);
+        const float *d_output = floats(x.output, at), *d_reads = floats(x.d_reads, at);
+        vec sum_q[TILE] = {}, sum_a[TILE] = {}, sum_k[TILE] = {}, sum_b[TILE] = {}, sum_decay[TILE] = {};
+        for (int64_t v = 0; v < V; v++)
+            for (int i = 0; i < TILE; i++) {
+                const vec m = now[v].at[i], d = d_state[v].at[i] + d_output[v] * q.at[i], d_decayed = d + d_reads[v] * a.at[i];
+                d_state[v].at[i] = d_decayed;
+                sum_q[i] += d_output[v] * m;
+                sum_a[i] += d_reads[v] * m;
+                sum_k[i] += values[v] * d;
+                if (with_b) sum_b[i] += reads[v] * d;
+                sum_decay[i] += m * d_decayed;
+            }
+        if (d_keys.rescales[t]) {
+            const Tile factors = tile_at(d_keys.at(d_keys.rescaling, t) + first);
+            for (int64_t v = 0; v < V; v++) d_state[v] = d_state[v] * factors;
+        }
+        Tile d_q, d_a, d_k, d_b, d_decay;
+        for (int i = 0; i < TILE; i++)
+            d_q.at[i] = sum_q[i], d_a.at[i] = sum_a[i], d_k.at[i] = sum_k[i], d_b.at[i] = sum_b[i], d_decay.at[i] = sum_decay[i];
+        const Tile factors = tile_at(keys.at(keys.factors, t) + first), d_factors = tile_at(d_keys.at(d_keys.factors, t) + first);
+        const int64_t key = row * x.keys + first, part = row * x.parts() + first / ROWS;
+        const float beta = x.beta_at(row);
+        const Tile k = load_tile(x.k, key, n);
+        d_q = d_q * factors + beta * dot(values, d_output, V) * k;
+        if (with_b) d_q = d_q + dot(reads, d_output, V) * load_tile(x.b, key, n);
+        store_tile(x.d_q, key, float(x.scale) * d_q, n);
+        d_k = d_k * d_factors;
+        if (x.d_beta) x.d_beta[part] = sum(d_k * k);
+        d_k = beta * d_k;
+        d_a = (with_b ? 1.0f : -1.0f) * (d_a * factors);
+        if (x.d_a.data) store_tile(x.d_a, key, d_a, n);
+        store_tile(x.d_k, key, x.d_a.data ? d_k : d_k + d_a, n);
+        if (with_b) store_tile(x.d_b, key, d_b * d_factors, n);
+        d_decay = d_decay * factors * d_factors;
+        if (x.d_decay && x.decays_per_key) store_tile({x.d_decay}, key, d_decay, n);
+        else if (x.d_decay) x.d_decay[part] = sum(d_decay);
+    }
+}
+
+static void gradients_of_rows(const Call& x, const Place& place, int64_t from, int64_t to) {
+    ForwardKeys keys(x, place.stop - place.start);
+    ReverseKeys d_keys(x, place.stop - place.start);
+    std::vector<Tile> states(std::min(place.stop - place.start, TOKENS) * x.values), d_states((to - from) / ROWS * x.values);
+    const auto d_state = [&](int64_t first) { return d_states.data() + (first - from) / ROWS * x.values; };
+    for (int64_t first = from; first < to; first += ROWS)
+        read_rows(d_state(first), x.state_at(x.state, place.sequence, place.head), first, x);
+    for (int64_t number = place.blocks() - 1; number >= 0; number--) {
+        const Block block(place, number);
+        keys.decay.reset();
+        keys.compute(place, block);
+        d_keys.compute(place, block);
+        for (int64_t first = from; first < to; first += ROWS) {
+            read_rows(states.data(), x.state_at(x.entries, place.first_entry + number, place.head), first, x);
+            const auto scan = x.with_b() ? scan_rows<true> : scan_rows<false>;
+            scan(keys, d_keys, place, block, first, states.data(), d_state(first));
+        }
+    }
+}
+
+// Run f(x, place, from, to) for all heads of all sequences. If they are fewer than the threads, columns or rows 0 to
+// `size` are divided too, into multiples of `unit`; their results do not depend on it.
+template <class F> static void each_head(const Call& x, int64_t size, int64_t unit, const F& f) {
+    const int64_t places = x.sequences * x.heads, units = (size + unit - 1) / unit;
+    const int64_t divisions = std::max<int64_t>(std::min((x.threads + places - 1) / places, units), 1);
+    const int64_t part = (units + divisions - 1) / divisions * unit;
+    each(places * divisions, x.threads, [&](int64_t number) {
+        const int64_t from = number % divisions * part;
+        if (from < size) f(x, Place(x, number / divisions), from, std::min(from + part, size));
+    });
+}
+
+extern "C" void delta_forward(void* q, void* k, void* v, void* a, void* b, const float* beta, const float* decay,
+                              int64_t is_bfloat16, int64_t decays_per_key, double scale, const int64_t* bounds,
+                              int64_t sequences, int64_t heads, int64_t keys, int64_t values, float* initial,
+                              void* output, float* final, float* entries, float* reads, int64_t threads) {
+    const auto typed = [&](void* data) { return Tensor{data, is_bfloat16 != 0}; };
+    Call x = {};
+    x.q = typed(q), x.k = typed(k), x.v = typed(v), x.a = typed(a ? a : k), x.b = typed(b);
+    x.beta = beta, x.decay = decay, x.decays_per_key = decays_per_key, x.scale = scale;
+    x.bounds = bounds, x.sequences = sequences, x.heads = heads, x.keys = keys, x.values = values;
+    x.state = initial, x.final_state = final, x.output = typed(output), x.reads = {reads}, x.entries = entries;
+    x.threads = threads;
+    each_head(x, x.values, COLUMNS, forward_columns);
+}
+
+// `values_read` is v with b; d_reads is dr with b, else dv.
+extern "C" void delta_backward(void* q, void* k, void* a, void* b, const float* beta, const float* decay,
+                               int64_t is_bfloat16, int64_t decays_per_key, double scale, const int64_t* bounds,
+                               int64_t sequences, int64_t heads, int64_t keys, int64_t values, float* values_read,
+                               float* entries, float* reads, float* d_output, float* d_final, void* d_q, void* d_k,
+                               void* d_a, void* d_b, float* d_beta, float* d_decay, float* d_initial, float* d_reads,
+                               float* d_values, int64_t threads) {
+    const auto typed = [&](void* data) { return Tensor{data, is_bfloat16 != 0}; };
+    Call x = {};
+    x.q = typed(q), x.k = typed(k), x.a = typed(a ? a : k), x.b = typed(b);
+    x.beta = beta, x.decay = decay, x.decays_per_key = decays_per_key, x.scale = scale;
+    x.bounds = bounds, x.sequences = sequences, x.heads = heads, x.keys = keys, x.values = values;
+    x.state = d_final, x.final_state = d_initial, x.output = {d_output}, x.reads = {reads}, x.entries = entries;
+    x.values_read = {b ? values_read : reads}, x.d_reads = {d_reads}, x.d_values = {d_values};
+    x.d_q = typed(d_q), x.d_k = typed(d_k), x.d_a = typed(d_a), x.d_b = typed(d_b);
+    x.d_beta = d_beta, x.d_decay = d_decay, x.threads = threads;
+    each_head(x, x.values, COLUMNS, reverse_columns);
+    each_head(x, (x.keys + ROWS - 1) / ROWS * ROWS, ROWS, gradients_of_rows);
+}
