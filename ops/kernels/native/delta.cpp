@@ -16,7 +16,7 @@ constexpr int64_t TOKENS = 64;   // tokens of a block: the states before blocks 
 constexpr int64_t ROWS = 16;     // rows of a state that `scan_rows` carries together
 constexpr int TILE = ROWS / LANES;
 constexpr int64_t COLUMNS = 4 * LANES;  // most columns that the other scans carry together
-constexpr double LIMIT = 8;
+constexpr float LIMIT = 8;
 
 struct Tensor {                  // contiguous, [tokens H *]; data is null if the call has no such tensor
     void* data;
@@ -85,35 +85,36 @@ INLINE int lanes(int64_t n, int64_t i) { return int(std::max<int64_t>(std::min<i
 
 // ---- keys as factors of M
 
-struct Decay {                   // G and exp(G) of all keys
-    std::vector<wide> sums;
-    std::vector<vec> factors;
+struct Decay {                   // G, as a sum of two floats, and exp(G) of all keys
+    std::vector<vec> high, low, factors, inverses;
 
-    explicit Decay(int64_t vectors) : sums(vectors), factors(vectors) { reset(); }
+    explicit Decay(int64_t vectors) : high(vectors), low(vectors), factors(vectors), inverses(vectors) { reset(); }
 
     void reset() {
-        std::fill(sums.begin(), sums.end(), wide{});
-        std::fill(factors.begin(), factors.end(), splat(1));
+        for (auto* sum : {&high, &low}) std::fill(sum->begin(), sum->end(), vec{});
+        for (auto* factor : {&factors, &inverses}) std::fill(factor->begin(), factor->end(), splat(1));
     }
 
     // Add the log-decays of a token. True if M has to be rescaled.
     bool add(const Call& x, int64_t row) {
         if (!x.decay) return false;
-        bool beyond = false;
-        const int64_t vectors = sums.size(), distinct = x.decays_per_key ? vectors : 1;
+        ivec beyond = {};
+        const int64_t vectors = high.size(), distinct = x.decays_per_key ? vectors : 1;
         for (int64_t i = 0; i < distinct; i++) {
-            const vec log_decay = x.decays_per_key ? load(x.decay + row * x.keys + i * LANES, lanes(x.keys, i)) : splat(x.decay[row]);
-            wide sum = sums[i] + __builtin_convertvector(log_decay, wide);
-            sum = sum < -200.0 ? wide{} - 200.0 : sum;
-            sums[i] = sum;
-            const vec high = __builtin_convertvector(sum, vec);
-            const vec low = __builtin_convertvector(sum - __builtin_convertvector(high, wide), vec);
-            const vec factor = exp(high);
-            factors[i] = factor + factor * low;
-            for (int lane = 0; lane < LANES; lane++) beyond |= !(sum[lane] >= -LIMIT && sum[lane] <= LIMIT);
+            vec log_decay = x.decays_per_key ? load(x.decay + row * x.keys + i * LANES, lanes(x.keys, i)) : splat(x.decay[row]);
+            log_decay = log_decay < -200.0f ? splat(-200) : log_decay;  // exp is 0, and the difference of two infinities is NaN
+            const vec sum = high[i] + log_decay, added = sum - high[i];
+            low[i] += (high[i] - (sum - added)) + (log_decay - added);  // what the sum has lost by rounding
+            high[i] = sum;
+            const vec factor = exp(sum);
+            factors[i] = factor + factor * low[i];
+            inverses[i] = 1.0f / factors[i];
+            beyond |= ~((sum >= -LIMIT) & (sum <= LIMIT));
         }
-        for (int64_t i = distinct; i < vectors; i++) sums[i] = sums[0], factors[i] = factors[0];
-        return beyond;
+        for (int64_t i = distinct; i < vectors; i++) factors[i] = factors[0], inverses[i] = inverses[0];
+        bool any = false;
+        for (int lane = 0; lane < LANES; lane++) any |= beyond[lane] != 0;
+        return any;
     }
 };
 
@@ -154,9 +155,9 @@ struct ForwardKeys : Keys {
             for (int64_t i = 0; i < vectors; i++) {
                 const int64_t at = row * x.keys + i * LANES, to = t * vectors + i;
                 const int n = lanes(x.keys, i);
-                k[to] = beta * load(x.k, at, n) / decay.factors[i];
+                k[to] = beta * load(x.k, at, n) * decay.inverses[i];
                 q[to] = scale * load(x.q, at, n) * decay.factors[i];
-                if (x.with_b()) b[to] = load(x.b, at, n) / decay.factors[i];
+                if (x.with_b()) b[to] = load(x.b, at, n) * decay.inverses[i];
                 factors[to] = decay.factors[i];
             }
         }
@@ -176,8 +177,8 @@ struct ReverseKeys : Keys {
                 const int64_t at = row * x.keys + i * LANES, to = t * vectors + i;
                 const int n = lanes(x.keys, i);
                 k[to] = beta * load(x.k, at, n) * decay.factors[i];
-                q[to] = scale * load(x.q, at, n) / decay.factors[i];
-                a[to] = rescaled[to] = sign * load(x.a, at, n) / decay.factors[i];
+                q[to] = scale * load(x.q, at, n) * decay.inverses[i];
+                a[to] = rescaled[to] = sign * load(x.a, at, n) * decay.inverses[i];
                 if (x.with_b()) b[to] = load(x.b, at, n) * decay.factors[i];
                 factors[to] = decay.factors[i];
             }
@@ -396,72 +397,94 @@ static void read_rows(Tile* tile, const float* states, int64_t first, const Call
         for (int64_t v = 0; v < x.values; v++) to[v * ROWS + k] = states[(first + k) * x.values + v];
 }
 
+// The same rows of all keys of a token.
+struct Rows {
+    const Keys& keys;
+    int64_t first;               // the first row
+    Tile at(const std::vector<vec>& buffer, int64_t t) const { return tile_at(keys.at(buffer, t) + first); }
+
+    void rescale(Tile* m, int64_t t) const {
+        if (!keys.rescales[t]) return;
+        const Tile factors = at(keys.rescaling, t);
+        for (int64_t v = 0; v < keys.x.values; v++) m[v] = m[v] * factors;
+    }
+};
+
+// S_t from P_t
+template <bool with_b>
+static void write_rows(const Rows& rows, int64_t t, int64_t row, const Tile* decayed, Tile* state) {
+    const Call& x = rows.keys.x;
+    const int64_t at = row * x.values;
+    const Tile k = rows.at(rows.keys.k, t), b = with_b ? rows.at(rows.keys.b, t) : k;
+    const float *values = floats(x.values_read, at), *reads = floats(x.reads, at);
+    for (int64_t v = 0; v < x.values; v++)
+        for (int i = 0; i < TILE; i++) {
+            vec m = decayed[v].at[i] + values[v] * k.at[i];
+            if (with_b) m += reads[v] * b.at[i];
+            state[v].at[i] = m;
+        }
+}
+
 //     dq_t = scale S_t do_t      da_t = P_t dr_t      dk_t = dS_t e_t (dS_t v_t with b)      db_t = dS_t r_t
 //     dbeta_t = <k_t, dS_t e_t>  dg_t = row sums of P_t * dP_t
 //
-// states[0] is the state before the block; states[t] becomes P_t. d_state becomes the gradient of states[0]. S_t do_t is
-// computed as P_t do_t + k_t <e_t, do_t>, or as P_t do_t + k_t <v_t, do_t> + b_t <r_t, do_t>.
+// d_state is dS_t without the part of the output, and becomes dP_t. S_t do_t is computed as P_t do_t + k_t <e_t, do_t>,
+// or as P_t do_t + k_t <v_t, do_t> + b_t <r_t, do_t>.
 template <bool with_b>
-static void scan_rows(const ForwardKeys& keys, const ReverseKeys& d_keys, const Place& place, const Block& block, int64_t first,
-               Tile* states, Tile* d_state) {
-    const Call& x = keys.x;
-    const int64_t V = x.values, n = x.keys - first;
-    for (int64_t token = block.start; token < block.stop; token++) {
-        const int64_t t = token - block.start, at = x.row(token, place.head) * V;
-        Tile *now = states + t * V, *next = now + V;
-        if (keys.rescales[t]) {
-            const Tile factors = tile_at(keys.at(keys.rescaling, t) + first);
-            for (int64_t v = 0; v < V; v++) now[v] = now[v] * factors;
+static void gradients_of_token(const Rows& rows, const Rows& d_rows, int64_t t, int64_t row, const Tile* decayed, Tile* d_state) {
+    const Call& x = rows.keys.x;
+    const int64_t V = x.values, at = row * V, n = x.keys - rows.first;
+    const float *values = floats(x.values_read, at), *reads = floats(x.reads, at);
+    const float *d_output = floats(x.output, at), *d_reads = floats(x.d_reads, at);
+    const Tile d_query = d_rows.at(d_rows.keys.q, t), d_read = d_rows.at(d_rows.keys.a, t);
+    vec sum_q[TILE] = {}, sum_a[TILE] = {}, sum_k[TILE] = {}, sum_b[TILE] = {}, sum_decay[TILE] = {};
+    for (int64_t v = 0; v < V; v++)
+        for (int i = 0; i < TILE; i++) {
+            const vec m = decayed[v].at[i], d = d_state[v].at[i] + d_output[v] * d_query.at[i];
+            const vec d_decayed = d + d_reads[v] * d_read.at[i];
+            d_state[v].at[i] = d_decayed;
+            sum_q[i] += d_output[v] * m;
+            sum_a[i] += d_reads[v] * m;
+            sum_k[i] += values[v] * d;
+            if (with_b) sum_b[i] += reads[v] * d;
+            sum_decay[i] += m * d_decayed;
         }
-        if (token + 1 == block.stop) break;
-        const Tile k = tile_at(keys.at(keys.k, t) + first), b = with_b ? tile_at(keys.at(keys.b, t) + first) : k;
-        const float *values = floats(x.values_read, at), *reads = floats(x.reads, at);
-        for (int64_t v = 0; v < V; v++)
-            for (int i = 0; i < TILE; i++) {
-                next[v].at[i] = now[v].at[i] + values[v] * k.at[i];
-                if (with_b) next[v].at[i] += reads[v] * b.at[i];
-            }
+    Tile d_q, d_a, d_k, d_b, d_decay;
+    for (int i = 0; i < TILE; i++) {
+        d_q.at[i] = sum_q[i], d_a.at[i] = sum_a[i], d_k.at[i] = sum_k[i], d_b.at[i] = sum_b[i];
+        d_decay.at[i] = sum_decay[i];
     }
-    for (int64_t token = block.stop - 1; token >= block.start; token--) {
-        const int64_t t = token - block.start, row = x.row(token, place.head), at = row * V;
-        const Tile *now = states + t * V, q = tile_at(d_keys.at(d_keys.q, t) + first), a = tile_at(d_keys.at(d_keys.a, t) + first);
-        const float *values = floats(x.values_read, at), *reads = floats(x.reads, at);
-        const float *d_output = floats(x.output, at), *d_reads = floats(x.d_reads, at);
-        vec sum_q[TILE] = {}, sum_a[TILE] = {}, sum_k[TILE] = {}, sum_b[TILE] = {}, sum_decay[TILE] = {};
-        for (int64_t v = 0; v < V; v++)
-            for (int i = 0; i < TILE; i++) {
-                const vec m = now[v].at[i], d = d_state[v].at[i] + d_output[v] * q.at[i], d_decayed = d + d_reads[v] * a.at[i];
-                d_state[v].at[i] = d_decayed;
-                sum_q[i] += d_output[v] * m;
-                sum_a[i] += d_reads[v] * m;
-                sum_k[i] += values[v] * d;
-                if (with_b) sum_b[i] += reads[v] * d;
-                sum_decay[i] += m * d_decayed;
-            }
-        if (d_keys.rescales[t]) {
-            const Tile factors = tile_at(d_keys.at(d_keys.rescaling, t) + first);
-            for (int64_t v = 0; v < V; v++) d_state[v] = d_state[v] * factors;
-        }
-        Tile d_q, d_a, d_k, d_b, d_decay;
-        for (int i = 0; i < TILE; i++)
-            d_q.at[i] = sum_q[i], d_a.at[i] = sum_a[i], d_k.at[i] = sum_k[i], d_b.at[i] = sum_b[i], d_decay.at[i] = sum_decay[i];
-        const Tile factors = tile_at(keys.at(keys.factors, t) + first), d_factors = tile_at(d_keys.at(d_keys.factors, t) + first);
-        const int64_t key = row * x.keys + first, part = row * x.parts() + first / ROWS;
-        const float beta = x.beta_at(row);
-        const Tile k = load_tile(x.k, key, n);
-        d_q = d_q * factors + beta * dot(values, d_output, V) * k;
-        if (with_b) d_q = d_q + dot(reads, d_output, V) * load_tile(x.b, key, n);
-        store_tile(x.d_q, key, float(x.scale) * d_q, n);
-        d_k = d_k * d_factors;
-        if (x.d_beta) x.d_beta[part] = sum(d_k * k);
-        d_k = beta * d_k;
-        d_a = (with_b ? 1.0f : -1.0f) * (d_a * factors);
-        if (x.d_a.data) store_tile(x.d_a, key, d_a, n);
-        store_tile(x.d_k, key, x.d_a.data ? d_k : d_k + d_a, n);
-        if (with_b) store_tile(x.d_b, key, d_b * d_factors, n);
-        d_decay = d_decay * factors * d_factors;
-        if (x.d_decay && x.decays_per_key) store_tile({x.d_decay}, key, d_decay, n);
-        else if (x.d_decay) x.d_decay[part] = sum(d_decay);
+    const Tile factors = rows.at(rows.keys.factors, t), d_factors = d_rows.at(d_rows.keys.factors, t);
+    const int64_t key = row * x.keys + rows.first, part = row * x.parts() + rows.first / ROWS;
+    const float beta = x.beta_at(row);
+    const Tile k = load_tile(x.k, key, n);
+    d_q = d_q * factors + beta * dot(values, d_output, V) * k;
+    if (with_b) d_q = d_q + dot(reads, d_output, V) * load_tile(x.b, key, n);
+    store_tile(x.d_q, key, float(x.scale) * d_q, n);
+    d_k = d_k * d_factors;
+    if (x.d_beta) x.d_beta[part] = sum(d_k * k);
+    d_k = beta * d_k;
+    d_a = (with_b ? 1.0f : -1.0f) * (d_a * factors);
+    if (x.d_a.data) store_tile(x.d_a, key, d_a, n);
+    store_tile(x.d_k, key, x.d_a.data ? d_k : d_k + d_a, n);
+    if (with_b) store_tile(x.d_b, key, d_b * d_factors, n);
+    d_decay = d_decay * factors * d_factors;
+    if (x.d_decay && x.decays_per_key) store_tile({x.d_decay}, key, d_decay, n);
+    else if (x.d_decay) x.d_decay[part] = sum(d_decay);
+}
+
+// `states` begins with the state before the block, and gets P of all tokens.
+template <bool with_b>
+static void scan_rows(const Rows& rows, const Rows& d_rows, const Place& place, const Block& block, Tile* states, Tile* d_state) {
+    const Call& x = rows.keys.x;
+    const int64_t V = x.values, length = block.stop - block.start, first = x.row(block.start, place.head);
+    for (int64_t t = 0; t < length; t++) {
+        rows.rescale(states + t * V, t);
+        if (t + 1 < length) write_rows<with_b>(rows, t, first + t * x.heads, states + t * V, states + (t + 1) * V);
+    }
+    for (int64_t t = length - 1; t >= 0; t--) {
+        gradients_of_token<with_b>(rows, d_rows, t, first + t * x.heads, states + t * V, d_state);
+        d_rows.rescale(d_state, t);
     }
 }
 
@@ -480,7 +503,7 @@ static void gradients_of_rows(const Call& x, const Place& place, int64_t from, i
         for (int64_t first = from; first < to; first += ROWS) {
             read_rows(states.data(), x.state_at(x.entries, place.first_entry + number, place.head), first, x);
             const auto scan = x.with_b() ? scan_rows<true> : scan_rows<false>;
-            scan(keys, d_keys, place, block, first, states.data(), d_state(first));
+            scan({keys, first}, {d_keys, first}, place, block, states.data(), d_state(first));
         }
     }
 }
