@@ -31,6 +31,8 @@ same trial."""
 
 _SCAN = (Paradigm.RECURRENT, Paradigm.CHUNKWISE)
 AUTO_ON_CPU: Mapping[str, Sequence[Paradigm]] = {
+    "delta": (Paradigm.RECURRENT, Paradigm.CHUNKWISE),
+    "dplr": (Paradigm.RECURRENT, Paradigm.CHUNKWISE),
     "diagonal_scan": _SCAN,
     "log_scan": _SCAN,
     "scan": _SCAN,

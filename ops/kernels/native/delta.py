@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...delta.recurrent import delta_recurrent
 from ...recurrence.family import Recurrence, RecurrenceOutput
 from ...runtime.custom_op import Gradients, Op
 from ...runtime.kernel import Kernel, declare
@@ -105,7 +106,7 @@ def _backward(x: Recurrence, gradients: Gradients) -> dict[str, Tensor]:
 DELTA = Op("delta_native", Recurrence, fake=_allocate, forward=_forward, backward=_backward, outputs=4, saves=2)
 
 
-def delta_native(x: Recurrence) -> RecurrenceOutput:
+def delta_chunkwise_native(x: Recurrence) -> RecurrenceOutput:
     """Compute the delta family token by token, in float32.
 
     Raises:
@@ -115,18 +116,35 @@ def delta_native(x: Recurrence) -> RecurrenceOutput:
     return RecurrenceOutput(output, final if x.output_final_state else None)
 
 
+def delta_recurrent_native(x: Recurrence) -> RecurrenceOutput:
+    """Compute the same; a single token, as in decoding, by the operations of the reference.
+
+    They cost less than a call of the op, and a compiler can fuse them.
+
+    Raises:
+        SeqmixError: the kernel does not support the call.
+    """
+    one_token = x.q.shape[1] == 1 and x.cu_seqlens is None
+    return delta_recurrent(x) if one_token else delta_chunkwise_native(x)
+
+
+TOLERANCES = {torch.float32: 3e-6, torch.bfloat16: 7e-3}
+
 KERNELS = [
     declare(
         Kernel(
             op=op,
             paradigm=paradigm,
             backend="native",
-            function=delta_native,
-            tolerances={torch.float32: 3e-6, torch.bfloat16: 7e-3},
+            function=function,
+            tolerances=tolerances,
             limits=limits_of("delta"),
             follows_inputs=True,
         )
     )
     for op in ("delta", "dplr")
-    for paradigm in (Paradigm.RECURRENT, Paradigm.CHUNKWISE)
+    for paradigm, function, tolerances in (
+        (Paradigm.CHUNKWISE, delta_chunkwise_native, TOLERANCES),
+        (Paradigm.RECURRENT, delta_recurrent_native, TOLERANCES | {torch.float32: 1e-5}),
+    )
 ]
