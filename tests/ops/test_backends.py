@@ -233,5 +233,5 @@ def test_only_backends_of_the_op_are_named():
     with pytest.raises(SeqmixError) as refused:
         choose("delta", "triton_tf32x3", PROBE)
     assert str(refused.value) == (
-        "delta has no backend 'triton_tf32x3'; did you mean \"triton\"? Available: auto, reference, triton"
+        "delta has no backend 'triton_tf32x3'; did you mean \"triton\"? Available: auto, native, reference, triton"
     )
