@@ -29,17 +29,21 @@ AUTO: Mapping[str, Mapping[Paradigm, Sequence[str]]] = {
 """Backends that `auto` tries on a GPU, in this order, by op and paradigm; a backend named in a configuration has the
 same trial."""
 
-_SCAN = (Paradigm.RECURRENT, Paradigm.CHUNKWISE)
+_LOOPS = (Paradigm.RECURRENT, Paradigm.CHUNKWISE)
 AUTO_ON_CPU: Mapping[str, Sequence[Paradigm]] = {
-    "delta": (Paradigm.RECURRENT, Paradigm.CHUNKWISE),
-    "dplr": (Paradigm.RECURRENT, Paradigm.CHUNKWISE),
-    "diagonal_scan": _SCAN,
-    "log_scan": _SCAN,
-    "scan": _SCAN,
-    "selective_scan": _SCAN,
+    "decay": _LOOPS,
+    "delta": _LOOPS,
+    "dplr": _LOOPS,
+    "diagonal_scan": _LOOPS,
+    "log_scan": _LOOPS,
+    "scan": _LOOPS,
+    "selective_scan": _LOOPS,
     "short_convolution": (Paradigm.PARALLEL,),
 }
 """Paradigms that `auto` computes with native kernels on a CPU, by op."""
+
+PRODUCTS = {"decay": (None, "H")}
+"""Kinds of log-decays, by op, for which `auto` keeps the reference on a CPU: it has matrix products alone there."""
 
 TRIAL_LENGTH = 259
 """Tokens of a trial: several whole chunks and an incomplete one."""
@@ -64,7 +68,7 @@ def choose(op: str, backend: str, probe: Probe) -> Mapping[Paradigm, str]:
     chosen = dict.fromkeys(Paradigm, fallback)
     where = f"on {probe.device} in {probe.dtype}"
     if backend == "auto" and probe.device.type == "cpu" and not is_off():
-        for paradigm in AUTO_ON_CPU.get(op, ()):
+        for paradigm in AUTO_ON_CPU.get(op, ()) if probe.log_decay not in PRODUCTS.get(op, ()) else ():
             reasons = find(op, paradigm, "native").unsupported(probe)  # a compiler that is missing is logged there
             log.debug("%s %s %s: %s", op, paradigm, where, "; ".join(reasons) or "native")
             chosen[paradigm] = fallback if reasons else "native"

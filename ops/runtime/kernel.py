@@ -133,8 +133,9 @@ KERNELS: dict[Key, Kernel] = {}
 
 ON_DEMAND: Mapping[str, Mapping[str, str]] = {
     "native": {
-        "delta": "native.delta",
-        "dplr": "native.delta",
+        "decay": "native.recurrence",
+        "delta": "native.recurrence",
+        "dplr": "native.recurrence",
         "scan": "native.scan",
         "log_scan": "native.scan",
         "diagonal_scan": "native.diagonal",

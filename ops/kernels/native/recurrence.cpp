@@ -1,8 +1,10 @@
-// The delta family: a matrix state per head, in which a token replaces what it reads (ops/delta and ops/dplr).
+// Recurrences with a matrix state per head, token by token (notation of ops/recurrence/family.py).
 //
 //     P_t = diag(exp(g_t)) S_{t-1}                     r_t = P_t^T a_t             o_t = scale S_t^T q_t
-//     S_t = P_t + k_t e_t^T,  e_t = v_t - r_t                                      without b; k has the factor beta
-//     S_t = P_t + k_t v_t^T + b_t r_t^T                                            with b
+//     ADD        S_t = P_t + k_t v_t^T                                             ops/decay
+//     REPLACE    S_t = P_t + k_t e_t^T,  e_t = v_t - r_t                           ops/delta (k has the factor beta; a is k)
+//                                                                                  and ops/dplr without b
+//     MOVE       S_t = P_t + k_t v_t^T + b_t r_t^T                                 ops/dplr with b
 //
 // Decays cost nothing per element of a state. It is held as S = diag(exp(G)) M, with G the sum of the log-decays since M
 // was last rescaled: keys that write are divided by exp(G), keys that read are multiplied by it. When a G leaves
@@ -17,6 +19,8 @@ constexpr int64_t ROWS = 16;     // rows of a state that `scan_rows` carries tog
 constexpr int TILE = ROWS / LANES;
 constexpr int64_t COLUMNS = 4 * LANES;  // most columns that the other scans carry together
 constexpr float LIMIT = 8;
+
+enum Rule { ADD, REPLACE, MOVE };
 
 struct Tensor {                  // contiguous, [tokens H *]; data is null if the call has no such tensor
     void* data;
@@ -35,26 +39,27 @@ INLINE void store(const Tensor& x, int64_t at, vec value, int n) {
 }
 
 struct Call {
-    Tensor q, k, v, a, b;        // a is k in calls without a
+    Rule rule;
+    Tensor q, k, v, a, b;        // q and k have `key_heads` heads, which several heads may share; a is k in ops/delta
     const float *beta, *decay;   // [tokens H], and log-decays [tokens H] or [tokens H K]; null if there are none
     int64_t decays_per_key;      // 1 for log-decays per key, else 0
     double scale;
     const int64_t* bounds;       // tokens of sequence n: bounds[n] to bounds[n + 1]
-    int64_t sequences, heads, keys, values;
+    int64_t sequences, heads, key_heads, keys, values;
     float* state;                // initial state, or backwards the gradient of the final state [N H K V]; null is zero
     float* final_state;          // final state, or backwards the gradient of the initial state; null if not wanted
     Tensor output;               // o, or backwards its gradient as float32
-    Tensor reads;                // e, or r with b; float32 [tokens H V]
+    Tensor reads;                // REPLACE: e, MOVE: r; float32 [tokens H V]
     float* entries;              // states before the blocks [blocks H K V]
     int64_t threads;
     // backwards only
-    Tensor values_read;          // v as float32 with b, else e
-    Tensor d_reads, d_values;    // gradients of r and v with b; without b, d_reads is the gradient of v; float32
-    Tensor d_q, d_k, d_a, d_b;   // d_a is absent in calls without a
+    Tensor written;              // what k writes: REPLACE: e, else v as float32
+    Tensor d_values, d_reads;    // gradients of v and r; REPLACE: d_reads is d_values, and -dr; float32
+    Tensor d_q, d_k, d_a, d_b;   // [tokens H K], q and k as float32 if heads share them; d_a is absent if a is k
     float *d_decay, *d_beta;     // as decay and beta, but with ceil(K / ROWS) parts of a sum in place of one number
 
-    bool with_b() const { return b.data != nullptr; }
     int64_t row(int64_t token, int64_t head) const { return token * heads + head; }
+    int64_t key_row(int64_t token, int64_t head) const { return token * key_heads + head * key_heads / heads; }
     float beta_at(int64_t row) const { return beta ? beta[row] : 1.0f; }
     float* state_at(float* states, int64_t index, int64_t head) const {
         return states ? states + (index * heads + head) * keys * values : nullptr;
@@ -69,6 +74,7 @@ struct Place {                   // a head of a sequence
         start = x.bounds[sequence], stop = x.bounds[sequence + 1];
         first_entry = start / TOKENS + sequence;
     }
+    int64_t stop_entry() const { return stop / TOKENS + sequence + 1; }  // may be later than after the last block
     int64_t blocks() const { return (stop - start + TOKENS - 1) / TOKENS; }
 };
 
@@ -131,7 +137,7 @@ struct Keys {
         : x(x), vectors((x.keys + ROWS - 1) / ROWS * TILE), decay(vectors) {
         const int64_t size = (std::min(longest, TOKENS) + 1) * vectors;
         for (auto* buffer : {&a, &k, &q, &factors, &rescaling}) buffer->resize(size);
-        if (x.with_b()) b.resize(size);
+        if (x.rule == MOVE) b.resize(size);
     }
     const float* at(const std::vector<vec>& buffer, int64_t t) const {
         return reinterpret_cast<const float*>(buffer.data() + t * vectors);
@@ -143,9 +149,9 @@ struct ForwardKeys : Keys {
     using Keys::Keys;
     void compute(const Place& place, const Block& block) {
         for (int64_t token = block.start; token < block.stop; token++) {
-            const int64_t t = token - block.start, row = x.row(token, place.head);
+            const int64_t t = token - block.start, row = x.row(token, place.head), key_row = x.key_row(token, place.head);
             rescales[t] = decay.add(x, row);
-            for (int64_t i = 0; i < vectors; i++)
+            for (int64_t i = 0; x.rule != ADD && i < vectors; i++)
                 a[t * vectors + i] = load(x.a, row * x.keys + i * LANES, lanes(x.keys, i)) * decay.factors[i];
             if (rescales[t]) {
                 std::copy(decay.factors.begin(), decay.factors.end(), rescaling.begin() + t * vectors);
@@ -153,11 +159,11 @@ struct ForwardKeys : Keys {
             }
             const float beta = x.beta_at(row), scale = float(x.scale);
             for (int64_t i = 0; i < vectors; i++) {
-                const int64_t at = row * x.keys + i * LANES, to = t * vectors + i;
+                const int64_t at = key_row * x.keys + i * LANES, to = t * vectors + i;
                 const int n = lanes(x.keys, i);
                 k[to] = beta * load(x.k, at, n) * decay.inverses[i];
                 q[to] = scale * load(x.q, at, n) * decay.factors[i];
-                if (x.with_b()) b[to] = load(x.b, at, n) * decay.inverses[i];
+                if (x.rule == MOVE) b[to] = load(x.b, at, n) * decay.inverses[i];
                 factors[to] = decay.factors[i];
             }
         }
@@ -171,15 +177,15 @@ struct ReverseKeys : Keys {
     ReverseKeys(const Call& x, int64_t longest) : Keys(x, longest), rescaled(a.size()) {}
     void compute(const Place& place, const Block& block) {
         for (int64_t token = block.stop - 1; token >= block.start; token--) {
-            const int64_t t = token - block.start, row = x.row(token, place.head);
-            const float beta = x.beta_at(row), scale = float(x.scale), sign = x.with_b() ? 1.0f : -1.0f;
+            const int64_t t = token - block.start, row = x.row(token, place.head), key_row = x.key_row(token, place.head);
+            const float beta = x.beta_at(row), scale = float(x.scale), sign = x.rule == MOVE ? 1.0f : -1.0f;
             for (int64_t i = 0; i < vectors; i++) {
-                const int64_t at = row * x.keys + i * LANES, to = t * vectors + i;
+                const int64_t at = key_row * x.keys + i * LANES, to = t * vectors + i;
                 const int n = lanes(x.keys, i);
                 k[to] = beta * load(x.k, at, n) * decay.factors[i];
                 q[to] = scale * load(x.q, at, n) * decay.inverses[i];
-                a[to] = rescaled[to] = sign * load(x.a, at, n) * decay.inverses[i];
-                if (x.with_b()) b[to] = load(x.b, at, n) * decay.factors[i];
+                if (x.rule != ADD) a[to] = rescaled[to] = sign * load(x.a, at, n) * decay.inverses[i];
+                if (x.rule == MOVE) b[to] = load(x.b, at, n) * decay.factors[i];
                 factors[to] = decay.factors[i];
             }
             rescales[t] = decay.add(x, row);
@@ -240,45 +246,52 @@ template <int N> static void scan_forward(const ForwardKeys& keys, const Place& 
     const Call& x = keys.x;
     const int64_t n = x.values - first;
     Columns<N> read = {}, output;
-    pass<N>(m, x.keys, {Write<N>{keys.at(keys.a, 0), &read}}, {Read<N>{keys.at(keys.a, 0), &read}});
+    const Write<N> nothing = {keys.at(keys.a, 0), &read};
+    if (x.rule != ADD) pass<N>(m, x.keys, {nothing}, {Read<N>{keys.at(keys.a, 0), &read}});
     for (int64_t token = block.start; token < block.stop; token++) {
         const int64_t t = token - block.start, at = x.row(token, place.head) * x.values + first;
         if (keys.rescales[t]) rescale<N>(m, x.keys, keys.at(keys.rescaling, t));
         const Columns<N> value = load_columns<N>(x.v, at, n);
         Columns<N> saved = read;
-        for (int i = 0; i < N && !x.with_b(); i++) saved.at[i] = value.at[i] - read.at[i];
+        for (int i = 0; i < N && x.rule == REPLACE; i++) saved.at[i] = value.at[i] - read.at[i];
         if (x.reads.data) store_columns(x.reads, at, saved, n);
         const Read<N> query = {keys.at(keys.q, t), &output}, next = {keys.at(keys.a, t + 1), &read};
-        if (x.with_b())
-            pass<N>(m, x.keys, {Write<N>{keys.at(keys.k, t), &value}, {keys.at(keys.b, t), &saved}}, {query, next});
+        const Write<N> write = {keys.at(keys.k, t), x.rule == REPLACE ? &saved : &value};
+        if (x.rule == ADD)
+            pass<N>(m, x.keys, {write}, {query});
+        else if (x.rule == REPLACE)
+            pass<N>(m, x.keys, {write}, {query, next});
         else
-            pass<N>(m, x.keys, {Write<N>{keys.at(keys.k, t), &saved}}, {query, next});
+            pass<N>(m, x.keys, {write, {keys.at(keys.b, t), &saved}}, {query, next});
         store_columns(x.output, at, output, n);
     }
 }
 
-//     dS_t = exp(g_{t+1}) dP_{t+1} + scale q_t do_t^T          dP_t = dS_t + a_t dr_t^T
-//     dv_t = dS_t^T k_t           dr_t = -dv_t (without b) or dS_t^T b_t (with b)
+//     dS_t = exp(g_{t+1}) dP_{t+1} + scale q_t do_t^T          dP_t = dS_t + a_t dr_t^T (ADD: dS_t)
+//     dv_t = dS_t^T k_t           REPLACE: dr_t = -dv_t        MOVE: dr_t = dS_t^T b_t
 template <int N> static void scan_reverse(const ReverseKeys& keys, const Place& place, const Block& block, int64_t first, vec* m) {
     const Call& x = keys.x;
     const int64_t n = x.values - first;
     Columns<N> d_read = {}, d_value;
+    Columns<N>* const later_read = x.rule == MOVE ? &d_read : &d_value;
     Write<N> later = {keys.at(keys.q, 0), &d_read};  // what the token after this one read; zero at first
     for (int64_t token = block.stop - 1; token >= block.start; token--) {
         const int64_t t = token - block.start, at = x.row(token, place.head) * x.values + first;
         const Columns<N> d_output = load_columns<N>(x.output, at, n);
         const Write<N> query = {keys.at(keys.q, t), &d_output};
-        if (x.with_b()) {
-            pass<N>(m, x.keys, {later, query}, {Read<N>{keys.at(keys.k, t), &d_value}, {keys.at(keys.b, t), &d_read}});
-            store_columns(x.d_values, at, d_value, n);
-        } else {
-            pass<N>(m, x.keys, {later, query}, {Read<N>{keys.at(keys.k, t), &d_read}});
-        }
-        store_columns(x.d_reads, at, d_read, n);
+        const Read<N> value = {keys.at(keys.k, t), &d_value};
+        if (x.rule == ADD)
+            pass<N>(m, x.keys, {query}, {value});
+        else if (x.rule == REPLACE)
+            pass<N>(m, x.keys, {later, query}, {value});
+        else
+            pass<N>(m, x.keys, {later, query}, {value, {keys.at(keys.b, t), &d_read}});
+        store_columns(x.d_values, at, d_value, n);
+        if (x.rule == MOVE) store_columns(x.d_reads, at, d_read, n);
         if (keys.rescales[t]) rescale<N>(m, x.keys, keys.at(keys.rescaling, t));
-        later.key = keys.at(keys.rescaled, t);
+        later = {keys.at(keys.rescaled, t), later_read};
     }
-    pass<N>(m, x.keys, {later}, {Read<N>{later.key, &d_value}});
+    if (x.rule != ADD) pass<N>(m, x.keys, {later}, {Read<N>{later.key, &d_value}});
 }
 
 // M of the columns `from` to `to`, in groups of 4, 2 or 1 vectors; the last group may be one vector wider than they are.
@@ -334,6 +347,9 @@ static void forward_columns(const Call& x, const Place& place, int64_t from, int
         matrix.each_group([&](auto n, int64_t first, vec* m) { scan_forward<n>(keys, place, block, first, m); });
     }
     matrix.write(x.state_at(x.final_state, place.sequence, place.head), keys);
+    for (int64_t entry = place.first_entry + place.blocks(); x.entries && entry < place.stop_entry(); entry++)
+        for (int64_t k = 0; k < x.keys; k++)
+            std::fill_n(x.state_at(x.entries, entry, place.head) + k * x.values + from, to - from, 0.0f);
 }
 
 static void reverse_columns(const Call& x, const Place& place, int64_t from, int64_t to) {
@@ -411,43 +427,48 @@ struct Rows {
 };
 
 // S_t from P_t
-template <bool with_b>
+template <Rule rule>
 static void write_rows(const Rows& rows, int64_t t, int64_t row, const Tile* decayed, Tile* state) {
     const Call& x = rows.keys.x;
     const int64_t at = row * x.values;
-    const Tile k = rows.at(rows.keys.k, t), b = with_b ? rows.at(rows.keys.b, t) : k;
-    const float *values = floats(x.values_read, at), *reads = floats(x.reads, at);
+    const Tile k = rows.at(rows.keys.k, t), b = rule == MOVE ? rows.at(rows.keys.b, t) : k;
+    const float *written = floats(x.written, at), *reads = floats(x.reads, at);
     for (int64_t v = 0; v < x.values; v++)
         for (int i = 0; i < TILE; i++) {
-            vec m = decayed[v].at[i] + values[v] * k.at[i];
-            if (with_b) m += reads[v] * b.at[i];
+            vec m = decayed[v].at[i] + written[v] * k.at[i];
+            if (rule == MOVE) m += reads[v] * b.at[i];
             state[v].at[i] = m;
         }
 }
 
-//     dq_t = scale S_t do_t      da_t = P_t dr_t      dk_t = dS_t e_t (dS_t v_t with b)      db_t = dS_t r_t
-//     dbeta_t = <k_t, dS_t e_t>  dg_t = row sums of P_t * dP_t
+//     dq_t = scale S_t do_t      dk_t = dS_t v_t (REPLACE: dS_t e_t, which is also dbeta_t times k_t)
+//     da_t = P_t dr_t            db_t = dS_t r_t           dg_t = row sums of P_t * dP_t
 //
-// d_state is dS_t without the part of the output, and becomes dP_t. S_t do_t is computed as P_t do_t + k_t <e_t, do_t>,
-// or as P_t do_t + k_t <v_t, do_t> + b_t <r_t, do_t>.
-template <bool with_b>
-static void gradients_of_token(const Rows& rows, const Rows& d_rows, int64_t t, int64_t row, const Tile* decayed, Tile* d_state) {
+// d_state is dS_t without the part of the output, and becomes dP_t. S_t do_t is computed as
+// P_t do_t + k_t <v_t, do_t> + b_t <r_t, do_t> (REPLACE: with e in place of v; without b).
+template <Rule rule>
+static void gradients_of_token(const Rows& rows, const Rows& d_rows, const Place& place, int64_t token, int64_t t,
+                               const Tile* decayed, Tile* d_state) {
     const Call& x = rows.keys.x;
-    const int64_t V = x.values, at = row * V, n = x.keys - rows.first;
-    const float *values = floats(x.values_read, at), *reads = floats(x.reads, at);
+    const int64_t V = x.values, n = x.keys - rows.first;
+    const int64_t row = x.row(token, place.head), at = row * V;
+    const float *written = floats(x.written, at), *reads = floats(x.reads, at);
     const float *d_output = floats(x.output, at), *d_reads = floats(x.d_reads, at);
     const Tile d_query = d_rows.at(d_rows.keys.q, t), d_read = d_rows.at(d_rows.keys.a, t);
     vec sum_q[TILE] = {}, sum_a[TILE] = {}, sum_k[TILE] = {}, sum_b[TILE] = {}, sum_decay[TILE] = {};
     for (int64_t v = 0; v < V; v++)
         for (int i = 0; i < TILE; i++) {
-            const vec m = decayed[v].at[i], d = d_state[v].at[i] + d_output[v] * d_query.at[i];
-            const vec d_decayed = d + d_reads[v] * d_read.at[i];
-            d_state[v].at[i] = d_decayed;
+            const vec m = decayed[v].at[i];
+            vec d = d_state[v].at[i] + d_output[v] * d_query.at[i];
             sum_q[i] += d_output[v] * m;
-            sum_a[i] += d_reads[v] * m;
-            sum_k[i] += values[v] * d;
-            if (with_b) sum_b[i] += reads[v] * d;
-            sum_decay[i] += m * d_decayed;
+            sum_k[i] += written[v] * d;
+            if (rule == MOVE) sum_b[i] += reads[v] * d;
+            if (rule != ADD) {
+                sum_a[i] += d_reads[v] * m;
+                d += d_reads[v] * d_read.at[i];
+            }
+            sum_decay[i] += m * d;
+            d_state[v].at[i] = d;
         }
     Tile d_q, d_a, d_k, d_b, d_decay;
     for (int i = 0; i < TILE; i++) {
@@ -455,35 +476,35 @@ static void gradients_of_token(const Rows& rows, const Rows& d_rows, int64_t t, 
         d_decay.at[i] = sum_decay[i];
     }
     const Tile factors = rows.at(rows.keys.factors, t), d_factors = d_rows.at(d_rows.keys.factors, t);
-    const int64_t key = row * x.keys + rows.first, part = row * x.parts() + rows.first / ROWS;
+    const int64_t to = row * x.keys + rows.first, part = row * x.parts() + rows.first / ROWS;
     const float beta = x.beta_at(row);
-    const Tile k = load_tile(x.k, key, n);
-    d_q = d_q * factors + beta * dot(values, d_output, V) * k;
-    if (with_b) d_q = d_q + dot(reads, d_output, V) * load_tile(x.b, key, n);
-    store_tile(x.d_q, key, float(x.scale) * d_q, n);
+    const Tile k = load_tile(x.k, x.key_row(token, place.head) * x.keys + rows.first, n);
+    d_q = d_q * factors + beta * dot(written, d_output, V) * k;
+    if (rule == MOVE) d_q = d_q + dot(reads, d_output, V) * load_tile(x.b, to, n);
+    store_tile(x.d_q, to, float(x.scale) * d_q, n);
     d_k = d_k * d_factors;
     if (x.d_beta) x.d_beta[part] = sum(d_k * k);
     d_k = beta * d_k;
-    d_a = (with_b ? 1.0f : -1.0f) * (d_a * factors);
-    if (x.d_a.data) store_tile(x.d_a, key, d_a, n);
-    store_tile(x.d_k, key, x.d_a.data ? d_k : d_k + d_a, n);
-    if (with_b) store_tile(x.d_b, key, d_b * d_factors, n);
+    d_a = (rule == MOVE ? 1.0f : -1.0f) * (d_a * factors);
+    if (x.d_a.data) store_tile(x.d_a, to, d_a, n);
+    store_tile(x.d_k, to, rule == REPLACE && !x.d_a.data ? d_k + d_a : d_k, n);
+    if (rule == MOVE) store_tile(x.d_b, to, d_b * d_factors, n);
     d_decay = d_decay * factors * d_factors;
-    if (x.d_decay && x.decays_per_key) store_tile({x.d_decay}, key, d_decay, n);
+    if (x.d_decay && x.decays_per_key) store_tile({x.d_decay}, to, d_decay, n);
     else if (x.d_decay) x.d_decay[part] = sum(d_decay);
 }
 
 // `states` begins with the state before the block, and gets P of all tokens.
-template <bool with_b>
+template <Rule rule>
 static void scan_rows(const Rows& rows, const Rows& d_rows, const Place& place, const Block& block, Tile* states, Tile* d_state) {
     const Call& x = rows.keys.x;
     const int64_t V = x.values, length = block.stop - block.start, first = x.row(block.start, place.head);
     for (int64_t t = 0; t < length; t++) {
         rows.rescale(states + t * V, t);
-        if (t + 1 < length) write_rows<with_b>(rows, t, first + t * x.heads, states + t * V, states + (t + 1) * V);
+        if (t + 1 < length) write_rows<rule>(rows, t, first + t * x.heads, states + t * V, states + (t + 1) * V);
     }
     for (int64_t t = length - 1; t >= 0; t--) {
-        gradients_of_token<with_b>(rows, d_rows, t, first + t * x.heads, states + t * V, d_state);
+        gradients_of_token<rule>(rows, d_rows, place, block.start + t, t, states + t * V, d_state);
         d_rows.rescale(d_state, t);
     }
 }
@@ -502,7 +523,7 @@ static void gradients_of_rows(const Call& x, const Place& place, int64_t from, i
         d_keys.compute(place, block);
         for (int64_t first = from; first < to; first += ROWS) {
             read_rows(states.data(), x.state_at(x.entries, place.first_entry + number, place.head), first, x);
-            const auto scan = x.with_b() ? scan_rows<true> : scan_rows<false>;
+            const auto scan = x.rule == ADD ? scan_rows<ADD> : x.rule == REPLACE ? scan_rows<REPLACE> : scan_rows<MOVE>;
             scan({keys, first}, {d_keys, first}, place, block, states.data(), d_state(first));
         }
     }
@@ -520,35 +541,37 @@ template <class F> static void each_head(const Call& x, int64_t size, int64_t un
     });
 }
 
-extern "C" void delta_forward(void* q, void* k, void* v, void* a, void* b, const float* beta, const float* decay,
-                              int64_t is_bfloat16, int64_t decays_per_key, double scale, const int64_t* bounds,
-                              int64_t sequences, int64_t heads, int64_t keys, int64_t values, float* initial,
-                              void* output, float* final, float* entries, float* reads, int64_t threads) {
+extern "C" void recurrence_forward(int64_t rule, void* q, void* k, void* v, void* a, void* b, const float* beta,
+                                   const float* decay, int64_t is_bfloat16, int64_t decays_per_key, double scale,
+                                   const int64_t* bounds, int64_t sequences, int64_t key_heads, int64_t heads,
+                                   int64_t keys, int64_t values, float* initial, void* output, int64_t is_wide,
+                                   float* final, float* entries, float* reads, int64_t threads) {
     const auto typed = [&](void* data) { return Tensor{data, is_bfloat16 != 0}; };
     Call x = {};
-    x.q = typed(q), x.k = typed(k), x.v = typed(v), x.a = typed(a ? a : k), x.b = typed(b);
+    x.rule = Rule(rule), x.q = typed(q), x.k = typed(k), x.v = typed(v), x.a = typed(a), x.b = typed(b);
     x.beta = beta, x.decay = decay, x.decays_per_key = decays_per_key, x.scale = scale;
-    x.bounds = bounds, x.sequences = sequences, x.heads = heads, x.keys = keys, x.values = values;
-    x.state = initial, x.final_state = final, x.output = typed(output), x.reads = {reads}, x.entries = entries;
-    x.threads = threads;
+    x.bounds = bounds, x.sequences = sequences, x.key_heads = key_heads, x.heads = heads, x.keys = keys, x.values = values;
+    x.state = initial, x.final_state = final, x.output = {output, is_bfloat16 && !is_wide}, x.reads = {reads};
+    x.entries = entries, x.threads = threads;
     each_head(x, x.values, COLUMNS, forward_columns);
 }
 
-// `values_read` is v with b; d_reads is dr with b, else dv.
-extern "C" void delta_backward(void* q, void* k, void* a, void* b, const float* beta, const float* decay,
-                               int64_t is_bfloat16, int64_t decays_per_key, double scale, const int64_t* bounds,
-                               int64_t sequences, int64_t heads, int64_t keys, int64_t values, float* values_read,
-                               float* entries, float* reads, float* d_output, float* d_final, void* d_q, void* d_k,
-                               void* d_a, void* d_b, float* d_beta, float* d_decay, float* d_initial, float* d_reads,
-                               float* d_values, int64_t threads) {
+extern "C" void recurrence_backward(int64_t rule, void* q, void* k, void* a, void* b, const float* beta,
+                                    const float* decay, int64_t is_bfloat16, int64_t decays_per_key, double scale,
+                                    const int64_t* bounds, int64_t sequences, int64_t key_heads, int64_t heads,
+                                    int64_t keys, int64_t values, float* written, float* entries, float* reads,
+                                    float* d_output, float* d_final, void* d_q, void* d_k, void* d_a, void* d_b,
+                                    float* d_beta, float* d_decay, float* d_initial, float* d_values, float* d_reads,
+                                    int64_t threads) {
     const auto typed = [&](void* data) { return Tensor{data, is_bfloat16 != 0}; };
     Call x = {};
-    x.q = typed(q), x.k = typed(k), x.a = typed(a ? a : k), x.b = typed(b);
+    x.rule = Rule(rule), x.q = typed(q), x.k = typed(k), x.a = typed(a), x.b = typed(b);
     x.beta = beta, x.decay = decay, x.decays_per_key = decays_per_key, x.scale = scale;
-    x.bounds = bounds, x.sequences = sequences, x.heads = heads, x.keys = keys, x.values = values;
+    x.bounds = bounds, x.sequences = sequences, x.key_heads = key_heads, x.heads = heads, x.keys = keys, x.values = values;
     x.state = d_final, x.final_state = d_initial, x.output = {d_output}, x.reads = {reads}, x.entries = entries;
-    x.values_read = {b ? values_read : reads}, x.d_reads = {d_reads}, x.d_values = {d_values};
-    x.d_q = typed(d_q), x.d_k = typed(d_k), x.d_a = typed(d_a), x.d_b = typed(d_b);
+    x.written = {written}, x.d_values = {d_values}, x.d_reads = {d_reads};
+    x.d_q = {d_q, is_bfloat16 && key_heads == heads}, x.d_k = {d_k, x.d_q.is_bfloat16};
+    x.d_a = typed(d_a), x.d_b = typed(d_b);
     x.d_beta = d_beta, x.d_decay = d_decay, x.threads = threads;
     each_head(x, x.values, COLUMNS, reverse_columns);
     each_head(x, (x.keys + ROWS - 1) / ROWS * ROWS, ROWS, gradients_of_rows);

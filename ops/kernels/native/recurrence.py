@@ -1,0 +1,186 @@
+"""Recurrences with a matrix state on a CPU, token by token: decay, delta and dplr, both paradigms (recurrence.cpp)."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...decay.recurrent import decay_recurrent
+from ...delta.recurrent import delta_recurrent
+from ...recurrence.family import Recurrence, RecurrenceOutput, Run
+from ...runtime.custom_op import Gradients, Op
+from ...runtime.kernel import Kernel, declare
+from ...runtime.paradigm import Paradigm
+from . import build
+from .common import contiguous, limits_of, sequences
+
+TOKENS = 64
+"""Tokens between the states that are saved for the backward pass, as in the source."""
+ROWS = 16
+"""Rows of a state over which a partial sum goes, in gradients that are sums over a key."""
+ADD, REPLACE, MOVE = range(3)
+"""Rules of the source: a token adds to the state, replaces what it reads, or writes it under another key."""
+
+
+def _rule(x: Recurrence) -> int:
+    if x.b is not None:
+        return MOVE
+    return ADD if x.beta is None and x.a is None else REPLACE
+
+
+def _allocate(x: Recurrence) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Allocate the output, the final state, the states before all blocks of tokens, and what tokens replace or read."""
+    op = "decay" if _rule(x) == ADD else "delta" if x.a is None else "dplr"
+    KERNELS[op].require(x.probe())  # inside the op, which a compiler does not trace
+    batch, length = x.q.shape[:2]
+    final = (x.rows, *x.matrix) if x.output_final_state else (0,)
+    entries = (batch * length // TOKENS + x.rows, *x.matrix) if x.needs_grad else (0,)
+    reads = x.v.shape if x.needs_grad and _rule(x) != ADD else (0,)
+    wide = [x.q.new_empty(shape, dtype=torch.float32) for shape in (final, entries, reads)]
+    return x.new_output(), wide[0], wide[1], wide[2]
+
+
+def _arguments(x: Recurrence, *keys: Tensor | None) -> list[Any]:
+    """Return the leading arguments of both functions; `keys` are the tensors between the rule and beta."""
+    bounds = sequences(x.q, x.cu_seqlens)
+    log_decay = x.log_decay
+    if log_decay is not None and log_decay.ndim == 1:
+        log_decay = log_decay.expand(*x.v.shape[:3])
+    return [
+        _rule(x),
+        *(None if key is None else key.contiguous() for key in keys),
+        contiguous(x.beta),
+        contiguous(log_decay),
+        x.q.dtype == torch.bfloat16,
+        log_decay is not None and log_decay.ndim == 4,
+        x.scale,
+        bounds,
+        len(bounds) - 1,
+        x.q.shape[2],
+        *x.matrix,
+    ]
+
+
+def _forward(x: Recurrence) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    output, final, entries, reads = _allocate(x)
+    build.run(
+        "recurrence",
+        "recurrence_forward",
+        *_arguments(x, x.q, x.k, x.v, x.k if x.a is None else x.a, x.b),
+        contiguous(x.initial_state),
+        output,
+        x.wide_output,
+        final if x.output_final_state else None,
+        entries if x.needs_grad else None,
+        reads if reads.numel() else None,
+    )
+    return output, final, entries, reads
+
+
+def _backward(x: Recurrence, gradients: Gradients) -> dict[str, Tensor]:
+    (d_output, d_final), (entries, reads) = gradients.outputs, gradients.saved
+    rule = _rule(x)
+    per_head = (*x.v.shape[:3], x.k.shape[3])
+    parts = (*x.v.shape[:3], -(-x.k.shape[3] // ROWS))
+    d_output = entries.new_zeros(x.v.shape) if d_output is None else d_output
+    d_initial = None if x.initial_state is None else entries.new_empty(x.initial_state.shape)
+    d_q, d_k = (x.q.new_empty(per_head, dtype=x.q.dtype if x.shared == 1 else torch.float32) for _ in range(2))
+    d_a, d_b = (None if key is None else key.new_empty(key.shape) for key in (x.a, x.b))
+    d_beta = None if x.beta is None else entries.new_empty(parts)
+    d_decay = None
+    if x.log_decay is not None and "log_decay" in gradients.wanted:
+        d_decay = entries.new_empty(per_head if x.log_decay.ndim == 4 else parts)
+    d_value = entries.new_empty(x.v.shape)
+    d_read = d_value if rule == REPLACE else entries.new_empty(x.v.shape) if rule == MOVE else None
+    build.run(
+        "recurrence",
+        "recurrence_backward",
+        *_arguments(x, x.q, x.k, x.k if x.a is None else x.a, x.b),
+        reads if rule == REPLACE else contiguous(x.v),
+        entries,
+        None if rule == ADD else reads,
+        contiguous(d_output),
+        contiguous(d_final) if x.output_final_state else None,
+        d_q,
+        d_k,
+        d_a,
+        d_b,
+        d_beta,
+        d_decay,
+        d_initial,
+        d_value,
+        d_read,
+    )
+    if x.shared > 1:
+        d_q, d_k = (d.unflatten(2, (-1, x.shared)).sum(3) for d in (d_q, d_k))
+    if d_decay is not None and x.log_decay is not None and x.log_decay.ndim < 4:
+        d_decay = d_decay.sum(3) if x.log_decay.ndim == 3 else d_decay.sum((0, 1, 3))
+    d_beta = None if d_beta is None else d_beta.sum(3)
+    d = {"q": d_q, "k": d_k, "v": d_value, "a": d_a, "b": d_b, "beta": d_beta, "log_decay": d_decay}
+    return {name: x for name, x in (d | {"initial_state": d_initial}).items() if x is not None}
+
+
+RECURRENCE = Op(
+    "recurrence_native", Recurrence, fake=_allocate, forward=_forward, backward=_backward, outputs=4, saves=2
+)
+
+
+def recurrence_chunkwise_native(x: Recurrence) -> RecurrenceOutput:
+    """Compute a recurrence token by token, in float32; blocks of tokens replace chunks.
+
+    Raises:
+        SeqmixError: the kernel does not support the call.
+    """
+    output, final, *_ = RECURRENCE(x)
+    return RecurrenceOutput(output, final if x.output_final_state else None)
+
+
+def _recurrent(reference: Run, x: Recurrence) -> RecurrenceOutput:
+    """Compute the same; a single token, as in decoding, by the operations of the reference.
+
+    They cost less than a call of the op, and a compiler can fuse them.
+
+    Raises:
+        SeqmixError: the kernel does not support the call.
+    """
+    one_token = x.q.shape[1] == 1 and x.cu_seqlens is None
+    supported = x.q.device.type == "cpu" and x.q.dtype in TOLERANCES
+    return reference(x) if one_token and supported else recurrence_chunkwise_native(x)
+
+
+def decay_recurrent_native(x: Recurrence) -> RecurrenceOutput:
+    """Compute the decay family as `recurrence_chunkwise_native`, except for a single token."""
+    return _recurrent(decay_recurrent, x)
+
+
+def delta_recurrent_native(x: Recurrence) -> RecurrenceOutput:
+    """Compute the delta family as `recurrence_chunkwise_native`, except for a single token."""
+    return _recurrent(delta_recurrent, x)
+
+
+TOLERANCES = {torch.float32: 3e-6, torch.bfloat16: 7e-3}
+
+
+def _declare(op: str, recurrent: Run) -> Kernel:
+    """Declare the kernels of an op's paradigms, and return that of the chunkwise paradigm."""
+    chunkwise = Kernel(
+        op=op,
+        paradigm=Paradigm.CHUNKWISE,
+        backend="native",
+        function=recurrence_chunkwise_native,
+        tolerances=TOLERANCES,
+        limits=limits_of("recurrence"),
+        follows_inputs=True,
+    )
+    # a single token has the error of the reference
+    tolerances = TOLERANCES | {torch.float32: 1e-5}
+    declare(replace(chunkwise, paradigm=Paradigm.RECURRENT, function=recurrent, tolerances=tolerances))
+    return declare(chunkwise)
+
+
+KERNELS = {
+    "decay": _declare("decay", decay_recurrent_native),
+    "delta": _declare("delta", delta_recurrent_native),
+    "dplr": _declare("dplr", delta_recurrent_native),
+}

@@ -1,0 +1,162 @@
+"""The native kernels of matrix states: neither threads, neighbours nor the division of heads change a bit of a result.
+
+That they compute their ops is tested with all kernels, in test_kernels.py.
+"""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from seqmix import build_model, load_config
+from seqmix.mixers import Paradigm
+from seqmix.ops.decay import decay
+from seqmix.ops.delta import delta, delta_product
+from seqmix.ops.dplr import dplr
+from seqmix.ops.kernels.native import build
+
+pytestmark = pytest.mark.skipif(build.failure("recurrence") is not None, reason="there is no C++ compiler")
+
+OPS = ("decay", "delta", "dplr", "dplr with b", "shared keys")
+every_op = pytest.mark.parametrize("name", OPS)
+
+
+def op_of(name, batch, length, heads=2, key_width=20, value_width=72):
+    """An op on random inputs: its function, the inputs by name, and the final states' shape."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(batch, length, *shape, generator=generator)
+
+    keys = {name: F.normalize(random(heads, key_width), dim=-1) for name in "qkab"}
+    groups = 1 if name == "shared keys" else heads
+    inputs = {"q": keys["q"][:, :, :groups], "k": keys["k"][:, :, :groups], "v": random(heads, value_width)}
+    if name == "delta":
+        inputs |= {"beta": random(heads).sigmoid(), "log_decay": -random(heads).abs()}
+    elif name == "decay":
+        inputs |= {"log_decay": -random(heads, key_width).abs()}
+    elif name == "shared keys":
+        inputs |= {"log_decay": -random(heads).abs()}
+    else:
+        rate = random(heads, 1).sigmoid()
+        inputs |= {"a": keys["a"], "log_decay": -random(heads, key_width).abs()}
+        inputs |= {"b": -rate * keys["a"]} if name == "dplr with b" else {"k": rate * keys["a"]}
+    function = {"delta": delta, "decay": decay, "shared keys": decay}.get(name, dplr)
+    return function, inputs, (heads, key_width, value_width)
+
+
+def run(function, inputs, states, **options):
+    """Output, final state, and the gradients of all inputs and of the initial states."""
+    leaves = {name: x.detach().clone().requires_grad_() for name, x in (inputs | {"initial_state": states}).items()}
+    options = {"backend": "native"} | options
+    output, final = function(**leaves, output_final_state=True, **options)
+    loss = output.square().sum() + final.square().sum()
+    return [output, final, *torch.autograd.grad(loss, list(leaves.values()))]
+
+
+@every_op
+@pytest.mark.parametrize(("batch", "heads"), [(3, 2), (1, 1)])
+def test_the_number_of_threads_changes_no_bit(name, batch, heads):
+    function, inputs, state = op_of(name, batch, 150, heads)
+    states = torch.randn(batch, *state)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 3, 7):
+            torch.set_num_threads(n)
+            results.append(run(function, inputs, states))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
+@every_op
+def test_a_row_and_a_packed_document_are_computed_as_alone(name):
+    function, inputs, state = op_of(name, 3, 100)
+    states = torch.randn(3, *state)
+    whole = run(function, inputs, states)
+    for n in range(3):
+        alone = run(function, {name: x[n : n + 1] for name, x in inputs.items()}, states[n : n + 1])
+        assert all(torch.equal(x[n : n + 1], y) for x, y in zip(whole, alone, strict=True))
+    boundaries = [0, *itertools.accumulate((70, 0, 30))]
+    packed = {name: x[:1] for name, x in inputs.items()}
+    whole = run(function, packed, states, cu_seqlens=torch.tensor(boundaries))
+    for n, (start, stop) in enumerate(itertools.pairwise(boundaries)):
+        if stop > start:
+            alone = run(function, {name: x[:, start:stop] for name, x in packed.items()}, states[n : n + 1])
+            parts = [x[n : n + 1] if x.shape[0] == 3 else x[:, start:stop] for x in whole]
+            assert all(map(torch.equal, parts, alone))
+
+
+@every_op
+def test_what_is_not_a_number_stays_in_its_row_and_head(name):
+    function, inputs, state = op_of(name, 2, 70)
+    inputs["v"][0, 3, 0, 5] = torch.nan
+    output, final, *_ = run(function, inputs, torch.zeros(2, *state))
+    assert output[0, 3:, 0, 5].isnan().all()
+    assert final[0, 0, :, 5].isnan().all()
+    for x, (row, head, column) in ((output.transpose(1, 2), (0, 0, 5)), (final, (0, 0, 5))):
+        x[row, head, ..., column] = 0
+        assert x.isfinite().all()
+
+
+def test_steps_of_a_token_are_tokens():
+    _, inputs, state = op_of("delta", 2, 60)
+    inputs |= {"q": inputs["q"][:, ::2], "log_decay": inputs["log_decay"][:, ::2]}
+    states = torch.randn(2, *state)
+    native = run(delta_product, inputs, states)
+    for x, y in zip(native, run(delta_product, inputs, states, backend="reference"), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["chunkwise", "recurrent"])
+@pytest.mark.parametrize("name", ["decay", "delta"])
+def test_slow_decays_do_not_drift(name, kind):
+    length, rate = 2**13, 1.234e-4
+    function, inputs, state = op_of(name, 1, length, 1, 4, 8)
+    inputs |= {"v": inputs["v"] + 1, "log_decay": torch.full_like(inputs["log_decay"], -rate)}
+    if name == "delta":
+        inputs["beta"] = rate * inputs["beta"]
+    exact = {name: x.double() for name, x in inputs.items()}
+    expected = run(function, exact, torch.zeros(1, *state).double(), backend="reference")
+    results = run(function, inputs, torch.zeros(1, *state), paradigm=kind)
+    for x, y in zip(results, expected, strict=True):
+        assert (x.double() - y).norm() <= 1e-5 * y.norm()
+
+
+@pytest.mark.parametrize(
+    ("preset", "backend"),
+    [("delta-net", "native"), ("rwkv7", "native"), ("gla", "native"), ("mamba2", "native"), ("retnet", "reference")],
+)
+def test_models_on_a_cpu_use_it_where_it_is_faster(preset, backend):
+    model = build_model(load_config(f"{preset}-tiny", ["model.n_layers=1"]).model)
+    assert list(model.backends.values()) == [backend]
+
+
+def test_a_layer_trains_compiled_and_checkpointed():
+    """One graph, with the results of eager mode."""
+    function, inputs, state = op_of("delta", 1, 70)
+
+    def loss(states, **tensors):
+        output, final = function(**tensors, initial_state=states, output_final_state=True, backend="native")
+        return output.square().sum() + final.square().sum()
+
+    leaves = {name: x.requires_grad_() for name, x in inputs.items()}
+    states = torch.randn(1, *state, requires_grad=True)
+    wanted = [*leaves.values(), states]
+    expected = torch.autograd.grad(loss(states, **leaves), wanted)
+    checkpointed = torch.utils.checkpoint.checkpoint(loss, states, use_reentrant=False, **leaves)
+    assert all(map(torch.equal, torch.autograd.grad(checkpointed, wanted), expected))
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    assert all(map(torch.equal, torch.autograd.grad(compiled(states, **leaves), wanted), expected))
+
+
+def test_a_single_token_is_decoded_as_by_the_reference():
+    function, inputs, state = op_of("delta", 2, 1)
+    states = torch.randn(2, *state)
+    one, other = (
+        function(**inputs, initial_state=states, output_final_state=True, paradigm=Paradigm.RECURRENT, backend=backend)
+        for backend in ("native", "reference")
+    )
+    assert all(map(torch.equal, one, other))
