@@ -34,9 +34,9 @@ LogDecay: TypeAlias = Float[Tensor, " H"] | Float[Tensor, "B T H"] | Float[Tenso
 """Natural logarithm of the decay, <= 0: one per head, or one per token and head (and key dimension)."""
 
 Backend = Literal["auto", "reference", "native", "triton", "triton_tf32x3", "fla"]
-"""Kernel backend. `auto` is resolved when a model is built; `reference` uses plain torch, `native` C++ on a CPU (for
-delta rules), `triton` the kernels of this library, `triton_tf32x3` the same kernels with each float32 product computed
-as three TF32 products."""
+"""Kernel backend. `auto` is resolved when a model is built; `reference` uses plain torch, `native` C++ on a CPU,
+`triton` the kernels of this library, `triton_tf32x3` the same kernels with each float32 product computed as three TF32
+products."""
 
 
 def decay(

@@ -2,12 +2,12 @@
 //
 //     P_t = diag(exp(g_t)) S_{t-1}                     r_t = P_t^T a_t             o_t = scale S_t^T q_t
 //     ADD        S_t = P_t + k_t v_t^T                                             ops/decay
-//     REPLACE    S_t = P_t + k_t e_t^T,  e_t = v_t - r_t                           ops/delta (k has the factor beta; a is k)
-//                                                                                  and ops/dplr without b
+//     REPLACE    S_t = P_t + k_t e_t^T,  e_t = v_t - r_t                           ops/delta (k has the factor beta,
+//                                                                                  a is k), ops/dplr without b
 //     MOVE       S_t = P_t + k_t v_t^T + b_t r_t^T                                 ops/dplr with b
 //
-// Decays cost nothing per element of a state. It is held as S = diag(exp(G)) M, with G the sum of the log-decays since M
-// was last rescaled: keys that write are divided by exp(G), keys that read are multiplied by it. When a G leaves
+// Decays cost nothing per element of a state. It is held as S = diag(exp(G)) M, with G the sum of the log-decays since
+// M was last rescaled: keys that write are divided by exp(G), keys that read are multiplied by it. When a G leaves
 // [-LIMIT, LIMIT], M is multiplied by exp(G), and G is 0. As exp(G) is computed anew for every token, the rounding of
 // slow decays does not add up over many tokens.
 //
@@ -114,8 +114,9 @@ struct Decay {                   // G, as a sum of two floats, and exp(G) of all
         ivec beyond = {};
         const int64_t vectors = high.size(), distinct = x.decays_per_key ? vectors : 1;
         for (int64_t i = 0; i < distinct; i++) {
-            vec log_decay = x.decays_per_key ? load(x.decay + row * x.keys + i * LANES, lanes(x.keys, i)) : splat(x.decay[row]);
-            log_decay = log_decay < -200.0f ? splat(-200) : log_decay;  // exp is 0, and the difference of two infinities is NaN
+            vec log_decay = splat(x.decay[x.decays_per_key ? 0 : row]);
+            if (x.decays_per_key) log_decay = load(x.decay + row * x.keys + i * LANES, lanes(x.keys, i));
+            log_decay = log_decay < -200.0f ? splat(-200) : log_decay;  // exp is 0; differences of infinities are NaN
             const vec sum = high[i] + log_decay, added = sum - high[i];
             low[i] += (high[i] - (sum - added)) + (log_decay - added);  // what the sum has lost by rounding
             high[i] = sum;
@@ -156,7 +157,8 @@ struct ForwardKeys : Keys {
     using Keys::Keys;
     void compute(const Place& place, const Block& block) {
         for (int64_t token = block.start; token < block.stop; token++) {
-            const int64_t t = token - block.start, row = x.row(token, place.head), key_row = x.key_row(token, place.head);
+            const int64_t t = token - block.start;
+            const int64_t row = x.row(token, place.head), key_row = x.key_row(token, place.head);
             const int64_t later = x.key_row(token + AHEAD, place.head) * x.keys;
             prefetch(x.q, later, x.keys), prefetch(x.k, later, x.keys);
             rescales[t] = decay.add(x, row);
@@ -186,7 +188,8 @@ struct ReverseKeys : Keys {
     ReverseKeys(const Call& x, int64_t longest) : Keys(x, longest), rescaled(a.size()) {}
     void compute(const Place& place, const Block& block) {
         for (int64_t token = block.stop - 1; token >= block.start; token--) {
-            const int64_t t = token - block.start, row = x.row(token, place.head), key_row = x.key_row(token, place.head);
+            const int64_t t = token - block.start;
+            const int64_t row = x.row(token, place.head), key_row = x.key_row(token, place.head);
             const int64_t later = x.key_row(token - AHEAD, place.head) * x.keys;
             prefetch(x.q, later, x.keys), prefetch(x.k, later, x.keys);
             const float beta = x.beta_at(row), scale = float(x.scale), sign = x.rule == MOVE ? 1.0f : -1.0f;
@@ -253,7 +256,8 @@ template <int N> static void rescale(vec* m, int64_t keys, const float* factors)
 }
 
 // Each pass writes a token, answers its query, and reads what the next token predicts.
-template <int N> static void scan_forward(const ForwardKeys& keys, const Place& place, const Block& block, int64_t first, vec* m) {
+template <int N>
+static void scan_forward(const ForwardKeys& keys, const Place& place, const Block& block, int64_t first, vec* m) {
     const Call& x = keys.x;
     const int64_t n = x.values - first;
     Columns<N> read = {}, output;
@@ -281,7 +285,8 @@ template <int N> static void scan_forward(const ForwardKeys& keys, const Place& 
 
 //     dS_t = exp(g_{t+1}) dP_{t+1} + scale q_t do_t^T          dP_t = dS_t + a_t dr_t^T (ADD: dS_t)
 //     dv_t = dS_t^T k_t           REPLACE: dr_t = -dv_t        MOVE: dr_t = dS_t^T b_t
-template <int N> static void scan_reverse(const ReverseKeys& keys, const Place& place, const Block& block, int64_t first, vec* m) {
+template <int N>
+static void scan_reverse(const ReverseKeys& keys, const Place& place, const Block& block, int64_t first, vec* m) {
     const Call& x = keys.x;
     const int64_t n = x.values - first;
     Columns<N> d_read = {}, d_value;
@@ -307,7 +312,7 @@ template <int N> static void scan_reverse(const ReverseKeys& keys, const Place& 
     if (x.rule != ADD) pass<N>(m, x.keys, {later}, {Read<N>{later.key, &d_value}});
 }
 
-// M of the columns `from` to `to`, in groups of 4, 2 or 1 vectors; the last group may be one vector wider than they are.
+// M of the columns `from` to `to`, in groups of 4, 2 or 1 vectors; the last group may be wider by one vector.
 struct Matrix {
     const Call& x;
     int64_t from, to;
@@ -343,8 +348,10 @@ struct Matrix {
         const float* factors = reinterpret_cast<const float*>(keys.decay.factors.data());
         each_group([&](auto n, int64_t first, vec* m) {
             for (int64_t k = 0; k < x.keys; k++)
-                for (int i = 0; i < n; i++)
-                    store(states + k * x.values + first + i * LANES, factors[k] * m[k * n + i], lanes(x.values - first, i));
+                for (int i = 0; i < n; i++) {
+                    float* to = states + k * x.values + first + i * LANES;
+                    store(to, factors[k] * m[k * n + i], lanes(x.values - first, i));
+                }
         });
     }
 };
@@ -509,7 +516,8 @@ static void gradients_of_token(const Rows& rows, const Rows& d_rows, const Place
 
 // `states` begins with the state before the block, and gets P of all tokens.
 template <Rule rule>
-static void scan_rows(const Rows& rows, const Rows& d_rows, const Place& place, const Block& block, Tile* states, Tile* d_state) {
+static void scan_rows(const Rows& rows, const Rows& d_rows, const Place& place, const Block& block, Tile* states,
+                      Tile* d_state) {
     const Call& x = rows.keys.x;
     const int64_t V = x.values, length = block.stop - block.start, first = x.row(block.start, place.head);
     for (int64_t t = 0; t < length; t++) {
@@ -525,7 +533,8 @@ static void scan_rows(const Rows& rows, const Rows& d_rows, const Place& place, 
 static void gradients_of_rows(const Call& x, const Place& place, int64_t from, int64_t to) {
     ForwardKeys keys(x, place.stop - place.start);
     ReverseKeys d_keys(x, place.stop - place.start);
-    std::vector<Tile> states(std::min(place.stop - place.start, TOKENS) * x.values), d_states((to - from) / ROWS * x.values);
+    std::vector<Tile> states(std::min(place.stop - place.start, TOKENS) * x.values);
+    std::vector<Tile> d_states((to - from) / ROWS * x.values);
     const auto d_state = [&](int64_t first) { return d_states.data() + (first - from) / ROWS * x.values; };
     for (int64_t first = from; first < to; first += ROWS)
         read_rows(d_state(first), x.state_at(x.state, place.sequence, place.head), first, x);
@@ -563,7 +572,8 @@ extern "C" void recurrence_forward(int64_t rule, void* q, void* k, void* v, void
     Call x = {};
     x.rule = Rule(rule), x.q = typed(q), x.k = typed(k), x.v = typed(v), x.a = typed(a), x.b = typed(b);
     x.beta = beta, x.decay = decay, x.decays_per_key = decays_per_key, x.scale = scale;
-    x.bounds = bounds, x.sequences = sequences, x.key_heads = key_heads, x.heads = heads, x.keys = keys, x.values = values;
+    x.bounds = bounds, x.sequences = sequences, x.key_heads = key_heads, x.heads = heads;
+    x.keys = keys, x.values = values;
     x.state = initial, x.final_state = final, x.output = {output, is_bfloat16 && !is_wide}, x.reads = {reads};
     x.entries = entries, x.threads = threads;
     each_head(x, x.values, COLUMNS, forward_columns);
@@ -580,7 +590,8 @@ extern "C" void recurrence_backward(int64_t rule, void* q, void* k, void* a, voi
     Call x = {};
     x.rule = Rule(rule), x.q = typed(q), x.k = typed(k), x.a = typed(a), x.b = typed(b);
     x.beta = beta, x.decay = decay, x.decays_per_key = decays_per_key, x.scale = scale;
-    x.bounds = bounds, x.sequences = sequences, x.key_heads = key_heads, x.heads = heads, x.keys = keys, x.values = values;
+    x.bounds = bounds, x.sequences = sequences, x.key_heads = key_heads, x.heads = heads;
+    x.keys = keys, x.values = values;
     x.state = d_final, x.final_state = d_initial, x.output = {d_output}, x.reads = {reads}, x.entries = entries;
     x.written = {written}, x.d_values = {d_values}, x.d_reads = {d_reads};
     x.d_q = {d_q, is_bfloat16 && key_heads == heads}, x.d_k = {d_k, x.d_q.is_bfloat16};
