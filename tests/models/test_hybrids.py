@@ -24,7 +24,8 @@ PAIRS = sorted(
 
 SMALL = (
     *("model.d_model=24", "model.n_layers=2", "data.sequence_length=16", "training.steps=2", "training.batch_size=2"),
-    *("training.learning_rate=3.0e-2", "training.warmup_steps=1", "training.evaluate_every=2", "training.log_every=1"),
+    *("training.optimizer=adamw", "training.learning_rate=3.0e-2", "training.warmup_steps=1"),
+    *("training.evaluate_every=2", "training.log_every=1"),
     *("training.final_evaluation_batches=1", "training.checkpoint_every=1"),
 )
 
