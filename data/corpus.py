@@ -275,11 +275,10 @@ def _split_store(
     held_out = test_fraction + validation_fraction
     if split == "tail":
         starts, ends = pieces.T
-        # a document is a begin token and n tokens; the validation piece starts one token early, because its first
-        # token reads as the begin token
-        cuts, stops = (
-            starts + ((ends - starts - 1) * (1 - share)).astype(np.int64) for share in (held_out, test_fraction)
-        )
+        lengths = ends - starts - 1  # a document is a begin token and n tokens
+        cuts = starts + (lengths * (1 - held_out)).astype(np.int64)
+        stops = starts + (lengths * (1 - test_fraction)).astype(np.int64)
+        # the validation piece starts one token early, because its first token reads as the begin token
         return np.stack((starts, cuts + 1), axis=1), np.stack((cuts, stops + 1), axis=1)
     places = (store.digests if split == "by_document" else store.names) / 2.0**64
     return pieces[places >= held_out], pieces[(test_fraction <= places) & (places < held_out)]
