@@ -112,7 +112,8 @@ def _attribution(results: Results, variant: Mapping[str, Any]) -> Iterator[str]:
     if len(groups) == 1:
         ((fields, differing),) = groups.items()
         verb = "differs" if len(differing) == 1 else "differ"
-        yield f"{names(differing)} {verb} from {results.about} also in {names(fields)}{rest}."
+        who = "The other entries" if len(differing) == len(others) > 1 else names(differing)
+        yield f"{who} {verb} from {results.about} also in {names(fields)}{rest}."
     else:
         fields = list(dict.fromkeys(field for each in groups for field in each))
         yield f"The entries differ from {results.about} also in {names(fields)}{rest}."
