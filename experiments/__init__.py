@@ -1,6 +1,7 @@
 """Studies: models trained under identical conditions, several runs at once, and the comparison of their results.
 
-study, match, plan          the YAML file; models of equal cost; the runs of a study and the check that they are fair
+study, match, equal, plan   the YAML file; models of equal cost and with equal options; the runs of a study
+attribution, answer         what else differs between entries; the answer, and what it can be attributed to
 runner, worker, lock        processes of runs: start, stop, resume; the process of one run; the lock of a study's folder
 measurements, collect, summary, results   measurements of runs; statistics over seeds; values and results.json
 speed, scaling              speed of the entries, measured by the benchmarks; power law of the loss over model size

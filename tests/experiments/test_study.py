@@ -74,6 +74,11 @@ def test_names_of_runs(planned):
     assert (last.config.seed, last.config.data.sequence_length) == (1, 16)
 
 
+def test_a_run_is_that_of_the_same_configuration_by_itself(planned):
+    planned_run, *_ = planned(study="base: retnet-tiny\nmixers: [retention]\n").runs
+    assert planned_run.config == load_config("retnet-tiny")
+
+
 def test_runs_wait_for_the_rate_of_their_entry_and_variant(planned):
     found = planned("seeds: [0, 1]\ntune: {learning_rate: [1e-3, 3e-3], seeds: [7, 8]}\n")
     assert {run.config.seed for run in found.runs if run.tunes} == {7, 8}
