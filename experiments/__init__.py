@@ -1,6 +1,7 @@
 """Studies: models trained under identical conditions, several runs at once, and the comparison of their results.
 
-study, match, equal, plan   the YAML file; models of equal cost and with equal options; the runs of a study
+study, entries, plan        the YAML file; configurations of its entries; its runs, and the check that they are fair
+match, equal                models of equal cost; options that are equal in all mixers
 attribution, answer         what else differs between entries; the answer, and what it can be attributed to
 runner, worker, lock        processes of runs: start, stop, resume; the process of one run; the lock of a study's folder
 measurements, collect, summary, results   measurements of runs; statistics over seeds; values and results.json
