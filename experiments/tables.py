@@ -51,13 +51,16 @@ def uncertainty(results: Results) -> Iterator[str]:
 
 
 def edges(results: Results) -> Iterator[str]:
-    """Yield a sentence for each entry whose best learning rate lies at an edge of those tried."""
+    """Yield sentences on entries whose best learning rate lies at an edge of those tried."""
+    groups: dict[tuple[float, str], list[str]] = {}
     for row in results.summary:
         if row.at_edge is not None:
-            yield (
-                f"{row.entry}{where(row.variant)}: the best learning rate, {row.learning_rate:g}, is the {row.at_edge} "
-                f"that was tried; a {'lower' if row.at_edge == 'lowest' else 'higher'} one may be better."
-            )
+            groups.setdefault((row.learning_rate, row.at_edge), []).append(f"{row.entry}{where(row.variant)}")
+    for (rate, edge), entries in groups.items():
+        yield (
+            f"{', '.join(entries)}: the best learning rate, {rate:g}, is the {edge} that was tried; "
+            f"a {'lower' if edge == 'lowest' else 'higher'} one may be better."
+        )
 
 
 def difference_tables(
