@@ -3,7 +3,7 @@
 Values keep their place in the study's file, so that errors name the file and the line.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -214,21 +214,23 @@ def _with_mixer(mixer: Node, tree: Node) -> Node:
     return Node({"blocks": Node(changes, mixer.origin)}, mixer.origin) if changes else Node({}, mixer.origin)
 
 
-def require_options(study: Study, source: Source, entries: list[PlannedEntry]) -> None:
+def require_options(places: Mapping[str, str], entries: Iterable[PlannedEntry]) -> None:
     """Check that every option that is to be equal exists in some mixer and takes the value there.
 
+    Args:
+        places: the options, each with the place at which it is set, as an error begins with it.
+        entries: the entries that were planned with the options.
+
     Raises:
-        StudyError: it does not.
+        StudyError: an option does not.
     """
-    for option in study.equal_options:
-        varied = f"equal.{option}"
-        place = source.place(study.vary[varied], "vary", varied) if varied in study.vary else ""
-        place = place or source.place(study.equal[option], "equal", option)
-        kinds = {mixer.kind: mixer for entry in entries for mixer in mixers_of(entry.config.model)}
+    entries = list(entries)
+    kinds = {mixer.kind: mixer for entry in entries for mixer in mixers_of(entry.config.model)}
+    for option, place in places.items():
         if not any(option in type(mixer).model_fields for mixer in kinds.values()):
             known = dict.fromkeys(name for mixer in kinds.values() for name in type(mixer).model_fields)
-            raise StudyError(f"{place}no mixer of the study has this option{choices(option, known)}")
+            raise StudyError(f"{place}no mixer has this option{choices(option, known)}")
         refused = [each for entry in entries for each in entry.exempt if each.option == option]
         if {each.mixer for each in refused} == set(kinds):
             reason = next(each.reason for each in refused if each.reason is not None)
-            raise StudyError(f"{place}no mixer of the study allows this value ({reason})")
+            raise StudyError(f"{place}no mixer allows this value ({reason})")

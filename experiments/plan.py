@@ -94,8 +94,10 @@ def _with_rate(run: PlannedRun, rates: Mapping[str, float]) -> PlannedRun:
     return replace(run, config=run.config.model_copy(update={"training": training}), waits=False)
 
 
-def plan(study: Study, file: Path) -> Plan:
+def plan(study: Study, file: Path, *, require_equal: bool = True) -> Plan:
     """Plan the runs of a study that was read from `file`; files that it names are relative to the folder of `file`.
+
+    Options that are to be equal must exist in some mixer, unless `require_equal` is False.
 
     Raises:
         SeqmixError: an entry is not a valid configuration, cannot be matched, or would not be compared fairly.
@@ -116,7 +118,8 @@ def plan(study: Study, file: Path) -> Plan:
                 _ = entry.cost  # fails if the model cannot be built
             except SeqmixError as error:
                 raise type(error)(f"{file}: {entry.name}{where(variant)}: {error}") from None
-    require_options(study, source, [entry for entries in variants for entry in entries])
+    if require_equal:
+        require_options(_places(study, source), (entry for entries in variants for entry in entries))
     runs = [
         _run(study, entry, variant, seed, rate)
         for tuning, seeds in ((True, study.tuning_seeds), (False, study.seeds))
@@ -132,6 +135,15 @@ def plan(study: Study, file: Path) -> Plan:
         for difference in _differences(study, entries, variant)
     ]
     return Plan(study, tuple(variants[0]), tuple(runs), tuple(_fairness(study, varied, variants)), tuple(differences))
+
+
+def _places(study: Study, source: Source) -> dict[str, str]:
+    """Return the place in the file of every option that is to be equal, as an error begins with it."""
+    places = {option: source.place(value, "equal", option) for option, value in study.equal.items()}
+    for path, values in study.vary.items():
+        if path.startswith("equal."):
+            places[path.removeprefix("equal.")] = source.place(values, "vary", path)
+    return places
 
 
 def _run(study: Study, entry: PlannedEntry, variant: Variant, seed: int, rate: float | None) -> PlannedRun:

@@ -13,6 +13,7 @@ from ...registry import Config, SeqmixError, choices, dump, load, require_name, 
 from ...registry.yaml import parse
 from ...registry.yaml import write as to_yaml
 from ...training import PRESETS, RunConfig, load_config
+from ..entries import require_options
 from ..match import cost_of
 from ..plan import Plan, plan
 from ..study import NAME_PATTERN, Name, OnceEach, Rate, Seed, StudyError, load_study
@@ -201,7 +202,7 @@ def write_studies(
     equal in all mixers; `subject` is the candidate that the reports begin with.
 
     Raises:
-        SeqmixError: no candidate can be trained on a task.
+        SeqmixError: no candidate can be trained on a task, or none has an option that is to be equal.
     """
     planned = []
     for number, (name, task) in enumerate(tasks.items(), 1):
@@ -223,6 +224,7 @@ def write_studies(
         if subject is not None:
             study["subject"] = subject
         planned.append(_plan(name, task, study, folder / name / f"{name}.yaml"))
+        require_options({option: f"--equal {option}: " for option in equal or {}}, planned[-1].plan.entries)
     return planned
 
 
@@ -248,7 +250,7 @@ def _plan(name: str, task: SuiteTask, study: dict[str, Any], file: Path) -> Plan
         if values.get("subject") not in entries:
             values.pop("subject", None)  # it cannot be trained on this task
         write_file(to_yaml(values), file)
-        return plan(load_study(file), file)
+        return plan(load_study(file), file, require_equal=False)
 
     entries = study["entries"]
     left_out = dict[str, str]()

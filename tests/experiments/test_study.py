@@ -281,15 +281,15 @@ def test_patience_is_refused(planned, small):
         # options that are to be equal
         (
             ALONE + "mixers: [retention]\nequal: {short_cnv: 4}\n",
-            'small.yaml:3: equal.short_cnv: no mixer of the study has this option; did you mean "short_conv"?.*',
+            'small.yaml:3: equal.short_cnv: no mixer has this option; did you mean "short_conv"?.*',
         ),
         (
             ALONE + "mixers: [retention]\nequal: {short_conv: wide}\n",
-            "small.yaml:3: equal.short_conv: no mixer of the study allows this value (keeps null: expected an integer",
+            "small.yaml:3: equal.short_conv: no mixer allows this value (keeps null: expected an integer",
         ),
         (
             ALONE + "mixers: [retention]\nvary: {equal.short_cnv: [4]}\n",
-            "small.yaml:3: vary.equal.short_cnv: no mixer of the study has this option",
+            "small.yaml:3: vary.equal.short_cnv: no mixer has this option",
         ),
         (
             ALONE + "mixers: [retention]\nvary: {equal.gate: [none]}\nequal: {gate: swish}\n",

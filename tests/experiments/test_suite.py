@@ -242,6 +242,21 @@ def test_ties_with_the_best_are_marked_and_accessories_stand_beside_the_scores(t
     assert (conditions.equal, conditions.learning_rates) == ("{gate: none}", (1e-3, 1e-2))
     assert (conditions.seeds, conditions.tuning_seeds) == ((0, 1), (2,))
     assert "precision: float32" in conditions.training
+    # a mixer without the option stays, also if another one cannot be trained
+    given = [*map(Candidate.of, ("attention", "gla")), Candidate("nothing", {"kind": "attention", "n_heads": 3})]
+    for option, value, refusal in (
+        ("short_conv", 4, None),
+        ("short_cnv", 4, r'^--equal short_cnv: no mixer has this option; did you mean "short_conv"'),
+        ("short_conv", "x", r"^--equal short_conv: no mixer allows this value \(keeps null: expected an integer"),
+    ):
+        arguments = (tmp_path, TINY, TINY.chosen(["first"]), given, "parameters", Extent())
+        if refusal is None:
+            (task,) = write_studies(*arguments, equal={option: value})
+            assert [entry.name for entry in task.plan.entries] == ["attention", "gla"]
+            assert task.left_out.keys() == {"nothing"}
+        else:
+            with pytest.raises(SeqmixError, match=refusal):
+                write_studies(*arguments, equal={option: value})
     found = scores.new_scores("small", "parameters", "", (), planned)
     rows = (
         row_of("best", 0.9, 0.95, accessories={"short_conv": "4"}),
