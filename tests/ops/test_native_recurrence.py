@@ -8,6 +8,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from seqmix import build_model, load_config
 from seqmix.mixers import Paradigm
@@ -146,7 +147,7 @@ def test_a_layer_trains_compiled_and_checkpointed():
     states = torch.randn(1, *state, requires_grad=True)
     wanted = [*leaves.values(), states]
     expected = torch.autograd.grad(loss(states, **leaves), wanted)
-    checkpointed = torch.utils.checkpoint.checkpoint(loss, states, use_reentrant=False, **leaves)
+    checkpointed = checkpoint(loss, states, use_reentrant=False, **leaves)
     assert all(map(torch.equal, torch.autograd.grad(checkpointed, wanted), expected))
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     assert all(map(torch.equal, torch.autograd.grad(compiled(states, **leaves), wanted), expected))
