@@ -199,14 +199,14 @@ def test_mixers_are_compared_and_their_accessories_are_what_else_differs(planned
 
 def test_entries_of_one_mixer_are_compared_by_what_they_set(planned):
     found = planned(
-        "entries:\n  open: {set: {model.blocks.ret.mixer.gate: none}}\n  muon: {training: {optimizer: muon}}\n"
+        "entries:\n  open: {set: {model.blocks.ret.mixer.gate: none}}\n  warm: {training: {warmup_steps: 7}}\n"
         "  wide: {match: null, extends: retnet-tiny}\n  both: {model: {dropout: 0.1}, set: {training.ema: 0.9}}\n",
         study="base: retnet-tiny\nmodel: {n_layers: 1}\nmixers: [retention]\n",
     )
     assert differences(found) == {
         "retention": ((), set()),
         "open": (("gate",), set()),
-        "muon": (("training.optimizer",), set()),
+        "warm": (("training.warmup_steps",), set()),
         "wide": ((), set()),
         "both": (("dropout", "training.ema"), set()),
     }
