@@ -11,7 +11,7 @@ from seqmix.training import load_config
 from seqmix.training.optimizer import assignments, build_optimizer, set_learning_rate
 
 MUP = "model.parametrization={kind: mup, base_width: 64}"
-SMALL = ("model.n_layers=2", "data.sequence_length=32")
+SMALL = ("model.n_layers=2", "data.sequence_length=32", "training.optimizer=adamw")
 
 
 def config_of(*changes, preset="retnet-tiny"):
