@@ -1,7 +1,8 @@
 """Costs of a model by layer, without allocating it: parameters, FLOPs, state and activation memory.
 
 The model is built on `meta`. FLOPs are counted by the modules' own formulas. Activation memory is measured: one layer
-of each kind runs on fake tensors, and the bytes that autograd saves are added up.
+of each kind runs on fake tensors, and the bytes that autograd saves are added up. Both are those of the reference
+kernels; other kernels may compute and save less.
 """
 
 from dataclasses import dataclass
