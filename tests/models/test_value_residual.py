@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from mixers.test_rwkv7 import written_out
+from rwkv7_formula import rwkv7_written_out
 
 from seqmix import ContractError, Paradigm, build_model, load_config
 from seqmix.mixers.rwkv7 import RWKV7Config
@@ -44,7 +44,7 @@ def by_hand(model, x):
     for block in model.blocks:
         normed = block.mixer_norm(hidden)
         if block.mixer.kind == "rwkv7":
-            y, _, values = written_out(block.mixer, normed, first)
+            y, _, values = rwkv7_written_out(block.mixer, normed, first)
             first = values if first is None else first
         else:
             y = block.mixer(normed)[0]
