@@ -1,4 +1,4 @@
-"""What a difference between two entries of a study can be attributed to.
+"""Attribution of a difference between two entries of a study: the thing compared, and all else that differs.
 
 An entry is compared with the study's subject. If the kinds of their mixers differ, the study compares the mixer: its
 kind, with the options that only its own equations have. Otherwise it compares the fields that one of the two entries
@@ -27,7 +27,7 @@ MIXER = "the mixer"
 
 
 class Feature(NamedTuple):
-    """What an entry has of a field."""
+    """Value of a field in an entry, as text and by its effect."""
 
     text: str
     effect: frozenset[str]

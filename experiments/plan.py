@@ -70,7 +70,7 @@ class Plan:
     fairness: tuple[str, ...]
     """Sentences on what is the same for all entries and what is not."""
     differences: tuple[Difference, ...] = ()
-    """What each entry differs in from the subject, in every variant."""
+    """Differences of each entry from the subject, in every variant."""
 
     @property
     def name(self) -> str:

@@ -67,16 +67,16 @@ class EntryResult(Config):
 
 
 class Difference(Config):
-    """What an entry differs in from the study's subject, in one variant."""
+    """Difference of an entry from the study's subject, in one variant."""
 
     entry: str
     variant: dict[str, Any] = Field(default_factory=dict)
     compared: tuple[str, ...] = ()
-    """What the study compares: "the mixer", or fields; empty for the subject itself."""
+    """Thing that the study compares: "the mixer", or names of fields; empty for the subject itself."""
     also: tuple[str, ...] = ()
     """Other fields in which the entry differs from the subject."""
     values: dict[str, str] = Field(default_factory=dict)
-    """What the entry has of every field in which some entry of the variant differs from the subject."""
+    """The entry's value of every field in which some entry of the variant differs from the subject."""
 
 
 class _Moment(Config):
@@ -267,7 +267,7 @@ class Results(Config):
     subject: str | None = None
     """Entry that the question is about; None for the first entry."""
     differences: tuple[Difference, ...] = ()
-    """What each entry differs in from the subject, in every variant."""
+    """Differences of each entry from the subject, in every variant."""
     entries: tuple[EntryResult, ...]
     runs: tuple[RunResult, ...]
     summary: tuple[SummaryRow, ...] = ()

@@ -55,7 +55,7 @@ class ModelConfig(Config):
     init: PaperInit | NormalInit = Field(default=PaperInit(), discriminator="kind")
     """Initialisation of the parameters."""
     parametrization: Parametrization = Standard()
-    """How learning rates and initial values follow width and depth: `standard`, `mup` or `completep`."""
+    """Scaling of learning rates and initial values with width and depth: `standard`, `mup` or `completep`."""
 
     @field_validator("pattern")
     @classmethod

@@ -71,7 +71,7 @@ class Verdict:
     """All figures of a claim."""
 
     heads: Sequence[str]
-    """What the name, the paper's figure and ours are."""
+    """Column heads: name of the quantity, the paper's figure, and ours."""
     rows: Sequence[Row]
 
     @property

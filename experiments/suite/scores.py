@@ -32,7 +32,7 @@ class ScoreRow(Config):
     score: Statistic
     """Mean accuracy at the scored difficulties; statistics over seeds."""
     scores: dict[str, float] = Field(default_factory=dict)
-    """The same of each seed, by the seed; empty in files of older versions."""
+    """Mean accuracy at the scored difficulties by seed; empty in files of older versions."""
     accessories: dict[str, str] = Field(default_factory=dict)
     """Accessories of the mixers, such as short_conv; empty in files of older versions."""
     accuracy_by: AccuracyBy

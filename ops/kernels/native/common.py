@@ -1,4 +1,4 @@
-"""What the native kernels share: their limits, and sequences as ranges of tokens."""
+"""Helpers of all native kernels: limits, and sequences as ranges of tokens."""
 
 from collections.abc import Callable
 from typing import overload
@@ -24,6 +24,19 @@ def limits_of(family: str) -> Callable[[Probe], list[str]]:
         return [] if reason is None else [reason]
 
     return limits
+
+
+CHUNK = 32
+"""Tokens between the states that selective.cpp and diagonal.cpp save for the backward pass."""
+
+
+def saved_states(x: Tensor, cu_seqlens: Tensor | None, shape: tuple[int, ...]) -> Tensor:
+    """Allocate a state of this shape for every chunk of all sequences, float32.
+
+    Zeros, as sequences that end within a chunk use fewer rows than there may be, and saved numbers must be defined.
+    """
+    chunks = x.shape[0] * x.shape[1] // CHUNK + rows(x, cu_seqlens)
+    return x.new_zeros((chunks, *shape), dtype=torch.float32)
 
 
 def rows(x: Tensor, cu_seqlens: Tensor | None) -> int:

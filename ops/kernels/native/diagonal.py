@@ -8,21 +8,16 @@ from ...runtime.kernel import Kernel, declare
 from ...runtime.paradigm import Paradigm
 from ...scan.diagonal import Diagonal
 from . import build
-from .common import GROUPS, contiguous, limits_of, rows, sequences
-
-CHUNK = 32
-"""Tokens between the states that are saved for the backward pass, as in the source."""
+from .common import GROUPS, contiguous, limits_of, rows, saved_states, sequences
 
 
 def _allocate(x: Diagonal) -> tuple[Tensor, Tensor, Tensor]:
     """Allocate the output, the final state, and the states before every chunk."""
     KERNELS[0].require(x.probe())  # inside the op, which a compiler does not trace
-    batch, length, _ = x.x.shape
-    n = rows(x.x, x.cu_seqlens)
-    final = (n, *x.weight.shape) if x.output_final_state else (0,)
-    entries = (batch * length // CHUNK + n if x.needs_grad else 0, 2, *x.log_decay.shape)
-    output, final_state, states = (x.x.new_empty(shape, dtype=torch.float32) for shape in (x.x.shape, final, entries))
-    return output, final_state, states
+    final_shape = (rows(x.x, x.cu_seqlens), *x.weight.shape) if x.output_final_state else (0,)
+    output, final = (x.x.new_empty(shape, dtype=torch.float32) for shape in (x.x.shape, final_shape))
+    entries = saved_states(x.x, x.cu_seqlens, (2, *x.log_decay.shape)) if x.needs_grad else final.new_empty(0)
+    return output, final, entries
 
 
 def _decay(x: Diagonal) -> Tensor:

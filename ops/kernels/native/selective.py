@@ -8,22 +8,15 @@ from ...runtime.kernel import Kernel, declare
 from ...runtime.paradigm import Paradigm
 from ...scan.selective import Selective
 from . import build
-from .common import GROUPS, contiguous, limits_of, rows, sequences
-
-CHUNK = 32
-"""Tokens between the states that are saved for the backward pass, as in the source."""
+from .common import GROUPS, contiguous, limits_of, rows, saved_states, sequences
 
 
 def _allocate(x: Selective) -> tuple[Tensor, Tensor, Tensor]:
     """Allocate the output, the final state, and the states before every chunk."""
     KERNELS[0].require(x.probe())  # inside the op, which a compiler does not trace
-    batch, length, _ = x.x.shape
-    n = rows(x.x, x.cu_seqlens)
-    entries = batch * length // CHUNK + n if x.needs_grad else 0
-    final = (n, *x.rate.shape) if x.output_final_state else (0,)
-    output, final, entries = (
-        x.x.new_empty(shape, dtype=torch.float32) for shape in (x.x.shape, final, (entries, *x.rate.shape))
-    )
+    final_shape = (rows(x.x, x.cu_seqlens), *x.rate.shape) if x.output_final_state else (0,)
+    output, final = (x.x.new_empty(shape, dtype=torch.float32) for shape in (x.x.shape, final_shape))
+    entries = saved_states(x.x, x.cu_seqlens, tuple(x.rate.shape)) if x.needs_grad else final.new_empty(0)
     return output, final, entries
 
 
