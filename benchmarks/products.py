@@ -16,6 +16,7 @@ from torch._library.custom_ops import OPDEFS  # torch has no public access to th
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..models.onednn_linear import onednn_linear
+from ..ops.runtime.custom_op import BODIES
 from .measure import TimedCall, repeat_call
 
 LONGEST = 4096
@@ -56,7 +57,8 @@ class Recorder(TorchDispatchMode):
         self.products: Counter[Product] = Counter()
         self.complete = True
         """False once a custom op ran without a visible product, such as a kernel in another language."""
-        self._bodies = {d._opoverload: d._init_fn for d in OPDEFS.values() if d._namespace == "seqmix"}
+        self._bodies = {packet.default: body for packet, body in BODIES.items()}
+        self._bodies |= {d._opoverload: d._init_fn for d in OPDEFS.values() if d._namespace == "seqmix"}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

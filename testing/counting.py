@@ -13,6 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..ops.runtime.custom_op import BODIES
+
 TORCH_NAMESPACES = {"prims", "rngprims", "debug_mode_ops", "onnx"}
 """Namespaces of torch's own custom ops."""
 
@@ -27,7 +29,7 @@ def count_flops(call: Callable[[], Any]) -> int:
     formulas = FlopCounterMode(
         display=False, custom_mapping={torch.ops.aten.baddbmm_: lambda _, x, y, **__: 2 * math.prod(x) * y[-1]}
     ).flop_registry
-    bodies = {
+    bodies = BODIES | {
         definition._opoverload.overloadpacket: definition._init_fn
         for definition in OPDEFS.values()
         if definition._namespace not in TORCH_NAMESPACES

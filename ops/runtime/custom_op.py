@@ -96,11 +96,10 @@ class Op(Generic[I]):
         arguments = ", ".join(f"{kind} {name}" for name, kind in types.items())
         results = ", ".join(["Tensor"] * outputs)
         schema = f"({arguments}) -> {results if outputs == 1 else f'({results})'}"
-        op = torch.library.custom_op(f"seqmix::{name}", self._run, mutates_args=mutates, schema=schema)
-        op.register_fake(lambda *args: _unwrap_single(self.fake(self.inputs._make(args))))
-        self.op = getattr(torch.ops.seqmix, name).default
+        self.mutated = [inputs._fields.index(name) for name in mutates]
+        self.op = _register(name, schema, self._run, lambda *args: _unwrap_single(self.fake(self.inputs._make(args))))
         if backward is not None:
-            self._differentiate(op, arguments)
+            self._differentiate(arguments)
 
     def __call__(self, x: I) -> Any:
         """Run the op and return its outputs, or the `result` built from them.
@@ -126,19 +125,21 @@ class Op(Generic[I]):
     def _run(self, *args: Any) -> Any:
         x = self.inputs._make(args)
         with _op_context(getattr(x, self.tensors[0]).device):
-            return _unwrap_single(self.forward(x))
+            outputs = _unwrap_single(self.forward(x))
+        for i in self.mutated:  # autograd refuses a backward pass that needs the value from before
+            if isinstance(args[i], Tensor) and not args[i].is_inference():
+                torch.autograd.graph.increment_version(args[i])
+        return outputs
 
-    def _differentiate(self, op: Any, arguments: str) -> None:
+    def _differentiate(self, arguments: str) -> None:
         name = f"{self.name}_backward"
         returned = self.outputs - self.saves
         results = ", ".join(["Tensor"] * len(self.tensors))
         d_outputs = "".join(f"Tensor? d_{i}, " for i in range(returned))
         saved = "".join(f", Tensor saved_{i}" for i in range(self.reads + self.saves))
         schema = f"({d_outputs}{arguments}{saved}, bool[] wanted) -> ({results})"
-        backward = torch.library.custom_op(f"seqmix::{name}", self._run_backward, mutates_args=(), schema=schema)
-        backward.register_fake(self._fake_backward)
-        backward.register_autograd(self._refuse_second_derivatives)
-        backward_op = getattr(torch.ops.seqmix, name).default
+        backward_op = _register(name, schema, self._run_backward, self._fake_backward)
+        torch.library.register_autograd(backward_op, self._refuse_second_derivatives, lib=_LIBRARY)
         tensors = [self.inputs._fields.index(name) for name in self.tensors]
 
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -164,7 +165,7 @@ class Op(Generic[I]):
                     d_inputs[i] = gradient if wants else None
             return tuple(d_inputs)
 
-        op.register_autograd(gradients, setup_context=setup_context)
+        torch.library.register_autograd(self.op, gradients, setup_context=setup_context, lib=_LIBRARY)
 
     def _as_outputs(self, output: Any) -> Outputs:
         return (output,) if self.outputs == 1 else output
@@ -200,6 +201,24 @@ class Op(Generic[I]):
     def _refuse_second_derivatives(self, ctx: Any, *gradients: Tensor | None) -> Any:
         del ctx, gradients
         raise no_second_derivatives(self.name)
+
+
+_LIBRARY = torch.library.Library("seqmix", "FRAGMENT")
+"""Registry of the ops. `torch.library.custom_op` would cost every call two more wrappers, and the first one a second
+for the import of torch's compiler."""
+
+BODIES: dict[Any, Callable[..., Any]] = {}
+"""Python function of each op, by `torch.ops.seqmix.NAME`."""
+
+
+def _register(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Register seqmix::name for all devices and return it."""
+    _LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"seqmix::{name}", fake, lib=_LIBRARY)
+    packet = getattr(torch.ops.seqmix, name)
+    BODIES[packet] = run
+    return packet.default
 
 
 @contextmanager
