@@ -220,16 +220,16 @@ def _cheap_garbage_collection() -> Iterator[None]:
 @contextmanager
 def strict_numerics() -> Iterator[None]:
     """Fill uninitialised memory with NaN and compute float32 products without TF32; restore both afterwards."""
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    mode = torch.get_deterministic_debug_mode()
     settings: Any = torch.utils.deterministic  # typed Any: the module's class has the attribute
     fill, precision = settings.fill_uninitialized_memory, torch.get_float32_matmul_precision()
     with ExitStack() as after:
-        after.callback(torch.use_deterministic_algorithms, deterministic, warn_only=warn_only)
+        after.callback(torch.set_deterministic_debug_mode, mode)
         after.callback(setattr, settings, "fill_uninitialized_memory", fill)
         after.callback(torch.set_float32_matmul_precision, precision)
-        # in this mode, torch fills the tensors of `empty` with NaN, and integer ones with their largest number
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        # in this mode, torch fills the tensors of `empty` with NaN, and integer ones with their largest number;
+        # `torch.use_deterministic_algorithms` does the same, but imports torch's compiler, which takes seconds
+        torch.set_deterministic_debug_mode("warn")
         settings.fill_uninitialized_memory = True
         torch.set_float32_matmul_precision("highest")
         yield
