@@ -71,7 +71,7 @@ class Qwen3Next(Rotating):
         "networks": {
             "dense": SWIGLU,
             "sparse": Table(
-                {"ffn.kind": "moe", "ffn.scores": "softmax", "ffn.shared_gate": True, "ffn.routed_scale": 1.0},
+                {"ffn.kind": "moe", "ffn.score_function": "softmax", "ffn.shared_gate": True, "ffn.routed_scale": 1.0},
                 {
                     "num_experts": "ffn.n_experts",
                     "num_experts_per_tok": "ffn.top_k",
@@ -179,7 +179,7 @@ class MiniMax(Rotating):
     model_type = "minimax"
     class_name = "MiniMaxForCausalLM"
     common = MODEL | Table(
-        {"ffn.kind": "moe", "ffn.scores": "softmax", "ffn.routed_scale": 1.0, "block.norm_placement": "stream"},
+        {"ffn.kind": "moe", "ffn.score_function": "softmax", "ffn.routed_scale": 1.0, "block.norm_placement": "stream"},
         {
             "num_local_experts": "ffn.n_experts",
             "num_experts_per_tok": "ffn.top_k",

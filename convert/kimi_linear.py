@@ -29,7 +29,7 @@ LATENT = Table(
     },
 )
 EXPERTS = Table(
-    {"ffn.kind": "moe", "ffn.scores": "sigmoid", "ffn.shared_gate": False},
+    {"ffn.kind": "moe", "ffn.score_function": "sigmoid", "ffn.shared_gate": False},
     {
         "num_experts": "ffn.n_experts",
         "num_experts_per_token": "ffn.top_k",

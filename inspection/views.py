@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..mixers import Paradigm, SequenceMixer
-from ..mixers.influence import Seen, reach_of, record_calls, weights_of
+from ..mixers.influence import ModuleCall, reach_of, record_calls, weights_of
 from ..mixers.parts import GatedNorm
 from ..mixers.state import is_inexact, to_dict
 from ..models import LanguageModel
@@ -94,7 +94,7 @@ def look(model: LanguageModel, tokens: Int[Tensor, "1 T"]) -> list[LayerView]:
     return views
 
 
-def _measure_layer(number: int, mixer: SequenceMixer, call: Seen) -> LayerView:
+def _measure_layer(number: int, mixer: SequenceMixer, call: ModuleCall) -> LayerView:
     """Measure weights, decays, gates and states of a layer, from the call of its mixer on the text."""
     x = call.x
     length = call.x.shape[1]
@@ -134,7 +134,7 @@ def _mean_per_head(log_decay: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _measure_states(mixer: SequenceMixer, call: Seen, view: LayerView) -> None:
+def _measure_states(mixer: SequenceMixer, call: ModuleCall, view: LayerView) -> None:
     """Measure the norms and effective ranks of a layer's state over the text."""
     if not mixer.traits.has_state:
         return

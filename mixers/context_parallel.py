@@ -52,9 +52,8 @@ def mix_sequentially(mixer: Mixer, x: Tensor, call: Call) -> tuple[Any, ...]:
         )
     local_call = call._replace(documents=cp.local(documents, length), cp_group=None, return_state=True)
     before = mixer.init_state(local_call.rows(x.shape[0])) if call.state is None else call.state
-    anchor = x.new_zeros(
-        (), requires_grad=torch.is_grad_enabled()
-    )  # makes backward reach _Receive, even if x needs no gradient
+    # makes backward reach _Receive, even if x needs no gradient
+    anchor = x.new_zeros((), requires_grad=torch.is_grad_enabled())
     if cp.rank > 0:
         leaves = to_dict(before)
         templates = [cp.last_row(leaf, documents) for leaf in leaves.values()]

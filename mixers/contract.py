@@ -85,7 +85,8 @@ class MixerConfig(Config, ABC):
         Args:
             error: the error that the constructor raised.
             fields: names of the fields that have example values.
-            alone: True if no other fields were given: errors that name no field are then the class's fault too.
+            alone: True if the configuration has no other values: the class is then at fault for errors without a field
+                too.
         """
         for detail in error.errors(include_url=False):
             place = detail["loc"]
@@ -118,10 +119,11 @@ MIXERS = Registry("mixer", MixerConfig, package="seqmix.mixers", entry_points="s
 """Registry of all mixers: the files of this folder, plug-ins (entry points `seqmix.mixers`), and registered classes."""
 
 
-Mixed: TypeAlias = (
+MixResult: TypeAlias = (
     tuple[Float[Tensor, "B T D"], S | None] | tuple[Float[Tensor, "B T D"], S | None, Float[Tensor, "B T D"]]
 )
-"""Result of a mixer: output [B T D], final state, and (only with a value residual) the values for later layers."""
+"""Result of a mixer: output [B T D], final state or None, and (only with a value residual) the values [B T D] for later
+layers."""
 
 
 class SequenceMixer(nn.Module, ABC, Generic[S]):
@@ -182,7 +184,7 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
         return_values: bool = False,
         donate_state: bool = False,
         memo: Memo | None = None,
-    ) -> Mixed[S]:
+    ) -> MixResult[S]:
         """Mix one segment.
 
         Args:
@@ -204,9 +206,9 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
             The output [B T D] and the final state (None unless requested), then the values [B T D] if requested.
 
         Raises:
-            ContractError: the mixer does not declare the paradigm, states (at all, or in this paradigm), packing or
-                compiling; dtypes or shapes do not fit; or its own `mix` returns anything but an output of the shape of
-                x and a state.
+            ContractError: the call needs something that the mixer does not declare: the paradigm, a state (at all, or
+                in this paradigm), packing or compiling. Or dtypes or shapes do not fit, or the mixer's own `mix`
+                returns anything but an output of the shape of x and a state (and values, if it declares them).
         """
         paradigm = self.paradigm if paradigm is None else paradigm
         require_paradigm(paradigm, self.traits, self.kind)
@@ -249,7 +251,7 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
         return y, state_after
 
     @abstractmethod
-    def mix(self, x: Float[Tensor, "B T D"], call: Call) -> Mixed[S]:
+    def mix(self, x: Float[Tensor, "B T D"], call: Call) -> MixResult[S]:
         """Compute the output and final state of a segment; `forward` has resolved and checked the arguments.
 
         The final state may be None unless `call.return_state` is set. A mixer with the trait `value_residual` returns
@@ -273,7 +275,7 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
     def init_state(self, batch_size: int, *, max_length: int | None = None) -> S:
         """Return the initial state, on the parameters' device.
 
-        Recurrent leaves are float32 (float64 under float64 parameters), caches have the parameters' dtype.
+        Recurrent leaves are float32 or wider (float64 under float64 parameters); caches have the parameters' dtype.
 
         Args:
             batch_size: number of rows of the state.
@@ -358,9 +360,9 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
         """
 
     def kernels(self, dtype: torch.dtype) -> tuple[str, Probe] | None:
-        """Return the name of the mixer's op and the description of its kernel for activations of `dtype`, or None.
+        """Return the name of the mixer's op, and a description of its calls with activations of `dtype`.
 
-        None means that there is no choice of backend.
+        Return None if there is no choice of backend.
         """
         return None
 
@@ -378,7 +380,7 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
                 cast("Any", part).choose_kernel(self.backend, dtype)
 
     def backend_of(self, paradigm: Paradigm) -> str:
-        """Return the kernel backend of a paradigm; the configured one until `resolve_backend` has chosen."""
+        """Return the kernel backend of a paradigm; before `resolve_backend` was called, the configured one."""
         return self.backends.get(paradigm, self.backend)
 
     @property
@@ -397,7 +399,10 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
         return torch.promote_types(self.dtype, torch.float32)
 
     def _tensor(self) -> Tensor:
-        """Return the first parameter, or else floating-point buffer; the mixer computes in its dtype on its device."""
+        """Return the first parameter, or the first floating-point buffer if there are no parameters.
+
+        The mixer computes in its dtype and on its device.
+        """
         parts: list[nn.Module | None] = [self]
         while parts:  # called for every token, and parameters() would take several times as long
             if (module := parts.pop()) is not None:

@@ -77,7 +77,7 @@ class DeltaNetConfig(DeltaConfig):
 class DeltaNet(QKVMixer):
     """Layer configured by `DeltaNetConfig`."""
 
-    silu = True
+    silu_without_conv = True
 
     def __init__(self, config: DeltaNetConfig, d_model: int) -> None:
         super().__init__(config, d_model, beta=config.n_heads)

@@ -38,7 +38,7 @@ class DeltaProductConfig(DeltaConfig):
 class DeltaProduct(QKVMixer):
     """Layer configured by `DeltaProductConfig`; the decays start as in Gated DeltaNet."""
 
-    silu = True
+    silu_without_conv = True
 
     def __init__(self, config: DeltaProductConfig, d_model: int) -> None:
         self.steps = config.n_steps

@@ -36,7 +36,7 @@ class GatedDeltaNet(QKVMixer):
     """Layer configured by `GatedDeltaNetConfig`; decays start as in the authors' code."""
 
     log_decay_shape = "B T H"
-    silu = True
+    silu_without_conv = True
 
     def __init__(self, config: GatedDeltaNetConfig, d_model: int) -> None:
         super().__init__(config, d_model, beta=config.n_heads, dt=config.n_heads)

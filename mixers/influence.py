@@ -12,12 +12,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..ops.runtime.recording import Recorded, recorded
+from ..ops.runtime.recording import OpCall, recorded
 from .contract import SequenceMixer
 
 
-class Seen(NamedTuple):
-    """Recorded arguments and output of a module's call."""
+class ModuleCall(NamedTuple):
+    """Arguments and output of a call of a module."""
 
     x: Tensor
     """First argument of the call."""
@@ -28,14 +28,14 @@ class Seen(NamedTuple):
 
 
 @contextmanager
-def record_calls(modules: Mapping[int, nn.Module]) -> Iterator[dict[int, Seen]]:
+def record_calls(modules: Mapping[int, nn.Module]) -> Iterator[dict[int, ModuleCall]]:
     """Record the last call of each module while the context is open; yield the calls by the keys of `modules`."""
-    calls: dict[int, Seen] = {}
+    calls: dict[int, ModuleCall] = {}
 
     def hook(number: int) -> Any:
         def store(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:  # noqa: ARG001
             options = {name: kwargs[name] for name in ("first_values",) if kwargs.get(name) is not None}
-            calls[number] = Seen(args[0], output[0] if isinstance(output, tuple) else output, options)
+            calls[number] = ModuleCall(args[0], output[0] if isinstance(output, tuple) else output, options)
 
         return store
 
@@ -50,7 +50,7 @@ def record_calls(modules: Mapping[int, nn.Module]) -> Iterator[dict[int, Seen]]:
 def weights_of(
     mixer: SequenceMixer, x: Float[Tensor, "B T D"], queries: Sequence[int], **options: Any
 ) -> tuple[Float[Tensor, "B H Q T"], bool]:
-    """Return the weights of all tokens in the outputs at the tokens `queries`, and True if the weights are per head.
+    """Return the weights of all tokens in the outputs at the tokens `queries`; then True if they are weights per head.
 
     If the mixer calls no op with heads, the result has one head. Its weights are norms of the gradient of the output
     with respect to the mixer's input; the dimensions of the output are summed with random signs from a fixed seed.
@@ -72,7 +72,7 @@ def weights_of(
     return torch.stack(rows, dim=1)[:, None], False
 
 
-def head_weights(call: Recorded, length: int, queries: Sequence[int]) -> Float[Tensor, "B H Q T"] | None:
+def head_weights(call: OpCall, length: int, queries: Sequence[int]) -> Float[Tensor, "B H Q T"] | None:
     """Return the weights of a recorded op call over `length` tokens; None if the call has no values or no gradients."""
     if not call.v.shape[-1] or not call.output.requires_grad or not call.v.requires_grad:
         return None
@@ -91,7 +91,7 @@ def head_weights(call: Recorded, length: int, queries: Sequence[int]) -> Float[T
 
 
 def reach_of(weights: Float[Tensor, "B H Q T"], queries: Sequence[int]) -> Float[Tensor, " H"]:
-    """Return for each head the mean distance in tokens from a query to the tokens it reads, by absolute weight."""
+    """Return for each head the mean distance in tokens from a query to all tokens, weighted by absolute weights."""
     size = weights.abs().double()
     position = torch.arange(weights.shape[-1], device=weights.device)
     distance = torch.tensor(list(queries), device=weights.device)[:, None] - position

@@ -51,7 +51,7 @@ class KDA(QKVMixer):
     """Layer configured by `KDAConfig`; decays start as in the authors' code."""
 
     log_decay_shape = "B T H K"
-    silu = True
+    silu_without_conv = True
     projects_gate = False
 
     def __init__(self, config: KeyDecayConfig, d_model: int, **more: int) -> None:

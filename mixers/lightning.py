@@ -43,7 +43,7 @@ class Lightning(QKVMixer):
     """Layer configured by `LightningConfig`."""
 
     log_decay_shape = "H"
-    silu = True
+    silu_without_conv = True
     gains = (2**-0.5, 1.0)
 
     def __init__(self, config: LightningConfig, d_model: int, layer_idx: int, n_layers: int) -> None:

@@ -37,7 +37,7 @@ class Mamba2Config(StateSpaceConfig, TimeStepFields):
 class Mamba2(StateSpaceMixer):
     """Layer configured by `Mamba2Config`. More layers make the initial output smaller, as in the authors' models."""
 
-    silu = True
+    silu_without_conv = True
 
     def __init__(self, config: Mamba2Config, d_model: int, n_layers: int = 1) -> None:
         # one matrix product for the gate, the convolved values, B and C, and the step sizes

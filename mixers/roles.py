@@ -16,7 +16,7 @@ A module declares the roles of its own parameters, and of those of its parts whe
         parameter_roles = {"decay": Role.RATE, "filter": Role.CONVOLUTION}
 
 Layers of torch.nn need no declaration. The number of dimensions decides nothing, with one exception: a parameter of one
-dimension without a declaration is a vector, as every role that it could have is trained alike.
+dimension without a declaration is a vector, because all roles that it could have are trained in the same way.
 """
 
 from collections.abc import Mapping, Sequence
@@ -72,7 +72,7 @@ class ParameterRole(NamedTuple):
     role: Role
     """Role of the whole parameter; `matrix` if it has several blocks of rows."""
     blocks: tuple[RowBlock, ...] = ()
-    """Blocks of rows; empty if the parameter is one map or none."""
+    """Blocks of rows; empty if the parameter is a single map, or no map."""
 
 
 TORCH_LAYERS: Mapping[type[nn.Module], Mapping[str, Role]] = {
@@ -101,7 +101,7 @@ def roles_of(module: nn.Module) -> dict[str, ParameterRole]:
     roles = {}
     for name, parameter in module.named_parameters():
         if name in declared:
-            roles[name] = _resolved(name, parameter, *declared[name])
+            roles[name] = _resolve(name, parameter, *declared[name])
         elif parameter.ndim <= 1:
             roles[name] = ParameterRole(Role.VECTOR)
         else:
@@ -115,7 +115,11 @@ def roles_of(module: nn.Module) -> dict[str, ParameterRole]:
 
 
 def _declarations(module: nn.Module) -> Roles:
-    """Return the roles that one module declares, or those of torch's layer that it is."""
+    """Return the roles that one module declares; for an undeclared layer of torch, those in `TORCH_LAYERS`.
+
+    Raises:
+        ContractError: a declaration names an attribute that does not exist.
+    """
     declared: Roles | None = getattr(module, "parameter_roles", None)
     if not declared:
         return next((roles for layer, roles in TORCH_LAYERS.items() if isinstance(module, layer)), {})
@@ -131,8 +135,12 @@ def _declarations(module: nn.Module) -> Roles:
     return declared
 
 
-def _resolved(name: str, parameter: Tensor, declaration: Declaration, owner: nn.Module) -> ParameterRole:
-    """Check a declaration against its parameter."""
+def _resolve(name: str, parameter: Tensor, declaration: Declaration, owner: nn.Module) -> ParameterRole:
+    """Check that a declaration fits its parameter, and return the parameter's role.
+
+    Raises:
+        ContractError: the declaration is not a role, or its blocks do not have as many rows as the parameter.
+    """
     if isinstance(declaration, str):
         if declaration not in list(Role):
             raise ContractError(
@@ -143,7 +151,7 @@ def _resolved(name: str, parameter: Tensor, declaration: Declaration, owner: nn.
     blocks = tuple(declaration)
     if (rows := sum(block.rows for block in blocks)) != parameter.shape[0]:
         raise ContractError(
-            f"{type(owner).__name__}.parameter_roles expects blocks of {parameter.shape[0]} rows in all for {name}, "
-            f"got {rows}"
+            f"{type(owner).__name__}.parameter_roles expects blocks with {parameter.shape[0]} rows in total for "
+            f"{name}, got {rows}"
         )
     return ParameterRole(Role.MATRIX, blocks)

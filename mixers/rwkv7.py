@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..ops.delta import unit_norm
 from ..ops.dplr import DPLR, dplr
-from .contract import Mixed
+from .contract import MixResult
 from .delta_net import DeltaChunk
 from .parts import Call, LowRank, MatrixState, MatrixStateConfig, MatrixStateMixer, head_width
 from .parts.bonus_norm import BonusNorm
@@ -97,7 +97,7 @@ class RWKV7(MatrixStateMixer):
         self.removed.copy_((0.76 - 0.1 * fraction).view_as(self.removed))
         self.replaced.fill_(1.02)
 
-    def mix(self, x: Float[Tensor, "B T D"], call: Call) -> Mixed[MatrixState]:
+    def mix(self, x: Float[Tensor, "B T D"], call: Call) -> MixResult[MatrixState]:
         wide = self.state_dtype
         by_head = (self.n_heads, -1)
         (xr, xw, xk, xv, xa, xg), recent = self.convolve(x, call)

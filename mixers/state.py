@@ -26,12 +26,15 @@ def detach(state: S) -> S:
 
 
 def clone(state: S) -> S:
-    """Return a copy of the state, which stays valid when the original is donated (may be overwritten)."""
+    """Return a copy of the state, which stays valid when a call overwrites the original (donation)."""
     return map_state(Tensor.clone, state)
 
 
 def select(state: S, rows: Tensor) -> S:
-    """Select rows (sequences) by index, in that order; indices may repeat. For beams, or to split a batch."""
+    """Return the rows (sequences) with these indices [R], in this order; indices may repeat.
+
+    Use it to reorder beams or to split a batch.
+    """
     return map_state(lambda leaf: leaf.index_select(0, rows.to(leaf.device)), state)
 
 
@@ -57,7 +60,7 @@ def to_dict(state: tuple[Any, ...]) -> dict[str, Tensor]:
 
 
 def _leaves(node: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Tensor]]:
-    # a nested function would refer to itself, and so keep tensors alive until garbage collection
+    # not a nested function: it would refer to itself, and so keep tensors alive until garbage collection
     if isinstance(node, Tensor):
         yield path, node
         return
@@ -115,7 +118,7 @@ def _zip_map(function: Callable[[list[Tensor]], Tensor], states: tuple[Any, ...]
         return None
     if any(type(other) is not type(first) or len(other) != len(first) for other in states):
         kinds = " and ".join(sorted({f"{type(state).__name__} of {len(state)}" for state in states}))
-        raise ContractError(f"states in one batch must be of one kind, got {kinds}")
+        raise ContractError(f"states in one batch must have the same structure, got {kinds}")
     return _like(first, [_zip_map(function, children) for children in zip(*states, strict=True)])
 
 

@@ -1,4 +1,7 @@
-"""Configurations: validated values, YAML files that extend each other, and kinds found by name; without torch."""
+"""Configurations: validated values, YAML files that extend each other, and kinds that are looked up by name.
+
+This package does not import torch.
+"""
 
 from .config import Config
 from .errors import ConfigError, ElsewhereError, SeqmixError, choices, nearest, require_name

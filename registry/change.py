@@ -11,7 +11,8 @@ from .registry import Registry
 from .tree import Node
 
 _warned: dict[str, dict[Any, Any]] = {}
-"""Registries of warnings that were shown, by the file they are about: the `warnings` module shows each warning once."""
+"""Record of the warnings already shown, by the file that they are about, for `warnings.warn_explicit`, so that each is
+shown once."""
 
 
 def change(base: Node | None, document: Node, cls: type[Config]) -> Node:
@@ -20,11 +21,11 @@ def change(base: Node | None, document: Node, cls: type[Config]) -> Node:
     A deprecated field name sets the current field, and a warning names its line. A mapping without a `kind` gets the
     default kind, unless the base has a kind there.
     """
-    document = _renamed(document, cls, base, "")
+    document = _rename_fields(document, cls, base, "")
     return document if base is None else base.merge(document)
 
 
-def _renamed(node: Node, cls: type[Config], base: Node | None, path: str) -> Node:
+def _rename_fields(node: Node, cls: type[Config], base: Node | None, path: str) -> Node:
     """Return a mapping of the fields of `cls` in which deprecated names are replaced by the current ones.
 
     `base` is the value that the mapping changes; `path` has the keys that lead to the mapping, for warnings.
@@ -39,16 +40,16 @@ def _renamed(node: Node, cls: type[Config], base: Node | None, path: str) -> Nod
             source = entry.origin.source
             line = entry.origin.line or 1
             sentence = deprecation(path + key, path + name)
-            shown = _warned.setdefault(source, {})
-            warnings.warn_explicit(sentence, FutureWarning, source, line, registry=shown)
+            record = _warned.setdefault(source, {})
+            warnings.warn_explicit(sentence, FutureWarning, source, line, registry=record)
         field = cls.model_fields.get(name)
         annotation = None if field is None else field.rebuild_annotation()
-        entries[name] = _renamed_entry(entry, annotation, base and base.child(name), f"{path}{name}.")
+        entries[name] = _rename_in_value(entry, annotation, base and base.child(name), f"{path}{name}.")
     return Node(entries, node.origin)
 
 
-def _renamed_entry(node: Node, annotation: Any, base: Node | None, path: str) -> Node:
-    """Return a field's value with current names in all its mappings, whose classes the field's annotation tells."""
+def _rename_in_value(node: Node, annotation: Any, base: Node | None, path: str) -> Node:
+    """Return a field's value with current names in all its mappings; the field's annotation gives their classes."""
     if node.entries is None:
         return node
     classes = []
@@ -57,17 +58,20 @@ def _renamed_entry(node: Node, annotation: Any, base: Node | None, path: str) ->
             return _with_kind(node, part, base, path)
         if get_origin(part) is dict:
             entries = {
-                key: _renamed_entry(entry, get_args(part)[1], base and base.child(key), f"{path}{key}.")
+                key: _rename_in_value(entry, get_args(part)[1], base and base.child(key), f"{path}{key}.")
                 for key, entry in node.entries.items()
             }
             return Node(entries, node.origin)
         if isinstance(part, type) and issubclass(part, Config):
             classes.append(part)
-    return _renamed(node, classes[0], base, path) if len(classes) == 1 else node
+    return _rename_fields(node, classes[0], base, path) if len(classes) == 1 else node
 
 
 def _with_kind(node: Node, registry: Registry[Any], base: Node | None, path: str) -> Node:
-    """Return the mapping of a registry's configuration with its kind: the default if it and the base have none."""
+    """Return a mapping whose kind is one of a registry's, with current names.
+
+    If neither it nor the base has a `kind`, the registry's default kind is added.
+    """
     kind = node.child("kind") or (base and base.child("kind"))
     if kind is None and registry.default_kind is not None:
         kind = Node(registry.default_kind, node.origin)
@@ -76,7 +80,7 @@ def _with_kind(node: Node, registry: Registry[Any], base: Node | None, path: str
     with suppress(ConfigError):  # validation reports an unknown kind
         if kind and isinstance(kind.value, str):
             cls = registry.resolve(kind.value)
-    return _renamed(node, cls, base, path)
+    return _rename_fields(node, cls, base, path)
 
 
 def _parts(annotation: Any) -> Iterator[Any]:

@@ -5,11 +5,11 @@ import json
 from collections.abc import Collection, Iterable
 from typing import Any
 
-LONGEST = 2000
+MAX_LINE_LENGTH = 2000
 """Maximum number of characters in a line of an error; the middle of a longer line is cut."""
 
-LISTED = 10
-"""Maximum number of allowed values that an error lists; of the others it gives the number."""
+MAX_LISTED = 10
+"""Maximum number of allowed values that an error lists; of further ones it gives only the number."""
 
 
 class SeqmixError(ValueError):
@@ -30,28 +30,28 @@ class ConfigError(SeqmixError):
 
 
 def _cut(line: str) -> str:
-    """Return a line of an error; if it is longer than `LONGEST` characters, its middle is left out."""
-    excess = len(line) - LONGEST
-    return line if excess <= 0 else f"{line[: LONGEST // 2]} [{excess:,} characters] {line[-LONGEST // 2 :]}"
+    """Return a line of an error; if it is longer than `MAX_LINE_LENGTH` characters, its middle is left out."""
+    excess = len(line) - MAX_LINE_LENGTH
+    return line if excess <= 0 else f"{line[: MAX_LINE_LENGTH // 2]} [{excess:,} characters] {line[-MAX_LINE_LENGTH // 2 :]}"
 
 
 def nearest(word: str, allowed: Iterable[str]) -> str:
-    """Return the end of an error's sentence: `; did you mean "retention"?`, or "" if no allowed word is close."""
-    if len(word) > LONGEST:
+    """Return the end of an error message: `; did you mean "retention"?`, or "" if no allowed word is similar."""
+    if len(word) > MAX_LINE_LENGTH:
         return ""
     matches = difflib.get_close_matches(word, list(allowed), n=1)
     return f'; did you mean "{matches[0]}"?' if matches else ""
 
 
 def choices(word: str, allowed: Iterable[str], label: str = "allowed") -> str:
-    """Return the end of an error's sentence: the nearest match, if one is close, and the first `LISTED` allowed words.
+    """Return the end of an error message: the nearest match, if one is similar, and the first `MAX_LISTED` allowed words.
 
     `; did you mean "retention"? Allowed: attention, retention`, or `; allowed: attention, retention`.
     """
     words = list(allowed)
-    listed = ", ".join(words[:LISTED])
-    if len(words) > LISTED:
-        listed += f" and {len(words) - LISTED} more"
+    listed = ", ".join(words[:MAX_LISTED])
+    if len(words) > MAX_LISTED:
+        listed += f" and {len(words) - MAX_LISTED} more"
     suggestion = nearest(word, words)
     return f"{suggestion} {label[:1].upper()}{label[1:]}: {listed}" if suggestion else f"; {label}: {listed}"
 

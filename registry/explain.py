@@ -10,8 +10,8 @@ from pydantic_core import ErrorDetails
 from .errors import nearest, shown
 from .tree import COMMAND_LINE, Node, Origin
 
-_SHOWN = 5
-"""Maximum number of errors that are reported; of the others only the number is."""
+_MAX_LINES = 5
+"""Maximum number of errors that are reported; of further ones only the number is given."""
 
 _EXPECTED = {
     "int_type": "an integer",
@@ -41,7 +41,7 @@ _EXPECTED = {
 
 
 class _Mismatch(NamedTuple):
-    """A wrong value and what was expected instead; a field with several allowed types gives one per type."""
+    """A wrong value and what was expected instead; pydantic reports one for each type that the field allows."""
 
     expected: str
     value: Any
@@ -56,8 +56,8 @@ def explain(error: ValidationError, tree: Node) -> str:
             continue  # pydantic counts only the valid items; each invalid item has its own error
         by_place.setdefault(_place(detail, tree), []).append(_problem(detail))
     lines = [place + sentence for place, problems in by_place.items() for sentence in _sentences(problems)]
-    if len(lines) > _SHOWN:
-        lines[_SHOWN:] = [f"... and {len(lines) - _SHOWN} more"]
+    if len(lines) > _MAX_LINES:
+        lines[_MAX_LINES:] = [f"... and {len(lines) - _MAX_LINES} more"]
     return "\n".join(lines)
 
 
@@ -110,7 +110,7 @@ def _problem(detail: ErrorDetails) -> str | _Mismatch:
         case "value_error" | "assertion_error":
             return str(context["error"])
         case "list_type" | "set_type" | "frozen_set_type" if isinstance(value, tuple):
-            return "a configuration is frozen: its class must declare tuple[...] here"
+            return "configurations cannot contain lists or sets: declare the field as tuple[...] in its class"
         case "literal_error" | "enum":
             return _Mismatch(expected, value, _quoted(context["expected"]))
         case _ if kind in _EXPECTED:

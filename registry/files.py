@@ -44,7 +44,9 @@ def replacing(file: Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing_all(files: Sequence[Path]) -> Iterator[list[Path]]:
-    """Apply `replacing` to files that belong together: all are flushed to disk before any appears, the last one first.
+    """Apply `replacing` to files that belong together: all are flushed to disk before the first is renamed.
+
+    They are renamed in reverse order, the last file first.
 
     Raises:
         OSError: a new file cannot be created or renamed.
@@ -134,7 +136,7 @@ def _deleted_after_error(path: Path) -> Iterator[None]:
 
 
 class _Ended(BaseException):
-    """Raised inside the blocks of a process that a signal ends, so that they clean up."""
+    """Exception raised in the blocks of `_deferring_signals` when a signal is about to end the process, to clean up."""
 
 
 @contextmanager
@@ -231,7 +233,7 @@ def write_file(content: str | bytes, file: Path) -> Path:
 
 
 def write_files(contents: Mapping[Path, str | bytes]) -> None:
-    """Write the contents of several files, by path, as `write_file` does: all of them, or none after an error.
+    """Write several files, given as contents by path, like `write_file`: all of them, or none if there is an error.
 
     Raises:
         SeqmixError: a file cannot be written.

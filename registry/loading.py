@@ -52,7 +52,7 @@ def load(
 def validated(cls: type[C], fields: Node | Mapping[str, Any], name: str = "") -> C:
     """Validate a tree, or values that were given in Python, and return the configuration.
 
-    `name` begins the errors of values that were given in Python.
+    Errors of values that were given in Python begin with `name`, as those of a file begin with the file's name.
 
     Raises:
         ConfigError: the configuration is wrong; the message is as in `load`.

@@ -45,9 +45,10 @@ class _Finder(MetaPathFinder, Loader):
         return ModuleSpec(fullname, self, is_package=any(name.startswith(f"{fullname}.") for name in MODULES))
 
     def exec_module(self, module: ModuleType) -> None:
-        now = MODULES[module.__name__]
-        warnings.warn(f"{module.__name__} is now {now}: import it from there", DeprecationWarning, stacklevel=2)
-        present = importlib.import_module(now)
+        present_name = MODULES[module.__name__]
+        sentence = f"{module.__name__} is now {present_name}: import it from there"
+        warnings.warn(sentence, DeprecationWarning, stacklevel=2)
+        present = importlib.import_module(present_name)
         vars(module)["__getattr__"] = lambda name: getattr(present, name)
 
 
@@ -75,7 +76,7 @@ def former_names(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
 
 
 def former_parameters(**names: str) -> Callable[[Function], Function]:
-    """Return a decorator of a function, with which keywords work under their former names, with a warning.
+    """Return a decorator that lets a function accept keywords under their former names, with a warning.
 
     Args:
         names: present names of the parameters, by their former names.

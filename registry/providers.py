@@ -1,4 +1,4 @@
-"""Sources of kinds: files of a package, entry points, dotted paths. Listing the kinds imports no modules."""
+"""Where kinds come from: files of a package, entry points, dotted paths. Listing the kinds imports no modules."""
 
 import importlib
 import importlib.metadata
@@ -41,11 +41,11 @@ def entry_points(group: str | None) -> Iterator[tuple[str, Provider]]:
 
 @lru_cache(maxsize=128)
 def _modules(package: str, folder: str, stamp: int) -> tuple[tuple[str, Provider], ...]:  # noqa: ARG001
-    files = (file for file in Path(folder).glob("*.py") if _names_itself(file))
+    files = (file for file in Path(folder).glob("*.py") if _declares_kind(file))
     return tuple((file.stem, f"{package}.{file.stem}") for file in files)
 
 
-def _names_itself(file: Path) -> bool:
+def _declares_kind(file: Path) -> bool:
     return f'kind: Literal["{file.stem}"]' in file.read_text(encoding="utf-8")
 
 
@@ -107,7 +107,7 @@ def import_named(module: str) -> ModuleType:
         raise
     except SystemExit as ended:
         raise ImportError(f"{module} calls sys.exit({ended.code!r}) when it is imported") from ended
-    except BaseException as error:  # a library's own, such as pytest's skip or a panic in Rust
+    except BaseException as error:  # raised by a library, such as pytest's skip or a panic in Rust
         raise ImportError(reason_of(error)) from error
 
 
@@ -147,7 +147,9 @@ def require_trusted(value: Any, name: object, how: str) -> None:
 
 
 def import_object(path: str, what: str) -> Any:
-    """Import the object at a dotted path, such as `my_package.my_module:MyLogger`; `what` is its noun in errors.
+    """Import the object at a dotted path, such as `my_package.my_module:MyLogger`.
+
+    `what` is the noun for the object in errors: "logger".
 
     Raises:
         ConfigError: the module cannot be loaded, or has no such name.

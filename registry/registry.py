@@ -103,7 +103,7 @@ class Registry(Generic[C]):
         reasons = {}
         providers = self._providers()
         for kind, _ in entry_points(self._group):
-            if (reason := self._shadowing(kind, providers[kind])) is not None:
+            if (reason := self._shadow_warning(kind, providers[kind])) is not None:
                 reasons[kind] = reason
                 continue
             try:
@@ -148,7 +148,7 @@ class Registry(Generic[C]):
             allowed = choices(kind, kinds)
             remedy = "" if nearest(kind, kinds) else ", or your own class, my_module:MyConfig"
             raise ConfigError(f"unknown {self.family} kind {kind!r}{allowed}{remedy}")
-        if (sentence := self._shadowing(kind, providers)) is not None:
+        if (sentence := self._shadow_warning(kind, providers)) is not None:
             # shown once, under the name "plug-ins" in place of a file: the line of code would not help
             warnings.warn_explicit(sentence, UserWarning, "plug-ins", 1, registry=_warned)
             return providers[f"{self._package}.{kind}"]
@@ -156,8 +156,8 @@ class Registry(Generic[C]):
             raise self._conflict(kind, providers)
         return next(iter(providers.values()))
 
-    def _shadowing(self, kind: str, providers: Mapping[str, Provider]) -> str | None:
-        """Return the warning that a built-in shadows a plug-in of the same kind; None if it shadows none."""
+    def _shadow_warning(self, kind: str, providers: Mapping[str, Provider]) -> str | None:
+        """Return the text of the warning that a built-in hides plug-ins of the same kind; None if there are none."""
         built_in = f"{self._package}.{kind}"
         plug_ins = [module for module in providers if module != built_in]
         if built_in not in providers or not plug_ins:
@@ -186,10 +186,10 @@ class Registry(Generic[C]):
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         # any_schema serialises the fields of the value's own class, not only those of the base
         fields = core_schema.any_schema()
-        serialization = core_schema.wrap_serializer_function_ser_schema(self._serialized, schema=fields)
-        return core_schema.with_info_plain_validator_function(self._validated, serialization=serialization)
+        serialization = core_schema.wrap_serializer_function_ser_schema(self._serialize, schema=fields)
+        return core_schema.with_info_plain_validator_function(self._validate, serialization=serialization)
 
-    def _validated(self, value: Any, info: core_schema.ValidationInfo) -> Config:
+    def _validate(self, value: Any, info: core_schema.ValidationInfo) -> Config:
         """Validate a field's value: an instance stays as it is, a mapping is validated by the class of its kind.
 
         The class is looked up here, not when a field is defined, because pydantic's own unions cannot grow.
@@ -209,7 +209,7 @@ class Registry(Generic[C]):
             raise _error_at_kind(kind, "value_error", error=error) from error
         return config.model_validate({**value, "kind": kind_of(config)}, context=info.context)
 
-    def _serialized(self, value: Config, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _serialize(self, value: Config, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Return all fields of a configuration, with a dotted path as the kind if its kind stands for another class."""
         kind = require_kind(type(value), self.base)
         with suppress(ConfigError):

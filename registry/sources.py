@@ -23,14 +23,14 @@ def read(source: str | Path, presets: Path, cls: type[Config] = Config, *, folde
             of an existing file; otherwise it means a preset.
         presets: the folder of the presets.
         cls: the configuration's class, which defines deprecated names and default kinds.
-        folder: the folder of relative file names, if another file names the source, which may then not be a pipe or a
-            device; None if a command names it.
+        folder: the folder that relative file names start from, if a file names the source; the source may then not be a
+            pipe or a device. None if a command names it.
 
     Raises:
         ConfigError: a source is unknown, unreadable or not a YAML mapping, or files extend each other in a circle.
     """
     path = source if isinstance(source, Path) else _locate(source, folder or Path(), presets, "")
-    return _read(path, presets, (), "", cls, by_file=folder is not None)
+    return _read(path, presets, (), "", cls, named_by_file=folder is not None)
 
 
 def read_mapping(source: str | Path, presets: Path) -> dict[str, Any]:
@@ -39,13 +39,13 @@ def read_mapping(source: str | Path, presets: Path) -> dict[str, Any]:
 
 
 def _read(
-    path: Path, presets: Path, chain: tuple[Path, ...], named_at: str, cls: type[Config], *, by_file: bool = True
+    path: Path, presets: Path, chain: tuple[Path, ...], named_at: str, cls: type[Config], *, named_by_file: bool = True
 ) -> Node:
-    """Read the tree of a file; `chain` has the files that extend it, and `named_at` begins errors about its name."""
+    """Read the tree of a file; `chain` has the files that extend it; errors about its name begin with `named_at`."""
     if os.path.realpath(path) in [os.path.realpath(file) for file in chain]:
         circle = " -> ".join(_name(file) for file in (*chain, path))
         raise ConfigError(f"{named_at}files extend each other in a circle: {circle}; remove one `extends`")
-    document = _document(path, named_at, by_file)
+    document = _document(path, named_at, named_by_file)
     extends = document.child(EXTENDS)
     difference = Node({key: node for key, node in (document.entries or {}).items() if key != EXTENDS}, document.origin)
     if extends is None:
@@ -72,12 +72,12 @@ def _locate(name: str, folder: Path, presets: Path, named_at: str) -> Path:
     raise ConfigError(f"{named_at}unknown preset {name!r}{choices(name, names, 'presets')}")
 
 
-def _document(path: Path, named_at: str, by_file: bool) -> Node:
-    """Read the mapping in a file; `by_file` is True if another file names it, False if a command does."""
+def _document(path: Path, named_at: str, named_by_file: bool) -> Node:
+    """Read the mapping in a file; `named_by_file` is True if another file names it, False if a command does."""
     name = _name(path)
     try:
         # a command may name a pipe, as <(...) does, but a file may not
-        text = (read_bytes(path) if by_file else path.read_bytes()).decode("utf-8")
+        text = (read_bytes(path) if named_by_file else path.read_bytes()).decode("utf-8")
     except FileNotFoundError:
         siblings = [file.name for file in path.parent.glob(f"*{path.suffix}")]
         raise ConfigError(f"{named_at}no file {name}{nearest(path.name, siblings)}") from None

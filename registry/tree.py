@@ -26,7 +26,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class Node:
-    """A value of a YAML document and its origin: for an entry of a mapping its key's line, else its own."""
+    """A value of a YAML document and its origin: the line of its key in a mapping, else the line of the value itself."""
 
     value: "Mapping[str, Node] | tuple[Node, ...] | Scalar"
     origin: Origin

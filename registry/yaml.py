@@ -18,28 +18,28 @@ from ruamel.yaml.representer import SafeRepresenter
 from .errors import ConfigError
 from .tree import COMMAND_LINE, Node, Origin
 
-MOST_VALUES = 100_000
+MAX_VALUES = 100_000
 """Maximum number of values in a document after aliases are expanded: a few nested aliases may stand for billions."""
 
-MOST_CHARACTERS = 300_000
+MAX_CHARACTERS = 300_000
 """Maximum number of characters in a document: longer ones take seconds to parse."""
 
 _TAG = "tag:yaml.org,2002:"
 _CONVERTED = ("null", "bool", "int", "float")
 _STRINGS = ("str", "timestamp", "value", "merge")
-"""YAML tags of scalars that are read as strings: a date, `=` and `<<` too, where they are values."""
+"""YAML tags of scalars that are read as strings; dates, and `=` and `<<` in the place of a value, are strings too."""
 
 
 def parse(text: str, source: str) -> Node | None:
     """Read one YAML document; return None if it is empty.
 
-    `source` is its name in errors, which also tell the line, unless it is `COMMAND_LINE`.
+    `source` is its name in errors. Errors also give the line, unless `source` is `COMMAND_LINE`.
 
     Raises:
         ConfigError: the text is not YAML, gives a key twice, or uses a feature that is not supported, such as tags.
     """
-    if len(text) > MOST_CHARACTERS:
-        raise ConfigError(f"{source}: expected at most {MOST_CHARACTERS:,} characters, got {len(text):,}")
+    if len(text) > MAX_CHARACTERS:
+        raise ConfigError(f"{source}: expected at most {MAX_CHARACTERS:,} characters, got {len(text):,}")
     loader = YAML(typ="safe", pure=True)
     try:
         root = loader.compose(text)
@@ -74,26 +74,26 @@ class _Builder:
     def __init__(self, constructor: Any, source: str) -> None:
         self._constructor = constructor
         self._source = source
-        self._values = 0
-        """Number of values built so far; each use of an alias counts."""
+        self._count = 0
+        """Number of values built so far; each use of an alias counts its values again."""
         self._built: dict[Any, tuple[Node, int] | None] = {}
         """Tree and number of values of each of ruamel's nodes; None while its tree is being built."""
 
     def build(self, node: Any) -> Node:
         """Return the tree of a node. An anchored node is built only once."""
-        before = self._values
+        before = self._count
         if node not in self._built:
             self._built[node] = None
-            self._values += 1
+            self._count += 1
             tree = Node(self._value(node), _origin(self._source, node.start_mark))
-            self._built[node] = tree, self._values - before
+            self._built[node] = tree, self._count - before
         elif (built := self._built[node]) is not None:
             tree, size = built
-            self._values += size
+            self._count += size
         else:
-            raise self._error(node, "an alias is inside the value that it names: remove it")
-        if self._values > MOST_VALUES:
-            raise self._error(node, f"expected at most {MOST_VALUES:,} values, aliases expanded, got more")
+            raise self._error(node, "this alias refers to a value that contains it: remove the alias")
+        if self._count > MAX_VALUES:
+            raise self._error(node, f"expected at most {MAX_VALUES:,} values after expanding aliases, got more")
         return tree
 
     def _value(self, node: Any) -> Any:

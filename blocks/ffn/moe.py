@@ -1,6 +1,6 @@
 """A mixture of experts: each token is routed to the `top_k` of n gated networks with the highest scores.
 
-    s = sigmoid(x W_r)  (or softmax)           one score per expert, in float32
+    s = sigmoid(x W_r)  (or softmax)           one score per expert, in float32 or wider
     chosen = the top_k of s + b                g = s / (sum of s over the chosen) * routed_scale
     y = sum over the chosen of g_e E_e(x)  +  the shared expert, if there is one        E(x) = (f(x W_g) * x W_u) W_d
 
@@ -10,7 +10,7 @@ optimizer step, the bias b of an expert rises by `balance_rate` if its load is b
 The bias affects which experts are chosen, not their weights g.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import ClassVar, Literal
 
 import torch
@@ -28,6 +28,7 @@ from .swiglu import Swiglu, SwigluConfig
 class MoeConfig(FfnConfig):
     """Configuration of a mixture of gated experts, each of hidden width expansion * d_model, without auxiliary loss."""
 
+    deprecated_names: ClassVar[Mapping[str, str]] = {"scores": "score_function"}
     kind: Literal["moe"] = "moe"
     n_experts: int = Field(gt=0, le=4096)
     """Number of experts that tokens are routed to."""
@@ -37,7 +38,7 @@ class MoeConfig(FfnConfig):
     """Hidden width, divided by d_model, of a shared expert that is applied to all tokens; 0 means no shared expert."""
     shared_gate: bool = False
     """True to multiply the shared expert's output by a gate per token, the sigmoid of a linear map (Qwen3-Next)."""
-    scores: Literal["sigmoid", "softmax"] = "sigmoid"
+    score_function: Literal["sigmoid", "softmax"] = "sigmoid"
     """Function that turns the router's logits into scores."""
     routed_scale: float = Field(default=1.0, gt=0)
     """Factor by which the sum of the routed experts' outputs is multiplied."""
@@ -113,13 +114,16 @@ class Moe(FeedForward):
         with torch.autocast(x.device.type, enabled=False):
             wide = torch.promote_types(x.dtype, torch.float32)
             logits = F.linear(x.to(wide), self.router.weight.to(wide))
-        scores = logits.sigmoid() if self.config.scores == "sigmoid" else logits.softmax(-1)
+        scores = logits.sigmoid() if self.config.score_function == "sigmoid" else logits.softmax(-1)
         chosen = (scores.detach() + self.bias).topk(self.config.top_k, dim=-1).indices
         weights = scores.gather(1, chosen)
         return self.config.routed_scale * weights / weights.sum(-1, keepdim=True), chosen
 
     def _apply_experts(self, x: Tensor, weights: Tensor, chosen: Tensor, ends: Tensor) -> Tensor:
-        """Return each token's weighted sum of expert outputs; tokens are sorted by expert for grouped products."""
+        """Return each token's weighted sum of expert outputs. Tokens are sorted by expert, for one grouped product.
+
+        `ends` has, for each expert, the index after its last row among the sorted rows.
+        """
         order = chosen.flatten().argsort(stable=True)
         inverse = order.argsort()
         by_expert = x[order // self.config.top_k]

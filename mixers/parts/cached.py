@@ -19,7 +19,7 @@ class CachedMixer(SequenceMixer[Cache]):
     forget_heads: int | None = None
     """Number of heads with forget gates; None without forget gates."""
     score_factor: float = 1.0
-    """Factor of the scores beside 1/sqrt(K); muP sets it."""
+    """Factor by which scores are multiplied in addition to 1/sqrt(K); 1 unless muP sets it (`scale_like`)."""
 
     def __init__(self, config: MixerConfig) -> None:
         super().__init__(config)
@@ -53,7 +53,10 @@ class CachedMixer(SequenceMixer[Cache]):
         return resize_cache(state, *self._cache_type(max_length, min(processed, key_cache(state).keys.shape[1])))
 
     def _cache_type(self, max_length: int | None, slots: int) -> tuple[type[RingCache] | type[GrowingCache], int]:
-        """Return the cache type and its number of slots: a ring buffer if the size is bounded, else a growing cache."""
+        """Return the type of the cache and its number of slots.
+
+        A ring buffer if `window` or `max_length` bounds the size, else a growing cache with `slots` slots.
+        """
         bounds = [bound for bound in (self.config.window, max_length) if bound is not None]
         return RingCache if bounds else GrowingCache, min(bounds, default=slots)
 

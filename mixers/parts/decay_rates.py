@@ -15,7 +15,7 @@ LogDecays: TypeAlias = tuple[Float[Tensor, " H"], Float[Tensor, " H"]]
 
 
 class FixedDecay(nn.Module):
-    """Decay gamma of each head, which does not depend on the tokens, by a schedule.
+    """Fixed decay gamma of each head, given by a schedule, or learned from it.
 
     Args:
         n_heads: number of heads.
@@ -44,7 +44,7 @@ class FixedDecay(nn.Module):
 
     @torch.no_grad()
     def set_reach(self, tokens: Float[Tensor, " H"]) -> list[str]:
-        """Set the reach of learnable decays, as `SequenceMixer.set_reach`; fixed decays do not change."""
+        """Set the reach of learnable decays, see `SequenceMixer.set_reach`; decays that are not learnable do not change."""
         if self.logit is None:
             return []
         self.logit.copy_(tokens.log())  # the logit of gamma = tokens / (1 + tokens)

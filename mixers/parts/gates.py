@@ -68,7 +68,7 @@ class LowRanks(Config):
 
     @property
     def ranks(self) -> tuple[int, int, int]:
-        """Ranks of three maps: that to decays and rates, that of the value residual, and that of the output gate."""
+        """Ranks of the maps to decays and rates, of the value residual, and of the output gate."""
         return self.rank, self.value_rank or self.rank, self.gate_rank or 2 * self.rank
 
 
@@ -79,9 +79,9 @@ Gate = Literal["swish", "sigmoid", "none"]
 
 
 def gate_decay(logits: Float[Tensor, "*batch"], normalizer: float) -> Float[Tensor, "*batch"]:
-    """Return the natural log of sigmoid(logits)^(1/normalizer), in float32 or float64.
+    """Return the natural log of the decays sigmoid(logits)^(1/normalizer), in float32 or float64.
 
-    16 bits cannot tell a decay of 0.999 from 1.
+    In 16 bits, a decay of 0.999 would round to 1.
     """
     return F.logsigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32))) / normalizer
 
@@ -89,16 +89,17 @@ def gate_decay(logits: Float[Tensor, "*batch"], normalizer: float) -> Float[Tens
 class GatedNorm(nn.Module):
     """Norm of the last dimension, with weights and a gate: norm(x) * weight * act(gate).
 
-    The result has the dtype of x, but float32 for float16: the product of x and the gate, and x squared, can leave the
-    range of float16. Statistics are computed in float32 or wider. They never cross tokens, as those of nn.GroupNorm do.
+    The result has the dtype of x, except that float16 becomes float32: the product of x and the gate, and x squared, can
+    leave the range of float16. Statistics are computed in float32 or wider. They never cross tokens, as those of nn.GroupNorm do.
 
     Args:
         width: size of the last dimension.
         norm: the norm.
         gate: activation of the gate.
         affine: True if the norm has weights.
-        eps: added to the variance or the mean square.
-        heads: size of the second last dimension, if each head has its own weights; None to share them.
+        eps: constant added to the variance or the mean square.
+        heads: number of heads, the size of the second to last dimension, if each has its own weights; None if they share
+            one weight vector.
     """
 
     parameter_roles: ClassVar[Roles] = {"weight": Role.NORM}
@@ -125,12 +126,12 @@ class GatedNorm(nn.Module):
         y = x if x.dtype == wide else x.to(wide)
         weight = self.weight
         weight = None if weight is None else weight.to(wide)
-        shared = weight if weight is not None and weight.ndim == 1 else None
+        shared_weight = weight if weight is not None and weight.ndim == 1 else None
         if self.norm == "group":
-            y = F.layer_norm(y, y.shape[-1:], shared, eps=self.eps)
+            y = F.layer_norm(y, y.shape[-1:], shared_weight, eps=self.eps)
         elif self.norm == "rms":
-            y = F.rms_norm(y, y.shape[-1:], shared, self.eps)
-        if weight is not None and shared is None:
+            y = F.rms_norm(y, y.shape[-1:], shared_weight, self.eps)
+        if weight is not None and shared_weight is None:
             y = y * weight
         if gate is None or self.gate == "none":
             return y

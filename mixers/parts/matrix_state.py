@@ -77,12 +77,13 @@ class MatrixStateMixer(SequenceMixer[MatrixState]):
     supports_context_parallel = True
     log_decay_shape: Literal["H", "B T H", "B T H K"] | None = None
     """Dimensions of the log-decays; None without decay."""
-    silu: ClassVar[bool] = False
-    """True to apply silu even if the short convolution, which it normally follows, is switched off."""
+    silu_without_conv: ClassVar[bool] = False
+    """True to apply silu to the projections even if there is no short convolution, which normally applies it."""
     steps: int = 1
     """Number of steps of the recurrence per token."""
     wide_output: bool = False
-    """True if the op returns float32 for 16-bit inputs, because only a quotient of the output fits 16 bits."""
+    """True if the op returns float32 for 16-bit inputs, because the mixer divides the output by a normaliser before it
+    rounds it."""
     n_heads: int
     key_dim: int
     value_dim: int
@@ -97,7 +98,7 @@ class MatrixStateMixer(SequenceMixer[MatrixState]):
         """Return the short convolution of x, and the leaf `recent` of the final state (None unless requested)."""
         if self.convolution is not None:
             return self.convolution(x, call.enter("recent"))
-        x = F.silu(x) if self.silu else x
+        x = F.silu(x) if self.silu_without_conv else x
         if call.state is not None:
             return x, call.state.recent if call.return_state else None
         return x, x.new_zeros(call.rows(x.shape[0]), 0, 0, dtype=self.dtype) if call.return_state else None

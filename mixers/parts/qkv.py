@@ -47,7 +47,7 @@ ValueExpansion = Annotated[
         description="Total width of the values, and of the gate, divided by d_model.",
     ),
 ]
-QKNorm = Annotated[
+QKNormKind = Annotated[
     Literal["l2", "rms", "none"],
     Field(description="Norm of queries and keys per head: `l2` scales them to length 1, `rms` to sqrt(K); or `none`."),
 ]
@@ -70,7 +70,7 @@ class QKVConfig(MatrixStateConfig):
     expand_k: KeyExpansion = 1.0
     expand_v: ValueExpansion = 1.0
     short_conv: ShortConv = None
-    qk_norm: QKNorm = "none"
+    qk_norm: QKNormKind = "none"
     rotation: Rotation = "none"
     rotation_base: float = Field(default=10000.0, gt=1)
     """Base of the rotation frequencies."""
@@ -119,7 +119,7 @@ class QKVMixer(MatrixStateMixer):
     """
 
     gains: ClassVar[tuple[float, float]] = (2**-2.5, 2**-1)
-    """Gains with which the input and the output projection are initialised (Xavier-uniform); by default as RetNet's."""
+    """Gains with which the input and the output projection are initialised (Xavier-uniform); RetNet's by default."""
     activation: ClassVar[Literal["silu", "none"]] = "silu"
     """Activation after the short convolution."""
     projects_gate: ClassVar[bool] = True
@@ -199,7 +199,7 @@ class QKVMixer(MatrixStateMixer):
     def project(self, x: Float[Tensor, "B T D"], call: Call) -> QKV:
         """Compute everything before the recurrence: projections, convolution, norms and rotation."""
         q, k, v, *rest = self.widths.values()
-        if self.silu or self.convolution is not None:  # queries, keys and values go through the convolution together
+        if self.silu_without_conv or self.convolution is not None:  # queries, keys and values go through the convolution together
             qkv, *others = self.in_proj(x).split_with_sizes([q + k + v, *rest], -1)
             qkv, recent = self.convolve(qkv, call)
             qk, v = qkv.split_with_sizes([q + k, v], -1)

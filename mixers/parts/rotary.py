@@ -30,18 +30,18 @@ class LinearScaling(Config):
 
 
 class Llama3Scaling(Config):
-    """Scaling of Llama 3.1: slow angles are divided by a factor, fast ones stay, and those between are interpolated.
+    """Scaling of Llama 3.1: slow rotations are divided by a factor, fast ones stay, and those between are interpolated.
 
     theta <- s theta + (1 - s) theta / factor     s = (r - low) / (high - low) within [0, 1], r = length theta / (2 pi)
     """
 
     kind: Literal["llama3"] = "llama3"
     factor: float = Field(gt=0)
-    """Divisor of the slow angles."""
+    """Divisor of the slow rotations."""
     low_freq_factor: float = Field(default=1.0, gt=0)
-    """Number of turns within the original length up to which an angle counts as slow."""
+    """A rotation is slow if it makes at most this number of turns within the original length."""
     high_freq_factor: float = Field(default=4.0, gt=0)
-    """Number of turns within the original length from which an angle counts as fast."""
+    """A rotation is fast if it makes at least this number of turns within the original length."""
     original_length: int = Field(default=8192, gt=0)
     """Context length in tokens before the extension."""
 
@@ -87,7 +87,7 @@ def rotated(
         base: base of the frequencies.
         dims: number of dimensions to rotate, counted from the first; None for all.
         scaling: scaling of the angles; None for none.
-        memo: cache of the call, in which layers find angles that earlier layers computed; None for none.
+        memo: cache in which a layer finds the angles that an earlier layer computed; None to compute them.
     """
     if dims is not None and dims < x.shape[-1]:
         rotated_dims = rotated(x[..., :dims], positions, schedule, base, None, scaling, memo)

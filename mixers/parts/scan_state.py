@@ -55,12 +55,12 @@ class ScanMixer(SequenceMixer[ScanState]):
     op: ClassVar[str | None] = None
     """Name of the op of the recurrence; None if there is no choice of kernels."""
     products = 0
-    """Number of multiplications per token in matrix products outside linear layers, for `flops`."""
+    """Number of multiplications per token in the matrix products that are not linear layers; `flops` counts them."""
 
-    def __init__(self, config: Any, *memory: int) -> None:
+    def __init__(self, config: Any, *memory_sizes: int) -> None:
         super().__init__(config)
         self.config = config
-        self.memory = memory
+        self.memory_sizes = memory_sizes
         self.convolution = None
 
     def convolve(self, x: Float[Tensor, "B T C"], call: Call) -> tuple[Tensor, Tensor]:
@@ -92,12 +92,12 @@ class ScanMixer(SequenceMixer[ScanState]):
             recent = torch.zeros(batch_size, 0, 0, device=self.device, dtype=self.dtype)
         else:
             recent = self.convolution.init_state(batch_size)
-        memory = torch.zeros(batch_size, *self.memory, device=self.device, dtype=self.state_dtype)
+        memory = torch.zeros(batch_size, *self.memory_sizes, device=self.device, dtype=self.state_dtype)
         return ScanState(memory, recent, torch.zeros(batch_size, device=self.device, dtype=torch.int64))
 
     def kernels(self, dtype: torch.dtype) -> tuple[str, Probe] | None:
         if self.op is None:
             return None
         wide = torch.promote_types(dtype, torch.float32)  # mixers pass float32 even if projections have 16 bits
-        *keys, channels = self.memory
+        *keys, channels = self.memory_sizes
         return self.op, Probe(device=self.device, dtype=wide, key_width=math.prod(keys), value_width=channels)

@@ -37,7 +37,10 @@ class ShortConvolution(nn.Module):
         return cls(width, kernel_size, bias=bias, activation=activation) if kernel_size else None
 
     def choose_kernel(self, backend: str, dtype: torch.dtype) -> None:
-        """Choose the kernel backend of the convolution; backends that only the mixer's op has mean `auto`."""
+        """Choose the kernel backend of the convolution for the backend of its mixer.
+
+        A backend that the convolution does not have, such as `triton`, means `auto`.
+        """
         width, kernel_size = self.weight.shape
         probe = Probe(device=self.weight.device, dtype=dtype, key_width=kernel_size, value_width=width)
         named = backend if backend in ("reference", "native") else "auto"

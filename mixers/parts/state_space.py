@@ -93,5 +93,5 @@ class StateSpaceMixer(MatrixStateMixer):
         return projections_of(self.in_proj, self.out_proj, self.row_blocks, self.n_heads)
 
     def by_group(self, x: Float[Tensor, "B T G*K"]) -> Float[Tensor, "B T G K"]:
-        """Split B or C by group, whose heads share it."""
+        """Split keys B or queries C by group; all heads of a group use the same."""
         return x.unflatten(-1, (self.n_groups, -1))

@@ -104,14 +104,16 @@ class TimeStepDecay(nn.Module):
         """Initialise rates and biases at random in their ranges."""
         uniform = [torch.rand(x.shape, device=x.device) for x in (self.A_log, self.dt_bias)]
         low, high = self.rates
-        self.A_log.copy_(
-            (high - (high - low) * uniform[0]).log()
-        )  # uniform < 1, so a lowest rate of 0 is never reached
+        # uniform < 1, so a lowest rate of 0 is never reached
+        self.A_log.copy_((high - (high - low) * uniform[0]).log())
         self.dt_bias.copy_(step_bias(uniform[1], self.steps))
 
     @torch.no_grad()
     def set_reach(self, tokens: Float[Tensor, " H"]) -> list[str]:
-        """Set the biases for a reach at an input of zero, as `SequenceMixer.set_reach`; rates do not change."""
+        """Set the biases so that heads have this reach at an input of zero, see `SequenceMixer.set_reach`.
+
+        The rates do not change.
+        """
         log_decay = -torch.log1p(1 / tokens)
         rate = self.A_log.exp()
         if self.lower_bound is None:
@@ -125,7 +127,7 @@ class TimeStepDecay(nn.Module):
     def forward(self, dt: Float[Tensor, "B T *H"]) -> tuple[Float[Tensor, "B T *H"], Float[Tensor, "B T *H"]]:
         """Return step sizes and log-decays, [B T H], or [B T H K] if each key dimension has its own.
 
-        Both are float32 or float64: 16 bits cannot tell 0.999 from 1.
+        Both are float32 or float64: in 16 bits, a decay of 0.999 would round to 1.
         """
         wide = torch.promote_types(self.A_log.dtype, torch.float32)
         logits = dt.to(wide) + self.dt_bias.to(wide)

@@ -17,7 +17,7 @@ def token_shift(x: Float[Tensor, "B T C"], before: Float[Tensor, "N 1 C"] | None
 
     Args:
         x: the segment.
-        before: predecessor of the first token of each row or document; None for zeros.
+        before: the token before the first token of each row or document; None for zeros.
         call: the mixer's call; its state is not used.
     """
     return shift_tokens(x, call._replace(state=before))
@@ -49,7 +49,7 @@ class TokenShift(nn.Module):
 
     def forward(
         self, x: Float[Tensor, "B T C"], call: Call
-    ) -> tuple[Float[Tensor, "ways B T C"], Float[Tensor, "N 1 C"] | None]:
+    ) -> tuple[Float[Tensor, "mixtures B T C"], Float[Tensor, "N 1 C"] | None]:
         """Return all mixtures of a segment, and its last token in the parameters' dtype as the state."""
         before = x.new_zeros(call.rows(x.shape[0]), 1, x.shape[2]) if call.state is None else call.state
         shifted, last = token_shift(x, before, call)

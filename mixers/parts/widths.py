@@ -84,12 +84,12 @@ def divisors(number: int) -> list[int]:
     return sorted({*small, *(number // n for n in small)})
 
 
-def nearest_of(workable: list[int], given: int) -> str:
-    """Name the nearest workable numbers below and above the given one, as "4 or 8"; empty if there are none.
+def nearest_of(workable: list[int], number: int) -> str:
+    """Return the workable numbers nearest to a number, below and above it, as text: "4 or 8"; "" if there are none.
 
     Args:
         workable: the numbers that work, in ascending order.
-        given: the number that does not work.
+        number: the number that does not work.
     """
-    index = bisect(workable, given)
+    index = bisect(workable, number)
     return " or ".join(map(str, workable[max(0, index - 1) : index + 1]))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-class Recorded(NamedTuple):
+class OpCall(NamedTuple):
     """One recorded call of an op whose output is linear in the values: o_n = sum_m w_nm v_m, per head."""
 
     op: str
@@ -23,20 +23,20 @@ class Recorded(NamedTuple):
 
 
 class _Records(threading.local):
-    open: tuple[list[Recorded], ...] = ()
+    open: tuple[list[OpCall], ...] = ()
 
 
 _records = _Records()
 
 
 @contextmanager
-def recorded() -> Iterator[list[Recorded]]:
+def recorded() -> Iterator[list[OpCall]]:
     """Record the op calls of this thread while the context is open, in the list that it yields.
 
     Calls in compiled code or in a context-parallel group are not recorded.
     """
     before = _records.open
-    calls = list[Recorded]()
+    calls = list[OpCall]()
     _records.open = (*before, calls)
     try:
         yield calls
@@ -48,4 +48,4 @@ def record(op: str, v: Tensor, log_decay: Tensor | None, output: Tensor) -> None
     """Append a call to the lists of all open `recorded` contexts of this thread."""
     if not torch.compiler.is_compiling():  # a compiler would treat the lists as constants
         for calls in _records.open:
-            calls.append(Recorded(op, v, log_decay, output))
+            calls.append(OpCall(op, v, log_decay, output))

@@ -30,7 +30,7 @@ def written_out(moe, x):
     config, rows = moe.config, []
     for token in x.flatten(0, 1):
         logits = token @ moe.router.weight.mT
-        scores = logits.sigmoid() if config.scores == "sigmoid" else logits.softmax(-1)
+        scores = logits.sigmoid() if config.score_function == "sigmoid" else logits.softmax(-1)
         chosen = (scores + moe.bias).argsort(descending=True)[: config.top_k]
         y = 0
         for expert in chosen.tolist():
@@ -44,7 +44,7 @@ def written_out(moe, x):
     "fields",
     [
         {},
-        {"scores": "softmax", "routed_scale": 2.5},
+        {"score_function": "softmax", "routed_scale": 2.5},
         {"shared_expansion": 1.0, "top_k": 1},
         {"top_k": 5},
         {"shared_expansion": 0.5, "shared_gate": True},

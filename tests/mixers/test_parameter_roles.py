@@ -98,7 +98,7 @@ def test_a_declaration_that_is_missing_or_wrong_is_refused():
     assert 'did you mean "table"' in refusal(lambda: roles_of(Own(declared={"tabel": Role.RATE})))
     assert 'did you mean "rate"' in refusal(lambda: roles_of(Own(declared={"table": "rates"})))
     two = {"table": "rate", "maps.weight": [RowBlock("q", 3), RowBlock("k", 2)]}
-    assert "blocks of 6 rows in all for maps.weight, got 5" in refusal(lambda: roles_of(Own(declared=two)))
+    assert "blocks with 6 rows in total for maps.weight, got 5" in refusal(lambda: roles_of(Own(declared=two)))
 
 
 def test_a_declaration_wins_over_that_of_a_part():

@@ -1,7 +1,7 @@
 import pytest
 
 from seqmix.registry import ConfigError, SeqmixError, choices, nearest, require_name
-from seqmix.registry.errors import LONGEST, shown
+from seqmix.registry.errors import MAX_LINE_LENGTH, shown
 
 
 def test_nearest_suggests_the_closest_name_if_one_is_close():
@@ -36,7 +36,7 @@ def test_an_error_quotes_control_characters():
 
 def test_a_line_of_an_error_is_cut_in_the_middle():
     message = str(SeqmixError(f"run.yaml:1: {'x' * 300_000} is wrong\nanother"))
-    assert len(message) < 2 * LONGEST
+    assert len(message) < 2 * MAX_LINE_LENGTH
     assert message.startswith("run.yaml:1: xxx")
     assert message.endswith("x is wrong\nanother")
     assert nearest("x" * 300_000, ["x"]) == ""
