@@ -54,8 +54,8 @@ class AttentionConfig(MixerConfig):
     head_dim: int | None = Field(default=None, gt=0, examples=[8])
     """Width of one head; d_model / n_heads when null."""
     positions: Literal["rope", "xpos", "alibi", "none"] = "rope"
-    """Position encoding: `rope` rotates queries and keys (RoFormer), `xpos` also shrinks their products with distance,
-    `alibi` lowers scores with distance instead, `none` has no positions."""
+    """Position encoding: `rope` rotates queries and keys (RoFormer); `xpos` also multiplies their products by a factor that
+    shrinks with distance; `alibi` subtracts from scores in proportion to distance instead; `none` has no positions."""
     rope_base: float = Field(default=10000.0, gt=1, examples=[100.0])
     """Base of the rotation frequencies."""
     rope_scaling: RopeScaling | None = Field(default=None, examples=[LinearScaling(factor=2.0)])
@@ -262,12 +262,12 @@ class Attention(CachedMixer):
             value_width=self.head_dim,
             log_decay="K" if self.config.positions == "xpos" else None,
             window=self.config.window is not None,
-            scores=tuple(name for name, changed in self._score_changes.items() if changed),
+            scores=tuple(name for name, is_used in self._uses_score_option.items() if is_used),
         )
 
     @property
-    def _score_changes(self) -> dict[str, bool]:
-        """Options of the softmax op that a kernel may not support, by name; True if this layer uses the option."""
+    def _uses_score_option(self) -> dict[str, bool]:
+        """True for each score option that this layer uses, by name; a kernel may not support these options of the op."""
         config = self.config
         capped = config.softcap is not None
         sloped = config.positions == "alibi"

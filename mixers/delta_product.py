@@ -2,12 +2,12 @@
 
     q, k_i, v_i = silu(conv(x W_Q)), silu(conv(x W_Ki)), silu(conv(x W_Vi)) by head;  q and k_i divided by their norms
     beta_i  = sigmoid(x_t W_bi)   one scalar per head and step i = 1 .. n, from 0 to 1 (to 2 with allow_neg_eigval)
-    alpha_t = exp(-e^{A_log} softplus(x_t W_a + dt_bias))   one scalar per head, as in Gated DeltaNet; 1 without
+    alpha_t = exp(-e^{A_log} softplus(x_t W_a + dt_bias))   one scalar per head; 1 without forget_gate
     S      <- alpha_t S;  then n times  S <- S + beta_i k_i (v_i - k_i^T S)^T          o_t = q_t S / sqrt(K)
     y       = (silu(x W_G) * RMSNorm(o)) W_O    the norm is per head, its weights are shared by all heads
 
 A token's transition is a product of n Householder matrices, which can be any rotation of n dimensions. In DeltaNet it
-is at most a reflection. With n = 1 this is Gated DeltaNet. The norm cancels the factor 1/sqrt(K) except for its eps.
+is at most a reflection. With n = 1 this is Gated DeltaNet, whose decays alpha it has. The norm cancels the factor 1/sqrt(K) except for its eps.
 """
 
 from typing import Literal

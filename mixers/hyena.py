@@ -11,7 +11,7 @@ The filters are functions of the distance t in tokens, and are computed in every
 oscillating, s grows, and the window falls to its shift. So any length is allowed, but untrained lengths may give poor
 results. Decoding sums over all inputs of the long convolutions, which are the state, so the cost of a step grows with
 its position. In the parallel paradigm, later tokens affect earlier ones through the rounding of FFTs, and an inf or nan
-spreads to all tokens.
+spreads to all tokens of its sequence.
 
 Differences from the authors' code: it has one filter fewer than the paper (`first_filter` selects either), biases in
 the projections, dropout, k from 0 to K - 1 (k = 0 carries no information), s = t / (L - 1), and rates that are spread
@@ -39,8 +39,8 @@ from .parts import ShortConvolution
 from .roles import Role, RowBlock
 from .traits import Traits, require_capacity
 
-FAINT = 0.01
-"""Value to which a filter's window decays over the distances in `decay_range`."""
+DECAYED_WINDOW = 0.01
+"""Value to which the exponential window of a filter falls at the distances in `decay_range`."""
 
 
 class HyenaConfig(MixerConfig):
@@ -95,7 +95,7 @@ class HyenaConfig(MixerConfig):
 
 
 class GrowingHyenaState(NamedTuple):
-    """Growing state of Hyena after a prefix: a segment of T tokens adds T entries, also with packed documents."""
+    """Growing state of Hyena after a prefix. A segment, or a packed row, of T tokens adds T entries to every row."""
 
     recent: Float[Tensor, "B W-1 D*(N+1)"]
     """Last inputs of the short convolution, oldest first."""
@@ -160,14 +160,14 @@ class Hyena(SequenceMixer[HyenaState]):
         allocated = isinstance(state, AllocatedHyenaState)
         capacity = 0 if state is None else state.inputs.shape[1]
         # tokens must fit into an allocated state only if a final state is returned
-        fits = allocated and call.return_state
-        filters = (call.once(self.filters, capacity) if fits else self.filters(capacity + length)).unbind()
+        must_fit = allocated and call.return_state
+        filters = (call.once(self.filters, capacity) if must_fit else self.filters(capacity + length)).unbind()
         inputs = []
         for n, gate in enumerate(gates, start=self.n_filters - self.config.order):
             if n >= 0:  # the first gate has no filter if first_filter is False
                 before = None if state is None else state.inputs[:, :, n]
-                v, seen = long_convolution(v, filters[n], call._replace(state=before), grows=not allocated)
-                inputs.append(seen)
+                v, past_inputs = long_convolution(v, filters[n], call._replace(state=before), grows=not allocated)
+                inputs.append(past_inputs)
             v = gate * v
         y = self.out_proj(v.to(streams.dtype))
         if not call.return_state:
@@ -197,7 +197,7 @@ class Hyena(SequenceMixer[HyenaState]):
                 self.frequency.to(exact) * F.linear(hidden, layer.weight.to(exact), layer.bias.to(exact))
             )
         filters = F.linear(hidden, self.filter_out.weight.to(exact)).unflatten(1, (self.n_filters, -1))
-        fast, slow = (-math.log(FAINT) / part for part in config.decay_range)
+        fast, slow = (-math.log(DECAYED_WINDOW) / part for part in config.decay_range)
         rates = torch.linspace(slow, fast, self.d_model, device=self.device, dtype=exact)
         window = torch.exp(-s * rates) + config.decay_shift
         filters = filters * window[:, None] + (s == 0)[:, None] * self.skip.to(exact)

@@ -92,7 +92,7 @@ class LatentAttention(CachedMixer):
         queries = self.n_heads * (self.key_dim + self.rotary_dim)
         self.widths = {"q": config.q_lora_rank or queries, "latent": self.rank, "rotary": self.rotary_dim}
         self.in_proj = nn.Linear(d_model, sum(self.widths.values()), bias=False)
-        # without a compressed query, the rows of in_proj are those of the heads
+        # without q_lora_rank, in_proj computes the queries of the heads themselves
         query_rows = RowBlock("q", self.widths["q"], heads=1 if config.q_lora_rank else self.n_heads)
         kv_rows = self.n_heads * (self.key_dim + self.value_dim)
         self.parameter_roles = {
@@ -165,7 +165,7 @@ class LatentAttention(CachedMixer):
 
     def _attend_to_latents(self, q: Tensor, latents: Tensor, call: Call) -> tuple[Tensor, Cache | None]:
         """Attend to the latents directly, with queries of the width of the latents."""
-        to_keys, to_values = self._up().split([self.key_dim, self.value_dim], dim=1)
+        to_keys, to_values = self._up_weight().split([self.key_dim, self.value_dim], dim=1)
         plain, rotary_queries = q.split([self.key_dim, self.rotary_dim], dim=-1)
         queries = torch.cat((torch.einsum("bthk,hkr->bthr", plain, to_keys), rotary_queries), dim=-1)
         output, final_state = softmax_attention(
@@ -179,8 +179,8 @@ class LatentAttention(CachedMixer):
         )
         return torch.einsum("bthr,hvr->bthv", output, to_values), final_state
 
-    def _up(self) -> Float[Tensor, "H K+V R"]:
-        """Return the matrix that maps latents to keys and values by head, including adapters and hooks."""
+    def _up_weight(self) -> Float[Tensor, "H K+V R"]:
+        """Return the matrix that maps latents to keys and values by head, with the effect of adapters and hooks."""
         up = self.kv_up
         weight = up.weight
         if type(up) is not nn.Linear or up._forward_hooks or up._forward_pre_hooks:

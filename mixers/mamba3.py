@@ -85,7 +85,7 @@ class Mamba3(StateSpaceMixer):
             )
         gates = [("dt", None), ("a", None), ("share", None), ("angle", self.pairs)]
         super().__init__(config, d_model, n_layers, gates)
-        # entry 0 is for B, entry 1 for C
+        # index 0 is for B, index 1 for C
         self.key_norm = nn.Parameter(torch.empty(2, self.key_dim))
         self.key_bias = nn.Parameter(torch.empty(2, self.n_heads, self.key_dim))
         self.dt_bias = nn.Parameter(torch.empty(self.n_heads))

@@ -57,7 +57,7 @@ class MLSTMState(NamedTuple):
     memory: Float[Tensor, "B H K V+1"]
     """Matrix memory C of each head with the normaliser n as its last column, divided by e^l; float32 or float64."""
     weight: Float[Tensor, "B H"]
-    """Natural log l of the sum of the tokens' decayed weights."""
+    """Natural log l of the sum of the decayed weights of all tokens; -inf at the start."""
     recent: Float[Tensor, "B W-1 C"]
     """Last inputs of the short convolution, oldest first; empty without a short convolution."""
     position: Int[Tensor, " B"]

@@ -2,8 +2,8 @@
 
     y = c_1 f_1(x) + c_2 f_2(x) + ..                 every f_i is a mixer with its own state
 
-One block then combines the recall of attention with the constant state of a recurrence; in a hybrid of layers, each
-layer has only one of them. Falcon-H1 splits its channels among attention, Mamba-2 and the feed-forward network. Here
+One block then combines the recall of attention with the constant state of a recurrence; in a hybrid whose layers
+differ, each layer has only one of them. Falcon-H1 splits its channels among attention, Mamba-2 and the feed-forward network. Here
 every mixer sees all channels, and has the width that its configuration gives. Hymba norms every output before the sum,
 which is not done here.
 """
@@ -22,9 +22,10 @@ from ..ops.runtime.paradigm import Paradigm
 from .contract import MIXERS, MixerConfig, SequenceMixer
 from .traits import ContractError, Traits
 
-STATE = "ParallelHybridState"
+STATE_NAME = "ParallelHybridState"
+"""Start of the names of the state types; the number of mixers follows."""
 
-EXAMPLES = [
+_EXAMPLES = [
     [{"kind": "linear_attention", "n_heads": 2, "chunk_size": 4}, {"kind": "attention", "n_heads": 2}],
     [{"kind": "retention", "n_heads": 2, "chunk_size": 3}, {"kind": "attention", "n_heads": 2}],
     [{"kind": "mamba2", "head_dim": 6, "d_state": 4}, {"kind": "attention", "n_heads": 2, "window": 4}],
@@ -36,7 +37,7 @@ class ParallelHybridConfig(MixerConfig):
     """Several mixers in parallel on the same tokens, with their outputs added."""
 
     kind: Literal["parallel_hybrid"] = "parallel_hybrid"
-    mixers: tuple[Annotated[MixerConfig, MIXERS], ...] = Field(min_length=2, strict=False, examples=EXAMPLES)
+    mixers: tuple[Annotated[MixerConfig, MIXERS], ...] = Field(min_length=2, strict=False, examples=_EXAMPLES)
     """Two or more mixers; the supported paradigms are those that all of them support."""
     scales: tuple[float, ...] | None = Field(default=None, strict=False, examples=[[0.5, 2.0]])
     """Factors by which the mixers' outputs are multiplied, one per mixer; 1 for all when null."""
@@ -90,15 +91,15 @@ def _common_paradigms(mixers: tuple[MixerConfig, ...]) -> frozenset[Paradigm]:
 @cache
 def state_type(count: int) -> Any:
     """Return the state type for `count` mixers: a NamedTuple of their states."""
-    state = namedtuple(f"{STATE}{count}", [f"mixer_{number}" for number in range(count)])
+    state = namedtuple(f"{STATE_NAME}{count}", [f"mixer_{number}" for number in range(count)])
     state.__module__ = __name__
     return state
 
 
 def __getattr__(name: str) -> Any:
     """Look up the state types by name, as pickle needs."""
-    if name.startswith(STATE) and name.removeprefix(STATE).isdigit():
-        return state_type(int(name.removeprefix(STATE)))
+    if name.startswith(STATE_NAME) and name.removeprefix(STATE_NAME).isdigit():
+        return state_type(int(name.removeprefix(STATE_NAME)))
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -114,7 +115,7 @@ class ParallelHybrid(SequenceMixer[Any]):
 
     @property
     def parts(self) -> list[SequenceMixer[Any]]:
-        """The mixers, as a list whose type checkers know its elements."""
+        """The mixers, as a list, so that type checkers know the type of its elements."""
         return [*self.mixers]  # pyright: ignore[reportReturnType]  ModuleList does not know the type of its elements
 
     def reset_parameters(self) -> None:

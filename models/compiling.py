@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..blocks import Block
 from ..mixers.traits import require_compiles
-from ..ops.runtime.materialize import written
+from ..ops.runtime.materialize import write_to_memory
 from ..registry import SeqmixError
 from .language_model import LanguageModel
 
@@ -104,7 +104,7 @@ def _row_product(row: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
 
     The row is materialised first: if it were fused, its norm and activation would be recomputed for each output.
     """
-    product = (weight * written(row.reshape(-1), 0)).sum(-1)
+    product = (weight * write_to_memory(row.reshape(-1), 0)).sum(-1)
     if bias is not None:
         product = product + bias
     return product.reshape(*row.shape[:-1], -1)

@@ -29,7 +29,7 @@ from ..runtime.paradigm import Paradigm
 from ..runtime.recording import record
 from .inputs import AttentionInputs, AttentionOutput, require_attention, require_range
 from .kv_cache import first_key
-from .ring import attend_in_ring, can_ring
+from .ring import attend_in_ring, can_attend_in_ring
 from .sdpa import attend_in_blocks, softmax_chunkwise, softmax_parallel, softmax_recurrent
 
 Backend = Literal["auto", "sdpa", "flex", "xformers"]
@@ -86,7 +86,8 @@ def softmax_attention(
     Raises:
         SeqmixError: shapes, dtypes or document boundaries do not match, or the backend does not support an option.
         RuntimeError: a ring cache is too small for the window, or a decay would leave the dtype's range; on a GPU and
-            in compiled code, also if document boundaries are invalid. A GPU raises it late, when it reaches the check.
+            in compiled code, also if document boundaries are invalid. On a GPU the error appears only at a later call, because the
+            GPU runs asynchronously.
     """
     known = SoftmaxOptions.__annotations__
     if unknown := [name for name in options if name not in known]:
@@ -117,7 +118,7 @@ def _attend_in_group(x: AttentionInputs, call: Call) -> AttentionOutput:
     assert cp is not None
     x = x._replace(documents=cp.whole(x.documents, length))
     size = call.chunk_size if call.paradigm is Paradigm.CHUNKWISE else length
-    if can_ring(x):
+    if can_attend_in_ring(x):
         require_range(x.log_decay, min(call.chunk_size, length), x.q.dtype)
         return attend_in_ring(x, cp), None
     if x.value_dims is None:
@@ -142,7 +143,7 @@ def softmax_flops(
 ) -> int:
     """Return the FLOPs of one query head's matrix products in the forward pass.
 
-    They are counted as each paradigm computes them, masked pairs included.
+    They are counted as each paradigm computes them, including the pairs that are masked.
 
     Args:
         paradigm: parallel, recurrent or chunkwise.

@@ -21,8 +21,8 @@ def gate_sums(
 ) -> tuple[Float[Tensor, "B M H"], Float[Tensor, "B T H"]]:
     """Return the sums of log forget gates up to each key and up to each query, from the segment's first token on.
 
-    The keys are those of `join_key_values`. A cached key comes before the first token, so its sum is minus that of the
-    gates in between. With packed documents, sums begin at the first token of the row.
+    The keys are those of `join_key_values`. A cached key comes before the first token, so its sum is minus the sum of
+    the gates after it and before the segment. With packed documents, sums begin at the first token of the row.
     """
     segment = log_forget.double().cumsum(dim=1)
     if cache is None:
@@ -83,5 +83,5 @@ def _sum_after(x: Float[Tensor, "N S H"]) -> Float[Tensor, "N S H"]:
 
 
 def _expand_index(index: Tensor, like: Tensor) -> Tensor:
-    """Expand an index [N S] over the heads of `like`, as gather wants it."""
+    """Expand an index [N S] to the shape of `like`, [N S H], as `gather` requires."""
     return index[..., None].expand(like.shape)

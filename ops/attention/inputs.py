@@ -97,7 +97,7 @@ class AttentionInputs(NamedTuple):
         return kv if self.value_dims is None else kv._replace(values=kv.keys[..., : self.value_dims])
 
     def bias(self, places: Tensor, kv: KeyValues) -> Float[Tensor, "_ H T M"] | None:
-        """Return what gates and slopes add to the scores of queries, float32 or float64; None means zero.
+        """Return the sum of what forget gates and slopes add to the scores, float32 or float64; None means zero.
 
         `places` are the queries' positions relative to the segment's first token.
         """
@@ -151,7 +151,10 @@ class AttentionInputs(NamedTuple):
 
 
 def unsupported_scores(backend: str, probe: Probe) -> list[str]:
-    """Return why a backend without score options cannot run a call: one sentence if any is in use, else none."""
+    """Return the reasons why a backend that has no score options cannot run a call.
+
+    A list of one sentence if the call uses any of these options, else an empty list.
+    """
     return [f"{backend} does not support {' or '.join(probe.scores)}"] if probe.scores else []
 
 
@@ -250,7 +253,7 @@ def _require_scores(x: AttentionInputs) -> None:
     for name, shape in shapes.items():
         tensor = getattr(x, name)
         if tensor is not None and (tensor.shape != shape or not tensor.is_floating_point()):
-            raise SeqmixError(f"{name} must be floats {list(shape)}, got {list(tensor.shape)} of {tensor.dtype}")
+            raise SeqmixError(f"{name} must be a floating-point tensor of shape {list(shape)}, got {list(tensor.shape)} of {tensor.dtype}")
     if x.softcap is not None and not 0 < x.softcap < math.inf:
         raise SeqmixError(f"softcap must be a finite number above 0 (or None for no bound), got {x.softcap}")
     key_dim = x.k.shape[3]

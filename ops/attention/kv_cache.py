@@ -64,8 +64,8 @@ class ForgettingCache(NamedTuple):
 
     It stores gates, not a running sum, because float32 sums lose precision. After 100,000 tokens of log f = -0.01, such
     a sum is wrong by 1e-2 over the last 1,000 tokens; a sum that every token renormalises is wrong by 6e-3 after
-    100,000 tokens of -1e-4. forget_gates.py sums the gates in float64 at each call, which costs little beside reading
-    the keys.
+    100,000 tokens of -1e-4. forget_gates.py sums the gates in float64 at each call, which costs little compared with
+    reading the keys.
     """
 
     cache: KeyCache
@@ -249,7 +249,7 @@ def final_cache(
 ) -> Cache:
     """Return the cache after the segment.
 
-    `donated` is True if a ring that holds a window may be written in place.
+    `donated` is True if a ring may be written in place even if it holds a window, see `_ring_update`.
     """
     batch_size, length = k.shape[:2]
     if cache is None:
@@ -279,27 +279,28 @@ def final_cache(
 
 
 _Update: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-"""Function of a cache's tensor and the segment's tokens that returns the tensor after the segment, in its dtype."""
+"""Function from a tensor of a cache and the segment's tokens to the tensor after the segment, in the cache's dtype."""
 
 
 def _append(past: Tensor, tokens: Tensor) -> Tensor:
     return torch.cat((past, tokens.to(past.dtype)), dim=1)
 
 
-def _ring_update(ring: RingCache, stored: int, read: Tensor, *, donated: bool) -> _Update:
-    """Return the update that writes the last `stored` tokens to their slots of a ring; in place if it is donated.
+def _ring_update(ring: RingCache, n_tokens: int, read: Tensor, *, donated: bool) -> _Update:
+    """Return the update that writes the last `n_tokens` tokens of a segment to their slots of a ring.
 
-    A ring without a window is always donated, see `softmax_attention`; one with a window, if the caller donates it.
+    It writes in place if the ring is donated: always without a window, see `softmax_attention`, and with a window if the
+    caller donates it.
     """
     row = torch.arange(read.shape[0], device=read.device)[:, None]
-    slot = ring.slots(read[:, None] + torch.arange(-stored, 0, device=read.device))
+    slot = ring.slots(read[:, None] + torch.arange(-n_tokens, 0, device=read.device))
 
     def write(past: Tensor, tokens: Tensor) -> Tensor:
         # rows that share memory (a state expanded over a batch) need copies before they are written
         rows_share_memory = past.stride(0) == 0 and past.shape[0] > 1
         in_place = donated and not torch.is_grad_enabled() and not rows_share_memory
         put = Tensor.index_put_ if in_place else Tensor.index_put
-        return put(past, (row, slot), tokens[:, tokens.shape[1] - stored :].to(past.dtype))
+        return put(past, (row, slot), tokens[:, tokens.shape[1] - n_tokens :].to(past.dtype))
 
     return write
 

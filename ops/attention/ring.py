@@ -55,10 +55,11 @@ class RingInputs(NamedTuple):
     """Number of processes in the group."""
 
 
-def can_ring(x: AttentionInputs) -> bool:
+def can_attend_in_ring(x: AttentionInputs) -> bool:
     """Return True if ring attention can compute a call.
 
-    Ring attention handles no caches, which hold keys of the whole row, and no gradients of log_decay or slopes.
+    It cannot if the call has a cache or returns one, because a cache holds keys of the whole row, or if log_decay or
+    slopes need gradients.
     """
     return x.cache is None and not x.output_final_state and not needs_grad(x.log_decay, x.slopes)
 

@@ -45,7 +45,7 @@ def attend_by_scores(
         output = matmul(group_heads(scores.softmax(-1), groups), values.transpose(1, 2).to(wide))
         output = ungroup_heads(output, n_heads)
         if x.sinks is not None:
-            # the backward pass of sigmoid forms 1 - sigmoid by subtraction, which cancels; this form does not
+            # not sigmoid: its backward pass computes 1 - sigmoid by subtraction, which loses digits near 1
             share = logsigmoid(scores.logsumexp(-1) - x.sinks[:, None].to(wide)).exp()
             output = output * share[..., None]
     return output.transpose(1, 2).to(q.dtype)

@@ -107,14 +107,14 @@ def _final_state(x: Tensor, past: Tensor | None, grows: bool, cu_seqlens: Tensor
 
 
 class _LongInputs(NamedTuple):
-    """Inputs of the long convolution, as `long_convolution` takes them."""
+    """Inputs of the op; `past` is the initial state, [N P D]."""
 
     x: Tensor
     filters: Tensor
     past: Tensor | None
     cu_seqlens: Tensor | None
     boundaries: Sequence[int] | None
-    direct: bool
+    sums_directly: bool
     """True to evaluate the sum over inputs directly, False to use FFTs."""
 
     @property
@@ -124,7 +124,7 @@ class _LongInputs(NamedTuple):
         return (document for document in documents if document.stop > document.start)
 
     def inputs_in_reach(self, document: Stretch) -> Tensor:
-        """Return the inputs that the outputs of a document depend on."""
+        """Return the inputs that the outputs of a document depend on, [B|1 P'+T' D]: P' cached ones, then its own T'."""
         return _inputs_in_reach(self.x, self.past, document, self.filters.shape[1])
 
 
@@ -136,7 +136,7 @@ def _forward(call: _LongInputs) -> tuple[Tensor]:
     """Compute the outputs, [B T D]."""
     (output,) = _allocate(call)
     for document in call.documents:
-        convolve = _convolve_by_sums if call.direct else _convolve_by_fft
+        convolve = _convolve_by_sums if call.sums_directly else _convolve_by_fft
         length = document.stop - document.start
         output[:, document.start : document.stop] = convolve(call.inputs_in_reach(document), call.filters, length)
     return (output,)
@@ -152,7 +152,7 @@ def _backward(call: _LongInputs, gradients: Gradients) -> dict[str, Tensor]:
     for document in call.documents:
         inputs = call.inputs_in_reach(document)
         length = document.stop - document.start
-        differentiate = _sums_backward if call.direct else _fft_backward
+        differentiate = _sums_backward if call.sums_directly else _fft_backward
         d_new = d_output[:, document.start : document.stop].to(inputs.dtype)
         d_inputs, d_taps = differentiate(d_new, inputs, filters)
         out["filters"][:, : d_taps.shape[1]] += d_taps
@@ -199,7 +199,7 @@ def _fft_backward(d_new: Tensor, inputs: Tensor, filters: Tensor) -> tuple[Tenso
 
 
 def _fast_size(at_least: int) -> int:
-    """Return the smallest FFT size from `at_least` on that is fast: a power of two times 1, 3, 5, 9 or 15."""
+    """Return the smallest fast FFT size that is at least `at_least`: a power of two times 1, 3, 5, 9 or 15."""
     return min(odd << (-(-at_least // odd) - 1).bit_length() for odd in (1, 3, 5, 9, 15))
 
 

@@ -193,9 +193,8 @@ def _entry_state(x: Tensor, state: Tensor, call: Call) -> Tensor:
         document = documents.of_token[:1]
         start = start - documents.cu_seqlens[document]
         before = state.index_select(0, document)
-    n_initial = past - torch.as_tensor(start, device=x.device).clamp(
-        max=past
-    )  # slots still filled by the initial state
+    # number of slots that the initial state still fills
+    n_initial = past - torch.as_tensor(start, device=x.device).clamp(max=past)
     initial = before.index_select(1, (slot + past - n_initial).clamp(max=past - 1))
     return cp.continued(torch.where((slot < n_initial)[:, None], initial, last_inputs), state, documents)
 

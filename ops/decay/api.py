@@ -107,7 +107,7 @@ def decay_flops(
 ) -> int:
     """Count the operations (FLOPs) of one head's matrix products in a forward pass.
 
-    Causal scores count as full squares, because kernels compute them in full.
+    Causal scores count as full squares, because kernels also compute the masked half.
 
     Args:
         paradigm: parallel, recurrent or chunkwise.
@@ -134,8 +134,9 @@ def decay_flops(
     return inside + (read + length - last) * per_state
 
 
-# Twice the largest error in several thousand cases per function, or, if that is larger, the error of exp for exponents
-# that do not underflow: 87 roundings in float32, 708 in float64. The parallel paradigm rounds its scores to 16 bits.
+# Twice the largest error in several thousand cases per function, or, if that is larger, the error of exp: the rounding
+# of an exponent of up to 87 in float32 and 708 in float64, beyond which exp underflows. The parallel paradigm rounds its
+# scores to 16 bits.
 TOLERANCES = {torch.float64: 2e-13, torch.float32: 1e-5, torch.bfloat16: 7e-3, torch.float16: 9e-4}
 
 declare_references(

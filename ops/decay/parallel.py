@@ -36,7 +36,7 @@ def decay_parallel(x: Recurrence) -> RecurrenceOutput:
     else:
         document = document_of_token(cu_seqlens, length)
         causal = causal & (document[:, None] == document)
-    # products in 16 bits are as precise as in other kernels; decays and states stay wide
+    # products of q, k and v have the dtype of the inputs, as in other kernels; decays and states stay wide
     with no_autocast(q.device):
         q, k, v = ((q if x.scale == 1 else x.scale * q).transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         a = None if log_decay is None else per_token(log_decay.to(wide), length)  # [1|B H T 1|K]

@@ -61,7 +61,7 @@ def delta(
         q: queries.
         k: keys, normally of norm 1 (`unit_norm`).
         v: values.
-        beta: part of the prediction error that is written, from 0 to 2 for keys of norm 1.
+        beta: factor of the prediction error that is written, from 0 to 2 for keys of norm 1.
         log_decay: natural log of the decay, <= 0, -inf allowed; None means no decay.
         call: the call of a mixer; None if you call the op directly, with `options`.
         scale: factor of the output, 1/sqrt(K) by default.
@@ -96,7 +96,7 @@ def delta_product(
         q: queries, one per token.
         k: keys, n per token.
         v: values, n per token.
-        beta: part of the prediction error that each step writes.
+        beta: factor of the prediction error that each step writes.
         log_decay: natural log of the decay before a token's first step; None means no decay.
         call: the call of a mixer, as for `delta`.
         scale: factor of the output, as for `delta`.
@@ -110,7 +110,7 @@ def delta_product(
     steps = k.shape[1] // length
     if steps < 1 or k.shape[1] != steps * length:
         raise SeqmixError(
-            f"expected k to have a whole number of steps per token of q, got {k.shape[1]} steps for {length} tokens"
+            f"expected k to have a whole number of steps per token of q, got {k.shape[1]} keys for {length} tokens"
         )
     if steps > 1:
         q = F.pad(q[:, :, None], (0, 0, 0, 0, steps - 1, 0)).flatten(1, 2)
@@ -175,7 +175,7 @@ def delta_flops(
 ) -> int:
     """Count the operations (FLOPs) of one head's matrix products in a forward pass.
 
-    Causal scores count as full squares, because kernels compute them in full. The triangular solves of the chunks, with
+    Causal scores count as full squares, because kernels also compute the masked half. The triangular solves of the chunks, with
     C^3 / 3 multiplications each, are not matrix products and are not counted.
 
     Args:

@@ -169,7 +169,7 @@ class DeltaChunks(Chunks):
         return _System(decays, reads, keys, pairs, inverse)
 
     def _value(self, x: GroupTokens, pairs: Tensor) -> Tensor:
-        """Return v, or if b is set, the values that a reads of those written inside the chunk, (a k^T * D) v."""
+        """Return v; or if b is set, what a reads of the values written inside the chunk, (a k^T * D) v."""
         return x.v if x.b is None else torch.bmm(pairs[:, 1::2, 1::2], x.v)
 
     def _allocate_writes(self, x: GroupTokens) -> tuple[Tensor, Tensor]:
@@ -179,7 +179,7 @@ class DeltaChunks(Chunks):
         return writes[:, :, 0], writes.flatten(1, 2)
 
     def _chunk_rows(self, group: Group, x: GroupTokens) -> list[tuple[int, slice]]:
-        """Return each chunk's index in its group, and its slice of the first dimension, G."""
+        """Return for each chunk its index in the group, and its slice of the first dimension, G."""
         rows = len(x.v) // group.chunks
         return [(number, slice(number * rows, (number + 1) * rows)) for number in range(group.chunks)]
 

@@ -75,7 +75,7 @@ class DeltaRule(TokenRule):
 
 
 def _d_read(x: TokenVectors, d_state: Tensor) -> Tensor:
-    """Return the gradient of the values that a reads, dr, from the gradient of the state, dS."""
+    """Return dr, the gradient of the values that a reads, from dS, the gradient of the state."""
     return -(x.beta_k.mT @ d_state) if x.b is None else x.b.mT @ d_state
 
 

@@ -40,11 +40,11 @@ class ChunkStates(NamedTuple):
     entries: Tensor
     """State before each chunk, [n B H K V]."""
     nonzero: slice
-    """Slice of the dimension G (chunk, batch row, head) whose entry states may be nonzero: its last part."""
+    """Slice of the dimension G (chunk, batch row, head), up to its end: the entry states before it are zero."""
 
 
 class Chunks(ABC):
-    """Mathematics of a family inside chunks.
+    """What a family computes inside chunks, forward and backward.
 
     One object serves all chunks of a call, so terms that the chunks share are computed once.
     """
@@ -79,8 +79,8 @@ class Chunks(ABC):
             d_out: gradient of the output, [G m V].
             states: states before each chunk.
             d_states: gradients of the states before each chunk and after the last, [n+1 B H K V]. The last entry is an
-                input; this method writes the others, except those of states that are zero (`states.nonzero`).
-            used: slice of the dimension G whose exit states the loss depends on: its first part.
+                input; this method writes the others, except for entry states that are zero (`states.nonzero`).
+            used: slice of the dimension G, from its start: the loss does not depend on the exit states after it.
         """
 
 
@@ -131,9 +131,9 @@ def _count_unsaved(x: Recurrence, stretch: Stretch, group: Group) -> int:
 
 
 def _tokens(x: Recurrence, group: Group, dtype: torch.dtype) -> GroupTokens:
-    # contiguous, because a product with a view would take over its layout
+    # beta is made contiguous, because a product with a view would inherit the view's layout
     beta = None if x.beta is None else group_rows(x.beta[..., None], group, dtype).contiguous()
-    q, k = (group_rows(tensor, group, dtype, x.shared) for tensor in (x.q, x.k))
+    q, k = (group_rows(tensor, group, dtype, x.heads_per_key) for tensor in (x.q, x.k))
     v = group_rows(x.v, group, dtype)
     a, b = (None if tensor is None else group_rows(tensor, group, dtype) for tensor in (x.a, x.b))
     return GroupTokens(q, k, v, beta, a, b)
@@ -222,7 +222,7 @@ def _backward(make_chunks: MakeChunks, x: Recurrence, gradients: Gradients) -> d
                 slice(0, group.chunks * rows - unused_rows),
             )
             for name, gradient in group_gradients.items():
-                _add(out[name], group, gradient, x.shared if name in ("q", "k") else 1)
+                _add(out[name], group, gradient, x.heads_per_key if name in ("q", "k") else 1)
             d_state = d_states[0]
         if x.initial_state is not None and d_state is not None:
             out["initial_state"][stretch.rows].copy_(d_state)

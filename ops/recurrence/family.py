@@ -38,7 +38,7 @@ class Recurrence(NamedTuple):
     log_decay: Tensor | None
     """Natural logarithm of the decay, <= 0: None, [H], [B T H] or [B T H K]."""
     beta: Tensor | None
-    """Write strength of the delta family [B T H]: the part of the prediction error that is written."""
+    """Write strength of the delta family [B T H]: factor of the prediction error that is written."""
     initial_state: Tensor | None
     """State before the first token [N H K V]; None means zero."""
     cu_seqlens: Tensor | None
@@ -46,9 +46,13 @@ class Recurrence(NamedTuple):
     boundaries: Sequence[int] | None
     """Values of cu_seqlens; None where they are not known."""
     scale: float
+    """Factor of the output."""
     chunk_size: int
+    """Chunk length in tokens of the chunkwise paradigm."""
     output_final_state: bool
+    """True if the final state is requested."""
     needs_grad: bool = False
+    """True if a backward pass may follow; set by the op."""
     a: Tensor | None = None
     """Keys of the delta family that read the decayed state, [B T H K]; None means k."""
     b: Tensor | None = None
@@ -83,20 +87,20 @@ class Recurrence(NamedTuple):
         return (self.v.shape[2], self.q.shape[3], self.v.shape[3])
 
     @property
-    def shared(self) -> int:
+    def heads_per_key(self) -> int:
         """Number of heads that share a query and a key, H / G."""
         return self.v.shape[2] // self.q.shape[2]
 
     def by_head(self) -> "Recurrence":
         """Return the inputs with queries and keys repeated for every head (as views if there is one group)."""
-        if self.shared == 1:
+        if self.heads_per_key == 1:
             return self
-        q, k = (x[:, :, :, None].expand(-1, -1, -1, self.shared, -1).flatten(2, 3) for x in (self.q, self.k))
+        q, k = (x[:, :, :, None].expand(-1, -1, -1, self.heads_per_key, -1).flatten(2, 3) for x in (self.q, self.k))
         return self._replace(q=q, k=k)
 
     @property
     def stretches(self) -> list[Stretch]:
-        """Ranges of tokens that are processed as one sequence each; use it only in an op, as it may wait for a GPU."""
+        """Ranges of tokens that are processed as one sequence each; use it only inside an op, because it may wait for a GPU."""
         return stretches(self.q.shape[0], self.q.shape[1], self.cu_seqlens, self.boundaries)
 
     def widened(self) -> "Recurrence":
@@ -173,8 +177,8 @@ def recur(
 ) -> RecurrenceOutput:
     """Run the kernel that a call selects, on the tokens of one process or of a context-parallel group.
 
-    In a group the kernel runs twice: first to find how the segment transforms any state, then from the state that the
-    preceding segments leave.
+    In a group the kernel runs twice: first to find the map from the state before the segment to the state after it, then
+    from the actual state, which the preceding segments leave.
 
     Args:
         family: the family of recurrences.
@@ -249,9 +253,9 @@ def require_recurrence(x: Recurrence) -> None:
         shapes = ", ".join(str(list(tensor.shape)) for tensor in (x.q, x.k, x.v))
         expected = "q and k of shape [B T G K] and v of shape [B T H V] with T >= 1 and H a multiple of G"
         raise SeqmixError(f"expected {expected}, got {shapes}")
-    if x.shared > 1 and (x.beta is not None or x.a is not None):
+    if x.heads_per_key > 1 and (x.beta is not None or x.a is not None):
         raise SeqmixError(
-            f"the delta rule expects q and k to have the {x.v.shape[2]} heads of v, got {x.q.shape[2]} heads"
+            f"the delta rule expects q and k to have as many heads as v, {x.v.shape[2]}, got {x.q.shape[2]}"
         )
     batch, length, heads, key_width = per_head = (*x.v.shape[:3], x.k.shape[3])
     if x.beta is not None and (tuple(x.beta.shape) != (batch, length, heads) or not x.beta.is_floating_point()):
@@ -293,7 +297,7 @@ def require_floats(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Check the dtypes of q, k and v: products of integers would be rounded silently.
 
     Raises:
-        SeqmixError: if they do not all have the same one of the dtypes float64, float32, bfloat16 and float16.
+        SeqmixError: if they do not share one dtype out of float64, float32, bfloat16 and float16.
     """
     if not (q.dtype == k.dtype == v.dtype and q.dtype in FLOATS):
         supported = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS)

@@ -13,7 +13,8 @@ from torch import Tensor
 from ..runtime.packing import Stretch
 
 CACHED_ELEMENTS = 3 * 2**17
-"""Maximum number of elements of a group's keys and values on a CPU, to fit its cache; a single chunk may exceed it."""
+"""Maximum number of elements of a group's keys and values on a CPU, so that they fit its cache; a single chunk may have
+more."""
 UNCACHED_ELEMENTS = 2**26
 """Maximum number of elements of a group on other devices, where only memory limits it and small launches are slow."""
 
@@ -46,12 +47,12 @@ def max_chunks(x: Tensor, chunk_size: int, width: int) -> int:
     return max(min(fitting, length // chunk_size), 1)
 
 
-def groups(stretch: Stretch, chunk_size: int, most: int) -> list[Group]:
-    """Split a stretch into groups of at most `most` chunks; a ragged last chunk is a group of its own."""
+def groups(stretch: Stretch, chunk_size: int, max_per_group: int) -> list[Group]:
+    """Split a stretch into groups of at most `max_per_group` chunks; a ragged last chunk is a group of its own."""
     whole, ragged = divmod(stretch.stop - stretch.start, chunk_size)
     result = [
-        Group(stretch.start + first * chunk_size, chunk_size, min(most, whole - first))
-        for first in range(0, whole, most)
+        Group(stretch.start + first * chunk_size, chunk_size, min(max_per_group, whole - first))
+        for first in range(0, whole, max_per_group)
     ]
     if ragged:
         result.append(Group(stretch.stop - ragged, ragged))

@@ -6,8 +6,8 @@ own keys write; its other queries read only what keys of earlier tokens wrote, w
 
     A_ij = scale sum_d Q_id k_jd exp(a_{j+1} + .. + a_i)_d      i the token of the query, j the token of the key
 
-No factor is above 1, and no decay is computed as the difference of two sums: both would lose all digits where decays
-are strong, and -inf would give NaN.
+No decay is divided by another, so no factor is above 1, and no decay is computed as the difference of two sums. Either
+would lose all digits where decays are strong, and give NaN for a log-decay of -inf.
 """
 
 from abc import ABC, abstractmethod
@@ -74,12 +74,13 @@ class ChunkDecays(ABC):
             k: keys, [G m*c K].
             scores: A, which is overwritten.
             d_scores: gradient of A, which is overwritten.
-            through_states: gradients through the states, which da includes; None if da is not wanted, and da is None.
+            through_states: gradients through the states, which da includes; None if da is not wanted: da is then
+                returned as None.
         """
 
 
 class _CausalMask:
-    """Causal mask times a scale: the first query of a token sees its own token too, the others only earlier tokens."""
+    """Causal mask times a scale: the first query of a token also sees its own token, the others see only earlier tokens."""
 
     def __init__(self, scale: float, queries: int, size: int, like: Tensor) -> None:
         self.scale = scale
@@ -346,7 +347,10 @@ class _TokenDecays:
 
 
 def make_decays(x: Recurrence, scale: float, queries: int = 1) -> _FixedDecays | _TokenDecays:
-    """Build the decays of a call; `chunks` of the result returns those of a group. A token has `queries` queries."""
+    """Build the decays of a call. Method `chunks` of the result returns the decays inside the chunks of a group.
+
+    Scores are multiplied by `scale`. Each token has `queries` queries: 1 in the decay family, 2 in the delta family.
+    """
     like = x.q.new_empty(0, dtype=x.wide)
     size = min(x.chunk_size, x.q.shape[1])
     mask = _CausalMask(scale, queries, size, like)
@@ -384,7 +388,7 @@ def _add_products(out: Tensor, x: Tensor, y: Tensor) -> None:
 
 
 def pad_rows(x: Tensor, before: int, after: int) -> Tensor:
-    """Pad products [G' m *] of some chunks of a group with zeros for the chunks before and after, in rows of G."""
+    """Pad x [G' m *], which has some chunks of a group, with zeros for the others: `before` and `after` rows of G."""
     return F.pad(x, (0, 0, 0, 0, before, after)) if before or after else x
 
 

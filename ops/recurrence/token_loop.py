@@ -8,7 +8,7 @@ Notation of family.py; dS_t is the gradient of the state after token t, dS_t^+ t
 
 As a reference, it shares no formula with the chunkwise engine. Only the states and their gradients are computed one
 after another. Outputs and the other gradients are computed for several tokens at once: as many as have states that fit
-a CPU's cache, or a part of a GPU's memory. Every BLOCK-th state of a document is saved, except the initial state; the
+into a CPU's cache, or into a part of a GPU's memory. Every BLOCK-th state of a document is saved, except the initial state; the
 backward pass recomputes the states between them, so memory grows slowly with T. One token alone, as in decoding, is
 computed by plain operations.
 """
@@ -36,7 +36,7 @@ CACHED_ELEMENTS = 2**19
 
 
 class TokenVectors(NamedTuple):
-    """Vectors of n tokens in the dtype of states, with R = B H; single tokens (`each`) lack the first axis."""
+    """Vectors of n tokens in the dtype of states, with R = B H; those of a single token (`each`) lack the first axis."""
 
     q: Tensor
     """Queries times the scale, [n R 1 K]."""
@@ -231,8 +231,8 @@ def _tokens(x: Recurrence, start: int, stop: int) -> TokenVectors:
     column = k[..., None]
     decay = x.log_decay
     if decay is not None:
-        fixed = decay.ndim == 1
-        decay = (decay.repeat(x.q.shape[0]).expand(stop - start, -1) if fixed else _rows(decay, start, stop)).exp()
+        is_fixed = decay.ndim == 1
+        decay = (decay.repeat(x.q.shape[0]).expand(stop - start, -1) if is_fixed else _rows(decay, start, stop)).exp()
         decay = decay[(...,) + (None,) * (4 - decay.ndim)]
     return TokenVectors(
         q=(x.scale * q)[..., None, :],

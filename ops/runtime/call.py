@@ -1,4 +1,4 @@
-"""The call context: everything that a mixer passes to its op beside the tensors of a segment."""
+"""The call context: everything that a mixer passes to its op besides the tensors of a segment."""
 
 import warnings
 from collections.abc import Callable
@@ -44,7 +44,7 @@ class CallOptions(TypedDict, total=False):
 
 
 class Call(NamedTuple):
-    """Context of one op call: all that a mixer passes beside tensors. Immutable, built by `SequenceMixer.forward`."""
+    """Context of one op call: all that a mixer passes besides tensors. Immutable, built by `SequenceMixer.forward`."""
 
     paradigm: Paradigm
     state: Any = None

@@ -119,7 +119,7 @@ class ContextParallel:
         return rows if documents is None else rows.index_select(0, documents.of_token[-1:])
 
     def continued(self, row: Tensor, rows: Tensor, documents: Documents | None) -> Tensor:
-        """Return `rows` (one per document), with `row` for the document in which this segment starts.
+        """Return `rows` (one per document), in which `row` replaces that of the document in which this segment starts.
 
         Returns `row` itself if `documents` is None.
         """
@@ -131,8 +131,8 @@ class ContextParallel:
     def after(self, row: Tensor, rows: Tensor, documents: Documents | None, length: int) -> Tensor:
         """Return the states before this segment (one per document), given the state `row` after the preceding segment.
 
-        `rows` are the states before the whole row. `row` replaces that of the document which this segment starts in,
-        unless the document starts with this segment.
+        `rows` are the states before the whole row. `row` replaces the state of the document in which this segment
+        starts, unless the document begins at the segment's first token.
         """
         if documents is None:
             return row
@@ -208,7 +208,7 @@ def _gather(call: _Gather) -> tuple[Tensor]:
     Torch's own differentiable collective is unsuitable: it hands an unfinished tensor to custom ops, which read it.
     """
     (whole,) = _allocate(call)
-    # renamed in torch 2.13
+    # torch 2.13 renamed all_gather_into_tensor to all_gather_single
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     gather(whole.view(-1), call.x.reshape(-1), group=_group(call.group))
     return (whole,)

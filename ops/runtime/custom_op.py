@@ -38,7 +38,7 @@ SCHEMAS: Mapping[Any, str] = {
 
 
 class Gradients(NamedTuple):
-    """Arguments of a backward pass beside the op's inputs."""
+    """Arguments of a backward pass besides the op's inputs."""
 
     outputs: tuple[Tensor | None, ...]
     """Gradients of the returned outputs; None for an output that the loss does not depend on."""
@@ -61,7 +61,7 @@ class Op(Generic[I]):
             means that the op is not differentiable.
         outputs: number of outputs.
         saves: number of outputs, counted from the end, that exist only for the backward pass.
-        reads: number of outputs, counted back from those, that are returned and also saved for the backward pass.
+        reads: number of outputs, directly before those, that are both returned and saved for the backward pass.
         mutates: names of the inputs that are written in place.
         result: builds the value that a call returns, from inputs and outputs; by default, the outputs.
     """
@@ -126,7 +126,7 @@ class Op(Generic[I]):
         x = self.inputs._make(args)
         with _op_context(getattr(x, self.tensors[0]).device):
             outputs = _unwrap_single(self.forward(x))
-        for i in self.mutated:  # autograd refuses a backward pass that needs the value from before
+        for i in self.mutated:  # so that autograd refuses a backward pass that needs the overwritten value
             if isinstance(args[i], Tensor) and not args[i].is_inference():
                 torch.autograd.graph.increment_version(args[i])
         return outputs

@@ -98,12 +98,12 @@ class Kernel:
     it can."""
     reference: bool = False
     """True for the fallback, which runs on every device and supports every call. An op has one per paradigm."""
-    differences: bool = False
-    """True if the gradient of a log-decay per token is computed as a difference of sums. The terms that cancel then
-    count among the terms of the tolerance; where decays are strong, the difference is rounding error only."""
+    gradient_by_subtraction: bool = False
+    """True if the gradient of a log-decay per token is computed as a difference of sums. The tolerance then also allows for
+    the terms that cancel in the difference: where decays are strong, only their rounding errors remain of it."""
     follows_inputs: bool = False
-    """True if a layer that has this kernel leaves other devices and dtypes than the kernel's to the reference: the
-    choice is made when a model is built, on a CPU, and the model may be moved or converted afterwards."""
+    """True if the reference runs instead of this kernel when the inputs are not on a CPU or their dtype is not supported. A
+    layer chooses its kernel when its model is built, on a CPU, and the model may be moved or converted afterwards."""
     higher_order: bool = False
     """True if the kernel calls a higher-order op of torch (an op that takes functions), which a dispatch mode cannot
     intercept."""
@@ -235,7 +235,7 @@ def chosen(op: str, paradigm: Paradigm, backend: str, x: Tensor) -> Kernel:
 
 
 @cache
-def installed(library: str) -> bool:
+def is_installed(library: str) -> bool:
     """True if a library is installed; does not import it."""
     # uninstalling may leave an empty folder behind: Python finds it, but without an origin
     return getattr(find_spec(library), "origin", None) is not None

@@ -15,9 +15,9 @@ def materialize(x: Tensor, dim: int) -> Tensor:
         x: a small tensor that is expensive to compute.
         dim: a dimension with more than one entry; with a single entry, nothing changes.
     """
-    return written(x, dim) if torch.compiler.is_compiling() and x.shape[dim] > 1 else x
+    return write_to_memory(x, dim) if torch.compiler.is_compiling() and x.shape[dim] > 1 else x
 
 
-def written(x: Tensor, dim: int) -> Tensor:
+def write_to_memory(x: Tensor, dim: int) -> Tensor:
     """Return a copy that compiled code writes to memory; dimension `dim` must have more than one entry."""
     return torch.cat((x.narrow(dim, 0, 1), x.narrow(dim, 1, x.shape[dim] - 1)), dim)

@@ -15,7 +15,7 @@ from torch import Tensor
 R = TypeVar("R")
 
 MAX_COMPARED = 64
-"""Number of integers up to which a tensor is compared by value; comparing more costs as much as recomputing."""
+"""Maximum number of integers in a tensor that is compared by value; comparing more costs as much as recomputing."""
 
 
 class Memo:

@@ -45,7 +45,7 @@ def recorded() -> Iterator[list[OpCall]]:
 
 
 def record(op: str, v: Tensor, log_decay: Tensor | None, output: Tensor) -> None:
-    """Append a call to the lists of all open `recorded` contexts of this thread."""
+    """Append a call to the list of each `recorded` context of this thread that is open."""
     if not torch.compiler.is_compiling():  # a compiler would treat the lists as constants
         for calls in _records.open:
             calls.append(OpCall(op, v, log_decay, output))

@@ -8,7 +8,7 @@ Notation: B batch, T tokens, C channels, K keys, N packed documents; a = log_dec
     diagonal    h_t = exp(a + i angle) h_{t-1} + x_t          state  [K C], complex; o_t = Re(sum_k w h_t)
 
 The recurrent paradigm computes one token after another. The chunkwise paradigm computes several blocks of `chunk_size`
-tokens at once. Both are linear in T, forward and backward. A log-decay of -inf is legal and resets the state.
+tokens at once. Both are linear in T, forward and backward. A log-decay of -inf is allowed and resets the state.
 """
 
 from collections.abc import Callable
@@ -306,7 +306,7 @@ def _require_same_shape(x: Tensor, log_decay: Tensor, call: Call) -> None:
     """Raise a SeqmixError for inputs that `scan` and `log_scan` do not accept."""
     if x.shape != log_decay.shape or x.ndim < 3 or x.shape[1] < 1:
         raise SeqmixError(
-            "scan expects x and log_decay of one shape [B T C] (further dimensions allowed) with T >= 1, got "
+            "scan expects x and log_decay of the same shape, [B T C] with T >= 1 (more dimensions are allowed), got "
             f"{list(x.shape)}, {list(log_decay.shape)}"
         )
     _require_scan(x, log_decay, call=call, shape=tuple(x.shape[2:]))

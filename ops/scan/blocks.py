@@ -35,11 +35,11 @@ Step = Callable[..., Tensor]
 
 
 class Rule(ABC, Generic[I]):
-    """One recurrence: how its decays and written inputs follow from the op's inputs, and its output from the states.
+    """One recurrence: it computes decays and written inputs from the op's inputs, and the output from the states.
 
     The inputs `I` are a NamedTuple with `x` [B T *] (the output has its shape and dtype), `initial_state` [N *E] or
-    None, `cu_seqlens`, `boundaries`, `chunk_size`, `output_final_state`, `needs_grad`, and `single` (True if blocks are
-    computed one by one). Tensors of a group of n blocks of m tokens are [m n B *].
+    None, `cu_seqlens`, `boundaries`, `chunk_size`, `output_final_state`, `needs_grad`, and
+    `one_block_at_a_time`. Tensors of a group of n blocks of m tokens are [m n B *].
     """
 
     is_complex = False
@@ -130,7 +130,7 @@ def state_dtype(x: Tensor) -> torch.dtype:
 
 
 class Edges(NamedTuple):
-    """Tokens of a group at which documents begin (or end), one per document."""
+    """First (or last) tokens of the documents that lie in a group, one per document."""
 
     token: Tensor
     """Index of each token in its block."""
@@ -208,36 +208,36 @@ def run_blocks(
     written: Tensor,
     total: Tensor | None,
     state: Tensor,
-    entered: Tensor,
+    entries: Tensor,
     firsts: Edges | None = None,
     step: Step = torch.addcmul,
 ) -> None:
-    """Compute the states of a group: those after each token replace `written`, the blocks' entry states fill `entered`.
+    """Compute the states of a group: those after each token replace `written`, the blocks' entry states fill `entries`.
 
     Args:
         decay: factor of the state at each token, [m n ..].
         written: w at each token, [m n ..], overwritten.
         total: factor of the state over a whole block, [n ..]; required if there are several blocks.
         state: state before the first block, [..].
-        entered: receives the entry states, [n ..].
+        entries: receives the entry states, [n ..].
         firsts: first tokens of documents, where the state is set to w.
         step: step(w, decay, state) is the state after a token.
     """
     starts = rows_of(firsts, written)
-    if len(entered) == 1 or total is None:
-        entered[0] = state
+    if len(entries) == 1 or total is None:
+        entries[0] = state
     else:
         exits = _exits(decay, written, starts, step)
-        _chain(state, total, exits, entered, range(len(entered)), firsts, step)
-    run_tokens(decay, written, entered, starts, step)
+        _chain(state, total, exits, entries, range(len(entries)), firsts, step)
+    run_tokens(decay, written, entries, starts, step)
 
 
-def run_tokens(decay: Tensor, written: Tensor, entered: Tensor, starts: Rows, step: Step = torch.addcmul) -> None:
+def run_tokens(decay: Tensor, written: Tensor, entries: Tensor, starts: Rows, step: Step = torch.addcmul) -> None:
     """Compute the states after each token, in place of `written`, from the entry states of the blocks.
 
     `starts` has the states at the first tokens of documents.
     """
-    state = entered
+    state = entries
     for t, (factor, h) in enumerate(zip(decay.unbind(), written.unbind(), strict=True)):
         state = step(h, factor, state, out=h)
         for block, first in starts.get(t, ()):
@@ -257,7 +257,7 @@ def _exits(decay: Tensor, written: Tensor, starts: Rows, step: Step) -> Tensor:
 
 
 def _run_back(decay: Tensor, d_states: Tensor, ends: Rows) -> None:
-    """Turn each state's gradient through its own output (dh) into its whole gradient (g), in place, [m ..].
+    """Replace dh, the gradient of each state through its own token's output, by g, its whole gradient, in place: [m ..].
 
     dh of a block's last token already includes the gradient from later blocks.
     """
@@ -270,7 +270,7 @@ def _run_back(decay: Tensor, d_states: Tensor, ends: Rows) -> None:
 
 
 def _exits_back(decay: Tensor, d_states: Tensor, ends: Rows, firsts: Edges | None) -> Tensor:
-    """Return the gradients of the blocks' entry states through their own tokens alone: [m ..] -> [..]."""
+    """Return the gradients of the blocks' entry states through the tokens of their own block alone: [m ..] -> [..]."""
     factors = decay.unbind()
     d_h = d_states.unbind()
     g = d_h[-1].clone()
@@ -293,9 +293,9 @@ def _chain(
     firsts: Edges | None,
     step: Step = torch.addcmul,
 ) -> None:
-    """Pass a state through the blocks in `order`, and store in `out` [n ..] the state with which each is entered.
+    """Pass a state through the blocks in `order`, and store the state before each block in `out` [n ..].
 
-    The first block is entered with `first`. The state after a block is its exit from zero, in `exits`, plus `total`
+    The state before the first block is `first`. The state after a block is its exit from zero, in `exits`, plus `total`
     times its entry state; in a block where a document starts, it is the exit alone.
     """
     state = first
@@ -311,7 +311,7 @@ def _chain(
 def token_groups(x: Any, output: Tensor, elements: int) -> list[Group]:
     """Split the tokens of a call into groups of blocks; `elements` is the size of one state."""
     most = group_elements(output.device, ELEMENTS) // max(output.shape[0] * elements * x.chunk_size, 1)
-    most = 1 if x.single else max(most, 1)
+    most = 1 if x.one_block_at_a_time else max(most, 1)
     return groups(Stretch(slice(None), 0, output.shape[1]), x.chunk_size, most)
 
 
@@ -407,13 +407,13 @@ def _forward(x: Any, rule: Rule[Any]) -> Outputs:
     for group in token_groups(x, output, state[0].numel()):
         firsts = None if layout is None else layout.firsts(group)
         terms = _terms(x, rule, group, firsts, initial)
-        entered = (
+        group_entries = (
             entries[index : index + group.chunks]
             if x.needs_grad
             else terms.written.new_empty((group.chunks, *state.shape))
         )
         index += group.chunks
-        run_blocks(terms.decay, terms.written, terms.total, state, entered, firsts)
+        run_blocks(terms.decay, terms.written, terms.total, state, group_entries, firsts)
         tokens_first(output, group).copy_(rule.read(x, group, terms.written))
         state = terms.written[-1, -1]
         if layout is not None and x.output_final_state:
@@ -442,10 +442,10 @@ def _backward(x: Any, gradients: Gradients, rule: Rule[Any]) -> dict[str, Tensor
     index = len(entries)
     for group in reversed(token_groups(x, output, d_after[0].numel())):
         index -= group.chunks
-        entered = entries[index : index + group.chunks]
+        group_entries = entries[index : index + group.chunks]
         firsts = None if layout is None else layout.firsts(group)
         terms = _terms(x, rule, group, firsts, initial)
-        run_tokens(terms.decay, terms.written, entered, rows_of(firsts, terms.written))
+        run_tokens(terms.decay, terms.written, group_entries, rows_of(firsts, terms.written))
         terms = _conjugate(terms)
         d_group_output = tokens_first(d_output, group)
         d_states = rule.d_states(x, group, d_group_output)
@@ -457,13 +457,13 @@ def _backward(x: Any, gradients: Gradients, rule: Rule[Any]) -> dict[str, Tensor
             d_states[-1, 0] += d_after
         else:
             d_entries = _exits_back(terms.decay, d_states, ends, firsts)
-            d_exits = torch.empty_like(entered)
+            d_exits = torch.empty_like(group_entries)
             _chain(d_after, terms.total, d_entries, d_exits, range(group.chunks - 1, -1, -1), firsts)
             d_states[-1] += d_exits
         _run_back(terms.decay, d_states, ends)
         starts_document = layout is not None and group.start in layout.first
         d_after = torch.zeros_like(d_after) if starts_document else terms.decay[0, 0] * d_states[0, 0]
-        before = torch.cat((entered[None], terms.written[:-1]))
+        before = torch.cat((group_entries[None], terms.written[:-1]))
         if firsts is not None and terms.first_decay is not None:
             firsts.put(terms.decay, terms.first_decay)
             before[firsts.token, firsts.block, 0] = 0 if initial is None else initial[firsts.document]

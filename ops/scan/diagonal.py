@@ -38,7 +38,7 @@ class Diagonal(NamedTuple):
     """Number of tokens per block."""
     output_final_state: bool
     """True if the final state is requested."""
-    single: bool
+    one_block_at_a_time: bool
     """True if blocks are computed one by one, False if several at once."""
     needs_grad: bool = False
     """True if a backward pass may follow; set by the op."""

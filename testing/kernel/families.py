@@ -172,12 +172,12 @@ class DecayCase(KernelCase):
         return self.define(absolute)  # every term is a product of inputs and decays, so absolute inputs suffice
 
     def cancelled(self, kernel: Kernel, absolute: Tensors, of_terms: Tensors) -> Tensors:
-        """Add the terms of log-decay gradients that are differences of sums, for a kernel that declares `differences`.
+        """Add the terms of log-decay gradients that are differences of sums, for a kernel that declares `gradient_by_subtraction`.
 
         Such a kernel computes the gradient of a token's log-decay as the sum of q dq - k dk over that token and all
         later ones.
         """
-        if not kernel.differences or self.log_decay is None or "T" not in self.log_decay:
+        if not kernel.gradient_by_subtraction or self.log_decay is None or "T" not in self.log_decay:
             return of_terms
         through = absolute["q"].detach() * of_terms["q"] + absolute["k"].detach() * of_terms["k"]
         through = through.flip(1).cumsum(1).flip(1).repeat_interleave(self.shared, dim=2)

@@ -270,7 +270,7 @@ def test_backends_without_it_refuse_it_by_name(backend, name):
     ("change", "named"),
     [
         ({"log_forget": torch.zeros(2, 6, 3)}, r"log_forget .*\[2, 6, 4\].*\[2, 6, 3\]"),
-        ({"log_forget": torch.zeros(2, 6, 4, dtype=torch.int64)}, "log_forget must be floats"),
+        ({"log_forget": torch.zeros(2, 6, 4, dtype=torch.int64)}, "log_forget must be a floating-point tensor"),
         ({"slopes": torch.zeros(2)}, r"slopes .*\[4\].*\[2\]"),
         ({"sinks": torch.zeros(2)}, r"sinks .*\[4\].*\[2\]"),
         ({"softcap": 0.0}, "softcap .* above 0"),
