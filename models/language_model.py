@@ -14,7 +14,7 @@ from ..blocks import Block, Dropout
 from ..blocks.ffn.moe import ExpertLinear
 from ..mixers import ContractError, Paradigm
 from ..mixers.roles import Role, Roles, roles_of
-from ..ops.kernels.selection import described
+from ..ops.kernels.selection import describe_backends
 from ..ops.runtime.context_parallel import ContextParallel
 from ..ops.runtime.memo import Memo
 from ..registry import SeqmixError
@@ -355,7 +355,7 @@ class LanguageModel(nn.Module):
         """Kernel backend of each kind of block, for the kinds whose mixer has a choice."""
         mixers = {name: block.mixer for name, block in zip(self.config.layers, self.blocks, strict=True)}
         kernels = {name: mixer.kernels(torch.float32) for name, mixer in mixers.items()}  # pairs of op and probe
-        return {name: described(pair[0], mixers[name].backends) for name, pair in kernels.items() if pair}
+        return {name: describe_backends(pair[0], mixers[name].backends) for name, pair in kernels.items() if pair}
 
     @property
     def device(self) -> torch.device:

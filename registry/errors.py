@@ -32,7 +32,11 @@ class ConfigError(SeqmixError):
 def _cut(line: str) -> str:
     """Return a line of an error; if it is longer than `MAX_LINE_LENGTH` characters, its middle is left out."""
     excess = len(line) - MAX_LINE_LENGTH
-    return line if excess <= 0 else f"{line[: MAX_LINE_LENGTH // 2]} [{excess:,} characters] {line[-MAX_LINE_LENGTH // 2 :]}"
+    return (
+        line
+        if excess <= 0
+        else f"{line[: MAX_LINE_LENGTH // 2]} [{excess:,} characters] {line[-MAX_LINE_LENGTH // 2 :]}"
+    )
 
 
 def nearest(word: str, allowed: Iterable[str]) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from hypothesis.strategies import SearchStrategy
 
-from ..ops.kernels.triton.launch import interpreted
+from ..ops.kernels.triton.launch import is_interpreted
 from ..ops.runtime.kernel import KERNELS, Kernel, Probe, all_kernels
 from ..registry import SeqmixError
 from .check import KERNEL_CHECKS, KernelCheck
@@ -158,7 +158,7 @@ class CheckedKernel(CheckedSubject[KernelCase]):
         probes = self._select_probes(check, self.probes) or self._select_probes(check, self.wide)
         asks = partial(check.draw.asks, self.kernel)
         cases = FAMILIES[self.kernel.op].fixed_cases(probes, asks, check.draw)
-        if interpreted():  # Triton's interpreter runs programs one after the other
+        if is_interpreted():  # Triton's interpreter runs programs one after the other
             cases = [case for case in cases if case.rows * case.n_heads < PROGRAMS]
         return as_many_as_asked(cases, self.examples)
 

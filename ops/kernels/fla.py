@@ -10,7 +10,7 @@ Layout, recurrence, scale and states agree with this library: natural logarithms
 decays before the first token is added. Three things differ:
 
     Chunks always have 64 tokens: chunk_size is ignored. It changes the cost and never the result.
-    fla subtracts sums of log-decays, and inf - inf is nan. So log-decays are clamped at LOWEST, whose exponential is 0
+    fla subtracts sums of log-decays, and inf - inf is nan. So log-decays are clamped at MIN_LOG_DECAY, whose exponential is 0
     in float32. The gradient of a clamped log-decay is 0.
     fla caches tables of document boundaries by the identity of the tensor. So a copy is passed, in case the boundaries
     are later changed in place. Making the tables waits for the device.
@@ -32,50 +32,50 @@ from torch import Tensor
 
 from ..recurrence.family import Recurrence, RecurrenceOutput
 from ..runtime.custom_op import Gradients, Op
-from ..runtime.kernel import Kernel, Probe, declare, installed
+from ..runtime.kernel import Kernel, Probe, declare, is_installed
 from ..runtime.paradigm import Paradigm
 
-LOWEST = -256 * math.log(2)
+MIN_LOG_DECAY = -256 * math.log(2)
 """Lower bound of the log-decays passed to fla."""
 
-SUSPECT = 64
+SUSPECT_KEY_WIDTH = 64
 """Key width at which Triton may miscompile a product with a transposed tile on Hopper (fla-org issue 640)."""
 
-COLLAPSES_AT = 256
-"""Width from which fla's backward pass is very slow on GPUs after Hopper: one of its tiles exceeds the shared memory
-of a block, and the tiles that fit cannot use the matrix instructions."""
+SLOW_WIDTH = 256
+"""Smallest width at which fla's backward pass is very slow on GPUs after Hopper: one of its tiles exceeds the shared
+memory of a block, and the tiles that fit cannot use the matrix instructions."""
 
 
 def limits(probe: Probe) -> list[str]:
-    """Return why this backend cannot run a call, besides its dtype; empty if it can."""
+    """Return the reasons, apart from the dtype, why this backend cannot run a call; empty if it can."""
     reasons = []
-    if not installed("fla"):
+    if not is_installed("fla"):
         reasons.append("flash-linear-attention is not installed (pip install --no-deps fla-core)")
-    if not installed("triton"):
+    if not is_installed("triton"):
         reasons.append("triton is not installed (pip install triton, on Linux)")
     if probe.device.type != "cuda":
-        reasons.append(f"it needs a CUDA device, got {probe.device.type}")
+        reasons.append(f"fla needs a CUDA device, got {probe.device.type}")
     if probe.wide_output:
-        reasons.append("it has no float32 output for 16-bit inputs")
+        reasons.append("fla has no float32 output for 16-bit inputs")
     if probe.key_width % 2 or probe.value_width % 2:
-        reasons.append(f"its backward pass needs even widths, got {probe.key_width} and {probe.value_width}")
+        reasons.append(f"fla's backward pass needs even widths, got {probe.key_width} and {probe.value_width}")
     if probe.device.type == "cuda" and torch.cuda.is_available():
         capability = torch.cuda.get_device_capability(probe.device)
         if probe.needs_grad and capability[0] == 9 and _is_miscompiled():
             if probe.log_decay == "B T H":
                 reasons.append(
-                    "the installed triton miscompiles its backward pass for decays per token on Hopper: "
+                    "the installed triton miscompiles fla's backward pass for decays per token on Hopper: "
                     "install triton 3.7.1"
                 )
-            if probe.log_decay == "H" and probe.key_width == SUSPECT:
+            if probe.log_decay == "H" and probe.key_width == SUSPECT_KEY_WIDTH:
                 reasons.append(
-                    f"its backward pass for decays per head and keys {SUSPECT} wide is suspect on Hopper: the "
-                    "installed triton miscompiles the same product elsewhere; install triton 3.7.1"
+                    f"fla's backward pass for decays per head and keys {SUSPECT_KEY_WIDTH} wide may be wrong on Hopper, because "
+                    "the installed triton miscompiles the same product in another kernel: install triton 3.7.1"
                 )
-        wide = max(probe.key_width, probe.value_width) >= COLLAPSES_AT
+        wide = max(probe.key_width, probe.value_width) >= SLOW_WIDTH
         if probe.needs_grad and wide and capability >= (10, 0) and probe.log_decay != "B T H K":
             reasons.append(
-                f"its backward pass is very slow for widths from {COLLAPSES_AT} on a device of compute capability "
+                f"fla's backward pass is very slow for widths of {SLOW_WIDTH} or more on a device of compute capability "
                 f"{'.'.join(map(str, capability))}"
             )
     return reasons
@@ -83,7 +83,7 @@ def limits(probe: Probe) -> list[str]:
 
 @cache
 def _is_miscompiled() -> bool:
-    """Return True if the installed triton is a release with which fla refuses to run this backward pass."""
+    """Return True if fla itself refuses to run its backward pass on Hopper with the installed release of triton."""
     release = tuple(int(number) for number in re.findall(r"\d+", version("triton"))[:3])
     return (3, 4, 0) <= release < (3, 7, 1)
 
@@ -96,7 +96,7 @@ def decay_chunkwise_fla(x: Recurrence) -> RecurrenceOutput:
     """
     x, log_decay = x.by_head(), x.log_decay
     if log_decay is not None:
-        log_decay = log_decay.float().clamp(min=LOWEST)
+        log_decay = log_decay.float().clamp(min=MIN_LOG_DECAY)
         if log_decay.ndim == 1 and log_decay.requires_grad:
             log_decay = log_decay.expand(*x.q.shape[:3])
     x = x._replace(log_decay=log_decay, initial_state=None if x.initial_state is None else x.initial_state.float())
@@ -158,6 +158,6 @@ KERNEL = declare(
         # no float32: fla would compute its products in TF32, with 11 bits of precision
         tolerances={torch.bfloat16: 1.5e-2, torch.float16: 1.8e-3},
         limits=limits,
-        differences=True,
+        gradient_by_subtraction=True,
     )
 )

@@ -44,18 +44,18 @@ MIN_WIDTH = 16
 
 
 def limits(probe: Probe) -> list[str]:
-    """Return why this backend cannot run a call, besides its dtype; empty if it can."""
+    """Return the reasons, apart from the dtype, why this backend cannot run a call; empty if it can."""
     device = probe.device.type
     reasons = unsupported_scores("flex", probe)
     if device not in ("cpu", "cuda"):
-        return [f"it runs on CUDA devices and CPUs, not on {device}"]
+        return [f"FlexAttention runs on CUDA devices and CPUs, got {device}"]
     if device == "cpu" and probe.needs_grad:
         reasons.append("FlexAttention has no backward pass on a CPU")
     if device == "cuda" and probe.dtype == torch.float64:
-        reasons.append("its GPU kernels do not support float64")
+        reasons.append("FlexAttention's GPU kernels do not support float64")
     if device == "cuda" and min(probe.key_width, probe.value_width) < MIN_WIDTH:
         reasons.append(
-            f"its GPU kernels need keys and values at least {MIN_WIDTH} wide, "
+            f"FlexAttention's GPU kernels need keys and values at least {MIN_WIDTH} wide, "
             f"got {probe.key_width} and {probe.value_width}"
         )
     return reasons
@@ -83,7 +83,7 @@ def softmax_parallel_flex(x: AttentionInputs) -> AttentionOutput:
 
 
 def _flex(device: torch.device) -> Callable[..., Tensor]:
-    """Return FlexAttention as it must be called: plain inside compiled code, eager on a CPU, compiled on a GPU."""
+    """Return FlexAttention as it must be called: as it is inside compiled code, eager on a CPU, compiled on a GPU."""
     from torch.nn.attention.flex_attention import flex_attention
 
     if torch.compiler.is_compiling():
@@ -101,7 +101,7 @@ def _compiled() -> Callable[..., Tensor]:
 def _eager(*args: Any, **options: Any) -> Tensor:
     from torch.nn.attention.flex_attention import flex_attention
 
-    # without force_eager it would retrace itself for every shape; the warning says that eager mode is slow
+    # without force_eager, FlexAttention would retrace itself for every shape; its warning says that eager mode is slow
     with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         return flex_attention(*args, **options)
@@ -187,7 +187,7 @@ def _block_bounds(x: Tensor, axis: str) -> tuple[Tensor, Tensor]:
 
 
 def _block_lists(table: Tensor) -> tuple[Tensor, Tensor]:
-    """Return, for each row of a Boolean table, the number of True entries, and all column indices, theirs first."""
+    """Return for each row of a Boolean table the number of True entries, and all column indices, those of True first."""
     numbers = table.to(torch.int32)
     return numbers.sum(-1, dtype=torch.int32), numbers.argsort(dim=-1, descending=True, stable=True).to(torch.int32)
 

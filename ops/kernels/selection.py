@@ -26,8 +26,8 @@ AUTO: Mapping[str, Mapping[Paradigm, Sequence[str]]] = {
     "decay": {Paradigm.CHUNKWISE: ("triton", "fla"), Paradigm.RECURRENT: ("triton",)},
     "delta": {Paradigm.CHUNKWISE: ("triton",)},
 }
-"""Backends that `auto` tries on a GPU, in this order, by op and paradigm; a backend named in a configuration has the
-same trial."""
+"""Backends that `auto` tries on a GPU, in this order, by op and paradigm. A backend that a configuration names must
+pass the same trial."""
 
 _LOOPS = (Paradigm.RECURRENT, Paradigm.CHUNKWISE)
 AUTO_ON_CPU: Mapping[str, Sequence[Paradigm]] = {
@@ -42,8 +42,8 @@ AUTO_ON_CPU: Mapping[str, Sequence[Paradigm]] = {
 }
 """Paradigms that `auto` computes with native kernels on a CPU, by op."""
 
-PRODUCTS = {"decay": (None, "H")}
-"""Kinds of log-decays, by op, for which `auto` keeps the reference on a CPU: it has matrix products alone there."""
+REFERENCE_ON_CPU = {"decay": (None, "H")}
+"""Kinds of log-decays, by op, for which `auto` keeps the reference on a CPU: the work is then in matrix products alone."""
 
 TRIAL_LENGTH = 259
 """Tokens of a trial: several whole chunks and an incomplete one."""
@@ -51,7 +51,7 @@ TRIAL_LENGTH = 259
 log = logging.getLogger("seqmix")
 
 
-@cache  # one trial and one log line for all layers with the same question
+@cache  # one trial and one log line for all layers with the same arguments
 def choose(op: str, backend: str, probe: Probe) -> Mapping[Paradigm, str]:
     """Return the backend that computes each paradigm.
 
@@ -61,15 +61,15 @@ def choose(op: str, backend: str, probe: Probe) -> Mapping[Paradigm, str]:
         probe: description of the calls that its kernels will receive.
 
     Raises:
-        SeqmixError: the backend named has no kernel of this op, none of its kernels can run the calls, or one fails its
-            trial.
+        SeqmixError: the named backend has no kernel of this op, none of its kernels can run the calls, or one of them
+            fails its trial.
     """
     fallback = fallback_of(op)
     chosen = dict.fromkeys(Paradigm, fallback)
     where = f"on {probe.device} in {probe.dtype}"
     if backend == "auto" and probe.device.type == "cpu" and not is_off():
-        for paradigm in AUTO_ON_CPU.get(op, ()) if probe.log_decay not in PRODUCTS.get(op, ()) else ():
-            reasons = find(op, paradigm, "native").unsupported(probe)  # a compiler that is missing is logged there
+        for paradigm in AUTO_ON_CPU.get(op, ()) if probe.log_decay not in REFERENCE_ON_CPU.get(op, ()) else ():
+            reasons = find(op, paradigm, "native").unsupported(probe)  # logs a missing compiler
             log.debug("%s %s %s: %s", op, paradigm, where, "; ".join(reasons) or "native")
             chosen[paradigm] = fallback if reasons else "native"
     elif backend == "auto":
@@ -107,7 +107,7 @@ def fallback_of(op: str) -> str:
     return next(kernel.backend for kernel in KERNELS.values() if kernel.op == op and kernel.reference)
 
 
-def described(op: str, backends: Mapping[Paradigm, str]) -> str:
+def describe_backends(op: str, backends: Mapping[Paradigm, str]) -> str:
     """Return a short description of the chosen backend, such as "triton" or "triton (recurrent)".
 
     Paradigms are listed only if the backend has kernels of other paradigms that are not in use.
@@ -122,7 +122,11 @@ def described(op: str, backends: Mapping[Paradigm, str]) -> str:
 
 
 def _kernels_of(op: str, backend: str) -> list[Kernel]:
-    """Return all kernels that a backend has of an op; a SeqmixError if there are none."""
+    """Return all kernels that a backend has of an op.
+
+    Raises:
+        SeqmixError: there are none.
+    """
     for paradigm in Paradigm if backend in ON_DEMAND else ():
         try:
             find(op, paradigm, backend)
@@ -137,7 +141,9 @@ def _kernels_of(op: str, backend: str) -> list[Kernel]:
 
 
 def disagreement(kernel: Kernel, probe: Probe) -> str | None:
-    """Compare a kernel of the decay or delta family with the reference in a trial; return what is wrong, or None.
+    """Compare a kernel of the decay or delta family with the reference in a trial.
+
+    Return a sentence that says what is wrong, or None.
 
     The trial runs a few tokens forward and backward; a recurrent kernel runs one token forward. Decays per head are
     tried with and without a gradient, as these are different kernels (retention has none). A trial does not replace the
@@ -148,9 +154,9 @@ def disagreement(kernel: Kernel, probe: Probe) -> str | None:
     """
     one_token = kernel.paradigm is Paradigm.RECURRENT
     length = 1 if one_token else TRIAL_LENGTH
-    for learned in (False,) if one_token else (True, False) if probe.log_decay == "H" else (True,):
+    for decay_needs_grad in (False,) if one_token else (True, False) if probe.log_decay == "H" else (True,):
         try:
-            reason = _compare_with_reference(kernel, probe, _trial_inputs(kernel.op, probe, length, learned))
+            reason = _compare_with_reference(kernel, probe, _trial_inputs(kernel.op, probe, length, decay_needs_grad))
         except Exception as error:  # whatever a compiler or a driver raises
             short = f"{type(error).__name__}: {(str(error) or 'no reason').splitlines()[0]}"
             reason = f"{kernel.key} failed in a trial: {short}"
@@ -173,7 +179,7 @@ def _device_works(device: torch.device) -> bool:
 
 
 def _compare_with_reference(kernel: Kernel, probe: Probe, tensors: Mapping[str, Tensor]) -> str | None:
-    """Return the first result of a kernel that differs too much from the reference, in words; None if none does."""
+    """Return a sentence about the first result of a kernel that differs too much from the reference, or None."""
     results = _run(kernel, probe, tensors)
     expected = _run(reference(kernel.op, kernel.paradigm), probe, tensors)
     for name, result in results.items():
@@ -184,11 +190,11 @@ def _compare_with_reference(kernel: Kernel, probe: Probe, tensors: Mapping[str, 
     return None
 
 
-def _trial_inputs(op: str, probe: Probe, length: int, learned: bool) -> dict[str, Tensor]:
+def _trial_inputs(op: str, probe: Probe, length: int, decay_needs_grad: bool) -> dict[str, Tensor]:
     """Return random inputs of two sequences with two heads.
 
     Strides are those of a layer: q, k and v are columns of one projection. Keys of the delta rule have norm 1. Inputs
-    of several tokens require gradients (decays only if `learned`); one token is a decoding step and requires none.
+    of several tokens require gradients (decays only if `decay_needs_grad`); one token is a decoding step and requires none.
     """
     generator = torch.Generator().manual_seed(0)
     wide = torch.promote_types(probe.dtype, torch.float32)
@@ -203,7 +209,7 @@ def _trial_inputs(op: str, probe: Probe, length: int, learned: bool) -> dict[str
     columns = torch.cat(parts, dim=2).split(widths, dim=2)
     tensors = {name: x.unflatten(2, (sizes["H"], -1)) for name, x in zip("qkv", columns, strict=True)}
     if probe.log_decay is not None:
-        log_decay = (-random(probe.log_decay, wide).detach().abs() / 16).requires_grad_(length > 1 and learned)
+        log_decay = (-random(probe.log_decay, wide).detach().abs() / 16).requires_grad_(length > 1 and decay_needs_grad)
         tensors["log_decay"] = log_decay
     if op == "delta":
         tensors["k"] = F.normalize(tensors["k"], dim=-1)

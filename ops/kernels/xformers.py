@@ -31,7 +31,7 @@ from torch import Tensor
 from ..attention.inputs import AttentionInputs, AttentionOutput, apply_decay, require_range, unsupported_scores
 from ..attention.kv_cache import RingCache
 from ..runtime.custom_op import Gradients, Op, needs_grad
-from ..runtime.kernel import Kernel, Probe, declare, installed
+from ..runtime.kernel import Kernel, Probe, declare, is_installed
 from ..runtime.paradigm import Paradigm
 
 FLASH_WIDTH = 256
@@ -39,33 +39,34 @@ FLASH_WIDTH = 256
 
 
 def limits(probe: Probe) -> list[str]:
-    """Return why this backend cannot run a call, besides its dtype; empty if it can."""
+    """Return the reasons, apart from the dtype, why this backend cannot run a call; empty if it can."""
     reasons = unsupported_scores("xformers", probe)
-    if not installed("xformers"):
+    if not is_installed("xformers"):
         reasons.append("xformers is not installed (pip install xformers, on Linux)")
     if probe.device.type != "cuda":
-        reasons.append(f"it needs a CUDA device, got {probe.device.type}")
+        reasons.append(f"xformers needs a CUDA device, got {probe.device.type}")
     multiple = 4 if probe.dtype == torch.float32 else 8  # its loads are of 16 bytes
     if probe.key_width % multiple or probe.value_width % multiple:
         reasons.append(
-            f"in this dtype widths must be multiples of {multiple}, got {probe.key_width} and {probe.value_width}"
+            f"xformers needs widths that are multiples of {multiple} in this dtype, got {probe.key_width} and "
+            f"{probe.value_width}"
         )
     # xformers has two families of kernels: flash for 16 bits and one width, cutlass for everything else
     is_flash = probe.dtype != torch.float32 and probe.key_width == probe.value_width <= FLASH_WIDTH
     if not is_flash and probe.window and probe.needs_grad:
         reasons.append(
-            "with a window, its backward pass needs a 16-bit dtype "
-            f"and keys and values of one width up to {FLASH_WIDTH}"
+            "with a window, xformers' backward pass needs a 16-bit dtype, and keys and values of the same width, "
+            f"at most {FLASH_WIDTH}"
         )
     if probe.device.type == "cuda" and torch.cuda.is_available():
         capability = torch.cuda.get_device_capability(probe.device)
         got = f"got {'.'.join(map(str, capability))}"
         if is_flash and capability < (8, 0):
-            reasons.append(f"its 16-bit kernels need compute capability 8.0 or later, {got}")
+            reasons.append(f"xformers' 16-bit kernels need compute capability 8.0 or later, {got}")
         if not is_flash and capability > (9, 0):
             reasons.append(
-                "its kernels for float32, and for keys and values of different widths, need compute capability 9.0 or "
-                f"earlier, {got}"
+                "xformers' kernels for float32, and for keys and values of different widths, need compute capability 9.0 "
+                f"or earlier, {got}"
             )
     return reasons
 
@@ -82,7 +83,7 @@ class _Inputs(NamedTuple):
     boundaries: Sequence[int] | None
     capacity: int
     """Slots of the cache."""
-    ring: bool
+    is_ring: bool
     """True if the cache is a ring."""
     window: int
     """Number of keys that a query sees; 0 means all."""
@@ -167,7 +168,7 @@ def plan(
     boundaries: Sequence[int] | None,
     *,
     capacity: int = 0,
-    ring: bool = False,
+    is_ring: bool = False,
     window: int | None = None,
 ) -> Plan:
     """Lay out a call to xformers; empty documents are left out.
@@ -178,7 +179,7 @@ def plan(
         read: number of tokens read before the segment, per row or document; None without a cache.
         boundaries: boundaries of packed documents; None if the batch is not packed.
         capacity: slots of the cache. They come before a row's own tokens, or before all tokens of a packed row.
-        ring: True if position p is in slot p mod capacity; otherwise slots are right-aligned.
+        is_ring: True if position p is in slot p mod capacity; otherwise slots are right-aligned.
         window: number of keys that a query sees; None means all.
     """
     spans = [(0, length)] * rows if boundaries is None else list(pairwise(boundaries))
@@ -193,7 +194,7 @@ def plan(
         n_read = read[row]
         cached = min(n_read, capacity if window is None else min(capacity, window - 1))
         slots = torch.arange(n_read - cached, n_read)
-        slots = slots % capacity if ring else slots - n_read + capacity
+        slots = slots % capacity if is_ring else slots - n_read + capacity
         if boundaries is None:
             key_indices += [row * row_keys + slots, row * row_keys + capacity + torch.arange(tokens)]
         else:
@@ -229,7 +230,7 @@ def _call(x: _Inputs) -> _Call:
         None if x.read is None else x.read.tolist(),
         boundaries,
         capacity=x.capacity,
-        ring=x.ring,
+        is_ring=x.is_ring,
         window=x.window or None,
     )
     q = x.q
@@ -247,7 +248,7 @@ def _call(x: _Inputs) -> _Call:
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """Return x itself if its heads are contiguous and start at multiples of 16 bytes, else a copy."""
+    """Return x itself if the vectors of its heads are contiguous and start at multiples of 16 bytes, else a copy."""
     offsets = (x.storage_offset(), *x.stride()[:-1])
     if x.stride(-1) == 1 and all(offset * x.element_size() % 16 == 0 for offset in offsets):
         return x

@@ -85,7 +85,9 @@ def _backward(x: Scan, gradients: Gradients) -> dict[str, Tensor]:
     old_share = x.log_decay.to(h.dtype) + before - h
     next_share = torch.cat((old_share[:, 1:], torch.zeros_like(old_share[:, :1])), dim=1)
     reversed_documents = None if x.cu_seqlens is None else (x.cu_seqlens[-1] - x.cu_seqlens).flip(0)
-    reversed_scan = Scan(d_h.flip(1), next_share.flip(1), None, reversed_documents, None, x.chunk_size, False, x.one_block_at_a_time)
+    reversed_scan = Scan(
+        d_h.flip(1), next_share.flip(1), None, reversed_documents, None, x.chunk_size, False, x.one_block_at_a_time
+    )
     d_h = SCAN.forward(reversed_scan)[0].flip(1)
     d_log_decay = d_h * old_share.exp()
     d_initial[document] = d_log_decay[row, first]

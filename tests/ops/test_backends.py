@@ -11,7 +11,7 @@ from seqmix import build_model, load_config
 from seqmix.mixers import Paradigm
 from seqmix.ops import attention  # noqa: F401 (declares the kernels of softmax)
 from seqmix.ops.decay.chunkwise import decay_chunkwise
-from seqmix.ops.kernels.selection import choose, described, disagreement
+from seqmix.ops.kernels.selection import choose, describe_backends, disagreement
 from seqmix.ops.runtime.kernel import Probe, chosen, find, reference
 from seqmix.registry import SeqmixError
 
@@ -53,7 +53,7 @@ def test_auto_is_what_passes_its_trial_and_is_logged_once(trial, caplog, log_dec
     assert [choose("decay", "auto", probe) for _ in range(3)] == [triton] * 3
     for message, paradigm in zip(caplog.messages, ("chunkwise", "recurrent"), strict=True):
         assert all(word in message for word in ("decay", paradigm, "cuda", "float32", "triton"))
-    assert described("decay", triton) == "triton"
+    assert describe_backends("decay", triton) == "triton"
 
 
 @needs_triton
@@ -62,7 +62,7 @@ def test_what_one_kernel_does_not_take_another_may(trial, caplog, backend):
     trial(None)
     found = choose("decay", backend, replace(ON_GPU, value_width=513))
     assert found == dict.fromkeys(Paradigm, "reference") | {Paradigm.RECURRENT: "triton"}
-    assert described("decay", found) == "triton (recurrent)"
+    assert describe_backends("decay", found) == "triton (recurrent)"
     (message,) = caplog.messages
     assert all(word in message for word in ("chunkwise", "reference", "513"))
 
@@ -150,7 +150,7 @@ def test_auto_tries_the_delta_rules_kernel(trial, log_decay):
     probe = replace(ON_GPU, dtype=torch.bfloat16, key_width=128, value_width=128, log_decay=log_decay)
     found = choose("delta", "auto", probe)
     assert found == dict.fromkeys(Paradigm, "reference") | {Paradigm.CHUNKWISE: "triton"}
-    assert described("delta", found) == "triton"
+    assert describe_backends("delta", found) == "triton"
     wide = choose("delta", "auto", replace(probe, key_width=256))
     assert wide == (dict.fromkeys(Paradigm, "reference") if log_decay == "B T H K" else found)
 

@@ -194,7 +194,7 @@ def test_only_what_a_query_can_see_is_gathered():
     assert found.keys == [4, 3]
     assert found.packed
     assert found.key_indices.tolist() == [6, 7, 8, 9, 17, 18, 19]
-    ring = softmax_xformers.plan(1, 2, [9], None, capacity=4, ring=True, window=4)
+    ring = softmax_xformers.plan(1, 2, [9], None, capacity=4, is_ring=True, window=4)
     assert ring.key_indices.tolist() == [2, 3, 0, 4, 5]  # positions 6, 7, 8, and its own
 
 

@@ -247,7 +247,7 @@ def test_the_tiles_of_a_gpu_in_the_interpreter(widths, lengths, decay, bits, mon
 )
 def test_those_of_the_delta_rule_in_the_interpreter(bits, decay, monkeypatch):
     monkeypatch.setattr(triton_launch, "INTERPRETED", configurations(bits, 64, 64))
-    monkeypatch.setattr(delta_triton, "interpreted", lambda: False)
+    monkeypatch.setattr(delta_triton, "is_interpreted", lambda: False)
     compare(decay, [129], kind=DeltaCase, rate=2.0, key_width=64, value_width=64)
 
 
@@ -530,7 +530,7 @@ PROBE = Probe(device=torch.device("cuda"), dtype=torch.float32, key_width=16, va
 def native(monkeypatch):
     """As if triton were there, and compiled."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr("seqmix.ops.kernels.triton.launch.installed", lambda library: True)
+    monkeypatch.setattr("seqmix.ops.kernels.triton.launch.is_installed", lambda library: True)
     return monkeypatch
 
 

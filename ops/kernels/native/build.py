@@ -2,9 +2,9 @@
 
 A source is compiled when one of its kernels is first considered, which takes less than a second, into the user's cache
 folder: SEQMIX_CACHE_DIR, or seqmix/native in XDG_CACHE_HOME or ~/.cache; a temporary folder if that cannot be written.
-The name of a library is a hash of the source, the flags and the compiler. A checksum beside it tells a damaged file,
-which is compiled again. Processes that start at the same time compile the same library, each into a file of its own
-that then replaces the other.
+The name of a library is a hash of the source, the flags and the compiler. A checksum beside it reveals a damaged
+file, which is compiled again. Processes that start at the same time compile the same library, each into its own file,
+and the last one to finish replaces the files of the others.
 
     CXX               the compiler; otherwise c++, g++ or clang++, whichever is found first
     SEQMIX_NATIVE=0   turns the kernels off: `auto` chooses the reference
@@ -40,8 +40,8 @@ COMPILERS = ("c++", "g++", "clang++")
 """Compilers that are looked for, in this order, if CXX is not set."""
 BLOCK = 64
 """Channels of a task, as in common.h."""
-SECONDS = 120
-"""Time after which a compiler is stopped."""
+COMPILER_TIMEOUT = 120
+"""Seconds after which a compiler is stopped."""
 FLAGS = (
     "-std=c++17",
     "-O3",
@@ -52,9 +52,9 @@ FLAGS = (
     "-ffp-contract=fast",
     "-fopenmp-simd",
 )
-MACHINES = {"AVX512": ("-march=x86-64-v4", "-mprefer-vector-width=512"), "AVX2": ("-march=x86-64-v3",)}
-"""Flags for the vector instructions of an x86 processor, by torch's name of them. A library for one of these levels
-runs on every machine of the level, so that machines may share a cache."""
+VECTOR_FLAGS = {"AVX512": ("-march=x86-64-v4", "-mprefer-vector-width=512"), "AVX2": ("-march=x86-64-v3",)}
+"""Compiler flags for the vector instructions of an x86 processor, by torch's name for them. A library compiled with them
+runs on every machine that has these instructions, so that machines may share a cache."""
 
 log = logging.getLogger("seqmix")
 
@@ -77,7 +77,7 @@ def compiler() -> list[str] | None:
 
 @cache
 def failure(family: str) -> str | None:
-    """Return why the kernels of a family cannot run in this process, or None; the first call compiles them.
+    """Return the reason why the kernels of a family cannot run in this process, or None; the first call compiles them.
 
     The reason is logged once: without these kernels everything works, but slower.
     """
@@ -92,7 +92,7 @@ def failure(family: str) -> str | None:
 @cache
 def _warn_once(reason: str) -> None:
     log.warning(
-        "native CPU kernels are off, so that some mixers are several times slower: %s; SEQMIX_NATIVE=0 hides this",
+        "native CPU kernels are off, so that some mixers are several times slower: %s; set SEQMIX_NATIVE=0 to hide this warning",
         reason,
     )
 
@@ -109,7 +109,7 @@ def library(family: str) -> ctypes.CDLL:
         named = os.environ.get("CXX")
         missing = f"the compiler CXX={named} was not found" if named else "no C++ compiler was found"
         raise SeqmixError(f"{missing}: install g++ or clang++, or set CXX")
-    command += [*FLAGS, *MACHINES.get(torch.backends.cpu.get_cpu_capability(), ())]
+    command += [*FLAGS, *VECTOR_FLAGS.get(torch.backends.cpu.get_cpu_capability(), ())]
     try:
         return _load([*command, "-fopenmp"], family)
     except SeqmixError:  # the compiler has no OpenMP, or another one than torch: the kernels then run in one thread
@@ -132,11 +132,11 @@ def _load(command: list[str], family: str) -> ctypes.CDLL:
             return ctypes.CDLL(str(file))
         except OSError as error:
             raise SeqmixError(f"{file} cannot be loaded: {error}; set CXX to another compiler") from error
-    raise SeqmixError("no folder for libraries can be written: set SEQMIX_CACHE_DIR to one that can")
+    raise SeqmixError("no folder for libraries can be written: set SEQMIX_CACHE_DIR to a folder that can be written")
 
 
 def _library_name(command: list[str], family: str) -> str:
-    """Return the file name of a library, with a hash of all that determines it."""
+    """Return the file name of a library, with a hash of everything that its contents depend on."""
     texts = [(SOURCES / name).read_bytes() for name in (f"{family}.cpp", "common.h")]
     texts.append(" ".join([*command, platform.system(), platform.machine()]).encode())
     return f"{family}-{hashlib.sha256(b'|'.join(texts)).hexdigest()[:20]}.so"
@@ -169,7 +169,7 @@ def _is_whole(file: Path) -> bool:
 
 
 def _build(command: list[str], source: Path, file: Path) -> None:
-    """Compile a source beside its library and its checksum, and move both to their places.
+    """Compile a source in a temporary folder, and move the library and its checksum to their places.
 
     Raises:
         SeqmixError: the compiler fails.
@@ -191,7 +191,7 @@ def _run_compiler(command: list[str], source: Path) -> None:
     """Run a compiler; raise a SeqmixError with its first error if it fails."""
     try:
         result = subprocess.run(
-            command, capture_output=True, text=True, timeout=SECONDS, stdin=subprocess.DEVNULL, check=False
+            command, capture_output=True, text=True, timeout=COMPILER_TIMEOUT, stdin=subprocess.DEVNULL, check=False
         )
         lines = result.stderr.strip().splitlines() or [f"exit code {result.returncode}"]
         reason = next((line for line in lines if "error" in line), lines[0]) if result.returncode else None
@@ -215,13 +215,13 @@ def run(family: str, name: str, *arguments: Tensor | int | float | None) -> None
         family: name of the source.
         name: name of the function.
         arguments: tensors become pointers (None a null pointer), integers and booleans `int64_t`, floats `double`;
-            torch's number of threads is added as the last argument. The caller sees to dtypes and strides.
+            torch's number of threads is added as the last argument. The caller is responsible for dtypes and strides.
     """
-    converted = [_converted(argument) for argument in arguments]
+    converted = [_to_ctype(argument) for argument in arguments]
     _function(family, name)(*converted, ctypes.c_int64(torch.get_num_threads()))
 
 
-def _converted(argument: Tensor | int | float | None) -> Any:
+def _to_ctype(argument: Tensor | int | float | None) -> Any:
     if argument is None:
         return ctypes.c_void_p(None)
     if isinstance(argument, Tensor):

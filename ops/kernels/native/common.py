@@ -11,7 +11,7 @@ from ...runtime.packing import read_boundaries
 from . import build
 
 GROUPS = 8
-"""Maximum number of groups of sequences, each with its own sums of the gradients of weights."""
+"""Maximum number of groups that sequences are divided into; each group sums its own gradients of weights."""
 
 
 def limits_of(family: str) -> Callable[[Probe], list[str]]:
@@ -31,9 +31,10 @@ CHUNK = 32
 
 
 def saved_states(x: Tensor, cu_seqlens: Tensor | None, shape: tuple[int, ...]) -> Tensor:
-    """Allocate a state of this shape for every chunk of all sequences, float32.
+    """Allocate the states before all chunks of all sequences, [chunks *shape], float32.
 
-    Zeros, as sequences that end within a chunk use fewer rows than there may be, and saved numbers must be defined.
+    It is filled with zeros, because sequences may use fewer rows than are allocated, and an op's outputs must be defined
+    everywhere.
     """
     chunks = x.shape[0] * x.shape[1] // CHUNK + rows(x, cu_seqlens)
     return x.new_zeros((chunks, *shape), dtype=torch.float32)
@@ -60,5 +61,5 @@ def contiguous(x: Tensor) -> Tensor: ...
 @overload
 def contiguous(x: Tensor | None) -> Tensor | None: ...
 def contiguous(x: Tensor | None) -> Tensor | None:
-    """Return a tensor as contiguous float32 numbers, a copy only where it is not; None stays None."""
+    """Return a tensor as contiguous float32: the tensor itself if it is that already, else a copy. None stays None."""
     return None if x is None else x.to(torch.float32).contiguous()

@@ -3,7 +3,7 @@
 //     z_t = b + sum_j w_j x_{t-W+1+j}         y_t = z_t, or silu(z_t) = z_t sigmoid(z_t)
 //
 // Inputs and outputs are float32 or bfloat16, sums float32. A task copies CHUNK tokens of its channels, and the W - 1
-// inputs before them, into a buffer of floats. WIDTH is W where the compiler may know it, else 0.
+// inputs before them, into a buffer of floats. WIDTH is W if W is a constant for the compiler, else 0.
 #include "common.h"
 
 constexpr int CHUNK = 32;
@@ -13,7 +13,7 @@ template <class T>
 struct Inputs {
     const T *x, *initial;
     int64_t stride, channels, past;
-    vec at(int64_t start, int64_t t, int64_t channel, int n) const {  // t < 0: of the state
+    vec at(int64_t start, int64_t t, int64_t channel, int n) const {  // t < 0: an input of the state
         if (t >= 0) return load(x + (start + t) * stride + channel, n);
         return initial ? load(initial + (past + t) * channels + channel, n) : vec{};
     }
@@ -86,10 +86,10 @@ static void backward(const T* x, int64_t stride, const float* weight, const floa
                      int64_t threads) {
     const int64_t width = WIDTH ? WIDTH : any_width, past = width - 1;
     each(groups * blocks(channels), threads, [&](int64_t number) {
-        const Task task(number, channels);  // its sequence is the number of a group
+        const Task task(number, channels);  // task.sequence is the index of a group
         const std::vector<vec> w = filters(weight, bias, task, channels, width);
         std::vector<vec> buffer((past + CHUNK) * VECTORS);
-        std::vector<vec> dz((past + CHUNK) * VECTORS);  // of a chunk, and of the W - 1 tokens after it
+        std::vector<vec> dz((past + CHUNK) * VECTORS);  // dz of a chunk, and of the W - 1 tokens after it
         std::vector<vec> sums(width + 1);
         std::vector<wide> totals((width + 1) * VECTORS);
         for (int64_t s = task.sequence * sequences / groups; s < (task.sequence + 1) * sequences / groups; s++) {

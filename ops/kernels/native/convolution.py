@@ -13,7 +13,7 @@ from . import build
 from .common import GROUPS, contiguous, limits_of, rows, sequences
 
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-"""Dtypes of the source's functions."""
+"""Supported dtypes, each with its name in the functions of the source."""
 
 
 class Inputs(NamedTuple):
@@ -32,7 +32,7 @@ class Inputs(NamedTuple):
     output_final_state: bool
     """True if the final state is requested."""
     silu: bool
-    """True if silu follows."""
+    """True if silu is applied to the output."""
 
 
 def _allocate(x: Inputs) -> tuple[Tensor, Tensor]:

@@ -4,11 +4,12 @@
 //
 // l is the sum of a coarse number and a small rest, so that its rounding, which would be the same in every step, does
 // not accumulate. Numbers of a state are stored as [2 K C], real parts first. The forward pass saves the states before
-// every CHUNK tokens of a sequence, and the backward pass computes those of a chunk again from there.
+// every CHUNK tokens of a sequence; from these, the backward pass recomputes the states within a chunk.
 #include "common.h"
 
 constexpr int CHUNK = 32;
 
+// Row of the saved states at which sequence n begins; every sequence has one row more, for an incomplete chunk.
 static int64_t first_entry(const int64_t* bounds, int64_t n) { return bounds[n] / CHUNK + n; }
 
 struct Complex {
@@ -100,9 +101,9 @@ extern "C" void diagonal_backward(const float* x, const float* factors, const fl
         Complex decay, weight;
     };
     each(groups * blocks(channels), threads, [&](int64_t number) {
-        const Task task(number, channels);  // its sequence is the number of a group
+        const Task task(number, channels);  // task.sequence is the index of a group
         const std::vector<Factor> all = gather(factors, task, keys, channels);
-        std::vector<Complex> gradient(keys);             // g of the token at hand
+        std::vector<Complex> gradient(keys);             // g of the current token
         std::vector<Complex> states((CHUNK + 1) * keys);  // h before the chunk and after each of its tokens
         std::vector<Sums> sums(keys);
         std::vector<wide> totals(4 * keys);

@@ -6,18 +6,19 @@
 //                                                                                  a is k), ops/dplr without b
 //     MOVE       S_t = P_t + k_t v_t^T + b_t r_t^T                                 ops/dplr with b
 //
-// Decays cost nothing per element of a state. It is held as S = diag(exp(G)) M, with G the sum of the log-decays since
-// M was last rescaled: keys that write are divided by exp(G), keys that read are multiplied by it. When a G leaves
+// Decays cost nothing per element of a state, because a state is held as S = diag(exp(G)) M, with G the sum of the
+// log-decays since M was last rescaled: keys that write are divided by exp(G), keys that read are multiplied by it. When a G leaves
 // [-LIMIT, LIMIT], M is multiplied by exp(G), and G is 0. As exp(G) is computed anew for every token, the rounding of
 // slow decays does not add up over many tokens.
 //
-// Three loops use what is independent: columns of a state in `scan_forward` and `scan_reverse`, rows in `scan_rows`.
+// The columns of a state are independent of each other in `scan_forward` and `scan_reverse`, its rows in `scan_rows`:
+// each loop carries several of them in vectors.
 #include "common.h"
 
 constexpr int64_t TOKENS = 64;   // tokens of a block: the states before blocks are saved
 constexpr int64_t ROWS = 16;     // rows of a state that `scan_rows` carries together
 constexpr int TILE = ROWS / LANES;
-constexpr int64_t COLUMNS = 4 * LANES;  // most columns that the other scans carry together
+constexpr int64_t COLUMNS = 4 * LANES;  // maximum number of columns that the other scans carry together
 constexpr float LIMIT = 8;
 
 enum Rule { ADD, REPLACE, MOVE };
@@ -60,8 +61,8 @@ struct Call {
     float* entries;              // states before the blocks [blocks H K V]
     int64_t threads;
     // backwards only
-    Tensor written;              // what k writes: REPLACE: e, else v as float32
-    Tensor d_values, d_reads;    // gradients of v and r; REPLACE: d_reads is d_values, and -dr; float32
+    Tensor written;              // what k writes, float32: e for REPLACE, else v
+    Tensor d_values, d_reads;    // gradients of v and r, float32; for REPLACE, d_reads is d_values, which is -dr
     Tensor d_q, d_k, d_a, d_b;   // [tokens H K], q and k as float32 if heads share them; d_a is absent if a is k
     float *d_decay, *d_beta;     // as decay and beta, but with ceil(K / ROWS) parts of a sum in place of one number
 
@@ -81,7 +82,7 @@ struct Place {                   // a head of a sequence
         start = x.bounds[sequence], stop = x.bounds[sequence + 1];
         first_entry = start / TOKENS + sequence;
     }
-    int64_t stop_entry() const { return stop / TOKENS + sequence + 1; }  // may be later than after the last block
+    int64_t stop_entry() const { return stop / TOKENS + sequence + 1; }  // may be beyond the entry after the last block
     int64_t blocks() const { return (stop - start + TOKENS - 1) / TOKENS; }
 };
 
@@ -182,7 +183,7 @@ struct ForwardKeys : Keys {
     }
 };
 
-// All are factors of dM before a token's rescaling, except `rescaled`. a has the sign of dr in terms of d_reads.
+// All are factors of dM before a token's rescaling, except `rescaled`. a has a minus sign where d_reads is -dr.
 struct ReverseKeys : Keys {
     std::vector<vec> rescaled;   // a after a token's rescaling
     ReverseKeys(const Call& x, int64_t longest) : Keys(x, longest), rescaled(a.size()) {}
@@ -551,8 +552,8 @@ static void gradients_of_rows(const Call& x, const Place& place, int64_t from, i
     }
 }
 
-// Run f(x, place, from, to) for all heads of all sequences. If they are fewer than the threads, columns or rows 0 to
-// `size` are divided too, into multiples of `unit`; their results do not depend on it.
+// Run f(x, place, from, to) for all heads of all sequences. If there are more threads than heads, the columns or rows 0
+// to `size` are divided too, into multiples of `unit`; results do not depend on the division.
 template <class F> static void each_head(const Call& x, int64_t size, int64_t unit, const F& f) {
     const int64_t places = x.sequences * x.heads, units = (size + unit - 1) / unit;
     const int64_t divisions = std::max<int64_t>(std::min((x.threads + places - 1) / places, units), 1);

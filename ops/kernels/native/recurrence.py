@@ -16,9 +16,9 @@ from . import build
 from .common import contiguous, limits_of, sequences
 
 TOKENS = 64
-"""Tokens between the states that are saved for the backward pass, as in the source."""
+"""Tokens between the states that are saved for the backward pass; the constant has the same value in the source."""
 ROWS = 16
-"""Rows of a state over which a partial sum goes, in gradients that are sums over a key."""
+"""Number of key dimensions in each partial sum of a gradient that is a sum over key dimensions; as in the source."""
 ADD, REPLACE, MOVE = range(3)
 """Rules of the source: a token adds to the state, replaces what it reads, or writes it under another key."""
 
@@ -30,7 +30,10 @@ def _rule(x: Recurrence) -> int:
 
 
 def _allocate(x: Recurrence) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Allocate the output, the final state, the states before all blocks of tokens, and what tokens replace or read."""
+    """Allocate the output, the final state, the states before all blocks of tokens, and the errors or values that are read.
+
+    The last has e_t of the rule REPLACE or r_t of MOVE, see the source. What is not needed is empty.
+    """
     op = "decay" if _rule(x) == ADD else "delta" if x.a is None else "dplr"
     KERNELS[op].require(x.probe())  # inside the op, which a compiler does not trace
     batch, length = x.q.shape[:2]
@@ -85,7 +88,7 @@ def _backward(x: Recurrence, gradients: Gradients) -> dict[str, Tensor]:
     parts = (*x.v.shape[:3], -(-x.k.shape[3] // ROWS))
     d_output = entries.new_zeros(x.v.shape) if d_output is None else d_output
     d_initial = None if x.initial_state is None else entries.new_empty(x.initial_state.shape)
-    d_q, d_k = (x.q.new_empty(per_head, dtype=x.q.dtype if x.shared == 1 else torch.float32) for _ in range(2))
+    d_q, d_k = (x.q.new_empty(per_head, dtype=x.q.dtype if x.heads_per_key == 1 else torch.float32) for _ in range(2))
     d_a, d_b = (None if key is None else key.new_empty(key.shape) for key in (x.a, x.b))
     d_beta = None if x.beta is None else entries.new_empty(parts)
     d_decay = None
@@ -112,8 +115,8 @@ def _backward(x: Recurrence, gradients: Gradients) -> dict[str, Tensor]:
         d_value,
         d_read,
     )
-    if x.shared > 1:
-        d_q, d_k = (d.unflatten(2, (-1, x.shared)).sum(3) for d in (d_q, d_k))
+    if x.heads_per_key > 1:
+        d_q, d_k = (d.unflatten(2, (-1, x.heads_per_key)).sum(3) for d in (d_q, d_k))
     if d_decay is not None and x.log_decay is not None and x.log_decay.ndim < 4:
         d_decay = d_decay.sum(3) if x.log_decay.ndim == 3 else d_decay.sum((0, 1, 3))
     d_beta = None if d_beta is None else d_beta.sum(3)
@@ -137,9 +140,9 @@ def recurrence_chunkwise_native(x: Recurrence) -> RecurrenceOutput:
 
 
 def _recurrent(reference: Run, x: Recurrence) -> RecurrenceOutput:
-    """Compute the same; a single token, as in decoding, by the operations of the reference.
+    """Compute the recurrent paradigm as `recurrence_chunkwise_native` does, except for a single token, as in decoding.
 
-    They cost less than a call of the op, and a compiler can fuse them.
+    It is computed by the operations of the reference, which cost less than a call of the op and which a compiler can fuse.
 
     Raises:
         SeqmixError: the kernel does not support the call.

@@ -1,4 +1,4 @@
-// Scans of independent elements, as numbers and as logarithms; the output is the state.
+// Scan of independent elements, and its form in the log domain; the output is the state.
 #include "common.h"
 
 //     h_t = exp(a_t) h_{t-1} + x_t

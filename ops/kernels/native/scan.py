@@ -1,4 +1,4 @@
-"""The elementwise scans on a CPU, as numbers and as logarithms, token by token (scan.cpp)."""
+"""The elementwise scan and its log-domain form on a CPU, token by token (scan.cpp)."""
 
 import torch
 from torch import Tensor

@@ -3,12 +3,12 @@
 //     h_t = exp(s_t r) h_{t-1} + k_t x_t          s: step, r: rate         o_t = sum_k q_t h_t
 //
 // The states of all tokens would be K times as large as the inputs. The forward pass saves those before every CHUNK
-// tokens of a sequence, and the backward pass computes the states of a chunk again from there.
+// tokens of a sequence; from these, the backward pass recomputes the states within a chunk.
 #include "common.h"
 
 constexpr int CHUNK = 32;
 
-// The chunks of sequence n begin at this row of the saved states, which has room for incomplete ones.
+// Row of the saved states at which sequence n begins; every sequence has one row more, for an incomplete chunk.
 static int64_t first_entry(const int64_t* bounds, int64_t n) { return bounds[n] / CHUNK + n; }
 
 // Rates of the vectors of a task, [vectors K].
@@ -73,9 +73,9 @@ extern "C" void selective_backward(const float* x, const float* step, const floa
                                    float* d_keys, float* d_queries, float* d_initial, int64_t threads) {
     const int64_t tokens = bounds[sequences];
     each(groups * blocks(channels), threads, [&](int64_t number) {
-        const Task task(number, channels);  // its sequence is the number of a group
+        const Task task(number, channels);  // task.sequence is the index of a group
         const std::vector<vec> rates = gather(rate, task, keys, channels);
-        std::vector<vec> gradient(task.vectors * keys);      // g of the token at hand
+        std::vector<vec> gradient(task.vectors * keys);      // g of the current token
         std::vector<vec> states((CHUNK + 1) * keys);         // h before the chunk and after each of its tokens
         std::vector<Exp> decays(CHUNK * keys);
         std::vector<vec> sum_k(CHUNK * keys), sum_q(CHUNK * keys), sum_r(keys);

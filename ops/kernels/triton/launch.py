@@ -14,13 +14,13 @@ from torch import Tensor
 from ...recurrence.family import Recurrence, RecurrenceOutput
 from ...recurrence.groups import capacity
 from ...runtime.custom_op import Op
-from ...runtime.kernel import Probe, installed
+from ...runtime.kernel import Probe, is_installed
 
 UNIT = 16
 """Widths are padded to a multiple of this, the smallest that matrix instructions and 16-byte loads support."""
 
 FUSED = {"enable_fp_fusion": True}
-"""Compiler option that fuses a product and a sum; set explicitly, because Triton's default is about to change."""
+"""Compiler option to fuse a product and a sum (FMA); set explicitly, because Triton's default is about to change."""
 
 REGISTERS = 65536
 """Registers of a multiprocessor."""
@@ -37,7 +37,7 @@ class Launch(NamedTuple):
     stages: int
     """Loop iterations whose loads are in flight at once."""
     blocks: int = 1
-    """Blocks that must fit a multiprocessor at once; registers per thread are limited accordingly."""
+    """Number of blocks that must fit on a multiprocessor at once; this limits the registers per thread."""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -47,7 +47,7 @@ class Launch(NamedTuple):
         return {"num_warps": self.warps, "num_stages": self.stages, **cap, **FUSED}
 
 
-def interpreted() -> bool:
+def is_interpreted() -> bool:
     """Return True if kernels run in Triton's interpreter, on a CPU."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -58,16 +58,17 @@ def kernels(family: str, module: str = "bodies") -> Any:
 
 
 def missing_requirements(probe: Probe) -> list[str]:
-    """Return why no Triton kernel can run a call: no triton, no CUDA device, or an unsupported interpreter dtype."""
+    """Return the reasons why no Triton kernel can run a call: no triton, no CUDA device, or a dtype of the interpreter."""
     reasons = []
-    if not installed("triton"):
+    if not is_installed("triton"):
         reasons.append("triton is not installed (pip install triton, on Linux)")
-    if interpreted():
+    if is_interpreted():
         if probe.dtype == torch.bfloat16:
             reasons.append("Triton's interpreter computes bfloat16 wrongly")
     elif probe.device.type != "cuda":
         reasons.append(
-            f"it needs a CUDA device, got {probe.device.type} (or set TRITON_INTERPRET=1 before triton is imported)"
+            f"the Triton kernels need a CUDA device, got {probe.device.type} (or set TRITON_INTERPRET=1 before triton is "
+            "imported)"
         )
     return reasons
 

@@ -14,14 +14,14 @@ from torch import Tensor
 from ....recurrence.family import Recurrence
 from ....recurrence.groups import capacity
 from ....runtime.kernel import Probe
-from ..launch import FUSED, Launch, addressable, chunk_table, interpreted, kernels, strides
+from ..launch import FUSED, Launch, addressable, chunk_table, is_interpreted, kernels, strides
 
 MAX_KEY_WIDTH, MAX_VALUE_WIDTH = 256, 512
 """Largest supported widths of a head's keys and values, those of the RetNet paper."""
 
 
 def width_limits(probe: Probe) -> list[str]:
-    """Return why a call's heads are too wide; empty if they are not."""
+    """Return a sentence in a list if a call's heads are too wide; an empty list if they are not."""
     if probe.key_width <= MAX_KEY_WIDTH and probe.value_width <= MAX_VALUE_WIDTH:
         return []
     limit = f"keys must be at most {MAX_KEY_WIDTH} and values at most {MAX_VALUE_WIDTH} wide"
@@ -98,7 +98,7 @@ def choose_configuration(table: tuple[Configuration, ...], chunk_size: int) -> C
 
 def configuration_of(x: Recurrence) -> Configuration:
     """Return the configuration of a call on its device."""
-    if interpreted():
+    if is_interpreted():
         return choose_configuration(INTERPRETED, x.chunk_size)
     table = configurations(8 * x.q.element_size(), x.q.shape[3], x.v.shape[3], tf32x3=x.tf32x3)
     if torch.cuda.get_device_capability(x.q.device) != (9, 0):
@@ -133,7 +133,7 @@ class Launcher:
         # set also for the delta rule: decayed keys that predict, [B T H K], and pairs of keys, [chunks H C C]
         self.reads, self.pairs = None, None
         self.batch, self.length, self.heads, self.value_width = x.v.shape
-        self.key_width, self.shared = x.q.shape[3], x.shared
+        self.key_width, self.shared = x.q.shape[3], x.heads_per_key
         self.log_decay = None if log_decay is None else log_decay.contiguous()
         # kernels assume a stride of 1, and the boundaries may be a column
         self.boundaries = None if cu_seqlens is None else cu_seqlens.contiguous()
@@ -143,8 +143,8 @@ class Launcher:
             self.firsts, self.table = chunk_table(cu_seqlens, self.length, self.chunk, starts=starts, ends=d_final)
         self.rows = x.rows
         self.chunks = self.batch * capacity(self.length, self.chunk, cu_seqlens)
-        # stored entry states, and gradients of exit states; if documents begin and end with zeros, as many as for one
-        # long document
+        # numbers of stored entry states and of gradients of exit states; where those of documents are zero, as many as
+        # for one long document
         self.entries, self.exits = (
             self.batch * capacity(self.length, self.chunk, cu_seqlens if per_document else None)
             for per_document in (x.initial_state is not None, d_final)

@@ -47,12 +47,12 @@ from .per_key_launch import MAX_KEY_CHUNK, launcher_of
 
 
 def limits(probe: Probe) -> list[str]:
-    """Return why the chunkwise kernel cannot run a call, besides its dtype; empty if it can."""
+    """Return the reasons, apart from the dtype, why the chunkwise kernel cannot run a call; empty if it can."""
     return missing_requirements(probe) + width_limits(probe)
 
 
 def tf32x3_limits(probe: Probe) -> list[str]:
-    """Return why the chunkwise kernel with TF32 products cannot run a call, besides its dtype; empty if it can."""
+    """Return the reasons, apart from the dtype, why the chunkwise kernel cannot run a call with TF32 products."""
     reasons = limits(probe)
     if probe.log_decay == "B T H K":
         reasons.append("decays per key dimension take more registers with TF32 products than a GPU has")
@@ -60,7 +60,7 @@ def tf32x3_limits(probe: Probe) -> list[str]:
 
 
 def step_limits(probe: Probe) -> list[str]:
-    """Return why the decoding step cannot run a call, besides its dtype; empty if it can."""
+    """Return the reasons, apart from the dtype, why the decoding step cannot run a call; empty if it can."""
     reasons = missing_requirements(probe)
     if probe.key_width > MAX_KEY_WIDTH:
         reasons.append(f"keys must be at most {MAX_KEY_WIDTH} wide, got {probe.key_width}")
@@ -130,8 +130,8 @@ def decay_step_triton(x: Recurrence) -> Tensor:
     if x.q.shape[1] != 1:
         raise SeqmixError(f"a decoding step expects one token, got {x.q.shape[1]}")
     if state is None or state.dtype != torch.float32 or not state.is_contiguous():
-        found = "none" if state is None else f"{state.dtype} with strides {state.stride()}"
-        raise SeqmixError(f"a decoding step expects an initial state that is float32 and contiguous, got {found}")
+        described = "none" if state is None else f"{state.dtype} with strides {state.stride()}"
+        raise SeqmixError(f"a decoding step expects an initial state that is float32 and contiguous, got {described}")
     if needs_grad(x.q, x.k, x.v, x.log_decay, state):
         raise SeqmixError("an in-place step has no gradients: decode under torch.no_grad()")
     (output,) = STEP_OP(x._replace(log_decay=None if x.log_decay is None else x.log_decay.float()))
@@ -216,7 +216,7 @@ def _step(x: Recurrence) -> tuple[Tensor]:
     decays = {"log_decay": log_decay, "decay_row": row, "decay_head": head, "decay_key": key}
     sizes = {
         "heads": heads,
-        "shared": x.shared,
+        "shared": x.heads_per_key,
         "K": key_width,
         "V": value_width,
         "WIDTH": max(UNIT, 1 << (key_width - 1).bit_length()),

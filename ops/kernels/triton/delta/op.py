@@ -41,7 +41,7 @@ from ..launch import (
     Launch,
     addressable,
     contiguous,
-    interpreted,
+    is_interpreted,
     kernels,
     missing_requirements,
     run_padded,
@@ -55,7 +55,7 @@ MAX_DECAYED_KEY_WIDTH = 128
 
 
 def limits(probe: Probe) -> list[str]:
-    """Return why the kernel cannot run a call, besides its dtype; empty if it can."""
+    """Return the reasons, apart from the dtype, why the kernel cannot run a call; empty if it can."""
     reasons = missing_requirements(probe)
     if probe.dtype == torch.float32 and probe.key_width > MAX_FLOAT32_KEY_WIDTH:
         reasons.append(f"float32 keys must be at most {MAX_FLOAT32_KEY_WIDTH} wide, got {probe.key_width}")
@@ -80,7 +80,7 @@ class Configuration(NamedTuple):
 def configuration(bits: int, key_width: int) -> Configuration:
     """Return the configuration for elements of `bits` bits; the bands have the decay family's configurations."""
     width = max(UNIT, 1 << (key_width - 1).bit_length())
-    if interpreted():
+    if is_interpreted():
         small = Launch((width, 32), 1, 1)
         return Configuration(small, small, small)
     scan = Launch((width, 32), 4 if bits == 16 else 8, 2)
