@@ -54,8 +54,8 @@ class AttentionConfig(MixerConfig):
     head_dim: int | None = Field(default=None, gt=0, examples=[8])
     """Width of one head; d_model / n_heads when null."""
     positions: Literal["rope", "xpos", "alibi", "none"] = "rope"
-    """Position encoding: `rope` rotates queries and keys (RoFormer); `xpos` also multiplies their products by a factor that
-    shrinks with distance; `alibi` subtracts from scores in proportion to distance instead; `none` has no positions."""
+    """Position encoding: `rope` rotates queries and keys (RoFormer); `xpos` also makes their products shrink with distance;
+    `alibi` subtracts from scores in proportion to distance instead; `none` has no positions."""
     rope_base: float = Field(default=10000.0, gt=1, examples=[100.0])
     """Base of the rotation frequencies."""
     rope_scaling: RopeScaling | None = Field(default=None, examples=[LinearScaling(factor=2.0)])
@@ -267,7 +267,7 @@ class Attention(CachedMixer):
 
     @property
     def _uses_score_option(self) -> dict[str, bool]:
-        """True for each score option that this layer uses, by name; a kernel may not support these options of the op."""
+        """By name of a score option, which kernels may not support: True if this layer uses the option."""
         config = self.config
         capped = config.softcap is not None
         sloped = config.positions == "alibi"

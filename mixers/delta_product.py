@@ -7,7 +7,8 @@
     y       = (silu(x W_G) * RMSNorm(o)) W_O    the norm is per head, its weights are shared by all heads
 
 A token's transition is a product of n Householder matrices, which can be any rotation of n dimensions. In DeltaNet it
-is at most a reflection. With n = 1 this is Gated DeltaNet, whose decays alpha it has. The norm cancels the factor 1/sqrt(K) except for its eps.
+is at most a reflection. With n = 1 this is Gated DeltaNet, which has the same alpha. The norm cancels the factor
+1/sqrt(K) except for its eps.
 """
 
 from typing import Literal

@@ -77,7 +77,7 @@ class ForgetGate(nn.Module):
             nn.init.constant_(self.bound, math.log(self.start / (1 - self.start)))
 
     def forward(self, logits: Float[Tensor, "B T H K"]) -> tuple[Float[Tensor, "B T H K"], Float[Tensor, "B T H K"]]:
-        """Return the natural log of f_t, and 1 - f_t; neither is computed as a difference that would lose its digits."""
+        """Return the natural log of f_t, and 1 - f_t; neither is computed as a difference that would lose digits."""
         if self.bound is None:
             return F.logsigmoid(logits), (-logits).sigmoid()
         bound = self.bound.to(logits.dtype)

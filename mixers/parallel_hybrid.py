@@ -3,9 +3,9 @@
     y = c_1 f_1(x) + c_2 f_2(x) + ..                 every f_i is a mixer with its own state
 
 One block then combines the recall of attention with the constant state of a recurrence; in a hybrid whose layers
-differ, each layer has only one of them. Falcon-H1 splits its channels among attention, Mamba-2 and the feed-forward network. Here
-every mixer sees all channels, and has the width that its configuration gives. Hymba norms every output before the sum,
-which is not done here.
+differ, each layer has only one of them. Falcon-H1 splits its channels among attention, Mamba-2 and the feed-forward
+network. Here every mixer sees all channels, and has the width that its configuration gives. Hymba norms every output
+before the sum, which is not done here.
 """
 
 from collections import namedtuple

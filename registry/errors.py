@@ -48,7 +48,7 @@ def nearest(word: str, allowed: Iterable[str]) -> str:
 
 
 def choices(word: str, allowed: Iterable[str], label: str = "allowed") -> str:
-    """Return the end of an error message: the nearest match, if one is similar, and the first `MAX_LISTED` allowed words.
+    """Return the end of an error message: the nearest match, if one is similar, and the first `MAX_LISTED` words.
 
     `; did you mean "retention"? Allowed: attention, retention`, or `; allowed: attention, retention`.
     """

@@ -28,7 +28,7 @@ def json_schema(cls: type[Config]) -> dict[str, Any]:
 
 
 def _without_kind(union: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
-    """Return the schema of a mapping without a kind: any keys are valid, and editors suggest those of the default kind."""
+    """Return the schema of a mapping without a kind: any keys; editors suggest those of the default kind."""
     mapping: dict[str, Any] = {"type": "object", "not": {"required": ["kind"]}}
     if (kind := union.get(DEFAULT_KIND)) is not None:
         definition = schema["$defs"][union["discriminator"]["mapping"][kind].rpartition("/")[2]]

@@ -26,7 +26,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class Node:
-    """A value of a YAML document and its origin: the line of its key in a mapping, else the line of the value itself."""
+    """A value of a YAML document and its origin: in a mapping the line of its key, else the line of the value."""
 
     value: "Mapping[str, Node] | tuple[Node, ...] | Scalar"
     origin: Origin

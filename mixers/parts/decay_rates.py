@@ -44,7 +44,7 @@ class FixedDecay(nn.Module):
 
     @torch.no_grad()
     def set_reach(self, tokens: Float[Tensor, " H"]) -> list[str]:
-        """Set the reach of learnable decays, see `SequenceMixer.set_reach`; decays that are not learnable do not change."""
+        """Set the reach of learnable decays, see `SequenceMixer.set_reach`; fixed decays are left unchanged."""
         if self.logit is None:
             return []
         self.logit.copy_(tokens.log())  # the logit of gamma = tokens / (1 + tokens)

@@ -89,8 +89,9 @@ def gate_decay(logits: Float[Tensor, "*batch"], normalizer: float) -> Float[Tens
 class GatedNorm(nn.Module):
     """Norm of the last dimension, with weights and a gate: norm(x) * weight * act(gate).
 
-    The result has the dtype of x, except that float16 becomes float32: the product of x and the gate, and x squared, can
-    leave the range of float16. Statistics are computed in float32 or wider. They never cross tokens, as those of nn.GroupNorm do.
+    The result has the dtype of x, except that float16 becomes float32: the product of x and the gate, and x squared,
+    can leave the range of float16. Statistics are computed in float32 or wider. They never cross tokens, as those of
+    nn.GroupNorm do.
 
     Args:
         width: size of the last dimension.
@@ -98,8 +99,8 @@ class GatedNorm(nn.Module):
         gate: activation of the gate.
         affine: True if the norm has weights.
         eps: constant added to the variance or the mean square.
-        heads: number of heads, the size of the second to last dimension, if each has its own weights; None if they share
-            one weight vector.
+        heads: number of heads, the size of the second to last dimension, if each head has its own weights; None if all
+            share them.
     """
 
     parameter_roles: ClassVar[Roles] = {"weight": Role.NORM}

@@ -19,7 +19,7 @@ class ValueResidual(LowRank):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Initialise nu, the share of the first layer's values, at about 0.72 in the first channel to 0.63 in the last."""
+        """Initialise nu, the share of the first values, from about 0.72 in the first channel to 0.63 in the last."""
         super().reset_parameters()
         bias = self.up.bias
         bias.copy_(torch.linspace(0.93, 0.53, len(bias), device=bias.device, dtype=torch.float64))

@@ -86,8 +86,8 @@ def softmax_attention(
     Raises:
         SeqmixError: shapes, dtypes or document boundaries do not match, or the backend does not support an option.
         RuntimeError: a ring cache is too small for the window, or a decay would leave the dtype's range; on a GPU and
-            in compiled code, also if document boundaries are invalid. On a GPU the error appears only at a later call, because the
-            GPU runs asynchronously.
+            in compiled code, also if document boundaries are invalid. On a GPU, which runs asynchronously, the error
+            appears only at a later call.
     """
     known = SoftmaxOptions.__annotations__
     if unknown := [name for name in options if name not in known]:

@@ -289,8 +289,8 @@ def _append(past: Tensor, tokens: Tensor) -> Tensor:
 def _ring_update(ring: RingCache, n_tokens: int, read: Tensor, *, donated: bool) -> _Update:
     """Return the update that writes the last `n_tokens` tokens of a segment to their slots of a ring.
 
-    It writes in place if the ring is donated: always without a window, see `softmax_attention`, and with a window if the
-    caller donates it.
+    It writes in place if the ring is donated. Without a window it always is, see `softmax_attention`; with a window, if
+    the caller donates it.
     """
     row = torch.arange(read.shape[0], device=read.device)[:, None]
     slot = ring.slots(read[:, None] + torch.arange(-n_tokens, 0, device=read.device))

@@ -124,7 +124,7 @@ class _LongInputs(NamedTuple):
         return (document for document in documents if document.stop > document.start)
 
     def inputs_in_reach(self, document: Stretch) -> Tensor:
-        """Return the inputs that the outputs of a document depend on, [B|1 P'+T' D]: P' cached ones, then its own T'."""
+        """Return the inputs that the outputs of a document depend on, [B|1 P'+T' D]: cached ones, then its own."""
         return _inputs_in_reach(self.x, self.past, document, self.filters.shape[1])
 
 

@@ -135,8 +135,8 @@ def decay_flops(
 
 
 # Twice the largest error in several thousand cases per function, or, if that is larger, the error of exp: the rounding
-# of an exponent of up to 87 in float32 and 708 in float64, beyond which exp underflows. The parallel paradigm rounds its
-# scores to 16 bits.
+# of an exponent of up to 87 in float32 and 708 in float64, beyond which exp underflows. The parallel paradigm rounds
+# its scores to 16 bits.
 TOLERANCES = {torch.float64: 2e-13, torch.float32: 1e-5, torch.bfloat16: 7e-3, torch.float16: 9e-4}
 
 declare_references(

@@ -175,8 +175,8 @@ def delta_flops(
 ) -> int:
     """Count the operations (FLOPs) of one head's matrix products in a forward pass.
 
-    Causal scores count as full squares, because kernels also compute the masked half. The triangular solves of the chunks, with
-    C^3 / 3 multiplications each, are not matrix products and are not counted.
+    Causal scores count as full squares, because kernels also compute the masked half. The triangular solves of the
+    chunks, with C^3 / 3 multiplications each, are not matrix products and are not counted.
 
     Args:
         paradigm: recurrent or chunkwise.

@@ -10,8 +10,8 @@ Layout, recurrence, scale and states agree with this library: natural logarithms
 decays before the first token is added. Three things differ:
 
     Chunks always have 64 tokens: chunk_size is ignored. It changes the cost and never the result.
-    fla subtracts sums of log-decays, and inf - inf is nan. So log-decays are clamped at MIN_LOG_DECAY, whose exponential is 0
-    in float32. The gradient of a clamped log-decay is 0.
+    fla subtracts sums of log-decays, and inf - inf is nan. So log-decays are clamped at MIN_LOG_DECAY, whose
+    exponential is 0 in float32. The gradient of a clamped log-decay is 0.
     fla caches tables of document boundaries by the identity of the tensor. So a copy is passed, in case the boundaries
     are later changed in place. Making the tables waits for the device.
 
@@ -69,13 +69,13 @@ def limits(probe: Probe) -> list[str]:
                 )
             if probe.log_decay == "H" and probe.key_width == SUSPECT_KEY_WIDTH:
                 reasons.append(
-                    f"fla's backward pass for decays per head and keys {SUSPECT_KEY_WIDTH} wide may be wrong on Hopper, because "
-                    "the installed triton miscompiles the same product in another kernel: install triton 3.7.1"
+                    f"fla's backward pass for decays per head and keys {SUSPECT_KEY_WIDTH} wide may be wrong on Hopper, "
+                    "because the installed triton miscompiles the same product in another kernel: install triton 3.7.1"
                 )
         wide = max(probe.key_width, probe.value_width) >= SLOW_WIDTH
         if probe.needs_grad and wide and capability >= (10, 0) and probe.log_decay != "B T H K":
             reasons.append(
-                f"fla's backward pass is very slow for widths of {SLOW_WIDTH} or more on a device of compute capability "
+                f"fla's backward pass is very slow for widths of {SLOW_WIDTH} or more on GPUs of compute capability "
                 f"{'.'.join(map(str, capability))}"
             )
     return reasons

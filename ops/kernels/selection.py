@@ -43,7 +43,7 @@ AUTO_ON_CPU: Mapping[str, Sequence[Paradigm]] = {
 """Paradigms that `auto` computes with native kernels on a CPU, by op."""
 
 REFERENCE_ON_CPU = {"decay": (None, "H")}
-"""Kinds of log-decays, by op, for which `auto` keeps the reference on a CPU: the work is then in matrix products alone."""
+"""Kinds of log-decays, by op, for which `auto` keeps the reference on a CPU: with these it has matrix products alone."""
 
 TRIAL_LENGTH = 259
 """Tokens of a trial: several whole chunks and an incomplete one."""
@@ -194,7 +194,7 @@ def _trial_inputs(op: str, probe: Probe, length: int, decay_needs_grad: bool) ->
     """Return random inputs of two sequences with two heads.
 
     Strides are those of a layer: q, k and v are columns of one projection. Keys of the delta rule have norm 1. Inputs
-    of several tokens require gradients (decays only if `decay_needs_grad`); one token is a decoding step and requires none.
+    of several tokens require gradients (decays only if `decay_needs_grad`); one token is a decoding step without.
     """
     generator = torch.Generator().manual_seed(0)
     wide = torch.promote_types(probe.dtype, torch.float32)

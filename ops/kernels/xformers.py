@@ -65,8 +65,8 @@ def limits(probe: Probe) -> list[str]:
             reasons.append(f"xformers' 16-bit kernels need compute capability 8.0 or later, {got}")
         if not is_flash and capability > (9, 0):
             reasons.append(
-                "xformers' kernels for float32, and for keys and values of different widths, need compute capability 9.0 "
-                f"or earlier, {got}"
+                "xformers' kernels for float32, and for keys and values of different widths, need compute capability "
+                f"9.0 or earlier, {got}"
             )
     return reasons
 

@@ -100,7 +100,7 @@ class Recurrence(NamedTuple):
 
     @property
     def stretches(self) -> list[Stretch]:
-        """Ranges of tokens that are processed as one sequence each; use it only inside an op, because it may wait for a GPU."""
+        """Ranges of tokens that are processed as one sequence each; use it inside an op only: it may wait for a GPU."""
         return stretches(self.q.shape[0], self.q.shape[1], self.cu_seqlens, self.boundaries)
 
     def widened(self) -> "Recurrence":
@@ -177,8 +177,8 @@ def recur(
 ) -> RecurrenceOutput:
     """Run the kernel that a call selects, on the tokens of one process or of a context-parallel group.
 
-    In a group the kernel runs twice: first to find the map from the state before the segment to the state after it, then
-    from the actual state, which the preceding segments leave.
+    In a group the kernel runs twice: first to find the map from the state before the segment to the state after it,
+    then from the actual state, which the preceding segments leave.
 
     Args:
         family: the family of recurrences.

@@ -80,7 +80,7 @@ class ChunkDecays(ABC):
 
 
 class _CausalMask:
-    """Causal mask times a scale: the first query of a token also sees its own token, the others see only earlier tokens."""
+    """Causal mask times a scale: the first query of a token also sees its own token, the others do not."""
 
     def __init__(self, scale: float, queries: int, size: int, like: Tensor) -> None:
         self.scale = scale

@@ -8,9 +8,9 @@ Notation of family.py; dS_t is the gradient of the state after token t, dS_t^+ t
 
 As a reference, it shares no formula with the chunkwise engine. Only the states and their gradients are computed one
 after another. Outputs and the other gradients are computed for several tokens at once: as many as have states that fit
-into a CPU's cache, or into a part of a GPU's memory. Every BLOCK-th state of a document is saved, except the initial state; the
-backward pass recomputes the states between them, so memory grows slowly with T. One token alone, as in decoding, is
-computed by plain operations.
+into a CPU's cache, or into a part of a GPU's memory. Every BLOCK-th state of a document is saved, except the initial
+state; the backward pass recomputes the states between them, so memory grows slowly with T. One token alone, as in
+decoding, is computed by plain operations.
 """
 
 import math
@@ -36,7 +36,7 @@ CACHED_ELEMENTS = 2**19
 
 
 class TokenVectors(NamedTuple):
-    """Vectors of n tokens in the dtype of states, with R = B H; those of a single token (`each`) lack the first axis."""
+    """Vectors of n tokens in the dtype of states, with R = B H; those of single tokens (`each`) lack the first axis."""
 
     q: Tensor
     """Queries times the scale, [n R 1 K]."""

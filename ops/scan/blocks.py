@@ -257,7 +257,7 @@ def _exits(decay: Tensor, written: Tensor, starts: Rows, step: Step) -> Tensor:
 
 
 def _run_back(decay: Tensor, d_states: Tensor, ends: Rows) -> None:
-    """Replace dh, the gradient of each state through its own token's output, by g, its whole gradient, in place: [m ..].
+    """Replace dh, the gradient of a state through its own token's output, by g, its whole gradient, in place: [m ..].
 
     dh of a block's last token already includes the gradient from later blocks.
     """

@@ -172,7 +172,7 @@ class DecayCase(KernelCase):
         return self.define(absolute)  # every term is a product of inputs and decays, so absolute inputs suffice
 
     def cancelled(self, kernel: Kernel, absolute: Tensors, of_terms: Tensors) -> Tensors:
-        """Add the terms of log-decay gradients that are differences of sums, for a kernel that declares `gradient_by_subtraction`.
+        """Add the terms that cancel in log-decay gradients, for a kernel that declares `gradient_by_subtraction`.
 
         Such a kernel computes the gradient of a token's log-decay as the sum of q dq - k dk over that token and all
         later ones.

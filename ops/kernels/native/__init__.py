@@ -2,7 +2,7 @@
 
 A family of kernels has one source and one module of the same name:
 
-    scan.cpp    functions `extern "C" void name(...)`, each below its recurrence; they include common.h for exp and threads
+    scan.cpp    functions `extern "C" void name(...)`, each below its recurrence; common.h has exp and threads
     scan.py     an `Op` whose forward and backward pass call these functions, and the declaration of its `Kernel`
     build.py    compiles a source at first use, caches the library, loads it, and calls its functions
 

@@ -53,8 +53,8 @@ FLAGS = (
     "-fopenmp-simd",
 )
 VECTOR_FLAGS = {"AVX512": ("-march=x86-64-v4", "-mprefer-vector-width=512"), "AVX2": ("-march=x86-64-v3",)}
-"""Compiler flags for the vector instructions of an x86 processor, by torch's name for them. A library compiled with them
-runs on every machine that has these instructions, so that machines may share a cache."""
+"""Compiler flags for the vector instructions of an x86 processor, by torch's name for them. A library compiled with
+them runs on every machine that has these instructions, so that machines may share a cache."""
 
 log = logging.getLogger("seqmix")
 
@@ -92,7 +92,8 @@ def failure(family: str) -> str | None:
 @cache
 def _warn_once(reason: str) -> None:
     log.warning(
-        "native CPU kernels are off, so that some mixers are several times slower: %s; set SEQMIX_NATIVE=0 to hide this warning",
+        "native CPU kernels are off, so that some mixers are several times slower: %s; "
+        "set SEQMIX_NATIVE=0 to hide this warning",
         reason,
     )
 

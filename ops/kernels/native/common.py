@@ -33,8 +33,8 @@ CHUNK = 32
 def saved_states(x: Tensor, cu_seqlens: Tensor | None, shape: tuple[int, ...]) -> Tensor:
     """Allocate the states before all chunks of all sequences, [chunks *shape], float32.
 
-    It is filled with zeros, because sequences may use fewer rows than are allocated, and an op's outputs must be defined
-    everywhere.
+    It is filled with zeros, because sequences may use fewer rows than are allocated, and an op's outputs must be
+    defined everywhere.
     """
     chunks = x.shape[0] * x.shape[1] // CHUNK + rows(x, cu_seqlens)
     return x.new_zeros((chunks, *shape), dtype=torch.float32)

@@ -30,9 +30,9 @@ def _rule(x: Recurrence) -> int:
 
 
 def _allocate(x: Recurrence) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Allocate the output, the final state, the states before all blocks of tokens, and the errors or values that are read.
+    """Allocate the output, the final state, the states before all blocks of tokens, and the values that tokens read.
 
-    The last has e_t of the rule REPLACE or r_t of MOVE, see the source. What is not needed is empty.
+    The last has e_t for the rule REPLACE, r_t for MOVE, see the source. What is not needed is empty.
     """
     op = "decay" if _rule(x) == ADD else "delta" if x.a is None else "dplr"
     KERNELS[op].require(x.probe())  # inside the op, which a compiler does not trace
@@ -142,7 +142,8 @@ def recurrence_chunkwise_native(x: Recurrence) -> RecurrenceOutput:
 def _recurrent(reference: Run, x: Recurrence) -> RecurrenceOutput:
     """Compute the recurrent paradigm as `recurrence_chunkwise_native` does, except for a single token, as in decoding.
 
-    It is computed by the operations of the reference, which cost less than a call of the op and which a compiler can fuse.
+    That token is computed by the operations of the reference, which cost less than a call of the op and which a compiler
+    can fuse.
 
     Raises:
         SeqmixError: the kernel does not support the call.

@@ -58,7 +58,7 @@ def kernels(family: str, module: str = "bodies") -> Any:
 
 
 def missing_requirements(probe: Probe) -> list[str]:
-    """Return the reasons why no Triton kernel can run a call: no triton, no CUDA device, or a dtype of the interpreter."""
+    """Return the reasons why no Triton kernel can run a call: no triton, no CUDA device, or (interpreted) its dtype."""
     reasons = []
     if not is_installed("triton"):
         reasons.append("triton is not installed (pip install triton, on Linux)")
@@ -67,8 +67,8 @@ def missing_requirements(probe: Probe) -> list[str]:
             reasons.append("Triton's interpreter computes bfloat16 wrongly")
     elif probe.device.type != "cuda":
         reasons.append(
-            f"the Triton kernels need a CUDA device, got {probe.device.type} (or set TRITON_INTERPRET=1 before triton is "
-            "imported)"
+            f"the Triton kernels need a CUDA device, got {probe.device.type} "
+            "(or set TRITON_INTERPRET=1 before triton is imported)"
         )
     return reasons
 
