@@ -54,7 +54,7 @@ class AttentionConfig(MixerConfig):
     head_dim: int | None = Field(default=None, gt=0, examples=[8])
     """Width of one head; d_model / n_heads when null."""
     positions: Literal["rope", "xpos", "alibi", "none"] = "rope"
-    """Position encoding: `rope` rotates queries and keys (RoFormer); `xpos` also makes their products shrink with distance;
+    """Position encoding: `rope` rotates queries and keys (RoFormer); `xpos` also makes products shrink with distance;
     `alibi` subtracts from scores in proportion to distance instead; `none` has no positions."""
     rope_base: float = Field(default=10000.0, gt=1, examples=[100.0])
     """Base of the rotation frequencies."""

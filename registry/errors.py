@@ -32,11 +32,8 @@ class ConfigError(SeqmixError):
 def _cut(line: str) -> str:
     """Return a line of an error; if it is longer than `MAX_LINE_LENGTH` characters, its middle is left out."""
     excess = len(line) - MAX_LINE_LENGTH
-    return (
-        line
-        if excess <= 0
-        else f"{line[: MAX_LINE_LENGTH // 2]} [{excess:,} characters] {line[-MAX_LINE_LENGTH // 2 :]}"
-    )
+    half = MAX_LINE_LENGTH // 2
+    return line if excess <= 0 else f"{line[:half]} [{excess:,} characters] {line[-half:]}"
 
 
 def nearest(word: str, allowed: Iterable[str]) -> str:

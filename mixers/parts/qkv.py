@@ -199,9 +199,8 @@ class QKVMixer(MatrixStateMixer):
     def project(self, x: Float[Tensor, "B T D"], call: Call) -> QKV:
         """Compute everything before the recurrence: projections, convolution, norms and rotation."""
         q, k, v, *rest = self.widths.values()
-        if (
-            self.silu_without_conv or self.convolution is not None
-        ):  # queries, keys and values go through the convolution together
+        if self.silu_without_conv or self.convolution is not None:
+            # queries, keys and values go through the convolution together
             qkv, *others = self.in_proj(x).split_with_sizes([q + k + v, *rest], -1)
             qkv, recent = self.convolve(qkv, call)
             qk, v = qkv.split_with_sizes([q + k, v], -1)

@@ -254,7 +254,8 @@ def _require_scores(x: AttentionInputs) -> None:
         tensor = getattr(x, name)
         if tensor is not None and (tensor.shape != shape or not tensor.is_floating_point()):
             raise SeqmixError(
-                f"{name} must be a floating-point tensor of shape {list(shape)}, got {list(tensor.shape)} of {tensor.dtype}"
+                f"{name} must be a floating-point tensor of shape {list(shape)}, "
+                f"got {list(tensor.shape)} of {tensor.dtype}"
             )
     if x.softcap is not None and not 0 < x.softcap < math.inf:
         raise SeqmixError(f"softcap must be a finite number above 0 (or None for no bound), got {x.softcap}")

@@ -69,8 +69,9 @@ def limits(probe: Probe) -> list[str]:
                 )
             if probe.log_decay == "H" and probe.key_width == SUSPECT_KEY_WIDTH:
                 reasons.append(
-                    f"fla's backward pass for decays per head and keys {SUSPECT_KEY_WIDTH} wide may be wrong on Hopper, "
-                    "because the installed triton miscompiles the same product in another kernel: install triton 3.7.1"
+                    f"fla's backward pass for decays per head and keys {SUSPECT_KEY_WIDTH} wide may be wrong on "
+                    "Hopper, because the installed triton miscompiles the same product in another kernel: "
+                    "install triton 3.7.1"
                 )
         wide = max(probe.key_width, probe.value_width) >= SLOW_WIDTH
         if probe.needs_grad and wide and capability >= (10, 0) and probe.log_decay != "B T H K":

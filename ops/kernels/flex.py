@@ -187,7 +187,7 @@ def _block_bounds(x: Tensor, axis: str) -> tuple[Tensor, Tensor]:
 
 
 def _block_lists(table: Tensor) -> tuple[Tensor, Tensor]:
-    """Return for each row of a table the number of True entries, and all column indices, those of True entries first."""
+    """Return for each row of a table the number of True entries, and all columns, those of True entries first."""
     numbers = table.to(torch.int32)
     return numbers.sum(-1, dtype=torch.int32), numbers.argsort(dim=-1, descending=True, stable=True).to(torch.int32)
 

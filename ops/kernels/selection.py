@@ -43,7 +43,7 @@ AUTO_ON_CPU: Mapping[str, Sequence[Paradigm]] = {
 """Paradigms that `auto` computes with native kernels on a CPU, by op."""
 
 REFERENCE_ON_CPU = {"decay": (None, "H")}
-"""Kinds of log-decays, by op, for which `auto` keeps the reference on a CPU: with these it has matrix products alone."""
+"""Kinds of log-decays, by op, for which `auto` keeps the reference on a CPU: with these it is matrix products alone."""
 
 TRIAL_LENGTH = 259
 """Tokens of a trial: several whole chunks and an incomplete one."""

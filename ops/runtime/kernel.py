@@ -102,7 +102,7 @@ class Kernel:
     """True if the gradient of a log-decay per token is computed as a difference of sums. The tolerance then also allows
     for the terms that cancel: where decays are strong, only their rounding errors remain of the difference."""
     follows_inputs: bool = False
-    """True if the reference runs instead of this kernel when the inputs are not on a CPU or their dtype is not supported.
+    """True if the reference runs in place of this kernel when inputs are not on a CPU or have an unsupported dtype.
     A layer chooses its kernel when its model is built, on a CPU, and the model may be moved or converted afterwards."""
     higher_order: bool = False
     """True if the kernel calls a higher-order op of torch (an op that takes functions), which a dispatch mode cannot

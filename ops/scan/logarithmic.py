@@ -86,7 +86,14 @@ def _backward(x: Scan, gradients: Gradients) -> dict[str, Tensor]:
     next_share = torch.cat((old_share[:, 1:], torch.zeros_like(old_share[:, :1])), dim=1)
     reversed_documents = None if x.cu_seqlens is None else (x.cu_seqlens[-1] - x.cu_seqlens).flip(0)
     reversed_scan = Scan(
-        d_h.flip(1), next_share.flip(1), None, reversed_documents, None, x.chunk_size, False, x.one_block_at_a_time
+        d_h.flip(1),
+        next_share.flip(1),
+        initial_state=None,
+        cu_seqlens=reversed_documents,
+        boundaries=None,
+        chunk_size=x.chunk_size,
+        output_final_state=False,
+        one_block_at_a_time=x.one_block_at_a_time,
     )
     d_h = SCAN.forward(reversed_scan)[0].flip(1)
     d_log_decay = d_h * old_share.exp()

@@ -142,8 +142,8 @@ def recurrence_chunkwise_native(x: Recurrence) -> RecurrenceOutput:
 def _recurrent(reference: Run, x: Recurrence) -> RecurrenceOutput:
     """Compute the recurrent paradigm as `recurrence_chunkwise_native` does, except for a single token, as in decoding.
 
-    That token is computed by the operations of the reference, which cost less than a call of the op and which a compiler
-    can fuse.
+    That token is computed by the operations of the reference, which cost less than a call of the op and can be fused by
+    a compiler.
 
     Raises:
         SeqmixError: the kernel does not support the call.
