@@ -48,7 +48,7 @@ def limits(probe: Probe) -> list[str]:
     multiple = 4 if probe.dtype == torch.float32 else 8  # its loads are of 16 bytes
     if probe.key_width % multiple or probe.value_width % multiple:
         reasons.append(
-            f"xformers needs widths that are multiples of {multiple} in this dtype, got {probe.key_width} and "
+            f"in this dtype xformers needs widths that are multiples of {multiple}, got {probe.key_width} and "
             f"{probe.value_width}"
         )
     # xformers has two families of kernels: flash for 16 bits and one width, cutlass for everything else

@@ -291,7 +291,7 @@ def test_what_xformers_cannot_load_is_copied():
 
 def test_xformers_says_what_it_does_not_take(monkeypatch):
     xformers, low = find("softmax", Paradigm.PARALLEL, "xformers"), {"window": True, "needs_grad": True}
-    monkeypatch.setattr(softmax_xformers, "installed", lambda library: True)
+    monkeypatch.setattr(softmax_xformers, "is_installed", lambda library: True)
     single = {"dtype": torch.float32, "key_width": 20}
     everything = {**low, "packed": True, "initial_state": True, "final_state": True}
     for taken in (everything, single, {**single, "needs_grad": True}, {"value_width": 128, "window": True}):
@@ -301,7 +301,7 @@ def test_xformers_says_what_it_does_not_take(monkeypatch):
     assert reasons(xformers, "multiples of 8, got 20 and 64", key_width=20)
     for other in (single, {"value_width": 128}):
         assert reasons(xformers, "window", **other, **low)
-    monkeypatch.setattr(softmax_xformers, "installed", lambda library: False)
+    monkeypatch.setattr(softmax_xformers, "is_installed", lambda library: False)
     assert reasons(xformers, "pip install xformers")
     arguments, options = inputs([5])
     with pytest.raises(SeqmixError, match=r"CUDA .* cpu"):

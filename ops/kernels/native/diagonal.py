@@ -26,7 +26,7 @@ def _decay(x: Diagonal) -> Tensor:
 
 
 def _factors(x: Diagonal) -> Tensor:
-    """Return the decays, as coarse numbers and the rest, and the weights, [6 K C]; of each, real then imaginary parts."""
+    """Return the decays, as coarse numbers and the rest, and the weights, [6 K C]; of each, real before imaginary."""
     decay = torch.view_as_real(_decay(x)).movedim(-1, 0)
     coarse = decay.to(torch.bfloat16).double()
     return torch.cat((coarse, decay - coarse, x.weight.double().movedim(-1, 0))).to(torch.float32)
