@@ -6,7 +6,7 @@ width, S slots of a cache, N packed documents, C chunk; n a query's position, m 
     s_nm = scale * sum_d q_nd k_md exp(a_d (n - m))          a None means 0; xPos has one decay per pair of dimensions
     o_n  = sum_m softmax_m(s_nm) v_m                         over the keys  max(0, n - w + 1) <= m <= n
 
-With a window of w, a query sees w keys, its own included. The state is a cache of keys and values. Rows of a batch may
+With a window of w, a query sees w keys, including its own. The state is a cache of keys and values. Rows of a batch may
 have read different numbers of tokens: masks follow from the positions that a cache's slots hold.
 
 The decay exp(a (n - m)) is applied as two factors, relative to a reference r in the middle of the queries:
@@ -42,7 +42,7 @@ class SoftmaxOptions(CallOptions, total=False):
     scale: float | None
     """Number that query-key products are multiplied by; 1/sqrt(K) by default."""
     window: int | None
-    """Number of keys that a query sees, its own included; None means all."""
+    """Number of keys that a query sees, including its own; None means all."""
     log_decay: Float[Tensor, " K"] | None
     """Natural log of the decay per token of distance, for each key dimension, <= 0."""
     log_forget: Float[Tensor, "B T H"] | None
@@ -150,7 +150,7 @@ def softmax_flops(
         length: tokens of the segment.
         key_dim: K.
         value_dim: V.
-        window: number of keys that a query sees, its own included; None means all.
+        window: number of keys that a query sees, including its own; None means all.
         chunk_size: queries per block of the chunkwise paradigm.
         context: tokens read before the segment, all of them in a growing cache; with a window, the cache is a ring of
             `window` slots.

@@ -47,7 +47,7 @@ class AttentionInputs(NamedTuple):
     chunk_size: int
     """Queries per block of the chunkwise paradigm."""
     window: int | None = None
-    """Number of keys that a query sees, its own included; None means all."""
+    """Number of keys that a query sees, including its own; None means all."""
     log_decay: Float[Tensor, " K"] | None = None
     """Natural log of the decay per token of distance, for each key dimension, <= 0."""
     log_forget: Float[Tensor, "B T H"] | None = None

@@ -157,7 +157,7 @@ class ContextParallel:
 
         Args:
             transition: M of this segment; for packed documents, one row: that of the document of its last token.
-            written: U of this segment; for packed documents likewise.
+            written: U of this segment; for packed documents, that of the same document.
             initial_state: state before the whole row; None means zero.
             documents: documents of the whole row, or None.
             length: tokens of the segment.

@@ -143,7 +143,7 @@ class Op(Generic[I]):
         tensors = [self.inputs._fields.index(name) for name in self.tensors]
 
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            # saved outputs have no gradient, and zeros in its place would be as large as they are
+            # saved outputs have no gradients, and zeros in place of these would take as much memory as the outputs
             ctx.set_materialize_grads(False)
             ctx.rest = [None if i in tensors else value for i, value in enumerate(inputs)]
             saved = self._as_outputs(output)[returned - self.reads :]

@@ -437,7 +437,7 @@ def _backward(x: Any, gradients: Gradients, rule: Rule[Any]) -> dict[str, Tensor
     initial = _initial(x, rule, saved.dtype)
     if layout is not None and d_initial is not None and d_final is not None:
         d_initial.copy_(d_final)  # empty documents: the final state is the initial one
-    # gradient of the state after the group at hand
+    # gradient of the state after the current group
     d_after = entries.new_zeros(entries.shape[1:]) if d_final is None or layout is not None else d_final
     index = len(entries)
     for group in reversed(token_groups(x, output, d_after[0].numel())):
