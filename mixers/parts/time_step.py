@@ -50,8 +50,8 @@ class TimeStepFields(TimeStepRange):
     """Fields of a mixer with step sizes and decay rates."""
 
     time_step_limit: Limit | None = Field(default=None, strict=False, examples=[(2e-3, 0.1)])
-    """Lower and upper limit of step sizes, from 0 to 1e3. An upper limit of .inf or null means none; null in place of the
-    pair means no limits."""
+    """Lower and upper limit of step sizes, from 0 to 1e3. An upper limit of .inf or null means none; null in place of
+    the pair means no limits."""
     a_range: Annotated[tuple[float, float], in_range(1e-6, 1e6)] = Field(default=(1.0, 16.0), strict=False)
     """Range of the initial decay rates e^{A_log}, evenly spaced; from 1e-6 to 1e6."""
 

@@ -173,7 +173,7 @@ def key_band(
 
 @triton.jit
 def _through(same, rows, x, high, low, EXACT: tl.constexpr, REVERSE: tl.constexpr):
-    """Add to each row of (high, low) a sum of rows of x in the same block: from this row on; in reverse, those before it.
+    """Add to each row of (high, low) a sum of rows of x in its block: from this row on; in reverse, those before it.
 
     For tensor cores, x is split into two bfloat16 parts, one of which is summed into high and one into low.
     """
