@@ -98,7 +98,7 @@ def _register_in(checks: dict[str, Any], **fields: Any) -> Callable[[Callable[..
 # ---- remedies: what to declare if the mixer is meant to lack the property
 
 NOT_PACKED = "declare traits.packing=False"
-NOT_INVARIANT = "declare traits.shift_invariant=False, or override shift_state where another leaf is the position"
+NOT_INVARIANT = "declare traits.shift_invariant=False, or override shift_state if another leaf holds the position"
 LESS_PRECISE = "give tolerances={torch.bfloat16: 4e-2} (--tolerance bfloat16=0.04)"
 NOT_COMPILED = "declare traits.compiles=False"
 
@@ -137,9 +137,9 @@ def declares(feature: str, words: str) -> Need:
 
 
 def shifted_leaves(mixer: SequenceMixer, tokens: int = 65) -> dict[str, bool]:
-    """Return, for each leaf of a state that `shift_state` changes, True if it is a position, by name of the leaf.
+    """Return the leaves of a state that `shift_state` changes, by name: True if the leaf is a position, else False.
 
-    A position grows by exactly `tokens`.
+    A leaf is a position if a shift by `tokens` adds exactly `tokens` to it.
     """
     state = mixer.init_state(1)
     shifted = to_dict(mixer.shift_state(state, tokens))

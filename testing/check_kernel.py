@@ -17,7 +17,7 @@ from ..registry import SeqmixError
 from .check import KERNEL_CHECKS, KernelCheck
 from .engine.outcome import CheckOutcome, Outcomes, chosen_names
 from .engine.parametrize import parametrized
-from .engine.run import EXAMPLES, CheckedSubject, as_many_as_asked, run_checks, strict_numerics
+from .engine.run import EXAMPLES, CheckedSubject, run_checks, sample_evenly, strict_numerics
 from .engine.source import call_source, imports
 from .kernel.case import KernelCase
 from .kernel.families import FAMILIES
@@ -136,7 +136,7 @@ class CheckedKernel(CheckedSubject[KernelCase]):
         if kernel.op not in FAMILIES:
             known = ", ".join(FAMILIES)
             raise SeqmixError(
-                f"expected a kernel of an op with a definition, got the op {kernel.op}; defined ops: {known}"
+                f"the kit has no definition of {kernel.op}, so it cannot check this kernel; defined ops: {known}"
             )
         family = FAMILIES[kernel.op]
         self.probes, self.wide = list(family.probes(device)), list(family.probes(device, WIDE))
@@ -156,30 +156,30 @@ class CheckedKernel(CheckedSubject[KernelCase]):
 
     def fixed_cases(self, check: KernelCheck) -> list[KernelCase]:
         probes = self._select_probes(check, self.probes) or self._select_probes(check, self.wide)
-        asks = partial(check.draw.asks, self.kernel)
-        cases = FAMILIES[self.kernel.op].fixed_cases(probes, asks, check.draw)
+        runs_on = partial(check.draw.runs_on, self.kernel)
+        cases = FAMILIES[self.kernel.op].fixed_cases(probes, runs_on, check.draw)
         if is_interpreted():  # Triton's interpreter runs programs one after the other
             cases = [case for case in cases if case.rows * case.n_heads < PROGRAMS]
-        return as_many_as_asked(cases, self.examples)
+        return sample_evenly(cases, self.examples)
 
     def _select_probes(self, check: KernelCheck, probes: Iterable[Probe]) -> list[Probe]:
         """Return the probes, which describe kinds of calls, that a check runs this kernel on."""
-        return [probe for probe in probes if check.draw.asks(self.kernel, probe)]
+        return [probe for probe in probes if check.draw.runs_on(self.kernel, probe)]
 
     def simpler(self, check: KernelCheck, case: KernelCase) -> Iterable[KernelCase]:
-        return (simpler for simpler in case.simpler() if check.draw.asks(self.kernel, simpler.probe(self.device)))
+        return (simpler for simpler in case.simpler() if check.draw.runs_on(self.kernel, simpler.probe(self.device)))
 
     def attempt(self, check: KernelCheck, case: KernelCase) -> None:
         with strict_numerics():
             check.test(KernelTrial(self.kernel, case, self.device))
 
-    def script(self, check: KernelCheck, case: KernelCase | None, **asked: Any) -> list[str]:
+    def script(self, check: KernelCheck, case: KernelCase | None, **run_options: Any) -> list[str]:
         device = {} if self.device.type == "cpu" else {"device": str(self.device)}
         *setup, assignment = kernel_source(self.kernel)
         lines = [assignment]
         if case is None:
             kit = "check_kernel"
-            lines += [call_source(kit, {"checks": [check.name], **asked, **device}, "kernel")]
+            lines += [call_source(kit, {"checks": [check.name], **run_options, **device}, "kernel")]
         else:
             kit = f"{type(case).__name__}, reproduce_kernel"
             lines += [f"case = {case!r}", call_source("reproduce_kernel", device, f'"{check.name}"', "kernel", "case")]

@@ -16,8 +16,8 @@ from ..registry import SeqmixError
 from .check import CHECKS, MixerCheck
 from .engine.outcome import CheckOutcome, Outcomes, chosen_names
 from .engine.parametrize import parametrized
-from .engine.run import EXAMPLES, CheckedSubject, as_many_as_asked, run_checks, strict_numerics
-from .engine.source import call_source, given, imports, source
+from .engine.run import EXAMPLES, CheckedSubject, run_checks, sample_evenly, strict_numerics
+from .engine.source import call_source, imports, non_defaults, source
 from .memory_limit import limited_memory
 from .mixer.case import FIXED, Case
 from .mixer.subject import BACKEND, Subject
@@ -71,8 +71,8 @@ def check_mixer(
         expected_failures: checks that are known to fail, each with a reason. One that passes counts as a failure.
         shrink: True to reduce a failing case to the fewest tokens and options.
         on_outcome: called after each check with its outcome.
-        on_case: called after each case with the check and the number of cases run so far, which includes those that a
-            reduction tries.
+        on_case: called after each case with the check and the number of cases run so far, including those that are
+            tried to reduce a failing case.
 
     Raises:
         SeqmixError: an argument is wrong (a check or paradigm that does not exist, a width that does not fit), or the
@@ -132,7 +132,8 @@ def parametrize_checks(
     """Return a decorator that makes a pytest function one test per configuration and check, with an argument `check`.
 
     The function has to call it: `check()`, or `check(device="cuda")`. Every run draws the same cases, unless you give
-    hypothesis a seed (`--hypothesis-seed`) or your project registers a profile; a profile's `max_examples` counts too.
+    hypothesis a seed (`--hypothesis-seed`) or your project loads a hypothesis profile. Without an option `examples`,
+    the number of requested examples is the profile's `max_examples`.
 
     Args:
         configs: configurations to test.
@@ -182,7 +183,7 @@ class CheckedMixer(CheckedSubject[Case]):
         draw, options = check.draw.of(self.subject.traits), self.subject.options
         fixed_chunk = {"chunk_size": draw.chunk_size}
         if draw.chunk_size is not None and self.subject.accepts(fixed_chunk):
-            options = lambda chance, changes: self.subject.options(chance, changes) | fixed_chunk  # noqa: E731
+            options = lambda rng, vary: self.subject.options(rng, vary) | fixed_chunk  # noqa: E731
         return draw.cases(self.subject.traits, options)
 
     def fixed_cases(self, check: MixerCheck) -> list[Case]:
@@ -194,7 +195,7 @@ class CheckedMixer(CheckedSubject[Case]):
             cases += [replace(short, options=options) for options in self.subject.shared_options]
         # every value of every option is tried, however few examples are asked for
         singly = self.subject.single_options if draw.options else []
-        return as_many_as_asked(cases, self.examples) + [replace(short, options=options) for options in singly]
+        return sample_evenly(cases, self.examples) + [replace(short, options=options) for options in singly]
 
     def simpler(self, check: MixerCheck, case: Case) -> Iterable[Case]:
         return check.draw.of(self.subject.traits).simpler(case)
@@ -214,18 +215,18 @@ class CheckedMixer(CheckedSubject[Case]):
         check.test(trial)
         self.notes |= dict.fromkeys(trial.notes)
 
-    def renewed(self) -> "CheckedMixer":
-        return CheckedMixer(self.subject.renewed())
+    def renew(self) -> "CheckedMixer":
+        return CheckedMixer(self.subject.renew())
 
-    def script(self, check: MixerCheck, case: Case | None, **asked: Any) -> list[str]:
-        # other arguments that decide how a case ends are written if they are not the default
+    def script(self, check: MixerCheck, case: Case | None, **run_options: Any) -> list[str]:
+        # of the other arguments that decide the outcome, write those that differ from their defaults
         defaults = {"device": "cpu", "paradigms": None, "tolerances": None}
         defaults |= {"compile_backend": BACKEND} if check.compiles else {}
-        differing = {"d_model": self.subject.d_model, **given(self.subject.arguments, defaults)}
+        differing = {"d_model": self.subject.d_model, **non_defaults(self.subject.arguments, defaults)}
         lines, values = [f"config = {source(self.subject.config)}"], [self.subject.config]
         if case is None:
-            vary = given(self.subject.arguments, {"vary": True})
-            kit, named = "check_mixer", {"checks": [check.name], **asked, **vary, **differing}
+            vary = non_defaults(self.subject.arguments, {"vary": True})
+            kit, named = "check_mixer", {"checks": [check.name], **run_options, **vary, **differing}
             lines += [call_source(kit, named, "config")]
         else:
             kit, values = "Case, reproduce", [*values, *case.options.values()]

@@ -28,7 +28,7 @@ class CheckFailure(AssertionError):  # noqa: N818  test frameworks count it as a
     """A mixer or kernel lacks a property; the message says what differs and where."""
 
 
-MOST_LINES = 5
+MAX_LINES = 5
 """Maximum number of tensors that a failure describes besides the first one."""
 
 
@@ -51,8 +51,8 @@ class Differences:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None and self.lines:
             first, *others = self.lines
-            further = [f"  and {line}" for line in others[:MOST_LINES]]
-            further += [f"  and {len(others) - MOST_LINES} more tensors"] if len(others) > MOST_LINES else []
+            further = [f"  and {line}" for line in others[:MAX_LINES]]
+            further += [f"  and {len(others) - MAX_LINES} more tensors"] if len(others) > MAX_LINES else []
             raise CheckFailure("\n".join([f"{self.what}: {first}", *further]))
 
     def tensor(self, name: str, actual: Tensor, expected: Tensor, axes: Sequence[str] = ()) -> None:
@@ -154,10 +154,10 @@ def require_near(
         actual: the tensor in low precision.
         exact: the exact tensor.
         tolerance: allowed error of a row, relative to the mean norm of the rows.
-        floor: least size that errors are relative to, as a root mean square per element; it replaces the mean norm of
-            the rows if that is smaller.
-        row_moves: returns, by name of a tensor, the norm of each exact row's change if its inputs are rounded. A row
-            counts as right if its error is at most `ROUNDINGS` times as large.
+        floor: root mean square per element of the smallest rows that errors are measured against; it replaces the mean
+            norm of the rows if that norm is smaller.
+        row_moves: takes the name of a tensor; returns, for each exact row, the norm of its change if its inputs are
+            rounded. A row counts as right if its error is at most `ROUNDINGS` times as large.
         perturbed: returns the exact tensor for rounded tokens. The tolerance is at least `MOVES` times the relative
             distance of that tensor from `exact`.
 
@@ -167,8 +167,8 @@ def require_near(
     """
     if actual.shape != exact.shape:
         raise CheckFailure(f"{what}: expected {name} of shape {list(exact.shape)}, got {list(actual.shape)}")
-    lost = exact.isfinite() & (exact.abs() <= torch.finfo(actual.dtype).max) & ~actual.isfinite()
-    if lines := _describe_difference(name, actual.to(exact.dtype), exact, lost, axes_of(name), "finite"):
+    overflowed = exact.isfinite() & (exact.abs() <= torch.finfo(actual.dtype).max) & ~actual.isfinite()
+    if lines := _describe_difference(name, actual.to(exact.dtype), exact, overflowed, axes_of(name), "finite"):
         raise CheckFailure(f"{what}: {lines[0]}")
     if exact.numel() < FEW:
         return

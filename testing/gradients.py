@@ -24,9 +24,9 @@ class _GradientLayout(torch.autograd.Function):
 
 
 def with_gradient_layout(x: Tensor, layout: Layout) -> Tensor:
-    """Return a view of x; in the backward pass x gets its gradient in this layout, if nothing else reads x.
+    """Return a view of x whose gradient arrives at x in this memory layout, if x has no other use.
 
-    A slice of a stacked tensor would not do: autograd adds up the gradients of slices, and the sum is contiguous.
+    A slice of a stacked tensor does not achieve this: autograd adds up the gradients of slices in a contiguous tensor.
     """
     return _GradientLayout.apply(x, layout) if x.requires_grad else x
 

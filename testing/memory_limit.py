@@ -1,4 +1,4 @@
-"""A limit on main memory: a case that asks for too much gets an error, where the system would kill the process."""
+"""A limit on main memory: a case that needs too much raises an error, before the system kills the process."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,15 +11,15 @@ try:
 except ImportError:  # Windows has no resource limits
     resource = None
 
-MOST = 4 * 2**30
-"""Bytes that a case may allocate. A table of two billion positions, for instance, is larger."""
+MAX_BYTES = 4 * 2**30
+"""Largest number of bytes that a case may allocate; a table of two billion positions, for example, needs more."""
 
 STATISTICS = Path("/proc/self/statm")
 """Linux's file with the memory of this process, in pages."""
 
 
 class MemoryBoundError(SeqmixError):
-    """A case asked for more main memory than `MOST`, 4 GiB."""
+    """A case asked for more main memory than `MAX_BYTES`, 4 GiB."""
 
 
 @contextmanager
@@ -34,7 +34,7 @@ def limited_memory() -> Iterator[None]:
         return
     before = soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     used = int(STATISTICS.read_text().split()[5]) * resource.getpagesize()
-    bounds = [limit for limit in (soft, hard, used + MOST) if limit != resource.RLIM_INFINITY]
+    bounds = [limit for limit in (soft, hard, used + MAX_BYTES) if limit != resource.RLIM_INFINITY]
     resource.setrlimit(resource.RLIMIT_DATA, (min(bounds), hard))
     try:
         yield
@@ -42,7 +42,7 @@ def limited_memory() -> Iterator[None]:
         if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
             raise
         raise MemoryBoundError(
-            f"expected a case to need at most {MOST / 2**30:g} GiB of memory, got a request for more"
+            f"expected a case to need at most {MAX_BYTES / 2**30:g} GiB of memory, got a request for more"
         ) from error
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, before)

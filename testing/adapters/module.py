@@ -30,10 +30,10 @@ from ...registry import require_name
 Result = tuple[Tensor, Any]
 """Output and final state; the state is None unless it is requested."""
 
-Calls = Callable[[Any, Tensor, Any, Tensor | None, bool], Result]
+CallModule = Callable[[Any, Tensor, Any, Tensor | None, bool], Result]
 """`call(module, x, state, cu_seqlens, return_state)`: mixes a segment x, [B T D]; a `state` of None begins a text."""
 
-Begins = Callable[[Any, int], tuple[Any, ...]]
+InitialState = Callable[[Any, int], tuple[Any, ...]]
 """`state(module, batch_size)`: the state before the first token, a NamedTuple of tensors, each with the batch first."""
 
 
@@ -60,10 +60,10 @@ class AdaptedConfig(MixerConfig):
 
     @abstractmethod
     def call(self, module: Any, x: Tensor, state: Any, cu_seqlens: Tensor | None, return_state: bool) -> Result:
-        """Mix a segment; see `Calls`."""
+        """Mix a segment; see `CallModule`."""
 
     def state(self, module: Any, batch_size: int) -> tuple[Any, ...]:
-        """Return the initial state; see `Begins`."""
+        """Return the initial state; see `InitialState`."""
         raise NotImplementedError
 
     def flops(self, module: Any, length: int, paradigm: Paradigm, context: int) -> int | None:  # noqa: ARG002
@@ -173,8 +173,8 @@ class _InFloat64(TorchFunctionMode):
 def adapt(
     module: nn.Module | Callable[[int], nn.Module],
     *,
-    call: Calls | None = None,
-    state: Begins | None = None,
+    call: CallModule | None = None,
+    state: InitialState | None = None,
     traits: Mapping[str, Any] | None = None,
     flops: Callable[[Any, int, Paradigm, int], int] | None = None,
     d_model: int | None = None,
@@ -201,7 +201,7 @@ def adapt(
     if isinstance(module, nn.Module):
         if d_model is None:
             raise ContractError(
-                f"adapt needs the width of a module that exists already, {name}, got none: pass d_model="
+                f"adapt needs d_model= if it gets a module instead of a function that creates one, got none for {name}"
             )
         make = lambda _: copy.deepcopy(module).to(torch.get_default_device())  # noqa: E731
     for trait in traits or {}:

@@ -14,7 +14,7 @@ from ..mixer.case import CROWDS, Draw
 from ..mixer.trial import Trial
 
 FEW = 4
-"""Number of rows of a large batch to process without the others. In a small batch, each row is processed alone."""
+"""Number of rows of a large batch that are processed together, without the other rows; in a small batch it is 1."""
 
 SAMPLES = 2
 """Number of sequences that continue from the state of a single row."""

@@ -1,4 +1,4 @@
-"""Checks of torch.compile: one graph, whatever the data."""
+"""Checks of torch.compile: training and decoding compile into one graph, whatever the data."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ from ..mixer.compiled import (
 )
 from ..mixer.trial import Trial
 
-NOTHING = Draw(tokens=(5, 5), batch_size=(2, 2), starts=("none",), uses=("training",), chunk_size=4)
+TRAINING = Draw(tokens=(5, 5), batch_size=(2, 2), starts=("none",), uses=("training",), chunk_size=4)
 
 
 @check(
@@ -28,12 +28,12 @@ NOTHING = Draw(tokens=(5, 5), batch_size=(2, 2), starts=("none",), uses=("traini
     use="training with torch.compile",
     remedy=NOT_COMPILED,
     share=0,
-    draw=NOTHING,
+    draw=TRAINING,
     compiles=True,
 )
 def training_compiles_into_one_graph(trial: Trial) -> None:
     """Training in the default paradigm compiles with `fullgraph=True`, forward and backward. It gives the results of
-    eager mode, and no data causes a recompilation."""
+    eager mode, and does not recompile for other data of the same shapes."""
     require_one_graph(trial, trial.used())
 
 
@@ -71,7 +71,7 @@ def _prefilled(trial: Trial, x: Tensor) -> tuple[Any, Tensor]:
     The first row has processed no tokens, and every further row more, if the mixer allows rows of different lengths.
     """
     room = x.shape[1] + PREFIX * len(x)
-    with torch.no_grad():  # a learned initial state has a graph, which decoding must not
+    with torch.no_grad():  # a learned initial state has an autograd graph, which decoding must not have
         state, states = trial.mixer.init_state(len(x), max_length=x.shape[1]), []
         for row in range(len(x) if rows_may_differ(trial) else 0):
             initial = trial.mixer.init_state(1, max_length=room)

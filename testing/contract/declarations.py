@@ -78,7 +78,7 @@ def what_is_not_declared_is_refused(trial: Trial) -> None:
 )
 def configurations_round_trip(trial: Trial) -> None:
     """A configuration is the same after writing it to YAML and reading it. The mixer has the configuration's kind,
-    traits and default paradigm, at any length."""
+    traits and default paradigm, and computes in that paradigm at any length."""
     config, mixer, x = trial.config, trial.mixer, trial.tokens()
     text = dump(config)
     parsed = parse(text, "YAML")
@@ -103,8 +103,9 @@ def configurations_round_trip(trial: Trial) -> None:
     draw=ONCE,
 )
 def parameters_round_trip(trial: Trial) -> None:
-    """A `state_dict` holds everything: a new mixer that loads it gives the same bits, also in a process with other hash
-    salts. So does a mixer that was used with other parameters before, however the new ones are written."""
+    """A `state_dict` holds everything: a new mixer that loads it gives the same bits, also in a process with another
+    hash seed. So does a mixer that was called with other parameters before, whether the new parameters are loaded or
+    written through `.data`."""
     x = trial.tokens()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
@@ -235,11 +236,11 @@ def flops_are_as_declared(trial: Trial) -> None:
         declared = trial.mixer.flops(trial.case.length, paradigm, context)
         # a sum over one token, as in a ragged chunk or a new cache, is elementwise in torch.einsum and not counted
         size = {Paradigm.RECURRENT: 1, Paradigm.CHUNKWISE: trial.mixer.chunk_size}.get(paradigm, trial.case.length)
-        lone = trial.case.length if size == 1 else trial.case.length % size == 1
-        new_cache = 4 * trial.d_model * (lone > 0 and trial.mixer.traits.state == "growing" and not context)
+        single_tokens = trial.case.length if size == 1 else trial.case.length % size == 1
+        new_cache = 4 * trial.d_model * (single_tokens > 0 and trial.mixer.traits.state == "growing" and not context)
         sentence = f"{paradigm}: flops({trial.case.length}, context={context}) returns {declared:,}, but a call takes"
-        sentence += f" {counted[0]:,} ({counted[1]:,} with a final state)"
-        require(min(counted) <= declared <= max(counted) + max(4 * lone * state_size, new_cache), sentence)
+        sentence += f" {counted[0]:,} operations ({counted[1]:,} with a final state)"
+        require(min(counted) <= declared <= max(counted) + max(4 * single_tokens * state_size, new_cache), sentence)
         if trial.case.length == 1 and not trial.case.options:  # once, because flops may loop over millions of chunks
             _require_flops_grow(trial.mixer, paradigm)
 
@@ -259,7 +260,7 @@ def _require_flops_grow(mixer: SequenceMixer, paradigm: Paradigm) -> None:
 
 
 class _RandomDraws(TorchDispatchMode):
-    """A dispatch mode that notices random numbers, from any generator: `random` becomes True."""
+    """A dispatch mode whose `random` becomes True if an op draws random numbers, from any generator."""
 
     random = False
 

@@ -21,7 +21,7 @@ LARGER = 6.0
 
 @check(
     use="training: it computes a different function than evaluation, or wrong gradients",
-    remedy="dropout is set to 0 in nn.Dropout and in fields with `dropout` in their name",
+    remedy="use nn.Dropout, or a field with `dropout` in its name, which the check sets to 0",
     share=0.06,
     draw=Draw(tokens=(1, 11), long=4, lists=((130,),), batch_size=(1, 2), crowded=6, uses=USES),
 )

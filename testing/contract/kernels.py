@@ -16,7 +16,7 @@ from ...ops.runtime.kernel import Kernel, Probe
 from ..check import kernel_check
 from ..compare import CheckFailure, Differences, require
 from ..gradients import gradients
-from ..kernel.case import KernelDraw, Tensors, leaves, takes, wide
+from ..kernel.case import KernelDraw, Tensors, leaves, supports, to_float64
 from ..kernel.families import FAMILIES
 from ..kernel.trial import KernelTrial
 
@@ -26,7 +26,7 @@ FEW = st.integers(1, 9)
 
 def with_grad(kernel: Kernel, probe: Probe) -> bool:
     """Return True for a probe with gradients, if the kernel supports its calls."""
-    return probe.needs_grad and takes(kernel, probe)
+    return probe.needs_grad and supports(kernel, probe)
 
 
 def widest_with_grad(kernel: Kernel, probe: Probe) -> bool:
@@ -36,7 +36,7 @@ def widest_with_grad(kernel: Kernel, probe: Probe) -> bool:
 
 def in_pieces(kernel: Kernel, probe: Probe) -> bool:
     """Return True if the kernel supports the calls that a probe describes, both at once and in pieces."""
-    return probe.final_state and takes(kernel, probe) and takes(kernel, replace(probe, initial_state=True))
+    return probe.final_state and supports(kernel, probe) and supports(kernel, replace(probe, initial_state=True))
 
 
 def token_by_token_in_16_bits(kernel: Kernel, probe: Probe) -> bool:
@@ -46,7 +46,7 @@ def token_by_token_in_16_bits(kernel: Kernel, probe: Probe) -> bool:
     """
     low = probe.dtype in (torch.bfloat16, torch.float16)
     plain = not probe.packed and not probe.needs_grad
-    return FAMILIES[kernel.op].adds_up and low and plain and in_pieces(kernel, probe)
+    return FAMILIES[kernel.op].state_is_sum and low and plain and in_pieces(kernel, probe)
 
 
 def calls_no_higher_order_op(kernel: Kernel) -> str | None:
@@ -57,7 +57,9 @@ def calls_no_higher_order_op(kernel: Kernel) -> str | None:
 
 @kernel_check(
     share=1.0,
-    draw=KernelDraw(asks=lambda kernel, probe: not probe.needs_grad and takes(kernel, probe), rare=True, fixed=True),
+    draw=KernelDraw(
+        runs_on=lambda kernel, probe: not probe.needs_grad and supports(kernel, probe), rare=True, fixed=True
+    ),
     use="every call: the numbers are wrong",
 )
 def outputs_are_the_definitions(trial: KernelTrial) -> None:
@@ -66,7 +68,7 @@ def outputs_are_the_definitions(trial: KernelTrial) -> None:
     trial.compare("against the definition", trial.run(trial.leaves()))
 
 
-@kernel_check(share=1.0, draw=KernelDraw(asks=with_grad, rare=True, fixed=True), use="training: gradients are wrong")
+@kernel_check(share=1.0, draw=KernelDraw(runs_on=with_grad, rare=True, fixed=True), use="training: gradients are wrong")
 def gradients_are_the_definitions(trial: KernelTrial) -> None:
     """Gradients with respect to any inputs, through the output, the final state or both, equal those of the definition.
     So do the outputs of calls with gradients."""
@@ -77,7 +79,7 @@ def gradients_are_the_definitions(trial: KernelTrial) -> None:
 
 @kernel_check(
     share=0.5,
-    draw=KernelDraw(asks=in_pieces, cut=True, rare=True, fixed=True),
+    draw=KernelDraw(runs_on=in_pieces, cut=True, rare=True, fixed=True),
     use="prefill in pieces, decoding after it, and backpropagation through states: results are wrong",
 )
 def a_cut_changes_nothing(trial: KernelTrial) -> None:
@@ -92,12 +94,12 @@ def a_cut_changes_nothing(trial: KernelTrial) -> None:
 
 @kernel_check(
     share=0.06,
-    draw=KernelDraw(asks=token_by_token_in_16_bits, tokens=st.just(128)),
+    draw=KernelDraw(runs_on=token_by_token_in_16_bits, tokens=st.just(128)),
     use="long generation in 16 bits: it drifts away from the results of prefill",
 )
 def a_carried_state_does_not_drift(trial: KernelTrial) -> None:
-    """In 16 bits, many tokens processed one by one, each from the state before, are as exact as processed at once. A
-    state that is rounded at every token drifts."""
+    """In 16 bits, the results of many tokens that are processed one by one, each from the state before it, are as exact
+    as those of all tokens at once. If a state is rounded at every token, they drift away."""
     case, inputs = trial.case, trial.leaves()
     outputs = _in_pieces(trial, inputs, [(1,) * case.rows] * case.length)
     trial.compare("one by one, against the definition of the whole", outputs)
@@ -110,8 +112,8 @@ def a_carried_state_does_not_drift(trial: KernelTrial) -> None:
 )
 def results_are_deterministic(trial: KernelTrial) -> None:
     """The same arguments give the same bits, forward and backward. A second backward pass through a retained graph
-    gives the same bits, or raises an error. Boundaries written into the memory of earlier ones, as by a data loader or
-    a CUDA graph, take effect."""
+    gives the same bits, or raises an error. Document boundaries that are written over earlier ones in the same
+    tensor, as by a data loader or a CUDA graph, take effect."""
     inputs = trial.leaves()
     _require_own_memory(trial)
     _require_boundaries_read(trial)
@@ -139,12 +141,12 @@ def inputs_are_left_alone(trial: KernelTrial) -> None:
     """A call writes neither into an input nor into an upstream gradient, not even the same values, and no result is a
     view of an input. The exception is a cache, if the call has no gradients and returns the next cache."""
     inputs, before = trial.leaves(), trial.leaves()
-    versions = {name: x._version for name, x in inputs.items() if name not in trial.case.consumed}
+    versions = {name: x._version for name, x in inputs.items() if name not in trial.case.overwritable}
     memory = {inputs[name].untyped_storage().data_ptr(): name for name in versions if inputs[name].numel()}
     # contiguous gradients may have their own code path, and are seldom drawn
     for contiguous in (True, False) if trial.case.grad else (False,):
         outputs = trial.run(inputs)
-        upstream = {name: x.contiguous() if contiguous else x for name, x in trial.above(outputs).items()}
+        upstream = {name: x.contiguous() if contiguous else x for name, x in trial.upstream(outputs).items()}
         saved = {name: (x._version, x.clone()) for name, x in upstream.items()}
         results = _with_gradients(outputs, trial.gradients(outputs, inputs, upstream))
         for name, (version, values) in saved.items():
@@ -160,7 +162,7 @@ def inputs_are_left_alone(trial: KernelTrial) -> None:
 
 @kernel_check(
     share=0.2,
-    draw=KernelDraw(asks=lambda kernel, probe: not takes(kernel, probe), tokens=FEW, rare=True),
+    draw=KernelDraw(runs_on=lambda kernel, probe: not supports(kernel, probe), tokens=FEW, rare=True),
     use="the choice of a kernel: a call outside its limits gives wrong numbers silently",
 )
 def what_is_not_taken_is_refused(trial: KernelTrial) -> None:
@@ -181,14 +183,14 @@ def what_is_not_taken_is_refused(trial: KernelTrial) -> None:
 
 @kernel_check(
     share=0.1,
-    draw=KernelDraw(asks=with_grad, tokens=FEW),
+    draw=KernelDraw(runs_on=with_grad, tokens=FEW),
     use="forward-mode differentiation (torch.func.jvp): its results are silently wrong",
 )
 def tangents_are_right_or_refused(trial: KernelTrial) -> None:
     """Forward-mode derivatives equal those of the definition, or raise an error. If a custom op has only a
     backward formula, torch silently uses a tangent of zero."""
     case, cpu, randn = trial.case, torch.device("cpu"), trial.case.randn()
-    exact_inputs = {name: wide(x) for name, x in case.inputs(cpu).items()}
+    exact_inputs = {name: to_float64(x) for name, x in case.inputs(cpu).items()}
     # proportional to the inputs, except for a log-decay, which may be -inf and has to stay so
     sizes = {name: 1 if name == "log_decay" else exact_inputs[name].abs() for name in case.grad}
     directions = {name: randn(exact_inputs[name].shape) * size for name, size in sizes.items()}
@@ -216,14 +218,14 @@ def tangents_are_right_or_refused(trial: KernelTrial) -> None:
 
 @kernel_check(
     share=0.1,
-    draw=KernelDraw(asks=widest_with_grad, tokens=FEW),
+    draw=KernelDraw(runs_on=widest_with_grad, tokens=FEW),
     use="penalties on gradients, and Hessians: they are silently wrong",
 )
 def second_derivatives_are_right_or_refused(trial: KernelTrial) -> None:
     """Second derivatives equal those of the definition, or raise an error. A backward pass that detaches its tensors
     would leave them out."""
     case, cpu, randn = trial.case, torch.device("cpu"), trial.case.randn()
-    exact_inputs = {name: wide(x) for name, x in case.inputs(cpu).items()}
+    exact_inputs = {name: to_float64(x) for name, x in case.inputs(cpu).items()}
     directions = {name: randn(exact_inputs[name].shape) for name in case.grad}
 
     def second(function: Callable[[Tensors], Tensors], inputs: Tensors) -> Tensors:
@@ -237,10 +239,10 @@ def second_derivatives_are_right_or_refused(trial: KernelTrial) -> None:
     exact = second(case.define, leaves(exact_inputs, case.grad))
     if (actual := _run_unless_refused(lambda: second(trial.run, trial.leaves()))) is None:
         return
-    lost = 100 * torch.finfo(case.dtype).eps
+    negligible = 100 * torch.finfo(case.dtype).eps
     with Differences("second derivatives against the definition's", 0.1) as differences:
         for name, derivative in exact.items():
-            size = derivative.abs() + derivative.abs().mean() + lost
+            size = derivative.abs() + derivative.abs().mean() + negligible
             label = f"the second derivative of {name}"
             differences.close(label, actual[name], derivative, case.dtype_of(name), size, case.axes_of(name))
 
@@ -326,7 +328,7 @@ def _require_own_memory(trial: KernelTrial) -> None:
 
 
 def _require_boundaries_read(trial: KernelTrial) -> None:
-    """Fail if a kernel caches what it derives from boundaries, and uses it after others are written in their memory."""
+    """Fail if a kernel still uses what it cached for earlier boundaries after new ones are written into the tensor."""
     case = replace(trial.case, grad=())
     other = replace(case, lengths=case.lengths[::-1])
     call, later = (each.call(each.inputs(trial.device)) for each in (case, other))
@@ -336,7 +338,7 @@ def _require_boundaries_read(trial: KernelTrial) -> None:
     expected, _ = trial.kernel.function(later)
     trial.kernel.function(call)
     again, _ = trial.kernel.function(later._replace(cu_seqlens=boundaries.copy_(later.cu_seqlens)))
-    what = "boundaries written into the memory of earlier ones against boundaries in new memory"
+    what = "boundaries written over earlier ones in the same tensor, against boundaries in a new tensor"
     with Differences(what, 0) as differences:
         differences.tensor("the output", again, expected, case.axes_of("output"))
 

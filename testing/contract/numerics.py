@@ -62,7 +62,7 @@ def packing_keeps_precision(trial: Trial) -> None:
     require_near_float64(trial, calls, whole, x, state, exact)
 
 
-LENGTHY = Draw(
+LONG_SEGMENT = Draw(
     lists=((2049,),),
     tokens=(LONG - 99, LONG),
     batch_size=(1, 1),
@@ -77,7 +77,7 @@ LENGTHY = Draw(
     remedy=LESS_PRECISE,
     share=0.02,
     long=True,
-    draw=LENGTHY,
+    draw=LONG_SEGMENT,
 )
 def long_segments_do_not_drift(trial: Trial) -> None:
     """At the end of hundreds of tokens, low precision is as near float64 as at the start, in every paradigm, also with
@@ -149,12 +149,12 @@ def dtypes_are_kept(trial: Trial) -> None:
         require(is_copied(trial, name), f"{sentence}: each token computes it from its earlier value")
     for paradigm in trial.paradigms:
         y, after = trial.mix(x, state, paradigm=paradigm)
-        require(y.dtype == x.dtype, f"{paradigm}: expected an output in {x.dtype} as the input, got {y.dtype}")
-        shapes = f"expected an output of shape {list(x.shape)} as the input, got {list(y.shape)}"
+        require(y.dtype == x.dtype, f"{paradigm}: expected an output in {x.dtype}, like the input, got {y.dtype}")
+        shapes = f"expected an output of shape {list(x.shape)}, like the input, got {list(y.shape)}"
         require(y.shape == x.shape, f"{paradigm}: {shapes}")
         for name, leaf in to_dict(after).items():
             expected = initial[name].dtype
-            dtypes = f"expected the state's {name} in {expected} as in init_state, got {leaf.dtype}"
+            dtypes = f"expected the state's {name} in {expected}, as in init_state, got {leaf.dtype}"
             require(leaf.dtype == expected, f"{paradigm}: {dtypes}")
         # a leaf that is rounded to 16 bits shows after a few tokens: sums in float32 use 24 bits by then
         many, takes_state = trial.tokens(length=MANY), mixer.traits.takes_state(paradigm)

@@ -16,8 +16,8 @@ from ..mixer.case import USES, Draw
 from ..mixer.trial import SegmentCall, Trial
 
 LISTS = ((130,), (0, 1, 0), (0, 0, 3, 0, 0, 5, 0), (0, 1, 2, 1) * 10, (70, 0, 65))
-"""Lengths of documents that always run: a long one; one token between empty ones; empty ones first, last and adjacent;
-more than 32 documents; two long ones with an empty one between them."""
+"""Lengths of the documents of the fixed cases: a long one; one token between empty ones; empty ones first, last and
+adjacent; more than 32 documents; two long ones with an empty one between them."""
 
 DOCUMENTS = Draw(pieces=(2, 4), tokens=(0, 6), long=12, many=8, lists=LISTS, batch_size=(1, 1))
 
@@ -38,7 +38,7 @@ def documents_are_sequences(trial: Trial) -> None:
     # flash-attention takes int32 boundaries, torch makes int64
     boundaries = trial.boundaries(torch.int32 if trial.case.seed % 2 else torch.int64)
     assert boundaries is not None  # this check needs packing, and draws one row
-    # other boundaries of as many documents and tokens: nothing of them may remain in the next call
+    # other boundaries of as many documents and tokens: they must have no influence on the next call
     others = torch.cat((boundaries[:1], boundaries.diff().flip(0).cumsum(0))).to(boundaries.dtype)
     refilled_in = trial.paradigms[trial.case.seed // 4 % len(trial.paradigms)]
     # another check compares paradigms, so here one paradigm is enough for the documents alone
@@ -73,10 +73,10 @@ def documents_are_sequences(trial: Trial) -> None:
 @contextmanager
 def _boundaries_on_the_device_alone() -> Iterator[None]:
     """Keep the ops from reading boundaries as Python numbers, as on a GPU or in a compiled graph."""
-    of = Documents.of
+    make_documents = Documents.of
 
     def without_numbers(*args: Any, **options: Any) -> Documents | None:
-        documents = of(*args, **options)
+        documents = make_documents(*args, **options)
         return None if documents is None else documents._replace(boundaries=None)
 
     with patch.object(Documents, "of", without_numbers):

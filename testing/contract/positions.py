@@ -28,10 +28,10 @@ REPEATED = 840
 """Repetitions of a token after which a decaying memory no longer changes; a multiple of most ring buffers' sizes."""
 
 ENORMOUS, ROWS = 1000.0, 32
-"""Scale of tokens that attention may give the weight 0, and number of such tokens to try."""
+"""Scale of tokens so large that attention may give them the weight 0, and number of such tokens to try."""
 
 UNSEEN = 1e-12
-"""Largest difference of two outputs at which their prefixes count as unseen."""
+"""Largest difference of the outputs after two prefixes at which the prefixes count as unseen."""
 
 AHEAD, FAR = (8, 9, 10, 11), 301
 """Lengths of the usual prefixes, and of a long one that is tried once."""

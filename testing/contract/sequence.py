@@ -23,13 +23,13 @@ RAGGED = 24
 """A chunk size that is not a power of two: code that splits chunks into blocks of 16 has a ragged last block."""
 
 CANDIDATES = (*(2**n for n in range(12)), RAGGED)
-"""Chunk sizes to try; the smallest and the largest accepted one are compared, and `RAGGED` if it is accepted."""
+"""Chunk sizes to try. Of those that the configuration accepts, the smallest, the largest and `RAGGED` are compared."""
 
 MANY = 64
 """Number of other tokens to try if one seems to be ignored."""
 
 AMPLIFIED = 8.0
-"""Factor by which every other one of those tokens is larger: a running maximum seldom notices small tokens."""
+"""Factor that enlarges every other one of the `MANY` tokens: a running maximum seldom notices small tokens."""
 
 CUT_EVERYWHERE = 70
 """Length up to which a segment is cut at every token; a longer one is cut at `LENGTHS` alone."""
@@ -40,7 +40,7 @@ LARGE = 200.0
 
 @check(
     several_paradigms,
-    use="training in one paradigm and decoding in another: the model differs",
+    use="training in one paradigm and decoding in another, which then compute different functions",
     remedy="leave the paradigm out of traits.paradigms, or declare traits.parallel_from_state=False",
     share=0.25,
     draw=Draw(tokens=(1, 11), long=8, uses=USES, scales=(1.0, 1.0, 1.0, LARGE), wide=10, options=True),
@@ -104,7 +104,7 @@ def wrapped_projections_count_in_every_paradigm(trial: Trial) -> None:
     quantised = copy.deepcopy(trial.mixer)
     called = [name for name, module in replaced.named_modules() if isinstance(module, _Adapter) and module.called]
     for name, module in [*quantised.named_modules()]:
-        if name in called and _is_projection(module):  # of other projections, the mixer reads the weight itself
+        if name in called and _is_projection(module):  # of the projections that it does not call, it reads the weight
             parent, _, leaf = name.rpartition(".")
             setattr(quantised.get_submodule(parent), leaf, _Quantised(module))
     for paradigm in trial.paradigms:

@@ -57,7 +57,7 @@ def the_initial_state_is_nothing_read(trial: Trial) -> None:
 
 
 def _exceed_max_length(trial: Trial, paradigm: Paradigm, x: Tensor) -> None:
-    """Process more tokens than the state was allocated for, without a final state: only a right output or an error."""
+    """Fail if a call with more tokens than the state was allocated for gives a wrong output instead of an error."""
     batch_size, room = x.shape[:2]
     longer = torch.cat((x, trial.tokens(length=3)), dim=1)
     whole = trial.mix(longer, None, paradigm=paradigm)[0]
@@ -169,7 +169,7 @@ def a_state_is_never_written_under_grad(trial: Trial) -> None:
             with trial.differences(f"{paradigm}, a state after a call against before", 0) as differences:
                 differences.state("the state", state, before)
             unwritten = [leaf._version for leaf in leaves_of(state).values()] == versions
-            require(unwritten, f"{paradigm}: the call wrote into the state in place, with the same values")
+            require(unwritten, f"{paradigm}: the call wrote into the state in place, although with the same values")
         # a call may consume its state, so each gets a clone
         first, second = (trial.mix(x, original, paradigm=paradigm) for _ in range(2))
         trial.compare(f"{paradigm}, the second of two clones of a state", second, first, tolerance=0)
@@ -241,7 +241,7 @@ def a_state_is_tensors_batch_first(trial: Trial) -> None:
     stateful,
     declares("size", "A declared state size"),
     use="decoding: the state's memory grows although it is declared constant",
-    remedy="declare traits.state as constant or growing, as it is",
+    remedy="declare traits.state as constant or growing, whichever the state is",
     share=0.02,
     draw=Draw(tokens=(1, 1), batch_size=(1, 2), starts=("none",)),
 )
@@ -250,17 +250,17 @@ def a_state_has_the_declared_size(trial: Trial) -> None:
     declared growing grows."""
     declared = trial.mixer.traits.state
     for paradigm in trial.paradigms:
-        sizes, state, ended = [], None, False
+        sizes, state, reached_limit = [], None, False
         for length in (16, 16, 32, 600):
             try:
                 _, state = trial.mix(trial.tokens(length=length), state, paradigm=paradigm)
             except SeqmixError:  # the mixer may have a table of fewer positions
                 if length < 600:
                     raise
-                ended = True
-            sizes.append(_memory(state))
+                reached_limit = True
+            sizes.append(_bytes_kept_alive(state))
         # a state may grow by pages of many tokens, so only the last and longest segment has to add to it
-        grows = sizes == sorted(sizes) and (ended or sizes[-2] < sizes[-1])
+        grows = sizes == sorted(sizes) and (reached_limit or sizes[-2] < sizes[-1])
         # nbytes of the initial state, whose storage may be larger: it may be a view of a parameter
         constant = len({nbytes(trial.mixer.init_state(trial.case.batch_size)), *sizes}) == 1
         text = f"{paradigm}: the state takes {sizes} bytes after 16, 32, 64 and 664 tokens"
@@ -269,13 +269,13 @@ def a_state_has_the_declared_size(trial: Trial) -> None:
         mixer = trial.config.build(trial.d_model, layer_idx=layer, n_layers=DEEP).to(trial.subject.device)
         x = trial.tokens(1, GROWN).float()
         with torch.no_grad():
-            few, many = (_memory(mixer(x[:, :length], return_state=True)[1]) for length in (1, GROWN))
+            few, many = (_bytes_kept_alive(mixer(x[:, :length], return_state=True)[1]) for length in (1, GROWN))
         text = f"layer {layer} of {DEEP}: the state takes {few} bytes after 1 token and {many} after {GROWN}"
         require(few == many, f"{text}, but traits.state is {declared}")
 
 
-def _memory(state: Any) -> int:
-    """Return the bytes that a state keeps alive: a view counts its whole storage, expanded rows count one by one."""
+def _bytes_kept_alive(state: Any) -> int:
+    """Return the bytes that a state keeps alive: a view counts with its whole storage, expanded rows count one by one."""
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in leaves_of(state).values()}
     return max(sum(storages.values()), nbytes(state))
 

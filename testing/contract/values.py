@@ -47,7 +47,7 @@ def results_share_no_memory(trial: Trial) -> None:
 
 
 def _require_arguments_unchanged(trial: Trial, paradigm: Paradigm, x: Tensor, state: Any) -> None:
-    """Compare the arguments after calls with those before, in the case's use and without gradients.
+    """Fail if a call changes its arguments: a call in the mode of the case (`trial.use`), or one without gradients.
 
     A call without gradients that returns the final state may consume a growing state, so it gets a clone.
     """
@@ -126,7 +126,9 @@ def init_state_is_where_the_mixer_is(trial: Trial) -> None:
         tied = [
             name for number, (name, leaf) in enumerate(leaves.items()) if (leaf != leaf.new_full((), number + 2)).any()
         ]
-        require(not tied, f"init_state: {' and '.join(tied)} shares memory with another leaf of the state")
+        require(
+            not tied, f"init_state: expected every leaf to have its own memory, got shared memory in {', '.join(tied)}"
+        )
         what = f"init_state(2, max_length={room}), a state after another one was written against before"
         with trial.differences(what, 0) as differences:
             differences.state("the state", second, saved)
@@ -134,9 +136,9 @@ def init_state_is_where_the_mixer_is(trial: Trial) -> None:
         mixer = trial.config.build(trial.d_model, layer_idx=trial.case.layer, n_layers=LAYERS)
     on_meta = to_dict(mixer.to(trial.case.dtype).init_state(2))
     meta_like = {name: (leaf.shape, leaf.dtype) for name, leaf in on_meta.items()}
-    require(meta_like == like, f"expected init_state on meta to have {like} as on other devices, got {meta_like}")
+    require(meta_like == like, f"expected init_state on meta to give shapes and dtypes {like}, got {meta_like}")
     elsewhere = [name for name, leaf in on_meta.items() if leaf.device.type != "meta"]
-    require(not elsewhere, f"init_state of a mixer on meta makes {', '.join(elsewhere)} on another device")
+    require(not elsewhere, f"init_state of a mixer on meta creates {', '.join(elsewhere)} on another device")
 
 
 @check(
@@ -163,7 +165,8 @@ def calls_stay_on_the_device(trial: Trial) -> None:
         leaves = {"the output": y, **{f"the state's {name}": leaf for name, leaf in to_dict(after or ()).items()}}
         wrong = [name for name, leaf in leaves.items() if leaf.device.type != "meta"]
         require(
-            not wrong, f"{paradigm}: expected all results of a call on meta there, got {', '.join(wrong)} elsewhere"
+            not wrong,
+            f"{paradigm}: expected a call on meta to give results on meta, got {', '.join(wrong)} on another device",
         )
 
 
@@ -238,7 +241,7 @@ def every_option_changes_something(trial: Trial) -> None:
     config, options_to_vary = trial.subject.config, alternatives(trial.subject.config)
     if not trial.subject.vary:
         return
-    beside = [{}] + [{name: value} for name, values in options_to_vary.items() for value in values[:2]]
+    other_options = [{}] + [{name: value} for name, values in options_to_vary.items() for value in values[:2]]
     x = trial.tokens(2, 9)
     fingerprints: dict[str, object] = {}
 
@@ -250,7 +253,7 @@ def every_option_changes_something(trial: Trial) -> None:
 
     for name, values in options_to_vary.items():
         for value in values:
-            pairs = (({name: value, **options}, options) for options in beside if name not in options)
+            pairs = (({name: value, **options}, options) for options in other_options if name not in options)
             changes = any(fingerprint(with_value) != fingerprint(without) for with_value, without in pairs)
             current = getattr(config, name)
             same = f"option {name}: {value!r} and {current!r} give the same"

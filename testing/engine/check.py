@@ -39,9 +39,9 @@ class Check(Generic[S, D, T]):
     remedy: str = ""
     """Remedy if a mixer is meant to lack the property, such as "declare traits.packing=False"."""
 
-    def examples(self, asked: int) -> int:
-        """Return the number of cases to run when `asked` examples are requested."""
-        return max(1, round(asked * self.share))
+    def examples(self, requested: int) -> int:
+        """Return the number of cases to run when `requested` examples are requested."""
+        return max(1, round(requested * self.share))
 
     def skip_reason(self, *subject: Any) -> str | None:
         """Return why the check does not apply to a kernel, or to a configuration and its mixer; None if it applies."""

@@ -42,9 +42,7 @@ class BoundCheck:
         import pytest
 
         if misplaced := sorted({"checks", "expected_failures"} & options.keys()):
-            raise SeqmixError(
-                f"check() expects options of one run, got {misplaced[0]}: pass it to the decorator instead"
-            )
+            raise SeqmixError(f"check() does not take {misplaced[0]}: pass it to the decorator instead")
         arguments = {"seed": _seed(), "examples": settings().max_examples, **self.options, **options}
         if COMMAND_LINE.examples is not None:
             arguments["examples"] = COMMAND_LINE.examples
@@ -54,11 +52,11 @@ class BoundCheck:
             pytest.fail(str(error), pytrace=False)
         if not report.outcomes:
             pytest.fail(f"expected {self.name} to run, got no outcome", pytrace=False)
-        ends = {Status.SKIPPED: pytest.skip, Status.EXPECTED_FAILURE: pytest.xfail}
-        ends[Status.FAILED] = partial(pytest.fail, pytrace=False)
+        report_as = {Status.SKIPPED: pytest.skip, Status.EXPECTED_FAILURE: pytest.xfail}
+        report_as[Status.FAILED] = partial(pytest.fail, pytrace=False)
         for outcome in report.outcomes:
-            if outcome.status in ends:
-                ends[outcome.status](outcome.reason)
+            if outcome.status in report_as:
+                report_as[outcome.status](outcome.reason)
 
 
 def parametrized(
@@ -94,7 +92,9 @@ def parametrized(
     for name, failures in expected.items():
         if name not in names:
             allowed = choices(name, names, "tested")
-            raise SeqmixError(f"expected_failures expects {what}s tested here, got the {what} {name!r}{allowed}")
+            raise SeqmixError(
+                f"expected_failures may name only {what}s that are tested here, got the {what} {name!r}{allowed}"
+            )
         known_names(failures, known)
     cases = []
     for label, name, run in tested:

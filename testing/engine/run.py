@@ -13,7 +13,7 @@ import torch
 from hypothesis.strategies import SearchStrategy
 
 from ...registry import SeqmixError
-from ..memory_limit import MOST
+from ..memory_limit import MAX_BYTES
 from .check import Check
 from .outcome import CheckOutcome, Status, chosen_names, known_names
 from .search import describe_error, search
@@ -57,19 +57,19 @@ class CheckedSubject(ABC, Generic[C]):
     def simpler(self, check: Check, case: C) -> Iterable[C]:
         """Return cases that are simpler in one respect, the simplest first; the subject may refuse some of them."""
 
-    def renewed(self) -> Self:
-        """Return the same subject in a fresh state, as before its first call."""
+    def renew(self) -> Self:
+        """Return an equal subject that has not been called yet."""
         return self
 
     @abstractmethod
-    def script(self, check: Check, case: C | None, **asked: Any) -> Iterable[str]:
+    def script(self, check: Check, case: C | None, **run_options: Any) -> Iterable[str]:
         """Return lines of Python that run a check on a case; without a case, on all cases.
 
-        `asked` has the arguments `examples` and `seed` of the run, which decide what all cases are.
+        `run_options` has the arguments `examples` and `seed` of the run, which determine all its cases.
         """
 
 
-def as_many_as_asked(fixed: list[C], examples: int) -> list[C]:
+def sample_evenly(fixed: list[C], examples: int) -> list[C]:
     """Return all fixed cases, or an evenly spread share of them if fewer than `EXAMPLES` examples are requested."""
     share = min(examples, EXAMPLES)
     return [case for i, case in enumerate(fixed) if (i + 1) * share // EXAMPLES > i * share // EXAMPLES]
@@ -102,7 +102,7 @@ def run_checks(
     if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or seed < 0):
         raise SeqmixError(f"seed must be an integer >= 0 or None, got {seed!r}")
     outcomes = []
-    asked = {"examples": examples, "seed": seed}
+    run_options = {"examples": examples, "seed": seed}
     with _cheap_garbage_collection():
         for check in (known[name] for name in names):
             reason = tested.skip_reason(check)
@@ -112,7 +112,7 @@ def run_checks(
                 outcome = CheckOutcome(check, Status.SKIPPED, reason)
             else:
                 report_case = None if on_case is None else partial(on_case, check)
-                outcome = _run(tested, check, asked, shrink, expected.get(check.name), report_case, causes)
+                outcome = _run(tested, check, run_options, shrink, expected.get(check.name), report_case, causes)
             outcomes.append(outcome)
             if on_outcome is not None:
                 on_outcome(outcome)
@@ -122,21 +122,24 @@ def run_checks(
 def _run(
     tested: CheckedSubject,
     check: Check,
-    asked: dict[str, Any],
+    run_options: dict[str, Any],
     shrink: bool,
     expected: str | None,
     on_case: Callable[[int], None] | None,
     causes: dict[str, str],
 ) -> CheckOutcome:
-    """Run one check on the fixed and drawn cases; `causes` maps the causes reported so far to their checks."""
+    """Run one check on the drawn and the fixed cases.
+
+    `causes` maps each cause of a failure (`cause_of`) to the first check that reported it; a new cause is added.
+    """
     started = time.perf_counter()
     tested.notes = {}
     with _one_thread():
         result = search(
             partial(tested.attempt, check),
             tested.cases(check),
-            examples=check.examples(asked["examples"]),
-            seed=asked["seed"],
+            examples=check.examples(run_options["examples"]),
+            seed=run_options["seed"],
             fixed=tested.fixed_cases(check),
             simpler=partial(tested.simpler, check) if shrink and expected is None else None,
             on_case=on_case,
@@ -144,11 +147,11 @@ def _run(
         fails_alone = True
         if result.case is not None and expected is None:
             with suppress(Exception):
-                tested.renewed().attempt(check, result.case)
+                tested.renew().attempt(check, result.case)
                 fails_alone = False
     notes = list(tested.notes)
     if result.too_large is not None:
-        notes.append(f"left out: {result.too_large!r} needs more than {MOST / 2**30:g} GiB of memory")
+        notes.append(f"left out: {result.too_large!r} needs more than {MAX_BYTES / 2**30:g} GiB of memory")
     measured: dict[str, Any] = {
         "examples": result.examples,
         "seconds": time.perf_counter() - started,
@@ -172,7 +175,7 @@ def _run(
         return CheckOutcome(check, Status.FAILED, sentence, same_as=first, **measured)
     script: tuple[str, ...] = ()
     if result.case is not None:
-        script = tuple(tested.script(check, result.case) if fails_alone else tested.script(check, None, **asked))
+        script = tuple(tested.script(check, result.case) if fails_alone else tested.script(check, None, **run_options))
     heading = "To reproduce:" if fails_alone else f"{ALONE.format(what=tested.what)}\nTo run all cases again:"
     lines = [difference, heading, *(f"    {line}" for line in script)] if script else [difference]
     lines += [f"{check.name}: {check.property}"]

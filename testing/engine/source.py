@@ -16,7 +16,7 @@ def source(value: Any) -> str:
         return written
     if isinstance(value, Config):
         defaults = {name: field.default for name, field in type(value).model_fields.items()}
-        return call_source(type(value).__name__, given(vars(value), defaults))
+        return call_source(type(value).__name__, non_defaults(vars(value), defaults))
     if isinstance(value, Enum):  # a paradigm, or a plug-in's own enum
         return f"{type(value).__name__}.{value.name}"
     if isinstance(value, tuple):
@@ -31,7 +31,7 @@ def call_source(function: str, named: Mapping[str, Any], *positional: str) -> st
     return f"{function}({', '.join([*positional, *(f'{name}={source(value)}' for name, value in named.items())])})"
 
 
-def given(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+def non_defaults(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values that differ from their defaults, in the order of the defaults."""
     return {name: values[name] for name, default in defaults.items() if values[name] != default}
 
@@ -41,7 +41,7 @@ class WrittenCase:
 
     def __repr__(self) -> str:
         """Return the call that recreates the value, with the fields that differ from their defaults."""
-        return call_source(type(self).__name__, given(vars(self), vars(type(self)())))
+        return call_source(type(self).__name__, non_defaults(vars(self), vars(type(self)())))
 
 
 def imports(written: str, kit: str, values: Any = ()) -> Iterator[str]:
@@ -58,7 +58,8 @@ def imports(written: str, kit: str, values: Any = ()) -> Iterator[str]:
         yield "import torch"
     yield f"from seqmix.testing import {kit}"
     for cls in dict.fromkeys(_classes(values)):
-        if f"{cls.__name__}." in written or f"{cls.__name__}(" in written:  # fields with their defaults are not
+        # a field at its default is left out, and so the source does not name its class
+        if f"{cls.__name__}." in written or f"{cls.__name__}(" in written:
             yield _import(cls)
 
 

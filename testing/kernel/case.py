@@ -31,13 +31,13 @@ SEGMENT = {"output": "BTHV", "q": "BTHK", "k": "BTHK", "v": "BTHV"}
 """Dimensions of the tensors that every op has: B batch, T tokens, H heads, K key width, V value width."""
 
 PROBED = ("dtype", "key_width", "value_width", "log_decay", "wide_output", "packed", "initial_state", "final_state")
-"""Fields that cases and probes have in common."""
+"""Names of the fields that cases and probes have in common."""
 
 
 class Exact(NamedTuple):
     """Exact results of a case, by the definition in float64.
 
-    The `_terms` are error scales: for each element, the sum of the absolute values of the terms that it adds up.
+    The `_terms` are error scales: an element is a sum of terms, and its scale is the sum of their absolute values.
     """
 
     outputs: Tensors
@@ -46,7 +46,7 @@ class Exact(NamedTuple):
     gradients_terms: Tensors
 
 
-def takes(kernel: Kernel, probe: Probe) -> bool:
+def supports(kernel: Kernel, probe: Probe) -> bool:
     """Return True if the kernel supports the calls that the probe describes."""
     return not kernel.unsupported(probe)
 
@@ -68,7 +68,7 @@ class Drawn(NamedTuple):
 class KernelDraw:
     """Settings for the cases that a kernel check draws."""
 
-    asks: Callable[[Kernel, Probe], bool] = takes
+    runs_on: Callable[[Kernel, Probe], bool] = supports
     """Returns True if the check runs a kernel on the calls that a probe describes."""
     tokens: st.SearchStrategy[int] = LENGTHS
     """Strategy for the lengths of rows and documents."""
@@ -125,12 +125,12 @@ class KernelCase(WrittenCase, ABC):
 
     decays: ClassVar[tuple[str | None, ...]]
     """Kinds of log-decays that the op supports, by their dimensions; None for no log-decays."""
-    widens: ClassVar[tuple[bool, ...]] = (False,)
+    wide_outputs: ClassVar[tuple[bool, ...]] = (False,)
     """Values of `wide_output` that the op supports."""
     windows: ClassVar[tuple[bool, ...]] = (False,)
     """(False, True) if the op has calls with a window and without; (False,) if it has no windows."""
-    changes: ClassVar[tuple[tuple[str, ...], ...]] = ((),)
-    """Combinations to try of the arguments that change scores, by their names."""
+    score_options: ClassVar[tuple[tuple[str, ...], ...]] = ((),)
+    """Arguments that change attention scores: the combinations to try, by name; an empty one is a call without any."""
     extras: ClassVar[tuple[str, ...]] = ()
     """Inputs with gradients other than queries, keys, values, log-decays and states."""
     axes: ClassVar[Mapping[str, str]]
@@ -139,11 +139,11 @@ class KernelCase(WrittenCase, ABC):
     """Names of the leaves of a state."""
     per_row: ClassVar[tuple[str, ...]] = ("lengths", "cuts")
     """Fields with one item per row or document."""
-    at_once: ClassVar[tuple[tuple[str, ...], ...]] = (("final_state", "upstream"),)
-    """Groups of fields that a simpler case resets to their defaults together."""
+    reset_together: ClassVar[tuple[tuple[str, ...], ...]] = (("final_state", "upstream"),)
+    """Groups of fields that have to be reset to their defaults together when a failing case is simplified."""
     fixed: ClassVar[tuple[Fields, ...]] = FIXED
     """Fixed cases of the op, each as a mapping of its fields."""
-    adds_up: ClassVar[bool]
+    state_is_sum: ClassVar[bool]
     """True if a state is a sum over tokens, in which rounding errors accumulate; False if it stores the tokens."""
 
     # ---- drawing cases
@@ -154,7 +154,7 @@ class KernelCase(WrittenCase, ABC):
         names = (*PROBED, "window", "scores", "needs_grad")
         flags = itertools.product((False, True), repeat=3)
         kinds = itertools.product(
-            DTYPES, widths, cls.decays, cls.widens, flags, cls.windows, cls.changes, (False, True)
+            DTYPES, widths, cls.decays, cls.wide_outputs, flags, cls.windows, cls.score_options, (False, True)
         )
         for dtype, pair, log_decay, wider, states, window, scores, needs_grad in kinds:
             if not (needs_grad and dtype == torch.int64) and not (wider and dtype.itemsize > 2):
@@ -162,22 +162,22 @@ class KernelCase(WrittenCase, ABC):
                 yield Probe(device=device, **dict(zip(names, values, strict=True)))
 
     @classmethod
-    def cases(cls, probes: Sequence[Probe], wide: Sequence[Probe], wanted: KernelDraw) -> st.SearchStrategy[Self]:
+    def cases(cls, probes: Sequence[Probe], wide: Sequence[Probe], settings: KernelDraw) -> st.SearchStrategy[Self]:
         """Return a strategy that draws cases for a check.
 
         Args:
             probes: kinds of calls in usual sizes.
             wide: kinds of calls with wide keys or values.
-            wanted: the settings of the check.
+            settings: what the check wants to draw.
         """
         probes = probes or wide
         with_both_states = [probe for probe in probes if probe.initial_state and probe.final_state] or probes
         # every other case has both states: most bugs are there
         usual = st.sampled_from(probes) | st.sampled_from(with_both_states)
-        rarely, widely = st.sampled_from(RARE if wanted.rare else [None]), st.sampled_from(wide or probes)
-        few = wanted.tokens.map(lambda length: min(length, 9))
-        tokens: dict[Rare | None, st.SearchStrategy[int]] = {None: wanted.tokens, "heads": few, "rows": few}
-        tokens |= {"wide": wanted.tokens.map(lambda length: min(length, 33)), "chunks": LONG}
+        rarely, widely = st.sampled_from(RARE if settings.rare else [None]), st.sampled_from(wide or probes)
+        few = settings.tokens.map(lambda length: min(length, 9))
+        tokens: dict[Rare | None, st.SearchStrategy[int]] = {None: settings.tokens, "heads": few, "rows": few}
+        tokens |= {"wide": settings.tokens.map(lambda length: min(length, 33)), "chunks": LONG}
         documents = {rare: st.lists(st.just(0) | length, min_size=1, max_size=4) for rare, length in tokens.items()}
         documents |= {"rows": st.lists(st.just(0) | few, min_size=5, max_size=20)}
         documents |= {"chunks": st.lists(st.just(0) | LONG, min_size=1, max_size=3)}
@@ -190,11 +190,13 @@ class KernelCase(WrittenCase, ABC):
             probe = draw(widely if rare == "wide" else usual)
             chunk_size = LARGE if rare == "chunks" else draw(CHUNK_SIZES)
             length, several = tokens[rare], documents[rare]
-            if rare is None and wanted.tokens is LENGTHS:
+            if rare is None and settings.tokens is LENGTHS:
                 length = lengths_by_chunks(chunk_size)
                 several = st.lists(st.just(0) | length, min_size=1, max_size=4)
             lengths = draw(several.filter(sum)) if probe.packed else [draw(length)] * draw(rows[rare])
-            cuts = [draw(st.integers(0, length)) for length in (lengths if probe.packed else lengths[:1]) if wanted.cut]
+            cuts = [
+                draw(st.integers(0, length)) for length in (lengths if probe.packed else lengths[:1]) if settings.cut
+            ]
             leaves = cls.leaves_of_probe(probe)
             one = st.sampled_from(leaves)
             some = st.lists(one, min_size=1, unique=True)
@@ -219,22 +221,22 @@ class KernelCase(WrittenCase, ABC):
 
     @classmethod
     def fixed_cases(
-        cls, probes: Sequence[Probe], asks: Callable[[Probe], bool], wanted: KernelDraw
+        cls, probes: Sequence[Probe], runs_on: Callable[[Probe], bool], settings: KernelDraw
     ) -> "list[KernelCase]":
-        """Return the fixed cases that a check wants, in the first dtype of the probes.
+        """Return the fixed cases of a check, in the dtype of the first probe unless a case has its own.
 
-        Options that a case leaves open come from the probes; successive cases use different ones.
+        Fields that a fixed case does not set come from the probes; successive cases use different probes.
         """
         cases: list[KernelCase] = []
         leaves_by_decay = {
             kind: cls.leaves_of_probe(replace(probes[0], log_decay=kind, initial_state=True)) for kind in cls.decays
         }
-        fixed = [*cls.fixed, *endings(cls.decays, leaves_by_decay.__getitem__)] if wanted.fixed else []
+        fixed = [*cls.fixed, *endings(cls.decays, leaves_by_decay.__getitem__)] if settings.fixed else []
         narrow = dict.fromkeys(replace(probe, key_width=1, value_width=1) for probe in probes)
         for number, fields in enumerate(fixed):
             values = {"packed": False, "dtype": probes[0].dtype, **fields}
             needs_grad = values.pop("needs_grad", None)
-            if needs_grad is not None and wanted.cut:
+            if needs_grad is not None and settings.cut:
                 continue
             required = {name: values[name] for name in PROBED if name in values and "width" not in name}
             if "window" in values:
@@ -245,18 +247,18 @@ class KernelCase(WrittenCase, ABC):
                 required["needs_grad"] = needs_grad
             sizes = {name: fields[name] for name in ("key_width", "value_width")}
             fitting = (p for p in narrow if all(getattr(p, name) == value for name, value in required.items()))
-            possible = [probe for p in fitting if asks(probe := replace(p, **sizes))]
+            possible = [probe for p in fitting if runs_on(probe := replace(p, **sizes))]
             possible = [probe for probe in possible if probe.initial_state and probe.final_state] or possible
             if possible:
                 probe = possible[-1 - number % len(possible)]
                 values |= {name: getattr(probe, name) for name in PROBED}
-                values["cuts"] = tuple(length - length // 2 for length in fields["lengths"]) if wanted.cut else ()
+                values["cuts"] = tuple(length - length // 2 for length in fields["lengths"]) if settings.cut else ()
                 values["grad"] = tuple(values.get("grad", cls.leaves_of_probe(probe))) if probe.needs_grad else ()
                 cases.append(cls(**values).with_details(probe))
         return cases
 
     def with_details(self, probe: Probe) -> "KernelCase":
-        """Return a fixed case with values for the fields that only this op has."""
+        """Return this fixed case with values for the fields that only its op has."""
         del probe
         return self
 
@@ -291,8 +293,8 @@ class KernelCase(WrittenCase, ABC):
             yield replace(self, packed=False)
         for most in fewer(max(self.cuts, default=0), 0):
             yield replace(self, cuts=tuple(min(cut, most) for cut in self.cuts))
-        fixed = {"dtype", "packed", "grad", *self.per_row, *itertools.chain(*self.at_once)}
-        for names in (*self.at_once, *((name,) for name in defaults if name not in fixed)):
+        fixed = {"dtype", "packed", "grad", *self.per_row, *itertools.chain(*self.reset_together)}
+        for names in (*self.reset_together, *((name,) for name in defaults if name not in fixed)):
             case = replace(self, **{name: defaults[name] for name in names})
             remaining = self.leaves_of_probe(case.probe(torch.device("cpu")))
             yield replace(case, grad=tuple(name for name in self.grad if name in remaining))
@@ -326,7 +328,7 @@ class KernelCase(WrittenCase, ABC):
         return 1 if self.packed else len(self.lengths)
 
     @property
-    def wide(self) -> torch.dtype:
+    def wide_dtype(self) -> torch.dtype:
         """Dtype of decays and recurrent states."""
         return torch.promote_types(self.dtype, torch.float32)
 
@@ -344,12 +346,12 @@ class KernelCase(WrittenCase, ABC):
     def dtype_of(self, name: str) -> torch.dtype:
         """Return the dtype of an input and its gradient, or the dtype that an output must have."""
 
-    def lost(self, name: str) -> float:
-        """Return the absolute error that is always allowed for an output's elements (underflow)."""
+    def underflow(self, name: str) -> float:
+        """Return the absolute error that is always allowed for the elements of an output, because numbers underflow."""
         return torch.finfo(self.dtype_of(name)).tiny
 
     @property
-    def consumed(self) -> tuple[str, ...]:
+    def overwritable(self) -> tuple[str, ...]:
         """Inputs that the kernel may overwrite: the leaves of growing states, without gradients."""
         return ()
 
@@ -367,7 +369,7 @@ class KernelCase(WrittenCase, ABC):
         """Run the kernel; return `output`, and the leaves of the final state if the case wants it.
 
         Raises:
-            CheckFailure: the kernel returns a final state that is not wanted, or none where one is.
+            CheckFailure: the kernel returns a final state though the case wants none, or none though it wants one.
         """
         output, state = kernel.function(self.call(inputs))
         expected, actual = ("a final state" if x else "no final state" for x in (self.final_state, state is not None))
@@ -394,14 +396,14 @@ class KernelCase(WrittenCase, ABC):
         """
 
     def cancelled(self, kernel: Kernel, absolute: Tensors, of_terms: Tensors) -> Tensors:
-        """Return `of_terms`, the gradients of `terms`, enlarged by terms that the kernel may add and subtract again."""
+        """Return the gradients' error scales, `of_terms`, plus terms that the kernel may add and later subtract."""
         del kernel, absolute
         return of_terms
 
     def exact(self, kernel: Kernel) -> Exact:
         """Return the definition's outputs and gradients, each with its error scale for this kernel."""
         cpu = torch.device("cpu")
-        inputs = {name: wide(x) for name, x in self.inputs(cpu).items()}
+        inputs = {name: to_float64(x) for name, x in self.inputs(cpu).items()}
         variables = leaves(inputs, self.grad)
         absolute = {name: x if name == "log_decay" else x.abs() for name, x in inputs.items()}
         absolute = leaves(absolute, [name for name in inputs if inputs[name].is_floating_point()] if self.grad else [])
@@ -410,7 +412,7 @@ class KernelCase(WrittenCase, ABC):
         sizes = {name: x.detach() for name, x in terms.items()}
         if not self.grad:
             return Exact(values, {}, sizes, {})
-        upstream = {name: wide(self.cotangent(name, values[name], cpu)) for name in self.differentiated}
+        upstream = {name: to_float64(self.cotangent(name, values[name], cpu)) for name in self.differentiated}
         varied = {name: x for name, x in absolute.items() if x.requires_grad}
         of_terms = gradients(terms, {name: x.abs() for name, x in upstream.items()}, varied)
         exact = gradients(outputs, upstream, {name: variables[name] for name in self.grad})
@@ -459,9 +461,9 @@ class KernelCase(WrittenCase, ABC):
         return torch.cat(list(sequences))[None] if self.packed else torch.stack(list(sequences))
 
     def parts(self, inputs: Tensors, pieces: Sequence[tuple[int, ...]]) -> "list[tuple[Self, Tensors]]":
-        """Split the case into consecutive calls, each with its per-token inputs; all but the last want a final state.
+        """Split the case into consecutive calls, each with its per-token inputs; all but the last return a final state.
 
-        Each piece is a tuple of the numbers of tokens of all rows or documents.
+        A piece is given by its number of tokens of each row or document.
         """
         per_token = [name for name in inputs if self.axes_of(name)[:2] == "BT"]
         rest = {name: self.sequences(inputs[name]) for name in per_token}
@@ -484,6 +486,6 @@ def leaves(tensors: Tensors, names: Collection[str]) -> Tensors:
     return {name: x.detach().requires_grad_(name in names) for name, x in tensors.items()}
 
 
-def wide(x: Tensor) -> Tensor:
+def to_float64(x: Tensor) -> Tensor:
     """Return a floating-point tensor in float64, any other tensor unchanged."""
     return x.to(torch.float64) if x.is_floating_point() else x

@@ -1,4 +1,6 @@
-"""Cases of the op families, with their definitions in float64; scans.py has those of scans, softmax.py attention.
+"""Test cases of the ops with matrix states (decay, delta, DPLR), with the definitions of these ops in float64.
+
+The cases of scans are in scans.py, those of softmax attention in softmax.py; `FAMILIES` has all of them by op.
 
 Notation: B batch, T tokens, H heads, K key width, V value width, N rows of a state.
 """
@@ -22,8 +24,8 @@ from .layout import writable
 from .scans import ConvolutionCase, DiagonalCase, LogScanCase, ScanCase, SelectiveCase
 from .softmax import SoftmaxCase
 
-FEW_OF_FLOAT16 = 100.0
-"""Largest product of the sizes of queries, keys and values for which the sums of these cases fit into float16."""
+MAX_FLOAT16_PRODUCT = 100.0
+"""Largest product of the sizes of queries, keys and values at which the sums of a decay case fit into float16."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -41,7 +43,7 @@ class DecayCase(KernelCase):
     shared: int = 1
     """Number of value heads that share each of the `n_heads` query and key heads."""
 
-    decays, widens = (None, "H", "B T H", "B T H K"), (False, True)
+    decays, wide_outputs = (None, "H", "B T H", "B T H K"), (False, True)
     # the last case has strong decays, with which differences of large sums would be noise
     fixed = (
         *FIXED,
@@ -55,7 +57,7 @@ class DecayCase(KernelCase):
     )
     axes: ClassVar[Mapping[str, str]] = {**SEGMENT, "state": "NHKV"}
     state = ("state",)
-    adds_up = True
+    state_is_sum = True
     groups: ClassVar[st.SearchStrategy[int]] = st.sampled_from([1, 1, 1, 2, 3])
 
     @property
@@ -65,7 +67,7 @@ class DecayCase(KernelCase):
 
     def dtype_of(self, name: str) -> torch.dtype:
         wide = name in ("log_decay", "state") or (name == "output" and self.wide_output)
-        return self.wide if wide else self.dtype
+        return self.wide_dtype if wide else self.dtype
 
     @property
     def undefined(self) -> tuple[str, ...]:
@@ -74,20 +76,20 @@ class DecayCase(KernelCase):
         A kernel may multiply queries by states in the inputs' dtype. The final state is wider and always defined.
         """
         q, k, v = self.sizes
-        beyond = k * v > FEW_OF_FLOAT16 or (q * k * v > FEW_OF_FLOAT16 and not self.wide_output)
+        beyond = k * v > MAX_FLOAT16_PRODUCT or (q * k * v > MAX_FLOAT16_PRODUCT and not self.wide_output)
         return ("output",) if self.dtype == torch.float16 and beyond else ()
 
-    def lost(self, name: str) -> float:
-        """Return the absolute error that is always allowed; it includes underflow in the inputs' dtype.
+    def underflow(self, name: str) -> float:
+        """Return the absolute error that is always allowed, including that of underflow in the inputs' dtype.
 
-        In that dtype a kernel may store the states from which a wide output is computed, and keys times the decays of
-        their dimensions, which a state adds up.
+        In that dtype a kernel may store the states from which it computes a wide output, and the products of keys and
+        their decays per key dimension, whose sum is a state.
         """
         info = torch.finfo(self.dtype)
         underflow = 8 * info.tiny * info.eps
         of_output = underflow if name == "output" and self.wide_output else 0.0
         of_state = underflow * self.sizes[2] if name == "state" and self.log_decay == "B T H K" else 0.0
-        return super().lost(name) + of_output + of_state
+        return super().underflow(name) + of_output + of_state
 
     @classmethod
     def details(cls, drawn: Drawn) -> dict[str, Any]:
@@ -117,11 +119,11 @@ class DecayCase(KernelCase):
             tokens = a if a.ndim == 1 else a.transpose(0, 1)
             for reset in self.resets:
                 tokens[(reset % len(tokens), ..., *([0] if self.resets_one_key and a.ndim == 4 else []))] = -math.inf
-            inputs["log_decay"] = self.laid_out("log_decay", a.to(device, self.wide))
+            inputs["log_decay"] = self.laid_out("log_decay", a.to(device, self.wide_dtype))
         if self.initial_state:
             state = randn(len(self.lengths), self.all_heads, self.key_width, self.value_width)
             state *= self.sizes[1] * self.sizes[2]
-            inputs["state"] = self.laid_out("state", state.to(device, self.wide))
+            inputs["state"] = self.laid_out("state", state.to(device, self.wide_dtype))
         return inputs
 
     def call(self, inputs: Tensors) -> Recurrence:
@@ -195,7 +197,7 @@ class DeltaCase(DecayCase):
     key_norm: float = 1.0
     """Norm of the keys."""
 
-    widens, groups, extras = (False,), st.just(1), ("beta",)
+    wide_outputs, groups, extras = (False,), st.just(1), ("beta",)
     axes: ClassVar[Mapping[str, str]] = {**DecayCase.axes, "beta": "BTH"}
 
     @property
@@ -204,20 +206,20 @@ class DeltaCase(DecayCase):
         return -1
 
     def dtype_of(self, name: str) -> torch.dtype:
-        return self.wide if name == "beta" else super().dtype_of(name)
+        return self.wide_dtype if name == "beta" else super().dtype_of(name)
 
     @property
     def undefined(self) -> tuple[str, ...]:
-        """The outputs of the base class, and the final state if the initial state is out of range: keys read it."""
+        """The output, as in the base class, and then also the final state if there is an initial one, which keys read."""
         return (*super().undefined, "state") if super().undefined and self.initial_state else super().undefined
 
-    def lost(self, name: str) -> float:
-        """Return the absolute error that is always allowed; that of a state includes underflow in the inputs' dtype.
+    def underflow(self, name: str) -> float:
+        """Return the absolute error that is always allowed; for a state, it includes underflow in the inputs' dtype.
 
-        The vectors that tokens write have the inputs' dtype, and a state, which is wider, adds them up.
+        A state is the sum of vectors that tokens write. These have the inputs' dtype; the state's dtype is wider.
         """
         info = torch.finfo(self.dtype)
-        return super().lost(name) + (8 * info.tiny * info.eps if name == "state" else 0.0)
+        return super().underflow(name) + (8 * info.tiny * info.eps if name == "state" else 0.0)
 
     @classmethod
     def details(cls, drawn: Drawn) -> dict[str, Any]:
@@ -233,14 +235,14 @@ class DeltaCase(DecayCase):
             keys.copy_(self.key_norm * F.normalize(keys.double(), dim=-1))
         beta = torch.randn(self.rows, self.length, self.n_heads, generator=generator, dtype=torch.float64)
         beta = self.rate * (0.5 + beta).clamp(0, 1)
-        return inputs | {"beta": self.laid_out("beta", beta.to(device, self.wide))}
+        return inputs | {"beta": self.laid_out("beta", beta.to(device, self.wide_dtype))}
 
     def define(self, inputs: Tensors) -> Tensors:
         """Compute S_t = P_t + b_t k_t (v_t - k_t^T P_t) with P_t = exp(a_t) S_{t-1}, and o_t = scale q_t S_t."""
-        return self.replaced(inputs, lambda _, key, decay, state: (self.sign * _row(key, decay * state), state))
+        return self.delta_rule(inputs, lambda _, key, decay, state: (self.sign * _row(key, decay * state), state))
 
     def terms(self, inputs: Tensors, absolute: Tensors) -> Tensors:
-        """Return the terms of the sums of each token alone, which starts from the exact state before it.
+        """Return the error scales: the terms of each token's own sums, which start from the exact state before it.
 
         The delta rule replaces the contents of a state. Terms that add up over tokens, as in the decay family, would
         grow while the state does not. The terms of gradients do add up over tokens.
@@ -254,10 +256,10 @@ class DeltaCase(DecayCase):
         def exact(t: int, key: Tensor, decay: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
             return _row(key, decay * before[t]), state + (before[t] - state).detach()
 
-        self.replaced(inputs, remember)
-        return self.replaced(absolute, exact)
+        self.delta_rule(inputs, remember)
+        return self.delta_rule(absolute, exact)
 
-    def replaced(
+    def delta_rule(
         self, inputs: Tensors, predict: Callable[[int, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
     ) -> Tensors:
         """Return output and final state of the delta rule.
@@ -275,9 +277,9 @@ class DeltaCase(DecayCase):
         return self.recurrence(inputs, step)
 
     def exact(self, kernel: Kernel) -> Exact:
-        """Return the definition's results; the terms of a gradient are at least as large as the gradient itself.
+        """Return the definition's results, with error scales of gradients that are at least the gradients themselves.
 
-        A transition can gather many elements into one, which the terms of single tokens do not include.
+        The state transition can add many elements into one; the terms of single tokens do not include these sums.
         """
         exact = super().exact(kernel)
         terms = {name: torch.maximum(exact.gradients_terms[name], x.abs()) for name, x in exact.gradients.items()}
@@ -324,7 +326,7 @@ class DplrCase(DeltaCase):
             keys.copy_(removed[:, :, : keys.shape[2]])
         return inputs | {name: self.laid_out(name, x.to(device, self.dtype)) for name, x in vectors.items()}
 
-    def replaced(
+    def delta_rule(
         self, inputs: Tensors, predict: Callable[[int, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
     ) -> Tensors:
         k, v, a = (inputs[name] for name in ("k", "v", "a"))

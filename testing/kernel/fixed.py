@@ -1,4 +1,7 @@
-"""Fixed kernel cases, as fields of a case; `needs_grad`, if given, makes it a case with or without gradients only."""
+"""Fixed kernel cases, each as a mapping of the fields of a case.
+
+A case with a key `needs_grad` runs only with gradients (True), or only without (False); any other case may do either.
+"""
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -81,8 +84,8 @@ SLOW: Fields = {**_SMALL, "lengths": (300,), "chunk_size": 64, "dtype": torch.bf
 
 RESETS: tuple[Fields, ...] = tuple(
     {**_SMALL, "lengths": (7,), "log_decay": log_decay, "resets": (token,), "needs_grad": needs_grad}
-    for log_decay, odd in (("B T H", 0), ("B T H K", 1))
-    for token, needs_grad in ((0, odd == 1), (2, odd == 0), (3, odd == 1), (6, odd == 0), (2, odd == 1))
+    for log_decay, parity in (("B T H", 0), ("B T H K", 1))
+    for token, needs_grad in ((0, parity == 1), (2, parity == 0), (3, parity == 1), (6, parity == 0), (2, parity == 1))
 )
 """Cases with a reset on the first token, on the last token, and on either side of a chunk's end."""
 
@@ -146,11 +149,10 @@ that fit into float16 only after scaling. Each with and without a window, a stat
 
 
 def endings(decays: Sequence[str | None], leaves: Callable[[str | None], list[str]]) -> Iterator[Fields]:
-    """Yield cases with last chunks of every length, and cases with gradients of some inputs only.
+    """Yield cases with last chunks of every length, and cases in which only some inputs have gradients.
 
     The last chunks are combined with the kinds of log-decays, and with the outputs that receive an upstream gradient.
-    Gradients of a single input occur with frozen models (a trained prompt, for example); others are of all inputs but
-    one.
+    Either a single input has a gradient, as in a frozen model (with a trained prompt, for example), or all but one.
 
     Args:
         decays: kinds of log-decays.

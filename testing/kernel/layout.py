@@ -65,12 +65,12 @@ def laid_out_heads(layout: Layout, projected: Tensor, heads: Sequence[int], widt
 
 
 def writable(x: Tensor) -> Tensor:
-    """Return heads [B T H *] that can be written: only the first, if all are one head repeated (stride 0)."""
+    """Return the part of x [B T H *] that can be written to: all of it, or one head if x is one head expanded to H."""
     return x if x.stride(2) else x[:, :, :1]
 
 
 def spread(x: Tensor) -> Tensor:
-    """Return the same numbers [N] with stride 2: a column of a table that has every number twice."""
+    """Return the same numbers [N] with stride 2, as a column of a table [N 2] that has every number twice."""
     return torch.stack((x, x), dim=1)[:, 0]
 
 

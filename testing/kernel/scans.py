@@ -41,7 +41,7 @@ class ScanCase(KernelCase):
     fixed = (*FIXED, {**SLOW, "log_decay": "B T H V", "strength": 0.01})
     axes: ClassVar[Mapping[str, str]] = {"output": "BTHV", "x": "BTHV", "state": "NHV"}
     state = ("state",)
-    adds_up = True
+    state_is_sum = True
     names: ClassVar[tuple[str, ...]] = ("x",)
     """Inputs other than log-decays and states."""
 
@@ -62,7 +62,7 @@ class ScanCase(KernelCase):
         }
 
     def dtype_of(self, name: str) -> torch.dtype:
-        return self.wide if name in ("log_decay", "state") else self.dtype
+        return self.wide_dtype if name in ("log_decay", "state") else self.dtype
 
     @property
     def sizes_of_axes(self) -> dict[str, int]:
@@ -156,7 +156,7 @@ class SelectiveCase(ScanCase):
         return [*cls.names, *(cls.state if probe.initial_state else ())]
 
     def dtype_of(self, name: str) -> torch.dtype:
-        return self.wide if name in ("step", "rate") else super().dtype_of(name)
+        return self.wide_dtype if name in ("step", "rate") else super().dtype_of(name)
 
     def inputs(self, device: torch.device) -> Tensors:
         randn = self.randn()
@@ -196,14 +196,14 @@ class SelectiveCase(ScanCase):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class LogScanCase(ScanCase):
-    """One call of a kernel of `log_scan`; -inf, the logarithm of an empty state, is compared as a finite number."""
+    """One call of a kernel of `log_scan`. An empty state is the logarithm of 0: -inf is compared as a finite number."""
 
-    nothing: ClassVar[float] = -(2.0**100)
-    """The number in place of -inf."""
-    adds_up = False  # a logarithm in 16 bits is not exact enough to be added to for long
+    log_of_zero: ClassVar[float] = -(2.0**100)
+    """Finite number that stands for -inf."""
+    state_is_sum = False  # a logarithm in 16 bits is not exact enough to be added to for long
 
     def run(self, kernel: Kernel, inputs: Tensors) -> Tensors:
-        return {name: x.nan_to_num(neginf=self.nothing) for name, x in super().run(kernel, inputs).items()}
+        return {name: x.nan_to_num(neginf=self.log_of_zero) for name, x in super().run(kernel, inputs).items()}
 
     def define(self, inputs: Tensors) -> Tensors:
         """Compute h_t = log(exp(a_t + h_{t-1}) + exp(x_t)), token by token."""
@@ -212,16 +212,17 @@ class LogScanCase(ScanCase):
             h = torch.logaddexp(log_decay + h, x)
             return h, h
 
-        return self.recurrence(inputs, step, empty=self.nothing)
+        return self.recurrence(inputs, step, empty=self.log_of_zero)
 
     def terms(self, inputs: Tensors, absolute: Tensors) -> Tensors:
-        """Return the magnitudes of the numbers whose exponentials are added.
+        """Return error scales, the same for all elements: 1 plus the sizes of the largest numbers of each tensor.
 
-        An error of a logarithm is a relative error of the shares, which are the derivatives.
+        An absolute error of a logarithm is a relative error of its exponential, and of the derivatives, which are
+        ratios of exponentials.
         """
         signed = {name: y + (inputs[name] - y).detach() if name != "log_decay" else y for name, y in absolute.items()}
         outputs = self.define(signed)
-        numbers = [x.detach()[x > self.nothing / 2] for x in (*inputs.values(), *outputs.values())]
+        numbers = [x.detach()[x > self.log_of_zero / 2] for x in (*inputs.values(), *outputs.values())]
         size = 1 + sum(x.abs().max() for x in numbers if len(x))
         return {name: size * (1 + x - x.detach()) for name, x in outputs.items()}
 
@@ -246,7 +247,7 @@ class DiagonalCase(ScanCase):
         return super().details(drawn) | {"resets": ()}
 
     def dtype_of(self, name: str) -> torch.dtype:
-        return self.wide if name in ("angle", "weight") else super().dtype_of(name)
+        return self.wide_dtype if name in ("angle", "weight") else super().dtype_of(name)
 
     def call(self, inputs: Tensors) -> Diagonal:
         x, angle, weight = (inputs[name] for name in self.names)
@@ -266,7 +267,7 @@ class DiagonalCase(ScanCase):
         return self.recurrence(inputs, step)
 
     def terms(self, inputs: Tensors, absolute: Tensors) -> Tensors:
-        """Return sums of absolute values: a rotation adds up both parts of a number."""
+        """Return sums of absolute values: a rotation adds multiples of a number's real and imaginary part."""
         del inputs
         decay, angle = absolute["log_decay"].exp(), absolute["angle"]
         turn = 1 + (angle - angle.detach())  # 1 for cosine and sine, and for their derivatives
@@ -286,13 +287,13 @@ class ConvolutionCase(ScanCase):
     has_bias: bool = True
     """True if the call has a bias."""
     silu: bool = False
-    """True if silu follows."""
+    """True if a SiLU follows the convolution."""
 
     decays = (None,)
     fixed = FIXED
     names = ("x", "weight", "bias")
     axes: ClassVar[Mapping[str, str]] = {"output": "BTC", "x": "BTC", "weight": "CK", "bias": "C", "state": "NPC"}
-    adds_up = False
+    state_is_sum = False
 
     @property
     def sizes_of_axes(self) -> dict[str, int]:
@@ -329,11 +330,11 @@ class ConvolutionCase(ScanCase):
         return ShortConvolutionInputs(x, weight, bias, state, documents, self.final_state, self.silu)
 
     def define(self, inputs: Tensors) -> Tensors:
-        """Compute y_t = b + sum_{i<W} w[:, W-1-i] x_{t-i}, and silu if it follows, token by token."""
+        """Compute y_t = b + sum_{i<W} w[:, W-1-i] x_{t-i}, followed by silu if the case has it, token by token."""
         return self.convolved(inputs, F.silu)
 
     def convolved(self, inputs: Tensors, activation: Callable[[Tensor], Tensor]) -> Tensors:
-        """Return output and final state, with a function in the place of silu."""
+        """Return output and final state, with `activation` in place of silu."""
         weight, bias = inputs["weight"], inputs.get("bias", 0)
 
         def step(past: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:

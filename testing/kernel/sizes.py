@@ -1,4 +1,4 @@
-"""Usual and rare sizes of the drawn kernel cases."""
+"""Usual and rare sizes of the drawn kernel cases, most of them as strategies of hypothesis."""
 
 from functools import cache
 from typing import Literal

@@ -48,7 +48,7 @@ class SoftmaxCase(KernelCase):
     window: int | None = None
     """Number of keys that a query sees, its own included; None for no limit."""
     cache: Literal["growing", "ring"] = "growing"
-    """Kind of the initial state: a cache with a slot per token, or a ring of slots that are used again."""
+    """Kind of the initial state: a cache with a slot per token, or a ring that overwrites its oldest slots."""
     reads: tuple[int, ...] = ()
     """Number of tokens processed before the segment, for each row or document."""
     capacity: int = 0
@@ -65,7 +65,13 @@ class SoftmaxCase(KernelCase):
     decays = (None, "K")
     fixed = (*FIXED, *WINDOWS, *SCORES, {**SLOW, "scores": ("log_forget",), "forgetting": 0.01})
     windows = (False, True)
-    changes = ((), ("log_forget",), ("slopes",), ("softcap", "sinks"), ("log_forget", "slopes", "softcap", "sinks"))
+    score_options = (
+        (),
+        ("log_forget",),
+        ("slopes",),
+        ("softcap", "sinks"),
+        ("log_forget", "slopes", "softcap", "sinks"),
+    )
     axes: ClassVar[Mapping[str, str]] = {
         **SEGMENT,
         "keys": "NSHK",
@@ -77,13 +83,17 @@ class SoftmaxCase(KernelCase):
     }
     state = ("keys", "values", "gates", "length")
     per_row = (*KernelCase.per_row, "reads")
-    at_once = (*KernelCase.at_once, ("n_heads", "n_kv_heads"), ("initial_state", "cache", "reads", "capacity"))
-    adds_up = False
+    reset_together = (
+        *KernelCase.reset_together,
+        ("n_heads", "n_kv_heads"),
+        ("initial_state", "cache", "reads", "capacity"),
+    )
+    state_is_sum = False
 
     def dtype_of(self, name: str) -> torch.dtype:
         if name == "length":
             return torch.int64
-        return self.wide if name in ("log_decay", "gates", "log_forget", "slopes", "sinks") else self.dtype
+        return self.wide_dtype if name in ("log_decay", "gates", "log_forget", "slopes", "sinks") else self.dtype
 
     @classmethod
     def leaves_of_probe(cls, probe: Probe) -> list[str]:
@@ -141,7 +151,7 @@ class SoftmaxCase(KernelCase):
         return replace(super().probe(device), window=self.window is not None, scores=self.scores)
 
     @property
-    def consumed(self) -> tuple[str, ...]:
+    def overwritable(self) -> tuple[str, ...]:
         """Leaves of the initial cache, if the case wants a final state and has no gradients."""
         return ("keys", "values", "gates") if self.initial_state and self.final_state and not self.grad else ()
 
@@ -152,7 +162,7 @@ class SoftmaxCase(KernelCase):
             writable(inputs["k"])[:, token % self.length] *= 30
         if self.log_decay is not None:
             # small enough that the decay factors of a block of queries stay within the dtype's range
-            inputs["log_decay"] = -randn(self.key_width).abs().to(device, self.wide) / self.length
+            inputs["log_decay"] = -randn(self.key_width).abs().to(device, self.wide_dtype) / self.length
         if self.initial_state:
             sizes = {"keys": (self.n_kv_heads, self.key_width), "values": (self.n_kv_heads, self.value_width)}
             for name, size in (sizes | {"gates": (self.n_heads,)}).items():
@@ -164,9 +174,9 @@ class SoftmaxCase(KernelCase):
                 inputs[name] = self.laid_out(name, x.to(device, self.dtype_of(name)))
             inputs["length"] = torch.tensor(self.reads, device=device)
         gates = -self.forgetting * randn(self.rows, self.length, self.n_heads).abs()
-        changes = {"log_forget": gates, "slopes": randn(self.n_heads).abs(), "sinks": 2 * randn(self.n_heads)}
-        for name in changes.keys() & {*self.scores}:
-            inputs[name] = self.laid_out(name, changes[name].to(device, self.wide))
+        score_inputs = {"log_forget": gates, "slopes": randn(self.n_heads).abs(), "sinks": 2 * randn(self.n_heads)}
+        for name in score_inputs.keys() & {*self.scores}:
+            inputs[name] = self.laid_out(name, score_inputs[name].to(device, self.wide_dtype))
         if "log_forget" not in self.scores:
             inputs.pop("gates", None)
         return inputs
@@ -215,10 +225,10 @@ class SoftmaxCase(KernelCase):
         return self.attend(inputs, lambda _, scores: self.weights(scores)[..., 1:])
 
     def terms(self, inputs: Tensors, absolute: Tensors) -> Tensors:
-        """Return the results with each attention weight enlarged by the size of its score.
+        """Return the results with each attention weight enlarged by the error that rounding the scores causes in it.
 
-        An error of a score causes an equal relative error of its own weight. It also causes a relative error of all
-        weights of the query: its own weight times the error.
+        The rounding error of a score is in proportion to the size of the score. It causes an equal relative error of
+        the score's own weight, and a relative error of all weights of the query: its own weight times the error.
         """
         exact: dict[int, Tensor] = {}
         # a kernel may subtract sums of gates over all tokens of a segment from each other. In lower precision it forms
@@ -250,7 +260,7 @@ class SoftmaxCase(KernelCase):
         return torch.cat((sink, total), -1).softmax(-1)
 
     def cancelled(self, kernel: Kernel, absolute: Tensors, of_terms: Tensors) -> Tensors:
-        """Add the terms of log-decays and forget gates that a kernel may add and subtract again.
+        """Return `of_terms` plus the terms of log-decays and forget gates that a kernel may add and later subtract.
 
         A kernel may compute a decay as a product of two factors, each relative to some token. The gradients of these
         factors contain distances between tokens, and cancel. A kernel may also subtract running sums of gates from each

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from ...ops.runtime.kernel import KERNELS, Kernel
-from ..engine.source import call_source, given, import_line
+from ..engine.source import call_source, import_line, non_defaults
 
 PACKAGE = __name__.partition(".")[0]
 """Name of this library's package."""
@@ -35,7 +35,7 @@ def kernel_source(kernel: Kernel) -> list[str]:
     for line, name in _variables(kernel):
         return [line if name == "kernel" else f"{line} as kernel"]
     defaults = {field.name: field.default for field in fields(Kernel)}
-    values = given({name: getattr(kernel, name) for name in defaults}, defaults)
+    values = non_defaults({name: getattr(kernel, name) for name in defaults}, defaults)
     functions = {name: _global(value) for name, value in values.items() if callable(value)}
     if missing := [value.written for value in functions.values() if value.imported is None]:
         return [f"kernel = ...  # the kernel that was checked: {missing[0]} cannot be imported from a module"]

@@ -32,22 +32,22 @@ class KernelTrial:
         with torch.set_grad_enabled(bool(case.grad)):
             return case.run(self.kernel, inputs)
 
-    def above(self, outputs: Tensors) -> Tensors:
+    def upstream(self, outputs: Tensors) -> Tensors:
         """Return the upstream gradients of the case's outputs, by name."""
         case = self.case
         return {name: case.cotangent(name, outputs[name].detach(), self.device) for name in case.differentiated}
 
-    def gradients(self, outputs: Tensors, inputs: Tensors, above: Tensors | None = None, **options: bool) -> Tensors:
+    def gradients(self, outputs: Tensors, inputs: Tensors, upstream: Tensors | None = None, **options: bool) -> Tensors:
         """Return the gradients of the case's inputs by name.
 
         Args:
             outputs: the outputs of `run`.
             inputs: the inputs of `run`.
-            above: the upstream gradients; None for the case's own.
+            upstream: the upstream gradients; None for the case's own.
             options: `create_graph` and `retain_graph`, as in torch.autograd.grad.
         """
-        above = self.above(outputs) if above is None else above
-        return gradients(outputs, above, {name: inputs[name] for name in self.case.grad}, **options)
+        upstream = self.upstream(outputs) if upstream is None else upstream
+        return gradients(outputs, upstream, {name: inputs[name] for name in self.case.grad}, **options)
 
     def compare(self, what: str, outputs: Tensors, gradients: Tensors | None = None) -> None:
         """Compare shape, dtype and every element with the definition; `what` begins the message of a failure.
@@ -64,7 +64,7 @@ class KernelTrial:
                 axes = case.axes_of(name)
                 if value.is_floating_point():
                     size = _error_scale(exact.outputs_terms[name], axes)
-                    size += case.lost(name) / tolerance
+                    size += case.underflow(name) / tolerance
                     differences.close(label, outputs[name], value, case.dtype_of(name), size, axes)
                 else:
                     differences.tensor(label, outputs[name].cpu(), value, axes)

@@ -26,14 +26,14 @@ Use = Literal["evaluation", "training", "frozen", "truncated"]
 state; "frozen": the same, and the tokens need no gradient, as after a frozen embedding; "truncated": training mode
 with the final state, as in truncated backpropagation through time."""
 
-IN_WORDS: dict[Use, str] = {
+USES_IN_WORDS: dict[Use, str] = {
     "evaluation": "evaluation",
     "training": "training without a final state",
     "frozen": "training, tokens without gradient",
     "truncated": "training with a final state",
 }
 """The uses in words, for reports."""
-USES: tuple[Use, ...] = tuple(IN_WORDS)
+USES: tuple[Use, ...] = tuple(USES_IN_WORDS)
 
 LENGTHS = (16, 17, 33, 65, 15, 31, 32, 63, 64, 70, 127, 128, 129, 130)
 """Lengths in tokens around the boundaries of blocks: tiles and chunks mostly hold a power of two tokens."""
@@ -42,7 +42,7 @@ BETWEEN = tuple(length for length in range(12, max(LENGTHS)) if length not in LE
 """Further lengths of long pieces, between those of `LENGTHS`."""
 
 CROWDS = (9, 33)
-"""Batch sizes of large batches: just above powers of two, up to which code for small batches may be used."""
+"""Numbers of rows of large batches: just above powers of two, where code for small batches may no longer be used."""
 
 MANY = 9
 """Exclusive upper bound of the additional pieces or documents in a case that has many (`Draw.many`)."""
@@ -54,7 +54,7 @@ FIXED = 1
 """Seed of the fixed cases, which always run."""
 
 SHORT = 12
-"""Longest segment, in tokens, on which a single wide head is tried: it may have the square of its width in features."""
+"""Longest segment, in tokens, on which a single wide head is tried: it may have as many features as its width squared."""
 
 MEDIUM = 33
 """Longest piece of a wide mixer, in tokens: its backward pass may keep a megabyte per token."""
@@ -231,33 +231,33 @@ class Draw:
 
         Args:
             traits: traits of the mixer.
-            options: draws changes of the configuration from a random generator and a flag; False draws a chunk size
-                alone.
+            options: draws changes of the configuration. It takes a random generator, and False to draw only a chunk
+                size.
         """
         long = [length for length in (*LENGTHS, *BETWEEN) if length <= self.longest]
         few, most = self.pieces
 
         def case(number: int) -> Case:
-            chance, lengths = Random(number), ()
+            rng, lengths = Random(number), ()
             if number == 0:  # the first number that hypothesis tries; a quick run tries no other
-                return self.typical(traits, options(chance, False))
-            pieces = _sometimes(chance, self.many, range(most + 1, most + MANY), (few, most))
+                return self.typical(traits, options(rng, False))
+            pieces = _sometimes(rng, self.many, range(most + 1, most + MANY), (few, most))
             while not sum(lengths):
-                lengths = tuple(_sometimes(chance, self.long, long, self.tokens) for _ in range(pieces))
-            rows = _sometimes(chance, self.crowded, CROWDS, self.batch_size)
+                lengths = tuple(_sometimes(rng, self.long, long, self.tokens) for _ in range(pieces))
+            rows = _sometimes(rng, self.crowded, CROWDS, self.batch_size)
             drawn = Case(
                 lengths=lengths,
                 batch_size=rows,
-                start=chance.choice(self.starts),
-                paradigms=tuple(chance.choice(sorted(traits.paradigms)) for _ in lengths) if self.paradigms else (),
-                rows=tuple(chance.choices(range(rows), k=chance.randint(1, 4))) if self.rows else (),
-                use=chance.choice(self.uses),
-                scale=chance.choice(self.scales),
-                layer=chance.randrange(LAYERS),
-                wide=self.wide > 0 and chance.randrange(self.wide) == 0,
-                seed=chance.randrange(2**16),
-                dtype=chance.choice(self.dtypes),
-                options=options(chance, True),
+                start=rng.choice(self.starts),
+                paradigms=tuple(rng.choice(sorted(traits.paradigms)) for _ in lengths) if self.paradigms else (),
+                rows=tuple(rng.choices(range(rows), k=rng.randint(1, 4))) if self.rows else (),
+                use=rng.choice(self.uses),
+                scale=rng.choice(self.scales),
+                layer=rng.randrange(LAYERS),
+                wide=self.wide > 0 and rng.randrange(self.wide) == 0,
+                seed=rng.randrange(2**16),
+                dtype=rng.choice(self.dtypes),
+                options=options(rng, True),
             )
             medium = max(MEDIUM, self.tokens[1])
             return replace(drawn, lengths=tuple(min(length, medium) for length in lengths)) if drawn.wide else drawn
@@ -265,6 +265,6 @@ class Draw:
         return st.integers(0, 2**64 - 1).map(case)
 
 
-def _sometimes(chance: Random, one_in: int, rare: Sequence[int], usual: tuple[int, int]) -> int:
+def _sometimes(rng: Random, one_in: int, rare: Sequence[int], usual: tuple[int, int]) -> int:
     """Draw one of the rare numbers once in `one_in` times (never if 0), else a number within the usual bounds."""
-    return chance.choice(rare) if one_in and chance.randrange(one_in) == 0 else chance.randint(*usual)
+    return rng.choice(rare) if one_in and rng.randrange(one_in) == 0 else rng.randint(*usual)

@@ -17,7 +17,7 @@ PREFIX = 5
 
 
 def counting_backend(name: str) -> Any:
-    """Return a compiler backend that counts graphs. The import takes a second, so it is in here."""
+    """Return a compiler backend that counts graphs. Its import takes a second, so it is inside the function."""
     from torch._dynamo.testing import CompileCounterWithBackend
 
     return CompileCounterWithBackend(name)
@@ -26,7 +26,8 @@ def counting_backend(name: str) -> Any:
 def backend_of(trial: Trial) -> str:
     """Return the name of the compiler backend.
 
-    `aot_eager` is replaced by its form with the default partitioner: importing that of inductor takes half a second.
+    For `aot_eager`, it is the variant with the default partitioner: the usual one imports inductor, which takes half a
+    second.
     """
     backend = trial.subject.compile_backend
     return "aot_eager_default_partitioner" if backend == "aot_eager" else backend
@@ -58,7 +59,8 @@ def require_one_graph(
     count = counter.frame_count
     require(
         count == 1,
-        f"expected {len(boundaries)} calls of equal shapes to compile 1 graph, got {count}: something depends on data",
+        f"expected {len(boundaries)} calls of equal shapes to compile 1 graph, got {count}: "
+        "the graph depends on the values of tensors",
     )
 
 

@@ -31,15 +31,15 @@ UNEVEN = 3
 """Value to try for an integer without a near upper bound: not a power of two."""
 
 FAR = 64
-"""Largest upper bound that is tried. A higher one guards against mistakes, and costs too much to be tried."""
+"""Largest upper bound that is tried. A higher one only guards against mistakes, and would take too long to try."""
 
 
-def alternatives(config: MixerConfig, *, guessed: bool = False) -> dict[str, list[Any]]:
-    """Return the values to try for each field, beside its current one.
+def alternatives(config: MixerConfig, *, with_guesses: bool = False) -> dict[str, list[Any]]:
+    """Return the values to try for each field, other than its current one.
 
     Args:
         config: the configuration to vary.
-        guessed: True to try twice the value of a float without examples or bounds. It may be too large for 16 bits.
+        with_guesses: True to try also twice the value of a float without examples or bounds, which may overflow 16 bits.
     """
     values_by_field: dict[str, list[Any]] = {}
     for name, field in type(config).model_fields.items():
@@ -47,7 +47,7 @@ def alternatives(config: MixerConfig, *, guessed: bool = False) -> dict[str, lis
             continue
         current = getattr(config, name)
         values = [*(field.examples or []), *_enumerate_values(field.annotation), *_values_in_bounds(field, current)]
-        if guessed and not values and isinstance(current, float):
+        if with_guesses and not values and isinstance(current, float):
             values.append(2 * current or 0.5)
         # several parts, such as the mixers of a hybrid: also try equal ones
         if isinstance(current, tuple) and current and isinstance(current[0], Config):
@@ -61,7 +61,7 @@ def alternatives(config: MixerConfig, *, guessed: bool = False) -> dict[str, lis
 
 def not_varied(config: MixerConfig) -> list[str]:
     """Return the fields for which no other value is known: integers without `examples` or bounds, text, lists."""
-    varied, fields = alternatives(config, guessed=True), type(config).model_fields.items()
+    varied, fields = alternatives(config, with_guesses=True), type(config).model_fields.items()
     fixed = FIXED | varied.keys()
     return [name for name, field in fields if name not in fixed and len(_enumerate_values(field.annotation)) != 1]
 
@@ -76,7 +76,7 @@ def chunk_sizes(
     Args:
         config: the configuration.
         accepts: returns True if a mixer can be built with these options; by default, if the configuration is valid.
-        candidates: sizes to try, beside those that the field names and the current one.
+        candidates: sizes to try, in addition to the current one and to those in the field's examples and type.
     """
     field = type(config).model_fields.get("chunk_size")
     if field is None:
@@ -90,10 +90,10 @@ def chunk_sizes(
 def drawn_options(
     config: MixerConfig, *, vary: bool, accepts: Callable[[dict[str, Any]], bool] | None = None
 ) -> Callable[[Random, bool], dict[str, Any]]:
-    """Return a function that draws changes of a configuration from a random generator and a flag.
+    """Return a function of a random generator and a flag that draws changes of a configuration.
 
-    It draws a chunk size, often one that is small enough for short segments. If the flag is True, it may change any
-    other fields too.
+    It draws a chunk size, often one that is small enough for short segments. If the flag is True, it may also change
+    other fields.
 
     Args:
         config: the configuration to change.
@@ -102,10 +102,10 @@ def drawn_options(
     """
     sizes, fields = chunk_sizes(config, accepts), alternatives(config) if vary else {}
 
-    def draw(chance: Random, changes: bool) -> dict[str, Any]:
-        options = {"chunk_size": chance.choice(sizes)} if sizes else {}
-        few = [name for name in fields if chance.random() < 0.5] if changes and chance.random() < 0.5 else []
-        return options | {name: chance.choice(fields[name]) for name in few}
+    def draw(rng: Random, change_fields: bool) -> dict[str, Any]:
+        options = {"chunk_size": rng.choice(sizes)} if sizes else {}
+        chosen = [name for name in fields if rng.random() < 0.5] if change_fields and rng.random() < 0.5 else []
+        return options | {name: rng.choice(fields[name]) for name in chosen}
 
     return draw
 
@@ -113,7 +113,7 @@ def drawn_options(
 def single_changes(config: MixerConfig, accepts: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
     """Return one change per value of every option: that value alone, or with one other value that it requires.
 
-    Changing many options at once would never take the plain code path of each.
+    If many options changed at once, the code path that each one takes alone would never run.
     """
     values, changes = _all_values(config), []
     for name, value in values:
@@ -135,7 +135,7 @@ def shared_head_changes(config: MixerConfig, accepts: Callable[[dict[str, Any]],
 
 def _all_values(config: MixerConfig) -> list[tuple[str, Any]]:
     """Return name and value of every alternative, guessed ones included."""
-    return [(name, value) for name, others in alternatives(config, guessed=True).items() for value in others]
+    return [(name, value) for name, others in alternatives(config, with_guesses=True).items() for value in others]
 
 
 def changed(config: MixerConfig, options: dict[str, Any]) -> MixerConfig | None:

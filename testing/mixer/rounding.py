@@ -1,4 +1,4 @@
-"""Comparison of low-precision results with float64, as near as rounding of the inputs allows."""
+"""Comparison of low-precision results with float64; results that are sensitive to rounded inputs may differ more."""
 
 from collections.abc import Callable, Mapping
 from functools import cache, partial
@@ -19,13 +19,13 @@ Rounded = Callable[..., tuple[Tensor, Any]]
 """Function of a segment, a state, and `rounds` (True to round intermediate states); returns output and final state."""
 
 
-DRAWS = (1, 1, 1, 1, 2, 2, 2, 2, 4, 4, 4, 4, 8, 8, 16, 16)
+PERTURBATIONS = (1, 1, 1, 1, 2, 2, 2, 2, 4, 4, 4, 4, 8, 8, 16, 16)
 """Sizes of the random perturbations that find ill-conditioned rows, as multiples of the machine epsilon.
-Larger ones find a discontinuity that is near."""
+The large ones find a nearby discontinuity."""
 
 
 JUMP = 3
-"""A row whose result changes more than this many times as much as expected has crossed a discontinuity."""
+"""A row that moves more than this many times as far as smaller perturbations predict has crossed a discontinuity."""
 
 
 def require_near_float64(
@@ -147,7 +147,7 @@ def rows_moved(
         # compare with the same call: the result of another paradigm may differ by more than roundings
         results = exact(x.double(), widened(state), False)
         farthest = {name: torch.zeros_like(result.norm(dim=-1)) for name, result in results.items()}
-        for seed, times in enumerate(DRAWS):
+        for seed, times in enumerate(PERTURBATIONS):
             perturb_tokens, perturb_state = rounding(dtype, seed, times), rounding(torch.float32, seed, times)
             perturbed = exact(perturb_tokens(x.double()), perturb_state(widened(state)), True)
             for name, before in farthest.items():

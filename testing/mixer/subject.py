@@ -79,7 +79,7 @@ class Subject:
         self._built: dict[Any, SequenceMixer | None] = {}
         self._accepted: dict[str, bool] = {}
 
-    def renewed(self) -> "Subject":
+    def renew(self) -> "Subject":
         """Return an equal subject with newly built mixers, which have not been called."""
         return Subject(self.config, **self.arguments)
 
@@ -169,7 +169,7 @@ class Subject:
         return mixer
 
     @cached_property
-    def wide(self) -> int:
+    def wide_d_model(self) -> int:
         """Width (d_model) with several tiles of channels or many heads; the usual width if no larger one fits."""
         for times in (12, 16, 8):  # 12 gives two heads of 72 channels where the usual heads have 6: a ragged tile
             with suppress(SeqmixError):

@@ -15,7 +15,7 @@ from ...mixers.state import as_real, clone, is_inexact, map_state, to_dict
 from ...ops.runtime.paradigm import Paradigm
 from ..compare import EXACT, CheckFailure, Differences
 from ..gradients import gradients
-from .case import IN_WORDS, Case, Start
+from .case import USES_IN_WORDS, Case, Start
 from .options import changed
 from .subject import Subject, build, reference_paradigm
 
@@ -37,7 +37,7 @@ class Trial:
 
     def __init__(self, subject: Subject, case: Case) -> None:
         self.subject, self.case = subject, case
-        self.d_model = subject.wide if case.wide else subject.d_model
+        self.d_model = subject.wide_d_model if case.wide else subject.d_model
         config = changed(subject.config, dict(case.options))
         mixer = subject.mixer(case.options, case.dtype, case.layer, self.d_model)
         if config is None or mixer is None:
@@ -102,18 +102,18 @@ class Trial:
         self.prefix = int(torch.randint(1, 8, (), generator=self.generator))
         if start == "moved" and self.mixer.traits.state == "constant":
             self.prefix += LONGER
-        return self.state_after(self.prefix, rows, sizes=start == "moved")
+        return self.state_after(self.prefix, rows, random_sizes=start == "moved")
 
-    def state_after(self, length: int, rows: int, *, sizes: bool = False) -> Any:
+    def state_after(self, length: int, rows: int, *, random_sizes: bool = False) -> Any:
         """Return the state after random tokens.
 
         Args:
             length: number of tokens.
             rows: number of sequences.
-            sizes: True to multiply every token by a random factor.
+            random_sizes: True to multiply every token by a random factor.
         """
         x = self.tokens(rows, length)
-        if sizes:
+        if random_sizes:
             x = x * self.randn(rows, length, 1).exp()
         with torch.no_grad():
             _, state = self.mixer(x, return_state=True)
@@ -126,7 +126,7 @@ class Trial:
     @property
     def use(self) -> str:
         """Way in which the case calls the mixer, in words, such as "training without a final state"."""
-        return IN_WORDS[self.case.use]
+        return USES_IN_WORDS[self.case.use]
 
     def boundaries(self, dtype: torch.dtype = torch.int64) -> Tensor | None:
         """Return `cu_seqlens` for the case's lengths; None if the batch has several rows, or the mixer cannot pack."""
@@ -140,9 +140,9 @@ class Trial:
         return torch.tensor(rows, device=self.subject.device)
 
     def after(self, paradigm: Paradigm | None) -> Paradigm:
-        """Return the paradigm to continue from a state with: `paradigm`, or the reference if `paradigm` takes no state.
+        """Return the paradigm for a call from a state: `paradigm`, or the reference if `paradigm` takes no state.
 
-        None means the default paradigm.
+        None stands for the mixer's default paradigm.
         """
         paradigm = paradigm or self.mixer.paradigm
         return paradigm if self.mixer.traits.takes_state(paradigm) else self.reference
@@ -180,7 +180,7 @@ class Trial:
         other = self.rebuilt(**(zeros if changed(self.config, zeros) is not None else {}))
         for name, parameter in self.mixer.named_parameters():  # share them, so that gradients can be compared
             module, _, leaf = name.rpartition(".")
-            # assign the attribute: modules such as nn.GRU keep a list of their parameters beside
+            # set the attribute, so that modules such as nn.GRU also update their own list of parameters
             setattr(other.get_submodule(module), leaf, parameter)
         for module in other.modules():
             if isinstance(module, _DropoutNd):
@@ -188,9 +188,9 @@ class Trial:
         return other
 
     def kept(self, call: SegmentCall) -> SegmentCall:
-        """Return a call without its final state if the state grows, and unchanged if the state is constant.
+        """Return a call that gives None as its final state if the state grows; otherwise it equals `call`.
 
-        A growing state of several rows may have more room than a row alone needs, so it cannot be compared.
+        Growing states cannot be compared here: that of several rows may have more room than that of one row.
         """
 
         def mixed(x: Tensor, state: Any) -> tuple[Tensor, Any]:
@@ -288,7 +288,9 @@ class Trial:
     def sensitivity(
         self, call: SegmentCall, x: Tensor, state: Any, results: tuple[dict[str, Tensor], Any]
     ) -> dict[str, float]:
-        """Return, by name, the error to allow where large numbers cancel: 10 times what a small perturbation changes.
+        """Return the error to allow where large numbers cancel, by name of the result.
+
+        It is 10 times the change of the result that a small perturbation causes.
 
         The perturbation changes each number of the tokens by about 1e-10 of itself. Another order of computation may
         change results as much.
@@ -326,8 +328,8 @@ class Trial:
     def _restore_constants(self, exact: SequenceMixer) -> None:
         """Give the exact mixer the float64 values of its buffers.
 
-        A buffer, such as a decay, should stay float32 in a mixer of any dtype. The exact values show an error if a cast
-        rounds it.
+        A buffer, such as a decay, should stay float32 in a mixer of any dtype. If a cast rounds it, the comparison with
+        the exact values fails.
         """
         unrounded = self.subject.mixer(self.case.options, torch.float64, self.case.layer, self.d_model)
         cast_buffers = dict(self.mixer.named_buffers())

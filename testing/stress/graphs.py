@@ -74,7 +74,7 @@ def packing_compiles_into_one_graph(trial: Trial) -> None:
 def graphs_follow_sizes(trial: Trial) -> None:
     """A compiled mixer gives the results of eager mode for other numbers of tokens and packed documents (or rows, if
     the mixer cannot pack). The compiler may make further graphs for them, but not if boundaries change while the
-    numbers of documents and tokens stay."""
+    numbers of documents and tokens stay the same."""
     packs = trial.mixer.traits.packing
 
     def function(x: Tensor, state: Any, **options: Any) -> tuple[Tensor, Any]:
@@ -107,7 +107,7 @@ def graphs_follow_sizes(trial: Trial) -> None:
         trial.compare(f"{what}, documents {options['cu_seqlens'].tolist()}" if options else what, actual, expected)
         if packs and number == 1:
             graphs = f"expected 1 graph for all boundaries of 2 documents, got {counter.frame_count}"
-            require(counter.frame_count == 1, f"{graphs}: something depends on data")
+            require(counter.frame_count == 1, f"{graphs}: the graph depends on their values")
 
 
 def _cu_seqlens(trial: Trial, ends: tuple[int, ...]) -> Tensor:

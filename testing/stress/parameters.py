@@ -30,7 +30,7 @@ def every_parameter_learns(trial: Trial) -> None:
 
     for paradigm in trial.paradigms if parameters else ():
         learns = nonzero_gradients(trial.tokens(), paradigm)
-        if not all(learns.values()):  # an expert may be chosen for few tokens, and a scale used after many alone
+        if not all(learns.values()):  # experts see few tokens, and some parameters act only after many
             learns_later = nonzero_gradients(trial.tokens(8, 130), paradigm)
             learns |= {name: True for name, nonzero in learns_later.items() if nonzero}
         for name, nonzero in learns.items():

@@ -111,7 +111,7 @@ def long_decoding_does_not_drift(trial: Trial) -> None:
 
 @check(
     stress=True,
-    use="mixed precision (autocast): more than rounding changes",
+    use="mixed precision (autocast): results change by more than rounding",
     remedy=LESS_PRECISE,
     share=0.06,
     draw=AUTOCAST,

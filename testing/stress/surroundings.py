@@ -28,7 +28,7 @@ AT_ONCE = 4
 """Number of operations of one call before which another thread's call runs."""
 
 PATIENCE = 0.05
-"""Seconds to wait for the other thread's call, which may wait itself for a lock that the interrupted call holds."""
+"""Seconds to wait for the other thread's call, which may itself be waiting for a lock of the interrupted call."""
 
 
 @check(
@@ -89,7 +89,8 @@ def _compare_deterministic_algorithms(trial: Trial, paradigm: Paradigm, x: Tenso
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(not deterministic, warn_only=True)
     try:
-        trial.compare(f"{paradigm}, with torch's other algorithms", trial.differentiate(call, x[:1], before), expected)
+        what = f"{paradigm}, {'without' if deterministic else 'with'} torch's deterministic algorithms"
+        trial.compare(what, trial.differentiate(call, x[:1], before), expected)
     finally:
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
 
@@ -106,7 +107,7 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 class _Interleaved(TorchFunctionMode):
-    """A mode that calls a function in another thread before some of torch's operations, numbered from 1."""
+    """A mode that calls a function in another thread before the operations `points` of torch, numbered from 1."""
 
     def __init__(self, points: Sequence[int], function: Callable[[], None]) -> None:
         super().__init__()

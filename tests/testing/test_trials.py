@@ -63,7 +63,7 @@ class Pairs(nn.Linear):
 def test_a_case_that_needs_too_much_memory_is_left_out_and_said(monkeypatch):
     # memory that earlier tests have freed stays in the process, and would be used without asking
     numbers = 2**26
-    monkeypatch.setattr(memory_limit, "MOST", 4 * numbers)
+    monkeypatch.setattr(memory_limit, "MAX_BYTES", 4 * numbers)
     monkeypatch.setattr(Pairs, "more", numbers)
     (outcome,) = check_mixer(adapt(Pairs), checks=["long_segments_do_not_drift"], examples=1).outcomes
     assert outcome.status is Status.SKIPPED
