@@ -32,7 +32,7 @@ class Settings:
     device: torch.device
     dtype: torch.dtype = torch.float32
     repeat: int = 5
-    """Rounds; each round runs every call once."""
+    """Number of rounds; each round runs every call once."""
     only: tuple[str, ...] = ()
     """Names of the implementations to measure; all when empty."""
     compile: bool = False
@@ -40,7 +40,7 @@ class Settings:
     activation_checkpointing: bool = False
     """True if training recomputes activations in the backward pass."""
     tokens: int = 2048
-    """Most tokens of a training step, in whole sequences; a step has at least one sequence."""
+    """Maximum tokens of a training step, which has whole sequences, and at least one."""
     batch: int = 1
     """Sequences per call of an op, a prefill or a decoding step."""
     interleave_lengths: bool = False
@@ -48,10 +48,10 @@ class Settings:
     cpu_time: bool = False
     """True to measure CPU time, which other processes on a busy machine disturb least."""
     limit: float = 120.0
-    """Most seconds of one call; a call that is predicted to take longer is skipped."""
-    shares: bool = True
-    """True to also time a memory copy and each call's matrix products alone; `Row.floor` and `Row.share`, the share of
-    the attainable speed that a call reaches, are computed from them."""
+    """Time limit of one call, in seconds; a call that is predicted to take longer is skipped."""
+    measures_rates: bool = True
+    """True to also measure the machine's rates: times of a memory copy, and of each call's matrix products alone.
+    `Row.floor` and `Row.share`, the share of the attainable speed that a call reaches, are computed from them."""
     rates: Rates | None = None
     """Sizes of the matrix product and the copy that measure the machine's rates; None chooses them for the device."""
 
@@ -69,8 +69,8 @@ class Entry:
     moved: int | None = None
     """Bytes that one step must read from and write to memory; None if memory bandwidth does not limit the call."""
     record: Callable[[], Any] | None = None
-    """Function that runs the call once, for its matrix products to be recorded; None if the implementation's `base` has
-    the same products, or if they do not limit the call."""
+    """Function that runs the call once, so that its matrix products can be recorded; None if the `base` of the
+    implementation has the same products, or if products do not limit the call."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,8 +95,8 @@ class Row:
     share: Spread | None = None
     """Share of the attainable speed: floor divided by seconds, round by round; 1 is a call as fast as its floor."""
     floor: float | None = None
-    """Fewest seconds that a step can take, from the time of its own matrix products alone or of its memory traffic;
-    median over rounds."""
+    """Lower bound of the seconds of a step: the time of its own matrix products alone, or of its memory traffic; median
+    over rounds."""
     peak_bytes: int | None = None
     """Peak bytes beyond those allocated before the step."""
     state_bytes: int | None = None
@@ -155,7 +155,7 @@ class Benchmark(ABC):
     name: ClassVar[str]
     title: ClassVar[str]
     order: ClassVar[int] = 2
-    """Largest power of the length with which the cost of a sequence grows."""
+    """The cost of a sequence grows at most with this power of its length."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -245,7 +245,7 @@ class Forecast:
         """Measurements by implementation: length, seconds per sequence, and bytes per sequence, in the order taken."""
 
     def probes(self, implementation: str, length: int) -> list[int]:
-        """Return shorter lengths to try first, ascending; each is a quarter of the next."""
+        """Return the shorter lengths at which to try the call first, ascending; each is a quarter of the next."""
         known = max((measured for measured, _, _ in self.costs.get(implementation, [])), default=0)
         lengths = []
         while self.order > 1 and (length := length // 4) > max(known, 128):
@@ -315,7 +315,7 @@ class _Rounds:
             except Skip as reason:
                 skipped[implementation.name, length] = str(reason)
         calls = {place: warm.entry.call for place, warm in ready.items()}
-        rate_calls = self.rates.calls(settings.device, settings.dtype) if ready and settings.shares else {}
+        rate_calls = self.rates.calls(settings.device, settings.dtype) if ready and settings.measures_rates else {}
         product_calls = calls_of({p for warm in ready.values() for p in warm.products or ()}, settings.device)
         all_calls: dict[Any, TimedCall] = {**calls, **rate_calls, **product_calls}
         samples = time_interleaved(
@@ -328,7 +328,7 @@ class _Rounds:
         for name in rate_calls:
             rate_seconds[name] += samples[name]
         # ratios are to the first implementation; with interleaved lengths, to the implementation's own first length
-        like = 0 if settings.interleave_lengths else 1
+        group_by = 0 if settings.interleave_lengths else 1
         for implementation, length in places:
             place = implementation.name, length
             if place in skipped:
@@ -336,13 +336,13 @@ class _Rounds:
                 continue
             warm = ready[place]
             seconds = samples[place]
-            reference = next(other for other in ready if other[like] == place[like])
+            reference = next(other for other in ready if other[group_by] == place[group_by])
             base = ready.get((implementation.base or "", length))
             products = warm.products or (base and base.products)
             floors = None
             if products:
                 floors = [sum(n * samples[p][i] for p, n in products.items()) for i in range(settings.repeat)]
-            elif warm.entry.moved is not None and settings.shares:
+            elif warm.entry.moved is not None and settings.measures_rates:
                 floors = [warm.entry.moved / self.rates.moved * copy for copy in samples["copy"]]
             yield Row(
                 what=self.what,
@@ -379,7 +379,7 @@ class _Rounds:
             self._report(f"{implementation.name} (warming up)", length)
             entry, peak = self._warm(implementation, length)
             products = None
-            if entry.record is not None and self.benchmark.settings.shares:
+            if entry.record is not None and self.benchmark.settings.measures_rates:
                 products = record_products(entry.record)
             return _Ready(entry, peak, None if products is None else split_products(products))
         except torch.OutOfMemoryError:

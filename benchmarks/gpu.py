@@ -26,7 +26,7 @@ from .report import from_json, markdown, to_json
 
 PROGRAM = (sys.executable, "-c", "from seqmix.cli import main; main()")
 MIN_PART_SECONDS = 15.0
-"""Least seconds of the budget with which a part is started: a process needs them to start up."""
+"""A part is started only if this many seconds of the budget are left, because a process needs them to start up."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +78,8 @@ def measure(
         out: the folder for figures, logs and the summary.
         note: called with a line when a part starts.
         runner: runs a part, given its report file and its time limit, and returns the problem or None.
-        time_limit: most seconds of one part.
-        budget: most seconds of all parts together; parts that remain then are not started.
+        time_limit: maximum seconds of one part.
+        budget: maximum seconds of all parts together; once they are spent, no further part is started.
     """
     folder = out / "parts"
     end = time.perf_counter() + budget

@@ -33,7 +33,7 @@ HEADS = {"K256-V512": (8, 2.0), "K128-V128": (16, 1.0), "K64-V64": (32, 1.0)}
 """Number of heads and `expand_v` by key and value width per head, at d_model 2,048; the RetNet paper's come first."""
 CONTEXT = 8192
 ROOM = 2**31
-"""Bytes reserved for activations, workspaces of libraries and memory fragmentation."""
+"""Bytes of GPU memory reserved for activations, workspaces of libraries and memory fragmentation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,8 +112,8 @@ def _timed_parts(memory: int, where: tuple[str, ...], rehearsal: bool) -> Iterat
         ("prefill", (*model, *longer, "--compile")),
     ):
         # a rehearsal need not compile: it takes half a minute on a CPU and checks no further options
-        kept = tuple(word for word in options if not (rehearsal and word == "--compile"))
-        yield Part(group=group, name=group, command=("bench", group, *kept, *common))
+        allowed = tuple(word for word in options if not (rehearsal and word == "--compile"))
+        yield Part(group=group, name=group, command=("bench", group, *allowed, *common))
     yield from _paper_parts("paper-train-checkpointed", (*train, "--activation-checkpointing"), 16, memory, rehearsal)
 
 

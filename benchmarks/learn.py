@@ -2,7 +2,7 @@
 
 4 layers of width 128, about 0.8M parameters, 2000 steps of 12 sequences of 64 bytes, learning rate 1e-3. The first
 90 % of one text is the train split; the loss is measured on all the rest. Attention and retention are also trained for
-five eighths of the steps: their steps cost more, and they need fewer of them.
+five eighths of the steps, because their steps cost more and they need fewer of them.
 """
 
 import math

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 Name = TypeVar("Name")
 
 
-def _nothing() -> None:
+def _do_nothing() -> None:
     pass
 
 
@@ -24,23 +24,23 @@ class TimedCall:
 
     run: Callable[[], Any]
     """Function that is timed."""
-    prepare: Callable[[], Any] = _nothing
+    prepare: Callable[[], Any] = _do_nothing
     """Function called before every run and not timed, such as one that empties a cache."""
     units: int = 1
-    """Steps that one run makes; times are reported per step."""
+    """Number of steps that one run makes; times are reported per step."""
 
 
-SHORTEST = 5e-3
-"""Least seconds of a timed call, long enough for the cost of the clock and of synchronization to be negligible."""
+MIN_SECONDS = 5e-3
+"""Minimum duration of a timed call, in seconds: it makes the cost of the clock and of synchronization negligible."""
 
 
 def lengthen(call: TimedCall, seconds: float) -> TimedCall:
-    """Return a call that repeats a short one until it takes `SHORTEST`; `seconds` is the time per step.
+    """Return a call that repeats a short one so often that it takes `MIN_SECONDS`; `seconds` is the time per step.
 
     A call with a preparation is returned unchanged: it must be prepared before every run.
     """
-    times = min(100, math.ceil(SHORTEST / max(seconds * call.units, 1e-9)))
-    if times <= 1 or call.prepare is not _nothing:
+    times = min(100, math.ceil(MIN_SECONDS / max(seconds * call.units, 1e-9)))
+    if times <= 1 or call.prepare is not _do_nothing:
         return call
     return TimedCall(repeat_call(call.run, times), units=times * call.units)
 
@@ -65,7 +65,7 @@ class Spread:
 
     @classmethod
     def of(cls, samples: Sequence[float]) -> "Spread":
-        """Summarise at least one sample."""
+        """Return the median, lowest and highest of the samples, of which there must be at least one."""
         return cls(median(samples), min(samples), max(samples))
 
 
@@ -74,7 +74,7 @@ def time_interleaved(
     *,
     repeat: int,
     clock: Callable[[], float] = time.perf_counter,
-    synchronize: Callable[[], Any] = _nothing,
+    synchronize: Callable[[], Any] = _do_nothing,
     on_call: Callable[[Name], Any] = lambda name: None,  # noqa: ARG005
 ) -> dict[Name, list[float]]:
     """Time calls in rounds, each of which runs every call once; return the seconds per step of each call, by round.
@@ -97,7 +97,7 @@ def time_interleaved(
 
 
 def turns(names: Sequence[Name], repeat: int) -> Iterator[Sequence[Name]]:
-    """Yield the order of each round: it rotates, so that each call comes first in turn."""
+    """Yield the names in the order of each round, which rotates, so that each call comes first in some round."""
     for index in range(repeat):
         first = index % len(names) if names else 0
         yield [*names[first:], *names[:first]]

@@ -85,7 +85,7 @@ class OpImplementation(Implementation):
 
 
 class OpBenchmark(Benchmark):
-    """Benchmark of retention without its projections, in several paradigms, beside other projects' and attention."""
+    """Benchmark of retention without its projections: in several paradigms, of other projects, and beside attention."""
 
     name = "op"
     title = "A map over a sequence, without weights"
@@ -106,9 +106,9 @@ class OpBenchmark(Benchmark):
         probe = Probe(
             device=device, dtype=dtype, key_width=s.keys, value_width=s.values, log_decay="H", needs_grad=backward
         )
-        no_triton = "; ".join(triton.unsupported(probe)) or None
-        no_torchscale = install_hint("torchscale", "torchscale")
-        no_fla = GPU_ONLY if device.type != "cuda" else install_hint("fla", "fla-core")
+        triton_problem = "; ".join(triton.unsupported(probe)) or None
+        torchscale_problem = install_hint("torchscale", "torchscale")
+        fla_problem = GPU_ONLY if device.type != "cuda" else install_hint("fla", "fla-core")
 
         def op(paradigm: Paradigm, backend: str = "reference") -> Callable[[Tensor, Tensor, Tensor], Tensor]:
             options = {"paradigm": paradigm, "chunk_size": s.chunk, "backend": backend}
@@ -123,11 +123,15 @@ class OpBenchmark(Benchmark):
         return [
             implementation("chunkwise", op(Paradigm.CHUNKWISE)),
             *(implementation("chunkwise-bfloat16", op(Paradigm.CHUNKWISE), dtype=lower) for lower in lower_dtypes),
-            implementation("triton", op(Paradigm.CHUNKWISE, "triton"), reason=no_triton, base="chunkwise"),
+            implementation("triton", op(Paradigm.CHUNKWISE, "triton"), reason=triton_problem, base="chunkwise"),
             implementation("parallel", op(Paradigm.PARALLEL)),
-            implementation("torchscale-chunkwise", TorchscaleOp(settings, s, chunkwise=True), reason=no_torchscale),
-            implementation("torchscale-parallel", TorchscaleOp(settings, s, chunkwise=False), reason=no_torchscale),
-            implementation("fla", _fla_retention, reason=no_fla, base="chunkwise"),
+            implementation(
+                "torchscale-chunkwise", TorchscaleOp(settings, s, chunkwise=True), reason=torchscale_problem
+            ),
+            implementation(
+                "torchscale-parallel", TorchscaleOp(settings, s, chunkwise=False), reason=torchscale_problem
+            ),
+            implementation("fla", _fla_retention, reason=fla_problem, base="chunkwise"),
             implementation("sdpa", _attention(F.scaled_dot_product_attention), values=s.keys),
             implementation("eager", _attention(eager_attention), values=s.keys),
             implementation("copy", _Copy.apply),

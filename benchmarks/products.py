@@ -19,10 +19,10 @@ from ..models.onednn_linear import onednn_linear
 from ..ops.runtime.custom_op import BODIES
 from .measure import TimedCall, repeat_call
 
-LONGEST = 4096
+MAX_SIDE = 4096
 """Maximum number of rows, columns or inner elements of a timed product. Of a longer one, a piece is timed, and its time
 is scaled up."""
-LARGEST = 2**24
+MAX_ELEMENTS = 2**24
 """Maximum number of elements of an operand in a timed batch of products. Of a larger batch, a part is timed, and its
 time is scaled up."""
 BLOCK = 512
@@ -129,8 +129,8 @@ def split_products(products: Counter[Product]) -> dict[Product, float]:
     """Replace large products by pieces to time; return how many times each piece is needed for the original FLOPs."""
     pieces: dict[Product, float] = {}
     for product, count in products.items():
-        m, k, n = (min(x, LONGEST) for x in (product.m, product.k, product.n))
-        batch = min(product.batch, max(1, LARGEST // max(m * k, k * n, m * n)))
+        m, k, n = (min(x, MAX_SIDE) for x in (product.m, product.k, product.n))
+        batch = min(product.batch, max(1, MAX_ELEMENTS // max(m * k, k * n, m * n)))
         small = product._replace(batch=batch, m=m, k=k, n=n)
         pieces[small] = pieces.get(small, 0.0) + count * product.flops / small.flops
     return pieces

@@ -25,7 +25,7 @@ LOOP = "loop"
 
 Inputs = dict[str, Tensor]
 Normal = Callable[..., Tensor]
-"""Function that draws normal numbers [B T *shape] for a shape."""
+"""Function of the sizes `*shape` that draws normal numbers [B T *shape]."""
 Map = Callable[[Inputs], Tensor]
 
 
@@ -41,7 +41,7 @@ class Case(NamedTuple):
 
 @dataclass
 class Recurrence(Implementation):
-    """Implementation that times a map over a sequence and its gradients."""
+    """Implementation that times one form of a recurrence, forward and backward."""
 
     name: str
     settings: Settings

@@ -67,12 +67,12 @@ def conditions(report: Report) -> str:
     return text
 
 
-def cells(report: Report, spared: tuple[str, ...] = ()) -> tuple[list[str], list[list[str]]]:
-    """Return the heads of a report's table and its lines, without the columns in `spared`."""
+def cells(report: Report, excluded: tuple[str, ...] = ()) -> tuple[list[str], list[list[str]]]:
+    """Return the heads of a report's table and its lines, without the columns in `excluded`."""
     used = {
         name: column
         for name, column in COLUMNS.items()
-        if name not in spared and any(column(row) for row in report.rows)
+        if name not in excluded and any(column(row) for row in report.rows)
     }
     heads = ["what", "T", "implementation"][-name_columns(report) :] + list(used)
     lines = []

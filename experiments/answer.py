@@ -6,10 +6,10 @@ from typing import Any
 from .results import Results, Statistic, SummaryRow
 from .summary import best_first, beyond_noise, difference
 
-MOST_VARIANTS = 4
-"""Most variants with an answer of their own; with more, only the first and the last have one."""
-MOST_NAMES = 5
-"""Most names in a list; of the others, only the number is given."""
+MAX_VARIANTS = 4
+"""Maximum number of variants that each get an answer; of more variants, only the first and the last get one."""
+MAX_NAMES = 5
+"""Maximum number of names in a list; for the others, only their number is given."""
 
 
 def answer(results: Results) -> str:
@@ -18,11 +18,11 @@ def answer(results: Results) -> str:
         return "No run has finished, so there is nothing to compare."
     variants: list[dict[str, Any]] = []
     variants += (row.variant for row in results.summary if row.variant not in variants)
-    if len(variants) > MOST_VARIANTS:
+    if len(variants) > MAX_VARIANTS:
         variants = [variants[0], variants[-1]]
     standings = [" ".join(_standing(results, variant)) for variant in variants]
     differences = [" ".join(_attribution(results, variant)) for variant in variants]
-    alike = len(set(differences)) == 1  # said once
+    alike = len(set(differences)) == 1  # if all variants differ in the same way, say so once, at the end
     parts = [
         f"At {variant_text(variant)}: {standing} {'' if alike else difference}" if variant else standing
         for variant, standing, difference in zip(variants, standings, differences, strict=True)
@@ -86,18 +86,22 @@ def _standing(results: Results, variant: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _relation(results: Results, subject: SummaryRow, other: SummaryRow) -> str:
+    """Return how the other entry compares with the subject: "better", "worse" or "tied with it"."""
     field = "accuracy" if has_accuracy(results) else "validation_loss"
-    found = difference(results.runs_of(other), results.runs_of(subject), field)
-    if found is None or not beyond_noise(found):
+    gap = difference(results.runs_of(other), results.runs_of(subject), field)
+    if gap is None or not beyond_noise(gap):
         return "tied with it"
-    return "better" if (found.mean > 0) == has_accuracy(results) else "worse"
+    return "better" if (gap.mean > 0) == has_accuracy(results) else "worse"
 
 
 def _attribution(results: Results, variant: Mapping[str, Any]) -> Iterator[str]:
     """Yield sentences on what differs between the entries of a variant besides what the study compares."""
     entries = [row.entry for row in results.summary if row.variant == variant]
-    found = [each for each in results.differences if each.variant == variant and each.entry in entries]
-    others = [each for each in found if each.entry != results.about]
+    others = [
+        each
+        for each in results.differences
+        if each.variant == variant and each.entry in entries and each.entry != results.about
+    ]
     if not others:
         return
     compared = names(list(dict.fromkeys(part for each in others for part in each.compared)) or ["nothing"])
@@ -123,7 +127,7 @@ def _attribution(results: Results, variant: Mapping[str, Any]) -> Iterator[str]:
 
 def names(words: Sequence[str]) -> str:
     """Return a list as text; a long one is cut."""
-    shown = list(words) if len(words) <= MOST_NAMES + 1 else [*words[:MOST_NAMES], f"{len(words) - MOST_NAMES} more"]
+    shown = list(words) if len(words) <= MAX_NAMES + 1 else [*words[:MAX_NAMES], f"{len(words) - MAX_NAMES} more"]
     return " and ".join(filter(None, [", ".join(shown[:-1]), shown[-1]]))
 
 

@@ -22,7 +22,7 @@ SYNONYMS = {"rotation": "positions"}
 ABSENT = "no option"
 """Value of an accessory of a mixer that does not have the option."""
 OFF = (None, False, 0, "none")
-"""Values of an accessory that turn it off; equal in effect, and equal to no option."""
+"""Values of an accessory that turn it off; they count as equal, also to a mixer without the option (`ABSENT`)."""
 MIXER = "the mixer"
 
 
@@ -31,11 +31,11 @@ class Feature(NamedTuple):
 
     text: str
     effect: frozenset[str]
-    """Values without the difference between `OFF` and `ABSENT`; equal for entries that do not differ in effect."""
+    """The distinct values, with `OFF` and `ABSENT` as one value: entries differ in effect if these sets differ."""
 
 
 def describe(config: RunConfig) -> dict[str, Feature]:
-    """Return what an entry has of every field that entries may differ in, by the name of the field."""
+    """Return an entry's value of every field in which entries may differ, by name of the field."""
     model = config.model
     blocks = [model.blocks[name] for name in dict.fromkeys(model.layers)]
     mixers = mixers_of(model)
@@ -62,16 +62,16 @@ def describe(config: RunConfig) -> dict[str, Feature]:
     for path, value in (sizes | _fields("training", config.training)).items():
         values[path] = [value]
     for path, each in values.items():
-        texts = dict.fromkeys(map(_shown, each))
+        texts = dict.fromkeys(map(_to_text, each))
         features[path] = Feature(" and ".join(texts), frozenset(texts))
     return features
 
 
 def _accessory(values: Sequence[tuple[str, Any]]) -> Feature:
-    """Return an accessory from the kinds and values of an entry's mixers."""
+    """Return an entry's feature for one accessory; `values` are pairs of a mixer's kind and its value."""
     kinds: dict[str, list[str]] = {}
     for kind, value in values:
-        kinds.setdefault("none" if value in OFF else _shown(value), []).append(kind)
+        kinds.setdefault("none" if value in OFF else _to_text(value), []).append(kind)
     texts = (
         list(kinds) if len(kinds) == 1 else [f"{text} ({', '.join(dict.fromkeys(of))})" for text, of in kinds.items()]
     )
@@ -86,7 +86,7 @@ def _fields(name: str, config: Config | None, exclude: Collection[str] = ()) -> 
     return leaves({name: fields} if name else fields)
 
 
-def _shown(value: Any) -> str:
+def _to_text(value: Any) -> str:
     return "none" if value is None else format_value(value)
 
 

@@ -9,7 +9,7 @@ from .figures.theme import COLORS
 NOISE = 2.0**20
 """Bytes below which a memory measurement is noise: the allocator rounds up."""
 COMPILED = "-compiled"
-"""End of the name of a compiled implementation."""
+"""Suffix of the name of a compiled implementation."""
 
 
 def figures_of(report: Report) -> list[Figure]:
@@ -50,7 +50,7 @@ def figures_of(report: Report) -> list[Figure]:
 
 
 def _styles(report: Report) -> dict[str, int]:
-    """Return the style index of each implementation by name; a compiled variant is its uncompiled one, but dashed."""
+    """Return the style index of each implementation by name; a compiled variant has the uncompiled colour, dashed."""
     names = list(dict.fromkeys(row.name for row in report.rows))
     bases = list(dict.fromkeys(name.removesuffix(COMPILED) for name in names))
     compiled = COLORS * -(-len(bases) // COLORS)  # styles of the same colours that no uncompiled one has

@@ -1,7 +1,7 @@
 """Coordinate check: sizes of activations over widths after a few training steps (arXiv 2203.03466, appendix D.1).
 
-With a parametrisation that fits the width, such as muP, a few steps change activations of every width by as much: sizes
-over widths are flat. What grows with width makes wide models need a lower learning rate.
+With a parametrisation that fits the width, such as muP, a few steps change the activations of every width by the same
+amount, so their sizes over widths are flat. Where sizes grow with the width, wide models need a lower learning rate.
 """
 
 import math
@@ -95,7 +95,7 @@ def _exponent(widths: Sequence[int], sizes: Sequence[float]) -> float:
 def _sizes_at(
     config: RunConfig, width: int, steps: int, batch_size: int, seed: int
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Return the sizes of activations before and after the steps."""
+    """Return the sizes of activations by part, before and after the training steps."""
     try:
         model = build_model(config.model.model_copy(update={"d_model": width}), seed=seed)
     except SeqmixError as error:

@@ -35,7 +35,7 @@ class PlannedEntry:
     matched: Matched | None = None
     """Result of matching; None if the entry is not matched."""
     exempt: tuple[Exempt, ...] = ()
-    """Mixers of the entry without an option that is equal in all others."""
+    """Mixers of the entry that do not get the common value of an option of `equal`."""
 
     @cached_property
     def cost(self) -> Cost:
@@ -63,7 +63,7 @@ class Source:
         return value
 
     def place(self, value: Any, *keys: str | int) -> str:
-        """Return the place of a value, as errors begin with it: file, line and keys."""
+        """Return the place of a value, with which errors begin: file, line and keys."""
         origin = self.node(value, *keys).origin
         return f"{origin}: " if origin.line is None else f"{origin}: {'.'.join(map(str, keys))}: "
 
@@ -81,7 +81,7 @@ class VariantEntries:
         self.configs: dict[str, RunConfig] = {}
         """Configurations of the entries before matching."""
         self.exempt: dict[str, list[Exempt]] = {}
-        """Mixers without the options that are equal in all others, by entry."""
+        """Mixers that do not get the common value of an option of `equal`, by entry."""
         self.planned: dict[str, PlannedEntry] = {}
         """Entries that are matched already."""
 
@@ -138,7 +138,7 @@ class VariantEntries:
         return Node({**(tree.entries or {}), "model": Node(model, other.origin)}, tree.origin)
 
     def _match(self, name: str, waiting: tuple[str, ...] = ()) -> PlannedEntry:
-        """Match an entry to the cost that is asked of it; `waiting` are the entries that need this one's cost first."""
+        """Match an entry to its wanted cost; `waiting` are the entries that are matched to this one's cost."""
         if name in waiting:
             raise StudyError(
                 f"{self.file}: entries match each other in a circle: {' -> '.join((*waiting, name))}; match one of "
@@ -165,7 +165,7 @@ class VariantEntries:
         return self.planned.setdefault(name, planned)
 
     def _wanted_cost(self, match: Match, length: int, waiting: tuple[str, ...]) -> float:
-        """Return the cost that a match asks for: a number, or that of an entry, a preset or a file."""
+        """Return the wanted cost of a match: its number, or the cost of the entry, preset or file that it names."""
         wanted = match.wanted
         if not isinstance(wanted, str):
             return wanted
@@ -215,14 +215,14 @@ def _with_mixer(mixer: Node, tree: Node) -> Node:
 
 
 def require_options(places: Mapping[str, str], entries: Iterable[PlannedEntry]) -> None:
-    """Check that every option that is to be equal exists in some mixer and takes the value there.
+    """Check that every option that is to be equal exists in some mixer, and that some mixer accepts its value.
 
     Args:
-        places: the options, each with the place at which it is set, as an error begins with it.
+        places: by option, the place at which it is set, with which an error begins.
         entries: the entries that were planned with the options.
 
     Raises:
-        StudyError: an option does not.
+        StudyError: no mixer has an option, or all mixers refuse its value.
     """
     entries = list(entries)
     kinds = {mixer.kind: mixer for entry in entries for mixer in mixers_of(entry.config.model)}

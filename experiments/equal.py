@@ -14,7 +14,7 @@ from .differences import format_value
 
 @dataclass(frozen=True)
 class Exempt:
-    """A mixer that does not have the value that an option has in all others."""
+    """A mixer that does not get the common value of an option of `equal`."""
 
     option: str
     mixer: str
@@ -24,7 +24,7 @@ class Exempt:
 
 
 def set_options(model: ModelConfig, options: Mapping[str, Any]) -> tuple[ModelConfig, list[Exempt]]:
-    """Set options in all mixers of a model that have them; also return the mixers that do not, or refuse the value."""
+    """Set options in the mixers of a model; also return the mixers that lack an option or refuse its value."""
     exempt: dict[Exempt, None] = {}
     blocks = dict(model.blocks)
     for name in dict.fromkeys(model.layers):

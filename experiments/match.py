@@ -21,11 +21,11 @@ from ..registry import Config, SeqmixError, choices
 Metric = Literal["parameters", "flops", "state"]
 UNITS: dict[Metric, str] = {"parameters": "parameters", "flops": "FLOPs per token", "state": "bytes of state"}
 DOUBLINGS = 20
-"""Most doublings, and most halvings, of the knob's present value in the search for a bracket."""
+"""Maximum number of doublings, and of halvings, of the knob's present value in the search for a bracket."""
 HALVINGS = 20
-"""Most bisection steps within the bracket."""
-HOLES = 64
-"""Whole numbers less than this far away are tried in place of one with which no model can be built."""
+"""Maximum number of bisection steps within the bracket."""
+MAX_DISTANCE = 64
+"""If no model can be built with an integer, those at a distance below this one are tried in its place."""
 
 
 class MatchError(SeqmixError):
@@ -58,7 +58,7 @@ class Match(Config):
                 f"expected exactly one of parameters, flops and state, got {' and '.join(metrics) or 'none'}"
             )
         if not isinstance(self.wanted, str) and self.wanted <= 0:
-            raise ValueError(f"expected {self.metric} to match above 0, got {self.wanted}")
+            raise ValueError(f"expected the {self.metric} to match to be above 0, got {self.wanted}")
         return self
 
     @property
@@ -78,7 +78,7 @@ class Match(Config):
 
 @dataclass(frozen=True)
 class Matched:
-    """Result of matching: the changed model, the knob's value in it, and its cost beside the wanted one."""
+    """Result of matching: the changed model, the knob's value in it, its cost, and the wanted cost."""
 
     model: ModelConfig
     knob: str
@@ -95,7 +95,7 @@ class Matched:
 
 
 class Cost(NamedTuple):
-    """Costs of a model, any of which models can be matched by: parameters, FLOPs and state."""
+    """The costs of a model by which it can be matched: parameters, FLOPs and state."""
 
     parameters: int
     flops_per_token: int
@@ -157,7 +157,7 @@ class _Knob:
     model: ModelConfig
     places: Sequence[tuple[str, ...]]
     """Paths of the places that hold the field, as keys from the model down."""
-    whole: bool
+    integers_only: bool
     """True if the field must be an integer at every place."""
     value: int | float | None
     """Present value, from the first place at which it is set; None if it is null at all places."""
@@ -252,18 +252,18 @@ class _Search:
     """Reason why no model could be built with the last such value."""
 
     def run(self) -> int | float | None:
-        """Return the value with the nearest cost, in the fewest digits that keep it so; None if no value is valid."""
+        """Return the value with the nearest cost, in as few digits as keep that cost; None if no value is valid."""
         if (bracket := self._bracket()) is not None:
             self._bisect(*bracket)
         built = [value for value, cost in self.costs.items() if cost is not None]
         best = min(built, key=lambda value: abs(self._excess(value)), default=None)
-        if best is None or self.knob.whole:
+        if best is None or self.knob.integers_only:
             return best
         rounded = (float(f"{best:.{digits}g}") for digits in range(1, 17))
         return next((value for value in rounded if self._cost(value) == self.costs[best]), best)
 
     def _bracket(self) -> tuple[int | float, int | float] | None:
-        """Return two values whose costs enclose the wanted cost, doublings or halvings of the present one; or None."""
+        """Return two values whose costs enclose the wanted one, by doubling or halving the present value; or None."""
         start = self.knob.value or 1
         first = self._nearest_valid(start, 0, math.inf)
         if first is None:
@@ -293,10 +293,10 @@ class _Search:
 
     def _nearest_valid(self, value: float, low: float, high: float) -> int | float | None:
         """Return the value, or for an integer knob its nearest integer with a valid model; None outside the bounds."""
-        if not self.knob.whole:
+        if not self.knob.integers_only:
             return value if low < value < high and self._cost(value) is not None else None
         middle = max(1, round(value))
-        for distance in range(HOLES):
+        for distance in range(MAX_DISTANCE):
             for number in (middle + distance, middle - distance):
                 if low < number < high and self._cost(number) is not None:
                     return number

@@ -19,11 +19,11 @@ from .entries import PlannedEntry, Source, Variant, VariantEntries, require_opti
 from .equal import equal_sentences
 from .match import Cost, Matched
 from .results import Difference, where
-from .study import SAME, Study, StudyError, kind_of
+from .study import EQUAL_TRAINING_FIELDS, Study, StudyError, kind_of
 from .units import quantity
 
-MOST_RUNS = 10_000
-"""Most runs of a study; planning builds a configuration for each."""
+MAX_RUNS = 10_000
+"""Maximum number of runs of a study; planning builds a configuration for each."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class PlannedRun:
 
     @property
     def group(self) -> str:
-        """The entry and the variant, for which one learning rate is chosen."""
+        """Name of the entry, and the variant in words: runs with an equal group share one tuned learning rate."""
         return self.entry + where(self.variant)
 
     @property
@@ -102,10 +102,10 @@ def plan(study: Study, file: Path, *, require_equal: bool = True) -> Plan:
     Raises:
         SeqmixError: an entry is not a valid configuration, cannot be matched, or would not be compared fairly.
     """
-    if study.size > MOST_RUNS:
+    if study.size > MAX_RUNS:
         raise StudyError(
-            f"{file}: expected at most {MOST_RUNS:,} runs, got {study.size:,}: use fewer entries, seeds, learning "
-            "rates or values of vary"
+            f"{file}: expected at most {MAX_RUNS:,} runs, got {study.size:,}: use fewer entries, seeds, learning "
+            "rates or values under `vary`"
         )
     varied = [dict(zip(study.vary, values, strict=True)) for values in product(*study.vary.values())]
     solved: dict[Any, Matched] = {}
@@ -138,7 +138,7 @@ def plan(study: Study, file: Path, *, require_equal: bool = True) -> Plan:
 
 
 def _places(study: Study, source: Source) -> dict[str, str]:
-    """Return the place in the file of every option that is to be equal, as an error begins with it."""
+    """Return the place in the file at which each option that is to be equal is set; errors begin with it."""
     places = {option: source.place(value, "equal", option) for option, value in study.equal.items()}
     for path, values in study.vary.items():
         if path.startswith("equal."):
@@ -147,7 +147,7 @@ def _places(study: Study, source: Source) -> dict[str, str]:
 
 
 def _run(study: Study, entry: PlannedEntry, variant: Variant, seed: int, rate: float | None) -> PlannedRun:
-    """Plan a run; a learning rate is given to runs that tune."""
+    """Plan a run; `rate` is the learning rate that a tuning run tries, None for the other runs."""
     config = entry.config.model_copy(update={"seed": seed})
     parts = [entry.name]
     for path, value in variant.items():
@@ -166,8 +166,8 @@ def _require_names(runs: list[PlannedRun]) -> None:
     for run in runs:
         if (other := seen.setdefault(run.name, run)) is not run:
             raise StudyError(
-                f"two runs would be called {run.name}: {dict(other.variant)} and {dict(run.variant)}; choose values of "
-                "vary that differ in letters or digits"
+                f"two runs would be called {run.name}: {dict(other.variant)} and {dict(run.variant)}; choose values "
+                "under `vary` that differ in letters or digits"
             )
 
 
@@ -201,7 +201,7 @@ def require_fair(entries: list[PlannedEntry], variant: Variant) -> None:
             f"expected training.patience to be null, got {first.config.training.patience}: entries would stop at "
             "different steps and read different numbers of tokens; set it to null in the study's training"
         )
-    for place in ("seed", "model.vocab_size", "data", *(f"training.{name}" for name in SAME)):
+    for place in ("seed", "model.vocab_size", "data", *(f"training.{name}" for name in EQUAL_TRAINING_FIELDS)):
         ours, *others = (attrgetter(place)(entry.config) for entry in entries)
         for other, theirs in zip(entries[1:], others, strict=True):
             if ours != theirs:

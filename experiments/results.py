@@ -22,7 +22,7 @@ COSTS = ("parameters", "flops_per_token", "state_bytes")
 AccuracyBy = dict[str, dict[str, float]]
 """Accuracy by name and value of a difficulty, such as {"pairs": {"8": 0.9}}."""
 Range = tuple[float, float]
-"""Lower and upper end of several measurements: the lowest and highest, or the quartiles."""
+"""Lower and upper end of a range: the lowest and the highest measurement, or the two quartiles."""
 
 
 class ResultsError(SeqmixError):
@@ -234,7 +234,7 @@ class SpeedResult(Config):
     threads: Count | None = None
     """CPU threads; None on a GPU."""
     tokens: Count | None = None
-    """Most tokens of a training step, in whole sequences."""
+    """Maximum tokens of a training step, which has whole sequences."""
     batch: Count | None = None
     """Sequences that are decoded at once."""
 

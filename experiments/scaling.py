@@ -12,8 +12,8 @@ from statistics import LinearRegression, fmean, linear_regression
 
 from .results import Results, RunResult
 
-LEAST = 3
-"""Least number of sizes for a fit; two points always lie on a line."""
+MIN_SIZES = 3
+"""Minimum number of sizes for a fit, because two points always lie on a line."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def fit(entry: str, runs: Sequence[RunResult]) -> ScalingLine | None:
     points = [(math.log(size), math.log(loss)) for size, loss in measured if size and loss and loss > 0]
     sizes = sorted({size for size, loss in measured if size and loss and loss > 0})
     # more variants than sizes: variants of equal size differ in something else
-    if len(sizes) < LEAST or len({str(run.variant) for run in runs}) > len(sizes):
+    if len(sizes) < MIN_SIZES or len({str(run.variant) for run in runs}) > len(sizes):
         return None
     x, y = zip(*points, strict=True)
     fitted = linear_regression(x, y)

@@ -25,7 +25,7 @@ from .study import Speed
 SPEED_FILE = "speed.json"
 
 
-class _OfEntries(ModelBenchmark):
+class _EntryBenchmark(ModelBenchmark):
     """Benchmark whose implementations are the entries of a study."""
 
     models: Mapping[str, ModelConfig]
@@ -37,11 +37,11 @@ class _OfEntries(ModelBenchmark):
             yield implementation
 
 
-class _TrainSpeed(_OfEntries, TrainBenchmark):
+class _TrainSpeed(_EntryBenchmark, TrainBenchmark):
     """Benchmark of the entries' training steps."""
 
 
-class _DecodeSpeed(_OfEntries, DecodeBenchmark):
+class _DecodeSpeed(_EntryBenchmark, DecodeBenchmark):
     """Benchmark of the entries' decoding."""
 
 
@@ -49,7 +49,7 @@ def measure(plan: Plan, folder: Path, on_note: Callable[[str], None]) -> SpeedRe
     """Time all entries of a study, or read the times from its folder if nothing has changed since.
 
     Returns:
-        The speeds; None if the study asks for none.
+        The speeds; None if the study has no `speed`.
 
     Raises:
         KeyboardInterrupt: the measurement was stopped early; nothing is saved.
@@ -94,9 +94,11 @@ def _measure(
     precision: torch.dtype,
     on_note: Callable[[str], None],
 ) -> SpeedResult:
-    settings = partial(Settings, model=next(iter(models.values())), device=device, repeat=speed.repeat, shares=False)
+    settings = partial(
+        Settings, model=next(iter(models.values())), device=device, repeat=speed.repeat, measures_rates=False
+    )
 
-    def rows(benchmark: _OfEntries) -> list[Row]:
+    def rows(benchmark: _EntryBenchmark) -> list[Row]:
         benchmark.models = models
         report = run(benchmark, on_note)
         if len(report.rows) < len(models) * len(set(benchmark.settings.lengths)):

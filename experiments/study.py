@@ -29,7 +29,7 @@ from .match import Match
 
 STUDIES = Path(__file__).with_name("studies")
 """The folder of the studies that come with the package."""
-SAME = (
+EQUAL_TRAINING_FIELDS = (
     "steps",
     "batch_size",
     "evaluate_every",
@@ -83,7 +83,7 @@ class Entry(Config):
                 raise ValueError(
                     f"an entry can only change fields of model and training, got {path}: change it for the whole study"
                 )
-            if top == "training" and rest in SAME:
+            if top == "training" and rest in EQUAL_TRAINING_FIELDS:
                 raise ValueError(
                     f"{path} affects the batches or the evaluation, which must be the same for all entries: change it "
                     "for the whole study, or vary it"
@@ -103,7 +103,7 @@ class Tune(Config):
     """Peak learning rates to try. The one with the lowest final validation loss, averaged over the tuning seeds, is
     used for the study's own seeds."""
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1), OnceEach] | None = None
-    """Seeds of the tuning runs, other ones than the study's `seeds`; null for one seed after the largest of those."""
+    """Seeds of the tuning runs, which must not be in `seeds`; null for one seed, the largest of `seeds` plus 1."""
 
 
 class TrainSpeed(Config):
@@ -112,7 +112,7 @@ class TrainSpeed(Config):
     lengths: tuple[Tokens, ...] = Field(min_length=1)
     """Sequence lengths in tokens."""
     tokens: int = Field(default=2048, gt=0)
-    """Most tokens of a step, in whole sequences; a step has at least one sequence."""
+    """Maximum tokens of a step, which has whole sequences, and at least one."""
 
 
 class DecodeSpeed(Config):
@@ -173,8 +173,8 @@ class Study(Config):
     match: Match | None = None
     """Matching of all entries to equal cost; null for none."""
     equal: dict[str, Any] = Field(default_factory=dict)
-    """Options of mixers, such as short_conv: 4, that every mixer gets that has them; the plan and the report name the
-    mixers that have no such option or do not allow the value."""
+    """Options of mixers, such as short_conv: 4, that are set in every mixer that has them; the plan and the report name
+    the mixers that have no such option or do not allow the value."""
     seeds: Annotated[tuple[Seed, ...], OnceEach] = Field(default=(0,), min_length=1)
     """Random seeds, each a run of every entry; a seed determines the initial parameters and the order of the data."""
     tune: Tune | None = None
@@ -243,8 +243,8 @@ class Study(Config):
     def _tuning_has_its_own_seeds(self) -> Self:
         if shared := sorted(set(self.tuning_seeds) & set(self.seeds)):
             raise ValueError(
-                f"tune.seeds and seeds must differ, got {shared[0]} in both: runs that choose a rate flatter it, and "
-                "are not reported; choose other tune.seeds"
+                f"tune.seeds and seeds must differ, got {shared[0]} in both: a rate looks better than it is on "
+                "the seeds that it was chosen by, so results need other seeds; choose other tune.seeds"
             )
         return self
 

@@ -33,8 +33,8 @@ COSTS = {
     "decode-state": ("State of one sequence", "state_bytes", STATE, "A flat line is a constant size."),
 }
 """Title, field, axis and caption of the figures of speed and memory."""
-MOST_VARIANTS = 4
-"""Most variants whose curves are drawn, one figure each; with more, only final results are compared."""
+MAX_VARIANTS = 4
+"""Maximum number of variants whose curves are drawn, a figure each; with more, only final results are drawn."""
 
 
 class Plots:
@@ -73,7 +73,7 @@ class Plots:
 
     def curves(self) -> list[Figure]:
         """Return the figures of training: curves over tokens, computation and time."""
-        if self.variants[MOST_VARIANTS:]:
+        if self.variants[MAX_VARIANTS:]:
             return []
         if self.variants[1:]:
             titles = ((f"Loss over tokens: {variant_text(variant)}", variant) for variant in self.variants)

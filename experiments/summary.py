@@ -1,8 +1,8 @@
 """Statistics over seeds: means, intervals, ranks, and each entry's best learning rate.
 
 An interval is the 95 % t interval of a mean over seeds. Two entries are compared by their differences at equal seeds,
-which remove what the seeds do to both. They differ beyond noise if the t interval of the mean difference does not
-contain 0; otherwise they are tied. Comparisons are not corrected for their number.
+in which the effect of a seed on both cancels. They differ beyond noise if the t interval of the mean difference does
+not contain 0; otherwise they are tied. Comparisons are not corrected for their number.
 """
 
 import math
@@ -49,7 +49,7 @@ def _best_rate(by_rate: Mapping[float, Sequence[RunResult]]) -> float | None:
 def summarise(runs: Sequence[RunResult], rates: Sequence[float] = ()) -> list[SummaryRow]:
     """Return one row per entry and variant, with ranks within each variant.
 
-    `rates` is the grid of learning rates; a row tells whether its rate lies at an edge of the grid.
+    `rates` is the grid of learning rates; `SummaryRow.at_edge` says if the row's rate is an end of the grid.
     """
     groups: dict[str, list[RunResult]] = {}
     for run in runs:

@@ -68,17 +68,17 @@ def difference_tables(
 ) -> list[tuple[dict[str, Any], list[str], list[tuple[str, ...]]]]:
     """Return heads and rows of a table for each variant in which entries differ besides what the study compares.
 
-    The subject's row comes first. If the tables of all variants are the same, there is one for no variant in
-    particular.
+    The subject's row comes first. If the tables of all variants are the same, only one is returned, with an empty
+    variant.
     """
     variants: list[dict[str, Any]] = []
     variants += (each.variant for each in differences if each.variant not in variants)
     tables = []
     for variant in variants:
-        found = [each for each in differences if each.variant == variant]
-        if fields := list(dict.fromkeys(field for each in found for field in each.also)):
-            found.sort(key=lambda each: each.entry != subject)
-            rows = [(each.entry, *(each.values.get(field, "") for field in fields)) for each in found]
+        of_variant = [each for each in differences if each.variant == variant]
+        if fields := list(dict.fromkeys(field for each in of_variant for field in each.also)):
+            of_variant.sort(key=lambda each: each.entry != subject)
+            rows = [(each.entry, *(each.values.get(field, "") for field in fields)) for each in of_variant]
             tables.append((variant, ["entry", *fields], rows))
     same = len(tables) == len(variants) and all(table[1:] == tables[0][1:] for table in tables)
     return [({}, *tables[0][1:])] if tables and same else tables
@@ -205,7 +205,7 @@ def write_tables(results: Results, folder: Path) -> None:
 
 COLUMNS = {"variant": "", "mean": "", "accuracy_by": "accuracy"}
 COLUMNS |= dict.fromkeys(("validation_loss_by", "validation_loss_by_length"), "validation_loss")
-"""Parts of a field's path that have another name in CSV columns, with that name; an empty one is left out."""
+"""Names in CSV columns of the parts of a field's path that are renamed there; a part with an empty name is left out."""
 
 
 def _cells(value: RunResult | SummaryRow) -> dict[str, Any]:

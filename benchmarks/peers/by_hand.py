@@ -32,7 +32,7 @@ State = list[LayerState]
 
 
 def unsupported_reason(config: ModelConfig) -> str | None:
-    """Return the reason why a configuration is not of the hand-written RetNet; None if it is."""
+    """Return the reason why the hand-written RetNet cannot have a configuration; None if it can."""
     plain = not config.tie_embeddings and not config.dropout and isinstance(config.norm, LayerNormConfig)
     for block in (config.blocks[name] for name in set(config.layers)):
         mixer = block.mixer
@@ -157,7 +157,7 @@ class HandWritten(nn.Module):
     ) -> tuple[Tensor, State | None]:
         """Compute the logits, and the state after the segment; None without an incoming state.
 
-        `select` are the indexes, into the flattened tokens [B*T], of those whose logits are computed; None for all.
+        `select` has the tokens whose logits are computed, as indexes into the flattened tokens [B*T]; None for all.
         """
         eager = not torch.compiler.is_compiling() and not torch.is_grad_enabled()
         memo = (Memo() if memo is None else memo).next_pass() if eager else None

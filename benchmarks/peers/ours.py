@@ -86,7 +86,7 @@ class Seqmix(Peer):
 
 
 class Reference(Seqmix):
-    """seqmix with the reference kernels, plain torch, in place of the native ones that it has for a CPU."""
+    """seqmix with its reference kernels in plain torch, instead of the native kernels that it has for a CPU."""
 
     name = "reference"
     roles = frozenset({"train", "prefill"})

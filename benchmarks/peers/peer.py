@@ -49,7 +49,7 @@ class Size:
         return next((mixer for mixer in mixers if isinstance(mixer, RetentionConfig)), None)
 
     def hidden(self, mixer: int, products: int) -> int:
-        """Return the hidden width of a feed-forward network at which a model has as many parameters as seqmix's.
+        """Return the hidden width of the feed-forward network that gives a model as many parameters as seqmix's.
 
         The width is a multiple of 8, which vector units and tensor cores need for full speed.
 
@@ -80,7 +80,7 @@ class Peer(ABC):
     writes_state: ClassVar[bool] = True
     """True if a step rewrites the whole state (constant size); False for a KV cache, which is only read."""
     needs: ClassVar[tuple[str, str] | None] = None
-    """Module that must be installed, and the package that provides it; None if the peer needs none."""
+    """Name of a module that must be installed, and of the package that provides it; None if the peer needs none."""
     needs_gpu: ClassVar[bool] = False
     needs_retention: ClassVar[bool] = False
     """True if it takes its number of heads from a retention layer of the seqmix model."""
@@ -135,7 +135,7 @@ class Peer(ABC):
         """Return a random state of the size that it has after `context` tokens, with space for `room` more tokens."""
 
     def renew(self, state: Any, context: int) -> Any:  # noqa: ARG002
-        """Reset a used state of `state_after` to its context length."""
+        """Reset a state of `state_after`, after steps from it, to its context length."""
         return state
 
     @abstractmethod
@@ -155,7 +155,7 @@ class Peer(ABC):
         self.module.compile()
 
     def recompute_activations(self) -> None:
-        """Save only the inputs of each layer for the backward pass (activation checkpointing)."""
+        """Make the model save only the inputs of each layer for the backward pass (activation checkpointing)."""
         for layer in self.layers:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 

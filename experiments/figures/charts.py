@@ -27,7 +27,7 @@ PAGE_PLOT = 260, 210
 LETTER = 0.5
 """Mean width of a letter divided by the size of its font."""
 LONGEST_NAME = 180
-"""Most room for the name of a category beside an axis, in the units of the spec; longer names end in dots."""
+"""Maximum width of the name of a category at an axis, in the units of the spec; longer names end in dots."""
 INDEPENDENT: dict[str, Any] = {"color": "independent", "shape": "independent", "strokeDash": "independent"}
 """Vega-Lite's resolution of scales between figures with different legends."""
 
@@ -61,7 +61,7 @@ def chart(
 
     Args:
         figure: the figure.
-        names: the styles of all series of the legend by name; other figures of that legend may have more of them.
+        names: the style of each series in the legend, by name; a legend may be shared with figures of other series.
         size: the width and the height of the plot, for which texts are laid out.
         font: the size of the labels' font, in the units of the size.
         interactive: True for a chart with a pointer and zoom.
@@ -180,12 +180,14 @@ def _legend(names: Iterable[str], room: float) -> alt.Legend:
     """Return a legend of these names, in lines that fit in the room: a width divided by the size of the font."""
     lines = {name: _lines(name, room) for name in names}
     wrapped = {name: text for name, text in lines.items() if text != name}
-    more: dict[str, Any] = {"labelExpr": f"{json.dumps(wrapped)}[datum.label] || datum.label"} if wrapped else {}
-    return alt.Legend(title=None, symbolOpacity=1, **more)
+    label_options: dict[str, Any] = (
+        {"labelExpr": f"{json.dumps(wrapped)}[datum.label] || datum.label"} if wrapped else {}
+    )
+    return alt.Legend(title=None, symbolOpacity=1, **label_options)
 
 
 def _mark(place: float, label: str) -> Any:
-    """Return a vertical line with a label."""
+    """Return a chart of a vertical line at an x value, with a label."""
     base = alt.Chart(alt.InlineData([{"x": place, "label": label}]))
     plain = {"color": alt.value("var(--muted)"), "x": alt.X("x:Q")}
     rule = base.mark_rule(strokeDash=[3, 3], clip=True).encode(**plain, y=alt.value(0), y2=alt.value("height"))

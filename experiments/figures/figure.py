@@ -8,19 +8,19 @@ from typing import Any, NamedTuple
 
 from ..units import choose_unit
 
-MOST_POINTS = 600
-"""Most points that are drawn of a line; of points without a line, all are drawn."""
+MAX_POINTS = 600
+"""Maximum number of points that are drawn of a line; without a line, all points are drawn."""
 FEW = 12
-"""Most points of a series that each have a marker and an error bar; longer series have a band."""
+"""Maximum number of points of a series with a marker and an error bar at each point; longer series have a band."""
 DECADES = 20.0
 """Ratio of largest to smallest value from which an axis is logarithmic by default."""
 DOUBLINGS = 8.0
 """Ratio of largest to smallest value from which an axis with chosen ticks is logarithmic by default."""
 DODGE = 3.0
 """Points (1/72 inch) between the error bars of neighbouring series, so that none hides another."""
-DODGED = 12.0
-"""Points between the error bars of the first and the last series, at most: further away, a bar would seem to belong to
-another x value."""
+MAX_DODGE = 12.0
+"""Maximum distance, in points, of the error bars of the first and the last series: further away, a bar would seem to
+belong to another x value."""
 
 
 class Point(NamedTuple):
@@ -97,19 +97,19 @@ class Figure:
     def rows(self) -> list[dict[str, Any]]:
         """Return the points as rows of a Vega data set, in the units of the axes.
 
-        Rows of a noisy measurement are `faint`. A row with a `marker` is drawn as a point; all rows have one that no
-        line passes through. A row with a spread has `low` and `high`; it is drawn as an error bar if it has a `dodge`,
-        the bar's horizontal shift, and as a part of a band otherwise.
+        Rows of a noisy measurement are `faint`. A row with a `marker` is drawn as a point; every row that no line
+        passes through has one. A row with a spread has `low` and `high`. It is drawn as an error bar if it has a
+        `dodge`, the bar's horizontal shift, and as a part of a band otherwise.
         """
         scales = self.scales()
         x, y = scales["x"].divisor, scales["y"].divisor
-        step = min(DODGE, DODGED / max(1, len(self.series) - 1))
+        step = min(DODGE, MAX_DODGE / max(1, len(self.series) - 1))
         fitted = any(one.faint for one in self.series)
         rows = []
         for i, one in enumerate(self.series):
             points = list(one.points)
             if self.joined:
-                points = [points[k] for k in thin([p.y for p in points], MOST_POINTS)]
+                points = [points[k] for k in thin([p.y for p in points], MAX_POINTS)]
             alone = len(points) == 1  # neither a line nor a band shows a single point
             every = 1
             if self.joined and not self.x.names and len(points) > FEW:
@@ -180,12 +180,12 @@ def by_legend(figures: Iterable[Figure]) -> list[list[Figure]]:
     return groups
 
 
-def thin(values: Sequence[float], most: int) -> Iterable[int]:
-    """Return indices of at most about `most` values: the first, lowest and highest of each of several stretches."""
-    if len(values) <= most:
+def thin(values: Sequence[float], limit: int) -> Iterable[int]:
+    """Return indices of at most about `limit` values: the first, lowest and highest of each of several stretches."""
+    if len(values) <= limit:
         return range(len(values))
     kept = {0, len(values) - 1}
-    edges = [round(i * len(values) / (most // 3)) for i in range(most // 3 + 1)]
+    edges = [round(i * len(values) / (limit // 3)) for i in range(limit // 3 + 1)]
     for first, after in pairwise(edges):
         stretch = range(first, after)
         kept |= {first, min(stretch, key=values.__getitem__), max(stretch, key=values.__getitem__)}

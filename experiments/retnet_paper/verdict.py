@@ -90,9 +90,15 @@ def judge(claim: str, values: Any) -> Verdict:
 
 
 def direction(paper: float, ours: Sequence[float], of: str = "seeds") -> str:
-    """Compare the sign of the paper's difference with the signs of ours: "same", "opposite", or "seeds disagree".
+    """Compare the sign of the paper's difference with the signs of ours.
 
-    `of` says by what ours differ, if not by their seeds. Values that are NaN were not measured.
+    Args:
+        paper: the paper's difference.
+        ours: our differences; NaN for one that was not measured.
+        of: what our differences belong to, in the plural, for "seeds disagree".
+
+    Returns:
+        "same", "opposite", "seeds disagree", or "not measured".
     """
     agree = [value * paper > 0 for value in ours if math.isfinite(value)]
     if not agree:
@@ -105,7 +111,7 @@ def direction(paper: float, ours: Sequence[float], of: str = "seeds") -> str:
 
 @dataclass(frozen=True)
 class Losses:
-    """The losses of an entry of a study, and what the paper has of it."""
+    """The losses of an entry of a study, and the paper's perplexity of the same model."""
 
     entry: str
     perplexity: float | None
@@ -119,7 +125,7 @@ class Losses:
 
     @property
     def direction(self) -> str:
-        """The direction of our differences; empty if the paper has no difference."""
+        """Result of `direction`; empty if the paper has no difference."""
         return "" if self.paper is None else direction(self.paper, self.ours)
 
 

@@ -23,7 +23,7 @@ LADDER = (
 STEPS = 3
 """Number of timed steps; the fastest counts."""
 START = 5.0
-"""Assumed seconds in which a run's process starts and ends."""
+"""Assumed time that the process of a run takes to start and to end, in seconds."""
 UNITS = {"s": 1, "m": 60, "h": 3600}
 """Seconds per unit of a duration."""
 
@@ -77,7 +77,9 @@ def _seconds(run: PlannedRun) -> float:
 def fit(
     times: Mapping[str, Mapping[str, float]], rates: Mapping[str, int], seeds: int, budget: float
 ) -> tuple[Extent, list[str], float]:
-    """Return the part of the suite that fits into a budget: few tasks with tuning and all seeds before many without.
+    """Return the part of the suite that fits into a budget.
+
+    Few tasks with tuning and all seeds are preferred to many tasks without.
 
     Args:
         times: seconds of a run, by task and entry, most important task first.
@@ -116,10 +118,10 @@ def cost(times: Mapping[str, float], rates: int, seeds: int, extent: Extent) -> 
     return runs * sum(START + (seconds - START) * extent.steps for seconds in times.values())
 
 
-def left_out(extent: Extent, names: Sequence[str], every: Sequence[str]) -> list[str]:
-    """Return sentences on the parts that a budget leaves out; `names` are the chosen tasks, `every` all tasks."""
+def left_out(extent: Extent, names: Sequence[str], all_names: Sequence[str]) -> list[str]:
+    """Return sentences on what a budget leaves out; `names` are the chosen tasks, `all_names` those of all tasks."""
     sentences = []
-    if missing := [name for name in every if name not in names]:
+    if missing := [name for name in all_names if name not in names]:
         sentences.append(f"The budget leaves out {', '.join(missing)}.")
     if extent.steps < 1:
         sentences.append(f"Runs have {extent.steps:.0%} of their steps, so scores are lower than those of full runs.")

@@ -55,7 +55,7 @@ class Conditions(Config):
     training: str
     """Fields of the training that differ from the defaults, in YAML."""
     learning_rates: tuple[float, ...]
-    """Learning rates of which each mixer's is tuned, or the only one."""
+    """Learning rates of which the best is chosen for each mixer; a single one if they are not tuned."""
     tuning_seeds: tuple[int, ...] = ()
     """Seeds of the tuning runs; none without tuning."""
     seeds: tuple[int, ...]
@@ -157,7 +157,7 @@ def _score(run: RunResult, task: SuiteTask) -> float:
 
 
 def new_scores(size: Size, match: Metric, command: str, notes: Sequence[str], planned: Sequence[PlannedTask]) -> Scores:
-    """Return scores of the planned tasks, with no rows yet and the present time as their date."""
+    """Return scores of the planned tasks without any rows, created now."""
     created = datetime.now(UTC).isoformat(timespec="seconds")
     tasks = {each.name: TaskScores(task=each.task, conditions=conditions_of(each)) for each in planned}
     return Scores(size=size, match=match, created=created, commands=(command,), notes=tuple(notes), tasks=tasks)
@@ -253,7 +253,7 @@ class _Cell(NamedTuple):
 
 
 def _average(cells: Sequence[_Cell]) -> _Cell:
-    """Return the mean of scores; with the same seeds in all of them, the mean of each seed, and so an interval."""
+    """Return the mean of scores; if all have the same seeds, also the mean of each seed, which gives an interval."""
     seeds = cells[0].by_seed
     if not seeds or any(cell.by_seed.keys() != seeds.keys() for cell in cells):
         return _Cell(Statistic(mean=mean(cell.score.mean for cell in cells)), {})

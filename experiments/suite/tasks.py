@@ -55,7 +55,7 @@ class SuiteTask(Config):
     training: dict[str, Any] = Field(default_factory=dict)
     """Changes to the base's training."""
     learning_rates: Annotated[tuple[Rate, ...], OnceEach] = Field(min_length=1)
-    """Learning rates of which each mixer's is tuned; the first is used without tuning."""
+    """Learning rates of which the best is chosen for each mixer; without tuning, the first is used."""
     score_at: tuple[str, ...] | None = None
     """Difficulties whose mean accuracy is the score; null for all that are evaluated."""
     changes: dict[Name, Change] = Field(default_factory=dict)
@@ -229,7 +229,7 @@ def write_studies(
 
 
 def base_of(settings: SuiteSettings, task: SuiteTask, extent: Extent) -> RunConfig:
-    """Return the configuration that all entries of a task start from."""
+    """Return the configuration that all entries of a task start from, with the steps of the extent."""
     parts = {"model": task.model, "data": task.data, "training": task.training}.items()
     for change in task.changes.values() if task.varies else ():
         parts = [*parts, *change.model_dump().items()]

@@ -275,7 +275,7 @@ def a_state_has_the_declared_size(trial: Trial) -> None:
 
 
 def _bytes_kept_alive(state: Any) -> int:
-    """Return the bytes that a state keeps alive: a view counts with its whole storage, expanded rows count one by one."""
+    """Return the bytes that a state keeps alive: a view counts its whole storage, expanded rows count one by one."""
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in leaves_of(state).values()}
     return max(sum(storages.values()), nbytes(state))
 

@@ -210,7 +210,7 @@ class DeltaCase(DecayCase):
 
     @property
     def undefined(self) -> tuple[str, ...]:
-        """The output, as in the base class, and then also the final state if there is an initial one, which keys read."""
+        """The output, as in the base class, and then also the final state if keys read an initial one."""
         return (*super().undefined, "state") if super().undefined and self.initial_state else super().undefined
 
     def underflow(self, name: str) -> float:

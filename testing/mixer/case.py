@@ -54,7 +54,7 @@ FIXED = 1
 """Seed of the fixed cases, which always run."""
 
 SHORT = 12
-"""Longest segment, in tokens, on which a single wide head is tried: it may have as many features as its width squared."""
+"""Longest segment, in tokens, on which a single wide head is tried, which may have width^2 features."""
 
 MEDIUM = 33
 """Longest piece of a wide mixer, in tokens: its backward pass may keep a megabyte per token."""

@@ -39,7 +39,7 @@ def alternatives(config: MixerConfig, *, with_guesses: bool = False) -> dict[str
 
     Args:
         config: the configuration to vary.
-        with_guesses: True to try also twice the value of a float without examples or bounds, which may overflow 16 bits.
+        with_guesses: True to try twice the value of a float without examples or bounds, which may overflow 16 bits.
     """
     values_by_field: dict[str, list[Any]] = {}
     for name, field in type(config).model_fields.items():
