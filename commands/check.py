@@ -269,7 +269,7 @@ def mixers_of(source: str, changes: Sequence[str] = (), hf_config: str = "") -> 
     if source.startswith("hf:"):
         from ..testing.adapters import hf
 
-        return list(hf.named(source.removeprefix("hf:"), hf_config, changes, presets=PRESETS)), False
+        return list(hf.load_configs(source.removeprefix("hf:"), hf_config, changes, presets=PRESETS)), False
     if hf_config:
         raise SeqmixError(f"--config is for classes of transformers: expected hf:MODULE:CLASS, got {source!r}")
     if ":" in source and not changes and (adapted := _load_adapted(source)) is not None:

@@ -180,7 +180,7 @@ def _is_complete(line: Measurement) -> bool:
 
 
 def _machine(folders: Iterable[Path]) -> Machine:
-    """Return the machine and versions that the first of the runs with a record states; all None without a record."""
+    """Return the machine and versions in the record of the first run that has one; all None if no run has."""
     return next((_from_line(Machine, session) for folder in folders if (session := _session(folder))), Machine())
 
 

@@ -24,12 +24,15 @@ from .figures.figure import Axis, Figure, Point, Series
 
 WIDTHS = (64, 128, 256, 512)
 FLAT = 0.2
-"""Largest exponent of a size in the width that counts as flat: doubling the width changes it by less than 15 %."""
+"""Largest |a| at which sizes that grow as width^a count as flat: doubling the width changes them by less than 15 %."""
 
 
 @dataclass(frozen=True)
 class Coordinate:
-    """Sizes of one part's activations, the mean absolute value over its layers, over widths."""
+    """Sizes of the activations of one part of a model at several widths.
+
+    A size is the mean absolute value of the activations, averaged over the layers of the part.
+    """
 
     part: str
     """`embedding`, `mixer (BLOCK)`, `ffn (BLOCK)`, `stream` (after the last layer) or `logits`."""

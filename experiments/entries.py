@@ -96,7 +96,7 @@ class VariantEntries:
         return [self._match(name) for name in self.study.names]
 
     def _config(self, name: str, tree: Node, entry: Entry, mixer: int | None = None) -> RunConfig:
-        """Return the configuration of an entry; `mixer` is the index of the study's mixer that it has."""
+        """Return the configuration of an entry; `mixer` is the index of its mixer in the study's `mixers`."""
         if entry.extends is not None:
             tree = self._with_model_of(entry.extends, tree, name)
         for part in ("model", "data", "training"):

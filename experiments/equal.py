@@ -54,7 +54,7 @@ def _set_option(mixer: MixerConfig, option: str, value: Any, exempt: dict[Exempt
 
 
 def mixers_of(model: ModelConfig) -> list[MixerConfig]:
-    """Return the mixers of a model's layers, one per block; those inside a combination in place of the combination."""
+    """Return the mixers of a model, one per block that its layers use; a combination counts as the mixers inside it."""
     return [each for name in dict.fromkeys(model.layers) for each in _flat(model.blocks[name].mixer)]
 
 

@@ -277,7 +277,10 @@ def _points(values: Mapping[Any, Statistic | None], x: Axis, y: Axis) -> list[Po
 
 
 def _axis_of(label: str, values: Iterable[Any]) -> tuple[Axis, dict[str, float | str]]:
-    """Return an axis for values and the position of each by its `repr`: numeric if all are numbers, else categories."""
+    """Return an axis for values, and the position of each value on it, by its `repr`.
+
+    The axis is numeric if all values are numbers; otherwise it has categories.
+    """
     values = _distinct(values)
     if all(map(_is_number, values)):
         numbers = {repr(value): float(value) for value in values}

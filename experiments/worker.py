@@ -32,7 +32,7 @@ FAILED = 2
 STOPPED = 130
 """Exit status of a run that was stopped."""
 SECONDS_BETWEEN_STEPS = 0.2
-"""Least seconds between two reported steps."""
+"""Minimum time between two reported steps, in seconds."""
 
 
 def main() -> None:

@@ -44,7 +44,7 @@ def converter() -> Any:
 
 
 def engine() -> Any:
-    """Import vl-convert, and check that its JavaScript engine can reserve its memory: on failure it aborts the process.
+    """Import vl-convert, and check that its JavaScript engine can reserve memory: if not, it would abort the process.
 
     Raises:
         PlotsMissingError: vl-convert is not installed, or a resource limit is too low.

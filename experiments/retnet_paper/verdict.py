@@ -57,7 +57,7 @@ UNMEASURED = "not measured"
 
 @dataclass(frozen=True)
 class Row:
-    """A figure of the paper, ours, and their directions."""
+    """A figure of the paper and ours, as text, and whether both point in the same direction."""
 
     name: str
     paper: str

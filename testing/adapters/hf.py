@@ -279,7 +279,7 @@ def _state_kind(path: str, config: str, layer_idx: int, mask: bool) -> Any:
     return "growing" if any(one.shape != two.shape for one, two in layer.template()[1].values()) else "constant"
 
 
-def named(path: str, config: str, changes: Sequence[str], *, presets: Path) -> list[HFConfig]:
+def load_configs(path: str, config: str, changes: Sequence[str], *, presets: Path) -> list[HFConfig]:
     """Return the configurations that `seqmix check hf:PATH --config CONFIG KEY=VALUE` checks.
 
     There is one for training, and one for decoding if the module has a cache.

@@ -14,13 +14,13 @@ from ..mixer.case import CROWDS, Draw
 from ..mixer.trial import Trial
 
 FEW = 4
-"""Number of rows of a large batch that are processed together, without the other rows; in a small batch it is 1."""
+"""Number of rows of a large batch that are processed together, without the others; in a small one, one at a time."""
 
 SAMPLES = 2
 """Number of sequences that continue from the state of a single row."""
 
 AMPLIFIED = 30.0
-"""Factor by which the tokens of one row are larger: anything normalised over rows makes the others vanish."""
+"""Factor that enlarges the tokens of one row: if anything is normalised over rows, the other rows vanish."""
 
 
 @check(

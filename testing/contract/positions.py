@@ -166,7 +166,7 @@ def _close(x: Tensor, y: Tensor) -> bool:
 
 
 def _outputs(trial: Trial, x: Tensor, boundaries: Tensor, start: int, paradigm: Any) -> Tensor:
-    """Return the outputs from a later position, in two pieces, and packed if the mixer has packing; as a vector."""
+    """Return the outputs from a later position: in two pieces, and also packed if the mixer can pack; as one vector."""
     state = late_start(trial.mixer, len(x), start)
     y1, between = trial.mix(x[:, :5], state, paradigm=paradigm)
     y2, _ = trial.mix(x[:, 5:], between, paradigm=paradigm)

@@ -34,7 +34,8 @@ class BoundCheck:
     def __call__(self, **options: Any) -> None:
         """Run the check with these options in addition to the bound ones.
 
-        Hypothesis' profile decides the number of examples, unless an option does, and `--hypothesis-seed` the seed.
+        Without an option, the number of examples is that of hypothesis' profile, and the seed is 0. Under
+        `--hypothesis-seed`, or a profile of the user's project, hypothesis chooses the seed.
 
         Raises:
             SeqmixError: an option has to be given to the decorator instead (`checks`, `expected_failures`).

@@ -210,7 +210,10 @@ class DeltaCase(DecayCase):
 
     @property
     def undefined(self) -> tuple[str, ...]:
-        """The output, as in the base class, and then also the final state if keys read an initial one."""
+        """The output in the cases of the base class, and then also the final state if there is an initial state.
+
+        Keys read the initial state, so the final state has the same problem as the output.
+        """
         return (*super().undefined, "state") if super().undefined and self.initial_state else super().undefined
 
     def underflow(self, name: str) -> float:

@@ -30,7 +30,7 @@ class Scores(NamedTuple):
     products: Tensor
     """Scaled products of queries and keys, [H n m]."""
     gates: Tensor
-    """Sums of the forget gates' logs, which are added, [H n m]."""
+    """Sums of the logarithms of the forget gates between key and query, which are added, [H n m]."""
     slopes: Tensor
     """ALiBi penalties, which are subtracted, [H n m]."""
     sink: Tensor
@@ -349,7 +349,7 @@ class SoftmaxCase(KernelCase):
 
     @staticmethod
     def slots(read: int, cache: str, capacity: int) -> tuple[Tensor, int]:
-        """Return the indices of the slots filled after `read` tokens, by position, and the first position in them."""
+        """Return the slots that are filled after `read` tokens, in order of position, and their first position."""
         if cache == "growing":  # right-aligned
             return torch.arange(capacity - read, capacity), 0
         first = max(0, read - capacity)

@@ -231,8 +231,8 @@ class Draw:
 
         Args:
             traits: traits of the mixer.
-            options: draws changes of the configuration. It takes a random generator, and False to draw only a chunk
-                size.
+            options: draws changes of the configuration. Its arguments are a random generator and a flag, which
+                is False to draw only a chunk size.
         """
         long = [length for length in (*LENGTHS, *BETWEEN) if length <= self.longest]
         few, most = self.pieces

@@ -257,9 +257,9 @@ class Trial:
             call: the function to differentiate.
             x: the segment.
             state: state before the segment.
-            mixer: mixer whose parameters to differentiate by; by default the case's.
-            zeros: tensors by name of a result: the upstream gradient is zero where the tensor is. By default the
-                results themselves.
+            mixer: mixer that has the parameters to compute gradients of; by default the case's.
+            zeros: tensors by name of a result; where a tensor is zero, the upstream gradient of that result is zero
+                too. By default the results themselves.
             used: True if the call is made as the case's use says, so that the tokens may need no gradient.
         """
         if not self.mixer.traits.differentiable:
