@@ -58,7 +58,7 @@ class Match(Config):
                 f"expected exactly one of parameters, flops and state, got {' and '.join(metrics) or 'none'}"
             )
         if not isinstance(self.wanted, str) and self.wanted <= 0:
-            raise ValueError(f"expected the {self.metric} to match to be above 0, got {self.wanted}")
+            raise ValueError(f"match expects {self.metric} above 0, got {self.wanted}")
         return self
 
     @property

@@ -23,7 +23,7 @@ NUMBER = (
 HEIGHT = 0.62
 """Height of a plot divided by its width."""
 PAGE_PLOT = 260, 210
-"""Width and height in pixels for which the texts of a plot on a page are laid out; its container sets its true width."""
+"""Width and height in pixels for which the texts of a plot on a page are laid out; it is as wide as its container."""
 LETTER = 0.5
 """Mean width of a letter divided by the size of its font."""
 LONGEST_NAME = 180

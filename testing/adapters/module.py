@@ -218,7 +218,7 @@ def adapt(
         remedy = "pass state=" if state is None else "omit state="
         argument = "no state=" if state is None else "state="
         got = f"got {argument} and traits.state {declared.state!r}"
-        raise ContractError(f"adapt expects state= exactly if traits.state is not none, {got}: {remedy}")
+        raise ContractError(f"adapt needs state= if traits.state is not none, and only then, {got}: {remedy}")
     call_module = call or (lambda module, x, *_: (module(x), None))
     undeclared = {"yaml": "YAML cannot describe a module that adapt was given"}
     members = {

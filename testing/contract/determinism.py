@@ -71,7 +71,7 @@ def results_are_deterministic(trial: Trial) -> None:
         for name in sorted(attributes.keys() | attributes_later.keys()):
             same = _same(attributes.get(name), attributes_later.get(name))
             sentence = f"{paradigm}: a call on as many other tokens changed {name}"
-            require(same, f"{sentence}: a call may leave nothing on the module")
+            require(same, f"{sentence}: a call must leave nothing behind in the module")
     unused = torch.equal(generator_state, torch.random.get_rng_state())
     require(unused, "a call drew random numbers from the global generator")
     later = {name: tensor.detach() for name, tensor in tensors.items()}

@@ -178,7 +178,10 @@ def what_is_not_taken_is_refused(trial: KernelTrial) -> None:
     if (outputs := _run_unless_refused(run_with_gradients)) is None:
         return
     reasons = "; ".join(trial.kernel.unsupported(trial.case.probe(trial.device)))
-    raise CheckFailure(f"expected an error, got an output in {outputs['output'].dtype}; declared limits: {reasons}")
+    raise CheckFailure(
+        f"expected an error, because the kernel declares that it cannot run this call ({reasons}), "
+        f"got an output in {outputs['output'].dtype}"
+    )
 
 
 @kernel_check(

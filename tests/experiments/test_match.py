@@ -113,7 +113,7 @@ def test_a_knob_that_is_none(knob, said):
     [
         ({"knob": "n_layers"}, "got none"),
         ({"knob": "n_layers", "flops": 1, "state": 1}, "got flops and state"),
-        ({"knob": "n_layers", "flops": 0}, "flops to match to be above 0, got 0"),
+        ({"knob": "n_layers", "flops": 0}, "match expects flops above 0, got 0"),
     ],
 )
 def test_a_match_is_of_one_cost(fields, said):

@@ -107,7 +107,7 @@ def test_the_command_names_a_class_and_its_configuration(tmp_path):
         (f"hf:{MAMBA2}Mamba2Mixer", "{hiden_size: 16}", 'has no field .hiden_size.*did you mean "hidden_size"'),
         (f"hf:{MAMBA2}Mamba2Mixer", "{hidden_size: x}", "refuses .*expected int"),
         (f"hf:{MAMBA2}Mamba2Mixer", "16", "must be fields of a configuration"),
-        ("hf:torch.nn:Linear", "", "must take a configuration of transformers"),
+        ("hf:torch.nn:Linear", "", "has no argument `config`"),
     ],
 )
 def test_a_wrong_name_or_field_is_one_sentence(source, fields, words):
