@@ -274,7 +274,8 @@ def _state_kind(path: str, config: str, layer_idx: int, mask: bool) -> Any:
     layer: Any = adapted.module(adapted.fixed_d_model)
     if layer.cache_name is None:
         raise ContractError(
-            f"{path.partition(':')[2]}.forward has no argument for a cache, so it cannot decode: check it with use=training"
+            f"{path.partition(':')[2]}.forward has no argument for a cache, so it cannot decode: "
+            "check it with use=training"
         )
     return "growing" if any(one.shape != two.shape for one, two in layer.template()[1].values()) else "constant"
 
@@ -348,6 +349,6 @@ def _config_class(cls: type) -> Any:
     hint = get_type_hints(cls.__init__).get("config")
     if not isinstance(hint, type):
         raise ContractError(
-            f"{cls.__name__} has no argument `config` whose type is a configuration of transformers: use seqmix.testing.adapt"
+            f"{cls.__name__} has no argument `config` that is a configuration of transformers: use seqmix.testing.adapt"
         )
     return hint
