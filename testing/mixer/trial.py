@@ -102,18 +102,18 @@ class Trial:
         self.prefix = int(torch.randint(1, 8, (), generator=self.generator))
         if start == "moved" and self.mixer.traits.state == "constant":
             self.prefix += LONGER
-        return self.state_after(self.prefix, rows, random_sizes=start == "moved")
+        return self.state_after(self.prefix, rows, sizes=start == "moved")
 
-    def state_after(self, length: int, rows: int, *, random_sizes: bool = False) -> Any:
+    def state_after(self, length: int, rows: int, *, sizes: bool = False) -> Any:
         """Return the state after random tokens.
 
         Args:
             length: number of tokens.
             rows: number of sequences.
-            random_sizes: True to multiply every token by a random factor.
+            sizes: True to multiply every token by a random factor.
         """
         x = self.tokens(rows, length)
-        if random_sizes:
+        if sizes:
             x = x * self.randn(rows, length, 1).exp()
         with torch.no_grad():
             _, state = self.mixer(x, return_state=True)

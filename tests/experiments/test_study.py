@@ -7,7 +7,7 @@ from seqmix import SeqmixError, load_config
 from seqmix.experiments import plan as module
 from seqmix.experiments.match import cost_of
 from seqmix.experiments.plan import plan
-from seqmix.experiments.study import SAME, STUDIES, find_study, load_study, shipped
+from seqmix.experiments.study import EQUAL_TRAINING_FIELDS, STUDIES, find_study, load_study, shipped
 
 NIGHTLY = settings().max_examples >= 1000
 ALONE = "base: retnet-tiny\n"
@@ -224,7 +224,7 @@ def test_the_mixer_is_not_compared_alone_if_the_rest_of_the_model_differs_too(pl
     assert differences(found)["other"] == ((), set())
 
 
-@pytest.mark.parametrize("place", ["seed", "data", "vocab_size", *SAME])
+@pytest.mark.parametrize("place", ["seed", "data", "vocab_size", *EQUAL_TRAINING_FIELDS])
 def test_what_would_not_be_fair_is_seen(planned, place):
     one, other = planned().entries
     config = other.config
