@@ -13,7 +13,7 @@ from seqmix.benchmarks.machine import available_memory, with_peak_memory
 from seqmix.benchmarks.measure import Spread, TimedCall, lengthen, ratio, time_interleaved, turns
 from seqmix.benchmarks.models import PrefillBenchmark
 from seqmix.benchmarks.op import OpBenchmark
-from seqmix.benchmarks.products import LARGEST, LONGEST, Product, calls_of, record_products, split_products
+from seqmix.benchmarks.products import MAX_ELEMENTS, MAX_SIDE, Product, calls_of, record_products, split_products
 from seqmix.ops.decay import decay
 from seqmix.ops.decay.api import decay_flops
 from seqmix.ops.runtime.paradigm import Paradigm
@@ -110,10 +110,10 @@ def test_attention_is_counted_by_its_scores(causal, squares):
 
 
 def test_large_products_are_timed_in_pieces_of_the_same_work():
-    products = Counter({Product(1, 3 * LONGEST, 64, 4, torch.float32): 2, Product(300, 512, 8, 512, torch.float32): 1})
+    products = Counter({Product(1, 3 * MAX_SIDE, 64, 4, torch.float32): 2, Product(300, 512, 8, 512, torch.float32): 1})
     pieces = split_products(products)
     assert flops(pieces) == pytest.approx(flops(products))
-    assert all(max(p.m, p.k, p.n) <= LONGEST and p.batch * p.m * p.n <= LARGEST for p in pieces)
+    assert all(max(p.m, p.k, p.n) <= MAX_SIDE and p.batch * p.m * p.n <= MAX_ELEMENTS for p in pieces)
 
 
 def test_a_product_is_timed_as_it_is():
