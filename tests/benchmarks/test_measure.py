@@ -283,7 +283,7 @@ def test_the_clock_is_the_processors_where_that_is_asked_for(settings, monkeypat
     assert [clock for clock in clocks if clock] == [time.process_time, time.perf_counter]
 
 
-def test_without_shares_nothing_else_is_timed(settings):
-    report = run(PrefillBenchmark(settings(only=("seqmix",), shares=False)))
+def test_without_rates_nothing_else_is_timed(settings):
+    report = run(PrefillBenchmark(settings(only=("seqmix",), measures_rates=False)))
     assert "product_flops_per_second" not in report.machine
     assert [(row.share, row.skipped) for row in report.rows] == [(None, None)]
