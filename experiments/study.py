@@ -256,7 +256,7 @@ class Study(Config):
             for place, paths in {"training": list(leaves({"training": self.training})), **entry_paths}.items():
                 if "training.learning_rate" in paths:
                     raise ValueError(
-                        f"{place} sets a learning rate, but tune chooses that of every entry: remove one of them"
+                        f"{place} has a learning rate, but tune chooses that of every entry: remove one of them"
                     )
         for varied in self.vary:
             for place, path in ((place, path) for place, paths in entry_paths.items() for path in paths):

@@ -124,7 +124,7 @@ def test_rounding_inside_is_not_held_against_a_module():
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: adapt(Convolution(8)), "needs the width of a module"),
+        (lambda: adapt(Convolution(8)), "needs d_model= if it gets a module"),
         (lambda: adapt(Convolution, traits={"pakking": True}), "no trait 'pakking'.*did you mean \"packing\""),
         (lambda: adapt(Convolution, traits={"state": "growing"}), "traits.state 'growing': pass state="),
         (lambda: check_mixer(adapt(lambda d: 3)), "expected an nn.Module to adapt, got 3"),
