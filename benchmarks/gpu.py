@@ -58,8 +58,8 @@ def run_process(part: Part, file: Path, *, seconds: float) -> str | None:
     if done.returncode == 0:
         return None
     lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    how = f"killed by signal {-done.returncode}" if done.returncode < 0 else f"exit status {done.returncode}"
-    return f"{how}: {lines[-1].strip() if lines else 'it printed nothing'} (full output: {log.name})"
+    ending = f"killed by signal {-done.returncode}" if done.returncode < 0 else f"exit status {done.returncode}"
+    return f"{ending}: {lines[-1].strip() if lines else 'it printed nothing'} (full output: {log.name})"
 
 
 def measure(

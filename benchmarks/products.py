@@ -80,7 +80,7 @@ class Recorder(TorchDispatchMode):
             self._count(*args[_FIRST[name] :][:2])
         elif name.startswith("_scaled_dot_product") and "math" not in name:
             names = [argument.name for argument in func._schema.arguments]
-            self._count_attention({**dict(zip(names, args, strict=False)), **kwargs}, backward="backward" in name)
+            self._count_attention({**dict(zip(names, args, strict=False)), **kwargs}, is_backward="backward" in name)
         elif name == "_linear_pointwise":
             x = args[0].flatten(0, -2)
             weight = args[1]
@@ -93,7 +93,7 @@ class Recorder(TorchDispatchMode):
         n = b.shape[-1] if b.ndim > 1 else 1
         self.products[Product(batch, a.shape[-2] if a.ndim > 1 else 1, a.shape[-1], n, a.dtype)] += 1
 
-    def _count_attention(self, arguments: dict[str, Any], *, backward: bool) -> None:
+    def _count_attention(self, arguments: dict[str, Any], *, is_backward: bool) -> None:
         """Count the two products of attention (scores, output), or the five of its backward pass.
 
         The backward pass computes the scores again, and the gradients of scores, queries, keys and values.
@@ -110,8 +110,8 @@ class Recorder(TorchDispatchMode):
         scores = Product(batch, rows, q.shape[-1], columns, q.dtype)
         output = Product(batch, rows, columns, v.shape[-1], q.dtype)
         # a product of width K costs as much as `scores`, one of width V as much as `output`
-        self.products[scores] += blocks * (3 if backward else 1)  # type: ignore[assignment]
-        self.products[output] += blocks * (2 if backward else 1)  # type: ignore[assignment]
+        self.products[scores] += blocks * (3 if is_backward else 1)  # type: ignore[assignment]
+        self.products[output] += blocks * (2 if is_backward else 1)  # type: ignore[assignment]
 
 
 _FIRST = {"mm": 0, "bmm": 0, "mv": 0, "addmm": 1, "addmm_": 1, "baddbmm": 1, "baddbmm_": 1}

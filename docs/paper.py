@@ -217,7 +217,7 @@ def draw_figure6(*results_by_batch: Results) -> list[Figure]:
         for style, (entry, weights) in enumerate(weights_of(results).items()):
             rows = [row for row in results.speed.decode if row.entry == entry]
             series.append(Series(entry, [Point(row.context, weights + (row.state_bytes or 0)) for row in rows], style))
-        memory = Axis("memory", unit="bytes", zero=True, log=False)
+        memory = Axis("memory", unit="bytes", from_zero=True, log=False)
         name = f"memory-{batch.replace(' ', '-')}"
         figures.append(Figure(name, f"Weights and state, {batch}", "", time.x, memory, series))
     return [replace(figure, name=f"{figure.name}-{i}") for i, figure in enumerate(figures)]

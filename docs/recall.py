@@ -38,7 +38,7 @@ def _accuracy(row: SummaryRow | None) -> float:
 def _cells(row: SummaryRow | None) -> list[str]:
     if row is None:
         return ["", "", ""]
-    return [format_statistic(row.accuracy, share=True), f"{row.rank or ''}", f"{row.learning_rate:g}"]
+    return [format_statistic(row.accuracy, as_percent=True), f"{row.rank or ''}", f"{row.learning_rate:g}"]
 
 
 if __name__ == "__main__":

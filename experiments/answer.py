@@ -22,12 +22,12 @@ def answer(results: Results) -> str:
         variants = [variants[0], variants[-1]]
     standings = [" ".join(_standing(results, variant)) for variant in variants]
     differences = [" ".join(_attribution(results, variant)) for variant in variants]
-    alike = len(set(differences)) == 1  # if all variants differ in the same way, say so once, at the end
+    same_everywhere = len(set(differences)) == 1  # if all variants differ in the same way, say so once, at the end
     parts = [
-        f"At {variant_text(variant)}: {standing} {'' if alike else difference}" if variant else standing
+        f"At {variant_text(variant)}: {standing} {'' if same_everywhere else difference}" if variant else standing
         for variant, standing, difference in zip(variants, standings, differences, strict=True)
     ]
-    return " ".join(filter(None, [*map(str.strip, parts), differences[0] if alike else ""]))
+    return " ".join(filter(None, [*map(str.strip, parts), differences[0] if same_everywhere else ""]))
 
 
 def variant_text(variant: Mapping[str, Any]) -> str:
@@ -57,19 +57,19 @@ def _standing(results: Results, variant: Mapping[str, Any]) -> Iterator[str]:
     if not rows:
         yield "no run has finished."
         return
-    share = has_accuracy(results)
+    as_percent = has_accuracy(results)
     if subject is None:
-        best = format_statistic(score(results, rows[0]), share=share)
+        best = format_statistic(score(results, rows[0]), as_percent=as_percent)
         yield f"{results.about} has not finished, so there is no answer about it; {rows[0].entry} reaches {best}."
         return
     others = [row for row in rows if row is not subject]
-    measure = "an accuracy" if share else "a validation loss"
-    text = f"{subject.entry} reaches {measure} of {format_statistic(score(results, subject), share=share)}"
+    measure = "an accuracy" if as_percent else "a validation loss"
+    text = f"{subject.entry} reaches {measure} of {format_statistic(score(results, subject), as_percent=as_percent)}"
     seeds = min(row.seeds for row in (subject, *others))
     if not others:
         yield f"{text}."
     elif seeds < 2:
-        best = format_statistic(score(results, others[0]), share=share)
+        best = format_statistic(score(results, others[0]), as_percent=as_percent)
         yield f"{text}; the best of the others is {others[0].entry} with {best}."
     else:
         relations: dict[str, list[str]] = {"better": [], "tied with it": [], "worse": []}
@@ -108,7 +108,7 @@ def _attribution(results: Results, variant: Mapping[str, Any]) -> Iterator[str]:
     groups: dict[tuple[str, ...], list[str]] = {}
     for each in others:
         groups.setdefault(each.also, []).append(each.entry)
-    alike = groups.pop((), [])
+    otherwise_equal = groups.pop((), [])
     if not groups:
         yield f"The entries differ only in {compared}."
         return
@@ -121,8 +121,9 @@ def _attribution(results: Results, variant: Mapping[str, Any]) -> Iterator[str]:
     else:
         fields = list(dict.fromkeys(field for each in groups for field in each))
         yield f"The entries differ from {results.about} also in {names(fields)}{rest}."
-    if alike:
-        yield f"Only {names(alike)} differ{'s' * (len(alike) == 1)} from it in nothing else."
+    if otherwise_equal:
+        verb = "is" if len(otherwise_equal) == 1 else "are"
+        yield f"Only {names(otherwise_equal)} {verb} equal to {results.about} in everything else."
 
 
 def names(words: Sequence[str]) -> str:
@@ -131,11 +132,11 @@ def names(words: Sequence[str]) -> str:
     return " and ".join(filter(None, [", ".join(shown[:-1]), shown[-1]]))
 
 
-def format_statistic(value: Statistic | None, *, share: bool = False) -> str:
-    """Format a mean and its margin, in percent if `share`; empty for None."""
+def format_statistic(value: Statistic | None, *, as_percent: bool = False) -> str:
+    """Format a mean and its margin, in percent if `as_percent`; empty for None."""
     if value is None:
         return ""
-    scale, unit, digits = (100, " %", 1) if share else (1, "", 3 if abs(value.mean) < 10 else 2)
+    scale, unit, digits = (100, " %", 1) if as_percent else (1, "", 3 if abs(value.mean) < 10 else 2)
     margin = "" if value.margin is None else f" ± {value.margin * scale:.{digits}f}"
     # no-break spaces keep a number on one line
     return f"{value.mean * scale:.{digits}f}{margin}{unit}".replace(" ", "\N{NO-BREAK SPACE}")

@@ -121,11 +121,11 @@ def compare(
         variant: the variant.
     """
     features = {name: describe(config) for name, config in configs.items()}
-    found = {
+    differing_fields = {
         name: _difference(features[subject], features[name], {*named[subject], *named[name]}, ignored)
         for name in configs
     }
-    shown = list(dict.fromkeys(field for _, also in found.values() for field in also))
+    shown = list(dict.fromkeys(field for _, also in differing_fields.values() for field in also))
     return [
         Difference(
             entry=name,
@@ -134,7 +134,7 @@ def compare(
             also=tuple(also),
             values={field: features[name][field].text if field in features[name] else ABSENT for field in shown},
         )
-        for name, (compared, also) in found.items()
+        for name, (compared, also) in differing_fields.items()
     ]
 
 
@@ -148,9 +148,9 @@ def _difference(
         if field not in ignored and (field not in one or field not in other or one[field].effect != other[field].effect)
     ]
     if "mixer.kind" in differing:
-        own = ("mixer.", "layers")
+        of_mixer = ("mixer.", "layers")
         heads = [field for field in differing if field == "mixer.n_heads" and field in one and field in other]
-        return [MIXER], [*(field for field in differing if not field.startswith(own)), *heads]
+        return [MIXER], [*(field for field in differing if not field.startswith(of_mixer)), *heads]
     whole = "*" in named
     compared = [field for field in differing if field in named or (whole and not field.startswith("training."))]
     return compared, [field for field in differing if field not in compared]

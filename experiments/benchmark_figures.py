@@ -40,7 +40,7 @@ def figures_of(report: Report) -> list[Figure]:
     else:
         kind = "peak"
         caption = "Peak memory beyond that allocated before the call."
-        memory = Axis("peak memory", unit="bytes", zero=True, log=False, noise=NOISE)
+        memory = Axis("peak memory", unit="bytes", from_zero=True, log=False, noise=NOISE)
 
     def bytes_of(row: Row) -> tuple[float, ...] | None:
         return None if (value := getattr(row, f"{kind}_bytes")) is None else (value,)

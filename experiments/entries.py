@@ -57,8 +57,8 @@ class Source:
         """Return a value with its place in the file; values that the file does not have get the keys as their place."""
         value = Node.of(value, Origin(f"{self.file}: {'.'.join(map(str, keys))}"))
         if self.tree is not None:
-            found, node = self.tree.find(keys)
-            if found == keys and node.plain() == value.plain():
+            found_keys, node = self.tree.find(keys)
+            if found_keys == keys and node.plain() == value.plain():
                 return node
         return value
 

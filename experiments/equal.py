@@ -60,7 +60,7 @@ def mixers_of(model: ModelConfig) -> list[MixerConfig]:
 
 def _flat(mixer: MixerConfig) -> list[MixerConfig]:
     inner = _inner(mixer)
-    return [found for each in inner for found in _flat(each)] if inner else [mixer]
+    return [leaf for part in inner for leaf in _flat(part)] if inner else [mixer]
 
 
 def _inner(mixer: MixerConfig) -> tuple[MixerConfig, ...]:

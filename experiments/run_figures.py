@@ -90,9 +90,9 @@ def figures_of(runs: Sequence[Curves]) -> list[Figure]:
 
     faint = "Faint lines: training batches, as logged. Lines with markers: evaluations."
     over_time = f"{faint} Time is that of training steps; other load on the machine lengthens it."
-    rate_axis = Axis("learning rate", zero=True, log=False)
-    speed_axis = Axis("tokens per second", zero=True, log=False)
-    memory_axis = Axis("peak memory", unit="bytes", zero=True, log=False)
+    rate_axis = Axis("learning rate", from_zero=True, log=False)
+    speed_axis = Axis("tokens per second", from_zero=True, log=False)
+    memory_axis = Axis("peak memory", unit="bytes", from_zero=True, log=False)
     norm_axis = Axis("gradient norm")
     time_axis = Axis("time of training steps", unit="seconds", log=False)
     return drawable(

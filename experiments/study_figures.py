@@ -21,10 +21,10 @@ VALIDATION = Axis(f"validation {LOSS.label}", log=False)
 TRAINING = Axis(f"training {LOSS.label}", log=False)
 MEASURED = {"accuracy": ACCURACY, "validation_loss": VALIDATION, "loss": TRAINING}
 """Axis of each measured value, by the name of its field in the results."""
-RATE = Axis("tokens per second", zero=True, log=False)
+RATE = Axis("tokens per second", from_zero=True, log=False)
 STATE = Axis("state", unit="bytes")
-MEMORY = Axis("peak memory", unit="bytes", zero=True, log=False, noise=NOISE)
-TIME = Axis("time per token", unit="seconds", zero=True, log=False)
+MEMORY = Axis("peak memory", unit="bytes", from_zero=True, log=False, noise=NOISE)
+TIME = Axis("time per token", unit="seconds", from_zero=True, log=False)
 COSTS = {
     "train-speed": ("Training speed", "tokens_per_second", RATE, "Higher is faster."),
     "train-memory": ("Memory of training", "memory_bytes", MEMORY, "Peak of a step beyond parameters and optimizer."),

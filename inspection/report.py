@@ -71,14 +71,14 @@ def reach_figures(views: Sequence[LayerView]) -> list[Figure]:
     within = _series_of_layers(views, lambda view: [] if view.maps is None else _weight_by_distance(view))
     heads = _series_of_layers(views, lambda view: [Point(view.layer, reach) for reach in view.reach])
     distance_axis = Axis("distance (tokens)", log=False)
-    share_axis = Axis("share of weight", unit="share", zero=True, log=False)
+    share_axis = Axis("share of weight", unit="share", from_zero=True, log=False)
     layer_axis = Axis("layer", log=False)
     within_caption = "Share of a query's weight on tokens at most this far back; mean of heads and queries."
     reach_caption = (
         "Each point is a head: the mean distance from a query to the tokens that it reads, by weight; by gradients if "
         "there are no heads."
     )
-    reach_axis = Axis("mean distance (tokens)", zero=True)
+    reach_axis = Axis("mean distance (tokens)", from_zero=True)
     return [
         Figure("within", "Weight within a distance", within_caption, distance_axis, share_axis, within),
         Figure("reach", "Reach by layer", reach_caption, layer_axis, reach_axis, heads, joined=False),
@@ -124,7 +124,7 @@ def state_figures(views: Sequence[LayerView]) -> list[Figure]:
             "Effective rank",
             rank_caption,
             token_axis,
-            Axis("rank", zero=True, log=False),
+            Axis("rank", from_zero=True, log=False),
             series("ranks"),
         ),
     ]

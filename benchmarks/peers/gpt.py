@@ -57,13 +57,13 @@ class Gpt(nn.Module):
             if parameter.ndim == 2:
                 nn.init.normal_(parameter, std=0.02)
 
-    def forward(self, tokens: Tensor, cache: Cache | None = None, read: int = 0, *, last: bool = False) -> Tensor:
-        """Compute the logits, of the last token only if `last`; the cache already holds the first `read` tokens."""
+    def forward(self, tokens: Tensor, cache: Cache | None = None, read: int = 0, *, last_only: bool = False) -> Tensor:
+        """Compute the logits, only the last if `last_only`; the cache already holds the first `read` tokens."""
         x = self.embedding(tokens)
         x = x + sines(read, tokens.shape[1], x)
         for i, block in enumerate(self.blocks):
             x = block(x, None if cache is None else cache[i], read)
-        return self.head(self.norm(x[:, -1:] if last else x))
+        return self.head(self.norm(x[:, -1:] if last_only else x))
 
 
 def sines(start: int, length: int, like: Tensor) -> Tensor:
@@ -111,7 +111,7 @@ class GptSdpa(Peer):
     def read(self, tokens: Tensor) -> Any:
         batch, length = tokens.shape
         cache = self._cache(batch, 2 * length)
-        self.module(tokens, cache, last=True)
+        self.module(tokens, cache, last_only=True)
         return cache, length
 
     def state_after(self, context: int, batch: int, room: int) -> Any:

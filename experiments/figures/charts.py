@@ -41,7 +41,7 @@ def scales(figure: Figure) -> dict[str, dict[str, dict[str, Any]]]:
         room = {"nice": False, "padding": 8}
         if kind == "log":
             return {"type": "log", "base": 2 if axis.unit == "bytes" else 10} | room
-        return {"type": "linear", "zero": axis.zero} | room
+        return {"type": "linear", "zero": axis.from_zero} | room
 
     axes = {"x": figure.x, "y": figure.y}
     return {name: {kind: scale(axes[name], kind) for kind in one.kinds} for name, one in figure.scales().items()}

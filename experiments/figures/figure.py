@@ -49,7 +49,7 @@ class Axis:
     label: str
     unit: str = ""  # "bytes", "seconds" and "share" (1 is 100 %) are converted to a unit that suits the values
     log: bool | None = None  # True for logarithmic at first; None to decide by the range of the values
-    zero: bool = False  # True if a linear axis begins at zero
+    from_zero: bool = False  # True if a linear axis begins at zero
     ticks: Sequence[float] = ()  # values of the ticks; empty for round numbers
     names: Sequence[str] = ()  # categories in their order, for an axis without numbers
     noise: float = 0.0  # values below this are noise; an axis with such values is never logarithmic
@@ -65,7 +65,7 @@ class Scale(NamedTuple):
 
 
 LOSS = Axis("loss (nats per token)", log=False)
-ACCURACY = Axis("accuracy", unit="share", zero=True, log=False)
+ACCURACY = Axis("accuracy", unit="share", from_zero=True, log=False)
 
 
 @dataclass(frozen=True)

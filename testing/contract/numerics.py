@@ -108,7 +108,7 @@ def _require_no_drift(trial: Trial, length: int) -> None:
     if trial.mixer.traits.has_state:
         start = state or exact.init_state(1, max_length=length)
         stepped = torch.no_grad()(step_by_step(trial, exact))
-        row_moves = rows_moved(lambda x, state, rounds: ends(*stepped(x, state, rounds)), x, start, dtype)
+        row_moves = rows_moved(lambda x, state, rounds_states: ends(*stepped(x, state, rounds_states)), x, start, dtype)
     else:
         row_moves = rows_moved(lambda x, *_: ends(*trial.mix(x, None, exact)), x, None, dtype)
     for paradigm in trial.paradigms:

@@ -16,7 +16,9 @@ LOW = (torch.float32, torch.bfloat16, torch.float16)
 """Dtypes that are compared with float64."""
 
 Rounded = Callable[..., tuple[Tensor, Any]]
-"""Function of a segment, a state, and `rounds` (True to round intermediate states); returns output and final state."""
+"""Function of a segment, a state, and `rounds_states` (True to round intermediate states).
+
+It returns output and final state."""
 
 
 PERTURBATIONS = (1, 1, 1, 1, 2, 2, 2, 2, 4, 4, 4, 4, 8, 8, 16, 16)
@@ -61,8 +63,8 @@ def require_near_float64(
     # an exact gradient may be zero up to rounding, such as that of a key bias under a softmax
     floor = 0.1 * numbers.square().mean().sqrt().item()
 
-    def exact_results(x: Tensor, state: Any, rounds: bool) -> dict[str, Tensor]:
-        call = whole if rounded is None else partial(rounded, rounds=rounds)
+    def exact_results(x: Tensor, state: Any, rounds_states: bool) -> dict[str, Tensor]:
+        call = whole if rounded is None else partial(rounded, rounds_states=rounds_states)
         tensors, after = trial.differentiate(call, x, state, mixer=exact, zeros=results)
         return named_results(tensors.pop("the output"), after) | tensors
 
@@ -90,10 +92,10 @@ def step_by_step(trial: Trial, exact: SequenceMixer) -> Rounded:
     """Return the exact map, token by token, with optional perturbation of the state by float32 rounding."""
     step, perturb = trial.call(trial.reference, exact), rounding(torch.float32)
 
-    def stepped(x: Tensor, state: Any, rounds: bool) -> tuple[Tensor, Any]:
+    def stepped(x: Tensor, state: Any, rounds_states: bool) -> tuple[Tensor, Any]:
         outputs = []
         for token in x.split(1, dim=1):
-            y, state = step(token, perturb(state) if rounds else state)
+            y, state = step(token, perturb(state) if rounds_states else state)
             outputs.append(y)
         return torch.cat(outputs, dim=1), state
 

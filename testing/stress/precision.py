@@ -94,8 +94,8 @@ def long_decoding_does_not_drift(trial: Trial) -> None:
     start = exact.init_state(len(x), max_length=STEPS)
     stepped = torch.no_grad()(step_by_step(trial, exact))
 
-    def ends(x: Tensor, state: Any, rounds: bool) -> dict[str, Tensor]:
-        return {"the output": stepped(x, state, rounds)[0][:, -last:]}
+    def ends(x: Tensor, state: Any, rounds_states: bool) -> dict[str, Tensor]:
+        return {"the output": stepped(x, state, rounds_states)[0][:, -last:]}
 
     row_moves = rows_moved(ends, x, start, trial.case.dtype)
     # several rows take no longer than one, and each is compared alone; a single row may have its own code path

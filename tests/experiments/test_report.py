@@ -107,7 +107,7 @@ def test_what_else_differs_stands_beside_the_answer():
     one = {"differences": [difference("attention", {}), difference("Mamba-2", {"short_conv": "4"})]}
     assert said(study | one).endswith(
         " Mamba-2 differs from retention also in short_conv, so what separates them cannot be attributed to the mixer "
-        "alone. Only attention differs from it in nothing else."
+        "alone. Only attention is equal to retention in everything else."
     )
     one["differences"] += [{"entry": "retention", "values": {"short_conv": "none"}}]
     made = render(results(study | one))
@@ -298,4 +298,4 @@ def test_the_file_is_replaced_whole(tmp_path):
     ],
 )
 def test_a_mean_is_shown_with_its_margin(value, share, shown):
-    assert format_statistic(value, share=share).replace("\N{NO-BREAK SPACE}", " ") == shown
+    assert format_statistic(value, as_percent=share).replace("\N{NO-BREAK SPACE}", " ") == shown
