@@ -14,7 +14,7 @@ from ..models import LanguageModel
 from ..registry import SeqmixError, nearest, write_file
 from ..training import load_run, read_config
 from ..training.checkpoint.run_dir import SCORES_FILE
-from ..training.length_eval import TIMES, Evaluation, by_context, by_length, common_paradigms, open_text
+from ..training.length_eval import LENGTH_MULTIPLES, Evaluation, by_context, by_length, common_paradigms, open_text
 from .console import note, terminal
 from .evaluation_tables import join_words, show_evaluation, show_scores, show_side_by_side
 from .options import Checkpoint, Device, Ema, JsonFile, Trust, checkpoint_choice, require_device, require_writable
@@ -162,7 +162,7 @@ def _evaluate_run(
     """Measure the losses of one run by length and by context."""
     config = read_config(run, on_note=note)
     trained = config.data.sequence_length
-    lengths = requested_lengths or ([] if contexts else [times * trained for times in TIMES])
+    lengths = requested_lengths or ([] if contexts else [times * trained for times in LENGTH_MULTIPLES])
     source = open_text(config, run, [*requested_lengths, *contexts])
     if not requested_lengths:  # up to the size of the validation split
         available = len(source.corpus.validation)

@@ -58,7 +58,7 @@ def linearize(
     for name in linearization.plan.staged:
         console.print(f"stage {name}")
         with StopRequest() as stop:
-            events = linearization.stage(name, stop.made)
+            events = linearization.stage(name, stop.was_made)
             finished = events is None or follow(events, linearization.config(name).training, console)[0]
         if not finished:
             words = ["seqmix", "linearize", source, plan, "--out", out]

@@ -55,8 +55,8 @@ def plan(
         "Per GPU. Received (within a replica) and copies (between replicas): bytes per micro-batch. Computing, sending "
         f"and step: seconds per step of {tokens:,} tokens. A step takes the larger of computing and sending at best, "
         f"and their sum at worst. Assumed, not measured: {PEAK_FRACTION:.0%} of the peak rate in {dtype}, "
-        f"{si_bytes(links.inside)}/s between the {GPUS_PER_MACHINE} GPUs of a machine, {si_bytes(links.between)}/s "
-        "between machines."
+        f"{si_bytes(links.rate_within_machine)}/s between the {GPUS_PER_MACHINE} GPUs of a machine, "
+        f"{si_bytes(links.rate_between_machines)}/s between machines."
     )
 
 

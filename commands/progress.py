@@ -38,7 +38,7 @@ def run_with_progress(config: RunConfig, run: Path, *, resume: bool = False, dev
     """
     console = terminal(quiet=os.environ.get("RANK", "0") != "0")  # only rank 0 prints
     with StopRequest() as stop:
-        events = train(config, run, resume=resume, stop=stop.made, device=device)
+        events = train(config, run, resume=resume, stop=stop.was_made, device=device)
         finished, source = follow(events, config.training, console)
     quoted = shlex.quote(str(run))
     if not finished:

@@ -12,7 +12,7 @@ from ..models import LayerCost, ModelCost, account
 from ..models.builder import build_meta
 from ..training import RunConfig, load_config
 from ..training.distributed.layouts import received
-from ..training.optimizer import assignments
+from ..training.optimizer import trainings_of
 from .console import plain_table, terminal
 from .options import Overrides
 
@@ -43,26 +43,27 @@ def print_parameters(config: RunConfig, *, as_json: bool = False) -> None:
         config: the configuration.
         as_json: True to print JSON instead of a table.
     """
-    assigned = assignments(build_meta(config.model), config.training)
+    trainings = trainings_of(build_meta(config.model), config.training)
     if as_json:
         entries = [
             {
-                "name": a.name,
-                "shape": list(a.parameter.shape),
-                "role": a.role.role,
-                "blocks": [block._asdict() for block in a.role.blocks],
-                "optimizer": a.optimizer,
-                "weight_decay": a.weight_decay,
-                "learning_rate_multiplier": a.multiplier,
+                "name": each.name,
+                "shape": list(each.parameter.shape),
+                "role": each.role.role,
+                "blocks": [block._asdict() for block in each.role.blocks],
+                "optimizer": each.optimizer,
+                "weight_decay": each.weight_decay,
+                "learning_rate_multiplier": each.multiplier,
             }
-            for a in assigned
+            for each in trainings
         ]
         typer.echo(json.dumps(entries, indent=2))
         return
     table = plain_table("parameter", "shape", "role", "optimizer", "decay", "rate")
-    for a in assigned:
-        shape = " x ".join(map(str, a.parameter.shape))
-        table.add_row(a.name, shape, _role_text(a.role), a.optimizer, f"{a.weight_decay:g}", f"x {a.multiplier:g}")
+    for each in trainings:
+        shape = " x ".join(map(str, each.parameter.shape))
+        numbers = f"{each.weight_decay:g}", f"x {each.multiplier:g}"
+        table.add_row(each.name, shape, _role_text(each.role), each.optimizer, *numbers)
     terminal().print(table)
 
 

@@ -36,7 +36,7 @@ class LossSlice(NamedTuple):
 
     names: Sequence[str]
     """Names of the slices."""
-    of: Int[Tensor, "B T"]
+    indices: Int[Tensor, "B T"]
     """Slice of each target, as an index into `names`."""
 
 

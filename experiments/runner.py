@@ -91,7 +91,7 @@ def run_study(plan: Plan, folder: Path, *, jobs: int | None, observer: Observer)
         with lock.hold_lock(folder, observer.note):
             jobs = jobs or default_jobs(plan.study.threads)
             with StopRequest() as stop:
-                outcome = make_runs(plan, folder, jobs=jobs, observer=observer, stop=stop.made)
+                outcome = make_runs(plan, folder, jobs=jobs, observer=observer, stop=stop.was_made)
             collected = _write(plan, folder, outcome.failed)
             if not outcome.stopped and (timed := speed.measure(plan, folder, observer.timing)):
                 collected = _write(plan, folder, outcome.failed, timed)

@@ -57,7 +57,7 @@ def _train(config: RunConfig, folder: Path, stop: StopRequest, report: Callable[
     """Train the run from its start or its checkpoint; return the step of the last event."""
     step = 0
     reported = 0.0
-    for event in train(config, folder, resume=(folder / CONFIG_FILE).exists(), stop=stop.made):
+    for event in train(config, folder, resume=(folder / CONFIG_FILE).exists(), stop=stop.was_made):
         step = event.step
         match event:
             case Stepped() if time.monotonic() - reported > SECONDS_BETWEEN_STEPS:

@@ -21,7 +21,7 @@ class StopRequest:
         self._handlers = {number: signal.getsignal(number) for number in self.SIGNALS}
         self._parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
-    def made(self) -> bool:
+    def was_made(self) -> bool:
         """Return True if a stop was requested."""
         return self._signalled or self._parent not in (None, os.getppid())
 

@@ -20,7 +20,7 @@ from ..models import IGNORED, LanguageModel
 from ..registry import SeqmixError
 from .config import RunConfig
 
-TIMES = (1, 2, 4, 8, 16)
+LENGTH_MULTIPLES = (1, 2, 4, 8, 16)
 """Default lengths, as multiples of the training length."""
 BATCH_TOKENS = 4096
 """Maximum number of tokens per batch, unless a single sequence is longer."""

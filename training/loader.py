@@ -25,7 +25,7 @@ class Loader:
         source: the data.
         device: device of the batches.
         groups: the processes of the run.
-        ahead: True to read one step ahead in a thread; None to do so only if the device is a GPU.
+        reads_ahead: True to read one step ahead in a thread; None to do so only if the device is a GPU.
     """
 
     def __init__(
@@ -35,14 +35,14 @@ class Loader:
         device: torch.device,
         groups: ProcessGroups = ALONE,
         *,
-        ahead: bool | None = None,
+        reads_ahead: bool | None = None,
     ) -> None:
         self.config = config
         self.source = source
         self.device = device
         self.groups = groups
-        ahead = device.type == "cuda" if ahead is None else ahead
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches") if ahead else None
+        reads_ahead = device.type == "cuda" if reads_ahead is None else reads_ahead
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches") if reads_ahead else None
         self._reads: dict[int, Future[_Read]] = {}
         """Pending reads by step: the step requested last, and the next one."""
 

@@ -27,7 +27,8 @@ class Place(NamedTuple):
     call: int = 0
     """Index of the call of the model, from 0."""
     tokens: Tensor | None = None
-    """Boolean mask [B, T], True for non-finite tokens; None if unknown, or if call 0 has only such tokens."""
+    """Boolean mask [B, T], True for non-finite tokens. None if they are unknown, or if they are all tokens of the first
+    call, which locates nothing."""
     backward: bool = False
     """True for a gradient, where NaN and infinity spread to earlier tokens."""
 

@@ -44,40 +44,44 @@ class Together:
 AnyOptimizer: TypeAlias = torch.optim.Optimizer | Together
 
 
-class Assignment(NamedTuple):
-    """Training of one parameter, as its role decides."""
+class ParameterTraining(NamedTuple):
+    """How one parameter is trained, as its role decides."""
 
     name: str
+    """Name of the parameter in the model."""
     parameter: nn.Parameter
+    """The parameter."""
     role: ParameterRole
+    """Role of the parameter, with its blocks of rows."""
     optimizer: str
     """Optimizer that updates the parameter: `muon`, `normuon`, `adamw`, or the path of another one."""
     weight_decay: float
+    """Weight decay of the parameter; 0 if its role is not decayed."""
     multiplier: float
     """Factor of the learning rate (muP); the weight decay is divided by it, so that their product is the same."""
     gate_multiplier: float
     """Factor of the learning rate of rows that compute gates, which AdamW updates also in a matrix of Muon's."""
 
 
-def assignments(model: nn.Module, config: TrainingConfig) -> list[Assignment]:
+def trainings_of(model: nn.Module, config: TrainingConfig) -> list[ParameterTraining]:
     """Return how each parameter that requires a gradient is trained.
 
     Raises:
         ContractError: a parameter has no role.
     """
     roles = roles_of(model)
-    muon = config.optimizer in ("muon", "normuon")
+    uses_muon = config.optimizer in ("muon", "normuon")
     multipliers = width_multipliers(model, roles)
     result = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         role = roles[name]
-        by_muon = muon and role.role is Role.MATRIX
+        by_muon = uses_muon and role.role is Role.MATRIX
         multiplier = multipliers[name].muon if by_muon else multipliers[name].adamw
         decay = config.weight_decay / multiplier if role.role.decays else 0.0
-        optimizer = config.optimizer if by_muon or not muon else "adamw"
-        result.append(Assignment(name, parameter, role, optimizer, decay, multiplier, multipliers[name].adamw))
+        optimizer = config.optimizer if by_muon or not uses_muon else "adamw"
+        result.append(ParameterTraining(name, parameter, role, optimizer, decay, multiplier, multipliers[name].adamw))
     return result
 
 
@@ -97,30 +101,30 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> AnyOptimizer:
         raise SeqmixError(
             f"build_optimizer expects a TrainingConfig, such as config.training, got a {type(config).__name__}"
         )
-    assigned = assignments(model, config)
+    trainings = trainings_of(model, config)
     if ":" in config.optimizer:
         make = import_object(config.optimizer, "the optimizer")
         try:
-            return make(_groups(assigned, config.learning_rate), lr=config.learning_rate, **config.optimizer_options)
+            return make(_groups(trainings, config.learning_rate), lr=config.learning_rate, **config.optimizer_options)
         except (TypeError, ValueError) as error:
             raise SeqmixError(f"training.optimizer: {config.optimizer} rejects its arguments: {error}") from error
     optimizers: list[torch.optim.Optimizer] = []
-    if rest := [a for a in assigned if a.optimizer == "adamw"]:
+    if rest := [each for each in trainings if each.optimizer == "adamw"]:
         adamw = torch.optim.AdamW(
             _groups(rest, config.learning_rate), lr=config.learning_rate, betas=config.betas, fused=True
         )
         # created now, not by the first step, so that checkpoints have it also for parameters without a gradient
-        for a in rest:
-            adamw.state[a.parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=a.parameter.device),
-                "exp_avg": torch.zeros_like(a.parameter),
-                "exp_avg_sq": torch.zeros_like(a.parameter),
+        for each in rest:
+            adamw.state[each.parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=each.parameter.device),
+                "exp_avg": torch.zeros_like(each.parameter),
+                "exp_avg_sq": torch.zeros_like(each.parameter),
             }
         optimizers.append(adamw)
-    if matrices := [a for a in assigned if a.optimizer != "adamw"]:
+    if matrices := [each for each in trainings if each.optimizer != "adamw"]:
         muon = Muon(
             _groups(matrices, config.learning_rate),
-            {a.parameter: a.role for a in matrices},
+            {each.parameter: each.role for each in matrices},
             lr=config.learning_rate,
             momentum=config.muon_momentum,
             betas=config.betas,
@@ -137,20 +141,20 @@ def set_learning_rate(optimizer: AnyOptimizer, rate: float) -> None:
         group["lr"] = rate * group.get("lr_multiplier", 1.0)
 
 
-def _groups(assigned: Sequence[Assignment], rate: float) -> list[dict[str, Any]]:
+def _groups(trainings: Sequence[ParameterTraining], rate: float) -> list[dict[str, Any]]:
     """Return the parameter groups of an optimizer: parameters with equal settings together."""
     groups: dict[tuple[float, ...], dict[str, Any]] = {}
-    for a in assigned:
-        key = a.weight_decay, a.multiplier, a.gate_multiplier
+    for each in trainings:
+        key = each.weight_decay, each.multiplier, each.gate_multiplier
         if key not in groups:
             groups[key] = {
                 "params": [],
-                "lr": rate * a.multiplier,
-                "weight_decay": a.weight_decay,
-                "lr_multiplier": a.multiplier,
-                "gate_multiplier": a.gate_multiplier,
+                "lr": rate * each.multiplier,
+                "weight_decay": each.weight_decay,
+                "lr_multiplier": each.multiplier,
+                "gate_multiplier": each.gate_multiplier,
             }
-        groups[key]["params"].append(a.parameter)
+        groups[key]["params"].append(each.parameter)
     return list(groups.values())
 
 

@@ -161,8 +161,8 @@ class Course:
         trainer.skipping.norms.extend(manifest.gradient_norms)
         # masks of the library's own dropout do not depend on the layout
         modules = (module for module in trainer.model.modules() if module not in trainer.dropouts)
-        dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in modules)
-        return _resume_notes(manifest, trainer, changed, self.groups, dropout)
+        has_layout_dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in modules)
+        return _resume_notes(manifest, trainer, changed, self.groups, has_layout_dropout)
 
     def steps(self, start: int, stop: Callable[[], bool]) -> Iterator[Event]:
         """Run all steps from `start` on, with evaluations and checkpoints, until a stop request or early stopping."""
@@ -182,28 +182,28 @@ class Course:
                 elif settings.compile and step == start + 1:
                     yield Compiled(done, first_step_seconds - seconds, len(set(self.config.model.layers)))
                 event = self._step_event(result, seconds)
-                last = done == settings.steps
-                if done % settings.log_every == 0 or last:
+                is_last = done == settings.steps
+                if done % settings.log_every == 0 or is_last:
                     self._record(asdict(event))
                 yield event
                 if result.skipped is not None:
                     yield Noted(done, f"step {done} is skipped: {result.skipped}")
                 metrics = {"loss": result.loss}
-                if last or done % settings.evaluate_every == 0:
-                    metrics["validation_loss"] = yield from self._evaluate(last=last)
-                stopping = self.groups.any(stop())
-                early = self._out_of_patience and not last
-                ending = last or early or stopping
-                best = settings.keep_best and self.best.step == done
-                if ending or best or done % settings.checkpoint_every == 0:
+                if is_last or done % settings.evaluate_every == 0:
+                    metrics["validation_loss"] = yield from self._evaluate(is_last=is_last)
+                stop_requested = self.groups.any(stop())
+                stops_early = self._out_of_patience and not is_last
+                run_ends = is_last or stops_early or stop_requested
+                keeps_best = settings.keep_best and self.best.step == done
+                if run_ends or keeps_best or done % settings.checkpoint_every == 0:
                     # an evaluation checked the parameters too, but not a carried state
                     evaluated = "validation_loss" in metrics and not settings.carry_state
                     if not (evaluated and self.trainer.parameters_are_finite()):
                         self.trainer.require_finite_update(step)
-                    yield self.save(done, metrics, wait=ending)
-                if early:
+                    yield self.save(done, metrics, wait=run_ends)
+                if stops_early:
                     yield self._early_stop_event(done)
-                if early or stopping:
+                if stops_early or stop_requested:
                     return
         except NotFiniteError as error:
             with suppress(CheckpointError):
@@ -263,7 +263,7 @@ class Course:
         skipped = self.trainer.skipping.skipped if self.trainer.skipping.enabled else None
         return Stepped(self.done, loss, rate, norm, speed, mfu, violation, memory, skipped)
 
-    def _evaluate(self, *, last: bool) -> Generator[Evaluated, None, float]:
+    def _evaluate(self, *, is_last: bool) -> Generator[Evaluated, None, float]:
         """Evaluate after a step, and make the final evaluation if training ends here.
 
         Returns:
@@ -271,16 +271,16 @@ class Course:
         """
         settings = self.config.training
         evaluate = self.trainer.evaluate
-        result = final_result = evaluate(final=last)
-        if last and settings.final_evaluation_batches != settings.evaluation_batches:
+        result = final_result = evaluate(final=is_last)
+        if is_last and settings.final_evaluation_batches != settings.evaluation_batches:
             result = evaluate(final=False)
         self.best = self.best.after(self.done, result.loss)
-        if not last:
+        if not is_last:
             yield self._record_evaluation(result, final=False)
             if self._out_of_patience:
-                last = True
+                is_last = True
                 final_result = evaluate(final=True)
-        if last:
+        if is_last:
             yield self._record_evaluation(final_result, final=True)
         return result.loss
 
@@ -312,7 +312,7 @@ class Course:
 
 
 def _load_inputs(
-    config: RunConfig, run: Path, resume: bool, groups: ProcessGroups, requested: torch.device | str | None
+    config: RunConfig, run: Path, resume: bool, groups: ProcessGroups, requested_device: torch.device | str | None
 ) -> tuple[Source, LanguageModel, IntactCheckpoint | None, WeightsOrigin | None]:
     """Load all inputs of a run, without writing anything.
 
@@ -321,12 +321,13 @@ def _load_inputs(
         with training.start_from. The last two may be None.
     """
     origin = None
-    device = torch.device(requested or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(requested_device or ("cuda" if torch.cuda.is_available() else "cpu"))
     saved = None
     with groups.raise_together():
-        if requested is not None and groups.size > 1:
+        if requested_device is not None and groups.size > 1:
             raise TrainingError(
-                f"expected no device, as each of {groups.size} processes takes its own, got {requested}: leave it out"
+                f"expected no device, since each of the {groups.size} processes uses its own GPU, or the CPU, got "
+                f"{requested_device}: leave it out"
             )
         if not resume and groups.is_main:
             require_free(run)
@@ -380,7 +381,7 @@ def _require_resumable(run: Path) -> None:
     if not (folders := checkpoint.checkpoints(run)):
         raise TrainingError(
             f"{run} has a configuration but no weights, and was not written by `seqmix train`: write it again with "
-            f"convert or average, or train new weights with `seqmix train {run / CONFIG_FILE} --out DIR`"
+            f"`seqmix convert` or `seqmix average`, or train new weights with `seqmix train {run / CONFIG_FILE} --out DIR`"
         )
     with suppress(CheckpointError):  # a damaged checkpoint is reported when it is loaded
         if not checkpoint.read_manifest(folders[-1]).files_of(train_state.OPTIMIZER):
@@ -389,7 +390,7 @@ def _require_resumable(run: Path) -> None:
 
 def _missing_optimizer_message(run: Path) -> str:
     return (
-        f"{run} has weights without an optimizer's state, as convert and average write them: start a new run from "
+        f"{run} has weights but no optimizer state, as `seqmix convert` and `seqmix average` write: start a new run from "
         f"these weights with training.start_from={run}"
     )
 
@@ -415,20 +416,20 @@ def _require_context_parallel_mixers(model: LanguageModel, settings: TrainingCon
 
 
 def _resume_notes(
-    manifest: Manifest, trainer: Trainer, changed_fields: list[str], groups: ProcessGroups, dropout: bool
+    manifest: Manifest, trainer: Trainer, changed_fields: list[str], groups: ProcessGroups, has_layout_dropout: bool
 ) -> list[str]:
-    """Describe how a resumed run differs from an uninterrupted one, in rounding, dropout or data: one sentence each.
+    """Return one sentence for each difference from an uninterrupted run: in rounding, dropout masks and data.
 
     Args:
         manifest: the manifest of the checkpoint.
         trainer: the trainer of the resumed run.
         changed_fields: phrases on implementation fields that changed.
         groups: the processes.
-        dropout: True if the model has dropout whose masks depend on the layout.
+        has_layout_dropout: True if the model has dropout whose masks depend on the layout of the processes.
     """
     now: dict[str, object] = {"processes": groups.size, "context_parallel": groups.context_parallel}
     then: dict[str, object] = {name: getattr(manifest, name) for name in now}
-    other_masks = dropout and now != then
+    masks_differ = has_layout_dropout and now != then
     now |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
     then |= {"threads": manifest.threads, "torch": manifest.torch}
     if manifest.precision is not None:
@@ -440,8 +441,11 @@ def _resume_notes(
         notes.append(
             f"{', '.join(changed)}: results may differ from an uninterrupted run by rounding, which training amplifies"
         )
-    if other_masks:
-        notes.append("another layout draws other dropout masks, like another seed: weights differ by some percent")
+    if masks_differ:
+        notes.append(
+            "dropout masks differ from those of the previous number of processes, as with another seed: the weights "
+            "will differ by a few percent from those of an uninterrupted run"
+        )
     source = trainer.source
     if manifest.data is not None and manifest.data != source.digest:
         notes.append(

@@ -33,7 +33,10 @@ class Skipping:
             return None
         usual = median(self.norms) if len(self.norms) >= MIN_NORMS else math.inf
         if norm > self.spike * usual:
-            return f"the gradient's norm is {norm:.3g}, {norm / usual:.3g} times the median of {len(self.norms)} steps"
+            times = norm / usual
+            return (
+                f"the gradient's norm is {norm:.3g}, {times:.3g} times the median of the last {len(self.norms)} steps"
+            )
         self.norms.append(norm)
         return None
 

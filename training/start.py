@@ -88,14 +88,17 @@ def start_from(folder: Path, model: LanguageModel, tokenizer: Tokenizer | None) 
     config, loaded = _read_source(folder, source)
     parameters = parameters_of(model)
     if differences := list(_tensor_differences(loaded, parameters)):
-        raise TrainingError(f"training.start_from = {folder} has another model: {'; '.join(differences)}")
+        raise TrainingError(
+            f"the weights of training.start_from = {folder} do not fit the configured model: {'; '.join(differences)}"
+        )
     digest = hashlib.sha256()
     for name, tensor in sorted(loaded.items()):
         digest.update(name.encode())
         digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         assign(parameters[name], tensor)
     changed = [
-        f"{name} was {before} there and is {now} here" for name, before, now in _field_changes(config, model.config)
+        f"{name} was {before} for these weights and is {now} here"
+        for name, before, now in _field_changes(config, model.config)
     ]
     note = f"started from the weights of {folder}{': ' if changed else ''}{'; '.join(changed)}"
     return WeightsOrigin(note, {"folder": str(folder.absolute()), "sha256": digest.hexdigest()})
@@ -191,8 +194,8 @@ def _read_source(folder: Path, source: SourceModel) -> tuple[ModelConfig, Mappin
 def _tensor_differences(loaded: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> Iterator[str]:
     """Describe how loaded tensors differ from a model's by name or shape: one phrase per kind of difference."""
     for phrase, names in (
-        ("it lacks {}", parameters.keys() - loaded.keys()),
-        ("it has an additional {}", loaded.keys() - parameters.keys()),
+        ("they lack {}", parameters.keys() - loaded.keys()),
+        ("they have an additional {}", loaded.keys() - parameters.keys()),
     ):
         if names:
             yield phrase.format(min(names)) + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")
@@ -200,7 +203,7 @@ def _tensor_differences(loaded: Mapping[str, Tensor], parameters: Mapping[str, T
     if reshaped:
         first = reshaped[0]
         yield (
-            f"its {first} has shape {list(loaded[first].shape)} instead of {list(parameters[first].shape)}"
+            f"their {first} has shape {list(loaded[first].shape)} instead of {list(parameters[first].shape)}"
             f"{f' (and {len(reshaped) - 1} more)' if len(reshaped) > 1 else ''}"
         )
 

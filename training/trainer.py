@@ -112,9 +112,9 @@ class Trainer:
         states = []
         self.model.train()
         total = torch.zeros((), device=self.model.device)
-        once = self.config.distributed.gather_once and self.groups.size > 1
+        gathers_once = self.config.distributed.gather_once and self.groups.size > 1
         for number, (loss, state) in enumerate(self._losses(step), start=1):
-            if once:
+            if gathers_once:
                 keep_gathered(self.model, number < settings.grad_accum_steps)
             (loss * self.groups.size).backward()  # gradients are averaged over processes
             total += loss.detach()
@@ -205,7 +205,7 @@ class Trainer:
         self._require_finite("loss after the update", loss, calls, self._describe_in_batch(step))
 
     def parameters_are_finite(self) -> bool:
-        """Return True if all parameters are finite on all processes; their loss may still overflow."""
+        """Return True if all parameters are finite on all processes. The loss may overflow nonetheless."""
         finite = torch.stack([local_tensor(p).isfinite().all() for p in self.model.parameters()]).all()
         return not self.groups.any(not finite.item())
 
@@ -302,12 +302,16 @@ class Trainer:
             local_targets = self.model.local_targets(batch.targets)
             score.add(output.loss.sum().item(), local_targets, predicted, slices)
             for axis, part in parts.items():
-                local_part = part._replace(of=self.model.local_targets(part.of))
+                local_part = part._replace(indices=self.model.local_targets(part.indices))
                 score.add_slices(output.loss.view(local_targets.shape).cpu(), local_targets, axis, local_part)
             yield
 
     def _rank_batches(self, batches: Iterator[Examples]) -> Iterator[Examples]:
-        """Yield this rank's batches, round-robin; if none is left for it at the end, one without targets."""
+        """Yield this rank's batches, which the ranks take in turn.
+
+        If the last round has no batch for this rank, it gets one without targets, so that all ranks make the same
+        collective calls.
+        """
         batches = iter(batches)
         rank = self.groups.dp_rank
         while part := list(islice(batches, self.groups.dp_size)):
@@ -324,7 +328,7 @@ class Trainer:
         Args:
             what: name of the value, for the message.
             value: the value, the same on all processes.
-            calls: repeats the calls of the model that computed the value.
+            calls: function whose iterator repeats the calls of the model that computed the value, one at a time.
             describe: describes the place in the data where the value became NaN or infinite.
             backward: True to search in the gradients instead of the outputs.
         """
@@ -351,8 +355,8 @@ class Trainer:
         Args:
             of: "batch" or "evaluation".
             origin: returns the file and offset of a token.
-            sizes: sequences per call, their length in tokens, and how many sequences lie between the first ones of two
-                ranks, and of two calls.
+            sizes: four numbers: the sequences per call; the tokens of a sequence; by how many sequences a rank's first
+                sequence comes after that of the rank before it; and the same for two successive calls.
             place: the module and tokens where the value is first not finite.
 
         Returns:

@@ -38,20 +38,20 @@ def test_a_thousand_sequences_have_the_recall_hits_that_a_plain_program_finds(n,
     batch = Batch(torch.from_numpy(rows[:, :-1]), torch.from_numpy(rows[:, 1:]))
     found = Slices(SlicesConfig(ngram=n, most=most), train, 16).of(batch, documents)
     assert found["recall"].names == ["other", "hit"]
-    hits = found["recall"].of.bool().tolist()
+    hits = found["recall"].indices.bool().tolist()
     wanted = [plain_hits(row, counts, n, most, None if documents is None else documents[i].tolist())
               for i, row in enumerate(rows.tolist())]  # fmt: skip
     assert hits == wanted
     assert 0.0003 < np.mean(hits) < 0.9
     assert found["position"].names == ["4", "8", "16", "32"]
-    assert found["position"].of[7].tolist() == [0] * 4 + [1] * 4 + [2] * 8 + [3] * 16
+    assert found["position"].indices[7].tolist() == [0] * 4 + [1] * 4 + [2] * 8 + [3] * 16
 
 
 def test_bins_of_positions_double_up_to_the_length():
     assert bins(1000, 64) == [(0, 16), (16, 32), (32, 64), (64, 128), (128, 256), (256, 512), (512, 1000)]
     text = TextConfig(sequence_length=8, slices=SlicesConfig()).open(257)
     short = next(iter(text.evaluation_batches(2, 1, 1)))
-    assert text.loss_slices(short.batch)["recall"].of.tolist() == [[0], [0]]
+    assert text.loss_slices(short.batch)["recall"].indices.tolist() == [[0], [0]]
 
 
 def test_an_evaluation_measures_every_slice_and_the_whole_is_their_mean(tmp_path):

@@ -8,7 +8,7 @@ from seqmix import build_model
 from seqmix.experiments.coordinates import coordinates
 from seqmix.models import build_meta
 from seqmix.training import load_config
-from seqmix.training.optimizer import assignments, build_optimizer, set_learning_rate
+from seqmix.training.optimizer import trainings_of, build_optimizer, set_learning_rate
 
 MUP = "model.parametrization={kind: mup, base_width: 64}"
 SMALL = ("model.n_layers=2", "data.sequence_length=32", "training.optimizer=adamw")
@@ -23,7 +23,7 @@ def test_the_base_model_is_that_of_the_standard_parametrization():
     for (name, one), (_, other) in zip(plain.named_parameters(), mup.named_parameters(), strict=True):
         assert torch.equal(one, other), name
     training = config_of().training
-    for a, b in zip(assignments(plain, training), assignments(mup, training), strict=True):
+    for a, b in zip(trainings_of(plain, training), trainings_of(mup, training), strict=True):
         assert (a.multiplier, a.weight_decay) == (b.multiplier, b.weight_decay)
 
 
@@ -37,7 +37,7 @@ def test_initial_values_and_learning_rates_follow_the_width(init):
         expected["blocks.0.mixer.in_proj.weight"] = std / 2
     for name, value in expected.items():
         assert model.get_parameter(name).std().item() == pytest.approx(value, rel=0.05), name
-    by_name = {a.name: a for a in assignments(model, config.training)}
+    by_name = {a.name: a for a in trainings_of(model, config.training)}
     for name, multiplier in {
         "embedding.weight": 1,
         "blocks.1.mixer.in_proj.weight": 0.25,
@@ -52,7 +52,7 @@ def test_initial_values_and_learning_rates_follow_the_width(init):
     set_learning_rate(optimizer, 0.4)
     assert {group["lr"] for group in optimizer.param_groups} == {0.4, 0.1}
     # a step of Muon is as large in the spectral norm, relative to the weights', at every width
-    muon = {a.name: a for a in assignments(model, config.training.model_copy(update={"optimizer": "muon"}))}
+    muon = {a.name: a for a in trainings_of(model, config.training.model_copy(update={"optimizer": "muon"}))}
     assert muon["blocks.0.ffn.up_proj.weight"].multiplier == pytest.approx(0.5)
 
 

@@ -30,7 +30,9 @@ def test_a_layout_is_the_sums_of_its_formulas(config):
     assert found.grad_accum_steps == batch // (2 * 4 * 4)
     assert found.computing == 4 * cost.flops_per_token * batch * length / (16 * PEAK_FRACTION * 989e12)
     rates = GPUS["h100"]
-    sending = found.grad_accum_steps * (found.received / rates.inside + found.copied / rates.between)
+    sending = found.grad_accum_steps * (
+        found.received / rates.rate_within_machine + found.copied / rates.rate_between_machines
+    )
     assert found.sending == pytest.approx(sending)
 
 

@@ -36,7 +36,7 @@ class Numbers:
 
 def test_one_step_is_read_ahead_and_its_place_is_that_of_the_step(config_of):
     source = Numbers()
-    loader = Loader(config_of("training.steps=4", "training.warmup_steps=1"), source, CPU, ahead=True)
+    loader = Loader(config_of("training.steps=4", "training.warmup_steps=1"), source, CPU, reads_ahead=True)
     assert loader.state_dict() is None
     for step in (0, 0, 1, 2, 3, 3, 1):  # as after an error, which is looked for in the same step
         assert loader.batch(step).inputs.unique().tolist() == [step]
@@ -56,7 +56,7 @@ def test_on_a_cpu_nothing_is_read_ahead(config_of):
 
 
 def test_an_error_of_the_next_step_comes_when_it_is_asked_for(config_of):
-    loader = Loader(config_of("training.steps=4", "training.warmup_steps=1"), Numbers(broken=2), CPU, ahead=True)
+    loader = Loader(config_of("training.steps=4", "training.warmup_steps=1"), Numbers(broken=2), CPU, reads_ahead=True)
     loader.batch(0)
     loader.batch(1)
     assert loader.state_dict() == {"after": 1}
@@ -67,7 +67,7 @@ def test_an_error_of_the_next_step_comes_when_it_is_asked_for(config_of):
 def test_a_run_that_reads_ahead_is_stopped_and_resumed_to_the_bit(config_of, tmp_path, monkeypatch, changes):
     config = config_of(*changes, "training.steps=6", "training.checkpoint_every=3")
     run_of(config, tmp_path / "whole")
-    monkeypatch.setattr(trainer, "Loader", lambda *arguments: Loader(*arguments, ahead=True))
+    monkeypatch.setattr(trainer, "Loader", lambda *arguments: Loader(*arguments, reads_ahead=True))
     stopped(config, tmp_path / "run", 4)
     run_of(config, tmp_path / "run", resume=True)
     require_same_run(tmp_path / "run", tmp_path / "whole")

@@ -24,13 +24,13 @@ def test_the_first_signal_is_a_request_and_the_second_acts_by_default():
         installed = handlers()
         for number in (signal.SIGINT, signal.SIGTERM):
             with StopRequest() as stop:
-                assert not stop.made()
+                assert not stop.was_made()
                 assert not set(map(id, handlers())) & set(map(id, installed))
                 signal.raise_signal(number)
-                assert stop.made()
+                assert stop.was_made()
                 with pytest.raises(KeyboardInterrupt):
                     signal.raise_signal(signal.SIGINT)
-            assert stop.made()
+            assert stop.was_made()
             assert handlers() == installed
         with pytest.raises(ZeroDivisionError), StopRequest():
             raise ZeroDivisionError

@@ -88,7 +88,7 @@ def test_a_spike_is_beyond_a_multiple_of_the_median(config_of):
     skipping = Skipping(config_of("training.max_grad_norm_spike=3.0").training)
     for norm in (1.0, 100.0, *[1.0] * (MIN_NORMS - 2)):
         assert skipping.reason(norm) is None  # too few to be unusual
-    assert "4, 4 times the median of 16 steps" in skipping.reason(4.0)
+    assert "4, 4 times the median of the last 16 steps" in skipping.reason(4.0)
     assert skipping.reason(2.9) is None
     for _ in range(WINDOW):
         assert skipping.reason(2.9) is None

@@ -124,8 +124,8 @@ def test_fields_that_differ_are_noted(folder, tmp_path):
 @pytest.mark.parametrize(
     ("source", "changes", "words"),
     [
-        ("bytes", ("model.n_layers=3",), "it lacks blocks.2.ffn.down_proj.weight (and "),
-        ("bytes", ("model.n_layers=1",), "it has an additional blocks.1."),
+        ("bytes", ("model.n_layers=3",), "they lack blocks.2.ffn.down_proj.weight (and "),
+        ("bytes", ("model.n_layers=1",), "they have an additional blocks.1."),
         ("bytes", ("model.d_model=16",), "has shape [257, 8] instead of [257, 16] (and "),
         ("words", ("data.tokenizer=bytes", "model.vocab_size=270"), "was trained with another tokenizer"),
         ("nowhere", (), "does not exist: expected a run directory, a file of"),

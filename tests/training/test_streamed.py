@@ -40,7 +40,7 @@ def changes(tmp_path) -> tuple[str, ...]:
 def test_a_run_on_a_mixture_of_streams_is_resumed_to_the_bit(config_of, changes, tmp_path, monkeypatch, ahead):
     config = config_of(*changes, "training.checkpoint_every=3")
     run_of(config, tmp_path / "whole")
-    monkeypatch.setattr(trainer, "Loader", lambda *arguments: Loader(*arguments, ahead=ahead))
+    monkeypatch.setattr(trainer, "Loader", lambda *arguments: Loader(*arguments, reads_ahead=ahead))
     stopped(config, tmp_path / "run", 4)
     state = read_manifest(checkpoints(tmp_path / "run")[-1]).data_state
     assert [place is not None for place in state["places"]] == [True, True, False]

@@ -32,8 +32,8 @@ def average_run(run: Path, out: Path, *, checkpoints: int) -> list[int]:
     available = checkpoint.checkpoints(run)
     if not 2 <= checkpoints <= len(available):
         raise CheckpointError(
-            f"--checkpoints must be 2 or more, and not more than {run} has, got {checkpoints}: {run} holds "
-            f"{len(available)}; raise training.keep_checkpoints to keep more"
+            f"--checkpoints must be at least 2 and at most {len(available)}, the number of checkpoints in {run}, got "
+            f"{checkpoints}; raise training.keep_checkpoints to keep more"
         )
     require_vacant(out, "--to")
     newest = available[-checkpoints:]
@@ -43,7 +43,7 @@ def average_run(run: Path, out: Path, *, checkpoints: int) -> list[int]:
     except CheckpointError:
         if all(folder.exists() for folder in newest):
             raise
-        # a training process deleted one meanwhile, and has written newer ones
+        # a training process has deleted a checkpoint meanwhile, and written newer ones
         return average_run(run, out, checkpoints=checkpoints)
     last = files[-1][0]
     means = {name: _mean([tensors[name] for tensors, _ in files]) for name in last}

@@ -17,7 +17,7 @@ class TrainingError(SeqmixError):
 
 @contextmanager
 def explain_errors(run: Path, settings: TrainingConfig) -> Iterator[None]:
-    """Context that turns errors of memory, compiler and files into a TrainingError of one sentence."""
+    """Context that turns an out-of-memory error, a failed compilation or a file error into a one-line TrainingError."""
     try:
         yield
     except OSError as error:
@@ -29,7 +29,7 @@ def explain_errors(run: Path, settings: TrainingConfig) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if (reason := compiler_failure(error)) is not None:
             raise TrainingError(
-                f"training.compile: the compiler failed ({reason}): set it to false in {run / 'config.yaml'}, "
+                f"torch.compile failed ({reason}): set training.compile to false in {run / 'config.yaml'}, "
                 f"and resume with --resume {run}; {newest_checkpoint(run)}"
             ) from None
         if not is_out_of_memory(error):

@@ -49,7 +49,7 @@ class Best(Config):
     """Number of evaluations since the best one."""
 
     def after(self, step: int, loss: float) -> "Best":
-        """Return the best evaluation, after one more at `step` with this loss."""
+        """Return the best evaluation so far, given a further one at `step` with this loss."""
         if self.loss is None or loss < self.loss:
             return Best(loss=loss, step=step)
         return Best(loss=self.loss, step=self.step, evaluations_since=self.evaluations_since + 1)
@@ -269,7 +269,7 @@ def _raise_any_error_together(groups: ProcessGroups) -> Iterator[None]:
 
 
 def delete_others(run: Path, step: int, *, keep: int, keep_best: bool) -> None:
-    """Delete all checkpoints except the newest `keep` up to `step`, and the best one with `keep_best`."""
+    """Delete a run's checkpoints except for the newest `keep` of those up to `step`, and, if `keep_best`, the best."""
     retained = [folder for folder in checkpoints(run) if step_of(folder) <= step][-keep:]
     if keep_best:
         retained += _by_loss(run)[:1]
@@ -323,7 +323,7 @@ def find(
     if isinstance(which, int):
         candidates = [folder for folder in available if step_of(folder) == which]
     elif which not in (names := ("newest", "best")):
-        raise CheckpointError(f"expected the checkpoint newest, best or a step, got {which!r}{nearest(which, names)}")
+        raise CheckpointError(f"expected a checkpoint: newest, best or a step, got {which!r}{nearest(which, names)}")
     else:
         candidates = available[::-1] if which == "newest" else _by_loss(run)
     if not candidates:
@@ -338,7 +338,9 @@ def find(
             if not folder.exists():  # a training process deleted it meanwhile, and has written newer ones
                 return find(run, which, parts=parts, groups=groups)
             notes.append(str(error))
-    raise CheckpointError(notes[0] + (f"; the {len(notes) - 1} others are damaged too" if notes[1:] else ""))
+    raise CheckpointError(
+        notes[0] + (f"; all other checkpoints ({len(notes) - 1}) are damaged too" if notes[1:] else "")
+    )
 
 
 def read(run: Path, which: Choice, part: str, use: Callable[[Path], object]) -> IntactCheckpoint:
@@ -382,12 +384,14 @@ def verify(folder: Path, parts: tuple[str, ...] | None = None, groups: ProcessGr
         manifest = read_manifest(folder)
         for part in parts or ():
             if not manifest.files_of(part):
-                raise CheckpointError(f"{folder / MANIFEST_FILE} is damaged: it does not name {file_of(part)}")
+                raise CheckpointError(f"{folder / MANIFEST_FILE} is damaged: it does not list {file_of(part)}")
         names = sorted(manifest.files) if parts is None else [x for part in parts for x in manifest.files_of(part)]
         for name in names[groups.rank :: groups.size]:
             # anything else could be a path out of the folder, or no valid file name
             if not re.fullmatch(r"[a-z]+(-\d{1,9}-of-\d{1,9})?\.safetensors", name):
-                raise CheckpointError(f"{folder / MANIFEST_FILE} is damaged: it names {name!r:.80}")
+                raise CheckpointError(
+                    f"{folder / MANIFEST_FILE} is damaged: it lists {name!r:.80}, which is not a name of a checkpoint file"
+                )
             _require_intact(folder / name, manifest.files[name])
     except CheckpointError as error:
         problem = str(error)

@@ -86,7 +86,10 @@ def plug_ins_of(config: RunConfig) -> dict[str, str]:
 
 
 def missing_plug_ins(run: Path) -> str:
-    """Return the end of an error message that names the modules a run used and that are missing here; else ""."""
+    """Return the end of an error message, which names the modules that a run used and that are not installed here.
+
+    It is empty if none is missing.
+    """
     try:
         *_, last = (run / SESSIONS_FILE).read_text(encoding="utf-8").splitlines()
         used = dict(json.loads(last).get("plug_ins", {}))
@@ -94,9 +97,9 @@ def missing_plug_ins(run: Path) -> str:
         return ""
     missing = [(name, source) for name, source in used.items() if find_spec(name) is None]
     sentences = (
-        f"the run used the module {name}: pip install {source}"
+        f"the run used the module {name}, which is not installed here: pip install {source}"
         if "==" in source
-        else f"the run used the module {name} ({source})"
+        else f"the run used the module {name} ({source}), which cannot be found here"
         for name, source in missing
     )
     return "".join(f"; {sentence}" for sentence in sentences)
@@ -135,9 +138,9 @@ def git_commit(folder: Path) -> str | None:
     """
     quiet = {"GIT_OPTIONAL_LOCKS": "0", "GIT_NO_LAZY_FETCH": "1", "GIT_ALLOW_PROTOCOL": "none"}
 
-    def git(*arguments: str, off: Sequence[str] = ()) -> str:
+    def git(*arguments: str, disabled: Sequence[str] = ()) -> str:
         # set in the environment, as names may contain an equals sign: `-c a=b.clean=` would set `a`
-        settings = {"core.fsmonitor": "false", "core.hooksPath": os.devnull} | dict.fromkeys(off, "")
+        settings = {"core.fsmonitor": "false", "core.hooksPath": os.devnull} | dict.fromkeys(disabled, "")
         variables = {"GIT_CONFIG_COUNT": str(len(settings))}
         for number, (name, value) in enumerate(settings.items()):
             variables |= {f"GIT_CONFIG_KEY_{number}": name, f"GIT_CONFIG_VALUE_{number}": value}
@@ -151,9 +154,9 @@ def git_commit(folder: Path) -> str | None:
         # filters are programs: switch off those that the repository configures, but not the user's own (Git LFS)
         lines = git("config", "--show-scope", "--includes", "--name-only", "--list").splitlines()
         names = [name for scope, _, name in (line.partition("\t") for line in lines) if scope in ("local", "worktree")]
-        off = [name for name in names if name.startswith("filter.")]
+        filters = [name for name in names if name.startswith("filter.")]
         status = ("status", "--porcelain", "--untracked-files=no", "--ignore-submodules=all")
-        changes = git(*status, off=off)
+        changes = git(*status, disabled=filters)
     except (OSError, subprocess.SubprocessError):
         return None
     return head + ("+" if changes else "")

@@ -100,7 +100,7 @@ def _require_tokens(recent: Tensor, lengths: Tensor, vocab_size: int) -> None:
     """
     are_counts = lengths.dtype == torch.int64 and lengths.ndim == 1 and bool(((lengths > 0) & (lengths < 2**31)).all())
     if not are_counts or not len(lengths):
-        raise ContractError("its lengths are not the token counts of texts")
+        raise ContractError("expected its lengths to be the token counts of one or more texts, each 1 to 2^31 - 1")
     n_padding = (RECENT_TOKENS - lengths).clamp(min=0)
     if recent.dtype != torch.int64 or recent.shape != (len(lengths), RECENT_TOKENS):
         raise ContractError(
@@ -134,19 +134,20 @@ def _require_leaves(leaves: dict[str, Tensor], tokens: Tensor, model: LanguageMo
     Raises:
         ContractError: a leaf is invalid.
     """
-    # a dimension that is 0 in an empty state, and larger with room for one token, grows with the text
+    # a dimension grows with the text if it is 0 in an empty state, and larger in a state with room for one token
     empty, with_room = (to_dict(model.init_state(1, max_length=length)) for length in (None, 1))
     longest = int(tokens.max())
     for name, leaf in leaves.items():
         expected = empty[name]
-        roomy = with_room.get(name, expected)
-        # without a count of its tokens, a growing state may leave out tokens that change nothing
-        counted = any(f"{name.rpartition('.')[0]}.{count}" in leaves for count in COUNTS)
+        leaf_with_room = with_room.get(name, expected)
+        # a growing state that does not count its tokens may be shorter: it may omit tokens that change nothing
+        has_count = any(f"{name.rpartition('.')[0]}.{count}" in leaves for count in COUNTS)
+        sizes = zip(leaf.shape[1:], expected.shape[1:], leaf_with_room.shape[1:], strict=True)
         fits = leaf.ndim == expected.ndim and all(
-            (size == longest or (size < longest and not counted))
-            if empty_size == 0 < roomy_size
+            (size == longest or (size < longest and not has_count))
+            if empty_size == 0 < size_with_room
             else size == empty_size
-            for size, empty_size, roomy_size in zip(leaf.shape[1:], expected.shape[1:], roomy.shape[1:], strict=True)
+            for size, empty_size, size_with_room in sizes
         )
         if not fits or leaf.dtype != expected.dtype:
             shape = ", ".join(["rows", *map(str, expected.shape[1:])])

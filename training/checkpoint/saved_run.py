@@ -27,7 +27,10 @@ from .run_dir import CONFIG_FILE
 OTHER_FLOATS = {"F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 """Names of the floating-point dtypes other than float32, by the type's name in safetensors files."""
 EXPORTED_CONFIG = "seqmix.config"
-"""Metadata key of the run's configuration, as JSON, in an exported file; the tokenizer has `EXPORTED_TOKENIZER`."""
+"""Key in the metadata of an exported file whose value is the run's configuration, as JSON.
+
+The key of the tokenizer is `EXPORTED_TOKENIZER`.
+"""
 
 
 @former_parameters(tell="on_note")

@@ -45,8 +45,8 @@ def local_parts(
         parts[EMA] = parameters_of(model) | ema.parameters
     chunks = {part: _local_chunks(tensors, groups) for part, tensors in parts.items()}
     if state is not None:
-        first = groups.rank % groups.context_parallel == 0  # all ranks that share sequences have the same state
-        chunks[STATE] = {name: rows_of(leaf, groups) for name, leaf in to_dict(state).items() if first}
+        writes_state = groups.rank % groups.context_parallel == 0  # ranks that share sequences have the same state
+        chunks[STATE] = {name: rows_of(leaf, groups) for name, leaf in to_dict(state).items() if writes_state}
     return chunks
 
 
@@ -170,10 +170,13 @@ def load_state(folder: Path, model: LanguageModel, batch_size: int, groups: Proc
 
 
 def _require_leaf(file: Path, name: str, saved: Chunk, leaf: Tensor) -> None:
-    """Check that a saved leaf of a state has the model's shape and dtype; any floating-point dtype is allowed.
+    """Check that a saved leaf of a recurrent state fits the model.
+
+    It must have the model's shape and dtype; instead of a floating-point dtype, any other one is allowed. Integer
+    leaves count tokens, and must be within 0 to MAX_COUNT - 1.
 
     Raises:
-        CheckpointError: the shape, the dtype or a token count does not fit.
+        CheckpointError: the leaf does not fit.
     """
     dtype = saved.values.dtype
     expected = leaf.dtype
@@ -186,7 +189,7 @@ def _require_leaf(file: Path, name: str, saved: Chunk, leaf: Tensor) -> None:
         )
     if not dtype.is_floating_point and bool(((saved.values < 0) | (saved.values >= MAX_COUNT)).any()):
         raise CheckpointError(
-            f"{file} does not fit the model: expected {name} to count tokens, 0 to {MAX_COUNT - 1:,}, got "
+            f"{file} does not fit the model: expected {name} to count tokens, from 0 to {MAX_COUNT - 1:,}, got "
             f"{saved.values.min().item():,} to {saved.values.max().item():,}; resume from another checkpoint"
         )
 
@@ -214,8 +217,8 @@ def _require_same_model(file: Path, metadata: Mapping[str, str], config: ModelCo
             saved_function, saved_implementation = _split_fields(ModelConfig.model_validate(fields))
     if function != saved_function:
         raise CheckpointError(
-            f"{file} does not match the model of the configuration: undo the changes in config.yaml under `model`, "
-            f"other than {', '.join(IMPLEMENTATION_FIELDS)} of mixers"
+            f"{file} does not match the model of the configuration: undo the changes under `model` in config.yaml; only "
+            f"the mixers' fields {', '.join(IMPLEMENTATION_FIELDS)} may differ"
         )
     changed = (name for name in implementation if implementation[name] != saved_implementation[name])
     return [f"{name} {saved_implementation[name]} before and {implementation[name]} from here on" for name in changed]

@@ -43,13 +43,13 @@ BYTES_PER_LOGIT = 3 * 4
 
 
 class Gpu(NamedTuple):
-    """A kind of GPU: its memory by the data sheet, and assumed transfer rates."""
+    """A kind of GPU: its memory according to the data sheet, and assumed transfer rates."""
 
     memory: float
     """Memory of the GPU, in bytes."""
-    inside: float
+    rate_within_machine: float
     """Bytes per second that the GPU receives from GPUs of the same machine."""
-    between: float
+    rate_between_machines: float
     """Bytes per second that the GPU receives from other machines."""
 
 
@@ -132,6 +132,7 @@ class Planner:
         else:
             self.stored_bytes = sum(activations)
             self.recomputed_bytes = 0
+        # the backward pass costs two forward passes; checkpointing of whole blocks repeats the forward pass
         self.passes = 4 if self.checkpointing is True else 3
 
     def layout(self, *, data: int, shard: int, context_parallel: int = 1, sequences: int) -> Layout:
@@ -165,15 +166,15 @@ class Planner:
         if gpus > 1:
             memory += (width + 4) * parameters if self.config.distributed.gather_once else self.gathered_bytes
         tokens = settings.batch_size * self.length
-        within = received + sequences * self.segments(context_parallel)
-        sending = within / self._link_rate(shards) + copied / self._link_rate(gpus)
+        received_within_replica = received + sequences * self.context_parallel_bytes(context_parallel)
+        sending = received_within_replica / self._link_rate(shards) + copied / self._link_rate(gpus)
         return Layout(
             data=data,
             shard=shard,
             context_parallel=context_parallel,
             grad_accum_steps=micro_batches,
             memory=memory,
-            received=within,
+            received=received_within_replica,
             copied=copied,
             computing=self.passes * self.cost.flops_per_token * tokens / (gpus * self.rate),
             sending=micro_batches * sending,
@@ -196,7 +197,7 @@ class Planner:
             )
         return sorted(layouts, key=lambda layout: (not layout.fits, layout.seconds[1], layout.memory))
 
-    def segments(self, ranks: int) -> float:
+    def context_parallel_bytes(self, ranks: int) -> float:
         """Return the bytes that a GPU receives per sequence if `ranks` GPUs share the sequence."""
         if ranks == 1:
             return 0.0
@@ -222,7 +223,7 @@ class Planner:
                     yield data, shard, context_parallel
 
     def _best_layout(self, data: int, shard: int, context_parallel: int) -> Layout:
-        """Return the layout with the fewest micro-batches that fits into memory; if none fits, the one with most."""
+        """Return the layout with the fewest micro-batches that fits into memory; if none fits, the one with the most."""
         rows = self.config.training.batch_size // (data * shard)
         for sequences in reversed(_divisors(rows)):
             layout = self.layout(data=data, shard=shard, context_parallel=context_parallel, sequences=sequences)
@@ -232,7 +233,7 @@ class Planner:
 
     def _link_rate(self, gpus: int) -> float:
         """Return the bytes per second that a GPU receives in a group of this many GPUs."""
-        return self.gpu.inside if gpus <= GPUS_PER_MACHINE else self.gpu.between
+        return self.gpu.rate_within_machine if gpus <= GPUS_PER_MACHINE else self.gpu.rate_between_machines
 
 
 @dataclass(frozen=True)

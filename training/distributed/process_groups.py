@@ -127,7 +127,7 @@ class ProcessGroups:
 
 
 ALONE = ProcessGroups()
-"""Groups of a run with a single process."""
+"""The only process of a run: its collective calls return their arguments."""
 
 
 @contextmanager
@@ -181,7 +181,8 @@ def join_processes(config: DistributedConfig) -> Iterator[ProcessGroups]:
             problem = "timed out waiting for" if "timed out" in str(error).lower() else "lost the connection to"
             # ranks 0 and 1 report it, as the lost process may be one of them
             raise (SeqmixError if rank < 2 else ElsewhereError)(
-                f"{step}{problem} another process of the run, and ended: continue from a checkpoint with --resume"
+                f"{step}{problem} another process of the run, so this one ended too: continue from a checkpoint with "
+                "--resume"
             ) from error
         raise
     # not after an error, as it would wait for processes that have ended

@@ -68,7 +68,7 @@ def make_logger(name: str) -> Logger:
 
 @contextmanager
 def explain_refusal(name: str) -> Iterator[None]:
-    """Context that turns any error of a starting logger into a SeqmixError of one sentence."""
+    """Context that turns any error raised while a logger starts into a SeqmixError of one sentence."""
     try:
         yield
     except (SeqmixError, OSError):  # already one sentence, or names the file

@@ -31,11 +31,11 @@ class Score:
 
     loss: float = 0.0
     """Summed loss in nats."""
-    asked: int = 0
+    n_targets: int = 0
     """Number of targets."""
-    right: int | None = None
+    n_correct: int | None = None
     """Number of targets predicted correctly; None if not measured."""
-    answers: dict[str, dict[str, tuple[int, int]]] = field(default_factory=dict)
+    correct_by: dict[str, dict[str, tuple[int, int]]] = field(default_factory=dict)
     """Number of correctly predicted targets, and of all targets, by axis of difficulty and value."""
     losses: dict[str, dict[str, tuple[float, int]]] = field(default_factory=dict)
     """Summed loss in nats, and number of targets, by axis and slice."""
@@ -57,36 +57,38 @@ class Score:
         """
         is_target = targets != IGNORED
         self.loss = self.loss + loss
-        self.asked = self.asked + int(is_target.sum())
+        self.n_targets = self.n_targets + int(is_target.sum())
         if predicted is None:
             return
         is_correct = is_target.clone()
         is_correct[is_target] = predicted == targets[is_target]
-        self.right = (self.right or 0) + int(is_correct.sum())
+        self.n_correct = (self.n_correct or 0) + int(is_correct.sum())
         for axis, values in (slices or {}).items():
             for value, *counts in zip(values, is_correct.sum(1).tolist(), is_target.sum(1).tolist(), strict=True):
-                _count(self.answers, axis, value, *counts)
+                _count(self.correct_by, axis, value, *counts)
 
-    def add_slices(self, losses: Float[Tensor, "B T"], targets: Int[Tensor, "B T"], axis: str, of: LossSlice) -> None:
+    def add_slices(
+        self, losses: Float[Tensor, "B T"], targets: Int[Tensor, "B T"], axis: str, slices: LossSlice
+    ) -> None:
         """Add the losses of a batch to the slices of an axis.
 
         Args:
             losses: loss of each token in nats.
             targets: the correct tokens, `IGNORED` where there is no target.
             axis: name of the axis.
-            of: the slice of each token.
+            slices: the slice of each token.
         """
-        for number, name in enumerate(of.names):
-            in_slice = (of.of == number) & (targets != IGNORED)
+        for number, name in enumerate(slices.names):
+            in_slice = (slices.indices == number) & (targets != IGNORED)
             _count(self.losses, axis, name, losses[in_slice].double().sum().item(), int(in_slice.sum()))
 
     def merge(self, other: Mapping[str, Any]) -> None:
         """Add the sums and counts of another score, given as a dictionary (`dataclasses.asdict`)."""
         self.loss = self.loss + other["loss"]
-        self.asked = self.asked + other["asked"]
-        if other["right"] is not None:
-            self.right = (self.right or 0) + other["right"]
-        for mine, theirs in ((self.answers, other["answers"]), (self.losses, other["losses"])):
+        self.n_targets = self.n_targets + other["n_targets"]
+        if other["n_correct"] is not None:
+            self.n_correct = (self.n_correct or 0) + other["n_correct"]
+        for mine, theirs in ((self.correct_by, other["correct_by"]), (self.losses, other["losses"])):
             for axis, by_value in theirs.items():
                 for value, counts in by_value.items():
                     _count(mine, axis, value, *counts)
@@ -94,15 +96,15 @@ class Score:
     @property
     def measured(self) -> Measured:
         """Metrics of all batches so far."""
-        n_targets = max(self.asked, 1)
+        n_targets = max(self.n_targets, 1)
         accuracy_by, loss_by = (
             {
                 axis: {key: total / max(n, 1) for key, (total, n) in by_value.items()}
                 for axis, by_value in counts.items()
             }
-            for counts in (self.answers, {axis: _with_targets(by_value) for axis, by_value in self.losses.items()})
+            for counts in (self.correct_by, {axis: _with_targets(by_value) for axis, by_value in self.losses.items()})
         )
-        accuracy = None if self.right is None else self.right / n_targets
+        accuracy = None if self.n_correct is None else self.n_correct / n_targets
         return Measured(self.loss / n_targets, accuracy, accuracy_by, loss_by)
 
 
