@@ -161,8 +161,8 @@ def _concatenate(parts: Sequence[_Part], tokenizer: Tokenizer) -> Tokens:
     if not parts:
         return np.array([], dtype=tokenizer.dtype)
     stream = Stream(parts, tokenizer.begin)
-    mapped = any(isinstance(store, TokenFile) for store, _ in parts)
-    return stream if mapped else stream[:].astype(tokenizer.dtype, copy=False)
+    is_mapped = any(isinstance(store, TokenFile) for store, _ in parts)
+    return stream if is_mapped else stream[:].astype(tokenizer.dtype, copy=False)
 
 
 def _count_tokens(parts: Sequence[_Part]) -> int:
@@ -173,12 +173,12 @@ def _require_length(tokens: int, length: int, name: str, split: str) -> None:
     """Check that a split holds at least one sequence and its last target."""
     if tokens <= length:
         hint = (
-            f", or change the split (data.split is {split}: by_document holds out whole documents, by_file whole "
-            "files, tail the end of each document)"
+            f", add more text, or change the split (data.split is {split}: by_document holds out whole documents, "
+            "by_file whole files, tail the end of each document)"
         )
         raise SeqmixError(
             f"the {name} needs at least {length + 1} tokens (data.sequence_length and one target), got {tokens}: lower "
-            f"data.sequence_length, add more text{'' if split == SEPARATE else hint}"
+            f"data.sequence_length{' or add more text' if split == SEPARATE else hint}"
         )
 
 
@@ -197,8 +197,8 @@ def _require_text(tokens: Tokens, begin: int, name: str) -> None:
 def _stores(source: DocumentsConfig, tokenizer: Tokenizer) -> Sequence[Store]:
     """Return the stores of one source: one per token file, or one in memory for all documents."""
     files = list(source_files(source))
-    mapped = any(path.suffix == TOKENS for _, path in files)
-    return _open_token_files(files, tokenizer) if mapped else [_InMemory(source, tokenizer)]
+    has_token_files = any(path.suffix == TOKENS for _, path in files)
+    return _open_token_files(files, tokenizer) if has_token_files else [_InMemory(source, tokenizer)]
 
 
 def _resolve_split(split: str, source: DocumentsConfig, stores: Sequence[Store]) -> str:
@@ -238,7 +238,7 @@ class _InMemory:
         return self._tokens[start:stop].copy()
 
     def name_of(self, number: int) -> str:
-        # the files may have changed since they were read; then the source's name has to do
+        # the files may have changed since they were read: then only the name of the source is certain
         with suppress(SeqmixError, StopIteration):
             document = next(islice(read_documents(self._config), number, None))
             if digest(document.text) == self.digests[number]:

@@ -136,7 +136,7 @@ class CorpusConfig(DocumentsConfig, DataConfig):
     tokenizer: str = Field(default="bytes", min_length=1)
     """`bytes`, or the path of a Hugging Face tokenizer.json, or a folder or `seqmix export` file that contains one."""
     begin_token: str | None = None
-    """Token of that tokenizer that starts every document, such as "<s>"; null adds one after its last token."""
+    """Token of the tokenizer's vocabulary that starts every document, such as "<s>"; null adds a new token to it."""
     split: Literal["auto", "by_document", "by_file", "tail"] = "auto"
     """Validation split. `by_document` holds out documents by a hash of their text, so duplicates share a split;
     `by_file` holds out files by a hash of their names; `tail` holds out the end of every document. `auto` is `tail` for
@@ -144,9 +144,9 @@ class CorpusConfig(DocumentsConfig, DataConfig):
     validation_fraction: float = Field(default=0.1, gt=0, lt=1)
     """Share of the documents or files that is held out for validation; with `tail`, the share of every document."""
     test_fraction: float = Field(default=0.0, ge=0, lt=1)
-    """Share that neither training nor validation reads, held out before the validation split: what a run with this
-    share as its `validation_fraction` validates on. Tune with `test_fraction: 0.1`, and the default validation split
-    stays unseen."""
+    """Share that neither training nor validation reads. It is the part that a run with `validation_fraction` equal to
+    this share, and no `test_fraction`, validates on. So if you tune with `test_fraction: 0.1`, the default validation
+    split stays unseen."""
 
     @model_validator(mode="after")
     def _bytes_have_their_begin_token(self) -> Self:
@@ -162,7 +162,7 @@ class CorpusConfig(DocumentsConfig, DataConfig):
         fields = type(self).model_fields
         changed = {name for name in fields if getattr(self, name) != fields[name].default}
         if self.sources is not None and (offenders := changed & DocumentsConfig.model_fields.keys()):
-            raise ValueError(f"with data.sources, every source has its own {min(offenders)}: set it there")
+            raise ValueError(f"data.sources replaces {min(offenders)}: set {min(offenders)} in each of the sources")
         if self.validation is not None and (offenders := changed & {"split", "test_fraction", "validation_fraction"}):
             raise ValueError(f"data.validation replaces the split: leave out data.{min(offenders)}")
         if self.test_fraction + self.validation_fraction >= 1:

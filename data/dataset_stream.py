@@ -103,7 +103,7 @@ class DatasetStream:
             if self._rows is None:
                 rows = open_dataset(dataset)
                 self._rows = rows if dataset.documents is None else rows.take(dataset.documents)
-            self._rows.load_state_dict(deepcopy(rows_state))  # None is the start
+            self._rows.load_state_dict(deepcopy(rows_state))  # None means the start of the dataset
             remaining = iter(self._rows)
             while block := list(row_documents(self.config, islice(remaining, dataset.shuffle_buffer), row)):
                 documents = tokenized((document for document in block if document.text), self.tokenizer)

@@ -119,7 +119,7 @@ def _read_file(key: str, path: Path, config: DocumentsConfig) -> Iterator[Docume
     field = config.text_field
     suffix = format_of(path)[0]
     if suffix == TOKENS:
-        raise SeqmixError(f"{path}: expected text, got a token file, which is tokenized already: leave it out")
+        raise SeqmixError(f"{path} is a token file, whose text is already tokenized: leave it out")
     try:
         if not has_rows(path, field):
             yield Document(key, str(path), read_text(path, config.encoding))
@@ -231,8 +231,8 @@ def open_dataset(config: DatasetConfig) -> Any:
 
 def _is_saved_dataset(folder: Path) -> bool:
     """True if `save_to_disk` wrote this folder."""
-    several_splits, *single_split = ((folder / file).is_file() for file in SAVED)
-    return several_splits or all(single_split)
+    has_several_splits, *has_one_split = ((folder / file).is_file() for file in SAVED)
+    return has_several_splits or all(has_one_split)
 
 
 def _standard_library() -> Iterator[Document]:

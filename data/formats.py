@@ -151,7 +151,10 @@ def read_lines(path: Path, encoding: str) -> Iterator[bytes | str]:
 
 
 def _encoding_error(path: Path, encoding: str, error: UnicodeError) -> SeqmixError:
-    return SeqmixError(f"{path} must be in {encoding}, the value of data.encoding: {error}; set it to the file's own")
+    return SeqmixError(
+        f"{path} cannot be decoded as {encoding}, the value of data.encoding: {error}; set data.encoding to the "
+        "encoding of the file"
+    )
 
 
 def _require_text(path: Path, piece: bytes, start: int) -> None:
@@ -181,7 +184,10 @@ def read_rows(path: Path, field: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """
     suffix, compression = format_of(path)
     if compression is not None:
-        raise SeqmixError(f"{path}: {suffix} files are compressed inside: decompress the {compression} file first")
+        raise SeqmixError(
+            f"{path}: a {suffix} file must not be compressed again (it is compressed internally): decompress the "
+            f"{compression} file first"
+        )
     number = count()
     try:
         batches = _parquet(path, field) if suffix == PARQUET else _arrow(path)

@@ -21,8 +21,9 @@ def mixture(weights: Sequence[float], batch_size: int, *, seed: int, step: int) 
     """Return the source of each row of a step, and the row's number among all sequences of its source.
 
     A cycle has `weight * CYCLE` sequences of a source (rounded, at least one), for weights that sum to 1. They are
-    spread evenly: the cycle is cut into as many stretches of equal length, and each sequence lies at a random place of
-    its own stretch. So any consecutive rows have each source about as often as its weight says.
+    spread evenly: with n sequences of a source, the cycle is cut into n stretches of equal length, and each stretch has
+    one of the sequences at a random place. So any run of consecutive rows has each source about as often as its weight
+    says.
 
     Returns:
         Two int64 arrays, [batch_size] each.
@@ -86,10 +87,10 @@ def contiguous_starts(n_tokens: int, length: int, batch_size: int, *, seed: int,
         SeqmixError: the text is too short for one sequence per row.
     """
     windows = lane_windows(n_tokens, length, batch_size)
-    reading, window = divmod(step, windows)
+    n_readings, window = divmod(step, windows)
     lane = windows * length
     # the lanes do not cover the whole text: the offset decides which tokens at its start and end are skipped
-    offset = np.random.default_rng([seed, reading]).integers(0, n_tokens - batch_size * lane)
+    offset = np.random.default_rng([seed, n_readings]).integers(0, n_tokens - batch_size * lane)
     return offset + np.arange(batch_size) * lane + window * length
 
 

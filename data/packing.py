@@ -20,7 +20,7 @@ def pack(batch: Batch, most: int, begin: int) -> Packed:
         begin: the begin token.
 
     Raises:
-        RuntimeError: a sequence has more documents than `most`; on a GPU the error comes asynchronously.
+        RuntimeError: there are more than B times `most` documents; on a GPU the error appears at a later call.
     """
     begins = batch.inputs == begin
     begins[:, 0] = True
@@ -29,7 +29,8 @@ def pack(batch: Batch, most: int, begin: int) -> Packed:
     # a sort, because a count of the documents would synchronize with the device
     starts = torch.where(begins.flatten(), positions, length).sort().values
     size = len(begins) * most
-    torch.ops.aten._assert_async.msg((starts[size:] == length).all(), "a sequence has more documents than its stream")
+    has_room = (starts[size:] == length).all()
+    torch.ops.aten._assert_async.msg(has_room, "a packed batch has more documents than the maximum for its sequences")
     cu_seqlens = torch.nn.functional.pad(starts[:size], (0, 1), value=length)
     return Packed(batch.inputs.reshape(1, -1), batch.targets.reshape(1, -1), cu_seqlens)
 

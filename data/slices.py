@@ -35,12 +35,12 @@ class Slices:
     Args:
         config: length and maximum frequency of the n-grams.
         train: the counted tokens of the training split.
-        trained: length of a training sequence.
+        trained_length: length of a training sequence, in tokens.
     """
 
-    def __init__(self, config: SlicesConfig, train: np.ndarray, trained: int) -> None:
+    def __init__(self, config: SlicesConfig, train: np.ndarray, trained_length: int) -> None:
         self.config = config
-        self.trained = trained
+        self.trained_length = trained_length
         self._known = np.sort(hashes(train, config.ngram))
 
     def of(self, batch: Batch, documents: Int[np.ndarray, "B T"] | None = None) -> dict[str, LossSlice]:
@@ -48,11 +48,11 @@ class Slices:
 
         Args:
             batch: inputs and targets.
-            documents: number of each input's document when documents are packed: then n-grams of other documents of
-                the sequence do not count as occurred.
+            documents: number of each input's document, if documents are packed: an n-gram then counts as repeated only
+                if it occurred earlier in the same document.
         """
         inputs, targets = (part.numpy() for part in batch)
-        position_bins = bins(inputs.shape[1], self.trained)
+        position_bins = bins(inputs.shape[1], self.trained_length)
         sizes = [stop - start for start, stop in position_bins]
         position = np.broadcast_to(np.repeat(np.arange(len(position_bins)), sizes), inputs.shape)
         n = self.config.ngram
@@ -86,7 +86,10 @@ def hashes(tokens: Int[np.ndarray, "*B T"], n: int) -> np.ndarray:
     return values
 
 
-def bins(length: int, trained: int) -> list[tuple[int, int]]:
-    """Return bins of positions as (start, stop), with edges at 1/4, 1/2, 1, 2, ... times the training length."""
-    doubling = (max(trained // 4, 1) << times for times in count())
+def bins(length: int, trained_length: int) -> list[tuple[int, int]]:
+    """Return bins of the positions below `length` as (start, stop).
+
+    Their edges are at 1/4, 1/2, 1, 2, ... times the training length.
+    """
+    doubling = (max(trained_length // 4, 1) << doublings for doublings in count())
     return list(pairwise([0, *takewhile(lambda edge: edge < length, doubling), length]))

@@ -19,7 +19,7 @@ class Batch(NamedTuple):
 
     inputs: Int[Tensor, "B T"]
     targets: Int[Tensor, "B T"]
-    """`IGNORED` where there is no target: at the end of a document, or at positions that a task does not ask."""
+    """`IGNORED` where there is no target: at the end of a document, or at positions that a task does not ask about."""
 
 
 class Packed(NamedTuple):
@@ -45,8 +45,8 @@ class Examples(NamedTuple):
 
     batch: Batch
     slices: Mapping[str, Sequence[str]] | None = None
-    """Difficulties at which accuracy is reported: one per row, under the name of the difficulty (such as "pairs"); None
-    if accuracy is not measured."""
+    """Difficulty of each row, as text, under the name of the difficulty (such as "pairs"): accuracy is reported for
+    each difficulty. None if accuracy is not measured."""
 
 
 class Source(ABC):
@@ -126,7 +126,7 @@ class Source(ABC):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a saved `state_dict`.
 
-        Batches do not change, but the next one is found without reading everything before it.
+        The batches are the same as without it, but the next one is read without everything before it.
 
         Raises:
             SeqmixError: these data have no state.

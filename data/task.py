@@ -62,7 +62,7 @@ class TaskConfig(DataConfig):
         Args:
             rng: the random generator.
             inputs: [B T], filled with token 0, or with the text around the example; T >= `length_of(difficulty)`.
-            targets: [B T], filled with `IGNORED`; write the targets of the positions that are asked.
+            targets: [B T], filled with `IGNORED`; write the answers at the positions that the task asks about.
             difficulty: the difficulty.
         """
 
@@ -74,7 +74,7 @@ class TaskConfig(DataConfig):
     def solve(self, tokens: list[int]) -> dict[int, int]:
         """Compute the targets of one example from its tokens, by position, with a plain program.
 
-        The result may have more positions than the example asks.
+        The result may include positions that the example does not ask about.
         """
 
     def length_of(self, difficulty: int) -> int:
@@ -89,7 +89,7 @@ class TaskConfig(DataConfig):
         return self.easiest + fitting - 1 if fitting else 0
 
     def require(self, difficulty: int) -> None:
-        """Check that a difficulty is one that the task has.
+        """Check that the task has this difficulty.
 
         Raises:
             ValueError: the difficulty is out of range.

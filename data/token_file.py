@@ -72,13 +72,14 @@ class TokenFile:
         self.ends, self.digests, self._checks = tables.values()
         if str(_checksum(*(table.tobytes() for table in tables.values()))) != metadata["tables"]:
             raise SeqmixError(
-                f"{path} is damaged: the checksum of its document table does not match; tokenize it again"
+                f"{path} is damaged: the checksum of its document table does not match; tokenize the text again"
             )
         _require_documents(path, self.ends, self.digests, self._checks, self._tokens.get_shape()[0])
         if metadata["begin"] != str(tokenizer.begin):
             raise SeqmixError(
-                f"{path} begins documents with token {metadata['begin']}, but data.tokenizer with {tokenizer.begin}: "
-                "set data.begin_token as it was when the file was written, or tokenize the text again"
+                f"{path} begins documents with token {metadata['begin']}, but data.tokenizer begins them with token "
+                f"{tokenizer.begin}: set data.begin_token as it was when the file was written, or tokenize the text "
+                "again"
             )
         self._vocab_size = tokenizer.vocab_size
         self._verified = np.zeros(len(self._checks), dtype=bool)
@@ -87,7 +88,7 @@ class TokenFile:
         if not len(self.ends) <= self.bytes < MAX_BYTES:
             raise SeqmixError(
                 f"{path} is damaged: the size of its {len(self.ends):,} documents is {metadata['bytes']!r} bytes; "
-                "tokenize it again"
+                "tokenize the text again"
             )
 
     def read(self, start: int, stop: int) -> np.ndarray:
@@ -115,13 +116,13 @@ class TokenFile:
         """
         if crc32(tokens.tobytes()) != self._checks[block]:
             raise SeqmixError(
-                f"{self.path} is damaged from token {first:,} on: the checksum does not match; tokenize it again"
+                f"{self.path} is damaged from token {first:,} on: the checksum does not match; tokenize the text again"
             )
         if (largest := int(tokens.max())) >= self._vocab_size:
             at = first + int(tokens.argmax())
             raise SeqmixError(
                 f"{self.path} is damaged at token {at:,}: expected a token from 0 to {self._vocab_size - 1:,}, got "
-                f"{largest:,}; tokenize it again"
+                f"{largest:,}; tokenize the text again"
             )
 
 
@@ -216,10 +217,10 @@ def _open(path: Path) -> tuple[Any, dict[str, np.ndarray], dict[str, str]]:
         raise SeqmixError(f"{path} is not a token file: write one with `seqmix tokenize`")
     if metadata["tokens"] != VERSION:
         raise SeqmixError(
-            f"{path} must be a token file of version {VERSION}, got version {metadata['tokens']}: tokenize it again"
+            f"{path} must be a token file of version {VERSION}, got version {metadata['tokens']}: tokenize the text again"
         )
     if missing := METADATA - metadata.keys() | DTYPES.keys() - set(tensors.keys()):
-        raise SeqmixError(f"{path} is damaged: it lacks {min(missing)}; tokenize it again")
+        raise SeqmixError(f"{path} is damaged: it lacks {min(missing)}; tokenize the text again")
     for name, allowed in DTYPES.items():
         tensor = tensors.get_slice(name)
         dtype = tensor.get_dtype()
@@ -227,7 +228,7 @@ def _open(path: Path) -> tuple[Any, dict[str, np.ndarray], dict[str, str]]:
         if dtype not in allowed or len(shape) != 1 or not shape[0]:
             raise SeqmixError(
                 f"{path} is damaged: the tensor {name} must be one-dimensional {' or '.join(allowed)}, got {dtype} "
-                f"{shape}; tokenize it again"
+                f"{shape}; tokenize the text again"
             )
     return tensors.get_slice("tokens"), {name: tensors.get_tensor(name) for name in TABLES}, metadata
 
@@ -236,11 +237,13 @@ def _require_documents(path: Path, ends: np.ndarray, digests: np.ndarray, checks
     """Check that the tables describe documents that cover all `length` tokens."""
     if int(ends[0]) < 1 or int(ends[-1]) != length or not (ends[1:] > ends[:-1]).all():
         raise SeqmixError(
-            f"{path} is damaged: the ends of its documents do not ascend to its {length:,} tokens; tokenize it again"
+            f"{path} is damaged: the ends of its documents do not ascend to its {length:,} tokens; tokenize the text again"
         )
     for name, table, expected in (("digests", digests, len(ends)), ("checks", checks, -(-length // BLOCK))):
         if len(table) != expected:
-            raise SeqmixError(f"{path} is damaged: expected {expected:,} {name}, got {len(table):,}; tokenize it again")
+            raise SeqmixError(
+                f"{path} is damaged: expected {expected:,} {name}, got {len(table):,}; tokenize the text again"
+            )
 
 
 def _parse_size(text: str) -> int:

@@ -29,7 +29,9 @@ class ForgettingMqarConfig(MqarConfig):
 
     def require(self, difficulty: int) -> None:
         if 0 < difficulty < self.updates:
-            raise ValueError(f"pairs must be at least updates, {self.updates}, got {difficulty}: lower updates")
+            raise ValueError(
+                f"pairs must be at least {self.updates}, the number of updates, got {difficulty}: lower updates"
+            )
         super().require(difficulty)
 
     def length_of(self, difficulty: int) -> int:

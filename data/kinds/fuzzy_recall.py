@@ -47,7 +47,7 @@ class FuzzyRecallConfig(NextTokenConfig):
         if max(difficulty, self.value_length) > self._half:
             raise ValueError(
                 f"keys of {difficulty} and values of {self.value_length} different tokens need vocab_size "
-                f"{2 * max(difficulty, self.value_length) + 1} or more, got {self.vocab_size}: raise it"
+                f"{2 * max(difficulty, self.value_length) + 1} or more, got {self.vocab_size}: raise vocab_size"
             )
 
     def fill(self, rng: np.random.Generator, inputs: np.ndarray, targets: np.ndarray, difficulty: int) -> None:

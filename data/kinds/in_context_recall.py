@@ -46,7 +46,8 @@ class InContextRecallConfig(NextTokenConfig):
         super().require(difficulty)
         if difficulty > self.hardest:
             raise ValueError(
-                f"keys must be at most half of vocab_size {self.vocab_size}, {self.hardest}, got {difficulty}: raise it"
+                f"keys must be at most {self.hardest}, half of vocab_size {self.vocab_size}, got {difficulty}: raise "
+                "vocab_size"
             )
 
     def fill(self, rng: np.random.Generator, inputs: np.ndarray, targets: np.ndarray, difficulty: int) -> None:

@@ -59,14 +59,14 @@ class ListopsConfig(TaskConfig):
             input_row[: len(tokens)] = tokens
             target_row[len(tokens) - 1] = value
 
-    def _append(self, draw: Random, tokens: list[int], depth: int, most: int) -> int:
-        """Append an expression to `tokens` and return its value; beyond `most` tokens only digits are appended."""
-        if depth == 0 or (tokens and draw.random() < DIGIT_PROBABILITY) or len(tokens) > most:
+    def _append(self, draw: Random, tokens: list[int], depth: int, max_tokens: int) -> int:
+        """Append an expression to `tokens` and return its value; beyond `max_tokens`, only digits are appended."""
+        if depth == 0 or (tokens and draw.random() < DIGIT_PROBABILITY) or len(tokens) > max_tokens:
             tokens.append(draw.randrange(10))
             return tokens[-1]
         name = draw.choice(list(OPERATORS))
         tokens.append(NAMES.index(name))
-        values = [self._append(draw, tokens, depth - 1, most) for _ in range(draw.randint(2, self.arguments))]
+        values = [self._append(draw, tokens, depth - 1, max_tokens) for _ in range(draw.randint(2, self.arguments))]
         tokens.append(NAMES.index("]"))
         return OPERATORS[name](values)
 

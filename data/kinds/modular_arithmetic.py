@@ -76,10 +76,10 @@ class ModularArithmeticConfig(TaskConfig):
         plus, minus, times, opening, closing = range(self.modulus, self.modulus + 5)
         if length < 5:
             digit = int(rng.integers(self.modulus))
-            negative = length % 2 == 0
-            operand = [minus, digit] if negative else [digit]
+            is_negative = length % 2 == 0
+            operand = [minus, digit] if is_negative else [digit]
             tokens = [opening, *operand, closing] if length > 2 else operand
-            return tokens, (-digit if negative else digit) % self.modulus
+            return tokens, (-digit if is_negative else digit) % self.modulus
         left_length = int(rng.integers(1, length - 3))
         left, a = self._draw_nested(rng, left_length)
         right, b = self._draw_nested(rng, length - 3 - left_length)

@@ -90,8 +90,8 @@ def ask(
 ) -> None:
     """Repeat each key once after `start`, with its value as the target at the key's last token.
 
-    The positions after `start` are divided into groups of one token more than a key. Each key draws a group g without
-    replacement, with probability proportional to g^(power_a - 1), and is written at the start of it.
+    The positions after `start` are divided into groups, each one position longer than a key. Each key draws a group g
+    without replacement, with probability proportional to g^(power_a - 1), and is written at the start of this group.
 
     Args:
         rng: the random generator.

@@ -45,13 +45,14 @@ class Text(Source):
     Args:
         config: the configuration: sequence length, order, packing and slices.
         corpus: the training and validation split.
-        carried: True if each step continues the sequences of the previous step, instead of the configured order.
+        continues_sequences: True if each step continues the sequences of the previous step (training.carry_state);
+            False for the configured order.
     """
 
-    def __init__(self, config: TextConfig, corpus: Corpus, *, carried: bool = False) -> None:
+    def __init__(self, config: TextConfig, corpus: Corpus, *, continues_sequences: bool = False) -> None:
         self.config = config
         self.corpus = corpus
-        self.carried = carried
+        self.continues_sequences = continues_sequences
         self.name = corpus.name
         self.tokenizer = corpus.tokenizer
         self.vocab_size = corpus.tokenizer.vocab_size
@@ -90,7 +91,7 @@ class Text(Source):
         tokens = self.corpus.train
         length = self.config.sequence_length
         rows = share(batch_size, rank, world_size)
-        if self.carried:
+        if self.continues_sequences:
             starts = contiguous_starts(len(tokens), length, batch_size, seed=seed, step=step)
             return cut(tokens, starts[rows], length, self.begin)  # never packed
         sources, numbers = mixture(self.config.weights, batch_size, seed=seed, step=step)
@@ -103,7 +104,7 @@ class Text(Source):
         return self._check_documents(as_batch(sequences[rows], self.begin))
 
     def origin(self, step: int, batch_size: int, seed: int, row: int, token: int) -> str | None:
-        if self.carried:
+        if self.continues_sequences:
             length = self.config.sequence_length
             size = len(self.corpus.train)
             start = contiguous_starts(size, length, batch_size, seed=seed, step=step)[row]
@@ -150,7 +151,7 @@ class Text(Source):
         return starts
 
     def goes_on(self, step: int, batch_size: int, seed: int) -> bool:
-        if not self.carried:
+        if not self.continues_sequences:
             return False
         return step % lane_windows(len(self.corpus.train), self.config.sequence_length, batch_size) != 0
 
@@ -160,7 +161,7 @@ class Text(Source):
             raise SeqmixError(
                 "training.carry_state needs a single text that is not streamed: leave out data.sources and streaming"
             )
-        text = Text(self.config, self.corpus, carried=True)
+        text = Text(self.config, self.corpus, continues_sequences=True)
         text.goes_on(0, batch_size, seed=0)  # raises if the text is too short
         return text
 

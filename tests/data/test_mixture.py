@@ -179,8 +179,8 @@ ONE = {"sources": [A | {"weight": 1}]}
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        (ONE | {"paths": ["b"]}, "every source has its own paths"),
-        (ONE | {"text_field": "body"}, "every source has its own text_field"),
+        (ONE | {"paths": ["b"]}, "set paths in each of the sources"),
+        (ONE | {"text_field": "body"}, "set text_field in each of the sources"),
         ({"sources": [A]}, "weight"),
         ({"sources": [A | {"weight": 0}]}, "weight"),
         ({"sources": [{"weight": 1}]}, "needs paths or a dataset"),
