@@ -10,12 +10,12 @@ if __name__ == "__main__" and not sys.flags.safe_path and sys.path[0] == os.getc
 
 def start() -> None:
     """Run the program; a Ctrl-C during its imports ends it silently."""
-    handled = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # a background process may ignore it
-    if handled:
+    handles_interrupts = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # a background process may not
+    if handles_interrupts:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     from .cli import main
 
-    if handled:
+    if handles_interrupts:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     main()
 

@@ -35,11 +35,12 @@ COMMANDS = {
     "plot": "Plot the measurements of runs or of a study: an interactive page, or figures for a paper.",
     "inspect": "Show how a trained model processes a text: attention maps, reach of heads, states and gradients.",
     "show": "Show a model's cost by layer without allocating it: parameters, FLOPs, state, activations.",
-    "coordinates": "Check that training changes activations of every width by as much (coordinate check of muP).",
+    "coordinates": "Check that training changes activations equally at every width of the model (coordinate check of "
+    "muP).",
     "plan": "Estimate memory, traffic and time of a training step on many GPUs, by layout, without running it.",
     "schema": "Print the JSON schema of a configuration, for YAML completion in editors.",
 }
-"""Summary of each command, by name; it is the first line of the docstring of the command's function in commands/."""
+"""Summary of each command, by name. The docstring of the command's function in commands/ begins with it."""
 
 
 INTERRUPTS: list[int] = []
@@ -47,14 +48,17 @@ INTERRUPTS: list[int] = []
 
 
 class LazyGroup(TyperGroup):
-    """Group of commands whose names and summaries are known; only the called one is imported, as torch is slow."""
+    """Group of commands whose names and summaries are known without importing them, as importing torch is slow.
+
+    Only the command that is called is imported.
+    """
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:  # click's types have moved between versions
         """Import the command named on the command line; return its name, the command, and the remaining arguments."""
         name, _, rest = super().resolve_command(ctx, args)
         gc.disable()  # objects of modules live until the end: searching them for garbage costs time
         try:
-            command = imported(str(name))
+            command = import_command(str(name))
         finally:
             gc.enable()
         if not gc.get_freeze_count() and "triton" not in sys.modules:  # triton reports frozen objects as leaks
@@ -78,7 +82,7 @@ def _handle_unraisable(unraisable: Any) -> None:
     sys.__unraisablehook__(unraisable)
 
 
-def imported(name: str) -> TyperCommand:
+def import_command(name: str) -> TyperCommand:
     """Import a command; its options are the parameters of its function, and its help is the docstring."""
     word = name.replace("-", "_")
     function = getattr(import_module(f".commands.{word}", __package__), word)
@@ -92,7 +96,7 @@ def imported(name: str) -> TyperCommand:
 
 
 def print_versions(requested: bool) -> None:
-    """Print the versions and exit, if requested. Torch's comes from its metadata, as importing it is slow."""
+    """Print the versions and exit, if requested. Torch's version is read from its metadata, as importing it is slow."""
     if requested:
         version = import_module(str(__package__)).__version__
         torch = metadata.version("torch")
@@ -114,8 +118,8 @@ def main() -> None:
     columns = os.environ.get("COLUMNS", "")
     if not columns.isdecimal() or int(columns) == 0:  # 0 means unknown, but would print nothing
         os.environ.pop("COLUMNS", None)
-    handled = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # a background process may ignore it
-    if handled:
+    handles_interrupts = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # a background process may not
+    if handles_interrupts:
         # until the command is imported: importing libraries would turn an interrupt into an error of their own
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         sys.unraisablehook = _handle_unraisable
@@ -123,7 +127,7 @@ def main() -> None:
         with protect_output():
             _run()
     finally:
-        if handled:
+        if handles_interrupts:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # slow exit handlers would print a traceback
 
 

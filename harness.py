@@ -72,13 +72,16 @@ class SeqmixLM(TemplateLM):
                 f"{nearest(name, ARGUMENTS)}"
             )
         if (run is None) == (model is None):
-            raise SeqmixError("lm-eval's model seqmix needs run=DIR, a run directory or an exported file")
+            raise SeqmixError(
+                "lm-eval's model seqmix needs either run=DIR (a run directory or an exported file) or a model, got "
+                f"{'neither' if run is None else 'both'}"
+            )
         if not str(batch_size).isdecimal():
-            raise SeqmixError(f"batch_size expects an integer, got {batch_size!r}")
+            raise SeqmixError(f"expected batch_size to be an integer, got {batch_size!r}")
         if model is None:
             # lm-eval's command asks for cuda:0 on every machine
-            usable = torch.cuda.is_available() or not str(device).startswith("cuda")
-            model = load_run(str(run), device=device if device and usable else "cpu", choice=checkpoint)
+            is_usable = torch.cuda.is_available() or not str(device).startswith("cuda")
+            model = load_run(str(run), device=device if device and is_usable else "cpu", choice=checkpoint)
         if model.tokenizer is None:
             raise SeqmixError("lm-eval needs a model with a tokenizer for text, got a model without one")
         self.model = model.eval()

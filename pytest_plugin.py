@@ -18,7 +18,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     text = "run only the tests of this check, among those that seqmix.testing generates; may be repeated"
     group.addoption("--seqmix-check", action="append", default=[], metavar="NAME", help=text)
     text = (
-        "number of cases for the largest check, instead of the number that tests set; others take proportionally fewer"
+        "number of cases of the check that draws most, instead of the number that the tests set; other checks draw "
+        "proportionally fewer"
     )
     group.addoption("--seqmix-examples", type=int, metavar="N", help=text)
     text = "also run the checks of `seqmix check --stress`, in tests that do not name checks"
@@ -27,13 +28,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Set `COMMAND_LINE.stress`, which the decorators of seqmix.testing read while tests are collected."""
-    names, stress = config.getoption("seqmix_check") or [], bool(config.getoption("seqmix_stress"))
-    if stress or names:
+    names, asks_for_stress = config.getoption("seqmix_check") or [], bool(config.getoption("seqmix_stress"))
+    if asks_for_stress or names:
         from .testing import CHECKS
         from .testing.engine.parametrize import COMMAND_LINE
 
         names_stress_check = any(CHECKS[name].stress for name in names if name in CHECKS)
-        COMMAND_LINE.stress = names_stress_check or stress
+        COMMAND_LINE.stress = names_stress_check or asks_for_stress
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -61,8 +62,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     selected, deselected = [], []
     for item in items:
         check = getattr(getattr(item, "callspec", None), "params", {}).get("check")
-        other_check = names and isinstance(check, BoundCheck) and check.name not in names
-        (deselected if other_check else selected).append(item)
+        is_other_check = names and isinstance(check, BoundCheck) and check.name not in names
+        (deselected if is_other_check else selected).append(item)
     if deselected:
         config.hook.pytest_deselected(items=deselected)
         items[:] = selected

@@ -59,8 +59,8 @@ def check(
         bool,
         typer.Option(
             "--quick",
-            help="Take a few seconds: 10 examples, every value of every option once, no checks that compile or are "
-            "long.",
+            help="Take only a few seconds: 10 examples, every value of every option once, and no checks that compile "
+            "or take long.",
         ),
     ] = False,
     stress: Annotated[
@@ -68,7 +68,7 @@ def check(
     ] = False,
     examples: Annotated[
         int | None,
-        typer.Option(help="Number of examples of the largest check, by default 100; others take fewer.", min=1),
+        typer.Option(help="Number of cases of the check that draws most, by default 100; others draw fewer.", min=1),
     ] = None,
     seed: Annotated[int, typer.Option(help="Random seed of the examples.")] = 0,
     d_model: Annotated[
@@ -84,13 +84,13 @@ def check(
     expected_failure: Annotated[
         list[str] | None,
         typer.Option(
-            help="Check that is known to fail, and why; it counts as failed if it passes. May be repeated.",
+            help="A check that is known to fail, and why. If it passes, this counts as a failure. May be repeated.",
             metavar="CHECK=REASON",
         ),
     ] = None,
     compile_with: Annotated[
         Literal["aot_eager", "inductor", "none"] | None,
-        typer.Option("--compile", help="Backend for checks that compile, by default aot_eager; none skips them."),
+        typer.Option("--compile", help="Backend for checks that compile, by default aot_eager; `none` skips them."),
     ] = None,
     shrink: Annotated[
         bool, typer.Option("--shrink/--no-shrink", help="Reduce a failing case to the smallest one, in at most 10 s.")
@@ -108,8 +108,8 @@ def check(
 ) -> None:
     """Test a mixer or a kernel against the contract, and show the smallest failing case.
 
-    A mixer kind is checked with all values of its options, a configuration only as it is. The exit status is 1 if a
-    check fails.
+    If you name only a mixer kind, all values of its options are checked; a kind with changes, a preset or a file is
+    checked as it is. The exit status is 1 if a check fails.
 
     [bold]seqmix check retention --quick[/bold]
 
@@ -150,7 +150,7 @@ def check(
             "--tolerance": tolerance,
         }
         if unsupported := [name for name, value in mixer_options.items() if value]:
-            raise SeqmixError(f"{source} is a kernel, but {unsupported[0]} is for mixers: leave it out")
+            raise SeqmixError(f"{source} is a kernel, but {unsupported[0]} is for mixers only: leave it out")
         report = check_kernel(kernel, **arguments, on_outcome=partial(_print_outcome, console, headings=[]))
         results = [Tested(str(kernel.key), {}, report.outcomes)]
     else:
@@ -260,8 +260,8 @@ def mixers_of(source: str, changes: Sequence[str] = (), hf_config: str = "") -> 
         hf_config: for a class of transformers: the fields of its configuration, as YAML or JSON, or a file.
 
     Returns:
-        The configurations, and True if their options are to be varied. The options of a kind without changes are;
-        other configurations are checked as they are.
+        The configurations, and whether their options are to be varied: True for a kind without changes, False for other
+        configurations, which are checked as they are.
 
     Raises:
         SeqmixError: the source or a change is invalid.
@@ -287,7 +287,7 @@ def mixers_of(source: str, changes: Sequence[str] = (), hf_config: str = "") -> 
         raise SeqmixError(f"{source} is a Python file: write the dotted path of its configuration, {module}:MyConfig")
     mapping = read_mapping(source, PRESETS)
     if not mapping:
-        raise SeqmixError(f"expected the configuration of a run or of a mixer, but {source} is empty: fill it in")
+        raise SeqmixError(f"expected {source} to have the configuration of a run or of a mixer, but it is empty")
     if "kind" in mapping:
         return [load(_resolve_class(str(mapping["kind"])), source, changes, presets=PRESETS)], False
     from ..training import load_config  # imported late, as it takes 0.2 s that a mixer kind does not need
@@ -362,7 +362,7 @@ def _build_example(cls: type[MixerConfig], changes: Sequence[str]) -> MixerConfi
 
 
 MARKS = {"passed": "✓", "failed": "✗", "skipped": "-", "expected failure": "x"}
-"""Mark before the name of a check, by status of its outcome."""
+"""Mark before the name of a check, by the status of its outcome."""
 
 
 def _show_case(status: Status, check: "Check", cases: int) -> None:

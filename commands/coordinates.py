@@ -29,10 +29,10 @@ def coordinates(
     ] = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Check that training changes activations of every width by as much (coordinate check of muP).
+    """Check that training changes activations equally at every width of the model (coordinate check of muP).
 
-    Models of several widths train for a few steps. What grows with the width needs a lower learning rate in a wider
-    model. With a parametrization that fits the width, nothing grows.
+    Models of several widths train for a few steps. If activations grow with the width, a wider model needs a lower
+    learning rate. With a parametrization that fits the width, none grow.
 
     [bold]seqmix coordinates retnet-tiny model.parametrization="{kind: mup, base_width: 64}"[/bold]
     """

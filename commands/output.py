@@ -14,22 +14,22 @@ from typing import Any
 import typer
 
 EXIT_UNREAD = 141
-"""Exit status if nobody reads the output and it is the only result; as for a program that SIGPIPE ends."""
+"""Exit status if the output is the only result and nobody reads it: that of a program that SIGPIPE ends."""
 
 
-class _Standard(io.FileIO):
+class _SafeStream(io.FileIO):
     """A standard stream that discards all output after its first error, so that printing never fails."""
 
-    lost: OSError | None = None
+    first_error: OSError | None = None
     """The first error; None if there was none."""
 
     def write(self, data: Any, /) -> int | None:
         """Write or discard the data; never raises."""
-        if self.lost is None:
+        if self.first_error is None:
             try:
                 return super().write(data)
             except OSError as error:
-                self.lost = error
+                self.first_error = error
         return memoryview(data).nbytes
 
 
@@ -45,7 +45,7 @@ def protect_output() -> Iterator[None]:
         if isinstance(stream, io.TextIOWrapper) and isinstance(getattr(stream.buffer, "raw", stream.buffer), io.FileIO):
             stream.flush()
             errors = "backslashreplace" if stream.errors == "strict" else stream.errors
-            raw = io.BufferedWriter(_Standard(stream.fileno(), "w", closefd=False))
+            raw = io.BufferedWriter(_SafeStream(stream.fileno(), "w", closefd=False))
             setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, errors, line_buffering=True))
     try:
         yield
@@ -61,7 +61,7 @@ def protect_output() -> Iterator[None]:
 
 def output_error() -> OSError | None:
     """Return the error after which standard output is discarded; None if there was none."""
-    return getattr(getattr(getattr(sys.stdout, "buffer", None), "raw", None), "lost", None)
+    return getattr(getattr(getattr(sys.stdout, "buffer", None), "raw", None), "first_error", None)
 
 
 _CONTROL = (*range(9), *range(11, 32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A))

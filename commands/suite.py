@@ -2,11 +2,11 @@
 
 import shlex
 import tempfile
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple
 from functools import partial, reduce
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import typer
 from rich.console import Console
@@ -47,14 +47,15 @@ EXTENT_FILE = "extent.yaml"
 class _SavedExtent(Config):
     """Contents of `EXTENT_FILE`: the extent chosen for a budget, which a resumed suite keeps."""
 
-    asked: tuple[str, ...]
-    """Size, match, budget and tasks that the command was called with."""
+    deprecated_names: ClassVar[Mapping[str, str]] = {"asked": "arguments", "one_rate": "untuned"}
+    arguments: tuple[str, ...]
+    """Size, match, budget, number of seeds, values of --equal and tasks that the command was called with."""
     steps: float
     """Fraction of the steps in the settings, at most 1."""
-    one_rate: bool
-    """True without tuning of the learning rate."""
+    untuned: bool
+    """True if the first learning rate is used, without tuning."""
     one_seed: bool
-    """True for a single seed."""
+    """True if only the first seed is used."""
     tasks: tuple[str, ...]
     """Names of the tasks that fit into the budget."""
 
@@ -79,7 +80,7 @@ def suite(
     budget: Annotated[
         str | None,
         typer.Option(
-            help="Time limit; tasks, tuning, seeds and steps are left out until the suite fits.",
+            help="Time limit: tasks are left out, then tuning, seeds and steps are reduced, until the suite fits.",
             metavar="30m",
         ),
     ] = None,
@@ -90,7 +91,7 @@ def suite(
     equal: Annotated[
         list[str] | None,
         typer.Option(
-            help="Option that every mixer gets that has it, such as short_conv=4; may be repeated.",
+            help="Set this option in every mixer that has it, such as short_conv=4; may be repeated.",
             metavar="OPTION=VALUE",
         ),
     ] = None,
@@ -120,10 +121,10 @@ def suite(
     console = terminal()
     settings = load_settings(size)
     if quick and budget is not None:
-        raise SeqmixError("--quick and --budget both limit the runs: leave one out")
+        raise SeqmixError("--quick and --budget both limit the runs: leave one of them out")
     if seeds is not None:
         if quick:
-            raise SeqmixError("--quick has one seed, and --seeds sets their number: leave one out")
+            raise SeqmixError("--quick uses one seed, but --seeds sets their number: leave one of them out")
         settings = settings.model_copy(update={"seeds": tuple(range(seeds))})
     options = _equal_options(equal or [])
     if list_all:
@@ -144,7 +145,7 @@ def suite(
             raise SeqmixError(f"two mixers are called {each.name}: rename one with NAME={{kind: MIXER, ...}}")
     candidates = list(by_name.values())
     if not candidates:
-        raise SeqmixError("nothing is measured: name a mixer, or leave out --no-references")
+        raise SeqmixError("there is no mixer to measure: name one, or leave out --no-references")
     named = [each for each in sources if each not in REFERENCES] or sources
     plan_tasks = partial(write_studies, equal=options, subject=Candidate.of(named[0]).name)
     jobs_option = [] if jobs is None else ["--jobs", str(jobs)]
@@ -152,10 +153,10 @@ def suite(
     with tempfile.TemporaryDirectory() as temporary, console.status("") as status:
         extent = Extent(one_rate=quick, one_seed=quick)
         names = list(chosen)
-        request = (str(size), str(match), budget or "", str(seeds or ""), *(equal or ()), *chosen)
+        arguments = (str(size), str(match), budget or "", str(seeds or ""), *(equal or ()), *chosen)
         if budget is not None:
             planned = plan_tasks(Path(temporary), settings, chosen, candidates, match, extent, status.update)
-            extent, names = _read_extent(folder, request) or _fit_to_budget(planned, budget, jobs, console)
+            extent, names = _read_extent(folder, arguments) or _fit_to_budget(planned, budget, jobs, console)
         notes = left_out(extent, names, list(chosen))
         chosen = {name: chosen[name] for name in names}
         study_folder = Path(temporary) if dry_run else folder
@@ -177,7 +178,7 @@ def suite(
         _show_plan(planned, notes, console)
         return
     if budget is not None:
-        _write_extent(folder, request, extent, tuple(chosen))
+        _write_extent(folder, arguments, extent, tuple(chosen))
     runs = sum(len(task.plan.runs) for task in planned)
     console.print(
         f"{runs} runs of {', '.join(by_name)} on {len(planned)} tasks, {jobs} at once, in {folder}. Reduce them with "
@@ -263,16 +264,21 @@ def _equal_options(assignments: Sequence[str]) -> dict[str, Any]:
     return options
 
 
-def _read_extent(folder: Path, request: Sequence[str]) -> tuple[Extent, list[str]] | None:
-    """Read the extent and the tasks of an earlier call with the same request, so that rows stay comparable."""
+def _read_extent(folder: Path, arguments: Sequence[str]) -> tuple[Extent, list[str]] | None:
+    """Read the extent and the tasks of an earlier call with the same arguments, so that rows stay comparable.
+
+    Returns:
+        The extent and the names of the tasks; None if there was no such call.
+    """
     file = folder / EXTENT_FILE
-    if not file.is_file() or (saved := load(_SavedExtent, file, presets=folder)).asked != tuple(request):
+    if not file.is_file() or (saved := load(_SavedExtent, file, presets=folder)).arguments != tuple(arguments):
         return None
-    return Extent(saved.steps, saved.one_rate, saved.one_seed), list(saved.tasks)
+    return Extent(saved.steps, saved.untuned, saved.one_seed), list(saved.tasks)
 
 
-def _write_extent(folder: Path, request: tuple[str, ...], extent: Extent, tasks: tuple[str, ...]) -> None:
-    saved = _SavedExtent(asked=request, **asdict(extent), tasks=tasks)
+def _write_extent(folder: Path, arguments: tuple[str, ...], extent: Extent, tasks: tuple[str, ...]) -> None:
+    steps, untuned, one_seed = astuple(extent)
+    saved = _SavedExtent(arguments=arguments, steps=steps, untuned=untuned, one_seed=one_seed, tasks=tasks)
     write_file(dump(saved), folder / EXTENT_FILE)
 
 

@@ -17,6 +17,7 @@ class Joined(NamedTuple):
     """Source of a seqmix tensor: parts of the library's tensors, concatenated along any dimension but the first."""
 
     parts: tuple[Part, ...]
+    """Parts, in their order in the seqmix tensor."""
     dim: int
     """Dimension along which the parts are concatenated."""
 
@@ -54,7 +55,7 @@ class Architecture:
     ignored_tensors: ClassVar[str] = r".*rotary_emb\.inv_freq"
     """Regular expression of names of tensors to ignore: buffers that the library can compute."""
     aliases: ClassVar[Mapping[str, str]] = {}
-    """Parts of tensor names that other versions of the library write, and the parts that replace them."""
+    """Parts of tensor names that other versions of the library write, each with the part that replaces it."""
     embedding = "model.embed_tokens.weight"
     """Name of the embedding's tensor."""
     norm = "model.norm.weight"
@@ -78,7 +79,7 @@ class Architecture:
         return index
 
     def computed_tensors(self, model: LanguageModel) -> dict[str, Tensor]:
-        """Return tensors to export, by the library's name, that hold no parameters but that the library must load."""
+        """Return additional tensors to export, by the library's name: buffers that the library expects in the file."""
         return {}
 
     def tensor_aliases(self, values: Mapping[str, Any]) -> Mapping[str, str]:
@@ -140,14 +141,15 @@ class Architecture:
                 written[name].append(kind)
             if ours["mixer.kind"] != table.ours["mixer.kind"]:
                 raise SeqmixError(
-                    f"{self.name} has layers of {' and '.join(self.mixers)}, got model.blocks.{label}.mixer "
-                    f"{ours['mixer.kind']}"
+                    f"{self.name} models consist of {' and '.join(self.mixers)} layers, but model.blocks.{label}.mixer "
+                    f"is {ours['mixer.kind']}"
                 )
             try:
                 written |= table.write(ours)
             except KeyError as error:  # e.g. a network of another kind, which lacks a field of the table
                 raise SeqmixError(
-                    f"model.blocks.{label} has no counterpart in {self.name}: it lacks {error}"
+                    f"model.blocks.{label} cannot be written as {self.name}: the block has no field {error}, which "
+                    f"{self.name} needs"
                 ) from error
         if self.model_type:
             written |= {"model_type": self.model_type, "architectures": [self.class_name]}
@@ -171,7 +173,7 @@ class Architecture:
                 ours = f"blocks.{i}.{name}"
                 rules[ours] = rule(ours, source, shapes[ours], f"{self.layers}.{self.layer(i)}.")
         if missing := shapes.keys() - rules.keys():
-            raise SeqmixError(f"{self.name} has no counterpart of the tensor {min(missing)}")
+            raise SeqmixError(f"{self.name} models have no counterpart of the tensor {min(missing)}")
         return iter(rules.values())
 
     def _layer_types(self, name: str, values: Mapping[str, Any], where: object) -> list[str]:

@@ -45,9 +45,9 @@ def recognised(config: Mapping[str, Any], where: object) -> Architecture:
             return architecture
     kind = config.get("model_type")
     known = [each.model_type for each in ARCHITECTURES.values() if each.model_type]
-    given = "no model_type" if kind is None else f"the unknown model_type {kind!r}"
+    problem = "no model_type" if kind is None else f"the unknown model_type {kind!r}"
     hint = nearest(str(kind), known) or "."
-    raise SeqmixError(f"{where} has {given}{hint} Supported architectures: {', '.join(ARCHITECTURES)}")
+    raise SeqmixError(f"{where} has {problem}{hint} Supported architectures: {', '.join(ARCHITECTURES)}")
 
 
 def import_from(source: Path, out: Path | None, tokenizer: str | None = None) -> tuple[Architecture, list[Rule]]:

@@ -38,7 +38,7 @@ class Field:
     """Paths of the seqmix fields: a field of the model, or, with the prefix `mixer.`, `ffn.` or `block.`, of a block;
     the prefix `norm.` means all norms. Empty if the field has no counterpart."""
     default: Any = REQUIRED
-    """Value to assume if the field is missing or null, or a function that computes it from the other fields."""
+    """Value to use if the field is missing or null, or a function that computes it from all fields of config.json."""
     read: Callable[[Any, Values], Any] = lambda value, _: value
     """Function that computes the seqmix value from the field's value and all fields of config.json."""
     write: Callable[[Any, Values], Any] = lambda value, _: value
@@ -53,7 +53,7 @@ def same(*paths: str, default: Any = REQUIRED, **options: Any) -> Field:
 
 
 def only(value: Any, *others: Any) -> Field:
-    """Make a field without a counterpart in seqmix, which supports only these values; the first is the default."""
+    """Make a field that has no counterpart because seqmix supports these values only; the first is the default."""
     return Field((), value, allowed=(value, *others))
 
 
@@ -73,7 +73,10 @@ def choice(path: str, values: Mapping[Any, Any], default: Any = REQUIRED) -> Fie
 
 
 def width(path: str, default: Any = REQUIRED, over: str = "hidden_size") -> Field:
-    """Make a field with a width, which seqmix states as a multiple of d_model; `over` names the field with d_model."""
+    """Make a field with a width, which seqmix states as a multiple of d_model.
+
+    `over` is the name of the field of config.json that has d_model.
+    """
     read = lambda value, theirs: value / theirs[over]  # noqa: E731
     return Field((path,), default, read, lambda value, ours: round(value * ours["d_model"]))
 
@@ -157,7 +160,10 @@ def require_known(values: Values, known: set[str], where: object) -> None:
 
 
 def flatten_config(m: ModelConfig, layer: str) -> dict[str, Any]:
-    """Return the fields of a model and of one of its blocks by path; unset numbers of key heads become n_heads."""
+    """Return the fields of a model and of one of its blocks, by path.
+
+    Where `n_kv_heads` or `n_qk_heads` is not set, it becomes n_heads.
+    """
     ffn = m.blocks[layer].ffn
     block = m.blocks[layer].model_dump(mode="json")
     ours = m.model_dump(mode="json", exclude={"blocks", "pattern", "norm", "init", "dropout"})

@@ -112,8 +112,10 @@ class Qwen3Next(Rotating):
         return layout | experts("mlp", ffn) | swiglu("mlp.shared_expert", "ffn.shared") | shared
 
     def attention(self, mixer: Any) -> Layout:
-        """Return the layout of attention, whose queries and gates are one tensor: for each head its query, then its
-        gate."""
+        """Return the layout of attention.
+
+        Queries and gates are one tensor, which has, for each head, the rows of its query and then those of its gate.
+        """
         heads = mixer.n_heads
         groups = mixer.n_kv_heads
         size = mixer.head_dim
@@ -139,7 +141,8 @@ class Qwen3Next(Rotating):
     def delta(self, mixer: Any) -> Layout:
         """Return the layout of Gated DeltaNet, whose projections are grouped by key head.
 
-        One tensor has, for each key head, its query, key, values and gates; another its write strengths and decays.
+        For each key head, one tensor has its query, key, values and gates, and another has its write strengths and
+        decays.
         """
         groups = mixer.n_qk_heads
         d_model = mixer.in_proj.in_features

@@ -28,7 +28,7 @@ class Part:
     pattern: str = ""
     """Pattern of `einops.repeat`; empty leaves the tensor unchanged."""
     index: int | tuple[int, ...] | None = None
-    """Entry of the first dimension to select after the pattern, or entries in their new order; None for all."""
+    """Entry of the first dimension to select after the pattern; several entries, in their new order; None for all."""
     sizes: Mapping[str, int] = field(default_factory=dict)
     """Sizes of the pattern's dimensions."""
 
@@ -63,7 +63,9 @@ class Rule:
     shape: tuple[int, ...]
     """Shape of the seqmix tensor."""
     parts: tuple[Part, ...]
+    """Parts of the other library's tensors; empty for zeros."""
     dim: int = 0
+    """Dimension along which the parts are concatenated."""
 
     def __call__(self, theirs: Mapping[str, Tensor]) -> Tensor:
         """Compute the seqmix tensor from the other library's tensors."""
@@ -131,7 +133,7 @@ def to_theirs(rules: Iterable[Rule], ours: Mapping[str, Tensor]) -> dict[str, Te
         if len(rule.parts) == 1 and rule.parts[0].action == "as it is":
             theirs[rule.parts[0].name] = x
             continue
-        # apply the rule to the positions of their numbers: it then tells where each number of x comes from
+        # apply the rule to tensors of positions: the result says where each number of x comes from
         positions = torch.arange(sum(sizes.values())).split(list(sizes.values()))
         places = {name: flat.view(rule.sources[name]) for name, flat in zip(sizes, positions, strict=True)}
         used = rule(places).flatten()
@@ -145,7 +147,7 @@ def to_theirs(rules: Iterable[Rule], ours: Mapping[str, Tensor]) -> dict[str, Te
     for rule in rules:
         if not torch.equal(rule(theirs), ours[rule.name]):
             raise SeqmixError(
-                f"{rule.name} differs between heads that must share the same part of {', '.join(rule.sources)}"
+                f"{rule.name} has different values for heads that share one part of {', '.join(rule.sources)}"
                 if rule.parts
                 else f"{rule.name} must be zero, because the other library has no such tensor"
             )

@@ -69,14 +69,14 @@ class Rotating(Architecture):
             rope.setdefault("original_max_position_embeddings", values["max_position_embeddings"])
         fields = {name: LENGTHS.get(name, name) for name in SCALINGS.get(kind, ())}
         if (kind != "default" and kind not in SCALINGS) or rope.keys() != set(fields.values()):
-            allowed = "of rope_type default, linear or llama3, with the fields of that type only,"
+            allowed = "of rope_type default, linear or llama3, with the fields of this type only,"
             raise unsupported_value(where, "rope_parameters", {"rope_type": kind, **rope}, allowed)
         if fields:
             known["scaling"] = {"kind": kind, **{ours: rope[name] for ours, name in fields.items()}}
         return plain | known
 
     def collapse_fields(self, values: dict[str, Any]) -> dict[str, Any]:
-        # the top level keeps them too, because versions of transformers before 5 read them there
+        # these fields also stay at the top level, where versions of transformers before 5 read them
         rope = {name: values[name] for name in ("rope_theta", "partial_rotary_factor") if name in values}
         scaling = dict(values.pop("scaling", None) or {"kind": "default"})
         rope |= {"rope_type": scaling.pop("kind"), **{LENGTHS.get(name, name): x for name, x in scaling.items()}}

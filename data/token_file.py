@@ -217,7 +217,8 @@ def _open(path: Path) -> tuple[Any, dict[str, np.ndarray], dict[str, str]]:
         raise SeqmixError(f"{path} is not a token file: write one with `seqmix tokenize`")
     if metadata["tokens"] != VERSION:
         raise SeqmixError(
-            f"{path} must be a token file of version {VERSION}, got version {metadata['tokens']}: tokenize the text again"
+            f"{path} must be a token file of version {VERSION}, got version {metadata['tokens']}: tokenize the text "
+            "again"
         )
     if missing := METADATA - metadata.keys() | DTYPES.keys() - set(tensors.keys()):
         raise SeqmixError(f"{path} is damaged: it lacks {min(missing)}; tokenize the text again")
@@ -237,7 +238,8 @@ def _require_documents(path: Path, ends: np.ndarray, digests: np.ndarray, checks
     """Check that the tables describe documents that cover all `length` tokens."""
     if int(ends[0]) < 1 or int(ends[-1]) != length or not (ends[1:] > ends[:-1]).all():
         raise SeqmixError(
-            f"{path} is damaged: the ends of its documents do not ascend to its {length:,} tokens; tokenize the text again"
+            f"{path} is damaged: the ends of its documents do not ascend to its {length:,} tokens; tokenize the text "
+            "again"
         )
     for name, table, expected in (("digests", digests, len(ends)), ("checks", checks, -(-length // BLOCK))):
         if len(table) != expected:

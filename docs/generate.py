@@ -101,7 +101,7 @@ def _commands() -> list[str]:
     """Return a section for each command: its description, usage, arguments and options, and examples."""
     lines = []
     for name in cli.COMMANDS:
-        command = cli.imported(name)
+        command = cli.import_command(name)
         paragraphs = (command.help or "").split("\n\n")
         examples = [re.sub(r"\[/?bold\]", "", text) for text in paragraphs if text.startswith("[bold]")]
         prose = [text for text in paragraphs if not text.startswith("[bold]")]

@@ -11,7 +11,7 @@ from ..mixers import Paradigm, SequenceMixer
 from ..mixers.state import select
 from ..mixers.traits import require_state
 from ..registry import SeqmixError
-from .padding import Rows, mix_rows
+from .padding import RowLayout, mix_rows
 
 CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 """Name of the cache in arguments and outputs of a model; it depends on the installed release of transformers."""
@@ -88,7 +88,11 @@ class SeqmixCache(Cache):
 
 
 def mix_cached(
-    run: Callable[..., Any], x: Tensor, mixers: Sequence[SequenceMixer[Any]], layers: Sequence[StateLayer], rows: Rows
+    run: Callable[..., Any],
+    x: Tensor,
+    mixers: Sequence[SequenceMixer[Any]],
+    layers: Sequence[StateLayer],
+    rows: RowLayout,
 ) -> Tensor:
     """Mix a batch, starting from the states in a cache, and store the states after the batch in the cache.
 

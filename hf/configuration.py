@@ -14,13 +14,13 @@ from ..registry.errors import shown
 SOURCE = "the model of config.json"
 """Name of a `SeqmixConfig`'s model in error messages."""
 
-SIZES = {
+FIELD_NAMES = {
     "vocab_size": "vocab_size",
     "hidden_size": "d_model",
     "num_hidden_layers": "n_layers",
     "tie_word_embeddings": "tie_embeddings",
 }
-"""Fields of `ModelConfig` by the name that transformers uses for them."""
+"""Names that transformers uses for fields of `ModelConfig`, each with the name of the field."""
 
 
 class SeqmixConfig(PretrainedConfig):
@@ -34,7 +34,8 @@ class SeqmixConfig(PretrainedConfig):
         kwargs: fields of every transformers configuration, such as `use_cache` or `bos_token_id`.
 
     Raises:
-        SeqmixError: the model is missing or not valid, or a size in `kwargs` differs from that of the model.
+        SeqmixError: the model is missing or not valid, or a field in `kwargs`, such as `hidden_size`, differs from that
+            of the model.
     """
 
     model_type = "seqmix"
@@ -47,7 +48,7 @@ class SeqmixConfig(PretrainedConfig):
         if (kind := kwargs.pop("model_type", self.model_type)) != self.model_type:
             raise SeqmixError(f"config.json: model_type: expected {self.model_type!r}, got {shown(kind)}")
         _require_types(kwargs)
-        given_sizes = {name: kwargs.pop(name) for name in SIZES if name in kwargs}
+        repeated = {name: kwargs.pop(name) for name in FIELD_NAMES if name in kwargs}
         use_cache = kwargs.pop("use_cache", True)
         self.model: dict[str, Any]
         if isinstance(model, Mapping) and unimported(model):
@@ -56,15 +57,16 @@ class SeqmixConfig(PretrainedConfig):
         else:
             config = model if isinstance(model, ModelConfig) else validated(ModelConfig, model, SOURCE)
             self.model = json.loads(config.model_dump_json())
-            fields = config.model_dump(include=set(SIZES.values()))
-        sizes = {name: fields.get(field) for name, field in SIZES.items()}
-        for name, value in given_sizes.items():
-            if value != sizes[name]:
+            fields = config.model_dump(include=set(FIELD_NAMES.values()))
+        fields_of_model = {name: fields.get(field) for name, field in FIELD_NAMES.items()}
+        for name, value in repeated.items():
+            if value != fields_of_model[name]:
                 raise SeqmixError(
-                    f"config.json: {name} must be that of its model, {sizes[name]}, got {shown(value)}: remove {name}"
+                    f"config.json: {name} must be {shown(fields_of_model[name])}, as in its section `model`, got "
+                    f"{shown(value)}: remove {name}"
                 )
         super().__init__(**kwargs)
-        for name, value in {**sizes, "use_cache": use_cache}.items():
+        for name, value in {**fields_of_model, "use_cache": use_cache}.items():
             setattr(self, name, value)
 
     @property

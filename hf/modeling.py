@@ -13,7 +13,7 @@ from ..models.onednn_linear import use_onednn_linear
 from ..registry import SeqmixError
 from .cache import CACHE_NAME, SeqmixCache, mix_cached
 from .configuration import SeqmixConfig
-from .padding import Rows, mix_rows, rows_of
+from .padding import RowLayout, layout_of, mix_rows
 
 
 class SeqmixPreTrainedModel(PreTrainedModel):
@@ -106,7 +106,7 @@ class SeqmixPreTrainedModel(PreTrainedModel):
 
     def _hidden(
         self, tokens: Tensor | None, attention_mask: Tensor | None, options: Mapping[str, Any]
-    ) -> tuple[Tensor, Rows, SeqmixCache | None]:
+    ) -> tuple[Tensor, RowLayout, SeqmixCache | None]:
         """Return the residual stream after the last block [B T D], the padding and packing of rows, and the cache."""
         embeddings = options.get("inputs_embeds")
         caches = (options.get("cache"), options.get("past_key_values"))
@@ -115,7 +115,7 @@ class SeqmixPreTrainedModel(PreTrainedModel):
         if (tokens is None) == (embeddings is None):
             raise SeqmixError("expected either input_ids or inputs_embeds, got both or neither: give one, not both")
         if None not in caches:
-            raise SeqmixError("cache and past_key_values are two names of one argument, got both: give one")
+            raise SeqmixError("cache and past_key_values are two names for the same argument, got both: give one")
         cache = next((cache for cache in caches if cache is not None), None)
         if not isinstance(cache, SeqmixCache | None):
             raise SeqmixError(
@@ -124,7 +124,8 @@ class SeqmixPreTrainedModel(PreTrainedModel):
         model = self.model
         mixers = [block.mixer for block in self.model.blocks]
         x = model.embed(tokens) if embeddings is None else model.dropout(embeddings)
-        rows = rows_of(x.shape[:2], attention_mask, options, cached=cache is not None and cache.get_seq_length() > 0)
+        continues_cache = cache is not None and cache.get_seq_length() > 0
+        rows = layout_of(x.shape[:2], attention_mask, options, continues_cache=continues_cache)
         if (use_cache := options.get("use_cache")) is None:
             use_cache = self.config.use_cache and not self.training and rows.cu_seqlens is None
             use_cache = use_cache and all(mixer.traits.has_state for mixer in mixers)
@@ -221,7 +222,7 @@ class SeqmixForCausalLM(SeqmixPreTrainedModel, GenerationMixin):
     ) -> None:
         if (implementation := generation_config.cache_implementation) is not None:
             raise SeqmixError(
-                f"a seqmix model has its own cache, got cache_implementation = {implementation!r}: remove it"
+                f"a seqmix model has its own cache, got cache_implementation = {implementation!r}: leave it out"
             )
         if model_kwargs.get(CACHE_NAME) is None and generation_config.use_cache:
             model_kwargs[CACHE_NAME] = SeqmixCache(len(self.model.blocks), max_cache_length)

@@ -13,7 +13,7 @@ from ..mixers.state import concatenate, select
 from ..registry import SeqmixError
 
 
-class Rows(NamedTuple):
+class RowLayout(NamedTuple):
     """Layout of the rows of a segment [B T]: padding and packed documents."""
 
     mask: Bool[Tensor, "B T"] | None = None
@@ -23,14 +23,16 @@ class Rows(NamedTuple):
     no documents are packed."""
 
 
-def rows_of(shape: tuple[int, int], attention_mask: Tensor | None, options: Mapping[str, Any], *, cached: bool) -> Rows:
+def layout_of(
+    shape: tuple[int, int], attention_mask: Tensor | None, options: Mapping[str, Any], *, continues_cache: bool
+) -> RowLayout:
     """Return the layout of the rows of a segment, from the arguments of a Hugging Face model.
 
     Args:
         shape: B and T.
         attention_mask: mask of all tokens so far, [B S]; the segment is the last T tokens.
         options: `cu_seq_lens_q`, or `position_ids` [B T], which count from 0 in every packed document.
-        cached: True if the segment continues cached states, which count positions themselves.
+        continues_cache: True if the segment continues cached states, which count positions themselves.
 
     Raises:
         SeqmixError: the mask does not have one entry per token, or documents are packed in several rows.
@@ -44,24 +46,30 @@ def rows_of(shape: tuple[int, int], attention_mask: Tensor | None, options: Mapp
             )
         mask = attention_mask[:, -length:].bool()
         if not mask.all():
-            return Rows(mask)
+            return RowLayout(mask)
     positions = options.get("position_ids")
-    if (boundaries := options.get("cu_seq_lens_q")) is not None or positions is None or cached:
-        return Rows(None, boundaries)
+    if (boundaries := options.get("cu_seq_lens_q")) is not None or positions is None or continues_cache:
+        return RowLayout(None, boundaries)
     starts = positions == 0
     if not starts[:, 1:].any():
-        return Rows()
+        return RowLayout()
     if count > 1:
         raise SeqmixError(
             f"packed documents must be in one row, got position_ids that restart at 0 in a batch of {count} rows"
         )
-    return Rows(None, F.pad(starts[0].nonzero()[:, 0], (0, 1), value=length))
+    return RowLayout(None, F.pad(starts[0].nonzero()[:, 0], (0, 1), value=length))
 
 
 def mix_rows(
-    mix: Callable[..., Any], x: Float[Tensor, "B T D"], state: Any, rows: Rows, mixers: Sequence[SequenceMixer[Any]]
+    mix: Callable[..., Any],
+    x: Float[Tensor, "B T D"],
+    state: Any,
+    rows: RowLayout,
+    mixers: Sequence[SequenceMixer[Any]],
 ) -> tuple[Float[Tensor, "B T D"], Any]:
-    """Mix a batch whose rows may have padding anywhere. Its real tokens are mixed as packed documents or row by row.
+    """Mix a batch whose rows may have padding anywhere: the tokens of each row without its padding.
+
+    These are packed documents of one call, or if a mixer does not declare packing, one call per row.
 
     Args:
         mix: a function of a segment without padding, a state and `cu_seqlens`, which returns the output and the state

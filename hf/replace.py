@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ..mixers import MIXERS, MixerConfig, SequenceMixer
 from ..registry import SeqmixError, explain_fields
 from .cache import CACHE_NAME, StateLayer, mix_cached
-from .padding import Rows, mix_rows, rows_of
+from .padding import RowLayout, layout_of, mix_rows
 
 ROWS = "seqmix_rows"
 """Name of the argument by which a decoder passes padding and packed documents to its layers."""
@@ -93,7 +93,7 @@ class MixerAsAttention(nn.Module):
             y, after = mixer(x, states[0], paradigm=paradigms[0], cu_seqlens=cu_seqlens, return_state=return_state)
             return y, (after,)
 
-        rows = kwargs.get(ROWS, Rows())
+        rows = kwargs.get(ROWS, RowLayout())
         if cache is None:
             return mix_rows(
                 lambda x, _, cu_seqlens: mixer(x, cu_seqlens=cu_seqlens), hidden_states, None, rows, [mixer]
@@ -123,9 +123,9 @@ def _pass_rows(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     tokens = arguments.get("input_ids")
     cache = arguments.get(CACHE_NAME)
     shape = (arguments["inputs_embeds"] if tokens is None else tokens).shape[:2]
-    cached = cache is not None and cache.get_seq_length() > 0
-    rows = rows_of(shape, arguments.get("attention_mask"), arguments, cached=cached)
-    return args, kwargs if rows == Rows() else {**kwargs, ROWS: rows}
+    continues_cache = cache is not None and cache.get_seq_length() > 0
+    rows = layout_of(shape, arguments.get("attention_mask"), arguments, continues_cache=continues_cache)
+    return args, kwargs if rows == RowLayout() else {**kwargs, ROWS: rows}
 
 
 def _state_layer(cache: Any, layer_idx: int) -> StateLayer:

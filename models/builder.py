@@ -39,12 +39,12 @@ def build_model(
         config: the model's configuration.
         device: the device of the parameters.
         dtype: the dtype of the parameters.
-        activations: the dtype of the activations, for which kernel backends are chosen; narrower than `dtype` under
-            autocast. None means `dtype`.
+        activations: the dtype of the activations, for which kernel backends are chosen; under autocast it is narrower
+            than `dtype`. None means `dtype`.
         seed: determines the initial parameters; the global random generator is not changed.
-        shard: replaces the parameters of a module by shards: called with each block after it is initialised, then with
-            the model. A block is allocated only after the previous one is sharded. The initial values do not depend on
-            sharding.
+        shard: function that replaces the parameters of a module by shards. It is called with each block once this is
+            initialised, and then with the model. A block is allocated only after the previous one is sharded. The
+            initial values do not depend on sharding.
         assign: called with a parameter, which `shard` may have sharded, and the full tensor to copy into it.
 
     Raises:

@@ -14,17 +14,17 @@ from ..ops.runtime.memo import Memo
 from .compiling import compiled_for, rows_as_sums
 from .language_model import LanguageModel, ModelState
 
-STREAMED = 256
+TOKENS_BEFORE_COMPILING = 256
 """Number of tokens that are generated before the decode step may be compiled."""
-COMPILED_FROM = 8192
-"""Minimum number of tokens that may follow the first `STREAMED` ones, so that the decode step is compiled. Compiling
-takes about two seconds per layer on a CPU, as much time as it saves in 3,000 to 5,000 tokens. The decision counts
-tokens and does not measure time, so that a text is a function of its seed."""
+MIN_TOKENS_COMPILED = 8192
+"""Minimum number of tokens that may follow the first `TOKENS_BEFORE_COMPILING` ones, for the decode step to be
+compiled. Compiling takes about two seconds per layer on a CPU, as much time as it saves in 3,000 to 5,000 tokens. The
+decision counts tokens and does not measure time, so that a text is a function of its seed."""
 
 
 def compiled_after(max_new_tokens: int) -> int | None:
     """Return the number of tokens after which compiling the decode step pays; None if it does not."""
-    return STREAMED if max_new_tokens - STREAMED >= COMPILED_FROM else None
+    return TOKENS_BEFORE_COMPILING if max_new_tokens - TOKENS_BEFORE_COMPILING >= MIN_TOKENS_COMPILED else None
 
 
 class Decoder:
@@ -51,7 +51,7 @@ class Decoder:
 
     @torch.no_grad()
     def step(self, tokens: Int[Tensor, " N"]) -> Float[Tensor, "N vocab"]:
-        """Decode one token per row; return the logits of the next, which may overwrite those of the last step."""
+        """Decode one token per row; return the logits of the next one. A later step may overwrite these logits."""
         step = partial(self._step, donate_state=True, memo=self._memo)
         if self._fixed_sizes and self._captured is None:
             static = StaticStep(partial(step, self.model), tokens, self.state)
@@ -122,14 +122,14 @@ class StaticStep:
 
 
 def _without_shared_memory(state: ModelState) -> ModelState:
-    """Return a state whose leaves can be written one after another: leaves that share memory are copied."""
+    """Return a state in which writing one leaf changes no other: leaves that share memory are copied."""
     seen: set[int] = set()
 
     def unshare(leaf: Tensor) -> Tensor:
         address = leaf.untyped_storage().data_ptr()
-        shared = address in seen or not leaf.is_contiguous()
+        shares_memory = address in seen or not leaf.is_contiguous()
         seen.add(address)
-        return leaf.clone(memory_format=torch.contiguous_format) if shared else leaf
+        return leaf.clone(memory_format=torch.contiguous_format) if shares_memory else leaf
 
     return map_state(unshare, state)
 
@@ -137,21 +137,21 @@ def _without_shared_memory(state: ModelState) -> ModelState:
 class _CapturedStep:
     """A `StaticStep` captured as a CUDA graph."""
 
-    def __init__(self, held: StaticStep) -> None:
-        self.held = held
+    def __init__(self, step: StaticStep) -> None:
+        self.step = step
         # compilers and libraries initialise in their first calls, which a capture does not allow
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            held.warm_up()
+            step.warm_up()
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            held()
+            step()
 
     def replay(self, tokens: Tensor) -> Tensor:
         """Decode one token per row; return the buffer of the next token's logits, which the next call overwrites."""
-        self.held.tokens.copy_(tokens)
+        self.step.tokens.copy_(tokens)
         self.graph.replay()
-        assert self.held.logits is not None
-        return self.held.logits
+        assert self.step.logits is not None
+        return self.step.logits

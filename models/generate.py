@@ -18,11 +18,11 @@ from .language_model import LanguageModel, ModelState
 from .prompt_cache import RECENT, PromptCache, cache_tokens
 from .tokenizer import TextDecoder, Tokenizer
 
-LEAST_TEMPERATURE = 1e-3
+MIN_TEMPERATURE = 1e-3
 """Lowest temperature above 0: a lower one is greedy in effect, and logits divided by it may overflow."""
 
-GATHERED = 256
-"""Number of new tokens after which only their count and the last ones are kept, so that memory stays bounded."""
+MAX_TOKENS_IN_MEMORY = 256
+"""Number of new tokens in memory, above which only their count and the last ones are kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +43,9 @@ class Sampling:
     """Seed of the random generator: the same seed gives the same tokens."""
 
     def __post_init__(self) -> None:
-        if not (self.temperature == 0 or LEAST_TEMPERATURE <= self.temperature < math.inf):
+        if not (self.temperature == 0 or MIN_TEMPERATURE <= self.temperature < math.inf):
             raise SeqmixError(
-                f"temperature must be 0 (greedy) or at least {LEAST_TEMPERATURE:g}, got {self.temperature:g}"
+                f"temperature must be 0 (greedy) or at least {MIN_TEMPERATURE:g}, got {self.temperature:g}"
             )
         if self.top_k is not None and self.top_k < 1:
             raise SeqmixError(f"top_k must be at least 1, got {self.top_k}")
@@ -124,7 +124,7 @@ def generate_tokens(
             break
         if count == max_new_tokens:
             break
-        if len(new_tokens) == GATHERED:
+        if len(new_tokens) == MAX_TOKENS_IN_MEMORY:
             before, texts = _extended(before, None, texts, new_tokens)
             new_tokens.clear()
         if count == compile_at:

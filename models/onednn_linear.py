@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from ..ops.runtime.custom_op import has_tangent
 
-LEAST = 2**22
-"""Number of multiplications in a product from which oneDNN is faster than torch's default."""
+MIN_MULTIPLICATIONS = 2**22
+"""Smallest number of multiplications in a product for which oneDNN is faster than torch's default."""
 
 
 class Linear(nn.Linear):
-    """A linear layer whose products oneDNN computes, where `linear` finds it faster."""
+    """A linear layer whose products are computed by `linear`, with oneDNN where that is faster."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: D102
         return linear(input, self.weight, self.bias)
@@ -55,8 +55,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Set `torch.backends.mkldnn.enabled = False` to turn oneDNN off.
     """
     compiling = torch.compiler.is_compiling()
-    few = not compiling and x.numel() * weight.shape[0] < LEAST
-    if few or not (USE_ONEDNN and _is_for_onednn(x, weight, compiling)):
+    is_small = not compiling and x.numel() * weight.shape[0] < MIN_MULTIPLICATIONS
+    if is_small or not (USE_ONEDNN and _is_for_onednn(x, weight, compiling)):
         return F.linear(x, weight, bias)
     product = onednn_linear(x, weight)
     return product if bias is None else product + bias
@@ -67,8 +67,8 @@ def _is_for_onednn(x: Tensor, weight: Tensor, compiling: bool) -> bool:
     if x.ndim < 2:
         return False
     # subclasses, such as distributed or quantised tensors, have their own linear function
-    plain = type(x) is Tensor and type(weight) in (Tensor, nn.Parameter)
-    if not (plain and x.dtype == weight.dtype == torch.float32 and x.device.type == weight.device.type == "cpu"):
+    are_plain = type(x) is Tensor and type(weight) in (Tensor, nn.Parameter)
+    if not (are_plain and x.dtype == weight.dtype == torch.float32 and x.device.type == weight.device.type == "cpu"):
         return False
     if torch.is_autocast_enabled("cpu"):
         return False
@@ -84,7 +84,7 @@ def _is_for_onednn(x: Tensor, weight: Tensor, compiling: bool) -> bool:
 @torch.library.custom_op("seqmix::linear", mutates_args=(), device_types="cpu")
 def onednn_linear(x: Tensor, weight: Tensor) -> Tensor:
     """Return x weight^T for x [* K] and weight [N K], by oneDNN; torch's default computes small products."""
-    if x.numel() * weight.shape[0] < LEAST or not torch.backends.mkldnn.enabled:
+    if x.numel() * weight.shape[0] < MIN_MULTIPLICATIONS or not torch.backends.mkldnn.enabled:
         with torch.autocast("cpu", enabled=False):
             return F.linear(x, weight).contiguous()
     if not (weight.is_contiguous() or weight.T.is_contiguous()):
@@ -113,8 +113,8 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
     # oneDNN copies the first operand into row-major order, so put the smaller one first
     rows = grad.flatten(0, -2).T
     columns = x.flatten(0, -2).T
-    swapped = len(columns) < len(rows)
-    return d_x, multiply(columns, rows).T if swapped else multiply(rows, columns)
+    is_swapped = len(columns) < len(rows)
+    return d_x, multiply(columns, rows).T if is_swapped else multiply(rows, columns)
 
 
 onednn_linear.register_autograd(_gradients, setup_context=_save)

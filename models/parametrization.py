@@ -61,12 +61,15 @@ def shapes_of(model: nn.Module) -> dict[str, Shape]:
 
 
 def fan_in_ratio(shape: Shape, base: Shape) -> float:
-    """Return the fan-in of a matrix divided by that of the base model's; weights of several maps have it second too."""
+    """Return the fan-in of a weight divided by its fan-in in the base model.
+
+    The fan-in is the second dimension, of a matrix [fan-out, fan-in] as of several experts [experts, fan-in, fan-out].
+    """
     return shape[1] / base[1]
 
 
 def initial_std(std: float, role: Role, shape: Shape, base: Shape) -> float:
-    """Return the standard deviation with which a matrix is initialised that has `std` in the base model."""
+    """Return the initial standard deviation of a matrix, given that of the same matrix in the base model (`std`)."""
     if role is Role.EMBEDDING:
         return std
     ratio = fan_in_ratio(shape, base)
@@ -77,7 +80,9 @@ class Multipliers(NamedTuple):
     """Factors of a parameter's learning rate."""
 
     adamw: float = 1.0
+    """Factor if AdamW updates the parameter."""
     muon: float = 1.0
+    """Factor if Muon updates the parameter."""
 
 
 def multipliers_of(role: Role, shape: Shape, base: Shape) -> Multipliers:
@@ -88,7 +93,7 @@ def multipliers_of(role: Role, shape: Shape, base: Shape) -> Multipliers:
 
 
 def _muon_step(shape: Shape) -> float:
-    """Return the wanted spectral norm of a step, sqrt(rows / columns), divided by that of Muon's steps."""
+    """Return the intended spectral norm of a step, sqrt(rows / columns), relative to that of Muon's own steps."""
     rows, columns = shape[-2:]
     return (rows / columns) ** 0.5 / max(rows, columns) ** 0.5
 

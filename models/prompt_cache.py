@@ -13,7 +13,8 @@ from .language_model import LanguageModel, ModelState
 from .prefill import prefill
 
 RECENT = 16
-"""Number of last tokens of a text that its cache has: they may end within a character, which the next tokens end."""
+"""Number of last tokens that a cache keeps of each text: they may end within a character, which the next tokens
+complete."""
 
 
 @dataclass(frozen=True)
@@ -75,20 +76,26 @@ class PromptCache:
     def prefill(
         self, model: LanguageModel, texts: Sequence[Int[Tensor, " T"]], *, more: int
     ) -> tuple[Float[Tensor, "N vocab"], ModelState]:
-        """Prefill tokens that `broadcast` returned; return the next tokens' logits and a state with room for `more`."""
+        """Prefill tokens that `broadcast` returned; return the logits of the next token of each text, and the state.
+
+        The state has room for `more` further tokens.
+        """
         max_length = max(map(len, texts), default=0) + more + max(int(self.lengths.max()) - 1, 0)
         state = None if self.state is None else self.resized_state(model, max_length)
         return prefill(model, texts, state=state, max_length=max_length)
 
     def extend(self, state: ModelState | None, texts: Sequence[Int[Tensor, " T"]]) -> "PromptCache":
-        """Return the cache after tokens that `broadcast` returned; `state` is that before each text's last token."""
+        """Return the cache after the tokens `texts`, which begin with those that `broadcast` returned.
+
+        `state` is the state after all of them except the last token of each text.
+        """
         parts = zip(self.recent[:, :-1], texts, strict=True)
         recent = torch.stack([torch.cat((old, new.cpu()))[-RECENT:] for old, new in parts])
         lengths = (self.lengths - 1).clamp(min=0) + torch.tensor([len(new) for new in texts])
         return PromptCache(state, recent, lengths)
 
     def resized_state(self, model: LanguageModel, max_length: int | None) -> ModelState:
-        """Return a copy of the state with a capacity of `max_length` tokens in all; None for no spare capacity."""
+        """Return a copy of the state with a capacity of `max_length` tokens, prefix included; None for no free room."""
         if self.state is None:
             return model.init_state(len(self), max_length=max_length)
         # clone: decoding may write into the state, and `resize_state` does not copy a state of fixed size
@@ -103,7 +110,8 @@ def cache_tokens(
 
     Args:
         model: the model.
-        prompts: N prompts of at least two tokens; the continuation processes the last one.
+        prompts: N prompts of at least two tokens. The last token is not part of the cached state: the call that
+            continues the prompt processes it.
         after: the prompt cache of a prefix, combined with the prompts as in `PromptCache.broadcast`; a prompt may then
             have a single token.
 
@@ -112,6 +120,9 @@ def cache_tokens(
     """
     before, texts = (PromptCache.empty(1) if after is None else after).broadcast(prompts)
     if any(len(text) == 1 for text in texts):
-        raise SeqmixError("a cached prompt needs at least two tokens, got one: the continuation processes the last")
+        raise SeqmixError(
+            "a cached prompt needs at least two tokens, got one: its last token is not cached, but processed by the "
+            "call that continues it"
+        )
     _, state = before.prefill(model, [text[:-1] for text in texts], more=0)
     return before.extend(state, texts)

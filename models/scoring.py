@@ -22,7 +22,7 @@ from .prefill import SEGMENT, prefill
 
 
 class Score(NamedTuple):
-    """Log-likelihood of a sequence of tokens, and whether greedy decoding would generate it."""
+    """Log-likelihood of a sequence of tokens, and whether greedy decoding would generate them."""
 
     log_likelihood: float
     """Log-likelihood in nats, summed over the tokens."""

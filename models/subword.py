@@ -13,13 +13,13 @@ from safetensors import SafetensorError, safe_open
 
 from ..registry import SeqmixError, nearest, read_bytes, write_file
 from .tokenizer import TOKENIZER_FILE, ByteTokenizer, TextDecoder, Tokenizer
-from .vocabulary_schema import LARGEST, require_safe
+from .vocabulary_schema import MAX_TOKEN_IDS, require_safe
 
-AT_ONCE = 256
+BATCH_DOCUMENTS = 256
 """Number of documents in a batch, which the library `tokenizers` encodes on all cores."""
 EXPORTED_TOKENIZER = "seqmix.tokenizer"
 """Key of the vocabulary in the metadata of a file that `seqmix export` wrote."""
-LEAST_VOCABULARY = 257
+MIN_VOCABULARY = 257
 """Smallest vocabulary: every byte, so that any text can be encoded, and the begin token."""
 
 
@@ -53,9 +53,9 @@ class SubwordTokenizer(Tokenizer):
         self.identity = f"sha256:{hashlib.sha256(vocabulary).hexdigest()}"
         tokens = self._map.get_vocab(with_added_tokens=True)
         self.vocab_size = max(tokens.values(), default=-1) + 1  # ids may have holes
-        if self.vocab_size > LARGEST:
+        if self.vocab_size > MAX_TOKEN_IDS:
             raise SeqmixError(
-                f"the tokenizer {name} must have token ids below {LARGEST:,}, got {self.vocab_size - 1:,}"
+                f"the tokenizer {name} must have token ids below {MAX_TOKEN_IDS:,}, got {self.vocab_size - 1:,}"
             )
         self._name = name
         if begin is None:
@@ -76,7 +76,7 @@ class SubwordTokenizer(Tokenizer):
             SeqmixError: a document is not UTF-8, or the vocabulary cannot encode it.
         """
         texts = (_decoded(name, text) for name, text in documents)
-        while batch := list(islice(texts, AT_ONCE)):
+        while batch := list(islice(texts, BATCH_DOCUMENTS)):
             with _explained(f"the tokenizer {self._name} cannot encode the text"):
                 encodings = self._map.encode_batch_fast(batch, add_special_tokens=False)
             for encoding in encodings:
@@ -150,9 +150,9 @@ def train_bpe(
     """
     library = _library()
     byte_level = library.pre_tokenizers.ByteLevel
-    if vocab_size < LEAST_VOCABULARY:
+    if vocab_size < MIN_VOCABULARY:
         raise SeqmixError(
-            f"a vocabulary of byte pairs needs at least {LEAST_VOCABULARY} tokens (256 bytes and the begin token), got "
+            f"a vocabulary of byte pairs needs at least {MIN_VOCABULARY} tokens (256 bytes and the begin token), got "
             f"{vocab_size}"
         )
     tokenizer = library.Tokenizer(library.models.BPE())
@@ -179,7 +179,7 @@ def _exported(file: Path) -> bytes:
 
 @contextmanager
 def _explained(what: str) -> Iterator[None]:
-    """Turn errors of the library `tokenizers` into SeqmixErrors that begin with `what`.
+    """Context that turns errors of the library `tokenizers` into SeqmixErrors that begin with `what`.
 
     The library raises plain `Exception`s, and for a panic in Rust a `PanicException`, which is not an `Exception`.
     """

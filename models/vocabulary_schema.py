@@ -10,11 +10,11 @@ from typing import Any
 
 from ..registry import SeqmixError
 
-EXPANSION = 64
-"""Maximum factor by which a part of a tokenizer (normalizer, decoder, ...) may lengthen a text in bytes."""
-LONGEST = 1000
+MAX_EXPANSION = 64
+"""Maximum factor by which a part of a tokenizer (normalizer, decoder, ...) may increase the bytes of a text."""
+MAX_INSERTED_BYTES = 1000
 """Maximum number of bytes that a part may insert into a text at one position."""
-LARGEST = 2**31
+MAX_TOKEN_IDS = 2**31
 """Upper bound of token IDs, exclusive."""
 
 
@@ -39,9 +39,9 @@ def require_safe(vocabulary: bytes, name: object) -> None:
         )
     try:
         for part in ("normalizer", "pre_tokenizer", "decoder"):
-            if (times := _expansion(tree.get(part))) > EXPANSION:
+            if (times := _expansion(tree.get(part))) > MAX_EXPANSION:
                 raise ValueError(
-                    f"its {part} makes texts up to {times:,.0f} times longer; at most {EXPANSION} is allowed"
+                    f"its {part} makes texts up to {times:,.0f} times longer; at most {MAX_EXPANSION} is allowed"
                 )
     except (ValueError, RecursionError) as error:
         raise SeqmixError(f"the tokenizer {name} is refused: {error}") from error
@@ -71,8 +71,8 @@ def _expansion(part: Any) -> float:
     kind = part.get("type")
     inserted = part.get("content", part.get("prepend"))
     size = len(inserted.encode(errors="replace")) if isinstance(inserted, str) else 0
-    if size > LONGEST:
-        raise ValueError(f"its {kind} inserts {size:,} bytes into a text; at most {LONGEST:,} are allowed")
+    if size > MAX_INSERTED_BYTES:
+        raise ValueError(f"its {kind} inserts {size:,} bytes into a text; at most {MAX_INSERTED_BYTES:,} are allowed")
     if kind == "Precompiled":
         _require_table(part.get("precompiled_charsmap"))
     if kind == "Replace":
@@ -86,7 +86,7 @@ def _expansion(part: Any) -> float:
 
 
 def _require_table(encoded: Any) -> None:
-    """Refuse a table of characters whose first number is not its size in bytes: the library allocates that many."""
+    """Refuse a table of characters whose first number, a size in bytes, is wrong: the library allocates that many."""
     table = base64.b64decode(encoded) if isinstance(encoded, str) and encoded.isascii() else b""
     size = int.from_bytes(table[:4], "little")
     if len(table) < 8 or not size or size % 4 or size > len(table) - 4:

@@ -131,7 +131,7 @@ def attempt(
 
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    cli.imported(arguments[0])  # before processes are forked from this one
+    cli.import_command(arguments[0])  # before processes are forked from this one
     if "hf" in arguments:
         import_module("seqmix.hf.export")
     command = Command(Path(base), Path(where), arguments, new, replaced)
@@ -152,7 +152,7 @@ def attempt_start(base: str, where: str) -> None:
     import torch
 
     torch.set_num_threads(1)
-    cli.imported("train")
+    cli.import_command("train")
     changes = ["data.paths=[text.txt]", "data.tokenizer=words.json", *SMALL, "training.checkpoint_every=3"]
     command = Command(Path(base), Path(where), ["train", "attention-tiny", *changes, "--out", "new"], ["new"], False)
     started = next(number for number, moment in enumerate(command.moments) if moment.endswith("sessions.jsonl"))

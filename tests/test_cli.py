@@ -16,7 +16,7 @@ from runs import metrics, wait_for_steps
 
 import seqmix as library
 from seqmix import MIXERS, cli, load_config, train
-from seqmix.cli import COMMANDS, imported
+from seqmix.cli import COMMANDS, import_command
 from seqmix.experiments.study import STUDIES
 from seqmix.registry.yaml import parse
 from seqmix.training import PRESETS
@@ -297,12 +297,12 @@ def test_every_command_has_help_that_begins_with_its_line_in_the_table(seqmix, c
     assert (done.status, done.err) == (0, "")
     assert f"seqmix {command}" in done.out
     assert "[bold]" not in done.out
-    assert imported(command).help.partition("\n")[0] == COMMANDS[command]
+    assert import_command(command).help.partition("\n")[0] == COMMANDS[command]
 
 
 def test_help_wraps_lines_only_at_the_width_of_the_terminal(seqmix, monkeypatch):
     monkeypatch.setenv("COLUMNS", "400")
-    paragraph = imported("train").help.split("\n\n")[1]
+    paragraph = import_command("train").help.split("\n\n")[1]
     assert paragraph in seqmix("train", "--help").out
 
 

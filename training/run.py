@@ -381,7 +381,8 @@ def _require_resumable(run: Path) -> None:
     if not (folders := checkpoint.checkpoints(run)):
         raise TrainingError(
             f"{run} has a configuration but no weights, and was not written by `seqmix train`: write it again with "
-            f"`seqmix convert` or `seqmix average`, or train new weights with `seqmix train {run / CONFIG_FILE} --out DIR`"
+            "`seqmix convert` or `seqmix average`, or train new weights with "
+            f"`seqmix train {run / CONFIG_FILE} --out DIR`"
         )
     with suppress(CheckpointError):  # a damaged checkpoint is reported when it is loaded
         if not checkpoint.read_manifest(folders[-1]).files_of(train_state.OPTIMIZER):
@@ -390,8 +391,8 @@ def _require_resumable(run: Path) -> None:
 
 def _missing_optimizer_message(run: Path) -> str:
     return (
-        f"{run} has weights but no optimizer state, as `seqmix convert` and `seqmix average` write: start a new run from "
-        f"these weights with training.start_from={run}"
+        f"{run} has weights but no optimizer state, as a result of `seqmix convert` or `seqmix average`: start a new "
+        f"run from these weights with training.start_from={run}"
     )
 
 

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from seqmix import SeqmixError, generate_text
-from seqmix.cli import imported
+from seqmix.cli import import_command
 from seqmix.convert import ARCHITECTURES, export_to, import_from
 from seqmix.convert.layout import Rule, part, plan, to_ours, to_theirs
 from seqmix.models import ModelConfig, build_model, train_bpe
@@ -142,9 +142,9 @@ def test_tokens_that_are_not_bytes_need_a_tokenizer(theirs, tmp_path):
     ("block", "words"),
     [
         ({"mixer": ATTENTION | {"softcap": 2.0}}, "llama cannot represent .*mixer.softcap = 2.0: .* gives null"),
-        ({"mixer": {"kind": "retention", "n_heads": 2}}, "llama has layers of attention, got .* retention"),
+        ({"mixer": {"kind": "retention", "n_heads": 2}}, "llama models consist of attention layers, but .* retention"),
         ({"norm": {"kind": "layernorm"}}, "llama cannot represent .*norm.kind = 'layernorm': .* gives 'rmsnorm'"),
-        ({"ffn": None}, "no counterpart in llama"),
+        ({"ffn": None}, "cannot be written as llama"),
         ({}, None),
     ],
 )
@@ -160,7 +160,7 @@ def test_a_model_that_the_other_library_has_not_is_refused_by_field(block, words
 
 def test_the_command_prints_the_plan_and_writes(theirs, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")  # xdist sets 80
-    command = imported("convert")
+    command = import_command("convert")
     command([str(theirs), "--dry-run"], standalone_mode=False)
     plan = capsys.readouterr().out
     assert "blocks.{0,1}.mixer.in_proj.weight" in plan

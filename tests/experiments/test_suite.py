@@ -190,7 +190,7 @@ def test_a_plug_in_gets_its_row_beside_retention_and_attention(seqmix, refused):
     # what could not be compared is refused before it is trained
     assert "rows of first cannot share" in refused("suite", "--beside", "mine", "--out", "other")
     assert not list(Path("other").glob("*/runs"))
-    assert "nothing is measured" in refused("suite", "--no-references")
+    assert "there is no mixer to measure" in refused("suite", "--no-references")
     assert "elsewhere" in refused("suite", "--beside", "elsewhere")
     # before anything else is trained without it
     assert 'did you mean "n_heads"?' in refused("suite", "x={kind: gla, n_headz: 3}", "--dry-run")

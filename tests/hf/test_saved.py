@@ -90,7 +90,7 @@ def test_the_configuration_holds_ours_and_refuses_another(tmp_path):
     saved = json.loads(file.read_text())
     assert ModelConfig.model_validate(saved["model"]) == config.model_config
     for change, sentence in [
-        ({"vocab_size": 300}, "vocab_size must be that of its model, 257, got 300"),
+        ({"vocab_size": 300}, "vocab_size must be 257, as in its section `model`, got 300"),
         ({"model": saved["model"] | {"d_modle": 1}}, "unknown key 'd_modle'"),
         ({"model": None}, "needs a model"),
     ]:

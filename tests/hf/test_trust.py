@@ -98,7 +98,7 @@ FIELDS = {
 }
 FIELDS |= {
     "model_type": ("other", "expected 'seqmix', got 'other'"),
-    "vocab_size": ({}, "vocab_size must be that of its model"),
+    "vocab_size": ({}, "vocab_size must be .*, as in its section `model`"),
 }
 
 

@@ -154,7 +154,7 @@ def test_a_held_step_is_the_models_in_static_buffers(model_of, each_mixer, captu
     expected = eager(model, clone(state))
     decoder = captured(model, state)
     logits = [decoder.step(tokens).clone() for tokens in STEPS[:2]]
-    held = decoder._captured.held
+    held = decoder._captured.step
     before = places(held.state)
     logits += [decoder.step(tokens).clone() for tokens in STEPS[2:]]
     assert_close(torch.stack(logits), expected)
@@ -274,8 +274,8 @@ def test_a_growing_state_is_not_captured(model_of, captured):
 @pytest.fixture
 def early(monkeypatch):
     """Compiling pays with six tokens left, once two have been decoded."""
-    monkeypatch.setattr("seqmix.models.decoding.STREAMED", 2)
-    monkeypatch.setattr("seqmix.models.decoding.COMPILED_FROM", 6)
+    monkeypatch.setattr("seqmix.models.decoding.TOKENS_BEFORE_COMPILING", 2)
+    monkeypatch.setattr("seqmix.models.decoding.MIN_TOKENS_COMPILED", 6)
 
 
 @pytest.mark.parametrize(("tokens", "pays"), [(7, False), (8, True)])

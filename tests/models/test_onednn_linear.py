@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason
 @pytest.fixture(autouse=True)
 def _any_size(monkeypatch):
     # every product is large enough, on every machine
-    monkeypatch.setattr(module, "LEAST", 0)
+    monkeypatch.setattr(module, "MIN_MULTIPLICATIONS", 0)
     monkeypatch.setattr(module, "USE_ONEDNN", True)
 
 
@@ -163,7 +163,7 @@ class Quantised(torch.Tensor):
 
 
 def test_what_is_not_for_onednn_stays_with_torch(monkeypatch):
-    monkeypatch.setattr(module, "LEAST", 5 * 8 * 3)
+    monkeypatch.setattr(module, "MIN_MULTIPLICATIONS", 5 * 8 * 3)
     x, weight = random(5, 8), random(3, 8, seed=1)
     assert asked(lambda: linear(x, weight)) == 1
     assert asked(lambda: linear(x, weight).sum().backward()) == 3  # of both operands backward

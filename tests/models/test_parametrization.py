@@ -8,7 +8,7 @@ from seqmix import build_model
 from seqmix.experiments.coordinates import coordinates
 from seqmix.models import build_meta
 from seqmix.training import load_config
-from seqmix.training.optimizer import trainings_of, build_optimizer, set_learning_rate
+from seqmix.training.optimizer import build_optimizer, set_learning_rate, trainings_of
 
 MUP = "model.parametrization={kind: mup, base_width: 64}"
 SMALL = ("model.n_layers=2", "data.sequence_length=32", "training.optimizer=adamw")

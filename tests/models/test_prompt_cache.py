@@ -146,7 +146,7 @@ def test_a_long_text_keeps_no_token_but_the_last(model_of, monkeypatch):
     model = model_of("retention")
     whole, gathered, alive = [], [], []
     generated(model, PROMPTS, 25, on_end=whole.append)
-    monkeypatch.setattr("seqmix.models.generate.GATHERED", 4)
+    monkeypatch.setattr("seqmix.models.generate.MAX_TOKENS_IN_MEMORY", 4)
     for _ in generate_tokens(
         model, PROMPTS, max_new_tokens=25, sampling=GREEDY, compiled=False, on_end=gathered.append
     ):

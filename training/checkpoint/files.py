@@ -390,7 +390,8 @@ def verify(folder: Path, parts: tuple[str, ...] | None = None, groups: ProcessGr
             # anything else could be a path out of the folder, or no valid file name
             if not re.fullmatch(r"[a-z]+(-\d{1,9}-of-\d{1,9})?\.safetensors", name):
                 raise CheckpointError(
-                    f"{folder / MANIFEST_FILE} is damaged: it lists {name!r:.80}, which is not a name of a checkpoint file"
+                    f"{folder / MANIFEST_FILE} is damaged: it lists {name!r:.80}, which is not a name of a checkpoint "
+                    "file"
                 )
             _require_intact(folder / name, manifest.files[name])
     except CheckpointError as error:

@@ -217,8 +217,8 @@ def _require_same_model(file: Path, metadata: Mapping[str, str], config: ModelCo
             saved_function, saved_implementation = _split_fields(ModelConfig.model_validate(fields))
     if function != saved_function:
         raise CheckpointError(
-            f"{file} does not match the model of the configuration: undo the changes under `model` in config.yaml; only "
-            f"the mixers' fields {', '.join(IMPLEMENTATION_FIELDS)} may differ"
+            f"{file} does not match the model of the configuration: undo the changes under `model` in config.yaml; "
+            f"only the mixers' fields {', '.join(IMPLEMENTATION_FIELDS)} may differ"
         )
     changed = (name for name in implementation if implementation[name] != saved_implementation[name])
     return [f"{name} {saved_implementation[name]} before and {implementation[name]} from here on" for name in changed]

@@ -223,7 +223,7 @@ class Planner:
                     yield data, shard, context_parallel
 
     def _best_layout(self, data: int, shard: int, context_parallel: int) -> Layout:
-        """Return the layout with the fewest micro-batches that fits into memory; if none fits, the one with the most."""
+        """Return the layout with the fewest micro-batches that fits into memory; if none fits, that with the most."""
         rows = self.config.training.batch_size // (data * shard)
         for sequences in reversed(_divisors(rows)):
             layout = self.layout(data=data, shard=shard, context_parallel=context_parallel, sequences=sequences)
