@@ -23,7 +23,7 @@ class Tested:
     kind: str
     """Kind of the mixer, or name of the kernel."""
     about: dict[str, Any]
-    """Further entries in JSON: the configuration and d_model of a mixer; empty for a kernel."""
+    """Further entries of the JSON output: the configuration and d_model of a mixer; empty for a kernel."""
     outcomes: Sequence["CheckOutcome"]
     """Outcome of each check."""
 

@@ -24,7 +24,7 @@ from .show import si
 from .study_progress import StudyProgress
 
 MANY = 300
-"""Number of runs above which planning takes so long that a note is printed."""
+"""Number of runs above which a note says that planning takes a while."""
 
 
 def compare(
@@ -66,9 +66,9 @@ def compare(
     with StudyProgress(console) as progress:
         results, outcome = run_study(planned, folder, jobs=jobs, observer=progress)
     show(results, console)
-    again = f"seqmix compare {shlex.quote(study)}" + (f" --out {shlex.quote(str(out))}" if out else "")
+    command = f"seqmix compare {shlex.quote(study)}" + (f" --out {shlex.quote(str(out))}" if out else "")
     if outcome.stopped:
-        console.print(f"stopped with a checkpoint of every run; resume with: {again}")
+        console.print(f"stopped with a checkpoint of every run; resume with: {command}")
         raise typer.Exit(130)
     console.print(f"{folder} has {RESULTS_FILE}, the tables and every run")
     report = folder / REPORT_FILE
@@ -76,7 +76,7 @@ def compare(
         f"{report} is written" if report.is_file() else f"{report} is missing: {_missing_report_reason(folder)}"
     )
     if outcome.failed:
-        console.print(f"{len(outcome.failed)} of {len(planned.runs)} runs failed; retry them with: {again}")
+        console.print(f"{len(outcome.failed)} of {len(planned.runs)} runs failed; retry them with: {command}")
         raise typer.Exit(1)
 
 

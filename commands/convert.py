@@ -49,7 +49,7 @@ def convert(
     [bold]seqmix convert runs/qwen3 --as qwen3 --to uploads/qwen3[/bold]
     """
     if to is None and not dry_run:
-        raise SeqmixError("convert needs --to DIR, or --dry-run to print the table of tensors only")
+        raise SeqmixError("convert needs --to DIR, or --dry-run to only print the table of tensors")
     out = None if dry_run else to
     is_exported = source.is_file() and source.suffix == ".safetensors"
     if target is None and (is_exported or (source / CONFIG_FILE).is_file()):
@@ -60,7 +60,10 @@ def convert(
         architecture, rules = import_from(source, out, tokenizer)
     else:
         if tokenizer is not None:
-            raise SeqmixError("--tokenizer is for weights of another library, but a run has its own: leave it out")
+            raise SeqmixError(
+                "--tokenizer is for models of other libraries, but --as converts a run, which has its own tokenizer: "
+                "leave out --tokenizer"
+            )
         choice = checkpoint_choice(checkpoint)
         architecture, rules = export_to(source, out, target, choice=choice, on_note=note, trust=trust)
     rows = [(*row[:2], "<-" if target is None else "->", *row[2:]) for row in plan(rules)]

@@ -36,7 +36,7 @@ def coordinates(
 
     [bold]seqmix coordinates retnet-tiny model.parametrization="{kind: mup, base_width: 64}"[/bold]
     """
-    chosen = _parsed(widths)
+    chosen = _parse_widths(widths)
     require_writable(out, json_file)
     if out is not None:
         require_drawable("--out", out)
@@ -67,7 +67,7 @@ def coordinates(
         json_file.write_text(json.dumps([asdict(one) for one in result], indent=2) + "\n", encoding="utf-8")
 
 
-def _parsed(widths: str) -> list[int]:
+def _parse_widths(widths: str) -> list[int]:
     """Return the widths of the option; SeqmixError unless they are at least two different numbers above 0."""
     parts = [part.strip() for part in widths.split(",")]
     if not all(part.isdecimal() and int(part) for part in parts) or len(set(parts)) < 2:

@@ -19,7 +19,7 @@ from .console import note, terminal
 from .evaluation_tables import join_words, show_evaluation, show_scores, show_side_by_side
 from .options import Checkpoint, Device, Ema, JsonFile, Trust, checkpoint_choice, require_device, require_writable
 
-LARGEST_PARALLEL = 8192
+MAX_PARALLEL_LENGTH = 8192
 """Maximum sequence length, in tokens, at which the parallel paradigm is evaluated by default: its cost is quadratic."""
 
 
@@ -146,7 +146,7 @@ def _save_scores(scores: dict[str, Any], run: Path) -> None:
     except (OSError, ValueError, RecursionError) as error:
         raise SeqmixError(f"--save adds scores to {file}, which cannot be read: {error}; move it away") from error
     if not isinstance(before, dict):
-        raise SeqmixError(f"--save adds scores to {file}, which is not a mapping: move it away")
+        raise SeqmixError(f"--save adds scores to {file}, which is not a JSON object: move it away")
     write_file(json.dumps(before | scores, indent=2) + "\n", file)
 
 
@@ -161,8 +161,8 @@ def _evaluate_run(
 ) -> Evaluation:
     """Measure the losses of one run by length and by context."""
     config = read_config(run, on_note=note)
-    trained = config.data.sequence_length
-    lengths = requested_lengths or ([] if contexts else [times * trained for times in LENGTH_MULTIPLES])
+    trained_length = config.data.sequence_length
+    lengths = requested_lengths or ([] if contexts else [times * trained_length for times in LENGTH_MULTIPLES])
     source = open_text(config, run, [*requested_lengths, *contexts])
     if not requested_lengths:  # up to the size of the validation split
         available = len(source.corpus.validation)
@@ -178,13 +178,13 @@ def _evaluate_run(
     chosen = list(map(Paradigm, paradigm or declared))
     if lengths and not chosen:
         raise SeqmixError("the layers of this model have no common paradigm: evaluate it with --context")
-    evaluation = Evaluation(trained, scored=(scored or max(min(contexts) // 4, 1)) if contexts else 0)
+    evaluation = Evaluation(trained_length, scored=(scored or max(min(contexts) // 4, 1)) if contexts else 0)
     with terminal().status("reading the validation split", spinner="dots") as status:
 
         def choose_paradigms(length: int) -> Sequence[Paradigm]:
             status.update(f"{length:,} tokens by {join_words(chosen)}")
             others = [each for each in chosen if each != Paradigm.PARALLEL]
-            return chosen if paradigm or length <= LARGEST_PARALLEL or not others else others
+            return chosen if paradigm or length <= MAX_PARALLEL_LENGTH or not others else others
 
         evaluation.lengths.extend(by_length(model, source, lengths, paradigms=choose_paradigms, tokens=tokens))
         if contexts:

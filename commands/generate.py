@@ -53,15 +53,16 @@ def generate(
         bool | None,
         typer.Option(
             "--compile/--no-compile",
-            help="Compile the decode step: takes some seconds before the second token, then each token is faster. By "
-            "default it is compiled if thousands of tokens are generated, after the first ones are printed.",
+            help="Compile the decode step: this takes some seconds before the second token, and then each token is "
+            "faster. By default it is compiled only if thousands of tokens are to be generated, after the first few "
+            "hundred are printed.",
         ),
     ] = None,
     state: Annotated[
         Path | None,
         typer.Option(
-            help="Continue after the text whose state --save-state wrote to this file. It holds one text for all "
-            "prompts, or one for each; prompts may be left out.",
+            help="File that --save-state wrote: continue after its text. The file has one text for all prompts, or one "
+            "for each. Prompts may be left out.",
             metavar="FILE",
         ),
     ] = None,
@@ -92,8 +93,8 @@ def generate(
     if max_new_tokens == 0 and save_state is not None:
         _save_cache(cache_text(model, prompts, after=after), model, save_state)
         return
-    if compiled is None and not stop and (streamed := compiled_after(max_new_tokens)):
-        note(f"compiling the decode step after {streamed} tokens, which takes some seconds; disable with --no-compile")
+    if compiled is None and not stop and (n_before := compiled_after(max_new_tokens)):
+        note(f"compiling the decode step after {n_before} tokens, which takes some seconds; disable with --no-compile")
     caches: list[PromptCache] = []
     pieces = stream_text(
         model,
@@ -109,18 +110,18 @@ def generate(
     texts = [text.encode(errors="surrogateescape").decode(errors="replace") for text in prompts]
     if after is not None and len(texts) < 2:  # one prompt, or none, for all cached texts
         texts = (texts or [""]) * len(after)
-    _print_texts(texts, pieces, to_the_end=save_state is not None)
+    _print_texts(texts, pieces, runs_to_end=save_state is not None)
     if save_state is not None:
         _save_cache(caches[0], model, save_state)
 
 
-def _print_texts(texts: list[str], pieces: Iterable[list[str]], *, to_the_end: bool) -> None:
+def _print_texts(texts: list[str], pieces: Iterable[list[str]], *, runs_to_end: bool) -> None:
     """Stream a single text, or print several texts when they are complete.
 
     Args:
         texts: the prompts.
         pieces: yields the new piece of each text.
-        to_the_end: True to continue to the end even if nobody reads the output, as the state is to be saved.
+        runs_to_end: True to generate all tokens even if nobody reads the output, because the state is to be saved.
     """
     if len(texts) == 1:
         started = False
@@ -128,7 +129,7 @@ def _print_texts(texts: list[str], pieces: Iterable[list[str]], *, to_the_end: b
             # the prompt is printed with the first token, so that invalid input shows only an error
             typer.echo(visible(piece if started else texts[0] + piece), nl=False)
             started = True
-            if output_error() and not to_the_end:
+            if output_error() and not runs_to_end:
                 raise typer.Exit(EXIT_UNREAD)
         typer.echo()
         return

@@ -23,7 +23,7 @@ def paper(
 ) -> None:
     """Reproduce claims of the RetNet paper by name, and compare them with the paper.
 
-    Each claim ends with the paper's figures, ours, and whether both point in the same direction. The group `learned`
+    It shows for each claim the paper's figures, ours, and whether both point in the same direction. The group `learned`
     trains models, which takes half an hour. The group `timed` measures time, which needs an idle machine. --scale gpu
     uses the paper's sizes, on your own text. Finished measurements are not repeated.
 

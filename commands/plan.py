@@ -14,7 +14,7 @@ from .console import plain_table, terminal
 from .options import Overrides
 from .show import si_bytes
 
-SHOWN = 8
+MAX_LAYOUTS = 8
 """Maximum number of layouts in the table."""
 COLUMNS = "data", "shard", "context", "micro-batches", "memory", "received", "copies", "computing", "sending", "step"
 
@@ -40,14 +40,14 @@ def plan(
         typer.echo(json.dumps([asdict(layout) for layout in layouts], indent=2))
         return
     console = terminal()
-    console.print(plain_table(*COLUMNS, rows=[_cells(layout) for layout in layouts[:SHOWN]], justify="right"))
+    console.print(plain_table(*COLUMNS, rows=[_cells(layout) for layout in layouts[:MAX_LAYOUTS]], justify="right"))
     if not layouts[0].fits:
-        console.print(f"None fits {si_bytes(planner.gpu.memory)}: shorten the sequences, or use more GPUs.")
+        console.print(f"No layout fits into {si_bytes(planner.gpu.memory)}: shorten the sequences, or use more GPUs.")
     else:
         best = layouts[0].overrides
         names = {change.partition("=")[0] for change in best}
         others = [change for change in overrides or [] if change.partition("=")[0] not in names]
-        console.print(f"The first: {shlex.join([config, *others, *best])}")
+        console.print(f"To use the first layout: {shlex.join([config, *others, *best])}")
     tokens = run.training.batch_size * run.data.sequence_length
     links = planner.gpu
     dtype = str(planner.dtype).removeprefix("torch.")

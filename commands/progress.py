@@ -58,7 +58,7 @@ def follow(events: Iterable[Event], settings: TrainingConfig, console: Console) 
     steps = Steps(console, settings)
     source = None
     done = 0
-    early = False
+    stopped_early = False
     try:
         for event in events:
             done = event.step
@@ -78,14 +78,14 @@ def follow(events: Iterable[Event], settings: TrainingConfig, console: Console) 
                 case Evaluated():
                     console.print(_describe_evaluation(event, source))
                 case StoppedEarly():
-                    early = True
+                    stopped_early = True
                     console.print(
                         f"step {done}: stopped early: no evaluation was better than the one at step {event.best_step}, "
                         f"with {event.best_loss:.4f} nats/token"
                     )
     finally:
         steps.stop()
-    return early or done >= settings.steps, source
+    return stopped_early or done >= settings.steps, source
 
 
 class Steps:
@@ -107,7 +107,8 @@ class Steps:
         )
         self.task = self.bar.add_task("train", total=settings.steps, measured="")
         self.recent: deque[tuple[float, float]] = deque(maxlen=20)
-        """Of each recent step: tokens per second, and seconds since the step before, evaluations included."""
+        """Two numbers for each recent step: tokens per second, and seconds since the step before it, evaluations
+        included."""
         self.last_step_time = time.monotonic()
         self.last_line_time = -math.inf
 
@@ -126,8 +127,8 @@ class Steps:
         speed, seconds = (median(each) for each in zip(*self.recent, strict=True))
         measured = _describe_step(event, speed)
         self.bar.update(self.task, completed=event.step, measured=measured)
-        due = now - self.last_line_time >= SECONDS_BETWEEN_LINES and event.step % self.settings.log_every == 0
-        if not self.console.is_terminal and (due or event.step == steps):
+        is_due = now - self.last_line_time >= SECONDS_BETWEEN_LINES and event.step % self.settings.log_every == 0
+        if not self.console.is_terminal and (is_due or event.step == steps):
             self.last_line_time = now
             left = timedelta(seconds=round((steps - event.step) * seconds))
             self.console.print(f"step {event.step} of {steps}: {measured}, {left} left")

@@ -24,7 +24,7 @@ def show(
         int | None, typer.Option(help="Sequence length in tokens; data.sequence_length by default.", min=1, max=2**31)
     ] = None,
     parameters: Annotated[
-        bool, typer.Option("--parameters", help="Show instead each parameter's shape, role and optimizer.")
+        bool, typer.Option("--parameters", help="Show the shape, role and optimizer of each parameter instead.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:

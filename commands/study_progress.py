@@ -26,14 +26,14 @@ class Forecast:
         self.clock = clock
         self.shares: dict[str, float] = {}
         """Completed fraction of each run."""
-        self.first: dict[str, float] = {}
+        self.initial_shares: dict[str, float] = {}
         """Fraction of each run that was completed at its first report, by an earlier call of the command."""
         self.began = clock()
         """Time of `clock` at the start, in seconds."""
 
     def move(self, run: str, share: float) -> None:
         """Record the completed fraction of a run."""
-        self.first.setdefault(run, share)
+        self.initial_shares.setdefault(run, share)
         self.shares[run] = share
 
     @property
@@ -45,7 +45,7 @@ class Forecast:
     @property
     def seconds_left(self) -> float | None:
         """Remaining time at the present rate, in seconds; None before any work is done."""
-        completed = sum(self.weights[run] * (share - self.first[run]) for run, share in self.shares.items())
+        completed = sum(self.weights[run] * (share - self.initial_shares[run]) for run, share in self.shares.items())
         if completed <= 0:
             return None
         return (1 - self.share) * sum(self.weights.values()) / completed * (self.clock() - self.began)

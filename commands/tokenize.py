@@ -58,13 +58,13 @@ def tokenize(
             f"two tokenizers are given, --tokenizer {tokenizer} and tokenizer={config.tokenizer}: leave one out"
         )
     name = tokenizer or config.tokenizer or ByteTokenizer.identity
-    subwords = name != ByteTokenizer.identity
-    if config.begin_token is not None and (train_bpe is not None or not subwords):
+    uses_file = name != ByteTokenizer.identity
+    if config.begin_token is not None and (train_bpe is not None or not uses_file):
         raise SeqmixError(
             f"begin_token={config.begin_token} is for a tokenizer in a file; bytes and --train-bpe have a begin token "
             "of their own: leave it out"
         )
-    vocabulary = Path(name) if subwords else out.with_suffix(".json")
+    vocabulary = Path(name) if uses_file else out.with_suffix(".json")
     if out.suffix != TOKENS:
         raise SeqmixError(f"expected --out FILE{TOKENS}, got {out}")
     if out.exists():

@@ -143,7 +143,8 @@ SECTIONS: dict[str, tuple[str, ...]] = {
         "training.tensor_files.CheckpointError",
     ),
 }
-"""The pages, and their names without the prefix `seqmix.`. A module stands for its public functions and classes."""
+"""Titles of the pages, each with the names that it documents, without the prefix `seqmix.`. A module stands for its
+public functions and classes."""
 
 
 def files() -> dict[Path, str]:
@@ -168,7 +169,7 @@ def _summary(member: griffe.Object) -> str:
 
 
 def _members(member: griffe.Object) -> list[griffe.Object]:
-    """Return the functions and classes that a module defines; of a function or class, itself."""
+    """Return the public functions and classes that a module defines; for a function or a class, only itself."""
     if not member.is_module:
         return [member]
     return [each for each in _public_members(member) if each.is_function or each.is_class]

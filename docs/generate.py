@@ -34,7 +34,7 @@ PRESETS_PAGE = Path(__file__).with_name("reference") / "presets.md"
 WORDS = {"boolean": "`true` or `false`", "null": "*null*", "object": "mapping"}
 """Types of JSON schema in words; the other types keep their names."""
 LIMITS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
-"""Limits of JSON schema as signs."""
+"""Limits of JSON schema, each with its sign."""
 
 
 def files() -> dict[Path, str]:

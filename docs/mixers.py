@@ -54,7 +54,7 @@ USED_IN = {
     "rwkv4": "RWKV-4",
     "rwkv7": "RWKV-7",
 }
-"""Released models with the mixer. Mixers that are missing here are only known from papers."""
+"""Released models that use each mixer; mixers that are missing here are only known from papers."""
 
 FAMILIES = {
     "attention": "softmax attention",
@@ -252,7 +252,7 @@ def _docstring(kind: str) -> str:
 
 
 def _plain_recurrence(kind: str) -> str:
-    """Return the equation of a mixer's state update from its docstring; without a state, that of its output.
+    """Return the equation of a mixer's state update from its docstring; of its output, if it has no state.
 
     Raises:
         ValueError: the docstring has no such equation on an indented line.

@@ -34,7 +34,7 @@ from seqmix.experiments.retnet_paper.verdict import (
 from seqmix.experiments.study_figures import Plots
 from seqmix.registry import write_file
 
-KEPT = FOLDER / "results"
+SAVED_RESULTS = FOLDER / "results"
 """Folder of the saved results."""
 PAGES = Path(__file__).with_name("explanation")
 TARGET, PICTURES = PAGES / "paper.md", PAGES / "paper"
@@ -51,15 +51,15 @@ CHANGES = {
 """Changed fields of each ablation of Table 6."""
 
 
-def files(results_dir: Path = KEPT) -> dict[Path, str]:
+def files(results_dir: Path = SAVED_RESULTS) -> dict[Path, str]:
     """Return the text of the page with its tables."""
     return {TARGET: fill(TARGET, {claim: part(claim, results_dir) for claim in PARTS})}
 
 
-def drawings(results_dir: Path = KEPT) -> dict[Path, str]:
-    """Return the picture of each measured claim in `DRAWN`, as SVG."""
+def drawings(results_dir: Path = SAVED_RESULTS) -> dict[Path, str]:
+    """Return the picture of each measured claim in `DRAWINGS`, as SVG."""
     pictures = {}
-    for claim, draw in DRAWN.items():
+    for claim, draw in DRAWINGS.items():
         if results := _read(claim, results_dir):
             figures = [
                 replace(figure, series=[replace(series, name=NAMES[series.name]) for series in figure.series])
@@ -78,7 +78,10 @@ def part(claim: str, results_dir: Path) -> list[str]:
 
 
 def _verdict(claim: str, results: Sequence[Any]) -> list[str]:
-    """Return the lines with the verdict of `seqmix paper`: its table, unless the claim's has it, and its summary."""
+    """Return the lines with the verdict of `seqmix paper`: its summary, after its table.
+
+    The table is left out for Tables 5 and 6, whose own tables have its columns.
+    """
     verdicts = [judge(name, values) for name, values in zip(_names(claim), results, strict=True)]
     rows = [row for verdict in verdicts for row in verdict.rows]
     if len(verdicts) > 1:
@@ -201,7 +204,7 @@ PARTS: dict[str, Callable[..., list[str]]] = {
     "table4": table4,
     "figure6": figure6,
 }
-"""The function that writes each region of the page, from the results of its claim."""
+"""Claims, each with the function that returns the lines of its part of the page from the claim's results."""
 
 
 # ---- pictures
@@ -223,12 +226,12 @@ def draw_figure6(*results_by_batch: Results) -> list[Figure]:
     return [replace(figure, name=f"{figure.name}-{i}") for i, figure in enumerate(figures)]
 
 
-DRAWN: dict[str, Callable[..., list[Figure]]] = {
+DRAWINGS: dict[str, Callable[..., list[Figure]]] = {
     "figure5": lambda results: [figure for figure in Plots(results).outcomes() if "-over-" in figure.name],
     "table4": lambda results: Plots(results).speed(),
     "figure6": draw_figure6,
 }
-"""The function that returns the figures of each claim that is drawn, from its results."""
+"""Claims with a picture, each with the function that returns the figures of the picture from the claim's results."""
 
 
 # ---- results
@@ -256,7 +259,7 @@ def _mib(size: float) -> str:
     return f"{size / 2**20:,.0f} MiB"
 
 
-def save(studies: Path, results_dir: Path = KEPT) -> None:
+def save(studies: Path, results_dir: Path = SAVED_RESULTS) -> None:
     """Save the values of all claims that a folder of studies has, without curves and details of the machine."""
     for claim in CLAIMS:
         file = values_of(claim, "cpu", studies)

@@ -41,7 +41,7 @@ HEIGHT = 22
 """Height of a cell in pixels."""
 MARGIN = 10
 """Margin around and between lines in pixels."""
-PLAIN, ASKED, ANSWER = "#eceff1", "#ffe0b2", "#c8e6c9"
+PLAIN, WITH_TARGET, ANSWER = "#eceff1", "#ffe0b2", "#c8e6c9"
 """Colours of the cells of inputs, of inputs with a target, and of targets."""
 
 
@@ -73,7 +73,7 @@ def picture(kind: str, task: Task) -> str:
         if x + width > WIDTH - MARGIN:  # start a new line
             x = MARGIN
             y += 2 * HEIGHT + MARGIN
-        cells += _cell(x, y, width, name(token), PLAIN if answer is None else ASKED)
+        cells += _cell(x, y, width, name(token), PLAIN if answer is None else WITH_TARGET)
         cells += [] if answer is None else _cell(x, y + HEIGHT, width, answer, ANSWER)
         x += width + 1
     height = y + 2 * HEIGHT + MARGIN

@@ -1,6 +1,6 @@
-"""Layers of other packages as `seqmix check` takes them: docs/explanation/found-in-others.md says what it finds.
+"""Adapters for testing layers of other packages with `seqmix check`; results: docs/explanation/found-in-others.md.
 
-A package is imported when its layer is made.
+A package is imported only when its layer is made.
 """
 
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""Attention maps as PNG images whose opacity shows the weight, so that a page can paint them in its theme's colour."""
+"""Attention maps as PNG images whose opacity shows the weight; a page uses them as masks in its own colour."""
 
 import struct
 import zlib

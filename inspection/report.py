@@ -11,8 +11,8 @@ from .pictures import picture
 from .views import LayerView
 
 TEMPLATE = Path(__file__).with_name("report.html")
-HEADS = "layer", "mixer", "head", "reach", "90 % within", "decay", "its reach", "decays saturated", "gate saturated"
-MOST_HEADS = 16
+COLUMNS = "layer", "mixer", "head", "reach", "90 % within", "decay", "its reach", "decays saturated", "gate saturated"
+MAX_HEADS = 16
 """Maximum number of heads of a layer whose maps are shown."""
 
 
@@ -35,7 +35,7 @@ def render(views: Sequence[LayerView], title: str, facts: str) -> str:
         title=title,
         facts=facts,
         sections=sections,
-        heads=HEADS,
+        heads=COLUMNS,
         rows=[row for view in views for row in rows_of(view)],
         maps=[(view, maps_of(view)) for view in views if view.maps is not None],
         command="seqmix inspect RUN --text FILE",
@@ -43,7 +43,7 @@ def render(views: Sequence[LayerView], title: str, facts: str) -> str:
 
 
 def rows_of(view: LayerView) -> list[tuple[str, ...]]:
-    """Return the table rows of a layer, one per head, with the columns `HEADS`."""
+    """Return the table rows of a layer, one per head, with the columns `COLUMNS`; empty cells for what it lacks."""
     columns = {"{:.1f}": (view.reach, view.reach_90), "{:.4f}": (view.decays,), "{:.1f} ": (view.decay_reach,)}
     texts = [list(map(form.format, values)) for form, lists in columns.items() for values in lists]
     shares = ["" if share is None else f"{share:.1%}" for share in (view.saturated_decays, view.saturated_gates)]
@@ -59,7 +59,7 @@ def maps_of(view: LayerView) -> list[tuple[str, str, str]]:
     """Return for each head its name, its attention map as a data URL, and a description for screen readers."""
     quantity = "weights" if view.of_heads else "gradient norms"
     pictures = []
-    for head, values in enumerate(() if view.maps is None else view.maps[:MOST_HEADS]):
+    for head, values in enumerate(() if view.maps is None else view.maps[:MAX_HEADS]):
         name = f"head {head}" if view.of_heads else "gradients"
         description = f"{quantity} of layer {view.layer}, {name}: mean distance {view.reach[head]:.1f} tokens"
         pictures.append((name, picture(values), description))

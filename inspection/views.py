@@ -146,7 +146,7 @@ def _measure_states(mixer: SequenceMixer, call: ModuleCall, view: LayerView) -> 
     for point in view.points:
         options = {name: value[:, before:point] for name, value in call.options.items()}
         segment = call.x[:, before:point]
-        # one paradigm for all segments, also for the first, which has no state: so rounding is the same everywhere
+        # one paradigm for all segments, even for the first one without a state, so that rounding is the same in all
         _, state = mixer(segment, state, paradigm=paradigm, return_state=True, **options)
         before = point
         for name, leaf in to_dict(state).items() if state is not None else ():
@@ -166,7 +166,10 @@ def _matrices(name: str, leaf: Tensor) -> Tensor:
 
 
 def effective_rank(matrices: Float[Tensor, "H K V"]) -> float:
-    """Return the exponential of the entropy of the normalised singular values, mean of the matrices; 0 for zeros."""
+    """Return the exponential of the entropy of the normalised singular values, averaged over the matrices.
+
+    A matrix of zeros counts as 0.
+    """
     values = torch.linalg.svdvals(matrices.double())
     shares = values / values.sum(-1, keepdim=True).clamp(min=1e-30)
     ranks = torch.special.entr(shares).sum(-1).exp() * (values.sum(-1) > 0)
@@ -190,7 +193,10 @@ def _measure_gradients(model: LanguageModel, tokens: Tensor, views: Sequence[Lay
 
 
 def _distance_of_share(maps: Float[Tensor, "H Q T"], queries: Sequence[int], share: float) -> Float[Tensor, " H"]:
-    """Return for each head the distance in tokens within which this share of a query's weight lies, mean of queries."""
+    """Return for each head the distance, in tokens, within which this share of a query's weight lies.
+
+    It is the mean over the queries.
+    """
     distances = []
     for row, n in enumerate(queries):
         nearest_first = maps[:, row, : n + 1].flip(-1).cumsum(-1)
@@ -203,7 +209,7 @@ def _share_of_true(masks: Sequence[Tensor]) -> float:
     return sum(int(mask.sum()) for mask in masks) / max(sum(mask.numel() for mask in masks), 1)
 
 
-def spread(length: int, most: int) -> list[int]:
-    """Return at most `most` indices below `length`, spread evenly; the last index is always included."""
-    count = min(length, most)
+def spread(length: int, max_count: int) -> list[int]:
+    """Return at most `max_count` indices below `length`, spread evenly; the last index is always included."""
+    count = min(length, max_count)
     return [round((i + 1) * length / count) - 1 for i in range(count)]

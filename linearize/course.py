@@ -122,7 +122,7 @@ class Linearization:
         self.plan_text = f"{MARK}{source.absolute()}\n{dump(plan)}"
         if (out / PLAN_FILE).is_file():
             previous = (out / PLAN_FILE).read_text(encoding="utf-8")
-            # before the first stage nothing is lost if an earlier plan, which did not work, is replaced
+            # before the first stage, a plan that did not work can be replaced: no training is lost
             must_match = not previous.startswith(MARK) or (out / "stages").exists()
             if must_match and previous != self.plan_text:
                 raise SeqmixError(f"{out} was started with another source or plan: choose another --out DIR")

@@ -108,7 +108,10 @@ OBJECTIVES: dict[StageName, type[Text]] = {
 
 
 def relative_error(y: Tensor, expected: Tensor, targets: Tensor) -> Tensor:
-    """Return the mean of (y - expected)^2 divided by the mean of expected^2, times the number of targets that count."""
+    """Return the mean of (y - expected)^2 divided by the mean of expected^2, times the number of targets.
+
+    `IGNORED` targets are not counted.
+    """
     y = y.float()
     expected = expected.float()
     return F.mse_loss(y, expected) / expected.square().mean().clamp(min=1e-12) * (targets != IGNORED).sum()

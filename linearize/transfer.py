@@ -58,7 +58,8 @@ def transfer(old: SequenceMixer, new: SequenceMixer, roles: Sequence[str]) -> di
 def regroup_heads(weight: Tensor, heads: int) -> Tensor | None:
     """Divide a weight [H K D] into another number of heads; None if neither number divides the other.
 
-    Fewer heads: neighbours are joined. More heads: each head is split, or repeated if its width is not divisible.
+    With fewer heads, neighbouring heads are joined. With more heads, each head is split, or repeated if its width
+    cannot be divided.
     """
     old_heads, width = weight.shape[:2]
     if old_heads % heads == 0:
@@ -151,7 +152,7 @@ def initial_parameters(new: SequenceMixer, before: Mapping[str, Tensor], done: C
     Args:
         new: the new mixer.
         before: its parameters at initialisation.
-        done: parameters that were copied as a whole, which are not listed.
+        done: names of parameters that were copied as a whole; they are left out of the result.
     """
     kept = []
     for name, parameter in new.named_parameters():

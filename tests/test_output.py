@@ -75,7 +75,7 @@ def test_control_characters_are_shown_on_a_terminal_and_left_alone_in_a_file(mon
     for name, made in streams.items():
         monkeypatch.setattr(sys, name, made)
     monkeypatch.setenv("TERM", "xterm")
-    generate._print_texts([HOSTILE], [["\x1bc"]], to_the_end=False)
+    generate._print_texts([HOSTILE], [["\x1bc"]], runs_to_end=False)
     console.terminal().print(HOSTILE, console.plain_table("column", rows=[[HOSTILE]]))
     console.note(HOSTILE)
     for written in (made.getvalue() for made in streams.values()):

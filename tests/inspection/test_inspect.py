@@ -13,7 +13,7 @@ from seqmix import MIXERS, build_model, load_config
 from seqmix.experiments.figures.figure import by_legend
 from seqmix.inspection import look
 from seqmix.inspection.pictures import picture
-from seqmix.inspection.report import MOST_HEADS, reach_figures, render, rows_of, state_figures
+from seqmix.inspection.report import MAX_HEADS, reach_figures, render, rows_of, state_figures
 from seqmix.inspection.views import ROWS, effective_rank, spread
 
 TOKENS = torch.randint(256, (1, 12), generator=torch.Generator().manual_seed(0))
@@ -146,7 +146,7 @@ def test_a_page_of_a_mixer_without_gradients_or_heads_is_whole():
     page = render(views, "a run", "facts")
     assert "by gradients with respect to its inputs" in page
     assert rows_of(views[0])[0][3] == ""
-    assert (ROWS, MOST_HEADS) == (64, 16)
+    assert (ROWS, MAX_HEADS) == (64, 16)
 
 
 def test_every_head_of_every_layer_is_in_the_figure_of_reaches():

@@ -72,14 +72,16 @@ def test_what_does_not_fit_is_last_and_said(config, seqmix, refused):
     assert not any(layout.fits for layout in Planner(load_config("retnet-6.7b"), "h100").layouts(1))
     shown = seqmix("plan", "retnet-6.7b", "--gpus", "1")
     assert shown.status == 0
-    assert "None fits" in shown.out
+    assert "No layout fits into" in shown.out
     shown = seqmix("plan", "retnet-1.3b", "--gpus", "8")
     best, *_ = Planner(load_config("retnet-1.3b")).layouts(8)
-    assert f"The first: retnet-1.3b {' '.join(best.overrides)}" in " ".join(shown.out.split())
+    assert f"To use the first layout: retnet-1.3b {' '.join(best.overrides)}" in " ".join(shown.out.split())
     # what it names holds whatever was given
     given = ("distributed.context_parallel=2", "model.norm={kind: rmsnorm}")
     shown = seqmix("plan", "retnet-1.3b", *given, "--gpus", "8")
-    assert f"The first: retnet-1.3b 'model.norm={{kind: rmsnorm}}' {' '.join(best.overrides)}" in shown.out
+    assert (
+        f"To use the first layout: retnet-1.3b 'model.norm={{kind: rmsnorm}}' {' '.join(best.overrides)}" in shown.out
+    )
     assert f"distributed.context_parallel={best.context_parallel}" in best.overrides
     assert "did you mean" in refused("plan", "retnet-1.3b", "--gpu", "h10")
     with pytest.raises(SeqmixError, match=r"no layout of 7 GPUs divides training\.batch_size"):
