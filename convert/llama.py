@@ -69,7 +69,7 @@ class Rotating(Architecture):
             rope.setdefault("original_max_position_embeddings", values["max_position_embeddings"])
         fields = {name: LENGTHS.get(name, name) for name in SCALINGS.get(kind, ())}
         if (kind != "default" and kind not in SCALINGS) or rope.keys() != set(fields.values()):
-            allowed = "of rope_type default, linear or llama3, with the fields of this type only,"
+            allowed = "of rope_type default, linear or llama3, with the fields of that type only,"
             raise unsupported_value(where, "rope_parameters", {"rope_type": kind, **rope}, allowed)
         if fields:
             known["scaling"] = {"kind": kind, **{ours: rope[name] for ours, name in fields.items()}}
