@@ -48,8 +48,8 @@ class Architecture:
     common: ClassVar[Table]
     """Table of the model's fields and of the fields that all layers share."""
     kinds: ClassVar[Mapping[str, Mapping[str, Table]]] = {}
-    """Tables of the fields of each kind of layer: by the name of a field of config.json that has one entry per layer,
-    such as `layer_types`, and then by the entry."""
+    """Tables of the fields of each kind of layer. The outer key is a field of config.json that has one entry per layer,
+    such as `layer_types`; the inner key is the entry."""
     ignored_fields: ClassVar[str] = ""
     """Space-separated names of fields, besides `IGNORED_FIELDS`, that do not change what a trained model computes."""
     ignored_tensors: ClassVar[str] = r".*rotary_emb\.inv_freq"

@@ -183,7 +183,7 @@ def _require_length(tokens: int, length: int, name: str, split: str) -> None:
 
 
 def _require_text(tokens: Tokens, begin: int, name: str) -> None:
-    """Check that a split has a token besides begin tokens, reading no further than the first of them."""
+    """Check that a split has a token of text, not only begin tokens; nothing after the first such token is read."""
     for start in range(0, len(tokens), SEARCH_BLOCK):
         if (tokens[start : start + SEARCH_BLOCK] != begin).any():
             return

@@ -19,7 +19,7 @@ TOKENS = ".tokens"
 MAX_FILES = 10**6
 """Maximum number of names that a glob may match in a folder; tokenize larger collections in parts first."""
 SAVED = "dataset_dict.json", "state.json", "dataset_info.json"
-"""Marker files in a folder of `save_to_disk`: the first if it has several splits, the other two if it has one."""
+"""Files that show that `save_to_disk` wrote a folder: the first for several splits, the other two for a single one."""
 FOREIGN_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
 """Folders of the standard library that hold tests and installed packages."""
 
@@ -188,7 +188,10 @@ def row_documents(config: DocumentsConfig, rows: Iterable[dict[str, object]], fi
 
 @contextmanager
 def explain_dataset(config: DatasetConfig) -> Iterator[None]:
-    """Turn any exception of `datasets` (file system, format, network) into a SeqmixError that names the dataset."""
+    """Context that turns any exception of `datasets` (file system, format, network) into a SeqmixError.
+
+    The error names the dataset.
+    """
     try:
         yield
     except SeqmixError:

@@ -26,7 +26,7 @@ class SlicesConfig(Config):
     ngram: int = Field(default=2, ge=2, le=64)
     """Length of the n-grams of recall hits in tokens: 2 for subword tokens, more for bytes."""
     most: int = Field(default=1250, ge=0)
-    """Maximum number of occurrences of a recall hit's n-gram in the training split."""
+    """Maximum number of times that the n-gram of a recall hit may occur in the training split."""
 
 
 class Slices:

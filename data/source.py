@@ -126,7 +126,7 @@ class Source(ABC):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a saved `state_dict`.
 
-        The batches are the same as without it, but the next one is read without everything before it.
+        The batches are the same as without it, but the next one is found without reading all the data before it.
 
         Raises:
             SeqmixError: these data have no state.

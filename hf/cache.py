@@ -33,7 +33,7 @@ class StateLayer(CacheLayerMixin):
         self.capacity = max_length
 
     def reserve(self, mixer: SequenceMixer[Any], batch_size: int, length: int) -> Any:
-        """Allocate or enlarge the state for `length` tokens, including the coming segment, and return the state."""
+        """Allocate or enlarge the state for `length` tokens, including the next segment, and return the state."""
         require_state(mixer.traits, mixer.kind)
         if self.state is None:
             self.capacity = max(self.capacity, length)

@@ -67,9 +67,9 @@ def mix_rows(
     rows: RowLayout,
     mixers: Sequence[SequenceMixer[Any]],
 ) -> tuple[Float[Tensor, "B T D"], Any]:
-    """Mix a batch whose rows may have padding anywhere: the tokens of each row without its padding.
+    """Mix a batch whose rows may have padding anywhere, which is skipped.
 
-    These are packed documents of one call, or if a mixer does not declare packing, one call per row.
+    If all mixers declare packing, the rows are packed documents of one call; otherwise there is one call per row.
 
     Args:
         mix: a function of a segment without padding, a state and `cu_seqlens`, which returns the output and the state
@@ -77,7 +77,7 @@ def mix_rows(
         x: the batch.
         state: the state of B rows before the batch; None if no tokens came before.
         rows: padding and packed documents.
-        mixers: the mixers; real tokens are packed only if all of them declare packing.
+        mixers: the mixers.
 
     Returns:
         The output, 0 at padding, and the state of B rows, which padding does not change.

@@ -67,8 +67,8 @@ class Plan(Config):
     transfer: tuple[Literal["q", "k", "v", "o"], ...] = Field(default=("q", "k", "v", "o"), strict=False)
     """Projections that are copied from old to new mixers: queries `q`, keys `k`, values `v`, output `o`."""
     calibration_tokens: int = Field(default=8192, ge=0)
-    """Number of tokens for calibration: decays are set to the reach of the teacher's heads, and output projections are
-    fitted to the teacher's outputs by least squares; 0 turns both off."""
+    """Number of tokens for calibration: decays are set so that heads reach as far back as the teacher's, and output
+    projections are fitted to the teacher's outputs by least squares; 0 turns both off."""
     stages: Stages = Stages()
     """Training stages of the student."""
     data: Annotated[DataConfig, DATA] | None = None

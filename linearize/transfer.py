@@ -73,7 +73,7 @@ def regroup_heads(weight: Tensor, heads: int) -> Tensor | None:
 def calibrate(
     teacher: LanguageModel, student: LanguageModel, layers: Sequence[int], source: Source, batch_size: int, tokens: int
 ) -> dict[int, list[str]]:
-    """Set decays by the reach of the teacher's heads, then fit output projections to the teacher's outputs.
+    """Set decays so that heads reach as far back as the teacher's, then fit output projections to its outputs.
 
     Args:
         teacher: the teacher.
@@ -116,7 +116,11 @@ def calibrate(
 
 
 def _set_reach(old: SequenceMixer, new: SequenceMixer, x: Tensor) -> list[str]:
-    """Set the decays of the new mixer's heads to the reach of the old mixer's; return descriptions of what was set."""
+    """Set the decays of the new mixer so that its heads reach as far back as those of the old one.
+
+    Returns:
+        Descriptions of what was set.
+    """
     if new.takes_first_values:
         return []
     length = x.shape[1]

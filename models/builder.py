@@ -92,7 +92,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def _explain_memory(model: LanguageModel, device: torch.device | str) -> Iterator[None]:
-    """Turn an out-of-memory error into a SeqmixError that tells the model's size."""
+    """Context that turns an out-of-memory error into a SeqmixError with the size of the model."""
     parameters = list(model.parameters())  # lists a tied parameter once
     count = sum(p.numel() for p in parameters)
     size = sum(p.nbytes for p in parameters)
@@ -109,7 +109,7 @@ def _explain_memory(model: LanguageModel, device: torch.device | str) -> Iterato
 
 @contextmanager
 def _initialising(tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Check that the code in the block initialises all of these tensors, given by name.
+    """Context that checks that its body initialises all of these tensors, given by name.
 
     Raises:
         ContractError: a tensor was left uninitialised.

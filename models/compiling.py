@@ -28,7 +28,8 @@ def compile_blocks(model: LanguageModel) -> int:
     """Compile each kind of block by itself (`fullgraph`), so that a deep model compiles as fast as a shallow one.
 
     Dynamo compiles at most eight graphs per code object, and all blocks share the code of `Block.forward`. Each kind
-    therefore gets a copy of that code: blocks of a kind share graphs, other kinds and other models do not count.
+    therefore gets a copy of that code: its blocks share graphs, and those of other kinds and other models do not count
+    towards the limit.
 
     Returns:
         The number of kinds of blocks; each is compiled at its first call.

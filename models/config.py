@@ -10,7 +10,7 @@ from .parametrization import CompleteP, Parametrization, Standard
 
 
 class PaperInit(Config):
-    """Initialise every module as its paper's code does; embedding and output projection N(0, 1/d_model)."""
+    """Initialise every module as the code of its paper does; embedding and output projection from N(0, 1/d_model)."""
 
     kind: Literal["paper"] = "paper"
 

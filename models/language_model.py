@@ -29,7 +29,7 @@ Checkpointing: TypeAlias = bool | Literal["matmuls"]
 """Activation checkpointing: False for none, True to recompute whole blocks, `matmuls` to save products with weights."""
 MATMULS = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default, onednn_linear._opoverload]
 """Operators whose results `matmuls` saves: products with weight matrices. The products inside mixers, such as attention
-scores, are batched operators; their results grow with the pairs of tokens and are recomputed."""
+scores, are batched operators; their results grow with the number of pairs of tokens, and are recomputed."""
 _keep_matmuls = partial(create_selective_checkpoint_contexts, MATMULS)
 ModelState: TypeAlias = tuple[tuple[Any, ...], ...]
 """State of a model: one opaque state per layer."""
@@ -180,7 +180,8 @@ class LanguageModel(nn.Module):
 
         Under context parallelism (`cp_group`), each rank returns the results of its own tokens (`local_targets`). The
         "mean" divides by the number of targets on all ranks, so that the ranks' losses add up to the loss of the whole
-        sequence. The number of ranks must divide T; only with targets and without a final state is the end padded.
+        sequence. The number of ranks must divide T, except with targets and without a final state: then the end is
+        padded.
 
         Raises:
             ContractError: a layer does not declare the paradigm or packing, or the ranks cannot share T tokens.
@@ -352,7 +353,7 @@ class LanguageModel(nn.Module):
 
     @property
     def backends(self) -> dict[str, str]:
-        """Kernel backend of each kind of block, for the kinds whose mixer has a choice."""
+        """Kernel backend of each kind of block, for the kinds whose mixer has a choice of backends."""
         mixers = {name: block.mixer for name, block in zip(self.config.layers, self.blocks, strict=True)}
         kernels = {name: mixer.kernels(torch.float32) for name, mixer in mixers.items()}  # pairs of op and probe
         return {name: describe_backends(pair[0], mixers[name].backends) for name, pair in kernels.items() if pair}

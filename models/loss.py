@@ -65,7 +65,10 @@ def linear_predictions(
     reduction: Literal["sum", "none"] = "sum",
     softcap: float | None = None,
 ) -> tuple[Float[Tensor, "..."], Int[Tensor, " M"]]:
-    """Return the loss of `linear_cross_entropy`, and the most probable token at each position (the first of equals)."""
+    """Return the loss of `linear_cross_entropy`, and the most probable token at each position.
+
+    If several tokens are equally probable, it is the first of them.
+    """
     size = tokens_at_once(weight)
     losses = []
     predictions = []

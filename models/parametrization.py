@@ -63,7 +63,8 @@ def shapes_of(model: nn.Module) -> dict[str, Shape]:
 def fan_in_ratio(shape: Shape, base: Shape) -> float:
     """Return the fan-in of a weight divided by its fan-in in the base model.
 
-    The fan-in is the second dimension, of a matrix [fan-out, fan-in] as of several experts [experts, fan-in, fan-out].
+    The fan-in is the second dimension of a matrix [fan-out, fan-in] and of the weight of experts [experts, fan-in,
+    fan-out].
     """
     return shape[1] / base[1]
 

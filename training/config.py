@@ -61,15 +61,15 @@ class TrainingConfig(Config):
     """Final learning rate as a fraction of the peak."""
     optimizer: Annotated[str, _name_or_path("adamw", "muon", "normuon")] = "adamw"
     """`adamw`; or `muon`: Muon for matrices, with steps scaled to those of AdamW, and AdamW for all other parameters;
-    or `normuon`, which also evens out the rows of a step. Or the path of a class or function that is called with
+    or `normuon`, which also normalises the rows of a step. Or the path of a class or function that is called with
     parameter groups and `lr`: torch.optim:SGD."""
     optimizer_options: dict[str, Any] = Field(default_factory=dict)
     """Further keyword arguments for an optimizer given by path."""
     muon_momentum: Rate = 0.95
     """Momentum of Muon."""
     muon_split: Literal["projections", "heads"] = "projections"
-    """Matrices that Muon orthogonalises separately: the `projections` of an input projection (queries, keys, values,
-    output gate), or also their `heads`."""
+    """Matrices that Muon orthogonalises separately: the `projections` that share one weight matrix (queries, keys,
+    values, output gate), or each of their `heads`."""
     weight_decay: float = Field(default=0.05, ge=0)
     """Weight decay of matrices and embeddings; rates, norms, convolutions and other vectors are not decayed."""
     betas: tuple[Rate, Rate] = Field(default=(0.9, 0.98), strict=False)

@@ -118,7 +118,10 @@ class Muon(torch.optim.Optimizer):
 
 
 def _blocks(parameter: Tensor, role: ParameterRole, *, per_head: bool) -> list[RowBlock]:
-    """Return the blocks of rows that are orthogonalised separately, without names, so that equal ones are equal."""
+    """Return the blocks of rows that are orthogonalised separately.
+
+    Their names are left out, so that blocks with the same rows and role compare equal.
+    """
     blocks = []
     for block in role.blocks or [RowBlock("", parameter.shape[0])]:
         parts = block.heads if per_head and block.role is Role.MATRIX else 1

@@ -89,7 +89,7 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> AnyOptimizer:
     """Build the optimizer of a model, from the roles of its parameters (`seqmix.mixers.roles`).
 
     Every parameter is in exactly one group; parameters without `requires_grad` are left out. Weight decay applies to
-    maps of tokens and of the vocabulary, not to rates, norms, convolutions and vectors.
+    matrices, embedding and output projection, not to rates, norms, convolutions and vectors.
 
     `muon` and `normuon` update matrices, each of their maps (queries, keys, ...) separately, and AdamW everything else.
     Their steps are scaled to those of AdamW, so that both share one learning rate and one weight decay.
@@ -136,7 +136,7 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> AnyOptimizer:
 
 
 def set_learning_rate(optimizer: AnyOptimizer, rate: float) -> None:
-    """Set the learning rate of a step: each group's is `rate`, times the group's multiplier (muP)."""
+    """Set the learning rate of a step: in each parameter group, `rate` times the group's multiplier (muP)."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get("lr_multiplier", 1.0)
 

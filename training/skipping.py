@@ -9,7 +9,7 @@ from .config import TrainingConfig
 WINDOW = 64
 """Number of most recent gradient norms whose median is compared with the next norm."""
 MIN_NORMS = 16
-"""Number of gradient norms below which no norm counts as a spike."""
+"""Minimum number of gradient norms before any norm can count as a spike."""
 MAX_NONFINITE_IN_A_ROW = 10
 """Maximum number of non-finite steps in a row; more end the run, as the parameters are at fault."""
 

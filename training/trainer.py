@@ -355,8 +355,8 @@ class Trainer:
         Args:
             of: "batch" or "evaluation".
             origin: returns the file and offset of a token.
-            sizes: four numbers: the sequences per call; the tokens of a sequence; by how many sequences a rank's first
-                sequence comes after that of the rank before it; and the same for two successive calls.
+            sizes: four numbers: sequences per call; tokens per sequence; sequences between the first one of a rank and
+                that of the next rank; sequences between the first one of a call and that of the next call.
             place: the module and tokens where the value is first not finite.
 
         Returns:

@@ -16,8 +16,8 @@ class CompositionalMqarConfig(TaskConfig):
     tokens and the value, in random order, then each key once more, with its value as the target at the second token.
 
     The keys are all combinations of some first tokens with equally many second tokens, so neither token alone
-    determines the value. The positions after the triples are divided into groups of three, in which keys are asked as
-    in `mqar`.
+    determines the value. The positions after the triples are divided into groups of three, in which the keys are
+    repeated as in `mqar`.
     """
 
     field = "pairs"

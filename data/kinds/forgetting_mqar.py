@@ -11,7 +11,7 @@ from .mqar import MqarConfig, ask
 
 class ForgettingMqarConfig(MqarConfig):
     """Multi-query associative recall in which some keys get a new value (Zoology's forgetting MQAR): after the pairs,
-    `updates` of the keys are repeated with a new value; then each key is asked once, and its latest value is the
+    `updates` of the keys are repeated with a new value; then each key appears once more, with its latest value as the
     target.
 
     Everything else is as in `mqar`.

@@ -18,7 +18,7 @@ class MqarConfig(TaskConfig):
     tokens 1 to vocab_size / 2 - 1, values the tokens from vocab_size / 2 on.
 
     The paper's vocabulary has 8,192 tokens. The small default makes a different task: with 64 tokens in sequences of
-    64, random filler shows a key again before it is asked in 11 to 16 % of the questions.
+    64, the random filler shows the key of a question again before the question, in 11 to 16 % of the questions.
     """
 
     field = "pairs"
@@ -29,8 +29,8 @@ class MqarConfig(TaskConfig):
     pairs: Difficulties | None = (4, 8, 16)
     """Numbers of pairs; rows cycle through them. Null for as many as fit: a quarter of the sequence length."""
     power_a: float = Field(default=0.01, gt=0, le=1)
-    """Exponent of the power law of the question positions: with 1 all positions are equally likely, near 0 keys are
-    asked soon after the pairs."""
+    """Exponent of the power law of the question positions: with 1 all positions are equally likely, near 0 the
+    questions come soon after the pairs."""
     noise: bool = True
     """True to fill the other positions after the pairs with random tokens, including keys and values; False leaves
     token 0 there."""

@@ -434,7 +434,10 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def files_of(folder: Path, part: str) -> list[Path]:
-    """Return the files of a checkpoint's part; if its manifest names none, the path that one process would write."""
+    """Return the files of a part of a checkpoint.
+
+    If the manifest lists none, this is the path that a run with a single process would have written.
+    """
     return [folder / name for name in read_manifest(folder).files_of(part) or (file_of(part),)]
 
 

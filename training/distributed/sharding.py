@@ -40,7 +40,7 @@ def sharder(groups: ProcessGroups, config: DistributedConfig) -> Callable[[nn.Mo
 
 
 def keep_gathered(model: LanguageModel, keep: bool) -> None:
-    """Let backward passes keep parameters gathered and gradients unreduced if `keep`, else reshard and reduce."""
+    """If `keep`, make backward passes leave parameters gathered and gradients unreduced; else reshard and reduce."""
     from torch.distributed.fsdp import FSDPModule
 
     if isinstance(model, FSDPModule):

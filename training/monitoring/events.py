@@ -39,7 +39,7 @@ class Noted:
 
 @dataclass(frozen=True)
 class Compiled:
-    """Compilation is done, which is known after the second step."""
+    """Compilation is done. The event comes after the second step, whose time is needed to know the compile time."""
 
     step: int
     """Number of steps completed so far."""
@@ -90,7 +90,8 @@ class Evaluated:
     accuracy_by: dict[str, dict[str, float]] = field(default_factory=dict)
     """Accuracy by axis of difficulty of a task (such as the number of pairs), and by value on this axis."""
     loss_by: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Loss in nats per token, by axis of `data.slices` and slice; by position, of the longest evaluated sequences."""
+    """Loss in nats per token, by axis of `data.slices` and by slice. The losses by position are those of the longest
+    evaluated sequences."""
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ class Metrics:
             raise
 
     def record(self, values: dict[str, Any]) -> None:
-        """Append a line to metrics.jsonl, and log its numbers; `values` are by name, one of them `step`."""
+        """Append a line with `values`, which include `step`, to metrics.jsonl, and pass its numbers to the loggers."""
         with self.file.open("a") as file:
             file.write(json.dumps(values) + "\n")
         for logger in self._started:
