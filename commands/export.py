@@ -48,7 +48,7 @@ def export(
         typer.echo(visible(f"{target} has the weights of step {step}"))
         return
     if find_spec("transformers") is None:
-        raise SeqmixError("--to hf needs transformers: pip install transformers")
+        raise SeqmixError("--to hf needs the package transformers: pip install transformers")
     from ..hf.export import export_hf
 
     export_hf(run, target, choice=choice, on_note=note, ema=ema)

@@ -91,8 +91,8 @@ def require_size(source: Path, model: LanguageModel) -> None:
     size = sum(file.stat().st_size for file in source.glob("*.safetensors") if file.is_file())
     if size and count > 2 * size:
         raise SeqmixError(
-            f"{source / CONFIGS[0]} describes another model: expected at most {size:,} parameters, the bytes of "
-            f"*.safetensors beside it, got {count:,}"
+            f"{source / CONFIGS[0]} describes another model: expected at most {size:,} parameters, as many as the "
+            f"*.safetensors files beside it have bytes, got {count:,}"
         )
 
 

@@ -102,7 +102,7 @@ def to_ours(
             raise SeqmixError(f"{where} lacks the tensor {name}, of shape {list(shape)}{nearest(name, theirs)}")
         if theirs[name].shape != shape:
             raise SeqmixError(
-                f"{where}: the tensor {name} must have shape {list(shape)} by config.json, got "
+                f"{where}: the tensor {name} must have shape {list(shape)} according to config.json, got "
                 f"{list(theirs[name].shape)}"
             )
     for name in sorted(theirs.keys() - sources.keys()):

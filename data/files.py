@@ -214,7 +214,7 @@ def open_dataset(config: DatasetConfig) -> Any:
     except ModuleNotFoundError as error:
         if error.name != "datasets":
             raise
-        raise SeqmixError("data.dataset needs datasets: pip install datasets") from None
+        raise SeqmixError("data.dataset needs the package datasets: pip install datasets") from None
     folder = Path(config.path).expanduser()
     if not _is_saved_dataset(folder):
         files = {} if config.data_files is None else {"data_files": list(config.data_files)}

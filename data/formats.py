@@ -205,7 +205,8 @@ def read_rows(path: Path, field: str) -> Iterator[tuple[str, dict[str, Any]]]:
     except OSError as error:
         raise SeqmixError(f"the corpus {path} cannot be read: {error.strerror or error}") from error
     except (ValueError, NotImplementedError) as error:  # the base classes of pyarrow's errors
-        raise SeqmixError(f"{path} is damaged, truncated, or not {suffix}: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0]
+        raise SeqmixError(f"{path} is damaged, truncated, or not a {suffix} file: {reason}") from error
 
 
 def _parquet(path: Path, field: str) -> Iterator[Any]:

@@ -121,7 +121,7 @@ class TaskConfig(DataConfig):
         configured: tuple[int, ...] | None = getattr(self, self.field)
         if configured is None and self.hardest < 1:
             raise ValueError(
-                f"sequence_length {self.sequence_length} is too short for an example of {self.kind}: raise it"
+                f"sequence_length {self.sequence_length} is too short for an example of {self.kind}: increase it"
             )
         for name, values in ((self.field, configured), ("evaluate_at", self.evaluate_at)):
             for value in values or ():
@@ -133,7 +133,7 @@ class TaskConfig(DataConfig):
                 hint = f", or use {self.axis} {self.hardest} or less" if 0 < self.hardest < value else ""
                 raise ValueError(
                     f"an example of {self.kind} with {self.axis} {value} needs {needed} tokens, got sequence_length "
-                    f"{self.sequence_length}: raise it{hint}"
+                    f"{self.sequence_length}: increase sequence_length{hint}"
                 )
         return self
 

@@ -238,8 +238,8 @@ def _require_documents(path: Path, ends: np.ndarray, digests: np.ndarray, checks
     """Check that the tables describe documents that cover all `length` tokens."""
     if int(ends[0]) < 1 or int(ends[-1]) != length or not (ends[1:] > ends[:-1]).all():
         raise SeqmixError(
-            f"{path} is damaged: the ends of its documents do not ascend to its {length:,} tokens; tokenize the text "
-            "again"
+            f"{path} is damaged: expected the ends of its documents to increase up to {length:,}, its number of "
+            "tokens; tokenize the text again"
         )
     for name, table, expected in (("digests", digests, len(ends)), ("checks", checks, -(-length // BLOCK))):
         if len(table) != expected:

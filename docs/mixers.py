@@ -266,8 +266,8 @@ def _plain_recurrence(kind: str) -> str:
             if re.match(pattern, equation):
                 return equation
     raise ValueError(
-        f"{MIXERS.origin(kind)}: expected an equation of the state or output on an indented line of the docstring, "
-        "found none"
+        f"{MIXERS.origin(kind)}: expected an equation of the state or output on an indented line of the docstring, got "
+        "none"
     )
 
 

@@ -6,7 +6,8 @@ Importing this package registers `AutoConfig`, `AutoModel` and `AutoModelForCaus
 try:
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 except ModuleNotFoundError as error:
-    raise ModuleNotFoundError("seqmix.hf needs transformers: pip install transformers", name=error.name) from error
+    message = "seqmix.hf needs the package transformers: pip install transformers"
+    raise ModuleNotFoundError(message, name=error.name) from error
 
 from .cache import SeqmixCache
 from .configuration import SeqmixConfig

@@ -67,7 +67,9 @@ class StateLayer(CacheLayerMixin):
     reorder_cache = batch_select_indices
 
     def crop(self, *_: Any) -> None:
-        raise SeqmixError("crop() and assisted decoding are not supported: a recurrent state cannot take tokens back")
+        raise SeqmixError(
+            "crop() and assisted decoding are not supported: tokens cannot be removed from a recurrent state"
+        )
 
     def update(self, *_: Any, **__: Any) -> Any:
         raise SeqmixError("this cache layer expects the state of a mixer, got keys and values: start with a new cache")

@@ -113,7 +113,7 @@ class SeqmixPreTrainedModel(PreTrainedModel):
         if options.get("output_attentions") or options.get("output_hidden_states"):
             raise SeqmixError("output_attentions and output_hidden_states are not supported: use forward hooks")
         if (tokens is None) == (embeddings is None):
-            raise SeqmixError("expected either input_ids or inputs_embeds, got both or neither: give one, not both")
+            raise SeqmixError("expected either input_ids or inputs_embeds, got both or neither: give exactly one")
         if None not in caches:
             raise SeqmixError("cache and past_key_values are two names for the same argument, got both: give one")
         cache = next((cache for cache in caches if cache is not None), None)

@@ -65,7 +65,7 @@ def compiled_for(model: LanguageModel, function: FunctionType, **options: Any) -
             except RuntimeError as error:
                 if (reason := compiler_failure(error)) is None:
                     raise
-                raise CompileError(f"the compiler has failed ({reason})") from None
+                raise CompileError(f"torch.compile has failed ({reason})") from None
 
         functions[function] = call
     return functions[function]

@@ -66,7 +66,7 @@ class ModelConfig(Config):
             return pattern  # pydantic reports the errors of these fields
         if pattern is None:
             if len(blocks) > 1:
-                raise ValueError(f"pattern is missing: name the order of the {len(blocks)} blocks {', '.join(blocks)}")
+                raise ValueError(f"pattern is missing: list the layers' blocks in order, from {', '.join(blocks)}")
             return None
         for name in pattern:
             if name not in blocks:

@@ -212,4 +212,6 @@ def _library() -> Any:
     except ModuleNotFoundError as error:
         if error.name != "tokenizers":
             raise
-        raise SeqmixError("a tokenizer other than `bytes` needs tokenizers: pip install tokenizers") from None
+        raise SeqmixError(
+            "a tokenizer other than `bytes` needs the package tokenizers: pip install tokenizers"
+        ) from None

@@ -227,17 +227,22 @@ class RunConfig(Config):
             )
         data.require_fit(self.model.vocab_size)
         if self.model.readout != data.readout:
-            raise ValueError(f"data.kind {data.kind} needs model.readout: {data.readout}, got {self.model.readout}")
+            raise ValueError(
+                f"data.kind {data.kind} needs model.readout = {data.readout}, got {self.model.readout}: set it to "
+                f"{data.readout}"
+            )
         if carried and not data.is_text:
             raise ValueError(
                 f"training.carry_state needs data.kind text, got {data.kind}: set training.carry_state to false"
             )
         if self.training.evaluation_lengths and not data.is_text:
-            raise ValueError(f"training.evaluation_lengths needs data.kind text, got {data.kind}: leave them out")
+            raise ValueError(
+                f"training.evaluation_lengths needs data.kind text, got {data.kind}: leave out evaluation_lengths"
+            )
         if carried and packed:
             raise ValueError(
-                "training.carry_state does not reset the state at document boundaries, as data.packing needs: set one "
-                "of them to false"
+                "training.carry_state carries the state across document boundaries, but data.packing resets it there: "
+                "set one of them to false"
             )
         if carried and isinstance(data, TextConfig) and data.order == "epochs":
             raise ValueError(

@@ -107,7 +107,7 @@ def read_chunks(files: Sequence[Path]) -> tuple[dict[str, list[Chunk]], dict[str
     for name, chunks in by_name.items():
         if sum(chunk.values.numel() for chunk in chunks) != prod(shapes[name]) or _have_overlap(chunks):
             raise CheckpointError(
-                f"{_quote_files(files)} has parts of {_quote_name(name)} that do not make up the whole"
+                f"{_quote_files(files)} has parts of {_quote_name(name)} that do not make up the whole tensor"
             )
         if len({chunk.values.dtype for chunk in chunks}) > 1:
             raise CheckpointError(

@@ -340,7 +340,7 @@ class Trainer:
         # the first rank that located it reports it; other ranks may have only finite shards
         gathered = zip(*self.groups.gather((at, place and describe(place))), strict=True)
         at, sequence = (next(filter(None, each), "") for each in gathered)
-        raise NotFiniteError(f"the {what} is {value:g}{at and f', first in the {at}{sequence}'}")
+        raise NotFiniteError(f"the {what} is {value:g}{at and f', which appears first in the {at}{sequence}'}")
 
     def _describe_in_batch(self, step: int) -> _Describe:
         """Return the function that describes a place in the batch of a step."""

@@ -57,8 +57,8 @@ class CompositionalMqarConfig(TaskConfig):
             raise ValueError(f"pairs must be a square, got {difficulty}: choose {side**2} or {(side + 1) ** 2}")
         if side > self._max_side:
             raise ValueError(
-                f"vocab_size {self.vocab_size} allows at most {self._max_side**2} pairs, got {difficulty}: raise it to "
-                f"{3 * difficulty + 3}"
+                f"vocab_size {self.vocab_size} allows at most {self._max_side**2} pairs, got {difficulty}: raise "
+                f"vocab_size to {3 * difficulty + 3}"
             )
 
     def fill(self, rng: np.random.Generator, inputs: np.ndarray, targets: np.ndarray, difficulty: int) -> None:

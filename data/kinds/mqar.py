@@ -50,8 +50,8 @@ class MqarConfig(TaskConfig):
         super().require(difficulty)
         if difficulty > (keys := self.vocab_size // 2 - 1):
             raise ValueError(
-                f"vocab_size {self.vocab_size} has keys for at most {keys} pairs, got {difficulty}: raise it to "
-                f"{2 * difficulty + 2}"
+                f"vocab_size {self.vocab_size} has keys for at most {keys} pairs, got {difficulty}: raise "
+                f"vocab_size to {2 * difficulty + 2}"
             )
 
     def fill(self, rng: np.random.Generator, inputs: np.ndarray, targets: np.ndarray, difficulty: int) -> None:

@@ -169,7 +169,7 @@ class Text(Source):
         if len(self.corpus.validation) <= length:
             raise SeqmixError(
                 f"training.evaluation_lengths has {length}, which needs {length + 1} validation tokens, got "
-                f"{len(self.corpus.validation)} in {self.name}: lower it, or hold out more text"
+                f"{len(self.corpus.validation)} in {self.name}: leave out this length, or hold out more text"
             )
 
     def loss_slices(self, batch: Batch) -> Mapping[str, LossSlice]:

@@ -266,10 +266,14 @@ def test_a_passkey_lies_where_its_depth_says_in_the_text_of_its_split(opened):
     ("kind", "fields", "named"),
     [
         ("mqar", {"pairs": (4, 17)}, "mqar .*pairs 17 .*68 .*sequence_length .*64.*pairs 16"),
-        ("mqar", {"pairs": (32,)}, "vocab_size 64 .* 31 pairs, got 32: raise it to 66"),
+        ("mqar", {"pairs": (32,)}, "vocab_size 64 .* 31 pairs, got 32: raise vocab_size to 66"),
         ("forgetting_mqar", {"pairs": (3,)}, "pairs must be at least 4, the number of updates, got 3"),
         ("compositional_mqar", {"pairs": (8,)}, "pairs must be a square, got 8: choose 4 or 9"),
-        ("compositional_mqar", {"pairs": (9,), "vocab_size": 12}, "vocab_size 12 .* 4 pairs, got 9: raise it to 30"),
+        (
+            "compositional_mqar",
+            {"pairs": (9,), "vocab_size": 12},
+            "vocab_size 12 .* 4 pairs, got 9: raise vocab_size to 30",
+        ),
         ("mqar", {"pairs": (4, 4)}, r"pairs .*\[4, 4\]"),
         ("mqar", {"evaluate_at": (40,)}, "pairs, got 40"),
         ("mqar", {"sequence_length": 3, "pairs": None}, "sequence_length 3 .*mqar"),

@@ -170,7 +170,7 @@ REFUSED = {
         "expected a SeqmixCache .* got a DynamicCache",
     ),
     "two caches": (call(past_key_values=SeqmixCache(4), cache=SeqmixCache(4)), "two names for the same argument"),
-    "crop": (cropped, "cannot take tokens back"),
+    "crop": (cropped, "tokens cannot be removed"),
     "a mask of four dimensions": (call(attention_mask=torch.ones(2, 1, 3, 3)), "one entry per token"),
     "a short mask": (call(attention_mask=torch.ones(2, 2)), r"got shape \[2, 2\]"),
     "hidden states": (call(output_hidden_states=True), "use forward hooks"),

@@ -32,8 +32,8 @@ def average_run(run: Path, out: Path, *, checkpoints: int) -> list[int]:
     available = checkpoint.checkpoints(run)
     if not 2 <= checkpoints <= len(available):
         raise CheckpointError(
-            f"--checkpoints must be at least 2 and at most {len(available)}, the number of checkpoints in {run}, got "
-            f"{checkpoints}; raise training.keep_checkpoints to keep more"
+            f"expected --checkpoints to be at least 2, and not more than the {len(available)} in {run}, got "
+            f"{checkpoints}: raise training.keep_checkpoints to keep more of them"
         )
     require_vacant(out, "--to")
     newest = available[-checkpoints:]

@@ -317,8 +317,8 @@ def find(
     available = checkpoints(run)
     if not available:
         raise CheckpointError(
-            f"{run} has no checkpoint, and so no weights: train it with `seqmix train --resume {run}`, or, if convert "
-            "or average wrote it, write it again"
+            f"{run} has no checkpoint, and so no weights: train it with `seqmix train --resume {run}`; if `seqmix "
+            "convert` or `seqmix average` wrote it, run that command again"
         )
     if isinstance(which, int):
         candidates = [folder for folder in available if step_of(folder) == which]

@@ -85,14 +85,14 @@ def claim(run: Path, config: RunConfig, comment: str) -> None:
         SeqmixError: another run has claimed the directory, or it cannot be written.
     """
     if (run / CONFIG_FILE).exists():
-        raise TrainingError(f"{run} already holds a run, started meanwhile: choose another --out DIR")
+        raise TrainingError(f"{run} already holds a run, which has started meanwhile: choose another --out DIR")
     try:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise TrainingError(f"a run cannot be written to {run}: {error.strerror}") from error
     with lock_run(run):
         if (run / CONFIG_FILE).exists():
-            raise TrainingError(f"{run} already holds a run, started meanwhile: choose another --out DIR")
+            raise TrainingError(f"{run} already holds a run, which has started meanwhile: choose another --out DIR")
         try:
             write_file(comment + dump(config), run / CONFIG_FILE)
         except SeqmixError:  # such as on a full disk

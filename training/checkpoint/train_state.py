@@ -159,7 +159,8 @@ def load_state(folder: Path, model: LanguageModel, batch_size: int, groups: Proc
     if any(first.shape[:1] != (batch_size,) for first, *_ in chunks.values()):
         sizes = sorted({first.shape[0] for first, *_ in chunks.values() if first.shape})
         raise CheckpointError(
-            f"{files[0]} needs training.batch_size = {' or '.join(map(str, sizes))}, got {batch_size}: set it back"
+            f"{files[0]} needs training.batch_size = {' or '.join(map(str, sizes))}, got {batch_size}: set it "
+            "back to resume"
         )
     for name, (first, *_) in chunks.items():
         _require_leaf(files[0], name, first, leaves[name])
