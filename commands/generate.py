@@ -124,11 +124,11 @@ def _print_texts(texts: list[str], pieces: Iterable[list[str]], *, runs_to_end: 
         runs_to_end: True to generate all tokens even if nobody reads the output, because the state is to be saved.
     """
     if len(texts) == 1:
-        started = False
+        has_started = False
         for (piece,) in pieces:
             # the prompt is printed with the first token, so that invalid input shows only an error
-            typer.echo(visible(piece if started else texts[0] + piece), nl=False)
-            started = True
+            typer.echo(visible(piece if has_started else texts[0] + piece), nl=False)
+            has_started = True
             if output_error() and not runs_to_end:
                 raise typer.Exit(EXIT_UNREAD)
         typer.echo()

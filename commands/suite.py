@@ -146,8 +146,8 @@ def suite(
     candidates = list(by_name.values())
     if not candidates:
         raise SeqmixError("there is no mixer to measure: name one, or leave out --no-references")
-    named = [each for each in sources if each not in REFERENCES] or sources
-    plan_tasks = partial(write_studies, equal=options, subject=Candidate.of(named[0]).name)
+    subjects = [each for each in sources if each not in REFERENCES] or sources
+    plan_tasks = partial(write_studies, equal=options, subject=Candidate.of(subjects[0]).name)
     jobs_option = [] if jobs is None else ["--jobs", str(jobs)]
     jobs = jobs or default_jobs(1)
     with tempfile.TemporaryDirectory() as temporary, console.status("") as status:
@@ -167,7 +167,9 @@ def suite(
     words += [*(["--quick"] if quick else ()), *(() if references else ("--no-references",))]
     command = f"seqmix suite {shlex.join(words)}"
     output_options = [*(["--out", str(out)] if out else ()), *jobs_option]
-    again = shlex.join(["seqmix", "suite", *words, *output_options, *(f"--beside={path}" for path in beside or ())])
+    resume_command = shlex.join(
+        ["seqmix", "suite", *words, *output_options, *(f"--beside={path}" for path in beside or ())]
+    )
     scores = new_scores(size, match, command, notes, planned)
     if earlier is not None:
         earlier = comparable(scores, earlier)
@@ -187,7 +189,7 @@ def suite(
         soft_wrap=True,
     )
     failed = 0
-    shown = scores
+    merged = scores
     for number, task in enumerate(planned):
         later_flops = sum(run.flops for other in planned[number + 1 :] for run in other.plan.runs)
         console.print(f"{task.name}, task {number + 1} of {len(planned)}: {task.task.measures}")
@@ -195,22 +197,22 @@ def suite(
             results, outcome = run_study(task.plan, folder / task.name, jobs=jobs, observer=progress)
         scores.tasks[task.name] = task_scores(task, results)
         failed += len(outcome.failed)
-        shown = reduce(merge, others, scores)
-        write_scores(shown, folder)
+        merged = reduce(merge, others, scores)
+        write_scores(merged, folder)
         if outcome.stopped:
-            console.print(f"stopped with a checkpoint of every run; resume with: {again}")
+            console.print(f"stopped with a checkpoint of every run; resume with: {resume_command}")
             raise typer.Exit(130)
-    headers, rows = score_table(shown)
+    headers, rows = score_table(merged)
     console.print(plain_table(*headers, rows=rows, overflow="fold"))
-    headers, rows = accessory_table(shown)
+    headers, rows = accessory_table(merged)
     if rows:
         console.print("what else differs between the mixers:")
         console.print(plain_table(*headers, rows=rows, overflow="fold"))
-    for sentence in (uncertainty(shown), *shown.notes, *_describe_missing_scores(shown.tasks)):
+    for sentence in (uncertainty(merged), *merged.notes, *_describe_missing_scores(merged.tasks)):
         console.print(sentence, soft_wrap=True)
     console.print(f"{folder} has {PAGE_FILE}, {SCORES_FILE} and a folder with the report of each task")
     if failed:
-        console.print(f"{failed} runs failed; retry them with: {again}")
+        console.print(f"{failed} runs failed; retry them with: {resume_command}")
         raise typer.Exit(1)
 
 

@@ -76,11 +76,11 @@ class KimiLinear(Architecture):
         """Return the layout of latent attention."""
         d_model = mixer.in_proj.in_features
         widths = mixer.widths
-        low_rank_queries = mixer.q_up is not None
-        queries = part(f"self_attn.q_{'a_' if low_rank_queries else ''}proj.weight", widths["q"], d_model)
+        has_low_rank_queries = mixer.q_up is not None
+        queries = part(f"self_attn.q_{'a_' if has_low_rank_queries else ''}proj.weight", widths["q"], d_model)
         latents = part("self_attn.kv_a_proj_with_mqa.weight", widths["latent"] + widths["rotary"], d_model)
         layout: Layout = {}
-        if low_rank_queries:
+        if has_low_rank_queries:
             layout["mixer.q_norm.weight"] = "self_attn.q_a_layernorm.weight"
             layout["mixer.q_up.weight"] = "self_attn.q_b_proj.weight"
         return layout | {

@@ -136,14 +136,14 @@ def to_theirs(rules: Iterable[Rule], ours: Mapping[str, Tensor]) -> dict[str, Te
         # apply the rule to tensors of positions: the result says where each number of x comes from
         positions = torch.arange(sum(sizes.values())).split(list(sizes.values()))
         places = {name: flat.view(rule.sources[name]) for name, flat in zip(sizes, positions, strict=True)}
-        used = rule(places).flatten()
+        origins = rule(places).flatten()
         numbers = x.new_zeros(sum(sizes.values()))
-        numbers[used] = x.flatten()
-        known = torch.zeros(sum(sizes.values()), dtype=torch.bool)
-        known[used] = True
+        numbers[origins] = x.flatten()
+        is_set = torch.zeros(sum(sizes.values()), dtype=torch.bool)
+        is_set[origins] = True
         for name, place in places.items():
-            theirs.setdefault(name, x.new_zeros(place.shape))[known[place]] = numbers[place][known[place]]
-            missing[name] = missing.get(name, torch.ones(place.shape, dtype=torch.bool)) & ~known[place]
+            theirs.setdefault(name, x.new_zeros(place.shape))[is_set[place]] = numbers[place][is_set[place]]
+            missing[name] = missing.get(name, torch.ones(place.shape, dtype=torch.bool)) & ~is_set[place]
     for rule in rules:
         if not torch.equal(rule(theirs), ours[rule.name]):
             raise SeqmixError(
@@ -175,9 +175,9 @@ def plan(rules: Iterable[Rule]) -> list[tuple[str, str, str, str]]:
     return [(_insert_layers(row[0], layers), *row[1:]) for row, layers in rows.items()]
 
 
-def _describe(source: Part, layered: bool) -> tuple[str, tuple[int, ...], str]:
+def _describe(source: Part, has_layer: bool) -> tuple[str, tuple[int, ...], str]:
     """Return a part's tensor name without layer and expert numbers, its shape, and its rearrangement."""
-    name = re.sub(r"\.\d+\.", ".N.", source.name, count=1) if layered else source.name
+    name = re.sub(r"\.\d+\.", ".N.", source.name, count=1) if has_layer else source.name
     return re.sub(r"(\.experts)\.\d+\.", r"\1.E.", name), source.shape, source.action
 
 

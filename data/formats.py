@@ -219,10 +219,10 @@ def _arrow(path: Path) -> Iterator[Any]:
     """Yield the batches of a file in Arrow's file format, or in its stream format, which `datasets` writes."""
     arrow = import_module("pyarrow")
     with arrow.memory_map(str(path)) as source:
-        indexed = source.read(6) == b"ARROW1"
+        is_file_format = source.read(6) == b"ARROW1"
         source.seek(0)
-        reader = arrow.ipc.open_file(source) if indexed else arrow.ipc.open_stream(source)
-        yield from (map(reader.get_batch, range(reader.num_record_batches)) if indexed else reader)
+        reader = arrow.ipc.open_file(source) if is_file_format else arrow.ipc.open_stream(source)
+        yield from (map(reader.get_batch, range(reader.num_record_batches)) if is_file_format else reader)
 
 
 def _zstd(path: Path) -> Any:

@@ -56,23 +56,23 @@ class Slices:
         sizes = [stop - start for start, stop in position_bins]
         position = np.broadcast_to(np.repeat(np.arange(len(position_bins)), sizes), inputs.shape)
         n = self.config.ngram
-        hit = np.zeros(inputs.shape, dtype=bool)
+        is_hit = np.zeros(inputs.shape, dtype=bool)
         grams = hashes(np.concatenate((inputs, targets[:, -1:]), axis=1), n)
         if grams.shape[1]:
-            rare = (
+            is_rare = (
                 np.searchsorted(self._known, grams, "right") - np.searchsorted(self._known, grams) <= self.config.most
             )
             keys = grams if documents is None else grams * FACTOR + documents[:, n - 2 :].astype(np.uint64)
             order = keys.argsort(axis=1, kind="stable")
             ordered = np.take_along_axis(keys, order, axis=1)
-            repeated = np.zeros(grams.shape, dtype=bool)
-            np.put_along_axis(repeated, order[:, 1:], ordered[:, 1:] == ordered[:, :-1], axis=1)
-            hit[:, n - 2 :] = repeated & rare
+            is_repeated = np.zeros(grams.shape, dtype=bool)
+            np.put_along_axis(is_repeated, order[:, 1:], ordered[:, 1:] == ordered[:, :-1], axis=1)
+            is_hit[:, n - 2 :] = is_repeated & is_rare
         return {
             "position": LossSlice(
                 [str(stop) for _, stop in position_bins], torch.from_numpy(position.astype(np.int64))
             ),
-            "recall": LossSlice(["other", "hit"], torch.from_numpy(hit.astype(np.int64))),
+            "recall": LossSlice(["other", "hit"], torch.from_numpy(is_hit.astype(np.int64))),
         }
 
 

@@ -100,15 +100,15 @@ def _require_types(fields: Mapping[str, Any]) -> None:
     """
     for name, value in fields.items():
         if name in ("dtype", "torch_dtype"):
-            valid = value is None or isinstance(
+            is_valid = value is None or isinstance(
                 getattr(torch, value, None) if isinstance(value, str) else value, torch.dtype
             )
             expected = "the name of a torch dtype, such as bfloat16"
         elif name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             numbers = value if isinstance(value, list) and name == "eos_token_id" else [value]
-            valid = all(number is None or type(number) is int for number in numbers)
+            is_valid = all(number is None or type(number) is int for number in numbers)
             expected = "a token ID, or null"
         else:
             continue
-        if not valid:
+        if not is_valid:
             raise SeqmixError(f"config.json: {name}: expected {expected}, got {shown(value)}")

@@ -52,18 +52,18 @@ class MixerOutput(Text):
         with torch.no_grad(), record_calls(mixers) as teacher_calls:
             self.teacher.run_blocks(self.teacher.embed(batch.inputs), cu_seqlens=batch.cu_seqlens)
         loss = torch.zeros((), device=model.device)
-        first = None
+        first_values = None
         for layer, (x, teacher_output, _) in teacher_calls.items():
             mixer = model.blocks[layer].mixer
-            options = {"return_values": True, "first_values": first}
-            if mixer.takes_first_values and first is None:
+            options = {"return_values": True, "first_values": first_values}
+            if mixer.takes_first_values and first_values is None:
                 raise SeqmixError(
                     f"stage mixer_output: layer {layer} needs the values of an earlier layer that is not swapped: "
                     "swap that layer too"
                 )
             residual = mixer.traits.value_residual
             y, _, *values = mixer(x, cu_seqlens=batch.cu_seqlens, **(options if residual else {}))
-            first = values[0] if values and first is None else first
+            first_values = values[0] if values and first_values is None else first_values
             loss = loss + relative_error(y, teacher_output, batch.targets)
         return ModelOutput(None, loss)
 

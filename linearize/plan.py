@@ -130,8 +130,8 @@ def student_of(teacher: ModelConfig, mixers: dict[int, MixerConfig]) -> ModelCon
             name = f"{base}_{number}"
             number = number + 1
         blocks[name], pattern[layer] = block, name
-    used = {name: block.model_dump() for name, block in blocks.items() if name in pattern}
-    fields = teacher.model_dump() | {"pattern": tuple(pattern), "blocks": used}
+    used_blocks = {name: block.model_dump() for name, block in blocks.items() if name in pattern}
+    fields = teacher.model_dump() | {"pattern": tuple(pattern), "blocks": used_blocks}
     return validated(ModelConfig, fields, "the student")
 
 

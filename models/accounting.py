@@ -190,8 +190,8 @@ def _saved_bytes(block: Block, length: int, d_model: int, dtype: torch.dtype) ->
         }
         excluded = {id(x) for x in tensors.values()}
         x = torch.empty(1, length, d_model, dtype=dtype, requires_grad=True)
-        first = torch.empty_like(x, requires_grad=True) if block.mixer.takes_first_values else None
-        excluded.add(id(first))  # the first layer saves its own values
+        first_values = torch.empty_like(x, requires_grad=True) if block.mixer.takes_first_values else None
+        excluded.add(id(first_values))  # the first layer saves its own values
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), _Matmuls() as matmuls:
-            out = functional_call(block, tensors, (x, None, first))  # noqa: F841 keeps the graph alive during the count
+            out = functional_call(block, tensors, (x, None, first_values))  # noqa: F841 keeps the graph alive during the count
         return {"activation_bytes": sum(storages.values()), "input_bytes": x.nbytes, "matmul_bytes": matmuls.total}

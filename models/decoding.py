@@ -45,7 +45,7 @@ class Decoder:
         self._step = compiled_for(model, decode_step, backend=rows_as_sums) if compiled else decode_step
         self._captured: _CapturedStep | None = None
         self._may_capture = model.device.type == "cuda"
-        self._fixed_sizes = False
+        self._has_fixed_sizes = False
         # a compiled graph holds its own constants
         self._memo = None if compiled else Memo()
 
@@ -53,7 +53,7 @@ class Decoder:
     def step(self, tokens: Int[Tensor, " N"]) -> Float[Tensor, "N vocab"]:
         """Decode one token per row; return the logits of the next one. A later step may overwrite these logits."""
         step = partial(self._step, donate_state=True, memo=self._memo)
-        if self._fixed_sizes and self._captured is None:
+        if self._has_fixed_sizes and self._captured is None:
             static = StaticStep(partial(step, self.model), tokens, self.state)
             with current(self.model.device):
                 self._captured = _CapturedStep(static)
@@ -67,7 +67,7 @@ class Decoder:
             # the first step runs uncaptured and shows whether the state grows; the capture waits for a second step,
             # which shows that the state has room for another token
             sizes = [[leaf.shape for leaf in to_dict(state).values()] for state in (before, self.state)]
-            self._may_capture = self._fixed_sizes = sizes[0] == sizes[1]
+            self._may_capture = self._has_fixed_sizes = sizes[0] == sizes[1]
         return logits
 
 

@@ -136,8 +136,8 @@ class LanguageModel(nn.Module):
         std = (self.config.base or self.config).d_model ** -0.5
         if isinstance(self.config.init, NormalInit):
             std = self.config.init.std
-            drawn = (nn.Linear, nn.Embedding, ExpertLinear)
-            names = [f"{path}.weight" for path, module in self.named_modules() if isinstance(module, drawn)]
+            initialised_types = (nn.Linear, nn.Embedding, ExpertLinear)
+            names = [f"{path}.weight" for path, module in self.named_modules() if isinstance(module, initialised_types)]
         roles = roles_of(self) if self.base_shapes else {}
         for name in names:
             matrix = self.get_parameter(name)
@@ -367,14 +367,14 @@ class LanguageModel(nn.Module):
 def _build_all(config: ModelConfig) -> Iterator[Block]:
     """Yield the block of every layer; layers that share parameters get the same block."""
     shared: dict[str, Block] = {}
-    first: Block | None = None
+    first_block: Block | None = None
     for index, name in enumerate(config.layers):
         block = shared.get(name) or _build(config, index)
         if config.blocks[name].shared:
             shared[name] = block
         if block.mixer.traits.value_residual:
-            first = first or block
-            if block is not first and not block.mixer.takes_first_values:
+            first_block = first_block or block
+            if block is not first_block and not block.mixer.takes_first_values:
                 block.mixer.accept_first_values()
         yield block
 

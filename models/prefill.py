@@ -65,12 +65,12 @@ def prefill(
     ends = list(accumulate(len(prompt) for prompt in prompts))
     tokens = torch.cat(list(prompts)).to(model.device)[None]
     boundaries = torch.tensor([0, *ends], device=model.device)
-    constant = all(mixer.state == "constant" for mixer in traits)
-    if compiled and not constant:
+    has_constant_size = all(mixer.state == "constant" for mixer in traits)
+    if compiled and not has_constant_size:
         raise SeqmixError(
             "compiled prefill needs states of constant size, got a layer whose state grows: set compiled=False"
         )
-    size = SEGMENT if constant else ends[-1]
+    size = SEGMENT if has_constant_size else ends[-1]
     if state is None and max_length is not None:
         state = model.init_state(len(prompts), max_length=max_length)
     logits = []

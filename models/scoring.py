@@ -100,8 +100,8 @@ class Scorer:
         targets = pad_sequence([row[1:] for row in rows], True, IGNORED).to(self.model.device)
         total = torch.zeros(len(rows), dtype=torch.float64, device=self.model.device)
         greedy = torch.ones(len(rows), dtype=torch.bool, device=self.model.device)
-        constant = all(block.mixer.traits.state == "constant" for block in self.model.blocks)
-        size = max(SEGMENT // len(rows), 1) if constant else max(inputs.shape[1], 1)
+        has_constant_size = all(block.mixer.traits.state == "constant" for block in self.model.blocks)
+        size = max(SEGMENT // len(rows), 1) if has_constant_size else max(inputs.shape[1], 1)
         for start in range(0, inputs.shape[1], size):
             part = inputs[:, start : start + size]
             wanted = targets[:, start : start + size]

@@ -61,8 +61,8 @@ def first_module(model: nn.Module, calls: Callable[[], Iterable[object]], *, bac
             bad = [name for name, p in module.named_parameters(recurse=False) if not local_tensor(p).isfinite().all()]
             parameter = f", whose {bad[0]} is not finite" if bad else ""
             tokens = ~finite.flatten(2).all(2) if finite.ndim > 2 else None
-            informative = tokens is not None and (finished or not tokens.all())
-            places.append(Place(names[module] + parameter, finished, tokens if informative else None, backward))
+            is_informative = tokens is not None and (finished or not tokens.all())
+            places.append(Place(names[module] + parameter, finished, tokens if is_informative else None, backward))
 
     eager = torch.compiler.set_stance("force_eager")
     hooks = register_module_forward_hook(watch)
@@ -74,5 +74,8 @@ def first_module(model: nn.Module, calls: Callable[[], Iterable[object]], *, bac
 
 def first_gradient(parameters: Iterable[tuple[str, nn.Parameter]]) -> str | None:
     """Return the name of the first parameter in backward order whose gradient is not finite; None if all are finite."""
-    named = reversed(list(parameters))
-    return next((name for name, p in named if p.grad is not None and not local_tensor(p.grad).isfinite().all()), None)
+    in_backward_order = reversed(list(parameters))
+    return next(
+        (name for name, p in in_backward_order if p.grad is not None and not local_tensor(p.grad).isfinite().all()),
+        None,
+    )

@@ -197,8 +197,8 @@ class Course:
                 keeps_best = settings.keep_best and self.best.step == done
                 if run_ends or keeps_best or done % settings.checkpoint_every == 0:
                     # an evaluation checked the parameters too, but not a carried state
-                    evaluated = "validation_loss" in metrics and not settings.carry_state
-                    if not (evaluated and self.trainer.parameters_are_finite()):
+                    was_evaluated = "validation_loss" in metrics and not settings.carry_state
+                    if not (was_evaluated and self.trainer.parameters_are_finite()):
                         self.trainer.require_finite_update(step)
                     yield self.save(done, metrics, wait=run_ends)
                 if stops_early:
@@ -428,15 +428,19 @@ def _resume_notes(
         groups: the processes.
         has_layout_dropout: True if the model has dropout whose masks depend on the layout of the processes.
     """
-    now: dict[str, object] = {"processes": groups.size, "context_parallel": groups.context_parallel}
-    then: dict[str, object] = {name: getattr(manifest, name) for name in now}
-    masks_differ = has_layout_dropout and now != then
-    now |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
-    then |= {"threads": manifest.threads, "torch": manifest.torch}
+    current: dict[str, object] = {"processes": groups.size, "context_parallel": groups.context_parallel}
+    previous: dict[str, object] = {name: getattr(manifest, name) for name in current}
+    masks_differ = has_layout_dropout and current != previous
+    current |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    previous |= {"threads": manifest.threads, "torch": manifest.torch}
     if manifest.precision is not None:
-        now["precision"] = str(trainer.precision).removeprefix("torch.")
-        then["precision"] = manifest.precision
-    changed = [f"{name} {then[name]} before and {now[name]} from here on" for name in now if now[name] != then[name]]
+        current["precision"] = str(trainer.precision).removeprefix("torch.")
+        previous["precision"] = manifest.precision
+    changed = [
+        f"{name} {previous[name]} before and {current[name]} from here on"
+        for name in current
+        if current[name] != previous[name]
+    ]
     notes = []
     if changed := [*changed, *changed_fields]:
         notes.append(

@@ -167,15 +167,15 @@ def _complete(tree: Node) -> Node:
     if path is None or not isinstance(path.value, str):
         return tree
     kind = data and data.child("kind")
-    without_tokenizer = (kind is None or kind.value == "text") and (data is None or data.child("tokenizer") is None)
-    without_model = model is None or model.value is None
-    if not (without_model or without_tokenizer):
+    lacks_tokenizer = (kind is None or kind.value == "text") and (data is None or data.child("tokenizer") is None)
+    lacks_model = model is None or model.value is None
+    if not (lacks_model or lacks_tokenizer):
         return tree
     source = describe(Path(path.value))
     added = {}
-    if without_model:
+    if lacks_model:
         added["model"] = source.model
-    if without_tokenizer and source.tokenizer is not None:
+    if lacks_tokenizer and source.tokenizer is not None:
         added["data"] = {"tokenizer": source.tokenizer, "begin_token": source.begin}
     return tree.merge(Node.of(added, Origin(path.value)))
 

@@ -190,19 +190,19 @@ def _copy(wanted: Chunk, chunks: Sequence[Chunk]) -> None:
         ours.copy_(theirs)
 
 
-def require_same_names(files: Sequence[Path], found: Mapping[str, object], wanted: Mapping[str, object]) -> None:
+def require_same_names(files: Sequence[Path], present: Mapping[str, object], wanted: Mapping[str, object]) -> None:
     """Check that files have exactly the wanted tensors, by name.
 
     Raises:
         CheckpointError: a tensor is missing, or there is an additional one.
     """
-    missing = wanted.keys() - found.keys()
-    additional = found.keys() - wanted.keys()
+    missing = wanted.keys() - present.keys()
+    additional = present.keys() - wanted.keys()
     for names, sentence in ((missing, "it lacks {}"), (additional, "it has an additional {}")):
         if names:
-            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            and_more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
             raise CheckpointError(
-                f"{_quote_files(files)} belongs to another model: {sentence.format(_quote_name(min(names)))}{more}"
+                f"{_quote_files(files)} belongs to another model: {sentence.format(_quote_name(min(names)))}{and_more}"
             )
 
 

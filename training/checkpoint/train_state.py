@@ -181,8 +181,8 @@ def _require_leaf(file: Path, name: str, saved: Chunk, leaf: Tensor) -> None:
     """
     dtype = saved.values.dtype
     expected = leaf.dtype
-    compatible = dtype == expected or (dtype.is_floating_point and expected.is_floating_point)
-    if saved.shape[1:] != leaf.shape[1:] or not compatible:
+    is_compatible = dtype == expected or (dtype.is_floating_point and expected.is_floating_point)
+    if saved.shape[1:] != leaf.shape[1:] or not is_compatible:
         shape = ", ".join(["rows", *map(str, leaf.shape[1:])])
         raise CheckpointError(
             f"{file} does not fit the model: expected {name} to be {expected} [{shape}], got {dtype} "
