@@ -192,7 +192,7 @@ def test_a_layout_goes_both_ways_and_one_source_may_serve_several():
     assert plan(experts) == [("blocks.0.w", "[4 1]", "layers.N.experts.E.w [4]", "part 1 to 2 of 2: rows 3, 0-1")]
     repeated = [Rule("z", (4,), (part("g", 2, pattern="h -> (h n)", n=2),))]
     assert to_theirs(repeated, {"z": torch.tensor([5, 5, 6, 6])})["g"].tolist() == [5, 6]
-    with pytest.raises(SeqmixError, match="z differs between heads"):
+    with pytest.raises(SeqmixError, match="z has different values for heads"):
         to_theirs(repeated, {"z": torch.tensor([5, 5, 6, 7])})
     with pytest.raises(AssertionError, match="leaves a part"):
         to_theirs(rules[:1], ours)

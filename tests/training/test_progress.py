@@ -102,7 +102,7 @@ def test_a_run_shows_its_model_its_text_its_steps_and_how_to_try_it(shown, tmp_p
 
 def test_a_stopped_run_shows_how_to_resume(shown, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(StopRequest, "made", lambda self: True)
+        patch.setattr(StopRequest, "was_made", lambda self: True)
         out = shown()
     assert f"seqmix train --resume {tmp_path / 'run'}" in out
     assert "seqmix generate" not in out

@@ -118,7 +118,7 @@ def test_fields_that_differ_are_noted(folder, tmp_path):
     changes = (f"training.start_from={folder}/bytes", "model.blocks.ret.norm.eps=0.01", "model.dropout=0.1")
     events = run_of(config(folder, *changes), tmp_path / "run")
     (note,) = [event.text for event in events if isinstance(event, Noted)]
-    assert note.endswith(": model.blocks.ret.norm.eps was 1e-05 there and is 0.01 here")
+    assert note.endswith(": model.blocks.ret.norm.eps was 1e-05 for these weights and is 0.01 here")
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ def average_run(run: Path, out: Path, *, checkpoints: int) -> list[int]:
     available = checkpoint.checkpoints(run)
     if not 2 <= checkpoints <= len(available):
         raise CheckpointError(
-            f"expected --checkpoints to be at least 2, and not more than the {len(available)} in {run}, got "
+            f"expected --checkpoints to be at least 2, and not more than {run} has ({len(available)}), got "
             f"{checkpoints}: raise training.keep_checkpoints to keep more of them"
         )
     require_vacant(out, "--to")
