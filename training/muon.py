@@ -62,7 +62,7 @@ class Muon(torch.optim.Optimizer):
         for parameter, blocks in self.blocks.items():
             state = self.state[parameter]
             state["momentum_buffer"] = torch.zeros_like(parameter)
-            # rows of gates have the moments of AdamW; the momentum buffer is the first
+            # rows of gates have the moments of AdamW, of which the momentum buffer is the first
             if any(block.role is Role.GATE for block in blocks):
                 state["exp_avg_sq"] = torch.zeros_like(parameter)
                 state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)

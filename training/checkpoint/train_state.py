@@ -214,7 +214,7 @@ def _require_same_model(file: Path, metadata: Mapping[str, str], config: ModelCo
     saved_implementation = {}
     with suppress(ValueError, RecursionError):
         fields = json.loads(saved_json)
-        if not unimported(fields):  # modules of the configured model are imported by now: others are another model's
+        if not unimported(fields):  # the configured model's modules are imported by now: others are not its own
             saved_function, saved_implementation = _split_fields(ModelConfig.model_validate(fields))
     if function != saved_function:
         raise CheckpointError(
