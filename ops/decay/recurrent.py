@@ -6,17 +6,16 @@ dS_{t-1}^+ = exp(a_t) dS_t      dk_t = dS_t v_t      dv_t = k_t dS_t      da_t =
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from ..recurrence.family import Recurrence
 from ..recurrence.token_loop import (
     TokenRule,
     TokenVectors,
-    add_outer,
-    decay_initial_state,
     no_autocast,
     recurrent_kernel,
+    token_decay,
+    write_token,
 )
 from ..runtime.materialize import materialize
 
@@ -29,21 +28,20 @@ class _Decay(TokenRule):
             # squeezed, not transposed: a transposed axis of size one keeps its stride, and the state would inherit it
             column = materialize(x.k.squeeze(1).unsqueeze(3), 2)
             value = x.v.squeeze(1).unsqueeze(2)
-            decayed, writable = decay_initial_state(x)
-            state = column * value if decayed is None else add_outer(decayed, writable, column, value)
+            state = write_token(x, token_decay(x), (column, value))
             query = x.q.transpose(1, 2)
             output = materialize(query if x.scale == 1 else x.scale * query, 3) @ state
         return output.to(dtype).transpose(1, 2), state
 
     def write(self, token: TokenVectors, state: Tensor, out: Tensor) -> None:
-        torch.addcmul(token.apply_decay(state), token.k, token.v, out=out)
+        token.write(state, token.k, token.v, out)
 
     def carry(self, token: TokenVectors, d_state: Tensor) -> Tensor:
         return token.apply_decay(d_state)
 
     def gradients(self, x: TokenVectors, entries: Tensor, d_states: Tensor) -> Mapping[str, Tensor]:
         gradients = {"k": d_states @ x.v.mT, "v": x.k.mT @ d_states}
-        if x.decay is not None:
+        if x.kept is not None:
             gradients["log_decay"] = (x.apply_decay(entries) * d_states).sum(3, keepdim=True)
         return gradients
 

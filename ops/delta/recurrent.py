@@ -20,10 +20,11 @@ from ..recurrence.family import Recurrence
 from ..recurrence.token_loop import (
     TokenRule,
     TokenVectors,
-    add_outer,
-    decay_initial_state,
+    decayed_state,
     no_autocast,
     recurrent_kernel,
+    token_decay,
+    write_token,
 )
 from ..runtime.materialize import materialize
 
@@ -34,18 +35,17 @@ class DeltaRule(TokenRule):
     def step(self, x: Recurrence) -> tuple[Tensor, Tensor]:
         with no_autocast(x.q.device):
             query, key, value = (tensor.transpose(1, 2).to(x.wide) for tensor in (x.q, x.k, x.v))  # [B H 1 *]
-            state, writable = decay_initial_state(x)
-            if state is not None:
+            decay = token_decay(x)
+            moved = []
+            if x.initial_state is not None:
                 read_key = key if x.a is None else x.a.transpose(1, 2).to(x.wide)
-                read = materialize(read_key, 3) @ state
+                read = materialize(read_key, 3) @ decayed_state(x.initial_state.to(x.wide), decay)
                 if x.b is None:
                     value = value - read
                 else:
-                    state = add_outer(state, writable, materialize(x.b.transpose(1, 2).to(x.wide).mT, 2), read)
+                    moved = [(materialize(x.b.transpose(1, 2).to(x.wide).mT, 2), read)]
             value = value if x.beta is None else x.beta[:, 0, :, None, None].to(x.wide) * value
-            column = materialize(key.transpose(2, 3), 2)
-            value = materialize(value, 3)
-            state = column * value if state is None else add_outer(state, writable, column, value)
+            state = write_token(x, decay, (materialize(key.transpose(2, 3), 2), materialize(value, 3)), *moved)
             output = materialize(x.scale * query, 3) @ state
         return output.to(x.q.dtype).transpose(1, 2), state
 
@@ -53,9 +53,10 @@ class DeltaRule(TokenRule):
         decayed = token.apply_decay(state)
         if token.b is None:
             error = torch.baddbmm(token.v, token.a, decayed, alpha=-1)
-            torch.addcmul(decayed, token.beta_k, error, out=out)
+            token.write(state, token.beta_k, error, out)
         else:
-            torch.addcmul(decayed.addcmul(token.b, token.a @ decayed), token.k, token.v, out=out)
+            token.write(state, token.k, token.v, out)
+            out.addcmul_(token.b, token.a @ decayed)
 
     def carry(self, token: TokenVectors, d_state: Tensor) -> Tensor:
         return token.apply_decay(d_state.addcmul(token.a.mT, _d_read(token, d_state)))
@@ -65,7 +66,7 @@ class DeltaRule(TokenRule):
         read = x.a @ decayed
         d_read = _d_read(x, d_states)
         gradients = {"a": decayed @ d_read.mT}
-        if x.decay is not None:  # <P, dP>, of which the gradient of a is already a part
+        if x.kept is not None:  # <P, dP>, of which the gradient of a is already a part
             gradients["log_decay"] = (decayed * d_states).sum(3, keepdim=True).addcmul_(x.a.mT, gradients["a"])
         if x.b is not None:
             return gradients | {"k": d_states @ x.v.mT, "v": x.k.mT @ d_states, "b": d_states @ read.mT}

@@ -42,8 +42,9 @@ AUTO_ON_CPU: Mapping[str, Sequence[Paradigm]] = {
 }
 """Paradigms that `auto` computes with native kernels on a CPU, by op."""
 
-REFERENCE_ON_CPU = {"decay": (None, "H")}
-"""Kinds of log-decays, by op, for which `auto` keeps the reference on a CPU: with these it is matrix products alone."""
+REFERENCE_ON_CPU = {("decay", Paradigm.CHUNKWISE): (None, "H")}
+"""Kinds of log-decays, by op and paradigm, for which `auto` keeps the reference on a CPU: with these it is matrix
+products alone."""
 
 TRIAL_LENGTH = 259
 """Tokens of a trial: several whole chunks and an incomplete one."""
@@ -68,7 +69,9 @@ def choose(op: str, backend: str, probe: Probe) -> Mapping[Paradigm, str]:
     chosen = dict.fromkeys(Paradigm, fallback)
     where = f"on {probe.device} in {probe.dtype}"
     if backend == "auto" and probe.device.type == "cpu" and not is_off():
-        for paradigm in AUTO_ON_CPU.get(op, ()) if probe.log_decay not in REFERENCE_ON_CPU.get(op, ()) else ():
+        for paradigm in AUTO_ON_CPU.get(op, ()):
+            if probe.log_decay in REFERENCE_ON_CPU.get((op, paradigm), ()):
+                continue
             reasons = find(op, paradigm, "native").unsupported(probe)  # logs a missing compiler
             log.debug("%s %s %s: %s", op, paradigm, where, "; ".join(reasons) or "native")
             chosen[paradigm] = fallback if reasons else "native"

@@ -10,6 +10,7 @@ A family defines the transition A_t and the write W_t. The engines in token_loop
 runtime/custom_op.py registers them as ops.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeAlias
 
@@ -60,7 +61,7 @@ class Recurrence(NamedTuple):
     tf32x3: bool = False
     """True if a kernel computes each float32 product as three TF32 products."""
     decay: Tensor | None = None
-    """exp(log_decay) [1 H 1 1] for decays fixed per head, if a decoder has computed it once for all its steps."""
+    """`fixed_decay` of decays fixed per head, if a decoder has computed it once for all its steps."""
     donated: bool = False
     """True if the final state may overwrite the initial state."""
     wide_output: bool = False
@@ -227,7 +228,7 @@ def recur(
 
 
 def _memoized_decay(call: Call, q: Tensor, log_decay: Tensor | None) -> Tensor | None:
-    """Return exp(log_decay) from the memo that layers and decoding steps share.
+    """Return the decay of states from the memo that layers and decoding steps share.
 
     Returns None without a memo, for several tokens, and for decays that are not fixed per head.
     """
@@ -237,8 +238,24 @@ def _memoized_decay(call: Call, q: Tensor, log_decay: Tensor | None) -> Tensor |
 
 
 def fixed_decay(log_decay: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return exp(log_decay) of a log_decay [H] as a factor of states, [1 H 1 1]."""
-    return log_decay.to(dtype).exp()[None, :, None, None]
+    """Return the `split_decay` of a log_decay [H] as factors of states, [2 1 H 1 1]."""
+    return split_decay(log_decay.to(dtype))[:, None, :, None, None]
+
+
+SLOW = math.log(2) / 2
+"""Log-decays with a magnitude below this are split as 1 + expm1; the native kernels have the same bound."""
+
+
+def split_decay(log_decay: Tensor) -> Tensor:
+    """Return exp(log_decay) as a sum of two factors (kept, change), stacked.
+
+    A slow decay is 1 + expm1(log_decay), any other is 0 + exp(log_decay). A state is updated as
+    kept S + (change S + k v^T). The rounding of exp itself, which would be the same at every token, then does not add
+    up over thousands of tokens.
+    """
+    is_slow = log_decay.abs() < SLOW
+    change = torch.where(is_slow, log_decay.expm1(), log_decay.exp())
+    return torch.stack([is_slow.to(log_decay.dtype), change])
 
 
 def require_recurrence(x: Recurrence) -> None:

@@ -15,7 +15,7 @@ decoding, is computed by plain operations.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import NamedTuple
@@ -26,7 +26,7 @@ from torch import Tensor
 from ..runtime.custom_op import Gradients, Op
 from ..runtime.materialize import materialize
 from ..runtime.packing import Stretch
-from .family import Recurrence, RecurrenceOutput, Run, fixed_decay
+from .family import Recurrence, RecurrenceOutput, Run, fixed_decay, split_decay
 from .groups import group_elements
 
 BLOCK = 64
@@ -52,8 +52,10 @@ class TokenVectors(NamedTuple):
     """Keys that read the decayed state, [n R 1 K]; k if the call has no a."""
     b: Tensor | None
     """Keys that write back the values read with a, [n R K 1]."""
-    decay: Tensor | None
-    """exp(log_decay), [n R K 1] or [n R 1 1]."""
+    kept: Tensor | None
+    """First part of the decay (`split_decay`), [n R K 1] or [n R 1 1]; None without a decay."""
+    change: Tensor | None
+    """Second part of the decay, of the same shape."""
 
     def each(self) -> "list[TokenVectors]":
         """Split into single tokens."""
@@ -68,7 +70,15 @@ class TokenVectors(NamedTuple):
 
     def apply_decay(self, state: Tensor) -> Tensor:
         """Multiply states with the tokens' decays."""
-        return state if self.decay is None else self.decay * state
+        return state if self.kept is None else torch.addcmul(self.kept * state, self.change, state)
+
+    def write(self, state: Tensor, column: Tensor, row: Tensor, out: Tensor) -> None:
+        """Write decayed states plus the outer products of [n R K 1] and [n R 1 V] to `out`."""
+        if self.kept is None:
+            torch.addcmul(state, column, row, out=out)
+        else:
+            torch.mul(column, row, out=out)
+            out.addcmul_(self.change, state).addcmul_(self.kept, state)
 
 
 class TokenRule(ABC):
@@ -229,11 +239,13 @@ def _tokens(x: Recurrence, start: int, stop: int) -> TokenVectors:
     a, b, beta = (None if tensor is None else _rows(tensor, start, stop) for tensor in (x.a, x.b, x.beta))
     rate = None if beta is None else beta[..., None, None]
     column = k[..., None]
-    decay = x.log_decay
-    if decay is not None:
-        is_fixed = decay.ndim == 1
-        decay = (decay.repeat(x.q.shape[0]).expand(stop - start, -1) if is_fixed else _rows(decay, start, stop)).exp()
-        decay = decay[(...,) + (None,) * (4 - decay.ndim)]
+    log_decay = x.log_decay
+    kept, change = None, None
+    if log_decay is not None:
+        is_fixed = log_decay.ndim == 1
+        log_decay = log_decay.repeat(x.q.shape[0])[None] if is_fixed else _rows(log_decay, start, stop)
+        log_decay = log_decay[(...,) + (None,) * (4 - log_decay.ndim)]
+        kept, change = split_decay(log_decay).expand(-1, stop - start, -1, -1, -1).unbind(0)
     return TokenVectors(
         q=(x.scale * q)[..., None, :],
         k=column,
@@ -242,7 +254,8 @@ def _tokens(x: Recurrence, start: int, stop: int) -> TokenVectors:
         beta_k=column if rate is None else rate * column,
         a=(k if a is None else a)[..., None, :],
         b=None if b is None else b[..., None],
-        decay=decay,
+        kept=kept,
+        change=change,
     )
 
 
@@ -280,35 +293,51 @@ def no_autocast(device: torch.device) -> AbstractContextManager[object]:
     return torch.autocast(device.type, enabled=False) if on else _NULL_CONTEXT
 
 
-def decay_initial_state(x: Recurrence) -> tuple[Tensor | None, bool]:
-    """Return the initial state after the decay of a single token, and True if the result may be overwritten.
+def token_decay(x: Recurrence) -> tuple[Tensor, Tensor] | None:
+    """Return the `split_decay` of a single token as factors of states, [1|B H 1|K 1] each; None without a decay."""
+    if x.log_decay is None:
+        return None
+    if x.log_decay.ndim > 1:
+        log_decay = x.log_decay[:, 0].to(x.wide)
+        factors = split_decay(log_decay[(...,) + (None,) * (4 - log_decay.ndim)])
+    else:
+        factors = fixed_decay(x.log_decay, x.wide) if x.decay is None else x.decay
+    kept, change = factors.unbind(0)
+    return materialize(kept, 1), materialize(change, 1)
 
-    A donated state decays in place. Without an initial state, returns (None, False).
+
+def decayed_state(state: Tensor, decay: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Return a state times the decay of `token_decay`."""
+    return state if decay is None else torch.addcmul(decay[0] * state, decay[1], state)
+
+
+def write_token(x: Recurrence, decay: tuple[Tensor, Tensor] | None, *outers: tuple[Tensor, Tensor]) -> Tensor:
+    """Return the state after a single token: the decayed initial state plus outer products [B H K 1] [B H 1 V].
+
+    A donated state is overwritten.
     """
     state = x.initial_state
-    wide = x.wide
-    if state is None:
-        return None, False
-    writable = x.output_final_state and x.donated and state.dtype == wide and state.is_contiguous()
-    state = state.to(wide)
-    if x.log_decay is not None:
-        decay = materialize(_decay_factor(x), 1)
-        state = state.mul_(decay) if writable else state * decay
-    return state, writable
+    writable = state is not None and x.output_final_state and x.donated
+    writable = writable and state.dtype == x.wide and state.is_contiguous()
+    state = None if state is None else state.to(x.wide)
+    if state is None or decay is None:
+        return _add_outers(state, writable, outers)
+    kept, change = decay
+    added = torch.addcmul(_add_outers(None, False, outers), change, state)
+    return state.mul_(kept).add_(added) if writable else torch.addcmul(added, kept, state)
 
 
-def _decay_factor(x: Recurrence) -> Tensor:
-    """Return exp(log_decay) of a single token as a factor of states, [1|B H 1|K 1]."""
-    assert x.log_decay is not None
-    if x.log_decay.ndim == 1:
-        return fixed_decay(x.log_decay, x.wide) if x.decay is None else x.decay
-    a = x.log_decay[:, 0].to(x.wide)
-    return a.exp()[(...,) + (None,) * (4 - a.ndim)]
+def _add_outers(state: Tensor | None, writable: bool, outers: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """Return a state, None for zero, plus outer products; in place if it is writable.
 
-
-def add_outer(state: Tensor, writable: bool, column: Tensor, row: Tensor) -> Tensor:
-    """Return S plus the outer product of [B H K 1] and [B H 1 V], in place if S is writable.
-
-    One fused operation saves a pass over the state.
+    Fused operations save passes over the state.
     """
-    return state.addcmul_(column, row) if writable else torch.addcmul(state, column, row)
+    for column, row in outers:
+        if state is None:
+            state = column * row
+        elif writable:
+            state.addcmul_(column, row)
+        else:
+            state = torch.addcmul(state, column, row)
+    assert state is not None
+    return state

@@ -31,7 +31,7 @@ ONCE = Draw(tokens=(4, 4), batch_size=(2, 2), starts=("none",))
 @check(
     declares("refusals", "A mixer that validates its arguments"),
     use="any call with a wrong argument: the mixer computes something else instead of refusing",
-    share=0.04,
+    share=0.02,
     draw=ONCE,
 )
 def what_is_not_declared_is_refused(trial: Trial) -> None:
@@ -73,7 +73,7 @@ def what_is_not_declared_is_refused(trial: Trial) -> None:
 @check(
     declares("yaml", "A configuration in YAML"),
     use="runs from YAML: a different mixer is built than the file says",
-    share=0.04,
+    share=0.02,
     draw=ONCE,
 )
 def configurations_round_trip(trial: Trial) -> None:
@@ -99,7 +99,7 @@ def configurations_round_trip(trial: Trial) -> None:
 
 @check(
     use="checkpoints, averaged and swapped weights: a mixer with loaded parameters differs from the saved one",
-    share=0.07,
+    share=0.04,
     draw=ONCE,
 )
 def parameters_round_trip(trial: Trial) -> None:
@@ -168,7 +168,7 @@ def _overwrite_after_use(trial: Trial, x: Tensor) -> None:
 @check(
     declares("reset_parameters", "`reset_parameters`"),
     use="models built on meta, and sharded training: parameters are uninitialised",
-    share=0.07,
+    share=0.04,
     draw=ONCE,
 )
 def every_parameter_is_initialised(trial: Trial) -> None:
@@ -216,7 +216,7 @@ def every_parameter_is_initialised(trial: Trial) -> None:
     declares("flops", "Declared FLOPs"),
     use="reported FLOPs and MFU: they are wrong",
     remedy="override flops",
-    share=0.05,
+    share=0.03,
     draw=Draw(tokens=(1, 20), lists=((64,), (130,)), batch_size=(1, 1), starts=("none", "initial", "read")),
 )
 def flops_are_as_declared(trial: Trial) -> None:

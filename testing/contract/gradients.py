@@ -22,7 +22,7 @@ LARGER = 6.0
 @check(
     use="training: it computes a different function than evaluation, or wrong gradients",
     remedy="use nn.Dropout, or a field with `dropout` in its name, which the check sets to 0",
-    share=0.06,
+    share=0.04,
     draw=Draw(tokens=(1, 11), long=4, lists=((130,),), batch_size=(1, 2), crowded=6, uses=USES),
 )
 def modes_change_nothing(trial: Trial) -> None:
@@ -48,7 +48,7 @@ def modes_change_nothing(trial: Trial) -> None:
     exact_gradients,
     use="training: gradients are wrong",
     remedy="declare traits.surrogate_gradients=True, or differentiable=False",
-    share=0.06,
+    share=0.04,
     draw=Draw(pieces=(1, 3), tokens=(1, 8), batch_size=(1, 2), uses=USES, scales=(1.0, 1.0, LARGER)),
 )
 def gradients_are_derivatives(trial: Trial) -> None:

@@ -26,7 +26,7 @@ MANY = 24
 @check(
     use="training and evaluation in low precision: results are wrong or not finite",
     remedy=LESS_PRECISE,
-    share=0.08,
+    share=0.05,
     draw=Draw(pieces=(2, 3), tokens=(8, 16), fixed=30, batch_size=(2, 2), starts=("none", "read"), dtypes=LOW),
 )
 def low_precision_is_near_float64(trial: Trial) -> None:
@@ -45,7 +45,7 @@ def low_precision_is_near_float64(trial: Trial) -> None:
     packing,
     use="packed training in low precision: results are less exact than without packing",
     remedy=LESS_PRECISE,
-    share=0.06,
+    share=0.04,
     draw=Draw(pieces=(2, 4), tokens=(0, 16), many=8, lists=((0, 70, 9, 0),), batch_size=(1, 1), uses=USES, dtypes=LOW),
 )
 def packing_keeps_precision(trial: Trial) -> None:
@@ -75,7 +75,7 @@ LONG_SEGMENT = Draw(
 @check(
     use="long sequences in low precision: errors add up",
     remedy=LESS_PRECISE,
-    share=0.02,
+    share=0.01,
     long=True,
     draw=LONG_SEGMENT,
 )
@@ -126,7 +126,7 @@ def _require_no_drift(trial: Trial, length: int) -> None:
 
 @check(
     use="decoding in low precision: the state is rounded at every token",
-    share=0.06,
+    share=0.04,
     draw=Draw(tokens=(1, 6), dtypes=(torch.float64, *LOW)),
 )
 def dtypes_are_kept(trial: Trial) -> None:
@@ -179,7 +179,7 @@ def _is_coarse(leaf: Tensor) -> bool:
 
 @check(
     use="training: extreme inputs give NaN or infinity",
-    share=0.06,
+    share=0.04,
     draw=Draw(tokens=(1, 40), fixed=130, long=4, batch_size=(1, 1), dtypes=LOW),
 )
 def extremes_are_finite(trial: Trial) -> None:

@@ -26,7 +26,7 @@ DOCUMENTS = Draw(pieces=(2, 4), tokens=(0, 6), long=12, many=8, lists=LISTS, bat
     packing,
     use="packed text: documents leak into each other, or start from a wrong state",
     remedy=NOT_PACKED,
-    share=0.12,
+    share=0.07,
     draw=DOCUMENTS,
 )
 def documents_are_sequences(trial: Trial) -> None:
@@ -88,7 +88,7 @@ def _boundaries_on_the_device_alone() -> Iterator[None]:
     packing,
     use="training on packed text: gradients leak between documents",
     remedy=NOT_PACKED,
-    share=0.07,
+    share=0.04,
     draw=Draw(pieces=(2, 4), tokens=(0, 6), long=12, many=12, lists=LISTS[1:2], batch_size=(1, 1), uses=USES),
 )
 def gradients_of_documents_are_those_of_sequences(trial: Trial) -> None:

@@ -45,7 +45,7 @@ BLANK = (16, 17, 300)
     shiftable,
     use="long text: late tokens are processed differently from early ones",
     remedy=NOT_INVARIANT,
-    share=0.04,
+    share=0.02,
     draw=Draw(tokens=(9, 9), batch_size=(2, 2), starts=("initial",), options=True),
 )
 def position_matters_only_where_declared(trial: Trial) -> None:
@@ -93,7 +93,7 @@ def position_matters_only_where_declared(trial: Trial) -> None:
     exact_gradients,
     use="a prompt that is cut off or padded: the results of later tokens change",
     remedy=NOT_INVARIANT,
-    share=0.03,
+    share=0.02,
     draw=Draw(tokens=(7, 7), batch_size=(1, 1), starts=("none",), options=True, chunk_size=16),
 )
 def an_unseen_prefix_changes_nothing(trial: Trial) -> None:

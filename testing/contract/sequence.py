@@ -42,7 +42,7 @@ LARGE = 200.0
     several_paradigms,
     use="training in one paradigm and decoding in another, which then compute different functions",
     remedy="leave the paradigm out of traits.paradigms, or declare traits.parallel_from_state=False",
-    share=0.25,
+    share=0.15,
     draw=Draw(tokens=(1, 11), long=8, uses=USES, scales=(1.0, 1.0, 1.0, LARGE), wide=10, options=True),
 )
 def paradigms_agree(trial: Trial) -> None:
@@ -69,7 +69,7 @@ def paradigms_agree(trial: Trial) -> None:
 
 @check(
     use="adapters (LoRA), quantised layers, hooks: a wrapped projection is bypassed in one paradigm or in training",
-    share=0.04,
+    share=0.02,
     draw=Draw(tokens=(4, 9)),
 )
 def wrapped_projections_count_in_every_paradigm(trial: Trial) -> None:
@@ -168,7 +168,7 @@ def _add_product(weight: Tensor, module: nn.Module, inputs: tuple[Tensor, ...], 
 @check(
     stateful,
     use="prefill in pieces, and decoding after a prompt",
-    share=0.32,
+    share=0.19,
     draw=Draw(pieces=(2, 4), tokens=(1, 6), long=12, batch_size=(1, 2), paradigms=True),
 )
 def pieces_equal_the_whole(trial: Trial) -> None:
@@ -184,7 +184,7 @@ def pieces_equal_the_whole(trial: Trial) -> None:
     differentiable,
     stateful,
     use="training on long sequences piece by piece",
-    share=0.06,
+    share=0.04,
     draw=Draw(
         pieces=(2, 3),
         tokens=(1, 5),
@@ -253,7 +253,7 @@ def steps_equal_the_whole(trial: Trial) -> None:
 
 @check(
     use="training: tokens see the future, so the loss is too low",
-    share=0.1,
+    share=0.06,
     draw=Draw(tokens=(2, 12), long=3, batch_size=(1, 2), scales=(1.0, 2 * LARGE)),
 )
 def the_future_changes_nothing(trial: Trial) -> None:
@@ -304,7 +304,7 @@ def _has_effect(trial: Trial, x: Tensor, state: Any, cut: int, paradigm: Paradig
 @check(
     chunked,
     use="chunk_size: it changes the model, not only its cost",
-    share=0.09,
+    share=0.05,
     draw=Draw(tokens=(1, 12), long=4, batch_size=(1, 2)),
 )
 def chunk_size_changes_nothing(trial: Trial) -> None:

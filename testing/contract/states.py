@@ -26,7 +26,7 @@ DEEP, GROWN = 12, 40
     stateful,
     use="the start of a text: results depend on how the initial state was made",
     remedy="let init_state return a learned initial state with its graph",
-    share=0.04,
+    share=0.02,
     draw=Draw(tokens=(1, 8), starts=("none",)),
 )
 def the_initial_state_is_nothing_read(trial: Trial) -> None:
@@ -77,7 +77,7 @@ def _exceed_max_length(trial: Trial, paradigm: Paradigm, x: Tensor) -> None:
 @check(
     stateful,
     use="beam search and batched decoding: rows of a state are mixed up",
-    share=0.07,
+    share=0.04,
     draw=Draw(tokens=(1, 6), batch_size=(1, 4), rows=True),
 )
 def rows_of_a_state_can_be_rearranged(trial: Trial) -> None:
@@ -107,7 +107,7 @@ def rows_of_a_state_can_be_rearranged(trial: Trial) -> None:
 @check(
     stateful,
     use="saved prompts: the text continues differently",
-    share=0.04,
+    share=0.02,
     draw=Draw(tokens=(1, 6), batch_size=(1, 2)),
 )
 def a_state_survives_the_disk(trial: Trial) -> None:
@@ -146,7 +146,7 @@ def _compare_resized(trial: Trial, paradigm: Paradigm, x: Tensor, following: Ten
     differentiable,
     stateful,
     use="truncated backpropagation, and reused prompts: the state changes under the caller",
-    share=0.08,
+    share=0.05,
     draw=Draw(tokens=(1, 5), batch_size=(1, 2), starts=("initial", "read", "moved")),
 )
 def a_state_is_never_written_under_grad(trial: Trial) -> None:
@@ -179,7 +179,7 @@ def a_state_is_never_written_under_grad(trial: Trial) -> None:
     constant,
     declares("size", "A declared state size"),
     use="reused prompts: the first answer changes the shared state",
-    share=0.04,
+    share=0.02,
     draw=Draw(tokens=(1, 5), lists=((1,), (70,)), batch_size=(1, 2), starts=("initial", "read", "moved")),
 )
 def a_constant_state_is_never_written(trial: Trial) -> None:
@@ -210,7 +210,7 @@ def a_constant_state_is_never_written(trial: Trial) -> None:
 @check(
     stateful,
     use="every use of states: beam search, saving, moving between devices",
-    share=0.04,
+    share=0.02,
     draw=Draw(tokens=(1, 6), batch_size=(2, 5)),
 )
 def a_state_is_tensors_batch_first(trial: Trial) -> None:
@@ -242,7 +242,7 @@ def a_state_is_tensors_batch_first(trial: Trial) -> None:
     declares("size", "A declared state size"),
     use="decoding: the state's memory grows although it is declared constant",
     remedy="declare traits.state as constant or growing, whichever the state is",
-    share=0.02,
+    share=0.01,
     draw=Draw(tokens=(1, 1), batch_size=(1, 2), starts=("none",)),
 )
 def a_state_has_the_declared_size(trial: Trial) -> None:

@@ -25,7 +25,7 @@ ONCE = Draw(tokens=(4, 4), batch_size=(2, 2), starts=("none",))
 
 @check(
     use="decoding with reused buffers, and layers that share tokens or boundaries: a call overwrites what others read",
-    share=0.07,
+    share=0.04,
     draw=Draw(tokens=(1, 6), batch_size=(1, 2), uses=USES),
 )
 def results_share_no_memory(trial: Trial) -> None:
@@ -108,7 +108,7 @@ def copies_are_as_good(trial: Trial) -> None:
 @check(
     stateful,
     use="decoding on a GPU, and models built on meta: the state is on another device",
-    share=0.04,
+    share=0.02,
     draw=ONCE,
 )
 def init_state_is_where_the_mixer_is(trial: Trial) -> None:
@@ -144,7 +144,7 @@ def init_state_is_where_the_mixer_is(trial: Trial) -> None:
 @check(
     compilable,
     use="training on a GPU: a tensor is created on the CPU",
-    share=0.03,
+    share=0.02,
     draw=Draw(tokens=(1, 9), batch_size=(1, 2), starts=("none", "initial", "read"), uses=USES),
 )
 def calls_stay_on_the_device(trial: Trial) -> None:
@@ -174,7 +174,7 @@ def calls_stay_on_the_device(trial: Trial) -> None:
     stateful,
     declares("rows", "Rows of different lengths"),
     use="batched decoding of prompts of different lengths",
-    share=0.05,
+    share=0.03,
     draw=Draw(tokens=(1, 7), pieces=(2, 3), batch_size=(1, 1), starts=("none",)),
 )
 def rows_may_differ_in_length(trial: Trial) -> None:

@@ -16,6 +16,7 @@ from seqmix.ops.decay import decay
 from seqmix.ops.delta import delta, delta_product
 from seqmix.ops.dplr import dplr
 from seqmix.ops.kernels.native import build
+from seqmix.ops.runtime.call import Call
 
 pytestmark = pytest.mark.skipif(build.failure("recurrence") is not None, reason="there is no C++ compiler")
 
@@ -54,6 +55,13 @@ def run(function, inputs, states, **options):
     output, final = function(**leaves, output_final_state=True, **options)
     loss = output.square().sum() + final.square().sum()
     return [output, final, *torch.autograd.grad(loss, list(leaves.values()))]
+
+
+def step(function, token, state, *, donated=False, **options):
+    """Output and state of one token without gradients, as in decoding."""
+    call = Call(paradigm=Paradigm.RECURRENT, state=state, return_state=True, donated=donated, **options)
+    with torch.no_grad():
+        return function(**token, call=call)
 
 
 @every_op
@@ -111,9 +119,12 @@ def test_steps_of_a_token_are_tokens():
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["chunkwise", "recurrent"])
+@pytest.mark.parametrize(
+    ("kind", "backend"),
+    [("chunkwise", "native"), ("recurrent", "native"), ("recurrent", "reference"), ("steps", "native")],
+)
 @pytest.mark.parametrize("name", ["decay", "delta"])
-def test_slow_decays_do_not_drift(name, kind):
+def test_slow_decays_do_not_drift(name, kind, backend):
     length, rate = 2**13, 1.234e-4
     function, inputs, state = op_of(name, 1, length, 1, 4, 8)
     inputs |= {"v": inputs["v"] + 1, "log_decay": torch.full_like(inputs["log_decay"], -rate)}
@@ -121,14 +132,29 @@ def test_slow_decays_do_not_drift(name, kind):
         inputs["beta"] = rate * inputs["beta"]
     exact = {name: x.double() for name, x in inputs.items()}
     expected = run(function, exact, torch.zeros(1, *state).double(), backend="reference")
-    results = run(function, inputs, torch.zeros(1, *state), paradigm=kind)
+    if kind == "steps":
+        expected = expected[:2]
+        outputs, final = [], torch.zeros(1, *state)
+        for t in range(length):
+            token = {name: x[:, t : t + 1] for name, x in inputs.items()}
+            output, final = step(function, token, final, backend=backend)
+            outputs.append(output)
+        results = torch.cat(outputs, 1), final
+    else:
+        results = run(function, inputs, torch.zeros(1, *state), paradigm=kind, backend=backend)
     for x, y in zip(results, expected, strict=True):
         assert (x.double() - y).norm() <= 1e-5 * y.norm()
 
 
 @pytest.mark.parametrize(
     ("preset", "backend"),
-    [("delta-net", "native"), ("rwkv7", "native"), ("gla", "native"), ("mamba2", "native"), ("retnet", "reference")],
+    [
+        ("delta-net", "native"),
+        ("rwkv7", "native"),
+        ("gla", "native"),
+        ("mamba2", "native"),
+        ("retnet", "native (recurrent)"),
+    ],
 )
 def test_models_on_a_cpu_use_it_where_it_is_faster(preset, backend):
     model = build_model(load_config(f"{preset}-tiny", ["model.n_layers=1"]).model)
@@ -153,11 +179,21 @@ def test_a_layer_trains_compiled_and_checkpointed():
     assert all(map(torch.equal, torch.autograd.grad(compiled(states, **leaves), wanted), expected))
 
 
-def test_a_single_token_is_decoded_as_by_the_reference():
-    function, inputs, state = op_of("delta", 2, 1)
-    states = torch.randn(2, *state)
-    one, other = (
-        function(**inputs, initial_state=states, output_final_state=True, paradigm=Paradigm.RECURRENT, backend=backend)
-        for backend in ("native", "reference")
+@pytest.mark.parametrize("donated", [False, True])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 5e-3)])
+@pytest.mark.parametrize(("heads", "keys", "values"), [(1, 5, 3), (2, 16, 64), (3, 13, 77)])
+@every_op
+def test_a_single_token_is_decoded_as_by_the_reference(name, heads, keys, values, dtype, tolerance, donated):
+    function, inputs, state = op_of(name, 3, 1, heads, keys, values)
+    inputs = {name: x if name == "log_decay" else x.to(dtype) for name, x in inputs.items()}
+    before = torch.randn(3, *state)
+    kept = before.clone()
+    expected, results = (
+        step(function, inputs, states, backend=backend, donated=donated)
+        for backend, states in (("reference", before.clone()), ("native", kept))
     )
-    assert all(map(torch.equal, one, other))
+    for x, y in zip(results, expected, strict=True):
+        assert x.dtype == y.dtype
+        assert (x - y).norm() <= tolerance * y.norm()
+    assert (results[1] is kept) == donated
+    assert donated or torch.equal(kept, before)

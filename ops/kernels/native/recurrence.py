@@ -14,19 +14,12 @@ from ...runtime.kernel import Kernel, declare
 from ...runtime.paradigm import Paradigm
 from . import build
 from .common import contiguous, limits_of, sequences
+from .step import ADD, MOVE, REPLACE, can_step, rule_of, step
 
 TOKENS = 64
 """Tokens between the states that are saved for the backward pass; the constant has the same value in the source."""
 ROWS = 16
 """Number of key dimensions in each partial sum of a gradient that is a sum over key dimensions; as in the source."""
-ADD, REPLACE, MOVE = range(3)
-"""Rules of the source: a token adds to the state, replaces what it reads, or writes it under another key."""
-
-
-def _rule(x: Recurrence) -> int:
-    if x.b is not None:
-        return MOVE
-    return ADD if x.beta is None and x.a is None else REPLACE
 
 
 def _allocate(x: Recurrence) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -34,12 +27,12 @@ def _allocate(x: Recurrence) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
     The last has e_t for the rule REPLACE, r_t for MOVE, see the source. What is not needed is empty.
     """
-    op = "decay" if _rule(x) == ADD else "delta" if x.a is None else "dplr"
+    op = "decay" if rule_of(x) == ADD else "delta" if x.a is None else "dplr"
     KERNELS[op].require(x.probe())  # inside the op, which a compiler does not trace
     batch, length = x.q.shape[:2]
     final = (x.rows, *x.matrix) if x.output_final_state else (0,)
     entries = (batch * length // TOKENS + x.rows, *x.matrix) if x.needs_grad else (0,)
-    reads = x.v.shape if x.needs_grad and _rule(x) != ADD else (0,)
+    reads = x.v.shape if x.needs_grad and rule_of(x) != ADD else (0,)
     wide = [x.q.new_empty(shape, dtype=torch.float32) for shape in (final, entries, reads)]
     return x.new_output(), wide[0], wide[1], wide[2]
 
@@ -51,7 +44,7 @@ def _arguments(x: Recurrence, *keys: Tensor | None) -> list[Any]:
     if log_decay is not None and log_decay.ndim == 1:
         log_decay = log_decay.expand(*x.v.shape[:3])
     return [
-        _rule(x),
+        rule_of(x),
         *(None if key is None else key.contiguous() for key in keys),
         contiguous(x.beta),
         contiguous(log_decay),
@@ -83,7 +76,7 @@ def _forward(x: Recurrence) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def _backward(x: Recurrence, gradients: Gradients) -> dict[str, Tensor]:
     (d_output, d_final), (entries, reads) = gradients.outputs, gradients.saved
-    rule = _rule(x)
+    rule = rule_of(x)
     per_head = (*x.v.shape[:3], x.k.shape[3])
     parts = (*x.v.shape[:3], -(-x.k.shape[3] // ROWS))
     d_output = entries.new_zeros(x.v.shape) if d_output is None else d_output
@@ -142,15 +135,16 @@ def recurrence_chunkwise_native(x: Recurrence) -> RecurrenceOutput:
 def _recurrent(reference: Run, x: Recurrence) -> RecurrenceOutput:
     """Compute the recurrent paradigm as `recurrence_chunkwise_native` does, except for a single token, as in decoding.
 
-    That token is computed by the operations of the reference, which cost less than a call of the op and can be fused by
-    a compiler.
+    step.cpp computes that token; where a compiler or autograd follows, the plain operations of the reference do.
 
     Raises:
         SeqmixError: the kernel does not support the call.
     """
     one_token = x.q.shape[1] == 1 and x.cu_seqlens is None
     supported = x.q.device.type == "cpu" and x.q.dtype in TOLERANCES
-    return reference(x) if one_token and supported else recurrence_chunkwise_native(x)
+    if not (one_token and supported):
+        return recurrence_chunkwise_native(x)
+    return step(x) if can_step(x) else reference(x)
 
 
 def decay_recurrent_native(x: Recurrence) -> RecurrenceOutput:
