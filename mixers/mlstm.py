@@ -25,7 +25,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..ops.decay import decay
-from ..ops.scan import SCAN_PARADIGMS, log_scan
+from ..ops.scan import LOG_STATE, SCAN_PARADIGMS, log_scan
 from .parts import QKV, Call, Paradigm, QKVConfig, QKVMixer, RecurrenceOutput
 from .parts.gates import GatedNorm
 from .parts.qkv import Affine, KeyExpansion, OutputGate, OutputNorm
@@ -57,7 +57,7 @@ class MLSTMState(NamedTuple):
     memory: Float[Tensor, "B H K V+1"]
     """Matrix memory C of each head with the normaliser n as its last column, divided by e^l; float32 or float64."""
     weight: Float[Tensor, "B H"]
-    """Natural log l of the sum of the decayed weights of all tokens; -inf at the start."""
+    """Natural log l of the sum of the decayed weights of all tokens, float64; -inf at the start."""
     recent: Float[Tensor, "B W-1 C"]
     """Last inputs of the short convolution, oldest first; empty without a short convolution."""
     position: Int[Tensor, " B"]
@@ -101,7 +101,7 @@ class MLSTM(QKVMixer):
         scanned = call._replace(paradigm=paradigm, state=weight)
         i, log_forget = self.gates(h)
         weights, weight_after = log_scan(i, log_forget, scanned)
-        log_odds = token_shift(weights, weight[:, None], call)[0] + log_forget - i
+        log_odds = (token_shift(weights, weight[:, None], call)[0] + log_forget - i).to(self.state_dtype)
         extras = {"log_odds": log_odds, "weights": weights}
         o, memory = self.recur(x, h._replace(more=extras), call.enter("memory"))
         y = self.out_proj(self.gated_norm(o, h.gate).to(h.dtype).flatten(2))
@@ -131,4 +131,5 @@ class MLSTM(QKVMixer):
         self, batch_size: int, *, max_length: int | None = None
     ) -> MLSTMState:
         state = super().init_state(batch_size)
-        return MLSTMState(state.memory, state.memory[:, :, 0, 0] - torch.inf, state.recent, state.position)
+        weight = torch.full_like(state.memory[:, :, 0, 0], -torch.inf, dtype=LOG_STATE)
+        return MLSTMState(state.memory, weight, state.recent, state.position)

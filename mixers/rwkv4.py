@@ -22,7 +22,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..ops.scan import log_scan, scan
+from ..ops.scan import LOG_STATE, log_scan, scan
 from .parts import Call
 from .parts.scan_state import ScanConfig, ScanMixer, ScanState
 from .parts.token_shift import token_shift
@@ -89,10 +89,11 @@ class RWKV4(ScanMixer):
         weights, weight_after = log_scan(k, log_decay.expand_as(k), call._replace(state=weight))
         previous_weight, _ = token_shift(weights, weight[:, None], call)
         # sigmoid(log_odds) and sigmoid(-log_odds) add up to 1 despite rounding
-        log_odds = previous_weight + log_decay - k
+        log_odds = (previous_weight + log_decay - k).to(wide)
         means, mean_after = scan((-log_odds).sigmoid() * v, F.logsigmoid(log_odds), call._replace(state=mean))
-        previous_mean, _ = token_shift(means, mean[:, None], call)
-        wkv = torch.lerp(previous_mean, v, (self.time_first.to(wide) + k - previous_weight).sigmoid())
+        previous_mean, _ = token_shift(means, mean[:, None].to(wide), call)
+        share = (self.time_first.to(wide) + k - previous_weight).sigmoid().to(wide)
+        wkv = torch.lerp(previous_mean, v, share)
         y = self.out_proj((r.to(wide).sigmoid() * wkv).to(dtype))
         if mean_after is None or weight_after is None or recent is None:
             return y, None
@@ -101,6 +102,7 @@ class RWKV4(ScanMixer):
 
     def init_state(self, batch_size: int, *, max_length: int | None = None) -> ScanState:
         state = super().init_state(batch_size)
-        memory = torch.stack((state.memory[:, 0], torch.full_like(state.memory[:, 1], -torch.inf)), dim=1)
+        mean = state.memory[:, 0].to(LOG_STATE)
+        memory = torch.stack((mean, torch.full_like(mean, -torch.inf)), dim=1)
         recent = torch.zeros(batch_size, 1, len(self.mix_k), device=self.device, dtype=self.dtype)
         return state._replace(memory=memory, recent=recent)

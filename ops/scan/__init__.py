@@ -10,8 +10,18 @@ from .api import (
     scan,
     selective_scan,
 )
+from .logarithmic import LOG_STATE
 
-__all__ = ["SCAN_PARADIGMS", "Backend", "ScanOutput", "diagonal_scan", "log_scan", "scan", "selective_scan"]
+__all__ = [
+    "LOG_STATE",
+    "SCAN_PARADIGMS",
+    "Backend",
+    "ScanOutput",
+    "diagonal_scan",
+    "log_scan",
+    "scan",
+    "selective_scan",
+]
 __getattr__ = former_names(
     __name__,
     {

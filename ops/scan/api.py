@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ...registry import SeqmixError
-from ..recurrence.family import require_chunk_size, require_packing
+from ..recurrence.family import SLOW, require_chunk_size, require_packing, split_decay
 from ..runtime.call import Call, CallOptions
 from ..runtime.custom_op import Op
 from ..runtime.kernel import FLOATS, chosen, declare_references
@@ -29,7 +29,7 @@ from ..runtime.paradigm import Paradigm
 from .blocks import state_dtype
 from .diagonal import DIAGONAL, Diagonal
 from .elementwise import SCAN, Scan
-from .logarithmic import LOG_SCAN
+from .logarithmic import LOG_SCAN, LOG_STATE
 from .selective import SELECTIVE, Selective
 
 SCAN_PARADIGMS = frozenset({Paradigm.RECURRENT, Paradigm.CHUNKWISE})
@@ -48,7 +48,7 @@ class ScanOutput(NamedTuple):
     output: Float[Tensor, "B T *_"]
     """Output, in the dtype of x."""
     final_state: Float[Tensor, "N *_"] | None
-    """State after the last token, float32 (float64 for float64 inputs); None unless requested."""
+    """State after the last token, float32 (float64 for float64 inputs and `log_scan`); None unless requested."""
 
 
 def scan(
@@ -75,7 +75,9 @@ def scan(
     call = Call.resolve(call, x.shape[1], options, paradigm=Paradigm.CHUNKWISE, chunk_size=64)
     _require_same_shape(x, log_decay, call)
     if _is_step(x, call):
-        h = log_decay[:, 0].to(state_dtype(x)).exp() * _initial_state(x, call, x.shape[2:]) + x[:, 0].to(state_dtype(x))
+        kept, change = split_decay(log_decay[:, 0].to(state_dtype(x))).unbind(0)
+        state = _initial_state(x, call, x.shape[2:])
+        h = kept * state + (change * state + x[:, 0].to(state_dtype(x)))
         return ScanOutput(h.to(x.dtype)[:, None], h if call.return_state else None)
     if call.cp_group is None:
         return _run("scan", Scan(x, log_decay, *_call_fields(call)), call)
@@ -95,24 +97,24 @@ def log_scan(
         x: logarithms of the inputs, finite.
         log_decay: natural log of the decay, <= 0, -inf allowed; same shape as x.
         call: the mixer's call; None if you call the op directly, with `options`.
-        options: `CallOptions`; no initial state means -inf, the logarithm of 0. Chunks have 64 tokens.
+        options: `CallOptions`; no initial state means -inf, the logarithm of 0. States are float64. Chunks have 64
+            tokens.
 
     Raises:
         SeqmixError: for the same reasons as `scan`.
     """
     call = Call.resolve(call, x.shape[1], options, paradigm=Paradigm.CHUNKWISE, chunk_size=64)
     _require_same_shape(x, log_decay, call)
-    dtype = state_dtype(x)
     if _is_step(x, call):
-        before = x.new_full(x[:, 0].shape, -torch.inf, dtype=dtype) if call.state is None else call.state.to(dtype)
-        h = torch.logaddexp(x[:, 0].to(dtype), log_decay[:, 0].to(dtype) + before)
+        before = x.new_full(x[:, 0].shape, -torch.inf, dtype=LOG_STATE) if call.state is None else call.state
+        h = torch.logaddexp(x[:, 0].to(LOG_STATE), log_decay[:, 0] + before.to(LOG_STATE))
         return ScanOutput(h.to(x.dtype)[:, None], h if call.return_state else None)
     if call.cp_group is None:
         return _run("log_scan", Scan(x, log_decay, *_call_fields(call)), call)
     if call.state is None:
-        start = x.new_full((call.rows(x.shape[0]), *x.shape[2:]), -torch.inf, dtype=dtype)
+        start = x.new_full((call.rows(x.shape[0]), *x.shape[2:]), -torch.inf, dtype=LOG_STATE)
         call = call._replace(state=start)
-    total = _mask_to_last_document(log_decay.to(dtype), call.documents).sum(1)
+    total = _mask_to_last_document(log_decay.to(LOG_STATE), call.documents).sum(1)
     inputs = Scan(x, log_decay, *_call_fields(call))
     return _run_in_group("log_scan", inputs, call, total, torch.add, torch.logaddexp)
 
@@ -198,8 +200,15 @@ def diagonal_scan(
     _require_scan(x, log_decay, angle, weight, call=call, shape=state)
     dtype = state_dtype(x)
     if _is_step(x, call):
-        decayed = _complex_product(_polar(log_decay, angle).to(dtype), _initial_state(x, call, torch.Size(state)))
-        h = decayed + F.pad(x[:, 0, None, :, None].to(dtype), (0, 1))
+        # as in `split_decay`, slow factors are 1 + change; what change loses by rounding is added too
+        decay = _polar(log_decay, angle)
+        slow = (decay - F.pad(torch.ones_like(decay[..., :1]), (0, 1))).norm(dim=-1, keepdim=True) < SLOW
+        exact = decay - F.pad(slow.to(decay.dtype), (0, 1))
+        change = exact.to(dtype)
+        before = _initial_state(x, call, torch.Size(state))
+        written = F.pad(x[:, 0, None, :, None].to(dtype), (0, 1))
+        written = _complex_product((exact - change).to(dtype), before) + written
+        h = slow * before + (_complex_product(change, before) + written)
         real, imaginary = (weight.to(dtype) * h).unbind(-1)
         return ScanOutput((real - imaginary).sum(1).to(x.dtype)[:, None], h if call.return_state else None)
     inputs = Diagonal(x, log_decay, angle, weight, *_call_fields(call))

@@ -14,6 +14,10 @@ from ..runtime.custom_op import Gradients, Op
 from .blocks import Layout, copy_group_tokens, run_blocks, state_dtype, token_groups, tokens_first
 from .elementwise import SCAN, Scan
 
+LOG_STATE = torch.float64
+"""Dtype of states. A logarithm of about 10 in float32 gives its exponential only six digits, and errors of many tokens
+add up where decays are slow."""
+
 
 def _layout(x: Scan) -> Layout | None:
     """Return where packed documents begin and end; None if the batch is not packed."""
@@ -24,8 +28,8 @@ def _initial(x: Scan) -> Tensor:
     """Return the initial states, [N *E]; -inf by default."""
     rows = x.x.shape[0] if x.cu_seqlens is None else x.cu_seqlens.shape[0] - 1
     if x.initial_state is None:
-        return x.x.new_full((rows, *x.x.shape[2:]), -torch.inf, dtype=state_dtype(x.x))
-    return x.initial_state.to(state_dtype(x.x))
+        return x.x.new_full((rows, *x.x.shape[2:]), -torch.inf, dtype=LOG_STATE)
+    return x.initial_state.to(LOG_STATE)
 
 
 def log_step(written: Tensor, factor: Tensor, state: Tensor, *, out: Tensor | None = None) -> Tensor:
@@ -35,7 +39,7 @@ def log_step(written: Tensor, factor: Tensor, state: Tensor, *, out: Tensor | No
 
 def _allocate(x: Scan) -> tuple[Tensor, Tensor, Tensor]:
     """Allocate the output, the final state, and the output in the dtype of states, saved for the backward pass."""
-    final = torch.empty_like(_initial(x) if x.output_final_state else x.x.new_empty(0, dtype=state_dtype(x.x)))
+    final = torch.empty_like(_initial(x) if x.output_final_state else x.x.new_empty(0, dtype=LOG_STATE))
     return x.x.new_empty(x.x.shape), final, x.x.new_empty(x.x.shape if x.needs_grad else 0, dtype=state_dtype(x.x))
 
 
@@ -71,7 +75,7 @@ def _backward(x: Scan, gradients: Gradients) -> dict[str, Tensor]:
     (d_output, d_final), (h,) = gradients.outputs, gradients.saved
     d_h = torch.zeros_like(h) if d_output is None else d_output.to(h.dtype, copy=True)
     layout = _layout(x)
-    initial = _initial(x)
+    initial = _initial(x).to(h.dtype)
     row, first = (slice(None), 0) if layout is None else (0, layout.first)
     document = slice(None) if layout is None else layout.document
     d_initial = torch.zeros_like(initial)

@@ -20,6 +20,7 @@ from ...ops.runtime.packing import Documents
 from ...ops.scan.api import require_floats
 from ...ops.scan.diagonal import Diagonal
 from ...ops.scan.elementwise import Scan
+from ...ops.scan.logarithmic import LOG_STATE
 from ...ops.scan.selective import Selective
 from .case import Drawn, KernelCase, Tensors
 from .fixed import FIXED, SLOW
@@ -201,6 +202,9 @@ class LogScanCase(ScanCase):
     log_of_zero: ClassVar[float] = -(2.0**100)
     """Finite number that stands for -inf."""
     state_is_sum = False  # a logarithm in 16 bits is not exact enough to be added to for long
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        return LOG_STATE if name == "state" else super().dtype_of(name)
 
     def run(self, kernel: Kernel, inputs: Tensors) -> Tensors:
         return {name: x.nan_to_num(neginf=self.log_of_zero) for name, x in super().run(kernel, inputs).items()}

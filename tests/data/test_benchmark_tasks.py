@@ -277,7 +277,7 @@ def test_blanks_of_mad_stand_before_any_symbol_as_often():
 @pytest.mark.parametrize(
     ("kind", "fields", "named"),
     [
-        ("in_context_recall", {"keys": (9,)}, "keys .*vocab_size 16, 8, got 9"),
+        ("in_context_recall", {"keys": (9,)}, "keys .*at most 8, half of vocab_size 16, got 9"),
         ("fuzzy_recall", {"key_lengths": (8,)}, "vocab_size 17 .*16"),
         ("memorization", {"facts": (128,)}, "facts .*127, .*vocab_size 256, got 128"),
         ("permutation", {"group": "S6xZ2"}, "720 elements, got 1,440 in S6xZ2"),

@@ -101,7 +101,7 @@ def test_every_field_is_honoured(seqmix, bpe):
         (["text.txt", "validation.paths=[a]", "--out", "a.tokens"], r"data\.validation is for training"),
         (["text.txt", "encodnig=latin-1", "--out", "a.tokens"], "encodnig.*encoding"),
         (["text.txt", "glob=/", "--out", "a.tokens"], "glob"),
-        (["empty.tokens", "--out", "a.tokens"], "empty.tokens: .*a token file"),
+        (["empty.tokens", "--out", "a.tokens"], "empty.tokens .*a token file"),
         (
             ["text.txt", "tokenizer=b.json", "--tokenizer", "c.json", "--out", "a.tokens"],
             "two tokenizers .*c.json .*b.json",

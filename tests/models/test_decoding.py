@@ -203,7 +203,7 @@ def test_a_step_may_write_its_state_in_place_and_a_call_of_the_model_may_not(mod
     assert all(allowed)
 
 
-@pytest.mark.parametrize(("mixer", "operations"), [("retention", 52), ("attention", 73)])
+@pytest.mark.parametrize(("mixer", "operations"), [("retention", 54), ("attention", 73)])
 def test_what_positions_and_constants_decide_is_formed_once_a_step(model_of, mixer, operations):
     def seen(layers):
         model = model_of(mixer, n_layers=layers)
@@ -260,7 +260,7 @@ def test_a_layer_of_a_step_is_a_limited_number_of_calls(model_of):
             found.append(seen["call"] + seen["c_call"])
         return min(found)
 
-    assert calls(4) - calls(2) <= 2 * 350
+    assert calls(4) - calls(2) <= 2 * 360
 
 
 def test_a_growing_state_is_not_captured(model_of, captured):

@@ -11,6 +11,7 @@ from seqmix import build_model, load_config
 from seqmix.mixers import Paradigm
 from seqmix.ops import attention  # noqa: F401 (declares the kernels of softmax)
 from seqmix.ops.decay.chunkwise import decay_chunkwise
+from seqmix.ops.kernels.native import build
 from seqmix.ops.kernels.selection import choose, describe_backends, disagreement
 from seqmix.ops.runtime.kernel import Probe, chosen, find, reference
 from seqmix.registry import SeqmixError
@@ -38,8 +39,11 @@ def trial(monkeypatch):
     return lambda reason: monkeypatch.setattr(module, "disagreement", lambda kernel, probe: reason)
 
 
-def test_auto_is_the_reference_on_a_cpu():
-    assert choose("decay", "auto", PROBE) == dict.fromkeys(Paradigm, "reference")
+@pytest.mark.skipif(build.failure("recurrence") is not None, reason="there is no C++ compiler")
+def test_auto_is_native_on_a_cpu_where_that_is_faster():
+    fixed = dict.fromkeys(Paradigm, "reference") | {Paradigm.RECURRENT: "native"}
+    assert choose("decay", "auto", PROBE) == fixed
+    assert choose("decay", "auto", replace(PROBE, log_decay="B T H")) == fixed | {Paradigm.CHUNKWISE: "native"}
     assert choose("softmax", "auto", PROBE) == dict.fromkeys(Paradigm, "sdpa")
 
 

@@ -124,5 +124,5 @@ X, V = torch.randn(2, 6, 2, 4), torch.randn(2, 6, 2, 3)
 def test_what_does_not_fit_is_refused(tensors, options, named):
     with pytest.raises(SeqmixError, match=named):
         dplr(*tensors, **options)
-    with pytest.raises(SeqmixError, match=r"whole number of steps .* 3 steps for 6 tokens"):
+    with pytest.raises(SeqmixError, match=r"whole number of steps .* 3 keys for 6 tokens"):
         delta_product(X, X[:, :3], V[:, :3], X[:, :3, :, 0], None, Call.of("chunkwise", 6))

@@ -33,11 +33,12 @@ needs_compiler = pytest.mark.skipif(build.compiler() is None, reason="there is n
 @pytest.fixture
 def fresh(monkeypatch, tmp_path):
     """A process that has compiled nothing, with an empty cache."""
-    caches = (build.library, build.failure, build._warn_once, build._function, build._temporary, choose)
+    caches = (build.library, build.failure, build._warn_once, build._temporary, choose)
 
     def forget():
         for cached in caches:
             cached.cache_clear()
+        build._FUNCTIONS.clear()
 
     forget()
     monkeypatch.setenv("SEQMIX_CACHE_DIR", str(tmp_path / "cache"))

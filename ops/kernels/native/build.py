@@ -28,7 +28,6 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -202,11 +201,8 @@ def _run_compiler(command: list[str], source: Path) -> None:
         raise SeqmixError(f"{command[0]} cannot compile {source.name}: {reason}; set CXX to another compiler")
 
 
-@cache
-def _function(family: str, name: str) -> Callable[..., None]:
-    function = getattr(library(family), name)
-    function.restype = None
-    return function
+_FUNCTIONS: dict[tuple[str, str], Callable[..., None]] = {}
+"""Functions that were called before, by family and name."""
 
 
 def run(family: str, name: str, *arguments: Tensor | int | float | None) -> None:
@@ -218,13 +214,18 @@ def run(family: str, name: str, *arguments: Tensor | int | float | None) -> None
         arguments: tensors become pointers (None a null pointer), integers and booleans `int64_t`, floats `double`;
             torch's number of threads is added as the last argument. The caller is responsible for dtypes and strides.
     """
-    converted = [_to_ctype(argument) for argument in arguments]
-    _function(family, name)(*converted, ctypes.c_int64(torch.get_num_threads()))
+    threads = torch.get_num_threads()
+    function = _FUNCTIONS.get((family, name))
+    if function is None:
+        function = getattr(library(family), name)
+        function.restype = None
+        function.argtypes = [_type_of(argument) for argument in (*arguments, threads)]
+        _FUNCTIONS[family, name] = function
+    function(*(x.data_ptr() if isinstance(x, Tensor) else x for x in arguments), threads)
 
 
-def _to_ctype(argument: Tensor | int | float | None) -> Any:
-    if argument is None:
-        return ctypes.c_void_p(None)
-    if isinstance(argument, Tensor):
-        return ctypes.c_void_p(argument.data_ptr())
-    return ctypes.c_int64(argument) if isinstance(argument, int) else ctypes.c_double(argument)
+def _type_of(argument: Tensor | int | float | None) -> type:
+    """Return the C type of an argument, which is the same in every call of a function."""
+    if argument is None or isinstance(argument, Tensor):
+        return ctypes.c_void_p
+    return ctypes.c_int64 if isinstance(argument, int) else ctypes.c_double

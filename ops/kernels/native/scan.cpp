@@ -48,6 +48,16 @@ extern "C" void scan_backward(const float*, const float* log_decay, const float*
 INLINE vec narrow(wide x) { return __builtin_convertvector(x, vec); }
 INLINE wide widen(vec x) { return __builtin_convertvector(x, wide); }
 
+// The first n lanes of float64 numbers.
+INLINE wide load(const double* p, int n) {
+    wide x = {};
+    for (int i = 0; i < n; i++) x[i] = p[i];
+    return x;
+}
+INLINE void store(double* p, wide x, int n) {
+    for (int i = 0; i < n; i++) p[i] = x[i];
+}
+
 // log(1 + y) for 0 <= y <= 1, as 2 atanh(y / (2 + y))
 INLINE vec log1p(vec y) {
     const vec s = y / (2.0f + y), u = s * s;
@@ -65,14 +75,14 @@ INLINE vec log1p(vec y) {
 //
 // Each step adds log(1 + exp(-|d|)) to the larger of the two terms, with d their difference. If the old state decays
 // slowly, h is the sum of many small numbers, so it is carried in float64; the numbers added are float32.
-extern "C" void log_scan_forward(const float* x, const float* log_decay, const float* initial, const int64_t* bounds,
-                                 int64_t sequences, int64_t channels, float* output, float* final, int64_t threads) {
+extern "C" void log_scan_forward(const float* x, const float* log_decay, const double* initial, const int64_t* bounds,
+                                 int64_t sequences, int64_t channels, float* output, double* final, int64_t threads) {
     each(sequences * blocks(channels), threads, [&](int64_t number) {
         const Task task(number, channels);
         const int64_t row = task.sequence * channels + task.first;
         wide h[VECTORS];
         for (int i = 0; i < task.vectors; i++)
-            h[i] = widen(initial ? load(initial + row + i * LANES, task.lanes[i]) : splat(-INFINITY));
+            h[i] = initial ? load(initial + row + i * LANES, task.lanes[i]) : widen(splat(-INFINITY));
         for (int64_t t = bounds[task.sequence]; t < bounds[task.sequence + 1]; t++)
             for (int i = 0; i < task.vectors; i++) {
                 const int n = task.lanes[i];
@@ -82,13 +92,13 @@ extern "C" void log_scan_forward(const float* x, const float* log_decay, const f
                 h[i] = (add > old ? add : old) + widen(log1p(exp(d > 0.0f ? -d : d)));
                 store(output + at, narrow(h[i]), n);
             }
-        for (int i = 0; final && i < task.vectors; i++) store(final + row + i * LANES, narrow(h[i]), task.lanes[i]);
+        for (int i = 0; final && i < task.vectors; i++) store(final + row + i * LANES, h[i], task.lanes[i]);
     });
 }
 
 //     s_t = exp(a_t + h_{t-1} - h_t)                 the old state's share
 //     g_t = dh_t + s_{t+1} g_{t+1}           dx_t = g_t exp(x_t - h_t)        da_t = g_t s_t
-extern "C" void log_scan_backward(const float* x, const float* log_decay, const float* initial, const float* output,
+extern "C" void log_scan_backward(const float* x, const float* log_decay, const double* initial, const float* output,
                                   const float* d_output, const float* d_final, const int64_t* bounds, int64_t sequences,
                                   int64_t channels, float* d_x, float* d_log_decay, float* d_initial,
                                   int64_t threads) {
@@ -103,7 +113,7 @@ extern "C" void log_scan_backward(const float* x, const float* log_decay, const 
                 const int64_t at = t * channels + task.first + i * LANES;
                 const vec h = load(output + at, n);
                 const vec before = t > start  ? load(output + at - channels, n)
-                                   : initial ? load(initial + row + i * LANES, n)
+                                   : initial ? narrow(load(initial + row + i * LANES, n))
                                              : splat(-INFINITY);
                 if (d_output) g[i] += load(d_output + at, n);
                 store(d_x + at, g[i] * exp(load(x + at, n) - h), n);

@@ -7,6 +7,7 @@ from ...runtime.custom_op import Gradients, Op
 from ...runtime.kernel import Kernel, declare
 from ...runtime.paradigm import Paradigm
 from ...scan.elementwise import Scan
+from ...scan.logarithmic import LOG_STATE
 from . import build
 from .common import contiguous, limits_of, rows, sequences
 
@@ -15,8 +16,18 @@ def _allocate(x: Scan, kernel: Kernel) -> tuple[Tensor, Tensor]:
     """Allocate the final state and the output; the output, which is every token's state, is saved for backward."""
     kernel.require(x.probe())  # inside the op, which a compiler does not trace
     shape = (rows(x.x, x.cu_seqlens), *x.x.shape[2:])
-    final = x.x.new_empty(shape if x.output_final_state else (0,), dtype=torch.float32)
+    final = x.x.new_empty(shape if x.output_final_state else (0,), dtype=_state_dtype(kernel))
     return final, x.x.new_empty(x.x.shape, dtype=torch.float32)
+
+
+def _state_dtype(kernel: Kernel) -> torch.dtype:
+    return LOG_STATE if kernel.op == "log_scan" else torch.float32
+
+
+def _inputs(x: Scan, kernel: Kernel) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return inputs, log-decays and initial states as both functions read them."""
+    initial = None if x.initial_state is None else x.initial_state.to(_state_dtype(kernel)).contiguous()
+    return contiguous(x.x), contiguous(x.log_decay), initial
 
 
 def _forward(x: Scan, kernel: Kernel) -> tuple[Tensor, Tensor]:
@@ -25,7 +36,7 @@ def _forward(x: Scan, kernel: Kernel) -> tuple[Tensor, Tensor]:
     build.run(
         "scan",
         f"{kernel.op}_forward",
-        *map(contiguous, (x.x, x.log_decay, x.initial_state)),
+        *_inputs(x, kernel),
         bounds,
         len(bounds) - 1,
         x.x[0, 0].numel(),
@@ -43,7 +54,7 @@ def _backward(x: Scan, gradients: Gradients, kernel: Kernel) -> dict[str, Tensor
     build.run(
         "scan",
         f"{kernel.op}_backward",
-        *map(contiguous, (x.x, x.log_decay, x.initial_state)),
+        *_inputs(x, kernel),
         output,
         contiguous(d_output),
         contiguous(d_final if x.output_final_state else None),

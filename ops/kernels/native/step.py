@@ -31,13 +31,12 @@ def can_step(x: Recurrence) -> bool:
     if build.failure("step") is not None:
         return False
     tensors = [tensor for tensor in x if isinstance(tensor, Tensor)]
-    return not (
-        any(type(tensor) not in (Tensor, torch.nn.Parameter) for tensor in tensors)
-        or needs_grad(*tensors)
-        or is_in_torch_dispatch_mode()
-        or torch._C._are_functorch_transforms_active()
-        or has_tangent(*tensors)
-    )
+    if needs_grad(*tensors) or has_tangent(*tensors):
+        return False
+    if is_in_torch_dispatch_mode() or torch._C._are_functorch_transforms_active():
+        return False
+    # subclasses of tensors may have no memory
+    return all(type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__ for tensor in tensors)
 
 
 def step(x: Recurrence) -> RecurrenceOutput:
