@@ -17,10 +17,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("seqmix", "conformance tests of mixers and kernels (seqmix.testing)")
     text = "run only the tests of this check, among those that seqmix.testing generates; may be repeated"
     group.addoption("--seqmix-check", action="append", default=[], metavar="NAME", help=text)
-    text = (
-        "number of cases of the check that draws most, instead of the number that the tests set; other checks draw "
-        "proportionally fewer"
-    )
+    text = "number of examples, of which each check draws a share, instead of the number that the tests set"
     group.addoption("--seqmix-examples", type=int, metavar="N", help=text)
     text = "also run the checks of `seqmix check --stress`, in tests that do not name checks"
     group.addoption("--seqmix-stress", action="store_true", help=text)
