@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from ..models.onednn_linear import USE_ONEDNN, onednn_linear
+from ..models.linear import USE_ONEDNN, onednn_linear
 from .measure import TimedCall
 
 T = TypeVar("T")

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._library.custom_ops import OPDEFS  # torch has no public access to the function behind a custom op
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..models.onednn_linear import onednn_linear
+from ..models.linear import onednn_linear
 from ..ops.runtime.custom_op import BODIES
 from .measure import TimedCall, repeat_call
 
@@ -38,7 +38,7 @@ class Product(NamedTuple):
     n: int
     dtype: torch.dtype
     column_major: tuple[bool, bool] | None = None
-    """True for each operand in column-major layout, in a oneDNN product (models/onednn_linear.py); None in torch's."""
+    """True for each operand in column-major layout, in a oneDNN product (models/linear.py); None in torch's."""
 
     @property
     def flops(self) -> int:

@@ -68,7 +68,9 @@ def check(
     ] = False,
     examples: Annotated[
         int | None,
-        typer.Option(help="Number of examples, by default 100; each check draws a share of it (1 to 19 % for mixers).", min=1),
+        typer.Option(
+            help="Number of examples, by default 100; each check draws a share of it (1 to 19 % for mixers).", min=1
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Random seed of the examples.")] = 0,
     d_model: Annotated[

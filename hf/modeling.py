@@ -9,7 +9,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from ..models import IGNORED, LanguageModel
-from ..models.onednn_linear import use_onednn_linear
+from ..models.linear import use_fast_linear
 from ..registry import SeqmixError
 from .cache import CACHE_NAME, SeqmixCache, mix_cached
 from .configuration import SeqmixConfig
@@ -36,7 +36,7 @@ class SeqmixPreTrainedModel(PreTrainedModel):
         if model is None:
             model = LanguageModel(config.read(trust=trust))
             model.reset_parameters()
-            use_onednn_linear(model)
+            use_fast_linear(model)
         self.model = model
         self.gradient_checkpointing = False
         self._resolved: tuple[torch.device, torch.dtype] | None = None

@@ -10,7 +10,7 @@ from ..mixers import ContractError
 from ..registry import SeqmixError
 from .config import ModelConfig
 from .language_model import LanguageModel
-from .onednn_linear import use_onednn_linear
+from .linear import use_fast_linear
 
 
 def build_meta(config: ModelConfig) -> LanguageModel:
@@ -78,7 +78,7 @@ def build_model(
         if shard is not None:
             shard(model)
     model.resolve_backends(activations or dtype)
-    use_onednn_linear(model)
+    use_fast_linear(model)
     return model
 
 

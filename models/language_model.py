@@ -19,8 +19,8 @@ from ..ops.runtime.context_parallel import ContextParallel
 from ..ops.runtime.memo import Memo
 from ..registry import SeqmixError
 from .config import ModelConfig, NormalInit
+from .linear import onednn_linear
 from .loss import IGNORED, Reduction, capped, linear_cross_entropy, linear_predictions
-from .onednn_linear import onednn_linear
 from .parametrization import Shape, initial_std, shapes_of
 from .readout import LastVector
 from .tokenizer import ByteTokenizer, Tokenizer

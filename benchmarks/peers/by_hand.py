@@ -19,7 +19,7 @@ from ...mixers.parts import rotated
 from ...mixers.parts.decay_rates import scheduled
 from ...mixers.retention import RetentionConfig, normalizers
 from ...models import IGNORED, LanguageModel, ModelConfig, linear_cross_entropy
-from ...models.onednn_linear import use_onednn_linear
+from ...models.linear import use_fast_linear
 from ...ops.decay import decay
 from ...ops.runtime.call import Call
 from ...ops.runtime.memo import Memo, once
@@ -140,7 +140,7 @@ class HandWritten(nn.Module):
         with torch.no_grad():
             for target, source in zip(self.parameters(), model.parameters(), strict=True):
                 target.copy_(source)
-        use_onednn_linear(self)
+        use_fast_linear(self)
 
     def init_state(self, batch: int) -> State:
         """Return the states of all layers before the first token."""

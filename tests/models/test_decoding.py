@@ -260,7 +260,7 @@ def test_a_layer_of_a_step_is_a_limited_number_of_calls(model_of):
             found.append(seen["call"] + seen["c_call"])
         return min(found)
 
-    assert calls(4) - calls(2) <= 2 * 360
+    assert calls(4) - calls(2) <= 2 * 390
 
 
 def test_a_growing_state_is_not_captured(model_of, captured):

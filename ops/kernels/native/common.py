@@ -5,7 +5,10 @@ from typing import overload
 
 import torch
 from torch import Tensor
+from torch.overrides import has_torch_function
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from ...runtime.custom_op import has_tangent, needs_grad
 from ...runtime.kernel import Probe
 from ...runtime.packing import read_boundaries
 from . import build
@@ -24,6 +27,19 @@ def limits_of(family: str) -> Callable[[Probe], list[str]]:
         return [] if reason is None else [reason]
 
     return limits
+
+
+def runs_unseen(*tensors: Tensor | None) -> bool:
+    """True if a function of a library may compute from these tensors outside of a custom op.
+
+    A compiler, autograd, a transform of torch.func or a dispatch mode would not see it, and subclasses of tensors may
+    have no memory.
+    """
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or torch._C._are_functorch_transforms_active():
+        return False
+    if needs_grad(*tensors) or has_tangent(*tensors) or has_torch_function(tensors):
+        return False
+    return all(type(x).__torch_dispatch__ is Tensor.__torch_dispatch__ for x in tensors if x is not None)
 
 
 CHUNK = 32

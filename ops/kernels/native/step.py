@@ -2,12 +2,10 @@
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from ...recurrence.family import Recurrence, RecurrenceOutput
-from ...runtime.custom_op import has_tangent, needs_grad
 from . import build
-from .common import contiguous
+from .common import contiguous, runs_unseen
 
 ADD, REPLACE, MOVE = range(3)
 """Rules of step.cpp and recurrence.cpp: a token adds to the state, replaces what it reads, or writes it under another
@@ -22,21 +20,10 @@ def rule_of(x: Recurrence) -> int:
 
 
 def can_step(x: Recurrence) -> bool:
-    """True if `step` can compute a call: one token of each row, and nobody but the caller follows its operations.
-
-    A compiler, autograd, a transform of torch.func or a dispatch mode would not see what a function of a library does.
-    """
-    if x.q.shape[1] != 1 or x.cu_seqlens is not None or torch.compiler.is_compiling():
+    """True if `step` can compute a call: one token of each row, and nothing that follows its operations."""
+    if x.q.shape[1] != 1 or x.cu_seqlens is not None or build.failure("step") is not None:
         return False
-    if build.failure("step") is not None:
-        return False
-    tensors = [tensor for tensor in x if isinstance(tensor, Tensor)]
-    if needs_grad(*tensors) or has_tangent(*tensors):
-        return False
-    if is_in_torch_dispatch_mode() or torch._C._are_functorch_transforms_active():
-        return False
-    # subclasses of tensors may have no memory
-    return all(type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__ for tensor in tensors)
+    return runs_unseen(*(tensor for tensor in x if isinstance(tensor, Tensor)))
 
 
 def step(x: Recurrence) -> RecurrenceOutput:

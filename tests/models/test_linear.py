@@ -1,4 +1,4 @@
-"""Linear layers by oneDNN: the results and gradients of torch's own."""
+"""Linear layers by oneDNN and by the native kernel: the results and gradients of torch's own."""
 
 import pickle
 from copy import deepcopy
@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from dispatched import Watched
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.autograd import forward_ad
@@ -15,8 +15,10 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from seqmix.models import build_model
-from seqmix.models import onednn_linear as module
-from seqmix.models.onednn_linear import Linear, linear, onednn_linear, use_onednn_linear
+from seqmix.models import linear as module
+from seqmix.models.linear import Linear, linear, onednn_linear, use_fast_linear
+from seqmix.ops.kernels.native import build
+from seqmix.ops.kernels.native import linear as kernel
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch has no oneDNN here")
 
@@ -145,7 +147,7 @@ def test_batches_of_calls_are_one(in_dims):
 
 
 def test_operations_are_counted():
-    use_onednn_linear(nn.Linear(8, 3))  # as any model that has such layers
+    use_fast_linear(nn.Linear(8, 3))  # as any model that has such layers
     counts = []
     for function in (linear, F.linear):
         with FlopCounterMode(display=False) as counter:
@@ -196,13 +198,11 @@ def test_a_switch_of_torch_turns_it_off(monkeypatch):
     assert len(asked_of) == 1
 
 
-@pytest.mark.parametrize("faster", [False, True])
-def test_models_have_the_fastest_layers_and_stay_what_they_are(config_of, monkeypatch, faster):
-    monkeypatch.setattr(module, "USE_ONEDNN", faster)
+def test_models_have_the_fastest_layers_and_stay_what_they_are(config_of):
     built, tokens = build_model(config_of("retention", "mamba2")), torch.arange(12).view(2, 6)
     layers = [layer for layer in built.modules() if isinstance(layer, nn.Linear)]
     assert len(layers) > 4
-    assert all(type(layer) is (Linear if faster else nn.Linear) for layer in layers)
+    assert all(type(layer) is Linear for layer in layers)
     assert str(built).count("Linear(") == len(layers)
     for copy in (deepcopy(built), pickle.loads(pickle.dumps(built))):
         assert_close(copy(tokens).logits, built(tokens).logits, rtol=0, atol=0)
@@ -230,3 +230,56 @@ def test_one_graph_serves_every_number_of_tokens():
     assert len(graphs) == 2
     assert not any("seqmix.linear" in str(node.target) for node in graphs[1].graph.nodes)
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def native(monkeypatch):
+    """Products of any size are for the native kernel; the calls that it gets."""
+    if build.failure("linear") is not None:
+        pytest.skip("there is no C++ compiler")
+    calls = []
+    monkeypatch.setattr(kernel, "MIN_WEIGHTS", 0)
+    monkeypatch.delenv("SEQMIX_NATIVE", raising=False)
+    monkeypatch.setattr(module, "multiply_rows", lambda *args: calls.append(args) or kernel.multiply_rows(*args))
+    return calls
+
+
+@pytest.mark.filterwarnings("ignore:Generating overly large repr")  # `native` lists calls
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rows=st.lists(st.integers(1, 3), min_size=1, max_size=2),
+    width=st.integers(1, 40),
+    outputs=st.integers(1, 140),
+    layout=st.sampled_from(sorted(LAYOUTS)),
+    bias=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_few_rows_are_multiplied_natively(native, rows, width, outputs, layout, bias, dtype):
+    x = LAYOUTS[layout](random(*rows, width, dtype=dtype, requires_grad=False))
+    weight = random(outputs, width, seed=1, dtype=dtype, requires_grad=False)
+    added = random(outputs, seed=2, dtype=dtype, requires_grad=False) if bias else None
+    count = x.numel() // width
+    before = len(native)
+    y = linear(x, weight, added)
+    assert len(native) - before == (kernel.MIN_ROWS[dtype] <= count <= kernel.MAX_ROWS)
+    exact = F.linear(x.double(), weight.double(), None if added is None else added.double())
+    assert (y.dtype, y.shape) == (dtype, exact.shape)
+    assert (y - exact).norm() <= {torch.float32: 1e-6, torch.bfloat16: 6e-3}[dtype] * (1 + exact.norm())
+
+
+def test_what_the_native_kernel_cannot_follow_stays_with_torch(native, monkeypatch):
+    x, weight = random(2, 8, requires_grad=False), random(3, 8, seed=1, requires_grad=False)
+    linear(x, weight)
+    assert len(native) == 1
+    linear(x, weight.detach().requires_grad_()).sum().backward()
+    linear(x.double(), weight.double())
+    linear(x, weight.T.contiguous().T)
+    linear(x[:1].expand(9, -1), weight)
+    assert linear(x, weight.as_subclass(Quantised)) == "its own"
+    assert asked(lambda: linear(x, weight)) == 1  # by oneDNN, as a dispatch mode watches
+    torch.vmap(lambda row: linear(row[None], weight))(x)
+    with torch.autocast("cpu"):
+        assert linear(x, weight).dtype is torch.bfloat16
+    monkeypatch.setenv("SEQMIX_NATIVE", "0")
+    linear(x, weight)
+    assert len(native) == 1

@@ -1,7 +1,8 @@
-"""Linear layers that compute float32 products with oneDNN, on CPUs where torch's default takes twice as long.
+"""Linear layers on CPUs: a few rows by a native kernel, many by oneDNN where torch's default takes twice as long.
 
-By default torch computes these products with MKL, which uses AVX-512 only on Intel's processors. oneDNN, which is part
-of torch too, uses AVX-512 on every processor. Both accumulate in float32, in different orders.
+By default torch computes float32 products with MKL, which uses AVX-512 only on Intel's processors. oneDNN, which is
+part of torch too, uses AVX-512 on every processor. For a few rows, as in decoding, both read the weights slowly. All
+of them accumulate in float32, in different orders.
 """
 
 from functools import cache
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.kernels.native.linear import can_multiply, multiply_rows
 from ..ops.runtime.custom_op import has_tangent
 
 MIN_MULTIPLICATIONS = 2**22
@@ -19,19 +21,19 @@ MIN_MULTIPLICATIONS = 2**22
 
 
 class Linear(nn.Linear):
-    """A linear layer whose products are computed by `linear`, with oneDNN where that is faster."""
+    """A linear layer whose products are computed by `linear`."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: D102
         return linear(input, self.weight, self.bias)
 
 
-def use_onednn_linear(model: nn.Module) -> None:
-    """Replace every plain linear layer of a model by `Linear`, on machines where oneDNN is faster."""
+def use_fast_linear(model: nn.Module) -> None:
+    """Replace every plain linear layer of a model by `Linear`."""
     if USE_ONEDNN:
         _make_countable()
-        for module in model.modules():
-            if type(module) is nn.Linear:
-                module.__class__ = Linear
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = Linear
 
 
 def _is_faster() -> bool:
@@ -50,10 +52,13 @@ USE_ONEDNN = _is_faster()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return F.linear of x [* K], weight [N K] and bias [N]; oneDNN computes large products in float32 on a CPU.
+    """Return F.linear of x [* K], weight [N K] and bias [N].
 
-    Set `torch.backends.mkldnn.enabled = False` to turn oneDNN off.
+    On a CPU, a native kernel computes products of a few rows without gradients, and oneDNN large ones in float32. Set
+    SEQMIX_NATIVE=0 and `torch.backends.mkldnn.enabled = False` to turn these off.
     """
+    if can_multiply(x, weight, bias):
+        return multiply_rows(x, weight, bias)
     compiling = torch.compiler.is_compiling()
     is_small = not compiling and x.numel() * weight.shape[0] < MIN_MULTIPLICATIONS
     if is_small or not (USE_ONEDNN and _is_for_onednn(x, weight, compiling)):

@@ -1,0 +1,40 @@
+"""Products of a few rows with a matrix of weights on a CPU, as in decoding (linear.cpp)."""
+
+import torch
+from torch import Tensor
+
+from . import build
+from .common import runs_unseen
+
+MAX_ROWS = 8
+"""Maximum number of rows; for more, torch's products read the weights about as fast."""
+MIN_ROWS = {torch.float32: 1, torch.bfloat16: 2}
+"""Minimum number of rows, by dtype: torch reads bfloat16 weights fast for one row."""
+MIN_WEIGHTS = 2**16
+"""Minimum number of weights; with fewer, the call itself takes longer than the product."""
+FUNCTIONS = {torch.float32: "linear_float32", torch.bfloat16: "linear_bfloat16"}
+
+
+def can_multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """True if `multiply_rows` supports x [* K], weight [N K] and bias [N], and is faster than torch."""
+    if weight.numel() < MIN_WEIGHTS or not 0 < x.numel() <= MAX_ROWS * x.shape[-1]:
+        return False
+    if x.device.type != "cpu" or x.dtype not in FUNCTIONS or torch.is_autocast_enabled("cpu"):
+        return False
+    if x.numel() < MIN_ROWS[x.dtype] * x.shape[-1]:
+        return False
+    if not weight.is_contiguous() or any(y is not None and y.dtype != x.dtype for y in (weight, bias)):
+        return False
+    if x.shape[-1] != weight.shape[1] or build.is_off() or build.failure("linear") is not None:
+        return False
+    return runs_unseen(x, weight, bias)
+
+
+def multiply_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return x weight^T + bias, with sums in float32."""
+    x = x.contiguous()
+    keys, width = x.shape[-1], len(weight)
+    y = x.new_empty((*x.shape[:-1], width))
+    bias = None if bias is None else bias.contiguous()
+    build.run("linear", FUNCTIONS[x.dtype], x, weight, bias, y, x.numel() // keys, keys, width)
+    return y
