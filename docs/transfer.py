@@ -26,7 +26,8 @@ def transfer(results: Results) -> list[str]:
     rows = []
     for (entry, kind, width), row in losses.items():
         best = min(row, key=row.__getitem__)
-        cells = [f"**{row[rate]:.3f}**" if rate == best else f"{row[rate]:.3f}" if rate in row else "" for rate in rates]
+        cells = ["" if rate not in row else f"{row[rate]:.3f}" for rate in rates]
+        cells[rates.index(best)] = f"**{row[best]:.3f}**"
         rows.append([f"`{entry}`", NAMES[kind], f"{width}", *cells])
     return table(["mixer", "parametrization", "width:", *(f"{rate:g}:" for rate in rates)], rows)
 

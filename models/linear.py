@@ -23,8 +23,11 @@ MIN_MULTIPLICATIONS = 2**22
 class Linear(nn.Linear):
     """A linear layer whose products are computed by `linear`."""
 
+    is_native = True
+    """True to compute a few rows with the native kernel."""
+
     def forward(self, input: Tensor) -> Tensor:  # noqa: D102
-        return linear(input, self.weight, self.bias)
+        return linear(input, self.weight, self.bias, native=self.is_native)
 
 
 def use_fast_linear(model: nn.Module) -> None:
@@ -51,13 +54,13 @@ USE_ONEDNN = _is_faster()
 """True if oneDNN is faster than MKL on this machine."""
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, native: bool = True) -> Tensor:
     """Return F.linear of x [* K], weight [N K] and bias [N].
 
     On a CPU, a native kernel computes products of a few rows without gradients, and oneDNN large ones in float32. Set
-    SEQMIX_NATIVE=0 and `torch.backends.mkldnn.enabled = False` to turn these off.
+    SEQMIX_NATIVE=0 (or `native` to False) and `torch.backends.mkldnn.enabled = False` to turn these off.
     """
-    if can_multiply(x, weight, bias):
+    if native and can_multiply(x, weight, bias):
         return multiply_rows(x, weight, bias)
     compiling = torch.compiler.is_compiling()
     is_small = not compiling and x.numel() * weight.shape[0] < MIN_MULTIPLICATIONS

@@ -11,6 +11,7 @@ from ...mixers.state import to_dict
 from ...models import build_meta, build_model, compile_blocks
 from ...models.compiling import rows_as_sums
 from ...models.decoding import Decoder
+from ...models.linear import Linear
 from ...models.prefill import compiled_prefill
 from ...ops.kernels.selection import AUTO_ON_CPU, fallback_of
 from ...ops.runtime.memo import Memo
@@ -89,7 +90,7 @@ class Reference(Seqmix):
     """seqmix with its reference kernels in plain torch, instead of the native kernels that it has for a CPU."""
 
     name = "reference"
-    roles = frozenset({"train", "prefill"})
+    roles = frozenset({"train", "prefill", "decode"})
     compiled_roles = frozenset()
 
     @classmethod
@@ -103,10 +104,12 @@ class Reference(Seqmix):
 
     def build(self) -> nn.Module:
         model = build_model(self.size.config, device=self.device, dtype=self.dtype)
-        for mixer in model.modules():
-            if isinstance(mixer, SequenceMixer):
-                kernels = mixer.kernels(self.dtype)
-                mixer.backend = "reference" if kernels is None else fallback_of(kernels[0])
+        for module in model.modules():
+            if isinstance(module, SequenceMixer):
+                kernels = module.kernels(self.dtype)
+                module.backend = "reference" if kernels is None else fallback_of(kernels[0])
+            elif isinstance(module, Linear):
+                module.is_native = False
         model.resolve_backends(self.dtype)
         return model
 
