@@ -6,10 +6,10 @@ from torch import Tensor
 from . import build
 from .common import runs_unseen
 
+MIN_ROWS = 2
+"""Minimum number of rows: for one, torch reads the weights about as fast, and a call of it costs less."""
 MAX_ROWS = 8
-"""Maximum number of rows; for more, torch's products read the weights about as fast."""
-MIN_ROWS = {torch.float32: 1, torch.bfloat16: 2}
-"""Minimum number of rows, by dtype: torch reads bfloat16 weights fast for one row."""
+"""Maximum number of rows; for more, torch computes products of matrices."""
 MIN_WEIGHTS = 2**16
 """Minimum number of weights; with fewer, the call itself takes longer than the product."""
 FUNCTIONS = {torch.float32: "linear_float32", torch.bfloat16: "linear_bfloat16"}
@@ -17,15 +17,14 @@ FUNCTIONS = {torch.float32: "linear_float32", torch.bfloat16: "linear_bfloat16"}
 
 def can_multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """True if `multiply_rows` supports x [* K], weight [N K] and bias [N], and is faster than torch."""
-    if weight.numel() < MIN_WEIGHTS or not 0 < x.numel() <= MAX_ROWS * x.shape[-1]:
+    keys = x.shape[-1]
+    if weight.numel() < MIN_WEIGHTS or not MIN_ROWS * keys <= x.numel() <= MAX_ROWS * keys:
         return False
     if x.device.type != "cpu" or x.dtype not in FUNCTIONS or torch.is_autocast_enabled("cpu"):
         return False
-    if x.numel() < MIN_ROWS[x.dtype] * x.shape[-1]:
-        return False
     if not weight.is_contiguous() or any(y is not None and y.dtype != x.dtype for y in (weight, bias)):
         return False
-    if x.shape[-1] != weight.shape[1] or build.is_off() or build.failure("linear") is not None:
+    if keys != weight.shape[1] or build.is_off() or build.failure("linear") is not None:
         return False
     return runs_unseen(x, weight, bias)
 
