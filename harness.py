@@ -17,7 +17,7 @@ import torch
 
 from .models import LanguageModel, Sampling, Tokenizer, generate_text
 from .models.scoring import Scorer
-from .registry import SeqmixError, nearest
+from .registry import SeqmixError, nearest_hint
 from .training import Choice, load_run
 
 try:
@@ -69,7 +69,7 @@ class SeqmixLM(TemplateLM):
         for name in unknown:
             raise SeqmixError(
                 f"lm-eval's model seqmix has no argument {name!r}; it has {', '.join(ARGUMENTS)}"
-                f"{nearest(name, ARGUMENTS)}"
+                f"{nearest_hint(name, ARGUMENTS)}"
             )
         if (run is None) == (model is None):
             raise SeqmixError(
@@ -224,7 +224,7 @@ def _task_manager(tasks: tuple[str, ...], include_path: str | Path | None) -> An
     if unknown := [name for name in tasks if not manager.match_tasks([name])]:
         raise SeqmixError(
             f"lm-eval has no task {unknown[0]!r}: list the tasks with `lm_eval ls tasks`, or add your own with "
-            f"--include-path DIR{nearest(unknown[0], manager.all_tasks)}"
+            f"--include-path DIR{nearest_hint(unknown[0], manager.all_tasks)}"
         )
     return manager
 

@@ -23,7 +23,7 @@ from .products import Product, calls_of, record_products, split_products
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Settings of a benchmark: model, device, lengths, and the way of measuring."""
+    """Settings of a benchmark: model, device, lengths, and how to measure."""
 
     lengths: tuple[int, ...]
     """Sequence lengths in tokens; for decoding, lengths of the context."""
@@ -57,8 +57,8 @@ class Settings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
-    """One implementation at one length, ready to run."""
+class PreparedCall:
+    """Call of one implementation at one length, ready to run and to be timed."""
 
     call: TimedCall
     tokens: int
@@ -66,7 +66,7 @@ class Entry:
     parameters: int | None = None
     state_bytes: int | None = None
     """Bytes of the states of all sequences."""
-    moved: int | None = None
+    moved_bytes: int | None = None
     """Bytes that one step must read from and write to memory; None if memory bandwidth does not limit the call."""
     record: Callable[[], Any] | None = None
     """Function that runs the call once, so that its matrix products can be recorded; None if the `base` of the
@@ -134,12 +134,12 @@ class Implementation(ABC):
     first; None if there is none."""
 
     @abstractmethod
-    def missing(self) -> str | None:
+    def unavailable_reason(self) -> str | None:
         """Return the reason why the implementation cannot run here; None if it can."""
 
     @abstractmethod
-    def entry(self, length: int) -> Entry:
-        """Return the implementation ready to run at a length.
+    def prepared_call(self, length: int) -> PreparedCall:
+        """Return the call to measure at a sequence length, ready to run.
 
         Raises:
             Skip: it does not run at this length.
@@ -203,7 +203,7 @@ def run(benchmark: Benchmark, progress: Callable[[str], Any] = lambda text: None
         notes.append("Stopped before the end.")  # the rows measured so far are kept
     if seconds["product"]:
         machine["product_flops_per_second"] = rates.flops / Spread.of(seconds["product"]).median
-        machine["copy_bytes_per_second"] = rates.moved / Spread.of(seconds["copy"]).median
+        machine["copy_bytes_per_second"] = rates.moved_bytes / Spread.of(seconds["copy"]).median
     reported_elsewhere = {"model", "device", "dtype", "rates", "only"}
     return Report(
         benchmark=benchmark.name,
@@ -284,7 +284,7 @@ class Forecast:
 class _Ready(NamedTuple):
     """An implementation warmed up at one length."""
 
-    entry: Entry
+    prepared: PreparedCall
     peak: int | None
     products: dict[Product, float] | None
     """Number of times that a step computes each matrix product, for the lower bound of its time; None if unknown, or
@@ -314,7 +314,7 @@ class _Rounds:
                 ready[implementation.name, length] = self._prepare(implementation, length)
             except Skip as reason:
                 skipped[implementation.name, length] = str(reason)
-        calls = {place: warm.entry.call for place, warm in ready.items()}
+        calls = {place: warm.prepared.call for place, warm in ready.items()}
         rate_calls = self.rates.calls(settings.device, settings.dtype) if ready and settings.measures_rates else {}
         product_calls = calls_of({p for warm in ready.values() for p in warm.products or ()}, settings.device)
         all_calls: dict[Any, TimedCall] = {**calls, **rate_calls, **product_calls}
@@ -342,20 +342,20 @@ class _Rounds:
             floors = None
             if products:
                 floors = [sum(n * samples[p][i] for p, n in products.items()) for i in range(settings.repeat)]
-            elif warm.entry.moved is not None and settings.measures_rates:
-                floors = [warm.entry.moved / self.rates.moved * copy for copy in samples["copy"]]
+            elif warm.prepared.moved_bytes is not None and settings.measures_rates:
+                floors = [warm.prepared.moved_bytes / self.rates.moved_bytes * copy for copy in samples["copy"]]
             yield Row(
                 what=self.what,
                 length=length,
                 name=implementation.name,
-                parameters=warm.entry.parameters,
-                tokens=warm.entry.tokens,
+                parameters=warm.prepared.parameters,
+                tokens=warm.prepared.tokens,
                 seconds=Spread.of(seconds),
                 ratio=ratio(seconds, samples[reference]),
                 share=None if floors is None else ratio(floors, seconds),
                 floor=None if floors is None else Spread.of(floors).median,
                 peak_bytes=warm.peak,
-                state_bytes=warm.entry.state_bytes,
+                state_bytes=warm.prepared.state_bytes,
             )
 
     def _report(self, text: str, length: int | None = None) -> None:
@@ -368,7 +368,7 @@ class _Rounds:
         Raises:
             Skip: it cannot run, for whatever reason.
         """
-        if reason := implementation.missing():
+        if reason := implementation.unavailable_reason():
             raise Skip(reason)
         # a compiled variant is predicted by its base: compiling every shorter length would take long
         probes = [] if implementation.base else self.forecast.probes(implementation.name, length)
@@ -377,11 +377,11 @@ class _Rounds:
                 self._report(f"{implementation.name} (trying {probe:,} to predict {length:,})", length)
                 self._warm(implementation, probe)
             self._report(f"{implementation.name} (warming up)", length)
-            entry, peak = self._warm(implementation, length)
+            prepared, peak = self._warm(implementation, length)
             products = None
-            if entry.record is not None and self.benchmark.settings.measures_rates:
-                products = record_products(entry.record)
-            return _Ready(entry, peak, None if products is None else split_products(products))
+            if prepared.record is not None and self.benchmark.settings.measures_rates:
+                products = record_products(prepared.record)
+            return _Ready(prepared, peak, None if products is None else split_products(products))
         except torch.OutOfMemoryError:
             implementation.release()
             torch.cuda.empty_cache()
@@ -392,17 +392,18 @@ class _Rounds:
             first = (str(error).splitlines() or [""])[0]
             raise Skip(f"failed with {type(error).__name__}: {first}") from error
 
-    def _warm(self, implementation: Implementation, length: int) -> tuple[Entry, int | None]:
-        """Return an entry that has run once, and its peak bytes in a second run, whose time the forecast records."""
+    def _warm(self, implementation: Implementation, length: int) -> tuple[PreparedCall, int | None]:
+        """Return a prepared call that has run once, and its peak bytes in a second run; the forecast records that run's
+        time."""
         device = self.benchmark.settings.device
         rows = self.benchmark.rows(length)
         self.forecast.require(implementation.base or implementation.name, length, rows)
-        entry = implementation.entry(length)
-        entry.call.prepare()
-        entry.call.run()
-        entry.call.prepare()  # outside of the measurement: its memory does not count
-        once = partial(time_interleaved, {"": TimedCall(entry.call.run)}, repeat=1, synchronize=synchronizer(device))
+        prepared = implementation.prepared_call(length)
+        prepared.call.prepare()
+        prepared.call.run()
+        prepared.call.prepare()  # outside of the measurement: its memory does not count
+        once = partial(time_interleaved, {"": TimedCall(prepared.call.run)}, repeat=1, synchronize=synchronizer(device))
         samples, peak = with_peak_memory(once, device)
         (seconds,) = samples[""]
         self.forecast.add(implementation.name, length, seconds / rows, (peak or 0) / rows)
-        return replace(entry, call=lengthen(entry.call, seconds)), peak
+        return replace(prepared, call=lengthen(prepared.call, seconds)), peak

@@ -142,7 +142,7 @@ def _paper_parts(
     # a rehearsal needs only one peer: the options of the others are the same
     wanted = (only or "seqmix",) if rehearsal else (only,) if only else [kind.name for kind in PEERS]
     for kind in (kind for kind in PEERS if kind.name in wanted and kind.name != "by-hand"):
-        reason = kind.missing(size, device)
+        reason = kind.unavailable_reason(size, device)
         if reason is None and needed > memory and not rehearsal:
             reason = f"parameters alone take {needed / gib:,.0f} GiB, but the GPU has {memory / gib:,.0f} GiB"
         names = [kind.name] if benchmark in kind.roles else []

@@ -86,7 +86,7 @@ class Rates:
         return 2 * self.size**3
 
     @property
-    def moved(self) -> int:
+    def moved_bytes(self) -> int:
         """Bytes that the copy reads and writes."""
         return 2 * self.copied
 

@@ -10,7 +10,7 @@ import torch
 from ..models import ModelConfig
 from ..training import load_config
 from ..training.monitoring.memory import keep_freed_memory, return_freed_memory
-from .benchmark import Benchmark, Entry, Implementation
+from .benchmark import Benchmark, Implementation, PreparedCall
 from .measure import TimedCall
 from .peers import PEERS, Peer, Size
 
@@ -42,8 +42,8 @@ class ModelImplementation(Implementation):
         self.name = f"{kind.name}-compiled" if compiled else kind.name
         self.base = kind.name if compiled else None
 
-    def missing(self) -> str | None:
-        return self.kind.missing(self.size, self.benchmark.settings.device)
+    def unavailable_reason(self) -> str | None:
+        return self.kind.unavailable_reason(self.size, self.benchmark.settings.device)
 
     @cached_property
     def peer(self) -> Peer:
@@ -53,8 +53,8 @@ class ModelImplementation(Implementation):
         self.benchmark.prepare(peer, compiled=self.compiled)
         return peer
 
-    def entry(self, length: int) -> Entry:
-        return self.benchmark.entry(self, length)
+    def prepared_call(self, length: int) -> PreparedCall:
+        return self.benchmark.prepared_call(self, length)
 
     def release(self) -> None:
         vars(self).pop("peer", None)
@@ -74,7 +74,7 @@ class ModelBenchmark(Benchmark):
             peer.compile(self.name)
 
     @abstractmethod
-    def entry(self, implementation: ModelImplementation, length: int) -> Entry:
+    def prepared_call(self, implementation: ModelImplementation, length: int) -> PreparedCall:
         """Return an implementation's timed call at a length, with the model ready to run."""
 
     def parts(self) -> dict[str, list[Implementation]]:
@@ -120,7 +120,7 @@ class TrainBenchmark(ModelBenchmark):
     def rows(self, length: int) -> int:
         return max(1, self.settings.tokens // length)
 
-    def entry(self, implementation: ModelImplementation, length: int) -> Entry:
+    def prepared_call(self, implementation: ModelImplementation, length: int) -> PreparedCall:
         tokens = self.tokens(self.rows(length), length + 1)
         inputs = tokens[:, :-1].contiguous()
         targets = tokens[:, 1:].contiguous()
@@ -140,7 +140,7 @@ class TrainBenchmark(ModelBenchmark):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-        return Entry(
+        return PreparedCall(
             # on a CPU a step reuses memory that the step before freed, so an untimed step of the same model comes first
             call=TimedCall(run, run) if self.settings.device.type == "cpu" else TimedCall(run),
             tokens=inputs.numel(),
@@ -170,7 +170,7 @@ class PrefillBenchmark(ModelBenchmark):
     name = "prefill"
     title = "Prefill of a prompt"
 
-    def entry(self, implementation: ModelImplementation, length: int) -> Entry:
+    def prepared_call(self, implementation: ModelImplementation, length: int) -> PreparedCall:
         peer = implementation.peer
         tokens = self.tokens(self.settings.batch, length)
         peer.module.eval()
@@ -180,7 +180,7 @@ class PrefillBenchmark(ModelBenchmark):
             peer.read(tokens)
 
         record = None if implementation.compiled else run
-        return Entry(call=TimedCall(run), tokens=tokens.numel(), parameters=peer.parameters, record=record)
+        return PreparedCall(call=TimedCall(run), tokens=tokens.numel(), parameters=peer.parameters, record=record)
 
     def notes(self) -> Iterable[str]:
         yield from super().notes()
@@ -197,14 +197,14 @@ class DecodeBenchmark(ModelBenchmark):
     title = "Decoding, per token"
     order = 1
 
-    def entry(self, implementation: ModelImplementation, length: int) -> Entry:
+    def prepared_call(self, implementation: ModelImplementation, length: int) -> PreparedCall:
         peer = implementation.peer
         batch = self.settings.batch
         peer.module.eval()
         with torch.no_grad():
             state: Any = peer.state_after(length, batch, STEPS)
         first = self.tokens(batch, 1)[:, 0]
-        moved = peer.moved(state)
+        moved_bytes = peer.moved_bytes(state)
 
         @torch.no_grad()
         def run() -> None:
@@ -222,12 +222,12 @@ class DecodeBenchmark(ModelBenchmark):
             run()  # fills the processor's caches as in the middle of a text, after another implementation's call
             state = peer.renew(state, length)
 
-        return Entry(
+        return PreparedCall(
             call=TimedCall(run, prepare, units=STEPS),
             tokens=batch,
             parameters=peer.parameters,
             state_bytes=sum(x.nbytes for x in peer.tensors(state)),
-            moved=moved,
+            moved_bytes=moved_bytes,
         )
 
     def notes(self) -> Iterable[str]:

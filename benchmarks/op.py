@@ -13,7 +13,7 @@ from ..models import ModelConfig
 from ..ops.decay import decay
 from ..ops.runtime.kernel import Probe, find
 from ..registry import SeqmixError
-from .benchmark import Benchmark, Entry, Implementation, Settings, Skip
+from .benchmark import Benchmark, Implementation, PreparedCall, Settings, Skip
 from .measure import TimedCall
 from .peers.gpt import eager_attention
 from .peers.peer import GPU_ONLY, Size, install_hint
@@ -57,10 +57,10 @@ class OpImplementation(Implementation):
     reason: str | None = None
     base: str | None = None
 
-    def missing(self) -> str | None:
+    def unavailable_reason(self) -> str | None:
         return self.reason
 
-    def entry(self, length: int) -> Entry:
+    def prepared_call(self, length: int) -> PreparedCall:
         batch, (heads, keys, values) = self.settings.batch, self.widths
         device = self.settings.device
         generator = torch.Generator(device).manual_seed(0)  # on the device: drawing on a CPU would take long
@@ -81,7 +81,7 @@ class OpImplementation(Implementation):
                 output.backward(upstream)
                 q.grad = k.grad = v.grad = None
 
-        return Entry(call=TimedCall(run), tokens=batch * length, record=None if self.base else run)
+        return PreparedCall(call=TimedCall(run), tokens=batch * length, record=None if self.base else run)
 
 
 class OpBenchmark(Benchmark):

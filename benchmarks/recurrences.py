@@ -12,7 +12,7 @@ from ..ops.decay import decay
 from ..ops.delta import delta
 from ..ops.dplr import dplr
 from ..ops.scan import scan, selective_scan
-from .benchmark import Benchmark, Entry, Implementation, Settings
+from .benchmark import Benchmark, Implementation, PreparedCall, Settings
 from .measure import TimedCall
 
 HEADS = 4
@@ -48,10 +48,10 @@ class Recurrence(Implementation):
     function: Map
     case: Case
 
-    def missing(self) -> str | None:
+    def unavailable_reason(self) -> str | None:
         return None
 
-    def entry(self, length: int) -> Entry:
+    def prepared_call(self, length: int) -> PreparedCall:
         batch = self.settings.batch
         generator = torch.Generator().manual_seed(0)
 
@@ -65,7 +65,7 @@ class Recurrence(Implementation):
         def run() -> None:
             torch.autograd.grad(self.function(inputs), list(inputs.values()), upstream)
 
-        return Entry(call=TimedCall(run), tokens=batch * length, record=run if self.name == CHUNKWISE else None)
+        return PreparedCall(call=TimedCall(run), tokens=batch * length, record=run if self.name == CHUNKWISE else None)
 
 
 class RecurrenceBenchmark(Benchmark):

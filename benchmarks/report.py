@@ -52,7 +52,7 @@ def from_json(text: str) -> Report:
 
 
 def conditions(report: Report) -> str:
-    """Describe in one line the machine and the way of measuring."""
+    """Describe in one line the machine and how the calls were measured."""
     machine = report.machine
     settings = report.settings
     where = machine["device"]

@@ -19,7 +19,16 @@ from torch import nn
 from ..configs import PRESETS
 from ..mixers import MIXERS, MixerConfig, Paradigm, SequenceMixer
 from ..ops.runtime.kernel import Kernel, all_kernels
-from ..registry import ConfigError, SeqmixError, import_named, load, nearest, read_mapping, require_name, write_file
+from ..registry import (
+    ConfigError,
+    SeqmixError,
+    import_named,
+    load,
+    nearest_hint,
+    read_mapping,
+    require_name,
+    write_file,
+)
 from .check_output import Tested, as_json, as_junit
 from .console import plain_table, terminal
 from .options import JsonFile, require_writable
@@ -282,7 +291,7 @@ def mixers_of(source: str, changes: Sequence[str] = (), hf_config: str = "") -> 
     presets = sorted(file.stem for file in PRESETS.glob("*.yaml"))
     is_file = source.endswith((".yaml", ".yml")) or "/" in source or Path(source).is_file()
     if not is_file and source not in presets:
-        hint = nearest(source, [*kinds, *presets]) or "; write your own mixer as my_module:MyConfig."
+        hint = nearest_hint(source, [*kinds, *presets]) or "; write your own mixer as my_module:MyConfig."
         raise SeqmixError(f"there is no mixer kind, preset or file {source!r}{hint} `seqmix mixers` lists the kinds")
     if source.endswith(".py"):
         module = Path(source).stem

@@ -11,7 +11,7 @@ import typer
 
 from ..mixers import Paradigm
 from ..models import LanguageModel
-from ..registry import SeqmixError, nearest, write_file
+from ..registry import SeqmixError, nearest_hint, write_file
 from ..training import load_run, read_config
 from ..training.checkpoint.run_dir import SCORES_FILE
 from ..training.length_eval import LENGTH_MULTIPLES, Evaluation, by_context, by_length, common_paradigms, open_text
@@ -173,7 +173,7 @@ def _evaluate_run(
     declared = common_paradigms(model)
     for name in paradigm:
         if name not in declared:
-            names = f"{', '.join(declared) or 'none'}{nearest(name, declared)}"
+            names = f"{', '.join(declared) or 'none'}{nearest_hint(name, declared)}"
             raise SeqmixError(f"paradigm {name!r} is not supported by all layers; supported by all: {names}")
     chosen = list(map(Paradigm, paradigm or declared))
     if lengths and not chosen:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ..registry import SeqmixError, nearest
+from ..registry import SeqmixError, nearest_hint
 from ..training import export_run
 from .console import note
 from .options import Checkpoint, Ema, Run, checkpoint_choice
@@ -38,7 +38,7 @@ def export(
     [bold]seqmix export runs/retnet-tiny --to hf retnet-tiny-hf[/bold]
     """
     if to not in FORMATS:
-        raise SeqmixError(f"expected --to {' or '.join(FORMATS)}, got {to!r}{nearest(to, FORMATS)}")
+        raise SeqmixError(f"expected --to {' or '.join(FORMATS)}, got {to!r}{nearest_hint(to, FORMATS)}")
     target = place if out is None else out
     if target is None or (place is not None and out is not None):
         raise SeqmixError("export needs exactly one output: --out FILE, or --to hf DIR")

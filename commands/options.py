@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import torch
 import typer
 
-from ..registry import SeqmixError, nearest
+from ..registry import SeqmixError, nearest_hint
 
 Overrides = Annotated[
     list[str] | None,
@@ -45,7 +45,7 @@ def checkpoint_choice(checkpoint: str) -> int | Literal["newest", "best"]:
         return int(checkpoint)
     raise SeqmixError(
         f"expected --checkpoint newest, best or the number of a step, got {checkpoint!r}"
-        f"{nearest(checkpoint, ('newest', 'best'))}"
+        f"{nearest_hint(checkpoint, ('newest', 'best'))}"
     )
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..models import TOKENIZER_FILE, build_meta
-from ..registry import SeqmixError, nearest, read_bytes, require_name
+from ..registry import SeqmixError, nearest_hint, read_bytes, require_name
 from ..registry.moved import former_parameters
 from ..training import Choice
 from ..training.checkpoint.saved_run import read_weights
@@ -46,7 +46,7 @@ def recognised(config: Mapping[str, Any], where: object) -> Architecture:
     kind = config.get("model_type")
     known = [each.model_type for each in ARCHITECTURES.values() if each.model_type]
     problem = "no model_type" if kind is None else f"the unknown model_type {kind!r}"
-    hint = nearest(str(kind), known) or "."
+    hint = nearest_hint(str(kind), known) or "."
     raise SeqmixError(f"{where} has {problem}{hint} Supported architectures: {', '.join(ARCHITECTURES)}")
 
 

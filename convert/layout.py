@@ -14,7 +14,7 @@ import torch
 from einops import repeat
 from torch import Tensor
 
-from ..registry import SeqmixError, nearest
+from ..registry import SeqmixError, nearest_hint
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def to_ours(
     sources = {name: shape for rule in rules for name, shape in rule.sources.items()}
     for name, shape in sources.items():
         if name not in theirs:
-            raise SeqmixError(f"{where} lacks the tensor {name}, of shape {list(shape)}{nearest(name, theirs)}")
+            raise SeqmixError(f"{where} lacks the tensor {name}, of shape {list(shape)}{nearest_hint(name, theirs)}")
         if theirs[name].shape != shape:
             raise SeqmixError(
                 f"{where}: the tensor {name} must have shape {list(shape)} according to config.json, got "

@@ -207,7 +207,7 @@ def rotary_rows(heads: int, size: int, rotary_dim: int, stride: int) -> tuple[in
         heads: number of heads.
         size: rows of a head.
         rotary_dim: rows of a head that are rotated.
-        stride: distance between the first rows of two heads.
+        stride: distance between the first rows of consecutive heads.
     """
     pairs = torch.arange(rotary_dim).view(2, -1).T.flatten()
     head = torch.cat((pairs, torch.arange(rotary_dim, size)))

@@ -189,8 +189,8 @@ def _require_text(tokens: Tokens, begin: int, name: str) -> None:
             return
     if len(tokens):
         raise SeqmixError(
-            f"the {name} has no text: expected at least one token besides the begin token {begin}, got {len(tokens):,} "
-            "begin tokens only; use a text with documents that are not empty"
+            f"the {name} has no text: all its tokens ({len(tokens):,}) are the begin token {begin}; use a text with "
+            "documents that are not empty"
         )
 
 

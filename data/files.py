@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..registry import SeqmixError, choices
+from ..registry import SeqmixError, choices_hint
 from .corpus_config import DatasetConfig, DocumentsConfig, SourceConfig, WeightedSourceConfig
 from .formats import JSON_LINES, format_of, has_rows, read_lines, read_rows, read_text
 
@@ -154,7 +154,7 @@ def _parse_line(name: str, line: bytes | str) -> dict[str, object]:
 def _text_of(row: dict[str, object], field: str, name: str, config: DocumentsConfig) -> bytes:
     """Return the text field of a row, as UTF-8."""
     if field not in row:
-        fields = choices(field, row, "fields") if row else "; fields: none"
+        fields = choices_hint(field, row, "fields") if row else "; fields: none"
         if isinstance(config, WeightedSourceConfig):
             setting = "text_field of this entry of data.sources"
         elif isinstance(config, SourceConfig):
@@ -224,7 +224,7 @@ def open_dataset(config: DatasetConfig) -> Any:
         rows = datasets.load_from_disk(str(folder))
         if hasattr(rows, "keys"):
             if config.split not in rows:
-                splits = choices(config.split, rows, "splits")
+                splits = choices_hint(config.split, rows, "splits")
                 raise SeqmixError(f"the dataset {config.path} has no split {config.split!r}{splits}")
             rows = rows[config.split]
         if config.streaming:

@@ -12,7 +12,7 @@ from jaxtyping import Int
 from pydantic import Field
 
 from ..registry import Config
-from .source import Batch, LossSlice
+from .source import Batch, LossPartition
 
 COUNTED_TOKENS = 2**24
 """Number of tokens at the start of the training split whose n-grams are counted."""
@@ -43,8 +43,10 @@ class Slices:
         self.trained_length = trained_length
         self._known = np.sort(hashes(train, config.ngram))
 
-    def of(self, batch: Batch, documents: Int[np.ndarray, "B T"] | None = None) -> dict[str, LossSlice]:
-        """Return the slices of a batch by axis: `position` (bins, named by their end) and `recall` (hit or other).
+    def of(self, batch: Batch, documents: Int[np.ndarray, "B T"] | None = None) -> dict[str, LossPartition]:
+        """Return the partitions of a batch's targets, by axis.
+
+        The axes are `position` (bins, named by their end) and `recall` (hit or other).
 
         Args:
             batch: inputs and targets.
@@ -69,10 +71,10 @@ class Slices:
             np.put_along_axis(is_repeated, order[:, 1:], ordered[:, 1:] == ordered[:, :-1], axis=1)
             is_hit[:, n - 2 :] = is_repeated & is_rare
         return {
-            "position": LossSlice(
+            "position": LossPartition(
                 [str(stop) for _, stop in position_bins], torch.from_numpy(position.astype(np.int64))
             ),
-            "recall": LossSlice(["other", "hit"], torch.from_numpy(is_hit.astype(np.int64))),
+            "recall": LossPartition(["other", "hit"], torch.from_numpy(is_hit.astype(np.int64))),
         }
 
 

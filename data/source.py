@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..models import IGNORED, Tokenizer
 from ..registry import Config, Registry, SeqmixError
+from ..registry.moved import former_names
 
 
 class Batch(NamedTuple):
@@ -31,7 +32,7 @@ class Packed(NamedTuple):
     """Document boundaries of the row; the last documents may be empty. None without packing."""
 
 
-class LossSlice(NamedTuple):
+class LossPartition(NamedTuple):
     """A partition of the targets of a batch into named slices."""
 
     names: Sequence[str]
@@ -153,7 +154,7 @@ class Source(ABC):
         """
         raise SeqmixError(f"training.evaluation_lengths needs a text, got {self.name}")
 
-    def loss_slices(self, batch: Batch) -> Mapping[str, LossSlice]:
+    def loss_slices(self, batch: Batch) -> Mapping[str, LossPartition]:
         """Return partitions of a batch's targets, by axis, for which evaluations report the loss; empty by default."""
         return {}
 
@@ -235,3 +236,6 @@ def share(rows: int, rank: int, world_size: int) -> slice:
 def blank(rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
     """Return inputs filled with token 0 and targets filled with `IGNORED`, int64 [rows, length] each."""
     return np.zeros((rows, length), dtype=np.int64), np.full((rows, length), IGNORED, dtype=np.int64)
+
+
+__getattr__ = former_names(__name__, {"LossSlice": "LossPartition"})

@@ -85,7 +85,7 @@ def is_finished(run: PlannedRun, folder: Path) -> bool:
 
 def is_same(run: PlannedRun, folder: Path) -> bool:
     """True if a folder contains a run with the same configuration; no modules named in the folder are imported."""
-    if run.waits:
+    if run.awaits_learning_rate:
         return False
     try:
         # plug-ins of the study are imported already, so a folder that needs further modules is another run
@@ -117,7 +117,7 @@ def run_result(run: PlannedRun, folder: Path, *, error: str | None = None, at_on
         name=run.name,
         entry=run.entry,
         seed=run.config.seed,
-        learning_rate=None if run.waits else run.config.training.learning_rate,
+        learning_rate=None if run.awaits_learning_rate else run.config.training.learning_rate,
         tunes=run.tunes,
         variant=dict(run.variant),
         precision=_session(folder).get("precision") if lines else None,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..mixers import MIXERS
-from ..registry import ConfigError, SeqmixError, choices, validated
+from ..registry import ConfigError, SeqmixError, choices_hint, validated
 from ..registry.change import change
 from ..registry.sources import read
 from ..registry.tree import Node, Origin
@@ -229,7 +229,7 @@ def require_options(places: Mapping[str, str], entries: Iterable[PlannedEntry]) 
     for option, place in places.items():
         if not any(option in type(mixer).model_fields for mixer in kinds.values()):
             known = dict.fromkeys(name for mixer in kinds.values() for name in type(mixer).model_fields)
-            raise StudyError(f"{place}no mixer has this option{choices(option, known)}")
+            raise StudyError(f"{place}no mixer has this option{choices_hint(option, known)}")
         refused = [each for entry in entries for each in entry.exempt if each.option == option]
         if {each.mixer for each in refused} == set(kinds):
             reason = next(each.reason for each in refused if each.reason is not None)

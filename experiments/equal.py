@@ -1,4 +1,4 @@
-"""Options that all mixers of a study have alike (`equal`), such as short_conv: 4, and mixers that cannot have them."""
+"""Options set to the same value in all mixers of a study (`equal`), such as short_conv: 4; mixers that cannot take them."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass

@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from ..mixers.state import nbytes
 from ..models import ModelConfig, build_meta, flops_per_token
-from ..registry import Config, SeqmixError, choices
+from ..registry import Config, SeqmixError, choices_hint
 
 Metric = Literal["parameters", "flops", "state"]
 UNITS: dict[Metric, str] = {"parameters": "parameters", "flops": "FLOPs per token", "state": "bytes of state"}
@@ -214,7 +214,7 @@ def _fields(node: Any, keys: Sequence[str], place: tuple[str, ...]) -> list[tupl
             raise problems[0]
         return fields
     if key not in children:
-        raise MatchError(f"{'.'.join(place) or 'the model'} has no {key!r}{choices(key, children)}")
+        raise MatchError(f"{'.'.join(place) or 'the model'} has no {key!r}{choices_hint(key, children)}")
     if rest:
         return _fields(children[key], rest, (*place, key))
     if not isinstance(node, Config):

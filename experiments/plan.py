@@ -39,7 +39,7 @@ class PlannedRun:
     """Costs of the run's model."""
     tunes: bool = False
     """True if the run only helps to choose the learning rate; its result is not reported."""
-    waits: bool = False
+    awaits_learning_rate: bool = False
     """True if the learning rate has not been chosen yet; the configuration then has another one."""
 
     @property
@@ -88,10 +88,10 @@ class Plan:
 
 
 def _with_rate(run: PlannedRun, rates: Mapping[str, float]) -> PlannedRun:
-    if not run.waits or run.group not in rates:
+    if not run.awaits_learning_rate or run.group not in rates:
         return run
     training = run.config.training.model_copy(update={"learning_rate": rates[run.group]})
-    return replace(run, config=run.config.model_copy(update={"training": training}), waits=False)
+    return replace(run, config=run.config.model_copy(update={"training": training}), awaits_learning_rate=False)
 
 
 def plan(study: Study, file: Path, *, require_equal: bool = True) -> Plan:
@@ -157,8 +157,10 @@ def _run(study: Study, entry: PlannedEntry, variant: Variant, seed: int, rate: f
         config = config.model_copy(update={"training": training})
         parts.append(f"lr{rate:.16g}")
     name = "-".join([*parts, f"seed{seed}"])
-    waits = study.tune is not None and rate is None
-    return PlannedRun(name, entry.name, variant, config, entry.cost, tunes=rate is not None, waits=waits)
+    awaits_learning_rate = study.tune is not None and rate is None
+    return PlannedRun(
+        name, entry.name, variant, config, entry.cost, tunes=rate is not None, awaits_learning_rate=awaits_learning_rate
+    )
 
 
 def _require_names(runs: list[PlannedRun]) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..registry import ConfigError, SeqmixError, nearest, read_mapping
+from ..registry import ConfigError, SeqmixError, nearest_hint, read_mapping
 from ..training import PRESETS
 from ..training.checkpoint.run_dir import CONFIG_FILE
 from ..training.monitoring.logging import METRICS_FILE
@@ -52,7 +52,9 @@ def _reason(run: Path, error: OSError) -> str:
         reason = "it is a file" if run.is_file() else f"it has no {METRICS_FILE}"
         return f"{reason}; give a folder that `seqmix train` wrote"
     siblings = [path.name for path in run.parent.iterdir()] if run.parent.is_dir() else []
-    return f"it does not exist{nearest(run.name, siblings)}" if isinstance(error, FileNotFoundError) else str(error)
+    return (
+        f"it does not exist{nearest_hint(run.name, siblings)}" if isinstance(error, FileNotFoundError) else str(error)
+    )
 
 
 def _tokens_per_step(config: Path) -> int | None:

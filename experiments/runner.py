@@ -123,8 +123,8 @@ def make_runs(
     plan = tuned(plan, folder, {})
     unfinished = [run for run in plan.runs if not is_finished(run, folder / RUNS / run.name)]
     observer.begin(unfinished, len(plan.runs))
-    waiting = [run for run in unfinished if not run.waits]
-    later = [run.name for run in unfinished if run.waits]
+    waiting = [run for run in unfinished if not run.awaits_learning_rate]
+    later = [run.name for run in unfinished if run.awaits_learning_rate]
     outcome = StudyOutcome()
     messages = Queue[tuple["_Process", Message | None]]()
     at_once = min(jobs, len(unfinished))
@@ -143,7 +143,7 @@ def make_runs(
             if later and not (waiting or running):
                 plan = tuned(plan, folder, outcome.failed)
                 for run in (run for run in plan.runs if run.name in later):
-                    if run.waits:
+                    if run.awaits_learning_rate:
                         outcome.failed[run.name] = "no learning rate is chosen, as every run that tunes it failed"
                         observer.ended(run, outcome.failed[run.name])
                     elif is_finished(run, folder / RUNS / run.name):

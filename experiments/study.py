@@ -7,7 +7,7 @@ entries:                                # entries with other changes
   hybrid: {extends: hybrid-tiny}
 subject: retention                      # the entry that the report's first sentence is about
 match: {parameters: retention, knob: blocks.*.ffn.expansion}
-equal: {short_conv: 4}                  # options that all mixers have alike
+equal: {short_conv: 4}                  # options set to the same value in all mixers
 tune: {learning_rate: [1.0e-3, 3.0e-3]}
 seeds: [0, 1, 2]
 """
@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
-from ..registry import Config, SeqmixError, choices, load, nearest
+from ..registry import Config, SeqmixError, choices_hint, load, nearest_hint
 from ..registry.config import deprecation
 from ..registry.errors import shown
 from .differences import leaves
@@ -236,7 +236,7 @@ class Study(Config):
         named = [("subject", self.subject), *(("paper", figure.entry) for figure in self.paper)]
         for field, name in named:
             if name is not None and name not in names:
-                raise ValueError(f"{field} names an unknown entry {name!r}{choices(name, names, 'entries')}")
+                raise ValueError(f"{field} names an unknown entry {name!r}{choices_hint(name, names, 'entries')}")
         return self
 
     @model_validator(mode="after")
@@ -337,11 +337,13 @@ def find_study(source: str) -> Path:
         return file
     if file.suffix in (".yaml", ".yml"):
         siblings = [other.name for other in file.parent.glob(f"*{file.suffix}")]
-        hint = nearest(file.name, siblings) or "."
+        hint = nearest_hint(file.name, siblings) or "."
         raise StudyError(f"the study {file} does not exist{hint} `seqmix compare --list` names those of the package")
     names = shipped()
     if source not in names:
-        raise StudyError(f"no study {source!r}: give a YAML file or one of {', '.join(names)}{nearest(source, names)}")
+        raise StudyError(
+            f"no study {source!r}: give a YAML file or one of {', '.join(names)}{nearest_hint(source, names)}"
+        )
     return STUDIES / f"{source}.yaml"
 
 

@@ -372,8 +372,8 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
         Raises:
             SeqmixError: the configured backend cannot run; the message gives the reasons.
         """
-        if (kernels := self.kernels(dtype)) is not None:
-            op, probe = kernels
+        if (op_and_probe := self.kernels(dtype)) is not None:
+            op, probe = op_and_probe
             self.backends = dict(choose(op, self.backend, probe))
         for part in self.modules():
             if hasattr(part, "choose_kernel"):  # a short convolution

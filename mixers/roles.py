@@ -25,7 +25,7 @@ from typing import NamedTuple, TypeAlias
 
 from torch import Tensor, nn
 
-from ..registry import nearest
+from ..registry import nearest_hint
 from .traits import ContractError
 
 
@@ -131,7 +131,7 @@ def _declarations(module: nn.Module) -> Roles:
         if owner is not None and not hasattr(owner, leaf):
             known = [known for known, _ in module.named_parameters()]
             message = f"{type(module).__name__}.parameter_roles names {name!r}, which is not a parameter"
-            raise ContractError(message + nearest(name, known))
+            raise ContractError(message + nearest_hint(name, known))
     return declared
 
 
@@ -145,7 +145,7 @@ def _resolve(name: str, parameter: Tensor, declaration: Declaration, owner: nn.M
         if declaration not in list(Role):
             raise ContractError(
                 f"{type(owner).__name__}.parameter_roles expects a role for {name}, got {declaration!r}"
-                f"{nearest(declaration, list(Role))}; roles: {', '.join(Role)}"
+                f"{nearest_hint(declaration, list(Role))}; roles: {', '.join(Role)}"
             )
         return ParameterRole(Role(declaration))
     blocks = tuple(declaration)

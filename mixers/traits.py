@@ -5,7 +5,7 @@ from itertools import chain
 from typing import Literal
 
 from ..ops.runtime.paradigm import Paradigm
-from ..registry import SeqmixError, nearest
+from ..registry import SeqmixError, nearest_hint
 
 
 class ContractError(SeqmixError):
@@ -43,7 +43,7 @@ class Traits:
         # a name equals its paradigm but is printed differently, and a set is mutable
         object.__setattr__(self, "paradigms", frozenset(map(Paradigm, names)))
         if self.state not in (states := ("constant", "growing", "none")):
-            hint = nearest(str(self.state), states)
+            hint = nearest_hint(str(self.state), states)
             raise ContractError(f"Traits.state expects 'constant', 'growing' or 'none', got {self.state!r}{hint}")
         for name, value in vars(self).items():
             if name not in ("paradigms", "state") and not isinstance(value, bool):
@@ -80,7 +80,7 @@ def require_paradigm(paradigm: Paradigm, traits: Traits, kind: str) -> None:
         allowed = sorted(str(p) for p in traits.paradigms)
         raise ContractError(
             f"{kind} has no paradigm {str(paradigm)!r}; it declares {', '.join(allowed)}"
-            f"{nearest(str(paradigm), allowed)}"
+            f"{nearest_hint(str(paradigm), allowed)}"
         )
 
 

@@ -74,7 +74,7 @@ def build_model(
                     shard(block)
             outside = {name: x for name, x in _floating_point(model).items() if not name.startswith("blocks.")}
             with _initialising(outside):
-                model.reset_rest(assign)
+                model.apply_model_init(assign)
         if shard is not None:
             shard(model)
     model.resolve_backends(activations or dtype)

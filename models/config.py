@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from ..blocks import NORMS, BlockConfig, NormConfig
-from ..registry import Config, choices
+from ..registry import Config, choices_hint
 from .parametrization import CompleteP, Parametrization, Standard
 
 
@@ -70,7 +70,7 @@ class ModelConfig(Config):
             return None
         for name in pattern:
             if name not in blocks:
-                raise ValueError(f"there is no block {name!r}{choices(name, blocks, 'blocks')}")
+                raise ValueError(f"there is no block {name!r}{choices_hint(name, blocks, 'blocks')}")
         if len(pattern) > n_layers:
             raise ValueError(f"pattern must have at most n_layers = {n_layers} names, got {len(pattern)}")
         return pattern

@@ -1,5 +1,6 @@
 """The language model: embedding, layers, norm, output projection."""
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias, cast
@@ -121,11 +122,20 @@ class LanguageModel(nn.Module):
         """Initialise every parameter according to `config.init`, from torch's global random generator."""
         for block in self.distinct_blocks:
             block.reset_parameters()
-        self.reset_rest()
+        self.apply_model_init()
+
+    def reset_rest(self, assign: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> None:
+        """Deprecated name of `apply_model_init`; it will be removed in 0.4."""
+        warnings.warn(
+            "LanguageModel.reset_rest is now LanguageModel.apply_model_init", DeprecationWarning, stacklevel=2
+        )
+        return self.apply_model_init(assign)
 
     @torch.no_grad()
-    def reset_rest(self, assign: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> None:
-        """Initialise the parameters outside the blocks, and with `NormalInit` all matrices.
+    def apply_model_init(self, assign: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> None:
+        """Initialise the parameters outside the blocks according to `config.init`.
+
+        With `NormalInit`, draw all matrices of the blocks too, which replaces what the blocks have initialised.
 
         `assign` is called with a parameter, which may be sharded, and the full tensor to copy into it.
         """
@@ -355,8 +365,8 @@ class LanguageModel(nn.Module):
     def backends(self) -> dict[str, str]:
         """Kernel backend of each kind of block, for the kinds whose mixer has a choice of backends."""
         mixers = {name: block.mixer for name, block in zip(self.config.layers, self.blocks, strict=True)}
-        kernels = {name: mixer.kernels(torch.float32) for name, mixer in mixers.items()}  # pairs of op and probe
-        return {name: describe_backends(pair[0], mixers[name].backends) for name, pair in kernels.items() if pair}
+        op_and_probe = {name: mixer.kernels(torch.float32) for name, mixer in mixers.items()}
+        return {name: describe_backends(pair[0], mixers[name].backends) for name, pair in op_and_probe.items() if pair}
 
     @property
     def device(self) -> torch.device:

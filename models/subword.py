@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from ..registry import SeqmixError, nearest, read_bytes, write_file
+from ..registry import SeqmixError, nearest_hint, read_bytes, write_file
 from .tokenizer import TOKENIZER_FILE, ByteTokenizer, TextDecoder, Tokenizer
 from .vocabulary_schema import MAX_TOKEN_IDS, require_safe
 
@@ -65,9 +65,8 @@ class SubwordTokenizer(Tokenizer):
             self.begin = tokens[begin]
             self.identity = f"{self.identity} {begin}"
         else:
-            raise SeqmixError(
-                f"expected a token of the tokenizer {name} to open documents, got {begin!r}{nearest(begin, tokens)}"
-            )
+            hint = nearest_hint(begin, tokens)
+            raise SeqmixError(f"expected a token of the tokenizer {name} to open documents, got {begin!r}{hint}")
 
     def encode_documents(self, documents: Iterable[tuple[str, bytes]]) -> Iterator[np.ndarray]:
         """Yield the tokens of each document, without a begin token; documents are pairs of a name and UTF-8 text.

@@ -4,7 +4,7 @@ This package does not import torch.
 """
 
 from .config import Config
-from .errors import ConfigError, ElsewhereError, SeqmixError, choices, nearest, require_name
+from .errors import ConfigError, ElsewhereError, SeqmixError, choices_hint, nearest_hint, require_name
 from .explain import explain_fields
 from .files import (
     flush,
@@ -19,6 +19,7 @@ from .files import (
     write_files,
 )
 from .loading import dump, load, validated
+from .moved import former_names
 from .providers import import_named, import_object, require_trusted, unimported
 from .registry import Registry
 from .schema import json_schema
@@ -30,7 +31,7 @@ __all__ = [
     "ElsewhereError",
     "Registry",
     "SeqmixError",
-    "choices",
+    "choices_hint",
     "dump",
     "explain_fields",
     "flush",
@@ -39,7 +40,7 @@ __all__ = [
     "is_vacant",
     "json_schema",
     "load",
-    "nearest",
+    "nearest_hint",
     "read_bytes",
     "read_mapping",
     "replacing",
@@ -54,3 +55,4 @@ __all__ = [
     "write_file",
     "write_files",
 ]
+__getattr__ = former_names(__name__, {"choices": "choices_hint", "nearest": "nearest_hint"})

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from .errors import choices
+from .errors import choices_hint
 
 
 class Config(BaseModel):
@@ -49,7 +49,7 @@ class Config(BaseModel):
         for key, entry in value.items():
             name = cls.deprecated_names.get(key, key)
             if name not in allowed:
-                sentence = f"unknown key {key!r}{choices(str(key), allowed)}"
+                sentence = f"unknown key {key!r}{choices_hint(str(key), allowed)}"
                 refused.append(InitErrorDetails(type=refusal(sentence), loc=(str(key),), input=value))
             elif name != key and name in value:
                 sentence = f"{key!r} is the deprecated name of {name!r}, and both are given: remove {key!r}"

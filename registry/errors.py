@@ -36,7 +36,7 @@ def _cut(line: str) -> str:
     return line if excess <= 0 else f"{line[:half]} [{excess:,} characters] {line[-half:]}"
 
 
-def nearest(word: str, allowed: Iterable[str]) -> str:
+def nearest_hint(word: str, allowed: Iterable[str]) -> str:
     """Return the end of an error message: `; did you mean "retention"?`, or "" if no allowed word is similar."""
     if len(word) > MAX_LINE_LENGTH:
         return ""
@@ -44,7 +44,7 @@ def nearest(word: str, allowed: Iterable[str]) -> str:
     return f'; did you mean "{matches[0]}"?' if matches else ""
 
 
-def choices(word: str, allowed: Iterable[str], label: str = "allowed") -> str:
+def choices_hint(word: str, allowed: Iterable[str], label: str = "allowed") -> str:
     """Return the end of an error message: the nearest match, if one is similar, and the first `MAX_LISTED` words.
 
     `; did you mean "retention"? Allowed: attention, retention`, or `; allowed: attention, retention`.
@@ -53,14 +53,14 @@ def choices(word: str, allowed: Iterable[str], label: str = "allowed") -> str:
     listed = ", ".join(words[:MAX_LISTED])
     if len(words) > MAX_LISTED:
         listed += f" and {len(words) - MAX_LISTED} more"
-    suggestion = nearest(word, words)
+    suggestion = nearest_hint(word, words)
     return f"{suggestion} {label[:1].upper()}{label[1:]}: {listed}" if suggestion else f"; {label}: {listed}"
 
 
 def require_name(what: str, name: str, allowed: Collection[str]) -> None:
     """Raise a SeqmixError, with the nearest match, if a name is not allowed; `what` is the noun for it: "mixer"."""
     if name not in allowed:
-        raise SeqmixError(f"there is no {what} {name!r}{choices(name, allowed, f'{what}s')}")
+        raise SeqmixError(f"there is no {what} {name!r}{choices_hint(name, allowed, f'{what}s')}")
 
 
 def shown(value: Any) -> str:

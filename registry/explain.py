@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from .errors import nearest, shown
+from .errors import nearest_hint, shown
 from .tree import COMMAND_LINE, Node, Origin
 
 _MAX_LINES = 5
@@ -73,7 +73,7 @@ def _sentences(problems: Sequence[str | _Mismatch]) -> Iterator[str]:
         expected = " or ".join(dict.fromkeys(branch.expected for branch in branches))
         value = branches[0].value
         allowed = [word for branch in branches for word in branch.allowed]
-        yield f"expected {expected}, got {shown(value)}{nearest(value, allowed) if isinstance(value, str) else ''}"
+        yield f"expected {expected}, got {shown(value)}{nearest_hint(value, allowed) if isinstance(value, str) else ''}"
 
 
 def _place(detail: ErrorDetails, tree: Node) -> str:

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 
-from .errors import ConfigError, nearest
+from .errors import ConfigError, nearest_hint
 
 Provider = type | str
 """Provider of a kind: a class, the dotted path of one (`my_package.my_module:MyConfig`), or the name of a module."""
@@ -83,7 +83,7 @@ def load(provider: Provider, base: type[BaseModel]) -> Any:
         try:
             return operator.attrgetter(name)(imported)
         except AttributeError:
-            raise ConfigError(f"module {module} has no {name}{nearest(name, vars(imported))}") from None
+            raise ConfigError(f"module {module} has no {name}{nearest_hint(name, vars(imported))}") from None
     kind = module.rpartition(".")[2]
     for value in vars(imported).values():
         if isinstance(value, type) and issubclass(value, base) and kind_of(value) == kind:

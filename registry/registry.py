@@ -11,7 +11,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, core_schema
 
 from .config import Config, refusal
-from .errors import ConfigError, choices, nearest
+from .errors import ConfigError, choices_hint, nearest_hint
 from .providers import Provider, entry_points, files, kind_of, load, module_of, path_of, reason_of, require_kind
 
 C = TypeVar("C", bound=Config)
@@ -145,8 +145,8 @@ class Registry(Generic[C]):
         providers = self._providers().get(kind, {})
         if not providers:
             kinds = self.kinds()
-            allowed = choices(kind, kinds)
-            remedy = "" if nearest(kind, kinds) else ", or your own class, my_module:MyConfig"
+            allowed = choices_hint(kind, kinds)
+            remedy = "" if nearest_hint(kind, kinds) else ", or your own class, my_module:MyConfig"
             raise ConfigError(f"unknown {self.family} kind {kind!r}{allowed}{remedy}")
         if (sentence := self._shadow_warning(kind, providers)) is not None:
             # shown once, under the name "plug-ins" in place of a file: the line of code would not help
@@ -200,7 +200,7 @@ class Registry(Generic[C]):
             raise PydanticCustomError("mapping_with_kind", "Input should be a mapping with a kind")
         kind = value.get("kind", self.default_kind)
         if kind is None and "kind" not in value:
-            raise refusal(f"missing key 'kind'{choices('', self.kinds())}")
+            raise refusal(f"missing key 'kind'{choices_hint('', self.kinds())}")
         if not isinstance(kind, str):
             raise _error_at_kind(kind, "string_type")
         try:

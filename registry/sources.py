@@ -6,7 +6,7 @@ from typing import Any
 
 from .change import change
 from .config import Config
-from .errors import ConfigError, choices, nearest, shown
+from .errors import ConfigError, choices_hint, nearest_hint, shown
 from .files import read_bytes
 from .tree import Node, Origin
 from .yaml import parse
@@ -50,7 +50,7 @@ def _read(
     difference = Node({key: node for key, node in (document.entries or {}).items() if key != EXTENDS}, document.origin)
     if extends is None:
         for key, node in (difference.entries or {}).items():
-            if key not in cls.model_fields and (hint := nearest(key, [EXTENDS])):
+            if key not in cls.model_fields and (hint := nearest_hint(key, [EXTENDS])):
                 raise ConfigError(f"{node.origin}: unknown key {key!r}{hint}")
         return change(None, difference, cls)
     here = f"{extends.origin}: {EXTENDS}: "
@@ -69,7 +69,7 @@ def _locate(name: str, folder: Path, presets: Path, named_at: str) -> Path:
     if _is_file(preset):
         return preset
     names = sorted(file.stem for file in presets.glob("*.yaml"))
-    raise ConfigError(f"{named_at}unknown preset {name!r}{choices(name, names, 'presets')}")
+    raise ConfigError(f"{named_at}unknown preset {name!r}{choices_hint(name, names, 'presets')}")
 
 
 def _document(path: Path, named_at: str, named_by_file: bool) -> Node:
@@ -80,7 +80,7 @@ def _document(path: Path, named_at: str, named_by_file: bool) -> Node:
         text = (read_bytes(path) if named_by_file else path.read_bytes()).decode("utf-8")
     except FileNotFoundError:
         siblings = [file.name for file in path.parent.glob(f"*{path.suffix}")]
-        raise ConfigError(f"{named_at}no file {name}{nearest(path.name, siblings)}") from None
+        raise ConfigError(f"{named_at}no file {name}{nearest_hint(path.name, siblings)}") from None
     except IsADirectoryError:
         raise ConfigError(f"{named_at}{name} is a folder, not a YAML file") from None
     except UnicodeDecodeError as error:

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field, ValidationInfo, field_validator, mod
 from ..data.kinds.text import TextConfig
 from ..data.source import DATA, DataConfig, Source
 from ..models import Checkpointing, ModelConfig
-from ..registry import Config, nearest
+from ..registry import Config, nearest_hint
 from ..registry.config import deprecation
 
 Rate = Annotated[float, Field(ge=0, lt=1)]
@@ -25,9 +25,8 @@ def _name_or_path(*names: str) -> AfterValidator:
     def check(value: str) -> str:
         module, colon, name = value.partition(":")
         if value not in names and not (module and colon and name):
-            raise ValueError(
-                f"expected {', '.join(names)}, or a path such as my_module:name, got {value!r}{nearest(value, names)}"
-            )
+            hint = nearest_hint(value, names)
+            raise ValueError(f"expected {', '.join(names)}, or a path such as my_module:name, got {value!r}{hint}")
         return value
 
     return AfterValidator(check)
@@ -165,7 +164,7 @@ class TrainingConfig(Config):
         return min(self.warmup_steps, self.steps - decay), decay
 
     @property
-    def shortened(self) -> list[str]:
+    def shortening_notes(self) -> list[str]:
         """One sentence per phase of the schedule that was shortened to fit the run."""
         requested = (("warmup_steps", self.warmup_steps), ("decay_steps", self.decay_steps or 0))
         return [

@@ -26,7 +26,7 @@ from .config import RunConfig, TrainingConfig
 from .distributed.process_groups import ProcessGroups, join_processes
 from .distributed.sharding import assign, reshard, sharder
 from .monitoring.events import Compiled, Evaluated, Event, Noted, Saved, Started, Stepped, StoppedEarly
-from .monitoring.logging import Metrics
+from .monitoring.logging import MetricsWriter
 from .monitoring.memory import peak_memory
 from .monitoring.metrics import Measured
 from .monitoring.peak_flops import peak_flops
@@ -78,7 +78,7 @@ def train(
         device = model.device
         precision = course.trainer.precision
         start = 0
-        notes = [*config.training.shortened, *([] if origin is None else [origin.note])]
+        notes = [*config.training.shortening_notes, *([] if origin is None else [origin.note])]
         with groups.raise_together():
             if saved is not None:
                 start = saved.manifest.step
@@ -97,7 +97,7 @@ def train(
             stack.enter_context(explain_errors(run, config.training))
             with groups.raise_together():
                 if groups.is_main:
-                    course.metrics.begin(start)
+                    course.metrics_writer.begin(start)
                     checkpoint.delete_unfinished(run)
                     record_session(
                         run,
@@ -109,7 +109,7 @@ def train(
                         start_from=None if origin is None else origin.provenance,
                     )
             starting.close()  # from here on, the run can be resumed
-            stack.callback(course.metrics.close)
+            stack.callback(course.metrics_writer.close)
             stack.enter_context(course.writer)
             yield Started(source, sum(p.numel() for p in model.parameters()), device, precision, start, groups.size)
             for text in notes:
@@ -132,7 +132,7 @@ class Course:
         self.groups = trainer.groups
         settings = self.config.training
         model = trainer.model
-        self.metrics = Metrics(run, self.config)
+        self.metrics_writer = MetricsWriter(run, self.config)
         self.writer = checkpoint.Writer(run, self.groups, keep=settings.keep_checkpoints, keep_best=settings.keep_best)
         self.best = Best()
         self.done = 0
@@ -253,7 +253,7 @@ class Course:
 
     def _record(self, values: dict[str, Any]) -> None:
         if self.groups.is_main:
-            self.metrics.record(values)
+            self.metrics_writer.record(values)
 
     def _step_event(self, result: StepResult, seconds: float) -> Stepped:
         speed = self.config.training.batch_size * self.config.data.sequence_length / seconds

@@ -18,7 +18,7 @@ from ..configs import PRESETS
 from ..mixers.contract import IMPLEMENTATION_FIELDS
 from ..models import TOKENIZER_FILE, ByteTokenizer, LanguageModel, ModelConfig, Tokenizer, load_tokenizer
 from ..models.subword import EXPORTED_TOKENIZER
-from ..registry import load, nearest, read_bytes, require_trusted, validated
+from ..registry import load, nearest_hint, read_bytes, require_trusted, validated
 from ..registry.tree import Node, Origin
 from .checkpoint.errors import TrainingError
 from .checkpoint.run_dir import CONFIG_FILE
@@ -124,7 +124,7 @@ def describe(folder: Path) -> SourceModel:
         allowed = "expected a run directory, a file of `seqmix export`, or a folder of `seqmix export --to hf`"
         if not folder.exists():
             siblings = [other.name for other in folder.absolute().parent.glob("*")]
-            suggestion = nearest(folder.name, siblings)
+            suggestion = nearest_hint(folder.name, siblings)
             raise TrainingError(f"training.start_from = {folder} does not exist: {allowed}{suggestion}") from error
         reason = "it has no config.json" if isinstance(error, FileNotFoundError) else " ".join(str(error).split())
         raise TrainingError(

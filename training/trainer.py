@@ -288,22 +288,22 @@ class Trainer:
         self.model.eval()
         for batch, slices in self._rank_batches(self.source.evaluation_batches(rows, limit, length)):
             inputs, targets, cu_seqlens = self.source.packed(self._to_device(batch))
-            parts = self.source.loss_slices(batch)
+            partitions = self.source.loss_slices(batch)
             with self._autocast():
                 output = self.model(
                     inputs,
                     targets=targets,
                     cu_seqlens=cu_seqlens,
-                    reduction="none" if parts else "sum",
+                    reduction="none" if partitions else "sum",
                     return_predictions=slices is not None,
                 )
             predicted = None if output.predictions is None else output.predictions.cpu()
             assert output.loss is not None
             local_targets = self.model.local_targets(batch.targets)
             score.add(output.loss.sum().item(), local_targets, predicted, slices)
-            for axis, part in parts.items():
-                local_part = part._replace(indices=self.model.local_targets(part.indices))
-                score.add_slices(output.loss.view(local_targets.shape).cpu(), local_targets, axis, local_part)
+            for axis, partition in partitions.items():
+                local = partition._replace(indices=self.model.local_targets(partition.indices))
+                score.add_partition(output.loss.view(local_targets.shape).cpu(), local_targets, axis, local)
             yield
 
     def _rank_batches(self, batches: Iterator[Examples]) -> Iterator[Examples]:

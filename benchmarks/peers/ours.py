@@ -80,10 +80,10 @@ class Seqmix(Peer):
         captured = state._captured  # a CUDA graph holds the state in buffers of its own
         return list(to_dict(state.state if captured is None else captured.held.state).values())
 
-    def moved(self, state: Any) -> int:
+    def moved_bytes(self, state: Any) -> int:
         layers = zip(self.module.blocks, state.state, strict=True)
         caches = [layer for block, layer in layers if block.mixer.traits.state == "growing"]
-        return super().moved(state) - sum(x.nbytes for layer in caches for x in to_dict(layer).values())
+        return super().moved_bytes(state) - sum(x.nbytes for layer in caches for x in to_dict(layer).values())
 
 
 class Reference(Seqmix):
@@ -94,11 +94,12 @@ class Reference(Seqmix):
     compiled_roles = frozenset()
 
     @classmethod
-    def missing(cls, size: Size, device: torch.device) -> str | None:
+    def unavailable_reason(cls, size: Size, device: torch.device) -> str | None:
         if device.type != "cpu":
             return "seqmix has native kernels for a CPU only"
         modules = list(build_meta(size.config).modules())
-        ops = [kernels[0] for x in modules if isinstance(x, SequenceMixer) and (kernels := x.kernels(torch.float32))]
+        mixers = [x for x in modules if isinstance(x, SequenceMixer)]
+        ops = [op_and_probe[0] for x in mixers if (op_and_probe := x.kernels(torch.float32))]
         convolutions = [x for x in modules if isinstance(x, ShortConvolution)]
         return None if convolutions or set(ops) & set(AUTO_ON_CPU) else "seqmix has no native kernels for this model"
 
@@ -106,8 +107,8 @@ class Reference(Seqmix):
         model = build_model(self.size.config, device=self.device, dtype=self.dtype)
         for module in model.modules():
             if isinstance(module, SequenceMixer):
-                kernels = module.kernels(self.dtype)
-                module.backend = "reference" if kernels is None else fallback_of(kernels[0])
+                op_and_probe = module.kernels(self.dtype)
+                module.backend = "reference" if op_and_probe is None else fallback_of(op_and_probe[0])
             elif isinstance(module, Linear):
                 module.is_native = False
         model.resolve_backends(self.dtype)
@@ -124,7 +125,7 @@ class ByHand(Peer):
     compiled_steps = False
 
     @classmethod
-    def missing(cls, size: Size, device: torch.device) -> str | None:  # noqa: ARG003
+    def unavailable_reason(cls, size: Size, device: torch.device) -> str | None:  # noqa: ARG003
         return unsupported_reason(size.config)
 
     def build(self) -> nn.Module:

@@ -102,7 +102,7 @@ class Peer(ABC):
             torch.set_default_dtype(before)
 
     @classmethod
-    def missing(cls, size: Size, device: torch.device) -> str | None:
+    def unavailable_reason(cls, size: Size, device: torch.device) -> str | None:
         """Return the reason why the model cannot be built here; None if it can."""
         if cls.needs_gpu and device.type != "cuda":
             return GPU_ONLY
@@ -164,7 +164,7 @@ class Peer(ABC):
         """Number of parameters of the model."""
         return sum(p.numel() for p in self.module.parameters())
 
-    def moved(self, state: Any) -> int:
+    def moved_bytes(self, state: Any) -> int:
         """Return the bytes that a step must move: the state, and all weights but the embedding (it reads one row)."""
         weights = self.parameters - self.size.config.vocab_size * self.size.config.d_model
         return weights * self.dtype.itemsize + (1 + self.writes_state) * sum(x.nbytes for x in self.tensors(state))

@@ -16,7 +16,7 @@ from ..order import contiguous_starts, lane_windows, mixture
 from ..packing import most_documents, pack
 from ..sequences import PADDING, Cut, Streamed, Tokens, windows
 from ..slices import COUNTED_TOKENS, Slices, SlicesConfig
-from ..source import Batch, Examples, LossSlice, Packed, Source, share
+from ..source import Batch, Examples, LossPartition, Packed, Source, share
 
 
 class TextConfig(CorpusConfig):
@@ -172,7 +172,7 @@ class Text(Source):
                 f"{len(self.corpus.validation)} in {self.name}: leave out this length, or hold out more text"
             )
 
-    def loss_slices(self, batch: Batch) -> Mapping[str, LossSlice]:
+    def loss_slices(self, batch: Batch) -> Mapping[str, LossPartition]:
         config = self.config
         if config.slices is None:
             return {}

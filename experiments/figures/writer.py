@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ...registry import SeqmixError, nearest, write_file
+from ...registry import SeqmixError, nearest_hint, write_file
 from . import page, theme
 from .figure import Figure
 from .libraries import charts_module, engine, vega
@@ -29,7 +29,7 @@ def require_drawable(option: str, file: Path) -> None:
     ending = file.suffix.lower()
     if ending not in ENDINGS:
         raise SeqmixError(
-            f"{option} {file}: the name must end in one of {', '.join(ENDINGS)}{nearest(ending, ENDINGS)}"
+            f"{option} {file}: the name must end in one of {', '.join(ENDINGS)}{nearest_hint(ending, ENDINGS)}"
         )
     engine() if ending != ".html" else vega()  # a page needs no engine if Vega is cached
     charts_module()

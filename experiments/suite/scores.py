@@ -62,7 +62,7 @@ class Conditions(Config):
     matched: str
     """Cost that is matched, its target, and the knob."""
     equal: str = ""
-    """Options that all mixers have alike, in YAML."""
+    """Options set to the same value in all mixers, as YAML."""
 
 
 class TaskScores(Config):

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from ...mixers import MIXERS
-from ...registry import Config, SeqmixError, choices, dump, load, require_name, write_file
+from ...registry import Config, SeqmixError, choices_hint, dump, load, require_name, write_file
 from ...registry.yaml import parse
 from ...registry.yaml import write as to_yaml
 from ...training import PRESETS, RunConfig, load_config
@@ -130,7 +130,7 @@ class Candidate:
             known = [*fields.model_fields, *fields.deprecated_names]
             for key in mixer:
                 if key not in known:
-                    raise SeqmixError(f"{argument!r}: unknown key {key!r}{choices(str(key), known)}")
+                    raise SeqmixError(f"{argument!r}: unknown key {key!r}{choices_hint(str(key), known)}")
             if not re.fullmatch(NAME_PATTERN, name):
                 raise SeqmixError(f"{argument!r}: expected a name of letters, digits and . _ + -, got {name!r}")
             return cls(name, dict(mixer))

@@ -107,7 +107,10 @@ class QKV(NamedTuple):
 
 
 class QKVMixer(MatrixStateMixer):
-    """Layer around a recurrence, which a subclass defines in `recur`. Submodules of a subclass initialise themselves.
+    """Layer around a recurrence, which a subclass defines in `recur`.
+
+    A submodule that a subclass adds must initialise itself when it is built, and have `reset_parameters`, which the
+    layer's own `reset_parameters` calls.
 
     Args:
         config: the mixer's configuration.

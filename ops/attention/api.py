@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ...registry import SeqmixError, nearest
+from ...registry import SeqmixError, nearest_hint
 from ..runtime.call import Call, CallOptions
 from ..runtime.kernel import chosen, declare_references
 from ..runtime.paradigm import Paradigm
@@ -91,7 +91,7 @@ def softmax_attention(
     """
     known = SoftmaxOptions.__annotations__
     if unknown := [name for name in options if name not in known]:
-        raise SeqmixError(f"softmax attention has no option {unknown[0]!r}{nearest(unknown[0], known)}")
+        raise SeqmixError(f"softmax attention has no option {unknown[0]!r}{nearest_hint(unknown[0], known)}")
     call_options: Any = {name: value for name, value in options.items() if name in CallOptions.__annotations__}
     score_options: dict[str, Any] = {name: value for name, value in options.items() if name not in call_options}
     if call is None:

@@ -60,7 +60,7 @@ def long_convolution(
     rows = call.rows(x.shape[0])
     state = call.state
     if state is not None and (state.ndim != 3 or (state.shape[0], state.shape[2]) != (rows, x.shape[2])):
-        raise SeqmixError(f"the initial state must be [{rows} P {x.shape[2]}], got {list(state.shape)}")
+        raise SeqmixError(f"the initial state must be [{rows}, P, {x.shape[2]}] with any P, got {list(state.shape)}")
     if call.paradigm is Paradigm.CHUNKWISE:
         raise SeqmixError(
             "a long convolution expects the parallel or recurrent paradigm, got chunkwise: set paradigm=parallel"

@@ -87,7 +87,7 @@ def _segment_map(x: Recurrence, kernel: Run, call: Call) -> tuple[Tensor, Tensor
 def _segment_decay(x: Recurrence, documents: Documents | None) -> Tensor:
     """Return the product of the decays of all tokens (if packed, of the last document's tokens), [1|B H 1|K 1]."""
     if x.log_decay is None:
-        return x.k.new_ones(1, x.matrix[0], 1, 1)
+        return x.k.new_ones(1, x.state_shape[0], 1, 1)
     a = per_token(x.log_decay.to(torch.promote_types(x.log_decay.dtype, torch.float32)), x.k.shape[1])
     if documents is not None:
         in_last_document = documents.of_token == documents.of_token[-1]

@@ -31,10 +31,10 @@ from ..recurrence.products import add_product, product, product_dtype
 
 class _DecayChunks(Chunks):
     def __init__(self, x: Recurrence, needs_log_decay: bool) -> None:
-        self.max_chunks = max_chunks(x.v, x.chunk_size, sum(x.matrix[1:]))
+        self.max_chunks = max_chunks(x.v, x.chunk_size, sum(x.state_shape[1:]))
         self.needs_log_decay = needs_log_decay
         self.decays = make_decays(x, x.scale)
-        self.dtype = product_dtype(x) if x.log_decay is None or x.log_decay.ndim < 4 else x.wide
+        self.dtype = product_dtype(x) if x.log_decay is None or x.log_decay.ndim < 4 else x.wide_dtype
 
     def forward(self, group: Group, x: GroupTokens, states: ChunkStates, exits: list[Tensor]) -> Tensor:
         chunks = self.decays.chunks(group)

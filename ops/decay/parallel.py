@@ -28,7 +28,7 @@ def decay_parallel(x: Recurrence) -> RecurrenceOutput:
     initial_state = x.initial_state
     cu_seqlens = x.cu_seqlens
     length = q.shape[1]
-    wide = x.wide
+    wide = x.wide_dtype
     token = torch.arange(length, device=q.device)
     causal = token[:, None] >= token
     if cu_seqlens is None:

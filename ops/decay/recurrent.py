@@ -24,7 +24,7 @@ class _Decay(TokenRule):
     def step(self, x: Recurrence) -> tuple[Tensor, Tensor]:
         dtype = x.output_dtype
         with no_autocast(x.q.device):
-            x = x if x.q.dtype == x.wide else x.widened()
+            x = x if x.q.dtype == x.wide_dtype else x.widened()
             # squeezed, not transposed: a transposed axis of size one keeps its stride, and the state would inherit it
             column = materialize(x.k.squeeze(1).unsqueeze(3), 2)
             value = x.v.squeeze(1).unsqueeze(2)

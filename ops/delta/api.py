@@ -129,8 +129,8 @@ def segment_map(x: Recurrence, kernel: Run, call: Call) -> tuple[Tensor, Tensor]
     pair (state, values): started from the columns of the identity, with zero values, it ends in the columns of M.
     """
     assert call.cp_group is not None
-    (heads, key_width, value_width), rows = x.matrix, x.rows
-    identity = torch.eye(key_width, dtype=x.wide, device=x.q.device).expand(rows, heads, key_width, key_width)
+    (heads, key_width, value_width), rows = x.state_shape, x.rows
+    identity = torch.eye(key_width, dtype=x.wide_dtype, device=x.q.device).expand(rows, heads, key_width, key_width)
     x = x._replace(
         q=x.k.detach(),
         v=F.pad(x.v, (0, key_width)),

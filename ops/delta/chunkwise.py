@@ -58,14 +58,14 @@ class DeltaChunks(Chunks):
 
     def __init__(self, x: Recurrence, needs_log_decay: bool) -> None:
         # a chunk needs memory for three times its keys and values, and for the pairs of its tokens
-        width = 3 * (sum(x.matrix[1:]) + x.chunk_size) // 2
+        width = 3 * (sum(x.state_shape[1:]) + x.chunk_size) // 2
         self.max_chunks = max_chunks(x.k, x.chunk_size, width)
         self.needs_log_decay = needs_log_decay
         self.decays = make_decays(x, 1.0, 2)
         self.scale = x.scale
         self.sign = -1 if x.b is None else 1
         self.c = 1 if x.b is None else 2
-        self.dtype = x.wide
+        self.dtype = x.wide_dtype
 
     def forward(self, group: Group, x: GroupTokens, states: ChunkStates, exits: list[Tensor]) -> Tensor:
         system = self._system(group, x)

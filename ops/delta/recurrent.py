@@ -34,17 +34,17 @@ class DeltaRule(TokenRule):
 
     def step(self, x: Recurrence) -> tuple[Tensor, Tensor]:
         with no_autocast(x.q.device):
-            query, key, value = (tensor.transpose(1, 2).to(x.wide) for tensor in (x.q, x.k, x.v))  # [B H 1 *]
+            query, key, value = (tensor.transpose(1, 2).to(x.wide_dtype) for tensor in (x.q, x.k, x.v))  # [B H 1 *]
             decay = token_decay(x)
             moved = []
             if x.initial_state is not None:
-                read_key = key if x.a is None else x.a.transpose(1, 2).to(x.wide)
-                read = materialize(read_key, 3) @ decayed_state(x.initial_state.to(x.wide), decay)
+                read_key = key if x.a is None else x.a.transpose(1, 2).to(x.wide_dtype)
+                read = materialize(read_key, 3) @ decayed_state(x.initial_state.to(x.wide_dtype), decay)
                 if x.b is None:
                     value = value - read
                 else:
-                    moved = [(materialize(x.b.transpose(1, 2).to(x.wide).mT, 2), read)]
-            value = value if x.beta is None else x.beta[:, 0, :, None, None].to(x.wide) * value
+                    moved = [(materialize(x.b.transpose(1, 2).to(x.wide_dtype).mT, 2), read)]
+            value = value if x.beta is None else x.beta[:, 0, :, None, None].to(x.wide_dtype) * value
             state = write_token(x, decay, (materialize(key.transpose(2, 3), 2), materialize(value, 3)), *moved)
             output = materialize(x.scale * query, 3) @ state
         return output.to(x.q.dtype).transpose(1, 2), state

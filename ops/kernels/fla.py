@@ -124,7 +124,7 @@ def _chunkwise(x: Recurrence) -> tuple[Tensor, Tensor]:
 
 def _allocate(x: Recurrence) -> tuple[Tensor, Tensor]:
     KERNEL.require(x.probe())
-    final = (x.rows, *x.matrix) if x.output_final_state else (0,)
+    final = (x.rows, *x.state_shape) if x.output_final_state else (0,)
     return x.q.new_empty(x.v.shape), x.q.new_empty(final, dtype=torch.float32)
 
 

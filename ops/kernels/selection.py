@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...registry import SeqmixError, choices
+from ...registry import SeqmixError, choices_hint
 from ..recurrence.family import Recurrence
 from ..runtime.kernel import KERNELS, ON_DEMAND, Kernel, Probe, find, reference
 from ..runtime.paradigm import Paradigm
@@ -139,7 +139,7 @@ def _kernels_of(op: str, backend: str) -> list[Kernel]:
     if not kernels:
         on_demand = (name for name, modules in ON_DEMAND.items() if op in modules)
         known = sorted({"auto", *on_demand, *(key.backend for key in KERNELS if key.op == op)})
-        raise SeqmixError(f"{op} has no backend {backend!r}{choices(backend, known, 'available')}")
+        raise SeqmixError(f"{op} has no backend {backend!r}{choices_hint(backend, known, 'available')}")
     return kernels
 
 

@@ -114,7 +114,7 @@ def _allocate(x: Recurrence) -> tuple[Tensor, Tensor, Tensor]:
     """Allocate output, final state [N H K V] and chunk entry states [chunks B H K V]; states not needed are empty."""
     length = x.q.shape[1]
     chunk = x.chunk_size
-    empty = x.q.new_empty(0, dtype=x.wide)
+    empty = x.q.new_empty(0, dtype=x.wide_dtype)
     # a row of several documents has at most as many non-first chunks as a row of one document
     saved = -(-length // chunk) if x.cu_seqlens is None else (length - 1) // chunk
     final_state = x.new_state(x.rows).zero_() if x.output_final_state else empty
@@ -142,7 +142,7 @@ def _tokens(x: Recurrence, group: Group, dtype: torch.dtype) -> GroupTokens:
 def _forward(make_chunks: MakeChunks, x: Recurrence) -> tuple[Tensor, Tensor, Tensor]:
     chunks = make_chunks(x, False)
     output, final_state, entries = _allocate(x)
-    rows = x.q.shape[0] * x.matrix[0]
+    rows = x.q.shape[0] * x.state_shape[0]
     batch = x.q.shape[0]
     index = 0
     buffer = entries if x.needs_grad and x.cu_seqlens is None else x.new_state(chunks.max_chunks + 1, batch)
@@ -187,10 +187,10 @@ def _backward(make_chunks: MakeChunks, x: Recurrence, gradients: Gradients) -> d
     inputs = {"q": x.q, "k": x.k, "v": x.v, "beta": x.beta, "a": x.a, "b": x.b}
     out = {name: tensor.new_empty(tensor.shape) for name, tensor in inputs.items() if tensor is not None}
     if x.log_decay is not None and "log_decay" in gradients.wanted:
-        out["log_decay"] = torch.zeros_like(x.log_decay, dtype=x.wide, memory_format=torch.contiguous_format)
+        out["log_decay"] = torch.zeros_like(x.log_decay, dtype=x.wide_dtype, memory_format=torch.contiguous_format)
     if x.initial_state is not None:
         out["initial_state"] = x.initial_state.new_zeros(x.initial_state.shape)
-    rows = x.q.shape[0] * x.matrix[0]
+    rows = x.q.shape[0] * x.state_shape[0]
     plan = [(stretch, groups(stretch, x.chunk_size, chunks.max_chunks)) for stretch in x.stretches]
     index = sum(group.chunks - _count_unsaved(x, stretch, group) for stretch, parts in plan for group in parts)
     # gradients of the states before each chunk of a group and after the last
@@ -204,7 +204,7 @@ def _backward(make_chunks: MakeChunks, x: Recurrence, gradients: Gradients) -> d
             group_entries = entries[index : index + group.chunks - unsaved]
             if unsaved:
                 initial = x.new_state(1, 1).zero_() if x.initial_state is None else x.initial_state[None, stretch.rows]
-                group_entries = torch.cat((initial.to(x.wide), group_entries))
+                group_entries = torch.cat((initial.to(x.wide_dtype), group_entries))
             # the first chunk may start from a zero state; the loss may not depend on the state after the last chunk
             zero_rows = rows if group.start == stretch.start and x.initial_state is None else 0
             unused_rows = rows if d_state is None else 0

@@ -11,6 +11,7 @@ runtime/custom_op.py registers them as ops.
 """
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeAlias
 
@@ -68,14 +69,20 @@ class Recurrence(NamedTuple):
     """True if output and its gradient have the dtype of states, because they may exceed the range of the inputs'."""
 
     @property
-    def wide(self) -> torch.dtype:
+    def wide_dtype(self) -> torch.dtype:
         """Dtype of states and sums: float32, or float64 for float64 inputs."""
         return torch.promote_types(self.q.dtype, torch.float32)
 
     @property
+    def wide(self) -> torch.dtype:
+        """Deprecated name of `wide_dtype`; it will be removed in 0.4."""
+        warnings.warn("Recurrence.wide is now Recurrence.wide_dtype", DeprecationWarning, stacklevel=2)
+        return self.wide_dtype
+
+    @property
     def output_dtype(self) -> torch.dtype:
         """Dtype of the output and of its gradient."""
-        return self.wide if self.wide_output else self.q.dtype
+        return self.wide_dtype if self.wide_output else self.q.dtype
 
     @property
     def rows(self) -> int:
@@ -83,9 +90,15 @@ class Recurrence(NamedTuple):
         return self.q.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
 
     @property
-    def matrix(self) -> tuple[int, int, int]:
+    def state_shape(self) -> tuple[int, int, int]:
         """Shape (H, K, V) of the state of one row."""
         return (self.v.shape[2], self.q.shape[3], self.v.shape[3])
+
+    @property
+    def matrix(self) -> tuple[int, int, int]:
+        """Deprecated name of `state_shape`; it will be removed in 0.4."""
+        warnings.warn("Recurrence.matrix is now Recurrence.state_shape", DeprecationWarning, stacklevel=2)
+        return self.state_shape
 
     @property
     def heads_per_key(self) -> int:
@@ -108,7 +121,7 @@ class Recurrence(NamedTuple):
         """Return the inputs with all floating-point tensors in the dtype of states."""
         return self._replace(
             **{
-                name: x.to(self.wide)
+                name: x.to(self.wide_dtype)
                 for name, x in self._asdict().items()
                 if isinstance(x, Tensor) and x.is_floating_point()
             }
@@ -120,7 +133,7 @@ class Recurrence(NamedTuple):
 
     def new_state(self, *leading: int) -> Tensor:
         """Allocate uninitialised states, [*leading H K V]."""
-        return self.q.new_empty((*leading, *self.matrix), dtype=self.wide)
+        return self.q.new_empty((*leading, *self.state_shape), dtype=self.wide_dtype)
 
     def probe(self) -> Probe:
         """Return the properties of this call that a kernel must support."""
@@ -293,7 +306,7 @@ def require_recurrence(x: Recurrence) -> None:
         )
     if x.cu_seqlens is not None:
         require_packing(x.q, x.cu_seqlens)
-    if x.initial_state is not None and tuple(x.initial_state.shape) != (state := (x.rows, *x.matrix)):
+    if x.initial_state is not None and tuple(x.initial_state.shape) != (state := (x.rows, *x.state_shape)):
         raise SeqmixError(f"expected an initial state of shape {list(state)}, got {list(x.initial_state.shape)}")
     require_chunk_size(x.chunk_size)
 

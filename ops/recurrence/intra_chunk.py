@@ -351,7 +351,7 @@ def make_decays(x: Recurrence, scale: float, queries: int = 1) -> _FixedDecays |
 
     Scores are multiplied by `scale`. Each token has `queries` queries: 1 in the decay family, 2 in the delta family.
     """
-    like = x.q.new_empty(0, dtype=x.wide)
+    like = x.q.new_empty(0, dtype=x.wide_dtype)
     size = min(x.chunk_size, x.q.shape[1])
     mask = _CausalMask(scale, queries, size, like)
     if x.log_decay is None or x.log_decay.ndim == 1:

@@ -17,10 +17,10 @@ def product_dtype(x: Recurrence) -> torch.dtype:
     It is not faster for small products, which cost more to launch than to compute. Calls with a wide output use the
     dtype of states, so that the gradient of the output is not rounded.
     """
-    _, key_width, value_width = x.matrix
+    _, key_width, value_width = x.state_shape
     large = min(x.chunk_size, x.q.shape[1]) * key_width * value_width >= MIN_MULTIPLICATIONS
     supported = HAS_BFLOAT16 and torch.backends.mkldnn.enabled and x.q.device.type == "cpu"
-    return x.q.dtype if supported and large and x.output_dtype == torch.bfloat16 else x.wide
+    return x.q.dtype if supported and large and x.output_dtype == torch.bfloat16 else x.wide_dtype
 
 
 def product(x: Tensor, y: Tensor) -> Tensor:

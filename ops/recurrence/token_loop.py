@@ -135,7 +135,7 @@ def _allocate(x: Recurrence) -> tuple[Tensor, Tensor, Tensor]:
     """Allocate output, final state [N H K V] and saved states [blocks B H K V], which are empty if not needed."""
     # a row of several documents saves at most as many states as a row of one document
     blocks = (x.q.shape[1] - 1) // BLOCK
-    saved = x.new_state(blocks, x.q.shape[0]) if x.needs_grad else x.q.new_empty(0, dtype=x.wide)
+    saved = x.new_state(blocks, x.q.shape[0]) if x.needs_grad else x.q.new_empty(0, dtype=x.wide_dtype)
     return x.new_output(), x.new_state(x.rows).zero_(), saved
 
 
@@ -168,9 +168,9 @@ def _backward(rule: TokenRule, x: Recurrence, gradients: Gradients) -> dict[str,
     inputs = {"q": x.q, "k": x.k, "v": x.v, "beta": x.beta, "a": x.a, "b": x.b, "initial_state": x.initial_state}
     out = {name: torch.zeros_like(tensor) for name, tensor in inputs.items() if tensor is not None}
     if x.log_decay is not None:
-        out["log_decay"] = torch.zeros_like(x.log_decay, dtype=x.wide)
+        out["log_decay"] = torch.zeros_like(x.log_decay, dtype=x.wide_dtype)
     x = x.widened()
-    d_output = torch.zeros_like(x.v) if d_output is None else d_output.to(x.wide)
+    d_output = torch.zeros_like(x.v) if d_output is None else d_output.to(x.wide_dtype)
     plan = [(stretch, _parts(stretch.start, stretch.stop, BLOCK)) for stretch in x.stretches]
     index = sum(max(len(blocks) - 1, 0) for _, blocks in plan)
     size = _parallel_tokens(x)
@@ -179,7 +179,7 @@ def _backward(rule: TokenRule, x: Recurrence, gradients: Gradients) -> dict[str,
     for stretch, blocks in reversed(plan):
         d_state = torch.zeros_like(buffer[0])
         if d_final_state is not None:
-            d_state = d_final_state[stretch.rows].to(x.wide).flatten(0, 1)
+            d_state = d_final_state[stretch.rows].to(x.wide_dtype).flatten(0, 1)
         for start, stop in reversed(blocks):
             if start > stretch.start:
                 index -= 1
@@ -202,13 +202,13 @@ def _backward(rule: TokenRule, x: Recurrence, gradients: Gradients) -> dict[str,
                 for name in part_gradients.keys() & out.keys():
                     _add(out[name], start + first, start + last, part_gradients[name])
         if x.initial_state is not None:
-            out["initial_state"][stretch.rows] = d_state.unflatten(0, (-1, x.matrix[0]))
+            out["initial_state"][stretch.rows] = d_state.unflatten(0, (-1, x.state_shape[0]))
     return out
 
 
 def _parallel_tokens(x: Recurrence) -> int:
     """Return the number of tokens that are computed together: a power of two, at most BLOCK."""
-    fitting = group_elements(x.q.device, CACHED_ELEMENTS) // max(x.q.shape[0] * math.prod(x.matrix), 1)
+    fitting = group_elements(x.q.device, CACHED_ELEMENTS) // max(x.q.shape[0] * math.prod(x.state_shape), 1)
     return 1 << min(max(fitting, 1).bit_length() - 1, BLOCK.bit_length() - 1)
 
 
@@ -298,10 +298,10 @@ def token_decay(x: Recurrence) -> tuple[Tensor, Tensor] | None:
     if x.log_decay is None:
         return None
     if x.log_decay.ndim > 1:
-        log_decay = x.log_decay[:, 0].to(x.wide)
+        log_decay = x.log_decay[:, 0].to(x.wide_dtype)
         factors = split_decay(log_decay[(...,) + (None,) * (4 - log_decay.ndim)])
     else:
-        factors = fixed_decay(x.log_decay, x.wide) if x.decay is None else x.decay
+        factors = fixed_decay(x.log_decay, x.wide_dtype) if x.decay is None else x.decay
     kept, change = factors.unbind(0)
     return materialize(kept, 1), materialize(change, 1)
 
@@ -318,8 +318,8 @@ def write_token(x: Recurrence, decay: tuple[Tensor, Tensor] | None, *outers: tup
     """
     state = x.initial_state
     writable = state is not None and x.output_final_state and x.donated
-    writable = writable and state.dtype == x.wide and state.is_contiguous()
-    state = None if state is None else state.to(x.wide)
+    writable = writable and state.dtype == x.wide_dtype and state.is_contiguous()
+    state = None if state is None else state.to(x.wide_dtype)
     if state is None or decay is None:
         return _add_outers(state, writable, outers)
     kept, change = decay

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ...registry import SeqmixError, choices
+from ...registry import SeqmixError, choices_hint
 from .context_parallel import ContextParallel
 from .memo import Memo, once
 from .packing import Documents, advance, token_positions
@@ -117,7 +117,7 @@ class Call(NamedTuple):
         for name in options:
             if name not in CallOptions.__annotations__:
                 known = CallOptions.__annotations__
-                raise SeqmixError(f"unknown option {name!r}{choices(name, known, 'options')}")
+                raise SeqmixError(f"unknown option {name!r}{choices_hint(name, known, 'options')}")
         defaults: CallOptions = {"paradigm": paradigm, "chunk_size": chunk_size}
         return cls.of(length=length, **(defaults | options))
 

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...registry import SeqmixError, nearest
+from ...registry import SeqmixError, nearest_hint
 from .paradigm import Paradigm
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -203,7 +203,7 @@ def find(op: str, paradigm: Paradigm, backend: str) -> Kernel:
         import_kernels(backend)
     if key not in KERNELS:
         known = [str(other) for other in KERNELS]
-        raise SeqmixError(f"unknown kernel {key}{nearest(str(key), known)}")
+        raise SeqmixError(f"unknown kernel {key}{nearest_hint(str(key), known)}")
     return KERNELS[key]
 
 

@@ -2,7 +2,7 @@
 
 from enum import StrEnum
 
-from ...registry import SeqmixError, choices
+from ...registry import SeqmixError, choices_hint
 
 
 class Paradigm(StrEnum):
@@ -21,4 +21,4 @@ class Paradigm(StrEnum):
         try:
             return cls(name)
         except ValueError:
-            raise SeqmixError(f"unknown paradigm {name!r}{choices(name, cls, 'paradigms')}") from None
+            raise SeqmixError(f"unknown paradigm {name!r}{choices_hint(name, cls, 'paradigms')}") from None

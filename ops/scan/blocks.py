@@ -73,7 +73,7 @@ class Rule(ABC, Generic[I]):
 
 
 class GroupGradients(NamedTuple):
-    """States and gradients of a group in the backward pass, [m n B *E] each."""
+    """States and gradients of a group in the backward pass, [m n B *E] each unless stated otherwise."""
 
     states: Tensor
     """State after each token, h_t."""

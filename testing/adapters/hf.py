@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ...mixers.traits import ContractError, Traits
 from ...ops.runtime.paradigm import Paradigm
-from ...registry import SeqmixError, choices, import_named, load
+from ...registry import SeqmixError, choices_hint, import_named, load
 from ...registry.yaml import parse, write
 from .module import AdaptedConfig, Result
 
@@ -100,7 +100,7 @@ class HFConfig(AdaptedConfig):
         allowed = [*known, "attn_implementation"]
         for name in self.config:
             if name not in allowed:
-                raise ContractError(f"{cls.__name__} has no field {name!r}{choices(name, allowed)}")
+                raise ContractError(f"{cls.__name__} has no field {name!r}{choices_hint(name, allowed)}")
         width = self.fixed_d_model
         defaults = {**SMALL, "intermediate_size": 2 * width, "head_dim": width // 2}
         # layers read dropout from fields of the configuration, which the kit cannot set on the modules
@@ -330,7 +330,7 @@ def _class(path: str) -> Any:
         raise ContractError(f"{module} cannot be imported: {error}") from None
     if not _is_module_class(cls := getattr(imported, name, None)):
         classes = [name for name, value in vars(imported).items() if _is_module_class(value)]
-        allowed = choices(name, classes or ["none"], "classes")
+        allowed = choices_hint(name, classes or ["none"], "classes")
         raise ContractError(f"{module} has no nn.Module {name!r}{allowed}")
     return cls
 

@@ -48,9 +48,9 @@ def training_compiles_into_one_graph(trial: Trial) -> None:
     compiles=True,
 )
 def decoding_compiles_once(trial: Trial) -> None:
-    """A decoding step compiles with `fullgraph=True` and once for all tokens. Steps equal the whole segment, also for
-    rows that have processed different numbers of tokens. A growing state that ignores `max_length` may take further
-    graphs, because its shapes change with every token."""
+    """A decoding step compiles with `fullgraph=True` and once for all tokens. Steps give the same as the whole segment,
+    also for rows that have processed different numbers of tokens. A growing state that ignores `max_length` may need
+    more graphs, because its shapes change with every token."""
     torch._dynamo.reset()
     counter = counting_backend(backend_of(trial))
     step = torch.compile(trial.mixer.step, fullgraph=True, backend=counter)

@@ -54,11 +54,13 @@ def packing_keeps_precision(trial: Trial) -> None:
     x, state, exact = trial.tokens(), trial.state(len(trial.case.lengths)), trial.rebuilt(torch.float64)
     boundaries = trial.boundaries()
     calls = {
-        f"{p}, {trial.use}, packed documents in {trial.case.dtype}": trial.kept(trial.used(p, cu_seqlens=boundaries))
+        f"{p}, {trial.use}, packed documents in {trial.case.dtype}": trial.without_growing_state(
+            trial.used(p, cu_seqlens=boundaries)
+        )
         for p in trial.paradigms
     }
     # another check makes sure that packed documents equal sequences in float64
-    whole = trial.kept(trial.call(trial.reference, exact, cu_seqlens=boundaries))
+    whole = trial.without_growing_state(trial.call(trial.reference, exact, cu_seqlens=boundaries))
     require_near_float64(trial, calls, whole, x, state, exact)
 
 
@@ -80,8 +82,9 @@ LONG_SEGMENT = Draw(
     draw=LONG_SEGMENT,
 )
 def long_segments_do_not_drift(trial: Trial) -> None:
-    """At the end of hundreds of tokens, low precision is as near float64 as at the start, in every paradigm, also with
-    extreme gates and decays."""
+    """At the end of hundreds or thousands of tokens, low precision is still near float64, in every paradigm, also with
+    extreme gates and decays: in 16 bits within the same tolerance as at the start, in float32 within one rounding per
+    token."""
     length = trial.case.length
     while True:
         try:

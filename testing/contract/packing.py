@@ -110,7 +110,7 @@ def gradients_of_documents_are_those_of_sequences(trial: Trial) -> None:
             y, states = trial.used(paradigm, cu_seqlens=boundaries)(x, state)
             return with_gradient_layout(y, strided) if trial.case.seed % 2 else y, states
 
-        actual = trial.differentiate(trial.kept(packed), x, state, used=True)
+        actual = trial.differentiate(trial.without_growing_state(packed), x, state, used=True)
         what = f"{paradigm}, {trial.use}, documents of {describe_lengths(trial)} tokens packed against each alone"
         trial.compare(what, actual, expected)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from hypothesis import core, settings
 
-from ...registry import SeqmixError, choices
+from ...registry import SeqmixError, choices_hint
 from .check import Check
 from .outcome import Outcomes, Status, chosen_names, known_names
 
@@ -92,7 +92,7 @@ def parametrized(
     names = dict.fromkeys(name for _, name, _ in tested)
     for name, failures in expected.items():
         if name not in names:
-            allowed = choices(name, names, "tested")
+            allowed = choices_hint(name, names, "tested")
             raise SeqmixError(
                 f"expected_failures may name only {what}s that are tested here, got the {what} {name!r}{allowed}"
             )

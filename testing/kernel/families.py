@@ -245,10 +245,11 @@ class DeltaCase(DecayCase):
         return self.delta_rule(inputs, lambda _, key, decay, state: (self.sign * _row(key, decay * state), state))
 
     def terms(self, inputs: Tensors, absolute: Tensors) -> Tensors:
-        """Return the error scales: the terms of each token's own sums, which start from the exact state before it.
+        """Return the error scales: the results of `define` with every term of every sum replaced by its absolute value.
 
-        The delta rule replaces the contents of a state. Terms that add up over tokens, as in the decay family, would
-        grow while the state does not. The terms of gradients do add up over tokens.
+        Each token's sums start from the exact state before it. The delta rule replaces the contents of a state: terms
+        that add up over tokens, as in the decay family, would grow while the state does not. The terms of gradients do
+        add up over tokens.
         """
         before: list[Tensor] = []
 

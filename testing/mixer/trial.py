@@ -1,5 +1,6 @@
 """Operations that a check uses on one case: draw tensors, call the mixer, differentiate, compare."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from functools import cached_property, partial
 from itertools import accumulate
@@ -187,8 +188,8 @@ class Trial:
                 module.p = 0.0
         return other
 
-    def kept(self, call: SegmentCall) -> SegmentCall:
-        """Return a call that gives None as its final state if the state grows; otherwise it equals `call`.
+    def without_growing_state(self, call: SegmentCall) -> SegmentCall:
+        """Return a call like `call` that gives None as its final state if the state grows.
 
         Growing states cannot be compared here: that of several rows may have more room than that of one row.
         """
@@ -198,6 +199,11 @@ class Trial:
             return y, after if self.mixer.traits.state == "constant" else None
 
         return mixed
+
+    def kept(self, call: SegmentCall) -> SegmentCall:
+        """Deprecated name of `without_growing_state`; it will be removed in 0.4."""
+        warnings.warn("Trial.kept is now Trial.without_growing_state", DeprecationWarning, stacklevel=2)
+        return self.without_growing_state(call)
 
     def mix(self, x: Tensor, state: Any, mixer: Callable[..., Any] | None = None, **options: Any) -> tuple[Tensor, Any]:
         """Return output and final state without gradients.

@@ -140,9 +140,11 @@ def autocast_changes_only_precision(trial: Trial) -> None:
                     trial.notes.append(f"{sentence}; this is allowed in a cache, whose numbers are only copied")
             return y, after
 
-        return trial.kept(call) if packed else call
+        return trial.without_growing_state(call) if packed else call
 
     whole = trial.call(trial.reference, exact, **packed)
     descriptions = {f"{paradigm} under autocast, {trial.use}": paradigm for paradigm in trial.paradigms}
     calls = {what: under_autocast(what, paradigm) for what, paradigm in descriptions.items()}
-    require_near_float64(trial, calls, trial.kept(whole) if packed else whole, x, state, exact, torch.bfloat16)
+    require_near_float64(
+        trial, calls, trial.without_growing_state(whole) if packed else whole, x, state, exact, torch.bfloat16
+    )

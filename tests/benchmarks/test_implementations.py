@@ -24,7 +24,7 @@ def test_the_op_has_bfloat16_inputs_beside_float32(settings, dtype):
         seen = []
         for name in ("chunkwise", "chunkwise-bfloat16"):
             names[name].function = lambda q, k, v: seen.append((q.dtype, k.dtype, v.dtype)) or v * 1
-            names[name].entry(32).call.run()
+            names[name].prepared_call(32).call.run()
         assert seen == [(torch.float32,) * 3, (torch.bfloat16,) * 3]
 
 
@@ -37,7 +37,7 @@ def test_decoding_is_timed_behind_its_own_tokens(settings, monkeypatch):
         return step(self, tokens, state)
 
     monkeypatch.setattr(Seqmix, "step", counted)
-    call = implementation(DecodeBenchmark(settings()), "seqmix").entry(32).call
+    call = implementation(DecodeBenchmark(settings()), "seqmix").prepared_call(32).call
     call.prepare()
     assert steps == [{32 + i} for i in range(STEPS)]
     call.run()
@@ -47,7 +47,7 @@ def test_decoding_is_timed_behind_its_own_tokens(settings, monkeypatch):
 def test_a_training_step_on_a_cpu_is_timed_behind_one_of_its_own(settings, monkeypatch):
     losses, loss = [], Seqmix.loss
     monkeypatch.setattr(Seqmix, "loss", lambda self, *tokens: losses.append(1) or loss(self, *tokens))
-    call = implementation(TrainBenchmark(settings()), "seqmix").entry(32).call
+    call = implementation(TrainBenchmark(settings()), "seqmix").prepared_call(32).call
     call.prepare()
     assert len(losses) == 1
     call.run()
@@ -65,9 +65,9 @@ def test_the_memory_of_what_is_prepared_is_not_the_calls(settings, monkeypatch):
 
     monkeypatch.setattr(benchmark, "with_peak_memory", watched)
     found = implementation(TrainBenchmark(settings()), "seqmix")
-    entry = found.entry(32)
+    prepared = found.prepared_call(32)
     call = TimedCall(lambda: held.append(("run", bool(inside))), lambda: held.append(("prepare", bool(inside))))
-    monkeypatch.setattr(found, "entry", lambda length: replace(entry, call=call))
+    monkeypatch.setattr(found, "prepared_call", lambda length: replace(prepared, call=call))
     forecast = benchmark.Forecast(1, settings())
     benchmark._Rounds(found.benchmark, settings().rates, "train", [32], forecast, str)._warm(found, 32)
     assert held == [("prepare", False), ("run", False), ("prepare", False), ("run", True)]

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from seqmix.benchmarks import benchmark
-from seqmix.benchmarks.benchmark import Entry, Forecast, Implementation, Skip, run
+from seqmix.benchmarks.benchmark import Forecast, Implementation, PreparedCall, Skip, run
 from seqmix.benchmarks.machine import available_memory, with_peak_memory
 from seqmix.benchmarks.measure import Spread, TimedCall, lengthen, ratio, time_interleaved, turns
 from seqmix.benchmarks.models import PrefillBenchmark
@@ -152,14 +152,14 @@ class Fake(Implementation):
     def __init__(self, name, *, reason=None, error=None, seconds=0.0):
         self.name, self.reason, self.error, self.lengths = name, reason, error, []
 
-    def missing(self):
+    def unavailable_reason(self):
         return self.reason
 
-    def entry(self, length):
+    def prepared_call(self, length):
         self.lengths.append(length)
         if self.error is not None and length >= 64:
             raise self.error
-        return Entry(call=TimedCall(lambda: None), tokens=length)
+        return PreparedCall(call=TimedCall(lambda: None), tokens=length)
 
 
 class FakeBenchmark(benchmark.Benchmark):
@@ -242,8 +242,8 @@ def test_the_op_and_a_model_have_shares_ratios_and_sizes(settings):
 
 def test_a_copy_rate_makes_the_floor_of_what_moves_bytes(settings):
     class Mover(Fake):
-        def entry(self, length):
-            return Entry(call=TimedCall(lambda: None), tokens=1, moved=1000)
+        def prepared_call(self, length):
+            return PreparedCall(call=TimedCall(lambda: None), tokens=1, moved_bytes=1000)
 
     (row,) = run(FakeBenchmark(settings(), Mover("mover"))).rows
     assert row.floor > 0
@@ -254,8 +254,8 @@ def test_lengths_take_turns_where_that_is_asked_for(settings):
     order = []
 
     class Logged(Fake):
-        def entry(self, length):
-            return Entry(call=TimedCall(lambda: order.append((self.name, length)), units=10**9), tokens=length)
+        def prepared_call(self, length):
+            return PreparedCall(call=TimedCall(lambda: order.append((self.name, length)), units=10**9), tokens=length)
 
     def places(**options):
         order.clear()

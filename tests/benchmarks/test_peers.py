@@ -17,7 +17,7 @@ DECODING = [kind for kind in ON_CPU if "decode" in kind.roles]
 
 
 def built(kind, config, device=CPU):
-    if reason := kind.missing(Size(config), device):
+    if reason := kind.unavailable_reason(Size(config), device):
         pytest.skip(reason)
     return kind(Size(config), device, torch.float32)
 
@@ -55,7 +55,7 @@ def test_a_step_goes_on_from_what_was_read_or_from_a_random_state_that_is_renewe
         assert_close(again, first)
     weights = 4 * (peer.parameters - 32 * model.vocab_size)
     held = sum(x.nbytes for x in peer.tensors(state))
-    assert peer.moved(state) == weights + (2 if peer.writes_state else 1) * held
+    assert peer.moved_bytes(state) == weights + (2 if peer.writes_state else 1) * held
 
 
 def test_of_a_hybrid_the_cache_is_read_and_the_rest_is_written_too():
@@ -63,7 +63,7 @@ def test_of_a_hybrid_the_cache_is_read_and_the_rest_is_written_too():
     state = peer.state_after(100, 1, 3)
     held = sum(x.nbytes for x in peer.tensors(state))
     weights = 4 * (peer.parameters - 257 * 128)
-    assert weights + held < peer.moved(state) < weights + 2 * held
+    assert weights + held < peer.moved_bytes(state) < weights + 2 * held
 
 
 def test_attention_written_out_is_the_fused_one(model):
@@ -101,4 +101,4 @@ def test_what_is_not_there_says_how_to_get_it():
         "nowhere-models is not installed: pip install nowhere-models"
     )
     (fla,) = (kind for kind in PEERS if kind.name == "fla")
-    assert fla.missing(Size(load_config("retnet-tiny").model), CPU) == "its kernels run on a GPU only"
+    assert fla.unavailable_reason(Size(load_config("retnet-tiny").model), CPU) == "its kernels run on a GPU only"

@@ -78,7 +78,7 @@ def test_a_score_adds_up_losses_by_slice_and_leaves_out_what_has_no_target():
     )
     one, two = Score(), Score()
     for axis, of in parts.items():
-        one.add_slices(losses, targets, axis, of)
+        one.add_partition(losses, targets, axis, of)
     two.merge(json.loads(json.dumps(vars(one))))
     two.merge(json.loads(json.dumps(vars(one))))
     assert one.measured.loss_by == two.measured.loss_by == {

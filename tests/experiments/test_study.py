@@ -82,12 +82,13 @@ def test_a_run_is_that_of_the_same_configuration_by_itself(planned):
 def test_runs_wait_for_the_rate_of_their_entry_and_variant(planned):
     found = planned("seeds: [0, 1]\ntune: {learning_rate: [1e-3, 3e-3], seeds: [7, 8]}\n")
     assert {run.config.seed for run in found.runs if run.tunes} == {7, 8}
-    assert all(run.waits for run in found.runs if not run.tunes)
+    assert all(run.awaits_learning_rate for run in found.runs if not run.tunes)
     chosen = found.with_rates({"attention": 3e-3}).runs
-    assert {run.name: run.config.training.learning_rate for run in chosen if not (run.tunes or run.waits)} == {
+    set_runs = [run for run in chosen if not (run.tunes or run.awaits_learning_rate)]
+    assert {run.name: run.config.training.learning_rate for run in set_runs} == {
         "attention-seed0": 3e-3, "attention-seed1": 3e-3,
     }  # fmt: skip
-    assert [run.name for run in chosen if run.waits] == ["retention-seed0", "retention-seed1"]
+    assert [run.name for run in chosen if run.awaits_learning_rate] == ["retention-seed0", "retention-seed1"]
     # the budget is the same for every entry, and known before the rates are
     assert sum(run.flops for run in chosen) == sum(run.flops for run in found.runs)
 
@@ -122,7 +123,7 @@ def test_learning_rates_of_older_versions_are_tuned(planned):
         assert planned("learning_rates: [1e-3, 3e-3]\n").study.tune.learning_rate == (1e-3, 3e-3)
     with pytest.warns(FutureWarning, match=r"use training: \{learning_rate: 0.003\}"):
         (run, _) = planned("learning_rates: [3e-3]\n", study=UNMATCHED + "mixers: [retention, gla]\n").runs
-    assert (run.config.training.learning_rate, run.waits) == (3e-3, False)
+    assert (run.config.training.learning_rate, run.awaits_learning_rate) == (3e-3, False)
 
 
 def test_what_is_the_same_is_said(planned):

@@ -64,11 +64,13 @@ def segments_of_ranks_are_the_whole(trial: Trial) -> None:
         packed["cu_seqlens"] = torch.tensor([0, *cuts, ranks * length], device=trial.subject.device)
     x = trial.tokens(length=ranks * length)
     state = trial.state(3 if packed else trial.case.batch_size)
-    expected = trial.differentiate(trial.kept(trial.call(trial.reference, **packed)), x, state)
+    expected = trial.differentiate(trial.without_growing_state(trial.call(trial.reference, **packed)), x, state)
     rank = trial.case.seed % ranks if trial.mixer.traits.state == "constant" else 0
     mixers = [trial.without_dropout() for _ in range(ranks)]
     for paradigm in trial.paradigms:
-        call = trial.kept(_over_ranks(mixers, lambda mixer, p=paradigm: trial.call(p, mixer, **packed), rank))
+        call = trial.without_growing_state(
+            _over_ranks(mixers, lambda mixer, p=paradigm: trial.call(p, mixer, **packed), rank)
+        )
         what = f"{paradigm}, {ranks} ranks of {length} tokens (final state: rank {rank}'s) against one"
         if trial.case.seed == FIXED and trial.case.options and paradigm is not trial.mixer.paradigm:
             with torch.no_grad():  # an option's value by itself: gradients of the default are enough

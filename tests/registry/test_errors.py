@@ -1,13 +1,13 @@
 import pytest
 
-from seqmix.registry import ConfigError, SeqmixError, choices, nearest, require_name
+from seqmix.registry import ConfigError, SeqmixError, choices_hint, nearest_hint, require_name
 from seqmix.registry.errors import MAX_LINE_LENGTH, shown
 
 
 def test_nearest_suggests_the_closest_name_if_one_is_close():
-    assert '"retention"' in nearest("retntion", ["attention", "retention"])
-    assert '"ret"' in nearest("rett", {"ret": 1})
-    assert nearest("xyz", ["attention", "retention"]) == ""
+    assert '"retention"' in nearest_hint("retntion", ["attention", "retention"])
+    assert '"ret"' in nearest_hint("rett", {"ret": 1})
+    assert nearest_hint("xyz", ["attention", "retention"]) == ""
 
 
 def test_a_name_must_be_among_those_allowed():
@@ -17,8 +17,8 @@ def test_a_name_must_be_among_those_allowed():
 
 
 def test_a_few_allowed_names_are_listed_after_the_nearest():
-    assert choices("xyz", ["op", "train"]) == "; allowed: op, train"
-    assert choices("name-3", [f"name-{n}0" for n in range(13)]).endswith(
+    assert choices_hint("xyz", ["op", "train"]) == "; allowed: op, train"
+    assert choices_hint("name-3", [f"name-{n}0" for n in range(13)]).endswith(
         "Allowed: " + ", ".join(f"name-{n}0" for n in range(10)) + " and 3 more"
     )
 
@@ -39,4 +39,4 @@ def test_a_line_of_an_error_is_cut_in_the_middle():
     assert len(message) < 2 * MAX_LINE_LENGTH
     assert message.startswith("run.yaml:1: xxx")
     assert message.endswith("x is wrong\nanother")
-    assert nearest("x" * 300_000, ["x"]) == ""
+    assert nearest_hint("x" * 300_000, ["x"]) == ""

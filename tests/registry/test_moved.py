@@ -2,11 +2,15 @@
 
 import importlib
 import sys
+from unittest.mock import Mock
 
 import pytest
 
 from seqmix import load_run
+from seqmix.models import LanguageModel
+from seqmix.ops.recurrence import Recurrence
 from seqmix.registry.moved import MODULES, former_parameters
+from seqmix.testing import Trial
 from seqmix.training.checkpoint.files import CheckpointError
 
 FORMER = {
@@ -19,6 +23,8 @@ FORMER = {
     "seqmix.training.saved_run": "load_run",
 }
 FUNCTIONS = {
+    "seqmix.registry": {"choices": "choices_hint", "nearest": "nearest_hint"},
+    "seqmix.data.source": {"LossSlice": "LossPartition"},
     "seqmix.ops.decay": {"decay_recurrence": "decay"},
     "seqmix.ops.delta": {"delta_rule": "delta"},
     "seqmix.ops.dplr": {"dplr_recurrence": "dplr"},
@@ -60,6 +66,24 @@ def test_a_former_function_is_the_present_one(module, names):
             assert getattr(found, former) is getattr(found, present)
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = found.no_such_name
+
+
+@pytest.mark.parametrize(
+    ("owner", "former", "present"),
+    [
+        (LanguageModel, "reset_rest", "apply_model_init"),
+        (Recurrence, "matrix", "state_shape"),
+        (Recurrence, "wide", "wide_dtype"),
+        (Trial, "kept", "without_growing_state"),
+    ],
+)
+def test_a_former_method_or_property_is_the_present_one(owner, former, present):
+    found = Mock(spec=owner)
+    member = getattr(owner, former)
+    with pytest.warns(DeprecationWarning, match=rf"{owner.__name__}\.{former} is now {owner.__name__}\.{present}$"):
+        result = member.fget(found) if isinstance(member, property) else member(found, None)
+    expected = getattr(found, present)
+    assert result is (expected if isinstance(member, property) else expected.return_value)
 
 
 def test_a_former_parameter_is_the_present_one():

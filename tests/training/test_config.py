@@ -41,8 +41,8 @@ def test_invalid_training_is_refused(fields, named):
 def test_phases_longer_than_the_run_are_shortened(fields, phases, said):
     settings = TrainingConfig(**TRAINING | fields)
     assert settings.phases == phases
-    assert len(settings.shortened) == len(said)
-    assert all(part in sentence for part, sentence in zip(said, settings.shortened, strict=True))
+    assert len(settings.shortening_notes) == len(said)
+    assert all(part in sentence for part, sentence in zip(said, settings.shortening_notes, strict=True))
 
 
 @pytest.mark.parametrize("fields", [{"paths": "a"}, {"glob": "/etc/*"}], ids=str)

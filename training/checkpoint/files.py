@@ -24,7 +24,7 @@ import torch
 from pydantic import Field, ValidationError
 from torch import get_num_threads
 
-from ...registry import Config, SeqmixError, flush, nearest, read_bytes
+from ...registry import Config, SeqmixError, flush, nearest_hint, read_bytes
 from ..distributed.process_groups import ALONE, ProcessGroups
 from ..tensor_files import CheckpointError, Chunk, write_chunks
 from .provenance import seqmix_version
@@ -323,7 +323,9 @@ def find(
     if isinstance(which, int):
         candidates = [folder for folder in available if step_of(folder) == which]
     elif which not in (names := ("newest", "best")):
-        raise CheckpointError(f"expected a checkpoint: newest, best or a step, got {which!r}{nearest(which, names)}")
+        raise CheckpointError(
+            f"expected a checkpoint: newest, best or a step, got {which!r}{nearest_hint(which, names)}"
+        )
     else:
         candidates = available[::-1] if which == "newest" else _by_loss(run)
     if not candidates:

@@ -12,7 +12,7 @@ from .loggers import Logger, explain_refusal, make_logger, scalars
 METRICS_FILE = "metrics.jsonl"
 
 
-class Metrics:
+class MetricsWriter:
     """Writer of a run's metrics, to metrics.jsonl and to the loggers of the configuration.
 
     Raises:

@@ -7,7 +7,7 @@ from typing import Any
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ...data.source import LossSlice
+from ...data.source import LossPartition
 from ...models import IGNORED
 
 
@@ -67,8 +67,8 @@ class Score:
             for value, *counts in zip(values, is_correct.sum(1).tolist(), is_target.sum(1).tolist(), strict=True):
                 _count(self.correct_by, axis, value, *counts)
 
-    def add_slices(
-        self, losses: Float[Tensor, "B T"], targets: Int[Tensor, "B T"], axis: str, slices: LossSlice
+    def add_partition(
+        self, losses: Float[Tensor, "B T"], targets: Int[Tensor, "B T"], axis: str, partition: LossPartition
     ) -> None:
         """Add the losses of a batch to the slices of an axis.
 
@@ -76,10 +76,10 @@ class Score:
             losses: loss of each token in nats.
             targets: the correct tokens, `IGNORED` where there is no target.
             axis: name of the axis.
-            slices: the slice of each token.
+            partition: names of the slices, and the slice of each token.
         """
-        for number, name in enumerate(slices.names):
-            in_slice = (slices.indices == number) & (targets != IGNORED)
+        for number, name in enumerate(partition.names):
+            in_slice = (partition.indices == number) & (targets != IGNORED)
             _count(self.losses, axis, name, losses[in_slice].double().sum().item(), int(in_slice.sum()))
 
     def merge(self, other: Mapping[str, Any]) -> None:

@@ -30,8 +30,8 @@ def _allocate(x: Recurrence) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     op = "decay" if rule_of(x) == ADD else "delta" if x.a is None else "dplr"
     KERNELS[op].require(x.probe())  # inside the op, which a compiler does not trace
     batch, length = x.q.shape[:2]
-    final = (x.rows, *x.matrix) if x.output_final_state else (0,)
-    entries = (batch * length // TOKENS + x.rows, *x.matrix) if x.needs_grad else (0,)
+    final = (x.rows, *x.state_shape) if x.output_final_state else (0,)
+    entries = (batch * length // TOKENS + x.rows, *x.state_shape) if x.needs_grad else (0,)
     reads = x.v.shape if x.needs_grad and rule_of(x) != ADD else (0,)
     wide = [x.q.new_empty(shape, dtype=torch.float32) for shape in (final, entries, reads)]
     return x.new_output(), wide[0], wide[1], wide[2]
@@ -54,7 +54,7 @@ def _arguments(x: Recurrence, *keys: Tensor | None) -> list[Any]:
         bounds,
         len(bounds) - 1,
         x.q.shape[2],
-        *x.matrix,
+        *x.state_shape,
     ]
 
 

@@ -148,8 +148,8 @@ def _allocate(x: Recurrence) -> tuple[Tensor, Tensor, Tensor]:
     """
     # checked inside the op, which a compiler does not trace
     KERNEL.require(x.probe())
-    heads, key_width, value_width = x.matrix
-    final_state = x.q.new_empty((x.rows, *x.matrix) if x.output_final_state else 0, dtype=torch.float32)
+    heads, key_width, value_width = x.state_shape
+    final_state = x.q.new_empty((x.rows, *x.state_shape) if x.output_final_state else 0, dtype=torch.float32)
     chunk = configuration_of(x).chunk
     # save entry states if they are no larger than q, k and v; otherwise the backward pass scans again
     if not x.needs_grad or key_width * value_width > chunk * (2 * key_width + value_width):
@@ -203,7 +203,7 @@ def _allocate_step(x: Recurrence) -> tuple[Tensor]:
 def _step(x: Recurrence) -> tuple[Tensor]:
     """Compute the output of one token, and update the initial state in place."""
     (output,) = _allocate_step(x)
-    batch, (heads, key_width, value_width) = x.q.shape[0], x.matrix
+    batch, (heads, key_width, value_width) = x.q.shape[0], x.state_shape
     tile, log_decay = STEP.tile[1], x.log_decay
     q, k, v = (addressable(tensor, 1) for tensor in (x.q, x.k, x.v))
     row, head, key = 0, 0, 0

@@ -166,7 +166,7 @@ class DeltaLauncher:
 def _allocate(x: Recurrence) -> tuple[Tensor, Tensor]:
     # checked inside the op, which a compiler does not trace
     KERNEL.require(x.probe())
-    shape = (x.rows, *x.matrix) if x.output_final_state else 0
+    shape = (x.rows, *x.state_shape) if x.output_final_state else 0
     return x.q.new_empty(x.v.shape), x.q.new_empty(shape, dtype=torch.float32)
 
 
