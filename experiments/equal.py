@@ -1,4 +1,6 @@
-"""Options set to the same value in all mixers of a study (`equal`), such as short_conv: 4; mixers that cannot take them."""
+"""Options set to the same value in all mixers of a study (`equal`), such as short_conv: 4, and the mixers that cannot
+take them.
+"""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass

@@ -129,7 +129,7 @@ class LanguageModel(nn.Module):
         warnings.warn(
             "LanguageModel.reset_rest is now LanguageModel.apply_model_init", DeprecationWarning, stacklevel=2
         )
-        return self.apply_model_init(assign)
+        self.apply_model_init(assign)
 
     @torch.no_grad()
     def apply_model_init(self, assign: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> None:
