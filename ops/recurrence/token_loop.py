@@ -70,11 +70,13 @@ class TokenVectors(NamedTuple):
 
     def apply_decay(self, state: Tensor) -> Tensor:
         """Multiply states with the tokens' decays."""
-        return state if self.kept is None else torch.addcmul(self.kept * state, self.change, state)
+        if self.kept is None or self.change is None:
+            return state
+        return torch.addcmul(self.kept * state, self.change, state)
 
     def write(self, state: Tensor, column: Tensor, row: Tensor, out: Tensor) -> None:
         """Write decayed states plus the outer products of [n R K 1] and [n R 1 V] to `out`."""
-        if self.kept is None:
+        if self.kept is None or self.change is None:
             torch.addcmul(state, column, row, out=out)
         else:
             torch.mul(column, row, out=out)
@@ -317,9 +319,10 @@ def write_token(x: Recurrence, decay: tuple[Tensor, Tensor] | None, *outers: tup
     A donated state is overwritten.
     """
     state = x.initial_state
-    writable = state is not None and x.output_final_state and x.donated
-    writable = writable and state.dtype == x.wide_dtype and state.is_contiguous()
-    state = None if state is None else state.to(x.wide_dtype)
+    writable = False
+    if state is not None:
+        writable = x.output_final_state and x.donated and state.dtype == x.wide_dtype and state.is_contiguous()
+        state = state.to(x.wide_dtype)
     if state is None or decay is None:
         return _add_outers(state, writable, outers)
     kept, change = decay

@@ -96,7 +96,7 @@ class Op(Generic[I]):
         arguments = ", ".join(f"{kind} {name}" for name, kind in types.items())
         results = ", ".join(["Tensor"] * outputs)
         schema = f"({arguments}) -> {results if outputs == 1 else f'({results})'}"
-        self.mutated = [inputs._fields.index(name) for name in mutates]
+        self.mutated = [self.inputs._fields.index(name) for name in mutates]
         self.op = _register(name, schema, self._run, lambda *args: _unwrap_single(self.fake(self.inputs._make(args))))
         if backward is not None:
             self._differentiate(arguments)

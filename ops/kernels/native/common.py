@@ -1,6 +1,7 @@
 """Helpers of all native kernels: limits, and sequences as ranges of tokens."""
 
 from collections.abc import Callable
+from operator import attrgetter
 from typing import overload
 
 import torch
@@ -39,7 +40,8 @@ def runs_unseen(*tensors: Tensor | None) -> bool:
         return False
     if needs_grad(*tensors) or has_tangent(*tensors) or has_torch_function(tensors):
         return False
-    return all(type(x).__torch_dispatch__ is Tensor.__torch_dispatch__ for x in tensors if x is not None)
+    dispatch_of = attrgetter("__torch_dispatch__")
+    return all(dispatch_of(type(x)) is dispatch_of(Tensor) for x in tensors if x is not None)
 
 
 CHUNK = 32
