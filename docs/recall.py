@@ -28,7 +28,13 @@ def recall(results: Results) -> list[str]:
         [f"`{name}`", *(cell for value in VALUES.values() for cell in _cells(rows.get((name, value))))]
         for name in order
     ]
-    return [*table(heads, cells), "", answer(results), "", *(f"- {sentence}" for sentence in notes(results))]
+    return [
+        *table(heads, cells),
+        "",
+        answer(results),
+        "",
+        *(f"- {sentence}" for sentence in notes(results) if not sentence.startswith("tokens/s")),
+    ]
 
 
 def _accuracy(row: SummaryRow | None) -> float:
