@@ -174,7 +174,7 @@ REFUSED = {
     "a mask of four dimensions": (call(attention_mask=torch.ones(2, 1, 3, 3)), "one entry per token"),
     "a short mask": (call(attention_mask=torch.ones(2, 2)), r"got shape \[2, 2\]"),
     "hidden states": (call(output_hidden_states=True), "use forward hooks"),
-    "embeddings and tokens": (call(inputs_embeds=torch.zeros(2, 3, 64)), "not both"),
+    "embeddings and tokens": (call(inputs_embeds=torch.zeros(2, 3, 64)), "got both or neither"),
     "packed rows": (call(position_ids=torch.tensor([[0, 1, 0]] * 2), use_cache=False), "one row"),
     "packed documents with a cache": (call(cu_seq_lens_q=torch.tensor([0, 3]), use_cache=True), "cannot fill a cache"),
     "a new vocabulary": (lambda model: model.resize_token_embeddings(300), "vocabulary is fixed"),
