@@ -3,11 +3,14 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from .differences import format_value
 from .results import Results, Statistic, SummaryRow
 from .summary import best_first, beyond_noise, difference
 
 MAX_VARIANTS = 4
 """Maximum number of variants that each get an answer; of more variants, only the first and the last get one."""
+TIED = "not distinguishable from it"
+"""Relation of an entry to the subject if the interval of their difference contains 0."""
 MAX_NAMES = 5
 """Maximum number of names in a list; for the others, only their number is given."""
 
@@ -31,8 +34,8 @@ def answer(results: Results) -> str:
 
 
 def variant_text(variant: Mapping[str, Any]) -> str:
-    """Return a variant as text: the last part of each key, and the value."""
-    return ", ".join(f"{key_text(key)} {'none' if value is None else value}" for key, value in variant.items())
+    """Return a variant as text: the last part of each key, and the value in YAML."""
+    return ", ".join(f"{key_text(key)} {format_value(value)}" for key, value in variant.items())
 
 
 def key_text(key: str) -> str:
@@ -51,7 +54,7 @@ def has_accuracy(results: Results) -> bool:
 
 
 def _standing(results: Results, variant: Mapping[str, Any]) -> Iterator[str]:
-    """Yield sentences on the subject's score in a variant, and on which entries are better, tied or worse."""
+    """Yield sentences on the subject's score in a variant, on which entries are better or worse, and on the best."""
     rows = [row for row in best_first(results) if row.variant == variant and score(results, row) is not None]
     subject = next((row for row in rows if row.entry == results.about), None)
     if not rows:
@@ -72,25 +75,29 @@ def _standing(results: Results, variant: Mapping[str, Any]) -> Iterator[str]:
         best = format_statistic(score(results, others[0]), as_percent=as_percent)
         yield f"{text}; the best of the others is {others[0].entry} with {best}."
     else:
-        relations: dict[str, list[str]] = {"better": [], "tied with it": [], "worse": []}
+        relations: dict[str, list[str]] = {"better": [], TIED: [], "worse": []}
         for row in others:
             relations[_relation(results, subject, row)].append(row.entry)
         parts = [
             f"{names(entries)} {'is' if len(entries) == 1 else 'are'} {relation}"
+            + (f" with {seeds} seeds" if relation == TIED else "")
             for relation, entries in relations.items()
             if entries
         ]
         yield f"{text} (mean and 95 % t interval of {subject.seeds} seeds); {', '.join(parts)}."
+        if rows[0] is not subject:
+            best = format_statistic(score(results, rows[0]), as_percent=as_percent)
+            yield f"The best mean is that of {rows[0].entry}: {best}."
     if seeds < 2:
         yield "With only one seed there is no interval, so differences may be chance."
 
 
 def _relation(results: Results, subject: SummaryRow, other: SummaryRow) -> str:
-    """Return how the other entry compares with the subject: "better", "worse" or "tied with it"."""
+    """Return how the other entry compares with the subject: "better", "worse" or `TIED`."""
     field = "accuracy" if has_accuracy(results) else "validation_loss"
     gap = difference(results.runs_of(other), results.runs_of(subject), field)
     if gap is None or not beyond_noise(gap):
-        return "tied with it"
+        return TIED
     return "better" if (gap.mean > 0) == has_accuracy(results) else "worse"
 
 

@@ -5,7 +5,7 @@ that choose the learning rates come first; `Plan.with_rates` gives the other run
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 from operator import attrgetter
@@ -240,9 +240,14 @@ def _fairness(study: Study, varied: list[dict[str, Any]], variants: list[list[Pl
     metrics = {str(entry.matched.metric) for entry in entries if entry.matched is not None}
     matched = f"matched by {' and '.join(sorted(metrics))}" if metrics else "not matched"
     yield f"Models are {matched}; {parameters}."
-    states = [entry.cost.state_bytes for entry in entries]
-    if min(states) < max(states):
-        yield f"States of one sequence have {quantity(min(states), 'bytes')} to {quantity(max(states), 'bytes')}."
+    states = [[entry.cost.state_bytes for entry in entries] for entries in variants]
+    if any(min(sizes) < max(sizes) for sizes in states):
+        low, high = min(map(min, states)), max(map(max, states))
+        over = "over entries and variants" if len(states) > 1 else "over entries"
+        yield (
+            f"Not equal: the state of one sequence at the training length has {quantity(low, 'bytes')} to "
+            f"{quantity(high, 'bytes')} {over}."
+        )
     equal = (
         sentence
         for variant, entries in zip(varied, variants, strict=True)
@@ -251,7 +256,9 @@ def _fairness(study: Study, varied: list[dict[str, Any]], variants: list[list[Pl
         )
     )
     yield from dict.fromkeys(equal)
-    if study.tune is not None:
+    if study.tune is None:
+        yield _untuned(entry.config.training.learning_rate for entries in variants for entry in entries)
+    else:
         rates = ", ".join(f"{rate:g}" for rate in study.tune.learning_rate)
         tuning = ", ".join(map(str, study.tuning_seeds))
         yield (
@@ -259,3 +266,11 @@ def _fairness(study: Study, varied: list[dict[str, Any]], variants: list[list[Pl
             "the best has the lowest mean final validation loss. Results are those of other seeds at that rate: "
             f"{', '.join(map(str, study.seeds))}."
         )
+
+
+def _untuned(rates: Iterable[float]) -> str:
+    """Return a sentence on the learning rates of all entries and variants, which are not tuned."""
+    distinct = [f"{rate:g}" for rate in sorted(set(rates))]
+    if len(distinct) == 1:
+        return f"All entries use the learning rate {distinct[0]}, which was not tuned for each."
+    return f"Not equal: entries use different learning rates ({', '.join(distinct)}), which were not tuned."

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from ..registry import Config, SeqmixError, read_bytes, write_file
+from .differences import format_value
 
 RESULTS_FILE = "results.json"
 FORMAT = 1
@@ -30,8 +31,9 @@ class ResultsError(SeqmixError):
 
 
 def where(variant: Mapping[str, Any]) -> str:
-    """Return a variant as text that follows the name of an entry, such as " where model.d_model is 64"."""
-    return f" where {', '.join(f'{path} is {value}' for path, value in variant.items())}" if variant else ""
+    """Return a variant as text that follows an entry's name, such as " where model.d_model is 64", with YAML values."""
+    parts = [f"{path} is {format_value(value)}" for path, value in variant.items()]
+    return f" where {', '.join(parts)}" if parts else ""
 
 
 class Machine(Config):

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias, TypeVar
 
 from ..registry import write_file
 from .answer import answer
-from .differences import leaves
+from .differences import format_value, leaves
 from .pages import table
 from .results import Difference, EntryResult, Results, RunResult, Statistic, SummaryRow, TrainSpeedRow, where
 from .scaling import scaling_lines
@@ -45,8 +45,9 @@ def uncertainty(results: Results) -> Iterator[str]:
         yield f"{one}, so there is no interval and no rank: differences may be chance."
     if any(row.rank is not None for row in results.summary):
         yield (
-            "rank: one more than the number of entries that are better beyond noise; noise is a difference at equal "
-            "seeds whose 95 % t interval contains 0, and equal ranks are ties."
+            "rank: 1 + the number of entries that are significantly better (the 95 % t interval of the difference at "
+            "equal seeds does not contain 0; not corrected for the number of comparisons). Entries of different rank "
+            "may be tied too."
         )
 
 
@@ -117,7 +118,10 @@ def speed_of(results: Results) -> tuple[Callable[[SummaryRow], str], str]:
     sharing = "runs went one after another; other programs may have slowed them"
     if not alone:
         sharing = "runs may have shared the machine, so these numbers do not compare speeds"
-    note = f"tokens/s: medians of the runs' own logged steps, quartiles in brackets; {sharing}."
+    note = (
+        "tokens/s: the median over runs of each run's median over its own logged steps; in brackets, the lowest lower "
+        f"and the highest upper quartile of these runs; {sharing}."
+    )
     return _speed, note
 
 
@@ -138,7 +142,7 @@ def summary_table(results: Results) -> tuple[list[str], list[tuple[str, ...]]]:
     )
     columns: Columns[SummaryRow] = [
         ("entry", lambda row: row.entry),
-        *((path.rpartition(".")[2], lambda row, path=path: str(row.variant.get(path, ""))) for path in varied),
+        *((path.rpartition(".")[2], lambda row, path=path: format_value(row.variant.get(path, ""))) for path in varied),
         ("rank", lambda row: "" if row.rank is None else str(row.rank)),
         ("accuracy", lambda row: _accuracy(row.accuracy)),
         ("validation loss", lambda row: _loss(row.validation_loss)),

@@ -12,7 +12,7 @@ import pytest
 from seqmix import SeqmixError
 from seqmix.commands.study_progress import Forecast
 from seqmix.experiments.collect import collect, run_result
-from seqmix.experiments.results import EntryResult, Results, RunResult, Statistic, read_results, write
+from seqmix.experiments.results import EntryResult, Results, RunResult, Statistic, read_results, where, write
 from seqmix.experiments.scaling import scaling_lines
 from seqmix.experiments.study_figures import Plots
 from seqmix.experiments.summary import best_first, choose_rates, statistic, summarise, t_quantile
@@ -111,10 +111,31 @@ def test_entries_within_noise_share_a_rank():
 def test_what_ranks_and_intervals_mean_is_said():
     several = markdown(results([run(entry, loss, seed=s) for entry, loss in (("a", 1.0), ("b", 2.0)) for s in (0, 1)]))
     assert "95 % t interval over seeds" in several
-    assert "equal ranks are ties" in several
+    assert "rank: 1 + the number of entries that are significantly better" in several
+    assert "Entries of different rank may be tied too." in several
     one = markdown(results([run("a", 1.0), run("b", 2.0)]))
     assert "There is one seed, so there is no interval and no rank: differences may be chance." in one
     assert "rank |" not in one
+
+
+def test_the_note_on_speeds_says_what_the_bracketed_numbers_are():
+    runs = [
+        run("a", 1.0, seed=seed).model_copy(update={"tokens_per_second": speed, "tokens_per_second_range": quartiles})
+        for seed, (speed, quartiles) in enumerate(((100.0, (50.0, 110.0)), (200.0, (190.0, 300.0))))
+    ]
+    page = markdown(results(runs))
+    assert "150 [50, 300]" in page  # from the lowest lower to the highest upper quartile
+    assert "in brackets, the lowest lower and the highest upper quartile of these runs" in page
+
+
+def test_values_of_variants_are_yaml():
+    variants = ({"equal.short_conv": None}, {"equal.short_conv": {"kind": "standard"}})
+    page = markdown(results([run(entry, 1.0, variant=variant) for variant in variants for entry in "ab"]))
+    assert "At short conv null: a reaches" in page
+    assert "At short conv {kind: standard}: a reaches" in page
+    assert "| a | {kind: standard} |" in page
+    assert where(variants[0]) == " where equal.short_conv is null"
+    assert "None" not in page
 
 
 def test_variants_and_accuracies_have_their_own_rows():

@@ -133,9 +133,34 @@ def test_what_is_the_same_is_said(planned):
         "tokens, 3,840 tokens in all.",
         "At the end, every entry is evaluated on the same 2 evaluation batches.",
         "Models are matched by parameters; all have 11,344 parameters.",
-        "States of one sequence have 1.01 KiB to 2.01 KiB.",
+        "Not equal: the state of one sequence at the training length has 1.01 KiB to 2.01 KiB over entries.",
         "Each entry's learning rate is tuned: 0.001, 0.003 with seed 2; the best has the lowest mean final validation "
         "loss. Results are those of other seeds at that rate: 0, 1.",
+    )
+
+
+def test_states_of_all_variants_are_said_not_to_be_equal(planned):
+    (sentence,) = (each for each in planned("vary: {model.d_model: [16, 32]}\n").fairness if "state" in each)
+    assert sentence.startswith("Not equal: the state of one sequence at the training length has 1.01 KiB to 4.01 KiB")
+    assert sentence.endswith(" over entries and variants.")
+
+
+@pytest.mark.parametrize(
+    ("study", "sentence"),
+    [
+        (
+            "training: {learning_rate: 0.002}\n",
+            "All entries use the learning rate 0.002, which was not tuned for each.",
+        ),
+        (
+            "training: {learning_rate: 0.002}\nentries: {fast: {training: {learning_rate: 0.01}}}\n",
+            "Not equal: entries use different learning rates (0.002, 0.01), which were not tuned.",
+        ),
+    ],
+)
+def test_a_learning_rate_that_was_not_tuned_is_said(planned, study, sentence):
+    assert (
+        planned(study, study="base: retnet-tiny\nmodel: {n_layers: 1}\nmixers: [retention]\n").fairness[-1] == sentence
     )
 
 
@@ -158,7 +183,7 @@ def test_an_option_is_equal_in_all_mixers_that_have_it(planned):
     (two,) = (entry.config.model for entry in found.entries if entry.name == "two")
     inner = two.blocks["both"].mixer.mixers
     assert [mixer.gate for mixer in inner if hasattr(mixer, "gate")] == ["none"]
-    convolution, gate = found.fairness[-2:]
+    convolution, gate = found.fairness[-3:-1]
     assert convolution == (
         "Equal in all mixers: short_conv = null; but attention has no short_conv; two (attention) has no short_conv; "
         "mamba keeps 4: expected an integer, got null."
