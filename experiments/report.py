@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from ..registry import write_file
-from .answer import answer, format_statistic, variant_text
+from .answer import answer, format_statistic, has_accuracy, variant_text
 from .differences import compare_configs, format_value
 from .figures import page
 from .results import Machine, Results, SummaryRow
@@ -98,7 +98,7 @@ def _summary(results: Results, plots: Plots) -> tuple[list[str], list[tuple[Any,
         ("seeds", lambda row: f"{row.seeds}"),
         ("learning rate", lambda row: number(row.learning_rate) + (f", {row.at_edge} tried" if row.at_edge else "")),
         ("parameters", lambda row: f"{results.entry_of(row).parameters:,}"),
-        ("FLOPs/token", lambda row: number(results.entry_of(row).flops_per_token)),
+        ("forward matmul FLOPs/token", lambda row: number(results.entry_of(row).flops_per_token)),
         ("state", lambda row: state_size(results.entry_of(row))),
         ("tokens/s", speed_of(results)[0]),
     ]
@@ -108,7 +108,8 @@ def _summary(results: Results, plots: Plots) -> tuple[list[str], list[tuple[Any,
 def _notes(results: Results) -> str:
     """Return the notes below the summary table."""
     notes = ["Best first.", *uncertainty(results)]
-    notes.append("Losses are in nats per token; the state is that of one sequence.")
+    tokens = "answer token" if has_accuracy(results) else "token"
+    notes.append(f"Losses are in nats per {tokens}; the state is that of one sequence.")
     cell, note = speed_of(results)
     return " ".join([*notes, *([note] if any(map(cell, results.summary)) else [])])
 

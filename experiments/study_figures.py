@@ -12,15 +12,14 @@ from typing import Any
 from .answer import has_accuracy, key_text, variant_text
 from .answer import score as score_of
 from .benchmark_figures import NOISE
-from .figures.figure import ACCURACY, LOSS, Axis, Figure, Point, Series, drawable
+from .differences import format_value
+from .figures.figure import ACCURACY, Axis, Figure, Point, Series, drawable
 from .results import Results, RunResult, Statistic, SummaryRow
 from .scaling import scaling_lines
 from .summary import statistic
 
-VALIDATION = Axis(f"validation {LOSS.label}", log=False)
-TRAINING = Axis(f"training {LOSS.label}", log=False)
-MEASURED = {"accuracy": ACCURACY, "validation_loss": VALIDATION, "loss": TRAINING}
-"""Axis of each measured value, by the name of its field in the results."""
+TOKENS = {"validation": "answer token", "training": "target token"}
+"""Tokens over which the losses of a task are means; a task may train on every token, but asks only for its answers."""
 RATE = Axis("tokens per second", from_zero=True, log=False)
 STATE = Axis("state", unit="bytes")
 MEMORY = Axis("peak memory", unit="bytes", from_zero=True, log=False, noise=NOISE)
@@ -54,9 +53,14 @@ class Plots:
         self.alone = all(run.alone for run in finished)
         """True if runs went one after another, so that none of them slowed another one."""
         self.has_accuracy = has_accuracy(results)
-        self.score_axis, self.score_name = (
-            (ACCURACY, "accuracy") if self.has_accuracy else (VALIDATION, "validation loss")
+        self.validation_axis, training_axis = (
+            Axis(f"{split} loss (nats per {tokens if self.has_accuracy else 'token'})", log=False)
+            for split, tokens in TOKENS.items()
         )
+        self.measured = {"accuracy": ACCURACY, "validation_loss": self.validation_axis, "loss": training_axis}
+        """Axis of each measured value, by the name of its field in the results."""
+        self.score_name = "accuracy" if self.has_accuracy else "validation loss"
+        self.score_axis = ACCURACY if self.has_accuracy else self.validation_axis
         lengths = sorted({run.sequence_length for run in results.runs if run.sequence_length is not None})
         self.training_marks = dict.fromkeys(map(float, lengths), "trained")
         """Label of the mark at each training length (tokens), for figures over the sequence length."""
@@ -114,21 +118,25 @@ class Plots:
         band = "; the mean, in a band from the lowest to the highest seed." if several_seeds else "."
         x = {
             "tokens": Axis("tokens", log=False),
-            "flops": Axis("training FLOPs", log=False),
+            "flops": Axis("training matmul FLOPs", log=False),
             "seconds": Axis("time of training steps", unit="seconds", log=False),
         }
-        caption = f"{MEASURED[measure].label.partition(' (')[0].capitalize()} during training{band}"
+        caption = f"{self.measured[measure].label.partition(' (')[0].capitalize()} during training{band}"
+        if over == "flops":
+            caption += " FLOPs of matrix products only: three times those of the forward passes."
         if over == "seconds":
             caption += " Runs went one after another; other load on the machine lengthens their times."
-        return Figure(name, title, caption, x[over], MEASURED[measure], self._series(points), smooth=True)
+        return Figure(name, title, caption, x[over], self.measured[measure], self._series(points), smooth=True)
 
     def _difficulty(self, name: str) -> Figure:
         rows = self._of_best_variant(row for row in self.results.summary if name in row.accuracy_by)
         keys = dict.fromkeys(key for row in self.results.summary for key in row.accuracy_by.get(name, ()))
-        axis, place = _axis_of(self.results.x_label or name.replace("_", " "), keys)
+        label = self.results.x_label or name.replace("_", " ")
+        axis, place = _axis_of(label, keys)
         values = {row.entry: {place[repr(key)]: value for key, value in row.accuracy_by[name].items()} for row in rows}
         caption = "Share of target tokens predicted correctly, "
-        caption += "in each slice." if axis.names else "at each difficulty; harder is to the right."
+        caption += f"by {label}." if axis.names else f"by {label}; larger values are to the right."
+        caption += self._best_variant_note()
         return self._scores(f"accuracy by {name.replace('_', ' ')}", caption, axis, ACCURACY, values)
 
     def _slices(self, name: str) -> Figure:
@@ -140,14 +148,16 @@ class Plots:
             caption = (
                 "Validation loss of recall hits (rare n-grams that the sequence contained before) and of other tokens."
             )
-        return self._scores(f"loss by {name}", caption, axis, VALIDATION, values)
+        caption += self._best_variant_note()
+        return self._scores(f"loss by {name}", caption, axis, self.validation_axis, values)
 
     def _lengths(self) -> Figure:
         rows = self._of_best_variant(self.results.summary)
         losses = {row.entry: {float(key): v for key, v in row.validation_loss_by_length.items()} for row in rows}
         axis = Axis("sequence length (tokens)", ticks=sorted({x for values in losses.values() for x in values}))
         caption = "Validation loss at each sequence length: a flat or falling line is a model that extrapolates."
-        return replace(self._scores("loss by length", caption, axis, VALIDATION, losses), marks=self.training_marks)
+        figure = self._scores("loss by length", caption + self._best_variant_note(), axis, self.validation_axis, losses)
+        return replace(figure, marks=self.training_marks)
 
     def _variants(self) -> Iterator[Figure]:
         """Yield the figure of the score over the varied field, if exactly one field varies."""
@@ -172,7 +182,7 @@ class Plots:
             if row.entry in scores and row.parameters:
                 scores[row.entry][float(row.parameters)] = self.score(row)
         caption = f"Lines are fitted power laws. {'; '.join(map(str, lines))}."
-        axes = Axis("parameters", log=True), replace(VALIDATION, log=True)
+        axes = Axis("parameters", log=True), replace(self.validation_axis, log=True)
         figure = self._scores("validation loss by parameters", caption, *axes, scores)
         ends = [[Point(size, line.loss(size)) for size in (line.sizes[0], line.sizes[-1])] for line in lines]
         fits = [
@@ -191,6 +201,7 @@ class Plots:
             caption += (
                 f" The state of {growing} grows with the sequence; the size shown is that at the training length."
             )
+        caption += self._best_variant_note()
         axis = Axis("state of one sequence", unit="bytes", log=True)
         scores = {row.entry: {float(entries[row.entry].state_bytes): self.score(row)} for row in rows}
         yield replace(self._scores(f"{self.score_name} by state", caption, axis, self.score_axis, scores), joined=False)
@@ -200,17 +211,24 @@ class Plots:
         rates = sorted({run.learning_rate for run in tuning if run.learning_rate is not None})
         if len(rates) < 2:
             return
-        scores: dict[str, dict[Any, Statistic | None]] = {}
-        for row in self._of_best_variant(self.results.summary):
-            ends: dict[float, list[float]] = {}
-            for run in tuning:
-                end = run.accuracy if self.has_accuracy else run.validation_loss
-                if (run.entry, run.variant) == (row.entry, row.variant) and end is not None and run.learning_rate:
-                    ends.setdefault(run.learning_rate, []).append(end)
-            scores[row.entry] = {rate: statistic(values) for rate, values in ends.items()}
-        caption = "Final results of tuning runs. An entry that is best at an edge of the grid may be better beyond it."
+        caption = (
+            "Final validation losses of the runs that chose the learning rates. An entry that is best at an edge of "
+            "the grid may be better beyond it."
+        )
         axis = Axis("learning rate", log=True, ticks=rates)
-        yield self._scores(f"{self.score_name} by learning rate", caption, axis, self.score_axis, scores)
+        variants = self.variants if len(self.variants) <= MAX_VARIANTS else [None]
+        for i, variant in enumerate(variants, 1):
+            rows = [row for row in self.results.summary if row.variant == variant]
+            scores = {
+                row.entry: _by_rate(run for run in tuning if (run.entry, run.variant) == (row.entry, row.variant))
+                for row in rows or self._of_best_variant(self.results.summary)
+            }
+            text = caption if rows else caption + self._best_variant_note()
+            figure = self._scores("validation loss by learning rate", text, axis, self.validation_axis, scores)
+            if len(variants) > 1:
+                title = f"{figure.title}: {variant_text(variant or {})}"
+                figure = replace(figure, name=f"{figure.name}-{i}", title=title)
+            yield figure
 
     def _cost(self, name: str, rows: Sequence[Any], title: str, measure: str, y: Axis, caption: str) -> Figure:
         over = "length" if name.startswith("train") else "context"
@@ -238,8 +256,15 @@ class Plots:
         series = self._series({entry: _points(of_entry, x, y) for entry, of_entry in values.items()})
         name = re.sub("[ _]", "-", title.removeprefix("validation "))
         if any(point.low < point.high for each in series for point in each.points):
-            caption += " Bars are 95 % t intervals over seeds."
+            caption += " Bars are 95 % t intervals over seeds"
+            caption += ", cut at 0 and 100 %." if y is ACCURACY else "."
         return Figure(name, title[:1].upper() + title[1:], caption, x, y, series)
+
+    def _best_variant_note(self) -> str:
+        """Return a sentence for captions of figures with the rows of `_of_best_variant`; empty for a single variant."""
+        if len(self.variants) < 2:
+            return ""
+        return f" Of each entry, only the variant with its best {self.score_name} is drawn."
 
     def _of_best_variant(self, rows: Iterable[SummaryRow]) -> list[SummaryRow]:
         """Return one row per entry: that of the variant with its best score."""
@@ -265,6 +290,15 @@ def _mean_curve(runs: Sequence[RunResult], over: str, measure: str) -> Iterator[
             yield Point(fmean(x for x, _ in pairs), fmean(ys), *((min(ys), max(ys)) if len(runs) > 1 else ()))
 
 
+def _by_rate(runs: Iterable[RunResult]) -> dict[Any, Statistic | None]:
+    """Return mean and interval of the final validation loss, by learning rate."""
+    losses: dict[float, list[float]] = {}
+    for run in runs:
+        if run.validation_loss is not None and run.learning_rate:
+            losses.setdefault(run.learning_rate, []).append(run.validation_loss)
+    return {rate: statistic(values) for rate, values in losses.items()}
+
+
 def _points(values: Mapping[Any, Statistic | None], x: Axis, y: Axis) -> list[Point]:
     """Return means with error bars, in order; without bars if there are none. Bars stay in the valid range."""
     points = []
@@ -285,7 +319,7 @@ def _axis_of(label: str, values: Iterable[Any]) -> tuple[Axis, dict[str, float |
     if all(map(_is_number, values)):
         numbers = {repr(value): float(value) for value in values}
         return Axis(label, ticks=sorted(numbers.values())), dict(numbers)
-    return Axis(label, names=list(map(str, values))), {repr(value): str(value) for value in values}
+    return Axis(label, names=list(map(format_value, values))), {repr(value): format_value(value) for value in values}
 
 
 def _distinct(values: Iterable[Any]) -> list[Any]:

@@ -13,9 +13,9 @@ from studies import STUDIES, few, recall, text, varied
 
 from seqmix.experiments.answer import answer, format_statistic
 from seqmix.experiments.report import REPORT_FILE, render, write_report
-from seqmix.experiments.results import Results, Statistic, read_results, write
+from seqmix.experiments.results import Results, RunResult, Statistic, read_results, write
 from seqmix.experiments.study_figures import Plots
-from seqmix.experiments.summary import best_first
+from seqmix.experiments.summary import best_first, summarise
 from seqmix.registry import SeqmixError
 
 pytest.importorskip("altair")
@@ -27,6 +27,10 @@ def results(study: dict[str, Any]) -> Results:
 
 def plots(study: dict[str, Any]) -> Plots:
     return Plots(results(study))
+
+
+def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row.model_dump(mode="json") for row in summarise([RunResult(**run) for run in runs])]
 
 
 def said(study: dict[str, Any]) -> str:
@@ -129,9 +133,57 @@ def test_variants_are_compared_each_for_itself():
     assert [name for name in names if re.match(r"loss-\d", name)] == ["loss-1", "loss-2", "loss-3", "loss-4"]
 
 
+def captions(study: dict[str, Any]) -> dict[str, str]:
+    return {figure.name: figure.caption for figure in plots(study).all()}
+
+
+def test_captions_say_what_is_drawn():
+    one, several = captions(recall()), captions(varied())
+    assert "by pairs; larger values are to the right." in one["accuracy-by-pairs"]
+    assert "Bars are 95 % t intervals over seeds, cut at 0 and 100 %." in one["accuracy-by-state"]
+    assert captions(text())["loss-by-length"].endswith("Bars are 95 % t intervals over seeds.")
+    best = "Of each entry, only the variant with its best accuracy is drawn."
+    assert best in several["accuracy-by-pairs"]
+    assert best in several["accuracy-by-state"]
+    assert best not in several["accuracy-over-pairs"]
+    assert not any(best in caption for caption in one.values())
+
+
+def test_learning_rates_are_shown_by_the_loss_that_chose_them():
+    study = recall()
+    (figure,) = (figure for figure in plots(study).all() if figure.name == "loss-by-learning-rate")
+    tuning = {(run["entry"], run["learning_rate"]): run["validation_loss"] for run in study["runs"] if run["tunes"]}
+    assert {(each.name, point.x): point.y for each in figure.series for point in each.points} == tuning
+
+
+def test_every_variant_has_a_figure_of_its_learning_rates():
+    study = recall()
+    runs = [run | {"variant": {"equal.short_conv": width}} for run in study["runs"] for width in (None, 4)]
+    study |= {"runs": runs, "summary": summary(runs)}
+    titles = [figure.title for figure in plots(study).all() if "learning-rate" in figure.name]
+    assert titles == [f"Validation loss by learning rate: short conv {value}" for value in ("null", "4")]
+
+
+def test_losses_of_tasks_are_those_of_answers():
+    def labels(study):
+        return {figure.y.label for figure in plots(study).all() if "loss" in figure.y.label}
+
+    assert labels(recall()) == {"validation loss (nats per answer token)"}
+    assert "Losses are in nats per answer token" in page("recall")
+    assert labels(text()) == {"validation loss (nats per token)"}
+    assert "Losses are in nats per token" in page("text")
+
+
+def test_flops_are_called_those_of_matrix_products():
+    assert "forward matmul FLOPs/token" in table(page("text"), "Results of all")[0]
+    (figure,) = (figure for figure in plots(text()).all() if figure.name == "loss-flops")
+    assert figure.x.label == "training matmul FLOPs"
+    assert "three times those of the forward passes" in figure.caption
+
+
 def test_only_what_there_are_data_for_is_drawn():
     assert [figure.name for figure in plots(recall()).all()] == [
-        "accuracy-by-pairs", "accuracy-by-state", "accuracy-by-learning-rate", "loss", "loss-flops", "accuracy",
+        "accuracy-by-pairs", "accuracy-by-state", "loss-by-learning-rate", "loss", "loss-flops", "accuracy",
     ]  # fmt: skip
     assert [figure.name for figure in plots(text()).all()] == [
         "loss-by-length", "loss-by-state", "loss", "loss-flops", "train-speed", "train-memory", "decode-time",
