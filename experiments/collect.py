@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,10 +11,11 @@ from typing import Any, TypeVar
 
 from ..registry import Config, ConfigError, read_bytes
 from ..registry.yaml import write as to_yaml
-from ..training import CheckpointError, read_config
+from ..training import CheckpointError, RunConfig, read_config
 from ..training.checkpoint.provenance import SESSIONS_FILE
 from ..training.checkpoint.run_dir import SCORES_FILE
 from ..training.checkpoint.saved_run import modules_of
+from .differences import format_value
 from .measurements import Measurement, add_time, read_measurements
 from .plan import Plan, PlannedEntry, PlannedRun
 from .results import EntryResult, EvaluationPoint, Machine, PaperRow, Point, Results, RunResult, SpeedResult, SummaryRow
@@ -46,6 +47,7 @@ def collect(plan: Plan, folder: Path, *, failed: Mapping[str, str], speed: Speed
         question=plan.study.question,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         machine=_machine(folder / RUNS / run.name for run in plan.runs),
+        setup=setup(plan),
         fairness=plan.fairness,
         subject=plan.subject,
         differences=plan.differences,
@@ -55,6 +57,51 @@ def collect(plan: Plan, folder: Path, *, failed: Mapping[str, str], speed: Speed
         speed=speed or SpeedResult(),
         paper=tuple(_paper_row(figure, summary) for figure in plan.study.paper),
     )
+
+
+def setup(plan: Plan) -> str:
+    """Return data, optimizer, learning rate, schedule and length of training as text, of all entries and variants."""
+    configs = list({run.group: run.config for run in plan.runs}.values())
+
+    def distinct(text: Callable[[RunConfig], str]) -> str:
+        return " / ".join(dict.fromkeys(map(text, configs)))
+
+    tune = plan.study.tune
+    rates = distinct(lambda config: f"{config.training.learning_rate:g}") + " (not tuned)"
+    if tune is not None:
+        rates = f"tuned over {', '.join(f'{rate:g}' for rate in tune.learning_rate)}"
+    sizes = distinct(
+        lambda config: (
+            f"{config.training.steps:,} steps of {config.training.batch_size:,} sequences of "
+            f"{config.data.sequence_length:,} tokens"
+        )
+    )
+    parts = [
+        f"data: {distinct(_data_text)}",
+        f"optimizer: {distinct(lambda config: config.training.optimizer)}",
+        f"learning rate: {rates}",
+        f"schedule: {distinct(_schedule_text)}",
+        f"training: {sizes}",
+    ]
+    return " · ".join(parts)
+
+
+def _data_text(config: RunConfig) -> str:
+    """Return the kind of data and its fields that are numbers or that are set, except for the sequence length."""
+    data = config.data
+    fields = data.model_dump(mode="json", exclude={"kind", "sequence_length"}, exclude_none=True)
+    shown = {
+        name: value
+        for name, value in fields.items()
+        if name in data.model_fields_set or (isinstance(value, int | float) and not isinstance(value, bool))
+    }
+    text = ", ".join(f"{name} {format_value(value)}" for name, value in shown.items())
+    return f"{data.kind} ({text})" if text else data.kind
+
+
+def _schedule_text(config: RunConfig) -> str:
+    warmup = config.training.warmup_steps
+    return config.training.schedule + (f" (warmup_steps {warmup})" if warmup else "")
 
 
 def tuned(plan: Plan, folder: Path, failed: Mapping[str, str]) -> Plan:

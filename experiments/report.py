@@ -57,6 +57,8 @@ def render(results: Results) -> str:
         facts=" · ".join(
             filter(None, [results.name if results.question else "", counts, results.created[:10], *machine])
         ),
+        setup=results.setup,
+        first_variant=variant_text(results.first_variant),
         answer=answer(results),
         differences=[
             (variant_text(variant), heads, rows)

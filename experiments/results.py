@@ -264,6 +264,8 @@ class Results(Config):
     machine: Machine = Machine()
     x_label: str | None = None
     """Label of the x axis in figures of accuracy by difficulty; None for the difficulty's own name."""
+    setup: str | None = None
+    """Data, optimizer, learning rate, schedule and length of training, in one line; None if unknown."""
     fairness: tuple[str, ...] = ()
     """Sentences on what was the same for all entries and what was not."""
     subject: str | None = None
@@ -280,6 +282,11 @@ class Results(Config):
     def about(self) -> str:
         """Name of the entry that the question is about."""
         return self.entries[0].name if self.subject is None else self.subject
+
+    @property
+    def first_variant(self) -> dict[str, Any]:
+        """The first variant, which the entries' configurations and matched costs are of; empty for a single variant."""
+        return self.runs[0].variant if self.runs else {}
 
     @property
     def learning_rates(self) -> list[float]:

@@ -179,13 +179,14 @@ def markdown(results: Results) -> str:
     """Return the results as a Markdown page: question, table, conditions, notes, and matching."""
     lines = [f"# {results.name}", ""]
     lines += [results.question, ""] if results.question else []
+    lines += [results.setup, ""] if results.setup else []
     lines += [*table(*summary_table(results)), ""] if results.summary else []
     lines += [answer(results), ""]
     for variant, heads, rows in difference_tables(results.differences, results.about):
         lines += [f"What else differs{where(variant)}:", "", *table(heads, rows), ""]
     lines += [f"- {sentence}" for sentence in (*results.fairness, *notes(results))]
     matched = [f"- {entry.name}: {entry.matched}" for entry in results.entries if entry.matched]
-    lines += ["", "Matched:", "", *matched] if matched else []
+    lines += ["", f"Matched{where(results.first_variant)}:", "", *matched] if matched else []
     if results.paper:
         figures = [
             (figure.label, figure.entry, f"{figure.theirs:g}", "" if figure.ours is None else f"{figure.ours:.4g}")

@@ -16,6 +16,7 @@ from seqmix.experiments.report import REPORT_FILE, render, write_report
 from seqmix.experiments.results import Results, RunResult, Statistic, read_results, write
 from seqmix.experiments.study_figures import Plots
 from seqmix.experiments.summary import best_first, summarise
+from seqmix.experiments.tables import markdown
 from seqmix.registry import SeqmixError
 
 pytest.importorskip("altair")
@@ -303,6 +304,23 @@ def test_what_was_equal_is_shown_with_what_was_not():
     assert fields == ["field", "blocks.main.mixer.kind", "blocks.main.ffn.expansion"]
     assert "n_layers: 4\n" in page("text").partition("Fields that are equal in all models")[2]
     assert ["In-domain perplexity", "retention", "26.05", "4.95"] in table(page("text"), "The paper")
+
+
+def test_data_and_training_are_named():
+    line = "data: mqar (pairs [4, 8]) · optimizer: adamw"
+    assert line in render(results(recall() | {"setup": line})).partition("</header>")[0]
+
+
+def test_what_is_of_the_first_variant_is_labelled():
+    study = varied()
+    study["entries"][0]["matched"] = "parameters 10 by d_model = 2"
+    made = render(results(study))
+    assert "Matched costs, fields and configurations below are those at pairs 8, the first variant." in made
+    for words in ("Fields that differ between the models", "Configuration of attention"):
+        assert f"<summary>{words} at pairs 8</summary>" in made
+    assert "Configuration of attention</summary>" in page("recall")
+    assert "first variant" not in page("recall")
+    assert "Matched where data.pairs is 8:" in markdown(results(study))
 
 
 def test_what_was_not_timed_and_a_rate_at_the_edge_are_said():

@@ -11,7 +11,7 @@ import pytest
 
 from seqmix import SeqmixError
 from seqmix.commands.study_progress import Forecast
-from seqmix.experiments.collect import collect, run_result
+from seqmix.experiments.collect import collect, run_result, setup
 from seqmix.experiments.results import EntryResult, Results, RunResult, Statistic, read_results, where, write
 from seqmix.experiments.scaling import scaling_lines
 from seqmix.experiments.study_figures import Plots
@@ -195,6 +195,22 @@ def test_a_row_has_the_cost_of_its_variant_and_the_speed_of_its_runs():
     assert "| 16 | 1.0000 ± 0.0000 | 3 | 0.001 | 1,600 | 16 KiB | 510 |" in page
     (state,) = [figure for figure in Plots(found).outcomes() if figure.name.endswith("state")] or [None]
     assert state is None or {point.x for point in state.series[0].points} == {16384.0}
+
+
+def test_data_optimizer_rate_schedule_and_length_are_named(planned):
+    assert setup(planned("")) == (
+        "data: text (paths [text.txt], validation_fraction 0.1, test_fraction 0.0) · optimizer: adamw · "
+        "learning rate: 0.01 (not tuned) · schedule: linear (warmup_steps 1) · "
+        "training: 120 steps of 2 sequences of 16 tokens"
+    )
+    tuned = setup(
+        planned(
+            "tune: {learning_rate: [1e-3, 3e-3]}\nvary: {data.sequence_length: [8, 16]}\n"
+            "entries: {other: {training: {optimizer: muon}}}\n"
+        )
+    )
+    assert "optimizer: adamw / muon · learning rate: tuned over 0.001, 0.003 · " in tuned
+    assert tuned.endswith("120 steps of 2 sequences of 8 tokens / 120 steps of 2 sequences of 16 tokens")
 
 
 @pytest.mark.parametrize(("loss", "ours"), [(1.0, math.e), (1e5, None)])
