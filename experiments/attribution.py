@@ -9,6 +9,11 @@ feed-forward networks, norms, sizes and training. The knob of `match` is not lis
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
+from torch import nn
+
+from ..mixers import MixerConfig
+from ..models import ModelConfig
 from ..registry import Config
 from ..training import RunConfig
 from .differences import format_value, leaves
@@ -20,7 +25,9 @@ ACCESSORIES = ("short_conv", "qk_norm", "gate", "head_norm", "positions")
 SYNONYMS = {"rotation": "positions"}
 """Other names of accessories in some mixers."""
 ABSENT = "no option"
-"""Value of an accessory of a mixer that does not have the option."""
+"""Value of an accessory of a mixer that has no option for it, and does not declare it as `built_in`."""
+BUILT_IN = " (built in)"
+"""Ending of the value of an accessory that a mixer always has."""
 OFF = (None, False, 0, "none")
 """Values of an accessory that turn it off; they count as equal, also to a mixer without the option (`ABSENT`)."""
 MIXER = "the mixer"
@@ -32,6 +39,8 @@ class Feature(NamedTuple):
     text: str
     effect: frozenset[str]
     """The distinct values, with `OFF` and `ABSENT` as one value: entries differ in effect if these sets differ."""
+    is_derived: bool = False
+    """True if no field has this value: it follows from the mixer and its other fields."""
 
 
 def describe(config: RunConfig) -> dict[str, Feature]:
@@ -41,9 +50,18 @@ def describe(config: RunConfig) -> dict[str, Feature]:
     mixers = mixers_of(model)
     options = [(mixer, {SYNONYMS.get(name, name): name for name in type(mixer).model_fields}) for mixer in mixers]
     features = {
-        name: _accessory([(mixer.kind, getattr(mixer, known.get(name, ""), ABSENT)) for mixer, known in options])
+        name: _accessory([(mixer.kind, _value_of(mixer, name, known)) for mixer, known in options])
         for name in ACCESSORIES
     }
+    modules = [_build(mixer, model) for mixer in mixers]
+    silu = _accessory(
+        [(mixer.kind, "silu" if _has_silu(module) else "none") for mixer, module in zip(mixers, modules, strict=True)]
+    )
+    features["qkv_activation"] = silu._replace(is_derived=True)
+    heads = [getattr(module, "n_heads", None) for module in modules]
+    if all(isinstance(number, int) for number in heads):
+        texts = dict.fromkeys(map(str, heads))
+        features["mixer.n_heads"] = Feature(" and ".join(texts), frozenset(texts), is_derived=True)
     values: dict[str, list[Any]] = {}
     for mixer, known in options:
         for accessory, name in known.items():
@@ -62,7 +80,7 @@ def describe(config: RunConfig) -> dict[str, Feature]:
     for path, value in (sizes | _fields("training", config.training)).items():
         values[path] = [value]
     for path, each in values.items():
-        texts = dict.fromkeys(map(_to_text, each))
+        texts = dict.fromkeys(map(format_value, each))
         features[path] = Feature(" and ".join(texts), frozenset(texts))
     return features
 
@@ -70,12 +88,34 @@ def describe(config: RunConfig) -> dict[str, Feature]:
 def _accessory(values: Sequence[tuple[str, Any]]) -> Feature:
     """Return an entry's feature for one accessory; `values` are pairs of a mixer's kind and its value."""
     kinds: dict[str, list[str]] = {}
+    effect: set[str] = set()
     for kind, value in values:
-        kinds.setdefault("none" if value in OFF else _to_text(value), []).append(kind)
+        kinds.setdefault(format_value(value), []).append(kind)
+        effect.add("none" if value in (*OFF, ABSENT) else format_value(value).removesuffix(BUILT_IN))
     texts = (
         list(kinds) if len(kinds) == 1 else [f"{text} ({', '.join(dict.fromkeys(of))})" for text, of in kinds.items()]
     )
-    return Feature(", ".join(texts), frozenset("none" if text == ABSENT else text for text in kinds))
+    return Feature(", ".join(texts), frozenset(effect))
+
+
+def _value_of(mixer: MixerConfig, accessory: str, known: Mapping[str, str]) -> Any:
+    """Return the value of an accessory of a mixer; `known` has the names of its fields by accessory."""
+    if accessory in known:
+        return getattr(mixer, known[accessory])
+    built_in = type(mixer).built_in.get(accessory)
+    return ABSENT if built_in is None else built_in + BUILT_IN
+
+
+def _build(mixer: MixerConfig, model: ModelConfig) -> nn.Module:
+    """Build a mixer as in the model's first layer, without memory for its parameters."""
+    with torch.device("meta"):
+        return mixer.build(model.d_model, layer_idx=0, n_layers=model.n_layers)
+
+
+def _has_silu(mixer: nn.Module) -> bool:
+    """True if silu follows the projections, with a short convolution before it or without."""
+    convolution = getattr(mixer, "convolution", None)
+    return getattr(convolution, "activation", None) == "silu" or getattr(mixer, "silu_without_conv", False)
 
 
 def _fields(name: str, config: Config | None, exclude: Collection[str] = ()) -> dict[str, Any]:
@@ -84,10 +124,6 @@ def _fields(name: str, config: Config | None, exclude: Collection[str] = ()) -> 
         return {name: None}
     fields = config.model_dump(mode="json", exclude=set(exclude))
     return leaves({name: fields} if name else fields)
-
-
-def _to_text(value: Any) -> str:
-    return "none" if value is None else format_value(value)
 
 
 def field_of(path: str) -> str:
@@ -151,6 +187,7 @@ def _difference(
         of_mixer = ("mixer.", "layers")
         heads = [field for field in differing if field == "mixer.n_heads" and field in one and field in other]
         return [MIXER], [*(field for field in differing if not field.startswith(of_mixer)), *heads]
+    differing = [field for field in differing if not (field in one and one[field].is_derived)]
     whole = "*" in named
     compared = [field for field in differing if field in named or (whole and not field.startswith("training."))]
     return compared, [field for field in differing if field not in compared]

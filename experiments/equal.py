@@ -76,7 +76,7 @@ def equal_sentences(options: Mapping[str, Any], exempt: Iterable[tuple[str, Exem
     for option, value in options.items():
         exceptions = dict.fromkeys(
             f"{entry if entry == each.mixer else f'{entry} ({each.mixer})'} "
-            + (f"has no {option}" if each.reason is None else each.reason)
+            + (f"has no option {option}" if each.reason is None else each.reason)
             for entry, each in exempt
             if each.option == option
         )

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from types import MappingProxyType
-from typing import Any, Generic, Self, TypeAlias, cast, final
+from typing import Any, ClassVar, Generic, Self, TypeAlias, cast, final
 
 import torch
 from jaxtyping import Float, Int
@@ -34,6 +34,9 @@ class MixerConfig(Config, ABC):
     no fields for the sizes of the model: `build` receives `d_model` and the index of the layer.
     """
 
+    built_in: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    """Accessories that the mixer always has, without an option for them: their kind by name of the option that other
+    mixers have, such as {"gate": "swish"}. Comparisons of mixers name them."""
     kind: Any
     """Name of the mixer in the registry and in YAML; a `Literal` in every subclass."""
     paradigm: Paradigm = Field(strict=False)

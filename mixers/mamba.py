@@ -10,6 +10,7 @@ states of a few blocks at a time. As in the authors' code, B is discretised as D
 """
 
 import math
+from types import MappingProxyType
 from typing import Annotated, Literal
 
 import torch
@@ -31,6 +32,7 @@ class MambaConfig(ScanConfig):
     """Mamba: a vector per channel as the state, with decays and step sizes that depend on the token."""
 
     kind: Literal["mamba"] = "mamba"
+    built_in = MappingProxyType({"gate": "swish"})
     expand: float = Field(default=2.0, gt=0, le=1000, examples=[1.0])
     """Number of channels of the recurrence, and of the gate, divided by d_model."""
     d_state: int = Field(default=16, gt=0, le=2**20, examples=[5, 1])

@@ -11,6 +11,7 @@ per head. Two differences: the limits of the step size apply in decoding too, an
 by sqrt(n_layers) at initialisation, where the authors' code divides by sqrt(2 n_layers).
 """
 
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -28,6 +29,7 @@ class Mamba2Config(StateSpaceConfig, TimeStepFields):
     """Mamba-2: a matrix state per head, with a decay and a step size that depend on the token."""
 
     kind: Literal["mamba2"] = "mamba2"
+    built_in = MappingProxyType({"gate": "swish", "head_norm": "rms of groups, after the gate"})
     short_conv: ShortConv = 4
 
     def build(self, d_model: int, *, layer_idx: int, n_layers: int) -> "Mamba2":

@@ -18,6 +18,7 @@ and outputs (MIMO) are not supported.
 """
 
 import math
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -44,6 +45,9 @@ class Mamba3Config(StateSpaceConfig):
     """Mamba-3: a matrix state per head, written by a trapezoidal rule, with keys rotated by angles from the tokens."""
 
     kind: Literal["mamba3"] = "mamba3"
+    built_in = MappingProxyType(
+        {"gate": "swish", "qk_norm": "rms of groups", "positions": "rotation by angles from the tokens"}
+    )
     partial_rotary_factor: float = Field(default=0.5, gt=0, le=1, examples=[1.0])
     """Fraction of the key dimensions of a head that are rotated, in pairs, counted from the first."""
     head_norm: Literal["rms", "none"] = "none"

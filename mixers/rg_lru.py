@@ -13,6 +13,7 @@ is sqrt(v) down to v = 2.5e-7, and below that a line through 0.
 """
 
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Annotated, Literal
 
 import torch
@@ -39,6 +40,7 @@ class RGLRUConfig(ScanConfig):
     """RG-LRU: one scalar per channel as the state, with a decay that depends on the token."""
 
     kind: Literal["rg_lru"] = "rg_lru"
+    built_in = MappingProxyType({"gate": "gelu"})
     n_heads: int = Field(gt=0, examples=[2, 1, 3])
     """Number of blocks in the block-diagonal matrices of the gates."""
     expand: float = Field(default=1.0, gt=0, le=1000, examples=[2.0])

@@ -14,6 +14,7 @@ The authors' code instead divides num and den by the exponential of a running ma
 channel mixing is the separate mixer `channel_mix`.
 """
 
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -34,6 +35,7 @@ class RWKV4Config(ScanConfig):
     """RWKV-4: a weighted mean of all values per channel, with weights that decay."""
 
     kind: Literal["rwkv4"] = "rwkv4"
+    built_in = MappingProxyType({"gate": "sigmoid"})
     expand: float = Field(default=1.0, gt=0, le=1000, examples=[2.0])
     """Number of channels, each with a mean of its values, divided by d_model."""
 

@@ -13,6 +13,7 @@ and the low-rank maps start random, not at 0.
 """
 
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Literal, cast
 
 import torch
@@ -38,6 +39,7 @@ class RWKV7Config(LowRanks, MatrixStateConfig):
     """RWKV-7: a matrix state per head with a decay per key dimension; each token removes one key and writes another."""
 
     kind: Literal["rwkv7"] = "rwkv7"
+    built_in = MappingProxyType({"gate": "low-rank", "head_norm": "group"})
     family = DPLR._replace(flops=partial(DPLR.flops, n_keys=2))
     value_residual = True
     n_heads: Heads

@@ -185,10 +185,10 @@ def test_an_option_is_equal_in_all_mixers_that_have_it(planned):
     assert [mixer.gate for mixer in inner if hasattr(mixer, "gate")] == ["none"]
     convolution, gate = found.fairness[-3:-1]
     assert convolution == (
-        "Equal in all mixers: short_conv = null; but attention has no short_conv; two (attention) has no short_conv; "
-        "mamba keeps 4: expected an integer, got null."
+        "Equal in all mixers: short_conv = null; but attention has no option short_conv; two (attention) has no option "
+        "short_conv; mamba keeps 4: expected an integer, got null."
     )
-    assert gate == "Equal in all mixers: gate = none; but two (mamba2) has no gate; mamba has no gate."
+    assert gate == "Equal in all mixers: gate = none; but two (mamba2) has no option gate; mamba has no option gate."
 
 
 def test_an_option_may_vary(planned):
@@ -210,10 +210,10 @@ def test_mixers_are_compared_and_their_accessories_are_what_else_differs(planned
     assert differences(found) == {
         "retention": ((), set()),
         "gla": (("the mixer",), {"head_norm", "positions"}),
-        "delta_net": (("the mixer",), {"short_conv", "qk_norm", "gate", "head_norm", "positions"}),
+        "delta_net": (("the mixer",), {"short_conv", "qk_norm", "gate", "head_norm", "positions", "qkv_activation"}),
     }
     values = {each.entry: each.values for each in found.differences}
-    assert values["retention"]["short_conv"] == "none"
+    assert values["retention"]["short_conv"] == "null"
     assert values["delta_net"]["short_conv"] == "4"
     # an accessory that is off equals one that there is no option for; the knob of a match is no difference
     matched = planned("equal: {gate: none, head_norm: none}\n")
@@ -221,6 +221,34 @@ def test_mixers_are_compared_and_their_accessories_are_what_else_differs(planned
     assert {each.entry: each.values["positions"] for each in matched.differences} == {
         "retention": "retnet", "attention": "rope",
     }  # fmt: skip
+
+
+def test_accessories_that_a_mixer_always_has_are_named(planned):
+    found = planned("mixers: [retention, mamba2, attention]\n", study=ALONE + "model: {n_layers: 1}\n")
+    values = {each.entry: each.values for each in found.differences}
+    assert values["mamba2"]["gate"] == "swish (built in)"
+    assert values["mamba2"]["head_norm"] == "rms of groups, after the gate (built in)"
+    assert values["attention"]["head_norm"] == "no option"
+    assert {name: each["qkv_activation"] for name, each in values.items()} == {
+        "retention": "none", "mamba2": "silu", "attention": "none",
+    }  # fmt: skip
+    assert "gate" not in differences(found)["mamba2"][1]  # retention's is a swish too
+    # Mamba-2 has no field for the number of heads: it follows from the widths
+    assert {name: each["mixer.n_heads"] for name, each in values.items()} == {
+        "retention": "2", "mamba2": "4", "attention": "2",
+    }  # fmt: skip
+
+
+def test_silu_without_a_convolution_is_a_difference(planned):
+    found = planned(
+        "mixers: [retention, delta_net]\nequal: {short_conv: null}\n", study=ALONE + "model: {n_layers: 1}\n"
+    )
+    assert "qkv_activation" in differences(found)["delta_net"][1]
+    of_one = planned(
+        "mixers: [retention]\nentries: {conv: {set: {model.blocks.ret.mixer.short_conv: 4}}}\n",
+        study=ALONE + "model: {n_layers: 1}\n",
+    )
+    assert differences(of_one)["conv"] == (("short_conv",), set())
 
 
 def test_entries_of_one_mixer_are_compared_by_what_they_set(planned):
