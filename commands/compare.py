@@ -122,7 +122,7 @@ def _show_plan(planned: Plan, console: Console) -> None:
     console.print(plain_table(*headers, rows=rows, overflow="fold"))
     for entry in entries:
         if entry.matched:
-            console.print(f"{entry.name}: {entry.matched}")
+            console.print(f"{entry.name}{where(planned.runs[0].variant)}: {entry.matched}")
     for sentence in planned.fairness:
         console.print(sentence, soft_wrap=True)
     _show_differences(planned.differences, planned.subject, console)
