@@ -326,8 +326,9 @@ def write_token(x: Recurrence, decay: tuple[Tensor, Tensor] | None, *outers: tup
     if state is None or decay is None:
         return _add_outers(state, writable, outers)
     kept, change = decay
-    added = torch.addcmul(_add_outers(None, False, outers), change, state)
-    return state.mul_(kept).add_(added) if writable else torch.addcmul(added, kept, state)
+    if writable:  # a compiler writes a state in its place only if it reads few tensors: the factor is rounded here
+        return _add_outers(state.mul_(materialize(kept + change, 1)), writable, outers)
+    return torch.addcmul(torch.addcmul(_add_outers(None, False, outers), change, state), kept, state)
 
 
 def _add_outers(state: Tensor | None, writable: bool, outers: Iterable[tuple[Tensor, Tensor]]) -> Tensor:

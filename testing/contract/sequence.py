@@ -168,7 +168,7 @@ def _add_product(weight: Tensor, module: nn.Module, inputs: tuple[Tensor, ...], 
 @check(
     stateful,
     use="prefill in pieces, and decoding after a prompt",
-    share=0.19,
+    share=0.32,
     draw=Draw(pieces=(2, 4), tokens=(1, 6), long=12, batch_size=(1, 2), paradigms=True),
 )
 def pieces_equal_the_whole(trial: Trial) -> None:
