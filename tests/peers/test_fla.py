@@ -334,7 +334,7 @@ def test_the_backend_says_what_it_does_not_take(monkeypatch):
         reasons = fla.unsupported(replace(probe, needs_grad=True, key_width=64))
         assert ["may be wrong" in reason for reason in reasons] == [True] * wrong
     decay_fla._is_miscompiled.cache_clear()
-    monkeypatch.setattr(decay_fla, "installed", lambda name: name != "fla")
+    monkeypatch.setattr(decay_fla, "is_installed", lambda name: name != "fla")
     assert refused("pip install")
     monkeypatch.undo()
     *segment, _ = inputs("token")
