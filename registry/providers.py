@@ -1,4 +1,4 @@
-"""Where kinds come from: files of a package, entry points, dotted paths. Listing the kinds imports no modules."""
+"""Sources of kinds: files of a package, entry points, dotted paths. Listing the kinds imports no modules."""
 
 import importlib
 import importlib.metadata

@@ -45,7 +45,7 @@ AnyOptimizer: TypeAlias = torch.optim.Optimizer | Together
 
 
 class ParameterTraining(NamedTuple):
-    """How one parameter is trained, as its role decides."""
+    """Optimizer, weight decay and learning rate of one parameter, as its role decides."""
 
     name: str
     """Name of the parameter in the model."""

@@ -44,7 +44,7 @@ class ChunkStates(NamedTuple):
 
 
 class Chunks(ABC):
-    """What a family computes inside chunks, forward and backward.
+    """Computations of a family inside chunks, forward and backward.
 
     One object serves all chunks of a call, so terms that the chunks share are computed once.
     """

@@ -52,7 +52,7 @@ def supports(kernel: Kernel, probe: Probe) -> bool:
 
 
 class Drawn(NamedTuple):
-    """What is drawn first for a case of any op; `KernelCase.details` then draws the fields that only one op has."""
+    """First draws for a case of any op; `KernelCase.details` then draws the fields that only one op has."""
 
     draw: Callable[..., Any]
     """Function that draws from a strategy of hypothesis."""

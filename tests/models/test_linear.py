@@ -278,6 +278,8 @@ def test_what_the_native_kernel_cannot_follow_stays_with_torch(native, monkeypat
     assert linear(x, weight.as_subclass(Quantised)) == "its own"
     assert asked(lambda: linear(x, weight)) == 1  # by oneDNN, as a dispatch mode watches
     torch.vmap(lambda row: linear(row[None], weight))(x)
+    traced = torch.jit.trace(lambda x: linear(x, weight), (x,), check_trace=False)
+    assert_close(traced(x + 1), F.linear(x + 1, weight))
     with torch.autocast("cpu"):
         assert linear(x, weight).dtype is torch.bfloat16
     monkeypatch.setenv("SEQMIX_NATIVE", "0")

@@ -61,6 +61,9 @@ INLINE void store(bfloat16* p, vec x, int n = LANES) {
         for (int i = 0; i < n; i++) p[i].bits = y[i];
 }
 
+// Lanes of vector i that hold elements, of n elements in all.
+INLINE int lanes(int64_t n, int64_t i) { return int(std::max<int64_t>(std::min<int64_t>(n - i * LANES, LANES), 0)); }
+
 INLINE vec splat(float x) { return x - vec{}; }
 INLINE float sum(vec x) {
     float total = 0;

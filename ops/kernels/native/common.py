@@ -30,12 +30,14 @@ def limits_of(family: str) -> Callable[[Probe], list[str]]:
     return limits
 
 
-def runs_unseen(*tensors: Tensor | None) -> bool:
-    """True if a function of a library may compute from these tensors outside of a custom op.
+def is_untracked(*tensors: Tensor | None) -> bool:
+    """True if nothing records what is done with these tensors, so that a compiled function may read their memory.
 
-    A compiler, autograd, a transform of torch.func or a dispatch mode would not see it, and subclasses of tensors may
-    have no memory.
+    Compilers, `torch.jit.trace`, autograd, transforms of torch.func and dispatch modes record operations of torch, and
+    subclasses of tensors may have no memory.
     """
+    if torch.jit.is_tracing():
+        return False
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or torch._C._are_functorch_transforms_active():
         return False
     if needs_grad(*tensors) or has_tangent(*tensors) or has_torch_function(tensors):

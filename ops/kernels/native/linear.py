@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from . import build
-from .common import runs_unseen
+from .common import is_untracked
 
 MIN_ROWS = 2
 """Minimum number of rows: for one, torch reads the weights about as fast, and a call of it costs less."""
@@ -17,6 +17,8 @@ FUNCTIONS = {torch.float32: "linear_float32", torch.bfloat16: "linear_bfloat16"}
 
 def can_multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """True if `multiply_rows` supports x [* K], weight [N K] and bias [N], and is faster than torch."""
+    if torch.jit.is_tracing():  # sizes are tensors then
+        return False
     keys = x.shape[-1]
     if weight.numel() < MIN_WEIGHTS or not MIN_ROWS * keys <= x.numel() <= MAX_ROWS * keys:
         return False
@@ -26,7 +28,7 @@ def can_multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         return False
     if keys != weight.shape[1] or build.is_off() or build.failure("linear") is not None:
         return False
-    return runs_unseen(x, weight, bias)
+    return is_untracked(x, weight, bias)
 
 
 def multiply_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -94,9 +94,6 @@ struct Block {
     }
 };
 
-// Lanes of vector i that hold elements, of n elements in all.
-INLINE int lanes(int64_t n, int64_t i) { return int(std::max<int64_t>(std::min<int64_t>(n - i * LANES, LANES), 0)); }
-
 // ---- keys as factors of M
 
 struct Decay {                   // G, as a sum of two floats, and exp(G) of all keys

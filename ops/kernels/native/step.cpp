@@ -28,8 +28,6 @@ static vec load_input(const void* x, bool is_bfloat16, int64_t at, int n) {
     return is_bfloat16 ? load(static_cast<const bfloat16*>(x) + at, n) : load(static_cast<const float*>(x) + at, n);
 }
 
-INLINE int lanes(int64_t n, int64_t i) { return int(std::max<int64_t>(std::min<int64_t>(n - i * LANES, LANES), 0)); }
-
 // Vectors of one head over the keys, as floats.
 struct Head {
     std::vector<vec> q, k, a, b, factor, rest;  // P = factor S + rest S, as in common.h

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ...recurrence.family import Recurrence, RecurrenceOutput
 from . import build
-from .common import contiguous, runs_unseen
+from .common import contiguous, is_untracked
 
 ADD, REPLACE, MOVE = range(3)
 """Rules of step.cpp and recurrence.cpp: a token adds to the state, replaces what it reads, or writes it under another
@@ -20,10 +20,10 @@ def rule_of(x: Recurrence) -> int:
 
 
 def can_step(x: Recurrence) -> bool:
-    """True if `step` can compute a call: one token of each row, and nothing that follows its operations."""
+    """True if `step` can compute a call: one token of each row, of tensors whose operations nothing records."""
     if x.q.shape[1] != 1 or x.cu_seqlens is not None or build.failure("step") is not None:
         return False
-    return runs_unseen(*(tensor for tensor in x if isinstance(tensor, Tensor)))
+    return is_untracked(*(tensor for tensor in x if isinstance(tensor, Tensor)))
 
 
 def step(x: Recurrence) -> RecurrenceOutput:
