@@ -36,7 +36,7 @@ def is_untracked(*tensors: Tensor | None) -> bool:
     Compilers, `torch.jit.trace`, autograd, transforms of torch.func and dispatch modes record operations of torch, and
     subclasses of tensors may have no memory.
     """
-    if torch.jit.is_tracing():
+    if torch._C._get_tracing_state() is not None:
         return False
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or torch._C._are_functorch_transforms_active():
         return False

@@ -17,7 +17,7 @@ FUNCTIONS = {torch.float32: "linear_float32", torch.bfloat16: "linear_bfloat16"}
 
 def can_multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """True if `multiply_rows` supports x [* K], weight [N K] and bias [N], and is faster than torch."""
-    if torch.jit.is_tracing():  # sizes are tensors then
+    if torch._C._get_tracing_state() is not None:  # sizes are tensors then
         return False
     keys = x.shape[-1]
     if weight.numel() < MIN_WEIGHTS or not MIN_ROWS * keys <= x.numel() <= MAX_ROWS * keys:
