@@ -20,6 +20,7 @@ from ..ops.runtime.paradigm import Paradigm
 from ..registry import Config, Registry, SeqmixError
 from .context_parallel import mix_sequentially
 from .roles import Roles
+from .rollback import kept_tokens, read_again
 from .state import S, from_dict, to_dict
 from .traits import ContractError, Traits, require_compiles, require_initial_state, require_paradigm, require_state
 
@@ -299,6 +300,42 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
             ContractError: the processed prefix is longer than max_length.
         """
         return state
+
+    def rollback(
+        self,
+        x: Float[Tensor, "B T D"],
+        before: S | None,
+        after: S,
+        tokens: int | Int[Tensor, " B"],
+        *,
+        paradigm: Paradigm | None = None,
+        cu_seqlens: Int[Tensor, "N+1"] | None = None,
+        first_values: Float[Tensor, "B T D"] | None = None,
+    ) -> S:
+        """Return the state before the last `tokens` tokens of a segment that has been mixed.
+
+        Going on from it equals never having read those tokens, up to rounding. By default the first tokens of the
+        segment are mixed again from `before`. A mixer whose `after` still holds what is needed, such as a KV cache,
+        overrides this method.
+
+        Args:
+            x: the segment.
+            before: the state before the segment, which the call has not changed (unless it was donated); None if no
+                tokens came before.
+            after: the state after the segment; not valid any more if the state grows.
+            tokens: number of tokens to go back, from 0 to the length of the row: one for all rows (or packed
+                documents), or one per row.
+            paradigm: the algorithm that mixes again; the configured default, if it accepts a state, when None.
+            cu_seqlens: boundaries of the packed documents, if the segment is packed.
+            first_values: those of the call that mixed the segment.
+
+        Raises:
+            ContractError: the mixer has no state, or `tokens` does not fit the segment.
+        """
+        require_state(self.traits, self.kind)
+        kept = kept_tokens(x, tokens, cu_seqlens, self.kind)
+        paradigm = self.traits.prefer(paradigm or self.paradigm, from_state=before is not None)
+        return read_again(self, x, before, kept, paradigm, cu_seqlens, first_values)
 
     def shift_state(self, state: S, tokens: int) -> S:
         """Return the state as if `tokens` more tokens had come before the whole prefix; for the conformance kit.

@@ -3,8 +3,11 @@
 from abc import abstractmethod
 from typing import Any
 
-from ...ops.attention import Cache, GrowingCache, RingCache, empty_cache, key_cache, resize_cache
+import torch
+
+from ...ops.attention import Cache, GrowingCache, RingCache, drop_last, empty_cache, key_cache, resize_cache
 from ..contract import MixerConfig, SequenceMixer
+from ..rollback import kept_tokens
 from ..traits import require_capacity
 
 
@@ -51,6 +54,12 @@ class CachedMixer(SequenceMixer[Cache]):
         processed = int(state.length.max())
         require_capacity(processed, max_length, self.kind)
         return resize_cache(state, *self._cache_type(max_length, min(processed, key_cache(state).keys.shape[1])))
+
+    def rollback(self, x: Any, before: Cache | None, after: Cache, tokens: Any, **options: Any) -> Cache:
+        if self.config.window is not None:  # the segment has overwritten keys that are in the window again
+            return super().rollback(x, before, after, tokens, **options)
+        kept_tokens(x, tokens, options.get("cu_seqlens"), self.kind)
+        return drop_last(after, torch.as_tensor(tokens, device=after.length.device))
 
     def _cache_type(self, max_length: int | None, slots: int) -> tuple[type[RingCache] | type[GrowingCache], int]:
         """Return the type of the cache and its number of slots.

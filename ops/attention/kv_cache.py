@@ -136,6 +136,28 @@ def resize_cache(cache: Cache, kind: type[GrowingCache] | type[RingCache], capac
     return ForgettingCache(result, move(cache.log_forget)) if isinstance(cache, ForgettingCache) else result
 
 
+def drop_last(cache: Cache, tokens: Int[Tensor, "*_ N"]) -> Cache:
+    """Return the cache before the last `tokens` tokens, one number or one per row; it shares the memory of `cache`.
+
+    A `RingCache` must still hold all its tokens: its slots are not moved, and those of later tokens count as empty.
+    """
+    if isinstance(cache, ForgettingCache):
+        past = drop_last(cache.cache, tokens)
+        return ForgettingCache(past, _without_last(cache.log_forget, cache.cache, tokens))
+    keys, values = (_without_last(leaf, cache, tokens) for leaf in (cache.keys, cache.values))
+    return type(cache)(keys, values, cache.length - tokens)
+
+
+def _without_last(leaf: Tensor, cache: KeyCache, tokens: Tensor) -> Tensor:
+    """Return the slots of a cache without those of each row's last tokens; a growing cache stays right-aligned."""
+    if isinstance(cache, RingCache):
+        return leaf
+    rows, capacity = leaf.shape[:2]
+    shift = tokens.expand(rows)[:, None]
+    slots = (torch.arange(capacity, device=leaf.device) - shift).clamp(min=0)
+    return leaf[torch.arange(rows, device=leaf.device)[:, None], slots]
+
+
 def row_of(cache: Cache, row: int) -> Cache:
     """Return one row of a cache, as a cache of one row that shares the memory."""
     if isinstance(cache, ForgettingCache):

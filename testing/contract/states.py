@@ -106,6 +106,53 @@ def rows_of_a_state_can_be_rearranged(trial: Trial) -> None:
 
 @check(
     stateful,
+    use="speculative decoding, edited prompts: rejected tokens stay (vLLM issue 39273, pull request 50146)",
+    remedy="override rollback so that every leaf goes back, or leave it out: the default mixes the kept tokens again",
+    share=0.02,
+    draw=Draw(tokens=(1, 6), batch_size=(1, 3)),
+)
+def a_state_goes_back(trial: Trial) -> None:
+    """`rollback` gives the state before the last tokens of a segment, for each row its own number of them, also packed:
+    going on from it equals never having read them. A call leaves the state before its segment valid, even if it writes
+    into it."""
+    x, following, state = trial.tokens(), trial.tokens(length=2), trial.state()
+    rows, length = x.shape[:2]
+    states = {"a state": state}
+    if trial.mixer.traits.state == "growing":
+        prefix = trial.tokens(length=3)
+        roomy = trial.mixer.init_state(rows, max_length=3 + length + 2)
+        states["a state with room"] = trial.mix(prefix, roomy)[1]
+    boundaries = torch.arange(rows + 1, device=x.device) * length
+    # rows go back by different numbers of tokens, one of them by the whole segment
+    counts = [(length + row * (1 + trial.case.seed)) % (length + 1) for row in range(rows)]
+    for paradigm in trial.paradigms:
+        for name, before in states.items():
+            expected, unread = [], trial.mix(following, before, paradigm=paradigm)[0]
+            for row, count in enumerate(counts):
+                kept = None if before is None else select(before, trial.index(row))
+                if count < length:
+                    _, kept = trial.mix(x[row : row + 1, : length - count], kept, paradigm=paradigm)
+                expected.append(trial.mix(following[row : row + 1], kept, paradigm=paradigm)[0])
+            packed = {"": (x, None)}
+            if trial.mixer.traits.packing:
+                packed[", packed"] = (x.flatten(0, 1)[None], boundaries)
+            for how, (segment, cu_seqlens) in packed.items():
+                start = None if before is None else clone(before)
+                with torch.no_grad():
+                    call = trial.call(paradigm, cu_seqlens=cu_seqlens)
+                    _, after = call(segment, start)
+                    if start is not None:  # the state itself, not a clone
+                        what = f"{paradigm}, {name}{how} that a call has read on from, against before"
+                        trial.compare(what, (trial.call(paradigm)(following, start)[0], None), (unread, None))
+                        _, after = call(segment, start)
+                    options = {"paradigm": paradigm, "cu_seqlens": cu_seqlens}
+                    back = trial.mixer.rollback(segment, start, after, trial.index(*counts), **options)
+                y = trial.mix(following, back, paradigm=paradigm)[0]
+                trial.compare(f"{paradigm}, {name}{how}, {counts} tokens back", (y, None), (torch.cat(expected), None))
+
+
+@check(
+    stateful,
     use="saved prompts: the text continues differently",
     share=0.02,
     draw=Draw(tokens=(1, 6), batch_size=(1, 2)),

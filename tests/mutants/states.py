@@ -39,6 +39,22 @@ class Unread(Cache):
     """An empty cache, recognised by its class."""
 
 
+@mutant(check="a_state_goes_back", after="vLLM PR #50146: rejected tokens stayed in the window of a short convolution")
+class PutsBackTheMemoryAlone(Specimen):
+    """Going back restores the sums, and the position stays where the rejected tokens ended."""
+
+    def rollback(self, x, before, after, tokens, **options):
+        return super().rollback(x, before, after, tokens, **options)._replace(position=after.position)
+
+
+@mutant(check="a_state_goes_back", after="vLLM issue #39273: text with drafts of n-grams differs from text without")
+class GoesBackByLengthAlone(Cached):
+    """Going back lowers the length of a cache whose slots are counted from its end."""
+
+    def rollback(self, x, before, after, tokens, **options):
+        return after._replace(length=after.length - tokens)
+
+
 @mutant(check="a_state_survives_the_disk", after="fla #571, #582 and #601: caches as classes of another library")
 class TellsAnEmptyCacheByItsClass(Cached):
     """An empty cache is recognised by its class, so a loaded one counts as empty."""
