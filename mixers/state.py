@@ -49,6 +49,28 @@ def concatenate(states: list[S]) -> S:
     return _zip_map(_join, tuple(states))
 
 
+def where(rows: Tensor, first: S, second: S) -> S:
+    """Return the state whose row n is that of `first` if rows[n] is True, else that of `second`.
+
+    A leaf that both states share, such as the keys of a cache that a call has written in place, is not copied.
+
+    Raises:
+        ContractError: the states do not agree in structure or sizes.
+    """
+    return _zip_map(lambda leaves: _where(rows, *leaves), (first, second))
+
+
+def _where(rows: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    if first.shape != second.shape:
+        raise ContractError(
+            f"rows of two states need leaves of the same shape, got {list(first.shape)} and {list(second.shape)}: let "
+            "growing states start from init_state with the same max_length"
+        )
+    if first.data_ptr() == second.data_ptr() and first.stride() == second.stride():
+        return first
+    return torch.where(rows.view(-1, *[1] * (first.ndim - 1)), first, second)
+
+
 def nbytes(state: tuple[Any, ...]) -> int:
     """Return the size of a state in bytes, all leaves together."""
     return sum(leaf.numel() * leaf.element_size() for leaf in to_dict(state).values())

@@ -5,11 +5,14 @@ from .builder import build_meta, build_model, is_out_of_memory
 from .compiling import CompileError, compile_blocks, compiler_failure
 from .config import ModelConfig
 from .decoding import Decoder
-from .generate import Sampling, cache_text, generate_text, generate_tokens, sample, stream_text
+from .drafts import Draft, ModelDraft, NgramDraft
+from .generate import cache_text, generate_text, generate_tokens, stream_text
 from .language_model import Checkpointing, LanguageModel, ModelOutput, ModelState
 from .loss import IGNORED, linear_cross_entropy
 from .prefill import prefill
 from .prompt_cache import PromptCache, cache_tokens
+from .sampling import Sampling, sample
+from .speculation import Speculation
 from .subword import SubwordTokenizer, load_tokenizer, train_bpe
 from .tokenizer import TOKENIZER_FILE, ByteTokenizer, Tokenizer
 
@@ -20,14 +23,18 @@ __all__ = [
     "Checkpointing",
     "CompileError",
     "Decoder",
+    "Draft",
     "LanguageModel",
     "LayerCost",
     "ModelConfig",
     "ModelCost",
+    "ModelDraft",
     "ModelOutput",
     "ModelState",
+    "NgramDraft",
     "PromptCache",
     "Sampling",
+    "Speculation",
     "SubwordTokenizer",
     "Tokenizer",
     "account",

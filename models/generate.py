@@ -1,14 +1,12 @@
 """Generation: prompts are prefilled in one pass, then every token takes one recurrent decode step."""
 
-import math
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from ..registry import SeqmixError
@@ -16,62 +14,12 @@ from .compiling import CompileError
 from .decoding import Decoder, compiled_after
 from .language_model import LanguageModel, ModelState
 from .prompt_cache import RECENT, PromptCache, cache_tokens
+from .sampling import Sampler, Sampling
+from .speculation import Speculation, Speculator
 from .tokenizer import TextDecoder, Tokenizer
-
-MIN_TEMPERATURE = 1e-3
-"""Lowest temperature above 0: a lower one is greedy in effect, and logits divided by it may overflow."""
 
 MAX_TOKENS_IN_MEMORY = 256
 """Number of new tokens in memory, above which only their count and the last ones are kept."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """Settings for sampling the next token.
-
-    Raises:
-        SeqmixError: a value is out of range.
-    """
-
-    temperature: float = 1.0
-    """Temperature: logits are divided by it; 0 selects the most probable token (greedy)."""
-    top_k: int | None = None
-    """Number of the most probable tokens to sample from; None for all."""
-    top_p: float = 1.0
-    """Nucleus sampling: sample from the most probable tokens whose probabilities add up to this."""
-    seed: int = 0
-    """Seed of the random generator: the same seed gives the same tokens."""
-
-    def __post_init__(self) -> None:
-        if not (self.temperature == 0 or MIN_TEMPERATURE <= self.temperature < math.inf):
-            raise SeqmixError(
-                f"temperature must be 0 (greedy) or at least {MIN_TEMPERATURE:g}, got {self.temperature:g}"
-            )
-        if self.top_k is not None and self.top_k < 1:
-            raise SeqmixError(f"top_k must be at least 1, got {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise SeqmixError(f"top_p must be above 0 and at most 1, got {self.top_p:g}")
-        if not 0 <= self.seed < 2**63:
-            raise SeqmixError(f"the seed must be from 0 to 2^63 - 1, got {self.seed}")
-
-
-def sample(
-    logits: Float[Tensor, "B vocab"], sampling: Sampling, generator: torch.Generator | None = None
-) -> Int[Tensor, " B"]:
-    """Sample one token per row of logits; without a generator, torch's global one is used."""
-    if sampling.temperature == 0:
-        return logits.argmax(-1)
-    logits = logits.float() / sampling.temperature
-    if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
-        threshold = logits.topk(sampling.top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < threshold, float("-inf"))
-    if sampling.top_p < 1:
-        ranked, order = logits.sort(descending=True)
-        probabilities = ranked.softmax(-1)
-        # a token stays if the more probable ones do not add up to top_p, so the first always stays
-        excluded = probabilities.cumsum(-1) - probabilities >= sampling.top_p
-        logits = logits.masked_fill(excluded.scatter(1, order, excluded), float("-inf"))
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 
 @torch.no_grad()
@@ -85,6 +33,7 @@ def generate_tokens(
     compiled: bool | None = None,
     after: PromptCache | None = None,
     on_end: Callable[[PromptCache], object] | None = None,
+    speculation: Speculation | None = None,
 ) -> Generator[Int[Tensor, " N"], None, None]:
     """Yield the next token of every prompt, one step at a time; close the generator to stop early.
 
@@ -99,24 +48,43 @@ def generate_tokens(
         after: the prompt cache of the prefix, combined with the prompts as in `PromptCache.broadcast`; None for no
             prefix.
         on_end: called with the prompt cache of the whole text, after the last token or when the generator is closed.
+        speculation: the settings of speculative decoding, which gives the same tokens; None for plain decoding.
 
     Raises:
-        SeqmixError: `prompts` is empty, a prompt is empty, or the logits of a prompt are not finite.
+        SeqmixError: `prompts` is empty, a prompt is empty, the logits of a prompt are not finite, or the draft model
+            has another vocabulary.
         CompileError: `compiled` is True and the compiler fails; if it is None, a warning is shown instead.
     """
     if max_new_tokens < 1:
         raise SeqmixError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    generator = torch.Generator(model.device).manual_seed(sampling.seed)
     before, texts = (PromptCache.empty(1) if after is None else after).broadcast(prompts)
-    logits, state = before.prefill(model, texts, more=max_new_tokens)
+    room = max_new_tokens + (0 if speculation is None else speculation.block)
+    logits, state = before.prefill(model, texts, more=room)
     if not logits.isfinite().all():
         raise SeqmixError("the model's logits are not finite: its parameters are damaged or have diverged")
+    sampler = Sampler(sampling, len(texts), model.device)
+    if speculation is not None:
+        first = sampler.next_tokens(logits[:, :vocab_size]).tolist()
+        known = [[*recent, *text.tolist()] for recent, text in zip(before.recent_tokens(), texts, strict=True)]
+        speculator = Speculator(
+            model,
+            state,
+            known,
+            first,
+            sampler,
+            speculation,
+            max_new_tokens=max_new_tokens,
+            vocab_size=vocab_size,
+            compiled=compiled is True,
+        )
+        yield from _speculated(speculator, before, texts, on_end)
+        return
     decoder = Decoder(model, state, compiled=compiled is True)
     may_compile = compiled is None and all(block.mixer.traits.compiles for block in model.blocks)
     compile_at = compiled_after(max_new_tokens) if may_compile else None
     new_tokens: list[Tensor] = []
     for count in range(1, max_new_tokens + 1):
-        token = sample(logits[:, :vocab_size], sampling, generator)
+        token = sampler.next_tokens(logits[:, :vocab_size])
         new_tokens.append(token)
         try:
             yield token
@@ -139,6 +107,28 @@ def generate_tokens(
             logits = decoder.step(token)
     if on_end is not None:
         on_end(_extended(before, decoder.state, texts, new_tokens)[0])
+
+
+def _speculated(
+    speculator: Speculator,
+    before: PromptCache,
+    texts: Sequence[Tensor],
+    on_end: Callable[[PromptCache], object] | None,
+) -> Iterator[Tensor]:
+    """Yield the next token of every text; the arguments are those of `generate_tokens` and `_extended`."""
+    new_tokens: list[Tensor] = []
+    for step in speculator.steps():
+        new_tokens.append(torch.tensor(step, device=speculator.model.device))
+        try:
+            yield new_tokens[-1]
+        except GeneratorExit:
+            break
+    if on_end is not None:
+        # the speculator may be ahead of its caller, and one text ahead of another: read the whole texts once more
+        new = torch.stack(new_tokens, dim=1).cpu()
+        whole = [torch.cat(parts) for parts in zip(texts, new, strict=True)]
+        _, state = before.prefill(speculator.model, [text[:-1] for text in whole], more=0)
+        on_end(before.extend(state, whole))
 
 
 def _extended(
@@ -167,6 +157,7 @@ def stream_text(
     compiled: bool | None = None,
     after: PromptCache | None = None,
     on_end: Callable[[PromptCache], object] | None = None,
+    speculation: Speculation | None = None,
 ) -> Iterator[list[str]]:
     """Continue texts; yield the new piece of each text at every step, or "" if a text has no new characters.
 
@@ -181,6 +172,7 @@ def stream_text(
         after: the prompt cache of the prefix, from `cache_text` or `on_end`: one text for all prompts, or one per
             prompt; without prompts, the cached texts are continued.
         on_end: called at the end with the prompt cache of the whole text, which includes a stop string.
+        speculation: the settings of speculative decoding, which gives the same text; None for plain decoding.
 
     Raises:
         SeqmixError: `prompts` is empty, a prompt is empty, the model has no tokenizer, or its vocabulary is smaller
@@ -200,6 +192,7 @@ def stream_text(
         compiled=False if compiled is None and stop else compiled,
         after=after,
         on_end=on_end,
+        speculation=speculation,
     )
     with closing(tokens):
         for step in tokens:

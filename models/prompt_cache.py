@@ -73,6 +73,10 @@ class PromptCache:
         last = [recent[-1:][recent[-1:] >= 0] for recent in cache.recent]
         return cache, [torch.cat((token, prompt.cpu())) for token, prompt in zip(last, prompts, strict=True)]
 
+    def recent_tokens(self) -> list[list[int]]:
+        """Return the last tokens of each text, without the very last one, which the next call processes."""
+        return [[token for token in recent if token >= 0] for recent in self.recent[:, :-1].tolist()]
+
     def prefill(
         self, model: LanguageModel, texts: Sequence[Int[Tensor, " T"]], *, more: int
     ) -> tuple[Float[Tensor, "N vocab"], ModelState]:
