@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from ..models import LanguageModel, PromptCache, Sampling, cache_text, stream_text
+from ..models import LanguageModel, PromptCache, Sampling, Speculation, cache_text, stream_text
 from ..models.decoding import compiled_after
-from ..registry import SeqmixError, require_name
+from ..registry import SeqmixError, nearest_hint, require_name
 from ..training import load_prompt_cache, load_run, save_prompt_cache
 from ..training.monitoring.memory import keep_freed_memory
 from .console import note
@@ -58,6 +58,14 @@ def generate(
             "hundred are printed.",
         ),
     ] = None,
+    speculate: Annotated[
+        str | None,
+        typer.Option(
+            help="Guess several tokens and verify them in one call; the text stays the same. `ngram` guesses from the "
+            "text so far, a run directory by its (smaller) model.",
+            metavar="ngram|RUN",
+        ),
+    ] = None,
     state: Annotated[
         Path | None,
         typer.Option(
@@ -83,7 +91,7 @@ def generate(
     [bold]seqmix generate runs/retnet-tiny --state def.state --prompt "main" --prompt "read"[/bold]
     """
     prompts = prompt or []
-    _check_options(prompts, max_new_tokens, state, save_state)
+    _check_options(prompts, max_new_tokens, state, save_state, speculate)
     keep_freed_memory()
     torch_device = require_device(device)
     choice = checkpoint_choice(checkpoint)
@@ -93,7 +101,13 @@ def generate(
     if max_new_tokens == 0 and save_state is not None:
         _save_cache(cache_text(model, prompts, after=after), model, save_state)
         return
-    if compiled is None and not stop and (n_before := compiled_after(max_new_tokens)):
+    speculation = None
+    if speculate == "ngram":
+        speculation = Speculation()
+    elif speculate is not None:
+        draft = load_run(Path(speculate), device=torch_device, on_note=note, trust=trust)
+        speculation = Speculation(draft.to(DTYPES[dtype]))
+    elif compiled is None and not stop and (n_before := compiled_after(max_new_tokens)):
         note(f"compiling the decode step after {n_before} tokens, which takes some seconds; disable with --no-compile")
     caches: list[PromptCache] = []
     pieces = stream_text(
@@ -104,15 +118,29 @@ def generate(
         stop=stop or [],
         compiled=compiled,
         after=after,
-        on_end=caches.append,
+        on_end=caches.append if save_state is not None else None,
+        speculation=speculation,
     )
     # bytes of a command line that are not UTF-8 arrive as surrogates, which cannot be printed
     texts = [text.encode(errors="surrogateescape").decode(errors="replace") for text in prompts]
     if after is not None and len(texts) < 2:  # one prompt, or none, for all cached texts
         texts = (texts or [""]) * len(after)
     _print_texts(texts, pieces, runs_to_end=save_state is not None)
+    if speculation is not None:
+        note(_speculation_summary(speculation))
     if save_state is not None:
         _save_cache(caches[0], model, save_state)
+
+
+def _speculation_summary(speculation: Speculation) -> str:
+    if speculation.guessed == 0:
+        return f"speculation: nothing to guess from in {speculation.calls:,} calls"
+    share = 100 * speculation.accepted / speculation.guessed
+    saved = speculation.accepted / max(speculation.calls, 1)
+    return (
+        f"speculation: {speculation.accepted:,} of {speculation.guessed:,} guessed tokens were right ({share:.0f} %), "
+        f"{1 + saved:.1f} tokens per call of the model"
+    )
 
 
 def _print_texts(texts: list[str], pieces: Iterable[list[str]], *, runs_to_end: bool) -> None:
@@ -145,8 +173,13 @@ def _save_cache(cache: PromptCache, model: LanguageModel, file: Path) -> None:
     note(f"{file} has the state after {tokens} tokens")
 
 
-def _check_options(prompts: Sequence[str], max_new_tokens: int, state: Path | None, save_state: Path | None) -> None:
+def _check_options(
+    prompts: Sequence[str], max_new_tokens: int, state: Path | None, save_state: Path | None, speculate: str | None
+) -> None:
     """Raise SeqmixError for options that do not fit together, before anything is generated."""
+    if speculate not in (None, "ngram") and not Path(speculate).exists():
+        hint = nearest_hint(speculate, ["ngram"])
+        raise SeqmixError(f"--speculate expects ngram or a run directory, got {speculate!r}{hint}")
     if not prompts and state is None:
         raise SeqmixError("generate needs a --prompt TEXT or a --state FILE to continue from")
     if max_new_tokens == 0 and (save_state is None or not prompts):

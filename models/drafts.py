@@ -11,7 +11,7 @@ from .language_model import LanguageModel, ModelState
 from .prefill import prefill
 from .sampling import Sampler
 
-NGRAMS = (12, 8, 6, 4)
+NGRAMS = (12, 8, 6, 4, 3)
 """Lengths in tokens of the n-grams that are looked up, longest first. Shorter ones guess wrong more often than not."""
 
 
@@ -69,7 +69,8 @@ class NgramDraft(Draft):
         text = self._texts[row]
         for n in NGRAMS:
             if len(text) >= n and (end := self._ends[row].get(tuple(text[-n:]))) is not None:
-                return text[end : end + count]
+                follows = text[end : end + count]
+                return [follows[i % len(follows)] for i in range(count)]  # what repeats itself goes on doing so
         return []
 
 

@@ -26,9 +26,10 @@ def can_multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         return False
     if not weight.is_contiguous() or any(y is not None and y.dtype != x.dtype for y in (weight, bias)):
         return False
-    if keys != weight.shape[1] or build.is_off() or build.failure("linear") is not None:
+    if keys != weight.shape[1] or build.is_off():
         return False
-    return is_untracked(x, weight, bias)
+    # a compiler cannot follow the search for a library
+    return is_untracked(x, weight, bias) and build.failure("linear") is None
 
 
 def multiply_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,0 +1,178 @@
+"""Speculative decoding gives the text of plain decoding, whatever is guessed."""
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from seqmix import Sampling, SeqmixError, build_model, generate_text, load_config
+from seqmix.models import Decoder, Draft, Speculation, generate_tokens, prefill
+from seqmix.models.sampling import Sampler
+
+GREEDY = Sampling(temperature=0)
+SAMPLED = Sampling(temperature=0.9, top_p=0.95, seed=5)
+
+
+def prompts(*lengths):
+    """Prompts that repeat themselves, so that n-grams are found."""
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(97, 100, (length,), generator=generator) for length in lengths]
+
+
+def generated(model, texts, sampling, speculation=None, count=24, **options):
+    tokens = generate_tokens(
+        model, texts, max_new_tokens=count, sampling=sampling, speculation=speculation, vocab_size=110, **options
+    )
+    return torch.stack(list(tokens), dim=1)
+
+
+def almost(model, scale=0.02):
+    """A model that mostly guesses right."""
+    other = build_model(model.config, dtype=torch.float64).eval()
+    generator = torch.Generator().manual_seed(9)
+    with torch.no_grad():
+        for parameter, source in zip(other.parameters(), model.parameters(), strict=True):
+            noise = torch.randn(source.shape, generator=generator, dtype=source.dtype)
+            parameter.copy_(source * (1 + scale * noise))
+    return other
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_every_mixer_gives_the_text_of_plain_decoding(model_of, each_mixer, sampling):
+    model = model_of(*each_mixer)
+    texts = prompts(9, 21, 2)
+    expected = generated(model, texts, sampling)
+    for draft in ("ngram", almost(model)):
+        speculation = Speculation(draft, block=5)
+        assert torch.equal(generated(model, texts, sampling, speculation), expected)
+        assert 0 <= speculation.accepted <= speculation.guessed
+        if draft != "ngram":
+            assert speculation.guessed > 20
+
+
+def test_a_row_of_a_batch_is_sampled_as_alone(model_of):
+    model = model_of("retention")
+    texts = prompts(9, 21, 2)
+    together = generated(model, texts, SAMPLED)
+    for row, text in enumerate(texts):
+        alone = generated(model, [text], Sampling(temperature=0.9, top_p=0.95, seed=5 + row))
+        assert torch.equal(alone[0], together[row])
+
+
+class Oracle(Draft):
+    """Guesses what a list says, or always wrong."""
+
+    def __init__(self, tokens, right):
+        self.tokens = tokens
+        self.right = right
+
+    def start(self, texts, sampler, *, more, vocab_size):
+        self.counts = [0] * len(texts)
+
+    def extend(self, row, tokens):
+        self.counts[row] += len(tokens)
+
+    def propose(self, counts):
+        guesses = [
+            self.tokens[row][done : done + n] for row, (done, n) in enumerate(zip(self.counts, counts, strict=True))
+        ]
+        return guesses if self.right else [[(token + 1) % 110 for token in guess] for guess in guesses]
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_calls_follow_from_how_many_guesses_are_right(model_of, right):
+    model = model_of("gated_delta_net")
+    expected = generated(model, prompts(9), GREEDY, count=25)
+    speculation = Speculation(Oracle(expected.tolist(), right), block=8)
+    assert torch.equal(generated(model, prompts(9), GREEDY, speculation, count=25), expected)
+    # the first token comes from the prompt; 24 follow, eight a call or one a call
+    assert speculation.calls == (3 if right else 24)
+    assert speculation.accepted == (21 if right else 0)
+
+
+def test_a_text_that_ends_early_leaves_the_others_alone(model_of):
+    model = model_of("attention", "mamba2")
+    texts = prompts(9, 9)
+    expected = generated(model, texts, GREEDY, count=25)
+    tokens = expected.tolist()
+    tokens[1] = [(token + 1) % 110 for token in tokens[1]]
+    speculation = Speculation(Oracle(tokens, True), block=8)
+    assert torch.equal(generated(model, texts, GREEDY, speculation, count=25), expected)
+    assert speculation.calls == 24
+
+
+@pytest.mark.parametrize("stop_after", [1, 7, 24])
+def test_the_cache_at_the_end_continues_the_text(model_of, stop_after):
+    model = model_of("retention", "attention")
+    texts = prompts(9, 21)
+    whole = generated(model, texts, GREEDY, count=30)
+    caches = []
+    tokens = generate_tokens(
+        model,
+        texts,
+        max_new_tokens=24,
+        sampling=GREEDY,
+        vocab_size=110,
+        on_end=caches.append,
+        speculation=Speculation(almost(model)),
+    )
+    for _ in range(stop_after):
+        next(tokens)
+    tokens.close()
+    more = generated(model, [], GREEDY, Speculation(), count=30 - stop_after, after=caches[0])
+    assert torch.equal(more, whole[:, stop_after:])
+
+
+@pytest.mark.usefixtures("plainly_compiled")
+def test_the_call_that_verifies_compiles_to_one_graph(model_of):
+    model = model_of("retention", "attention")
+    texts = prompts(9, 21)
+    expected = generated(model, texts, GREEDY)
+    assert torch.equal(generated(model, texts, GREEDY, Speculation(almost(model)), compiled=True), expected)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.usefixtures("plainly_compiled")
+@pytest.mark.parametrize("preset", ["retnet-tiny", "gated-delta-net-tiny"])
+def test_float32_models_with_native_kernels_compile_too(preset):
+    model = build_model(load_config(preset).model).eval()
+    texts = prompts(9, 21)
+    _, state = prefill(model, texts, max_length=64)
+    Decoder(model, state, compiled=True).step(torch.tensor([97, 98]))
+    generated(model, texts, GREEDY, Speculation(), count=4, compiled=True)
+
+
+def test_tokens_are_sampled_with_their_probabilities():
+    shares, count = torch.tensor([0.5, 0.3, 0.15, 0.05]), 20_000
+    sampler = Sampler(Sampling(seed=1), 1, torch.device("cpu"))
+    logits = shares.log()[None]
+    found = Counter()
+    for _ in range(count // 2):
+        # two positions at once, as where a guess is verified
+        found.update(sampler.tokens_at(logits.expand(2, -1), [(0, 0), (0, 1)]).tolist())
+        sampler.advance(0, 2)
+    for token, share in enumerate(shares.tolist()):
+        assert found[token] / count == pytest.approx(share, abs=4 * math.sqrt(share * (1 - share) / count))
+
+
+def test_a_position_is_sampled_again_with_the_same_numbers():
+    sampler = Sampler(Sampling(seed=1), 2, torch.device("cpu"))
+    logits = torch.zeros(2, 1000)
+    places = [(0, 3), (1, 0)]
+    first = sampler.tokens_at(logits, places)
+    assert torch.equal(sampler.tokens_at(logits, places), first)
+    sampler.advance(0, 3)
+    assert sampler.tokens_at(logits, [(0, 0), (1, 0)]).tolist() == first.tolist()
+    assert first[0] != first[1]
+
+
+def test_bad_settings_are_refused(model_of):
+    with pytest.raises(SeqmixError, match="block must be at least 2"):
+        Speculation(block=1)
+    with pytest.raises(SeqmixError, match='did you mean "ngram"'):
+        Speculation("ngrams")
+    other = model_of("retention", vocab_size=300)
+    with pytest.raises(SeqmixError, match="vocabulary of the model, 257 tokens, got 300"):
+        generate_text(model_of("retention"), ["ab"], max_new_tokens=3, speculation=Speculation(other))
