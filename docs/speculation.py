@@ -37,10 +37,12 @@ class Dictated(Sampler):
 
     def tokens_at(self, logits: Tensor, places: Sequence[tuple[int, int]]) -> Tensor:
         """Return the text's next tokens."""
+        del logits
         return torch.tensor([self._text[ahead] for _, ahead in places])
 
     def advance(self, row: int, tokens: int) -> None:
         """Go on in the text."""
+        del row
         del self._text[:tokens]
 
 

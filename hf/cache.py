@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -15,6 +16,14 @@ from .padding import RowLayout, mix_rows
 
 CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 """Name of the cache in arguments and outputs of a model; it depends on the installed release of transformers."""
+
+
+CAN_CROP = hasattr(Cache, "activate_past_recording")
+"""True if transformers announces that it will remove tokens from a cache; older releases refuse assisted decoding."""
+MAX_RECORDED = 256
+"""Maximum number of tokens of one segment that can be removed again."""
+MAX_READ_AGAIN = 16
+"""Maximum number of tokens that are read again together with the next segment, rather than by a call of their own."""
 
 
 class StateLayer(CacheLayerMixin):
@@ -31,6 +40,16 @@ class StateLayer(CacheLayerMixin):
         self.state: Any = None
         self.length = 0
         self.capacity = max_length
+        self.record_past = False
+        """True if tokens will be removed again, as in assisted decoding. Set by `activate_past_recording`."""
+        self._checkpoint: tuple[Any, int] = (None, 0)
+        """State and capacity before the recorded tokens."""
+        self._recorded: Tensor | None = None
+        """Inputs of the tokens after the checkpoint, [B M D]."""
+        self._is_cropped = False
+        """True if the recorded tokens are final as soon as another segment is read."""
+        self._unread: Tensor | None = None
+        """Inputs of tokens that count, although the state does not include them: the next segment begins with them."""
 
     def reserve(self, mixer: SequenceMixer[Any], batch_size: int, length: int) -> Any:
         """Allocate or enlarge the state for `length` tokens, including the next segment, and return the state."""
@@ -57,19 +76,61 @@ class StateLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length
 
     def reset(self) -> None:
-        self.state = None
-        self.length = 0
+        self.__init__(self.capacity)
 
     def batch_select_indices(self, indices: Tensor) -> None:
+        if self._recorded is not None or self._unread is not None:
+            raise SeqmixError(
+                "rows of a cache cannot be selected while assisted decoding may remove tokens: crop first"
+            )
         if self.state is not None:
             self.state = select(self.state, indices)
 
     reorder_cache = batch_select_indices
 
-    def crop(self, *_: Any) -> None:
-        raise SeqmixError(
-            "crop() and assisted decoding are not supported: tokens cannot be removed from a recurrent state"
-        )
+    def activate_past_recording(self) -> None:
+        """Keep what `crop` needs, from the next call on; every further call is expected to be followed by a `crop`."""
+        self.record_past = True
+
+    @property
+    def is_croppable(self) -> bool:
+        return self.record_past
+
+    def crop(self, tokens: int) -> None:
+        """Remove the last -`tokens` tokens: the state before the recorded tokens comes back, and those that remain are
+        read again by the next call.
+
+        Raises:
+            SeqmixError: the tokens were not recorded.
+        """
+        if tokens == 0 and not self.record_past:
+            return
+        recorded = 0 if self._recorded is None else self._recorded.shape[1]
+        if tokens > 0 or not self.record_past or -tokens > recorded:
+            raise SeqmixError(
+                f"crop expects 0 to {-recorded} tokens, the ones since activate_past_recording and the last crop, got "
+                f"{tokens}: earlier tokens cannot be removed from a state"
+            )
+        self._is_cropped = True
+        if tokens < 0 and self._recorded is not None:
+            self.state, self.capacity = self._checkpoint
+            self.length += tokens
+            self._recorded = self._recorded[:, :tokens]
+            self._unread = self._recorded if -tokens < recorded else None
+
+    def take_unread(self) -> Tensor | None:
+        """Return the inputs that the next segment begins with, and forget them."""
+        unread, self._unread = self._unread, None
+        return unread
+
+    def record(self, x: Tensor, *, anew: bool) -> None:
+        """Record the inputs of a segment that is read next; with `anew`, forget the earlier ones."""
+        if anew or self._is_cropped or self._recorded is None:
+            self._is_cropped = False
+            self._checkpoint = self.state, self.capacity
+            self._recorded = x
+        else:
+            self._recorded = torch.cat((self._recorded, x), dim=1)
 
     def update(self, *_: Any, **__: Any) -> Any:
         raise SeqmixError("this cache layer expects the state of a mixer, got keys and values: start with a new cache")
@@ -114,6 +175,37 @@ def mix_cached(
     """
     if rows.cu_seqlens is not None:
         raise SeqmixError("packed documents cannot fill a cache: set use_cache=False")
+    unread, *_ = [layer.take_unread() for layer in layers]  # all layers have the same
+    records = layers[0].record_past
+    if rows.mask is not None and (records or unread is not None):
+        raise SeqmixError("assisted decoding expects a prompt without padding, got an attention_mask with zeros")
+    skipped = 0
+    if unread is not None and unread.shape[1] <= MAX_READ_AGAIN:
+        skipped = unread.shape[1]
+        x = torch.cat((unread, x), dim=1)
+    elif unread is not None:
+        _read(run, unread, mixers, layers, rows)
+    if not records:
+        return _read(run, x, mixers, layers, rows)[:, skipped:]
+    # the first tokens of a long prompt are not recorded: no draft is as long as the rest
+    parts = [x[:, :-MAX_RECORDED], x[:, -MAX_RECORDED:]] if x.shape[1] > MAX_RECORDED else [x]
+    outputs = []
+    for part in parts:
+        for layer, mixer in zip(layers, mixers, strict=True):
+            layer.reserve(mixer, len(x), layer.length + part.shape[1])
+            layer.record(part, anew=part is not parts[-1] or len(parts) > 1)
+        outputs.append(_read(run, part, mixers, layers, rows))
+    return torch.cat(outputs, dim=1)[:, skipped:]
+
+
+def _read(
+    run: Callable[..., Any],
+    x: Tensor,
+    mixers: Sequence[SequenceMixer[Any]],
+    layers: Sequence[StateLayer],
+    rows: RowLayout,
+) -> Tensor:
+    """Mix a segment from the states of the layers, and store the states after it; the arguments are `mix_cached`'s."""
     # a segment of one token is a decoding step, a longer one is a prompt
     count, length, _ = x.shape
     order = (Paradigm.RECURRENT, Paradigm.CHUNKWISE) if length == 1 else (Paradigm.CHUNKWISE, Paradigm.PARALLEL)

@@ -11,7 +11,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from ..models import IGNORED, LanguageModel
 from ..models.linear import use_fast_linear
 from ..registry import SeqmixError
-from .cache import CACHE_NAME, SeqmixCache, mix_cached
+from .cache import CACHE_NAME, CAN_CROP, SeqmixCache, mix_cached
 from .configuration import SeqmixConfig
 from .padding import RowLayout, layout_of, mix_rows
 
@@ -28,7 +28,7 @@ class SeqmixPreTrainedModel(PreTrainedModel):
     config_class = SeqmixConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _is_stateful = True
+    _is_stateful = not CAN_CROP
     _no_split_modules: ClassVar = ["Block"]
 
     def __init__(self, config: SeqmixConfig, model: LanguageModel | None = None, *, trust: bool = False) -> None:
@@ -226,3 +226,5 @@ class SeqmixForCausalLM(SeqmixPreTrainedModel, GenerationMixin):
             )
         if model_kwargs.get(CACHE_NAME) is None and generation_config.use_cache:
             model_kwargs[CACHE_NAME] = SeqmixCache(len(self.model.blocks), max_cache_length)
+            if getattr(generation_config, "is_assistant", False):  # tokens that the other model rejects are removed
+                model_kwargs[CACHE_NAME].activate_past_recording()

@@ -145,8 +145,9 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
     holds in evaluation, and in training without dropout.
 
     A state is a NamedTuple of tensors, batch first in every leaf, with no Python numbers. Under autograd it is never
-    written in place. Without autograd a growing state may be: the call donates it, and a caller that needs the state
-    again clones it first. Positions are part of the state, as an int64 tensor [B] named `position` or `length`.
+    written in place. Without autograd a call may write into a growing state after its last token: it stays the state
+    before the segment, but the call invalidates earlier continuations of it. Positions are part of the state, as an
+    int64 tensor [B] named `position` or `length`.
 
     The contract covers finite numbers only: NaN or infinity at one token may reach earlier tokens, and other documents
     of its row.
@@ -202,7 +203,7 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
             first_values: values of the first layer with a value residual, for the same tokens.
             return_values: True to return this mixer's values, for later layers.
             donate_state: True if the next state may be written over `state`, which the caller does not need again;
-                ignored under grad. A growing state is donated in any case.
+                ignored under grad.
             memo: cache of results that are equal in several layers, such as rotation angles; only for eager calls
                 without gradients.
 

@@ -14,9 +14,9 @@ if find_spec("transformers") is None:
 
 import transformers
 
-from seqmix import Sampling
+from seqmix import Sampling, SeqmixError
 from seqmix.hf import SeqmixCache, SeqmixForCausalLM
-from seqmix.hf.cache import CACHE_NAME
+from seqmix.hf.cache import CACHE_NAME, CAN_CROP
 from seqmix.models import generate_tokens
 from seqmix.training.presets import single_kind_presets
 
@@ -162,7 +162,6 @@ def cropped(model):
 
 
 REFUSED = {
-    "assisted decoding": (generating(prompt_lookup_num_tokens=2), "not supported with stateful models"),
     "another cache of generate": (generating(cache_implementation="static"), "has its own cache"),
     "continuous batching": (lambda model: model.generate_batch([[1, 2]]), "has states"),
     "another cache": (
@@ -170,7 +169,7 @@ REFUSED = {
         "expected a SeqmixCache .* got a DynamicCache",
     ),
     "two caches": (call(past_key_values=SeqmixCache(4), cache=SeqmixCache(4)), "two names for the same argument"),
-    "crop": (cropped, "tokens cannot be removed"),
+    "crop": (cropped, "earlier tokens cannot be removed"),
     "a mask of four dimensions": (call(attention_mask=torch.ones(2, 1, 3, 3)), "one entry per token"),
     "a short mask": (call(attention_mask=torch.ones(2, 2)), r"got shape \[2, 2\]"),
     "hidden states": (call(output_hidden_states=True), "use forward hooks"),
@@ -179,6 +178,45 @@ REFUSED = {
     "packed documents with a cache": (call(cu_seq_lens_q=torch.tensor([0, 3]), use_cache=True), "cannot fill a cache"),
     "a new vocabulary": (lambda model: model.resize_token_embeddings(300), "vocabulary is fixed"),
 }
+
+
+@pytest.mark.skipif(not CAN_CROP, reason="this transformers does not announce that it removes tokens")
+@pytest.mark.parametrize("preset", ["retnet-tiny", "sliding-window-tiny", "hybrid-tiny"])
+@pytest.mark.parametrize("length", [5, 300])  # a prompt longer than what is recorded
+def test_assisted_decoding_gives_the_same_text(preset, length):
+    model = SeqmixForCausalLM.wrap(tiny(preset).double())
+    assistant = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in assistant.parameters():
+            parameter.mul_(1 + 0.02 * torch.randn(parameter.shape, generator=generator))
+    prompt = torch.randint(97, 100, (1, length), generator=generator)
+    options = {"max_new_tokens": 40, "do_sample": False}
+    expected = model.generate(prompt, **options)
+    assert torch.equal(model.generate(prompt, prompt_lookup_num_tokens=5, **options), expected)
+    assert torch.equal(model.generate(prompt, assistant_model=assistant, **options), expected)
+
+
+@pytest.mark.skipif(CAN_CROP, reason="this transformers announces that it removes tokens")
+def test_assisted_decoding_needs_a_newer_transformers():
+    with pytest.raises(ValueError, match="not supported with stateful models"):
+        generating(prompt_lookup_num_tokens=2)(SeqmixForCausalLM.wrap(tiny("retnet-tiny")))
+
+
+def test_a_cache_goes_back_no_further_than_it_recorded():
+    model = SeqmixForCausalLM.wrap(tiny("retnet-tiny"))
+    cache = model(torch.zeros(1, 5, dtype=torch.int64))[CACHE_NAME]
+    for layer in cache.layers:
+        layer.activate_past_recording()
+    tokens = torch.tensor([[97, 98, 99]])
+    model(tokens, **{CACHE_NAME: cache})
+    cache.crop(-2)
+    assert cache.get_seq_length() == 6
+    with pytest.raises(SeqmixError, match="expects 0 to -1 tokens"):
+        cache.crop(-2)
+    following = model(tokens[:, 1:], **{CACHE_NAME: cache}).logits
+    whole = model(torch.tensor([[0, 0, 0, 0, 0, 97, 98, 99]])).logits
+    torch.testing.assert_close(following, whole[:, -2:])
 
 
 @pytest.mark.parametrize("case", REFUSED)
