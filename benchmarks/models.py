@@ -26,7 +26,11 @@ def model_to_measure(config: str | None = None, changes: Sequence[str] = ()) -> 
 
     The other projects' models have no dropout either.
     """
-    model = load_config(config or "retnet-tiny", changes if config else [*MODEL, *changes]).model
+    return without_dropout(load_config(config or "retnet-tiny", changes if config else [*MODEL, *changes]).model)
+
+
+def without_dropout(model: ModelConfig) -> ModelConfig:
+    """Return the configuration of a model without its dropout."""
     blocks = {name: block.model_copy(update={"dropout": 0.0}) for name, block in model.blocks.items()}
     return model.model_copy(update={"dropout": 0.0, "blocks": blocks})
 

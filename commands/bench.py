@@ -12,6 +12,7 @@ from rich.table import Table
 
 from ..benchmarks import learn
 from ..benchmarks.benchmark import Report, Settings, run
+from ..benchmarks.mixers import MixersBenchmark
 from ..benchmarks.models import DecodeBenchmark, PrefillBenchmark, TrainBenchmark, model_to_measure
 from ..benchmarks.op import OpBenchmark
 from ..benchmarks.recurrences import RecurrenceBenchmark
@@ -23,11 +24,12 @@ from ..training.monitoring.memory import keep_freed_memory
 from .console import plain_table, terminal
 from .options import DTYPES, Device, JsonFile, Overrides, require_device, require_writable
 
-KINDS = (OpBenchmark, RecurrenceBenchmark, TrainBenchmark, DecodeBenchmark, PrefillBenchmark)
+KINDS = (OpBenchmark, RecurrenceBenchmark, MixersBenchmark, TrainBenchmark, DecodeBenchmark, PrefillBenchmark)
 BENCHMARKS = {kind.name: kind for kind in KINDS}
 LENGTHS = {
     "op": (1024, 4096),
     "recurrence": (1024, 4096),
+    "mixers": (256, 2048),
     "train": (512, 2048),
     "decode": (64, 1024, 8192),
     "prefill": (512, 2048),
@@ -43,10 +45,10 @@ def bench(
     what: Annotated[
         str,
         typer.Argument(
-            help="Benchmark: op (one sequence op), recurrence (each op family against a loop over tokens), train (a "
-            "training step), decode (one token), prefill (a prompt), or learn (the loss that small models reach on a "
-            "text: data.paths=\\[text.txt]).",
-            metavar="op|recurrence|train|decode|prefill|learn",
+            help="Benchmark: op (one sequence op), recurrence (each op family against a loop over tokens), mixers (a "
+            "training step of every mixer's tiny preset), train (a training step), decode (one token), prefill (a "
+            "prompt), or learn (the loss that small models reach on a text: data.paths=\\[text.txt]).",
+            metavar="op|recurrence|mixers|train|decode|prefill|learn",
         ),
     ],
     config: Annotated[
@@ -82,10 +84,13 @@ def bench(
     activation_checkpointing: Annotated[
         bool,
         typer.Option(
-            "--activation-checkpointing", help="For train: recompute activations in the backward pass, to save memory."
+            "--activation-checkpointing",
+            help="For train and mixers: recompute activations in the backward pass, to save memory.",
         ),
     ] = False,
-    tokens: Annotated[int, typer.Option(help="For train: maximum tokens per step, in whole sequences.")] = 2048,
+    tokens: Annotated[
+        int, typer.Option(help="For train and mixers: maximum tokens per step, in whole sequences.")
+    ] = 2048,
     batch: Annotated[int, typer.Option(help="For op, recurrence, decode and prefill: batch size.")] = 1,
     limit: Annotated[
         float, typer.Option(help="Skip an implementation if one call would take longer than this, in seconds.")
@@ -131,6 +136,8 @@ def bench(
     require_writable(json_file, markdown_file, plot_file)
     keep_freed_memory()  # as `seqmix train` does
     changes = [*([config] if config and "=" in config else []), *(overrides or [])]
+    if what == "mixers" and changes + [config] * (config is not None) != []:
+        raise SeqmixError("bench mixers measures the tiny presets: leave out the configuration and KEY=VALUE changes")
     if what == "learn":
         if config and config not in changes:
             raise SeqmixError(f"bench learn has its own models: expected only KEY=VALUE changes, got {config!r}")

@@ -43,6 +43,16 @@ def test_a_benchmark_runs_and_is_written(what, bench, tmp_path):
     assert "| T | implementation |" in (tmp_path / "out.md").read_text().replace("| what ", "")
 
 
+def test_mixers_are_compared_with_retention_and_with_their_reference(bench, tmp_path):
+    only = [argument for name in ("retnet", "min-gru", "min-gru-reference") for argument in ("--only", name)]
+    done = bench("mixers", "--length", "16", "--tokens", "16", *only, "--json", "out.json")
+    assert done.status == 0, done.err
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["retnet", "min-gru", "min-gru-reference"]
+    assert rows[0]["ratio"]["median"] == 1.0
+    assert rows[1]["parameters"] == rows[2]["parameters"]
+
+
 def test_dropout_is_left_out_for_all():
     model = model_to_measure("retnet-200m", [])
     assert model.dropout == 0
