@@ -33,7 +33,9 @@ SECTIONS: dict[str, tuple[str, ...]] = {
         "models.accounting.ModelCost",
     ),
     "Generation": (
-        "models.generate.Sampling",
+        "models.sampling.Sampling",
+        "models.speculation.Speculation",
+        "models.drafts.Draft",
         "models.generate.generate_text",
         "models.generate.stream_text",
         "models.generate.generate_tokens",

@@ -10,6 +10,7 @@ from torch._dynamo.utils import counters
 from seqmix import Sampling, SeqmixError, build_model, generate_text, load_config
 from seqmix.models import Decoder, Draft, Speculation, generate_tokens, prefill
 from seqmix.models.sampling import Sampler
+from seqmix.training.presets import single_kind_presets
 
 GREEDY = Sampling(temperature=0)
 SAMPLED = Sampling(temperature=0.9, top_p=0.95, seed=5)
@@ -50,6 +51,17 @@ def test_every_mixer_gives_the_text_of_plain_decoding(model_of, each_mixer, samp
         assert 0 <= speculation.accepted <= speculation.guessed
         if draft != "ngram":
             assert speculation.guessed > 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", single_kind_presets())
+def test_fifty_prompts_in_float32_give_the_text_of_plain_decoding(preset):
+    model = build_model(load_config(preset).model).eval()
+    texts = prompts(*range(8, 58))
+    expected = generated(model, texts, GREEDY, count=40)
+    speculation = Speculation()
+    assert torch.equal(generated(model, texts, GREEDY, speculation, count=40), expected)
+    assert speculation.accepted > 0
 
 
 def test_a_row_of_a_batch_is_sampled_as_alone(model_of):
