@@ -8,7 +8,7 @@ from pathlib import Path
 
 from seqmix.experiments.answer import answer, format_statistic
 from seqmix.experiments.pages import fill, table
-from seqmix.experiments.results import Results, SummaryRow, read_results
+from seqmix.experiments.results import ABSENT, Results, SummaryRow, read_results
 from seqmix.experiments.tables import notes
 from seqmix.registry import write_file
 
@@ -19,8 +19,16 @@ VALUES = {"without": None, "with": 4}
 
 
 def recall(results: Results) -> list[str]:
-    """Return the table of accuracies without and with a short convolution, the answer, and notes."""
-    rows = {(row.entry, row.variant[OPTION]): row for row in results.summary}
+    """Return the table of accuracies without and with a short convolution, the answer, and notes.
+
+    An entry without the option has no result with a short convolution: its models are those without.
+    """
+    lacking = {each.entry for each in results.differences if each.values.get("short_conv") == ABSENT}
+    rows = {
+        (row.entry, value): row
+        for row in results.summary
+        if (value := row.variant[OPTION]) is None or row.entry not in lacking
+    }
     words = [f"{word} short convolution" for word in VALUES]
     heads = ["mixer", *(head for word in words for head in (f"{word}:", "rank:", "learning rate:"))]
     order = sorted((entry.name for entry in results.entries), key=lambda name: -_accuracy(rows.get((name, 4))))
@@ -43,7 +51,7 @@ def _accuracy(row: SummaryRow | None) -> float:
 
 def _cells(row: SummaryRow | None) -> list[str]:
     if row is None:
-        return ["", "", ""]
+        return [ABSENT, "", ""]
     return [format_statistic(row.accuracy, as_percent=True), f"{row.rank or ''}", f"{row.learning_rate:g}"]
 
 

@@ -18,6 +18,12 @@ MAX_NAMES = 5
 def answer(results: Results) -> str:
     """Return the answer, beginning with the study's subject; one answer for each variant."""
     if not results.summary:
+        tuning = [run for run in results.runs if run.tunes]
+        if ended := sum(run.status == "finished" for run in tuning):
+            return (
+                f"Only runs that choose the learning rates have finished ({ended} of {len(tuning)}), so there is "
+                "nothing to compare yet."
+            )
         return "No run has finished, so there is nothing to compare."
     variants: list[dict[str, Any]] = []
     variants += (row.variant for row in results.summary if row.variant not in variants)
@@ -30,7 +36,8 @@ def answer(results: Results) -> str:
         f"At {variant_text(variant)}: {standing} {'' if same_everywhere else difference}" if variant else standing
         for variant, standing, difference in zip(variants, standings, differences, strict=True)
     ]
-    return " ".join(filter(None, [*map(str.strip, parts), differences[0] if same_everywhere else ""]))
+    ends = [differences[0] if same_everywhere else "", _untuned(results)]
+    return " ".join(filter(None, [*map(str.strip, parts), *ends]))
 
 
 def variant_text(variant: Mapping[str, Any]) -> str:
@@ -127,10 +134,19 @@ def _attribution(results: Results, variant: Mapping[str, Any]) -> Iterator[str]:
         yield f"{who} {verb} from {results.about} also in {names(fields)}{rest}."
     else:
         fields = list(dict.fromkeys(field for each in groups for field in each))
-        yield f"The entries differ from {results.about} also in {names(fields)}{rest}."
+        yield f"The entries differ from {results.about} also in some of {names(fields)}{rest}."
     if otherwise_equal:
         verb = "is" if len(otherwise_equal) == 1 else "are"
         yield f"Only {names(otherwise_equal)} {verb} equal to {results.about} in everything else."
+
+
+def _untuned(results: Results) -> str:
+    """Return a sentence if entries are compared at learning rates that were not tuned, and not for their rates."""
+    several = len({row.entry for row in results.summary}) > 1
+    compares_rates = any("training.learning_rate" in each.compared for each in results.differences)
+    if not several or compares_rates or any(run.tunes for run in results.runs):
+        return ""
+    return "The learning rate was not tuned for each entry, so another one may change the order."
 
 
 def names(words: Sequence[str]) -> str:

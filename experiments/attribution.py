@@ -2,8 +2,9 @@
 
 An entry is compared with the study's subject. If the kinds of their mixers differ, the study compares the mixer: its
 kind, with the options that only its own equations have. Otherwise it compares the fields that one of the two entries
-sets. Everything else in which the two differ is listed beside the answer: the accessories of mixers, heads,
-feed-forward networks, norms, sizes and training. The knob of `match` is not listed, as it is what makes costs equal.
+sets. Everything else in which the two differ is listed beside the answer: the accessories of mixers, options that both
+mixers have, heads, feed-forward networks, norms, sizes and training. The knob of `match` is not listed, as it is what
+makes costs equal.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -13,23 +14,25 @@ import torch
 from torch import nn
 
 from ..mixers import MixerConfig
+from ..mixers.contract import IMPLEMENTATION_FIELDS
 from ..models import ModelConfig
 from ..registry import Config
 from ..training import RunConfig
 from .differences import format_value, leaves
 from .equal import mixers_of
-from .results import Difference
+from .results import ABSENT, Difference
 
 ACCESSORIES = ("short_conv", "qk_norm", "gate", "head_norm", "positions")
 """Options that mixers have around their own equations."""
 SYNONYMS = {"rotation": "positions"}
 """Other names of accessories in some mixers."""
-ABSENT = "no option"
-"""Value of an accessory of a mixer that has no option for it, and does not declare it as `built_in`."""
 BUILT_IN = " (built in)"
 """Ending of the value of an accessory that a mixer always has."""
 OFF = (None, False, 0, "none")
 """Values of an accessory that turn it off; they count as equal, also to a mixer without the option (`ABSENT`)."""
+OF_THE_MIXER = {"mixer.kind", "mixer.head_dim", *(f"mixer.{field}" for field in IMPLEMENTATION_FIELDS)}
+"""Options of mixers of different kinds that are not listed: only rounding depends on the implementation, and a head
+dimension shows in the number of heads."""
 MIXER = "the mixer"
 
 
@@ -185,8 +188,12 @@ def _difference(
     ]
     if "mixer.kind" in differing:
         of_mixer = ("mixer.", "layers")
-        heads = [field for field in differing if field == "mixer.n_heads" and field in one and field in other]
-        return [MIXER], [*(field for field in differing if not field.startswith(of_mixer)), *heads]
+        shared = [
+            field
+            for field in differing
+            if field.startswith("mixer.") and field in one and field in other and field not in OF_THE_MIXER
+        ]
+        return [MIXER], [*(field for field in differing if not field.startswith(of_mixer)), *shared]
     differing = [field for field in differing if not (field in one and one[field].is_derived)]
     whole = "*" in named
     compared = [field for field in differing if field in named or (whole and not field.startswith("training."))]

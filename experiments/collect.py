@@ -9,6 +9,8 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any, TypeVar
 
+from ..data.corpus_config import CorpusConfig
+from ..data.files import source_name
 from ..registry import Config, ConfigError, read_bytes
 from ..registry.yaml import write as to_yaml
 from ..training import CheckpointError, RunConfig, read_config
@@ -16,7 +18,7 @@ from ..training.checkpoint.provenance import SESSIONS_FILE
 from ..training.checkpoint.run_dir import SCORES_FILE
 from ..training.checkpoint.saved_run import modules_of
 from .differences import format_value
-from .measurements import Measurement, add_time, read_measurements
+from .measurements import Measurement, read_measurements
 from .plan import Plan, PlannedEntry, PlannedRun
 from .results import EntryResult, EvaluationPoint, Machine, PaperRow, Point, Results, RunResult, SpeedResult, SummaryRow
 from .study import PaperFigure
@@ -87,16 +89,25 @@ def setup(plan: Plan) -> str:
 
 
 def _data_text(config: RunConfig) -> str:
-    """Return the kind of data and its fields that are numbers or that are set, except for the sequence length."""
+    """Return the kind of data and its fields that are numbers or that are set, except for the sequence length.
+
+    Of a text, also its source and its tokens.
+    """
     data = config.data
     fields = data.model_dump(mode="json", exclude={"kind", "sequence_length"}, exclude_none=True)
     shown = {
         name: value
         for name, value in fields.items()
-        if name in data.model_fields_set or (isinstance(value, int | float) and not isinstance(value, bool))
+        if name in (*data.model_fields_set, "tokenizer") or _is_number(value)
     }
-    text = ", ".join(f"{name} {format_value(value)}" for name, value in shown.items())
-    return f"{data.kind} ({text})" if text else data.kind
+    texts = [f"{name} {format_value(value)}" for name, value in shown.items()]
+    if isinstance(data, CorpusConfig) and not shown.keys() & {"paths", "dataset", "sources"}:
+        texts.insert(0, source_name(data))
+    return f"{data.kind} ({', '.join(texts)})" if texts else data.kind
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _schedule_text(config: RunConfig) -> str:
@@ -152,13 +163,16 @@ def run_result(run: PlannedRun, folder: Path, *, error: str | None = None, at_on
             unknown.
     """
     lines = _measurements(folder) if is_same(run, folder) else []
-    add_time(lines, run.tokens_per_step)
     logged = [line for line in lines if "loss" in line]
     evaluated = [line for line in lines if "validation_loss" in line]
     final: Measurement = next((line for line in evaluated if line.get("final")), {})
-    for line in lines:
-        line["flops"] = 3.0 * run.cost.flops_per_token * line["tokens"]
     speeds = [line["tokens_per_second"] for line in logged]
+    speed = median(speeds) if speeds else None
+    for line in lines:
+        line["tokens"] = line["step"] * run.tokens_per_step
+        line["flops"] = 3.0 * run.cost.flops_per_token * line["tokens"]
+        # only logged steps are timed: one that stalled must not count for the steps around it
+        line["seconds"] = line["tokens"] / speed if speed else 0.0
     memory = [line["memory_bytes"] for line in logged if line.get("memory_bytes") is not None]
     return RunResult(
         name=run.name,
@@ -174,7 +188,7 @@ def run_result(run: PlannedRun, folder: Path, *, error: str | None = None, at_on
         status="finished" if final else "failed" if error is not None else "missing",
         error=None if final else error,
         seconds=logged[-1]["seconds"] if logged else None,
-        tokens_per_second=median(speeds) if speeds else None,
+        tokens_per_second=speed,
         tokens_per_second_range=(cuts[0], cuts[-1]) if (cuts := len(speeds) > 1 and quantiles(speeds)) else None,
         peak_memory_bytes=max(memory, default=None),
         **{name: final[name] for name in EVALUATED if name in final},

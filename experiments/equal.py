@@ -80,5 +80,8 @@ def equal_sentences(options: Mapping[str, Any], exempt: Iterable[tuple[str, Exem
             for entry, each in exempt
             if each.option == option
         )
-        sentence = f"Equal in all mixers: {option} = {format_value(value)}"
-        yield f"{sentence}; but {'; '.join(exceptions)}." if exceptions else f"{sentence}."
+        setting = f"{option} = {format_value(value)}"
+        if exceptions:
+            yield f"Equal in all mixers that allow it: {setting}; {'; '.join(exceptions)}."
+        else:
+            yield f"Equal in all mixers: {setting}."

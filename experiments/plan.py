@@ -20,7 +20,7 @@ from .equal import equal_sentences
 from .match import Cost, Matched
 from .results import Difference, where
 from .study import EQUAL_TRAINING_FIELDS, Study, StudyError, kind_of
-from .units import quantity
+from .units import number, quantity
 
 MAX_RUNS = 10_000
 """Maximum number of runs of a study; planning builds a configuration for each."""
@@ -223,10 +223,10 @@ def _fairness(study: Study, varied: list[dict[str, Any]], variants: list[list[Pl
     vary = f"; variants differ in {', '.join(study.vary)}, alike for all entries" if study.vary else ""
     yield (
         f"With the same seed, all entries see the same batches in the same order: {training.steps:,} steps of "
-        f"{training.batch_size} sequences of {data.sequence_length:,} tokens, {tokens:,} tokens in all{vary}."
+        f"{training.batch_size} sequences of {data.sequence_length:,} tokens, {tokens:,} tokens in each run{vary}."
     )
     final = training.final_evaluation_batches
-    batches = "all evaluation data" if final is None else f"the same {final} evaluation batches"
+    batches = "all evaluation data" if final is None else f"the same {final} batches of {training.batch_size} sequences"
     yield f"At the end, every entry is evaluated on {batches}."
     counts = [[entry.cost.parameters for entry in entries] for entries in variants]
     spreads = {(min(count), max(count)) for count in counts}
@@ -240,10 +240,18 @@ def _fairness(study: Study, varied: list[dict[str, Any]], variants: list[list[Pl
     metrics = {str(entry.matched.metric) for entry in entries if entry.matched is not None}
     matched = f"matched by {' and '.join(sorted(metrics))}" if metrics else "not matched"
     yield f"Models are {matched}; {parameters}."
+    over = "over entries and variants" if len(variants) > 1 else "over entries"
+    flops = [[entry.cost.flops_per_token for entry in entries] for entries in variants]
+    if any(number(min(counts)) != number(max(counts)) for counts in flops):
+        low, high = min(map(min, flops)), max(map(max, flops))
+        percent = f"{100 * (max(max(counts) / min(counts) for counts in flops) - 1):.2g} % apart"
+        yield (
+            f"Not equal: the forward pass has {number(low)} to {number(high)} matmul FLOPs per token {over} "
+            f"({f'within a variant at most {percent}' if len(variants) > 1 else percent})."
+        )
     states = [[entry.cost.state_bytes for entry in entries] for entries in variants]
     if any(min(sizes) < max(sizes) for sizes in states):
         low, high = min(map(min, states)), max(map(max, states))
-        over = "over entries and variants" if len(states) > 1 else "over entries"
         yield (
             f"Not equal: the state of one sequence at the training length has {quantity(low, 'bytes')} to "
             f"{quantity(high, 'bytes')} {over}."
@@ -260,11 +268,12 @@ def _fairness(study: Study, varied: list[dict[str, Any]], variants: list[list[Pl
         yield _untuned(entry.config.training.learning_rate for entries in variants for entry in entries)
     else:
         rates = ", ".join(f"{rate:g}" for rate in study.tune.learning_rate)
-        tuning = ", ".join(map(str, study.tuning_seeds))
+        several = len(study.tuning_seeds) > 1
+        tuning, seeds = (", ".join(map(str, each)) for each in (study.tuning_seeds, study.seeds))
         yield (
-            f"Each entry's learning rate is tuned: {rates} with seed{'s' * (len(study.tuning_seeds) > 1)} {tuning}; "
-            "the best has the lowest mean final validation loss. Results are those of other seeds at that rate: "
-            f"{', '.join(map(str, study.seeds))}."
+            f"Each entry's learning rate is tuned{' in each variant' * bool(study.vary)}: {rates} with "
+            f"seed{'s' * several} {tuning}; the best has the lowest {'mean ' * several}final validation loss. Results "
+            f"are those of other seeds at that rate: {seeds}. They are evaluated on the data that chose the rate."
         )
 
 

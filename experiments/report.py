@@ -81,7 +81,7 @@ def render(results: Results) -> str:
         again={
             "seeds": ", ".join(map(str, sorted({run.seed for run in results.runs}))),
             "learning rates": ", ".join(map(number, results.learning_rates)),
-            "created": results.created,
+            "results collected": results.created,
             "machine": ", ".join(filter(None, machine)),
             "commit": results.machine.commit,
         },
@@ -109,7 +109,8 @@ def _summary(results: Results, plots: Plots) -> tuple[list[str], list[tuple[Any,
 
 def _notes(results: Results) -> str:
     """Return the notes below the summary table."""
-    notes = ["Best first.", *uncertainty(results)]
+    several = any(row.variant != results.first_variant for row in results.summary)
+    notes = ["Best first within each variant." if several else "Best first.", *uncertainty(results)]
     tokens = "answer token" if has_accuracy(results) else "token"
     notes.append(f"Losses are in nats per {tokens}; the state is that of one sequence.")
     cell, note = speed_of(results)
@@ -128,5 +129,5 @@ def _machine(machine: Machine) -> list[str]:
     """Return texts on the machine of a study and on the versions of seqmix and torch, as far as they are known."""
     threads = f"{machine.threads} thread{'s' * (machine.threads > 1)}" if machine.threads else ""
     products = f"{machine.precision} products" if machine.precision else ""
-    versions = [f"{name} {version}" for name in ("seqmix", "torch") if (version := getattr(machine, name))]
+    versions = [f"{name} {version}" for name in ("seqmix", "torch", "python") if (version := getattr(machine, name))]
     return [", ".join(filter(None, [machine.processor, machine.device, threads, products])), *versions]

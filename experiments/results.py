@@ -1,7 +1,7 @@
 """Results of a study, as values and as results.json.
 
 The values of a run are computed from the `metrics.jsonl` in its folder. FLOPs of training are three times the FLOPs of
-the forward passes' matrix products. Seconds are those of training steps, computed from the logged speed.
+the forward passes' matrix products. Seconds are those of training steps: tokens over the median of the logged speeds.
 """
 
 from collections.abc import Mapping
@@ -20,6 +20,8 @@ Count = Annotated[int, Field(ge=0, lt=2**63)]
 """A count; larger numbers are not measurements and cannot be drawn."""
 COSTS = ("parameters", "flops_per_token", "state_bytes")
 """Names of the fields with costs of a model."""
+ABSENT = "no option"
+"""Value of an accessory of a mixer that has no option for it, and does not declare it as `built_in`."""
 AccuracyBy = dict[str, dict[str, float]]
 """Accuracy by name and value of a difficulty, such as {"pairs": {"8": 0.9}}."""
 Range = tuple[float, float]
@@ -44,6 +46,7 @@ class Machine(Config):
     device: str | None = None
     precision: str | None = None
     """Dtype of matrix products."""
+    python: str | None = None
     torch: str | None = None
     seqmix: str | None = None
     commit: str | None = None

@@ -9,17 +9,23 @@ from operator import attrgetter
 from statistics import fmean
 from typing import Any
 
-from .answer import has_accuracy, key_text, variant_text
+from .answer import has_accuracy, key_text, names, variant_text
 from .answer import score as score_of
 from .benchmark_figures import NOISE
 from .differences import format_value
 from .figures.figure import ACCURACY, Axis, Figure, Point, Series, drawable
-from .results import Results, RunResult, Statistic, SummaryRow
+from .results import ABSENT, Results, RunResult, Statistic, SummaryRow
 from .scaling import scaling_lines
 from .summary import statistic
 
 TOKENS = {"validation": "answer token", "training": "target token"}
 """Tokens over which the losses of a task are means; a task may train on every token, but asks only for its answers."""
+CURVES = {
+    "validation_loss": "Validation loss during training",
+    "accuracy": "Accuracy during training",
+    "loss": "Loss of training batches",
+}
+"""What curves show, by the name of the field in the results."""
 RATE = Axis("tokens per second", from_zero=True, log=False)
 STATE = Axis("state", unit="bytes")
 MEMORY = Axis("peak memory", unit="bytes", from_zero=True, log=False, noise=NOISE)
@@ -115,17 +121,21 @@ class Plots:
         by_entry = {row.entry: runs for row in rows if (runs := self.results.runs_of(row))}
         points = {entry: list(_mean_curve(runs, over, measure)) for entry, runs in by_entry.items()}
         several_seeds = any(len(runs) > 1 for runs in by_entry.values())
-        band = "; the mean, in a band from the lowest to the highest seed." if several_seeds else "."
+        band = "; the mean over seeds, in a band from the lowest to the highest seed." if several_seeds else "."
+        rates = ", each entry at its tuned learning rate" if any(run.tunes for run in self.results.runs) else ""
         x = {
             "tokens": Axis("tokens", log=False),
             "flops": Axis("training matmul FLOPs", log=False),
-            "seconds": Axis("time of training steps", unit="seconds", log=False),
+            "seconds": Axis("training time", unit="seconds", log=False),
         }
-        caption = f"{self.measured[measure].label.partition(' (')[0].capitalize()} during training{band}"
+        caption = f"{CURVES[measure]}{rates}{band}"
         if over == "flops":
             caption += " FLOPs of matrix products only: three times those of the forward passes."
         if over == "seconds":
-            caption += " Runs went one after another; other load on the machine lengthens their times."
+            caption += (
+                " Time: tokens over the median speed of each run's logged steps. Runs went one after another; other "
+                "load on the machine lengthens their times."
+            )
         return Figure(name, title, caption, x[over], self.measured[measure], self._series(points), smooth=True)
 
     def _difficulty(self, name: str) -> Figure:
@@ -134,9 +144,9 @@ class Plots:
         label = self.results.x_label or name.replace("_", " ")
         axis, place = _axis_of(label, keys)
         values = {row.entry: {place[repr(key)]: value for key, value in row.accuracy_by[name].items()} for row in rows}
-        caption = "Share of target tokens predicted correctly, "
+        caption = "Share of answer tokens predicted correctly, "
         caption += f"by {label}." if axis.names else f"by {label}; larger values are to the right."
-        caption += self._best_variant_note()
+        caption += self._best_variant_note(rows)
         return self._scores(f"accuracy by {name.replace('_', ' ')}", caption, axis, ACCURACY, values)
 
     def _slices(self, name: str) -> Figure:
@@ -148,7 +158,7 @@ class Plots:
             caption = (
                 "Validation loss of recall hits (rare n-grams that the sequence contained before) and of other tokens."
             )
-        caption += self._best_variant_note()
+        caption += self._best_variant_note(rows)
         return self._scores(f"loss by {name}", caption, axis, self.validation_axis, values)
 
     def _lengths(self) -> Figure:
@@ -156,7 +166,9 @@ class Plots:
         losses = {row.entry: {float(key): v for key, v in row.validation_loss_by_length.items()} for row in rows}
         axis = Axis("sequence length (tokens)", ticks=sorted({x for values in losses.values() for x in values}))
         caption = "Validation loss at each sequence length: a flat or falling line is a model that extrapolates."
-        figure = self._scores("loss by length", caption + self._best_variant_note(), axis, self.validation_axis, losses)
+        figure = self._scores(
+            "loss by length", caption + self._best_variant_note(rows), axis, self.validation_axis, losses
+        )
         return replace(figure, marks=self.training_marks)
 
     def _variants(self) -> Iterator[Figure]:
@@ -171,7 +183,14 @@ class Plots:
         for row in self.results.summary:
             scores[row.entry][place[repr(row.variant[key])]] = self.score(row)
         title = f"{self.score_name} over {label}"
-        yield self._scores(title, f"Each entry at each {label}.", axis, self.score_axis, scores)
+        caption = f"Each entry at each {label}."
+        option = key.removeprefix("equal.")
+        lacking = dict.fromkeys(each.entry for each in self.results.differences if each.values.get(option) == ABSENT)
+        if key != option and lacking:
+            have = "has" if len(lacking) == 1 else "have"
+            its = "its" if len(lacking) == 1 else "their"
+            caption += f" {names(list(lacking))} {have} no option {option}: {its} models are the same at all values."
+        yield self._scores(title, caption, axis, self.score_axis, scores)
 
     def _scaling(self) -> Iterator[Figure]:
         """Yield the figure of the loss over model size with fitted power laws, if there are enough sizes."""
@@ -201,7 +220,7 @@ class Plots:
             caption += (
                 f" The state of {growing} grows with the sequence; the size shown is that at the training length."
             )
-        caption += self._best_variant_note()
+        caption += self._best_variant_note(rows)
         axis = Axis("state of one sequence", unit="bytes", log=True)
         scores = {row.entry: {float(entries[row.entry].state_bytes): self.score(row)} for row in rows}
         yield replace(self._scores(f"{self.score_name} by state", caption, axis, self.score_axis, scores), joined=False)
@@ -211,22 +230,28 @@ class Plots:
         rates = sorted({run.learning_rate for run in tuning if run.learning_rate is not None})
         if len(rates) < 2:
             return
+        seeds = len({run.seed for run in tuning})
+        number = "with one seed" if seeds == 1 else f"means over {seeds} seeds"
         caption = (
-            "Final validation losses of the runs that chose the learning rates. An entry that is best at an edge of "
-            "the grid may be better beyond it."
+            f"Final validation losses of the runs that chose the learning rates, {number}. An entry that is best at an "
+            "edge of the grid may be better beyond it."
         )
         axis = Axis("learning rate", log=True, ticks=rates)
-        variants = self.variants if len(self.variants) <= MAX_VARIANTS else [None]
-        for i, variant in enumerate(variants, 1):
-            rows = [row for row in self.results.summary if row.variant == variant]
+        variants = _distinct(run.variant for run in tuning)
+        best = self._of_best_variant(self.results.summary)
+        if few := len(variants) <= MAX_VARIANTS:
+            drawn = [(variant, [(entry, variant) for entry in self.styles]) for variant in variants]
+        else:
+            drawn = [({}, [(row.entry, row.variant) for row in best])]
+            caption += self._best_variant_note(best)
+        for i, (variant, models) in enumerate(drawn, 1):
             scores = {
-                row.entry: _by_rate(run for run in tuning if (run.entry, run.variant) == (row.entry, row.variant))
-                for row in rows or self._of_best_variant(self.results.summary)
+                entry: _by_rate(run for run in tuning if (run.entry, run.variant) == (entry, at))
+                for entry, at in models
             }
-            text = caption if rows else caption + self._best_variant_note()
-            figure = self._scores("validation loss by learning rate", text, axis, self.validation_axis, scores)
-            if len(variants) > 1:
-                title = f"{figure.title}: {variant_text(variant or {})}"
+            figure = self._scores("validation loss by learning rate", caption, axis, self.validation_axis, scores)
+            if few and len(variants) > 1:
+                title = f"{figure.title}: {variant_text(variant)}"
                 figure = replace(figure, name=f"{figure.name}-{i}", title=title)
             yield figure
 
@@ -260,11 +285,15 @@ class Plots:
             caption += ", cut at 0 and 100 %." if y is ACCURACY else "."
         return Figure(name, title[:1].upper() + title[1:], caption, x, y, series)
 
-    def _best_variant_note(self) -> str:
-        """Return a sentence for captions of figures with the rows of `_of_best_variant`; empty for a single variant."""
+    def _best_variant_note(self, rows: Iterable[SummaryRow]) -> str:
+        """Return a sentence for captions of figures with rows of `_of_best_variant`; empty for a single variant."""
         if len(self.variants) < 2:
             return ""
-        return f" Of each entry, only the variant with its best {self.score_name} is drawn."
+        entries: dict[str, list[str]] = {}
+        for row in rows:
+            entries.setdefault(variant_text(row.variant), []).append(row.entry)
+        drawn = [f"{variant} ({'all' if len(entries) == 1 else ', '.join(of)})" for variant, of in entries.items()]
+        return f" Of each entry, only the variant with its best {self.score_name} is drawn: {', '.join(drawn)}."
 
     def _of_best_variant(self, rows: Iterable[SummaryRow]) -> list[SummaryRow]:
         """Return one row per entry: that of the variant with its best score."""

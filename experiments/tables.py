@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 from ..registry import write_file
-from .answer import answer
+from .answer import answer, names
 from .differences import format_value, leaves
 from .pages import table
 from .results import Difference, EntryResult, Results, RunResult, Statistic, SummaryRow, TrainSpeedRow, where
@@ -39,7 +39,12 @@ def uncertainty(results: Results) -> Iterator[str]:
     if not results.summary:
         return
     if any(row.seeds > 1 for row in results.summary):
-        yield "± is half the width of the 95 % t interval over seeds."
+        yield "± is half the width of the 95 % t interval over seeds, which are all evaluated on the same data."
+    if any(map(_beyond_what_is_possible, results.summary)):
+        yield (
+            "An interval that reaches beyond possible values (a loss below 0, an accuracy above 100 %) says only that "
+            "seeds differ widely: t intervals assume normally distributed results."
+        )
     if any(row.seeds < 2 for row in results.summary):
         one = "There is one seed" if all(row.seeds < 2 for row in results.summary) else "Some entries have one seed"
         yield f"{one}, so there is no interval and no rank: differences may be chance."
@@ -47,19 +52,28 @@ def uncertainty(results: Results) -> Iterator[str]:
         yield (
             "rank: 1 + the number of entries that are significantly better (the 95 % t interval of the difference at "
             "equal seeds does not contain 0; not corrected for the number of comparisons). Entries of different rank "
-            "may be tied too."
+            "may be tied too, and one with a wide interval can have a lower rank number than one with a better mean."
         )
+
+
+def _beyond_what_is_possible(row: SummaryRow) -> bool:
+    loss, accuracy = row.validation_loss, row.accuracy
+    if (loss.margin or 0) > loss.mean:
+        return True
+    return accuracy is not None and (accuracy.margin or 0) > min(accuracy.mean, 1 - accuracy.mean)
 
 
 def edges(results: Results) -> Iterator[str]:
     """Yield sentences on entries whose best learning rate lies at an edge of those tried."""
-    groups: dict[tuple[float, str], list[str]] = {}
+    groups: dict[tuple[float, str], dict[str, list[str]]] = {}
     for row in results.summary:
         if row.at_edge is not None:
-            groups.setdefault((row.learning_rate, row.at_edge), []).append(f"{row.entry}{where(row.variant)}")
-    for (rate, edge), entries in groups.items():
+            variants = groups.setdefault((row.learning_rate, row.at_edge), {})
+            variants.setdefault(where(row.variant), []).append(row.entry)
+    for (rate, edge), variants in groups.items():
         yield (
-            f"{', '.join(entries)}: the best learning rate, {rate:g}, is the {edge} that was tried; "
+            f"{'; '.join(names(entries) + variant for variant, entries in variants.items())}: "
+            f"the best learning rate, {rate:g}, is the {edge} that was tried; "
             f"a {'lower' if edge == 'lowest' else 'higher'} one may be better."
         )
 
@@ -115,7 +129,7 @@ def speed_of(results: Results) -> tuple[Callable[[SummaryRow], str], str]:
         note += f", medians of {speed.repeat} interleaved rounds" if speed.repeat else ""
         return lambda row: _speed(timed.get(row.entry)), f"{note}; lowest and highest in brackets."
     alone = all(run.alone for run in results.runs if run.status == "finished" and not run.tunes)
-    sharing = "runs went one after another; other programs may have slowed them"
+    sharing = "runs went one after another, not interleaved; other programs may have slowed some more than others"
     if not alone:
         sharing = "runs may have shared the machine, so these numbers do not compare speeds"
     note = (
@@ -163,7 +177,7 @@ def state_size(entry: EntryResult) -> str:
 
 def _accuracy(value: Statistic | None) -> str:
     margin = "" if value is None or value.margin is None else f" ± {100 * value.margin:.1f}"
-    return "" if value is None else f"{100 * value.mean:.1f} %{margin}"
+    return "" if value is None else f"{100 * value.mean:.1f}{margin} %"
 
 
 def _score(row: SummaryRow, task: str, metric: str) -> str:

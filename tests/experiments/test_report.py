@@ -109,12 +109,12 @@ def difference(entry: str, also: dict[str, str], compared: str = "the mixer") ->
 def test_what_else_differs_stands_beside_the_answer():
     study = text()
     same = {"differences": [difference("attention", {}), difference("Mamba-2", {})]}
-    assert said(study | same).endswith(" The entries differ only in the mixer.")
+    assert " The entries differ only in the mixer. " in said(study | same)
     one = {"differences": [difference("attention", {}), difference("Mamba-2", {"short_conv": "4"})]}
-    assert said(study | one).endswith(
+    assert (
         " Mamba-2 differs from retention also in short_conv, so what separates them cannot be attributed to the mixer "
         "alone. Only attention is equal to retention in everything else."
-    )
+    ) in said(study | one)
     one["differences"] += [{"entry": "retention", "values": {"short_conv": "none"}}]
     made = render(results(study | one))
     assert table(made, "What else differs") == [["entry", "short_conv"], ["retention", "none"], ["attention", ""],
@@ -123,7 +123,27 @@ def test_what_else_differs_stands_beside_the_answer():
     assert "What else differs" in header
     assert "<details" not in header
     two = {"differences": [difference("attention", {"gate": "none"}), difference("Mamba-2", {"short_conv": "4"})]}
-    assert "The entries differ from retention also in gate and short_conv, so what" in said(study | two)
+    assert "The entries differ from retention also in some of gate and short_conv, so what" in said(study | two)
+
+
+def test_the_answer_says_if_no_learning_rate_was_tuned():
+    untuned = "The learning rate was not tuned for each entry, so another one may change the order."
+    assert said(text()).endswith(untuned)
+    assert said(varied()).count(untuned) == 1
+    assert untuned not in said(recall())
+    assert untuned not in said(few())  # one entry has no order
+    rates = [difference(entry, {}, "training.learning_rate") for entry in ("attention", "Mamba-2")]
+    assert untuned not in said(text() | {"differences": rates})
+
+
+def test_without_a_run_that_counts_the_answer_says_what_has_finished():
+    study = recall()
+    study |= {"runs": [run for run in study["runs"] if run["tunes"]], "summary": []}
+    assert said(study) == (
+        "Only runs that choose the learning rates have finished (10 of 10), so there is nothing to compare yet."
+    )
+    names = [figure.name for figure in plots(study).all()]
+    assert names == ["loss-by-learning-rate"]
 
 
 def test_variants_are_compared_each_for_itself():
@@ -143,11 +163,44 @@ def test_captions_say_what_is_drawn():
     assert "by pairs; larger values are to the right." in one["accuracy-by-pairs"]
     assert "Bars are 95 % t intervals over seeds, cut at 0 and 100 %." in one["accuracy-by-state"]
     assert captions(text())["loss-by-length"].endswith("Bars are 95 % t intervals over seeds.")
-    best = "Of each entry, only the variant with its best accuracy is drawn."
-    assert best in several["accuracy-by-pairs"]
-    assert best in several["accuracy-by-state"]
+    best = "Of each entry, only the variant with its best accuracy is drawn"
+    assert f"{best}: pairs 8 (all)." in several["accuracy-by-pairs"]
+    assert f"{best}: pairs 8 (all)." in several["accuracy-by-state"]
     assert best not in several["accuracy-over-pairs"]
     assert not any(best in caption for caption in one.values())
+    study = varied()
+    for row in study["summary"]:
+        if row["entry"] == "retention":
+            row["accuracy"]["mean"] = 0.01 * row["variant"]["data.pairs"]
+    assert f"{best}: pairs 8 (attention), pairs 64 (retention)." in captions(study)["accuracy-by-pairs"]
+
+
+def test_captions_say_what_a_point_is_a_mean_of():
+    one = captions(recall())
+    assert one["accuracy-by-pairs"].startswith("Share of answer tokens predicted correctly")
+    assert one["loss"].startswith(
+        "Validation loss during training, each entry at its tuned learning rate; the mean over seeds, in a band"
+    )
+    assert "tuned" not in captions(text())["loss"]
+    assert "of the runs that chose the learning rates, with one seed." in one["loss-by-learning-rate"]
+    study = recall()
+    study["runs"] += [run | {"seed": 4} for run in study["runs"] if run["tunes"]]
+    assert "the learning rates, means over 2 seeds." in captions(study)["loss-by-learning-rate"]
+    study = text()
+    for run in study["runs"]:
+        run["evaluations"] = run["evaluations"][-1:]
+    assert captions(study)["loss"].startswith("Loss of training batches; the mean over seeds")
+
+
+def test_an_entry_without_the_varied_option_is_named():
+    study = recall()
+    runs = [run | {"variant": {"equal.short_conv": width}} for run in study["runs"] for width in (None, 4)]
+    lacks = difference("attention", {"short_conv": "no option"}) | {"variant": {"equal.short_conv": 4}}
+    study |= {"runs": runs, "summary": summary(runs), "differences": [lacks]}
+    assert (
+        "attention has no option short_conv: its models are the same at all values."
+        in captions(study)["accuracy-over-short-conv"]
+    )
 
 
 def test_learning_rates_are_shown_by_the_loss_that_chose_them():
@@ -283,10 +336,10 @@ def test_runs_that_are_evaluated_once_have_curves_of_training():
 
 
 def test_failures_stand_there_with_their_reasons():
-    assert "2 of 3 runs did not finish" in page("few")
-    assert headings(page("few"))[2:4] == ["What was held equal", "Failures"]
+    assert "2 of 3 runs have not finished; reasons are under Unfinished runs." in page("few")
+    assert headings(page("few"))[2:4] == ["What was held equal", "Unfinished runs"]
     assert "the loss is not finite at step 31" in page("few")
-    assert "Failures" not in headings(page("recall"))
+    assert "Unfinished runs" not in headings(page("recall"))
     study = few()
     study["runs"], study["summary"] = study["runs"][1:], []
     nothing = render(results(study))
@@ -304,6 +357,13 @@ def test_what_was_equal_is_shown_with_what_was_not():
     assert fields == ["field", "blocks.main.mixer.kind", "blocks.main.ffn.expansion"]
     assert "n_layers: 4\n" in page("text").partition("Fields that are equal in all models")[2]
     assert ["In-domain perplexity", "retention", "26.05", "4.95"] in table(page("text"), "The paper")
+
+
+def test_order_time_and_date_are_explained():
+    assert "Best first within each variant. " in page("varied")
+    assert "Best first. " in page("recall")
+    assert "Training time: tokens over the median speed of the run's logged steps, without evaluations." in page("text")
+    assert "<dt>results collected</dt>" in page("text")
 
 
 def test_data_and_training_are_named():

@@ -112,10 +112,31 @@ def test_what_ranks_and_intervals_mean_is_said():
     several = markdown(results([run(entry, loss, seed=s) for entry, loss in (("a", 1.0), ("b", 2.0)) for s in (0, 1)]))
     assert "95 % t interval over seeds" in several
     assert "rank: 1 + the number of entries that are significantly better" in several
-    assert "Entries of different rank may be tied too." in several
+    assert "Entries of different rank may be tied too" in several
+    assert "one with a wide interval can have a lower rank number than one with a better mean." in several
+    assert "over seeds, which are all evaluated on the same data." in several
     one = markdown(results([run("a", 1.0), run("b", 2.0)]))
     assert "There is one seed, so there is no interval and no rank: differences may be chance." in one
     assert "rank |" not in one
+
+
+def test_an_interval_beyond_what_is_possible_is_explained():
+    def page(*accuracies):
+        return markdown(
+            results([run(entry, 1.0, seed=s, accuracy=a) for entry in "ab" for s, a in enumerate(accuracies)])
+        )
+
+    note = "An interval that reaches beyond possible values (a loss below 0, an accuracy above 100 %)"
+    assert note in page(0.5, 0.99)
+    assert note not in page(0.5, 0.51)
+
+
+def test_edges_are_grouped_by_variant():
+    runs = [run(e, 1.0, variant={"equal.short_conv": v}) for v in (None, 4) for e in "abc" if (e, v) != ("c", None)]
+    assert (
+        "a and b where equal.short_conv is null; a, b and c where equal.short_conv is 4: the best learning rate, "
+        "0.001, is the lowest that was tried" in markdown(results(runs, (1e-3, 1e-2)))
+    )
 
 
 def test_the_note_on_speeds_says_what_the_bracketed_numbers_are():
@@ -126,6 +147,8 @@ def test_the_note_on_speeds_says_what_the_bracketed_numbers_are():
     page = markdown(results(runs))
     assert "150 [50, 300]" in page  # from the lowest lower to the highest upper quartile
     assert "in brackets, the lowest lower and the highest upper quartile of these runs" in page
+    alone = markdown(results([each.model_copy(update={"alone": True}) for each in runs]))
+    assert "one after another, not interleaved; other programs may have slowed some more than others" in alone
 
 
 def test_values_of_variants_are_yaml():
@@ -199,10 +222,12 @@ def test_a_row_has_the_cost_of_its_variant_and_the_speed_of_its_runs():
 
 def test_data_optimizer_rate_schedule_and_length_are_named(planned):
     assert setup(planned("")) == (
-        "data: text (paths [text.txt], validation_fraction 0.1, test_fraction 0.0) · optimizer: adamw · "
-        "learning rate: 0.01 (not tuned) · schedule: linear (warmup_steps 1) · "
+        "data: text (paths [text.txt], tokenizer bytes, validation_fraction 0.1, test_fraction 0.0) · "
+        "optimizer: adamw · learning rate: 0.01 (not tuned) · schedule: linear (warmup_steps 1) · "
         "training: 120 steps of 2 sequences of 16 tokens"
     )
+    default = planned(study="base: retnet-tiny\nmodel: {n_layers: 1}\nmixers: [retention]\n")
+    assert setup(default).startswith("data: text (the source of Python's standard library, tokenizer bytes, ")
     tuned = setup(
         planned(
             "tune: {learning_rate: [1e-3, 3e-3]}\nvary: {data.sequence_length: [8, 16]}\n"
@@ -228,6 +253,17 @@ def test_a_perplexity_that_no_number_holds_is_none(planned, tmp_path, loss, ours
     assert found.paper[0].ours == ours
     write(found, tmp_path)
     assert read_results(tmp_path) == found
+
+
+def test_a_stalled_step_does_not_count_for_the_steps_around_it(planned, tmp_path):
+    run = planned().runs[0]
+    (tmp_path / "config.yaml").write_text(to_yaml(run.config.model_dump(mode="json")))
+    speeds = {30: 320.0, 60: 0.1, 90: 320.0, 120: 320.0}  # of one step each: 32 tokens
+    lines = [{"step": step, "loss": 2.0, "tokens_per_second": speed} for step, speed in speeds.items()]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    found = run_result(run, tmp_path)
+    assert found.seconds == 12.0
+    assert [point.seconds for point in found.history] == [3.0, 6.0, 9.0, 12.0]
 
 
 DAMAGED = (
@@ -257,6 +293,7 @@ def test_results_are_read_as_they_were_written(tmp_path):
     assert "accuracy.pairs.4" in (tmp_path / "summary.csv").read_text()
     page = markdown(found)
     assert "| a | 50.0 % | 1.0000 | 1 | 1,000 | 4 KiB | 1,000 |" in page
+    assert "| 50.0 ± 0.0 % |" in markdown(results([run("a", 1.0, seed=seed, accuracy=0.5) for seed in (0, 1)]))
     assert "- b-0.001-0-None failed: it broke" in page
     assert "the best learning rate, 0.001, is the lowest that was tried" in page
 

@@ -8,6 +8,7 @@ from seqmix.experiments import plan as module
 from seqmix.experiments.match import cost_of
 from seqmix.experiments.plan import plan
 from seqmix.experiments.study import EQUAL_TRAINING_FIELDS, STUDIES, find_study, load_study, shipped
+from seqmix.experiments.units import number
 
 NIGHTLY = settings().max_examples >= 1000
 ALONE = "base: retnet-tiny\n"
@@ -130,13 +131,36 @@ def test_what_is_the_same_is_said(planned):
     found = planned("tune: {learning_rate: [1e-3, 3e-3]}\nseeds: [0, 1]\n")
     assert found.fairness == (
         "With the same seed, all entries see the same batches in the same order: 120 steps of 2 sequences of 16 "
-        "tokens, 3,840 tokens in all.",
-        "At the end, every entry is evaluated on the same 2 evaluation batches.",
+        "tokens, 3,840 tokens in each run.",
+        "At the end, every entry is evaluated on the same 2 batches of 2 sequences.",
         "Models are matched by parameters; all have 11,344 parameters.",
+        "Not equal: the forward pass has 15.4k to 15.9k matmul FLOPs per token over entries (3.3 % apart).",
         "Not equal: the state of one sequence at the training length has 1.01 KiB to 2.01 KiB over entries.",
-        "Each entry's learning rate is tuned: 0.001, 0.003 with seed 2; the best has the lowest mean final validation "
-        "loss. Results are those of other seeds at that rate: 0, 1.",
+        "Each entry's learning rate is tuned: 0.001, 0.003 with seed 2; the best has the lowest final validation loss. "
+        "Results are those of other seeds at that rate: 0, 1. They are evaluated on the data that chose the rate.",
     )
+
+
+def test_rates_are_tuned_in_each_variant_and_over_several_seeds(planned):
+    more = "tune: {learning_rate: [1e-3, 3e-3], seeds: [7, 8]}\nvary: {data.sequence_length: [8, 16]}\n"
+    sentence = planned(more).fairness[-1]
+    assert sentence.startswith("Each entry's learning rate is tuned in each variant: 0.001, 0.003 with seeds 7, 8; ")
+    assert "the best has the lowest mean final validation loss." in sentence
+
+
+def test_flops_that_differ_are_said_not_to_be_equal(planned):
+    more = "mixers: [retention, delta_net]\n"
+    found = planned(more, study="base: retnet-tiny\nmodel: {n_layers: 1}\n")
+    costs = [entry.cost.flops_per_token for entry in found.entries]
+    (sentence,) = (each for each in found.fairness if "FLOPs" in each)
+    percent = 100 * (max(costs) / min(costs) - 1)
+    assert sentence == (
+        f"Not equal: the forward pass has {number(min(costs))} to {number(max(costs))} matmul FLOPs per token over "
+        f"entries ({percent:.2g} % apart)."
+    )
+    varied = planned(f"{more}vary: {{model.d_model: [64, 128]}}\n", study="base: retnet-tiny\nmodel: {n_layers: 1}\n")
+    (sentence,) = (each for each in varied.fairness if "FLOPs" in each)
+    assert " over entries and variants (within a variant at most " in sentence
 
 
 def test_states_of_all_variants_are_said_not_to_be_equal(planned):
@@ -185,10 +209,16 @@ def test_an_option_is_equal_in_all_mixers_that_have_it(planned):
     assert [mixer.gate for mixer in inner if hasattr(mixer, "gate")] == ["none"]
     convolution, gate = found.fairness[-3:-1]
     assert convolution == (
-        "Equal in all mixers: short_conv = null; but attention has no option short_conv; two (attention) has no option "
-        "short_conv; mamba keeps 4: expected an integer, got null."
+        "Equal in all mixers that allow it: short_conv = null; attention has no option short_conv; two (attention) has "
+        "no option short_conv; mamba keeps 4: expected an integer, got null."
     )
-    assert gate == "Equal in all mixers: gate = none; but two (mamba2) has no option gate; mamba has no option gate."
+    assert gate == (
+        "Equal in all mixers that allow it: gate = none; two (mamba2) has no option gate; mamba has no option gate."
+    )
+    assert (
+        "Equal in all mixers: gate = none."
+        in planned("mixers: [retention, gla]\nequal: {gate: none}\n", study=ALONE).fairness
+    )
 
 
 def test_an_option_may_vary(planned):
@@ -207,10 +237,14 @@ def differences(found):
 
 def test_mixers_are_compared_and_their_accessories_are_what_else_differs(planned):
     found = planned("mixers: [retention, gla, delta_net]\n", study=ALONE + "model: {n_layers: 1}\n")
+    shared = {"mixer.expand_v", "mixer.norm_affine"}  # options of both mixers, with different values
     assert differences(found) == {
         "retention": ((), set()),
-        "gla": (("the mixer",), {"head_norm", "positions"}),
-        "delta_net": (("the mixer",), {"short_conv", "qk_norm", "gate", "head_norm", "positions", "qkv_activation"}),
+        "gla": (("the mixer",), {"head_norm", "positions", *shared, "mixer.expand_k"}),
+        "delta_net": (
+            ("the mixer",),
+            {"short_conv", "qk_norm", "gate", "head_norm", "positions", "qkv_activation", *shared, "mixer.norm_eps"},
+        ),
     }
     values = {each.entry: each.values for each in found.differences}
     assert values["retention"]["short_conv"] == "null"
