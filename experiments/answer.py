@@ -1,6 +1,6 @@
 """The answer to a study's question in sentences: where its subject stands, and what that can be attributed to."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from .differences import format_value
@@ -133,7 +133,7 @@ def _attribution(results: Results, variant: Mapping[str, Any]) -> Iterator[str]:
         who = "The other entries" if len(differing) == len(others) > 1 else names(differing)
         yield f"{who} {verb} from {results.about} also in {names(fields)}{rest}."
     else:
-        fields = list(dict.fromkeys(field for each in groups for field in each))
+        fields = accessories_first(field for each in groups for field in each)
         yield f"The entries differ from {results.about} also in some of {names(fields)}{rest}."
     if otherwise_equal:
         verb = "is" if len(otherwise_equal) == 1 else "are"
@@ -147,6 +147,11 @@ def _untuned(results: Results) -> str:
     if not several or compares_rates or any(run.tunes for run in results.runs):
         return ""
     return "The learning rate was not tuned for each entry, so another one may change the order."
+
+
+def accessories_first(fields: Iterable[str]) -> list[str]:
+    """Return the distinct names of fields, those of other options of mixers (`mixer.`) last."""
+    return sorted(dict.fromkeys(fields), key=lambda field: field.startswith("mixer."))
 
 
 def names(words: Sequence[str]) -> str:

@@ -220,7 +220,9 @@ def _fairness(study: Study, varied: list[dict[str, Any]], variants: list[list[Pl
     training = config.training
     data = config.data
     tokens = training.steps * training.batch_size * data.sequence_length
-    vary = f"; variants differ in {', '.join(study.vary)}, alike for all entries" if study.vary else ""
+    vary = f"; variants differ in {', '.join(study.vary)}" if study.vary else ""
+    if vary and not any(path.startswith("equal.") for path in study.vary):  # some mixers lack options of `equal`
+        vary += ", alike for all entries"
     yield (
         f"With the same seed, all entries see the same batches in the same order: {training.steps:,} steps of "
         f"{training.batch_size} sequences of {data.sequence_length:,} tokens, {tokens:,} tokens in each run{vary}."

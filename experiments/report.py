@@ -13,8 +13,8 @@ from .study_figures import Plots
 from .summary import best_first
 from .tables import (
     Columns,
+    cautions,
     difference_tables,
-    edges,
     fill_columns,
     speed_of,
     state_size,
@@ -64,7 +64,7 @@ def render(results: Results) -> str:
             (variant_text(variant), heads, rows)
             for variant, heads, rows in difference_tables(results.differences, results.about)
         ],
-        edges=list(edges(results)),
+        cautions=list(cautions(results)),
         unfinished=[run for run in results.runs if run.status != "finished"],
         sections=sections,
         summary=_summary(results, plots),

@@ -91,7 +91,9 @@ def figures_of(runs: Sequence[Curves]) -> list[Figure]:
         return Figure(name, title, caption, x_axis, y, series, smooth=smooth)
 
     faint = "Faint lines: training batches, as logged. Lines with markers: evaluations."
-    over_time = f"{faint} Time is that of training steps; other load on the machine lengthens it."
+    over_time = (
+        f"{faint} Time is estimated from the speed of the logged steps, without evaluations; other load lengthens it."
+    )
     rate_axis = Axis("learning rate", from_zero=True, log=False)
     speed_axis = Axis("tokens per second", from_zero=True, log=False)
     memory_axis = Axis("peak memory", unit="bytes", from_zero=True, log=False)
@@ -101,7 +103,7 @@ def figures_of(runs: Sequence[Curves]) -> list[Figure]:
         [
             Figure("loss", "Loss", faint, x_axis, LOSS, losses(x_key), smooth=True),
             Figure("loss-time", "Loss over time", over_time, time_axis, LOSS, losses("seconds"), smooth=True),
-            each("accuracy", "Accuracy", "Share of target tokens predicted correctly.", ACCURACY, "accuracy"),
+            each("accuracy", "Accuracy", "Share of answer tokens predicted correctly.", ACCURACY, "accuracy"),
             each("learning-rate", "Learning rate", "Learning rate of the schedule.", rate_axis, "learning_rate"),
             each("gradient-norm", "Gradient norm", "Norm before clipping.", norm_axis, "gradient_norm", smooth=True),
             each(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 from ..registry import write_file
-from .answer import answer, names
+from .answer import accessories_first, answer, names
 from .differences import format_value, leaves
 from .pages import table
 from .results import Difference, EntryResult, Results, RunResult, Statistic, SummaryRow, TrainSpeedRow, where
@@ -19,9 +19,7 @@ from .units import number, quantity
 def notes(results: Results) -> Iterator[str]:
     """Yield notes on the results: intervals, ranks, power laws, rates at an edge, failed and missing runs."""
     yield from uncertainty(results)
-    yield from edges(results)
-    if len(precisions := list(dict.fromkeys(run.precision for run in results.runs if run.precision))) > 1:
-        yield f"Runs differ in the precision of matrix products ({' and '.join(precisions)}), so do not compare them."
+    yield from cautions(results)
     for line in scaling_lines(results):
         yield f"{line}."
     if any(map(speed_of(results)[0], results.summary)):
@@ -42,8 +40,8 @@ def uncertainty(results: Results) -> Iterator[str]:
         yield "± is half the width of the 95 % t interval over seeds, which are all evaluated on the same data."
     if any(map(_beyond_what_is_possible, results.summary)):
         yield (
-            "An interval that reaches beyond possible values (a loss below 0, an accuracy above 100 %) says only that "
-            "seeds differ widely: t intervals assume normally distributed results."
+            "An interval that reaches beyond possible values (a loss below 0, an accuracy above 100 %) is not to "
+            "be read literally: t intervals assume normally distributed results."
         )
     if any(row.seeds < 2 for row in results.summary):
         one = "There is one seed" if all(row.seeds < 2 for row in results.summary) else "Some entries have one seed"
@@ -63,8 +61,10 @@ def _beyond_what_is_possible(row: SummaryRow) -> bool:
     return accuracy is not None and (accuracy.margin or 0) > min(accuracy.mean, 1 - accuracy.mean)
 
 
-def edges(results: Results) -> Iterator[str]:
-    """Yield sentences on entries whose best learning rate lies at an edge of those tried."""
+def cautions(results: Results) -> Iterator[str]:
+    """Yield sentences on runs of different precision, and on entries whose best learning rate is at an edge."""
+    if len(precisions := list(dict.fromkeys(run.precision for run in results.runs if run.precision))) > 1:
+        yield f"Runs differ in the precision of matrix products ({' and '.join(precisions)}), so do not compare them."
     groups: dict[tuple[float, str], dict[str, list[str]]] = {}
     for row in results.summary:
         if row.at_edge is not None:
@@ -91,7 +91,7 @@ def difference_tables(
     tables = []
     for variant in variants:
         of_variant = [each for each in differences if each.variant == variant]
-        if fields := list(dict.fromkeys(field for each in of_variant for field in each.also)):
+        if fields := accessories_first(field for each in of_variant for field in each.also):
             of_variant.sort(key=lambda each: each.entry != subject)
             rows = [(each.entry, *(each.values.get(field, "") for field in fields)) for each in of_variant]
             tables.append((variant, ["entry", *fields], rows))

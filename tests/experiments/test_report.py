@@ -126,6 +126,16 @@ def test_what_else_differs_stands_beside_the_answer():
     assert "The entries differ from retention also in some of gate and short_conv, so what" in said(study | two)
 
 
+def test_accessories_come_before_options_of_the_mixers():
+    also = {"mixer.norm_eps": "1", "gate": "none"}
+    two = [difference("attention", {"mixer.norm_affine": "true"}), difference("Mamba-2", also)]
+    study = text() | {"differences": two}
+    assert "in some of gate, mixer.norm_affine and mixer.norm_eps, so" in said(study)
+    assert table(render(results(study)), "What else differs")[0] == [
+        "entry", "gate", "mixer.norm_affine", "mixer.norm_eps",
+    ]  # fmt: skip
+
+
 def test_the_answer_says_if_no_learning_rate_was_tuned():
     untuned = "The learning rate was not tuned for each entry, so another one may change the order."
     assert said(text()).endswith(untuned)
@@ -391,6 +401,15 @@ def test_what_was_not_timed_and_a_rate_at_the_edge_are_said():
     assert ["attention", "training at 65,536", "it takes 3 minutes a step"] in table(made, "Not timed")
     assert "0.001, highest tried" in [cell for row in table(made, "Results of all") for cell in row]
     assert "retention: the best learning rate, 0.001, is the highest that was tried" in made.partition("</header>")[0]
+
+
+def test_a_difference_in_precision_is_said_on_the_page():
+    study = recall()
+    for run in study["runs"]:
+        run["precision"] = "bfloat16" if run["entry"] == "Mamba-2" else "float32"
+    sentence = "Runs differ in the precision of matrix products (float32 and bfloat16), so do not compare them."
+    assert sentence in render(results(study)).partition("</header>")[0]
+    assert sentence in markdown(results(study))
 
 
 def test_names_are_text_whatever_they_are():

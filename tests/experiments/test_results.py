@@ -12,7 +12,16 @@ import pytest
 from seqmix import SeqmixError
 from seqmix.commands.study_progress import Forecast
 from seqmix.experiments.collect import collect, run_result, setup
-from seqmix.experiments.results import EntryResult, Results, RunResult, Statistic, read_results, where, write
+from seqmix.experiments.results import (
+    Difference,
+    EntryResult,
+    Results,
+    RunResult,
+    Statistic,
+    read_results,
+    where,
+    write,
+)
 from seqmix.experiments.scaling import scaling_lines
 from seqmix.experiments.study_figures import Plots
 from seqmix.experiments.summary import best_first, choose_rates, statistic, summarise, t_quantile
@@ -342,6 +351,42 @@ def test_the_page_of_mixers_takes_a_study(tmp_path):
     file.write_text("x")
     with pytest.raises(SeqmixError, match="no region between <!-- trained: begin -->"):
         page["fill"](file, {"trained": lines})
+
+
+def test_the_table_of_transfer_has_the_price_of_the_narrow_model_s_rate():
+    page = runpy.run_path(str(ROOT / "docs" / "transfer.py"))
+    losses = {
+        ("standard", 64): (1.5, 1.2),
+        ("mup", 64): (1.5, 1.2),
+        ("standard", 256): (1.0, 1.1),
+        ("mup", 256): (1.3, 1.0),
+    }
+    runs = [
+        run(entry, loss, rate=rate, variant={"model.parametrization": {"kind": kind}, "model.d_model": d}, tunes=True)
+        for (kind, d), row in losses.items()
+        for entry in ("b", "a")  # as in a study: every variant has all entries
+        for rate, loss in zip((1e-3, 2e-3), row, strict=True)
+    ]
+    assert page["transfer"](results(runs))[2:5] == [
+        "| `b` | 64 | standard and muP | 1.500 | **1.200** |  |",
+        "| `b` | 256 | standard | **1.000** | 1.100 | 0.100 |",
+        "| `b` | 256 | muP | 1.300 | **1.000** | 0.000 |",
+    ]
+
+
+def test_a_mixer_without_the_option_has_no_result_with_it():
+    page = runpy.run_path(str(ROOT / "docs" / "recall.py"))
+    runs = [
+        run(entry, 1.0, accuracy=accuracy, variant={"equal.short_conv": value})
+        for entry, pair in (("a", (0.5, 0.5)), ("b", (0.1, 0.2)))
+        for value, accuracy in zip((None, 4), pair, strict=True)
+    ]
+    lacks = Difference(entry="a", variant={"equal.short_conv": 4}, values={"short_conv": "no option"})
+    lines = page["recall"](results(runs).model_copy(update={"differences": (lacks,)}))
+    assert [line.replace("\N{NO-BREAK SPACE}", " ") for line in lines[2:4]] == [
+        "| `b` | 10.0 % |  | 0.001 | 20.0 % |  | 0.001 |",
+        "| `a` | 50.0 % |  | 0.001 | no option |  |  |",
+    ]
 
 
 # ---- how loss falls with size

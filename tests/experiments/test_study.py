@@ -223,6 +223,7 @@ def test_an_option_is_equal_in_all_mixers_that_have_it(planned):
 
 def test_an_option_may_vary(planned):
     found = planned("vary: {equal.short_conv: [null, 4]}\n")
+    assert found.fairness[0].endswith("variants differ in equal.short_conv.")  # attention has no such option
     by_name = {run.name: run.config.model.blocks["ret"].mixer for run in found.runs}
     assert by_name["retention-short_convNone-seed0"].short_conv is None
     assert by_name["retention-short_conv4-seed0"].short_conv == 4
