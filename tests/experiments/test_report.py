@@ -172,7 +172,10 @@ def test_captions_say_what_is_drawn():
     one, several = captions(recall()), captions(varied())
     assert "by pairs; larger values are to the right." in one["accuracy-by-pairs"]
     assert "Bars are 95 % t intervals over seeds, cut at 0 and 100 %." in one["accuracy-by-state"]
-    assert captions(text())["loss-by-length"].endswith("Bars are 95 % t intervals over seeds.")
+    assert captions(text())["loss-by-length"] == (
+        "Validation loss at each sequence length. Beyond the training length, a flat or falling line is a model that "
+        "extrapolates. Bars are 95 % t intervals over seeds."
+    )
     best = "Of each entry, only the variant with its best accuracy is drawn"
     assert f"{best}: pairs 8 (all)." in several["accuracy-by-pairs"]
     assert f"{best}: pairs 8 (all)." in several["accuracy-by-state"]
