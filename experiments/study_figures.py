@@ -166,8 +166,8 @@ class Plots:
         losses = {row.entry: {float(key): v for key, v in row.validation_loss_by_length.items()} for row in rows}
         axis = Axis("sequence length (tokens)", ticks=sorted({x for values in losses.values() for x in values}))
         caption = (
-            "Validation loss at each sequence length. Beyond the training length, a flat or falling line is a model that "
-            "extrapolates."
+            "Validation loss at each sequence length. Beyond the training length, a flat or falling line is a model "
+            "that extrapolates."
         )
         figure = self._scores(
             "loss by length", caption + self._best_variant_note(rows), axis, self.validation_axis, losses
