@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,9 +10,6 @@ from torch import Tensor
 from ..ops.runtime.paradigm import Paradigm
 from .state import concatenate, select
 from .traits import ContractError
-
-if TYPE_CHECKING:
-    from .contract import SequenceMixer
 
 
 def kept_tokens(x: Tensor, tokens: int | Tensor, cu_seqlens: Tensor | None, kind: str) -> list[int]:
@@ -34,7 +31,7 @@ def kept_tokens(x: Tensor, tokens: int | Tensor, cu_seqlens: Tensor | None, kind
 
 
 def read_again(
-    mixer: "SequenceMixer[Any]",
+    mixer: Any,
     x: Tensor,
     before: Any,
     kept: Sequence[int],
@@ -42,7 +39,10 @@ def read_again(
     cu_seqlens: Tensor | None,
     first_values: Tensor | None,
 ) -> Any:
-    """Return the state after the first kept[n] tokens of each row n, by reading them again from the state `before`."""
+    """Return the state after the first kept[n] tokens of each row n, which the mixer reads again from `before`.
+
+    The other arguments are those of `SequenceMixer.rollback`.
+    """
     if not any(kept):
         return mixer.init_state(len(kept)) if before is None else before
 

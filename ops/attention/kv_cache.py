@@ -141,11 +141,12 @@ def drop_last(cache: Cache, tokens: Int[Tensor, "*_ N"]) -> Cache:
 
     A `RingCache` must still hold all its tokens: its slots are not moved, and those of later tokens count as empty.
     """
+    past = key_cache(cache)
+    keys, values = (_without_last(leaf, past, tokens) for leaf in (past.keys, past.values))
+    result = type(past)(keys, values, past.length - tokens)
     if isinstance(cache, ForgettingCache):
-        past = drop_last(cache.cache, tokens)
-        return ForgettingCache(past, _without_last(cache.log_forget, cache.cache, tokens))
-    keys, values = (_without_last(leaf, cache, tokens) for leaf in (cache.keys, cache.values))
-    return type(cache)(keys, values, cache.length - tokens)
+        return ForgettingCache(result, _without_last(cache.log_forget, past, tokens))
+    return result
 
 
 def _without_last(leaf: Tensor, cache: KeyCache, tokens: Tensor) -> Tensor:

@@ -133,7 +133,7 @@ def a_state_goes_back(trial: Trial) -> None:
                 if count < length:
                     _, kept = trial.mix(x[row : row + 1, : length - count], kept, paradigm=paradigm)
                 expected.append(trial.mix(following[row : row + 1], kept, paradigm=paradigm)[0])
-            packed = {"": (x, None)}
+            packed: dict[str, tuple[Tensor, Tensor | None]] = {"": (x, None)}
             if trial.mixer.traits.packing:
                 packed[", packed"] = (x.flatten(0, 1)[None], boundaries)
             for how, (segment, cu_seqlens) in packed.items():
