@@ -21,6 +21,7 @@ from .kv_cache import (
     KeyValues,
     cached_key_values,
     final_cache,
+    is_known_empty,
     join_key_values,
     key_cache,
     row_of,
@@ -78,10 +79,15 @@ class AttentionInputs(NamedTuple):
 
     def key_values(self) -> KeyValues:
         """Return the keys and values that the queries may see: those of the initial cache, then the segment's."""
-        kv = join_key_values(self.k, self.v, self.key_cache, self.documents)
+        cache = self.cache
+        past = self.key_cache
+        # the empty slots of a cache with room for a prompt would cost as much as the prompt's own keys
+        if past is not None and self.q.shape[1] > 1 and not needs_grad(past.keys) and is_known_empty(past):
+            cache = past = None
+        kv = join_key_values(self.k, self.v, past, self.documents)
         if self.log_forget is not None:
-            past = self.cache if isinstance(self.cache, ForgettingCache) else None
-            kv = kv._replace(sums=gate_sums(self.log_forget, past, self.documents))
+            gates = cache if isinstance(cache, ForgettingCache) else None
+            kv = kv._replace(sums=gate_sums(self.log_forget, gates, self.documents))
         return self._select_values(kv)
 
     def key_values_after_write(self, final_cache: Cache) -> KeyValues:

@@ -136,6 +136,18 @@ def resize_cache(cache: Cache, kind: type[GrowingCache] | type[RingCache], capac
     return ForgettingCache(result, move(cache.log_forget)) if isinstance(cache, ForgettingCache) else result
 
 
+def is_known_empty(cache: KeyCache) -> bool:
+    """True if no row of the cache has tokens, and the host may find that out, which waits for the device."""
+    length = cache.length
+    if type(length) is not Tensor or length.device.type == "meta" or torch.compiler.is_compiling():
+        return False
+    if torch._C._get_tracing_state() is not None or torch._C._are_functorch_transforms_active():
+        return False
+    if length.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False
+    return not length.any()
+
+
 def drop_last(cache: Cache, tokens: Int[Tensor, "*_ N"]) -> Cache:
     """Return the cache before the last `tokens` tokens, one number or one per row; it shares the memory of `cache`.
 

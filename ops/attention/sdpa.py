@@ -70,9 +70,12 @@ def _attend_at_once(x: AttentionInputs) -> Float[Tensor, "B T H V"]:
 def attend_in_blocks(x: AttentionInputs, size: int, start: int = 0) -> Float[Tensor, "B T H V"]:
     """Compute the attention of queries at the places start, start + 1, ... in blocks of `size` queries.
 
-    Masks are recomputed in the backward pass.
+    Masks are recomputed in the backward pass. Where torch has a fused kernel for the whole segment, whose memory is
+    linear in T too, one call is faster.
     """
     kv = x.key_values()
+    if x.q.shape[1] > size and start == 0 and _is_fused(x, kv):
+        return _attend(x, kv)
     outputs = []
     for offset in range(0, x.q.shape[1], size):
         block = x._replace(q=x.q[:, offset : offset + size])
@@ -86,16 +89,35 @@ def attend_in_blocks(x: AttentionInputs, size: int, start: int = 0) -> Float[Ten
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
 
+def _is_plain_causal(x: AttentionInputs, kv: KeyValues) -> bool:
+    """True if SDPA's built-in causal mask is the mask of a segment from place 0 on."""
+    length = x.q.shape[1]
+    return kv.cached == 0 and kv.documents is None and not x.scores and (x.window is None or x.window >= length)
+
+
+def _is_fused(x: AttentionInputs, kv: KeyValues) -> bool:
+    """True if torch computes the whole segment by a fused kernel, which forms no matrix of scores."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or x.q.device.type == "meta":
+        return False
+    if x.log_decay is not None or not _is_plain_causal(x, kv):
+        return False
+    q, k, v = (y.transpose(1, 2) for y in (x.q, kv.keys, kv.values))
+    is_grouped = q.shape[1] != k.shape[1]
+    choice = torch.ops.aten._fused_sdp_choice(q, k, v, None, 0.0, True, scale=x.scale, enable_gqa=is_grouped)
+    return choice != MATH
+
+
+MATH = 0
+"""Number of SDPA's kernel that forms all scores."""
+
+
 def _attend(x: AttentionInputs, kv: KeyValues, start: int = 0) -> Float[Tensor, "B T H V"]:
     """Compute the attention of queries at the places start, start + 1, ... over keys and values."""
-    length = x.q.shape[1]
-    window = x.window
     q, keys = apply_decay(x.q, start, kv, x.log_decay)
-    places = torch.arange(start, start + length, device=q.device)
-    is_plain_causal = kv.cached == 0 and kv.documents is None and start == 0 and (window is None or window >= length)
-    if is_plain_causal and not x.scores:
+    if start == 0 and _is_plain_causal(x, kv):
         return _sdpa(q, keys, kv.values, x.scale, None)
-    visible = visible_keys(places, kv, window)
+    places = torch.arange(start, start + x.q.shape[1], device=q.device)
+    visible = visible_keys(places, kv, x.window)
     bias = x.bias(places, kv)
     if needs_weights(x, bias):
         return attend_by_scores(x, q, keys, kv.values, visible, bias)
