@@ -34,6 +34,7 @@ COMMANDS = {
     "paper": "Reproduce claims of the RetNet paper by name, and compare them with the paper.",
     "plot": "Plot the measurements of runs or of a study: an interactive page, or figures for a paper.",
     "inspect": "Show how a trained model processes a text: attention maps, reach of heads, states and gradients.",
+    "precision": "Measure the loss of a trained model whose state is stored in fewer bits, and the error of the state.",
     "show": "Show a model's cost by layer without allocating it: parameters, FLOPs, state, activations.",
     "coordinates": "Check that training changes activations equally at every width of the model (coordinate check of "
     "muP).",
