@@ -136,6 +136,10 @@ SECTIONS: dict[str, tuple[str, ...]] = {
         "training.length_eval",
         "models.scoring",
         "harness.evaluate_tasks",
+        "experiments.precision.state_precision",
+        "experiments.precision.Precision",
+        "experiments.precision.FormatResult",
+        "experiments.state_format.StateFormat",
     ),
     "Errors": (
         "registry.errors.SeqmixError",
