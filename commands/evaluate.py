@@ -11,13 +11,24 @@ import typer
 
 from ..mixers import Paradigm
 from ..models import LanguageModel
+from ..models.quantization import quantize_model
 from ..registry import SeqmixError, nearest_hint, write_file
 from ..training import load_run, read_config
 from ..training.checkpoint.run_dir import SCORES_FILE
 from ..training.length_eval import LENGTH_MULTIPLES, Evaluation, by_context, by_length, common_paradigms, open_text
 from .console import note, terminal
-from .evaluation_tables import join_words, show_evaluation, show_scores, show_side_by_side
-from .options import Checkpoint, Device, Ema, JsonFile, Trust, checkpoint_choice, require_device, require_writable
+from .evaluation_tables import join_words, show_evaluation, show_quantized, show_scores, show_side_by_side
+from .options import (
+    Checkpoint,
+    Device,
+    Ema,
+    JsonFile,
+    Trust,
+    Weights,
+    checkpoint_choice,
+    require_device,
+    require_writable,
+)
 
 MAX_PARALLEL_LENGTH = 8192
 """Maximum sequence length, in tokens, at which the parallel paradigm is evaluated by default: its cost is quadratic."""
@@ -90,17 +101,21 @@ def evaluate(
     checkpoint: Checkpoint = "newest",
     ema: Ema = False,
     trust: Trust = False,
+    weights: Weights = None,
     device: Device = "cpu",
     json_file: JsonFile = None,
 ) -> None:
     """Evaluate trained models: the validation loss at lengths beyond that of training, or tasks of lm-eval.
 
     By default it shows the loss by sequence length and by position, in every paradigm. With --context, it shows the
-    loss of the same tokens after contexts of several lengths. With --tasks, it shows scores of lm-eval.
+    loss of the same tokens after contexts of several lengths. With --tasks, it shows scores of lm-eval. With --weights, it
+    measures everything before and after the weights are quantised.
 
     [bold]seqmix evaluate runs/retnet-tiny[/bold]
 
     [bold]seqmix evaluate runs/retnet-tiny --context 64 --context 128 --context 256 --scored 32[/bold]
+
+    [bold]seqmix evaluate runs/retnet-tiny --weights int8 --length 256[/bold]
 
     [bold]seqmix evaluate runs/retnet-tiny runs/gla --tasks lambada_openai --json scores.json[/bold]
     """
@@ -110,6 +125,8 @@ def evaluate(
     if tasks is not None:
         options = {"include_path": include_path, "num_fewshot": num_fewshot, "limit": limit, "batch_size": batch_size}
         results = {str(run): _task_scores(load(run), tasks, options) for run in runs}
+        if weights is not None:
+            results |= {f"{run}, {weights}": _task_scores(load(run, weights=weights), tasks, options) for run in runs}
         show_scores(results, terminal())
         for run in runs if save else ():
             _save_scores(results[str(run)]["tasks"], run)
@@ -117,12 +134,19 @@ def evaluate(
         if include_path is not None or num_fewshot is not None or limit is not None or save:
             raise SeqmixError("--include-path, --num-fewshot, --limit and --save need --tasks NAME,...")
         measure = partial(_evaluate_run, load, sorted(set(length or [])), paradigm or [], sorted(set(context or [])))
-        evaluations = {str(run): measure(run, scored, tokens) for run in runs}
-        if len(runs) == 1:
+        with_quantized = {str(run): measure(run, scored, tokens, weights) for run in runs}
+        evaluations = {run: evaluation for run, (evaluation, _) in with_quantized.items()}
+        if weights is not None:
+            for run, pair in with_quantized.items():
+                show_quantized(run, weights, *pair, terminal())
+        elif len(runs) == 1:
             show_evaluation(next(iter(evaluations.values())), terminal())
         else:
             show_side_by_side(evaluations, terminal())
         results = {run: asdict(evaluation) for run, evaluation in evaluations.items()}
+        if weights is not None:
+            for run, (_, quantized) in with_quantized.items():
+                results[run][weights] = asdict(quantized)
     if json_file is not None:
         content = results if len(runs) > 1 else next(iter(results.values()))
         write_file(json.dumps(content, indent=2) + "\n", json_file)
@@ -158,8 +182,12 @@ def _evaluate_run(
     run: Path,
     scored: int | None,
     tokens: int,
-) -> Evaluation:
-    """Measure the losses of one run by length and by context."""
+    weights: str | None,
+) -> tuple[Evaluation, Evaluation]:
+    """Measure the losses of one run by length and by context, before and after its weights are quantised.
+
+    Without quantisation, both are the same.
+    """
     config = read_config(run, on_note=note)
     trained_length = config.data.sequence_length
     lengths = requested_lengths or ([] if contexts else [times * trained_length for times in LENGTH_MULTIPLES])
@@ -178,17 +206,25 @@ def _evaluate_run(
     chosen = list(map(Paradigm, paradigm or declared))
     if lengths and not chosen:
         raise SeqmixError("the layers of this model have no common paradigm: evaluate it with --context")
-    evaluation = Evaluation(trained_length, scored=(scored or max(min(contexts) // 4, 1)) if contexts else 0)
-    with terminal().status("reading the validation split", spinner="dots") as status:
 
-        def choose_paradigms(length: int) -> Sequence[Paradigm]:
-            status.update(f"{length:,} tokens by {join_words(chosen)}")
-            others = [each for each in chosen if each != Paradigm.PARALLEL]
-            return chosen if paradigm or length <= MAX_PARALLEL_LENGTH or not others else others
+    def measure() -> Evaluation:
+        evaluation = Evaluation(trained_length, scored=(scored or max(min(contexts) // 4, 1)) if contexts else 0)
+        with terminal().status("reading the validation split", spinner="dots") as status:
 
-        evaluation.lengths.extend(by_length(model, source, lengths, paradigms=choose_paradigms, tokens=tokens))
-        if contexts:
-            status.update(f"contexts of {join_words(contexts)} tokens")
-            losses = by_context(model, source, contexts, scored=evaluation.scored, tokens=tokens)
-            evaluation.contexts.extend(losses)
-    return evaluation
+            def choose_paradigms(length: int) -> Sequence[Paradigm]:
+                status.update(f"{length:,} tokens by {join_words(chosen)}")
+                others = [each for each in chosen if each != Paradigm.PARALLEL]
+                return chosen if paradigm or length <= MAX_PARALLEL_LENGTH or not others else others
+
+            evaluation.lengths.extend(by_length(model, source, lengths, paradigms=choose_paradigms, tokens=tokens))
+            if contexts:
+                status.update(f"contexts of {join_words(contexts)} tokens")
+                losses = by_context(model, source, contexts, scored=evaluation.scored, tokens=tokens)
+                evaluation.contexts.extend(losses)
+        return evaluation
+
+    evaluation = measure()
+    if weights is None:
+        return evaluation, evaluation
+    quantize_model(model, weights, on_note=note)
+    return evaluation, measure()

@@ -34,8 +34,7 @@ def show_evaluation(evaluation: Evaluation, console: Console) -> None:
 def show_side_by_side(evaluations: Mapping[str, Evaluation], console: Console) -> None:
     """Print the losses of several runs, one column per run; losses by length are those of the first paradigm."""
     lengths = [
-        {result.length: next(iter(result.losses.values())) for result in evaluation.lengths}
-        for evaluation in evaluations.values()
+        {result.length: _first(result.losses) for result in evaluation.lengths} for evaluation in evaluations.values()
     ]
     contexts = [{result.context: result.loss for result in each.contexts} for each in evaluations.values()]
     for axis, columns in (("length", lengths), ("context", contexts)):
@@ -43,6 +42,18 @@ def show_side_by_side(evaluations: Mapping[str, Evaluation], console: Console) -
             console.print(f"Validation loss in nats/token, by {axis} in tokens:")
             cells = [(f"{row:,}", *(_format_loss(column.get(row)) for column in columns)) for row in rows]
             console.print(plain_table(axis, *evaluations, rows=cells, justify="right"))
+
+
+def show_quantized(run: str, weights: str, before: Evaluation, after: Evaluation, console: Console) -> None:
+    """Print the losses of a run before and after its weights are quantised; by length, those of the first paradigm."""
+    for axis, pairs in (
+        ("length", [(x.length, _first(x.losses), _first(y.losses)) for x, y in zip(before.lengths, after.lengths)]),
+        ("context", [(x.context, x.loss, y.loss) for x, y in zip(before.contexts, after.contexts)]),
+    ):
+        if pairs:
+            console.print(f"Validation loss of {run} in nats/token, by {axis} in tokens:")
+            rows = [(f"{n:,}", f"{x:.5f}", f"{y:.5f}", f"{y / x - 1:+.3%}") for n, x, y in pairs]
+            console.print(plain_table(axis, "as trained", weights, "difference", rows=rows, justify="right"))
 
 
 def show_scores(runs: Mapping[str, Mapping[str, Any]], console: Console) -> None:
@@ -54,6 +65,10 @@ def show_scores(runs: Mapping[str, Mapping[str, Any]], console: Console) -> None
             by_run = [scores["tasks"][task] for scores in runs.values()]
             rows.append((task, metric, *(_format_score(metrics, metric) for metrics in by_run)))
     console.print(plain_table("task", "metric", *runs, rows=rows, justify="right"))
+
+
+def _first(losses: Mapping[Any, float]) -> float:
+    return next(iter(losses.values()))
 
 
 def _format_score(metrics: Mapping[str, float], metric: str) -> str:
@@ -78,7 +93,7 @@ def _position_table(evaluation: Evaluation) -> Table:
     for start in sorted({start for column in columns for start in column}):
         places = [column.get(start) for column in columns]
         stop = max(place.stop for place in places if place is not None)
-        losses = [None if place is None else next(iter(place.losses.values())) for place in places]
+        losses = [None if place is None else _first(place.losses) for place in places]
         table.add_row(f"{start:,} to {stop - 1:,}", *map(_format_loss, losses))
     return table
 

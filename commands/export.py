@@ -9,7 +9,7 @@ import typer
 from ..registry import SeqmixError, nearest_hint
 from ..training import export_run
 from .console import note
-from .options import Checkpoint, Ema, Run, checkpoint_choice
+from .options import Checkpoint, Ema, Run, Weights, checkpoint_choice
 from .output import visible
 
 FORMATS = ("safetensors", "hf")
@@ -28,12 +28,15 @@ def export(
     ] = None,
     checkpoint: Checkpoint = "newest",
     ema: Ema = False,
+    weights: Weights = None,
 ) -> None:
     """Export a trained model to one safetensors file with its configuration, or for Hugging Face.
 
     [bold]seqmix export runs/retnet-tiny --out retnet-tiny.safetensors --checkpoint best[/bold]
 
     [bold]seqmix generate retnet-tiny.safetensors --prompt "def "[/bold]
+
+    [bold]seqmix export runs/retnet-tiny --weights int8 --out small.safetensors[/bold]
 
     [bold]seqmix export runs/retnet-tiny --to hf retnet-tiny-hf[/bold]
     """
@@ -44,9 +47,11 @@ def export(
         raise SeqmixError("export needs exactly one output: --out FILE, or --to hf DIR")
     choice = checkpoint_choice(checkpoint)
     if to == "safetensors":
-        step = export_run(run, target, choice=choice, on_note=note, ema=ema)
-        typer.echo(visible(f"{target} has the weights of step {step}"))
+        step = export_run(run, target, choice=choice, on_note=note, ema=ema, weights=weights)
+        typer.echo(visible(f"{target} has the {f'{weights} ' if weights else ''}weights of step {step}"))
         return
+    if weights is not None:
+        raise SeqmixError("--weights needs --to safetensors: models of Hugging Face have weights in floats")
     if find_spec("transformers") is None:
         raise SeqmixError("--to hf needs the package transformers: pip install transformers")
     from ..hf.export import export_hf

@@ -1,6 +1,7 @@
 """`seqmix generate`: continue texts with a trained model, and save or load the state after them."""
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +13,17 @@ from ..registry import SeqmixError, nearest_hint, require_name
 from ..training import load_prompt_cache, load_run, save_prompt_cache
 from ..training.monitoring.memory import keep_freed_memory
 from .console import note
-from .options import DTYPES, Checkpoint, Device, Ema, Trust, checkpoint_choice, require_device, require_writable
+from .options import (
+    DTYPES,
+    Checkpoint,
+    Device,
+    Ema,
+    Trust,
+    Weights,
+    checkpoint_choice,
+    require_device,
+    require_writable,
+)
 from .output import EXIT_UNREAD, output_error, visible
 
 
@@ -49,6 +60,7 @@ def generate(
             "as fast, when compiled or with several prompts."
         ),
     ] = "float32",
+    weights: Weights = None,
     compiled: Annotated[
         bool | None,
         typer.Option(
@@ -96,7 +108,8 @@ def generate(
     torch_device = require_device(device)
     choice = checkpoint_choice(checkpoint)
     require_name("dtype", dtype, DTYPES)
-    model = load_run(run, device=torch_device, choice=choice, on_note=note, ema=ema, trust=trust).to(DTYPES[dtype])
+    load = partial(load_run, device=torch_device, choice=choice, on_note=note, ema=ema, trust=trust)
+    model = load(run, weights=weights).to(DTYPES[dtype])
     after = None if state is None else load_prompt_cache(state, model)
     if max_new_tokens == 0 and save_state is not None:
         _save_cache(cache_text(model, prompts, after=after), model, save_state)

@@ -27,6 +27,14 @@ Ema = Annotated[
 Trust = Annotated[
     bool, typer.Option("--trust", help="Allow an exported file to import the modules that it names by dotted paths.")
 ]
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        help="Quantise the weights of linear layers for a CPU: int8 (one scale per output), or int4 (a scale and an "
+        "offset per 32 inputs).",
+        metavar="int8|int4",
+    ),
+]
 Device = Annotated[str, typer.Option(help="Device: cpu, cuda, cuda:1, ...")]
 DeviceOrGpu = Annotated[
     str | None, typer.Option(help="Device: cpu, cuda, cuda:1, ...; by default a GPU if there is one, else the CPU.")

@@ -12,7 +12,7 @@ recurrent paradigm absorbs W_UK and W_UV into queries and outputs, so that all h
 parallelism does the same, so that processes only exchange latents.
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -79,6 +79,9 @@ class LatentAttention(CachedMixer):
 
     The state is a KV cache of one head, whose `keys` are [c, r] and whose `values` are empty.
     """
+
+    reads_weights_of: ClassVar[tuple[str, ...]] = ("kv_up",)
+    """Layers whose weights the recurrent paradigm reads as a tensor; they stay floats when a model is quantised."""
 
     def __init__(self, config: LatentAttentionConfig, d_model: int) -> None:
         super().__init__(config)

@@ -17,7 +17,6 @@ from types import MappingProxyType
 from typing import Any, Literal, cast
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
@@ -29,6 +28,7 @@ from .delta_net import DeltaChunk
 from .parts import Call, LowRank, MatrixState, MatrixStateConfig, MatrixStateMixer, head_width
 from .parts.bonus_norm import BonusNorm
 from .parts.gates import LowRanks
+from .parts.projections import apply_row_blocks
 from .parts.qkv import Heads
 from .parts.token_shift import TokenShift
 from .parts.value_residual import ValueResidual
@@ -103,7 +103,7 @@ class RWKV7(MatrixStateMixer):
         wide = self.state_dtype
         by_head = (self.n_heads, -1)
         (xr, xw, xk, xv, xa, xg), recent = self.convolve(x, call)
-        r, k, own_values = map(F.linear, (xr, xk, xv), self.in_proj.weight.chunk(3))
+        r, k, own_values = apply_row_blocks(self.in_proj, (xr, xk, xv))
         v = own_values if self.value_proj is None else self.value_proj.mix_in(own_values, call.first_values, xv)
         r, k, v, decay, rate = (y.unflatten(-1, by_head) for y in (r, k, v, self.decay_proj(xw), self.rate_proj(xa)))
         log_decay = -0.6065306597126334 * decay.to(wide).sigmoid()

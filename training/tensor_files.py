@@ -175,7 +175,8 @@ def fill(files: Sequence[Path], wanted: Mapping[str, Chunk]) -> None:
             )
         saved_dtype = chunks[name][0].values.dtype
         dtype = chunk.values.dtype
-        if saved_dtype.is_floating_point != dtype.is_floating_point:
+        # floats may be of another dtype than saved, but other integers could wrap
+        if saved_dtype != dtype and not (saved_dtype.is_floating_point and dtype.is_floating_point):
             raise CheckpointError(
                 f"{_quote_files(files)} is damaged: expected its {name} to be {dtype}, got {saved_dtype}"
             )

@@ -12,8 +12,18 @@ from torch import Tensor
 
 from ...configs import PRESETS
 from ...models import TOKENIZER_FILE, LanguageModel, ModelConfig, SubwordTokenizer, Tokenizer, build_model
+from ...models.quantization import WEIGHTS, prepare_quantized, quantize_model, require_intact, weights_of
 from ...models.subword import EXPORTED_TOKENIZER
-from ...registry import ConfigError, dump, load, replacing_folder, require_trusted, unimported, write_file
+from ...registry import (
+    ConfigError,
+    dump,
+    load,
+    replacing_folder,
+    require_name,
+    require_trusted,
+    unimported,
+    write_file,
+)
 from ...registry.moved import former_parameters
 from ...registry.sources import read
 from ..config import RunConfig
@@ -31,6 +41,8 @@ EXPORTED_CONFIG = "seqmix.config"
 
 The key of the tokenizer is `EXPORTED_TOKENIZER`.
 """
+EXPORTED_WEIGHTS = "seqmix.weights"
+"""Key in the metadata of an exported file whose value is the format of quantised weights; absent for floats."""
 
 
 @former_parameters(tell="on_note")
@@ -83,6 +95,7 @@ def load_run(
     on_note: Callable[[str], object] = warnings.warn,
     ema: bool = False,
     trust: bool = False,
+    weights: str | None = None,
 ) -> LanguageModel:
     """Load the trained model of a run, or of a file of `export_run`, with its tokenizer, in evaluation mode.
 
@@ -95,10 +108,12 @@ def load_run(
             are converted to float32.
         ema: True to load the moving average of the weights (training.ema).
         trust: True if a file may import the modules that it names by dotted paths; a run directory always may.
+        weights: "int8" or "int4" to quantise the weights after loading (`models.quantization`); None loads them as they
+            are saved.
 
     Raises:
         SeqmixError: `run` is missing, damaged, or neither a run directory nor an exported file; its model or tokenizer
-            cannot be loaded; or it has no moving average.
+            cannot be loaded; it has no moving average; or its weights cannot be quantised.
     """
     run = Path(run)
     if run.is_file() and ema:
@@ -106,12 +121,22 @@ def load_run(
             f"{run} is an exported file, which has one set of weights: leave out --ema (ema=True); `seqmix export "
             "--ema` writes the moving average"
         )
+    if weights is not None:
+        require_name("weight format", weights, WEIGHTS)
     if run.is_file():
         model = _load_file(run, device, trust)
-        _report_conversion([run], on_note)
-        return model
-    model, _ = _load_checkpoint(run, read_config(run, on_note=on_note), device, choice, on_note, ema)
-    return model.eval()
+        if (saved := weights_of(model)) is None:
+            _report_conversion([run], on_note)
+        elif weights not in (None, saved):
+            raise CheckpointError(
+                f"{run} has {saved} weights: leave out --weights {weights} (weights={weights!r}), or give it a run "
+                "directory"
+            )
+        else:
+            return model
+    else:
+        model, _ = _load_checkpoint(run, read_config(run, on_note=on_note), device, choice, on_note, ema)
+    return model.eval() if weights is None else _quantize(model, weights, run, on_note)
 
 
 def read_weights(
@@ -133,7 +158,12 @@ def read_weights(
         SeqmixError: as for `load_run`.
     """
     if run.is_file():
-        config, tensors, tokenizer = _read_file(run, trust)
+        config, tensors, tokenizer, weights = _read_file(run, trust)
+        if weights is not None:
+            raise CheckpointError(
+                f"{run} has {weights} weights, from which the original ones cannot be recovered: export the run "
+                "without --weights"
+            )
     else:
         run_config = read_config(run, on_note=on_note)
         config = run_config.model
@@ -156,6 +186,7 @@ def export_run(
     choice: Choice = "newest",
     on_note: Callable[[str], object] = warnings.warn,
     ema: bool = False,
+    weights: str | None = None,
 ) -> int:
     """Export the weights of a run to one safetensors file, with its configuration in the metadata.
 
@@ -165,18 +196,25 @@ def export_run(
         choice: the checkpoint, as in `load_run`.
         on_note: as in `load_run`.
         ema: as in `load_run`.
+        weights: "int8" or "int4" to quantise the weights, as in `load_run`.
 
     Returns:
         The step of the checkpoint.
 
     Raises:
-        SeqmixError: `run` is not a run directory, its checkpoints are missing or damaged, or `out` cannot be written.
+        SeqmixError: `run` is not a run directory, its checkpoints are missing or damaged, its weights cannot be
+            quantised, or `out` cannot be written.
     """
+    if weights is not None:
+        require_name("weight format", weights, WEIGHTS)
     if out.exists():
         raise CheckpointError(f"{out} already exists: give --out the name of a new file")
     config = read_config(run, on_note=on_note)
     model, step = _load_checkpoint(run, config, "cpu", choice, on_note, ema)
     metadata = {"format": "pt", "seqmix.step": str(step), EXPORTED_CONFIG: config.model_dump_json()}
+    if weights is not None:
+        _quantize(model, weights, run, on_note)
+        metadata[EXPORTED_WEIGHTS] = weights
     if model.tokenizer is not None and model.tokenizer.vocabulary is not None:
         metadata[EXPORTED_TOKENIZER] = model.tokenizer.vocabulary.decode()
     try:
@@ -272,6 +310,12 @@ def _load_checkpoint(
     return model, intact.manifest.step
 
 
+def _quantize(model: LanguageModel, weights: str, run: Path, on_note: Callable[[str], object]) -> LanguageModel:
+    """Quantise the weights of a run's model; the note says how to measure the loss."""
+    hint = f"; `seqmix evaluate {run} --weights {weights}` measures the loss" if run.is_dir() else ""
+    return quantize_model(model, weights, on_note=lambda text: on_note(text + hint))
+
+
 def _report_conversion(files: Sequence[Path], on_note: Callable[[str], object]) -> None:
     """Report weights that are stored in another type than float32, and were converted to it."""
     types: set[str] = set()
@@ -283,17 +327,27 @@ def _report_conversion(files: Sequence[Path], on_note: Callable[[str], object]) 
 
 
 def _load_file(file: Path, device: torch.device | str, trust: bool) -> LanguageModel:
-    config, _, tokenizer = _read_file(file, trust)
+    config, _, tokenizer, weights = _read_file(file, trust)
     model = build_model(config, device=device)
+    if weights is not None:
+        prepare_quantized(model, weights)
     if tokenizer is not None:
         model.tokenizer = tokenizer
     fill([file], train_state.chunks_of(train_state.parameters_of(model)))
+    require_intact(model, file)
     return model.eval()
 
 
-def _read_file(file: Path, trust: bool) -> tuple[ModelConfig, Mapping[str, Tensor], Tokenizer | None]:
-    """Read the model's configuration, the tensors and the tokenizer (None for bytes) of an exported file."""
+def _read_file(file: Path, trust: bool) -> tuple[ModelConfig, Mapping[str, Tensor], Tokenizer | None, str | None]:
+    """Read an exported file: the model's configuration, the tensors, the tokenizer (None for bytes), and the format of
+    quantised weights (None for floats)."""
     tensors, metadata = read_tensors([file])
+    weights = metadata.get(EXPORTED_WEIGHTS)
+    if weights is not None and weights not in WEIGHTS:
+        raise CheckpointError(
+            f"{file} has weights in an unknown format: expected {' or '.join(WEIGHTS)}, got {weights!a:.40}; it "
+            "may be from a newer version of seqmix"
+        )
     try:
         # only the model is validated: the rest may be from another version
         run_config = json.loads(metadata[EXPORTED_CONFIG])
@@ -308,8 +362,8 @@ def _read_file(file: Path, trust: bool) -> tuple[ModelConfig, Mapping[str, Tenso
         reason = "; ".join(str(error).splitlines())
         raise CheckpointError(f"{file} has an invalid configuration: {reason}") from error
     if EXPORTED_TOKENIZER not in metadata:
-        return config, tensors, None
+        return config, tensors, None, weights
     if not isinstance(data := run_config.get("data", {}), dict):
         raise CheckpointError(f"{file} has an invalid configuration: its data is not a mapping")
     begin = data.get("begin_token")
-    return config, tensors, SubwordTokenizer(metadata[EXPORTED_TOKENIZER].encode(), f"in {file}", begin)
+    return config, tensors, SubwordTokenizer(metadata[EXPORTED_TOKENIZER].encode(), f"in {file}", begin), weights

@@ -1,0 +1,339 @@
+"""Weights of 8 and 4 bits, for inference on a CPU: decoding reads all weights for every token, and these are smaller.
+
+    int8    w = c_n q            q from -127 to 127, a scale c for every output n
+    int4    w = c_ng q + o_ng    q from 0 to 15, a scale c and an offset o for every output and group g of 32 inputs
+
+Quantised are the matrices of linear layers, by their roles (`mixers.roles`): those of mixers, gates in the same matrix
+included, of feed-forward networks, and the readout. Gates of their own, rates, convolutions, norms, vectors, embeddings,
+and small matrices stay as they are. A readout that is tied to the embedding gets codes of its own: the embedding is
+only looked up, but the readout is read for every token.
+"""
+
+import warnings
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..mixers.roles import Role, roles_of
+from ..ops.kernels.native.quantized import GROUP, can_multiply, multiply_int4, multiply_int8
+from ..ops.runtime.custom_op import has_tangent, needs_grad
+from ..registry import SeqmixError, require_name
+from .language_model import LanguageModel
+from .linear import Linear
+
+MIN_WEIGHTS = 2**14
+"""Minimum number of weights of a quantised matrix: products with smaller ones take longer than with floats."""
+ROUNDS = 3
+"""Number of times that scales and offsets of 4 bits are fitted to the codes."""
+FITTED_ROWS = 4096
+"""Number of outputs that are quantised at once, which limits the memory needed."""
+
+
+class QuantizedLinear(nn.Linear):
+    """A linear layer with quantised weights, for inference; without gradients of the weights."""
+
+    bits: ClassVar[int]
+    """Bits of a code."""
+    stored: ClassVar[tuple[str, ...]]
+    """Names of the tensors that make up the weights."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        """Allocate the tensors for the weights of a layer; `encode` fills them."""
+        nn.Module.__init__(self)
+        self.in_features = layer.in_features
+        self.out_features = layer.out_features
+        self.bias = layer.bias
+        # first, so that a mixer without other parameters computes in its dtype
+        self.register_buffer("like", layer.weight.new_empty(0), persistent=False)
+        self.groups = -(-layer.in_features // GROUP)
+        self.allocate(layer.weight.device)
+        self.eval()
+
+    @abstractmethod
+    def allocate(self, device: torch.device) -> None:
+        """Register the tensors of `stored`."""
+
+    @abstractmethod
+    def encode(self, weight: Tensor) -> None:
+        """Quantise a matrix [N K]."""
+
+    @abstractmethod
+    def decode(self, rows: slice) -> Tensor:
+        """Return the matrix of some outputs, [rows K] in float32."""
+
+    @abstractmethod
+    def product(self, x: Tensor, rows: slice, bias: Tensor | None) -> Tensor:
+        """Return the product with the matrix of some outputs, as one node of a graph that is compiled."""
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Tensors that make up the weights."""
+        return tuple(self._buffers[name] for name in self.stored)  # pyright: ignore[reportReturnType]
+
+    @property
+    def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The matrix as a new tensor of floats [N K]: writing into it does not change the layer."""
+        return self.decode(slice(None)).to(self.like.dtype)
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: D102
+        return self.forward_rows(input, slice(None), self.bias)
+
+    def forward_rows(self, x: Tensor, rows: slice, bias: Tensor | None = None) -> Tensor:
+        """Apply the rows of the matrix that belong to some outputs."""
+        if needs_grad(x) or has_tangent(x) or torch.is_autocast_enabled(x.device.type):
+            return F.linear(x, self.decode(rows).to(x.dtype), bias)
+        return self.product(x, rows, bias)
+
+    def reset_parameters(self) -> None:
+        """Raise SeqmixError: quantised weights are not initialised."""
+        raise SeqmixError(f"weights of {self.bits} bits cannot be initialised: quantise a model with its final weights")
+
+    def train(self, mode: bool = True) -> "QuantizedLinear":
+        """Set evaluation mode; raise SeqmixError for training mode."""
+        if mode:
+            raise SeqmixError(
+                f"weights of {self.bits} bits are for inference, and cannot be trained: load the run without "
+                "--weights (weights=None)"
+            )
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLinear":
+        """Move the tensors; only `like` and the bias change their dtype, because rounding scales would change weights."""
+        before = self.tensors
+        super()._apply(fn, recurse)
+        for name, tensor in zip(self.stored, before, strict=True):
+            moved = cast("Tensor", self._buffers[name])
+            if moved.dtype != tensor.dtype:
+                self._buffers[name] = tensor.to(moved.device)
+        return self
+
+    def extra_repr(self) -> str:  # noqa: D102
+        return f"{super().extra_repr()}, bits={self.bits}"
+
+
+class Int8Linear(QuantizedLinear):
+    """A linear layer with weights of 8 bits and one scale per output."""
+
+    bits = 8
+    stored = ("codes", "scales")
+    codes: Tensor
+    """Codes, int8 [N groups * 32]; those after the last input are 0."""
+    scales: Tensor
+    """Scale of each output, float32 [N]."""
+
+    def allocate(self, device: torch.device) -> None:  # noqa: D102
+        self.register_buffer(
+            "codes", torch.zeros(self.out_features, self.groups * GROUP, dtype=torch.int8, device=device)
+        )
+        self.register_buffer("scales", torch.zeros(self.out_features, dtype=torch.float32, device=device))
+
+    def encode(self, weight: Tensor) -> None:  # noqa: D102
+        weight = weight.to(torch.float32)
+        scales = (weight.abs().amax(1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
+        self.scales.copy_(scales)
+        self.codes[:, : self.in_features] = (weight / scales[:, None]).round().clamp(-127, 127).to(torch.int8)
+
+    def decode(self, rows: slice) -> Tensor:  # noqa: D102
+        return _decode_int8(self.codes[rows], self.scales[rows], self.in_features)
+
+    def product(self, x: Tensor, rows: slice, bias: Tensor | None) -> Tensor:  # noqa: D102
+        linear = _node_int8 if torch.compiler.is_compiling() else _linear_int8
+        return linear(x, self.codes[rows], self.scales[rows], bias)
+
+
+class Int4Linear(QuantizedLinear):
+    """A linear layer with weights of 4 bits, with a scale and an offset per output and group of 32 inputs."""
+
+    bits = 4
+    stored = ("codes", "scales", "offsets")
+    codes: Tensor
+    """Codes, uint8 [N groups 16]: a byte has inputs i (its low bits) and i + 16 (its high bits) of a group."""
+    scales: Tensor
+    """Scale of each group, bfloat16 [N groups]."""
+    offsets: Tensor
+    """Offset of each group, bfloat16 [N groups]."""
+
+    def allocate(self, device: torch.device) -> None:  # noqa: D102
+        shape = self.out_features, self.groups
+        self.register_buffer("codes", torch.zeros(*shape, GROUP // 2, dtype=torch.uint8, device=device))
+        self.register_buffer("scales", torch.zeros(shape, dtype=torch.bfloat16, device=device))
+        self.register_buffer("offsets", torch.zeros(shape, dtype=torch.bfloat16, device=device))
+
+    def encode(self, weight: Tensor) -> None:  # noqa: D102
+        # the last input is repeated up to a whole group: it does not widen the range of the group
+        columns = torch.arange(self.groups * GROUP, device=weight.device).clamp(max=self.in_features - 1)
+        for first in range(0, self.out_features, FITTED_ROWS):
+            part = slice(first, first + FITTED_ROWS)
+            groups = weight[part].to(torch.float32)[:, columns].unflatten(1, (-1, GROUP))
+            codes, self.scales[part], self.offsets[part] = _fit(groups)
+            low, high = codes.to(torch.uint8).chunk(2, -1)
+            self.codes[part] = low | high << 4
+
+    def decode(self, rows: slice) -> Tensor:  # noqa: D102
+        return _decode_int4(self.codes[rows], self.scales[rows], self.offsets[rows], self.in_features)
+
+    def product(self, x: Tensor, rows: slice, bias: Tensor | None) -> Tensor:  # noqa: D102
+        linear = _node_int4 if torch.compiler.is_compiling() else _linear_int4
+        return linear(x, self.codes[rows], self.scales[rows], self.offsets[rows], bias)
+
+
+def _fit(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the codes of groups [* 32], and scales and offsets in bfloat16 [*].
+
+    The codes first cover the range of a group. Then scale and offset are fitted to the codes by least squares, and
+    weights are rounded again; of all rounds, each group takes the one with the smallest error.
+    """
+    low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+    scale, offset = (high - low) / 15, low
+    best: tuple[Tensor, ...] | None = None
+    for _ in range(1 + ROUNDS):
+        scale, offset = (y.to(torch.bfloat16) for y in (scale.clamp(min=1e-30), offset))
+        codes = ((x - offset.float()) / scale.float()).round().clamp(0, 15)
+        error = (codes * scale.float() + offset.float() - x).square().sum(-1, keepdim=True)
+        candidate = codes, scale, offset, error
+        if best is None:
+            best = candidate
+        else:
+            is_better = error < best[3]
+            best = tuple(torch.where(is_better, new, old) for new, old in zip(candidate, best, strict=True))
+        mean, x_mean = codes.mean(-1, keepdim=True), x.mean(-1, keepdim=True)
+        variance = (codes - mean).square().sum(-1, keepdim=True)
+        covariance = ((codes - mean) * (x - x_mean)).sum(-1, keepdim=True)
+        scale = torch.where(variance > 0, covariance / variance.clamp(min=1e-9), scale.float())
+        offset = x_mean - scale * mean
+    assert best is not None
+    codes, scale, offset, _ = best
+    return codes, scale[..., 0], offset[..., 0]
+
+
+WEIGHTS: Mapping[str, type[QuantizedLinear]] = {"int8": Int8Linear, "int4": Int4Linear}
+"""Formats of quantised weights, by name."""
+PLAIN = (nn.Linear, Linear)
+"""Types of the layers that are quantised; subclasses, such as adapters, may use their weights otherwise."""
+
+
+@torch.no_grad()
+def quantize_model(
+    model: LanguageModel, weights: str, *, on_note: Callable[[str], object] = warnings.warn
+) -> LanguageModel:
+    """Quantise the weights of a model in place, and set it to evaluation mode; return the model.
+
+    Args:
+        model: the model, with its final weights.
+        weights: the format: "int8" or "int4".
+        on_note: called with a sentence that has the bytes before and after, and the matrices that are not quantised.
+
+    Raises:
+        SeqmixError: the format is unknown, the model is quantised already, or a weight is not finite.
+    """
+    require_name("weight format", weights, WEIGHTS)
+    if (present := weights_of(model)) is not None:
+        raise SeqmixError(f"the model has {present} weights already: load the run with weights={weights!r} instead")
+    before = _size(model)
+
+    def encode(path: str, layer: nn.Linear) -> QuantizedLinear:
+        if not layer.weight.isfinite().all():
+            raise SeqmixError(f"{path}.weight has values that are not finite, which {weights} weights cannot express")
+        quantized = WEIGHTS[weights](layer)
+        quantized.encode(layer.weight)
+        return quantized
+
+    kept = _replace(model, encode)
+    after = _size(model)
+    and_others = f" and {len(kept) - 1} others" if kept[1:] else ""
+    left = f"; {kept[0]}{and_others} cannot be quantised" if kept else ""
+    on_note(f"{weights} weights: {_mebibytes(after)} MiB of memory instead of {_mebibytes(before)}{left}")
+    return model.eval()
+
+
+def prepare_quantized(model: LanguageModel, weights: str) -> None:
+    """Replace the layers that `quantize_model` quantises by layers whose codes are yet to be loaded."""
+    _replace(model, lambda path, layer: WEIGHTS[weights](layer))  # noqa: ARG005
+    model.eval()
+
+
+def weights_of(model: nn.Module) -> str | None:
+    """Return the format of a model's quantised weights; None if it has none."""
+    layers = {
+        type(module): name for module in model.modules() for name, kind in WEIGHTS.items() if type(module) is kind
+    }
+    return next(iter(layers.values()), None)
+
+
+def require_intact(model: nn.Module, source: object) -> None:
+    """Check scales and offsets that were read from `source`, a file.
+
+    Raises:
+        SeqmixError: one of them is not finite.
+    """
+    for path, module in model.named_modules():
+        if isinstance(module, QuantizedLinear):
+            for name, tensor in zip(module.stored, module.tensors, strict=True):
+                if tensor.is_floating_point() and not tensor.isfinite().all():
+                    raise SeqmixError(f"{source} is damaged: {path}.{name} has values that are not finite")
+
+
+def _replace(model: LanguageModel, make: Callable[[str, nn.Linear], QuantizedLinear]) -> list[str]:
+    """Replace the layers to quantise; return the names of the matrices that are large, but no plain layers."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    roles = {name: role.role for name, role in roles_of(model).items()}
+    made: dict[nn.Module, QuantizedLinear] = {}
+    for parent_path, parent in list(model.named_modules()):
+        excluded: Sequence[str] = getattr(parent, "reads_weights_of", ())
+        for name, layer in list(parent.named_children()):
+            if type(layer) not in PLAIN or name in excluded or layer.weight.numel() < MIN_WEIGHTS:
+                continue
+            # a tied readout has the role of the embedding
+            if layer is model.head or roles[names[id(layer.weight)]] in (Role.MATRIX, Role.READOUT):
+                if layer not in made:
+                    made[layer] = make(f"{parent_path}.{name}".lstrip("."), cast("nn.Linear", layer))
+                parent.register_module(name, made[layer])
+    plain = {f"{path}.weight" for path, module in model.named_modules() if type(module) in PLAIN}
+    left = {name: parameter for name, parameter in model.named_parameters() if name not in plain}
+    return [name for name, x in left.items() if roles[name] is Role.MATRIX and x.numel() >= MIN_WEIGHTS]
+
+
+def _size(model: nn.Module) -> int:
+    """Return the bytes of all parameters and buffers."""
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+
+
+def _mebibytes(size: int) -> str:
+    return f"{size / 2**20:,.1f}"
+
+
+def _decode_int8(codes: Tensor, scales: Tensor, width: int) -> Tensor:
+    return codes[:, :width] * scales[:, None]
+
+
+def _decode_int4(codes: Tensor, scales: Tensor, offsets: Tensor, width: int) -> Tensor:
+    values = torch.cat((codes & 15, codes >> 4), -1) * scales[..., None].float() + offsets[..., None].float()
+    return values.flatten(1)[:, :width]
+
+
+def _linear_int8(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    if can_multiply(x, codes, scales, bias):
+        return multiply_int8(x, codes, scales, bias)
+    return F.linear(x, _decode_int8(codes, scales, x.shape[-1]).to(x.dtype), bias)
+
+
+def _linear_int4(x: Tensor, codes: Tensor, scales: Tensor, offsets: Tensor, bias: Tensor | None) -> Tensor:
+    if can_multiply(x, codes, scales, offsets, bias):
+        return multiply_int4(x, codes, scales, offsets, bias)
+    return F.linear(x, _decode_int4(codes, scales, offsets, x.shape[-1]).to(x.dtype), bias)
+
+
+_node_int8 = torch.library.custom_op("seqmix::linear_int8", _linear_int8, mutates_args=())
+_node_int4 = torch.library.custom_op("seqmix::linear_int4", _linear_int4, mutates_args=())
+
+
+def _fake(x: Tensor, codes: Tensor, *_: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], codes.shape[0]))
+
+
+_node_int8.register_fake(_fake)
+_node_int4.register_fake(_fake)

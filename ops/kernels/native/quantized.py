@@ -1,0 +1,47 @@
+"""Products of rows with a matrix of weights of 8 or 4 bits on a CPU, as in decoding (quantized.cpp)."""
+
+import torch
+from torch import Tensor
+
+from . import build
+from .common import is_untracked
+
+GROUP = 32
+"""Number of inputs that share a scale and an offset, with 4 bits; with 8 bits, rows of codes are padded to a multiple."""
+MAX_ROWS = 64
+"""Maximum number of rows; for more, it takes less time to decode the matrix and to multiply floats."""
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Dtypes of rows; products are computed in float32."""
+
+
+def can_multiply(x: Tensor, *matrix: Tensor | None) -> bool:
+    """True if the functions of this file support x [* K] and the tensors of a matrix, and are faster than torch."""
+    if x.device.type != "cpu" or x.dtype not in DTYPES or not 1 <= x.numel() <= MAX_ROWS * x.shape[-1]:
+        return False
+    if build.is_off() or torch.is_autocast_enabled("cpu") or not is_untracked(x, *matrix):
+        return False
+    return build.failure("quantized") is None
+
+
+def multiply_int8(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    """Return x weight^T + bias, where weight = scales * codes, for codes [N K+padding] and scales [N]."""
+    return _multiply("linear_int8", x, (codes, scales), bias)
+
+
+def multiply_int4(x: Tensor, codes: Tensor, scales: Tensor, offsets: Tensor, bias: Tensor | None) -> Tensor:
+    """Return x weight^T + bias, where weight = scales * codes + offsets.
+
+    A byte of codes [N groups 16] has the codes of inputs i (low bits) and i + 16 (high bits) of its group of 32; scales
+    and offsets are bfloat16 [N groups].
+    """
+    return _multiply("linear_int4", x, (codes, scales, offsets), bias)
+
+
+def _multiply(function: str, x: Tensor, matrix: tuple[Tensor, ...], bias: Tensor | None) -> Tensor:
+    rows = x.to(torch.float32).contiguous()
+    matrix = tuple(each.contiguous() for each in matrix)
+    bias = None if bias is None else bias.to(torch.float32).contiguous()
+    keys, width = x.shape[-1], len(matrix[0])
+    y = rows.new_empty((*x.shape[:-1], width))
+    build.run("quantized", function, rows, *matrix, bias, y, x.numel() // keys, keys, width)
+    return y.to(x.dtype)
