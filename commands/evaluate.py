@@ -108,8 +108,8 @@ def evaluate(
     """Evaluate trained models: the validation loss at lengths beyond that of training, or tasks of lm-eval.
 
     By default it shows the loss by sequence length and by position, in every paradigm. With --context, it shows the
-    loss of the same tokens after contexts of several lengths. With --tasks, it shows scores of lm-eval. With --weights, it
-    measures everything before and after the weights are quantised.
+    loss of the same tokens after contexts of several lengths. With --tasks, it shows scores of lm-eval. With
+    --weights, it measures before and after the weights are quantised.
 
     [bold]seqmix evaluate runs/retnet-tiny[/bold]
 

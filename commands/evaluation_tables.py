@@ -46,9 +46,11 @@ def show_side_by_side(evaluations: Mapping[str, Evaluation], console: Console) -
 
 def show_quantized(run: str, weights: str, before: Evaluation, after: Evaluation, console: Console) -> None:
     """Print the losses of a run before and after its weights are quantised; by length, those of the first paradigm."""
+    by_length = zip(before.lengths, after.lengths, strict=True)
+    by_context = zip(before.contexts, after.contexts, strict=True)
     for axis, pairs in (
-        ("length", [(x.length, _first(x.losses), _first(y.losses)) for x, y in zip(before.lengths, after.lengths)]),
-        ("context", [(x.context, x.loss, y.loss) for x, y in zip(before.contexts, after.contexts)]),
+        ("length", [(x.length, _first(x.losses), _first(y.losses)) for x, y in by_length]),
+        ("context", [(x.context, x.loss, y.loss) for x, y in by_context]),
     ):
         if pairs:
             console.print(f"Validation loss of {run} in nats/token, by {axis} in tokens:")

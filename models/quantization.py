@@ -3,10 +3,10 @@
     int8    w = c_n q            q from -127 to 127, a scale c for every output n
     int4    w = c_ng q + o_ng    q from 0 to 15, a scale c and an offset o for every output and group g of 32 inputs
 
-Quantised are the matrices of linear layers, by their roles (`mixers.roles`): those of mixers, gates in the same matrix
-included, of feed-forward networks, and the readout. Gates of their own, rates, convolutions, norms, vectors, embeddings,
-and small matrices stay as they are. A readout that is tied to the embedding gets codes of its own: the embedding is
-only looked up, but the readout is read for every token.
+The roles of parameters (`mixers.roles`) decide: linear layers of mixers and feed-forward networks are quantised, with
+the gates that are rows of the same matrix, and the readout. Gates with a matrix of their own, rates, convolutions,
+norms, vectors, embeddings and small matrices stay as they are. A readout that is tied to the embedding gets codes of
+its own: a token looks up one row of the embedding, but reads the whole readout.
 """
 
 import warnings
@@ -38,6 +38,8 @@ class QuantizedLinear(nn.Linear):
 
     bits: ClassVar[int]
     """Bits of a code."""
+    like: Tensor
+    """Empty tensor with the dtype of the weights before they were quantised."""
     stored: ClassVar[tuple[str, ...]]
     """Names of the tensors that make up the weights."""
 
@@ -47,7 +49,7 @@ class QuantizedLinear(nn.Linear):
         self.in_features = layer.in_features
         self.out_features = layer.out_features
         self.bias = layer.bias
-        # first, so that a mixer without other parameters computes in its dtype
+        # before the scales, so that a mixer without parameters computes in its dtype
         self.register_buffer("like", layer.weight.new_empty(0), persistent=False)
         self.groups = -(-layer.in_features // GROUP)
         self.allocate(layer.weight.device)
@@ -102,7 +104,7 @@ class QuantizedLinear(nn.Linear):
         return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLinear":
-        """Move the tensors; only `like` and the bias change their dtype, because rounding scales would change weights."""
+        """Move the tensors. Only `like` and the bias change their dtype: rounding scales would change the weights."""
         before = self.tensors
         super()._apply(fn, recurse)
         for name, tensor in zip(self.stored, before, strict=True):
@@ -228,7 +230,7 @@ def quantize_model(
         on_note: called with a sentence that has the bytes before and after, and the matrices that are not quantised.
 
     Raises:
-        SeqmixError: the format is unknown, the model is quantised already, or a weight is not finite.
+        SeqmixError: the format is unknown, the model is quantised already or too small, or a weight is not finite.
     """
     require_name("weight format", weights, WEIGHTS)
     if (present := weights_of(model)) is not None:
@@ -243,6 +245,11 @@ def quantize_model(
         return quantized
 
     kept = _replace(model, encode)
+    if weights_of(model) is None:
+        raise SeqmixError(
+            f"the model has nothing to quantise, no matrix of at least {MIN_WEIGHTS:,} weights in a linear layer: leave "
+            "out --weights"
+        )
     after = _size(model)
     and_others = f" and {len(kept) - 1} others" if kept[1:] else ""
     left = f"; {kept[0]}{and_others} cannot be quantised" if kept else ""
@@ -258,10 +265,8 @@ def prepare_quantized(model: LanguageModel, weights: str) -> None:
 
 def weights_of(model: nn.Module) -> str | None:
     """Return the format of a model's quantised weights; None if it has none."""
-    layers = {
-        type(module): name for module in model.modules() for name, kind in WEIGHTS.items() if type(module) is kind
-    }
-    return next(iter(layers.values()), None)
+    types = {type(module) for module in model.modules()}
+    return next((name for name, kind in WEIGHTS.items() if kind in types), None)
 
 
 def require_intact(model: nn.Module, source: object) -> None:
@@ -273,7 +278,7 @@ def require_intact(model: nn.Module, source: object) -> None:
     for path, module in model.named_modules():
         if isinstance(module, QuantizedLinear):
             for name, tensor in zip(module.stored, module.tensors, strict=True):
-                if tensor.is_floating_point() and not tensor.isfinite().all():
+                if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                     raise SeqmixError(f"{source} is damaged: {path}.{name} has values that are not finite")
 
 
@@ -285,12 +290,15 @@ def _replace(model: LanguageModel, make: Callable[[str, nn.Linear], QuantizedLin
     for parent_path, parent in list(model.named_modules()):
         excluded: Sequence[str] = getattr(parent, "reads_weights_of", ())
         for name, layer in list(parent.named_children()):
-            if type(layer) not in PLAIN or name in excluded or layer.weight.numel() < MIN_WEIGHTS:
+            if type(layer) not in PLAIN or name in excluded:
+                continue
+            layer = cast("nn.Linear", layer)
+            if layer.weight.numel() < MIN_WEIGHTS:
                 continue
             # a tied readout has the role of the embedding
             if layer is model.head or roles[names[id(layer.weight)]] in (Role.MATRIX, Role.READOUT):
                 if layer not in made:
-                    made[layer] = make(f"{parent_path}.{name}".lstrip("."), cast("nn.Linear", layer))
+                    made[layer] = make(f"{parent_path}.{name}".lstrip("."), layer)
                 parent.register_module(name, made[layer])
     plain = {f"{path}.weight" for path, module in model.named_modules() if type(module) in PLAIN}
     left = {name: parameter for name, parameter in model.named_parameters() if name not in plain}

@@ -7,7 +7,7 @@ from . import build
 from .common import is_untracked
 
 GROUP = 32
-"""Number of inputs that share a scale and an offset, with 4 bits; with 8 bits, rows of codes are padded to a multiple."""
+"""Number of inputs that share a scale and an offset, with 4 bits; rows of 8-bit codes are padded to a multiple."""
 MAX_ROWS = 64
 """Maximum number of rows; for more, it takes less time to decode the matrix and to multiply floats."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
