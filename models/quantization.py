@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..mixers.roles import Role, roles_of
 from ..ops.kernels.native.quantized import GROUP, can_multiply, multiply_int4, multiply_int8
-from ..ops.runtime.custom_op import has_tangent, needs_grad
+from ..ops.runtime.custom_op import needs_grad
 from ..registry import SeqmixError, require_name
 from .language_model import LanguageModel
 from .linear import Linear
@@ -38,10 +38,14 @@ class QuantizedLinear(nn.Linear):
 
     bits: ClassVar[int]
     """Bits of a code."""
+    stored: ClassVar[tuple[str, ...]]
+    """Names of the tensors that make up the weights; each has a row for every output."""
+    native: ClassVar[Callable[..., Tensor]]
+    """Product with rows [* K] by the native kernel."""
+    node: ClassVar[Callable[..., Tensor]]
+    """The same as one node of a compiled graph."""
     like: Tensor
     """Empty tensor with the dtype of the weights before they were quantised."""
-    stored: ClassVar[tuple[str, ...]]
-    """Names of the tensors that make up the weights."""
 
     def __init__(self, layer: nn.Linear) -> None:
         """Allocate the tensors for the weights of a layer; `encode` fills them."""
@@ -51,7 +55,7 @@ class QuantizedLinear(nn.Linear):
         self.bias = layer.bias
         # before the scales, so that a mixer without parameters computes in its dtype
         self.register_buffer("like", layer.weight.new_empty(0), persistent=False)
-        self.groups = -(-layer.in_features // GROUP)
+        self.groups = -(-layer.in_features // GROUP)  # pad to whole groups
         self.allocate(layer.weight.device)
         self.eval()
 
@@ -63,13 +67,10 @@ class QuantizedLinear(nn.Linear):
     def encode(self, weight: Tensor) -> None:
         """Quantise a matrix [N K]."""
 
+    @staticmethod
     @abstractmethod
-    def decode(self, rows: slice) -> Tensor:
-        """Return the matrix of some outputs, [rows K] in float32."""
-
-    @abstractmethod
-    def product(self, x: Tensor, rows: slice, bias: Tensor | None) -> Tensor:
-        """Return the product with the matrix of some outputs, as one node of a graph that is compiled."""
+    def decode(tensors: tuple[Tensor, ...], width: int) -> Tensor:
+        """Return the matrix [N K] in float32 of the tensors of some outputs, for K = `width` inputs."""
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -79,16 +80,22 @@ class QuantizedLinear(nn.Linear):
     @property
     def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The matrix as a new tensor of floats [N K]: writing into it does not change the layer."""
-        return self.decode(slice(None)).to(self.like.dtype)
+        return self.decode(self.tensors, self.in_features).to(self.like.dtype)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: D102
-        return self.forward_rows(input, slice(None), self.bias)
+        return self._multiply(input, self.tensors, self.bias)
 
-    def forward_rows(self, x: Tensor, rows: slice, bias: Tensor | None = None) -> Tensor:
-        """Apply the rows of the matrix that belong to some outputs."""
-        if needs_grad(x) or has_tangent(x) or torch.is_autocast_enabled(x.device.type):
-            return F.linear(x, self.decode(rows).to(x.dtype), bias)
-        return self.product(x, rows, bias)
+    def forward_rows(self, x: Tensor, rows: slice) -> Tensor:
+        """Apply the rows of the matrix that belong to some outputs, without the bias."""
+        return self._multiply(x, tuple(tensor[rows] for tensor in self.tensors), None)
+
+    def _multiply(self, x: Tensor, tensors: tuple[Tensor, ...], bias: Tensor | None) -> Tensor:
+        if torch.compiler.is_compiling():
+            if not needs_grad(x) and not torch.is_autocast_enabled(x.device.type):
+                return type(self).node(x, *tensors, bias)
+        elif can_multiply(x, bias):
+            return type(self).native(x, *tensors, bias)
+        return F.linear(x, self.decode(tensors, self.in_features).to(x.dtype), bias)
 
     def reset_parameters(self) -> None:
         """Raise SeqmixError: quantised weights are not initialised."""
@@ -117,20 +124,41 @@ class QuantizedLinear(nn.Linear):
         return f"{super().extra_repr()}, bits={self.bits}"
 
 
+@torch.library.custom_op("seqmix::linear_int8", mutates_args=())
+def _node_int8(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    if can_multiply(x, bias):
+        return multiply_int8(x, codes, scales, bias)
+    return F.linear(x, Int8Linear.decode((codes, scales), x.shape[-1]).to(x.dtype), bias)
+
+
+@torch.library.custom_op("seqmix::linear_int4", mutates_args=())
+def _node_int4(x: Tensor, codes: Tensor, scales: Tensor, offsets: Tensor, bias: Tensor | None) -> Tensor:
+    if can_multiply(x, bias):
+        return multiply_int4(x, codes, scales, offsets, bias)
+    return F.linear(x, Int4Linear.decode((codes, scales, offsets), x.shape[-1]).to(x.dtype), bias)
+
+
+@_node_int8.register_fake
+@_node_int4.register_fake
+def _fake(x: Tensor, codes: Tensor, *_: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], codes.shape[0]))
+
+
 class Int8Linear(QuantizedLinear):
     """A linear layer with weights of 8 bits and one scale per output."""
 
     bits = 8
     stored = ("codes", "scales")
+    native = multiply_int8
+    node = _node_int8
     codes: Tensor
     """Codes, int8 [N groups * 32]; those after the last input are 0."""
     scales: Tensor
     """Scale of each output, float32 [N]."""
 
     def allocate(self, device: torch.device) -> None:  # noqa: D102
-        self.register_buffer(
-            "codes", torch.zeros(self.out_features, self.groups * GROUP, dtype=torch.int8, device=device)
-        )
+        shape = self.out_features, self.groups * GROUP
+        self.register_buffer("codes", torch.zeros(shape, dtype=torch.int8, device=device))
         self.register_buffer("scales", torch.zeros(self.out_features, dtype=torch.float32, device=device))
 
     def encode(self, weight: Tensor) -> None:  # noqa: D102
@@ -139,12 +167,10 @@ class Int8Linear(QuantizedLinear):
         self.scales.copy_(scales)
         self.codes[:, : self.in_features] = (weight / scales[:, None]).round().clamp(-127, 127).to(torch.int8)
 
-    def decode(self, rows: slice) -> Tensor:  # noqa: D102
-        return _decode_int8(self.codes[rows], self.scales[rows], self.in_features)
-
-    def product(self, x: Tensor, rows: slice, bias: Tensor | None) -> Tensor:  # noqa: D102
-        linear = _node_int8 if torch.compiler.is_compiling() else _linear_int8
-        return linear(x, self.codes[rows], self.scales[rows], bias)
+    @staticmethod
+    def decode(tensors: tuple[Tensor, ...], width: int) -> Tensor:  # noqa: D102
+        codes, scales = tensors
+        return codes[:, :width] * scales[:, None]
 
 
 class Int4Linear(QuantizedLinear):
@@ -152,6 +178,8 @@ class Int4Linear(QuantizedLinear):
 
     bits = 4
     stored = ("codes", "scales", "offsets")
+    native = multiply_int4
+    node = _node_int4
     codes: Tensor
     """Codes, uint8 [N groups 16]: a byte has inputs i (its low bits) and i + 16 (its high bits) of a group."""
     scales: Tensor
@@ -175,12 +203,11 @@ class Int4Linear(QuantizedLinear):
             low, high = codes.to(torch.uint8).chunk(2, -1)
             self.codes[part] = low | high << 4
 
-    def decode(self, rows: slice) -> Tensor:  # noqa: D102
-        return _decode_int4(self.codes[rows], self.scales[rows], self.offsets[rows], self.in_features)
-
-    def product(self, x: Tensor, rows: slice, bias: Tensor | None) -> Tensor:  # noqa: D102
-        linear = _node_int4 if torch.compiler.is_compiling() else _linear_int4
-        return linear(x, self.codes[rows], self.scales[rows], self.offsets[rows], bias)
+    @staticmethod
+    def decode(tensors: tuple[Tensor, ...], width: int) -> Tensor:  # noqa: D102
+        codes, scales, offsets = tensors
+        codes = torch.cat((codes & 15, codes >> 4), -1)
+        return (codes * scales[..., None].float() + offsets[..., None].float()).flatten(1)[:, :width]
 
 
 def _fit(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -247,8 +274,8 @@ def quantize_model(
     kept = _replace(model, encode)
     if weights_of(model) is None:
         raise SeqmixError(
-            f"the model has nothing to quantise, no matrix of at least {MIN_WEIGHTS:,} weights in a linear layer: leave "
-            "out --weights"
+            f"the model has nothing to quantise: no matrix of at least {MIN_WEIGHTS:,} weights in a linear layer; "
+            "leave out --weights"
         )
     after = _size(model)
     and_others = f" and {len(kept) - 1} others" if kept[1:] else ""
@@ -312,36 +339,3 @@ def _size(model: nn.Module) -> int:
 
 def _mebibytes(size: int) -> str:
     return f"{size / 2**20:,.1f}"
-
-
-def _decode_int8(codes: Tensor, scales: Tensor, width: int) -> Tensor:
-    return codes[:, :width] * scales[:, None]
-
-
-def _decode_int4(codes: Tensor, scales: Tensor, offsets: Tensor, width: int) -> Tensor:
-    values = torch.cat((codes & 15, codes >> 4), -1) * scales[..., None].float() + offsets[..., None].float()
-    return values.flatten(1)[:, :width]
-
-
-def _linear_int8(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-    if can_multiply(x, codes, scales, bias):
-        return multiply_int8(x, codes, scales, bias)
-    return F.linear(x, _decode_int8(codes, scales, x.shape[-1]).to(x.dtype), bias)
-
-
-def _linear_int4(x: Tensor, codes: Tensor, scales: Tensor, offsets: Tensor, bias: Tensor | None) -> Tensor:
-    if can_multiply(x, codes, scales, offsets, bias):
-        return multiply_int4(x, codes, scales, offsets, bias)
-    return F.linear(x, _decode_int4(codes, scales, offsets, x.shape[-1]).to(x.dtype), bias)
-
-
-_node_int8 = torch.library.custom_op("seqmix::linear_int8", _linear_int8, mutates_args=())
-_node_int4 = torch.library.custom_op("seqmix::linear_int4", _linear_int4, mutates_args=())
-
-
-def _fake(x: Tensor, codes: Tensor, *_: Any) -> Tensor:
-    return x.new_empty((*x.shape[:-1], codes.shape[0]))
-
-
-_node_int8.register_fake(_fake)
-_node_int4.register_fake(_fake)

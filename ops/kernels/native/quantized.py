@@ -14,11 +14,11 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Dtypes of rows; products are computed in float32."""
 
 
-def can_multiply(x: Tensor, *matrix: Tensor | None) -> bool:
-    """True if the functions of this file support x [* K] and the tensors of a matrix, and are faster than torch."""
+def can_multiply(x: Tensor, bias: Tensor | None) -> bool:
+    """True if the functions of this file support x [* K] and a bias, and are faster than torch."""
     if x.device.type != "cpu" or x.dtype not in DTYPES or not 1 <= x.numel() <= MAX_ROWS * x.shape[-1]:
         return False
-    if build.is_off() or torch.is_autocast_enabled("cpu") or not is_untracked(x, *matrix):
+    if build.is_off() or torch.is_autocast_enabled("cpu") or not is_untracked(x, bias):
         return False
     return build.failure("quantized") is None
 
