@@ -13,6 +13,7 @@ from ...models.compiling import rows_as_sums
 from ...models.decoding import Decoder
 from ...models.linear import Linear
 from ...models.prefill import compiled_prefill
+from ...models.quantization import prepare_quantized, quantize_model, weights_of
 from ...ops.kernels.selection import AUTO_ON_CPU, fallback_of
 from ...ops.runtime.memo import Memo
 from .by_hand import HandWritten, unsupported_reason
@@ -113,6 +114,41 @@ class Reference(Seqmix):
                 module.is_native = False
         model.resolve_backends(self.dtype)
         return model
+
+
+class Int8(Seqmix):
+    """seqmix with weights of 8 bits."""
+
+    name = "seqmix-int8"
+    roles = compiled_roles = frozenset({"decode"})
+    weights = "int8"
+
+    @classmethod
+    def unavailable_reason(cls, size: Size, device: torch.device) -> str | None:
+        if device.type != "cpu":
+            return "its weights are for a CPU"
+        prepare_quantized(model := build_meta(size.config), cls.weights)
+        return "the model has no matrices that are large enough" if weights_of(model) is None else None
+
+    def build(self) -> nn.Module:
+        return quantize_model(build_model(self.size.config), self.weights, on_note=lambda _: None)
+
+    @property
+    def parameters(self) -> int:
+        return self.size.parameters
+
+    def moved_bytes(self, state: Any) -> int:
+        weights = (*self.module.parameters(), *self.module.buffers())
+        stored = sum(x.nbytes for x in weights) - self.module.embedding.weight.nbytes
+        floats = (self.parameters - self.module.embedding.weight.numel()) * self.dtype.itemsize
+        return super().moved_bytes(state) - floats + stored
+
+
+class Int4(Int8):
+    """seqmix with weights of 4 bits."""
+
+    name = "seqmix-int4"
+    weights = "int4"
 
 
 class ByHand(Peer):

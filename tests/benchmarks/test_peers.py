@@ -8,8 +8,10 @@ from seqmix import load_config
 from seqmix.benchmarks.models import model_to_measure
 from seqmix.benchmarks.peers import PEERS, Seqmix, Size
 from seqmix.benchmarks.peers.gpt import GptEager, GptSdpa
+from seqmix.benchmarks.peers.ours import Int8
 from seqmix.benchmarks.peers.peer import install_hint
 from seqmix.benchmarks.peers.torchscale import TorchscaleChunkwise
+from seqmix.models import quantization
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 ON_CPU = [kind for kind in PEERS if kind.name != "fla"]
@@ -40,7 +42,8 @@ def test_sizes_are_equal_for_every_model_of_ours(preset):
 
 @pytest.mark.parametrize("kind", DECODING, ids=names(DECODING))
 @torch.no_grad()
-def test_a_step_goes_on_from_what_was_read_or_from_a_random_state_that_is_renewed(kind, model):
+def test_a_step_goes_on_from_what_was_read_or_from_a_random_state_that_is_renewed(kind, model, monkeypatch):
+    monkeypatch.setattr(quantization, "MIN_WEIGHTS", 1)
     peer = built(kind, model)
     peer.module.eval()
     tokens = torch.randint(7, (2, 9))
@@ -55,7 +58,8 @@ def test_a_step_goes_on_from_what_was_read_or_from_a_random_state_that_is_renewe
         assert_close(again, first)
     weights = 4 * (peer.parameters - 32 * model.vocab_size)
     held = sum(x.nbytes for x in peer.tensors(state))
-    assert peer.moved_bytes(state) == weights + (2 if peer.writes_state else 1) * held
+    moved = weights + (2 if peer.writes_state else 1) * held
+    assert peer.moved_bytes(state) < moved if issubclass(kind, Int8) else peer.moved_bytes(state) == moved
 
 
 def test_of_a_hybrid_the_cache_is_read_and_the_rest_is_written_too():
