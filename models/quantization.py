@@ -281,13 +281,13 @@ def quantize_model(
     and_others = f" and {len(kept) - 1} others" if kept[1:] else ""
     left = f"; {kept[0]}{and_others} cannot be quantised" if kept else ""
     on_note(f"{weights} weights: {_mebibytes(after)} MiB of memory instead of {_mebibytes(before)}{left}")
-    return model.eval()
+    return model.requires_grad_(False).eval()
 
 
 def prepare_quantized(model: LanguageModel, weights: str) -> None:
     """Replace the layers that `quantize_model` quantises by layers whose codes are yet to be loaded."""
     _replace(model, lambda path, layer: WEIGHTS[weights](layer))  # noqa: ARG005
-    model.eval()
+    model.requires_grad_(False).eval()
 
 
 def weights_of(model: nn.Module) -> str | None:

@@ -35,7 +35,7 @@ def quantized(weights, width, outputs, *, bias=False, seed=0):
     result = WEIGHTS[weights](layer)
     with torch.no_grad():
         result.encode(layer.weight)
-    return result, layer
+    return result.requires_grad_(False), layer
 
 
 @settings(deadline=None, max_examples=60)
@@ -54,6 +54,17 @@ def test_products_are_those_of_the_decoded_weights(weights, rows, width, outputs
         expected = F.linear(x.double(), layer.weight.double(), None if layer.bias is None else layer.bias.double())
         size = F.linear(x.abs().double(), layer.weight.abs().double()).max() + 1
         assert_close(layer(x).double() / size, expected / size, **CLOSE)
+
+
+@pytest.mark.skipif(build.failure("quantized") is not None, reason="no C++ compiler")
+@pytest.mark.parametrize("weights", FORMATS)
+@pytest.mark.parametrize("width", [70, 2500])
+def test_a_row_has_the_same_product_in_every_batch(weights, width):
+    layer, _ = quantized(weights, width, 75, bias=True)
+    x = torch.randn(31, width)
+    whole = layer(x)
+    for size in (1, 2, 3, 8, 9):
+        assert torch.cat([layer(part) for part in x.split(size)]).equal(whole)
 
 
 @pytest.mark.parametrize("weights", FORMATS)

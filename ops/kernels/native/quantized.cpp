@@ -4,7 +4,8 @@
 //     w_nk = c_n q_nk (8 bits)                   w_nk = c_ng q_nk + o_ng (4 bits, where k is in group g)
 //
 // q are the codes of the weights, c their scales and o their offsets. The rows are rounded to 16 bits (a, with the scale
-// s of the row), so that products are integers: a processor multiplies twice as many of them at once as of floats.
+// s of the row), so that products are integers: a processor multiplies twice as many of them at once as of floats. The
+// sums of a row are added in the same order in every batch, so that its result does not depend on other rows.
 #include "common.h"
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -179,7 +180,8 @@ static void multiply(const Matrix& matrix, const float* input, const float* bias
                 outputs<R, N>(matrix, x, row, n, results);
                 for (int r = 0; r < R; r++)
                     for (int i = 0; i < N; i++)
-                        y[(row + r) * width + n + i] = results[r][i] * x.scales[row + r] + (bias ? bias[n + i] : 0);
+                        y[(row + r) * width + n + i] =
+                            std::fma(results[r][i], x.scales[row + r], bias ? bias[n + i] : 0.0f);
                 n += N;
             };
             if (R == 1)
