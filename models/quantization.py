@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..mixers.roles import Role, roles_of
-from ..ops.kernels.native.quantized import GROUP, can_multiply, multiply_int4, multiply_int8
-from ..ops.runtime.custom_op import needs_grad
+from ..ops.kernels.native.quantized import GROUP, can_multiply, is_supported, multiply_int4, multiply_int8
+from ..ops.runtime.custom_op import needs_grad, register
 from ..registry import SeqmixError, require_name
 from .language_model import LanguageModel
 from .linear import Linear
@@ -124,24 +124,26 @@ class QuantizedLinear(nn.Linear):
         return f"{super().extra_repr()}, bits={self.bits}"
 
 
-@torch.library.custom_op("seqmix::linear_int8", mutates_args=())
-def _node_int8(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-    if can_multiply(x, bias):
+def _run_int8(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    if is_supported(x):
         return multiply_int8(x, codes, scales, bias)
     return F.linear(x, Int8Linear.decode((codes, scales), x.shape[-1]).to(x.dtype), bias)
 
 
-@torch.library.custom_op("seqmix::linear_int4", mutates_args=())
-def _node_int4(x: Tensor, codes: Tensor, scales: Tensor, offsets: Tensor, bias: Tensor | None) -> Tensor:
-    if can_multiply(x, bias):
+def _run_int4(x: Tensor, codes: Tensor, scales: Tensor, offsets: Tensor, bias: Tensor | None) -> Tensor:
+    if is_supported(x):
         return multiply_int4(x, codes, scales, offsets, bias)
     return F.linear(x, Int4Linear.decode((codes, scales, offsets), x.shape[-1]).to(x.dtype), bias)
 
 
-@_node_int8.register_fake
-@_node_int4.register_fake
 def _fake(x: Tensor, codes: Tensor, *_: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], codes.shape[0]))
+
+
+_INT8 = register("linear_int8", "(Tensor x, Tensor codes, Tensor scales, Tensor? bias) -> Tensor", _run_int8, _fake)
+_INT4 = register(
+    "linear_int4", "(Tensor x, Tensor codes, Tensor scales, Tensor offsets, Tensor? bias) -> Tensor", _run_int4, _fake
+)
 
 
 class Int8Linear(QuantizedLinear):
@@ -150,7 +152,7 @@ class Int8Linear(QuantizedLinear):
     bits = 8
     stored = ("codes", "scales")
     native = multiply_int8
-    node = _node_int8
+    node = _INT8
     codes: Tensor
     """Codes, int8 [N groups * 32]; those after the last input are 0."""
     scales: Tensor
@@ -179,7 +181,7 @@ class Int4Linear(QuantizedLinear):
     bits = 4
     stored = ("codes", "scales", "offsets")
     native = multiply_int4
-    node = _node_int4
+    node = _INT4
     codes: Tensor
     """Codes, uint8 [N groups 16]: a byte has inputs i (its low bits) and i + 16 (its high bits) of a group."""
     scales: Tensor

@@ -97,7 +97,7 @@ class Op(Generic[I]):
         results = ", ".join(["Tensor"] * outputs)
         schema = f"({arguments}) -> {results if outputs == 1 else f'({results})'}"
         self.mutated = [self.inputs._fields.index(name) for name in mutates]
-        self.op = _register(name, schema, self._run, lambda *args: _unwrap_single(self.fake(self.inputs._make(args))))
+        self.op = register(name, schema, self._run, lambda *args: _unwrap_single(self.fake(self.inputs._make(args))))
         if backward is not None:
             self._differentiate(arguments)
 
@@ -138,7 +138,7 @@ class Op(Generic[I]):
         d_outputs = "".join(f"Tensor? d_{i}, " for i in range(returned))
         saved = "".join(f", Tensor saved_{i}" for i in range(self.reads + self.saves))
         schema = f"({d_outputs}{arguments}{saved}, bool[] wanted) -> ({results})"
-        backward_op = _register(name, schema, self._run_backward, self._fake_backward)
+        backward_op = register(name, schema, self._run_backward, self._fake_backward)
         torch.library.register_autograd(backward_op, self._refuse_second_derivatives, lib=_LIBRARY)
         tensors = [self.inputs._fields.index(name) for name in self.tensors]
 
@@ -211,7 +211,7 @@ BODIES: dict[Any, Callable[..., Any]] = {}
 """Python function of each op, by `torch.ops.seqmix.NAME`."""
 
 
-def _register(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+def register(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
     """Register seqmix::name for all devices and return it."""
     _LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")

@@ -15,12 +15,15 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def can_multiply(x: Tensor, bias: Tensor | None) -> bool:
-    """True if the functions of this file support x [* K] and a bias, and are faster than torch."""
+    """True if the functions of this file support x [* K] and a bias, nothing records the call, and torch is slower."""
+    return is_untracked(x, bias) and is_supported(x)
+
+
+def is_supported(x: Tensor) -> bool:
+    """True if the functions of this file support x [* K], and torch is slower."""
     if x.device.type != "cpu" or x.dtype not in DTYPES or not 1 <= x.numel() <= MAX_ROWS * x.shape[-1]:
         return False
-    if build.is_off() or torch.is_autocast_enabled("cpu") or not is_untracked(x, bias):
-        return False
-    return build.failure("quantized") is None
+    return not (build.is_off() or torch.is_autocast_enabled("cpu")) and build.failure("quantized") is None
 
 
 def multiply_int8(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
