@@ -43,6 +43,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
         "models.generate.cache_text",
         "models.prompt_cache.cache_tokens",
         "models.prompt_cache.PromptCache",
+        "models.quantization.quantize_model",
         "training.checkpoint.saved_prompt_cache.save_prompt_cache",
         "training.checkpoint.saved_prompt_cache.load_prompt_cache",
     ),
