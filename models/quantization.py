@@ -172,7 +172,7 @@ class Int8Linear(QuantizedLinear):
     @staticmethod
     def decode(tensors: tuple[Tensor, ...], width: int) -> Tensor:  # noqa: D102
         codes, scales = tensors
-        return codes[:, :width] * scales[:, None]
+        return codes[:, :width].float() * scales[:, None]
 
 
 class Int4Linear(QuantizedLinear):
@@ -208,8 +208,8 @@ class Int4Linear(QuantizedLinear):
     @staticmethod
     def decode(tensors: tuple[Tensor, ...], width: int) -> Tensor:  # noqa: D102
         codes, scales, offsets = tensors
-        codes = torch.cat((codes & 15, codes >> 4), -1)
-        return (codes * scales[..., None].float() + offsets[..., None].float()).flatten(1)[:, :width]
+        values = torch.cat((codes & 15, codes >> 4), -1).float()
+        return torch.addcmul(offsets[..., None].float(), values, scales[..., None].float()).flatten(1)[:, :width]
 
 
 def _fit(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,7 +8,7 @@ from .common import is_untracked
 
 GROUP = 32
 """Number of inputs that share a scale and an offset, with 4 bits; rows of 8-bit codes are padded to a multiple."""
-MAX_ROWS = 64
+MAX_ROWS = 256
 """Maximum number of rows; for more, it takes less time to decode the matrix and to multiply floats."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Dtypes of rows; products are computed in float32."""
