@@ -11,6 +11,7 @@ from ..models import ModelConfig
 from ..training import load_config
 from ..training.monitoring.memory import keep_freed_memory, return_freed_memory
 from .benchmark import Benchmark, Implementation, PreparedCall
+from .llama_cpp import FORMATS, LlamaCpp
 from .measure import TimedCall
 from .peers import PEERS, Peer, Size
 
@@ -200,6 +201,11 @@ class DecodeBenchmark(ModelBenchmark):
     name = "decode"
     title = "Decoding, per token"
     order = 1
+
+    def implementations(self) -> Iterator[Implementation]:
+        yield from super().implementations()
+        for weights in FORMATS:
+            yield LlamaCpp(self.settings, Size(self.settings.model), weights, STEPS)
 
     def prepared_call(self, implementation: ModelImplementation, length: int) -> PreparedCall:
         peer = implementation.peer
