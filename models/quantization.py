@@ -44,8 +44,8 @@ class QuantizedLinear(nn.Linear):
     """Product with rows [* K] by the native kernel."""
     node: ClassVar[Callable[..., Tensor]]
     """The same as one node of a compiled graph."""
-    like: Tensor
-    """Empty tensor with the dtype of the weights before they were quantised."""
+    like: nn.Parameter
+    """Empty parameter with the dtype of the weights before they were quantised."""
 
     def __init__(self, layer: nn.Linear) -> None:
         """Allocate the tensors for the weights of a layer; `encode` fills them."""
@@ -53,8 +53,8 @@ class QuantizedLinear(nn.Linear):
         self.in_features = layer.in_features
         self.out_features = layer.out_features
         self.bias = layer.bias
-        # before the scales, so that a mixer without parameters computes in its dtype
-        self.register_buffer("like", layer.weight.new_empty(0), persistent=False)
+        # a parameter, because a mixer computes in the dtype of its first parameter
+        self.like = nn.Parameter(layer.weight.detach().new_empty(0), requires_grad=False)
         self.groups = -(-layer.in_features // GROUP)  # pad to whole groups
         self.allocate(layer.weight.device)
         self.eval()
@@ -331,7 +331,7 @@ def _replace(model: LanguageModel, make: Callable[[str, nn.Linear], QuantizedLin
                 parent.register_module(name, made[layer])
     plain = {f"{path}.weight" for path, module in model.named_modules() if type(module) in PLAIN}
     left = {name: parameter for name, parameter in model.named_parameters() if name not in plain}
-    return [name for name, x in left.items() if roles[name] is Role.MATRIX and x.numel() >= MIN_WEIGHTS]
+    return [name for name, x in left.items() if roles.get(name) is Role.MATRIX and x.numel() >= MIN_WEIGHTS]
 
 
 def _size(model: nn.Module) -> int:

@@ -27,7 +27,7 @@ def is_supported(x: Tensor) -> bool:
 
 
 def multiply_int8(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-    """Return x weight^T + bias, where weight = scales * codes, for codes [N K+padding] and scales [N]."""
+    """Return x weight^T + bias, where weight = scales * codes, for contiguous codes [N K+padding] and scales [N]."""
     return _multiply("linear_int8", x, (codes, scales), bias)
 
 
@@ -35,16 +35,19 @@ def multiply_int4(x: Tensor, codes: Tensor, scales: Tensor, offsets: Tensor, bia
     """Return x weight^T + bias, where weight = scales * codes + offsets.
 
     A byte of codes [N groups 16] has the codes of inputs i (low bits) and i + 16 (high bits) of its group of 32; scales
-    and offsets are bfloat16 [N groups].
+    and offsets are bfloat16 [N groups]. All are contiguous.
     """
     return _multiply("linear_int4", x, (codes, scales, offsets), bias)
 
 
 def _multiply(function: str, x: Tensor, matrix: tuple[Tensor, ...], bias: Tensor | None) -> Tensor:
-    rows = x.to(torch.float32).contiguous()
-    matrix = tuple(each.contiguous() for each in matrix)
-    bias = None if bias is None else bias.to(torch.float32).contiguous()
-    keys, width = x.shape[-1], len(matrix[0])
-    y = rows.new_empty((*x.shape[:-1], width))
-    build.run("quantized", function, rows, *matrix, bias, y, x.numel() // keys, keys, width)
-    return y.to(x.dtype)
+    dtype = x.dtype
+    if dtype is not torch.float32:
+        x = x.to(torch.float32)
+    if bias is not None:
+        bias = bias.to(torch.float32).contiguous()
+    x = x.contiguous()
+    keys, width = x.shape[-1], matrix[0].shape[0]
+    y = x.new_empty((*x.shape[:-1], width))
+    build.run("quantized", function, x, *matrix, bias, y, x.numel() // keys, keys, width)
+    return y if dtype is torch.float32 else y.to(dtype)
