@@ -11,8 +11,8 @@ import typer
 
 from ..mixers import Paradigm
 from ..models import LanguageModel
-from ..models.quantization import quantize_model
-from ..registry import SeqmixError, nearest_hint, write_file
+from ..models.quantization import WEIGHTS, quantize_model
+from ..registry import SeqmixError, nearest_hint, require_name, write_file
 from ..training import load_run, read_config
 from ..training.checkpoint.run_dir import SCORES_FILE
 from ..training.length_eval import LENGTH_MULTIPLES, Evaluation, by_context, by_length, common_paradigms, open_text
@@ -120,6 +120,8 @@ def evaluate(
     [bold]seqmix evaluate runs/retnet-tiny runs/gla --tasks lambada_openai --json scores.json[/bold]
     """
     require_writable(json_file)
+    if weights is not None:
+        require_name("weight format", weights, WEIGHTS)
     choice = checkpoint_choice(checkpoint)
     load = partial(load_run, device=require_device(device), choice=choice, on_note=note, ema=ema, trust=trust)
     if tasks is not None:

@@ -1,6 +1,9 @@
 """Weights of 8 and 4 bits: products, models of every mixer, exported files, and what is refused."""
 
+import json
+import re
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
@@ -248,3 +251,31 @@ def test_refusals(run):
         model.blocks[0].ffn.up_proj.weight[0, 0] = torch.inf
     with pytest.raises(SeqmixError, match=r"blocks.0.ffn.up_proj.weight has values that are not finite"):
         quantize_model(model, "int8")
+
+
+def test_commands(seqmix, run):
+    done = seqmix("export", run, "--weights", "int8", "--out", "small.safetensors")
+    assert done.status == 0
+    assert "small.safetensors has the int8 weights of step 0" in done.out
+    assert re.search(r"note: int8 weights: [\d.]+ MiB of memory instead of [\d.]+; `seqmix evaluate ", done.err)
+    texts = [
+        seqmix("generate", *source, "--prompt", "a", "--max-new-tokens", "8")
+        for source in ([run, "--weights", "int8"], ["small.safetensors"])
+    ]
+    assert texts[0].status == 0
+    assert texts[0].out == texts[1].out
+    done = seqmix("evaluate", run, "--weights", "int8", "--length", "32", "--context", "16", "--json", "losses.json")
+    assert done.status == 0, done.err
+    losses = json.loads(Path("losses.json").read_text())
+    (before,), (after,) = losses["lengths"], losses["int8"]["lengths"]
+    x, y = (next(iter(each["losses"].values())) for each in (before, after))
+    assert 0 < abs(y / x - 1) < 0.01
+    assert re.search(rf"32 +{x:.5f} +{y:.5f} +[+-]0\.\d\d\d%", done.out)
+    assert len(losses["int8"]["contexts"]) == 1
+
+
+def test_commands_refuse(refused, run):
+    for command in (["generate", "--prompt", "a"], ["evaluate"], ["export", "--out", "x.safetensors"]):
+        sentence = refused(command[0], str(run), *command[1:], "--weights", "int16")
+        assert "no weight format 'int16'; did you mean \"int4\"" in sentence or "int8, int4" in sentence
+    assert "--weights needs --to safetensors" in refused("export", str(run), "--to", "hf", "--weights", "int8", "x")

@@ -1,0 +1,28 @@
+"""llama.cpp as a peer: as large as ours, and generating what it is timed for."""
+
+import pytest
+
+from seqmix.benchmarks.benchmark import Skip
+from seqmix.benchmarks.llama_cpp import FORMATS, LlamaCpp
+from seqmix.benchmarks.models import DecodeBenchmark, model_to_measure
+from seqmix.benchmarks.peers import Size
+
+
+def test_what_it_cannot_measure_is_said(settings):
+    assert "one sequence" in LlamaCpp(settings(batch=2), Size(model_to_measure()), "F32", 4).unavailable_reason()
+    names = [each.name for each in DecodeBenchmark(settings()).implementations()]
+    assert set(FORMATS.values()) <= set(names)
+
+
+@pytest.mark.parametrize("weights", FORMATS)
+def test_it_decodes(settings, weights):
+    size = Size(model_to_measure(None, ["model.d_model=128", "model.n_layers=2"]))
+    llama = LlamaCpp(settings(), size, weights, 4)
+    try:
+        prepared = llama.prepared_call(16)
+    except Skip as reason:
+        pytest.skip(str(reason))
+    prepared.call.run()
+    llama.release()
+    assert llama.parameters == pytest.approx(size.parameters, rel=0.04)
+    assert 0 < prepared.moved_bytes - prepared.state_bytes < llama.file_bytes
