@@ -277,5 +277,5 @@ def test_commands(seqmix, run):
 def test_commands_refuse(refused, run):
     for command in (["generate", "--prompt", "a"], ["evaluate"], ["export", "--out", "x.safetensors"]):
         sentence = refused(command[0], str(run), *command[1:], "--weights", "int16")
-        assert "no weight format 'int16'; did you mean \"int4\"" in sentence or "int8, int4" in sentence
+        assert "no weight format 'int16'" in sentence
     assert "--weights needs --to safetensors" in refused("export", str(run), "--to", "hf", "--weights", "int8", "x")
