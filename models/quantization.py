@@ -3,22 +3,25 @@
     int8    w = c_n q            q from -127 to 127, a scale c for every output n
     int4    w = c_ng q + o_ng    q from 0 to 15, a scale c and an offset o for every output and group g of 32 inputs
 
-The roles of parameters (`mixers.roles`) decide: linear layers of mixers and feed-forward networks are quantised, with
-the gates that are rows of the same matrix, and the readout. Gates with a matrix of their own, rates, convolutions,
-norms, vectors, embeddings and small matrices stay as they are. A readout that is tied to the embedding gets codes of
-its own: a token looks up one row of the embedding, but reads the whole readout.
+The roles of parameters (`mixers.roles`) decide: linear layers of mixers, feed-forward networks and experts are
+quantised, with the gates that are rows of the same matrix, and the readout. Gates with a matrix of their own, rates,
+convolutions, norms, vectors, embeddings and small matrices stay as they are. A readout that is tied to the embedding
+gets codes of its own: a token looks up one row of the embedding, but reads the whole readout.
 """
 
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..blocks.ffn.moe import ExpertLinear
 from ..mixers.roles import Role, roles_of
+from ..ops.grouped_linear import grouped_linear
 from ..ops.kernels.native.quantized import GROUP, can_multiply, is_supported, multiply_int4, multiply_int8
 from ..ops.runtime.custom_op import needs_grad, register
 from ..registry import SeqmixError, require_name
@@ -47,16 +50,15 @@ class QuantizedLinear(nn.Linear):
     like: nn.Parameter
     """Empty parameter with the dtype of the weights before they were quantised."""
 
-    def __init__(self, layer: nn.Linear) -> None:
-        """Allocate the tensors for the weights of a layer; `encode` fills them."""
+    def __init__(self, weight: Tensor, bias: nn.Parameter | None = None) -> None:
+        """Allocate the tensors for a matrix [N K]; `encode` fills them."""
         nn.Module.__init__(self)
-        self.in_features = layer.in_features
-        self.out_features = layer.out_features
-        self.bias = layer.bias
+        self.out_features, self.in_features = weight.shape
+        self.bias = bias
         # a parameter, because a mixer computes in the dtype of its first parameter
-        self.like = nn.Parameter(layer.weight.detach().new_empty(0), requires_grad=False)
-        self.groups = -(-layer.in_features // GROUP)  # pad to whole groups
-        self.allocate(layer.weight.device)
+        self.like = nn.Parameter(weight.detach().new_empty(0), requires_grad=False)
+        self.groups = -(-self.in_features // GROUP)  # pad to whole groups
+        self.allocate(weight.device)
         self.eval()
 
     @abstractmethod
@@ -241,6 +243,33 @@ def _fit(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return codes, scale[..., 0], offset[..., 0]
 
 
+class QuantizedExperts(nn.Module):
+    """The maps of experts (`ExpertLinear`) with quantised weights: rows of one matrix, one expert after another."""
+
+    def __init__(self, matrix: QuantizedLinear, experts: int) -> None:
+        super().__init__()
+        self.matrix = matrix
+        self.experts = experts
+
+    @property
+    def weight(self) -> Tensor:
+        """The matrices as a new tensor of floats [E D H]."""
+        return self.matrix.weight.unflatten(0, (self.experts, -1)).mT
+
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        """Apply each expert's map to its rows of x, as `ExpertLinear` does."""
+        if torch.compiler.is_compiling():  # the numbers of rows are not known
+            return grouped_linear(x, self.weight.to(x.dtype), ends)
+        size = self.matrix.out_features // self.experts
+        starts = [0, *ends.tolist()]
+        parts = [
+            self.matrix.forward_rows(x[start:stop], slice(expert * size, (expert + 1) * size))
+            for expert, (start, stop) in enumerate(pairwise(starts))
+            if stop > start
+        ]
+        return torch.cat(parts)
+
+
 WEIGHTS: Mapping[str, type[QuantizedLinear]] = {"int8": Int8Linear, "int4": Int4Linear}
 """Formats of quantised weights, by name."""
 PLAIN = (nn.Linear, Linear)
@@ -266,14 +295,14 @@ def quantize_model(
         raise SeqmixError(f"the model has {present} weights already: load the run with weights={weights!r} instead")
     before = _size(model)
 
-    def encode(path: str, layer: nn.Linear) -> QuantizedLinear:
-        if not layer.weight.isfinite().all():
+    def make(path: str, weight: Tensor, bias: nn.Parameter | None) -> QuantizedLinear:
+        if not weight.isfinite().all():
             raise SeqmixError(f"{path}.weight has values that are not finite, which {weights} weights cannot express")
-        quantized = WEIGHTS[weights](layer)
-        quantized.encode(layer.weight)
-        return quantized
+        layer = WEIGHTS[weights](weight, bias)
+        layer.encode(weight)
+        return layer
 
-    kept = _replace(model, encode)
+    kept = _replace(model, make)
     if weights_of(model) is None:
         raise SeqmixError(
             f"the model has nothing to quantise: no matrix of at least {MIN_WEIGHTS:,} weights in a linear layer; "
@@ -288,7 +317,7 @@ def quantize_model(
 
 def prepare_quantized(model: LanguageModel, weights: str) -> None:
     """Replace the layers that `quantize_model` quantises by layers whose codes are yet to be loaded."""
-    _replace(model, lambda path, layer: WEIGHTS[weights](layer))  # noqa: ARG005
+    _replace(model, lambda path, weight, bias: WEIGHTS[weights](weight, bias))  # noqa: ARG005
     model.requires_grad_(False).eval()
 
 
@@ -311,24 +340,32 @@ def require_intact(model: nn.Module, source: object) -> None:
                     raise SeqmixError(f"{source} is damaged: {path}.{name} has values that are not finite")
 
 
-def _replace(model: LanguageModel, make: Callable[[str, nn.Linear], QuantizedLinear]) -> list[str]:
-    """Replace the layers to quantise; return the names of the matrices that are large, but no plain layers."""
+def _replace(model: LanguageModel, make: Callable[[str, Tensor, nn.Parameter | None], QuantizedLinear]) -> list[str]:
+    """Replace the layers to quantise; return the names of other large matrices, which have no layer of their own.
+
+    `make` is called with the path of a layer, its matrix [N K], and its bias.
+    """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     roles = {name: role.role for name, role in roles_of(model).items()}
-    made: dict[nn.Module, QuantizedLinear] = {}
+    made: dict[nn.Module, nn.Module] = {}
     for parent_path, parent in list(model.named_modules()):
         excluded: Sequence[str] = getattr(parent, "reads_weights_of", ())
         for name, layer in list(parent.named_children()):
-            if type(layer) not in PLAIN or name in excluded:
+            if type(layer) not in (*PLAIN, ExpertLinear) or name in excluded:
                 continue
-            layer = cast("nn.Linear", layer)
-            if layer.weight.numel() < MIN_WEIGHTS:
-                continue
+            layer = cast("nn.Linear | ExpertLinear", layer)
             # a tied readout has the role of the embedding
-            if layer is model.head or roles[names[id(layer.weight)]] in (Role.MATRIX, Role.READOUT):
-                if layer not in made:
-                    made[layer] = make(f"{parent_path}.{name}".lstrip("."), layer)
-                parent.register_module(name, made[layer])
+            role = Role.READOUT if layer is model.head else roles[names[id(layer.weight)]]
+            if role not in (Role.MATRIX, Role.READOUT) or layer.weight.numel() < MIN_WEIGHTS:
+                continue
+            if layer not in made:
+                path = f"{parent_path}.{name}".lstrip(".")
+                if isinstance(layer, ExpertLinear):
+                    matrix = make(path, layer.weight.mT.flatten(0, 1), None)
+                    made[layer] = QuantizedExperts(matrix, len(layer.weight))
+                else:
+                    made[layer] = make(path, layer.weight, layer.bias)
+            parent.register_module(name, made[layer])
     plain = {f"{path}.weight" for path, module in model.named_modules() if type(module) in PLAIN}
     left = {name: parameter for name, parameter in model.named_parameters() if name not in plain}
     return [name for name, x in left.items() if roles.get(name) is Role.MATRIX and x.numel() >= MIN_WEIGHTS]

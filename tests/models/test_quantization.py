@@ -19,7 +19,7 @@ from seqmix import Paradigm, build_model, load_config
 from seqmix.configs import PRESETS
 from seqmix.models import generate_text
 from seqmix.models.decoding import Decoder
-from seqmix.models.quantization import WEIGHTS, QuantizedLinear, quantize_model, weights_of
+from seqmix.models.quantization import WEIGHTS, QuantizedExperts, QuantizedLinear, quantize_model, weights_of
 from seqmix.ops.kernels.native import build
 from seqmix.registry import SeqmixError
 from seqmix.training import export_run, load_run
@@ -35,7 +35,7 @@ CLOSE = {"rtol": 0, "atol": 2e-4}
 def quantized(weights, width, outputs, *, bias=False, seed=0):
     torch.manual_seed(seed)
     layer = nn.Linear(width, outputs, bias=bias)
-    result = WEIGHTS[weights](layer)
+    result = WEIGHTS[weights](layer.weight, layer.bias)
     with torch.no_grad():
         result.encode(layer.weight)
     return result.requires_grad_(False), layer
@@ -166,14 +166,32 @@ def test_roles_decide_what_is_quantised(config_of):
     assert weights_of(model) == "int4"
 
 
-def test_experts_are_named():
-    config = load_config(
-        "retnet-tiny", ["model.blocks.ret.ffn={kind: moe, n_experts: 4, top_k: 2, expansion: 1.0}"]
-    ).model
+@pytest.mark.parametrize("weights", FORMATS)
+def test_experts(weights):
+    experts = "model.blocks.ret.ffn={kind: moe, n_experts: 6, top_k: 2, expansion: 1.0}"
+    model = build_model(load_config("retnet-tiny", [experts, "model.n_layers=2"]).model, seed=1).eval()
+    small = quantize_model(deepcopy(model), weights, on_note=lambda _: None)
+    decoded = deepcopy(model)
+    with torch.no_grad():
+        for path, module in small.named_modules():
+            if isinstance(module, QuantizedLinear | QuantizedExperts) and not path.endswith("matrix"):
+                decoded.get_submodule(path).weight.copy_(module.weight)
+        tokens = torch.randint(257, (1, 5))
+        assert_close(small(tokens).logits, decoded(tokens).logits, rtol=0, atol=1e-3)
+    assert "blocks.0.ffn.router.weight" in small.state_dict()
+    assert "blocks.0.ffn.gate_proj.matrix.codes" in small.state_dict()
+
+
+def test_other_matrices_are_named():
+    model = build_model(load_config("retnet-tiny", ["model.n_layers=2"]).model)
+
+    class Adapted(nn.Linear):
+        pass
+
+    model.blocks[1].ffn.up_proj.__class__ = Adapted
     notes = []
-    quantize_model(build_model(config), "int8", on_note=notes.append)
-    assert "gate_proj.weight and " in notes[0]
-    assert "cannot be quantised" in notes[0]
+    quantize_model(model, "int8", on_note=notes.append)
+    assert notes[0].endswith("; blocks.1.ffn.up_proj.weight cannot be quantised")
 
 
 @pytest.fixture
