@@ -159,6 +159,7 @@ MAY_IMPORT = {
     "seqmix.experiments.figures.charts": {"altair"},
     "seqmix.experiments.figures.libraries": {"vl_convert"},
     "seqmix.experiments.figures.page": {"jinja2"},
+    "seqmix.benchmarks.llama_cpp": {"gguf", "xllamacpp"},
     "seqmix.benchmarks.op": {"fla"},
     "seqmix.benchmarks.peers.fla": {"fla"},
     "seqmix.benchmarks.peers.llama": {"transformers"},

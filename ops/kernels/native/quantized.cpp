@@ -14,6 +14,7 @@
 constexpr int GROUP = 32;        // inputs that share a scale and an offset, with 4 bits
 constexpr int64_t EXACT = 2048;  // inputs whose products with 8 bits do not overflow the sum, of 8 integers
 constexpr int64_t TASK = 32;     // outputs of a task
+constexpr int AHEAD = 2048;      // bytes of codes that are fetched before they are read
 
 typedef float floats __attribute__((vector_size(32)));
 typedef int32_t ints __attribute__((vector_size(32)));
@@ -91,26 +92,26 @@ struct Int8 {
     const float* scales;
 };
 
-// Products of R rows, from number `row`, with N outputs, from number n, without the scales of the rows.
-template <int R, int N>
-INLINE void outputs(const Int8& matrix, const Rows& x, int64_t row, int64_t n, float (&y)[R][N]) {
+// Products of R rows, from number `row`, with output n, without the scales of the rows.
+template <int R>
+INLINE void output(const Int8& matrix, const Rows& x, int64_t row, int64_t n, float (&y)[R]) {
     const int64_t keys = x.keys;
     const int16_t* a = &x.values[row * keys];
     const int8_t* q = matrix.codes + n * keys;
-    floats sums[R][N] = {};
+    floats sums[R] = {};
     for (int64_t first = 0; first < keys; first += EXACT) {
-        ints part[R][N] = {};
-        for (int64_t k = first; k < std::min(keys, first + EXACT); k += 16)
-            for (int i = 0; i < N; i++) {
-                if (k % 64 == 0) __builtin_prefetch(q + (N + i) * keys + k);  // of the next outputs
-                const shorts w = widen(q + i * keys + k);
-                for (int r = 0; r < R; r++) part[r][i] += dot(w, read<shorts>(a + r * keys + k));
+        ints part[R] = {};
+        for (int64_t k = first; k < std::min(keys, first + EXACT); k += GROUP) {
+            __builtin_prefetch(q + k + AHEAD);
+            const shorts low = widen(q + k), high = widen(q + k + 16);
+            for (int r = 0; r < R; r++) {
+                const int16_t* at = a + r * keys + k;
+                part[r] += dot(low, read<shorts>(at)) + dot(high, read<shorts>(at + 16));
             }
-        for (int r = 0; r < R; r++)
-            for (int i = 0; i < N; i++) sums[r][i] += to_floats(part[r][i]);
+        }
+        for (int r = 0; r < R; r++) sums[r] += to_floats(part[r]);
     }
-    for (int r = 0; r < R; r++)
-        for (int i = 0; i < N; i++) y[r][i] = total(sums[r][i]) * matrix.scales[n + i];
+    for (int r = 0; r < R; r++) y[r] = total(sums[r]) * matrix.scales[n];
 }
 
 // Codes [outputs groups 16], where a byte has inputs i and i + 16 of its group; scales and offsets [outputs groups].
@@ -129,38 +130,34 @@ INLINE floats eight(const bfloat16* p, int count) {
 }
 
 // Add the products of up to 8 groups, from number g.
-template <int R, int N>
+template <int R>
 INLINE void add_groups(const Int4& matrix, const Rows& x, int64_t row, int64_t n, int64_t g, int count,
-                       floats (&sums)[R][N]) {
-    const int64_t groups = x.keys / GROUP;
-    for (int i = 0; i < N; i++) {
-        const int64_t first = (n + i) * groups + g;
-        const floats offsets = eight(matrix.offsets + first, count);
-        for (int r = 0; r < R; r++) sums[r][i] += offsets * read<floats>(&x.sums[(row + r) * x.eights + g]);
-        const floats packed = eight(matrix.scales + first, count);
-        float scales[8];  // in memory: a load spreads a scale over a vector at no cost
-        std::memcpy(scales, &packed, sizeof scales);
-        const uint8_t* q = matrix.codes + first * (GROUP / 2);
-        for (int j = 0; j < count; j++, q += GROUP / 2) {
-            __builtin_prefetch(q + N * groups * (GROUP / 2));  // of the next outputs
-            const shorts both = widen(q), low = both & 15, high = both >> 4;
-            for (int r = 0; r < R; r++) {
-                const int16_t* a = &x.values[(row + r) * x.keys + (g + j) * GROUP];
-                sums[r][i] += to_floats(dot(low, read<shorts>(a)) + dot(high, read<shorts>(a + 16))) * scales[j];
-            }
+                       floats (&sums)[R]) {
+    const int64_t first = n * (x.keys / GROUP) + g;
+    const floats offsets = eight(matrix.offsets + first, count);
+    for (int r = 0; r < R; r++) sums[r] += offsets * read<floats>(&x.sums[(row + r) * x.eights + g]);
+    const floats packed = eight(matrix.scales + first, count);
+    float scales[8];  // in memory: a load spreads a scale over a vector at no cost
+    std::memcpy(scales, &packed, sizeof scales);
+    const uint8_t* q = matrix.codes + first * (GROUP / 2);
+    for (int j = 0; j < count; j++, q += GROUP / 2) {
+        __builtin_prefetch(q + AHEAD);
+        const shorts both = widen(q), low = both & 15, high = both >> 4;
+        for (int r = 0; r < R; r++) {
+            const int16_t* a = &x.values[(row + r) * x.keys + (g + j) * GROUP];
+            sums[r] += to_floats(dot(low, read<shorts>(a)) + dot(high, read<shorts>(a + 16))) * scales[j];
         }
     }
 }
 
-template <int R, int N>
-INLINE void outputs(const Int4& matrix, const Rows& x, int64_t row, int64_t n, float (&y)[R][N]) {
+template <int R>
+INLINE void output(const Int4& matrix, const Rows& x, int64_t row, int64_t n, float (&y)[R]) {
     const int64_t groups = x.keys / GROUP;
-    floats sums[R][N] = {};
+    floats sums[R] = {};
     int64_t g = 0;
     for (; g + 8 <= groups; g += 8) add_groups(matrix, x, row, n, g, 8, sums);
     if (g < groups) add_groups(matrix, x, row, n, g, int(groups - g), sums);
-    for (int r = 0; r < R; r++)
-        for (int i = 0; i < N; i++) y[r][i] = total(sums[r][i]);
+    for (int r = 0; r < R; r++) y[r] = total(sums[r]);
 }
 
 template <class Matrix>
@@ -173,20 +170,12 @@ static void multiply(const Matrix& matrix, const float* input, const float* bias
         int64_t row = 0;
         const auto rows = [&](auto number) {
             constexpr int R = number;
-            int64_t n = task * TASK;
-            const auto run = [&](auto together) {
-                constexpr int N = together;
-                float results[R][N];
-                outputs<R, N>(matrix, x, row, n, results);
+            for (int64_t n = task * TASK; n < stop; n++) {
+                float results[R];
+                output<R>(matrix, x, row, n, results);
                 for (int r = 0; r < R; r++)
-                    for (int i = 0; i < N; i++)
-                        y[(row + r) * width + n + i] =
-                            std::fma(results[r][i], x.scales[row + r], bias ? bias[n + i] : 0.0f);
-                n += N;
-            };
-            if (R == 1)
-                while (n + 2 <= stop) run(std::integral_constant<int, 2>{});
-            while (n < stop) run(std::integral_constant<int, 1>{});
+                    y[(row + r) * width + n] = std::fma(results[r], x.scales[row + r], bias ? bias[n] : 0.0f);
+            }
             row += R;
         };
         while (row < count) {
