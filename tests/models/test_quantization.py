@@ -71,6 +71,21 @@ def test_a_row_has_the_same_product_in_every_batch(weights, width):
 
 
 @pytest.mark.parametrize("weights", FORMATS)
+def test_threads_do_not_change_a_product(weights):
+    layer, _ = quantized(weights, 512, 1025)
+    x = torch.randn(3, 512)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(layer(x))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(result.equal(results[0]) for result in results)
+
+
+@pytest.mark.parametrize("weights", FORMATS)
 @settings(deadline=None, max_examples=20)
 @given(width=st.integers(1, 100), outputs=st.integers(1, 40), constant=st.booleans())
 def test_decoded_weights_are_within_half_a_step(weights, width, outputs, constant):
