@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..blocks import Block
 from ..mixers.traits import require_compiles
+from ..ops.kernels.native.linear import may_multiply, multiply_rows_compiled
 from ..ops.runtime.materialize import write_to_memory
 from ..registry import SeqmixError
 from .language_model import LanguageModel
@@ -86,16 +87,24 @@ def compiler_failure(error: Any) -> str | None:
 
 
 def rows_as_sums(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-    """Compile with inductor, but write matrix-vector products on a CPU as sums, which inductor turns into loops.
+    """Compile with inductor, but write products of one row on a CPU as sums, which inductor turns into loops.
 
     Such a product is bound by memory bandwidth. BLAS computes it on one core, at a third to a half of the bandwidth;
-    the loop runs on all cores and is fused with the operations around it.
+    the loop runs on all cores and is fused with the operations around it. Products of a few rows take the native
+    kernel, as in eager steps.
     """
     for node in graph.graph.find_nodes(op="call_function", target=F.linear):
-        row, *_ = node.args
-        example = row.meta.get("example_value") if isinstance(row, torch.fx.Node) else None
-        if example is not None and example.device.type == "cpu" and 1 < example.numel() == example.shape[-1]:
+        row, weight, *bias = node.args
+        x = row.meta.get("example_value") if isinstance(row, torch.fx.Node) else None
+        matrix = weight.meta.get("example_value") if isinstance(weight, torch.fx.Node) else None
+        if x is None or x.device.type != "cpu" or not all(isinstance(size, int) for size in x.shape):
+            continue
+        rows = x.numel() // x.shape[-1]
+        if rows == 1 < x.numel():
             node.target = _row_product
+        elif matrix is not None and matrix.dtype == x.dtype and may_multiply(rows, matrix):
+            node.target = multiply_rows_compiled
+            node.args = (row, weight, *(bias or [None]))
     graph.recompile()
     return torch._dynamo.lookup_backend("inductor")(graph, inputs)
 

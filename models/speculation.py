@@ -23,7 +23,7 @@ from ..mixers import Paradigm
 from ..mixers.state import to_dict, where
 from ..ops.runtime.memo import Memo
 from ..registry import SeqmixError, nearest_hint
-from .compiling import compiled_for
+from .compiling import compiled_for, rows_as_sums
 from .drafts import Draft, ModelDraft, NgramDraft
 from .language_model import LanguageModel, ModelState
 from .sampling import Sampler
@@ -116,7 +116,7 @@ class Speculator:
         self._max_new_tokens = max_new_tokens
         self._vocab_size = vocab_size
         self._compiled = compiled
-        self._verify: Any = compiled_for(model, verify) if compiled else verify
+        self._verify: Any = compiled_for(model, verify, backend=rows_as_sums) if compiled else verify
         self._memo = None if compiled else Memo()
         self._draft = speculation.start_draft(model)
         self._draft.start(texts, sampler, more=max_new_tokens + speculation.block, vocab_size=vocab_size)

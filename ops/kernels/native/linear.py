@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ...runtime.custom_op import register
 from . import build
 from .common import is_untracked
 
@@ -40,3 +41,26 @@ def multiply_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     bias = None if bias is None else bias.contiguous()
     build.run("linear", FUNCTIONS[x.dtype], x, weight, bias, y, x.numel() // keys, keys, width)
     return y
+
+
+def may_multiply(rows: int, weight: Tensor) -> bool:
+    """True if `multiply_rows_compiled` supports `rows` rows and a weight matrix, which may be a compiler's example."""
+    if not MIN_ROWS <= rows <= MAX_ROWS or weight.numel() < MIN_WEIGHTS or weight.dtype not in FUNCTIONS:
+        return False
+    if weight.device.type != "cpu" or not weight.is_contiguous() or build.is_off():
+        return False
+    return build.failure("linear") is None
+
+
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    del bias
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+multiply_rows_compiled = register(
+    "multiply_rows",
+    "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    multiply_rows,
+    _fake,
+)
+"""`multiply_rows` as an operator of a compiled graph without gradients."""
