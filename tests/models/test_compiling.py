@@ -8,11 +8,9 @@ import torch.nn.functional as F
 from torch._dynamo.utils import counters
 from torch.testing import assert_close
 
-from seqmix import Paradigm, build_model, load_config
+from seqmix import Paradigm
 from seqmix.models import compile_blocks
-from seqmix.models.compiling import compiled_for, rows_as_sums
-from seqmix.models.speculation import verify
-from seqmix.ops.kernels.native import build
+from seqmix.models.compiling import rows_as_sums
 
 KINDS = (
     "retention",
@@ -119,19 +117,3 @@ def test_the_product_of_one_row_is_a_sum_that_a_compiler_fuses(monkeypatch, bias
         assert_close(compiled(rows), layers(rows))
     products = [len(graph.graph.find_nodes(op="call_function", target=F.linear)) for graph in given]
     assert products == [0, 2]
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(build.failure("linear") is not None, reason="native kernels need a compiler")
-def test_products_of_a_few_rows_take_the_native_kernel_in_a_compiled_call():
-    model = build_model(load_config("retnet-tiny", ["model.n_layers=1", "model.d_model=256"]).model).eval()
-    tokens = torch.arange(8)[None]
-    with torch.no_grad():
-        state = model.init_state(1)
-        expected, _ = verify(model, tokens, state)
-        compiled = compiled_for(model, verify, backend=rows_as_sums)
-        actual, _ = compiled(model, tokens, state)
-        with torch.profiler.profile() as profile:
-            compiled(model, tokens, state)
-    assert "seqmix::multiply_rows" in {event.key for event in profile.key_averages()}
-    assert_close(actual, expected, rtol=1e-5, atol=1e-5)

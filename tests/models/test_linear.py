@@ -14,9 +14,12 @@ from torch.autograd import forward_ad
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
+from seqmix import load_config
 from seqmix.models import build_model
 from seqmix.models import linear as module
+from seqmix.models.compiling import compiled_for, rows_as_sums
 from seqmix.models.linear import Linear, linear, onednn_linear, use_fast_linear
+from seqmix.models.speculation import verify
 from seqmix.ops.kernels.native import build
 from seqmix.ops.kernels.native import linear as kernel
 
@@ -285,3 +288,20 @@ def test_what_the_native_kernel_cannot_follow_stays_with_torch(native, monkeypat
     monkeypatch.setenv("SEQMIX_NATIVE", "0")
     linear(x, weight)
     assert len(native) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(build.failure("linear") is not None, reason="native kernels need a compiler")
+def test_products_of_a_few_rows_take_the_native_kernel_in_a_compiled_call(monkeypatch):
+    monkeypatch.setattr(module, "USE_ONEDNN", False)
+    model = build_model(load_config("retnet-tiny", ["model.n_layers=1", "model.d_model=256"]).model).eval()
+    tokens = torch.arange(8)[None]
+    with torch.no_grad():
+        state = model.init_state(1)
+        expected, _ = verify(model, tokens, state)
+        compiled = compiled_for(model, verify, backend=rows_as_sums)
+        actual, _ = compiled(model, tokens, state)
+        with torch.profiler.profile() as profile:
+            compiled(model, tokens, state)
+    assert "seqmix::multiply_rows" in {event.key for event in profile.key_averages()}
+    assert_close(actual, expected, rtol=1e-5, atol=1e-5)
