@@ -149,7 +149,7 @@ def _speculation_summary(speculation: Speculation) -> str:
     if speculation.guessed == 0:
         return f"speculation: nothing to guess from in {speculation.calls:,} calls"
     share = 100 * speculation.accepted / speculation.guessed
-    saved = speculation.accepted / max(speculation.calls, 1)
+    saved = speculation.accepted / speculation.segments
     return (
         f"speculation: {speculation.accepted:,} of {speculation.guessed:,} guessed tokens were right ({share:.0f} %), "
         f"{1 + saved:.1f} tokens per call of the model"

@@ -47,6 +47,8 @@ class Speculation:
     """Maximum number of tokens that one call reads, certain and guessed ones together; at least 2."""
     calls: int = field(default=0, init=False)
     """Number of calls of the model after prefill."""
+    segments: int = field(default=0, init=False)
+    """Number of segments that these calls read: one for each text that had not ended."""
     guessed: int = field(default=0, init=False)
     """Number of guessed tokens that were verified."""
     accepted: int = field(default=0, init=False)
@@ -162,6 +164,7 @@ class Speculator:
         self._sampler.advance(row, len(new))
         self._draft.extend(row, new)
         self.new_tokens[row] += new
+        self.speculation.segments += 1
         self.speculation.guessed += len(guess)
         self.speculation.accepted += accepted
         return new

@@ -104,6 +104,7 @@ def test_calls_follow_from_how_many_guesses_are_right(model_of, right):
     assert torch.equal(generated(model, prompts(9), GREEDY, speculation, count=25), expected)
     # the first token comes from the prompt; 24 follow, eight a call or one a call
     assert speculation.calls == (3 if right else 24)
+    assert speculation.segments == speculation.calls
     assert speculation.accepted == (21 if right else 0)
 
 

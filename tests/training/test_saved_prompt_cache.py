@@ -135,3 +135,16 @@ def test_what_cannot_be_done_is_named_before_anything_is_generated(generate, mon
         assert (done.status, done.out) == (2, "")
         assert re.search(f"^error: .*{named}", done.err)
         assert done.err.count("\n") == 1
+
+
+def test_speculation_changes_no_text_and_says_what_it_guessed(generate):
+    for options in (GREEDY, ("--temperature", "0.9", "--seed", "3")):
+        prompts = ("--prompt", "the text of the text of ", "--prompt", "a", "--max-new-tokens", "40", *options)
+        expected = generate(*prompts).out
+        for draft in ("ngram", "run"):
+            done = generate(*prompts, "--speculate", draft)
+            assert done.out == expected
+            assert "note: speculation: " in done.err
+    assert "100 %" in done.err  # a model guesses its own text
+    wrong = generate("--prompt", "a", "--speculate", "ngrma")
+    assert "expects ngram or a run directory, got 'ngrma'; did you mean \"ngram\"?" in wrong.err
