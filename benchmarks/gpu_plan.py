@@ -20,6 +20,7 @@ GROUPS = {
     "paper-train": "The paper's Table 4: training at 1.3B parameters and 8,192 tokens",
     "op": "The op over lengths, at the paper's head size",
     "recurrence": "Recurrences of every op family",
+    "mixers": "Training of every mixer's tiny preset",
     "train": "Training, 200M parameters",
     "decode": "Decoding, 200M parameters",
     "prefill": "Prefill, 200M parameters",
@@ -107,6 +108,7 @@ def _timed_parts(memory: int, where: tuple[str, ...], rehearsal: bool) -> Iterat
     for group, options in (
         ("op", ("retnet-1.3b", *tiny, *words(2048, 8192, 32768, batch=2))),
         ("recurrence", (*words(2048), "--only", "chunkwise")),
+        ("mixers", (*words(2048), "--tokens", "8" if rehearsal else "16384")),
         ("train", (*model, *words(2048, 8192, 16384), "--tokens", "8" if rehearsal else "16384", "--compile")),
         ("decode", (*model, *longer, *words(batch=8), "--compile")),
         ("prefill", (*model, *longer, "--compile")),
