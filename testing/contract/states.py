@@ -125,6 +125,8 @@ def a_state_goes_back(trial: Trial) -> None:
     boundaries = torch.arange(rows + 1, device=x.device) * length
     # rows go back by different numbers of tokens, one of them by the whole segment
     counts = [(length + row * (1 + trial.case.seed)) % (length + 1) for row in range(rows)]
+    if trial.mixer.traits.state == "growing" and not trial.mixer.traits.packing:
+        counts = [(1 + trial.case.seed) % (length + 1)] * rows  # rows of such a state may have to be of one length
     for paradigm in trial.paradigms:
         for name, before in states.items():
             expected, unread = [], trial.mix(following, before, paradigm=paradigm)[0]
