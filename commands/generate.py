@@ -146,12 +146,12 @@ def generate(
 
 
 def _speculation_summary(speculation: Speculation) -> str:
-    if speculation.guessed == 0:
+    if speculation.drafted == 0:
         return f"speculation: nothing to guess from in {speculation.calls:,} calls"
-    share = 100 * speculation.accepted / speculation.guessed
+    share = 100 * speculation.accepted / speculation.drafted
     saved = speculation.accepted / speculation.segments
     return (
-        f"speculation: {speculation.accepted:,} of {speculation.guessed:,} guessed tokens were right ({share:.0f} %), "
+        f"speculation: {speculation.accepted:,} of {speculation.drafted:,} drafted tokens were right ({share:.0f} %), "
         f"{1 + saved:.1f} tokens per call of the model"
     )
 

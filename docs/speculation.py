@@ -90,12 +90,12 @@ def row(preset: str, size: str) -> list[str]:
                 ratios[compiled].append(before / seconds)
                 plain[compiled].append(before)
             if repetition and not compiled:
-                pair = (speculation.calls, speculation.guessed, speculation.accepted)
+                pair = (speculation.calls, speculation.drafted, speculation.accepted)
                 counts = [total + new for total, new in zip(counts, pair, strict=True)]
-    calls, guessed, accepted = counts
+    calls, drafted, accepted = counts
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     cells = [f"{1e3 * statistics.median(plain[c]):.1f} ms, {statistics.median(ratios[c]):.2f} x" for c in (False, True)]
-    return [f"`{preset.removesuffix('-tiny')}`", f"{millions:.1f}M", f"{100 * accepted / guessed:.0f} %",
+    return [f"`{preset.removesuffix('-tiny')}`", f"{millions:.1f}M", f"{100 * accepted / drafted:.0f} %",
             f"{1 + accepted / calls:.2f}", *cells]  # fmt: skip
 
 

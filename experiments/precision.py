@@ -128,7 +128,7 @@ class ExactResult:
 
 @dataclass(frozen=True)
 class Precision:
-    """What a model loses when its state is stored in fewer bits."""
+    """Losses of a model whose state is stored in fewer bits."""
 
     mixers: list[str]
     """Kinds of the model's mixers, without repetition."""
@@ -284,7 +284,7 @@ def _doublings(stop: int) -> list[int]:
 
 
 class _Trace(NamedTuple):
-    """What the probe measured of one tensor of the state."""
+    """Errors of one tensor of the state, as the probe measured them."""
 
     left: Tensor
     """Relative errors r_k, [formats, K+1, heads]: k tokens after one rounding."""

@@ -51,7 +51,7 @@ _SMALLEST_SCALE = 2.0**-100
 
 @dataclass(frozen=True)
 class StateFormat:
-    """How the numbers of a state are stored.
+    """Format in which the numbers of a state are stored.
 
     Raises:
         SeqmixError: the format, the rounding or the kind of scales does not exist.

@@ -25,7 +25,7 @@ CURVES = {
     "accuracy": "Accuracy during training",
     "loss": "Loss of training batches",
 }
-"""What curves show, by the name of the field in the results."""
+"""Titles of curves, by the name of the field in the results."""
 RATE = Axis("tokens per second", from_zero=True, log=False)
 STATE = Axis("state", unit="bytes")
 MEMORY = Axis("peak memory", unit="bytes", from_zero=True, log=False, noise=NOISE)

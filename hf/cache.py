@@ -123,9 +123,9 @@ class StateLayer(CacheLayerMixin):
         unread, self._unread = self._unread, None
         return unread
 
-    def record(self, x: Tensor, *, anew: bool) -> None:
-        """Record the inputs of a segment that is read next; with `anew`, forget the earlier ones."""
-        if anew or self._is_cropped or self._recorded is None:
+    def record(self, x: Tensor, *, restart: bool) -> None:
+        """Record the inputs of a segment that is read next; with `restart`, forget the earlier ones."""
+        if restart or self._is_cropped or self._recorded is None:
             self._is_cropped = False
             self._checkpoint = self.state, self.capacity
             self._recorded = x
@@ -193,7 +193,7 @@ def mix_cached(
     for part in parts:
         for layer, mixer in zip(layers, mixers, strict=True):
             layer.reserve(mixer, len(x), layer.length + part.shape[1])
-            layer.record(part, anew=part is not parts[-1] or len(parts) > 1)
+            layer.record(part, restart=part is not parts[-1] or len(parts) > 1)
         outputs.append(_read(run, part, mixers, layers, rows))
     return torch.cat(outputs, dim=1)[:, skipped:]
 

@@ -46,7 +46,7 @@ class QuantizedLinear(nn.Linear):
     native: ClassVar[Callable[..., Tensor]]
     """Product with rows [* K] by the native kernel."""
     node: ClassVar[Callable[..., Tensor]]
-    """The same as one node of a compiled graph."""
+    """Product with rows [* K] as one node of a compiled graph."""
     like: nn.Parameter
     """Empty parameter with the dtype of the weights before they were quantised."""
 

@@ -1,6 +1,6 @@
-"""Speculative decoding: one call verifies several guessed tokens; the text is that of plain decoding.
+"""Speculative decoding: one call verifies several drafted tokens; the text is that of plain decoding.
 
-    segment     a text's certain tokens that its state does not include yet, then guessed ones; BLOCK tokens at most
+    segment     a text's certain tokens that its state does not include yet, then drafted ones; BLOCK tokens at most
     accepted    guesses up to the first that differs from the token that the model samples there (arXiv 2211.17192)
     state       after the segment, if all of its guesses were accepted; otherwise the one before the segment stays
 
@@ -44,15 +44,15 @@ class Speculation:
     draft: Literal["ngram"] | LanguageModel | Draft = "ngram"
     """Source of the guesses: `ngram` for the text so far, or a smaller model with the same tokenizer."""
     block: int = BLOCK
-    """Maximum number of tokens that one call reads, certain and guessed ones together; at least 2."""
+    """Maximum number of tokens that one call reads, certain and drafted ones together; at least 2."""
     calls: int = field(default=0, init=False)
     """Number of calls of the model after prefill."""
     segments: int = field(default=0, init=False)
     """Number of segments that these calls read: one for each text that had not ended."""
-    guessed: int = field(default=0, init=False)
-    """Number of guessed tokens that were verified."""
+    drafted: int = field(default=0, init=False)
+    """Number of drafted tokens that were verified."""
     accepted: int = field(default=0, init=False)
-    """Number of guessed tokens that were right."""
+    """Number of drafted tokens that were right."""
 
     def __post_init__(self) -> None:
         if self.block < 2:
@@ -165,7 +165,7 @@ class Speculator:
         self._draft.extend(row, new)
         self.new_tokens[row] += new
         self.speculation.segments += 1
-        self.speculation.guessed += len(guess)
+        self.speculation.drafted += len(guess)
         self.speculation.accepted += accepted
         return new
 

@@ -1,4 +1,4 @@
-"""Speculative decoding gives the text of plain decoding, whatever is guessed."""
+"""Speculative decoding gives the text of plain decoding, whatever is drafted."""
 
 import math
 from collections import Counter
@@ -71,9 +71,9 @@ def test_every_mixer_gives_the_text_of_plain_decoding(model_of, each_mixer, samp
     for draft in ("ngram", almost(model)):
         speculation = Speculation(draft, block=5)
         assert torch.equal(generated(model, texts, sampling, speculation, count=16), expected)
-        assert 0 <= speculation.accepted <= speculation.guessed
+        assert 0 <= speculation.accepted <= speculation.drafted
         if draft != "ngram":
-            assert speculation.guessed > 20
+            assert speculation.drafted > 20
 
 
 @pytest.mark.slow
@@ -84,7 +84,7 @@ def test_fifty_prompts_in_float32_give_the_text_of_plain_decoding(preset):
     expected = generated(model, texts, GREEDY, count=40)
     speculation = Speculation(Oracle(expected.tolist(), 0.7))
     assert torch.equal(generated(model, texts, GREEDY, speculation, count=40), expected)
-    assert 0.3 * speculation.guessed < speculation.accepted < speculation.guessed
+    assert 0.3 * speculation.drafted < speculation.accepted < speculation.drafted
 
 
 def test_a_row_of_a_batch_is_sampled_as_alone(model_of):
