@@ -26,7 +26,7 @@ from seqmix.ops.delta import delta
 from seqmix.registry import write_file
 
 TARGET = Path(__file__).with_name("explanation") / "performance.md"
-D, T, ROUNDS = 256, 1024, 5
+D, T, ROUNDS = 256, 1024, 3
 Pair = tuple[Callable[[], Tensor], Callable[[], Tensor]]
 
 
@@ -60,14 +60,14 @@ def min_gru() -> Pair:
     """The layer of minGRU-pytorch."""
     from minGRU_pytorch import minGRU
 
-    return layers(minGRU(D), ours("min_gru"))
+    return layers(minGRU(D, proj_out=True), ours("min_gru"))
 
 
 def xlstm() -> Pair:
     """The layer of xlstm, parallel over all pairs of tokens."""
     from xlstm.blocks.mlstm.layer import mLSTMLayer, mLSTMLayerConfig
 
-    theirs = mLSTMLayer(mLSTMLayerConfig(embedding_dim=D, context_length=T, num_heads=4))
+    theirs = mLSTMLayer(mLSTMLayerConfig(embedding_dim=D, context_length=T, num_heads=4, proj_factor=1.0))
     return layers(theirs, ours("mlstm", n_heads=4))
 
 
@@ -94,7 +94,7 @@ def transformers_gated_delta_net() -> Pair:
     from transformers.models.qwen3_next import modeling_qwen3_next as module
 
     heads = {"linear_num_value_heads": 4, "linear_num_key_heads": 4}
-    config = Qwen3NextConfig(hidden_size=D, linear_key_head_dim=64, linear_value_head_dim=64, **heads)
+    config = Qwen3NextConfig(hidden_size=D, linear_key_head_dim=64, linear_value_head_dim=128, **heads)
     for name in ("torch_chunk_gated_delta_rule", "causal_conv1d_fn"):  # not fla's kernels, which need a GPU
         setattr(module, name, unwrap(getattr(module, name)))
     return layers(module.Qwen3NextGatedDeltaNet(config, 0), ours("gated_delta_net", n_heads=4))
