@@ -27,6 +27,8 @@ COMMANDS = {
     "tokenize": "Tokenize text once, into a file that training memory-maps; train a BPE tokenizer.",
     "mixers": "List the available mixers and their traits: paradigms, state, packing.",
     "check": "Test a mixer or a kernel against the contract, and show the smallest failing case.",
+    "vectors": "Write conformance vectors: inputs, expected outputs, states and gradients of every op, for any "
+    "implementation.",
     "bench": "Benchmark throughput, latency and peak memory against other installed implementations.",
     "bench-gpu": "Run all tests and benchmarks that need a GPU: kernels, conformance, speed, the paper's comparisons.",
     "compare": "Train several models under identical conditions and compare them.",

@@ -1,0 +1,32 @@
+"""`seqmix vectors`: write conformance vectors for other implementations."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .output import visible
+
+
+def vectors(
+    folder: Annotated[Path, typer.Argument(help="Folder to write; new, or with older vectors.", metavar="OUT")],
+    families: Annotated[
+        str,
+        typer.Option(
+            help="Families to write, separated by commas; all by default.", metavar="NAME,...", show_default=False
+        ),
+    ] = "",
+) -> None:
+    """Write conformance vectors: inputs, expected outputs, states and gradients of every op, for any implementation.
+
+    The folder gets an index (index.json, with its schema), one safetensors file per family, and a runner that needs
+    numpy and safetensors only. The expected numbers are those of each op's definition, token by token in float64.
+
+    [bold]seqmix vectors vectors/[/bold]
+
+    [bold]python vectors/runner.py my_implementation.py[/bold]
+    """
+    from ..testing.vectors.write import write_vectors
+
+    number = write_vectors(folder, tuple(name for name in families.split(",") if name))
+    typer.echo(visible(f"{folder} has {number} cases: test an implementation with python {folder}/runner.py FILE.py"))

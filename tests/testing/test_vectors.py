@@ -1,0 +1,230 @@
+"""Conformance vectors: they are right, they find wrong implementations, and their runner needs nothing of seqmix."""
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from seqmix import cli
+from seqmix.testing.vectors import runner
+from seqmix.testing.vectors.cases import VARIANTS, vector_cases
+from seqmix.testing.vectors.families import FAMILIES
+from seqmix.testing.vectors.write import TOLERANCES, evaluate, write_vectors
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = ("scan", "short_convolution")
+"""Families whose files are written quickly."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vectors") / "vectors"
+    write_vectors(folder, SMALL)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ops():
+    return runner.load_implementation(str(ROOT / "examples" / "vectors" / "seqmix_ops.py"))
+
+
+def grouped(parts):
+    """The tensors of a case as the runner reads them."""
+    arrays = {"inputs": {}, "cotangents": {}, "expected": {}}
+    for name, x in parts.items():
+        group, _, key = name.partition("/")
+        arrays[group][key] = x
+    return arrays
+
+
+def failures(results):
+    return Counter(result["property"] for result in results if result["status"] == runner.FAILED)
+
+
+@pytest.mark.parametrize(
+    ("family", "long"),
+    [(name, long) for name in FAMILIES for long in (False, pytest.param(True, marks=pytest.mark.slow))],
+)
+def test_every_backend_gives_the_expected_results(family, long, ops):
+    for vector in vector_cases((family,)):
+        if (vector.property == "long") == long:
+            entry, parts = evaluate(vector)
+            for name, dtype in (("reference", "float64"), ("native", "float32"), ("recurrent", "float32")):
+                function = getattr(getattr(ops, name), family)
+                results = list(runner.check_case(function, entry, grouped(parts), dtype, TOLERANCES[dtype]))
+                assert results
+                assert {status for _, status, _ in results} == {runner.PASSED}, (vector.id, name, results)
+
+
+def test_every_case_has_an_id_of_its_own_and_a_reason():
+    cases = list(vector_cases())
+    assert len({case.id for case in cases}) == len(cases) > 200
+    assert {case.family for case in cases} == FAMILIES.keys() == VARIANTS.keys()
+    assert all(case.reason.endswith(".") for case in cases)
+
+
+def test_inputs_are_the_same_numbers_in_every_dtype():
+    for vector in vector_cases(("delta",)):
+        if vector.property == "odd widths":
+            _, parts = evaluate(vector)
+            for name in ("q", "k", "v"):
+                x = torch.from_numpy(parts[f"inputs/{name}"])
+                assert torch.equal(x.bfloat16().float(), x)
+
+
+def test_the_index_follows_its_schema(folder):
+    jsonschema = pytest.importorskip("jsonschema")
+    index, schema = (json.loads((folder / name).read_text()) for name in ("index.json", "index.schema.json"))
+    jsonschema.Draft202012Validator.check_schema(schema)
+    jsonschema.validate(index, schema)
+    tensors = {name for family in index["families"].values() for name in family["tensors"]}
+    assert {name for case in index["cases"] for name in case["inputs"]} <= tensors
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(index | {"format": 2}, schema)
+
+
+def test_the_same_version_writes_the_same_bytes(folder, tmp_path):
+    write_vectors(tmp_path / "again", SMALL)
+    assert {file.name for file in folder.iterdir()} == {file.name for file in (tmp_path / "again").iterdir()}
+    for file in folder.iterdir():
+        assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes(), file.name
+
+
+IMPLEMENTATION = """
+import sys
+import numpy as np
+
+def scan(inputs, attributes, cotangents):
+    assert "torch" not in sys.modules and "seqmix" not in sys.modules
+    x, decay, length = inputs["x"], np.exp(inputs["log_decay"]), inputs["x"].shape[1]
+    if "cu_seqlens" in inputs:
+        raise NotImplementedError("no packing")
+    h, outputs = inputs.get("state", np.zeros_like(x[:, 0])), []
+    for t in range(length):
+        h = decay[:, t] * h + x[:, t]
+        outputs.append(h)
+    return {"output": np.stack(outputs, 1), "state": h}
+"""
+
+
+def run_runner(folder, text, *options):
+    (folder.parent / "mine.py").write_text(text)
+    command = [sys.executable, "-I", str(folder / "runner.py"), str(folder.parent / "mine.py"), *options]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder.parent)
+
+
+def test_the_runner_needs_neither_seqmix_nor_torch(folder):
+    results = folder.parent / "results.json"
+    ended = run_runner(folder, IMPLEMENTATION, "--json", str(results))
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    (row,) = (line for line in ended.stdout.splitlines() if line.startswith("log-decay -inf "))
+    assert row.split()[-1] == "2"
+    counts = Counter((result["property"], result["status"]) for result in json.loads(results.read_text()))
+    assert counts["packed", runner.NOT_OFFERED] == 2
+    assert counts["gradients", runner.PASSED] == 0 < counts["gradients", runner.NOT_OFFERED]
+    assert not any(status == runner.FAILED for _, status in counts)
+
+
+def test_the_runner_shows_what_is_wrong_and_why_the_case_exists(folder):
+    ended = run_runner(folder, IMPLEMENTATION.replace("decay[:, t] * h", "h"))
+    assert ended.returncode == 1
+    assert "FAILED scan/reset (log-decay -inf)" in ended.stdout
+    assert "A log-decay of -inf forgets everything before the token" in ended.stdout
+    assert "allowed 2.0e-05" in ended.stdout
+
+
+def test_the_runner_says_what_it_cannot_read(folder):
+    assert "has a function for none of the families scan" in run_runner(folder, "def skan(): pass").stderr
+    assert "expected families among scan" in run_runner(folder, IMPLEMENTATION, "--families", "skan").stderr
+    missing = subprocess.run(
+        [sys.executable, "-I", str(folder / "runner.py"), "nothere.py"], capture_output=True, text=True, check=False
+    )
+    assert "expected the implementation's file, FILE.py or FILE.py:NAME, got nothere.py" in missing.stderr
+
+
+def exact_scan(inputs, attributes, cotangents, *, start=None, decays=np.exp, across=False):
+    x, decay = inputs["x"], decays(inputs["log_decay"])
+    boundaries = inputs.get("cu_seqlens", np.array([0, x.shape[1]]))
+    state = inputs.get("state", np.zeros((len(boundaries) - 1 if len(x) == 1 else len(x), *x.shape[2:]), x.dtype))
+    output, final = np.zeros_like(x), state.copy()
+    for n, (begin, end) in enumerate(pairwise(boundaries)):
+        rows = slice(n, n + 1) if "cu_seqlens" in inputs else slice(None)
+        h = output[:, begin - 1] if across and begin else state[rows]
+        for t in range(begin, end):
+            h = (1 if start == "not decayed" and t == begin else decay[:, t]) * h + x[:, t]
+            output[:, t] = h
+        final[rows] = h
+    return {"output": output, "state": np.zeros_like(final) if start == "state lost" else final}
+
+
+def by_differences(inputs, attributes, cotangents):
+    """A scan by exp(cumsum), whose differences lose digits and turn inf - inf into NaN."""
+    if "cu_seqlens" in inputs or "state" in inputs:
+        raise NotImplementedError
+    total = np.cumsum(inputs["log_decay"], axis=1)
+    weights = np.tril(np.exp(np.moveaxis(total[:, :, None] - total[:, None], (1, 2), (-2, -1))))
+    return {"output": np.einsum("bhvts,bshv->bthv", weights, inputs["x"])}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "properties"),
+    [
+        ({}, set()),
+        ({"start": "not decayed"}, {"state in", "log-decay -inf", "packed", "empty documents", "state out"}),
+        ({"start": "state lost"}, {"state out"}),
+        ({"across": True}, {"packed", "empty documents", "state out"}),
+        ({"decays": lambda a: np.exp(a).astype(np.float16)}, {"weak decay", "long", "chunk + 1"}),
+    ],
+    ids=["right", "start", "final", "documents", "16 bits"],
+)
+def test_a_wrong_scan_fails_where_it_is_wrong(folder, wrong, properties):
+    implementation = SimpleNamespace(scan=lambda *call: exact_scan(*call, **wrong))
+    found = failures(runner.run(implementation, folder, families=["scan"])).keys()
+    assert found >= properties
+    assert properties or not found
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_scan_by_differences_of_sums_fails_at_resets(folder):
+    cases = [pair for pair in runner.load_vectors(folder, ["scan"]) if pair[0]["property"] != "long"]
+    results = [
+        (which, status)
+        for case, arrays in cases
+        for which, status, _ in runner.check_case(by_differences, case, arrays, "float32", 2e-5)
+    ]
+    assert ("log-decay -inf", runner.FAILED) in results
+    assert ("batch", runner.PASSED) in results
+
+
+def run_command(monkeypatch, *arguments):
+    monkeypatch.setattr("sys.argv", ["seqmix", "vectors", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return ended.value.code
+
+
+def test_the_command_refuses_before_it_computes(tmp_path, monkeypatch, capsys):
+    assert run_command(monkeypatch, tmp_path / "v", "--families", "scan,lag_scan") == 2
+    assert "there is no family 'lag_scan'; did you mean \"log_scan\"?" in capsys.readouterr().err
+    assert not (tmp_path / "v").exists()
+    (tmp_path / "thesis.tex").write_text("")
+    assert run_command(monkeypatch, tmp_path, "--families", "scan") == 2
+    assert "expected a new folder or one with vectors" in capsys.readouterr().err
+
+
+def test_the_command_writes_some_families(tmp_path, monkeypatch, capsys):
+    assert run_command(monkeypatch, tmp_path / "v", "--families", "short_convolution") == 0
+    assert "11 cases" in capsys.readouterr().out
+    assert {file.name for file in (tmp_path / "v").iterdir()} == {
+        "index.json",
+        "index.schema.json",
+        "runner.py",
+        "short_convolution.safetensors",
+    }
