@@ -50,7 +50,7 @@ def failures(results):
 
 @pytest.mark.parametrize(
     ("family", "long"),
-    [(name, long) for name in FAMILIES for long in (False, pytest.param(True, marks=pytest.mark.slow))],
+    [pytest.param(name, long, marks=pytest.mark.slow if long else ()) for name in FAMILIES for long in (False, True)],
 )
 def test_every_backend_gives_the_expected_results(family, long, ops):
     for vector in vector_cases((family,)):
