@@ -97,20 +97,20 @@ def check_case(function, case, arrays, dtype, tolerance):
     except Exception as error:  # whatever an implementation raises is a failure of the case
         yield case["property"], FAILED, f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"
         return
-    wrong = {}
+    parts = {}
     for name, expected in arrays["expected"].items():
-        which = property_of(case, name)
+        right, wrong, missing = parts.setdefault(property_of(case, name), ([], [], []))
         if name not in results:
-            wrong.setdefault(which, []).append(None)
+            missing.append(name)
         elif reason := compare(results[name], expected, case["expected"][name]["scale"], tolerance):
-            wrong.setdefault(which, []).append(f"{name}: {reason}")
+            wrong.append(f"{name}: {reason}")
         else:
-            wrong.setdefault(which, [])
-    for which, reasons in wrong.items():
-        if failures := [reason for reason in reasons if reason]:
-            yield which, FAILED, "; ".join(failures)
-        else:
-            yield which, NOT_OFFERED if reasons else PASSED, "not in the result" if reasons else ""
+            right.append(name)
+    for which, (right, wrong, missing) in parts.items():
+        if wrong:
+            yield which, FAILED, "; ".join(wrong)
+        else:  # what is computed is right
+            yield which, PASSED if right else NOT_OFFERED, f"without {', '.join(missing)}" if missing else ""
 
 
 def run(implementation, folder=HERE, dtype="float32", families=None):

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ this library, whose own tolerances are at most these, stay below a tenth of them
 
 RULE = (
     "An element is right if |actual - expected| <= tolerance * scale. The scale is that of its tensor: the largest sum "
-    "of the absolute values of the terms that one element adds up. The tolerance is that of the dtype in which you "
+    "of the absolute values of the terms that one element adds up; for gradients of log-decays per token, also of the "
+    "terms of all later tokens, which cancel if sums are subtracted. The tolerance is that of the dtype in which you "
     "compute, at least ten times the largest error that the kernels of seqmix have on these vectors: room for another "
     "order of the same sums, not for another formula."
 )
@@ -110,8 +112,13 @@ def evaluate(vector: VectorCase) -> tuple[dict[str, Any], dict[str, np.ndarray]]
 
 
 def _any_kernel(family: str) -> Kernel:
-    """Return a reference kernel; the definition asks it for what a kernel's gradients may lose, which is nothing."""
-    return next(kernel for kernel in KERNELS.values() if kernel.reference and kernel.op in (family, "scan"))
+    """Return a kernel for the scales of a family's gradients.
+
+    The gradient of a log-decay may be computed as a difference of sums over all later tokens, as autograd does through
+    a cumulative sum: its scale then has the terms that cancel.
+    """
+    kernel = next(kernel for kernel in KERNELS.values() if kernel.reference and kernel.op in (family, "scan"))
+    return replace(kernel, gradient_by_subtraction=True)
 
 
 def _attributes(case: Any) -> Mapping[str, Any]:
