@@ -9,7 +9,7 @@ from .output import visible
 
 
 def vectors(
-    folder: Annotated[Path, typer.Argument(help="Folder to write; new, or with older vectors.", metavar="OUT")],
+    folder: Annotated[Path, typer.Argument(help="Folder to write; must be new or empty.", metavar="OUT")],
     families: Annotated[
         str,
         typer.Option(

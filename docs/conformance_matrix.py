@@ -123,7 +123,7 @@ def cell(results: Sequence[dict[str, Any]], name: str) -> str:
     counts = Counter(result["status"] for result in results if result["property"] == name)
     offered = counts["passed"] + counts["failed"]
     if not offered:
-        return "–"
+        return "-"
     return f"**{counts['failed']} of {offered}**" if counts["failed"] else "yes"
 
 

@@ -2,7 +2,8 @@
 
 `--kernels` also compiles every configuration of the Triton kernels, which takes minutes; use it after a change of
 ops/kernels/triton. `--peers` also compares every converted model with the original library's model; use it after a
-change of convert/, with transformers, torchscale and fla installed.
+change of convert/, with transformers, torchscale and fla installed. It also tests other libraries on the conformance
+vectors; docs/explanation/conformance-matrix.md says what to install.
 """
 
 import subprocess
@@ -21,7 +22,10 @@ PROGRAMS = {
     "tests/test_presets.py": "golden file of defaults",
 }
 """Programs that always run, and descriptions of their output."""
-PEERS = {"docs/converters.py": "precision of every converted architecture"}
+PEERS = {
+    "docs/converters.py": "precision of every converted architecture",
+    "docs/conformance_matrix.py": "other libraries on the conformance vectors",
+}
 """Programs that run with --peers."""
 KERNELS = {"tests/ops/test_triton_compile.py": "GPU resources that the compiled Triton kernels need"}
 """Programs that run with --kernels."""

@@ -13,7 +13,7 @@ from safetensors.numpy import save
 from torch import Tensor
 
 from ...ops.runtime.kernel import KERNELS, Kernel
-from ...registry import SeqmixError, write_files
+from ...registry import SeqmixError, is_vacant, write_files
 from ..kernel.scans import LogScanCase
 from .cases import VectorCase, vector_cases
 from .families import FAMILIES, NOTATION
@@ -44,13 +44,12 @@ def write_vectors(folder: Path, families: tuple[str, ...] = ()) -> int:
     The same version of seqmix and torch writes the same bytes on the same machine.
 
     Raises:
-        SeqmixError: a family is unknown, or the folder has other files.
+        SeqmixError: a family is unknown, or the folder exists and is not empty.
     """
     cases = list(vector_cases(families))
     used = list(dict.fromkeys(case.family for case in cases))
-    names = {"index.json", SCHEMA, RUNNER, *(f"{family}.safetensors" for family in FAMILIES)}
-    if folder.exists() and (not folder.is_dir() or {file.name for file in folder.iterdir()} - names):
-        raise SeqmixError(f"expected a new folder or one with vectors, got {folder}: give another name")
+    if not is_vacant(folder):
+        raise SeqmixError(f"expected a new or empty folder, got {folder}: delete it first, or give another name")
     tensors: dict[str, dict[str, np.ndarray]] = {family: {} for family in used}
     entries = []
     for case in cases:
@@ -60,7 +59,7 @@ def write_vectors(folder: Path, families: tuple[str, ...] = ()) -> int:
     index = {
         "$schema": SCHEMA,
         "format": FORMAT,
-        "seqmix": import_module(__name__.split(".testing")[0]).__version__,
+        "seqmix": import_module((__package__ or "seqmix").partition(".")[0]).__version__,
         "notation": NOTATION,
         "rule": RULE,
         "tolerances": TOLERANCES,

@@ -1,12 +1,15 @@
-"""The bugs of docs/explanation/found-in-others.md: the page's lines show each, and the kit refuses the layer."""
+"""The bugs of docs/explanation/found-in-others.md: the page's lines show each, and the kit or the vectors find it."""
 
 import re
+import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
 
 from seqmix import cli
+from seqmix.testing.vectors.write import write_vectors
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "explanation" / "found-in-others.md").read_text()
@@ -19,18 +22,36 @@ def test_every_row_has_its_section():
     assert {name for name, _ in ROWS} == SECTIONS.keys()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("package", "release"), ROWS, ids=[name for name, _ in ROWS])
-def test_the_lines_show_it_and_the_kit_refuses_it(package, release, monkeypatch, capsys):
+def require_release(package, release):
     try:
         installed = version(package)
     except PackageNotFoundError:
         pytest.skip(f"needs pip install --no-deps {package}=={release}")
     assert installed == release
 
-    (lines,) = re.findall(r"```py\n(.*?)```", SECTIONS[package], re.DOTALL)
-    exec(compile(lines, package, "exec"), {})
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("package", "release"), dict.fromkeys(ROWS))
+def test_the_lines_show_it(package, release):
+    require_release(package, release)
+    blocks = re.findall(r"```py\n(.*?)```", SECTIONS[package], re.DOTALL)
+    assert blocks
+    for lines in blocks:
+        exec(compile(lines, package, "exec"), {})
+
+
+CHECKED = [row for row in dict.fromkeys(ROWS) if "seqmix check" in SECTIONS[row[0]]]
+VECTORS = [row for row in dict.fromkeys(ROWS) if "runner.py" in SECTIONS[row[0]]]
+
+
+def test_every_section_has_a_command():
+    assert {*CHECKED, *VECTORS} == {*ROWS}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("package", "release"), CHECKED)
+def test_the_kit_refuses_it(package, release, monkeypatch, capsys):
+    require_release(package, release)
     ((arguments, name),) = re.findall(r"^seqmix check (\S+ --only (\w+))$", SECTIONS[package], re.MULTILINE)
     monkeypatch.chdir(ROOT / "examples")
     monkeypatch.syspath_prepend(ROOT / "examples")
@@ -39,3 +60,18 @@ def test_the_lines_show_it_and_the_kit_refuses_it(package, release, monkeypatch,
         cli.main()
     assert ended.value.code == 1
     assert f"{name}:" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("package", "release"), VECTORS)
+def test_the_vectors_find_it(package, release, tmp_path):
+    require_release(package, release)
+    ((adapter, families),) = re.findall(
+        r"^python vectors/runner.py (\S+) --families (.+)$", SECTIONS[package], re.MULTILINE
+    )
+    write_vectors(tmp_path / "vectors", tuple(families.split()))
+    command = [sys.executable, str(tmp_path / "vectors" / "runner.py"), str(ROOT / adapter), "--families"]
+    ended = subprocess.run([*command, *families.split()], capture_output=True, text=True, check=False)
+    assert ended.returncode == 1, ended.stderr
+    for failure in ("delta/per_key/strong_decay (gradients)", "scan/chunk_and_one (chunk + 1)"):
+        assert f"FAILED {failure}" in ended.stdout

@@ -1,6 +1,7 @@
 """Conformance vectors: they are right, they find wrong implementations, and their runner needs nothing of seqmix."""
 
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -216,7 +217,7 @@ def test_the_command_refuses_before_it_computes(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "v").exists()
     (tmp_path / "thesis.tex").write_text("")
     assert run_command(monkeypatch, tmp_path, "--families", "scan") == 2
-    assert "expected a new folder or one with vectors" in capsys.readouterr().err
+    assert "expected a new or empty folder" in capsys.readouterr().err
 
 
 def test_the_command_writes_some_families(tmp_path, monkeypatch, capsys):
@@ -228,3 +229,10 @@ def test_the_command_writes_some_families(tmp_path, monkeypatch, capsys):
         "runner.py",
         "short_convolution.safetensors",
     }
+
+
+def test_the_implementation_of_the_page_passes(folder):
+    page = (ROOT / "docs" / "reference" / "vectors.md").read_text()
+    (text,) = re.findall(r"```python\n# my_scan.py\n(.*?)```", page, re.DOTALL)
+    ended = run_runner(folder, text)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
