@@ -50,6 +50,7 @@ def write_vectors(folder: Path, families: tuple[str, ...] = ()) -> int:
     used = list(dict.fromkeys(case.family for case in cases))
     if not is_vacant(folder):
         raise SeqmixError(f"expected a new or empty folder, got {folder}: delete it first, or give another name")
+    folder.mkdir(parents=True, exist_ok=True)  # fails before the work if it cannot be written
     tensors: dict[str, dict[str, np.ndarray]] = {family: {} for family in used}
     entries = []
     for case in cases:

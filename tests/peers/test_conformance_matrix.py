@@ -1,0 +1,33 @@
+"""The conformance matrix is what the installed packages do."""
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = runpy.run_path(str(ROOT / "docs" / "conformance_matrix.py"))
+
+
+def undated(text):
+    return re.sub(r"Made on [\d-]+", "Made on", text)
+
+
+def test_every_adapter_exists():
+    for each in SCRIPT["IMPLEMENTATIONS"]:
+        file, _, name = each.adapter.partition(":")
+        assert re.search(rf"^(.*, )?{name}\b.* = ", (ROOT / "examples" / "vectors" / file).read_text(), re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_the_page_is_what_the_packages_do():
+    if missing := SCRIPT["missing_packages"]():
+        pytest.skip(f"needs {', '.join(missing)}")
+    page = SCRIPT["PAGE"].read_text(encoding="utf-8")
+    for each in SCRIPT["IMPLEMENTATIONS"]:
+        release = SCRIPT["package_version"](each.package)
+        if f"| {each.package} {release} |" not in page:
+            pytest.skip(f"the page has another release than {each.package} {release}")
+    ((file, text),) = SCRIPT["files"]().items()
+    assert undated(file.read_text(encoding="utf-8")) == undated(text), "run: python docs/conformance_matrix.py"
