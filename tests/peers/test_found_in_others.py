@@ -27,7 +27,8 @@ def require_release(package, release):
         installed = version(package)
     except PackageNotFoundError:
         pytest.skip(f"needs pip install --no-deps {package}=={release}")
-    assert installed == release
+    if installed != release:
+        pytest.skip(f"the page is about {package} {release}, {installed} is installed")
 
 
 @pytest.mark.slow
