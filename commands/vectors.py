@@ -11,11 +11,11 @@ from .output import visible
 def vectors(
     folder: Annotated[Path, typer.Argument(help="Folder to write; must be new or empty.", metavar="OUT")],
     families: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="Families to write, separated by commas; all by default.", metavar="NAME,...", show_default=False
         ),
-    ] = "",
+    ] = None,
 ) -> None:
     """Write conformance vectors: inputs, expected outputs, states and gradients of every op, for any implementation.
 
@@ -28,5 +28,5 @@ def vectors(
     """
     from ..testing.vectors.write import write_vectors
 
-    number = write_vectors(folder, tuple(name for name in families.split(",") if name))
+    number = write_vectors(folder, tuple(families.split(",")) if families is not None else ())
     typer.echo(visible(f"{folder} has {number} cases: test an implementation with python {folder}/runner.py FILE.py"))

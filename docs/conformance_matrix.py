@@ -1,6 +1,6 @@
 """Test other libraries on the conformance vectors, and write the tables of docs/explanation/conformance-matrix.md.
 
-The page says which packages are needed. Each implementation runs in a process of its own.
+The page says which packages are needed.
 """
 
 import json
@@ -10,12 +10,14 @@ from collections import Counter
 from collections.abc import Sequence
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
+from itertools import groupby
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from seqmix.experiments.pages import fill, table
 from seqmix.registry import write_file
+from seqmix.testing.vectors.families import FAMILIES
 from seqmix.testing.vectors.write import write_vectors
 
 PAGE = Path(__file__).with_name("explanation") / "conformance-matrix.md"
@@ -106,16 +108,31 @@ def missing_packages() -> list[str]:
     return missing
 
 
-def run(adapter: str, vectors: Path) -> list[dict[str, Any]]:
-    """Return the results of an adapter by the runner beside the vectors."""
-    results = vectors.parent / "results.json"
-    command = [sys.executable, str(vectors / "runner.py"), str(ADAPTERS / adapter), "--json", str(results)]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
-    if not results.exists():
-        sys.exit(f"{adapter} did not run:\n{ended.stderr}")
-    read = json.loads(results.read_text(encoding="utf-8"))
-    results.unlink()
-    return read
+CHILD = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+import runner
+folder = runner.Path(sys.argv[1])
+loaded = {name: runner.load_implementation(name) for name in sys.argv[3:]}
+families = {name: [f for f in json.loads(sys.argv[2]) if hasattr(x, f)] for name, x in loaded.items()}
+results = {name: runner.run(x, folder, families=families[name]) for name, x in loaded.items()}
+runner.Path(folder / "results.json").write_text(json.dumps(results))
+"""
+"""Program that runs several implementations by the runner beside the vectors."""
+
+
+def run_all(vectors: Path) -> dict[str, list[dict[str, Any]]]:
+    """Return the results of every adapter; those of one file run in one process, apart from other files."""
+    results: dict[str, list[dict[str, Any]]] = {}
+    adapters = dict.fromkeys(str(ADAPTERS / each.adapter) for each in IMPLEMENTATIONS)
+    for file, names in groupby(sorted(adapters), key=lambda name: name.partition(":")[0]):
+        sys.stderr.write(f"{Path(file).name}\n")
+        command = [sys.executable, "-c", CHILD, str(vectors), json.dumps([*FAMILIES]), *names]
+        ended = subprocess.run(command, capture_output=True, text=True, check=False)
+        if ended.returncode:
+            sys.exit(f"{file} did not run:\n{ended.stderr}")
+        results |= json.loads((vectors / "results.json").read_text(encoding="utf-8"))
+    return {str(Path(name).relative_to(ADAPTERS)): found for name, found in results.items()}
 
 
 def cell(results: Sequence[dict[str, Any]], name: str) -> str:
@@ -157,15 +174,13 @@ def failures(results: dict[Implementation, list[dict[str, Any]]]) -> list[str]:
 
 def files() -> dict[Path, str]:
     """Return the text of the page."""
-    results: dict[Implementation, list[dict[str, Any]]] = {}
     with TemporaryDirectory() as folder:
-        vectors = Path(folder) / "vectors"
-        write_vectors(vectors)
-        by_adapter: dict[str, list[dict[str, Any]]] = {}
-        for each in IMPLEMENTATIONS:
-            if each.adapter not in by_adapter:
-                by_adapter[each.adapter] = run(each.adapter, vectors)
-            results[each] = [r for r in by_adapter[each.adapter] if (r["family"] == "softmax") == each.softmax]
+        write_vectors(Path(folder))
+        by_adapter = run_all(Path(folder))
+    results = {
+        each: [r for r in by_adapter[each.adapter] if (r["family"] == "softmax") == each.softmax]
+        for each in IMPLEMENTATIONS
+    }
     return {PAGE: fill(PAGE, {"matrix": matrix(results), "failures": failures(results)})}
 
 

@@ -65,4 +65,5 @@ def _recurrent(x: Tensors, attributes: dict[str, Any]) -> Tensors:
     }
 
 
-parallel, recurrent = SimpleNamespace(decay=on_tensors(_parallel)), SimpleNamespace(decay=on_tensors(_recurrent))
+parallel = SimpleNamespace(decay=on_tensors(_parallel, without=("log_decay",)))  # decays are no parameters there
+recurrent = SimpleNamespace(decay=on_tensors(_recurrent))
