@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from fla.ops.attn.naive import naive_parallel_attn
 from fla.ops.delta_rule.naive import delta_rule_chunkwise, delta_rule_recurrence
+from fla.ops.gated_delta_product.naive import naive_recurrent_gated_delta_product
 from fla.ops.gated_delta_rule.naive import naive_chunk_gated_delta_rule, naive_recurrent_gated_delta_rule
 from fla.ops.generalized_delta_rule.dplr.naive import dplr_chunkwise, dplr_recurrence
 from fla.ops.gla.naive import naive_recurrent_gla
@@ -86,6 +87,13 @@ def _delta_chunk(x: Tensors, _: dict[str, Any]) -> Tensors:
     return _result(naive_chunk_gated_delta_rule(*tensors, decay_per_token(x), x["beta"], **options), length)
 
 
+def _delta_product(x: Tensors, attributes: dict[str, Any]) -> Tensors:
+    options = {"num_householder": attributes["steps"], "initial_state": x.get("state"), "output_final_state": True}
+    tensors = (x["q"], x["k"], x["v"], x["log_decay"], x["beta"])
+    result = naive_recurrent_gated_delta_product(*tensors, attributes["scale"], x.get("cu_seqlens"), **options)
+    return _result(result, x["q"].shape[1])
+
+
 def _dplr(x: Tensors, chunk: bool) -> Tensors:
     require_none(x, "cu_seqlens")
     a = decay_per_key(x)
@@ -117,6 +125,7 @@ def _softmax(x: Tensors, attributes: dict[str, Any]) -> Tensors:
 recurrent = SimpleNamespace(
     decay=on_tensors(_decay),
     delta=on_tensors(_delta),
+    delta_product=on_tensors(_delta_product),
     dplr=on_tensors(lambda x, _: _dplr(x, chunk=False)),
     scan=on_tensors(lambda x, _: _scan(x, chunk=False)),
 )

@@ -10,6 +10,7 @@ from seqmix.ops.attention.kv_cache import ForgettingCache
 from seqmix.ops.convolution import long_convolution, short_convolution
 from seqmix.ops.decay import decay as decay_op
 from seqmix.ops.delta import delta as delta_op
+from seqmix.ops.delta import delta_product as delta_product_op
 from seqmix.ops.dplr import dplr as dplr_op
 from seqmix.ops.scan import diagonal_scan as diagonal_op
 from seqmix.ops.scan import log_scan as log_op
@@ -24,7 +25,17 @@ class Ops:
 
     def __init__(self, backend: str, paradigm: str) -> None:
         self.backend, self.paradigm = backend, paradigm
-        for name in ("decay", "delta", "dplr", "scan", "log_scan", "selective_scan", "diagonal_scan", "softmax"):
+        for name in (
+            "decay",
+            "delta",
+            "delta_product",
+            "dplr",
+            "scan",
+            "log_scan",
+            "selective_scan",
+            "diagonal_scan",
+            "softmax",
+        ):
             setattr(self, name, on_tensors(getattr(self, f"_{name}")))
         self.short_convolution = on_tensors(self._short_convolution)
         self.long_convolution = on_tensors(self._long_convolution)
@@ -46,6 +57,10 @@ class Ops:
     def _delta(self, x: Tensors, attributes: dict[str, Any]) -> Tensors:
         tensors = (x["q"], x["k"], x["v"], x["beta"], x.get("log_decay"))
         return self._result(delta_op(*tensors, **attributes, **self._call(x)))
+
+    def _delta_product(self, x: Tensors, attributes: dict[str, Any]) -> Tensors:
+        tensors = (x["q"], x["k"], x["v"], x["beta"], x["log_decay"])
+        return self._result(delta_product_op(*tensors, scale=attributes["scale"], **self._call(x)))
 
     def _dplr(self, x: Tensors, attributes: dict[str, Any]) -> Tensors:
         tensors = (x["q"], x["k"], x["v"], x["a"], x.get("b"), x.get("log_decay"))

@@ -295,6 +295,9 @@ VARIANTS: Mapping[str, Variants] = {
         "per_token": ({"log_decay": "B T H"}, {**PER_TOKEN, **DELTA}),
         "per_key": ({"log_decay": "B T H K"}, {**PER_TOKEN, **DELTA, **RESET_ONE_KEY}),
     },
+    "delta_product": {
+        "": ({"log_decay": "B T H"}, {**ONE_TOKEN, **SEQUENCES, **FORGETTING, **DELTA}),
+    },
     "dplr": {
         "no_decay": ({}, WITHOUT_DECAY),
         "per_key": ({"log_decay": "B T H K"}, {**PER_TOKEN, **RESET_ONE_KEY}),

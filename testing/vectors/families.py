@@ -4,49 +4,11 @@ The definitions themselves are those of the kernel checks, token by token in flo
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
-from ..kernel.case import KernelCase, Tensors
+from ..kernel.case import KernelCase
 from ..kernel.families import FAMILIES as KERNEL_CASES
-from ..kernel.scans import ConvolutionCase
-
-
-@dataclass(frozen=True, kw_only=True, repr=False)
-class LongConvolutionCase(ConvolutionCase):
-    """One call of `long_convolution`, whose filters have `key_width` taps (notation: ops/convolution/long.py)."""
-
-    past: int = 0
-    """Number of tokens before the segment, P."""
-    has_bias: bool = False
-
-    names = ("x", "filters")
-    axes: ClassVar[Mapping[str, str]] = {"output": "BTC", "x": "BTC", "filters": "CK", "state": "NPC"}
-
-    @property
-    def sizes_of_axes(self) -> dict[str, int]:
-        return super().sizes_of_axes | {"P": self.past}
-
-    def define(self, inputs: Tensors) -> Tensors:
-        """Compute y_t = sum_{i<L} h[:, i] x_{t-i}, token by token."""
-        taps = inputs["filters"].flip(1).T  # the newest token's tap last
-
-        def step(past: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-            inputs_so_far = torch.cat((past, x[None]))
-            reach = min(len(inputs_so_far), len(taps))
-            return inputs_so_far, (inputs_so_far[-reach:] * taps[-reach:]).sum(0)
-
-        return self.recurrence(inputs, step)
-
-    def terms(self, inputs: Tensors, absolute: Tensors) -> Tensors:
-        del inputs
-        return self.define(absolute)
-
-    def call(self, inputs: Tensors) -> Any:
-        raise NotImplementedError("the long convolution has no kernels to choose from")
+from .composed import DeltaProductCase, LongConvolutionCase
 
 
 class Family(NamedTuple):
@@ -97,6 +59,21 @@ FAMILIES: dict[str, Family] = {
             "log_decay": _DECAY,
             "state": f"input: {_STATE}; output: {_FINAL}",
             "cu_seqlens": _BOUNDARIES,
+            "output": "[B T H V]",
+        },
+    ),
+    "delta_product": Family(
+        DeltaProductCase,
+        "the delta rule with n steps per token: S = diag(exp(log_decay_t)) S_{t-1}, then for each step j of the token "
+        "S = S + beta_j k_j (v_j - k_j^T S)^T;  S_t is the last S;  output_t = scale * q_t S_t",
+        {
+            "q": "[B T H K] queries; they read the state after the token's last step",
+            "k": "[B T*n H K] keys, the steps of a token side by side; do not normalize them",
+            "v": "[B T*n H V] values",
+            "beta": "[B T*n H] factor of the prediction error that a step writes, 0 to 2",
+            "log_decay": "[B T H] natural logarithm of the decay before a token's first step, <= 0, may be -inf",
+            "state": f"input: {_STATE}; output: {_FINAL}",
+            "cu_seqlens": f"{_BOUNDARIES}; they count tokens, not steps",
             "output": "[B T H V]",
         },
     ),

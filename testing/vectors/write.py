@@ -126,6 +126,8 @@ def _attributes(case: Any) -> Mapping[str, Any]:
     attributes: dict[str, Any] = {}
     if "q" in case.axes and "H" in case.axes["q"]:
         attributes["scale"] = case.factor
+    if hasattr(case, "steps"):
+        attributes["steps"] = case.steps
     if getattr(case, "window", None) is not None:
         attributes["window"] = case.window
     if "softcap" in getattr(case, "scores", ()):
