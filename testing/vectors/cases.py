@@ -325,7 +325,7 @@ def vector_cases(families: tuple[str, ...] = ()) -> Iterator[VectorCase]:
     for family in families:
         if family not in FAMILIES:
             raise SeqmixError(f"there is no family {family!r}{choices_hint(family, FAMILIES, 'families')}")
-    for family in families or FAMILIES:
+    for family in dict.fromkeys(families) or FAMILIES:
         for variant, (fields, situations) in VARIANTS[family].items():
             for name, situation in situations.items():
                 identifier = "/".join(part for part in (family, variant, name) if part)

@@ -117,8 +117,10 @@ def _any_kernel(family: str) -> Kernel:
     The gradient of a log-decay may be computed as a difference of sums over all later tokens, as autograd does through
     a cumulative sum: its scale then has the terms that cancel.
     """
-    kernel = next(kernel for kernel in KERNELS.values() if kernel.reference and kernel.op in (family, "scan"))
-    return replace(kernel, gradient_by_subtraction=True)
+    references = [kernel for kernel in KERNELS.values() if kernel.reference]
+    own = [kernel for kernel in references if kernel.op == family]
+    kernels = own or [kernel for kernel in references if kernel.op == "scan"]  # only softmax looks at other fields
+    return replace(min(kernels, key=lambda kernel: kernel.key), gradient_by_subtraction=True)
 
 
 def _attributes(case: Any) -> Mapping[str, Any]:
