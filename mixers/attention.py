@@ -10,10 +10,12 @@
     forget_gate    s_nm += sum_{m < l <= n} log f_l          f = sigmoid(x W_F + b), by head (FoX)
     alibi          s_nm -= slope (n - m)                     slopes 2^(-8 h / H), h = 1 .. H
     sinks          softmax over the keys and one more score  a parameter per head (gpt-oss)
+    exclusive      o <- o - a (o . v_n) v_n / (v_n . v_n)    a = 1, or tanh of a parameter per head (XSA)
     gate           o <- o * sigmoid(x W_G)                   element by element (Qwen3-Next)
 
 xPos is Eq. 17 of arXiv 2212.10554 with gamma = 0.4 and a base of 512 tokens, as in the authors' code; ALiBi is arXiv
-2108.12409, FoX arXiv 2503.02130. The state is a KV cache. Cached keys are rotated, without the factor of xPos; with a
+2108.12409, FoX arXiv 2503.02130, XSA arXiv 2603.09078. With `exclusive: full`, the first token of a sequence gives 0,
+since it sees its own value alone. The state is a KV cache. Cached keys are rotated, without the factor of xPos; with a
 forget gate, the cache also has the gate of each token. Unlike the Transformer baseline of the RetNet paper, there are
 no biases by default.
 """
@@ -39,6 +41,8 @@ from .parts.widths import rotary_dim
 from .roles import Role, RowBlock
 from .traits import ContractError, Traits
 
+TINY = 1e-30
+"""Least squared length of a value by which `exclusive` divides."""
 AttentionState = Cache
 """KV cache: a ring buffer if `window` or `max_length` bounds its size, else a growing cache."""
 
@@ -73,6 +77,9 @@ class AttentionConfig(MixerConfig):
     """True to add the log forget gates of all tokens after a key to its scores, one gate per query head (FoX)."""
     sinks: bool = False
     """True for an attention sink per head: one more score in the softmax, learned, without a value."""
+    exclusive: Literal["none", "full", "learned"] = "none"
+    """Removal of a token's own value from its output (XSA): `full` removes the part of the output along that value;
+    `learned` removes the fraction tanh of a parameter per head, which starts at 0."""
     bias: Literal["none", "qkv", "output", "all"] = "none"
     """Projections that have biases: `qkv` (queries, keys, values and gates, as in Qwen2), `output`, `all` or `none`."""
     gate: Gate = "none"
@@ -113,6 +120,10 @@ class AttentionConfig(MixerConfig):
             raise ValueError(
                 f"{' and '.join(names)} would learn nothing with window = 1, where a query sees only its own key: "
                 "set window >= 2"
+            )
+        if self.window == 1 and self.exclusive == "full":
+            raise ValueError(
+                "exclusive = full gives 0 with window = 1, where a query sees only its own value: set window >= 2"
             )
         return self
 
@@ -160,6 +171,7 @@ class Attention(CachedMixer):
             "in_proj.weight": self.row_blocks,
             "forget_bias": Role.RATE,
             "sinks": Role.VECTOR,
+            "exclusion": Role.VECTOR,
         }
         # one matrix product for all projections
         self.in_proj = nn.Linear(d_model, sum(self.widths.values()), bias=config.bias in ("qkv", "all"))
@@ -173,18 +185,19 @@ class Attention(CachedMixer):
         self.forget_heads = self.n_heads if config.forget_gate else None
         self.forget_bias = nn.Parameter(torch.empty(self.n_heads)) if config.forget_gate else None
         self.sinks = nn.Parameter(torch.empty(self.n_heads)) if config.sinks else None
+        self.exclusion = nn.Parameter(torch.empty(self.n_heads)) if config.exclusive == "learned" else None
         self.gate = GatedNorm(self.head_dim, "none", config.gate, affine=False, eps=0)
         self.out_proj = nn.Linear(self.n_heads * self.head_dim, d_model, bias=config.bias in ("output", "all"))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Initialise as the RetNet authors' Transformer: Xavier-uniform with gain 2^-0.5 (1 for the output projection),
-        zeros for biases and sinks."""
+        zeros for biases, sinks and the fractions of XSA."""
         for projection in self.in_proj.weight.split(list(self.widths.values())):
             nn.init.xavier_uniform_(projection, gain=2**-0.5)
         if self.qk_norm is not None:
             self.qk_norm.reset_parameters()
-        for parameter in (self.forget_bias, self.sinks, self.in_proj.bias, self.out_proj.bias):
+        for parameter in (self.forget_bias, self.sinks, self.exclusion, self.in_proj.bias, self.out_proj.bias):
             if parameter is not None:
                 nn.init.zeros_(parameter)
         nn.init.xavier_uniform_(self.out_proj.weight)
@@ -194,6 +207,8 @@ class Attention(CachedMixer):
         output, final_state = softmax_attention(q, k, v, call, **self._score_options(extras))
         if final_state is not None:
             final_state = cast_cache(final_state, self.dtype)  # under autocast, a new cache has a narrower dtype
+        if self.config.exclusive != "none":
+            output = self._without_own_value(output, v)
         gate = extras["gate"].unflatten(-1, (self.n_heads, -1)) if "gate" in extras else None
         return self.out_proj(self.gate(output, gate).to(output.dtype).flatten(2)), final_state
 
@@ -213,6 +228,15 @@ class Attention(CachedMixer):
             )
         q, k = qk.split([self.n_heads, self.n_kv_heads], dim=2)
         return q, k, v, dict(zip(names, others, strict=True))
+
+    def _without_own_value(self, output: Float[Tensor, "B T H V"], v: Float[Tensor, "B T G V"]) -> Tensor:
+        """Return each token's output without its part along the token's own value."""
+        wide = output.to(self.state_dtype).unflatten(2, (self.n_kv_heads, -1))
+        own = v.to(self.state_dtype)[:, :, :, None]
+        share = (wide * own).sum(-1, keepdim=True) / own.square().sum(-1, keepdim=True).clamp_min(TINY)
+        if self.exclusion is not None:
+            share = share * self.exclusion.tanh().unflatten(0, (self.n_kv_heads, -1, 1))
+        return (wide - share * own).flatten(2, 3).to(output.dtype)
 
     def _score_options(self, extras: dict[str, Tensor]) -> SoftmaxOptions:
         """Return the options of `softmax_attention` that change the scores."""

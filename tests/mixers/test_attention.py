@@ -78,7 +78,12 @@ def written_out(mixer: Attention, x):
     visible = (distance >= 0) & (distance < (config.window or length))
     weights = scores.masked_fill(~visible, -math.inf).exp()
     total = weights.sum(-1, keepdim=True) + (mixer.sinks.exp()[:, None, None] if config.sinks else 0)
-    o = torch.einsum("bhnm,bmhv->bnhv", weights / total, v).flatten(2)
+    o = torch.einsum("bhnm,bmhv->bnhv", weights / total, v)
+    if config.exclusive != "none":
+        share = torch.ones(mixer.n_heads) if mixer.exclusion is None else mixer.exclusion.tanh()
+        direction = v / v.norm(dim=-1, keepdim=True)
+        o = o - share[:, None] * (o * direction).sum(-1, keepdim=True) * direction
+    o = o.flatten(2)
     if config.gate != "none":
         o = o * parts["gate"].sigmoid() * (parts["gate"] if config.gate == "swish" else 1)
     return mixer.out_proj(o)
@@ -101,6 +106,8 @@ OPTIONS = [
     {"sinks": True},
     {"softcap": 0.5, "positions": "xpos"},
     {"gate": "sigmoid"},
+    {"exclusive": "full", "gate": "sigmoid"},
+    {"exclusive": "learned", "sinks": True},
     {"qk_norm": "rms", "norm_eps": 0.1, "partial_rotary_factor": 0.5, "head_dim": 8},
     {"qk_norm": "rms_zero_centered", "positions": "none"},
     {"qk_norm": "rms_all_heads", "norm_eps": 0.1},
@@ -115,10 +122,34 @@ OPTIONS = [
 @pytest.mark.parametrize("window", [None, 4])
 def test_with_its_options_too(window, fields):
     mixer = build(window=window, **fields)
-    for parameter in (mixer.sinks, mixer.forget_bias, *(mixer.qk_norm or torch.nn.Module()).parameters()):
+    norms = mixer.qk_norm or torch.nn.Module()
+    for parameter in (mixer.sinks, mixer.forget_bias, mixer.exclusion, *norms.parameters()):
         if parameter is not None:  # none that is all ones or zeros, which would hide that it is there
             torch.nn.init.normal_(parameter)
     assert_follows(mixer, lambda mixer, x: (written_out(mixer, x),), tokens(11))
+
+
+def test_exclusive_outputs_are_orthogonal_to_the_tokens_own_values():
+    mixer = build(exclusive="full")
+    with torch.no_grad():
+        mixer.out_proj.weight.copy_(torch.eye(mixer.n_heads * mixer.head_dim, mixer.out_proj.out_features).T)
+    mixed = []
+    mixer.out_proj.register_forward_pre_hook(lambda _, inputs: mixed.append(inputs[0]))
+    x = tokens(9)
+    mixer(x)
+    values = mixer.in_proj(x).split(list(mixer.widths.values()), -1)[2].unflatten(-1, (mixer.n_kv_heads, -1))
+    values = values.repeat_interleave(mixer.n_heads // mixer.n_kv_heads, 2)
+    products = (mixed[0].unflatten(-1, (mixer.n_heads, -1)) * values).sum(-1)
+    assert products.abs().max() < 1e-12
+    assert mixed[0][:, 0].abs().max() < 1e-12  # it sees its own value alone
+    assert mixed[0][:, 1:].abs().max() > 0.1
+
+
+def test_learned_exclusion_starts_as_attention():
+    x = tokens(9)
+    mixer, plain = build(exclusive="learned"), build()
+    plain.load_state_dict({name: value for name, value in mixer.state_dict().items() if name != "exclusion"})
+    assert torch.equal(mixer(x)[0], plain(x)[0])
 
 
 @pytest.mark.parametrize(
@@ -128,6 +159,7 @@ def test_with_its_options_too(window, fields):
         ({"partial_rotary_factor": 0.1}, "0.3333333333"),
         ({"partial_rotary_factor": 0.5, "positions": "xpos"}, "partial_rotary_factor .* rope"),
         ({"window": 1, "forget_gate": True, "qk_norm": "rms"}, "forget_gate and qk_norm .* 2"),
+        ({"window": 1, "exclusive": "full"}, "exclusive = full .* window >= 2"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(fields, named):
