@@ -9,6 +9,15 @@ The value that the state stores at k_t is replaced by v_t, in the proportion bet
 beta up to 2, a direction of the state may change its sign (Grazzi et al., arXiv 2411.12537). Like the authors' code,
 and unlike the paper, there is a factor 1/sqrt(K), which the norm cancels except for its eps. The output gate of the
 authors' code is available and off by default.
+
+`update` solves dS/dt = k_t (v_t - k_t^T S)^T over the time beta_t. `euler` takes one explicit step, as above. The
+others leave q and k as they are, and have beta'_t in place of beta_t, so that keys of any length are stable. With
+l_t = k_t . k_t:
+
+    exact      beta'_t = (1 - exp(-beta_t l_t)) / l_t        the solution (EFLA, arXiv 2512.12602)
+    implicit   beta'_t = beta_t / (1 + beta_t l_t)           an implicit step (Longhorn, arXiv 2407.14207)
+
+Longhorn's own layer is around this step as Mamba's is, and its code keeps the diagonal of k k^T.
 """
 
 from typing import Annotated, Literal, Self
@@ -31,6 +40,10 @@ DeltaChunk = Annotated[
         "float32 is 2e-5 at 256, and would be 1e-4 at 2048.",
     ),
 ]
+
+
+LENGTH_EPS = 1e-6
+"""Constant added to the squared length of keys, so that zero keys have a finite inverse."""
 
 
 class DeltaConfig(QKVConfig):
@@ -69,6 +82,17 @@ class DeltaNetConfig(DeltaConfig):
 
     kind: Literal["delta_net"] = "delta_net"
     gate: OutputGate = "none"
+    update: Literal["euler", "exact", "implicit"] = "euler"
+    """Step of the state: `euler` is DeltaNet's, with queries and keys of norm 1; `exact` (EFLA) and `implicit`
+    (Longhorn) leave queries and keys as they are, and are stable for keys of any length."""
+
+    @model_validator(mode="after")
+    def _check_eigenvalues(self) -> Self:
+        if self.allow_neg_eigval and self.update != "euler":
+            raise ValueError(
+                f"allow_neg_eigval needs update = euler, got {self.update}, whose eigenvalues are never negative"
+            )
+        return self
 
     def build(self, d_model: int, *, layer_idx: int, n_layers: int) -> "DeltaNet":
         return DeltaNet(self, d_model)
@@ -84,7 +108,18 @@ class DeltaNet(QKVMixer):
 
     def recur(self, x: Tensor, h: QKV, call: Call) -> RecurrenceOutput:
         beta = write_rate(h.more["beta"], self.state_dtype, neg_eigval=self.config.allow_neg_eigval)
-        return delta(h.q, h.k, h.v, beta, None, call)
+        if self.config.update == "euler":
+            return delta(h.q, h.k, h.v, beta, None, call)
+        # the same step with keys of norm 1 and values divided by |k|: nothing in a chunk grows with the keys
+        square = h.k.to(beta.dtype).square().sum(-1) + LENGTH_EPS
+        rate = beta * square
+        beta = -torch.expm1(-rate) if self.config.update == "exact" else rate / (1 + rate)
+        inverse = square.rsqrt()[..., None]
+        return delta(h.q, (h.k * inverse).to(h.k.dtype), (h.v * inverse).to(h.v.dtype), beta, None, call)
+
+    def features(self, qk: Float[Tensor, "B T 2H K"]) -> Float[Tensor, "B T 2H K"]:
+        """Norm queries and keys, unless `update` leaves them as they are."""
+        return super().features(qk) if self.config.update == "euler" else qk
 
 
 def write_rate(logits: Float[Tensor, "B T H"], dtype: torch.dtype, *, neg_eigval: bool) -> Float[Tensor, "B T H"]:

@@ -132,7 +132,7 @@ def capped(mixer, y):
 def features(mixer, y):
     """phi of queries or keys: their norm, linear attention's feature map, and their rotation."""
     config = mixer.config
-    if config.qk_norm == "l2":
+    if config.qk_norm == "l2" and getattr(config, "update", "euler") == "euler":
         y = y / (y.square().sum(-1, keepdim=True) + 1e-6).sqrt()
     elif config.qk_norm == "rms":
         y = rms(y, config.norm_eps)
@@ -173,6 +173,9 @@ def written_out(mixer, x):
         k = i[..., None] * k
     most = 2 if getattr(config, "allow_neg_eigval", False) else 1
     beta = most * projected.get("beta", x.new_zeros(())).sigmoid()
+    if (update := getattr(config, "update", "euler")) != "euler":
+        square = k.square().sum(-1) + 1e-6
+        beta = (1 - (-beta * square).exp()) / square if update == "exact" else beta / (1 + beta * square)
     divided = getattr(config, "denominator", False)
     scale = 1.0 if divided or config.kind == "lightning" else mixer.key_dim**-0.5
     state, weights, outputs = x.new_zeros(len(x), heads, k.shape[-1], v.shape[-1]), x.new_zeros(()), []

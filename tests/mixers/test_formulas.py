@@ -53,7 +53,12 @@ OWN = {
         {"denominator": False},
         {"denominator": False, "feature_map": "identity", "head_norm": "rms", "norm_eps": 0.01},
     ],
-    "delta_net": [{"allow_neg_eigval": True}, {"gate": "swish", "norm_eps": 0.01}],
+    "delta_net": [
+        {"allow_neg_eigval": True},
+        {"gate": "swish", "norm_eps": 0.01},
+        {"update": "exact"},
+        {"update": "implicit", "short_conv": None, "rotation": "rope"},
+    ],
     "gated_delta_net": [
         {"allow_neg_eigval": True},
         {"n_heads": 6, "n_qk_heads": 3, "rotation": "rope"},
@@ -102,6 +107,19 @@ def test_every_kind_of_the_family_has_cases():
 @pytest.mark.parametrize(("kind", "fields"), list(cases()))
 def test_output_state_and_gradients_are_the_formulas(kind, fields):
     assert_follows(build(kind, **fields), written_out, tokens(20 if kind in ("gla", "hgrn2") else 11))
+
+
+@pytest.mark.parametrize("update", ["exact", "implicit"])
+@pytest.mark.parametrize("paradigm", ["recurrent", "chunkwise"])
+def test_long_keys_replace_values_and_no_more(update, paradigm):
+    mixer = build("delta_net", update=update, dtype=torch.float32)
+    x = tokens(40).float()
+    with torch.no_grad():
+        mixer.in_proj.weight[mixer.widths["q"] :][: mixer.widths["k"]] *= 1000
+        _, state = mixer(x, paradigm=paradigm, return_state=True)
+        values = mixer.in_proj(x).split(list(mixer.widths.values()), -1)[2]
+    # each key's value is at most the largest that was written; an explicit step would multiply the state by 10^6
+    assert state.memory.abs().max() < values.abs().max()
 
 
 VARIED = {
