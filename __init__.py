@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .mixers import MIXERS, Call, ContractError, MixerConfig, Paradigm, SequenceMixer, Traits
     from .models import LanguageModel, ModelConfig, Sampling, account, build_model, generate_text, stream_text
-    from .registry import ConfigError, SeqmixError
+    from .registry import ConfigError, DataError, SeqmixError
     from .training import RunConfig, load_config, load_run, train
 
 __version__ = "0.3.0"
@@ -20,6 +20,7 @@ __all__ = [
     "Call",
     "ConfigError",
     "ContractError",
+    "DataError",
     "LanguageModel",
     "MixerConfig",
     "ModelConfig",

@@ -9,12 +9,15 @@ import sys
 from importlib import import_module, metadata
 from inspect import cleandoc
 from types import FrameType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
 from .commands.output import protect_output, visible
+
+if TYPE_CHECKING:
+    from .registry import SeqmixError
 
 COMMANDS = {
     "train": "Train a model from a preset or a YAML file, or resume a run.",
@@ -116,7 +119,7 @@ def options(
 
 
 def main() -> None:
-    """Run the command line; exit with 2 and one sentence on bad input."""
+    """Run the command line; an error of the user's ends it with one sentence and the error's exit status."""
     gc.set_threshold(20_000)  # fewer searches: torch's modules are a million objects without garbage
     columns = os.environ.get("COLUMNS", "")
     if not columns.isdecimal() or int(columns) == 0:  # 0 means unknown, but would print nothing
@@ -148,33 +151,39 @@ def _run() -> None:
     except Exception as error:
         if INTERRUPTS:  # a library turned the interrupt into an error of its own
             sys.exit(130)
-        if (sentence := explanation(error)) is None:
+        if (known := explanation(error)) is None:
             raise
-        if sentence:
+        if sentence := str(known):
             typer.secho(f"error: {visible(sentence, err=True)}", err=True, fg="red")
-        sys.exit(2)
+        sys.exit(known.exit_status)
 
 
-def explanation(error: Exception) -> str | None:
-    """Return one sentence for the user; empty if another process reports the error; None if the error is a bug."""
-    from .registry import ElsewhereError, SeqmixError
+def explanation(error: Exception) -> "SeqmixError | None":
+    """Return the error for the user: one sentence and the exit status; None if the error is a bug.
+
+    The sentence is empty if another process reports the error.
+    """
+    from .registry import DataError, ElsewhereError, OutOfMemoryError, SeqmixError
 
     match error:
         case SeqmixError():
-            return "" if isinstance(error, ElsewhereError) or _reported_by_another_process() else str(error)
+            is_reported = isinstance(error, ElsewhereError) or _reported_by_another_process()
+            return ElsewhereError() if is_reported else error
         case OSError(filename=str() | bytes() | int()):
             # problems with a file that no command checks: a name that is too long, a folder without permission
-            return f"{error.filename} cannot be used: {error.strerror}"
+            return DataError(f"{error.filename} cannot be used: {error.strerror}")
         case OSError(errno=errno.ENOSPC | errno.EFBIG | errno.EDQUOT):
-            return f"a file cannot be written: {error.strerror}"
+            return DataError(f"a file cannot be written: {error.strerror}")
         case FileNotFoundError(strerror=str(reason)) if "temporary directory" in reason:  # raised on a full disk
-            return f"a file cannot be written: {reason}"
+            return DataError(f"a file cannot be written: {reason}")
         case MemoryError() | RuntimeError():
             from .models import is_out_of_memory
 
             if is_out_of_memory(error):
                 reason = f" ({str(error).partition(chr(10))[0]})" if str(error) else ""
-                return f"out of memory{reason}: use a shorter text, a smaller model or a smaller batch"
+                return OutOfMemoryError(
+                    f"out of memory{reason}: use a shorter text, a smaller model or a smaller batch"
+                )
     return None
 
 

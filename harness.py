@@ -17,7 +17,7 @@ import torch
 
 from .models import LanguageModel, Sampling, Tokenizer, generate_text
 from .models.scoring import Scorer
-from .registry import SeqmixError, nearest_hint
+from .registry import DataError, SeqmixError, nearest_hint
 from .training import Choice, load_run
 
 try:
@@ -197,7 +197,7 @@ def evaluate_tasks(
             lm, tasks=list(tasks), task_manager=manager, num_fewshot=num_fewshot, limit=limit, log_samples=False
         )
     except OSError as error:  # the data of a task: a file, or the network
-        raise SeqmixError(f"the data of {', '.join(tasks)} cannot be read: {str(error).splitlines()[0]}") from error
+        raise DataError(f"the data of {', '.join(tasks)} cannot be read: {str(error).splitlines()[0]}") from error
     scores = {
         task: {
             name.removesuffix(",none"): float(value)

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 
 from ..models import ModelConfig
-from ..registry import require_name
+from ..registry import format_duration, require_name
 from .machine import Rates, available_memory, describe, synchronizer, with_peak_memory
 from .measure import Spread, TimedCall, lengthen, ratio, time_interleaved
 from .products import Product, calls_of, record_products, split_products
@@ -49,6 +49,8 @@ class Settings:
     """True to measure CPU time, which other processes on a busy machine disturb least."""
     limit: float = 120.0
     """Time limit of one call, in seconds; a call that is predicted to take longer is skipped."""
+    budget: float | None = None
+    """Time budget in seconds; at its end the rounds end, and further lengths are skipped. None for no limit."""
     measures_rates: bool = True
     """True to also measure the machine's rates: times of a memory copy, and of each call's matrix products alone.
     `Row.floor` and `Row.share`, the share of the attainable speed that a call reaches, are computed from them."""
@@ -187,6 +189,7 @@ def run(benchmark: Benchmark, progress: Callable[[str], Any] = lambda text: None
     lengths = sorted(settings.lengths)
     machine = describe(settings.device)
     rates = settings.rates or Rates.for_device(settings.device)
+    end = math.inf if settings.budget is None else time.monotonic() + settings.budget
     seconds: dict[str, list[float]] = {"product": [], "copy": []}
     rows: list[Row] = []
     notes = list(benchmark.notes())
@@ -194,7 +197,9 @@ def run(benchmark: Benchmark, progress: Callable[[str], Any] = lambda text: None
         for what, implementations in parts.items():
             forecast = Forecast(benchmark.order, settings)
             for group in [lengths] if settings.interleave_lengths else [[length] for length in lengths]:
-                rows += _Rounds(benchmark, rates, what, group, forecast, progress).measure(implementations, seconds)
+                rows += _Rounds(benchmark, rates, what, group, forecast, progress, end).measure(
+                    implementations, seconds
+                )
             for implementation in implementations:
                 implementation.release()
     except KeyboardInterrupt:
@@ -301,6 +306,8 @@ class _Rounds:
     lengths: Sequence[int]
     forecast: Forecast
     progress: Callable[[str], Any]
+    end: float
+    """Time of `time.monotonic` at which the time budget is spent."""
 
     def measure(self, implementations: Sequence[Implementation], rate_seconds: dict[str, list[float]]) -> Iterator[Row]:
         """Yield a row per implementation and length; append the seconds of the machine's product and copy to
@@ -311,6 +318,8 @@ class _Rounds:
         places = [(implementation, length) for length in self.lengths for implementation in implementations]
         for implementation, length in places:
             try:
+                if time.monotonic() >= self.end:
+                    raise Skip(f"not started: the time budget of {format_duration(settings.budget or 0)} is spent")
                 ready[implementation.name, length] = self._prepare(implementation, length)
             except Skip as reason:
                 skipped[implementation.name, length] = str(reason)
@@ -321,6 +330,7 @@ class _Rounds:
         samples = time_interleaved(
             all_calls,
             repeat=settings.repeat,
+            end=self.end,
             clock=time.process_time if settings.cpu_time else time.perf_counter,
             synchronize=synchronizer(settings.device),
             on_call=lambda key: self._report(key[0], key[1]) if key in calls else self._report("the machine's rates"),
@@ -341,7 +351,7 @@ class _Rounds:
             products = warm.products or (base and base.products)
             floors = None
             if products:
-                floors = [sum(n * samples[p][i] for p, n in products.items()) for i in range(settings.repeat)]
+                floors = [sum(n * samples[p][i] for p, n in products.items()) for i in range(len(seconds))]
             elif warm.prepared.moved_bytes is not None and settings.measures_rates:
                 floors = [warm.prepared.moved_bytes / self.rates.moved_bytes * copy for copy in samples["copy"]]
             yield Row(

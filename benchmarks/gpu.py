@@ -1,6 +1,6 @@
 """Everything that needs a GPU, in one command: conformance, the benchmarks, and the paper's comparisons.
 
-    seqmix bench-gpu --out DIR --budget 1500
+    seqmix bench-gpu --out DIR --budget 25m
 
 Every part (gpu_plan.py) runs in its own process with a time limit and writes its figures when it ends, so a crash or
 an out-of-memory error loses only that part. Parts whose figures are already in DIR are not run again. After each part,
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from ..registry import replacing, write_file
+from ..registry import format_duration, replacing, write_file
 from .benchmark import Report, Row
 from .gpu_plan import GROUPS, Part
 from .measure import Spread
@@ -92,7 +92,7 @@ def measure(
         problem = part.skipped
         remaining = end - began
         if problem is None and not file.exists() and remaining < MIN_PART_SECONDS:
-            problem = f"not started: the budget of {budget:,.0f} s is spent"
+            problem = f"not started: the budget of {format_duration(budget)} is spent"
         elif problem is None and not file.exists():
             note(f"{index + 1} of {len(parts)}: {part.group} {part.name}")
             problem = runner(part, file, seconds=min(time_limit, remaining))

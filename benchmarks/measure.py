@@ -30,6 +30,8 @@ class TimedCall:
     """Number of steps that one run makes; times are reported per step."""
 
 
+MIN_ROUNDS = 5
+"""Minimum number of rounds, whatever the time budget."""
 MIN_SECONDS = 5e-3
 """Minimum duration of a timed call, in seconds: it makes the cost of the clock and of synchronization negligible."""
 
@@ -73,17 +75,21 @@ def time_interleaved(
     calls: Mapping[Name, TimedCall],
     *,
     repeat: int,
+    end: float = math.inf,
     clock: Callable[[], float] = time.perf_counter,
     synchronize: Callable[[], Any] = _do_nothing,
     on_call: Callable[[Name], Any] = lambda name: None,  # noqa: ARG005
 ) -> dict[Name, list[float]]:
     """Time calls in rounds, each of which runs every call once; return the seconds per step of each call, by round.
 
-    The calls must be warmed up. `synchronize` waits until the device is idle; `on_call` gets the name of each call
+    The calls must be warmed up. After the time `end` of `time.monotonic`, no further round begins, once there are
+    `MIN_ROUNDS`. `synchronize` waits until the device is idle; `on_call` gets the name of each call
     before it runs.
     """
     samples: dict[Name, list[float]] = {name: [] for name in calls}
-    for names in turns(list(calls), repeat):
+    for number, names in enumerate(turns(list(calls), repeat)):
+        if number >= MIN_ROUNDS and time.monotonic() >= end:
+            break
         for name in names:
             call = calls[name]
             on_call(name)

@@ -19,7 +19,7 @@ from ..benchmarks.recurrences import RecurrenceBenchmark
 from ..benchmarks.report import cells, conditions, markdown, name_columns, skipped, to_json
 from ..experiments.benchmark_figures import figures_of
 from ..experiments.figures.writer import COLUMN, draw, require_drawable
-from ..registry import SeqmixError, require_name, write_file
+from ..registry import SeqmixError, parse_duration, require_name, write_file
 from ..training.monitoring.memory import keep_freed_memory
 from .console import plain_table, terminal
 from .options import DTYPES, Device, JsonFile, Overrides, require_device, require_writable
@@ -93,8 +93,20 @@ def bench(
     ] = 2048,
     batch: Annotated[int, typer.Option(help="For op, recurrence, decode and prefill: batch size.")] = 1,
     limit: Annotated[
-        float, typer.Option(help="Skip an implementation if one call would take longer than this, in seconds.")
-    ] = 120.0,
+        str,
+        typer.Option(
+            help="Skip an implementation if one call would take longer than this: 2m, or a number of seconds.",
+            metavar="TIME",
+        ),
+    ] = "2m",
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="Time budget: 10m, or a number of seconds. At its end the rounds end, after 5 at least, and further "
+            "lengths are skipped.",
+            metavar="TIME",
+        ),
+    ] = None,
     interleave_lengths: Annotated[
         bool,
         typer.Option("--interleave-lengths", help="Interleave the lengths too; ratios are then to the first length."),
@@ -130,7 +142,7 @@ def bench(
     _require_range("--repeat", repeat, 5, 10_000)
     _require_range("--tokens", tokens, 1, MAX_TOKENS)
     _require_range("--batch", batch, 1, 2**20)
-    _require_range("--limit", limit, 0, float("inf"))
+    seconds = None if budget is None else parse_duration(budget)
     if plot_file is not None:
         require_drawable("--plot", plot_file)
     require_writable(json_file, markdown_file, plot_file)
@@ -139,6 +151,8 @@ def bench(
     if what == "mixers" and changes + [config] * (config is not None) != []:
         raise SeqmixError("bench mixers measures the tiny presets: leave out the configuration and KEY=VALUE changes")
     if what == "learn":
+        if budget is not None:
+            raise SeqmixError("bench learn makes a fixed number of steps: leave out --budget, or set training.steps")
         if config and config not in changes:
             raise SeqmixError(f"bench learn has its own models: expected only KEY=VALUE changes, got {config!r}")
         measure = partial(learn.run, changes, only or [])
@@ -154,7 +168,8 @@ def bench(
             activation_checkpointing=activation_checkpointing,
             tokens=tokens,
             batch=batch,
-            limit=limit,
+            limit=parse_duration(limit),
+            budget=seconds,
             interleave_lengths=interleave_lengths,
             cpu_time=cpu_time,
         )

@@ -9,7 +9,7 @@ import typer
 
 from ..benchmarks.gpu import measure
 from ..benchmarks.gpu_plan import GROUPS, plan
-from ..registry import SeqmixError, require_name
+from ..registry import SeqmixError, parse_duration, require_name
 
 
 def bench_gpu(
@@ -17,11 +17,16 @@ def bench_gpu(
     only: Annotated[
         list[str] | None, typer.Option(help="Run only these parts; may be repeated.", metavar="|".join(GROUPS))
     ] = None,
-    time_limit: Annotated[float, typer.Option(help="Time limit per part, in seconds.", min=1)] = 600.0,
+    time_limit: Annotated[
+        str, typer.Option(help="Time limit of each part: 10m, or a number of seconds.", metavar="TIME")
+    ] = "10m",
     budget: Annotated[
-        float,
-        typer.Option(help="Time limit for all parts together, in seconds; the most important parts run first.", min=1),
-    ] = float("inf"),
+        str | None,
+        typer.Option(
+            help="Time budget of all parts together: 25m, or a number of seconds. The most important parts run first.",
+            metavar="TIME",
+        ),
+    ] = None,
     rehearse: Annotated[
         bool, typer.Option("--rehearse", help="Run one part of each kind at toy sizes on the CPU, in a minute or two.")
     ] = False,
@@ -32,10 +37,11 @@ def bench_gpu(
     are skipped. An archive of the folder, DIR.tar.gz, is updated after each part. The exit status is 1 if a part
     failed.
 
-    [bold]seqmix bench-gpu --out gpu --budget 1500[/bold]
+    [bold]seqmix bench-gpu --out gpu --budget 25m[/bold]
 
     [bold]seqmix bench-gpu --out rehearsal --rehearse[/bold]
     """
+    limits = {"time_limit": parse_duration(time_limit)} | ({} if budget is None else {"budget": parse_duration(budget)})
     for name in only or ():
         require_name("part", name, GROUPS)
     if rehearse:
@@ -44,7 +50,7 @@ def bench_gpu(
         raise SeqmixError("bench-gpu needs a CUDA GPU, but torch finds none: rehearse on the CPU with --rehearse")
     memory = 80 * 2**30 if rehearse else torch.cuda.get_device_properties(0).total_memory
     parts = [part for part in plan(memory, rehearsal=rehearse) if not only or part.group in only]
-    outcomes = measure(parts, out, typer.echo, time_limit=time_limit, budget=budget)
+    outcomes = measure(parts, out, typer.echo, **limits)
     for outcome in outcomes:
         if outcome.problem is not None:
             typer.echo(f"{outcome.part.group} {outcome.part.name}: {outcome.problem}")

@@ -17,7 +17,7 @@ from ..experiments.results import RESULTS_FILE, Difference, Results, where
 from ..experiments.runner import run_study
 from ..experiments.study import STUDIES, find_study, load_study, shipped
 from ..experiments.tables import difference_tables, notes, state_size, summary_table
-from ..registry import SeqmixError
+from ..registry import SeqmixError, parse_duration
 from .console import note, plain_table, terminal
 from .options import Jobs
 from .show import si
@@ -33,6 +33,14 @@ def compare(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Output folder; studies/NAME by default.")] = None,
     jobs: Jobs = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="Time budget of the runs: 30m, 1h30m, or a number of seconds. At its end all runs stop with a "
+            "checkpoint.",
+            metavar="TIME",
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Validate the study and show its runs, without training.")
     ] = False,
@@ -41,7 +49,8 @@ def compare(
     """Train several models under identical conditions and compare them.
 
     The output folder has every run, results.json, tables and an HTML report. Run the command again to resume a stopped
-    study. The exit status is 1 if runs failed.
+    study. All entries train with one seed before the next, so that a study that its budget ends early still compares
+    like with like. The exit status is 1 if runs failed.
 
     [bold]seqmix compare recall[/bold]
 
@@ -54,6 +63,7 @@ def compare(
         return
     if study is None:
         raise SeqmixError("compare needs a STUDY: a YAML file, or the name of a study that --list shows")
+    seconds = None if budget is None else parse_duration(budget)
     file = find_study(study)
     loaded = load_study(file)
     if loaded.size > MANY:
@@ -64,12 +74,17 @@ def compare(
         return
     folder = out or Path("studies") / planned.name
     with StudyProgress(console) as progress:
-        results, outcome = run_study(planned, folder, jobs=jobs, observer=progress)
+        results, outcome = run_study(planned, folder, jobs=jobs, observer=progress, budget=seconds)
     show(results, console)
     command = f"seqmix compare {shlex.quote(study)}" + (f" --out {shlex.quote(str(out))}" if out else "")
     if outcome.stopped:
-        console.print(f"stopped with a checkpoint of every run; resume with: {command}")
-        raise typer.Exit(130)
+        reason = f"the time budget of {budget} is spent" if outcome.out_of_time else "stopped"
+        console.print(
+            f"{reason}, with a checkpoint of every run; {outcome.finished} of {len(planned.runs)} runs are finished; "
+            f"resume with: {command}",
+            soft_wrap=True,
+        )
+        raise typer.Exit(0 if outcome.out_of_time else 130)
     console.print(f"{folder} has {RESULTS_FILE}, the tables and every run")
     report = folder / REPORT_FILE
     console.print(

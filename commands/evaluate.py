@@ -12,7 +12,7 @@ import typer
 from ..mixers import Paradigm
 from ..models import LanguageModel
 from ..models.quantization import WEIGHTS, quantize_model
-from ..registry import SeqmixError, nearest_hint, require_name, write_file
+from ..registry import DataError, SeqmixError, nearest_hint, require_name, write_file
 from ..training import load_run, read_config
 from ..training.checkpoint.run_dir import SCORES_FILE
 from ..training.length_eval import LENGTH_MULTIPLES, Evaluation, by_context, by_length, common_paradigms, open_text
@@ -170,7 +170,7 @@ def _save_scores(scores: dict[str, Any], run: Path) -> None:
     try:
         before = json.loads(file.read_text()) if file.exists() else {}
     except (OSError, ValueError, RecursionError) as error:
-        raise SeqmixError(f"--save adds scores to {file}, which cannot be read: {error}; move it away") from error
+        raise DataError(f"--save adds scores to {file}, which cannot be read: {error}; move it away") from error
     if not isinstance(before, dict):
         raise SeqmixError(f"--save adds scores to {file}, which is not a JSON object: move it away")
     write_file(json.dumps(before | scores, indent=2) + "\n", file)

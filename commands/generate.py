@@ -11,6 +11,7 @@ from ..models import LanguageModel, PromptCache, Sampling, Speculation, cache_te
 from ..models.decoding import compiled_after
 from ..registry import SeqmixError, nearest_hint, require_name
 from ..training import load_prompt_cache, load_run, save_prompt_cache
+from ..training.checkpoint.saved_run import require_run
 from ..training.monitoring.memory import keep_freed_memory
 from .console import note
 from .options import (
@@ -102,6 +103,7 @@ def generate(
 
     [bold]seqmix generate runs/retnet-tiny --state def.state --prompt "main" --prompt "read"[/bold]
     """
+    require_run(run, or_file=True)
     prompts = prompt or []
     _check_options(prompts, max_new_tokens, state, save_state, speculate)
     keep_freed_memory()

@@ -9,7 +9,7 @@ import typer
 from ..experiments.figures.writer import content_of, require_drawable
 from ..inspection.report import render, sections_of
 from ..inspection.views import look
-from ..registry import SeqmixError, read_bytes, write_files
+from ..registry import DataError, SeqmixError, read_bytes, write_files
 from ..training import load_run
 from .console import note
 from .options import Checkpoint, Device, JsonFile, Run, Trust, checkpoint_choice, require_device, require_writable
@@ -52,7 +52,7 @@ def inspect(
     try:
         content = read_bytes(text).decode("utf-8", errors="replace")
     except OSError as error:
-        raise SeqmixError(f"{text} cannot be read: {error.strerror}") from error
+        raise DataError(f"{text} cannot be read: {error.strerror}") from error
     ids = model.tokenizer.encode(content)[None, :tokens].to(model.device)
     if ids.shape[1] < 2:
         raise SeqmixError(f"{text} has fewer than 2 tokens: choose a longer text")

@@ -59,7 +59,9 @@ def linearize(
         console.print(f"stage {name}")
         with StopRequest() as stop:
             events = linearization.stage(name, stop.was_made)
-            finished = events is None or follow(events, linearization.config(name).training, console)[0]
+            finished = (
+                events is None or follow(events, linearization.config(name).training, console).state == "finished"
+            )
         if not finished:
             words = ["seqmix", "linearize", source, plan, "--out", out]
             console.print(f"stopped with a checkpoint; continue with: {shlex.join(map(str, words))}")

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import torch
 import typer
 
-from ..registry import SeqmixError, nearest_hint
+from ..registry import DataError, SeqmixError, nearest_hint
 
 Overrides = Annotated[
     list[str] | None,
@@ -70,8 +70,8 @@ def require_writable(*files: Path | None) -> None:
     for file in filter(None, files):
         folder = file.absolute().parent
         if not folder.is_dir():
-            raise SeqmixError(f"{file} cannot be written: there is no folder {folder}; create it")
+            raise DataError(f"{file} cannot be written: there is no folder {folder}; create it")
         if file.is_dir():
-            raise SeqmixError(f"{file} cannot be written: it is a folder")
+            raise DataError(f"{file} cannot be written: it is a folder")
         if not os.access(file if file.exists() else folder, os.W_OK):
-            raise SeqmixError(f"{file} cannot be written: permission denied")
+            raise DataError(f"{file} cannot be written: permission denied")

@@ -37,7 +37,7 @@ class _SafeStream(io.FileIO):
 def protect_output() -> Iterator[None]:
     """Context in which output errors do not stop a command.
 
-    A closed pipe is ignored. After a full disk, a command that succeeds otherwise exits with status 2.
+    A closed pipe is ignored. After a full disk, a command that succeeds otherwise exits with status 3.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
@@ -56,7 +56,7 @@ def protect_output() -> Iterator[None]:
         if error is None or error.errno == errno.EPIPE or ended.code not in (None, 0, EXIT_UNREAD):
             raise
         typer.secho(f"error: standard output cannot be written: {error.strerror}", err=True, fg="red")
-        raise SystemExit(2) from None
+        raise SystemExit(3) from None
 
 
 def output_error() -> OSError | None:

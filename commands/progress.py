@@ -9,14 +9,16 @@ from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
 from statistics import median
+from typing import Literal, NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..data import Source
+from ..registry import format_duration
 from ..training.config import RunConfig, TrainingConfig
 from ..training.interrupt import StopRequest
-from ..training.monitoring.events import Compiled, Evaluated, Event, Noted, Started, Stepped, StoppedEarly
+from ..training.monitoring.events import Compiled, Evaluated, Event, Noted, OutOfTime, Started, Stepped, StoppedEarly
 from ..training.run import train
 from .console import terminal
 
@@ -25,13 +27,19 @@ SECONDS_BETWEEN_LINES = 10.0
 """Minimum time between progress lines without a terminal, in seconds."""
 
 
-def run_with_progress(config: RunConfig, run: Path, *, resume: bool = False, device: str | None = None) -> bool:
+class Followed(NamedTuple):
+    """How a run ended."""
+
+    state: Literal["finished", "stopped", "interrupted"]
+    """`finished`, after all steps or by early stopping; `stopped`, at its time budget; `interrupted`, on request."""
+    source: Source | None
+    """Training data; None if training did not start."""
+
+
+def run_with_progress(config: RunConfig, run: Path, *, resume: bool = False, device: str | None = None) -> Followed:
     """Train a new or resumed run, and show its progress.
 
     The first Ctrl-C (or SIGTERM) stops training after the current step, with a checkpoint; the second stops at once.
-
-    Returns:
-        True if training is finished, after all steps or by early stopping.
 
     Raises:
         SeqmixError: training cannot start or continue.
@@ -39,26 +47,22 @@ def run_with_progress(config: RunConfig, run: Path, *, resume: bool = False, dev
     console = terminal(quiet=os.environ.get("RANK", "0") != "0")  # only rank 0 prints
     with StopRequest() as stop:
         events = train(config, run, resume=resume, stop=stop.was_made, device=device)
-        finished, source = follow(events, config.training, console)
+        followed = follow(events, config.training, console)
     quoted = shlex.quote(str(run))
-    if not finished:
+    if followed.state != "finished":
         console.print(f"stopped with a checkpoint; resume with: seqmix train --resume {quoted}")
-        return False
-    if source is None or source.tokenizer is not None:
+    elif followed.source is None or followed.source.tokenizer is not None:
         console.print(f'try it: seqmix generate {quoted} --prompt "def "')
-    return True
+    return followed
 
 
-def follow(events: Iterable[Event], settings: TrainingConfig, console: Console) -> tuple[bool, Source | None]:
-    """Show the events of a run.
-
-    Returns:
-        True if training is finished, and the training data (None if it did not start).
-    """
+def follow(events: Iterable[Event], settings: TrainingConfig, console: Console) -> Followed:
+    """Show the events of a run, and return how it ended."""
     steps = Steps(console, settings)
     source = None
     done = 0
     stopped_early = False
+    out_of_time = False
     try:
         for event in events:
             done = event.step
@@ -83,9 +87,14 @@ def follow(events: Iterable[Event], settings: TrainingConfig, console: Console) 
                         f"step {done}: stopped early: no evaluation was better than the one at step {event.best_step}, "
                         f"with {event.best_loss:.4f} nats/token"
                     )
+                case OutOfTime():
+                    out_of_time = True
+                    console.print(f"step {done}: the time budget of {format_duration(event.seconds)} is spent")
     finally:
         steps.stop()
-    return stopped_early or done >= settings.steps, source
+    if stopped_early or done >= settings.steps:
+        return Followed("finished", source)
+    return Followed("stopped" if out_of_time else "interrupted", source)
 
 
 class Steps:

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from ..experiments.plan import PlannedRun
 from ..experiments.runner import default_jobs, run_study
-from ..experiments.suite.budget import fit, left_out, seconds_of, time_runs
+from ..experiments.suite.budget import fit, left_out, time_runs
 from ..experiments.suite.scores import (
     PAGE_FILE,
     SCORES_FILE,
@@ -30,7 +30,7 @@ from ..experiments.suite.scores import (
 )
 from ..experiments.suite.tasks import Candidate, Extent, Metric, PlannedTask, Size, load_settings, write_studies
 from ..mixers import MIXERS
-from ..registry import Config, SeqmixError, load, write_file
+from ..registry import Config, SeqmixError, load, parse_duration, write_file
 from ..registry.loading import dump
 from ..registry.yaml import parse
 from .console import plain_table, terminal
@@ -80,8 +80,9 @@ def suite(
     budget: Annotated[
         str | None,
         typer.Option(
-            help="Time limit: tasks are left out, then tuning, seeds and steps are reduced, until the suite fits.",
-            metavar="30m",
+            help="Time budget: 30m, 1h30m, or a number of seconds. Tasks are left out, then tuning, seeds and steps "
+            "are reduced, until the suite fits.",
+            metavar="TIME",
         ),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Use one learning rate and one seed.")] = False,
@@ -120,6 +121,8 @@ def suite(
     """
     console = terminal()
     settings = load_settings(size)
+    if budget is not None:
+        parse_duration(budget)
     if quick and budget is not None:
         raise SeqmixError("--quick and --budget both limit the runs: leave one of them out")
     if seeds is not None:
@@ -248,7 +251,7 @@ def _fit_to_budget(
     console.print("timing a few steps of every run")
     rates = {task.name: len(task.task.learning_rates) for task in planned}
     seeds = len(planned[0].plan.study.seeds)
-    extent, names, seconds = fit(time_runs(planned), rates, seeds, seconds_of(budget) * jobs)
+    extent, names, seconds = fit(time_runs(planned), rates, seeds, parse_duration(budget) * jobs)
     at_once = f" with {jobs} runs at once ({seconds / 60:.1f} core-minutes)" if jobs > 1 else ""
     console.print(f"{', '.join(names)}: about {seconds / jobs / 60:.1f} minutes{at_once}, if nothing else runs")
     return extent, names

@@ -16,7 +16,7 @@ from ..data.token_file import write_token_file
 from ..data.token_store import tokenized
 from ..models import ByteTokenizer, load_tokenizer
 from ..models import train_bpe as learn
-from ..registry import SeqmixError, explain_fields, load, was_unfinished
+from ..registry import DataError, SeqmixError, explain_fields, load, was_unfinished
 from .console import terminal
 
 
@@ -77,7 +77,7 @@ def tokenize(
     if vocabulary_exists and not was_unfinished(out):
         raise exists_already
     if not out.parent.is_dir():
-        raise SeqmixError(f"the folder {out.parent} does not exist: create it, or choose another --out")
+        raise DataError(f"the folder {out.parent} does not exist: create it, or choose another --out")
     console = terminal()
     columns = (
         SpinnerColumn(),

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ..registry import SeqmixError
+from ..registry import SeqmixError, parse_duration
 from ..training import load_config, read_config
 from ..training.checkpoint.run_dir import CONFIG_FILE
 from ..training.monitoring.memory import keep_freed_memory
@@ -25,6 +25,14 @@ def train(
     resume: Annotated[
         Path | None, typer.Option(help="Resume this run from its newest checkpoint.", metavar="RUN")
     ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="Time budget, the same as training.max_time: 30m, 1h30m, or a number of seconds. At its end training "
+            "stops with an evaluation and a checkpoint.",
+            metavar="TIME",
+        ),
+    ] = None,
     device: DeviceOrGpu = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Validate the configuration and show the model's cost, without training.")
@@ -40,23 +48,26 @@ def train(
 
     [bold]seqmix train retnet-tiny training.steps=200 --out runs/short[/bold]
 
+    [bold]seqmix train retnet-tiny --budget 10m[/bold]
+
     [bold]seqmix train --resume runs/retnet-tiny[/bold]
 
     [bold]torchrun --nproc-per-node 8 -m seqmix train retnet-1.3b distributed.context_parallel=2[/bold]
     """
+    limit = [] if budget is None else [f"training.max_time={parse_duration(budget)}"]
     if resume is not None:
         changes = [*([] if config is None else [config]), *(overrides or [])]
         if out is not None or dry_run or not all(change.startswith("distributed.") for change in changes):
             raise SeqmixError(
-                f"--resume takes no CONFIG, overrides or options, except distributed.KEY=VALUE for another number of "
-                f"processes: it uses {resume}/config.yaml, which you may edit"
+                "--resume takes no CONFIG, overrides or options, except --budget and (for another number of processes) "
+                f"distributed.KEY=VALUE: it uses {resume}/config.yaml, which you may edit"
             )
-        loaded = read_config(resume, changes, on_note=note)
+        loaded = read_config(resume, [*changes, *limit], on_note=note)
         run = resume
     elif config is None:
         raise SeqmixError("train needs a CONFIG (a preset such as retnet-tiny, or a YAML file) or --resume RUN")
     else:
-        loaded = load_config(config, overrides or [])
+        loaded = load_config(config, [*(overrides or []), *limit])
         run = out or Path("runs") / Path(config).name.removesuffix(".yaml").removesuffix(".yml")
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and (run / CONFIG_FILE).is_file():
         loaded = read_config(run, on_note=note) if resume is None else loaded
@@ -68,5 +79,5 @@ def train(
     if device is not None:
         require_device(device)
     keep_freed_memory()
-    if not run_with_progress(loaded, run, resume=resume is not None, device=device):
+    if run_with_progress(loaded, run, resume=resume is not None, device=device).state == "interrupted":
         raise typer.Exit(130)  # the shell's status of an interrupted command, so that `train && generate` stops

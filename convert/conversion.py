@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..models import TOKENIZER_FILE, build_meta
-from ..registry import SeqmixError, nearest_hint, read_bytes, require_name
+from ..registry import DataError, SeqmixError, nearest_hint, read_bytes, require_name
 from ..registry.moved import former_parameters
 from ..training import Choice
 from ..training.checkpoint.saved_run import read_weights
@@ -82,7 +82,7 @@ def import_from(source: Path, out: Path | None, tokenizer: str | None = None) ->
     try:
         vocabulary = None if tokenizer == "bytes" else read_bytes(file)
     except OSError as error:
-        raise SeqmixError(f"the tokenizer {file} cannot be read: {error.strerror}") from error
+        raise DataError(f"the tokenizer {file} cannot be read: {error.strerror}") from error
     begin = None if vocabulary is None else files.begin_token(vocabulary, file, values)
     copies = {architecture.head: architecture.embedding} if config.tie_embeddings else {}
     theirs = files.read_weights(source)

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from ..models import TOKENIZER_FILE, LanguageModel, ModelConfig, SubwordTokenizer
-from ..registry import SeqmixError, replacing_folder, write_file
+from ..registry import DataError, SeqmixError, replacing_folder, write_file
 from ..training import RunConfig
 from ..training.checkpoint import saved_run
 from ..training.checkpoint.run_dir import require_vacant
@@ -41,15 +41,15 @@ def read_config(source: Path) -> dict[str, Any]:
             reason = "is a file"
         else:
             reason = "has no config.json"
-        raise SeqmixError(
+        raise DataError(
             f"{source} must be a model folder (config.json and *.safetensors) or a run or export of seqmix: it {reason}"
         )
     try:
         fields = json.loads(file.read_bytes(), object_hook=lambda x: math.inf if x == INFINITY else x)
     except (OSError, ValueError, RecursionError) as error:
-        raise SeqmixError(f"{file} cannot be read: {error}") from error
+        raise DataError(f"{file} cannot be read: {error}") from error
     if not isinstance(fields, dict):
-        raise SeqmixError(f"{file} must be a JSON object, got {type(fields).__name__}")
+        raise DataError(f"{file} must be a JSON object, got {type(fields).__name__}")
     return fields
 
 
@@ -77,7 +77,7 @@ def read_weights(source: Path) -> Mapping[str, Tensor]:
     """
     files = sorted(source.glob("*.safetensors"))
     if not files:
-        raise SeqmixError(f"{source} has no *.safetensors files: put the model's weights there in this format")
+        raise DataError(f"{source} has no *.safetensors files: put the model's weights there in this format")
     return read_tensors(files)[0]
 
 

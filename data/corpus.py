@@ -12,7 +12,7 @@ from typing import TypeAlias
 import numpy as np
 
 from ..models import ByteTokenizer, Tokenizer
-from ..registry import SeqmixError
+from ..registry import DataError, SeqmixError
 from .corpus_config import CorpusConfig, DocumentsConfig
 from .files import TOKENS, read_documents, source_files, source_name
 from .formats import has_rows
@@ -223,7 +223,7 @@ class _InMemory:
         self._config = config
         documents = list(tokenized(read_documents(config), tokenizer))
         if not documents:
-            raise SeqmixError(
+            raise DataError(
                 f"the corpus is empty: no text in {source_name(config)} (glob {config.glob}); check the path and "
                 "data.glob"
             )

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..models import Tokenizer
-from ..registry import SeqmixError
+from ..registry import DataError
 from .corpus_config import DocumentsConfig
 from .files import explain_dataset, open_dataset, row_documents, source_name
 from .token_store import tokenized
@@ -82,7 +82,7 @@ class DatasetStream:
                 first = 0
                 has_documents = has_documents or bool(documents)
             if not has_documents:
-                raise SeqmixError(
+                raise DataError(
                     f"the dataset is empty: no text in {source_name(self.config)}; check its split and data.text_field"
                 )
             number = number + 1

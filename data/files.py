@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..registry import SeqmixError, choices_hint
+from ..registry import DataError, SeqmixError, choices_hint
 from .corpus_config import DatasetConfig, DocumentsConfig, SourceConfig, WeightedSourceConfig
 from .formats import JSON_LINES, format_of, has_rows, read_lines, read_rows, read_text
 
@@ -66,14 +66,14 @@ def source_files(config: DocumentsConfig) -> Iterator[tuple[str, Path]]:
             path = Path(name).expanduser()
             if not path.exists():
                 hint = "; to select files in a folder, use data.glob" if "*" in name else ""
-                raise SeqmixError(f"the corpus {name} does not exist{hint}")
+                raise DataError(f"the corpus {name} does not exist{hint}")
             if _is_saved_dataset(path):
                 raise SeqmixError(f"{name} is a saved dataset: set data.dataset={{path: {name}}} instead of data.paths")
             if not path.is_file() and not path.is_dir():
-                raise SeqmixError(f"the corpus {name} must be a file or a folder, got a pipe, a device or a socket")
+                raise DataError(f"the corpus {name} must be a file or a folder, got a pipe, a device or a socket")
             files = [path] if path.is_file() else _matching_files(path, config.glob)
             if not files:
-                raise SeqmixError(
+                raise DataError(
                     f"the corpus is empty: no text in {name} (glob {config.glob}); check the path and data.glob"
                 )
             for file in files:
@@ -81,9 +81,9 @@ def source_files(config: DocumentsConfig) -> Iterator[tuple[str, Path]]:
                 if file == path or not any(part.startswith(".") for part in Path(key).parts):
                     yield key, file
         except OSError as error:
-            raise SeqmixError(f"the corpus {name} cannot be read: {error.filename}: {error.strerror}") from error
+            raise DataError(f"the corpus {name} cannot be read: {error.filename}: {error.strerror}") from error
         except RuntimeError as error:
-            raise SeqmixError(f"the corpus {name} cannot be found: {error}") from error
+            raise DataError(f"the corpus {name} cannot be found: {error}") from error
 
 
 def _matching_files(folder: Path, glob: str) -> list[Path]:
@@ -129,7 +129,7 @@ def _read_file(key: str, path: Path, config: DocumentsConfig) -> Iterator[Docume
             for name, row in _read_lines(path, config.encoding) if suffix == JSON_LINES else read_rows(path, field):
                 yield Document(key, name, _text_of(row, field, name, config))
     except OSError as error:
-        raise SeqmixError(f"the corpus {path} cannot be read: {error.strerror}") from error
+        raise DataError(f"the corpus {path} cannot be read: {error.strerror}") from error
 
 
 def _read_lines(path: Path, encoding: str) -> Iterator[tuple[str, dict[str, object]]]:
@@ -145,9 +145,9 @@ def _parse_line(name: str, line: bytes | str) -> dict[str, object]:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:  # invalid UTF-8 is a ValueError too
         reason = error.msg if isinstance(error, json.JSONDecodeError) else error
-        raise SeqmixError(f"{name}: the line is not JSON: {reason}") from error
+        raise DataError(f"{name}: the line is not JSON: {reason}") from error
     if not isinstance(value, dict):
-        raise SeqmixError(f"{name}: the line must be a mapping, got a {type(value).__name__}")
+        raise DataError(f"{name}: the line must be a mapping, got a {type(value).__name__}")
     return value
 
 
@@ -164,11 +164,11 @@ def _text_of(row: dict[str, object], field: str, name: str, config: DocumentsCon
         raise SeqmixError(f"{name}: there is no field {field!r}{fields}; set {setting} to the one with the text")
     text = row[field]
     if not isinstance(text, str):
-        raise SeqmixError(f"{name}: the field {field!r} must be text, got {type(text).__name__}")
+        raise DataError(f"{name}: the field {field!r} must be text, got {type(text).__name__}")
     try:
         return text.encode()
     except UnicodeEncodeError as error:
-        raise SeqmixError(f"{name}: invalid character at {error.start}: {text[error.start]!r}") from error
+        raise DataError(f"{name}: invalid character at {error.start}: {text[error.start]!r}") from error
 
 
 def row_documents(config: DocumentsConfig, rows: Iterable[dict[str, object]], first: int = 0) -> Iterator[Document]:
@@ -198,7 +198,7 @@ def explain_dataset(config: DatasetConfig) -> Iterator[None]:
         raise
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise SeqmixError(f"the dataset {config.path} cannot be read: {reason}") from error
+        raise DataError(f"the dataset {config.path} cannot be read: {reason}") from error
 
 
 def open_dataset(config: DatasetConfig) -> Any:

@@ -12,7 +12,7 @@ from itertools import count, zip_longest
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from ..registry import SeqmixError
+from ..registry import DataError, SeqmixError
 from .corpus_config import BYTES, UTF8
 
 JSON_LINES = ".jsonl"
@@ -96,11 +96,11 @@ class _Decompressed(io.RawIOBase):
         try:
             content = self._content.read(len(buffer))
         except EOFError:
-            raise SeqmixError(
+            raise DataError(
                 f"{self.path} is truncated: its {self.suffix} data end early, after {self.size:,} bytes of text"
             ) from None
         except Exception as error:  # every library raises its own types
-            raise SeqmixError(f"{self.path} is damaged, or is not a {self.suffix} file: {error}") from error
+            raise DataError(f"{self.path} is damaged, or is not a {self.suffix} file: {error}") from error
         self.size += len(content)
         if self.size > EXPANSION_LIMIT_FROM and self.size > MAX_EXPANSION * self._file.tell():
             raise SeqmixError(
@@ -171,7 +171,7 @@ def _require_text(path: Path, piece: bytes, start: int) -> None:
     else:
         first = next(offset for offset, (a, b) in enumerate(zip_longest(piece, text)) if a != b)
         reason = f"byte 0x{piece[first]:02x}"
-    raise SeqmixError(f"{path} is not UTF-8 text at offset {start + first:,} ({reason}): {ACCEPTED}")
+    raise DataError(f"{path} is not UTF-8 text at offset {start + first:,} ({reason}): {ACCEPTED}")
 
 
 def read_rows(path: Path, field: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -203,10 +203,10 @@ def read_rows(path: Path, field: str) -> Iterator[tuple[str, dict[str, Any]]]:
             raise
         raise SeqmixError(f"{path} needs pyarrow: pip install pyarrow") from None
     except OSError as error:
-        raise SeqmixError(f"the corpus {path} cannot be read: {error.strerror or error}") from error
+        raise DataError(f"the corpus {path} cannot be read: {error.strerror or error}") from error
     except (ValueError, NotImplementedError) as error:  # the base classes of pyarrow's errors
         reason = str(error).splitlines()[0]
-        raise SeqmixError(f"{path} is damaged, truncated, or not a {suffix} file: {reason}") from error
+        raise DataError(f"{path} is damaged, truncated, or not a {suffix} file: {reason}") from error
 
 
 def _parquet(path: Path, field: str) -> Iterator[Any]:

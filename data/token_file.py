@@ -31,7 +31,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from ..models import Tokenizer
-from ..registry import SeqmixError, replacing_all
+from ..registry import DataError, SeqmixError, replacing_all
 from .token_store import TokenDocument, digest
 
 VERSION = "1"
@@ -71,7 +71,7 @@ class TokenFile:
             )
         self.ends, self.digests, self._checks = tables.values()
         if str(_checksum(*(table.tobytes() for table in tables.values()))) != metadata["tables"]:
-            raise SeqmixError(
+            raise DataError(
                 f"{path} is damaged: the checksum of its document table does not match; tokenize the text again"
             )
         _require_documents(path, self.ends, self.digests, self._checks, self._tokens.get_shape()[0])
@@ -86,7 +86,7 @@ class TokenFile:
         self.names = np.full(len(self.ends), digest(fsencode(name)), dtype=np.uint64)
         self.bytes = _parse_size(metadata["bytes"])
         if not len(self.ends) <= self.bytes < MAX_BYTES:
-            raise SeqmixError(
+            raise DataError(
                 f"{path} is damaged: the size of its {len(self.ends):,} documents is {metadata['bytes']!r} bytes; "
                 "tokenize the text again"
             )
@@ -115,12 +115,12 @@ class TokenFile:
         The second check is needed because whoever writes a file with invalid tokens can also write a valid checksum.
         """
         if crc32(tokens.tobytes()) != self._checks[block]:
-            raise SeqmixError(
+            raise DataError(
                 f"{self.path} is damaged from token {first:,} on: the checksum does not match; tokenize the text again"
             )
         if (largest := int(tokens.max())) >= self._vocab_size:
             at = first + int(tokens.argmax())
-            raise SeqmixError(
+            raise DataError(
                 f"{self.path} is damaged at token {at:,}: expected a token from 0 to {self._vocab_size - 1:,}, got "
                 f"{largest:,}; tokenize the text again"
             )
@@ -150,7 +150,7 @@ def write_token_file(
             with partial.open("wb") as file:
                 _write_documents(file, documents, tokenizer)
     except OSError as error:
-        raise SeqmixError(f"the token file cannot be written to {path}: {error.strerror}") from error
+        raise DataError(f"the token file cannot be written to {path}: {error.strerror}") from error
     return TokenFile(path, tokenizer)
 
 
@@ -209,25 +209,25 @@ def _open(path: Path) -> tuple[Any, dict[str, np.ndarray], dict[str, str]]:
     try:
         tensors = safe_open(path, "np")  # checks the header and the file's length
     except SafetensorError as error:
-        raise SeqmixError(f"{path} is damaged, truncated, or not a token file: {error}") from error
+        raise DataError(f"{path} is damaged, truncated, or not a token file: {error}") from error
     except OSError as error:
-        raise SeqmixError(f"the token file {path} cannot be read: {error.strerror or error}") from error
+        raise DataError(f"the token file {path} cannot be read: {error.strerror or error}") from error
     metadata = {key.removeprefix("seqmix."): value for key, value in (tensors.metadata() or {}).items()}
     if "tokens" not in metadata:
-        raise SeqmixError(f"{path} is not a token file: write one with `seqmix tokenize`")
+        raise DataError(f"{path} is not a token file: write one with `seqmix tokenize`")
     if metadata["tokens"] != VERSION:
         raise SeqmixError(
             f"{path} must be a token file of version {VERSION}, got version {metadata['tokens']}: tokenize the text "
             "again"
         )
     if missing := METADATA - metadata.keys() | DTYPES.keys() - set(tensors.keys()):
-        raise SeqmixError(f"{path} is damaged: it lacks {min(missing)}; tokenize the text again")
+        raise DataError(f"{path} is damaged: it lacks {min(missing)}; tokenize the text again")
     for name, allowed in DTYPES.items():
         tensor = tensors.get_slice(name)
         dtype = tensor.get_dtype()
         shape = tensor.get_shape()
         if dtype not in allowed or len(shape) != 1 or not shape[0]:
-            raise SeqmixError(
+            raise DataError(
                 f"{path} is damaged: the tensor {name} must be one-dimensional {' or '.join(allowed)}, got {dtype} "
                 f"{shape}; tokenize the text again"
             )
@@ -237,13 +237,13 @@ def _open(path: Path) -> tuple[Any, dict[str, np.ndarray], dict[str, str]]:
 def _require_documents(path: Path, ends: np.ndarray, digests: np.ndarray, checks: np.ndarray, length: int) -> None:
     """Check that the tables describe documents that cover all `length` tokens."""
     if int(ends[0]) < 1 or int(ends[-1]) != length or not (ends[1:] > ends[:-1]).all():
-        raise SeqmixError(
+        raise DataError(
             f"{path} is damaged: expected the ends of its documents to increase up to {length:,}, its number of "
             "tokens; tokenize the text again"
         )
     for name, table, expected in (("digests", digests, len(ends)), ("checks", checks, -(-length // BLOCK))):
         if len(table) != expected:
-            raise SeqmixError(
+            raise DataError(
                 f"{path} is damaged: expected {expected:,} {name}, got {len(table):,}; tokenize the text again"
             )
 

@@ -203,6 +203,11 @@ def require_fair(entries: list[PlannedEntry], variant: Variant) -> None:
             f"expected training.patience to be null, got {first.config.training.patience}: entries would stop at "
             "different steps and read different numbers of tokens; set it to null in the study's training"
         )
+    if first.config.training.max_time is not None:
+        raise StudyError(
+            f"expected training.max_time to be null, got {first.config.training.max_time:g}: runs would end after "
+            "different numbers of steps; limit the whole study with --budget"
+        )
     for place in ("seed", "model.vocab_size", "data", *(f"training.{name}" for name in EQUAL_TRAINING_FIELDS)):
         ours, *others = (attrgetter(place)(entry.config) for entry in entries)
         for other, theirs in zip(entries[1:], others, strict=True):

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from ..registry import Config, SeqmixError, read_bytes, write_file
+from ..registry import Config, DataError, read_bytes, write_file
 from .differences import format_value
 
 RESULTS_FILE = "results.json"
@@ -28,7 +28,7 @@ Range = tuple[float, float]
 """Lower and upper end of a range: the lowest and the highest measurement, or the two quartiles."""
 
 
-class ResultsError(SeqmixError):
+class ResultsError(DataError):
     """A file does not hold the results of a study."""
 
 

@@ -6,11 +6,13 @@ second process can start the study while one of them still writes.
 """
 
 import json
+import math
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -22,7 +24,9 @@ from typing import Any
 
 import torch
 
+from ..registry import format_duration
 from ..training.checkpoint.files import CheckpointError, checkpoints, find
+from ..training.checkpoint.status import State, StatusWriter
 from ..training.interrupt import StopRequest
 from ..training.monitoring.logging import METRICS_FILE
 from . import lock, results, speed
@@ -31,7 +35,7 @@ from .figures.libraries import PlotsMissingError
 from .plan import Plan, PlannedRun
 from .report import REPORT_FILE, write_report
 from .results import Results, SpeedResult
-from .study import StudyError
+from .study import StudyFileError
 from .tables import write_tables
 from .worker import FINISHED, STOPPED
 
@@ -75,29 +79,64 @@ class StudyOutcome:
     failed: dict[str, str] = field(default_factory=dict)
     """Reasons of failures, by name of the run."""
     stopped: bool = False
-    """True if a stop was requested before all runs were finished."""
+    """True if a stop was requested, or the time budget was spent, before all runs were finished."""
+    out_of_time: bool = False
+    """True if the time budget was the reason."""
+    finished: int = 0
+    """Number of runs trained to the end, earlier calls included."""
 
 
-def run_study(plan: Plan, folder: Path, *, jobs: int | None, observer: Observer) -> tuple[Results, StudyOutcome]:
-    """Run or resume a study, and write its results, tables and report.
+def run_study(
+    plan: Plan, folder: Path, *, jobs: int | None, observer: Observer, budget: float | None = None
+) -> tuple[Results, StudyOutcome]:
+    """Run or resume a study, and write its results, tables, report and status.
 
-    The first Ctrl-C (or SIGTERM) stops the runs, each with a checkpoint. `jobs` runs train at once (default:
-    `default_jobs`).
+    The first Ctrl-C (or SIGTERM) stops the runs, each with a checkpoint, and so does the end of the time budget.
+
+    Args:
+        plan: the study.
+        folder: its folder.
+        jobs: number of runs that train at once; None for `default_jobs`.
+        observer: receives the events.
+        budget: time budget of the runs, in seconds; None for no limit.
 
     Raises:
         StudyError: another process runs the study, or the folder cannot be written.
     """
+    end = math.inf if budget is None else time.monotonic() + budget
+    status = StatusWriter(folder, len(plan.runs), lists_failures=True)
     try:
-        with lock.hold_lock(folder, observer.note):
+        with lock.hold_lock(folder, observer.note), status.recording():
             jobs = jobs or default_jobs(plan.study.threads)
             with StopRequest() as stop:
-                outcome = make_runs(plan, folder, jobs=jobs, observer=observer, stop=stop.was_made)
+                outcome = make_runs(
+                    plan,
+                    folder,
+                    jobs=jobs,
+                    observer=observer,
+                    stop=lambda: stop.was_made() or time.monotonic() >= end,
+                    status=status,
+                )
+                outcome.out_of_time = outcome.stopped and not stop.was_made()
+            status.outcome = _state(outcome, len(plan.runs), budget)
             collected = _write(plan, folder, outcome.failed)
             if not outcome.stopped and (timed := speed.measure(plan, folder, observer.timing)):
                 collected = _write(plan, folder, outcome.failed, timed)
             return collected, outcome
     except OSError as error:
-        raise StudyError(f"a study cannot be written to {folder}: {error.strerror or error}") from error
+        raise StudyFileError(f"a study cannot be written to {folder}: {error.strerror or error}") from error
+
+
+def _state(outcome: StudyOutcome, total: int, budget: float | None) -> tuple[State, str]:
+    """Return the state and the reason with which a study ends."""
+    done = f"{outcome.finished} of {total} runs are finished"
+    if outcome.out_of_time:
+        return "stopped", f"the time budget of {format_duration(budget or 0)} is spent: {done}"
+    if outcome.stopped:
+        return "interrupted", f"a signal asked the study to stop: {done}"
+    if outcome.failed:
+        return "failed", f"{len(outcome.failed)} of {total} runs failed"
+    return "finished", done
 
 
 def _write(plan: Plan, folder: Path, failed: Mapping[str, str], timed: SpeedResult | None = None) -> Results:
@@ -112,20 +151,28 @@ def _write(plan: Plan, folder: Path, failed: Mapping[str, str], timed: SpeedResu
 
 
 def make_runs(
-    plan: Plan, folder: Path, *, jobs: int, observer: Observer, stop: Callable[[], bool] = lambda: False
+    plan: Plan,
+    folder: Path,
+    *,
+    jobs: int,
+    observer: Observer,
+    stop: Callable[[], bool] = lambda: False,
+    status: StatusWriter | None = None,
 ) -> StudyOutcome:
     """Train the runs that are not finished, `jobs` at once, each on one of the GPUs if there are any.
 
     Runs that tune the learning rate come first; the others begin when all of these have ended. The caller must hold the
     folder's lock. `stop` is polled; once it returns True, no further run starts, and running ones stop with a
-    checkpoint.
+    checkpoint. `status` is kept up to date.
     """
     plan = tuned(plan, folder, {})
     unfinished = [run for run in plan.runs if not is_finished(run, folder / RUNS / run.name)]
     observer.begin(unfinished, len(plan.runs))
     waiting = [run for run in unfinished if not run.awaits_learning_rate]
     later = [run.name for run in unfinished if run.awaits_learning_rate]
-    outcome = StudyOutcome()
+    outcome = StudyOutcome(finished=len(plan.runs) - len(unfinished))
+    if status is not None:
+        status.begin(outcome.finished)
     messages = Queue[tuple["_Process", Message | None]]()
     at_once = min(jobs, len(unfinished))
     slots = list(range(jobs))
@@ -147,6 +194,7 @@ def make_runs(
                         outcome.failed[run.name] = "no learning rate is chosen, as every run that tunes it failed"
                         observer.ended(run, outcome.failed[run.name])
                     elif is_finished(run, folder / RUNS / run.name):
+                        outcome.finished += 1
                         observer.ended(run, None)
                     else:
                         waiting.append(run)
@@ -175,6 +223,9 @@ def make_runs(
                 observer.ended(process.run, problem)
             if problem is not None and not (outcome.stopped and process.code == STOPPED):
                 outcome.failed[process.run.name] = problem
+            outcome.finished += problem is None
+            if status is not None:
+                status.update(at_once=True, step=outcome.finished, failed=dict(outcome.failed))
     finally:
         for process in running:  # a second Ctrl-C, or an error in this process
             process.popen.kill()

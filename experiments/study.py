@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
-from ..registry import Config, SeqmixError, choices_hint, load, nearest_hint
+from ..registry import Config, DataError, SeqmixError, choices_hint, load, nearest_hint
 from ..registry.config import deprecation
 from ..registry.errors import shown
 from .differences import leaves
@@ -58,6 +58,10 @@ Tokens = Annotated[int, Field(gt=0, le=2**31)]
 
 class StudyError(SeqmixError):
     """A study cannot be run, or its comparison would not be fair."""
+
+
+class StudyFileError(StudyError, DataError):
+    """The folder of a study cannot be written."""
 
 
 class Entry(Config):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..mixers import ContractError
-from ..registry import SeqmixError
+from ..registry import OutOfMemoryError, SeqmixError
 from .config import ModelConfig
 from .language_model import LanguageModel
 from .linear import use_fast_linear
@@ -92,7 +92,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def _explain_memory(model: LanguageModel, device: torch.device | str) -> Iterator[None]:
-    """Context that turns an out-of-memory error into a SeqmixError with the size of the model."""
+    """Context that turns an out-of-memory error into an OutOfMemoryError with the size of the model."""
     parameters = list(model.parameters())  # lists a tied parameter once
     count = sum(p.numel() for p in parameters)
     size = sum(p.nbytes for p in parameters)
@@ -101,7 +101,7 @@ def _explain_memory(model: LanguageModel, device: torch.device | str) -> Iterato
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise  # e.g. the device does not exist
-        raise SeqmixError(
+        raise OutOfMemoryError(
             f"out of memory on {device}: the model has {count:,} parameters, {size:,} bytes ({size / 2**30:,.1f} GiB); "
             "`seqmix show` lists them by layer"
         ) from None

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from ..registry import SeqmixError, nearest_hint, read_bytes, write_file
+from ..registry import DataError, SeqmixError, nearest_hint, read_bytes, write_file
 from .tokenizer import TOKENIZER_FILE, ByteTokenizer, TextDecoder, Tokenizer
 from .vocabulary_schema import MAX_TOKEN_IDS, require_safe
 
@@ -129,7 +129,7 @@ def load_tokenizer(name: str | Path, begin: str | None = None) -> Tokenizer:
         return SubwordTokenizer(vocabulary, file, begin)
     except OSError as error:
         hint = "; expected `bytes` or a tokenizer.json" if isinstance(error, FileNotFoundError) else ""
-        raise SeqmixError(f"the tokenizer {file} cannot be read: {error.strerror}{hint}") from error
+        raise DataError(f"the tokenizer {file} cannot be read: {error.strerror}{hint}") from error
 
 
 def train_bpe(
@@ -198,7 +198,7 @@ def _decoded(name: str, text: bytes) -> str:
     try:
         return text.decode()
     except UnicodeDecodeError as error:
-        raise SeqmixError(
+        raise DataError(
             f"{name} is not UTF-8: byte 0x{text[error.start]:02x} at {error.start:,}; use the tokenizer `bytes` for "
             "arbitrary bytes"
         ) from error

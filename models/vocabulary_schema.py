@@ -8,7 +8,7 @@ import base64
 import json
 from typing import Any
 
-from ..registry import SeqmixError
+from ..registry import DataError, SeqmixError
 
 MAX_EXPANSION = 64
 """Maximum factor by which a part of a tokenizer (normalizer, decoder, ...) may increase the bytes of a text."""
@@ -28,9 +28,9 @@ def require_safe(vocabulary: bytes, name: object) -> None:
         tree = json.loads(vocabulary, object_pairs_hook=_mapping)
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
-        raise SeqmixError(f"the tokenizer {name} is not a tokenizer.json: {reason}") from error
+        raise DataError(f"the tokenizer {name} is not a tokenizer.json: {reason}") from error
     if not isinstance(tree, dict):
-        raise SeqmixError(f"the tokenizer {name} is not a tokenizer.json: it is a {type(tree).__name__}")
+        raise DataError(f"the tokenizer {name} is not a tokenizer.json: it is a {type(tree).__name__}")
     model = tree.get("model")
     if isinstance(model, dict) and model.get("dropout"):
         raise SeqmixError(

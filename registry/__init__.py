@@ -4,7 +4,17 @@ This package does not import torch.
 """
 
 from .config import Config
-from .errors import ConfigError, ElsewhereError, SeqmixError, choices_hint, nearest_hint, require_name
+from .duration import Duration, format_duration, parse_duration
+from .errors import (
+    ConfigError,
+    DataError,
+    ElsewhereError,
+    OutOfMemoryError,
+    SeqmixError,
+    choices_hint,
+    nearest_hint,
+    require_name,
+)
 from .explain import explain_fields
 from .files import (
     flush,
@@ -28,19 +38,24 @@ from .sources import read_mapping
 __all__ = [
     "Config",
     "ConfigError",
+    "DataError",
+    "Duration",
     "ElsewhereError",
+    "OutOfMemoryError",
     "Registry",
     "SeqmixError",
     "choices_hint",
     "dump",
     "explain_fields",
     "flush",
+    "format_duration",
     "import_named",
     "import_object",
     "is_vacant",
     "json_schema",
     "load",
     "nearest_hint",
+    "parse_duration",
     "read_bytes",
     "read_mapping",
     "replacing",

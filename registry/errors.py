@@ -3,7 +3,7 @@
 import difflib
 import json
 from collections.abc import Collection, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 MAX_LINE_LENGTH = 2000
 """Maximum number of characters in a line of an error; the middle of a longer line is cut."""
@@ -13,7 +13,10 @@ MAX_LISTED = 10
 
 
 class SeqmixError(ValueError):
-    """An error that the user can fix, in one sentence; the commands print it and exit with status 2."""
+    """An error that the user can fix, in one sentence; the commands print it and exit with its `exit_status`."""
+
+    exit_status: ClassVar[int] = 2
+    """Exit status of a command that ends with this error: 2, the command line or a configuration is wrong."""
 
     def __str__(self) -> str:
         # names and values are quoted from files: a terminal would interpret control characters, and some are megabytes
@@ -27,6 +30,18 @@ class ElsewhereError(SeqmixError):
 
 class ConfigError(SeqmixError):
     """A configuration is wrong, or code or a file that it names is not available."""
+
+
+class DataError(SeqmixError):
+    """A file, run or data set is missing, damaged or unreadable, or cannot be written."""
+
+    exit_status = 3
+
+
+class OutOfMemoryError(SeqmixError):
+    """A model or a computation needs more memory than there is."""
+
+    exit_status = 5
 
 
 def _cut(line: str) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from .errors import SeqmixError
+from .errors import DataError, SeqmixError
 
 
 @contextmanager
@@ -90,7 +90,7 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
             partial.rename(place)  # fails if another process has written there meanwhile
             flush(place.parent)
     except OSError as error:
-        raise SeqmixError(f"{folder} cannot be written: {error.strerror or error}") from error
+        raise DataError(f"{folder} cannot be written: {error.strerror or error}") from error
 
 
 def is_vacant(folder: Path, besides: Collection[str] = ()) -> bool:
@@ -251,7 +251,7 @@ def write_files(contents: Mapping[Path, str | bytes]) -> None:
     except OSError as error:
         file = Path(error.filename2 or file)
         reason = f"{file.parent} is not a folder" if isinstance(error, FileExistsError) else error.strerror
-        raise SeqmixError(f"{file} cannot be written: {reason}") from error
+        raise DataError(f"{file} cannot be written: {reason}") from error
 
 
 def read_bytes(file: Path) -> bytes:

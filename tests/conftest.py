@@ -99,11 +99,11 @@ def seqmix(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def refused(seqmix):
-    """Run the command on bad input: status 2 and one line; returns the line without `error: `."""
+    """Run the command on bad input: the exit status and one line; returns the line without `error: `."""
 
-    def call(*arguments: str) -> str:
+    def call(*arguments: str, status: int = 2) -> str:
         done = seqmix(*arguments)
-        assert done.status == 2
+        assert done.status == status
         assert done.out == ""
         lines = done.err.splitlines()
         assert len(lines) == 1, done.err

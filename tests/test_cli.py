@@ -72,7 +72,7 @@ def test_train_writes_a_run(seqmix):
     assert "seqmix generate runs/retnet-tiny" in done.out
     run = Path("runs/retnet-tiny")
     names = {path.name for path in run.iterdir()}
-    assert names == {"checkpoints", "config.yaml", "metrics.jsonl", "run.lock", "sessions.jsonl"}
+    assert names == {"checkpoints", "config.yaml", "metrics.jsonl", "run.lock", "sessions.jsonl", "status.json"}
     assert load_config(run / "config.yaml") == load_config("retnet-tiny", SMALL)
     assert [folder.name for folder in checkpoints(run)] == ["step-000002", "step-000004"]
 

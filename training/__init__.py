@@ -5,6 +5,7 @@ from ..registry.moved import find_moved_modules
 from .checkpoint.files import CheckpointError, Choice
 from .checkpoint.saved_prompt_cache import load_prompt_cache, save_prompt_cache
 from .checkpoint.saved_run import export_run, load_run, read_config
+from .checkpoint.status import Status, read_status
 from .config import DistributedConfig, RunConfig, TrainingConfig
 from .run import TrainingError, train
 from .start import load_config
@@ -15,6 +16,7 @@ __all__ = [
     "Choice",
     "DistributedConfig",
     "RunConfig",
+    "Status",
     "TrainingConfig",
     "TrainingError",
     "export_run",
@@ -22,6 +24,7 @@ __all__ = [
     "load_prompt_cache",
     "load_run",
     "read_config",
+    "read_status",
     "save_prompt_cache",
     "train",
 ]

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field, ValidationInfo, field_validator, mod
 from ..data.kinds.text import TextConfig
 from ..data.source import DATA, DataConfig, Source
 from ..models import Checkpointing, ModelConfig
-from ..registry import Config, nearest_hint
+from ..registry import Config, Duration, nearest_hint
 from ..registry.config import deprecation
 
 Rate = Annotated[float, Field(ge=0, lt=1)]
@@ -102,6 +102,10 @@ class TrainingConfig(Config):
     """Sequence lengths at which evaluations also measure the loss, besides data.sequence_length."""
     patience: int | None = Field(default=None, gt=0)
     """Early stopping: end training after this many evaluations without improvement; null to disable."""
+    max_time: Duration | None = None
+    """Time budget, such as 30m, 1h30m or 90 (seconds), counted from the start or resumption of the run. The step during
+    which it ends is the last; an evaluation and a checkpoint follow. The schedule depends on steps only: it is cut off,
+    and a resumed run continues it."""
     carry_state: bool = False
     """Continue the text of the previous step from its final state (truncated backpropagation through time). Every mixer
     needs a state of constant size."""

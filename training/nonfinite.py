@@ -18,6 +18,8 @@ from .distributed.sharding import local_tensor
 class NotFiniteError(SeqmixError):
     """A loss or a gradient is NaN or infinite; the message says which, and where that began."""
 
+    exit_status = 4
+
 
 class Place(NamedTuple):
     """The first module whose value (an output or its gradient) is not finite, and the tokens affected."""

@@ -16,16 +16,18 @@ from torch import nn
 
 from ..data import Source
 from ..models import TOKENIZER_FILE, LanguageModel, build_meta, build_model, flops_per_token
+from ..registry import format_duration
 from .checkpoint import files as checkpoint
 from .checkpoint import train_state
-from .checkpoint.errors import TrainingError, explain_errors, newest_checkpoint
+from .checkpoint.errors import DivergenceError, RunFileError, TrainingError, explain_errors, newest_checkpoint
 from .checkpoint.files import Best, CheckpointError, IntactCheckpoint, Manifest
 from .checkpoint.provenance import record_session
 from .checkpoint.run_dir import CONFIG_FILE, LOCK_FILE, claim_with_rollback, lock_run, require_free
+from .checkpoint.status import StatusWriter
 from .config import RunConfig, TrainingConfig
 from .distributed.process_groups import ProcessGroups, join_processes
 from .distributed.sharding import assign, reshard, sharder
-from .monitoring.events import Compiled, Evaluated, Event, Noted, Saved, Started, Stepped, StoppedEarly
+from .monitoring.events import Compiled, Evaluated, Event, Noted, OutOfTime, Saved, Started, Stepped, StoppedEarly
 from .monitoring.logging import MetricsWriter
 from .monitoring.memory import peak_memory
 from .monitoring.metrics import Measured
@@ -65,6 +67,7 @@ def train(
     if not isinstance(config, RunConfig):
         raise TrainingError(f"train expects a RunConfig from load_config, got {config!r:.100}")
     run = Path(run)
+    began = time.monotonic()
     with join_processes(config.distributed) as groups, ExitStack() as lock, ExitStack() as starting:
         if resume:  # locked before reading checkpoints, which another process may be deleting
             with groups.raise_together():
@@ -74,7 +77,7 @@ def train(
         if objective is not None:
             objective.prepare(model)
         optimizer = build_optimizer(model, config.training)
-        course = Course(Trainer(config, source, model, optimizer, groups, objective), run)
+        course = Course(Trainer(config, source, model, optimizer, groups, objective), run, began)
         device = model.device
         precision = course.trainer.precision
         start = 0
@@ -94,6 +97,7 @@ def train(
             if groups.is_main and source.tokenizer is not None and not (run / TOKENIZER_FILE).exists():
                 source.tokenizer.save(run)  # also on resume, if the run was killed before this line
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), ExitStack() as stack:
+            stack.enter_context(course.status.recording())
             stack.enter_context(explain_errors(run, config.training))
             with groups.raise_together():
                 if groups.is_main:
@@ -109,6 +113,7 @@ def train(
                         start_from=None if origin is None else origin.provenance,
                     )
             starting.close()  # from here on, the run can be resumed
+            course.status.begin(start)
             stack.callback(course.metrics_writer.close)
             stack.enter_context(course.writer)
             yield Started(source, sum(p.numel() for p in model.parameters()), device, precision, start, groups.size)
@@ -123,9 +128,10 @@ class Course:
     Args:
         trainer: makes the steps and evaluations.
         run: the run directory.
+        began: time of `time.monotonic` from which training.max_time is counted.
     """
 
-    def __init__(self, trainer: Trainer, run: Path) -> None:
+    def __init__(self, trainer: Trainer, run: Path, began: float) -> None:
         self.trainer = trainer
         self.run = run
         self.config = trainer.config
@@ -134,7 +140,10 @@ class Course:
         model = trainer.model
         self.metrics_writer = MetricsWriter(run, self.config)
         self.writer = checkpoint.Writer(run, self.groups, keep=settings.keep_checkpoints, keep_best=settings.keep_best)
+        self.status = StatusWriter(run, settings.steps, active=self.groups.is_main)
         self.best = Best()
+        self.end = math.inf if settings.max_time is None else began + settings.max_time
+        """Time of `time.monotonic` at which the time budget is spent."""
         self.done = 0
         """Number of steps completed, including the current one."""
         self.peak = peak_flops(model.device, trainer.precision)
@@ -169,7 +178,7 @@ class Course:
         settings = self.config.training
         first_step_seconds = 0.0
         if self._out_of_patience:
-            yield self._early_stop_event(start)
+            yield self._stop_early(start)
             return
         try:
             for step in range(start, settings.steps):
@@ -185,6 +194,7 @@ class Course:
                 is_last = done == settings.steps
                 if done % settings.log_every == 0 or is_last:
                     self._record(asdict(event))
+                self.status.update(step=done, loss=event.loss if math.isfinite(event.loss) else None)
                 yield event
                 if result.skipped is not None:
                     yield Noted(done, f"step {done} is skipped: {result.skipped}")
@@ -193,7 +203,11 @@ class Course:
                     metrics["validation_loss"] = yield from self._evaluate(is_last=is_last)
                 stop_requested = self.groups.any(stop())
                 stops_early = self._out_of_patience and not is_last
-                run_ends = is_last or stops_early or stop_requested
+                out_of_time = not (is_last or stops_early or stop_requested) and self._is_out_of_time()
+                if out_of_time and "validation_loss" not in metrics:
+                    measured = self.trainer.evaluate()  # not for `best`, so that a resumed run is an uninterrupted one
+                    yield self._record_evaluation(measured, final=False)
+                run_ends = is_last or stops_early or stop_requested or out_of_time
                 keeps_best = settings.keep_best and self.best.step == done
                 if run_ends or keeps_best or done % settings.checkpoint_every == 0:
                     # an evaluation checked the parameters too, but not a carried state
@@ -202,15 +216,19 @@ class Course:
                         self.trainer.require_finite_update(step)
                     yield self.save(done, metrics, wait=run_ends)
                 if stops_early:
-                    yield self._early_stop_event(done)
-                if stops_early or stop_requested:
+                    yield self._stop_early(done)
+                elif stop_requested and not is_last:
+                    self.status.outcome = "interrupted", "a signal or the program asked the run to stop"
+                elif out_of_time:
+                    yield self._stop_at_budget(done)
+                if run_ends:
                     return
         except NotFiniteError as error:
             with suppress(CheckpointError):
                 self.writer.wait()
             message = f"step {self.done}: {error}; try a lower training.learning_rate; {newest_checkpoint(self.run)}"
             with self.groups.raise_together():
-                raise TrainingError(message) from None
+                raise DivergenceError(message) from None
         except RuntimeError as error:
             error.add_note(f"step {self.done}: ")  # `join_processes` reads it if another process does not answer
             raise
@@ -300,6 +318,7 @@ class Course:
         if measured.accuracy is not None:
             values |= {"accuracy": measured.accuracy, "accuracy_by": measured.accuracy_by}
         self._record(values)
+        self.status.update(step=self.done, validation_loss=measured.loss, at_once=True)
         return Evaluated(self.done, measured.loss, final, by_length, measured.accuracy, measured.accuracy_by, loss_by)
 
     @property
@@ -307,8 +326,18 @@ class Course:
         patience = self.config.training.patience
         return patience is not None and self.best.evaluations_since >= patience
 
-    def _early_stop_event(self, done: int) -> StoppedEarly:
+    def _stop_early(self, done: int) -> StoppedEarly:
+        self.status.outcome = "finished", f"stopped early: no evaluation was better than that of step {self.best.step}"
         return StoppedEarly(done, self.best.step, math.nan if self.best.loss is None else self.best.loss)
+
+    def _is_out_of_time(self) -> bool:
+        """Return True if the time budget is spent on any process."""
+        return self.end < math.inf and self.groups.any(time.monotonic() >= self.end)
+
+    def _stop_at_budget(self, done: int) -> OutOfTime:
+        budget = self.config.training.max_time or 0.0
+        self.status.outcome = "stopped", f"the time budget of {format_duration(budget)} is spent"
+        return OutOfTime(done, budget)
 
 
 def _load_inputs(
@@ -365,7 +394,7 @@ def _lock_resumed_run(run: Path) -> Iterator[None]:
             weights or no optimizer state.
     """
     if not (run / CONFIG_FILE).is_file():
-        raise TrainingError(f"{run} is not a run directory: it has no {CONFIG_FILE}; `seqmix train` writes one")
+        raise RunFileError(f"{run} is not a run directory: it has no {CONFIG_FILE}; `seqmix train` writes one")
     had_lock = (run / LOCK_FILE).exists()
     with lock_run(run):
         try:

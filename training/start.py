@@ -20,7 +20,7 @@ from ..models import TOKENIZER_FILE, ByteTokenizer, LanguageModel, ModelConfig, 
 from ..models.subword import EXPORTED_TOKENIZER
 from ..registry import load, nearest_hint, read_bytes, require_trusted, validated
 from ..registry.tree import Node, Origin
-from .checkpoint.errors import TrainingError
+from .checkpoint.errors import RunFileError, TrainingError
 from .checkpoint.run_dir import CONFIG_FILE
 from .checkpoint.saved_run import EXPORTED_CONFIG, read_config, read_weights
 from .checkpoint.train_state import parameters_of
@@ -125,9 +125,9 @@ def describe(folder: Path) -> SourceModel:
         if not folder.exists():
             siblings = [other.name for other in folder.absolute().parent.glob("*")]
             suggestion = nearest_hint(folder.name, siblings)
-            raise TrainingError(f"training.start_from = {folder} does not exist: {allowed}{suggestion}") from error
+            raise RunFileError(f"training.start_from = {folder} does not exist: {allowed}{suggestion}") from error
         reason = "it has no config.json" if isinstance(error, FileNotFoundError) else " ".join(str(error).split())
-        raise TrainingError(
+        raise RunFileError(
             f"training.start_from = {folder} cannot be read: {allowed} ({reason or type(error).__name__})"
         ) from error
     require_trusted(source.model, f"training.start_from = {folder}", "write its `model` into your configuration")

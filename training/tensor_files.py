@@ -15,13 +15,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..registry import SeqmixError, replacing
+from ..registry import DataError, replacing
 
 OFFSETS_METADATA = "DCP_SHARDING_INFO"
 OFFSETS_KEY = "saved_offsets"
 
 
-class CheckpointError(SeqmixError):
+class CheckpointError(DataError):
     """A checkpoint is missing, damaged, or belongs to another model."""
 
 

@@ -1,6 +1,5 @@
 """The part of the suite that fits into a time budget, from steps that are timed on this machine."""
 
-import re
 import time
 from collections.abc import Mapping, Sequence
 
@@ -24,20 +23,6 @@ STEPS = 3
 """Number of timed steps; the fastest counts."""
 START = 5.0
 """Assumed time that the process of a run takes to start and to end, in seconds."""
-UNITS = {"s": 1, "m": 60, "h": 3600}
-"""Seconds per unit of a duration."""
-
-
-def seconds_of(text: str) -> float:
-    """Parse a duration such as 90s, 30m, 2h or 1h30m.
-
-    Raises:
-        SeqmixError: the text is not a duration.
-    """
-    parts = re.findall(r"(\d+(?:\.\d+)?)([smh])", text)
-    if not parts or "".join(map("".join, parts)) != text:
-        raise SeqmixError(f"expected a duration such as 90s, 30m or 1h30m as the budget, got {text!r}")
-    return sum(float(number) * UNITS[unit] for number, unit in parts)
 
 
 def time_runs(tasks: Sequence[PlannedTask]) -> dict[str, dict[str, float]]:

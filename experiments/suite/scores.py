@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 from pydantic import Field, ValidationError
 
-from ...registry import Config, SeqmixError, read_bytes, write_file
+from ...registry import Config, DataError, SeqmixError, read_bytes, write_file
 from ...registry.yaml import write as to_yaml
 from ..attribution import ACCESSORIES, describe
 from ..pages import table
@@ -210,9 +210,9 @@ def read_scores(path: Path) -> Scores:
     try:
         return Scores.model_validate_json(read_bytes(file))
     except OSError as error:
-        raise SeqmixError(f"{file} cannot be read: {error.strerror}") from None
+        raise DataError(f"{file} cannot be read: {error.strerror}") from None
     except ValidationError as error:
-        raise SeqmixError(f"{file} does not hold scores of the suite: {error.errors()[0]['msg']}") from None
+        raise DataError(f"{file} does not hold scores of the suite: {error.errors()[0]['msg']}") from None
 
 
 def score_table(scores: Scores) -> tuple[list[str], list[tuple[str, ...]]]:

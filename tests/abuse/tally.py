@@ -73,7 +73,7 @@ def fault_of(case: Case, seconds: int = 60) -> str | None:
     except BaseException as error:  # a library written in Rust panics by one that is not an Exception
         late = TOO_LONG in str(error)  # a library may make it an error of its own
         if not late and isinstance(error, Exception) and (sentence := explanation(error)) is not None:
-            return _fault_of_sentence(sentence)
+            return _fault_of_sentence(str(sentence))
         where = traceback.extract_tb(error.__traceback__)[-1]
         what = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         return f"{what} ({Path(where.filename).name}:{where.lineno})"

@@ -161,7 +161,7 @@ def test_a_budget_is_kept_and_what_it_leaves_out_is_said(parts, tmp_path, monkey
 
     outcomes = measure(parts, tmp_path, silent, runner, time_limit=50.0, budget=85.0)
     assert given == [("retention", 50.0), ("wrong", 50.0), ("seqmix", 35.0), ("crashing", 15.0)]
-    assert outcomes[4].problem == "not started: the budget of 85 s is spent"
+    assert outcomes[4].problem == "not started: the budget of 1m25s is spent"
     assert outcomes[5].problem == "fla is not installed"
 
 

@@ -306,7 +306,7 @@ def test_one_process_that_is_asked_to_stop_stops_all_with_one_checkpoint(two, te
     [
         (0, (), "SeqmixError", "nowhere.txt"),
         (1, (), "SeqmixError", "nowhere.txt"),
-        (-1, ("training.learning_rate=1e30", "training.warmup_steps=0"), "TrainingError", "first in the "),
+        (-1, ("training.learning_rate=1e30", "training.warmup_steps=0"), "DivergenceError", "first in the "),
     ],
 )
 def test_an_error_of_one_process_ends_all(two, text, tmp_path, broken, changes, kind, named):

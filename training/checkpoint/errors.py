@@ -6,13 +6,27 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ...models import compiler_failure, is_out_of_memory
-from ...registry import SeqmixError
+from ...registry import DataError, OutOfMemoryError, SeqmixError
 from ..config import TrainingConfig
 from .files import checkpoints
 
 
 class TrainingError(SeqmixError):
     """Training cannot start or continue."""
+
+
+class RunFileError(TrainingError, DataError):
+    """A file of a run is missing or unreadable, or cannot be written."""
+
+
+class DivergenceError(TrainingError):
+    """Training diverged: the loss, a gradient or a parameter is NaN or infinite."""
+
+    exit_status = 4
+
+
+class TrainingMemoryError(TrainingError, OutOfMemoryError):
+    """Training needs more memory than there is."""
 
 
 @contextmanager
@@ -23,7 +37,7 @@ def explain_errors(run: Path, settings: TrainingConfig) -> Iterator[None]:
     except OSError as error:
         # the error for a full disk names no file
         file = error.filename or run
-        raise TrainingError(
+        raise RunFileError(
             f"{file} cannot be read or written: {error.strerror or error}; {newest_checkpoint(run)}"
         ) from error
     except (MemoryError, RuntimeError) as error:
@@ -41,7 +55,7 @@ def explain_errors(run: Path, settings: TrainingConfig) -> Iterator[None]:
             f"raise training.grad_accum_steps ({settings.grad_accum_steps}), for smaller micro-batches",
             *([] if settings.activation_checkpointing else ["set training.activation_checkpointing to true"]),
         ]
-        raise TrainingError(
+        raise TrainingMemoryError(
             f"out of memory{size}: {', '.join(remedies[:-1])}, or {remedies[-1]}; {newest_checkpoint(run)}"
         ) from None  # the traceback would keep the tensors alive
 

@@ -9,7 +9,7 @@ from typing import IO
 
 from ...registry import SeqmixError, dump, is_vacant, try_lock, write_file
 from ..config import RunConfig
-from .errors import TrainingError
+from .errors import RunFileError, TrainingError
 
 CONFIG_FILE = "config.yaml"
 LOCK_FILE = "run.lock"
@@ -46,11 +46,11 @@ def require_vacant(folder: Path, option: str, besides: Collection[str] = ()) -> 
     try:
         str(folder).encode()
     except UnicodeEncodeError:  # safetensors can write to such a path, but not read from it
-        raise TrainingError(f"a run cannot be written to {str(folder)!a}: the path must be UTF-8") from None
+        raise RunFileError(f"a run cannot be written to {str(folder)!a}: the path must be UTF-8") from None
     try:
         vacant = is_vacant(folder, besides)
     except OSError as error:
-        raise TrainingError(f"a run cannot be written to {folder}: {error.strerror}") from error
+        raise RunFileError(f"a run cannot be written to {folder}: {error.strerror}") from error
     if not vacant:
         problem = "already holds a run" if (folder / CONFIG_FILE).exists() else "exists and is not an empty directory"
         raise TrainingError(f"{folder} {problem}: choose another {option} DIR")
@@ -89,7 +89,7 @@ def claim(run: Path, config: RunConfig, comment: str) -> None:
     try:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise TrainingError(f"a run cannot be written to {run}: {error.strerror}") from error
+        raise RunFileError(f"a run cannot be written to {run}: {error.strerror}") from error
     with lock_run(run):
         if (run / CONFIG_FILE).exists():
             raise TrainingError(f"{run} already holds a run, which has started meanwhile: choose another --out DIR")
@@ -113,7 +113,7 @@ def lock_run(run: Path) -> Iterator[None]:
     try:
         file = (run / LOCK_FILE).open("a")
     except OSError as error:
-        raise TrainingError(f"a run cannot be written to {run}: {error.strerror}") from error
+        raise RunFileError(f"a run cannot be written to {run}: {error.strerror}") from error
     with file, ExitStack() as stack:
         locks: list[IO[str] | int] = [file]
         with suppress(OSError):  # not every system opens directories

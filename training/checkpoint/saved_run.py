@@ -18,6 +18,7 @@ from ...registry import (
     ConfigError,
     dump,
     load,
+    nearest_hint,
     replacing_folder,
     require_name,
     require_trusted,
@@ -63,17 +64,26 @@ def read_config(
         CheckpointError: `run` is not a run directory.
         ConfigError: the configuration is no longer valid.
     """
-    if not (run / CONFIG_FILE).is_file():
-        reason = "it is a file" if run.exists() else "it does not exist"
-        if run.is_dir():
-            reason = f"it has no {CONFIG_FILE}"
-        raise CheckpointError(f"{run} is not a run directory: {reason}; `seqmix train` writes one")
+    require_run(run)
     try:
         for module in modules_of(run):
             on_note(f"{run} imports the module {module}")
         return load(RunConfig, run / CONFIG_FILE, changes, presets=PRESETS)
     except ConfigError as error:
         raise ConfigError(f"{error}{missing_plug_ins(run)}") from error
+
+
+def require_run(run: Path, *, or_file: bool = False) -> None:
+    """Raise CheckpointError unless `run` is a run directory, or any file if `or_file`."""
+    if (run / CONFIG_FILE).is_file() or (or_file and run.is_file()):
+        return
+    reason = "it is a file" if run.exists() else "it does not exist"
+    if run.is_dir():
+        reason = f"it has no {CONFIG_FILE}"
+    siblings = (path.name for path in run.absolute().parent.glob("*/")) if not run.exists() else ()
+    raise CheckpointError(
+        f"{run} is not a run directory: {reason}; `seqmix train` writes one{nearest_hint(run.name, siblings)}"
+    )
 
 
 def modules_of(run: Path) -> list[str]:

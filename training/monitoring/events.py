@@ -107,6 +107,16 @@ class StoppedEarly:
 
 
 @dataclass(frozen=True)
+class OutOfTime:
+    """Training ends at its time budget, `training.max_time`."""
+
+    step: int
+    """Number of steps completed so far."""
+    seconds: float
+    """The time budget, in seconds."""
+
+
+@dataclass(frozen=True)
 class Saved:
     """A checkpoint is being written, asynchronously: it is complete before the next one starts, or the run ends."""
 
@@ -116,4 +126,4 @@ class Saved:
     """Folder of the checkpoint."""
 
 
-Event: TypeAlias = Started | Noted | Compiled | Stepped | Evaluated | StoppedEarly | Saved
+Event: TypeAlias = Started | Noted | Compiled | Stepped | Evaluated | StoppedEarly | OutOfTime | Saved

@@ -1,0 +1,113 @@
+"""status.json of runs: how they ended, time budgets, and runs that were killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from conftest import SMALL
+from runs import checkpoint_bytes, metrics, run_of, stopped, wait_for_steps
+
+from seqmix import DataError, SeqmixError, train
+from seqmix.registry import format_duration, parse_duration
+from seqmix.training import read_status
+from seqmix.training.monitoring.events import OutOfTime, Stepped
+
+
+def test_a_finished_run_says_so(config_of, tmp_path):
+    run_of(config_of(), tmp_path / "run")
+    status = read_status(tmp_path / "run")
+    assert (status.state, status.step, status.steps, status.pid) == ("finished", 6, 6, None)
+    final = [line["validation_loss"] for line in metrics(tmp_path / "run") if line.get("final")]
+    assert [status.validation_loss] == final
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["reason"] == "all steps are made"
+
+
+def test_while_it_trains_a_run_is_running_in_this_process(config_of, tmp_path):
+    events = train(config_of(), tmp_path / "run")
+    next(event for event in events if isinstance(event, Stepped))
+    status = read_status(tmp_path / "run")
+    assert (status.state, status.pid) == ("running", os.getpid())
+    events.close()
+    assert read_status(tmp_path / "run").state == "interrupted"
+
+
+def test_a_stop_request_is_an_interruption(config_of, tmp_path):
+    stopped(config_of(), tmp_path / "run", 3)
+    assert (read_status(tmp_path / "run").state, read_status(tmp_path / "run").step) == ("interrupted", 3)
+
+
+def test_early_stopping_finishes(config_of, tmp_path):
+    run_of(config_of("training.patience=1", "training.learning_rate=1.0e-12", "training.steps=12"), tmp_path / "run")
+    status = read_status(tmp_path / "run")
+    assert status.state == "finished"
+    assert "stopped early" in status.reason
+
+
+def test_a_run_that_diverges_says_where(config_of, tmp_path):
+    with pytest.raises(SeqmixError) as raised:
+        run_of(config_of("training.learning_rate=1.0e+30", "training.warmup_steps=0"), tmp_path / "run")
+    assert raised.value.exit_status == 4
+    status = read_status(tmp_path / "run")
+    assert (status.state, status.reason) == ("diverged", str(raised.value))
+
+
+def test_a_failure_in_the_loop_is_recorded(config_of, tmp_path):
+    events = train(config_of(), tmp_path / "run")
+    next(events)
+    with pytest.raises(RuntimeError):
+        events.throw(RuntimeError("a bug"))
+    assert (read_status(tmp_path / "run").state, read_status(tmp_path / "run").reason) == (
+        "failed",
+        "RuntimeError: a bug",
+    )
+
+
+def test_a_run_that_was_killed_is_recognised_and_resumes(config_of, seqmix, tmp_path):
+    command = [sys.executable, "-c", "from seqmix.cli import main; main()", "train", "retnet-tiny", *SMALL]
+    command += ["data.paths=[text.txt]", "training.steps=1000000", "--out", "run"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        wait_for_steps(tmp_path / "run", 4, lambda: process.poll() is None)
+        assert read_status("run").pid == process.pid
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    status = read_status("run")
+    assert status.state == "killed"
+    assert str(process.pid) in status.reason
+    assert seqmix("train", "--resume", "run", "--budget", "0.001").status == 0
+    assert read_status("run").state == "stopped"
+
+
+def test_a_time_budget_ends_a_run_which_resumes_to_the_bit(config_of, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run_of(config_of(), whole)
+    events = run_of(config_of("training.max_time=0.001"), parts)
+    assert isinstance(events[-1], OutOfTime)
+    status = read_status(parts)
+    assert (status.state, status.step) == ("stopped", 1)
+    assert "0.001s" in status.reason
+    assert status.validation_loss is not None
+    run_of(config_of(), parts, resume=True)
+    assert checkpoint_bytes(parts) == checkpoint_bytes(whole)
+
+
+def test_a_missing_or_damaged_status_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"no status\.json"):
+        read_status(tmp_path)
+    for text in ("{", "[]", "{}"):
+        (tmp_path / "status.json").write_text(text)
+        with pytest.raises(DataError, match="damaged"):
+            read_status(tmp_path)
+
+
+def test_durations():
+    texts = ("90s", "30m", "1h30m", "0.5h", "90", 90, 2.5)
+    assert [parse_duration(text) for text in texts] == [90, 1800, 5400, 1800, 90, 90, 2.5]
+    assert [format_duration(seconds) for seconds in (90, 1800, 5400, 2.5)] == ["1m30s", "30m", "1h30m", "2.5s"]
+    for wrong in ("", "m30", "30m5", "1m1h", "0", "-3", "inf", "nan", True, 0):
+        with pytest.raises(SeqmixError, match="expected a duration such as 90s"):
+            parse_duration(wrong)
