@@ -1,6 +1,5 @@
 """The `seqmix` program: the table of commands. Each one is imported when it is called; errors are one sentence."""
 
-import errno
 import gc
 import os
 import platform
@@ -9,18 +8,16 @@ import sys
 from importlib import import_module, metadata
 from inspect import cleandoc
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from .commands.output import protect_output, visible
-
-if TYPE_CHECKING:
-    from .registry import SeqmixError
+from .commands.output import explanation, protect_output, visible
 
 COMMANDS = {
     "train": "Train a model from a preset or a YAML file, or resume a run.",
+    "status": "Show what runs and studies are doing, or how they ended.",
     "generate": "Generate text with a trained model.",
     "evaluate": "Evaluate trained models: the validation loss at lengths beyond that of training, or tasks of lm-eval.",
     "average": "Average the weights of a run's last checkpoints, and write them as a new run directory.",
@@ -44,7 +41,7 @@ COMMANDS = {
     "coordinates": "Check that training changes activations equally at every width of the model (coordinate check of "
     "muP).",
     "plan": "Estimate memory, traffic and time of a training step on many GPUs, by layout, without running it.",
-    "schema": "Print the JSON schema of a configuration, for YAML completion in editors.",
+    "schema": "Print the JSON schema of a configuration, for YAML completion in editors, or of a command's result.",
 }
 """Summary of each command, by name. The docstring of the command's function in commands/ begins with it."""
 
@@ -89,13 +86,15 @@ def _handle_unraisable(unraisable: Any) -> None:
 
 
 def import_command(name: str) -> TyperCommand:
-    """Import a command; its options are the parameters of its function, and its help is the docstring."""
+    """Import a command; its options are the parameters of its function and --json, and its help is the docstring."""
+    from .commands.results import JsonCommand, with_json
+
     word = name.replace("-", "_")
     function = getattr(import_module(f".commands.{word}", __package__), word)
     # join the lines of each paragraph, as typer would keep the docstring's line breaks
     paragraphs = [" ".join(paragraph.split()) for paragraph in cleandoc(function.__doc__).split("\n\n")]
     app = typer.Typer(add_completion=False, rich_markup_mode="rich")
-    app.command(name, help="\n\n".join(paragraphs))(function)
+    app.command(name, cls=JsonCommand, help="\n\n".join(paragraphs))(with_json(name, function))
     command = typer.main.get_command(app)
     assert isinstance(command, TyperCommand)
     return command
@@ -156,41 +155,3 @@ def _run() -> None:
         if sentence := str(known):
             typer.secho(f"error: {visible(sentence, err=True)}", err=True, fg="red")
         sys.exit(known.exit_status)
-
-
-def explanation(error: Exception) -> "SeqmixError | None":
-    """Return the error for the user: one sentence and the exit status; None if the error is a bug.
-
-    The sentence is empty if another process reports the error.
-    """
-    from .registry import DataError, ElsewhereError, OutOfMemoryError, SeqmixError
-
-    match error:
-        case SeqmixError():
-            is_reported = isinstance(error, ElsewhereError) or _reported_by_another_process()
-            return ElsewhereError() if is_reported else error
-        case OSError(filename=str() | bytes() | int()):
-            # problems with a file that no command checks: a name that is too long, a folder without permission
-            return DataError(f"{error.filename} cannot be used: {error.strerror}")
-        case OSError(errno=errno.ENOSPC | errno.EFBIG | errno.EDQUOT):
-            return DataError(f"a file cannot be written: {error.strerror}")
-        case FileNotFoundError(strerror=str(reason)) if "temporary directory" in reason:  # raised on a full disk
-            return DataError(f"a file cannot be written: {reason}")
-        case MemoryError() | RuntimeError():
-            from .models import is_out_of_memory
-
-            if is_out_of_memory(error):
-                reason = f" ({str(error).partition(chr(10))[0]})" if str(error) else ""
-                return OutOfMemoryError(
-                    f"out of memory{reason}: use a shorter text, a smaller model or a smaller batch"
-                )
-    return None
-
-
-def _reported_by_another_process() -> bool:
-    """Return True if local rank 0 has the same error and reports it, as it does before the process group exists."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        return False
-    import torch.distributed as dist
-
-    return not dist.is_initialized()

@@ -22,7 +22,7 @@ from ..registry import format_duration, replacing, write_file
 from .benchmark import Report, Row
 from .gpu_plan import GROUPS, Part
 from .measure import Spread
-from .report import from_json, markdown, to_json
+from .report import fields_of, from_json, markdown
 
 PROGRAM = (sys.executable, "-c", "from seqmix.cli import main; main()")
 MIN_PART_SECONDS = 15.0
@@ -117,7 +117,7 @@ def write(outcomes: Sequence[PartOutcome], out: Path) -> None:
             "command": ["seqmix", *outcome.part.command],
             "problem": outcome.problem,
             "seconds": outcome.seconds,
-            "report": None if outcome.report is None else json.loads(to_json(outcome.report)),
+            "report": None if outcome.report is None else fields_of(outcome.report),
         }
         for outcome in outcomes
     ]

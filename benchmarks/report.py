@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import asdict
+from typing import Any
 
 from pydantic import TypeAdapter
 
@@ -40,14 +41,19 @@ def markdown(report: Report) -> str:
     return "\n".join(text) + "\n"
 
 
-def to_json(report: Report) -> str:
-    """Return a report as JSON: all figures with their lowest and highest values."""
+def fields_of(report: Report) -> dict[str, Any]:
+    """Return a report as plain data: all figures with their lowest and highest values, and tokens per second."""
     rows = [asdict(row) | {"tokens_per_second": row.tokens_per_second} for row in report.rows]
-    return json.dumps(asdict(report) | {"rows": rows}, indent=2) + "\n"
+    return asdict(report) | {"rows": rows}
+
+
+def to_json(report: Report) -> str:
+    """Return a report as JSON."""
+    return json.dumps(fields_of(report), indent=2) + "\n"
 
 
 def from_json(text: str) -> Report:
-    """Read a report that `to_json` has written."""
+    """Read a report that `to_json` or `seqmix bench --json` has written."""
     return TypeAdapter(Report).validate_python(json.loads(text))
 
 

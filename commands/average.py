@@ -1,5 +1,6 @@
 """`seqmix average`: average the weights of a run's last checkpoints."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -10,13 +11,23 @@ from .options import Run
 from .output import visible
 
 
+@dataclass(frozen=True)
+class AverageResult:
+    """Result of `seqmix average`."""
+
+    run: str
+    """The new run directory."""
+    steps: list[int]
+    """Steps of the checkpoints that were averaged."""
+
+
 def average(
     run: Run,
     to: Annotated[Path, typer.Option(help="New run directory to write.", metavar="DIR")],
     checkpoints: Annotated[
         int, typer.Option(help="Number of last checkpoints to average, at most training.keep_checkpoints.", min=2)
     ] = 2,
-) -> None:
+) -> AverageResult:
     """Average the weights of a run's last checkpoints, and write them as a new run directory.
 
     Other commands read it like any other run directory, but it cannot be resumed.
@@ -25,3 +36,4 @@ def average(
     """
     steps = average_run(run, to, checkpoints=checkpoints)
     typer.echo(visible(f"{to} has the mean of the weights after steps {', '.join(f'{step:,}' for step in steps)}"))
+    return AverageResult(str(to), list(steps))

@@ -2,7 +2,7 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -16,13 +16,13 @@ from ..benchmarks.mixers import MixersBenchmark
 from ..benchmarks.models import DecodeBenchmark, PrefillBenchmark, TrainBenchmark, model_to_measure
 from ..benchmarks.op import OpBenchmark
 from ..benchmarks.recurrences import RecurrenceBenchmark
-from ..benchmarks.report import cells, conditions, markdown, name_columns, skipped, to_json
+from ..benchmarks.report import cells, conditions, markdown, name_columns, skipped
 from ..experiments.benchmark_figures import figures_of
 from ..experiments.figures.writer import COLUMN, draw, require_drawable
 from ..registry import SeqmixError, parse_duration, require_name, write_file
 from ..training.monitoring.memory import keep_freed_memory
 from .console import plain_table, terminal
-from .options import DTYPES, Device, JsonFile, Overrides, require_device, require_writable
+from .options import DTYPES, Device, Overrides, require_device, require_writable
 
 KINDS = (OpBenchmark, RecurrenceBenchmark, MixersBenchmark, TrainBenchmark, DecodeBenchmark, PrefillBenchmark)
 BENCHMARKS = {kind.name: kind for kind in KINDS}
@@ -114,7 +114,6 @@ def bench(
     cpu_time: Annotated[
         bool, typer.Option("--cpu-time", help="Measure CPU time, which other programs affect least.")
     ] = False,
-    json_file: JsonFile = None,
     markdown_file: Annotated[
         Path | None, typer.Option("--markdown", help="Write the table as Markdown.", metavar="FILE")
     ] = None,
@@ -122,7 +121,7 @@ def bench(
         Path | None,
         typer.Option("--plot", help="Plot time and memory to a .html, .svg, .png or .pdf file.", metavar="FILE"),
     ] = None,
-) -> None:
+) -> Annotated[dict[str, Any], Report]:
     """Benchmark throughput, latency and peak memory against other installed implementations.
 
     All models have the same number of parameters. After a warm-up, their calls are interleaved in one run. Ratios are
@@ -145,7 +144,7 @@ def bench(
     seconds = None if budget is None else parse_duration(budget)
     if plot_file is not None:
         require_drawable("--plot", plot_file)
-    require_writable(json_file, markdown_file, plot_file)
+    require_writable(markdown_file, plot_file)
     keep_freed_memory()  # as `seqmix train` does
     changes = [*([config] if config and "=" in config else []), *(overrides or [])]
     if what == "mixers" and changes + [config] * (config is not None) != []:
@@ -183,13 +182,12 @@ def bench(
         task = bar.add_task("", visible=False)
         report = measure(lambda text: bar.update(task, description=text, visible=True))
     # files first, in case the terminal is gone
-    if json_file is not None:
-        write_file(to_json(report), json_file)
     if markdown_file is not None:
         write_file(markdown(report), markdown_file)
     if plot_file is not None and (figures := figures_of(report)):
         draw(figures, plot_file, width=2 * COLUMN, title=report.title, text=conditions(report))
     show(report, terminal())
+    return fields_of(report)
 
 
 def show(report: Report, console: Console) -> None:

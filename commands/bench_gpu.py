@@ -1,6 +1,7 @@
 """`seqmix bench-gpu`: all tests and benchmarks that need a GPU, in one command."""
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,33 @@ import typer
 from ..benchmarks.gpu import measure
 from ..benchmarks.gpu_plan import GROUPS, plan
 from ..registry import SeqmixError, parse_duration, require_name
+from .results import Ended
+
+
+@dataclass(frozen=True)
+class PartResult:
+    """How one part ended; gpu.json has its figures."""
+
+    group: str
+    """Group of the part."""
+    name: str
+    """Name of the part."""
+    problem: str | None
+    """Why there are no figures; null if the part succeeded."""
+    failed: bool
+    """True if the part ran and failed; false if it was skipped or not started."""
+    seconds: float
+    """Seconds that it took."""
+
+
+@dataclass(frozen=True)
+class BenchGpuResult:
+    """Result of `seqmix bench-gpu`."""
+
+    out: str
+    """Folder of the figures: gpu.json, gpu.md."""
+    parts: list[PartResult]
+    """All parts."""
 
 
 def bench_gpu(
@@ -30,7 +58,7 @@ def bench_gpu(
     rehearse: Annotated[
         bool, typer.Option("--rehearse", help="Run one part of each kind at toy sizes on the CPU, in a minute or two.")
     ] = False,
-) -> None:
+) -> BenchGpuResult | Ended[BenchGpuResult]:
     """Run all tests and benchmarks that need a GPU: kernels, conformance, speed, the paper's comparisons.
 
     Each part runs in its own process, so a crash ends only that part. Run the command again to continue: finished parts
@@ -55,5 +83,8 @@ def bench_gpu(
         if outcome.problem is not None:
             typer.echo(f"{outcome.part.group} {outcome.part.name}: {outcome.problem}")
     typer.echo(f"written: {out / 'gpu.json'}, {out / 'gpu.md'} and {out}.tar.gz")
-    if any(outcome.failed for outcome in outcomes):
-        raise typer.Exit(1)
+    results = [
+        PartResult(each.part.group, each.part.name, each.problem, each.failed, each.seconds) for each in outcomes
+    ]
+    result = BenchGpuResult(str(out), results)
+    return Ended(result, 1) if any(outcome.failed for outcome in outcomes) else result

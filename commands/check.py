@@ -29,9 +29,10 @@ from ..registry import (
     require_name,
     write_file,
 )
-from .check_output import Tested, as_json, as_junit
+from .check_output import CheckResult, Tested, as_junit, result_of
 from .console import plain_table, terminal
-from .options import JsonFile, require_writable
+from .options import require_writable
+from .results import Ended
 
 if TYPE_CHECKING:
     from ..testing import Check, CheckOutcome
@@ -112,11 +113,10 @@ def check(
             "--config", help="For a class of transformers: fields of its configuration, as YAML, JSON or a file."
         ),
     ] = "",
-    json_file: JsonFile = None,
     junit_file: Annotated[
         Path | None, typer.Option("--junit", help="Write all results as JUnit XML.", metavar="FILE")
     ] = None,
-) -> None:
+) -> CheckResult | Ended[CheckResult]:
     """Test a mixer or a kernel against the contract, and show the smallest failing case.
 
     If you name only a mixer kind, all values of its options are checked; a kind with changes, a preset or a file is
@@ -136,7 +136,7 @@ def check(
     from ..testing.engine.source import source as source_of
     from ..testing.mixer.options import not_varied
 
-    require_writable(json_file, junit_file)
+    require_writable(junit_file)
     if quick and stress:
         raise SeqmixError("expected at most one of --quick and --stress, got both: leave one out")
     console = terminal()
@@ -206,11 +206,11 @@ def check(
     if quick:
         without = f", and without {', '.join(left_out)}" if left_out and not only else ""
         console.print(f"quick: {n_examples} examples (the default is {EXAMPLES}){without}", soft_wrap=True)
-    if json_file is not None:
-        write_file(as_json(results, seed=seed), json_file)
     if junit_file is not None:
         write_file(as_junit(results), junit_file)
-    _conclude(console, results)
+    _print_failures(console, results)
+    result = result_of(results, seed=seed)
+    return Ended(result, 1) if any(each.count("failed") for each in results) else result
 
 
 def _parse_pairs(option: str, texts: Sequence[str] | None) -> Iterator[tuple[str, str]]:
@@ -411,13 +411,11 @@ def _print_summary(console: Console, results: Sequence[Tested]) -> None:
     console.print(plain_table("mixer", "d_model", *statuses, "cases", "seconds", rows=rows))
 
 
-def _conclude(console: Console, results: Sequence[Tested]) -> None:
-    """Print the failed checks of each mixer or kernel, and exit with 1 if there are any."""
+def _print_failures(console: Console, results: Sequence[Tested]) -> None:
+    """Print the failed checks of each mixer or kernel."""
     for result in results:
         failed = [outcome for outcome in result.outcomes if outcome.status == "failed"]
         if names := [outcome.check.name for outcome in failed if not outcome.same_as]:
             same_cause = [outcome.check.name for outcome in failed if outcome.same_as]
             also = f"; also fails: {', '.join(same_cause)}" if same_cause else ""
             console.print(f"{result.kind} fails {', '.join(names)}{also}", style="red", soft_wrap=True)
-    if any(result.count("failed") for result in results):
-        raise typer.Exit(1)

@@ -1,6 +1,5 @@
 """Results of `seqmix check` as files for other programs: JSON, and JUnit XML for continuous integration."""
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,16 +36,31 @@ class Tested:
         return sum(outcome.seconds for outcome in self.outcomes)
 
 
-def as_json(results: Sequence[Tested], *, seed: int) -> str:
-    """Return all results as JSON, with failing cases and the code that reproduces them."""
-    from ..training.checkpoint.provenance import seqmix_version
+@dataclass(frozen=True)
+class CheckResult:
+    """Result of `seqmix check`."""
 
+    torch: str
+    """Version of torch."""
+    seed: int
+    """Random seed of the examples."""
+    failed: list[str]
+    """Names of the checks that failed, without repetition."""
+    tested: list[dict[str, Any]]
+    """For each mixer or kernel: its `kind`, a mixer's `config` and `d_model`, and its `checks`. A check has a name, the
+    property that it tests and what that is for, a status (passed, failed, skipped, expected failure) with the reason,
+    the number of examples, seconds, and of a failure the smallest case and the code that reproduces it."""
+
+
+def result_of(results: Sequence[Tested], *, seed: int) -> CheckResult:
+    """Return the results of all mixers and kernels, with failing cases and the code that reproduces them."""
     tested = [
         {"kind": result.kind, **result.about, "checks": list(map(_outcome_fields, result.outcomes))}
         for result in results
     ]
-    about = {"seqmix": seqmix_version(), "torch": str(torch.__version__), "seed": seed}
-    return json.dumps({**about, "tested": tested}, indent=2) + "\n"
+    outcomes = [outcome for result in results for outcome in result.outcomes]
+    failed = dict.fromkeys(outcome.check.name for outcome in outcomes if outcome.status == "failed")
+    return CheckResult(str(torch.__version__), seed, list(failed), tested)
 
 
 def _outcome_fields(outcome: "CheckOutcome") -> dict[str, Any]:

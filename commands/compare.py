@@ -2,8 +2,9 @@
 
 import shlex
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -13,18 +14,67 @@ from ..experiments.collect import entry_result
 from ..experiments.figures.libraries import PlotsMissingError, charts_module, engine
 from ..experiments.plan import Plan, plan
 from ..experiments.report import REPORT_FILE
-from ..experiments.results import RESULTS_FILE, Difference, Results, where
+from ..experiments.results import RESULTS_FILE, Difference, EntryResult, Results, SummaryRow, where
 from ..experiments.runner import run_study
 from ..experiments.study import STUDIES, find_study, load_study, shipped
 from ..experiments.tables import difference_tables, notes, state_size, summary_table
 from ..registry import SeqmixError, parse_duration
 from .console import note, plain_table, terminal
 from .options import Jobs
+from .results import Ended
 from .show import si
 from .study_progress import StudyProgress
 
 MANY = 300
 """Number of runs above which a note says that planning takes a while."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareResult:
+    """Result of `seqmix compare`; results.json in the folder has every measurement."""
+
+    folder: str
+    """Folder of the study."""
+    state: Literal["finished", "failed", "stopped", "interrupted"]
+    """`finished`; `failed`, if runs failed; `stopped`, at its time budget; `interrupted`, by a signal."""
+    finished: int
+    """Number of runs trained to the end, in earlier calls too."""
+    runs: int
+    """Number of all runs."""
+    failed: dict[str, str]
+    """Reason of each run that failed, by name."""
+    subject: str
+    """Entry that the question is about."""
+    answer: str
+    """The answer to the study's question, in words."""
+    summary: list[SummaryRow]
+    """Statistics over seeds of each entry: mean, spread and the margin of the 95 % interval."""
+    differences: list[Difference]
+    """Differences of each entry from the subject: what is compared, and what else differs."""
+    notes: list[str]
+    """Sentences on what is equal, and what a reader should know."""
+
+
+@dataclass(frozen=True)
+class StudyPlan:
+    """Result of `seqmix compare --dry-run`."""
+
+    entries: list[EntryResult]
+    """The entries with their costs."""
+    runs: list[str]
+    """Names of the runs, in the order in which they train."""
+    flops: float
+    """FLOPs of all runs."""
+    notes: list[str]
+    """Sentences on what is equal."""
+
+
+@dataclass(frozen=True)
+class StudyList:
+    """Result of `seqmix compare --list`."""
+
+    studies: dict[str, str]
+    """Questions of the studies that the package ships, by name."""
 
 
 def compare(
@@ -45,7 +95,7 @@ def compare(
         bool, typer.Option("--dry-run", help="Validate the study and show its runs, without training.")
     ] = False,
     list_all: Annotated[bool, typer.Option("--list", help="List the studies that the package ships.")] = False,
-) -> None:
+) -> CompareResult | Ended[CompareResult] | StudyPlan | StudyList:
     """Train several models under identical conditions and compare them.
 
     The output folder has every run, results.json, tables and an HTML report. Run the command again to resume a stopped
@@ -58,9 +108,9 @@ def compare(
     """
     console = terminal()
     if list_all:
-        rows = [(name, load_study(STUDIES / f"{name}.yaml").question or "") for name in shipped()]
-        console.print(plain_table("study", "question", rows=rows))
-        return
+        questions = {name: load_study(STUDIES / f"{name}.yaml").question or "" for name in shipped()}
+        console.print(plain_table("study", "question", rows=questions.items()))
+        return StudyList(questions)
     if study is None:
         raise SeqmixError("compare needs a STUDY: a YAML file, or the name of a study that --list shows")
     seconds = None if budget is None else parse_duration(budget)
@@ -70,12 +120,23 @@ def compare(
         note(f"planning {loaded.size:,} runs takes a while")
     planned = plan(loaded, file)
     if dry_run:
-        _show_plan(planned, console)
-        return
+        return _show_plan(planned, console)
     folder = out or Path("studies") / planned.name
     with StudyProgress(console) as progress:
         results, outcome = run_study(planned, folder, jobs=jobs, observer=progress, budget=seconds)
     show(results, console)
+    result = CompareResult(
+        folder=str(folder),
+        state=outcome.state,
+        finished=outcome.finished,
+        runs=len(planned.runs),
+        failed=outcome.failed,
+        subject=results.about,
+        answer=answer(results),
+        summary=list(results.summary),
+        differences=list(results.differences),
+        notes=[*results.fairness, *notes(results)],
+    )
     command = f"seqmix compare {shlex.quote(study)}" + (f" --out {shlex.quote(str(out))}" if out else "")
     if outcome.stopped:
         reason = f"the time budget of {budget} is spent" if outcome.out_of_time else "stopped"
@@ -84,7 +145,7 @@ def compare(
             f"resume with: {command}",
             soft_wrap=True,
         )
-        raise typer.Exit(0 if outcome.out_of_time else 130)
+        return result if outcome.out_of_time else Ended(result, 130)
     console.print(f"{folder} has {RESULTS_FILE}, the tables and every run")
     report = folder / REPORT_FILE
     console.print(
@@ -92,7 +153,8 @@ def compare(
     )
     if outcome.failed:
         console.print(f"{len(outcome.failed)} of {len(planned.runs)} runs failed; retry them with: {command}")
-        raise typer.Exit(1)
+        return Ended(result, 1)
+    return result
 
 
 def _missing_report_reason(folder: Path) -> str:
@@ -124,8 +186,8 @@ def _show_differences(differences: Sequence[Difference], subject: str, console: 
         console.print(plain_table(*headers, rows=rows, overflow="fold"))
 
 
-def _show_plan(planned: Plan, console: Console) -> None:
-    """Print the entries of a study with their costs, and the number of runs."""
+def _show_plan(planned: Plan, console: Console) -> StudyPlan:
+    """Print the entries of a study with their costs, and the number of runs; return them."""
     if planned.study.question:
         console.print(planned.study.question)
     entries = [entry_result(entry) for entry in planned.entries]
@@ -141,5 +203,6 @@ def _show_plan(planned: Plan, console: Console) -> None:
     for sentence in planned.fairness:
         console.print(sentence, soft_wrap=True)
     _show_differences(planned.differences, planned.subject, console)
-    total = si(sum(run.flops for run in planned.runs))
-    console.print(f"{len(planned.runs)} {'run' if len(planned.runs) == 1 else 'runs'}, about {total}FLOP.")
+    total = sum(run.flops for run in planned.runs)
+    console.print(f"{len(planned.runs)} {'run' if len(planned.runs) == 1 else 'runs'}, about {si(total)}FLOP.")
+    return StudyPlan(entries, [run.name for run in planned.runs], total, list(planned.fairness))

@@ -1,5 +1,6 @@
 """`seqmix convert`: convert weights from and to other libraries."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +13,20 @@ from ..training.checkpoint.run_dir import CONFIG_FILE
 from .console import note, plain_table, terminal
 from .options import Checkpoint, Trust, checkpoint_choice
 from .output import visible
+
+
+@dataclass(frozen=True)
+class ConvertResult:
+    """Result of `seqmix convert`."""
+
+    architecture: str
+    """Architecture of the other library."""
+    library: str
+    """The other library."""
+    to: str | None
+    """The folder that was written; null for a dry run."""
+    tensors: list[dict[str, str]]
+    """For each tensor: its name `here`, its `shape`, where it is `there`, and `how` it is converted."""
 
 
 def convert(
@@ -39,7 +54,7 @@ def convert(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the table of tensors, without writing.")] = False,
     checkpoint: Checkpoint = "newest",
     trust: Trust = False,
-) -> None:
+) -> ConvertResult:
     """Convert a model of another library to a run directory, or a run to a folder of another library.
 
     A table shows where every tensor comes from. A tensor or field without a counterpart is an error that names it.
@@ -66,9 +81,13 @@ def convert(
             )
         choice = checkpoint_choice(checkpoint)
         architecture, rules = export_to(source, out, target, choice=choice, on_note=note, trust=trust)
-    rows = [(*row[:2], "<-" if target is None else "->", *row[2:]) for row in plan(rules)]
+    tensors = plan(rules)
+    rows = [(*row[:2], "<-" if target is None else "->", *row[2:]) for row in tensors]
     terminal().print(
         plain_table("here", "shape", "", f"{architecture.name} ({architecture.library})", "how", rows=rows)
     )
     if out is not None:
         typer.echo(visible(f"{out} has {len(rules)} tensors"))
+    names = ("here", "shape", "there", "how")
+    table = [dict(zip(names, row, strict=True)) for row in tensors]
+    return ConvertResult(architecture.name, architecture.library, None if out is None else str(out), table)

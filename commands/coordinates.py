@@ -1,20 +1,31 @@
 """`seqmix coordinates`: check that activations keep their size when the model becomes wider."""
 
-import json
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ..experiments.coordinates import WIDTHS, figure_of
+from ..experiments.coordinates import WIDTHS, Coordinate, figure_of
 from ..experiments.coordinates import coordinates as check
 from ..experiments.figures.writer import draw, require_drawable
 from ..registry import SeqmixError
 from ..training import load_config
 from .console import note, plain_table, terminal
-from .options import JsonFile, Overrides, require_writable
+from .options import Overrides, require_writable
 from .output import visible
+
+
+@dataclass(frozen=True)
+class CoordinatesResult:
+    """Result of `seqmix coordinates`."""
+
+    widths: list[int]
+    """Widths d_model, ascending."""
+    steps: int
+    """Number of training steps."""
+    parts: list[Coordinate]
+    """Sizes of the activations of each part of the model."""
 
 
 def coordinates(
@@ -27,8 +38,7 @@ def coordinates(
     out: Annotated[
         Path | None, typer.Option(help="Draw the sizes: a page (.html) or an image (.pdf, .svg, .png).", metavar="FILE")
     ] = None,
-    json_file: JsonFile = None,
-) -> None:
+) -> CoordinatesResult:
     """Check that training changes activations equally at every width of the model (coordinate check of muP).
 
     Models of several widths train for a few steps. If activations grow with the width, a wider model needs a lower
@@ -37,7 +47,7 @@ def coordinates(
     [bold]seqmix coordinates retnet-tiny model.parametrization="{kind: mup, base_width: 64}"[/bold]
     """
     chosen = _parse_widths(widths)
-    require_writable(out, json_file)
+    require_writable(out)
     if out is not None:
         require_drawable("--out", out)
     loaded = load_config(config, overrides or [])
@@ -63,8 +73,7 @@ def coordinates(
     if out is not None:
         draw([figure_of(result, chosen, steps)], out, title="Coordinate check", text=visible(str(config)))
         typer.echo(visible(f"{out} is written"))
-    if json_file is not None:
-        json_file.write_text(json.dumps([asdict(one) for one in result], indent=2) + "\n", encoding="utf-8")
+    return CoordinatesResult(chosen, steps, result)
 
 
 def _parse_widths(widths: str) -> list[int]:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,16 +22,23 @@ from .options import (
     Checkpoint,
     Device,
     Ema,
-    JsonFile,
     Trust,
     Weights,
     checkpoint_choice,
     require_device,
-    require_writable,
 )
 
 MAX_PARALLEL_LENGTH = 8192
 """Maximum sequence length, in tokens, at which the parallel paradigm is evaluated by default: its cost is quadratic."""
+
+
+@dataclass(frozen=True)
+class EvaluateResult:
+    """Result of `seqmix evaluate`."""
+
+    runs: dict[str, dict[str, Any]]
+    """By run: the fields of `seqmix.training.length_eval.Evaluation`, and those after quantisation under the name of
+    the format; with --tasks, the scores (`tasks`) by task and metric, and the versions."""
 
 
 def evaluate(
@@ -103,8 +110,7 @@ def evaluate(
     trust: Trust = False,
     weights: Weights = None,
     device: Device = "cpu",
-    json_file: JsonFile = None,
-) -> None:
+) -> EvaluateResult:
     """Evaluate trained models: the validation loss at lengths beyond that of training, or tasks of lm-eval.
 
     By default it shows the loss by sequence length and by position, in every paradigm. With --context, it shows the
@@ -119,7 +125,6 @@ def evaluate(
 
     [bold]seqmix evaluate runs/retnet-tiny runs/gla --tasks lambada_openai --json scores.json[/bold]
     """
-    require_writable(json_file)
     if weights is not None:
         require_name("weight format", weights, WEIGHTS)
     choice = checkpoint_choice(checkpoint)
@@ -149,9 +154,7 @@ def evaluate(
         if weights is not None:
             for run, (_, quantized) in with_quantized.items():
                 results[run][weights] = asdict(quantized)
-    if json_file is not None:
-        content = results if len(runs) > 1 else next(iter(results.values()))
-        write_file(json.dumps(content, indent=2) + "\n", json_file)
+    return EvaluateResult(results)
 
 
 def _task_scores(model: LanguageModel, tasks: str, options: dict[str, Any]) -> dict[str, Any]:

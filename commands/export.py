@@ -1,5 +1,6 @@
 """`seqmix export`: export a trained model to one file, or to a folder for Hugging Face."""
 
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +14,20 @@ from .options import Checkpoint, Ema, Run, Weights, checkpoint_choice
 from .output import visible
 
 FORMATS = ("safetensors", "hf")
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """Result of `seqmix export`."""
+
+    out: str
+    """The file or folder that was written."""
+    format: str
+    """Format of --to."""
+    step: int | None
+    """Step of the checkpoint; null for Hugging Face."""
+    weights: str | None
+    """Format of quantised weights; null for floats."""
 
 
 def export(
@@ -29,7 +44,7 @@ def export(
     checkpoint: Checkpoint = "newest",
     ema: Ema = False,
     weights: Weights = None,
-) -> None:
+) -> ExportResult:
     """Export a trained model to one safetensors file with its configuration, or for Hugging Face.
 
     [bold]seqmix export runs/retnet-tiny --out retnet-tiny.safetensors --checkpoint best[/bold]
@@ -49,7 +64,7 @@ def export(
     if to == "safetensors":
         step = export_run(run, target, choice=choice, on_note=note, ema=ema, weights=weights)
         typer.echo(visible(f"{target} has the {f'{weights} ' if weights else ''}weights of step {step}"))
-        return
+        return ExportResult(str(target), to, step, weights)
     if weights is not None:
         raise SeqmixError("--weights needs --to safetensors: models of Hugging Face have weights in floats")
     if find_spec("transformers") is None:
@@ -60,3 +75,4 @@ def export(
     typer.echo(
         visible(f"{target} has the model: load it with import seqmix.hf and AutoModelForCausalLM.from_pretrained")
     )
+    return ExportResult(str(target), to, None, None)

@@ -1,6 +1,7 @@
 """`seqmix generate`: continue texts with a trained model, and save or load the state after them."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -26,6 +27,28 @@ from .options import (
     require_writable,
 )
 from .output import EXIT_UNREAD, output_error, visible
+
+
+@dataclass(frozen=True)
+class Text:
+    """A generated text."""
+
+    prompt: str
+    """The prompt; empty for a text that continues a saved state."""
+    continuation: str
+    """The generated text after it."""
+
+
+@dataclass(frozen=True)
+class GenerateResult:
+    """Result of `seqmix generate`."""
+
+    run: str
+    """The run directory or file."""
+    texts: list[Text]
+    """One text per prompt."""
+    state: str | None
+    """The file of --save-state; null without it."""
 
 
 def generate(
@@ -91,7 +114,7 @@ def generate(
         Path | None,
         typer.Option(help="Write the state after the prompt and the generated text, for --state.", metavar="FILE"),
     ] = None,
-) -> None:
+) -> GenerateResult:
     """Generate text with a trained model.
 
     The prompt is processed chunkwise (prefill), then every token takes one recurrent decode step. The tokenizer is the
@@ -115,7 +138,7 @@ def generate(
     after = None if state is None else load_prompt_cache(state, model)
     if max_new_tokens == 0 and save_state is not None:
         _save_cache(cache_text(model, prompts, after=after), model, save_state)
-        return
+        return GenerateResult(str(run), [Text(text, "") for text in prompts], str(save_state))
     speculation = None
     if speculate == "ngram":
         speculation = Speculation()
@@ -140,11 +163,13 @@ def generate(
     texts = [text.encode(errors="surrogateescape").decode(errors="replace") for text in prompts]
     if after is not None and len(texts) < 2:  # one prompt, or none, for all cached texts
         texts = (texts or [""]) * len(after)
-    _print_texts(texts, pieces, runs_to_end=save_state is not None)
+    continuations = _print_texts(texts, pieces, runs_to_end=save_state is not None)
     if speculation is not None:
         note(_speculation_summary(speculation))
     if save_state is not None:
         _save_cache(caches[0], model, save_state)
+    generated = [Text(text, new) for text, new in zip(texts, continuations, strict=True)]
+    return GenerateResult(str(run), generated, None if save_state is None else str(save_state))
 
 
 def _speculation_summary(speculation: Speculation) -> str:
@@ -158,28 +183,31 @@ def _speculation_summary(speculation: Speculation) -> str:
     )
 
 
-def _print_texts(texts: list[str], pieces: Iterable[list[str]], *, runs_to_end: bool) -> None:
-    """Stream a single text, or print several texts when they are complete.
+def _print_texts(texts: list[str], pieces: Iterable[list[str]], *, runs_to_end: bool) -> list[str]:
+    """Stream a single text, or print several texts when they are complete; return the continuations.
 
     Args:
         texts: the prompts.
         pieces: yields the new piece of each text.
         runs_to_end: True to generate all tokens even if nobody reads the output, because the state is to be saved.
     """
+    continuations = [""] * len(texts)
     if len(texts) == 1:
         has_started = False
         for (piece,) in pieces:
             # the prompt is printed with the first token, so that invalid input shows only an error
             typer.echo(visible(piece if has_started else texts[0] + piece), nl=False)
             has_started = True
+            continuations[0] += piece
             if output_error() and not runs_to_end:
                 raise typer.Exit(EXIT_UNREAD)
         typer.echo()
-        return
+        return continuations
     for new in pieces:
-        texts = [text + piece for text, piece in zip(texts, new, strict=True)]
-    for text in texts:
-        typer.echo(f"{visible(text)}\n{'─' * 40}")
+        continuations = [text + piece for text, piece in zip(continuations, new, strict=True)]
+    for text, continuation in zip(texts, continuations, strict=True):
+        typer.echo(f"{visible(text + continuation)}\n{'─' * 40}")
+    return continuations
 
 
 def _save_cache(cache: PromptCache, model: LanguageModel, file: Path) -> None:

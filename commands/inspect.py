@@ -1,8 +1,8 @@
 """`seqmix inspect`: show how a trained model processes a text."""
 
-import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -12,9 +12,21 @@ from ..inspection.views import look
 from ..registry import DataError, SeqmixError, read_bytes, write_files
 from ..training import load_run
 from .console import note
-from .options import Checkpoint, Device, JsonFile, Run, Trust, checkpoint_choice, require_device, require_writable
+from .options import Checkpoint, Device, Run, Trust, checkpoint_choice, require_device, require_writable
 from .output import visible
 from .plot import select_figures
+
+
+@dataclass(frozen=True)
+class InspectResult:
+    """Result of `seqmix inspect`."""
+
+    out: str
+    """The page or image that was written."""
+    tokens: int
+    """Number of tokens of the text that were read."""
+    layers: list[dict[str, Any]]
+    """Measurements of each layer: the fields of `seqmix.inspection.views.LayerView`, without the maps."""
 
 
 def inspect(
@@ -31,8 +43,7 @@ def inspect(
     checkpoint: Checkpoint = "newest",
     trust: Trust = False,
     device: Device = "cpu",
-    json_file: JsonFile = None,
-) -> None:
+) -> InspectResult:
     """Show how a trained model processes a text: attention maps, reach of heads, states and gradients.
 
     For every layer, the page has attention maps (also of recurrent mixers), their reach beside that of the decays,
@@ -40,9 +51,7 @@ def inspect(
 
     [bold]seqmix inspect runs/retnet-tiny --text README.md[/bold]
     """
-    require_writable(out, json_file)
-    if json_file is not None and json_file.absolute() == out.absolute():
-        raise SeqmixError(f"--out and --json are both {out}: give them different names")
+    require_writable(out)
     require_drawable("--out", out)
     model = load_run(
         run, device=require_device(device), choice=checkpoint_choice(checkpoint), on_note=note, trust=trust
@@ -63,7 +72,6 @@ def inspect(
         contents = {out: content_of(select_figures(figures, figure or []), out.suffix, title=str(run), text=facts)}
     else:
         contents = {out: render(views, str(run), facts)}
-    if json_file is not None:
-        contents[json_file] = json.dumps([view.as_json() for view in views], indent=2) + "\n"
     write_files(contents)
     typer.echo(visible(f"{out} is written"))
+    return InspectResult(str(out), ids.shape[1], [view.as_json() for view in views])

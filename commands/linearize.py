@@ -1,6 +1,7 @@
 """`seqmix linearize`: replace mixers of a trained model."""
 
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -8,13 +9,24 @@ import typer
 from rich.console import Console
 
 from ..linearize import load_plan
-from ..linearize.course import Linearization, Prepared, table
+from ..linearize.course import Linearization, Prepared, Result, table
 from ..models import account
 from ..training.interrupt import StopRequest
 from .console import plain_table, terminal
 from .options import DeviceOrGpu, require_device
 from .progress import follow
+from .results import Ended
 from .show import si_bytes
+
+
+@dataclass(frozen=True)
+class LinearizeResult:
+    """Result of `seqmix linearize`."""
+
+    run: str
+    """The run directory of the new model."""
+    comparison: Result | None
+    """Comparison of the new model with its teacher, as in linearize.json; null for a dry run, and if interrupted."""
 
 
 def linearize(
@@ -39,7 +51,7 @@ def linearize(
     ] = None,
     device: DeviceOrGpu = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan with its costs, without training.")] = False,
-) -> None:
+) -> LinearizeResult | Ended[LinearizeResult]:
     """Replace mixers of a trained model as a plan says, and train the new ones to imitate the old ones.
 
     The output folder is a run directory, which generates, evaluates and exports like any other. Its linearize.json and
@@ -53,7 +65,7 @@ def linearize(
     linearization = Linearization(source, load_plan(plan), out, device=device, tokenizer=tokenizer)
     _show_plan(linearization, console)
     if dry_run:
-        return
+        return LinearizeResult(str(out), None)
     _show_prepared(linearization.prepare(), console)
     for name in linearization.plan.staged:
         console.print(f"stage {name}")
@@ -65,10 +77,12 @@ def linearize(
         if not finished:
             words = ["seqmix", "linearize", source, plan, "--out", out]
             console.print(f"stopped with a checkpoint; continue with: {shlex.join(map(str, words))}")
-            raise typer.Exit(130)
-    headers, rows = table(linearization.finish())
+            return Ended(LinearizeResult(str(out), None), 130)
+    result = linearization.finish()
+    headers, rows = table(result)
     console.print(plain_table(*headers, rows=rows))
     console.print(f"{out} is a run directory; linearize.json and linearize.md in it compare it with its teacher")
+    return LinearizeResult(str(out), result)
 
 
 def _show_plan(linearization: Linearization, console: Console) -> None:

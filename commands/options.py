@@ -41,8 +41,15 @@ DeviceOrGpu = Annotated[
 ]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """Dtypes that --dtype accepts, by name."""
+JsonFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--json",
+        help="Write the result as JSON; - is standard output, and all other output then goes to standard error.",
+        metavar="FILE",
+    ),
+]
 Jobs = Annotated[int | None, typer.Option(help="Number of runs in parallel; one per core or GPU by default.", min=1)]
-JsonFile = Annotated[Path | None, typer.Option("--json", help="Write all results as JSON.", metavar="FILE")]
 
 
 def checkpoint_choice(checkpoint: str) -> int | Literal["newest", "best"]:

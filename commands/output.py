@@ -1,4 +1,4 @@
-"""Protection of standard output and standard error.
+"""Protection of standard output and standard error, and the sentence of an error.
 
 A closed pipe does not end a command, whose other results would be lost. Control characters in texts and names are
 escaped, so that they do not reach a terminal.
@@ -6,12 +6,16 @@ escaped, so that they do not reach a terminal.
 
 import errno
 import io
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from ..registry import SeqmixError
 
 EXIT_UNREAD = 141
 """Exit status if the output is the only result and nobody reads it: that of a program that SIGPIPE ends."""
@@ -78,3 +82,41 @@ def visible(text: str, *, err: bool = False) -> str:
     """
     stream = sys.stderr if err else sys.stdout
     return text.translate(_ESCAPES) if stream is not None and stream.isatty() else text
+
+
+def explanation(error: Exception) -> "SeqmixError | None":
+    """Return the error for the user: one sentence and the exit status; None if the error is a bug.
+
+    The sentence is empty if another process reports the error.
+    """
+    from ..registry import DataError, ElsewhereError, OutOfMemoryError, SeqmixError
+
+    match error:
+        case SeqmixError():
+            is_reported = isinstance(error, ElsewhereError) or _reported_by_another_process()
+            return ElsewhereError() if is_reported else error
+        case OSError(filename=str() | bytes() | int()):
+            # problems with a file that no command checks: a name that is too long, a folder without permission
+            return DataError(f"{error.filename} cannot be used: {error.strerror}")
+        case OSError(errno=errno.ENOSPC | errno.EFBIG | errno.EDQUOT):
+            return DataError(f"a file cannot be written: {error.strerror}")
+        case FileNotFoundError(strerror=str(reason)) if "temporary directory" in reason:  # raised on a full disk
+            return DataError(f"a file cannot be written: {reason}")
+        case MemoryError() | RuntimeError():
+            from ..models import is_out_of_memory
+
+            if is_out_of_memory(error):
+                reason = f" ({str(error).partition(chr(10))[0]})" if str(error) else ""
+                return OutOfMemoryError(
+                    f"out of memory{reason}: use a shorter text, a smaller model or a smaller batch"
+                )
+    return None
+
+
+def _reported_by_another_process() -> bool:
+    """Return True if local rank 0 has the same error and reports it, as it does before the process group exists."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        return False
+    import torch.distributed as dist
+
+    return not dist.is_initialized()

@@ -1,5 +1,6 @@
 """`seqmix paper`: reproduce claims of the RetNet paper."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -9,8 +10,17 @@ from ..experiments.retnet_paper.claims import CLAIMS, LEARNED, TIMED, Scale, pro
 from ..experiments.retnet_paper.verdict import Verdict
 from .console import plain_table, terminal
 from .options import Jobs
+from .results import Ended
 
 GROUPS = {"learned": LEARNED, "timed": TIMED, "all": CLAIMS}
+
+
+@dataclass(frozen=True)
+class PaperResult:
+    """Result of `seqmix paper`."""
+
+    claims: dict[str, Verdict]
+    """The paper's figures and ours, by claim."""
 
 
 def paper(
@@ -20,7 +30,7 @@ def paper(
     out: Annotated[
         Path, typer.Option(help="Folder for the studies of the claims, with their reports and values.", metavar="DIR")
     ] = Path("studies"),
-) -> None:
+) -> PaperResult | Ended[PaperResult]:
     """Reproduce claims of the RetNet paper by name, and compare them with the paper.
 
     It shows for each claim the paper's figures, ours, and whether both point in the same direction. The group `learned`
@@ -31,11 +41,14 @@ def paper(
 
     [bold]seqmix paper learned --jobs 2[/bold]
     """
+    verdicts: dict[str, Verdict] = {}
     for claim in dict.fromkeys(name for word in claims for name in GROUPS.get(word, (word,))):
         status, verdict = prove(claim, scale=scale, jobs=jobs, out=out, on_note=typer.echo)
         if verdict is None:
-            raise typer.Exit(status)
+            return Ended(PaperResult(verdicts), status)
         show(verdict)
+        verdicts[claim] = verdict
+    return PaperResult(verdicts)
 
 
 def show(verdict: Verdict) -> None:

@@ -1,8 +1,7 @@
 """`seqmix plan`: estimate the cost of a training step on many GPUs, by layout."""
 
-import json
 import shlex
-from dataclasses import asdict
+from dataclasses import dataclass
 from typing import Annotated
 
 import typer
@@ -19,13 +18,26 @@ MAX_LAYOUTS = 8
 COLUMNS = "data", "shard", "context", "micro-batches", "memory", "received", "copies", "computing", "sending", "step"
 
 
+@dataclass(frozen=True)
+class PlanResult:
+    """Result of `seqmix plan`."""
+
+    gpu: str
+    """Kind of GPU."""
+    gpus: int
+    """Number of GPUs."""
+    layouts: list[Layout]
+    """All layouts, the fastest that fit first."""
+    overrides: list[str] | None
+    """Overrides of the configuration that set the first layout; null if none fits."""
+
+
 def plan(
     config: Annotated[str, typer.Argument(help="A preset (retnet-6.7b) or a YAML file.", metavar="CONFIG")],
     overrides: Overrides = None,
     gpus: Annotated[int, typer.Option(help="Number of GPUs, in machines of 8.", min=1, max=2**16)] = 8,
     gpu: Annotated[str, typer.Option(help="Kind of GPU.", metavar="|".join(GPUS))] = "h100",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
+) -> PlanResult:
     """Estimate memory, traffic and time of a training step on many GPUs, by layout, without running it.
 
     Every layout has the fewest micro-batches that fit into memory. The fastest layouts that fit come first.
@@ -36,9 +48,6 @@ def plan(
     run = load_config(config, overrides or [])
     planner = Planner(run, gpu)
     layouts = planner.layouts(gpus)
-    if as_json:
-        typer.echo(json.dumps([asdict(layout) for layout in layouts], indent=2))
-        return
     console = terminal()
     console.print(plain_table(*COLUMNS, rows=[_cells(layout) for layout in layouts[:MAX_LAYOUTS]], justify="right"))
     if not layouts[0].fits:
@@ -58,6 +67,7 @@ def plan(
         f"{si_bytes(links.rate_within_machine)}/s between the {GPUS_PER_MACHINE} GPUs of a machine, "
         f"{si_bytes(links.rate_between_machines)}/s between machines."
     )
+    return PlanResult(gpu, gpus, layouts, layouts[0].overrides if layouts[0].fits else None)
 
 
 def _cells(layout: Layout) -> list[str]:

@@ -1,6 +1,7 @@
 """`seqmix plot`: plot runs or a study, as a page or as figures for a paper."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +16,14 @@ from ..experiments.study_figures import Plots
 from ..registry import SeqmixError, require_name
 from ..training.monitoring.logging import METRICS_FILE
 from .output import visible
+
+
+@dataclass(frozen=True)
+class PlotResult:
+    """Result of `seqmix plot`."""
+
+    out: str
+    """The page or image that was written."""
 
 
 def plot(
@@ -43,7 +52,7 @@ def plot(
             help="Width of an image: by default one column of a paper; 6.75 for two columns.", metavar="INCHES"
         ),
     ] = COLUMN,
-) -> None:
+) -> PlotResult:
     """Plot the measurements of runs or of a study: an interactive page, or figures for a paper.
 
     Runs that are still training can be plotted, too.
@@ -56,8 +65,9 @@ def plot(
         raise SeqmixError(f"expected --width from 1.5 to 30 inches, got {width:g}")
     study = _study(folders)
     if study is not None and out is None and not figure:
-        typer.echo(f"{write_report(read_results(study), study)} is written")
-        return
+        written = write_report(read_results(study), study)
+        typer.echo(f"{written} is written")
+        return PlotResult(str(written))
     out = out or Path("plot.html")
     require_drawable("--out", out)
     if study is not None:
@@ -73,6 +83,7 @@ def plot(
         raise SeqmixError(f"there is nothing to plot: no measurement of {names} is a finite number")
     draw(select_figures(figures, figure or []), out, width=width, title=title, text=text)
     typer.echo(visible(f"{out} is written"))
+    return PlotResult(str(out))
 
 
 def _study(folders: Sequence[Path]) -> Path | None:

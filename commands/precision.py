@@ -1,9 +1,6 @@
 """`seqmix precision`: the loss of a trained model whose state is stored in fewer bits."""
 
-import json
-import math
 from collections.abc import Collection
-from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -20,7 +17,7 @@ from ..registry import SeqmixError, choices_hint, require_name, write_files
 from ..training import RunConfig, load_run, read_config
 from ..training.length_eval import open_text
 from .console import note, plain_table, terminal
-from .options import Checkpoint, Device, Ema, JsonFile, checkpoint_choice, require_device, require_writable
+from .options import Checkpoint, Device, Ema, checkpoint_choice, require_device, require_writable
 from .output import visible
 from .plot import select_figures
 
@@ -69,8 +66,7 @@ def precision(
     checkpoint: Checkpoint = "newest",
     ema: Ema = False,
     device: Device = "cpu",
-    json_file: JsonFile = None,
-) -> None:
+) -> Precision:
     """Measure the loss of a trained model whose state is stored in fewer bits, and the error of the state.
 
     The model reads held-out sequences token by token. After each token its state is rounded to bfloat16, float16, int8
@@ -80,9 +76,7 @@ def precision(
 
     [bold]seqmix precision runs/retnet-tiny --formats int8,int4 --rounding nearest,stochastic,compensated[/bold]
     """
-    require_writable(out, json_file)
-    if json_file is not None and json_file.absolute() == out.absolute():
-        raise SeqmixError(f"--out and --json are both {out}: give them different names")
+    require_writable(out)
     require_drawable("--out", out)
     for name in figure or []:
         require_name("figure", name, FIGURES)
@@ -118,10 +112,9 @@ def precision(
         contents: dict[Path, str | bytes] = {out: content_of(figures, out.suffix, title=str(run), text=text)}
     else:
         contents = {out: render(result, str(run), figures)}
-    if json_file is not None:
-        contents[json_file] = _as_json(result)
     write_files(contents)
     typer.echo(visible(f"{out} is written"))
+    return result
 
 
 def _names(option: str, text: str, allowed: Collection[str]) -> list[Any]:
@@ -165,16 +158,3 @@ def _lengths(lengths: str | None) -> list[int]:
     if not all(part.isascii() and part.isdecimal() and len(part) < 10 and int(part) > 1 for part in parts):
         raise SeqmixError(f"expected --lengths as numbers from 2 on, such as 256,1024, got {lengths!r}")
     return sorted(set(map(int, parts)))
-
-
-def _as_json(result: Precision) -> str:
-    """Return the result as JSON, in which numbers that are not finite are null."""
-    return json.dumps(_finite(asdict(result)), indent=2) + "\n"
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
-    return [_finite(each) for each in value] if isinstance(value, list) else value

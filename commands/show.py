@@ -1,9 +1,8 @@
 """`seqmix show`: show the cost of a model."""
 
-import json
-from dataclasses import asdict
+from dataclasses import dataclass
 from itertools import groupby
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,6 +16,34 @@ from .console import plain_table, terminal
 from .options import Overrides
 
 
+@dataclass(frozen=True)
+class ParameterTraining:
+    """A parameter, and how it is trained."""
+
+    name: str
+    """Name of the parameter."""
+    shape: list[int]
+    """Its shape."""
+    role: str
+    """Its role, which decides how it is trained."""
+    blocks: list[dict[str, Any]]
+    """Blocks of its rows, such as queries and keys, with their names, numbers of rows and roles."""
+    optimizer: str
+    """Optimizer that updates it."""
+    weight_decay: float
+    """Weight decay."""
+    learning_rate_multiplier: float
+    """Factor of the learning rate."""
+
+
+@dataclass(frozen=True)
+class ParameterList:
+    """Result of `seqmix show --parameters`."""
+
+    parameters: list[ParameterTraining]
+    """All parameters of the model."""
+
+
 def show(
     config: Annotated[str, typer.Argument(help="A preset (retnet-tiny) or a YAML file.", metavar="CONFIG")],
     overrides: Overrides = None,
@@ -26,45 +53,35 @@ def show(
     parameters: Annotated[
         bool, typer.Option("--parameters", help="Show the shape, role and optimizer of each parameter instead.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
+) -> ModelCost | ParameterList:
     """Show a model's cost by layer without allocating it: parameters, FLOPs, state, activations."""
     loaded = load_config(config, overrides or [])
-    if parameters:
-        print_parameters(loaded, as_json=as_json)
-    else:
-        print_cost(loaded, length, as_json=as_json)
+    return print_parameters(loaded) if parameters else print_cost(loaded, length)
 
 
-def print_parameters(config: RunConfig, *, as_json: bool = False) -> None:
-    """Print each parameter of a configuration's model, and how it is trained.
-
-    Args:
-        config: the configuration.
-        as_json: True to print JSON instead of a table.
-    """
+def print_parameters(config: RunConfig) -> ParameterList:
+    """Print each parameter of a configuration's model, and how it is trained."""
     trainings = trainings_of(build_meta(config.model), config.training)
-    if as_json:
-        entries = [
-            {
-                "name": each.name,
-                "shape": list(each.parameter.shape),
-                "role": each.role.role,
-                "blocks": [block._asdict() for block in each.role.blocks],
-                "optimizer": each.optimizer,
-                "weight_decay": each.weight_decay,
-                "learning_rate_multiplier": each.multiplier,
-            }
-            for each in trainings
-        ]
-        typer.echo(json.dumps(entries, indent=2))
-        return
     table = plain_table("parameter", "shape", "role", "optimizer", "decay", "rate")
     for each in trainings:
         shape = " x ".join(map(str, each.parameter.shape))
         numbers = f"{each.weight_decay:g}", f"x {each.multiplier:g}"
         table.add_row(each.name, shape, _role_text(each.role), each.optimizer, *numbers)
     terminal().print(table)
+    return ParameterList(
+        [
+            ParameterTraining(
+                name=each.name,
+                shape=list(each.parameter.shape),
+                role=str(each.role.role),
+                blocks=[block._asdict() for block in each.role.blocks],
+                optimizer=each.optimizer,
+                weight_decay=each.weight_decay,
+                learning_rate_multiplier=each.multiplier,
+            )
+            for each in trainings
+        ]
+    )
 
 
 def _role_text(role: ParameterRole) -> str:
@@ -75,18 +92,14 @@ def _role_text(role: ParameterRole) -> str:
     return f"{role.role} ({', '.join(blocks)})" if blocks else str(role.role)
 
 
-def print_cost(config: RunConfig, length: int | None = None, *, as_json: bool = False) -> None:
-    """Print the cost of a configuration's model.
+def print_cost(config: RunConfig, length: int | None = None) -> ModelCost:
+    """Print the cost of a configuration's model, and return it.
 
     Args:
         config: the configuration.
         length: sequence length in tokens; data.sequence_length when None.
-        as_json: True to print JSON instead of a table.
     """
     cost = account(config.model, length=length or config.data.sequence_length)
-    if as_json:
-        typer.echo(json.dumps(asdict(cost) | {"body_parameters": cost.body_parameters}, indent=2))
-        return
     console = terminal()
     table = plain_table("layers", "block", "mixer", "parameters", "forward/token", "state", "activations")
     index = 0
@@ -121,6 +134,7 @@ def print_cost(config: RunConfig, length: int | None = None, *, as_json: bool = 
         f"Training: {config.training.steps:,} steps of {per_step:,} tokens, {si(tokens)}tokens in all, "
         f"about {si(3 * cost.flops_per_token * tokens)}FLOP."
     )
+    return cost
 
 
 def _cells(cost: LayerCost | ModelCost) -> tuple[str, ...]:

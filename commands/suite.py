@@ -3,7 +3,7 @@
 import shlex
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple
+from dataclasses import astuple, dataclass
 from functools import partial, reduce
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -17,6 +17,7 @@ from ..experiments.suite.budget import fit, left_out, time_runs
 from ..experiments.suite.scores import (
     PAGE_FILE,
     SCORES_FILE,
+    Scores,
     TaskScores,
     accessory_table,
     comparable,
@@ -35,6 +36,7 @@ from ..registry.loading import dump
 from ..registry.yaml import parse
 from .console import plain_table, terminal
 from .options import Jobs
+from .results import Ended
 from .show import si
 from .study_progress import StudyProgress
 
@@ -58,6 +60,36 @@ class _SavedExtent(Config):
     """True if only the first seed is used."""
     tasks: tuple[str, ...]
     """Names of the tasks that fit into the budget."""
+
+
+@dataclass(frozen=True)
+class SuiteResult:
+    """Result of `seqmix suite`."""
+
+    folder: str
+    """Output folder; each task has a study in it, with its own status.json."""
+    failed: int
+    """Number of runs that failed."""
+    scores: Scores
+    """Scores by task, as in suite.json, with 95 % intervals."""
+
+
+@dataclass(frozen=True)
+class SuitePlan:
+    """Result of `seqmix suite --dry-run`."""
+
+    tasks: dict[str, list[str]]
+    """Names of the runs, by task."""
+    notes: list[str]
+    """Sentences on the parts of the suite that are left out."""
+
+
+@dataclass(frozen=True)
+class TaskList:
+    """Result of `seqmix suite --list`."""
+
+    tasks: dict[str, str]
+    """What each task measures, by name."""
 
 
 def suite(
@@ -109,7 +141,7 @@ def suite(
     jobs: Jobs = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would run, without training.")] = False,
     list_all: Annotated[bool, typer.Option("--list", help="List the tasks.")] = False,
-) -> None:
+) -> SuiteResult | Ended[SuiteResult] | SuitePlan | TaskList:
     """Measure mixers on recall, copying and state tracking, and show one table.
 
     Each task is a study in the output folder, with its own report. Run the command again to resume a stopped suite, or
@@ -133,7 +165,7 @@ def suite(
     if list_all:
         rows = [(name, task.measures, task.source) for name, task in settings.tasks.items()]
         console.print(plain_table("task", "measures", "source", rows=rows, overflow="fold"))
-        return
+        return TaskList({name: measures for name, measures, _ in rows})
     others = [read_scores(path) for path in beside or ()]
     folder = out or Path("studies") / f"suite-{size}-{match}"
     if folder.exists() and not folder.is_dir():
@@ -181,7 +213,7 @@ def suite(
         merge(scores, other)  # refuses scores that are not comparable, before anything is trained
     if dry_run:
         _show_plan(planned, notes, console)
-        return
+        return SuitePlan({task.name: [run.name for run in task.plan.runs] for task in planned}, list(notes))
     if budget is not None:
         _write_extent(folder, arguments, extent, tuple(chosen))
     runs = sum(len(task.plan.runs) for task in planned)
@@ -204,7 +236,7 @@ def suite(
         write_scores(merged, folder)
         if outcome.stopped:
             console.print(f"stopped with a checkpoint of every run; resume with: {resume_command}")
-            raise typer.Exit(130)
+            return Ended(SuiteResult(str(folder), failed, merged), 130)
     headers, rows = score_table(merged)
     console.print(plain_table(*headers, rows=rows, overflow="fold"))
     headers, rows = accessory_table(merged)
@@ -216,7 +248,8 @@ def suite(
     console.print(f"{folder} has {PAGE_FILE}, {SCORES_FILE} and a folder with the report of each task")
     if failed:
         console.print(f"{failed} runs failed; retry them with: {resume_command}")
-        raise typer.Exit(1)
+        return Ended(SuiteResult(str(folder), failed, merged), 1)
+    return SuiteResult(str(folder), failed, merged)
 
 
 def _all_kinds() -> list[str]:

@@ -1,6 +1,7 @@
 """`seqmix tokenize`: tokenize text to a token file, and optionally train a BPE tokenizer on it."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +19,24 @@ from ..models import ByteTokenizer, load_tokenizer
 from ..models import train_bpe as learn
 from ..registry import DataError, SeqmixError, explain_fields, load, was_unfinished
 from .console import terminal
+
+
+@dataclass(frozen=True)
+class TokenizeResult:
+    """Result of `seqmix tokenize`."""
+
+    out: str
+    """The token file."""
+    documents: int
+    """Number of documents."""
+    tokens: int
+    """Number of tokens."""
+    bytes: int
+    """Number of bytes of text."""
+    tokenizer: str
+    """Value for data.tokenizer."""
+    vocab_size: int
+    """Value for model.vocab_size."""
 
 
 def tokenize(
@@ -45,7 +64,7 @@ def tokenize(
             metavar="VOCAB",
         ),
     ] = None,
-) -> None:
+) -> TokenizeResult:
     """Tokenize text once, into a file that training memory-maps; train a BPE tokenizer.
 
     [bold]seqmix tokenize books/ --out books.tokens --train-bpe 8192[/bold]
@@ -107,6 +126,7 @@ def tokenize(
         f'train on it: data.paths="[{out}]" data.tokenizer={name}{begin} model.vocab_size={encoder.vocab_size}',
         soft_wrap=True,
     )
+    return TokenizeResult(str(out), len(file.ends), tokens, file.bytes, name, encoder.vocab_size)
 
 
 class _TokenizeConfig(DocumentsConfig):

@@ -1,19 +1,53 @@
 """`seqmix train`: start a run, or resume one."""
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
+from ..models import ModelCost
 from ..registry import SeqmixError, parse_duration
-from ..training import load_config, read_config
+from ..training import load_config, read_config, read_status
+from ..training.checkpoint.files import checkpoints
 from ..training.checkpoint.run_dir import CONFIG_FILE
 from ..training.monitoring.memory import keep_freed_memory
 from .console import note
 from .options import DeviceOrGpu, Overrides, require_device
 from .progress import run_with_progress
+from .results import Ended
 from .show import print_cost
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """Result of `seqmix train`."""
+
+    run: str
+    """Run directory."""
+    checkpoint: str | None
+    """Folder of the newest checkpoint; null if there is none."""
+    state: Literal["finished", "stopped", "interrupted"]
+    """`finished`, after all steps or by early stopping; `stopped`, at its time budget; `interrupted`, by a signal."""
+    reason: str
+    """Why the run ended, in one sentence."""
+    step: int
+    """Number of steps completed."""
+    steps: int
+    """Number of steps of the configuration."""
+    loss: float | None
+    """Loss of the last step, in nats per token."""
+    validation_loss: float | None
+    """Validation loss of the last evaluation, in nats per token."""
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """Result of `seqmix train --dry-run`."""
+
+    cost: ModelCost
+    """Cost of the model."""
 
 
 def train(
@@ -37,7 +71,7 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Validate the configuration and show the model's cost, without training.")
     ] = False,
-) -> None:
+) -> TrainResult | Ended[TrainResult] | DryRun:
     """Train a model from a preset or a YAML file, or resume a run.
 
     Training writes config.yaml, metrics.jsonl and checkpoints to the run directory, runs/NAME by default. Without
@@ -74,10 +108,22 @@ def train(
         resume = run  # restarted by torchrun --max-restarts
     if dry_run:
         loaded.data.require_files(loaded.model.vocab_size)
-        print_cost(loaded)
-        return
+        return DryRun(print_cost(loaded))
     if device is not None:
         require_device(device)
     keep_freed_memory()
-    if run_with_progress(loaded, run, resume=resume is not None, device=device).state == "interrupted":
-        raise typer.Exit(130)  # the shell's status of an interrupted command, so that `train && generate` stops
+    ended = run_with_progress(loaded, run, resume=resume is not None, device=device)
+    status = read_status(run)
+    newest = checkpoints(run)[-1:]
+    result = TrainResult(
+        run=str(run),
+        checkpoint=str(newest[0]) if newest else None,
+        state=ended.state,
+        reason=status.reason,
+        step=status.step,
+        steps=status.steps,
+        loss=status.loss,
+        validation_loss=status.validation_loss,
+    )
+    # 130 is the shell's status of an interrupted command, so that `train && generate` stops
+    return Ended(result, 130) if ended.state == "interrupted" else result

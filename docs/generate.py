@@ -1,8 +1,8 @@
 """Generate reference pages from the code: `python docs/generate.py`.
 
 It writes the fields of every configuration (docs/reference/fields.md), the commands and their options
-(docs/reference/commands.md), the tables of checks (docs/reference/checks.md), and the table of presets
-(docs/reference/presets.md).
+(docs/reference/commands.md), their results as JSON (docs/reference/json.md), the tables of checks
+(docs/reference/checks.md), and the table of presets (docs/reference/presets.md).
 """
 
 import json
@@ -15,6 +15,7 @@ import torch
 
 from seqmix import MIXERS, account, cli, load_config
 from seqmix.blocks import FFNS, NORMS, BlockConfig
+from seqmix.commands.results import schema_of
 from seqmix.data import DATA, DatasetConfig, WeightedSourceConfig
 from seqmix.experiments.match import Match
 from seqmix.experiments.pages import fill, table
@@ -27,6 +28,7 @@ from seqmix.testing import CHECKS, KERNEL_CHECKS
 from seqmix.training import PRESETS, DistributedConfig, RunConfig, TrainingConfig
 
 REFERENCE = Path(__file__).with_name("reference") / "fields.md"
+JSON_PAGE = Path(__file__).with_name("reference") / "json.md"
 COMMANDS_PAGE = Path(__file__).with_name("reference") / "commands.md"
 CHECKS_PAGE = Path(__file__).with_name("reference") / "checks.md"
 PRESETS_PAGE = Path(__file__).with_name("reference") / "presets.md"
@@ -38,7 +40,7 @@ LIMITS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "ma
 
 
 def files() -> dict[Path, str]:
-    """Return the text of each page: fields, commands, checks and presets."""
+    """Return the text of each page: fields, commands, results, checks and presets."""
     checks = [
         (
             f"`{check.name}`",
@@ -57,6 +59,7 @@ def files() -> dict[Path, str]:
     return {
         REFERENCE: fill(REFERENCE, {"fields": fields()}),
         COMMANDS_PAGE: fill(COMMANDS_PAGE, {"commands": _commands()}),
+        JSON_PAGE: fill(JSON_PAGE, {"results": _results()}),
         CHECKS_PAGE: fill(CHECKS_PAGE, parts),
         PRESETS_PAGE: fill(PRESETS_PAGE, {"presets": _presets()}),
     }
@@ -122,6 +125,34 @@ def _commands() -> list[str]:
         lines += [*table(["argument or option", "default", "meaning"], rows), ""] if rows else []
         lines += ["Examples:", "", "```text", *map(_strip_markup, examples), "```", ""] if examples else []
     return lines[:-1]
+
+
+def _results() -> list[str]:
+    """Return a section for each command: the fields of its result, and of each type that was not shown before."""
+    lines: list[str] = []
+    shown: list[dict[str, Any]] = []
+    for name in cli.COMMANDS:
+        schema = schema_of(name)
+        definitions = schema["$defs"]
+        results = [part["$ref"].rpartition("/")[2] for part in schema["anyOf"]]
+        lines += [f"## seqmix {name}", ""]
+        for key in (*results, *(key for key in definitions if key not in results)):
+            definition = definitions[key]
+            if "properties" in definition and definition not in shown:
+                shown.append(definition)
+                description = definition.get("description", "").split("\n")[0]
+                lines += [description if key in results else f"`{key}`: {description}", ""]
+                lines += [*_fields_of(definition, definitions), ""]
+    return lines[:-1]
+
+
+def _fields_of(definition: dict[str, Any], definitions: dict[str, Any]) -> list[str]:
+    """Return the table of an object's fields, from its JSON schema."""
+    rows = [
+        (f"`{name}`", _type(field, definitions), " ".join(field.get("description", "").split()).replace("|", r"\|"))
+        for name, field in definition["properties"].items()
+    ]
+    return table(["field", "type", "meaning"], rows)
 
 
 def _parameter_row(parameter: Any, types: dict[str, Any]) -> tuple[str, str, str]:

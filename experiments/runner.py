@@ -20,13 +20,13 @@ from itertools import count
 from pathlib import Path
 from queue import Empty, Queue
 from threading import Thread
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from ..registry import format_duration
 from ..training.checkpoint.files import CheckpointError, checkpoints, find
-from ..training.checkpoint.status import State, StatusWriter
+from ..training.checkpoint.status import StatusWriter
 from ..training.interrupt import StopRequest
 from ..training.monitoring.logging import METRICS_FILE
 from . import lock, results, speed
@@ -85,6 +85,13 @@ class StudyOutcome:
     finished: int = 0
     """Number of runs trained to the end, earlier calls included."""
 
+    @property
+    def state(self) -> Literal["finished", "failed", "stopped", "interrupted"]:
+        """How the study ended: `stopped` at its time budget, `interrupted` on request."""
+        if self.stopped:
+            return "stopped" if self.out_of_time else "interrupted"
+        return "failed" if self.failed else "finished"
+
 
 def run_study(
     plan: Plan, folder: Path, *, jobs: int | None, observer: Observer, budget: float | None = None
@@ -118,7 +125,7 @@ def run_study(
                     status=status,
                 )
                 outcome.out_of_time = outcome.stopped and not stop.was_made()
-            status.outcome = _state(outcome, len(plan.runs), budget)
+            status.outcome = outcome.state, _reason(outcome, len(plan.runs), budget)
             collected = _write(plan, folder, outcome.failed)
             if not outcome.stopped and (timed := speed.measure(plan, folder, observer.timing)):
                 collected = _write(plan, folder, outcome.failed, timed)
@@ -127,16 +134,16 @@ def run_study(
         raise StudyFileError(f"a study cannot be written to {folder}: {error.strerror or error}") from error
 
 
-def _state(outcome: StudyOutcome, total: int, budget: float | None) -> tuple[State, str]:
-    """Return the state and the reason with which a study ends."""
+def _reason(outcome: StudyOutcome, total: int, budget: float | None) -> str:
+    """Return why a study ended, in one sentence."""
     done = f"{outcome.finished} of {total} runs are finished"
-    if outcome.out_of_time:
-        return "stopped", f"the time budget of {format_duration(budget or 0)} is spent: {done}"
-    if outcome.stopped:
-        return "interrupted", f"a signal asked the study to stop: {done}"
-    if outcome.failed:
-        return "failed", f"{len(outcome.failed)} of {total} runs failed"
-    return "finished", done
+    reasons = {
+        "finished": done,
+        "failed": f"{len(outcome.failed)} of {total} runs failed",
+        "stopped": f"the time budget of {format_duration(budget or 0)} is spent: {done}",
+        "interrupted": f"a signal asked the study to stop: {done}",
+    }
+    return reasons[outcome.state]
 
 
 def _write(plan: Plan, folder: Path, failed: Mapping[str, str], timed: SpeedResult | None = None) -> Results:

@@ -61,6 +61,8 @@ class ModelCost:
     """Number of all parameters; a tied matrix counts once."""
     embedding_parameters: int
     """Number of parameters of embedding and output projection; a tied matrix counts once."""
+    body_parameters: int
+    """Number of parameters outside embedding and output projection, which papers quote."""
     parameter_bytes: int
     """Bytes of all parameters."""
     flops_per_token: int
@@ -71,11 +73,6 @@ class ModelCost:
     """Bytes of all layers' states of one sequence after `length` tokens, positions included."""
     activation_bytes: int
     """Activation memory in bytes for one sequence of `length` tokens: all layers, the logits and their gradient."""
-
-    @property
-    def body_parameters(self) -> int:
-        """Number of parameters outside embedding and output projection, which papers quote."""
-        return self.parameters - self.embedding_parameters
 
     def checkpointed_bytes(self, *, matmuls: bool) -> int:
         """Return the activation memory in bytes with checkpointing, including the layer that backward recomputes.
@@ -115,6 +112,7 @@ def account(config: ModelConfig, *, length: int = 2048, dtype: torch.dtype = tor
         layers=tuple(layers),
         parameters=parameters,
         embedding_parameters=embedding,
+        body_parameters=parameters - embedding,
         parameter_bytes=parameters * dtype.itemsize,
         flops_per_token=flops_per_token(model, length),
         state_elements=sum(layer.state_elements for layer in layers),

@@ -234,9 +234,10 @@ def test_an_invalid_number_of_columns_is_ignored(seqmix, monkeypatch, columns):
 
 def test_show_json_is_the_account_at_the_length_of_the_configuration_or_another(seqmix):
     for arguments, length in (["--length", "100"], 100), ([], 256), (["data.sequence_length=64"], 64):
-        done = seqmix("show", "hybrid-tiny", "--json", *arguments)
+        done = seqmix("show", "hybrid-tiny", "--json", "-", *arguments)
         cost = json.loads(done.out)
-        assert (done.status, done.err, cost["length"]) == (0, "", length)
+        assert (done.status, cost["command"], cost["length"]) == (0, "show", length)
+        assert f"after {length} tokens" in done.err
     assert [layer["block"] for layer in cost["layers"]] == ["ret", "ret", "ret", "attn"]
     assert cost["parameters"] == cost["body_parameters"] + cost["embedding_parameters"]
     assert cost["parameters"] > sum(layer["parameters"] for layer in cost["layers"])

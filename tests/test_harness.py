@@ -121,7 +121,7 @@ def test_the_command_scores_runs_side_by_side(harness, seqmix, config_of, tmp_pa
     tasks = ("--tasks", "tiny_choice,tiny_rolling", "--include-path", ".", "--json", "scores.json", "--save")
     done = seqmix("evaluate", "one", "two", *tasks)
     assert done.status == 0, done.err
-    found = json.loads(Path("scores.json").read_text())
+    found = json.loads(Path("scores.json").read_text())["runs"]
     assert list(found) == ["one", "two"]
     perplexities = [f"{found[run]['tasks']['tiny_rolling']['byte_perplexity']:.4f}" for run in found]
     assert perplexities[0] != perplexities[1]

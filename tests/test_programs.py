@@ -1,7 +1,13 @@
-"""Commands as programs drive them: exit statuses by cause, and no questions."""
+"""Commands as programs drive them: exit statuses by cause, results as JSON, and no questions."""
+
+import json
+from pathlib import Path
 
 import pytest
 from conftest import SMALL
+
+from seqmix import __version__, cli
+from seqmix.commands.results import _finite
 
 TEXT = "data.paths=[text.txt]"
 
@@ -29,3 +35,76 @@ def test_divergence_has_its_own_status(seqmix):
     done = seqmix("train", "retnet-tiny", *SMALL, TEXT, "training.learning_rate=1.0e+30", "training.warmup_steps=0")
     assert (done.status, done.err.count("\n")) == (4, 1)
     assert "try a lower training.learning_rate" in done.err
+
+
+def result_of(done) -> dict:
+    """The JSON that is all of standard output."""
+    return json.loads(done.out)
+
+
+def test_every_command_has_the_same_option_for_its_result():
+    for name in cli.COMMANDS:
+        (option,) = (each for each in cli.import_command(name).params if "--json" in each.opts)
+        assert (option.metavar, option.required) == ("FILE", False), name
+
+
+def test_a_result_goes_to_standard_output_and_all_else_to_standard_error(seqmix):
+    done = seqmix("train", "retnet-tiny", *SMALL, TEXT, "--out", "run", "--json", "-")
+    result = result_of(done)
+    assert (done.status, result["command"], result["exit_status"]) == (0, "train", 0)
+    assert result["seqmix"] == __version__
+    assert (result["run"], result["state"], result["step"]) == ("run", "finished", 6)
+    assert result["checkpoint"] == "run/checkpoints/step-000006"
+    assert f"validation {result['validation_loss']:.4f}" in done.err
+    done = seqmix("generate", "run", "--prompt", "the ", "--max-new-tokens", "9", "--json", "-")
+    (text,) = result_of(done)["texts"]
+    assert (text["prompt"], bool(text["continuation"])) == ("the ", True)
+    assert done.err.startswith("the " + text["continuation"])
+    assert seqmix("average", "run", "--to", "mean", "--json", "mean.json").status == 0
+    assert json.loads(Path("mean.json").read_text())["steps"] == [4, 6]
+
+
+@pytest.mark.parametrize("arguments", [("mixers",), ("show", "retnet-tiny", "--parameters"), ("compare", "--list")])
+def test_short_commands_answer_in_json(seqmix, arguments):
+    done = seqmix(*arguments, "--json", "-")
+    result = result_of(done)
+    assert (done.status, result["command"]) == (0, arguments[0])
+    assert next(value for name, value in result.items() if name not in ("seqmix", "command", "exit_status"))
+
+
+def test_an_error_is_a_result_too(seqmix):
+    done = seqmix("evaluate", "nothere", "--json", "-")
+    result = result_of(done)
+    assert (done.status, result["exit_status"]) == (3, 3)
+    assert done.err == f"error: {result['error']}\n"
+    assert seqmix("evaluate", "nothere", "--json", "file.json").status == 3
+    assert not Path("file.json").exists()
+
+
+def test_a_number_that_is_not_finite_is_null():
+    assert _finite({"a": [float("nan"), 1.0], "b": float("-inf")}) == {"a": [None, 1.0], "b": None}
+
+
+def test_the_option_needs_a_file_that_can_be_written(refused):
+    assert "write --json -" in refused("show", "retnet-tiny", "--json")
+    assert "there is no folder" in refused("show", "retnet-tiny", "--json", "no/such.json", status=3)
+    same = refused("average", "nothere", "--to", "new", "--json", "new")
+    assert same == "--to and --json are both new: give them different names"
+
+
+@pytest.mark.parametrize("arguments", [("mixers",), ("show", "retnet-tiny"), ("average", "run", "--to", "mean")])
+def test_a_result_has_the_fields_of_its_schema(seqmix, arguments):
+    seqmix("train", "retnet-tiny", *SMALL, TEXT, "--out", "run")
+    result = result_of(seqmix(*arguments, "--json", "-"))
+    schema = result_of(seqmix("schema", "--result", arguments[0], "--json", "-"))["schema"]
+    objects = [schema["$defs"][part["$ref"].rpartition("/")[2]]["properties"] for part in schema["anyOf"]]
+    assert result.keys() in [{"seqmix", "command", "exit_status", *fields} for fields in objects]
+
+
+def test_the_status_of_a_run_is_shown(seqmix, refused):
+    seqmix("train", "retnet-tiny", *SMALL, TEXT, "--out", "run", "--budget", "0.001")
+    done = seqmix("status", "run", "--json", "-")
+    status = result_of(done)["folders"]["run"]
+    assert (status["state"], status["step"], status["steps"]) == ("stopped", 1, 6)
+    assert "stopped" in done.err
+    assert "no status.json" in refused("status", ".", status=3)

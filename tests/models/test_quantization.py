@@ -307,7 +307,7 @@ def test_commands(seqmix, run):
     assert texts[0].out == texts[1].out
     done = seqmix("evaluate", run, "--weights", "int8", "--length", "32", "--context", "16", "--json", "losses.json")
     assert done.status == 0, done.err
-    losses = json.loads(Path("losses.json").read_text())
+    losses = json.loads(Path("losses.json").read_text())["runs"][str(run)]
     (before,), (after,) = losses["lengths"], losses["int8"]["lengths"]
     x, y = (next(iter(each["losses"].values())) for each in (before, after))
     assert 0 < abs(y / x - 1) < 0.01

@@ -54,7 +54,8 @@ def test_commands_take_the_moving_average(config_of, tmp_path, seqmix):
     for options in ((), ("--ema",)):
         length = ("--length", "16", "--tokens", "64", "--json", "found.json")
         assert seqmix("evaluate", tmp_path / "run", *length, *options).status == 0
-        losses.append(json.loads(Path("found.json").read_text())["lengths"][0]["losses"]["chunkwise"])
+        (found,) = json.loads(Path("found.json").read_text())["runs"].values()
+        losses.append(found["lengths"][0]["losses"]["chunkwise"])
     assert losses[0] != losses[1]
     assert seqmix("generate", tmp_path / "run", "--prompt", "a", "--max-new-tokens", "2", "--ema").status == 0
     assert "without training.ema" in refusal(lambda: load_run(tmp_path / "plain", ema=True))

@@ -106,7 +106,7 @@ def test_a_run_is_evaluated(evaluate):
     done = evaluate("--tokens", "256", "--json", "found.json", "--context", "16", "--length", "64")
     assert (done.status, done.err) == (0, "")
     assert all(paradigm in done.out for paradigm in Paradigm)
-    found = json.loads(Path("found.json").read_text())
+    found = json.loads(Path("found.json").read_text())["runs"]["run"]
     assert (found["trained_length"], found["scored"]) == (16, 4)
     assert [at["length"] for at in found["lengths"]] == [64]
     assert set(found["lengths"][0]["losses"]) == set(Paradigm)
