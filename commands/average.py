@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ..training.checkpoint.averaging import average_run
-from .options import Run
+from .options import Run, Trust
 from .output import visible
 
 
@@ -27,6 +27,7 @@ def average(
     checkpoints: Annotated[
         int, typer.Option(help="Number of last checkpoints to average, at most training.keep_checkpoints.", min=2)
     ] = 2,
+    trust: Trust = False,
 ) -> AverageResult:
     """Average the weights of a run's last checkpoints, and write them as a new run directory.
 
@@ -34,6 +35,6 @@ def average(
 
     [bold]seqmix average runs/retnet-tiny --checkpoints 2 --to runs/averaged[/bold]
     """
-    steps = average_run(run, to, checkpoints=checkpoints)
+    steps = average_run(run, to, checkpoints=checkpoints, trust=trust)
     typer.echo(visible(f"{to} has the mean of the weights after steps {', '.join(f'{step:,}' for step in steps)}"))
     return AverageResult(str(to), list(steps))

@@ -140,7 +140,9 @@ def evaluate(
     else:
         if include_path is not None or num_fewshot is not None or limit is not None or save:
             raise SeqmixError("--include-path, --num-fewshot, --limit and --save need --tasks NAME,...")
-        measure = partial(_evaluate_run, load, sorted(set(length or [])), paradigm or [], sorted(set(context or [])))
+        measure = partial(
+            _evaluate_run, load, trust, sorted(set(length or [])), paradigm or [], sorted(set(context or []))
+        )
         with_quantized = {str(run): measure(run, scored, tokens, weights) for run in runs}
         evaluations = {run: evaluation for run, (evaluation, _) in with_quantized.items()}
         if weights is not None:
@@ -181,6 +183,7 @@ def _save_scores(scores: dict[str, Any], run: Path) -> None:
 
 def _evaluate_run(
     load: Callable[[Path], LanguageModel],
+    trust: bool,
     requested_lengths: list[int],
     paradigm: list[str],
     contexts: list[int],
@@ -193,7 +196,7 @@ def _evaluate_run(
 
     Without quantisation, both are the same.
     """
-    config = read_config(run, on_note=note)
+    config = read_config(run, on_note=note, trust=trust)
     trained_length = config.data.sequence_length
     lengths = requested_lengths or ([] if contexts else [times * trained_length for times in LENGTH_MULTIPLES])
     source = open_text(config, run, [*requested_lengths, *contexts])

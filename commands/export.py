@@ -10,7 +10,7 @@ import typer
 from ..registry import SeqmixError, nearest_hint
 from ..training import export_run
 from .console import note
-from .options import Checkpoint, Ema, Run, Weights, checkpoint_choice
+from .options import Checkpoint, Ema, Run, Trust, Weights, checkpoint_choice
 from .output import visible
 
 FORMATS = ("safetensors", "hf")
@@ -43,6 +43,14 @@ def export(
     ] = None,
     checkpoint: Checkpoint = "newest",
     ema: Ema = False,
+    trust: Trust = False,
+    remote_code: Annotated[
+        bool,
+        typer.Option(
+            "--remote-code",
+            help="With --to hf: also write modeling code, so that trust_remote_code=True replaces `import seqmix.hf`.",
+        ),
+    ] = False,
     weights: Weights = None,
 ) -> ExportResult:
     """Export a trained model to one safetensors file with its configuration, or for Hugging Face.
@@ -61,8 +69,10 @@ def export(
     if target is None or (place is not None and out is not None):
         raise SeqmixError("export needs exactly one output: --out FILE, or --to hf DIR")
     choice = checkpoint_choice(checkpoint)
+    if remote_code and to != "hf":
+        raise SeqmixError("--remote-code needs --to hf: other formats have no modeling code")
     if to == "safetensors":
-        step = export_run(run, target, choice=choice, on_note=note, ema=ema, weights=weights)
+        step = export_run(run, target, choice=choice, on_note=note, ema=ema, weights=weights, trust=trust)
         typer.echo(visible(f"{target} has the {f'{weights} ' if weights else ''}weights of step {step}"))
         return ExportResult(str(target), to, step, weights)
     if weights is not None:
@@ -71,8 +81,12 @@ def export(
         raise SeqmixError("--to hf needs the package transformers: pip install transformers")
     from ..hf.export import export_hf
 
-    export_hf(run, target, choice=choice, on_note=note, ema=ema)
+    export_hf(run, target, choice=choice, on_note=note, ema=ema, trust=trust, remote_code=remote_code)
     typer.echo(
-        visible(f"{target} has the model: load it with import seqmix.hf and AutoModelForCausalLM.from_pretrained")
+        visible(
+            f"{target} has the model: load it with "
+            f"{'' if remote_code else 'import seqmix.hf and '}AutoModelForCausalLM.from_pretrained"
+            f"{' and trust_remote_code=True' if remote_code else ''}"
+        )
     )
     return ExportResult(str(target), to, None, None)

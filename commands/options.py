@@ -25,7 +25,12 @@ Ema = Annotated[
     bool, typer.Option("--ema", help="Use the moving average of the weights; needs a run with training.ema.")
 ]
 Trust = Annotated[
-    bool, typer.Option("--trust", help="Allow an exported file to import the modules that it names by dotted paths.")
+    bool,
+    typer.Option(
+        "--trust",
+        help="Allow an exported file to import the modules that it names by dotted paths, and a run or file to import "
+        "the copies of its plug-ins that it carries.",
+    ),
 ]
 Weights = Annotated[
     str | None,

@@ -65,6 +65,7 @@ def precision(
     ] = None,
     checkpoint: Checkpoint = "newest",
     ema: Ema = False,
+    trust: Trust = False,
     device: Device = "cpu",
 ) -> Precision:
     """Measure the loss of a trained model whose state is stored in fewer bits, and the error of the state.
@@ -87,9 +88,10 @@ def precision(
         StateFormat(name, way, shared[0])
         for name, way in product(_names("--formats", formats, FORMATS), _names("--rounding", rounding, ROUNDINGS))
     ]
-    config = read_config(run, on_note=note)
+    config = read_config(run, on_note=note, trust=trust)
     batch, chosen_lengths = _sequences(config, run, lengths, sequences)
-    model = load_run(run, device=require_device(device), choice=checkpoint_choice(checkpoint), on_note=note, ema=ema)
+    choice = checkpoint_choice(checkpoint)
+    model = load_run(run, device=require_device(device), choice=choice, on_note=note, ema=ema, trust=trust)
     with terminal().status("", spinner="dots") as status:
         total = chosen_lengths[-1]
         result = state_precision(

@@ -14,7 +14,7 @@ from ..training.checkpoint.files import checkpoints
 from ..training.checkpoint.run_dir import CONFIG_FILE
 from ..training.monitoring.memory import keep_freed_memory
 from .console import note
-from .options import DeviceOrGpu, Overrides, require_device
+from .options import DeviceOrGpu, Overrides, Trust, require_device
 from .progress import run_with_progress
 from .results import Ended
 from .show import print_cost
@@ -67,6 +67,7 @@ def train(
             metavar="TIME",
         ),
     ] = None,
+    trust: Trust = False,
     device: DeviceOrGpu = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Validate the configuration and show the model's cost, without training.")
@@ -96,7 +97,7 @@ def train(
                 "--resume takes no CONFIG, overrides or options, except --budget and (for another number of processes) "
                 f"distributed.KEY=VALUE: it uses {resume}/config.yaml, which you may edit"
             )
-        loaded = read_config(resume, [*changes, *limit], on_note=note)
+        loaded = read_config(resume, [*changes, *limit], on_note=note, trust=trust)
         run = resume
     elif config is None:
         raise SeqmixError("train needs a CONFIG (a preset such as retnet-tiny, or a YAML file) or --resume RUN")
@@ -104,7 +105,7 @@ def train(
         loaded = load_config(config, [*(overrides or []), *limit])
         run = out or Path("runs") / Path(config).name.removesuffix(".yaml").removesuffix(".yml")
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and (run / CONFIG_FILE).is_file():
-        loaded = read_config(run, on_note=note) if resume is None else loaded
+        loaded = read_config(run, on_note=note, trust=trust) if resume is None else loaded
         resume = run  # restarted by torchrun --max-restarts
     if dry_run:
         loaded.data.require_files(loaded.model.vocab_size)

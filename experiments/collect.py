@@ -14,6 +14,7 @@ from ..data.files import source_name
 from ..registry import Config, ConfigError, read_bytes
 from ..registry.yaml import write as to_yaml
 from ..training import CheckpointError, RunConfig, read_config
+from ..training.checkpoint.code import has_same_code
 from ..training.checkpoint.provenance import SESSIONS_FILE
 from ..training.checkpoint.run_dir import SCORES_FILE
 from ..training.checkpoint.saved_run import modules_of
@@ -142,12 +143,17 @@ def is_finished(run: PlannedRun, folder: Path) -> bool:
 
 
 def is_same(run: PlannedRun, folder: Path) -> bool:
-    """True if a folder contains a run with the same configuration; no modules named in the folder are imported."""
+    """True if a folder contains a run with the same configuration and the same source of its plug-ins.
+
+    No modules named in the folder are imported.
+    """
     if run.awaits_learning_rate:
         return False
     try:
         # plug-ins of the study are imported already, so a folder that needs further modules is another run
-        return not modules_of(folder) and read_config(folder) == run.config
+        if modules_of(folder) or not has_same_code(folder, run.config):
+            return False
+        return read_config(folder) == run.config
     except (CheckpointError, ConfigError):
         return False
 

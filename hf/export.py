@@ -11,14 +11,24 @@ from ..registry.moved import former_parameters
 from ..training import Choice, load_run
 from ..training.checkpoint.files import CheckpointError
 from .modeling import SeqmixForCausalLM
+from .remote_code import AUTO_MAP, write_card
 from .tokenizer import hf_tokenizer
 
 
 @former_parameters(tell="on_note")
 def export_hf(
-    run: str | Path, out: Path, *, choice: Choice = "newest", on_note: Callable[[str], object] = warn, ema: bool = False
+    run: str | Path,
+    out: Path,
+    *,
+    choice: Choice = "newest",
+    on_note: Callable[[str], object] = warn,
+    ema: bool = False,
+    trust: bool = False,
+    remote_code: bool = False,
 ) -> None:
     """Write the trained model of a run for `AutoModelForCausalLM.from_pretrained`, which needs `import seqmix.hf`.
+
+    The folder has a model card that says so.
 
     Args:
         run: run directory, or a file from `export_run`.
@@ -26,17 +36,25 @@ def export_hf(
         choice: the checkpoint to export, as in `load_run`.
         on_note: function that receives warnings, as in `load_run`.
         ema: True to export the averaged weights, as in `load_run`.
+        trust: as in `load_run`.
+        remote_code: True to write modeling code too, so that `trust_remote_code=True` replaces the import.
 
     Raises:
-        SeqmixError: `run` is not a run, or the folder is not empty or cannot be written.
+        SeqmixError: `run` is not a run, its mixers are plug-ins (with `remote_code`), or the folder is not empty or
+            cannot be written.
     """
     if not is_vacant(out):
         raise CheckpointError(f"{out} exists and is not an empty folder: choose a new name")
-    model = load_run(run, choice=choice, on_note=on_note, ema=ema)
-    files = [SeqmixForCausalLM.wrap(model), *([] if model.tokenizer is None else [hf_tokenizer(model.tokenizer)])]
+    model = load_run(run, choice=choice, on_note=on_note, ema=ema, trust=trust)
+    wrapped = SeqmixForCausalLM.wrap(model)
+    if remote_code:
+        wrapped.config.auto_map = AUTO_MAP
+    blocks = model.config.model_dump(mode="json")["blocks"]
+    files = [wrapped, *([] if model.tokenizer is None else [hf_tokenizer(model.tokenizer)])]
     try:
         with replacing_folder(out) as partial:
             for part in files:
                 part.save_pretrained(partial)
+            write_card(partial, out.name, blocks, remote_code=remote_code)
     except SafetensorError as error:
         raise CheckpointError(f"{out} cannot be written: {error}") from error

@@ -116,11 +116,16 @@ def unimported(value: Any) -> list[str]:
 
     Validation imports these modules: call this first if another person may have written the data.
     """
+    return [path for path in named_paths(value) if path.partition(":")[0] not in sys.modules]
+
+
+def named_paths(value: Any) -> list[str]:
+    """Return the dotted paths in plain data."""
     paths = set[str]()
     parts = [value]
     while parts:  # not by recursion: a file may be nested deeper than Python's stack
         part = parts.pop()
-        if isinstance(part, str) and ":" in part and part.partition(":")[0] not in sys.modules:
+        if isinstance(part, str) and ":" in part:
             paths.add(part)
         if isinstance(part, Mapping):
             parts.extend(part.values())

@@ -19,6 +19,7 @@ from ..models import TOKENIZER_FILE, LanguageModel, build_meta, build_model, flo
 from ..registry import format_duration
 from .checkpoint import files as checkpoint
 from .checkpoint import train_state
+from .checkpoint.code import code_of, read_code, write_code
 from .checkpoint.errors import DivergenceError, RunFileError, TrainingError, explain_errors, newest_checkpoint
 from .checkpoint.files import Best, CheckpointError, IntactCheckpoint, Manifest
 from .checkpoint.provenance import record_session
@@ -103,6 +104,8 @@ def train(
                 if groups.is_main:
                     course.metrics_writer.begin(start)
                     checkpoint.delete_unfinished(run)
+                    if (code := code_of(config)) != read_code(run):
+                        write_code(run, code)
                     record_session(
                         run,
                         config,

@@ -13,13 +13,14 @@ from .run_dir import require_vacant
 from .saved_run import read_config, write_run
 
 
-def average_run(run: Path, out: Path, *, checkpoints: int) -> list[int]:
+def average_run(run: Path, out: Path, *, checkpoints: int, trust: bool = False) -> list[int]:
     """Write the mean of the weights of a run's last checkpoints (Izmailov et al. 2018, arXiv 1803.05407).
 
     Args:
         run: the run directory.
         out: the new run directory. It evaluates, generates and exports like any other, but cannot be resumed.
         checkpoints: number of last checkpoints to average, at least 2.
+        trust: as in `load_run`.
 
     Returns:
         The steps of the averaged checkpoints.
@@ -28,7 +29,7 @@ def average_run(run: Path, out: Path, *, checkpoints: int) -> list[int]:
         SeqmixError: `run` is not a run directory, has too few checkpoints, or one is damaged; or `out` cannot be
             written.
     """
-    config = read_config(run)
+    config = read_config(run, trust=trust)
     available = checkpoint.checkpoints(run)
     if not 2 <= checkpoints <= len(available):
         raise CheckpointError(
@@ -44,7 +45,7 @@ def average_run(run: Path, out: Path, *, checkpoints: int) -> list[int]:
         if all(folder.exists() for folder in newest):
             raise
         # a training process has deleted a checkpoint meanwhile, and written newer ones
-        return average_run(run, out, checkpoints=checkpoints)
+        return average_run(run, out, checkpoints=checkpoints, trust=trust)
     last = files[-1][0]
     means = {name: _mean([tensors[name] for tensors, _ in files]) for name in last}
     comment = f"# the mean of the weights after steps {', '.join(map(str, steps))} of {run}\n"

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import cache
 from importlib import import_module, metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -117,13 +118,19 @@ def _modules(value: Any) -> Iterator[str]:
 
 def _source(module: str) -> str:
     """Return the distribution and version of a module (name==version), or its file."""
+    return _distribution(module) or str(getattr(sys.modules.get(module), "__file__", None) or "defined in the program")
+
+
+@cache
+def _distribution(module: str) -> str | None:
+    """Return the distribution of a module, and its version (name==version); None if it is in none."""
     # entry points also find an editable installation, whose files are elsewhere
     entry_points = ((d.name, point.value) for d in metadata.distributions() for point in d.entry_points)
     installed = [name for name, value in entry_points if re.match(rf"{module}\b", value)]
     installed += metadata.packages_distributions().get(module, [])
     if installed:
         return f"{installed[0]}=={metadata.version(installed[0])}"
-    return str(getattr(sys.modules.get(module), "__file__", None) or "defined in the program")
+    return None
 
 
 def seqmix_version() -> str:

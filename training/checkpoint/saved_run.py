@@ -1,6 +1,7 @@
 """Loading a run from disk, and exporting its weights as one file."""
 
 import json
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -22,15 +23,16 @@ from ...registry import (
     replacing_folder,
     require_name,
     require_trusted,
-    unimported,
     write_file,
 )
 from ...registry.moved import former_parameters
+from ...registry.providers import named_paths
 from ...registry.sources import read
 from ..config import RunConfig
 from ..tensor_files import fill, read_tensors, write_tensors
 from . import files as checkpoint
 from . import train_state
+from .code import CODE, code_of, decode_code, encode_code, prepare_code, read_code, write_code
 from .files import CheckpointError, Choice
 from .provenance import missing_plug_ins
 from .run_dir import CONFIG_FILE
@@ -42,6 +44,9 @@ EXPORTED_CONFIG = "seqmix.config"
 
 The key of the tokenizer is `EXPORTED_TOKENIZER`.
 """
+EXPORTED_CODE = "seqmix.code"
+"""Key in the metadata of an exported file whose value is the source of its plug-ins by file name, as JSON; absent
+without plug-ins."""
 EXPORTED_WEIGHTS = "seqmix.weights"
 """Key in the metadata of an exported file whose value is the format of quantised weights; absent for floats."""
 
@@ -52,6 +57,7 @@ def read_config(
     changes: Sequence[str] = (),
     *,
     on_note: Callable[[str], object] = warnings.warn,
+    trust: bool = False,
 ) -> RunConfig:
     """Read the resolved configuration of a run.
 
@@ -59,12 +65,15 @@ def read_config(
         run: the run directory.
         changes: overrides, each "dotted.path=value".
         on_note: called with a sentence for each module that a dotted path is about to import.
+        trust: True if modules may be imported from the copies of their source in the run (`code`), where Python does
+            not find them, or finds another source.
 
     Raises:
         CheckpointError: `run` is not a run directory.
         ConfigError: the configuration is no longer valid.
     """
     require_run(run)
+    prepare_code(read_code(run), _named_modules(run), str(run / CODE), trust=trust, on_note=on_note)
     try:
         for module in modules_of(run):
             on_note(f"{run} imports the module {module}")
@@ -92,8 +101,14 @@ def modules_of(run: Path) -> list[str]:
     Raises:
         ConfigError: the configuration cannot be read.
     """
+    return [module for module in _named_modules(run) if module not in sys.modules]
+
+
+def _named_modules(run: Path) -> list[str]:
+    """Return the modules that a run's configuration names by dotted paths, imported or not."""
     kinds = [kind.value for part in read(run / CONFIG_FILE, PRESETS).parts() if (kind := part.child("kind"))]
-    return list(dict.fromkeys(path.partition(":")[0] for path in unimported(kinds)))
+    paths = sorted({kind for kind in kinds if isinstance(kind, str) and ":" in kind})
+    return list(dict.fromkeys(path.partition(":")[0] for path in paths))
 
 
 @former_parameters(tell="on_note")
@@ -117,7 +132,8 @@ def load_run(
         on_note: called with a sentence for each damaged checkpoint, each module about to be imported, and weights that
             are converted to float32.
         ema: True to load the moving average of the weights (training.ema).
-        trust: True if a file may import the modules that it names by dotted paths; a run directory always may.
+        trust: True if a file may import the modules that it names by dotted paths (a run directory always may), and if
+            both may import the copies of their source that they carry.
         weights: "int8" or "int4" to quantise the weights after loading (`models.quantization`); None loads them as they
             are saved.
 
@@ -134,7 +150,7 @@ def load_run(
     if weights is not None:
         require_name("weight format", weights, WEIGHTS)
     if run.is_file():
-        model = _load_file(run, device, trust)
+        model = _load_file(run, device, trust, on_note)
         if (saved := weights_of(model)) is None:
             _report_conversion([run], on_note)
         elif weights not in (None, saved):
@@ -145,7 +161,7 @@ def load_run(
         else:
             return model
     else:
-        model, _ = _load_checkpoint(run, read_config(run, on_note=on_note), device, choice, on_note, ema)
+        model, _ = _load_checkpoint(run, read_config(run, on_note=on_note, trust=trust), device, choice, on_note, ema)
     return model.eval() if weights is None else _quantize(model, weights, run, on_note)
 
 
@@ -168,14 +184,14 @@ def read_weights(
         SeqmixError: as for `load_run`.
     """
     if run.is_file():
-        config, tensors, tokenizer, weights = _read_file(run, trust)
+        config, tensors, tokenizer, weights = _read_file(run, trust, on_note)
         if weights is not None:
             raise CheckpointError(
                 f"{run} has {weights} weights, from which the original ones cannot be recovered: export the run "
                 "without --weights"
             )
     else:
-        run_config = read_config(run, on_note=on_note)
+        run_config = read_config(run, on_note=on_note, trust=trust)
         config = run_config.model
         tokenizer = run_config.data.tokenizer_of(run)
         attempts: list[Mapping[str, Tensor]] = []
@@ -197,6 +213,7 @@ def export_run(
     on_note: Callable[[str], object] = warnings.warn,
     ema: bool = False,
     weights: str | None = None,
+    trust: bool = False,
 ) -> int:
     """Export the weights of a run to one safetensors file, with its configuration in the metadata.
 
@@ -207,6 +224,7 @@ def export_run(
         on_note: as in `load_run`.
         ema: as in `load_run`.
         weights: "int8" or "int4" to quantise the weights, as in `load_run`.
+        trust: as in `load_run`.
 
     Returns:
         The step of the checkpoint.
@@ -219,9 +237,11 @@ def export_run(
         require_name("weight format", weights, WEIGHTS)
     if out.exists():
         raise CheckpointError(f"{out} already exists: give --out the name of a new file")
-    config = read_config(run, on_note=on_note)
+    config = read_config(run, on_note=on_note, trust=trust)
     model, step = _load_checkpoint(run, config, "cpu", choice, on_note, ema)
     metadata = {"format": "pt", "seqmix.step": str(step), EXPORTED_CONFIG: config.model_dump_json()}
+    if code := code_of(config):
+        metadata[EXPORTED_CODE] = encode_code(code)
     if weights is not None:
         _quantize(model, weights, run, on_note)
         metadata[EXPORTED_WEIGHTS] = weights
@@ -285,6 +305,7 @@ def add_run(
     parts = {train_state.MODEL: train_state.chunks_of(tensors)}
     metadata = train_state.metadata_of(config.model, step)
     checkpoint.write(folder, checkpoint.Manifest(step=step, metrics={}, best=checkpoint.Best()), parts, metadata)
+    write_code(folder, code_of(config))
     write_file(comment + dump(config), folder / CONFIG_FILE)
 
 
@@ -336,8 +357,8 @@ def _report_conversion(files: Sequence[Path], on_note: Callable[[str], object]) 
         on_note(f"{files[0]} has weights in {' and '.join(dtypes)}, which are loaded as float32")
 
 
-def _load_file(file: Path, device: torch.device | str, trust: bool) -> LanguageModel:
-    config, _, tokenizer, weights = _read_file(file, trust)
+def _load_file(file: Path, device: torch.device | str, trust: bool, on_note: Callable[[str], object]) -> LanguageModel:
+    config, _, tokenizer, weights = _read_file(file, trust, on_note)
     model = build_model(config, device=device)
     if weights is not None:
         prepare_quantized(model, weights)
@@ -348,7 +369,9 @@ def _load_file(file: Path, device: torch.device | str, trust: bool) -> LanguageM
     return model.eval()
 
 
-def _read_file(file: Path, trust: bool) -> tuple[ModelConfig, Mapping[str, Tensor], Tokenizer | None, str | None]:
+def _read_file(
+    file: Path, trust: bool, on_note: Callable[[str], object]
+) -> tuple[ModelConfig, Mapping[str, Tensor], Tokenizer | None, str | None]:
     """Read an exported file: the model's configuration, the tensors, the tokenizer (None for bytes), and the format of
     quantised weights (None for floats)."""
     tensors, metadata = read_tensors([file])
@@ -361,7 +384,11 @@ def _read_file(file: Path, trust: bool) -> tuple[ModelConfig, Mapping[str, Tenso
     try:
         # only the model is validated: the rest may be from another version
         run_config = json.loads(metadata[EXPORTED_CONFIG])
-        if not trust:
+        if trust:
+            modules = [path.partition(":")[0] for path in named_paths(run_config["model"])]
+            sources = decode_code(metadata.get(EXPORTED_CODE, "{}"))
+            prepare_code(sources, modules, f"{file}/{CODE}", trust=True, on_note=on_note)
+        else:
             require_trusted(run_config["model"], file, "give --trust (trust=True)")
         config = ModelConfig.model_validate(run_config["model"])
     except ConfigError as error:

@@ -1,0 +1,136 @@
+"""Runs that carry their plug-ins: copies of the source, trust, and what differs."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import SMALL
+
+from seqmix import load_config
+from seqmix.registry import carried
+from seqmix.training.checkpoint.code import CODE, has_same_code, read_code
+
+MIXER = """
+from typing import Literal
+
+import helper
+from seqmix.mixers.parts import QKVConfig, QKVMixer
+from seqmix.ops.decay import decay
+
+
+class AverageConfig(QKVConfig):
+    kind: Literal["average_here"] = "average_here"
+
+    def build(self, d_model, *, layer_idx, n_layers):
+        return Average(self, d_model)
+
+
+class Average(QKVMixer):
+    log_decay_shape = "B T H"
+
+    def recur(self, x, h, call):
+        return decay(h.q, h.k, h.v, helper.SCALE * h.k.new_ones(h.k.shape[:-1]), call)
+"""
+TEXT = "data.paths=[text.txt]"
+BLOCK = "model.blocks.ret.mixer={kind: average_here:AverageConfig, n_heads: 2}"
+
+
+@pytest.fixture
+def elsewhere(seqmix, monkeypatch, tmp_path):
+    """A run of a mixer in a file, and a function that forgets its modules and goes to another folder."""
+    monkeypatch.setattr(carried, "_LOADER", carried._CarriedLoader())
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    Path("average_here.py").write_text(MIXER)
+    Path("helper.py").write_text("SCALE = -0.5\n")
+    done = seqmix("train", "retnet-tiny", *SMALL, TEXT, BLOCK, "--out", "run")
+    assert done.status == 0, done.err
+
+    def go(folder: str = "other") -> Path:
+        forget()
+        (tmp_path / folder).mkdir(exist_ok=True)
+        monkeypatch.chdir(tmp_path / folder)
+        return tmp_path / "run"
+
+    yield go
+    forget()
+
+
+def forget() -> None:
+    for name in ("average_here", "helper"):
+        sys.modules.pop(name, None)
+
+
+def generate(seqmix, run, *options):
+    return seqmix("generate", run, "--prompt", "the ", "--max-new-tokens", "8", *options)
+
+
+def test_a_run_has_copies_of_its_plug_in_and_of_what_that_imports(elsewhere):
+    assert read_code(Path("run")) == {"average_here.py": MIXER.encode(), "helper.py": b"SCALE = -0.5\n"}
+    sums = Path("run", CODE, "SHA256SUMS").read_text().splitlines()
+    assert [line.split("  ")[1] for line in sums] == ["average_here.py", "helper.py"]
+    assert len(sums[0].split("  ")[0]) == 64
+
+
+def test_where_the_plug_in_is_the_same_nothing_changes(elsewhere, seqmix):
+    elsewhere(".")
+    assert generate(seqmix, "run").err == "note: run imports the module average_here\n"
+
+
+def test_elsewhere_the_copy_is_imported_only_with_trust(elsewhere, seqmix, refused):
+    here = generate(seqmix, "run")
+    run = elsewhere()
+    message = refused("generate", run, "--prompt", "a")
+    digest = carried.sha256(MIXER.encode())
+    assert f"{run}/code/average_here.py (sha256 {digest})" in message
+    assert "--trust" in message
+    assert "average_here" not in sys.modules
+    done = generate(seqmix, run, "--trust")
+    assert (done.status, done.out) == (0, here.out)
+    assert digest in done.err
+    assert sys.modules["helper"].__file__ == f"{run}/code/helper.py"
+    for command in (("evaluate", run, "--length", "16"), ("average", run, "--to", "mean"), ("train", "--resume", run)):
+        assert seqmix(*command, "--trust").status == 0
+    assert read_code(Path("mean")) == read_code(run)
+
+
+def test_a_plug_in_that_was_changed_is_noticed(elsewhere, seqmix):
+    before = generate(seqmix, "run").out
+    Path("helper.py").write_text("SCALE = -5.0\n")
+    elsewhere(".")
+    done = generate(seqmix, "run")
+    assert "the module helper differs from the copy in run/code" in done.err
+    assert done.out != before
+    elsewhere(".")
+    assert generate(seqmix, "run", "--trust").out == before
+
+
+def test_an_export_carries_the_plug_in_too(elsewhere, seqmix, refused):
+    here = generate(seqmix, "run").out
+    assert seqmix("export", "run", "--out", "run.safetensors").status == 0
+    elsewhere()
+    assert "--trust" in refused("generate", "../run.safetensors", "--prompt", "a")
+    assert generate(seqmix, "../run.safetensors", "--trust").out == here
+
+
+def test_two_copies_that_differ_do_not_mix(elsewhere, seqmix, refused):
+    Path("helper.py").write_text("SCALE = -5.0\n")
+    forget()
+    assert seqmix("train", "retnet-tiny", *SMALL, TEXT, BLOCK, "--out", "second").status == 0
+    run = elsewhere()
+    done = seqmix("evaluate", run, run.with_name("second"), "--length", "16", "--trust")
+    assert done.status == 2
+    assert "load the two in separate processes" in done.err
+
+
+def test_a_study_does_not_reuse_runs_of_other_code(elsewhere):
+    config = load_config("run/config.yaml")
+    assert has_same_code(Path("run"), config)
+    Path("helper.py").write_text("SCALE = -5.0\n")
+    assert not has_same_code(Path("run"), config)
+
+
+def test_names_that_leave_the_folder_are_not_read(tmp_path):
+    (tmp_path / CODE).mkdir()
+    (tmp_path / "secret.py").write_text("")
+    (tmp_path / CODE / "SHA256SUMS").write_text("0  ../secret.py\n0  /etc/passwd\n")
+    assert read_code(tmp_path) == {}
