@@ -1,5 +1,6 @@
 """The folder of an export: a card that says how to load it, and modeling code for trust_remote_code=True."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -8,24 +9,34 @@ import pytest
 
 pytest.importorskip("transformers")
 
-TINY = ("model.d_model=16", "model.n_layers=2", "data.sequence_length=16", "training.steps=2", "training.batch_size=2")
+TINY = (
+    *("model.d_model=16", "model.n_layers=2", "data.sequence_length=16", "data.paths=[text.txt]"),
+    *("training.steps=2", "training.batch_size=2", "training.warmup_steps=0"),
+)
 LOAD = """
-import os
+import json
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("out", trust_remote_code={trust})
-tokens = AutoTokenizer.from_pretrained("out")("the ", return_tensors="pt")
-print(model.generate(**tokens, max_new_tokens=5, do_sample=False)[0].tolist())
+tokenizer = AutoTokenizer.from_pretrained("out")
+tokens = model.generate(**tokenizer("the ", return_tensors="pt"), max_new_tokens=5, do_sample=False)[0]
+print(json.dumps(tokenizer.decode(tokens, skip_special_tokens=True)))
 model.save_pretrained("again")
+"""
+MINE = """
+from typing import Literal
+from seqmix.mixers.retention import RetentionConfig
+class MineConfig(RetentionConfig):
+    kind: Literal["mine_hf"] = "mine_hf"
 """
 
 
 @pytest.fixture
 def run(seqmix):
-    assert seqmix("train", "retnet-tiny", *TINY, "data.paths=[text.txt]", "--out", "run").status == 0
+    assert seqmix("train", "retnet-tiny", *TINY, "--out", "run").status == 0
     return "run"
 
 
-def load(trust: bool) -> subprocess.CompletedProcess:
+def load(*, trust: bool) -> subprocess.CompletedProcess:
     """Load the folder in a process that does not import seqmix.hf itself."""
     code = LOAD.format(trust=trust)
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -35,7 +46,7 @@ def test_the_card_says_what_is_missing(seqmix, run):
     assert seqmix("export", run, "--to", "hf", "out").status == 0
     card = Path("out/README.md").read_text()
     assert "import seqmix.hf  # registers" in card
-    assert "retention" in card
+    assert "with these mixers: retention." in card
     assert "does not recognize" in load(trust=False).stderr
 
 
@@ -45,23 +56,20 @@ def test_modeling_code_replaces_the_import(seqmix, run, monkeypatch, tmp_path):
     assert "trust_remote_code=True" in Path("out/README.md").read_text()
     loaded = load(trust=True)
     assert loaded.returncode == 0, loaded.stderr
-    generated = seqmix(
-        "generate", run, "--prompt", "the ", "--max-new-tokens", "5", "--temperature", "0", "--json", "-"
-    )
-    assert len(eval(loaded.stdout)) == 4 + 5
-    assert generated.status == 0
+    greedy = ("--max-new-tokens", "5", "--temperature", "0", "--json", "-")
+    (text,) = json.loads(seqmix("generate", run, "--prompt", "the ", *greedy).out)["texts"]
+    assert json.loads(loaded.stdout) == text["prompt"] + text["continuation"]
     assert Path("again/modeling_seqmix.py").is_file()
 
 
 def test_it_is_refused_where_it_would_not_load(seqmix, run, refused):
     assert "--remote-code needs --to hf" in refused("export", run, "--out", "x.safetensors", "--remote-code")
-    Path("mine_hf.py").write_text(
-        "from seqmix.mixers.retention import RetentionConfig\n\n\nclass Mine(RetentionConfig):\n    pass\n"
-    )
-    block = "model.blocks.ret.mixer={kind: mine_hf:Mine, n_heads: 2}"
-    done = seqmix("train", "retnet-tiny", *TINY, "data.paths=[text.txt]", block, "--out", "plugged")
-    if done.status == 0:
-        assert "cannot carry the plug-in mine_hf:Mine" in refused(
-            "export", "plugged", "--to", "hf", "o", "--remote-code"
-        )
-        assert not Path("o").exists()
+    Path("mine_hf.py").write_text(MINE)
+    block = "model.blocks.ret.mixer={kind: mine_hf:MineConfig, n_heads: 2}"
+    done = seqmix("train", "retnet-tiny", *TINY, block, "--out", "plugged")
+    assert done.status == 0, done.err
+    sentence = refused("export", "plugged", "--to", "hf", "folder", "--remote-code")
+    assert "cannot carry the plug-in mine_hf:MineConfig" in sentence
+    assert not Path("folder").exists()
+    assert seqmix("export", "plugged", "--to", "hf", "folder").status == 0
+    assert "The model needs `mine_hf`" in Path("folder/README.md").read_text()
