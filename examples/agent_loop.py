@@ -131,13 +131,10 @@ def decide(result: dict[str, Any], best: Proposal, new: Proposal) -> Decision:
         return Decision(new.name, f"dropped: {result['error']}", against=best.name)
     rows = {row["entry"]: row for row in result["summary"]}
     decision = Decision(new.name, "dropped: not better beyond noise", against=best.name)
-    for row, loss, margin in (
-        (rows.get(new.name), "loss", "margin"),
-        (rows.get(best.name), "against_loss", "against_margin"),
-    ):
-        if row is not None:
-            setattr(decision, loss, row["validation_loss"]["mean"])
-            setattr(decision, margin, row["validation_loss"]["margin"])
+    if row := rows.get(new.name):
+        decision.loss, decision.margin = (row["validation_loss"][key] for key in ("mean", "margin"))
+    if row := rows.get(best.name):
+        decision.against_loss, decision.against_margin = (row["validation_loss"][key] for key in ("mean", "margin"))
     if result["state"] == "stopped":
         decision.decision = "undecided: the time was up"
     elif failed := result["failed"]:
@@ -156,9 +153,8 @@ def write_table(folder: Path, decisions: list[Decision]) -> None:
     lines = ["| mixer | loss | against | its loss | decision | seconds |", "|---|---|---|---|---|---|"]
     for each in decisions:
         losses = interval(each.loss, each.margin), interval(each.against_loss, each.against_margin)
-        lines.append(
-            f"| {each.name} | {losses[0]} | {each.against} | {losses[1]} | {each.decision} | {each.seconds:.0f} |"
-        )
+        cells = each.name, losses[0], each.against, losses[1], each.decision, f"{each.seconds:.0f}"
+        lines.append(f"| {' | '.join(cells)} |")
     (folder / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (folder / "table.json").write_text(json.dumps([asdict(each) for each in decisions], indent=2) + "\n")
 

@@ -98,9 +98,9 @@ class _CarriedLoader(MetaPathFinder, SourceLoader):
         name = self._name(fullname)
         if name is None:
             return None
-        return importlib.util.spec_from_loader(
-            fullname, self, origin=self.files[name], is_package=name.endswith("/__init__.py")
-        )
+        file = self.files[name]
+        places = [file.rpartition("/")[0]] if name.endswith("/__init__.py") else None
+        return importlib.util.spec_from_file_location(fullname, file, loader=self, submodule_search_locations=places)
 
     def get_filename(self, fullname: str) -> str:
         """Return the name of a module's file in tracebacks."""
