@@ -48,6 +48,7 @@ def elsewhere(seqmix, monkeypatch, tmp_path):
     def go(folder: str = "other") -> Path:
         forget()
         (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / "text.txt").write_bytes((tmp_path / "text.txt").read_bytes())
         monkeypatch.chdir(tmp_path / folder)
         return tmp_path / "run"
 

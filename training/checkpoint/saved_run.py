@@ -391,8 +391,8 @@ def _read_file(
         else:
             require_trusted(run_config["model"], file, "give --trust (trust=True)")
         config = ModelConfig.model_validate(run_config["model"])
-    except ConfigError as error:
-        raise CheckpointError(str(error)) from error
+    except ConfigError:  # its code is not trusted
+        raise
     except KeyError as error:
         raise CheckpointError(f"{file} has weights without a configuration: `seqmix export` writes both") from error
     except (ValueError, TypeError, RecursionError) as error:
