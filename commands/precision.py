@@ -17,7 +17,7 @@ from ..registry import SeqmixError, choices_hint, require_name, write_files
 from ..training import RunConfig, load_run, read_config
 from ..training.length_eval import open_text
 from .console import note, plain_table, terminal
-from .options import Checkpoint, Device, Ema, checkpoint_choice, require_device, require_writable
+from .options import Checkpoint, Device, Ema, Trust, checkpoint_choice, require_device, require_writable
 from .output import visible
 from .plot import select_figures
 

@@ -196,7 +196,7 @@ def test_running_out_of_memory_is_one_sentence_and_any_other_bug_is_not_hidden(r
         raise error
 
     monkeypatch.setattr("seqmix.commands.show.load_config", load)
-    assert re.match(rf"out of memory.*{re.escape(reason)}", refused("show", "retnet-tiny"))
+    assert re.match(rf"out of memory.*{re.escape(reason)}", refused("show", "retnet-tiny", status=5))
     error = RuntimeError("a bug")
     with pytest.raises(RuntimeError, match="a bug"):
         refused("show", "retnet-tiny")
@@ -206,7 +206,7 @@ def test_running_out_of_memory_is_one_sentence_and_any_other_bug_is_not_hidden(r
     "command", ["generate --prompt a", "evaluate", "export --out a", "train --resume", "plot", "compare", "check"]
 )
 def test_a_name_that_is_too_long_for_a_file_is_one_sentence(refused, command):
-    assert re.match(r"a{300}.* name too long", refused(*command.split(), "a" * 300))
+    assert re.match(r"a{300}.* name too long", refused(*command.split(), "a" * 300, status=3))
 
 
 def test_show_has_a_row_for_equal_layers(seqmix):
@@ -320,7 +320,7 @@ def test_a_bad_configuration_is_one_sentence(refused, command):
 
 @pytest.mark.parametrize("out", ["/proc/nowhere/run", "text.txt/run"])
 def test_a_folder_that_cannot_be_made_is_one_sentence(refused, out):
-    assert re.search(f"{out}.*(No such file|Not a directory)", refused("train", "retnet-tiny", *SMALL, "--out", out))
+    assert re.search(f"{out}.*(No such file|Not a directory)", refused("train", "retnet-tiny", *SMALL, "--out", out, status=3))
 
 
 def test_a_folder_that_no_weights_can_be_read_from_is_one_sentence(refused):
@@ -338,7 +338,8 @@ def test_resume_takes_nothing_else(refused, run, extra):
     ("given", "words"), [("bset", "'bset'.*\"best\""), ("-1", "'-1'"), ("3", "runs/small .*3.* 2, 4")]
 )
 def test_a_checkpoint_that_does_not_exist_is_one_sentence(refused, run, given, words):
-    assert re.search(words, refused("export", str(run), "--out", "out", "--checkpoint", given))
+    status = 3 if given == "3" else 2  # a checkpoint that is missing, or a wrong option
+    assert re.search(words, refused("export", str(run), "--out", "out", "--checkpoint", given, status=status))
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def require_vacant(folder: Path, option: str, besides: Collection[str] = ()) -> 
     try:
         str(folder).encode()
     except UnicodeEncodeError:  # safetensors can write to such a path, but not read from it
-        raise RunFileError(f"a run cannot be written to {str(folder)!a}: the path must be UTF-8") from None
+        raise TrainingError(f"a run cannot be written to {str(folder)!a}: the path must be UTF-8") from None
     try:
         vacant = is_vacant(folder, besides)
     except OSError as error:
