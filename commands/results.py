@@ -113,7 +113,7 @@ def _result_types(annotation: Any) -> Iterator[type]:
                 yield from _result_types(part)
     elif get_origin(annotation) is Annotated:
         yield get_args(annotation)[1]
-    elif annotation not in (None, Parameter.empty):
+    elif annotation not in (None, type(None), Parameter.empty):
         yield annotation
 
 

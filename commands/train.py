@@ -72,7 +72,7 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Validate the configuration and show the model's cost, without training.")
     ] = False,
-) -> TrainResult | Ended[TrainResult] | DryRun:
+) -> TrainResult | Ended[TrainResult | None] | DryRun | None:
     """Train a model from a preset or a YAML file, or resume a run.
 
     Training writes config.yaml, metrics.jsonl and checkpoints to the run directory, runs/NAME by default. Without
@@ -114,17 +114,22 @@ def train(
         require_device(device)
     keep_freed_memory()
     ended = run_with_progress(loaded, run, resume=resume is not None, device=device)
+    result = _result_of(run, ended.state) if os.environ.get("RANK", "0") == "0" else None
+    # 130 is the shell's status of an interrupted command, so that `train && generate` stops
+    return Ended(result, 130) if ended.state == "interrupted" else result
+
+
+def _result_of(run: Path, state: Literal["finished", "stopped", "interrupted"]) -> TrainResult:
+    """Return the result of a run that has ended in a state."""
     status = read_status(run)
     newest = checkpoints(run)[-1:]
-    result = TrainResult(
+    return TrainResult(
         run=str(run),
         checkpoint=str(newest[0]) if newest else None,
-        state=ended.state,
+        state=state,
         reason=status.reason,
         step=status.step,
         steps=status.steps,
         loss=status.loss,
         validation_loss=status.validation_loss,
     )
-    # 130 is the shell's status of an interrupted command, so that `train && generate` stops
-    return Ended(result, 130) if ended.state == "interrupted" else result

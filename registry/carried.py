@@ -16,6 +16,8 @@ from typing import Any
 
 MAX_BYTES = 2**20
 """Largest size of the source code that is collected."""
+LIBRARY = __name__.partition(".")[0]
+"""This library, which is never collected, even if it lies beside a plug-in."""
 Sources = Mapping[str, bytes]
 """Contents of source files, by name."""
 
@@ -129,7 +131,7 @@ def _add(found: dict[str, bytes], modules: Iterable[str], read: Callable[[str], 
     waiting = list(modules)
     seen = set[str]()
     while waiting:
-        if (top := waiting.pop()) in seen:
+        if (top := waiting.pop()) in seen or top == LIBRARY:
             continue
         seen.add(top)
         files = read(top)

@@ -320,7 +320,8 @@ def test_a_bad_configuration_is_one_sentence(refused, command):
 
 @pytest.mark.parametrize("out", ["/proc/nowhere/run", "text.txt/run"])
 def test_a_folder_that_cannot_be_made_is_one_sentence(refused, out):
-    assert re.search(f"{out}.*(No such file|Not a directory)", refused("train", "retnet-tiny", *SMALL, "--out", out, status=3))
+    sentence = refused("train", "retnet-tiny", *SMALL, "--out", out, status=3)
+    assert re.search(f"{out}.*(No such file|Not a directory)", sentence)
 
 
 def test_a_folder_that_no_weights_can_be_read_from_is_one_sentence(refused):

@@ -131,10 +131,10 @@ class Course:
     Args:
         trainer: makes the steps and evaluations.
         run: the run directory.
-        began: time of `time.monotonic` from which training.max_time is counted.
+        began: time of `time.monotonic` from which training.max_time is counted; None for now.
     """
 
-    def __init__(self, trainer: Trainer, run: Path, began: float) -> None:
+    def __init__(self, trainer: Trainer, run: Path, began: float | None = None) -> None:
         self.trainer = trainer
         self.run = run
         self.config = trainer.config
@@ -145,6 +145,7 @@ class Course:
         self.writer = checkpoint.Writer(run, self.groups, keep=settings.keep_checkpoints, keep_best=settings.keep_best)
         self.status = StatusWriter(run, settings.steps, active=self.groups.is_main)
         self.best = Best()
+        began = time.monotonic() if began is None else began
         self.end = math.inf if settings.max_time is None else began + settings.max_time
         """Time of `time.monotonic` at which the time budget is spent."""
         self.done = 0
@@ -411,7 +412,7 @@ def _lock_resumed_run(run: Path) -> Iterator[None]:
 
 def _require_resumable(run: Path) -> None:
     if not (folders := checkpoint.checkpoints(run)):
-        raise TrainingError(
+        raise RunFileError(
             f"{run} has a configuration but no weights, and was not written by `seqmix train`: write it again with "
             "`seqmix convert` or `seqmix average`, or train new weights with "
             f"`seqmix train {run / CONFIG_FILE} --out DIR`"

@@ -96,7 +96,7 @@ def test_a_run_whose_weights_are_missing_is_refused_by_every_command(config_of, 
     }
     for reason, commands in refusals.items():
         for command in commands:
-            assert reason in (message := refused(*command)), command
+            assert reason in (message := refused(*command, status=3)), command
             assert "mean" in message
     assert contents(tmp_path / "mean") == before
     assert not (tmp_path / "new").exists()

@@ -128,13 +128,13 @@ def test_by_default_it_is_as_long_as_the_text_allows(evaluate, seqmix):
 
 
 def test_what_cannot_be_evaluated_is_named(evaluate):
-    for arguments, named in (
-        (["--length", "999999"], "999,999 .*1,000,000"),
-        (["--paradigm", "recurent"], "'recurent'.*chunkwise, parallel"),
-        (["--context", "16", "--scored", "17"], r" 16\b.* 17\b"),
-        (["--json", "no/x.json"], "no/x.json"),
+    for arguments, named, status in (
+        (["--length", "999999"], "999,999 .*1,000,000", 2),
+        (["--paradigm", "recurent"], "'recurent'.*chunkwise, parallel", 2),
+        (["--context", "16", "--scored", "17"], r" 16\b.* 17\b", 2),
+        (["--json", "no/x.json"], "no/x.json", 3),
     ):
         done = evaluate(*arguments)
-        assert done.status == 2
+        assert done.status == status
         assert re.search(f"^error: .*{named}", done.err)
         assert done.err.count("\n") == 1

@@ -118,21 +118,21 @@ def test_text_goes_on_in_another_process_and_a_prefix_is_read_once(generate):
 
 def test_what_cannot_be_done_is_named_before_anything_is_generated(generate, monkeypatch):
     cases = [
-        ([], "--prompt.*--state"),
-        (["--state", "missing"], "missing"),
-        (["--state", "missing", "--save-state", "text.txt"], "text.txt .*--save-state"),
-        (["--prompt", "a", "--save-state", "a" * 300], f"{'a' * 300} .*File name too long"),
-        (["--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens 0 .*--save-state"),
-        (["--prompt", "a", "--save-state", "text.txt"], "text.txt .*--save-state"),
-        (["--prompt", "a", "--save-state", "no/a"], "no/a "),
-        (["--prompt", "a", "--state", "text.txt"], "text.txt "),
-        (["--prompt", "a", "--save-state", "a.state"], "a.state "),
+        (2, [], "--prompt.*--state"),
+        (3, ["--state", "missing"], "missing"),
+        (2, ["--state", "missing", "--save-state", "text.txt"], "text.txt .*--save-state"),
+        (3, ["--prompt", "a", "--save-state", "a" * 300], f"{'a' * 300} .*File name too long"),
+        (2, ["--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens 0 .*--save-state"),
+        (2, ["--prompt", "a", "--save-state", "text.txt"], "text.txt .*--save-state"),
+        (3, ["--prompt", "a", "--save-state", "no/a"], "no/a "),
+        (3, ["--prompt", "a", "--state", "text.txt"], "text.txt "),
+        (3, ["--prompt", "a", "--save-state", "a.state"], "a.state "),
     ]
-    for arguments, named in cases:
+    for status, arguments, named in cases:
         if arguments[-1:] == ["a.state"]:
             monkeypatch.setattr(os, "access", lambda folder, mode: mode != os.W_OK)  # root may write anywhere
         done = generate(*arguments)
-        assert (done.status, done.out) == (2, "")
+        assert (done.status, done.out) == (status, "")
         assert re.search(f"^error: .*{named}", done.err)
         assert done.err.count("\n") == 1
 

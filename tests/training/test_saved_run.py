@@ -10,7 +10,7 @@ from runs import refusal, run_of
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from seqmix import build_model, load_run
+from seqmix import ConfigError, build_model, load_run
 from seqmix.models import ByteTokenizer
 from seqmix.training import CheckpointError, RunConfig, export_run, read_config
 from seqmix.training.checkpoint import files as checkpoint
@@ -155,7 +155,7 @@ def test_a_file_imports_nothing_unless_it_is_trusted(run, tmp_path, monkeypatch)
         f"Path({str(tmp_path / 'ran')!r}).touch()"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    assert "strangers_module:Config" in refused(lambda: load_run(file))
+    assert "strangers_module:Config" in refusal(lambda: load_run(file), ConfigError)
     assert not (tmp_path / "ran").exists()
     assert same(weights(load_run(file, trust=True)), tensors)
 
