@@ -6,12 +6,12 @@ from warnings import warn
 
 from safetensors import SafetensorError
 
-from ..registry import is_vacant, replacing_folder
+from ..registry import is_vacant, replacing_folder, write_files
 from ..registry.moved import former_parameters
 from ..training import Choice, load_run
 from ..training.checkpoint.files import CheckpointError
 from .modeling import SeqmixForCausalLM
-from .remote_code import AUTO_MAP, write_card
+from .remote_code import AUTO_MAP, card_of
 from .tokenizer import hf_tokenizer
 
 
@@ -49,12 +49,12 @@ def export_hf(
     wrapped = SeqmixForCausalLM.wrap(model)
     if remote_code:
         wrapped.config.auto_map = AUTO_MAP
-    blocks = model.config.model_dump(mode="json")["blocks"]
+    card = card_of(out.name, model.config.model_dump(mode="json")["blocks"], remote_code=remote_code)
     files = [wrapped, *([] if model.tokenizer is None else [hf_tokenizer(model.tokenizer)])]
     try:
         with replacing_folder(out) as partial:
             for part in files:
                 part.save_pretrained(partial)
-            write_card(partial, out.name, blocks, remote_code=remote_code)
+            write_files({partial / name: text for name, text in card.items()})
     except SafetensorError as error:
         raise CheckpointError(f"{out} cannot be written: {error}") from error

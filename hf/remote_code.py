@@ -1,10 +1,9 @@
 """The files beside the weights of a Hugging Face folder: the model card, and modeling code for `trust_remote_code`."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from ..registry import SeqmixError, write_files
+from ..registry import SeqmixError
 from ..registry.providers import named_paths
 from ..training.checkpoint.provenance import seqmix_version
 
@@ -67,17 +66,16 @@ TRUST_HINT = (
 )
 
 
-def write_card(folder: Path, name: str, blocks: Mapping[str, Any], *, remote_code: bool) -> None:
-    """Write the model card, and the modeling code if `remote_code`, into a folder.
+def card_of(name: str, blocks: Mapping[str, Any], *, remote_code: bool) -> dict[str, str]:
+    """Return the contents of the model card, and of the modeling code if `remote_code`, by file name.
 
     Args:
-        folder: the folder.
         name: the name of the model.
         blocks: fields of the blocks of its configuration.
         remote_code: True to write modeling code.
 
     Raises:
-        SeqmixError: a mixer is given by a dotted path, whose module the folder would lack; or a file cannot be written.
+        SeqmixError: with `remote_code`, a mixer is given by a dotted path, whose module the folder would lack.
     """
     plug_ins = named_paths(blocks)
     if plug_ins and remote_code:
@@ -93,4 +91,4 @@ def write_card(folder: Path, name: str, blocks: Mapping[str, Any], *, remote_cod
     card = CARD.format(
         name=name, version=seqmix_version(), mixers=", ".join(kinds), load=load.format(name=name), hint=hint
     )
-    write_files({folder / CARD_FILE: card} | ({folder / CODE_FILE: CODE} if remote_code else {}))
+    return {CARD_FILE: card} | ({CODE_FILE: CODE} if remote_code else {})

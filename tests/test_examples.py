@@ -6,6 +6,8 @@ And the report on the page about adding a mixer, which is what its example print
 import importlib
 import json
 import re
+import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -94,3 +96,40 @@ def test_the_cells_of_the_notebook_run(tmp_path, monkeypatch):
         if cell["cell_type"] == "code":
             assert not cell["outputs"]
             exec(compile("".join(cell["source"]), cell["id"], "exec"), namespace)
+
+
+LOOP = Path(__file__).parents[1] / "examples" / "agent_loop.py"
+
+
+@pytest.mark.slow
+def test_a_search_decides_without_supervision(tmp_path):
+    (tmp_path / "text.txt").write_text("a text that is learned, line after line\n" * 2000)
+    command = [sys.executable, LOOP, "--minutes", "1", "--steps", "3", "--seeds", "2", "--text", "text.txt"]
+    done = subprocess.run(command, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    decisions = json.loads((tmp_path / "search" / "table.json").read_text())
+    words = {decision["decision"].partition(":")[0] for decision in decisions}
+    assert words
+    assert words <= {"kept", "dropped", "undecided"}
+    assert not [decision for decision in decisions if "Error" in decision["decision"]]
+    assert len((tmp_path / "search" / "table.md").read_text().splitlines()) == 2 + len(decisions)
+    assert (tmp_path / "search" / "study" / "status.json").is_file()
+
+
+def test_a_search_keeps_what_is_better_beyond_noise_only():
+    loop = runpy.run_path(str(LOOP))
+    best, new = loop["Proposal"]("best", {"kind": "retention"}), loop["Proposal"]("new", {"kind": "gla"})
+
+    def decide(ranks, state="finished"):
+        losses = {"best": 2.0, "new": 1.9}
+        rows = [
+            {"entry": name, "rank": rank, "validation_loss": {"mean": losses[name], "margin": 0.01}}
+            for name, rank in zip(("best", "new"), ranks, strict=True)
+        ]
+        return loop["decide"]({"state": state, "failed": {}, "summary": rows}, best, new).decision
+
+    assert decide((2, 1)) == "kept"
+    assert decide((1, 1)).startswith("dropped")
+    assert decide((1, 2)).startswith("dropped")
+    assert decide((None, None)).startswith("dropped")
+    assert decide((2, 1), state="stopped").startswith("undecided")
