@@ -306,7 +306,7 @@ class _Rounds:
     lengths: Sequence[int]
     forecast: Forecast
     progress: Callable[[str], Any]
-    end: float
+    end: float = math.inf
     """Time of `time.monotonic` at which the time budget is spent."""
 
     def measure(self, implementations: Sequence[Implementation], rate_seconds: dict[str, list[float]]) -> Iterator[Row]:

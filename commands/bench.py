@@ -16,7 +16,7 @@ from ..benchmarks.mixers import MixersBenchmark
 from ..benchmarks.models import DecodeBenchmark, PrefillBenchmark, TrainBenchmark, model_to_measure
 from ..benchmarks.op import OpBenchmark
 from ..benchmarks.recurrences import RecurrenceBenchmark
-from ..benchmarks.report import cells, conditions, markdown, name_columns, skipped
+from ..benchmarks.report import cells, conditions, fields_of, markdown, name_columns, skipped
 from ..experiments.benchmark_figures import figures_of
 from ..experiments.figures.writer import COLUMN, draw, require_drawable
 from ..registry import SeqmixError, parse_duration, require_name, write_file

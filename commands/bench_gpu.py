@@ -1,5 +1,6 @@
 """`seqmix bench-gpu`: all tests and benchmarks that need a GPU, in one command."""
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +70,8 @@ def bench_gpu(
 
     [bold]seqmix bench-gpu --out rehearsal --rehearse[/bold]
     """
-    limits = {"time_limit": parse_duration(time_limit)} | ({} if budget is None else {"budget": parse_duration(budget)})
+    seconds = math.inf if budget is None else parse_duration(budget)
+    limit = parse_duration(time_limit)
     for name in only or ():
         require_name("part", name, GROUPS)
     if rehearse:
@@ -78,7 +80,7 @@ def bench_gpu(
         raise SeqmixError("bench-gpu needs a CUDA GPU, but torch finds none: rehearse on the CPU with --rehearse")
     memory = 80 * 2**30 if rehearse else torch.cuda.get_device_properties(0).total_memory
     parts = [part for part in plan(memory, rehearsal=rehearse) if not only or part.group in only]
-    outcomes = measure(parts, out, typer.echo, **limits)
+    outcomes = measure(parts, out, typer.echo, time_limit=limit, budget=seconds)
     for outcome in outcomes:
         if outcome.problem is not None:
             typer.echo(f"{outcome.part.group} {outcome.part.name}: {outcome.problem}")

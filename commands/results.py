@@ -14,13 +14,13 @@ from functools import wraps
 from importlib import import_module
 from inspect import Parameter, signature
 from pathlib import Path
-from types import UnionType
+from types import GenericAlias, UnionType
 from typing import Annotated, Any, Generic, TypeVar, Union, get_args, get_origin
 
-import click
 import typer
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 from pydantic_core import to_jsonable_python
+from typer.core import TyperCommand
 
 from ..registry import SeqmixError, nearest_hint, write_file
 from .options import JsonFile, require_writable
@@ -72,7 +72,8 @@ def with_json(command: str, function: Callable[..., Any]) -> Callable[..., None]
         if status:
             raise typer.Exit(status)
 
-    call.__signature__ = before.replace(parameters=[*before.parameters.values(), option], return_annotation=None)  # pyright: ignore[reportFunctionMemberAccess]
+    new = before.replace(parameters=[*before.parameters.values(), option], return_annotation=None)
+    setattr(call, "__signature__", new)  # noqa: B010 a function's own attribute
     call.__annotations__ = {**function.__annotations__, "json_file": JsonFile, "return": None}
     return call
 
@@ -90,9 +91,9 @@ def schema_of(command: str) -> dict[str, Any]:
         names = [name.replace("_", "-") for name in files]
         raise SeqmixError(f"there is no command {command!r}{nearest_hint(command, names)}")
     types = list(_result_types(signature(function).return_annotation))
-    result = Union[tuple(types)]  # noqa: UP007 a union of a tuple
     # of a list, as pydantic takes no configuration for the schema of a dataclass
-    adapter = TypeAdapter(list[result], config=ConfigDict(use_attribute_docstrings=True))
+    results: Any = GenericAlias(list, (Union[tuple(types)],))  # noqa: UP007 a union of a tuple
+    adapter = TypeAdapter(results, config=ConfigDict(use_attribute_docstrings=True))
     schema = adapter.json_schema(mode="serialization")
     items = schema["items"]
     return {
@@ -117,10 +118,10 @@ def _result_types(annotation: Any) -> Iterator[type]:
         yield annotation
 
 
-class JsonCommand(typer.core.TyperCommand):
+class JsonCommand(TyperCommand):
     """Command that says what to write for --json without a value."""
 
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # click's types have moved between versions
         """Parse the arguments; SeqmixError if the last one is --json."""
         if args[-1:] == ["--json"]:
             raise SeqmixError("--json expects a FILE, or - for standard output: write --json -")

@@ -25,7 +25,7 @@ def refused_at_once(refused, monkeypatch):
         raise AssertionError("something was measured")
 
     monkeypatch.setattr("seqmix.benchmarks.benchmark.time_interleaved", measured)
-    return lambda *arguments: refused("bench", *arguments)
+    return lambda *arguments, status=2: refused("bench", *arguments, status=status)
 
 
 @pytest.mark.parametrize("what", ["op", "train", "decode", "prefill"])
@@ -93,10 +93,10 @@ def test_compiled_variants_take_part_when_asked_for(bench, tmp_path, monkeypatch
     ],
 )
 def test_bad_input_is_one_sentence_before_anything_is_measured(arguments, sentence, refused_at_once):
-    assert sentence in refused_at_once(*arguments)
+    assert sentence in refused_at_once(*arguments, status=3 if "cannot be written" in sentence else 2)
 
 
 def test_a_file_that_must_not_be_written_is_told_at_once(refused_at_once, monkeypatch):
     # whoever runs the tests may be allowed everything
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    assert refused_at_once("op", *SMALL, "--json", "a.json") == "a.json cannot be written: permission denied"
+    assert refused_at_once("op", *SMALL, "--json", "a.json", status=3) == "a.json cannot be written: permission denied"

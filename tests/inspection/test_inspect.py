@@ -165,7 +165,7 @@ def test_a_page_says_how_many_maps_it_leaves_out():
 def test_what_cannot_be_read_is_refused(refused, config_of, tmp_path):
     pytest.importorskip("altair")
     run_of(config_of("training.steps=1"), tmp_path / "run")
-    assert "none.txt cannot be read" in refused("inspect", tmp_path / "run", "--text", "none.txt")
+    assert "none.txt cannot be read" in refused("inspect", tmp_path / "run", "--text", "none.txt", status=3)
     both = refused("inspect", tmp_path / "run", "--text", "text.txt", "--out", "x.html", "--json", "x.html")
     assert both == "--out and --json are both x.html: give them different names"
     assert "must end in one of" in refused("inspect", tmp_path / "run", "--text", "text.txt", "--out", "x.doc")
