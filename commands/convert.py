@@ -89,5 +89,5 @@ def convert(
     if out is not None:
         typer.echo(visible(f"{out} has {len(rules)} tensors"))
     names: tuple[str, ...] = ("here", "shape", "there", "how")
-    table = [dict(zip(names, row, strict=True)) for row in tensors]
+    table: list[dict[str, str]] = [dict(zip(names, row, strict=True)) for row in tensors]
     return ConvertResult(architecture.name, architecture.library, None if out is None else str(out), table)
