@@ -199,7 +199,7 @@ class Command:
             status, said = run(there, self.arguments, number)
             whole = all(state == "whole" for state in self.states(there).values())
             if status != -signal.SIGKILL:
-                ended = status == 0 or (status == 2 and whole)
+                ended = status == 0 or (status in (2, 3) and whole)
                 fault = self.fault(there) if ended else f"status {status}: {said[-1:]}"
                 return faults | {f"the end of the chain ({number})": fault}
             faults[f"the chain ({number})"] = self.half(there)
@@ -227,7 +227,7 @@ class Command:
             return fault
         states = self.states(there)
         status, said = run(there, self.arguments)
-        if status != 0 and not (status == 2 and set(states.values()) == {"whole"}):
+        if status != 0 and not (status in (2, 3) and set(states.values()) == {"whole"}):
             return f"{states}, and begun again: status {status}, {said[-1:]}"
         now, after = canonical(there), canonical(self.whole)
         others = sorted(name for name in now | after if now.get(name) != after.get(name))
