@@ -203,7 +203,7 @@ def test_links_and_named_files_exist(page):
         assert file.exists(), target
         assert not anchor or anchor in anchors(file), target
     written = "config.yaml metrics.jsonl sessions.jsonl results.json summary.md logs/ manifest.json seqmix.schema.json"
-    written += " index.json"
+    written += " index.json status.json modeling_seqmix.py mine.py"
     made = {block.file for block in blocks_of(page)} | {*written.split(), "average.py"}
     for name in re.findall(r"`([\w./-]+(?:\.(?:py|yaml|md|toml|jsonl?)|/))`", page.read_text()):
         assert name in made or name.startswith((".vscode", "runs/", "RUN/")) or (ROOT / name).exists(), name
