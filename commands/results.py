@@ -91,6 +91,8 @@ def schema_of(command: str) -> dict[str, Any]:
         names = [name.replace("_", "-") for name in files]
         raise SeqmixError(f"there is no command {command!r}{nearest_hint(command, names)}")
     types = list(_result_types(signature(function).return_annotation))
+    if not types:  # the command has no result besides its exit status
+        types = [dict]
     # of a list, as pydantic takes no configuration for the schema of a dataclass
     results: Any = GenericAlias(list, (Union[tuple(types)],))  # noqa: UP007 a union of a tuple
     adapter = TypeAdapter(results, config=ConfigDict(use_attribute_docstrings=True))

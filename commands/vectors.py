@@ -1,11 +1,22 @@
 """`seqmix vectors`: write conformance vectors for other implementations."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from .output import visible
+
+
+@dataclass(frozen=True)
+class VectorsResult:
+    """Result of `seqmix vectors`."""
+
+    folder: str
+    """The folder that was written."""
+    cases: int
+    """Number of cases."""
 
 
 def vectors(
@@ -16,7 +27,7 @@ def vectors(
             help="Families to write, separated by commas; all by default.", metavar="NAME,...", show_default=False
         ),
     ] = None,
-) -> None:
+) -> VectorsResult:
     """Write conformance vectors: inputs, expected outputs, states and gradients of every op, for any implementation.
 
     The folder gets an index (index.json, with its schema), one safetensors file per family, and a runner that needs
@@ -30,3 +41,4 @@ def vectors(
 
     number = write_vectors(folder, tuple(families.split(",")) if families is not None else ())
     typer.echo(visible(f"{folder} has {number} cases: test an implementation with python {folder}/runner.py FILE.py"))
+    return VectorsResult(str(folder), number)

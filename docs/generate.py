@@ -134,8 +134,8 @@ def _results() -> list[str]:
     for name in cli.COMMANDS:
         schema = schema_of(name)
         definitions = schema["$defs"]
-        results = [part["$ref"].rpartition("/")[2] for part in schema["anyOf"]]
-        lines += [f"## seqmix {name}", ""]
+        results = [part["$ref"].rpartition("/")[2] for part in schema["anyOf"] if "$ref" in part]
+        lines += [f"## seqmix {name}", "", *([] if results else ["No other fields.", ""])]
         for key in (*results, *(key for key in definitions if key not in results)):
             definition = definitions[key]
             if "properties" in definition and definition not in shown:
