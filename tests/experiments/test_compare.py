@@ -24,7 +24,7 @@ from seqmix.experiments.plan import plan
 from seqmix.experiments.results import read_results
 from seqmix.experiments.runner import Observer, make_runs
 from seqmix.experiments.study import StudyError, load_study
-from seqmix.training import read_config
+from seqmix.training import read_config, read_status
 
 BROKEN = """
 entries:
@@ -297,3 +297,14 @@ def test_bad_input_is_one_sentence(seqmix, refused, small):
     Path("small.yaml").write_text(small)
     taken = refused("compare", "small.yaml", "--out", "file", status=3)
     assert taken.startswith("a study cannot be written to file")
+
+
+def test_a_time_budget_stops_a_study_which_says_so(seqmix, small):
+    Path("small.yaml").write_text(small)
+    done = seqmix("compare", "small.yaml", "--out", "study", "--budget", "0.000001", "--json", "-")
+    result = json.loads(done.out)
+    assert (done.status, result["state"], result["finished"]) == (0, "stopped", 0)
+    assert "resume with: seqmix compare small.yaml --out study" in done.err
+    status = read_status("study")
+    assert (status.state, status.step, status.steps, status.failed) == ("stopped", 0, result["runs"], {})
+    assert "time budget" in status.reason
