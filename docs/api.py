@@ -23,6 +23,8 @@ SECTIONS: dict[str, tuple[str, ...]] = {
         "training.checkpoint.saved_run.export_run",
         "training.monitoring.events",
         "training.checkpoint.averaging.average_run",
+        "training.checkpoint.status.read_status",
+        "training.checkpoint.status.Status",
         "training.monitoring.loggers.Logger",
     ),
     "Models": (
@@ -145,8 +147,10 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "Errors": (
         "registry.errors.SeqmixError",
         "registry.errors.ConfigError",
+        "registry.errors.DataError",
         "mixers.traits.ContractError",
         "training.checkpoint.errors.TrainingError",
+        "training.checkpoint.errors.DivergenceError",
         "training.tensor_files.CheckpointError",
     ),
 }

@@ -102,8 +102,8 @@ def test_tests_are_not_packages():
 
 
 PUBLIC = """
-    MIXERS Call ConfigError ContractError LanguageModel MixerConfig ModelConfig Paradigm RunConfig Sampling SeqmixError
-    SequenceMixer Traits account build_model generate_text load_config load_run stream_text train
+    MIXERS Call ConfigError ContractError DataError LanguageModel MixerConfig ModelConfig Paradigm RunConfig Sampling
+    SeqmixError SequenceMixer Traits account build_model generate_text load_config load_run stream_text train
 """
 
 
