@@ -18,8 +18,8 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> None:
     paragraphs = [part for part in re.split(r"\n\s*\n", text) if re.match(r"[A-Za-z`*\[]", part.strip())]
     first = " ".join(paragraphs[0].split()) if paragraphs else ""
     first = re.sub(r"\[([^\]]+)\]\([^)]*\)", r"\1", first)
-    sentence = re.match(r".+?[.:](?=\s|$)", first)
-    PAGES[page.url] = title[1] if title else page.title, sentence[0].rstrip(":") if sentence else first
+    sentence = re.match(r".+?\.(?=\s|$)", first)
+    PAGES[page.url] = title[1] if title else page.title, sentence[0] if sentence else first.rstrip(":")
 
 
 def on_post_build(config: Any, **_: Any) -> None:

@@ -55,6 +55,15 @@ def test_formulas_are_mathml(site):
         assert not re.search(r"\\begin\{|<m[iot]>(?:\\\w+|&amp;)</m[iot]>", page)
 
 
+def test_language_models_get_a_list_of_all_pages(site):
+    lines = (site / "llms.txt").read_text().splitlines()
+    pages = [line for line in lines if line.startswith("- ")]
+    assert len(pages) == len(list((ROOT / "docs").rglob("*.md")))
+    assert all(re.fullmatch(r"- \[.+\]\(/\S*\): \S.+", line) for line in pages), pages
+    (scripts,) = (line for line in pages if "(/how-to/scripts/)" in line)
+    assert "JSON" in scripts
+
+
 @pytest.mark.parametrize("preset", single_kind_presets().values(), ids=single_kind_presets())
 def test_the_formula_of_a_state_is_its_size(preset):
     page = runpy.run_path(str(ROOT / "docs" / "mixers.py"))
