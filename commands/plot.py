@@ -13,7 +13,7 @@ from ..experiments.report import write_report
 from ..experiments.results import RESULTS_FILE, read_results
 from ..experiments.run_figures import figures_of, read_curves
 from ..experiments.study_figures import Plots
-from ..registry import SeqmixError, require_name
+from ..registry import DataError, SeqmixError, require_name
 from ..training.monitoring.logging import METRICS_FILE
 from .output import visible
 
@@ -96,7 +96,7 @@ def _study(folders: Sequence[Path]) -> Path | None:
         )
     for folder in folders:
         if not studies and folder.is_dir() and not (folder / METRICS_FILE).is_file():
-            raise SeqmixError(f"{folder} is neither a run ({METRICS_FILE}) nor a study ({RESULTS_FILE})")
+            raise DataError(f"{folder} is neither a run ({METRICS_FILE}) nor a study ({RESULTS_FILE})")
     return studies[0] if studies else None
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..registry import ConfigError, DataError, SeqmixError, nearest_hint, read_mapping
+from ..registry import ConfigError, DataError, nearest_hint, read_mapping
 from ..training import PRESETS
 from ..training.checkpoint.run_dir import CONFIG_FILE
 from ..training.monitoring.logging import METRICS_FILE
@@ -40,7 +40,7 @@ def read_curves(run: Path, name: str) -> Curves:
     except OSError as error:
         raise DataError(f"{run} is not a run directory: {_reason(run, error)}") from error
     if not lines:
-        raise SeqmixError(f"{run} has no measurement in {METRICS_FILE} yet: try again after its first steps")
+        raise DataError(f"{run} has no measurement in {METRICS_FILE} yet: try again after its first steps")
     if (tokens := _tokens_per_step(run / CONFIG_FILE)) is not None:
         add_time(lines, tokens)
     evaluations = [line for line in lines if "validation_loss" in line]

@@ -150,25 +150,25 @@ def test_a_limit_of_memory_that_figures_exceed_is_one_sentence(folders, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("arguments", "named"),
+    ("status", "arguments", "named"),
     [
-        (["on"], ["on", '"one"']),
-        (["text.txt"], ["text.txt", "file"]),
-        (["empty"], ["empty", "metrics.jsonl", "results.json"]),
-        (["begun"], ["begun", "metrics.jsonl"]),
-        (["ruined"], ["ruined", "finite"]),
-        (["one", "./one"], ["one", "twice"]),
-        (["one", "recall"], ["recall", "alone"]),
-        (["one", "--figure", "los"], ["'los'", "loss-time", '"loss"']),
-        (["recall", "--figure", "accuracy-by-pair", "--out", "a.pdf"], ["accuracy-by-state", '"accuracy-by-pairs"']),
-        (["one", "--out", "a.htm"], ["--out", "a.htm", ".svg", '".html"']),
-        (["one", "--width", "0.5"], ["--width", "0.5", "1.5"]),
-        (["one", "--figure", "loss", "--out", "text.txt/a.svg"], ["text.txt/a.svg", "folder"]),
-        (["one", "--figure", "loss", "--out", "folder.html"], ["folder.html", "directory"]),
+        (3, ["on"], ["on", '"one"']),
+        (3, ["text.txt"], ["text.txt", "file"]),
+        (3, ["empty"], ["empty", "metrics.jsonl", "results.json"]),
+        (3, ["begun"], ["begun", "metrics.jsonl"]),
+        (2, ["ruined"], ["ruined", "finite"]),
+        (2, ["one", "./one"], ["one", "twice"]),
+        (2, ["one", "recall"], ["recall", "alone"]),
+        (2, ["one", "--figure", "los"], ["'los'", "loss-time", '"loss"']),
+        (2, ["recall", "--figure", "accuracy-by-pair", "--out", "a.pdf"], ["accuracy-by-state", '"accuracy-by-pairs"']),
+        (2, ["one", "--out", "a.htm"], ["--out", "a.htm", ".svg", '".html"']),
+        (2, ["one", "--width", "0.5"], ["--width", "0.5", "1.5"]),
+        (3, ["one", "--figure", "loss", "--out", "text.txt/a.svg"], ["text.txt/a.svg", "folder"]),
+        (3, ["one", "--figure", "loss", "--out", "folder.html"], ["folder.html", "directory"]),
     ],
 )
-def test_what_cannot_be_drawn_is_one_sentence(refused, folders, arguments, named):
+def test_what_cannot_be_drawn_is_one_sentence(refused, folders, status, arguments, named):
     pytest.importorskip("altair")
-    said = refused("plot", *arguments)
+    said = refused("plot", *arguments, status=status)
     assert [word for word in named if word not in said] == []
     assert not list(folders.glob("**/.*.partial"))
