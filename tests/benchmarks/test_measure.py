@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from seqmix.benchmarks import benchmark
 from seqmix.benchmarks.benchmark import Forecast, Implementation, PreparedCall, Skip, run
 from seqmix.benchmarks.machine import available_memory, with_peak_memory
-from seqmix.benchmarks.measure import Spread, TimedCall, lengthen, ratio, time_interleaved, turns
+from seqmix.benchmarks.measure import MIN_ROUNDS, Spread, TimedCall, lengthen, ratio, time_interleaved, turns
 from seqmix.benchmarks.models import PrefillBenchmark
 from seqmix.benchmarks.op import OpBenchmark
 from seqmix.benchmarks.products import MAX_ELEMENTS, MAX_SIDE, Product, calls_of, record_products, split_products
@@ -287,3 +287,8 @@ def test_without_rates_nothing_else_is_timed(settings):
     report = run(PrefillBenchmark(settings(only=("seqmix",), measures_rates=False)))
     assert "product_flops_per_second" not in report.machine
     assert [(row.share, row.skipped) for row in report.rows] == [(None, None)]
+
+
+def test_when_the_time_is_up_no_further_round_begins():
+    rounds = time_interleaved({"a": TimedCall(lambda: None), "b": TimedCall(lambda: None)}, repeat=50, end=0.0)
+    assert {name: len(samples) for name, samples in rounds.items()} == {"a": MIN_ROUNDS, "b": MIN_ROUNDS}
