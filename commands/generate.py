@@ -54,7 +54,9 @@ class GenerateResult:
 def generate(
     run: Annotated[
         Path,
-        typer.Argument(help="A run directory of `seqmix train`, or a file of `seqmix export`.", metavar="RUN"),
+        typer.Argument(
+            help="A run directory of `seqmix train`, or a file of `seqmix export` (.safetensors, .onnx).", metavar="RUN"
+        ),
     ],
     prompt: Annotated[
         list[str] | None, typer.Option(help="Text to continue; may be repeated, for a batch of texts.")
@@ -128,6 +130,21 @@ def generate(
     """
     require_run(run, or_file=True)
     prompts = prompt or []
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    if run.suffix == ".onnx" and run.is_file():
+        unsupported = {
+            "--compile" if compiled else "--no-compile": compiled is not None,
+            "--speculate": speculate is not None,
+            "--device": device != "cpu",
+            "--dtype": dtype != "float32",
+            "--weights": weights is not None,
+            "--checkpoint": checkpoint != "newest",
+            "--ema": ema,
+            "--state": state is not None,
+            "--save-state": save_state is not None,
+        }
+        _generate_from_onnx(run, prompts, max_new_tokens, sampling, stop or [], unsupported)
+        return
     _check_options(prompts, max_new_tokens, state, save_state, speculate)
     keep_freed_memory()
     torch_device = require_device(device)
@@ -152,15 +169,14 @@ def generate(
         model,
         prompts,
         max_new_tokens=max_new_tokens,
-        sampling=Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed),
+        sampling=sampling,
         stop=stop or [],
         compiled=compiled,
         after=after,
         on_end=caches.append if save_state is not None else None,
         speculation=speculation,
     )
-    # bytes of a command line that are not UTF-8 arrive as surrogates, which cannot be printed
-    texts = [text.encode(errors="surrogateescape").decode(errors="replace") for text in prompts]
+    texts = _printable(prompts)
     if after is not None and len(texts) < 2:  # one prompt, or none, for all cached texts
         texts = (texts or [""]) * len(after)
     continuations = _print_texts(texts, pieces, runs_to_end=save_state is not None)
@@ -170,6 +186,42 @@ def generate(
         _save_cache(caches[0], model, save_state)
     generated = [Text(text, new) for text, new in zip(texts, continuations, strict=True)]
     return GenerateResult(str(run), generated, None if save_state is None else str(save_state))
+
+
+def _generate_from_onnx(
+    file: Path,
+    prompts: list[str],
+    max_new_tokens: int,
+    sampling: Sampling,
+    stop: list[str],
+    unsupported: dict[str, bool],
+) -> None:
+    """Generate with an ONNX file.
+
+    Args:
+        file: the file.
+        prompts: the prompts.
+        max_new_tokens: as in `generate`.
+        sampling: as in `generate`.
+        stop: as in `generate`.
+        unsupported: for each option that an ONNX file does not have, True if it was given.
+    """
+    if names := [name for name, is_given in unsupported.items() if is_given]:
+        raise SeqmixError(f"{', '.join(names)} cannot be used with an ONNX file: give generate the run directory")
+    _check_options(prompts, max_new_tokens, None, None, None)
+    from ..deploy import require_packages
+
+    require_packages("running an ONNX file", "onnxruntime")
+    from ..deploy.generate import stream_text as stream_onnx
+    from ..deploy.session import OnnxModel
+
+    pieces = stream_onnx(OnnxModel.load(file), prompts, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop)
+    _print_texts(_printable(prompts), pieces, runs_to_end=False)
+
+
+def _printable(prompts: Sequence[str]) -> list[str]:
+    """Return the prompts without surrogates, as which bytes of a command line that are not UTF-8 arrive."""
+    return [text.encode(errors="surrogateescape").decode(errors="replace") for text in prompts]
 
 
 def _speculation_summary(speculation: Speculation) -> str:

@@ -182,7 +182,6 @@ def stream_text(
         raise SeqmixError(f"stop must be a list of strings: pass [{stop[:20]!r}]")
     tokenizer = _tokenizer(model)
     encoded = _encoded(model, prompts, after)
-    texts = [_Text(decoder, tuple(stop)) for decoder in _decoders(model, encoded, after)]
     tokens = generate_tokens(
         model,
         encoded,
@@ -194,8 +193,22 @@ def stream_text(
         on_end=on_end,
         speculation=speculation,
     )
-    with closing(tokens):
-        for step in tokens:
+    yield from decode_stream(tokens, _decoders(model, encoded, after), stop)
+
+
+def decode_stream(
+    steps: Generator[Int[Tensor, " N"], None, None], decoders: Sequence[TextDecoder], stop: Sequence[str]
+) -> Iterator[list[str]]:
+    """Yield the new piece of each text at every step, until all texts have reached a stop string; close the steps.
+
+    Args:
+        steps: yields the next token of every text.
+        decoders: one decoder per text.
+        stop: stop strings.
+    """
+    texts = [_Text(decoder, tuple(stop)) for decoder in decoders]
+    with closing(steps):
+        for step in steps:
             yield [text.add(token) for text, token in zip(texts, step.tolist(), strict=True)]
             if all(text.stopped for text in texts):
                 return
@@ -227,17 +240,29 @@ def _tokenizer(model: LanguageModel) -> Tokenizer:
 
 def _encoded(model: LanguageModel, prompts: Sequence[str], after: PromptCache | None) -> list[Int[Tensor, " T"]]:
     """Return the tokens of each prompt; a prompt without a prefix starts with the begin token."""
-    tokenizer = _tokenizer(model)
+    encoded = encode_prompts(_tokenizer(model), model.config.vocab_size, prompts, may_be_empty=after is not None)
+    return encoded if after is None else [tokens[1:] for tokens in encoded]
+
+
+def encode_prompts(
+    tokenizer: Tokenizer, vocab_size: int, prompts: Sequence[str], *, may_be_empty: bool = False
+) -> list[Int[Tensor, " T"]]:
+    """Return the begin token and the tokens of each prompt.
+
+    Raises:
+        SeqmixError: `prompts` is a string, a prompt is empty, or the model's vocabulary is smaller than that of the
+            tokenizer.
+    """
     if isinstance(prompts, str):
         raise SeqmixError(f"prompts must be a list of strings: pass [{prompts[:20]!r}]")
-    if after is None and any(not prompt for prompt in prompts):
+    if not may_be_empty and any(not prompt for prompt in prompts):
         raise SeqmixError("the prompt is empty: pass at least one character")
-    if model.config.vocab_size < tokenizer.vocab_size:
+    if vocab_size < tokenizer.vocab_size:
         raise SeqmixError(
             f"text needs a model with a vocabulary of at least {tokenizer.vocab_size} {tokenizer.unit}, got "
-            f"{model.config.vocab_size}"
+            f"{vocab_size}"
         )
-    return [tokenizer.encode(prompt)[0 if after is None else 1 :] for prompt in prompts]
+    return [tokenizer.encode(prompt) for prompt in prompts]
 
 
 def _decoders(

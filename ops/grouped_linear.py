@@ -49,7 +49,7 @@ def grouped_linear(
     Returns:
         The products, in the dtype of x.
     """
-    return _OP(_Grouped(x, weight, ends))[0]
+    return OP(_Grouped(x, weight, ends))[0]
 
 
 def _allocate(x: _Grouped) -> tuple[Tensor]:
@@ -80,4 +80,4 @@ def _backward(x: _Grouped, gradients: Gradients) -> dict[str, Tensor]:
     return {"x": d_x, "weight": d_weight}
 
 
-_OP = Op("grouped_linear", _Grouped, fake=_allocate, forward=_forward, backward=_backward, outputs=1)
+OP = Op("grouped_linear", _Grouped, fake=_allocate, forward=_forward, backward=_backward, outputs=1)

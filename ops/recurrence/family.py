@@ -299,7 +299,9 @@ def require_recurrence(x: Recurrence) -> None:
                 f"expected floating-point {name} [B T H K] with the shape of k, {list(x.k.shape)}, "
                 f"got {list(tensor.shape)} of {str(tensor.dtype).removeprefix('torch.')}"
             )
-    if x.log_decay is not None and x.log_decay.shape not in ((heads,), per_head[:3], per_head):
+    # by number of dimensions: comparing unequal ones would tie the batch size to the heads in an exported graph
+    allowed = {1: (heads,), 3: per_head[:3], 4: per_head}
+    if x.log_decay is not None and x.log_decay.shape != allowed.get(x.log_decay.ndim):
         raise SeqmixError(
             f"expected log_decay None, [H], [B T H] or [B T H K] with B, T, H, K = {batch}, {length}, {heads}, "
             f"{key_width}, got {list(x.log_decay.shape)}"

@@ -1,0 +1,141 @@
+"""Export of a trained model to one ONNX file, which runs without seqmix: in ONNX Runtime, and in a browser."""
+
+import warnings
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+from ..data.kinds.text import Text
+from ..models import LanguageModel
+from ..registry import SeqmixError, replacing, require_name
+from ..training import Choice, load_run, read_config
+from ..training.length_eval import open_text
+from .metadata import add_metadata
+from .states import layout_of
+
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+"""Packages that an export needs."""
+OPSETS = ("contrib", "27")
+"""Sources of the operator LinearAttention: ONNX Runtime's own operators, or version 27 of the standard."""
+WEIGHTS = ("int8", "int4")
+"""Formats of quantised weights."""
+MAX_BYTES = 2**31 - 2**20
+"""Size of the largest ONNX file: the format ends at 2 GiB."""
+
+
+class OnnxExport(NamedTuple):
+    """What an export has done."""
+
+    losses: tuple[float, float] | None
+    """Validation loss in nats per token before and after the weights were quantised; None if it was not measured."""
+    tokens: int
+    """Number of tokens measured."""
+
+
+def export_onnx(
+    run: str | Path,
+    out: Path,
+    *,
+    opset: str = "contrib",
+    weights: str | None = None,
+    choice: Choice = "newest",
+    ema: bool = False,
+    trust: bool = False,
+    on_note: Callable[[str], object] = warnings.warn,
+) -> OnnxExport:
+    """Write the trained model of a run as one ONNX graph, with its configuration and tokenizer in the metadata.
+
+    The graph maps (tokens, state) to (logits, state), for any batch size and any length of a segment. It is compared
+    with the model before it is written.
+
+    Args:
+        run: the run directory, or a file of `export_run`.
+        out: the output file, *.onnx, which must not exist.
+        opset: where the operator LinearAttention comes from, one of `OPSETS`.
+        weights: "int8" or "int4" to quantise the weights; the loss is then measured on the run's validation split.
+        choice: the checkpoint, as in `load_run`.
+        ema: as in `load_run`.
+        trust: as in `load_run`.
+        on_note: as in `load_run`.
+
+    Raises:
+        SeqmixError: an option is invalid, a package is missing, the model cannot be exported, or the file cannot be
+            written.
+    """
+    require_name("opset", opset, OPSETS)
+    if weights is not None:
+        require_name("weight format", weights, WEIGHTS)
+    require_packages("exporting to ONNX", *PACKAGES)
+    if out.suffix != ".onnx":
+        raise SeqmixError(f"an ONNX file needs a name that ends in .onnx, got {out}: try {out.with_suffix('.onnx')}")
+    if out.exists():
+        raise SeqmixError(f"{out} already exists: give --out the name of a new file")
+    source = None if weights is None else _validation_split(Path(run), on_note)
+    model = load_run(run, choice=choice, ema=ema, trust=trust, on_note=on_note)
+    require_exportable(model)
+    from .graph import build_graph  # after the packages are known to be there
+    from .session import OnnxModel, require_equal
+
+    layout = layout_of(model)
+    graph = build_graph(model, layout, opset=opset)
+    add_metadata(graph, model, layout, name=Path(run).stem, weights=weights)
+    exported = OnnxModel.from_bytes(graph.SerializeToString())
+    require_equal(exported, model)
+    losses = None
+    tokens = 0
+    if weights is not None:
+        from .quantize import quantize, validation_loss
+
+        graph = quantize(graph, weights)
+        if source is not None:
+            before, tokens = validation_loss(exported, source)
+            after, _ = validation_loss(OnnxModel.from_bytes(graph.SerializeToString()), source)
+            losses = before, after
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(out) as partial:
+            partial.write_bytes(graph.SerializeToString())
+    except OSError as error:
+        raise SeqmixError(f"{out} cannot be written: {error}") from error
+    return OnnxExport(losses, tokens)
+
+
+def _validation_split(run: Path, on_note: Callable[[str], object]) -> Text | None:
+    """Return the text on which the loss is measured; None, and a note, if there is none."""
+    try:
+        config = read_config(run)
+        return open_text(config, run, [config.data.sequence_length])
+    except SeqmixError as error:
+        on_note(f"the loss of quantised weights is not measured: {error}")
+        return None
+
+
+def require_packages(purpose: str, *packages: str) -> None:
+    """Raise a SeqmixError if a package is not installed."""
+    if missing := [package for package in packages if find_spec(package) is None]:
+        raise SeqmixError(f"{purpose} needs the packages {', '.join(missing)}: pip install 'seqmix[onnx]'")
+
+
+def require_exportable(model: LanguageModel) -> None:
+    """Raise a SeqmixError, by the name of the mixer, if a model cannot become one graph with states.
+
+    Raises:
+        SeqmixError: the model has no state, a mixer cannot be traced, or the file would be too large.
+    """
+    if model.config.readout != "each":
+        raise SeqmixError(
+            f"a model with readout = {model.config.readout} has no state and cannot be exported to ONNX: it predicts "
+            "whole sequences"
+        )
+    for block in model.distinct_blocks:
+        mixer = block.mixer
+        if not mixer.traits.has_state:
+            raise SeqmixError(f"{mixer.kind} has no state and cannot be exported to ONNX, which decodes by states")
+        if not mixer.traits.compiles:
+            raise SeqmixError(f"{mixer.kind} declares compiles=False and cannot be traced, so not exported to ONNX")
+    size = sum(parameter.numel() * 4 for parameter in model.parameters())
+    if size > MAX_BYTES:
+        raise SeqmixError(
+            f"an ONNX file has at most 2 GiB, and the float32 weights of this model have {size / 2**30:.1f} GiB"
+        )

@@ -1,0 +1,164 @@
+"""Running an exported file with ONNX Runtime."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from onnxruntime.capi.onnxruntime_pybind11_state import (
+    Fail,
+    InvalidArgument,
+    InvalidGraph,
+    InvalidProtobuf,
+    NotImplemented,
+    RuntimeException,
+)
+
+from ..models import ByteTokenizer, LanguageModel, SubwordTokenizer, Tokenizer
+from ..registry import SeqmixError
+from .metadata import FORMAT, METADATA_KEY
+
+State = Mapping[str, np.ndarray]
+"""Tensors of a state, by the names of the graph's inputs."""
+TOLERANCE = 1e-3
+"""Largest difference between logits of the graph and of the model, relative to the largest logit."""
+
+
+class OnnxModel:
+    """A model in an ONNX file, with a state that is passed from call to call."""
+
+    def __init__(self, session: onnxruntime.InferenceSession, name: str) -> None:
+        """Wrap a session.
+
+        Args:
+            session: the session of an exported graph.
+            name: the name of the file in messages.
+
+        Raises:
+            SeqmixError: the file was not written by `seqmix export`, or by a newer version.
+        """
+        self._session = session
+        self._name = name
+        try:
+            self.metadata: dict[str, Any] = json.loads(session.get_modelmeta().custom_metadata_map[METADATA_KEY])
+            version = self.metadata["format"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise SeqmixError(
+                f"{name} was not written by `seqmix export --to onnx`: it has no such metadata"
+            ) from error
+        if version != FORMAT:
+            raise SeqmixError(f"{name} has format {version!r}, expected {FORMAT}: it is from another version of seqmix")
+        self._outputs = ["logits", *(f"new_{entry['name']}" for entry in self.metadata["states"])]
+
+    @classmethod
+    def load(cls, file: Path) -> "OnnxModel":
+        """Open a file.
+
+        Raises:
+            SeqmixError: it cannot be read, or was not written by `seqmix export`.
+        """
+        try:
+            return cls(_session(file.read_bytes()), str(file))
+        except OSError as error:
+            raise SeqmixError(f"{file} cannot be read: {error.strerror}") from error
+        except (Fail, InvalidArgument, InvalidGraph, InvalidProtobuf, NotImplemented, RuntimeException) as error:
+            reason = str(error).splitlines()[0]
+            raise SeqmixError(f"{file} is not an ONNX file that can run here: {reason}") from error
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> "OnnxModel":
+        """Open the content of a file."""
+        return cls(_session(content), "the graph")
+
+    def init_state(self, batch_size: int) -> State:
+        """Return the state before the first token."""
+        sizes: dict[Any, int] = {"batch": batch_size, "past": 0}
+        return {
+            entry["name"]: np.full(
+                [sizes.get(size, size) for size in entry["shape"]], float(entry["initial"]), entry["dtype"]
+            )
+            for entry in self.metadata["states"]
+        }
+
+    def __call__(self, tokens: np.ndarray, state: State) -> tuple[np.ndarray, State]:
+        """Return the logits [B T vocabulary] of a segment [B T], and the state after it."""
+        outputs: list[Any] = list(self._session.run(self._outputs, {"tokens": tokens, **state}))
+        logits, *after = outputs
+        return logits, dict(zip(state, after, strict=True))
+
+    def concatenate(self, states: Sequence[State]) -> State:
+        """Join the states of several batches; a shorter cache gets empty entries before its first one."""
+        return {entry["name"]: _join([state[entry["name"]] for state in states]) for entry in self.metadata["states"]}
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the file.
+
+        Raises:
+            SeqmixError: the model's tokens are not text.
+        """
+        content = self.metadata["tokenizer"]
+        if content is None:
+            raise SeqmixError(f"{self._name} has no tokenizer: its tokens are not text")
+        if content == ByteTokenizer.identity:
+            return ByteTokenizer()
+        vocabulary = json.dumps(content).encode()
+        begin = self.metadata["begin_token"]
+        tokenizer = SubwordTokenizer(vocabulary, self._name)
+        return (
+            tokenizer
+            if tokenizer.begin == begin
+            else SubwordTokenizer(vocabulary, self._name, _text_of(begin, content))
+        )
+
+
+def _session(content: bytes) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3  # errors only
+    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+
+
+def _join(leaves: Sequence[np.ndarray]) -> np.ndarray:
+    if leaves[0].ndim > 1:
+        longest = max(leaf.shape[1] for leaf in leaves)
+        paddings = [[(0, 0), (longest - leaf.shape[1], 0), *[(0, 0)] * (leaf.ndim - 2)] for leaf in leaves]
+        leaves = [np.pad(leaf, padding) for leaf, padding in zip(leaves, paddings, strict=True)]
+    return np.concatenate(leaves)
+
+
+def _text_of(token: int, content: Mapping[str, Any]) -> str | None:
+    """Return the text of a token in the content of a tokenizer.json; None if it is not there."""
+    vocabulary = content["model"]["vocab"]
+    names = {number: text for text, number in vocabulary.items()} if isinstance(vocabulary, dict) else {}
+    names = names or {number: text for number, (text, _) in enumerate(vocabulary)}
+    names |= {entry["id"]: entry["content"] for entry in content.get("added_tokens", [])}
+    return names.get(token)
+
+
+@torch.no_grad()
+def require_equal(exported: OnnxModel, model: LanguageModel) -> None:
+    """Compare the logits of a graph with those of its model, over segments of several lengths.
+
+    Raises:
+        SeqmixError: they differ.
+    """
+    generator = torch.Generator().manual_seed(0)
+    expected_state = model.init_state(2)
+    state = exported.init_state(2)
+    for length in (7, 1, 1, 4):
+        tokens = torch.randint(model.config.vocab_size, (2, length), generator=generator)
+        expected = model(tokens, expected_state, paradigm=model.prefer(from_state=True), return_state=True)
+        expected_state = expected.state
+        logits, state = exported(tokens.numpy(), state)
+        difference = float(np.abs(logits - expected.logits.numpy()).max())
+        largest = float(expected.logits.abs().max())
+        if not difference <= TOLERANCE * max(largest, 1e-6):
+            kinds = ", ".join(sorted({block.mixer.kind for block in model.blocks}))
+            raise SeqmixError(
+                f"the ONNX graph of {kinds} computes other logits than the model: they differ by {difference:.2g}, "
+                f"and the largest is {largest:.2g}; nothing is written"
+            )
