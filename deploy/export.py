@@ -39,6 +39,7 @@ def export_onnx(
     *,
     opset: str = "contrib",
     weights: str | None = None,
+    views: bool = False,
     choice: Choice = "newest",
     ema: bool = False,
     trust: bool = False,
@@ -54,6 +55,7 @@ def export_onnx(
         out: the output file, *.onnx, which must not exist.
         opset: where the operator LinearAttention comes from, one of `OPSETS`.
         weights: "int8" or "int4" to quantise the weights; the loss is then measured on the run's validation split.
+        views: True to add the outputs of `views`, for a page that shows the model at work.
         choice: the checkpoint, as in `load_run`.
         ema: as in `load_run`.
         trust: as in `load_run`.
@@ -78,7 +80,7 @@ def export_onnx(
     from .session import OnnxModel, require_equal
 
     layout = layout_of(model)
-    graph = build_graph(model, layout, opset=opset)
+    graph = build_graph(model, layout, opset=opset, views=views)
     add_metadata(graph, model, layout, name=Path(run).stem, weights=weights)
     exported = OnnxModel.from_bytes(graph.SerializeToString())
     require_equal(exported, model)

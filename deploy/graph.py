@@ -1,8 +1,8 @@
 """One ONNX graph of a model: (tokens, state) -> (logits, state), for any batch size and any length of a segment."""
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from .loops import inline_loops
 from .lowering import CONTRIB, lowerings
 from .quiet import quiet
 from .states import StateLayout, recurrent_paradigms
+from .views import View, recorded_views
 
 BASE_OPSET = 21
 """Version of the standard operators, apart from LinearAttention; browsers and older runtimes have it."""
@@ -26,30 +27,42 @@ STANDARD_OPSET = 27
 class _Step(nn.Module):
     """A model whose state is a list of tensors."""
 
-    def __init__(self, model: LanguageModel, layout: StateLayout) -> None:
+    def __init__(
+        self, model: LanguageModel, layout: StateLayout, add_views: Callable[[list[View]], object] | None
+    ) -> None:
+        """Wrap a model; its views are further outputs, and passed to `add_views`, if that is not None."""
         super().__init__()
         self.model = model
         self.layout = layout
+        self.add_views = add_views
 
     def forward(self, tokens: Tensor, tensors: list[Tensor]) -> tuple[Tensor, ...]:
         leaves = self.layout.leaves
         growing = [x for x, leaf in zip(tensors, leaves.values(), strict=True) if "past" in leaf.shape]
         past = growing[0].shape[1] if growing else 0
         state = self.layout.build(dict(zip(leaves, tensors, strict=True)), tokens.shape[0], past)
-        output = self.model(tokens, state, paradigm=recurrent_paradigms(self.model), return_state=True)
+        paradigms = recurrent_paradigms(self.model)
+        with nullcontext([]) if self.add_views is None else recorded_views(self.model, tokens) as views:
+            output = self.model(tokens, state, paradigm=paradigms, return_state=True)
+        if self.add_views is not None:
+            self.add_views(views)
         after = to_dict(output.state)
-        return output.logits, *(after[name] for name in leaves)
+        return output.logits, *(after[name] for name in leaves), *(view.value for view in views)
 
 
-def build_graph(model: LanguageModel, layout: StateLayout, *, opset: str = "contrib") -> ModelProto:
+def build_graph(
+    model: LanguageModel, layout: StateLayout, *, opset: str = "contrib", views: bool = False
+) -> ModelProto:
     """Return the graph of a model in evaluation mode.
 
-    Its inputs are `tokens` [batch length] and the leaves of the state, its outputs `logits` and the leaves afterwards.
+    Its inputs are `tokens` [batch length] and the leaves of the state, its outputs `logits`, the leaves afterwards, and
+    the views.
 
     Args:
         model: the model, on a CPU, with float32 parameters.
         layout: the layout of its state.
-        opset: where LinearAttention comes from, one of `OPSETS`.
+        opset: where LinearAttention comes from, "contrib" or "27".
+        views: True to add views as outputs.
 
     Raises:
         SeqmixError: a layer cannot be exported.
@@ -62,9 +75,10 @@ def build_graph(model: LanguageModel, layout: StateLayout, *, opset: str = "cont
         for leaf in layout.leaves.values()
     ]
     names = [leaf.name for leaf in layout.leaves.values()]
+    found: list[View] = []
     with torch.no_grad(), _reference_kernels(model), quiet():
         program = torch.export.export(
-            _Step(model, layout),
+            _Step(model, layout, found.extend if views else None),
             (tokens, tensors),
             dynamic_shapes=({0: dims["batch"], 1: dims["length"]}, dynamic),
             strict=False,
@@ -76,7 +90,7 @@ def build_graph(model: LanguageModel, layout: StateLayout, *, opset: str = "cont
             program,
             dynamo=True,
             input_names=["tokens", *names],
-            output_names=["logits", *(f"new_{name}" for name in names)],
+            output_names=["logits", *(f"new_{name}" for name in names), *(view.name for view in found)],
             opset_version=BASE_OPSET,
             verbose=False,
         )

@@ -27,6 +27,12 @@ from ..ops.scan.logarithmic import LOG_SCAN
 from ..ops.scan.selective import SELECTIVE, Selective
 from .loops import LOOPS
 
+RECURRENCES = (
+    torch.ops.seqmix.decay_recurrent.default,
+    torch.ops.seqmix.delta_recurrent.default,
+    torch.ops.seqmix.dplr_recurrent.default,
+)
+"""Ops of the recurrences with a matrix state; their inputs are a `Recurrence`."""
 CONTRIB = "com.microsoft"
 """Domain of ONNX Runtime's own operators."""
 
@@ -175,11 +181,8 @@ def _nothing(like: Tensor) -> Tensor:
 
 def lowerings() -> Mapping[Any, Callable[..., Any]]:
     """Return the function that replaces each custom op in an exported program, by the op."""
-    seqmix = torch.ops.seqmix
     return {
-        seqmix.decay_recurrent.default: _recurrence,
-        seqmix.delta_recurrent.default: _recurrence,
-        seqmix.dplr_recurrent.default: _dplr,
+        **dict(zip(RECURRENCES, (_recurrence, _recurrence, _dplr), strict=True)),
         SCAN.op: _scan,
         LOG_SCAN.op: _log_scan,
         SELECTIVE.op: _selective_scan,

@@ -23,6 +23,7 @@ from typing import Any
 from .. import __version__
 from ..models import LanguageModel
 from .states import StateLayout
+from .views import AXES
 
 METADATA_KEY = "seqmix"
 """Key of the metadata in an exported file."""
@@ -44,10 +45,10 @@ def add_metadata(
     """
     entry = graph.metadata_props.add()
     entry.key = METADATA_KEY
-    entry.value = json.dumps(_describe(model, layout, name, weights))
+    entry.value = json.dumps(_describe(graph, model, layout, name, weights))
 
 
-def _describe(model: LanguageModel, layout: StateLayout, name: str, weights: str | None) -> dict[str, Any]:
+def _describe(graph: Any, model: LanguageModel, layout: StateLayout, name: str, weights: str | None) -> dict[str, Any]:
     tokenizer = model.tokenizer
     content = None
     if tokenizer is not None:
@@ -75,5 +76,18 @@ def _describe(model: LanguageModel, layout: StateLayout, name: str, weights: str
             }
             for leaf in layout.leaves.values()
         ],
-        "views": [],
+        "views": [_describe_view(value, model) for value in graph.graph.output if value.name.startswith("view.")],
+    }
+
+
+def _describe_view(value: Any, model: LanguageModel) -> dict[str, Any]:
+    """Return the entry of an output, which is a view."""
+    _, layer, kind = value.name.split(".")
+    return {
+        "name": value.name,
+        "layer": int(layer),
+        "mixer": model.blocks[int(layer)].mixer.kind,
+        "kind": kind,
+        "shape": [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim],
+        "axes": AXES[kind],
     }
