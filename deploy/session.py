@@ -89,6 +89,12 @@ class OnnxModel:
         logits, *after = outputs
         return logits, dict(zip(state, after, strict=True))
 
+    def view(self, tokens: np.ndarray, state: State) -> dict[str, np.ndarray]:
+        """Return the views of a segment by name; empty if the file was exported without views."""
+        names = [entry["name"] for entry in self.metadata["views"]]
+        outputs: list[Any] = list(self._session.run(names, {"tokens": tokens, **state})) if names else []
+        return dict(zip(names, outputs, strict=True))
+
     def concatenate(self, states: Sequence[State]) -> State:
         """Join the states of several batches; a shorter cache gets empty entries before its first one."""
         return {entry["name"]: _join([state[entry["name"]] for state in states]) for entry in self.metadata["states"]}

@@ -1,0 +1,125 @@
+"""`seqmix export --to onnx` and `seqmix generate FILE.onnx`: the same text as the run, and what is refused."""
+
+import json
+from importlib.util import find_spec
+from types import SimpleNamespace
+
+import pytest
+import torch
+from deployed import NEEDED, exported, model_of
+from runs import refusal
+
+from seqmix import LanguageModel, load_config
+
+if not all(map(find_spec, NEEDED)):
+    pytest.skip("needs pip install 'seqmix[onnx]'", allow_module_level=True)
+
+import onnx
+from onnx import TensorProto, helper
+
+import seqmix.deploy.export
+from seqmix.deploy import export_onnx
+from seqmix.deploy.export import require_exportable
+from seqmix.deploy.session import OnnxModel, require_equal
+from seqmix.models import SubwordTokenizer, train_bpe
+
+TINY = [
+    "data={paths: [text.txt], split: tail, sequence_length: 16}",
+    "training={steps: 30, batch_size: 4, warmup_steps: 1, evaluation_batches: 1, final_evaluation_batches: 1}",
+    "model.d_model=32",
+    "model.n_layers=1",
+]
+
+
+def test_a_file_generates_the_text_of_its_run(seqmix, tmp_path):
+    assert seqmix("train", "retnet-tiny", *TINY, "--out", "run").status == 0
+    exported = seqmix("export", "run", "--to", "onnx", "run.onnx")
+    assert exported.status == 0, exported.err
+    assert "run.onnx has the model" in exported.out
+    prompts = ("--prompt", "the text", "--prompt", "a small", "--max-new-tokens", 20)
+    for options in (("--temperature", 0), ("--temperature", 0.9, "--top-k", 20, "--top-p", 0.9, "--seed", 3)):
+        of_run = seqmix("generate", "run", *prompts, *options)
+        of_file = seqmix("generate", "run.onnx", *prompts, *options)
+        assert of_file.status == 0, of_file.err
+        assert of_file.out == of_run.out
+    stopped = seqmix("generate", "run.onnx", "--prompt", "the text", "--temperature", 0, "--stop", " ")
+    assert stopped.out == seqmix("generate", "run", "--prompt", "the text", "--temperature", 0, "--stop", " ").out
+    assert "run.onnx already exists" in seqmix("export", "run", "--to", "onnx", "run.onnx").err
+    for options, name in (
+        (["--compile"], "--compile"),
+        (["--speculate", "ngram"], "--speculate"),
+        (["--device", "cuda"], "--device"),
+        (["--weights", "int8"], "--weights"),
+    ):
+        refused = seqmix("generate", "run.onnx", "--prompt", "a", *options)
+        assert refused.status == 2
+        assert f"{name} cannot be used with an ONNX file" in refused.err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_quantised_files_are_smaller_and_their_loss_is_measured(weights, seqmix, tmp_path):
+    config = [*TINY[:2], "model.d_model=64", "model.n_layers=2"]
+    assert seqmix("train", "hybrid-tiny", *config, "model.pattern=[ret, attn]", "--out", "run").status == 0
+    assert seqmix("export", "run", "--to", "onnx", "float.onnx").status == 0
+    done = seqmix("export", "run", "--to", "onnx", "small.onnx", "--weights", weights)
+    assert done.status == 0, done.err
+    assert f"with {weights} weights" in done.out
+    assert "nats/token as trained" in done.out
+    assert (tmp_path / "small.onnx").stat().st_size < 0.6 * (tmp_path / "float.onnx").stat().st_size
+    assert seqmix("generate", "small.onnx", "--prompt", "the ", "--max-new-tokens", 3).status == 0
+
+
+@pytest.mark.slow
+def test_a_file_has_its_subword_tokenizer(tmp_path):
+    bpe = train_bpe([("a", b"the cat sat on the mat, and the hat too\n" * 20)], 300, tmp_path / "tokenizer.json")
+    assert bpe.vocabulary is not None
+    for begin in (None, "a"):
+        tokenizer = SubwordTokenizer(bpe.vocabulary, "a vocabulary", begin)
+        model = model_of("retention", vocab_size=tokenizer.vocab_size + 3)
+        model.tokenizer = tokenizer
+        loaded = exported(model).tokenizer
+        assert (loaded.begin, loaded.text_tokens) == (tokenizer.begin, tokenizer.text_tokens)
+        assert loaded.encode("the hat").tolist() == tokenizer.encode("the hat").tolist()
+
+
+def test_what_cannot_be_exported_is_refused_by_name(tmp_path, monkeypatch):
+    place = tmp_path / "x.onnx"
+    assert "did you mean" in refusal(lambda: export_onnx(tmp_path, place, opset="contrb"))
+    assert "int8" in refusal(lambda: export_onnx(tmp_path, place, weights="int9"))
+    assert ".onnx" in refusal(lambda: export_onnx(tmp_path, tmp_path / "x.on"))
+    assert "not a run directory" in refusal(lambda: export_onnx(tmp_path / "nothing", place))
+    with torch.device("meta"):
+        large = LanguageModel(load_config("retnet-1.3b").model)
+    assert "2 GiB" in refusal(lambda: require_exportable(large))
+    whole = SimpleNamespace(config=SimpleNamespace(readout="last"))
+    assert "readout = last" in refusal(lambda: require_exportable(whole))
+    monkeypatch.setattr(seqmix.deploy.export, "find_spec", lambda name: None if name == "onnxscript" else name)
+    assert "onnxscript: pip install 'seqmix[onnx]'" in refusal(lambda: export_onnx(tmp_path, place))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_of_others_are_refused(tmp_path):
+    file = tmp_path / "x.onnx"
+    assert "cannot be read" in refusal(lambda: OnnxModel.load(file))
+    file.write_bytes(b"not a graph")
+    assert "not an ONNX file" in refusal(lambda: OnnxModel.load(file))
+    value = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1])
+    result = helper.make_tensor_value_info("y", TensorProto.FLOAT, [1])
+    graph = helper.make_graph([helper.make_node("Neg", ["x"], ["y"])], "g", [value], [result])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    onnx.save(model, file)
+    assert "not written by `seqmix export" in refusal(lambda: OnnxModel.load(file))
+    helper.set_model_props(model, {"seqmix": json.dumps({"format": 99})})
+    onnx.save(model, file)
+    assert "format 99" in refusal(lambda: OnnxModel.load(file))
+
+
+@pytest.mark.slow
+def test_a_graph_that_computes_something_else_is_refused():
+    model = model_of("retention")
+    graph = exported(model)
+    require_equal(graph, model)
+    with torch.no_grad():
+        model.head.weight[3] += 0.1
+    assert "computes other logits" in refusal(lambda: require_equal(graph, model))
