@@ -13,7 +13,7 @@ from ..mixers.state import to_dict
 from ..models import LanguageModel
 from ..registry import SeqmixError
 from .loops import inline_loops
-from .lowering import CONTRIB, lowerings
+from .lowering import CONTRIB, Lowering
 from .quiet import quiet
 from .states import StateLayout, recurrent_paradigms
 from .views import View, recorded_views
@@ -42,7 +42,8 @@ class _Step(nn.Module):
         past = growing[0].shape[1] if growing else 0
         state = self.layout.build(dict(zip(leaves, tensors, strict=True)), tokens.shape[0], past)
         paradigms = recurrent_paradigms(self.model)
-        with nullcontext([]) if self.add_views is None else recorded_views(self.model, tokens) as views:
+        recorder = nullcontext([]) if self.add_views is None else recorded_views(self.model, tokens)
+        with Lowering(), recorder as views:
             output = self.model(tokens, state, paradigm=paradigms, return_state=True)
         if self.add_views is not None:
             self.add_views(views)
@@ -84,7 +85,6 @@ def build_graph(
             strict=False,
             prefer_deferred_runtime_asserts_over_guards=True,
         )
-        program = program.run_decompositions(dict(lowerings()))
         _require_lowered(program)
         onnx_program = torch.onnx.export(
             program,
@@ -105,7 +105,7 @@ def build_graph(
 
 @contextmanager
 def _reference_kernels(model: LanguageModel) -> Iterator[None]:
-    """Context in which all layers compute by the reference kernels, whose ops `lowerings` replaces."""
+    """Context in which all layers compute by the reference kernels, whose ops `Lowering` replaces."""
     parts: list[Any] = [part for part in model.modules() if hasattr(part, "backend")]
     before = [(part, part.backend, getattr(part, "backends", None)) for part in parts]
     try:
@@ -122,7 +122,7 @@ def _reference_kernels(model: LanguageModel) -> Iterator[None]:
 
 
 def _require_lowered(program: Any) -> None:
-    """Raise a SeqmixError if the program has an op that ONNX does not have and `lowerings` does not replace."""
+    """Raise a SeqmixError if the program has an op that ONNX does not have and `LOWERINGS` has no function for."""
     for node in program.graph.nodes:
         target = node.target
         if node.op == "call_function" and getattr(target, "namespace", None) == "seqmix":

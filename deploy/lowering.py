@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from ..ops import decay, delta, dplr  # noqa: F401 they register their ops
 from ..ops.convolution.long import OP as LONG_CONVOLUTION
@@ -179,14 +180,20 @@ def _nothing(like: Tensor) -> Tensor:
     return like.new_empty(0)
 
 
-def lowerings() -> Mapping[Any, Callable[..., Any]]:
-    """Return the function that replaces each custom op in an exported program, by the op."""
-    return {
-        **dict(zip(RECURRENCES, (_recurrence, _recurrence, _dplr), strict=True)),
-        SCAN.op: _scan,
-        LOG_SCAN.op: _log_scan,
-        SELECTIVE.op: _selective_scan,
-        DIAGONAL.op: _diagonal_scan,
-        LONG_CONVOLUTION.op: _long_convolution,
-        GROUPED_LINEAR.op: _grouped_linear,
-    }
+LOWERINGS: Mapping[Any, Callable[..., Any]] = {
+    **dict(zip(RECURRENCES, (_recurrence, _recurrence, _dplr), strict=True)),
+    SCAN.op: _scan,
+    LOG_SCAN.op: _log_scan,
+    SELECTIVE.op: _selective_scan,
+    DIAGONAL.op: _diagonal_scan,
+    LONG_CONVOLUTION.op: _long_convolution,
+    GROUPED_LINEAR.op: _grouped_linear,
+}
+"""Function that computes each custom op in an exported graph, by the op."""
+
+
+class Lowering(TorchFunctionMode):
+    """Mode in which `LOWERINGS` compute the custom ops, while an exporter records a forward pass."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return LOWERINGS.get(func, func)(*args, **(kwargs or {}))
