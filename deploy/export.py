@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from ..data.kinds.text import Text
 from ..models import LanguageModel
+from ..models.quantization import weights_of
 from ..registry import SeqmixError, replacing, require_name
 from ..training import Choice, load_run, read_config
 from ..training.length_eval import open_text
@@ -136,6 +137,11 @@ def require_exportable(model: LanguageModel) -> None:
             raise SeqmixError(f"{mixer.kind} has no state and cannot be exported to ONNX, which decodes by states")
         if not mixer.traits.compiles:
             raise SeqmixError(f"{mixer.kind} declares compiles=False and cannot be traced, so not exported to ONNX")
+    if (quantised := weights_of(model)) is not None:
+        raise SeqmixError(
+            f"a model with {quantised} weights cannot be exported to ONNX, which has formats of its own: export the "
+            "run directory with --weights (weights=...)"
+        )
     size = sum(parameter.numel() * 4 for parameter in model.parameters())
     if size > MAX_BYTES:
         raise SeqmixError(

@@ -68,39 +68,50 @@ def build_graph(
     Raises:
         SeqmixError: a layer cannot be exported.
     """
-    tokens = torch.zeros(2, 5, dtype=torch.int64)
-    tensors = [leaf for name, leaf in to_dict(layout.like).items() if name in layout.leaves]
-    dims = {name: torch.export.Dim(name) for name in ("batch", "length", "past")}
-    dynamic = [
-        {axis: dims[size] for axis, size in enumerate(leaf.shape) if isinstance(size, str)}
-        for leaf in layout.leaves.values()
-    ]
-    names = [leaf.name for leaf in layout.leaves.values()]
-    found: list[View] = []
-    with torch.no_grad(), _reference_kernels(model), quiet():
-        program = torch.export.export(
-            _Step(model, layout, found.extend if views else None),
-            (tokens, tensors),
-            dynamic_shapes=({0: dims["batch"], 1: dims["length"]}, dynamic),
-            strict=False,
-            prefer_deferred_runtime_asserts_over_guards=True,
-        )
-        _require_lowered(program)
-        onnx_program = torch.onnx.export(
-            program,
-            dynamo=True,
-            input_names=["tokens", *names],
-            output_names=["logits", *(f"new_{name}" for name in names), *(view.name for view in found)],
-            opset_version=BASE_OPSET,
-            verbose=False,
-        )
-    assert onnx_program is not None
-    graph = inline_loops(onnx_program.model_proto)
+    try:
+        with torch.no_grad(), _reference_kernels(model), quiet():
+            translated = _translate(model, layout, views)
+    except SeqmixError:
+        raise
+    except Exception as error:  # whatever torch's exporter raises for a layer that it cannot trace
+        kinds = ", ".join(sorted({block.mixer.kind for block in model.blocks}))
+        reason = next(iter(str(error).splitlines()), "")
+        raise SeqmixError(f"a model of {kinds} cannot be exported to ONNX: {type(error).__name__}: {reason}") from error
+    graph = inline_loops(translated)
     _name_dimensions(graph, layout)
     _remove_traces(graph)
     if opset != "contrib":
         _use_standard(graph)
     return graph
+
+
+def _translate(model: LanguageModel, layout: StateLayout, views: bool) -> ModelProto:
+    """Trace a model, and translate its operations; recurrences are still calls of the functions of `loops`."""
+    leaves = layout.leaves.values()
+    tokens = torch.zeros(2, 5, dtype=torch.int64)
+    tensors = [leaf for name, leaf in to_dict(layout.like).items() if name in layout.leaves]
+    dims = {name: torch.export.Dim(name) for name in ("batch", "length", "past")}
+    dynamic = [{axis: dims[size] for axis, size in enumerate(leaf.shape) if isinstance(size, str)} for leaf in leaves]
+    found: list[View] = []
+    program = torch.export.export(
+        _Step(model, layout, found.extend if views else None),
+        (tokens, tensors),
+        dynamic_shapes=({0: dims["batch"], 1: dims["length"]}, dynamic),
+        strict=False,
+        prefer_deferred_runtime_asserts_over_guards=True,
+    )
+    _require_lowered(program)
+    states = [leaf.name for leaf in leaves]
+    translated = torch.onnx.export(
+        program,
+        dynamo=True,
+        input_names=["tokens", *states],
+        output_names=["logits", *(f"new_{name}" for name in states), *(view.name for view in found)],
+        opset_version=BASE_OPSET,
+        verbose=False,
+    )
+    assert translated is not None
+    return translated.model_proto
 
 
 @contextmanager

@@ -75,13 +75,12 @@ class OnnxModel:
 
     def init_state(self, batch_size: int) -> State:
         """Return the state before the first token."""
-        sizes: dict[Any, int] = {"batch": batch_size, "past": 0}
-        return {
-            entry["name"]: np.full(
-                [sizes.get(size, size) for size in entry["shape"]], float(entry["initial"]), entry["dtype"]
-            )
-            for entry in self.metadata["states"]
-        }
+        sizes = {"batch": batch_size, "past": 0}
+        state = {}
+        for entry in self.metadata["states"]:
+            shape: list[int] = [sizes.get(size, size) for size in entry["shape"]]
+            state[entry["name"]] = np.full(shape, float(entry["initial"]), entry["dtype"])
+        return state
 
     def __call__(self, tokens: np.ndarray, state: State) -> tuple[np.ndarray, State]:
         """Return the logits [B T vocabulary] of a segment [B T], and the state after it."""

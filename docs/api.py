@@ -135,6 +135,14 @@ SECTIONS: dict[str, tuple[str, ...]] = {
         "hf.tokenizer.hf_tokenizer",
         "hf.export.export_hf",
     ),
+    "ONNX": (
+        "deploy.export.export_onnx",
+        "deploy.export.OnnxExport",
+        "deploy.session.OnnxModel",
+        "deploy.generate.stream_text",
+        "deploy.metadata",
+        "deploy.views",
+    ),
     "Evaluation": (
         "training.length_eval",
         "models.scoring",

@@ -31,7 +31,10 @@ TINY = [
 ]
 """What is added to a command that trains; to one that learns a task, all but the text. Studies get it in their file,
 and plans of linearizing few tokens."""
-NEEDS = {"hugging-face.md": ("transformers", "accelerate")}
+NEEDS = {
+    "hugging-face.md": ("transformers", "accelerate"),
+    "onnx.md": ("onnx", "onnxscript", "onnxruntime"),
+}
 """Libraries of pages that need one."""
 
 

@@ -91,7 +91,8 @@ def check(model, **options):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", MIXERS.kinds())
 def test_the_graph_of_every_mixer(kind):
-    check(model_of(kind, kind))
+    layers = 2 if kind == "rwkv7" else 1  # its second layer mixes in values of the first
+    check(model_of(*[kind] * layers))
 
 
 SMALL_PRESETS = [file.stem for file in sorted(PRESETS.glob("*.yaml")) if load_config(file.stem).model.d_model <= 512]
