@@ -75,10 +75,10 @@ class OnnxModel:
 
     def init_state(self, batch_size: int) -> State:
         """Return the state before the first token."""
-        sizes = {"batch": batch_size, "past": 0}
+        sizes: dict[Any, int] = {"batch": batch_size, "past": 0}
         state = {}
         for entry in self.metadata["states"]:
-            shape: list[int] = [sizes.get(size, size) for size in entry["shape"]]
+            shape: list[int] = [size if isinstance(size, int) else sizes[size] for size in entry["shape"]]
             state[entry["name"]] = np.full(shape, float(entry["initial"]), entry["dtype"])
         return state
 

@@ -40,11 +40,13 @@ class StateLayout(NamedTuple):
     def build(self, tensors: Mapping[str, Tensor], batch: Any, past: Any) -> ModelState:
         """Return the state with these tensors, and the empty ones."""
         sizes = {"batch": batch, "past": past}
-        like = next(iter(to_dict(self.like).values()))
-        every = {
-            name: tensors[name] if name in tensors else like.new_zeros([sizes.get(str(n), n) for n in self.empty[name]])
-            for name in to_dict(self.like)
-        }
+        every = {}
+        for name, leaf in to_dict(self.like).items():
+            if name in tensors:
+                every[name] = tensors[name]
+            else:  # not by new_zeros: an exporter would take sizes of the example
+                shape = [size if isinstance(size, int) else sizes[size] for size in self.empty[name]]
+                every[name] = torch.zeros(shape, dtype=leaf.dtype)
         return from_dict(self.like, every)
 
 

@@ -2,7 +2,12 @@
 
 from typing import Any
 
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from seqmix import MIXERS, LanguageModel, ModelConfig, build_model
+from seqmix.mixers.state import to_dict
 
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
 VOCABULARY = 11
@@ -25,16 +30,49 @@ def model_of(*mixers: str | dict[str, Any], ffn: Any = None, **options: Any) -> 
     return build_model(ModelConfig.model_validate(config | options), seed=0).eval()
 
 
-def exported(model: LanguageModel, **options: Any) -> Any:
-    """Export a model, and open its graph."""
+def graph_of(model: LanguageModel, **options: Any) -> Any:
+    """Export a model; return its graph, with metadata."""
     from seqmix.deploy.export import require_exportable
     from seqmix.deploy.graph import build_graph
     from seqmix.deploy.metadata import add_metadata
-    from seqmix.deploy.session import OnnxModel
     from seqmix.deploy.states import layout_of
 
     require_exportable(model)
     layout = layout_of(model)
     graph = build_graph(model, layout, **options)
     add_metadata(graph, model, layout, name="test")
-    return OnnxModel.from_bytes(graph.SerializeToString())
+    return graph
+
+
+def exported(model: LanguageModel, **options: Any) -> Any:
+    """Export a model, and open its graph."""
+    from seqmix.deploy.session import OnnxModel
+
+    return OnnxModel.from_bytes(graph_of(model, **options).SerializeToString())
+
+
+segments = st.lists(st.integers(1, 9), min_size=1, max_size=5)
+
+
+def check_segments(graph: Any, model: LanguageModel) -> None:
+    """Check that a graph computes the logits and the states of its model, for any batch and any segments."""
+
+    @settings(max_examples=20)
+    @given(batch=st.integers(1, 3), lengths=segments)
+    @torch.no_grad()
+    def check(batch: int, lengths: list[int]) -> None:
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(min(model.config.vocab_size, 256), (batch, sum(lengths)), generator=generator)
+        before = model.init_state(batch)
+        state = graph.init_state(batch)
+        for part in tokens.split(lengths, dim=1):
+            output = model(part, before, paradigm=model.prefer(from_state=True), return_state=True)
+            before = output.state
+            logits, state = graph(part.numpy(), state)
+            torch.testing.assert_close(torch.from_numpy(logits), output.logits, rtol=1e-4, atol=1e-5)
+        leaves = to_dict(before)
+        for name, leaf in state.items():
+            expected = leaves[name.removeprefix("state.")]
+            torch.testing.assert_close(torch.from_numpy(leaf), expected, rtol=1e-4, atol=1e-4)
+
+    check()

@@ -2,14 +2,15 @@
 
 import json
 from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from deployed import NEEDED, exported, model_of
+from deployed import NEEDED, check_segments, exported, model_of
 from runs import refusal
 
-from seqmix import LanguageModel, load_config
+from seqmix import LanguageModel, load_config, load_run
 
 if not all(map(find_spec, NEEDED)):
     pytest.skip("needs pip install 'seqmix[onnx]'", allow_module_level=True)
@@ -27,23 +28,28 @@ TINY = [
     "data={paths: [text.txt], split: tail, sequence_length: 16}",
     "training={steps: 30, batch_size: 4, warmup_steps: 1, evaluation_batches: 1, final_evaluation_batches: 1}",
     "model.d_model=32",
-    "model.n_layers=1",
+]
+HYBRID = [
+    "model.blocks.delta={mixer: {kind: gated_delta_net, n_heads: 2}, ffn: null, norm: {kind: rmsnorm}}",
+    "model.pattern=[ret, attn, delta]",
+    "model.n_layers=3",
 ]
 
 
-def test_a_file_generates_the_text_of_its_run(seqmix, tmp_path):
-    assert seqmix("train", "retnet-tiny", *TINY, "--out", "run").status == 0
-    exported = seqmix("export", "run", "--to", "onnx", "run.onnx")
-    assert exported.status == 0, exported.err
-    assert "run.onnx has the model" in exported.out
+def test_a_file_computes_and_generates_what_its_run_does(seqmix):
+    assert seqmix("train", "hybrid-tiny", *TINY, *HYBRID, "--out", "run").status == 0
+    done = seqmix("export", "run", "--to", "onnx", "run.onnx")
+    assert done.status == 0, done.err
+    assert "run.onnx has the model" in done.out
+    check_segments(OnnxModel.load(Path("run.onnx")), load_run("run"))
     prompts = ("--prompt", "the text", "--prompt", "a small", "--max-new-tokens", 20)
     for options in (("--temperature", 0), ("--temperature", 0.9, "--top-k", 20, "--top-p", 0.9, "--seed", 3)):
         of_run = seqmix("generate", "run", *prompts, *options)
         of_file = seqmix("generate", "run.onnx", *prompts, *options)
         assert of_file.status == 0, of_file.err
         assert of_file.out == of_run.out
-    stopped = seqmix("generate", "run.onnx", "--prompt", "the text", "--temperature", 0, "--stop", " ")
-    assert stopped.out == seqmix("generate", "run", "--prompt", "the text", "--temperature", 0, "--stop", " ").out
+    stop = ("--prompt", "the text", "--temperature", 0, "--stop", "v")
+    assert seqmix("generate", "run.onnx", *stop).out == seqmix("generate", "run", *stop).out
     assert "run.onnx already exists" in seqmix("export", "run", "--to", "onnx", "run.onnx").err
     for options, name in (
         (["--compile"], "--compile"),
@@ -59,8 +65,8 @@ def test_a_file_generates_the_text_of_its_run(seqmix, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 def test_quantised_files_are_smaller_and_their_loss_is_measured(weights, seqmix, tmp_path):
-    config = [*TINY[:2], "model.d_model=64", "model.n_layers=2"]
-    assert seqmix("train", "hybrid-tiny", *config, "model.pattern=[ret, attn]", "--out", "run").status == 0
+    config = [*TINY[:2], "model.d_model=64", "model.n_layers=2", "model.pattern=[ret, attn]"]
+    assert seqmix("train", "hybrid-tiny", *config, "--out", "run").status == 0
     assert seqmix("export", "run", "--to", "onnx", "float.onnx").status == 0
     done = seqmix("export", "run", "--to", "onnx", "small.onnx", "--weights", weights)
     assert done.status == 0, done.err
