@@ -115,7 +115,10 @@ def _scan(*args: Any) -> tuple[Tensor, ...]:
     state = None if x.initial_state is None else x.initial_state.flatten(1)[..., None, None]
     ones = torch.ones_like(values)
     output, final = _linear_attention(ones, ones, values, state, x.log_decay.flatten(2))
-    return output.reshape(x.x.shape).to(x.x.dtype), final.reshape(x.x.shape[:1] + x.x.shape[2:]), _nothing(x.x)
+    final = final.reshape(x.x.shape[:1] + x.x.shape[2:])
+    # RWKV-4 keeps it beside a float64 state: ONNX joins tensors of one dtype only
+    final = final if x.initial_state is None else final.to(x.initial_state.dtype)
+    return output.reshape(x.x.shape).to(x.x.dtype), final, _nothing(x.x)
 
 
 def _log_scan(*args: Any) -> tuple[Tensor, ...]:
@@ -180,6 +183,16 @@ def _nothing(like: Tensor) -> Tensor:
     return like.new_empty(0)
 
 
+def _logsigmoid(x: Tensor) -> Tensor:
+    """Return log sigmoid(x): the exporter's Log(Sigmoid(x)) is -inf from x = -104 on."""
+    return x.clamp(max=0) - (1 + (-x.abs()).exp()).log()
+
+
+def _expm1(x: Tensor) -> Tensor:
+    """Return exp(x) - 1, to all digits for small x too."""
+    return (x / 2).tanh() * (x.exp() + 1)
+
+
 LOWERINGS: Mapping[Any, Callable[..., Any]] = {
     **dict(zip(RECURRENCES, (_recurrence, _recurrence, _dplr), strict=True)),
     SCAN.op: _scan,
@@ -188,12 +201,15 @@ LOWERINGS: Mapping[Any, Callable[..., Any]] = {
     DIAGONAL.op: _diagonal_scan,
     LONG_CONVOLUTION.op: _long_convolution,
     GROUPED_LINEAR.op: _grouped_linear,
+    F.logsigmoid: _logsigmoid,
+    torch.expm1: _expm1,
+    Tensor.expm1: _expm1,
 }
-"""Function that computes each custom op in an exported graph, by the op."""
+"""Function that computes an op in an exported graph, by the op: custom ops, and those that lose digits in ONNX."""
 
 
 class Lowering(TorchFunctionMode):
-    """Mode in which `LOWERINGS` compute the custom ops, while an exporter records a forward pass."""
+    """Mode in which `LOWERINGS` compute their ops, while an exporter records a forward pass."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return LOWERINGS.get(func, func)(*args, **(kwargs or {}))

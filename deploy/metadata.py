@@ -13,7 +13,8 @@
     views          likewise for each view, with the names of its axes
 
 In shapes, "batch" is the number of rows, and "past" the number of tokens read so far, 0 at the start. An initial value
-is a number, or "-Infinity", which JSON has no number for. The output of a state is its name after `new_`.
+is a number for all elements, or nested lists with those of one row. Minus infinity is the string "-Infinity", because
+JSON has no number for it. The output of a state is its name after `new_`.
 """
 
 import json
@@ -70,14 +71,19 @@ def _describe(graph: Any, model: LanguageModel, layout: StateLayout, name: str, 
                 "mixer": model.blocks[leaf.layer].mixer.kind,
                 "dtype": str(leaf.dtype).removeprefix("torch."),
                 "shape": list(leaf.shape),
-                "initial": leaf.initial
-                if math.isfinite(leaf.initial)
-                else f"{leaf.initial}".replace("inf", "Infinity"),
+                "initial": _numbers(leaf.initial.tolist()),
             }
             for leaf in layout.leaves.values()
         ],
         "views": [_describe_view(value, model) for value in graph.graph.output if value.name.startswith("view.")],
     }
+
+
+def _numbers(value: Any) -> Any:
+    """Return numbers, or nested lists of numbers, as JSON has them."""
+    if isinstance(value, list):
+        return [_numbers(each) for each in value]
+    return value if math.isfinite(value) else f"{value}".replace("inf", "Infinity")
 
 
 def _describe_view(value: Any, model: LanguageModel) -> dict[str, Any]:

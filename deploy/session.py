@@ -79,7 +79,8 @@ class OnnxModel:
         state = {}
         for entry in self.metadata["states"]:
             shape: list[int] = [size if isinstance(size, int) else sizes[size] for size in entry["shape"]]
-            state[entry["name"]] = np.full(shape, float(entry["initial"]), entry["dtype"])
+            initial = np.array(entry["initial"]).astype(entry["dtype"])
+            state[entry["name"]] = np.broadcast_to(initial, shape).copy()
         return state
 
     def __call__(self, tokens: np.ndarray, state: State) -> tuple[np.ndarray, State]:

@@ -23,8 +23,8 @@ class Leaf(NamedTuple):
     shape: tuple[int | str, ...]
     """Shape; `batch`, and `past` for the tokens so far in a cache that grows, are symbolic."""
     dtype: torch.dtype
-    initial: float
-    """Value of every element before the first token."""
+    initial: Tensor
+    """Values of one row before the first token; of no dimension if all elements have the same."""
 
 
 class StateLayout(NamedTuple):
@@ -54,7 +54,7 @@ def layout_of(model: LanguageModel) -> StateLayout:
     """Return the layout of a model's state, found by comparing the states before and after a few tokens.
 
     Raises:
-        SeqmixError: a state cannot be described: its initial values differ from element to element.
+        SeqmixError: the rows of an initial state differ.
     """
     batch, length = 2, 3
     before = to_dict(model.init_state(batch))
@@ -72,14 +72,14 @@ def layout_of(model: LanguageModel) -> StateLayout:
         if leaf.numel() == 0:
             empty[name] = tuple(shape)
             continue
-        values = before[name].unique()
-        if len(values) > 1:
+        row = before[name][0]
+        if not torch.equal(before[name], row.expand_as(before[name])):
             kind = model.blocks[layer].mixer.kind
             raise SeqmixError(
-                f"{kind} cannot be exported to ONNX: expected an initial state of one value per tensor, got {name} "
-                f"with {len(values)} values"
+                f"{kind} cannot be exported to ONNX: expected an initial state with equal rows, got {name} with others"
             )
-        initial = float(values[0]) if len(values) else 0.0
+        values = row.unique()
+        initial = row if len(values) > 1 else values.sum()  # an empty cache has no values: 0
         leaves[name] = Leaf(f"state.{name}", layer, tuple(shape), leaf.dtype, initial)
     return StateLayout(after, leaves, empty)
 

@@ -95,13 +95,32 @@ def test_views_are_decays_write_strengths_and_attention_weights():
     torch.testing.assert_close(torch.from_numpy(views["view.1.attention"]), weights, rtol=1e-4, atol=1e-5)
 
 
-def test_an_initial_state_of_several_values_is_refused(monkeypatch):
+def test_initial_states_are_numbers_or_rows():
+    leaves = layout_of(model_of("rwkv4")).leaves
+    assert leaves["0.recent"].initial.shape == ()
+    mean, weight = leaves["0.memory"].initial  # averages, and logarithms of weights
+    assert (mean == 0).all()
+    assert weight.isneginf().all()
+
+
+def test_initial_states_with_different_rows_are_refused(monkeypatch):
     model = model_of("min_gru")
     mixer = model.blocks[0].mixer
     start = mixer.init_state(2)
     other = start._replace(memory=torch.arange(start.memory.numel()).view_as(start.memory).float())
     monkeypatch.setattr(mixer, "init_state", lambda *_, **__: other)
     assert "min_gru cannot be exported to ONNX" in refusal(lambda: layout_of(model))
+
+
+@pytest.mark.slow
+def test_gates_far_from_zero():
+    # the logarithm of a sigmoid of -200 is -200, not the logarithm of 0
+    model = model_of("gla")
+    with torch.no_grad():
+        for name, parameter in model.blocks[0].mixer.named_parameters():
+            if "decay_proj" in name:
+                parameter.mul_(100)
+    check_segments(exported(model), model)
 
 
 @pytest.mark.slow
