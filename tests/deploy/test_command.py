@@ -29,6 +29,7 @@ TINY = [
     "training={steps: 30, batch_size: 4, warmup_steps: 1, evaluation_batches: 1, final_evaluation_batches: 1}",
     "model.d_model=32",
 ]
+RETENTION = ["model.pattern=[ret]", "model.n_layers=1"]
 HYBRID = [
     "model.blocks.delta={mixer: {kind: gated_delta_net, n_heads: 2}, ffn: null, norm: {kind: rmsnorm}}",
     "model.pattern=[ret, attn, delta]",
@@ -36,8 +37,9 @@ HYBRID = [
 ]
 
 
-def test_a_file_computes_and_generates_what_its_run_does(seqmix):
-    assert seqmix("train", "hybrid-tiny", *TINY, *HYBRID, "--out", "run").status == 0
+@pytest.mark.parametrize("layers", [RETENTION, pytest.param(HYBRID, marks=pytest.mark.slow)], ids=len)
+def test_a_file_computes_and_generates_what_its_run_does(layers, seqmix):
+    assert seqmix("train", "hybrid-tiny", *TINY, *layers, "--out", "run").status == 0
     done = seqmix("export", "run", "--to", "onnx", "run.onnx")
     assert done.status == 0, done.err
     assert "run.onnx has the model" in done.out
