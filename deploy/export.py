@@ -143,6 +143,8 @@ def require_exportable(model: LanguageModel) -> None:
             "run directory with --weights (weights=...)"
         )
     size = sum(parameter.numel() * 4 for parameter in model.parameters())
+    if model.config.tie_embeddings:  # the output projection is the transposed matrix, a second one
+        size += model.embedding.weight.numel() * 4
     if size > MAX_BYTES:
         raise SeqmixError(
             f"an ONNX file has at most 2 GiB, and the float32 weights of this model have {size / 2**30:.1f} GiB"

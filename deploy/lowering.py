@@ -183,14 +183,30 @@ def _nothing(like: Tensor) -> Tensor:
     return like.new_empty(0)
 
 
-def _logsigmoid(x: Tensor) -> Tensor:
-    """Return log sigmoid(x): the exporter's Log(Sigmoid(x)) is -inf from x = -104 on."""
-    return x.clamp(max=0) - (1 + (-x.abs()).exp()).log()
+def _log1p(x: Tensor) -> Tensor:
+    """Return log(1 + x), to all digits for small x too: the rounding of 1 + x cancels in log(u) / (u - 1)."""
+    u = 1 + x
+    return torch.where(u == 1, x, u.log() * x / (u - 1))
 
 
 def _expm1(x: Tensor) -> Tensor:
     """Return exp(x) - 1, to all digits for small x too."""
     return (x / 2).tanh() * (x.exp() + 1)
+
+
+def _softplus(x: Tensor) -> Tensor:
+    """Return log(1 + exp(x))."""
+    return x.clamp(min=0) + _log1p((-x.abs()).exp())
+
+
+def _logsigmoid(x: Tensor) -> Tensor:
+    """Return log sigmoid(x): the exporter's Log(Sigmoid(x)) is -inf from x = -104 on."""
+    return -_softplus(-x)
+
+
+def _logaddexp(x: Tensor, y: Tensor) -> Tensor:
+    """Return log(exp(x) + exp(y)) of finite x or y."""
+    return torch.maximum(x, y) + _log1p((-(x - y).abs()).exp())
 
 
 LOWERINGS: Mapping[Any, Callable[..., Any]] = {
@@ -201,9 +217,11 @@ LOWERINGS: Mapping[Any, Callable[..., Any]] = {
     DIAGONAL.op: _diagonal_scan,
     LONG_CONVOLUTION.op: _long_convolution,
     GROUPED_LINEAR.op: _grouped_linear,
-    F.logsigmoid: _logsigmoid,
+    torch.log1p: _log1p,
     torch.expm1: _expm1,
-    Tensor.expm1: _expm1,
+    F.softplus: _softplus,
+    F.logsigmoid: _logsigmoid,
+    torch.logaddexp: _logaddexp,
 }
 """Function that computes an op in an exported graph, by the op: custom ops, and those that lose digits in ONNX."""
 
