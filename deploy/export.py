@@ -82,7 +82,8 @@ def export_onnx(
 
     layout = layout_of(model)
     graph = build_graph(model, layout, opset=opset, views=views)
-    add_metadata(graph, model, layout, name=Path(run).stem, weights=weights)
+    name = Path(run).stem if Path(run).is_file() else Path(run).resolve().name
+    add_metadata(graph, model, layout, name=name, weights=weights)
     exported = OnnxModel.from_bytes(graph.SerializeToString())
     require_equal(exported, model)
     losses = None
