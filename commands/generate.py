@@ -143,8 +143,7 @@ def generate(
             "--state": state is not None,
             "--save-state": save_state is not None,
         }
-        _generate_from_onnx(run, prompts, max_new_tokens, sampling, stop or [], unsupported)
-        return
+        return _generate_from_onnx(run, prompts, max_new_tokens, sampling, stop or [], unsupported)
     _check_options(prompts, max_new_tokens, state, save_state, speculate)
     keep_freed_memory()
     torch_device = require_device(device)
@@ -195,7 +194,7 @@ def _generate_from_onnx(
     sampling: Sampling,
     stop: list[str],
     unsupported: dict[str, bool],
-) -> None:
+) -> GenerateResult:
     """Generate with an ONNX file.
 
     Args:
@@ -216,7 +215,9 @@ def _generate_from_onnx(
     from ..deploy.session import OnnxModel
 
     pieces = stream_onnx(OnnxModel.load(file), prompts, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop)
-    _print_texts(_printable(prompts), pieces, runs_to_end=False)
+    texts = _printable(prompts)
+    continuations = _print_texts(texts, pieces, runs_to_end=False)
+    return GenerateResult(str(file), [Text(text, new) for text, new in zip(texts, continuations, strict=True)], None)
 
 
 def _printable(prompts: Sequence[str]) -> list[str]:
