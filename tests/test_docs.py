@@ -34,6 +34,7 @@ and plans of linearizing few tokens."""
 NEEDS = {
     "hugging-face.md": ("transformers", "accelerate"),
     "onnx.md": ("onnx", "onnxscript", "onnxruntime"),
+    "playground.md": ("onnx", "onnxscript", "onnxruntime"),
 }
 """Libraries of pages that need one."""
 

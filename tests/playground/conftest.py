@@ -1,0 +1,49 @@
+"""A browser without a network, and pages that must neither complain nor ask for anything outside their folder."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install playwright")
+PROGRAM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    if PROGRAM is None:
+        pytest.skip("no browser: install chromium")
+    with playwright.sync_playwright() as driver:
+        opened = driver.chromium.launch(executable_path=PROGRAM, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def look(browser):
+    """Open the index.html of a folder from disk."""
+    opened = []
+
+    def call(folder: Path, width: int = 1280, scheme: str = "light", **options: Any) -> Any:
+        context = browser.new_context(
+            viewport={"width": width, "height": 800}, color_scheme=scheme, offline=True, **options
+        )
+        page = context.new_page()
+        page.set_default_timeout(20_000)
+        complaints: list[str] = []
+        requests: set[str] = set()
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("request", lambda request: requests.add(request.url))
+        page.goto((folder / "index.html").as_uri())
+        page.wait_for_selector("html[data-state=idle]", state="attached")
+        opened.append((context, complaints, requests, folder.as_uri()))
+        return page
+
+    yield call
+    for context, complaints, requests, place in opened:
+        context.close()
+        assert not complaints
+        assert [url for url in requests if not url.startswith((f"{place}/", "data:", "blob:"))] == []
