@@ -31,7 +31,10 @@ class Model {
   constructor(run, session) {
     this.run = run;
     this.session = session;
-    this.memories = run.states.filter(({name}) => name.endsWith(".memory"));
+    this.memories = run.states
+      .filter(({name}) => name.endsWith(".memory"))
+      .map(state => ({...state, heads: headsOf(state, run)}));
+    this.heads = new Map(this.memories.map(({layer, heads}) => [layer, heads]));
     this.caches = new Map(run.states.filter(({name}) => name.endsWith(".keys")).map(({name, layer}) => [layer, name]));
     this.reset();
   }
@@ -64,12 +67,12 @@ class Model {
     const before = this.states;
     this.states = Object.fromEntries(this.run.states.map(({name}) => [name, outputs[`new_${name}`]]));
     const result = {logits: outputs.logits.data, seconds, changes: [], decays: [], attention: []};
-    for (const {name, layer} of this.memories) {
-      result.changes.push({layer, ...changeOf(before[name], this.states[name])});
+    for (const {name, layer, heads} of this.memories) {
+      result.changes.push({layer, ...changeOf(before[name].data, this.states[name].data, heads)});
     }
     for (const {name, layer, kind} of this.run.views) {
       const {data, dims} = outputs[name];
-      if (kind === "decay") result.decays.push({layer, values: data.slice()});
+      if (kind === "decay") result.decays.push({layer, values: decaysOf(data, this.heads.get(layer))});
       if (kind === "attention") {
         const slots = before[this.caches.get(layer)].dims[1];
         result.attention.push({layer, heads: dims[1], weights: data.slice(), slots});
@@ -79,14 +82,25 @@ class Model {
   }
 }
 
-// Norm of each head's state, and of its change. A state of four dimensions has heads; others count as one head.
-function changeOf(before, after) {
-  const heads = after.dims.length === 4 ? after.dims[1] : 1;
-  const size = after.data.length / heads;
-  const difference = after.data.map((value, i) => value - before.data[i]);
-  const places = [...Array(heads).keys()];
+// Number of heads of a layer: a state [batch heads keys values] has heads, unless its decays are by channel.
+function headsOf({layer, shape}, {views}) {
+  const decay = views.find(view => view.kind === "decay" && view.layer === layer);
+  return shape.length === 4 && [undefined, shape[1]].includes(decay?.shape[2]) ? shape[1] : 1;
+}
+
+// Norm of each head's state, and of its change.
+function changeOf(before, after, heads) {
+  const size = after.length / heads, places = [...Array(heads).keys()];
+  const difference = after.map((value, i) => value - before[i]);
   return {
     changes: places.map(head => norm(difference, head * size, (head + 1) * size)),
-    norms: places.map(head => norm(after.data, head * size, (head + 1) * size)),
+    norms: places.map(head => norm(after, head * size, (head + 1) * size)),
   };
+}
+
+// Decays as {low, middle, high}, one per head. Those of channels are one, with the median and the range.
+function decaysOf(decays, heads) {
+  if (decays.length === heads) return [...decays].map(decay => ({low: decay, middle: decay, high: decay}));
+  const sorted = decays.slice().sort();
+  return [{low: sorted[0], middle: sorted[sorted.length >> 1], high: sorted.at(-1)}];
 }

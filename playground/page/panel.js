@@ -2,7 +2,6 @@
 // The panel of a run: its text, its facts, and the pictures of the selected token.
 
 const CANDIDATES = 8;
-const MAX_HEADS = 32;
 
 function bytesInWords(bytes) {
   return bytes < 1000 ? `${bytes} B` : bytes < 1e6 ? `${(bytes / 1e3).toFixed(1)} kB` : `${(bytes / 1e6).toFixed(1)} MB`;
@@ -92,7 +91,7 @@ class Panel {
       probability: before?.probabilities[token],
       changes: changes.flatMap(layer => layer.changes),
       norms: changes.flatMap(layer => layer.norms),
-      decays: decays.flatMap(layer => summaryOf(layer.values)),
+      decays: decays.flatMap(layer => layer.values),
       top: mostProbable(probabilities, CANDIDATES),
       probabilities,
     });
@@ -110,7 +109,7 @@ class Panel {
     const rows = (layers, values) => layers.flatMap(each => [...values(each)].map((_, head, {length}) =>
       ({layer: each.layer, mixer: mixers[each.layer], head, heads: length})));
     if (this.strips) return;
-    const changeRows = rows(changes, each => each.changes), decayRows = rows(decays, each => summaryOf(each.values));
+    const changeRows = rows(changes, each => each.changes), decayRows = rows(decays, each => each.values);
     const column = this.run.tokenizer === "bytes" ? 12 : 34;
     this.strips = new Strips(this.part("changes"), changeRows, column, this.select);
     this.halfLives = new HalfLives(this.part("decays"), decayRows);
@@ -212,11 +211,4 @@ function weightsOf({weights, heads, slots}, head, i) {
   for (let p = Math.max(0, i - slots); p < i; p++) result[p] = weights[first + p % slots];
   result[i] = weights[first + slots];
   return result;
-}
-
-// Decays of heads as {low, middle, high}. Recurrences by channel are one row, with the median and the range.
-function summaryOf(decays) {
-  const sorted = [...decays].sort((a, b) => a - b);
-  if (sorted.length <= MAX_HEADS) return [...decays].map(decay => ({low: decay, middle: decay, high: decay}));
-  return [{low: sorted[0], middle: sorted[sorted.length >> 1], high: sorted.at(-1)}];
 }
