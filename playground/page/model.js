@@ -14,9 +14,10 @@ function startRuntime() {
   return runtime;
 }
 
+// Norm of the finite numbers of a stretch: logarithms in a state begin at -Infinity.
 function norm(array, start, end) {
   let sum = 0;
-  for (let i = start; i < end; i++) sum += array[i] ** 2;
+  for (let i = start; i < end; i++) if (Number.isFinite(array[i])) sum += array[i] ** 2;
   return Math.sqrt(sum);
 }
 
