@@ -1,5 +1,6 @@
 """`seqmix playground`: write a page that runs trained models in a browser."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,18 @@ from .options import Checkpoint, Ema, Trust, checkpoint_choice
 from .output import visible
 
 
+@dataclass(frozen=True)
+class PlaygroundResult:
+    """Result of `seqmix playground`."""
+
+    out: str
+    """The folder that was written."""
+    page: str
+    """The page to open in a browser."""
+    bytes: int
+    """Size of the folder in bytes."""
+
+
 def playground(
     runs: Annotated[
         list[Path],
@@ -20,7 +33,7 @@ def playground(
     checkpoint: Checkpoint = "newest",
     ema: Ema = False,
     trust: Trust = False,
-) -> None:
+) -> PlaygroundResult:
     """Write a folder whose index.html runs trained models in a browser, without a network.
 
     The page opens from disk or from any static server. It generates text, one model at a time or several side by side,
@@ -31,4 +44,6 @@ def playground(
     note(f"exporting {len(runs)} model{'s' * (len(runs) > 1)} to ONNX, which takes some seconds each")
     write_playground(runs, out, choice=checkpoint_choice(checkpoint), on_note=note, ema=ema, trust=trust)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-    typer.echo(visible(f"{out / 'index.html'} is written ({size / 1e6:.1f} MB in the folder): open it in a browser"))
+    page = out / "index.html"
+    typer.echo(visible(f"{page} is written ({size / 1e6:.1f} MB in the folder): open it in a browser"))
+    return PlaygroundResult(str(out), str(page), size)
