@@ -2,6 +2,8 @@
 
 x ──┬── norm ── mixer ── dropout ──(+)──┬── norm ── ffn ── dropout ──(+)── y          (RetNet, Eq. 9)
     └───────────────────────────────┘   └────────────────────────────┘
+
+The picture shows plain residual connections; `residual/` has others.
 """
 
 from typing import Annotated, Any, Literal
@@ -16,6 +18,8 @@ from ..registry import Config
 from .dropout import Dropout
 from .ffn import FFNS, FfnConfig
 from .norm import NORMS, Norm, NormConfig
+from .residual import Branch, Residual, ResidualConfig, Stream
+from .residual.plain import PlainConfig
 
 
 class BlockConfig(Config):
@@ -38,25 +42,52 @@ class BlockConfig(Config):
     shared: bool = False
     """True if all layers of this block share their parameters; each layer still has its own state."""
 
+    @property
+    def n_branches(self) -> int:
+        """Number of residual branches of a layer."""
+        return 1 if self.ffn is None else 2
+
 
 class Block(nn.Module):
     """A layer: a mixer and a feed-forward network as residual branches with norms."""
 
-    def __init__(self, config: BlockConfig, d_model: int, *, layer_idx: int, n_layers: int) -> None:
-        """Build the layer with index `layer_idx` of `n_layers`."""
+    def __init__(
+        self,
+        config: BlockConfig,
+        d_model: int,
+        *,
+        layer_idx: int,
+        n_layers: int,
+        residual: ResidualConfig | None = None,
+        first_branch: int = 0,
+    ) -> None:
+        """Build the layer with index `layer_idx` of `n_layers`.
+
+        `residual` configures the connections of its branches, None for plain ones; `first_branch` is the index of its
+        first branch in the model.
+        """
         super().__init__()
         self.mixer_norm = config.norm.build(d_model)
         self.mixer = config.mixer.build(d_model, layer_idx=layer_idx, n_layers=n_layers)
         self.ffn_norm = config.norm.build(d_model) if config.ffn else None
         self.ffn = config.ffn.build(d_model) if config.ffn else None
+        residual = residual or PlainConfig()
+        self.mixer_residual = residual.build(d_model, index=first_branch, place=0)
+        self.ffn_residual = residual.build(d_model, index=first_branch + 1, place=1) if config.ffn else None
         # nn.Dropout draws a new mask for every call of a shared block
         self.dropout = nn.Dropout(config.dropout) if config.shared else Dropout(config.dropout)
         self.residual_scale = config.residual_scale
         self.norm_placement = config.norm_placement
 
+    @property
+    def residuals(self) -> tuple[Residual, ...]:
+        """Connections of the branches, in the order in which they are computed."""
+        return tuple(each for each in (self.mixer_residual, self.ffn_residual) if each is not None)
+
     def reset_parameters(self) -> None:
         """Initialise every parameter, each module as its paper does."""
-        for part in (self.mixer_norm, self.mixer, self.ffn_norm, self.ffn):
+        parts = self.mixer_norm, self.mixer, self.mixer_residual, self.ffn_norm, self.ffn, self.ffn_residual
+        for part in parts:
             if part is not None:
                 part.reset_parameters()
 
@@ -66,7 +97,7 @@ class Block(nn.Module):
 
     def forward(
         self,
-        x: Float[Tensor, "B T D"],
+        stream: Stream,
         state: tuple[Any, ...] | None = None,
         first_values: Float[Tensor, "B T D"] | None = None,
         *,
@@ -77,11 +108,10 @@ class Block(nn.Module):
         donate_state: bool = False,
         memo: Memo | None = None,
     ) -> tuple[Any, ...]:
-        """Apply the layer to a segment x; arguments and results are those of `SequenceMixer.forward`."""
-        norm = self.mixer_norm
-        ffn = self.ffn
-        ffn_norm = self.ffn_norm  # looked up once: nn.Module looks up submodules by a function call
-        x, branch_input = self._branch_input(x, norm)
+        """Apply the layer to a segment of the residual stream: [B T D] with plain connections.
+
+        The other arguments are those of `SequenceMixer.forward`, and so are the results, with the stream in place of y.
+        """
         options: dict[str, Any] = {}
         if return_values or first_values is not None:
             options["first_values"] = first_values
@@ -90,25 +120,32 @@ class Block(nn.Module):
             options["donate_state"] = True
         if memo is not None:
             options["memo"] = memo
-        mixed, state, *values = self.mixer(
-            branch_input, state, paradigm=paradigm, cu_seqlens=cu_seqlens, return_state=return_state, **options
-        )
-        x = self._add_branch(x, mixed, norm)
-        if ffn is not None and ffn_norm is not None:
-            x, branch_input = self._branch_input(x, ffn_norm)
-            x = self._add_branch(x, ffn(branch_input), ffn_norm)
-        return (x, state, *values)
+        results: list[Any] = []
 
-    def _branch_input(self, x: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
-        """Return the residual stream to which the branch's output is added, and the input of the branch."""
-        if self.norm_placement == "output":
-            return x, x
-        normed = norm(x)
-        return normed if self.norm_placement == "stream" else x, normed
+        def mix(x: Tensor) -> Tensor:
+            y, *others = self.mixer(
+                x, state, paradigm=paradigm, cu_seqlens=cu_seqlens, return_state=return_state, **options
+            )
+            results.extend(others)
+            return y
 
-    def _add_branch(self, x: Tensor, branch: Tensor, norm: Norm) -> Tensor:
-        """Add the output of a branch to the residual stream."""
-        branch = norm(branch) if self.norm_placement == "output" else branch
-        dropout = self.dropout
-        branch = dropout(branch) if dropout.p else branch
-        return x + (branch if self.residual_scale == 1 else self.residual_scale * branch)
+        stream = self._add_branch(stream, mix, self.mixer_norm, self.mixer_residual)
+        ffn, norm, residual = self.ffn, self.ffn_norm, self.ffn_residual  # nn.Module looks up parts by a function call
+        if ffn is not None and norm is not None and residual is not None:
+            stream = self._add_branch(stream, ffn, norm, residual)
+        return (stream, *results)
+
+    def _add_branch(self, stream: Stream, function: Branch, norm: Norm, residual: Residual) -> Stream:
+        """Return the residual stream after the branch of a mixer or of a feed-forward network."""
+        placement = self.norm_placement
+        if placement == "stream":
+            stream = norm(stream)
+
+        def branch(x: Tensor) -> Tensor:
+            y = function(norm(x) if placement == "input" else x)
+            y = norm(y) if placement == "output" else y
+            dropout = self.dropout
+            y = dropout(y) if dropout.p else y
+            return y if self.residual_scale == 1 else self.residual_scale * y
+
+        return residual(stream, branch)

@@ -6,15 +6,17 @@ kernels; other kernels may compute and save less.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ..blocks import Block
+from ..blocks.residual import Stream
 from ..mixers.state import nbytes, to_dict
 from .builder import build_meta
 from .config import ModelConfig
@@ -96,13 +98,20 @@ def account(config: ModelConfig, *, length: int = 2048, dtype: torch.dtype = tor
         SeqmixError: a block does not fit `d_model`.
     """
     model = build_meta(config).to(dtype)
-    saved: dict[object, dict[str, int]] = {}
+    memory: dict[object, tuple[dict[str, int], _Stream]] = {}
     layers = []
-    for name, block in zip(config.layers, model.blocks, strict=True):
-        kind = name, *((key, parameter.shape) for key, parameter in block.named_parameters())
-        if kind not in saved:
-            saved[kind] = _saved_bytes(block, length, config.d_model, dtype)
-        layers.append(_layer(name, block, length, saved[kind]))
+    fake = FakeTensorMode()
+    with fake:
+        x = torch.empty(1, length, config.d_model, dtype=dtype, requires_grad=True)
+        stream = _Stream(model.residual.start(x), frozenset(), frozenset())
+    for index, (name, block) in enumerate(zip(config.layers, model.blocks, strict=True)):
+        shapes = tuple((key, parameter.shape) for key, parameter in block.named_parameters())
+        kind = (name, shapes, stream.key)
+        if kind not in memory:
+            with fake:
+                memory[kind] = _saved_bytes(block, stream, torch.empty_like(x, requires_grad=True))
+        saved, stream = memory[kind]
+        layers.append(_layer(name, block, length, _flops(model, index, length), saved))
     embedding = sum(matrix.numel() for matrix in {model.embedding.weight, model.head.weight})
     parameters = _count(model)
     # logits and their gradient in float32, and the input of the output projection with its gradient
@@ -127,16 +136,21 @@ def flops_per_token(model: LanguageModel, length: int) -> int:
     Every layer uses its default paradigm; the output projection is included.
     """
     readout_weights = 0 if model.readout is None else sum(p.numel() for p in model.readout.parameters() if p.ndim == 2)
-    return sum(_flops(block, length) for block in model.blocks) + 2 * (readout_weights + model.head.weight.numel())
+    layers = sum(_flops(model, index, length) for index in range(len(model.blocks)))
+    after = model.residual.flops(model.config.first_branches[-1]) + 2 * (readout_weights + model.head.weight.numel())
+    return layers + after
 
 
-def _flops(block: Block, length: int) -> int:
+def _flops(model: LanguageModel, layer: int, length: int) -> int:
     """Return the forward FLOPs of matrix products per token in one layer, in its default paradigm."""
+    block = model.blocks[layer]
     ffn = 0 if block.ffn is None else block.ffn.flops(length)
-    return (block.mixer.flops(length, block.mixer.paradigm) + ffn) // length
+    first = model.config.first_branches[layer]
+    residual = sum(each.flops(first + place) for place, each in enumerate(block.residuals))
+    return (block.mixer.flops(length, block.mixer.paradigm) + ffn) // length + residual
 
 
-def _layer(name: str, block: Block, length: int, saved: dict[str, int]) -> LayerCost:
+def _layer(name: str, block: Block, length: int, flops: int, saved: dict[str, int]) -> LayerCost:
     """Return the costs of the layer `block`; `saved` has the results of `_saved_bytes`."""
     state = block.mixer.init_state(1, max_length=length)
     return LayerCost(
@@ -145,7 +159,7 @@ def _layer(name: str, block: Block, length: int, saved: dict[str, int]) -> Layer
         mixer_parameters=_count(block.mixer),
         ffn_parameters=0 if block.ffn is None else _count(block.ffn),
         parameters=_count(block),
-        flops_per_token=_flops(block, length),
+        flops_per_token=flops,
         state_elements=sum(leaf.numel() for leaf in to_dict(state).values() if leaf.is_floating_point()),
         state_bytes=nbytes(state),
         **saved,
@@ -167,8 +181,40 @@ class _Matmuls(TorchDispatchMode):
         return result
 
 
-def _saved_bytes(block: Block, length: int, d_model: int, dtype: torch.dtype) -> dict[str, int]:
-    """Return the bytes that autograd saves for one layer, parameters excluded, without and with checkpointing.
+class _Stream(NamedTuple):
+    """Residual stream between two layers, of fake tensors."""
+
+    value: Stream
+    saved: frozenset[int]
+    """Storages of the stream that an earlier layer saves for its backward pass."""
+    inputs: frozenset[int]
+    """Storages of the stream that were an earlier layer's input."""
+
+    @property
+    def storages(self) -> dict[int, int]:
+        """Bytes of the stream's storages."""
+        return dict(map(_storage, _tensors(self.value)))
+
+    @property
+    def key(self) -> object:
+        """All that a layer's memory depends on."""
+        tensors = [(x.shape, x.stride(), _storage(x)[0]) for x in _tensors(self.value)]
+        return tuple((shape, stride, at in self.saved, at in self.inputs) for shape, stride, at in tensors)
+
+
+def _tensors(stream: Stream) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(stream) if isinstance(leaf, Tensor)]
+
+
+def _storage(x: Tensor) -> tuple[int, int]:
+    """Return the address of a tensor's storage, and its bytes."""
+    return x.untyped_storage()._cdata, x.untyped_storage().nbytes()
+
+
+def _saved_bytes(block: Block, stream: _Stream, first_values: Tensor) -> tuple[dict[str, int], _Stream]:
+    """Return the bytes that autograd saves for one layer, without and with checkpointing, and the stream after it.
+
+    Parameters do not count, nor do tensors of the stream that an earlier layer saves.
 
     The layer runs on fake tensors, which have no memory but pretend to be on a CPU. On `meta`, torch would choose a
     quadratic form of attention that it uses on no real device.
@@ -178,18 +224,26 @@ def _saved_bytes(block: Block, length: int, d_model: int, dtype: torch.dtype) ->
     def pack(x: Tensor) -> Tensor:
         # a view keeps the whole storage alive, and several views of it count once
         if id(x) not in excluded and (x._base is None or id(x._base) not in excluded):
-            storages[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
+            storages.update([_storage(x)])
         return x
 
-    with FakeTensorMode():
-        tensors = {
-            name: torch.empty(x.shape, dtype=x.dtype, requires_grad=x.requires_grad)
-            for name, x in (*block.named_parameters(), *block.named_buffers())
-        }
-        excluded = {id(x) for x in tensors.values()}
-        x = torch.empty(1, length, d_model, dtype=dtype, requires_grad=True)
-        first_values = torch.empty_like(x, requires_grad=True) if block.mixer.takes_first_values else None
-        excluded.add(id(first_values))  # the first layer saves its own values
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), _Matmuls() as matmuls:
-            out = functional_call(block, tensors, (x, None, first_values))  # noqa: F841 keeps the graph alive during the count
-        return {"activation_bytes": sum(storages.values()), "input_bytes": x.nbytes, "matmul_bytes": matmuls.total}
+    tensors = {
+        name: torch.empty(x.shape, dtype=x.dtype, requires_grad=x.requires_grad)
+        for name, x in (*block.named_parameters(), *block.named_buffers())
+    }
+    excluded = {id(x) for x in tensors.values()}
+    excluded.add(id(first_values))  # the first layer saves its own values
+    values = first_values if block.mixer.takes_first_values else None
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), _Matmuls() as matmuls:
+        out, *_ = functional_call(block, tensors, (stream.value, None, values))
+    inputs = stream.storages
+    result = {
+        "activation_bytes": sum(storages[at] for at in storages.keys() - stream.saved),
+        "input_bytes": sum(inputs[at] for at in inputs.keys() - stream.inputs),
+        "matmul_bytes": matmuls.total,
+    }
+    # an address tells storages apart only while they exist, so those that have left the stream are forgotten
+    after = _Stream(out, frozenset(), frozenset())
+    live = after.storages.keys()
+    saved = (storages.keys() | stream.saved) & live
+    return result, after._replace(saved=frozenset(saved), inputs=frozenset((inputs.keys() | stream.inputs) & live))

@@ -20,6 +20,9 @@ from .language_model import LanguageModel
 _compiled: WeakKeyDictionary[LanguageModel, dict[FunctionType, Callable[..., Any]]] = WeakKeyDictionary()
 """Compiled functions of each model, by the uncompiled function."""
 
+RECOMPILE_LIMIT = 8
+"""torch's limit of graphs per code object, for the sizes and options of a layer."""
+
 
 class CompileError(SeqmixError):
     """Error of torch.compile, for example because a C++ compiler is missing."""
@@ -30,7 +33,7 @@ def compile_blocks(model: LanguageModel) -> int:
 
     Dynamo compiles at most eight graphs per code object, and all blocks share the code of `Block.forward`. Each kind
     therefore gets a copy of that code: its blocks share graphs, and those of other kinds and other models do not count
-    towards the limit.
+    towards the limit. Where the stream grows with depth, every block is a kind, with a graph for each of its layers.
 
     Returns:
         The number of kinds of blocks; each is compiled at its first call.
@@ -39,10 +42,15 @@ def compile_blocks(model: LanguageModel) -> int:
         ContractError: a mixer cannot be compiled.
     """
     _require_compiles(model)
-    forwards = {kind: copy_of(Block.forward, f"forward_{kind}") for kind in model.config.layers}
-    for block, kind in model.distinct_blocks.items():
+    grows = model.config.residual.grows
+    kinds = {block: str(i) if grows else kind for i, (block, kind) in enumerate(model.distinct_blocks.items())}
+    forwards = {kind: copy_of(Block.forward, f"forward_{kind}") for kind in kinds.values()}
+    options: dict[str, Any] = {}
+    if grows and len(kinds) < len(model.blocks):  # shared blocks
+        options["recompile_limit"] = RECOMPILE_LIMIT + len(model.blocks)
+    for block, kind in kinds.items():
         # set on the instance, so that hooks and parameter names stay as they are
-        block.forward = torch.compile(MethodType(forwards[kind], block), fullgraph=True)
+        block.forward = torch.compile(MethodType(forwards[kind], block), fullgraph=True, **options)
     return len(forwards)
 
 

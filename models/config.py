@@ -1,10 +1,12 @@
 """The configuration of a language model: named blocks, tiled over the layers by a pattern."""
 
+from itertools import accumulate
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from ..blocks import NORMS, BlockConfig, NormConfig
+from ..blocks import NORMS, RESIDUALS, BlockConfig, NormConfig, ResidualConfig
+from ..blocks.residual.plain import PlainConfig
 from ..registry import Config, choices_hint
 from .parametrization import CompleteP, Parametrization, Standard
 
@@ -38,6 +40,9 @@ class ModelConfig(Config):
     """Names of blocks, tiled over the layers; optional with a single block."""
     norm: Annotated[NormConfig, NORMS]
     """Norm after the last layer."""
+    residual: Annotated[ResidualConfig, RESIDUALS] = PlainConfig()
+    """Residual connections: what a mixer or a feed-forward network reads of the residual stream, and how its output
+    changes the stream."""
     embedding_scale: float = Field(default=1.0, gt=0)
     """Factor by which the embedding's output is multiplied, such as sqrt(d_model) in Gemma."""
     embedding_norm: Annotated[NormConfig, NORMS] | None = None
@@ -84,6 +89,16 @@ class ModelConfig(Config):
             )
         return self
 
+    @model_validator(mode="after")
+    def _check_residual(self) -> Self:
+        for name, block in self.blocks.items():
+            if block.norm_placement == "stream" and self.residual.kind != "plain":
+                raise ValueError(
+                    f"norm_placement = stream needs the residual connection plain, got {self.residual.kind} with "
+                    f"block {name}: set norm_placement to input or output"
+                )
+        return self
+
     @property
     def base(self) -> "ModelConfig | None":
         """Configuration of the base model; None with the standard parametrization."""
@@ -102,3 +117,8 @@ class ModelConfig(Config):
         """Names of the layers' blocks, one per layer: the pattern, repeated."""
         pattern = self.pattern or tuple(self.blocks)
         return tuple(pattern[i % len(pattern)] for i in range(self.n_layers))
+
+    @property
+    def first_branches(self) -> tuple[int, ...]:
+        """Index of each layer's first residual branch, and the number of all branches."""
+        return tuple(accumulate((self.blocks[name].n_branches for name in self.layers), initial=0))

@@ -62,6 +62,7 @@ class LanguageModel(nn.Module):
         self.dropout = Dropout(config.dropout)
         # cast: a ModuleList does not know the type of its elements
         self.blocks = cast("Sequence[Block]", nn.ModuleList(_build_all(config)))
+        self.residual = config.residual.build_ends(config.d_model)
         self.readout = None if config.readout == "each" else LastVector(config.d_model, config.norm)
         self.norm = config.norm.build(config.d_model)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
@@ -139,7 +140,7 @@ class LanguageModel(nn.Module):
 
         `assign` is called with a parameter, which may be sharded, and the full tensor to copy into it.
         """
-        for module in (self.embedding_norm, self.readout, self.norm):
+        for module in (self.embedding_norm, self.residual, self.readout, self.norm):
             if module is not None:
                 module.reset_parameters()
         names = ["embedding.weight", "head.weight"]
@@ -214,7 +215,7 @@ class LanguageModel(nn.Module):
         return ModelOutput(logits, loss, after, predictions)
 
     def embed(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B _ D"]:
-        """Return the residual stream before the first block; under context parallelism, that of this rank's tokens."""
+        """Return the start of the residual stream; under context parallelism, that of this rank's tokens."""
         x = self.embedding(self._part(tokens))
         scale = self.config.embedding_scale
         x = x if scale == 1 else scale * x
@@ -222,7 +223,7 @@ class LanguageModel(nn.Module):
         return self.dropout(x) if self.dropout.p else x
 
     def logits(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch vocab"]:
-        """Return the logits from the residual stream after the last block."""
+        """Return the logits from the vectors that `run_blocks` returns."""
         return capped(self.head(self.norm(x)), self.config.logit_softcap)
 
     def run_blocks(
@@ -236,7 +237,7 @@ class LanguageModel(nn.Module):
         donate_state: bool = False,
         memo: Memo | None = None,
     ) -> tuple[Float[Tensor, "B T D"], ModelState | None]:
-        """Run all layers; return the residual stream before the final norm, and the state.
+        """Run all layers; return the vectors that the final norm reads, and the state.
 
         x comes from `embed`, or has embeddings from another source. The other arguments are those of `forward`.
 
@@ -255,6 +256,7 @@ class LanguageModel(nn.Module):
         first_values = None
         can_memoize = not torch.compiler.is_compiling() and not torch.is_grad_enabled()
         memo = (Memo() if memo is None else memo).next_pass() if can_memoize else None
+        stream = self.residual.start(x)
         for block, before, layer_paradigm in zip(self.blocks, states, paradigms, strict=True):
             call = partial(
                 block,
@@ -271,9 +273,10 @@ class LanguageModel(nn.Module):
                 # no early stop under context parallelism: every rank has to run all the communication of a block
                 options = {"context_fn": _keep_matmuls} if self.activation_checkpointing == "matmuls" else {}
                 call = partial(checkpoint, call, use_reentrant=False, early_stop=self.cp_group is None, **options)
-            x, final, *values = call(x, before, first_values if mixer.takes_first_values else None)
+            stream, final, *values = call(stream, before, first_values if mixer.takes_first_values else None)
             first_values = values[0] if values else first_values
             after.append(final)
+        x = self.residual(stream)
         if self.readout is not None:
             if state is not None or return_state or cu_seqlens is not None or self.cp_group is not None:
                 raise ContractError(
@@ -393,7 +396,14 @@ def _build(config: ModelConfig, index: int) -> Block:
     """Build the block of one layer."""
     name = config.layers[index]
     try:
-        return Block(config.blocks[name], config.d_model, layer_idx=index, n_layers=config.n_layers)
+        return Block(
+            config.blocks[name],
+            config.d_model,
+            layer_idx=index,
+            n_layers=config.n_layers,
+            residual=config.residual,
+            first_branch=config.first_branches[index],
+        )
     except ContractError as error:
         raise ContractError(f"model.blocks.{name}: {error}") from error
     except (TypeError, RuntimeError) as error:
