@@ -6,10 +6,11 @@ x ──┬── norm ── mixer ── dropout ──(+)──┬── norm
 The picture shows plain residual connections; `residual/` has others.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
+import torch
 from jaxtyping import Float, Int
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ..mixers import MIXERS, MixerConfig, Paradigm
@@ -31,9 +32,16 @@ class BlockConfig(Config):
     """Feed-forward network, applied to each token; null for a block that has only a mixer."""
     norm: Annotated[NormConfig, NORMS]
     """Norm of the mixer branch and of the feed-forward branch; each branch has its own parameters."""
-    norm_placement: Literal["input", "output", "stream"] = "input"
-    """Position of the norms: the `input` of a branch (pre-norm), its `output` (OLMo 2), or the `stream` before the
-    branch, so that the branch's output is added to the normed stream (MiniMax-01)."""
+    norm_placement: Literal["input", "output", "both", "stream"] = "input"
+    """Position of the norms: the `input` of a branch (pre-norm), its `output` (OLMo 2), `both` (sandwich norm, Gemma 2;
+    two norms per branch), or the `stream` before the branch, so that the branch's output is added to the normed stream
+    (MiniMax-01)."""
+    parallel: bool = False
+    """True to compute mixer and feed-forward network as one branch, x + mixer(norm(x)) + ffn(norm(x)), with one norm
+    for both (GPT-J, PaLM, Phi, Command R); False to compute one after the other."""
+    layer_scale: float | None = Field(default=None, ge=0)
+    """Initial value of a learned factor per channel of a branch's output (LayerScale, arXiv 2103.17239), such as 1e-4;
+    null for none."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout probability for the outputs of the mixer and of the feed-forward network, in training."""
     residual_scale: float = Field(default=1.0, gt=0)
@@ -42,10 +50,16 @@ class BlockConfig(Config):
     shared: bool = False
     """True if all layers of this block share their parameters; each layer still has its own state."""
 
+    @model_validator(mode="after")
+    def _check_parallel(self) -> Self:
+        if self.parallel and self.ffn is None:
+            raise ValueError("parallel = true needs a feed-forward network, got ffn = null: set one of them")
+        return self
+
     @property
     def n_branches(self) -> int:
         """Number of residual branches of a layer."""
-        return 1 if self.ffn is None else 2
+        return 1 if self.ffn is None or self.parallel else 2
 
 
 class Block(nn.Module):
@@ -69,11 +83,19 @@ class Block(nn.Module):
         super().__init__()
         self.mixer_norm = config.norm.build(d_model)
         self.mixer = config.mixer.build(d_model, layer_idx=layer_idx, n_layers=n_layers)
-        self.ffn_norm = config.norm.build(d_model) if config.ffn else None
+        has_two = config.n_branches == 2
+        self.ffn_norm = config.norm.build(d_model) if has_two else None
         self.ffn = config.ffn.build(d_model) if config.ffn else None
         residual = residual or PlainConfig()
         self.mixer_residual = residual.build(d_model, index=first_branch, place=0)
-        self.ffn_residual = residual.build(d_model, index=first_branch + 1, place=1) if config.ffn else None
+        self.ffn_residual = residual.build(d_model, index=first_branch + 1, place=1) if has_two else None
+        sandwich = config.norm_placement == "both"
+        self.mixer_output_norm = config.norm.build(d_model) if sandwich else None
+        self.ffn_output_norm = config.norm.build(d_model) if sandwich and has_two else None
+        self.layer_scale = config.layer_scale
+        scaled = config.layer_scale is not None
+        self.mixer_scale = nn.Parameter(torch.empty(d_model)) if scaled else None
+        self.ffn_scale = nn.Parameter(torch.empty(d_model)) if scaled and has_two else None
         # nn.Dropout draws a new mask for every call of a shared block
         self.dropout = nn.Dropout(config.dropout) if config.shared else Dropout(config.dropout)
         self.residual_scale = config.residual_scale
@@ -86,10 +108,14 @@ class Block(nn.Module):
 
     def reset_parameters(self) -> None:
         """Initialise every parameter, each module as its paper does."""
-        parts = self.mixer_norm, self.mixer, self.mixer_residual, self.ffn_norm, self.ffn, self.ffn_residual
-        for part in parts:
+        mixer_parts = self.mixer_norm, self.mixer, self.mixer_output_norm, self.mixer_residual
+        ffn_parts = self.ffn_norm, self.ffn, self.ffn_output_norm, self.ffn_residual
+        for part in (*mixer_parts, *ffn_parts):
             if part is not None:
                 part.reset_parameters()
+        for scale in (self.mixer_scale, self.ffn_scale):
+            if scale is not None:
+                nn.init.constant_(scale, self.layer_scale or 0.0)
 
     def __getstate__(self) -> dict[str, Any]:
         # compiled code is bound to this object, so copies must not have it
@@ -122,28 +148,42 @@ class Block(nn.Module):
             options["memo"] = memo
         results: list[Any] = []
 
+        ffn, norm, residual = self.ffn, self.ffn_norm, self.ffn_residual  # nn.Module looks up parts by a function call
+
         def mix(x: Tensor) -> Tensor:
             y, *others = self.mixer(
                 x, state, paradigm=paradigm, cu_seqlens=cu_seqlens, return_state=return_state, **options
             )
             results.extend(others)
-            return y
+            return y if ffn is None or norm is not None else y + ffn(x)
 
-        stream = self._add_branch(stream, mix, self.mixer_norm, self.mixer_residual)
-        ffn, norm, residual = self.ffn, self.ffn_norm, self.ffn_residual  # nn.Module looks up parts by a function call
+        stream = self._add_branch(
+            stream, mix, self.mixer_norm, self.mixer_output_norm, self.mixer_scale, self.mixer_residual
+        )
         if ffn is not None and norm is not None and residual is not None:
-            stream = self._add_branch(stream, ffn, norm, residual)
+            stream = self._add_branch(stream, ffn, norm, self.ffn_output_norm, self.ffn_scale, residual)
         return (stream, *results)
 
-    def _add_branch(self, stream: Stream, function: Branch, norm: Norm, residual: Residual) -> Stream:
+    def _add_branch(
+        self,
+        stream: Stream,
+        function: Branch,
+        norm: Norm,
+        output_norm: Norm | None,
+        scale: Tensor | None,
+        residual: Residual,
+    ) -> Stream:
         """Return the residual stream after the branch of a mixer or of a feed-forward network."""
         placement = self.norm_placement
         if placement == "stream":
             stream = norm(stream)
+        elif placement == "output":
+            output_norm = norm
 
         def branch(x: Tensor) -> Tensor:
-            y = function(norm(x) if placement == "input" else x)
-            y = norm(y) if placement == "output" else y
+            y = function(norm(x) if placement in ("input", "both") else x)
+            y = y if output_norm is None else output_norm(y)
+            y = y if scale is None else scale.to(y.dtype) * y
             dropout = self.dropout
             y = dropout(y) if dropout.p else y
             return y if self.residual_scale == 1 else self.residual_scale * y

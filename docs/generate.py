@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import torch
 
 from seqmix import MIXERS, account, cli, load_config
-from seqmix.blocks import FFNS, NORMS, BlockConfig
+from seqmix.blocks import FFNS, NORMS, RESIDUALS, BlockConfig
 from seqmix.commands.results import schema_of
 from seqmix.data import DATA, DatasetConfig, WeightedSourceConfig
 from seqmix.experiments.match import Match
@@ -74,6 +74,7 @@ def fields() -> list[str]:
         "Mixers": MIXERS.built_in().values(),
         "Feed-forward networks": FFNS.built_in().values(),
         "Norms": NORMS.built_in().values(),
+        "Residual connections": RESIDUALS.built_in().values(),
         "Linearizing": (Plan, Swap, Keep, Stages, Stage),
         "Studies": (Study, Entry, Match, Tune, Speed, TrainSpeed, DecodeSpeed, PaperFigure),
     }

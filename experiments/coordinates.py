@@ -148,7 +148,7 @@ def _measured(model: LanguageModel) -> Iterator[dict[str, list[float]]]:
         hooks.append(block.mixer.register_forward_hook(measure(f"mixer ({name})")))
         if block.ffn is not None:
             hooks.append(block.ffn.register_forward_hook(measure(f"ffn ({name})")))
-    hooks.append(model.blocks[-1].register_forward_hook(measure("stream")))
+    hooks.append(model.residual.register_forward_hook(measure("stream")))
     try:
         yield sizes
     finally:

@@ -4,6 +4,7 @@ The same code measures all kinds of mixers. Weights come from the ops that a mix
 gradients with respect to the mixer's inputs. States are the tensors of its state; gates are those of `GatedNorm`.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from ..mixers import Paradigm, SequenceMixer
 from ..mixers.influence import ModuleCall, reach_of, record_calls, weights_of
@@ -77,7 +79,8 @@ class LayerView:
     gradient_norm: float = 0.0
     """Norm of the mean loss's gradient with respect to the layer's parameters."""
     stream_gradient_norm: float = 0.0
-    """Norm of the mean loss's gradient with respect to the residual stream after the layer."""
+    """Norm of the mean loss's gradient with respect to the residual stream after the layer; with attention residuals,
+    to the sources that the later branches may read."""
 
     def as_json(self) -> dict[str, Any]:
         """Return all fields except the maps, for JSON."""
@@ -183,13 +186,15 @@ def _measure_gradients(model: LanguageModel, tokens: Tensor, views: Sequence[Lay
         loss = model(tokens[:, :-1], targets=tokens[:, 1:]).loss
     assert loss is not None
     for view, block in zip(views, model.blocks, strict=True):
-        if not calls[view.layer].output.requires_grad:
+        leaves = tree_leaves(calls[view.layer].output)
+        stream = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
+        if not stream:
             continue
-        inputs = [calls[view.layer].output, *(p for p in block.parameters() if p.requires_grad)]
+        inputs = [*stream, *(p for p in block.parameters() if p.requires_grad)]
         gradients = torch.autograd.grad(loss, inputs, retain_graph=True, allow_unused=True)
         norms = [0.0 if gradient is None else gradient.norm().item() for gradient in gradients]
-        view.stream_gradient_norm = norms[0]
-        view.gradient_norm = sum(norm**2 for norm in norms[1:]) ** 0.5
+        view.stream_gradient_norm = math.hypot(*norms[: len(stream)])
+        view.gradient_norm = sum(norm**2 for norm in norms[len(stream) :]) ** 0.5
 
 
 def _distance_of_share(maps: Float[Tensor, "H Q T"], queries: Sequence[int], share: float) -> Float[Tensor, " H"]:

@@ -141,6 +141,11 @@ class Linearization:
             config = config.model_copy(update={"data": config.data.model_copy(update={"tokenizer": str(file)})})
         self.run = config
         self.mixers = mixers_of(plan, config.model)
+        if plan.stages.hidden is not None and config.model.residual.kind != "plain":
+            raise SeqmixError(
+                "the stage hidden compares the residual stream and needs the residual connection plain, got "
+                f"{config.model.residual.kind}: leave the stage out"
+            )
         for stage in plan.staged.values():
             run_config(config, plan, student_of(config.model, self.mixers), stage)
         if plan.keep is not None and plan.keep.best > len(self.mixers):

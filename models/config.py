@@ -95,7 +95,7 @@ class ModelConfig(Config):
             if block.norm_placement == "stream" and self.residual.kind != "plain":
                 raise ValueError(
                     f"norm_placement = stream needs the residual connection plain, got {self.residual.kind} with "
-                    f"block {name}: set norm_placement to input or output"
+                    f"block {name}: set norm_placement to input, output or both"
                 )
         return self
 

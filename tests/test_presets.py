@@ -17,6 +17,7 @@ from seqmix import MIXERS, ModelConfig, RunConfig, account, build_model, load_co
 from seqmix.blocks import BlockConfig
 from seqmix.blocks.ffn import FFNS
 from seqmix.blocks.norm import NORMS
+from seqmix.blocks.residual import RESIDUALS
 from seqmix.data.source import DATA
 from seqmix.models import build_meta
 from seqmix.registry import Config, dump
@@ -40,7 +41,7 @@ def defaults_of(config: type[Config]) -> list[str]:
 
 def described() -> str:
     """The defaults of every configuration, and the size of every preset."""
-    groups = {"mixer": MIXERS, "ffn": FFNS, "norm": NORMS, "data": DATA}
+    groups = {"mixer": MIXERS, "ffn": FFNS, "norm": NORMS, "residual": RESIDUALS, "data": DATA}
     kinds = {}
     for group, registry in groups.items():
         kinds |= {f"{group} {kind}": config for kind, config in registry.built_in().items()}

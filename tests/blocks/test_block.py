@@ -106,3 +106,34 @@ def test_a_mixer_learns_its_parents_sizes_when_it_is_built():
     config = BlockConfig(mixer={"kind": "lightning", "n_heads": 2}, ffn=None, norm=LAYERNORM)
     mixer: Any = Block(config, 12, layer_idx=3, n_layers=7).mixer
     assert (mixer.in_proj.in_features, mixer.layer_idx, mixer.n_layers) == (12, 3, 7)
+
+
+def test_sandwich_norms_are_before_and_after_each_branch():
+    block, x = build(norm_placement="both"), tokens()
+    mixed = block.mixer(layernorm(x, block.mixer_norm.weight))[0]
+    after = x + layernorm(mixed, block.mixer_output_norm.weight)
+    out = block.ffn(layernorm(after, block.ffn_norm.weight))
+    assert_close(block(x)[0], after + layernorm(out, block.ffn_output_norm.weight), rtol=1e-9, atol=1e-9)
+
+
+def test_a_parallel_block_is_one_branch_with_one_norm():
+    block, x = build(parallel=True), tokens()
+    normed = layernorm(x, block.mixer_norm.weight)
+    assert_close(block(x)[0], x + block.mixer(normed)[0] + block.ffn(normed), rtol=1e-9, atol=1e-9)
+    assert block.ffn_norm is None
+    assert len(block.residuals) == 1
+    with pytest.raises(ValidationError, match="parallel = true needs a feed-forward network, got ffn = null"):
+        build(parallel=True, ffn=None)
+
+
+def test_layer_scale_multiplies_each_channel_of_a_branch():
+    block, x = build(layer_scale=0.1, residual_scale=2.0), tokens()
+    after = x + 2 * block.mixer_scale * block.mixer(layernorm(x, block.mixer_norm.weight))[0]
+    expected = after + 2 * block.ffn_scale * block.ffn(layernorm(after, block.ffn_norm.weight))
+    assert_close(block(x)[0], expected, rtol=1e-9, atol=1e-9)
+    block.reset_parameters()
+    assert block.mixer_scale.tolist() == pytest.approx([0.1] * D_MODEL)
+    assert block.ffn_scale.tolist() == pytest.approx([0.1] * D_MODEL)
+    none = build(layer_scale=0.0)
+    none.reset_parameters()
+    assert torch.equal(none(x)[0], x)

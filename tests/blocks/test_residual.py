@@ -1,5 +1,6 @@
 """Residual connections: which of them are the plain one at the start, and what all of them keep of a model."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -127,9 +128,11 @@ def test_the_past_alone_decides(residual):
 @pytest.mark.slow
 @kinds
 @pytest.mark.parametrize("shared", [False, True])
-def test_a_compiled_model_is_the_model(residual, shared):
+def test_a_compiled_model_is_the_model(residual, shared, monkeypatch):
     model = build(residual, spread=0.3, shared=shared)
     expected, gradient = model(tokens()).logits, gradients(model)
+    # the graphs of inductor, without its slow code generation
+    monkeypatch.setattr("torch.compile", partial(torch.compile, backend="aot_eager"))
     compile_blocks(model)
     assert_close(model(tokens()).logits, expected)
     assert_close(gradients(model), gradient)
@@ -313,3 +316,58 @@ def test_the_registry_lists_the_kinds():
     assert issubclass(RESIDUALS.resolve("hyper"), ResidualConfig)
     with pytest.raises(SeqmixError, match="hyper"):
         load_config("retnet-tiny", ["model.residual={kind: hypr}"])
+
+
+OPTIONS = [{"parallel": True}, {"norm_placement": "both"}, {"layer_scale": 0.5}]
+
+
+@pytest.mark.parametrize("block", OPTIONS, ids=lambda block: next(iter(block)))
+def test_options_of_blocks_go_with_every_connection(block):
+    for residual in KINDS.values():
+        plain, model = build(PLAIN, **block), build(residual, **block)
+        model.load_state_dict(plain.state_dict(), strict=False)
+        assert_close(model(tokens()).logits, plain(tokens()).logits, rtol=1e-5, atol=1e-6)
+        cost = account(model.config, length=16)
+        assert cost.parameters == sum(parameter.numel() for parameter in model.parameters())
+        assert roles_of(model)
+
+
+@pytest.mark.parametrize(
+    "change", [{"residual": KINDS["hyper"]}, {"parallel": True}, {"layer_scale": 0.1}, {"norm_placement": "both"}]
+)
+def test_what_other_libraries_cannot_represent_is_refused_by_name(change, tmp_path):
+    from seqmix.convert.llama import Llama
+
+    model = {"mixer": {"kind": "attention", "n_heads": 2}, "ffn": {"kind": "swiglu", "expansion": 2.0}}
+    residual = change.pop("residual", PLAIN)
+    config = config_of(residual, model["mixer"], ffn=model["ffn"], norm={"kind": "rmsnorm"}, **change)
+    config = config.model_copy(update={"norm": config.blocks["layer"].norm})
+    with pytest.raises(SeqmixError, match=next(iter(change), "residual")) as refused:
+        Llama().fields(config)
+    assert "\n" not in str(refused.value)
+
+
+def test_distillation_of_hidden_states_needs_a_plain_stream(tmp_path, monkeypatch):
+    from seqmix import train
+    from seqmix.linearize import Linearization
+    from seqmix.linearize.plan import Plan
+
+    (tmp_path / "text.txt").write_text("a little text, again and again. " * 40)
+    training = {"steps": 1, "warmup_steps": 0, "batch_size": 2, "evaluate_every": 1, "learning_rate": 1e-3}
+    config = load_config(
+        "attention-tiny",
+        [
+            "model.d_model=16",
+            "model.n_layers=2",
+            "model.residual={kind: attention}",
+            f"data={{paths: [{tmp_path}/text.txt], split: tail, sequence_length: 16}}",
+            f"training={training}".replace("'", ""),
+        ],
+    )
+    train(config, tmp_path / "run", device="cpu")
+    stages = {"hidden": {"steps": 1, "learning_rate": 1e-3}}
+    plan = Plan(swap=[{"layers": [1], "mixer": {"kind": "gla", "n_heads": 2}}], stages=stages)
+    with pytest.raises(
+        SeqmixError, match="the stage hidden compares the residual stream.*got attention: leave the stage out"
+    ):
+        Linearization(tmp_path / "run", plan, tmp_path / "out", device="cpu")
