@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
@@ -248,10 +248,11 @@ def test_equal_streams_are_the_plain_connection_for_any_doubly_stochastic_mixtur
     assert_close(after, expected, rtol=1e-6, atol=1e-6)
 
 
-@given(n=st.integers(2, 6), seed=st.integers(0, 100), size=st.sampled_from([0.1, 1.0, 4.0]))
+@settings(max_examples=20)
+@given(n=st.integers(2, 6), seed=st.integers(0, 100), size=st.sampled_from([0.1, 1.0, 2.0]))
 def test_sinkhorn_gives_doubly_stochastic_matrices(n, seed, size):
     logits = size * torch.randn(3, n, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    mixtures = sinkhorn(logits, 1000)
+    mixtures = sinkhorn(logits, 300)
     assert_close(mixtures.sum(-2), torch.ones(3, n, dtype=torch.float64))
     assert_close(mixtures.sum(-1), torch.ones(3, n, dtype=torch.float64), rtol=0, atol=1e-3)
     product = mixtures[0] @ mixtures[1] @ mixtures[2]
@@ -330,44 +331,3 @@ def test_options_of_blocks_go_with_every_connection(block):
         cost = account(model.config, length=16)
         assert cost.parameters == sum(parameter.numel() for parameter in model.parameters())
         assert roles_of(model)
-
-
-@pytest.mark.parametrize(
-    "change", [{"residual": KINDS["hyper"]}, {"parallel": True}, {"layer_scale": 0.1}, {"norm_placement": "both"}]
-)
-def test_what_other_libraries_cannot_represent_is_refused_by_name(change, tmp_path):
-    from seqmix.convert.llama import Llama
-
-    model = {"mixer": {"kind": "attention", "n_heads": 2}, "ffn": {"kind": "swiglu", "expansion": 2.0}}
-    residual = change.pop("residual", PLAIN)
-    config = config_of(residual, model["mixer"], ffn=model["ffn"], norm={"kind": "rmsnorm"}, **change)
-    config = config.model_copy(update={"norm": config.blocks["layer"].norm})
-    with pytest.raises(SeqmixError, match=next(iter(change), "residual")) as refused:
-        Llama().fields(config)
-    assert "\n" not in str(refused.value)
-
-
-def test_distillation_of_hidden_states_needs_a_plain_stream(tmp_path, monkeypatch):
-    from seqmix import train
-    from seqmix.linearize import Linearization
-    from seqmix.linearize.plan import Plan
-
-    (tmp_path / "text.txt").write_text("a little text, again and again. " * 40)
-    training = {"steps": 1, "warmup_steps": 0, "batch_size": 2, "evaluate_every": 1, "learning_rate": 1e-3}
-    config = load_config(
-        "attention-tiny",
-        [
-            "model.d_model=16",
-            "model.n_layers=2",
-            "model.residual={kind: attention}",
-            f"data={{paths: [{tmp_path}/text.txt], split: tail, sequence_length: 16}}",
-            f"training={training}".replace("'", ""),
-        ],
-    )
-    train(config, tmp_path / "run", device="cpu")
-    stages = {"hidden": {"steps": 1, "learning_rate": 1e-3}}
-    plan = Plan(swap=[{"layers": [1], "mixer": {"kind": "gla", "n_heads": 2}}], stages=stages)
-    with pytest.raises(
-        SeqmixError, match="the stage hidden compares the residual stream.*got attention: leave the stage out"
-    ):
-        Linearization(tmp_path / "run", plan, tmp_path / "out", device="cpu")

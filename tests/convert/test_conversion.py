@@ -145,6 +145,9 @@ def test_tokens_that_are_not_bytes_need_a_tokenizer(theirs, tmp_path):
         ({"mixer": {"kind": "retention", "n_heads": 2}}, "llama models consist of attention layers, but .* retention"),
         ({"norm": {"kind": "layernorm"}}, "llama cannot represent .*norm.kind = 'layernorm': .* gives 'rmsnorm'"),
         ({"ffn": None}, "cannot be written as llama"),
+        ({"parallel": True}, "llama cannot represent .*parallel = true: .* gives false"),
+        ({"layer_scale": 0.1}, "llama cannot represent .*layer_scale = 0.1: .* gives null"),
+        ({"norm_placement": "both"}, "llama cannot represent .*norm_placement = 'both': .* gives 'input'"),
         ({}, None),
     ],
 )
@@ -155,6 +158,15 @@ def test_a_model_that_the_other_library_has_not_is_refused_by_field(block, words
         assert ARCHITECTURES["llama"].fields(model)["intermediate_size"] == 35
         return
     with pytest.raises(SeqmixError, match=words):
+        ARCHITECTURES["llama"].fields(model)
+
+
+def test_residual_connections_that_the_other_library_has_not_are_refused():
+    block = {"mixer": ATTENTION, "ffn": FFN, "norm": NORM}
+    model = ModelConfig(
+        d_model=16, n_layers=2, vocab_size=300, blocks={"a": block}, norm=NORM, residual={"kind": "hyper"}
+    )
+    with pytest.raises(SeqmixError, match=r"llama cannot represent model.residual.kind = 'hyper': .* gives 'plain'"):
         ARCHITECTURES["llama"].fields(model)
 
 

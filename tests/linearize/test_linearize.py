@@ -184,6 +184,18 @@ def test_what_cannot_be_is_refused(teacher, tmp_path, monkeypatch):
     assert "without torchrun" in refusal(lambda: Linearization(teacher, plan_of(), tmp_path / "two", device="cpu"))
 
 
+def test_hidden_states_are_compared_only_with_a_plain_residual_stream(config_of, tmp_path):
+    small = ("model.n_layers=2", "training.steps=1", "training.final_evaluation_batches=1")
+    teacher = tmp_path / "teacher"
+    run_of(config_of(*small, "model.residual={kind: attention}", preset="attention-tiny"), teacher)
+    plan = plan_of({"layers": [1], "mixer": GLA}, stages={"hidden": {"tokens": 64, "learning_rate": 1e-3}})
+    message = refusal(lambda: Linearization(teacher, plan, tmp_path / "out", device="cpu"))
+    assert "needs the residual connection plain, got attention: leave the stage out" in message
+    stages = {"logits": {"tokens": 64, "learning_rate": 1e-3}}
+    linearized(teacher, plan_of({"layers": [1], "mixer": GLA}, stages=stages), tmp_path / "out")
+    assert load_run(tmp_path / "out").config.residual.kind == "attention"
+
+
 def test_a_plan_that_does_not_fit_may_be_mended(teacher, tmp_path, refused, seqmix):
     file, out = tmp_path / "plan.yaml", tmp_path / "out"
     file.write_text("swap: [{layers: [1], mixer: {kind: gla, n_heads: 3}}]\n")
