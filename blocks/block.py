@@ -86,9 +86,10 @@ class Block(nn.Module):
         has_two = config.n_branches == 2
         self.ffn_norm = config.norm.build(d_model) if has_two else None
         self.ffn = config.ffn.build(d_model) if config.ffn else None
-        residual = residual or PlainConfig()
-        self.mixer_residual = residual.build(d_model, index=first_branch, place=0)
-        self.ffn_residual = residual.build(d_model, index=first_branch + 1, place=1) if has_two else None
+        # None for the plain connection: decoding feels every call of a module
+        routed = None if isinstance(residual, PlainConfig) else residual
+        self.mixer_residual = routed.build(d_model, index=first_branch, place=0) if routed else None
+        self.ffn_residual = routed.build(d_model, index=first_branch + 1, place=1) if routed and has_two else None
         sandwich = config.norm_placement == "both"
         self.mixer_output_norm = config.norm.build(d_model) if sandwich else None
         self.ffn_output_norm = config.norm.build(d_model) if sandwich and has_two else None
@@ -103,7 +104,7 @@ class Block(nn.Module):
 
     @property
     def residuals(self) -> tuple[Residual, ...]:
-        """Connections of the branches, in the order in which they are computed."""
+        """Connections of the branches, in the order in which they are computed; empty for plain ones."""
         return tuple(each for each in (self.mixer_residual, self.ffn_residual) if each is not None)
 
     def reset_parameters(self) -> None:
@@ -148,7 +149,7 @@ class Block(nn.Module):
             options["memo"] = memo
         results: list[Any] = []
 
-        ffn, norm, residual = self.ffn, self.ffn_norm, self.ffn_residual  # nn.Module looks up parts by a function call
+        ffn, norm = self.ffn, self.ffn_norm  # nn.Module looks up parts by a function call
 
         def mix(x: Tensor) -> Tensor:
             y, *others = self.mixer(
@@ -160,8 +161,8 @@ class Block(nn.Module):
         stream = self._add_branch(
             stream, mix, self.mixer_norm, self.mixer_output_norm, self.mixer_scale, self.mixer_residual
         )
-        if ffn is not None and norm is not None and residual is not None:
-            stream = self._add_branch(stream, ffn, norm, self.ffn_output_norm, self.ffn_scale, residual)
+        if ffn is not None and norm is not None:
+            stream = self._add_branch(stream, ffn, norm, self.ffn_output_norm, self.ffn_scale, self.ffn_residual)
         return (stream, *results)
 
     def _add_branch(
@@ -171,7 +172,7 @@ class Block(nn.Module):
         norm: Norm,
         output_norm: Norm | None,
         scale: Tensor | None,
-        residual: Residual,
+        residual: Residual | None,
     ) -> Stream:
         """Return the residual stream after the branch of a mixer or of a feed-forward network."""
         placement = self.norm_placement
@@ -188,4 +189,4 @@ class Block(nn.Module):
             y = dropout(y) if dropout.p else y
             return y if self.residual_scale == 1 else self.residual_scale * y
 
-        return residual(stream, branch)
+        return stream + branch(stream) if residual is None else residual(stream, branch)
