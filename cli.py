@@ -23,7 +23,7 @@ COMMANDS = {
     "average": "Average the weights of a run's last checkpoints, and write them as a new run directory.",
     "convert": "Convert a model of another library to a run directory, or a run to a folder of another library.",
     "linearize": "Replace mixers of a trained model as a plan says, and train the new ones to imitate the old ones.",
-    "export": "Export a trained model to one safetensors file with its configuration, or for Hugging Face.",
+    "export": "Export a trained model to one safetensors file with its configuration, for Hugging Face, or to ONNX.",
     "playground": "Write a folder whose index.html runs trained models in a browser, without a network.",
     "tokenize": "Tokenize text once, into a file that training memory-maps; train a BPE tokenizer.",
     "mixers": "List the available mixers and their traits: paradigms, state, packing.",

@@ -155,6 +155,9 @@ MAY_IMPORT = {
         for name in ("seqmix.hf", *(f"seqmix.hf.{part}" for part in ("cache", "configuration", "modeling", "replace")))
     },
     "seqmix.hf.tokenizer": {"tokenizers", "transformers"},
+    **{f"seqmix.deploy.{name}": {"onnx"} for name in ("graph", "loops")},
+    "seqmix.deploy.session": {"onnxruntime"},
+    "seqmix.deploy.quantize": {"onnx", "onnxruntime"},
     "seqmix.pytest_plugin": {"pytest"},
     "seqmix.experiments.figures.charts": {"altair"},
     "seqmix.experiments.figures.libraries": {"vl_convert"},
@@ -178,7 +181,7 @@ LATE = [
     "pandas",
 ]
 
-AS_NEEDED = ["cli", "commands", "experiments", "benchmarks", "hf", "testing"]
+AS_NEEDED = ["cli", "commands", "deploy", "experiments", "benchmarks", "hf", "testing"]
 """Packages that a program which imports the library may not need."""
 
 
