@@ -215,8 +215,19 @@ class LanguageModel(nn.Module):
         return ModelOutput(logits, loss, after, predictions)
 
     def embed(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B _ D"]:
-        """Return the start of the residual stream; under context parallelism, that of this rank's tokens."""
-        x = self.embedding(self._part(tokens))
+        """Return the start of the residual stream; under context parallelism, that of this rank's tokens.
+
+        Raises:
+            SeqmixError: a token id is not in the vocabulary (on a CPU, and not in compiled code).
+        """
+        tokens = self._part(tokens)
+        try:
+            x = self.embedding(tokens)
+        except IndexError:
+            raise SeqmixError(
+                f"token ids must be from 0 to {self.config.vocab_size - 1}, got {int(tokens.min())} to "
+                f"{int(tokens.max())}: were the tokens made by another tokenizer?"
+            ) from None
         scale = self.config.embedding_scale
         x = x if scale == 1 else scale * x
         x = x if self.embedding_norm is None else self.embedding_norm(x)

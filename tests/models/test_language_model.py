@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from dispatched import Watched
 from torch.testing import assert_close
 
-from seqmix import ContractError, ModelConfig, Paradigm, Traits, build_model
+from seqmix import ContractError, ModelConfig, Paradigm, SeqmixError, Traits, build_model
 from seqmix.mixers.state import to_dict
 from seqmix.models import compile_blocks
 from seqmix.models.language_model import MATMULS
@@ -105,6 +105,12 @@ def test_a_state_or_paradigms_of_another_number_of_layers_are_refused(model_of):
         model(tokens(), paradigm=(Paradigm.PARALLEL,) * 3)
     with pytest.raises(ContractError, match=r"state .*2 layers, got 1"):
         model(tokens(), model.init_state(1)[:1])
+
+
+@pytest.mark.parametrize("token", [-1, 257])
+def test_a_token_that_is_not_in_the_vocabulary_is_refused(model_of, token):
+    with pytest.raises(SeqmixError, match=rf"from 0 to 256, got {min(token, 3)} to {max(token, 3)}"):
+        model_of("retention")(torch.tensor([[3, token]]))
 
 
 def test_only_the_selected_logits_are_computed(model_of):
