@@ -54,7 +54,7 @@ class SubwordTokenizer(Tokenizer):
         tokens = self._map.get_vocab(with_added_tokens=True)
         self.vocab_size = max(tokens.values(), default=-1) + 1  # ids may have holes
         if self.vocab_size > MAX_TOKEN_IDS:
-            raise SeqmixError(
+            raise DataError(
                 f"the tokenizer {name} must have token ids below {MAX_TOKEN_IDS:,}, got {self.vocab_size - 1:,}"
             )
         self._name = name
@@ -120,7 +120,7 @@ def load_tokenizer(name: str | Path, begin: str | None = None) -> Tokenizer:
         folder = file
         file = file / TOKENIZER_FILE
         if not file.is_file():
-            raise SeqmixError(
+            raise DataError(
                 f"the tokenizer {folder} is a folder without {TOKENIZER_FILE}: write one with transformers, "
                 f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained(...)"
             )
@@ -173,12 +173,12 @@ def _exported(file: Path) -> bytes:
         with safe_open(file, "pt") as tensors:
             return tensors.metadata()[EXPORTED_TOKENIZER].encode()
     except (SafetensorError, KeyError, TypeError) as error:
-        raise SeqmixError(f"the tokenizer {file} has no vocabulary: expected a file of `seqmix export`") from error
+        raise DataError(f"the tokenizer {file} has no vocabulary: expected a file of `seqmix export`") from error
 
 
 @contextmanager
 def _explained(what: str) -> Iterator[None]:
-    """Context that turns errors of the library `tokenizers` into SeqmixErrors that begin with `what`.
+    """Context that turns errors of the library `tokenizers` into DataErrors that begin with `what`.
 
     The library raises plain `Exception`s, and for a panic in Rust a `PanicException`, which is not an `Exception`.
     """
@@ -190,7 +190,7 @@ def _explained(what: str) -> Iterator[None]:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         reason, *_ = str(error).splitlines() or [type(error).__name__]
-        raise SeqmixError(f"{what}: {reason}") from error
+        raise DataError(f"{what}: {reason}") from error
 
 
 def _decoded(name: str, text: bytes) -> str:

@@ -8,7 +8,7 @@ import base64
 import json
 from typing import Any
 
-from ..registry import DataError, SeqmixError
+from ..registry import DataError
 
 MAX_EXPANSION = 64
 """Maximum factor by which a part of a tokenizer (normalizer, decoder, ...) may increase the bytes of a text."""
@@ -22,7 +22,7 @@ def require_safe(vocabulary: bytes, name: object) -> None:
     """Refuse a tokenizer.json that is unsafe to read or to encode with; `name` is its name in errors.
 
     Raises:
-        SeqmixError: the file is not JSON, gives a key twice, encodes at random (dropout), or expands texts.
+        DataError: the file is not JSON, gives a key twice, encodes at random (dropout), or expands texts.
     """
     try:
         tree = json.loads(vocabulary, object_pairs_hook=_mapping)
@@ -33,7 +33,7 @@ def require_safe(vocabulary: bytes, name: object) -> None:
         raise DataError(f"the tokenizer {name} is not a tokenizer.json: it is a {type(tree).__name__}")
     model = tree.get("model")
     if isinstance(model, dict) and model.get("dropout"):
-        raise SeqmixError(
+        raise DataError(
             f"the tokenizer {name} has a dropout of {model['dropout']!r}, which encodes a text differently every time: "
             "set model.dropout to null in the file"
         )
@@ -44,7 +44,7 @@ def require_safe(vocabulary: bytes, name: object) -> None:
                     f"its {part} makes texts up to {times:,.0f} times longer; at most {MAX_EXPANSION} is allowed"
                 )
     except (ValueError, RecursionError) as error:
-        raise SeqmixError(f"the tokenizer {name} is refused: {error}") from error
+        raise DataError(f"the tokenizer {name} is refused: {error}") from error
 
 
 def _mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
