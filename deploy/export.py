@@ -9,7 +9,7 @@ from typing import NamedTuple
 from ..data.kinds.text import Text
 from ..models import LanguageModel
 from ..models.quantization import weights_of
-from ..registry import SeqmixError, replacing, require_name
+from ..registry import DataError, SeqmixError, replacing, require_name
 from ..training import Choice, load_run, read_config
 from ..training.length_eval import open_text
 from .metadata import add_metadata
@@ -73,7 +73,7 @@ def export_onnx(
     if out.suffix != ".onnx":
         raise SeqmixError(f"an ONNX file needs a name that ends in .onnx, got {out}: try {out.with_suffix('.onnx')}")
     if out.exists():
-        raise SeqmixError(f"{out} already exists: give --out the name of a new file")
+        raise DataError(f"{out} already exists: give --out the name of a new file")
     source = None if weights is None else _validation_split(Path(run), on_note)
     model = load_run(run, choice=choice, ema=ema, trust=trust, on_note=on_note)
     require_exportable(model)
@@ -101,7 +101,7 @@ def export_onnx(
         with replacing(out) as partial:
             partial.write_bytes(graph.SerializeToString())
     except OSError as error:
-        raise SeqmixError(f"{out} cannot be written: {error}") from error
+        raise DataError(f"{out} cannot be written: {error}") from error
     return OnnxExport(losses, tokens)
 
 

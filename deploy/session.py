@@ -18,7 +18,7 @@ from onnxruntime.capi.onnxruntime_pybind11_state import (
 )
 
 from ..models import ByteTokenizer, LanguageModel, SubwordTokenizer, Tokenizer
-from ..registry import SeqmixError
+from ..registry import DataError, SeqmixError
 from .metadata import FORMAT, METADATA_KEY
 
 State = Mapping[str, np.ndarray]
@@ -46,11 +46,11 @@ class OnnxModel:
             self.metadata: dict[str, Any] = json.loads(session.get_modelmeta().custom_metadata_map[METADATA_KEY])
             version = self.metadata["format"]
         except (KeyError, TypeError, ValueError) as error:
-            raise SeqmixError(
+            raise DataError(
                 f"{name} was not written by `seqmix export --to onnx`: it has no such metadata"
             ) from error
         if version != FORMAT:
-            raise SeqmixError(f"{name} has format {version!r}, expected {FORMAT}: it is from another version of seqmix")
+            raise DataError(f"{name} has format {version!r}, expected {FORMAT}: it is from another version of seqmix")
         self._outputs = ["logits", *(f"new_{entry['name']}" for entry in self.metadata["states"])]
 
     @classmethod
@@ -63,10 +63,10 @@ class OnnxModel:
         try:
             return cls(_session(file.read_bytes()), str(file))
         except OSError as error:
-            raise SeqmixError(f"{file} cannot be read: {error.strerror}") from error
+            raise DataError(f"{file} cannot be read: {error.strerror}") from error
         except (Fail, InvalidArgument, InvalidGraph, InvalidProtobuf, NotImplemented, RuntimeException) as error:
             reason = str(error).splitlines()[0]
-            raise SeqmixError(f"{file} is not an ONNX file that can run here: {reason}") from error
+            raise DataError(f"{file} is not an ONNX file that can run here: {reason}") from error
 
     @classmethod
     def from_bytes(cls, content: bytes) -> "OnnxModel":

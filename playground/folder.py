@@ -20,7 +20,7 @@ from ..deploy.export import PACKAGES, require_exportable
 from ..experiments.figures import page as figure_page
 from ..experiments.figures import theme
 from ..models import LanguageModel
-from ..registry import SeqmixError, is_vacant, replacing_folder
+from ..registry import DataError, SeqmixError, is_vacant, replacing_folder
 from ..training import Choice, load_run
 from .tokenizers import require_page_tokenizer
 
@@ -55,7 +55,7 @@ def write_playground(
             mixer has no export to ONNX, or the page does not know the tokenizer.
     """
     if not is_vacant(out):
-        raise SeqmixError(f"{out} exists and is not an empty folder: choose a new name")
+        raise DataError(f"{out} exists and is not an empty folder: choose a new name")
     require_packages("the playground", *PACKAGES)
     names = unique_names(runs)
     models = [load_run(run, choice=choice, on_note=on_note, ema=ema, trust=trust) for run in runs]

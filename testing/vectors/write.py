@@ -13,7 +13,7 @@ from safetensors.numpy import save
 from torch import Tensor
 
 from ...ops.runtime.kernel import KERNELS, Kernel
-from ...registry import SeqmixError, is_vacant, write_files
+from ...registry import DataError, is_vacant, write_files
 from ..kernel.scans import LogScanCase
 from .cases import VectorCase, vector_cases
 from .families import FAMILIES, NOTATION
@@ -49,7 +49,7 @@ def write_vectors(folder: Path, families: tuple[str, ...] = ()) -> int:
     cases = list(vector_cases(families))
     used = list(dict.fromkeys(case.family for case in cases))
     if not is_vacant(folder):
-        raise SeqmixError(f"expected a new or empty folder, got {folder}: delete it first, or give another name")
+        raise DataError(f"expected a new or empty folder, got {folder}: delete it first, or give another name")
     folder.mkdir(parents=True, exist_ok=True)  # fails before the work if it cannot be written
     tensors: dict[str, dict[str, np.ndarray]] = {family: {} for family in used}
     entries = []
