@@ -228,7 +228,7 @@ def test_the_command_refuses_before_it_computes(tmp_path, monkeypatch, capsys):
     assert "there is no family 'lag_scan'; did you mean \"log_scan\"?" in capsys.readouterr().err
     assert not (tmp_path / "v").exists()
     (tmp_path / "thesis.tex").write_text("")
-    assert run_command(monkeypatch, tmp_path, "--families", "scan") == 2
+    assert run_command(monkeypatch, tmp_path, "--families", "scan") == 3
     assert "expected a new or empty folder" in capsys.readouterr().err
 
 
