@@ -86,7 +86,10 @@ def export(
         raise SeqmixError(f"expected --to {' or '.join(FORMATS)}, got {to!r}{nearest_hint(to, FORMATS)}")
     target = place if out is None else out
     if target is None or (place is not None and out is not None):
-        raise SeqmixError("export needs exactly one output: --out FILE, or --to hf DIR")
+        what = {"safetensors": "FILE.safetensors", "hf": "DIR", "onnx": "FILE.onnx"}[to]
+        raise SeqmixError(f"export --to {to} needs exactly one output: --out {what}")
+    if to == "safetensors" and target.suffix == ".onnx":
+        raise SeqmixError(f"{target} is the name of an ONNX file: add --to onnx")
     if opset is not None and to != "onnx":
         raise SeqmixError("--opset needs --to onnx")
     choice = checkpoint_choice(checkpoint)
@@ -101,8 +104,8 @@ def export(
         before, after = result.losses or (None, None)
         if before is not None and after is not None:
             typer.echo(
-                f"validation loss of {result.tokens:,} tokens: {before:.5f} nats/token as trained, {after:.5f} with "
-                f"{weights} weights ({after / before - 1:+.3%})"
+                f"loss of {result.tokens:,} tokens of the validation split: {before:.5f} nats/token as trained, "
+                f"{after:.5f} with {weights} weights ({after / before - 1:+.3%})"
             )
         typer.echo(visible(f"{target} has the model: run it with `seqmix generate {target} --prompt TEXT`"))
         return ExportResult(str(target), to, None, weights, before, after)

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from ..training import Status, read_status
+from ..training.checkpoint.status import STATUS_FILE
 from .console import plain_table, terminal
 
 
@@ -21,7 +22,7 @@ class StatusResult:
 def status(
     folders: Annotated[
         list[Path],
-        typer.Argument(help="Run directories, and folders of studies.", metavar="FOLDER..."),
+        typer.Argument(help="Run directories, folders of studies, or a folder of these.", metavar="FOLDER..."),
     ],
 ) -> StatusResult:
     """Show what runs and studies are doing, or how they ended.
@@ -29,8 +30,10 @@ def status(
     It reads their status.json. A run whose process ended without a word, such as by `kill -9`, is `killed`.
 
     [bold]seqmix status runs/retnet-tiny[/bold]
+
+    [bold]seqmix status runs[/bold]
     """
-    found = {str(folder): read_status(folder) for folder in folders}
+    found = {str(run): read_status(run) for folder in folders for run in _runs_of(folder)}
     rows = []
     for folder, each in found.items():
         unit = "steps" if each.failed is None else "runs"
@@ -42,3 +45,9 @@ def status(
     headers = ("folder", "state", "done", "loss", "validation", "updated", "reason")
     terminal().print(plain_table(*headers, rows=rows, overflow="fold"))
     return StatusResult(found)
+
+
+def _runs_of(folder: Path) -> list[Path]:
+    """Return the runs and studies directly in a folder that is neither, else the folder itself."""
+    inside = [] if (folder / STATUS_FILE).exists() else sorted(file.parent for file in folder.glob(f"*/{STATUS_FILE}"))
+    return inside or [folder]

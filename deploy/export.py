@@ -101,7 +101,7 @@ def export_onnx(
         with replacing(out) as partial:
             partial.write_bytes(graph.SerializeToString())
     except OSError as error:
-        raise DataError(f"{out} cannot be written: {error}") from error
+        raise DataError(f"{out} cannot be written: {error.strerror or error}") from error
     return OnnxExport(losses, tokens)
 
 

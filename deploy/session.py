@@ -46,9 +46,7 @@ class OnnxModel:
             self.metadata: dict[str, Any] = json.loads(session.get_modelmeta().custom_metadata_map[METADATA_KEY])
             version = self.metadata["format"]
         except (KeyError, TypeError, ValueError) as error:
-            raise DataError(
-                f"{name} was not written by `seqmix export --to onnx`: it has no such metadata"
-            ) from error
+            raise DataError(f"{name} was not written by `seqmix export --to onnx`: it has no such metadata") from error
         if version != FORMAT:
             raise DataError(f"{name} has format {version!r}, expected {FORMAT}: it is from another version of seqmix")
         self._outputs = ["logits", *(f"new_{entry['name']}" for entry in self.metadata["states"])]
@@ -66,7 +64,7 @@ class OnnxModel:
             raise DataError(f"{file} cannot be read: {error.strerror}") from error
         except (Fail, InvalidArgument, InvalidGraph, InvalidProtobuf, NotImplemented, RuntimeException) as error:
             reason = str(error).splitlines()[0]
-            raise DataError(f"{file} is not an ONNX file that can run here: {reason}") from error
+            raise DataError(f"{file} is not an ONNX file that can run here: {reason}; export the run again") from error
 
     @classmethod
     def from_bytes(cls, content: bytes) -> "OnnxModel":

@@ -81,6 +81,14 @@ def test_an_error_is_a_result_too(seqmix):
     assert not Path("file.json").exists()
 
 
+def test_the_name_of_an_onnx_file_needs_its_format(seqmix, refused):
+    assert "run.onnx is the name of an ONNX file: add --to onnx" in refused("export", "run", "run.onnx")
+    assert "--to onnx needs exactly one output: --out FILE.onnx" in refused("export", "run", "--to", "onnx")
+    Path("run.onnx").touch()
+    message = refused("inspect", "run.onnx", "--text", "a", status=3)
+    assert "run.onnx is an ONNX file, which only `seqmix generate` runs" in message
+
+
 def test_a_number_that_is_not_finite_is_null():
     assert _finite({"a": [float("nan"), 1.0], "b": float("-inf")}) == {"a": [None, 1.0], "b": None}
 
@@ -107,4 +115,5 @@ def test_the_status_of_a_run_is_shown(seqmix, refused):
     status = result_of(done)["folders"]["run"]
     assert (status["state"], status["step"], status["steps"]) == ("stopped", 1, 6)
     assert "stopped" in done.err
-    assert "no status.json" in refused("status", ".", status=3)
+    assert result_of(seqmix("status", ".", "--json", "-"))["folders"] == {"run": status}
+    assert "no status.json" in refused("status", "run/checkpoints", status=3)

@@ -142,6 +142,11 @@ def load_run(
             cannot be loaded; it has no moving average; or its weights cannot be quantised.
     """
     run = Path(run)
+    if run.is_file() and run.suffix == ".onnx":
+        raise CheckpointError(
+            f"{run} is an ONNX file, which only `seqmix generate` runs: give the run directory, or a .safetensors file "
+            "of `seqmix export`"
+        )
     if run.is_file() and ema:
         raise CheckpointError(
             f"{run} is an exported file, which has one set of weights: leave out --ema (ema=True); `seqmix export "
