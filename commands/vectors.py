@@ -39,6 +39,7 @@ def vectors(
     """
     from ..testing.vectors.write import write_vectors
 
-    number = write_vectors(folder, tuple(families.split(",")) if families is not None else ())
+    names = () if families is None else tuple(families.replace(",", " ").split()) or (families,)
+    number = write_vectors(folder, names)
     typer.echo(visible(f"{folder} has {number} cases: test an implementation with python {folder}/runner.py FILE.py"))
     return VectorsResult(str(folder), number)

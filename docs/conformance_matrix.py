@@ -39,7 +39,7 @@ RECURRENCES = {
     "gradients": "gradients",
     "gradients through states": "gradients through states",
 }
-"""Properties of recurrences with the heads of their columns; `batch` and properties of few families are left out."""
+"""Properties of recurrences with the heads of their columns; the page names those that are left out."""
 ATTENTION = {
     name: name
     for name in (

@@ -9,7 +9,7 @@ MAX_LINE_LENGTH = 2000
 """Maximum number of characters in a line of an error; the middle of a longer line is cut."""
 
 MAX_LISTED = 10
-"""Maximum number of allowed values that an error lists; of further ones it gives only the number."""
+"""Maximum number of allowed values that an error lists; of more than one further it gives only the number."""
 
 
 class SeqmixError(ValueError):
@@ -65,9 +65,9 @@ def choices_hint(word: str, allowed: Iterable[str], label: str = "allowed") -> s
     `; did you mean "retention"? Allowed: attention, retention`, or `; allowed: attention, retention`.
     """
     words = list(allowed)
-    listed = ", ".join(words[:MAX_LISTED])
-    if len(words) > MAX_LISTED:
-        listed += f" and {len(words) - MAX_LISTED} more"
+    listed = ", ".join(words)
+    if len(words) > MAX_LISTED + 1:  # a single further word is named
+        listed = f"{', '.join(words[:MAX_LISTED])} and {len(words) - MAX_LISTED} more"
     suggestion = nearest_hint(word, words)
     return f"{suggestion} {label[:1].upper()}{label[1:]}: {listed}" if suggestion else f"; {label}: {listed}"
 

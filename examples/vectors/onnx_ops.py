@@ -1,6 +1,6 @@
 """ONNX operators: LinearAttention (opset 27) and Attention (opset 24), each as a model of one node.
 
-`reference` runs onnx's reference evaluator, `onnxruntime` ONNX Runtime on a CPU.
+`reference` runs onnx's reference evaluator, `onnxruntime_cpu` ONNX Runtime on a CPU.
 """
 
 from types import SimpleNamespace

@@ -7,7 +7,8 @@ from torch_adapter import on_tensors
 
 from seqmix.ops.attention import GrowingCache, softmax_attention
 from seqmix.ops.attention.kv_cache import ForgettingCache
-from seqmix.ops.convolution import long_convolution, short_convolution
+from seqmix.ops.convolution import long_convolution as long_op
+from seqmix.ops.convolution import short_convolution as short_op
 from seqmix.ops.decay import decay as decay_op
 from seqmix.ops.delta import delta as delta_op
 from seqmix.ops.delta import delta_product as delta_product_op
@@ -87,11 +88,11 @@ class Ops:
 
     def _short_convolution(self, x: Tensors, attributes: dict[str, Any]) -> Tensors:
         call = self._call(x, "parallel")
-        return self._result(short_convolution(x["x"], x["weight"], x.get("bias"), **attributes, **call))
+        return self._result(short_op(x["x"], x["weight"], x.get("bias"), **attributes, **call))
 
     def _long_convolution(self, x: Tensors, _: dict[str, Any]) -> Tensors:
         paradigm = "recurrent" if self.paradigm == "recurrent" else "parallel"
-        return {"output": long_convolution(x["x"], x["filters"], **self._call(x, paradigm))[0]}
+        return {"output": long_op(x["x"], x["filters"], **self._call(x, paradigm))[0]}
 
 
 reference, native, recurrent = Ops("reference", "chunkwise"), Ops("native", "chunkwise"), Ops("reference", "recurrent")

@@ -8,7 +8,8 @@ FILE.py (or FILE.py:NAME, an object in it) has one function for each family that
 `inputs` are arrays by name, `attributes` numbers and words, as index.json describes them; an optional input that is
 absent is not in `inputs`. `cotangents` are the gradients of the results, from which the gradients of the inputs follow;
 empty if none are wanted. A function leaves out of its result what it cannot compute; for a call that it does not offer
-at all, it raises NotImplementedError with the reason. Anything else that it raises is a failure.
+at all, it raises NotImplementedError with the reason. Anything else that it raises is a failure, and so is a result
+that is no dict or has a name that the family does not have.
 
 Needs numpy and safetensors. You may copy this file and change it.
 """
@@ -17,38 +18,66 @@ import argparse
 import importlib.util
 import json
 import sys
+import traceback
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
-from safetensors import safe_open
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
 
 FORMAT = 1
 PASSED, FAILED, NOT_OFFERED = "passed", "failed", "not offered"
 PARTS = ("state out", "gradients", "gradients through states")
 """Properties of single results; the other properties are those of cases, which their output counts for."""
+REASONS = 5
+"""Number of reasons for what is not offered that are printed."""
 HERE = Path(__file__).resolve().parent
+
+
+def load_index(folder):
+    """Return the index of a folder of vectors."""
+    path = folder / "index.json"
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        version = index["format"]
+    except (OSError, ValueError, KeyError, TypeError):
+        sys.exit(f"{path} is damaged: write the vectors again")
+    if version != FORMAT:
+        sys.exit(f"this runner reads format {FORMAT}, got format {version}: use the runner beside the vectors")
+    return index
 
 
 def load_vectors(folder, families=None):
     """Yield the cases of a folder of vectors: the case's entry in the index, and its arrays by group and name."""
-    index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-    if index["format"] != FORMAT:
-        sys.exit(f"this runner reads format {FORMAT}, got format {index['format']}: use the runner beside the vectors")
+    index = load_index(folder)
     if unknown := set(families or ()) - set(index["families"]):
         sys.exit(f"expected families among {', '.join(index['families'])}, got {', '.join(sorted(unknown))}")
     for name in families or index["families"]:
-        with safe_open(folder / index["families"][name]["file"], framework="np") as file:
-            for case in index["cases"]:
-                if case["family"] == name:
-                    groups = {group: list(case[group]) for group in ("inputs", "cotangents", "expected")}
-                    yield (
-                        case,
-                        {
-                            group: {key: file.get_tensor(f"{case['id']}/{group}/{key}") for key in keys}
-                            for group, keys in groups.items()
-                        },
-                    )
+        path = folder / index["families"][name]["file"]
+        try:
+            tensors = load_file(path)
+            cases = [
+                (
+                    case,
+                    {
+                        group: {key: tensors[f"{case['id']}/{group}/{key}"] for key in case[group]}
+                        for group in ("inputs", "cotangents", "expected")
+                    },
+                )
+                for case in index["cases"]
+                if case["family"] == name
+            ]
+        except (OSError, SafetensorError, KeyError):
+            sys.exit(f"{path} is missing or damaged: write the vectors again")
+        yield from cases
+
+
+def describe(error):
+    """Return an exception in one line."""
+    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), 'no message')}"
 
 
 def cast(arrays, dtype):
@@ -58,7 +87,10 @@ def cast(arrays, dtype):
 
 def compare(actual, expected, scale, tolerance):
     """Return why a result is wrong; an empty text if it is right."""
-    actual = np.asarray(actual, dtype=np.float64)
+    try:
+        actual = np.asarray(actual, dtype=np.float64)
+    except Exception as error:  # whatever stands in the place of an array
+        return f"expected an array, got {type(actual).__name__} ({describe(error)})"
     if actual.shape != expected.shape:
         return f"expected shape {list(expected.shape)}, got {list(actual.shape)}"
     with np.errstate(invalid="ignore"):  # inf - inf
@@ -83,8 +115,21 @@ def property_of(case, name):
     return PARTS[1] if len(case["cotangents"]) == 1 else PARTS[2]
 
 
-def check_case(function, case, arrays, dtype, tolerance):
-    """Run one case; yield (property, status, detail) for each of its results."""
+def check_names(results, case, tensors=()):
+    """Return why the results of a case cannot be read: they are no dict by name, or have names that the family lacks.
+
+    The gradient of any of the family's tensors is allowed, also of one that is absent in this case.
+    """
+    names = ", ".join(case["expected"])
+    if not isinstance(results, Mapping):
+        return f"expected a dict of results named {names}, got {type(results).__name__}"
+    known = {"output", "state", *case["expected"], *(f"gradient.{name}" for name in (*case["inputs"], *tensors))}
+    unknown = [str(name) for name in results if name not in known]
+    return f"expected results named {names}, got {', '.join(unknown)}" if unknown else ""
+
+
+def check_case(function, case, arrays, dtype, tolerance, tensors=()):
+    """Run one case of a family with these tensors; yield (property, status, detail) for each of its results."""
     if function is None:
         yield case["property"], NOT_OFFERED, "no such family"
         return
@@ -92,10 +137,13 @@ def check_case(function, case, arrays, dtype, tolerance):
     try:
         results = function(inputs, dict(case["attributes"]), cotangents)
     except NotImplementedError as reason:
-        yield case["property"], NOT_OFFERED, str(reason)
+        yield case["property"], NOT_OFFERED, str(reason) or "NotImplementedError without a reason"
         return
     except Exception as error:  # whatever an implementation raises is a failure of the case
-        yield case["property"], FAILED, f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"
+        yield case["property"], FAILED, describe(error)
+        return
+    if reason := check_names(results, case, tensors):
+        yield case["property"], FAILED, reason
         return
     parts = {}
     for name, expected in arrays["expected"].items():
@@ -115,19 +163,38 @@ def check_case(function, case, arrays, dtype, tolerance):
 
 def run(implementation, folder=HERE, dtype="float32", families=None):
     """Test an implementation, an object with a function per family; return a list of one dict per result."""
-    tolerance = json.loads((folder / "index.json").read_text(encoding="utf-8"))["tolerances"][dtype]
+    index = load_index(folder)
     return [
         {"id": case["id"], "family": case["family"], "property": which, "status": status, "detail": detail}
         | {"reason": case["reason"]}
         for case, arrays in load_vectors(folder, families)
         for which, status, detail in check_case(
-            getattr(implementation, case["family"], None), case, arrays, dtype, tolerance
+            getattr(implementation, case["family"], None),
+            case,
+            arrays,
+            dtype,
+            index["tolerances"][dtype],
+            index["families"][case["family"]]["tensors"],
         )
     ]
 
 
-def load_implementation(name):
-    """Return the module of a file, or an object in it: FILE.py or FILE.py:NAME."""
+def families_of(implementation, families):
+    """Return those of the families that an implementation has a function for."""
+    return [name for name in families if callable(getattr(implementation, name, None))]
+
+
+def objects_of(module, families):
+    """Return the names of a module's objects that have functions for families."""
+    return [
+        name
+        for name, value in vars(module).items()
+        if not name.startswith("_") and not isinstance(value, (ModuleType, type)) and families_of(value, families)
+    ]
+
+
+def load_implementation(name, families=()):
+    """Return the module of a file, or an object in it, which has some of the families: FILE.py or FILE.py:NAME."""
     path, _, attribute = name.partition(":")
     if not Path(path).is_file():
         sys.exit(f"expected the implementation's file, FILE.py or FILE.py:NAME, got {name}")
@@ -137,14 +204,25 @@ def load_implementation(name):
         sys.exit(f"expected a file of Python, got {path}")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except ModuleNotFoundError as error:
+        sys.exit(f"{path} needs the package {error.name}")
+    except Exception as error:  # whatever the file raises
+        lines = [f" (line {x.lineno})" for x in traceback.extract_tb(error.__traceback__) if x.filename == spec.origin]
+        sys.exit(f"{path} cannot be imported: {describe(error)}{''.join(lines[-1:])}")
+    choices = ", ".join(objects_of(module, families))
+    remedy = f"; use {path}:NAME with one of {choices}" if choices else ""
     if attribute and not hasattr(module, attribute):
-        sys.exit(f"{path} has no {attribute}")
-    return getattr(module, attribute) if attribute else module
+        sys.exit(f"{path} has no object {attribute}{remedy}")
+    implementation = getattr(module, attribute) if attribute else module
+    if families and not families_of(implementation, families):
+        sys.exit(f"{name} has a function for none of the families {', '.join(families)}{remedy}")
+    return implementation
 
 
 def print_results(results):
-    """Print a table of the properties, and a line for each failure with the reason why its case exists."""
+    """Print a table of the properties, why results are not offered, and each failure with the reason for its case."""
     counts = Counter((result["property"], result["status"]) for result in results)
     statuses = (PASSED, FAILED, NOT_OFFERED)
     properties = [*dict.fromkeys(result["property"] for result in results)]
@@ -153,6 +231,11 @@ def print_results(results):
     print(f"{'':{width}}  " + "  ".join(f"{status:>11}" for status in statuses))
     for name in properties:
         print(f"{name:{width}}  " + "  ".join(f"{counts[name, status] or '':>11}" for status in statuses))
+    reasons = Counter(result["detail"] for result in results if result["status"] == NOT_OFFERED)
+    if reasons:
+        commonest = [f"{reason} ({number})" for reason, number in reasons.most_common(REASONS)]
+        rest = [f"{len(reasons) - REASONS} other reasons"] if len(reasons) > REASONS else []
+        print(f"\nnot offered: {'; '.join(commonest + rest)}")
     for result in results:
         if result["status"] == FAILED:
             print(f"\nFAILED {result['id']} ({result['property']})\n  {result['detail']}\n  {result['reason']}")
@@ -164,22 +247,27 @@ def main():
     parser.add_argument("implementation", help="FILE.py, or FILE.py:NAME")
     parser.add_argument("--vectors", type=Path, default=HERE, help="folder of the vectors (default: this file's)")
     parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
-    parser.add_argument("--families", nargs="+", help="families to test (default: all that the file has functions for)")
+    parser.add_argument(
+        "--families", nargs="+", help="families to test, separated by commas or spaces (default: all that FILE.py has)"
+    )
     parser.add_argument("--json", type=Path, help="also write all results to this file")
     options = parser.parse_args()
     if not (options.vectors / "index.json").is_file():
         sys.exit(f"expected a folder with index.json, got {options.vectors}: use --vectors")
-    implementation = load_implementation(options.implementation)
-    known = json.loads((options.vectors / "index.json").read_text(encoding="utf-8"))["families"]
-    families = options.families or [name for name in known if hasattr(implementation, name)]
-    if not families:
-        sys.exit(f"{options.implementation} has a function for none of the families {', '.join(known)}")
+    known = load_index(options.vectors)["families"]
+    implementation = load_implementation(options.implementation, known)
+    families = [name for words in options.families or () for name in words.split(",") if name]
+    if options.families and not families:
+        sys.exit(f"expected families among {', '.join(known)}, got {' '.join(options.families)}")
+    families = list(dict.fromkeys(families)) or families_of(implementation, known)
     results = run(implementation, options.vectors, options.dtype, families)
     print_results(results)
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     statuses = Counter(result["status"] for result in results)
-    sys.exit(1 if statuses[FAILED] or not statuses[PASSED] else 0)
+    if not statuses[FAILED] and not statuses[PASSED]:
+        sys.exit("nothing passed: no result was offered")
+    sys.exit(1 if statuses[FAILED] else 0)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from seqmix.testing.vectors.cases import vector_cases
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = runpy.run_path(str(ROOT / "docs" / "conformance_matrix.py"))
 
@@ -18,6 +20,17 @@ def test_every_adapter_exists():
     for each in SCRIPT["IMPLEMENTATIONS"]:
         file, _, name = each.adapter.partition(":")
         assert re.search(rf"^(.*, )?{name}\b.* = ", (ROOT / "examples" / "vectors" / file).read_text(), re.MULTILINE)
+
+
+def test_the_page_names_the_properties_without_a_column():
+    page = SCRIPT["PAGE"].read_text(encoding="utf-8")
+    without = {
+        case.property
+        for case in vector_cases()
+        if case.property not in SCRIPT["ATTENTION" if case.family == "softmax" else "RECURRENCES"]
+    }
+    assert "batch" in without
+    assert all(f"`{name}`" in page for name in without)
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ def test_a_few_allowed_names_are_listed_after_the_nearest():
     assert choices_hint("name-3", [f"name-{n}0" for n in range(13)]).endswith(
         "Allowed: " + ", ".join(f"name-{n}0" for n in range(10)) + " and 3 more"
     )
+    assert choices_hint("xyz", [f"name-{n}" for n in range(11)]).endswith("name-9, name-10")
 
 
 def test_values_are_shown_as_in_yaml_and_cut():

@@ -127,9 +127,9 @@ def scan(inputs, attributes, cotangents):
 """
 
 
-def run_runner(folder, text, *options):
+def run_runner(folder, text, *options, name=""):
     (folder.parent / "mine.py").write_text(text)
-    command = [sys.executable, "-I", str(folder / "runner.py"), str(folder.parent / "mine.py"), *options]
+    command = [sys.executable, "-I", str(folder / "runner.py"), f"{folder.parent / 'mine.py'}{name}", *options]
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder.parent)
 
 
@@ -160,6 +160,87 @@ def test_the_runner_says_what_it_cannot_read(folder):
         [sys.executable, "-I", str(folder / "runner.py"), "nothere.py"], capture_output=True, text=True, check=False
     )
     assert "expected the implementation's file, FILE.py or FILE.py:NAME, got nothere.py" in missing.stderr
+
+
+def returning(text):
+    return f"import numpy as np\n\n\ndef scan(inputs, attributes, cotangents):\n    return {text}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("inputs['x']", "expected a dict of results named output, state, gradient.x, gradient.log_decay, got ndarray"),
+        ("None", "gradient.log_decay, got NoneType"),
+        ("{'out': inputs['x']}", "gradient.log_decay, got out"),
+        ("{'output': inputs['x'], 'gradients.x': inputs['x']}", "gradient.log_decay, got gradients.x"),
+        ("{'output': inputs['x'], 'gradient.y': inputs['x']}", "gradient.log_decay, got gradient.y"),
+        ("{'output': 'text'}", "output: expected an array, got str (ValueError: "),
+        ("{'output': inputs['y']}", "  KeyError: 'y'"),
+    ],
+    ids=["array", "none", "out", "gradients", "gradient", "text", "error"],
+)
+def test_results_that_cannot_be_read_are_failures(folder, text, message):
+    ended = run_runner(folder, returning(text))
+    assert ended.returncode == 1
+    assert not ended.stderr
+    assert message in ended.stdout
+
+
+def test_gradients_of_absent_inputs_are_allowed(folder):
+    more = '"state": h} | ({} if "state" in inputs else {"gradient.state": h}) | {'
+    assert "FAILED" not in run_runner(folder, IMPLEMENTATION.replace('"state": h', more)).stdout
+
+
+def test_the_runner_prints_why_nothing_passed(folder):
+    ended = run_runner(folder, "def scan(*_):\n    raise NotImplementedError('no scans on Tuesdays')")
+    assert ended.returncode == 1
+    assert "not offered: no scans on Tuesdays (" in ended.stdout
+    assert "nothing passed" in ended.stderr
+    assert "gradient.state (3); no packing (3)\n" in run_runner(folder, IMPLEMENTATION).stdout
+
+
+def sentence(ended):
+    """The only line of a refusal."""
+    assert ended.returncode == 1
+    (line,) = ended.stderr.splitlines()
+    return line
+
+
+def test_the_runner_names_the_objects_that_have_families(folder):
+    text = (
+        IMPLEMENTATION.replace("def scan", "def _scan")
+        + "import numpy\nclass Ops: scan = staticmethod(_scan)\nright = Ops()\nleft = Ops()"
+    )
+    remedy = f"; use {folder.parent / 'mine.py'}:NAME with one of right, left"
+    assert sentence(run_runner(folder, text)).endswith(f"short_convolution{remedy}")
+    assert sentence(run_runner(folder, text, name=":middle")).endswith(f"mine.py has no object middle{remedy}")
+    assert run_runner(folder, text, name=":left").returncode == 0
+
+
+def test_a_file_that_does_not_run_is_one_sentence(folder):
+    assert sentence(run_runner(folder, "import nothere.at_all")).endswith("mine.py needs the package nothere")
+    assert sentence(run_runner(folder, "x = 1\ny = z")).endswith(
+        "mine.py cannot be imported: NameError: name 'z' is not defined (line 2)"
+    )
+
+
+@pytest.mark.parametrize("name", ["index.json", "scan.safetensors"])
+def test_damaged_vectors_are_one_sentence(folder, tmp_path, name):
+    for file in folder.iterdir():
+        content = file.read_bytes()
+        (tmp_path / file.name).write_bytes(content[: len(content) // 2] if file.name == name else content)
+    message = sentence(run_runner(folder, IMPLEMENTATION, "--vectors", str(tmp_path)))
+    assert message.startswith(str(tmp_path / name))
+    assert message.endswith("damaged: write the vectors again")
+
+
+@pytest.mark.parametrize(
+    "families", [["scan,short_convolution"], ["scan", "short_convolution,"]], ids=["commas", "both"]
+)
+def test_the_runner_takes_families_by_commas_or_spaces(folder, families):
+    results = folder.parent / "results.json"
+    run_runner(folder, IMPLEMENTATION, "--json", str(results), "--families", *families)
+    assert {result["family"] for result in json.loads(results.read_text())} == set(SMALL)
 
 
 def exact_scan(inputs, attributes, cotangents, *, start=None, decays=np.exp, across=False):
@@ -225,7 +306,11 @@ def run_command(monkeypatch, *arguments):
 
 def test_the_command_refuses_before_it_computes(tmp_path, monkeypatch, capsys):
     assert run_command(monkeypatch, tmp_path / "v", "--families", "scan,lag_scan") == 2
-    assert "there is no family 'lag_scan'; did you mean \"log_scan\"?" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "there is no family 'lag_scan'; did you mean \"log_scan\"?" in error
+    assert all(name in error for name in FAMILIES)
+    assert run_command(monkeypatch, tmp_path / "v", "--families", ",") == 2
+    assert "there is no family ','" in capsys.readouterr().err
     assert not (tmp_path / "v").exists()
     (tmp_path / "thesis.tex").write_text("")
     assert run_command(monkeypatch, tmp_path, "--families", "scan") == 3
@@ -233,7 +318,7 @@ def test_the_command_refuses_before_it_computes(tmp_path, monkeypatch, capsys):
 
 
 def test_the_command_writes_some_families(tmp_path, monkeypatch, capsys):
-    assert run_command(monkeypatch, tmp_path / "v", "--families", "short_convolution") == 0
+    assert run_command(monkeypatch, tmp_path / "v", "--families", "short_convolution,") == 0
     assert "11 cases" in capsys.readouterr().out
     assert {file.name for file in (tmp_path / "v").iterdir()} == {
         "index.json",
