@@ -41,8 +41,15 @@ def playground(
 
     [bold]seqmix playground runs/retnet-tiny runs/attention-tiny --out playground[/bold]
     """
-    note(f"exporting {len(runs)} model{'s' * (len(runs) > 1)} to ONNX, which takes some seconds each")
-    write_playground(runs, out, choice=checkpoint_choice(checkpoint), on_note=note, ema=ema, trust=trust)
+    write_playground(
+        runs,
+        out,
+        choice=checkpoint_choice(checkpoint),
+        on_note=note,
+        ema=ema,
+        trust=trust,
+        on_start=lambda: note(f"exporting {len(runs)} model{'s' * (len(runs) > 1)}, which takes some seconds each"),
+    )
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     page = out / "index.html"
     typer.echo(visible(f"{page} is written ({size / 1e6:.1f} MB in the folder): open it in a browser"))

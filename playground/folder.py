@@ -39,6 +39,7 @@ def write_playground(
     on_note: Callable[[str], object] = warn,
     ema: bool = False,
     trust: bool = False,
+    on_start: Callable[[], object] | None = None,
 ) -> None:
     """Write a folder whose index.html runs trained models in a browser, without a network.
 
@@ -49,6 +50,7 @@ def write_playground(
         on_note: function that receives warnings, as in `load_run`.
         ema: True for the averaged weights, as in `load_run`.
         trust: as in `load_run`.
+        on_start: function that is called after the checks, before the export, which takes some seconds per run.
 
     Raises:
         SeqmixError: the folder is not empty or cannot be written, a run cannot be loaded, or the page cannot run it: a
@@ -63,6 +65,8 @@ def write_playground(
         require_page_tokenizer(model.tokenizer, run)
         with _naming(run):
             require_exportable(model)
+    if on_start is not None:
+        on_start()
     with replacing_folder(out) as folder:
         _write_page(folder)
         _write_runtime(folder)

@@ -113,10 +113,12 @@ class Panel {
     const column = this.run.tokenizer === "bytes" ? 12 : 34;
     this.strips = new Strips(this.part("changes"), changeRows, column, this.select);
     this.halfLives = new HalfLives(this.part("decays"), decayRows);
+    this.part("candidates-figure").hidden = false;
     this.part("changes-figure").hidden = !changeRows.length;
     this.part("decays-figure").hidden = !decayRows.length;
     this.part("attention-figure").hidden = !attention.length;
     this.part("no-attention").hidden = attention.length > 0;
+    this.root.querySelectorAll(".beside-attention").forEach(words => { words.hidden = !attention.length; });
     const heads = this.part("heads");
     heads.append(new Option("all heads of all layers, mean", "mean"));
     attention.forEach(({layer, heads: count}, place) => {
@@ -170,7 +172,7 @@ class Panel {
     const {token, text, isBegin, isPrompt, probability, changes, norms} = this.steps[i];
     const label = isBegin ? "the begin token" : `${labelOf(text)} (id ${token})`;
     const words = [`Token ${i} of ${this.steps.length - 1}: ${label}`, isPrompt ? "given" : "generated"];
-    if (probability !== undefined) words.push(`the model expected it with probability ${(100 * probability).toFixed(1)} %`);
+    if (probability !== undefined) words.push(`the model expected it with probability ${(100 * probability).toFixed(1)}\u00a0%`);
     if (changes.length) {
       const [change, norm] = [changes, norms].map(all => Math.hypot(...all));
       words.push(`state of norm ${rounded(norm, 3)} changed by ${rounded(change, 3)}`);

@@ -38,7 +38,8 @@ class Strips {
   }
 
   draw() {
-    const width = this.box.clientWidth, right = width - Strips.numbers, top = 18;
+    const width = this.box.clientWidth, top = 18;
+    const right = Math.min(width - Strips.numbers, Strips.gutter + this.length * this.column);
     let y = top;
     const places = this.rows.map(({head}, i) => {
       if (head === 0 && i) y += 5;

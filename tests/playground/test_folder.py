@@ -37,7 +37,11 @@ def test_a_run_named_twice_is_refused(packages, tmp_path):
 
 def test_a_run_on_a_task_is_refused(packages, tmp_path):
     run_of(load_config("mqar-tiny", [*SMALL]), tmp_path / "recall")
-    message = refusal(lambda: write_playground([tmp_path / "recall"], tmp_path / "out"))
+    begun: list[bool] = []
+    message = refusal(
+        lambda: write_playground([tmp_path / "recall"], tmp_path / "out", on_start=lambda: begun.append(True))
+    )
+    assert not begun  # the command says that it exports only when it does
     assert "recall was trained on a task" in message
     assert not (tmp_path / "out").exists()
 

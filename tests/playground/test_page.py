@@ -126,6 +126,34 @@ def test_the_tint_is_the_attention_of_the_last_token(look, folder, runs):
         assert part(page, name, "text").evaluate(TINTS) == pytest.approx(expected, abs=0.6)
 
 
+def test_the_colours_of_attention_are_explained_below_the_text(look, folder):
+    page = look(folder)
+    figures = page.locator("[data-run=hybrid] figure")
+    assert not any(figure.is_visible() for figure in figures.all())  # there is nothing to show yet
+    page.check("[name=shown][value=all]")
+    start(page, count=3)
+    finish(page)
+    figure = part(page, "hybrid", "attention-figure")
+    assert figure.evaluate("figure => figure.previousElementSibling.dataset.part") == "text"
+    ramp = figure.locator(".ramp i").evaluate("ramp => getComputedStyle(ramp).backgroundImage")
+    tint = "span => { span.style.setProperty('--tint', '100%'); return getComputedStyle(span).backgroundColor; }"
+    assert part(page, "hybrid", "text").locator("span").last.evaluate(tint) in ramp
+    for name in ("changes-figure", "decays-figure"):
+        assert "Attention has no rows" in part(page, "hybrid", name).inner_text()
+
+
+def test_numbers_stand_beside_the_columns(look, folder):
+    page = look(folder)
+    start(page, count=3)
+    finish(page)
+    right = """canvas => {
+      const {width, height} = canvas, {data} = canvas.getContext("2d").getImageData(0, 0, width, height);
+      return data.reduce((right, value, i) => value && i % 4 === 3 ? Math.max(right, (i >> 2) % width) : right, 0);
+    }"""
+    columns = len(PROMPT) + 1 + 3
+    assert part(page, "hybrid", "changes").locator("canvas").evaluate(right) < 92 + 12 * columns + 46
+
+
 def test_the_selected_token_has_its_probabilities(look, folder, runs):
     page = look(folder)
     start(page)
@@ -240,8 +268,10 @@ def test_a_phone_shows_everything(look, folder, scheme):
     start(page, prompt="x" * 60)
     finish(page)
     assert page.evaluate("document.documentElement.scrollWidth") == 360
-    outside = """() => [...document.querySelectorAll("h1, h2, h3, p, figcaption, dd, li, canvas, button, input")]
-      .filter(e => e.checkVisibility() && e.getBoundingClientRect().right > innerWidth + 0.5)
+    outside = """() => [...document.querySelectorAll(
+        "h1, h2, h3, p, figcaption, dd, li, canvas, button, input, output")]
+      .filter(e => e.checkVisibility())
+      .filter(e => e.getBoundingClientRect().right > innerWidth + 0.5 || e.scrollWidth > e.clientWidth + 0.5)
       .map(e => e.outerHTML.slice(0, 60))"""
     assert page.evaluate(outside) == []
     paper = (theme.DARK if scheme == "dark" else theme.LIGHT)["paper"]
