@@ -6,6 +6,7 @@ it after an intended change, and the reader of the commit judges the difference,
 """
 
 import math
+import re
 from enum import StrEnum
 from pathlib import Path
 
@@ -93,9 +94,10 @@ def test_every_parameter_of_a_preset_s_blocks_has_a_gradient(name):
     tokens = torch.randint(0, 257, (2, 20), generator=torch.Generator().manual_seed(0))
     torch.manual_seed(0)
     F.cross_entropy(model(tokens).logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
-    assert not [
-        key for key, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.any()
-    ]
+    # a choice of one source; factors of weights that start at zero
+    silent = re.compile(r"blocks\.0\.mixer_residual\.choice\.weight|blocks\.\d+\.\w+_residual\.scale")
+    idle = [key for key, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.any()]
+    assert not [key for key in idle if not silent.fullmatch(key)]
 
 
 def test_the_tiny_presets_are_equally_large_and_differ_only_in_the_model():

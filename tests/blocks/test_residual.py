@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nightly import NIGHTLY
 from torch.testing import assert_close
 
 from seqmix import SeqmixError, account, build_model, load_config
@@ -127,7 +128,7 @@ def test_the_past_alone_decides(residual):
 
 @pytest.mark.slow
 @kinds
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("shared", [False, pytest.param(True, marks=NIGHTLY)])
 def test_a_compiled_model_is_the_model(residual, shared, monkeypatch):
     model = build(residual, spread=0.3, shared=shared)
     expected, gradient = model(tokens()).logits, gradients(model)

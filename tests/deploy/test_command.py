@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from deployed import NEEDED, check_segments, exported, model_of
+from nightly import NIGHTLY
 from runs import refusal
 
 from seqmix import LanguageModel, load_config, load_run
@@ -65,7 +66,7 @@ def test_a_file_computes_and_generates_what_its_run_does(layers, seqmix):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize("weights", ["int8", pytest.param("int4", marks=NIGHTLY)])
 def test_quantised_files_are_smaller_and_their_loss_is_measured(weights, seqmix, tmp_path):
     config = [*TINY[:2], "model.d_model=64", "model.n_layers=2", "model.pattern=[ret, attn]"]
     assert seqmix("train", "hybrid-tiny", *config, "--out", "run").status == 0

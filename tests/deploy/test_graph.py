@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from deployed import NEEDED, VOCABULARY, check_segments, exported, graph_of, model_of
+from nightly import NIGHTLY
 from runs import refusal
 
 from seqmix import MIXERS, build_model, load_config
@@ -59,6 +60,7 @@ def test_the_graph_of_options(options):
 
 
 @pytest.mark.slow
+@NIGHTLY
 @pytest.mark.parametrize("preset", SMALL_PRESETS)
 def test_the_graph_of_every_preset(preset):
     config = MODELS[preset]

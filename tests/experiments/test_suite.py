@@ -187,7 +187,7 @@ def test_a_plug_in_gets_its_row_beside_retention_and_attention(seqmix, refused):
     assert "rows of first cannot share" in refused("suite", "--beside", "mine", "--out", "other")
     assert not list(Path("other").glob("*/runs"))
     assert "there is no mixer to measure" in refused("suite", "--no-references")
-    assert "elsewhere" in refused("suite", "--beside", "elsewhere")
+    assert "elsewhere" in refused("suite", "--beside", "elsewhere", status=3)
     # before anything else is trained without it
     assert 'did you mean "n_heads"?' in refused("suite", "x={kind: gla, n_headz: 3}", "--dry-run")
     assert "got 'a b'" in refused("suite", "a b={kind: gla}", "--dry-run")

@@ -5,7 +5,7 @@ import runpy
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from nightly import NIGHTLY
 
 from seqmix.testing.vectors.cases import vector_cases
 
@@ -35,7 +35,7 @@ def test_the_page_names_the_properties_without_a_column():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(settings().max_examples < 1000, reason="takes minutes: --hypothesis-profile nightly")
+@NIGHTLY
 def test_the_page_is_what_the_packages_do():
     if missing := SCRIPT["missing_packages"]():
         pytest.skip(f"needs {', '.join(missing)}")

@@ -69,20 +69,22 @@ class OwnConfig(RetentionConfig):
 @pytest.mark.slow
 @pytest.mark.parametrize("installed", [True, False])
 def test_a_run_names_the_plug_in_that_is_missing(config_of, tmp_path, monkeypatch, installed):
-    (tmp_path / "own_plug_in.py").write_text(PLUG_IN)
+    module = "own_plug_in" if installed else "own_file"  # the distribution of a module is found once
+    (tmp_path / f"{module}.py").write_text(PLUG_IN)
     if installed:
         (about := tmp_path / "some_plug_in-1.2.dist-info").mkdir()
         (about / "METADATA").write_text("Metadata-Version: 2.1\nName: some-plug-in\nVersion: 1.2\n")
         (about / "top_level.txt").write_text("own_plug_in\n")
-    mixer = "model.blocks.ret.mixer={kind: own_plug_in:OwnConfig, n_heads: 2}"
+    mixer = f"model.blocks.ret.mixer={{kind: {module}:OwnConfig, n_heads: 2}}"
     with monkeypatch.context() as patch:
         patch.syspath_prepend(tmp_path)
         run_of(config_of("training.steps=2", mixer), tmp_path / "run")
         run_of(config_of("training.steps=2"), tmp_path / "plain")
         load_run(tmp_path / "run")
-    sys.modules.pop("own_plug_in")
-    source = "pip install some-plug-in==1.2" if installed else str(tmp_path / "own_plug_in.py")
+    sys.modules.pop(module)
+    source = "pip install some-plug-in==1.2" if installed else str(tmp_path / "run" / "code")
     message = refusal(lambda: load_run(tmp_path / "run"))
-    assert "the run used the module own_plug_in" in message
+    # a run carries a copy of a file; of a package, it knows the name
+    assert (f"the run used the module {module}" if installed else f"{module} cannot be found here, but") in message
     assert source in message
     assert "plug_ins" not in json.loads((tmp_path / "plain" / "sessions.jsonl").read_text())
