@@ -17,7 +17,7 @@ from .results import Ended
 
 @dataclass(frozen=True)
 class PartResult:
-    """How one part ended; gpu.json has its figures."""
+    """Outcome of one part; gpu.json has its figures."""
 
     group: str
     """Group of the part."""

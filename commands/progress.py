@@ -28,7 +28,7 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 class Followed(NamedTuple):
-    """How a run ended."""
+    """Outcome of a run."""
 
     state: Literal["finished", "stopped", "interrupted"]
     """`finished`, after all steps or by early stopping; `stopped`, at its time budget; `interrupted`, on request."""

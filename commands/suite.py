@@ -89,7 +89,7 @@ class TaskList:
     """Result of `seqmix suite --list`."""
 
     tasks: dict[str, str]
-    """What each task measures, by name."""
+    """Property that each task measures, by name."""
 
 
 def suite(

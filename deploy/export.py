@@ -26,7 +26,7 @@ MAX_BYTES = 2**31 - 2**20
 
 
 class OnnxExport(NamedTuple):
-    """What an export has done."""
+    """Measurements of an export."""
 
     losses: tuple[float, float] | None
     """Validation loss in nats per token before and after the weights were quantised; None if it was not measured."""

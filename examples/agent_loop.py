@@ -67,7 +67,7 @@ class Proposal:
 
 @dataclass
 class Decision:
-    """What became of a proposal."""
+    """Outcome of a proposal."""
 
     name: str
     decision: str

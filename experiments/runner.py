@@ -87,7 +87,7 @@ class StudyOutcome:
 
     @property
     def state(self) -> Literal["finished", "failed", "stopped", "interrupted"]:
-        """How the study ended: `stopped` at its time budget, `interrupted` on request."""
+        """State in which the study ended: `stopped` at its time budget, `interrupted` on request."""
         if self.stopped:
             return "stopped" if self.out_of_time else "interrupted"
         return "failed" if self.failed else "finished"

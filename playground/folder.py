@@ -124,7 +124,7 @@ def _ignore(note: str) -> None:
 
 
 def _describe(file: Path, model: LanguageModel, name: str) -> dict[str, Any]:
-    """Return what the page is told about a model: the metadata of its ONNX file, and facts to show.
+    """Return the facts about a model that the page shows, with the metadata of its ONNX file.
 
     Raises:
         SeqmixError: the file is too large for a page.

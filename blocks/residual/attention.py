@@ -48,7 +48,7 @@ class AttentionResidualConfig(ResidualConfig):
     eps: float = Field(default=1e-6, ge=0)
     """Constant added to the mean square of a source."""
 
-    def build(self, d_model: int, *, index: int, place: int) -> "AttentionResidual":  # noqa: ARG002 all are alike
+    def build(self, d_model: int, *, index: int, place: int) -> "AttentionResidual":  # noqa: ARG002 the same for all branches
         """Build the connection of one branch."""
         return AttentionResidual(self, d_model)
 

@@ -53,7 +53,7 @@ class HyperConfig(ResidualConfig):
     eps: float = Field(default=1e-6, ge=0)
     """Constant added to the mean square of the streams."""
 
-    def build(self, d_model: int, *, index: int, place: int) -> "Hyper":  # noqa: ARG002 branches are alike
+    def build(self, d_model: int, *, index: int, place: int) -> "Hyper":  # noqa: ARG002 the same for all places
         """Build the connection of one branch."""
         return Hyper(self, d_model, index)
 

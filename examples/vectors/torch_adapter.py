@@ -1,4 +1,4 @@
-"""What adapters of torch functions share: arrays become tensors and back, and autograd computes the gradients."""
+"""Base of the adapters of torch functions: arrays become tensors and back; autograd computes the gradients."""
 
 from collections.abc import Callable, Mapping
 from functools import wraps

@@ -1,4 +1,4 @@
-"""What `seqmix playground` refuses, by name and before it writes anything."""
+"""Refusals of `seqmix playground`, by name and before it writes anything."""
 
 import pytest
 from runs import refusal, run_of

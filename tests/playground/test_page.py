@@ -1,4 +1,4 @@
-"""What the page of `seqmix playground` does in a browser, opened from disk, with trained models and no network."""
+"""The page of `seqmix playground` in a browser, opened from disk, with trained models and no network."""
 
 import math
 import re

@@ -37,7 +37,7 @@ class Status:
     """Contents of status.json."""
 
     state: State
-    """What the run or study is doing, or how it ended."""
+    """State of the run or study."""
     reason: str = ""
     """Why it ended, in one sentence; empty while it is running."""
     step: int
@@ -57,7 +57,7 @@ class Status:
     host: str = ""
     """Name of the machine of the process."""
     failed: Mapping[str, str] | None = None
-    """Of a study: the reason of each failed run, by name; null for a run."""
+    """Reason of each failed run of a study, by name; null for a run."""
     seqmix: str = ""
     """Version of seqmix."""
 
