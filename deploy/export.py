@@ -12,7 +12,6 @@ from ..models.quantization import weights_of
 from ..registry import DataError, SeqmixError, replacing, require_name
 from ..training import Choice, load_run, read_config
 from ..training.length_eval import open_text
-from .metadata import add_metadata
 from .states import layout_of
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -78,6 +77,7 @@ def export_onnx(
     model = load_run(run, choice=choice, ema=ema, trust=trust, on_note=on_note)
     require_exportable(model)
     from .graph import build_graph  # after the packages are known to be there
+    from .metadata import add_metadata
     from .session import OnnxModel, require_equal
 
     layout = layout_of(model)
