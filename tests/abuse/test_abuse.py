@@ -6,6 +6,7 @@ import pytest
 from abuse.groups import ALONE, GROUPS, SLOW
 from abuse.tally import Case, Tally, fault_of
 from hypothesis import settings
+from nightly import NIGHTLY
 
 from seqmix import SeqmixError
 
@@ -13,9 +14,6 @@ pytestmark = pytest.mark.slow
 
 SAMPLE = 8
 """Cases of a group that are tried in every run."""
-
-
-NIGHTLY = pytest.mark.skipif(settings().max_examples < 1000, reason="takes minutes: --hypothesis-profile nightly")
 
 
 @pytest.mark.parametrize("group", [pytest.param(name, marks=NIGHTLY if name in SLOW else ()) for name in GROUPS])

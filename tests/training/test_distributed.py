@@ -16,6 +16,7 @@ import ranks as on_ranks
 import torch
 import workers
 from hypothesis import settings
+from nightly import NIGHTLY
 from ranks import Ranks
 from runs import steps_of, wait_for_steps
 from torch.testing import assert_close
@@ -41,7 +42,6 @@ CARRIED = ("model.blocks.attn.mixer={kind: delta_net, n_heads: 2}", "training.ca
 MQAR = ("data={kind: mqar, sequence_length: 64}", "training.evaluate_every=6")
 CP = {"context_parallel": 2}
 DROPOUT = ("model.dropout=0.1", "model.blocks.ret.dropout=0.1", "model.blocks.attn.dropout=0.1")
-NIGHTLY = pytest.mark.skipif(settings().max_examples < 1000, reason="takes a minute: --hypothesis-profile nightly")
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import workers
-from hypothesis import settings
+from nightly import NIGHTLY
 from runs import checkpoint_bytes, require_same_run, steps_of, wait_for_steps
 
 from seqmix.training.checkpoint.files import checkpoints, verify
@@ -25,7 +25,6 @@ PRESET = (
     "training.log_every=1",
 )
 # without feed-forward networks, for fewer kernels to build
-NIGHTLY = pytest.mark.skipif(settings().max_examples < 1000, reason="takes minutes: --hypothesis-profile nightly")
 COMPILED = (*PRESET, "model.blocks.ret.ffn=null", "training.compile=true")
 
 
