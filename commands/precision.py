@@ -77,8 +77,6 @@ def precision(
 
     [bold]seqmix precision runs/retnet-tiny --formats int8,int4 --rounding nearest,stochastic,compensated[/bold]
     """
-    require_writable(out)
-    require_drawable("--out", out)
     for name in figure or []:
         require_name("figure", name, FIGURES)
     shared = _names("--scales", scales, get_args(Scales))
@@ -88,6 +86,8 @@ def precision(
         StateFormat(name, way, shared[0])
         for name, way in product(_names("--formats", formats, FORMATS), _names("--rounding", rounding, ROUNDINGS))
     ]
+    require_writable(out)
+    require_drawable("--out", out)
     config = read_config(run, on_note=note, trust=trust)
     batch, chosen_lengths = _sequences(config, run, lengths, sequences)
     choice = checkpoint_choice(checkpoint)
