@@ -8,16 +8,17 @@
     qk_norm        q, k <- RMSNorm(q), RMSNorm(k)            per head or over all heads, before rotation (Qwen3, OLMo)
     softcap        s <- c tanh(s / c)                        (Gemma 2)
     forget_gate    s_nm += sum_{m < l <= n} log f_l          f = sigmoid(x W_F + b), by head (FoX)
-    alibi          s_nm -= slope (n - m)                     slopes 2^(-8 h / H), h = 1 .. H
+    alibi          s_nm -= slope (n - m)                     slopes 2^(-8 h / H), h = 1 .. H, if H is a power of 2
     sinks          softmax over the keys and one more score  a parameter per head (gpt-oss)
     exclusive      o <- o - a (o . v_n) v_n / (v_n . v_n)    a = 1, or tanh of a parameter per head (XSA)
     gate           o <- o * sigmoid(x W_G)                   element by element (Qwen3-Next)
 
 xPos is Eq. 17 of arXiv 2212.10554 with gamma = 0.4 and a base of 512 tokens, as in the authors' code; ALiBi is arXiv
-2108.12409, FoX arXiv 2503.02130, XSA arXiv 2603.09078. With `exclusive: full`, the first token of a sequence gives 0,
-since it sees its own value alone. The state is a KV cache. Cached keys are rotated, without the factor of xPos; with a
-forget gate, the cache also has the gate of each token. Unlike the Transformer baseline of the RetNet paper, there are
-no biases by default.
+2108.12409, FoX arXiv 2503.02130, XSA arXiv 2603.09078. For other numbers of heads, the slopes of ALiBi are those of
+its authors' code (parts/distances.py). With `exclusive: full`, the first token of a sequence gives 0, since it sees its
+own value alone. The state is a KV cache. Cached keys are rotated, without the factor of xPos; with a forget gate, the
+cache also has the gate of each token. Unlike the Transformer baseline of the RetNet paper, there are no biases by
+default.
 """
 
 from typing import Literal

@@ -5,8 +5,8 @@
     ungated: k_t = (x_t + mu * (x_{t-1} - x_t)) W,  y_t = relu(k_t)^2 W_v        RWKV-7 (arXiv 2503.14456, Eq. 22)
 
 Its state is the last token, so it is a mixer here. It has a block of its own without a feed-forward network: RWKV-4 is
-the pattern [rwkv4, channel_mix]. One difference: W_v starts orthogonal like the other matrices, and at 0 in the code of
-RWKV-7's authors.
+the pattern [rwkv4, channel_mix]. One difference: all matrices start orthogonal. In the authors' code, W_v starts at 0,
+and in RWKV-4 so does the matrix of r.
 """
 
 from typing import Literal, NamedTuple

@@ -5,7 +5,9 @@
     S_t     = (I - k_t (b_t * k_t)^T) diag(alpha_t) S_{t-1} + k_t (w_t * v_t)^T        o_t = q_t S_t / sqrt(K)
 
 alpha and y are as in KDA. If b and w are the same scalar for all dimensions, this is KDA. b goes up to 2 with
-allow_neg_eigval.
+allow_neg_eigval. The output gate differs between codes: silu with a bias in the authors' code (`gate: swish`,
+`gate_bias: true`), a sigmoid with a bias in fla (`gate_bias: true`), and by default a sigmoid without a bias here, as
+in KDA.
 """
 
 from typing import Literal

@@ -7,7 +7,8 @@
 
 The state space model is S4D's (Gu et al., arXiv 2206.11893), discretised by a zero-order hold. Its complex numbers come
 in conjugate pairs, of which only one is stored. The authors' code computes it as a long convolution; here it is a scan,
-so that the state has the same size in every paradigm. In the authors' code, the shift sees N tokens.
+so that the state has the same size in every paradigm. Three more differences from the authors' code: there, the shift
+sees N tokens, the discretisation is bilinear by default, and all projections have biases.
 """
 
 import math

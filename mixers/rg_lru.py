@@ -8,8 +8,13 @@ and 2.4).
     y   = (h * gelu(g)) W_o + b_o
 
 As in the authors' code, the first token of a document is written without sqrt(1 - a^2) (`unit_start`), and gelu is its
-tanh approximation. The gradient of the square root differs: the authors' code clips it at about 1e3. Here the function
-is sqrt(v) down to v = 2.5e-7, and below that a line through 0.
+tanh approximation. Three differences from the authors' code:
+
+- It clips the gradient of the square root at 1e3. Here the function is sqrt(v) down to v = 2.5e-7, and below that a
+  line through 0, which is at most 1.25e-4 below the root.
+- Initial decays with open gates are evenly spaced in `a_range`, as in the paper. There they are the 8th powers of such
+  numbers, with evenly spaced squares: from 0.43 to 0.99.
+- There, filters start with a variance of 0.01 over their width, and W_o with 2 / n_layers times that of LeCun-normal.
 """
 
 from dataclasses import replace

@@ -10,8 +10,9 @@ These sums can leave the range of floats, so the state stores the mean b = num /
     l_t = log(e^{l_{t-1} - w} + e^{k_t})                z_t = sigmoid(k_t + w - l_{t-1})
     b_t = (1 - z_t) b_{t-1} + z_t v_t                   wkv_t = b_{t-1} + sigmoid(u + k_t - l_{t-1}) (v_t - b_{t-1})
 
-The authors' code instead divides num and den by the exponential of a running maximum, for the same purpose. RWKV's
-channel mixing is the separate mixer `channel_mix`.
+The authors' code instead divides num and den by the exponential of a running maximum, for the same purpose. In it, the
+matrices of k, r and the output start at 0; here all start orthogonal, as that of v does there. RWKV's channel mixing is
+the separate mixer `channel_mix`.
 """
 
 from types import MappingProxyType

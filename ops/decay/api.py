@@ -59,7 +59,9 @@ def decay(
         q: queries; each is shared by H / G heads.
         k: keys; each is shared by H / G heads.
         v: values.
-        log_decay: natural log of the decay, <= 0, -inf allowed; None means no decay.
+        log_decay: natural log of the decay, <= 0, -inf allowed; None means no decay. Positive values are not refused,
+            because reading them would wait for the device; the state then grows, alike in all paradigms, until it
+            overflows.
         call: the call of a mixer; None if you call the op directly, with `options`.
         scale: factor of the output, 1/sqrt(K) by default.
         wide_output: True to return the output of 16-bit inputs in float32.

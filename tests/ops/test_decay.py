@@ -55,6 +55,22 @@ def test_a_batch_or_a_head_of_nothing_has_a_state_of_nothing(sizes):
     assert found.final_state.shape == (batch, heads, key, value)
 
 
+@pytest.mark.parametrize("shape", [(2,), (1, 70, 2), (1, 70, 2, 3)], ids=str)
+@every_paradigm
+def test_states_that_grow_grow_alike_in_every_paradigm(paradigm, shape):
+    q, k, v = torch.randn(3, 1, 70, 2, 3, dtype=torch.float64)
+    log_decay = 0.3 * torch.rand(shape, dtype=torch.float64)
+    state = torch.zeros(1, 2, 3, 3, dtype=torch.float64)
+    growth = log_decay.exp().expand(70, 2) if len(shape) == 1 else log_decay[0].exp()
+    expected = []
+    for t in range(70):
+        state = (growth[t][..., None] if len(shape) == 4 else growth[t][:, None, None]) * state
+        state = state + k[:, t, :, :, None] * v[:, t, :, None]
+        expected.append((q[:, t, :, None] @ state)[:, :, 0])
+    found = decay(q, k, v, log_decay, scale=1.0, paradigm=paradigm, chunk_size=16)
+    exactly(found.output, torch.stack(expected, 1))
+
+
 def test_the_gradient_of_a_reset_is_zero_where_products_overflow():
     q, v = torch.full((1, 4, 1, 2), 1e12), torch.full((1, 4, 1, 2), 1e15)
     log_decay = torch.tensor([[[0.0], [0.0], [-torch.inf], [0.0]]], requires_grad=True)
