@@ -82,6 +82,11 @@ class Architecture:
         """Return additional tensors to export, by the library's name: buffers that the library expects in the file."""
         return {}
 
+    def file_tensors(self, theirs: Mapping[str, Tensor], model: LanguageModel) -> Mapping[str, Tensor]:
+        """Return the tensors of a file in the shapes of the layout, if versions of the library save other shapes."""
+        del model
+        return theirs
+
     def tensor_aliases(self, values: Mapping[str, Any]) -> Mapping[str, str]:
         """Return the `aliases` that apply to a model with these fields in config.json."""
         del values

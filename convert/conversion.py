@@ -9,13 +9,13 @@ from ..registry import DataError, SeqmixError, nearest_hint, read_bytes, require
 from ..registry.moved import former_parameters
 from ..training import Choice
 from ..training.checkpoint.saved_run import read_weights
-from . import files, fla, hybrids, kimi_linear, llama, mamba, recurrent_gemma, rwkv, torchscale
+from . import files, fla, hybrids, jamba, kimi_linear, llama, mamba, recurrent_gemma, rwkv, torchscale
 from .architecture import Architecture
 from .layout import Rule, to_ours, to_theirs
 
 DECLARED: list[type[Architecture]] = [
     *(llama.Llama, llama.Mistral, llama.Qwen2, llama.Qwen3),
-    *(mamba.FlaMamba2, mamba.Mamba2, mamba.Mamba),
+    *(mamba.FlaMamba2, mamba.Mamba2, mamba.Mamba, jamba.Jamba),
     *(fla.RetNet, fla.GLA, fla.DeltaNet, fla.GatedDeltaNet, fla.KDA),
     *(hybrids.Qwen3Next, hybrids.MiniMax, hybrids.OlmoHybrid, kimi_linear.KimiLinear, recurrent_gemma.RecurrentGemma),
     *(rwkv.RWKV4, rwkv.RWKV7, torchscale.TorchscaleRetNet),
@@ -88,6 +88,7 @@ def import_from(source: Path, out: Path | None, tokenizer: str | None = None) ->
     theirs = files.read_weights(source)
     for alias, usual in architecture.tensor_aliases(values).items():
         theirs = {name.replace(alias, usual): x for name, x in theirs.items()}
+    theirs = architecture.file_tensors(theirs, model)
     tensors = to_ours(rules, theirs, source, architecture.ignored_tensors, copies)
     files.write_run(out, config, tensors, vocabulary, begin)
     return architecture, rules

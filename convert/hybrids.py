@@ -292,6 +292,19 @@ class OlmoHybrid(Rotating):
             del values["rope_theta"]
         return super().collapse_fields(values)
 
+    def file_tensors(self, theirs: Mapping[str, Tensor], model: LanguageModel) -> Mapping[str, Tensor]:
+        # transformers joins the convolutions of q, k and v, and saves the result as three equal parts
+        tensors = dict(theirs)
+        for i, block in enumerate(model.blocks):
+            widths = getattr(block.mixer, "widths", {})
+            names = [f"{self.layers}.{i}.linear_attn.{name}_conv1d.weight" for name in "qkv"]
+            if block.mixer.kind == "gated_delta_net" and all(name in theirs for name in names):
+                joined = torch.cat([theirs[name] for name in names])
+                sizes = [widths[name] for name in "qkv"]
+                if len(joined) == sum(sizes):
+                    tensors |= zip(names, joined.split(sizes), strict=True)
+        return tensors
+
     def block(self, block: Block) -> Layout:
         mixer: Any = block.mixer
         if mixer.kind == "attention":

@@ -46,6 +46,10 @@ class Theirs(Config):
     mlp_only_layers: tuple[int, ...] | None = None
     full_attention_interval: Long | None = None
     decoder_sparse_step: Long | None = None
+    attn_layer_period: Long | None = None
+    attn_layer_offset: Count | None = None
+    expert_layer_period: Long | None = None
+    expert_layer_offset: Count | None = None
     # norms
     rms_norm_eps: Number | None = None
     norm_eps: Number | None = None
@@ -81,6 +85,10 @@ class Theirs(Config):
     decoder_value_embed_dim: Width | None = None
     lru_width: Width | None = None
     state_size: Width | None = None
+    mamba_d_state: Width | None = None
+    mamba_d_conv: Kernel | None = None
+    mamba_expand: Ratio | None = None
+    mamba_dt_rank: Width | Literal["auto"] | None = None
     n_groups: Heads | None = None
     expand: Ratio | None = None
     expand_k: Ratio | None = None

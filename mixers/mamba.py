@@ -6,7 +6,8 @@
     y   = ((C_t h_t + D u_t) * silu(z)) W_out
 
 All channels share B and C. The states of all tokens never exist at the same time: the backward pass recomputes the
-states of a few blocks at a time. As in the authors' code, B is discretised as Delta B (Euler).
+states of a few blocks at a time. As in the authors' code, B is discretised as Delta B (Euler). With `inner_norm: rms`,
+dt, B and C each pass through an RMSNorm with weights (Jamba, arXiv 2403.19887).
 """
 
 import math
@@ -20,7 +21,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..ops.scan import selective_scan
-from .parts import Call, ShortConvolution
+from .parts import Call, GatedNorm, ShortConvolution
 from .parts.matrix_state import Chunk
 from .parts.scan_state import ScanConfig, ScanMixer, ScanState
 from .parts.time_step import in_range, step_bias
@@ -43,6 +44,10 @@ class MambaConfig(ScanConfig):
     """Width of the short convolution in tokens."""
     time_step_range: Annotated[tuple[float, float], in_range(1e-6, 1e3)] = Field(default=(1e-3, 0.1), strict=False)
     """Range of the initial step sizes, from 1e-6 to 1e3: evenly spaced in the logarithm, for an input of zero."""
+    inner_norm: Literal["rms", "none"] = "none"
+    """Norm of dt, B and C, each over its own width and with weights (Jamba); or `none`."""
+    norm_eps: float = Field(default=1e-6, ge=0)
+    """Constant added to the mean square in `inner_norm`."""
     chunk_size: Chunk = 16
 
     def build(self, d_model: int, *, layer_idx: int, n_layers: int) -> "Mamba":
@@ -62,6 +67,7 @@ class Mamba(ScanMixer):
         self.in_proj = nn.Linear(d_model, 2 * width, bias=False)
         self.convolution = ShortConvolution(width, config.short_conv, bias=True)
         self.x_proj = nn.Linear(width, sum(self.widths), bias=False)
+        self.dt_norm, self.k_norm, self.q_norm = (self._inner_norm(width) for width in self.widths)
         self.dt_proj = nn.Linear(rank, width)
         self.A_log = nn.Parameter(torch.empty(config.d_state, width))
         self.parameter_roles = {
@@ -89,12 +95,20 @@ class Mamba(ScanMixer):
         self.A_log.copy_(torch.arange(1, len(self.A_log) + 1, device=self.D.device).log()[:, None])
         nn.init.ones_(self.D)
 
+    def _inner_norm(self, width: int) -> GatedNorm | None:
+        """Return the norm of dt, B or C; None without `inner_norm`."""
+        if self.config.inner_norm == "none":
+            return None
+        return GatedNorm(width, "rms", "none", affine=True, eps=self.config.norm_eps)
+
     def mix(self, x: Float[Tensor, "B T D"], call: Call) -> tuple[Float[Tensor, "B T D"], ScanState | None]:
         u, gate = self.in_proj(x).chunk(2, dim=-1)
         u, recent = self.convolve(u, call)
         dt, k, q = self.x_proj(u).split(self.widths, dim=-1)
+        norms = (self.dt_norm, self.k_norm, self.q_norm)
+        dt, k, q = (y if norm is None else norm(y, None) for norm, y in zip(norms, (dt, k, q), strict=True))
         wide = self.state_dtype  # 16 bits cannot tell a decay of 0.999 from 1, and products leave the range of float16
-        step = F.softplus(F.linear(dt, self.dt_proj.weight).to(wide) + self.dt_proj.bias.to(wide))
+        step = F.softplus(F.linear(dt.to(u.dtype), self.dt_proj.weight).to(wide) + self.dt_proj.bias.to(wide))
         o, memory = selective_scan(
             step * u.to(wide), step, -self.A_log.to(wide).exp(), k.to(wide), q.to(wide), call.enter("memory")
         )

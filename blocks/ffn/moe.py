@@ -3,6 +3,7 @@
     s = sigmoid(x W_r)  (or softmax)           one score per expert, in float32 or wider
     chosen = the top_k of s + b                g = s / (sum of s over the chosen) * routed_scale
     y = sum over the chosen of g_e E_e(x)  +  the shared expert, if there is one        E(x) = (f(x W_g) * x W_u) W_d
+    without `renormalize`, g = s * routed_scale
 
 No token is dropped: experts have no capacity limit, so a token's output does not depend on other tokens. The load is
 balanced without an auxiliary loss (Wang et al., arXiv 2408.15664, as in DeepSeek-V3, arXiv 2412.19437): after every
@@ -40,6 +41,8 @@ class MoeConfig(FfnConfig):
     """True to multiply the shared expert's output by a gate per token, the sigmoid of a linear map (Qwen3-Next)."""
     score_function: Literal["sigmoid", "softmax"] = "sigmoid"
     """Function that turns the router's logits into scores."""
+    renormalize: bool = True
+    """True to divide the weights of a token's experts by their sum; False leaves the scores as they are (Jamba)."""
     routed_scale: float = Field(default=1.0, gt=0)
     """Factor by which the sum of the routed experts' outputs is multiplied."""
     balance_rate: float = Field(default=1e-3, ge=0, lt=1)
@@ -117,7 +120,9 @@ class Moe(FeedForward):
         scores = logits.sigmoid() if self.config.score_function == "sigmoid" else logits.softmax(-1)
         chosen = (scores.detach() + self.bias).topk(self.config.top_k, dim=-1).indices
         weights = scores.gather(1, chosen)
-        return self.config.routed_scale * weights / weights.sum(-1, keepdim=True), chosen
+        if self.config.renormalize:
+            weights = weights / weights.sum(-1, keepdim=True)
+        return self.config.routed_scale * weights, chosen
 
     def _apply_experts(self, x: Tensor, weights: Tensor, chosen: Tensor, ends: Tensor) -> Tensor:
         """Return each token's weighted sum of expert outputs. Tokens are sorted by expert, for one grouped product.

@@ -42,6 +42,11 @@ WHOLE: dict[str, dict[str, Any]] = {
     "mamba2": SSD
     | {"head_dim": 8, "num_heads": 4, "n_groups": 1, "layer_norm_epsilon": 1e-5, "time_step_limit": [0.0, 1.0]},
     "mamba": SSD | {"time_step_rank": 1, "layer_norm_epsilon": 1e-5, "intermediate_size": 32, "use_bias": False},
+    "jamba": BASE
+    | {"num_attention_heads": 2, "num_key_value_heads": 1, "rms_norm_eps": 1e-6, "hidden_act": "silu"}
+    | {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 0}
+    | {"num_experts": 2, "num_experts_per_tok": 1, "mamba_d_state": 4, "mamba_dt_rank": 1, "mamba_d_conv": 4}
+    | {"mamba_expand": 2},
     "fla-retnet": FLA | {"expand_k": 1.0, "expand_v": 2.0, "use_output_gate": True, "elementwise_affine": True},
     "gla": FLA | {"expand_k": 0.5, "expand_v": 1.0, "use_output_gate": True, "use_short_conv": True},
     "delta-net": FLA | {"expand_k": 1.0, "expand_v": 1.0, "use_gate": True, "allow_neg_eigval": False},

@@ -35,7 +35,8 @@ def written_out(moe, x):
         y = 0
         for expert in chosen.tolist():
             hidden = F.silu(token @ moe.gate_proj.weight[expert]) * (token @ moe.up_proj.weight[expert])
-            y = y + scores[expert] / scores[chosen].sum() * (hidden @ moe.down_proj.weight[expert])
+            weight = scores[expert] / scores[chosen].sum() if config.renormalize else scores[expert]
+            y = y + weight * (hidden @ moe.down_proj.weight[expert])
         rows.append(config.routed_scale * y + (shared_of(moe, token) if moe.shared is not None else 0))
     return torch.stack(rows).view_as(x)
 
@@ -48,6 +49,7 @@ def written_out(moe, x):
         {"shared_expansion": 1.0, "top_k": 1},
         {"top_k": 5},
         {"shared_expansion": 0.5, "shared_gate": True},
+        {"score_function": "softmax", "renormalize": False},
     ],
     ids=str,
 )

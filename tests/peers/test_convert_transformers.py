@@ -39,6 +39,12 @@ GRIFFIN = {
     **{"num_hidden_layers": 3, "num_attention_heads": 3, "num_key_value_heads": 1, "intermediate_size": 40},
     **{"attention_window_size": 7, "rope_parameters": ROPE | {"partial_rotary_factor": 0.5}, "logits_soft_cap": 5.0},
 }
+WIDE_VALUES = "olmo-hybrid, wide values"
+JAMBA = {
+    **{"num_hidden_layers": 5, "attn_layer_period": 2, "attn_layer_offset": 1, "intermediate_size": 40},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "mamba_d_state": 5, "mamba_dt_rank": 3},
+}
+NO_EXPERTS = {"expert_layer_period": 6, "expert_layer_offset": 5}
 CASES = {
     "qwen3-next": (
         "Qwen3Next",
@@ -61,6 +67,15 @@ CASES = {
         | {"num_attention_heads": 4, "rope_parameters": None, "tie_word_embeddings": True}
         | WIDE,
     ),
+    WIDE_VALUES: (
+        "OlmoHybrid",
+        TOKENS | LAYERS | DELTA | {"num_attention_heads": 4, "linear_value_head_dim": 7} | WIDE,
+    ),
+    "jamba": (
+        "Jamba",
+        JAMBA | {"num_experts": 4, "mamba_expand": 2, "expert_layer_period": 3, "expert_layer_offset": 1},
+    ),
+    "jamba, dense": ("Jamba", JAMBA | {"num_experts": 1, "tie_word_embeddings": True} | NO_EXPERTS),
     "kimi-linear": ("KimiLinear", TOKENS | LAYERS | LATENT | WIDE),
     "kimi-linear, low rank": ("KimiLinear", TOKENS | LAYERS | LATENT | WIDE | {"q_lora_rank": 7}),
     "llama": ("Llama", HEADS),
@@ -132,9 +147,20 @@ def test_logits_are_equal_in_every_paradigm_and_the_way_back_is_exact(case, dtyp
     exact = 5e-5 if case == "minimax" else 1e-9
     assert max(result.worst.values()) < (1e-4 if dtype == torch.float32 else exact)
     # its buffers are of float32 in any file of its own
-    assert [name for name in result.changed if dtype == torch.float32 or not name.endswith(("decay", "rate"))] == []
+    reshaped = ("conv1d.weight",) if case == WIDE_VALUES else ()  # see the test below
+    reshaped += ("decay", "rate") if dtype == torch.float64 else ()
+    assert [name for name in result.changed if not name.endswith(reshaped)] == []
     again, wanted = type(config).from_pretrained(tmp_path / "back").to_dict(), config.to_dict()
     assert function_of({name: again.get(name) for name in wanted}) == function_of(wanted)
+
+
+def test_a_convolution_saved_in_equal_parts_comes_back_in_those_of_queries_keys_and_values(tmp_path):
+    theirs = model_of(WIDE_VALUES, torch.float32)
+    result, _ = measured(WIDE_VALUES, torch.float32, tmp_path)
+    assert len(result.changed) == 3  # transformers wrote three thirds
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "back", config=theirs.config, **PLAIN).state_dict()
+    for name, tensor in theirs.state_dict().items():
+        assert torch.equal(again[name], tensor), name
 
 
 def function_of(config):
