@@ -10,6 +10,7 @@
     forget_gate    s_nm += sum_{m < l <= n} log f_l          f = sigmoid(x W_F + b), by head (FoX)
     alibi          s_nm -= slope (n - m)                     slopes 2^(-8 h / H), h = 1 .. H, if H is a power of 2
     sinks          softmax over the keys and one more score  a parameter per head (gpt-oss)
+    differential   o_i <- o_2i - sigmoid(x W_D)_i o_2i+1     2H query heads, H outputs (Differential Transformer v2)
     exclusive      o <- o - a (o . v_n) v_n / (v_n . v_n)    a = 1, or tanh of a parameter per head (XSA)
     gate           o <- o * sigmoid(x W_G)                   element by element (Qwen3-Next)
 
@@ -19,6 +20,10 @@ its authors' code (parts/distances.py). With `exclusive: full`, the first token 
 own value alone. The state is a KV cache. Cached keys are rotated, without the factor of xPos; with a forget gate, the
 cache also has the gate of each token. Unlike the Transformer baseline of the RetNet paper, there are no biases by
 default.
+
+`differential` follows the code of Differential Transformer v2 (microsoft/unilm, 2026-01; v1 is arXiv 2410.05258, with
+other heads, lambdas per layer and a head norm). Both heads of a pair read the same key and value head. Sinks and forget
+gates are per query head; with ALiBi, both heads of a pair have the same slope. XSA and the gate act on the difference.
 """
 
 from typing import Literal
@@ -78,6 +83,9 @@ class AttentionConfig(MixerConfig):
     """True to add the log forget gates of all tokens after a key to its scores, one gate per query head (FoX)."""
     sinks: bool = False
     """True for an attention sink per head: one more score in the softmax, learned, without a value."""
+    differential: bool = False
+    """True for pairs of query heads, 2 n_heads in all, whose outputs are subtracted: the first minus a share of the
+    second, the sigmoid of one more projection (Differential Transformer v2)."""
     exclusive: Literal["none", "full", "learned"] = "none"
     """Removal of a token's own value from its output (XSA): `full` removes the part of the output along that value;
     `learned` removes the fraction tanh of a parameter per head, which starts at 0."""
@@ -156,16 +164,18 @@ class Attention(CachedMixer):
         self.n_kv_heads = config.n_kv_heads or config.n_heads
         self.head_dim = config.head_dim or _head_dim(config, d_model)
         self.rotary_dim = rotary_dim(config.partial_rotary_factor, self.head_dim) if config.rotates else 0
-        queries = self.n_heads * self.head_dim
+        self.n_query_heads = 2 * self.n_heads if config.differential else self.n_heads
         keys = self.n_kv_heads * self.head_dim
-        self.widths = {"q": queries, "k": keys, "v": keys}
+        self.widths = {"q": self.n_query_heads * self.head_dim, "k": keys, "v": keys}
         if config.gate != "none":
-            self.widths["gate"] = queries
+            self.widths["gate"] = self.n_heads * self.head_dim
         if config.forget_gate:
-            self.widths["forget"] = self.n_heads
-        heads = {"q": self.n_heads, "k": self.n_kv_heads, "v": self.n_kv_heads, "gate": self.n_heads}
+            self.widths["forget"] = self.n_query_heads
+        if config.differential:
+            self.widths["share"] = self.n_heads
+        heads = {"q": self.n_query_heads, "k": self.n_kv_heads, "v": self.n_kv_heads, "gate": self.n_heads}
         self.row_blocks = [
-            RowBlock(name, rows, Role.GATE if name == "forget" else Role.MATRIX, heads.get(name, 1))
+            RowBlock(name, rows, Role.MATRIX if name in heads else Role.GATE, heads.get(name, 1))
             for name, rows in self.widths.items()
         ]
         self.parameter_roles = {
@@ -181,11 +191,11 @@ class Attention(CachedMixer):
         self.qk_norm = (
             None
             if kind == "none"
-            else QKNorm((self.n_heads, self.n_kv_heads), self.head_dim, config.norm_eps, **options)
+            else QKNorm((self.n_query_heads, self.n_kv_heads), self.head_dim, config.norm_eps, **options)
         )
-        self.forget_heads = self.n_heads if config.forget_gate else None
-        self.forget_bias = nn.Parameter(torch.empty(self.n_heads)) if config.forget_gate else None
-        self.sinks = nn.Parameter(torch.empty(self.n_heads)) if config.sinks else None
+        self.forget_heads = self.n_query_heads if config.forget_gate else None
+        self.forget_bias = nn.Parameter(torch.empty(self.n_query_heads)) if config.forget_gate else None
+        self.sinks = nn.Parameter(torch.empty(self.n_query_heads)) if config.sinks else None
         self.exclusion = nn.Parameter(torch.empty(self.n_heads)) if config.exclusive == "learned" else None
         self.gate = GatedNorm(self.head_dim, "none", config.gate, affine=False, eps=0)
         self.out_proj = nn.Linear(self.n_heads * self.head_dim, d_model, bias=config.bias in ("output", "all"))
@@ -208,6 +218,9 @@ class Attention(CachedMixer):
         output, final_state = softmax_attention(q, k, v, call, **self._score_options(extras))
         if final_state is not None:
             final_state = cast_cache(final_state, self.dtype)  # under autocast, a new cache has a narrower dtype
+        if "share" in extras:
+            share = extras["share"].to(self.state_dtype).sigmoid()[..., None]
+            output = (output[:, :, ::2] - share * output[:, :, 1::2]).to(output.dtype)
         if self.config.exclusive != "none":
             output = self._without_own_value(output, v)
         gate = extras["gate"].unflatten(-1, (self.n_heads, -1)) if "gate" in extras else None
@@ -218,7 +231,7 @@ class Attention(CachedMixer):
         names = list(self.widths)[3:]
         widths = list(self.widths.values())
         qkv, *others = self.in_proj(x).split([sum(widths[:3]), *widths[3:]], dim=-1)
-        heads = [self.n_heads + self.n_kv_heads, self.n_kv_heads]
+        heads = [self.n_query_heads + self.n_kv_heads, self.n_kv_heads]
         qk, v = qkv.unflatten(-1, (-1, self.head_dim)).split(heads, dim=2)
         if self.qk_norm is not None:
             qk = self.qk_norm(qk)
@@ -227,7 +240,7 @@ class Attention(CachedMixer):
             qk = rotated(
                 qk, positions, "rope", self.config.rope_base, self.rotary_dim, self.config.rope_scaling, call.memo
             )
-        q, k = qk.split([self.n_heads, self.n_kv_heads], dim=2)
+        q, k = qk.split([self.n_query_heads, self.n_kv_heads], dim=2)
         return q, k, v, dict(zip(names, others, strict=True))
 
     def _without_own_value(self, output: Float[Tensor, "B T H V"], v: Float[Tensor, "B T G V"]) -> Tensor:
@@ -250,14 +263,18 @@ class Attention(CachedMixer):
         if self.config.positions == "xpos":
             options["log_decay"] = xpos_log_decay(self.head_dim, self.device)
         if self.config.positions == "alibi":
-            options["slopes"] = alibi_slopes(self.n_heads, self.device)
+            slopes = alibi_slopes(self.n_heads, self.device)
+            options["slopes"] = slopes.repeat_interleave(2) if self.config.differential else slopes
         if self.forget_bias is not None:
             options["log_forget"] = gate_decay(extras["forget"].to(self.state_dtype) + self.forget_bias, 1)
         return options
 
     @property
     def projections(self) -> dict[str, Float[Tensor, "H _ D"]]:
-        return projections_of(self.in_proj, self.out_proj, self.row_blocks, self.n_heads)
+        views = projections_of(self.in_proj, self.out_proj, self.row_blocks, self.n_heads)
+        if self.config.differential:
+            views["q"] = views["q"][::2]  # the queries that the output adds
+        return views
 
     @property
     def score_width(self) -> int:
@@ -269,7 +286,7 @@ class Attention(CachedMixer):
 
     def flops(self, length: int, paradigm: Paradigm, context: int = 0) -> int:
         weights = self.in_proj.weight.numel() + self.out_proj.weight.numel()
-        return 2 * length * weights + self.n_heads * softmax_flops(
+        return 2 * length * weights + self.n_query_heads * softmax_flops(
             paradigm,
             length,
             self.head_dim,

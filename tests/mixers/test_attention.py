@@ -64,13 +64,16 @@ def written_out(mixer: Attention, x):
         q, k = (y.view(*x.shape[:2], -1, mixer.head_dim) for y in (q, k))
     if config.positions in ("rope", "xpos"):
         q, k = turned(q, config)[0], turned(k, config)[1]
-    k, v = (y.repeat_interleave(mixer.n_heads // mixer.n_kv_heads, dim=2) for y in (k, v))
+    queries = 1 + config.differential  # per output head
+    k, own = (y.repeat_interleave(mixer.n_heads // mixer.n_kv_heads, dim=2) for y in (k, v))
+    k, v = (y.repeat_interleave(queries, dim=2) for y in (k, own))
     scores = torch.einsum("bnhk,bmhk->bhnm", q, k) / math.sqrt(mixer.head_dim)
     if config.softcap is not None:
         scores = config.softcap * (scores / config.softcap).tanh()
     distance = torch.arange(length)[:, None] - torch.arange(length)
     if config.positions == "alibi":
-        scores = scores - x.new_tensor(slopes(mixer.n_heads))[:, None, None] * distance
+        of_query = [slope for slope in slopes(mixer.n_heads) for _ in range(queries)]
+        scores = scores - x.new_tensor(of_query)[:, None, None] * distance
     if config.forget_gate:
         gates = 1 / (1 + (-parts["forget"] - mixer.forget_bias).exp())  # of later tokens up to the query's own
         later = [[gates[:, m + 1 : n + 1].prod(1) for m in range(length)] for n in range(length)]
@@ -79,9 +82,12 @@ def written_out(mixer: Attention, x):
     weights = scores.masked_fill(~visible, -math.inf).exp()
     total = weights.sum(-1, keepdim=True) + (mixer.sinks.exp()[:, None, None] if config.sinks else 0)
     o = torch.einsum("bhnm,bmhv->bnhv", weights / total, v)
+    if config.differential:
+        pairs = o.unflatten(2, (-1, 2))
+        o = pairs[..., 0, :] - pairs[..., 1, :] / (1 + (-parts["share"]).exp())[..., None]
     if config.exclusive != "none":
         share = torch.ones(mixer.n_heads) if mixer.exclusion is None else mixer.exclusion.tanh()
-        direction = v / v.norm(dim=-1, keepdim=True)
+        direction = own / own.norm(dim=-1, keepdim=True)
         o = o - share[:, None] * (o * direction).sum(-1, keepdim=True) * direction
     o = o.flatten(2)
     if config.gate != "none":
@@ -108,6 +114,9 @@ OPTIONS = [
     {"gate": "sigmoid"},
     {"exclusive": "full", "gate": "sigmoid"},
     {"exclusive": "learned", "sinks": True},
+    {"differential": True},
+    {"differential": True, "exclusive": "learned", "gate": "sigmoid", "qk_norm": "rms_all_heads"},
+    {"differential": True, "positions": "alibi", "forget_gate": True, "sinks": True, "n_heads": 6},
     {"qk_norm": "rms", "norm_eps": 0.1, "partial_rotary_factor": 0.5, "head_dim": 8},
     {"qk_norm": "rms_zero_centered", "positions": "none"},
     {"qk_norm": "rms_all_heads", "norm_eps": 0.1},
@@ -150,6 +159,35 @@ def test_learned_exclusion_starts_as_attention():
     mixer, plain = build(exclusive="learned"), build()
     plain.load_state_dict({name: value for name, value in mixer.state_dict().items() if name != "exclusion"})
     assert torch.equal(mixer(x)[0], plain(x)[0])
+
+
+@pytest.mark.parametrize("n_kv_heads", [1, 2, 4])
+def test_equal_queries_of_a_pair_give_the_rest_of_the_share(n_kv_heads):
+    x = tokens(9)
+    mixer, plain = build(differential=True, n_kv_heads=n_kv_heads), build(n_kv_heads=n_kv_heads)
+    rows = mixer.in_proj.weight.detach().split(list(mixer.widths.values()))
+    queries = rows[0].unflatten(0, (mixer.n_heads, 2, -1))
+    with torch.no_grad():
+        queries[:, 1] = queries[:, 0]  # writes into the projection
+        plain.in_proj.weight.copy_(torch.cat((queries[:, 0].flatten(0, 1), *rows[1:3])))
+    mixed = []
+    for each in (mixer, plain):
+        each.out_proj.register_forward_pre_hook(lambda _, inputs: mixed.append(inputs[0]))
+        each(x)
+    rest = 1 - (x @ rows[3].T).sigmoid()
+    expected = mixed[1].unflatten(-1, (mixer.n_heads, -1)) * rest[..., None]
+    torch.testing.assert_close(mixed[0], expected.flatten(2), rtol=1e-12, atol=1e-12)
+
+
+def test_projections_of_differential_attention_are_one_per_output_head():
+    mixer = build(differential=True)
+    shapes = {role: view.shape[:2] for role, view in mixer.projections.items()}
+    assert shapes == {"q": (4, 6), "k": (2, 6), "v": (2, 6), "o": (4, 6)}
+    with torch.no_grad():
+        mixer.projections["q"].zero_()  # the heads that the output adds
+    queries = mixer.in_proj.weight[: mixer.widths["q"]].unflatten(0, (4, 2, -1))
+    assert not queries[:, 0].any()
+    assert queries[:, 1].any()
 
 
 @pytest.mark.parametrize(
