@@ -110,6 +110,21 @@ def test_what_is_not_a_number_stays_in_its_row_and_head(name):
         assert x.isfinite().all()
 
 
+@pytest.mark.parametrize("name", ["dplr", "dplr with b"])
+@pytest.mark.parametrize("length", [70, 1])
+def test_keys_that_read_may_be_wider_than_queries(name, length):
+    function, inputs, state = op_of(name, 2, length)
+    narrow = {key: x.bfloat16() if key in "qkv" else x for key, x in inputs.items()}  # a and b stay float32
+    states = torch.randn(2, *state)
+    expected = run(function, narrow, states, backend="reference", paradigm=Paradigm.RECURRENT)
+    results = run(function, narrow, states)
+    if length == 1:
+        results = step(function, narrow, states, backend="native")
+    for x, y in zip(results, expected, strict=False):
+        assert x.dtype == y.dtype
+        torch.testing.assert_close(x.float(), y.float(), rtol=2e-2, atol=2e-2)
+
+
 def test_steps_of_a_token_are_tokens():
     _, inputs, state = op_of("delta", 2, 60)
     inputs |= {"q": inputs["q"][:, ::2], "log_decay": inputs["log_decay"][:, ::2]}

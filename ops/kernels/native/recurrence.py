@@ -14,7 +14,7 @@ from ...runtime.kernel import Kernel, declare
 from ...runtime.paradigm import Paradigm
 from . import build
 from .common import contiguous, limits_of, sequences
-from .step import ADD, MOVE, REPLACE, can_step, rule_of, step
+from .step import ADD, MOVE, REPLACE, can_step, one_dtype, rule_of, step
 
 TOKENS = 64
 """Tokens between the states that are saved for the backward pass; the constant has the same value in the source."""
@@ -128,8 +128,8 @@ def recurrence_chunkwise_native(x: Recurrence) -> RecurrenceOutput:
     Raises:
         SeqmixError: the kernel does not support the call.
     """
-    output, final, *_ = RECURRENCE(x)
-    return RecurrenceOutput(output, final if x.output_final_state else None)
+    output, final, *_ = RECURRENCE(one_dtype(x))
+    return RecurrenceOutput(output.to(x.output_dtype), final if x.output_final_state else None)
 
 
 def _recurrent(reference: Run, x: Recurrence) -> RecurrenceOutput:

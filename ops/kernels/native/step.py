@@ -19,6 +19,13 @@ def rule_of(x: Recurrence) -> int:
     return ADD if x.beta is None and x.a is None else REPLACE
 
 
+def one_dtype(x: Recurrence) -> Recurrence:
+    """Return the inputs with q, k, v, a and b in one dtype, in which the sources read them: that of states if a or b has
+    another than q."""
+    same = all(key is None or key.dtype == x.q.dtype for key in (x.a, x.b))
+    return x if same else x.widened()
+
+
 def can_step(x: Recurrence) -> bool:
     """True if `step` can compute a call: one token of each row, of tensors whose operations nothing records."""
     if x.q.shape[1] != 1 or x.cu_seqlens is not None:
@@ -29,6 +36,8 @@ def can_step(x: Recurrence) -> bool:
 
 def step(x: Recurrence) -> RecurrenceOutput:
     """Compute output and state of one token; a donated state is overwritten."""
+    output_dtype = x.output_dtype
+    x = one_dtype(x)
     log_decay = x.log_decay
     if log_decay is not None and log_decay.ndim == 1:
         log_decay = log_decay.expand(x.q.shape[0], -1)
@@ -64,4 +73,4 @@ def step(x: Recurrence) -> RecurrenceOutput:
     )
     if final_state is x.initial_state and final_state is not None and not final_state.is_inference():
         torch.autograd.graph.increment_version(final_state)
-    return RecurrenceOutput(output, final_state)
+    return RecurrenceOutput(output.to(output_dtype), final_state)
