@@ -126,7 +126,8 @@ class Block(nn.Module):
         self,
         stream: Stream,
         state: tuple[Any, ...] | None = None,
-        first_values: Float[Tensor, "B T D"] | None = None,
+        first_values: Float[Tensor, "B T C"] | None = None,
+        token_values: Float[Tensor, "B T C"] | None = None,
         *,
         paradigm: Paradigm | None = None,
         cu_seqlens: Int[Tensor, "N+1"] | None = None,
@@ -143,6 +144,8 @@ class Block(nn.Module):
         if return_values or first_values is not None:
             options["first_values"] = first_values
             options["return_values"] = return_values
+        if token_values is not None:
+            options["token_values"] = token_values
         if donate_state:
             options["donate_state"] = True
         if memo is not None:

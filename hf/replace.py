@@ -58,6 +58,11 @@ def replace_mixers(
         mixer = config if isinstance(config, MixerConfig) else _MIXER.validate_python(config)
     except ValidationError as error:
         raise SeqmixError(explain_fields(error, config, "the mixer")) from error
+    if getattr(mixer, "value_residual", False):
+        raise SeqmixError(
+            f"value_residual of {mixer.kind} needs values of another layer, which the layers of "
+            f"{type(model).__name__} do not pass on: leave it out"
+        )
     for index in indices:
         attention = decoder.layers[index].self_attn
         weight = next(attention.parameters())

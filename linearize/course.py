@@ -146,6 +146,10 @@ class Linearization:
                 "the stage hidden compares the residual stream and needs the residual connection plain, got "
                 f"{config.model.residual.kind}: leave the stage out"
             )
+        if config.model.value_embeddings is not None:
+            raise SeqmixError(
+                "linearize cannot swap mixers that take value embeddings: model.value_embeddings must be null"
+            )
         for stage in plan.staged.values():
             run_config(config, plan, student_of(config.model, self.mixers), stage)
         if plan.keep is not None and plan.keep.best > len(self.mixers):

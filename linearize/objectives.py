@@ -52,18 +52,19 @@ class MixerOutput(Text):
         with torch.no_grad(), record_calls(mixers) as teacher_calls:
             self.teacher.run_blocks(self.teacher.embed(batch.inputs), cu_seqlens=batch.cu_seqlens)
         loss = torch.zeros((), device=model.device)
-        first_values = None
+        first_values: dict[str, Tensor] = {}
         for layer, (x, teacher_output, _) in teacher_calls.items():
             mixer = model.blocks[layer].mixer
-            options = {"return_values": True, "first_values": first_values}
-            if mixer.takes_first_values and first_values is None:
+            first = first_values.get(mixer.kind) if mixer.takes_first_values else None
+            if mixer.takes_first_values and first is None:
                 raise SeqmixError(
                     f"stage mixer_output: layer {layer} needs the values of an earlier layer that is not swapped: "
                     "swap that layer too"
                 )
             residual = mixer.traits.value_residual
-            y, _, *values = mixer(x, cu_seqlens=batch.cu_seqlens, **(options if residual else {}))
-            first_values = values[0] if values and first_values is None else first_values
+            y, _, *values = mixer(x, cu_seqlens=batch.cu_seqlens, first_values=first, return_values=residual)
+            if values:
+                first_values.setdefault(mixer.kind, values[0])
             loss = loss + relative_error(y, teacher_output, batch.targets)
         return ModelOutput(None, loss)
 

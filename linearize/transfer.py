@@ -96,10 +96,12 @@ def calibrate(
         step = step + 1
         with torch.no_grad(), record_calls({layer: teacher.blocks[layer].mixer for layer in layers}) as teacher_calls:
             teacher.run_blocks(teacher.embed(batch.inputs.to(teacher.device)))
-        for layer, (x, y, _) in teacher_calls.items():
+        for layer, (x, y, outside) in teacher_calls.items():
             old, new = teacher.blocks[layer].mixer, student.blocks[layer].mixer
+            if new.takes_first_values:  # they come from an earlier layer, which is not trained yet
+                continue
             if step == 1 and new.kind != old.kind:
-                done[layer] += _set_reach(old, new, x[:4])
+                done[layer] += _set_reach(old, new, x[:4], {name: values[:4] for name, values in outside.items()})
             if (linear := _output_projection(new)) is not None and new.kind != old.kind:
                 with torch.no_grad(), record_calls({0: linear}) as linear_calls:
                     new(x)
@@ -115,21 +117,21 @@ def calibrate(
     return done
 
 
-def _set_reach(old: SequenceMixer, new: SequenceMixer, x: Tensor) -> list[str]:
+def _set_reach(old: SequenceMixer, new: SequenceMixer, x: Tensor, outside: Mapping[str, Tensor]) -> list[str]:
     """Set the decays of the new mixer so that its heads reach as far back as those of the old one.
+
+    `outside` has the values from outside that the old mixer takes.
 
     Returns:
         Descriptions of what was set.
     """
-    if new.takes_first_values:
-        return []
     length = x.shape[1]
     queries = sorted({int(n) for n in torch.linspace(length // 2, length - 1, QUERIES)})
     with torch.no_grad(), recorded() as calls:
         new(x)
     if not calls:
         return []
-    reach = reach_of(weights_of(old, x, queries)[0], queries)
+    reach = reach_of(weights_of(old, x, queries, **outside)[0], queries)
     heads = calls[-1].output.shape[2]
     log_reach = reach.clamp(min=0.1).log()[:, None, None]
     regrouped = regroup_heads(log_reach, heads)

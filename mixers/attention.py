@@ -13,17 +13,21 @@
     differential   o_i <- o_2i - sigmoid(x W_D)_i o_2i+1     2H query heads, H outputs (Differential Transformer v2)
     exclusive      o <- o - a (o . v_n) v_n / (v_n . v_n)    a = 1, or tanh of a parameter per head (XSA)
     gate           o <- o * sigmoid(x W_G)                   element by element (Qwen3-Next)
+    value_residual v <- l_1 v^1 + l_2 v                      v^1 of the model's first attention layer (ResFormer)
+    qk_gain        s <- g s                                  a learned factor per query head, after qk_norm
 
 xPos is Eq. 17 of arXiv 2212.10554 with gamma = 0.4 and a base of 512 tokens, as in the authors' code; ALiBi is arXiv
 2108.12409, FoX arXiv 2503.02130, XSA arXiv 2603.09078. For other numbers of heads, the slopes of ALiBi are those of
 its authors' code (parts/distances.py). With `exclusive: full`, the first token of a sequence gives 0, since it sees its
 own value alone. The state is a KV cache. Cached keys are rotated, without the factor of xPos; with a forget gate, the
-cache also has the gate of each token. Unlike the Transformer baseline of the RetNet paper, there are no biases by
-default.
+cache also has the gate of each token. With values from outside (a value residual, value embeddings), the values that
+are cached, and that `exclusive` removes, are those after the mixture. Unlike the Transformer baseline of the RetNet
+paper, there are no biases by default.
 
 `differential` follows the code of Differential Transformer v2 (microsoft/unilm, 2026-01; v1 is arXiv 2410.05258, with
-other heads, lambdas per layer and a head norm). Both heads of a pair read the same key and value head. Sinks and forget
-gates are per query head; with ALiBi, both heads of a pair have the same slope. XSA and the gate act on the difference.
+other heads, lambdas per layer and a head norm). Both heads of a pair read the same key and value head. Sinks, forget
+gates and gains are per query head; with ALiBi, both heads of a pair have the same slope. XSA and the gate act on the
+difference.
 """
 
 from typing import Literal
@@ -37,10 +41,11 @@ from ..ops.attention import Backend, Cache, SoftmaxOptions, cast_cache, softmax_
 from ..ops.runtime.call import Call
 from ..ops.runtime.kernel import Probe
 from ..ops.runtime.paradigm import Paradigm
-from .contract import MixerConfig
+from .contract import MixerConfig, MixResult
 from .parts import CachedMixer, Gate, GatedNorm, QKNorm, divisors, nearest_of, rotated
 from .parts.distances import alibi_slopes, xpos_log_decay
 from .parts.gates import gate_decay
+from .parts.outside_values import OutsideValues, ValueResidualOption
 from .parts.projections import projections_of
 from .parts.rotary import LinearScaling, RopeScaling
 from .parts.widths import rotary_dim
@@ -77,6 +82,8 @@ class AttentionConfig(MixerConfig):
     `rms_zero_centered` is the same with factors 1 + weight (Qwen3-Next); `rms_all_heads` is over all heads (OLMo)."""
     norm_eps: float = Field(default=1e-6, ge=0)
     """Constant added to the mean square in `qk_norm`."""
+    qk_gain: float | None = Field(default=None, gt=0, examples=[2.0])
+    """Initial value of a learned factor of the scores per query head, after `qk_norm`; null for none."""
     softcap: float | None = Field(default=None, gt=0, examples=[2.0])
     """Bound c on the scores s, which become c tanh(s / c) (Gemma 2); null for no bound."""
     forget_gate: bool = False
@@ -89,6 +96,7 @@ class AttentionConfig(MixerConfig):
     exclusive: Literal["none", "full", "learned"] = "none"
     """Removal of a token's own value from its output (XSA): `full` removes the part of the output along that value;
     `learned` removes the fraction tanh of a parameter per head, which starts at 0."""
+    value_residual: ValueResidualOption = False
     bias: Literal["none", "qkv", "output", "all"] = "none"
     """Projections that have biases: `qkv` (queries, keys, values and gates, as in Qwen2), `output`, `all` or `none`."""
     gate: Gate = "none"
@@ -117,6 +125,10 @@ class AttentionConfig(MixerConfig):
             raise ValueError(
                 f"partial_rotary_factor = {self.partial_rotary_factor:g} needs positions = rope, "
                 f"got positions = {self.positions}"
+            )
+        if self.qk_gain is not None and self.qk_norm == "none":
+            raise ValueError(
+                f"qk_gain = {self.qk_gain:g} needs qk_norm, got none: without a norm, the length of the queries is free"
             )
         if self.rope_scaling is not None and self.positions != "rope":
             raise ValueError(f"rope_scaling needs positions = rope, got positions = {self.positions}")
@@ -149,13 +161,14 @@ class AttentionConfig(MixerConfig):
             state="growing" if self.window is None else "constant",
             packing=True,
             shift_invariant=True,
+            value_residual=self.value_residual,
         )
 
     def build(self, d_model: int, *, layer_idx: int, n_layers: int) -> "Attention":
         return Attention(self, d_model)
 
 
-class Attention(CachedMixer):
+class Attention(OutsideValues[AttentionState], CachedMixer):
     """Layer configured by `AttentionConfig`."""
 
     def __init__(self, config: AttentionConfig, d_model: int) -> None:
@@ -166,6 +179,7 @@ class Attention(CachedMixer):
         self.rotary_dim = rotary_dim(config.partial_rotary_factor, self.head_dim) if config.rotates else 0
         self.n_query_heads = 2 * self.n_heads if config.differential else self.n_heads
         keys = self.n_kv_heads * self.head_dim
+        self.value_heads, self.value_width = self.n_kv_heads, keys
         self.widths = {"q": self.n_query_heads * self.head_dim, "k": keys, "v": keys}
         if config.gate != "none":
             self.widths["gate"] = self.n_heads * self.head_dim
@@ -181,6 +195,7 @@ class Attention(CachedMixer):
         self.parameter_roles = {
             "in_proj.weight": self.row_blocks,
             "forget_bias": Role.RATE,
+            "qk_gain": Role.VECTOR,
             "sinks": Role.VECTOR,
             "exclusion": Role.VECTOR,
         }
@@ -193,6 +208,7 @@ class Attention(CachedMixer):
             if kind == "none"
             else QKNorm((self.n_query_heads, self.n_kv_heads), self.head_dim, config.norm_eps, **options)
         )
+        self.qk_gain = None if config.qk_gain is None else nn.Parameter(torch.empty(self.n_query_heads))
         self.forget_heads = self.n_query_heads if config.forget_gate else None
         self.forget_bias = nn.Parameter(torch.empty(self.n_query_heads)) if config.forget_gate else None
         self.sinks = nn.Parameter(torch.empty(self.n_query_heads)) if config.sinks else None
@@ -206,15 +222,19 @@ class Attention(CachedMixer):
         zeros for biases, sinks and the fractions of XSA."""
         for projection in self.in_proj.weight.split(list(self.widths.values())):
             nn.init.xavier_uniform_(projection, gain=2**-0.5)
-        if self.qk_norm is not None:
-            self.qk_norm.reset_parameters()
+        for part in (self.qk_norm, self.first_mix, self.token_gate):
+            if part is not None:
+                part.reset_parameters()
+        if self.qk_gain is not None:
+            nn.init.constant_(self.qk_gain, self.config.qk_gain)
         for parameter in (self.forget_bias, self.sinks, self.exclusion, self.in_proj.bias, self.out_proj.bias):
             if parameter is not None:
                 nn.init.zeros_(parameter)
         nn.init.xavier_uniform_(self.out_proj.weight)
 
-    def mix(self, x: Float[Tensor, "B T D"], call: Call) -> tuple[Float[Tensor, "B T D"], AttentionState | None]:
-        q, k, v, extras = self._project(x, call)
+    def mix(self, x: Float[Tensor, "B T D"], call: Call) -> MixResult[AttentionState]:
+        q, k, own_values, extras = self._project(x, call)
+        v = self.with_outside_values(own_values, x, call)
         output, final_state = softmax_attention(q, k, v, call, **self._score_options(extras))
         if final_state is not None:
             final_state = cast_cache(final_state, self.dtype)  # under autocast, a new cache has a narrower dtype
@@ -224,7 +244,8 @@ class Attention(CachedMixer):
         if self.config.exclusive != "none":
             output = self._without_own_value(output, v)
         gate = extras["gate"].unflatten(-1, (self.n_heads, -1)) if "gate" in extras else None
-        return self.out_proj(self.gate(output, gate).to(output.dtype).flatten(2)), final_state
+        y = self.out_proj(self.gate(output, gate).to(output.dtype).flatten(2))
+        return self.with_own_values(y, final_state, own_values)
 
     def _project(self, x: Float[Tensor, "B T D"], call: Call) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
         """Return queries, keys and values by head, and the other projections (gates) by name."""
@@ -241,6 +262,7 @@ class Attention(CachedMixer):
                 qk, positions, "rope", self.config.rope_base, self.rotary_dim, self.config.rope_scaling, call.memo
             )
         q, k = qk.split([self.n_query_heads, self.n_kv_heads], dim=2)
+        q = q if self.qk_gain is None else self.qk_gain.to(q.dtype)[:, None] * q
         return q, k, v, dict(zip(names, others, strict=True))
 
     def _without_own_value(self, output: Float[Tensor, "B T H V"], v: Float[Tensor, "B T G V"]) -> Tensor:
@@ -286,7 +308,7 @@ class Attention(CachedMixer):
 
     def flops(self, length: int, paradigm: Paradigm, context: int = 0) -> int:
         weights = self.in_proj.weight.numel() + self.out_proj.weight.numel()
-        return 2 * length * weights + self.n_query_heads * softmax_flops(
+        return (2 * weights + self.outside_flops) * length + self.n_query_heads * softmax_flops(
             paradigm,
             length,
             self.head_dim,

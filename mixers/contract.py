@@ -124,9 +124,9 @@ MIXERS = Registry("mixer", MixerConfig, package="seqmix.mixers", entry_points="s
 
 
 MixResult: TypeAlias = (
-    tuple[Float[Tensor, "B T D"], S | None] | tuple[Float[Tensor, "B T D"], S | None, Float[Tensor, "B T D"]]
+    tuple[Float[Tensor, "B T D"], S | None] | tuple[Float[Tensor, "B T D"], S | None, Float[Tensor, "B T C"]]
 )
-"""Result of a mixer: output [B T D], final state or None, and (only with a value residual) the values [B T D] for later
+"""Result of a mixer: output [B T D], final state or None, and (only with a value residual) the values [B T C] for later
 layers."""
 
 
@@ -161,6 +161,10 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
     the whole row. If False, the state is sent from rank to rank, and each rank waits for the one before it."""
     takes_first_values: bool = False
     """True if every call must pass `first_values`; set by `accept_first_values`."""
+    takes_token_values: bool = False
+    """True if every call must pass `token_values`; set by `accept_token_values`."""
+    value_width: int | None = None
+    """Width C of the values that the mixer gives to later layers and takes from outside; None for that of x."""
 
     def __init__(self, config: MixerConfig) -> None:
         super().__init__()
@@ -185,7 +189,8 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
         paradigm: Paradigm | None = None,
         cu_seqlens: Int[Tensor, "N+1"] | None = None,
         return_state: bool = False,
-        first_values: Float[Tensor, "B T D"] | None = None,
+        first_values: Float[Tensor, "B T C"] | None = None,
+        token_values: Float[Tensor, "B T C"] | None = None,
         return_values: bool = False,
         donate_state: bool = False,
         memo: Memo | None = None,
@@ -200,7 +205,8 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
             cu_seqlens: boundaries of N documents packed into one row (B = 1): document n is tokens
                 cu_seqlens[n] to cu_seqlens[n+1] - 1. Empty documents are allowed.
             return_state: True to return the final state.
-            first_values: values of the first layer with a value residual, for the same tokens.
+            first_values: values of the model's first layer of this kind, for the same tokens (value residual).
+            token_values: vectors of the tokens that are added to the values (value embeddings).
             return_values: True to return this mixer's values, for later layers.
             donate_state: True if the next state may be written over `state`, which the caller does not need again;
                 ignored under grad.
@@ -208,7 +214,7 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
                 without gradients.
 
         Returns:
-            The output [B T D] and the final state (None unless requested), then the values [B T D] if requested.
+            The output [B T D] and the final state (None unless requested), then the values [B T C] if requested.
 
         Raises:
             ContractError: the call needs something that the mixer does not declare: the paradigm, a state (at all, or
@@ -226,7 +232,7 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
             require_initial_state(paradigm, self.traits, self.kind)
         elif return_state:
             require_state(self.traits, self.kind)
-        self._require_values(x, first_values, return_values)
+        self._require_values(x, first_values, token_values, return_values)
         documents = None if cu_seqlens is None else self._documents(x, cu_seqlens)
         call = Call(
             paradigm,
@@ -237,6 +243,7 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
             self.backend_of(paradigm),
             self.cp_group,
             first_values,
+            token_values,
             donate_state and not torch.is_grad_enabled(),
             memo,
         )
@@ -260,14 +267,14 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
         """Compute the output and final state of a segment; `forward` has resolved and checked the arguments.
 
         The final state may be None unless `call.return_state` is set. A mixer with the trait `value_residual` returns
-        its values, [B T D], as a third entry.
+        its values, [B T C], as a third entry.
         """
 
     def accept_first_values(self) -> None:
         """Add the parameters that mix values of the first layer into the mixer's own values.
 
         Every later call must pass `first_values`. A model calls this method before parameters are initialised, on every
-        layer with the trait `value_residual` but the first. Without it, a layer uses only its own values.
+        layer with the trait `value_residual` but the first of its kind. Without it, a layer uses only its own values.
 
         Raises:
             ContractError: the mixer has no value residual.
@@ -275,6 +282,22 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
         raise ContractError(
             f"{self.kind} has no value residual: declare traits.value_residual and override accept_first_values"
         )
+
+    def accept_token_values(self, scale: float, channels: int) -> None:
+        """Add the parameters that gate vectors of the tokens, which are added to the mixer's values.
+
+        Every later call must pass `token_values`. A model with `value_embeddings` calls this method before parameters
+        are initialised.
+
+        Args:
+            scale: factor c of the gates.
+            channels: number of channels of x that the gates read.
+
+        Raises:
+            ContractError: the mixer takes no values from outside.
+        """
+        del scale, channels
+        raise ContractError(f"{self.kind} takes no values from outside, which model.value_embeddings adds")
 
     @abstractmethod
     def init_state(self, batch_size: int, *, max_length: int | None = None) -> S:
@@ -311,7 +334,8 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
         *,
         paradigm: Paradigm | None = None,
         cu_seqlens: Int[Tensor, "N+1"] | None = None,
-        first_values: Float[Tensor, "B T D"] | None = None,
+        first_values: Float[Tensor, "B T C"] | None = None,
+        token_values: Float[Tensor, "B T C"] | None = None,
     ) -> S:
         """Return the state before the last `tokens` tokens of a segment that has been mixed.
 
@@ -329,6 +353,7 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
             paradigm: the algorithm that mixes again; the configured default, if it accepts a state, when None.
             cu_seqlens: boundaries of the packed documents, if the segment is packed.
             first_values: those of the call that mixed the segment.
+            token_values: those of the call that mixed the segment.
 
         Raises:
             ContractError: the mixer has no state, or `tokens` does not fit the segment.
@@ -336,7 +361,8 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
         require_state(self.traits, self.kind)
         kept = kept_tokens(x, tokens, cu_seqlens, self.kind)
         paradigm = self.traits.prefer(paradigm or self.paradigm, from_state=before is not None)
-        return read_again(self, x, before, kept, paradigm, cu_seqlens, first_values)
+        values = {"first_values": first_values, "token_values": token_values}
+        return read_again(self, x, before, kept, paradigm, cu_seqlens, values)
 
     def shift_state(self, state: S, tokens: int) -> S:
         """Return the state as if `tokens` more tokens had come before the whole prefix; for the conformance kit.
@@ -458,17 +484,24 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
             'register one, for example self.register_buffer("one", torch.ones(1))'
         )
 
-    def _require_values(self, x: Tensor, first_values: Tensor | None, return_values: bool) -> None:
+    def _require_values(
+        self, x: Tensor, first_values: Tensor | None, token_values: Tensor | None, return_values: bool
+    ) -> None:
         if return_values and not self.traits.value_residual:
             raise ContractError(f"{self.kind} has no values (traits.value_residual is False): leave out return_values")
-        if self.takes_first_values != (first_values is not None):
-            if self.takes_first_values:
-                raise ContractError(f"{self.kind} needs first_values: pass those that the first layer returns")
-            raise ContractError(f"{self.kind} takes no first_values: call accept_first_values() first")
-        if first_values is not None and first_values.shape != x.shape:
-            raise ContractError(
-                f"{self.kind} expects first_values of shape {list(x.shape)}, got {list(first_values.shape)}"
-            )
+        self._require_outside("first_values", first_values, self.takes_first_values, "the first layer returns", x)
+        self._require_outside("token_values", token_values, self.takes_token_values, "an embedding has", x)
+
+    def _require_outside(self, name: str, values: Tensor | None, takes: bool, source: str, x: Tensor) -> None:
+        if takes and values is None:
+            raise ContractError(f"{self.kind} needs {name}: pass those that {source}")
+        if values is None:
+            return
+        if not takes:
+            raise ContractError(f"{self.kind} takes no {name}: call accept_{name}() first")
+        expected = [*x.shape[:2], x.shape[2] if self.value_width is None else self.value_width]
+        if list(values.shape) != expected:
+            raise ContractError(f"{self.kind} expects {name} of shape {expected}, got {list(values.shape)}")
 
     def _require_result(self, result: Any, x: Tensor) -> None:
         values = self.traits.value_residual

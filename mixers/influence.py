@@ -24,7 +24,7 @@ class ModuleCall(NamedTuple):
     output: Tensor
     """First output of the call."""
     options: dict[str, Any]
-    """Keyword arguments that a mixer needs to repeat the call: `first_values`, if they were passed."""
+    """Keyword arguments that a mixer needs to repeat the call: values from outside, if they were passed."""
 
 
 @contextmanager
@@ -34,7 +34,8 @@ def record_calls(modules: Mapping[int, nn.Module]) -> Iterator[dict[int, ModuleC
 
     def hook(number: int) -> Any:
         def store(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:  # noqa: ARG001
-            options = {name: kwargs[name] for name in ("first_values",) if kwargs.get(name) is not None}
+            outside = ("first_values", "token_values")
+            options = {name: kwargs[name] for name in outside if kwargs.get(name) is not None}
             calls[number] = ModuleCall(args[0], output[0] if isinstance(output, tuple) else output, options)
 
         return store

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from ..ops.decay import decay
 from ..ops.scan import LOG_STATE, SCAN_PARADIGMS, log_scan
+from .contract import MixResult
 from .parts import QKV, Call, Paradigm, QKVConfig, QKVMixer, RecurrenceOutput
 from .parts.gates import GatedNorm
 from .parts.qkv import Affine, KeyExpansion, OutputGate, OutputNorm
@@ -93,7 +94,7 @@ class MLSTM(QKVMixer):
 
     def mix(  # pyright: ignore[reportIncompatibleMethodOverride] another state type
         self, x: Float[Tensor, "B T D"], call: Call
-    ) -> tuple[Float[Tensor, "B T D"], MLSTMState | None]:
+    ) -> MixResult[MLSTMState]:
         h = self.project(x, call)
         weight = self.init_state(call.rows(x.shape[0])).weight if call.state is None else call.state.weight
         # every paradigm of the scan gives the same result
@@ -106,7 +107,8 @@ class MLSTM(QKVMixer):
         o, memory = self.recur(x, h._replace(more=extras), call.enter("memory"))
         y = self.out_proj(self.gated_norm(o, h.gate).to(h.dtype).flatten(2))
         after = self.state_after(x, memory, h.recent, call)
-        return y, None if after is None or weight_after is None else MLSTMState(after[0], weight_after, *after[1:])
+        after = None if after is None or weight_after is None else MLSTMState(after[0], weight_after, *after[1:])
+        return self.with_own_values(y, after, h.own_values)
 
     def gates(self, h: QKV) -> tuple[Float[Tensor, "B T H"], Float[Tensor, "B T H"]]:
         """Return the logits i_t of the input gate, and log sigmoid(f_t) of the forget gate; float32 or float64."""

@@ -52,6 +52,14 @@ class ParallelHybridConfig(MixerConfig):
             raise ValueError(f"mixers must have a paradigm in common, got {declared}")
         return mixers
 
+    @field_validator("mixers", mode="after")
+    @classmethod
+    def _check_value_residual(cls, mixers: tuple[MixerConfig, ...]) -> tuple[MixerConfig, ...]:
+        for mixer in mixers:
+            if getattr(mixer, "value_residual", False):
+                raise ValueError(f"value_residual of {mixer.kind} needs a layer for the mixer alone: leave it out")
+        return mixers
+
     @model_validator(mode="after")
     def _check_scales(self) -> "ParallelHybridConfig":
         if self.scales is not None and len(self.scales) != len(self.mixers):

@@ -10,6 +10,7 @@ norm cancels it, so it is left out. Since 2023, the authors' code has an RMS nor
 the paper's group norm. W_O is initialised with the gain 2^-1 of the authors' code; their released package has gain 1.
 """
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -17,7 +18,7 @@ from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from ..ops.decay import DECAY, decay
+from ..ops.decay import decay
 from ..ops.runtime.materialize import materialize
 from .parts import QKV, Call, FixedDecay, QKVConfig, QKVMixer, RecurrenceOutput
 from .parts.decay_rates import DecaySchedule
@@ -56,7 +57,7 @@ class RetentionConfig(QKVConfig):
     @property
     def traits(self) -> Traits:
         """Traits: all paradigms, a constant state; `row_norm` makes the output depend on absolute position."""
-        return Traits(paradigms=DECAY.paradigms, state="constant", packing=True, shift_invariant=not self.row_norm)
+        return replace(super().traits, shift_invariant=not self.row_norm)
 
     def build(self, d_model: int, *, layer_idx: int, n_layers: int) -> "Retention":
         return Retention(self, d_model)

@@ -12,6 +12,7 @@ state after it has decayed. v^1 is the v of the model's first RWKV-7 layer. One 
 and the low-rank maps start random, not at 0.
 """
 
+from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any, Literal, cast
@@ -25,14 +26,16 @@ from ..ops.delta import unit_norm
 from ..ops.dplr import DPLR, dplr
 from .contract import MixResult
 from .delta_net import DeltaChunk
-from .parts import Call, LowRank, MatrixState, MatrixStateConfig, MatrixStateMixer, head_width
+from .parts import Call, LowRank, MatrixState, MatrixStateConfig, MatrixStateMixer, Paradigm, head_width
 from .parts.bonus_norm import BonusNorm
 from .parts.gates import LowRanks
+from .parts.outside_values import OutsideValues
 from .parts.projections import apply_row_blocks
 from .parts.qkv import Heads
 from .parts.token_shift import TokenShift
 from .parts.value_residual import ValueResidual
 from .roles import Role, RowBlock
+from .traits import Traits
 
 
 class RWKV7Config(LowRanks, MatrixStateConfig):
@@ -41,7 +44,6 @@ class RWKV7Config(LowRanks, MatrixStateConfig):
     kind: Literal["rwkv7"] = "rwkv7"
     built_in = MappingProxyType({"gate": "low-rank", "head_norm": "group"})
     family = DPLR._replace(flops=partial(DPLR.flops, n_keys=2))
-    value_residual = True
     n_heads: Heads
     key_eps: float = Field(default=1e-6, gt=0)
     """Constant added to the squared length of the removed key kappa before it is divided by its length."""
@@ -49,11 +51,16 @@ class RWKV7Config(LowRanks, MatrixStateConfig):
     """Constant that is multiplied by the width of a head and added to the variance in the output norm."""
     chunk_size: DeltaChunk = 64
 
+    @property
+    def traits(self) -> Traits:
+        """Traits of the op family; layers after the first mix in its values."""
+        return replace(super().traits, value_residual=True)
+
     def build(self, d_model: int, *, layer_idx: int, n_layers: int) -> "RWKV7":
         return RWKV7(self, d_model, layer_idx, n_layers)
 
 
-class RWKV7(MatrixStateMixer):
+class RWKV7(OutsideValues[MatrixState], MatrixStateMixer):
     """Layer configured by `RWKV7Config`; mu, decays and rates start as in the authors' code for its depth."""
 
     log_decay_shape = "B T H K"
@@ -64,6 +71,7 @@ class RWKV7(MatrixStateMixer):
         self.n_heads = config.n_heads
         self.depth = layer_idx / max(n_layers - 1, 1)
         self.key_dim = self.value_dim = head_width(d_model, 1.0, config.n_heads, "1")
+        self.value_heads, self.value_width = self.n_heads, d_model
         self.convolution = TokenShift(d_model, [p * (1 - layer_idx / n_layers) for p in (0.2, 0.9, 0.7, 0.7, 0.9, 0.2)])
         self.removed, self.replaced = (nn.Parameter(torch.empty(self.n_heads, self.key_dim)) for _ in range(2))
         self.in_proj, self.out_proj = (nn.Linear(d_model, n * d_model, bias=False) for n in (3, 1))
@@ -106,6 +114,7 @@ class RWKV7(MatrixStateMixer):
         r, k, own_values = apply_row_blocks(self.in_proj, (xr, xk, xv))
         v = own_values if self.value_proj is None else self.value_proj.mix_in(own_values, call.first_values, xv)
         r, k, v, decay, rate = (y.unflatten(-1, by_head) for y in (r, k, v, self.decay_proj(xw), self.rate_proj(xa)))
+        v = self.with_outside_values(v, x, call)
         log_decay = -0.6065306597126334 * decay.to(wide).sigmoid()
         rate = rate.to(wide).sigmoid()
         k = k.to(wide)
@@ -114,3 +123,6 @@ class RWKV7(MatrixStateMixer):
         o, memory = dplr(r, k, v, -kappa * (-log_decay).exp(), rate * kappa, log_decay, call.enter("memory"), scale=1.0)
         y = self.out_proj(self.norm(o, r, k, v).flatten(2) * self.gate_proj(xg))
         return y, self.state_after(x, memory, recent, call), own_values
+
+    def flops(self, length: int, paradigm: Paradigm, context: int = 0) -> int:
+        return super().flops(length, paradigm, context) + self.outside_flops * length

@@ -62,9 +62,9 @@ class ModelCost:
     parameters: int
     """Number of all parameters; a tied matrix counts once."""
     embedding_parameters: int
-    """Number of parameters of embedding and output projection; a tied matrix counts once."""
+    """Number of parameters of embedding, value embeddings and output projection; a tied matrix counts once."""
     body_parameters: int
-    """Number of parameters outside embedding and output projection, which papers quote."""
+    """Number of parameters outside embeddings and output projection, which papers quote."""
     parameter_bytes: int
     """Bytes of all parameters."""
     flops_per_token: int
@@ -109,10 +109,11 @@ def account(config: ModelConfig, *, length: int = 2048, dtype: torch.dtype = tor
         kind = (name, shapes, stream.key)
         if kind not in memory:
             with fake:
-                memory[kind] = _saved_bytes(block, stream, torch.empty_like(x, requires_grad=True))
+                memory[kind] = _saved_bytes(block, stream, x)
         saved, stream = memory[kind]
         layers.append(_layer(name, block, length, _flops(model, index, length), saved))
-    embedding = sum(matrix.numel() for matrix in {model.embedding.weight, model.head.weight})
+    tables = (table.weight for table in model.value_embeddings.values())
+    embedding = sum(matrix.numel() for matrix in {model.embedding.weight, model.head.weight, *tables})
     parameters = _count(model)
     # logits and their gradient in float32, and the input of the output projection with its gradient
     head = length * (2 * 4 * config.vocab_size + 2 * config.d_model * dtype.itemsize)
@@ -211,10 +212,11 @@ def _storage(x: Tensor) -> tuple[int, int]:
     return x.untyped_storage()._cdata, x.untyped_storage().nbytes()
 
 
-def _saved_bytes(block: Block, stream: _Stream, first_values: Tensor) -> tuple[dict[str, int], _Stream]:
+def _saved_bytes(block: Block, stream: _Stream, x: Tensor) -> tuple[dict[str, int], _Stream]:
     """Return the bytes that autograd saves for one layer, without and with checkpointing, and the stream after it.
 
-    Parameters do not count, nor do tensors of the stream that an earlier layer saves.
+    Parameters do not count, nor do tensors of the stream that an earlier layer saves. Values from outside have the
+    dtype and the length of x.
 
     The layer runs on fake tensors, which have no memory but pretend to be on a CPU. On `meta`, torch would choose a
     quadratic form of attention that it uses on no real device.
@@ -232,11 +234,16 @@ def _saved_bytes(block: Block, stream: _Stream, first_values: Tensor) -> tuple[d
         for name, x in (*block.named_parameters(), *block.named_buffers())
     }
     excluded = {id(x) for x in tensors.values()}
+    mixer = block.mixer
+    width = mixer.value_width or x.shape[-1]
+    first_values, token_values = (
+        x.new_empty(*x.shape[:2], width, requires_grad=True) if takes else None
+        for takes in (mixer.takes_first_values, mixer.takes_token_values)
+    )
     excluded.add(id(first_values))  # the first layer saves its own values
-    values = first_values if block.mixer.takes_first_values else None
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), _Matmuls() as matmuls:
-        out, *_ = functional_call(block, tensors, (stream.value, None, values))
-    inputs = stream.storages
+        out, *_ = functional_call(block, tensors, (stream.value, None, first_values, token_values))
+    inputs = stream.storages | ({} if token_values is None else dict([_storage(token_values)]))
     result = {
         "activation_bytes": sum(storages[at] for at in storages.keys() - stream.saved),
         "input_bytes": sum(inputs[at] for at in inputs.keys() - stream.inputs),

@@ -9,6 +9,7 @@ from ..blocks import NORMS, RESIDUALS, BlockConfig, NormConfig, ResidualConfig
 from ..blocks.residual.plain import PlainConfig
 from ..registry import Config, choices_hint
 from .parametrization import CompleteP, Parametrization, Standard
+from .value_embeddings import ValueEmbeddings
 
 
 class PaperInit(Config):
@@ -55,6 +56,8 @@ class ModelConfig(Config):
     state."""
     tie_embeddings: bool = False
     """True if the output projection shares the embedding's matrix."""
+    value_embeddings: ValueEmbeddings | None = None
+    """Vectors of the tokens that are added to the values of some layers' mixers; null for none."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout probability for the embedding's output, in training."""
     init: PaperInit | NormalInit = Field(default=PaperInit(), discriminator="kind")
@@ -98,6 +101,20 @@ class ModelConfig(Config):
                     f"block {name}: set norm_placement to input, output or both"
                 )
         return self
+
+    @model_validator(mode="after")
+    def _check_value_embeddings(self) -> Self:
+        chosen = self.value_embeddings
+        if chosen is not None and chosen.gate_channels > self.d_model:
+            raise ValueError(
+                f"value_embeddings.gate_channels must be at most d_model = {self.d_model}, got {chosen.gate_channels}"
+            )
+        return self
+
+    @property
+    def value_layers(self) -> tuple[int, ...]:
+        """Indices of the layers with value embeddings."""
+        return () if self.value_embeddings is None else self.value_embeddings.layers(self.n_layers)
 
     @property
     def base(self) -> "ModelConfig | None":

@@ -62,10 +62,16 @@ class LanguageModel(nn.Module):
         self.dropout = Dropout(config.dropout)
         # cast: a ModuleList does not know the type of its elements
         self.blocks = cast("Sequence[Block]", nn.ModuleList(_build_all(config)))
+        _accept_token_values(config, self.blocks)
         self.residual = config.residual.build_ends(config.d_model)
         self.readout = None if config.readout == "each" else LastVector(config.d_model, config.norm)
         self.norm = config.norm.build(config.d_model)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        widths = [self.blocks[layer].mixer.value_width or config.d_model for layer in config.value_layers]
+        tables = [nn.Embedding(config.vocab_size, width) for width in widths]
+        self.value_embeddings = nn.ModuleDict(dict(zip(map(str, config.value_layers), tables, strict=True)))
+        """Tables of the value embeddings, by the index of the layer."""
+        self._widths = [config.d_model, *widths]
         self.tokenizer: Tokenizer | None = ByteTokenizer()
         """Tokenizer for generation; None if the tokens are not text."""
         self.activation_checkpointing: Checkpointing = False
@@ -143,7 +149,11 @@ class LanguageModel(nn.Module):
         for module in (self.embedding_norm, self.residual, self.readout, self.norm):
             if module is not None:
                 module.reset_parameters()
-        names = ["embedding.weight", "head.weight"]
+        names = [
+            "embedding.weight",
+            "head.weight",
+            *(f"value_embeddings.{layer}.weight" for layer in self.value_embeddings),
+        ]
         std = (self.config.base or self.config).d_model ** -0.5
         if isinstance(self.config.init, NormalInit):
             std = self.config.init.std
@@ -217,6 +227,8 @@ class LanguageModel(nn.Module):
     def embed(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B _ D"]:
         """Return the start of the residual stream; under context parallelism, that of this rank's tokens.
 
+        With value embeddings, theirs follow along the channels.
+
         Raises:
             SeqmixError: a token id is not in the vocabulary (on a CPU, and not in compiled code).
         """
@@ -231,7 +243,10 @@ class LanguageModel(nn.Module):
         scale = self.config.embedding_scale
         x = x if scale == 1 else scale * x
         x = x if self.embedding_norm is None else self.embedding_norm(x)
-        return self.dropout(x) if self.dropout.p else x
+        x = self.dropout(x) if self.dropout.p else x
+        if not self.value_embeddings:
+            return x
+        return torch.cat((x, *(table(tokens) for table in self.value_embeddings.values())), dim=-1)
 
     def logits(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch vocab"]:
         """Return the logits from the vectors that `run_blocks` returns."""
@@ -253,9 +268,14 @@ class LanguageModel(nn.Module):
         x comes from `embed`, or has embeddings from another source. The other arguments are those of `forward`.
 
         Raises:
-            ContractError: a layer does not declare the paradigm or packing, or the number of states or paradigms is
-                not the number of layers.
+            ContractError: a layer does not declare the paradigm or packing, the number of states or paradigms is
+                not the number of layers, or x has not the width that `embed` gives it.
         """
+        if x.shape[-1] != sum(self._widths):
+            raise ContractError(
+                f"expected vectors of width {sum(self._widths)}, got {x.shape[-1]}"
+                + (": model.value_embeddings needs tokens, not their embeddings" if self.value_embeddings else "")
+            )
         states = (None,) * len(self.blocks) if state is None else state
         paradigms = paradigm if isinstance(paradigm, tuple) else (paradigm,) * len(self.blocks)
         for name, entries in (("state", states), ("paradigm", paradigms)):
@@ -264,11 +284,13 @@ class LanguageModel(nn.Module):
                     f"{name} must have one entry for each of the {len(self.blocks)} layers, got {len(entries)}"
                 )
         after = []
-        first_values = None
+        first_values: dict[str, Tensor] = {}
         can_memoize = not torch.compiler.is_compiling() and not torch.is_grad_enabled()
         memo = (Memo() if memo is None else memo).next_pass() if can_memoize else None
+        x, *tables = x.split_with_sizes(self._widths, -1) if self.value_embeddings else (x,)
+        token_values = dict(zip(self.config.value_layers, tables, strict=True))
         stream = self.residual.start(x)
-        for block, before, layer_paradigm in zip(self.blocks, states, paradigms, strict=True):
+        for layer, (block, before, layer_paradigm) in enumerate(zip(self.blocks, states, paradigms, strict=True)):
             call = partial(
                 block,
                 paradigm=layer_paradigm,
@@ -278,14 +300,16 @@ class LanguageModel(nn.Module):
                 memo=memo,
             )
             mixer = block.mixer  # reading a submodule is a function call: do it once
-            if first_values is None and mixer.traits.value_residual:
+            if mixer.traits.value_residual and mixer.kind not in first_values:
                 call = partial(call, return_values=True)
             if self.activation_checkpointing and torch.is_grad_enabled():
                 # no early stop under context parallelism: every rank has to run all the communication of a block
                 options = {"context_fn": _keep_matmuls} if self.activation_checkpointing == "matmuls" else {}
                 call = partial(checkpoint, call, use_reentrant=False, early_stop=self.cp_group is None, **options)
-            stream, final, *values = call(stream, before, first_values if mixer.takes_first_values else None)
-            first_values = values[0] if values else first_values
+            first = first_values[mixer.kind] if mixer.takes_first_values else None
+            stream, final, *values = call(stream, before, first, token_values.get(layer))
+            if values:
+                first_values[mixer.kind] = values[0]
             after.append(final)
         x = self.residual(stream)
         if self.readout is not None:
@@ -391,16 +415,46 @@ class LanguageModel(nn.Module):
 def _build_all(config: ModelConfig) -> Iterator[Block]:
     """Yield the block of every layer; layers that share parameters get the same block."""
     shared: dict[str, Block] = {}
-    first_block: Block | None = None
+    first_blocks: dict[str, Block] = {}
     for index, name in enumerate(config.layers):
         block = shared.get(name) or _build(config, index)
         if config.blocks[name].shared:
             shared[name] = block
         if block.mixer.traits.value_residual:
-            first_block = first_block or block
-            if block is not first_block and not block.mixer.takes_first_values:
-                block.mixer.accept_first_values()
+            _accept_first_values(block, first_blocks.setdefault(block.mixer.kind, block), name)
         yield block
+
+
+def _accept_first_values(block: Block, first: Block, name: str) -> None:
+    """Let a block mix in the values of the first one with a mixer of its kind."""
+    mixer, first_mixer = block.mixer, first.mixer
+    if mixer is first_mixer or mixer.takes_first_values:
+        return
+    if mixer.value_width != first_mixer.value_width:
+        raise ContractError(
+            f"model.blocks.{name}: the value residual of {mixer.kind} needs layers with values of one width, got "
+            f"{first_mixer.value_width} in the first and {mixer.value_width} here"
+        )
+    mixer.accept_first_values()
+
+
+def _accept_token_values(config: ModelConfig, blocks: Sequence[Block]) -> None:
+    """Let the mixers of the layers with value embeddings take them."""
+    chosen = config.value_embeddings
+    if chosen is None:
+        return
+    taking = {blocks[layer] for layer in config.value_layers}
+    for layer, (name, block) in enumerate(zip(config.layers, blocks, strict=True)):
+        if layer not in config.value_layers and block in taking:
+            raise ContractError(
+                f"model.value_embeddings: block {name} is shared by layers with and without value embeddings: set "
+                "every = 1, or shared = false"
+            )
+        if block in taking and not block.mixer.takes_token_values:
+            try:
+                block.mixer.accept_token_values(chosen.scale, chosen.gate_channels)
+            except ContractError as error:
+                raise ContractError(f"model.blocks.{name}, layer {layer}: {error}") from error
 
 
 def _build(config: ModelConfig, index: int) -> Block:

@@ -35,8 +35,6 @@ class MatrixStateConfig(MixerConfig):
 
     family: ClassVar[Family] = DECAY
     """Op family of the recurrence."""
-    value_residual: ClassVar[bool] = False
-    """True if the first layer passes its values to later layers (value residual)."""
     norm_eps: float = Field(default=1e-6, ge=0)
     """Constant added to the variance or the mean square in the output norm."""
     chunk_size: Chunk = CHUNK_SIZE
@@ -48,13 +46,7 @@ class MatrixStateConfig(MixerConfig):
     @property
     def traits(self) -> Traits:
         """Traits: the paradigms of the op family, a constant state, no dependence on absolute position."""
-        return Traits(
-            paradigms=self.family.paradigms,
-            state="constant",
-            packing=True,
-            shift_invariant=True,
-            value_residual=self.value_residual,
-        )
+        return Traits(paradigms=self.family.paradigms, state="constant", packing=True, shift_invariant=True)
 
 
 class MatrixState(NamedTuple):

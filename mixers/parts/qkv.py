@@ -2,12 +2,14 @@
 
 q, k, v, g = x W_Q, x W_K, x W_V, x W_G         one product, together with a mixer's further projections
 q, k, v    = silu(conv(q, k, v))                by channel, if there is a short convolution
+v          = l_1 v^1 + l_2 v                    with a value residual: v^1 of the model's first layer of this kind
 q, k       = norm(q), norm(k), rotated by their positions
 o          = the recurrence of q, k, v          the mixer's own equations
 y          = (norm(o) * act(g)) W_O             per head
 """
 
 from abc import abstractmethod
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -19,10 +21,13 @@ from torch import Tensor, nn
 from ...ops.delta import unit_norm
 from ...ops.recurrence.family import RecurrenceOutput
 from ...ops.runtime.call import Call
+from ...ops.runtime.paradigm import Paradigm
+from ..contract import MixResult
 from ..roles import Role, RowBlock
-from ..traits import ContractError
+from ..traits import ContractError, Traits
 from .gates import Gate, GatedNorm, HeadNorm
 from .matrix_state import MatrixState, MatrixStateConfig, MatrixStateMixer, ShortConv
+from .outside_values import OutsideValues, ValueResidualOption
 from .projections import projections_of
 from .rotary import rotated
 from .short_convolution import ShortConvolution
@@ -77,6 +82,12 @@ class QKVConfig(MatrixStateConfig):
     gate: OutputGate = "swish"
     head_norm: OutputNorm = "rms"
     norm_affine: Affine = False
+    value_residual: ValueResidualOption = False
+
+    @property
+    def traits(self) -> Traits:
+        """Traits of the op family, and the value residual."""
+        return replace(super().traits, value_residual=self.value_residual)
 
     @model_validator(mode="after")
     def _check_rotation_base(self) -> "QKVConfig":
@@ -104,9 +115,11 @@ class QKV(NamedTuple):
     """Last inputs of the short convolution; None unless the final state is requested."""
     dtype: torch.dtype
     """Dtype of the projections; `q`, `k` and `v` may be wider."""
+    own_values: Float[Tensor, "B T n*H V"]
+    """Values without those from outside the mixer."""
 
 
-class QKVMixer(MatrixStateMixer):
+class QKVMixer(OutsideValues[MatrixState], MatrixStateMixer):
     """Layer around a recurrence, which a subclass defines in `recur`.
 
     A submodule that a subclass adds must initialise itself when it is built, and have `reset_parameters`, which the
@@ -143,6 +156,7 @@ class QKVMixer(MatrixStateMixer):
         values = self.n_heads * self.value_dim
         gate = {"gate": values} if config.gate != "none" and self.projects_gate else {}
         step_widths = self.steps * keys, self.steps * values
+        self.value_heads, self.value_width = self.steps * self.n_heads, step_widths[1]
         self.widths = {"q": keys, "k": step_widths[0], "v": step_widths[1], **gate, **more}
         self.extra_names = tuple(self.widths)[3:]
         heads = {"q": self.n_qk_heads, "k": self.n_qk_heads * self.steps, "v": self.n_heads * self.steps}
@@ -179,11 +193,14 @@ class QKVMixer(MatrixStateMixer):
         if self.config.qk_norm == "l2":
             self.norm.eps *= (base.key_dim / self.key_dim) ** 2
 
-    def mix(self, x: Float[Tensor, "B T D"], call: Call) -> tuple[Float[Tensor, "B T D"], MatrixState | None]:
+    def mix(self, x: Float[Tensor, "B T D"], call: Call) -> MixResult[MatrixState]:
         h = self.project(x, call)
         o, memory = self.recur(x, h, call.enter("memory"))
         y = self.out_proj(self.gated_norm(o, h.gate).to(h.dtype).flatten(2))
-        return y, self.state_after(x, memory, h.recent, call)
+        return self.with_own_values(y, self.state_after(x, memory, h.recent, call), h.own_values)
+
+    def flops(self, length: int, paradigm: Paradigm, context: int = 0) -> int:
+        return super().flops(length, paradigm, context) + self.outside_flops * length
 
     @property
     def projections(self) -> dict[str, Float[Tensor, "H _ D"]]:
@@ -214,7 +231,8 @@ class QKVMixer(MatrixStateMixer):
         heads = self.n_heads
         kv_heads = self.steps * self.n_heads
         qk = torch.unflatten(qk, -1, ((1 + self.steps) * self.n_qk_heads, -1))  # faster than Tensor.unflatten
-        v = torch.unflatten(v, -1, (kv_heads, -1))
+        own_values = torch.unflatten(v, -1, (kv_heads, -1))
+        v = self.with_outside_values(own_values, x, call)
         qk = self.features(qk)
         positions = None
         if self.counts_positions:
@@ -228,7 +246,7 @@ class QKVMixer(MatrixStateMixer):
         gate = None if gate is None else torch.unflatten(gate, -1, (heads, -1))
         if self.steps != 1:
             k, v = self.by_step(k), self.by_step(v)
-        return QKV(q, k, v.to(q.dtype), gate, more, positions, recent, v.dtype)
+        return QKV(q, k, v.to(q.dtype), gate, more, positions, recent, v.dtype, own_values)
 
     def by_step(self, x: Float[Tensor, "B T n*H *rest"]) -> Float[Tensor, "B T*n H *rest"]:
         """Move the steps of a token from the head dimension to the token dimension, one after another."""

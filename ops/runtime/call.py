@@ -59,8 +59,10 @@ class Call(NamedTuple):
     """The kernel backend; changes the cost, never the result."""
     cp_group: ContextParallel | None = None
     """Processes that share a row of tokens, one segment each; `documents` and `state` then describe the whole row."""
-    first_values: Float[Tensor, "B T D"] | None = None
-    """Values of the first layer that has a value residual, for the same tokens; None in models without one."""
+    first_values: Float[Tensor, "B T C"] | None = None
+    """Values of the model's first layer of this kind, for the same tokens; None without a value residual."""
+    token_values: Float[Tensor, "B T C"] | None = None
+    """Vectors of the tokens that are added to the values; None without value embeddings."""
     donated: bool = False
     """True if the next state may overwrite `state`, which its owner no longer needs; always False under grad."""
     memo: Memo | None = None

@@ -62,6 +62,8 @@ def written_out(mixer: Attention, x):
             q, k = q.flatten(2), k.flatten(2)
         q, k = (rms(y, one + w.flatten(), config.norm_eps) for y, w in ((q, norm.q_weight), (k, norm.k_weight)))
         q, k = (y.view(*x.shape[:2], -1, mixer.head_dim) for y in (q, k))
+    if config.qk_gain is not None:
+        q = q * mixer.qk_gain[:, None]
     if config.positions in ("rope", "xpos"):
         q, k = turned(q, config)[0], turned(k, config)[1]
     queries = 1 + config.differential  # per output head
@@ -119,6 +121,7 @@ OPTIONS = [
     {"differential": True, "positions": "alibi", "forget_gate": True, "sinks": True, "n_heads": 6},
     {"qk_norm": "rms", "norm_eps": 0.1, "partial_rotary_factor": 0.5, "head_dim": 8},
     {"qk_norm": "rms_zero_centered", "positions": "none"},
+    {"qk_norm": "rms", "qk_gain": 5.0, "softcap": 3.0},
     {"qk_norm": "rms_all_heads", "norm_eps": 0.1},
     {
         **{"forget_gate": True, "sinks": True, "softcap": 1.0, "gate": "sigmoid", "qk_norm": "rms"},
@@ -243,3 +246,12 @@ def test_the_state_is_as_declared(window, max_length, kind, capacity):
     if max_length == capacity:
         with pytest.raises(RuntimeError, match="max_length"):
             mixer(tokens(10, batch_size=3, dtype=torch.bfloat16), state, return_state=True)
+
+
+def test_a_gain_of_one_is_no_gain():
+    plain, gained = build(qk_norm="rms"), build(qk_norm="rms", qk_gain=1.0)
+    gained.load_state_dict({**plain.state_dict(), "qk_gain": gained.qk_gain.detach()})
+    assert torch.equal(gained.qk_gain, torch.ones(4, dtype=torch.float64))
+    assert torch.equal(gained(tokens(9))[0], plain(tokens(9))[0])
+    with pytest.raises(ValidationError, match="qk_gain = 2 needs qk_norm, got none"):
+        build(qk_gain=2.0)

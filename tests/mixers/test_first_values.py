@@ -1,6 +1,7 @@
-"""Values of a model's first layer, which later ones mix into their own: an input beside the tokens, and an output."""
+"""Values from outside, which layers mix into their own: an input beside the tokens, and an output."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -11,7 +12,12 @@ from feature_cases import mixers_with, require_property
 from mutants.specimen import Specimen, SpecimenConfig
 from torch import Tensor, nn
 
+from seqmix import ContractError
+from seqmix.mixers.attention import AttentionConfig
 from seqmix.mixers.contract import SequenceMixer
+from seqmix.mixers.delta_product import DeltaProductConfig
+from seqmix.mixers.mlstm import MLSTMConfig
+from seqmix.mixers.retention import RetentionConfig
 from seqmix.testing.compare import CheckFailure, require, require_near
 from seqmix.testing.contract.packing import describe_lengths, mix_each_alone, pack_outputs
 from seqmix.testing.mixer.case import Draw
@@ -22,11 +28,14 @@ GRADIENT = "the gradient of"
 
 def first_values_are_read_with_their_tokens(trial: Trial) -> None:
     """Every paradigm, pieces and packed documents give the same output, values, final state and gradients, of given
-    first values too; what mixes them in learns. Wanted values change nothing."""
+    values too; what mixes them in learns. Wanted values change nothing."""
     mixer, x, state = taking(trial), trial.tokens(), trial.state()
-    both = torch.cat((x, trial.like(x)), dim=-1)
-    whole = compared(trial, "with first values", partial(with_values, mixer), both, state, mixer)
-    require(whole[f"{GRADIENT} the input"][..., x.shape[-1] :].any(), "first values have no gradient")
+    width = mixer.value_width or x.shape[-1]
+    outside = [trial.like(x[..., :1].expand(*x.shape[:2], width)) for takes in takes_of(mixer) if takes]
+    both = torch.cat((x, *outside), dim=-1)
+    whole = compared(trial, "with values from outside", partial(with_values, mixer), both, state, mixer)
+    for gradient in whole[f"{GRADIENT} the input"][..., x.shape[-1] :].split(width, -1):
+        require(gradient.any(), "values from outside have no gradient")
     for name in learnable(mixer).keys() - learnable(trial.mixer).keys():
         require(whole[f"{GRADIENT} {name}"].any(), f"{name} has no gradient: nothing depends on it")
     first = compared(trial, "of the first layer", partial(with_values, trial.mixer), x, state, trial.mixer)
@@ -42,16 +51,19 @@ def _under_autocast(trial: Trial, x: Tensor) -> None:
     def run(on: bool) -> Tensor:
         with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16, enabled=on):
             *_, values = layers[0](x, return_values=True)
-            return layers[1](x, first_values=values)[0]
+            token = values.sin() if layers[1].takes_token_values else None
+            return layers[1](x, first_values=values, token_values=token)[0]
 
     what = "under autocast, with values that the first layer gives there"
     require_near("the output", what, run(True), run(False), 2 * trial.subject.tolerances[torch.bfloat16])
 
 
 def taking(trial: Trial) -> SequenceMixer:
-    """The case's mixer as a later layer, which takes first values."""
+    """The case's mixer as a later layer, which takes first values, and vectors of the tokens if it can."""
     mixer = trial.rebuilt()
     mixer.accept_first_values()
+    with suppress(ContractError):
+        mixer.accept_token_values(2.0, 3)
     require(mixer.takes_first_values, "accept_first_values leaves takes_first_values False")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -63,10 +75,20 @@ def taking(trial: Trial) -> SequenceMixer:
 
 
 def with_values(mixer: SequenceMixer, x: Tensor, state: Any, **options: Any) -> tuple[Tensor, Any]:
-    """Output and values, side by side, [B T 2D], of tokens, or of tokens and the first values that a mixer takes."""
-    x, *first = x.chunk(2, dim=-1) if mixer.takes_first_values else (x,)
-    y, after, values = mixer(x, state, first_values=first[0] if first else None, return_values=True, **options)
+    """Output and values, side by side, [B T D+C], of tokens, or of tokens and the values from outside that a mixer
+    takes."""
+    d_model = x.shape[-1]
+    if count := sum(takes_of(mixer)):
+        d_model = d_model // (1 + count) if mixer.value_width is None else d_model - count * mixer.value_width
+    x, *outside = x.split([d_model, *[mixer.value_width or d_model] * count], dim=-1)
+    names = (name for name, takes in zip(("first_values", "token_values"), takes_of(mixer), strict=True) if takes)
+    y, after, values = mixer(x, state, **dict(zip(names, outside, strict=True)), return_values=True, **options)
     return torch.cat((y, values), dim=-1), after
+
+
+def takes_of(mixer: SequenceMixer) -> tuple[bool, bool]:
+    """Whether a mixer takes first values, and vectors of the tokens."""
+    return mixer.takes_first_values, mixer.takes_token_values
 
 
 def compared(
@@ -101,6 +123,20 @@ DRAW = Draw(pieces=(1, 3), tokens=(1, 9), long=12, batch_size=(1, 2), lists=((3,
 
 def has_values(mixer):
     return mixer.traits.value_residual and mixer.traits.differentiable
+
+
+OPTIONAL = [
+    AttentionConfig(n_heads=2, n_kv_heads=1, value_residual=True),
+    RetentionConfig(n_heads=2, value_residual=True),
+    DeltaProductConfig(n_heads=2, value_residual=True),
+    MLSTMConfig(n_heads=2, value_residual=True),
+]
+"""One mixer of each way to compute values: cached, with a state, in several steps, with a `mix` of its own."""
+
+
+@pytest.mark.parametrize("config", OPTIONAL, ids=lambda config: config.kind)
+def test_values_from_outside_are_read_with_their_tokens(config):
+    require_property(first_values_are_read_with_their_tokens, config, DRAW, has_values, examples=6)
 
 
 @mixers_with(has_values)
