@@ -9,20 +9,21 @@
 The state decays by alpha_t as in Mamba-2, and the value at k_t is replaced as in DeltaNet. In the authors' models, keys
 are 3/4 as wide as d_model and values twice as wide as keys. Here keys are as wide as d_model, which allows any number
 of heads that divides d_model. Like the authors' code, and unlike the paper, there is a factor 1/sqrt(K), which the norm
-cancels except for its eps.
+cancels except for its eps. With `precondition`, the state writes with beta_t m_t * k_t in place of beta_t k_t (PGDN,
+arXiv 2604.21100); parts/preconditioner.py has m_t.
 """
 
 from typing import Literal
 
 from torch import Tensor
 
-from ..ops.delta import delta
-from .delta_net import GroupedValuesConfig, write_rate
-from .parts import QKV, Call, QKVMixer, RecurrenceOutput, TimeStepDecay
+from .delta_net import PreconditionedConfig, write_rate
+from .parts import QKV, Call, RecurrenceOutput, TimeStepDecay
+from .parts.preconditioner import PreconditionedMixer
 from .parts.qkv import ValueExpansion
 
 
-class GatedDeltaNetConfig(GroupedValuesConfig):
+class GatedDeltaNetConfig(PreconditionedConfig):
     """Gated DeltaNet: a matrix state per head that decays, and in which each token replaces the value of its key."""
 
     kind: Literal["gated_delta_net"] = "gated_delta_net"
@@ -32,7 +33,7 @@ class GatedDeltaNetConfig(GroupedValuesConfig):
         return GatedDeltaNet(self, d_model)
 
 
-class GatedDeltaNet(QKVMixer):
+class GatedDeltaNet(PreconditionedMixer):
     """Layer configured by `GatedDeltaNetConfig`; decays start as in the authors' code."""
 
     log_decay_shape = "B T H"
@@ -45,4 +46,4 @@ class GatedDeltaNet(QKVMixer):
     def recur(self, x: Tensor, h: QKV, call: Call) -> RecurrenceOutput:
         beta = write_rate(h.more["beta"], self.state_dtype, neg_eigval=self.config.allow_neg_eigval)
         _, log_decay = self.decay(h.more["dt"])
-        return delta(h.q, h.k, h.v, beta, log_decay, call)
+        return self.update(h, beta, log_decay, call)

@@ -9,7 +9,9 @@
 KDA is Gated DeltaNet with a decay per key dimension. The rank of the maps to decays and output gate is the width of a
 head. As in the released models, the gate has no bias by default. The norm cancels the factor 1/sqrt(K) except for its
 eps. With decay_lower_bound c, as in GLM, alpha_t = exp(c sigmoid(e^{A_log} (x_t W_1 W_2 + dt_bias))), and A_log starts
-at 0.
+at 0. With `precondition`, the state writes with beta_t m_t * k_t in place of beta_t k_t (PKDA, arXiv 2604.21100);
+parts/preconditioner.py has m_t. With fewer key heads than heads, there is one m_t per key head, and per head in the
+code of PKDA's authors.
 """
 
 from typing import Literal
@@ -17,9 +19,9 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from ..ops.delta import delta
-from .delta_net import DeltaConfig, GroupedValuesConfig, write_rate
-from .parts import QKV, Call, LowRank, QKVMixer, RecurrenceOutput, TimeStepDecay
+from .delta_net import DeltaConfig, PreconditionedConfig, write_rate
+from .parts import QKV, Call, LowRank, RecurrenceOutput, TimeStepDecay
+from .parts.preconditioner import PreconditionedMixer
 from .parts.qkv import OutputGate
 from .roles import Role
 
@@ -38,7 +40,7 @@ class KeyDecayConfig(DeltaConfig):
     """Lower bound of the log-decays, enforced by a sigmoid; null for unbounded log-decays, from softplus."""
 
 
-class KDAConfig(KeyDecayConfig, GroupedValuesConfig):  # pyright: ignore[reportIncompatibleVariableOverride] narrower type
+class KDAConfig(KeyDecayConfig, PreconditionedConfig):  # pyright: ignore[reportIncompatibleVariableOverride] narrower type
     """KDA: a matrix state per head with a decay per key dimension; each token replaces the value of its key."""
 
     kind: Literal["kda"] = "kda"
@@ -47,7 +49,7 @@ class KDAConfig(KeyDecayConfig, GroupedValuesConfig):  # pyright: ignore[reportI
         return KDA(self, d_model, beta=self.n_heads)
 
 
-class KDA(QKVMixer):
+class KDA(PreconditionedMixer):
     """Layer configured by `KDAConfig`; decays start as in the authors' code."""
 
     log_decay_shape = "B T H K"
@@ -55,7 +57,7 @@ class KDA(QKVMixer):
     projects_gate = False
 
     def __init__(self, config: KeyDecayConfig, d_model: int, **more: int) -> None:
-        super().__init__(config, d_model, **more)
+        super().__init__(config, d_model, rates=(1.0, 16.0), **more)
         rank = config.gate_rank or self.value_dim
         gate = config.gate != "none"
         self.decay_proj = LowRank(d_model, rank, self.n_heads * self.key_dim, bias=False, role=Role.GATE)
@@ -76,4 +78,4 @@ class KDA(QKVMixer):
 
     def recur(self, x: Tensor, h: QKV, call: Call) -> RecurrenceOutput:
         beta = write_rate(h.more["beta"], self.state_dtype, neg_eigval=self.config.allow_neg_eigval)
-        return delta(h.q, h.k, h.v, beta, self.log_decay(x), call)
+        return self.update(h, beta, self.log_decay(x), call)

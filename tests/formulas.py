@@ -117,7 +117,7 @@ def decays(mixer, x, projected):
         return (-rate * torch.log1p(logits.exp())).exp()
     if config.kind == "mlstm":
         return (1 / (1 + (-capped(mixer, projected["f"] + mixer.gate_bias[1])).exp()))[..., None]
-    if config.kind == "gated_delta_net" or getattr(config, "forget_gate", False):
+    if config.kind in ("gated_delta_net", "comba") or getattr(config, "forget_gate", False):
         step = torch.log1p((projected["dt"] + mixer.decay.dt_bias).exp())
         return (-mixer.decay.A_log.exp() * step).exp()[..., None]
     return x.new_ones(())
@@ -146,6 +146,19 @@ def features(mixer, y):
     return y if config.rotation == "none" else turned(y, config.rotation, config.rotation_base)
 
 
+def preconditioned(mixer, projected, k, group):
+    """The factors of the keys that write, [B T H K]."""
+    scaled, x = mixer.preconditioner, mixer.config.precondition
+    step = torch.log1p((projected["curvature_dt"] + scaled.decay.dt_bias).exp())
+    a = (-scaled.decay.A_log.exp() * step).exp().repeat_interleave(group, 2)
+    b, curvature, factors = projected["curvature_rate"].sigmoid().repeat_interleave(group, 2), 0, []
+    for t in range(k.shape[1]):
+        curvature = a[:, t, :, None] * curvature + b[:, t, :, None] * k[:, t] ** 2
+        r = torch.log(curvature + 1e-6) - scaled.center.repeat_interleave(group)[:, None]
+        factors.append(x ** (-r / (1 + r.abs())))
+    return torch.stack(factors, 1)
+
+
 def written_out(mixer, x):
     """The layer from the first token: its output, and the state after the last token."""
     config, heads = mixer.config, mixer.n_heads
@@ -159,7 +172,13 @@ def written_out(mixer, x):
     q, projected["k"], v = qkv.split([*mixer.widths.values()][:3], dim=-1)
     shared = getattr(config, "n_qk_heads", None) or heads
     steps, group = getattr(config, "n_steps", 1), heads // shared
-    q = features(mixer, q.unflatten(-1, (shared, -1))).repeat_interleave(group, 2)
+    q, read = q.unflatten(-1, (shared, -1)), x.new_ones(heads, 1, 1)
+    if config.kind == "comba":
+        share = mixer.feedback.sigmoid()[:, None]
+        read = share.repeat_interleave(group, 0)[..., None]
+        if mixer.output_feedback is not None:
+            q = q - mixer.output_feedback[:, None] * share * projected["k"].unflatten(-1, (shared, -1))
+    q = features(mixer, q).repeat_interleave(group, 2)
     ks = [part.unflatten(-1, (shared, -1)) for part in projected["k"].chunk(steps, dim=-1)]
     vs = [part.unflatten(-1, (heads, -1)) for part in v.chunk(steps, dim=-1)]
     ks = [features(mixer, k).repeat_interleave(group, 2) for k in ks]
@@ -176,14 +195,19 @@ def written_out(mixer, x):
     if (update := getattr(config, "update", "euler")) != "euler":
         square = k.square().sum(-1) + 1e-6
         beta = (1 - (-beta * square).exp()) / square if update == "exact" else beta / (1 + beta * square)
+    factors = preconditioned(mixer, projected, k, group) if getattr(config, "precondition", None) else None
     divided = getattr(config, "denominator", False)
     scale = 1.0 if divided or config.kind == "lightning" else mixer.key_dim**-0.5
     state, weights, outputs = x.new_zeros(len(x), heads, k.shape[-1], v.shape[-1]), x.new_zeros(()), []
     for t in range(x.shape[1]):
-        key, value, state = k[:, t, ..., None], v[:, t, :, None], a[:, t, ..., None] * state
-        if "beta" in projected:
+        key, value, before, state = k[:, t, ..., None], v[:, t, :, None], state, a[:, t, ..., None] * state
+        if config.kind == "comba":
+            state = state + beta[:, t, :, None, None] * key * (value - read * (key.mT @ before))
+        elif "beta" in projected:
             for k, v, rate in zip(ks, vs, beta[:, t].chunk(steps, dim=-1), strict=True):
                 key, value, b = k[:, t, ..., None], v[:, t, :, None], rate[..., None, None]
+                if factors is not None:
+                    b = b * factors[:, t, ..., None]
                 state = state - b * key @ (key.mT @ state) + b * key * value
         elif "erase" in projected:
             written = projected["write"].sigmoid().unflatten(-1, (heads, -1))[:, t, :, None] * value

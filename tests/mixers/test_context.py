@@ -46,6 +46,7 @@ MIXERS_OF_ALL_OPS = (
     ("delta_product", {"n_heads": 2, "chunk_size": 4}),
     ("kda", {"n_heads": 2, "chunk_size": 4}),
     ("gated_delta_net2", {"n_heads": 2, "chunk_size": 4}),
+    ("comba", {"n_heads": 2, "chunk_size": 4}),
     ("attention", {"n_heads": 2, "n_kv_heads": 1, "chunk_size": 3}),
     ("attention", {"n_heads": 2, "window": 4, "positions": "xpos", "chunk_size": 3}),
     ("attention", {"n_heads": 2, "forget_gate": True, "sinks": True, "softcap": 2.0, "chunk_size": 3}),

@@ -60,6 +60,7 @@ LONG = [
     ("gated_delta_net", 1000, 3e-2, {"n_heads": 2, "chunk_size": 64}),
     ("kda", 1000, 3e-2, {"n_heads": 2, "chunk_size": 64}),
     ("gated_delta_net2", 1000, 3e-2, {"n_heads": 2, "chunk_size": 64}),
+    ("comba", 1000, 3e-2, {"n_heads": 2, "chunk_size": 64}),
     ("delta_product", 1000, 3e-2, {"n_heads": 2, "chunk_size": 64}),
     # sums of weights reach 10^5, beyond float16, and their ratio is what counts
     ("linear_attention", 2000, 1.5e-2, {}),

@@ -63,12 +63,19 @@ OWN = {
         {"allow_neg_eigval": True},
         {"n_heads": 6, "n_qk_heads": 3, "rotation": "rope"},
         {"expand_k": 0.75, "expand_v": 1.5},
+        {"precondition": 2.0, "n_heads": 6, "n_qk_heads": 3},
     ],
     "kda": [
         {"n_heads": 4, "n_qk_heads": 2, "gate_bias": True},
         {"allow_neg_eigval": True, "gate_rank": 2},
         {"expand_k": 0.75, "expand_v": 1.5, "gate": "swish"},
         {"decay_lower_bound": -2.0},
+        {"precondition": 1.5, "expand_v": 1.5},
+    ],
+    "comba": [
+        {"n_heads": 6, "n_qk_heads": 3, "rotation": "rope"},
+        {"output_feedback": None, "expand_k": 0.75, "expand_v": 1.5},
+        {"output_feedback": 0.02, "gate": "swish"},
     ],
     "delta_product": [{"n_steps": 3, "forget_gate": False}, {"allow_neg_eigval": False, **WIDTHS}, {"n_steps": 1}],
     "gated_delta_net2": [
@@ -79,7 +86,10 @@ OWN = {
 REFUSED = {
     *(("hgrn2", name) for name in ("qk_norm", "rotation", "rotation_base")),
     *(("gla", name) for name in ("rotation", "rotation_base")),
-    *((kind, "qk_norm") for kind in ("delta_net", "gated_delta_net", "kda", "gated_delta_net2", "delta_product")),
+    *(
+        (kind, "qk_norm")
+        for kind in ("delta_net", "gated_delta_net", "kda", "gated_delta_net2", "comba", "delta_product")
+    ),
     *((kind, name) for kind in ("kda", "gated_delta_net2") for name in ("rotation", "rotation_base")),
 }
 """Options with a single value; the reason stands beside the field."""

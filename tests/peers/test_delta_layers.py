@@ -1,10 +1,11 @@
-"""The KDA layer against transformers' Kimi Linear; Gated DeltaNet-2, DeltaProduct and RWKV-7 around
-flash-linear-attention's recurrences, which stand between our projections and a norm written out.
+"""The KDA layer against transformers' Kimi Linear; Comba, preconditioned delta rules, Gated DeltaNet-2, DeltaProduct
+and RWKV-7 around flash-linear-attention's recurrences, which stand between our projections and a norm written out.
 """
 
 from importlib.util import find_spec
 from inspect import unwrap
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from fla_oracles import agree, loaded, needs_fla
 from transformer_models import mixer_weights
 
 from seqmix.convert.kimi_linear import KimiLinear
-from seqmix.mixers import Paradigm
+from seqmix.mixers import MIXERS, Paradigm
+from seqmix.mixers.comba import CombaConfig
 from seqmix.mixers.delta_product import DeltaProductConfig
 from seqmix.mixers.gated_delta_net2 import GatedDeltaNet2Config
 from seqmix.mixers.kda import KDAConfig
@@ -76,6 +78,13 @@ def test_bounded_decays_are_those_of_glm():
     torch.testing.assert_close(ours.log_decay(x), theirs(x))
 
 
+class Pair(NamedTuple):
+    """State of a preconditioned delta rule in fla."""
+
+    memory: torch.Tensor
+    curvature: torch.Tensor
+
+
 def heads(x):
     return x.unflatten(-1, (2, -1))
 
@@ -120,6 +129,58 @@ def test_gated_delta_net2_is_theirs(paradigm):
         return theirs
 
     agree_in_pieces(GatedDeltaNet2Config(n_heads=2, short_conv=None, chunk_size=16), paradigm, around)
+
+
+@needs_fla
+@every_paradigm
+def test_comba_is_theirs_in_chunks(paradigm):
+    recurrence = loaded("comba").naive_chunk_comba  # their recurrent reference reads the decayed state
+
+    def around(mixer):
+        def theirs(x, state):
+            q, k, v, gate, beta, dt = mixer.in_proj(x).split([*mixer.widths.values()], dim=-1)
+            q, k, v = F.silu(heads(q)), F.silu(heads(k)), F.silu(heads(v))
+            share = mixer.feedback.sigmoid()[:, None]
+            q, k = unit(q - mixer.output_feedback[:, None] * share * k), unit(k)
+            g = -mixer.decay.A_log.exp() * F.softplus(dt + mixer.decay.dt_bias)
+            o, state = recurrence(q, k, v, share * k, g, beta.sigmoid(), 8, None, state, True)
+            return mixer.out_proj((normed(mixer, o) * heads(gate).sigmoid()).flatten(2)), state
+
+        return theirs
+
+    agree_in_pieces(CombaConfig(n_heads=2, short_conv=None, chunk_size=16), paradigm, around)
+
+
+@needs_fla
+@every_paradigm
+@pytest.mark.parametrize("kind", ["gated_delta_net", "kda"])
+def test_preconditioned_delta_rules_are_theirs(kind, paradigm):
+    gated = kind == "gated_delta_net"
+    name = "precond_gated_delta_rule" if gated else "precond_kda"
+    recurrence = getattr(loaded(name), f"naive_recurrent_{name}")
+
+    def around(mixer):
+        def theirs(x, state):
+            projected = dict(zip(mixer.widths, mixer.in_proj(x).split([*mixer.widths.values()], dim=-1), strict=True))
+            q, k, v = (F.silu(heads(projected[name])) for name in "qkv")
+            scaled, memory, curvature = mixer.preconditioner, *(state or (None, None))
+            a = -scaled.decay.A_log.exp() * F.softplus(projected["curvature_dt"] + scaled.decay.dt_bias)
+            rate, beta = projected["curvature_rate"].sigmoid(), projected["beta"].sigmoid()
+            more = {"initial_state": memory, "initial_A_state": curvature, "output_final_state": True}
+            more["log_atk_scale"] = scaled.center
+            if gated:  # it norms by itself, without the constant
+                g = -mixer.decay.A_log.exp() * F.softplus(projected["dt"] + mixer.decay.dt_bias)
+                o, *state = recurrence(unit(q), unit(k), v, a, g, rate, beta, **more)
+                gate = F.silu(heads(projected["gate"]))
+            else:
+                o, *state = recurrence(unit(q), unit(k), v, mixer.log_decay(x), a, rate, beta, **more)
+                gate = heads(mixer.gate_proj(x)).sigmoid()
+            return mixer.out_proj((normed(mixer, o) * gate).flatten(2)), Pair(*state)
+
+        return theirs
+
+    config = MIXERS.resolve(kind)(n_heads=2, short_conv=None, chunk_size=16, precondition=1.5)
+    agree_in_pieces(config, paradigm, around)
 
 
 @needs_fla

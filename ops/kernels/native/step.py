@@ -20,8 +20,7 @@ def rule_of(x: Recurrence) -> int:
 
 
 def one_dtype(x: Recurrence) -> Recurrence:
-    """Return the inputs with q, k, v, a and b in one dtype, in which the sources read them: that of states if a or b has
-    another than q."""
+    """Return the inputs with q, k, v, a and b in one dtype, as the sources read them: float32 if theirs differ."""
     same = all(key is None or key.dtype == x.q.dtype for key in (x.a, x.b))
     return x if same else x.widened()
 
