@@ -21,6 +21,9 @@ def build(kind, dtype=torch.float64, d_model=D_MODEL, layer_idx=1, n_layers=3, *
         torch.nn.init.uniform_(mixer.norm.weight, 0.5, 1.5)
     if kind == "gla":
         torch.nn.init.normal_(mixer.decay_proj.up.bias)
+    if kind == "mesa_net":
+        torch.nn.init.normal_(mixer.ridge)
+        torch.nn.init.normal_(mixer.gate_bias)
     return mixer.to(dtype)
 
 
@@ -115,6 +118,8 @@ def decays(mixer, x, projected):
         if config.decay_lower_bound is not None:
             return (config.decay_lower_bound / (1 + (-rate * logits).exp())).exp()
         return (-rate * torch.log1p(logits.exp())).exp()
+    if config.kind == "mesa_net":
+        return (projected["decay"] + mixer.gate_bias[1]).sigmoid()[..., None]
     if config.kind == "mlstm":
         return (1 / (1 + (-capped(mixer, projected["f"] + mixer.gate_bias[1])).exp()))[..., None]
     if config.kind in ("gated_delta_net", "comba") or getattr(config, "forget_gate", False):
@@ -163,13 +168,14 @@ def written_out(mixer, x):
     """The layer from the first token: its output, and the state after the last token."""
     config, heads = mixer.config, mixer.n_heads
     projected = {name: x @ weight.T for name, weight in projections(mixer).items()}
-    qkv = torch.cat([projected[name] for name in "qkv"], -1)
+    qkv = torch.cat([projected[name] for name in ("qkv" if mixer.convolves_values else "qk")], -1)
     if mixer.convolution is not None:
         qkv = convolved(qkv, mixer.convolution.weight)
     convolved_too = mixer.convolution is not None and config.kind != "hgrn2"
-    if convolved_too or config.kind == "lightning" or config.family.name != "decay":
+    if convolved_too or config.kind in ("lightning", "mesa_net") or config.family.name != "decay":
         qkv = qkv * qkv.sigmoid()
-    q, projected["k"], v = qkv.split([*mixer.widths.values()][:3], dim=-1)
+    q, projected["k"], *v = qkv.split([*mixer.widths.values()][: 3 if mixer.convolves_values else 2], dim=-1)
+    v = v[0] if v else projected["v"]
     shared = getattr(config, "n_qk_heads", None) or heads
     steps, group = getattr(config, "n_steps", 1), heads // shared
     q, read = q.unflatten(-1, (shared, -1)), x.new_ones(heads, 1, 1)
@@ -187,6 +193,8 @@ def written_out(mixer, x):
     if config.kind == "hgrn2":
         q, k = q * q.sigmoid(), 1 - a
     total, i = x.new_zeros(len(x), heads), None
+    if config.kind == "mesa_net":
+        v = torch.cat((k, v), -1)
     if config.kind == "mlstm":
         i = capped(mixer, projected["i"] + mixer.gate_bias[0]).exp()
         k = i[..., None] * k
@@ -203,6 +211,8 @@ def written_out(mixer, x):
         key, value, before, state = k[:, t, ..., None], v[:, t, :, None], state, a[:, t, ..., None] * state
         if config.kind == "comba":
             state = state + beta[:, t, :, None, None] * key * (value - read * (key.mT @ before))
+        elif config.kind == "mesa_net":
+            state = state + (projected["beta"] + mixer.gate_bias[0])[:, t, :, None, None].sigmoid() * key * value
         elif "beta" in projected:
             for k, v, rate in zip(ks, vs, beta[:, t].chunk(steps, dim=-1), strict=True):
                 key, value, b = k[:, t, ..., None], v[:, t, :, None], rate[..., None, None]
@@ -215,7 +225,12 @@ def written_out(mixer, x):
             state = state - key @ (erased.mT @ state) + key * written
         else:
             state = state + key * value
-        o = (q[:, t, :, None] @ state)[:, :, 0] * scale
+        if config.kind == "mesa_net":
+            gram, state_of_values = state.split([mixer.key_dim, v.shape[-1] - mixer.key_dim], dim=-1)
+            ridge = (config.min_ridge + torch.log1p(mixer.ridge.exp())).diag_embed()
+            o = (torch.linalg.solve(gram + ridge, q[:, t])[:, :, None] @ state_of_values)[:, :, 0]
+        else:
+            o = (q[:, t, :, None] @ state)[:, :, 0] * scale
         if i is not None:
             weights, total = a[:, t] * weights + k[:, t], a[:, t, :, 0] * total + i[:, t]
             o = o / (scale * (q[:, t] * weights).sum(-1, keepdim=True)).abs().clamp(min=1)

@@ -1,7 +1,7 @@
 """Base classes of mixers with queries, keys, values and an output gate per head around a recurrence.
 
 q, k, v, g = x W_Q, x W_K, x W_V, x W_G         one product, together with a mixer's further projections
-q, k, v    = silu(conv(q, k, v))                by channel, if there is a short convolution
+q, k, v    = silu(conv(q, k, v))                by channel, if there is a short convolution; in some mixers q, k only
 v          = l_1 v^1 + l_2 v                    with a value residual: v^1 of the model's first layer of this kind
 q, k       = norm(q), norm(k), rotated by their positions
 o          = the recurrence of q, k, v          the mixer's own equations
@@ -138,6 +138,8 @@ class QKVMixer(OutsideValues[MatrixState], MatrixStateMixer):
     """Gains with which the input and the output projection are initialised (Xavier-uniform); RetNet's by default."""
     activation: ClassVar[Literal["silu", "none"]] = "silu"
     """Activation after the short convolution."""
+    convolves_values: ClassVar[bool] = True
+    """True if values go through the short convolution, as queries and keys do."""
     projects_gate: ClassVar[bool] = True
     """True if the input projection includes the output gate; if False, the mixer's own `project` adds the gate."""
 
@@ -167,7 +169,7 @@ class QKVMixer(OutsideValues[MatrixState], MatrixStateMixer):
         ]
         self.parameter_roles = {"in_proj.weight": self.row_blocks}
         self.in_proj = nn.Linear(d_model, sum(self.widths.values()), bias=False)
-        channels = keys + sum(step_widths)
+        channels = keys + (sum(step_widths) if self.convolves_values else step_widths[0])
         self.convolution = ShortConvolution.of(config.short_conv, channels, activation=self.activation)
         self.norm = self.output_norm(self.value_dim)
         self.out_proj = nn.Linear(values, d_model, bias=False)
@@ -219,7 +221,10 @@ class QKVMixer(OutsideValues[MatrixState], MatrixStateMixer):
     def project(self, x: Float[Tensor, "B T D"], call: Call) -> QKV:
         """Compute everything before the recurrence: projections, convolution, norms and rotation."""
         q, k, v, *rest = self.widths.values()
-        if self.silu_without_conv or self.convolution is not None:
+        if not self.convolves_values:
+            qk, v, *others = self.in_proj(x).split_with_sizes([q + k, v, *rest], -1)
+            qk, recent = self.convolve(qk, call)
+        elif self.silu_without_conv or self.convolution is not None:
             # queries, keys and values go through the convolution together
             qkv, *others = self.in_proj(x).split_with_sizes([q + k + v, *rest], -1)
             qkv, recent = self.convolve(qkv, call)

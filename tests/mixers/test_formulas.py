@@ -78,6 +78,7 @@ OWN = {
         {"output_feedback": 0.02, "gate": "swish"},
     ],
     "delta_product": [{"n_steps": 3, "forget_gate": False}, {"allow_neg_eigval": False, **WIDTHS}, {"n_steps": 1}],
+    "mesa_net": [{"min_ridge": 0.01, "iterations": 40}, {"n_heads": 2, "chunk_size": 5}],
     "gated_delta_net2": [
         {"allow_neg_eigval": True, "gate_rank": 2},
         {"decay_lower_bound": -5.0, "expand_k": 0.75, "expand_v": 1.5},
@@ -88,9 +89,9 @@ REFUSED = {
     *(("gla", name) for name in ("rotation", "rotation_base")),
     *(
         (kind, "qk_norm")
-        for kind in ("delta_net", "gated_delta_net", "kda", "gated_delta_net2", "comba", "delta_product")
+        for kind in ("delta_net", "gated_delta_net", "kda", "gated_delta_net2", "comba", "delta_product", "mesa_net")
     ),
-    *((kind, name) for kind in ("kda", "gated_delta_net2") for name in ("rotation", "rotation_base")),
+    *((kind, name) for kind in ("kda", "gated_delta_net2", "mesa_net") for name in ("rotation", "rotation_base")),
 }
 """Options with a single value; the reason stands beside the field."""
 

@@ -17,7 +17,7 @@ from seqmix.training import PRESETS, TrainingConfig, load_config
 from seqmix.training.optimizer import build_optimizer
 
 NOT_DECAYED = re.compile(
-    r"(^|\.)(A_log|A_imag|dt_bias|log_step|D|C|bound|rate|time_\w+|logit|sinks|exclusion|shift|mix_\w|removed|replaced|bonus|skip"
+    r"(^|\.)(A_log|A_imag|dt_bias|log_step|D|C|bound|rate|time_\w+|logit|ridge|sinks|exclusion|shift|mix_\w|removed|replaced|bonus|skip"
     r"|frequency|\w*norm\w*|\w*bias|(convolution|\w*norm)\.\w+|filter\w+\.\w+(\.\w+)?|center|(output_)?feedback|[qk]_weight)$"
 )
 """Names that authors' code exempts from weight decay: rates, biases, norms, filters and factors by channel."""
