@@ -1,0 +1,252 @@
+"""Statistics of ranks: Spearman's rho with ties, bootstrap intervals, permutation tests, and power.
+
+Rankings of mixers are short (4 to 11 entries), so nothing here assumes large samples. Random numbers come from a fixed
+seed: the same data give the same page.
+"""
+
+import math
+from itertools import permutations
+from typing import NamedTuple
+
+import numpy as np
+
+Array = np.ndarray
+LEVEL = 0.05
+"""Level of one-sided tests: rankings are predicted to agree, not just to be related."""
+CONFIDENCE = 0.95
+"""Coverage of intervals."""
+DRAWS = 4000
+"""Random draws of a bootstrap or of a permutation test."""
+TIE = 1e-8
+"""Correlations that differ by less are equal: the rest is rounding."""
+EXACT = 7
+"""Largest number of entries of which all permutations are listed (5,040)."""
+
+
+class Interval(NamedTuple):
+    """Percentile interval of a bootstrap."""
+
+    low: float
+    high: float
+
+
+def generator() -> np.random.Generator:
+    """Return the random number generator that every statistic starts with."""
+    return np.random.default_rng(0)
+
+
+def midranks(values: Array) -> Array:
+    """Return ranks along the last axis, 1 for the lowest; equal values share the mean of their ranks."""
+    values = np.asarray(values, dtype=float)
+    below = (values[..., None, :] < values[..., :, None]).sum(-1)
+    equal = (values[..., None, :] == values[..., :, None]).sum(-1)
+    return below + (equal + 1) / 2
+
+
+def spearman(x: Array, y: Array) -> Array:
+    """Return Spearman's rho along the last axis: Pearson's correlation of mid-ranks; NaN if one side is constant."""
+    a, b = midranks(x), midranks(y)
+    a, b = a - a.mean(-1, keepdims=True), b - b.mean(-1, keepdims=True)
+    scale = np.sqrt((a * a).sum(-1) * (b * b).sum(-1))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(scale > 0, (a * b).sum(-1) / scale, np.nan)
+
+
+def interval(draws: Array) -> Interval | None:
+    """Return the percentile interval of bootstrap draws; NaN draws are left out. None if no draw is left."""
+    draws = draws[~np.isnan(draws)]
+    if not draws.size:
+        return None
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(draws, [tail, 1 - tail])
+    return Interval(float(low), float(high))
+
+
+def rho_interval(by_seed: Array, values: Array, draws: int = DRAWS) -> Interval | None:
+    """Return the bootstrap interval of rho between a task and one published column.
+
+    A draw resamples the entries, and the seeds of the task's scores (one choice of seeds for all entries, as they share
+    their seeds). Draws in which one side is constant are left out. With fewer than ten entries such an interval is
+    rough: it shows how much hangs on single entries.
+
+    Args:
+        by_seed: scores of the task, [seeds, entries].
+        values: published values, [entries].
+        draws: number of resamples.
+    """
+    rng = generator()
+    seeds, n = by_seed.shape
+    chosen = rng.integers(seeds, size=(draws, seeds))
+    entries = rng.integers(n, size=(draws, n))
+    means = by_seed[chosen].mean(1)
+    return interval(spearman(np.take_along_axis(means, entries, -1), values[entries]))
+
+
+def shuffles(n: int, draws: int = DRAWS) -> Array:
+    """Return permutations of n positions: all of them if n <= `EXACT`, random ones otherwise, [draws, n]."""
+    if n <= EXACT:
+        return np.array(list(permutations(range(n))))
+    return generator().permuted(np.tile(np.arange(n), (draws, 1)), axis=1)
+
+
+def share_at_least(null: Array, observed: float, *, exact: bool) -> float:
+    """Return the one-sided p-value of a statistic: the share of the null distribution that is at least as large.
+
+    A random null distribution gets the observed value added, so that p is never 0.
+    """
+    reached = int((np.nan_to_num(null) >= observed - TIE).sum())
+    return reached / null.size if exact else (reached + 1) / (null.size + 1)
+
+
+def permutation_p(x: Array, y: Array, draws: int = DRAWS) -> float:
+    """Return the one-sided p-value of rho(x, y) if the values of x belonged to random entries."""
+    n = len(x)
+    null = spearman(np.asarray(x)[shuffles(n, draws)], y)
+    return share_at_least(null, float(spearman(x, y)), exact=n <= EXACT)
+
+
+def critical_rho(n: int, level: float = LEVEL) -> float | None:
+    """Return the smallest rho of n entries without ties whose one-sided p-value is at most `level`; None if none is."""
+    null = spearman(shuffles(n, 10 * DRAWS), np.arange(n))
+    exact = n <= EXACT
+    for rho in np.unique(np.round(null, 9)):  # rounded by less than TIE
+        if share_at_least(null, float(rho), exact=exact) <= level:
+            return float(rho)
+    return None
+
+
+def detectable_rho(n: int, power: float = 0.8, level: float = LEVEL, draws: int = 1000) -> float | None:
+    """Return the smallest true correlation that n entries detect with a probability of `power`.
+
+    True means: between two normal variables of which the entries are a random sample. None if no correlation up to
+    0.995 is detected so often.
+    """
+    critical = critical_rho(n, level)
+    if critical is None:
+        return None
+    rng = generator()
+    x, noise = rng.standard_normal((2, draws, n))
+
+    def detected(r: float) -> float:
+        rho = spearman(x, r * x + math.sqrt(1 - r * r) * noise)
+        return float((rho >= critical - TIE).mean())
+
+    low, high = 0.0, 0.995
+    if detected(high) < power:
+        return None
+    while high - low > 0.005:
+        middle = (low + high) / 2
+        low, high = (middle, high) if detected(middle) < power else (low, middle)
+    return high
+
+
+def z_scores(x: Array) -> Array:
+    """Return values minus their mean, over their standard deviation, along the last axis; 0 if they are constant."""
+    x = np.asarray(x, dtype=float)
+    centred = x - x.mean(-1, keepdims=True)
+    spread = x.std(-1, keepdims=True)
+    return np.divide(centred, spread, out=np.zeros_like(centred), where=spread > 0)
+
+
+class Column(NamedTuple):
+    """One published column, oriented so that more is better, for pooling."""
+
+    paper: str
+    """Columns of one paper count as one paper together."""
+    positions: Array
+    """Positions of the column's entries among all entries of the predictor."""
+    values: Array
+
+
+def pooled(x: Array, columns: list[Column]) -> Array:
+    """Return the mean rho of a predictor over papers, [...]; `x` has its values, [..., entries].
+
+    Within a paper, columns are averaged with weights n - 1, as the variance of rho under independence is 1 / (n - 1).
+    So are papers, with the mean weight of their columns. A rho without spread counts as 0: what is constant predicts
+    nothing.
+    """
+    rhos, weights = _by_paper(np.asarray(x, dtype=float), columns)
+    return (rhos * weights).sum(-1) / weights.sum()
+
+
+def _by_paper(x: Array, columns: list[Column]) -> tuple[Array, Array]:
+    """Return the mean rho of each paper, [..., papers], and the papers' weights."""
+    papers = list(dict.fromkeys(column.paper for column in columns))
+    rhos = []
+    weights = []
+    for paper in papers:
+        parts = [column for column in columns if column.paper == paper]
+        degrees = np.array([len(part.values) - 1.0 for part in parts])
+        each = np.stack([np.nan_to_num(spearman(x[..., part.positions], part.values)) for part in parts], -1)
+        rhos.append((each * degrees).sum(-1) / degrees.sum())
+        weights.append(degrees.mean())
+    return np.stack(rhos, -1), np.array(weights)
+
+
+def pooled_interval(by_seed: Array, columns: list[Column], draws: int = DRAWS) -> Interval | None:
+    """Return the bootstrap interval of the pooled rho: a draw resamples papers, and the seeds of the task's scores.
+
+    Entries are not resampled: the interval is about other papers with these mixers. None with fewer than three papers.
+    """
+    rng = generator()
+    seeds = len(by_seed)
+    means = by_seed[rng.integers(seeds, size=(draws, seeds))].mean(1)
+    rhos, weights = _by_paper(means, columns)
+    papers = len(weights)
+    if papers < 3:
+        return None
+    chosen = rng.integers(papers, size=(draws, papers))
+    picked = np.take_along_axis(rhos, chosen, -1)
+    return interval((picked * weights[chosen]).sum(-1) / weights[chosen].sum(-1))
+
+
+def pooled_null(x: Array, columns: list[Column], draws: int = DRAWS) -> Array:
+    """Return pooled rhos of a predictor whose values are shuffled among all entries, [draws].
+
+    One shuffle holds for all columns, so the columns' common entries are accounted for.
+    """
+    order = generator().permuted(np.tile(np.arange(len(x)), (draws, 1)), axis=1)
+    return pooled(np.asarray(x)[order], columns)
+
+
+def pooled_p(x: Array, columns: list[Column], draws: int = DRAWS) -> float:
+    """Return the one-sided p-value of the pooled rho by shuffling the predictor's values among entries."""
+    return share_at_least(pooled_null(x, columns, draws), float(pooled(x, columns)), exact=False)
+
+
+def holm(p_values: list[float]) -> list[float]:
+    """Return p-values corrected for their number by Holm's method."""
+    order = np.argsort(p_values)
+    corrected = [0.0] * len(p_values)
+    highest = 0.0
+    for rank, position in enumerate(order):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[position]))
+        corrected[position] = highest
+    return corrected
+
+
+def difference_interval(by_seed: Array, other: Array, columns: list[Column], draws: int = DRAWS) -> Interval | None:
+    """Return the bootstrap interval of a task's pooled rho minus another's; each draw has the same papers for both.
+
+    Args:
+        by_seed: scores of the task, [seeds, entries].
+        other: values of the other predictor, which has no seeds, [entries].
+        columns: published columns of both.
+        draws: number of resamples.
+    """
+    rng = generator()
+    seeds = len(by_seed)
+    means = by_seed[rng.integers(seeds, size=(draws, seeds))].mean(1)
+    rhos, weights = _by_paper(means, columns)
+    others, _ = _by_paper(other, columns)
+    papers = len(weights)
+    if papers < 3:
+        return None
+    chosen = rng.integers(papers, size=(draws, papers))
+    picked = np.take_along_axis(rhos - others, chosen, -1)
+    return interval((picked * weights[chosen]).sum(-1) / weights[chosen].sum(-1))
+
+
+def critical_pooled(columns: list[Column], entries: int, level: float = LEVEL) -> float:
+    """Return the smallest pooled rho whose one-sided p-value is at most `level`, for a predictor without ties."""
+    return float(np.quantile(pooled_null(np.arange(entries), columns), 1 - level))

@@ -1,0 +1,108 @@
+"""Statistics of ranks, against values computed by hand and published tables."""
+
+import math
+
+import numpy as np
+import pytest
+
+from seqmix.experiments.rank_transfer import ranks
+from seqmix.experiments.rank_transfer.ranks import Column
+
+
+def test_equal_values_share_the_mean_of_their_ranks():
+    assert ranks.midranks([30, 10, 30, 20]).tolist() == [3.5, 1, 3.5, 2]
+    assert ranks.midranks([[7, 7, 7], [3, 2, 1]]).tolist() == [[2, 2, 2], [3, 2, 1]]
+
+
+def test_rho_is_that_of_hand_computation():
+    # without ties, 1 - 6 sum(d^2) / (n (n^2 - 1)): d = 1, 1, 0, 0, 0
+    assert ranks.spearman([1, 2, 3, 4, 5], [2, 1, 3, 4, 5]) == pytest.approx(1 - 6 * 2 / (5 * 24))
+    # mid-ranks 1, 2.5, 2.5, 4 against 1, 3, 2, 4: 4.5 / sqrt(4.5 * 5)
+    assert ranks.spearman([1, 2, 2, 4], [1, 3, 2, 4]) == pytest.approx(4.5 / math.sqrt(22.5))
+    assert ranks.spearman([1, 2, 3], [0.3, 0.2, 0.1]) == pytest.approx(-1)
+    assert math.isnan(ranks.spearman([1, 1, 1], [1, 2, 3]))
+
+
+@pytest.mark.parametrize(("n", "rho"), [(5, 0.900), (6, 0.829), (7, 0.714), (8, 0.643), (10, 0.564)])
+def test_critical_values_are_those_of_published_tables(n, rho):
+    assert ranks.critical_rho(n) == pytest.approx(rho, abs=0.013 if n > ranks.EXACT else 0.001)
+
+
+def test_three_entries_can_never_be_told_from_chance():
+    assert ranks.critical_rho(3) is None
+    assert ranks.detectable_rho(3) is None
+    assert ranks.critical_rho(4) == pytest.approx(1)
+
+
+def test_p_values_count_permutations():
+    # one of the 24 orders of four entries is as good as the best, four are as good as one exchange of neighbours
+    assert ranks.permutation_p([1, 2, 3, 4], [1, 2, 3, 4]) == pytest.approx(1 / 24)
+    assert ranks.permutation_p([1, 2, 4, 3], [1, 2, 3, 4]) == pytest.approx(4 / 24)
+    assert ranks.permutation_p([4, 3, 2, 1], [1, 2, 3, 4]) == 1
+    # random orders: never 0
+    assert ranks.permutation_p(range(12), range(12), draws=99) == pytest.approx(1 / 100)
+
+
+def test_more_entries_find_weaker_correlations():
+    found = [ranks.detectable_rho(n) for n in (5, 7, 10)]
+    assert found == sorted(found, reverse=True)
+    assert 0.7 < found[-1] < 0.8
+
+
+def test_p_values_are_corrected_by_holm():
+    assert ranks.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert ranks.holm([0.5, 0.9]) == [1, 1]
+
+
+def column(paper, values, index=None):
+    return Column(paper, np.arange(len(values)) if index is None else np.array(index), np.array(values, dtype=float))
+
+
+def test_papers_are_pooled_by_their_numbers_of_entries():
+    x = np.arange(5.0)
+    four, five = column("a", [1, 2, 3, 4]), column("b", [5, 4, 3, 2, 1])
+    assert ranks.pooled(x, [four, five]) == pytest.approx((3 * 1 - 4 * 1) / 7)
+    # two columns of one paper count as one paper: its rho is 0
+    assert ranks.pooled(x, [four, column("a", [4, 3, 2, 1]), five]) == pytest.approx(-4 / 7)
+    # a column of other entries, and a predictor without spread among them
+    assert ranks.pooled(x, [column("c", [1, 3, 2], [4, 2, 0])]) == pytest.approx(-0.5)
+    assert ranks.pooled(np.array([1.0, 1, 1, 2, 3]), [column("c", [1, 2, 3], [0, 1, 2])]) == 0
+
+
+def test_pooled_intervals_resample_papers_and_seeds():
+    x = np.array([[1.0, 2, 3, 4]])
+    agreeing = [column(name, [1, 2, 3, 4]) for name in "abc"]
+    assert ranks.pooled_interval(x, agreeing) == (1, 1)
+    assert ranks.pooled_interval(x, agreeing[:2]) is None
+    mixed = [*agreeing, column("d", [4, 3, 2, 1])]
+    low, high = ranks.pooled_interval(x, mixed)
+    assert (low, high) == (-0.5, 1)
+    assert ranks.pooled_interval(x, mixed) == (low, high)
+    # seeds that rank in opposite orders: a draw has either, or a tie of all entries
+    assert ranks.pooled_interval(np.array([[1.0, 2, 3, 4], [4, 3, 2, 1]]), agreeing) == (-1, 1)
+
+
+def test_a_difference_has_the_same_papers_in_each_draw():
+    x = np.array([[1.0, 2, 3, 4]])
+    columns = [column("a", [1, 2, 3, 4]), column("b", [1, 2, 4, 3]), column("c", [4, 3, 2, 1])]
+    assert ranks.difference_interval(x, x[0], columns) == (0, 0)
+    assert ranks.difference_interval(x, -x[0], [column(name, [1, 2, 3, 4]) for name in "abc"]) == (2, 2)
+    assert ranks.difference_interval(x, -x[0], columns[:2]) is None
+
+
+def test_intervals_of_a_column_contain_its_rho():
+    rng = np.random.default_rng(1)
+    by_seed = np.arange(8) + rng.normal(size=(3, 8))
+    values = np.arange(8.0)
+    low, high = ranks.rho_interval(by_seed, values)
+    assert -1 <= low < ranks.spearman(by_seed.mean(0), values) <= high <= 1
+    assert ranks.rho_interval(np.ones((2, 4)), np.arange(4.0)) is None
+
+
+def test_shuffled_scores_have_uniform_p_values():
+    rng = np.random.default_rng(2)
+    columns = [column("a", range(6)), column("b", [2, 0, 1, 4, 3], [1, 3, 5, 7, 0])]
+    p_values = [ranks.pooled_p(rng.permutation(8.0 * np.arange(8)), columns, draws=200) for _ in range(100)]
+    assert 0.4 < np.mean(p_values) < 0.6
+    assert np.mean(np.array(p_values) <= 0.1) < 0.2
+    assert ranks.critical_pooled(columns, 8) < 0.9
