@@ -16,6 +16,7 @@ PROGRAMS = {
     "docs/api.py": "pages of the Python API",
     "docs/generate.py": "pages of fields, commands, checks and presets",
     "docs/mixers.py": "page of mixers, and the README's table",
+    "docs/rank_transfer.py": "published rankings and power of rank transfer",
     "docs/scaling.py": "memory and traffic on several GPUs",
     "docs/tasks.py": "page of tasks",
     "tests/mutants/table.py": "page of the faulty mixers that the conformance kit catches",

@@ -167,7 +167,9 @@ def test_a_distribution_ships_a_mixer_as_the_page_says(folder):
     assert "ConvolutionConfig" in seqmix("seqmix schema")[0]
 
 
-@pytest.mark.parametrize("name", ["api", "generate", "leaderboard", "mixers", "paper", "scaling", "tasks"])
+@pytest.mark.parametrize(
+    "name", ["api", "generate", "leaderboard", "mixers", "paper", "rank_transfer", "scaling", "tasks"]
+)
 def test_what_is_generated_is_up_to_date(name):
     if name == "api":
         pytest.importorskip("griffe", reason="needs pip install griffelib")

@@ -1,0 +1,42 @@
+"""Write the tables of docs/explanation/rank-transfer.md: `python docs/rank_transfer.py [SCORES]`.
+
+SCORES is a suite.json, a folder with one, or the name of published scores, such as `small-parameters`. Without it, the
+results stay as they are. `--command` prints the command of the suite that measures the entries of the grids.
+"""
+
+import sys
+from pathlib import Path
+
+from seqmix.experiments.pages import fill
+from seqmix.experiments.rank_transfer import page
+from seqmix.experiments.rank_transfer.grids import load_entries, load_grids
+from seqmix.experiments.rank_transfer.predictions import load_predictions
+from seqmix.experiments.suite.scores import read_scores
+from seqmix.registry import SeqmixError, write_file
+
+TARGET = Path(__file__).with_name("explanation") / "rank-transfer.md"
+
+
+def files(scores: Path | None = None) -> dict[Path, str]:
+    """Return the text of the page, with new results if `scores` are given."""
+    grids, entries, predictions = load_grids(), load_entries(), load_predictions()
+    parts = {
+        "grids": page.grid_lines(grids, entries),
+        "power": page.power_lines(grids, entries),
+        "predictions": page.prediction_lines(predictions),
+    }
+    if scores is not None:
+        parts["results"] = page.result_lines(read_scores(scores), grids, entries, predictions)
+    return {TARGET: fill(TARGET, parts)}
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--command"]:
+        sys.stdout.write(page.command(load_entries()) + "\n")
+    else:
+        try:
+            written = files(*map(Path, sys.argv[1:2]))
+        except SeqmixError as error:
+            sys.exit(str(error))
+        for file, text in written.items():
+            write_file(text, file)

@@ -1,0 +1,179 @@
+"""Published comparisons of mixers as data: grids/NAME.yaml, and the entries that stand for their models.
+
+A grid holds numbers that were read in a publication, for models that were trained under the same conditions. Each model
+is represented by an entry of entries.yaml: a mixer of the library with options. Entries whose mixer the library does
+not have (yet) are allowed; comparisons leave them out.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from ...mixers import MIXERS
+from ...registry import Config, SeqmixError, choices_hint, load
+
+FOLDER = Path(__file__).parent
+ENTRIES = "entries.yaml"
+GRIDS = "grids"
+Subject = Literal["language", "recall", "tracking", "synthetic"]
+Number = Annotated[str, Field(pattern=r"^\d{4}\.\d{5}$")]
+"""arXiv number."""
+Family = Literal["softmax", "delta rule", "decay", "recurrence by channel", "convolution", "test-time training"]
+
+
+class Entry(Config):
+    """Mixer of the library that stands for models of papers."""
+
+    mixer: dict[str, Any]
+    """Kind and options; `seqmix suite` adds the heads."""
+    family: Family
+    """Family by which entries are left out together."""
+    arxiv: Number
+    """Paper of the mixer or option; its month is the date of the entry."""
+
+    @property
+    def kind(self) -> str:
+        """Kind of the mixer."""
+        return self.mixer["kind"]
+
+    @property
+    def date(self) -> float:
+        """Month of the paper as a number that grows: 2312.04927 is 2312."""
+        return float(self.arxiv.partition(".")[0])
+
+
+class Entries(Config):
+    """Entries by the names that the suite's tables have for them."""
+
+    entries: dict[str, Entry] = Field(min_length=1)
+
+
+class Measure(Config):
+    """Column of a published table."""
+
+    asks: Subject
+    """What the column measures: language (perplexity), recall (facts of a given text), tracking (state tracking), or
+    synthetic (tasks of MAD)."""
+    what: str
+    """The number in words, as "WikiText perplexity"."""
+    better: Literal["lower", "higher"]
+    task: str | None = None
+    """Task of the suite that asks the same in a smaller setting; null for none."""
+
+
+class Model(Config):
+    """Model of a paper."""
+
+    entry: str
+    """Name of the entry that stands for it."""
+    values: dict[str, float | Annotated[tuple[float, ...], Field(min_length=1)]]
+    """Values by measure; of a list, the mean counts."""
+    own: bool = False
+    """True if the paper proposes this model."""
+    remark: str = ""
+    """Known differences between the paper's model and the entry."""
+
+
+class Grid(Config):
+    """Published comparison of models that were trained under the same conditions."""
+
+    title: str
+    """Short name for tables."""
+    paper: str
+    """Title of the publication."""
+    arxiv: Number | None
+    """arXiv number; null for results outside of a paper."""
+    address: str = Field(pattern=r"^https?://")
+    """Address of the publication."""
+    published: str = Field(pattern=r"^\d{4}-\d{2}$")
+    """Year and month of the numbers."""
+    tables: str
+    """Tables with the numbers."""
+    read: bool
+    """True if the numbers were read as printed; only such grids are used."""
+    how_read: str
+    """Kind of copy in which the numbers were read, and how they were checked."""
+    excluded: str | None = None
+    """Reason why a grid is not used although it was read; null if it is used."""
+    size: str
+    """Size of the models."""
+    data: str
+    """Training tokens or steps, and their source."""
+    equal: str
+    """What was equal for all models."""
+    measures: dict[str, Measure] = Field(min_length=1)
+    models: dict[str, Model] = Field(min_length=2)
+    unmapped: tuple[str, ...] = ()
+    """Models of the table without a counterpart here."""
+    remark: str = ""
+
+    @model_validator(mode="after")
+    def _check_values(self) -> "Grid":
+        for name, model in self.models.items():
+            for measure in model.values:
+                if measure not in self.measures:
+                    raise ValueError(
+                        f"models.{name}.values: expected one of the measures {', '.join(self.measures)}, got "
+                        f"{measure!r}"
+                    )
+            if not model.values:
+                raise ValueError(f"models.{name}.values: expected a value of at least one measure, got none")
+        used = [model.entry for model in self.models.values()]
+        for entry in used:
+            if used.count(entry) > 1:
+                raise ValueError(f"models: expected each entry once, got {entry!r} for {used.count(entry)} models")
+        return self
+
+    @property
+    def used(self) -> bool:
+        """True if the grid takes part in comparisons."""
+        return self.read and self.excluded is None
+
+    def column(self, measure: str) -> dict[str, float]:
+        """Return a measure's values by entry, with the sign for which more is better."""
+        sign = 1 if self.measures[measure].better == "higher" else -1
+        values = {model.entry: model.values[measure] for model in self.models.values() if measure in model.values}
+        return {
+            entry: sign * (sum(value) / len(value) if isinstance(value, Sequence) else value)
+            for entry, value in values.items()
+        }
+
+    def own_entries(self) -> set[str]:
+        """Return the entries of models that the paper proposes."""
+        return {model.entry for model in self.models.values() if model.own}
+
+
+@cache
+def load_entries() -> Mapping[str, Entry]:
+    """Load the entries by name."""
+    return load(Entries, FOLDER / ENTRIES, presets=FOLDER).entries
+
+
+def available(entries: Mapping[str, Entry]) -> dict[str, Entry]:
+    """Return the entries whose mixer the library has."""
+    return {name: entry for name, entry in entries.items() if entry.kind in MIXERS.kinds()}
+
+
+def load_grid(file: Path, entries: Mapping[str, Entry]) -> Grid:
+    """Load one grid.
+
+    Raises:
+        SeqmixError: the file is wrong, or names an entry that does not exist.
+    """
+    grid = load(Grid, file, presets=file.parent)
+    for name, model in grid.models.items():
+        if model.entry not in entries:
+            hint = choices_hint(model.entry, entries, "entries")
+            raise SeqmixError(f"{file}: models.{name}.entry: {ENTRIES} has no {model.entry!r}{hint}")
+    return grid
+
+
+@cache
+def load_grids() -> Mapping[str, Grid]:
+    """Load all grids by name, oldest first."""
+    files = sorted((FOLDER / GRIDS).glob("*.yaml"))
+    grids = {file.stem: load_grid(file, load_entries()) for file in files}
+    return dict(sorted(grids.items(), key=lambda item: (item[1].published, item[0])))

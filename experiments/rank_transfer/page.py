@@ -1,0 +1,284 @@
+"""Tables of docs/explanation/rank-transfer.md: grids, power and predictions before measurement, and the results."""
+
+import shlex
+from collections.abc import Mapping, Sequence
+
+from ...registry.yaml import write as to_yaml
+from ..pages import table
+from ..suite.scores import Scores
+from . import ranks
+from .analysis import (
+    MINIMUM,
+    Pooled,
+    Predictor,
+    Verdict,
+    about,
+    agreement,
+    columns_for,
+    date_predictor,
+    group_predictors,
+    judge,
+    pool,
+    pooled_rho,
+    reliability,
+    same_as,
+    task_predictors,
+)
+from .grids import Entry, Grid, available
+from .predictions import Predictions
+from .ranks import Interval
+
+SUBJECTS = {"language": "language", "recall": "recall", "tracking": "state tracking", "synthetic": "MAD"}
+"""Subjects of the grids, as tables name them."""
+POOLED = ("language", "recall", "tracking")
+"""Subjects with which tasks are compared; columns of MAD are compared with the task of the same name."""
+
+
+def command(entries: Mapping[str, Entry]) -> str:
+    """Return the command that measures the entries whose mixer the library has."""
+    arguments = [
+        name if entry.mixer == {"kind": name} else f"{name}={to_yaml(entry.mixer, in_one_line=True).strip()}"
+        for name, entry in available(entries).items()
+    ]
+    return shlex.join(["seqmix", "suite", *arguments, "--no-references"])
+
+
+def grid_lines(grids: Mapping[str, Grid], entries: Mapping[str, Entry]) -> list[str]:
+    """Return the table of the grids, and the reasons for those that are not used."""
+    here = available(entries)
+    rows = []
+    for name, grid in grids.items():
+        if grid.used:
+            used = [model.entry for model in grid.models.values()]
+            subjects = dict.fromkeys(SUBJECTS[measure.asks] for measure in grid.measures.values())
+            rows.append(
+                (
+                    f"`{name}`",
+                    f"[{grid.title}]({grid.address})",
+                    grid.published,
+                    grid.size,
+                    ", ".join(subjects),
+                    len(used),
+                    sum(entry in here for entry in used),
+                )
+            )
+    unused = [
+        f"- `{name}` ({grid.title}): {grid.excluded or grid.how_read}." for name, grid in grids.items() if not grid.used
+    ]
+    missing = sorted({entry for entry in entries if entry not in here})
+    return [
+        *table(["grid", "source", "month", "size", "asks for", "models:", "of them here:"], rows),
+        "",
+        "Not used:",
+        "",
+        *unused,
+        "",
+        f"Entries whose mixer the library does not have: {', '.join(missing) or 'none'}.",
+    ]
+
+
+def power_lines(grids: Mapping[str, Grid], entries: Mapping[str, Entry]) -> list[str]:
+    """Return the tables of what can be distinguished from chance, and how well the grids agree with each other."""
+    names = list(available(entries))
+    sizes = range(MINIMUM, 1 + max(len(grid.models) for grid in grids.values()))
+    singles = [(n, _number(ranks.critical_rho(n)), _number(ranks.detectable_rho(n))) for n in sizes]
+    rows = []
+    for subject in POOLED:
+        published = columns_for(names, grids, about(subject))
+        columns = [each.column for each in published]
+        if columns:
+            among = agreement(grids, subject)
+            spread = "" if among.rho is None else f"{among.rho:.2f} ({among.low:.2f} to {among.high:.2f})"
+            rows.append(
+                (
+                    SUBJECTS[subject],
+                    len({column.paper for column in columns}),
+                    len(columns),
+                    len({i for column in columns for i in column.positions.tolist()}),
+                    _number(ranks.critical_pooled(columns, len(names))),
+                    among.pairs,
+                    spread,
+                )
+            )
+    return [
+        *table(["entries:", "smallest rho with p <= 0.05:", "true correlation found in 80 % of the cases:"], singles),
+        "",
+        *table(
+            [
+                "asks for",
+                "papers:",
+                "columns:",
+                "entries:",
+                "smallest pooled rho with p <= 0.05:",
+                "pairs of columns:",
+                "rho between papers:",
+            ],
+            rows,
+        ),
+    ]
+
+
+def prediction_lines(predictions: Predictions) -> list[str]:
+    """Return the table of the predictions, and the tasks of each group."""
+    rows = [
+        (number, each.predictor, SUBJECTS[each.asks], each.expect, each.because)
+        for number, each in enumerate(predictions.predictions, 1)
+    ]
+    groups = [f"- **{name}**: {', '.join(tasks)}" for name, tasks in predictions.groups.items()]
+    return [*table(["", "predictor", "published", "expected", "because"], rows), "", *groups]
+
+
+def result_lines(
+    scores: Scores,
+    grids: Mapping[str, Grid],
+    entries: Mapping[str, Entry],
+    predictions: Predictions,
+    draws: int = ranks.DRAWS,
+) -> list[str]:
+    """Return all results: verdicts, pooled agreement, controls, and the share of families and of papers' own mixers.
+
+    `draws` is the number of random draws of each interval and p-value.
+    """
+    tasks = task_predictors(scores, entries)
+    groups = group_predictors(tasks, predictions.groups)
+    names = list(dict.fromkeys(entry for task in tasks.values() for entry in task.entries))
+    date = date_predictor(entries, names)
+    primary = {each.predictor: groups[each.predictor] for each in predictions.predictions if each.predictor in groups}
+    lines = [_conditions(scores, names, entries), ""]
+    lines += ["### Predictions", "", *_verdicts(judge(predictions, groups, grids, entries, draws)), ""]
+    everything = {**tasks, **groups, date.name: date}
+    lines += ["### All tasks, pooled over papers", "", *_pooled(everything, grids, draws), ""]
+    lines += ["### The same task at published size", "", *_controls(tasks, grids, draws), ""]
+    lines += ["### One family left out", "", *_families({**primary, date.name: date}, grids, entries), ""]
+    lines += ["### Single columns", "", *_columns({**primary, date.name: date}, grids, draws)]
+    return lines
+
+
+def _conditions(scores: Scores, names: Sequence[str], entries: Mapping[str, Entry]) -> str:
+    """Return a sentence on the scores: size, matching, seeds, entries, and options that were made equal."""
+    conditions = [task.conditions for task in scores.tasks.values()]
+    seeds = sorted({len(each.seeds) for each in conditions})
+    tuned = "tuned learning rates" if any(each.tuning_seeds for each in conditions) else "one learning rate"
+    equal = dict.fromkeys(each.equal for each in conditions if each.equal)
+    missing = [name for name in available(entries) if name not in names]
+    return (
+        f"Scores of {scores.created[:10]}: {scores.size} settings at equal {scores.match}, {tuned}, "
+        f"{' or '.join(map(str, seeds))} seed{'' if seeds == [1] else 's'}, {len(names)} entries"
+        + (f", without {', '.join(missing)}" if missing else "")
+        + (f"; equal in all mixers, against the mapping: {'; '.join(equal)}" if equal else "")
+        + "."
+    )
+
+
+def _verdicts(verdicts: Sequence[Verdict]) -> list[str]:
+    rows = []
+    for number, verdict in enumerate(verdicts, 1):
+        prediction = verdict.prediction
+        p = _p(verdict.pooled) if verdict.corrected is None else f"{verdict.corrected:.3f}"
+        difference = "" if verdict.difference is None else _interval(verdict.difference)
+        rows.append(
+            (
+                number,
+                prediction.predictor,
+                SUBJECTS[prediction.asks],
+                prediction.expect,
+                _rho(verdict.pooled),
+                p,
+                difference,
+                verdict.text,
+            )
+        )
+    heads = ["", "predictor", "published", "expected", "pooled rho:", "p:", "rho minus the date's:", "verdict"]
+    return table(heads, rows)
+
+
+def _pooled(predictors: Mapping[str, Predictor], grids: Mapping[str, Grid], draws: int) -> list[str]:
+    rows = []
+    for name, predictor in predictors.items():
+        cells = [name]
+        for subject in POOLED:
+            result = pool(predictor, columns_for(predictor.entries, grids, about(subject)), draws)
+            others = pooled_rho(predictor, columns_for(predictor.entries, grids, about(subject), without_own=True))
+            cells += [_rho(result), _p(result), "" if others is None else _number(others)]
+        rows.append(cells)
+    heads = [head for subject in POOLED for head in (f"{SUBJECTS[subject]}:", "p:", "without own:")]
+    return table(["predictor", *heads], rows)
+
+
+def _controls(tasks: Mapping[str, Predictor], grids: Mapping[str, Grid], draws: int) -> list[str]:
+    rows = []
+    for name, predictor in tasks.items():
+        result = pool(predictor, columns_for(predictor.entries, grids, same_as(name)), draws)
+        between_seeds = reliability(predictor)
+        if result is not None or between_seeds is not None:
+            rows.append(
+                (
+                    name,
+                    _number(between_seeds),
+                    "" if result is None else result.papers,
+                    "" if result is None else result.entries,
+                    _rho(result),
+                    _p(result),
+                )
+            )
+    heads = ["task", "rho between its seeds:", "papers:", "entries:", "rho with the published task:", "p:"]
+    return table(heads, rows)
+
+
+def _families(
+    predictors: Mapping[str, Predictor], grids: Mapping[str, Grid], entries: Mapping[str, Entry]
+) -> list[str]:
+    families = list(dict.fromkeys(entries[e].family for p in predictors.values() for e in p.entries))
+    rows = []
+    for name, predictor in predictors.items():
+        for subject in POOLED:
+            cells = []
+            for family in (None, *families):
+                kept = predictor.without({entry for entry in predictor.entries if entries[entry].family == family})
+                rho = pooled_rho(kept, columns_for(kept.entries, grids, about(subject)))
+                cells.append("" if rho is None else _number(rho))
+            rows.append((name, SUBJECTS[subject], *cells))
+    return table(["predictor", "published", "all:", *(f"without {family}:" for family in families)], rows)
+
+
+def _columns(predictors: Mapping[str, Predictor], grids: Mapping[str, Grid], draws: int) -> list[str]:
+    rows = []
+    for subject in POOLED:
+        for grid_name, grid in grids.items():
+            for measure in grid.measures:
+                if not grid.used or grid.measures[measure].asks != subject:
+                    continue
+                cells = []
+                for predictor in predictors.values():
+                    selected = [
+                        each
+                        for each in columns_for(predictor.entries, {grid_name: grid}, about(subject))
+                        if each.measure == measure
+                    ]
+                    if not selected:
+                        cells += ["", ""]
+                        continue
+                    column = selected[0].column
+                    by_seed = predictor.by_seed[:, column.positions]
+                    rho = float(ranks.spearman(by_seed.mean(0), column.values))
+                    spread = ranks.rho_interval(by_seed, column.values, draws)
+                    cells += [len(column.values), f"{_number(rho)} {_interval(spread)}".strip()]
+                rows.append((SUBJECTS[subject], f"`{grid_name}`", measure, *cells))
+    heads = [head for name in predictors for head in ("n:", f"{name}:")]
+    return table(["published", "grid", "column", *heads], rows)
+
+
+def _rho(result: Pooled | None) -> str:
+    return "" if result is None else f"{_number(result.rho)} {_interval(result.interval)}".strip()
+
+
+def _p(result: Pooled | None) -> str:
+    return "" if result is None else f"{result.p:.3f}"
+
+
+def _interval(interval: Interval | None) -> str:
+    return "" if interval is None else f"[{interval.low:.2f}, {interval.high:.2f}]"
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None or value != value else f"{value:.2f}"

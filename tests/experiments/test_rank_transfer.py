@@ -1,0 +1,246 @@
+"""Rank transfer: published grids as data, comparisons with them, and the page of made-up scores."""
+
+import math
+import runpy
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from seqmix.experiments.pages import fill
+from seqmix.experiments.rank_transfer import analysis, page, ranks
+from seqmix.experiments.rank_transfer.analysis import MINIMUM, Predictor
+from seqmix.experiments.rank_transfer.grids import Grid, available, load_entries, load_grid, load_grids
+from seqmix.experiments.rank_transfer.predictions import load_predictions
+from seqmix.experiments.suite.scores import Conditions, ScoreRow, Scores, TaskScores
+from seqmix.experiments.suite.tasks import Candidate, load_settings
+from seqmix.experiments.summary import statistic
+from seqmix.mixers import MIXERS
+from seqmix.registry import ConfigError, SeqmixError, write_file
+
+ROOT = Path(__file__).resolve().parents[2]
+LATER = {"comba", "gsa", "log_linear", "mesa_net", "moba", "path_attention", "rwkv6", "slstm", "titans", "ttt"}
+"""Kinds of entries that the library may lack."""
+
+
+def test_groups_are_means_of_z_scores_over_entries_with_all_tasks():
+    one = Predictor("one", ("a", "b", "c"), np.array([[0.0, 1, 2]]))
+    other = Predictor("other", ("c", "a", "d"), np.array([[10.0, 30, 99]]))
+    flat = Predictor("flat", ("a", "b", "c"), np.array([[5.0, 5, 5]]))
+    tasks = {each.name: each for each in (one, other, flat)}
+    made = analysis.group_predictors(
+        tasks, {"both": ["one", "other"], "with flat": ["one", "flat"], "no": ["one", "x"]}
+    )
+    assert made.keys() == {"both", "with flat"}
+    assert made["both"].entries == ("a", "c")
+    assert made["both"].mean.tolist() == [0, 0]  # first and last, last and first
+    assert made["with flat"].mean == pytest.approx(np.array([-1, 0, 1]) * math.sqrt(1.5) / 2)
+    assert analysis.reliability(one) is None
+    assert analysis.reliability(one._replace(by_seed=np.array([[0, 1, 2], [2, 1, 0], [0, 1, 2]]))) == pytest.approx(
+        -1 / 3
+    )
+
+
+def test_grids_name_mixers_tasks_and_sources_that_exist():
+    entries, grids, settings = load_entries(), load_grids(), load_settings("small")
+    here = available(entries)
+    for name, entry in entries.items():
+        assert entry.kind in MIXERS.kinds() or entry.kind in LATER, name
+    for name, entry in here.items():
+        heads = {"n_heads": 2} if "n_heads" in MIXERS.resolve(entry.kind).model_fields else {}
+        MIXERS.resolve(entry.kind).model_validate(entry.mixer | heads)
+        assert shlex.split(page.command({name: entry}))[2].partition("=")[0] == name
+    used = [grid for grid in grids.values() if grid.used]
+    assert len({grid.arxiv or grid.title for grid in used}) >= 10
+    assert {model.entry for grid in used for model in grid.models.values()} | {"comba"} == set(entries)
+    for name, grid in grids.items():
+        assert len(grid.models) >= MINIMUM, name
+        assert name == name.lower()
+        assert {measure.task for measure in grid.measures.values()} - {None} <= set(settings.tasks)
+    predictions = load_predictions()
+    for tasks in predictions.groups.values():
+        assert set(tasks) <= set(settings.tasks)
+    assert set(predictions.groups["all tasks"]) == set(settings.tasks)
+
+
+def test_the_command_measures_the_entries():
+    arguments = shlex.split(page.command(load_entries()))[2:-1]
+    made = [Candidate.of(argument) for argument in arguments]
+    here = available(load_entries())
+    assert {each.name: each.mixer for each in made} == {name: entry.mixer for name, entry in here.items()}
+
+
+def test_values_are_oriented_and_averaged():
+    grid = load_grids()["delta_net-340m"]
+    assert grid.column("wikitext")["retention"] == -32.33
+    assert grid.column("retrieval")["retention"] == pytest.approx((13.3 + 27.6 + 2.9) / 3)
+    assert grid.own_entries() == {"delta_net", "delta_net-plain"}
+
+
+def test_columns_need_four_entries_and_papers_own_models_can_be_left_out():
+    grids = {"grid": load_grids()["gated_delta_net-1.3b"]}
+    names = ["mamba2", "retention", "hgrn2", "gated_delta_net", "gsa"]
+
+    def positions(names, **options):
+        return [each.column.positions.tolist() for each in analysis.columns_for(names, grids, recall, **options)]
+
+    recall = analysis.about("recall")
+    assert positions(names) == [[0, 1, 2, 3]]
+    assert positions(names[1:]) == []
+    assert positions(names, without_own=True) == []
+    assert positions([*names, "attention"], without_own=True) == [[0, 1, 2, 5]]
+
+
+GRID = """
+title: Made up
+paper: Nothing
+arxiv: "2401.00001"
+address: https://arxiv.org/abs/2401.00001
+published: 2024-01
+tables: Table 1
+read: true
+how_read: made up
+size: 1B
+data: 1B tokens
+equal: everything
+measures:
+  loss: {asks: language, what: loss, better: lower}
+models:
+  A: {entry: attention, values: {loss: 1.0}}
+  B: {entry: retention, values: {loss: 2.0}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "sentence"),
+    [
+        ("entry: retention", "entry: retnetion", "entries.yaml has no 'retnetion'; did you mean \"retention\"?"),
+        ("entry: retention", "entry: attention", "expected each entry once, got 'attention' for 2 models"),
+        ("values: {loss: 2.0}", "values: {los: 2.0}", "expected one of the measures loss, got 'los'"),
+        ("better: lower", "better: low", "better"),
+        ("address: https", "address: see https", "address"),
+        ("published: 2024-01", "published: yesterday", "published"),
+    ],
+)
+def test_wrong_grids_are_refused_by_one_sentence(tmp_path, old, new, sentence):
+    file = tmp_path / "made-up.yaml"
+    write_file(GRID, file)
+    assert isinstance(load_grid(file, load_entries()), Grid)
+    write_file(GRID.replace(old, new), file)
+    with pytest.raises((SeqmixError, ConfigError)) as refused:
+        load_grid(file, load_entries())
+    assert sentence in str(refused.value)
+    assert str(file) in str(refused.value)
+
+
+def made_up(value, seeds=3):
+    """Scores of all entries here on all tasks of the suite: value(task, entry, seed)."""
+    conditions = Conditions(data="", training="", learning_rates=(0.002,), seeds=tuple(range(seeds)), matched="")
+    tasks = {}
+    for name, task in load_settings("small").tasks.items():
+        rows = []
+        for entry, mapped in available(load_entries()).items():
+            scores = {str(seed): value(name, entry, seed) for seed in range(seeds)}
+            rows.append(
+                ScoreRow(
+                    entry=entry,
+                    mixers=(mapped.kind,),
+                    score=statistic(list(scores.values())),
+                    scores=scores,
+                    accuracy_by={},
+                    learning_rate=0.002,
+                    parameters=1,
+                    state_bytes=1,
+                    state_grows=False,
+                )
+            )
+        tasks[name] = TaskScores(task=task, conditions=conditions, rows=tuple(rows))
+    created = "2026-12-01T00:00:00+00:00"
+    return Scores(size="small", match="parameters", created=created, commands=("seqmix suite",), tasks=tasks)
+
+
+def quality(subject):
+    """Mean rank of each entry in the published columns of a subject, from 0 to 1."""
+    places = {}
+    for grid in load_grids().values():
+        for measure in grid.measures if grid.used else ():
+            if grid.measures[measure].asks == subject:
+                values = grid.column(measure)
+                ranked = ranks.midranks(np.array(list(values.values()))) / len(values)
+                for entry, rank in zip(values, ranked, strict=True):
+                    places.setdefault(entry, []).append(rank)
+    return {entry: sum(each) / len(each) for entry, each in places.items()}
+
+
+def table_of(lines, title):
+    """Rows of the table below a title, as lists of cells."""
+    end = lines[lines.index(title) + 2 :].index("")
+    rows = lines[lines.index(title) + 2 :][:end]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows[2:]]
+
+
+def test_results_find_what_is_there_and_nothing_else():
+    recall, predictions = quality("recall"), load_predictions()
+    recalling, tracking = predictions.groups["recall tasks"], predictions.groups["tracking tasks"]
+    rng = np.random.default_rng(3)
+    noise = {entry: float(rng.uniform()) for entry in available(load_entries())}
+
+    def value(task, entry, seed):
+        if task in recalling:  # what papers call recall, with noise between seeds
+            return 0.1 + 0.8 * recall.get(entry, 0.5) + 0.01 * ((seed + len(entry)) % 3)
+        return 0.5 if task in tracking else noise[entry]
+
+    lines = page.result_lines(made_up(value), load_grids(), load_entries(), predictions, draws=400)
+    verdicts = {row[0]: row for row in table_of(lines, "### Predictions")}
+    assert verdicts["1"][1:3] == ["recall tasks", "recall"]
+    assert verdicts["1"][-1] == "as predicted"
+    assert float(verdicts["1"][4].split()[0]) > 0.7
+    assert verdicts["2"][-1] == "not distinguishable from chance"
+    assert verdicts["6"][6].startswith("[")
+    pooled = {row[0]: row for row in table_of(lines, "### All tasks, pooled over papers")}
+    assert pooled["parity"][1].split()[0] == "0.00"
+    assert {"recall", "recall tasks", "date"} <= pooled.keys()
+    controls = {row[0]: row for row in table_of(lines, "### The same task at published size")}
+    assert float(controls["recall"][1]) > 0.8
+    assert controls["recall"][4] == ""  # no paper asks the same
+    assert controls["parity"][2] == "2"
+    families = table_of(lines, "### One family left out")
+    assert ["recall tasks", "recall"] in [row[:2] for row in families]
+    assert any(row[1] == "`mom-340m`" for row in table_of([*lines, ""], "### Single columns"))
+    assert f"3 seeds, {len(noise)} entries." in lines[0]
+
+
+def test_what_is_missing_is_said_and_wrong_rows_are_refused():
+    scores = made_up(lambda task, entry, seed: len(entry) / 30, seeds=1)
+    kept = {name: task for name, task in scores.tasks.items() if name in ("recall", "parity")}
+    rows = tuple(row for row in kept["recall"].rows if row.entry != "mamba")
+    kept["recall"] = kept["recall"].model_copy(update={"rows": rows})
+    kept["parity"] = kept["parity"].model_copy(update={"rows": rows})
+    few = scores.model_copy(update={"tasks": kept})
+    lines = page.result_lines(few, load_grids(), load_entries(), load_predictions(), draws=100)
+    assert "1 seed," in lines[0]
+    assert "without mamba" in lines[0]
+    assert {row[-1] for row in table_of(lines, "### Predictions")} == {"not measured"}
+    wrong = rows[0].model_copy(update={"mixers": ("hyena",)})
+    kept["recall"] = kept["recall"].model_copy(update={"rows": (wrong,)})
+    with pytest.raises(SeqmixError, match=f"expected the mixer attention in the row {wrong.entry}"):
+        analysis.task_predictors(scores.model_copy(update={"tasks": kept}), load_entries())
+
+
+@pytest.mark.slow
+def test_the_script_fills_the_page_from_scores(tmp_path):
+    script = runpy.run_path(str(ROOT / "docs" / "rank_transfer.py"))
+    target = tmp_path / "rank-transfer.md"
+    target.write_text((ROOT / "docs" / "explanation" / "rank-transfer.md").read_text())
+    script["files"].__globals__["TARGET"] = target
+    write_file(
+        made_up(lambda task, entry, seed: len(task + entry) % 7 / 7, seeds=2).model_dump_json(), tmp_path / "suite.json"
+    )
+    ((file, text),) = script["files"](tmp_path).items()
+    assert file == target
+    assert "### Predictions" in text
+    assert "No results yet" not in text
+    ((_, unchanged),) = script["files"]().items()
+    assert "No results yet" in unchanged
+    assert fill(target, {}) == target.read_text()
