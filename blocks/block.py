@@ -133,6 +133,8 @@ class Block(nn.Module):
         cu_seqlens: Int[Tensor, "N+1"] | None = None,
         return_state: bool = False,
         return_values: bool = False,
+        shared_kv: Any = None,
+        return_kv: bool = False,
         donate_state: bool = False,
         memo: Memo | None = None,
     ) -> tuple[Any, ...]:
@@ -146,6 +148,10 @@ class Block(nn.Module):
             options["return_values"] = return_values
         if token_values is not None:
             options["token_values"] = token_values
+        if shared_kv is not None:
+            options["shared_kv"] = shared_kv
+        if return_kv:
+            options["return_kv"] = True
         if donate_state:
             options["donate_state"] = True
         if memo is not None:

@@ -139,7 +139,7 @@ def _mean_per_head(log_decay: Tensor) -> Tensor:
 @torch.no_grad()
 def _measure_states(mixer: SequenceMixer, call: ModuleCall, view: LayerView) -> None:
     """Measure the norms and effective ranks of a layer's state over the text."""
-    if not mixer.traits.has_state:
+    if not mixer.traits.has_state or mixer.takes_shared_kv:  # the earlier layer has the cache
         return
     paradigm = mixer.traits.prefer(Paradigm.CHUNKWISE, Paradigm.PARALLEL, from_state=True)
     state = None

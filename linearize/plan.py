@@ -119,6 +119,10 @@ def student_of(teacher: ModelConfig, mixers: dict[int, MixerConfig]) -> ModelCon
     """
     if not mixers:
         return teacher
+    if teacher.kv_sharing is not None:
+        raise SeqmixError(
+            "mixers of a model with kv_sharing cannot be swapped: its layers depend on each other's keys and values"
+        )
     blocks = dict(teacher.blocks)
     pattern = list(teacher.layers)
     for layer, mixer in mixers.items():

@@ -24,12 +24,17 @@ cache also has the gate of each token. With values from outside (a value residua
 are cached, and that `exclusive` removes, are those after the mixture. Unlike the Transformer baseline of the RetNet
 paper, there are no biases by default.
 
+A layer can read the keys and values of an earlier layer (`model.kv_sharing`). It then has no W_K and W_V, and its state
+is the number of tokens read; the keys and values come with each call, and those before the segment from the cache of
+the earlier layer.
+
 `differential` follows the code of Differential Transformer v2 (microsoft/unilm, 2026-01; v1 is arXiv 2410.05258, with
 other heads, lambdas per layer and a head norm). Both heads of a pair read the same key and value head. Sinks, forget
 gates and gains are per query head; with ALiBi, both heads of a pair have the same slope. XSA and the gate act on the
 difference.
 """
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -37,12 +42,12 @@ from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from ..ops.attention import Backend, Cache, SoftmaxOptions, cast_cache, softmax_attention, softmax_flops
+from ..ops.attention import Backend, Cache, SharedKV, SoftmaxOptions, cast_cache, softmax_attention, softmax_flops
 from ..ops.runtime.call import Call
 from ..ops.runtime.kernel import Probe
 from ..ops.runtime.paradigm import Paradigm
 from .contract import MixerConfig, MixResult
-from .parts import CachedMixer, Gate, GatedNorm, QKNorm, divisors, nearest_of, rotated
+from .parts import CachedMixer, Gate, GatedNorm, QKNorm, ReaderState, divisors, nearest_of, rotated
 from .parts.distances import alibi_slopes, xpos_log_decay
 from .parts.gates import gate_decay
 from .parts.outside_values import OutsideValues, ValueResidualOption
@@ -162,6 +167,7 @@ class AttentionConfig(MixerConfig):
             packing=True,
             shift_invariant=True,
             value_residual=self.value_residual,
+            kv_sharing=not (self.forget_gate or self.value_residual),
         )
 
     def build(self, d_model: int, *, layer_idx: int, n_layers: int) -> "Attention":
@@ -187,6 +193,19 @@ class Attention(OutsideValues[AttentionState], CachedMixer):
             self.widths["forget"] = self.n_query_heads
         if config.differential:
             self.widths["share"] = self.n_heads
+        self._build_projection(d_model)
+        self.qk_gain = None if config.qk_gain is None else nn.Parameter(torch.empty(self.n_query_heads))
+        self.forget_heads = self.n_query_heads if config.forget_gate else None
+        self.forget_bias = nn.Parameter(torch.empty(self.n_query_heads)) if config.forget_gate else None
+        self.sinks = nn.Parameter(torch.empty(self.n_query_heads)) if config.sinks else None
+        self.exclusion = nn.Parameter(torch.empty(self.n_heads)) if config.exclusive == "learned" else None
+        self.gate = GatedNorm(self.head_dim, "none", config.gate, affine=False, eps=0)
+        self.out_proj = nn.Linear(self.n_heads * self.head_dim, d_model, bias=config.bias in ("output", "all"))
+        self.reset_parameters()
+
+    def _build_projection(self, d_model: int) -> None:
+        """Build the input projection, one matrix with the blocks of rows `widths`, and the norm of what it returns."""
+        config = self.config
         heads = {"q": self.n_query_heads, "k": self.n_kv_heads, "v": self.n_kv_heads, "gate": self.n_heads}
         self.row_blocks = [
             RowBlock(name, rows, Role.MATRIX if name in heads else Role.GATE, heads.get(name, 1))
@@ -199,23 +218,27 @@ class Attention(OutsideValues[AttentionState], CachedMixer):
             "sinks": Role.VECTOR,
             "exclusion": Role.VECTOR,
         }
-        # one matrix product for all projections
         self.in_proj = nn.Linear(d_model, sum(self.widths.values()), bias=config.bias in ("qkv", "all"))
         kind = config.qk_norm
-        options = {"all_heads": kind == "rms_all_heads", "zero_centered": kind == "rms_zero_centered"}
-        self.qk_norm = (
-            None
-            if kind == "none"
-            else QKNorm((self.n_query_heads, self.n_kv_heads), self.head_dim, config.norm_eps, **options)
-        )
-        self.qk_gain = None if config.qk_gain is None else nn.Parameter(torch.empty(self.n_query_heads))
-        self.forget_heads = self.n_query_heads if config.forget_gate else None
-        self.forget_bias = nn.Parameter(torch.empty(self.n_query_heads)) if config.forget_gate else None
-        self.sinks = nn.Parameter(torch.empty(self.n_query_heads)) if config.sinks else None
-        self.exclusion = nn.Parameter(torch.empty(self.n_heads)) if config.exclusive == "learned" else None
-        self.gate = GatedNorm(self.head_dim, "none", config.gate, affine=False, eps=0)
-        self.out_proj = nn.Linear(self.n_heads * self.head_dim, d_model, bias=config.bias in ("output", "all"))
-        self.reset_parameters()
+        self.qk_norm = None
+        if kind != "none":
+            self.qk_norm = QKNorm(
+                (self.n_query_heads, 0 if self.takes_shared_kv else self.n_kv_heads),
+                self.head_dim,
+                config.norm_eps,
+                all_heads=kind == "rms_all_heads",
+                zero_centered=kind == "rms_zero_centered",
+            )
+
+    def accept_shared_kv(self) -> None:
+        if not self.traits.kv_sharing:
+            super().accept_shared_kv()
+        device, dtype = self.device, self.dtype
+        self.takes_shared_kv = True
+        self.traits = replace(self.traits, state="constant")
+        del self.widths["k"], self.widths["v"]
+        self._build_projection(self.in_proj.in_features)
+        self.to(device, dtype)
 
     def reset_parameters(self) -> None:
         """Initialise as the RetNet authors' Transformer: Xavier-uniform with gain 2^-0.5 (1 for the output projection),
@@ -232,27 +255,49 @@ class Attention(OutsideValues[AttentionState], CachedMixer):
                 nn.init.zeros_(parameter)
         nn.init.xavier_uniform_(self.out_proj.weight)
 
-    def mix(self, x: Float[Tensor, "B T D"], call: Call) -> MixResult[AttentionState]:
-        q, k, own_values, extras = self._project(x, call)
-        v = self.with_outside_values(own_values, x, call)
-        output, final_state = softmax_attention(q, k, v, call, **self._score_options(extras))
-        if final_state is not None:
-            final_state = cast_cache(final_state, self.dtype)  # under autocast, a new cache has a narrower dtype
+    def mix(self, x: Float[Tensor, "B T D"], call: Call) -> MixResult[AttentionState | ReaderState]:
+        q, own, extras = self._project(x, call)
+        options = self._score_options(extras)
+        if own is None:  # an earlier layer has the cache
+            kv: SharedKV = call.shared_kv
+            kv_call = call._replace(state=kv.before, return_state=kv.after is not None)
+            options["written_cache"] = kv.after
+            output, _ = softmax_attention(q, kv.k, kv.v, kv_call, **options)
+            length = None if call.state is None else call.state.length
+            final_state = ReaderState(call.advance(x, length)) if call.return_state else None
+        else:
+            k, own_values = own
+            v = self.with_outside_values(own_values, x, call)
+            if call.return_kv and not (call.paradigm is Paradigm.RECURRENT and x.shape[1] == 1):
+                call = call._replace(donated=False)  # later layers read the cache before the segment
+            output, final_state = softmax_attention(q, k, v, call, **options)
+            if final_state is not None:
+                final_state = cast_cache(final_state, self.dtype)  # under autocast, a new cache has a narrower dtype
+            kv = SharedKV(k, v, call.state, final_state)
         if "share" in extras:
             share = extras["share"].to(self.state_dtype).sigmoid()[..., None]
             output = (output[:, :, ::2] - share * output[:, :, 1::2]).to(output.dtype)
         if self.config.exclusive != "none":
-            output = self._without_own_value(output, v)
+            output = self._without_own_value(output, kv.v)
         gate = extras["gate"].unflatten(-1, (self.n_heads, -1)) if "gate" in extras else None
         y = self.out_proj(self.gate(output, gate).to(output.dtype).flatten(2))
-        return self.with_own_values(y, final_state, own_values)
+        if own is not None and self.traits.value_residual:
+            return self.with_own_values(y, final_state, own[1])
+        return (y, final_state, kv) if call.return_kv else (y, final_state)
 
-    def _project(self, x: Float[Tensor, "B T D"], call: Call) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-        """Return queries, keys and values by head, and the other projections (gates) by name."""
-        names = list(self.widths)[3:]
+    def _project(
+        self, x: Float[Tensor, "B T D"], call: Call
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None, dict[str, Tensor]]:
+        """Return queries by head, keys and values by head, and the other projections (gates) by name.
+
+        Keys and values are None if those of an earlier layer are read.
+        """
+        n_kv_heads = 0 if self.takes_shared_kv else self.n_kv_heads
+        count = 1 if self.takes_shared_kv else 3
+        names = list(self.widths)[count:]
         widths = list(self.widths.values())
-        qkv, *others = self.in_proj(x).split([sum(widths[:3]), *widths[3:]], dim=-1)
-        heads = [self.n_query_heads + self.n_kv_heads, self.n_kv_heads]
+        qkv, *others = self.in_proj(x).split([sum(widths[:count]), *widths[count:]], dim=-1)
+        heads = [self.n_query_heads + n_kv_heads, n_kv_heads]
         qk, v = qkv.unflatten(-1, (-1, self.head_dim)).split(heads, dim=2)
         if self.qk_norm is not None:
             qk = self.qk_norm(qk)
@@ -261,9 +306,9 @@ class Attention(OutsideValues[AttentionState], CachedMixer):
             qk = rotated(
                 qk, positions, "rope", self.config.rope_base, self.rotary_dim, self.config.rope_scaling, call.memo
             )
-        q, k = qk.split([self.n_query_heads, self.n_kv_heads], dim=2)
+        q, k = qk.split([self.n_query_heads, n_kv_heads], dim=2)
         q = q if self.qk_gain is None else self.qk_gain.to(q.dtype)[:, None] * q
-        return q, k, v, dict(zip(names, others, strict=True))
+        return q, (k, v) if n_kv_heads else None, dict(zip(names, others, strict=True))
 
     def _without_own_value(self, output: Float[Tensor, "B T H V"], v: Float[Tensor, "B T G V"]) -> Tensor:
         """Return each token's output without its part along the token's own value."""

@@ -124,10 +124,12 @@ MIXERS = Registry("mixer", MixerConfig, package="seqmix.mixers", entry_points="s
 
 
 MixResult: TypeAlias = (
-    tuple[Float[Tensor, "B T D"], S | None] | tuple[Float[Tensor, "B T D"], S | None, Float[Tensor, "B T C"]]
+    tuple[Float[Tensor, "B T D"], S | None]
+    | tuple[Float[Tensor, "B T D"], S | None, Any]
+    | tuple[Float[Tensor, "B T D"], S | None, Any, Any]
 )
-"""Result of a mixer: output [B T D], final state or None, and (only with a value residual) the values [B T C] for later
-layers."""
+"""Result of a mixer: output [B T D] and final state or None; then, for later layers, the values [B T C] (with a value
+residual), and keys and values (if the call wants them)."""
 
 
 class SequenceMixer(nn.Module, ABC, Generic[S]):
@@ -165,6 +167,9 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
     """True if every call must pass `token_values`; set by `accept_token_values`."""
     value_width: int | None = None
     """Width C of the values that the mixer gives to later layers and takes from outside; None for that of x."""
+    takes_shared_kv: bool = False
+    """True if the mixer has no keys and values of its own, and every call must pass `shared_kv`; set by
+    `accept_shared_kv`."""
 
     def __init__(self, config: MixerConfig) -> None:
         super().__init__()
@@ -192,6 +197,8 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
         first_values: Float[Tensor, "B T C"] | None = None,
         token_values: Float[Tensor, "B T C"] | None = None,
         return_values: bool = False,
+        shared_kv: Any = None,
+        return_kv: bool = False,
         donate_state: bool = False,
         memo: Memo | None = None,
     ) -> MixResult[S]:
@@ -208,13 +215,16 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
             first_values: values of the model's first layer of this kind, for the same tokens (value residual).
             token_values: vectors of the tokens that are added to the values (value embeddings).
             return_values: True to return this mixer's values, for later layers.
+            shared_kv: keys and values that an earlier layer returned for the same tokens, with the same states.
+            return_kv: True to return this mixer's keys and values, for later layers.
             donate_state: True if the next state may be written over `state`, which the caller does not need again;
                 ignored under grad.
             memo: cache of results that are equal in several layers, such as rotation angles; only for eager calls
                 without gradients.
 
         Returns:
-            The output [B T D] and the final state (None unless requested), then the values [B T C] if requested.
+            The output [B T D] and the final state (None unless requested), then the values [B T C] and the keys and
+            values for later layers, if requested.
 
         Raises:
             ContractError: the call needs something that the mixer does not declare: the paradigm, a state (at all, or
@@ -233,6 +243,7 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
         elif return_state:
             require_state(self.traits, self.kind)
         self._require_values(x, first_values, token_values, return_values)
+        self._require_kv(shared_kv, return_kv)
         documents = None if cu_seqlens is None else self._documents(x, cu_seqlens)
         call = Call(
             paradigm,
@@ -244,15 +255,21 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
             self.cp_group,
             first_values,
             token_values,
+            shared_kv,
+            return_kv,
             donate_state and not torch.is_grad_enabled(),
             memo,
         )
         result = mix_sequentially(self, x, call) if sequential else self.mix(x, call)
         if not compiling:  # in compiled code the checks would add guards to the graph
-            self._require_result(result, x)
-        y, final_state, *values = result
+            self._require_result(result, x, return_kv)
+        y, final_state, *others = result
         final_state = final_state if return_state else None
-        return (y, final_state, values[0]) if return_values else (y, final_state)
+        if return_values and return_kv:
+            return (y, final_state, *others)
+        if return_values or return_kv:
+            return y, final_state, others[0 if return_values else -1]
+        return y, final_state
 
     @final
     def step(self, x: Float[Tensor, "B 1 D"], state: S) -> tuple[Float[Tensor, "B 1 D"], S]:
@@ -267,7 +284,8 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
         """Compute the output and final state of a segment; `forward` has resolved and checked the arguments.
 
         The final state may be None unless `call.return_state` is set. A mixer with the trait `value_residual` returns
-        its values, [B T C], as a third entry.
+        its values, [B T C], as a third entry. A mixer with the trait `kv_sharing` returns its keys and values as a last
+        entry if `call.return_kv` is set.
         """
 
     def accept_first_values(self) -> None:
@@ -298,6 +316,19 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
         """
         del scale, channels
         raise ContractError(f"{self.kind} takes no values from outside, which model.value_embeddings adds")
+
+    def accept_shared_kv(self) -> None:
+        """Remove the mixer's own keys and values: every later call must pass `shared_kv`.
+
+        A model calls this method before parameters are initialised, on the layers that read the keys and values of an
+        earlier layer.
+
+        Raises:
+            ContractError: the mixer cannot share keys and values.
+        """
+        raise ContractError(
+            f"{self.kind} cannot share keys and values: declare traits.kv_sharing and override accept_shared_kv"
+        )
 
     @abstractmethod
     def init_state(self, batch_size: int, *, max_length: int | None = None) -> S:
@@ -503,11 +534,23 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
         if list(values.shape) != expected:
             raise ContractError(f"{self.kind} expects {name} of shape {expected}, got {list(values.shape)}")
 
-    def _require_result(self, result: Any, x: Tensor) -> None:
-        values = self.traits.value_residual
-        if not isinstance(result, tuple) or len(result) != 2 + values:
+    def _require_kv(self, shared_kv: Any, return_kv: bool) -> None:
+        if return_kv and not self.traits.kv_sharing:
+            raise ContractError(f"{self.kind} cannot share keys and values (traits.kv_sharing is False)")
+        if return_kv and self.takes_shared_kv:
+            raise ContractError(f"{self.kind} has no keys and values of its own: take them from the layer that has")
+        if self.takes_shared_kv != (shared_kv is not None):
+            if self.takes_shared_kv:
+                raise ContractError(f"{self.kind} needs shared_kv: pass what the earlier layer returns with return_kv")
+            raise ContractError(f"{self.kind} takes no shared_kv: call accept_shared_kv() first")
+
+    def _require_result(self, result: Any, x: Tensor, return_kv: bool) -> None:
+        names = ["output", "state"]
+        names += ["values"] if self.traits.value_residual else []
+        names += ["keys and values"] if return_kv else []
+        if not isinstance(result, tuple) or len(result) != len(names):
             length = f" of {len(result)}" if isinstance(result, (tuple, list)) else ""
-            expected = "(output, state, values)" if values else "(output, state)"
+            expected = f"({', '.join(names)})"
             raise ContractError(f"{self.kind}: mix must return {expected}, got a {type(result).__name__}{length}")
         y = result[0]
         if not isinstance(y, Tensor):

@@ -24,7 +24,7 @@ class ModuleCall(NamedTuple):
     output: Tensor
     """First output of the call."""
     options: dict[str, Any]
-    """Keyword arguments that a mixer needs to repeat the call: values from outside, if they were passed."""
+    """Keyword arguments that a mixer needs to repeat the call: values from outside, and keys, if they were passed."""
 
 
 @contextmanager
@@ -34,7 +34,7 @@ def record_calls(modules: Mapping[int, nn.Module]) -> Iterator[dict[int, ModuleC
 
     def hook(number: int) -> Any:
         def store(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:  # noqa: ARG001
-            outside = ("first_values", "token_values")
+            outside = ("first_values", "token_values", "shared_kv")
             options = {name: kwargs[name] for name in outside if kwargs.get(name) is not None}
             calls[number] = ModuleCall(args[0], output[0] if isinstance(output, tuple) else output, options)
 
@@ -63,6 +63,8 @@ def weights_of(
         options: further keyword arguments of the mixer.
     """
     x = x.detach().requires_grad_()
+    if (kv := options.get("shared_kv")) is not None:  # weights are gradients of the values
+        options["shared_kv"] = kv._replace(v=kv.v.detach().requires_grad_())
     with torch.enable_grad(), recorded() as calls:
         y = mixer(x, **options)[0]
     per_call = [weights for call in calls if (weights := head_weights(call, x.shape[1], queries)) is not None]

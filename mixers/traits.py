@@ -32,6 +32,8 @@ class Traits:
     """True if the backward pass is the derivative of another function than the forward pass (straight-through)."""
     value_residual: bool = False
     """True if layers pass their values to later layers, and can mix in the values of the first layer."""
+    kv_sharing: bool = False
+    """True if the mixer can pass its keys and values to later layers, and can read those of an earlier layer."""
     differentiable: bool = True
     """True if gradients are supported; False for a module that writes its cache in place."""
 

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from ..blocks import Block
 from ..blocks.residual import Stream
 from ..mixers.state import nbytes, to_dict
+from ..ops.attention import SharedKV
 from .builder import build_meta
 from .config import ModelConfig
 from .language_model import MATMULS, LanguageModel
@@ -106,10 +107,11 @@ def account(config: ModelConfig, *, length: int = 2048, dtype: torch.dtype = tor
         stream = _Stream(model.residual.start(x), frozenset(), frozenset())
     for index, (name, block) in enumerate(zip(config.layers, model.blocks, strict=True)):
         shapes = tuple((key, parameter.shape) for key, parameter in block.named_parameters())
-        kind = (name, shapes, stream.key)
+        is_donor = index in model.kv_donors
+        kind = (name, shapes, stream.key, is_donor)
         if kind not in memory:
             with fake:
-                memory[kind] = _saved_bytes(block, stream, x)
+                memory[kind] = _saved_bytes(block, stream, x, is_donor)
         saved, stream = memory[kind]
         layers.append(_layer(name, block, length, _flops(model, index, length), saved))
     tables = (table.weight for table in model.value_embeddings.values())
@@ -212,7 +214,7 @@ def _storage(x: Tensor) -> tuple[int, int]:
     return x.untyped_storage()._cdata, x.untyped_storage().nbytes()
 
 
-def _saved_bytes(block: Block, stream: _Stream, x: Tensor) -> tuple[dict[str, int], _Stream]:
+def _saved_bytes(block: Block, stream: _Stream, x: Tensor, is_donor: bool) -> tuple[dict[str, int], _Stream]:
     """Return the bytes that autograd saves for one layer, without and with checkpointing, and the stream after it.
 
     Parameters do not count, nor do tensors of the stream that an earlier layer saves. Values from outside have the
@@ -241,12 +243,20 @@ def _saved_bytes(block: Block, stream: _Stream, x: Tensor) -> tuple[dict[str, in
         for takes in (mixer.takes_first_values, mixer.takes_token_values)
     )
     excluded.add(id(first_values))  # the first layer saves its own values
+    options: dict[str, Any] = {"return_kv": True} if is_donor else {}
+    if mixer.takes_shared_kv:
+        sizes: Any = mixer
+        heads, *widths = sizes.cache_sizes
+        k, v = (x.new_empty(*x.shape[:2], heads, width, requires_grad=True) for width in widths)
+        excluded |= {id(k), id(v)}  # the layer that has them saves them
+        options["shared_kv"] = SharedKV(k, v, None, None)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), _Matmuls() as matmuls:
-        out, *_ = functional_call(block, tensors, (stream.value, None, first_values, token_values))
+        out, _, *others = functional_call(block, tensors, (stream.value, None, first_values, token_values), options)
     inputs = stream.storages | ({} if token_values is None else dict([_storage(token_values)]))
+    kept = dict(_storage(x) for x in others[-1][:2]) if is_donor else {}  # keys and values, for later layers
     result = {
         "activation_bytes": sum(storages[at] for at in storages.keys() - stream.saved),
-        "input_bytes": sum(inputs[at] for at in inputs.keys() - stream.inputs),
+        "input_bytes": sum(inputs[at] for at in inputs.keys() - stream.inputs) + sum(kept.values()),
         "matmul_bytes": matmuls.total,
     }
     # an address tells storages apart only while they exist, so those that have left the stream are forgotten

@@ -44,6 +44,7 @@ def compile_blocks(model: LanguageModel) -> int:
     _require_compiles(model)
     grows = model.config.residual.grows
     kinds = {block: str(i) if grows else kind for i, (block, kind) in enumerate(model.distinct_blocks.items())}
+    kinds = {block: f"{kind}_reader" if block.mixer.takes_shared_kv else kind for block, kind in kinds.items()}
     forwards = {kind: copy_of(Block.forward, f"forward_{kind}") for kind in kinds.values()}
     options: dict[str, Any] = {}
     if grows and len(kinds) < len(model.blocks):  # shared blocks

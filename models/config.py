@@ -8,6 +8,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from ..blocks import NORMS, RESIDUALS, BlockConfig, NormConfig, ResidualConfig
 from ..blocks.residual.plain import PlainConfig
 from ..registry import Config, choices_hint
+from .kv_sharing import KVSharing, kv_sources
 from .parametrization import CompleteP, Parametrization, Standard
 from .value_embeddings import ValueEmbeddings
 
@@ -44,6 +45,9 @@ class ModelConfig(Config):
     residual: Annotated[ResidualConfig, RESIDUALS] = PlainConfig()
     """Residual connections: what a mixer or a feed-forward network reads of the residual stream, and how its output
     changes the stream."""
+    kv_sharing: KVSharing | None = None
+    """Layers that read the keys and values of an earlier layer instead of having their own: `last`, the last layers
+    (Gemma 3n, YOCO), or `groups` of layers (CLA); null for none."""
     embedding_scale: float = Field(default=1.0, gt=0)
     """Factor by which the embedding's output is multiplied, such as sqrt(d_model) in Gemma."""
     embedding_norm: Annotated[NormConfig, NORMS] | None = None
@@ -115,6 +119,28 @@ class ModelConfig(Config):
     def value_layers(self) -> tuple[int, ...]:
         """Indices of the layers with value embeddings."""
         return () if self.value_embeddings is None else self.value_embeddings.layers(self.n_layers)
+
+    @model_validator(mode="after")
+    def _check_kv_sharing(self) -> Self:
+        sources = self.kv_sources
+        for i, source in enumerate(sources):
+            if source is not None and self.blocks[self.layers[i]].shared:
+                raise ValueError(
+                    f"kv_sharing needs layers with parameters of their own, got shared = true with block "
+                    f"{self.layers[i]}: set one of them"
+                )
+            if source is not None and i in self.value_layers:
+                raise ValueError(
+                    f"value_embeddings gives vectors to layer {i}, which by kv_sharing has no values of its own: turn "
+                    "one of them off"
+                )
+        return self
+
+    @property
+    def kv_sources(self) -> tuple[int | None, ...]:
+        """Index of the layer whose keys and values each layer reads; None for layers that have their own."""
+        sharable = [name for name, block in self.blocks.items() if block.mixer.traits.kv_sharing]
+        return kv_sources(self.kv_sharing, self.layers, sharable)
 
     @property
     def base(self) -> "ModelConfig | None":

@@ -63,6 +63,10 @@ class LanguageModel(nn.Module):
         # cast: a ModuleList does not know the type of its elements
         self.blocks = cast("Sequence[Block]", nn.ModuleList(_build_all(config)))
         _accept_token_values(config, self.blocks)
+        self.kv_sources = config.kv_sources
+        """Index of the layer whose keys and values each layer reads; None for layers that have their own."""
+        self.kv_donors = frozenset(source for source in self.kv_sources if source is not None)
+        """Indices of the layers whose keys and values later layers read."""
         self.residual = config.residual.build_ends(config.d_model)
         self.readout = None if config.readout == "each" else LastVector(config.d_model, config.norm)
         self.norm = config.norm.build(config.d_model)
@@ -285,12 +289,14 @@ class LanguageModel(nn.Module):
                 )
         after = []
         first_values: dict[str, Tensor] = {}
+        shared_kv: dict[int, Any] = {}
         can_memoize = not torch.compiler.is_compiling() and not torch.is_grad_enabled()
         memo = (Memo() if memo is None else memo).next_pass() if can_memoize else None
         x, *tables = x.split_with_sizes(self._widths, -1) if self.value_embeddings else (x,)
         token_values = dict(zip(self.config.value_layers, tables, strict=True))
         stream = self.residual.start(x)
-        for layer, (block, before, layer_paradigm) in enumerate(zip(self.blocks, states, paradigms, strict=True)):
+        layers = zip(self.blocks, states, paradigms, self.kv_sources, strict=True)
+        for layer, (block, before, layer_paradigm, kv_source) in enumerate(layers):
             call = partial(
                 block,
                 paradigm=layer_paradigm,
@@ -300,16 +306,23 @@ class LanguageModel(nn.Module):
                 memo=memo,
             )
             mixer = block.mixer  # reading a submodule is a function call: do it once
-            if mixer.traits.value_residual and mixer.kind not in first_values:
+            returns_values = mixer.traits.value_residual and mixer.kind not in first_values
+            if returns_values:
                 call = partial(call, return_values=True)
+            if kv_source is not None:
+                call = partial(call, shared_kv=shared_kv[kv_source])
+            if layer in self.kv_donors:
+                call = partial(call, return_kv=True)
             if self.activation_checkpointing and torch.is_grad_enabled():
                 # no early stop under context parallelism: every rank has to run all the communication of a block
                 options = {"context_fn": _keep_matmuls} if self.activation_checkpointing == "matmuls" else {}
                 call = partial(checkpoint, call, use_reentrant=False, early_stop=self.cp_group is None, **options)
             first = first_values[mixer.kind] if mixer.takes_first_values else None
-            stream, final, *values = call(stream, before, first, token_values.get(layer))
-            if values:
-                first_values[mixer.kind] = values[0]
+            stream, final, *others = call(stream, before, first, token_values.get(layer))
+            if returns_values:
+                first_values[mixer.kind] = others[0]
+            if layer in self.kv_donors:
+                shared_kv[layer] = others[-1]
             after.append(final)
         x = self.residual(stream)
         if self.readout is not None:
@@ -416,12 +429,15 @@ def _build_all(config: ModelConfig) -> Iterator[Block]:
     """Yield the block of every layer; layers that share parameters get the same block."""
     shared: dict[str, Block] = {}
     first_blocks: dict[str, Block] = {}
+    sources = config.kv_sources
     for index, name in enumerate(config.layers):
         block = shared.get(name) or _build(config, index)
         if config.blocks[name].shared:
             shared[name] = block
         if block.mixer.traits.value_residual:
             _accept_first_values(block, first_blocks.setdefault(block.mixer.kind, block), name)
+        if sources[index] is not None:
+            block.mixer.accept_shared_kv()
         yield block
 
 

@@ -148,12 +148,12 @@ def _leaf(x):
     return x.detach().clone().requires_grad_(x.is_floating_point())
 
 
-def model_as_one(preset: str) -> None:
+def model_as_one(preset: str, *overrides: str) -> None:
     """Loss, logits, states and gradients of a model whose sequences are split over all ranks, also unequally."""
     from seqmix import build_model, load_config
     from seqmix.mixers.state import to_dict
 
-    config = load_config(preset, ["model.d_model=32", "model.n_layers=4"]).model
+    config = load_config(preset, ["model.d_model=32", "model.n_layers=4", *overrides]).model
     alone, shared = (build_model(config, dtype=torch.float64) for _ in range(2))
     shared.set_cp_group(context())
     cases = ((2, 12, None, False), (2, 13, None, True), (1, 14, torch.tensor([0, 5, 9, 14, 14]), False))

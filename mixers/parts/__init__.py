@@ -3,7 +3,7 @@
 from ...ops.recurrence.family import RecurrenceOutput
 from ...ops.runtime.call import Call
 from ...ops.runtime.paradigm import Paradigm
-from .cached import CachedMixer
+from .cached import CachedMixer, ReaderState
 from .decay_rates import FixedDecay
 from .gates import Gate, GatedNorm, HeadNorm, LowRank
 from .matrix_state import MatrixState, MatrixStateConfig, MatrixStateMixer, ShortConv
@@ -30,6 +30,7 @@ __all__ = [
     "QKNorm",
     "QKVConfig",
     "QKVMixer",
+    "ReaderState",
     "RecurrenceOutput",
     "Schedule",
     "ShortConv",

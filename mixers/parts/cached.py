@@ -1,9 +1,11 @@
 """Base class of mixers of the softmax family, whose state is a KV cache."""
 
 from abc import abstractmethod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from ...ops.attention import Cache, GrowingCache, RingCache, drop_last, empty_cache, key_cache, resize_cache
 from ..contract import MixerConfig, SequenceMixer
@@ -11,7 +13,14 @@ from ..rollback import kept_tokens
 from ..traits import require_capacity
 
 
-class CachedMixer(SequenceMixer[Cache]):
+class ReaderState(NamedTuple):
+    """State of a layer that reads the keys and values of an earlier layer, which has the cache."""
+
+    length: Int[Tensor, " N"]
+    """Number of tokens read, per row."""
+
+
+class CachedMixer(SequenceMixer[Cache | ReaderState]):
     """A mixer with a KV cache: a ring buffer if `window` or `max_length` bounds its size, else a growing cache.
 
     Args:
@@ -46,16 +55,25 @@ class CachedMixer(SequenceMixer[Cache]):
     def scale_like(self, base: Any) -> None:
         self.score_factor = (base.score_width / self.score_width) ** 0.5
 
-    def init_state(self, batch_size: int, *, max_length: int | None = None) -> Cache:
+    def init_state(self, batch_size: int, *, max_length: int | None = None) -> Cache | ReaderState:
+        if self.takes_shared_kv:
+            return ReaderState(torch.zeros(batch_size, dtype=torch.int64, device=self.device))
         cache_type, capacity = self._cache_type(max_length, 0)
         return empty_cache(cache_type, batch_size, capacity, self.cache_sizes, self._tensor(), self.forget_heads)
 
-    def resize_state(self, state: Cache, max_length: int | None) -> Cache:
+    def resize_state(self, state: Cache | ReaderState, max_length: int | None) -> Cache | ReaderState:
         processed = int(state.length.max())
         require_capacity(processed, max_length, self.kind)
+        if isinstance(state, ReaderState):
+            return state
         return resize_cache(state, *self._cache_type(max_length, min(processed, key_cache(state).keys.shape[1])))
 
-    def rollback(self, x: Any, before: Cache | None, after: Cache, tokens: Any, **options: Any) -> Cache:
+    def rollback(
+        self, x: Any, before: Cache | ReaderState | None, after: Cache | ReaderState, tokens: Any, **options: Any
+    ) -> Cache | ReaderState:
+        if isinstance(after, ReaderState):
+            kept_tokens(x, tokens, options.get("cu_seqlens"), self.kind)
+            return ReaderState(after.length - torch.as_tensor(tokens, device=after.length.device))
         if self.config.window is not None:  # the segment has overwritten keys that are in the window again
             return super().rollback(x, before, after, tokens, **options)
         kept_tokens(x, tokens, options.get("cu_seqlens"), self.kind)

@@ -14,7 +14,7 @@ class QKNorm(nn.Module):
     """RMS norms of queries and keys, each with its own weights.
 
     Args:
-        n_heads: number of query heads and number of key heads.
+        n_heads: number of query heads, and number of key heads; 0 for queries alone.
         width: width of a head.
         eps: added to the mean square.
         all_heads: True to take the mean over all heads, each with its own weights; False to take it per head, with
@@ -33,19 +33,23 @@ class QKNorm(nn.Module):
         self.all_heads = all_heads
         self.zero_centered = zero_centered
         shapes = [(n, width) if all_heads else (width,) for n in n_heads]
-        self.q_weight, self.k_weight = (nn.Parameter(torch.empty(shape)) for shape in shapes)
+        self.q_weight = nn.Parameter(torch.empty(shapes[0]))
+        self.k_weight = nn.Parameter(torch.empty(shapes[1])) if n_heads[1] else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Initialise weights so that every factor is 1."""
-        nn.init.constant_(self.q_weight, 0.0 if self.zero_centered else 1.0)
-        nn.init.constant_(self.k_weight, 0.0 if self.zero_centered else 1.0)
+        for weight in self.parameters():
+            nn.init.constant_(weight, 0.0 if self.zero_centered else 1.0)
 
     def forward(self, qk: Float[Tensor, "B T H+G K"]) -> Float[Tensor, "B T H+G K"]:
         """Norm queries and keys, which are concatenated along the heads."""
-        weights = (w.expand(n, -1) for w, n in zip((self.q_weight, self.k_weight), self.n_heads, strict=True))
-        factor = torch.cat(tuple(weights)) + (1 if self.zero_centered else 0)
+        factor = self.q_weight.expand(self.n_heads[0], -1)
+        if self.k_weight is not None:
+            factor = torch.cat((factor, self.k_weight.expand(self.n_heads[1], -1)))
+        factor = factor + (1 if self.zero_centered else 0)
         if not self.all_heads:
             return (F.rms_norm(qk, qk.shape[-1:], eps=self.eps) * factor).to(qk.dtype)
-        normed = [F.rms_norm(x, x.shape[-2:], eps=self.eps) for x in qk.split(self.n_heads, dim=-2)]
+        parts = qk.split([n for n in self.n_heads if n], dim=-2)
+        normed = [F.rms_norm(x, x.shape[-2:], eps=self.eps) for x in parts]
         return (torch.cat(normed, dim=-2) * factor).to(qk.dtype)

@@ -28,7 +28,7 @@ from ..runtime.kernel import chosen, declare_references
 from ..runtime.paradigm import Paradigm
 from ..runtime.recording import record
 from .inputs import AttentionInputs, AttentionOutput, require_attention, require_range
-from .kv_cache import first_key
+from .kv_cache import Cache, first_key
 from .ring import attend_in_ring, can_attend_in_ring
 from .sdpa import attend_in_blocks, softmax_chunkwise, softmax_parallel, softmax_recurrent
 
@@ -55,6 +55,9 @@ class SoftmaxOptions(CallOptions, total=False):
     """Attention sink: score of an additional key with a value of zero, one per head."""
     value_dims: int | None
     """Number of leading key dimensions that are used as the values; v is then [B T G 0]."""
+    written_cache: Cache | None
+    """Cache after the segment, if another call with the same k, v and initial state has returned it: nothing is
+    written, and the final state is this cache."""
 
 
 def softmax_attention(

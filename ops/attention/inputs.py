@@ -64,10 +64,15 @@ class AttentionInputs(NamedTuple):
     value_dims: int | None = None
     """Number of leading key dimensions that are used as the values (v is then empty); None if v has the values."""
 
+    written_cache: Cache | None = None
+    """Cache after the segment, if another call with the same keys and values has returned it."""
+
     def final(self) -> Cache | None:
         """Return the cache after the segment; None unless requested."""
         if not self.output_final_state:
             return None
+        if self.written_cache is not None:
+            return self.written_cache
         return final_cache(
             self.k, self.v, self.window, self.cache, self.documents, self.log_forget, donated=self.donated
         )

@@ -82,6 +82,19 @@ class ForgettingCache(NamedTuple):
 Cache: TypeAlias = KeyCache | ForgettingCache
 
 
+class SharedKV(NamedTuple):
+    """Keys and values of a segment, for attention that reads those of another layer."""
+
+    k: Float[Tensor, "B T G K"]
+    """Keys of the segment, normed and rotated."""
+    v: Float[Tensor, "B T G V"]
+    """Values of the segment."""
+    before: Cache | None
+    """Cache before the segment; None if no tokens came before."""
+    after: Cache | None
+    """Cache after the segment; None if it was not requested."""
+
+
 def key_cache(cache: Cache) -> KeyCache:
     """Return a cache without its forget gates."""
     return cache.cache if isinstance(cache, ForgettingCache) else cache

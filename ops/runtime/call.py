@@ -63,6 +63,10 @@ class Call(NamedTuple):
     """Values of the model's first layer of this kind, for the same tokens; None without a value residual."""
     token_values: Float[Tensor, "B T C"] | None = None
     """Vectors of the tokens that are added to the values; None without value embeddings."""
+    shared_kv: Any = None
+    """Keys and values of an earlier layer, for the same tokens; None in layers that have their own."""
+    return_kv: bool = False
+    """True to return the keys and values, for later layers."""
     donated: bool = False
     """True if the next state may overwrite `state`, which its owner no longer needs; always False under grad."""
     memo: Memo | None = None

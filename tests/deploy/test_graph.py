@@ -60,6 +60,17 @@ def test_the_graph_of_options(options):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("window", [None, 4])
+def test_layers_that_read_the_keys_of_another(window):
+    attention = {"kind": "attention", "n_heads": 2, "window": window, "differential": True}
+    block = {"mixer": attention, "ffn": None, "norm": {"kind": "rmsnorm"}}
+    shared = {"blocks": {"b": block}, "pattern": ["b"], "kv_sharing": {"kind": "last", "layers": 1}}
+    model = model_of("attention", "attention", **shared)
+    assert not any(name.startswith("1.keys") for name in layout_of(model).leaves)
+    check_segments(exported(model), model)
+
+
+@pytest.mark.slow
 @NIGHTLY
 @pytest.mark.parametrize("preset", SMALL_PRESETS)
 def test_the_graph_of_every_preset(preset):

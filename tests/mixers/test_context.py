@@ -117,6 +117,13 @@ def test_a_model_over_several_ranks_is_the_model_of_one(ranks, preset):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("window", [None, 4])
+def test_layers_that_read_the_keys_of_another_over_several_ranks(ranks, window):
+    mixer = f"model.blocks.attn.mixer.window={'null' if window is None else window}"
+    ranks("model_as_one", "attention-tiny", mixer, "model.kv_sharing={kind: groups, size: 2}")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "fields"), MIXERS_OF_ALL_OPS[:-1], ids=IDS[:-1])
 def test_communication_for_a_constant_state_does_not_grow_with_the_sequence(ranks, kind, fields):
     # what each rank receives in forward and backward for one layer with d_model 16
