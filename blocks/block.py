@@ -6,6 +6,7 @@ x ──┬── norm ── mixer ── dropout ──(+)──┬── norm
 The picture shows plain residual connections; `residual/` has others.
 """
 
+from functools import partial
 from typing import Annotated, Any, Literal, Self
 
 import torch
@@ -13,9 +14,10 @@ from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from ..mixers import MIXERS, MixerConfig, Paradigm
+from ..mixers import MIXERS, ContractError, MixerConfig, Paradigm, Traits
 from ..ops.runtime.memo import Memo
 from ..registry import Config
+from .canon import Canon, CanonCall, Place
 from .dropout import Dropout
 from .ffn import FFNS, FfnConfig
 from .norm import NORMS, Norm, NormConfig
@@ -39,6 +41,9 @@ class BlockConfig(Config):
     parallel: bool = False
     """True to compute mixer and feed-forward network as one branch, x + mixer(norm(x)) + ffn(norm(x)), with one norm
     for both (GPT-J, PaLM, Phi, Command R); False to compute one after the other."""
+    canon: tuple[Place, ...] = Field(default=(), strict=False)
+    """Places of Canon layers, short convolutions x + conv(x) over four tokens (arXiv 2512.17351): `a` before the mixer,
+    `c` before the feed-forward network, `d` on its hidden layer."""
     layer_scale: float | None = Field(default=None, ge=0)
     """Initial value of a learned factor per channel of a branch's output (LayerScale, arXiv 2103.17239), such as 1e-4;
     null for none."""
@@ -54,6 +59,14 @@ class BlockConfig(Config):
     def _check_parallel(self) -> Self:
         if self.parallel and self.ffn is None:
             raise ValueError("parallel = true needs a feed-forward network, got ffn = null: set one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _check_canon(self) -> Self:
+        if len(set(self.canon)) < len(self.canon):
+            raise ValueError(f"canon must name each place once, got {', '.join(self.canon)}")
+        if self.ffn is None and (places := [place for place in self.canon if place != "a"]):
+            raise ValueError(f"canon = {places[0]} needs a feed-forward network, got ffn = null: leave it out")
         return self
 
     @property
@@ -93,6 +106,7 @@ class Block(nn.Module):
         sandwich = config.norm_placement == "both"
         self.mixer_output_norm = config.norm.build(d_model) if sandwich else None
         self.ffn_output_norm = config.norm.build(d_model) if sandwich and has_two else None
+        self.canon = Canon(self._canon_widths(config, d_model)) if config.canon else None
         self.layer_scale = config.layer_scale
         scaled = config.layer_scale is not None
         self.mixer_scale = nn.Parameter(torch.empty(d_model)) if scaled else None
@@ -101,6 +115,47 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout) if config.shared else Dropout(config.dropout)
         self.residual_scale = config.residual_scale
         self.norm_placement = config.norm_placement
+
+    def _canon_widths(self, config: BlockConfig, d_model: int) -> dict[Place, int]:
+        """Return the number of channels of each Canon layer."""
+        widths: dict[Place, int] = dict.fromkeys(config.canon, d_model)
+        if "d" in widths and self.ffn is not None:
+            if not self.ffn.hidden_channels:
+                kind = None if config.ffn is None else config.ffn.kind
+                raise ContractError(f"canon = d needs a feed-forward network of kind mlp or swiglu, got {kind}")
+            widths["d"] = self.ffn.hidden_channels
+        return widths
+
+    @property
+    def kind(self) -> str:
+        """Kind of the mixer."""
+        return self.mixer.kind
+
+    @property
+    def traits(self) -> Traits:
+        """Traits of the mixer, which are those of the layer: Canon layers support all that a mixer may declare."""
+        return self.mixer.traits
+
+    def init_state(self, batch_size: int, *, max_length: int | None = None) -> Any:
+        """Return the initial state: that of the mixer, and with Canon layers theirs beside it."""
+        state = self.mixer.init_state(batch_size, max_length=max_length)
+        return state if self.canon is None else self.canon.init_state(state, batch_size)
+
+    def resize_state(self, state: Any, max_length: int | None) -> Any:
+        """Return the state with another capacity in tokens, as `SequenceMixer.resize_state`."""
+        if self.canon is None:
+            return self.mixer.resize_state(state, max_length)
+        return state._replace(mixer=self.mixer.resize_state(state.mixer, max_length))
+
+    def resolve_backend(self, dtype: torch.dtype) -> None:
+        """Choose the kernel backends for the parameters' device and activations of `dtype`.
+
+        Raises:
+            SeqmixError: the mixer's backend cannot run.
+        """
+        self.mixer.resolve_backend(dtype)
+        for layer in () if self.canon is None else self.canon.convolutions.values():
+            layer.choose_kernel("auto", dtype)
 
     @property
     def residuals(self) -> tuple[Residual, ...]:
@@ -111,7 +166,7 @@ class Block(nn.Module):
         """Initialise every parameter, each module as its paper does."""
         mixer_parts = self.mixer_norm, self.mixer, self.mixer_output_norm, self.mixer_residual
         ffn_parts = self.ffn_norm, self.ffn, self.ffn_output_norm, self.ffn_residual
-        for part in (*mixer_parts, *ffn_parts):
+        for part in (*mixer_parts, *ffn_parts, self.canon):
             if part is not None:
                 part.reset_parameters()
         for scale in (self.mixer_scale, self.ffn_scale):
@@ -159,19 +214,34 @@ class Block(nn.Module):
         results: list[Any] = []
 
         ffn, norm = self.ffn, self.ffn_norm  # nn.Module looks up parts by a function call
+        before: Any = state
+        canon = None
+        if self.canon is not None:
+            canon = CanonCall(self.canon, state, cu_seqlens, return_state, self.mixer.cp_group)
+            before = None if before is None else before.mixer
 
         def mix(x: Tensor) -> Tensor:
+            mixed = x if canon is None else canon("a", x)
             y, *others = self.mixer(
-                x, state, paradigm=paradigm, cu_seqlens=cu_seqlens, return_state=return_state, **options
+                mixed, before, paradigm=paradigm, cu_seqlens=cu_seqlens, return_state=return_state, **options
             )
             results.extend(others)
-            return y if ffn is None or norm is not None else y + ffn(x)
+            return y if ffn is None or norm is not None else y + feed(x)
+
+        def feed(x: Tensor) -> Tensor:
+            assert ffn is not None
+            if canon is None:
+                return ffn(x)
+            x = canon("c", x)
+            return ffn(x, partial(canon, "d")) if "d" in canon.layers else ffn(x)
 
         stream = self._add_branch(
             stream, mix, self.mixer_norm, self.mixer_output_norm, self.mixer_scale, self.mixer_residual
         )
         if ffn is not None and norm is not None:
-            stream = self._add_branch(stream, ffn, norm, self.ffn_output_norm, self.ffn_scale, self.ffn_residual)
+            stream = self._add_branch(stream, feed, norm, self.ffn_output_norm, self.ffn_scale, self.ffn_residual)
+        if canon is not None and return_state:
+            results[0] = canon.state_after(results[0])
         return (stream, *results)
 
     def _add_branch(

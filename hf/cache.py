@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from ..blocks import Block
 from ..mixers import Paradigm, SequenceMixer
 from ..mixers.state import select
 from ..mixers.traits import require_state
@@ -51,7 +52,7 @@ class StateLayer(CacheLayerMixin):
         self._unread: Tensor | None = None
         """Inputs of tokens that count, although the state does not include them: the next segment begins with them."""
 
-    def reserve(self, mixer: SequenceMixer[Any], batch_size: int, length: int) -> Any:
+    def reserve(self, mixer: SequenceMixer[Any] | Block, batch_size: int, length: int) -> Any:
         """Allocate or enlarge the state for `length` tokens, including the next segment, and return the state."""
         require_state(mixer.traits, mixer.kind)
         if self.state is None:
@@ -153,7 +154,7 @@ class SeqmixCache(Cache):
 def mix_cached(
     run: Callable[..., Any],
     x: Tensor,
-    mixers: Sequence[SequenceMixer[Any]],
+    mixers: Sequence[SequenceMixer[Any] | Block],
     layers: Sequence[StateLayer],
     rows: RowLayout,
 ) -> Tensor:
@@ -163,7 +164,7 @@ def mix_cached(
         run: a function of a segment without padding, a state per mixer, a paradigm per mixer, `cu_seqlens` and
             `return_state`, which returns the output and the states after the segment.
         x: the batch, [B T D].
-        mixers: the mixers.
+        mixers: the mixers, or the blocks that contain them.
         layers: the cache layer of each mixer.
         rows: padding and packed documents of the batch.
 
@@ -201,7 +202,7 @@ def mix_cached(
 def _read(
     run: Callable[..., Any],
     x: Tensor,
-    mixers: Sequence[SequenceMixer[Any]],
+    mixers: Sequence[SequenceMixer[Any] | Block],
     layers: Sequence[StateLayer],
     rows: RowLayout,
 ) -> Tensor:

@@ -122,24 +122,24 @@ class SeqmixPreTrainedModel(PreTrainedModel):
                 f"expected a SeqmixCache as the cache, got a {type(cache).__name__}: pass that of an earlier call"
             )
         model = self.model
-        mixers = [block.mixer for block in self.model.blocks]
+        layers = list(self.model.blocks)
         x = model.embed(tokens) if embeddings is None else model.dropout(embeddings)
         continues_cache = cache is not None and cache.get_seq_length() > 0
         rows = layout_of(x.shape[:2], attention_mask, options, continues_cache=continues_cache)
         if (use_cache := options.get("use_cache")) is None:
             use_cache = self.config.use_cache and not self.training and rows.cu_seqlens is None
-            use_cache = use_cache and all(mixer.traits.has_state for mixer in mixers)
+            use_cache = use_cache and all(layer.traits.has_state for layer in layers)
         if cache is None and use_cache:
-            cache = SeqmixCache(len(mixers))
+            cache = SeqmixCache(len(layers))
         autocast = torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
         if self._resolved != (x.device, dtype):
             model.resolve_backends(dtype)
             self._resolved = (x.device, dtype)
         if cache is None:
-            x, _ = mix_rows(lambda x, _, packed: model.run_blocks(x, cu_seqlens=packed), x, None, rows, mixers)
+            x, _ = mix_rows(lambda x, _, packed: model.run_blocks(x, cu_seqlens=packed), x, None, rows, layers)
         else:
-            x = mix_cached(model.run_blocks, x, mixers, cache.layers, rows)
+            x = mix_cached(model.run_blocks, x, layers, cache.layers, rows)
         return x, rows, cache
 
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from ..blocks import Block
 from ..mixers import SequenceMixer
 from ..mixers.state import concatenate, select
 from ..registry import SeqmixError
@@ -65,7 +66,7 @@ def mix_rows(
     x: Float[Tensor, "B T D"],
     state: Any,
     rows: RowLayout,
-    mixers: Sequence[SequenceMixer[Any]],
+    mixers: Sequence[SequenceMixer[Any] | Block],
 ) -> tuple[Float[Tensor, "B T D"], Any]:
     """Mix a batch whose rows may have padding anywhere, which is skipped.
 
@@ -77,7 +78,7 @@ def mix_rows(
         x: the batch.
         state: the state of B rows before the batch; None if no tokens came before.
         rows: padding and packed documents.
-        mixers: the mixers.
+        mixers: the mixers, or the blocks that contain them.
 
     Returns:
         The output, 0 at padding, and the state of B rows, which padding does not change.

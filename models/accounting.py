@@ -155,7 +155,7 @@ def _flops(model: LanguageModel, layer: int, length: int) -> int:
 
 def _layer(name: str, block: Block, length: int, flops: int, saved: dict[str, int]) -> LayerCost:
     """Return the costs of the layer `block`; `saved` has the results of `_saved_bytes`."""
-    state = block.mixer.init_state(1, max_length=length)
+    state = block.init_state(1, max_length=length)
     return LayerCost(
         block=name,
         mixer=block.mixer.kind,

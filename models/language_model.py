@@ -381,7 +381,7 @@ class LanguageModel(nn.Module):
 
     def init_state(self, batch_size: int, *, max_length: int | None = None) -> ModelState:
         """Return the initial state; `max_length` is its capacity in tokens, so that a KV cache is allocated once."""
-        return tuple(block.mixer.init_state(batch_size, max_length=max_length) for block in self.blocks)
+        return tuple(block.init_state(batch_size, max_length=max_length) for block in self.blocks)
 
     def resize_state(self, state: ModelState, max_length: int | None) -> ModelState:
         """Return the state with a capacity of `max_length` tokens, prefix included; None for no spare capacity.
@@ -389,9 +389,7 @@ class LanguageModel(nn.Module):
         Raises:
             ContractError: the processed prefix is longer than `max_length`.
         """
-        return tuple(
-            block.mixer.resize_state(before, max_length) for block, before in zip(self.blocks, state, strict=True)
-        )
+        return tuple(block.resize_state(before, max_length) for block, before in zip(self.blocks, state, strict=True))
 
     def prefer(self, *paradigms: Paradigm, from_state: bool = False) -> tuple[Paradigm, ...]:
         """Return for each layer the first of these paradigms that it declares, or else any that it declares.
@@ -408,7 +406,7 @@ class LanguageModel(nn.Module):
         """
         for block, layer in self.distinct_blocks.items():
             try:
-                block.mixer.resolve_backend(activations)
+                block.resolve_backend(activations)
             except SeqmixError as error:
                 raise SeqmixError(f"model.blocks.{layer}.mixer: {error}") from error
 

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from ...registry import Config, Registry
 
+HiddenMap = Callable[[Tensor], Tensor]
+"""Map of the hidden layer of a network before the activation, [B T C] to [B T C]."""
 Activation = Literal["gelu", "gelu_tanh", "silu", "relu"]
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -43,9 +45,15 @@ class FfnConfig(Config, ABC):
 class FeedForward(nn.Module, ABC):
     """A feed-forward network: a map that is applied to every token independently."""
 
+    hidden_channels: int | None = None
+    """Number of channels before the activation, to which `forward` applies `hidden`; None if it takes no `hidden`."""
+
     @abstractmethod
     def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
-        """Apply the network to every token."""
+        """Apply the network to every token.
+
+        If `hidden_channels` is set, a second argument `hidden` maps the hidden layer [B T C] before the activation.
+        """
 
     def reset_parameters(self) -> None:
         """Initialise every parameter: linear layers by torch's default, as in the code of the RetNet authors."""

@@ -5,7 +5,7 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from . import ACTIVATIONS, Activation, FeedForward, FfnConfig
+from . import ACTIVATIONS, Activation, FeedForward, FfnConfig, HiddenMap
 
 
 class MlpConfig(FfnConfig):
@@ -31,5 +31,8 @@ class Mlp(FeedForward):
         self.up_proj = nn.Linear(d_model, config.hidden_width(d_model), bias=config.bias)
         self.down_proj = nn.Linear(config.hidden_width(d_model), d_model, bias=config.bias)
 
-    def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:  # noqa: D102
-        return self.down_proj(ACTIVATIONS[self.activation](self.up_proj(x)))
+        self.hidden_channels = self.up_proj.out_features
+
+    def forward(self, x: Float[Tensor, "B T D"], hidden: HiddenMap | None = None) -> Float[Tensor, "B T D"]:  # noqa: D102
+        h = self.up_proj(x)
+        return self.down_proj(ACTIVATIONS[self.activation](h if hidden is None else hidden(h)))

@@ -2,10 +2,11 @@
 
 from typing import Literal
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from . import ACTIVATIONS, Activation, FeedForward, FfnConfig
+from . import ACTIVATIONS, Activation, FeedForward, FfnConfig, HiddenMap
 
 
 class SwigluConfig(FfnConfig):
@@ -33,5 +34,10 @@ class Swiglu(FeedForward):
         self.up_proj = nn.Linear(d_model, hidden, bias=config.bias)
         self.down_proj = nn.Linear(hidden, d_model, bias=config.bias)
 
-    def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:  # noqa: D102
-        return self.down_proj(ACTIVATIONS[self.activation](self.gate_proj(x)) * self.up_proj(x))
+        self.hidden_channels = 2 * hidden
+
+    def forward(self, x: Float[Tensor, "B T D"], hidden: HiddenMap | None = None) -> Float[Tensor, "B T D"]:  # noqa: D102
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if hidden is not None:
+            gate, up = hidden(torch.cat((gate, up), dim=-1)).chunk(2, dim=-1)
+        return self.down_proj(ACTIVATIONS[self.activation](gate) * up)

@@ -71,6 +71,14 @@ def test_layers_that_read_the_keys_of_another(window):
 
 
 @pytest.mark.slow
+def test_canon_layers():
+    block = {"mixer": {"kind": "attention", "n_heads": 2}, "norm": {"kind": "rmsnorm"}, "canon": ["a", "c", "d"]}
+    block |= {"ffn": {"kind": "swiglu", "expansion": 1.0}}
+    model = model_of("attention", blocks={"b": block}, pattern=["b"])
+    check_segments(exported(model), model)
+
+
+@pytest.mark.slow
 @NIGHTLY
 @pytest.mark.parametrize("preset", SMALL_PRESETS)
 def test_the_graph_of_every_preset(preset):

@@ -124,6 +124,11 @@ def test_layers_that_read_the_keys_of_another_over_several_ranks(ranks, window):
 
 
 @pytest.mark.slow
+def test_canon_layers_over_several_ranks(ranks):
+    ranks("model_as_one", "retnet-tiny", "model.blocks.ret.canon=[a, c, d]")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "fields"), MIXERS_OF_ALL_OPS[:-1], ids=IDS[:-1])
 def test_communication_for_a_constant_state_does_not_grow_with_the_sequence(ranks, kind, fields):
     # what each rank receives in forward and backward for one layer with d_model 16
