@@ -35,7 +35,7 @@ difference.
 """
 
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -59,8 +59,9 @@ from .traits import ContractError, Traits
 
 TINY = 1e-30
 """Least squared length of a value by which `exclusive` divides."""
-AttentionState = Cache
-"""KV cache: a ring buffer if `window` or `max_length` bounds its size, else a growing cache."""
+AttentionState: TypeAlias = Cache | ReaderState
+"""KV cache: a ring buffer if `window` or `max_length` bounds its size, else a growing cache. A `ReaderState` in a layer
+that reads the keys and values of an earlier one."""
 
 
 class AttentionConfig(MixerConfig):
@@ -255,7 +256,7 @@ class Attention(OutsideValues[AttentionState], CachedMixer):
                 nn.init.zeros_(parameter)
         nn.init.xavier_uniform_(self.out_proj.weight)
 
-    def mix(self, x: Float[Tensor, "B T D"], call: Call) -> MixResult[AttentionState | ReaderState]:
+    def mix(self, x: Float[Tensor, "B T D"], call: Call) -> MixResult[AttentionState]:
         q, own, extras = self._project(x, call)
         options = self._score_options(extras)
         if own is None:  # an earlier layer has the cache

@@ -69,6 +69,7 @@ def kv_sources(
     if not sources:
         raise ValueError(
             "no layer would read keys and values of an earlier one: expected layers of one block whose mixers can "
-            f"share them, such as attention without forget_gate and value_residual, got the pattern {', '.join(layers[:10])}"
+            "share them, such as attention without forget_gate and value_residual, got the pattern "
+            + ", ".join(layers[:10])
         )
     return tuple(sources.get(i) for i in range(len(layers)))
