@@ -38,7 +38,7 @@ ARXIV, LINK = re.compile(r"\b(\d{4}\.\d{5})\b"), r"[\1](https://arxiv.org/abs/\1
 
 USED_IN = {
     "attention": "Llama, Qwen3, Gemma 3, gpt-oss",
-    "channel_mix": "RWKV-4, RWKV-7",
+    "channel_mix": "RWKV-4, RWKV-6, RWKV-7",
     "gated_delta_net": "Qwen3-Next",
     "gated_retention": "YOCO",
     "hyena": "StripedHyena, Evo",
@@ -52,6 +52,7 @@ USED_IN = {
     "retention": "RetNet",
     "rg_lru": "Griffin, RecurrentGemma",
     "rwkv4": "RWKV-4",
+    "rwkv6": "RWKV-6",
     "rwkv7": "RWKV-7",
 }
 """Released models that use each mixer; mixers that are missing here are only known from papers."""

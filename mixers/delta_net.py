@@ -81,7 +81,7 @@ class PreconditionedConfig(GroupedValuesConfig):
     """Fields of mixers with a decay whose keys that write may be preconditioned."""
 
     precondition: float | None = Field(default=None, ge=1, le=2, examples=[1.5])
-    """Bound x of the factors of keys that write, from 1/x to x: smaller in dimensions with many writes (preconditioned
+    """Bound x of the factors of keys that write, from 1/x to x: small in dimensions with many writes (preconditioned
     delta rules; the authors use 1.5); null for none."""
 
     @model_validator(mode="after")

@@ -38,6 +38,7 @@ MIXERS_OF_ALL_OPS = (
     ("rwkv4", {"chunk_size": 4}),
     ("channel_mix", {}),
     ("h3", {"d_state": 6, "chunk_size": 4}),
+    ("rwkv6", {"n_heads": 2, "chunk_size": 4}),
     ("rwkv7", {"n_heads": 2, "chunk_size": 4}),
     ("min_gru", {"chunk_size": 4}),
     ("mamba", {"d_state": 4, "chunk_size": 4}),

@@ -106,7 +106,17 @@ def cases():
                 yield pytest.param(kind, given, id=f"{kind} {given}")
 
 
-ELSEWHERE = {"attention", "channel_mix", "hyena", "latent_attention", "mamba2", "mamba3", "parallel_hybrid", "rwkv7"}
+ELSEWHERE = {
+    "attention",
+    "channel_mix",
+    "hyena",
+    "latent_attention",
+    "mamba2",
+    "mamba3",
+    "parallel_hybrid",
+    "rwkv6",
+    "rwkv7",
+}
 """What has tests of its own, as the mixers of the scan family have."""
 
 

@@ -16,10 +16,13 @@ from seqmix.testing.mixer.options import alternatives, changed
 from seqmix.training import PRESETS, TrainingConfig, load_config
 from seqmix.training.optimizer import build_optimizer
 
-NOT_DECAYED = re.compile(
-    r"(^|\.)(A_log|A_imag|dt_bias|log_step|D|C|bound|rate|time_\w+|logit|ridge|sinks|exclusion|shift|mix_\w|removed|replaced|bonus|skip"
-    r"|frequency|\w*norm\w*|\w*bias|(convolution|\w*norm)\.\w+|filter\w+\.\w+(\.\w+)?|center|(output_)?feedback|[qk]_weight)$"
+RATES = (
+    *("A_log", "A_imag", "dt_bias", "log_step", "D", "C", "bound", "rate", r"time_\w+", "logit", "ridge"),
+    *("sinks", "exclusion", "shift", r"mix_\w", r"token_mix\.weight", "removed", "replaced", "bonus", "skip"),
+    *("frequency", r"\w*norm\w*", r"\w*bias", r"(convolution|\w*norm)\.\w+", r"filter\w+\.\w+(\.\w+)?"),
+    *("center", "(output_)?feedback", "[qk]_weight"),
 )
+NOT_DECAYED = re.compile(rf"(^|\.)({'|'.join(RATES)})$")
 """Names that authors' code exempts from weight decay: rates, biases, norms, filters and factors by channel."""
 
 

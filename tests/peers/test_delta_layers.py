@@ -1,5 +1,5 @@
-"""The KDA layer against transformers' Kimi Linear; Comba, preconditioned delta rules, Gated DeltaNet-2, DeltaProduct
-and RWKV-7 around flash-linear-attention's recurrences, which stand between our projections and a norm written out.
+"""The KDA layer against transformers' Kimi Linear; Comba, preconditioned delta rules, Gated DeltaNet-2, DeltaProduct,
+RWKV-6 and RWKV-7 around flash-linear-attention's recurrences, which stand between our projections and a norm written out.
 """
 
 from importlib.util import find_spec
@@ -19,6 +19,7 @@ from seqmix.mixers.comba import CombaConfig
 from seqmix.mixers.delta_product import DeltaProductConfig
 from seqmix.mixers.gated_delta_net2 import GatedDeltaNet2Config
 from seqmix.mixers.kda import KDAConfig
+from seqmix.mixers.rwkv6 import RWKV6Config
 from seqmix.mixers.rwkv7 import RWKV7Config
 
 needs_transformers = pytest.mark.skipif(find_spec("transformers") is None, reason="needs pip install transformers")
@@ -226,3 +227,26 @@ def test_rwkv7_is_theirs(paradigm):
         return theirs
 
     agree_in_pieces(RWKV7Config(n_heads=2, rank=4, chunk_size=16), paradigm, around)
+
+
+@needs_fla
+@pytest.mark.parametrize("paradigm", list(Paradigm))
+def test_rwkv6_is_theirs(paradigm):
+    recurrence = loaded("rwkv6", "recurrent_naive").naive_recurrent_rwkv6
+
+    def around(mixer):
+        def theirs(x, state):
+            before, memory = (torch.zeros(2, 1, 32).double(), None) if state is None else state
+            shifted = torch.cat((before, x[:, :-1]), dim=1)
+            xw, xk, xv, xr, xg = mixer.token_mix(x, shifted)
+            weights = mixer.in_proj.weight.chunk(4)
+            r, k, v, g = (heads(y @ w.T) for y, w in zip((xr, xk, xv, xg), weights, strict=True))
+            given = (y.transpose(1, 2) for y in (r, k, v, -heads(mixer.decay_proj(xw)).exp()))
+            o, memory = recurrence(*given, mixer.bonus, 1.0, memory, True)
+            o = F.group_norm(o.double().transpose(1, 2).flatten(0, 1).flatten(1), 2, eps=16e-5).view_as(r)
+            o = (o * mixer.norm.weight + mixer.norm.bias) * F.silu(g)
+            return mixer.out_proj(o.flatten(2)), (x[:, -1:], memory)
+
+        return theirs
+
+    agree_in_pieces(RWKV6Config(n_heads=2, mix_rank=4, decay_rank=4, chunk_size=16), paradigm, around)
