@@ -81,15 +81,15 @@ class PreconditionedConfig(GroupedValuesConfig):
     """Fields of mixers with a decay whose keys that write may be preconditioned."""
 
     precondition: float | None = Field(default=None, ge=1, le=2, examples=[1.5])
-    """Bound x of the factors of keys that write, from 1/x to x: small in dimensions with many writes (preconditioned
-    delta rules; the authors use 1.5); null for none."""
+    """Bound x of the factors of keys that write, from 1/x to x: small where much was written (preconditioned delta
+    rules; the authors use 1.5); null for none."""
 
     @model_validator(mode="after")
     def _check_precondition(self) -> Self:
         if self.precondition is not None and self.allow_neg_eigval:
             raise ValueError(
-                f"precondition = {self.precondition:g} needs allow_neg_eigval = false, got true: with both, eigenvalues "
-                "of the state transition could lie below -1"
+                f"precondition = {self.precondition:g} needs allow_neg_eigval = false, got true: "
+                "with both, eigenvalues of the state transition could lie below -1"
             )
         if self.precondition is not None and self.rotation != "none":
             raise ValueError(

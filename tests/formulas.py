@@ -120,6 +120,9 @@ def decays(mixer, x, projected):
         return (-rate * torch.log1p(logits.exp())).exp()
     if config.kind == "mesa_net":
         return (projected["decay"] + mixer.gate_bias[1]).sigmoid()[..., None]
+    if config.kind == "gsa":  # of each slot
+        forget = 1 / (1 + (-projected["forget"]).exp())
+        return forget.unflatten(-1, (config.n_heads, -1)) ** (1 / config.gate_logit_normalizer)
     if config.kind == "mlstm":
         return (1 / (1 + (-capped(mixer, projected["f"] + mixer.gate_bias[1])).exp()))[..., None]
     if config.kind in ("gated_delta_net", "comba") or getattr(config, "forget_gate", False):
@@ -172,7 +175,7 @@ def written_out(mixer, x):
     if mixer.convolution is not None:
         qkv = convolved(qkv, mixer.convolution.weight)
     convolved_too = mixer.convolution is not None and config.kind != "hgrn2"
-    if convolved_too or config.kind in ("lightning", "mesa_net") or config.family.name != "decay":
+    if convolved_too or config.kind in ("lightning", "mesa_net", "gsa") or config.family.name != "decay":
         qkv = qkv * qkv.sigmoid()
     q, projected["k"], *v = qkv.split([*mixer.widths.values()][: 3 if mixer.convolves_values else 2], dim=-1)
     v = v[0] if v else projected["v"]
@@ -189,7 +192,8 @@ def written_out(mixer, x):
     vs = [part.unflatten(-1, (heads, -1)) for part in v.chunk(steps, dim=-1)]
     ks = [features(mixer, k).repeat_interleave(group, 2) for k in ks]
     k, v = ks[0], vs[0]
-    a = decays(mixer, x, projected).expand(*k.shape)
+    a = decays(mixer, x, projected)
+    a = a if config.kind == "gsa" else a.expand(*k.shape)
     if config.kind == "hgrn2":
         q, k = q * q.sigmoid(), 1 - a
     total, i = x.new_zeros(len(x), heads), None
@@ -206,13 +210,16 @@ def written_out(mixer, x):
     factors = preconditioned(mixer, projected, k, group) if getattr(config, "precondition", None) else None
     divided = getattr(config, "denominator", False)
     scale = 1.0 if divided or config.kind == "lightning" else mixer.key_dim**-0.5
-    state, weights, outputs = x.new_zeros(len(x), heads, k.shape[-1], v.shape[-1]), x.new_zeros(()), []
+    state, weights, outputs = x.new_zeros(len(x), heads, a.shape[-1], v.shape[-1]), x.new_zeros(()), []
     for t in range(x.shape[1]):
         key, value, before, state = k[:, t, ..., None], v[:, t, :, None], state, a[:, t, ..., None] * state
         if config.kind == "comba":
             state = state + beta[:, t, :, None, None] * key * (value - read * (key.mT @ before))
         elif config.kind == "mesa_net":
             state = state + (projected["beta"] + mixer.gate_bias[0])[:, t, :, None, None].sigmoid() * key * value
+        elif config.kind == "gsa":
+            forget = a[:, t, ..., None]
+            weights, state = forget * weights + (1 - forget) * key.mT, state + (1 - forget) * value
         elif "beta" in projected:
             for k, v, rate in zip(ks, vs, beta[:, t].chunk(steps, dim=-1), strict=True):
                 key, value, b = k[:, t, ..., None], v[:, t, :, None], rate[..., None, None]
@@ -225,12 +232,15 @@ def written_out(mixer, x):
             state = state - key @ (erased.mT @ state) + key * written
         else:
             state = state + key * value
+        reads, memory = q[:, t, :, None], state
         if config.kind == "mesa_net":
-            gram, state_of_values = state.split([mixer.key_dim, v.shape[-1] - mixer.key_dim], dim=-1)
+            gram, memory = state.split([mixer.key_dim, v.shape[-1] - mixer.key_dim], dim=-1)
             ridge = (config.min_ridge + torch.log1p(mixer.ridge.exp())).diag_embed()
-            o = (torch.linalg.solve(gram + ridge, q[:, t])[:, :, None] @ state_of_values)[:, :, 0]
-        else:
-            o = (q[:, t, :, None] @ state)[:, :, 0] * scale
+            reads, scale = torch.linalg.solve(gram + ridge, q[:, t])[:, :, None], 1.0
+        elif config.kind == "gsa":
+            scores, scale = (reads @ weights.mT).exp(), 1.0
+            reads = scores / scores.sum(-1, keepdim=True)
+        o = (reads @ memory)[:, :, 0] * scale
         if i is not None:
             weights, total = a[:, t] * weights + k[:, t], a[:, t, :, 0] * total + i[:, t]
             o = o / (scale * (q[:, t] * weights).sum(-1, keepdim=True)).abs().clamp(min=1)
@@ -242,7 +252,8 @@ def written_out(mixer, x):
             o = o / weights.sqrt()
         outputs.append(o)
     o = torch.stack(outputs, 1)
-    o = o.flatten(2) if config.kind in ("lightning", "hgrn2") else o  # its norm is over all heads together
+    o = o * o.sigmoid() if config.kind == "gsa" else o
+    o = o.flatten(2) if config.kind in ("lightning", "hgrn2", "gsa") else o  # its norm is over all heads together
     if config.head_norm == "group":
         o = o - o.mean(-1, keepdim=True)
     if config.head_norm != "none":

@@ -9,7 +9,7 @@ scalar per key head, each with a projection of its own. As in the authors' code,
 """
 
 import math
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -20,6 +20,7 @@ from ...ops.dplr import DPLR, dplr
 from ...ops.recurrence.family import RecurrenceOutput
 from ...ops.runtime.call import Call
 from ...ops.scan import scan
+from ..contract import MixResult
 from ..roles import Role, Roles
 from .qkv import QKV, QKVMixer
 from .time_step import TimeStepDecay
@@ -96,9 +97,7 @@ class PreconditionedMixer(QKVMixer):
         if bound is not None:
             self.family = DPLR
 
-    def mix(  # pyright: ignore[reportIncompatibleMethodOverride] another state type
-        self, x: Float[Tensor, "B T D"], call: Call
-    ) -> tuple[Float[Tensor, "B T D"], Any]:
+    def mix(self, x: Float[Tensor, "B T D"], call: Call) -> MixResult[Any]:
         if self.preconditioner is None:
             return super().mix(x, call)
         h = self.project(x, call)
@@ -109,9 +108,9 @@ class PreconditionedMixer(QKVMixer):
         o, memory = self.recur(x, h, call.enter("memory"))
         y = self.out_proj(self.gated_norm(o, h.gate).to(h.dtype).flatten(2))
         after = self.state_after(x, memory, h.recent, call)
-        if after is None or curvature is None:
-            return y, None
-        return y, PreconditionedState(after.memory, curvature, after.recent, after.position)
+        if after is not None and curvature is not None:
+            after = PreconditionedState(after.memory, curvature, after.recent, after.position)
+        return self.with_own_values(y, cast("Any", after), h.own_values)
 
     def update(self, h: QKV, beta: Float[Tensor, "B T H"], log_decay: Tensor, call: Call) -> RecurrenceOutput:
         """Compute the delta rule with a decay, in which the keys that write have their factors."""

@@ -31,6 +31,7 @@ MIXERS_OF_ALL_OPS = (
     ("lightning", {"n_heads": 2, "chunk_size": 4}),
     ("gla", {"n_heads": 2, "chunk_size": 4}),
     ("hgrn2", {"n_heads": 2, "chunk_size": 4}),
+    ("gsa", {"n_heads": 2, "chunk_size": 4}),
     ("mlstm", {"n_heads": 2, "chunk_size": 4}),
     ("mamba2", {"head_dim": 8, "d_state": 4, "chunk_size": 4}),
     ("mamba3", {"head_dim": 8, "d_state": 4, "chunk_size": 4}),

@@ -46,6 +46,7 @@ OWN = {
         {"norm_affine": False, "head_norm": "none", "gate": "none"},
     ],
     "hgrn2": [{"layer_idx": 2}, {"expand_k": 0.5, "gate": "sigmoid", "chunk_size": 7}],
+    "gsa": [{"n_slots": 3, "gate_logit_normalizer": 1.0}, {"n_slots": 1, "gate": "swish"}, {"chunk_size": 7}],
     "lightning": [{"schedule": "transnormer"}, {"layer_idx": 0, "n_layers": 1}, {"layer_idx": 2}],
     "linear_attention": [
         {"feature_map": "relu", "eps": 0.1},

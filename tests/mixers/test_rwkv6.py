@@ -1,5 +1,7 @@
 """RWKV-6's time mixing against its paper's equations, token by token in plain operations."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from formulas import D_MODEL, assert_follows, exactly, tokens
@@ -58,7 +60,7 @@ def test_the_last_token_of_each_document_is_in_its_state(paradigm, boundaries):
     state = mixer.init_state(3)
     state = state._replace(memory=torch.randn_like(state.memory), recent=torch.randn_like(state.recent))
     y, after = mixer(x, state, paradigm=paradigm, cu_seqlens=torch.tensor(boundaries), return_state=True)
-    for n, (start, end) in enumerate(zip(boundaries, boundaries[1:], strict=False)):
+    for n, (start, end) in enumerate(pairwise(boundaries)):
         alone = type(state)(*(leaf[n : n + 1] for leaf in state))
         expected = torch.empty(1, 0, D_MODEL, dtype=torch.float64)
         if end > start:

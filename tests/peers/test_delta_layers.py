@@ -1,5 +1,6 @@
 """The KDA layer against transformers' Kimi Linear; Comba, preconditioned delta rules, Gated DeltaNet-2, DeltaProduct,
-RWKV-6 and RWKV-7 around flash-linear-attention's recurrences, which stand between our projections and a norm written out.
+RWKV-6, RWKV-7 and GSA around flash-linear-attention's recurrences, which stand between our projections and a norm
+written out.
 """
 
 from importlib.util import find_spec
@@ -18,6 +19,7 @@ from seqmix.mixers import MIXERS, Paradigm
 from seqmix.mixers.comba import CombaConfig
 from seqmix.mixers.delta_product import DeltaProductConfig
 from seqmix.mixers.gated_delta_net2 import GatedDeltaNet2Config
+from seqmix.mixers.gsa import GSAConfig
 from seqmix.mixers.kda import KDAConfig
 from seqmix.mixers.rwkv6 import RWKV6Config
 from seqmix.mixers.rwkv7 import RWKV7Config
@@ -250,3 +252,20 @@ def test_rwkv6_is_theirs(paradigm):
         return theirs
 
     agree_in_pieces(RWKV6Config(n_heads=2, mix_rank=4, decay_rank=4, chunk_size=16), paradigm, around)
+
+
+@needs_fla
+@pytest.mark.parametrize("paradigm", list(Paradigm))
+def test_gsa_is_theirs(paradigm):
+    recurrence = loaded("gsa").naive_recurrent_gsa
+
+    def around(mixer):
+        def theirs(x, state):
+            q, k, v, f = (heads(y) for y in mixer.in_proj(x).split([*mixer.widths.values()], dim=-1))
+            f = F.logsigmoid(f) / 8
+            o, state = recurrence(F.silu(q), F.silu(k), F.silu(v), 1 - f.exp(), f, 1.0, state, True)
+            return mixer.out_proj(normed(mixer, F.silu(o.flatten(2)))), state
+
+        return theirs
+
+    agree_in_pieces(GSAConfig(n_heads=2, n_slots=6, chunk_size=16), paradigm, around)
