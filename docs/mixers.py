@@ -64,9 +64,10 @@ FAMILIES = {
     "scan": "recurrences by channel",
     "convolution": "long convolution",
 }
-"""Names of the op families. A mixer belongs to the first family whose op its module imports."""
+"""Names of the op families. A mixer belongs to the first family whose op its module imports, else to that of its
+configuration."""
 HYBRID = "combinations"
-"""The family of a mixer that imports no op."""
+"""The family of a mixer without an op."""
 
 INLINE = {
     r"\b([a-z])_([a-z])\b": r"$\1_\2$",
@@ -244,6 +245,9 @@ def _family(kind: str) -> str:
     """Return the name of a mixer's op family."""
     source = Path(importlib.import_module(MIXERS.origin(kind)).__file__ or "").read_text(encoding="utf-8")
     imported = [name for name in FAMILIES if f"from ..ops.{name} import" in source.replace("ops.dplr", "ops.delta")]
+    family = getattr(MIXERS.resolve(kind), "family", None)
+    if not imported and family is not None:
+        imported = [family.name.replace("dplr", "delta")]
     return FAMILIES[imported[0]] if imported else HYBRID
 
 

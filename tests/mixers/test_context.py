@@ -54,6 +54,7 @@ MIXERS_OF_ALL_OPS = (
     ("attention", {"n_heads": 2, "forget_gate": True, "sinks": True, "softcap": 2.0, "chunk_size": 3}),
     ("attention", {"n_heads": 2, "forget_gate": True, "positions": "alibi", "window": 4}),
     ("latent_attention", {"n_heads": 2, "chunk_size": 3}),
+    ("path_attention", {"n_heads": 2, "n_kv_heads": 1, "forget_gate": True, "chunk_size": 3}),
     ("hyena", {"short_conv": 4}),
     ("seqmix_mingru:MinGRUConfig", {}),  # knows nothing of context parallelism
     # states of any dtype, and a learned beginning

@@ -115,6 +115,7 @@ ELSEWHERE = {
     "mamba2",
     "mamba3",
     "parallel_hybrid",
+    "path_attention",
     "rwkv6",
     "rwkv7",
 }
