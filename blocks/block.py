@@ -191,11 +191,13 @@ class Block(nn.Module):
         shared_kv: Any = None,
         return_kv: bool = False,
         donate_state: bool = False,
+        return_loss: bool = False,
         memo: Memo | None = None,
     ) -> tuple[Any, ...]:
         """Apply the layer to a segment of the residual stream: [B T D] with plain connections.
 
         The other arguments are those of `SequenceMixer.forward`, and so are the results, with the stream in place of y.
+        With `return_loss`, the last result is the mixer's auxiliary loss, summed over the tokens.
         """
         options: dict[str, Any] = {}
         if return_values or first_values is not None:
@@ -211,6 +213,9 @@ class Block(nn.Module):
             options["donate_state"] = True
         if memo is not None:
             options["memo"] = memo
+        losses: list[Tensor] = []
+        if return_loss:
+            options["losses"] = losses
         results: list[Any] = []
 
         ffn, norm = self.ffn, self.ffn_norm  # nn.Module looks up parts by a function call
@@ -242,7 +247,7 @@ class Block(nn.Module):
             stream = self._add_branch(stream, feed, norm, self.ffn_output_norm, self.ffn_scale, self.ffn_residual)
         if canon is not None and return_state:
             results[0] = canon.state_after(results[0])
-        return (stream, *results)
+        return (stream, *results, *losses)
 
     def _add_branch(
         self,

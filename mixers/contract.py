@@ -200,6 +200,7 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
         shared_kv: Any = None,
         return_kv: bool = False,
         donate_state: bool = False,
+        losses: list[Tensor] | None = None,
         memo: Memo | None = None,
     ) -> MixResult[S]:
         """Mix one segment.
@@ -219,6 +220,8 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
             return_kv: True to return this mixer's keys and values, for later layers.
             donate_state: True if the next state may be written over `state`, which the caller does not need again;
                 ignored under grad.
+            losses: list to which a mixer with the trait `auxiliary_loss` appends that loss, summed over the tokens;
+                None if it is not wanted.
             memo: cache of results that are equal in several layers, such as rotation angles; only for eager calls
                 without gradients.
 
@@ -258,6 +261,7 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
             shared_kv,
             return_kv,
             donate_state and not torch.is_grad_enabled(),
+            losses,
             memo,
         )
         result = mix_sequentially(self, x, call) if sequential else self.mix(x, call)

@@ -34,6 +34,8 @@ class Traits:
     """True if layers pass their values to later layers, and can mix in the values of the first layer."""
     kv_sharing: bool = False
     """True if the mixer can pass its keys and values to later layers, and can read those of an earlier layer."""
+    auxiliary_loss: bool = False
+    """True if some parameters learn from a loss of the mixer's own, not from the output (`forward(losses=...)`)."""
     differentiable: bool = True
     """True if gradients are supported; False for a module that writes its cache in place."""
 

@@ -47,6 +47,8 @@ class ModelOutput(NamedTuple):
     """State after the last token; None unless `return_state`."""
     predictions: Int[Tensor, " P"] | None = None
     """Most probable token at each of the P positions with a target, row by row; None unless `return_predictions`."""
+    auxiliary_loss: Float[Tensor, ""] | None = None
+    """Sum of the mixers' auxiliary losses over tokens, set by a training objective; None if there are none."""
 
 
 class LanguageModel(nn.Module):
@@ -183,6 +185,7 @@ class LanguageModel(nn.Module):
         return_predictions: bool = False,
         select: Int[Tensor, " M"] | None = None,
         donate_state: bool = False,
+        losses: list[Tensor] | None = None,
         memo: Memo | None = None,
     ) -> ModelOutput:
         """Return the logits of the next token after each token of a segment, or with `targets` the loss.
@@ -201,6 +204,8 @@ class LanguageModel(nn.Module):
             return_predictions: True to return the most probable token at each position with a target.
             select: indices into the B * T tokens (row by row): only their logits are computed.
             donate_state: True if the next state may be written over `state`, which the caller does not need again.
+            losses: list to which auxiliary losses of mixers are appended, one per layer that has the trait
+                `auxiliary_loss`, summed over the tokens; None if they are not wanted.
             memo: cache of constants, such as rotation angles, for calls with the same parameters; None for a new cache.
 
         Under context parallelism (`cp_group`), each rank returns the results of its own tokens (`local_targets`). The
@@ -219,7 +224,14 @@ class LanguageModel(nn.Module):
         if targets is not None and not return_state:
             tokens, cu_seqlens = self._padded(tokens, cu_seqlens)
         x, after = self.run_blocks(
-            self.embed(tokens), state, paradigm, cu_seqlens, return_state, donate_state=donate_state, memo=memo
+            self.embed(tokens),
+            state,
+            paradigm,
+            cu_seqlens,
+            return_state,
+            donate_state=donate_state,
+            losses=losses,
+            memo=memo,
         )
         logits = loss = predictions = None
         if targets is None or select is not None:
@@ -265,6 +277,7 @@ class LanguageModel(nn.Module):
         return_state: bool = False,
         *,
         donate_state: bool = False,
+        losses: list[Tensor] | None = None,
         memo: Memo | None = None,
     ) -> tuple[Float[Tensor, "B T D"], ModelState | None]:
         """Run all layers; return the vectors that the final norm reads, and the state.
@@ -313,16 +326,21 @@ class LanguageModel(nn.Module):
                 call = partial(call, shared_kv=shared_kv[kv_source])
             if layer in self.kv_donors:
                 call = partial(call, return_kv=True)
+            return_loss = losses is not None and mixer.traits.auxiliary_loss
+            if return_loss:
+                call = partial(call, return_loss=True)
             if self.activation_checkpointing and torch.is_grad_enabled():
                 # no early stop under context parallelism: every rank has to run all the communication of a block
                 options = {"context_fn": _keep_matmuls} if self.activation_checkpointing == "matmuls" else {}
                 call = partial(checkpoint, call, use_reentrant=False, early_stop=self.cp_group is None, **options)
             first = first_values[mixer.kind] if mixer.takes_first_values else None
             stream, final, *others = call(stream, before, first, token_values.get(layer))
-            if returns_values:
-                first_values[mixer.kind] = others[0]
+            if losses is not None and return_loss:
+                losses.append(others.pop())
             if layer in self.kv_donors:
-                shared_kv[layer] = others[-1]
+                shared_kv[layer] = others.pop()
+            if returns_values:
+                first_values[mixer.kind] = others.pop()
             after.append(final)
         x = self.residual(stream)
         if self.readout is not None:
@@ -416,6 +434,11 @@ class LanguageModel(nn.Module):
         mixers = {name: block.mixer for name, block in zip(self.config.layers, self.blocks, strict=True)}
         op_and_probe = {name: mixer.kernels(torch.float32) for name, mixer in mixers.items()}
         return {name: describe_backends(pair[0], mixers[name].backends) for name, pair in op_and_probe.items() if pair}
+
+    @property
+    def has_auxiliary_loss(self) -> bool:
+        """True if some parameters learn from auxiliary losses of their mixers alone, see `forward`."""
+        return any(block.mixer.traits.auxiliary_loss for block in self.blocks)
 
     @property
     def device(self) -> torch.device:

@@ -42,6 +42,17 @@ _Origin: TypeAlias = Callable[[int, int], str | None]
 """Function that returns the file and offset of a token, given its row and its index in that row."""
 
 
+class _Part(NamedTuple):
+    """Part of a batch's loss that a micro-batch contributes."""
+
+    loss: Tensor
+    """Loss that is reported: the cross-entropy, per target of the whole batch."""
+    minimised: Tensor
+    """Loss that is minimised: the same, and the auxiliary losses of mixers per token of the whole batch."""
+    state: ModelState | None
+    """Final state with training.carry_state."""
+
+
 class StepResult(NamedTuple):
     """The result of one optimizer step."""
 
@@ -113,10 +124,10 @@ class Trainer:
         self.model.train()
         total = torch.zeros((), device=self.model.device)
         gathers_once = self.config.distributed.gather_once and self.groups.size > 1
-        for number, (loss, state) in enumerate(self._losses(step), start=1):
+        for number, (loss, minimised, state) in enumerate(self._losses(step), start=1):
             if gathers_once:
                 keep_gathered(self.model, number < settings.grad_accum_steps)
-            (loss * self.groups.size).backward()  # gradients are averaged over processes
+            (minimised * self.groups.size).backward()  # gradients are averaged over processes
             total += loss.detach()
             states += [] if state is None else [detach(state)]
         loss = self.groups.sum(total).item()
@@ -130,7 +141,7 @@ class Trainer:
             self._require_finite(
                 "gradient's norm",
                 norm.item(),
-                lambda: (loss.backward() for loss, _ in self._losses(step)),
+                lambda: (part.minimised.backward() for part in self._losses(step)),
                 describe,
                 backward=True,
             )
@@ -199,8 +210,7 @@ class Trainer:
         """
         self.model.eval()
         step += self.config.training.carry_state  # a carried state belongs to the next batch
-        loss, _ = next(self._losses(step))
-        loss = self.groups.sum(loss).item()
+        loss = self.groups.sum(next(self._losses(step)).loss).item()
         calls = lambda: islice(self._losses(step), 1)  # noqa: E731
         self._require_finite("loss after the update", loss, calls, self._describe_in_batch(step))
 
@@ -213,8 +223,8 @@ class Trainer:
         """Return this process's rows of a step's batch, on the model's device."""
         return self.loader.batch(step)
 
-    def _losses(self, step: int) -> Iterator[tuple[Tensor, ModelState | None]]:
-        """Yield, for each micro-batch, its part of the batch's loss, and its final state with training.carry_state."""
+    def _losses(self, step: int) -> Iterator[_Part]:
+        """Yield the part of each micro-batch."""
         self._seed(step)
         parts = self.config.training.grad_accum_steps
         batch = self.batch(step)
@@ -232,7 +242,10 @@ class Trainer:
                     output = self.objective(self.model, packed, before)
                 assert output.loss is not None
                 # inside the context, as the backward pass may run the forward pass again
-                yield output.loss / n_targets.clamp(min=1), output.state
+                loss = minimised = output.loss / n_targets.clamp(min=1)
+                if output.auxiliary_loss is not None:
+                    minimised = loss + output.auxiliary_loss / (batch.inputs.numel() * self.groups.dp_size)
+                yield _Part(loss, minimised, output.state)
 
     def _initial_state(self, step: int) -> ModelState | None:
         """Return the initial state of a step: with training.carry_state the last step's final state, else None."""

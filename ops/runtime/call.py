@@ -69,6 +69,8 @@ class Call(NamedTuple):
     """True to return the keys and values, for later layers."""
     donated: bool = False
     """True if the next state may overwrite `state`, which its owner no longer needs; always False under grad."""
+    losses: list[Tensor] | None = None
+    """List to which an op appends an auxiliary loss, summed over the tokens; None if the caller wants none."""
     memo: Memo | None = None
     """Cache of results that the layers of a model have in common, see `once`; None disables sharing."""
 

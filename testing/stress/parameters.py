@@ -18,12 +18,15 @@ from ..mixer.trial import Trial, learnable
     draw=Draw(tokens=(9, 9), batch_size=(2, 2), starts=("none",)),
 )
 def every_parameter_learns(trial: Trial) -> None:
-    """Every parameter that is not frozen has a finite, non-zero gradient in every paradigm."""
+    """Every parameter that is not frozen has a finite, non-zero gradient in every paradigm, of the output or of the
+    mixer's auxiliary loss."""
     parameters = learnable(trial.mixer)
 
     def nonzero_gradients(x: Tensor, paradigm: Paradigm) -> dict[str, bool]:
-        y, _ = trial.mixer(x, paradigm=paradigm)
-        computed = gradients({"y": y}, {"y": trial.like(y)}, parameters)
+        losses: list[Tensor] = []
+        y, _ = trial.mixer(x, paradigm=paradigm, **({"losses": losses} if trial.mixer.traits.auxiliary_loss else {}))
+        results = {"y": y} | {f"loss {n}": loss for n, loss in enumerate(losses)}
+        computed = gradients(results, {name: trial.like(result) for name, result in results.items()}, parameters)
         for name, gradient in computed.items():
             require(gradient.isfinite().all(), f"{paradigm}: the gradient of {name} is not finite")
         return {name: bool(gradient.any()) for name, gradient in computed.items()}
