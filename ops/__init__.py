@@ -5,6 +5,7 @@ recurrence   the engines of recurrences with a matrix state per head
 decay        linear attention, retention, gated linear attention, Mamba-2
 delta, dplr  delta rules: DeltaNet to KDA; with separate keys, Gated DeltaNet-2 and RWKV-7
 attention    softmax attention and its KV caches
+choice       softmax attention to chosen blocks or tokens: MoBA, NSA, DSA
 scan         recurrences with a vector state, element by element: Mamba, RG-LRU
 convolution  short and long causal convolutions
 kernels      other backends (Triton, fla, FlexAttention, xformers), and how `auto` selects one

@@ -24,7 +24,7 @@ class CachedMixer(SequenceMixer[Cache | ReaderState]):
     """A mixer with a KV cache: a ring buffer if `window` or `max_length` bounds its size, else a growing cache.
 
     Args:
-        config: the mixer's configuration, which has a field `window`.
+        config: the mixer's configuration, which has a field `window` (or the class overrides `cache_window`).
     """
 
     supports_context_parallel = True
@@ -36,6 +36,11 @@ class CachedMixer(SequenceMixer[Cache | ReaderState]):
     def __init__(self, config: MixerConfig) -> None:
         super().__init__(config)
         self.config: Any = config
+
+    @property
+    def cache_window(self) -> int | None:
+        """Number of tokens that the cache holds; None for all."""
+        return self.config.window
 
     @property
     @abstractmethod
@@ -74,7 +79,7 @@ class CachedMixer(SequenceMixer[Cache | ReaderState]):
         if isinstance(after, ReaderState):
             kept_tokens(x, tokens, options.get("cu_seqlens"), self.kind)
             return ReaderState(after.length - torch.as_tensor(tokens, device=after.length.device))
-        if self.config.window is not None:  # the segment has overwritten keys that are in the window again
+        if self.cache_window is not None:  # the segment has overwritten keys that are in the window again
             return super().rollback(x, before, after, tokens, **options)
         kept_tokens(x, tokens, options.get("cu_seqlens"), self.kind)
         return drop_last(after, torch.as_tensor(tokens, device=after.length.device))
@@ -84,9 +89,9 @@ class CachedMixer(SequenceMixer[Cache | ReaderState]):
 
         A ring buffer if `window` or `max_length` bounds the size, else a growing cache with `slots` slots.
         """
-        bounds = [bound for bound in (self.config.window, max_length) if bound is not None]
+        bounds = [bound for bound in (self.cache_window, max_length) if bound is not None]
         return RingCache if bounds else GrowingCache, min(bounds, default=slots)
 
     def cache_slots(self, context: int) -> int:
         """Return the number of cache slots after a prefix of `context` tokens."""
-        return 0 if context == 0 else context if self.config.window is None else self.config.window
+        return 0 if context == 0 else context if self.cache_window is None else self.cache_window

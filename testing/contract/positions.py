@@ -15,6 +15,9 @@ from ..memory_limit import limited_memory
 from ..mixer.case import FIXED, Draw
 from ..mixer.trial import Trial, late_start
 
+MANY = 400
+"""Number of tokens after which a position matters to a mixer that chooses blocks; short texts it reads as a whole."""
+
 PREFIX, FARTHEST = 64, 8192
 """Least and greatest number of tokens before the earlier of two positions: enough to fill the cache of a window."""
 
@@ -51,7 +54,7 @@ BLANK = (16, 17, 300)
 def position_matters_only_where_declared(trial: Trial) -> None:
     """If shift invariance is declared, the same tokens give the same outputs after 64, a million and 2^31 others, or
     the mixer refuses so many. If it is not declared, the position changes the outputs."""
-    x, boundaries = trial.tokens(), torch.tensor([0, 4, 9], device=trial.subject.device)
+    x = trial.tokens()
     declared = trial.mixer.traits.shift_invariant
     of_single_option = trial.case.seed == FIXED and trial.case.options  # one of many such cases: a near shift is enough
     if positioned(trial.config, trial.mixer):
@@ -62,18 +65,21 @@ def position_matters_only_where_declared(trial: Trial) -> None:
     # an odd number, because a position modulo a power of two would be the same after 64
     first = min(max(PREFIX, *slots), FARTHEST) + 1
     for paradigm in trial.paradigms:
-        early = _outputs(trial, x, boundaries, first, paradigm)
+        early = _outputs(trial, x, first, paradigm)
 
-        def change(start, paradigm=paradigm, early=early):
+        def change(start, paradigm=paradigm, x=x, early=early):
             try:
                 with limited_memory():
-                    return (_outputs(trial, x, boundaries, start, paradigm) - early).abs().max().item()
+                    return (_outputs(trial, x, start, paradigm) - early).abs().max().item()
             except SeqmixError:  # the mixer refuses so many tokens, such as one with a table of positions
                 return 0.0
 
         if not declared:
             # far positions alone would not do: a mean over the prefix hardly changes after a few dozen tokens
             matters = any(change(start) > EXACT for start in (0, 1000, *BOUNDARIES))
+            if not matters:
+                many = trial.tokens(length=MANY)
+                matters = change(0, x=many, early=_outputs(trial, many, first, paradigm)) > EXACT
             # a flag in the state, such as "has begun", depends on the position too, and shift_state leaves it alone
             require(
                 matters or _has_flags(trial.mixer),
@@ -165,8 +171,9 @@ def _close(x: Tensor, y: Tensor) -> bool:
     return x.shape == y.shape and torch.allclose(x.double(), y.double(), EXACT / 10, EXACT / 10)
 
 
-def _outputs(trial: Trial, x: Tensor, boundaries: Tensor, start: int, paradigm: Any) -> Tensor:
+def _outputs(trial: Trial, x: Tensor, start: int, paradigm: Any) -> Tensor:
     """Return the outputs from a later position: in two pieces, and also packed if the mixer can pack; as one vector."""
+    boundaries = torch.tensor([0, 4, x.shape[1]], device=trial.subject.device)
     state = late_start(trial.mixer, len(x), start)
     y1, between = trial.mix(x[:, :5], state, paradigm=paradigm)
     y2, _ = trial.mix(x[:, 5:], between, paradigm=paradigm)
