@@ -101,6 +101,27 @@ def test_micro_batches_weigh_by_their_number_of_targets_and_drop_the_same(traine
     assert loss(4) == pytest.approx(loss(1), rel=1e-6)
 
 
+def test_an_auxiliary_loss_is_minimised_per_token_and_not_reported(trainer_of):
+    """The indexer of DSA learns from its mixer's own loss; the loss of a step is still the cross-entropy."""
+    dsa = "model.blocks.ret.mixer={kind: dsa, n_heads: 2, topk: 4, index_heads: 2, index_dim: 4}"
+    options = (dsa, "training.clip_norm=null")
+    trainer, in_parts = trainer_of(*options), trainer_of(*options, "training.grad_accum_steps=4")
+    batch = trainer.source.training_batch(0, trainer.rows, seed=0)
+    losses = []
+    output = trainer.model(batch.inputs, targets=batch.targets, losses=losses)
+    expected = torch.autograd.grad(
+        sum(losses) / batch.inputs.numel(), trainer.model.blocks[0].mixer.indexer.proj.weight
+    )
+    for each in (trainer, in_parts):
+        gradients = []
+        weight = each.model.blocks[0].mixer.indexer.proj.weight
+        each.optimizer.register_step_pre_hook(lambda *_, w=weight, g=gradients: g.append(w.grad.clone()))
+        before = weight.detach().clone()
+        assert each.train_step(0).loss == pytest.approx(output.loss.item(), rel=1e-5)
+        torch.testing.assert_close(gradients[0], expected[0], rtol=1e-4, atol=1e-8)
+        assert not torch.equal(weight, before)
+
+
 def test_after_a_step_dropout_draws_again(trainer_of):
     trainer = trainer_of("model.dropout=0.5")
     trainer.train_step(0)

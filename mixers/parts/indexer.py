@@ -1,0 +1,50 @@
+"""The indexer of DeepSeek sparse attention: queries, keys and weights by which tokens are chosen."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from ...ops.choice import Index
+from ...ops.runtime.call import Call
+from ..roles import Role, RowBlock
+from .rotary import rotated
+
+
+class Indexer(nn.Module):
+    """Map of tokens, which are detached, to index queries, index keys and weights of the index heads.
+
+    Args:
+        d_model: width of the tokens.
+        n_heads: number of index heads.
+        width: width of an index key.
+        rope_base: base of the rotation frequencies of the first half of the dimensions; None to rotate nothing.
+    """
+
+    def __init__(self, d_model: int, n_heads: int, width: int, rope_base: float | None) -> None:
+        super().__init__()
+        self.n_heads = n_heads
+        self.width = width
+        self.rope_base = rope_base
+        self.rotary_dim = max(2, width // 4 * 2)
+        self.row_blocks = [
+            RowBlock("q", n_heads * width, heads=n_heads),
+            RowBlock("k", width),
+            RowBlock("weights", n_heads, Role.GATE),
+        ]
+        self.parameter_roles = {"proj.weight": self.row_blocks}
+        self.proj = nn.Linear(d_model, sum(block.rows for block in self.row_blocks), bias=False)
+        self.key_norm = nn.LayerNorm(width, eps=1e-6)
+
+    def reset_parameters(self) -> None:
+        """Initialise the projections as Xavier-uniform, and the norm as the identity."""
+        for projection in self.proj.weight.split([block.rows for block in self.row_blocks]):
+            nn.init.xavier_uniform_(projection)
+        self.key_norm.reset_parameters()
+
+    def forward(self, x: Float[Tensor, "B T D"], positions: Int[Tensor, "_ T"], call: Call) -> Index:
+        """Return the index tensors of tokens at these positions."""
+        q, k, weights = self.proj(x.detach()).split([block.rows for block in self.row_blocks], dim=-1)
+        qk = torch.cat((q, self.key_norm(k).to(q.dtype)), dim=-1).unflatten(-1, (self.n_heads + 1, self.width))
+        if self.rope_base is not None:
+            qk = rotated(qk, positions, "rope", self.rope_base, self.rotary_dim, memo=call.memo)
+        return Index(qk[:, :, :-1], qk[:, :, -1], weights * (self.n_heads * self.width) ** -0.5)
