@@ -17,6 +17,7 @@ from seqmix.training import PRESETS
 if not all(map(find_spec, NEEDED)):
     pytest.skip("needs pip install 'seqmix[onnx]'", allow_module_level=True)
 
+from seqmix.deploy.export import require_exportable
 from seqmix.deploy.session import OnnxModel
 from seqmix.deploy.states import layout_of
 
@@ -41,8 +42,18 @@ SMALL_PRESETS = [
 """Presets of which one layer of each kind is exported in seconds; those left out are models of one mixer."""
 
 
+CHOICES = ["moba", "nsa", "dsa"]
+"""Mixers that choose keys, which are not exported."""
+
+
+@pytest.mark.parametrize("kind", CHOICES)
+def test_a_mixer_that_chooses_keys_is_refused(kind):
+    model = model_of("retention", {"kind": kind})
+    assert f"{kind} chooses the keys that it reads" in refusal(lambda: require_exportable(model))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", MIXERS.kinds())
+@pytest.mark.parametrize("kind", [kind for kind in MIXERS.kinds() if kind not in CHOICES])
 def test_the_graph_of_every_mixer(kind):
     layers = 2 if kind == "rwkv7" else 1  # its second layer mixes in values of the first
     model = model_of(*[kind] * layers)

@@ -71,13 +71,14 @@ def test_of_equal_scores_the_lower_index_wins():
 
 
 def test_padding_changes_no_bit_of_a_sum_or_a_softmax():
-    x = torch.randn(7, 13, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    padded = torch.cat((x, torch.zeros(7, 30, dtype=x.dtype)), dim=-1)
-    assert torch.equal(tree_sum(padded), tree_sum(x))
-    assert torch.equal(tree_sum(x.T, dim=0), tree_sum(x))
+    x = torch.randn(7, 61, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     visible = torch.ones_like(x, dtype=torch.bool)
-    longer = torch.cat((visible, torch.zeros(7, 30, dtype=torch.bool)), dim=-1)
-    assert torch.equal(exact_softmax(padded, longer)[:, :13], exact_softmax(x, visible))
+    assert torch.equal(tree_sum(x.T, dim=0), tree_sum(x))
+    for zeros in (1, 3, 64, 700):
+        padded = torch.cat((x, torch.zeros(7, zeros, dtype=x.dtype)), dim=-1)
+        assert torch.equal(tree_sum(padded), tree_sum(x))
+        longer = torch.cat((visible, torch.zeros(7, zeros, dtype=torch.bool)), dim=-1)
+        assert torch.equal(exact_softmax(padded, longer)[:, :61], exact_softmax(x, visible))
     exactly(exact_softmax(x, visible), x.softmax(-1))
     assert not exact_softmax(x, ~visible).any()
 
