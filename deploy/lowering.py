@@ -3,7 +3,8 @@
 Each function takes the inputs of one custom op and computes its outputs by torch operations and by ONNX operators that
 torch does not have. `torch.onnx` translates everything else. Recurrences become
 
-    LinearAttention    decay, delta, scan, selective_scan: ONNX Runtime's operator, one loop over tokens in C++
+    LinearAttention    decay, delta, scan, selective_scan: ONNX Runtime's operator, one loop over tokens in C++;
+                       ridge_solve: one such loop per iteration
     Scan               dplr, log_scan, diagonal_scan: the functions of `loops`, whose bodies are one token's step
     Conv               long_convolution: a convolution as long as the text so far
 
@@ -22,6 +23,7 @@ from ..ops import decay, delta, dplr  # noqa: F401 they register their ops
 from ..ops.convolution.long import OP as LONG_CONVOLUTION
 from ..ops.grouped_linear import OP as GROUPED_LINEAR
 from ..ops.recurrence.family import Recurrence
+from ..ops.ridge import RIDGE_SOLVE, System, conjugate_gradients
 from ..ops.scan.diagonal import DIAGONAL, Diagonal
 from ..ops.scan.elementwise import SCAN, Scan
 from ..ops.scan.logarithmic import LOG_SCAN
@@ -165,6 +167,17 @@ def _long_convolution(*args: Any) -> Tensor:
     return F.conv1d(inputs, taps[:, None], groups=taps.shape[0]).transpose(1, 2)
 
 
+def _ridge_solve(*args: Any) -> Tensor:
+    """Conjugate gradients, in which a product with G_t is linear attention to the keys."""
+    x = System._make(args)
+
+    def times(y: Tensor) -> Tensor:
+        product, _ = _linear_attention(y, x.beta[..., None] * x.k, x.k, x.initial_state, x.log_decay)
+        return product + x.ridge * y
+
+    return conjugate_gradients(times, x.b, x.iterations)
+
+
 def _grouped_linear(*args: Any) -> Tensor:
     """Rows sorted by expert, each multiplied with its expert's matrix."""
     x = GROUPED_LINEAR.inputs._make(args)
@@ -217,6 +230,7 @@ LOWERINGS: Mapping[Any, Callable[..., Any]] = {
     DIAGONAL.op: _diagonal_scan,
     LONG_CONVOLUTION.op: _long_convolution,
     GROUPED_LINEAR.op: _grouped_linear,
+    RIDGE_SOLVE.op: _ridge_solve,
     torch.log1p: _log1p,
     torch.expm1: _expm1,
     F.softplus: _softplus,

@@ -60,6 +60,7 @@ USED_IN = {
 FAMILIES = {
     "attention": "softmax attention",
     "decay": "linear attention and decays",
+    "fenwick": "linear attention and decays",
     "delta": "delta rule",
     "scan": "recurrences by channel",
     "convolution": "long convolution",

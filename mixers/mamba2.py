@@ -41,9 +41,9 @@ class Mamba2(StateSpaceMixer):
 
     silu_without_conv = True
 
-    def __init__(self, config: Mamba2Config, d_model: int, n_layers: int = 1) -> None:
-        # one matrix product for the gate, the convolved values, B and C, and the step sizes
-        super().__init__(config, d_model, n_layers, [("dt", None)])
+    def __init__(self, config: Mamba2Config, d_model: int, n_layers: int = 1, **more: int) -> None:
+        # one matrix product for the gate, the convolved values, B and C, the step sizes, and projections of subclasses
+        super().__init__(config, d_model, n_layers, [("dt", None), *more.items()])
         self.convolution = ShortConvolution.of(config.short_conv, sum(self.widths), bias=True)
         self.decay = TimeStepDecay(self.n_heads, config.a_range, config.time_step_range, config.time_step_limit)
         self.norm_weight = nn.Parameter(torch.empty(self.widths[0]))
@@ -55,14 +55,26 @@ class Mamba2(StateSpaceMixer):
         nn.init.ones_(self.norm_weight)
 
     def mix(self, x: Float[Tensor, "B T D"], call: Call) -> tuple[Float[Tensor, "B T D"], MatrixState | None]:
-        gate, mixed, dt = self.in_proj(x).split(self.in_widths, dim=-1)
+        gate, mixed, dt, *more = self.in_proj(x).split(self.in_widths, dim=-1)
         mixed, recent = self.convolve(mixed, call)
         u, k, q = mixed.split(self.widths, dim=-1)
         u, (step, log_decay) = u.unflatten(-1, (self.n_heads, -1)), self.decay(dt)
         v = (step[..., None] * u).to(u.dtype)
-        o, memory = decay(self.by_group(q), self.by_group(k), v, log_decay, call.enter("memory"), scale=1.0)
+        o, memory = self.recur(self.by_group(q), self.by_group(k), v, log_decay, more, call)
         o = (o + self.D.to(u.dtype)[:, None] * u).flatten(2)
         # the product of output and gate, and its square even more so, can leave the range of float16
         gated = (o.to(self.state_dtype) * F.silu(gate.to(self.state_dtype))).unflatten(-1, (self.n_groups, -1))
         o = F.rms_norm(gated, gated.shape[-1:], eps=self.config.norm_eps).flatten(2).to(u.dtype)
         return self.out_proj(o * self.norm_weight.to(o.dtype)), self.state_after(x, memory, recent, call)
+
+    def recur(
+        self,
+        q: Float[Tensor, "B T G K"],
+        k: Float[Tensor, "B T G K"],
+        v: Float[Tensor, "B T H V"],
+        log_decay: Float[Tensor, "B T H"],
+        more: list[Tensor],
+        call: Call,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Compute the recurrence; return its output and the leaf `memory` of the final state."""
+        return decay(q, k, v, log_decay, call.enter("memory"), scale=1.0)

@@ -16,7 +16,7 @@ the gradient of q solves the same system, and the other gradients follow from it
 exact if the iterations have converged. In exact arithmetic, K of them have.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -116,7 +116,7 @@ class Chunks(NamedTuple):
 
 
 def ridge_flops(paradigm: Paradigm, length: int, key_width: int, iterations: int, *, chunk_size: int) -> int:
-    """Count the operations (FLOPs) of one head's matrix products in a forward pass; a ragged last chunk counts whole."""
+    """Count the operations (FLOPs) of one head's matrix products in a forward pass; a ragged chunk counts whole."""
     chunk = min({Paradigm.RECURRENT: 1, Paradigm.PARALLEL: length}.get(paradigm, chunk_size), length)
     tokens = -(-length // chunk) * chunk
     return 2 * tokens * key_width * (key_width + iterations * (key_width + 2 * chunk))
@@ -140,7 +140,7 @@ def _solve(x: System, b: Tensor) -> Tensor:
     out = torch.empty_like(b, memory_format=torch.contiguous_format)
     for start, stop, chunks in _chunks(x):
         rows = _rows(b[:, start:stop], chunks.k.shape[2])
-        solved = conjugate_gradients(chunks, rows, x.iterations)
+        solved = conjugate_gradients(chunks.times, rows, x.iterations)
         out[:, start:stop] = solved.flatten(1, 2)[:, : stop - start].unflatten(0, (b.shape[0], -1)).transpose(1, 2)
     return out
 
@@ -177,8 +177,14 @@ def _rows(y: Tensor, chunk: int) -> Tensor:
     return torch.nn.functional.pad(rows, (0, 0, 0, missing)).unflatten(1, (-1, chunk))
 
 
-def conjugate_gradients(system: Chunks, b: Tensor, iterations: int) -> Tensor:
-    """Return solutions of the system for the right sides b [R n C K], each scaled to a largest element of 1 first."""
+def conjugate_gradients(times: Callable[[Tensor], Tensor], b: Tensor, iterations: int) -> Tensor:
+    """Return solutions of symmetric systems, one for each right side in the last dimension of b.
+
+    Args:
+        times: computes the products of vectors, in the shape of b, with their systems.
+        b: right sides; they are scaled to a largest element of 1 first.
+        iterations: number of iterations.
+    """
     tiny = torch.finfo(b.dtype).tiny
     size = b.abs().amax(-1, keepdim=True).clamp(min=tiny)
     x = torch.zeros_like(b)
@@ -186,7 +192,7 @@ def conjugate_gradients(system: Chunks, b: Tensor, iterations: int) -> Tensor:
     direction = residual
     square = residual.square().sum(-1, keepdim=True)
     for _ in range(iterations):
-        product = system.times(direction)
+        product = times(direction)
         # a solved token has a residual and a direction of 0, and takes no more steps
         step = square / (direction * product).sum(-1, keepdim=True).clamp(min=tiny)
         x = torch.addcmul(x, step, direction)

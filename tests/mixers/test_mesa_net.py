@@ -1,5 +1,7 @@
 """MesaNet's regression at every token: what a ridge regression is, and what conjugate gradients make of it."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -36,9 +38,8 @@ def test_it_is_a_weighted_ridge_regression(paradigm):
     q, k, v, beta, log_decay, ridge = inputs()
     o = mesa(q, k, v, beta, log_decay, ridge, paradigm=paradigm)
     for b, t, h in ((0, 0, 0), (0, 11, 1), (1, T - 1, 0)):
-        weights = (
-            beta[b, : t + 1, h] * (log_decay[b, : t + 1, h].flip(0).cumsum(0).flip(0) - log_decay[b, : t + 1, h]).exp()
-        )
+        later = [log_decay[b, j + 1 : t + 1, h].sum() for j in range(t + 1)]
+        weights = beta[b, : t + 1, h] * torch.stack(later).exp()
         # the sum of lambda W^2 as K more observations of the value 0
         keys = torch.cat((weights.sqrt()[:, None] * k[b, : t + 1, h], ridge[h].sqrt().diag()))
         values = torch.cat((weights.sqrt()[:, None] * v[b, : t + 1, h], v.new_zeros(K, V)))
@@ -59,7 +60,7 @@ def test_residuals_fall_until_they_are_rounding_errors():
         x = ridge_solve(q, k, beta, log_decay, ridge, iterations, call)
         product = decay(x, beta[..., None] * k, k, log_decay, scale=1.0).output + ridge * x
         largest.append((product - q).norm(dim=-1).max().item())
-    assert all(after < before for before, after in zip(largest[: K - 1], largest[1:K], strict=True))
+    assert all(after < before for before, after in pairwise(largest[:K]))
     assert largest[-1] < 1e-14
 
 
