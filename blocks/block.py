@@ -101,8 +101,10 @@ class Block(nn.Module):
         self.ffn = config.ffn.build(d_model) if config.ffn else None
         # None for the plain connection: decoding feels every call of a module
         routed = None if isinstance(residual, PlainConfig) else residual
-        self.mixer_residual = routed.build(d_model, index=first_branch, place=0) if routed else None
-        self.ffn_residual = routed.build(d_model, index=first_branch + 1, place=1) if routed and has_two else None
+        self.mixer_residual = routed.build(d_model, index=first_branch, place=0, layer=layer_idx) if routed else None
+        self.ffn_residual = (
+            routed.build(d_model, index=first_branch + 1, place=1, layer=layer_idx) if routed and has_two else None
+        )
         sandwich = config.norm_placement == "both"
         self.mixer_output_norm = config.norm.build(d_model) if sandwich else None
         self.ffn_output_norm = config.norm.build(d_model) if sandwich and has_two else None

@@ -21,8 +21,8 @@ xPos is Eq. 17 of arXiv 2212.10554 with gamma = 0.4 and a base of 512 tokens, as
 its authors' code (parts/distances.py). With `exclusive: full`, the first token of a sequence gives 0, since it sees its
 own value alone. The state is a KV cache. Cached keys are rotated, without the factor of xPos; with a forget gate, the
 cache also has the gate of each token. With values from outside (a value residual, value embeddings), the values that
-are cached, and that `exclusive` removes, are those after the mixture. Unlike the Transformer baseline of the RetNet
-paper, there are no biases by default.
+are cached, and that `exclusive` removes, are those after the mixture. There are no biases by default, unlike in the
+Transformer baseline of the RetNet paper.
 
 A layer can read the keys and values of an earlier layer (`model.kv_sharing`). It then has no W_K and W_V, and its state
 is the number of tokens read; the keys and values come with each call, and those before the segment from the cache of

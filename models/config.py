@@ -104,6 +104,11 @@ class ModelConfig(Config):
                     f"norm_placement = stream needs the residual connection plain, got {self.residual.kind} with "
                     f"block {name}: set norm_placement to input, output or both"
                 )
+            if block.shared and not self.residual.fits_shared_blocks:
+                raise ValueError(
+                    f"the residual connection {self.residual.kind} has weights for each layer, got shared = true in "
+                    f"block {name}: set shared = false"
+                )
         return self
 
     @model_validator(mode="after")

@@ -69,7 +69,7 @@ class LanguageModel(nn.Module):
         """Index of the layer whose keys and values each layer reads; None for layers that have their own."""
         self.kv_donors = frozenset(source for source in self.kv_sources if source is not None)
         """Indices of the layers whose keys and values later layers read."""
-        self.residual = config.residual.build_ends(config.d_model)
+        self.residual = config.residual.build_ends(config.d_model, n_layers=config.n_layers)
         self.readout = None if config.readout == "each" else LastVector(config.d_model, config.norm)
         self.norm = config.norm.build(config.d_model)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)

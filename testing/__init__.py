@@ -26,6 +26,7 @@ from .kernel.scans import ConvolutionCase, DiagonalCase, LogScanCase, ScanCase, 
 from .kernel.trial import KernelTrial
 from .mixer.case import Case, Draw
 from .mixer.trial import Trial
+from .residual import check_residual
 
 Outcome = CheckOutcome
 """Alias of `CheckOutcome`: its name in release 0.2."""
@@ -57,6 +58,7 @@ __all__ = [
     "check",
     "check_kernel",
     "check_mixer",
+    "check_residual",
     "kernel_check",
     "parametrize_checks",
     "parametrize_kernels",

@@ -69,23 +69,27 @@ class ResidualConfig(Config, ABC):
 
     grows: ClassVar[bool] = False
     """True if the number of tensors in the stream grows with depth; every layer is then compiled by itself."""
+    fits_shared_blocks: ClassVar[bool] = True
+    """True if the connection of a branch may be used in several layers, as those of a shared block are."""
     kind: Any
     """Name under which the connection is registered; a `Literal` in every subclass."""
 
     @abstractmethod
-    def build(self, d_model: int, *, index: int, place: int) -> Residual:
+    def build(self, d_model: int, *, index: int, place: int, layer: int) -> Residual:
         """Build the connection of one branch.
 
         Args:
             d_model: width of the vectors that branches read and write.
             index: index of the branch in the model, from 0; for a shared block, in its first layer.
             place: index of the branch in its layer, from 0.
+            layer: index of the layer, from 0; for a shared block, of its first layer.
         """
 
-    def build_ends(self, d_model: int) -> ResidualEnds:  # noqa: ARG002 kinds with parameters need it
+    def build_ends(self, d_model: int, *, n_layers: int) -> ResidualEnds:  # noqa: ARG002 kinds with parameters need it
         """Build the ends of the stream; by default, the stream is a tensor [B T D] from beginning to end."""
         return ResidualEnds()
 
 
-RESIDUALS = Registry("residual", ResidualConfig, package="seqmix.blocks.residual")
-"""Registry of residual connections: the files of this folder, and classes named by dotted path."""
+RESIDUALS = Registry("residual", ResidualConfig, package="seqmix.blocks.residual", entry_points="seqmix.residual")
+"""Registry of residual connections: the files of this folder, plug-ins (entry points `seqmix.residual`), and classes
+named by dotted path."""

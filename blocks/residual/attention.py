@@ -48,11 +48,11 @@ class AttentionResidualConfig(ResidualConfig):
     eps: float = Field(default=1e-6, ge=0)
     """Constant added to the mean square of a source."""
 
-    def build(self, d_model: int, *, index: int, place: int) -> "AttentionResidual":  # noqa: ARG002 the same for all branches
+    def build(self, d_model: int, *, index: int, place: int, layer: int) -> "AttentionResidual":  # noqa: ARG002 the same for all branches
         """Build the connection of one branch."""
         return AttentionResidual(self, d_model)
 
-    def build_ends(self, d_model: int) -> "AttentionEnds":
+    def build_ends(self, d_model: int, *, n_layers: int) -> "AttentionEnds":  # noqa: ARG002
         """Build the ends of the stream."""
         return AttentionEnds(self, d_model)
 

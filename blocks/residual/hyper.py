@@ -53,11 +53,11 @@ class HyperConfig(ResidualConfig):
     eps: float = Field(default=1e-6, ge=0)
     """Constant added to the mean square of the streams."""
 
-    def build(self, d_model: int, *, index: int, place: int) -> "Hyper":  # noqa: ARG002 the same for all places
+    def build(self, d_model: int, *, index: int, place: int, layer: int) -> "Hyper":  # noqa: ARG002 the same for all places
         """Build the connection of one branch."""
         return Hyper(self, d_model, index)
 
-    def build_ends(self, d_model: int) -> "HyperEnds":  # noqa: ARG002 no parameters
+    def build_ends(self, d_model: int, *, n_layers: int) -> "HyperEnds":  # noqa: ARG002 no parameters
         """Build the ends of the stream."""
         return HyperEnds(self.n_streams)
 

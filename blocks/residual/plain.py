@@ -12,7 +12,7 @@ class PlainConfig(ResidualConfig):
 
     kind: Literal["plain"] = "plain"
 
-    def build(self, d_model: int, *, index: int, place: int) -> "Plain":  # noqa: ARG002 no parameters
+    def build(self, d_model: int, *, index: int, place: int, layer: int) -> "Plain":  # noqa: ARG002 no parameters
         """Build the connection."""
         return Plain()
 

@@ -36,11 +36,11 @@ class ScalarsConfig(ResidualConfig):
     eps: float = Field(default=1e-6, ge=0)
     """Constant added to the mean square of the embedding."""
 
-    def build(self, d_model: int, *, index: int, place: int) -> Residual:  # noqa: ARG002 scalars fit any width
+    def build(self, d_model: int, *, index: int, place: int, layer: int) -> Residual:  # noqa: ARG002 scalars fit any width
         """Build the connection: the scalars belong to a layer's first branch."""
         return Scalars(self) if place == 0 else AfterScalars()
 
-    def build_ends(self, d_model: int) -> "ScalarsEnds":  # noqa: ARG002 no parameters
+    def build_ends(self, d_model: int, *, n_layers: int) -> "ScalarsEnds":  # noqa: ARG002 no parameters
         """Build the ends of the stream."""
         return ScalarsEnds(self.eps)
 

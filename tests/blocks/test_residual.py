@@ -14,10 +14,10 @@ from seqmix import SeqmixError, account, build_model, load_config
 from seqmix.blocks import RESIDUALS, Residual, ResidualConfig, ResidualEnds
 from seqmix.blocks.residual.attention import AttentionResidualConfig
 from seqmix.blocks.residual.hyper import HyperConfig, sinkhorn
-from seqmix.mixers import Paradigm
 from seqmix.mixers.roles import Role, roles_of
 from seqmix.models import compile_blocks
 from seqmix.models.config import ModelConfig
+from seqmix.testing import CheckFailure, check_residual
 from seqmix.testing.counting import count_flops
 
 PLAIN: dict[str, Any] = {"kind": "plain"}
@@ -27,6 +27,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "attention in blocks": {"kind": "attention", "eps": 0.0, "block_size": 3},
     "hyper": {"kind": "hyper", "n_streams": 3},
     "manifold": {"kind": "hyper", "manifold": True},
+    "mudd": {"kind": "mudd"},
 }
 kinds = pytest.mark.parametrize("residual", KINDS.values(), ids=KINDS)
 D = 8
@@ -77,7 +78,7 @@ def test_a_model_starts_as_with_plain_connections(residual):
     plain, model = build(PLAIN), build(residual)
     model.load_state_dict(plain.state_dict(), strict=False)
     expected = plain(tokens()).logits
-    if residual["kind"] == "scalars":
+    if residual["kind"] in ("scalars", "mudd"):
         assert torch.equal(model(tokens()).logits, expected)
     assert_close(model(tokens()).logits, expected, rtol=1e-6 if residual.get("manifold") else 1e-12, atol=1e-7)
 
@@ -97,25 +98,9 @@ def test_no_part_of_a_connection_is_frozen_at_the_start(residual):
 
 
 @kinds
-@pytest.mark.parametrize("saved", [True, "matmuls"])
-def test_checkpointing_changes_nothing(residual, saved):
-    model = build(residual, spread=0.3)
-    expected = gradients(model)
-    model.activation_checkpointing = saved
-    assert_close(gradients(model), expected, rtol=0, atol=0)
-
-
-@kinds
 @pytest.mark.parametrize("kind", ["retention", "attention"])
-def test_tokens_one_by_one_are_the_whole(residual, kind):
-    model = build(residual, spread=0.3, mixer={"kind": kind, "n_heads": 2})
-    expected = model(tokens(6)).logits
-    state = None
-    for i in range(6):
-        paradigms = model.prefer(Paradigm.RECURRENT, Paradigm.CHUNKWISE, from_state=True)
-        output = model(tokens(6)[:, i : i + 1], state, paradigm=paradigms, return_state=True)
-        state = output.state
-        assert_close(output.logits[:, 0], expected[:, i])
+def test_every_kind_passes_the_check_for_plug_ins(residual, kind):
+    check_residual(build(residual, mixer={"kind": kind, "n_heads": 2}))
 
 
 @kinds
@@ -130,11 +115,13 @@ def test_the_past_alone_decides(residual):
 @kinds
 @pytest.mark.parametrize("shared", [False, pytest.param(True, marks=NIGHTLY)])
 def test_a_compiled_model_is_the_model(residual, shared, monkeypatch):
+    if shared and not RESIDUALS.resolve(residual["kind"]).fits_shared_blocks:
+        pytest.skip("weights for each layer")
     model = build(residual, spread=0.3, shared=shared)
     expected, gradient = model(tokens()).logits, gradients(model)
     # the graphs of inductor, without its slow code generation
     monkeypatch.setattr("torch.compile", partial(torch.compile, backend="aot_eager"))
-    grows = residual["kind"] == "attention"
+    grows = RESIDUALS.resolve(residual["kind"]).grows
     assert compile_blocks(model) == (len(model.distinct_blocks) if grows else 1)
     assert_close(model(tokens()).logits, expected)
     assert_close(gradients(model), gradient)
@@ -182,7 +169,8 @@ def test_activations_are_those_that_a_real_model_saves(residual):
 def test_every_parameter_has_a_role(residual):
     roles = {name: role.role for name, role in roles_of(build(residual)).items() if "residual" in name}
     assert roles
-    assert all((role is Role.GATE) == name.endswith("weight") for name, role in roles.items())
+    gates = ("weight", "down", "up")
+    assert all((role is Role.GATE) == name.endswith(gates) for name, role in roles.items())
 
 
 def test_scalars_scale_and_inject_once_per_layer():
@@ -203,7 +191,7 @@ def sources_of(count: int) -> tuple[torch.Tensor, ...]:
 
 
 def test_attention_residuals_choose_by_the_normed_source():
-    connection = AttentionResidualConfig(eps=0.0).build(D, index=3, place=1).double()
+    connection = AttentionResidualConfig(eps=0.0).build(D, index=3, place=1, layer=1).double()
     torch.nn.init.normal_(connection.choice.weight)
     sources = sources_of(4)
     stacked = torch.stack(sources)
@@ -218,7 +206,9 @@ def test_attention_residuals_choose_by_the_normed_source():
 def test_blocks_of_branches_are_sums_of_their_outputs(size, n_branches):
     config = AttentionResidualConfig(block_size=size)
     outputs = sources_of(n_branches + 1)
-    ends, connection = (part.double() for part in (config.build_ends(D), config.build(D, index=0, place=0)))
+    ends, connection = (
+        part.double() for part in (config.build_ends(D, n_layers=4), config.build(D, index=0, place=0, layer=0))
+    )
     for part in (ends, connection):
         part.reset_parameters()
     stream = ends.start(outputs[0])
@@ -231,7 +221,7 @@ def test_blocks_of_branches_are_sums_of_their_outputs(size, n_branches):
 
 
 def hyper(n: int = 4, **fields: Any):
-    connection = HyperConfig(n_streams=n, **fields).build(D, index=1, place=1).double()
+    connection = HyperConfig(n_streams=n, **fields).build(D, index=1, place=1, layer=0).double()
     connection.reset_parameters()
     return connection
 
@@ -295,7 +285,7 @@ def test_a_plug_in_is_one_file(tmp_path, monkeypatch):
         "from seqmix.blocks import Residual, ResidualConfig\n\n"
         "class HalvesConfig(ResidualConfig):\n"
         "    kind: Literal['halves'] = 'halves'\n\n"
-        "    def build(self, d_model, *, index, place):\n"
+        "    def build(self, d_model, *, index, place, layer):\n"
         "        return Halves()\n\n"
         "class Halves(Residual):\n"
         "    def forward(self, stream, branch):\n"
@@ -315,7 +305,7 @@ def test_a_plug_in_is_one_file(tmp_path, monkeypatch):
 
 
 def test_the_registry_lists_the_kinds():
-    assert RESIDUALS.kinds() == ["attention", "hyper", "plain", "scalars"]
+    assert RESIDUALS.kinds() == ["attention", "hyper", "mudd", "plain", "scalars"]
     assert issubclass(RESIDUALS.resolve("hyper"), ResidualConfig)
     with pytest.raises(SeqmixError, match="hyper"):
         load_config("retnet-tiny", ["model.residual={kind: hypr}"])
@@ -333,3 +323,162 @@ def test_options_of_blocks_go_with_every_connection(block):
         cost = account(model.config, length=16)
         assert cost.parameters == sum(parameter.numel() for parameter in model.parameters())
         assert roles_of(model)
+
+
+CHECKED = """
+from typing import Literal
+import torch
+from torch import nn
+from seqmix.blocks import Residual, ResidualConfig
+
+class WrongConfig(ResidualConfig):
+    kind: Literal["wrong"] = "wrong"
+    def build(self, d_model, *, index, place, layer):
+        return Wrong(d_model)
+
+class Wrong(Residual):
+    def __init__(self, d_model):
+        super().__init__()
+        self.gain = nn.Parameter(torch.empty(d_model))
+    def reset_parameters(self):
+        nn.init.ones_(self.gain)
+    def forward(self, stream, branch):
+        return BODY
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("2 * stream + self.gain * branch(stream)", "at the start, against plain connections"),
+        ("stream + branch(stream) + (self.gain - 1) * stream.cumsum(1)", "tokens one by one against the whole"),
+        ("stream + self.gain.detach() * branch(stream)", "gain has no gradient"),
+        ("stream + self.gain.square() * branch(stream)", None),
+    ],
+)
+def test_the_check_for_plug_ins_finds_what_is_wrong(body, message, tmp_path, monkeypatch):
+    name = f"wrong_{abs(hash(body))}"
+    (tmp_path / f"{name}.py").write_text(CHECKED.replace("BODY", body))
+    monkeypatch.syspath_prepend(tmp_path)
+    model = build({"kind": f"{name}:WrongConfig"})
+    if message is None:
+        check_residual(model)
+    else:
+        with pytest.raises(CheckFailure, match=message):
+            check_residual(model)
+
+
+def shares(x: torch.Tensor, eps: float) -> torch.Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
+
+
+def branches_of(model) -> list[Any]:
+    """Functions of the branches with their norms, and the connection of each, in order."""
+    found = []
+    for block in model.blocks:
+        found.append((lambda x, b=block: b.mixer(b.mixer_norm(x))[0], block.mixer_residual))
+        found.append((lambda x, b=block: b.ffn(b.ffn_norm(x)), block.ffn_residual))
+    return found
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 6])
+def test_attention_residuals_are_the_paper_s_formula(size):
+    """Eq. 2 and 5 of arXiv 2603.15031: blocks of `size` branches; the sum of the open block is the last source."""
+    model = build({"kind": "attention", "eps": 0.0, "block_size": size}, spread=0.5)
+
+    def attend(w, sources):
+        values = torch.stack(sources)
+        scores = torch.exp((shares(values, 0.0) * w).sum(-1))
+        return ((scores / scores.sum(0))[..., None] * values).sum(0)
+
+    hidden = model.embedding.weight[tokens()]
+    outputs, complete = [], [hidden]
+    for branch, connection in branches_of(model):
+        partial_sum = [sum(outputs)] if outputs else []
+        outputs.append(branch(attend(connection.choice.weight[0], complete + partial_sum)))
+        if len(outputs) == size:
+            complete.append(sum(outputs))
+            outputs = []
+    last = attend(model.residual.choice.weight[0], complete + ([sum(outputs)] if outputs else []))
+    assert_close(model(tokens()).logits, model.norm(last) @ model.head.weight.T)
+
+
+def sinkhorn_knopp(matrix: torch.Tensor, iterations: int) -> torch.Tensor:
+    for _ in range(iterations):
+        matrix = matrix / matrix.sum(-1, keepdim=True)
+        matrix = matrix / matrix.sum(-2, keepdim=True)
+    return matrix
+
+
+@pytest.mark.parametrize("manifold", [False, True])
+def test_hyper_connections_are_the_papers_formulas(manifold):
+    """Eq. 5 to 9 of arXiv 2409.19606, and Eq. 7 to 9 of 2512.24880, stream by stream and token by token."""
+    n = 3
+    model = build({"kind": "hyper", "n_streams": n, "manifold": manifold, "eps": 1e-3}, spread=0.3)
+    streams = [model.embedding.weight[tokens()]] * n
+    for branch, connection in branches_of(model):
+        u = connection.weight.detach()
+        s = connection.scale
+        a, b, h = [None] * n, [None] * n, [[None] * n for _ in range(n)]
+        every = shares(torch.cat(streams, -1), 1e-3)
+        for i, x in enumerate(streams):
+            rows = u[i * (n + 2) : (i + 1) * (n + 2)] if manifold else u
+            dynamic = (every if manifold else shares(x, 1e-3)) @ rows.T
+            dynamic = dynamic if manifold else torch.tanh(dynamic)
+            a[i] = s[0] * dynamic[..., 0] + connection.read[i]
+            b[i] = s[1] * dynamic[..., 1] + connection.write[i]
+            for j in range(n):
+                h[i][j] = s[2] * dynamic[..., 2 + j] + connection.mixture[i, j]
+        mixture = torch.stack([torch.stack(row, -1) for row in h], -2)
+        if manifold:
+            a = [1 / (1 + torch.exp(-x)) for x in a]
+            b = [2 / (1 + torch.exp(-x)) for x in b]
+            mixture = sinkhorn_knopp(torch.exp(mixture), 20)
+        y = branch(sum(a[i][..., None] * streams[i] for i in range(n)))
+        mixed = (sum(mixture[..., i, j, None] * streams[i] for i in range(n)) for j in range(n))
+        streams = [x + b[j][..., None] * y for j, x in enumerate(mixed)]
+    assert_close(model(tokens()).logits, model.norm(sum(streams) / n) @ model.head.weight.T)
+
+
+def test_dynamic_dense_connections_are_the_paper_s_formula():
+    """Eq. 4 to 6 of arXiv 2502.12170 with the way R alone: sums before every layer but the first, and at the end."""
+    model = build({"kind": "mudd", "eps": 0.0}, spread=0.5)
+
+    def mixed(part, outputs):
+        hidden = shares(outputs[-1], 0.0) @ part.down.T
+        hidden = hidden * (1 + torch.erf(hidden / 2**0.5)) / 2
+        weights = hidden @ part.up.T + part.bias
+        return sum(weights[..., j, None] * x for j, x in enumerate(outputs))
+
+    outputs = [model.embedding.weight[tokens()]]
+    for layer, block in enumerate(model.blocks):
+        x = mixed(block.mixer_residual.dense, outputs) if layer else outputs[0]
+        assert layer or block.mixer_residual.dense is None
+        x = x + block.mixer(block.mixer_norm(x))[0]
+        outputs.append(x + block.ffn(block.ffn_norm(x)))
+    assert_close(model(tokens()).logits, model.norm(mixed(model.residual.dense, outputs)) @ model.head.weight.T)
+
+
+def test_kinds_with_weights_for_each_layer_refuse_shared_blocks():
+    with pytest.raises(Exception, match="mudd has weights for each layer, got shared = true in block layer"):
+        config_of(KINDS["mudd"], shared=True)
+
+
+def test_one_stream_is_refused():
+    with pytest.raises(Exception, match="n_streams"):
+        config_of({"kind": "hyper", "n_streams": 1})
+
+
+def test_the_mixtures_of_a_model_keep_norms_through_all_depth():
+    """Their product over all branches, of every token, has columns that sum to 1, and the norm 1 at most."""
+    model = build({"kind": "hyper", "manifold": True, "iterations": 200}, spread=0.5)
+    product = torch.eye(4, dtype=torch.float64).expand(2, 7, 4, 4)
+    stream = model.residual.start(model.embed(tokens()))
+    for branch, connection in branches_of(model):
+        mixture = connection.weights(stream)[2]
+        assert_close(mixture.sum(-2), torch.ones(2, 7, 4, dtype=torch.float64))
+        assert_close(mixture.sum(-1), torch.ones(2, 7, 4, dtype=torch.float64), rtol=0, atol=1e-4)
+        product = product @ mixture
+        stream = connection(stream, branch)
+    assert_close(product.sum(-2), torch.ones(2, 7, 4, dtype=torch.float64))
+    assert torch.linalg.matrix_norm(product, 2).max() <= 1 + 1e-4
