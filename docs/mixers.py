@@ -54,6 +54,7 @@ USED_IN = {
     "rwkv4": "RWKV-4",
     "rwkv6": "RWKV-6",
     "rwkv7": "RWKV-7",
+    "slstm": "xLSTM",
 }
 """Released models that use each mixer; mixers that are missing here are only known from papers."""
 
@@ -63,6 +64,7 @@ FAMILIES = {
     "fenwick": "linear attention and decays",
     "delta": "delta rule",
     "scan": "recurrences by channel",
+    "cell": "sequential cells",
     "convolution": "long convolution",
 }
 """Names of the op families. A mixer belongs to the first family whose op its module imports, else to that of its

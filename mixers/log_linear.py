@@ -88,9 +88,17 @@ class LogLinear(Mamba2):
         return y, None if state is None else LogLinearState(*state)
 
     def recur(
-        self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, more: list[Tensor], call: Call
+        self,
+        q: Float[Tensor, "B T G K"],
+        k: Float[Tensor, "B T G K"],
+        u: Float[Tensor, "B T H V"],
+        dt: Float[Tensor, "B T H"],
+        more: list[Tensor],
+        call: Call,
     ) -> tuple[Tensor, Tensor | None]:
         wide = self.state_dtype
+        step, log_decay = self.decay(dt)
+        v = (step[..., None] * u).to(u.dtype)
         scales = F.softplus(more[0].to(wide).unflatten(-1, (self.n_heads, -1)) * self.level_rate.to(wide))
         position = None if call.state is None else call.state.position
         return log_linear(q, k, v, log_decay, scales, position, call.enter("memory"))

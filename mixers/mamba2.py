@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..ops.decay import decay
-from .parts import Call, MatrixState, ShortConv, ShortConvolution, TimeStepDecay, TimeStepFields
+from .parts import Call, MatrixState, RecurrenceOutput, ShortConv, ShortConvolution, TimeStepDecay, TimeStepFields
 from .parts.state_space import StateSpaceConfig, StateSpaceMixer
 from .roles import Role
 
@@ -58,9 +58,8 @@ class Mamba2(StateSpaceMixer):
         gate, mixed, dt, *more = self.in_proj(x).split(self.in_widths, dim=-1)
         mixed, recent = self.convolve(mixed, call)
         u, k, q = mixed.split(self.widths, dim=-1)
-        u, (step, log_decay) = u.unflatten(-1, (self.n_heads, -1)), self.decay(dt)
-        v = (step[..., None] * u).to(u.dtype)
-        o, memory = self.recur(self.by_group(q), self.by_group(k), v, log_decay, more, call)
+        u = u.unflatten(-1, (self.n_heads, -1))
+        o, memory = self.recur(self.by_group(q), self.by_group(k), u, dt, more, call)
         o = (o + self.D.to(u.dtype)[:, None] * u).flatten(2)
         # the product of output and gate, and its square even more so, can leave the range of float16
         gated = (o.to(self.state_dtype) * F.silu(gate.to(self.state_dtype))).unflatten(-1, (self.n_groups, -1))
@@ -71,10 +70,12 @@ class Mamba2(StateSpaceMixer):
         self,
         q: Float[Tensor, "B T G K"],
         k: Float[Tensor, "B T G K"],
-        v: Float[Tensor, "B T H V"],
-        log_decay: Float[Tensor, "B T H"],
+        u: Float[Tensor, "B T H V"],
+        dt: Float[Tensor, "B T H"],
         more: list[Tensor],
         call: Call,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Compute the recurrence; return its output and the leaf `memory` of the final state."""
-        return decay(q, k, v, log_decay, call.enter("memory"), scale=1.0)
+    ) -> RecurrenceOutput:
+        """Compute the recurrence from `dt` and a subclass's own projections; return the output and the new `memory`."""
+        del more
+        step, log_decay = self.decay(dt)
+        return decay(q, k, (step[..., None] * u).to(u.dtype), log_decay, call.enter("memory"), scale=1.0)

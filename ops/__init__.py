@@ -8,6 +8,7 @@ attention    softmax attention and its KV caches
 choice       softmax attention to chosen blocks or tokens: MoBA, NSA, DSA
 scan         recurrences with a vector state, element by element: Mamba, RG-LRU
 convolution  short and long causal convolutions
+cell         recurrences that are not linear in the state: sLSTM, M2RNN
 kernels      other backends (Triton, fla, FlexAttention, xformers), and how `auto` selects one
 """
 

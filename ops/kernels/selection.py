@@ -38,6 +38,8 @@ AUTO_ON_CPU: Mapping[str, Sequence[Paradigm]] = {
     "log_scan": _LOOPS,
     "scan": _LOOPS,
     "selective_scan": _LOOPS,
+    "slstm": (Paradigm.RECURRENT,),
+    "m2rnn": (Paradigm.RECURRENT,),
     "short_convolution": (Paradigm.PARALLEL,),
 }
 """Paradigms that `auto` computes with native kernels on a CPU, by op."""

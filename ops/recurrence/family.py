@@ -171,11 +171,11 @@ class Family(NamedTuple):
     flops: Callable[..., int]
     """Counts the operations of one head's matrix products in a forward pass, from (paradigm, length, key_width,
     value_width)."""
-    segment: "Callable[[Recurrence, Run, Call], tuple[Tensor, Tensor]]"
+    segment: "Callable[[Recurrence, Run, Call], tuple[Tensor, Tensor]] | None" = None
     """Computes the map S -> M S + U of one process's segment from (its inputs, the kernel, the call of the whole row).
-    Returns (M, U)."""
-    apply: Callable[[Tensor, Tensor], Tensor]
-    """Computes M S from (M, S)."""
+    Returns (M, U). None if the recurrence is not linear in S."""
+    apply: Callable[[Tensor, Tensor], Tensor] | None = None
+    """Computes M S from (M, S); None if the recurrence is not linear in S."""
 
 
 def recur(
@@ -234,6 +234,8 @@ def recur(
         result = kernel(x)
         record(family.name, v, x.log_decay, result[0])
         return result
+    assert family.segment is not None
+    assert family.apply is not None
     transition, written = family.segment(x, kernel, call)
     state = cp.entry(transition, written, call.state, documents, q.shape[1], family.apply)
     output, final_state = kernel(x._replace(initial_state=state))

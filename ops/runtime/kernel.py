@@ -140,6 +140,8 @@ ON_DEMAND: Mapping[str, Mapping[str, str]] = {
         "log_scan": "native.scan",
         "diagonal_scan": "native.diagonal",
         "selective_scan": "native.selective",
+        "slstm": "native.slstm",
+        "m2rnn": "native.m2rnn",
         "short_convolution": "native.convolution",
     },
     "triton": {"decay": "triton.decay.op", "delta": "triton.delta.op"},

@@ -1,6 +1,7 @@
 """Test cases of the ops with matrix states (decay, delta, DPLR), with the definitions of these ops in float64.
 
-The cases of scans are in scans.py, those of softmax attention in softmax.py; `FAMILIES` has all of them by op.
+The cases of scans are in scans.py, those of cells in cells.py, those of softmax attention in softmax.py; `FAMILIES` has
+all of them by op.
 
 Notation: B batch, T tokens, H heads, K key width, V value width, N rows of a state.
 """
@@ -19,6 +20,7 @@ from torch import Tensor
 from ...ops.recurrence.family import Recurrence, require_recurrence
 from ...ops.runtime.kernel import Kernel
 from .case import SEGMENT, Drawn, Exact, KernelCase, Tensors
+from .cells import M2RNNCase, SLSTMCase
 from .fixed import ABOVE, BELOW, FIXED, LONG, RESETS, SLOW, STATES, WIDE
 from .layout import writable
 from .scans import ConvolutionCase, DiagonalCase, LogScanCase, ScanCase, SelectiveCase
@@ -359,5 +361,7 @@ FAMILIES: dict[str, type[KernelCase]] = {
     "diagonal_scan": DiagonalCase,
     "selective_scan": SelectiveCase,
     "short_convolution": ConvolutionCase,
+    "slstm": SLSTMCase,
+    "m2rnn": M2RNNCase,
 }
 """Classes of cases by op: all ops that have kernels."""

@@ -15,6 +15,7 @@ import torch
 
 from seqmix import build_model, load_config
 from seqmix.mixers.parts import ShortConvolution
+from seqmix.ops.cell import m2rnn, slstm
 from seqmix.ops.convolution import short_convolution
 from seqmix.ops.kernels.native import build
 from seqmix.ops.kernels.selection import AUTO_ON_CPU, choose
@@ -25,7 +26,7 @@ from seqmix.registry import SeqmixError
 
 PROBE = Probe(device=torch.device("cpu"), dtype=torch.float32, key_width=4, value_width=16)
 REMEDY = "install g\\+\\+ or clang\\+\\+, or set CXX"
-C, K, W = 70, 3, 4
+C, K, W, H = 70, 3, 4, 2
 
 needs_compiler = pytest.mark.skipif(build.compiler() is None, reason="there is no C++ compiler")
 
@@ -200,6 +201,12 @@ def test_short_convolutions_follow_the_backend_of_their_mixer():
     assert backends("mamba-tiny", "model.blocks.mamba.mixer.backend=native") == {"native"}
 
 
+def _slstm(gates, recurrent, initial_state, **options):
+    """The cell of sLSTM, with the first half of its state; log n starts as the mean of the cell."""
+    state = initial_state, initial_state[:, :, 1].double()
+    return slstm(gates, recurrent, initial_state=state, **options)[:2]
+
+
 def op_of(name, batch, length):
     """An op of this name on random inputs, which need gradients: its function, its inputs and the rows of its state."""
     torch.manual_seed(0)
@@ -210,6 +217,12 @@ def op_of(name, batch, length):
         "log_scan": (log_scan, (x, -step), (C,)),
         "selective_scan": (selective_scan, (x, step, -torch.rand(K, C), *keys), (K, C)),
         "diagonal_scan": (diagonal_scan, (x, -torch.rand(K, C), torch.randn(K, C), torch.randn(K, C, 2)), (K, C, 2)),
+        "slstm": (_slstm, (torch.randn(batch, length, H, 4 * W), torch.randn(H, W, 4 * W) / W), (H, 2, W)),
+        "m2rnn": (
+            m2rnn,
+            (*torch.randn(3, batch, length, H, W), -step[..., :H], torch.randn(H, W, W) / W),
+            (H, W, W),
+        ),
         "short_convolution": (
             partial(short_convolution, activation="silu"),
             (x, torch.randn(C, W), torch.randn(C)),
@@ -231,7 +244,9 @@ def run(function, inputs, state, per_token, **options):
     return [output, final, *wanted]
 
 
-every_op = pytest.mark.parametrize("name", ["diagonal_scan", "log_scan", "scan", "selective_scan", "short_convolution"])
+every_op = pytest.mark.parametrize(
+    "name", ["diagonal_scan", "log_scan", "m2rnn", "scan", "selective_scan", "short_convolution", "slstm"]
+)
 
 
 @needs_compiler

@@ -1,4 +1,4 @@
-// What the kernels share: vectors of floats, exp, and loops over independent tasks.
+// What the kernels share: vectors of floats, exp and functions of it, and loops over independent tasks.
 //
 // Nothing here depends on the number of threads, and no kernel changes the floating-point environment.
 #pragma once
@@ -101,8 +101,45 @@ INLINE vec exp(vec x) {
     const Exp e = exponential(x);
     return e.factor + e.rest;
 }
+INLINE vec tanh(vec x) {
+    const Exp e = exponential(2.0f * x);
+    const vec y = (e.factor - 1.0f) + e.rest;  // exp(2x) - 1, to full precision near 0
+    return y / (y + 2.0f);
+}
 INLINE vec operator*(Exp a, vec h) { return a.factor * h + a.rest * h; }
 INLINE vec decay(Exp a, vec h, vec written) { return a.factor * h + (a.rest * h + written); }
+
+INLINE vec narrow(wide x) { return __builtin_convertvector(x, vec); }
+INLINE wide widen(vec x) { return __builtin_convertvector(x, wide); }
+
+// The first n lanes of float64 numbers.
+INLINE wide load(const double* p, int n) {
+    wide x = {};
+    for (int i = 0; i < n; i++) x[i] = p[i];
+    return x;
+}
+INLINE void store(double* p, wide x, int n) {
+    for (int i = 0; i < n; i++) p[i] = x[i];
+}
+
+// log(1 + y) for 0 <= y <= 1, as 2 atanh(y / (2 + y))
+INLINE vec log1p(vec y) {
+    const vec s = y / (2.0f + y), u = s * s;
+    vec p = splat(1.0f / 15);
+    p = p * u + 1.0f / 13;
+    p = p * u + 1.0f / 11;
+    p = p * u + 1.0f / 9;
+    p = p * u + 1.0f / 7;
+    p = p * u + 1.0f / 5;
+    p = p * u + 1.0f / 3;
+    return 2.0f * (s + s * u * p);
+}
+
+INLINE float dot(const float* x, const float* y, int64_t n) {
+    vec total = {};
+    for (int64_t i = 0; i < n; i += LANES) total += load(x + i, lanes(n - i, 0)) * load(y + i, lanes(n - i, 0));
+    return sum(total);
+}
 
 // Sequences and channels are split into tasks: a task has BLOCK channels (whole cache lines) of one sequence, or of one
 // group of sequences.

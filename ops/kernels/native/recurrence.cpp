@@ -418,11 +418,6 @@ INLINE float sum(const Tile& x) {
     for (int i = 0; i < TILE; i++) total += sum(x.at[i]);
     return total;
 }
-INLINE float dot(const float* x, const float* y, int64_t n) {
-    vec total = {};
-    for (int64_t i = 0; i < n; i += LANES) total += load(x + i, lanes(n - i, 0)) * load(y + i, lanes(n - i, 0));
-    return sum(total);
-}
 
 static void read_rows(Tile* tile, const float* states, int64_t first, const Call& x) {
     float* to = reinterpret_cast<float*>(tile);

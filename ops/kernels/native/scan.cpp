@@ -45,32 +45,6 @@ extern "C" void scan_backward(const float*, const float* log_decay, const float*
     });
 }
 
-INLINE vec narrow(wide x) { return __builtin_convertvector(x, vec); }
-INLINE wide widen(vec x) { return __builtin_convertvector(x, wide); }
-
-// The first n lanes of float64 numbers.
-INLINE wide load(const double* p, int n) {
-    wide x = {};
-    for (int i = 0; i < n; i++) x[i] = p[i];
-    return x;
-}
-INLINE void store(double* p, wide x, int n) {
-    for (int i = 0; i < n; i++) p[i] = x[i];
-}
-
-// log(1 + y) for 0 <= y <= 1, as 2 atanh(y / (2 + y))
-INLINE vec log1p(vec y) {
-    const vec s = y / (2.0f + y), u = s * s;
-    vec p = splat(1.0f / 15);
-    p = p * u + 1.0f / 13;
-    p = p * u + 1.0f / 11;
-    p = p * u + 1.0f / 9;
-    p = p * u + 1.0f / 7;
-    p = p * u + 1.0f / 5;
-    p = p * u + 1.0f / 3;
-    return 2.0f * (s + s * u * p);
-}
-
 //     h_t = log(exp(a_t + h_{t-1}) + exp(x_t))
 //
 // Each step adds log(1 + exp(-|d|)) to the larger of the two terms, with d their difference. If the old state decays
