@@ -39,7 +39,8 @@ ARXIV, LINK = re.compile(r"\b(\d{4}\.\d{5})\b"), r"[\1](https://arxiv.org/abs/\1
 USED_IN = {
     "attention": "Llama, Qwen3, Gemma 3, gpt-oss",
     "channel_mix": "RWKV-4, RWKV-6, RWKV-7",
-    "gated_delta_net": "Qwen3-Next",
+    "dsa": "DeepSeek-V3.2, GLM-5",
+    "gated_delta_net": "Qwen3-Next, Qwen3.5",
     "gated_retention": "YOCO",
     "hyena": "StripedHyena, Evo",
     "kda": "Kimi Linear",
@@ -59,6 +60,7 @@ USED_IN = {
 """Released models that use each mixer; mixers that are missing here are only known from papers."""
 
 FAMILIES = {
+    "choice": "sparse attention",
     "attention": "softmax attention",
     "decay": "linear attention and decays",
     "fenwick": "linear attention and decays",
