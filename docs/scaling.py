@@ -9,6 +9,7 @@ from pathlib import Path
 
 from seqmix import load_config
 from seqmix.experiments.pages import fill, table
+from seqmix.models.builder import build_meta
 from seqmix.registry import write_file
 from seqmix.training.distributed.layouts import Planner, received
 from seqmix.training.presets import mixer_kind, single_kind_presets
@@ -40,9 +41,19 @@ def context_table() -> list[str]:
     rows = []
     for config in single_kind_presets().values():
         kind = mixer_kind(config)
+        mixer = build_meta(config.model).blocks[0].mixer
+        if mixer.traits.state == "growing" and not mixer.supports_context_parallel:
+            rows.append((f"`{kind}`", "not supported", "", ""))
+            continue
         short, long = (received(config.model, tokens, ranks=2) for tokens in (2**12, 2**20))
         growing = {"attention": "keys and values", "latent_attention": "latents"}.get(kind, "inputs")
-        exchanged = "states" if short == long else growing
+        exchanged = (
+            growing
+            if short != long
+            else "states"
+            if mixer.supports_context_parallel
+            else "states, one rank after another"
+        )
         rows.append((f"`{kind}`", exchanged, _size(short), _size(long)))
     return table(["mixer", "exchanged", "4,096 tokens", "1,048,576 tokens"], rows)
 

@@ -45,11 +45,7 @@ def mix_sequentially(mixer: Mixer, x: Tensor, call: Call) -> tuple[Any, ...]:
     documents = call.documents
     length = x.shape[1]
     assert cp is not None
-    if mixer.traits.state == "growing":
-        raise ContractError(
-            f"{mixer.kind} does not support context parallelism: its state grows with the sequence length, and its "
-            "`mix` does not read `call.cp_group`. Set distributed.context_parallel to 1, or choose another mixer"
-        )
+    require_sequential(mixer.traits, mixer.kind)
     local_call = call._replace(documents=cp.local(documents, length), cp_group=None, return_state=True)
     before = mixer.init_state(local_call.rows(x.shape[0])) if call.state is None else call.state
     # makes backward reach _Receive, even if x needs no gradient
@@ -66,6 +62,15 @@ def mix_sequentially(mixer: Mixer, x: Tensor, call: Call) -> tuple[Any, ...]:
         y = _Send.apply(y, anchor, cp, *(cp.last_row(leaf, documents) for leaf in to_dict(after).values()))
     final = map_state(lambda leaf: cp.final(leaf, documents, length), after) if call.return_state else None
     return (y, final, *values)
+
+
+def require_sequential(traits: Traits, kind: str) -> None:
+    """Raise ContractError if a mixer's state cannot be sent from rank to rank."""
+    if traits.state == "growing":
+        raise ContractError(
+            f"{kind} does not support context parallelism: its state grows with the sequence length, and its "
+            "`mix` does not read `call.cp_group`. Set distributed.context_parallel to 1, or choose another mixer"
+        )
 
 
 class _Receive(torch.autograd.Function):

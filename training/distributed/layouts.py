@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 
 from ...mixers import SequenceMixer
+from ...mixers.context_parallel import require_sequential
+from ...mixers.state import to_dict
 from ...models import ModelConfig, account, build_meta
 from ...models.loss import LOGITS_AT_ONCE
 from ...ops.runtime.context_parallel import ContextParallel
@@ -265,10 +267,18 @@ def received(config: ModelConfig, tokens: int, *, ranks: int, layer: int = 0) ->
     Args:
         config: the model.
         tokens: length of the sequence.
-        ranks: processes that share the sequence; the count is that of the last one, which receives most.
+        ranks: processes that share the sequence; the count is that of the one that receives most.
         layer: index of the layer, from 0.
+
+    Raises:
+        ContractError: the layer does not support context parallelism.
     """
     mixer: SequenceMixer = build_meta(config).blocks[layer].mixer
+    if not mixer.supports_context_parallel:
+        require_sequential(mixer.traits, mixer.kind)
+        leaves = to_dict(mixer.init_state(1)).values()
+        gradients = sum(leaf.nbytes for leaf in leaves if leaf.is_floating_point())
+        return sum(leaf.nbytes for leaf in leaves) + (gradients if ranks > 2 else 0)  # between the first and the last
     mixer.cp_group = group = _CountingGroup("", rank=ranks - 1, size=ranks, received=[])
     mixer(torch.empty(1, tokens // ranks, config.d_model, device="meta"))
     return sum(group.received)
