@@ -2,9 +2,9 @@
 
 An entry is compared with the study's subject. If the kinds of their mixers differ, the study compares the mixer: its
 kind, with the options that only its own equations have. Otherwise it compares the fields that one of the two entries
-sets. Everything else in which the two differ is listed beside the answer: the accessories of mixers, options that both
-mixers have, heads, feed-forward networks, norms, sizes and training. The knob of `match` is not listed, as it is what
-makes costs equal.
+sets; the kind of a part, such as a residual connection, stands for the options that only this kind has. Everything else
+in which the two differ is listed beside the answer: the accessories of mixers, options that both mixers have, heads,
+feed-forward networks, norms, sizes and training. The knob of `match` is not listed, as it is what makes costs equal.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -194,7 +194,14 @@ def _difference(
             if field.startswith("mixer.") and field in one and field in other and field not in OF_THE_MIXER
         ]
         return [MIXER], [*(field for field in differing if not field.startswith(of_mixer)), *shared]
-    differing = [field for field in differing if not (field in one and one[field].is_derived)]
+    # the options of a kind belong to it, such as residual.n_streams to residual.kind
+    kinds = tuple(field.removesuffix("kind") for field in named if field.endswith(".kind") and field in differing)
+    differing = [
+        field
+        for field in differing
+        if not (field in one and one[field].is_derived)
+        and (field in named or not field.startswith(kinds) or (field in one and field in other))
+    ]
     whole = "*" in named
     compared = [field for field in differing if field in named or (whole and not field.startswith("training."))]
     return compared, [field for field in differing if field not in compared]

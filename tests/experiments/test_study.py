@@ -301,6 +301,19 @@ def test_entries_of_one_mixer_are_compared_by_what_they_set(planned):
     }
 
 
+def test_a_kind_stands_for_the_options_that_only_it_has(planned):
+    found = planned(
+        "entries:\n  streams: {model: {residual: {kind: hyper, n_streams: 2}}}\n"
+        "  scaled: {model: {residual: {kind: scalars}, dropout: 0.1}}\n",
+        study="base: retnet-tiny\nmodel: {n_layers: 1}\nmixers: [retention]\n",
+    )
+    assert differences(found) == {
+        "retention": ((), set()),
+        "streams": (("residual.kind", "residual.n_streams"), set()),
+        "scaled": (("residual.kind", "dropout"), set()),
+    }
+
+
 def test_the_mixer_is_not_compared_alone_if_the_rest_of_the_model_differs_too(planned):
     entry = (
         "{set: {model.blocks.ret.mixer: {kind: gla, n_heads: 4}, training.weight_decay: 0.0}, "

@@ -132,11 +132,13 @@ def test_a_state_goes_back(names):
     before = mixer(x[:, :3], return_state=True, **{name: each[:, :3] for name, each in values.items()})[1]
     segment = {name: each[:, 3:] for name, each in values.items()}
     after = mixer(x[:, 3:], before, return_state=True, **segment)[1]
+    one = mixer.rollback(x[:, 3:], before, after, 4, **segment)
+    after = mixer(x[:, 3:], before, return_state=True, **segment)[1]  # a cache that has gone back is not valid any more
     back = mixer.rollback(x[:, 3:], before, after, torch.tensor([2, 5]), **segment)
-    for row, end in enumerate((7, 4)):
+    for row, end, state in ((0, 7, back), (1, 4, back), (0, 5, one), (1, 5, one)):
         expected = mixer(x[:, :end], return_state=True, **{name: each[:, :end] for name, each in values.items()})[1]
         following = {name: each[:, :1] for name, each in values.items()}
-        ours, theirs = (mixer(x[:, :1], state, paradigm="recurrent", **following)[0] for state in (back, expected))
+        ours, theirs = (mixer(x[:, :1], each, paradigm="recurrent", **following)[0] for each in (state, expected))
         assert_close(ours[row], theirs[row], rtol=1e-9, atol=1e-9)
 
 
