@@ -9,6 +9,7 @@ from ..blocks import NORMS, RESIDUALS, BlockConfig, NormConfig, ResidualConfig
 from ..blocks.residual.plain import PlainConfig
 from ..registry import Config, choices_hint
 from .kv_sharing import KVSharing, kv_sources
+from .loop import Loop
 from .parametrization import CompleteP, Parametrization, Standard
 from .value_embeddings import ValueEmbeddings
 
@@ -62,6 +63,8 @@ class ModelConfig(Config):
     """True if the output projection shares the embedding's matrix."""
     value_embeddings: ValueEmbeddings | None = None
     """Vectors of the tokens that are added to the values of some layers' mixers; null for none."""
+    loop: Loop | None = None
+    """Options of layers that share a block, as iterations of a loop; null for none."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout probability for the embedding's output, in training."""
     init: PaperInit | NormalInit = Field(default=PaperInit(), discriminator="kind")
@@ -110,6 +113,33 @@ class ModelConfig(Config):
                     f"block {name}: set shared = false"
                 )
         return self
+
+    @model_validator(mode="after")
+    def _check_loop(self) -> Self:
+        if self.loop is None:
+            return self
+        counts = {name: self.layers.count(name) for name in self.shared_blocks}
+        if not counts:
+            raise ValueError("loop needs a block that several layers share: set shared = true in it")
+        if len(set(counts.values())) > 1:
+            uses = ", ".join(f"{name} {count}" for name, count in counts.items())
+            raise ValueError(f"loop needs shared blocks with equally many layers, got {uses}")
+        if self.residual.kind != "plain":
+            raise ValueError(f"loop needs the residual connection plain, got {self.residual.kind}")
+        return self
+
+    @property
+    def shared_blocks(self) -> tuple[str, ...]:
+        """Names of the blocks that several layers share, in the order of their first layers."""
+        names = dict.fromkeys(self.layers)
+        return tuple(name for name in names if self.blocks[name].shared and self.layers.count(name) > 1)
+
+    @property
+    def iterations(self) -> tuple[int, ...]:
+        """Indices of the layers with which the iterations of the loop begin; empty without a loop."""
+        if self.loop is None:
+            return ()
+        return tuple(layer for layer, name in enumerate(self.layers) if name == self.shared_blocks[0])
 
     @model_validator(mode="after")
     def _check_value_embeddings(self) -> Self:

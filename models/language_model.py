@@ -21,6 +21,7 @@ from ..ops.runtime.memo import Memo
 from ..registry import SeqmixError
 from .config import ModelConfig, NormalInit
 from .linear import onednn_linear
+from .loop import LoopStart
 from .loss import IGNORED, Reduction, capped, linear_cross_entropy, linear_predictions
 from .parametrization import Shape, initial_std, shapes_of
 from .readout import LastVector
@@ -69,6 +70,11 @@ class LanguageModel(nn.Module):
         """Index of the layer whose keys and values each layer reads; None for layers that have their own."""
         self.kv_donors = frozenset(source for source in self.kv_sources if source is not None)
         """Indices of the layers whose keys and values later layers read."""
+        self.loop = None if config.loop is None else LoopStart(config.loop, config.d_model, len(config.iterations))
+        if config.loop is not None and config.loop.scale:
+            for block, name in self.distinct_blocks.items():
+                if name in config.shared_blocks:
+                    block.residual_scale /= len(config.iterations)
         self.residual = config.residual.build_ends(config.d_model, n_layers=config.n_layers)
         self.readout = None if config.readout == "each" else LastVector(config.d_model, config.norm)
         self.norm = config.norm.build(config.d_model)
@@ -152,7 +158,7 @@ class LanguageModel(nn.Module):
 
         `assign` is called with a parameter, which may be sharded, and the full tensor to copy into it.
         """
-        for module in (self.embedding_norm, self.residual, self.readout, self.norm):
+        for module in (self.embedding_norm, self.loop, self.residual, self.readout, self.norm):
             if module is not None:
                 module.reset_parameters()
         names = [
@@ -308,8 +314,11 @@ class LanguageModel(nn.Module):
         x, *tables = x.split_with_sizes(self._widths, -1) if self.value_embeddings else (x,)
         token_values = dict(zip(self.config.value_layers, tables, strict=True))
         stream = self.residual.start(x)
+        iterations = self.config.iterations
         layers = zip(self.blocks, states, paradigms, self.kv_sources, strict=True)
         for layer, (block, before, layer_paradigm, kv_source) in enumerate(layers):
+            if self.loop is not None and layer in iterations:
+                stream = self.loop(stream, x, iterations.index(layer))
             call = partial(
                 block,
                 paradigm=layer_paradigm,

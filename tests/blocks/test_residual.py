@@ -136,6 +136,8 @@ def test_parameters_and_operations_are_counted(residual):
     more = sum(p.numel() for name, p in model.named_parameters() if "residual" in name)
     assert cost.parameters == plain.parameters + more
     assert (cost.flops_per_token > plain.flops_per_token) == (residual["kind"] != "scalars")
+    if residual["kind"] == "mudd":  # maps and sums of 2 and 3 outputs before layers, of 4 at the end
+        assert cost.flops_per_token - plain.flops_per_token == sum(4 * n * D + 2 * n * n for n in (2, 3, 4))
     if residual["kind"] == "hyper":  # the others add up sources, which is no product of matrices to torch
         with torch.no_grad():
             counted, before = (
@@ -381,6 +383,17 @@ def branches_of(model) -> list[Any]:
     return found
 
 
+def agrees(model, expected: torch.Tensor) -> None:
+    """Logits and gradients of all parameters are those of a formula."""
+    actual = model(tokens()).logits
+    assert_close(actual, expected)
+    above = torch.randn(expected.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    leaves = list(model.parameters())
+    theirs, ours = (torch.autograd.grad(y, leaves, above, allow_unused=True) for y in (expected, actual))
+    for mine, other in zip(ours, theirs, strict=True):
+        assert_close(*(torch.zeros(()) if each is None else each for each in (mine, other)), rtol=1e-6, atol=1e-9)
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 6])
 def test_attention_residuals_are_the_paper_s_formula(size):
     """Eq. 2 and 5 of arXiv 2603.15031: blocks of `size` branches; the sum of the open block is the last source."""
@@ -400,7 +413,7 @@ def test_attention_residuals_are_the_paper_s_formula(size):
             complete.append(sum(outputs))
             outputs = []
     last = attend(model.residual.choice.weight[0], complete + ([sum(outputs)] if outputs else []))
-    assert_close(model(tokens()).logits, model.norm(last) @ model.head.weight.T)
+    agrees(model, model.norm(last) @ model.head.weight.T)
 
 
 def sinkhorn_knopp(matrix: torch.Tensor, iterations: int) -> torch.Tensor:
@@ -417,7 +430,7 @@ def test_hyper_connections_are_the_papers_formulas(manifold):
     model = build({"kind": "hyper", "n_streams": n, "manifold": manifold, "eps": 1e-3}, spread=0.3)
     streams = [model.embedding.weight[tokens()]] * n
     for branch, connection in branches_of(model):
-        u = connection.weight.detach()
+        u = connection.weight
         s = connection.scale
         a, b, h = [None] * n, [None] * n, [[None] * n for _ in range(n)]
         every = shares(torch.cat(streams, -1), 1e-3)
@@ -437,7 +450,7 @@ def test_hyper_connections_are_the_papers_formulas(manifold):
         y = branch(sum(a[i][..., None] * streams[i] for i in range(n)))
         mixed = (sum(mixture[..., i, j, None] * streams[i] for i in range(n)) for j in range(n))
         streams = [x + b[j][..., None] * y for j, x in enumerate(mixed)]
-    assert_close(model(tokens()).logits, model.norm(sum(streams) / n) @ model.head.weight.T)
+    agrees(model, model.norm(sum(streams) / n) @ model.head.weight.T)
 
 
 def test_dynamic_dense_connections_are_the_paper_s_formula():
@@ -456,7 +469,7 @@ def test_dynamic_dense_connections_are_the_paper_s_formula():
         assert layer or block.mixer_residual.dense is None
         x = x + block.mixer(block.mixer_norm(x))[0]
         outputs.append(x + block.ffn(block.ffn_norm(x)))
-    assert_close(model(tokens()).logits, model.norm(mixed(model.residual.dense, outputs)) @ model.head.weight.T)
+    agrees(model, model.norm(mixed(model.residual.dense, outputs)) @ model.head.weight.T)
 
 
 def test_kinds_with_weights_for_each_layer_refuse_shared_blocks():
