@@ -14,13 +14,15 @@ from ...registry import Config, Registry
 
 HiddenMap = Callable[[Tensor], Tensor]
 """Map of the hidden layer of a network before the activation, [B T C] to [B T C]."""
-Activation = Literal["gelu", "gelu_tanh", "silu", "relu"]
+Activation = Literal["gelu", "gelu_tanh", "silu", "relu", "relu2"]
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "silu": F.silu,
     "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
 }
+"""Activation functions by name; `relu2` is the squared ReLU (Primer, arXiv 2109.08668)."""
 
 
 class FfnConfig(Config, ABC):

@@ -18,6 +18,7 @@ ACTIVATIONS = {
     "gelu_tanh": lambda x: x * (1 + torch.tanh((2 / math.pi) ** 0.5 * (x + 0.044715 * x**3))) / 2,
     "silu": lambda x: x / (1 + torch.exp(-x)),
     "relu": lambda x: torch.where(x > 0, x, 0.0),
+    "relu2": lambda x: torch.where(x > 0, x * x, 0.0),
 }
 
 
@@ -83,7 +84,7 @@ def test_linear_layers_start_as_torch_starts_them(config):
         ({"expansion": 0.0}, "expansion"),
         ({"expansion": -1.0}, "expansion"),
         ({"multiple_of": 0}, "multiple_of"),
-        ({"activation": "tanh"}, "'gelu', 'gelu_tanh', 'silu' or 'relu'"),
+        ({"activation": "tanh"}, "'gelu', 'gelu_tanh', 'silu', 'relu' or 'relu2'"),
     ],
 )
 def test_wrong_fields_are_refused(fields, words):
