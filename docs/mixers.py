@@ -67,6 +67,7 @@ FAMILIES = {
     "delta": "delta rule",
     "scan": "recurrences by channel",
     "cell": "sequential cells",
+    "ttt": "test-time training",
     "convolution": "long convolution",
 }
 """Names of the op families. A mixer belongs to the first family whose op its module imports, else to that of its

@@ -9,6 +9,7 @@ choice       softmax attention to chosen blocks or tokens: MoBA, NSA, DSA
 scan         recurrences with a vector state, element by element: Mamba, RG-LRU
 convolution  short and long causal convolutions
 cell         recurrences that are not linear in the state: sLSTM, M2RNN
+ttt          test-time training: memories that are trained on the tokens
 kernels      other backends (Triton, fla, FlexAttention, xformers), and how `auto` selects one
 """
 
