@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from ..data.kinds.text import Text
 from ..mixers.parts.choice import ChoiceMixer
+from ..mixers.parts.indexer import Indexer
 from ..models import LanguageModel
 from ..models.quantization import weights_of
 from ..registry import DataError, SeqmixError, replacing, require_name
@@ -139,7 +140,7 @@ def require_exportable(model: LanguageModel) -> None:
             raise SeqmixError(f"{mixer.kind} has no state and cannot be exported to ONNX, which decodes by states")
         if not mixer.traits.compiles:
             raise SeqmixError(f"{mixer.kind} declares compiles=False and cannot be traced, so not exported to ONNX")
-        if any(isinstance(part, ChoiceMixer) for part in mixer.modules()):
+        if any(isinstance(part, (ChoiceMixer, Indexer)) for part in mixer.modules()):
             raise SeqmixError(f"{mixer.kind} chooses the keys that it reads, which the export to ONNX does not support")
     if (quantised := weights_of(model)) is not None:
         raise SeqmixError(

@@ -87,6 +87,8 @@ SECTIONS: dict[str, tuple[str, ...]] = {
         "ops.attention.kv_cache.GrowingCache",
         "ops.attention.kv_cache.RingCache",
         "ops.attention.kv_cache.empty_cache",
+        "ops.choice.api",
+        "ops.choice.tokens.Index",
         "ops.scan.api",
         "ops.convolution.short",
         "ops.convolution.long",

@@ -15,7 +15,7 @@ topk.
 The state is a KV cache of one head that holds the index keys too. The parallel paradigm computes all scores and masks
 them; the other two read the chosen tokens. All score all index keys.
 
-Differences from the paper: keys and values are those of softmax attention, or of groups of heads, not latents. The
+Differences from the paper: keys and values are those of softmax attention; `latent_dsa` has latents, as the paper. The
 indexer's queries come from x, not from the latent of the queries. No Hadamard transform and no 8-bit numbers. Rotations
 turn neighbouring dimensions, as everywhere here; DeepSeek's indexer turns halves.
 """
@@ -23,7 +23,6 @@ turn neighbouring dimensions, as everywhere here; DeepSeek's indexer turns halve
 from typing import Literal
 
 from jaxtyping import Float
-from pydantic import Field
 from torch import Tensor
 
 from ..ops.attention import Cache
@@ -31,33 +30,13 @@ from ..ops.choice import choice_flops, index_attention
 from ..ops.runtime.call import Call
 from ..ops.runtime.paradigm import Paradigm
 from .parts.choice import ChoiceConfig, ChoiceMixer
-from .parts.indexer import Indexer
-from .traits import Traits
+from .parts.indexer import IndexedConfig, Indexer
 
 
-class DsaConfig(ChoiceConfig):
+class DsaConfig(IndexedConfig, ChoiceConfig):
     """DeepSeek sparse attention: softmax attention to the tokens that an indexer chooses."""
 
-    small = {"topk": 2, "index_heads": 2, "index_dim": 8}  # noqa: RUF012
     kind: Literal["dsa"] = "dsa"
-    topk: int = Field(default=2048, gt=0, examples=[3, 1])
-    """Tokens that a query reads."""
-    index_heads: int = Field(default=64, gt=0, examples=[1])
-    """Heads H_I of the indexer."""
-    index_dim: int = Field(default=128, ge=4, multiple_of=2, examples=[6])
-    """Width D_I of an index key; at least 4, as a LayerNorm of two numbers leaves nothing but their order."""
-
-    @property
-    def traits(self) -> Traits:
-        """Traits: all paradigms, a growing state, a loss of the indexer; positions count only by their distance."""
-        return Traits(
-            paradigms=frozenset(Paradigm),
-            state="growing",
-            packing=True,
-            shift_invariant=True,
-            auxiliary_loss=True,
-            surrogate_gradients=True,  # those of the state's index keys end at the indexer
-        )
 
     def build(self, d_model: int, *, layer_idx: int, n_layers: int) -> "Dsa":
         return Dsa(self, d_model)

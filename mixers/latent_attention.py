@@ -168,9 +168,7 @@ class LatentAttention(CachedMixer):
 
     def _attend_to_latents(self, q: Tensor, latents: Tensor, call: Call) -> tuple[Tensor, Cache | None]:
         """Attend to the latents directly, with queries of the width of the latents."""
-        to_keys, to_values = self._up_weight().split([self.key_dim, self.value_dim], dim=1)
-        plain, rotary_queries = q.split([self.key_dim, self.rotary_dim], dim=-1)
-        queries = torch.cat((torch.einsum("bthk,hkr->bthr", plain, to_keys), rotary_queries), dim=-1)
+        queries, to_values = self._absorb(q)
         output, final_state = softmax_attention(
             queries,
             latents,
@@ -181,6 +179,12 @@ class LatentAttention(CachedMixer):
             value_dims=self.rank,
         )
         return torch.einsum("bthr,hvr->bthv", output, to_values), final_state
+
+    def _absorb(self, q: Tensor) -> tuple[Float[Tensor, "B T H R+P"], Float[Tensor, "H V R"]]:
+        """Return queries as wide as the latents with their rotated key, and the map from latents to values."""
+        to_keys, to_values = self._up_weight().split([self.key_dim, self.value_dim], dim=1)
+        plain, rotary_queries = q.split([self.key_dim, self.rotary_dim], dim=-1)
+        return torch.cat((torch.einsum("bthk,hkr->bthr", plain, to_keys), rotary_queries), dim=-1), to_values
 
     def _up_weight(self) -> Float[Tensor, "H K+V R"]:
         """Return the matrix that maps latents to keys and values by head, with the effect of adapters and hooks."""
@@ -212,7 +216,7 @@ class LatentAttention(CachedMixer):
             + self.n_heads * softmax_flops(paradigm, length, *widths, **options)
         )
 
-    def kernels(self, dtype: torch.dtype) -> tuple[str, Probe]:
+    def kernels(self, dtype: torch.dtype) -> tuple[str, Probe] | None:
         return "softmax", Probe(
             device=self.device,
             dtype=dtype,

@@ -1,13 +1,51 @@
 """The indexer of DeepSeek sparse attention: queries, keys and weights by which tokens are chosen."""
 
+from typing import Any, ClassVar
+
 import torch
 from jaxtyping import Float, Int
+from pydantic import Field
 from torch import Tensor, nn
 
 from ...ops.choice import Index
 from ...ops.runtime.call import Call
+from ...ops.runtime.paradigm import Paradigm
+from ..contract import MixerConfig
 from ..roles import Role, RowBlock
+from ..traits import Traits
 from .rotary import rotated
+
+
+class IndexedConfig(MixerConfig):
+    """Fields of attention to the tokens that an indexer chooses."""
+
+    small: ClassVar[dict[str, Any]] = {"topk": 2, "index_heads": 2, "index_dim": 8}
+    """Fields of the example, so small that the short texts of checks have more tokens than a query reads."""
+    topk: int = Field(default=2048, ge=2, examples=[3])
+    """Tokens that a query reads; at least 2, as the indexer's loss over a single token is 0."""
+    index_heads: int = Field(default=64, gt=0, examples=[1])
+    """Heads H_I of the indexer."""
+    index_dim: int = Field(default=128, ge=4, multiple_of=2, examples=[6])
+    """Width D_I of an index key; at least 4, as a LayerNorm of two numbers leaves nothing but their order."""
+
+    paradigm: Paradigm = Field(default=Paradigm.PARALLEL, strict=False)
+    """Paradigm of training and evaluation."""
+
+    @classmethod
+    def example_fields(cls) -> dict[str, Any]:
+        return super().example_fields() | cls.small
+
+    @property
+    def traits(self) -> Traits:
+        """Traits: all paradigms, a growing state, a loss of the indexer; positions count only by their distance."""
+        return Traits(
+            paradigms=frozenset(Paradigm),
+            state="growing",
+            packing=True,
+            shift_invariant=True,
+            auxiliary_loss=True,
+            surrogate_gradients=True,  # those of the state's index keys end at the indexer
+        )
 
 
 class Indexer(nn.Module):

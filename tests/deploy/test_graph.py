@@ -42,7 +42,7 @@ SMALL_PRESETS = [
 """Presets of which one layer of each kind is exported in seconds; those left out are models of one mixer."""
 
 
-CHOICES = ["moba", "nsa", "dsa"]
+CHOICES = ["moba", "nsa", "dsa", "latent_dsa"]
 """Mixers that choose keys, which are not exported."""
 
 

@@ -9,6 +9,8 @@ from seqmix import build_model, load_config
 from seqmix.mixers import Paradigm
 from seqmix.mixers.attention import AttentionConfig
 from seqmix.mixers.dsa import DsaConfig
+from seqmix.mixers.latent_attention import LatentAttentionConfig
+from seqmix.mixers.latent_dsa import LatentDsaConfig
 from seqmix.mixers.moba import MobaConfig
 from seqmix.mixers.traits import ContractError
 
@@ -29,13 +31,17 @@ def tokens(length=T):
 
 @every_paradigm
 @pytest.mark.parametrize(
-    "config",
-    [MobaConfig(**HEADS, block_size=4, topk=6), DsaConfig(**HEADS, topk=T, index_heads=2, index_dim=4)],
-    ids=["moba", "dsa"],
+    ("config", "of"),
+    [
+        (MobaConfig(**HEADS, block_size=4, topk=6), AttentionConfig(**HEADS)),
+        (DsaConfig(**HEADS, topk=T, index_heads=2, index_dim=4), AttentionConfig(**HEADS)),
+        (LatentDsaConfig(n_heads=3, topk=T, index_heads=2, index_dim=4), LatentAttentionConfig(n_heads=3)),
+    ],
+    ids=["moba", "dsa", "latent_dsa"],
 )
-def test_it_is_attention_where_nothing_is_left_out(config, paradigm):
+def test_it_is_attention_where_nothing_is_left_out(config, of, paradigm):
     """With attention's parameters by name: the two can be exchanged in a trained model."""
-    mixer, attention = build(config), build(AttentionConfig(**HEADS))
+    mixer, attention = build(config), build(of)
     missing = attention.load_state_dict(mixer.state_dict(), strict=False).missing_keys
     assert not missing
     x = tokens()
@@ -45,6 +51,8 @@ def test_it_is_attention_where_nothing_is_left_out(config, paradigm):
 def test_fields_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="n_kv_heads must divide n_heads = 4, got 3: choose one of"):
         MobaConfig(n_heads=4, n_kv_heads=3)
+    with pytest.raises(ValueError, match="latent_dsa chooses among all tokens, got a window"):
+        LatentDsaConfig(n_heads=2, window=4)
     with pytest.raises(ContractError, match="even head_dim, got 3: set head_dim, or positions = none"):
         MobaConfig(n_heads=8).build(D_MODEL, layer_idx=0, n_layers=1)
 
@@ -88,8 +96,9 @@ def test_the_loss_of_the_indexer_is_its_papers(paradigm):
 
 
 @every_paradigm
-def test_the_indexer_learns_from_its_loss_alone_and_nothing_else_does(paradigm):
-    mixer = build(DsaConfig(**HEADS, **DSA))
+@pytest.mark.parametrize("config", [DsaConfig(**HEADS, **DSA), LatentDsaConfig(n_heads=3, q_lora_rank=7, **DSA)])
+def test_the_indexer_learns_from_its_loss_alone_and_nothing_else_does(config, paradigm):
+    mixer = build(config)
     x = tokens().requires_grad_()
     losses = []
     y, _ = mixer(x, paradigm=paradigm, losses=losses)
