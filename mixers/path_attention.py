@@ -14,7 +14,7 @@ is written anew at each step, with float32 keys, and has no earlier state: going
 library fla (flash-linear-attention) also multiplies the sums of log gates by 1/sqrt(K), unlike FoX and this layer.
 """
 
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -158,13 +158,13 @@ class PathAttention(CachedMixer):
     def _cast(self, cache: Cache) -> Cache:
         """Return the cache with wide keys, and values in the parameters' dtype."""
         keys = key_cache(cache)
-        cast: KeyCache = keys._replace(keys=keys.keys.to(self.state_dtype), values=keys.values.to(self.dtype))
-        return cache._replace(cache=cast) if isinstance(cache, ForgettingCache) else cast
+        wide: KeyCache = keys._replace(keys=keys.keys.to(self.state_dtype), values=keys.values.to(self.dtype))
+        return cache._replace(cache=wide) if isinstance(cache, ForgettingCache) else wide
 
     def init_state(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, batch_size: int, *, max_length: int | None = None
     ) -> PathState:
-        cache = self._cast(super().init_state(batch_size, max_length=max_length))
+        cache = self._cast(cast("Cache", super().init_state(batch_size, max_length=max_length)))
         convolution = self.convolution
         recent = self._no_recent(batch_size) if convolution is None else convolution.init_state(batch_size)
         return PathState(cache, recent)
@@ -172,7 +172,7 @@ class PathAttention(CachedMixer):
     def resize_state(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, state: PathState, max_length: int | None
     ) -> PathState:
-        return PathState(super().resize_state(state.cache, max_length), state.recent)
+        return PathState(cast("Cache", super().resize_state(state.cache, max_length)), state.recent)
 
     def rollback(self, x: Any, before: Any, after: Any, tokens: Any, **options: Any) -> Any:
         # the cache has lost the keys of earlier states
