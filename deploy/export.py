@@ -142,6 +142,8 @@ def require_exportable(model: LanguageModel) -> None:
             raise SeqmixError(f"{mixer.kind} declares compiles=False and cannot be traced, so not exported to ONNX")
         if any(isinstance(part, (ChoiceMixer, Indexer)) for part in mixer.modules()):
             raise SeqmixError(f"{mixer.kind} chooses the keys that it reads, which the export to ONNX does not support")
+        if any(isinstance(part, PathAttention) for part in mixer.modules()):
+            raise SeqmixError("path_attention solves triangular systems, which the export to ONNX does not support")
     if (quantised := weights_of(model)) is not None:
         raise SeqmixError(
             f"a model with {quantised} weights cannot be exported to ONNX, which has formats of its own: export the "

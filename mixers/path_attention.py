@@ -10,8 +10,9 @@
     forget_gate    s_nm += sum_{m < l <= n} log f_l      f = sigmoid(x W_F + b), one scalar per query head (PaTH-FoX)
 
 With beta = 0 it is attention without positions. Every token changes the keys of all tokens before it, so the KV cache
-is written anew at each step, with float32 keys, and has no earlier state: going back reads the tokens again. The
-library fla (flash-linear-attention) also multiplies the sums of log gates by 1/sqrt(K), unlike FoX and this layer.
+is written anew at each step, with float32 keys, and has no earlier state: going back reads the tokens again, and
+processes cannot share a sequence (context parallelism). The library fla (flash-linear-attention) also multiplies the
+sums of log gates by 1/sqrt(K), unlike FoX and this layer.
 """
 
 from typing import Any, ClassVar, Literal, NamedTuple, cast
@@ -38,7 +39,6 @@ class PathAttentionConfig(MixerConfig):
     """PaTH: softmax attention in which the tokens between a key and a query transform the key."""
 
     kind: Literal["path_attention"] = "path_attention"
-    window: ClassVar[None] = None
     n_heads: int = Field(gt=0, examples=[2, 1, 6])
     """Number of query heads."""
     n_kv_heads: int | None = Field(default=None, gt=0, examples=[1])
@@ -177,6 +177,10 @@ class PathAttention(CachedMixer):
     def rollback(self, x: Any, before: Any, after: Any, tokens: Any, **options: Any) -> Any:
         # the cache has lost the keys of earlier states
         return SequenceMixer.rollback(self, x, before, after, tokens, **options)
+
+    @property
+    def cache_window(self) -> None:
+        return None
 
     @property
     def projections(self) -> dict[str, Float[Tensor, "H _ D"]]:

@@ -32,6 +32,7 @@ OPTIONS = [
     {"kind": "attention", "positions": "xpos", "gate": "sigmoid"},
     {"kind": "retention", "learnable_decay": True, "rotation": "rope"},
     {"kind": "delta_product", "n_steps": 3},
+    {"kind": "gated_delta_net", "precondition": 1.5},
 ]
 MODELS = {file.stem: load_config(file.stem).model for file in sorted(PRESETS.glob("*.yaml"))}
 SMALL_PRESETS = [
@@ -52,8 +53,13 @@ def test_a_mixer_that_chooses_keys_is_refused(kind):
     assert f"{kind} chooses the keys that it reads" in refusal(lambda: require_exportable(model))
 
 
+def test_path_attention_is_refused():
+    model = model_of("retention", {"kind": "path_attention"})
+    assert "path_attention solves triangular systems" in refusal(lambda: require_exportable(model))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [kind for kind in MIXERS.kinds() if kind not in CHOICES])
+@pytest.mark.parametrize("kind", [kind for kind in MIXERS.kinds() if kind not in [*CHOICES, "path_attention"]])
 def test_the_graph_of_every_mixer(kind):
     layers = 2 if kind == "rwkv7" else 1  # its second layer mixes in values of the first
     model = model_of(*[kind] * layers)

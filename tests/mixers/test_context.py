@@ -54,7 +54,6 @@ MIXERS_OF_ALL_OPS = (
     ("attention", {"n_heads": 2, "forget_gate": True, "sinks": True, "softcap": 2.0, "chunk_size": 3}),
     ("attention", {"n_heads": 2, "forget_gate": True, "positions": "alibi", "window": 4}),
     ("latent_attention", {"n_heads": 2, "chunk_size": 3}),
-    ("path_attention", {"n_heads": 2, "n_kv_heads": 1, "forget_gate": True, "chunk_size": 3}),
     ("hyena", {"short_conv": 4}),
     ("seqmix_mingru:MinGRUConfig", {}),  # knows nothing of context parallelism
     # states of any dtype, and a learned beginning
@@ -102,9 +101,10 @@ def test_the_sequential_fallback_serves_any_mixer(ranks, kind, fields):
     ranks("mixer_as_one", kind, fields, cases, in_turn=True)
 
 
-def test_a_growing_state_has_no_fallback(ranks):
-    with pytest.raises(AssertionError, match=r"hyena.*context_parallel"):
-        ranks("mixer_as_one", "hyena", {}, [{"paradigm": "recurrent", **CASES[0]}], in_turn=True)
+@pytest.mark.parametrize(("kind", "fields"), [("hyena", {}), ("path_attention", {"n_heads": 2})])
+def test_a_growing_state_has_no_fallback(ranks, kind, fields):
+    with pytest.raises(AssertionError, match=rf"{kind}.*context_parallel"):
+        ranks("mixer_as_one", kind, fields, [{"paradigm": "recurrent", **CASES[0]}], in_turn=True)
 
 
 def test_wrong_document_boundaries_are_refused(ranks):
