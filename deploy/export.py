@@ -1,14 +1,13 @@
 """Export of a trained model to one ONNX file, which runs without seqmix: in ONNX Runtime, and in a browser."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 from ..data.kinds.text import Text
-from ..mixers.parts.choice import ChoiceMixer
-from ..mixers.parts.indexer import Indexer
+from ..mixers import SequenceMixer
 from ..models import LanguageModel
 from ..models.quantization import weights_of
 from ..registry import DataError, SeqmixError, replacing, require_name
@@ -123,6 +122,17 @@ def require_packages(purpose: str, *packages: str) -> None:
         raise SeqmixError(f"{purpose} needs the packages {', '.join(missing)}: pip install 'seqmix[onnx]'")
 
 
+UNTRANSLATED: Mapping[str, str] = {
+    **dict.fromkeys(
+        ("moba", "nsa", "dsa", "latent_dsa"), "it chooses the keys that it reads, which has no ONNX function"
+    ),
+    **dict.fromkeys(("m2rnn", "slstm"), "its cell has no ONNX function"),
+    "path_attention": "its triangular systems have no ONNX function",
+    "ttt": "the number of its mini-batches depends on the length of the text, which is a symbol in the graph",
+}
+"""Built-in mixers that cannot be exported, each with the reason."""
+
+
 def require_exportable(model: LanguageModel) -> None:
     """Raise a SeqmixError, by the name of the mixer, if a model cannot become one graph with states.
 
@@ -138,12 +148,11 @@ def require_exportable(model: LanguageModel) -> None:
         mixer = block.mixer
         if not mixer.traits.has_state:
             raise SeqmixError(f"{mixer.kind} has no state and cannot be exported to ONNX, which decodes by states")
+        for part in mixer.modules():
+            if isinstance(part, SequenceMixer) and (reason := UNTRANSLATED.get(part.kind)) is not None:
+                raise SeqmixError(f"{part.kind} cannot be exported to ONNX: {reason}")
         if not mixer.traits.compiles:
             raise SeqmixError(f"{mixer.kind} declares compiles=False and cannot be traced, so not exported to ONNX")
-        if any(isinstance(part, (ChoiceMixer, Indexer)) for part in mixer.modules()):
-            raise SeqmixError(f"{mixer.kind} chooses the keys that it reads, which the export to ONNX does not support")
-        if any(isinstance(part, PathAttention) for part in mixer.modules()):
-            raise SeqmixError("path_attention solves triangular systems, which the export to ONNX does not support")
     if (quantised := weights_of(model)) is not None:
         raise SeqmixError(
             f"a model with {quantised} weights cannot be exported to ONNX, which has formats of its own: export the "

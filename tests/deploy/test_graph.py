@@ -17,7 +17,7 @@ from seqmix.training import PRESETS
 if not all(map(find_spec, NEEDED)):
     pytest.skip("needs pip install 'seqmix[onnx]'", allow_module_level=True)
 
-from seqmix.deploy.export import require_exportable
+from seqmix.deploy.export import UNTRANSLATED, require_exportable
 from seqmix.deploy.session import OnnxModel
 from seqmix.deploy.states import layout_of
 
@@ -43,23 +43,8 @@ SMALL_PRESETS = [
 """Presets of which one layer of each kind is exported in seconds; those left out are models of one mixer."""
 
 
-CHOICES = ["moba", "nsa", "dsa", "latent_dsa"]
-"""Mixers that choose keys, which are not exported."""
-
-
-@pytest.mark.parametrize("kind", CHOICES)
-def test_a_mixer_that_chooses_keys_is_refused(kind):
-    model = model_of("retention", {"kind": kind})
-    assert f"{kind} chooses the keys that it reads" in refusal(lambda: require_exportable(model))
-
-
-def test_path_attention_is_refused():
-    model = model_of("retention", {"kind": "path_attention"})
-    assert "path_attention solves triangular systems" in refusal(lambda: require_exportable(model))
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [kind for kind in MIXERS.kinds() if kind not in [*CHOICES, "path_attention"]])
+@pytest.mark.parametrize("kind", [kind for kind in MIXERS.kinds() if kind not in UNTRANSLATED])
 def test_the_graph_of_every_mixer(kind):
     layers = 2 if kind == "rwkv7" else 1  # its second layer mixes in values of the first
     model = model_of(*[kind] * layers)
@@ -67,6 +52,12 @@ def test_the_graph_of_every_mixer(kind):
     check_segments(OnnxModel.from_bytes(graph.SerializeToString()), model)
     (row,) = re.findall(rf"^\| `{kind}` \|(.*)\|$", PAGE.read_text(), re.MULTILINE)
     assert {node.op_type for node in graph.graph.node} & OPERATORS == set(re.findall(r"`(\w+)`", row))
+
+
+@pytest.mark.parametrize("kind", UNTRANSLATED)
+def test_mixers_without_a_translation_are_refused(kind):
+    expected = f"{kind} cannot be exported to ONNX: {UNTRANSLATED[kind]}"
+    assert expected in refusal(lambda: require_exportable(model_of(kind)))
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ RATES = (
     *("A_log", "A_imag", "dt_bias", "log_step", "D", "C", "bound", "rate", r"time_\w+", "logit", "ridge"),
     *("sinks", "exclusion", "shift", r"mix_\w", r"token_mix\.weight", "removed", "replaced", "bonus", "skip"),
     *("frequency", r"\w*norm\w*", r"\w*bias", r"(convolution|\w*norm)\.\w+", r"filter\w+\.\w+(\.\w+)?"),
-    *("center", "(output_)?feedback", "[qk]_weight"),
+    *("center", "(output_)?feedback", "[qk]_weight", "step_factor", r"initial_\w+\.\d"),
 )
 NOT_DECAYED = re.compile(rf"(^|\.)({'|'.join(RATES)})$")
 """Names that authors' code exempts from weight decay: rates, biases, norms, filters and factors by channel."""
