@@ -13,10 +13,12 @@ ones of t and the new token join into the next level, as digits do when 1 is add
 The same holds for segments. With S^l the levels at position p, a token t >= p reads S^l with lambda at level
 max(l(t, p), l), and after the segment, at position n, S^l is part of level max(l(n, p), l), and token j of level
 l(n, j). A chunk is such a segment, computed as one T x T matrix and one product with the L states: the chunkwise
-paradigm has C tokens per chunk, the recurrent one, and the parallel T. Packed documents are one segment, which is
-quadratic in T in every paradigm.
+paradigm has C tokens per chunk, the recurrent one, and the parallel T. Packed documents are computed one after another;
+where their boundaries are not known, on a GPU and in compiled code, they are one segment, which is quadratic in T.
 """
 
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -66,18 +68,20 @@ def log_linear(
     heads = v.shape[2]
     with no_autocast(q.device):
         q, k = (y.to(wide).repeat_interleave(heads // y.shape[2], dim=2).transpose(1, 2) for y in (q, k))
-        v, a, scales = (y.to(wide).transpose(1, 2) for y in (v, log_decay, level_scales))
-        tokens = Tokens(scale * q, k, v, a, scales)
+        v, a = (y.to(wide).transpose(1, 2) for y in (v, log_decay))
+        tokens = Tokens(scale * q, k, v, a, level_scales.to(wide))
         state = None if call.state is None else call.state.to(wide)
         if call.documents is None:
             output, state = _in_chunks(tokens, state, position, call)
+        elif call.documents.boundaries is not None:
+            output, state = _one_by_one(tokens, state, position, call.documents.boundaries, call)
         else:
             output, state = _packed(tokens, state, position, call.documents, call.return_state)
     return LogLinearOutput(output.transpose(1, 2).to(dtype), state)
 
 
 class Tokens(NamedTuple):
-    """Inputs of a segment, by head, in the dtype of states."""
+    """Inputs of a segment in the dtype of states, by head except for the factors of levels."""
 
     q: Tensor
     """Queries times scale [B H T K]."""
@@ -88,12 +92,18 @@ class Tokens(NamedTuple):
     a: Tensor
     """Natural log of the decays [B H T]."""
     scales: Tensor
-    """Factors of the levels [B H T L]."""
+    """Factors of the levels [B T H L]."""
+
+    def split(self, size: int | list[int]) -> "list[Tokens]":
+        """Return the inputs of segments of `size` tokens, of which the last may be shorter, or of these sizes."""
+        by_head = (y.split(size, dim=2) for y in self[:4])
+        return [Tokens(*parts) for parts in zip(*by_head, self.scales.split(size, dim=1), strict=True)]
 
     def scale_of(self, level: Tensor) -> Tensor:
         """Return the factor of a token [B H T X] at levels [B|1 T X]."""
-        last = self.scales.shape[-1] - 1  # of positions that are refused
-        return self.scales.gather(-1, level.clamp(max=last)[:, None].expand(*self.q.shape[:2], -1, -1))
+        batch, _, heads, levels = self.scales.shape
+        level = level.clamp(max=levels - 1)  # higher ones are those of positions that are refused
+        return self.scales.gather(-1, level[:, :, None].expand(batch, -1, heads, -1)).transpose(1, 2)
 
 
 def bit_length(x: Int[Tensor, "*batch"], most: int) -> Int[Tensor, "*batch"]:
@@ -151,8 +161,7 @@ def _in_chunks(x: Tokens, state: Tensor | None, position: Tensor | None, call: C
     outputs = []
     done = 0
     # split, so that the backward pass joins the chunks' gradients once
-    chunks = [x] if chunk >= length else map(Tokens._make, zip(*(y.split(chunk, dim=2) for y in x), strict=True))
-    for c in chunks:
+    for c in [x] if chunk >= length else x.split(chunk):
         size = c.q.shape[2]
         done += size
         t = start[:, None] + torch.arange(size, device=start.device)
@@ -178,10 +187,30 @@ def _in_chunks(x: Tokens, state: Tensor | None, position: Tensor | None, call: C
     return torch.cat(outputs, dim=2), state if call.return_state else None
 
 
+def _one_by_one(
+    x: Tokens, state: Tensor | None, position: Tensor | None, boundaries: Sequence[int], call: Call
+) -> tuple[Tensor, Tensor | None]:
+    """Return output [1 H T V] and final states of packed documents, one after another."""
+    sizes = [stop - start for start, stop in pairwise(boundaries)]
+    levels = x.scales.shape[-1]
+    if state is None:
+        state = x.k.new_zeros(len(sizes), x.k.shape[1], levels, x.k.shape[3], x.v.shape[3])
+    outputs = []
+    finals = []
+    for n, (document, before) in enumerate(zip(x.split(sizes), state.split(1), strict=True)):
+        after = before
+        if sizes[n]:
+            first = None if position is None else position[n : n + 1]
+            output, after = _in_chunks(document, before, first, call)
+            outputs.append(output)
+        finals.append(after)
+    return torch.cat(outputs, dim=2), torch.cat(finals) if call.return_state else None
+
+
 def _packed(
     x: Tokens, state: Tensor | None, position: Tensor | None, documents: Documents, return_state: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Return output [1 H T V] and final states of packed documents, as one segment."""
+    """Return output [1 H T V] and final states of packed documents whose boundaries are not known, as one segment."""
     levels = x.scales.shape[-1]
     level = torch.arange(1, levels + 1, device=x.q.device)
     boundaries = documents.cu_seqlens.to(torch.int64)

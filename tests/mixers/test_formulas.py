@@ -112,6 +112,7 @@ ELSEWHERE = {
     "channel_mix",
     "hyena",
     "latent_attention",
+    "log_linear",
     "mamba2",
     "mamba3",
     "parallel_hybrid",

@@ -142,3 +142,17 @@ def test_a_text_that_is_too_long_for_its_levels_is_refused(paradigm):
     message = r"log_linear with levels = 12 reads at most 2048 tokens, got 2049: set levels = 13$"
     with pytest.raises(ContractError, match=message):
         mixer(x[:, 1:], state, paradigm=paradigm)
+
+
+@pytest.mark.parametrize("continued", [False, True])
+def test_documents_of_unknown_boundaries_are_one_segment(continued):
+    arguments = [x[:1] for x in inputs()]
+    state = torch.randn(4, H, L, K, V, dtype=torch.float64) if continued else None
+    position = torch.tensor([3, 0, 8, 1]) if continued else None
+    call = Call.of(Paradigm.CHUNKWISE, T, state, True, torch.tensor([0, 5, 5, 30, T]), chunk_size=8)
+    unknown = call._replace(documents=call.documents._replace(boundaries=None))  # as on a GPU, or in compiled code
+    exactly(tuple(log_linear(*arguments, position, unknown)), tuple(log_linear(*arguments, position, call)))
+
+
+def test_the_rates_of_levels_start_at_one():
+    assert (LogLinearConfig(head_dim=6, d_state=5).build(12, layer_idx=0, n_layers=1).level_rate == 1).all()

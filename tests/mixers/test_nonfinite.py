@@ -15,7 +15,7 @@ LENGTHS = (5, 70, 3, 0, 22)  # more than a chunk; an empty one
 BOUNDARIES = [0, *itertools.accumulate(LENGTHS)]
 D_MODEL = 24
 DECAY = ("gated_retention", "gla", "gsa", "hgrn2", "lightning", "linear_attention", "mamba2", "mamba3", "mlstm")
-WITH_DECAY_OP = (*DECAY, "retention", "rwkv6", "parallel_hybrid")
+WITH_DECAY_OP = (*DECAY, "mesa_net", "retention", "rwkv6", "parallel_hybrid")
 SPREADS = dict.fromkeys(
     ((kind, Paradigm.PARALLEL) for kind in WITH_DECAY_OP),
     "the decay op multiplies one matrix of scores of the whole row by zeros, and 0 times nan is nan",

@@ -17,7 +17,7 @@ from seqmix.training import PRESETS, TrainingConfig, load_config
 from seqmix.training.optimizer import build_optimizer
 
 RATES = (
-    *("A_log", "A_imag", "dt_bias", "log_step", "D", "C", "bound", "rate", r"time_\w+", "logit", "ridge"),
+    *("A_log", "A_imag", "dt_bias", "log_step", "D", "C", "bound", "rate", r"time_\w+", "logit", "ridge", "level_rate"),
     *("sinks", "exclusion", "shift", r"mix_\w", r"token_mix\.weight", "removed", "replaced", "bonus", "skip"),
     *("frequency", r"\w*norm\w*", r"\w*bias", r"(convolution|\w*norm)\.\w+", r"filter\w+\.\w+(\.\w+)?"),
     *("center", "(output_)?feedback", "[qk]_weight", "step_factor", r"initial_\w+\.\d"),
