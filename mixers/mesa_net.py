@@ -16,6 +16,7 @@ the mixer then declares surrogate gradients. Projections, gates and their start 
 always float32 or wider: in 16 bits, G would not stay positive definite.
 """
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -23,7 +24,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..ops.decay import DECAY, decay
+from ..ops.decay import decay
 from ..ops.ridge import ridge_flops, ridge_solve
 from .parts import QKV, Call, Paradigm, QKVConfig, QKVMixer, RecurrenceOutput, ShortConv
 from .parts.qkv import Affine, OutputGate
@@ -59,13 +60,7 @@ class MesaNetConfig(QKVConfig):
     @property
     def traits(self) -> Traits:
         """Traits of the decay family; gradients are exact if the iterations converge."""
-        return Traits(
-            paradigms=DECAY.paradigms,
-            state="constant",
-            packing=True,
-            shift_invariant=True,
-            surrogate_gradients=self.iterations is not None,
-        )
+        return replace(super().traits, surrogate_gradients=self.iterations is not None)
 
     def build(self, d_model: int, *, layer_idx: int, n_layers: int) -> "MesaNet":
         return MesaNet(self, d_model)

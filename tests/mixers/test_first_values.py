@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from feature_cases import mixers_with, require_property
+from feature_cases import BUILT_IN, mixers_with, require_property
 from mutants.specimen import Specimen, SpecimenConfig
 from torch import Tensor, nn
 
-from seqmix import ContractError
+from seqmix import MIXERS, ContractError
 from seqmix.mixers.attention import AttentionConfig
 from seqmix.mixers.contract import SequenceMixer
 from seqmix.mixers.delta_product import DeltaProductConfig
@@ -137,6 +137,14 @@ OPTIONAL = [
 @pytest.mark.parametrize("config", OPTIONAL, ids=lambda config: config.kind)
 def test_values_from_outside_are_read_with_their_tokens(config):
     require_property(first_values_are_read_with_their_tokens, config, DRAW, has_values, examples=6)
+
+
+@pytest.mark.parametrize("kind", BUILT_IN)
+def test_the_option_is_the_trait(kind):
+    config = MIXERS.resolve(kind)
+    if "value_residual" in config.model_fields:
+        on, off = (config(**config.example_fields(), value_residual=each) for each in (True, False))
+        assert (on.traits.value_residual, off.traits.value_residual) == (True, False)
 
 
 @mixers_with(has_values)
