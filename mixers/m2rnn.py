@@ -8,8 +8,8 @@
 
 The state goes through tanh at every token, so that tokens can only be computed one after another: the recurrent
 paradigm is the only one. In exchange, the paper finds that the layer tracks states, such as permutations, also in texts
-that are longer than those it was trained on. Everything around the recurrence is that of Mamba-2, with many heads of few values, which
-share one query and one key (`n_groups: 1`).
+that are longer than those it was trained on. Everything around the recurrence is that of Mamba-2, with many heads of
+few values, which share one query and one key (`n_groups: 1`).
 
 Differences from the authors' code: D is one scalar per head, not one per channel, and gradients of states are not
 clipped inside the recurrence, which would make them those of another function; training clips the norm of the whole
