@@ -8,7 +8,7 @@ import torch
 from fla_oracles import agree, loaded, needs_fla
 
 from seqmix.mixers import Paradigm
-from seqmix.ops.attention import softmax_attention
+from seqmix.ops.attention import GrowingCache, empty_cache, softmax_attention
 from seqmix.ops.choice import Index, block_attention, index_attention, native_sparse_attention
 from seqmix.ops.choice.scores import choose, exact_products, exact_softmax, tree_sum
 from seqmix.registry import SeqmixError
@@ -153,6 +153,19 @@ def test_blocks_begin_with_a_document(paradigm):
         if start < stop:
             alone, _ = block_attention(*(x[:, start:stop] for x in (q, k, v)), **options)
             assert torch.equal(packed[:, start:stop], alone)
+
+
+@every_paradigm
+def test_blocks_are_counted_from_the_first_token_even_if_the_cache_lacks_it(paradigm):
+    q, k, v = inputs(21)
+    state = empty_cache(GrowingCache, 2, 0, (G, K, 21), q)._replace(length=torch.tensor([6, 9]))
+    options = {"block_size": L, "topk": 1, "paradigm": paradigm, "chunk_size": 5}
+    weights, _ = block_attention(q, k, v, initial_state=state, output_final_state=True, **options)
+    token = torch.arange(21)
+    for row, read in enumerate((6, 9)):
+        block = (token + read) // L
+        seen = (block[:, None] == block) & (token <= token[:, None])
+        assert torch.equal(weights[row, :, 0] > 0, seen)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
