@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from ..ops.fenwick import log_linear, log_linear_flops
 from ..ops.runtime.packing import require_async
 from .mamba2 import Mamba2, Mamba2Config
-from .parts import Call, Paradigm
+from .parts import Call, Paradigm, RecurrenceOutput
 from .parts.widths import heads_of
 from .roles import Role
 from .traits import ContractError, Traits
@@ -95,13 +95,13 @@ class LogLinear(Mamba2):
         dt: Float[Tensor, "B T H"],
         more: list[Tensor],
         call: Call,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> RecurrenceOutput:
         wide = self.state_dtype
         step, log_decay = self.decay(dt)
         v = (step[..., None] * u).to(u.dtype)
         scales = F.softplus(more[0].to(wide).unflatten(-1, (self.n_heads, -1)) * self.level_rate.to(wide))
         position = None if call.state is None else call.state.position
-        return log_linear(q, k, v, log_decay, scales, position, call.enter("memory"))
+        return RecurrenceOutput(*log_linear(q, k, v, log_decay, scales, position, call.enter("memory")))
 
     def _require_positions(self, x: Tensor, call: Call) -> None:
         """Refuse texts that are longer than the levels allow.

@@ -15,7 +15,7 @@ processes cannot share a sequence (context parallelism). The library fla (flash-
 sums of log gates by 1/sqrt(K), unlike FoX and this layer.
 """
 
-from typing import Any, ClassVar, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from jaxtyping import Float, Int

@@ -149,7 +149,7 @@ def test_a_row_at_its_start_is_not_changed_by_one_that_continues(backend):
     both = slstm(gates.expand(2, -1, -1, -1), recurrent, backend=backend, initial_state=(memory, weight))
     assert alone.output.isfinite().all()
     torch.testing.assert_close(both.output[:1], alone.output)
-    assert not torch.allclose(both.output[1:], alone.output)
+    assert (both.output[1:] - alone.output).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("kind", ["slstm", "m2rnn"])

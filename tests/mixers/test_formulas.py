@@ -110,15 +110,22 @@ def cases():
 ELSEWHERE = {
     "attention",
     "channel_mix",
+    "dsa",
     "hyena",
     "latent_attention",
+    "latent_dsa",
     "log_linear",
+    "m2rnn",
     "mamba2",
     "mamba3",
+    "moba",
+    "nsa",
     "parallel_hybrid",
     "path_attention",
     "rwkv6",
     "rwkv7",
+    "slstm",
+    "ttt",
 }
 """What has tests of its own, as the mixers of the scan family have."""
 
