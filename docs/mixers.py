@@ -65,8 +65,8 @@ FAMILIES = {
     "decay": "linear attention and decays",
     "fenwick": "linear attention and decays",
     "delta": "delta rule",
-    "scan": "recurrences by channel",
     "cell": "sequential cells",
+    "scan": "recurrences by channel",
     "ttt": "test-time training",
     "convolution": "long convolution",
 }
