@@ -1,5 +1,6 @@
 """The site builds without a warning, its search finds what readers look for, and its formulas are MathML and true."""
 
+import contextlib
 import json
 import re
 import runpy
@@ -7,6 +8,7 @@ from html import unescape
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from seqmix.mixers.state import to_dict
 from seqmix.training.presets import single_kind_presets
@@ -71,7 +73,9 @@ def test_the_formula_of_a_state_is_its_size(preset):
     config = model.blocks[model.layers[0]].mixer
     if config.kind not in page["MATHEMATICS"]:
         pytest.skip("its equations are shown as code")
-    varied = [config] + [config.model_copy(update=change) for change in ({"window": 16},) if hasattr(config, "window")]
+    varied = [config]
+    with contextlib.suppress(ValidationError):  # there is no window, or the mixer refuses it
+        varied.append(type(config)(**config.model_dump() | {"window": 16}))
     for mixer in varied:
         for tokens in (8, 64):
             state = mixer.build(model.d_model, layer_idx=0, n_layers=1).init_state(1, max_length=tokens)

@@ -52,6 +52,11 @@ class Preconditioner(nn.Module):
         self.decay.reset_parameters()
         nn.init.constant_(self.center, -0.2)
 
+    def set_reach(self, tokens: Float[Tensor, " H"]) -> list[str]:
+        """Set the decays of the curvature, each to the longest reach of the heads that share its key head."""
+        self.decay.set_reach(tokens.unflatten(0, (len(self.center), -1)).amax(1))
+        return ["decay.dt_bias"]
+
     def forward(
         self, k: Float[Tensor, "B T G K"], rate: Float[Tensor, "B T G"], dt: Float[Tensor, "B T G"], call: Call
     ) -> tuple[Float[Tensor, "B T G K"], Float[Tensor, "N G K"] | None]:

@@ -202,7 +202,7 @@ def test_results_find_what_is_there_and_nothing_else():
     assert pooled["parity"][1].split()[0] == "0.00"
     assert {"recall", "recall tasks", "date"} <= pooled.keys()
     controls = {row[0]: row for row in table_of(lines, "### The same task at published size")}
-    assert float(controls["recall"][1]) > 0.8
+    assert float(controls["recall"][1]) > 0.7  # entries that no paper asks for recall are in the middle
     assert controls["recall"][4] == ""  # no paper asks the same
     assert controls["parity"][2] == "2"
     families = table_of(lines, "### One family left out")
