@@ -233,19 +233,19 @@ class Block(nn.Module):
                 mixed, before, paradigm=paradigm, cu_seqlens=cu_seqlens, return_state=return_state, **options
             )
             results.extend(others)
-            return y if ffn is None or norm is not None else y + feed(x)
+            return y if feed is None or norm is not None else y + feed(x)
 
-        def feed(x: Tensor) -> Tensor:
-            assert ffn is not None
-            if canon is None:
-                return ffn(x)
+        def feed_convolved(x: Tensor) -> Tensor:
+            assert canon is not None and ffn is not None
             x = canon("c", x)
             return ffn(x, partial(canon, "d")) if "d" in canon.layers else ffn(x)
+
+        feed = ffn if canon is None or ffn is None else feed_convolved
 
         stream = self._add_branch(
             stream, mix, self.mixer_norm, self.mixer_output_norm, self.mixer_scale, self.mixer_residual
         )
-        if ffn is not None and norm is not None:
+        if feed is not None and norm is not None:
             stream = self._add_branch(stream, feed, norm, self.ffn_output_norm, self.ffn_scale, self.ffn_residual)
         if canon is not None and return_state:
             results[0] = canon.state_after(results[0])

@@ -246,7 +246,8 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
         elif return_state:
             require_state(self.traits, self.kind)
         self._require_values(x, first_values, token_values, return_values)
-        self._require_kv(shared_kv, return_kv)
+        if return_kv or self.takes_shared_kv or shared_kv is not None:
+            self._require_kv(shared_kv, return_kv)
         documents = None if cu_seqlens is None else self._documents(x, cu_seqlens)
         call = Call(
             paradigm,
@@ -524,14 +525,14 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
     ) -> None:
         if return_values and not self.traits.value_residual:
             raise ContractError(f"{self.kind} has no values (traits.value_residual is False): leave out return_values")
-        self._require_outside("first_values", first_values, self.takes_first_values, "the first layer returns", x)
-        self._require_outside("token_values", token_values, self.takes_token_values, "an embedding has", x)
+        if self.takes_first_values or first_values is not None:
+            self._require_outside("first_values", first_values, self.takes_first_values, "the first layer returns", x)
+        if self.takes_token_values or token_values is not None:
+            self._require_outside("token_values", token_values, self.takes_token_values, "an embedding has", x)
 
     def _require_outside(self, name: str, values: Tensor | None, takes: bool, source: str, x: Tensor) -> None:
-        if takes and values is None:
-            raise ContractError(f"{self.kind} needs {name}: pass those that {source}")
         if values is None:
-            return
+            raise ContractError(f"{self.kind} needs {name}: pass those that {source}")
         if not takes:
             raise ContractError(f"{self.kind} takes no {name}: call accept_{name}() first")
         expected = [*x.shape[:2], x.shape[2] if self.value_width is None else self.value_width]

@@ -21,8 +21,8 @@ def rule_of(x: Recurrence) -> int:
 
 def one_dtype(x: Recurrence) -> Recurrence:
     """Return the inputs with q, k, v, a and b in one dtype, as the sources read them: float32 if theirs differ."""
-    same = all(key is None or key.dtype == x.q.dtype for key in (x.a, x.b))
-    return x if same else x.widened()
+    dtype = x.q.dtype
+    return x if (x.a is None or x.a.dtype == dtype) and (x.b is None or x.b.dtype == dtype) else x.widened()
 
 
 def can_step(x: Recurrence) -> bool:
@@ -35,8 +35,7 @@ def can_step(x: Recurrence) -> bool:
 
 def step(x: Recurrence) -> RecurrenceOutput:
     """Compute output and state of one token; a donated state is overwritten."""
-    output_dtype = x.output_dtype
-    x = one_dtype(x)
+    given, x = x, one_dtype(x)
     log_decay = x.log_decay
     if log_decay is not None and log_decay.ndim == 1:
         log_decay = log_decay.expand(x.q.shape[0], -1)
@@ -72,4 +71,4 @@ def step(x: Recurrence) -> RecurrenceOutput:
     )
     if final_state is x.initial_state and final_state is not None and not final_state.is_inference():
         torch.autograd.graph.increment_version(final_state)
-    return RecurrenceOutput(output.to(output_dtype), final_state)
+    return RecurrenceOutput(output if given is x else output.to(given.output_dtype), final_state)
