@@ -343,7 +343,7 @@ class LanguageModel(nn.Module):
                 options = {"context_fn": _keep_matmuls} if self.activation_checkpointing == "matmuls" else {}
                 call = partial(checkpoint, call, use_reentrant=False, early_stop=self.cp_group is None, **options)
             first = first_values[mixer.kind] if mixer.takes_first_values else None
-            stream, final, *others = call(stream, before, first, token_values.get(layer))
+            stream, final, *others = call(stream, before, first, token_values.get(layer) if token_values else None)
             if losses is not None and return_loss:
                 losses.append(others.pop())
             if layer in self.kv_donors:

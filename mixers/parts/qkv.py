@@ -199,7 +199,8 @@ class QKVMixer(OutsideValues[MatrixState], MatrixStateMixer):
         h = self.project(x, call)
         o, memory = self.recur(x, h, call.enter("memory"))
         y = self.out_proj(self.gated_norm(o, h.gate).to(h.dtype).flatten(2))
-        return self.with_own_values(y, self.state_after(x, memory, h.recent, call), h.own_values)
+        after = self.state_after(x, memory, h.recent, call)
+        return self.with_own_values(y, after, h.own_values) if self.traits.value_residual else (y, after)
 
     def flops(self, length: int, paradigm: Paradigm, context: int = 0) -> int:
         return super().flops(length, paradigm, context) + self.outside_flops * length
@@ -237,7 +238,8 @@ class QKVMixer(OutsideValues[MatrixState], MatrixStateMixer):
         kv_heads = self.steps * self.n_heads
         qk = torch.unflatten(qk, -1, ((1 + self.steps) * self.n_qk_heads, -1))  # faster than Tensor.unflatten
         own_values = torch.unflatten(v, -1, (kv_heads, -1))
-        v = self.with_outside_values(own_values, x, call)
+        takes = self.takes_first_values or self.takes_token_values  # decoding feels every call
+        v = self.with_outside_values(own_values, x, call) if takes else own_values
         qk = self.features(qk)
         positions = None
         if self.counts_positions:

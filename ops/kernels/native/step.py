@@ -35,7 +35,9 @@ def can_step(x: Recurrence) -> bool:
 
 def step(x: Recurrence) -> RecurrenceOutput:
     """Compute output and state of one token; a donated state is overwritten."""
-    given, x = x, one_dtype(x)
+    given = x
+    if x.a is not None:  # decoding feels every call of Python
+        x = one_dtype(x)
     log_decay = x.log_decay
     if log_decay is not None and log_decay.ndim == 1:
         log_decay = log_decay.expand(x.q.shape[0], -1)
