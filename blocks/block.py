@@ -236,7 +236,8 @@ class Block(nn.Module):
             return y if feed is None or norm is not None else y + feed(x)
 
         def feed_convolved(x: Tensor) -> Tensor:
-            assert canon is not None and ffn is not None
+            assert canon is not None
+            assert ffn is not None
             x = canon("c", x)
             return ffn(x, partial(canon, "d")) if "d" in canon.layers else ffn(x)
 

@@ -190,7 +190,8 @@ class LatentAttention(CachedMixer):
         """Return the matrix that maps latents to keys and values by head, with the effect of adapters and hooks."""
         up = self.kv_up
         weight = up.weight
-        if type(up) is not nn.Linear or up._forward_hooks or up._forward_pre_hooks:
+        plain = type(up) is nn.Linear or getattr(up, "multiplies_by_weight", False)
+        if not plain or up._forward_hooks or up._forward_pre_hooks:
             weight = up(torch.eye(self.rank, device=self.device, dtype=self.dtype)).mT
         return weight.unflatten(0, (self.n_heads, -1))
 

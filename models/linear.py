@@ -23,6 +23,8 @@ MIN_MULTIPLICATIONS = 2**22
 class Linear(nn.Linear):
     """A linear layer whose products are computed by `linear`."""
 
+    multiplies_by_weight = True
+    """Mark for mixers that fold the weight into another matrix: forward is the product of nn.Linear."""
     is_native = True
     """True to compute a few rows with the native kernel."""
 

@@ -29,7 +29,7 @@ def test_every_mixer_is_matched_by_its_network(preset, metric, factor):
     wanted = round(factor * cost_of(model, metric, LENGTH))
     block = model.blocks[model.layers[0]]
     if block.ffn is None:
-        with pytest.raises(MatchError, match=r"knob blocks\.\*\.ffn\.expansion: blocks\.(mamba|mix)\.ffn is null"):
+        with pytest.raises(MatchError, match=r"knob blocks\.\*\.ffn\.expansion: blocks\.(mamba|mix|log)\.ffn is null"):
             matched(model, metric, wanted, "blocks.*.ffn.expansion")
         width = "d_state" if hasattr(block.mixer, "d_state") else "expansion"
         found = matched(model, metric, wanted, f"blocks.*.mixer.{width}")

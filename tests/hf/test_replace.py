@@ -143,7 +143,7 @@ def test_gradients_reach_mixers_and_skip_padding(checkpointing):
 
 REFUSED = {
     "another layer": (lambda model: replace_mixers(model, GLA, [4]), "no layer 4 with attention; .* 0, 1, 2, 3"),
-    "another kind": (lambda model: replace_mixers(model, {"kind": "gal"}), 'did you mean "gla"'),
+    "another kind": (lambda model: replace_mixers(model, {"kind": "glaa"}), 'did you mean "gla"'),
     "an unknown kind": (
         lambda model: replace_mixers(model, {"kind": "glaaa"}),
         "^the mixer: kind: unknown mixer kind 'glaaa'",

@@ -46,7 +46,7 @@ def run(model, batch_size=2, length=8):
             results.append(model(tokens).logits)
             state = model.init_state(batch_size, max_length=4)
             for step in range(3):
-                logits, _, state, _ = model(
+                logits, _, state, *_ = model(
                     tokens[:, step : step + 1], state, paradigm=model.prefer(Paradigm.RECURRENT), return_state=True
                 )
                 results.append(logits)
