@@ -34,6 +34,9 @@ OPTIONS = [
     {"kind": "delta_product", "n_steps": 3},
     {"kind": "gated_delta_net", "precondition": 1.5},
 ]
+SAMPLED = [*OPTIONS[:4], *(pytest.param(options, marks=NIGHTLY) for options in OPTIONS[4:])]
+SAMPLE = ("attention", "gated_delta_net", "hyena", "latent_attention", "mamba", "mlstm", "retention", "rwkv7")
+"""Mixers of which every run exports the graph: one for each way in which ops are translated."""
 MODELS = {file.stem: load_config(file.stem).model for file in sorted(PRESETS.glob("*.yaml"))}
 SMALL_PRESETS = [
     name
@@ -44,7 +47,14 @@ SMALL_PRESETS = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [kind for kind in MIXERS.kinds() if kind not in UNTRANSLATED])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=() if kind in SAMPLE else NIGHTLY)
+        for kind in MIXERS.kinds()
+        if kind not in UNTRANSLATED
+    ],
+)
 def test_the_graph_of_every_mixer(kind):
     layers = 2 if kind == "rwkv7" else 1  # its second layer mixes in values of the first
     model = model_of(*[kind] * layers)
@@ -61,7 +71,11 @@ def test_mixers_without_a_translation_are_refused(kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: " ".join(map(str, options.values())))
+@pytest.mark.parametrize(
+    "options",
+    SAMPLED,
+    ids=lambda options: " ".join(map(str, options.values())),
+)
 def test_the_graph_of_options(options):
     model = model_of(options)
     check_segments(exported(model), model)

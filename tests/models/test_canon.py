@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nightly import NIGHTLY
 from pydantic import ValidationError
 
 from seqmix import ContractError, ModelConfig, Paradigm, SeqmixError, build_model
@@ -249,6 +250,7 @@ def test_streams_have_canon_layers_too():
     assert (model(x).logits - model_of((), "retention", residual={"kind": "hyper", "n_streams": 2})(x).logits).any()
 
 
+@NIGHTLY
 @pytest.mark.slow
 def test_compiled_blocks_and_compiled_decoding():
     model, x = model_of(("a", "c", "d"), "attention", dtype=torch.float32), tokens()

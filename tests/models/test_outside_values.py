@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from nightly import NIGHTLY
 from torch.testing import assert_close
 
 from seqmix import ContractError, ModelConfig, Paradigm, Sampling, SeqmixError, account, build_model, load_config
@@ -240,7 +241,7 @@ def test_transformers_pad_and_cache_them_too():
 
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("onnx") is None, reason="needs pip install 'seqmix[onnx]'")
-@pytest.mark.parametrize("names", [["attention", "retention"], ["rwkv7"]], ids="-".join)
+@pytest.mark.parametrize("names", [["attention", "retention"], pytest.param(["rwkv7"], marks=NIGHTLY)], ids="-".join)
 def test_the_graph_of_a_model_with_both(names):
     from deployed import check_segments, exported
 

@@ -6,6 +6,7 @@ from random import Random
 
 import pytest
 import torch
+from nightly import NIGHTLY
 from torch._dynamo.utils import counters
 
 from seqmix import Sampling, SeqmixError, build_model, generate_text, load_config
@@ -77,7 +78,13 @@ def test_every_mixer_gives_the_text_of_plain_decoding(model_of, each_mixer, samp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", single_kind_presets())
+@pytest.mark.parametrize(
+    "preset",
+    [
+        pytest.param(name, marks=NIGHTLY if name in ("log-linear-tiny", "mesa-net-tiny") else ())
+        for name in single_kind_presets()
+    ],
+)
 def test_fifty_prompts_in_float32_give_the_text_of_plain_decoding(preset):
     model = build_model(load_config(preset).model).eval()
     texts = prompts(*range(8, 58))
