@@ -7,6 +7,7 @@ kernels; other kernels may compute and save less.
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -214,6 +215,13 @@ def _storage(x: Tensor) -> tuple[int, int]:
     return x.untyped_storage()._cdata, x.untyped_storage().nbytes()
 
 
+class _Saved:
+    """Tensor that autograd saves; it lives as long as the graph that the output needs."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
 def _saved_bytes(block: Block, stream: _Stream, x: Tensor, is_donor: bool) -> tuple[dict[str, int], _Stream]:
     """Return the bytes that autograd saves for one layer, without and with checkpointing, and the stream after it.
 
@@ -223,13 +231,13 @@ def _saved_bytes(block: Block, stream: _Stream, x: Tensor, is_donor: bool) -> tu
     The layer runs on fake tensors, which have no memory but pretend to be on a CPU. On `meta`, torch would choose a
     quadratic form of attention that it uses on no real device.
     """
-    storages: dict[int, int] = {}
+    holders: WeakSet[_Saved] = WeakSet()
 
-    def pack(x: Tensor) -> Tensor:
-        # a view keeps the whole storage alive, and several views of it count once
+    def pack(x: Tensor) -> _Saved:
+        holder = _Saved(x)
         if id(x) not in excluded and (x._base is None or id(x._base) not in excluded):
-            storages.update([_storage(x)])
-        return x
+            holders.add(holder)
+        return holder
 
     tensors = {
         name: torch.empty(x.shape, dtype=x.dtype, requires_grad=x.requires_grad)
@@ -250,8 +258,10 @@ def _saved_bytes(block: Block, stream: _Stream, x: Tensor, is_donor: bool) -> tu
         k, v = (x.new_empty(*x.shape[:2], heads, width, requires_grad=True) for width in widths)
         excluded |= {id(k), id(v)}  # the layer that has them saves them
         options["shared_kv"] = SharedKV(k, v, None, None)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), _Matmuls() as matmuls:
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda holder: holder.tensor), _Matmuls() as matmuls:
         out, _, *others = functional_call(block, tensors, (stream.value, None, first_values, token_values), options)
+    # a view keeps the whole storage alive, and several views of it count once
+    storages = dict(_storage(holder.tensor) for holder in holders)
     inputs = stream.storages | ({} if token_values is None else dict([_storage(token_values)]))
     kept = dict(_storage(x) for x in others[-1][:2]) if is_donor else {}  # keys and values, for later layers
     result = {
