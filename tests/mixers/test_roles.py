@@ -11,7 +11,6 @@ from mutants.specimen import Specimen, SpecimenConfig
 from torch import Tensor
 
 from seqmix.mixers.contract import SequenceMixer
-from seqmix.mixers.mamba2 import Mamba2
 from seqmix.mixers.state import to_dict
 from seqmix.mixers.ttt import TTT
 from seqmix.testing.compare import EXACT, CheckFailure, require
@@ -21,8 +20,6 @@ from seqmix.testing.mixer.trial import Trial
 WIDEST = 70
 """Tokens that no short convolution sees at once."""
 
-NORMED_BY_GROUP = (Mamba2, TTT)
-"""Mixers whose output norm is over a part of the heads, or bounds what a head of any size gives."""
 HUGE, SMALL = 1e8, 1e-2
 """How large a head is beside others, and how small tokens are that norms do not move."""
 
@@ -77,7 +74,9 @@ def _is_a_view(trial: Trial, role: str, x: Tensor, channel: int) -> None:
 def _norm_is_over_heads(trial: Trial, x: Tensor, role: str) -> bool:
     """Whether beside an enormous head, which itself is not read, the others count no more."""
     mixer, (y, _) = trial.rebuilt(), trial.mix(x, None)
-    if isinstance(mixer, NORMED_BY_GROUP):
+    if (
+        isinstance(mixer, TTT) or getattr(mixer, "n_groups", 1) > 1
+    ):  # bounded, or normed by group
         return True
     heads, o = (mixer.projections.get(name, x[0, :1]) for name in (role, "o"))
     with torch.no_grad():
