@@ -46,8 +46,9 @@ from ..ops.attention import Backend, Cache, SharedKV, SoftmaxOptions, cast_cache
 from ..ops.runtime.call import Call
 from ..ops.runtime.kernel import Probe
 from ..ops.runtime.paradigm import Paradigm
-from .contract import MixerConfig, MixResult
+from .contract import MixResult
 from .parts import CachedMixer, Gate, GatedNorm, QKNorm, ReaderState, divisors, nearest_of, rotated
+from .parts.cached import GroupedQueryConfig
 from .parts.distances import alibi_slopes, xpos_log_decay
 from .parts.gates import gate_decay
 from .parts.outside_values import OutsideValues, ValueResidualOption
@@ -64,14 +65,10 @@ AttentionState: TypeAlias = Cache | ReaderState
 that reads the keys and values of an earlier one."""
 
 
-class AttentionConfig(MixerConfig):
+class AttentionConfig(GroupedQueryConfig):
     """Softmax attention: every query attends to all keys before it, or to the last `window` of them."""
 
     kind: Literal["attention"] = "attention"
-    n_heads: int = Field(gt=0, examples=[2, 1, 6])
-    """Number of query heads."""
-    n_kv_heads: int | None = Field(default=None, gt=0, examples=[1])
-    """Number of key and value heads, each shared by n_heads / n_kv_heads query heads; n_heads when null."""
     head_dim: int | None = Field(default=None, gt=0, examples=[8])
     """Width of one head; d_model / n_heads when null."""
     positions: Literal["rope", "xpos", "alibi", "none"] = "rope"
@@ -118,11 +115,6 @@ class AttentionConfig(MixerConfig):
 
     @model_validator(mode="after")
     def _check_heads(self) -> "AttentionConfig":
-        if self.n_kv_heads is not None and self.n_heads % self.n_kv_heads:
-            raise ValueError(
-                f"n_kv_heads must divide n_heads = {self.n_heads}, got {self.n_kv_heads}: "
-                f"choose one of {divisors(self.n_heads)}"
-            )
         if self.rotates and self.head_dim is not None and self.head_dim % 2:
             raise ValueError(
                 f"head_dim must be even, got {self.head_dim}: {self.positions} rotates pairs of dimensions"

@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from ..ops.attention import Cache, ForgettingCache, KeyCache, key_cache
@@ -27,22 +27,19 @@ from ..ops.attention.path import path_attention, path_flops
 from ..ops.delta import unit_norm
 from ..ops.runtime.call import Call
 from ..ops.runtime.paradigm import Paradigm
-from .contract import MixerConfig, SequenceMixer
-from .parts import CachedMixer, LowRank, ShortConv, ShortConvolution, divisors, head_width
+from .contract import SequenceMixer
+from .parts import CachedMixer, LowRank, ShortConv, ShortConvolution, head_width
+from .parts.cached import GroupedQueryConfig
 from .parts.gates import gate_decay
 from .parts.projections import projections_of
 from .roles import Role, RowBlock
 from .traits import Traits
 
 
-class PathAttentionConfig(MixerConfig):
+class PathAttentionConfig(GroupedQueryConfig):
     """PaTH: softmax attention in which the tokens between a key and a query transform the key."""
 
     kind: Literal["path_attention"] = "path_attention"
-    n_heads: int = Field(gt=0, examples=[2, 1, 6])
-    """Number of query heads."""
-    n_kv_heads: int | None = Field(default=None, gt=0, examples=[1])
-    """Number of key and value heads, each shared by n_heads / n_kv_heads query heads; n_heads when null."""
     path_rank: int | None = Field(default=32, gt=0, le=2**20, examples=[3, None])
     """Rank of the map from tokens to directions w; null for a map of full rank."""
     short_conv: ShortConv = 3
@@ -52,15 +49,6 @@ class PathAttentionConfig(MixerConfig):
     """Tokens per chunk of the chunkwise paradigm; changes the cost, and the result only by rounding."""
     paradigm: Paradigm = Field(default=Paradigm.CHUNKWISE, strict=False)
     """Paradigm of training and evaluation."""
-
-    @model_validator(mode="after")
-    def _check_heads(self) -> "PathAttentionConfig":
-        if self.n_kv_heads is not None and self.n_heads % self.n_kv_heads:
-            raise ValueError(
-                f"n_kv_heads must divide n_heads = {self.n_heads}, got {self.n_kv_heads}: "
-                f"choose one of {divisors(self.n_heads)}"
-            )
-        return self
 
     @property
     def traits(self) -> Traits:

@@ -55,7 +55,7 @@ class Measure(Config):
     """Column of a published table."""
 
     asks: Subject
-    """What the column measures: language (perplexity), recall (facts of a given text), tracking (state tracking), or
+    """Ability that the column measures: language (perplexity), recall (facts of a given text), tracking (state tracking), or
     synthetic (tasks of MAD)."""
     what: str
     """The number in words, as "WikiText perplexity"."""
@@ -103,7 +103,7 @@ class Grid(Config):
     data: str
     """Training tokens or steps, and their source."""
     equal: str
-    """What was equal for all models."""
+    """Conditions that were equal for all models."""
     measures: dict[str, Measure] = Field(min_length=1)
     models: dict[str, Model] = Field(min_length=2)
     unmapped: tuple[str, ...] = ()

@@ -1,16 +1,36 @@
 """Base class of mixers of the softmax family, whose state is a KV cache."""
 
 from abc import abstractmethod
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from jaxtyping import Int
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from ...ops.attention import Cache, GrowingCache, RingCache, drop_last, empty_cache, key_cache, resize_cache
 from ..contract import MixerConfig, SequenceMixer
 from ..rollback import kept_tokens
 from ..traits import require_capacity
+from .widths import divisors
+
+
+class GroupedQueryConfig(MixerConfig):
+    """Fields of mixers in which several query heads may share keys and values (grouped-query attention)."""
+
+    n_heads: int = Field(gt=0, examples=[2, 1, 6])
+    """Number of query heads."""
+    n_kv_heads: int | None = Field(default=None, gt=0, examples=[1])
+    """Number of key and value heads, each shared by n_heads / n_kv_heads query heads; n_heads when null."""
+
+    @model_validator(mode="after")
+    def _check_groups(self) -> Self:
+        if self.n_kv_heads is not None and self.n_heads % self.n_kv_heads:
+            raise ValueError(
+                f"n_kv_heads must divide n_heads = {self.n_heads}, got {self.n_kv_heads}: "
+                f"choose one of {divisors(self.n_heads)}"
+            )
+        return self
 
 
 class ReaderState(NamedTuple):

@@ -4,30 +4,25 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from ...ops.attention import Cache, cast_cache
 from ...ops.runtime.call import Call
 from ...ops.runtime.paradigm import Paradigm
-from ..contract import MixerConfig
 from ..roles import Role, RowBlock
 from ..traits import ContractError, Traits
-from .cached import CachedMixer
+from .cached import CachedMixer, GroupedQueryConfig
 from .gates import Gate, GatedNorm
 from .projections import projections_of
 from .qk_norm import QKNorm
 from .rotary import rotated
-from .widths import divided, divisors
+from .widths import divided
 
 
-class ChoiceConfig(MixerConfig):
+class ChoiceConfig(GroupedQueryConfig):
     """Fields of all attentions over chosen keys; those that `attention` has too mean the same."""
 
-    n_heads: int = Field(gt=0, examples=[2, 1, 6])
-    """Number of query heads."""
-    n_kv_heads: int | None = Field(default=None, gt=0, examples=[1])
-    """Number of key and value heads, each shared by n_heads / n_kv_heads query heads; n_heads when null."""
     head_dim: int | None = Field(default=None, gt=0, examples=[8])
     """Width of one head; d_model / n_heads when null."""
     positions: Literal["rope", "none"] = "rope"
@@ -51,15 +46,6 @@ class ChoiceConfig(MixerConfig):
     @classmethod
     def example_fields(cls) -> dict[str, Any]:
         return super().example_fields() | cls.small
-
-    @model_validator(mode="after")
-    def _check_heads(self) -> "ChoiceConfig":
-        if self.n_kv_heads is not None and self.n_heads % self.n_kv_heads:
-            raise ValueError(
-                f"n_kv_heads must divide n_heads = {self.n_heads}, got {self.n_kv_heads}: "
-                f"choose one of {divisors(self.n_heads)}"
-            )
-        return self
 
     @property
     def traits(self) -> Traits:

@@ -27,7 +27,7 @@ class SLSTM(NamedTuple):
     """Inputs of `slstm`."""
 
     gates: Tensor
-    """What the tokens add to the logits of i, f, z and o, [B T H 4D]."""
+    """Terms of the tokens in the logits of i, f, z and o, [B T H 4D]."""
     recurrent: Tensor
     """Matrices R, [H D 4D]."""
     memory: Tensor | None

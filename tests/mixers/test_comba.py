@@ -12,7 +12,7 @@ every_paradigm = pytest.mark.parametrize("paradigm", ["recurrent", "chunkwise"])
 
 
 def recorded(mixer, x, paradigm, monkeypatch):
-    """What the layer gives its op: queries, written keys, values and log-decays; and the op's result."""
+    """Inputs of the op in the layer: queries, written keys, values and log-decays; and the op's result."""
     calls, op = [], comba.dplr
 
     def dplr(q, k, v, a, b, log_decay, call):

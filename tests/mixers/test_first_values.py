@@ -87,7 +87,7 @@ def with_values(mixer: SequenceMixer, x: Tensor, state: Any, **options: Any) -> 
 
 
 def takes_of(mixer: SequenceMixer) -> tuple[bool, bool]:
-    """Whether a mixer takes first values, and vectors of the tokens."""
+    """True for each kind of values that a mixer takes: first values, and vectors of the tokens."""
     return mixer.takes_first_values, mixer.takes_token_values
 
 
