@@ -55,8 +55,8 @@ class Measure(Config):
     """Column of a published table."""
 
     asks: Subject
-    """Ability that the column measures: language (perplexity), recall (facts of a given text), tracking (state tracking), or
-    synthetic (tasks of MAD)."""
+    """Ability that the column measures: language (perplexity), recall (facts of a given text), tracking (state
+    tracking), or synthetic (tasks of MAD)."""
     what: str
     """The number in words, as "WikiText perplexity"."""
     better: Literal["lower", "higher"]

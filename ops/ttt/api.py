@@ -42,7 +42,7 @@ class FastLayer(NamedTuple):
     weight_sum: Float[Tensor, "N H I O"]
     """Sum of r_j grad_j of the matrix, over the batch's tokens so far."""
     bias_sum: Float[Tensor, "N H 1 O"]
-    """Sum of gradients of the bias since the mini-batch began."""
+    """Sum of r_j grad_j of the bias, over the batch's tokens so far."""
 
 
 class Norm(NamedTuple):

@@ -74,9 +74,7 @@ def _is_a_view(trial: Trial, role: str, x: Tensor, channel: int) -> None:
 def _norm_is_over_heads(trial: Trial, x: Tensor, role: str) -> bool:
     """Whether beside an enormous head, which itself is not read, the others count no more."""
     mixer, (y, _) = trial.rebuilt(), trial.mix(x, None)
-    if (
-        isinstance(mixer, TTT) or getattr(mixer, "n_groups", 1) > 1
-    ):  # bounded, or normed by group
+    if isinstance(mixer, TTT) or getattr(mixer, "n_groups", 1) > 1:  # bounded, or normed by group
         return True
     heads, o = (mixer.projections.get(name, x[0, :1]) for name in (role, "o"))
     with torch.no_grad():
