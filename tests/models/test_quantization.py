@@ -160,7 +160,8 @@ def test_every_mixer_decodes_with_quantised_weights(preset):
         decoder = Decoder(small, prefix.state)
         steps = torch.stack([prefix.logits[:, -1], *(decoder.step(tokens[:, t]) for t in range(34, 40))], 1)
     spread = expected.std()
-    assert (whole - expected).std() < 0.06 * spread
+    # by the median: where rounding changes which experts a token gets, all its logits differ
+    assert (whole - expected).abs().median() < 0.04 * spread
     assert (steps - whole[:, 33:]).abs().max() < 2e-3 * spread
 
 
