@@ -9,7 +9,7 @@ from pathlib import Path
 
 from seqmix.experiments.pages import fill
 from seqmix.experiments.rank_transfer import page
-from seqmix.experiments.rank_transfer.grids import load_entries, load_grids
+from seqmix.experiments.rank_transfer.grids import entries_of, load_grids
 from seqmix.experiments.rank_transfer.predictions import load_predictions
 from seqmix.experiments.suite.scores import read_scores
 from seqmix.registry import SeqmixError, write_file
@@ -19,7 +19,8 @@ TARGET = Path(__file__).with_name("explanation") / "rank-transfer.md"
 
 def files(scores: Path | None = None) -> dict[Path, str]:
     """Return the text of the page, with new results if `scores` are given."""
-    grids, entries, predictions = load_grids(), load_entries(), load_predictions()
+    grids = load_grids()
+    entries, predictions = entries_of(grids), load_predictions()
     parts = {
         "grids": page.grid_lines(grids, entries),
         "power": page.power_lines(grids, entries),
@@ -32,7 +33,7 @@ def files(scores: Path | None = None) -> dict[Path, str]:
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["--command"]:
-        sys.stdout.write(page.command(load_entries()) + "\n")
+        sys.stdout.write(page.command(entries_of(load_grids())) + "\n")
     else:
         try:
             written = files(*map(Path, sys.argv[1:2]))

@@ -7,9 +7,10 @@ from typing import NamedTuple
 import numpy as np
 
 from ...registry import SeqmixError
+from ..suite.entries import Entry
 from ..suite.scores import ScoreRow, Scores
 from . import ranks
-from .grids import Entry, Grid, Measure
+from .grids import Grid, Measure
 from .predictions import DATE, Prediction, Predictions
 from .ranks import Array, Column, Interval
 

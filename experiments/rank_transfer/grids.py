@@ -1,54 +1,22 @@
-"""Published comparisons of mixers as data: grids/NAME.yaml, and the entries that stand for their models.
+"""Published comparisons of mixers as data: grids/NAME.yaml, with the entries that stand for their models.
 
 A grid holds numbers that were read in a publication, for models that were trained under the same conditions. Each model
-is represented by an entry of entries.yaml: a mixer of the library with options. Entries whose mixer the library does
-not have (yet) are allowed; comparisons leave them out.
+is represented by an entry of the suite (suite/entries.yaml): a mixer of the library with options.
 """
 
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from ...mixers import MIXERS
 from ...registry import Config, SeqmixError, choices_hint, load
+from ..suite.entries import ENTRIES, Arxiv, Entry, load_entries
 
 FOLDER = Path(__file__).parent
-ENTRIES = "entries.yaml"
 GRIDS = "grids"
 Subject = Literal["language", "recall", "tracking", "synthetic"]
-Number = Annotated[str, Field(pattern=r"^\d{4}\.\d{5}$")]
-"""arXiv number."""
-Family = Literal["softmax", "delta rule", "decay", "recurrence by channel", "convolution", "test-time training"]
-
-
-class Entry(Config):
-    """Mixer of the library that stands for models of papers."""
-
-    mixer: dict[str, Any]
-    """Kind and options; `seqmix suite` adds the heads."""
-    family: Family
-    """Family by which entries are left out together."""
-    arxiv: Number
-    """Paper of the mixer or option; its month is the date of the entry."""
-
-    @property
-    def kind(self) -> str:
-        """Kind of the mixer."""
-        return self.mixer["kind"]
-
-    @property
-    def date(self) -> float:
-        """Month of the paper as a number that grows: 2312.04927 is 2312."""
-        return float(self.arxiv.partition(".")[0])
-
-
-class Entries(Config):
-    """Entries by the names that the suite's tables have for them."""
-
-    entries: dict[str, Entry] = Field(min_length=1)
 
 
 class Measure(Config):
@@ -84,7 +52,7 @@ class Grid(Config):
     """Short name for tables."""
     paper: str
     """Title of the publication."""
-    arxiv: Number | None
+    arxiv: Arxiv | None
     """arXiv number; null for results outside of a paper."""
     address: str = Field(pattern=r"^https?://")
     """Address of the publication."""
@@ -146,17 +114,6 @@ class Grid(Config):
         return {model.entry for model in self.models.values() if model.own}
 
 
-@cache
-def load_entries() -> Mapping[str, Entry]:
-    """Load the entries by name."""
-    return load(Entries, FOLDER / ENTRIES, presets=FOLDER).entries
-
-
-def available(entries: Mapping[str, Entry]) -> dict[str, Entry]:
-    """Return the entries whose mixer the library has."""
-    return {name: entry for name, entry in entries.items() if entry.kind in MIXERS.kinds()}
-
-
 def load_grid(file: Path, entries: Mapping[str, Entry]) -> Grid:
     """Load one grid.
 
@@ -177,3 +134,9 @@ def load_grids() -> Mapping[str, Grid]:
     files = sorted((FOLDER / GRIDS).glob("*.yaml"))
     grids = {file.stem: load_grid(file, load_entries()) for file in files}
     return dict(sorted(grids.items(), key=lambda item: (item[1].published, item[0])))
+
+
+def entries_of(grids: Mapping[str, Grid]) -> dict[str, Entry]:
+    """Return the entries that stand for models of the grids."""
+    named = {model.entry for grid in grids.values() for model in grid.models.values()}
+    return {name: entry for name, entry in load_entries().items() if name in named}

@@ -3,8 +3,8 @@
 import shlex
 from collections.abc import Mapping, Sequence
 
-from ...registry.yaml import write as to_yaml
 from ..pages import table
+from ..suite.entries import Entry, arguments, available
 from ..suite.scores import Scores
 from . import ranks
 from .analysis import (
@@ -24,7 +24,7 @@ from .analysis import (
     same_as,
     task_predictors,
 )
-from .grids import Entry, Grid, available
+from .grids import Grid
 from .predictions import Predictions
 from .ranks import Interval
 
@@ -36,11 +36,7 @@ POOLED = ("language", "recall", "tracking")
 
 def command(entries: Mapping[str, Entry]) -> str:
     """Return the command that measures the entries whose mixer the library has."""
-    arguments = [
-        name if entry.mixer == {"kind": name} else f"{name}={to_yaml(entry.mixer, in_one_line=True).strip()}"
-        for name, entry in available(entries).items()
-    ]
-    return shlex.join(["seqmix", "suite", *arguments, "--no-references"])
+    return shlex.join(["seqmix", "suite", *arguments(available(entries)), "--no-references"])
 
 
 def grid_lines(grids: Mapping[str, Grid], entries: Mapping[str, Entry]) -> list[str]:

@@ -11,8 +11,9 @@ import pytest
 from seqmix.experiments.pages import fill
 from seqmix.experiments.rank_transfer import analysis, page, ranks
 from seqmix.experiments.rank_transfer.analysis import MINIMUM, Predictor
-from seqmix.experiments.rank_transfer.grids import Grid, available, load_entries, load_grid, load_grids
+from seqmix.experiments.rank_transfer.grids import Grid, entries_of, load_grid, load_grids
 from seqmix.experiments.rank_transfer.predictions import load_predictions
+from seqmix.experiments.suite.entries import available
 from seqmix.experiments.suite.scores import Conditions, ScoreRow, Scores, TaskScores
 from seqmix.experiments.suite.tasks import Candidate, load_settings
 from seqmix.experiments.summary import statistic
@@ -20,7 +21,7 @@ from seqmix.mixers import MIXERS
 from seqmix.registry import ConfigError, SeqmixError, write_file
 
 ROOT = Path(__file__).resolve().parents[2]
-LATER = {"comba", "gsa", "log_linear", "mesa_net", "moba", "path_attention", "rwkv6", "slstm", "titans", "ttt"}
+LATER = {"titans"}
 """Kinds of entries that the library may lack."""
 
 
@@ -43,7 +44,7 @@ def test_groups_are_means_of_z_scores_over_entries_with_all_tasks():
 
 
 def test_grids_name_mixers_tasks_and_sources_that_exist():
-    entries, grids, settings = load_entries(), load_grids(), load_settings("small")
+    entries, grids, settings = entries_of(load_grids()), load_grids(), load_settings("small")
     here = available(entries)
     for name, entry in entries.items():
         assert entry.kind in MIXERS.kinds() or entry.kind in LATER, name
@@ -53,7 +54,7 @@ def test_grids_name_mixers_tasks_and_sources_that_exist():
         assert shlex.split(page.command({name: entry}))[2].partition("=")[0] == name
     used = [grid for grid in grids.values() if grid.used]
     assert len({grid.arxiv or grid.title for grid in used}) >= 10
-    assert {model.entry for grid in used for model in grid.models.values()} | {"comba"} == set(entries)
+    assert {model.entry for grid in used for model in grid.models.values()} <= set(entries)
     for name, grid in grids.items():
         assert len(grid.models) >= MINIMUM, name
         assert name == name.lower()
@@ -65,9 +66,9 @@ def test_grids_name_mixers_tasks_and_sources_that_exist():
 
 
 def test_the_command_measures_the_entries():
-    arguments = shlex.split(page.command(load_entries()))[2:-1]
+    arguments = shlex.split(page.command(entries_of(load_grids())))[2:-1]
     made = [Candidate.of(argument) for argument in arguments]
-    here = available(load_entries())
+    here = available(entries_of(load_grids()))
     assert {each.name: each.mixer for each in made} == {name: entry.mixer for name, entry in here.items()}
 
 
@@ -126,10 +127,10 @@ models:
 def test_wrong_grids_are_refused_by_one_sentence(tmp_path, old, new, sentence):
     file = tmp_path / "made-up.yaml"
     write_file(GRID, file)
-    assert isinstance(load_grid(file, load_entries()), Grid)
+    assert isinstance(load_grid(file, entries_of(load_grids())), Grid)
     write_file(GRID.replace(old, new), file)
     with pytest.raises((SeqmixError, ConfigError)) as refused:
-        load_grid(file, load_entries())
+        load_grid(file, entries_of(load_grids()))
     assert sentence in str(refused.value)
     assert str(file) in str(refused.value)
 
@@ -140,7 +141,7 @@ def made_up(value, seeds=3):
     tasks = {}
     for name, task in load_settings("small").tasks.items():
         rows = []
-        for entry, mapped in available(load_entries()).items():
+        for entry, mapped in available(entries_of(load_grids())).items():
             scores = {str(seed): value(name, entry, seed) for seed in range(seeds)}
             rows.append(
                 ScoreRow(
@@ -184,14 +185,14 @@ def test_results_find_what_is_there_and_nothing_else():
     recall, predictions = quality("recall"), load_predictions()
     recalling, tracking = predictions.groups["recall tasks"], predictions.groups["tracking tasks"]
     rng = np.random.default_rng(3)
-    noise = {entry: float(rng.uniform()) for entry in available(load_entries())}
+    noise = {entry: float(rng.uniform()) for entry in available(entries_of(load_grids()))}
 
     def value(task, entry, seed):
         if task in recalling:  # what papers call recall, with noise between seeds
             return 0.1 + 0.8 * recall.get(entry, 0.5) + 0.01 * ((seed + len(entry)) % 3)
         return 0.5 if task in tracking else noise[entry]
 
-    lines = page.result_lines(made_up(value), load_grids(), load_entries(), predictions, draws=400)
+    lines = page.result_lines(made_up(value), load_grids(), entries_of(load_grids()), predictions, draws=400)
     verdicts = {row[0]: row for row in table_of(lines, "### Predictions")}
     assert verdicts["1"][1:3] == ["recall tasks", "recall"]
     assert verdicts["1"][-1] == "as predicted"
@@ -218,14 +219,14 @@ def test_what_is_missing_is_said_and_wrong_rows_are_refused():
     kept["recall"] = kept["recall"].model_copy(update={"rows": rows})
     kept["parity"] = kept["parity"].model_copy(update={"rows": rows})
     few = scores.model_copy(update={"tasks": kept})
-    lines = page.result_lines(few, load_grids(), load_entries(), load_predictions(), draws=100)
+    lines = page.result_lines(few, load_grids(), entries_of(load_grids()), load_predictions(), draws=100)
     assert "1 seed," in lines[0]
     assert "without mamba" in lines[0]
     assert {row[-1] for row in table_of(lines, "### Predictions")} == {"not measured"}
     wrong = rows[0].model_copy(update={"mixers": ("hyena",)})
     kept["recall"] = kept["recall"].model_copy(update={"rows": (wrong,)})
     with pytest.raises(SeqmixError, match=f"expected the mixer attention in the row {wrong.entry}"):
-        analysis.task_predictors(scores.model_copy(update={"tasks": kept}), load_entries())
+        analysis.task_predictors(scores.model_copy(update={"tasks": kept}), entries_of(load_grids()))
 
 
 @pytest.mark.slow

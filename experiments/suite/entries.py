@@ -1,0 +1,73 @@
+"""Entries of the leaderboard and of rank transfer: mixers of the library with options, from entries.yaml."""
+
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from ...mixers import MIXERS
+from ...registry import Config, load
+from ...registry.yaml import write as to_yaml
+
+FOLDER = Path(__file__).parent
+ENTRIES = "entries.yaml"
+Arxiv = Annotated[str, Field(pattern=r"^\d{4}\.\d{5}$")]
+"""arXiv number."""
+Family = Literal[
+    "softmax",
+    "sparse choice",
+    "delta rule",
+    "decay",
+    "recurrence by channel",
+    "nonlinear recurrence",
+    "convolution",
+    "test-time training",
+]
+
+
+class Entry(Config):
+    """Mixer of the library with options; it also stands for models of papers."""
+
+    mixer: dict[str, Any]
+    """Kind and options; `seqmix suite` adds the heads."""
+    family: Family
+    """Family by which entries are left out together."""
+    arxiv: Arxiv
+    """Paper of the mixer or option; its month is the date of the entry."""
+
+    @property
+    def kind(self) -> str:
+        """Kind of the mixer."""
+        return self.mixer["kind"]
+
+    @property
+    def date(self) -> float:
+        """Month of the paper as a number that grows: 2312.04927 is 2312."""
+        return float(self.arxiv.partition(".")[0])
+
+
+class Entries(Config):
+    """Entries by the names that the suite's tables have for them."""
+
+    entries: dict[str, Entry] = Field(min_length=1)
+
+
+@cache
+def load_entries() -> Mapping[str, Entry]:
+    """Load the entries by name."""
+    return load(Entries, FOLDER / ENTRIES, presets=FOLDER).entries
+
+
+def available(entries: Mapping[str, Entry]) -> dict[str, Entry]:
+    """Return the entries whose mixer the library has."""
+    return {name: entry for name, entry in entries.items() if entry.kind in MIXERS.kinds()}
+
+
+def arguments(entries: Mapping[str, Entry]) -> list[str]:
+    """Return the entries as arguments of `seqmix suite`: the kind, or NAME={kind: MIXER, ...}."""
+    return [
+        name if entry.mixer == {"kind": name} else f"{name}={to_yaml(entry.mixer, in_one_line=True).strip()}"
+        for name, entry in entries.items()
+    ]
