@@ -16,6 +16,7 @@ from ..experiments.runner import default_jobs, run_study
 from ..experiments.suite.budget import fit, left_out, time_runs
 from ..experiments.suite.scores import (
     PAGE_FILE,
+    PUBLISHED,
     SCORES_FILE,
     Scores,
     TaskScores,
@@ -103,7 +104,10 @@ def suite(
     ] = None,
     tasks: Annotated[
         str | None,
-        typer.Option(help="Run only these tasks, separated by commas; --list shows all.", metavar="NAME,..."),
+        typer.Option(
+            help="Tasks, separated by commas: those of the leaderboard by default, `all` for all that --list shows.",
+            metavar="NAME,...",
+        ),
     ] = None,
     match: Annotated[Metric, typer.Option(help="Quantity that is equal in all models.")] = "parameters",
     size: Annotated[
@@ -136,7 +140,13 @@ def suite(
             metavar="FOLDER|NAME",
         ),
     ] = None,
-    references: Annotated[bool, typer.Option(help=f"Also measure {' and '.join(REFERENCES)}, for comparison.")] = True,
+    published: Annotated[
+        bool, typer.Option(help="Add the leaderboard's rows, if they were measured under the same conditions.")
+    ] = True,
+    references: Annotated[
+        bool,
+        typer.Option(help=f"Also measure {' and '.join(REFERENCES)} for comparison, if their rows are not known."),
+    ] = True,
     out: Annotated[Path | None, typer.Option(help="Output folder; studies/suite-SIZE-MATCH by default.")] = None,
     jobs: Jobs = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would run, without training.")] = False,
@@ -166,13 +176,16 @@ def suite(
         rows = [(name, task.measures, task.source) for name, task in settings.tasks.items()]
         console.print(plain_table("task", "measures", "source", rows=rows, overflow="fold"))
         return TaskList({name: measures for name, measures, _ in rows})
+    usual = not (quick or budget or seeds or equal)
+    chosen = settings.chosen(tasks.split(",") if tasks else [])
     others = [read_scores(path) for path in beside or ()]
+    if published and usual:
+        others += _published(size, match, list(chosen))
     folder = out or Path("studies") / f"suite-{size}-{match}"
     if folder.exists() and not folder.is_dir():
         raise SeqmixError(f"--out {folder} is a file: choose a folder")
     earlier = read_scores(folder) if (folder / SCORES_FILE).is_file() else None
-    chosen = settings.chosen(tasks.split(",") if tasks else [])
-    sources = [*(REFERENCES if references else ())]
+    sources = [each for each in REFERENCES if references and not _known(each, list(chosen), others)]
     sources += [kind for each in mixers or () for kind in (_all_kinds() if each == "all" else [each])]
     by_name: dict[str, Candidate] = {}
     for each in map(Candidate.of, sources):
@@ -180,7 +193,7 @@ def suite(
             raise SeqmixError(f"two mixers are called {each.name}: rename one with NAME={{kind: MIXER, ...}}")
     candidates = list(by_name.values())
     if not candidates:
-        raise SeqmixError("there is no mixer to measure: name one, or leave out --no-references")
+        raise SeqmixError("there is no mixer to measure: name one, or `all`")
     subjects = [each for each in sources if each not in REFERENCES] or sources
     plan_tasks = partial(write_studies, equal=options, subject=Candidate.of(subjects[0]).name)
     jobs_option = [] if jobs is None else ["--jobs", str(jobs)]
@@ -200,6 +213,7 @@ def suite(
     words += [*([f"--budget={budget}"] if budget else ()), *([] if seeds is None else [f"--seeds={seeds}"])]
     words += [f"--equal={each}" for each in equal or ()]
     words += [*(["--quick"] if quick else ()), *(() if references else ("--no-references",))]
+    words += () if published else ("--no-published",)
     command = f"seqmix suite {shlex.join(words)}"
     output_options = [*(["--out", str(out)] if out else ()), *jobs_option]
     resume_command = shlex.join(
@@ -250,6 +264,22 @@ def suite(
         console.print(f"{failed} runs failed; retry them with: {resume_command}")
         return Ended(SuiteResult(str(folder), failed, merged), 1)
     return SuiteResult(str(folder), failed, merged)
+
+
+def _published(size: Size, match: Metric, tasks: Sequence[str]) -> list[Scores]:
+    """Return the published scores of tasks; none if there are none of this size and matching."""
+    if not (PUBLISHED / f"{size}-{match}.json").is_file():
+        return []
+    scores = read_scores(Path(f"{size}-{match}"))
+    return [scores.model_copy(update={"tasks": {name: scores.tasks[name] for name in tasks if name in scores.tasks}})]
+
+
+def _known(entry: str, tasks: Sequence[str], scores: Sequence[Scores]) -> bool:
+    """True if scores have a row of an entry for every task."""
+    return all(
+        any(row.entry == entry for each in scores if name in each.tasks for row in each.tasks[name].rows)
+        for name in tasks
+    )
 
 
 def _all_kinds() -> list[str]:

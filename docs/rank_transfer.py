@@ -1,7 +1,7 @@
 """Write the tables of docs/explanation/rank-transfer.md: `python docs/rank_transfer.py [SCORES]`.
 
 SCORES is a suite.json, a folder with one, or the name of published scores, such as `small-parameters`. Without it, the
-results stay as they are. `--command` prints the command of the suite that measures the entries of the grids.
+results stay as they are.
 """
 
 import sys
@@ -32,12 +32,9 @@ def files(scores: Path | None = None) -> dict[Path, str]:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--command"]:
-        sys.stdout.write(page.command(entries_of(load_grids())) + "\n")
-    else:
-        try:
-            written = files(*map(Path, sys.argv[1:2]))
-        except SeqmixError as error:
-            sys.exit(str(error))
-        for file, text in written.items():
-            write_file(text, file)
+    try:
+        written = files(*map(Path, sys.argv[1:2]))
+    except SeqmixError as error:
+        sys.exit(str(error))
+    for file, text in written.items():
+        write_file(text, file)

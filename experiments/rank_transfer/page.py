@@ -1,10 +1,9 @@
 """Tables of docs/explanation/rank-transfer.md: grids, power and predictions before measurement, and the results."""
 
-import shlex
 from collections.abc import Mapping, Sequence
 
 from ..pages import table
-from ..suite.entries import Entry, arguments, available
+from ..suite.entries import Entry, available
 from ..suite.scores import Scores
 from . import ranks
 from .analysis import (
@@ -32,11 +31,6 @@ SUBJECTS = {"language": "language", "recall": "recall", "tracking": "state track
 """Subjects of the grids, as tables name them."""
 POOLED = ("language", "recall", "tracking")
 """Subjects with which tasks are compared; columns of MAD are compared with the task of the same name."""
-
-
-def command(entries: Mapping[str, Entry]) -> str:
-    """Return the command that measures the entries whose mixer the library has."""
-    return shlex.join(["seqmix", "suite", *arguments(available(entries)), "--no-references"])
 
 
 def grid_lines(grids: Mapping[str, Grid], entries: Mapping[str, Entry]) -> list[str]:

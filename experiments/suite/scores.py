@@ -313,13 +313,24 @@ def markdown(scores: Scores, *, reports: bool = True) -> list[str]:
         scores: the scores to show.
         reports: True to link the reports of the tasks' studies, which must lie beside the page.
     """
-    head, rows = score_table(scores)
-    lines = [*table([head[0], *(f"{name}:" for name in head[1:])], rows), ""]
+    lines = [*score_lines(scores), ""]
     lines += [f"Accuracy in percent; equal {scores.match}; best mean first. {uncertainty(scores)}", ""]
     heads, rows = accessory_table(scores)
     if rows:
         lines += ["The mixers also differ in their accessories, so no score is that of a mixer's equations alone:", ""]
         lines += [*table(heads, rows), ""]
+    return [*lines, *condition_lines(scores, reports=reports)]
+
+
+def score_lines(scores: Scores) -> list[str]:
+    """Return the lines of the score table."""
+    head, rows = score_table(scores)
+    return table([head[0], *(f"{name}:" for name in head[1:])], rows)
+
+
+def condition_lines(scores: Scores, *, reports: bool) -> list[str]:
+    """Return the lines of the tasks with their conditions, the parts left out, and the commands to reproduce them."""
+    lines: list[str] = []
     for name, task in scores.tasks.items():
         at = f", at {' and '.join(task.task.score_at)}" if task.task.score_at else ""
         link = f"[**{name}**]({name}/{REPORT_FILE})" if reports else f"**{name}**"

@@ -71,21 +71,27 @@ class SuiteSettings(Config):
     """Configuration file beside the settings' file, which all tasks start from."""
     seeds: Annotated[tuple[Seed, ...], OnceEach] = Field(min_length=1)
     """Random seeds, each a run of every entry."""
+    default_tasks: tuple[Name, ...] = ()
+    """Tasks that are run unless others are named: those of the leaderboard; empty for all."""
     tasks: dict[Name, SuiteTask] = Field(min_length=1)
     """Tasks by name, most important first."""
 
     def chosen(self, names: Sequence[str]) -> dict[str, SuiteTask]:
-        """Return the named tasks and their variations, in the suite's order; all tasks if `names` is empty.
+        """Return the named tasks and their variations, in the suite's order.
+
+        Args:
+            names: names of tasks; `all` stands for all. If there is none, the default tasks are chosen.
 
         Raises:
             SeqmixError: there is no such task.
         """
+        names = names or self.default_tasks or ("all",)
         for name in names:
-            require_name("task", name, list(self.tasks))
+            require_name("task", name, [*self.tasks, "all"])
         return {
             each: variation
             for name, task in self.tasks.items()
-            if name in names or not names
+            if name in names or "all" in names
             for each, variation in {name: task, **_variations(name, task)}.items()
         }
 

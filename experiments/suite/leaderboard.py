@@ -1,0 +1,91 @@
+"""The leaderboard of docs/leaderboard.md: a heatmap, tables with and without a short convolution, and its commands."""
+
+import shlex
+from collections.abc import Callable, Mapping
+from html import escape
+from statistics import mean
+
+from ..results import ABSENT
+from ..units import quantity
+from .entries import Entry, arguments, available
+from .scores import ScoreRow, Scores, condition_lines, score_lines, uncertainty
+from .tasks import load_settings
+
+CONVOLUTION = "short_conv"
+WITHOUT = ("null", "none", "0")
+"""Values of `short_conv` that turn it off."""
+
+
+def commands(entries: Mapping[str, Entry], scores: Scores | None) -> list[str]:
+    """Return the commands of `seqmix suite` that measure what is missing in `scores`, one for each task."""
+    lines = []
+    for task in load_settings("small").default_tasks:
+        found = scores.tasks.get(task) if scores else None
+        known = {row.entry for row in found.rows} | set(found.left_out) if found else set()
+        missing = {name: entry for name, entry in available(entries).items() if name not in known}
+        if missing:
+            lines.append(shlex.join(["seqmix", "suite", *arguments(missing), "--no-references", "--tasks", task]))
+    return lines
+
+
+def lines(scores: Scores, entries: Mapping[str, Entry]) -> list[str]:
+    """Return the lines of the page: heatmap, two tables, conditions."""
+    parts = {
+        "Without a short convolution": [_without(scores), "Entries without the option are in both tables."],
+        "With a short convolution": [_with(scores), "Of four tokens, or as wide as the mixer has it by default."],
+    }
+    result = [*heatmap(scores, entries), ""]
+    for title, (part, remark) in parts.items():
+        result += [f"## {title}", "", *score_lines(part), ""]
+        result += [f"Accuracy in percent, equal {scores.match}; best mean first. {uncertainty(part)} {remark}", ""]
+    return [*result, "## Tasks and conditions", "", *condition_lines(scores, reports=False)]
+
+
+def _without(scores: Scores) -> Scores:
+    return _only(scores, lambda value: value in (*WITHOUT, ABSENT))
+
+
+def _with(scores: Scores) -> Scores:
+    return _only(scores, lambda value: value not in WITHOUT)
+
+
+def _only(scores: Scores, holds: Callable[[str], bool]) -> Scores:
+    """Return the scores of the entries whose `short_conv` has a property."""
+    tasks = {
+        name: task.model_copy(
+            update={"rows": tuple(row for row in task.rows if holds(row.accessories.get(CONVOLUTION, ABSENT)))}
+        )
+        for name, task in scores.tasks.items()
+    }
+    return scores.model_copy(update={"tasks": tasks})
+
+
+def heatmap(scores: Scores, entries: Mapping[str, Entry]) -> list[str]:
+    """Return the mean scores as a table in HTML: a row for each entry, coloured from guessing (0) to all right (1).
+
+    A browser sorts it by any column (docs/assets/sort.js).
+    """
+    rows: dict[str, dict[str, ScoreRow]] = {}
+    for name, task in scores.tasks.items():
+        for row in task.rows:
+            rows.setdefault(row.entry, {})[name] = row
+    heads = ["entry", "family", "state", *(name.replace("_", " ") for name in scores.tasks)]
+    head = "".join(f"<th>{each}</th>" for each in heads)
+    result = ['<table class="heatmap">', f"<thead><tr>{head}</tr></thead>", "<tbody>"]
+    for entry, by_task in sorted(rows.items(), key=lambda item: -mean(row.score.mean for row in item[1].values())):
+        one = next(iter(by_task.values()))
+        family = entries[entry].family if entry in entries else ""
+        state = quantity(one.state_bytes, "bytes") + (" *" if one.state_grows else "")
+        cells = [f"<td>{escape(entry)}</td><td>{family}</td>", f'<td data-value="{one.state_bytes}">{state}</td>']
+        cells += [_cell(by_task.get(name), task.task.chance) for name, task in scores.tasks.items()]
+        result.append(f"<tr>{''.join(cells)}</tr>")
+    return [*result, "</tbody>", "</table>"]
+
+
+def _cell(row: ScoreRow | None, chance: float) -> str:
+    """Return a score's cell, coloured by the share of what is above guessing."""
+    if row is None:
+        return '<td data-value="-1"></td>'
+    score = row.score.mean
+    share = max(0.0, (score - chance) / (1 - chance))
+    return f'<td data-value="{score:.4f}" style="--share:{share:.2f}">{100 * score:.0f}</td>'

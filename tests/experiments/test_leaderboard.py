@@ -1,0 +1,105 @@
+"""The leaderboard: its entries can be measured by its commands, and its tables show each entry where it belongs."""
+
+import re
+import runpy
+import shlex
+from pathlib import Path
+
+import pytest
+
+from seqmix.experiments.suite import leaderboard
+from seqmix.experiments.suite.entries import available, load_entries
+from seqmix.experiments.suite.scores import Conditions, ScoreRow, Scores, TaskScores, write_scores
+from seqmix.experiments.suite.tasks import Candidate, load_settings
+from seqmix.experiments.summary import statistic
+from seqmix.mixers import MIXERS
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def row_of(entry, convolution, *values, state=1024, grows=False):
+    return ScoreRow(
+        entry=entry,
+        mixers=("gla",),
+        score=statistic(values),
+        scores={str(seed): value for seed, value in enumerate(values)},
+        accessories={"short_conv": convolution},
+        accuracy_by={},
+        learning_rate=1e-3,
+        parameters=1,
+        state_bytes=state,
+        state_grows=grows,
+    )
+
+
+ROWS = (
+    row_of("gla", "null", 0.1, 0.2, 0.15),
+    row_of("gla-conv", "4", 0.9, 0.95, 0.97),
+    row_of("attention", "no option", 1.0, 1.0, 1.0, state=65536, grows=True),
+)
+
+
+def scores_of(*tasks):
+    settings = load_settings("small")
+    conditions = Conditions(data="", training="", learning_rates=(1e-3,), seeds=(0, 1, 2), matched="")
+    return Scores(
+        size="small",
+        match="parameters",
+        created="2026-12-01T00:00:00+00:00",
+        commands=("seqmix suite",),
+        tasks={task: TaskScores(task=settings.tasks[task], conditions=conditions, rows=ROWS) for task in tasks},
+    )
+
+
+def test_every_built_in_mixer_is_an_entry_that_the_commands_measure():
+    entries = available(load_entries())
+    assert {entry.kind for entry in entries.values()} == set(MIXERS.built_in()) - {"parallel_hybrid"}
+    commands = leaderboard.commands(load_entries(), None)
+    assert len(commands) == len(load_settings("small").default_tasks)
+    for command in commands:
+        words = shlex.split(command)
+        made = map(Candidate.of, words[2 : words.index("--no-references")])
+        assert {each.name: each.mixer for each in made} == {name: entry.mixer for name, entry in entries.items()}
+    # what is known is not measured again
+    (recall, *_) = leaderboard.commands(load_entries(), scores_of("recall"))
+    assert not {"attention", "gla"} & set(shlex.split(recall))
+    assert "gated_delta_net" in shlex.split(recall)
+
+
+def test_an_entry_is_in_the_table_of_its_convolution_or_in_both():
+    text = "\n".join(leaderboard.lines(scores_of("recall"), load_entries()))
+    without, _, more = text.partition("## Without a short convolution")[2].partition("## With a short convolution")
+    of_both = more.partition("## Tasks")[0]
+    found = [re.findall(r"^\| (gla|gla-conv|attention) ", part, re.MULTILINE) for part in (without, of_both)]
+    assert found == [["attention", "gla"], ["attention", "gla-conv"]]
+
+
+def test_the_heatmap_colours_what_is_above_guessing():
+    head, rows = (part.splitlines() for part in "\n".join(heat()).split("<tbody>"))
+    assert re.findall("<th>(.*?)</th>", head[1]) == ["entry", "family", "state", "recall", "parity"]
+    assert [re.findall("<td[^>]*>(.*?)</td>", row)[0] for row in rows[1:4]] == ["attention", "gla-conv", "gla"]
+    attention, _, gla = rows[1:4]
+    assert "64 KiB *" in attention
+    assert attention.count("--share:1.00") == 2
+    # 15 % right is a little above guessing one of 32 symbols, and below guessing a bit
+    assert re.findall("--share:([0-9.]+)", gla) == ["0.12", "0.00"]
+
+
+def heat():
+    return leaderboard.heatmap(scores_of("recall", "parity"), load_entries())
+
+
+def test_results_of_several_folders_add_up(tmp_path, monkeypatch):
+    page = runpy.run_path(str(ROOT / "docs" / "leaderboard.py"))
+    add = page["add"]
+    monkeypatch.setitem(add.__globals__, "RESULTS", tmp_path / "published.json")
+    for task in ("recall", "parity"):
+        write_scores(scores_of(task), tmp_path / task)
+        add([tmp_path / task])
+    assert page["published"]().tasks.keys() == {"recall", "parity"}
+    other = scores_of("recall")
+    seeds = other.tasks["recall"].conditions.model_copy(update={"seeds": (7,)})
+    other.tasks["recall"] = other.tasks["recall"].model_copy(update={"conditions": seeds})
+    write_scores(other, tmp_path / "other")
+    with pytest.raises(Exception, match="seeds differ"):
+        add([tmp_path / "other"])
