@@ -1,7 +1,7 @@
 """Write the table of a study into its page: `python docs/study.py studies/depth`, or `studies/choice`.
 
 The argument is the folder of the study, after `seqmix compare NAME`. Beside the score of an entry stands its difference
-from the study's subject at equal seeds, which says what helped and how sure that is.
+from one of them at equal seeds, which says what helped and how sure that is.
 """
 
 import sys
@@ -15,11 +15,11 @@ from seqmix.experiments.tables import notes
 from seqmix.registry import write_file
 
 HERE = Path(__file__).parent
-PAGES = {"depth": HERE / "explanation" / "depth.md", "choice": HERE / "explanation" / "choice.md"}
-"""Pages by name of the study."""
+PAGES = {"depth": ("explanation/depth.md", "plain"), "choice": ("explanation/choice.md", "full")}
+"""Page, and the entry with which the others are compared, by name of the study."""
 
 
-def lines(results: Results) -> list[str]:
+def lines(results: Results, reference: str) -> list[str]:
     """Return a table for each variant, and notes."""
     variants: list[dict[str, object]] = []
     variants += (row.variant for row in results.summary if row.variant not in variants)
@@ -27,21 +27,22 @@ def lines(results: Results) -> list[str]:
     made: list[str] = []
     for variant in variants:
         rows = [row for row in best_first(results) if row.variant == variant]
-        subject = next(row for row in rows if row.entry == results.about)
-        heads = ["entry", f"{measure}:", f"against {subject.entry}:", "verdict", "learning rate:", "parameters:"]
+        one = next(row for row in rows if row.entry == reference)
+        heads = ["entry", f"{measure}:", f"against {reference}:", "verdict", "learning rate:", "parameters:"]
         made += [f"### {variant_text(variant)}", ""] if variant else []
-        made += [*table(heads, [_cells(results, row, subject) for row in rows]), ""]
-    return [*made, *(f"- {sentence}" for sentence in notes(results) if not sentence.startswith("tokens/s"))]
+        made += [*table(heads, [_cells(results, row, one) for row in rows]), ""]
+    told = ("tokens/s", "rank:")  # of what the tables do not show
+    return [*made, *(f"- {sentence}" for sentence in notes(results) if not sentence.startswith(told))]
 
 
-def _cells(results: Results, row: SummaryRow, subject: SummaryRow) -> list[str]:
+def _cells(results: Results, row: SummaryRow, reference: SummaryRow) -> list[str]:
     as_percent = has_accuracy(results)
     found = None
-    if row is not subject:
+    if row is not reference:
         field = "accuracy" if as_percent else "validation_loss"
-        found = difference(results.runs_of(row), results.runs_of(subject), field)
+        found = difference(results.runs_of(row), results.runs_of(reference), field)
     better = found is not None and (found.mean > 0) == as_percent
-    verdict = "" if found is None else ("better" if better else "worse") if beyond_noise(found) else "tied"
+    verdict = "" if found is None else ("better" if better else "worse") if beyond_noise(found) else "not distinguishable"
     return [
         f"`{row.entry}`",
         format_statistic(score(results, row), as_percent=as_percent),
@@ -54,5 +55,5 @@ def _cells(results: Results, row: SummaryRow, subject: SummaryRow) -> list[str]:
 
 if __name__ == "__main__":
     found = read_results(sys.argv[1])
-    page = PAGES[found.name]
-    write_file(fill(page, {"results": lines(found)}), page)
+    page, reference = PAGES[found.name]
+    write_file(fill(HERE / page, {"results": lines(found, reference)}), HERE / page)
