@@ -306,20 +306,15 @@ def uncertainty(scores: Scores) -> str:
     return "There is one seed, so there are no intervals and no ranking: differences may be chance."
 
 
-def markdown(scores: Scores, *, reports: bool = True) -> list[str]:
-    """Return the lines of a page: the table, the tasks, the parts left out, and the commands to reproduce it.
-
-    Args:
-        scores: the scores to show.
-        reports: True to link the reports of the tasks' studies, which must lie beside the page.
-    """
+def markdown(scores: Scores) -> list[str]:
+    """Return the lines of a page: the table, the tasks, the parts left out, and the commands to reproduce it."""
     lines = [*score_lines(scores), ""]
     lines += [f"Accuracy in percent; equal {scores.match}; best mean first. {uncertainty(scores)}", ""]
     heads, rows = accessory_table(scores)
     if rows:
         lines += ["The mixers also differ in their accessories, so no score is that of a mixer's equations alone:", ""]
         lines += [*table(heads, rows), ""]
-    return [*lines, *condition_lines(scores, reports=reports)]
+    return [*lines, *condition_lines(scores)]
 
 
 def score_lines(scores: Scores) -> list[str]:
@@ -328,8 +323,14 @@ def score_lines(scores: Scores) -> list[str]:
     return table([head[0], *(f"{name}:" for name in head[1:])], rows)
 
 
-def condition_lines(scores: Scores, *, reports: bool) -> list[str]:
-    """Return the lines of the tasks with their conditions, the parts left out, and the commands to reproduce them."""
+def condition_lines(scores: Scores, *, reports: bool = True) -> list[str]:
+    """Return the lines of the tasks with their conditions, the parts left out, and what computed them.
+
+    Args:
+        scores: the scores to describe.
+        reports: True to link the reports of the tasks' studies, which must lie beside the page, and to show the
+            commands that made them.
+    """
     lines: list[str] = []
     for name, task in scores.tasks.items():
         at = f", at {' and '.join(task.task.score_at)}" if task.task.score_at else ""
@@ -355,8 +356,8 @@ def condition_lines(scores: Scores, *, reports: bool) -> list[str]:
         for task in scores.tasks.values()
         for row in task.rows
     )
-    lines += [f"Computed with {'; '.join(machines)}, {scores.created[:10]}:", "", "```text", *scores.commands, "```"]
-    return lines
+    computed = f"Computed with {'; '.join(machines)}, {scores.created[:10]}"
+    return [*lines, *([f"{computed}:", "", "```text", *scores.commands, "```"] if reports else [f"{computed}."])]
 
 
 def write_scores(scores: Scores, folder: Path) -> None:
