@@ -196,6 +196,28 @@ def test_a_plug_in_gets_its_row_beside_retention_and_attention(seqmix, refused):
     assert "is a file" in refused("suite", "gla", "--out", "file", "--dry-run")
 
 
+@pytest.mark.usefixtures("tiny")
+def test_a_row_stands_beside_the_leaderboard_whose_mixers_are_not_measured_again(seqmix, tmp_path, monkeypatch):
+    given = [Candidate.of("attention"), Candidate.of("retention")]
+    planned = write_studies(tmp_path, TINY, TINY.chosen(["first"]), given, "parameters", Extent())
+    known = scores.new_scores("small", "parameters", "", (), planned)
+    rows = (row_of("attention", 1.0, 1.0), row_of("retention", 0.5, 0.6))
+    known.tasks["first"] = known.tasks["first"].model_copy(update={"rows": rows})
+    published = tmp_path / "published"
+    scores.write_scores(known, published)
+    (published / scores.SCORES_FILE).rename(published / "small-parameters.json")
+    for module in ("seqmix.commands.suite", "seqmix.experiments.suite.scores"):
+        monkeypatch.setattr(f"{module}.PUBLISHED", published)
+
+    def runs(*options):
+        dry = seqmix("suite", "gla", "--tasks", "first", "--dry-run", *options)
+        return int(re.search("first +([0-9]+) ", dry.out)[1])
+
+    assert runs() == 4  # two rates, two seeds
+    assert runs("--no-published") == 12
+    assert runs("--quick") == 3  # under other conditions
+
+
 def _rows_are_merged(one, both):
     head, rows = scores.score_table(scores.merge(one, both))
     assert head == ["entry", "first", "mean"]
