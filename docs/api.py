@@ -75,6 +75,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
         "ops.runtime.call",
         "ops.runtime.packing.Documents",
         "ops.decay.api.decay",
+        "ops.decay.api.decay_reading_values",
         "ops.decay.api.decay_flops",
         "ops.delta.api.delta",
         "ops.delta.api.delta_product",

@@ -7,10 +7,10 @@
     o_t     = softmax(K_t q_t) V_t                      over the slots
     y       = RMSNorm(silu(o)) W_O                      the norm is over all heads, with weights
 
-V is the decay op with slots as keys. K is read along its keys, and the op decays along the keys that it reads, so each
-slot is a head there: one decay, values 1 - f of width 1, and queries and keys that the slots of a head share. As in the
-authors' code, scores have no factor 1/sqrt(K), and there are as many slots as a head has key dimensions. One difference
-from that code: with a short convolution, its silu takes the place of the one above, and is not applied before it.
+Both are the decay op with slots as keys. Queries read V along the slots, and K along its values, which are the keys k.
+As in the authors' code, scores have no factor 1/sqrt(K), and there are as many slots as a head has key dimensions. One
+difference from that code: with a short convolution, its silu takes the place of the one above, and is not applied
+before it.
 """
 
 from dataclasses import replace
@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor
 
-from ..ops.decay import decay
+from ..ops.decay import decay, decay_reading_values
 from ..ops.runtime.kernel import Probe
 from ..ops.runtime.paradigm import Paradigm
 from .contract import MixResult
@@ -80,25 +80,13 @@ class GSA(QKVMixer):
         h = self.project(x, call)
         log_forget = gate_decay(h.more["forget"].unflatten(-1, (self.n_heads, -1)), self.config.gate_logit_normalizer)
         writes = -log_forget.expm1()
-        scores, keys = self.slot_scores(h, log_forget, writes, call)
+        scores, keys = decay_reading_values(h.q, writes.to(h.k.dtype), h.k, log_forget, call.enter("keys"), scale=1.0)
         extras = {"scores": scores, "writes": writes, "log_forget": log_forget}
         o, memory = self.recur(x, h._replace(more=extras), call.enter("memory"))
         y = self.out_proj(self.gated_norm(o, h.gate).to(h.dtype).flatten(2))
         after = self.state_after(x, memory, h.recent, call)
         state = None if after is None or keys is None else GSAState(keys, *after)
         return self.with_own_values(y, state, h.own_values)
-
-    def slot_scores(
-        self, h: QKV, log_forget: Float[Tensor, "B T H M"], writes: Float[Tensor, "B T H M"], call: Call
-    ) -> tuple[Float[Tensor, "B T H M"], Float[Tensor, "N H M K"] | None]:
-        """Return the products of queries and slot keys, and the slot keys after the segment (None unless requested)."""
-        keys = None if call.state is None else call.state.keys.flatten(1, 2)[..., None]
-        # the kernels of other backends want wider values
-        backend = call.backend if call.backend in ("reference", "native") else "reference"
-        call = call._replace(state=keys, backend=backend)
-        values = writes.flatten(2)[..., None].to(h.q.dtype)
-        products, keys = decay(h.q, h.k, values, log_forget.flatten(2), call, scale=1.0)
-        return products.view_as(log_forget), None if keys is None else keys.squeeze(-1).unflatten(1, (self.n_heads, -1))
 
     def recur(self, x: Tensor, h: QKV, call: Call) -> RecurrenceOutput:
         writes = h.more["writes"]
@@ -121,7 +109,10 @@ class GSA(QKVMixer):
     def flops(self, length: int, paradigm: Paradigm, context: int = 0) -> int:
         options = {"chunk_size": self.chunk_size, "context": context}
         weights = self.in_proj.weight.numel() + self.out_proj.weight.numel() + self.outside_flops // 2
-        keys = self.n_slots * self.family.flops(paradigm, length, self.key_dim, 1, **options)
+        if paradigm is Paradigm.CHUNKWISE:
+            keys = self.family.flops(paradigm, length, self.n_slots, self.key_dim, key_decays=True, **options)
+        else:  # one head per slot
+            keys = self.n_slots * self.family.flops(paradigm, length, self.key_dim, 1, **options)
         values = self.family.flops(paradigm, length, self.n_slots, self.value_dim, key_decays=True, **options)
         return 2 * length * weights + self.n_heads * (keys + values)
 

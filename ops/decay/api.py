@@ -74,13 +74,53 @@ def decay(
     return recur(DECAY, q, k, v, call, log_decay=log_decay, scale=scale, wide_output=wide_output)
 
 
+def decay_reading_values(
+    q: Float[Tensor, "B T H V"],
+    k: Float[Tensor, "B T H K"],
+    v: Float[Tensor, "B T H V"],
+    log_decay: Float[Tensor, "B T H K"],
+    call: Call | None = None,
+    *,
+    scale: float | None = None,
+    **options: Unpack[CallOptions],
+) -> RecurrenceOutput:
+    """Decay recurrence whose queries read the state along its values: o_t = scale S_t q_t, [B T H K].
+
+    The update of the state [N H K V] is that of `decay`. Other paradigms than the chunkwise one compute each key
+    dimension as a head with values of width 1. Backends other than `reference` and `native` run the reference.
+
+    Args:
+        q: queries.
+        k: keys.
+        v: values.
+        log_decay: natural log of the decay per key dimension, <= 0, -inf allowed.
+        call: the call of a mixer; None if you call the op directly, with `options`.
+        scale: factor of the output, 1/sqrt(V) by default.
+        options: keywords of a direct call, see `CallOptions`.
+
+    Raises:
+        SeqmixError: if shapes or dtypes do not fit, or an option is invalid.
+    """
+    call = Call.resolve(call, q.shape[1], options, paradigm=Paradigm.CHUNKWISE)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if call.paradigm is Paradigm.CHUNKWISE:
+        return recur(DECAY, q, k, v, call, log_decay=log_decay, scale=scale, reads_values=True)
+    # the kernels of other backends want wider values
+    backend = call.backend if call.backend in ("reference", "native") else "reference"
+    state = None if call.state is None else call.state.flatten(1, 2)[..., None]
+    call = call._replace(state=state, backend=backend)
+    output, state = recur(DECAY, q, v, k.flatten(2)[..., None], call, log_decay=log_decay.flatten(2), scale=scale)
+    return RecurrenceOutput(output.view_as(k), None if state is None else state.view(-1, *k.shape[2:], v.shape[-1]))
+
+
 def _segment_map(x: Recurrence, kernel: Run, call: Call) -> tuple[Tensor, Tensor]:
     """Return the map S -> M S + U of a segment: its decay M, [1|B H 1|K 1], and the state U that it writes.
 
     For packed documents, both are those of the document of the segment's last token.
     """
     assert call.cp_group is not None
-    _, written = kernel(x._replace(q=x.k.detach(), initial_state=None, output_final_state=True))
+    q = (x.v if x.reads_values else x.k).detach()
+    _, written = kernel(x._replace(q=q, initial_state=None, output_final_state=True))
     assert written is not None
     decay = _segment_decay(x, call.documents).to(written.dtype)
     return decay, call.cp_group.last_row(written, call.documents)

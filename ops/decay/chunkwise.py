@@ -16,6 +16,12 @@ and in the backward pass, from dS' and do:
 Every term of da is added to the decays that it passes through, and none is subtracted again. Sums of q dq - k dk are
 mathematically equal, but where decays are strong only rounding errors remain of them.
 
+Queries that read values (Recurrence.reads_values) are what do is above, and their output is what dq is: with the
+upstream gradient g in the place of q,
+
+    o = (scale q v^T * D) k + scale (q S^T) * p
+    dq = A v + scale (g * p) S,  A = scale (g k^T) * D           dk, dv, dS, da as above, with g for q and q for do
+
 A, D and da are computed in recurrence/intra_chunk.py, for decays per head and for decays per key dimension (GLA);
 recurrence/chunk_loop.py runs the chunks.
 """
@@ -25,7 +31,7 @@ from torch import Tensor
 from ..recurrence.chunk_loop import Chunks, ChunkStates, GroupTokens, chunkwise_kernel
 from ..recurrence.family import Recurrence
 from ..recurrence.groups import Group, max_chunks
-from ..recurrence.intra_chunk import StateGradients, make_decays, pad_rows, scale_tokens
+from ..recurrence.intra_chunk import ChunkDecays, StateGradients, make_decays, pad_rows, scale_tokens
 from ..recurrence.products import add_product, product, product_dtype
 
 
@@ -38,8 +44,10 @@ class _DecayChunks(Chunks):
 
     def forward(self, group: Group, x: GroupTokens, states: ChunkStates, exits: list[Tensor]) -> Tensor:
         chunks = self.decays.chunks(group)
-        entries = states.entries
-        output = product(chunks.scores(x.q, x.k), x.v)
+        self._write_exits(chunks, x, states.entries, exits)
+        return self._output(chunks, x, states)
+
+    def _write_exits(self, chunks: ChunkDecays, x: GroupTokens, entries: Tensor, exits: list[Tensor]) -> None:
         rows = len(exits) * entries[0].shape[:2].numel()
         if rows:
             changes = product(scale_tokens(x.k, chunks.suffix)[:rows].mT, x.v[:rows]).view(-1, *entries.shape[1:])
@@ -47,33 +55,45 @@ class _DecayChunks(Chunks):
             for number, (change, exit_state) in enumerate(zip(changes, exits, strict=True)):
                 chunks.next_state(number, state, change, exit_state)
                 state = exit_state
+
+    def _output(self, chunks: ChunkDecays, x: GroupTokens, states: ChunkStates) -> Tensor:
+        output = product(chunks.scores(x.q, x.k), x.v)
         nonzero = states.nonzero
         if nonzero.start < output.shape[0]:
             query = scale_tokens(x.q, chunks.prefix)[nonzero]
-            add_product(output[nonzero], query, entries.flatten(0, 2)[nonzero])
+            add_product(output[nonzero], query, states.entries.flatten(0, 2)[nonzero])
         return output
+
+    def _read_entries(self, chunks: ChunkDecays, rows: Tensor, states: ChunkStates) -> Tensor | None:
+        """Return scale (rows S^T) * p of rows along the values, [G m K]; None if all entry states are zero."""
+        nonzero = states.nonzero
+        if nonzero.start == rows.shape[0]:
+            return None
+        read = product(rows[nonzero], states.entries.flatten(0, 2)[nonzero].mT)
+        return scale_tokens(pad_rows(read, nonzero.start, 0), chunks.prefix)
 
     def backward(
         self, group: Group, x: GroupTokens, d_out: Tensor, states: ChunkStates, d_states: Tensor, used: slice
     ) -> dict[str, Tensor]:
-        chunks = self.decays.chunks(group)
+        return self._gradients(self.decays.chunks(group), x, d_out, states, d_states, used)
+
+    def _gradients(
+        self, chunks: ChunkDecays, x: GroupTokens, d_out: Tensor, states: ChunkStates, d_states: Tensor, used: slice
+    ) -> dict[str, Tensor]:
         entries = states.entries
         nonzero = states.nonzero
         rows = x.q.shape[0]
-        zero_rows = nonzero.start
         unused_rows = rows - used.stop
         d_exits = d_states[1:]
         # gradients through the states
-        d_query_state = None
+        d_query_state = self._read_entries(chunks, d_out, states)
         d_key_state = None
         d_total = None
-        if zero_rows < rows:
+        if d_query_state is not None:
             changes = product(scale_tokens(x.q, chunks.prefix)[nonzero].mT, d_out[nonzero]).view(-1, *entries.shape[1:])
             numbers = range(entries.shape[0])[-changes.shape[0] :]
             for number, change in zip(reversed(numbers), reversed(changes.unbind()), strict=True):
                 chunks.next_state(number, d_exits[number], change, d_states[number])
-            d_query_state = pad_rows(product(d_out[nonzero], entries.flatten(0, 2)[nonzero].mT), zero_rows, 0)
-            d_query_state = scale_tokens(d_query_state, chunks.prefix)
         scores = chunks.scores(x.q, x.k)
         d_scores = product(d_out, x.v.mT)
         d_value = product(scores.mT, d_out)
@@ -94,4 +114,25 @@ class _DecayChunks(Chunks):
         return gradients if d_a is None else gradients | {"log_decay": d_a}
 
 
-decay_chunkwise = chunkwise_kernel("decay_chunkwise", _DecayChunks)
+class _ValueReads(_DecayChunks):
+    """Chunks whose queries [G m V] read the state along its values."""
+
+    def _output(self, chunks: ChunkDecays, x: GroupTokens, states: ChunkStates) -> Tensor:
+        output = chunks.sum_keys(product(x.q, x.v.mT), x.k)
+        before = self._read_entries(chunks, x.q, states)
+        return output if before is None else output.add_(before)
+
+    def backward(
+        self, group: Group, x: GroupTokens, d_out: Tensor, states: ChunkStates, d_states: Tensor, used: slice
+    ) -> dict[str, Tensor]:
+        chunks = self.decays.chunks(group)
+        swapped = x._replace(q=d_out)
+        gradients = self._gradients(chunks, swapped, x.q, states, d_states, used)
+        return gradients | {"q": super()._output(chunks, swapped, states)}
+
+
+def _make_chunks(x: Recurrence, needs_log_decay: bool) -> _DecayChunks:
+    return (_ValueReads if x.reads_values else _DecayChunks)(x, needs_log_decay)
+
+
+decay_chunkwise = chunkwise_kernel("decay_chunkwise", _make_chunks)

@@ -56,7 +56,9 @@ class Chunks(ABC):
 
     @abstractmethod
     def forward(self, group: Group, x: GroupTokens, states: ChunkStates, exits: list[Tensor]) -> Tensor:
-        """Return the output of a group, [G m V], and write the states after its chunks to `exits`.
+        """Return the output of a group, and write the states after its chunks to `exits`.
+
+        The output is [G m V], or [G m K] if queries read values.
 
         Args:
             group: position of the tokens.
@@ -76,7 +78,7 @@ class Chunks(ABC):
         Args:
             group: position of the tokens.
             x: tokens of the group.
-            d_out: gradient of the output, [G m V].
+            d_out: gradient of the output.
             states: states before each chunk.
             d_states: gradients of the states before each chunk and after the last, [n+1 B H K V]. The last entry is an
                 input; this method writes the others, except for entry states that are zero (`states.nonzero`).
@@ -183,7 +185,7 @@ def _backward(make_chunks: MakeChunks, x: Recurrence, gradients: Gradients) -> d
     (d_output, d_final_state), (entries,) = gradients.outputs, gradients.saved
     if d_final_state is not None and not d_final_state.numel():
         d_final_state = None
-    d_output = torch.zeros_like(x.v) if d_output is None else d_output
+    d_output = x.new_output().zero_() if d_output is None else d_output
     inputs = {"q": x.q, "k": x.k, "v": x.v, "beta": x.beta, "a": x.a, "b": x.b}
     out = {name: tensor.new_empty(tensor.shape) for name, tensor in inputs.items() if tensor is not None}
     if x.log_decay is not None and "log_decay" in gradients.wanted:

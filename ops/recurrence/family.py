@@ -22,7 +22,7 @@ from torch import Tensor
 from ...registry import SeqmixError
 from ..runtime.call import Call
 from ..runtime.custom_op import needs_grad
-from ..runtime.kernel import FLOATS, Probe, chosen
+from ..runtime.kernel import FLOATS, Probe, chosen, reference
 from ..runtime.packing import Stretch, stretches
 from ..runtime.paradigm import Paradigm
 from ..runtime.recording import record
@@ -32,7 +32,7 @@ class Recurrence(NamedTuple):
     """Inputs of one call of a recurrence; kernels of all families take this value."""
 
     q: Tensor
-    """Queries [B T G K]."""
+    """Queries [B T G K]; [B T H V] if `reads_values` is set."""
     k: Tensor
     """Keys [B T G K]."""
     v: Tensor
@@ -67,6 +67,8 @@ class Recurrence(NamedTuple):
     """True if the final state may overwrite the initial state."""
     wide_output: bool = False
     """True if output and its gradient have the dtype of states, because they may exceed the range of the inputs'."""
+    reads_values: bool = False
+    """True if queries read the state along its values: o_t = scale S_t q_t, [B T H K]."""
 
     @property
     def wide_dtype(self) -> torch.dtype:
@@ -92,7 +94,7 @@ class Recurrence(NamedTuple):
     @property
     def state_shape(self) -> tuple[int, int, int]:
         """Shape (H, K, V) of the state of one row."""
-        return (self.v.shape[2], self.q.shape[3], self.v.shape[3])
+        return (self.v.shape[2], self.k.shape[3], self.v.shape[3])
 
     @property
     def matrix(self) -> tuple[int, int, int]:
@@ -128,8 +130,9 @@ class Recurrence(NamedTuple):
         )
 
     def new_output(self) -> Tensor:
-        """Allocate the output, [B T H V]."""
-        return self.v.new_empty(self.v.shape, dtype=self.output_dtype)
+        """Allocate the output, [B T H V], or [B T H K] if `reads_values` is set."""
+        width = (self.k if self.reads_values else self.v).shape[3]
+        return self.v.new_empty((*self.v.shape[:3], width), dtype=self.output_dtype)
 
     def new_state(self, *leading: int) -> Tensor:
         """Allocate uninitialised states, [*leading H K V]."""
@@ -141,7 +144,7 @@ class Recurrence(NamedTuple):
         return Probe(
             device=self.q.device,
             dtype=self.q.dtype,
-            key_width=self.q.shape[3],
+            key_width=self.k.shape[3],
             value_width=self.v.shape[3],
             log_decay=None if self.log_decay is None else names[self.log_decay.ndim],
             needs_grad=needs_grad(*(x for x in self if isinstance(x, Tensor))),
@@ -187,6 +190,7 @@ def recur(
     *,
     scale: float | None,
     wide_output: bool = False,
+    reads_values: bool = False,
     **optional: Tensor | None,
 ) -> RecurrenceOutput:
     """Run the kernel that a call selects, on the tokens of one process or of a context-parallel group.
@@ -202,12 +206,16 @@ def recur(
         call: context of the call.
         scale: factor of the output; None means 1/sqrt(K).
         wide_output: True if the output of 16-bit inputs must be float32.
+        reads_values: True if queries read the state along its values; the reference runs in place of a kernel without.
         optional: the optional tensors of the family: log_decay, beta, a, b, as in `Recurrence`.
 
     Raises:
         SeqmixError: if shapes or dtypes do not fit, or the kernel does not support them.
     """
-    kernel = chosen(family.name, call.paradigm, call.backend, q).function
+    declared = chosen(family.name, call.paradigm, call.backend, q)
+    if reads_values and not declared.reads_values:
+        declared = reference(family.name, call.paradigm)
+    kernel = declared.function
     cp = call.cp_group
     documents = call.documents
     local = documents if cp is None else cp.local(documents, q.shape[1])
@@ -228,6 +236,7 @@ def recur(
         decay=_memoized_decay(call, q, optional.get("log_decay")),
         donated=call.donated,
         wide_output=wide_output,
+        reads_values=reads_values,
     )
     require_recurrence(x)
     if cp is None:
@@ -280,6 +289,9 @@ def require_recurrence(x: Recurrence) -> None:
         SeqmixError: if they do not fit together.
     """
     require_floats(x.q, x.k, x.v)
+    if x.reads_values:
+        _require_value_reads(x)
+        x = x._replace(q=x.k)
     fits = x.q.ndim == x.v.ndim == 4 and x.q.shape == x.k.shape and x.v.shape[:2] == x.q.shape[:2]
     if not fits or x.q.shape[1] < 1 or not 1 <= x.q.shape[2] <= x.v.shape[2] or x.v.shape[2] % x.q.shape[2]:
         shapes = ", ".join(str(list(tensor.shape)) for tensor in (x.q, x.k, x.v))
@@ -313,6 +325,13 @@ def require_recurrence(x: Recurrence) -> None:
     if x.initial_state is not None and tuple(x.initial_state.shape) != (state := (x.rows, *x.state_shape)):
         raise SeqmixError(f"expected an initial state of shape {list(state)}, got {list(x.initial_state.shape)}")
     require_chunk_size(x.chunk_size)
+
+
+def _require_value_reads(x: Recurrence) -> None:
+    """Raise a SeqmixError if queries that read values differ from these in shape, or in their number of heads."""
+    if x.q.shape != x.v.shape or x.k.shape[:-1] != x.v.shape[:-1]:
+        shapes = ", ".join(str(list(tensor.shape)) for tensor in (x.q, x.k, x.v))
+        raise SeqmixError(f"expected q and v of shape [B T H V] and k of shape [B T H K], got {shapes}")
 
 
 def require_packing(x: Tensor, cu_seqlens: Tensor | None) -> None:

@@ -64,6 +64,13 @@ class ChunkDecays(ABC):
         """Return the scores A [G m*r m*c]."""
 
     @abstractmethod
+    def sum_keys(self, pairs: Tensor, k: Tensor) -> Tensor:
+        """Return sum_j scale pairs_ij k_j exp(a_{j+1} + .. + a_i), j <= i, of one key per token, [G m K].
+
+        `pairs` is [G m m] and is overwritten.
+        """
+
+    @abstractmethod
     def scores_backward(
         self, q: Tensor, k: Tensor, scores: Tensor, d_scores: Tensor, through_states: StateGradients | None
     ) -> Grads:
@@ -104,6 +111,9 @@ class _ScalarChunk(ChunkDecays):
 
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
         return self._apply_mask(product(q, k.mT))
+
+    def sum_keys(self, pairs: Tensor, k: Tensor) -> Tensor:
+        return product(self._apply_mask(pairs), k)
 
     def scores_backward(
         self, q: Tensor, k: Tensor, scores: Tensor, d_scores: Tensor, through_states: StateGradients | None
@@ -211,6 +221,16 @@ class _PerKeyChunk(ChunkDecays):
         for half, query, key, _, _ in self._factors(q, k):
             _half_pairs(scores, half * queries, half * keys).copy_(query @ key.mT)
         return scores[:, : q.shape[1], : k.shape[1]]
+
+    def sum_keys(self, pairs: Tensor, k: Tensor) -> Tensor:
+        pairs = self._pad(self._pad(pairs, 1).mT, 1).mT
+        k = self._pad(k, 1)
+        sums = self._same_token(pairs) * k * self.scale
+        for from_middle, to_middle in self.levels:
+            half = to_middle.shape[2]
+            key = _halves(k, half)[:, :, 0] * to_middle
+            _halves(sums, half)[:, :, 1].addcmul_(_half_pairs(pairs, half, half) @ key, from_middle)
+        return sums[:, : self.length]
 
     def scores_backward(
         self, q: Tensor, k: Tensor, scores: Tensor, d_scores: Tensor, through_states: StateGradients | None

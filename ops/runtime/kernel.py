@@ -104,6 +104,8 @@ class Kernel:
     follows_inputs: bool = False
     """True if the reference runs in place of this kernel when inputs are not on a CPU or have an unsupported dtype.
     A layer chooses its kernel when its model is built, on a CPU, and the model may be moved or converted afterwards."""
+    reads_values: bool = False
+    """True if the kernel supports `Recurrence.reads_values`; the chunkwise reference of the decay family does."""
     higher_order: bool = False
     """True if the kernel calls a higher-order op of torch (an op that takes functions), which a dispatch mode cannot
     intercept."""

@@ -544,6 +544,62 @@ static void gradients_of_rows(const Call& x, const Place& place, int64_t from, i
     }
 }
 
+// o_t = scale S_t u_t of queries u_t along the values (ADD); `output` holds u, as it holds do_t of dq_t = scale S_t do_t.
+static void read_values(const Rows& rows, const Place& place, const Block& block, Tile* m) {
+    constexpr int CHAINS = 4;    // sums that do not wait for each other
+    const Call& x = rows.keys.x;
+    for (int64_t token = block.start; token < block.stop; token++) {
+        const int64_t t = token - block.start, row = x.row(token, place.head), at = row * x.values;
+        rows.rescale(m, t);
+        prefetch(x.written, at + AHEAD * x.heads * x.values, x.values);
+        prefetch(x.output, at + AHEAD * x.heads * x.values, x.values);
+        const Tile k = rows.at(rows.keys.k, t);
+        const float *written = floats(x.written, at), *query = floats(x.output, at);
+        Tile sums[CHAINS] = {};
+        const auto pass = [&](int64_t v, Tile& sum) {
+            for (int i = 0; i < TILE; i++) {
+                m[v].at[i] += written[v] * k.at[i];
+                sum.at[i] += query[v] * m[v].at[i];
+            }
+        };
+        int64_t v = 0;
+        for (; v + CHAINS <= x.values; v += CHAINS)
+            for (int j = 0; j < CHAINS; j++) pass(v + j, sums[j]);
+        for (; v < x.values; v++) pass(v, sums[0]);
+        const Tile sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+        store_tile(x.d_q, row * x.keys + rows.first, float(x.scale) * (sum * rows.at(rows.keys.factors, t)),
+                   x.keys - rows.first);
+    }
+}
+
+static void write_rows_of_state(const Rows& rows, const Tile* m, float* states) {
+    const Call& x = rows.keys.x;
+    const float* factors = reinterpret_cast<const float*>(rows.keys.decay.factors.data()) + rows.first;
+    const float* from = reinterpret_cast<const float*>(m);
+    for (int64_t k = 0; states && k < std::min(ROWS, x.keys - rows.first); k++)
+        for (int64_t v = 0; v < x.values; v++) states[(rows.first + k) * x.values + v] = factors[k] * from[v * ROWS + k];
+}
+
+static void rows_reading_values(const Call& x, const Place& place, int64_t from, int64_t to) {
+    ForwardKeys keys(x, place.stop - place.start);
+    std::vector<Tile> states((to - from) / ROWS * x.values);
+    const auto each_tile = [&](const auto& f) {
+        for (int64_t first = from; first < to; first += ROWS)
+            f(Rows{keys, first}, states.data() + (first - from) / ROWS * x.values);
+    };
+    each_tile([&](const Rows& rows, Tile* m) {
+        read_rows(m, x.state_at(x.state, place.sequence, place.head), rows.first, x);
+    });
+    for (int64_t number = 0; number < place.blocks(); number++) {
+        const Block block(place, number);
+        keys.compute(place, block);
+        each_tile([&](const Rows& rows, Tile* m) { read_values(rows, place, block, m); });
+    }
+    each_tile([&](const Rows& rows, Tile* m) {
+        write_rows_of_state(rows, m, x.state_at(x.final_state, place.sequence, place.head));
+    });
+}
+
 // Run f(x, place, from, to) for all heads of all sequences. If there are more threads than heads, the columns or rows 0
 // to `size` are divided too, into multiples of `unit`; results do not depend on the division.
 template <class F> static void each_head(const Call& x, int64_t size, int64_t unit, const F& f) {
@@ -592,4 +648,18 @@ extern "C" void recurrence_backward(int64_t rule, void* q, void* k, void* a, voi
     x.d_beta = d_beta, x.d_decay = d_decay, x.threads = threads;
     each_head(x, x.values, COLUMNS, reverse_columns);
     each_head(x, (x.keys + ROWS - 1) / ROWS * ROWS, ROWS, gradients_of_rows);
+}
+
+// ADD with queries along the values, [tokens H V] as float32: `output` is [tokens H K].
+extern "C" void recurrence_reading_values(void* k, const float* decay, int64_t is_bfloat16, int64_t decays_per_key,
+                                          double scale, const int64_t* bounds, int64_t sequences, int64_t heads,
+                                          int64_t keys, int64_t values, float* query, float* value, float* initial,
+                                          void* output, float* final, int64_t threads) {
+    Call x = {};
+    x.rule = ADD, x.k = {k, is_bfloat16 != 0}, x.q = x.k;  // the queries along the keys are not used
+    x.decay = decay, x.decays_per_key = decays_per_key, x.scale = scale;
+    x.bounds = bounds, x.sequences = sequences, x.key_heads = heads, x.heads = heads;
+    x.keys = keys, x.values = values, x.state = initial, x.final_state = final;
+    x.output = {query}, x.written = {value}, x.d_q = {output, is_bfloat16 != 0}, x.threads = threads;
+    each_head(x, (x.keys + ROWS - 1) / ROWS * ROWS, ROWS, rows_reading_values);
 }

@@ -31,7 +31,8 @@ def _allocate(x: Recurrence) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     KERNELS[op].require(x.probe())  # inside the op, which a compiler does not trace
     batch, length = x.q.shape[:2]
     final = (x.rows, *x.state_shape) if x.output_final_state else (0,)
-    entries = (batch * length // TOKENS + x.rows, *x.state_shape) if x.needs_grad else (0,)
+    saves = x.needs_grad and not x.reads_values
+    entries = (batch * length // TOKENS + x.rows, *x.state_shape) if saves else (0,)
     reads = x.v.shape if x.needs_grad and rule_of(x) != ADD else (0,)
     wide = [x.q.new_empty(shape, dtype=torch.float32) for shape in (final, entries, reads)]
     return x.new_output(), wide[0], wide[1], wide[2]
@@ -60,6 +61,9 @@ def _arguments(x: Recurrence, *keys: Tensor | None) -> list[Any]:
 
 def _forward(x: Recurrence) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     output, final, entries, reads = _allocate(x)
+    if x.reads_values:
+        _read_values(x, output, final)
+        return output, final, entries, reads
     build.run(
         "recurrence",
         "recurrence_forward",
@@ -74,7 +78,42 @@ def _forward(x: Recurrence) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return output, final, entries, reads
 
 
+def _read_values(x: Recurrence, output: Tensor, final: Tensor) -> None:
+    """Compute a call whose queries read the state along its values, and write its results."""
+    bounds = sequences(x.q, x.cu_seqlens)
+    log_decay = x.log_decay
+    assert log_decay is not None
+    build.run(
+        "recurrence",
+        "recurrence_reading_values",
+        x.k.contiguous(),
+        contiguous(log_decay),
+        x.k.dtype == torch.bfloat16,
+        log_decay.ndim == 4,
+        x.scale,
+        bounds,
+        len(bounds) - 1,
+        *x.state_shape,
+        contiguous(x.q),
+        contiguous(x.v),
+        contiguous(x.initial_state),
+        output,
+        final if x.output_final_state else None,
+    )
+
+
 def _backward(x: Recurrence, gradients: Gradients) -> dict[str, Tensor]:
+    if not x.reads_values:
+        return _gradients(x, gradients)
+    # of the loss sum_t d_output_t S_t q_t: a call with queries d_output, whose output has the gradient q
+    d_output, d_final = gradients.outputs
+    queries = torch.zeros_like(x.k) if d_output is None else d_output.to(x.k.dtype)
+    swapped = x._replace(q=queries, reads_values=False, needs_grad=True)
+    d_q, _, *saved = _forward(swapped)
+    return _gradients(swapped, Gradients((x.q, d_final), tuple(saved), gradients.wanted)) | {"q": d_q}
+
+
+def _gradients(x: Recurrence, gradients: Gradients) -> dict[str, Tensor]:
     (d_output, d_final), (entries, reads) = gradients.outputs, gradients.saved
     rule = rule_of(x)
     per_head = (*x.v.shape[:3], x.k.shape[3])
@@ -170,10 +209,12 @@ def _declare(op: str, recurrent: Run) -> Kernel:
         tolerances=TOLERANCES,
         limits=limits_of("recurrence"),
         follows_inputs=True,
+        reads_values=op == "decay",
     )
     # a single token has the error of the reference
     tolerances = TOLERANCES | {torch.float32: 1e-5}
-    declare(replace(chunkwise, paradigm=Paradigm.RECURRENT, function=recurrent, tolerances=tolerances))
+    recurrent_fields = {"paradigm": Paradigm.RECURRENT, "function": recurrent, "tolerances": tolerances}
+    declare(replace(chunkwise, **recurrent_fields, reads_values=False))
     return declare(chunkwise)
 
 
