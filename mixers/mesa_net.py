@@ -9,11 +9,11 @@
 o_t = q_t W_t, where W_t minimises the sum over all tokens so far of their decayed beta_i |v_i - k_i W|^2, plus the sum
 of lambda W^2: the delta rule takes one step towards it, MesaNet goes there.
 
-The systems are solved by conjugate gradients (ops/ridge.py). By default they take four iterations more than a key has
-dimensions, so that they converge, and gradients are exact. With a number of `iterations`, as in the authors' models (30
-for 128 dimensions), the output is still the same in all paradigms, but gradients are derived as if they had converged:
-the mixer then declares surrogate gradients. Projections, gates and their start are those of fla's layer. G and S are
-always float32 or wider: in 16 bits, G would not stay positive definite.
+The systems are solved by conjugate gradients (ops/ridge.py). By default they take at most four iterations more than a
+key has dimensions, so that they converge, and gradients are exact. With a number of `iterations`, as in the authors'
+models (30 for 128 dimensions), the output is still the same in all paradigms, but gradients are derived as if they had
+converged: the mixer then declares surrogate gradients. Projections, gates and their start are those of fla's layer. G
+and S are always float32 or wider: in 16 bits, G would not stay positive definite.
 """
 
 from dataclasses import replace

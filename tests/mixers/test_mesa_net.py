@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from formulas import exactly, tokens
 
 from seqmix.mixers.mesa_net import MesaNetConfig
+from seqmix.ops import ridge as ridge_ops
 from seqmix.ops.decay import decay
-from seqmix.ops.ridge import ridge_solve
+from seqmix.ops.ridge import Chunks, ridge_solve
 from seqmix.ops.runtime.call import Call
 from seqmix.ops.runtime.paradigm import Paradigm
 
@@ -103,6 +104,30 @@ def test_iterations_that_have_not_converged_are_the_same_in_every_paradigm_and_d
     for output in outputs[1:]:
         exactly(output, outputs[0])
     assert (outputs[0] - converged(x)[0]).abs().max() > 1e-6
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-14)])
+@pytest.mark.parametrize("kept", [0.0, 0.5, 0.99, 1.0])
+def test_solved_systems_stop_with_all_digits_and_alone(dtype, tolerance, kept, monkeypatch):
+    torch.manual_seed(0)
+    q, k = F.normalize(torch.randn(2, B, 70, H, 64, dtype=dtype), dim=-1)
+    beta, log_decay = torch.rand(B, 70, H, dtype=dtype), torch.full((B, 70, H), kept, dtype=dtype).log()
+    ridge, call, count = torch.ones(H, 64, dtype=dtype), Call.of(Paradigm.CHUNKWISE, 70, chunk_size=16), []
+    q[0, ::3] = 0
+    log_decay[1] *= 0.1  # slow, so that its systems take the most iterations
+    times = Chunks.times
+    monkeypatch.setattr(Chunks, "times", lambda chunks, y: count.append(1) or times(chunks, y))
+    x = ridge_solve(q, k, beta, log_decay, ridge, 68, call)
+    assert len(count) < 68
+    product = decay(x, beta[..., None] * k, k, log_decay, scale=1.0).output + ridge * x
+    assert ((product - q).norm(dim=-1) <= 2 * tolerance * q.norm(dim=-1)).all()
+    alone = [ridge_solve(*(y[n : n + 1] for y in (q, k, beta, log_decay)), ridge, 68, call) for n in range(B)]
+    torch.testing.assert_close(torch.cat(alone), x, rtol=0, atol=tolerance)
+    monkeypatch.setattr(ridge_ops, "FEW", 68)
+    count.clear()
+    whole = ridge_solve(q, k, beta, log_decay, ridge, 68, call)
+    assert len(count) == 68
+    assert ((x - whole).norm(dim=-1) <= tolerance * whole.norm(dim=-1)).all()
 
 
 def test_lambda_starts_at_one():

@@ -131,6 +131,7 @@ def test_backends_without_it_run_the_reference(backend):
     assert [op.name() for op, _ in watched.seen if op.namespace == "seqmix"] == ["seqmix::decay_chunkwise"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [1, 9, 64])
 @pytest.mark.parametrize("paradigm", PARADIGMS)
 def test_one_graph_of_a_compiler(paradigm, length):
