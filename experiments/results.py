@@ -242,6 +242,8 @@ class SpeedResult(Config):
     """Maximum tokens of a training step, which has whole sequences."""
     batch: Count | None = None
     """Sequences that are decoded at once."""
+    cpu_time: bool = False
+    """True if seconds are CPU time."""
 
     train: tuple[TrainSpeedRow, ...] = ()
     decode: tuple[DecodeSpeedRow, ...] = ()

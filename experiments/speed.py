@@ -95,7 +95,12 @@ def _measure(
     on_note: Callable[[str], None],
 ) -> SpeedResult:
     settings = partial(
-        Settings, model=next(iter(models.values())), device=device, repeat=speed.repeat, measures_rates=False
+        Settings,
+        model=next(iter(models.values())),
+        device=device,
+        repeat=speed.repeat,
+        cpu_time=speed.cpu_time,
+        measures_rates=False,
     )
 
     def rows(benchmark: _EntryBenchmark) -> list[Row]:
@@ -116,6 +121,7 @@ def _measure(
         threads=torch.get_num_threads() if device.type == "cpu" else None,
         tokens=speed.train and speed.train.tokens,
         batch=speed.decode and speed.decode.batch,
+        cpu_time=speed.cpu_time,
         train=tuple(
             TrainSpeedRow(
                 length=row.length,

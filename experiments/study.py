@@ -137,6 +137,8 @@ class Speed(Config):
     """Timing of decoding; null for none."""
     repeat: int = Field(default=5, ge=5, le=10_000)
     """Number of timing rounds, over which medians are taken."""
+    cpu_time: bool = False
+    """True to measure CPU time, which other processes on a busy machine disturb least."""
 
 
 class PaperFigure(Config):

@@ -126,6 +126,7 @@ def speed_of(results: Results) -> tuple[Callable[[SummaryRow], str], str]:
         note = f"tokens/s: training steps with sequences of {at:,} tokens"
         note += f", at most {speed.tokens:,} tokens per step" if speed.tokens else ""
         note += f", {speed.threads} thread{'s' * (speed.threads > 1)}" if speed.threads else ""
+        note += ", CPU time" if speed.cpu_time else ""
         note += f", medians of {speed.repeat} interleaved rounds" if speed.repeat else ""
         return lambda row: _speed(timed.get(row.entry)), f"{note}; lowest and highest in brackets."
     alone = all(run.alone for run in results.runs if run.status == "finished" and not run.tunes)
