@@ -191,7 +191,7 @@ def _summary() -> list[str]:
     """Return the README's table: the mixers of each family, with links to their equations."""
     members: dict[str, list[str]] = {family: [] for family in (*FAMILIES.values(), HYBRID)}
     for kind in MIXERS.built_in():
-        members[_family(kind)].append(f"[`{kind}`](docs/reference/mixers.md#{kind})")
+        members[family(kind)].append(f"[`{kind}`](docs/reference/mixers.md#{kind})")
     return table(["family", "mixers"], [(family, ", ".join(kinds)) for family, kinds in members.items()])
 
 
@@ -235,7 +235,7 @@ def families(results: Results) -> Figure:
         entry_losses = losses.get(entry.name, [])
         if entry_losses:
             point = Point(float(entry.state_bytes), mean(entry_losses), min(entry_losses), max(entry_losses))
-            points[_family(entry.mixers[0])].append(point)
+            points[family(entry.mixers[0])].append(point)
     series = [
         Series(name, sorted(family_points), style)
         for style, (name, family_points) in enumerate(points.items())
@@ -247,7 +247,7 @@ def families(results: Results) -> Figure:
     return Figure("families", "Loss by state size", caption, state, loss, series, joined=False)
 
 
-def _family(kind: str) -> str:
+def family(kind: str) -> str:
     """Return the name of a mixer's op family."""
     source = Path(importlib.import_module(MIXERS.origin(kind)).__file__ or "").read_text(encoding="utf-8")
     imported = [name for name in FAMILIES if f"from ..ops.{name} import" in source.replace("ops.dplr", "ops.delta")]

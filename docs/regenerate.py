@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = {
     "docs/api.py": "pages of the Python API",
     "docs/generate.py": "pages of fields, commands, checks and presets",
+    "docs/language.py": "results on text at equal parameters",
     "docs/leaderboard.py": "tables of the leaderboard",
     "docs/mixers.py": "page of mixers, and the README's table",
     "docs/rank_transfer.py": "published rankings and power of rank transfer",

@@ -1,0 +1,236 @@
+"""Write the results of docs/explanation/language.md: `python docs/language.py [FOLDER...]`.
+
+FOLDER is that of a study (`seqmix compare language`, language-slow or language-5m), finished or not: its finished runs
+are added to docs/explanation/language.json. Without a folder, the page is written anew from that file.
+"""
+
+import math
+import runpy
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+from seqmix.experiments.figures.figure import Axis, Figure, Point, Series, drawable
+from seqmix.experiments.figures.writer import adaptive
+from seqmix.experiments.language import REFERENCE, Measured, Size, add, read_measured, runs_at
+from seqmix.experiments.pages import fill, table
+from seqmix.experiments.results import RunResult, Statistic, SummaryRow, read_results
+from seqmix.experiments.summary import beyond_noise, difference, summarise
+from seqmix.experiments.units import quantity
+from seqmix.registry import SeqmixError, write_file
+
+TARGET = Path(__file__).with_name("explanation") / "language.md"
+RESULTS = TARGET.with_suffix(".json")
+PICTURES = TARGET.with_suffix("")
+LENGTHS = 360, 120
+"""Steps of the runs with equal tokens; the first orders the table."""
+TIME = 240
+"""Steps of attention that take the time that all mixers get."""
+TOKENS = 8 * 256
+"""Tokens of a step."""
+CONTEXTS = "256", "4096"
+"""Contexts of the costs; figures show those of the last."""
+FLOOR = 0.5
+"""Loss in nats per byte that a second reading at equal time supposes power laws to approach."""
+UNMEASURED = "It is to be measured."
+
+family: Callable[[str], str] = runpy.run_path(str(Path(__file__).with_name("mixers.py")))["family"]
+"""Function that returns the name of a mixer's family from its kind, as in the reference of mixers."""
+
+
+def files(measured: Measured | None = None) -> dict[Path, str]:
+    """Return the text of the page, and a picture for each size; the results are those of the file by default."""
+    measured = read_measured(RESULTS) if measured is None else measured
+    lines = [line for name, size in measured.sizes.items() for line in (*section(name, size), "")]
+    pictures = {
+        PICTURES / f"{name.lower()}.svg": adaptive(drawn, 6.0)
+        for name, size in measured.sizes.items()
+        if (drawn := figures(size))
+    }
+    return {TARGET: fill(TARGET, {"language": lines[:-1] or [UNMEASURED]}), **pictures}
+
+
+def section(name: str, size: Size) -> Iterator[str]:
+    """Yield the lines of one size: tables at equal tokens and in equal time, costs, and conditions."""
+    yield from (f"### {name} parameters, equal tokens", "", *equal_tokens(size), "")
+    yield from (f"### {name} parameters, equal time", "", *equal_time(size), "")
+    if any(model.costs is not None for model in size.models.values()):
+        yield from (f"### {name} parameters, costs", "", *costs(size), "")
+    if figures(size):
+        picture = f"{PICTURES.name}/{name.lower()}.svg"
+        yield from (f"![Loss against state and against the time of a decoded token, {name} parameters]({picture})", "")
+    machines = dict.fromkeys(
+        f"seqmix {model.machine.seqmix} and torch {model.machine.torch} on {model.machine.processor}"
+        for model in size.models.values()
+    )
+    yield f"Conditions: {size.conditions}. Computed with {'; '.join(machines)}."
+
+
+class Comparison:
+    """Statistics of runs that are compared with each other: means, ranks, and differences from the reference."""
+
+    def __init__(self, runs: list[RunResult]) -> None:
+        self.runs = runs
+        self.rows: dict[str, SummaryRow] = {row.entry: row for row in summarise(runs)}
+
+    def difference(self, entry: str) -> Statistic | None:
+        """Return an entry's loss minus the reference's, at equal seeds; None for the reference itself."""
+        ours, theirs = ([run for run in self.runs if run.entry == name] for name in (entry, REFERENCE))
+        return None if entry == REFERENCE else difference(ours, theirs, "validation_loss")
+
+    def cells(self, entry: str) -> list[str]:
+        """Return an entry's loss, rank, and difference from the reference as text."""
+        row = self.rows.get(entry)
+        if row is None:
+            return ["", "", ""]
+        return [_text(row.validation_loss), f"{row.rank or ''}", _text(self.difference(entry), signed=True)]
+
+    def verdict(self) -> str:
+        """Return the sentences that the intervals allow."""
+        best = min(self.rows.values(), key=lambda row: row.validation_loss.mean, default=None)
+        if best is None or any(row.rank is None for row in self.rows.values()):
+            return "Some entries have no interval yet, so nothing can be said."
+        first = [f"`{entry}`" for entry, row in self.rows.items() if row.rank == 1]
+        differences = [value for entry in self.rows if (value := self.difference(entry)) is not None]
+        better, worse = (
+            sum(beyond_noise(value) and (value.mean < 0) == lower for value in differences) for lower in (True, False)
+        )
+        counts = f"{better} are better, {worse} worse and {len(differences) - better - worse} tied"
+        against = f" Against {REFERENCE}, {counts}." if differences else ""
+        return f"No entry is better than {', '.join(first)} beyond noise.{against}"
+
+
+def equal_tokens(size: Size) -> list[str]:
+    """Return the verdict and the table at equal tokens."""
+    compared = {steps: Comparison(runs_at(size.models, dict.fromkeys(size.models, steps))) for steps in LENGTHS}
+    heads = ["mixer", "family", "convolution:"]
+    for steps in LENGTHS:
+        tokens = f"{steps * TOKENS / 1e6:.2f}M tokens"
+        heads += [f"{tokens}, bits per byte:", "rank:", f"minus {REFERENCE}:", "learning rate:"]
+    rows = []
+    for name in _order(compared, size):
+        model = size.models[name]
+        row = [f"`{name}`", family(model.mixer), model.short_conv.replace("null", "none")]
+        for steps in LENGTHS:
+            trained = model.runs.get(str(steps))
+            row += [*compared[steps].cells(name), f"{trained.learning_rate:g}" if trained else ""]
+        rows.append(row)
+    return [compared[LENGTHS[0]].verdict(), "", *table(heads, rows), *_missing_seeds(size)]
+
+
+def equal_time(size: Size) -> list[str]:
+    """Return the verdict and the table in equal time; entries without an exact reading have a bound, and no rank."""
+    steps = {name: TIME / model.costs.relative for name, model in size.models.items() if model.costs is not None}
+    if not steps:
+        return ["The times are to be measured: a study times its entries after its last run."]
+    compared = Comparison(runs_at(size.models, steps))
+    rows = []
+    for name in _order({0: compared}, size):
+        model = size.models[name]
+        if model.costs is None or (reading := model.losses_at(steps[name])) is None:
+            continue
+        cells = compared.cells(name)
+        if reading.bound is not None:
+            bound = sum(reading.losses.values()) / len(reading.losses) / math.log(2)
+            cells = [f"{'≥' if reading.bound == 'at least' else '≤'} {bound:.3f}", "", ""]
+        time = [f"{1e3 * model.costs.step_seconds:.0f}", f"{model.costs.relative:.2f}"]
+        rows.append([f"`{name}`", *time, f"{steps[name] * TOKENS / 1e6:.2f}M", *cells])
+    heads = ["mixer", "step, ms:", f"over {REFERENCE}'s:", "tokens:", "bits per byte:", "rank:", f"minus {REFERENCE}:"]
+    lines = [compared.verdict(), "", *table(heads, rows)]
+    other = summarise(runs_at(size.models, steps, FLOOR))
+    changes = [abs(row.validation_loss.mean - compared.rows[row.entry].validation_loss.mean) for row in other]
+    if changes:
+        lines += [
+            "",
+            f"With a floor of {FLOOR} nats in the power laws, no loss changes by more than {max(changes):.3f}.",
+        ]
+    return lines
+
+
+def costs(size: Size) -> list[str]:
+    """Return the table of state and decoding."""
+    rows = []
+    for name, model in sorted(size.models.items()):
+        if model.costs is not None:
+            states = [quantity(model.costs.state_bytes.get(context), "bytes") for context in CONTEXTS]
+            seconds = [model.costs.decode_seconds.get(context) for context in CONTEXTS]
+            times = ["" if each is None else f"{1e3 * each:.2f}" for each in seconds]
+            rows.append([f"`{name}`", f"{model.parameters:,}", *states, *times])
+    at = [f"{int(context):,}" for context in CONTEXTS]
+    heads = [*(f"state at {each}:" for each in at), *(f"ms per token at {each}:" for each in at)]
+    return table(["mixer", "parameters:", *heads], rows)
+
+
+def figures(size: Size) -> list[Figure]:
+    """Return the figures of loss at equal tokens against state and decode time, by family; none before the timing."""
+    rows = Comparison(runs_at(size.models, dict.fromkeys(size.models, LENGTHS[0]))).rows
+    families = sorted({family(model.mixer) for model in size.models.values()})
+
+    def series(values: str) -> list[Series]:
+        points: dict[str, list[Point]] = {name: [] for name in families}
+        for name, row in rows.items():
+            model = size.models[name]
+            value = None if model.costs is None else getattr(model.costs, values).get(CONTEXTS[-1])
+            if value is not None:
+                loss = row.validation_loss
+                margin = math.nan if loss.margin is None else loss.margin
+                points[family(model.mixer)].append(
+                    Point(float(value), loss.mean, loss.mean - margin, loss.mean + margin)
+                )
+        return [Series(name, sorted(points[name]), style) for style, name in enumerate(families) if points[name]]
+
+    loss = Axis("bits per byte", log=False)
+    caption = "Mean and 95 % t interval over seeds; lower and further left is better."
+    context = f"after {int(CONTEXTS[-1]):,} tokens"
+    state = Axis(f"state {context}", unit="bytes", log=True)
+    time = Axis(f"decode time per token {context}", unit="seconds")
+    return drawable(
+        [
+            Figure("state", "Loss by state", caption, state, loss, series("state_bytes"), joined=False),
+            Figure("decode", "Loss by decode time", caption, time, loss, series("decode_seconds"), joined=False),
+        ]
+    )
+
+
+def _order(compared: Mapping[int, Comparison], size: Size) -> list[str]:
+    """Return the entries by the first loss that they have, best first."""
+
+    def key(name: str) -> tuple[int, float]:
+        found = [
+            (place, each.rows[name].validation_loss.mean)
+            for place, each in enumerate(compared.values())
+            if name in each.rows
+        ]
+        return found[0] if found else (len(compared), 0.0)
+
+    return sorted(size.models, key=key)
+
+
+def _missing_seeds(size: Size) -> list[str]:
+    """Return a sentence on entries with fewer seeds than others; no lines if there are none."""
+    counts = {
+        f"`{name}` at {steps} steps": len(trained.losses)
+        for name, model in size.models.items()
+        for steps, trained in model.runs.items()
+    }
+    few = [name for name, count in counts.items() if count < max(counts.values())]
+    return ["", f"Fewer seeds than the others: {', '.join(few)}."] if few else []
+
+
+def _text(value: Statistic | None, *, signed: bool = False) -> str:
+    if value is None:
+        return ""
+    return f"{value.mean:{'+' if signed else ''}.3f}" + ("" if value.margin is None else f" ± {value.margin:.3f}")
+
+
+if __name__ == "__main__":
+    measured = read_measured(RESULTS)
+    try:
+        for folder in sys.argv[1:]:
+            measured = add(measured, read_results(folder))
+    except SeqmixError as error:
+        sys.exit(str(error))
+    if sys.argv[1:]:
+        write_file(measured.model_dump_json(indent=1, exclude_defaults=True) + "\n", RESULTS)
+    for file, text in files(measured).items():
+        write_file(text, file)
