@@ -63,6 +63,8 @@ def section(name: str, size: Size) -> Iterator[str]:
         f"seqmix {model.machine.seqmix} and torch {model.machine.torch} on {model.machine.processor}"
         for model in size.models.values()
     )
+    yield from (f"- {run} failed: {why}" for run, why in size.failed.items())
+    yield from ("",) * bool(size.failed)
     yield f"Conditions: {size.conditions}. Computed with {'; '.join(machines)}."
 
 
@@ -224,8 +226,8 @@ def _text(value: Statistic | None, *, signed: bool = False) -> str:
 
 
 if __name__ == "__main__":
-    measured = read_measured(RESULTS)
     try:
+        measured = read_measured(RESULTS)
         for folder in sys.argv[1:]:
             measured = add(measured, read_results(folder))
     except SeqmixError as error:

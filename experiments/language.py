@@ -109,6 +109,8 @@ class Size(Config):
     """Data, optimizer, learning rates, schedule, batches and precision; all but the number of steps."""
     models: dict[str, Model]
     """Models by name of the entry."""
+    failed: dict[str, str] = Field(default_factory=dict)
+    """Reasons of failures, by name of the run."""
 
 
 class Measured(Config):
@@ -149,7 +151,9 @@ def size_of(results: Results) -> tuple[str, Size]:
         for entry in results.entries
     }
     finished = {name: model for name, model in models.items() if model.runs}
-    return f"{results.entries[0].parameters / 1e6:.0f}M", Size(conditions=_conditions(results), models=finished)
+    failed = {run.name: run.error or "it was stopped" for run in results.runs if run.status == "failed"}
+    size = Size(conditions=_conditions(results), models=finished, failed=failed)
+    return f"{results.entries[0].parameters / 1e6:.0f}M", size
 
 
 def _conditions(results: Results) -> str:
@@ -215,7 +219,10 @@ def add(measured: Measured, results: Results) -> Measured:
             f"{results.name} cannot share a table with the results of size {name}: expected equal parameters, got "
             f"{smallest:,} to {largest:,}"
         )
-    return Measured(sizes=measured.sizes | {name: Size(conditions=new.conditions, models=models)})
+    ended = {run.name for run in results.runs if run.status == "finished"}
+    failed = {run: why for run, why in (old.failed | new.failed).items() if run not in ended}
+    merged = Size(conditions=new.conditions, models=models, failed=failed)
+    return Measured(sizes=measured.sizes | {name: merged})
 
 
 def _merged(entry: str, old: Model, new: Model) -> Model:

@@ -197,6 +197,16 @@ def test_before_the_timing_there_is_no_figure(page):
     assert "The times are to be measured" in files[page["TARGET"]]
 
 
+def test_a_failed_run_is_named_until_it_finishes(page):
+    good = results(["attention", "gla"], [0])
+    *rest, last = good.runs
+    broken = last.model_copy(update={"status": "failed", "error": "the loss is not finite", "validation_loss": None})
+    bad = good.model_copy(update={"runs": (*rest, broken), "summary": tuple(summarise([*rest, broken]))})
+    measured = add(Measured(), bad)
+    assert "- gla-360-0 failed: the loss is not finite\n" in page["files"](measured)[page["TARGET"]]
+    assert "failed" not in page["files"](add(measured, good))[page["TARGET"]].partition("## Results")[2]
+
+
 def test_a_study_without_a_finished_run_adds_nothing():
     measured = add(Measured(), results(["attention"], [0]))
     empty = results(["attention"], [1]).model_copy(update={"runs": (), "summary": (), "speed": SpeedResult()})
