@@ -173,9 +173,12 @@ def suite(
         settings = settings.model_copy(update={"seeds": tuple(range(seeds))})
     options = _equal_options(equal or [])
     if list_all:
-        rows = [(name, task.measures, task.source) for name, task in settings.tasks.items()]
-        console.print(plain_table("task", "measures", "source", rows=rows, overflow="fold"))
-        return TaskList({name: measures for name, measures, _ in rows})
+        rows = [
+            (name, "yes" if name in settings.default_tasks else "", task.measures, task.source)
+            for name, task in settings.tasks.items()
+        ]
+        console.print(plain_table("task", "leaderboard", "measures", "source", rows=rows, overflow="fold"))
+        return TaskList({name: task.measures for name, task in settings.tasks.items()})
     usual = not (quick or budget or seeds or equal)
     chosen = settings.chosen(tasks.split(",") if tasks else [])
     others = [read_scores(path) for path in beside or ()]
@@ -359,10 +362,13 @@ def _show_plan(planned: Sequence[PlannedTask], notes: Sequence[str], console: Co
             f"{task.plan.runs[0].config.training.steps:,}",
             f"{min(entry.cost.parameters for entry in task.plan.entries):,}",
             f"{si(sum(run.flops for run in task.plan.runs))}FLOP",
+            ", ".join(f"{rate:g}" for rate in task.task.learning_rates),
+            ", ".join(entry.name for entry in task.plan.entries),
         )
         for task in planned
     ]
-    console.print(plain_table("task", "runs", "steps", "parameters", "cost", rows=rows))
+    heads = ("task", "runs", "steps", "parameters", "cost", "learning rates", "mixers")
+    console.print(plain_table(*heads, rows=rows, overflow="fold"))
     for task in planned:
         for name, reason in task.left_out.items():
             console.print(f"{task.name} leaves out {name}: {reason}", soft_wrap=True)

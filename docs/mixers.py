@@ -11,10 +11,12 @@ import importlib
 import math
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
+import torch
 from ruamel.yaml import YAML
 
 from seqmix import MIXERS, Paradigm, RunConfig
@@ -90,7 +92,7 @@ def files(study: str | None = None) -> dict[Path, str]:
     """Return the text of the page and the README with generated tables, and the picture of a study if one is given."""
     presets = single_kind_presets()
     formulas = [line for kind in MIXERS.built_in() for line in (f"### {kind}", "", *_formulas(kind), "")]
-    parts = {"mixers": _traits(presets), "costs": _costs(presets), "formulas": formulas[:-1]}
+    parts = {"mixers": _traits(presets), "states": _states(), "costs": _costs(presets), "formulas": formulas[:-1]}
     pictures = {}
     if study is not None:
         results = read_results(study)
@@ -171,6 +173,27 @@ def state_elements(config: MixerConfig, d_model: int, tokens: int) -> float:
     functions = {"part": lambda number: state_elements(parts[number], d_model, tokens)}
     letters = {letter: eval(value, functions, fields) for letter, value in mathematics["where"].items()}
     return eval(mathematics["state"], {"min": min}, {**letters, "T": tokens})
+
+
+def _states() -> list[str]:
+    """Return the table of the tensors in the states of each mixer's example, as their classes declare them."""
+    kinds: dict[str, list[str]] = {}
+    for kind, cls in MIXERS.built_in().items():
+        state = cls.example().build(12, layer_idx=0, n_layers=1).init_state(1)
+        kinds.setdefault(", ".join(_tensors(state)) or "those of its mixers", []).append(f"`{kind}`")
+    rows = sorted(kinds.items(), key=lambda item: -len(item[1]))
+    return table(["tensors", "mixers"], [(tensors, ", ".join(names)) for tensors, names in rows])
+
+
+def _tensors(state: Any, path: str = "") -> Iterator[str]:
+    """Yield the tensors of a state with the shapes of their annotations; a path leads to those of a state inside it."""
+    for field, hint in get_type_hints(type(state)).items():
+        value = getattr(state, field, None)
+        if isinstance(value, torch.Tensor):
+            shape = next(each.dim_str for each in (hint, *get_args(hint)) if hasattr(each, "dim_str"))
+            yield f"`{path}{field} [{shape.strip()}]`{' (float64)' if value.dtype == torch.float64 else ''}"
+        elif value is not None:
+            yield from _tensors(value, f"{path}{field}.")
 
 
 def _costs(presets: dict[str, RunConfig]) -> list[str]:
@@ -287,8 +310,11 @@ def _formulas(kind: str) -> list[str]:
     paragraphs = _docstring(kind).strip().split("\n\n")
     if kind in MATHEMATICS:
         block = "\n".join(["```math", r"\begin{split}", MATHEMATICS[kind]["equations"].strip(), r"\end{split}", "```"])
-        text = [paragraph for paragraph in paragraphs if not paragraph.startswith("    ")]
-        paragraphs = [text[0], block, *map(_inline, text[1:])]
+        # the LaTeX stands for all equations but those that a sentence announces, as of an option
+        announced = [ahead.endswith(":") for ahead in ("", *paragraphs)]
+        pairs = zip(paragraphs, announced, strict=False)
+        text = [each for each, is_announced in pairs if is_announced or not each.startswith("    ")]
+        paragraphs = [text[0], block, *(each if each.startswith("    ") else _inline(each) for each in text[1:])]
     lines = "\n\n".join(paragraphs).splitlines()
     return [line if line.startswith("    ") else ARXIV.sub(LINK, line) for line in lines]
 

@@ -42,7 +42,9 @@ def _cells(results: Results, row: SummaryRow, reference: SummaryRow) -> list[str
         field = "accuracy" if as_percent else "validation_loss"
         found = difference(results.runs_of(row), results.runs_of(reference), field)
     better = found is not None and (found.mean > 0) == as_percent
-    verdict = "" if found is None else ("better" if better else "worse") if beyond_noise(found) else "not distinguishable"
+    verdict = (
+        "" if found is None else ("better" if better else "worse") if beyond_noise(found) else "not distinguishable"
+    )
     return [
         f"`{row.entry}`",
         format_statistic(score(results, row), as_percent=as_percent),

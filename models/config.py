@@ -107,7 +107,8 @@ class ModelConfig(Config):
                     f"norm_placement = stream needs the residual connection plain, got {self.residual.kind} with "
                     f"block {name}: set norm_placement to input, output or both"
                 )
-            if block.shared and not self.residual.fits_shared_blocks:
+            # a loop needs shared blocks: its own error names the connection
+            if block.shared and self.loop is None and not self.residual.fits_shared_blocks:
                 raise ValueError(
                     f"the residual connection {self.residual.kind} has weights for each layer, got shared = true in "
                     f"block {name}: set shared = false"
@@ -118,14 +119,14 @@ class ModelConfig(Config):
     def _check_loop(self) -> Self:
         if self.loop is None:
             return self
+        if self.residual.kind != "plain":
+            raise ValueError(f"loop needs the residual connection plain, got {self.residual.kind}")
         counts = {name: self.layers.count(name) for name in self.shared_blocks}
         if not counts:
             raise ValueError("loop needs a block that several layers share: set shared = true in it")
         if len(set(counts.values())) > 1:
             uses = ", ".join(f"{name} {count}" for name, count in counts.items())
             raise ValueError(f"loop needs shared blocks with equally many layers, got {uses}")
-        if self.residual.kind != "plain":
-            raise ValueError(f"loop needs the residual connection plain, got {self.residual.kind}")
         return self
 
     @property

@@ -26,6 +26,7 @@ def check_residual(model: Any, *, starts_plain: bool = True, tolerance: float = 
     - Activation checkpointing changes neither the loss nor a gradient.
     - Gradients reach every parameter; in the first branch, which may have nothing to choose from, they need not.
     - Every parameter has a role.
+    - A training step in bfloat16 autocast runs: a branch then returns another dtype than that of the stream.
 
     Args:
         model: a new `LanguageModel`, whose mixers have states.
@@ -35,6 +36,7 @@ def check_residual(model: Any, *, starts_plain: bool = True, tolerance: float = 
     Raises:
         CheckFailure: one of these properties does not hold.
     """
+    _require_autocast(copy.deepcopy(model))
     model = _in_float64(copy.deepcopy(model))
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(model.config.vocab_size, (2, 7), generator=generator)
@@ -91,6 +93,23 @@ def _require_segments(model: Any, tokens: Tensor) -> None:
         packed = model(tokens.flatten()[None], cu_seqlens=boundaries).logits.view_as(whole)
         with Differences("packed documents against rows", EXACT) as differences:
             differences.tensor("the logits", packed, whole)
+
+
+def _require_autocast(model: Any) -> None:
+    """Check that a training step runs where branches return bfloat16 and the stream is float32.
+
+    A highway connection of our own documentation mixed the two by `torch.lerp`, which refuses different dtypes.
+    """
+    tokens = torch.zeros(1, 4, dtype=torch.long)
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model.float().train()(tokens, targets=tokens).loss
+        loss.backward()
+    except RuntimeError as error:
+        raise CheckFailure(
+            f"a training step under autocast fails: {error}; a branch may return bfloat16 where the stream is float32, "
+            "so convert its output: branch(x).to(x.dtype)"
+        ) from error
 
 
 def _require_gradients(model: Any, tokens: Tensor) -> None:

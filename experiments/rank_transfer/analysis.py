@@ -14,6 +14,8 @@ from .grids import Grid, Measure
 from .predictions import DATE, Prediction, Predictions
 from .ranks import Array, Column, Interval
 
+FEWEST = 3
+"""Smallest number of papers whose bootstrap interval decides: with two, it has three distinct draws."""
 MINIMUM = 4
 """Smallest number of entries of a column that takes part: a ranking of three says almost nothing."""
 
@@ -252,10 +254,15 @@ def _text(prediction: Prediction, pooled: Pooled | None, corrected: float | None
     if prediction.expect == "positive":
         if corrected is not None and corrected <= ranks.LEVEL:
             return "as predicted"
-        opposite = pooled.interval is not None and pooled.interval.high < 0
+        opposite = pooled.interval is not None and pooled.papers >= FEWEST and pooled.interval.high < 0
         return "the opposite" if opposite else "not distinguishable from chance"
     if prediction.expect == "none":
-        return "as predicted" if pooled.p > ranks.LEVEL else "not as predicted: there is a relation"
+        apart = (
+            pooled.interval is not None
+            and pooled.papers >= FEWEST
+            and not pooled.interval.low <= 0 <= pooled.interval.high
+        )
+        return "not as predicted: there is a relation" if apart else "as predicted"
     if difference is None:
         return "too few papers to compare"
     return "not as predicted: better than the date" if difference.low > 0 else "as predicted"

@@ -355,6 +355,7 @@ class Wrong(Residual):
         ("2 * stream + self.gain * branch(stream)", "at the start, against plain connections"),
         ("stream + branch(stream) + (self.gain - 1) * stream.cumsum(1)", "tokens one by one against the whole"),
         ("stream + self.gain.detach() * branch(stream)", "gain has no gradient"),
+        ("torch.lerp(stream, branch(stream), self.gain)", "a training step under autocast fails"),
         ("stream + self.gain.square() * branch(stream)", None),
     ],
 )
