@@ -320,7 +320,10 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
             ContractError: the mixer takes no values from outside.
         """
         del scale, channels
-        raise ContractError(f"{self.kind} takes no values from outside, which model.value_embeddings adds")
+        raise ContractError(
+            f"{self.kind} takes no values from outside, which model.value_embeddings adds: leave it out, or give every "
+            "layer that has one a mixer with queries, keys and values, such as attention or gla"
+        )
 
     def accept_shared_kv(self) -> None:
         """Remove the mixer's own keys and values: every later call must pass `shared_kv`.
