@@ -128,7 +128,10 @@ UNTRANSLATED: Mapping[str, str] = {
     ),
     **dict.fromkeys(("m2rnn", "slstm"), "its cell has no ONNX function"),
     "path_attention": "its triangular systems have no ONNX function",
-    "ttt": "the number of its mini-batches depends on the length of the text, which is a symbol in the graph",
+    **dict.fromkeys(
+        ("titans", "ttt"),
+        "the number of its mini-batches depends on the length of the text, which is a symbol in the graph",
+    ),
 }
 """Built-in mixers that cannot be exported, each with the reason."""
 

@@ -66,10 +66,10 @@ FAMILIES = {
     "attention": "softmax attention",
     "decay": "linear attention and decays",
     "fenwick": "linear attention and decays",
+    "ttt": "test-time training",
     "delta": "delta rule",
     "cell": "sequential cells",
     "scan": "recurrences by channel",
-    "ttt": "test-time training",
     "convolution": "long convolution",
 }
 """Names of the op families. A mixer belongs to the first family whose op its module imports, else to that of its

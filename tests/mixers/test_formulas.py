@@ -125,6 +125,7 @@ ELSEWHERE = {
     "rwkv6",
     "rwkv7",
     "slstm",
+    "titans",
     "ttt",
 }
 """What has tests of its own, as the mixers of the scan family have."""
