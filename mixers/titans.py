@@ -51,8 +51,9 @@ class TitansConfig(MixerConfig):
     """Network in the state: a matrix, or two with a gelu between them, a layer norm and a residual connection."""
     mini_batch: int = Field(default=16, gt=0, le=1024, examples=[4, 1, 3])
     """Tokens that take gradients at the same weights. It changes the function, unlike a chunk size."""
-    base_rate: float = Field(default=1.0, gt=0, le=100, examples=[0.5])
-    """Learning rate of a mini-batch with open gates. Up to 1, a linear memory stays bounded in a run of the same token."""
+    base_rate: float | None = Field(default=None, gt=0, le=100, examples=[0.5])
+    """Learning rate of a mini-batch with open gates; null for 1 (linear) or 0.1 (mlp), as in `ttt`. Up to 1, a linear
+    memory stays bounded in a run of the same token."""
     short_conv: ShortConv = 4
     gate: OutputGate = "swish"
     norm_eps: float = Field(default=1e-5, gt=0)
@@ -108,6 +109,7 @@ class Titans(SequenceMixer[TitansState]):
         heads = config.n_heads
         width = head_width(d_model, 1.0, heads, "1")
         self.widths = [width, width] if config.inner == "linear" else [width, 4 * width, width]
+        self.base_rate = config.base_rate or (1.0 if config.inner == "linear" else 0.1)
         gated = config.gate != "none"
         self.row_blocks = [RowBlock(name, d_model, heads=heads) for name in ("q", "k", "v", "gate")[: 3 + gated]]
         self.row_blocks += [RowBlock(name, heads, Role.GATE) for name in ("rate", "momentum", "forget")]
@@ -161,7 +163,7 @@ class Titans(SequenceMixer[TitansState]):
         q, k = unit_norm(qk).chunk(2, dim=2)
         rates = (rates.unflatten(-1, (3, heads)).to(wide) + self.rate_bias.to(wide)).sigmoid()
         rate, momentum, forget = rates.unbind(2)
-        rate = config.base_rate / config.mini_batch * (1 - momentum) * rate
+        rate = self.base_rate / config.mini_batch * (1 - momentum) * rate
         norm = None if self.inner_norm is None else Norm(self.inner_norm[0], self.inner_norm[1], config.norm_eps)
         size, start = config.mini_batch, state.position
         o, layers = titans(q, k, v, rate, momentum, forget, size, state.memory, start, call, norm)
