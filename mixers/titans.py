@@ -19,6 +19,10 @@ weights, so that a run of the same token would otherwise overshoot further with 
 gelu, the hidden layer of 4 times the width, the residual connection and LN, with weights per head, are those of the
 authors' later work (Miras, arXiv 2504.13173); without LN, gradient descent on two layers can diverge. Persistent
 memory, and the attention beside the memory (MAC, MAG, MAL), are left out.
+
+Keep the values of an `mlp` of order 1. Gradient descent on two layers is chaotic when they are 20 times as large: after
+some hundred tokens the rounding of float32 decides what the state is, and `seqmix check titans inner=mlp` says so
+(long_segments_do_not_drift). A linear memory passes all checks.
 """
 
 from itertools import pairwise
