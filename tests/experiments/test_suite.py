@@ -322,7 +322,7 @@ def test_a_task_with_variations_is_one_column_of_their_mean(tmp_path):
 def test_published_rows_are_of_the_present_settings(tmp_path):
     (file,) = scores.PUBLISHED.glob("*.json")
     published = scores.read_scores(Path(file.stem))
-    settings, extent = load_settings(published.size), Extent(one_rate=True, one_seed=True)
+    settings, extent = load_settings(published.size), Extent()
     chosen = settings.chosen(list(published.tasks))
     planned = write_studies(tmp_path, settings, chosen, [Candidate.of("attention")], published.match, extent)
     assert scores.comparable(scores.new_scores("small", "parameters", "", (), planned), published) == published
