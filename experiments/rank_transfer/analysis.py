@@ -60,6 +60,8 @@ class Pooled(NamedTuple):
 def task_predictors(scores: Scores, entries: Mapping[str, Entry]) -> dict[str, Predictor]:
     """Return a predictor for each task of the suite, with those entries of entries.yaml that have a score.
 
+    Scores are rounded to whole percents: smaller differences, as between mixers that have all right, are noise.
+
     Raises:
         SeqmixError: a row has the name of an entry and another mixer.
     """
@@ -73,7 +75,7 @@ def task_predictors(scores: Scores, entries: Mapping[str, Entry]) -> dict[str, P
                     f"got {', '.join(row.mixers)}: rename the row"
                 )
         if rows and task.task.varies is None:
-            predictors[name] = Predictor(name, tuple(row.entry for row in rows), _by_seed(rows))
+            predictors[name] = Predictor(name, tuple(row.entry for row in rows), _by_seed(rows).round(2))
     return predictors
 
 

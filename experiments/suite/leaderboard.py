@@ -35,6 +35,10 @@ def lines(scores: Scores, entries: Mapping[str, Entry]) -> list[str]:
         "With a short convolution": [_with(scores), "Of four tokens, or as wide as the mixer has it by default."],
     }
     result = [*heatmap(scores, entries), ""]
+    result += [
+        "Mean accuracy in percent, without intervals; the order is by mean, not a ranking. The state is that of one "
+    ]
+    result += ["sequence after the training length of the first task. A click on a head sorts.", ""]
     for title, (part, remark) in parts.items():
         result += [f"## {title}", "", *score_lines(part), ""]
         result += [f"Accuracy in percent, equal {scores.match}; best mean first. {uncertainty(part)} {remark}", ""]
@@ -75,7 +79,7 @@ def heatmap(scores: Scores, entries: Mapping[str, Entry]) -> list[str]:
     for entry, by_task in sorted(rows.items(), key=lambda item: -mean(row.score.mean for row in item[1].values())):
         one = next(iter(by_task.values()))
         family = entries[entry].family if entry in entries else ""
-        state = quantity(one.state_bytes, "bytes") + (" *" if one.state_grows else "")
+        state = quantity(one.state_bytes, "bytes") + (", grows" if one.state_grows else "")
         cells = [f"<td>{escape(entry)}</td><td>{family}</td>", f'<td data-value="{one.state_bytes}">{state}</td>']
         cells += [_cell(by_task.get(name), task.task.chance) for name, task in scores.tasks.items()]
         result.append(f"<tr>{''.join(cells)}</tr>")

@@ -199,6 +199,14 @@ def test_results_find_what_is_there_and_nothing_else():
     assert f"3 seeds, {len(noise)} entries." in lines[0]
 
 
+def test_differences_below_a_percent_do_not_rank():
+    scores = made_up(lambda task, entry, seed: 0.9962 + len(entry) / 1e4 if entry != "mamba" else 0.9)
+    (values,) = {
+        tuple(sorted(set(each.mean))) for each in analysis.task_predictors(scores, entries_of(load_grids())).values()
+    }
+    assert values == pytest.approx((0.9, 1.0))
+
+
 def test_what_is_missing_is_said_and_wrong_rows_are_refused():
     scores = made_up(lambda task, entry, seed: len(entry) / 30, seeds=1)
     kept = {name: task for name, task in scores.tasks.items() if name in ("recall", "compression")}
