@@ -40,9 +40,9 @@ def lines(scores: Scores, entries: Mapping[str, Entry]) -> list[str]:
     ]
     result += ["sequence after the training length of the first task. A click on a head sorts.", ""]
     for title, (part, remark) in parts.items():
-        result += [f"## {title}", "", *score_lines(part), ""]
+        result += [f"### {title}", "", *score_lines(part), ""]
         result += [f"Accuracy in percent, equal {scores.match}; best mean first. {uncertainty(part)} {remark}", ""]
-    return [*result, "## Tasks and conditions", "", *condition_lines(scores, reports=False)]
+    return [*result, "### Tasks and conditions", "", *condition_lines(scores, reports=False)]
 
 
 def _without(scores: Scores) -> Scores:

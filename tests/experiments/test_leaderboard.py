@@ -68,8 +68,8 @@ def test_every_built_in_mixer_is_an_entry_that_the_commands_measure():
 
 def test_an_entry_is_in_the_table_of_its_convolution_or_in_both():
     text = "\n".join(leaderboard.lines(scores_of("recall"), load_entries()))
-    without, _, more = text.partition("## Without a short convolution")[2].partition("## With a short convolution")
-    of_both = more.partition("## Tasks")[0]
+    without, _, more = text.partition("### Without a short convolution")[2].partition("### With a short convolution")
+    of_both = more.partition("### Tasks")[0]
     found = [re.findall(r"^\| (gla|gla-conv|attention) ", part, re.MULTILINE) for part in (without, of_both)]
     assert found == [["attention", "gla"], ["attention", "gla-conv"]]
 
