@@ -52,7 +52,8 @@ class Momentum(Residual):
     def forward(self, stream: Stream, branch: Callable[[Tensor], Tensor]) -> Stream:
         """Return the stream after a branch."""
         x, v = stream
-        v = torch.lerp(branch(x), v, self.gamma.to(x.dtype))
+        # under autocast, a branch may return another dtype than that of the stream
+        v = torch.lerp(branch(x).to(x.dtype), v, self.gamma.to(x.dtype))
         return x + v, v
 
 
