@@ -98,8 +98,8 @@ def _require_segments(model: Any, tokens: Tensor) -> None:
 def _require_autocast(model: Any) -> None:
     """Check that a training step runs where branches return bfloat16 and the stream is float32.
 
-    Two examples of our own, a highway connection and the plug-in `momentum`, mixed the two by `torch.lerp`, which refuses
-    different dtypes.
+    Two examples of our own, a highway connection and the plug-in `momentum`, mixed the two by `torch.lerp`, which
+    refuses different dtypes.
     """
     tokens = torch.zeros(1, 4, dtype=torch.long)
     try:
