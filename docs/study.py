@@ -9,10 +9,10 @@ from pathlib import Path
 
 from seqmix.experiments.answer import format_statistic, has_accuracy, score, variant_text
 from seqmix.experiments.pages import fill, table
-from seqmix.experiments.results import Results, SummaryRow, read_results
+from seqmix.experiments.results import Results, Statistic, SummaryRow, read_results
 from seqmix.experiments.summary import best_first, beyond_noise, difference
 from seqmix.experiments.tables import notes
-from seqmix.registry import write_file
+from seqmix.registry import SeqmixError, write_file
 
 HERE = Path(__file__).parent
 PAGES = {"depth": ("explanation/depth.md", "plain"), "choice": ("explanation/choice.md", "full")}
@@ -31,8 +31,8 @@ def lines(results: Results, reference: str) -> list[str]:
         heads = ["entry", f"{measure}:", f"against {reference}:", "verdict", "learning rate:", "parameters:"]
         made += [f"### {variant_text(variant)}", ""] if variant else []
         made += [*table(heads, [_cells(results, row, one) for row in rows]), ""]
-    told = ("tokens/s", "rank:")  # of what the tables do not show
-    return [*made, *(f"- {sentence}" for sentence in notes(results) if not sentence.startswith(told))]
+    without_column = ("tokens/s", "rank:")  # notes on columns that these tables do not have
+    return [*made, *(f"- {sentence}" for sentence in notes(results) if not sentence.startswith(without_column))]
 
 
 def _cells(results: Results, row: SummaryRow, reference: SummaryRow) -> list[str]:
@@ -41,21 +41,36 @@ def _cells(results: Results, row: SummaryRow, reference: SummaryRow) -> list[str
     if row is not reference:
         field = "accuracy" if as_percent else "validation_loss"
         found = difference(results.runs_of(row), results.runs_of(reference), field)
-    better = found is not None and (found.mean > 0) == as_percent
-    verdict = (
-        "" if found is None else ("better" if better else "worse") if beyond_noise(found) else "not distinguishable"
-    )
     return [
         f"`{row.entry}`",
         format_statistic(score(results, row), as_percent=as_percent),
-        "" if found is None else format_statistic(found, as_percent=as_percent),
-        verdict,
+        format_statistic(found, as_percent=as_percent),
+        "" if found is None else _verdict(found, more_is_better=as_percent),
         f"{row.learning_rate:g}",
         f"{results.entry_of(row).parameters:,}",
     ]
 
 
+def _verdict(found: Statistic, *, more_is_better: bool) -> str:
+    """Return a difference in a word or two."""
+    if not beyond_noise(found):
+        return "not distinguishable"
+    return "better" if (found.mean > 0) == more_is_better else "worse"
+
+
+def main() -> None:
+    """Write the table of the study in the folder that is named."""
+    if len(sys.argv) != 2:
+        sys.exit("expected the folder of a study, as in: python docs/study.py studies/depth")
+    try:
+        results = read_results(sys.argv[1])
+    except SeqmixError as error:
+        sys.exit(str(error))
+    if results.name not in PAGES:
+        sys.exit(f"expected results of one of the studies {', '.join(PAGES)}, got those of {results.name}")
+    page, reference = PAGES[results.name]
+    write_file(fill(HERE / page, {"results": lines(results, reference)}), HERE / page)
+
+
 if __name__ == "__main__":
-    found = read_results(sys.argv[1])
-    page, reference = PAGES[found.name]
-    write_file(fill(HERE / page, {"results": lines(found, reference)}), HERE / page)
+    main()
