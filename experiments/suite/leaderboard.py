@@ -34,11 +34,9 @@ def lines(scores: Scores, entries: Mapping[str, Entry]) -> list[str]:
         "Without a short convolution": [_without(scores), "Entries without the option are in both tables."],
         "With a short convolution": [_with(scores), "Of four tokens, or as wide as the mixer has it by default."],
     }
-    remark = (
-        "Mean accuracy in percent, without intervals; the order is by mean, not a ranking. The state is that of one"
-    )
-    result = [*heatmap(scores, entries), "", remark]
-    result += ["sequence after the training length of the first task. A click on a head sorts.", ""]
+    result = [*heatmap(scores, entries), ""]
+    result += ["Mean accuracy in percent, without intervals; the order is by mean, not a ranking. The state is that of"]
+    result += ["one sequence after the training length of the first task. A click on a head sorts.", ""]
     for title, (part, remark) in parts.items():
         result += [f"### {title}", "", *score_lines(part), ""]
         result += [f"Accuracy in percent, equal {scores.match}; best mean first. {uncertainty(part)} {remark}", ""]
