@@ -18,8 +18,8 @@ from ..training.checkpoint.code import has_same_code
 from ..training.checkpoint.provenance import SESSIONS_FILE
 from ..training.checkpoint.run_dir import SCORES_FILE
 from ..training.checkpoint.saved_run import modules_of
+from ..training.monitoring.measurements import Measurement, read_measurements
 from .differences import format_value
-from .measurements import Measurement, read_measurements
 from .plan import Plan, PlannedEntry, PlannedRun
 from .results import EntryResult, EvaluationPoint, Machine, PaperRow, Point, Results, RunResult, SpeedResult, SummaryRow
 from .study import PaperFigure

@@ -10,8 +10,8 @@ from ..registry import ConfigError, DataError, nearest_hint, read_mapping
 from ..training import PRESETS
 from ..training.checkpoint.run_dir import CONFIG_FILE
 from ..training.monitoring.logging import METRICS_FILE
+from ..training.monitoring.measurements import Measurement, add_time, read_measurements
 from .figures.figure import ACCURACY, LOSS, Axis, Figure, Point, Series, drawable
-from .measurements import Measurement, add_time, read_measurements
 
 
 @dataclass(frozen=True)

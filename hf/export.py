@@ -8,10 +8,12 @@ from safetensors import SafetensorError
 
 from ..registry import is_vacant, replacing_folder, write_files
 from ..registry.moved import former_parameters
-from ..training import Choice, load_run
+from ..training import Choice, load_run, read_config
 from ..training.checkpoint.files import CheckpointError
+from ..training.checkpoint.saved_run import load_checkpoint
+from .card import card_of, training_of
 from .modeling import SeqmixForCausalLM
-from .remote_code import AUTO_MAP, card_of
+from .remote_code import AUTO_MAP, code_of
 from .tokenizer import hf_tokenizer
 
 
@@ -28,7 +30,7 @@ def export_hf(
 ) -> None:
     """Write the trained model of a run for `AutoModelForCausalLM.from_pretrained`, which needs `import seqmix.hf`.
 
-    The folder has a model card that says so.
+    The folder has a model card that says so, and how a run directory's model was trained.
 
     Args:
         run: run directory, or a file from `export_run`.
@@ -45,16 +47,24 @@ def export_hf(
     """
     if not is_vacant(out):
         raise CheckpointError(f"{out} exists and is not an empty folder: choose a new name")
-    model = load_run(run, choice=choice, on_note=on_note, ema=ema, trust=trust)
+    facts: dict[str, str] = {}
+    if (folder := Path(run)).is_dir():
+        config = read_config(folder, on_note=on_note, trust=trust)
+        model, step = load_checkpoint(folder, config, "cpu", choice, on_note, ema)
+        facts = training_of(folder, config, step, ema=ema)
+    else:
+        model = load_run(run, choice=choice, on_note=on_note, ema=ema, trust=trust)
     wrapped = SeqmixForCausalLM.wrap(model)
     if remote_code:
         wrapped.config.auto_map = AUTO_MAP
-    card = card_of(out.name, model.config.model_dump(mode="json")["blocks"], remote_code=remote_code)
+    blocks = model.config.model_dump(mode="json")["blocks"]
+    texts = code_of(blocks) if remote_code else {}
+    texts |= card_of(out.name, blocks, remote_code=remote_code, training=facts)
     files = [wrapped, *([] if model.tokenizer is None else [hf_tokenizer(model.tokenizer)])]
     try:
         with replacing_folder(out) as partial:
             for part in files:
                 part.save_pretrained(partial)
-            write_files({partial / name: text for name, text in card.items()})
+            write_files({partial / name: text for name, text in texts.items()})
     except SafetensorError as error:
         raise CheckpointError(f"{out} cannot be written: {error}") from error

@@ -16,7 +16,7 @@ from conftest import SMALL
 from seqmix import load_config, train
 from seqmix.cli import main
 from seqmix.commands import console, generate
-from seqmix.experiments.measurements import read_measurements
+from seqmix.training.monitoring.measurements import read_measurements
 
 
 @pytest.fixture

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from seqmix.training.monitoring.measurements import read_measurements
+
 pytest.importorskip("transformers")
 
 TINY = (
@@ -48,6 +50,29 @@ def test_the_card_says_what_is_missing(seqmix, run):
     assert "import seqmix.hf  # registers" in card
     assert "with these mixers: retention." in card
     assert "does not recognize" in load(trust=False).stderr
+
+
+def test_the_card_says_how_the_model_was_trained(seqmix, run):
+    assert seqmix("export", run, "--to", "hf", "out").status == 0
+    card = Path("out/README.md").read_text()
+    assert "| data | text.txt |" in card
+    assert "| tokens | 64: 2 of 2 steps, each of 2 sequences of 16 tokens |" in card
+    (measured,) = (line for line in read_measurements(Path(run)) if line.get("final"))
+    assert f"| validation loss | {measured['validation_loss']:.4f} nats per token |" in card
+
+
+def test_a_loss_of_other_weights_is_left_out(seqmix):
+    assert seqmix("train", "retnet-tiny", *TINY, "training.ema=0.5", "--out", "run").status == 0
+    assert seqmix("export", "run", "--to", "hf", "out", "--ema").status == 0
+    card = Path("out/README.md").read_text()
+    assert "| weights | moving average with decay 0.5 |" in card
+    assert "validation loss" not in card
+
+
+def test_a_file_says_nothing_of_training(seqmix, run):
+    assert seqmix("export", run, "--out", "model.safetensors").status == 0
+    assert seqmix("export", "model.safetensors", "--to", "hf", "out").status == 0
+    assert "Training" not in Path("out/README.md").read_text()
 
 
 def test_modeling_code_replaces_the_import(seqmix, run, monkeypatch, tmp_path):

@@ -166,7 +166,7 @@ def load_run(
         else:
             return model
     else:
-        model, _ = _load_checkpoint(run, read_config(run, on_note=on_note, trust=trust), device, choice, on_note, ema)
+        model, _ = load_checkpoint(run, read_config(run, on_note=on_note, trust=trust), device, choice, on_note, ema)
     return model.eval() if weights is None else _quantize(model, weights, run, on_note)
 
 
@@ -243,7 +243,7 @@ def export_run(
     if out.exists():
         raise CheckpointError(f"{out} already exists: give --out the name of a new file")
     config = read_config(run, on_note=on_note, trust=trust)
-    model, step = _load_checkpoint(run, config, "cpu", choice, on_note, ema)
+    model, step = load_checkpoint(run, config, "cpu", choice, on_note, ema)
     metadata = {"format": "pt", "seqmix.step": str(step), EXPORTED_CONFIG: config.model_dump_json()}
     if code := code_of(config):
         metadata[EXPORTED_CODE] = encode_code(code)
@@ -325,7 +325,7 @@ def _read_checkpoint(
     return intact
 
 
-def _load_checkpoint(
+def load_checkpoint(
     run: Path,
     config: RunConfig,
     device: torch.device | str,
@@ -333,6 +333,7 @@ def _load_checkpoint(
     on_note: Callable[[str], object],
     ema: bool,
 ) -> tuple[LanguageModel, int]:
+    """Load the trained model of a run directory with this configuration, and its step; arguments as in `load_run`."""
     if ema and config.training.ema is None:
         raise CheckpointError(
             f"{run} has no moving average of its weights: it was trained without training.ema; leave out --ema"
