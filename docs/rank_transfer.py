@@ -22,7 +22,7 @@ def files(scores: Path | None = None) -> dict[Path, str]:
     grids = load_grids()
     entries, predictions = entries_of(grids), load_predictions()
     parts = {
-        "grids": page.grid_lines(grids, entries),
+        "grids": page.grid_lines(grids),
         "power": page.power_lines(grids, entries),
         "predictions": page.prediction_lines(predictions),
     }

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from ..pages import table
-from ..suite.entries import Entry, available
+from ..suite.entries import Entry
 from ..suite.scores import Scores
 from . import ranks
 from .analysis import (
@@ -33,13 +33,11 @@ POOLED = ("language", "recall", "tracking")
 """Subjects with which tasks are compared; columns of MAD are compared with the task of the same name."""
 
 
-def grid_lines(grids: Mapping[str, Grid], entries: Mapping[str, Entry]) -> list[str]:
+def grid_lines(grids: Mapping[str, Grid]) -> list[str]:
     """Return the table of the grids, and the reasons for those that are not used."""
-    here = available(entries)
     rows = []
     for name, grid in grids.items():
         if grid.used:
-            used = [model.entry for model in grid.models.values()]
             subjects = dict.fromkeys(SUBJECTS[measure.asks] for measure in grid.measures.values())
             rows.append(
                 (
@@ -48,28 +46,24 @@ def grid_lines(grids: Mapping[str, Grid], entries: Mapping[str, Entry]) -> list[
                     grid.published,
                     grid.size,
                     ", ".join(subjects),
-                    len(used),
-                    sum(entry in here for entry in used),
+                    len(grid.models),
                 )
             )
     unused = [
         f"- `{name}` ({grid.title}): {grid.excluded or grid.how_read}." for name, grid in grids.items() if not grid.used
     ]
-    missing = sorted({entry for entry in entries if entry not in here})
     return [
-        *table(["grid", "source", "month", "size", "asks for", "models:", "of them here:"], rows),
+        *table(["grid", "source", "month", "size", "asks for", "models:"], rows),
         "",
         "Not used:",
         "",
         *unused,
-        "",
-        f"Entries whose mixer the library does not have: {', '.join(missing) or 'none'}.",
     ]
 
 
 def power_lines(grids: Mapping[str, Grid], entries: Mapping[str, Entry]) -> list[str]:
     """Return the tables of what can be distinguished from chance, and how well the grids agree with each other."""
-    names = list(available(entries))
+    names = list(entries)
     sizes = range(MINIMUM, 1 + max(len(grid.models) for grid in grids.values()))
     singles = [(n, _number(ranks.critical_rho(n)), _number(ranks.detectable_rho(n))) for n in sizes]
     rows = []
@@ -150,7 +144,7 @@ def _conditions(scores: Scores, names: Sequence[str], entries: Mapping[str, Entr
     seeds = sorted({len(each.seeds) for each in conditions})
     tuned = "tuned learning rates" if any(each.tuning_seeds for each in conditions) else "one learning rate"
     equal = dict.fromkeys(each.equal for each in conditions if each.equal)
-    missing = [name for name in available(entries) if name not in names]
+    missing = [name for name in entries if name not in names]
     return (
         f"Scores of {scores.created[:10]}: {scores.size} settings at equal {scores.match}, {tuned}, "
         f"{' or '.join(map(str, seeds))} seed{'' if seeds == [1] else 's'}, {len(names)} entries"

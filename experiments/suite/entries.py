@@ -7,7 +7,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from ...mixers import MIXERS
 from ...registry import Config, load
 from ...registry.yaml import write as to_yaml
 
@@ -58,11 +57,6 @@ class Entries(Config):
 def load_entries() -> Mapping[str, Entry]:
     """Load the entries by name."""
     return load(Entries, FOLDER / ENTRIES, presets=FOLDER).entries
-
-
-def available(entries: Mapping[str, Entry]) -> dict[str, Entry]:
-    """Return the entries whose mixer the library has."""
-    return {name: entry for name, entry in entries.items() if entry.kind in MIXERS.kinds()}
 
 
 def arguments(entries: Mapping[str, Entry]) -> list[str]:

@@ -7,7 +7,7 @@ from statistics import mean
 
 from ..results import ABSENT
 from ..units import quantity
-from .entries import Entry, arguments, available
+from .entries import Entry, arguments
 from .scores import ScoreRow, Scores, condition_lines, score_lines, uncertainty
 from .tasks import load_settings
 
@@ -22,7 +22,7 @@ def commands(entries: Mapping[str, Entry], scores: Scores | None) -> list[str]:
     for task in load_settings("small").default_tasks:
         found = scores.tasks.get(task) if scores else None
         known = {row.entry for row in found.rows} | set(found.left_out) if found else set()
-        missing = {name: entry for name, entry in available(entries).items() if name not in known}
+        missing = {name: entry for name, entry in entries.items() if name not in known}
         if missing:
             lines.append(shlex.join(["seqmix", "suite", *arguments(missing), "--no-references", "--tasks", task]))
     return lines

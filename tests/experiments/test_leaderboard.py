@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from seqmix.experiments.suite import leaderboard
-from seqmix.experiments.suite.entries import available, load_entries
+from seqmix.experiments.suite.entries import load_entries
 from seqmix.experiments.suite.scores import Conditions, ScoreRow, Scores, TaskScores, write_scores
 from seqmix.experiments.suite.tasks import Candidate, load_settings
 from seqmix.experiments.summary import statistic
@@ -52,7 +52,7 @@ def scores_of(*tasks):
 
 
 def test_every_built_in_mixer_is_an_entry_that_the_commands_measure():
-    entries = available(load_entries())
+    entries = load_entries()
     assert {entry.kind for entry in entries.values()} == set(MIXERS.built_in()) - {"parallel_hybrid"}
     commands = leaderboard.commands(load_entries(), None)
     assert len(commands) == len(load_settings("small").default_tasks)

@@ -12,7 +12,6 @@ from seqmix.experiments.rank_transfer import analysis, page, ranks
 from seqmix.experiments.rank_transfer.analysis import MINIMUM, Predictor
 from seqmix.experiments.rank_transfer.grids import Grid, entries_of, load_grid, load_grids
 from seqmix.experiments.rank_transfer.predictions import load_predictions
-from seqmix.experiments.suite.entries import available
 from seqmix.experiments.suite.scores import Conditions, ScoreRow, Scores, TaskScores
 from seqmix.experiments.suite.tasks import load_settings
 from seqmix.experiments.summary import statistic
@@ -128,7 +127,7 @@ def made_up(value, seeds=3):
     tasks = {}
     for name, task in load_settings("small").tasks.items():
         rows = []
-        for entry, mapped in available(entries_of(load_grids())).items():
+        for entry, mapped in entries_of(load_grids()).items():
             scores = {str(seed): value(name, entry, seed) for seed in range(seeds)}
             rows.append(
                 ScoreRow(
@@ -172,7 +171,7 @@ def test_results_find_what_is_there_and_nothing_else():
     recall, predictions = quality("recall"), load_predictions()
     recalling, tracking = predictions.groups["recall tasks"], predictions.groups["tracking tasks"]
     rng = np.random.default_rng(3)
-    noise = {entry: float(rng.uniform()) for entry in available(entries_of(load_grids()))}
+    noise = {entry: float(rng.uniform()) for entry in entries_of(load_grids())}
 
     def value(task, entry, seed):
         if task in recalling:  # what papers call recall, with noise between seeds
