@@ -230,6 +230,9 @@ def suite(
         merge(scores, other)  # refuses scores that are not comparable, before anything is trained
     if dry_run:
         _show_plan(planned, notes, console)
+        known = {row.entry for other in others for task in other.tasks.values() for row in task.rows} - {*by_name}
+        if known:
+            console.print(f"Beside these stand rows that need no training: {', '.join(sorted(known))}.", soft_wrap=True)
         return SuitePlan({task.name: [run.name for run in task.plan.runs] for task in planned}, list(notes))
     if budget is not None:
         _write_extent(folder, arguments, extent, tuple(chosen))

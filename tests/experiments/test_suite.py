@@ -211,11 +211,11 @@ def test_a_row_stands_beside_the_leaderboard_whose_mixers_are_not_measured_again
 
     def runs(*options):
         dry = seqmix("suite", "gla", "--tasks", "first", "--dry-run", *options)
-        return int(re.search("first +([0-9]+) ", dry.out)[1])
+        return int(re.search("first +([0-9]+) ", dry.out)[1]), "no training: attention, retention." in dry.out
 
-    assert runs() == 4  # two rates, two seeds
-    assert runs("--no-published") == 12
-    assert runs("--quick") == 3  # under other conditions
+    assert runs() == (4, True)  # two rates, two seeds
+    assert runs("--no-published") == (12, False)
+    assert runs("--quick") == (3, False)  # under other conditions
 
 
 def _rows_are_merged(one, both):
