@@ -5,6 +5,7 @@
     o_n = sum_m softmax_m(s_nm) v_m          over the keys  max(0, n - window + 1) <= m <= n
     xpos: each product of a pair j of dimensions shrinks by zeta_j^((n - m) / 512), zeta_j = (j / (K/2) + 0.4) / 1.4
 
+    short_conv     q, k, v <- conv(q), conv(k), conv(v)      causal, by channel, without activation (Primer)
     qk_norm        q, k <- RMSNorm(q), RMSNorm(k)            per head or over all heads, before rotation (Qwen3, OLMo)
     softcap        s <- c tanh(s / c)                        (Gemma 2)
     forget_gate    s_nm += sum_{m < l <= n} log f_l          f = sigmoid(x W_F + b), by head (FoX)
@@ -17,12 +18,12 @@
     qk_gain        s <- g s                                  a learned factor per query head, after qk_norm
 
 xPos is Eq. 17 of arXiv 2212.10554 with gamma = 0.4 and a base of 512 tokens, as in the authors' code; ALiBi is arXiv
-2108.12409, FoX arXiv 2503.02130, XSA arXiv 2603.09078. For other numbers of heads, the slopes of ALiBi are those of
-its authors' code (parts/distances.py). With `exclusive: full`, the first token of a sequence gives 0, since it sees its
-own value alone. The state is a KV cache. Cached keys are rotated, without the factor of xPos; with a forget gate, the
-cache also has the gate of each token. With values from outside (a value residual, value embeddings), the values that
-are cached, and that `exclusive` removes, are those after the mixture. There are no biases by default, unlike in the
-Transformer baseline of the RetNet paper.
+2108.12409, FoX arXiv 2503.02130, XSA arXiv 2603.09078, Primer arXiv 2109.08668. For other numbers of heads, the slopes
+of ALiBi are those of its authors' code (parts/distances.py). With `exclusive: full`, the first token of a sequence
+gives 0, since it sees its own value alone. The state is a KV cache. Cached keys are rotated, without the factor of
+xPos; with a forget gate, the cache also has the gate of each token. With values from outside (a value residual, value
+embeddings), the values that are cached, and that `exclusive` removes, are those after the mixture. There are no biases
+by default, unlike in the Transformer baseline of the RetNet paper.
 
 A layer can read the keys and values of an earlier layer (`model.kv_sharing`). It then has no W_K and W_V, and its state
 is the number of tokens read; the keys and values come with each call, and those before the segment from the cache of
@@ -35,20 +36,30 @@ difference.
 """
 
 from dataclasses import replace
-from typing import Literal, TypeAlias
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from ..ops.attention import Backend, Cache, SharedKV, SoftmaxOptions, cast_cache, softmax_attention, softmax_flops
+from ..ops.attention import Backend, SharedKV, SoftmaxOptions, softmax_attention, softmax_flops
 from ..ops.runtime.call import Call
 from ..ops.runtime.kernel import Probe
 from ..ops.runtime.paradigm import Paradigm
 from .contract import MixResult
-from .parts import CachedMixer, Gate, GatedNorm, QKNorm, ReaderState, divisors, nearest_of, rotated
-from .parts.cached import GroupedQueryConfig
+from .parts import (
+    CachedMixer,
+    Gate,
+    GatedNorm,
+    QKNorm,
+    ReaderState,
+    ShortConvolution,
+    divisors,
+    nearest_of,
+    rotated,
+)
+from .parts.cached import CachedState, GroupedQueryConfig, with_recent
 from .parts.distances import alibi_slopes, xpos_log_decay
 from .parts.gates import gate_decay
 from .parts.outside_values import OutsideValues, ValueResidualOption
@@ -60,9 +71,6 @@ from .traits import ContractError, Traits
 
 TINY = 1e-30
 """Least squared length of a value by which `exclusive` divides."""
-AttentionState: TypeAlias = Cache | ReaderState
-"""KV cache: a ring buffer if `window` or `max_length` bounds its size, else a growing cache. A `ReaderState` in a layer
-that reads the keys and values of an earlier one."""
 
 
 class AttentionConfig(GroupedQueryConfig):
@@ -80,6 +88,8 @@ class AttentionConfig(GroupedQueryConfig):
     """Scaling of the angles to extend the context, with positions = rope: `linear` or `llama3`; null for none."""
     partial_rotary_factor: float = Field(default=1.0, gt=0, le=1, examples=[0.5])
     """Fraction of the dimensions of a head that `rope` rotates, counted from the first."""
+    short_conv: int | None = Field(default=None, ge=0, le=64, examples=[3])
+    """Width in tokens of a short convolution of queries, keys and values, without activation; 0 or null for none."""
     qk_norm: Literal["rms", "rms_zero_centered", "rms_all_heads", "none"] = "none"
     """Norm of queries and keys before rotation: `rms` is per head, with weights that all heads share;
     `rms_zero_centered` is the same with factors 1 + weight (Qwen3-Next); `rms_all_heads` is over all heads (OLMo)."""
@@ -160,14 +170,14 @@ class AttentionConfig(GroupedQueryConfig):
             packing=True,
             shift_invariant=True,
             value_residual=self.value_residual,
-            kv_sharing=not (self.forget_gate or self.value_residual),
+            kv_sharing=not (self.forget_gate or self.value_residual or self.short_conv),
         )
 
     def build(self, d_model: int, *, layer_idx: int, n_layers: int) -> "Attention":
         return Attention(self, d_model)
 
 
-class Attention(OutsideValues[AttentionState], CachedMixer):
+class Attention(OutsideValues[CachedState], CachedMixer):
     """Layer configured by `AttentionConfig`."""
 
     def __init__(self, config: AttentionConfig, d_model: int) -> None:
@@ -187,6 +197,7 @@ class Attention(OutsideValues[AttentionState], CachedMixer):
         if config.differential:
             self.widths["share"] = self.n_heads
         self._build_projection(d_model)
+        self.convolution = ShortConvolution.of(config.short_conv, self._qkv_width, activation="none")
         self.qk_gain = None if config.qk_gain is None else nn.Parameter(torch.empty(self.n_query_heads))
         self.forget_heads = self.n_query_heads if config.forget_gate else None
         self.forget_bias = nn.Parameter(torch.empty(self.n_query_heads)) if config.forget_gate else None
@@ -238,7 +249,7 @@ class Attention(OutsideValues[AttentionState], CachedMixer):
         zeros for biases, sinks and the fractions of XSA."""
         for projection in self.in_proj.weight.split(list(self.widths.values())):
             nn.init.xavier_uniform_(projection, gain=2**-0.5)
-        for part in (self.qk_norm, self.first_mix, self.token_gate):
+        for part in (self.convolution, self.qk_norm, self.first_mix, self.token_gate):
             if part is not None:
                 part.reset_parameters()
         if self.qk_gain is not None:
@@ -248,8 +259,15 @@ class Attention(OutsideValues[AttentionState], CachedMixer):
                 nn.init.zeros_(parameter)
         nn.init.xavier_uniform_(self.out_proj.weight)
 
-    def mix(self, x: Float[Tensor, "B T D"], call: Call) -> MixResult[AttentionState]:
-        q, own, extras = self._project(x, call)
+    @property
+    def _qkv_width(self) -> int:
+        """Number of channels of queries, keys and values together."""
+        return sum(self.widths[name] for name in ("q", "k", "v"))
+
+    def mix(self, x: Float[Tensor, "B T D"], call: Call) -> MixResult[CachedState]:
+        q, own, extras, recent = self._project(x, call)
+        if self.convolution is not None:
+            call = call.enter("cache")
         options = self._score_options(extras)
         if own is None:  # an earlier layer has the cache
             kv: SharedKV = call.shared_kv
@@ -263,10 +281,10 @@ class Attention(OutsideValues[AttentionState], CachedMixer):
             v = self.with_outside_values(own_values, x, call)
             if call.return_kv and not (call.paradigm is Paradigm.RECURRENT and x.shape[1] == 1):
                 call = call._replace(donated=False)  # later layers read the cache before the segment
-            output, final_state = softmax_attention(q, k, v, call, **options)
-            if final_state is not None:
-                final_state = cast_cache(final_state, self.dtype)  # under autocast, a new cache has a narrower dtype
-            kv = SharedKV(k, v, call.state, final_state)
+            output, cache = softmax_attention(q, k, v, call, **options)
+            cache = None if cache is None else self.stored(cache)
+            kv = SharedKV(k, v, call.state, cache)
+            final_state = with_recent(cache, recent)
         if "share" in extras:
             share = extras["share"].to(self.state_dtype).sigmoid()[..., None]
             output = (output[:, :, ::2] - share * output[:, :, 1::2]).to(output.dtype)
@@ -280,16 +298,20 @@ class Attention(OutsideValues[AttentionState], CachedMixer):
 
     def _project(
         self, x: Float[Tensor, "B T D"], call: Call
-    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None, dict[str, Tensor]]:
-        """Return queries by head, keys and values by head, and the other projections (gates) by name.
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None, dict[str, Tensor], Tensor | None]:
+        """Return queries by head, keys and values by head, the other projections (gates) by name, and a state.
 
-        Keys and values are None if those of an earlier layer are read.
+        Keys and values are None if those of an earlier layer are read. The state is that of the short convolution; None
+        without one, or if it is not requested.
         """
         n_kv_heads = 0 if self.takes_shared_kv else self.n_kv_heads
         count = 1 if self.takes_shared_kv else 3
         names = list(self.widths)[count:]
         widths = list(self.widths.values())
         qkv, *others = self.in_proj(x).split([sum(widths[:count]), *widths[count:]], dim=-1)
+        recent = None
+        if self.convolution is not None:
+            qkv, recent = self.convolution(qkv, call.enter("recent"))
         heads = [self.n_query_heads + n_kv_heads, n_kv_heads]
         qk, v = qkv.unflatten(-1, (-1, self.head_dim)).split(heads, dim=2)
         if self.qk_norm is not None:
@@ -301,7 +323,7 @@ class Attention(OutsideValues[AttentionState], CachedMixer):
             )
         q, k = qk.split([self.n_query_heads, n_kv_heads], dim=2)
         q = q if self.qk_gain is None else self.qk_gain.to(q.dtype)[:, None] * q
-        return q, (k, v) if n_kv_heads else None, dict(zip(names, others, strict=True))
+        return q, (k, v) if n_kv_heads else None, dict(zip(names, others, strict=True)), recent
 
     def _without_own_value(self, output: Float[Tensor, "B T H V"], v: Float[Tensor, "B T G V"]) -> Tensor:
         """Return each token's output without its part along the token's own value."""

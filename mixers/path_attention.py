@@ -15,10 +15,10 @@ processes cannot share a sequence (context parallelism). The library fla (flash-
 sums of log gates by 1/sqrt(K), unlike FoX and this layer.
 """
 
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -29,7 +29,7 @@ from ..ops.runtime.call import Call
 from ..ops.runtime.paradigm import Paradigm
 from .contract import SequenceMixer
 from .parts import CachedMixer, LowRank, ShortConv, ShortConvolution, head_width
-from .parts.cached import GroupedQueryConfig
+from .parts.cached import CachedState, GroupedQueryConfig, with_recent
 from .parts.gates import gate_decay
 from .parts.projections import projections_of
 from .roles import Role, RowBlock
@@ -57,20 +57,6 @@ class PathAttentionConfig(GroupedQueryConfig):
 
     def build(self, d_model: int, *, layer_idx: int, n_layers: int) -> "PathAttention":
         return PathAttention(self, d_model)
-
-
-class PathState(NamedTuple):
-    """State of PaTH attention after a prefix: the KV cache, with keys as its last token leaves them."""
-
-    cache: Cache
-    """KV cache; its keys are float32 or float64."""
-    recent: Float[Tensor, "B W-1 C"]
-    """Last inputs of the short convolution, oldest first; empty without a short convolution."""
-
-    @property
-    def length(self) -> Int[Tensor, " B"]:
-        """Number of tokens read, per row."""
-        return self.cache.length
 
 
 class PathAttention(CachedMixer):
@@ -116,19 +102,16 @@ class PathAttention(CachedMixer):
                 nn.init.zeros_(bias)
         nn.init.xavier_uniform_(self.out_proj.weight)
 
-    def mix(  # pyright: ignore[reportIncompatibleMethodOverride] another state type
-        self, x: Float[Tensor, "B T D"], call: Call
-    ) -> tuple[Float[Tensor, "B T D"], PathState | None]:
+    def mix(self, x: Float[Tensor, "B T D"], call: Call) -> tuple[Float[Tensor, "B T D"], CachedState | None]:
         wide = self.state_dtype
         q, k, v, beta, *forget = self.in_proj(x).split(list(self.widths.values()), dim=-1)
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in (q, k, v))
         w, recent = self._directions(x, call)
         beta = 2 * (beta.to(wide) + self.beta_bias).sigmoid()
         log_forget = None if self.forget_bias is None else gate_decay(forget[0].to(wide) + self.forget_bias, 1)
-        entered = call.enter("cache")
+        entered = call if self.convolution is None else call.enter("cache")
         o, cache = path_attention(q, k, v, w, beta, entered, scale=self.score_scale, log_forget=log_forget)
-        y = self.out_proj(o.flatten(2))
-        return y, None if cache is None or recent is None else PathState(self._cast(cache), recent)
+        return self.out_proj(o.flatten(2)), with_recent(None if cache is None else self.stored(cache), recent)
 
     def _directions(self, x: Tensor, call: Call) -> tuple[Float[Tensor, "B T G K"], Tensor | None]:
         """Return w, and the state of the convolution after the segment (None unless requested)."""
@@ -136,31 +119,13 @@ class PathAttention(CachedMixer):
         recent = None
         if self.convolution is not None:
             w, recent = self.convolution(w, call.enter("recent"))
-        elif call.return_state:
-            recent = self._no_recent(call.rows(x.shape[0]))
         return unit_norm(w.unflatten(-1, (-1, self.head_dim)).to(self.state_dtype)), recent
 
-    def _no_recent(self, rows: int) -> Tensor:
-        return torch.zeros(rows, 0, 0, device=self.device, dtype=self.dtype)
-
-    def _cast(self, cache: Cache) -> Cache:
+    def stored(self, cache: Cache) -> Cache:
         """Return the cache with wide keys, and values in the parameters' dtype."""
         keys = key_cache(cache)
         wide: KeyCache = keys._replace(keys=keys.keys.to(self.state_dtype), values=keys.values.to(self.dtype))
         return cache._replace(cache=wide) if isinstance(cache, ForgettingCache) else wide
-
-    def init_state(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, batch_size: int, *, max_length: int | None = None
-    ) -> PathState:
-        cache = self._cast(cast("Cache", super().init_state(batch_size, max_length=max_length)))
-        convolution = self.convolution
-        recent = self._no_recent(batch_size) if convolution is None else convolution.init_state(batch_size)
-        return PathState(cache, recent)
-
-    def resize_state(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, state: PathState, max_length: int | None
-    ) -> PathState:
-        return PathState(cast("Cache", super().resize_state(state.cache, max_length)), state.recent)
 
     def rollback(self, x: Any, before: Any, after: Any, tokens: Any, **options: Any) -> Any:
         # the cache has lost the keys of earlier states

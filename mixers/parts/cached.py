@@ -1,17 +1,18 @@
 """Base class of mixers of the softmax family, whose state is a KV cache."""
 
 from abc import abstractmethod
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypeAlias
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from ...ops.attention import Cache, GrowingCache, RingCache, drop_last, empty_cache, key_cache, resize_cache
+from ...ops.attention import Cache, GrowingCache, RingCache, cast_cache, drop_last, empty_cache, key_cache, resize_cache
 from ..contract import MixerConfig, SequenceMixer
 from ..rollback import kept_tokens
 from ..traits import require_capacity
+from .short_convolution import ShortConvolution
 from .widths import divisors
 
 
@@ -40,7 +41,29 @@ class ReaderState(NamedTuple):
     """Number of tokens read, per row."""
 
 
-class CachedMixer(SequenceMixer[Cache | ReaderState]):
+class ConvolvedCache(NamedTuple):
+    """State of a layer with a short convolution before its attention."""
+
+    cache: Cache
+    """KV cache."""
+    recent: Float[Tensor, "B W-1 C"]
+    """Last inputs of the short convolution, oldest first."""
+
+    @property
+    def length(self) -> Int[Tensor, " B"]:
+        """Number of tokens read, per row."""
+        return self.cache.length
+
+
+CachedState: TypeAlias = Cache | ReaderState | ConvolvedCache
+
+
+def with_recent(cache: Cache | None, recent: Float[Tensor, "B W-1 C"] | None) -> Cache | ConvolvedCache | None:
+    """Return the state of a cache, and of the short convolution if there is one."""
+    return cache if cache is None or recent is None else ConvolvedCache(cache, recent)
+
+
+class CachedMixer(SequenceMixer[CachedState]):
     """A mixer with a KV cache: a ring buffer if `window` or `max_length` bounds its size, else a growing cache.
 
     Args:
@@ -56,6 +79,8 @@ class CachedMixer(SequenceMixer[Cache | ReaderState]):
     def __init__(self, config: MixerConfig) -> None:
         super().__init__(config)
         self.config: Any = config
+        self.convolution: ShortConvolution | None = None
+        """Short convolution whose state the mixer has beside the cache."""
 
     @property
     def cache_window(self) -> int | None:
@@ -80,13 +105,21 @@ class CachedMixer(SequenceMixer[Cache | ReaderState]):
     def scale_like(self, base: Any) -> None:
         self.score_factor = (base.score_width / self.score_width) ** 0.5
 
-    def init_state(self, batch_size: int, *, max_length: int | None = None) -> Cache | ReaderState:
+    def stored(self, cache: Cache) -> Cache:
+        """Return a cache in the dtypes in which it is kept: under autocast, an op returns narrower ones."""
+        return cast_cache(cache, self.dtype)
+
+    def init_state(self, batch_size: int, *, max_length: int | None = None) -> CachedState:
         if self.takes_shared_kv:
             return ReaderState(torch.zeros(batch_size, dtype=torch.int64, device=self.device))
         cache_type, capacity = self._cache_type(max_length, 0)
-        return empty_cache(cache_type, batch_size, capacity, self.cache_sizes, self._tensor(), self.forget_heads)
+        cache = empty_cache(cache_type, batch_size, capacity, self.cache_sizes, self._tensor(), self.forget_heads)
+        cache = self.stored(cache)
+        return cache if self.convolution is None else ConvolvedCache(cache, self.convolution.init_state(batch_size))
 
-    def resize_state(self, state: Cache | ReaderState, max_length: int | None) -> Cache | ReaderState:
+    def resize_state(self, state: CachedState, max_length: int | None) -> CachedState:
+        if isinstance(state, ConvolvedCache):
+            return state._replace(cache=self.resize_state(state.cache, max_length))
         processed = int(state.length.max())
         require_capacity(processed, max_length, self.kind)
         if isinstance(state, ReaderState):
@@ -94,12 +127,13 @@ class CachedMixer(SequenceMixer[Cache | ReaderState]):
         return resize_cache(state, *self._cache_type(max_length, min(processed, key_cache(state).keys.shape[1])))
 
     def rollback(
-        self, x: Any, before: Cache | ReaderState | None, after: Cache | ReaderState, tokens: Any, **options: Any
-    ) -> Cache | ReaderState:
+        self, x: Any, before: CachedState | None, after: CachedState, tokens: Any, **options: Any
+    ) -> CachedState:
         if isinstance(after, ReaderState):
             kept_tokens(x, tokens, options.get("cu_seqlens"), self.kind)
             return ReaderState(after.length - torch.as_tensor(tokens, device=after.length.device))
-        if self.cache_window is not None:  # the segment has overwritten keys that are in the window again
+        # a window's cache has overwritten keys that are in the window again; a convolution has lost earlier inputs
+        if self.cache_window is not None or isinstance(after, ConvolvedCache):
             return super().rollback(x, before, after, tokens, **options)
         kept_tokens(x, tokens, options.get("cu_seqlens"), self.kind)
         return drop_last(after, torch.as_tensor(tokens, device=after.length.device))

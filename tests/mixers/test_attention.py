@@ -55,6 +55,11 @@ def written_out(mixer: Attention, x):
     """The layer from position 0."""
     config, length = mixer.config, x.shape[1]
     parts = dict(zip(mixer.widths, mixer.in_proj(x).split(list(mixer.widths.values()), dim=-1), strict=True))
+    if config.short_conv:
+        y, taps = torch.cat([parts[name] for name in "qkv"], -1), mixer.convolution.weight
+        padded = torch.cat((torch.zeros_like(y[:, : config.short_conv - 1]), y), 1)
+        y = sum(taps[:, i] * padded[:, i : i + length] for i in range(config.short_conv))
+        parts |= dict(zip("qkv", y.split([mixer.widths[name] for name in "qkv"], -1), strict=True))
     q, k, v = (parts[name].unflatten(-1, (-1, mixer.head_dim)) for name in "qkv")
     if config.qk_norm != "none":
         norm, one = mixer.qk_norm, float(config.qk_norm == "rms_zero_centered")
@@ -123,6 +128,8 @@ OPTIONS = [
     {"qk_norm": "rms_zero_centered", "positions": "none"},
     {"qk_norm": "rms", "qk_gain": 5.0, "softcap": 3.0},
     {"qk_norm": "rms_all_heads", "norm_eps": 0.1},
+    {"short_conv": 3},
+    {"short_conv": 2, "qk_norm": "rms", "forget_gate": True, "differential": True, "n_heads": 4},
     {
         **{"forget_gate": True, "sinks": True, "softcap": 1.0, "gate": "sigmoid", "qk_norm": "rms"},
         **{"partial_rotary_factor": 0.25, "head_dim": 8},
