@@ -209,8 +209,7 @@ def test_an_option_is_equal_in_all_mixers_that_have_it(planned):
     assert [mixer.gate for mixer in inner if hasattr(mixer, "gate")] == ["none"]
     convolution, gate = found.fairness[-3:-1]
     assert convolution == (
-        "Equal in all mixers that allow it: short_conv = null; attention has no option short_conv; two (attention) has "
-        "no option short_conv; mamba keeps 4: expected an integer, got null."
+        "Equal in all mixers that allow it: short_conv = null; mamba keeps 4: expected an integer, got null."
     )
     assert gate == (
         "Equal in all mixers that allow it: gate = none; two (mamba2) has no option gate; mamba has no option gate."
@@ -222,14 +221,14 @@ def test_an_option_is_equal_in_all_mixers_that_have_it(planned):
 
 
 def test_an_option_may_vary(planned):
-    found = planned("vary: {equal.short_conv: [null, 4]}\n")
-    assert found.fairness[0].endswith("variants differ in equal.short_conv.")  # attention has no such option
+    found = planned("mixers: [retention, rwkv7]\nvary: {equal.short_conv: [null, 4]}\n", study=ALONE)
+    assert found.fairness[0].endswith("variants differ in equal.short_conv.")  # rwkv7 has no such option
     by_name = {run.name: run.config.model.blocks["ret"].mixer for run in found.runs}
     assert by_name["retention-short_convNone-seed0"].short_conv is None
     assert by_name["retention-short_conv4-seed0"].short_conv == 4
     also = {(each.entry, each.variant["equal.short_conv"]): each.also for each in found.differences}
-    assert "short_conv" not in also["attention", None]
-    assert "short_conv" in also["attention", 4]
+    assert "short_conv" not in also["rwkv7", None]
+    assert "short_conv" in also["rwkv7", 4]
 
 
 def differences(found):
