@@ -13,6 +13,7 @@ from seqmix.experiments.pages import fill
 from seqmix.experiments.suite import leaderboard
 from seqmix.experiments.suite.entries import load_entries
 from seqmix.experiments.suite.scores import PUBLISHED, Scores, merge, read_scores
+from seqmix.experiments.suite.tasks import load_settings
 from seqmix.registry import SeqmixError, write_file
 
 TARGET = Path(__file__).with_suffix(".md")
@@ -38,6 +39,8 @@ def add(folders: Sequence[Path]) -> None:
         other = read_scores(folder)
         scores = other if scores is None else merge(other, scores)
     if scores is not None:
+        order = [name for name in load_settings("small").tasks if name in scores.tasks]
+        scores = scores.model_copy(update={"tasks": {name: scores.tasks[name] for name in order}})
         write_file(scores.model_dump_json(indent=1) + "\n", RESULTS)
 
 
