@@ -197,7 +197,8 @@ class Attention(OutsideValues[CachedState], CachedMixer):
         if config.differential:
             self.widths["share"] = self.n_heads
         self._build_projection(d_model)
-        self.convolution = ShortConvolution.of(config.short_conv, self._qkv_width, activation="none")
+        channels = sum(self.widths[name] for name in "qkv")
+        self.convolution = ShortConvolution.of(config.short_conv, channels, activation="none")
         self.qk_gain = None if config.qk_gain is None else nn.Parameter(torch.empty(self.n_query_heads))
         self.forget_heads = self.n_query_heads if config.forget_gate else None
         self.forget_bias = nn.Parameter(torch.empty(self.n_query_heads)) if config.forget_gate else None
@@ -258,11 +259,6 @@ class Attention(OutsideValues[CachedState], CachedMixer):
             if parameter is not None:
                 nn.init.zeros_(parameter)
         nn.init.xavier_uniform_(self.out_proj.weight)
-
-    @property
-    def _qkv_width(self) -> int:
-        """Number of channels of queries, keys and values together."""
-        return sum(self.widths[name] for name in ("q", "k", "v"))
 
     def mix(self, x: Float[Tensor, "B T D"], call: Call) -> MixResult[CachedState]:
         q, own, extras, recent = self._project(x, call)

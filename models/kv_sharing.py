@@ -69,7 +69,7 @@ def kv_sources(
     if not sources:
         raise ValueError(
             "no layer would read keys and values of an earlier one: expected layers of one block whose mixers can "
-            "share them, such as attention without forget_gate and value_residual, got the pattern "
+            "share them, such as attention without forget_gate, value_residual and short_conv, got the pattern "
             f"{', '.join(layers[:10])}, of which {', '.join(sharable) or 'no block'} can share"
         )
     return tuple(sources.get(i) for i in range(len(layers)))

@@ -360,6 +360,7 @@ def test_text_is_generated():
         (("full", "local", "full", "full"), {"kind": "last", "layers": 3}, {}, "block local .* at most 2"),
         (("full", "full"), {"kind": "last", "layers": 1}, {"forget_gate": True}, "without forget_gate"),
         (("full", "full"), {"kind": "last", "layers": 1}, {"value_residual": True}, "value_residual"),
+        (("full", "full"), {"kind": "last", "layers": 1}, {"short_conv": 4}, "and short_conv"),
         (("full", "local"), {"kind": "groups", "size": 2}, {}, "no layer"),
         (("full", "full"), {"kind": "groups", "size": 1}, {}, "greater than or equal to 2"),
         (("full", "full"), {"kind": "first", "layers": 1}, {}, "kind"),
