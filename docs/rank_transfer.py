@@ -1,4 +1,4 @@
-"""Write the tables of docs/explanation/rank-transfer.md: `python docs/rank_transfer.py [SCORES]`.
+"""Write the tables and the picture of docs/explanation/rank-transfer.md: `python docs/rank_transfer.py [SCORES]`.
 
 SCORES is a suite.json, a folder with one, or the name of published scores, such as `small-parameters`. Without it, the
 results stay as they are.
@@ -7,6 +7,8 @@ results stay as they are.
 import sys
 from pathlib import Path
 
+from seqmix.experiments.figures.figure import drawable
+from seqmix.experiments.figures.writer import adaptive
 from seqmix.experiments.pages import fill
 from seqmix.experiments.rank_transfer import page
 from seqmix.experiments.rank_transfer.grids import entries_of, load_grids
@@ -15,10 +17,11 @@ from seqmix.experiments.suite.scores import read_scores
 from seqmix.registry import SeqmixError, write_file
 
 TARGET = Path(__file__).with_name("explanation") / "rank-transfer.md"
+PICTURE = "rho.svg"
 
 
 def files(scores: Path | None = None) -> dict[Path, str]:
-    """Return the text of the page, with new results if `scores` are given."""
+    """Return the text of the page, and new results and their picture if `scores` are given."""
     grids = load_grids()
     entries, predictions = entries_of(grids), load_predictions()
     parts = {
@@ -26,9 +29,13 @@ def files(scores: Path | None = None) -> dict[Path, str]:
         "power": page.power_lines(grids, entries),
         "predictions": page.prediction_lines(predictions),
     }
+    pictures = {}
     if scores is not None:
-        parts["results"] = page.result_lines(read_scores(scores), grids, entries, predictions)
-    return {TARGET: fill(TARGET, parts)}
+        read = read_scores(scores)
+        parts["results"] = page.result_lines(read, grids, entries, predictions)
+        if figures := drawable([page.result_figure(read, grids, entries, predictions)]):
+            pictures = {TARGET.with_suffix("") / PICTURE: adaptive(figures, 6.0)}
+    return {TARGET: fill(TARGET, parts), **pictures}
 
 
 if __name__ == "__main__":

@@ -117,7 +117,8 @@ class Figure:
             first = (one.style * every) // 5 % every
             barred = (alone or not self.banded) and any(p.low < p.high for p in points)
             # points of a scatter, and beside a fitted line, are not shifted: their x values differ
-            dodge = 0.0 if fitted or self.banded or not self.joined else step * (i - (len(self.series) - 1) / 2)
+            scattered = not self.joined and not self.x.names
+            dodge = 0.0 if fitted or self.banded or scattered else step * (i - (len(self.series) - 1) / 2)
             for k, point in enumerate(points):
                 row = {"series": one.name, "x": point.x if isinstance(point.x, str) else point.x / x, "y": point.y / y}
                 if point.low <= point.high and math.isfinite(point.high - point.low):

@@ -14,8 +14,6 @@ from .grids import Grid, Measure
 from .predictions import DATE, Prediction, Predictions
 from .ranks import Array, Column, Interval
 
-FEWEST = 3
-"""Smallest number of papers whose bootstrap interval decides: with two, it has three distinct draws."""
 MINIMUM = 4
 """Smallest number of entries of a column that takes part: a ranking of three says almost nothing."""
 
@@ -51,7 +49,7 @@ class Pooled(NamedTuple):
     """Agreement of a predictor with published columns, pooled over papers."""
 
     rho: float
-    interval: Interval | None
+    interval: Interval
     p: float
     papers: int
     entries: int
@@ -239,7 +237,7 @@ def judge(
         if published and prediction.expect == "no better than date":
             date = date_predictor(entries, group.entries)
             columns = [each.column for each in published]
-            difference = ranks.difference_interval(group.by_seed, date.mean, columns, draws)
+            difference = ranks.pooled_interval(group.by_seed, columns, draws, minus=date.mean)
         measured.append((prediction, pool(group, published, draws), difference))
     tested = {i: pooled.p for i, (each, pooled, _) in enumerate(measured) if pooled and each.expect == "positive"}
     corrected = dict(zip(tested, ranks.holm(list(tested.values())), strict=True))
@@ -253,18 +251,12 @@ def _text(prediction: Prediction, pooled: Pooled | None, corrected: float | None
     """Return the verdict in words."""
     if pooled is None:
         return "not measured"
+    low, high = pooled.interval
     if prediction.expect == "positive":
         if corrected is not None and corrected <= ranks.LEVEL:
             return "as predicted"
-        opposite = pooled.interval is not None and pooled.papers >= FEWEST and pooled.interval.high < 0
-        return "the opposite" if opposite else "not distinguishable from chance"
+        return "the opposite" if high < 0 else "not distinguishable from chance"
     if prediction.expect == "none":
-        apart = (
-            pooled.interval is not None
-            and pooled.papers >= FEWEST
-            and not pooled.interval.low <= 0 <= pooled.interval.high
-        )
-        return "not as predicted: there is a relation" if apart else "as predicted"
-    if difference is None:
-        return "too few papers to compare"
-    return "not as predicted: better than the date" if difference.low > 0 else "as predicted"
+        return "as predicted" if low <= 0 <= high else "not as predicted: there is a relation"
+    better = difference is not None and difference.low > 0
+    return "not as predicted: better than the date" if better else "as predicted"

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+from ..figures.figure import Axis, Figure, Point, Series
 from ..pages import table
 from ..suite.entries import Entry
 from ..suite.scores import Scores
@@ -29,6 +30,7 @@ from .ranks import Interval
 
 SUBJECTS = {"language": "language", "recall": "recall", "tracking": "state tracking", "synthetic": "MAD"}
 """Subjects of the grids, as tables name them."""
+PICTURE = "![Agreement of each task with published rankings](rank-transfer/rho.svg)"
 POOLED = ("language", "recall", "tracking")
 """Subjects with which tasks are compared; columns of MAD are compared with the task of the same name."""
 
@@ -123,12 +125,10 @@ def result_lines(
 
     `draws` is the number of random draws of each interval and p-value.
     """
-    tasks = task_predictors(scores, entries)
-    groups = group_predictors(tasks, predictions.groups)
-    names = list(dict.fromkeys(entry for task in tasks.values() for entry in task.entries))
-    date = date_predictor(entries, names)
+    tasks, groups, date = _predictors(scores, entries, predictions)
+    names = date.entries
     primary = {each.predictor: groups[each.predictor] for each in predictions.predictions if each.predictor in groups}
-    lines = [_conditions(scores, names, entries), ""]
+    lines = [_conditions(scores, names, entries), "", PICTURE, ""]
     lines += ["### Predictions", "", *_verdicts(judge(predictions, groups, grids, entries, draws)), ""]
     everything = {**tasks, **groups, date.name: date}
     lines += ["### All tasks, pooled over papers", "", *_pooled(everything, grids, draws), ""]
@@ -136,6 +136,38 @@ def result_lines(
     lines += ["### One family left out", "", *_families({**primary, date.name: date}, grids, entries), ""]
     lines += ["### Single columns", "", *_columns({**primary, date.name: date}, grids, draws)]
     return lines
+
+
+def result_figure(
+    scores: Scores,
+    grids: Mapping[str, Grid],
+    entries: Mapping[str, Entry],
+    predictions: Predictions,
+    draws: int = ranks.DRAWS,
+) -> Figure:
+    """Return the figure of the pooled rhos with their intervals, by task, group of tasks and subject."""
+    tasks, groups, date = _predictors(scores, entries, predictions)
+    predictors = {**tasks, **groups, date.name: date}
+    series = []
+    for style, subject in enumerate(POOLED):
+        points = []
+        for name, predictor in predictors.items():
+            result = pool(predictor, columns_for(predictor.entries, grids, about(subject)), draws)
+            if result is not None:
+                points.append(Point(name, result.rho, *result.interval))
+        series.append(Series(SUBJECTS[subject], points, style))
+    caption = "Pooled rho with its 95 % bootstrap interval over mixers and seeds."
+    x, y = Axis("", names=list(predictors)), Axis("Spearman's rho", log=False)
+    return Figure("transfer", "Agreement with published rankings", caption, x, y, series, joined=False)
+
+
+def _predictors(
+    scores: Scores, entries: Mapping[str, Entry], predictions: Predictions
+) -> tuple[dict[str, Predictor], dict[str, Predictor], Predictor]:
+    """Return tasks and groups of tasks as predictors, and the date."""
+    tasks = task_predictors(scores, entries)
+    names = list(dict.fromkeys(entry for task in tasks.values() for entry in task.entries))
+    return tasks, group_predictors(tasks, predictions.groups), date_predictor(entries, names)
 
 
 def _conditions(scores: Scores, names: Sequence[str], entries: Mapping[str, Entry]) -> str:

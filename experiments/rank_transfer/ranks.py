@@ -35,21 +35,29 @@ def generator() -> np.random.Generator:
     return np.random.default_rng(0)
 
 
-def midranks(values: Array) -> Array:
-    """Return ranks along the last axis, 1 for the lowest; equal values share the mean of their ranks."""
+def midranks(values: Array, counts: Array | None = None) -> Array:
+    """Return ranks along the last axis, 1 for the lowest; equal values share the mean of their ranks.
+
+    With `counts`, each value counts as that many equal ones, as in a bootstrap that draws an entry so often.
+    """
     values = np.asarray(values, dtype=float)
-    below = (values[..., None, :] < values[..., :, None]).sum(-1)
-    equal = (values[..., None, :] == values[..., :, None]).sum(-1)
+    counts = np.ones(values.shape[-1]) if counts is None else counts
+    below = (counts[..., None, :] * (values[..., None, :] < values[..., :, None])).sum(-1)
+    equal = (counts[..., None, :] * (values[..., None, :] == values[..., :, None])).sum(-1)
     return below + (equal + 1) / 2
 
 
-def spearman(x: Array, y: Array) -> Array:
-    """Return Spearman's rho along the last axis: Pearson's correlation of mid-ranks; NaN if one side is constant."""
-    a, b = midranks(x), midranks(y)
-    a, b = a - a.mean(-1, keepdims=True), b - b.mean(-1, keepdims=True)
-    scale = np.sqrt((a * a).sum(-1) * (b * b).sum(-1))
+def spearman(x: Array, y: Array, counts: Array | None = None) -> Array:
+    """Return Spearman's rho along the last axis: Pearson's correlation of mid-ranks; NaN if one side is constant.
+
+    `counts` are those of `midranks`.
+    """
+    w = np.ones(np.shape(x)[-1]) if counts is None else counts
+    middle = (w.sum(-1, keepdims=True) + 1) / 2
+    a, b = midranks(x, w) - middle, midranks(y, w) - middle
+    scale = np.sqrt((w * a * a).sum(-1) * (w * b * b).sum(-1))
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(scale > 0, (a * b).sum(-1) / scale, np.nan)
+        return np.where(scale > 0, (w * a * b).sum(-1) / scale, np.nan)
 
 
 def interval(draws: Array) -> Interval | None:
@@ -158,46 +166,57 @@ class Column(NamedTuple):
     values: Array
 
 
-def pooled(x: Array, columns: list[Column]) -> Array:
-    """Return the mean rho of a predictor over papers, [...]; `x` has its values, [..., entries].
+def pooled(x: Array, columns: list[Column], counts: Array | None = None) -> Array:
+    """Return the mean rho of a predictor over papers, [...].
 
     Within a paper, columns are averaged with weights n - 1, as the variance of rho under independence is 1 / (n - 1).
     So are papers, with the mean weight of their columns. A rho without spread counts as 0: what is constant predicts
     nothing.
+
+    Args:
+        x: values of the predictor, [..., entries].
+        columns: published columns.
+        counts: how often a bootstrap has drawn each entry, [..., entries]; None for once. A column has as many entries
+            as were drawn at least once.
     """
-    rhos, weights = _by_paper(np.asarray(x, dtype=float), columns)
-    return (rhos * weights).sum(-1) / weights.sum()
-
-
-def _by_paper(x: Array, columns: list[Column]) -> tuple[Array, Array]:
-    """Return the mean rho of each paper, [..., papers], and the papers' weights."""
-    papers = list(dict.fromkeys(column.paper for column in columns))
-    rhos = []
-    weights = []
-    for paper in papers:
+    x = np.asarray(x, dtype=float)
+    counts = np.ones(x.shape[-1]) if counts is None else counts
+    sums: Array = np.zeros(())
+    total: Array = np.zeros(())
+    for paper in dict.fromkeys(column.paper for column in columns):
         parts = [column for column in columns if column.paper == paper]
-        degrees = np.array([len(part.values) - 1.0 for part in parts])
-        each = np.stack([np.nan_to_num(spearman(x[..., part.positions], part.values)) for part in parts], -1)
-        rhos.append((each * degrees).sum(-1) / degrees.sum())
-        weights.append(degrees.mean())
-    return np.stack(rhos, -1), np.array(weights)
+        drawn = [counts[..., part.positions] for part in parts]
+        degrees = np.stack([np.maximum((each > 0).sum(-1) - 1.0, 0) for each in drawn], -1)
+        rhos = [spearman(x[..., part.positions], part.values, w) for part, w in zip(parts, drawn, strict=True)]
+        # the paper's mean weight times its weighted mean
+        sums = sums + (np.nan_to_num(np.stack(rhos, -1)) * degrees).sum(-1) / len(parts)
+        total = total + degrees.sum(-1) / len(parts)
+    return np.divide(sums, total, out=np.zeros(np.broadcast(sums, total).shape), where=total > 0)
 
 
-def pooled_interval(by_seed: Array, columns: list[Column], draws: int = DRAWS) -> Interval | None:
-    """Return the bootstrap interval of the pooled rho: a draw resamples papers, and the seeds of the task's scores.
+def pooled_interval(by_seed: Array, columns: list[Column], draws: int = DRAWS, minus: Array | None = None) -> Interval:
+    """Return the bootstrap interval of the pooled rho.
 
-    Entries are not resampled: the interval is about other papers with these mixers. None with fewer than three papers.
+    A draw resamples the mixers, which are the same in all papers, and the seeds of the task's scores. Papers are not
+    resampled: they share most mixers, so an interval over papers excludes 0 for many a random ranking.
+
+    Args:
+        by_seed: scores of the task, [seeds, entries].
+        columns: published columns.
+        draws: number of resamples.
+        minus: values of another predictor, [entries], whose pooled rho in the same draw is subtracted.
     """
     rng = generator()
-    seeds = len(by_seed)
+    seeds, entries = by_seed.shape
     means = by_seed[rng.integers(seeds, size=(draws, seeds))].mean(1)
-    rhos, weights = _by_paper(means, columns)
-    papers = len(weights)
-    if papers < 3:
-        return None
-    chosen = rng.integers(papers, size=(draws, papers))
-    picked = np.take_along_axis(rhos, chosen, -1)
-    return interval((picked * weights[chosen]).sum(-1) / weights[chosen].sum(-1))
+    used = np.unique(np.concatenate([column.positions for column in columns]))
+    counts = np.zeros((draws, entries))
+    counts[:, used] = rng.multinomial(len(used), np.full(len(used), 1 / len(used)), size=draws)
+    rhos = pooled(means, columns, counts)
+    if minus is not None:
+        rhos = rhos - pooled(np.broadcast_to(minus, means.shape), columns, counts)
+    low, high = np.quantile(rhos, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return Interval(float(low), float(high))
 
 
 def pooled_null(x: Array, columns: list[Column], draws: int = DRAWS) -> Array:
@@ -223,28 +242,6 @@ def holm(p_values: list[float]) -> list[float]:
         highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[position]))
         corrected[position] = highest
     return corrected
-
-
-def difference_interval(by_seed: Array, other: Array, columns: list[Column], draws: int = DRAWS) -> Interval | None:
-    """Return the bootstrap interval of a task's pooled rho minus another's; each draw has the same papers for both.
-
-    Args:
-        by_seed: scores of the task, [seeds, entries].
-        other: values of the other predictor, which has no seeds, [entries].
-        columns: published columns of both.
-        draws: number of resamples.
-    """
-    rng = generator()
-    seeds = len(by_seed)
-    means = by_seed[rng.integers(seeds, size=(draws, seeds))].mean(1)
-    rhos, weights = _by_paper(means, columns)
-    others, _ = _by_paper(other, columns)
-    papers = len(weights)
-    if papers < 3:
-        return None
-    chosen = rng.integers(papers, size=(draws, papers))
-    picked = np.take_along_axis(rhos - others, chosen, -1)
-    return interval((picked * weights[chosen]).sum(-1) / weights[chosen].sum(-1))
 
 
 def critical_pooled(columns: list[Column], entries: int, level: float = LEVEL) -> float:

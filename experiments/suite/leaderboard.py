@@ -15,6 +15,11 @@ CONVOLUTION = "short_conv"
 WITHOUT = ("null", "none", "0")
 """Values of `short_conv` that turn it off."""
 
+HEATMAP = (
+    "The order is by mean, not a ranking: the tables below show ties. The state is that of one sequence after the "
+    "training length of the first task. A click on a head sorts."
+)
+
 
 def commands(entries: Mapping[str, Entry], scores: Scores | None) -> list[str]:
     """Return the commands of `seqmix suite` that measure what is missing in `scores`, one for each task."""
@@ -35,8 +40,7 @@ def lines(scores: Scores, entries: Mapping[str, Entry]) -> list[str]:
         "With a short convolution": [_with(scores), "Of four tokens, or as wide as the mixer has it by default."],
     }
     result = [*heatmap(scores, entries), ""]
-    result += ["Mean accuracy in percent, without intervals; the order is by mean, not a ranking. The state is that of"]
-    result += ["one sequence after the training length of the first task. A click on a head sorts.", ""]
+    result += [f"Accuracy in percent, and half the width of its 95 % t interval over seeds. {HEATMAP}", ""]
     for title, (part, remark) in parts.items():
         result += [f"### {title}", "", *score_lines(part), ""]
         result += [f"Accuracy in percent, equal {scores.match}; best mean first. {uncertainty(part)} {remark}", ""]
@@ -63,9 +67,10 @@ def _only(scores: Scores, holds: Callable[[str], bool]) -> Scores:
 
 
 def heatmap(scores: Scores, entries: Mapping[str, Entry]) -> list[str]:
-    """Return the mean scores as a table in HTML: a row for each entry, coloured from guessing (0) to all right (1).
+    """Return the scores as a table in HTML: a row for each entry, coloured from guessing (0) to all right (1).
 
-    A browser sorts it by any column (docs/assets/sort.js).
+    Entries with the most tasks come first, and of these the best mean. A browser sorts the table by any column
+    (docs/assets/sort.js).
     """
     rows: dict[str, dict[str, ScoreRow]] = {}
     for name, task in scores.tasks.items():
@@ -74,7 +79,7 @@ def heatmap(scores: Scores, entries: Mapping[str, Entry]) -> list[str]:
     heads = ["entry", "family", "state", *(name.replace("_", " ") for name in scores.tasks)]
     head = "".join(f"<th>{each}</th>" for each in heads)
     result = ['<table class="heatmap">', f"<thead><tr>{head}</tr></thead>", "<tbody>"]
-    for entry, by_task in sorted(rows.items(), key=lambda item: -mean(row.score.mean for row in item[1].values())):
+    for entry, by_task in sorted(rows.items(), key=_place):
         one = next(iter(by_task.values()))
         family = entries[entry].family if entry in entries else ""
         state = quantity(one.state_bytes, "bytes") + (", grows" if one.state_grows else "")
@@ -84,10 +89,17 @@ def heatmap(scores: Scores, entries: Mapping[str, Entry]) -> list[str]:
     return [*result, "</tbody>", "</table>"]
 
 
+def _place(item: tuple[str, Mapping[str, ScoreRow]]) -> tuple[int, float]:
+    """Return the key of a row's place; means over different tasks cannot be compared."""
+    scores = [row.score.mean for row in item[1].values()]
+    return -len(scores), -mean(scores)
+
+
 def _cell(row: ScoreRow | None, chance: float) -> str:
     """Return a score's cell, coloured by the share of what is above guessing."""
     if row is None:
         return '<td data-value="-1"></td>'
     score = row.score.mean
     share = max(0.0, (score - chance) / (1 - chance))
-    return f'<td data-value="{score:.4f}" style="--share:{share:.2f}">{100 * score:.0f}</td>'
+    margin = "" if row.score.margin is None else f" <small>± {100 * row.score.margin:.0f}</small>"
+    return f'<td data-value="{score:.4f}" style="--share:{share:.2f}">{100 * score:.0f}{margin}</td>'

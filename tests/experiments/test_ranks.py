@@ -69,25 +69,34 @@ def test_papers_are_pooled_by_their_numbers_of_entries():
     assert ranks.pooled(np.array([1.0, 1, 1, 2, 3]), [column("c", [1, 2, 3], [0, 1, 2])]) == 0
 
 
-def test_pooled_intervals_resample_papers_and_seeds():
-    x = np.array([[1.0, 2, 3, 4]])
-    agreeing = [column(name, [1, 2, 3, 4]) for name in "abc"]
+def test_counts_are_as_good_as_repeated_entries():
+    rng = np.random.default_rng(0)
+    x, y, counts = rng.integers(3, size=8), rng.normal(size=8), rng.integers(4, size=8)
+    assert ranks.spearman(x, y, counts) == pytest.approx(ranks.spearman(np.repeat(x, counts), np.repeat(y, counts)))
+    assert np.isnan(ranks.spearman(x, y, np.eye(8)[0]))
+    columns = [column("a", y[:5]), column("b", y[3:], [3, 4, 5, 6, 7])]
+    assert ranks.pooled(x, columns, np.ones(8)) == ranks.pooled(x, columns)
+    assert ranks.pooled(x, columns, np.eye(8)[0]) == 0
+
+
+def test_pooled_intervals_resample_mixers_and_seeds():
+    x = np.array([np.arange(9.0)])
+    agreeing = [column(name, range(9)) for name in "ab"]
     assert ranks.pooled_interval(x, agreeing) == (1, 1)
-    assert ranks.pooled_interval(x, agreeing[:2]) is None
-    mixed = [*agreeing, column("d", [4, 3, 2, 1])]
-    low, high = ranks.pooled_interval(x, mixed)
-    assert (low, high) == (-0.5, 1)
-    assert ranks.pooled_interval(x, mixed) == (low, high)
+    mixed = [*agreeing, column("c", range(9, 0, -1))]
+    assert ranks.pooled_interval(x, mixed) == pytest.approx((1 / 3, 1 / 3))  # the papers stay
+    partly = [column("a", [1, 0, 2, 3, 4, 6, 5, 7, 8])]
+    low, high = ranks.pooled_interval(x, partly)
+    assert low < ranks.pooled(x[0], partly) < high == 1
     # seeds that rank in opposite orders: a draw has either, or a tie of all entries
-    assert ranks.pooled_interval(np.array([[1.0, 2, 3, 4], [4, 3, 2, 1]]), agreeing) == (-1, 1)
+    assert ranks.pooled_interval(np.array([x[0], -x[0]]), agreeing) == (-1, 1)
 
 
-def test_a_difference_has_the_same_papers_in_each_draw():
-    x = np.array([[1.0, 2, 3, 4]])
-    columns = [column("a", [1, 2, 3, 4]), column("b", [1, 2, 4, 3]), column("c", [4, 3, 2, 1])]
-    assert ranks.difference_interval(x, x[0], columns) == (0, 0)
-    assert ranks.difference_interval(x, -x[0], [column(name, [1, 2, 3, 4]) for name in "abc"]) == (2, 2)
-    assert ranks.difference_interval(x, -x[0], columns[:2]) is None
+def test_a_difference_has_the_same_mixers_in_each_draw():
+    x = np.array([np.arange(9.0)])
+    columns = [column("a", range(9)), column("b", [1, 0, 2, 3, 4, 6, 5, 7, 8])]
+    assert ranks.pooled_interval(x, columns, minus=x[0]) == (0, 0)
+    assert ranks.pooled_interval(x, columns[:1], minus=-x[0]) == (2, 2)
 
 
 def test_intervals_of_a_column_contain_its_rho():
