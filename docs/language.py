@@ -87,19 +87,17 @@ class Comparison:
             return ["", "", ""]
         return [_text(row.validation_loss), f"{row.rank or ''}", _text(self.difference(entry), signed=True)]
 
-    def verdict(self) -> str:
-        """Return the sentences that the intervals allow."""
+    def verdict(self, kind: str = "entry") -> str:
+        """Return the sentences that the intervals allow; `kind` says what is compared."""
         best = min(self.rows.values(), key=lambda row: row.validation_loss.mean, default=None)
         if best is None or any(row.rank is None for row in self.rows.values()):
             return "Some entries have no interval yet, so nothing can be said."
         first = [f"`{entry}`" for entry, row in self.rows.items() if row.rank == 1]
         differences = [value for entry in self.rows if (value := self.difference(entry)) is not None]
-        better, worse = (
-            sum(beyond_noise(value) and (value.mean < 0) == lower for value in differences) for lower in (True, False)
-        )
+        better, worse = (sum(_sign(value) == sign for value in differences) for sign in (-1, 1))
         counts = f"{better} are better, {worse} worse and {len(differences) - better - worse} tied"
         against = f" Against {REFERENCE}, {counts}." if differences else ""
-        return f"No entry is better than {', '.join(first)} beyond noise.{against}"
+        return f"No {kind} is better than {', '.join(first)} beyond noise.{against}"
 
 
 def equal_tokens(size: Size) -> list[str]:
@@ -122,7 +120,8 @@ def equal_tokens(size: Size) -> list[str]:
 
 def equal_time(size: Size) -> list[str]:
     """Return the verdict and the table in equal time; entries without an exact reading have a bound, and no rank."""
-    steps = {name: TIME / model.costs.relative for name, model in size.models.items() if model.costs is not None}
+    timed = {name: model.costs for name, model in size.models.items() if model.costs is not None}
+    steps = {name: TIME / costs.relative for name, costs in timed.items()}
     if not steps:
         return ["The times are to be measured: a study times its entries after its last run."]
     compared = Comparison(runs_at(size.models, steps))
@@ -138,15 +137,42 @@ def equal_time(size: Size) -> list[str]:
         time = [f"{1e3 * model.costs.step_seconds:.0f}", f"{model.costs.relative:.2f}"]
         rows.append([f"`{name}`", *time, f"{steps[name] * TOKENS / 1e6:.2f}M", *cells])
     heads = ["mixer", "step, ms:", f"over {REFERENCE}'s:", "tokens:", "bits per byte:", "rank:", f"minus {REFERENCE}:"]
-    lines = [compared.verdict(), "", *table(heads, rows)]
-    other = summarise(runs_at(size.models, steps, FLOOR))
-    changes = [abs(row.validation_loss.mean - compared.rows[row.entry].validation_loss.mean) for row in other]
-    if changes:
-        lines += [
-            "",
-            f"With a floor of {FLOOR} nats in the power laws, no loss changes by more than {max(changes):.3f}.",
-        ]
+    lines = [compared.verdict("ranked entry"), "", *table(heads, rows)]
+    rounds = [{name: TIME / costs.relative_range[end] for name, costs in timed.items()} for end in range(2)]
+    for each in rounds:
+        each[REFERENCE] = TIME  # its time is the unit
+    readings = {
+        f"With a floor of {FLOOR} nats in the power laws": [Comparison(runs_at(size.models, steps, FLOOR))],
+        "With a mixer's fastest or slowest round": [Comparison(runs_at(size.models, each)) for each in rounds],
+    }
+    for condition, others in readings.items():
+        lines += ["", *_sensitivity(condition, compared, others)]
     return lines
+
+
+def _sensitivity(condition: str, compared: Comparison, others: list[Comparison]) -> list[str]:
+    """Return a sentence on what other readings at equal time would change; an entry may be a bound in some of them."""
+    losses = [0.0]
+    differences = [0.0]
+    changed = set()
+    for other in others:
+        for name in other.rows.keys() & compared.rows.keys():
+            ours, theirs = (each.rows[name].validation_loss.mean for each in (compared, other))
+            losses.append(abs(ours - theirs))
+            before, after = (each.difference(name) for each in (compared, other))
+            if before is not None and after is not None:
+                differences.append(abs(before.mean - after.mean))
+                changed |= {name} if _sign(before) != _sign(after) else set()
+    which = f" (of {', '.join(f'`{name}`' for name in sorted(changed))})" if changed else ""
+    return [
+        f"{condition}, no loss changes by more than {max(losses):.3f} and no difference from {REFERENCE} by more than "
+        f"{max(differences):.3f}; {len(changed)} of the verdicts against it would change{which}."
+    ]
+
+
+def _sign(value: Statistic) -> int:
+    """Return -1, 0 or 1: better than the reference, tied with it, or worse."""
+    return 0 if not beyond_noise(value) else -1 if value.mean < 0 else 1
 
 
 def costs(size: Size) -> list[str]:
@@ -182,7 +208,7 @@ def figures(size: Size) -> list[Figure]:
         return [Series(name, sorted(points[name]), style) for style, name in enumerate(families) if points[name]]
 
     loss = Axis("bits per byte", log=False)
-    caption = "Mean and 95 % t interval over seeds; lower and further left is better."
+    caption = "Mean and 95 % t interval over seeds of the loss at 256 tokens; lower and further left is better."
     context = f"after {int(CONTEXTS[-1]):,} tokens"
     state = Axis(f"state {context}", unit="bytes", log=True)
     time = Axis(f"decode time per token {context}", unit="seconds")

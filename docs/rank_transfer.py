@@ -26,7 +26,7 @@ def files(scores: Path | None = None) -> dict[Path, str]:
     entries, predictions = entries_of(grids), load_predictions()
     parts = {
         "grids": page.grid_lines(grids),
-        "power": page.power_lines(grids, entries),
+        "power": page.power_lines(grids, entries, predictions.tested),
         "predictions": page.prediction_lines(predictions),
     }
     pictures = {}

@@ -37,6 +37,8 @@ class Costs(Config):
 
     step_seconds: float
     """Seconds of a training step."""
+    step_seconds_range: tuple[float, float] | None = None
+    """Seconds of a training step in the fastest and the slowest round."""
     reference_seconds: float
     """Seconds of a training step of the reference entry in the same rounds."""
     decode_seconds: dict[str, float]
@@ -48,6 +50,12 @@ class Costs(Config):
     def relative(self) -> float:
         """Time of a training step relative to the reference's."""
         return self.step_seconds / self.reference_seconds
+
+    @property
+    def relative_range(self) -> tuple[float, float]:
+        """The same in the fastest and the slowest round, relative to the reference's median."""
+        low, high = self.step_seconds_range or (self.step_seconds, self.step_seconds)
+        return low / self.reference_seconds, high / self.reference_seconds
 
 
 class Model(Config):
@@ -177,12 +185,15 @@ def _runs_of(entry: str, results: Results) -> dict[str, Trained]:
 
 def _costs_of(entry: str, results: Results) -> Costs | None:
     steps = {row.entry: 1 / row.tokens_per_second for row in results.speed.train if row.tokens_per_second}
+    ranges = {row.entry: row.tokens_per_second_range for row in results.speed.train}
     tokens = results.speed.tokens
     if entry not in steps or REFERENCE not in steps or tokens is None:
         return None
+    rates = ranges[entry]
     decoded = [row for row in results.speed.decode if row.entry == entry]
     return Costs(
         step_seconds=tokens * steps[entry],
+        step_seconds_range=None if rates is None else (tokens / max(rates), tokens / min(rates)),
         reference_seconds=tokens * steps[REFERENCE],
         decode_seconds={str(row.context): row.seconds for row in decoded if row.seconds is not None},
         state_bytes={str(row.context): row.state_bytes for row in decoded if row.state_bytes is not None},

@@ -28,8 +28,8 @@ class Predictor(NamedTuple):
 
     @property
     def mean(self) -> Array:
-        """Mean over seeds, [entries]."""
-        return self.by_seed.mean(0)
+        """Mean over seeds, rounded to `ranks.DIGITS`, [entries]."""
+        return ranks.over_seeds(self.by_seed)
 
     def without(self, left_out: set[str]) -> "Predictor":
         """Return the predictor without some entries."""
@@ -73,7 +73,7 @@ def task_predictors(scores: Scores, entries: Mapping[str, Entry]) -> dict[str, P
                     f"got {', '.join(row.mixers)}: rename the row"
                 )
         if rows and task.task.varies is None:
-            predictors[name] = Predictor(name, tuple(row.entry for row in rows), _by_seed(rows).round(2))
+            predictors[name] = Predictor(name, tuple(row.entry for row in rows), _by_seed(rows).round(ranks.DIGITS))
     return predictors
 
 
@@ -132,11 +132,6 @@ def columns_for(
                 paper = grid.arxiv or grid_name
                 columns.append(Published(grid_name, measure, Column(paper, np.array(index), kept)))
     return columns
-
-
-def pooled_rho(predictor: Predictor, published: Sequence[Published]) -> float | None:
-    """Return the pooled rho alone; None without columns."""
-    return float(ranks.pooled(predictor.mean, [each.column for each in published])) if published else None
 
 
 def pool(predictor: Predictor, published: Sequence[Published], draws: int = ranks.DRAWS) -> Pooled | None:
@@ -239,7 +234,9 @@ def judge(
             columns = [each.column for each in published]
             difference = ranks.pooled_interval(group.by_seed, columns, draws, minus=date.mean)
         measured.append((prediction, pool(group, published, draws), difference))
-    tested = {i: pooled.p for i, (each, pooled, _) in enumerate(measured) if pooled and each.expect == "positive"}
+    # what could not be measured counts among the tests too, as one that found nothing
+    positive = [(i, pooled) for i, (each, pooled, _) in enumerate(measured) if each.expect == "positive"]
+    tested = {i: 1.0 if pooled is None else pooled.p for i, pooled in positive}
     corrected = dict(zip(tested, ranks.holm(list(tested.values())), strict=True))
     return [
         Verdict(each, pooled, corrected.get(i), difference, _text(each, pooled, corrected.get(i), difference))
@@ -257,6 +254,6 @@ def _text(prediction: Prediction, pooled: Pooled | None, corrected: float | None
             return "as predicted"
         return "the opposite" if high < 0 else "not distinguishable from chance"
     if prediction.expect == "none":
-        return "as predicted" if low <= 0 <= high else "not as predicted: there is a relation"
+        return "not refuted" if low <= 0 <= high else "refuted: there is a relation"
     better = difference is not None and difference.low > 0
-    return "not as predicted: better than the date" if better else "as predicted"
+    return "refuted: better than the date" if better else "not refuted"

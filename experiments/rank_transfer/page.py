@@ -19,7 +19,6 @@ from .analysis import (
     group_predictors,
     judge,
     pool,
-    pooled_rho,
     reliability,
     same_as,
     task_predictors,
@@ -63,8 +62,11 @@ def grid_lines(grids: Mapping[str, Grid]) -> list[str]:
     ]
 
 
-def power_lines(grids: Mapping[str, Grid], entries: Mapping[str, Entry]) -> list[str]:
-    """Return the tables of what can be distinguished from chance, and how well the grids agree with each other."""
+def power_lines(grids: Mapping[str, Grid], entries: Mapping[str, Entry], tests: int) -> list[str]:
+    """Return the tables of what can be distinguished from chance, and how well the grids agree with each other.
+
+    `tests` is the number of tested predictions, for which p-values are corrected.
+    """
     names = list(entries)
     sizes = range(MINIMUM, 1 + max(len(grid.models) for grid in grids.values()))
     singles = [(n, _number(ranks.critical_rho(n)), _number(ranks.detectable_rho(n))) for n in sizes]
@@ -81,7 +83,8 @@ def power_lines(grids: Mapping[str, Grid], entries: Mapping[str, Entry]) -> list
                     len({column.paper for column in columns}),
                     len(columns),
                     len({i for column in columns for i in column.positions.tolist()}),
-                    _number(ranks.critical_pooled(columns, len(names))),
+                    _number(ranks.critical_pooled(columns)),
+                    _number(ranks.critical_pooled(columns, ranks.LEVEL / tests)),
                     among.pairs,
                     spread,
                 )
@@ -96,6 +99,7 @@ def power_lines(grids: Mapping[str, Grid], entries: Mapping[str, Entry]) -> list
                 "columns:",
                 "entries:",
                 "smallest pooled rho with p <= 0.05:",
+                f"with p <= {ranks.LEVEL / tests:g}:",
                 "pairs of columns:",
                 "rho between papers:",
             ],
@@ -133,7 +137,7 @@ def result_lines(
     everything = {**tasks, **groups, date.name: date}
     lines += ["### All tasks, pooled over papers", "", *_pooled(everything, grids, draws), ""]
     lines += ["### The same task at published size", "", *_controls(tasks, grids, draws), ""]
-    lines += ["### One family left out", "", *_families({**primary, date.name: date}, grids, entries), ""]
+    lines += ["### One family left out", "", *_families({**primary, date.name: date}, grids, entries, draws), ""]
     lines += ["### Single columns", "", *_columns({**primary, date.name: date}, grids, draws)]
     return lines
 
@@ -190,7 +194,7 @@ def _verdicts(verdicts: Sequence[Verdict]) -> list[str]:
     rows = []
     for number, verdict in enumerate(verdicts, 1):
         prediction = verdict.prediction
-        p = _p(verdict.pooled) if verdict.corrected is None else f"{verdict.corrected:.3f}"
+        p = "" if verdict.corrected is None or verdict.pooled is None else f"{verdict.corrected:.3f}"
         difference = "" if verdict.difference is None else _interval(verdict.difference)
         rows.append(
             (
@@ -204,7 +208,16 @@ def _verdicts(verdicts: Sequence[Verdict]) -> list[str]:
                 verdict.text,
             )
         )
-    heads = ["", "predictor", "published", "expected", "pooled rho:", "p:", "rho minus the date's:", "verdict"]
+    heads = [
+        "",
+        "predictor",
+        "published",
+        "expected",
+        "pooled rho:",
+        "corrected p:",
+        "rho minus the date's:",
+        "verdict",
+    ]
     return table(heads, rows)
 
 
@@ -214,8 +227,8 @@ def _pooled(predictors: Mapping[str, Predictor], grids: Mapping[str, Grid], draw
         cells = [name]
         for subject in POOLED:
             result = pool(predictor, columns_for(predictor.entries, grids, about(subject)), draws)
-            others = pooled_rho(predictor, columns_for(predictor.entries, grids, about(subject), without_own=True))
-            cells += [_rho(result), _p(result), "" if others is None else _number(others)]
+            others = pool(predictor, columns_for(predictor.entries, grids, about(subject), without_own=True), draws)
+            cells += [_rho(result), _p(result), _rho(others)]
         rows.append(cells)
     heads = [head for subject in POOLED for head in (f"{SUBJECTS[subject]}:", "p:", "without own:")]
     return table(["predictor", *heads], rows)
@@ -242,7 +255,7 @@ def _controls(tasks: Mapping[str, Predictor], grids: Mapping[str, Grid], draws: 
 
 
 def _families(
-    predictors: Mapping[str, Predictor], grids: Mapping[str, Grid], entries: Mapping[str, Entry]
+    predictors: Mapping[str, Predictor], grids: Mapping[str, Grid], entries: Mapping[str, Entry], draws: int
 ) -> list[str]:
     families = list(dict.fromkeys(entries[e].family for p in predictors.values() for e in p.entries))
     rows = []
@@ -251,8 +264,7 @@ def _families(
             cells = []
             for family in (None, *families):
                 kept = predictor.without({entry for entry in predictor.entries if entries[entry].family == family})
-                rho = pooled_rho(kept, columns_for(kept.entries, grids, about(subject)))
-                cells.append("" if rho is None else _number(rho))
+                cells.append(_rho(pool(kept, columns_for(kept.entries, grids, about(subject)), draws)))
             rows.append((name, SUBJECTS[subject], *cells))
     return table(["predictor", "published", "all:", *(f"without {family}:" for family in families)], rows)
 

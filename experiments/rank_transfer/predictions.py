@@ -32,6 +32,11 @@ class Predictions(Config):
     """Tasks of the suite by group; the predictor is the mean of their z-scores."""
     predictions: tuple[Prediction, ...] = Field(min_length=1)
 
+    @property
+    def tested(self) -> int:
+        """Number of predictions that have a p-value, for which all of them are corrected."""
+        return sum(prediction.expect == "positive" for prediction in self.predictions)
+
     @model_validator(mode="after")
     def _check_predictors(self) -> "Predictions":
         for prediction in self.predictions:

@@ -19,6 +19,8 @@ DRAWS = 4000
 """Random draws of a bootstrap or of a permutation test."""
 TIE = 1e-8
 """Correlations that differ by less are equal: the rest is rounding."""
+DIGITS = 2
+"""Decimals of means over seeds: smaller differences of accuracies are noise, and would rank mixers that are equal."""
 EXACT = 7
 """Largest number of entries of which all permutations are listed (5,040)."""
 
@@ -40,7 +42,7 @@ def midranks(values: Array, counts: Array | None = None) -> Array:
 
     With `counts`, each value counts as that many equal ones, as in a bootstrap that draws an entry so often.
     """
-    values = np.asarray(values, dtype=float)
+    values = np.asarray(values, dtype=float).round(9)  # sums in another order are equal values
     counts = np.ones(values.shape[-1]) if counts is None else counts
     below = (counts[..., None, :] * (values[..., None, :] < values[..., :, None])).sum(-1)
     equal = (counts[..., None, :] * (values[..., None, :] == values[..., :, None])).sum(-1)
@@ -86,7 +88,7 @@ def rho_interval(by_seed: Array, values: Array, draws: int = DRAWS) -> Interval 
     seeds, n = by_seed.shape
     chosen = rng.integers(seeds, size=(draws, seeds))
     entries = rng.integers(n, size=(draws, n))
-    means = by_seed[chosen].mean(1)
+    means = over_seeds(by_seed[chosen])
     return interval(spearman(np.take_along_axis(means, entries, -1), values[entries]))
 
 
@@ -148,6 +150,11 @@ def detectable_rho(n: int, power: float = 0.8, level: float = LEVEL, draws: int 
     return high
 
 
+def over_seeds(by_seed: Array) -> Array:
+    """Return the means over seeds of [..., seeds, entries], rounded to `DIGITS`."""
+    return np.asarray(by_seed).mean(-2).round(DIGITS)
+
+
 def z_scores(x: Array) -> Array:
     """Return values minus their mean, over their standard deviation, along the last axis; 0 if they are constant."""
     x = np.asarray(x, dtype=float)
@@ -164,6 +171,11 @@ class Column(NamedTuple):
     positions: Array
     """Positions of the column's entries among all entries of the predictor."""
     values: Array
+
+
+def positions(columns: list[Column]) -> Array:
+    """Return the positions of the entries that are in at least one column."""
+    return np.unique(np.concatenate([column.positions for column in columns]))
 
 
 def pooled(x: Array, columns: list[Column], counts: Array | None = None) -> Array:
@@ -208,8 +220,8 @@ def pooled_interval(by_seed: Array, columns: list[Column], draws: int = DRAWS, m
     """
     rng = generator()
     seeds, entries = by_seed.shape
-    means = by_seed[rng.integers(seeds, size=(draws, seeds))].mean(1)
-    used = np.unique(np.concatenate([column.positions for column in columns]))
+    means = over_seeds(by_seed[rng.integers(seeds, size=(draws, seeds))])
+    used = positions(columns)
     counts = np.zeros((draws, entries))
     counts[:, used] = rng.multinomial(len(used), np.full(len(used), 1 / len(used)), size=draws)
     rhos = pooled(means, columns, counts)
@@ -220,16 +232,19 @@ def pooled_interval(by_seed: Array, columns: list[Column], draws: int = DRAWS, m
 
 
 def pooled_null(x: Array, columns: list[Column], draws: int = DRAWS) -> Array:
-    """Return pooled rhos of a predictor whose values are shuffled among all entries, [draws].
+    """Return pooled rhos of a predictor whose values are shuffled among the entries of the columns, [draws].
 
-    One shuffle holds for all columns, so the columns' common entries are accounted for.
+    One shuffle holds for all columns, so the columns' common entries are accounted for. Entries that are in no column
+    keep their values: they could only bring ties into the columns, or take them out.
     """
-    order = generator().permuted(np.tile(np.arange(len(x)), (draws, 1)), axis=1)
-    return pooled(np.asarray(x)[order], columns)
+    used = positions(columns)
+    shuffled = np.tile(np.asarray(x, dtype=float), (draws, 1))
+    shuffled[:, used] = generator().permuted(shuffled[:, used], axis=1)
+    return pooled(shuffled, columns)
 
 
 def pooled_p(x: Array, columns: list[Column], draws: int = DRAWS) -> float:
-    """Return the one-sided p-value of the pooled rho by shuffling the predictor's values among entries."""
+    """Return the one-sided p-value of the pooled rho by shuffling the predictor's values."""
     return share_at_least(pooled_null(x, columns, draws), float(pooled(x, columns)), exact=False)
 
 
@@ -244,6 +259,6 @@ def holm(p_values: list[float]) -> list[float]:
     return corrected
 
 
-def critical_pooled(columns: list[Column], entries: int, level: float = LEVEL) -> float:
+def critical_pooled(columns: list[Column], level: float = LEVEL) -> float:
     """Return the smallest pooled rho whose one-sided p-value is at most `level`, for a predictor without ties."""
-    return float(np.quantile(pooled_null(np.arange(entries), columns), 1 - level))
+    return float(np.quantile(pooled_null(np.arange(1 + positions(columns).max()), columns, 5 * DRAWS), 1 - level))

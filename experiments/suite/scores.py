@@ -21,6 +21,11 @@ SCORES_FILE = "suite.json"
 PAGE_FILE = "suite.md"
 PUBLISHED = Path(__file__).with_name("results")
 """Folder of the scores behind docs/leaderboard.md: a file for each size and kind of matching."""
+TIE = 0.01
+"""Difference of accuracies below which two scores are tied, however sure it is: seeds that all have nearly all right
+differ by single answers, with an interval of width 0."""
+UNKNOWN = 0.1
+"""Half the width of the interval of a difference from which a tie says little: the seeds have all or nothing."""
 
 
 class ScoreRow(Config):
@@ -219,7 +224,8 @@ def score_table(scores: Scores) -> tuple[list[str], list[tuple[str, ...]]]:
     """Return heads and rows of the score table: accuracies in percent, best mean first, chance level last.
 
     A task with variations is one column, the mean over all of them; an entry needs a score in each. The mean over tasks
-    is given for entries with a score in every task. A star marks the best of a column and those tied with it.
+    is given for entries with a score in every task. A star marks the best of a column and those tied with it, a
+    question mark those that may be tied.
     """
     tasks = {name: task for name, task in scores.tasks.items() if task.rows and task.task.varies is None}
     columns: dict[str, dict[str, _Cell]] = {}
@@ -262,19 +268,24 @@ def _average(cells: Sequence[_Cell]) -> _Cell:
 
 
 def _marked(column: Mapping[str, _Cell]) -> dict[str, str]:
-    """Return the texts of a column, with a star at the best score and at those tied with it."""
+    """Return the texts of a column, with a mark at the best score and at those tied with it."""
     best = max(column.values(), key=lambda cell: cell.score.mean, default=None)
     ranked = all(len(cell.by_seed) > 1 for cell in column.values()) and len(column) > 1
-    texts = {}
-    for entry, cell in column.items():
-        star = best is not None and ranked and _tied(best, cell)
-        texts[entry] = _percent(cell.score) + (" *" if star else "")
-    return texts
+    return {
+        entry: _percent(cell.score) + (_mark(best, cell) if best is not None and ranked else "")
+        for entry, cell in column.items()
+    }
 
 
-def _tied(best: _Cell, other: _Cell) -> bool:
+def _mark(best: _Cell, other: _Cell) -> str:
+    """Return the mark of a score that is tied with the best, of one that may be, and of one that is not."""
     differences = [value - other.by_seed[seed] for seed, value in best.by_seed.items() if seed in other.by_seed]
-    return len(differences) > 1 and not beyond_noise(statistic(differences))
+    if len(differences) < 2:
+        return ""
+    apart = statistic(differences)
+    if abs(apart.mean) >= TIE and beyond_noise(apart):
+        return ""
+    return " *" if apart.margin is None or apart.margin <= UNKNOWN else " ?"
 
 
 def _percent(value: Statistic | float | None) -> str:
@@ -301,7 +312,8 @@ def uncertainty(scores: Scores) -> str:
     if any(row.score.margin is not None for task in scores.tasks.values() for row in task.rows):
         return (
             "± is half the width of the 95 % t interval over seeds. A star marks the best of a column and those tied "
-            "with it: their differences from it at equal seeds have a 95 % t interval that contains 0."
+            f"with it: their differences from it at equal seeds are below {100 * TIE:g} point, or have a 95 % t "
+            f"interval that contains 0. With a question mark, this interval is wider than {200 * UNKNOWN:g} points."
         )
     return "There is one seed, so there are no intervals and no ranking: differences may be chance."
 

@@ -58,7 +58,15 @@ def results(entries, seeds, *, timed=True, setup=SETUP, parameters=1_000_000, ra
     speed = SpeedResult(
         tokens=2048,
         cpu_time=cpu_time,
-        train=tuple(TrainSpeedRow(entry=entry, length=256, tokens_per_second=2048 / STEP[entry]) for entry in entries),
+        train=tuple(
+            TrainSpeedRow(
+                entry=entry,
+                length=256,
+                tokens_per_second=2048 / STEP[entry],
+                tokens_per_second_range=(2048 / STEP[entry] / 1.2, 2048 / STEP[entry]),
+            )
+            for entry in entries
+        ),
         decode=tuple(
             DecodeSpeedRow(entry=entry, context=context, seconds=1e-3, state_bytes=64 * context)
             for entry in entries
@@ -181,6 +189,10 @@ def test_the_page_is_written_from_results(page):
     assert f"| 200 | 1.00 | 0.49M | {loss('retention', 240, 1) / math.log(2):.3f} ± " in by_name["retention"]
     assert f"≤ {loss('gla', 360, 1) / math.log(2):.3f} |  |  |" in by_name["gla"]
     assert f"≥ {loss('mamba2', 120, 1) / math.log(2):.3f} |  |  |" in by_name["mamba2"]
+    slower = (loss("retention", 200, 1) - loss("retention", 240, 1)) / math.log(2)
+    assert f"slowest round, no loss changes by more than {slower:.3f} and no difference from attention by" in time
+    assert "floor of 0.5 nats in the power laws, no loss changes by more than" in time
+    assert "0 of the verdicts against it would change." in time
 
 
 def test_one_seed_says_nothing(page):

@@ -32,7 +32,7 @@ def test_groups_are_means_of_z_scores_over_entries_with_all_tasks():
     assert made.keys() == {"both", "with flat"}
     assert made["both"].entries == ("a", "c")
     assert made["both"].mean.tolist() == [0, 0]  # first and last, last and first
-    assert made["with flat"].mean == pytest.approx(np.array([-1, 0, 1]) * math.sqrt(1.5) / 2)
+    assert made["with flat"].by_seed[0] == pytest.approx(np.array([-1, 0, 1]) * math.sqrt(1.5) / 2)
     assert analysis.reliability(one) is None
     assert analysis.reliability(one._replace(by_seed=np.array([[0, 1, 2], [2, 1, 0], [0, 1, 2]]))) == pytest.approx(
         -1 / 3

@@ -277,13 +277,16 @@ def test_ties_with_the_best_are_marked_and_accessories_stand_beside_the_scores(t
                 write_studies(*arguments, equal={option: value})
     found = scores.new_scores("small", "parameters", "", (), planned)
     rows = (
-        row_of("best", 0.9, 0.95, accessories={"short_conv": "4"}),
-        row_of("tied", 0.89, 0.96, accessories={"short_conv": "none"}),
-        row_of("worse", 0.5, 0.55, accessories={"short_conv": "none"}),
+        row_of("best", 0.9, 0.95, 0.97, accessories={"short_conv": "4"}),
+        row_of("tied", 0.89, 0.96, 0.96, accessories={"short_conv": "none"}),
+        row_of("one answer less", 0.892, 0.942, 0.962, accessories={"short_conv": "none"}),
+        row_of("perhaps", 0.88, 0.3, 0.97, accessories={"short_conv": "none"}),
+        row_of("worse", 0.5, 0.55, 0.56, accessories={"short_conv": "none"}),
     )
     found.tasks["first"] = found.tasks["first"].model_copy(update={"rows": rows})
     _, cells = scores.score_table(found)
-    assert [row[0] for row in cells if row[-1].endswith("*")] == ["best", "tied"]
+    assert [row[0] for row in cells if row[-1].endswith("*")] == ["best", "tied", "one answer less"]
+    assert [row[0] for row in cells if row[-1].endswith("?")] == ["perhaps"]
     page = "\n".join(scores.markdown(found))
     assert "95 % t interval over seeds" in page
     assert "| worse | none |" in page
