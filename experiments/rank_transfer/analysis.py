@@ -55,17 +55,18 @@ class Pooled(NamedTuple):
     entries: int
 
 
-def task_predictors(scores: Scores, entries: Mapping[str, Entry]) -> dict[str, Predictor]:
+def task_predictors(scores: Scores, entries: Mapping[str, Entry], *, halfway: bool = False) -> dict[str, Predictor]:
     """Return a predictor for each task of the suite, with those entries of entries.yaml that have a score.
 
-    Scores are rounded to whole percents: smaller differences, as between mixers that have all right, are noise.
+    Scores are rounded to whole percents: smaller differences, as between mixers that have all right, are noise. With
+    `halfway`, they are the accuracies after half of the training, of those entries that have them.
 
     Raises:
         SeqmixError: a row has the name of an entry and another mixer.
     """
     predictors = {}
     for name, task in scores.tasks.items():
-        rows = [row for row in task.rows if row.entry in entries]
+        rows = [row for row in task.rows if row.entry in entries and (row.halfway or not halfway)]
         for row in rows:
             if row.mixers != (entries[row.entry].kind,):
                 raise SeqmixError(
@@ -73,16 +74,19 @@ def task_predictors(scores: Scores, entries: Mapping[str, Entry]) -> dict[str, P
                     f"got {', '.join(row.mixers)}: rename the row"
                 )
         if rows and task.task.varies is None:
-            predictors[name] = Predictor(name, tuple(row.entry for row in rows), _by_seed(rows).round(ranks.DIGITS))
+            predictors[name] = Predictor(
+                name, tuple(row.entry for row in rows), _by_seed(rows, halfway).round(ranks.DIGITS)
+            )
     return predictors
 
 
-def _by_seed(rows: Sequence[ScoreRow]) -> Array:
+def _by_seed(rows: Sequence[ScoreRow], halfway: bool) -> Array:
     """Return the rows' scores at the seeds that all of them have, [seeds, rows]; their means if there is none."""
-    seeds = [seed for seed in rows[0].scores if all(seed in row.scores for row in rows)]
+    scores = [row.halfway if halfway else row.scores for row in rows]
+    seeds = [seed for seed in scores[0] if all(seed in each for each in scores)]
     if not seeds:
         return np.array([[row.score.mean for row in rows]])
-    return np.array([[row.scores[seed] for row in rows] for seed in seeds])
+    return np.array([[each[seed] for each in scores] for seed in seeds])
 
 
 def group_predictors(tasks: Mapping[str, Predictor], groups: Mapping[str, Sequence[str]]) -> dict[str, Predictor]:

@@ -29,6 +29,9 @@ from .ranks import Interval
 
 SUBJECTS = {"language": "language", "recall": "recall", "tracking": "state tracking", "synthetic": "MAD"}
 """Subjects of the grids, as tables name them."""
+HALFWAY = (
+    "Accuracies over all difficulties, while the learning rate is still high: exploratory, and added after the results."
+)
 PICTURE = "![Agreement of each task with published rankings](rank-transfer/rho.svg)"
 POOLED = ("language", "recall", "tracking")
 """Subjects with which tasks are compared; columns of MAD are compared with the task of the same name."""
@@ -137,6 +140,8 @@ def result_lines(
     everything = {**tasks, **groups, date.name: date}
     lines += ["### All tasks, pooled over papers", "", *_pooled(everything, grids, draws), ""]
     lines += ["### The same task at published size", "", *_controls(tasks, grids, draws), ""]
+    if half := task_predictors(scores, entries, halfway=True):
+        lines += ["### After half of the training", "", *_halfway(half, grids, draws), ""]
     lines += ["### One family left out", "", *_families({**primary, date.name: date}, grids, entries, draws), ""]
     lines += ["### Single columns", "", *_columns({**primary, date.name: date}, grids, draws)]
     return lines
@@ -252,6 +257,17 @@ def _controls(tasks: Mapping[str, Predictor], grids: Mapping[str, Grid], draws: 
             )
     heads = ["task", "rho between its seeds:", "papers:", "entries:", "rho with the published task:", "p:"]
     return table(heads, rows)
+
+
+def _halfway(tasks: Mapping[str, Predictor], grids: Mapping[str, Grid], draws: int) -> list[str]:
+    rows = []
+    for name, predictor in tasks.items():
+        selections = [*map(about, POOLED), same_as(name)]
+        pools = [pool(predictor, columns_for(predictor.entries, grids, each), draws) for each in selections]
+        rows.append((name, *(cell for each in pools for cell in (_rho(each), _p(each)))))
+    subjects = [*(SUBJECTS[subject] for subject in POOLED), "the published task"]
+    heads = [head for subject in subjects for head in (f"{subject}:", "p:")]
+    return [HALFWAY, "", *table(["task", *heads], rows)]
 
 
 def _families(

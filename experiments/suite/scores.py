@@ -1,6 +1,6 @@
 """Scores of the suite: a row per task and mixer, merging with the rows of other calls, and tables."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import mean
@@ -38,6 +38,8 @@ class ScoreRow(Config):
     """Mean accuracy at the scored difficulties; statistics over seeds."""
     scores: dict[str, float] = Field(default_factory=dict)
     """Mean accuracy at the scored difficulties by seed; empty in files of older versions."""
+    halfway: dict[str, float] = Field(default_factory=dict)
+    """Accuracy over all difficulties after half of the steps, by seed; empty in files of older versions."""
     accessories: dict[str, str] = Field(default_factory=dict)
     """Accessories of the mixers, such as short_conv; empty in files of older versions."""
     accuracy_by: AccuracyBy
@@ -109,6 +111,7 @@ def task_scores(planned: PlannedTask, results: Results) -> TaskScores:
                 mixers=entry.mixers,
                 score=statistic(list(by_seed.values())),
                 scores=by_seed,
+                halfway=halfway(results.runs_of(summary)),
                 accessories={name: features[name].text for name in ACCESSORIES},
                 accuracy_by={
                     name: {key: value.mean for key, value in by.items()} for name, by in summary.accuracy_by.items()
@@ -128,6 +131,16 @@ def task_scores(planned: PlannedTask, results: Results) -> TaskScores:
         rows=tuple(rows),
         left_out={**planned.left_out, **{name: why for name, why in failed.items() if name not in scored}},
     )
+
+
+def halfway(runs: Iterable[RunResult]) -> dict[str, float]:
+    """Return the accuracy of each run after half of its steps, by seed, where it was evaluated then."""
+    return {
+        str(run.seed): each.accuracy
+        for run in runs
+        for each in run.evaluations
+        if each.accuracy is not None and 2 * each.step == run.evaluations[-1].step
+    }
 
 
 def conditions_of(planned: PlannedTask) -> Conditions:

@@ -121,8 +121,8 @@ def test_wrong_grids_are_refused_by_one_sentence(tmp_path, old, new, sentence):
     assert str(file) in str(refused.value)
 
 
-def made_up(value, seeds=3):
-    """Scores of all entries here on all tasks of the suite: value(task, entry, seed)."""
+def made_up(value, seeds=3, halfway=None):
+    """Scores of all entries here on all tasks of the suite: value(task, entry, seed), and at half of the training."""
     conditions = Conditions(data="", training="", learning_rates=(0.002,), seeds=tuple(range(seeds)), matched="")
     tasks = {}
     for name, task in load_settings("small").tasks.items():
@@ -135,6 +135,7 @@ def made_up(value, seeds=3):
                     mixers=(mapped.kind,),
                     score=statistic(list(scores.values())),
                     scores=scores,
+                    halfway={seed: halfway(name, entry, int(seed)) for seed in scores} if halfway else {},
                     accuracy_by={},
                     learning_rate=0.002,
                     parameters=1,
@@ -196,6 +197,23 @@ def test_results_find_what_is_there_and_nothing_else():
     assert ["recall tasks", "recall"] in [row[:2] for row in families]
     assert any(row[1] == "`mom-340m`" for row in table_of([*lines, ""], "### Single columns"))
     assert f"3 seeds, {len(noise)} entries." in lines[0]
+
+
+def test_half_of_the_training_has_a_table_of_its_own():
+    tracking = quality("tracking")
+
+    def late(task, entry, seed):  # nobody knows anything at half
+        return tracking.get(entry, 0.5)
+
+    grids, entries, predictions = load_grids(), entries_of(load_grids()), load_predictions()
+    lines = page.result_lines(made_up(late), grids, entries, predictions, draws=100)
+    assert "### After half of the training" not in lines
+    lines = page.result_lines(made_up(late, halfway=lambda *_: 0.5), grids, entries, predictions, draws=100)
+    start = lines.index("### After half of the training") + 2
+    half = {row[0]: row for row in table_of(["title", "", *lines[start + 2 :]], "title")}
+    assert half["parity"][5].split()[0] == "0.00"
+    pooled = {row[0]: row for row in table_of(lines, "### All tasks, pooled over papers")}
+    assert float(pooled["parity"][7].split()[0]) > 0.7
 
 
 def test_few_random_rankings_have_an_interval_without_0():

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from seqmix.experiments.plan import plan
+from seqmix.experiments.results import EvaluationPoint, RunResult
 from seqmix.experiments.study import load_study
 from seqmix.experiments.suite import budget, scores, tasks
 from seqmix.experiments.suite.tasks import Candidate, Change, Extent, SuiteSettings, load_settings, write_studies
@@ -232,6 +233,20 @@ def _rows_are_merged(one, both):
     gap = both.model_copy(update={"tasks": both.tasks | {"more": first.model_copy(update={"rows": first.rows[:1]})}})
     _, rows = scores.score_table(gap)
     assert [bool(row[-1]) for row in rows] == [True, False, True]
+
+
+def test_a_score_knows_its_accuracy_after_half_of_the_steps():
+    def run(seed, **accuracy):
+        points = (
+            EvaluationPoint(step=int(step[1:]), tokens=1, flops=1.0, seconds=1.0, validation_loss=1.0, accuracy=value)
+            for step, value in accuracy.items()
+        )
+        name = f"gla-seed{seed}"
+        return RunResult(
+            name=name, entry="gla", seed=seed, learning_rate=0.1, status="finished", evaluations=tuple(points)
+        )
+
+    assert scores.halfway([run(0, _4=0.2, _8=0.9), run(1, _3=0.1, _8=0.8), run(2)]) == {"0": 0.2}
 
 
 def row_of(entry, *values, accessories=None):
