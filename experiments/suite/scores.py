@@ -298,7 +298,8 @@ def _mark(best: _Cell, other: _Cell) -> str:
     apart = statistic(differences)
     if abs(apart.mean) >= TIE and beyond_noise(apart):
         return ""
-    return " *" if apart.margin is None or apart.margin <= UNKNOWN else " ?"
+    margin = best.score.margin if other is best else apart.margin
+    return " *" if margin is None or margin <= UNKNOWN else " ?"
 
 
 def _percent(value: Statistic | float | None) -> str:
@@ -326,7 +327,8 @@ def uncertainty(scores: Scores) -> str:
         return (
             "± is half the width of the 95 % t interval over seeds. A star marks the best of a column and those tied "
             f"with it: their differences from it at equal seeds are below {100 * TIE:g} point, or have a 95 % t "
-            f"interval that contains 0. With a question mark, this interval is wider than {200 * UNKNOWN:g} points."
+            f"interval that contains 0. With a question mark, this interval, or that of the best itself, is wider than "
+            f"{200 * UNKNOWN:g} points."
         )
     return "There is one seed, so there are no intervals and no ranking: differences may be chance."
 
