@@ -143,7 +143,8 @@ def result_lines(
     if half := task_predictors(scores, entries, halfway=True):
         lines += ["### After half of the training", "", *_halfway(half, grids, draws), ""]
     lines += ["### One family left out", "", *_families({**primary, date.name: date}, grids, entries, draws), ""]
-    lines += ["### Single columns", "", *_columns({**primary, date.name: date}, grids, draws)]
+    lines += ["### Single columns", "", *_columns({**primary, date.name: date}, grids, draws), ""]
+    lines += ["With four or five mixers, an interval says nothing, even if it is narrow."]
     return lines
 
 
@@ -199,7 +200,7 @@ def _verdicts(verdicts: Sequence[Verdict]) -> list[str]:
     rows = []
     for number, verdict in enumerate(verdicts, 1):
         prediction = verdict.prediction
-        p = "" if verdict.corrected is None or verdict.pooled is None else f"{verdict.corrected:.3f}"
+        p = "" if verdict.corrected is None or verdict.pooled is None else _probability(verdict.corrected)
         difference = "" if verdict.difference is None else _interval(verdict.difference)
         rows.append(
             (
@@ -317,7 +318,11 @@ def _rho(result: Pooled | None) -> str:
 
 
 def _p(result: Pooled | None) -> str:
-    return "" if result is None else f"{result.p:.3f}"
+    return "" if result is None else _probability(result.p)
+
+
+def _probability(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def _interval(interval: Interval | None) -> str:
