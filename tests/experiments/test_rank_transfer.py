@@ -268,8 +268,9 @@ def test_the_script_fills_the_page_from_scores(tmp_path):
     assert file == target
     assert f"]({picture.relative_to(tmp_path)})" in text
     assert "state tracking" in drawn
-    assert "### Predictions" in text
-    assert "No results yet" not in text
+    begin = "<!-- results: begin -->"
+    assert "### Predictions" in text.partition(begin)[2]
     ((_, unchanged),) = script["files"]().items()
-    assert "No results yet" in unchanged
+    assert unchanged.partition(begin)[2] == target.read_text().partition(begin)[2]
+    assert text.partition(begin)[2] != unchanged.partition(begin)[2]
     assert fill(target, {}) == target.read_text()
