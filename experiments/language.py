@@ -53,7 +53,7 @@ class Costs(Config):
 
     @property
     def relative_range(self) -> tuple[float, float]:
-        """The same in the fastest and the slowest round, relative to the reference's median."""
+        """Time of a training step in the fastest and the slowest round, relative to the reference's median."""
         low, high = self.step_seconds_range or (self.step_seconds, self.step_seconds)
         return low / self.reference_seconds, high / self.reference_seconds
 
