@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 from pydantic import Field, ValidationError
 
-from ...registry import Config, DataError, SeqmixError, read_bytes, write_file
+from ...registry import Config, DataError, SeqmixError, nearest_hint, read_bytes, write_file
 from ...registry.yaml import write as to_yaml
 from ..attribution import ACCESSORIES, describe
 from ..pages import table
@@ -228,7 +228,11 @@ def read_scores(path: Path) -> Scores:
     try:
         return Scores.model_validate_json(read_bytes(file))
     except OSError as error:
-        raise DataError(f"{file} cannot be read: {error.strerror}") from None
+        names = sorted(each.stem for each in PUBLISHED.glob("*.json"))
+        raise DataError(
+            f"{file} cannot be read: {error.strerror}; expected {SCORES_FILE}, a folder with one, or published scores: "
+            f"{', '.join(names)}{nearest_hint(str(path), names)}"
+        ) from None
     except ValidationError as error:
         raise DataError(f"{file} does not hold scores of the suite: {error.errors()[0]['msg']}") from None
 
