@@ -1,7 +1,6 @@
 """Write the tables and the picture of docs/explanation/rank-transfer.md: `python docs/rank_transfer.py [SCORES]`.
 
-SCORES is a suite.json, a folder with one, or the name of published scores, such as `small-parameters`. Without it, the
-results stay as they are.
+SCORES is a suite.json, a folder with one, or the name of published scores; `small-parameters` by default.
 """
 
 import sys
@@ -18,10 +17,12 @@ from seqmix.registry import SeqmixError, write_file
 
 TARGET = Path(__file__).with_name("explanation") / "rank-transfer.md"
 PICTURE = "rho.svg"
+DEFAULT = "small-parameters"
+"""Scores behind the results of the page."""
 
 
 def files(scores: Path | None = None) -> dict[Path, str]:
-    """Return the text of the page, and new results and their picture if `scores` are given."""
+    """Return the text of the page, and new results and their picture; without `scores`, the results stay."""
     grids = load_grids()
     entries, predictions = entries_of(grids), load_predictions()
     parts = {
@@ -31,16 +32,15 @@ def files(scores: Path | None = None) -> dict[Path, str]:
     }
     pictures = {}
     if scores is not None:
-        read = read_scores(scores)
-        parts["results"] = page.result_lines(read, grids, entries, predictions)
-        if figures := drawable([page.result_figure(read, grids, entries, predictions)]):
+        parts["results"], figure = page.results(read_scores(scores), grids, entries, predictions)
+        if figures := drawable([figure]):
             pictures = {TARGET.with_suffix("") / PICTURE: adaptive(figures, 6.0)}
     return {TARGET: fill(TARGET, parts), **pictures}
 
 
 if __name__ == "__main__":
     try:
-        written = files(*map(Path, sys.argv[1:2]))
+        written = files(Path(sys.argv[1] if sys.argv[1:] else DEFAULT))
     except SeqmixError as error:
         sys.exit(str(error))
     for file, text in written.items():

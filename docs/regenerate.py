@@ -18,7 +18,7 @@ PROGRAMS = {
     "docs/language.py": "results on text at equal parameters",
     "docs/leaderboard.py": "tables of the leaderboard",
     "docs/mixers.py": "page of mixers, and the README's table",
-    "docs/rank_transfer.py": "published rankings and power of rank transfer",
+    "docs/rank_transfer.py": "published rankings, and what small tasks say of them",
     "docs/scaling.py": "memory and traffic on several GPUs",
     "docs/tasks.py": "page of tasks",
     "tests/mutants/table.py": "page of the faulty mixers that the conformance kit catches",

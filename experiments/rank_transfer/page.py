@@ -1,6 +1,7 @@
 """Tables of docs/explanation/rank-transfer.md: grids, power and predictions before measurement, and the results."""
 
 from collections.abc import Mapping, Sequence
+from typing import TypeAlias
 
 from ..figures.figure import Axis, Figure, Point, Series
 from ..pages import table
@@ -33,6 +34,8 @@ HALFWAY = (
     "Accuracies over all difficulties, while the learning rate is still high: exploratory, and added after the results."
 )
 PICTURE = "![Agreement of each task with published rankings](rank-transfer/rho.svg)"
+Pools: TypeAlias = Mapping[str, Mapping[str, Pooled | None]]
+"""Agreement of each predictor with the columns of each subject."""
 POOLED = ("language", "recall", "tracking")
 """Subjects with which tasks are compared; columns of MAD are compared with the task of the same name."""
 
@@ -121,63 +124,56 @@ def prediction_lines(predictions: Predictions) -> list[str]:
     return [*table(["", "predictor", "published", "expected", "because"], rows), "", *groups]
 
 
-def result_lines(
+def results(
     scores: Scores,
     grids: Mapping[str, Grid],
     entries: Mapping[str, Entry],
     predictions: Predictions,
     draws: int = ranks.DRAWS,
-) -> list[str]:
-    """Return all results: verdicts, pooled agreement, controls, and the share of families and of papers' own mixers.
+) -> tuple[list[str], Figure]:
+    """Return the lines of all results, and the figure that they show.
 
-    `draws` is the number of random draws of each interval and p-value.
+    The lines are verdicts, pooled agreement, controls, and what is left without a family or papers' own mixers.
+
+    Args:
+        scores: scores of the suite.
+        grids: published rankings.
+        entries: entries of the suite that stand for models of the grids.
+        predictions: what was expected.
+        draws: number of random draws of each interval and p-value.
     """
-    tasks, groups, date = _predictors(scores, entries, predictions)
-    names = date.entries
+    tasks = task_predictors(scores, entries)
+    groups = group_predictors(tasks, predictions.groups)
+    names = list(dict.fromkeys(entry for task in tasks.values() for entry in task.entries))
+    date = date_predictor(entries, names)
     primary = {each.predictor: groups[each.predictor] for each in predictions.predictions if each.predictor in groups}
     lines = [_conditions(scores, names, entries), "", PICTURE, ""]
     lines += ["### Predictions", "", *_verdicts(judge(predictions, groups, grids, entries, draws)), ""]
     everything = {**tasks, **groups, date.name: date}
-    lines += ["### All tasks, pooled over papers", "", *_pooled(everything, grids, draws), ""]
+    pools: Pools = {
+        name: {each: pool(one, columns_for(one.entries, grids, about(each)), draws) for each in POOLED}
+        for name, one in everything.items()
+    }
+    lines += ["### All tasks, pooled over papers", "", *_pooled(everything, pools, grids, draws), ""]
     lines += ["### The same task at published size", "", *_controls(tasks, grids, draws), ""]
     if half := task_predictors(scores, entries, halfway=True):
         lines += ["### After half of the training", "", *_halfway(half, grids, draws), ""]
     lines += ["### One family left out", "", *_families({**primary, date.name: date}, grids, entries, draws), ""]
     lines += ["### Single columns", "", *_columns({**primary, date.name: date}, grids, draws), ""]
     lines += ["With four or five mixers, an interval says nothing, even if it is narrow."]
-    return lines
+    return lines, _figure(pools)
 
 
-def result_figure(
-    scores: Scores,
-    grids: Mapping[str, Grid],
-    entries: Mapping[str, Entry],
-    predictions: Predictions,
-    draws: int = ranks.DRAWS,
-) -> Figure:
-    """Return the figure of the pooled rhos with their intervals, by task, group of tasks and subject."""
-    tasks, groups, date = _predictors(scores, entries, predictions)
-    predictors = {**tasks, **groups, date.name: date}
+def _figure(pools: Pools) -> Figure:
+    """Return the figure of the pooled rhos with their intervals, by predictor and subject."""
     series = []
     for style, subject in enumerate(POOLED):
-        points = []
-        for name, predictor in predictors.items():
-            result = pool(predictor, columns_for(predictor.entries, grids, about(subject)), draws)
-            if result is not None:
-                points.append(Point(name, result.rho, *result.interval))
+        found = {name: by_subject[subject] for name, by_subject in pools.items()}
+        points = [Point(name, each.rho, *each.interval) for name, each in found.items() if each is not None]
         series.append(Series(SUBJECTS[subject], points, style))
     caption = "Pooled rho with its 95 % bootstrap interval over mixers and seeds."
-    x, y = Axis("", names=list(predictors)), Axis("Spearman's rho", log=False)
+    x, y = Axis("", names=list(pools)), Axis("Spearman's rho", log=False)
     return Figure("transfer", "Agreement with published rankings", caption, x, y, series, joined=False)
-
-
-def _predictors(
-    scores: Scores, entries: Mapping[str, Entry], predictions: Predictions
-) -> tuple[dict[str, Predictor], dict[str, Predictor], Predictor]:
-    """Return tasks and groups of tasks as predictors, and the date."""
-    tasks = task_predictors(scores, entries)
-    names = list(dict.fromkeys(entry for task in tasks.values() for entry in task.entries))
-    return tasks, group_predictors(tasks, predictions.groups), date_predictor(entries, names)
 
 
 def _conditions(scores: Scores, names: Sequence[str], entries: Mapping[str, Entry]) -> str:
@@ -227,12 +223,12 @@ def _verdicts(verdicts: Sequence[Verdict]) -> list[str]:
     return table(heads, rows)
 
 
-def _pooled(predictors: Mapping[str, Predictor], grids: Mapping[str, Grid], draws: int) -> list[str]:
+def _pooled(predictors: Mapping[str, Predictor], pools: Pools, grids: Mapping[str, Grid], draws: int) -> list[str]:
     rows = []
     for name, predictor in predictors.items():
         cells = [name]
         for subject in POOLED:
-            result = pool(predictor, columns_for(predictor.entries, grids, about(subject)), draws)
+            result = pools[name][subject]
             others = pool(predictor, columns_for(predictor.entries, grids, about(subject), without_own=True), draws)
             cells += [_rho(result), _p(result), _rho(others)]
         rows.append(cells)

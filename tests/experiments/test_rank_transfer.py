@@ -179,7 +179,7 @@ def test_results_find_what_is_there_and_nothing_else():
             return 0.1 + 0.8 * recall.get(entry, 0.5) + 0.01 * ((seed + len(entry)) % 3)
         return 0.5 if task in tracking else noise[entry]
 
-    lines = page.result_lines(made_up(value), load_grids(), entries_of(load_grids()), predictions, draws=400)
+    lines, _ = page.results(made_up(value), load_grids(), entries_of(load_grids()), predictions, draws=400)
     verdicts = {row[0]: row for row in table_of(lines, "### Predictions")}
     assert verdicts["1"][1:3] == ["recall tasks", "recall"]
     assert verdicts["1"][-1] == "as predicted"
@@ -206,9 +206,9 @@ def test_half_of_the_training_has_a_table_of_its_own():
         return tracking.get(entry, 0.5)
 
     grids, entries, predictions = load_grids(), entries_of(load_grids()), load_predictions()
-    lines = page.result_lines(made_up(late), grids, entries, predictions, draws=100)
+    lines, _ = page.results(made_up(late), grids, entries, predictions, draws=100)
     assert "### After half of the training" not in lines
-    lines = page.result_lines(made_up(late, halfway=lambda *_: 0.5), grids, entries, predictions, draws=100)
+    lines, _ = page.results(made_up(late, halfway=lambda *_: 0.5), grids, entries, predictions, draws=100)
     start = lines.index("### After half of the training") + 2
     half = {row[0]: row for row in table_of(["title", "", *lines[start + 2 :]], "title")}
     assert half["parity"][5].split()[0] == "0.00"
@@ -245,7 +245,7 @@ def test_what_is_missing_is_said_and_wrong_rows_are_refused():
     kept["recall"] = kept["recall"].model_copy(update={"rows": rows})
     kept["compression"] = kept["compression"].model_copy(update={"rows": rows})
     few = scores.model_copy(update={"tasks": kept})
-    lines = page.result_lines(few, load_grids(), entries_of(load_grids()), load_predictions(), draws=100)
+    lines, _ = page.results(few, load_grids(), entries_of(load_grids()), load_predictions(), draws=100)
     assert "1 seed," in lines[0]
     assert "without mamba" in lines[0]
     assert {row[-1] for row in table_of(lines, "### Predictions")} == {"not measured"}
