@@ -157,7 +157,7 @@ def results(
     lines += ["### All tasks, pooled over papers", "", *_pooled(everything, pools, grids, draws), ""]
     lines += ["### The same task at published size", "", *_controls(tasks, grids, draws), ""]
     if half := task_predictors(scores, entries, halfway=True):
-        lines += ["### After half of the training", "", *_halfway(half, grids, draws), ""]
+        lines += ["### After half of the training", "", *_halfway(half, names, grids, draws), ""]
     lines += ["### One family left out", "", *_families({**primary, date.name: date}, grids, entries, draws), ""]
     lines += ["### Single columns", "", *_columns({**primary, date.name: date}, grids, draws), ""]
     lines += ["With four or five mixers, an interval says nothing, even if it is narrow."]
@@ -256,7 +256,7 @@ def _controls(tasks: Mapping[str, Predictor], grids: Mapping[str, Grid], draws: 
     return table(heads, rows)
 
 
-def _halfway(tasks: Mapping[str, Predictor], grids: Mapping[str, Grid], draws: int) -> list[str]:
+def _halfway(tasks: Mapping[str, Predictor], names: Sequence[str], grids: Mapping[str, Grid], draws: int) -> list[str]:
     rows = []
     for name, predictor in tasks.items():
         selections = [*map(about, POOLED), same_as(name)]
@@ -264,7 +264,9 @@ def _halfway(tasks: Mapping[str, Predictor], grids: Mapping[str, Grid], draws: i
         rows.append((name, *(cell for each in pools for cell in (_rho(each), _p(each)))))
     subjects = [*(SUBJECTS[subject] for subject in POOLED), "the published task"]
     heads = [head for subject in subjects for head in (f"{subject}:", "p:")]
-    return [HALFWAY, "", *table(["task", *heads], rows)]
+    missing = [name for name in names if any(name not in predictor.entries for predictor in tasks.values())]
+    without = f" Not known for all tasks: {', '.join(missing)}." if missing else ""
+    return [HALFWAY + without, "", *table(["task", *heads], rows)]
 
 
 def _families(

@@ -210,8 +210,15 @@ def test_half_of_the_training_has_a_table_of_its_own():
     assert "### After half of the training" not in lines
     lines, _ = page.results(made_up(late, halfway=lambda *_: 0.5), grids, entries, predictions, draws=100)
     start = lines.index("### After half of the training") + 2
+    assert "Not known" not in lines[start]
     half = {row[0]: row for row in table_of(["title", "", *lines[start + 2 :]], "title")}
     assert half["parity"][5].split()[0] == "0.00"
+    known = made_up(late, halfway=lambda *_: 0.5)
+    first, *rest = known.tasks["parity"].rows
+    rows = (first.model_copy(update={"halfway": {}}), *rest)
+    known.tasks["parity"] = known.tasks["parity"].model_copy(update={"rows": rows})
+    partly, _ = page.results(known, grids, entries, predictions, draws=100)
+    assert partly[start].endswith(f"Not known for all tasks: {first.entry}.")
     pooled = {row[0]: row for row in table_of(lines, "### All tasks, pooled over papers")}
     assert float(pooled["parity"][7].split()[0]) > 0.7
 
