@@ -19,22 +19,22 @@ MINIMUM = 4
 
 
 class Predictor(NamedTuple):
-    """Values by which entries are ranked."""
+    """Scores by which entries are ranked: of one task, or of several together."""
 
     name: str
     entries: tuple[str, ...]
     by_seed: Array
-    """Values, [seeds, entries]; one row if seeds are not known or not shared."""
+    """Scores, [tasks, seeds, entries]; one seed if seeds are not known or not shared."""
 
     @property
-    def mean(self) -> Array:
-        """Mean over seeds, rounded to `ranks.DIGITS`, [entries]."""
-        return ranks.over_seeds(self.by_seed)
+    def values(self) -> Array:
+        """Values by which the entries are ranked, `ranks.combined`, [entries]."""
+        return ranks.combined(self.by_seed)
 
     def without(self, left_out: set[str]) -> "Predictor":
         """Return the predictor without some entries."""
         kept = [i for i, entry in enumerate(self.entries) if entry not in left_out]
-        return Predictor(self.name, tuple(self.entries[i] for i in kept), self.by_seed[:, kept])
+        return Predictor(self.name, tuple(self.entries[i] for i in kept), self.by_seed[..., kept])
 
 
 class Published(NamedTuple):
@@ -75,7 +75,7 @@ def task_predictors(scores: Scores, entries: Mapping[str, Entry], *, halfway: bo
                 )
         if rows and task.task.varies is None:
             predictors[name] = Predictor(
-                name, tuple(row.entry for row in rows), _by_seed(rows, halfway).round(ranks.DIGITS)
+                name, tuple(row.entry for row in rows), _by_seed(rows, halfway)[None].round(ranks.DIGITS)
             )
     return predictors
 
@@ -90,10 +90,10 @@ def _by_seed(rows: Sequence[ScoreRow], halfway: bool) -> Array:
 
 
 def group_predictors(tasks: Mapping[str, Predictor], groups: Mapping[str, Sequence[str]]) -> dict[str, Predictor]:
-    """Return a predictor for each group whose tasks all have scores: the mean of z-scores over its tasks.
+    """Return a predictor for each group whose tasks all have scores.
 
-    A group has the entries with a score in every task. z-scores are taken within a seed if all tasks have equally many
-    seeds, of means otherwise.
+    A group has the entries with a score in every task. Where tasks have unequally many seeds, means over seeds stand
+    for them.
     """
     predictors = {}
     for name, members in groups.items():
@@ -101,17 +101,16 @@ def group_predictors(tasks: Mapping[str, Predictor], groups: Mapping[str, Sequen
             continue
         parts = [tasks[task] for task in members]
         common = [entry for entry in parts[0].entries if all(entry in part.entries for part in parts)]
-        chosen = [part.without(set(part.entries) - set(common)) for part in parts]
-        values = [part.by_seed[:, [part.entries.index(entry) for entry in common]] for part in chosen]
-        if len({len(value) for value in values}) > 1:
-            values = [value.mean(0, keepdims=True) for value in values]
-        predictors[name] = Predictor(name, tuple(common), np.mean([ranks.z_scores(value) for value in values], 0))
+        values = [part.by_seed[..., [part.entries.index(entry) for entry in common]] for part in parts]
+        if len({value.shape[1] for value in values}) > 1:
+            values = [value.mean(1, keepdims=True) for value in values]
+        predictors[name] = Predictor(name, tuple(common), np.concatenate(values))
     return predictors
 
 
 def date_predictor(entries: Mapping[str, Entry], names: Sequence[str]) -> Predictor:
     """Return the predictor that ranks newer mixers higher."""
-    return Predictor(DATE, tuple(names), np.array([[entries[name].date for name in names]]))
+    return Predictor(DATE, tuple(names), np.array([[[entries[name].date for name in names]]]))
 
 
 def columns_for(
@@ -144,9 +143,9 @@ def pool(predictor: Predictor, published: Sequence[Published], draws: int = rank
         return None
     columns = [each.column for each in published]
     return Pooled(
-        rho=float(ranks.pooled(predictor.mean, columns)),
+        rho=float(ranks.pooled(predictor.values, columns)),
         interval=ranks.pooled_interval(predictor.by_seed, columns, draws),
-        p=ranks.pooled_p(predictor.mean, columns, draws),
+        p=ranks.pooled_p(predictor.values, columns, draws),
         papers=len({column.paper for column in columns}),
         entries=len({i for column in columns for i in column.positions.tolist()}),
     )
@@ -164,7 +163,8 @@ def same_as(task: str) -> Callable[[Measure], bool]:
 
 def reliability(predictor: Predictor) -> float | None:
     """Return the mean rho between two seeds of a task: what chance of training leaves of its ranking."""
-    pairs = list(combinations(predictor.by_seed, 2))
+    seeds = range(predictor.by_seed.shape[1])
+    pairs = combinations([ranks.combined(predictor.by_seed[:, [seed]]) for seed in seeds], 2)
     rhos = [float(ranks.spearman(one, other)) for one, other in pairs]
     rhos = [rho for rho in rhos if not np.isnan(rho)]
     return sum(rhos) / len(rhos) if rhos else None
@@ -236,7 +236,7 @@ def judge(
         if published and prediction.expect == "no better than date":
             date = date_predictor(entries, group.entries)
             columns = [each.column for each in published]
-            difference = ranks.pooled_interval(group.by_seed, columns, draws, minus=date.mean)
+            difference = ranks.pooled_interval(group.by_seed, columns, draws, minus=date.values)
         measured.append((prediction, pool(group, published, draws), difference))
     # what could not be measured counts among the tests too, as one that found nothing
     positive = [(i, pooled) for i, (each, pooled, _) in enumerate(measured) if each.expect == "positive"]

@@ -302,9 +302,8 @@ def _columns(predictors: Mapping[str, Predictor], grids: Mapping[str, Grid], dra
                         cells += ["", ""]
                         continue
                     column = selected[0].column
-                    by_seed = predictor.by_seed[:, column.positions]
-                    rho = float(ranks.spearman(by_seed.mean(0), column.values))
-                    spread = ranks.rho_interval(by_seed, column.values, draws)
+                    rho = float(ranks.spearman(predictor.values[column.positions], column.values))
+                    spread = ranks.rho_interval(predictor.by_seed, column, draws)
                     cells += [len(column.values), f"{_number(rho)} {_interval(spread)}".strip()]
                 rows.append((SUBJECTS[subject], f"`{grid_name}`", measure, *cells))
     heads = [head for name in predictors for head in ("n:", f"{name}:")]

@@ -72,24 +72,23 @@ def interval(draws: Array) -> Interval | None:
     return Interval(float(low), float(high))
 
 
-def rho_interval(by_seed: Array, values: Array, draws: int = DRAWS) -> Interval | None:
-    """Return the bootstrap interval of rho between a task and one published column.
+def rho_interval(by_seed: Array, column: "Column", draws: int = DRAWS) -> Interval | None:
+    """Return the bootstrap interval of rho between a predictor and one published column.
 
-    A draw resamples the entries, and the seeds of the task's scores (one choice of seeds for all entries, as they share
-    their seeds). Draws in which one side is constant are left out. With fewer than ten entries such an interval is
+    A draw resamples the entries, and the seeds of the scores (one choice of seeds for all entries, as they share their
+    seeds). Draws in which one side is constant are left out. With fewer than ten entries such an interval is
     rough: it shows how much hangs on single entries.
 
     Args:
-        by_seed: scores of the task, [seeds, entries].
-        values: published values, [entries].
+        by_seed: scores, [tasks, seeds, entries].
+        column: the published column.
         draws: number of resamples.
     """
     rng = generator()
-    seeds, n = by_seed.shape
-    chosen = rng.integers(seeds, size=(draws, seeds))
-    entries = rng.integers(n, size=(draws, n))
-    means = over_seeds(by_seed[chosen])
-    return interval(spearman(np.take_along_axis(means, entries, -1), values[entries]))
+    seeds, n = by_seed.shape[1], len(column.values)
+    drawn = combined(by_seed[:, rng.integers(seeds, size=(draws, seeds))])
+    chosen = rng.integers(n, size=(draws, n))
+    return interval(spearman(np.take_along_axis(drawn, column.positions[chosen], -1), column.values[chosen]))
 
 
 def shuffles(n: int, draws: int = DRAWS) -> Array:
@@ -150,9 +149,13 @@ def detectable_rho(n: int, power: float = 0.8, level: float = LEVEL, draws: int 
     return high
 
 
-def over_seeds(by_seed: Array) -> Array:
-    """Return the means over seeds of [..., seeds, entries], rounded to `DIGITS`."""
-    return np.asarray(by_seed).mean(-2).round(DIGITS)
+def combined(by_seed: Array) -> Array:
+    """Return the values by which entries are ranked, [..., entries], from scores [tasks, ..., seeds, entries].
+
+    They are means over seeds, rounded to `DIGITS`; then, since tasks have different scales, the mean of the tasks'
+    z-scores. The z-scores of a single task have its order.
+    """
+    return z_scores(np.asarray(by_seed).mean(-2).round(DIGITS)).mean(0)
 
 
 def z_scores(x: Array) -> Array:
@@ -209,24 +212,24 @@ def pooled(x: Array, columns: list[Column], counts: Array | None = None) -> Arra
 def pooled_interval(by_seed: Array, columns: list[Column], draws: int = DRAWS, minus: Array | None = None) -> Interval:
     """Return the bootstrap interval of the pooled rho.
 
-    A draw resamples the mixers, which are the same in all papers, and the seeds of the task's scores. Papers are not
+    A draw resamples the mixers, which are the same in all papers, and the seeds of the scores. Papers are not
     resampled: they share most mixers, so an interval over papers excludes 0 for many a random ranking.
 
     Args:
-        by_seed: scores of the task, [seeds, entries].
+        by_seed: scores, [tasks, seeds, entries].
         columns: published columns.
         draws: number of resamples.
         minus: values of another predictor, [entries], whose pooled rho in the same draw is subtracted.
     """
     rng = generator()
-    seeds, entries = by_seed.shape
-    means = over_seeds(by_seed[rng.integers(seeds, size=(draws, seeds))])
+    _, seeds, entries = by_seed.shape
+    drawn = combined(by_seed[:, rng.integers(seeds, size=(draws, seeds))])
     used = positions(columns)
     counts = np.zeros((draws, entries))
     counts[:, used] = rng.multinomial(len(used), np.full(len(used), 1 / len(used)), size=draws)
-    rhos = pooled(means, columns, counts)
+    rhos = pooled(drawn, columns, counts)
     if minus is not None:
-        rhos = rhos - pooled(np.broadcast_to(minus, means.shape), columns, counts)
+        rhos = rhos - pooled(np.broadcast_to(minus, drawn.shape), columns, counts)
     low, high = np.quantile(rhos, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return Interval(float(low), float(high))
 

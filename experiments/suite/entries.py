@@ -15,14 +15,14 @@ ENTRIES = "entries.yaml"
 Arxiv = Annotated[str, Field(pattern=r"^\d{4}\.\d{5}$")]
 """arXiv number."""
 Family = Literal[
-    "softmax",
-    "sparse choice",
-    "delta rule",
-    "decay",
-    "recurrence by channel",
-    "nonlinear recurrence",
-    "convolution",
+    "sparse attention",
+    "softmax attention",
+    "linear attention and decays",
     "test-time training",
+    "delta rule",
+    "sequential cells",
+    "recurrences by channel",
+    "long convolution",
 ]
 
 
@@ -32,7 +32,7 @@ class Entry(Config):
     mixer: dict[str, Any]
     """Kind and options; `seqmix suite` adds the heads."""
     family: Family
-    """Family by which entries are left out together."""
+    """Op family of the mixer, as in the reference of mixers; rank transfer leaves out one at a time."""
     arxiv: Arxiv
     """Paper of the mixer or option; its month is the date of the entry."""
 

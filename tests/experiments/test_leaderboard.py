@@ -54,6 +54,8 @@ def scores_of(*tasks):
 def test_every_built_in_mixer_is_an_entry_that_the_commands_measure():
     entries = load_entries()
     assert {entry.kind for entry in entries.values()} == set(MIXERS.built_in()) - {"parallel_hybrid"}
+    family = runpy.run_path(str(ROOT / "docs" / "mixers.py"))["family"]
+    assert [name for name, entry in entries.items() if entry.family != family(entry.kind)] == []
     commands = leaderboard.commands(load_entries(), None)
     assert len(commands) == len(load_settings("small").default_tasks)
     for command in commands:

@@ -22,19 +22,20 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_groups_are_means_of_z_scores_over_entries_with_all_tasks():
-    one = Predictor("one", ("a", "b", "c"), np.array([[0.0, 1, 2]]))
-    other = Predictor("other", ("c", "a", "d"), np.array([[10.0, 30, 99]]))
-    flat = Predictor("flat", ("a", "b", "c"), np.array([[5.0, 5, 5]]))
+    one = Predictor("one", ("a", "b", "c"), np.array([[[0.0, 1, 2]]]))
+    other = Predictor("other", ("c", "a", "d"), np.array([[[10.0, 30, 99]]]))
+    flat = Predictor("flat", ("a", "b", "c"), np.array([[[5.0, 5, 5]]]))
     tasks = {each.name: each for each in (one, other, flat)}
     made = analysis.group_predictors(
-        tasks, {"both": ["one", "other"], "with flat": ["one", "flat"], "no": ["one", "x"]}
+        tasks, {"alone": ["one"], "both": ["one", "other"], "with flat": ["one", "flat"], "no": ["one", "x"]}
     )
-    assert made.keys() == {"both", "with flat"}
+    assert made.keys() == {"alone", "both", "with flat"}
+    assert (made["alone"].by_seed == one.by_seed).all()
     assert made["both"].entries == ("a", "c")
-    assert made["both"].mean.tolist() == [0, 0]  # first and last, last and first
-    assert made["with flat"].by_seed[0] == pytest.approx(np.array([-1, 0, 1]) * math.sqrt(1.5) / 2)
+    assert made["both"].values.tolist() == [0, 0]  # first and last, last and first
+    assert made["with flat"].values == pytest.approx(np.array([-1, 0, 1]) * math.sqrt(1.5) / 2)
     assert analysis.reliability(one) is None
-    assert analysis.reliability(one._replace(by_seed=np.array([[0, 1, 2], [2, 1, 0], [0, 1, 2]]))) == pytest.approx(
+    assert analysis.reliability(one._replace(by_seed=np.array([[[0, 1, 2], [2, 1, 0], [0, 1, 2]]]))) == pytest.approx(
         -1 / 3
     )
 
@@ -231,7 +232,7 @@ def test_few_random_rankings_have_an_interval_without_0():
     rng = np.random.default_rng(7)
     outside = 0
     for _ in range(100):
-        scores = rng.normal(size=len(names)) + 0.2 * rng.normal(size=(3, len(names)))
+        scores = rng.normal(size=len(names)) + 0.2 * rng.normal(size=(1, 3, len(names)))
         low, high = ranks.pooled_interval(scores, columns, draws=200)
         outside += not low <= 0 <= high
     assert outside <= 12
@@ -239,10 +240,10 @@ def test_few_random_rankings_have_an_interval_without_0():
 
 def test_differences_below_a_percent_do_not_rank():
     scores = made_up(lambda task, entry, seed: 0.9962 + len(entry) / 1e4 if entry != "mamba" else 0.9)
-    (values,) = {
-        tuple(sorted(set(each.mean))) for each in analysis.task_predictors(scores, entries_of(load_grids())).values()
-    }
-    assert values == pytest.approx((0.9, 1.0))
+    tasks = analysis.task_predictors(scores, entries_of(load_grids()))
+    groups = analysis.group_predictors(tasks, load_predictions().groups)
+    for each in (*tasks.values(), *groups.values()):  # mamba is last, and all others are equal
+        assert sorted(set(ranks.midranks(each.values))) == [1, 1 + len(each.entries) / 2], each.name
 
 
 def test_what_is_missing_is_said_and_wrong_rows_are_refused():

@@ -82,36 +82,39 @@ def test_counts_are_as_good_as_repeated_entries():
 def test_pooled_intervals_resample_mixers_and_seeds():
     x = np.array([np.arange(9.0)])
     agreeing = [column(name, range(9)) for name in "ab"]
-    assert ranks.pooled_interval(x, agreeing) == (1, 1)
+    assert ranks.pooled_interval(x[None], agreeing) == (1, 1)
     mixed = [*agreeing, column("c", range(9, 0, -1))]
-    assert ranks.pooled_interval(x, mixed) == pytest.approx((1 / 3, 1 / 3))  # the papers stay
+    assert ranks.pooled_interval(x[None], mixed) == pytest.approx((1 / 3, 1 / 3))  # the papers stay
     partly = [column("a", [1, 0, 2, 3, 4, 6, 5, 7, 8])]
-    low, high = ranks.pooled_interval(x, partly)
+    low, high = ranks.pooled_interval(x[None], partly)
     assert low < ranks.pooled(x[0], partly) < high == 1
     # seeds that rank in opposite orders: a draw has either, or a tie of all entries
-    assert ranks.pooled_interval(np.array([x[0], -x[0]]), agreeing) == (-1, 1)
+    assert ranks.pooled_interval(np.array([[x[0], -x[0]]]), agreeing) == (-1, 1)
 
 
 def test_a_difference_has_the_same_mixers_in_each_draw():
-    x = np.array([np.arange(9.0)])
+    x = np.arange(9.0)
     columns = [column("a", range(9)), column("b", [1, 0, 2, 3, 4, 6, 5, 7, 8])]
-    assert ranks.pooled_interval(x, columns, minus=x[0]) == (0, 0)
-    assert ranks.pooled_interval(x, columns[:1], minus=-x[0]) == (2, 2)
+    assert ranks.pooled_interval(x[None, None], columns, minus=x) == (0, 0)
+    assert ranks.pooled_interval(x[None, None], columns[:1], minus=-x) == (2, 2)
 
 
 def test_intervals_of_a_column_contain_its_rho():
     rng = np.random.default_rng(1)
     by_seed = np.arange(8) + rng.normal(size=(3, 8))
-    values = np.arange(8.0)
-    low, high = ranks.rho_interval(by_seed, values)
-    assert -1 <= low < ranks.spearman(by_seed.mean(0), values) <= high <= 1
-    assert ranks.rho_interval(np.ones((2, 4)), np.arange(4.0)) is None
+    published = column("a", range(8))
+    low, high = ranks.rho_interval(by_seed[None], published)
+    assert -1 <= low < ranks.spearman(by_seed.mean(0), published.values) <= high <= 1
+    assert ranks.rho_interval(np.ones((1, 2, 4)), column("a", range(4))) is None
 
 
 def test_means_over_seeds_tie_below_a_percent_in_any_order():
     seeds = np.array([[0.27, 0.31, 0.2], [0.31, 0.04, 0.2], [0.04, 0.27, 0.23]])
     assert len(set(seeds.mean(0))) == 3  # sums of floats depend on the order
-    assert ranks.over_seeds(seeds).tolist() == [0.21, 0.21, 0.21]
+    assert ranks.combined(seeds[None]).tolist() == [0, 0, 0]
+    # two tasks tie where their z-scores cancel out, and one percent counts in neither of them alone
+    both = np.stack([[[0.1, 0.5, 0.9]], [[0.904, 0.5, 0.096]]])
+    assert ranks.midranks(ranks.combined(both)).tolist() == [2, 2, 2]
     assert ranks.midranks([0.1 + 0.2, 0.3]).tolist() == [1.5, 1.5]
 
 
