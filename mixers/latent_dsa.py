@@ -32,6 +32,8 @@ class LatentDsaConfig(IndexedConfig, LatentAttentionConfig):
     kind: Literal["latent_dsa"] = "latent_dsa"  # pyright: ignore[reportIncompatibleVariableOverride]
     chunk_size: int = Field(default=128, gt=0, le=2**20)
     """Queries per block of the chunkwise paradigm; changes the cost, never the result."""
+    backend: Literal["auto"] = "auto"  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Kernel backend: no other than torch computes a choice of tokens."""
 
     @model_validator(mode="after")
     def _check_window(self) -> "LatentDsaConfig":

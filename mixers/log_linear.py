@@ -39,6 +39,8 @@ class LogLinearConfig(Mamba2Config):
     kind: Literal["log_linear"] = "log_linear"  # pyright: ignore[reportIncompatibleVariableOverride] another kind
     levels: int = Field(default=15, ge=12, le=32)
     """Number of levels; a sequence has at most 2^(levels - 1) tokens."""
+    backend: Literal["auto", "reference", "native"] = "auto"  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Kernel backend of the short convolution, the only part with kernels; changes the cost, never the result."""
     chunk_size: int = Field(default=64, gt=0, le=2**20)
     """Chunk length in tokens; changes the cost, never the result."""
 
@@ -121,6 +123,9 @@ class LogLinear(Mamba2):
                 )
         elif x.device.type != "meta" and not torch.compiler.is_exporting():
             require_async((after <= limit).all(), "log_linear reads at most 2^(levels - 1) tokens: increase levels")
+
+    def kernels(self, dtype: torch.dtype) -> None:  # pyright: ignore[reportIncompatibleMethodOverride] no kernels
+        return None
 
     def init_state(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, batch_size: int, *, max_length: int | None = None

@@ -54,7 +54,8 @@ def explain(error: ValidationError, tree: Node) -> str:
     for detail in error.errors(include_url=False):
         if detail["type"] == "too_short" and len(detail["input"]) >= detail.get("ctx", {})["min_length"]:
             continue  # pydantic counts only the valid items; each invalid item has its own error
-        by_place.setdefault(_place(detail, tree), []).append(_problem(detail))
+        problem = _lost_key(detail, tree) or _problem(detail)
+        by_place.setdefault(_place(detail, tree), []).append(problem)
     lines = [place + sentence for place, problems in by_place.items() for sentence in _sentences(problems)]
     if len(lines) > _MAX_LINES:
         lines[_MAX_LINES:] = [f"... and {len(lines) - _MAX_LINES} more"]
@@ -89,6 +90,21 @@ def _place(detail: ErrorDetails, tree: Node) -> str:
         place += f", changed on the {COMMAND_LINE}" if place != COMMAND_LINE else ""
     path = "".join(f".{key}" if isinstance(key, str) else f"[{key}]" for key in keys).removeprefix(".")
     return f"{place}: {path}: " if path else f"{place}: "
+
+
+def _lost_key(detail: ErrorDetails, tree: Node) -> str | None:
+    """Return the sentence on a missing key of a kind that the command line changed; None for other errors.
+
+    The file may have the key, but a change of the kind drops it with all others.
+    """
+    if detail["type"] != "missing":
+        return None
+    key = detail["loc"][-1]
+    kind = tree.find(detail["loc"])[1].child("kind")
+    if kind is None or kind.origin.source != COMMAND_LINE:
+        return None
+    remedy = f"{{kind: {kind.value}, {key}: ...}}"
+    return f"missing key {key!r}: a new kind keeps no keys of the old one; give both as {remedy}"
 
 
 def _problem(detail: ErrorDetails) -> str | _Mismatch:

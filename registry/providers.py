@@ -186,6 +186,12 @@ def kind_of(config: type[BaseModel]) -> str | None:
     return words[0] if len(words) == 1 and isinstance(words[0], str) else None
 
 
+def _extending(base: type[BaseModel], module: str) -> list[str]:
+    """Return the paths of a module's own classes that extend `base`."""
+    values = vars(sys.modules[module]).values() if module in sys.modules else ()
+    return [path_of(v) for v in values if isinstance(v, type) and issubclass(v, base) and v.__module__ == module]
+
+
 def require_kind(candidate: object, base: type[BaseModel]) -> str:
     """Check that a class is a configuration that extends `base`, and return its kind.
 
@@ -194,7 +200,9 @@ def require_kind(candidate: object, base: type[BaseModel]) -> str:
     """
     if not (isinstance(candidate, type) and issubclass(candidate, base)):
         name = path_of(candidate) if isinstance(candidate, type) else repr(candidate)
-        raise ConfigError(f"expected a subclass of {path_of(base)}, got {name}")
+        found = [] if not isinstance(candidate, type) else _extending(base, candidate.__module__)
+        hint = f"; did you mean {' or '.join(found)}?" if found else ""
+        raise ConfigError(f"expected a subclass of {path_of(base)}, got {name}{hint}")
     if inspect.isabstract(candidate):
         missing = ", ".join(sorted(candidate.__abstractmethods__))
         raise ConfigError(f"{path_of(candidate)} is abstract: define {missing}")

@@ -180,6 +180,12 @@ RET = "extends: tiny\nmodel:\n  blocks:\n    ret:"
         ("extends: b.yaml", [], "b.yaml:2: extends: ", ["run.yaml -> b.yaml -> run.yaml"]),
         ("model: {d_model: 8, extends: tiny}", [], "run.yaml:1: model.extends: ", ["'extends'"]),
         ("extends: tiny", ["model.n_layers=x"], "command line: model.n_layers: ", ["an integer", "'x'"]),
+        (
+            "extends: tiny\nmodel: {blocks: {att: {kind: attention}}}",
+            ["model.blocks.att.kind=retention"],
+            "command line: model.blocks.att: ",
+            ["missing key 'n_heads'", "{kind: retention, n_heads: ...}"],
+        ),
         ("name: a\nmodel: {}", ["model.n_layers=8"], "run.yaml:2: model: ", ["'d_model'"]),
         ("model:\n\n  d_model: eight", [], "run.yaml:3: model.d_model: ", ["an integer", "'eight'"]),
         ("extends: presets/bad.yaml", [], "presets/bad.yaml:4: model.d_model: ", ["'eight'"]),

@@ -64,6 +64,12 @@ def test_a_broken_plug_in_is_reported_with_its_module_and_reason_and_breaks_noth
         load(holder, tmp_path / "run.yaml", presets=tmp_path)
 
 
+def test_the_layer_in_place_of_its_configuration_is_told_apart(family):
+    module = add(family, "star", family.shape("star").replace("starConfig", "Star") + "\nclass starConfig:\n    pass\n")
+    with pytest.raises(ConfigError, match=f"got {module}:starConfig; did you mean {module}:Star\\?"):
+        family.registry.resolve("star")
+
+
 def test_ctrl_c_while_a_plug_in_is_imported_ends_the_program(family):
     add(family, "star", "raise KeyboardInterrupt")
     for ask in (family.registry.broken, family.registry.kinds, lambda: family.registry.resolve("star")):
