@@ -16,8 +16,8 @@ WITHOUT = ("null", "none", "0")
 """Values of `short_conv` that turn it off."""
 
 HEATMAP = (
-    "The order is by mean, not a ranking: the tables below show ties. The state is that of one sequence after the "
-    "training length of the first task. A click on a head sorts."
+    "The order is by mean, not a ranking. The heatmap has no stars, the tables have. Its state is that of one sequence "
+    "after the training length of the first task. A click on a head sorts."
 )
 
 
@@ -40,10 +40,9 @@ def lines(scores: Scores, entries: Mapping[str, Entry]) -> list[str]:
         "With a short convolution": [_with(scores), "Of four tokens, or as wide as the mixer has it by default."],
     }
     result = [*heatmap(scores, entries), ""]
-    result += [f"Accuracy in percent, and half the width of its 95 % t interval over seeds. {HEATMAP}", ""]
+    result += [f"Accuracy in percent at equal {scores.match}. {uncertainty(scores)}", "", HEATMAP, ""]
     for title, (part, remark) in parts.items():
-        result += [f"### {title}", "", *score_lines(part), ""]
-        result += [f"Accuracy in percent, equal {scores.match}; best mean first. {uncertainty(part)} {remark}", ""]
+        result += [f"### {title}", "", *score_lines(part), "", remark, ""]
     return [*result, "### Tasks and conditions", "", *condition_lines(scores, reports=False)]
 
 
