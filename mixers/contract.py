@@ -432,15 +432,18 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
         return {}
 
     def scale_like(self, base: Any) -> None:
-        """Set the constants of the forward pass that change with the width of heads, for muP; by default, none do.
+        """Set the constants that change with the width for muP, before the parameters are initialised.
 
         Softmax attention divides its scores by K instead of sqrt(K). Mixers whose keys have length 1 lower the constant
-        of their output norm.
+        of their output norm. Initial values that do not fall as 1/sqrt(fan-in) get another scale. By default this calls
+        the `scale_like` of each submodule that has one.
 
         Args:
             base: the mixer of the base model, which is equal but for its width.
         """
-        del base
+        for name, part in self.named_children():
+            if hasattr(part, "scale_like"):
+                cast("Any", part).scale_like(getattr(base, name))
 
     def set_reach(self, tokens: Float[Tensor, " H"]) -> list[str]:
         """Set decays gamma so that each head's memory reaches back `tokens` = gamma / (1 - gamma) tokens on average.

@@ -12,7 +12,7 @@ recurrent paradigm absorbs W_UK and W_UV into queries and outputs, so that all h
 parallelism does the same, so that processes only exchange latents.
 """
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -25,6 +25,7 @@ from ..ops.runtime.kernel import Probe
 from ..ops.runtime.paradigm import Paradigm
 from .contract import MixerConfig
 from .parts import CachedMixer, GatedNorm, divided, rotated
+from .parts.gates import fan_in_gain
 from .roles import RowBlock
 from .traits import Traits
 
@@ -108,18 +109,27 @@ class LatentAttention(CachedMixer):
         self.kv_norm = _norm(self.rank, config)
         self.kv_up = nn.Linear(self.rank, kv_rows, bias=False)
         self.out_proj = nn.Linear(self.n_heads * self.value_dim, d_model, bias=False)
+        self.gains: dict[str, float] = {}
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Initialise matrices as Xavier-uniform, and norm weights as 1."""
         for projection in self.in_proj.weight.split(list(self.widths.values())):
             nn.init.xavier_uniform_(projection)
-        for up in (self.q_up, self.kv_up, self.out_proj):
-            if up is not None:
-                nn.init.xavier_uniform_(up.weight)
+        for name, layer in self._maps().items():
+            nn.init.xavier_uniform_(layer.weight, gain=self.gains.get(name, 1.0))
         for norm in (self.q_norm, self.kv_norm):
             if norm is not None:
                 norm.reset_parameters()
+
+    def scale_like(self, base: Any) -> None:
+        super().scale_like(base)
+        layers, base_layers = self._maps(), base._maps()
+        self.gains = {name: fan_in_gain(layer, base_layers[name]) for name, layer in layers.items()}
+
+    def _maps(self) -> dict[str, nn.Linear]:
+        layers = {"q_up": self.q_up, "kv_up": self.kv_up, "out_proj": self.out_proj}
+        return {name: layer for name, layer in layers.items() if layer is not None}
 
     @property
     def score_width(self) -> int:

@@ -26,7 +26,7 @@ some hundred tokens the rounding of float32 decides what the state is, and `seqm
 """
 
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -133,13 +133,14 @@ class Titans(SequenceMixer[TitansState]):
         }
         if self.inner_norm is not None:
             self.parameter_roles["inner_norm"] = Role.NORM
+        self.initial_std = 0.02
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Initialise as `ttt`: normal matrices with a standard deviation of 0.02."""
         for matrix in (self.in_proj.weight, self.out_proj.weight, *self.initial_weights):
-            nn.init.normal_(matrix, std=0.02)
+            nn.init.normal_(matrix, std=self.initial_std)
         for row, bias in zip(self.rate_bias, FIRST_BIASES, strict=True):
             row.fill_(bias)
         if self.inner_norm is not None:
@@ -148,6 +149,11 @@ class Titans(SequenceMixer[TitansState]):
         self.norm.reset_parameters()
         if self.convolution is not None:
             self.convolution.reset_parameters()
+
+    def scale_like(self, base: Any) -> None:
+        super().scale_like(base)
+        # a constant standard deviation would not fall with the fan-in
+        self.initial_std = base.initial_std * (base.widths[0] / self.widths[0]) ** 0.5
 
     @property
     def projections(self) -> dict[str, Float[Tensor, "H _ D"]]:

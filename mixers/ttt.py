@@ -18,7 +18,7 @@ their own and no convolution by default (the code's variant with a Transformer b
 """
 
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -126,19 +126,25 @@ class TTT(SequenceMixer[TTTState]):
             **{f"initial_weights.{n}": Role.VECTOR for n in range(len(self.initial_weights))},
             **{f"initial_biases.{n}": Role.VECTOR for n in range(len(self.initial_biases))},
         }
+        self.initial_std = 0.02
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Initialise as the authors' code: normal matrices with a standard deviation of 0.02, biases of 0."""
         for matrix in (self.in_proj.weight, self.out_proj.weight, *self.initial_weights):
-            nn.init.normal_(matrix, std=0.02)
+            nn.init.normal_(matrix, std=self.initial_std)
         for bias in (self.rate_bias, self.step_factor, self.inner_norm_bias, *self.initial_biases):
             nn.init.zeros_(bias)
         nn.init.ones_(self.inner_norm_weight)
         self.norm.reset_parameters()
         if self.convolution is not None:
             self.convolution.reset_parameters()
+
+    def scale_like(self, base: Any) -> None:
+        super().scale_like(base)
+        # a constant standard deviation would not fall with the fan-in
+        self.initial_std = base.initial_std * (base.widths[0] / self.widths[0]) ** 0.5
 
     @property
     def projections(self) -> dict[str, Float[Tensor, "H _ D"]]:

@@ -103,6 +103,7 @@ class CachedMixer(SequenceMixer[CachedState]):
         return self.score_factor * self.score_width**-0.5
 
     def scale_like(self, base: Any) -> None:
+        super().scale_like(base)
         self.score_factor = (base.score_width / self.score_width) ** 0.5
 
     def stored(self, cache: Cache) -> Cache:

@@ -12,6 +12,15 @@ from ...registry import Config
 from ..roles import Role, Roles
 
 
+def fan_in_gain(layer: nn.Linear, base: nn.Linear) -> float:
+    """Return the gain with which Xavier's rule falls with the fan-in alone, from the layer of muP's base model on.
+
+    By itself it falls with the fan-out too, so that maps from a fixed rank would shrink in wider models.
+    """
+    base_sum, ours = base.in_features + base.out_features, layer.in_features + layer.out_features
+    return (ours / base_sum * base.in_features / layer.in_features) ** 0.5
+
+
 class LowRank(nn.Module):
     """A low-rank map, act(x W1) W2, with an optional bias that starts at 0 and an optional activation.
 
@@ -37,6 +46,7 @@ class LowRank(nn.Module):
         self.activation = activation
         self.down = nn.Linear(width_in, rank, bias=False)
         self.up = nn.Linear(rank, width_out, bias=bias)
+        self.up_gain = 1.0
         self.reset_parameters()
 
     def forward(self, x: Float[Tensor, "*batch width_in"]) -> Float[Tensor, "*batch width_out"]:
@@ -48,10 +58,14 @@ class LowRank(nn.Module):
             low = low.sigmoid()
         return self.up(low)
 
+    def scale_like(self, base: "LowRank") -> None:
+        """Set the gain of the initial values for muP, see `SequenceMixer.scale_like`."""
+        self.up_gain = fan_in_gain(self.up, base.up)
+
     def reset_parameters(self) -> None:
         """Initialise the matrices as Xavier-uniform, and the bias as 0."""
         nn.init.xavier_uniform_(self.down.weight)
-        nn.init.xavier_uniform_(self.up.weight)
+        nn.init.xavier_uniform_(self.up.weight, gain=self.up_gain)
         if self.up.bias is not None:
             nn.init.zeros_(self.up.bias)
 

@@ -190,6 +190,7 @@ class QKVMixer(OutsideValues[MatrixState], MatrixStateMixer):
         nn.init.xavier_uniform_(self.out_proj.weight, gain=self.gains[1])
 
     def scale_like(self, base: Any) -> None:
+        super().scale_like(base)
         # with keys and queries of length 1, outputs are proportional to 1/K at initialisation, and in wide heads the
         # norm's constant would outweigh them
         if self.config.qk_norm == "l2":

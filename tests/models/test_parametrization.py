@@ -6,9 +6,12 @@ from runs import refusal
 
 from seqmix import build_model
 from seqmix.experiments.coordinates import coordinates
+from seqmix.mixers.roles import Role, roles_of
 from seqmix.models import build_meta
+from seqmix.models.parametrization import fan_in_ratio
 from seqmix.training import load_config
 from seqmix.training.optimizer import build_optimizer, set_learning_rate, trainings_of
+from seqmix.training.presets import single_kind_presets
 
 MUP = "model.parametrization={kind: mup, base_width: 64}"
 SMALL = ("model.n_layers=2", "data.sequence_length=32", "training.optimizer=adamw")
@@ -54,6 +57,25 @@ def test_initial_values_and_learning_rates_follow_the_width(init):
     # a step of Muon is as large in the spectral norm, relative to the weights', at every width
     muon = {a.name: a for a in trainings_of(model, config.training.model_copy(update={"optimizer": "muon"}))}
     assert muon["blocks.0.ffn.up_proj.weight"].multiplier == pytest.approx(0.5)
+
+
+def test_initial_maps_of_every_mixer_fall_with_their_fan_in():
+    # constants of TTT and Titans, and Xavier's rule from fixed ranks (RWKV-7, latent attention), did not
+    wrong = []
+    for preset in single_kind_presets():
+        mixers = []
+        for width in (64, 256):
+            torch.manual_seed(0)
+            config = config_of(f"model.d_model={width}", "model.n_layers=1", MUP, preset=preset)
+            mixers.append(build_model(config.model).blocks[0].mixer)
+        narrow, wide = mixers
+        for name, role in roles_of(narrow).items():
+            if role.role in (Role.MATRIX, Role.GATE):
+                before, after = narrow.get_parameter(name), wide.get_parameter(name)
+                expected = before.std() * fan_in_ratio(after.shape, before.shape) ** -0.5
+                if abs(after.std() - expected) > 0.15 * expected:
+                    wrong.append((preset, name))
+    assert wrong == []
 
 
 def test_scores_are_divided_by_the_width_of_a_head():
