@@ -18,7 +18,7 @@ from seqmix.registry import SeqmixError, write_file
 TARGET = Path(__file__).with_name("explanation") / "rank-transfer.md"
 PICTURE = "rho.svg"
 DEFAULT = "small-parameters"
-"""Scores behind the results of the page."""
+"""Scores from which the results of the page are computed."""
 
 
 def files(scores: Path | None = None) -> dict[Path, str]:

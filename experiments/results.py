@@ -333,7 +333,8 @@ def read_results(path: str | Path) -> Results:
     try:
         return Results.model_validate_json(read_bytes(file))
     except OSError as error:
-        raise ResultsError(f"{file} cannot be read: {error.strerror}") from None
+        expected = f"expected a study's folder or its {RESULTS_FILE}"
+        raise ResultsError(f"{file} cannot be read: {error.strerror}; {expected}") from None
     except ValidationError as error:
         detail = error.errors(include_url=False)[0]
         place = "".join(f"{key}." for key in detail["loc"])[:-1]

@@ -33,7 +33,7 @@ class LatentDsaConfig(IndexedConfig, LatentAttentionConfig):
     chunk_size: int = Field(default=128, gt=0, le=2**20)
     """Queries per block of the chunkwise paradigm; changes the cost, never the result."""
     backend: Literal["auto"] = "auto"  # pyright: ignore[reportIncompatibleVariableOverride]
-    """Kernel backend: no other than torch computes a choice of tokens."""
+    """Kernel backend. Its only value: torch alone computes attention to chosen tokens."""
 
     @model_validator(mode="after")
     def _check_window(self) -> "LatentDsaConfig":

@@ -138,7 +138,7 @@ class Titans(SequenceMixer[TitansState]):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Initialise as `ttt`: normal matrices with a standard deviation of 0.02."""
+        """Initialise as `ttt`: normal matrices with a standard deviation of 0.02, which muP scales."""
         for matrix in (self.in_proj.weight, self.out_proj.weight, *self.initial_weights):
             nn.init.normal_(matrix, std=self.initial_std)
         for row, bias in zip(self.rate_bias, FIRST_BIASES, strict=True):

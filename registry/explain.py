@@ -104,7 +104,7 @@ def _lost_key(detail: ErrorDetails, tree: Node) -> str | None:
     if kind is None or kind.origin.source != COMMAND_LINE:
         return None
     remedy = f"{{kind: {kind.value}, {key}: ...}}"
-    return f"missing key {key!r}: a new kind keeps no keys of the old one; give both as {remedy}"
+    return f"missing key {key!r}: give it with the kind, {remedy}; keys of another kind are not kept"
 
 
 def _problem(detail: ErrorDetails) -> str | _Mismatch:

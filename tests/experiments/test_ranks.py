@@ -112,7 +112,7 @@ def test_means_over_seeds_tie_below_a_percent_in_any_order():
     seeds = np.array([[0.27, 0.31, 0.2], [0.31, 0.04, 0.2], [0.04, 0.27, 0.23]])
     assert len(set(seeds.mean(0))) == 3  # sums of floats depend on the order
     assert ranks.combined(seeds[None]).tolist() == [0, 0, 0]
-    # two tasks tie where their z-scores cancel out, and one percent counts in neither of them alone
+    # two tasks tie where their z-scores cancel out, and less than a percent counts in neither of them alone
     both = np.stack([[[0.1, 0.5, 0.9]], [[0.904, 0.5, 0.096]]])
     assert ranks.midranks(ranks.combined(both)).tolist() == [2, 2, 2]
     assert ranks.midranks([0.1 + 0.2, 0.3]).tolist() == [1.5, 1.5]

@@ -310,7 +310,7 @@ def test_results_are_read_as_they_were_written(tmp_path):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (None, "cannot be read: No such file"),
+        (None, "cannot be read: No such file or directory; expected a study's folder or its results.json"),
         ("{", "does not hold the results of a study: Invalid JSON"),
         (json.dumps({"format": 2}), "does not hold the results of a study: "),
     ],
