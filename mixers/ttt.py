@@ -131,7 +131,10 @@ class TTT(SequenceMixer[TTTState]):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Initialise as the authors' code: normal matrices with a standard deviation of 0.02, which muP scales, biases of 0."""
+        """Initialise as the authors' code: normal matrices with a standard deviation of 0.02, biases of 0.
+
+        muP scales the deviation.
+        """
         for matrix in (self.in_proj.weight, self.out_proj.weight, *self.initial_weights):
             nn.init.normal_(matrix, std=self.initial_std)
         for bias in (self.rate_bias, self.step_factor, self.inner_norm_bias, *self.initial_biases):

@@ -16,8 +16,8 @@ WITHOUT = ("null", "none", "0")
 """Values of `short_conv` that turn it off."""
 
 HEATMAP = (
-    "The heatmap is ordered by mean, which is no ranking: only the tables have stars. It shows the size of the state of "
-    "one sequence after the training length of the first task. A click on a head sorts."
+    "The heatmap is ordered by mean, which is no ranking: only the tables have stars. It shows the size of the state "
+    "of one sequence after the training length of the first task. A click on a head sorts."
 )
 
 
