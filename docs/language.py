@@ -75,10 +75,15 @@ class Comparison:
         self.runs = runs
         self.rows: dict[str, SummaryRow] = {row.entry: row for row in summarise(runs)}
 
-    def difference(self, entry: str) -> Statistic | None:
-        """Return an entry's loss minus the reference's, at equal seeds; None for the reference itself."""
-        ours, theirs = ([run for run in self.runs if run.entry == name] for name in (entry, REFERENCE))
-        return None if entry == REFERENCE else difference(ours, theirs, "validation_loss")
+    def difference(self, entry: str, other: str = REFERENCE) -> Statistic | None:
+        """Return an entry's loss minus another's, at equal seeds; None for an entry and itself."""
+        ours, theirs = ([run for run in self.runs if run.entry == name] for name in (entry, other))
+        return None if entry == other else difference(ours, theirs, "validation_loss")
+
+    @property
+    def has_intervals(self) -> bool:
+        """True if all entries have an interval, so that they can be ranked."""
+        return all(row.rank is not None for row in self.rows.values())
 
     def cells(self, entry: str) -> list[str]:
         """Return an entry's loss, rank, and difference from the reference as text."""
@@ -90,7 +95,7 @@ class Comparison:
     def verdict(self, kind: str = "entry") -> str:
         """Return the sentences that the intervals allow; `kind` says what is compared."""
         best = min(self.rows.values(), key=lambda row: row.validation_loss.mean, default=None)
-        if best is None or any(row.rank is None for row in self.rows.values()):
+        if best is None or not self.has_intervals:
             return "Some entries have no interval yet, so nothing can be said."
         first = [f"`{entry}`" for entry, row in self.rows.items() if row.rank == 1]
         differences = [value for entry in self.rows if (value := self.difference(entry)) is not None]
@@ -98,6 +103,32 @@ class Comparison:
         counts = f"{better} are better, {worse} worse and {len(differences) - better - worse} tied"
         against = f" Against {REFERENCE}, {counts}." if differences else ""
         return f"No {kind} is better than {', '.join(first)} beyond noise.{against}"
+
+
+def family_findings(compared: Comparison, size: Size) -> str:
+    """Return a sentence on the families of which three members, and half of them, differ on one side beyond noise."""
+    members: dict[str, list[int]] = {}
+    for entry in compared.rows:
+        if (value := compared.difference(entry)) is not None:
+            members.setdefault(family(size.models[entry].mixer), []).append(_sign(value))
+    found = [
+        f"{name} ({signs.count(sign)} of {len(signs)} {word})"
+        for name, signs in sorted(members.items())
+        for sign, word in ((-1, "better"), (1, "worse"))
+        if signs.count(sign) >= max(3, len(signs) / 2)
+    ]
+    return f"Families that differ from {REFERENCE}, by the rule above: {', '.join(found) or 'none'}."
+
+
+def worth_naming(compared: Comparison, costs: Mapping[str, float]) -> list[str]:
+    """Return the entries that are better, beyond noise, than every entry of a lower cost, cheapest first."""
+    ordered = sorted(costs.keys() & compared.rows.keys(), key=lambda entry: (costs[entry], entry))
+
+    def better(entry: str, other: str) -> bool:
+        value = compared.difference(entry, other)
+        return value is not None and _sign(value) < 0
+
+    return [entry for entry in ordered if all(better(entry, other) for other in ordered if costs[other] < costs[entry])]
 
 
 def equal_tokens(size: Size) -> list[str]:
@@ -115,7 +146,9 @@ def equal_tokens(size: Size) -> list[str]:
             trained = model.runs.get(str(steps))
             row += [*compared[steps].cells(name), f"{trained.learning_rate:g}" if trained else ""]
         rows.append(row)
-    return [compared[LENGTHS[0]].verdict(), "", *table(heads, rows), *_missing_seeds(size)]
+    longest = compared[LENGTHS[0]]
+    families = ["", family_findings(longest, size)] if longest.has_intervals else []
+    return [longest.verdict(), *families, "", *table(heads, rows), *_missing_seeds(size)]
 
 
 def equal_time(size: Size) -> list[str]:
@@ -176,7 +209,7 @@ def _sign(value: Statistic) -> int:
 
 
 def costs(size: Size) -> list[str]:
-    """Return the table of state and decoding."""
+    """Return the table of state and decoding, and before it the entries that are worth their cost."""
     rows = []
     for name, model in sorted(size.models.items()):
         if model.costs is not None:
@@ -186,7 +219,25 @@ def costs(size: Size) -> list[str]:
             rows.append([f"`{name}`", f"{model.parameters:,}", *states, *times])
     at = [f"{int(context):,}" for context in CONTEXTS]
     heads = [*(f"state at {each}:" for each in at), *(f"ms per token at {each}:" for each in at)]
-    return table(["mixer", "parameters:", *heads], rows)
+    return [*_worth_their_cost(size), *table(["mixer", "parameters:", *heads], rows)]
+
+
+def _worth_their_cost(size: Size) -> list[str]:
+    """Return a paragraph on the entries that no cheaper entry equals; no lines without intervals."""
+    compared = Comparison(runs_at(size.models, dict.fromkeys(size.models, LENGTHS[0])))
+    if not compared.has_intervals:
+        return []
+    context = CONTEXTS[-1]
+    parts = []
+    for cost, values in (("smaller state", "state_bytes"), ("shorter decode time", "decode_seconds")):
+        known = {name: getattr(model.costs, values, {}) for name, model in size.models.items()}
+        entries = worth_naming(compared, {name: each[context] for name, each in known.items() if context in each})
+        names = ", ".join(f"`{entry}`" for entry in entries[1:]) or "none"
+        if entries:
+            parts.append(f"every mixer with a {cost}: {names} (`{entries[0]}` has the least)")
+    if not parts:
+        return []
+    return [f"Better, beyond noise, than {'; than '.join(parts)}. Costs are those after {int(context):,} tokens.", ""]
 
 
 def figures(size: Size) -> list[Figure]:

@@ -195,6 +195,21 @@ def test_the_page_is_written_from_results(page):
     assert "0 of the verdicts against it would change." in time
 
 
+def test_families_and_costs_are_judged_as_planned(page):
+    (size,) = add(Measured(), results(list(STEP), [0, 1, 2])).sizes.values()
+    compared = page["Comparison"](runs_at(size.models, dict.fromkeys(size.models, 360)))
+    assert page["family_findings"](compared, size) == (
+        "Families that differ from attention, by the rule above: linear attention and decays (3 of 3 worse)."
+    )
+    without = size.model_copy(update={"models": {name: size.models[name] for name in ("attention", "gla", "mamba2")}})
+    fewer = page["Comparison"](runs_at(without.models, dict.fromkeys(without.models, 360)))
+    assert page["family_findings"](fewer, without).endswith(": none.")  # two members are no family
+    cheap = {"mamba2": 1, "gla": 2, "attention": 3, "retention": 3}  # from the worst to the best
+    assert page["worth_naming"](compared, cheap) == ["mamba2", "gla", "attention", "retention"]
+    assert page["worth_naming"](compared, {name: -cost for name, cost in cheap.items()}) == ["attention"]
+    assert page["costs"](size)[0].startswith("Better, beyond noise, than every mixer with a smaller state: ")
+
+
 def test_one_seed_says_nothing(page):
     (size,) = add(Measured(), results(list(STEP), [0])).sizes.values()
     lines = page["equal_tokens"](size)
