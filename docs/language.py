@@ -128,7 +128,8 @@ def worth_naming(compared: Comparison, costs: Mapping[str, float]) -> list[str]:
         value = compared.difference(entry, other)
         return value is not None and _sign(value) < 0
 
-    return [entry for entry in ordered if all(better(entry, other) for other in ordered if costs[other] < costs[entry])]
+    cheaper = {entry: [other for other in ordered if costs[other] < costs[entry]] for entry in ordered}
+    return [entry for entry in ordered if cheaper[entry] and all(better(entry, other) for other in cheaper[entry])]
 
 
 def equal_tokens(size: Size) -> list[str]:
@@ -232,11 +233,8 @@ def _worth_their_cost(size: Size) -> list[str]:
     for cost, values in (("smaller state", "state_bytes"), ("shorter decode time", "decode_seconds")):
         known = {name: getattr(model.costs, values, {}) for name, model in size.models.items()}
         entries = worth_naming(compared, {name: each[context] for name, each in known.items() if context in each})
-        names = ", ".join(f"`{entry}`" for entry in entries[1:]) or "none"
-        if entries:
-            parts.append(f"every mixer with a {cost}: {names} (`{entries[0]}` has the least)")
-    if not parts:
-        return []
+        names = ", ".join(f"`{entry}`" for entry in entries) or "none"
+        parts.append(f"every mixer with a {cost}: {names}")
     return [f"Better, beyond noise, than {'; than '.join(parts)}. Costs are those after {int(context):,} tokens.", ""]
 
 
