@@ -1,29 +1,22 @@
-"""Write the tables of mixers in docs/reference/mixers.md and the README: `python docs/mixers.py [studies/families]`.
+"""Write the tables of mixers in docs/reference/mixers.md and the README: `python docs/mixers.py`.
 
 Papers are the arXiv numbers in the first paragraph of each mixer's module docstring. Formulas come from
-docs/mixers.yaml; for a mixer that is missing there, the indented lines of its docstring are shown as code. With the
-folder of a study (`seqmix compare families`), its results replace the table of trained models; otherwise that table is
-kept.
+docs/mixers.yaml; for a mixer that is missing there, the indented lines of its docstring are shown as code.
 """
 
 import ast
 import importlib
 import math
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from statistics import mean
 from typing import Any, get_args, get_type_hints
 
 import torch
 from ruamel.yaml import YAML
 
 from seqmix import MIXERS, Paradigm, RunConfig
-from seqmix.experiments.figures.figure import Axis, Figure, Point, Series
-from seqmix.experiments.figures.writer import adaptive
 from seqmix.experiments.pages import fill, table
-from seqmix.experiments.results import Results, read_results
 from seqmix.mixers import MixerConfig
 from seqmix.mixers.state import nbytes
 from seqmix.models.builder import build_meta
@@ -31,7 +24,6 @@ from seqmix.registry import write_file
 from seqmix.training.presets import mixer_kind, single_kind_presets
 
 TARGET = Path(__file__).with_name("reference") / "mixers.md"
-PICTURE = TARGET.parent / "mixers" / "families.svg"
 README = Path(__file__).parents[1] / "README.md"
 LENGTH = 2048
 """Length in tokens of the sequence for which costs are counted."""
@@ -88,18 +80,12 @@ INLINE = {
 """Formulas in the prose of docstrings, and their LaTeX."""
 
 
-def files(study: str | None = None) -> dict[Path, str]:
-    """Return the text of the page and the README with generated tables, and the picture of a study if one is given."""
+def files() -> dict[Path, str]:
+    """Return the text of the page and the README with generated tables."""
     presets = single_kind_presets()
     formulas = [line for kind in MIXERS.built_in() for line in (f"### {kind}", "", *_formulas(kind), "")]
     parts = {"mixers": _traits(presets), "states": _states(), "costs": _costs(presets), "formulas": formulas[:-1]}
-    pictures = {}
-    if study is not None:
-        results = read_results(study)
-        parts["trained"] = trained(results)
-        pictures[PICTURE] = adaptive([families(results)], 6.0)
-    page = fill(TARGET, parts)
-    return {TARGET: page, README: fill(README, {"mixers": _summary()}), **pictures}
+    return {TARGET: fill(TARGET, parts), README: fill(README, {"mixers": _summary()})}
 
 
 def _traits(presets: dict[str, RunConfig]) -> list[str]:
@@ -218,58 +204,6 @@ def _summary() -> list[str]:
     return table(["family", "mixers"], [(family, ", ".join(kinds)) for family, kinds in members.items()])
 
 
-def trained(results: Results) -> list[str]:
-    """Return a sentence and a table of a study's entries: losses by seed, and speeds relative to retention."""
-    seeds = sorted({run.seed for run in results.runs})
-    losses = {(run.entry, run.seed): run.validation_loss for run in results.runs}
-    speeds = {row.entry: row.tokens_per_second for row in results.speed.train}
-    decode = {row.entry: row for row in results.speed.decode}
-    retention = next((speeds.get(entry.name) for entry in results.entries if entry.mixers == ("retention",)), None)
-    rows = []
-    for entry in results.entries:
-        columns = [losses.get((entry.name, seed)) for seed in seeds]
-        finished = [loss for loss in columns if loss is not None]
-        if len(seeds) > 1:
-            columns.append(mean(finished) if len(finished) == len(seeds) else None)
-        speed = speeds.get(entry.name)
-        token = decode.get(entry.name)
-        ratio = f" ({speed / retention:.2f})" if speed and retention else ""
-        cells = [f"`{entry.mixers[0]}`", f"`{entry.name}`", f"{entry.parameters:,}"]
-        cells += ["" if loss is None else f"{loss:.4f}" for loss in columns]
-        cells += [f"{speed:,.0f}{ratio}" if speed else "", f"{token.state_bytes:,}" if token else ""]
-        rows.append([*cells, f"{1e3 * token.seconds:.2f}" if token and token.seconds else ""])
-    heads = [f"loss, seed {seed}" for seed in seeds] + (["mean"] if len(seeds) > 1 else [])
-    return [
-        "Tokens per second are medians over training steps on one thread, with the models interleaved; the ratio to",
-        "retention is in parentheses. The time per decoded token is a median over as many decode steps.",
-        "",
-        *table(["mixer", "preset", "parameters", *heads, "tokens/s", "state, bytes", "ms per decoded token"], rows),
-    ]
-
-
-def families(results: Results) -> Figure:
-    """Return the figure of validation loss against state size, with one series per op family."""
-    losses: dict[str, list[float]] = {}
-    for run in results.runs:
-        if run.validation_loss is not None:
-            losses.setdefault(run.entry, []).append(run.validation_loss)
-    points: dict[str, list[Point]] = {name: [] for name in (*FAMILIES.values(), HYBRID)}
-    for entry in results.entries:
-        entry_losses = losses.get(entry.name, [])
-        if entry_losses:
-            point = Point(float(entry.state_bytes), mean(entry_losses), min(entry_losses), max(entry_losses))
-            points[family(entry.mixers[0])].append(point)
-    series = [
-        Series(name, sorted(family_points), style)
-        for style, (name, family_points) in enumerate(points.items())
-        if family_points
-    ]
-    state = Axis("state of one sequence", unit="bytes", log=True)
-    loss = Axis("validation loss (nats per byte)", log=False)
-    caption = "Mean and range over the seeds; lower and further left is better."
-    return Figure("families", "Loss by state size", caption, state, loss, series, joined=False)
-
-
 def family(kind: str) -> str:
     """Return the name of a mixer's op family."""
     source = Path(importlib.import_module(MIXERS.origin(kind)).__file__ or "").read_text(encoding="utf-8")
@@ -327,5 +261,5 @@ def _inline(text: str) -> str:
 
 
 if __name__ == "__main__":
-    for file, text in files(*sys.argv[1:]).items():
+    for file, text in files().items():
         write_file(text, file)
