@@ -33,6 +33,10 @@ CONTEXTS = "256", "4096"
 FLOOR = 0.5
 """Loss in nats per byte that a second reading at equal time supposes power laws to approach."""
 UNMEASURED = "It is to be measured."
+LOSS = Axis("bits per byte", log=False)
+INTERVALS = "Mean and 95 % t interval over seeds of the loss at 256 tokens"
+STATE_TICKS = tuple(2.0**power for power in (10, 12, 14, 16, 18, 20, 22, 24))
+TIME_TICKS = 2e-3, 4e-3, 8e-3, 16e-3, 32e-3
 
 family: Callable[[str], str] = runpy.run_path(str(Path(__file__).with_name("mixers.py")))["family"]
 """Function that returns the name of a mixer's family from its kind, as in the reference of mixers."""
@@ -42,23 +46,25 @@ def files(measured: Measured | None = None) -> dict[Path, str]:
     """Return the text of the page, and a picture for each size; the results are those of the file by default."""
     measured = read_measured(RESULTS) if measured is None else measured
     lines = [line for name, size in measured.sizes.items() for line in (*section(name, size), "")]
-    pictures = {
-        PICTURES / f"{name.lower()}.svg": adaptive(drawn, 6.0)
-        for name, size in measured.sizes.items()
-        if (drawn := figures(size))
-    }
+    pictures = {}
+    for name, size in measured.sizes.items():
+        pictures[PICTURES / f"{name.lower()}.svg"] = adaptive([losses(size)], 7.0)
+        if drawn := costs_figures(size):
+            pictures[PICTURES / f"{name.lower()}-costs.svg"] = adaptive(drawn, 7.0)
     return {TARGET: fill(TARGET, {"language": lines[:-1] or [UNMEASURED]}), **pictures}
 
 
 def section(name: str, size: Size) -> Iterator[str]:
     """Yield the lines of one size: tables at equal tokens and in equal time, costs, and conditions."""
+    picture = f"{PICTURES.name}/{name.lower()}"
     yield from (f"### {name} parameters, equal tokens", "", *equal_tokens(size), "")
+    yield from (f"![Loss of every mixer with its interval, {name} parameters]({picture}.svg)", "")
     yield from (f"### {name} parameters, equal time", "", *equal_time(size), "")
     if any(model.costs is not None for model in size.models.values()):
         yield from (f"### {name} parameters, costs", "", *costs(size), "")
-    if figures(size):
-        picture = f"{PICTURES.name}/{name.lower()}.svg"
-        yield from (f"![Loss against state and against the time of a decoded token, {name} parameters]({picture})", "")
+    if costs_figures(size):
+        words = "Loss against state and against the time of a decoded token"
+        yield from (f"![{words}, {name} parameters]({picture}-costs.svg)", "")
     machines = dict.fromkeys(
         f"seqmix {model.machine.seqmix} and torch {model.machine.torch} on {model.machine.processor}"
         for model in size.models.values()
@@ -102,7 +108,7 @@ class Comparison:
         better, worse = (sum(_sign(value) == sign for value in differences) for sign in (-1, 1))
         counts = f"{better} are better, {worse} worse and {len(differences) - better - worse} tied"
         against = f" Against {REFERENCE}, {counts}." if differences else ""
-        return f"No {kind} is better than {', '.join(first)} beyond noise.{against}"
+        return f"No {kind} is better than {', '.join(first)} beyond noise (uncorrected).{against}"
 
 
 def family_findings(compared: Comparison, size: Size) -> str:
@@ -238,35 +244,44 @@ def _worth_their_cost(size: Size) -> list[str]:
     return [f"Better, beyond noise, than {'; than '.join(parts)}. Costs are those after {int(context):,} tokens.", ""]
 
 
-def figures(size: Size) -> list[Figure]:
+def losses(size: Size) -> Figure:
+    """Return the figure of every entry's loss at equal tokens, best first, by family."""
+    rows = Comparison(runs_at(size.models, dict.fromkeys(size.models, LENGTHS[0]))).rows
+    order = sorted(rows, key=lambda name: rows[name].validation_loss.mean)
+    names = {name: name for name in order}
+    caption = f"{INTERVALS}; lower is better."
+    return Figure("losses", "Loss", caption, Axis("", names=order), LOSS, _series(size, names), joined=False)
+
+
+def costs_figures(size: Size) -> list[Figure]:
     """Return the figures of loss at equal tokens against state and decode time, by family; none before the timing."""
+    context = CONTEXTS[-1]
+    after = f"after {int(context):,} tokens"
+    axes = {
+        "state_bytes": Axis(f"state {after}", unit="bytes", log=True, ticks=STATE_TICKS),
+        "decode_seconds": Axis(f"decode time per token {after}", unit="seconds", log=True, ticks=TIME_TICKS),
+    }
+    drawn = []
+    for field, axis in axes.items():
+        known = {name: getattr(model.costs, field, {}) for name, model in size.models.items()}
+        places = {name: float(each[context]) for name, each in known.items() if context in each}
+        caption = f"{INTERVALS}; lower and further left is better."
+        title = f"Loss by {axis.label.partition(' per')[0].removesuffix(f' {after}')}"
+        drawn.append(Figure(field, title, caption, axis, LOSS, _series(size, places), joined=False))
+    return drawable(drawn)
+
+
+def _series(size: Size, places: Mapping[str, float | str]) -> list[Series]:
+    """Return the points of loss and interval at equal tokens, by family; an entry without a place has none."""
     rows = Comparison(runs_at(size.models, dict.fromkeys(size.models, LENGTHS[0]))).rows
     families = sorted({family(model.mixer) for model in size.models.values()})
-
-    def series(values: str) -> list[Series]:
-        points: dict[str, list[Point]] = {name: [] for name in families}
-        for name, row in rows.items():
-            model = size.models[name]
-            value = None if model.costs is None else getattr(model.costs, values).get(CONTEXTS[-1])
-            if value is not None:
-                loss = row.validation_loss
-                margin = math.nan if loss.margin is None else loss.margin
-                points[family(model.mixer)].append(
-                    Point(float(value), loss.mean, loss.mean - margin, loss.mean + margin)
-                )
-        return [Series(name, sorted(points[name]), style) for style, name in enumerate(families) if points[name]]
-
-    loss = Axis("bits per byte", log=False)
-    caption = "Mean and 95 % t interval over seeds of the loss at 256 tokens; lower and further left is better."
-    context = f"after {int(CONTEXTS[-1]):,} tokens"
-    state = Axis(f"state {context}", unit="bytes", log=True)
-    time = Axis(f"decode time per token {context}", unit="seconds")
-    return drawable(
-        [
-            Figure("state", "Loss by state", caption, state, loss, series("state_bytes"), joined=False),
-            Figure("decode", "Loss by decode time", caption, time, loss, series("decode_seconds"), joined=False),
-        ]
-    )
+    points: dict[str, list[Point]] = {name: [] for name in families}
+    for entry, row in rows.items():
+        if entry in places:
+            mean, margin = row.validation_loss.mean, row.validation_loss.margin
+            ends = (mean, mean) if margin is None else (mean - margin, mean + margin)
+            points[family(size.models[entry].mixer)].append(Point(places[entry], mean, *ends))
+    return [Series(name, sorted(points[name]), style) for style, name in enumerate(families) if points[name]]
 
 
 def _order(compared: Mapping[int, Comparison], size: Size) -> list[str]:

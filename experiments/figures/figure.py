@@ -105,6 +105,8 @@ class Figure:
         x, y = scales["x"].divisor, scales["y"].divisor
         step = min(DODGE, MAX_DODGE / max(1, len(self.series) - 1))
         fitted = any(one.faint for one in self.series)
+        places = [point.x for one in self.series for point in one.points]
+        alone_at_names = len(places) == len(set(places))
         rows = []
         for i, one in enumerate(self.series):
             points = list(one.points)
@@ -116,8 +118,8 @@ class Figure:
                 every = len(points) // 5  # a few markers, elsewhere in each series
             first = (one.style * every) // 5 % every
             barred = (alone or not self.banded) and any(p.low < p.high for p in points)
-            # points of a scatter, and beside a fitted line, are not shifted: their x values differ
-            scattered = not self.joined and not self.x.names
+            # points of a scatter, beside a fitted line, or each at a name of its own are not shifted
+            scattered = not self.joined and (not self.x.names or alone_at_names)
             dodge = 0.0 if fitted or self.banded or scattered else step * (i - (len(self.series) - 1) / 2)
             for k, point in enumerate(points):
                 row = {"series": one.name, "x": point.x if isinstance(point.x, str) else point.x / x, "y": point.y / y}

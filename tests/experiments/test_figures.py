@@ -116,6 +116,14 @@ def test_a_single_point_is_seen_where_others_have_a_line_or_a_band():
     assert not any("dodge" in row for row in long)
 
 
+def test_bars_at_names_are_shifted_only_if_they_share_one():
+    names = Axis("", names=["a", "b"])
+    apart = Figure("f", "t", "c", names, Y, [Series(name, [Point(name, 2, 1, 3)]) for name in "ab"], joined=False)
+    assert {row["dodge"] for row in apart.rows()} == {0}
+    both = replace(apart, series=[Series(name, [Point("a", 2, 1, 3)]) for name in "ab"])
+    assert len({row["dodge"] for row in both.rows()}) == 2
+
+
 def test_a_spread_that_is_not_finite_has_no_bar():
     (row,) = figure([1], [2], [1], [math.inf]).rows()
     assert "low" not in row

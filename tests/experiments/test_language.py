@@ -175,12 +175,13 @@ def test_the_page_is_written_from_results(page):
     measured = add(Measured(), results(list(STEP), [0, 1, 2]))
     files = page["files"](measured)
     text = files.pop(page["TARGET"])
-    (picture,) = files
-    assert picture.name == "1m.svg"
-    assert "(language/1m.svg)" in text
+    assert [picture.name for picture in files] == ["1m.svg", "1m-costs.svg"]
+    assert all(f"(language/{picture.name})" in text for picture in files)
+    (losses,) = (svg for picture, svg in files.items() if picture.name == "1m.svg")
+    assert [losses.index(f">{name}<") for name in STEP] == sorted(losses.index(f">{name}<") for name in STEP)
     tokens, time, _ = text.split("## Results")[1].split("### ")[1:]
     assert (
-        "No entry is better than `attention` beyond noise. Against attention, 0 are better, 3 worse and 0 tied."
+        "No entry is better than `attention` beyond noise (uncorrected). Against attention, 0 are better, 3 worse and 0 tied."
         in tokens
     )
     bits = f"{loss('gla', 360, 1) / math.log(2):.3f} ± "
@@ -217,10 +218,10 @@ def test_one_seed_says_nothing(page):
     assert not any("±" in line for line in lines)
 
 
-def test_before_the_timing_there_is_no_figure(page):
+def test_before_the_timing_there_is_no_figure_of_costs(page):
     files = page["files"](add(Measured(), results(list(STEP), [0, 1], timed=False)))
-    assert list(files) == [page["TARGET"]]
-    assert "![" not in files[page["TARGET"]]
+    assert [file.name for file in files] == ["language.md", "1m.svg"]
+    assert "1m-costs" not in files[page["TARGET"]]
     assert "The times are to be measured" in files[page["TARGET"]]
 
 
