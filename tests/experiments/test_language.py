@@ -180,10 +180,8 @@ def test_the_page_is_written_from_results(page):
     (losses,) = (svg for picture, svg in files.items() if picture.name == "1m.svg")
     assert [losses.index(f">{name}<") for name in STEP] == sorted(losses.index(f">{name}<") for name in STEP)
     tokens, time, _ = text.split("## Results")[1].split("### ")[1:]
-    assert (
-        "No entry is better than `attention` beyond noise (uncorrected). Against attention, 0 are better, 3 worse and 0 tied."
-        in tokens
-    )
+    assert "No entry is better than `attention` beyond noise (uncorrected)." in tokens
+    assert "Against attention, 0 are better, 3 worse and 0 tied." in tokens
     bits = f"{loss('gla', 360, 1) / math.log(2):.3f} ± "
     assert bits in next(line for line in tokens.splitlines() if line.startswith("| `gla`"))
     by_name = {line.split("`")[1]: line for line in time.splitlines() if line.startswith("| `")}
