@@ -342,15 +342,12 @@ def test_time_left_is_of_what_is_left():
     assert forecast.seconds_left == pytest.approx(300 / 50 * 10)
 
 
-def test_the_page_of_mixers_takes_a_study(tmp_path):
+def test_a_page_without_the_region_is_refused(tmp_path):
     page = runpy.run_path(str(ROOT / "docs" / "mixers.py"))
-    lines = page["trained"](results([run("a", 1.25), run("a", 1.75, seed=1), run("b", 2.0), run("b", None, seed=1)]))
-    assert lines[-2] == "| `retention` | `a` | 1,000 | 1.2500 | 1.7500 | 1.5000 |  |  |  |"
-    assert lines[-1] == "| `retention` | `b` | 1,000 | 2.0000 |  |  |  |  |  |"
     file = tmp_path / "page.md"
     file.write_text("x")
-    with pytest.raises(SeqmixError, match="no region between <!-- trained: begin -->"):
-        page["fill"](file, {"trained": lines})
+    with pytest.raises(SeqmixError, match="no region between <!-- costs: begin -->"):
+        page["fill"](file, {"costs": ["a"]})
 
 
 def test_the_table_of_transfer_has_the_price_of_the_narrow_model_s_rate():
