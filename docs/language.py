@@ -35,8 +35,10 @@ FLOOR = 0.5
 UNMEASURED = "It is to be measured."
 LOSS = Axis("bits per byte", log=False)
 INTERVALS = "Mean and 95 % t interval over seeds of the loss at 256 tokens"
-STATE_TICKS = tuple(2.0**power for power in (10, 12, 14, 16, 18, 20, 22, 24))
+STATE_TICKS = tuple(2.0**power for power in range(10, 25, 2))
+"""Ticks of state sizes in bytes."""
 TIME_TICKS = 2e-3, 4e-3, 8e-3, 16e-3, 32e-3
+"""Ticks of decode times in seconds."""
 
 family: Callable[[str], str] = runpy.run_path(str(Path(__file__).with_name("mixers.py")))["family"]
 """Function that returns the name of a mixer's family from its kind, as in the reference of mixers."""
@@ -111,6 +113,11 @@ class Comparison:
         return f"No {kind} is better than {', '.join(first)} beyond noise (uncorrected).{against}"
 
 
+def at_length(size: Size, steps: int) -> Comparison:
+    """Return the comparison of the runs of a number of steps."""
+    return Comparison(runs_at(size.models, dict.fromkeys(size.models, steps)))
+
+
 def family_findings(compared: Comparison, size: Size) -> str:
     """Return a sentence on the families of which three members, and half of them, differ on one side beyond noise."""
     members: dict[str, list[int]] = {}
@@ -140,7 +147,7 @@ def worth_naming(compared: Comparison, costs: Mapping[str, float]) -> list[str]:
 
 def equal_tokens(size: Size) -> list[str]:
     """Return the verdict and the table at equal tokens."""
-    compared = {steps: Comparison(runs_at(size.models, dict.fromkeys(size.models, steps))) for steps in LENGTHS}
+    compared = {steps: at_length(size, steps) for steps in LENGTHS}
     heads = ["mixer", "family", "convolution:"]
     for steps in LENGTHS:
         tokens = f"{steps * TOKENS / 1e6:.2f}M tokens"
@@ -230,23 +237,28 @@ def costs(size: Size) -> list[str]:
 
 
 def _worth_their_cost(size: Size) -> list[str]:
-    """Return a paragraph on the entries that no cheaper entry equals; no lines without intervals."""
-    compared = Comparison(runs_at(size.models, dict.fromkeys(size.models, LENGTHS[0])))
+    """Return a paragraph on the entries that are better than all cheaper ones; no lines without intervals."""
+    compared = at_length(size, LENGTHS[0])
     if not compared.has_intervals:
         return []
-    context = CONTEXTS[-1]
     parts = []
-    for cost, values in (("smaller state", "state_bytes"), ("shorter decode time", "decode_seconds")):
-        known = {name: getattr(model.costs, values, {}) for name, model in size.models.items()}
-        entries = worth_naming(compared, {name: each[context] for name, each in known.items() if context in each})
+    for cost, field in (("smaller state", "state_bytes"), ("shorter decode time", "decode_seconds")):
+        entries = worth_naming(compared, _longest_context(size, field))
         names = ", ".join(f"`{entry}`" for entry in entries) or "none"
         parts.append(f"every mixer with a {cost}: {names}")
-    return [f"Better, beyond noise, than {'; than '.join(parts)}. Costs are those after {int(context):,} tokens.", ""]
+    after = f"{int(CONTEXTS[-1]):,} tokens"
+    return [f"Better, beyond noise, than {'; than '.join(parts)}. Costs are those after {after}.", ""]
+
+
+def _longest_context(size: Size, field: str) -> dict[str, float]:
+    """Return the state bytes or decode seconds of all entries after the longest context; timed entries have them."""
+    known = {name: getattr(model.costs, field, {}) for name, model in size.models.items()}
+    return {name: float(each[CONTEXTS[-1]]) for name, each in known.items() if CONTEXTS[-1] in each}
 
 
 def losses(size: Size) -> Figure:
     """Return the figure of every entry's loss at equal tokens, best first, by family."""
-    rows = Comparison(runs_at(size.models, dict.fromkeys(size.models, LENGTHS[0]))).rows
+    rows = at_length(size, LENGTHS[0]).rows
     order = sorted(rows, key=lambda name: rows[name].validation_loss.mean)
     names = {name: name for name in order}
     caption = f"{INTERVALS}; lower is better."
@@ -255,25 +267,23 @@ def losses(size: Size) -> Figure:
 
 def costs_figures(size: Size) -> list[Figure]:
     """Return the figures of loss at equal tokens against state and decode time, by family; none before the timing."""
-    context = CONTEXTS[-1]
-    after = f"after {int(context):,} tokens"
-    axes = {
-        "state_bytes": Axis(f"state {after}", unit="bytes", log=True, ticks=STATE_TICKS),
-        "decode_seconds": Axis(f"decode time per token {after}", unit="seconds", log=True, ticks=TIME_TICKS),
-    }
+    after = f"after {int(CONTEXTS[-1]):,} tokens"
+    caption = f"{INTERVALS}; lower and further left is better."
+    state = Axis(f"state {after}", unit="bytes", log=True, ticks=STATE_TICKS)
+    time = Axis(f"decode time per token {after}", unit="seconds", log=True, ticks=TIME_TICKS)
     drawn = []
-    for field, axis in axes.items():
-        known = {name: getattr(model.costs, field, {}) for name, model in size.models.items()}
-        places = {name: float(each[context]) for name, each in known.items() if context in each}
-        caption = f"{INTERVALS}; lower and further left is better."
-        title = f"Loss by {axis.label.partition(' per')[0].removesuffix(f' {after}')}"
-        drawn.append(Figure(field, title, caption, axis, LOSS, _series(size, places), joined=False))
+    for title, field, axis in (
+        ("Loss by state", "state_bytes", state),
+        ("Loss by decode time", "decode_seconds", time),
+    ):
+        points = _series(size, _longest_context(size, field))
+        drawn.append(Figure(field, title, caption, axis, LOSS, points, joined=False))
     return drawable(drawn)
 
 
-def _series(size: Size, places: Mapping[str, float | str]) -> list[Series]:
+def _series(size: Size, places: Mapping[str, float] | Mapping[str, str]) -> list[Series]:
     """Return the points of loss and interval at equal tokens, by family; an entry without a place has none."""
-    rows = Comparison(runs_at(size.models, dict.fromkeys(size.models, LENGTHS[0]))).rows
+    rows = at_length(size, LENGTHS[0]).rows
     families = sorted({family(model.mixer) for model in size.models.values()})
     points: dict[str, list[Point]] = {name: [] for name in families}
     for entry, row in rows.items():
