@@ -372,7 +372,7 @@ def test_the_table_of_transfer_has_the_price_of_the_narrow_model_s_rate():
 
 
 def test_a_mixer_without_the_option_has_no_result_with_it():
-    page = runpy.run_path(str(ROOT / "docs" / "recall.py"))
+    page = runpy.run_path(str(ROOT / "docs" / "accessories.py"))
     runs = [
         run(entry, 1.0, accuracy=accuracy, variant={"equal.short_conv": value})
         for entry, pair in (("a", (0.5, 0.5)), ("b", (0.1, 0.2)))
@@ -383,6 +383,26 @@ def test_a_mixer_without_the_option_has_no_result_with_it():
     assert [line.replace("\N{NO-BREAK SPACE}", " ") for line in lines[2:4]] == [
         "| `b` | 10.0 % |  | 0.001 | 20.0 % |  | 0.001 |",
         "| `a` | 50.0 % |  | 0.001 | no option |  |  |",
+    ]
+
+
+def test_losses_with_a_convolution_are_in_bits_and_compared_at_equal_seeds():
+    page = runpy.run_path(str(ROOT / "docs" / "accessories.py"))
+    losses = {
+        ("a", None): (1.0, 2.0),
+        ("a", 4): (0.5, 1.0),
+        ("attention", None): (2.0, 3.0),
+        ("attention", 4): (1.0, 1.5),
+    }
+    runs = [
+        run(entry, loss * math.log(2), seed=seed, variant={"equal.short_conv": value})
+        for (entry, value), pair in losses.items()
+        for seed, loss in enumerate(pair)
+    ]
+    lines = page["text"](results(runs))[2:]
+    assert [line.replace("\N{NO-BREAK SPACE}", " ").replace(" ± ", "±").split(" | ") for line in lines] == [
+        ["| `a`", "1.500±6.353", "-1.000±0.000", "0.001", "0.750±3.177", "-0.500±0.000", "0.001", "-0.750±3.177 |"],
+        ["| `attention`", "2.500±6.353", "", "0.001", "1.250±3.177", "", "0.001", "-1.250±3.177 |"],
     ]
 
 
