@@ -1,29 +1,32 @@
-"""Write a table of docs/explanation/equal-accessories.md: `python docs/accessories.py FOLDER`.
+"""Write the tables of docs/explanation/equal-accessories.md: `python docs/accessories.py [FOLDER]`.
 
-FOLDER is that of the study `recall-accessories` or `text-accessories`, after `seqmix compare NAME`.
+FOLDER is that of the study `recall-accessories` or `text-accessories`, after `seqmix compare NAME`. Results of text are
+kept in docs/explanation/equal-accessories.json; without a folder, the tables of text are written anew from that file.
 """
 
-import math
+import runpy
 import sys
-from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 from seqmix.experiments.answer import answer, format_statistic, has_accuracy
+from seqmix.experiments.language import REFERENCE, Measured, Size, read_measured, size_of
 from seqmix.experiments.pages import fill, table
-from seqmix.experiments.results import ABSENT, Results, RunResult, SummaryRow, read_results
-from seqmix.experiments.summary import difference, statistic, values_of
+from seqmix.experiments.results import ABSENT, Results, Statistic, SummaryRow, read_results
+from seqmix.experiments.summary import difference
 from seqmix.experiments.tables import notes
-from seqmix.registry import write_file
+from seqmix.registry import SeqmixError, write_file
 
 TARGET = Path(__file__).with_name("explanation") / "equal-accessories.md"
 OPTION = "equal.short_conv"
 VALUES = {"without": None, "with": 4}
 """Values of the varied option, by the word for them in the table."""
-REFERENCE = "attention"
-"""Entry with which the others are compared on text."""
-
-Place = tuple[str, int | None]
-"""An entry, and the tokens of its short convolution."""
+STEPS = 360
+"""Steps of the runs of text."""
+TEXT = TARGET.with_suffix(".json")
+"""Results of text: a size for each word of `VALUES`."""
+LANGUAGE = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("language.py"))))
+"""Program of the page of all mixers on text, and its results."""
 
 
 def recall(results: Results) -> list[str]:
@@ -63,42 +66,74 @@ def _cells(row: SummaryRow | None) -> list[str]:
     return [format_statistic(row.accuracy, as_percent=True), f"{row.rank or ''}", f"{row.learning_rate:g}"]
 
 
-def text(results: Results) -> list[str]:
+def read_text(results: Results) -> Measured:
+    """Return the losses of a study of text without and with a short convolution."""
+    sizes = {}
+    for word, value in VALUES.items():
+        rows = tuple(row for row in results.summary if row.variant[OPTION] == value)
+        sizes[word] = size_of(results.model_copy(update={"summary": rows}))[1]
+    return Measured(sizes=sizes)
+
+
+def text(measured: Measured) -> list[str]:
     """Return the table of losses in bits per byte without and with a short convolution, best first with one.
 
     Differences are at equal seeds: a mixer minus attention, and what the convolution changes in a mixer.
     """
-    runs = {(row.entry, row.variant[OPTION]): _in_bits(results.runs_of(row)) for row in results.summary}
-    losses = {place: statistic(values_of(each, "validation_loss")) for place, each in runs.items()}
-    rates = {(row.entry, row.variant[OPTION]): f"{row.learning_rate:g}" for row in results.summary}
-
-    def minus(one: Place, other: Place) -> str:
-        known = one != other and {one, other} <= runs.keys()
-        value = difference(runs[one], runs[other], "validation_loss") if known else None
-        return "" if value is None else f"{'+' if value.mean > 0 else ''}{format_statistic(value)}"
-
-    def loss_with(name: str) -> float:
-        return losses[name, 4].mean if (name, 4) in losses else math.inf
-
+    compared = {word: LANGUAGE.at_length(size, STEPS) for word, size in measured.sizes.items()}
     rows = []
-    for name in sorted({entry for entry, _ in runs}, key=loss_with):
-        places = [(name, value) for value in VALUES.values()]
-        of_value = [
-            (format_statistic(losses.get(place)), minus(place, (REFERENCE, place[1])), rates.get(place, ""))
-            for place in places
-        ]
-        rows.append([f"`{name}`", *(cell for cells in of_value for cell in cells), minus(*reversed(places))])
+    for name in sorted(compared["with"].rows, key=lambda name: compared["with"].rows[name].validation_loss.mean):
+        cells = [f"`{name}`"]
+        for word, each in compared.items():
+            rate = measured.sizes[word].models[name].runs[str(STEPS)].learning_rate
+            cells += [format_statistic(each.rows[name].validation_loss), _signed(each.difference(name)), f"{rate:g}"]
+        ours = {word: [run for run in each.runs if run.entry == name] for word, each in compared.items()}
+        rows.append([*cells, _signed(difference(ours["with"], ours["without"], "validation_loss"))])
     heads = [head for word in VALUES for head in (f"{word}, bits per byte:", f"minus {REFERENCE}:", "learning rate:")]
     return table(["mixer", *heads, "with minus without:"], rows)
 
 
-def _in_bits(runs: Sequence[RunResult]) -> list[RunResult]:
-    """Return the runs that have a loss, with losses in bits."""
-    bits = {run.name: run.validation_loss / math.log(2) for run in runs if run.validation_loss is not None}
-    return [run.model_copy(update={"validation_loss": bits[run.name]}) for run in runs if run.name in bits]
+def against(measured: Measured, size: Size) -> list[str]:
+    """Return the verdict and the table of all mixers of a size, with their defaults, against attention with a
+    convolution.
+
+    Raises:
+        SeqmixError: the runs of attention and those of the size were not made under the same conditions.
+    """
+    attention = measured.sizes["with"]
+    if attention.conditions != size.conditions:
+        raise SeqmixError(f"expected results under the conditions {size.conditions}; got {attention.conditions}")
+    models = size.models | {REFERENCE: attention.models[REFERENCE]}
+    compared = LANGUAGE.at_length(size.model_copy(update={"models": models}), STEPS)
+    rows = []
+    for name in sorted(compared.rows, key=lambda name: compared.rows[name].validation_loss.mean):
+        if name != REFERENCE:
+            convolution = models[name].short_conv.replace("null", "none")
+            rows.append(
+                [f"`{name}`", LANGUAGE.family(models[name].mixer), convolution, _signed(compared.difference(name))]
+            )
+    return [compared.verdict(), "", *table(["mixer", "family", "convolution:", f"minus {REFERENCE}:"], rows)]
+
+
+def _signed(value: Statistic | None) -> str:
+    return "" if value is None else f"{'+' if value.mean > 0 else ''}{format_statistic(value)}"
+
+
+def files(measured: Measured | None = None) -> dict[Path, str]:
+    """Return the text of the page with the tables of text; the results are those of the file by default."""
+    measured = read_measured(TEXT) if measured is None else measured
+    size = read_measured(LANGUAGE.RESULTS).sizes["1M"]
+    return {TARGET: fill(TARGET, {"text": text(measured), "all mixers": against(measured, size)})}
 
 
 if __name__ == "__main__":
-    results = read_results(sys.argv[1])
-    lines = {"recall": recall(results)} if has_accuracy(results) else {"text": text(results)}
-    write_file(fill(TARGET, lines), TARGET)
+    try:
+        for results in map(read_results, sys.argv[1:]):
+            if has_accuracy(results):
+                write_file(fill(TARGET, {"recall": recall(results)}), TARGET)
+            else:
+                write_file(read_text(results).model_dump_json(indent=1, exclude_defaults=True) + "\n", TEXT)
+        for file, page in files().items():
+            write_file(page, file)
+    except SeqmixError as error:
+        sys.exit(str(error))

@@ -13,6 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = {
+    "docs/accessories.py": "text with equal accessories",
     "docs/api.py": "pages of the Python API",
     "docs/generate.py": "pages of fields, commands, checks and presets",
     "docs/language.py": "results on text at equal parameters",

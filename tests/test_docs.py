@@ -172,7 +172,19 @@ def test_a_distribution_ships_a_mixer_as_the_page_says(folder):
 
 
 @pytest.mark.parametrize(
-    "name", ["api", "generate", "language", "leaderboard", "mixers", "paper", "rank_transfer", "scaling", "tasks"]
+    "name",
+    [
+        "accessories",
+        "api",
+        "generate",
+        "language",
+        "leaderboard",
+        "mixers",
+        "paper",
+        "rank_transfer",
+        "scaling",
+        "tasks",
+    ],
 )
 def test_what_is_generated_is_up_to_date(name):
     if name == "api":

@@ -395,15 +395,20 @@ def test_losses_with_a_convolution_are_in_bits_and_compared_at_equal_seeds():
         ("attention", 4): (1.0, 1.5),
     }
     runs = [
-        run(entry, loss * math.log(2), seed=seed, variant={"equal.short_conv": value})
+        run(entry, loss * math.log(2), seed=seed, variant={"training.steps": 360, "equal.short_conv": value})
         for (entry, value), pair in losses.items()
         for seed, loss in enumerate(pair)
     ]
-    lines = page["text"](results(runs))[2:]
+    measured = page["read_text"](results(runs))
+    lines = page["text"](measured)[2:]
     assert [line.replace("\N{NO-BREAK SPACE}", " ").replace(" ± ", "±").split(" | ") for line in lines] == [
         ["| `a`", "1.500±6.353", "-1.000±0.000", "0.001", "0.750±3.177", "-0.500±0.000", "0.001", "-0.750±3.177 |"],
         ["| `attention`", "2.500±6.353", "", "0.001", "1.250±3.177", "", "0.001", "-1.250±3.177 |"],
     ]
+    others = measured.sizes["without"]  # 1 and 2 bits against attention's 1 and 1.5 with a convolution
+    assert page["against"](measured, others)[-1].replace("\N{NO-BREAK SPACE}", " ").endswith("| +0.250 ± 3.177 |")
+    with pytest.raises(SeqmixError, match="expected results under the conditions other; got"):
+        page["against"](measured, others.model_copy(update={"conditions": "other"}))
 
 
 # ---- how loss falls with size
