@@ -112,7 +112,9 @@ def against(measured: Measured, size: Size) -> list[str]:
             rows.append(
                 [f"`{name}`", LANGUAGE.family(models[name].mixer), convolution, _signed(compared.difference(name))]
             )
-    return [compared.verdict(), "", *table(["mixer", "family", "convolution:", f"minus {REFERENCE}:"], rows)]
+    reference = f"{REFERENCE} with a convolution"
+    heads = ["mixer", "family", "convolution:", f"minus {reference}:"]
+    return [compared.verdict(reference=reference), "", *table(heads, rows)]
 
 
 def _signed(value: Statistic | None) -> str:

@@ -100,8 +100,8 @@ class Comparison:
             return ["", "", ""]
         return [_text(row.validation_loss), f"{row.rank or ''}", _text(self.difference(entry), signed=True)]
 
-    def verdict(self, kind: str = "entry") -> str:
-        """Return the sentences that the intervals allow; `kind` says what is compared."""
+    def verdict(self, kind: str = "entry", reference: str = REFERENCE) -> str:
+        """Return the sentences that the intervals allow; the words say what is compared, and with what."""
         best = min(self.rows.values(), key=lambda row: row.validation_loss.mean, default=None)
         if best is None or not self.has_intervals:
             return "Some entries have no interval yet, so nothing can be said."
@@ -109,7 +109,7 @@ class Comparison:
         differences = [value for entry in self.rows if (value := self.difference(entry)) is not None]
         better, worse = (sum(_sign(value) == sign for value in differences) for sign in (-1, 1))
         counts = f"{better} are better, {worse} worse and {len(differences) - better - worse} tied"
-        against = f" Against {REFERENCE}, {counts}." if differences else ""
+        against = f" Against {reference}, {counts}." if differences else ""
         return f"No {kind} is better than {', '.join(first)} beyond noise (uncorrected).{against}"
 
 
