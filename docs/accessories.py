@@ -1,7 +1,7 @@
 """Write the tables of docs/explanation/equal-accessories.md: `python docs/accessories.py [FOLDER]`.
 
 FOLDER is that of the study `recall-accessories` or `text-accessories`, after `seqmix compare NAME`. Results of text are
-kept in docs/explanation/equal-accessories.json; without a folder, the tables of text are written anew from that file.
+kept in docs/explanation/equal-accessories.json; without a folder, the tables of text are regenerated from that file.
 """
 
 import runpy
@@ -66,6 +66,18 @@ def _cells(row: SummaryRow | None) -> list[str]:
     return [format_statistic(row.accuracy, as_percent=True), f"{row.rank or ''}", f"{row.learning_rate:g}"]
 
 
+def read_study(folder: str) -> Results:
+    """Read the results of a study that varies the short convolution.
+
+    Raises:
+        SeqmixError: the folder cannot be read, or its study varies something else.
+    """
+    results = read_results(folder)
+    if not results.summary or any(OPTION not in row.variant for row in results.summary):
+        raise SeqmixError(f"expected finished runs of a study that varies {OPTION}, got {results.name} in {folder}")
+    return results
+
+
 def read_text(results: Results) -> Measured:
     """Return the losses of a study of text without and with a short convolution."""
     sizes = {}
@@ -94,11 +106,10 @@ def text(measured: Measured) -> list[str]:
 
 
 def against(measured: Measured, size: Size) -> list[str]:
-    """Return the verdict and the table of all mixers of a size, with their defaults, against attention with a
-    convolution.
+    """Return a verdict and a table: every mixer of `size`, with default options, minus attention with a convolution.
 
     Raises:
-        SeqmixError: the runs of attention and those of the size were not made under the same conditions.
+        SeqmixError: the two were not trained under the same conditions.
     """
     attention = measured.sizes["with"]
     if attention.conditions != size.conditions:
@@ -121,16 +132,16 @@ def _signed(value: Statistic | None) -> str:
     return "" if value is None else f"{'+' if value.mean > 0 else ''}{format_statistic(value)}"
 
 
-def files(measured: Measured | None = None) -> dict[Path, str]:
-    """Return the text of the page with the tables of text; the results are those of the file by default."""
-    measured = read_measured(TEXT) if measured is None else measured
+def files() -> dict[Path, str]:
+    """Return the text of the page with the tables of text, from the results in the repository."""
+    measured = read_measured(TEXT)
     size = read_measured(LANGUAGE.RESULTS).sizes["1M"]
     return {TARGET: fill(TARGET, {"text": text(measured), "all mixers": against(measured, size)})}
 
 
 if __name__ == "__main__":
     try:
-        for results in map(read_results, sys.argv[1:]):
+        for results in map(read_study, sys.argv[1:]):
             if has_accuracy(results):
                 write_file(fill(TARGET, {"recall": recall(results)}), TARGET)
             else:

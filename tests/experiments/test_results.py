@@ -411,6 +411,13 @@ def test_losses_with_a_convolution_are_in_bits_and_compared_at_equal_seeds():
         page["against"](measured, others.model_copy(update={"conditions": "other"}))
 
 
+def test_a_study_without_the_varied_convolution_is_refused(tmp_path):
+    page = runpy.run_path(str(ROOT / "docs" / "accessories.py"))
+    (tmp_path / "results.json").write_text(results([run("a", 1.0)]).model_dump_json())
+    with pytest.raises(SeqmixError, match=r"expected finished runs of a study that varies equal\.short_conv, got "):
+        page["read_study"](str(tmp_path))
+
+
 # ---- how loss falls with size
 
 SIZES = 100_000, 250_000, 900_000
