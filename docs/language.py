@@ -330,9 +330,10 @@ if __name__ == "__main__":
         measured = read_measured(RESULTS)
         for folder in sys.argv[1:]:
             measured = add(measured, read_results(folder))
+        written = files(measured)
     except SeqmixError as error:
         sys.exit(str(error))
     if sys.argv[1:]:
         write_file(measured.model_dump_json(indent=1, exclude_defaults=True) + "\n", RESULTS)
-    for file, text in files(measured).items():
+    for file, text in written.items():
         write_file(text, file)
