@@ -151,6 +151,18 @@ def pool(predictor: Predictor, published: Sequence[Published], draws: int = rank
     )
 
 
+def minus_date(
+    predictor: Predictor, published: Sequence[Published], entries: Mapping[str, Entry], draws: int = ranks.DRAWS
+) -> tuple[float, Interval] | None:
+    """Return by how much a predictor's pooled rho exceeds that of the date, with its interval; None without columns."""
+    if not published:
+        return None
+    columns = [each.column for each in published]
+    date = date_predictor(entries, predictor.entries).values
+    difference = float(ranks.pooled(predictor.values, columns) - ranks.pooled(date, columns))
+    return difference, ranks.pooled_interval(predictor.by_seed, columns, draws, minus=date)
+
+
 def about(subject: str) -> Callable[[Measure], bool]:
     """Return the selection of columns that ask for a subject."""
     return lambda measure: measure.asks == subject
@@ -233,10 +245,8 @@ def judge(
             continue
         published = columns_for(group.entries, grids, about(prediction.asks))
         difference = None
-        if published and prediction.expect == "no better than date":
-            date = date_predictor(entries, group.entries)
-            columns = [each.column for each in published]
-            difference = ranks.pooled_interval(group.by_seed, columns, draws, minus=date.values)
+        if prediction.expect == "no better than date" and (found := minus_date(group, published, entries, draws)):
+            difference = found[1]
         measured.append((prediction, pool(group, published, draws), difference))
     # what could not be measured counts among the tests too, as one that found nothing
     positive = [(i, pooled) for i, (each, pooled, _) in enumerate(measured) if each.expect == "positive"]

@@ -19,6 +19,7 @@ from .analysis import (
     date_predictor,
     group_predictors,
     judge,
+    minus_date,
     pool,
     reliability,
     same_as,
@@ -33,6 +34,11 @@ SUBJECTS = {"language": "language", "recall": "recall", "tracking": "state track
 HALFWAY = (
     "Accuracies over all difficulties, while the learning rate is still high: exploratory, and added after the results."
 )
+DATES = (
+    "Exploratory, and added after the results. Attention's paper is of 2017; its entry stands for newer Transformers."
+)
+OLDEST = "softmax attention"
+"""Family whose date says least about its entries."""
 PICTURE = "![Agreement of each task with published rankings](rank-transfer/rho.svg)"
 Pools: TypeAlias = Mapping[str, Mapping[str, Pooled | None]]
 """Agreement of each predictor with the columns of each subject."""
@@ -159,6 +165,7 @@ def results(
     if half := task_predictors(scores, entries, halfway=True):
         lines += ["### After half of the training", "", *_halfway(half, names, grids, draws), ""]
     lines += ["### One family left out", "", *_families({**primary, date.name: date}, grids, entries, draws), ""]
+    lines += ["### Against the date", "", *_dates(primary, grids, entries, predictions, draws), ""]
     lines += ["### Single columns", "", *_columns({**primary, date.name: date}, grids, draws), ""]
     lines += ["With four or five mixers, an interval says nothing, even if it is narrow."]
     return lines, _figure(pools)
@@ -282,6 +289,30 @@ def _families(
                 cells.append(_rho(pool(kept, columns_for(kept.entries, grids, about(subject)), draws)))
             rows.append((name, SUBJECTS[subject], *cells))
     return table(["predictor", "published", "all:", *(f"without {family}:" for family in families)], rows)
+
+
+def _dates(
+    predictors: Mapping[str, Predictor],
+    grids: Mapping[str, Grid],
+    entries: Mapping[str, Entry],
+    predictions: Predictions,
+    draws: int,
+) -> list[str]:
+    rows = []
+    for name, predictor in predictors.items():
+        newer = predictor.without({entry for entry in predictor.entries if entries[entry].family == OLDEST})
+        for subject in POOLED:
+            cells = []
+            for one in (predictor, newer):
+                found = minus_date(one, columns_for(one.entries, grids, about(subject)), entries, draws)
+                cells.append("" if found is None else f"{found[0]:.2f} {_interval(found[1])}")
+            asked = columns_for(predictor.entries, grids, about(subject))
+            tasks = predictions.groups[name]
+            others = [each for each in asked if grids[each.grid].measures[each.measure].task not in tasks]
+            cells.append("" if len(others) == len(asked) else _rho(pool(predictor, others, draws)))
+            rows.append((name, SUBJECTS[subject], *cells))
+    heads = ["rho minus the date's:", f"without {OLDEST}:", "rho without columns of the same task:"]
+    return [*table(["predictor", "published", *heads], rows), "", DATES]
 
 
 def _columns(predictors: Mapping[str, Predictor], grids: Mapping[str, Grid], draws: int) -> list[str]:

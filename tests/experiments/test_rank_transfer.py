@@ -196,6 +196,11 @@ def test_results_find_what_is_there_and_nothing_else():
     assert controls["parity"][2] == "2"
     families = table_of(lines, "### One family left out")
     assert ["recall tasks", "recall"] in [row[:2] for row in families]
+    dates = {tuple(row[:2]): row[2:] for row in table_of(lines, "### Against the date")}
+    assert float(dates["recall tasks", "recall"][0].split()[0]) > 0  # no date knows as much as the published scores
+    assert dates["all tasks", "language"][0].endswith(verdicts["6"][6])
+    assert dates["tracking tasks", "state tracking"][2].split()[0] == "0.00"
+    assert dates["recall tasks", "recall"][2] == ""  # no paper asks the same
     assert any(row[1] == "`mom-340m`" for row in table_of([*lines, ""], "### Single columns"))
     assert f"3 seeds, {len(noise)} entries." in lines[0]
 
