@@ -5,16 +5,25 @@ from collections.abc import Callable, Mapping
 from html import escape
 from statistics import mean
 
+from ..pages import table
 from ..results import ABSENT
+from ..summary import beyond_noise, statistic
 from ..units import quantity
 from .entries import Entry, arguments
-from .scores import ScoreRow, Scores, condition_lines, score_lines, uncertainty
+from .scores import TIE, ScoreRow, Scores, condition_lines, score_lines, uncertainty
 from .tasks import load_settings
 
 CONVOLUTION = "short_conv"
 WITHOUT = ("null", "none", "0")
 """Values of `short_conv` that turn it off."""
+PAIRS = {"-conv": ("-conv", ""), "-plain": ("", "-plain")}
+"""Endings of an entry that differs from another by its short convolution: those of the two, with and without it."""
 
+CHANGES = (
+    "Points of accuracy with the convolution minus without it: mean of the differences at equal seeds, and half the "
+    "width of their 95 % t interval. Bold: at least 1 point, with an interval that does not contain 0 (not corrected "
+    "for the number of differences). The learning rate is tuned in both."
+)
 HEATMAP = (
     "The heatmap is ordered by mean, which is no ranking: only the tables have stars. It shows the size of the state "
     "of one sequence after the training length of the first task. A click on a head sorts."
@@ -34,7 +43,7 @@ def commands(entries: Mapping[str, Entry], scores: Scores | None) -> list[str]:
 
 
 def lines(scores: Scores, entries: Mapping[str, Entry]) -> list[str]:
-    """Return the lines of the page: heatmap, two tables, conditions."""
+    """Return the lines of the page: heatmap, two tables and their differences, conditions."""
     parts = {
         "Without a short convolution": [_without(scores), "Entries without the option are in both tables."],
         "With a short convolution": [_with(scores), "Of four tokens, or as wide as the mixer has it by default."],
@@ -43,6 +52,7 @@ def lines(scores: Scores, entries: Mapping[str, Entry]) -> list[str]:
     result += [f"Accuracy in percent at equal {scores.match}. {uncertainty(scores)}", "", HEATMAP, ""]
     for title, (part, remark) in parts.items():
         result += [f"### {title}", "", *score_lines(part), "", remark, ""]
+    result += ["### What a short convolution changes", "", *changes(scores), "", CHANGES, ""]
     return [*result, "### Tasks and conditions", "", *condition_lines(scores, reports=False)]
 
 
@@ -63,6 +73,29 @@ def _only(scores: Scores, holds: Callable[[str], bool]) -> Scores:
         for name, task in scores.tasks.items()
     }
     return scores.model_copy(update={"tasks": tasks})
+
+
+def changes(scores: Scores) -> list[str]:
+    """Return a table of what a short convolution changes in each mixer that is measured with and without it."""
+    by_task = {name: {row.entry: row.scores for row in task.rows} for name, task in scores.tasks.items()}
+    entries = dict.fromkeys(entry for column in by_task.values() for entry in column)
+    cells: dict[str, list[str]] = {}
+    for entry in entries:
+        for ending, (with_it, without) in PAIRS.items():
+            if entry.endswith(ending):
+                base = entry.removesuffix(ending)
+                cells[base] = [_change(column, base + with_it, base + without) for column in by_task.values()]
+    return table(["mixer", *(f"{name}:" for name in by_task)], [[f"`{name}`", *cells[name]] for name in sorted(cells)])
+
+
+def _change(column: Mapping[str, Mapping[str, float]], with_it: str, without: str) -> str:
+    """Return the difference of two entries' scores in points; empty without a common seed."""
+    ours, theirs = column.get(with_it, {}), column.get(without, {})
+    if not ours.keys() & theirs.keys():
+        return ""
+    apart = statistic([score - theirs[seed] for seed, score in ours.items() if seed in theirs])
+    text = f"{100 * apart.mean:+.1f}" + ("" if apart.margin is None else f" ± {100 * apart.margin:.1f}")
+    return f"**{text}**" if abs(apart.mean) >= TIE and beyond_noise(apart) else text
 
 
 def heatmap(scores: Scores, entries: Mapping[str, Entry]) -> list[str]:

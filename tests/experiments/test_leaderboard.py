@@ -76,6 +76,22 @@ def test_an_entry_is_in_the_table_of_its_convolution_or_in_both():
     assert found == [["attention", "gla"], ["attention", "gla-conv"]]
 
 
+def test_a_convolution_changes_what_its_two_entries_differ_by_at_equal_seeds():
+    scores = scores_of("recall")
+    rows = (
+        *ROWS,
+        row_of("kda", "4", 0.99, 0.3, 0.6),
+        row_of("kda-plain", "null", 0.2, 0.21, 0.22),
+        row_of("mamba2", "4", 0.509, 0.509, 0.509),
+        row_of("mamba2-plain", "null", 0.5, 0.5, 0.5),
+        row_of("comba-plain", "null", 0.5, 0.5, 0.5),
+    )
+    scores = scores.model_copy(update={"tasks": {"recall": scores.tasks["recall"].model_copy(update={"rows": rows})}})
+    found = dict(re.findall(r"\| `(\w+)` \| (.*) \|", "\n".join(leaderboard.changes(scores))))
+    # beyond noise; within it; of width 0, but less than a point; without its other entry
+    assert found == {"gla": "**+79.0 ± 9.0**", "kda": "+42.0 ± 87.4", "mamba2": "+0.9 ± 0.0", "comba": ""}
+
+
 def test_the_heatmap_colours_what_is_above_guessing():
     head, rows = (part.splitlines() for part in "\n".join(heat()).split("<tbody>"))
     assert re.findall("<th>(.*?)</th>", head[1]) == ["entry", "family", "state", "recall", "parity"]
