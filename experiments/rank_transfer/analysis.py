@@ -67,6 +67,7 @@ def task_predictors(scores: Scores, entries: Mapping[str, Entry], *, halfway: bo
     predictors = {}
     for name, task in scores.tasks.items():
         rows = [row for row in task.rows if row.entry in entries and (row.halfway or not halfway)]
+        rows.sort(key=lambda row: row.entry)  # random draws go by position: rows in another order change no interval
         for row in rows:
             if row.mixers != (entries[row.entry].kind,):
                 raise SeqmixError(

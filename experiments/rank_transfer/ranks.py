@@ -15,7 +15,7 @@ LEVEL = 0.05
 """Level of one-sided tests: rankings are predicted to agree, not just to be related."""
 CONFIDENCE = 0.95
 """Coverage of intervals."""
-DRAWS = 4000
+DRAWS = 40_000
 """Random draws of a bootstrap or of a permutation test."""
 TIE = 1e-8
 """Correlations that differ by less are equal: the rest is rounding."""
@@ -116,7 +116,7 @@ def permutation_p(x: Array, y: Array, draws: int = DRAWS) -> float:
 
 def critical_rho(n: int, level: float = LEVEL) -> float | None:
     """Return the smallest rho of n entries without ties whose one-sided p-value is at most `level`; None if none is."""
-    null = spearman(shuffles(n, 10 * DRAWS), np.arange(n))
+    null = spearman(shuffles(n, DRAWS), np.arange(n))
     exact = n <= EXACT
     for rho in np.unique(np.round(null, 9)):  # rounded by less than TIE
         if share_at_least(null, float(rho), exact=exact) <= level:
@@ -264,4 +264,4 @@ def holm(p_values: list[float]) -> list[float]:
 
 def critical_pooled(columns: list[Column], level: float = LEVEL) -> float:
     """Return the smallest pooled rho whose one-sided p-value is at most `level`, for a predictor without ties."""
-    return float(np.quantile(pooled_null(np.arange(1 + positions(columns).max()), columns, 5 * DRAWS), 1 - level))
+    return float(np.quantile(pooled_null(np.arange(1 + positions(columns).max()), columns, DRAWS), 1 - level))

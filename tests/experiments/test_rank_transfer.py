@@ -243,6 +243,15 @@ def test_few_random_rankings_have_an_interval_without_0():
     assert outside <= 12
 
 
+def test_the_order_of_rows_changes_no_interval():
+    # published intervals moved when rows of entries without a published table were added
+    scores = made_up(lambda task, entry, seed: len(entry) / 30 + seed / 50)
+    tasks = {name: task.model_copy(update={"rows": task.rows[::-1]}) for name, task in scores.tasks.items()}
+    known = load_grids(), entries_of(load_grids()), load_predictions()
+    lines, _ = page.results(scores, *known, draws=50)
+    assert page.results(scores.model_copy(update={"tasks": tasks}), *known, draws=50)[0] == lines
+
+
 def test_differences_below_a_percent_do_not_rank():
     scores = made_up(lambda task, entry, seed: 0.9962 + len(entry) / 1e4 if entry != "mamba" else 0.9)
     tasks = analysis.task_predictors(scores, entries_of(load_grids()))
