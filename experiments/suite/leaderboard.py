@@ -1,7 +1,7 @@
 """The leaderboard of docs/leaderboard.md: a heatmap, tables with and without a short convolution, and its commands."""
 
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from statistics import mean
 
@@ -79,6 +79,8 @@ def changes(scores: Scores) -> list[str]:
     """Return a table of what a short convolution changes in each mixer that is measured with and without it."""
     by_task = {name: {row.entry: row.scores for row in task.rows} for name, task in scores.tasks.items()}
     entries = dict.fromkeys(entry for column in by_task.values() for entry in column)
+    whole = [entry for entry in entries if all(entry in column for column in by_task.values())]
+    by_task["mean"] = {entry: _mean([column[entry] for column in by_task.values()]) for entry in whole}
     cells: dict[str, list[str]] = {}
     for entry in entries:
         for ending, (with_it, without) in PAIRS.items():
@@ -86,6 +88,11 @@ def changes(scores: Scores) -> list[str]:
                 base = entry.removesuffix(ending)
                 cells[base] = [_change(column, base + with_it, base + without) for column in by_task.values()]
     return table(["mixer", *(f"{name}:" for name in by_task)], [[f"`{name}`", *cells[name]] for name in sorted(cells)])
+
+
+def _mean(columns: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return the mean over tasks at each seed that all of them have."""
+    return {seed: mean(each[seed] for each in columns) for seed in columns[0] if all(seed in each for each in columns)}
 
 
 def _change(column: Mapping[str, Mapping[str, float]], with_it: str, without: str) -> str:

@@ -86,10 +86,16 @@ def test_a_convolution_changes_what_its_two_entries_differ_by_at_equal_seeds():
         row_of("mamba2-plain", "null", 0.5, 0.5, 0.5),
         row_of("comba-plain", "null", 0.5, 0.5, 0.5),
     )
-    scores = scores.model_copy(update={"tasks": {"recall": scores.tasks["recall"].model_copy(update={"rows": rows})}})
-    found = dict(re.findall(r"\| `(\w+)` \| (.*) \|", "\n".join(leaderboard.changes(scores))))
+    recall = scores.tasks["recall"].model_copy(update={"rows": rows})
+    lines = leaderboard.changes(scores.model_copy(update={"tasks": {"recall": recall}}))
+    found = dict(re.findall(r"\| `(\w+)` \| (.*) \|", "\n".join(lines)))
     # beyond noise; within it; of width 0, but less than a point; without its other entry
-    assert found == {"gla": "**+79.0 ± 9.0**", "kda": "+42.0 ± 87.4", "mamba2": "+0.9 ± 0.0", "comba": ""}
+    expected = {"gla": "**+79.0 ± 9.0**", "kda": "+42.0 ± 87.4", "mamba2": "+0.9 ± 0.0", "comba": ""}
+    assert found == {name: f"{each} | {each}" for name, each in expected.items()}
+    # the mean over tasks at each seed; in another task, nothing changes
+    parity = recall.model_copy(update={"rows": tuple(row_of(row.entry, "4", 0.5, 0.5, 0.5) for row in rows)})
+    lines = leaderboard.changes(scores.model_copy(update={"tasks": {"recall": recall, "parity": parity}}))
+    assert "| `gla` | **+79.0 ± 9.0** | +0.0 ± 0.0 | **+39.5 ± 4.5** |" in lines
 
 
 def test_the_heatmap_colours_what_is_above_guessing():
