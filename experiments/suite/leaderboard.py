@@ -1,4 +1,4 @@
-"""The leaderboard of docs/leaderboard.md: a heatmap, tables with and without a short convolution, and its commands."""
+"""The leaderboard of docs/leaderboard.md: a heatmap, tables by short convolution, what it changes, and its commands."""
 
 import shlex
 from collections.abc import Callable, Mapping, Sequence
@@ -7,10 +7,10 @@ from statistics import mean
 
 from ..pages import table
 from ..results import ABSENT
-from ..summary import beyond_noise, statistic
+from ..summary import beyond_noise
 from ..units import quantity
 from .entries import Entry, arguments
-from .scores import TIE, ScoreRow, Scores, condition_lines, score_lines, uncertainty
+from .scores import TIE, ScoreRow, Scores, condition_lines, paired_difference, score_lines, uncertainty
 from .tasks import load_settings
 
 CONVOLUTION = "short_conv"
@@ -97,10 +97,9 @@ def _mean(columns: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 def _change(column: Mapping[str, Mapping[str, float]], with_it: str, without: str) -> str:
     """Return the difference of two entries' scores in points; empty without a common seed."""
-    ours, theirs = column.get(with_it, {}), column.get(without, {})
-    if not ours.keys() & theirs.keys():
+    apart = paired_difference(column.get(with_it, {}), column.get(without, {}))
+    if apart is None:
         return ""
-    apart = statistic([score - theirs[seed] for seed, score in ours.items() if seed in theirs])
     text = f"{100 * apart.mean:+.1f}" + ("" if apart.margin is None else f" ± {100 * apart.margin:.1f}")
     return f"**{text}**" if abs(apart.mean) >= TIE and beyond_noise(apart) else text
 

@@ -296,14 +296,19 @@ def _marked(column: Mapping[str, _Cell]) -> dict[str, str]:
 
 def _mark(best: _Cell, other: _Cell) -> str:
     """Return the mark of a score that is tied with the best, of one that may be, and of one that is not."""
-    differences = [value - other.by_seed[seed] for seed, value in best.by_seed.items() if seed in other.by_seed]
-    if len(differences) < 2:
+    apart = paired_difference(best.by_seed, other.by_seed)
+    if apart is None or apart.margin is None:
         return ""
-    apart = statistic(differences)
     if abs(apart.mean) >= TIE and beyond_noise(apart):
         return ""
     margin = best.score.margin if other is best else apart.margin
     return " *" if margin is None or margin <= UNKNOWN else " ?"
+
+
+def paired_difference(one: Mapping[str, float], other: Mapping[str, float]) -> Statistic | None:
+    """Return the mean of one minus other at equal seeds, with its interval; None without a common seed."""
+    differences = [value - other[seed] for seed, value in one.items() if seed in other]
+    return statistic(differences) if differences else None
 
 
 def _percent(value: Statistic | float | None) -> str:
