@@ -12,6 +12,7 @@ from seqmix.registry import write_file
 
 TARGET = Path(__file__).with_name("explanation") / "performance.md"
 SUFFIX = "-reference"
+EXPECTED = "one file that `seqmix bench mixers --cpu-time --json FILE` has written"
 
 
 def speeds(text: str) -> list[str]:
@@ -34,4 +35,10 @@ def speeds(text: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    write_file(fill(TARGET, {"speeds": speeds(Path(sys.argv[1]).read_text(encoding="utf-8"))}), TARGET)
+    if len(sys.argv) != 2:
+        sys.exit(f"expected {EXPECTED}, got {len(sys.argv) - 1} arguments")
+    try:
+        table_lines = speeds(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        sys.exit(f"{sys.argv[1]} cannot be read ({str(error).splitlines()[0]}): expected {EXPECTED}")
+    write_file(fill(TARGET, {"speeds": table_lines}), TARGET)
