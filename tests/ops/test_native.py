@@ -17,7 +17,7 @@ from seqmix import build_model, load_config
 from seqmix.mixers.parts import ShortConvolution
 from seqmix.ops.cell import m2rnn, slstm
 from seqmix.ops.convolution import short_convolution
-from seqmix.ops.kernels.native import build
+from seqmix.ops.kernels.native import build, compiler, functions, library_cache
 from seqmix.ops.kernels.selection import AUTO_ON_CPU, choose
 from seqmix.ops.runtime.kernel import Probe, chosen, find, reference
 from seqmix.ops.runtime.paradigm import Paradigm
@@ -28,18 +28,19 @@ PROBE = Probe(device=torch.device("cpu"), dtype=torch.float32, key_width=4, valu
 REMEDY = "install g\\+\\+ or clang\\+\\+, or set CXX"
 C, K, W, H = 70, 3, 4, 2
 
-needs_compiler = pytest.mark.skipif(build.compiler() is None, reason="there is no C++ compiler")
+needs_compiler = pytest.mark.skipif(compiler.compiler() is None, reason="there is no C++ compiler")
 
 
 @pytest.fixture
 def fresh(monkeypatch, tmp_path):
     """A process that has compiled nothing, with an empty cache."""
-    caches = (build.library, build.failure, build._warn_once, build._temporary, choose)
+    caches = (build.library, build.failure, build._warn_once, library_cache.temporary_folder, choose)
+    caches += (functions._function, functions._parameters)
 
     def forget():
         for cached in caches:
             cached.cache_clear()
-        build._FUNCTIONS.clear()
+        compiler._too_slow.clear()
 
     forget()
     monkeypatch.setenv("SEQMIX_CACHE_DIR", str(tmp_path / "cache"))
@@ -135,9 +136,9 @@ def test_another_source_compiler_or_flag_is_another_library(fresh, tiny, monkeyp
     assert [files(), files()] == [1, 1]
     (tmp_path / "tiny.cpp").write_text('extern "C" void something() {}')
     assert files() == 2
-    monkeypatch.setenv("CXX", " ".join([*build.compiler(), "-g"]))
+    monkeypatch.setenv("CXX", " ".join([*compiler.compiler(), "-g"]))
     assert files() == 3
-    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-O1"))
+    monkeypatch.setattr(compiler, "FLAGS", (*compiler.FLAGS, "-O1"))
     assert files() == 4
 
 
@@ -146,12 +147,12 @@ def test_a_cache_that_cannot_be_written_is_replaced_by_a_temporary_folder(tiny, 
     (tmp_path / "file").touch()
     monkeypatch.setenv("SEQMIX_CACHE_DIR", str(tmp_path / "file" / "cache"))
     assert build.failure(tiny) is None
-    assert list(build._temporary().glob("*.so"))
+    assert list(library_cache.temporary_folder().glob("*.so"))
 
 
 @needs_compiler
 def test_a_compiler_without_openmp_makes_kernels_of_one_thread(fresh, monkeypatch, tmp_path):
-    command = " ".join(build.compiler())
+    command = " ".join(compiler.compiler())
     refuses = f'for word in "$@"; do [ "$word" = -fopenmp ] && exit 1; done; exec {command} "$@"'
     monkeypatch.setenv("CXX", script(tmp_path / "plain", refuses))
     x = torch.randn(2, 9, C)

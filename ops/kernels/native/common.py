@@ -14,6 +14,8 @@ from ...runtime.kernel import Probe
 from ...runtime.packing import read_boundaries
 from . import build
 
+BLOCK = 64
+"""Channels of a task, as in common.h."""
 GROUPS = 8
 """Maximum number of groups that sequences are divided into; each group sums its own gradients of weights."""
 

@@ -155,23 +155,33 @@ static void backward(const T* x, int64_t stride, const float* weight, const floa
     });
 }
 
-#define FORWARD(name, T)                                                                                               \
-    extern "C" void name(const T* x, int64_t stride, const float* weight, const float* bias, const T* initial,         \
-                         const int64_t* bounds, int64_t sequences, int64_t channels, int64_t width, int64_t silu,      \
-                         T* output, T* final, int64_t threads) {                                                       \
-        const auto run = width == 4 ? forward<T, 4> : forward<T, 0>;                                                   \
-        run(x, stride, weight, bias, initial, bounds, sequences, channels, width, silu, output, final, threads);   \
-    }
-#define BACKWARD(name, T)                                                                                              \
-    extern "C" void name(const T* x, int64_t stride, const float* weight, const float* bias, const T* initial,         \
-                         const T* d_output, const T* d_final, const int64_t* bounds, int64_t sequences,                \
-                         int64_t groups, int64_t channels, int64_t width, int64_t silu, T* d_x, double* d_weight,      \
-                         T* d_initial, int64_t threads) {                                                              \
-        const auto run = width == 4 ? backward<T, 4> : backward<T, 0>;                                                 \
-        run(x, stride, weight, bias, initial, d_output, d_final, bounds, sequences, groups, channels, width,      \
-                 silu, d_x, d_weight, d_initial, threads);                                                             \
-    }
-FORWARD(forward_float32, float)
-FORWARD(forward_bfloat16, bfloat16)
-BACKWARD(backward_float32, float)
-BACKWARD(backward_bfloat16, bfloat16)
+extern "C" void forward_float32(const float* x, int64_t stride, const float* weight, const float* bias,
+                                const float* initial, const int64_t* bounds, int64_t sequences, int64_t channels,
+                                int64_t width, int64_t silu, float* output, float* final, int64_t threads) {
+    const auto run = width == 4 ? forward<float, 4> : forward<float, 0>;
+    run(x, stride, weight, bias, initial, bounds, sequences, channels, width, silu, output, final, threads);
+}
+extern "C" void forward_bfloat16(const bfloat16* x, int64_t stride, const float* weight, const float* bias,
+                                 const bfloat16* initial, const int64_t* bounds, int64_t sequences, int64_t channels,
+                                 int64_t width, int64_t silu, bfloat16* output, bfloat16* final, int64_t threads) {
+    const auto run = width == 4 ? forward<bfloat16, 4> : forward<bfloat16, 0>;
+    run(x, stride, weight, bias, initial, bounds, sequences, channels, width, silu, output, final, threads);
+}
+extern "C" void backward_float32(const float* x, int64_t stride, const float* weight, const float* bias,
+                                 const float* initial, const float* d_output, const float* d_final,
+                                 const int64_t* bounds, int64_t sequences, int64_t groups, int64_t channels,
+                                 int64_t width, int64_t silu, float* d_x, double* d_weight, float* d_initial,
+                                 int64_t threads) {
+    const auto run = width == 4 ? backward<float, 4> : backward<float, 0>;
+    run(x, stride, weight, bias, initial, d_output, d_final, bounds, sequences, groups, channels, width, silu, d_x,
+        d_weight, d_initial, threads);
+}
+extern "C" void backward_bfloat16(const bfloat16* x, int64_t stride, const float* weight, const float* bias,
+                                  const bfloat16* initial, const bfloat16* d_output, const bfloat16* d_final,
+                                  const int64_t* bounds, int64_t sequences, int64_t groups, int64_t channels,
+                                  int64_t width, int64_t silu, bfloat16* d_x, double* d_weight, bfloat16* d_initial,
+                                  int64_t threads) {
+    const auto run = width == 4 ? backward<bfloat16, 4> : backward<bfloat16, 0>;
+    run(x, stride, weight, bias, initial, d_output, d_final, bounds, sequences, groups, channels, width, silu, d_x,
+        d_weight, d_initial, threads);
+}

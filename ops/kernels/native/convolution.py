@@ -9,8 +9,8 @@ from ...convolution.short import ConvolutionOutput, ShortConvolutionInputs
 from ...runtime.custom_op import Gradients, Op
 from ...runtime.kernel import Kernel, declare
 from ...runtime.paradigm import Paradigm
-from . import build
 from .common import GROUPS, contiguous, limits_of, rows, sequences
+from .functions import call
 
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 """Supported dtypes, each with its name in the functions of the source."""
@@ -58,7 +58,7 @@ def _arguments(x: Inputs) -> tuple[Tensor, int, Tensor, Tensor | None, Tensor | 
 def _forward(x: Inputs) -> tuple[Tensor, Tensor]:
     output, final = _allocate(x)
     bounds = sequences(x.x, x.cu_seqlens)
-    build.run(
+    call(
         "convolution",
         f"forward_{NAMES[x.x.dtype]}",
         *_arguments(x),
@@ -80,7 +80,7 @@ def _backward(x: Inputs, gradients: Gradients) -> dict[str, Tensor]:
     d_x = x.x.new_empty(x.x.shape)
     d_weight = x.x.new_empty((groups, width + 1, channels), dtype=torch.float64)
     d_initial = None if x.initial_state is None else x.x.new_empty(x.initial_state.shape)
-    build.run(
+    call(
         "convolution",
         f"backward_{NAMES[x.x.dtype]}",
         *_arguments(x),

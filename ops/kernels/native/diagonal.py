@@ -7,8 +7,8 @@ from ...runtime.custom_op import Gradients, Op
 from ...runtime.kernel import Kernel, declare
 from ...runtime.paradigm import Paradigm
 from ...scan.diagonal import Diagonal
-from . import build
 from .common import GROUPS, contiguous, limits_of, rows, saved_states, sequences
+from .functions import call
 
 
 def _allocate(x: Diagonal) -> tuple[Tensor, Tensor, Tensor]:
@@ -42,7 +42,7 @@ def _forward(x: Diagonal) -> tuple[Tensor, Tensor, Tensor]:
     bounds = sequences(x.x, x.cu_seqlens)
     keys, channels = x.log_decay.shape
     parts = final.new_empty((len(bounds) - 1, 2, keys, channels)) if x.output_final_state else None
-    build.run(
+    call(
         "diagonal",
         "diagonal_forward",
         contiguous(x.x),
@@ -71,7 +71,7 @@ def _backward(x: Diagonal, gradients: Gradients) -> dict[str, Tensor]:
     d_initial = None
     if x.initial_state is not None:
         d_initial = x.x.new_empty((len(bounds) - 1, 2, keys, channels), dtype=torch.float32)
-    build.run(
+    call(
         "diagonal",
         "diagonal_backward",
         contiguous(x.x),

@@ -6,6 +6,7 @@ from torch import Tensor
 from ...runtime.custom_op import register
 from . import build
 from .common import is_untracked
+from .functions import call
 
 MIN_ROWS = 2
 """Minimum number of rows: for one, torch reads the weights about as fast, and a call of it costs less."""
@@ -39,7 +40,7 @@ def multiply_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     keys, width = x.shape[-1], len(weight)
     y = x.new_empty((*x.shape[:-1], width))
     bias = None if bias is None else bias.contiguous()
-    build.run("linear", FUNCTIONS[x.dtype], x, weight, bias, y, x.numel() // keys, keys, width)
+    call("linear", FUNCTIONS[x.dtype], x, weight, bias, y, x.numel() // keys, keys, width)
     return y
 
 

@@ -7,8 +7,8 @@ from ...cell.m2rnn import M2RNN
 from ...runtime.custom_op import Gradients, Op
 from ...runtime.kernel import Kernel, declare
 from ...runtime.paradigm import Paradigm
-from . import build
 from .common import contiguous, limits_of, saved_states, sequences
+from .functions import call
 
 
 def _allocate(x: M2RNN) -> tuple[Tensor, Tensor, Tensor]:
@@ -22,7 +22,7 @@ def _allocate(x: M2RNN) -> tuple[Tensor, Tensor, Tensor]:
 
 def _forward(x: M2RNN) -> tuple[Tensor, Tensor, Tensor]:
     output, final, entries = _allocate(x)
-    build.run(
+    call(
         "m2rnn",
         "m2rnn_forward",
         *map(contiguous, (x.q, x.k, x.v, x.log_decay, x.weight, x.initial_state)),
@@ -41,7 +41,7 @@ def _backward(x: M2RNN, gradients: Gradients) -> dict[str, Tensor]:
     d = {name: torch.empty(getattr(x, name).shape, dtype=torch.float32) for name in names}
     d_weight = torch.empty((x.state_shape[0], *x.weight.shape), dtype=torch.float64)
     d_initial = None if x.initial_state is None else torch.empty(x.state_shape, dtype=torch.float32)
-    build.run(
+    call(
         "m2rnn",
         "m2rnn_backward",
         *map(contiguous, (x.q, x.k, x.v, x.log_decay, x.weight)),

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from . import build
 from .common import is_untracked
+from .functions import call
 
 GROUP = 32
 """Number of inputs that share a scale and an offset, with 4 bits; rows of 8-bit codes are padded to a multiple."""
@@ -49,5 +50,5 @@ def _multiply(function: str, x: Tensor, matrix: tuple[Tensor, ...], bias: Tensor
     x = x.contiguous()
     keys, width = x.shape[-1], matrix[0].shape[0]
     y = x.new_empty((*x.shape[:-1], width))
-    build.run("quantized", function, x, *matrix, bias, y, x.numel() // keys, keys, width)
+    call("quantized", function, x, *matrix, bias, y, x.numel() // keys, keys, width)
     return y if dtype is torch.float32 else y.to(dtype)

@@ -12,8 +12,8 @@ from ...recurrence.family import Recurrence, RecurrenceOutput, Run
 from ...runtime.custom_op import Gradients, Op
 from ...runtime.kernel import Kernel, declare
 from ...runtime.paradigm import Paradigm
-from . import build
 from .common import contiguous, limits_of, sequences
+from .functions import call
 from .step import ADD, MOVE, REPLACE, can_step, one_dtype, rule_of, step
 
 TOKENS = 64
@@ -64,7 +64,7 @@ def _forward(x: Recurrence) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if x.reads_values:
         _read_values(x, output, final)
         return output, final, entries, reads
-    build.run(
+    call(
         "recurrence",
         "recurrence_forward",
         *_arguments(x, x.q, x.k, x.v, x.k if x.a is None else x.a, x.b),
@@ -83,7 +83,7 @@ def _read_values(x: Recurrence, output: Tensor, final: Tensor) -> None:
     bounds = sequences(x.q, x.cu_seqlens)
     log_decay = x.log_decay
     assert log_decay is not None
-    build.run(
+    call(
         "recurrence",
         "recurrence_reading_values",
         x.k.contiguous(),
@@ -128,7 +128,7 @@ def _gradients(x: Recurrence, gradients: Gradients) -> dict[str, Tensor]:
         d_decay = entries.new_empty(per_head if x.log_decay.ndim == 4 else parts)
     d_value = entries.new_empty(x.v.shape)
     d_read = d_value if rule == REPLACE else entries.new_empty(x.v.shape) if rule == MOVE else None
-    build.run(
+    call(
         "recurrence",
         "recurrence_backward",
         *_arguments(x, x.q, x.k, x.k if x.a is None else x.a, x.b),

@@ -8,8 +8,8 @@ from ...runtime.kernel import Kernel, declare
 from ...runtime.paradigm import Paradigm
 from ...scan.elementwise import Scan
 from ...scan.logarithmic import LOG_STATE
-from . import build
 from .common import contiguous, limits_of, rows, sequences
+from .functions import call
 
 
 def _allocate(x: Scan, kernel: Kernel) -> tuple[Tensor, Tensor]:
@@ -33,7 +33,7 @@ def _inputs(x: Scan, kernel: Kernel) -> tuple[Tensor, Tensor, Tensor | None]:
 def _forward(x: Scan, kernel: Kernel) -> tuple[Tensor, Tensor]:
     final, output = _allocate(x, kernel)
     bounds = sequences(x.x, x.cu_seqlens)
-    build.run(
+    call(
         "scan",
         f"{kernel.op}_forward",
         *_inputs(x, kernel),
@@ -51,7 +51,7 @@ def _backward(x: Scan, gradients: Gradients, kernel: Kernel) -> dict[str, Tensor
     bounds = sequences(x.x, x.cu_seqlens)
     inputs = {"x": x.x, "log_decay": x.log_decay, "initial_state": x.initial_state}
     d = {name: y.new_empty(y.shape, dtype=torch.float32) for name, y in inputs.items() if y is not None}
-    build.run(
+    call(
         "scan",
         f"{kernel.op}_backward",
         *_inputs(x, kernel),

@@ -7,8 +7,8 @@ from ...runtime.custom_op import Gradients, Op
 from ...runtime.kernel import Kernel, declare
 from ...runtime.paradigm import Paradigm
 from ...scan.selective import Selective
-from . import build
-from .common import GROUPS, contiguous, limits_of, rows, saved_states, sequences
+from .common import BLOCK, GROUPS, contiguous, limits_of, rows, saved_states, sequences
+from .functions import call
 
 
 def _allocate(x: Selective) -> tuple[Tensor, Tensor, Tensor]:
@@ -24,7 +24,7 @@ def _forward(x: Selective) -> tuple[Tensor, Tensor, Tensor]:
     output, final, entries = _allocate(x)
     bounds = sequences(x.x, x.cu_seqlens)
     keys, channels = x.rate.shape
-    build.run(
+    call(
         "selective",
         "selective_forward",
         *map(contiguous, (x.x, x.step, x.rate, x.k, x.q, x.initial_state)),
@@ -44,12 +44,12 @@ def _backward(x: Selective, gradients: Gradients) -> dict[str, Tensor]:
     bounds = sequences(x.x, x.cu_seqlens)
     keys, channels = x.rate.shape
     groups = min(len(bounds) - 1, GROUPS)
-    blocks = -(-channels // build.BLOCK)
+    blocks = -(-channels // BLOCK)
     d_x, d_step = (x.x.new_empty(x.x.shape, dtype=torch.float32) for _ in range(2))
     d_k, d_q = (x.x.new_empty((blocks, *x.k.shape), dtype=torch.float32) for _ in range(2))
     d_rate = x.x.new_empty((groups, keys, channels), dtype=torch.float64)
     d_initial = None if x.initial_state is None else x.x.new_empty(x.initial_state.shape, dtype=torch.float32)
-    build.run(
+    call(
         "selective",
         "selective_backward",
         *map(contiguous, (x.x, x.step, x.rate, x.k, x.q)),

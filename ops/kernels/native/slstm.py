@@ -7,8 +7,8 @@ from ...cell.slstm import SLSTM, allocate, named_gradients
 from ...runtime.custom_op import Gradients, Op
 from ...runtime.kernel import Kernel, declare
 from ...runtime.paradigm import Paradigm
-from . import build
 from .common import contiguous, limits_of, sequences
+from .functions import call
 
 
 def _allocate(x: SLSTM) -> tuple[Tensor, ...]:
@@ -21,7 +21,7 @@ def _forward(x: SLSTM) -> tuple[Tensor, ...]:
     bounds = sequences(x.gates, x.cu_seqlens)
     saved = (logits, means, shares) if x.needs_grad else (None,) * 3
     final = (memory, weight) if x.output_final_state else (None, None)
-    build.run(
+    call(
         "slstm",
         "slstm_forward",
         *map(contiguous, (x.gates, x.recurrent, x.memory)),
@@ -42,7 +42,7 @@ def _backward(x: SLSTM, gradients: Gradients) -> dict[str, Tensor]:
     d_gates = torch.empty_like(logits)
     d_memory = logits.new_empty(rows, heads, 2, width)
     d_weight = logits.new_empty(rows, heads, width)
-    build.run(
+    call(
         "slstm",
         "slstm_backward",
         logits,

@@ -6,6 +6,7 @@ from torch import Tensor
 from ...recurrence.family import Recurrence, RecurrenceOutput
 from . import build
 from .common import contiguous, is_untracked
+from .functions import call
 
 ADD, REPLACE, MOVE = range(3)
 """Rules of step.cpp and recurrence.cpp: a token adds to the state, replaces what it reads, or writes it under another
@@ -47,7 +48,7 @@ def step(x: Recurrence) -> RecurrenceOutput:
     if x.output_final_state:
         overwrites = state is not None and (x.donated or state is not x.initial_state)
         final_state = state if overwrites else x.new_state(x.q.shape[0])
-    build.run(
+    call(
         "step",
         "recurrence_step",
         rule_of(x),
