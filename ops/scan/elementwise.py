@@ -38,7 +38,7 @@ class Scan(NamedTuple):
 
     def probe(self) -> Probe:
         """Return the properties of this call that a kernel must support."""
-        width = self.x[0, 0].numel()
+        width = self.x.shape[2:].numel()
         return Probe(device=self.x.device, dtype=self.x.dtype, key_width=1, value_width=width, log_decay="B T H")
 
 

@@ -1,14 +1,14 @@
-"""The native kernels of a CPU: how they are compiled and chosen, and that neither threads nor neighbours change them.
+"""The native kernels of a CPU: which are chosen, and that neither threads nor neighbours change them.
 
-That they compute their ops is tested with all kernels, in test_kernels.py.
+That they compute their ops is tested with all kernels, in test_kernels.py; their libraries, in
+test_native_libraries.py.
 """
 
 import itertools
-import logging
-import os
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,157 +17,22 @@ from seqmix import build_model, load_config
 from seqmix.mixers.parts import ShortConvolution
 from seqmix.ops.cell import m2rnn, slstm
 from seqmix.ops.convolution import short_convolution
-from seqmix.ops.kernels.native import build, compiler, functions, library_cache
-from seqmix.ops.kernels.selection import AUTO_ON_CPU, choose
-from seqmix.ops.runtime.kernel import Probe, chosen, find, reference
+from seqmix.ops.kernels.native import build
+from seqmix.ops.runtime.kernel import chosen, find, reference
 from seqmix.ops.runtime.paradigm import Paradigm
 from seqmix.ops.scan import diagonal_scan, log_scan, scan, selective_scan
-from seqmix.registry import SeqmixError
 
-PROBE = Probe(device=torch.device("cpu"), dtype=torch.float32, key_width=4, value_width=16)
-REMEDY = "install g\\+\\+ or clang\\+\\+, or set CXX"
 C, K, W, H = 70, 3, 4, 2
 
-needs_compiler = pytest.mark.skipif(compiler.compiler() is None, reason="there is no C++ compiler")
-
-
-@pytest.fixture
-def fresh(monkeypatch, tmp_path):
-    """A process that has compiled nothing, with an empty cache."""
-    caches = (build.library, build.failure, build._warn_once, library_cache.temporary_folder, choose)
-    caches += (functions._function, functions._parameters)
-
-    def forget():
-        for cached in caches:
-            cached.cache_clear()
-        compiler._too_slow.clear()
-
-    forget()
-    monkeypatch.setenv("SEQMIX_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.delenv("SEQMIX_NATIVE", raising=False)
-    yield forget
-    monkeypatch.undo()
-    forget()
-
-
-@pytest.fixture
-def tiny(fresh, monkeypatch, tmp_path):
-    """A family whose source compiles in no time."""
-    (tmp_path / "tiny.cpp").write_text('extern "C" void nothing() {}')
-    (tmp_path / "common.h").touch()
-    monkeypatch.setattr(build, "SOURCES", tmp_path)
-    return "tiny"
-
-
-def script(path, text):
-    path.write_text(f"#!/bin/sh\n{text}\n")
-    path.chmod(0o755)
-    return str(path)
-
-
-def native(caplog):
-    """The warnings about native kernels."""
-    return [x.getMessage() for x in caplog.records if x.levelno >= logging.WARNING and "native" in x.getMessage()]
-
-
-@pytest.mark.parametrize(
-    ("variable", "reason"),
-    [
-        ("PATH", f"no C\\+\\+ compiler was found: {REMEDY}"),
-        ("CXX", f"the compiler CXX=nowhere was not found: {REMEDY}"),
-        ("BROKEN", "cannot compile scan.cpp: error: no such instruction; set CXX to another compiler"),
-    ],
-)
-def test_without_a_working_compiler_the_reference_runs_and_says_so_once(
-    variable, reason, fresh, monkeypatch, tmp_path, caplog
-):
-    monkeypatch.setattr(logging.getLogger("seqmix"), "propagate", True)
-    monkeypatch.delenv("CXX", raising=False)
-    if variable == "BROKEN":
-        monkeypatch.setenv("CXX", script(tmp_path / "broken", "echo error: no such instruction >&2; exit 1"))
-    else:
-        monkeypatch.setenv(variable, "" if variable == "PATH" else "nowhere")
-    config = load_config("rg-lru-tiny", ["model.n_layers=1"]).model
-    model = build_model(config, seed=0)
-    assert model.backends == {"lru": "reference"}
-    build_model(config, seed=0)
-    for paradigm in AUTO_ON_CPU["scan"]:
-        with pytest.raises(SeqmixError, match=rf"backend native cannot run: .*{reason}; use backend=reference"):
-            choose("scan", "native", PROBE)
-        assert choose("scan", "auto", PROBE)[paradigm] == "reference"
-    lines = native(caplog)
-    assert len(lines) == len(set(lines)) == (2 if variable == "BROKEN" else 1)  # a line names the source that fails
-    assert "several times slower" in lines[0]
-    tokens = torch.arange(40)[None]
-    plain = build_model(
-        load_config("rg-lru-tiny", ["model.n_layers=1", "model.blocks.lru.mixer.backend=reference"]).model, seed=0
-    )
-    assert torch.equal(model(tokens).logits, plain(tokens).logits)
-
-
-def test_the_environment_turns_native_kernels_off_without_a_warning(fresh, monkeypatch, caplog):
-    monkeypatch.setenv("SEQMIX_NATIVE", "0")
-    monkeypatch.setenv("CXX", "nowhere")
-    assert set(choose("scan", "auto", PROBE).values()) == {"reference"}
-    assert not native(caplog)
+needs_compiler = pytest.mark.skipif(build.failure("scan") is not None, reason="there is no C++ compiler")
 
 
 @needs_compiler
-def test_a_damaged_library_is_compiled_again(fresh, tiny, tmp_path):
-    build.library(tiny)
-    (file,) = (tmp_path / "cache").glob("*.so")
-    whole = file.read_bytes()
-    for damaged in (whole[: len(whole) // 2], b"", whole[:-1] + b"x"):
-        fresh()
-        file.unlink()  # this process has mapped the old file
-        file.write_bytes(damaged)
-        build.library(tiny)
-        assert file.read_bytes() == whole
-    assert sorted(x.suffix for x in (tmp_path / "cache").iterdir()) == [".sha256", ".so"]
-
-
-@needs_compiler
-def test_another_source_compiler_or_flag_is_another_library(fresh, tiny, monkeypatch, tmp_path):
-    def files():
-        fresh()
-        build.library(tiny)
-        return len(list((tmp_path / "cache").glob("*.so")))
-
-    assert [files(), files()] == [1, 1]
-    (tmp_path / "tiny.cpp").write_text('extern "C" void something() {}')
-    assert files() == 2
-    monkeypatch.setenv("CXX", " ".join([*compiler.compiler(), "-g"]))
-    assert files() == 3
-    monkeypatch.setattr(compiler, "FLAGS", (*compiler.FLAGS, "-O1"))
-    assert files() == 4
-
-
-@needs_compiler
-def test_a_cache_that_cannot_be_written_is_replaced_by_a_temporary_folder(tiny, monkeypatch, tmp_path):
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("SEQMIX_CACHE_DIR", str(tmp_path / "file" / "cache"))
-    assert build.failure(tiny) is None
-    assert list(library_cache.temporary_folder().glob("*.so"))
-
-
-@needs_compiler
-def test_a_compiler_without_openmp_makes_kernels_of_one_thread(fresh, monkeypatch, tmp_path):
-    command = " ".join(compiler.compiler())
-    refuses = f'for word in "$@"; do [ "$word" = -fopenmp ] && exit 1; done; exec {command} "$@"'
-    monkeypatch.setenv("CXX", script(tmp_path / "plain", refuses))
-    x = torch.randn(2, 9, C)
-    expected = scan(x, -x.abs(), paradigm="recurrent").output
-    torch.testing.assert_close(scan(x, -x.abs(), backend="native").output, expected)
-
-
-@needs_compiler
-@pytest.mark.slow
-def test_processes_that_start_together_share_an_empty_cache(tmp_path):
-    code = "from seqmix.ops.kernels.native import build; assert build.failure('scan') is None"
-    environment = os.environ | {"SEQMIX_CACHE_DIR": str(tmp_path)}
-    started = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(3)]
-    assert [process.wait(timeout=120) for process in started] == [0, 0, 0]
-    assert sorted(x.suffix for x in tmp_path.iterdir()) == [".sha256", ".so"]
+def test_unusual_scalars_sizes_and_memory_have_the_results_of_the_reference():
+    program = Path(__file__).parents[1] / "native_calls.py"
+    done = subprocess.run([sys.executable, program], capture_output=True, text=True, check=False)
+    *_, last = done.stdout.splitlines() or [""]
+    assert done.returncode == 0, f"{last}: {done.stderr}"
 
 
 @needs_compiler

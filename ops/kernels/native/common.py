@@ -35,8 +35,9 @@ def limits_of(family: str) -> Callable[[Probe], list[str]]:
 def is_untracked(*tensors: Tensor | None) -> bool:
     """True if nothing records what is done with these tensors, so that a compiled function may read their memory.
 
-    Compilers, `torch.jit.trace`, autograd, transforms of torch.func and dispatch modes record operations of torch, and
-    subclasses of tensors may have no memory.
+    Compilers, `torch.jit.trace`, autograd, transforms of torch.func and dispatch modes record operations of torch,
+    subclasses of tensors may have no memory, and views that negate (the imaginary part of a conjugate) have the memory
+    of other numbers.
     """
     if torch._C._get_tracing_state() is not None:
         return False
@@ -45,7 +46,7 @@ def is_untracked(*tensors: Tensor | None) -> bool:
     if needs_grad(*tensors) or has_tangent(*tensors) or has_torch_function(tensors):
         return False
     dispatch_of = attrgetter("__torch_dispatch__")
-    return all(dispatch_of(type(x)) is dispatch_of(Tensor) for x in tensors if x is not None)
+    return all(dispatch_of(type(x)) is dispatch_of(Tensor) and not x.is_neg() for x in tensors if x is not None)
 
 
 CHUNK = 32

@@ -604,6 +604,7 @@ static void rows_reading_values(const Call& x, const Place& place, int64_t from,
 // to `size` are divided too, into multiples of `unit`; results do not depend on the division.
 template <class F> static void each_head(const Call& x, int64_t size, int64_t unit, const F& f) {
     const int64_t places = x.sequences * x.heads, units = (size + unit - 1) / unit;
+    if (places == 0) return;
     const int64_t divisions = std::max<int64_t>(std::min((x.threads + places - 1) / places, units), 1);
     const int64_t part = (units + divisions - 1) / divisions * unit;
     each(places * divisions, x.threads, [&](int64_t number) {

@@ -39,7 +39,7 @@ def _forward(x: Scan, kernel: Kernel) -> tuple[Tensor, Tensor]:
         *_inputs(x, kernel),
         bounds,
         len(bounds) - 1,
-        x.x[0, 0].numel(),
+        x.x.shape[2:].numel(),
         output,
         final if x.output_final_state else None,
     )
@@ -60,7 +60,7 @@ def _backward(x: Scan, gradients: Gradients, kernel: Kernel) -> dict[str, Tensor
         contiguous(d_final if x.output_final_state else None),
         bounds,
         len(bounds) - 1,
-        x.x[0, 0].numel(),
+        x.x.shape[2:].numel(),
         d["x"],
         d["log_decay"],
         d.get("initial_state"),
