@@ -72,7 +72,7 @@ def _load(command: list[str], family: str) -> ctypes.CDLL:
     """Load the library that a command compiles, from the user's cache or else a temporary folder."""
     try:
         file = _provide(command, family, user_folder())
-    except (OSError, RuntimeError) as error:
+    except OSError as error:
         _warn_once(
             f"native CPU kernels are compiled into a temporary folder, and again in every process, because {error}; "
             "set SEQMIX_CACHE_DIR to a folder that only you can write"

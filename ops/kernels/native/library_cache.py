@@ -32,16 +32,26 @@ def user_folder() -> Path:
 
     Raises:
         OSError: the folder cannot be created, or others could write to it.
-        RuntimeError: the user has no home.
     """
-    named = os.environ.get("SEQMIX_CACHE_DIR")
-    folder = Path(named or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "seqmix", "native"))
-    folder = Path(os.path.realpath(folder))
+    folder = Path(os.path.realpath(_named_folder()))
+    home = _home()
+    above_home = home.parents if home and folder.is_relative_to(home) else ()
     for path in (*reversed(folder.parents), folder):
         path.mkdir(0o755, exist_ok=True)
-    _require_private(folder)
+        if path not in above_home:
+            _require_private(path, path.lstat(), may_be_sticky=path != folder)
     _remove_leftovers(folder)
     return folder
+
+
+def _named_folder() -> Path:
+    """Return the folder of the cache that the environment names; raise OSError if the user has no home."""
+    if named := os.environ.get("SEQMIX_CACHE_DIR"):
+        return Path(named)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "seqmix", "native")
+    except RuntimeError as error:
+        raise FileNotFoundError("this user has no home folder") from error
 
 
 @cache
@@ -87,7 +97,7 @@ def _read_private(file: Path) -> bytes:
         status = os.fstat(opened.fileno())
         if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_BYTES:
             raise OSError(f"{file} is not a library")
-        _require_owner_only(file, status)
+        _require_private(file, status)
         return opened.read(MAX_BYTES)
 
 
@@ -96,17 +106,7 @@ def _open_plainly(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
 
 
-def _require_private(folder: Path) -> None:
-    """Raise PermissionError if another user could put files into a folder, or replace it."""
-    _require_owner_only(folder, folder.lstat())
-    home = _home()
-    for path in folder.parents:
-        _require_owner_only(path, path.lstat(), may_be_sticky=True)
-        if path == home:
-            break
-
-
-def _require_owner_only(path: Path, status: os.stat_result, *, may_be_sticky: bool = False) -> None:
+def _require_private(path: Path, status: os.stat_result, *, may_be_sticky: bool = False) -> None:
     """Raise PermissionError if a file or folder belongs to another user, or another user can write to it."""
     if status.st_uid not in (os.geteuid(), 0):
         raise PermissionError(f"{path} belongs to another user")
@@ -119,7 +119,7 @@ def _require_owner_only(path: Path, status: os.stat_result, *, may_be_sticky: bo
 
 def _is_private_group(group: int) -> bool:
     """True if a group has the name of this user and no other member, as many systems create one for every user."""
-    import grp
+    import grp  # Windows has neither of these modules
     import pwd
 
     try:
