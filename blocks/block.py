@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ..mixers import MIXERS, ContractError, MixerConfig, Paradigm, Traits
+from ..mixers.contract import build_mixer
 from ..ops.runtime.memo import Memo
 from ..registry import Config
 from .canon import Canon, CanonCall, Place
@@ -95,7 +96,7 @@ class Block(nn.Module):
         """
         super().__init__()
         self.mixer_norm = config.norm.build(d_model)
-        self.mixer = config.mixer.build(d_model, layer_idx=layer_idx, n_layers=n_layers)
+        self.mixer = build_mixer(config.mixer, d_model, layer_idx=layer_idx, n_layers=n_layers)
         has_two = config.n_branches == 2
         self.ffn_norm = config.norm.build(d_model) if has_two else None
         self.ffn = config.ffn.build(d_model) if config.ffn else None

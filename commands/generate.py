@@ -91,9 +91,9 @@ def generate(
         bool | None,
         typer.Option(
             "--compile/--no-compile",
-            help="Compile the decode step: this takes some seconds before the second token, and then each token is "
-            "faster. By default it is compiled only if thousands of tokens are to be generated, after the first few "
-            "hundred are printed.",
+            help="Compile the decode step: this takes from seconds to minutes before the second token, and then each "
+            "token is faster. By default it is compiled, after the first few hundred tokens, only on a CPU and if so "
+            "many tokens are to follow that this saves time: about ten thousand or more, fewer for large models.",
         ),
     ] = None,
     speculate: Annotated[
@@ -155,14 +155,20 @@ def generate(
     if max_new_tokens == 0 and save_state is not None:
         _save_cache(cache_text(model, prompts, after=after), model, save_state)
         return GenerateResult(str(run), [Text(text, "") for text in prompts], str(save_state))
+    texts = _printable(prompts)
+    if after is not None and len(texts) < 2:  # one prompt, or none, for all cached texts
+        texts = (texts or [""]) * len(after)
     speculation = None
     if speculate == "ngram":
         speculation = Speculation()
     elif speculate is not None:
         draft = load_run(Path(speculate), device=torch_device, on_note=note, trust=trust)
         speculation = Speculation(draft.to(DTYPES[dtype]))
-    elif compiled is None and not stop and (n_before := compiled_after(max_new_tokens)):
-        note(f"compiling the decode step after {n_before} tokens, which takes some seconds; disable with --no-compile")
+    elif compiled is None and not stop and (n_before := compiled_after(model, len(texts), max_new_tokens)):
+        note(
+            f"after {n_before} tokens, the text pauses while the decode step is compiled, which should save more time "
+            "than it takes; disable with --no-compile"
+        )
     caches: list[PromptCache] = []
     pieces = stream_text(
         model,
@@ -175,9 +181,6 @@ def generate(
         on_end=caches.append if save_state is not None else None,
         speculation=speculation,
     )
-    texts = _printable(prompts)
-    if after is not None and len(texts) < 2:  # one prompt, or none, for all cached texts
-        texts = (texts or [""]) * len(after)
     continuations = _print_texts(texts, pieces, runs_to_end=save_state is not None)
     if speculation is not None:
         note(_speculation_summary(speculation))

@@ -89,7 +89,7 @@ def explanation(error: Exception) -> "SeqmixError | None":
 
     The sentence is empty if another process reports the error.
     """
-    from ..registry import DataError, ElsewhereError, OutOfMemoryError, SeqmixError
+    from ..registry import DataError, ElsewhereError, OutOfMemoryError, SeqmixError, explain_plug_in
 
     match error:
         case SeqmixError():
@@ -110,7 +110,7 @@ def explanation(error: Exception) -> "SeqmixError | None":
                 return OutOfMemoryError(
                     f"out of memory{reason}: use a shorter text, a smaller model or a smaller batch"
                 )
-    return None
+    return None if (known := explain_plug_in(error)) is None else explanation(known)
 
 
 def _reported_by_another_process() -> bool:

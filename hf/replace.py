@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..mixers import MIXERS, MixerConfig, SequenceMixer
+from ..mixers.contract import build_mixer
 from ..registry import SeqmixError, explain_fields
 from .cache import CACHE_NAME, StateLayer, mix_cached
 from .padding import RowLayout, layout_of, mix_rows
@@ -66,7 +67,7 @@ def replace_mixers(
     for index in indices:
         attention = decoder.layers[index].self_attn
         weight = next(attention.parameters())
-        replacement = mixer.build(model.config.get_text_config().hidden_size, layer_idx=index, n_layers=count)
+        replacement = build_mixer(mixer, model.config.get_text_config().hidden_size, layer_idx=index, n_layers=count)
         replacement = replacement.to(weight.device, weight.dtype)
         decoder.layers[index].self_attn = MixerAsAttention(replacement, index).train(attention.training)
     if not any(hook is _pass_rows for hook in decoder._forward_pre_hooks.values()):

@@ -1,7 +1,7 @@
 """The mixer contract: base classes of configurations and modules, and the registry of all mixers."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar, Generic, Self, TypeAlias, cast, final
 
@@ -17,7 +17,7 @@ from ..ops.runtime.kernel import Probe
 from ..ops.runtime.memo import Memo
 from ..ops.runtime.packing import Documents
 from ..ops.runtime.paradigm import Paradigm
-from ..registry import Config, Registry, SeqmixError
+from ..registry import Config, Registry, SeqmixError, place_of, require_signatures
 from .context_parallel import mix_sequentially
 from .roles import Roles
 from .rollback import kept_tokens, read_again
@@ -170,6 +170,10 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
     takes_shared_kv: bool = False
     """True if the mixer has no keys and values of its own, and every call must pass `shared_kv`; set by
     `accept_shared_kv`."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        require_signatures(cls)
 
     def __init__(self, config: MixerConfig) -> None:
         super().__init__()
@@ -559,17 +563,23 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
         names = ["output", "state"]
         names += ["values"] if self.traits.value_residual else []
         names += ["keys and values"] if return_kv else []
-        if not isinstance(result, tuple) or len(result) != len(names):
-            length = f" of {len(result)}" if isinstance(result, (tuple, list)) else ""
-            expected = f"({', '.join(names)})"
-            raise ContractError(f"{self.kind}: mix must return {expected}, got a {type(result).__name__}{length}")
+        self._require_tuple("mix", result, names)
         y = result[0]
         if not isinstance(y, Tensor):
-            raise ContractError(f"{self.kind}: mix must return a tensor as output, got a {type(y).__name__}")
+            raise self._wrong_result("mix", "a tensor as output", f"a {type(y).__name__}")
         if y.shape != x.shape:
-            raise ContractError(
-                f"{self.kind}: mix must return an output of the shape of x, {list(x.shape)}, got {list(y.shape)}"
-            )
+            raise self._wrong_result("mix", f"an output of the shape of x, {list(x.shape)}", str(list(y.shape)))
+
+    def _require_tuple(self, method: str, result: Any, names: Sequence[str]) -> None:
+        """Raise ContractError if the result of one of the mixer's methods is not a tuple of what is named."""
+        if not isinstance(result, tuple) or len(result) != len(names):
+            length = f" of {len(result)}" if isinstance(result, (tuple, list)) else ""
+            name = "Tensor" if isinstance(result, Tensor) else type(result).__name__  # not FakeTensor
+            raise self._wrong_result(method, f"({', '.join(names)})", f"a {name}{length}")
+
+    def _wrong_result(self, method: str, expected: str, actual: str) -> ContractError:
+        place = place_of(getattr(self, method))
+        return ContractError(f"{self.kind}: {method} must return {expected}, got {actual}: see {place}")
 
     def _require_shapes(self, x: Tensor, state: tuple[Any, ...] | None, cu_seqlens: Tensor | None) -> None:
         if x.ndim != 3 or x.shape[1] < 1:
@@ -604,6 +614,26 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
             return Documents.of(cu_seqlens, length, start, size * length)
         except SeqmixError as error:
             raise ContractError(f"{self.kind}: {error}") from None
+
+
+class BuildError(ContractError):
+    """A mixer cannot be built because of an error in its code. A refusal by its configuration is a `SeqmixError`."""
+
+
+def build_mixer(config: MixerConfig, d_model: int, *, layer_idx: int, n_layers: int) -> SequenceMixer[Any]:
+    """Build a mixer with `config.build`, which has the same arguments, and check that it is one.
+
+    Raises:
+        SeqmixError: the configuration does not fit `d_model`.
+        BuildError: `build` returns anything else, or a mixer without `super().__init__(config)`.
+    """
+    mixer: Any = config.build(d_model, layer_idx=layer_idx, n_layers=n_layers)
+    if not isinstance(mixer, SequenceMixer):
+        got = "None" if mixer is None else f"a {type(mixer).__name__}"
+        raise BuildError(f"{config.kind}: build must return a SequenceMixer, got {got}: see {place_of(config.build)}")
+    if not hasattr(mixer, "traits"):
+        raise BuildError(f"{config.kind}: {place_of(mixer.__init__)} has to call super().__init__(config)")
+    return mixer
 
 
 def _traits_of(config: MixerConfig) -> Traits:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..ops.runtime.call import Call
 from ..ops.runtime.paradigm import Paradigm
-from .contract import MIXERS, MixerConfig, SequenceMixer
+from .contract import MIXERS, MixerConfig, SequenceMixer, build_mixer
 from .traits import ContractError, Traits
 
 STATE_NAME = "ParallelHybridState"
@@ -86,7 +86,7 @@ class ParallelHybridConfig(MixerConfig):
         built = []
         for number, mixer in enumerate(self.mixers):
             try:
-                built.append(mixer.build(d_model, layer_idx=layer_idx, n_layers=n_layers))
+                built.append(build_mixer(mixer, d_model, layer_idx=layer_idx, n_layers=n_layers))
             except ContractError as error:
                 raise ContractError(f"mixers.{number}: {error}") from error
         return ParallelHybrid(self, built)

@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..mixers import Paradigm
 from ..mixers.state import map_state, to_dict
@@ -16,15 +16,36 @@ from .language_model import LanguageModel, ModelState
 
 TOKENS_BEFORE_COMPILING = 256
 """Number of tokens that are generated before the decode step may be compiled."""
-MIN_TOKENS_COMPILED = 8192
-"""Minimum number of tokens that may follow the first `TOKENS_BEFORE_COMPILING` ones, for the decode step to be
-compiled. Compiling takes about two seconds per layer on a CPU, as much time as it saves in 3,000 to 5,000 tokens. The
-decision counts tokens and does not measure time, so that a text is a function of its seed."""
+COMPILE_SECONDS_PER_LAYER = 15.0
+"""CPU time that compiling the decode step takes per layer: 6 to 13 s were measured with an empty compiler cache (4 to
+12 layers, retention and hybrids), and up to twice as much where the state grows."""
+SAVED_SECONDS_PER_LAYER = 0.4e-3
+"""Time that a compiled step saves per token and layer, as fewer operations are dispatched: .3 to 1 ms were measured."""
+SAVED_SECONDS_PER_WEIGHT = 0.2e-9
+"""Time that a compiled step of one row saves per weight of a linear layer, which it reads at a higher rate: .15 to
+.4 ns were measured. With several rows, eager steps read weights at that rate too."""
 
 
-def compiled_after(max_new_tokens: int) -> int | None:
-    """Return the number of tokens after which compiling the decode step pays; None if it does not."""
-    return TOKENS_BEFORE_COMPILING if max_new_tokens - TOKENS_BEFORE_COMPILING >= MIN_TOKENS_COMPILED else None
+def compiled_after(model: LanguageModel, rows: int, max_new_tokens: int) -> int | None:
+    """Return the number of tokens after which the decode step of a model is compiled; None for never.
+
+    A step is compiled if that takes less time than the remaining tokens save. Both times are estimates from sizes and
+    not measured here, because compiled steps round differently: a text must be a function of its seed. On a GPU, where
+    a step is captured as a CUDA graph, nothing is compiled.
+
+    Args:
+        model: the model.
+        rows: number of texts.
+        max_new_tokens: maximum number of tokens per text.
+    """
+    if model.device.type != "cpu" or not all(block.mixer.traits.compiles for block in model.blocks):
+        return None
+    saved = SAVED_SECONDS_PER_LAYER * len(model.blocks)
+    if rows == 1:
+        weights = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Linear))
+        saved += SAVED_SECONDS_PER_WEIGHT * weights
+    tokens = max_new_tokens - TOKENS_BEFORE_COMPILING
+    return TOKENS_BEFORE_COMPILING if tokens * saved >= COMPILE_SECONDS_PER_LAYER * len(model.blocks) else None
 
 
 class Decoder:

@@ -43,8 +43,8 @@ def generate_tokens(
         max_new_tokens: the maximum number of tokens per prompt.
         sampling: the settings for sampling.
         vocab_size: only tokens below it are sampled (a tokenizer may have fewer than the model); None for all.
-        compiled: True to compile the decode step, False to run it eagerly; None compiles it after some tokens if many
-            more may follow (`compiled_after`).
+        compiled: True to compile the decode step, False to run it eagerly; None compiles it on a CPU after
+            some tokens, if so many more may follow that this saves time (`compiled_after`).
         after: the prompt cache of the prefix, combined with the prompts as in `PromptCache.broadcast`; None for no
             prefix.
         on_end: called with the prompt cache of the whole text, after the last token or when the generator is closed.
@@ -80,8 +80,7 @@ def generate_tokens(
         yield from _speculated(speculator, before, texts, on_end)
         return
     decoder = Decoder(model, state, compiled=compiled is True)
-    may_compile = compiled is None and all(block.mixer.traits.compiles for block in model.blocks)
-    compile_at = compiled_after(max_new_tokens) if may_compile else None
+    compile_at = compiled_after(model, len(texts), max_new_tokens) if compiled is None else None
     new_tokens: list[Tensor] = []
     for count in range(1, max_new_tokens + 1):
         token = sampler.next_tokens(logits[:, :vocab_size])

@@ -30,6 +30,7 @@ from .files import (
 )
 from .loading import dump, load, validated
 from .moved import former_names
+from .plug_ins import explain_plug_in, place_of, require_signatures, where_raised
 from .providers import import_named, import_object, require_trusted, unimported
 from .registry import Registry
 from .schema import json_schema
@@ -47,6 +48,7 @@ __all__ = [
     "choices_hint",
     "dump",
     "explain_fields",
+    "explain_plug_in",
     "flush",
     "format_duration",
     "import_named",
@@ -56,17 +58,20 @@ __all__ = [
     "load",
     "nearest_hint",
     "parse_duration",
+    "place_of",
     "read_bytes",
     "read_mapping",
     "replacing",
     "replacing_all",
     "replacing_folder",
     "require_name",
+    "require_signatures",
     "require_trusted",
     "try_lock",
     "unimported",
     "validated",
     "was_unfinished",
+    "where_raised",
     "write_file",
     "write_files",
 ]

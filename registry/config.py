@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from .errors import choices_hint
+from .plug_ins import require_signatures
 
 
 class Config(BaseModel):
@@ -32,8 +33,9 @@ class Config(BaseModel):
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
-        """Merge the class's deprecated names with those it inherits."""
+        """Check the class's methods, and merge its deprecated names with those it inherits."""
         super().__pydantic_init_subclass__(**kwargs)
+        require_signatures(cls)
         by_class = [vars(base).get("deprecated_names", {}) for base in reversed(cls.__mro__)]
         cls.deprecated_names = {old: new for names in by_class for old, new in names.items()}
 

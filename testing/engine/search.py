@@ -1,7 +1,5 @@
 """Search for a small case on which a check raises, and describe the error."""
 
-import sys
-import traceback
 from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from typing import Generic, NamedTuple, TypeVar, cast
@@ -13,6 +11,7 @@ from hypothesis.errors import Flaky, Unsatisfiable, UnsatisfiedAssumption
 from hypothesis.internal.conjecture.providers import HypothesisProvider
 from hypothesis.strategies import SearchStrategy
 
+from ...registry import where_raised
 from ..compare import CheckFailure
 from ..memory_limit import MemoryBoundError
 from .shrink import shrink
@@ -129,26 +128,3 @@ def search(
 def describe_error(error: Exception) -> str:
     """Return the message of a check's failure; for any other exception, the line of `where_raised`."""
     return str(error) if isinstance(error, CheckFailure) else where_raised(error)
-
-
-def where_raised(error: Exception) -> str:
-    """Return one line: the exception, its message, and the place in the code where the author should look.
-
-    The place is the innermost line of the mixer author's own code; library code that it calls (torch, seqmix) is
-    skipped. For a built-in mixer, it is the innermost line of seqmix outside the kit.
-    """
-    frames = list(traceback.walk_tb(error.__traceback__))
-    modules = [str(frame.f_globals.get("__name__")) for frame, _ in frames]
-    authors = [i for i, name in enumerate(modules) if not name.startswith("hypothesis_")]  # a generated module
-    authors = [i for i in authors if modules[i].partition(".")[0] not in _LIBRARIES]
-    built_in = [i for i, name in enumerate(modules) if name.startswith("seqmix.") and not name.startswith(_THE_KIT)]
-    frame, line = frames[(authors or built_in or [-1])[-1]]
-    text = str(error).strip().splitlines() or [""]
-    code = frame.f_code
-    return f"raised {type(error).__name__}: {text[0]} ({code.co_filename}:{line}, in {code.co_name})"
-
-
-_LIBRARIES = {*sys.stdlib_module_names, "hypothesis", "jaxtyping", "pydantic", "pydantic_core", "seqmix", "torch"}
-"""Packages whose code is not the mixer author's."""
-_THE_KIT = ("seqmix.testing.", "seqmix.mixers.contract")
-"""Prefixes of the modules that call mixers: they are not the place to look for an error."""

@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 
-from ...mixers.contract import MixerConfig, SequenceMixer
+from ...mixers.contract import BuildError, MixerConfig, SequenceMixer, build_mixer
 from ...mixers.traits import ContractError, Traits, require_paradigm
 from ...ops.runtime.paradigm import Paradigm
-from ...registry import SeqmixError
+from ...registry import SeqmixError, where_raised
 from ..compare import LOW_PRECISION
-from ..engine.search import where_raised
 from .case import LAYERS
 from .options import changed, drawn_options, require_examples, shared_head_changes, single_changes
 
@@ -23,10 +22,6 @@ D_MODELS = (12, 8, 16, 24, 32, 48, 64, 96, 128, 256, 512)
 
 BACKEND = "aot_eager"
 """Default compiler backend of the checks that compile."""
-
-
-class BuildError(ContractError):
-    """A mixer cannot be built because of an error in its code. A refusal by its configuration is a `SeqmixError`."""
 
 
 class Subject:
@@ -212,12 +207,7 @@ def build(config: MixerConfig, d_model: int, layer: int = 0) -> SequenceMixer:
         BuildError: `build` raises any other error, or returns no mixer.
     """
     with _refusals(f"{config.kind}: build", BuildError):
-        mixer = config.build(d_model, layer_idx=layer, n_layers=LAYERS)
-    if not isinstance(mixer, SequenceMixer):
-        raise BuildError(f"{config.kind}: build must return a SequenceMixer, got {mixer!r}")
-    if not hasattr(mixer, "traits"):
-        raise BuildError(f"{config.kind}: {type(mixer).__name__}.__init__ has to call super().__init__(config)")
-    return mixer
+        return build_mixer(config, d_model, layer_idx=layer, n_layers=LAYERS)
 
 
 @contextmanager

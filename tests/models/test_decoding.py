@@ -13,9 +13,11 @@ from torch._inductor.utils import run_and_get_code
 from torch.testing import assert_close
 
 import seqmix.models.decoding as module
-from seqmix import Paradigm
+from seqmix import Paradigm, build_model, load_config
 from seqmix.mixers.state import clone, to_dict
 from seqmix.models import CompileError, Decoder, Sampling, compile_blocks, generate_tokens, prefill, stream_text
+from seqmix.models.builder import build_meta
+from seqmix.models.decoding import compiled_after
 from seqmix.ops.runtime.kernel import KERNELS, reference
 
 PROMPTS = [torch.tensor([1, 2, 3]), torch.tensor([4])]
@@ -275,7 +277,8 @@ def test_a_growing_state_is_not_captured(model_of, captured):
 def early(monkeypatch):
     """Compiling pays with six tokens left, once two have been decoded."""
     monkeypatch.setattr("seqmix.models.decoding.TOKENS_BEFORE_COMPILING", 2)
-    monkeypatch.setattr("seqmix.models.decoding.MIN_TOKENS_COMPILED", 6)
+    monkeypatch.setattr("seqmix.models.decoding.COMPILE_SECONDS_PER_LAYER", 6.0)
+    monkeypatch.setattr("seqmix.models.decoding.SAVED_SECONDS_PER_LAYER", 1.0)
 
 
 @pytest.mark.parametrize(("tokens", "pays"), [(7, False), (8, True)])
@@ -293,6 +296,21 @@ def test_it_is_compiled_where_it_pays_once_tokens_have_come(model_of, tokens, pa
         graphs.append(counters["stats"]["unique_graphs"])
     assert_close(torch.stack(found), expected)
     assert graphs == [0, 0] + [pays] * (tokens - 2)
+
+
+def test_a_model_with_more_weights_is_compiled_for_fewer_tokens_of_one_text():
+    small, large = (
+        build_model(load_config("retnet-tiny", ["model.n_layers=1", f"model.blocks.ret.ffn.expansion={factor}"]).model)
+        for factor in (2, 64)
+    )
+    tokens = 30_000
+    assert compiled_after(small, 1, tokens) is None
+    assert compiled_after(large, 1, tokens) is not None
+    assert compiled_after(large, 2, tokens) is None  # products of two rows are as fast in eager steps
+
+
+def test_nothing_is_compiled_by_default_on_other_devices_than_a_cpu():
+    assert compiled_after(build_meta(load_config("retnet-tiny").model), 1, 10**9) is None
 
 
 @pytest.mark.usefixtures("plainly_compiled", "early")
