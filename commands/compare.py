@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from ..experiments.answer import answer
+from ..experiments.answer import Comparison, answer, comparisons
 from ..experiments.collect import entry_result
 from ..experiments.figures.libraries import PlotsMissingError, charts_module, engine
 from ..experiments.plan import Plan, plan
@@ -47,10 +47,12 @@ class CompareResult:
     """Entry that the question is about."""
     answer: str
     """The answer to the study's question, in words."""
+    comparisons: list[Comparison]
+    """Measured difference of each entry from the subject, with its interval and verdict: the numbers of `answer`."""
     summary: list[SummaryRow]
     """Statistics over seeds of each entry: mean, spread and the margin of the 95 % interval."""
     differences: list[Difference]
-    """Differences of each entry from the subject: what is compared, and what else differs."""
+    """Configuration of each entry against the subject's: what is compared, and what else differs."""
     notes: list[str]
     """Sentences on what is equal, and what a reader should know."""
 
@@ -133,6 +135,7 @@ def compare(
         failed=outcome.failed,
         subject=results.about,
         answer=answer(results),
+        comparisons=comparisons(results),
         summary=list(results.summary),
         differences=list(results.differences),
         notes=[*results.fairness, *notes(results)],

@@ -67,7 +67,7 @@ def made(tmp_path_factory, small):
     (folder / "text.txt").write_text("the text of a small run, over and over again. " * 60)
     (folder / "small.yaml").write_text(small + BROKEN + SPEED + PAPER)
     (folder / "loud.py").write_text(LOUD)
-    status, printed = command(folder, "compare", "small.yaml")
+    status, printed = command(folder, "compare", "small.yaml", "--json", "result.json")
     return folder, status, printed
 
 
@@ -143,6 +143,17 @@ def test_results(made):
 
 
 @pytest.mark.slow
+def test_result_has_the_difference_of_each_entry_from_the_subject(made):
+    root, _, _ = made
+    result = json.loads((root / "result.json").read_text())
+    loss = {row["entry"]: row["validation_loss"]["mean"] for row in result["summary"]}
+    (attention,) = result["comparisons"]
+    assert (result["subject"], attention["entry"]) == ("retention", "attention")
+    assert attention["measure"] == "validation_loss"
+    assert attention["difference"]["mean"] == pytest.approx(loss["attention"] - loss["retention"])
+    assert attention["verdict"] is None  # one seed
+
+
 def test_rates_are_tuned_before_the_seeds_are_trained(made, tmp_path, small):
     (tmp_path / "text.txt").write_text((made[0] / "text.txt").read_text())
     tune = "tune: {learning_rate: [1.0e-3, 1.0e+30], seeds: [7]}\n"
