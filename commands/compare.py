@@ -17,7 +17,7 @@ from ..experiments.report import REPORT_FILE
 from ..experiments.results import RESULTS_FILE, Difference, EntryResult, Results, SummaryRow, where
 from ..experiments.runner import run_study
 from ..experiments.study import STUDIES, find_study, load_study, shipped
-from ..experiments.tables import difference_tables, notes, state_size, summary_table
+from ..experiments.tables import difference_tables, notes, speed_note, state_size, summary_table
 from ..registry import SeqmixError, parse_duration
 from .console import note, plain_table, terminal
 from .options import Jobs
@@ -51,6 +51,8 @@ class CompareResult:
     """Measured difference of each entry from the subject, with its interval and verdict: the numbers of `answer`."""
     summary: list[SummaryRow]
     """Statistics over seeds of each entry: mean, spread and the margin of the 95 % interval."""
+    speed: str | None
+    """Sentence on what `tokens_per_second` of the summary measures; null without speeds."""
     differences: list[Difference]
     """Configuration of each entry against the subject's: what is compared, and what else differs."""
     notes: list[str]
@@ -137,6 +139,7 @@ def compare(
         answer=answer(results),
         comparisons=comparisons(results),
         summary=list(results.summary),
+        speed=speed_note(results),
         differences=list(results.differences),
         notes=[*results.fairness, *notes(results)],
     )

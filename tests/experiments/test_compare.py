@@ -24,6 +24,7 @@ from seqmix.experiments.plan import plan
 from seqmix.experiments.results import read_results
 from seqmix.experiments.runner import Observer, make_runs
 from seqmix.experiments.study import StudyError, load_study
+from seqmix.experiments.summary import timed_length
 from seqmix.training import read_config, read_status
 
 BROKEN = """
@@ -134,6 +135,12 @@ def test_results(made):
     assert summary["retention"].validation_loss.spread is None
     assert [(row.entry, row.length) for row in found.speed.train] == [(name, 16) for name in by_name]
     assert all(row.tokens_per_second > 0 for row in found.speed.train)
+    # one throughput: the timed one is in the summary, its table and the command's result
+    timed = {row.entry: row.tokens_per_second for row in found.speed.train if row.length == timed_length(found)}
+    result = json.loads((root / "result.json").read_text())
+    for rows in (found.model_dump()["summary"], result["summary"]):
+        assert {row["entry"]: row["tokens_per_second"] for row in rows}.items() <= timed.items()
+    assert result["speed"] in result["notes"]
     assert all(row.seconds > 0 and row.state_bytes > 0 for row in found.speed.decode)
     (figure,) = found.paper
     assert (figure.theirs, round(figure.ours, 6)) == (26.05, round(2.718281828459045**run.validation_loss, 6))
