@@ -19,10 +19,10 @@ from ..benchmarks.recurrences import RecurrenceBenchmark
 from ..benchmarks.report import cells, conditions, fields_of, markdown, name_columns, skipped
 from ..experiments.benchmark_figures import figures_of
 from ..experiments.figures.writer import COLUMN, draw, require_drawable
-from ..registry import SeqmixError, parse_duration, require_name, write_file
+from ..registry import SeqmixError, require_name, write_file
 from ..training.monitoring.memory import keep_freed_memory
 from .console import plain_table, terminal
-from .options import DTYPES, Device, Overrides, require_device, require_writable
+from .options import DTYPES, Device, Overrides, require_device, require_writable, seconds_of
 
 KINDS = (OpBenchmark, RecurrenceBenchmark, MixersBenchmark, TrainBenchmark, DecodeBenchmark, PrefillBenchmark)
 BENCHMARKS = {kind.name: kind for kind in KINDS}
@@ -141,7 +141,7 @@ def bench(
     _require_range("--repeat", repeat, 5, 10_000)
     _require_range("--tokens", tokens, 1, MAX_TOKENS)
     _require_range("--batch", batch, 1, 2**20)
-    seconds = None if budget is None else parse_duration(budget)
+    seconds = None if budget is None else seconds_of("--budget", budget)
     if plot_file is not None:
         require_drawable("--plot", plot_file)
     require_writable(markdown_file, plot_file)
@@ -167,7 +167,7 @@ def bench(
             activation_checkpointing=activation_checkpointing,
             tokens=tokens,
             batch=batch,
-            limit=parse_duration(limit),
+            limit=seconds_of("--limit", limit),
             budget=seconds,
             interleave_lengths=interleave_lengths,
             cpu_time=cpu_time,

@@ -11,7 +11,8 @@ import typer
 
 from ..benchmarks.gpu import measure
 from ..benchmarks.gpu_plan import GROUPS, plan
-from ..registry import SeqmixError, parse_duration, require_name
+from ..registry import SeqmixError, require_name
+from .options import seconds_of
 from .results import Ended
 
 
@@ -70,8 +71,8 @@ def bench_gpu(
 
     [bold]seqmix bench-gpu --out rehearsal --rehearse[/bold]
     """
-    seconds = math.inf if budget is None else parse_duration(budget)
-    limit = parse_duration(time_limit)
+    seconds = math.inf if budget is None else seconds_of("--budget", budget)
+    limit = seconds_of("--time-limit", time_limit)
     for name in only or ():
         require_name("part", name, GROUPS)
     if rehearse:

@@ -18,9 +18,9 @@ from ..experiments.results import RESULTS_FILE, Difference, EntryResult, Results
 from ..experiments.runner import run_study
 from ..experiments.study import STUDIES, find_study, load_study, shipped
 from ..experiments.tables import difference_tables, notes, speed_note, state_size, summary_table
-from ..registry import SeqmixError, parse_duration
+from ..registry import SeqmixError
 from .console import note, plain_table, terminal
-from .options import Jobs
+from .options import Jobs, seconds_of
 from .results import Ended
 from .show import si
 from .study_progress import StudyProgress
@@ -117,7 +117,7 @@ def compare(
         return StudyList(questions)
     if study is None:
         raise SeqmixError("compare needs a STUDY: a YAML file, or the name of a study that --list shows")
-    seconds = None if budget is None else parse_duration(budget)
+    seconds = None if budget is None else seconds_of("--budget", budget)
     file = find_study(study)
     loaded = load_study(file)
     if loaded.size > MANY:

@@ -23,8 +23,8 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> None:
 
 
 def on_post_build(config: Any, **_: Any) -> None:
-    """Write the pages in the order of the navigation."""
-    base = (config.site_url or "").rstrip("/")
+    """Write the pages in the order of the navigation; without the site's address, links are relative to llms.txt."""
+    base = (config.site_url or ".").rstrip("/")
     lines = [f"# {config.site_name}", "", f"> {config.site_description}", "", "## Pages", ""]
     lines += [f"- [{title}]({base}/{url}): {sentence}" for url, (title, sentence) in PAGES.items()]
     (Path(config.site_dir) / "llms.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -112,6 +112,7 @@ def plan(study: Study, file: Path, *, require_equal: bool = True) -> Plan:
     source = Source(study, file)
     variants = [VariantEntries(study, source, variant, solved).entries() for variant in varied]
     for variant, entries in zip(varied, variants, strict=True):
+        _require_full_length(entries[0], source)
         require_fair(entries, variant)
         for entry in entries:
             try:
@@ -139,10 +140,10 @@ def plan(study: Study, file: Path, *, require_equal: bool = True) -> Plan:
 
 def _places(study: Study, source: Source) -> dict[str, str]:
     """Return the place in the file at which each option that is to be equal is set; errors begin with it."""
-    places = {option: source.place(value, "equal", option) for option, value in study.equal.items()}
-    for path, values in study.vary.items():
+    places = {option: source.place("equal", option) for option in study.equal}
+    for path in study.vary:
         if path.startswith("equal."):
-            places[path.removeprefix("equal.")] = source.place(values, "vary", path)
+            places[path.removeprefix("equal.")] = source.place("vary", path)
     return places
 
 
@@ -191,6 +192,21 @@ def _differences(study: Study, entries: list[PlannedEntry], variant: Variant) ->
     return compare(configs, study.subject or study.names[0], named, ignored, variant)
 
 
+def _require_full_length(entry: PlannedEntry, source: Source) -> None:
+    """Raise StudyError if runs may end before their last step; `source` gives the place of the field."""
+    training = entry.config.training
+    if training.patience is not None:
+        raise StudyError(
+            f"{source.place('training', 'patience')}expected null, got {training.patience}: entries would stop at "
+            "different steps and read different numbers of tokens; set it to null in the study's training"
+        )
+    if training.max_time is not None:
+        raise StudyError(
+            f"{source.place('training', 'max_time')}expected null, got {training.max_time:g}: runs would end after "
+            "different numbers of steps; limit the whole study with --budget"
+        )
+
+
 def require_fair(entries: list[PlannedEntry], variant: Variant) -> None:
     """Check that all entries are trained on the same batches and evaluated in the same way.
 
@@ -198,16 +214,6 @@ def require_fair(entries: list[PlannedEntry], variant: Variant) -> None:
         StudyError: they are not; the message has the field that differs.
     """
     first = entries[0]
-    if first.config.training.patience is not None:
-        raise StudyError(
-            f"expected training.patience to be null, got {first.config.training.patience}: entries would stop at "
-            "different steps and read different numbers of tokens; set it to null in the study's training"
-        )
-    if first.config.training.max_time is not None:
-        raise StudyError(
-            f"expected training.max_time to be null, got {first.config.training.max_time:g}: runs would end after "
-            "different numbers of steps; limit the whole study with --budget"
-        )
     for place in ("seed", "model.vocab_size", "data", *(f"training.{name}" for name in EQUAL_TRAINING_FIELDS)):
         ours, *others = (attrgetter(place)(entry.config) for entry in entries)
         for other, theirs in zip(entries[1:], others, strict=True):

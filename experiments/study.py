@@ -103,11 +103,21 @@ class Entry(Config):
 class Tune(Config):
     """Tuning of the learning rate, with the same budget for every entry: each is trained at every rate and seed."""
 
-    learning_rate: Annotated[tuple[Rate, ...], OnceEach] = Field(min_length=2)
+    learning_rate: Annotated[tuple[Rate, ...], OnceEach]
     """Peak learning rates to try. The one with the lowest final validation loss, averaged over the tuning seeds, is
     used for the study's own seeds."""
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1), OnceEach] | None = None
     """Seeds of the tuning runs, which must not be in `seeds`; null for one seed, the largest of `seeds` plus 1."""
+
+    @field_validator("learning_rate")
+    @classmethod
+    def _there_is_a_choice(cls, rates: tuple[float, ...]) -> tuple[float, ...]:
+        if len(rates) < 2:
+            raise ValueError(
+                f"expected at least two learning rates to choose from, got {list(rates)}: add rates, or set one rate "
+                "with training: {learning_rate: 1e-3}"
+            )
+        return rates
 
 
 class TrainSpeed(Config):

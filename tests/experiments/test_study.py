@@ -342,7 +342,9 @@ def test_what_would_not_be_fair_is_seen(planned, place):
 
 
 def test_patience_is_refused(planned, small):
-    with pytest.raises(SeqmixError, match=r"training\.patience to be null, got 2: entries would stop"):
+    with pytest.raises(
+        SeqmixError, match=r"small\.yaml:\d+: training\.patience: expected null, got 2: entries would stop"
+    ):
         planned(study=small.replace("log_every: 1", "log_every: 1, patience: 2"))
 
 
@@ -374,7 +376,7 @@ def test_patience_is_refused(planned, small):
             ALONE + "mixers: [retention, gla]\nsubject: glaa\n",
             "subject names an unknown entry 'glaa'; did you mean \"gla\"? Entries: retention, gla",
         ),
-        (ALONE + "mixers: [gla]\ntune: {learning_rate: [0.1]}\n", "tune.learning_rate: expected a length >= 2"),
+        (ALONE + "mixers: [gla]\ntune: {learning_rate: [0.1]}\n", "tune.learning_rate: expected at least two"),
         (
             ALONE + "mixers: [gla]\nseeds: [3]\ntune: {learning_rate: [0.1, 0.2], seeds: [3]}\n",
             "tune.seeds and seeds must differ, got 3 in both",
