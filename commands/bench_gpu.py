@@ -58,7 +58,8 @@ def bench_gpu(
         ),
     ] = None,
     rehearse: Annotated[
-        bool, typer.Option("--rehearse", help="Run one part of each kind at toy sizes on the CPU, in a minute or two.")
+        bool,
+        typer.Option("--rehearse", help="Run one part of each kind at toy sizes on the CPU, in five to ten minutes."),
     ] = False,
 ) -> BenchGpuResult | Ended[BenchGpuResult]:
     """Run all tests and benchmarks that need a GPU: kernels, conformance, speed, the paper's comparisons.

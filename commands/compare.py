@@ -124,7 +124,7 @@ def compare(
         note(f"planning {loaded.size:,} runs takes a while")
     planned = plan(loaded, file)
     if dry_run:
-        return _show_plan(planned, console)
+        return show_plan(planned, console)
     folder = out or Path("studies") / planned.name
     with StudyProgress(console) as progress:
         results, outcome = run_study(planned, folder, jobs=jobs, observer=progress, budget=seconds)
@@ -192,7 +192,7 @@ def _show_differences(differences: Sequence[Difference], subject: str, console: 
         console.print(plain_table(*headers, rows=rows, overflow="fold"))
 
 
-def _show_plan(planned: Plan, console: Console) -> StudyPlan:
+def show_plan(planned: Plan, console: Console) -> StudyPlan:
     """Print the entries of a study with their costs, and the number of runs; return them."""
     if planned.study.question:
         console.print(planned.study.question)
