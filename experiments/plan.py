@@ -14,7 +14,9 @@ from typing import Any
 
 from ..registry import SeqmixError
 from ..training import RunConfig
-from .attribution import compare, field_of
+from .answer import names
+from .attribution import compare, equal_options, field_of
+from .differences import format_value
 from .entries import PlannedEntry, Source, Variant, VariantEntries, require_options
 from .equal import equal_sentences
 from .match import Cost, Matched
@@ -135,7 +137,8 @@ def plan(study: Study, file: Path, *, require_equal: bool = True) -> Plan:
         for variant, entries in zip(varied, variants, strict=True)
         for difference in _differences(study, entries, variant)
     ]
-    return Plan(study, tuple(variants[0]), tuple(runs), tuple(_fairness(study, varied, variants)), tuple(differences))
+    fairness = (*_fairness(study, varied, variants), *_equal_line(study, variants[0], differences))
+    return Plan(study, tuple(variants[0]), tuple(runs), fairness, tuple(differences))
 
 
 def _places(study: Study, source: Source) -> dict[str, str]:
@@ -288,6 +291,22 @@ def _fairness(study: Study, varied: list[dict[str, Any]], variants: list[list[Pl
             f"seed{'s' * several} {tuning}; the best has the lowest {'mean ' * several}final validation loss. Results "
             f"are those of other seeds at that rate: {seeds}. They are evaluated on the data that chose the rate."
         )
+
+
+def _equal_line(study: Study, entries: list[PlannedEntry], differences: list[Difference]) -> Iterator[str]:
+    """Yield a sentence with the line of the study's file that makes accessories of the mixers equal, if there is one.
+
+    Options that the study itself sets are left out.
+    """
+    fields = dict.fromkeys(field for each in differences for field in each.also)
+    fixed = {*study.equal_options, *(option for _, option in study.mixer_options())}
+    configs = {entry.name: entry.config for entry in entries}
+    options, equal = equal_options(
+        configs, [field for field in fields if field not in fixed], study.subject or entries[0].name
+    )
+    if options:
+        line = f"equal: {format_value(study.equal | options)}"
+        yield f"To remove the difference in {names(equal)}, write in the study's file: {line}"
 
 
 def _untuned(rates: Iterable[float]) -> str:

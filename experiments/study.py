@@ -286,14 +286,14 @@ class Study(Config):
                         f"vary changes {varied}, but so does the knob {match.knob} of match: remove one of them"
                     )
         for option in self.equal_options:
-            for place, changed in self._mixer_options():
+            for place, changed in self.mixer_options():
                 if changed == option:
                     raise ValueError(f"equal sets {option} in all mixers, but {place} sets it too: remove one of them")
             if option in self.equal and f"equal.{option}" in self.vary:
                 raise ValueError(f"vary changes equal.{option}, but equal sets {option} too: remove one of them")
         return self
 
-    def _mixer_options(self) -> Iterator[tuple[str, str]]:
+    def mixer_options(self) -> Iterator[tuple[str, str]]:
         """Yield the options of mixers that entries set: the place of each in the study, and its name."""
         for mixer in self.mixers:
             if not isinstance(mixer, str):
