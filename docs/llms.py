@@ -17,7 +17,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> None:
     text = re.sub(r"^(```.*?^```|<!--.*?-->)$", "", markdown, flags=re.DOTALL | re.MULTILINE)
     paragraphs = [part for part in re.split(r"\n\s*\n", text) if re.match(r"[A-Za-z`*\[]", part.strip())]
     first = " ".join(paragraphs[0].split()) if paragraphs else ""
-    first = re.sub(r"\[([^\]]+)\]\([^)]*\)", r"\1", first)
+    first = re.sub(r"\[([^\]]+)\]\([^)]*\)", r"\1", first).replace("**", "")
     sentence = re.match(r".+?\.(?=\s|$)", first)
     PAGES[page.url] = title[1] if title else page.title, sentence[0] if sentence else first.rstrip(":")
 
