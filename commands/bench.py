@@ -1,5 +1,6 @@
 """`seqmix bench`: options of a benchmark, its progress, and its results as a table or files."""
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,17 +13,17 @@ from rich.table import Table
 
 from ..benchmarks import learn
 from ..benchmarks.benchmark import Report, Settings, run
-from ..benchmarks.mixers import MixersBenchmark
+from ..benchmarks.mixers import MixersBenchmark, former_names
 from ..benchmarks.models import DecodeBenchmark, PrefillBenchmark, TrainBenchmark, model_to_measure
 from ..benchmarks.op import OpBenchmark
 from ..benchmarks.recurrences import RecurrenceBenchmark
 from ..benchmarks.report import cells, conditions, fields_of, markdown, name_columns, skipped
 from ..experiments.benchmark_figures import figures_of
 from ..experiments.figures.writer import COLUMN, draw, require_drawable
-from ..registry import SeqmixError, parse_duration, require_name, write_file
+from ..registry import SeqmixError, require_name, write_file
 from ..training.monitoring.memory import keep_freed_memory
-from .console import plain_table, terminal
-from .options import DTYPES, Device, Overrides, require_device, require_writable
+from .console import note, plain_table, terminal
+from .options import DTYPES, Device, Overrides, require_device, require_writable, seconds_of
 
 KINDS = (OpBenchmark, RecurrenceBenchmark, MixersBenchmark, TrainBenchmark, DecodeBenchmark, PrefillBenchmark)
 BENCHMARKS = {kind.name: kind for kind in KINDS}
@@ -76,7 +77,11 @@ def bench(
     ] = 5,
     only: Annotated[
         list[str] | None,
-        typer.Option(help="Measure only this implementation; may be repeated. All by default.", metavar="NAME"),
+        typer.Option(
+            help="Measure only this implementation; may be repeated. All by default. Of mixers, a kind or the path of "
+            "your own configuration, my_module:MyConfig.",
+            metavar="NAME",
+        ),
     ] = None,
     compiled: Annotated[
         bool, typer.Option("--compile", help="Also measure compiled variants of implementations that have one.")
@@ -141,7 +146,7 @@ def bench(
     _require_range("--repeat", repeat, 5, 10_000)
     _require_range("--tokens", tokens, 1, MAX_TOKENS)
     _require_range("--batch", batch, 1, 2**20)
-    seconds = None if budget is None else parse_duration(budget)
+    seconds = None if budget is None else seconds_of("--budget", budget)
     if plot_file is not None:
         require_drawable("--plot", plot_file)
     require_writable(markdown_file, plot_file)
@@ -162,12 +167,12 @@ def bench(
             device=require_device(device),
             dtype=DTYPES[dtype],
             repeat=repeat,
-            only=tuple(only or []),
+            only=tuple(_kinds(only or []) if what == "mixers" else only or []),
             compile=compiled,
             activation_checkpointing=activation_checkpointing,
             tokens=tokens,
             batch=batch,
-            limit=parse_duration(limit),
+            limit=seconds_of("--limit", limit),
             budget=seconds,
             interleave_lengths=interleave_lengths,
             cpu_time=cpu_time,
@@ -214,3 +219,12 @@ def _require_range(option: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high:
         limits = f"at least {low:,}" if high == float("inf") else f"from {low:,} to {high:,}"
         raise SeqmixError(f"expected {option} {limits}, got {value:,}")
+
+
+def _kinds(names: Sequence[str]) -> list[str]:
+    """Return the names of `bench mixers` with kinds in place of names of presets, which are deprecated."""
+    former = former_names()
+    for name in names:
+        if name in former:
+            note(f"--only {name} is deprecated, use {former[name]}: the next minor version removes the old name")
+    return [former.get(name, name) for name in names]

@@ -11,7 +11,8 @@ import typer
 
 from ..benchmarks.gpu import measure
 from ..benchmarks.gpu_plan import GROUPS, plan
-from ..registry import SeqmixError, parse_duration, require_name
+from ..registry import SeqmixError, require_name
+from .options import seconds_of
 from .results import Ended
 
 
@@ -57,7 +58,8 @@ def bench_gpu(
         ),
     ] = None,
     rehearse: Annotated[
-        bool, typer.Option("--rehearse", help="Run one part of each kind at toy sizes on the CPU, in a minute or two.")
+        bool,
+        typer.Option("--rehearse", help="Run one part of each kind at toy sizes on the CPU, in five to ten minutes."),
     ] = False,
 ) -> BenchGpuResult | Ended[BenchGpuResult]:
     """Run all tests and benchmarks that need a GPU: kernels, conformance, speed, the paper's comparisons.
@@ -70,8 +72,8 @@ def bench_gpu(
 
     [bold]seqmix bench-gpu --out rehearsal --rehearse[/bold]
     """
-    seconds = math.inf if budget is None else parse_duration(budget)
-    limit = parse_duration(time_limit)
+    seconds = math.inf if budget is None else seconds_of("--budget", budget)
+    limit = seconds_of("--time-limit", time_limit)
     for name in only or ():
         require_name("part", name, GROUPS)
     if rehearse:

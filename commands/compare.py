@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from ..experiments.answer import answer
+from ..experiments.answer import Comparison, answer, comparisons
 from ..experiments.collect import entry_result
 from ..experiments.figures.libraries import PlotsMissingError, charts_module, engine
 from ..experiments.plan import Plan, plan
@@ -17,10 +17,10 @@ from ..experiments.report import REPORT_FILE
 from ..experiments.results import RESULTS_FILE, Difference, EntryResult, Results, SummaryRow, where
 from ..experiments.runner import run_study
 from ..experiments.study import STUDIES, find_study, load_study, shipped
-from ..experiments.tables import difference_tables, notes, state_size, summary_table
-from ..registry import SeqmixError, parse_duration
+from ..experiments.tables import difference_tables, notes, speed_note, state_size, summary_table
+from ..registry import SeqmixError
 from .console import note, plain_table, terminal
-from .options import Jobs
+from .options import Jobs, seconds_of
 from .results import Ended
 from .show import si
 from .study_progress import StudyProgress
@@ -47,10 +47,14 @@ class CompareResult:
     """Entry that the question is about."""
     answer: str
     """The answer to the study's question, in words."""
+    comparisons: list[Comparison]
+    """Measured difference of each entry from the subject, with its interval and verdict: the numbers of `answer`."""
     summary: list[SummaryRow]
     """Statistics over seeds of each entry: mean, spread and the margin of the 95 % interval."""
+    speed: str | None
+    """Sentence on what `tokens_per_second` of the summary measures; null without speeds."""
     differences: list[Difference]
-    """Differences of each entry from the subject: what is compared, and what else differs."""
+    """Configuration of each entry against the subject's: what is compared, and what else differs."""
     notes: list[str]
     """Sentences on what is equal, and what a reader should know."""
 
@@ -113,14 +117,14 @@ def compare(
         return StudyList(questions)
     if study is None:
         raise SeqmixError("compare needs a STUDY: a YAML file, or the name of a study that --list shows")
-    seconds = None if budget is None else parse_duration(budget)
+    seconds = None if budget is None else seconds_of("--budget", budget)
     file = find_study(study)
     loaded = load_study(file)
     if loaded.size > MANY:
         note(f"planning {loaded.size:,} runs takes a while")
     planned = plan(loaded, file)
     if dry_run:
-        return _show_plan(planned, console)
+        return show_plan(planned, console)
     folder = out or Path("studies") / planned.name
     with StudyProgress(console) as progress:
         results, outcome = run_study(planned, folder, jobs=jobs, observer=progress, budget=seconds)
@@ -133,7 +137,9 @@ def compare(
         failed=outcome.failed,
         subject=results.about,
         answer=answer(results),
+        comparisons=comparisons(results),
         summary=list(results.summary),
+        speed=speed_note(results),
         differences=list(results.differences),
         notes=[*results.fairness, *notes(results)],
     )
@@ -186,7 +192,7 @@ def _show_differences(differences: Sequence[Difference], subject: str, console: 
         console.print(plain_table(*headers, rows=rows, overflow="fold"))
 
 
-def _show_plan(planned: Plan, console: Console) -> StudyPlan:
+def show_plan(planned: Plan, console: Console) -> StudyPlan:
     """Print the entries of a study with their costs, and the number of runs; return them."""
     if planned.study.question:
         console.print(planned.study.question)

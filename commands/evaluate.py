@@ -15,7 +15,15 @@ from ..models.quantization import WEIGHTS, quantize_model
 from ..registry import DataError, SeqmixError, nearest_hint, require_name, write_file
 from ..training import load_run, read_config
 from ..training.checkpoint.run_dir import SCORES_FILE
-from ..training.length_eval import LENGTH_MULTIPLES, Evaluation, by_context, by_length, common_paradigms, open_text
+from ..training.length_eval import (
+    LENGTH_MULTIPLES,
+    Evaluation,
+    as_in_training,
+    by_context,
+    by_length,
+    common_paradigms,
+    open_text,
+)
 from .console import note, terminal
 from .evaluation_tables import join_words, show_evaluation, show_quantized, show_scores, show_side_by_side
 from .options import (
@@ -113,8 +121,9 @@ def evaluate(
 ) -> EvaluateResult:
     """Evaluate trained models: the validation loss at lengths beyond that of training, or tasks of lm-eval.
 
-    By default it shows the loss by sequence length and by position, in every paradigm. With --context, it shows the
-    loss of the same tokens after contexts of several lengths. With --tasks, it shows scores of lm-eval. With
+    By default it shows the loss on the sequences of training's final evaluation and, on a smaller sample, the loss by
+    sequence length and by position in every paradigm. With --context, it shows the loss of the same tokens after
+    contexts of several lengths. With --tasks, it shows scores of lm-eval. With
     --weights, it measures before and after the weights are quantised.
 
     [bold]seqmix evaluate runs/retnet-tiny[/bold]
@@ -216,8 +225,11 @@ def _evaluate_run(
         raise SeqmixError("the layers of this model have no common paradigm: evaluate it with --context")
 
     def measure() -> Evaluation:
-        evaluation = Evaluation(trained_length, scored=(scored or max(min(contexts) // 4, 1)) if contexts else 0)
+        is_default = not (requested_lengths or contexts or weights)
         with terminal().status("reading the validation split", spinner="dots") as status:
+            final = as_in_training(model, source, config.training) if is_default else None
+            n_scored = (scored or max(min(contexts) // 4, 1)) if contexts else 0
+            evaluation = Evaluation(trained_length, final, scored=n_scored)
 
             def choose_paradigms(length: int) -> Sequence[Paradigm]:
                 status.update(f"{length:,} tokens by {join_words(chosen)}")

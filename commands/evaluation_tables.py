@@ -6,14 +6,22 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..training.length_eval import Evaluation
+from ..training.length_eval import Evaluation, FinalLoss
 from .console import plain_table
 
 
 def show_evaluation(evaluation: Evaluation, console: Console) -> None:
     """Print the tables of one run's evaluation."""
+    if evaluation.final:
+        console.print(
+            f"Validation loss on the sequences of training's final evaluation: {_format_final(evaluation.final)} "
+            f"nats/token over {evaluation.final.tokens:,} tokens (mean and standard error over sequences).\n"
+        )
     if evaluation.lengths:
-        console.print("Validation loss in nats/token; every sequence starts from an empty state.")
+        console.print(
+            "Validation loss in nats/token by length, of the same text at every length; every sequence starts from an "
+            "empty state."
+        )
         console.print(_length_table(evaluation))
         differing = [result for result in evaluation.lengths if len(result.losses) > 1]
         if differing:
@@ -33,6 +41,11 @@ def show_evaluation(evaluation: Evaluation, console: Console) -> None:
 
 def show_side_by_side(evaluations: Mapping[str, Evaluation], console: Console) -> None:
     """Print the losses of several runs, one column per run; losses by length are those of the first paradigm."""
+    finals = [evaluation.final for evaluation in evaluations.values() if evaluation.final is not None]
+    if finals:
+        console.print("Validation loss in nats/token on the sequences of training's final evaluation:")
+        rows = [("loss", *map(_format_final, finals)), ("tokens", *(f"{final.tokens:,}" for final in finals))]
+        console.print(plain_table("", *evaluations, rows=rows, justify="right"))
     lengths = [
         {result.length: _first(result.losses) for result in evaluation.lengths} for evaluation in evaluations.values()
     ]
@@ -84,8 +97,9 @@ def _length_table(evaluation: Evaluation) -> Table:
     for result in evaluation.lengths:
         times = f"{round(result.length / evaluation.trained_length, 3):g} x"
         losses = [_format_loss(result.losses.get(paradigm)) for paradigm in paradigms]
-        rows.append((f"{result.length:,}", times, *losses, f"{result.tokens:,}"))
-    return plain_table("tokens", "of training", *paradigms, "tokens measured", rows=rows, justify="right")
+        rows.append((f"{result.length:,}", times, *losses, _format_loss(result.error), f"{result.tokens:,}"))
+    heads = ("tokens", "of training", *paradigms, "standard error", "tokens measured")
+    return plain_table(*heads, rows=rows, justify="right")
 
 
 def _position_table(evaluation: Evaluation) -> Table:
@@ -98,6 +112,10 @@ def _position_table(evaluation: Evaluation) -> Table:
         losses = [None if place is None else _first(place.losses) for place in places]
         table.add_row(f"{start:,} to {stop - 1:,}", *map(_format_loss, losses))
     return table
+
+
+def _format_final(final: FinalLoss) -> str:
+    return f"{final.loss:.4f}" + ("" if final.error is None else f" ± {final.error:.4f}")
 
 
 def _format_loss(loss: float | None) -> str:

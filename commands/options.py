@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import torch
 import typer
 
-from ..registry import DataError, SeqmixError, nearest_hint
+from ..registry import DataError, SeqmixError, nearest_hint, parse_duration
 
 Overrides = Annotated[
     list[str] | None,
@@ -67,6 +67,14 @@ def checkpoint_choice(checkpoint: str) -> int | Literal["newest", "best"]:
         f"expected --checkpoint newest, best or the number of a step, got {checkpoint!r}"
         f"{nearest_hint(checkpoint, ('newest', 'best'))}"
     )
+
+
+def seconds_of(option: str, value: str) -> float:
+    """Return the seconds of an option's duration; SeqmixError, which names the option, if it is invalid."""
+    try:
+        return parse_duration(value)
+    except SeqmixError as error:
+        raise SeqmixError(f"{option}: {error}") from None
 
 
 def require_device(device: str) -> torch.device:

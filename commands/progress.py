@@ -179,7 +179,7 @@ def _describe_evaluation(event: Evaluated, source: Source | None) -> str:
         bits = "" if bytes_per_token is None else f", {loss / NATS_PER_BIT / bytes_per_token:.4f} bits/byte"
         return f"{loss:.4f} nats/{token}{bits}"
 
-    line = f"step {event.step}: validation {format_loss(event.loss)}"
+    line = f"step {event.step}: validation {format_loss(event.loss)} over {event.tokens:,} {token}s"
     line += "".join(f", {loss:.4f} at {length} tokens" for length, loss in event.by_length.items())
     if event.accuracy is not None:
         line += f", {event.accuracy:.1%} right"

@@ -12,7 +12,7 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, fields, is_dataclass
 from functools import wraps
 from importlib import import_module
-from inspect import Parameter, signature
+from inspect import Parameter, isfunction, signature
 from pathlib import Path
 from types import GenericAlias, UnionType
 from typing import Annotated, Any, Generic, TypeVar, Union, get_args, get_origin
@@ -22,7 +22,8 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter
 from pydantic_core import to_jsonable_python
 from typer.core import TyperCommand
 
-from ..registry import SeqmixError, nearest_hint, write_file
+from ..registry import SeqmixError, choices_hint, write_file
+from ..registry.errors import Problem, problems
 from .options import JsonFile, require_writable
 from .output import explanation
 
@@ -33,6 +34,10 @@ ENVELOPE = {
     "command": {"type": "string", "description": "Name of the command."},
     "exit_status": {"type": "integer", "description": "Exit status of the command."},
     "error": {"type": "string", "description": "With `--json -` after an error: the sentence, instead of a result."},
+    "problems": {
+        "description": "With `error`: its lines in parts.",
+        **TypeAdapter(list[Problem], config=ConfigDict(use_attribute_docstrings=True)).json_schema(),
+    },
 }
 """Fields of every result, as in a JSON schema."""
 
@@ -84,12 +89,12 @@ def schema_of(command: str) -> dict[str, Any]:
     Raises:
         SeqmixError: there is no such command.
     """
-    word = command.replace("-", "_")
     files = [file.stem for file in Path(__file__).parent.glob("*.py")]
-    function = getattr(import_module(f".{word}", __package__), word, None) if word in files else None
+    word = command.replace("-", "_")
+    function = _function_of(word) if word in files else None
     if function is None:
-        names = [name.replace("_", "-") for name in files]
-        raise SeqmixError(f"there is no command {command!r}{nearest_hint(command, names)}")
+        names = [name.replace("_", "-") for name in files if _function_of(name) is not None]
+        raise SeqmixError(f"there is no command {command!r}{choices_hint(command, sorted(names), 'commands')}")
     types = list(_result_types(signature(function).return_annotation))
     if not types:  # the command has no result besides its exit status
         types = [dict]
@@ -102,10 +107,16 @@ def schema_of(command: str) -> dict[str, Any]:
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "type": "object",
         "properties": ENVELOPE,
-        "required": [name for name in ENVELOPE if name != "error"],
+        "required": [name for name in ENVELOPE if name not in ("error", "problems")],
         "anyOf": items.get("anyOf", [items]),
         "$defs": schema.get("$defs", {}),
     }
+
+
+def _function_of(module: str) -> Callable[..., Any] | None:
+    """Return the function of the command in a module of this folder; None if the module is not a command's."""
+    function = getattr(import_module(f".{module}", __package__), module, None)
+    return function if isfunction(function) else None
 
 
 def _result_types(annotation: Any) -> Iterator[type]:
@@ -157,7 +168,7 @@ def _reporting_errors(command: str, file: Path | None) -> Iterator[None]:
         raise
     except Exception as error:
         if (known := explanation(error)) is not None:
-            _write(command, file, known.exit_status, {"error": str(known)})
+            _write(command, file, known.exit_status, {"error": str(known), "problems": problems(known)})
         raise
 
 

@@ -32,11 +32,11 @@ from ..experiments.suite.scores import (
 )
 from ..experiments.suite.tasks import Candidate, Extent, Metric, PlannedTask, Size, load_settings, write_studies
 from ..mixers import MIXERS
-from ..registry import Config, SeqmixError, load, parse_duration, write_file
+from ..registry import Config, SeqmixError, load, write_file
 from ..registry.loading import dump
 from ..registry.yaml import parse
 from .console import plain_table, terminal
-from .options import Jobs
+from .options import Jobs, seconds_of
 from .results import Ended
 from .show import si
 from .study_progress import StudyProgress
@@ -163,8 +163,7 @@ def suite(
     """
     console = terminal()
     settings = load_settings(size)
-    if budget is not None:
-        parse_duration(budget)
+    seconds = None if budget is None else seconds_of("--budget", budget)
     if quick and budget is not None:
         raise SeqmixError("--quick and --budget both limit the runs: leave one of them out")
     if seeds is not None:
@@ -205,9 +204,9 @@ def suite(
         extent = Extent(one_rate=quick, one_seed=quick)
         names = list(chosen)
         arguments = (str(size), str(match), budget or "", str(seeds or ""), *(equal or ()), *chosen)
-        if budget is not None:
+        if seconds is not None:
             planned = plan_tasks(Path(temporary), settings, chosen, candidates, match, extent, status.update)
-            extent, names = _read_extent(folder, arguments) or _fit_to_budget(planned, budget, jobs, console)
+            extent, names = _read_extent(folder, arguments) or _fit_to_budget(planned, seconds, jobs, console)
         notes = left_out(extent, names, list(chosen))
         chosen = {name: chosen[name] for name in names}
         study_folder = Path(temporary) if dry_run else folder
@@ -314,13 +313,13 @@ class _TaskProgress(StudyProgress):
 
 
 def _fit_to_budget(
-    planned: Sequence[PlannedTask], budget: str, jobs: int, console: Console
+    planned: Sequence[PlannedTask], budget: float, jobs: int, console: Console
 ) -> tuple[Extent, list[str]]:
-    """Time a few steps of every run; return extent and tasks that fit into a budget with `jobs` runs at once."""
+    """Time a few steps of every run; return extent and tasks that fit into a budget (seconds) with `jobs` at once."""
     console.print("timing a few steps of every run")
     rates = {task.name: len(task.task.learning_rates) for task in planned}
     seeds = len(planned[0].plan.study.seeds)
-    extent, names, seconds = fit(time_runs(planned), rates, seeds, parse_duration(budget) * jobs)
+    extent, names, seconds = fit(time_runs(planned), rates, seeds, budget * jobs)
     at_once = f" with {jobs} runs at once ({seconds / 60:.1f} core-minutes)" if jobs > 1 else ""
     console.print(f"{', '.join(names)}: about {seconds / jobs / 60:.1f} minutes{at_once}, if nothing else runs")
     return extent, names

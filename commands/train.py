@@ -7,14 +7,16 @@ from typing import Annotated, Literal
 
 import typer
 
+from ..data.files import MissingDataError
 from ..models import ModelCost
-from ..registry import SeqmixError, parse_duration
-from ..training import load_config, read_config, read_status
+from ..registry import SeqmixError
+from ..registry.loading import origin_of
+from ..training import PRESETS, RunConfig, load_config, read_config, read_status
 from ..training.checkpoint.files import checkpoints
 from ..training.checkpoint.run_dir import CONFIG_FILE
 from ..training.monitoring.memory import keep_freed_memory
 from .console import note
-from .options import DeviceOrGpu, Overrides, Trust, require_device
+from .options import DeviceOrGpu, Overrides, Trust, require_device, seconds_of
 from .progress import run_with_progress
 from .results import Ended
 from .show import print_cost
@@ -89,7 +91,7 @@ def train(
 
     [bold]torchrun --nproc-per-node 8 -m seqmix train retnet-1.3b distributed.context_parallel=2[/bold]
     """
-    limit = [] if budget is None else [f"training.max_time={parse_duration(budget)}"]
+    limit = [] if budget is None else [f"training.max_time={seconds_of('--budget', budget)}"]
     if resume is not None:
         changes = [*([] if config is None else [config]), *(overrides or [])]
         if out is not None or dry_run or not all(change.startswith("distributed.") for change in changes):
@@ -113,7 +115,12 @@ def train(
     if device is not None:
         require_device(device)
     keep_freed_memory()
-    ended = run_with_progress(loaded, run, resume=resume is not None, device=device)
+    try:
+        ended = run_with_progress(loaded, run, resume=resume is not None, device=device)
+    except MissingDataError as error:
+        source = config if resume is None else resume / CONFIG_FILE
+        origin = origin_of(RunConfig, source, overrides or [], "data.paths", presets=PRESETS)
+        raise MissingDataError(f"{origin}: {error}") from None
     result = _result_of(run, ended.state) if os.environ.get("RANK", "0") == "0" else None
     # 130 is the shell's status of an interrupted command, so that `train && generate` stops
     return Ended(result, 130) if ended.state == "interrupted" else result

@@ -24,6 +24,10 @@ FOREIGN_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "__pycache
 """Folders of the standard library that hold tests and installed packages."""
 
 
+class MissingDataError(DataError):
+    """A path of `data.paths` does not exist."""
+
+
 class Document(NamedTuple):
     """A document's text and its origin."""
 
@@ -65,8 +69,10 @@ def source_files(config: DocumentsConfig) -> Iterator[tuple[str, Path]]:
         try:
             path = Path(name).expanduser()
             if not path.exists():
-                hint = "; to select files in a folder, use data.glob" if "*" in name else ""
-                raise DataError(f"the corpus {name} does not exist{hint}")
+                remedy = "to select files in a folder, use data.glob"
+                if "*" not in name:
+                    remedy = "correct the path" if path.is_absolute() else f"paths are relative to {Path.cwd()}"
+                raise MissingDataError(f"data.paths: the corpus {name} does not exist: {remedy}")
             if _is_saved_dataset(path):
                 raise SeqmixError(f"{name} is a saved dataset: set data.dataset={{path: {name}}} instead of data.paths")
             if not path.is_file() and not path.is_dir():

@@ -17,14 +17,14 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> None:
     text = re.sub(r"^(```.*?^```|<!--.*?-->)$", "", markdown, flags=re.DOTALL | re.MULTILINE)
     paragraphs = [part for part in re.split(r"\n\s*\n", text) if re.match(r"[A-Za-z`*\[]", part.strip())]
     first = " ".join(paragraphs[0].split()) if paragraphs else ""
-    first = re.sub(r"\[([^\]]+)\]\([^)]*\)", r"\1", first)
+    first = re.sub(r"\[([^\]]+)\]\([^)]*\)", r"\1", first).replace("**", "")
     sentence = re.match(r".+?\.(?=\s|$)", first)
     PAGES[page.url] = title[1] if title else page.title, sentence[0] if sentence else first.rstrip(":")
 
 
 def on_post_build(config: Any, **_: Any) -> None:
-    """Write the pages in the order of the navigation."""
-    base = (config.site_url or "").rstrip("/")
+    """Write the pages in the order of the navigation; without the site's address, links are relative to llms.txt."""
+    base = (config.site_url or ".").rstrip("/")
     lines = [f"# {config.site_name}", "", f"> {config.site_description}", "", "## Pages", ""]
     lines += [f"- [{title}]({base}/{url}): {sentence}" for url, (title, sentence) in PAGES.items()]
     (Path(config.site_dir) / "llms.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")

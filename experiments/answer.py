@@ -1,7 +1,8 @@
 """The answer to a study's question in sentences: where its subject stands, and what that can be attributed to."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
 
 from .differences import format_value
 from .results import Results, Statistic, SummaryRow
@@ -9,10 +10,36 @@ from .summary import best_first, beyond_noise, difference
 
 MAX_VARIANTS = 4
 """Maximum number of variants that each get an answer; of more variants, only the first and the last get one."""
-TIED = "not distinguishable from it"
-"""Relation of an entry to the subject if the interval of their difference contains 0."""
+Verdict: TypeAlias = Literal["better", "worse", "not distinguishable"]
+"""Relation of an entry to the subject; not distinguishable if the interval of their difference contains 0."""
 MAX_NAMES = 5
 """Maximum number of names in a list; for the others, only their number is given."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Score of an entry compared with that of the subject, in one variant."""
+
+    entry: str
+    variant: dict[str, Any]
+    measure: Literal["accuracy", "validation_loss"]
+    """Score by which the study compares entries."""
+    difference: Statistic | None
+    """Mean of the entry's score minus the subject's at equal seeds, with its interval; None without a common seed."""
+    verdict: Verdict | None
+    """Verdict on the entry, as in the answer; None without an interval."""
+
+
+def comparisons(results: Results) -> list[Comparison]:
+    """Compare every other entry of each variant with the subject, best first."""
+    rows = [row for row in best_first(results) if score(results, row) is not None]
+    return [
+        _compare(results, subject, row)
+        for subject in rows
+        if subject.entry == results.about
+        for row in rows
+        if row.variant == subject.variant and row is not subject
+    ]
 
 
 def answer(results: Results) -> str:
@@ -82,13 +109,14 @@ def _standing(results: Results, variant: Mapping[str, Any]) -> Iterator[str]:
         best = format_statistic(score(results, others[0]), as_percent=as_percent)
         yield f"{text}; the best of the others is {others[0].entry} with {best}."
     else:
-        relations: dict[str, list[str]] = {"better": [], TIED: [], "worse": []}
+        tied: Verdict = "not distinguishable"
+        verdicts: dict[Verdict, list[str]] = {"better": [], tied: [], "worse": []}
         for row in others:
-            relations[_relation(results, subject, row)].append(row.entry)
+            verdicts[_compare(results, subject, row).verdict or tied].append(row.entry)
         parts = [
-            f"{names(entries)} {'is' if len(entries) == 1 else 'are'} {relation}"
-            + (f" with {seeds} seeds" if relation == TIED else "")
-            for relation, entries in relations.items()
+            f"{names(entries)} {'is' if len(entries) == 1 else 'are'} {verdict}"
+            + (f" from it with {seeds} seeds" if verdict == tied else "")
+            for verdict, entries in verdicts.items()
             if entries
         ]
         yield f"{text} (mean and 95 % t interval of {subject.seeds} seeds); {', '.join(parts)}."
@@ -99,13 +127,16 @@ def _standing(results: Results, variant: Mapping[str, Any]) -> Iterator[str]:
         yield "With only one seed there is no interval, so differences may be chance."
 
 
-def _relation(results: Results, subject: SummaryRow, other: SummaryRow) -> str:
-    """Return how the other entry compares with the subject: "better", "worse" or `TIED`."""
-    field = "accuracy" if has_accuracy(results) else "validation_loss"
-    gap = difference(results.runs_of(other), results.runs_of(subject), field)
-    if gap is None or not beyond_noise(gap):
-        return TIED
-    return "better" if (gap.mean > 0) == has_accuracy(results) else "worse"
+def _compare(results: Results, subject: SummaryRow, other: SummaryRow) -> Comparison:
+    """Compare another entry with the subject at equal seeds."""
+    measure = "accuracy" if has_accuracy(results) else "validation_loss"
+    gap = difference(results.runs_of(other), results.runs_of(subject), measure)
+    verdict: Verdict | None = None
+    if gap is not None and gap.margin is not None:
+        verdict = "not distinguishable"
+        if beyond_noise(gap):
+            verdict = "better" if (gap.mean > 0) == has_accuracy(results) else "worse"
+    return Comparison(other.entry, other.variant, measure, gap, verdict)
 
 
 def _attribution(results: Results, variant: Mapping[str, Any]) -> Iterator[str]:

@@ -19,7 +19,7 @@ from ..models import ModelConfig
 from ..registry import Config
 from ..training import RunConfig
 from .differences import format_value, leaves
-from .equal import mixers_of
+from .equal import mixers_of, set_options
 from .results import ABSENT, Difference
 
 ACCESSORIES = ("short_conv", "qk_norm", "gate", "head_norm", "positions")
@@ -52,10 +52,7 @@ def describe(config: RunConfig) -> dict[str, Feature]:
     blocks = [model.blocks[name] for name in dict.fromkeys(model.layers)]
     mixers = mixers_of(model)
     options = [(mixer, {SYNONYMS.get(name, name): name for name in type(mixer).model_fields}) for mixer in mixers]
-    features = {
-        name: _accessory([(mixer.kind, _value_of(mixer, name, known)) for mixer, known in options])
-        for name in ACCESSORIES
-    }
+    features = {name: _accessory_of(model, name) for name in ACCESSORIES}
     modules = [_build(mixer, model) for mixer in mixers]
     silu = _accessory(
         [(mixer.kind, "silu" if _has_silu(module) else "none") for mixer, module in zip(mixers, modules, strict=True)]
@@ -88,6 +85,41 @@ def describe(config: RunConfig) -> dict[str, Feature]:
     return features
 
 
+def equal_options(
+    configs: Mapping[str, RunConfig], fields: Collection[str], subject: str
+) -> tuple[dict[str, Any], list[str]]:
+    """Return options for a study's `equal` that make accessories of all entries equal, the subject's values first.
+
+    Args:
+        configs: configurations by entry.
+        fields: fields in which entries differ from the subject.
+        subject: the entry with which all others are compared.
+
+    Returns:
+        The options with their values, and those of the fields in which entries then no longer differ.
+    """
+    models = {name: config.model for name, config in configs.items()}
+    options: dict[str, Any] = {}
+    for option in filter(fields.__contains__, ACCESSORIES):
+        own = [getattr(mixer, option) for mixer in mixers_of(models[subject]) if option in type(mixer).model_fields]
+        for value in (*own, None, "none"):
+            changed = {name: set_options(model, {option: value})[0] for name, model in models.items()}
+            if len({_accessory_of(model, option).effect for model in changed.values()}) == 1:
+                options[option] = value
+                models = changed
+                break
+    if not options:
+        return {}, []
+    features = [describe(config.model_copy(update={"model": models[name]})) for name, config in configs.items()]
+    equal = [field for field in fields if len({each[field].effect for each in features if field in each}) == 1]
+    return options, [field for field in equal if all(field in each for each in features)]
+
+
+def _accessory_of(model: ModelConfig, accessory: str) -> Feature:
+    """Return the feature of a model for one accessory of its mixers."""
+    return _accessory([(mixer.kind, _value_of(mixer, accessory)) for mixer in mixers_of(model)])
+
+
 def _accessory(values: Sequence[tuple[str, Any]]) -> Feature:
     """Return an entry's feature for one accessory; `values` are pairs of a mixer's kind and its value."""
     kinds: dict[str, list[str]] = {}
@@ -101,10 +133,11 @@ def _accessory(values: Sequence[tuple[str, Any]]) -> Feature:
     return Feature(", ".join(texts), frozenset(effect))
 
 
-def _value_of(mixer: MixerConfig, accessory: str, known: Mapping[str, str]) -> Any:
-    """Return the value of an accessory of a mixer; `known` has the names of its fields by accessory."""
-    if accessory in known:
-        return getattr(mixer, known[accessory])
+def _value_of(mixer: MixerConfig, accessory: str) -> Any:
+    """Return the value of an accessory of a mixer."""
+    for name in type(mixer).model_fields:
+        if SYNONYMS.get(name, name) == accessory:
+            return getattr(mixer, name)
     built_in = type(mixer).built_in.get(accessory)
     return ABSENT if built_in is None else built_in + BUILT_IN
 

@@ -23,7 +23,7 @@ from .differences import format_value
 from .plan import Plan, PlannedEntry, PlannedRun
 from .results import EntryResult, EvaluationPoint, Machine, PaperRow, Point, Results, RunResult, SpeedResult, SummaryRow
 from .study import PaperFigure
-from .summary import choose_rates, summarise
+from .summary import choose_rates, summarise, with_timed_speeds
 
 C = TypeVar("C", bound=Config)
 RUNS = "runs"
@@ -45,7 +45,7 @@ def collect(plan: Plan, folder: Path, *, failed: Mapping[str, str], speed: Speed
     ]
     tune = plan.study.tune
     summary = summarise(runs, () if tune is None else tune.learning_rate)
-    return Results(
+    results = Results(
         name=plan.name,
         question=plan.study.question,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -60,6 +60,7 @@ def collect(plan: Plan, folder: Path, *, failed: Mapping[str, str], speed: Speed
         speed=speed or SpeedResult(),
         paper=tuple(_paper_row(figure, summary) for figure in plan.study.paper),
     )
+    return with_timed_speeds(results)
 
 
 def setup(plan: Plan) -> str:

@@ -62,10 +62,11 @@ class Source:
                 return node
         return value
 
-    def place(self, value: Any, *keys: str | int) -> str:
-        """Return the place of a value, with which errors begin: file, line and keys."""
-        origin = self.node(value, *keys).origin
-        return f"{origin}: " if origin.line is None else f"{origin}: {'.'.join(map(str, keys))}: "
+    def place(self, *keys: str | int) -> str:
+        """Return the place of a value, with which errors begin: file, line and keys; no line if the file lacks it."""
+        found_keys, node = ((), None) if self.tree is None else self.tree.find(keys)
+        origin = node.origin if node is not None and found_keys == keys else self.file
+        return f"{origin}: {'.'.join(map(str, keys))}: "
 
 
 class VariantEntries:
@@ -141,31 +142,44 @@ class VariantEntries:
         """Match an entry to its wanted cost; `waiting` are the entries that are matched to this one's cost."""
         if name in waiting:
             raise StudyError(
-                f"{self.file}: entries match each other in a circle: {' -> '.join((*waiting, name))}; match one of "
-                "them to a number"
+                f"{self._place_of_match(name)}entries match each other in a circle: {' -> '.join((*waiting, name))}; "
+                "match one of them to a number"
             )
         if name in self.planned:
             return self.planned[name]
         config = self.configs[name]
         matched = None
         entry = self.study.entries.get(name)
-        match = entry.match if entry is not None and "match" in entry.model_fields_set else self.study.match
+        match = entry.match if entry is not None and self._has_own_match(name) else self.study.match
         if match is not None and match.wanted != name:
             length = config.data.sequence_length
-            wanted = self._wanted_cost(match, length, (*waiting, name))
+            wanted = self._wanted_cost(match, length, (*waiting, name), self._place_of_match(name))
             key = config.model.model_dump_json(), match, wanted, None if match.metric == "parameters" else length
             try:
                 if key not in self.solved:
                     self.solved[key] = solve(config.model, match, wanted, length=length)
             except SeqmixError as error:
-                raise type(error)(f"{self.file}: {name}{where(self.variant)} cannot be matched: {error}") from None
+                place = self._place_of_match(name)
+                raise type(error)(f"{place}{name}{where(self.variant)} cannot be matched: {error}") from None
             matched = self.solved[key]
             config = config.model_copy(update={"model": matched.model})
         planned = PlannedEntry(name, config, matched, tuple(self.exempt[name]))
         return self.planned.setdefault(name, planned)
 
-    def _wanted_cost(self, match: Match, length: int, waiting: tuple[str, ...]) -> float:
-        """Return the wanted cost of a match: its number, or the cost of the entry, preset or file that it names."""
+    def _has_own_match(self, name: str) -> bool:
+        """True if an entry has a match in place of the study's."""
+        entry = self.study.entries.get(name)
+        return entry is not None and "match" in entry.model_fields_set
+
+    def _place_of_match(self, name: str) -> str:
+        """Return the place of an entry's match in the file, with which errors begin."""
+        return self.source.place(*(("entries", name, "match") if self._has_own_match(name) else ("match",)))
+
+    def _wanted_cost(self, match: Match, length: int, waiting: tuple[str, ...], place: str) -> float:
+        """Return the wanted cost of a match: its number, or the cost of the entry, preset or file that it names.
+
+        Errors begin with `place`.
+        """
         wanted = match.wanted
         if not isinstance(wanted, str):
             return wanted
@@ -175,9 +189,9 @@ class VariantEntries:
             tree = read(wanted, PRESETS, RunConfig, folder=self.file.parent)
             return cost_of(validated(RunConfig, tree).model, match.metric, length)
         except ConfigError as error:
-            entries = ", ".join(list(self.configs)[:10])
             raise StudyError(
-                f"{self.file}: match: {wanted!r} is neither a configuration ({error}) nor an entry; entries: {entries}"
+                f"{place}there is no entry {wanted!r}{choices_hint(wanted, self.configs, 'entries')}; read as a "
+                f"configuration: {error}"
             ) from None
 
     def _read_tree(self, name: str, *keys: str) -> Node:
@@ -185,7 +199,7 @@ class VariantEntries:
         try:
             return read(name, PRESETS, RunConfig, folder=self.file.parent)
         except ConfigError as error:
-            raise ConfigError(f"{self.source.place(name, *keys)}{error}") from None
+            raise ConfigError(f"{self.source.place(*keys)}{error}") from None
 
 
 def _with_mixer(mixer: Node, tree: Node) -> Node:

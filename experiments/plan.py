@@ -14,7 +14,9 @@ from typing import Any
 
 from ..registry import SeqmixError
 from ..training import RunConfig
-from .attribution import compare, field_of
+from .answer import names
+from .attribution import compare, equal_options, field_of
+from .differences import format_value
 from .entries import PlannedEntry, Source, Variant, VariantEntries, require_options
 from .equal import equal_sentences
 from .match import Cost, Matched
@@ -112,6 +114,7 @@ def plan(study: Study, file: Path, *, require_equal: bool = True) -> Plan:
     source = Source(study, file)
     variants = [VariantEntries(study, source, variant, solved).entries() for variant in varied]
     for variant, entries in zip(varied, variants, strict=True):
+        _require_full_length(entries[0], source)
         require_fair(entries, variant)
         for entry in entries:
             try:
@@ -134,15 +137,16 @@ def plan(study: Study, file: Path, *, require_equal: bool = True) -> Plan:
         for variant, entries in zip(varied, variants, strict=True)
         for difference in _differences(study, entries, variant)
     ]
-    return Plan(study, tuple(variants[0]), tuple(runs), tuple(_fairness(study, varied, variants)), tuple(differences))
+    fairness = (*_fairness(study, varied, variants), *_equal_line(study, variants[0], differences))
+    return Plan(study, tuple(variants[0]), tuple(runs), fairness, tuple(differences))
 
 
 def _places(study: Study, source: Source) -> dict[str, str]:
     """Return the place in the file at which each option that is to be equal is set; errors begin with it."""
-    places = {option: source.place(value, "equal", option) for option, value in study.equal.items()}
-    for path, values in study.vary.items():
+    places = {option: source.place("equal", option) for option in study.equal}
+    for path in study.vary:
         if path.startswith("equal."):
-            places[path.removeprefix("equal.")] = source.place(values, "vary", path)
+            places[path.removeprefix("equal.")] = source.place("vary", path)
     return places
 
 
@@ -191,6 +195,21 @@ def _differences(study: Study, entries: list[PlannedEntry], variant: Variant) ->
     return compare(configs, study.subject or study.names[0], named, ignored, variant)
 
 
+def _require_full_length(entry: PlannedEntry, source: Source) -> None:
+    """Raise StudyError if runs may end before their last step; `source` gives the place of the field."""
+    training = entry.config.training
+    if training.patience is not None:
+        raise StudyError(
+            f"{source.place('training', 'patience')}expected null, got {training.patience}: entries would stop at "
+            "different steps and read different numbers of tokens; set it to null in the study's training"
+        )
+    if training.max_time is not None:
+        raise StudyError(
+            f"{source.place('training', 'max_time')}expected null, got {training.max_time:g}: runs would end after "
+            "different numbers of steps; limit the whole study with --budget"
+        )
+
+
 def require_fair(entries: list[PlannedEntry], variant: Variant) -> None:
     """Check that all entries are trained on the same batches and evaluated in the same way.
 
@@ -198,16 +217,6 @@ def require_fair(entries: list[PlannedEntry], variant: Variant) -> None:
         StudyError: they are not; the message has the field that differs.
     """
     first = entries[0]
-    if first.config.training.patience is not None:
-        raise StudyError(
-            f"expected training.patience to be null, got {first.config.training.patience}: entries would stop at "
-            "different steps and read different numbers of tokens; set it to null in the study's training"
-        )
-    if first.config.training.max_time is not None:
-        raise StudyError(
-            f"expected training.max_time to be null, got {first.config.training.max_time:g}: runs would end after "
-            "different numbers of steps; limit the whole study with --budget"
-        )
     for place in ("seed", "model.vocab_size", "data", *(f"training.{name}" for name in EQUAL_TRAINING_FIELDS)):
         ours, *others = (attrgetter(place)(entry.config) for entry in entries)
         for other, theirs in zip(entries[1:], others, strict=True):
@@ -282,6 +291,22 @@ def _fairness(study: Study, varied: list[dict[str, Any]], variants: list[list[Pl
             f"seed{'s' * several} {tuning}; the best has the lowest {'mean ' * several}final validation loss. Results "
             f"are those of other seeds at that rate: {seeds}. They are evaluated on the data that chose the rate."
         )
+
+
+def _equal_line(study: Study, entries: list[PlannedEntry], differences: list[Difference]) -> Iterator[str]:
+    """Yield a sentence with the line of the study's file that makes accessories of the mixers equal, if there is one.
+
+    Options that the study itself sets are left out.
+    """
+    fields = dict.fromkeys(field for each in differences for field in each.also)
+    fixed = {*study.equal_options, *(option for _, option in study.mixer_options())}
+    configs = {entry.name: entry.config for entry in entries}
+    options, equal = equal_options(
+        configs, [field for field in fields if field not in fixed], study.subject or entries[0].name
+    )
+    if options:
+        line = f"equal: {format_value(study.equal | options)}"
+        yield f"To remove the difference in {names(equal)}, write in the study's file: {line}"
 
 
 def _untuned(rates: Iterable[float]) -> str:

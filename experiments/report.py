@@ -10,13 +10,14 @@ from .figures import page
 from .results import Machine, Results, SummaryRow
 from .study import shipped
 from .study_figures import Plots
-from .summary import best_first
+from .summary import best_first, with_timed_speeds
 from .tables import (
     Columns,
     cautions,
     difference_tables,
     fill_columns,
-    speed_of,
+    format_speed,
+    speed_note,
     state_size,
     uncertainty,
 )
@@ -102,9 +103,9 @@ def _summary(results: Results, plots: Plots) -> tuple[list[str], list[tuple[Any,
         ("parameters", lambda row: f"{results.entry_of(row).parameters:,}"),
         ("forward matmul FLOPs/token", lambda row: number(results.entry_of(row).flops_per_token)),
         ("state", lambda row: state_size(results.entry_of(row))),
-        ("tokens/s", speed_of(results)[0]),
+        ("tokens/s", format_speed),
     ]
-    return fill_columns(best_first(plots.results), columns)
+    return fill_columns(best_first(with_timed_speeds(plots.results)), columns)
 
 
 def _notes(results: Results) -> str:
@@ -113,8 +114,7 @@ def _notes(results: Results) -> str:
     notes = ["Best first within each variant." if several else "Best first.", *uncertainty(results)]
     tokens = "answer token" if has_accuracy(results) else "token"
     notes.append(f"Losses are in nats per {tokens}; the state is that of one sequence.")
-    cell, note = speed_of(results)
-    return " ".join([*notes, *([note] if any(map(cell, results.summary)) else [])])
+    return " ".join(filter(None, [*notes, speed_note(results)]))
 
 
 # ---- numbers in words

@@ -190,9 +190,10 @@ class SummaryRow(Config):
     state_bytes: Count | None = None
     """State bytes of one sequence in this variant."""
     tokens_per_second: float | None = None
-    """Training tokens per second, median over seeds."""
+    """Training tokens per second: of `speed` at the length nearest to the training length, if training was timed with
+    all entries interleaved; otherwise of the runs' own steps, the median over seeds."""
     tokens_per_second_range: Range | None = None
-    """Lowest lower quartile and highest upper quartile of the tokens per second of all seeds."""
+    """Lowest and highest timed speed; of the runs' own steps, the lowest lower and highest upper quartile."""
     validation_loss: Statistic
     accuracy: Statistic | None = None
     accuracy_by: dict[str, dict[str, Statistic]] = Field(default_factory=dict)

@@ -103,11 +103,21 @@ class Entry(Config):
 class Tune(Config):
     """Tuning of the learning rate, with the same budget for every entry: each is trained at every rate and seed."""
 
-    learning_rate: Annotated[tuple[Rate, ...], OnceEach] = Field(min_length=2)
+    learning_rate: Annotated[tuple[Rate, ...], OnceEach]
     """Peak learning rates to try. The one with the lowest final validation loss, averaged over the tuning seeds, is
     used for the study's own seeds."""
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1), OnceEach] | None = None
     """Seeds of the tuning runs, which must not be in `seeds`; null for one seed, the largest of `seeds` plus 1."""
+
+    @field_validator("learning_rate")
+    @classmethod
+    def _there_is_a_choice(cls, rates: tuple[float, ...]) -> tuple[float, ...]:
+        if len(rates) < 2:
+            raise ValueError(
+                f"expected at least two learning rates to choose from, got {list(rates)}: add rates, or set one rate "
+                "with training: {learning_rate: 1e-3}"
+            )
+        return rates
 
 
 class TrainSpeed(Config):
@@ -276,14 +286,14 @@ class Study(Config):
                         f"vary changes {varied}, but so does the knob {match.knob} of match: remove one of them"
                     )
         for option in self.equal_options:
-            for place, changed in self._mixer_options():
+            for place, changed in self.mixer_options():
                 if changed == option:
                     raise ValueError(f"equal sets {option} in all mixers, but {place} sets it too: remove one of them")
             if option in self.equal and f"equal.{option}" in self.vary:
                 raise ValueError(f"vary changes equal.{option}, but equal sets {option} too: remove one of them")
         return self
 
-    def _mixer_options(self) -> Iterator[tuple[str, str]]:
+    def mixer_options(self) -> Iterator[tuple[str, str]]:
         """Yield the options of mixers that entries set: the place of each in the study, and its name."""
         for mixer in self.mixers:
             if not isinstance(mixer, str):

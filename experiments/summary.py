@@ -90,6 +90,35 @@ def best_first(results: Results) -> list[SummaryRow]:
     return sorted(results.summary, key=key)
 
 
+def timed_length(results: Results) -> int | None:
+    """Return the length nearest to the training length at which training was timed with all entries interleaved.
+
+    None if training was not timed, or for several variants, as only the first one is timed.
+    """
+    trained = {run.sequence_length for run in results.runs if run.sequence_length is not None}
+    lengths = {row.length for row in results.speed.train if row.tokens_per_second is not None}
+    if not lengths or any(row.variant for row in results.summary):
+        return None
+    return min(lengths, key=lambda length: min((abs(length - other) for other in trained), default=-length))
+
+
+def with_timed_speeds(results: Results) -> Results:
+    """Return results whose summary has the speeds at `timed_length`; unchanged if training was not timed.
+
+    Otherwise a speed is that of the runs' own steps, which may have shared the machine.
+    """
+    at = timed_length(results)
+    if at is None:
+        return results
+    timed = {row.entry: row for row in results.speed.train if row.length == at}
+    fields = ("tokens_per_second", "tokens_per_second_range")
+    rows = [
+        row.model_copy(update={name: getattr(timed.get(row.entry), name, None) for name in fields})
+        for row in results.summary
+    ]
+    return results.model_copy(update={"summary": tuple(rows)})
+
+
 def values_of(runs: Iterable[RunResult], field: str) -> list[float]:
     """Return a field's value in all runs that have it."""
     return [value for run in runs if (value := getattr(run, field)) is not None]

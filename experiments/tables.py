@@ -10,9 +10,9 @@ from ..registry import write_file
 from .answer import accessories_first, answer, names
 from .differences import format_value, leaves
 from .pages import table
-from .results import Difference, EntryResult, Results, RunResult, Statistic, SummaryRow, TrainSpeedRow, where
+from .results import Difference, EntryResult, Results, RunResult, Statistic, SummaryRow, where
 from .scaling import scaling_lines
-from .summary import best_first
+from .summary import best_first, timed_length, with_timed_speeds
 from .units import number, quantity
 
 
@@ -22,8 +22,8 @@ def notes(results: Results) -> Iterator[str]:
     yield from cautions(results)
     for line in scaling_lines(results):
         yield f"{line}."
-    if any(map(speed_of(results)[0], results.summary)):
-        yield speed_of(results)[1]
+    if note := speed_note(results):
+        yield note
     for run in results.runs:
         if run.status == "failed":
             yield f"{run.name} failed: {run.error}"
@@ -111,37 +111,31 @@ def fill_columns(rows: Sequence[Row], columns: Columns[Row]) -> tuple[list[str],
     return [head for head, _ in used], list(zip(*(cells for _, cells in used), strict=True))
 
 
-def speed_of(results: Results) -> tuple[Callable[[SummaryRow], str], str]:
-    """Return a function from a row to the text of its speed, and a note on how the speed was measured.
-
-    If training was timed with all entries interleaved, the speed is the one timed at the length nearest to the
-    training length. Otherwise it is the speed of the runs' own steps, which may have shared the machine.
-    """
+def speed_note(results: Results) -> str | None:
+    """Return a sentence on what the speeds of the summary measure; None without speeds."""
+    if all(row.tokens_per_second is None for row in with_timed_speeds(results).summary):
+        return None
     speed = results.speed
-    trained = {run.sequence_length for run in results.runs if run.sequence_length is not None}
-    lengths = {row.length for row in speed.train if row.tokens_per_second is not None}
-    if lengths and not any(row.variant for row in results.summary):
-        at = min(lengths, key=lambda length: min((abs(length - other) for other in trained), default=-length))
-        timed = {row.entry: row for row in speed.train if row.length == at}
+    if (at := timed_length(results)) is not None:
         note = f"tokens/s: training steps with sequences of {at:,} tokens"
         note += f", at most {speed.tokens:,} tokens per step" if speed.tokens else ""
         note += f", {speed.threads} thread{'s' * (speed.threads > 1)}" if speed.threads else ""
         note += ", CPU time" if speed.cpu_time else ""
         note += f", medians of {speed.repeat} interleaved rounds" if speed.repeat else ""
-        return lambda row: _speed(timed.get(row.entry)), f"{note}; lowest and highest in brackets."
+        return f"{note}; lowest and highest in brackets."
     alone = all(run.alone for run in results.runs if run.status == "finished" and not run.tunes)
     sharing = "runs went one after another, not interleaved; other programs may have slowed some more than others"
     if not alone:
         sharing = "runs may have shared the machine, so these numbers do not compare speeds"
-    note = (
+    return (
         "tokens/s: the median over runs of each run's median over its own logged steps; in brackets, the lowest lower "
         f"and the highest upper quartile of these runs; {sharing}."
     )
-    return _speed, note
 
 
-def _speed(row: SummaryRow | TrainSpeedRow | None) -> str:
-    if row is None or row.tokens_per_second is None:
+def format_speed(row: SummaryRow) -> str:
+    """Return the speed of a row with its range as text; empty without a speed."""
+    if row.tokens_per_second is None:
         return ""
     spread = row.tokens_per_second_range
     return number(row.tokens_per_second) + (f" [{number(spread[0])}, {number(spread[1])}]" if spread else "")
@@ -149,8 +143,8 @@ def _speed(row: SummaryRow | TrainSpeedRow | None) -> str:
 
 def summary_table(results: Results) -> tuple[list[str], list[tuple[str, ...]]]:
     """Return the heads and rows of the summary table."""
+    results = with_timed_speeds(results)
     varied = dict.fromkeys(path for row in results.summary for path in row.variant)
-    speed, _ = speed_of(results)
     several_rates = len(results.learning_rates) > 1
     scores = dict.fromkeys(
         (task, metric) for row in results.summary for task in row.scores for metric in row.scores[task]
@@ -166,7 +160,7 @@ def summary_table(results: Results) -> tuple[list[str], list[tuple[str, ...]]]:
         ("learning rate", lambda row: f"{row.learning_rate:g}" if several_rates else ""),
         ("parameters", lambda row: f"{results.entry_of(row).parameters:,}"),
         ("state", lambda row: state_size(results.entry_of(row))),
-        ("tokens/s", speed),
+        ("tokens/s", format_speed),
     ]
     return fill_columns(best_first(results), columns)
 

@@ -2,7 +2,9 @@
 
 import difflib
 import json
+import re
 from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 MAX_LINE_LENGTH = 2000
@@ -76,6 +78,50 @@ def require_name(what: str, name: str, allowed: Collection[str]) -> None:
     """Raise a SeqmixError, with the nearest match, if a name is not allowed; `what` is the noun for it: "mixer"."""
     if name not in allowed:
         raise SeqmixError(f"there is no {what} {name!r}{choices_hint(name, allowed, f'{what}s')}")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One line of an error, in parts."""
+
+    sentence: str
+    """The line without its place: what was expected, the value, and the remedy."""
+    file: str | None
+    """File, or `command line`; None if the line has no place."""
+    line: int | None
+    """Line of the file, from 1."""
+    key: str | None
+    """Dotted path of the configuration's field."""
+    did_you_mean: str | None
+    """Nearest allowed word, if one is similar."""
+
+
+_PLACE = re.compile(
+    r"((?P<file>command line|.+?(?=:\d+[:,] )):(?P<line>\d+)?(, changed on the command line)?:? "
+    r"((?P<key>[\w*+-]+([.:\[][\w*+\]-]+)*): )?)?"
+    r"(?P<sentence>.*)"
+)
+"""Form of a line of an error: `FILE:LINE: KEY: sentence`, all but the sentence optional."""
+
+
+def problems(error: SeqmixError) -> list[Problem]:
+    """Return the lines of an error in parts."""
+    found = []
+    for line in str(error).split("\n"):
+        match = _PLACE.fullmatch(line)
+        assert match is not None
+        nearest = re.search(r'did you mean "(.*?)"\?', line)
+        number = match["line"]
+        found.append(
+            Problem(
+                match["sentence"],
+                match["file"],
+                None if number is None else int(number),
+                match["key"],
+                None if nearest is None else nearest[1],
+            )
+        )
+    return found
 
 
 def shown(value: Any) -> str:

@@ -43,10 +43,20 @@ def load(
         ConfigError: the configuration is wrong. The message has one line per error, at most five: the file and line,
             what was expected, and the value.
     """
+    return validated(cls, complete(_read_tree(cls, source, overrides, presets)))
+
+
+def origin_of(cls: type[C], source: str | Path | None, overrides: Iterable[str], path: str, *, presets: Path) -> Origin:
+    """Return the file and line of a field, given by its dotted path, of the configuration that `load` reads."""
+    return _read_tree(cls, source, overrides, presets).find(path.split("."))[1].origin
+
+
+def _read_tree(cls: type[Config], source: str | Path | None, overrides: Iterable[str], presets: Path) -> Node:
+    """Read a file, if there is one, and apply the overrides."""
     tree = Node({}, Origin(COMMAND_LINE)) if source is None else read(source, presets, cls)
     for assignment in overrides:
         tree = override(tree, assignment, cls)
-    return validated(cls, complete(tree))
+    return tree
 
 
 def validated(cls: type[C], fields: Node | Mapping[str, Any], name: str = "") -> C:

@@ -46,8 +46,11 @@ def parse(text: str, source: str) -> Node | None:
         return None if root is None else _Builder(loader.constructor, source).build(root)
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
+        sentence = ", ".join(filter(None, (error.context, error.problem)))
+        if "'\\t'" in sentence:
+            sentence = "YAML does not allow a tab here: use spaces"
         place = f"{_origin(source, mark)}: column {mark.column + 1}" if mark else source
-        raise ConfigError(f"{place}: {', '.join(filter(None, (error.context, error.problem)))}") from error
+        raise ConfigError(f"{place}: {sentence}") from error
     except ReaderError as error:
         character = f"character {error.position + 1} (#x{error.character:04x})"
         raise ConfigError(f"{source}: {character} is not allowed in YAML") from error

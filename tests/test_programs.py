@@ -1,6 +1,7 @@
 """Commands as programs drive them: exit statuses by cause, results as JSON, and no questions."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,11 @@ TEXT = "data.paths=[text.txt]"
         (2, ("train", "retnet-tniy"), 'did you mean "retnet-tiny"?'),
         (2, ("train", "retnet-tiny", "model.n_layers=0"), "model.n_layers"),
         (2, ("train", "retnet-tiny", "--budget", "soon"), "expected a duration such as 90s, 30m or 1h30m"),
-        (3, ("train", "retnet-tiny", *SMALL, "data.paths=[texts.txt]"), "the corpus texts.txt does not exist"),
+        (
+            3,
+            ("train", "retnet-tiny", *SMALL, "data.paths=[texts.txt]"),
+            "data.paths: the corpus texts.txt does not exist",
+        ),
         (3, ("train", "--resume", "nothere"), "nothere is not a run directory"),
         (3, ("generate", "nothere"), "nothere is not a run directory: it does not exist"),
         (3, ("evaluate", "nothere"), "nothere is not a run directory"),
@@ -77,8 +82,35 @@ def test_an_error_is_a_result_too(seqmix):
     result = result_of(done)
     assert (done.status, result["exit_status"]) == (3, 3)
     assert done.err == f"error: {result['error']}\n"
+    (problem,) = result["problems"]
+    assert problem == {
+        "sentence": result["error"], "file": None, "line": None, "key": None, "did_you_mean": None,
+    }  # fmt: skip
     assert seqmix("evaluate", "nothere", "--json", "file.json").status == 3
     assert not Path("file.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "override", "parts"),
+    [
+        (
+            "extends: retnet-tiny\ntraining:\n  optimizer: {kind: adamz}\n",
+            [],
+            ("a.yaml", 3, "training.optimizer", "adamw"),
+        ),
+        ("extends: retnet-tiny\nmodl: {}\n", [], ("a.yaml", 2, "modl", "model")),
+        ("extends: retnet-tiny\ntraining:\n\tsteps: 1\n", [], ("a.yaml", 3, None, None)),
+        ("extends: retnet-tiny\n", ["model.pattern=[x]"], ("command line", None, "model.pattern", None)),
+        ("extends: retnet-tiny\ndata:\n  paths: [no.txt]\n", SMALL, ("a.yaml", 3, "data.paths", None)),
+    ],
+)
+def test_the_place_and_nearest_match_of_an_error_are_fields(seqmix, text, override, parts):
+    Path("a.yaml").write_text(text)
+    result = result_of(seqmix("train", "a.yaml", *override, "--json", "-"))
+    problem = result["problems"][0]
+    assert (problem["file"], problem["line"], problem["key"], problem["did_you_mean"]) == parts
+    assert result["error"].endswith(problem["sentence"])
+    assert "a.yaml:" not in problem["sentence"]
 
 
 def test_the_name_of_an_onnx_file_needs_its_format(seqmix, refused):
@@ -107,6 +139,14 @@ def test_a_result_has_the_fields_of_its_schema(seqmix, arguments):
     schema = result_of(seqmix("schema", "--result", arguments[0], "--json", "-"))["schema"]
     objects = [schema["$defs"][part["$ref"].rpartition("/")[2]]["properties"] for part in schema["anyOf"]]
     assert result.keys() in [{"seqmix", "command", "exit_status", *fields} for fields in objects]
+
+
+def test_only_commands_are_proposed_for_a_schema(refused):
+    assert 'did you mean "compare"?' in refused("schema", "--result", "consol-compare")
+    for name in ("consol", "option", "study_progres"):
+        assert not set(re.findall(r"[a-z_-]+", refused("schema", "--result", name).split("did you")[-1])) & {
+            "console", "options", "study-progress",
+        }  # fmt: skip
 
 
 def test_the_status_of_a_run_is_shown(seqmix, refused):

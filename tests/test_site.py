@@ -61,8 +61,11 @@ def test_language_models_get_a_list_of_all_pages(site):
     lines = (site / "llms.txt").read_text().splitlines()
     pages = [line for line in lines if line.startswith("- ")]
     assert len(pages) == len(list((ROOT / "docs").rglob("*.md")))
-    assert all(re.fullmatch(r"- \[.+\]\(/\S*\): \S.+", line) for line in pages), pages
-    (scripts,) = (line for line in pages if "(/how-to/scripts/)" in line)
+    links = [re.fullmatch(r"- \[.+\]\((\S+)\): \S.+", line) for line in pages]
+    for link in links:
+        assert link is not None
+        assert (site / link[1] / "index.html").is_file()
+    (scripts,) = (line for line in pages if "(./how-to/scripts/)" in line)
     assert "JSON" in scripts
 
 

@@ -5,13 +5,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from ..data.kinds.text import TextConfig
 from ..data.source import DATA, DataConfig, Source
 from ..models import Checkpointing, ModelConfig
 from ..registry import Config, Duration, nearest_hint
 from ..registry.config import deprecation
+from ..registry.errors import shown
 
 Rate = Annotated[float, Field(ge=0, lt=1)]
 """Decay rate of a running mean, per step."""
@@ -19,17 +20,21 @@ LOGGERS = ("tensorboard", "wandb")
 """Names of the built-in loggers."""
 
 
-def _name_or_path(*names: str) -> AfterValidator:
+def _name_or_path(*names: str) -> BeforeValidator:
     """Return a validator that accepts one of these names, or a dotted path such as my_module:my_function."""
 
-    def check(value: str) -> str:
-        module, colon, name = value.partition(":")
-        if value not in names and not (module and colon and name):
-            hint = nearest_hint(value, names)
-            raise ValueError(f"expected {', '.join(names)}, or a path such as my_module:name, got {value!r}{hint}")
+    def check(value: Any) -> Any:
+        word = value.get("kind") if isinstance(value, Mapping) else value  # a name is not written as a kind
+        module, colon, name = str(word).partition(":")
+        if not isinstance(value, str) or (value not in names and not (module and colon and name)):
+            remedy = "" if isinstance(value, str) else "; write only the name"
+            raise ValueError(
+                f"expected {', '.join(names)}, or a path such as my_module:name, got {shown(value)}{remedy}"
+                f"{nearest_hint(str(word), names)}"
+            )
         return value
 
-    return AfterValidator(check)
+    return BeforeValidator(check)
 
 
 class TrainingConfig(Config):
@@ -120,6 +125,16 @@ class TrainingConfig(Config):
     loggers: tuple[Annotated[str, _name_or_path(*LOGGERS)], ...] = ()
     """Loggers that receive metrics besides metrics.jsonl: `tensorboard`, `wandb`, or the path of a class,
     my_module:MyLogger."""
+
+    @field_validator("learning_rate", mode="before")
+    @classmethod
+    def _learning_rate_is_one_number(cls, rate: Any) -> Any:
+        if isinstance(rate, list | tuple):
+            raise ValueError(
+                f"expected one number, got {shown(rate)}: a study chooses among several with "
+                "tune: {learning_rate: [1e-3, 3e-3]}"
+            )
+        return rate
 
     @field_validator("grad_accum_steps")
     @classmethod

@@ -1,7 +1,8 @@
-"""Length extrapolation: the loss of a trained model at other sequence lengths.
+"""Loss of a trained model on its validation split.
 
-`by_length` measures the loss by position in sequences longer than those of training, each from an empty state.
-`by_context` measures the loss of the same tokens after more or less preceding text.
+`as_in_training` repeats the final evaluation of training. `by_length` measures the loss by position in sequences longer
+than those of training, each from an empty state. `by_context` measures the loss of the same tokens after more or less
+preceding text.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +19,7 @@ from ..data.slices import bins
 from ..mixers import Paradigm
 from ..models import IGNORED, LanguageModel
 from ..registry import SeqmixError
-from .config import RunConfig
+from .config import RunConfig, TrainingConfig
 
 LENGTH_MULTIPLES = (1, 2, 4, 8, 16)
 """Default lengths, as multiples of the training length."""
@@ -41,6 +42,18 @@ class PositionLoss:
 
 
 @dataclass(frozen=True)
+class FinalLoss:
+    """Loss (nats per token) on the sequences of training's final evaluation."""
+
+    tokens: int
+    """Number of tokens measured."""
+    loss: float
+    """Mean loss in nats per token, in the configured paradigm."""
+    error: float | None
+    """Standard error of `loss` over sequences; None with a single one."""
+
+
+@dataclass(frozen=True)
 class LengthLoss:
     """Loss (nats per token) of sequences of one length."""
 
@@ -54,6 +67,9 @@ class LengthLoss:
     """Loss by range of positions."""
     difference: float
     """Largest difference, in nats, of one token's loss between the first paradigm and another; 0 with one paradigm."""
+    error: float | None = None
+    """Standard error of the first paradigm's loss over stretches of text of the longest length; None with a single
+    one."""
 
 
 @dataclass(frozen=True)
@@ -70,10 +86,12 @@ class ContextLoss:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Validation losses of a run by sequence length and by context length."""
+    """Validation losses of a run: as in training, by sequence length and by context length."""
 
     trained_length: int
     """Sequence length of training, in tokens."""
+    final: FinalLoss | None = None
+    """Loss on the sequences of training's final evaluation; None if something else was requested."""
     lengths: list[LengthLoss] = field(default_factory=list)
     """Losses by sequence length."""
     contexts: list[ContextLoss] = field(default_factory=list)
@@ -109,6 +127,20 @@ def common_paradigms(model: LanguageModel) -> tuple[Paradigm, ...]:
     return tuple(sorted(frozenset(Paradigm).intersection(*declared), key=lambda p: (p not in configured, p)))
 
 
+def as_in_training(model: LanguageModel, source: Text, training: TrainingConfig) -> FinalLoss:
+    """Measure the loss on the sequences of training's final evaluation, in the configured paradigm.
+
+    Args:
+        model: the model, in evaluation mode.
+        source: the text.
+        training: the run's training.
+    """
+    losses = _SequenceLosses()
+    for example in source.evaluation_batches(training.batch_size, training.final_evaluation_batches):
+        losses.add(_losses(model, source, example.batch, None), example.batch)
+    return FinalLoss(losses.tokens, losses.mean, losses.error)
+
+
 def by_length(
     model: LanguageModel,
     source: Text,
@@ -135,6 +167,7 @@ def by_length(
         counted = torch.zeros(length, dtype=torch.int64)
         difference = 0.0
         sums = {paradigm: torch.zeros(length, dtype=torch.float64) for paradigm in chosen}
+        stretches = _SequenceLosses()
         for example in source.evaluation_batches(rows, max(1, tokens // (rows * longest)), longest):
             batch = Batch(*(part[:, : longest // length * length].reshape(-1, length) for part in example.batch))
             by_paradigm = {paradigm: _losses(model, source, batch, paradigm) for paradigm in chosen}
@@ -142,9 +175,10 @@ def by_length(
                 sums[paradigm] += losses.double().sum(0).cpu()
                 difference = max(difference, (losses - by_paradigm[chosen[0]]).abs().max().item())
             counted += (batch.targets != IGNORED).sum(0)
+            stretches.add(by_paradigm[chosen[0]].view(rows, -1), Batch(*(part.view(rows, -1) for part in batch)))
         total = _mean_losses(sums, counted, 0, length)
         positions = (_mean_losses(sums, counted, *place) for place in bins(length, source.config.sequence_length))
-        yield LengthLoss(length, total.tokens, total.losses, tuple(positions), difference)
+        yield LengthLoss(length, total.tokens, total.losses, tuple(positions), difference, stretches.error)
 
 
 def by_context(
@@ -178,6 +212,39 @@ def by_context(
             total += _losses(model, source, Batch(inputs, targets), None)[:, -scored:].double().sum().item()
             counted += int((targets[:, -scored:] != IGNORED).sum())
         yield ContextLoss(context, counted, total / max(counted, 1))
+
+
+class _SequenceLosses:
+    """Losses and numbers of targets of sequences."""
+
+    def __init__(self) -> None:
+        self._sums: list[Float[Tensor, " B"]] = []
+        self._counts: list[Float[Tensor, " B"]] = []
+
+    def add(self, losses: Float[Tensor, "B T"], batch: Batch) -> None:
+        """Add the sequences of a batch; rows without targets are left out."""
+        counts = (batch.targets != IGNORED).sum(1).double()
+        self._sums.append(losses.double().sum(1).cpu()[counts > 0])
+        self._counts.append(counts[counts > 0])
+
+    @property
+    def tokens(self) -> int:
+        """Number of targets."""
+        return int(torch.cat(self._counts).sum())
+
+    @property
+    def mean(self) -> float:
+        """Mean loss per target."""
+        return (torch.cat(self._sums).sum() / self.tokens).item()
+
+    @property
+    def error(self) -> float | None:
+        """Standard error of the mean, if sequences are independent; None of a single one."""
+        sums, counts = torch.cat(self._sums), torch.cat(self._counts)
+        if len(sums) < 2:
+            return None
+        deviations = sums - self.mean * counts  # of a ratio, as sequences may have different numbers of targets
+        return ((deviations.square().sum() * len(sums) / (len(sums) - 1)).sqrt() / self.tokens).item()
 
 
 @torch.no_grad()

@@ -316,14 +316,28 @@ class Course:
         longest = max(lengths, default=0)
         positions = measured_at[longest].loss_by.get("position") if longest > trained_length else None
         loss_by = measured.loss_by | ({"position": positions} if positions else {})
-        values = {"step": self.done, "validation_loss": measured.loss, "final": final}
+        values = {
+            "step": self.done,
+            "validation_loss": measured.loss,
+            "validation_tokens": measured.n_targets,
+            "final": final,
+        }
         values |= {"validation_loss_by_length": by_length} if by_length else {}
         values |= {"validation_loss_by": loss_by} if loss_by else {}
         if measured.accuracy is not None:
             values |= {"accuracy": measured.accuracy, "accuracy_by": measured.accuracy_by}
         self._record(values)
         self.status.update(step=self.done, validation_loss=measured.loss, at_once=True)
-        return Evaluated(self.done, measured.loss, final, by_length, measured.accuracy, measured.accuracy_by, loss_by)
+        return Evaluated(
+            self.done,
+            measured.loss,
+            final,
+            by_length,
+            measured.accuracy,
+            measured.accuracy_by,
+            loss_by,
+            tokens=measured.n_targets,
+        )
 
     @property
     def _out_of_patience(self) -> bool:

@@ -14,7 +14,7 @@ from ...registry import require_name, write_file
 from ...training import load_run
 from ...training.length_eval import by_context, by_length, open_text
 from ..collect import RUNS
-from ..plan import PlannedRun, plan
+from ..plan import Plan, PlannedRun, plan
 from ..report import REPORT_FILE
 from ..results import RESULTS_FILE
 from ..runner import Observer, run_study
@@ -32,6 +32,11 @@ TIMED = ("table4", "figure6", "figure6-batch8")
 """Claims about speed: nothing else should run on the machine meanwhile."""
 OF_RUNS = ("table8", "paradigms")
 """Claims that are measured on the trained models of figure5."""
+QUESTIONS = {
+    "table8": "How much does the loss of the same tokens fall with more context?",
+    "paradigms": "Do the three paradigms compute the same losses?",
+}
+"""Questions of the claims of `OF_RUNS`; the other claims have that of their study."""
 LEARNED = ("table6", "table5", "figure5", *OF_RUNS)
 """Claims about trained models."""
 CLAIMS = (*LEARNED, *TIMED)
@@ -67,12 +72,10 @@ def prove(
     Raises:
         SeqmixError: the claim does not exist, or cannot be measured.
     """
-    require_name("claim", claim, CLAIMS)
+    planned = plan_claim(claim, scale)
     on_note(f"{claim}:")
-    study = claim if claim in STUDIES else "figure5"
-    file = file_of(study, scale)
-    folder = folder_of(study, scale, out)
-    results, outcome = run_study(plan(load_study(file), file), folder, jobs=jobs, observer=Observer(on_note))
+    folder = folder_of(study_of(claim), scale, out)
+    results, outcome = run_study(planned, folder, jobs=jobs, observer=Observer(on_note))
     if outcome.stopped:
         on_note("stopped: rerun the same command to resume")
         return STOPPED, None
@@ -84,6 +87,23 @@ def prove(
     values = contexts(scale, out) if claim == "table8" else paradigms(scale, out)
     write_file(json.dumps(values, indent=1) + "\n", values_of(claim, scale, out))
     return 0, judge(claim, values)
+
+
+def study_of(claim: str) -> str:
+    """Return the name of the study whose runs a claim is measured on; SeqmixError if there is no such claim."""
+    require_name("claim", claim, CLAIMS)
+    return claim if claim in STUDIES else "figure5"
+
+
+def plan_claim(claim: str, scale: Scale) -> Plan:
+    """Plan the runs of a claim's study."""
+    file = file_of(study_of(claim), scale)
+    return plan(load_study(file), file)
+
+
+def question_of(claim: str, scale: Scale) -> str:
+    """Return the question that a claim answers."""
+    return QUESTIONS.get(claim) or load_study(file_of(claim, scale)).question or ""
 
 
 def file_of(claim: str, scale: Scale) -> Path:

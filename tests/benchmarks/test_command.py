@@ -44,13 +44,27 @@ def test_a_benchmark_runs_and_is_written(what, bench, tmp_path):
 
 
 def test_mixers_are_compared_with_retention_and_with_their_reference(bench, tmp_path):
-    only = [argument for name in ("retnet", "min-gru", "min-gru-reference") for argument in ("--only", name)]
+    only = [argument for name in ("retention", "min_gru", "min_gru-reference") for argument in ("--only", name)]
     done = bench("mixers", "--length", "16", "--tokens", "16", *only, "--json", "out.json")
     assert done.status == 0, done.err
     rows = json.loads((tmp_path / "out.json").read_text())["rows"]
-    assert [row["name"] for row in rows] == ["retnet", "min-gru", "min-gru-reference"]
+    assert [row["name"] for row in rows] == ["retention", "min_gru", "min_gru-reference"]
     assert rows[0]["ratio"]["median"] == 1.0
     assert rows[1]["parameters"] == rows[2]["parameters"]
+
+
+def test_mixers_have_their_kinds_as_names_and_a_plug_in_takes_part(bench, tmp_path, monkeypatch):
+    (tmp_path / "own_mixer.py").write_text(
+        "from typing import Literal\nfrom seqmix.mixers.retention import RetentionConfig\n"
+        "class OwnConfig(RetentionConfig):\n    kind: Literal['own_mixer:OwnConfig'] = 'own_mixer:OwnConfig'\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    only = "--only", "linear", "--only", "own_mixer:OwnConfig"
+    done = bench("mixers", "--length", "16", "--tokens", "16", *only, "--json", "out.json")
+    assert done.status == 0, done.err
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["linear_attention", "own_mixer:OwnConfig"]
+    assert "--only linear is deprecated, use linear_attention" in done.err
 
 
 def test_dropout_is_left_out_for_all():

@@ -24,6 +24,7 @@ from seqmix.experiments.plan import plan
 from seqmix.experiments.results import read_results
 from seqmix.experiments.runner import Observer, make_runs
 from seqmix.experiments.study import StudyError, load_study
+from seqmix.experiments.summary import timed_length
 from seqmix.training import read_config, read_status
 
 BROKEN = """
@@ -67,7 +68,7 @@ def made(tmp_path_factory, small):
     (folder / "text.txt").write_text("the text of a small run, over and over again. " * 60)
     (folder / "small.yaml").write_text(small + BROKEN + SPEED + PAPER)
     (folder / "loud.py").write_text(LOUD)
-    status, printed = command(folder, "compare", "small.yaml")
+    status, printed = command(folder, "compare", "small.yaml", "--json", "result.json")
     return folder, status, printed
 
 
@@ -134,6 +135,12 @@ def test_results(made):
     assert summary["retention"].validation_loss.spread is None
     assert [(row.entry, row.length) for row in found.speed.train] == [(name, 16) for name in by_name]
     assert all(row.tokens_per_second > 0 for row in found.speed.train)
+    # one throughput: the timed one is in the summary, its table and the command's result
+    timed = {row.entry: row.tokens_per_second for row in found.speed.train if row.length == timed_length(found)}
+    result = json.loads((root / "result.json").read_text())
+    for rows in (found.model_dump()["summary"], result["summary"]):
+        assert {row["entry"]: row["tokens_per_second"] for row in rows}.items() <= timed.items()
+    assert result["speed"] in result["notes"]
     assert all(row.seconds > 0 and row.state_bytes > 0 for row in found.speed.decode)
     (figure,) = found.paper
     assert (figure.theirs, round(figure.ours, 6)) == (26.05, round(2.718281828459045**run.validation_loss, 6))
@@ -143,6 +150,17 @@ def test_results(made):
 
 
 @pytest.mark.slow
+def test_result_has_the_difference_of_each_entry_from_the_subject(made):
+    root, _, _ = made
+    result = json.loads((root / "result.json").read_text())
+    loss = {row["entry"]: row["validation_loss"]["mean"] for row in result["summary"]}
+    (attention,) = result["comparisons"]
+    assert (result["subject"], attention["entry"]) == ("retention", "attention")
+    assert attention["measure"] == "validation_loss"
+    assert attention["difference"]["mean"] == pytest.approx(loss["attention"] - loss["retention"])
+    assert attention["verdict"] is None  # one seed
+
+
 def test_rates_are_tuned_before_the_seeds_are_trained(made, tmp_path, small):
     (tmp_path / "text.txt").write_text((made[0] / "text.txt").read_text())
     tune = "tune: {learning_rate: [1.0e-3, 1.0e+30], seeds: [7]}\n"

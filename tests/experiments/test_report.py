@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from studies import STUDIES, few, recall, text, varied
 
-from seqmix.experiments.answer import answer, format_statistic
+from seqmix.experiments.answer import answer, comparisons, format_statistic
 from seqmix.experiments.report import REPORT_FILE, render, write_report
 from seqmix.experiments.results import Results, RunResult, Statistic, read_results, write
 from seqmix.experiments.study_figures import Plots
@@ -100,6 +100,44 @@ def test_the_answer_says_what_may_be_chance():
         "the best of the others is attention with 92.9 %. With only one seed there is no interval, so differences may "
         "be chance."
     )
+
+
+def test_comparisons_have_the_numbers_and_verdicts_of_the_answer():
+    study = recall()
+    noise = {0: -0.03, 1: 0.01, 2: 0.02}
+    for run in study["runs"]:
+        if run["entry"] == "Mamba-2":
+            run["accuracy"] = 0.76 + noise[run["seed"] % 3]
+    found = results(study)
+    compared = {each.entry: each for each in comparisons(found)}
+    assert {entry: each.verdict for entry, each in compared.items()} == {
+        "attention": "better", "gated DeltaNet": "better", "linear attention": "worse",
+        "Mamba-2": "not distinguishable",
+    }  # fmt: skip
+    assert {each.measure for each in compared.values()} == {"accuracy"}
+    assert "attention and gated DeltaNet are better, Mamba-2 is not distinguishable" in said(study)
+    rows = {row.entry: found.runs_of(row) for row in found.summary}
+    gaps = [one.accuracy - other.accuracy for one, other in zip(rows["Mamba-2"], rows["retention"], strict=True)]
+    tied = compared["Mamba-2"].difference
+    assert tied.mean == pytest.approx(fmean(gaps))
+    assert tied.margin > abs(tied.mean)
+
+
+def test_lower_losses_are_better_and_variants_are_compared_each_for_itself():
+    losses = comparisons(results(text()))
+    assert [(each.entry, each.measure, each.verdict) for each in losses] == [
+        ("attention", "validation_loss", "worse"), ("Mamba-2", "validation_loss", "worse"),
+    ]  # fmt: skip
+    assert all(each.difference.mean > 0 for each in losses)
+    assert [each.variant for each in comparisons(results(varied()))] == [{"data.pairs": n} for n in (8, 16, 32, 64)]
+
+
+def test_comparison_with_one_seed_has_no_verdict():
+    study = text()
+    study["runs"] = [run for run in study["runs"] if run["seed"] == 0]
+    for each in comparisons(results(study)):
+        assert (each.difference.margin, each.verdict) == (None, None)
+    assert comparisons(results(study | {"summary": []})) == []
 
 
 def difference(entry: str, also: dict[str, str], compared: str = "the mixer") -> dict[str, Any]:

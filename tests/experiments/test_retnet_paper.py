@@ -41,6 +41,22 @@ def page() -> SimpleNamespace:
 # ---- studies
 
 
+def test_claims_are_listed_and_planned_without_training(seqmix, refused):
+    listed = json.loads(seqmix("paper", "--list", "--json", "-").out)["claims"]
+    assert listed.keys() == set(claims.CLAIMS)
+    assert all(question.endswith("?") for question in listed.values())
+    done = seqmix("paper", "table8", "table6", "--dry-run", "--json", "-")
+    studies = json.loads(done.out)["studies"]
+    assert list(studies) == ["figure5", "table6"]
+    for name, planned in studies.items():
+        assert planned["runs"] == [run.name for run in claims.plan_claim(name, "cpu").runs]
+        assert f"{len(planned['runs'])} runs, about" in done.err
+    assert not Path("studies").exists()
+    missing = refused("paper")
+    assert all(claim in missing for claim in claims.CLAIMS)
+    assert 'did you mean "table6"' in refused("paper", "tabel6", "--dry-run")
+
+
 def test_every_claim_is_a_study_at_both_scales_or_about_the_runs_of_one():
     names = {file.stem for file in claims.FOLDER.glob("*.yaml")} - {"base"}
     assert names == set(claims.STUDIES) == {file.stem for file in (claims.FOLDER / "gpu").glob("*.yaml")}

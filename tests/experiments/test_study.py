@@ -1,5 +1,7 @@
 """Studies on paper: entries, variants and names of runs; what is the same for all; and what is refused."""
 
+import re
+
 import pytest
 from hypothesis import settings
 
@@ -138,12 +140,14 @@ def test_what_is_the_same_is_said(planned):
         "Not equal: the state of one sequence at the training length has 1.01 KiB to 2.01 KiB over entries.",
         "Each entry's learning rate is tuned: 0.001, 0.003 with seed 2; the best has the lowest final validation loss. "
         "Results are those of other seeds at that rate: 0, 1. They are evaluated on the data that chose the rate.",
+        "To remove the difference in gate and head_norm, write in the study's file: equal: {gate: swish, head_norm: "
+        "none}",
     )
 
 
 def test_rates_are_tuned_in_each_variant_and_over_several_seeds(planned):
     more = "tune: {learning_rate: [1e-3, 3e-3], seeds: [7, 8]}\nvary: {data.sequence_length: [8, 16]}\n"
-    sentence = planned(more).fairness[-1]
+    (sentence,) = (each for each in planned(more).fairness if "rate is tuned" in each)
     assert sentence.startswith("Each entry's learning rate is tuned in each variant: 0.001, 0.003 with seeds 7, 8; ")
     assert "the best has the lowest mean final validation loss." in sentence
 
@@ -341,8 +345,24 @@ def test_what_would_not_be_fair_is_seen(planned, place):
     module.require_fair([one, other], {})
 
 
+def test_the_line_that_removes_differences_of_accessories_does_so(planned, small):
+    study = small.replace("mixers: [retention, attention]", "mixers: [retention, attention, gated_delta_net]")
+    study = study.replace("match: {parameters: retention, knob: blocks.*.ffn.expansion}\n", "")
+    before = planned(study=study)
+    (sentence,) = (each for each in before.fairness if "equal: {" in each)
+    removed, line = re.fullmatch(r"To remove the difference in (.*), write .*: (equal: \{.*\})", sentence).groups()
+    assert "short_conv" in removed
+    also = {field for each in before.differences for field in each.also}
+    after = planned(line + "\n", study=study)
+    left = {field for each in after.differences for field in each.also}
+    assert also - left == set(re.split(r", | and ", removed))
+    assert not any("To remove" in each for each in after.fairness)
+
+
 def test_patience_is_refused(planned, small):
-    with pytest.raises(SeqmixError, match=r"training\.patience to be null, got 2: entries would stop"):
+    with pytest.raises(
+        SeqmixError, match=r"small\.yaml:\d+: training\.patience: expected null, got 2: entries would stop"
+    ):
         planned(study=small.replace("log_every: 1", "log_every: 1, patience: 2"))
 
 
@@ -374,7 +394,7 @@ def test_patience_is_refused(planned, small):
             ALONE + "mixers: [retention, gla]\nsubject: glaa\n",
             "subject names an unknown entry 'glaa'; did you mean \"gla\"? Entries: retention, gla",
         ),
-        (ALONE + "mixers: [gla]\ntune: {learning_rate: [0.1]}\n", "tune.learning_rate: expected a length >= 2"),
+        (ALONE + "mixers: [gla]\ntune: {learning_rate: [0.1]}\n", "tune.learning_rate: expected at least two"),
         (
             ALONE + "mixers: [gla]\nseeds: [3]\ntune: {learning_rate: [0.1, 0.2], seeds: [3]}\n",
             "tune.seeds and seeds must differ, got 3 in both",

@@ -12,7 +12,9 @@ from torch.testing import assert_close
 
 from seqmix import Paradigm, build_model
 from seqmix.models import IGNORED
-from seqmix.training.length_eval import by_context, by_length, common_paradigms, open_text
+from seqmix.training.config import TrainingConfig
+from seqmix.training.length_eval import as_in_training, by_context, by_length, common_paradigms, open_text
+from seqmix.training.monitoring.measurements import read_measurements
 
 
 @pytest.fixture
@@ -112,6 +114,32 @@ def test_a_run_is_evaluated(evaluate):
     assert set(found["lengths"][0]["losses"]) == set(Paradigm)
     assert found["contexts"][0]["context"] == 16
     assert " 0.188 x" in evaluate("--tokens", "64", "--paradigm", "chunkwise", "--length", "3").out
+
+
+def test_by_default_the_loss_of_training_s_final_evaluation_is_measured(evaluate):
+    done = evaluate("--tokens", "64", "--paradigm", "chunkwise", "--json", "found.json")
+    (final,) = (line for line in read_measurements(Path("run")) if line.get("final"))
+    measured = json.loads(Path("found.json").read_text())["runs"]["run"]["final"]
+    assert measured["loss"] == pytest.approx(final["validation_loss"], rel=1e-6)
+    assert measured["tokens"] == final["validation_tokens"]
+    shown = f"{measured['loss']:.4f} ± {measured['error']:.4f} nats/token over {measured['tokens']:,} tokens"
+    assert shown in done.out
+    beside = evaluate("run", "--tokens", "64", "--paradigm", "chunkwise").out
+    assert f"{measured['loss']:.4f} ± {measured['error']:.4f}" in beside
+    assert "training's final evaluation" not in evaluate("--tokens", "64", "--length", "16").out
+
+
+def test_a_loss_has_the_standard_error_over_sequences(opened):
+    model, text = opened()
+    training = TrainingConfig(learning_rate=1e-3, steps=1, batch_size=3, final_evaluation_batches=2)
+    measured = as_in_training(model, text, training)
+    means = torch.cat([losses_of(model, example.batch).mean(1) for example in text.evaluation_batches(3, 2)])
+    assert (measured.loss, measured.error) == pytest.approx((means.mean().item(), means.std().item() / 6**0.5))
+    chunkwise = {"paradigms": lambda _: [Paradigm.CHUNKWISE], "tokens": 4096}
+    short, long = (each.error for each in by_length(model, text, (16, 64), **chunkwise))
+    assert short == pytest.approx(long, rel=0.5)  # both over stretches of 64 tokens
+    (only_one,) = by_length(model, text, (len(text.corpus.validation) - 1,), **chunkwise)
+    assert only_one.error is None
 
 
 def test_by_default_it_is_as_long_as_the_text_allows(evaluate, seqmix):

@@ -68,7 +68,7 @@ def test_a_class_of_the_users_own_logs(config_of, tmp_path, monkeypatch):
     steps = "gradient_norm,learning_rate,loss,memory_bytes,tokens_per_second"
     assert lines == [
         *("begin 0 of 4", f"1 {steps}", f"2 {steps}", "close"),
-        *("begin 2 of 4", f"3 {steps}", f"4 {steps}", "4 validation_loss"),
+        *("begin 2 of 4", f"3 {steps}", f"4 {steps}", "4 validation_loss,validation_tokens"),
     ]
     assert last == "close"
     for name, reason in (("own_logger:Line", 'did you mean "Lines"'), ("no_such:Lines", "No module named 'no_such'")):

@@ -45,7 +45,7 @@ BYTES = SimpleNamespace(bytes_per_token=1.0, unigram_entropy=2.0)
 @pytest.mark.parametrize(
     ("fields", "shown"),
     [
-        ({"loss": 1.3863}, ["step 100", "1.3863 nats/byte", "2.0000 bits/byte"]),
+        ({"loss": 1.3863}, ["step 100", "1.3863 nats/byte", "2.0000 bits/byte", "over 4,096 bytes"]),
         ({"loss": 1.5, "final": True}, ["2.0000 nats/byte", "2.8854 bits/byte", "25% below"]),
         ({"loss": 2.5, "final": True}, ["2.0000 nats/byte", "2.8854 bits/byte", "25% above"]),
         ({"loss": 1.3863, "by_length": {8: 1.5, 64: 1.25}}, ["1.5000 at 8", "1.2500 at 64"]),
@@ -53,12 +53,14 @@ BYTES = SimpleNamespace(bytes_per_token=1.0, unigram_entropy=2.0)
     ids=str,
 )
 def test_an_evaluation_is_in_nats_and_bits_beside_the_byte_frequencies(fields, shown):
-    line = _describe_evaluation(Evaluated(100, **{"final": False} | fields), BYTES)
+    line = _describe_evaluation(Evaluated(100, **{"final": False, "tokens": 4096} | fields), BYTES)
     assert all(part in line for part in shown)
 
 
 def test_one_repeated_token_is_compared_with_nothing():
-    line = _describe_evaluation(Evaluated(1, 0.5, True), SimpleNamespace(bytes_per_token=1.0, unigram_entropy=0.0))
+    line = _describe_evaluation(
+        Evaluated(1, 0.5, True, tokens=8), SimpleNamespace(bytes_per_token=1.0, unigram_entropy=0.0)
+    )
     assert line.endswith("frequencies alone: 0.0000 nats/byte, 0.0000 bits/byte")
 
 

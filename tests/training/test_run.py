@@ -51,7 +51,10 @@ def test_a_run_is_a_sequence_of_events_and_metrics(config_of, tmp_path, monkeypa
         assert event.memory_bytes > 2**20
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert lines[::2] == [asdict(event) for event in of(Stepped, events) if event.step % 2 == 0]
-    evaluated = [{"step": e.step, "validation_loss": e.loss, "final": e.final} for e in of(Evaluated, events)]
+    evaluated = [
+        {"step": e.step, "validation_loss": e.loss, "validation_tokens": e.tokens, "final": e.final}
+        for e in of(Evaluated, events)
+    ]
     assert lines[1::2] == evaluated
     assert read_config(tmp_path / "run") == config
 
@@ -266,7 +269,7 @@ def losses_are(monkeypatch):
     def give(*losses: float) -> None:
         rest = iter(losses)
         monkeypatch.setattr(
-            Trainer, "evaluate", lambda self, *, final, length=None: Measured(9.0 if final else next(rest))
+            Trainer, "evaluate", lambda self, *, final, length=None: Measured(9.0 if final else next(rest), 1)
         )
 
     return give

@@ -92,6 +92,8 @@ class Evaluated:
     loss_by: dict[str, dict[str, float]] = field(default_factory=dict)
     """Loss in nats per token, by axis of `data.slices` and by slice. The losses by position are those of the longest
     evaluated sequences."""
+    tokens: int = field(kw_only=True)
+    """Number of tokens that `loss` is the mean of."""
 
 
 @dataclass(frozen=True)

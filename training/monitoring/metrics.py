@@ -17,6 +17,8 @@ class Measured:
 
     loss: float
     """Loss in nats per target."""
+    n_targets: int
+    """Number of targets."""
     accuracy: float | None = None
     """Fraction of targets that are the most probable token; None if not measured."""
     accuracy_by: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -105,7 +107,7 @@ class Score:
             for counts in (self.correct_by, {axis: _with_targets(by_value) for axis, by_value in self.losses.items()})
         )
         accuracy = None if self.n_correct is None else self.n_correct / n_targets
-        return Measured(self.loss / n_targets, accuracy, accuracy_by, loss_by)
+        return Measured(self.loss / n_targets, self.n_targets, accuracy, accuracy_by, loss_by)
 
 
 def _count(counts: dict[str, dict[str, tuple[Any, int]]], axis: str, value: str, total: float, n_targets: int) -> None:
