@@ -13,6 +13,7 @@ from .errors import (
     SeqmixError,
     choices_hint,
     nearest_hint,
+    reason_of,
     require_name,
 )
 from .explain import explain_fields
@@ -58,6 +59,7 @@ __all__ = [
     "parse_duration",
     "read_bytes",
     "read_mapping",
+    "reason_of",
     "replacing",
     "replacing_all",
     "replacing_folder",

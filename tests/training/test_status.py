@@ -65,6 +65,24 @@ def test_a_failure_in_the_loop_is_recorded(config_of, tmp_path):
     )
 
 
+class UnprintableError(Exception):
+    def __str__(self):
+        raise ZeroDivisionError
+
+    __repr__ = __str__
+
+
+@pytest.mark.parametrize("error", [UnprintableError(), SystemExit(UnprintableError()), SeqmixError(UnprintableError())])
+def test_an_error_whose_message_cannot_be_shown_is_recorded(config_of, tmp_path, error):
+    events = train(config_of(), tmp_path / "run")
+    next(events)
+    with pytest.raises(type(error)):
+        events.throw(error)
+    status = read_status(tmp_path / "run")
+    assert status.state == "failed"
+    assert "message cannot be shown" in status.reason
+
+
 def test_a_run_that_was_killed_is_recognised_and_resumes(config_of, seqmix, tmp_path):
     command = [sys.executable, "-c", "from seqmix.cli import main; main()", "train", "retnet-tiny", *SMALL]
     command += ["data.paths=[text.txt]", "training.steps=1000000", "--out", "run"]

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from ...registry import DataError, SeqmixError, read_bytes, try_lock
+from ...registry import DataError, read_bytes, reason_of, try_lock
 from .errors import DivergenceError
 from .provenance import seqmix_version
 from .run_dir import LOCK_FILE
@@ -181,15 +181,13 @@ def _outcome_of(error: BaseException) -> tuple[State, str]:
     """Return the state and the reason of a run that an error has ended."""
     match error:
         case DivergenceError():
-            return "diverged", str(error)
+            return "diverged", reason_of(error)
         case KeyboardInterrupt() | GeneratorExit():
             return "interrupted", "the program ended training between two checkpoints"
         case SystemExit():
-            return "failed", f"the program called sys.exit({error.code!r})"
-        case SeqmixError():
-            return "failed", str(error)
+            return "failed", f"the program called sys.exit ({reason_of(error)})"
         case _:
-            return "failed", f"{type(error).__name__}: {error}"
+            return "failed", reason_of(error)
 
 
 def _now() -> str:
