@@ -19,6 +19,7 @@ from .errors import (
 from .explain import explain_fields
 from .files import (
     flush,
+    is_locked,
     is_vacant,
     read_bytes,
     replacing,
@@ -52,6 +53,7 @@ __all__ = [
     "format_duration",
     "import_named",
     "import_object",
+    "is_locked",
     "is_vacant",
     "json_schema",
     "load",
