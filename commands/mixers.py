@@ -4,7 +4,7 @@ import warnings
 from dataclasses import dataclass
 
 from ..mixers import MIXERS, Paradigm
-from ..registry.providers import reason_of
+from ..registry import reason_of
 from .console import plain_table, terminal
 
 

@@ -93,8 +93,9 @@ def explanation(error: Exception) -> "SeqmixError | None":
 
     match error:
         case SeqmixError():
-            is_reported = isinstance(error, ElsewhereError) or _reported_by_another_process()
-            return ElsewhereError() if is_reported else error
+            if isinstance(error, ElsewhereError) or _reported_by_another_process():
+                error.args = ()
+            return error
         case OSError(filename=str() | bytes() | int()):
             # problems with a file that no command checks: a name that is too long, a folder without permission
             return DataError(f"{error.filename} cannot be used: {error.strerror}")

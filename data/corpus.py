@@ -16,6 +16,7 @@ from ..registry import DataError, SeqmixError
 from .corpus_config import CorpusConfig, DocumentsConfig
 from .files import TOKENS, read_documents, source_files, source_name
 from .formats import has_rows
+from .order import quotas_of
 from .sequences import Tokens
 from .token_file import TokenFile
 from .token_store import Store, Stream, digest, tokenized
@@ -130,6 +131,8 @@ def read_corpus(config: CorpusConfig, tokenizer: Tokenizer | None = None) -> Cor
             identity.update(store.digests.tobytes())
     if len(sizes) > 1:
         identity.update(repr(config.weights).encode())
+        if (quotas_of(config.weights) % 1).any():  # earlier versions read another order: their runs get a note
+            identity.update(b"fractional quotas")
     split = ", ".join(dict.fromkeys(splits))
     name = source_name(config)
     _require_length(_count_tokens(parts["validation"]), length, f"validation split of {name}", split)

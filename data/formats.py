@@ -161,17 +161,23 @@ def _require_text(path: Path, piece: bytes, start: int) -> None:
     """Check that a piece of a file is text, tolerating a few odd bytes; `start` is its offset in the file."""
     head = piece[:512] if start == 0 else b""
     format_name = next((name for name, pattern in SIGNATURES.items() if re.match(pattern, head, re.DOTALL)), None)
-    text = piece.decode(errors="ignore").encode().translate(None, CONTROL)
-    odd = len(piece) - len(text)
-    if format_name is None and odd <= max(MAX_ODD_BYTES, MAX_ODD_SHARE * len(piece)):
+    decoded = piece.decode(errors="ignore").encode()
+    text = decoded.translate(None, CONTROL)
+    tolerated = max(MAX_ODD_BYTES, MAX_ODD_SHARE * len(piece))
+    if format_name is None and len(piece) - len(text) <= tolerated:
         return
+    problem = "is not UTF-8 text"
+    hint = ""
     if format_name is not None:
         first = 0
         reason = f"its first bytes are those of {format_name}"
     else:
         first = next(offset for offset, (a, b) in enumerate(zip_longest(piece, text)) if a != b)
         reason = f"byte 0x{piece[first]:02x}"
-    raise DataError(f"{path} is not UTF-8 text at offset {start + first:,} ({reason}): {ACCEPTED}")
+        if len(piece) - len(decoded) <= tolerated:
+            problem = "has NUL bytes" if piece[first] == 0 else "has control characters"
+            hint = ", like a binary file or text in UTF-16; remove them if it is text"
+    raise DataError(f"{path} {problem} at offset {start + first:,} ({reason}){hint}: {ACCEPTED}")
 
 
 def read_rows(path: Path, field: str) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -4,6 +4,7 @@ The start of a sequence is the position of its first token in a stream of `n_tok
 than its length, for its last target. Every source of a mixture is a separate stream with its own order.
 """
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -15,50 +16,80 @@ ROUNDS = 6
 """Rounds of the Feistel network; four already mix well."""
 CYCLE = 4096
 """Length of a mixture's cycle in sequences; each cycle has every source in proportion to its weight."""
+FRACTION_BITS = 36
+"""Binary places of a quota. Sums over up to 2^41 cycles are then exact in float64."""
 
 
 def mixture(weights: Sequence[float], batch_size: int, *, seed: int, step: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the source of each row of a step, and the row's number among all sequences of its source.
 
-    A cycle has `weight * CYCLE` sequences of a source (rounded, at least one), for weights that sum to 1. They are
-    spread evenly: with n sequences of a source, the cycle is cut into n stretches of equal length, and each stretch has
-    one of the sequences at a random place. So any run of consecutive rows has each source about as often as its weight
-    says.
+    A source's quota is `weight * CYCLE`, for weights that sum to 1. A cycle has as many sequences of the source: the
+    quota rounded down or up, such that the share is exact over many cycles. They are spread evenly: with n sequences
+    of a source, the cycle is cut into n stretches of equal length, and each stretch has one of the sequences at a
+    random place. So any run of consecutive rows has each source about as often as its weight says.
 
     Returns:
         Two int64 arrays, [batch_size] each.
     """
+    first = step * batch_size
     if len(weights) == 1:
-        return np.zeros(batch_size, dtype=np.int64), step * batch_size + np.arange(batch_size, dtype=np.int64)
-    counts = _sequences_per_cycle(tuple(weights))
-    cycles, places = np.divmod(step * batch_size + np.arange(batch_size, dtype=np.int64), CYCLE)
-    sources = np.empty_like(places)
-    numbers = np.empty_like(places)
-    for cycle in np.unique(cycles).tolist():
-        rows = cycles == cycle
-        cycle_sources, cycle_numbers = _draw_cycle(counts, seed, cycle)
-        sources[rows] = cycle_sources[places[rows]]
-        numbers[rows] = cycle_numbers[places[rows]] + cycle * np.array(counts)[sources[rows]]
+        return np.zeros(batch_size, dtype=np.int64), first + np.arange(batch_size, dtype=np.int64)
+    cycles = range(first // CYCLE, (first + batch_size - 1) // CYCLE + 1)
+    drawn = np.concatenate([_draw_cycle(tuple(weights), seed, cycle) for cycle in cycles], axis=1)
+    sources, numbers = drawn[:, first % CYCLE :][:, :batch_size]
     return sources, numbers
 
 
 @lru_cache
-def _sequences_per_cycle(weights: tuple[float, ...]) -> tuple[int, ...]:
-    """Return the number of sequences of each source in a cycle; the most frequent source absorbs the rounding."""
-    shares = np.array(weights) / sum(weights)
-    counts = np.maximum(np.round(shares * CYCLE), 1).astype(np.int64)
-    counts[counts.argmax()] += CYCLE - counts.sum()
-    return tuple(counts.tolist())
+def _draw_cycle(weights: tuple[float, ...], seed: int, cycle: int) -> np.ndarray:
+    """Return the source of each sequence of a cycle, and its number among the source's sequences, [2, CYCLE]."""
+    before = _sequences_before(weights, cycle)
+    counts = _sequences_before(weights, cycle + 1) - before
+    sources = np.repeat(np.arange(len(counts)), counts)
+    numbers = np.arange(CYCLE) - np.repeat(np.cumsum(counts) - counts, counts)
+    places = (numbers + np.random.default_rng([seed, cycle]).random(CYCLE)) / counts[sources]
+    order = places.argsort(kind="stable")
+    return np.stack((sources, numbers + before[sources]))[:, order]
+
+
+def _sequences_before(weights: tuple[float, ...], cycle: int) -> np.ndarray:
+    """Return the number of sequences of each source in all cycles before one, int64 [N].
+
+    In cycle k, the first i sources have floor(b_i + u_k) sequences, where b_i is the sum of their quotas, and u_k in
+    [0, 1) is the van der Corput sequence (the binary digits of k, mirrored at the point). In 2^j cycles that start at
+    k = m 2^j, the u_k are (u_m + n) / 2^j for all n < 2^j. By Hermite's identity, their sum is floor(2^j b_i + u_m).
+    """
+    sums = _cumulative_quotas(weights)
+    totals = np.zeros_like(sums)
+    for j in range(cycle.bit_length()):
+        if cycle >> j & 1:
+            totals += np.floor(sums * 2.0**j + _van_der_corput((cycle >> j) - 1))
+    return np.diff(totals, prepend=0.0).astype(np.int64)
+
+
+def _van_der_corput(index: int) -> float:
+    """Return a number of the van der Corput sequence in base 2: 0, 1/2, 1/4, 3/4, 1/8, ..."""
+    return int(f"{index:b}"[::-1], 2) / 2 ** index.bit_length()
 
 
 @lru_cache
-def _draw_cycle(counts: tuple[int, ...], seed: int, cycle: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the source of each sequence of a cycle, and its number among the source's sequences; each [CYCLE]."""
-    sources = np.repeat(np.arange(len(counts)), counts)
-    numbers = np.concatenate([np.arange(count) for count in counts])
-    places = (numbers + np.random.default_rng([seed, cycle]).random(CYCLE)) / np.repeat(counts, counts)
-    order = places.argsort(kind="stable")
-    return sources[order], numbers[order]
+def _cumulative_quotas(weights: tuple[float, ...]) -> np.ndarray:
+    """Return the sum of the quotas of the first i + 1 sources, [N]; the last one is CYCLE."""
+    sums = np.cumsum(quotas_of(weights))
+    return np.ldexp(np.ldexp(sums / sums[-1] * CYCLE, FRACTION_BITS).round(), -FRACTION_BITS)
+
+
+def quotas_of(weights: Sequence[float]) -> np.ndarray:
+    """Return the sequences of each source in a cycle, float64 [N].
+
+    They are whole numbers, as in earlier versions, if rounding changes each by less than one sequence and at most 1/32.
+    """
+    scaled = np.ldexp(weights, -math.frexp(max(weights))[1])  # so that even the largest weights have a finite sum
+    quotas = scaled / sum(scaled.tolist()) * CYCLE
+    whole = quotas.round()
+    whole[whole.argmax()] += CYCLE - whole.sum()
+    errors = np.abs(whole - quotas)
+    return whole if ((errors < 1) & (errors <= quotas / 32)).all() else quotas
 
 
 def random_starts(n_tokens: int, length: int, count: int, *, seed: int, step: int, source: int = 0) -> np.ndarray:

@@ -83,8 +83,6 @@ class Streamed:
 
     def read(self, numbers: np.ndarray, selected: np.ndarray, *, seed: int, step: int) -> np.ndarray:
         """Read some of this source's sequences of a step, with the arguments of `Cut.read`."""
-        if len(numbers) == 0:
-            return np.empty((0, self.length + 1), dtype=np.int64)
         first = int(numbers[0])
         count = len(numbers)
         if self._last_read is None or self._last_read[:2] != (seed, range(first, first + count)):

@@ -139,8 +139,7 @@ def entry_result(entry: PlannedEntry) -> EntryResult:
 
 def is_finished(run: PlannedRun, folder: Path) -> bool:
     """True if a folder contains this run, with the same configuration, trained to the end."""
-    final_steps = [line["step"] for line in _measurements(folder) if line.get("final")]
-    return run.config.training.steps in final_steps and is_same(run, folder)
+    return bool(_final_evaluation(run, _measurements(folder))) and is_same(run, folder)
 
 
 def is_same(run: PlannedRun, folder: Path) -> bool:
@@ -172,7 +171,7 @@ def run_result(run: PlannedRun, folder: Path, *, error: str | None = None, at_on
     lines = _measurements(folder) if is_same(run, folder) else []
     logged = [line for line in lines if "loss" in line]
     evaluated = [line for line in lines if "validation_loss" in line]
-    final: Measurement = next((line for line in evaluated if line.get("final")), {})
+    final = _final_evaluation(run, evaluated)
     speeds = [line["tokens_per_second"] for line in logged]
     speed = median(speeds) if speeds else None
     for line in lines:
@@ -239,6 +238,15 @@ def _measurements(folder: Path) -> list[Measurement]:
         return [line for line in read_measurements(folder) if _is_complete(line)]
     except OSError:
         return []
+
+
+def _final_evaluation(run: PlannedRun, lines: Iterable[Measurement]) -> Measurement:
+    """Return the final evaluation after all steps; {} if there is none.
+
+    A run whose training.steps were raised has an earlier one too.
+    """
+    steps = run.config.training.steps
+    return next((line for line in lines if line.get("final") and line["step"] == steps), {})
 
 
 def _is_complete(line: Measurement) -> bool:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import IO
 
 from ..registry import try_lock
+from ..training.checkpoint.status import STUDY_LOCK_FILE
 from .study import StudyError
 
-LOCK = "study.lock"
 PATIENCE = 60.0
 """Seconds to wait for runs of a study whose process has died: each finishes its step and writes a checkpoint."""
 
@@ -27,7 +27,7 @@ def hold_lock(folder: Path, note: Callable[[str], object]) -> Iterator[None]:
         OSError: the folder cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("a+") as file:
+    with (folder / STUDY_LOCK_FILE).open("a+") as file:
         _lock(file, folder, note)
         file.truncate(0)
         file.write(f"{os.getpid()}\n")

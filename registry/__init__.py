@@ -13,11 +13,13 @@ from .errors import (
     SeqmixError,
     choices_hint,
     nearest_hint,
+    reason_of,
     require_name,
 )
 from .explain import explain_fields
 from .files import (
     flush,
+    is_locked,
     is_vacant,
     read_bytes,
     replacing,
@@ -53,6 +55,7 @@ __all__ = [
     "format_duration",
     "import_named",
     "import_object",
+    "is_locked",
     "is_vacant",
     "json_schema",
     "load",
@@ -61,6 +64,7 @@ __all__ = [
     "place_of",
     "read_bytes",
     "read_mapping",
+    "reason_of",
     "replacing",
     "replacing_all",
     "replacing_folder",

@@ -46,6 +46,15 @@ class OutOfMemoryError(SeqmixError):
     exit_status = 5
 
 
+def reason_of(error: BaseException) -> str:
+    """Return any error as one line: the sentence of a SeqmixError, else its type and message."""
+    try:
+        text = str(error)
+    except Exception:  # a plug-in's own class of error may fail to print
+        text = "its message cannot be shown"
+    return text if isinstance(error, SeqmixError) else " ".join([f"{type(error).__name__}:", *text.split()])
+
+
 def _cut(line: str) -> str:
     """Return a line of an error; if it is longer than `MAX_LINE_LENGTH` characters, its middle is left out."""
     excess = len(line) - MAX_LINE_LENGTH

@@ -220,6 +220,23 @@ def try_lock(file: IO[str] | int) -> bool:
     return True
 
 
+def is_locked(path: Path) -> bool | None:
+    """True if a process has locked a file or folder (`try_lock`), False if none has, None on systems without locks."""
+    with ExitStack() as stack:
+        descriptors = list[int]()
+        try:
+            for _ in range(2):
+                descriptors.append(os.open(path, os.O_RDONLY))
+                stack.callback(os.close, descriptors[-1])
+        except FileNotFoundError:
+            return False
+        except OSError:
+            return None
+        if not try_lock(descriptors[0]):
+            return True
+        return None if try_lock(descriptors[1]) else False  # only without locks is it free twice
+
+
 def write_file(content: str | bytes, file: Path) -> Path:
     """Write a file atomically and return its path; missing folders are created.
 

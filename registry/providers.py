@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 
-from .errors import ConfigError, nearest_hint
+from .errors import ConfigError, nearest_hint, reason_of
 
 Provider = type | str
 """Provider of a kind: a class, the dotted path of one (`my_package.my_module:MyConfig`), or the name of a module."""
@@ -163,15 +163,6 @@ def import_object(path: str, what: str) -> Any:
         return load(path, BaseModel)
     except Exception as error:  # an import may raise anything
         raise ConfigError(f"{what} {path!r} cannot be loaded: {reason_of(error)}") from error
-
-
-def reason_of(error: BaseException) -> str:
-    """Return the reason why a module cannot be loaded, in one line."""
-    try:
-        text = str(error)
-    except Exception:  # a plug-in's own class of error may fail to print
-        text = "its message cannot be shown"
-    return text if isinstance(error, ConfigError) else f"{type(error).__name__}: {text}".split("\n")[0]
 
 
 def path_of(config: type) -> str:

@@ -11,8 +11,8 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, core_schema
 
 from .config import Config, refusal
-from .errors import ConfigError, choices_hint, nearest_hint
-from .providers import Provider, entry_points, files, kind_of, load, module_of, path_of, reason_of, require_kind
+from .errors import ConfigError, choices_hint, nearest_hint, reason_of
+from .providers import Provider, entry_points, files, kind_of, load, module_of, path_of, require_kind
 
 C = TypeVar("C", bound=Config)
 D = TypeVar("D", bound=Config)

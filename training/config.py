@@ -44,9 +44,9 @@ class TrainingConfig(Config):
     """Path of weights to start from, instead of random ones: a run directory (`seqmix convert` writes one too), a file
     of `seqmix export`, or a folder of `seqmix.hf`. You may then leave out `model`, and the tokenizer of a text: both
     come from that path."""
-    steps: int = Field(gt=0)
+    steps: int = Field(gt=0, le=2**31)
     """Optimizer steps."""
-    batch_size: int = Field(gt=0)
+    batch_size: int = Field(gt=0, le=2**20)
     """Sequences per optimizer step, over all processes and micro-batches."""
     grad_accum_steps: int = Field(default=1, gt=0)
     """Micro-batches per optimizer step (gradient accumulation); changes memory, not the result."""

@@ -26,7 +26,7 @@ from .checkpoint.provenance import record_session
 from .checkpoint.run_dir import CONFIG_FILE, LOCK_FILE, claim_with_rollback, lock_run, require_free
 from .checkpoint.status import StatusWriter
 from .config import RunConfig, TrainingConfig
-from .distributed.process_groups import ProcessGroups, join_processes
+from .distributed.process_groups import ProcessGroups, explain_lost_process, join_processes
 from .distributed.sharding import assign, reshard, sharder
 from .monitoring.events import Compiled, Evaluated, Event, Noted, OutOfTime, Saved, Started, Stepped, StoppedEarly
 from .monitoring.logging import MetricsWriter
@@ -99,6 +99,7 @@ def train(
                 source.tokenizer.save(run)  # also on resume, if the run was killed before this line
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), ExitStack() as stack:
             stack.enter_context(course.status.recording())
+            stack.enter_context(explain_lost_process(groups.rank))
             stack.enter_context(explain_errors(run, config.training))
             with groups.raise_together():
                 if groups.is_main:

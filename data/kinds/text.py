@@ -98,7 +98,8 @@ class Text(Source):
         of_rank = np.zeros(batch_size, dtype=bool)
         of_rank[rows] = True
         sequences = np.empty((batch_size, length + 1), dtype=np.int64)
-        for number, source in enumerate(self._sources):
+        for number in np.unique(sources).tolist():
+            source = self._sources[number]
             of_source = sources == number
             sequences[of_source & of_rank] = source.read(numbers[of_source], of_rank[of_source], seed=seed, step=step)
         return self._check_documents(as_batch(sequences[rows], self.begin))

@@ -146,7 +146,6 @@ RANDOM = np.random.default_rng(0).bytes(4000)
         (bz2.compress(LINES), "bzip2"),
         (b"PK\3\4" + b"stored text " * 999, "a zip archive"),
         (b"a.txt".ljust(257, b"\0") + b"ustar\x0000" + b"text " * 9999, "a tar archive"),
-        (b"\x7fELF\2\1\1" + bytes(57), "0x7f"),
     ],
     ids=lambda value: str(value[:8]),
 )
@@ -161,6 +160,28 @@ def test_what_is_not_text_is_refused_by_name(tmp_path, content, named):
     assert "is not UTF-8 text" in error(tmp_path / "a.gz", gzip.compress(content))
     assert "is not UTF-8 text" in error(tmp_path / "a.jsonl", content, text_field=None)
     assert texts(file, encoding="bytes") == [content]
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (b"one text\0and another\0" * 99, r"has NUL bytes.* offset 8 \(byte 0x00\)"),
+        ("Wörter über Wörter".encode("utf-16-le"), r"has NUL bytes.* offset 1 \(byte 0x00\)"),
+        (b"\x7fELF\2\1\1" + bytes(57), r"has control characters.* offset 0 \(byte 0x7f\)"),
+    ],
+    ids=["NUL between texts", "UTF-16", "program"],
+)
+def test_utf8_with_control_characters_is_refused_with_the_remedies(tmp_path, content, named):
+    messages = [
+        error(tmp_path / "a.txt", content),
+        error(tmp_path / "a.gz", gzip.compress(content)),
+        error(tmp_path / "a.jsonl", content, text_field=None),
+    ]
+    for message in messages:
+        assert re.search(f"{named}.*data.encoding", message)
+        assert "remove them" in message
+        assert "not UTF-8" not in message
+    assert texts(tmp_path / "a.txt", encoding="bytes") == [content]
 
 
 def test_text_with_few_odd_bytes_is_text_as_it_is(tmp_path):

@@ -26,6 +26,7 @@ from seqmix.experiments.runner import Observer, make_runs
 from seqmix.experiments.study import StudyError, load_study
 from seqmix.experiments.summary import timed_length
 from seqmix.training import read_config, read_status
+from seqmix.training.checkpoint.status import StatusWriter
 
 BROKEN = """
 entries:
@@ -315,6 +316,13 @@ def test_bad_input_is_one_sentence(seqmix, refused, small):
     Path("small.yaml").write_text(small)
     taken = refused("compare", "small.yaml", "--out", "file", status=3)
     assert taken.startswith("a study cannot be written to file")
+
+
+def test_a_study_is_running_while_its_folder_is_locked(tmp_path):
+    with hold_lock(tmp_path, print):
+        StatusWriter(tmp_path, 3, lists_failures=True).begin(0)
+        assert read_status(tmp_path).state == "running"
+    assert read_status(tmp_path).state == "killed"
 
 
 def test_a_time_budget_stops_a_study_which_says_so(seqmix, small):

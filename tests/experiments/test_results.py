@@ -11,7 +11,7 @@ import pytest
 
 from seqmix import SeqmixError
 from seqmix.commands.study_progress import Forecast
-from seqmix.experiments.collect import collect, run_result, setup
+from seqmix.experiments.collect import collect, is_finished, run_result, setup
 from seqmix.experiments.results import (
     Difference,
     EntryResult,
@@ -273,6 +273,19 @@ def test_a_stalled_step_does_not_count_for_the_steps_around_it(planned, tmp_path
     found = run_result(run, tmp_path)
     assert found.seconds == 12.0
     assert [point.seconds for point in found.history] == [3.0, 6.0, 9.0, 12.0]
+
+
+def test_an_extended_run_has_the_result_of_its_last_step(planned, tmp_path):
+    run = planned().runs[0]
+    steps = run.config.training.steps
+    (tmp_path / "config.yaml").write_text(to_yaml(run.config.model_dump(mode="json")))
+    early = {"step": steps // 2, "validation_loss": 3.0, "final": True}  # of the run before its steps were raised
+    late = {"step": steps, "validation_loss": 2.0, "final": True}
+    for lines, status, loss in (([early], "missing", None), ([early, late], "finished", 2.0)):
+        (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        found = run_result(run, tmp_path)
+        assert (found.status, found.validation_loss) == (status, loss)
+        assert is_finished(run, tmp_path) == (status == "finished")
 
 
 DAMAGED = (

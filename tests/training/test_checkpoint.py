@@ -88,6 +88,20 @@ def test_a_checkpoint_comes_back_to_the_bit(config_of, tmp_path, kind, moments):
             assert its.state[theirs][key].dtype is value.dtype
 
 
+def test_a_parameter_without_moments_is_told_from_those_whose_names_end_like_its_own(config_of, tmp_path):
+    config = config_of("training.optimizer=torch.optim:Adam", preset="gla-tiny")
+    model, optimizer = made_of(config)
+    model(torch.tensor([[1, 2, 3]])).logits.square().mean().backward()
+    model.norm.weight.grad = None  # blocks.0.mixer.norm.weight has a gradient
+    optimizer.step()
+    folder = saved(tmp_path, 1, model, optimizer)
+    other, its = made_of(config, seed=1)
+    load_optimizer(folder, other, its)
+    assert not its.state.get(other.norm.weight)
+    state = its.state[other.blocks[0].mixer.norm.weight]
+    assert torch.equal(state["exp_avg"], optimizer.state[model.blocks[0].mixer.norm.weight]["exp_avg"])
+
+
 def test_a_carried_state_and_what_computed_it_are_saved_without_pickle(config_of, tmp_path):
     run = tmp_path / "run"
     run_of(config_of("training.carry_state=true"), run)

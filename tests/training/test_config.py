@@ -45,6 +45,13 @@ def test_phases_longer_than_the_run_are_shortened(fields, phases, said):
     assert all(part in sentence for part, sentence in zip(said, settings.shortening_notes, strict=True))
 
 
+@pytest.mark.parametrize("name", ["steps", "batch_size"])
+def test_a_number_that_no_machine_can_count_to_is_refused_with_its_place(tmp_path, name):
+    (tmp_path / "run.yaml").write_text(f"extends: retnet-tiny\ntraining:\n  {name}: {10**23}\n")
+    with pytest.raises(ConfigError, match=rf"run\.yaml:3: training\.{name}: expected a number <= .*, got {10**23}"):
+        load_config(str(tmp_path / "run.yaml"))
+
+
 @pytest.mark.parametrize("fields", [{"paths": "a"}, {"glob": "/etc/*"}], ids=str)
 def test_invalid_data_is_refused(fields):
     with pytest.raises(ValidationError, match=next(iter(fields))):

@@ -23,11 +23,11 @@ from torch.testing import assert_close
 
 from seqmix import load_config, load_run
 from seqmix.registry import ElsewhereError, SeqmixError
-from seqmix.training import export_run
+from seqmix.training import export_run, read_status
 from seqmix.training.checkpoint.averaging import average_run
 from seqmix.training.checkpoint.files import checkpoints, files_of, verify
 from seqmix.training.config import DistributedConfig
-from seqmix.training.distributed.process_groups import join_processes
+from seqmix.training.distributed.process_groups import LostProcessError, join_processes
 from seqmix.training.tensor_files import read_tensors
 
 pytestmark = pytest.mark.slow
@@ -340,7 +340,10 @@ def test_a_token_of_one_process_that_is_not_finite_is_named_by_all(two, text):
 )
 def test_processes_that_do_not_hear_of_each_other_name_the_step(two, text, tmp_path, library, said):
     found = two("train_here", [f"data.paths=[{text}]"], str(tmp_path / "run"), lost=(3, library))
+    assert all(each["error"][0] == "LostProcessError" for each in found)
     assert all(each["error"][1].startswith(f"step 3: {said} another process") for each in found)
+    status = read_status(tmp_path / "run")
+    assert (status.state, status.reason) == ("failed", found[0]["error"][1])
 
 
 def test_a_process_waits_no_longer_than_it_is_given(two):
@@ -395,6 +398,23 @@ def free_port() -> int:
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         return listening.getsockname()[1]
+
+
+@pytest.mark.parametrize("lost", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_a_process_that_loses_another_ends_with_a_status_of_its_own(processes, text, tmp_path, lost):
+    changes = ("hybrid-tiny", *on_ranks.SMALL, f"data.paths=[{text}]", "training.steps=100000")
+    started = start(processes, "train", *changes, "--out", tmp_path / "run")
+    wait_for_steps(tmp_path / "run", 2, lambda: all(process.is_alive() for process in started))
+    started[lost].kill()
+    expected = [LostProcessError.exit_status] * 2
+    expected[lost] = -signal.SIGKILL
+    assert join(started) == expected
+    status = read_status(tmp_path / "run")
+    if lost == 1:
+        assert status.state == "failed"
+        assert re.match(r"step \d+: lost the connection to another process.* --resume$", status.reason)
+    else:
+        assert status.state == "killed"  # the first process writes the status
 
 
 @pytest.mark.parametrize(

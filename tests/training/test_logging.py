@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from runs import contents, metrics, refusal, run_of, stopped
+from runs import contents, metrics, refusal, require_same_run, run_of, stopped
 
 from seqmix.experiments.plan import plan
 from seqmix.experiments.runner import Observer, make_runs
 from seqmix.experiments.study import load_study
-from seqmix.training import TrainingConfig
+from seqmix.training import TrainingConfig, read_status
 from seqmix.training.monitoring.events import Stepped
 from seqmix.training.monitoring.loggers import WANDB_ID
 
@@ -98,6 +98,54 @@ def test_a_logger_that_refuses_leaves_no_run(config_of, tmp_path, monkeypatch):
     config = config_of("training.loggers=[refusing:Begun]", "training.steps=2")
     assert "KeyError" in refusal(lambda: run_of(config, tmp_path / "run", resume=True))
     assert contents(tmp_path / "run") == before
+
+
+FAILING = """
+from own_logger import Lines
+
+
+class Unprintable(Exception):
+    def __str__(self):
+        raise ValueError
+
+
+class Record(Lines):
+    def record(self, step, values):
+        super().record(step, values)
+        raise ConnectionError("no\\nnetwork")
+
+
+class Close(Lines):
+    def close(self):
+        super().close()
+        raise Unprintable
+
+
+class Both(Record, Close):
+    pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason", "logged"),
+    [
+        ("Record", "ConnectionError: no network", ["begin", "1", "close"]),
+        ("Close", "Unprintable: its message cannot be shown", ["begin", "1", "2", "2", "close"]),
+        ("Both", "ConnectionError: no network", ["begin", "1", "close"]),
+    ],
+)
+def test_a_run_goes_on_with_one_warning_if_a_logger_fails(config_of, tmp_path, monkeypatch, kind, reason, logged):
+    (tmp_path / "own_logger.py").write_text(LOGGER)
+    (tmp_path / "failing_logger.py").write_text(FAILING)
+    monkeypatch.syspath_prepend(tmp_path)
+    run_of(config_of("training.steps=2"), tmp_path / "other")
+    name = f"failing_logger:{kind}"
+    with pytest.warns(UserWarning, match=rf"{name} .* metrics\.jsonl: {reason}$") as warned:
+        run_of(config_of("training.steps=2", f"training.loggers=[{name}]"), tmp_path / "run")
+    assert sum(name in str(warning.message) for warning in warned) == 1
+    require_same_run(tmp_path / "run", tmp_path / "other")
+    assert read_status(tmp_path / "run").state == "finished"
+    assert [line.split()[0] for line in (tmp_path / "run" / "lines.txt").read_text().splitlines()] == logged
 
 
 def test_the_former_switch_is_a_logger():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -65,6 +66,24 @@ def test_a_failure_in_the_loop_is_recorded(config_of, tmp_path):
     )
 
 
+class UnprintableError(Exception):
+    def __str__(self):
+        raise ZeroDivisionError
+
+    __repr__ = __str__
+
+
+@pytest.mark.parametrize("error", [UnprintableError(), SystemExit(UnprintableError()), SeqmixError(UnprintableError())])
+def test_an_error_whose_message_cannot_be_shown_is_recorded(config_of, tmp_path, error):
+    events = train(config_of(), tmp_path / "run")
+    next(events)
+    with pytest.raises(type(error)):
+        events.throw(error)
+    status = read_status(tmp_path / "run")
+    assert status.state == "failed"
+    assert "message cannot be shown" in status.reason
+
+
 def test_a_run_that_was_killed_is_recognised_and_resumes(config_of, seqmix, tmp_path):
     command = [sys.executable, "-c", "from seqmix.cli import main; main()", "train", "retnet-tiny", *SMALL]
     command += ["data.paths=[text.txt]", "training.steps=1000000", "--out", "run"]
@@ -80,6 +99,33 @@ def test_a_run_that_was_killed_is_recognised_and_resumes(config_of, seqmix, tmp_
     assert str(process.pid) in status.reason
     assert seqmix("train", "--resume", "run", "--budget", "0.001").status == 0
     assert read_status("run").state == "stopped"
+
+
+def test_a_run_whose_lock_nobody_holds_is_not_running_whatever_its_process_is(config_of, tmp_path):
+    events = train(config_of(), tmp_path / "run")
+    next(event for event in events if isinstance(event, Stepped))
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")  # as a killed run leaves it; the process is alive
+    (tmp_path / "run" / "run.lock").unlink()  # the folder is locked too
+    assert read_status(tmp_path / "run").state == "running"
+    assert read_status(tmp_path / "copy").state == "killed"
+    (tmp_path / "copy" / "run.lock").unlink()
+    assert read_status(tmp_path / "copy").state == "killed"
+    events.close()
+
+
+@pytest.mark.parametrize("has_locks", [True, False])
+def test_a_run_that_has_died_and_was_not_reaped_is_not_running(config_of, tmp_path, monkeypatch, has_locks):
+    run_of(config_of("training.steps=1"), tmp_path / "run")
+    file = tmp_path / "run" / "status.json"
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"state": "running", "pid": process.pid}))
+    if not has_locks:
+        monkeypatch.setitem(sys.modules, "fcntl", None)
+    # without locks there is only the process ID
+    assert read_status(tmp_path / "run").state == ("killed" if has_locks else "running")
+    process.wait()
+    assert read_status(tmp_path / "run").state == "killed"
 
 
 def test_a_time_budget_ends_a_run_which_resumes_to_the_bit(config_of, tmp_path):

@@ -14,12 +14,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from ...registry import DataError, SeqmixError, read_bytes, try_lock
+from ...registry import DataError, is_locked, read_bytes, reason_of
 from .errors import DivergenceError
 from .provenance import seqmix_version
 from .run_dir import LOCK_FILE
 
 STATUS_FILE = "status.json"
+STUDY_LOCK_FILE = "study.lock"
+"""Lock file of a study's folder."""
 SECONDS_BETWEEN_WRITES = 1.0
 """Minimum time between two writes while a run trains, in seconds."""
 
@@ -161,35 +163,33 @@ def read_status(folder: str | Path) -> Status:
 
 
 def _is_alive(folder: Path, status: Status) -> bool:
-    """True if the process of a status is running: on this machine by its ID, elsewhere by the lock of a run."""
-    if status.host == platform.node():
-        try:
-            os.kill(int(status.pid or 0), 0)
-        except (ProcessLookupError, ValueError, OverflowError):
-            return False
-        except PermissionError:
-            pass
-        return bool(status.pid)
-    try:
-        with (folder / LOCK_FILE).open("r+") as lock:
-            return not try_lock(lock)
-    except OSError:
+    """True if the process of a status is running: by its lock; without locks by its ID, which may be another's now."""
+    locks = [folder / LOCK_FILE, folder] if status.failed is None else [folder / STUDY_LOCK_FILE]
+    are_locked = [is_locked(path) for path in locks]
+    if None not in are_locked or any(are_locked):
+        return any(are_locked)
+    if status.host != platform.node():
         return True  # unknown
+    try:
+        os.kill(int(status.pid or 0), 0)
+    except (ProcessLookupError, ValueError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return bool(status.pid)
 
 
 def _outcome_of(error: BaseException) -> tuple[State, str]:
     """Return the state and the reason of a run that an error has ended."""
     match error:
         case DivergenceError():
-            return "diverged", str(error)
+            return "diverged", reason_of(error)
         case KeyboardInterrupt() | GeneratorExit():
             return "interrupted", "the program ended training between two checkpoints"
         case SystemExit():
-            return "failed", f"the program called sys.exit({error.code!r})"
-        case SeqmixError():
-            return "failed", str(error)
+            return "failed", f"the program called sys.exit ({reason_of(error)})"
         case _:
-            return "failed", f"{type(error).__name__}: {error}"
+            return "failed", reason_of(error)
 
 
 def _now() -> str:

@@ -119,9 +119,8 @@ def load_optimizer(folder: Path, model: LanguageModel, optimizer: AnyOptimizer) 
         CheckpointError: the state is missing, damaged, or of another model.
     """
     files = files_of(folder, OPTIMIZER)
-    chunks = read_chunks(files)[0]
-    saved = [p for name, p in model.named_parameters() if any(key.endswith(f".{name}") for key in chunks)]
-    start_moments(saved, optimizer)
+    names = {key.partition(".")[2] for key in read_chunks(files)[0]}  # of "exp_avg.norm.weight": "norm.weight"
+    start_moments([parameter for name, parameter in model.named_parameters() if name in names], optimizer)
     moments = moments_of(model, optimizer)
     fill(files, chunks_of(moments))
     for name, parameter in model.named_parameters():

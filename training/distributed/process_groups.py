@@ -6,6 +6,7 @@ share the sequences: process p is rank p % context_parallel of the group of data
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,6 +21,16 @@ from torch import Tensor
 from ...ops.runtime.context_parallel import ContextParallel
 from ...registry import ElsewhereError, SeqmixError
 from ..config import DistributedConfig
+
+
+class LostProcessError(SeqmixError):
+    """Another process of the run has died, or does not answer."""
+
+    exit_status = 6
+
+
+class SilentLostProcessError(LostProcessError, ElsewhereError):
+    """Another process is lost, which a third one reports."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,22 +183,32 @@ def join_processes(config: DistributedConfig) -> Iterator[ProcessGroups]:
         group: Any = dist.new_group(list(range(first, first + cp_size)), timeout=timeout)
         if first <= rank < first + cp_size:
             cp_group = ContextParallel.of(group)
-    try:
+    with explain_lost_process(rank):
         everyone = dist.new_group(backend="gloo", timeout=timeout)
         yield ProcessGroups(rank, size, config.data, shard, cp_size, cp_group, None, everyone, timeout)
-    except RuntimeError as error:
-        if isinstance(error, dist.DistError) or "gloo" in str(error):
-            step = "".join(getattr(error, "__notes__", ()))  # "step 5: ", added by `Course.steps`
-            problem = "timed out waiting for" if "timed out" in str(error).lower() else "lost the connection to"
-            # ranks 0 and 1 report it, as the lost process may be one of them
-            raise (SeqmixError if rank < 2 else ElsewhereError)(
-                f"{step}{problem} another process of the run, so this one ended too: continue from a checkpoint with "
-                "--resume"
-            ) from error
-        raise
     # not after an error, as it would wait for processes that have ended
     if initialized_here:
         dist.destroy_process_group()
+
+
+@contextmanager
+def explain_lost_process(rank: int) -> Iterator[None]:
+    """Context that turns the failure of a collective call into a LostProcessError; `rank` is that of this process."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error)
+        if not isinstance(error, dist.DistError) and "gloo" not in reason:
+            raise
+        step = "".join(getattr(error, "__notes__", ()))  # "step 5: ", added by `Course.steps`
+        problem = "timed out waiting for" if "timed out" in reason.lower() else "lost the connection to"
+        peer = re.search(r"peer \[(.+?)\]:\d+", reason)
+        address = f" on {peer[1]}" if peer else ""
+        # ranks 0 and 1 report it, as the lost process may be one of them
+        raise (LostProcessError if rank < 2 else SilentLostProcessError)(
+            f"{step}{problem} another process of the run{address}, so this one ended too: continue from the newest "
+            "checkpoint with --resume"
+        ) from error
 
 
 def require_alone(what: str) -> None:

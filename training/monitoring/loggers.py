@@ -1,6 +1,7 @@
 """Loggers of metrics besides metrics.jsonl: `tensorboard`, `wandb`, or a class given by its path."""
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from uuid import uuid4
 
-from ...registry import SeqmixError, import_object, write_file
+from ...registry import SeqmixError, import_object, reason_of, write_file
 from ..config import LOGGERS, RunConfig
 
 TENSORBOARD_FOLDER = "tensorboard"
@@ -66,6 +67,55 @@ def make_logger(name: str) -> Logger:
         ) from error
 
 
+class GuardedLogger:
+    """Logger whose failure stops a run only if it cannot start; later, it just ends the logging, with one warning.
+
+    Args:
+        name: one of `LOGGERS`, or the path of a class.
+
+    Raises:
+        SeqmixError: the logger cannot be made.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.logger = make_logger(name)
+        self.has_failed = False
+
+    def begin(self, run: Path, config: RunConfig, step: int) -> None:
+        """Start to log.
+
+        Raises:
+            SeqmixError: the logger refuses.
+        """
+        with explain_refusal(self.name):
+            self.logger.begin(run, config, step)
+
+    def record(self, step: int, values: dict[str, float]) -> None:
+        """Log one line of metrics.jsonl, unless the logger has failed."""
+        if not self.has_failed:
+            with self._survive():
+                self.logger.record(step, values)
+
+    def close(self) -> None:
+        """Flush and close."""
+        with self._survive():
+            self.logger.close()
+
+    @contextmanager
+    def _survive(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # of any type, also those of the network
+            if not self.has_failed:
+                self.has_failed = True
+                warnings.warn(
+                    f"the logger {self.name} has failed and logs no more of this run, which goes on and has all "
+                    f"metrics in its metrics.jsonl: {reason_of(error)}",
+                    stacklevel=4,
+                )
+
+
 @contextmanager
 def explain_refusal(name: str) -> Iterator[None]:
     """Context that turns any error raised while a logger starts into a SeqmixError of one sentence."""
@@ -74,9 +124,7 @@ def explain_refusal(name: str) -> Iterator[None]:
     except (SeqmixError, OSError):  # already one sentence, or names the file
         raise
     except Exception as error:
-        raise SeqmixError(
-            f"the logger {name} cannot start: {type(error).__name__}: {' '.join(str(error).split())}"
-        ) from error
+        raise SeqmixError(f"the logger {name} cannot start: {reason_of(error)}") from error
 
 
 def scalars(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from ...registry import write_file
 from ..config import RunConfig
-from .loggers import Logger, explain_refusal, make_logger, scalars
+from .loggers import GuardedLogger, scalars
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -23,8 +23,8 @@ class MetricsWriter:
         self.run = run
         self.config = config
         self.file = run / METRICS_FILE
-        self._loggers = [make_logger(name) for name in config.training.loggers]
-        self._started = list[Logger]()
+        self._loggers = [GuardedLogger(name) for name in config.training.loggers]
+        self._started = list[GuardedLogger]()
 
     def begin(self, step: int) -> None:
         """Start to record a run of which `step` steps are completed: 0 for a new run.
@@ -34,9 +34,8 @@ class MetricsWriter:
         lines = self.file.read_text(errors="replace").splitlines(keepends=True) if self.file.exists() else []
         write_file("".join(line for line in lines if _step_of(line) <= step), self.file)
         try:
-            for name, logger in zip(self.config.training.loggers, self._loggers, strict=True):
-                with explain_refusal(name):
-                    logger.begin(self.run, self.config, step)
+            for logger in self._loggers:
+                logger.begin(self.run, self.config, step)
                 self._started.append(logger)
         except BaseException:
             self.close()  # closes the loggers that have started
