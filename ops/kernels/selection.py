@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...registry import SeqmixError, choices_hint
+from ...registry import SeqmixError
 from ..recurrence.family import Recurrence
-from ..runtime.kernel import KERNELS, ON_DEMAND, Kernel, Probe, find, reference
+from ..runtime.kernel import KERNELS, ON_DEMAND, Kernel, Probe, find, reference, require_backend
 from ..runtime.paradigm import Paradigm
 from .native.build import is_off
 
@@ -137,12 +137,8 @@ def _kernels_of(op: str, backend: str) -> list[Kernel]:
             find(op, paradigm, backend)
         except SeqmixError:
             continue
-    kernels = [kernel for key, kernel in KERNELS.items() if (key.op, key.backend) == (op, backend)]
-    if not kernels:
-        on_demand = (name for name, modules in ON_DEMAND.items() if op in modules)
-        known = sorted({"auto", *on_demand, *(key.backend for key in KERNELS if key.op == op)})
-        raise SeqmixError(f"{op} has no backend {backend!r}{choices_hint(backend, known, 'available')}")
-    return kernels
+    require_backend(op, backend)
+    return [kernel for key, kernel in KERNELS.items() if (key.op, key.backend) == (op, backend)]
 
 
 def disagreement(kernel: Kernel, probe: Probe) -> str | None:
