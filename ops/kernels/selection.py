@@ -29,6 +29,9 @@ AUTO: Mapping[str, Mapping[Paradigm, Sequence[str]]] = {
 """Backends that `auto` tries on a GPU, in this order, by op and paradigm. A backend that a configuration names must
 pass the same trial."""
 
+UNMEASURED = ("triton",)
+"""Backends of `AUTO` with kernels whose speed on a GPU is unknown: a warning says so when `auto` chooses one."""
+
 _LOOPS = (Paradigm.RECURRENT, Paradigm.CHUNKWISE)
 AUTO_ON_CPU: Mapping[str, Sequence[Paradigm]] = {
     "decay": _LOOPS,
@@ -85,6 +88,8 @@ def choose(op: str, backend: str, probe: Probe) -> Mapping[Paradigm, str]:
                 reason = "; ".join(kernel.unsupported(probe)) or disagreement(kernel, probe)
                 if reason is None:
                     log.info("%s %s %s: %s", op, paradigm, where, name)
+                    if name in UNMEASURED:
+                        _warn_unmeasured(name)
                     chosen[paradigm] = name
                     break
                 reasons.append(reason)
@@ -105,6 +110,16 @@ def choose(op: str, backend: str, probe: Probe) -> Mapping[Paradigm, str]:
             else:
                 chosen[paradigm] = backend
     return MappingProxyType(chosen)
+
+
+@cache  # one line per process
+def _warn_unmeasured(backend: str) -> None:
+    log.warning(
+        "backend auto chose %s, whose kernels passed a trial here but have not been measured on a GPU yet; "
+        "set backend=reference, or backend=fla where a mixer has it, to use others, or backend=%s to hide this warning",
+        backend,
+        backend,
+    )
 
 
 def fallback_of(op: str) -> str:

@@ -1,7 +1,6 @@
 """The one value that describes a call: made once, and boundaries are read once."""
 
 import re
-from functools import partial
 from itertools import accumulate
 from typing import NamedTuple
 
