@@ -72,7 +72,7 @@ class MixerConfig(Config, ABC):
         """
         fields = cls.example_fields()
         try:
-            return cls(**fields)
+            return cls.model_validate(fields)
         except ValidationError as error:
             raise ContractError(cls.example_error(error, fields) or str(error)) from error
 
