@@ -11,6 +11,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from torch import Tensor, nn
 
 from ..ops.kernels.selection import choose
+from ..ops.runtime.arguments import expected_width, require_tensor
 from ..ops.runtime.call import CHUNK_SIZE, Call
 from ..ops.runtime.context_parallel import ContextParallel
 from ..ops.runtime.kernel import Probe
@@ -72,7 +73,7 @@ class MixerConfig(Config, ABC):
         """
         fields = cls.example_fields()
         try:
-            return cls(**fields)
+            return cls.model_validate(fields)
         except ValidationError as error:
             raise ContractError(cls.example_error(error, fields) or str(error)) from error
 
@@ -269,7 +270,12 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
             losses,
             memo,
         )
-        result = mix_sequentially(self, x, call) if sequential else self.mix(x, call)
+        try:
+            result = mix_sequentially(self, x, call) if sequential else self.mix(x, call)
+        except RuntimeError as error:
+            if (width := expected_width(error, x)) is None:
+                raise
+            raise ContractError(f"{self.kind} expects x of width {width}, got {x.shape[2]}") from error
         if not compiling:  # in compiled code the checks would add guards to the graph
             self._require_result(result, x, return_kv)
         y, final_state, *others = result
@@ -582,6 +588,7 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
         return ContractError(f"{self.kind}: {method} must return {expected}, got {actual}: see {place}")
 
     def _require_shapes(self, x: Tensor, state: tuple[Any, ...] | None, cu_seqlens: Tensor | None) -> None:
+        require_tensor("x", x, "a tensor of shape [B, T >= 1, d_model]")
         if x.ndim != 3 or x.shape[1] < 1:
             remedy = ": add a batch dimension with x[None]" if x.ndim == 2 else ""
             raise ContractError(f"{self.kind} expects x of shape [B, T >= 1, d_model], got {list(x.shape)}{remedy}")
@@ -590,7 +597,14 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
                 f"{self.kind} expects x of dtype {self.dtype}, that of its parameters, got {x.dtype}: "
                 "convert one of them, or use torch.autocast"
             )
+        if cu_seqlens is not None:
+            require_tensor("cu_seqlens", cu_seqlens, "an integer tensor of boundaries [N+1]")
         rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        if state is not None and not isinstance(state, tuple):
+            raise ContractError(
+                f"{self.kind} expects the state that an earlier call or init_state returned, got a "
+                f"{type(state).__name__}"
+            )
         first: Any = state
         while isinstance(first, tuple) and first:  # states may be nested
             first = first[0]

@@ -1,7 +1,7 @@
 """Generation: prompts are prefilled in one pass, then every token takes one recurrent decode step."""
 
 import warnings
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -254,6 +254,8 @@ def encode_prompts(
     """
     if isinstance(prompts, str):
         raise SeqmixError(f"prompts must be a list of strings: pass [{prompts[:20]!r}]")
+    if not isinstance(prompts, Iterable) or not all(isinstance(prompt, str) for prompt in prompts):
+        raise SeqmixError(f"prompts must be a list of strings, got {prompts!r:.80}: generate_tokens takes token ids")
     if not may_be_empty and any(not prompt for prompt in prompts):
         raise SeqmixError("the prompt is empty: pass at least one character")
     if vocab_size < tokenizer.vocab_size:

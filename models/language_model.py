@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from inspect import signature
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias, cast
 
 import torch
@@ -16,9 +17,10 @@ from ..blocks.ffn.moe import ExpertLinear
 from ..mixers import ContractError, Paradigm
 from ..mixers.roles import Role, Roles, roles_of
 from ..ops.kernels.selection import describe_backends
+from ..ops.runtime.arguments import require_tensor
 from ..ops.runtime.context_parallel import ContextParallel
 from ..ops.runtime.memo import Memo
-from ..registry import SeqmixError
+from ..registry import SeqmixError, nearest_hint
 from .config import ModelConfig, NormalInit
 from .linear import onednn_linear
 from .loop import LoopStart
@@ -193,6 +195,7 @@ class LanguageModel(nn.Module):
         donate_state: bool = False,
         losses: list[Tensor] | None = None,
         memo: Memo | None = None,
+        **unknown: object,
     ) -> ModelOutput:
         """Return the logits of the next token after each token of a segment, or with `targets` the loss.
 
@@ -213,6 +216,7 @@ class LanguageModel(nn.Module):
             losses: list to which auxiliary losses of mixers are appended, one per layer that has the trait
                 `auxiliary_loss`, summed over the tokens; None if they are not wanted.
             memo: cache of constants, such as rotation angles, for calls with the same parameters; None for a new cache.
+            unknown: refused, with the nearest argument.
 
         Under context parallelism (`cp_group`), each rank returns the results of its own tokens (`local_targets`). The
         "mean" divides by the number of targets on all ranks, so that the ranks' losses add up to the loss of the whole
@@ -221,12 +225,18 @@ class LanguageModel(nn.Module):
 
         Raises:
             ContractError: a layer does not declare the paradigm or packing, or the ranks cannot share T tokens.
-            SeqmixError: the reduction is unknown, or `targets` and `tokens` have different shapes.
+            SeqmixError: an argument or the reduction is unknown, `tokens` or `targets` are not tensors of integers or
+                differ in shape, or a token or target is not in the vocabulary (on a CPU, and not in compiled code).
         """
-        if targets is not None and targets.shape != tokens.shape:
-            raise SeqmixError(
-                f"targets must have the shape of the tokens, {list(tokens.shape)}, got {list(targets.shape)}"
-            )
+        if unknown:
+            raise _unknown_argument(next(iter(unknown)))
+        _require_ids("tokens", tokens, (torch.int64, torch.int32))
+        if targets is not None:
+            _require_ids("targets", targets, (torch.int64, torch.uint8))
+            if targets.shape != tokens.shape:
+                raise SeqmixError(
+                    f"targets must have the shape of the tokens, {list(tokens.shape)}, got {list(targets.shape)}"
+                )
         if targets is not None and not return_state:
             tokens, cu_seqlens = self._padded(tokens, cu_seqlens)
         x, after = self.run_blocks(
@@ -243,7 +253,16 @@ class LanguageModel(nn.Module):
         if targets is None or select is not None:
             logits = self.logits(x if select is None else x.flatten(0, 1)[select])
         if targets is not None:
-            loss, predictions = self._loss(x, targets, reduction, return_predictions)
+            try:
+                loss, predictions = self._loss(x, targets, reduction, return_predictions)
+            except (IndexError, RuntimeError) as error:  # torch's functions for few and for many tokens differ
+                if "out of bounds" not in str(error):
+                    raise
+                some = targets[targets != IGNORED]
+                raise SeqmixError(
+                    f"targets must be from 0 to {self.config.vocab_size - 1}, or {IGNORED} to exclude a token, got "
+                    f"{int(some.min())} to {int(some.max())}"
+                ) from None
         return ModelOutput(logits, loss, after, predictions)
 
     def embed(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B _ D"]:
@@ -298,6 +317,11 @@ class LanguageModel(nn.Module):
             raise ContractError(
                 f"expected vectors of width {sum(self._widths)}, got {x.shape[-1]}"
                 + (": model.value_embeddings needs tokens, not their embeddings" if self.value_embeddings else "")
+            )
+        if state is not None and not isinstance(state, (tuple, list)):
+            raise ContractError(
+                f"state must be what an earlier call returned with return_state=True, or init_state: one entry for "
+                f"each of the {len(self.blocks)} layers, got a {type(state).__name__}"
             )
         states = (None,) * len(self.blocks) if state is None else state
         paradigms = paradigm if isinstance(paradigm, tuple) else (paradigm,) * len(self.blocks)
@@ -453,6 +477,21 @@ class LanguageModel(nn.Module):
     def device(self) -> torch.device:
         """Device of the parameters."""
         return self.embedding.weight.device
+
+
+def _require_ids(name: str, ids: Any, dtypes: tuple[torch.dtype, ...]) -> None:
+    """Raise a SeqmixError if `ids` is not a tensor of one of these integer dtypes; no value is read."""
+    require_tensor(name, ids, "a tensor of integers [B T]")
+    if ids.dtype not in dtypes:
+        raise SeqmixError(f"{name} must be a tensor of integers [B T], got {ids.dtype}: pass {name}.long()")
+
+
+def _unknown_argument(name: str) -> SeqmixError:
+    """Return the error of an argument that `LanguageModel.forward` does not have."""
+    remedy = nearest_hint(name, signature(LanguageModel.forward).parameters)
+    if name == "labels":
+        remedy = ": pass targets=, the next token of each token, which are not shifted again"
+    return SeqmixError(f"a model has no argument {name!r}{remedy}")
 
 
 def _build_all(config: ModelConfig) -> Iterator[Block]:

@@ -7,11 +7,26 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from .errors import choices_hint
+from .errors import ConfigError, choices_hint
+from .explain import explain_fields
 from .plug_ins import require_signatures
 
 
-class Config(BaseModel):
+class _ConfigType(type(BaseModel)):
+    """Metaclass of `Config`: turns errors of values that Python code passes into sentences.
+
+    Values of files pass through `Config.model_validate`, which keeps pydantic's errors: `load` adds their lines.
+    """
+
+    def __call__(cls, **fields):  # without annotations, type checkers keep to the fields
+        try:
+            # not super().__call__: a warning about a deprecated name counts the calls between it and the program's line
+            return cls.__pydantic_validator__.validate_python(fields)
+        except ValidationError as error:
+            raise ConfigError(explain_fields(error, fields, cls.__name__)) from error
+
+
+class Config(BaseModel, metaclass=_ConfigType):
     """Base class of configurations: a frozen pydantic model, validated when it is created.
 
     Unknown keys are errors, and values are not converted: neither `true` nor "8" is an integer. A string under a field

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ...ops.convolution import ConvolutionOutput, shift_tokens
 from ...ops.runtime.call import Call
 from ..roles import Role, Roles
+from ..traits import ContractError
 
 
 def token_shift(x: Float[Tensor, "B T C"], before: Float[Tensor, "N 1 C"] | None, call: Call) -> ConvolutionOutput:
@@ -19,7 +20,12 @@ def token_shift(x: Float[Tensor, "B T C"], before: Float[Tensor, "N 1 C"] | None
         x: the segment.
         before: the token before the first token of each row or document; None for zeros.
         call: the mixer's call; its state is not used.
+
+    Raises:
+        ContractError: the two have different widths.
     """
+    if before is not None and before.shape[-1] != x.shape[-1]:
+        raise ContractError(f"expected x of width {before.shape[-1]}, got {x.shape[-1]}")
     return shift_tokens(x, call._replace(state=before))
 
 

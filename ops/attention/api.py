@@ -99,7 +99,7 @@ def softmax_attention(
     score_options: dict[str, Any] = {name: value for name, value in options.items() if name not in call_options}
     if call is None:
         call_options = {"backend": "sdpa"} | call_options
-    call = Call.resolve(call, q.shape[1], call_options, paradigm=Paradigm.PARALLEL, chunk_size=512)
+    call = Call.resolve(call, q.shape[1], call_options, op="softmax", paradigm=Paradigm.PARALLEL, chunk_size=512)
     if score_options.get("scale") is None:
         score_options["scale"] = q.shape[-1] ** -0.5
     x = AttentionInputs(

@@ -63,7 +63,7 @@ def path_attention(
         SeqmixError: shapes, dtypes or document boundaries do not match.
         RuntimeError: a ring cache is too small.
     """
-    call = Call.resolve(call, q.shape[1], options, paradigm=Paradigm.CHUNKWISE, chunk_size=64)
+    call = Call.resolve(call, q.shape[1], options, op="path_attention", paradigm=Paradigm.CHUNKWISE, chunk_size=64)
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     x = AttentionInputs(
         q, k, v, factor, call.state, call.documents, call.return_state, call.chunk_size, log_forget=log_forget

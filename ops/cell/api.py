@@ -62,7 +62,7 @@ def slstm(
     Raises:
         SeqmixError: shapes or dtypes do not match, or the paradigm is not the recurrent one.
     """
-    call = Call.resolve(call, gates.shape[1], options, paradigm=Paradigm.RECURRENT)
+    call = Call.resolve(call, gates.shape[1], options, op="slstm", paradigm=Paradigm.RECURRENT)
     _require_recurrent(call)
     heads, width = recurrent.shape[0], recurrent.shape[1]
     if gates.ndim != 4 or gates.shape[1] < 1 or gates.shape[2:] != (heads, 4 * width):
@@ -112,7 +112,7 @@ def m2rnn(
     Raises:
         SeqmixError: shapes or dtypes do not match, or the paradigm is not the recurrent one.
     """
-    call = Call.resolve(call, v.shape[1], options, paradigm=Paradigm.RECURRENT)
+    call = Call.resolve(call, v.shape[1], options, op="m2rnn", paradigm=Paradigm.RECURRENT)
     _require_recurrent(call)
     values = v.shape[-1]
     fits = v.ndim == 4 and v.shape[1] >= 1 and q.shape == k.shape and k.shape[:3] == v.shape[:3]

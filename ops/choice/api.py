@@ -187,7 +187,7 @@ def choice_flops(
 
 def _resolve(call: Call | None, q: Tensor, options: CallOptions) -> Call:
     """Return the mixer's call, or that of an op that is called directly."""
-    return Call.resolve(call, q.shape[1], options, paradigm=Paradigm.PARALLEL)
+    return Call.resolve(call, q.shape[1], options, op="choice", paradigm=Paradigm.PARALLEL)
 
 
 def _inputs(q: Tensor, k: Tensor, v: Tensor, call: Call, scale: float | None) -> AttentionInputs:

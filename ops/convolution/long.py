@@ -55,7 +55,7 @@ def long_convolution(
         SeqmixError: shapes or dtypes do not match; the paradigm does not exist; an input has a tangent (forward-mode
             differentiation is supported for a single recurrent token only).
     """
-    call = Call.resolve(call, x.shape[1], options, paradigm=Paradigm.PARALLEL)
+    call = Call.resolve(call, x.shape[1], options, op="long_convolution", paradigm=Paradigm.PARALLEL)
     require_convolution(x, filters, call, "filters [D L] with L >= 1")
     rows = call.rows(x.shape[0])
     state = call.state

@@ -86,7 +86,7 @@ def short_convolution(
     Raises:
         SeqmixError: shapes or dtypes do not match.
     """
-    call = Call.resolve(call, x.shape[1], options, paradigm=Paradigm.PARALLEL)
+    call = Call.resolve(call, x.shape[1], options, op="short_convolution", paradigm=Paradigm.PARALLEL)
     require_convolution(x, weight, call, "weight [D W] with W >= 1")
     if bias is not None and tuple(bias.shape) != (x.shape[2],):
         raise SeqmixError(f"the bias must be [{x.shape[2]}], got {list(bias.shape)}")

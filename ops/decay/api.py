@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..recurrence.family import Family, Recurrence, RecurrenceOutput, Run, recur
+from ..recurrence.family import Family, Recurrence, RecurrenceOutput, Run, recur, require_decay
 from ..recurrence.intra_chunk import count_product_pairs
 from ..runtime.call import CHUNK_SIZE, Call, CallOptions
 from ..runtime.kernel import declare_references
@@ -59,9 +59,9 @@ def decay(
         q: queries; each is shared by H / G heads.
         k: keys; each is shared by H / G heads.
         v: values.
-        log_decay: natural log of the decay, <= 0, -inf allowed; None means no decay. Positive values are not refused,
-            because reading them would wait for the device; the state then grows, alike in all paradigms, until it
-            overflows.
+        log_decay: natural log of the decay, <= 0, -inf allowed; None means no decay. Positive values are refused in a
+            direct call on a CPU. On other devices and in compiled code, where reading them would wait for the device,
+            the state grows until it overflows.
         call: the call of a mixer; None if you call the op directly, with `options`.
         scale: factor of the output, 1/sqrt(K) by default.
         wide_output: True to return the output of 16-bit inputs in float32.
@@ -70,7 +70,8 @@ def decay(
     Raises:
         SeqmixError: if shapes or dtypes do not fit, or an option is invalid.
     """
-    call = Call.resolve(call, q.shape[1], options, paradigm=Paradigm.CHUNKWISE)
+    require_decay(log_decay, call)
+    call = Call.resolve(call, q.shape[1], options, op="decay", paradigm=Paradigm.CHUNKWISE)
     return recur(DECAY, q, k, v, call, log_decay=log_decay, scale=scale, wide_output=wide_output)
 
 
@@ -101,7 +102,8 @@ def decay_reading_values(
     Raises:
         SeqmixError: if shapes or dtypes do not fit, or an option is invalid.
     """
-    call = Call.resolve(call, q.shape[1], options, paradigm=Paradigm.CHUNKWISE)
+    require_decay(log_decay, call)
+    call = Call.resolve(call, q.shape[1], options, op="decay", paradigm=Paradigm.CHUNKWISE)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if call.paradigm is Paradigm.CHUNKWISE:
         return recur(DECAY, q, k, v, call, log_decay=log_decay, scale=scale, reads_values=True)

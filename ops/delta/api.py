@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ...registry import SeqmixError
 from ..decay.api import TOLERANCES, LogDecay
-from ..recurrence.family import Family, Recurrence, RecurrenceOutput, Run, recur
+from ..recurrence.family import Family, Recurrence, RecurrenceOutput, Run, recur, require_decay
 from ..recurrence.intra_chunk import count_product_pairs
 from ..runtime.call import Call, CallOptions
 from ..runtime.kernel import declare_references
@@ -70,7 +70,8 @@ def delta(
     Raises:
         SeqmixError: if shapes or dtypes do not fit, or an option is invalid.
     """
-    call = Call.resolve(call, q.shape[1], options, paradigm=Paradigm.CHUNKWISE, chunk_size=CHUNK_SIZE)
+    require_decay(log_decay, call)
+    call = Call.resolve(call, q.shape[1], options, op="delta", paradigm=Paradigm.CHUNKWISE, chunk_size=CHUNK_SIZE)
     require_paradigm(call.paradigm)
     return recur(DELTA, q, k, v, call, beta=beta, log_decay=log_decay, scale=scale)
 
@@ -105,7 +106,8 @@ def delta_product(
     Raises:
         SeqmixError: if shapes or dtypes do not fit, or an option is invalid.
     """
-    call = Call.resolve(call, q.shape[1], options, paradigm=Paradigm.CHUNKWISE, chunk_size=CHUNK_SIZE)
+    require_decay(log_decay, call)
+    call = Call.resolve(call, q.shape[1], options, op="delta", paradigm=Paradigm.CHUNKWISE, chunk_size=CHUNK_SIZE)
     batch, length, heads = q.shape[:3]
     steps = k.shape[1] // length
     if steps < 1 or k.shape[1] != steps * length:

@@ -25,7 +25,7 @@ from ..delta.api import CHUNK_SIZE, CHUNKWISE_TOLERANCES, PARADIGMS, delta_flops
 from ..delta.chunkwise import DeltaChunks
 from ..delta.recurrent import DeltaRule
 from ..recurrence.chunk_loop import chunkwise_kernel
-from ..recurrence.family import Family, RecurrenceOutput, recur
+from ..recurrence.family import Family, RecurrenceOutput, recur, require_decay
 from ..recurrence.token_loop import recurrent_kernel
 from ..runtime.call import Call, CallOptions
 from ..runtime.kernel import declare_references
@@ -64,7 +64,8 @@ def dplr(
     Raises:
         SeqmixError: if shapes or dtypes do not fit, or an option is invalid.
     """
-    call = Call.resolve(call, q.shape[1], options, paradigm=Paradigm.CHUNKWISE, chunk_size=CHUNK_SIZE)
+    require_decay(log_decay, call)
+    call = Call.resolve(call, q.shape[1], options, op="dplr", paradigm=Paradigm.CHUNKWISE, chunk_size=CHUNK_SIZE)
     require_paradigm(call.paradigm)
     return recur(DPLR, q, k, v, call, a=a, b=b, log_decay=log_decay, scale=scale)
 

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...registry import SeqmixError, choices_hint
+from ...registry import SeqmixError
 from ..recurrence.family import Recurrence
-from ..runtime.kernel import KERNELS, ON_DEMAND, Kernel, Probe, find, reference
+from ..runtime.kernel import KERNELS, ON_DEMAND, Kernel, Probe, find, reference, require_backend
 from ..runtime.paradigm import Paradigm
 from .native.build import is_off
 
@@ -28,6 +28,9 @@ AUTO: Mapping[str, Mapping[Paradigm, Sequence[str]]] = {
 }
 """Backends that `auto` tries on a GPU, in this order, by op and paradigm. A backend that a configuration names must
 pass the same trial."""
+
+UNMEASURED = ("triton",)
+"""Backends of `AUTO` with kernels whose speed on a GPU is unknown: a warning says so when `auto` chooses one."""
 
 _LOOPS = (Paradigm.RECURRENT, Paradigm.CHUNKWISE)
 AUTO_ON_CPU: Mapping[str, Sequence[Paradigm]] = {
@@ -85,6 +88,8 @@ def choose(op: str, backend: str, probe: Probe) -> Mapping[Paradigm, str]:
                 reason = "; ".join(kernel.unsupported(probe)) or disagreement(kernel, probe)
                 if reason is None:
                     log.info("%s %s %s: %s", op, paradigm, where, name)
+                    if name in UNMEASURED:
+                        _warn_unmeasured(name)
                     chosen[paradigm] = name
                     break
                 reasons.append(reason)
@@ -105,6 +110,16 @@ def choose(op: str, backend: str, probe: Probe) -> Mapping[Paradigm, str]:
             else:
                 chosen[paradigm] = backend
     return MappingProxyType(chosen)
+
+
+@cache  # one line per process
+def _warn_unmeasured(backend: str) -> None:
+    log.warning(
+        "backend auto chose %s, whose kernels passed a trial here but have not been measured on a GPU yet; "
+        "set backend=reference, or backend=fla where a mixer has it, to use others, or backend=%s to hide this warning",
+        backend,
+        backend,
+    )
 
 
 def fallback_of(op: str) -> str:
@@ -137,12 +152,8 @@ def _kernels_of(op: str, backend: str) -> list[Kernel]:
             find(op, paradigm, backend)
         except SeqmixError:
             continue
-    kernels = [kernel for key, kernel in KERNELS.items() if (key.op, key.backend) == (op, backend)]
-    if not kernels:
-        on_demand = (name for name, modules in ON_DEMAND.items() if op in modules)
-        known = sorted({"auto", *on_demand, *(key.backend for key in KERNELS if key.op == op)})
-        raise SeqmixError(f"{op} has no backend {backend!r}{choices_hint(backend, known, 'available')}")
-    return kernels
+    require_backend(op, backend)
+    return [kernel for key, kernel in KERNELS.items() if (key.op, key.backend) == (op, backend)]
 
 
 def disagreement(kernel: Kernel, probe: Probe) -> str | None:

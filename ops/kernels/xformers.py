@@ -17,34 +17,70 @@ A compiler cannot trace xformers' attention, which is an autograd function. So c
 backward pass recomputes the forward pass: the logsumexp that xformers saves has a shape that depends on the kernel it
 chooses, which the op's fake implementation cannot know.
 
-xformers is imported only when it is called.
+Releases of xformers after 0.0.35 have moved these functions and masks to the package mslk, with unchanged signatures:
+`fmha` imports the package that has them. It is imported only for a call on a GPU.
 """
 
+import functools
 from collections.abc import Sequence
 from importlib import import_module
 from itertools import pairwise
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ...registry import SeqmixError
 from ..attention.inputs import AttentionInputs, AttentionOutput, apply_decay, require_range, unsupported_scores
 from ..attention.kv_cache import RingCache
 from ..runtime.custom_op import Gradients, Op, needs_grad
-from ..runtime.kernel import Kernel, Probe, declare, is_installed
+from ..runtime.kernel import Kernel, Probe, declare
 from ..runtime.paradigm import Paradigm
 
 FLASH_WIDTH = 256
 """Largest head width of the 16-bit kernels."""
 
 
+@functools.cache
+def fmha() -> ModuleType:
+    """Import the package with the attention of xformers: mslk's if there is one, else xformers' own.
+
+    Raises:
+        SeqmixError: neither has it. Without mslk, later releases of xformers import an empty package without an error.
+    """
+    failures = []
+    for name in ("mslk.attention.fmha", "xformers.ops.fmha"):
+        try:
+            package = import_module(name)
+        except Exception as error:  # a compiled library for another torch raises anything
+            failures.append((str(error) or type(error).__name__).splitlines()[0])
+        else:
+            if hasattr(package, "memory_efficient_attention"):
+                return package
+            failures.append(f"{name} is empty")
+    raise SeqmixError(
+        f"xformers has no attention here ({'; '.join(failures)}): pip install 'xformers<0.0.36', or mslk-cuda, on Linux"
+    )
+
+
+@torch.compiler.assume_constant_result
+def missing() -> str | None:
+    """Return the reason why there is no attention of xformers; None if there is."""
+    try:
+        fmha()
+    except SeqmixError as error:
+        return str(error)
+    return None
+
+
 def limits(probe: Probe) -> list[str]:
     """Return the reasons, apart from the dtype, why this backend cannot run a call; empty if it can."""
     reasons = unsupported_scores("xformers", probe)
-    if not is_installed("xformers"):
-        reasons.append("xformers is not installed (pip install xformers, on Linux)")
     if probe.device.type != "cuda":
         reasons.append(f"xformers needs a CUDA device, got {probe.device.type}")
+    elif (reason := missing()) is not None:
+        reasons.append(reason)
     multiple = 4 if probe.dtype == torch.float32 else 8  # its loads are of 16 bytes
     if probe.key_width % multiple or probe.value_width % multiple:
         reasons.append(
@@ -99,7 +135,7 @@ def softmax_parallel_xformers(x: AttentionInputs) -> AttentionOutput:
     KERNEL.require(x.probe())
     require_range(x.log_decay, x.q.shape[1], x.q.dtype)
     kv = x.key_values()
-    cache = x.key_cache
+    cache = x.key_cache if kv.keys.shape[1] > x.k.shape[1] else None  # an empty cache is left out of the keys
     query, keys = apply_decay(x.q, 0, kv, x.log_decay)
     inputs = _Inputs(
         query,
@@ -132,7 +168,7 @@ def bias(
         packed: True if rows or documents lie one after another in one row.
         device: device of the mask's tensors.
     """
-    masks = import_module("xformers.ops.fmha.attn_bias")
+    masks = fmha().attn_bias
     if window is not None and window >= max(keys):
         window = None
     no_cache = list(queries) == list(keys)
@@ -283,7 +319,7 @@ def _attend(x: _Inputs) -> tuple[Tensor]:
     call = _call(x)
     grouped = call.q.shape[2] != call.k.shape[2] and not wants_grad
     inputs = _group_heads(call) if grouped else _repeat_keys(call)
-    output = import_module("xformers.ops.fmha").memory_efficient_attention(*inputs, **call.options)
+    output = fmha().memory_efficient_attention(*inputs, **call.options)
     return (output.reshape(*x.q.shape[:3], x.values.shape[3]),)
 
 
@@ -312,14 +348,13 @@ def _forward(x: _Inputs) -> tuple[Tensor]:
 
 def _backward(x: _Inputs, gradients: Gradients) -> dict[str, Tensor]:
     """Return the gradients; the forward pass is recomputed."""
-    fmha = import_module("xformers.ops.fmha")
     (d_output,) = gradients.outputs
     assert d_output is not None
     call = _call(x._replace(q=x.q.detach(), keys=x.keys.detach(), values=x.values.detach()))
     inputs = _repeat_keys(call)
-    output, log_sum = fmha.memory_efficient_attention_forward_requires_grad(*inputs, **call.options)
+    output, log_sum = fmha().memory_efficient_attention_forward_requires_grad(*inputs, **call.options)
     d_output = _aligned(d_output.reshape(output.shape))
-    dq, dk, dv = fmha.memory_efficient_attention_backward(d_output, output, log_sum, *inputs, **call.options)
+    dq, dk, dv = fmha().memory_efficient_attention_backward(d_output, output, log_sum, *inputs, **call.options)
     heads_per_key = call.q.shape[2] // call.k.shape[2]
 
     def scatter(gradient: Tensor, target: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ...registry import SeqmixError
 from ..runtime.call import Call
-from ..runtime.custom_op import needs_grad
+from ..runtime.custom_op import is_recorded, needs_grad
 from ..runtime.kernel import FLOATS, Probe, chosen, reference
 from ..runtime.packing import Stretch, stretches
 from ..runtime.paradigm import Paradigm
@@ -325,6 +325,21 @@ def require_recurrence(x: Recurrence) -> None:
     if x.initial_state is not None and tuple(x.initial_state.shape) != (state := (x.rows, *x.state_shape)):
         raise SeqmixError(f"expected an initial state of shape {list(state)}, got {list(x.initial_state.shape)}")
     require_chunk_size(x.chunk_size)
+
+
+def require_decay(log_decay: Tensor | None, call: Call | None) -> None:
+    """Raise a SeqmixError for a positive log-decay in a direct call of an op (`call` is None).
+
+    Values are read only on a CPU and where nothing records the call: elsewhere reading would wait for the device, or
+    break a compiled graph. Calls of mixers, whose log-decays are never positive, do not pay for it.
+    """
+    if log_decay is None or call is not None or log_decay.device.type != "cpu" or is_recorded(log_decay):
+        return
+    if bool((log_decay > 0).any()):
+        raise SeqmixError(
+            "log_decay is the natural log of a decay from 0 to 1: expected values <= 0, got up to "
+            f"{float(log_decay.max()):.3g}; pass decay.log() if these are decays"
+        )
 
 
 def _require_value_reads(x: Recurrence) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...registry import SeqmixError, choices_hint
 from .context_parallel import ContextParallel
+from .kernel import require_backend
 from .memo import Memo, once
 from .packing import Documents, advance, token_positions
 from .paradigm import Paradigm
@@ -104,7 +105,14 @@ class Call(NamedTuple):
 
     @classmethod
     def resolve(
-        cls, call: "Call | None", length: int, options: CallOptions, *, paradigm: Paradigm, chunk_size: int = CHUNK_SIZE
+        cls,
+        call: "Call | None",
+        length: int,
+        options: CallOptions,
+        *,
+        op: str,
+        paradigm: Paradigm,
+        chunk_size: int = CHUNK_SIZE,
     ) -> "Call":
         """Return the call of a mixer, or build one from the options of a direct call.
 
@@ -112,6 +120,7 @@ class Call(NamedTuple):
             call: the mixer's call, or None if the op is called directly.
             length: number of tokens T.
             options: keywords of a direct call; must be empty if `call` is passed.
+            op: name of the op, which may have kernels of several backends.
             paradigm: default paradigm of the op.
             chunk_size: default chunk length of the op, in tokens.
 
@@ -126,6 +135,8 @@ class Call(NamedTuple):
             if name not in CallOptions.__annotations__:
                 known = CallOptions.__annotations__
                 raise SeqmixError(f"unknown option {name!r}{choices_hint(name, known, 'options')}")
+        if "backend" in options:
+            require_backend(op, options["backend"])
         defaults: CallOptions = {"paradigm": paradigm, "chunk_size": chunk_size}
         return cls.of(length=length, **(defaults | options))
 

@@ -12,11 +12,14 @@ and no second derivatives: both raise a SeqmixError.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from operator import attrgetter
 from typing import Any, Generic, NamedTuple, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
+from torch.overrides import has_torch_function
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from ...registry import SeqmixError
 
@@ -293,3 +296,17 @@ def has_tangent(*tensors: Tensor | None) -> bool:
     return not torch.compiler.is_compiling() and any(
         x is not None and unpack_dual(x).tangent is not None for x in tensors
     )
+
+
+def is_recorded(*tensors: Tensor | None) -> bool:
+    """True if operations on these tensors may be recorded instead of computed, so that values must not be read.
+
+    Compilers, `torch.jit.trace`, transforms of torch.func and dispatch modes record operations, and subclasses of
+    tensors may have no memory.
+    """
+    if torch._C._get_tracing_state() is not None or torch.compiler.is_compiling():
+        return True
+    if is_in_torch_dispatch_mode() or torch._C._are_functorch_transforms_active() or has_torch_function(tensors):
+        return True
+    dispatch_of = attrgetter("__torch_dispatch__")
+    return any(dispatch_of(type(x)) is not dispatch_of(Tensor) for x in tensors if x is not None)

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...registry import SeqmixError, nearest_hint
+from ...registry import SeqmixError, choices_hint, nearest_hint
 from .paradigm import Paradigm
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -209,6 +209,15 @@ def find(op: str, paradigm: Paradigm, backend: str) -> Kernel:
         known = [str(other) for other in KERNELS]
         raise SeqmixError(f"unknown kernel {key}{nearest_hint(str(key), known)}")
     return KERNELS[key]
+
+
+def require_backend(op: str, backend: str) -> None:
+    """Raise a SeqmixError, with the nearest match, if an op has no such backend; `auto` is one of every op."""
+    on_demand = [name for name, modules in ON_DEMAND.items() if op in modules]
+    declared = [key.backend for key in KERNELS if key.op == op] or ["reference"]
+    known = sorted({"auto", *on_demand, *declared})
+    if backend not in known:
+        raise SeqmixError(f"{op} has no backend {backend!r}{choices_hint(str(backend), known, 'available')}")
 
 
 def reference(op: str, paradigm: Paradigm) -> Kernel:

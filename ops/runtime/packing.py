@@ -13,6 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ...registry import SeqmixError
+from .arguments import require_tensor
 
 
 class Documents(NamedTuple):
@@ -41,6 +42,7 @@ class Documents(NamedTuple):
         """
         if cu_seqlens is None:
             return None
+        require_tensor("cu_seqlens", cu_seqlens, "an integer tensor of boundaries [N+1]")
         boundaries = None
         if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
             boundaries = tuple(read_boundaries(cu_seqlens, length if total is None else total))

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ...registry import SeqmixError
-from ..recurrence.family import SLOW, require_chunk_size, require_packing, split_decay
+from ..recurrence.family import SLOW, require_chunk_size, require_decay, require_packing, split_decay
 from ..runtime.call import Call, CallOptions
 from ..runtime.custom_op import Op
 from ..runtime.kernel import FLOATS, chosen, declare_references
@@ -72,7 +72,8 @@ def scan(
         SeqmixError: shapes or dtypes do not match; the paradigm does not exist, or is the parallel one; an input has a
             tangent (forward-mode differentiation is supported for a single recurrent token only).
     """
-    call = Call.resolve(call, x.shape[1], options, paradigm=Paradigm.CHUNKWISE, chunk_size=64)
+    require_decay(log_decay, call)
+    call = Call.resolve(call, x.shape[1], options, op="scan", paradigm=Paradigm.CHUNKWISE, chunk_size=64)
     _require_same_shape(x, log_decay, call)
     if _is_step(x, call):
         kept, change = split_decay(log_decay[:, 0].to(state_dtype(x))).unbind(0)
@@ -103,7 +104,8 @@ def log_scan(
     Raises:
         SeqmixError: for the same reasons as `scan`.
     """
-    call = Call.resolve(call, x.shape[1], options, paradigm=Paradigm.CHUNKWISE, chunk_size=64)
+    require_decay(log_decay, call)
+    call = Call.resolve(call, x.shape[1], options, op="log_scan", paradigm=Paradigm.CHUNKWISE, chunk_size=64)
     _require_same_shape(x, log_decay, call)
     if _is_step(x, call):
         before = x.new_full(x[:, 0].shape, -torch.inf, dtype=LOG_STATE) if call.state is None else call.state
@@ -144,7 +146,7 @@ def selective_scan(
     Raises:
         SeqmixError: for the same reasons as `scan`.
     """
-    call = Call.resolve(call, x.shape[1], options, paradigm=Paradigm.CHUNKWISE, chunk_size=16)
+    call = Call.resolve(call, x.shape[1], options, op="selective_scan", paradigm=Paradigm.CHUNKWISE, chunk_size=16)
     shapes = [list(tensor.shape) for tensor in (x, step, rate, k, q)]
     if x.ndim != 3 or x.shape[1] < 1 or rate.ndim != 2 or shapes != _selective_shapes(x, rate):
         raise SeqmixError(
@@ -189,7 +191,8 @@ def diagonal_scan(
     Raises:
         SeqmixError: for the same reasons as `scan`.
     """
-    call = Call.resolve(call, x.shape[1], options, paradigm=Paradigm.CHUNKWISE, chunk_size=16)
+    require_decay(log_decay, call)
+    call = Call.resolve(call, x.shape[1], options, op="diagonal_scan", paradigm=Paradigm.CHUNKWISE, chunk_size=16)
     shapes = [list(tensor.shape) for tensor in (x, log_decay, angle, weight)]
     if x.ndim != 3 or x.shape[1] < 1 or shapes[1:] != _diagonal_shapes(x, log_decay):
         raise SeqmixError(

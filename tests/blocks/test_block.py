@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from pydantic import ValidationError
 from torch import nn
 from torch.testing import assert_close
 
 from seqmix.blocks import Block, BlockConfig
+from seqmix.registry import ConfigError
 
 D_MODEL = 8
 MIXER = {"kind": "retention", "n_heads": 2}
@@ -80,7 +80,7 @@ def test_a_block_without_ffn_only_mixes():
 
 @pytest.mark.parametrize("fields", [{}, *({"ffn": None, "dropout": p} for p in (-0.1, 1.0, float("nan")))], ids=str)
 def test_an_ffn_is_given_or_null_and_dropout_a_probability(fields):
-    with pytest.raises(ValidationError, match="dropout" if fields else "ffn"):
+    with pytest.raises(ConfigError, match="dropout" if fields else "ffn"):
         BlockConfig(mixer=MIXER, norm=LAYERNORM, **fields)
 
 
@@ -121,7 +121,7 @@ def test_a_parallel_block_is_one_branch_with_one_norm():
     normed = layernorm(x, block.mixer_norm.weight)
     assert_close(block(x)[0], x + block.mixer(normed)[0] + block.ffn(normed), rtol=1e-9, atol=1e-9)
     assert block.ffn_norm is None
-    with pytest.raises(ValidationError, match="parallel = true needs a feed-forward network, got ffn = null"):
+    with pytest.raises(ConfigError, match="parallel = true needs a feed-forward network, got ffn = null"):
         build(parallel=True, ffn=None)
 
 

@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from pydantic import ValidationError
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from seqmix.blocks.ffn.mlp import MlpConfig
 from seqmix.blocks.ffn.swiglu import SwigluConfig
+from seqmix.registry import ConfigError
 
 D_MODEL = 6
 
@@ -88,5 +88,5 @@ def test_linear_layers_start_as_torch_starts_them(config):
     ],
 )
 def test_wrong_fields_are_refused(fields, words):
-    with pytest.raises(ValidationError, match=words):
+    with pytest.raises(ConfigError, match=words):
         MlpConfig(**{"expansion": 2.0} | fields)

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from pydantic import ValidationError
 from torch.testing import assert_close
 
 from seqmix.blocks.norm.layernorm import LayerNormConfig
 from seqmix.blocks.norm.rmsnorm import RmsNormConfig
+from seqmix.registry import ConfigError
 
 D_MODEL = 6
 
@@ -62,5 +62,5 @@ def test_a_norm_starts_as_the_plain_formula(config, eps, names):
     assert [name for name, _ in norm.named_parameters()] == names
     for name, parameter in norm.named_parameters():
         assert_close(parameter, torch.full_like(parameter, 1.0 if name == "weight" else 0.0))
-    with pytest.raises(ValidationError, match="eps"):
+    with pytest.raises(ConfigError, match="eps"):
         type(config)(eps=-1e-9)

@@ -8,7 +8,6 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import torch
-from pydantic import ValidationError
 from runs import refusal, run_of, trainer_of
 
 from seqmix import ConfigError, generate_text, load_config, load_run
@@ -289,7 +288,7 @@ def test_a_passkey_lies_where_its_depth_says_in_the_text_of_its_split(opened):
     ids=str,
 )
 def test_an_impossible_task_is_refused(kind, fields, named):
-    with pytest.raises(ValidationError, match=named):
+    with pytest.raises(ConfigError, match=named):
         DATA.resolve(kind)(**fields)
 
 

@@ -5,10 +5,11 @@ from typing import Literal
 
 import pytest
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field
 from torch import nn
 
 from seqmix.mixers import MIXERS, ContractError, MixerConfig, Paradigm, SequenceMixer, Traits
+from seqmix.registry import ConfigError
 
 D_MODEL = 12
 
@@ -94,7 +95,7 @@ def test_wrong_traits_are_refused(changes, words):
 )
 def test_broken_traits_are_an_error_of_the_configuration(broken, words):
     config = type("BrokenConfig", (OneWayConfig,), {"traits": property(broken), "__module__": __name__})
-    with pytest.raises(ValidationError, match=f"one_way: traits .*{words}"):
+    with pytest.raises(ConfigError, match=f"one_way: traits .*{words}"):
         config()
 
 

@@ -4,9 +4,8 @@ import pickle
 
 import pytest
 import torch
-from pydantic import ValidationError
 
-from seqmix import ContractError, Paradigm, load_config
+from seqmix import ContractError, Paradigm, SeqmixError, load_config
 from seqmix.mixers.parallel_hybrid import ParallelHybridConfig
 
 RETENTION = {"kind": "retention", "n_heads": 2, "chunk_size": 3}
@@ -38,7 +37,7 @@ def test_it_declares_what_all_declare():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"mixers": [RETENTION]}, "at least 2"),
+        ({"mixers": [RETENTION]}, "a length >= 2"),
         ({"mixers": [RETENTION, HYENA]}, "no paradigm 'chunkwise'; it declares parallel, recurrent"),
         ({"mixers": [RETENTION, ATTENTION], "scales": [1.0]}, "2 factors, one per mixer, got 1"),
         ({"mixers": [RETENTION, {"kind": "retentoin"}]}, "did you mean"),
@@ -46,7 +45,7 @@ def test_it_declares_what_all_declare():
     ids=str,
 )
 def test_what_does_not_go_together_is_refused(fields, message):
-    with pytest.raises((ValidationError, ContractError), match=message):
+    with pytest.raises(SeqmixError, match=message):
         ParallelHybridConfig(**fields)
 
 

@@ -28,9 +28,11 @@ needs_triton = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def _nothing_is_remembered():
-    choose.cache_clear()
+    for function in (choose, module._warn_unmeasured):
+        function.cache_clear()
     yield
-    choose.cache_clear()
+    for function in (choose, module._warn_unmeasured):
+        function.cache_clear()
 
 
 @pytest.fixture
@@ -55,7 +57,8 @@ def test_auto_is_what_passes_its_trial_and_is_logged_once(trial, caplog, log_dec
     trial(None)
     triton = {Paradigm.PARALLEL: "reference", Paradigm.RECURRENT: "triton", Paradigm.CHUNKWISE: "triton"}
     assert [choose("decay", "auto", probe) for _ in range(3)] == [triton] * 3
-    for message, paradigm in zip(caplog.messages, ("chunkwise", "recurrent"), strict=True):
+    choices = [record.getMessage() for record in caplog.records if record.levelname == "INFO"]
+    for message, paradigm in zip(choices, ("chunkwise", "recurrent"), strict=True):
         assert all(word in message for word in ("decay", paradigm, "cuda", "float32", "triton"))
     assert describe_backends("decay", triton) == "triton"
 
@@ -67,8 +70,30 @@ def test_what_one_kernel_does_not_take_another_may(trial, caplog, backend):
     found = choose("decay", backend, replace(ON_GPU, value_width=513))
     assert found == dict.fromkeys(Paradigm, "reference") | {Paradigm.RECURRENT: "triton"}
     assert describe_backends("decay", found) == "triton (recurrent)"
-    (message,) = caplog.messages
+    message, *others = caplog.messages
     assert all(word in message for word in ("chunkwise", "reference", "513"))
+    assert len(others) == (backend == "auto")  # the kernel that it chooses is not measured
+
+
+@needs_triton
+def test_auto_warns_once_per_process_that_its_kernels_are_not_measured(trial, caplog):
+    trial(None)
+    for op, log_decay in (("decay", "H"), ("decay", "B T H"), ("delta", "B T H")):
+        assert "triton" in choose(op, "auto", replace(ON_GPU, log_decay=log_decay)).values()
+    (message,) = caplog.messages
+    expected = ["auto chose triton", "not been measured on a GPU", "backend=reference", "backend=fla"]
+    assert all(words in message for words in expected)
+
+
+@needs_triton
+def test_kernels_that_are_named_or_not_of_seqmix_come_without_a_warning(trial, caplog, monkeypatch):
+    trial(None)
+    choose("decay", "triton", ON_GPU)
+    chunkwise = {Paradigm.CHUNKWISE: ("fla",)}
+    monkeypatch.setattr(module, "AUTO", {"decay": chunkwise})
+    monkeypatch.setattr(module, "find", lambda op, paradigm, name: replace(CHUNKWISE, backend=name))
+    assert choose("decay", "auto", ON_GPU)[Paradigm.CHUNKWISE] == "fla"
+    assert caplog.messages == []
 
 
 def test_auto_is_the_reference_where_a_trial_fails_and_says_why(trial, caplog):

@@ -7,8 +7,17 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from seqmix.mixers import MIXERS, Call, Paradigm
+from seqmix.ops.attention import softmax_attention
+from seqmix.ops.cell import slstm
+from seqmix.ops.convolution import long_convolution, short_convolution
+from seqmix.ops.decay import decay
+from seqmix.ops.decay.api import decay_reading_values
+from seqmix.ops.delta import delta, delta_product
+from seqmix.ops.dplr import dplr
+from seqmix.ops.scan import diagonal_scan, log_scan, scan
 from seqmix.registry import SeqmixError
 
 LENGTHS = [0, 3, 0, 1, 5]
@@ -28,8 +37,8 @@ STATE = State(torch.zeros(5, 2), torch.tensor([0, 7, 1, 2, 9]))
 def test_the_former_name_of_resolve_warns():
     call = Call(Paradigm.PARALLEL)
     with pytest.warns(DeprecationWarning, match=r"Call\.given is now Call\.resolve"):
-        assert Call.given(call, 3, {}, paradigm=Paradigm.CHUNKWISE) is call
-    assert Call.resolve(None, 3, {}, paradigm=Paradigm.CHUNKWISE) == Call(Paradigm.CHUNKWISE)
+        assert Call.given(call, 3, {}, op="decay", paradigm=Paradigm.CHUNKWISE) is call
+    assert Call.resolve(None, 3, {}, op="decay", paradigm=Paradigm.CHUNKWISE) == Call(Paradigm.CHUNKWISE)
 
 
 def test_a_call_is_made_in_the_words_of_fla():
@@ -74,3 +83,67 @@ def test_the_boundaries_of_a_packed_row_are_read_once_a_call(kind, monkeypatch):
         y.sum().backward()
         # scans read tensors of places too, which they have made of the boundaries on the host
         assert len([tensor for tensor in listed if tensor is BOUNDARIES]) == 1, paradigm
+
+
+def _arguments(*widths):
+    return [torch.zeros(1, 3, 2, width) for width in widths]
+
+
+BACKENDS = {
+    decay: (_arguments(4, 4, 4), "auto, fla, native, reference, triton, triton_tf32x3"),
+    delta: ([*_arguments(4, 4, 4), torch.zeros(1, 3, 2)], "auto, native, reference, triton"),
+    scan: ([torch.zeros(1, 3, 2)] * 2, "auto, native, reference"),
+    slstm: ([torch.zeros(1, 3, 2, 16), torch.zeros(2, 4, 16)], "auto, native, reference"),
+    short_convolution: ([torch.zeros(1, 3, 2), torch.zeros(2, 4)], "auto, native, reference"),
+    softmax_attention: (_arguments(4, 4, 4), "auto, flex, sdpa, xformers"),
+    long_convolution: ([torch.zeros(1, 3, 2), torch.zeros(2, 4)], "auto, reference"),
+}
+
+
+@pytest.mark.parametrize("op", BACKENDS, ids=lambda op: op.__name__)
+def test_misspelt_backend_is_refused_with_those_of_the_op(op):
+    arguments, backends = BACKENDS[op]
+    for backend in (name for name in backends.split(", ") if name not in ("fla", "xformers") and "triton" not in name):
+        op(*arguments, backend=backend)
+    with pytest.raises(SeqmixError, match=f"has no backend 'refrence'.*{backends}$"):
+        op(*arguments, backend="refrence")
+    if op is decay:
+        with pytest.raises(SeqmixError, match=r"decay has no backend 'tritn'; did you mean \"triton\"\?"):
+            op(*arguments, backend="tritn")
+        with pytest.raises(SeqmixError, match="decay has no backend None"):
+            op(*arguments, backend=None)
+
+
+POSITIVE = {
+    "decay": lambda a: decay(*_arguments(4, 4, 4), a[0, 0, :, 0]),
+    "decay_reading_values": lambda a: decay_reading_values(*_arguments(4, 4, 4), a),
+    "delta": lambda a: delta(*_arguments(4, 4, 4), torch.zeros(1, 3, 2), a[..., 0]),
+    "delta_product": lambda a: delta_product(*_arguments(4, 4, 4), torch.zeros(1, 3, 2), a[..., 0]),
+    "dplr": lambda a: dplr(*_arguments(4, 4, 4, 4), log_decay=a),
+    "scan": lambda a: scan(torch.zeros_like(a), a),
+    "log_scan": lambda a: log_scan(torch.zeros_like(a), a),
+    "diagonal_scan": lambda a: diagonal_scan(torch.zeros(1, 3, 4), a[0, 0], a[0, 0], torch.zeros(2, 4, 2)),
+}
+
+
+@pytest.mark.parametrize("op", POSITIVE)
+def test_positive_log_decay_of_a_direct_call_is_refused(op):
+    run = POSITIVE[op]
+    log_decay = torch.zeros(1, 3, 2, 4)
+    log_decay[..., 1] = -torch.inf
+    run(log_decay)
+    log_decay[0, 0, 1, 0] = 0.9
+    with pytest.raises(SeqmixError, match=r"log_decay .* <= 0, got up to 0\.9; pass decay\.log\(\)"):
+        run(log_decay)
+
+
+def test_log_decays_are_not_read_where_a_call_is_recorded(counter):
+    log_decay = torch.ones(2)
+
+    def run(log_decay):
+        return decay(*_arguments(4, 4, 4), log_decay, backend="reference").output
+
+    torch.compile(run, fullgraph=True, backend=counter)(log_decay)
+    torch.func.vmap(run)(log_decay[None])
+    with FakeTensorMode():
+        run(torch.ones(2))

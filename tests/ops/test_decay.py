@@ -16,6 +16,7 @@ from seqmix.ops.recurrence import chunk_loop as chunkwise
 from seqmix.ops.recurrence import groups as chunks
 from seqmix.ops.recurrence import products
 from seqmix.ops.recurrence import token_loop as recurrent
+from seqmix.ops.runtime.call import Call
 from seqmix.ops.runtime.custom_op import Gradients
 from seqmix.ops.runtime.kernel import reference
 from seqmix.ops.runtime.paradigm import Paradigm
@@ -58,6 +59,7 @@ def test_a_batch_or_a_head_of_nothing_has_a_state_of_nothing(sizes):
 @pytest.mark.parametrize("shape", [(2,), (1, 70, 2), (1, 70, 2, 3)], ids=str)
 @every_paradigm
 def test_states_that_grow_grow_alike_in_every_paradigm(paradigm, shape):
+    """A mixer's call, unlike a direct one, does not look at log-decays."""
     q, k, v = torch.randn(3, 1, 70, 2, 3, dtype=torch.float64)
     log_decay = 0.3 * torch.rand(shape, dtype=torch.float64)
     state = torch.zeros(1, 2, 3, 3, dtype=torch.float64)
@@ -67,7 +69,7 @@ def test_states_that_grow_grow_alike_in_every_paradigm(paradigm, shape):
         state = (growth[t][..., None] if len(shape) == 4 else growth[t][:, None, None]) * state
         state = state + k[:, t, :, :, None] * v[:, t, :, None]
         expected.append((q[:, t, :, None] @ state)[:, :, 0])
-    found = decay(q, k, v, log_decay, scale=1.0, paradigm=paradigm, chunk_size=16)
+    found = decay(q, k, v, log_decay, Call.of(paradigm, 70, chunk_size=16), scale=1.0)
     exactly(found.output, torch.stack(expected, 1))
 
 

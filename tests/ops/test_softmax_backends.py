@@ -4,12 +4,13 @@ xformers' kernels need a GPU. Elsewhere dense attention by its own masks stands 
 them and back is tested.
 """
 
+import sys
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
-from importlib.util import find_spec
 from itertools import accumulate
+from unittest import mock
 
 import pytest
 import torch
@@ -24,13 +25,16 @@ from seqmix.ops.attention.kv_cache import GrowingCache, RingCache, join_key_valu
 from seqmix.ops.kernels import flex as softmax_flex
 from seqmix.ops.kernels import xformers as softmax_xformers
 from seqmix.ops.kernels.flex import BLOCK
+from seqmix.ops.kernels.selection import choose
 from seqmix.ops.runtime.kernel import Probe, find
 from seqmix.ops.runtime.packing import Documents
 from seqmix.ops.runtime.paradigm import Paradigm
 from seqmix.registry import SeqmixError
 from seqmix.testing import Status, check_kernel
 
-needs_xformers = pytest.mark.skipif(find_spec("xformers") is None, reason="needs pip install --no-deps xformers")
+needs_xformers = pytest.mark.skipif(
+    softmax_xformers.missing() is not None, reason="needs pip install --no-deps 'xformers<0.0.36'"
+)
 
 by_flex, by_xformers = partial(softmax_attention, backend="flex"), partial(softmax_attention, backend="xformers")
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -241,7 +245,7 @@ def _reasons_here(probe):
 @pytest.fixture
 def standing_in(monkeypatch):
     """The kernel, with dense attention for xformers' own."""
-    fmha = import_module("xformers.ops.fmha")
+    fmha = softmax_xformers.fmha()
     monkeypatch.setattr(fmha, "memory_efficient_attention", _attention)
     monkeypatch.setattr(fmha, "memory_efficient_attention_forward_requires_grad", _forward)
     monkeypatch.setattr(fmha, "memory_efficient_attention_backward", _backward)
@@ -291,7 +295,7 @@ def test_what_xformers_cannot_load_is_copied():
 
 def test_xformers_says_what_it_does_not_take(monkeypatch):
     xformers, low = find("softmax", Paradigm.PARALLEL, "xformers"), {"window": True, "needs_grad": True}
-    monkeypatch.setattr(softmax_xformers, "is_installed", lambda library: True)
+    monkeypatch.setattr(softmax_xformers, "fmha", lambda: None)
     single = {"dtype": torch.float32, "key_width": 20}
     everything = {**low, "packed": True, "initial_state": True, "final_state": True}
     for taken in (everything, single, {**single, "needs_grad": True}, {"value_width": 128, "window": True}):
@@ -301,17 +305,72 @@ def test_xformers_says_what_it_does_not_take(monkeypatch):
     assert reasons(xformers, "multiples of 8, got 20 and 64", key_width=20)
     for other in (single, {"value_width": 128}):
         assert reasons(xformers, "window", **other, **low)
-    monkeypatch.setattr(softmax_xformers, "is_installed", lambda library: False)
-    assert reasons(xformers, "pip install xformers")
     arguments, options = inputs([5])
     with pytest.raises(SeqmixError, match=r"CUDA .* cpu"):
         by_xformers(*arguments, **options)
 
 
+ATTENTION = "def memory_efficient_attention(): ..."
+
+
+@pytest.fixture
+def packages(tmp_path, monkeypatch):
+    """Put packages, by name and code, in the place of xformers and mslk."""
+
+    def write(**code_by_name):
+        for name, code in code_by_name.items():
+            folder = tmp_path
+            for part in name.split("."):
+                folder = folder / part
+                folder.mkdir()
+                (folder / "__init__.py").touch()
+            (folder / "__init__.py").write_text(code)
+
+    monkeypatch.syspath_prepend(tmp_path)
+    softmax_xformers.fmha.cache_clear()
+    choose.cache_clear()
+    with mock.patch.dict(sys.modules):
+        for name in [name for name in sys.modules if name.startswith(("xformers", "mslk"))]:
+            del sys.modules[name]
+        yield write
+    softmax_xformers.fmha.cache_clear()
+    choose.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("mslk", "xformers", "imported"),
+    [
+        (ATTENTION, "", "mslk.attention.fmha"),
+        (ATTENTION, ATTENTION, "mslk.attention.fmha"),
+        ("", ATTENTION, "xformers.ops.fmha"),
+        ("raise OSError('libc10_cuda.so: cannot open')", ATTENTION, "xformers.ops.fmha"),
+    ],
+)
+def test_attention_is_imported_from_the_package_that_has_it(packages, mslk, xformers, imported):
+    packages(**{"mslk.attention.fmha": mslk, "xformers.ops.fmha": xformers})
+    assert softmax_xformers.fmha().__name__ == imported
+    assert choose("softmax", "xformers", PROBE)[Paradigm.PARALLEL] == "xformers"
+
+
+def test_an_xformers_without_attention_is_refused_with_the_remedy(packages):
+    packages(**{"mslk": "", "xformers.ops.fmha": "# imports from mslk, and passes over an error"})
+    with pytest.raises(SeqmixError) as refused:
+        choose("softmax", "xformers", PROBE)
+    expected = ["mslk.attention", "xformers.ops.fmha is empty", "xformers<0.0.36", "mslk-cuda", "use backend=sdpa"]
+    assert all(words in str(refused.value) for words in expected)
+    assert "\n" not in str(refused.value)
+
+
+def test_the_search_for_attention_is_a_constant_of_compiled_code(packages, counter):
+    packages(**{"mslk": "", "xformers.ops.fmha": ""})
+    compiled = torch.compile(lambda x: x + len(softmax_xformers.limits(PROBE)), fullgraph=True, backend=counter)
+    assert compiled(torch.zeros(1)) == 1
+
+
 @needs_xformers
 def test_the_limits_are_those_of_xformers_kernels():
-    from xformers.ops.fmha import attn_bias, cutlass, flash
-
+    fmha = softmax_xformers.fmha()
+    attn_bias, cutlass, flash = (import_module(f"{fmha.__name__}.{name}") for name in ("attn_bias", "cutlass", "flash"))
     bottom, blocks = "FromBottomRight", "BlockDiagonalCausal"
     local = (f"LowerTriangular{bottom}LocalAttentionMask", f"{blocks}LocalAttention{bottom}Mask")
     plain = ("LowerTriangularMask", f"LowerTriangular{bottom}Mask", f"{blocks}Mask", f"{blocks}{bottom}Mask")

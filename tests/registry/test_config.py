@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 from pydantic import Field, ValidationError
 
-from seqmix.registry import Config
+from seqmix.registry import Config, ConfigError
 
 
 class Mode(StrEnum):
@@ -28,8 +28,23 @@ class Outer(Config):
 def problems(cls: type[Config], **values: Any) -> dict[tuple[int | str, ...], str]:
     """The messages of a refusal by location."""
     with pytest.raises(ValidationError) as raised:
-        cls(**values)
+        cls.model_validate(values)
     return {error["loc"]: error["msg"] for error in raised.value.errors()}
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"n_heds": 4}, ["Inner: n_heds: unknown key", '"n_heads"']),
+        ({"n_heads": "4"}, ["Inner: n_heads: expected an integer, got '4'"]),
+        ({}, ["Inner: missing key 'n_heads'"]),
+    ],
+)
+def test_wrong_values_from_python_are_refused_in_one_sentence(fields, words):
+    with pytest.raises(ConfigError) as refused:
+        Inner(**fields)
+    assert all(word in str(refused.value) for word in words)
+    assert not any(word in str(refused.value) for word in ("\n", "pydantic", "validation error", "input_value"))
 
 
 def test_a_configuration_is_frozen():

@@ -1,7 +1,6 @@
 """The configuration of a run."""
 
 import pytest
-from pydantic import ValidationError
 
 from seqmix import ConfigError, load_config
 from seqmix.data import TextConfig
@@ -19,12 +18,12 @@ TRAINING = {"steps": 100, "batch_size": 4, "learning_rate": 1e-3}
         ({"schedule": "cosin"}, 'a path such as.*did you mean "cosine"'),
         ({"optimizer": "my_module:"}, "adamw, muon, normuon, or a path such as"),
         ({"optimizer_options": {"momentum": 0.9}}, "given by path, got adamw"),
-        ({"ema": 1.0}, "less than 1"),
+        ({"ema": 1.0}, "a number < 1"),
     ],
     ids=str,
 )
 def test_invalid_training_is_refused(fields, named):
-    with pytest.raises(ValidationError, match=named):
+    with pytest.raises(ConfigError, match=named):
         TrainingConfig(**TRAINING | fields)
 
 
@@ -54,7 +53,7 @@ def test_a_number_that_no_machine_can_count_to_is_refused_with_its_place(tmp_pat
 
 @pytest.mark.parametrize("fields", [{"paths": "a"}, {"glob": "/etc/*"}], ids=str)
 def test_invalid_data_is_refused(fields):
-    with pytest.raises(ValidationError, match=next(iter(fields))):
+    with pytest.raises(ConfigError, match=next(iter(fields))):
         TextConfig(**fields)
 
 

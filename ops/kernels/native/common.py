@@ -1,15 +1,12 @@
 """Helpers of all native kernels: limits, and sequences as ranges of tokens."""
 
 from collections.abc import Callable
-from operator import attrgetter
 from typing import overload
 
 import torch
 from torch import Tensor
-from torch.overrides import has_torch_function
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from ...runtime.custom_op import has_tangent, needs_grad
+from ...runtime.custom_op import has_tangent, is_recorded, needs_grad
 from ...runtime.kernel import Probe
 from ...runtime.packing import read_boundaries
 from . import build
@@ -35,18 +32,12 @@ def limits_of(family: str) -> Callable[[Probe], list[str]]:
 def is_untracked(*tensors: Tensor | None) -> bool:
     """True if nothing records what is done with these tensors, so that a compiled function may read their memory.
 
-    Compilers, `torch.jit.trace`, autograd, transforms of torch.func and dispatch modes record operations of torch,
-    subclasses of tensors may have no memory, and views that negate (the imaginary part of a conjugate) have the memory
-    of other numbers.
+    Besides what `is_recorded` names, autograd records operations, and views that negate (the imaginary part of a
+    conjugate) have the memory of other numbers.
     """
-    if torch._C._get_tracing_state() is not None:
+    if is_recorded(*tensors) or needs_grad(*tensors) or has_tangent(*tensors):
         return False
-    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or torch._C._are_functorch_transforms_active():
-        return False
-    if needs_grad(*tensors) or has_tangent(*tensors) or has_torch_function(tensors):
-        return False
-    dispatch_of = attrgetter("__torch_dispatch__")
-    return all(dispatch_of(type(x)) is dispatch_of(Tensor) and not x.is_neg() for x in tensors if x is not None)
+    return not any(x.is_neg() for x in tensors if x is not None)
 
 
 CHUNK = 32
