@@ -17,6 +17,7 @@ from ...models.quantization import WEIGHTS, prepare_quantized, quantize_model, r
 from ...models.subword import EXPORTED_TOKENIZER
 from ...registry import (
     ConfigError,
+    carried,
     dump,
     load,
     nearest_hint,
@@ -73,6 +74,7 @@ def read_config(
         ConfigError: the configuration is no longer valid.
     """
     require_run(run)
+    carried.forbid(run)
     prepare_code(read_code(run), _named_modules(run), str(run / CODE), trust=trust, on_note=on_note)
     try:
         for module in modules_of(run):
