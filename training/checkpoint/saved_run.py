@@ -204,7 +204,10 @@ def read_weights(
         attempts: list[Mapping[str, Tensor]] = []
 
         def use(folder: Path) -> None:
-            attempts.append(read_tensors(checkpoint.files_of(folder, train_state.MODEL))[0])
+            files = checkpoint.files_of(folder, train_state.MODEL)
+            tensors, metadata = read_tensors(files)
+            train_state.require_same_tokenizer(files[0], metadata, tokenizer)
+            attempts.append(tensors)
 
         _read_checkpoint(run, choice, train_state.MODEL, use, on_note)
         tensors = attempts[-1]
@@ -310,7 +313,7 @@ def add_run(
     if vocabulary is not None:
         write_file(vocabulary, folder / TOKENIZER_FILE)
     parts = {train_state.MODEL: train_state.chunks_of(tensors)}
-    metadata = train_state.metadata_of(config.model, step)
+    metadata = train_state.metadata_of(config.model, step, vocabulary)
     checkpoint.write(folder, checkpoint.Manifest(step=step, metrics={}, best=checkpoint.Best()), parts, metadata)
     write_code(folder, code_of(config))
     write_file(comment + dump(config), folder / CONFIG_FILE)
