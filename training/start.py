@@ -25,7 +25,7 @@ from .checkpoint.saved_run import EXPORTED_CONFIG, read_config, read_weights
 from .checkpoint.train_state import parameters_of
 from .config import RunConfig
 from .distributed.sharding import assign
-from .tensor_files import read_tensors
+from .tensor_files import read_tensors, verify_seal
 
 HF_CONFIG = "config.json"
 HF_TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -186,7 +186,11 @@ def _read_source(folder: Path, source: SourceModel) -> tuple[ModelConfig, Mappin
         return config, tensors
     config = validated(ModelConfig, source.model, str(folder / HF_CONFIG))
     files = sorted(folder.glob("*.safetensors"))
-    tensors = {name.removeprefix("model."): x for file in files for name, x in read_tensors([file])[0].items()}
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        loaded, metadata = read_tensors([file])
+        verify_seal(file, loaded, metadata)
+        tensors |= {name.removeprefix("model."): tensor for name, tensor in loaded.items()}
     return config, tensors
 
 

@@ -1,6 +1,7 @@
 """A run read back, and its weights in one file."""
 
 import json
+import random
 import re
 import warnings
 from hashlib import sha256
@@ -20,6 +21,7 @@ from seqmix.training.checkpoint import train_state
 from seqmix.training.checkpoint.averaging import average_run
 from seqmix.training.checkpoint.files import checkpoints
 from seqmix.training.checkpoint.saved_run import read_weights
+from seqmix.training.tensor_files import CHECKSUM_KEY
 
 
 @pytest.fixture
@@ -171,8 +173,8 @@ def test_a_file_imports_nothing_unless_it_is_trusted(run, tmp_path, monkeypatch)
 def test_weights_of_another_type_are_said(run, tmp_path):
     file = tmp_path / "a.safetensors"
     export_run(run, file)
-    with safe_open(file, "pt") as opened:
-        metadata = opened.metadata()
+    metadata = metadata_of(file)
+    del metadata[CHECKSUM_KEY]
     notes: list[str] = []
     load_run(file, on_note=notes.append)
     assert notes == []
@@ -213,3 +215,23 @@ def test_a_tokenizer_other_than_that_of_the_training_is_refused(config_of, text,
     seal(folder)
     (run / "tokenizer.json").write_bytes(other)
     assert load_run(run).tokenizer.vocabulary == other
+
+
+def test_one_flipped_bit_in_an_export_is_refused(run, tmp_path):
+    export_run(run, file := tmp_path / "a.safetensors")
+    whole = file.read_bytes()
+    begin = 8 + int.from_bytes(whole[:8], "little")
+    drawn = random.Random(0)
+    for place in drawn.sample(range(begin, len(whole)), 20):
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << drawn.randrange(8)]) + whole[place + 1 :])
+        assert refused(lambda: load_run(file)).startswith(f"{file} is damaged: its checksum does not match")
+    file.write_bytes(whole.replace(b'"seqmix.step":"6"', b'"seqmix.step":"7"'))  # and in the metadata
+    assert "its checksum does not match" in refused(lambda: load_run(file))
+
+
+def test_an_export_without_a_checksum_is_read(run, tmp_path):
+    export_run(run, file := tmp_path / "a.safetensors")
+    metadata = metadata_of(file)
+    del metadata[CHECKSUM_KEY]
+    save_file(tensors := load_file(file), file, metadata)
+    assert same(weights(load_run(file)), tensors)

@@ -30,7 +30,7 @@ from ...registry.moved import former_parameters
 from ...registry.providers import named_paths
 from ...registry.sources import read
 from ..config import RunConfig
-from ..tensor_files import fill, read_tensors, write_tensors
+from ..tensor_files import fill, read_tensors, seal, verify_seal, write_tensors
 from . import files as checkpoint
 from . import train_state
 from .code import CODE, code_of, decode_code, encode_code, prepare_code, read_code, write_code
@@ -261,7 +261,8 @@ def export_run(
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"{out} cannot be written: {error}") from error
-    write_tensors(out, train_state.parameters_of(model), metadata)
+    tensors = train_state.parameters_of(model)
+    write_tensors(out, tensors, seal(tensors, metadata))
     return step
 
 
@@ -386,6 +387,7 @@ def _read_file(
     """Read an exported file: the model's configuration, the tensors, the tokenizer (None for bytes), and the format of
     quantised weights (None for floats)."""
     tensors, metadata = read_tensors([file])
+    verify_seal(file, tensors, metadata)
     weights = metadata.get(EXPORTED_WEIGHTS)
     if weights is not None and weights not in WEIGHTS:
         raise CheckpointError(
