@@ -186,12 +186,12 @@ def _read_source(folder: Path, source: SourceModel) -> tuple[ModelConfig, Mappin
         return config, tensors
     config = validated(ModelConfig, source.model, str(folder / HF_CONFIG))
     files = sorted(folder.glob("*.safetensors"))
-    tensors: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}
     for file in files:
-        loaded, metadata = read_tensors([file])
-        verify_seal(file, loaded, metadata)
-        tensors |= {name.removeprefix("model."): tensor for name, tensor in loaded.items()}
-    return config, tensors
+        tensors, metadata = read_tensors([file])
+        verify_seal(file, tensors, metadata)
+        weights |= {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    return config, weights
 
 
 def _tensor_differences(loaded: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> Iterator[str]:

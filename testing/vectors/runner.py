@@ -24,6 +24,7 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import NoReturn
 
 import numpy as np
 from safetensors import SafetensorError
@@ -87,11 +88,12 @@ def find_fault(value, expected, place):
     elif "*" in expected:
         parts = [(name, part, expected["*"]) for name, part in value.items()]
     else:
-        parts = [(name, value.get(name), part) for name, part in expected.items()]
-    return next((fault for name, *part in parts if (fault := find_fault(*part, f"{place}.{name}"))), "")
+        parts = [(name, value.get(name), each) for name, each in expected.items()]
+    faults = (find_fault(part, each, f"{place}.{name}") for name, part, each in parts)
+    return next(filter(None, faults), "")
 
 
-def stop(sentence):
+def stop(sentence) -> NoReturn:
     """End the program with a sentence on standard error."""
     sys.exit(printable(sentence))
 
@@ -326,7 +328,7 @@ def main():
     )
     parser.add_argument("--json", type=Path, help="also write all results to this file")
     options = parser.parse_args()
-    sys.stdout.reconfigure(errors="backslashreplace")
+    sys.stdout.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
     known = load_index(options.vectors)["families"]
     implementation = load_implementation(options.implementation, known)
     families = [name for words in options.families or () for name in words.split(",") if name]
