@@ -78,7 +78,7 @@ def export_onnx(
     model = load_run(run, choice=choice, ema=ema, trust=trust, on_note=on_note)
     require_exportable(model)
     from .graph import build_graph  # after the packages are known to be there
-    from .metadata import add_metadata
+    from .metadata import add_metadata, seal
     from .session import OnnxModel, require_equal
 
     layout = layout_of(model)
@@ -100,7 +100,7 @@ def export_onnx(
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with replacing(out) as partial:
-            partial.write_bytes(graph.SerializeToString())
+            partial.write_bytes(seal(graph.SerializeToString()))
     except OSError as error:
         raise DataError(f"{out} cannot be written: {error.strerror or error}") from error
     return OnnxExport(losses, tokens)

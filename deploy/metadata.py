@@ -15,11 +15,16 @@
 In shapes, "batch" is the number of rows, and "past" the number of tokens read so far, 0 at the start. An initial value
 is a number for all elements, or nested lists with those of one row. Minus infinity is the string "-Infinity", because
 JSON has no number for it. The output of a state is its name after `new_`.
+
+A file ends with a second entry of metadata, the SHA-256 of all bytes before it.
 """
 
+import hashlib
 import json
 import math
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from .. import __version__
 from ..models import LanguageModel
@@ -30,6 +35,45 @@ METADATA_KEY = "seqmix"
 """Key of the metadata in an exported file."""
 FORMAT = 1
 """Version of the metadata."""
+CHECKSUM_KEY = b"seqmix.sha256"
+_ENTRY = b"\x0a" + bytes([len(CHECKSUM_KEY)]) + CHECKSUM_KEY + b"\x12\x40"
+_CHECKSUM = b"\x72" + bytes([len(_ENTRY) + 64]) + _ENTRY
+"""Beginning of a metadata entry in protobuf: `metadata_props`, its key, and a value of the 64 digits that follow.
+
+Protobuf joins messages by concatenation, so an entry can be appended to a file, and read without the package onnx.
+"""
+
+
+class _Part(BaseModel):
+    """Part of the metadata: the fields that `OnnxModel` reads; others may have any value."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class StateEntry(_Part):
+    """Tensor of the state."""
+
+    name: str
+    dtype: Literal["float64", "float32", "float16", "int64", "int32", "bool"]
+    shape: list[Annotated[int, Field(ge=0)] | Literal["batch", "past"]]
+    initial: float | str | list[Any]
+
+
+class ViewEntry(_Part):
+    """Output that shows the model at work."""
+
+    name: str
+
+
+class Metadata(_Part):
+    """Schema of the metadata in a file, which may be from somebody else."""
+
+    format: int
+    tokenizer: Literal["bytes"] | dict[str, Any] | None
+    vocabulary: int
+    begin_token: int | None
+    states: list[StateEntry]
+    views: list[ViewEntry]
 
 
 def add_metadata(
@@ -47,6 +91,19 @@ def add_metadata(
     entry = graph.metadata_props.add()
     entry.key = METADATA_KEY
     entry.value = json.dumps(_describe(graph, model, layout, name, weights))
+
+
+def seal(content: bytes) -> bytes:
+    """Return the content of a file with its checksum at the end."""
+    return content + _CHECKSUM + hashlib.sha256(content).hexdigest().encode()
+
+
+def is_intact(content: bytes) -> bool:
+    """Return False if the content of a file differs from the checksum at its end; files of older versions have none."""
+    content, checksum = content[:-64], content[-64:]
+    if not content.endswith(_CHECKSUM):
+        return True
+    return hashlib.sha256(content.removesuffix(_CHECKSUM)).hexdigest().encode() == checksum
 
 
 def _describe(graph: Any, model: LanguageModel, layout: StateLayout, name: str, weights: str | None) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from ..registry.moved import former_parameters
 from ..training import Choice, load_run, read_config
 from ..training.checkpoint.files import CheckpointError
 from ..training.checkpoint.saved_run import load_checkpoint
+from ..training.tensor_files import read_tensors, seal, write_tensors
 from .card import card_of, training_of
 from .modeling import SeqmixForCausalLM
 from .remote_code import AUTO_MAP, code_of
@@ -65,6 +66,9 @@ def export_hf(
         with replacing_folder(out) as partial:
             for part in files:
                 part.save_pretrained(partial)
+            for file in partial.glob("*.safetensors"):
+                tensors, metadata = read_tensors([file])
+                write_tensors(file, tensors, seal(tensors, metadata))
             write_files({partial / name: text for name, text in texts.items()})
     except SafetensorError as error:
         raise CheckpointError(f"{out} cannot be written: {error}") from error

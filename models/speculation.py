@@ -27,6 +27,7 @@ from .compiling import compiled_for, rows_as_sums
 from .drafts import Draft, ModelDraft, NgramDraft
 from .language_model import LanguageModel, ModelState
 from .sampling import Sampler
+from .subword import have_same_tokens
 
 BLOCK = 8
 """Default number of tokens in a segment. Matrix products read their weights once for up to eight rows at about the
@@ -66,7 +67,7 @@ class Speculation:
         """Return the guesser for texts of `model`.
 
         Raises:
-            SeqmixError: the smaller model has another vocabulary.
+            SeqmixError: the smaller model has another vocabulary or tokenizer.
         """
         if isinstance(self.draft, Draft):
             return self.draft
@@ -76,6 +77,12 @@ class Speculation:
             raise SeqmixError(
                 f"the draft model needs the vocabulary of the model, {model.config.vocab_size} tokens, got "
                 f"{self.draft.config.vocab_size}"
+            )
+        ours, theirs = model.tokenizer, self.draft.tokenizer
+        if ours is not None and theirs is not None and not have_same_tokens(ours, theirs):
+            raise SeqmixError(
+                "the draft model needs the tokenizer of the model, got another one with as many tokens: train it with "
+                "the model's tokenizer (data.tokenizer), or draft by ngram"
             )
         return ModelDraft(self.draft.to(model.device))
 

@@ -1,6 +1,7 @@
 """Subword tokenizers of the Hugging Face library `tokenizers`: load one by name, or train one."""
 
 import hashlib
+import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -165,6 +166,23 @@ def train_bpe(
     if write:
         write_file(vocabulary, file)
     return SubwordTokenizer(vocabulary, file)
+
+
+def have_same_tokens(one: Tokenizer, other: Tokenizer) -> bool:
+    """Return True if two tokenizers map text to the same tokens; their files may differ."""
+    return one.identity == other.identity or _comparable_parts(one) == _comparable_parts(other)
+
+
+def _comparable_parts(tokenizer: Tokenizer) -> Any:
+    """Return the parts of a tokenizer that define its tokens; equal for equivalent tokenizers in different files."""
+    if tokenizer.vocabulary is None:
+        return tokenizer.identity
+    parts = json.loads(_library().Tokenizer.from_buffer(tokenizer.vocabulary).to_str())
+    words = parts["model"].get("vocab")
+    if isinstance(words, dict):
+        parts["model"]["vocab"] = {word: number for word, number in words.items() if number != tokenizer.begin}
+    added = [token for token in parts["added_tokens"] if token["id"] != tokenizer.begin]
+    return tokenizer.begin, added, *(parts[name] for name in ("model", "normalizer", "pre_tokenizer"))
 
 
 def _exported(file: Path) -> bytes:

@@ -1,6 +1,7 @@
 """Source code of plug-ins that runs and exported files carry: collected from modules, and imported from its text.
 
-A carried file is named by its path below the folder that Python searches: `average.py`, `package/__init__.py`.
+A carried file is named by its path below the folder that Python searches: `average.py`, `package/__init__.py`. From the
+disk nothing in a run directory is imported, wherever Python searches.
 """
 
 import ast
@@ -69,12 +70,17 @@ def carry(sources: Sources, modules: Iterable[str], origin: str) -> None:
         modules: top-level modules that are not imported yet.
         origin: the name of their folder in tracebacks.
     """
-    if _LOADER not in sys.meta_path:
-        sys.meta_path.insert(0, _LOADER)
+    _install()
     for name, text in sources.items():
         if top_of(name) in modules:
             _LOADER.sources[name] = text
             _LOADER.files[name] = f"{origin}/{name}"
+
+
+def forbid(run: Path) -> None:
+    """Refuse to import the files of a run directory, even if it is the working directory; `carry` is not affected."""
+    _install()
+    _LOADER.forbidden.add(run.resolve())
 
 
 def sha256(text: bytes) -> str:
@@ -88,18 +94,21 @@ def top_of(name: str) -> str:
 
 
 class _CarriedLoader(MetaPathFinder, SourceLoader):
-    """Finder and loader of the modules that `carry` has announced."""
+    """Finder and loader of the modules that `carry` has announced; it refuses those in the folders of `forbid`."""
 
     def __init__(self) -> None:
         self.sources: dict[str, bytes] = {}
         self.files: dict[str, str] = {}
         """Name of each source in tracebacks."""
+        self.forbidden: set[Path] = set()
+        """Run directories."""
 
     def find_spec(self, fullname: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:  # noqa: ARG002
-        """Return the spec of an announced module; None for others."""
+        """Return the spec of an announced module, or of a forbidden one, which fails to load; None for others."""
         name = self._name(fullname)
         if name is None:
-            return None
+            found = PathFinder.find_spec(fullname, path)
+            return ModuleSpec(fullname, self) if found is not None and self.is_forbidden(found.origin) else None
         file = self.files[name]
         places = [file.rpartition("/")[0]] if name.endswith("/__init__.py") else None
         return importlib.util.spec_from_file_location(fullname, file, loader=self, submodule_search_locations=places)
@@ -108,7 +117,7 @@ class _CarriedLoader(MetaPathFinder, SourceLoader):
         """Return the name of a module's file in tracebacks."""
         name = self._name(fullname)
         if name is None:
-            raise ImportError(f"there is no source of {fullname}")
+            raise ImportError(f"{fullname} is a file of a run, which imports only its copies of plug-ins, with --trust")
         return self.files[name]
 
     def get_data(self, path: str | bytes) -> bytes:
@@ -118,12 +127,22 @@ class _CarriedLoader(MetaPathFinder, SourceLoader):
                 return self.sources[name]
         raise OSError(f"there is no source {path!r}")
 
+    def is_forbidden(self, file: str | None) -> bool:
+        """Return True if a file, or what it links to, is in a forbidden folder."""
+        folders = (Path(file).parent.resolve(), Path(file).resolve().parent) if file else ()
+        return any(folder.is_relative_to(run) for folder in folders for run in self.forbidden)
+
     def _name(self, fullname: str) -> str | None:
         place = fullname.replace(".", "/")
         return next((name for name in (f"{place}/__init__.py", f"{place}.py") if name in self.sources), None)
 
 
 _LOADER = _CarriedLoader()
+
+
+def _install() -> None:
+    if _LOADER not in sys.meta_path:
+        sys.meta_path.insert(0, _LOADER)
 
 
 def _add(found: dict[str, bytes], modules: Iterable[str], read: Callable[[str], Mapping[str, bytes]]) -> None:
@@ -188,6 +207,6 @@ def _file_of(top: str) -> Path | None:
             spec = PathFinder.find_spec(top) or PathFinder.find_spec(top, [""])
         except (ImportError, ValueError):
             spec = None
-        file = spec.origin if spec is not None else None
+        file = spec.origin if spec is not None and not _LOADER.is_forbidden(spec.origin) else None
     path = Path(file).absolute() if file else None
     return path if path is not None and path.suffix == ".py" and path.is_file() else None

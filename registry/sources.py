@@ -92,8 +92,9 @@ def _document(path: Path, named_at: str, named_by_file: bool) -> Node:
         raise ConfigError(f"{named_at}{name} cannot be read: {error.strerror}") from error
     document = parse(text, name) or Node({}, Origin(name, 1))
     if document.entries is None:
-        value = shown(document.plain())
-        raise ConfigError(f"{document.origin}: expected a mapping of keys to values, got {value}")
+        # its contents are not quoted: a stranger's file may extend any file, or link to it
+        kind = {str: "text", tuple: "a list"}.get(type(document.value), "a single value")
+        raise ConfigError(f"{document.origin}: expected a mapping of keys to values, got {kind}")
     return document
 
 

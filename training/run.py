@@ -268,7 +268,8 @@ class Course:
         reshard(trainer.model)
         parts = train_state.local_parts(trainer.model, trainer.optimizer, trainer.state, trainer.ema, groups)
         with groups.raise_together():
-            self.writer.write(manifest, parts, train_state.metadata_of(self.config.model, step))
+            vocabulary = None if source.tokenizer is None else source.tokenizer.vocabulary
+            self.writer.write(manifest, parts, train_state.metadata_of(self.config.model, step, vocabulary))
         with groups.raise_together():
             if wait:
                 self.writer.wait()

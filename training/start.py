@@ -6,7 +6,6 @@ The source is a run directory (`seqmix convert` writes one too), a file of `seqm
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ from torch import Tensor
 from ..configs import PRESETS
 from ..mixers.contract import IMPLEMENTATION_FIELDS
 from ..models import TOKENIZER_FILE, ByteTokenizer, LanguageModel, ModelConfig, Tokenizer, load_tokenizer
-from ..models.subword import EXPORTED_TOKENIZER
+from ..models.subword import EXPORTED_TOKENIZER, have_same_tokens
 from ..registry import load, nearest_hint, read_bytes, require_trusted, validated
 from ..registry.tree import Node, Origin
 from .checkpoint.errors import RunFileError, TrainingError
@@ -26,7 +25,7 @@ from .checkpoint.saved_run import EXPORTED_CONFIG, read_config, read_weights
 from .checkpoint.train_state import parameters_of
 from .config import RunConfig
 from .distributed.sharding import assign
-from .tensor_files import read_tensors
+from .tensor_files import read_tensors, verify_seal
 
 HF_CONFIG = "config.json"
 HF_TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -187,8 +186,12 @@ def _read_source(folder: Path, source: SourceModel) -> tuple[ModelConfig, Mappin
         return config, tensors
     config = validated(ModelConfig, source.model, str(folder / HF_CONFIG))
     files = sorted(folder.glob("*.safetensors"))
-    tensors = {name.removeprefix("model."): x for file in files for name, x in read_tensors([file])[0].items()}
-    return config, tensors
+    weights: dict[str, Tensor] = {}
+    for file in files:
+        tensors, metadata = read_tensors([file])
+        verify_seal(file, tensors, metadata)
+        weights |= {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    return config, weights
 
 
 def _tensor_differences(loaded: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> Iterator[str]:
@@ -239,21 +242,9 @@ def _require_same_tokenizer(folder: Path, source: SourceModel, tokenizer: Tokeni
     if source.tokenizer is None or tokenizer is None:
         return
     theirs = load_tokenizer(source.tokenizer, source.begin)
-    if tokenizer.identity == theirs.identity or _comparable_parts(tokenizer) == _comparable_parts(theirs):
+    if have_same_tokens(tokenizer, theirs):
         return
     raise TrainingError(
         f"training.start_from = {folder} was trained with another tokenizer than data.tokenizer: leave out "
         "data.tokenizer and data.begin_token to use the one that it was trained with"
     )
-
-
-def _comparable_parts(tokenizer: Tokenizer) -> Any:
-    """Return the parts of a tokenizer that define its tokens; equal for equivalent tokenizers in different files."""
-    if tokenizer.vocabulary is None:
-        return tokenizer.identity
-    parts = json.loads(import_module("tokenizers").Tokenizer.from_buffer(tokenizer.vocabulary).to_str())
-    words = parts["model"].get("vocab")
-    if isinstance(words, dict):
-        parts["model"]["vocab"] = {word: number for word, number in words.items() if number != tokenizer.begin}
-    added = [token for token in parts["added_tokens"] if token["id"] != tokenizer.begin]
-    return tokenizer.begin, added, *(parts[name] for name in ("model", "normalizer", "pre_tokenizer"))

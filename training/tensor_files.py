@@ -4,6 +4,7 @@ The metadata of a file of chunks has the offset of each chunk in its tensor, und
 checkpoint reads (`HuggingFaceStorageReader`). Nothing here communicates, and nothing is pickled.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from math import prod
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from ..registry import DataError, replacing
 
+CHECKSUM_KEY = "seqmix.sha256"
+"""Key of the checksum in a file's metadata."""
 OFFSETS_METADATA = "DCP_SHARDING_INFO"
 OFFSETS_KEY = "saved_offsets"
 
@@ -71,6 +74,39 @@ def write_chunks(file: Path, chunks: Mapping[str, Chunk], metadata: Mapping[str,
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file of whole tensors, like `write_chunks`."""
     write_chunks(file, {name: Chunk.whole(tensor) for name, tensor in tensors.items()}, metadata)
+
+
+def seal(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
+    """Return the metadata of a file of these tensors with a checksum of both, for `verify_seal`."""
+    return {**metadata, CHECKSUM_KEY: checksum(tensors, _text_of(metadata))}
+
+
+def verify_seal(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Check a file against the checksum in its metadata; files of older versions have none.
+
+    Raises:
+        CheckpointError: the tensors or the metadata have changed.
+    """
+    if CHECKSUM_KEY in metadata and metadata[CHECKSUM_KEY] != checksum(tensors, _text_of(metadata)):
+        raise CheckpointError(
+            f"{file} is damaged: its checksum does not match; export the run again, or delete {CHECKSUM_KEY} from its "
+            "metadata if you have changed it yourself"
+        )
+
+
+def _text_of(metadata: Mapping[str, str]) -> str:
+    """Return metadata without the checksum as text, independent of the order."""
+    return json.dumps({key: metadata[key] for key in sorted(metadata) if key != CHECKSUM_KEY})
+
+
+def checksum(tensors: Mapping[str, Tensor], text: str = "") -> str:
+    """Return a SHA-256 of a text and of the tensors' names, dtypes, shapes and values."""
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def read_chunks(files: Sequence[Path]) -> tuple[dict[str, list[Chunk]], dict[str, str]]:

@@ -8,8 +8,8 @@ FILE.py (or FILE.py:NAME, an object in it) has one function for each family that
 `inputs` are arrays by name, `attributes` numbers and words, as index.json describes them; an optional input that is
 absent is not in `inputs`. `cotangents` are the gradients of the results, from which the gradients of the inputs follow;
 empty if none are wanted. A function leaves out of its result what it cannot compute; for a call that it does not offer
-at all, it raises NotImplementedError with the reason. Anything else that it raises is a failure, and so is a result
-that is no dict or has a name that the family does not have.
+at all, it raises NotImplementedError with the reason. Anything else that it raises is a failure, sys.exit() too, and so
+is a result that is no dict or has a name that the family does not have.
 
 Needs numpy and safetensors. You may copy this file and change it.
 """
@@ -17,12 +17,14 @@ Needs numpy and safetensors. You may copy this file and change it.
 import argparse
 import importlib.util
 import json
+import re
 import sys
 import traceback
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import NoReturn
 
 import numpy as np
 from safetensors import SafetensorError
@@ -35,18 +37,86 @@ PARTS = ("state out", "gradients", "gradients through states")
 REASONS = 5
 """Number of reasons for what is not offered that are printed."""
 HERE = Path(__file__).resolve().parent
+ERRORS = (Exception, SystemExit)
+"""Whatever an implementation may raise; KeyboardInterrupt is the user's own."""
+
+
+def is_text(value):
+    """Return True for a text."""
+    return isinstance(value, str)
+
+
+def is_file_name(value):
+    """Return True for the name of a family's file."""
+    return isinstance(value, str) and re.fullmatch(r"[a-z_]+\.safetensors", value) is not None
+
+
+def is_positive(value):
+    """Return True for a positive number that float64 has."""
+    return type(value) in (int, float) and 0 < value < 1e300
+
+
+def is_attribute(value):
+    """Return True for a number or a word."""
+    return isinstance(value, (int, float, str))
+
+
+INDEX = {
+    "tolerances": {"float64": is_positive, "float32": is_positive},
+    "families": {"*": {"tensors": {"*": is_text}, "file": is_file_name}},
+    "cases": [
+        {
+            **dict.fromkeys(("id", "family", "property", "reason"), is_text),
+            "attributes": {"*": is_attribute},
+            "inputs": [is_text],
+            "cotangents": [is_text],
+            "expected": {"*": {"scale": is_positive}},
+        }
+    ],
+}
+"""The parts of index.json that are read: a list is of any length, and "*" stands for any names."""
+
+
+def find_fault(value, expected, place):
+    """Return the place of the first part of a value that is not as expected, or an empty text."""
+    if callable(expected):
+        return "" if expected(value) else place
+    if type(value) is not type(expected):
+        return place
+    if isinstance(expected, list):
+        parts = [(number, part, expected[0]) for number, part in enumerate(value)]
+    elif "*" in expected:
+        parts = [(name, part, expected["*"]) for name, part in value.items()]
+    else:
+        parts = [(name, value.get(name), each) for name, each in expected.items()]
+    faults = (find_fault(part, each, f"{place}.{name}") for name, part, each in parts)
+    return next(filter(None, faults), "")
+
+
+def stop(sentence) -> NoReturn:
+    """End the program with a sentence on standard error."""
+    sys.exit(printable(sentence))
+
+
+def printable(text):
+    """Return a text in one line, with control characters escaped."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 def load_index(folder):
     """Return the index of a folder of vectors."""
     path = folder / "index.json"
+    if not path.is_file():  # a pipe would never end
+        stop(f"expected a folder with index.json, got {folder}: use --vectors")
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
         version = index["format"]
-    except (OSError, ValueError, KeyError, TypeError):
-        sys.exit(f"{path} is damaged: write the vectors again")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        stop(f"{path} is damaged: write the vectors again")
     if version != FORMAT:
-        sys.exit(f"this runner reads format {FORMAT}, got format {version}: use the runner beside the vectors")
+        stop(f"this runner reads format {FORMAT}, got format {version!r:.40}: use the runner beside the vectors")
+    if fault := find_fault(index, INDEX, "index"):
+        stop(f"{path} is damaged at {fault:.80}: write the vectors again")
     return index
 
 
@@ -54,10 +124,12 @@ def load_vectors(folder, families=None):
     """Yield the cases of a folder of vectors: the case's entry in the index, and its arrays by group and name."""
     index = load_index(folder)
     if unknown := set(families or ()) - set(index["families"]):
-        sys.exit(f"expected families among {', '.join(index['families'])}, got {', '.join(sorted(unknown))}")
+        stop(f"expected families among {', '.join(index['families'])}, got {', '.join(sorted(unknown))}")
     for name in families or index["families"]:
         path = folder / index["families"][name]["file"]
         try:
+            if not path.is_file():
+                raise FileNotFoundError
             tensors = load_file(path)
             cases = [
                 (
@@ -70,8 +142,8 @@ def load_vectors(folder, families=None):
                 for case in index["cases"]
                 if case["family"] == name
             ]
-        except (OSError, SafetensorError, KeyError):
-            sys.exit(f"{path} is missing or damaged: write the vectors again")
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError):  # the last three: a dtype numpy lacks
+            stop(f"{path} is missing or damaged: write the vectors again")
         yield from cases
 
 
@@ -89,7 +161,7 @@ def compare(actual, expected, scale, tolerance):
     """Return why a result is wrong; an empty text if it is right."""
     try:
         actual = np.asarray(actual, dtype=np.float64)
-    except Exception as error:  # whatever stands in the place of an array
+    except ERRORS as error:  # whatever stands in the place of an array
         return f"expected an array, got {type(actual).__name__} ({describe(error)})"
     if actual.shape != expected.shape:
         return f"expected shape {list(expected.shape)}, got {list(actual.shape)}"
@@ -139,7 +211,7 @@ def check_case(function, case, arrays, dtype, tolerance, tensors=()):
     except NotImplementedError as reason:
         yield case["property"], NOT_OFFERED, str(reason) or "NotImplementedError without a reason"
         return
-    except Exception as error:  # whatever an implementation raises is a failure of the case
+    except ERRORS as error:  # a failure of the case
         yield case["property"], FAILED, describe(error)
         return
     if reason := check_names(results, case, tensors):
@@ -162,9 +234,12 @@ def check_case(function, case, arrays, dtype, tolerance, tensors=()):
 
 
 def run(implementation, folder=HERE, dtype="float32", families=None):
-    """Test an implementation, an object with a function per family; return a list of one dict per result."""
+    """Test an implementation, an object with a function per family; return a list of one dict per result.
+
+    Its texts are in one line each, safe to print.
+    """
     index = load_index(folder)
-    return [
+    results = [
         {"id": case["id"], "family": case["family"], "property": which, "status": status, "detail": detail}
         | {"reason": case["reason"]}
         for case, arrays in load_vectors(folder, families)
@@ -177,6 +252,7 @@ def run(implementation, folder=HERE, dtype="float32", families=None):
             index["families"][case["family"]]["tensors"],
         )
     ]
+    return [{field: printable(text) for field, text in result.items()} for result in results]
 
 
 def families_of(implementation, families):
@@ -197,27 +273,27 @@ def load_implementation(name, families=()):
     """Return the module of a file, or an object in it, which has some of the families: FILE.py or FILE.py:NAME."""
     path, _, attribute = name.partition(":")
     if not Path(path).is_file():
-        sys.exit(f"expected the implementation's file, FILE.py or FILE.py:NAME, got {name}")
+        stop(f"expected the implementation's file, FILE.py or FILE.py:NAME, got {name}")
     sys.path.insert(0, str(Path(path).resolve().parent))
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     if spec is None or spec.loader is None:
-        sys.exit(f"expected a file of Python, got {path}")
+        stop(f"expected a file of Python, got {path}")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
     try:
         spec.loader.exec_module(module)
     except ModuleNotFoundError as error:
-        sys.exit(f"{path} needs the package {error.name}")
-    except Exception as error:  # whatever the file raises
+        stop(f"{path} needs the package {error.name}")
+    except ERRORS as error:
         lines = [f" (line {x.lineno})" for x in traceback.extract_tb(error.__traceback__) if x.filename == spec.origin]
-        sys.exit(f"{path} cannot be imported: {describe(error)}{''.join(lines[-1:])}")
+        stop(f"{path} cannot be imported: {describe(error)}{''.join(lines[-1:])}")
     choices = ", ".join(objects_of(module, families))
     remedy = f"; use {path}:NAME with one of {choices}" if choices else ""
     if attribute and not hasattr(module, attribute):
-        sys.exit(f"{path} has no object {attribute}{remedy}")
+        stop(f"{path} has no object {attribute}{remedy}")
     implementation = getattr(module, attribute) if attribute else module
     if families and not families_of(implementation, families):
-        sys.exit(f"{name} has a function for none of the families {', '.join(families)}{remedy}")
+        stop(f"{name} has a function for none of the families {', '.join(families)}{remedy}")
     return implementation
 
 
@@ -252,18 +328,20 @@ def main():
     )
     parser.add_argument("--json", type=Path, help="also write all results to this file")
     options = parser.parse_args()
-    if not (options.vectors / "index.json").is_file():
-        sys.exit(f"expected a folder with index.json, got {options.vectors}: use --vectors")
+    sys.stdout.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
     known = load_index(options.vectors)["families"]
     implementation = load_implementation(options.implementation, known)
     families = [name for words in options.families or () for name in words.split(",") if name]
     if options.families and not families:
-        sys.exit(f"expected families among {', '.join(known)}, got {' '.join(options.families)}")
+        stop(f"expected families among {', '.join(known)}, got {' '.join(options.families)}")
     families = list(dict.fromkeys(families)) or families_of(implementation, known)
     results = run(implementation, options.vectors, options.dtype, families)
     print_results(results)
     if options.json:
-        options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        try:
+            options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            stop(f"{options.json} cannot be written: {error.strerror}")
     statuses = Counter(result["status"] for result in results)
     if not statuses[FAILED] and not statuses[PASSED]:
         sys.exit("nothing passed: no result was offered")

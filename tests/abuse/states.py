@@ -20,7 +20,7 @@ from seqmix import build_model, generate_text, load_config, train
 from seqmix.models import ByteTokenizer, LanguageModel, cache_text
 from seqmix.training import load_prompt_cache, read_config, save_prompt_cache
 from seqmix.training.checkpoint.files import checkpoints
-from seqmix.training.checkpoint.saved_prompt_cache import CHECKSUM_KEY, _digest
+from seqmix.training.tensor_files import CHECKSUM_KEY, checksum
 
 PRESETS = (
     "retnet-tiny",
@@ -162,7 +162,7 @@ def _use(good: Path, file: Path, name: str, change: Callable, model: LanguageMod
     changed = change(tensors.pop(name))
     if changed is not None:
         tensors[name] = changed.contiguous()
-    save_file(tensors, file, metadata | {CHECKSUM_KEY: _digest(tensors)})
+    save_file(tensors, file, metadata | {CHECKSUM_KEY: checksum(tensors)})
     try:
         cache = load_prompt_cache(file, model)
         generate_text(model, [], max_new_tokens=2, after=cache)

@@ -33,6 +33,7 @@ from seqmix.experiments.study import load_study
 from seqmix.training import export_run, load_prompt_cache
 from seqmix.training.checkpoint.files import checkpoints
 from seqmix.training.checkpoint.saved_run import EXPORTED_CONFIG, read_weights
+from seqmix.training.tensor_files import CHECKSUM_KEY
 
 PATHS = ("stranger:Config", "étranger:Config", "stranger.part:Config", "antigravity:x", "os:system", "os:system.x")
 PATHS += ("stranger:", ":stranger", " stranger:Config", "stranger:Config:Config", "stranger", "../stranger:Config")
@@ -62,6 +63,7 @@ def trust(folder: Path, drawn: random.Random) -> Iterator[Case]:
     export_run(base / "run", good := base / "good.safetensors")
     with safe_open(good, "pt") as opened:
         tensors, metadata = load_file(good), opened.metadata()
+    del metadata[CHECKSUM_KEY]
     for number, (kind, path) in enumerate(product(("retention", "mlp", "layernorm", "text"), PATHS)):
         (other := base / f"{number}").mkdir()
         named = metadata[EXPORTED_CONFIG].replace(f'"kind":"{kind}"', f'"kind":{json.dumps(path)}')

@@ -1,13 +1,18 @@
 """`seqmix export --to onnx` and `seqmix generate FILE.onnx`: the same text as the run, and what is refused."""
 
+import hashlib
 import json
+import random
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from deployed import NEEDED, check_segments, exported, model_of
+from abuse.tally import Case, fault_of
+from deployed import NEEDED, check_segments, exported, graph_of, model_of
+from mutations import mutated_json
 from nightly import NIGHTLY
 from runs import refusal
 
@@ -18,10 +23,13 @@ if not all(map(find_spec, NEEDED)):
 
 import onnx
 from onnx import TensorProto, helper
+from onnx.external_data_helper import set_external_data
 
 import seqmix.deploy.export
 from seqmix.deploy import export_onnx
 from seqmix.deploy.export import require_exportable
+from seqmix.deploy.generate import stream_text
+from seqmix.deploy.metadata import seal
 from seqmix.deploy.session import OnnxModel, require_equal
 from seqmix.models import SubwordTokenizer, train_bpe
 
@@ -132,3 +140,63 @@ def test_a_graph_that_computes_something_else_is_refused():
     with torch.no_grad():
         model.head.weight[3] += 0.1
     assert "computes other logits" in refusal(lambda: require_equal(graph, model))
+
+
+@pytest.fixture(scope="module")
+def content():
+    """An exported file with a subword tokenizer."""
+    model = model_of("attention", vocab_size=300)
+    model.tokenizer = train_bpe([("a", b"the cat sat on the mat" * 20)], 270, Path("unwritten"), write=False)
+    return graph_of(model).SerializeToString()
+
+
+def generate(file):
+    return list(stream_text(OnnxModel.load(file), ["the cat"], max_new_tokens=3))
+
+
+def test_one_flipped_bit_in_a_file_is_refused(content, tmp_path):
+    file = tmp_path / "a.onnx"
+    whole = seal(content)
+    file.write_bytes(whole)
+    assert generate(file)
+    drawn = random.Random(0)
+    for place in drawn.sample(range(len(content)), 20):
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << drawn.randrange(8)]) + whole[place + 1 :])
+        assert "is damaged: its checksum does not match" in refusal(lambda: OnnxModel.load(file))
+
+
+def test_a_file_without_a_checksum_is_read(content, tmp_path):
+    (tmp_path / "a.onnx").write_bytes(content)
+    sealed = tmp_path / "b.onnx"
+    sealed.write_bytes(seal(content))
+    assert generate(tmp_path / "a.onnx") == generate(sealed)
+    properties = {entry.key: entry.value for entry in onnx.load(sealed).metadata_props}
+    assert properties["seqmix.sha256"] == hashlib.sha256(content).hexdigest()
+
+
+def test_any_metadata_is_used_or_refused_in_one_sentence(content, tmp_path):
+    graph = onnx.load_from_string(content)
+    (entry,) = graph.metadata_props
+    metadata = json.loads(entry.value) | {"config": {}, "tokenizer": "bytes", "begin_token": 256}
+
+    def use(changed: bytes) -> None:
+        entry.value = changed.decode(errors="replace")
+        (tmp_path / "a.onnx").write_bytes(graph.SerializeToString())
+        generate(tmp_path / "a.onnx")
+
+    cases = [Case(name, partial(use, changed), refused=False) for name, changed in mutated_json(metadata, 0, 120)]
+    assert [(case.name, fault) for case in cases if (fault := fault_of(case))] == []
+
+
+def test_a_graph_reads_no_other_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("secret.bin").write_bytes(bytes(16))
+    value = helper.make_tensor_value_info("x", TensorProto.FLOAT, [4])
+    result = helper.make_tensor_value_info("y", TensorProto.FLOAT, [4])
+    weight = helper.make_tensor("w", TensorProto.FLOAT, [4], bytes(16), raw=True)
+    node = helper.make_node("Concat", ["x", "w"], ["y"], axis=0)
+    model = helper.make_model(helper.make_graph([node], "g", [value], [result], [weight]), ir_version=10)
+    set_external_data(weight := model.graph.initializer[0], "secret.bin")
+    weight.ClearField("raw_data")
+    Path("x.onnx").write_bytes(model.SerializeToString())
+    assert "External data path" in refusal(lambda: OnnxModel.load(Path("x.onnx")))

@@ -1,5 +1,6 @@
 """Speculative decoding gives the text of plain decoding, whatever is drafted."""
 
+import json
 import math
 from collections import Counter
 from random import Random
@@ -10,7 +11,7 @@ from nightly import NIGHTLY
 from torch._dynamo.utils import counters
 
 from seqmix import Sampling, SeqmixError, build_model, generate_text, load_config
-from seqmix.models import Decoder, Draft, Speculation, generate_tokens, prefill
+from seqmix.models import Decoder, Draft, Speculation, SubwordTokenizer, generate_tokens, prefill, train_bpe
 from seqmix.models.sampling import Sampler
 from seqmix.training.presets import single_kind_presets
 
@@ -198,3 +199,16 @@ def test_bad_settings_are_refused(model_of):
     other = model_of("retention", vocab_size=300)
     with pytest.raises(SeqmixError, match="vocabulary of the model, 257 tokens, got 300"):
         generate_text(model_of("retention"), ["ab"], max_new_tokens=3, speculation=Speculation(other))
+
+
+def test_a_draft_model_with_other_tokens_is_refused(model_of, tmp_path):
+    model, draft = model_of("retention", vocab_size=270), model_of("retention", vocab_size=270)
+    model.tokenizer = train_bpe([("a", b"the cat sat on the mat" * 20)], 270, tmp_path / "a.json")
+    draft.tokenizer = train_bpe([("b", b"some other words, over and over" * 20)], 270, tmp_path / "b.json")
+    assert model.tokenizer.vocab_size == draft.tokenizer.vocab_size
+    with pytest.raises(SeqmixError, match=r"needs the tokenizer of the model.*data\.tokenizer"):
+        generate_text(model, ["the"], max_new_tokens=3, speculation=Speculation(draft))
+    written_differently = json.dumps(json.loads(model.tokenizer.vocabulary)).encode()
+    draft.tokenizer = SubwordTokenizer(written_differently, "the same tokens")
+    assert draft.tokenizer.identity != model.tokenizer.identity
+    generate_text(model, ["the"], max_new_tokens=3, speculation=Speculation(draft))

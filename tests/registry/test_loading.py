@@ -137,6 +137,15 @@ def test_a_source_that_cannot_be_read_is_named(presets, source, words):
     assert "\n" not in str(raised.value)
 
 
+def test_a_file_that_another_names_is_not_quoted_if_it_is_no_mapping(presets):
+    Path("secret").write_text("root:x:0:0\ndaemon:x:1:1\n")
+    for source in ("run.yaml", "secret"):
+        Path("run.yaml").write_text("extends: ./secret")
+        with pytest.raises(ConfigError) as raised:
+            load(Run, source, presets=presets)
+        assert str(raised.value) == "secret:1: expected a mapping of keys to values, got text"
+
+
 def test_a_file_outside_the_working_directory_is_named_by_its_whole_path(presets, monkeypatch):
     (presets / "tiny.yaml").write_text("{}")
     monkeypatch.chdir("/")
@@ -171,8 +180,9 @@ RET = "extends: tiny\nmodel:\n  blocks:\n    ret:"
     ("text", "overrides", "place", "words"),
     [
         ("", [], "run.yaml:1: ", ["'model'"]),
-        ("- a", [], "run.yaml:1: ", ['["a"]']),
-        ("null", [], "run.yaml:1: ", ["null"]),
+        ("- a", [], "run.yaml:1: ", ["a mapping", "got a list"]),
+        ("null", [], "run.yaml:1: ", ["a mapping", "got a single value"]),
+        ("a: - b", [], "run.yaml:1: column 4: ", ["not allowed here"]),
         *((f"name: a\nextends: {value}", [], "run.yaml:2: extends: ", words) for value, words in SOURCES),
         ("name: a\nextend: tiny", [], "run.yaml:2: ", ["'extend'", 'did you mean "extends"']),
         ("name: a\nextends: [tiny]", [], "run.yaml:2: extends: ", ['["tiny"]']),

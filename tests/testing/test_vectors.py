@@ -1,6 +1,7 @@
 """Conformance vectors: they are right, they find wrong implementations, and their runner needs nothing of seqmix."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from mutations import mutated_json
 
 from seqmix import cli
 from seqmix.testing.vectors import runner
@@ -166,6 +168,14 @@ def returning(text):
     return f"import numpy as np\n\n\ndef scan(inputs, attributes, cotangents):\n    return {text}\n"
 
 
+def test_an_implementation_that_exits_has_failed(folder):
+    ended = run_runner(folder, "import sys\n\n\ndef scan(*_):\n    sys.exit(0)\n")
+    assert ended.returncode == 1
+    assert "FAILED scan/" in ended.stdout
+    assert "SystemExit: 0" in ended.stdout
+    assert sentence(run_runner(folder, "raise SystemExit(0)")).endswith("cannot be imported: SystemExit: 0 (line 1)")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -232,6 +242,43 @@ def test_damaged_vectors_are_one_sentence(folder, tmp_path, name):
     message = sentence(run_runner(folder, IMPLEMENTATION, "--vectors", str(tmp_path)))
     assert message.startswith(str(tmp_path / name))
     assert message.endswith("damaged: write the vectors again")
+
+
+@pytest.mark.parametrize("name", ["index.json", "scan.safetensors"])
+def test_a_pipe_among_the_vectors_is_not_waited_for(folder, tmp_path, name):
+    for file in folder.iterdir():
+        if file.name == name:
+            os.mkfifo(tmp_path / name)
+        else:
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    assert str(tmp_path) in sentence(run_runner(folder, IMPLEMENTATION, "--vectors", str(tmp_path)))
+
+
+def test_a_report_that_cannot_be_written_is_one_sentence(folder):
+    message = sentence(run_runner(folder, IMPLEMENTATION, "--json", "nowhere/a.json"))
+    assert message == "nowhere/a.json cannot be written: No such file or directory"
+
+
+def test_any_index_gives_results_or_one_sentence(folder, tmp_path, monkeypatch, capsys):
+    """Seeded; one sentence at most, and nothing that controls a terminal."""
+    index = json.loads((folder / "index.json").read_text())
+    index["cases"] = index["cases"][:3]
+    (tmp_path / "scan.safetensors").write_bytes((folder / "scan.safetensors").read_bytes())
+    (tmp_path / "mine.py").write_text(IMPLEMENTATION.replace("assert", "assert True or"))
+    monkeypatch.setattr("sys.path", list(sys.path))
+    monkeypatch.setattr("sys.argv", ["runner.py", str(tmp_path / "mine.py"), "--vectors", str(tmp_path)])
+    refused = 0
+    for name, content in mutated_json(index, seed=0, cases=200):
+        (tmp_path / "index.json").write_bytes(content)
+        with pytest.raises(SystemExit) as ended:
+            runner.main()
+        printed = capsys.readouterr().out
+        assert printed.replace("\n", "").isprintable(), name
+        if isinstance(ended.value.code, str):
+            refused += 1
+            assert ended.value.code.isprintable(), name
+            assert len(ended.value.code) < 2000, name
+    assert refused > 100
 
 
 @pytest.mark.parametrize(

@@ -57,8 +57,8 @@ def elsewhere(seqmix, monkeypatch, tmp_path):
 
 
 def forget() -> None:
-    for name in ("average_here", "helper"):
-        sys.modules.pop(name, None)
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("average_here", "helper", "run")]:
+        del sys.modules[name]
 
 
 def generate(seqmix, run, *options):
@@ -135,3 +135,36 @@ def test_names_that_leave_the_folder_are_not_read(tmp_path):
     (tmp_path / "secret.py").write_text("")
     (tmp_path / CODE / "SHA256SUMS").write_text("0  ../secret.py\n0  /etc/passwd\n")
     assert read_code(tmp_path) == {}
+
+
+@pytest.mark.parametrize("way", ["inside", "link to the folder", "links to the files", "PYTHONPATH"])
+def test_the_copies_of_a_run_are_not_imported_from_the_disk(way, elsewhere, refused, tmp_path, monkeypatch):
+    run = elsewhere()
+    here = {"inside": run / CODE, "link to the folder": tmp_path / "link"}.get(way, tmp_path / "other")
+    (tmp_path / "link").symlink_to(run / CODE)
+    if way == "links to the files":
+        for name in ("average_here.py", "helper.py"):
+            Path(name).symlink_to(run / CODE / name)
+    if way == "PYTHONPATH":
+        monkeypatch.syspath_prepend(run / CODE)
+    monkeypatch.chdir(here)
+    message = refused("generate", run, "--prompt", "a")
+    assert f"{run}/code/average_here.py (sha256 {carried.sha256(MIXER.encode())})" in message
+    assert "--trust" in message
+    assert "average_here" not in sys.modules
+
+
+@pytest.mark.parametrize("trust", [[], ["--trust"]])
+@pytest.mark.parametrize("name", ["stranger", "run.code.stranger", "run.stranger"])
+def test_files_of_a_run_that_are_no_copies_are_never_imported(name, trust, elsewhere, seqmix, tmp_path, monkeypatch):
+    run = elsewhere()
+    for folder in (run, run / CODE):
+        (folder / "stranger.py").write_text("open('executed', 'w').close()\n" + MIXER)
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace("average_here:", f"{name}:"))
+    monkeypatch.chdir(run / CODE if name == "stranger" else tmp_path)
+    done = seqmix("generate", run, "--prompt", "a", *trust)
+    assert done.status == 2
+    assert "run/config.yaml" in done.err
+    assert f"{name} is a file of a run" in done.err
+    assert not Path("executed").exists()

@@ -1,21 +1,27 @@
 """A run read back, and its weights in one file."""
 
 import json
+import random
 import re
 import warnings
+from hashlib import sha256
 
 import pytest
 import torch
+from abuse.shards import seal
 from runs import refusal, run_of
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from seqmix import ConfigError, build_model, load_run
-from seqmix.models import ByteTokenizer
+from seqmix.models import ByteTokenizer, train_bpe
 from seqmix.training import CheckpointError, RunConfig, export_run, read_config
 from seqmix.training.checkpoint import files as checkpoint
 from seqmix.training.checkpoint import train_state
+from seqmix.training.checkpoint.averaging import average_run
 from seqmix.training.checkpoint.files import checkpoints
+from seqmix.training.checkpoint.saved_run import read_weights
+from seqmix.training.tensor_files import CHECKSUM_KEY
 
 
 @pytest.fixture
@@ -31,6 +37,11 @@ def weights(model) -> dict[str, torch.Tensor]:
 
 def same(one, two) -> bool:
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def metadata_of(file) -> dict[str, str]:
+    with safe_open(file, "pt") as opened:
+        return opened.metadata()
 
 
 def refused(action) -> str:
@@ -82,8 +93,7 @@ def test_a_checkpoint_that_is_deleted_while_it_is_read_is_replaced_by_the_next(r
 def test_a_file_has_weights_and_configuration(run, tmp_path):
     file = tmp_path / "folder" / "model.safetensors"
     assert export_run(run, file, choice=4) == 4
-    with safe_open(file, "pt") as opened:
-        metadata = opened.metadata()
+    metadata = metadata_of(file)
     assert (metadata["format"], metadata["seqmix.step"]) == ("pt", "4")
     assert RunConfig.model_validate(json.loads(metadata["seqmix.config"])) == read_config(run)
     model = load_run(file)
@@ -163,8 +173,8 @@ def test_a_file_imports_nothing_unless_it_is_trusted(run, tmp_path, monkeypatch)
 def test_weights_of_another_type_are_said(run, tmp_path):
     file = tmp_path / "a.safetensors"
     export_run(run, file)
-    with safe_open(file, "pt") as opened:
-        metadata = opened.metadata()
+    metadata = metadata_of(file)
+    del metadata[CHECKSUM_KEY]
     notes: list[str] = []
     load_run(file, on_note=notes.append)
     assert notes == []
@@ -173,3 +183,55 @@ def test_weights_of_another_type_are_said(run, tmp_path):
     assert len(notes) == 1
     assert "float16" in notes[0]
     assert "float32" in notes[0]
+
+
+def test_a_tokenizer_other_than_that_of_the_training_is_refused(config_of, text, tmp_path):
+    documents = [("a text", text.read_bytes())]
+    train_bpe(documents, 300, own := tmp_path / "own.json")
+    run_of(config_of(f"data.tokenizer={own}", "model.vocab_size=300"), run := tmp_path / "run")
+    good = (run / "tokenizer.json").read_bytes()
+    other = good.replace(b'"t":', b'"@@":').replace(b'"h":', b'"t":').replace(b'"@@":', b'"h":')  # two letters
+    assert len(other) == len(good)
+    assert other != good
+    (run / "tokenizer.json").write_bytes(other)
+    for use in (
+        lambda: load_run(run),
+        lambda: export_run(run, tmp_path / "a.safetensors"),
+        lambda: read_weights(run),
+        lambda: average_run(run, tmp_path / "mean", checkpoints=2),
+        lambda: run_of(config_of(f"data.tokenizer={own}", "model.vocab_size=300"), run, resume=True),
+    ):
+        message = refused(use)
+        assert "expected a tokenizer.json with SHA-256 " + sha256(good).hexdigest() in message
+        assert message.endswith("put the file of the training back")
+    (run / "tokenizer.json").write_bytes(good)
+    average_run(run, tmp_path / "mean", checkpoints=2)
+    assert load_run(tmp_path / "mean").tokenizer.vocabulary == good
+    # a checkpoint of an older version has no hash
+    folder = checkpoints(run)[-1]
+    tensors, metadata = load_file(folder / "model.safetensors"), metadata_of(folder / "model.safetensors")
+    del metadata[train_state.TOKENIZER_KEY]
+    save_file(tensors, folder / "model.safetensors", metadata)
+    seal(folder)
+    (run / "tokenizer.json").write_bytes(other)
+    assert load_run(run).tokenizer.vocabulary == other
+
+
+def test_one_flipped_bit_in_an_export_is_refused(run, tmp_path):
+    export_run(run, file := tmp_path / "a.safetensors")
+    whole = file.read_bytes()
+    begin = 8 + int.from_bytes(whole[:8], "little")
+    drawn = random.Random(0)
+    for place in drawn.sample(range(begin, len(whole)), 20):
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << drawn.randrange(8)]) + whole[place + 1 :])
+        assert refused(lambda: load_run(file)).startswith(f"{file} is damaged: its checksum does not match")
+    file.write_bytes(whole.replace(b'"seqmix.step":"6"', b'"seqmix.step":"7"'))  # and in the metadata
+    assert "its checksum does not match" in refused(lambda: load_run(file))
+
+
+def test_an_export_without_a_checksum_is_read(run, tmp_path):
+    export_run(run, file := tmp_path / "a.safetensors")
+    metadata = metadata_of(file)
+    del metadata[CHECKSUM_KEY]
+    save_file(tensors := load_file(file), file, metadata)
+    assert same(weights(load_run(file)), tensors)

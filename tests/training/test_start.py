@@ -114,6 +114,18 @@ def test_model_and_tokenizer_may_be_those_of_a_folder(folder, tmp_path, source):
         run_of(config(folder, *named), tmp_path / "named")
 
 
+def test_one_flipped_bit_in_a_folder_of_hugging_face_is_refused(folder, tmp_path):
+    pytest.importorskip("transformers")
+    from seqmix.hf import export_hf
+
+    export_hf(folder / "words", tmp_path / "hf")
+    file = tmp_path / "hf" / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-9] + bytes([whole[-9] ^ 64]) + whole[-8:])
+    message = refusal(lambda: run_of(taken(tmp_path / "hf", folder), tmp_path / "run"))
+    assert f"{file} is damaged: its checksum does not match" in message
+
+
 def test_fields_that_differ_are_noted(folder, tmp_path):
     changes = (f"training.start_from={folder}/bytes", "model.blocks.ret.norm.eps=0.01", "model.dropout=0.1")
     events = run_of(config(folder, *changes), tmp_path / "run")

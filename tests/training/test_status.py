@@ -1,17 +1,23 @@
 """status.json of runs: how they ended, time budgets, and runs that were killed."""
 
+import io
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from contextlib import redirect_stdout
+from functools import partial
 
 import pytest
+from abuse.tally import Case, fault_of
 from conftest import SMALL
+from mutations import mutated_json
 from runs import checkpoint_bytes, metrics, run_of, stopped, wait_for_steps
 
 from seqmix import DataError, SeqmixError, train
+from seqmix.commands.status import status as show_status
 from seqmix.registry import format_duration, parse_duration
 from seqmix.training import read_status
 from seqmix.training.monitoring.events import OutOfTime, Stepped
@@ -148,6 +154,40 @@ def test_a_missing_or_damaged_status_is_refused(tmp_path):
         (tmp_path / "status.json").write_text(text)
         with pytest.raises(DataError, match="damaged"):
             read_status(tmp_path)
+
+
+def test_a_damaged_status_names_the_field(config_of, tmp_path):
+    run_of(config_of(), tmp_path / "run")
+    file = tmp_path / "run" / "status.json"
+    good = json.loads(file.read_text())
+    for field, value in {"step": "6", "loss": [1.0], "state": "resting", "failed": {"a": 1}}.items():
+        file.write_text(json.dumps(good | {field: value}))
+        with pytest.raises(DataError, match=rf"status\.json is damaged: .* \({field}: "):
+            read_status(tmp_path / "run")
+    file.write_text(json.dumps(good | {"a_later_field": 1}))
+    assert read_status(tmp_path / "run").step == 6
+
+
+def test_any_status_is_shown_or_refused_in_one_sentence(config_of, tmp_path, monkeypatch):
+    """Seeded; nothing that controls a terminal."""
+
+    class Screen(io.StringIO):
+        def isatty(self):
+            return True
+
+    run_of(config_of(), tmp_path / "run")
+    file = tmp_path / "run" / "status.json"
+    good = json.loads(file.read_text()) | {"failed": {"a": "a reason"}}
+    monkeypatch.setenv("TERM", "dumb")
+
+    def show(content: bytes) -> None:
+        file.write_bytes(content)
+        with redirect_stdout(Screen()) as screen:
+            show_status([tmp_path / "run"])
+        assert screen.getvalue().replace("\n", "").isprintable()
+
+    cases = [Case(name, partial(show, content), refused=False) for name, content in mutated_json(good, 0, 200)]
+    assert [(case.name, fault) for case in cases if (fault := fault_of(case))] == []
 
 
 def test_durations():

@@ -50,6 +50,7 @@ def average_run(run: Path, out: Path, *, checkpoints: int, trust: bool = False) 
     means = {name: _mean([tensors[name] for tensors, _ in files]) for name in last}
     comment = f"# the mean of the weights after steps {', '.join(map(str, steps))} of {run}\n"
     tokenizer = config.data.tokenizer_of(run)
+    train_state.require_same_tokenizer(newest[-1], files[-1][1], tokenizer)
     vocabulary = None if tokenizer is None else tokenizer.vocabulary
     write_run(out, config, means, step=steps[-1], comment=comment, vocabulary=vocabulary)
     return steps

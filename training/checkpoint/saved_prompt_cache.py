@@ -4,7 +4,6 @@ The file is in safetensors format. It has the leaves of the state by name ("stat
 token counts; its metadata has a checksum and a hash of the model. A growing state (KV cache) is as long as the prompt.
 """
 
-import hashlib
 from pathlib import Path
 
 import torch
@@ -14,13 +13,12 @@ from ...mixers import ContractError
 from ...mixers.state import from_dict, map_state, to_dict
 from ...models import LanguageModel, PromptCache
 from ...models.prompt_cache import RECENT as RECENT_TOKENS
-from ..tensor_files import CheckpointError, read_tensors, write_tensors
+from ..tensor_files import CHECKSUM_KEY, CheckpointError, checksum, read_tensors, write_tensors
 from .provenance import seqmix_version
 
 FORMAT = "1"
 FORMAT_KEY = "seqmix.prompt_cache"
 MODEL_KEY = "seqmix.model"
-CHECKSUM_KEY = "seqmix.sha256"
 STATE = "state."
 RECENT = "recent"
 LENGTHS = "lengths"
@@ -47,8 +45,8 @@ def save_prompt_cache(cache: PromptCache, model: LanguageModel, file: str | Path
         "format": "pt",
         "seqmix.version": seqmix_version(),
         FORMAT_KEY: FORMAT,
-        MODEL_KEY: _digest(model.state_dict(), model.config.model_dump_json()),
-        CHECKSUM_KEY: _digest(tensors),
+        MODEL_KEY: checksum(model.state_dict(), model.config.model_dump_json()),
+        CHECKSUM_KEY: checksum(tensors),
     }
     write_tensors(file, tensors, metadata)
 
@@ -73,9 +71,9 @@ def load_prompt_cache(file: str | Path, model: LanguageModel) -> PromptCache:
             f"{file} is a prompt cache of format {metadata[FORMAT_KEY]}, expected format {FORMAT}: write it again with "
             "this version of seqmix"
         )
-    if metadata.get(CHECKSUM_KEY) != _digest(tensors):
+    if metadata.get(CHECKSUM_KEY) != checksum(tensors):
         raise CheckpointError(f"{file} is damaged: its checksum does not match")
-    if metadata.get(MODEL_KEY) != _digest(model.state_dict(), model.config.model_dump_json()):
+    if metadata.get(MODEL_KEY) != checksum(model.state_dict(), model.config.model_dump_json()):
         raise CheckpointError(
             f"{file} belongs to another model: a prompt cache is valid only for the same weights and configuration"
         )
@@ -158,13 +156,3 @@ def _require_leaves(leaves: dict[str, Tensor], tokens: Tensor, model: LanguageMo
             raise ContractError(f"its leaf {name} has NaN values")
         if name.rpartition(".")[2] in COUNTS and not torch.equal(leaf.cpu(), tokens):
             raise ContractError(f"its leaf {name} does not match the token counts of the texts")
-
-
-def _digest(tensors: dict[str, Tensor], config: str = "") -> str:
-    """Return a SHA-256 of a configuration and of the tensors' names, dtypes, shapes and values."""
-    digest = hashlib.sha256(config.encode())
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()

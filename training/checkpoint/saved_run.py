@@ -17,6 +17,7 @@ from ...models.quantization import WEIGHTS, prepare_quantized, quantize_model, r
 from ...models.subword import EXPORTED_TOKENIZER
 from ...registry import (
     ConfigError,
+    carried,
     dump,
     load,
     nearest_hint,
@@ -29,7 +30,7 @@ from ...registry.moved import former_parameters
 from ...registry.providers import named_paths
 from ...registry.sources import read
 from ..config import RunConfig
-from ..tensor_files import fill, read_tensors, write_tensors
+from ..tensor_files import fill, read_tensors, seal, verify_seal, write_tensors
 from . import files as checkpoint
 from . import train_state
 from .code import CODE, code_of, decode_code, encode_code, prepare_code, read_code, write_code
@@ -73,6 +74,7 @@ def read_config(
         ConfigError: the configuration is no longer valid.
     """
     require_run(run)
+    carried.forbid(run)
     prepare_code(read_code(run), _named_modules(run), str(run / CODE), trust=trust, on_note=on_note)
     try:
         for module in modules_of(run):
@@ -202,7 +204,10 @@ def read_weights(
         attempts: list[Mapping[str, Tensor]] = []
 
         def use(folder: Path) -> None:
-            attempts.append(read_tensors(checkpoint.files_of(folder, train_state.MODEL))[0])
+            files = checkpoint.files_of(folder, train_state.MODEL)
+            tensors, metadata = read_tensors(files)
+            train_state.require_same_tokenizer(files[0], metadata, tokenizer)
+            attempts.append(tensors)
 
         _read_checkpoint(run, choice, train_state.MODEL, use, on_note)
         tensors = attempts[-1]
@@ -256,7 +261,8 @@ def export_run(
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"{out} cannot be written: {error}") from error
-    write_tensors(out, train_state.parameters_of(model), metadata)
+    tensors = train_state.parameters_of(model)
+    write_tensors(out, tensors, seal(tensors, metadata))
     return step
 
 
@@ -308,7 +314,7 @@ def add_run(
     if vocabulary is not None:
         write_file(vocabulary, folder / TOKENIZER_FILE)
     parts = {train_state.MODEL: train_state.chunks_of(tensors)}
-    metadata = train_state.metadata_of(config.model, step)
+    metadata = train_state.metadata_of(config.model, step, vocabulary)
     checkpoint.write(folder, checkpoint.Manifest(step=step, metrics={}, best=checkpoint.Best()), parts, metadata)
     write_code(folder, code_of(config))
     write_file(comment + dump(config), folder / CONFIG_FILE)
@@ -381,6 +387,7 @@ def _read_file(
     """Read an exported file: the model's configuration, the tensors, the tokenizer (None for bytes), and the format of
     quantised weights (None for floats)."""
     tensors, metadata = read_tensors([file])
+    verify_seal(file, tensors, metadata)
     weights = metadata.get(EXPORTED_WEIGHTS)
     if weights is not None and weights not in WEIGHTS:
         raise CheckpointError(

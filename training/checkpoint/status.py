@@ -9,10 +9,12 @@ import platform
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from ...registry import DataError, is_locked, read_bytes, reason_of
 from .errors import DivergenceError
@@ -37,6 +39,8 @@ running, but its process has ended; only `read_status` says this.
 @dataclass(frozen=True, kw_only=True)
 class Status:
     """Contents of status.json."""
+
+    __pydantic_config__ = ConfigDict(strict=True, allow_inf_nan=False)
 
     state: State
     """State of the run or study."""
@@ -144,17 +148,17 @@ def read_status(folder: str | Path) -> Status:
         DataError: there is no status, or it is damaged.
     """
     file = Path(folder) / STATUS_FILE
-    names = [field.name for field in fields(Status)]
     try:
-        values = json.loads(read_bytes(file))
-        status = Status(**{name: value for name, value in values.items() if name in names})
+        status = TypeAdapter(Status).validate_json(read_bytes(file))
     except OSError as error:
         raise DataError(
             f"{folder} has no {STATUS_FILE} that can be read ({error.strerror}): `seqmix train` and `seqmix compare` "
             "write one"
         ) from error
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise DataError(f"{file} is damaged: it is not the status of a run or a study") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        reason = ": ".join((*map(str, first["loc"]), first["msg"]))
+        raise DataError(f"{file} is damaged: it is not the status of a run or a study ({reason})") from error
     if status.state == "running" and not _is_alive(Path(folder), status):
         unit = "steps" if status.failed is None else "runs"
         reason = f"process {status.pid} ended without a word, after {status.step:,} of {status.steps:,} {unit} or later"

@@ -1,5 +1,6 @@
 """The training state as named tensors: parameters, optimizer state, moving average, and carried recurrent state."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from contextlib import suppress
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from ...mixers.contract import IMPLEMENTATION_FIELDS
 from ...mixers.state import from_dict, map_state, to_dict
-from ...models import LanguageModel, ModelConfig, ModelState
+from ...models import TOKENIZER_FILE, LanguageModel, ModelConfig, ModelState, Tokenizer
 from ...registry import unimported
 from ..distributed.process_groups import ALONE, ProcessGroups
 from ..distributed.sharding import chunk_of, is_sharded
@@ -27,6 +28,8 @@ EMA = "ema"
 """Names of the parts of a checkpoint."""
 MAX_COUNT = 2**53
 """Exclusive upper bound of token counts in a state; float64 represents smaller integers exactly."""
+TOKENIZER_KEY = "seqmix.tokenizer_sha256"
+"""Key in the metadata of a checkpoint's files; absent without a tokenizer.json, and in those of older versions."""
 
 
 def local_parts(
@@ -87,9 +90,16 @@ def moments_of(model: LanguageModel, optimizer: AnyOptimizer) -> dict[str, Tenso
     }
 
 
-def metadata_of(config: ModelConfig, step: int) -> dict[str, str]:
-    """Return the metadata of a checkpoint's files: the step and the model's configuration."""
-    return {"seqmix.step": str(step), "seqmix.model": config.model_dump_json()}
+def metadata_of(config: ModelConfig, step: int, vocabulary: bytes | None = None) -> dict[str, str]:
+    """Return the metadata of a checkpoint's files: the step, the model's configuration, the SHA-256 of its tokenizer.
+
+    Args:
+        config: the model's configuration.
+        step: number of steps completed.
+        vocabulary: content of the tokenizer.json; None without one.
+    """
+    metadata = {"seqmix.step": str(step), "seqmix.model": config.model_dump_json()}
+    return metadata if vocabulary is None else metadata | {TOKENIZER_KEY: hashlib.sha256(vocabulary).hexdigest()}
 
 
 def load_model(folder: Path, model: LanguageModel, part: str = MODEL) -> list[str]:
@@ -104,10 +114,12 @@ def load_model(folder: Path, model: LanguageModel, part: str = MODEL) -> list[st
         One phrase per implementation field (`chunk_size`, ...) that differs from training, which changes rounding.
 
     Raises:
-        CheckpointError: the parameters are missing, damaged, or of another model.
+        CheckpointError: the parameters are missing, damaged, or of another model or tokenizer.
     """
     files = files_of(folder, part)
-    changed = _require_same_model(files[0], read_chunks(files)[1], model.config)
+    metadata = read_chunks(files)[1]
+    require_same_tokenizer(files[0], metadata, model.tokenizer)
+    changed = _require_same_model(files[0], metadata, model.config)
     fill(files, chunks_of(parameters_of(model)))
     return changed
 
@@ -197,6 +209,22 @@ def _require_leaf(file: Path, name: str, saved: Chunk, leaf: Tensor) -> None:
 def chunks_of(tensors: Mapping[str, Tensor]) -> dict[str, Chunk]:
     """Return this process's chunk of each tensor; sharded tensors have one per process."""
     return {name: chunk_of(tensor) for name, tensor in tensors.items()}
+
+
+def require_same_tokenizer(file: Path, metadata: Mapping[str, str], tokenizer: Tokenizer | None) -> None:
+    """Check that a checkpoint was trained with this tokenizer, if its metadata says with which one.
+
+    Raises:
+        CheckpointError: the tokenizer.json has other contents.
+    """
+    if tokenizer is None or tokenizer.vocabulary is None or TOKENIZER_KEY not in metadata:
+        return
+    expected, sha256 = metadata[TOKENIZER_KEY], hashlib.sha256(tokenizer.vocabulary).hexdigest()
+    if sha256 != expected:
+        raise CheckpointError(
+            f"{file} was trained with another tokenizer: expected a {TOKENIZER_FILE} with SHA-256 {expected}, got "
+            f"{sha256}; put the file of the training back"
+        )
 
 
 def _require_same_model(file: Path, metadata: Mapping[str, str], config: ModelConfig) -> list[str]:
