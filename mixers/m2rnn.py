@@ -18,8 +18,8 @@ Differences from the authors' code and configurations (lm-engine):
 - D is one scalar per head, not one per channel.
 - The convolution has a bias.
 - The values of all heads together are twice as wide as the model (`expand: 2`), not 1.3 to 1.4 times.
-- The rates e^{A_log} start between 1 and 16 (`a_range`), not between 0 and 16, and matrices start as in `mamba2`, not
-  from a normal distribution of standard deviation 0.02.
+- The decay rates start between 1 and 16 (`a_range`), not between 0 and 16, and matrices start as in `mamba2`, not from
+  a normal distribution of standard deviation 0.02.
 """
 
 from typing import Literal
