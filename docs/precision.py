@@ -1,28 +1,39 @@
-"""Write the tables of docs/explanation/state-precision.md: `python docs/precision.py studies/precision`.
+"""Write the tables of docs/explanation/state-precision.md: `python docs/precision.py [FOLDER]`.
 
-The argument is a folder for models and measurements. What it lacks is trained and measured first, one after another, in
-about 30 minutes on one core; what it has is read. Remove the folder of a model whose training was interrupted.
+FOLDER is for trained models. With it, what docs/explanation/state-precision.json lacks, or has for another number of
+sequences, is measured first and added to that file; models that FOLDER lacks are trained. Remove the folder of a model
+whose training was interrupted. Without FOLDER, the tables are regenerated from the file.
 """
 
 import json
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from seqmix import MIXERS, RunConfig, load_config, train
+from seqmix import RunConfig, load_config, train
 from seqmix.experiments.pages import fill, table
-from seqmix.experiments.precision import FormatResult, rank_correlation, state_precision
+from seqmix.experiments.precision import TOLERANCE, FormatResult, rank_correlation, state_precision
 from seqmix.experiments.state_format import StateFormat
 from seqmix.registry import write_file
-from seqmix.training import PRESETS, load_run
+from seqmix.training import load_run
 from seqmix.training.length_eval import open_text
+from seqmix.training.presets import mixer_kind, single_kind_presets
 
 TARGET = Path(__file__).with_name("explanation") / "state-precision.md"
+RESULTS = TARGET.with_suffix(".json")
+"""Measurements by table, then by the name of the mixer."""
+KEPT = (
+    "format", "rounding", "bits", "length", "lost", "lost_error", "state_error", "predicted", "bound", "correlation",
+    "accuracy",
+)  # fmt: skip
+"""Fields of `FormatResult` that are kept in `RESULTS`."""
+UNSURE = "≈ "
+"""Mark of what another sample of sequences may change."""
 TEXT = [
     "model.d_model=64", "model.n_layers=2", "training.steps=200", "training.evaluate_every=200",
     "training.checkpoint_every=200", "training.final_evaluation_batches=16", "training.precision=float32",
@@ -57,7 +68,7 @@ class Task:
     config: RunConfig
     lengths: Sequence[int]
     formats: Sequence[StateFormat] = tuple(ROUNDED)
-    sequences: int = 2
+    sequences: int = 16
     keep_exact: str | None = None
 
     @property
@@ -66,7 +77,7 @@ class Task:
         return self.kind if self.keep_exact is None else f"{self.kind}, {self.keep_exact} exact"
 
     def measure(self, folder: Path) -> dict[str, Any]:
-        """Train the model, if its folder does not exist, and measure it; the errors of single heads are left out."""
+        """Train the model, if its folder does not exist, and measure it; return what `RESULTS` keeps."""
         run = folder / f"{self.kind}{'-recall' * (self.part == 'recall')}"
         if not run.exists():
             for _ in train(self.config, run):
@@ -78,13 +89,21 @@ class Task:
             batches = text.evaluation_batches(self.sequences, 1, max(self.lengths))
         batch = next(iter(batches)).batch
         kept = [] if self.keep_exact is None else [self.keep_exact]
-        result = asdict(state_precision(load_run(run), batch, self.formats, self.lengths, keep_exact=kept))
-        return {key: value for key, value in result.items() if key != "tensors"}
+        result = state_precision(load_run(run), batch, self.formats, self.lengths, keep_exact=kept)
+        return {
+            "sequences": self.sequences,
+            "exact": [{"length": each.length, "loss": each.loss, "accuracy": each.accuracy} for each in result.exact],
+            "results": [
+                {name: value for name in KEPT if not _is_missing(value := getattr(each, name))}
+                for each in result.results
+            ],
+        }
 
 
 def tasks() -> Iterator[Task]:
     """Yield the measurements, in the order of their importance."""
-    configs = {kind: load_config(preset, TEXT) for kind, preset in presets().items()}
+    presets = {mixer_kind(config): name for name, config in single_kind_presets().items()}
+    configs = {kind: load_config(name, TEXT) for kind, name in sorted(presets.items())}
     for kind, config in configs.items():
         yield Task(kind, "text", config, LENGTHS)
         if kind in KEPT_EXACT:
@@ -95,7 +114,7 @@ def tasks() -> Iterator[Task]:
             if kind in KEPT_EXACT:
                 yield Task(kind, "long", config, [LONG], LONG_ROUNDED, keep_exact=KEPT_EXACT[kind])
     for kind, lengths in LONGEST.items():
-        yield Task(kind, "longest", configs[kind], lengths, LONG_ROUNDED)
+        yield Task(kind, "longest", configs[kind], lengths, LONG_ROUNDED, sequences=2)
     for kind, rate in RECALL.items():
         mixer = {"kind": kind, "n_heads": 1} | ({} if kind == "attention" else {"short_conv": 4})
         changes = [f"model.blocks.mixer.mixer={json.dumps(mixer)}", f"training.learning_rate={rate}"]
@@ -103,42 +122,44 @@ def tasks() -> Iterator[Task]:
         yield Task(kind, "recall", config, [config.data.sequence_length], sequences=128)
 
 
-def presets() -> dict[str, str]:
-    """Return for each built-in mixer the first preset all of whose layers are of this kind."""
-    found: dict[str, str] = {}
-    for name in sorted(file.stem for file in PRESETS.glob("*-tiny.yaml")):
-        config = load_config(name)
-        kinds = {config.model.blocks[layer].mixer.kind for layer in config.model.layers}
-        if config.data.kind == "text" and len(kinds) == 1:
-            found.setdefault(kinds.pop(), name)
-    return {kind: found[kind] for kind in sorted(MIXERS.built_in())}
-
-
-def measure(folder: Path) -> dict[str, dict[str, Any]]:
-    """Measure what the folder lacks; return all measurements by part, then by the name of the mixer."""
-    results: dict[str, dict[str, Any]] = {}
+def measure(folder: Path) -> None:
+    """Measure what `RESULTS` lacks, or has for another number of sequences."""
     for task in tasks():
-        file = folder / f"{task.part} {task.name}.json"
-        if not file.exists():
-            sys.stderr.write(f"{file.stem}\n")
-            write_file(json.dumps(task.measure(folder), indent=1) + "\n", file)
-        results.setdefault(task.part, {})[task.name] = json.loads(file.read_text(encoding="utf-8"))
-    return results
+        results = read_results()
+        part = results.setdefault(task.part, {})
+        if part.get(task.name, {}).get("sequences") != task.sequences:
+            sys.stderr.write(f"{task.part} {task.name}\n")
+            part[task.name] = task.measure(folder)
+            results[task.part] = dict(sorted(part.items()))
+            write_file(json.dumps(results, indent=1) + "\n", RESULTS)
+
+
+def read_results() -> dict[str, dict[str, Any]]:
+    """Return the measurements that have been kept."""
+    return json.loads(RESULTS.read_text(encoding="utf-8"))
 
 
 def bits(text: Measured, long: Measured) -> list[str]:
-    """Return the table of the fewest bits with less than 0.01 nats lost, at each length."""
+    """Return the table of the fewest bits with less than `TOLERANCE` nats lost, at each length."""
     rows = []
     for name, result in text.items():
         cells = [_fewest(_results(result, length)) for length in LENGTHS]
         cells.append(_fewest(_results(long[name], LONG)) if name in long else "")
         rows.append([_code(name), f"{result['exact'][-1]['loss']:.3f}", *cells])
-    return table(["mixer", "exact loss:", *(f"{length:,} tokens" for length in (*LENGTHS, LONG))], rows)
+    lines = table(["mixer", "exact loss:", *(f"{length:,} tokens" for length in (*LENGTHS, LONG))], rows)
+    return [*lines, "", _count_unsure([row[2:] for row in rows])]
 
 
 def _fewest(results: Sequence[FormatResult]) -> str:
-    """Return the format with the fewest bits that loses less than 0.01 nats, to nearest if that is enough."""
-    fitting = [each for each in results if each.lost < 0.01]
+    """Return the format with the fewest bits that loses less than `TOLERANCE`, to nearest if that is enough.
+
+    It is marked if it would be another one with all losses a standard error higher, or lower.
+    """
+    best, *others = (_best([each for each in results if each.lost + n * _error(each) < TOLERANCE]) for n in (0, 1, -1))
+    return best if others == [best, best] else UNSURE + best
+
+
+def _best(fitting: Sequence[FormatResult]) -> str:
     best = min(fitting, key=lambda each: (each.bits, each.rounding != "nearest", each.lost), default=None)
     return "32" if best is None else f"{best.bits} ({best.name})"
 
@@ -148,11 +169,18 @@ def lost(measured: Measured, length: int, formats: Sequence[StateFormat], *, err
     rows = []
     for name, result in measured.items():
         cells = [
-            _number(each.lost) + (f" ({each.state_error:.1g})" if errors and math.isfinite(each.lost) else "")
+            _number(each) + (f" ({each.state_error:.1g})" if errors and math.isfinite(each.lost) else "")
             for each in _results(result, length)
         ]
         rows.append([_code(name), *cells])
-    return table(["mixer", *(f"{each}:" for each in formats)], rows)
+    lines = table(["mixer", *(f"{each}:" for each in formats)], rows)
+    return [*lines, "", _count_unsure([row[1:] for row in rows])]
+
+
+def _count_unsure(rows: Sequence[Sequence[str]]) -> str:
+    """Return a sentence with the number of marked cells."""
+    cells = [cell for row in rows for cell in row if cell]
+    return f"{sum(cell.startswith(UNSURE) for cell in cells)} of {len(cells)} cells are marked with {UNSURE.strip()}."
 
 
 def errors(measured: Measured) -> list[str]:
@@ -189,7 +217,7 @@ def longest(measured: Measured) -> list[str]:
     for name, result in measured.items():
         for i, each in enumerate(LONG_ROUNDED):
             cells = [_results(result, length)[i] for length in LONGEST[name]]
-            rows.append([_code(name), f"{each}", *(f"{_number(one.lost)} ({one.state_error:.1g})" for one in cells)])
+            rows.append([_code(name), f"{each}", *(f"{_number(one)} ({one.state_error:.1g})" for one in cells)])
     lengths = next(iter(LONGEST.values()))
     return table(["mixer", "state stored as", *(f"{length:,} tokens:" for length in lengths)], rows)
 
@@ -205,11 +233,13 @@ def recall(measured: Measured) -> list[str]:
 
 
 def _results(result: Mapping[str, Any], length: int) -> list[FormatResult]:
-    return [
-        FormatResult(**{key: math.nan if value is None else value for key, value in each.items()})
-        for each in result["results"]
-        if each["length"] == length
-    ]
+    """Return the results at a length; fields that are not kept, or were not finite, are NaN."""
+    missing = dict.fromkeys((field.name for field in fields(FormatResult)), math.nan)
+    return [FormatResult(**missing | each) for each in result["results"] if each["length"] == length]
+
+
+def _is_missing(value: str | float) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)  # JSON has no such numbers
 
 
 def _code(name: str) -> str:
@@ -217,18 +247,23 @@ def _code(name: str) -> str:
     return f"`{kind}`{comma}{rest}"
 
 
-def _number(value: float) -> str:
-    """Format nats lost: bold from 0.01 on."""
-    if math.isnan(value):
+def _error(each: FormatResult) -> float:
+    """Return the standard error of nats lost; 0 if it is not known."""
+    return 0.0 if math.isnan(each.lost_error) else each.lost_error
+
+
+def _number(each: FormatResult) -> str:
+    """Format nats lost: bold from `TOLERANCE` on, and marked within a standard error of it."""
+    if math.isnan(each.lost):
         return "**not finite**"
-    text = f"{value:.4f}".replace("-0.0000", "0.0000") if abs(value) < 0.1 else f"{value:.2f}"
-    return f"**{text}**" if value >= 0.01 else text
+    text = f"{each.lost:.4f}".replace("-0.0000", "0.0000") if abs(each.lost) < 0.1 else f"{each.lost:.2f}"
+    text = f"**{text}**" if each.lost >= TOLERANCE else text
+    return UNSURE + text if abs(each.lost - TOLERANCE) < _error(each) else text
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    Path(sys.argv[1]).mkdir(parents=True, exist_ok=True)
-    parts = measure(Path(sys.argv[1]))
+def files() -> dict[Path, str]:
+    """Return the text of the page, from the measurements that have been kept."""
+    parts = read_results()
     lines = {
         "bits": bits(parts["text"], parts["long"]),
         "lost": lost(parts["text"], LENGTHS[-1], ROUNDED),
@@ -237,4 +272,12 @@ if __name__ == "__main__":
         "longest": longest(parts["longest"]),
         "recall": recall(parts["recall"]),
     }
-    write_file(fill(TARGET, lines), TARGET)
+    return {TARGET: fill(TARGET, lines)}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    if sys.argv[1:]:
+        measure(Path(sys.argv[1]))
+    for file, content in files().items():
+        write_file(content, file)

@@ -19,6 +19,7 @@ PROGRAMS = {
     "docs/language.py": "results on text at equal parameters",
     "docs/leaderboard.py": "tables of the leaderboard",
     "docs/mixers.py": "page of mixers, and the README's table",
+    "docs/precision.py": "tables of losses with states of few bits",
     "docs/rank_transfer.py": "published rankings, and what small tasks say of them",
     "docs/scaling.py": "memory and traffic on several GPUs",
     "docs/tasks.py": "page of tasks",

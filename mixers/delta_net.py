@@ -12,7 +12,7 @@ authors' code is available and off by default.
 
 `update` solves dS/dt = k_t (v_t - k_t^T S)^T over the time beta_t. `euler` takes one explicit step, as above. The
 others leave q and k as they are, and have beta'_t in place of beta_t, so that keys of any length are stable. With
-l_t = k_t . k_t:
+l_t = k_t . k_t + 1e-6, where the papers add nothing:
 
     exact      beta'_t = (1 - exp(-beta_t l_t)) / l_t        the solution (EFLA, arXiv 2512.12602)
     implicit   beta'_t = beta_t / (1 + beta_t l_t)           an implicit step (Longhorn, arXiv 2407.14207)

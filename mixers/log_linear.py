@@ -12,7 +12,8 @@ lambda equal to 1 this is Mamba-2. The number of levels bounds the length, to 2^
 refused. Levels depend on positions, so the output does too.
 
 The paper also has a form on the gated delta rule, which is not supported. Everything but the levels is as in `mamba2`
-here; fla's layer also has biases of the projections, and rates that start at 1 to H.
+here, with a bias in the convolution, as in the authors' models. In their code and in fla's, the decay rates start at 1,
+2, ..., H instead. By default, fla's layer has biases in the projections, and none in the convolution.
 """
 
 from dataclasses import replace

@@ -11,9 +11,15 @@ paradigm is the only one. In exchange, the paper finds that the layer tracks sta
 that are longer than those it was trained on. Everything around the recurrence is that of Mamba-2, with many heads of
 few values, which share one query and one key (`n_groups: 1`).
 
-Differences from the authors' code: D is one scalar per head, not one per channel, and gradients of states are not
-clipped inside the recurrence, which would make them those of another function; training clips the norm of the whole
-gradient.
+Differences from the authors' code and configurations (lm-engine):
+
+- Gradients of states are not clipped inside the recurrence, which would make them those of another function; training
+  clips the norm of the whole gradient.
+- D is one scalar per head, not one per channel.
+- The convolution has a bias.
+- The values of all heads together are twice as wide as the model (`expand: 2`), not 1.3 to 1.4 times.
+- The decay rates start between 1 and 16 (`a_range`), not between 0 and 16, and matrices start as in `mamba2`, not from
+  a normal distribution of standard deviation 0.02.
 """
 
 from typing import Literal

@@ -181,6 +181,7 @@ def test_a_distribution_ships_a_mixer_as_the_page_says(folder):
         "leaderboard",
         "mixers",
         "paper",
+        "precision",
         "rank_transfer",
         "scaling",
         "tasks",

@@ -18,8 +18,10 @@ W starts at 0 and s at 0.01. Equal streams, a with sum 1 and b = 1 are the plain
 the sum 1, so a model starts as the plain one. Its streams do not stay equal: branches read different streams.
 
 Differences from the papers: the norm has no weights, because W follows it; the final norm reads the mean of the
-streams, not their sum. In mHC, the static logits are chosen here: a starts with 0.7 for one stream and 0.3 for the
-others together, and the diagonal of H with 0.9, far enough from 1 to learn.
+streams, not their sum. RMSNorm, and a scale s for each of a, b and H, are those by which mHC restates hyper-connections
+(its Eq. 5); Algorithm 2 of the first paper has LayerNorm, and a and H share their scale. In mHC, the static logits are
+chosen here: a starts with 0.7 for one stream and 0.3 for the others together, and the diagonal of H with 0.9, far
+enough from 1 to learn.
 """
 
 import math

@@ -56,7 +56,8 @@ def native_sparse_rule(
         keys, values = (y[:, :number] for y in means)
         complete = between(layout, layout.complete)
         weights = exact_softmax(_products(q, keys.detach()) * x.scale, complete)
-        shared = tree_sum(weights.unflatten(1, (keys.shape[2], -1)), dim=2)  # by key head
+        # by key head; `choose` takes sums that are equal in float32 for equal, such as those below 1e-45
+        shared = tree_sum(weights.unflatten(1, (keys.shape[2], -1)), dim=2)
         best, exist = choose(*_with_forced(shared, complete, layout), min(topk, number))
         chosen = block_choice(best, exist, layout, block_size)
         recent = window_choice(layout, min(window, kv.keys.shape[1]), q.shape[0])

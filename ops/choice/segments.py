@@ -1,4 +1,4 @@
-"""The course of an attention over chosen keys: what each paradigm computes at once (notation of api.py)."""
+"""Attention of a segment over chosen keys, in each paradigm (notation of api.py)."""
 
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -31,7 +31,7 @@ Prepare = Callable[[AttentionInputs, KeyValues, Layout], Rule]
 def attend_by_choice(
     x: AttentionInputs, of_queries: Sequence[Tensor], prepare: Prepare, paradigm: Paradigm, block_size: int
 ) -> tuple[tuple[Tensor, ...], Cache | None]:
-    """Compute what a rule says of a segment, and the final cache.
+    """Apply a rule to a segment; return its outputs and the final cache.
 
     Parallel: all scores, masked; the definition. Recurrent: the new keys are written to the cache, then each query
     gathers what it chose. Chunkwise: the same in blocks of queries, recomputed in the backward pass.
@@ -40,7 +40,7 @@ def attend_by_choice(
         x: the segment.
         of_queries: further tensors of the queries that the rule reads, [B T ..].
         prepare: makes the rule.
-        paradigm: what is computed at once.
+        paradigm: parallel, recurrent or chunkwise.
         block_size: tokens of a block.
     """
     if paradigm is Paradigm.RECURRENT and x.cache is not None and x.output_final_state and x.documents is None:

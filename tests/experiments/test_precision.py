@@ -2,6 +2,7 @@
 
 import json
 import math
+import runpy
 from pathlib import Path
 
 import pytest
@@ -294,6 +295,21 @@ def trained(tmp_path_factory):
     )  # fmt: skip
     run_of(config, folder / "run")
     return folder / "run"
+
+
+def test_the_page_marks_what_a_standard_error_may_change():
+    page = runpy.run_path(str(Path(__file__).resolve().parents[2] / "docs" / "precision.py"))
+    int8 = {"format": "int8", "rounding": "nearest", "bits": 8, "length": 256, "lost": 0.002, "lost_error": 0.001}
+    int4 = int8 | {"format": "int4", "bits": 4, "lost_error": 0.004}
+    exact = [{"length": 256, "loss": 2.0}]
+    losses = {"sure": 0.005, "nearly lossy": 0.007, "nearly lossless": 0.013, "lossy": 0.015}
+    measured = {name: {"exact": exact, "results": [int8, int4 | {"lost": lost}]} for name, lost in losses.items()}
+    cells = [page["_fewest"](page["_results"](result, 256)) for result in measured.values()]
+    assert cells == ["4 (int4)", "≈ 4 (int4)", "≈ 8 (int8)", "8 (int8)"]
+    lines = page["lost"](measured, 256, [StateFormat("int8"), StateFormat("int4")])
+    assert lines[3] == "| `nearly lossy` | 0.0020 | ≈ 0.0070 |"
+    assert lines[4] == "| `nearly lossless` | 0.0020 | ≈ **0.0130** |"
+    assert lines[-1] == "2 of 8 cells are marked with ≈."
 
 
 def test_the_command_answers_and_writes_a_page(seqmix, trained):

@@ -124,6 +124,16 @@ def test_values_that_are_not_finite_stay_in_their_row(weights, strange):
 
 
 @pytest.mark.parametrize("weights", FORMATS)
+def test_an_outlier_costs_half_a_step_of_16_bits_per_input(weights):
+    layer, _ = quantized(weights, 512, 64)
+    x = torch.randn(4, 512)
+    x[:, 5] = 1000
+    error = (layer(x).double() - x.double() @ layer.weight.double().T).abs()
+    half_step = 1000 / 32767 / 2
+    assert (error < 1.01 * half_step * layer.weight.double().abs().sum(1)).all()
+
+
+@pytest.mark.parametrize("weights", FORMATS)
 def test_the_largest_sums_do_not_overflow(weights):
     layer = WEIGHTS[weights](torch.ones(3, 9000))
     layer.encode(torch.ones(3, 9000))

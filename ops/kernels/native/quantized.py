@@ -12,7 +12,8 @@ GROUP = 32
 MAX_ROWS = 256
 """Maximum number of rows; for more, it takes less time to decode the matrix and to multiply floats."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""Dtypes of rows; products are computed in float32."""
+"""Dtypes of rows. Every row is rounded to integers of 16 bits, relative to its largest number; sums of products are
+integers, which are scaled and added up in float32."""
 
 
 def can_multiply(x: Tensor, bias: Tensor | None) -> bool:
