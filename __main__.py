@@ -13,7 +13,7 @@ def start() -> None:
     handles_interrupts = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # a background process may not
     if handles_interrupts:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    from .cli import main
+    from .cli.app import main
 
     if handles_interrupts:
         signal.signal(signal.SIGINT, signal.default_int_handler)

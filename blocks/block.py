@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ..mixers import MIXERS, ContractError, MixerConfig, Paradigm, Traits
-from ..mixers.contract import build_mixer
+from ..mixers.base.contract import build_mixer
 from ..ops.runtime.memo import Memo
 from ..registry import Config
 from .canon import Canon, CanonCall, Place

@@ -13,14 +13,15 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 
-from seqmix import MIXERS, account, cli, load_config
+from seqmix import MIXERS, account, load_config
 from seqmix.blocks import FFNS, NORMS, RESIDUALS, BlockConfig
-from seqmix.commands.results import schema_of
+from seqmix.cli.app import app as cli
+from seqmix.cli.results import schema_of
 from seqmix.data import DATA, DatasetConfig, WeightedSourceConfig
-from seqmix.experiments.match import Match
-from seqmix.experiments.pages import fill, table
-from seqmix.experiments.study import DecodeSpeed, Entry, PaperFigure, Speed, Study, TrainSpeed, Tune
-from seqmix.linearize.plan import Keep, Plan, Stage, Stages, Swap
+from seqmix.lab.linearize.plan import Keep, Plan, Stage, Stages, Swap
+from seqmix.lab.pages import fill, table
+from seqmix.lab.study.match import Match
+from seqmix.lab.study.study import DecodeSpeed, Entry, PaperFigure, Speed, Study, TrainSpeed, Tune
 from seqmix.models.config import ModelConfig, NormalInit, PaperInit
 from seqmix.ops.runtime.kernel import KERNELS
 from seqmix.registry import Config, write_file
@@ -110,7 +111,7 @@ def _commands() -> list[str]:
         examples = [re.sub(r"\[/?bold\]", "", text) for text in paragraphs if text.startswith("[bold]")]
         prose = [text for text in paragraphs if not text.startswith("[bold]")]
         word = name.replace("-", "_")
-        types = get_type_hints(getattr(import_module(f"seqmix.commands.{word}"), word))
+        types = get_type_hints(getattr(import_module(f"seqmix.cli.commands.{word}"), word))
         arguments = [parameter for parameter in command.params if parameter.param_type_name == "argument"]
         required_options = [
             f"{p.opts[0]} {p.metavar or _metavar(types[p.name])}"

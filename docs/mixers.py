@@ -16,9 +16,9 @@ import torch
 from ruamel.yaml import YAML
 
 from seqmix import MIXERS, Paradigm, RunConfig
-from seqmix.experiments.pages import fill, table
+from seqmix.lab.pages import fill, table
 from seqmix.mixers import MixerConfig
-from seqmix.mixers.state import nbytes
+from seqmix.mixers.base.state import nbytes
 from seqmix.models.builder import build_meta
 from seqmix.registry import write_file
 from seqmix.training.presets import mixer_kind, single_kind_presets

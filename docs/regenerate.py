@@ -13,23 +13,23 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = {
-    "docs/accessories.py": "text with equal accessories",
+    "research/accessories.py": "text with equal accessories",
     "docs/api.py": "pages of the Python API",
     "docs/generate.py": "pages of fields, commands, checks and presets",
-    "docs/language.py": "results on text at equal parameters",
-    "docs/leaderboard.py": "tables of the leaderboard",
+    "research/language.py": "results on text at equal parameters",
+    "research/leaderboard.py": "tables of the leaderboard",
     "docs/mixers.py": "page of mixers, and the README's table",
-    "docs/precision.py": "tables of losses with states of few bits",
-    "docs/rank_transfer.py": "published rankings, and what small tasks say of them",
-    "docs/scaling.py": "memory and traffic on several GPUs",
+    "research/precision.py": "tables of losses with states of few bits",
+    "research/rank_transfer.py": "published rankings, and what small tasks say of them",
+    "research/scaling.py": "memory and traffic on several GPUs",
     "docs/tasks.py": "page of tasks",
     "tests/mutants/table.py": "page of the faulty mixers that the conformance kit catches",
     "tests/test_presets.py": "golden file of defaults",
 }
 """Programs that always run, and descriptions of their output."""
 PEERS = {
-    "docs/converters.py": "precision of every converted architecture",
-    "docs/conformance_matrix.py": "other libraries on the conformance vectors",
+    "research/converters.py": "precision of every converted architecture",
+    "research/conformance_matrix.py": "other libraries on the conformance vectors",
 }
 """Programs that run with --peers."""
 KERNELS = {"tests/ops/test_triton_compile.py": "GPU resources that the compiled Triton kernels need"}

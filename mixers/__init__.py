@@ -6,8 +6,8 @@ the components that several mixers share.
 
 from ..ops.runtime.call import Call
 from ..ops.runtime.paradigm import Paradigm
-from .contract import MIXERS, MixerConfig, SequenceMixer
-from .roles import Role, RowBlock
-from .traits import ContractError, Traits
+from .base.contract import MIXERS, MixerConfig, SequenceMixer
+from .base.roles import Role, RowBlock
+from .base.traits import ContractError, Traits
 
 __all__ = ["MIXERS", "Call", "ContractError", "MixerConfig", "Paradigm", "Role", "RowBlock", "SequenceMixer", "Traits"]

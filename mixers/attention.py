@@ -47,7 +47,9 @@ from ..ops.attention import Backend, SharedKV, SoftmaxOptions, softmax_attention
 from ..ops.runtime.call import Call
 from ..ops.runtime.kernel import Probe
 from ..ops.runtime.paradigm import Paradigm
-from .contract import MixResult
+from .base.contract import MixResult
+from .base.roles import Role, RowBlock
+from .base.traits import ContractError, Traits
 from .parts import (
     CachedMixer,
     Gate,
@@ -66,8 +68,6 @@ from .parts.outside_values import OutsideValues, ValueResidualOption
 from .parts.projections import projections_of
 from .parts.rotary import LinearScaling, RopeScaling
 from .parts.widths import rotary_dim
-from .roles import Role, RowBlock
-from .traits import ContractError, Traits
 
 TINY = 1e-30
 """Least squared length of a value by which `exclusive` divides."""

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from ..ops.runtime.paradigm import Paradigm
 from ..ops.scan import SCAN_PARADIGMS
-from .contract import MixerConfig, SequenceMixer
+from .base.contract import MixerConfig, SequenceMixer
+from .base.roles import Role
+from .base.traits import Traits
 from .parts import Call
 from .parts.token_shift import token_shift
-from .roles import Role
-from .traits import Traits
 
 
 class ChannelMixConfig(MixerConfig):

@@ -18,10 +18,10 @@ from pydantic import Field
 from torch import Tensor
 
 from ..ops.decay import decay
+from .base.roles import Role
 from .parts import QKV, Call, LowRank, QKVConfig, QKVMixer, RecurrenceOutput
 from .parts.gates import gate_decay
 from .parts.qkv import Affine, KeyExpansion
-from .roles import Role
 
 
 class GLAConfig(QKVConfig):

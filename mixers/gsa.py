@@ -25,7 +25,7 @@ from torch import Tensor
 from ..ops.decay import decay, decay_reading_values
 from ..ops.runtime.kernel import Probe
 from ..ops.runtime.paradigm import Paradigm
-from .contract import MixResult
+from .base.contract import MixResult
 from .parts import QKV, Call, QKVConfig, QKVMixer, RecurrenceOutput, head_width
 from .parts.gates import gate_decay
 from .parts.qkv import Affine, OutputGate

@@ -20,11 +20,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..ops.scan import diagonal_scan
+from .base.roles import Role, RowBlock
 from .parts import Call, ShortConvolution
 from .parts.matrix_state import Chunk
 from .parts.scan_state import ScanConfig, ScanMixer, ScanState
 from .parts.time_step import in_range
-from .roles import Role, RowBlock
 
 
 class H3Config(ScanConfig):

@@ -20,9 +20,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..ops.decay import decay
+from .base.roles import Role, Roles
 from .parts import QKV, Call, QKVConfig, QKVMixer, RecurrenceOutput
 from .parts.qkv import Affine, OutputGate
-from .roles import Role, Roles
 
 
 class HGRN2Config(QKVConfig):

@@ -34,10 +34,10 @@ from ..ops.convolution import long_convolution
 from ..ops.runtime.call import Call
 from ..ops.runtime.packing import require_async
 from ..ops.runtime.paradigm import Paradigm
-from .contract import MixerConfig, SequenceMixer
+from .base.contract import MixerConfig, SequenceMixer
+from .base.roles import Role, RowBlock
+from .base.traits import Traits, require_capacity
 from .parts import ShortConvolution
-from .roles import Role, RowBlock
-from .traits import Traits, require_capacity
 
 DECAYED_WINDOW = 0.01
 """Value to which the exponential window of a filter falls at the distances in `decay_range`."""

@@ -19,11 +19,11 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
+from .base.roles import Role
 from .delta_net import DeltaConfig, PreconditionedConfig, write_rate
 from .parts import QKV, Call, LowRank, RecurrenceOutput, TimeStepDecay
 from .parts.preconditioner import PreconditionedMixer
 from .parts.qkv import OutputGate
-from .roles import Role
 
 
 class KeyDecayConfig(DeltaConfig):

@@ -23,11 +23,11 @@ from ..ops.attention import Backend, Cache, cast_cache, final_cache, softmax_att
 from ..ops.runtime.call import Call
 from ..ops.runtime.kernel import Probe
 from ..ops.runtime.paradigm import Paradigm
-from .contract import MixerConfig
+from .base.contract import MixerConfig
+from .base.roles import RowBlock
+from .base.traits import Traits
 from .parts import CachedMixer, GatedNorm, divided, rotated
 from .parts.gates import fan_in_gain
-from .roles import RowBlock
-from .traits import Traits
 
 
 class LatentAttentionConfig(MixerConfig):

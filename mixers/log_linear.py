@@ -27,11 +27,11 @@ from torch import Tensor, nn
 
 from ..ops.fenwick import log_linear, log_linear_flops
 from ..ops.runtime.packing import require_async
+from .base.roles import Role
+from .base.traits import ContractError, Traits
 from .mamba2 import Mamba2, Mamba2Config
 from .parts import Call, Paradigm, RecurrenceOutput
 from .parts.widths import heads_of
-from .roles import Role
-from .traits import ContractError, Traits
 
 
 class LogLinearConfig(Mamba2Config):

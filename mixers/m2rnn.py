@@ -29,10 +29,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..ops.cell import M2RNN_FAMILY, m2rnn
+from .base.roles import Role
 from .mamba2 import Mamba2, Mamba2Config
 from .parts import Call, Paradigm, RecurrenceOutput
 from .parts.matrix_state import Chunk
-from .roles import Role
 
 
 class M2RNNConfig(Mamba2Config):

@@ -21,12 +21,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..ops.scan import selective_scan
+from .base.roles import Role, RowBlock
 from .parts import Call, GatedNorm, ShortConvolution
 from .parts.matrix_state import Chunk
 from .parts.scan_state import ScanConfig, ScanMixer, ScanState
 from .parts.time_step import in_range, step_bias
 from .parts.widths import head_width
-from .roles import Role, RowBlock
 
 
 class MambaConfig(ScanConfig):

@@ -20,9 +20,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..ops.decay import decay
+from .base.roles import Role
 from .parts import Call, MatrixState, RecurrenceOutput, ShortConv, ShortConvolution, TimeStepDecay, TimeStepFields
 from .parts.state_space import StateSpaceConfig, StateSpaceMixer
-from .roles import Role
 
 
 class Mamba2Config(StateSpaceConfig, TimeStepFields):

@@ -30,13 +30,13 @@ from torch import Tensor, nn
 
 from ..ops.decay import decay
 from ..ops.scan import SCAN_PARADIGMS, scan
+from .base.roles import Role
+from .base.traits import ContractError
 from .parts import Call, GatedNorm, Paradigm
 from .parts.rotary import Rotation, rotate
 from .parts.state_space import StateSpaceConfig, StateSpaceMixer
 from .parts.time_step import step_bias
 from .parts.token_shift import token_shift
-from .roles import Role
-from .traits import ContractError
 
 MIN_RATE = 1e-4
 """Lower limit of decay rates, which are multiplied by the step size Delta."""

@@ -30,10 +30,10 @@ from torch import Tensor, nn
 
 from ..ops.decay import decay
 from ..ops.ridge import ridge_flops, ridge_solve
+from .base.roles import Role
+from .base.traits import Traits
 from .parts import QKV, Call, Paradigm, QKVConfig, QKVMixer, RecurrenceOutput, ShortConv
 from .parts.qkv import Affine, OutputGate
-from .roles import Role
-from .traits import Traits
 
 CONVERGENCE = 4
 """Iterations beyond the width of a key, after which rounding errors have gone too."""

@@ -18,10 +18,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..ops.scan import scan
+from .base.roles import Role, RowBlock
 from .parts import Call, ShortConv, ShortConvolution
 from .parts.scan_state import ScanConfig, ScanMixer, ScanState
 from .parts.widths import head_width
-from .roles import Role, RowBlock
 
 
 class MinGRUConfig(ScanConfig):

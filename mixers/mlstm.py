@@ -26,12 +26,12 @@ from torch import Tensor, nn
 
 from ..ops.decay import decay
 from ..ops.scan import LOG_STATE, SCAN_PARADIGMS, log_scan
-from .contract import MixResult
+from .base.contract import MixResult
+from .base.roles import Role
 from .parts import QKV, Call, Paradigm, QKVConfig, QKVMixer, RecurrenceOutput
 from .parts.gates import GatedNorm
 from .parts.qkv import Affine, KeyExpansion, OutputGate, OutputNorm
 from .parts.token_shift import token_shift
-from .roles import Role
 
 MAX_EXPONENT = 80.0
 """Upper limit of exponents; e^88 is the end of the range of float32."""

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from ..ops.runtime.call import Call
 from ..ops.runtime.paradigm import Paradigm
-from .contract import MIXERS, MixerConfig, SequenceMixer, build_mixer
-from .traits import ContractError, Traits
+from .base.contract import MIXERS, MixerConfig, SequenceMixer, build_mixer
+from .base.traits import ContractError, Traits
 
 STATE_NAME = "ParallelHybridState"
 """Start of the names of the state types; the number of mixers follows."""

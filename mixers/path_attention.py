@@ -27,13 +27,13 @@ from ..ops.attention.path import path_attention, path_flops
 from ..ops.delta import unit_norm
 from ..ops.runtime.call import Call
 from ..ops.runtime.paradigm import Paradigm
-from .contract import SequenceMixer
+from .base.contract import SequenceMixer
+from .base.roles import Role, RowBlock
+from .base.traits import Traits
 from .parts import CachedMixer, LowRank, ShortConv, ShortConvolution, head_width
 from .parts.cached import CachedState, GroupedQueryConfig, with_recent
 from .parts.gates import gate_decay
 from .parts.projections import projections_of
-from .roles import Role, RowBlock
-from .traits import Traits
 
 
 class PathAttentionConfig(GroupedQueryConfig):

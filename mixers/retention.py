@@ -20,10 +20,10 @@ from torch import Tensor
 
 from ..ops.decay import decay
 from ..ops.runtime.materialize import materialize
+from .base.traits import Traits
 from .parts import QKV, Call, FixedDecay, QKVConfig, QKVMixer, RecurrenceOutput
 from .parts.decay_rates import DecaySchedule
 from .parts.qkv import OutputNorm, Rotation, ValueExpansion
-from .traits import Traits
 
 
 class RetentionConfig(QKVConfig):

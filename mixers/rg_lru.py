@@ -28,12 +28,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..ops.scan import scan
+from .base.roles import Role, RowBlock
+from .base.traits import Traits
 from .parts import Call, ShortConvolution
 from .parts.scan_state import ScanConfig, ScanMixer, ScanState
 from .parts.time_step import in_range
 from .parts.widths import head_width
-from .roles import Role, RowBlock
-from .traits import Traits
 
 SHARPNESS = 8.0
 """Constant c = 8 of the paper, by which log-decays are multiplied."""

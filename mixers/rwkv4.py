@@ -25,11 +25,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..ops.scan import LOG_STATE, log_scan, scan
+from .base.roles import Role
 from .parts import Call
 from .parts.scan_state import ScanConfig, ScanMixer, ScanState
 from .parts.token_shift import token_shift
 from .parts.widths import head_width
-from .roles import Role
 
 
 class RWKV4Config(ScanConfig):

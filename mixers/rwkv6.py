@@ -25,12 +25,12 @@ from torch import Tensor, nn
 
 from ..ops.decay import decay
 from ..ops.runtime.paradigm import Paradigm
+from .base.roles import Role, RowBlock
 from .parts import Call, LowRank, MatrixState, MatrixStateConfig, MatrixStateMixer, head_width
 from .parts.bonus_norm import GroupNorm
 from .parts.projections import apply_row_blocks
 from .parts.qkv import Heads
 from .parts.token_shift import DynamicMix, token_shift
-from .roles import Role, RowBlock
 
 MAX_RATE = 10.0
 """Greatest logarithm of a decay rate: exp(-e^10) is 0, also in float64."""

@@ -24,7 +24,9 @@ from torch import Tensor, nn
 
 from ..ops.delta import unit_norm
 from ..ops.dplr import DPLR, dplr
-from .contract import MixResult
+from .base.contract import MixResult
+from .base.roles import Role, RowBlock
+from .base.traits import Traits
 from .delta_net import DeltaChunk
 from .parts import Call, LowRank, MatrixState, MatrixStateConfig, MatrixStateMixer, Paradigm, head_width
 from .parts.bonus_norm import BonusNorm
@@ -34,8 +36,6 @@ from .parts.projections import apply_row_blocks
 from .parts.qkv import Heads
 from .parts.token_shift import TokenShift
 from .parts.value_residual import ValueResidual
-from .roles import Role, RowBlock
-from .traits import Traits
 
 
 class RWKV7Config(LowRanks, MatrixStateConfig):

@@ -27,12 +27,12 @@ from torch import Tensor, nn
 
 from ..ops.cell import CELL_PARADIGMS, Backend, slstm
 from ..ops.scan import LOG_STATE
-from .contract import MixerConfig
+from .base.contract import MixerConfig
+from .base.roles import Role
+from .base.traits import Traits
 from .parts import Call, GatedNorm, Paradigm, ShortConv, ShortConvolution, head_width
 from .parts.qkv import Affine, Heads
 from .parts.scan_state import ScanMixer
-from .roles import Role
-from .traits import Traits
 
 
 class SLSTMConfig(MixerConfig):

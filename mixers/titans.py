@@ -35,12 +35,12 @@ from torch import Tensor, nn
 
 from ..ops.delta import unit_norm
 from ..ops.ttt import TTT_PARADIGMS, MomentumLayer, Norm, titans, titans_flops
-from .contract import MixerConfig, SequenceMixer
+from .base.contract import MixerConfig, SequenceMixer
+from .base.roles import Role, RowBlock
+from .base.traits import Traits
 from .parts import Call, GatedNorm, Paradigm, ShortConv, ShortConvolution, head_width
 from .parts.projections import projections_of
 from .parts.qkv import Heads, OutputGate
-from .roles import Role, RowBlock
-from .traits import Traits
 
 FIRST_BIASES = (0.0, 0.0, -5.0)
 """Biases of rate, momentum and forget gate at initialisation: sigmoids of 0.5, 0.5 and 0.007."""

@@ -26,12 +26,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..ops.ttt import TTT_PARADIGMS, FastLayer, Norm, ttt, ttt_flops
-from .contract import MixerConfig, SequenceMixer
+from .base.contract import MixerConfig, SequenceMixer
+from .base.roles import Role, RowBlock
+from .base.traits import ContractError, Traits
 from .parts import Call, Paradigm, ShortConv, ShortConvolution, head_width, rotated
 from .parts.projections import projections_of
 from .parts.qkv import Heads
-from .roles import Role, RowBlock
-from .traits import ContractError, Traits
 
 
 class TTTConfig(MixerConfig):

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..blocks import Block
 from ..blocks.residual import Stream
-from ..mixers.state import nbytes, to_dict
+from ..mixers.base.state import nbytes, to_dict
 from ..ops.attention import SharedKV
 from .builder import build_meta
 from .config import ModelConfig

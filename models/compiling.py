@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..blocks import Block
-from ..mixers.traits import require_compiles
+from ..mixers.base.traits import require_compiles
 from ..ops.kernels.native.linear import may_multiply, multiply_rows_compiled
 from ..ops.runtime.materialize import write_to_memory
 from ..registry import SeqmixError

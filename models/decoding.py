@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..mixers import Paradigm
-from ..mixers.state import map_state, to_dict
+from ..mixers.base.state import map_state, to_dict
 from ..ops.runtime.custom_op import current
 from ..ops.runtime.memo import Memo
 from .compiling import compiled_for, rows_as_sums

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..mixers.state import select
+from ..mixers.base.state import select
 from .decoding import decode_step
 from .language_model import LanguageModel, ModelState
 from .prefill import prefill

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from ..blocks import Block, Dropout
 from ..blocks.ffn.moe import ExpertLinear
 from ..mixers import ContractError, Paradigm
-from ..mixers.roles import Role, Roles, roles_of
+from ..mixers.base.roles import Role, Roles, roles_of
 from ..ops.kernels.selection import describe_backends
 from ..ops.runtime.arguments import require_tensor
 from ..ops.runtime.context_parallel import ContextParallel

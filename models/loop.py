@@ -14,7 +14,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..mixers.roles import Role, Roles
+from ..mixers.base.roles import Role, Roles
 from ..registry import Config
 
 

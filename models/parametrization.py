@@ -23,7 +23,7 @@ from typing import Annotated, Literal, NamedTuple, TypeAlias
 from pydantic import Field
 from torch import nn
 
-from ..mixers.roles import ParameterRole, Role
+from ..mixers.base.roles import ParameterRole, Role
 from ..registry import Config
 
 Shape: TypeAlias = tuple[int, ...]

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..mixers import Paradigm
-from ..mixers.state import concatenate, select
+from ..mixers.base.state import concatenate, select
 from ..registry import SeqmixError
 from .compiling import compiled_for
 from .decoding import decode_step

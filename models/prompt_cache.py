@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..mixers.state import clone, select
+from ..mixers.base.state import clone, select
 from ..registry import SeqmixError
 from .language_model import LanguageModel, ModelState
 from .prefill import prefill

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..blocks.ffn.moe import ExpertLinear
-from ..mixers.roles import Role, roles_of
+from ..mixers.base.roles import Role, roles_of
 from ..ops.grouped_linear import grouped_linear
 from ..ops.kernels.native.quantized import GROUP, can_multiply, is_supported, multiply_int4, multiply_int8
 from ..ops.runtime.custom_op import needs_grad, register

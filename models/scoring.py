@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ..mixers import Paradigm
-from ..mixers.state import select
+from ..mixers.base.state import select
 from ..registry import SeqmixError
 from .language_model import LanguageModel, ModelState
 from .loss import IGNORED

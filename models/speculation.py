@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..mixers import Paradigm
-from ..mixers.state import to_dict, where
+from ..mixers.base.state import to_dict, where
 from ..ops.runtime.memo import Memo
 from ..registry import SeqmixError, nearest_hint
 from .compiling import compiled_for, rows_as_sums

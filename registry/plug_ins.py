@@ -12,7 +12,7 @@ from .providers import path_of
 
 _LIBRARIES = {*sys.stdlib_module_names, "hypothesis", "jaxtyping", "pydantic", "pydantic_core", "seqmix", "torch"}
 """Packages whose code is not a plug-in author's."""
-_CALLERS = ("seqmix.testing.", "seqmix.mixers.contract")
+_CALLERS = ("seqmix.testing.", "seqmix.mixers.base.contract")
 """Prefixes of the modules that call mixers: they are not the place to look for an error."""
 
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from ..mixers.contract import MixerConfig, SequenceMixer
-from ..mixers.state import to_dict
+from ..mixers.base.contract import MixerConfig, SequenceMixer
+from ..mixers.base.state import to_dict
 from ..ops.runtime.kernel import Kernel
 from .engine.check import Check
 from .kernel.case import KernelDraw

@@ -10,7 +10,7 @@ import torch
 from hypothesis.errors import UnsatisfiedAssumption
 from hypothesis.strategies import SearchStrategy
 
-from ..mixers.contract import MixerConfig
+from ..mixers.base.contract import MixerConfig
 from ..ops.runtime.paradigm import Paradigm
 from ..registry import SeqmixError
 from .check import CHECKS, MixerCheck

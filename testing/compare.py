@@ -8,7 +8,7 @@ from typing import Any, get_type_hints
 import torch
 from torch import Tensor
 
-from ..mixers.state import is_inexact, to_dict
+from ..mixers.base.state import is_inexact, to_dict
 
 EXACT = 1e-9
 """Tolerance in float64: relative to an element, plus the same number times max(1, root mean square of the tensor).

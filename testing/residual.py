@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..mixers.roles import roles_of
-from ..mixers.traits import ContractError
+from ..mixers.base.roles import roles_of
+from ..mixers.base.traits import ContractError
 from ..ops.runtime.paradigm import Paradigm
 from .compare import EXACT, CheckFailure, Differences, require
 

@@ -12,7 +12,7 @@ import torch
 from hypothesis import settings
 
 from seqmix import RunConfig, load_config
-from seqmix.cli import main
+from seqmix.cli.app import main
 from seqmix.ops.recurrence import products
 from seqmix.training.monitoring.memory import keep_freed_memory
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from seqmix import MIXERS, LanguageModel, ModelConfig, build_model
-from seqmix.mixers.state import to_dict
+from seqmix.mixers.base.state import to_dict
 
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
 VOCABULARY = 11
@@ -32,10 +32,10 @@ def model_of(*mixers: str | dict[str, Any], ffn: Any = None, **options: Any) -> 
 
 def graph_of(model: LanguageModel, **options: Any) -> Any:
     """Export a model; return its graph, with metadata."""
-    from seqmix.deploy.export import require_exportable
-    from seqmix.deploy.graph import build_graph
-    from seqmix.deploy.metadata import add_metadata
-    from seqmix.deploy.states import layout_of
+    from seqmix.interop.onnx.export import require_exportable
+    from seqmix.interop.onnx.graph import build_graph
+    from seqmix.interop.onnx.metadata import add_metadata
+    from seqmix.interop.onnx.states import layout_of
 
     require_exportable(model)
     layout = layout_of(model)
@@ -46,7 +46,7 @@ def graph_of(model: LanguageModel, **options: Any) -> Any:
 
 def exported(model: LanguageModel, **options: Any) -> Any:
     """Export a model, and open its graph."""
-    from seqmix.deploy.session import OnnxModel
+    from seqmix.interop.onnx.session import OnnxModel
 
     return OnnxModel.from_bytes(graph_of(model, **options).SerializeToString())
 

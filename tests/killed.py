@@ -20,8 +20,9 @@ from typing import Any
 from runs import contents
 from safetensors import SafetensorError, safe_open
 
-from seqmix import cli, load_config, train
-from seqmix.convert import export_to
+from seqmix import load_config, train
+from seqmix.cli.app import app as cli
+from seqmix.interop.convert import export_to
 from seqmix.models import train_bpe
 
 KINDS = "fsync", "rename", "create", "open", "make", "remove", "link", "chain"
@@ -133,7 +134,7 @@ def attempt(
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     cli.import_command(arguments[0])  # before processes are forked from this one
     if "hf" in arguments:
-        import_module("seqmix.hf.export")
+        import_module("seqmix.interop.hf.export")
     command = Command(Path(base), Path(where), arguments, new, replaced)
     faults = dict[str, str | None]()
     for number, moment in enumerate(command.moments):

@@ -24,7 +24,7 @@ class Ranks:
     def __init__(self, size: int) -> None:
         # each starts with torch imported; no process may inherit threads
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["seqmix.cli", "seqmix.commands.progress", "torch._dynamo"])
+        self.context.set_forkserver_preload(["seqmix.cli.app", "seqmix.cli.progress", "torch._dynamo"])
         self.size, self.folder = size, TemporaryDirectory()
         self.pipes: list[Connection] = []
         self.processes = []
@@ -76,8 +76,8 @@ def mixer_as_one(
 ) -> None:
     """A mixer over all ranks is the mixer of one: outputs, final states, gradients of inputs, states and parameters."""
     from seqmix.mixers import Call, Paradigm
-    from seqmix.mixers.context_parallel import mix_sequentially
-    from seqmix.mixers.state import detach
+    from seqmix.mixers.base.context_parallel import mix_sequentially
+    from seqmix.mixers.base.state import detach
     from seqmix.ops.runtime.packing import Documents
 
     mixer, mixer_alone = _mixer(kind, fields), _mixer(kind, fields)
@@ -122,7 +122,7 @@ def _mixer(kind, fields):
 
 def _everything(mixer, call, x, state, counted) -> dict[str, torch.Tensor]:
     """All outputs of a call, and the gradients of a weighted sum of them; final states are counted `counted` times."""
-    from seqmix.mixers.state import map_state, to_dict
+    from seqmix.mixers.base.state import map_state, to_dict
 
     mixer.zero_grad()
     x, before = _leaf(x), None if state is None else map_state(_leaf, state)
@@ -151,7 +151,7 @@ def _leaf(x):
 def model_as_one(preset: str, *overrides: str) -> None:
     """Loss, logits, states and gradients of a model whose sequences are split over all ranks, also unequally."""
     from seqmix import build_model, load_config
-    from seqmix.mixers.state import to_dict
+    from seqmix.mixers.base.state import to_dict
 
     config = load_config(preset, ["model.d_model=32", "model.n_layers=4", *overrides]).model
     alone, shared = (build_model(config, dtype=torch.float64) for _ in range(2))

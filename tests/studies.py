@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from seqmix.experiments.figures.figure import ACCURACY, Axis, Figure, Point, Series
-from seqmix.experiments.results import RunResult
-from seqmix.experiments.summary import summarise
+from seqmix.lab.figures.figure import ACCURACY, Axis, Figure, Point, Series
+from seqmix.lab.study.results import RunResult
+from seqmix.lab.study.summary import summarise
 
 MACHINE = {
     "processor": "Intel Xeon",

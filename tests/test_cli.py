@@ -15,9 +15,10 @@ import torch
 from runs import metrics, wait_for_steps
 
 import seqmix as library
-from seqmix import MIXERS, cli, load_config, train
-from seqmix.cli import COMMANDS, import_command
-from seqmix.experiments.study import STUDIES
+from seqmix import MIXERS, load_config, train
+from seqmix.cli.app import COMMANDS, import_command
+from seqmix.cli.app import app as cli
+from seqmix.lab.study.study import STUDIES
 from seqmix.registry.yaml import parse
 from seqmix.training import PRESETS
 from seqmix.training.checkpoint.files import checkpoints
@@ -98,7 +99,7 @@ def test_a_mixer_of_the_folder_is_trained_and_generates(seqmix):
 
 def test_ctrl_c_stops_with_a_checkpoint_and_the_run_is_resumed(seqmix):
     """In its own process, which has the signal handlers."""
-    command = [sys.executable, "-c", "from seqmix.cli import main; main()", "train", "retnet-tiny", *SMALL]
+    command = [sys.executable, "-c", "from seqmix.cli.app import main; main()", "train", "retnet-tiny", *SMALL]
     command += ["training.steps=1000000", "training.checkpoint_every=1000000", "training.log_every=1"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     run = Path("runs/retnet-tiny")
@@ -131,7 +132,7 @@ def test_generated_text_is_a_function_of_the_seed(seqmix, run):
 def test_text_is_generated_with_rounded_weights(seqmix, run, monkeypatch):
     dtypes = []
     monkeypatch.setattr(
-        "seqmix.commands.generate.stream_text",
+        "seqmix.cli.commands.generate.stream_text",
         lambda model, prompts, **_: dtypes.append({p.dtype for p in model.parameters()}) or iter([["x"]]),
     )
     for options in ([], ["--dtype", "bfloat16"]):
@@ -145,7 +146,9 @@ def test_text_is_generated_with_rounded_weights(seqmix, run, monkeypatch):
 def test_text_is_streamed_piece_by_piece(seqmix, run, monkeypatch):
     pieces = []
     echo = __import__("typer").echo
-    monkeypatch.setattr("seqmix.cli.typer.echo", lambda *args, **options: (pieces.append(args), echo(*args, **options)))
+    monkeypatch.setattr(
+        "seqmix.cli.app.typer.echo", lambda *args, **options: (pieces.append(args), echo(*args, **options))
+    )
     seqmix("generate", str(run), "--prompt", "the ", "--max-new-tokens", "8")
     assert len(pieces) == 8 + 2  # the bytes, what was held back, the end of the line
     assert pieces[0][0].startswith("the ")
@@ -195,7 +198,7 @@ def test_running_out_of_memory_is_one_sentence_and_any_other_bug_is_not_hidden(r
     def load(*args):
         raise error
 
-    monkeypatch.setattr("seqmix.commands.show.load_config", load)
+    monkeypatch.setattr("seqmix.cli.commands.show.load_config", load)
     assert re.match(rf"out of memory.*{re.escape(reason)}", refused("show", "retnet-tiny", status=5))
     error = RuntimeError("a bug")
     with pytest.raises(RuntimeError, match="a bug"):
@@ -271,7 +274,7 @@ def test_schema_is_json_that_fits_the_shipped_files(seqmix, options, folder):
 def test_version_and_help_and_a_wrong_command_import_no_torch():
     program = """
 import sys
-from seqmix.cli import main
+from seqmix.cli.app import main
 for arguments in (["--version"], ["--help"], [], ["trian"]):
     sys.argv = ["seqmix", *arguments]
     assert arguments != ["trian"] or "pydantic" not in sys.modules  # which typer itself imports to suggest a name
@@ -435,7 +438,7 @@ def test_a_second_ctrl_c_at_exit_is_silent():
     late = "import atexit, os, signal; atexit.register(os.kill, os.getpid(), signal.SIGINT)"
     # a shell's background jobs ignore SIGINT
     late += "; signal.signal(signal.SIGINT, signal.default_int_handler)"
-    command = [sys.executable, "-c", f"{late}; from seqmix.cli import main; main()", "--help"]
+    command = [sys.executable, "-c", f"{late}; from seqmix.cli.app import main; main()", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
 

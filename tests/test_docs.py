@@ -18,8 +18,9 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from seqmix import MIXERS, account, cli, load_config
-from seqmix.experiments.study import STUDIES
+from seqmix import MIXERS, account, load_config
+from seqmix.cli.app import app as cli
+from seqmix.lab.study.study import STUDIES
 from seqmix.training import PRESETS
 
 ROOT = Path(__file__).resolve().parents[1]

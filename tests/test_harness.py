@@ -23,7 +23,7 @@ NAMES = ("tiny_choice", "tiny_rolling", "tiny_generation")
 def harness(tmp_path, monkeypatch):
     """The module, in a folder with the tasks and their data."""
     pytest.importorskip("lm_eval")
-    from seqmix import harness
+    from seqmix.interop import lm_eval as harness
 
     shutil.copytree(TASKS, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
@@ -71,7 +71,7 @@ def test_scores_are_those_of_the_hugging_face_wrapper(harness, model):
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import make_table
 
-    from seqmix.hf import SeqmixForCausalLM, hf_tokenizer
+    from seqmix.interop.hf import SeqmixForCausalLM, hf_tokenizer
 
     manager = TaskManager(include_path=".", include_defaults=False)
     wrapped, tokenizer = SeqmixForCausalLM.wrap(model), hf_tokenizer(model.tokenizer)
@@ -185,7 +185,7 @@ def test_a_wrong_argument_of_lm_evals_own_command_is_a_sentence(harness, monkeyp
 
 def test_without_lm_eval_one_sentence_says_what_to_install(seqmix, config_of, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
-    monkeypatch.delitem(sys.modules, "seqmix.harness", raising=False)
+    monkeypatch.delitem(sys.modules, "seqmix.interop.lm_eval", raising=False)
     run_of(config_of("training.steps=2"), tmp_path / "one")
     done = seqmix("evaluate", tmp_path / "one", "--tasks", "any")
     assert done.status == 2

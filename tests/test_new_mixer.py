@@ -18,7 +18,7 @@ ADDED = {
     "mixers/leaky_average.py": DATA / "leaky_average.py",
     "configs/leaky-average-tiny.yaml": DATA / "leaky-average-tiny.yaml",
 }
-GENERATORS = ["docs/generate.py", "docs/mixers.py", "docs/scaling.py", "tests/test_presets.py"]
+GENERATORS = ["docs/generate.py", "docs/mixers.py", "research/scaling.py", "tests/test_presets.py"]
 GENERATED = {
     "README.md",
     "docs/reference/fields.md",

@@ -14,8 +14,8 @@ import pytest
 from conftest import SMALL
 
 from seqmix import load_config, train
-from seqmix.cli import main
-from seqmix.commands import console, generate
+from seqmix.cli.app import console, main
+from seqmix.cli.commands import generate
 from seqmix.training.monitoring.measurements import read_measurements
 
 
@@ -95,7 +95,7 @@ def interrupt(*arguments, **options):
     finally:
         signal.raise_signal(signal.SIGINT)
 {module}.{name} = interrupt
-from seqmix.cli import main
+from seqmix.cli.app import main
 sys.argv = ["seqmix", *{arguments}]
 main()
 """

@@ -113,7 +113,7 @@ def test_the_public_names_are_frozen():
 
 @pytest.mark.parametrize("package", sorted(PACKAGES))
 def test_every_public_name_exists(package):
-    if package == "seqmix.hf":
+    if package == "seqmix.interop.hf":
         pytest.importorskip("transformers")
     module = importlib.import_module(package)
     for name in getattr(module, "__all__", []):
@@ -152,20 +152,23 @@ MAY_IMPORT = {
     **{f"seqmix.ops.kernels.triton.{name}": {"triton"} for name in TRITON},
     **{
         name: {"transformers"}
-        for name in ("seqmix.hf", *(f"seqmix.hf.{part}" for part in ("cache", "configuration", "modeling", "replace")))
+        for name in (
+            "seqmix.interop.hf",
+            *(f"seqmix.interop.hf.{part}" for part in ("cache", "configuration", "modeling", "replace")),
+        )
     },
-    "seqmix.hf.tokenizer": {"tokenizers", "transformers"},
-    **{f"seqmix.deploy.{name}": {"onnx"} for name in ("graph", "loops")},
-    "seqmix.deploy.session": {"onnxruntime"},
-    "seqmix.deploy.quantize": {"onnx", "onnxruntime"},
-    "seqmix.pytest_plugin": {"pytest"},
-    "seqmix.experiments.figures.charts": {"altair"},
-    "seqmix.experiments.figures.libraries": {"vl_convert"},
-    "seqmix.experiments.figures.page": {"jinja2"},
-    "seqmix.benchmarks.llama_cpp": {"gguf", "xllamacpp"},
-    "seqmix.benchmarks.op": {"fla"},
-    "seqmix.benchmarks.peers.fla": {"fla"},
-    "seqmix.benchmarks.peers.llama": {"transformers"},
+    "seqmix.interop.hf.tokenizer": {"tokenizers", "transformers"},
+    **{f"seqmix.interop.onnx.{name}": {"onnx"} for name in ("graph", "loops")},
+    "seqmix.interop.onnx.session": {"onnxruntime"},
+    "seqmix.interop.onnx.quantize": {"onnx", "onnxruntime"},
+    "seqmix.testing.pytest_plugin": {"pytest"},
+    "seqmix.lab.figures.charts": {"altair"},
+    "seqmix.lab.figures.libraries": {"vl_convert"},
+    "seqmix.lab.figures.page": {"jinja2"},
+    "seqmix.lab.bench.llama_cpp": {"gguf", "xllamacpp"},
+    "seqmix.lab.bench.op": {"fla"},
+    "seqmix.lab.bench.peers.fla": {"fla"},
+    "seqmix.lab.bench.peers.llama": {"transformers"},
     "seqmix.testing.adapters.hf": {"transformers"},
     "seqmix.testing.adapters.torchscale": {"torchscale"},
 }

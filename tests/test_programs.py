@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from conftest import SMALL
 
-from seqmix import __version__, cli
-from seqmix.commands.results import _finite
+from seqmix import __version__
+from seqmix.cli.app import app as cli
+from seqmix.cli.results import _finite
 
 TEXT = "data.paths=[text.txt]"
 

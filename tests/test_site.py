@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from seqmix.mixers.state import to_dict
+from seqmix.mixers.base.state import to_dict
 from seqmix.registry import ConfigError
 from seqmix.training.presets import single_kind_presets
 

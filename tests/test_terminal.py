@@ -5,7 +5,7 @@ from io import StringIO
 import pytest
 from rich.table import Table
 
-from seqmix.commands.console import WIDE, terminal
+from seqmix.cli.console import WIDE, terminal
 
 LONG = "a sentence of some length, " * 10
 

@@ -5,9 +5,9 @@ from itertools import pairwise
 import torch
 from torch.testing import assert_close
 
-from seqmix.convert import ARCHITECTURES
-from seqmix.convert.architecture import rule
-from seqmix.convert.layout import to_ours
+from seqmix.interop.convert import ARCHITECTURES
+from seqmix.interop.convert.architecture import rule
+from seqmix.interop.convert.layout import to_ours
 from seqmix.models import build_model
 
 LENGTH, VOCAB = 30, 50

@@ -11,7 +11,7 @@ from pydantic import Field, create_model
 from torch import nn
 
 from seqmix import ContractError, MixerConfig, Paradigm, SequenceMixer, Traits
-from seqmix.mixers.state import concatenate, select
+from seqmix.mixers.base.state import concatenate, select
 
 UNUSUAL: list[MixerConfig] = []
 RECURRENT, PARALLEL = frozenset([Paradigm.RECURRENT]), frozenset([Paradigm.RECURRENT, Paradigm.PARALLEL])

@@ -12,7 +12,7 @@ def command(*arguments: str) -> None:
     """The `seqmix` command, in a process of its own."""
     import torch
 
-    from seqmix.cli import main
+    from seqmix.cli.app import main
 
     torch.set_num_threads(1)
     output = os.open(os.devnull, os.O_WRONLY)
@@ -83,7 +83,7 @@ def _deadly(function: Callable[..., Any], count: int) -> Callable[..., Any]:
 
 def command_in(folder: str, output: str, *arguments: str) -> None:
     """The `seqmix` command in a process of its own, in a folder, its output in a file."""
-    from seqmix.cli import main
+    from seqmix.cli.app import main
 
     os.chdir(folder)
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..mixers.roles import ParameterRole, Role, RowBlock
+from ..mixers.base.roles import ParameterRole, Role, RowBlock
 from .distributed.sharding import assign, full_tensor, local_tensor, shard_of
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)

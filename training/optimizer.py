@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from ..mixers.roles import ParameterRole, Role, roles_of
+from ..mixers.base.roles import ParameterRole, Role, roles_of
 from ..models.parametrization import width_multipliers
 from ..registry import SeqmixError, import_object
 from .config import TrainingConfig
@@ -86,7 +86,7 @@ def trainings_of(model: nn.Module, config: TrainingConfig) -> list[ParameterTrai
 
 
 def build_optimizer(model: nn.Module, config: TrainingConfig) -> AnyOptimizer:
-    """Build the optimizer of a model, from the roles of its parameters (`seqmix.mixers.roles`).
+    """Build the optimizer of a model, from the roles of its parameters (`seqmix.mixers.base.roles`).
 
     Every parameter is in exactly one group; parameters without `requires_grad` are left out. Weight decay applies to
     matrices, embedding and output projection, not to rates, norms, convolutions and vectors.

@@ -1,6 +1,6 @@
 """Starting a run from existing weights (training.start_from): their model, tokenizer and tensors.
 
-The source is a run directory (`seqmix convert` writes one too), a file of `seqmix export`, or a folder of `seqmix.hf`.
+The source is a run directory (`seqmix convert` writes one too), a file of `seqmix export`, or a folder of `seqmix.interop.hf`.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..configs import PRESETS
-from ..mixers.contract import IMPLEMENTATION_FIELDS
+from ..mixers.base.contract import IMPLEMENTATION_FIELDS
 from ..models import TOKENIZER_FILE, ByteTokenizer, LanguageModel, ModelConfig, Tokenizer, load_tokenizer
 from ..models.subword import EXPORTED_TOKENIZER, have_same_tokens
 from ..registry import load, nearest_hint, read_bytes, require_trusted, validated
@@ -75,7 +75,7 @@ def start_from(folder: Path, model: LanguageModel, tokenizer: Tokenizer | None) 
     Other fields of the model may differ; the returned note lists them.
 
     Args:
-        folder: the source of the weights: a run directory, an exported file, or a folder of `seqmix.hf`.
+        folder: the source of the weights: a run directory, an exported file, or a folder of `seqmix.interop.hf`.
         model: the model to fill.
         tokenizer: the tokenizer of the training data; None if its tokens are not text.
 

@@ -19,7 +19,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ..blocks import Dropout
 from ..data import Batch, Examples, Source
-from ..mixers.state import concatenate, detach, map_state
+from ..mixers.base.state import concatenate, detach, map_state
 from ..models import IGNORED, LanguageModel, ModelState, compile_blocks
 from .config import RunConfig
 from .distributed.process_groups import ALONE, ProcessGroups

@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from ...mixers.roles import Role, Roles
+from ...mixers.base.roles import Role, Roles
 from ...ops.grouped_linear import grouped_linear
 from . import ACTIVATIONS, Activation, FeedForward, FfnConfig
 from .swiglu import Swiglu, SwigluConfig

@@ -33,7 +33,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from ...mixers.roles import Role, Roles
+from ...mixers.base.roles import Role, Roles
 from . import Branch, Residual, ResidualConfig, ResidualEnds
 
 READ = 0.7

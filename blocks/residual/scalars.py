@@ -18,7 +18,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from ...mixers.roles import Role, Roles
+from ...mixers.base.roles import Role, Roles
 from . import Branch, Residual, ResidualConfig, ResidualEnds
 
 Pair = tuple[Float[Tensor, "B T D"], Float[Tensor, "B T D"]]

@@ -9,9 +9,9 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from ...ops.attention import Cache, GrowingCache, RingCache, cast_cache, drop_last, empty_cache, key_cache, resize_cache
-from ..contract import MixerConfig, SequenceMixer
-from ..rollback import kept_tokens
-from ..traits import require_capacity
+from ..base.contract import MixerConfig, SequenceMixer
+from ..base.rollback import kept_tokens
+from ..base.traits import require_capacity
 from .short_convolution import ShortConvolution
 from .widths import divisors
 

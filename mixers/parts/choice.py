@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from ...ops.attention import Cache, cast_cache
 from ...ops.runtime.call import Call
 from ...ops.runtime.paradigm import Paradigm
-from ..roles import Role, RowBlock
-from ..traits import ContractError, Traits
+from ..base.roles import Role, RowBlock
+from ..base.traits import ContractError, Traits
 from .cached import CachedMixer, GroupedQueryConfig
 from .gates import Gate, GatedNorm
 from .projections import projections_of

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ...ops.runtime.memo import Memo, once
-from ..roles import Role, Roles
+from ..base.roles import Role, Roles
 
 DecaySchedule = Literal["geometric", "log_uniform", "constant", "none"]
 LogDecays: TypeAlias = tuple[Float[Tensor, " H"], Float[Tensor, " H"]]

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ...registry import Config
-from ..roles import Role, Roles
+from ..base.roles import Role, Roles
 
 
 def fan_in_gain(layer: nn.Linear, base: nn.Linear) -> float:

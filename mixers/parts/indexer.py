@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from ...ops.choice import Index
 from ...ops.runtime.call import Call
 from ...ops.runtime.paradigm import Paradigm
-from ..contract import MixerConfig
-from ..roles import Role, RowBlock
-from ..traits import Traits
+from ..base.contract import MixerConfig
+from ..base.roles import Role, RowBlock
+from ..base.traits import Traits
 from .rotary import rotated
 
 

@@ -13,8 +13,8 @@ from ...ops.recurrence.family import Family
 from ...ops.runtime.call import CHUNK_SIZE, Call
 from ...ops.runtime.kernel import Probe
 from ...ops.runtime.paradigm import Paradigm
-from ..contract import MixerConfig, SequenceMixer
-from ..traits import Traits
+from ..base.contract import MixerConfig, SequenceMixer
+from ..base.traits import Traits
 from .short_convolution import ShortConvolution
 from .token_shift import TokenShift
 

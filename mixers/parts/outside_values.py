@@ -16,9 +16,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ...ops.runtime.call import Call
-from ..contract import MixerConfig, MixResult, SequenceMixer
-from ..roles import Role, Roles
-from ..state import S
+from ..base.contract import MixerConfig, MixResult, SequenceMixer
+from ..base.roles import Role, Roles
+from ..base.state import S
 
 ValueResidualOption = Annotated[
     bool,

@@ -20,8 +20,8 @@ from ...ops.dplr import DPLR, dplr
 from ...ops.recurrence.family import RecurrenceOutput
 from ...ops.runtime.call import Call
 from ...ops.scan import scan
-from ..contract import MixResult
-from ..roles import Role, Roles
+from ..base.contract import MixResult
+from ..base.roles import Role, Roles
 from .qkv import QKV, QKVMixer
 from .time_step import TimeStepDecay
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..roles import RowBlock
+from ..base.roles import RowBlock
 
 
 def projections_of(

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..roles import Role, Roles
+from ..base.roles import Role, Roles
 
 
 class QKNorm(nn.Module):

@@ -22,9 +22,9 @@ from ...ops.delta import unit_norm
 from ...ops.recurrence.family import RecurrenceOutput
 from ...ops.runtime.call import Call
 from ...ops.runtime.paradigm import Paradigm
-from ..contract import MixResult
-from ..roles import Role, RowBlock
-from ..traits import ContractError, Traits
+from ..base.contract import MixResult
+from ..base.roles import Role, RowBlock
+from ..base.traits import ContractError, Traits
 from .gates import Gate, GatedNorm, HeadNorm
 from .matrix_state import MatrixState, MatrixStateConfig, MatrixStateMixer, ShortConv
 from .outside_values import OutsideValues, ValueResidualOption

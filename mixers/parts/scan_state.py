@@ -12,8 +12,8 @@ from ...ops.runtime.call import Call
 from ...ops.runtime.kernel import Probe
 from ...ops.runtime.paradigm import Paradigm
 from ...ops.scan import SCAN_PARADIGMS, Backend
-from ..contract import MixerConfig, SequenceMixer
-from ..traits import Traits
+from ..base.contract import MixerConfig, SequenceMixer
+from ..base.traits import Traits
 from .matrix_state import Chunk
 from .short_convolution import ShortConvolution
 

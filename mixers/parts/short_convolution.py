@@ -12,7 +12,7 @@ from ...ops.kernels.selection import choose
 from ...ops.runtime.call import Call
 from ...ops.runtime.kernel import Probe
 from ...ops.runtime.paradigm import Paradigm
-from ..roles import Role, Roles
+from ..base.roles import Role, Roles
 
 
 class ShortConvolution(nn.Module):

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..roles import Role, RowBlock
+from ..base.roles import Role, RowBlock
 from .matrix_state import MatrixStateMixer
 from .projections import projections_of
 from .time_step import TimeStepRange

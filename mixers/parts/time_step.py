@@ -9,7 +9,7 @@ from jaxtyping import Float
 from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 
-from ..roles import Role, Roles
+from ..base.roles import Role, Roles
 from .matrix_state import MatrixStateConfig
 
 

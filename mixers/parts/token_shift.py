@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from ...ops.convolution import ConvolutionOutput, shift_tokens
 from ...ops.runtime.call import Call
-from ..roles import Role, Roles
-from ..traits import ContractError
+from ..base.roles import Role, Roles
+from ..base.traits import ContractError
 
 
 def token_shift(x: Float[Tensor, "B T C"], before: Float[Tensor, "N 1 C"] | None, call: Call) -> ConvolutionOutput:

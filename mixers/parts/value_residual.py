@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..roles import Role
+from ..base.roles import Role
 from .gates import LowRank
 
 

@@ -3,7 +3,7 @@
 import math
 from bisect import bisect
 
-from ..traits import ContractError
+from ..base.traits import ContractError
 
 
 def head_width(d_model: int, expand: float, n_heads: int, name: str) -> int:

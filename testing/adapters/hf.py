@@ -20,7 +20,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ...mixers.traits import ContractError, Traits
+from ...mixers.base.traits import ContractError, Traits
 from ...ops.runtime.paradigm import Paradigm
 from ...registry import SeqmixError, choices_hint, import_named, load
 from ...registry.yaml import parse, write

@@ -20,9 +20,9 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ...mixers.contract import MixerConfig, SequenceMixer
-from ...mixers.state import concatenate, select
-from ...mixers.traits import ContractError, Traits, require_state
+from ...mixers.base.contract import MixerConfig, SequenceMixer
+from ...mixers.base.state import concatenate, select
+from ...mixers.base.traits import ContractError, Traits, require_state
 from ...ops.runtime.call import Call
 from ...ops.runtime.paradigm import Paradigm
 from ...registry import require_name

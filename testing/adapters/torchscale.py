@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ...mixers.traits import ContractError, Traits
+from ...mixers.base.traits import ContractError, Traits
 from ...ops.runtime.paradigm import Paradigm
 from .module import Adapted, AdaptedConfig, Result
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...mixers.state import is_inexact, map_state, select
+from ...mixers.base.state import is_inexact, map_state, select
 from ..check import check
 from ..gradients import strided, time_first, with_gradient_layout
 from ..mixer.case import CROWDS, Draw

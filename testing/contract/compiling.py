@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...mixers.state import concatenate, to_dict
+from ...mixers.base.state import concatenate, to_dict
 from ...registry import SeqmixError
 from ..check import NOT_COMPILED, check, compilable, recurrent, stateful
 from ..compare import require

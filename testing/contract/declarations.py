@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ...mixers.contract import SequenceMixer
-from ...mixers.state import clone, to_dict
-from ...mixers.traits import ContractError
+from ...mixers.base.contract import SequenceMixer
+from ...mixers.base.state import clone, to_dict
+from ...mixers.base.traits import ContractError
 from ...ops.runtime.paradigm import Paradigm
 from ...registry import SeqmixError, dump
 from ...registry.yaml import parse

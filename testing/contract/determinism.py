@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...mixers.contract import SequenceMixer
-from ...mixers.state import clone
+from ...mixers.base.contract import SequenceMixer
+from ...mixers.base.state import clone
 from ...ops.runtime.paradigm import Paradigm
 from ..check import check
 from ..compare import CheckFailure, require

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from ...mixers.state import from_dict, to_dict
+from ...mixers.base.state import from_dict, to_dict
 from ...ops.runtime.paradigm import Paradigm
 from ..check import check, differentiable, exact_gradients
 from ..compare import require

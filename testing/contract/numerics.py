@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...mixers.state import to_dict
+from ...mixers.base.state import to_dict
 from ...ops.runtime.paradigm import Paradigm
 from ...registry import SeqmixError
 from ..check import LESS_PRECISE, check, packing, shifted_leaves

@@ -8,7 +8,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from ...mixers.state import concatenate, map_state, select
+from ...mixers.base.state import concatenate, map_state, select
 from ...ops.runtime.packing import Documents
 from ..check import NOT_PACKED, check, differentiable, packing
 from ..gradients import strided, with_gradient_layout

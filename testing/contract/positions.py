@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...mixers.contract import SequenceMixer
-from ...mixers.state import is_inexact, to_dict
+from ...mixers.base.contract import SequenceMixer
+from ...mixers.base.state import is_inexact, to_dict
 from ...ops.runtime.paradigm import Paradigm
 from ...registry import SeqmixError
 from ..check import NOT_INVARIANT, check, exact_gradients, invariant, positioned, shiftable, shifted_leaves, stateful

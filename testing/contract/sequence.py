@@ -10,8 +10,8 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from ...mixers.contract import SequenceMixer
-from ...mixers.state import clone, detach, select
+from ...mixers.base.contract import SequenceMixer
+from ...mixers.base.state import clone, detach, select
 from ...ops.runtime.paradigm import Paradigm
 from ..check import check, chunked, differentiable, recurrent, several_paradigms, stateful
 from ..compare import EXACT, require

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from ...mixers.state import clone, concatenate, from_dict, map_state, nbytes, select, to_dict
+from ...mixers.base.state import clone, concatenate, from_dict, map_state, nbytes, select, to_dict
 from ...ops.runtime.paradigm import Paradigm
 from ...registry import SeqmixError
 from ..check import check, constant, declares, differentiable, stateful

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...mixers.contract import SequenceMixer
-from ...mixers.state import clone, concatenate, map_state, select, to_dict
+from ...mixers.base.contract import SequenceMixer
+from ...mixers.base.state import clone, concatenate, map_state, select, to_dict
 from ...ops.runtime.paradigm import Paradigm
 from ...registry import SeqmixError
 from ..check import check, compilable, declares, optional, stateful

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from hypothesis import strategies as st
 
-from ...mixers.traits import Traits
+from ...mixers.base.traits import Traits
 from ...ops.runtime.paradigm import Paradigm
 from ..engine.shrink import fewer
 from ..engine.source import WrittenCase

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...mixers.state import concatenate
+from ...mixers.base.state import concatenate
 from ..compare import CheckFailure, require
 from .trial import Trial
 

@@ -14,8 +14,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from ...mixers.contract import MixerConfig
-from ...mixers.traits import ContractError
+from ...mixers.base.contract import MixerConfig
+from ...mixers.base.traits import ContractError
 from ...registry import Config, SeqmixError
 
 FIXED = {"kind", "paradigm", "chunk_size", "backend"}

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...mixers.contract import SequenceMixer
-from ...mixers.state import from_dict, is_inexact, map_state, to_dict
+from ...mixers.base.contract import SequenceMixer
+from ...mixers.base.state import from_dict, is_inexact, map_state, to_dict
 from ..compare import GRADIENTS, require_near
 from .trial import SegmentCall, Trial, named_results
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from ...mixers.contract import BuildError, MixerConfig, SequenceMixer, build_mixer
-from ...mixers.traits import ContractError, Traits, require_paradigm
+from ...mixers.base.contract import BuildError, MixerConfig, SequenceMixer, build_mixer
+from ...mixers.base.traits import ContractError, Traits, require_paradigm
 from ...ops.runtime.paradigm import Paradigm
 from ...registry import SeqmixError, where_raised
 from ..compare import LOW_PRECISION

@@ -11,8 +11,8 @@ from hypothesis.errors import UnsatisfiedAssumption
 from torch import Tensor
 from torch.nn.modules.dropout import _DropoutNd
 
-from ...mixers.contract import MixerConfig, SequenceMixer
-from ...mixers.state import as_real, clone, is_inexact, map_state, to_dict
+from ...mixers.base.contract import MixerConfig, SequenceMixer
+from ...mixers.base.state import as_real, clone, is_inexact, map_state, to_dict
 from ...ops.runtime.paradigm import Paradigm
 from ..compare import EXACT, CheckFailure, Differences
 from ..gradients import gradients

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ...mixers.contract import SequenceMixer
+from ...mixers.base.contract import SequenceMixer
 from ...ops.runtime.memo import Memo
 from ...ops.runtime.paradigm import Paradigm
 from ..check import check

@@ -10,8 +10,8 @@ from abuse.tally import Case
 
 from seqmix import load_config
 from seqmix.data import TextConfig, read_documents
-from seqmix.experiments.plan import plan
-from seqmix.experiments.study import load_study
+from seqmix.lab.study.plan import plan
+from seqmix.lab.study.study import load_study
 
 DEEP = 10**5
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(

@@ -18,7 +18,7 @@ from abuse.tally import LONGEST, Case, little_memory
 from safetensors.torch import load_file
 
 from seqmix import SeqmixError, build_model, load_config, load_run, train
-from seqmix.mixers.state import to_dict
+from seqmix.mixers.base.state import to_dict
 from seqmix.training import read_config
 from seqmix.training.checkpoint.files import MANIFEST_FILE, checkpoints, find
 from seqmix.training.checkpoint.train_state import (

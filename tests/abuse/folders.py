@@ -11,8 +11,8 @@ from typing import Any
 from abuse.tally import Case
 from safetensors.torch import save_file
 
-from seqmix.convert import ARCHITECTURES, import_from
-from seqmix.convert.layout import to_theirs
+from seqmix.interop.convert import ARCHITECTURES, import_from
+from seqmix.interop.convert.layout import to_theirs
 from seqmix.models import build_model, train_bpe
 
 BASE = {"hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 300, "intermediate_size": 24}

@@ -22,11 +22,11 @@ import workers
 from abuse.commands import SMALL
 from abuse.tally import Case
 
-from seqmix.cli import main
+from seqmix.cli.app import main
 
 PROCESSES = multiprocessing.get_context("forkserver")
 """Forked from one that has imported torch."""
-PROCESSES.set_forkserver_preload(["seqmix.cli", "seqmix.commands.progress", "torch._dynamo"])
+PROCESSES.set_forkserver_preload(["seqmix.cli.app", "seqmix.cli.progress", "torch._dynamo"])
 NEW = ["train", "retnet-tiny", *SMALL, "training.steps=1000000", "training.keep_checkpoints=2", "--out"]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from abuse.tally import Case
 
 from seqmix import load_config
-from seqmix.commands.plot import plot
+from seqmix.cli.commands.plot import plot
 from seqmix.registry import dump
 
 NUMBERS = (

@@ -19,7 +19,7 @@ from unittest.mock import patch
 from abuse.commands import SMALL, environment
 from abuse.tally import Case
 
-from seqmix.cli import main
+from seqmix.cli.app import main
 
 ROUNDS = 12
 """How often each command is tried."""

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from abuse.tally import Case
 
-from seqmix.experiments.plan import plan
-from seqmix.experiments.study import load_study
+from seqmix.lab.study.plan import plan
+from seqmix.lab.study.study import load_study
 
 GOOD = {"base": "retnet-tiny", "mixers": "[retention, linear_attention]"}
 FIELDS = {

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
 
-from seqmix.cli import explanation
+from seqmix.cli.app import explanation
 
 LONGEST = 2000
 """Characters of a line of an error: a screen of them."""

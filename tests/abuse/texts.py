@@ -13,8 +13,8 @@ from pathlib import Path
 from abuse.tally import Case
 
 from seqmix import load_config
-from seqmix.commands.progress import run_with_progress
-from seqmix.commands.tokenize import tokenize
+from seqmix.cli.commands.tokenize import tokenize
+from seqmix.cli.progress import run_with_progress
 from seqmix.models import train_bpe
 
 SMALL = (

@@ -13,7 +13,7 @@ import numpy as np
 from abuse.tally import Case
 
 from seqmix import load_config
-from seqmix.commands.progress import run_with_progress
+from seqmix.cli.progress import run_with_progress
 from seqmix.models import train_bpe
 
 SMALL = (

@@ -27,9 +27,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from seqmix import build_model, load_config, load_run, train
-from seqmix.convert import import_from
-from seqmix.experiments.collect import is_same
-from seqmix.experiments.study import load_study
+from seqmix.interop.convert import import_from
+from seqmix.lab.study.collect import is_same
+from seqmix.lab.study.study import load_study
 from seqmix.training import export_run, load_prompt_cache
 from seqmix.training.checkpoint.files import checkpoints
 from seqmix.training.checkpoint.saved_run import EXPORTED_CONFIG, read_weights
@@ -140,7 +140,7 @@ def _watched(base: Path, canary: Path, program: Path, action: Callable[[], objec
 def _from_hugging_face(folder: Path, trusts: bool | None) -> None:
     import transformers
 
-    import seqmix.hf  # noqa: F401
+    import seqmix.interop.hf  # noqa: F401
 
     transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trusts)
     transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trusts)

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from seqmix import load_config
-from seqmix.benchmarks.benchmark import Settings
-from seqmix.benchmarks.machine import Rates
+from seqmix.lab.bench.benchmark import Settings
+from seqmix.lab.bench.machine import Rates
 
 
 @pytest.fixture

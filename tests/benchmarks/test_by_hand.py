@@ -7,9 +7,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from seqmix import load_config
-from seqmix.benchmarks.peers import Size
-from seqmix.benchmarks.peers.by_hand import unsupported_reason
-from seqmix.benchmarks.peers.ours import ByHand, Seqmix
+from seqmix.lab.bench.peers import Size
+from seqmix.lab.bench.peers.by_hand import unsupported_reason
+from seqmix.lab.bench.peers.ours import ByHand, Seqmix
 
 CPU = torch.device("cpu")
 

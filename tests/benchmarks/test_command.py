@@ -6,9 +6,9 @@ import os
 import pytest
 import torch
 
-from seqmix.benchmarks import machine
-from seqmix.benchmarks.machine import Rates
-from seqmix.benchmarks.models import model_to_measure
+from seqmix.lab.bench import machine
+from seqmix.lab.bench.machine import Rates
+from seqmix.lab.bench.models import model_to_measure
 
 SMALL = ("retnet-tiny", "model.d_model=32", "model.n_layers=1", "model.blocks.ret.mixer={n_heads: 2, chunk_size: 16}")
 
@@ -24,7 +24,7 @@ def refused_at_once(refused, monkeypatch):
     def measured(*arguments):
         raise AssertionError("something was measured")
 
-    monkeypatch.setattr("seqmix.benchmarks.benchmark.time_interleaved", measured)
+    monkeypatch.setattr("seqmix.lab.bench.benchmark.time_interleaved", measured)
     return lambda *arguments, status=2: refused("bench", *arguments, status=status)
 
 
@@ -76,7 +76,7 @@ def test_dropout_is_left_out_for_all():
 
 def test_compiled_variants_take_part_when_asked_for(bench, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: None)
-    monkeypatch.setattr("seqmix.benchmarks.peers.ours.compile_blocks", lambda model: 1)
+    monkeypatch.setattr("seqmix.lab.bench.peers.ours.compile_blocks", lambda model: 1)
     options = "--length", "32", "--tokens", "32", "--compile", "--activation-checkpointing", "--json", "out.json"
     bench("train", *SMALL, *options)
     rows = {row["name"]: row for row in json.loads((tmp_path / "out.json").read_text())["rows"]}

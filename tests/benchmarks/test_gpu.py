@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from seqmix import MIXERS
-from seqmix.benchmarks import gpu
-from seqmix.benchmarks.benchmark import Report, Row
-from seqmix.benchmarks.gpu import combine, measure, run_process
-from seqmix.benchmarks.gpu_plan import GROUPS, Part, plan
-from seqmix.benchmarks.measure import Spread
-from seqmix.benchmarks.report import to_json
-from seqmix.commands.bench import BENCHMARKS
+from seqmix.cli.commands.bench import BENCHMARKS
+from seqmix.lab.bench import gpu
+from seqmix.lab.bench.benchmark import Report, Row
+from seqmix.lab.bench.gpu import combine, measure, run_process
+from seqmix.lab.bench.gpu_plan import GROUPS, Part, plan
+from seqmix.lab.bench.measure import Spread
+from seqmix.lab.bench.report import to_json
 from seqmix.ops.runtime.kernel import all_kernels
 
 GIB = 2**30

@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from seqmix.benchmarks import benchmark
-from seqmix.benchmarks.measure import TimedCall
-from seqmix.benchmarks.models import STEPS, DecodeBenchmark, TrainBenchmark
-from seqmix.benchmarks.op import OpBenchmark
-from seqmix.benchmarks.peers import Seqmix
+from seqmix.lab.bench import benchmark
+from seqmix.lab.bench.measure import TimedCall
+from seqmix.lab.bench.models import STEPS, DecodeBenchmark, TrainBenchmark
+from seqmix.lab.bench.op import OpBenchmark
+from seqmix.lab.bench.peers import Seqmix
 
 
 def implementation(benchmark, name):

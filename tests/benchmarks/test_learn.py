@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from seqmix.benchmarks.learn import NAMES, Learning
+from seqmix.lab.bench.learn import NAMES, Learning
 
 CHANGES = ("data.paths=[text.txt]", "training.steps=8")
 

@@ -2,10 +2,10 @@
 
 import pytest
 
-from seqmix.benchmarks.benchmark import Skip
-from seqmix.benchmarks.llama_cpp import FORMATS, LlamaCpp
-from seqmix.benchmarks.models import DecodeBenchmark, model_to_measure
-from seqmix.benchmarks.peers import Size
+from seqmix.lab.bench.benchmark import Skip
+from seqmix.lab.bench.llama_cpp import FORMATS, LlamaCpp
+from seqmix.lab.bench.models import DecodeBenchmark, model_to_measure
+from seqmix.lab.bench.peers import Size
 
 
 def test_what_it_cannot_measure_is_said(settings):

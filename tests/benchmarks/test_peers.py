@@ -5,12 +5,12 @@ import torch
 from torch.testing import assert_close
 
 from seqmix import load_config
-from seqmix.benchmarks.models import model_to_measure
-from seqmix.benchmarks.peers import PEERS, Seqmix, Size
-from seqmix.benchmarks.peers.gpt import GptEager, GptSdpa
-from seqmix.benchmarks.peers.ours import Int8
-from seqmix.benchmarks.peers.peer import install_hint
-from seqmix.benchmarks.peers.torchscale import TorchscaleChunkwise
+from seqmix.lab.bench.models import model_to_measure
+from seqmix.lab.bench.peers import PEERS, Seqmix, Size
+from seqmix.lab.bench.peers.gpt import GptEager, GptSdpa
+from seqmix.lab.bench.peers.ours import Int8
+from seqmix.lab.bench.peers.peer import install_hint
+from seqmix.lab.bench.peers.torchscale import TorchscaleChunkwise
 from seqmix.models import quantization
 
 CPU, META = torch.device("cpu"), torch.device("meta")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from seqmix.benchmarks.recurrences import CASES
+from seqmix.lab.bench.recurrences import CASES
 
 
 @pytest.mark.parametrize("name", CASES)

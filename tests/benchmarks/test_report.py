@@ -6,12 +6,12 @@ import json
 import pytest
 from rich.console import Console
 
-from seqmix.benchmarks.benchmark import Report, Row
-from seqmix.benchmarks.measure import Spread
-from seqmix.benchmarks.report import from_json, markdown, to_json
-from seqmix.commands.bench import show
-from seqmix.experiments.benchmark_figures import figures_of
-from seqmix.experiments.figures import theme
+from seqmix.cli.commands.bench import show
+from seqmix.lab.bench.benchmark import Report, Row
+from seqmix.lab.bench.figures import figures_of
+from seqmix.lab.bench.measure import Spread
+from seqmix.lab.bench.report import from_json, markdown, to_json
+from seqmix.lab.figures import theme
 
 MACHINE = {
     "device": "cpu",

@@ -14,7 +14,7 @@ from seqmix import SeqmixError, account, build_model, load_config
 from seqmix.blocks import RESIDUALS, Residual, ResidualConfig, ResidualEnds
 from seqmix.blocks.residual.attention import AttentionResidualConfig
 from seqmix.blocks.residual.hyper import HyperConfig, sinkhorn
-from seqmix.mixers.roles import Role, roles_of
+from seqmix.mixers.base.roles import Role, roles_of
 from seqmix.models import compile_blocks
 from seqmix.models.config import ModelConfig
 from seqmix.testing import CheckFailure, check_residual

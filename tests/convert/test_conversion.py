@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from seqmix import SeqmixError, generate_text
-from seqmix.cli import import_command
-from seqmix.convert import ARCHITECTURES, export_to, import_from
-from seqmix.convert.layout import Rule, part, plan, to_ours, to_theirs
+from seqmix.cli.app import import_command
+from seqmix.interop.convert import ARCHITECTURES, export_to, import_from
+from seqmix.interop.convert.layout import Rule, part, plan, to_ours, to_theirs
 from seqmix.models import ModelConfig, build_model, train_bpe
 from seqmix.training import load_run
 

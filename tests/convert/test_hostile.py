@@ -10,9 +10,9 @@ from abuse.tally import Case, fault_of
 from hypothesis import settings
 
 from seqmix import SeqmixError
-from seqmix.convert import ARCHITECTURES, import_from
-from seqmix.convert.rwkv import RWKV7
-from seqmix.convert.theirs import Rotation, Theirs, validate_types
+from seqmix.interop.convert import ARCHITECTURES, import_from
+from seqmix.interop.convert.rwkv import RWKV7
+from seqmix.interop.convert.theirs import Rotation, Theirs, validate_types
 from seqmix.models import build_meta
 
 SAMPLE = 60

@@ -14,7 +14,7 @@ from seqmix import ConfigError, build_model, load_config
 from seqmix.data import DATA
 from seqmix.data.source import blank
 from seqmix.data.task import Task
-from seqmix.experiments.suite.tasks import FOLDER, Extent, base_of, load_settings
+from seqmix.lab.suite.tasks import FOLDER, Extent, base_of, load_settings
 from seqmix.mixers import ContractError
 from seqmix.models import IGNORED
 

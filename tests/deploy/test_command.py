@@ -25,12 +25,12 @@ import onnx
 from onnx import TensorProto, helper
 from onnx.external_data_helper import set_external_data
 
-import seqmix.deploy.export
-from seqmix.deploy import export_onnx
-from seqmix.deploy.export import require_exportable
-from seqmix.deploy.generate import stream_text
-from seqmix.deploy.metadata import seal
-from seqmix.deploy.session import OnnxModel, require_equal
+import seqmix.interop.onnx.export
+from seqmix.interop.onnx import export_onnx
+from seqmix.interop.onnx.export import require_exportable
+from seqmix.interop.onnx.generate import stream_text
+from seqmix.interop.onnx.metadata import seal
+from seqmix.interop.onnx.session import OnnxModel, require_equal
 from seqmix.models import SubwordTokenizer, train_bpe
 
 TINY = [
@@ -111,7 +111,7 @@ def test_what_cannot_be_exported_is_refused_by_name(tmp_path, monkeypatch):
     assert "2 GiB" in refusal(lambda: require_exportable(large))
     whole = SimpleNamespace(config=SimpleNamespace(readout="last"))
     assert "readout = last" in refusal(lambda: require_exportable(whole))
-    monkeypatch.setattr(seqmix.deploy.export, "find_spec", lambda name: None if name == "onnxscript" else name)
+    monkeypatch.setattr(seqmix.interop.onnx.export, "find_spec", lambda name: None if name == "onnxscript" else name)
     assert "onnxscript: pip install 'seqmix[onnx]'" in refusal(lambda: export_onnx(tmp_path, place))
     assert list(tmp_path.iterdir()) == []
 

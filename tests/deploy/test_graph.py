@@ -11,15 +11,15 @@ from nightly import NIGHTLY
 from runs import refusal
 
 from seqmix import MIXERS, build_model, load_config
-from seqmix.mixers.influence import weights_of
+from seqmix.mixers.base.influence import weights_of
 from seqmix.training import PRESETS
 
 if not all(map(find_spec, NEEDED)):
     pytest.skip("needs pip install 'seqmix[onnx]'", allow_module_level=True)
 
-from seqmix.deploy.export import UNTRANSLATED, require_exportable
-from seqmix.deploy.session import OnnxModel
-from seqmix.deploy.states import layout_of
+from seqmix.interop.onnx.export import UNTRANSLATED, require_exportable
+from seqmix.interop.onnx.session import OnnxModel
+from seqmix.interop.onnx.states import layout_of
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "how-to" / "onnx.md"
 OPERATORS = {"LinearAttention", "Scan", "Conv", "Softmax"}

@@ -17,7 +17,7 @@ class Finder(PathFinder):
 
 sys.meta_path[sys.meta_path.index(PathFinder)] = Finder
 sys.argv[0] = "seqmix"
-from seqmix.cli import main
+from seqmix.cli.app import main
 main()
 """
 """A program that is `seqmix` in an environment without the packages."""

@@ -2,8 +2,8 @@
 
 import pytest
 
-from seqmix.experiments.plan import plan
-from seqmix.experiments.study import load_study
+from seqmix.lab.study.plan import plan
+from seqmix.lab.study.study import load_study
 
 STUDY = """
 question: Does it run?

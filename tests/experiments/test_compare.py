@@ -16,15 +16,15 @@ import pytest
 import workers
 from runs import wait_for_steps
 
-from seqmix.experiments import lock, runner
-from seqmix.experiments.collect import is_finished
-from seqmix.experiments.figures.libraries import PlotsMissingError
-from seqmix.experiments.lock import hold_lock
-from seqmix.experiments.plan import plan
-from seqmix.experiments.results import read_results
-from seqmix.experiments.runner import Observer, make_runs
-from seqmix.experiments.study import StudyError, load_study
-from seqmix.experiments.summary import timed_length
+from seqmix.lab.figures.libraries import PlotsMissingError
+from seqmix.lab.study import lock, runner
+from seqmix.lab.study.collect import is_finished
+from seqmix.lab.study.lock import hold_lock
+from seqmix.lab.study.plan import plan
+from seqmix.lab.study.results import read_results
+from seqmix.lab.study.runner import Observer, make_runs
+from seqmix.lab.study.study import StudyError, load_study
+from seqmix.lab.study.summary import timed_length
 from seqmix.training import read_config, read_status
 from seqmix.training.checkpoint.status import StatusWriter
 
@@ -82,7 +82,7 @@ def command(folder: Path, *arguments: str) -> tuple[int, str]:
 
 def start(folder: Path, *arguments: str):
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["seqmix.cli", "seqmix.commands.compare", "torch._dynamo"])
+    context.set_forkserver_preload(["seqmix.cli.app", "seqmix.cli.commands.compare", "torch._dynamo"])
     output = folder / "printed.txt"
     process = context.Process(target=workers.command_in, args=(str(folder), str(output), *arguments))
     process.start()

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from studies import few, recall
 
-from seqmix.commands.plot import names_of
-from seqmix.experiments.figures import libraries
-from seqmix.experiments.results import Results, write
-from seqmix.experiments.run_figures import figures_of, read_curves
+from seqmix.cli.commands.plot import names_of
+from seqmix.lab.figures import libraries
+from seqmix.lab.study.results import Results, write
+from seqmix.lab.study.run_figures import figures_of, read_curves
 
 
 def step(n: int, **changes) -> dict:
@@ -126,8 +126,8 @@ def test_a_study_s_report_is_written_again(seqmix, folders):
 
 @pytest.mark.parametrize("missing", ["vl_convert", "altair"])
 def test_what_draws_must_be_installed(refused, folders, monkeypatch, missing):
-    monkeypatch.delitem(__import__("sys").modules, "seqmix.experiments.figures.charts", raising=False)
-    monkeypatch.delattr("seqmix.experiments.figures.charts", raising=False)
+    monkeypatch.delitem(__import__("sys").modules, "seqmix.lab.figures.charts", raising=False)
+    monkeypatch.delattr("seqmix.lab.figures.charts", raising=False)
     monkeypatch.setitem(__import__("sys").modules, missing, None)
     assert "pip install altair vl-convert-python" in refused("plot", "one")
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from studies import AWKWARD, X, Y, figure
 
-from seqmix.experiments.figures import theme
-from seqmix.experiments.figures.figure import (
+from seqmix.lab.figures import theme
+from seqmix.lab.figures.figure import (
     ACCURACY,
     Axis,
     Figure,
@@ -22,8 +22,8 @@ from seqmix.experiments.figures.figure import (
     resolve,
     thin,
 )  # fmt: skip
-from seqmix.experiments.figures.writer import adaptive, draw
-from seqmix.experiments.units import number, quantity
+from seqmix.lab.figures.writer import adaptive, draw
+from seqmix.lab.units import number, quantity
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_figures_have_a_common_legend_as_far_as_names_and_styles_agree():
 @pytest.mark.parametrize("awkward", AWKWARD, ids=lambda one: one.name)
 def test_a_spec_is_vega_lite(awkward):
     alt = pytest.importorskip("altair")
-    from seqmix.experiments.figures import charts
+    from seqmix.lab.figures import charts
 
     for spec in (charts.page_spec(awkward), charts.paper_spec([awkward], 200, 1)):
         alt.Chart.from_dict({key: value for key, value in spec.items() if key != "datasets"})  # which checks it

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from seqmix import MIXERS, SeqmixError
-from seqmix.experiments.language import Measured, Model, Trained, add, read_measured, runs_at
-from seqmix.experiments.plan import plan
-from seqmix.experiments.results import (
+from seqmix.lab.study.plan import plan
+from seqmix.lab.study.results import (
     DecodeSpeedRow,
     EntryResult,
     Results,
@@ -20,8 +19,9 @@ from seqmix.experiments.results import (
     read_results,
     write,
 )
-from seqmix.experiments.study import STUDIES, load_study
-from seqmix.experiments.summary import summarise
+from seqmix.lab.study.study import STUDIES, load_study
+from seqmix.lab.study.summary import summarise
+from seqmix.research.language_results import Measured, Model, Trained, add, read_measured, runs_at
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = "steps of 8 sequences of 256 tokens"

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from seqmix.experiments.suite import leaderboard
-from seqmix.experiments.suite.entries import load_entries
-from seqmix.experiments.suite.scores import Conditions, ScoreRow, Scores, TaskScores, write_scores
-from seqmix.experiments.suite.tasks import Candidate, load_settings
-from seqmix.experiments.summary import statistic
+from seqmix.lab.study.summary import statistic
+from seqmix.lab.suite.entries import load_entries
+from seqmix.lab.suite.scores import Conditions, ScoreRow, Scores, TaskScores, write_scores
+from seqmix.lab.suite.tasks import Candidate, load_settings
 from seqmix.mixers import MIXERS
+from seqmix.research import leaderboard_tables as leaderboard
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -11,9 +11,9 @@ from runs import run_of
 
 from seqmix import MIXERS, SeqmixError, build_model, load_config
 from seqmix.data import Batch
-from seqmix.experiments.precision import FormatResult, Precision, rank_correlation, state_precision
-from seqmix.experiments.precision_report import answer, rows_of
-from seqmix.experiments.state_format import FORMATS, ROUNDINGS, StateFormat
+from seqmix.lab.precision.measure import FormatResult, Precision, rank_correlation, state_precision
+from seqmix.lab.precision.report import answer, rows_of
+from seqmix.lab.precision.state_format import FORMATS, ROUNDINGS, StateFormat
 
 INTEGERS = ["int8", "int4"]
 

@@ -7,16 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from seqmix.experiments.pages import fill
-from seqmix.experiments.rank_transfer import analysis, page, ranks
-from seqmix.experiments.rank_transfer.analysis import MINIMUM, Predictor
-from seqmix.experiments.rank_transfer.grids import Grid, entries_of, load_grid, load_grids
-from seqmix.experiments.rank_transfer.predictions import load_predictions
-from seqmix.experiments.suite.scores import Conditions, ScoreRow, Scores, TaskScores
-from seqmix.experiments.suite.tasks import load_settings
-from seqmix.experiments.summary import statistic
+from seqmix.lab.pages import fill
+from seqmix.lab.study.summary import statistic
+from seqmix.lab.suite.scores import Conditions, ScoreRow, Scores, TaskScores
+from seqmix.lab.suite.tasks import load_settings
 from seqmix.mixers import MIXERS
 from seqmix.registry import ConfigError, SeqmixError, write_file
+from seqmix.research.published_ranks import analysis, page, ranks
+from seqmix.research.published_ranks.analysis import MINIMUM, Predictor
+from seqmix.research.published_ranks.grids import Grid, entries_of, load_grid, load_grids
+from seqmix.research.published_ranks.predictions import load_predictions
 
 ROOT = Path(__file__).resolve().parents[2]
 

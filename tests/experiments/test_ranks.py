@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from seqmix.experiments.rank_transfer import ranks
-from seqmix.experiments.rank_transfer.ranks import Column
+from seqmix.research.published_ranks import ranks
+from seqmix.research.published_ranks.ranks import Column
 
 
 def test_equal_values_share_the_mean_of_their_ranks():

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from studies import STUDIES, few, recall, text, varied
 
-from seqmix.experiments.answer import answer, comparisons, format_statistic
-from seqmix.experiments.report import REPORT_FILE, render, write_report
-from seqmix.experiments.results import Results, RunResult, Statistic, read_results, write
-from seqmix.experiments.study_figures import Plots
-from seqmix.experiments.summary import best_first, summarise
-from seqmix.experiments.tables import markdown
+from seqmix.lab.study.answer import answer, comparisons, format_statistic
+from seqmix.lab.study.report import REPORT_FILE, render, write_report
+from seqmix.lab.study.results import Results, RunResult, Statistic, read_results, write
+from seqmix.lab.study.study_figures import Plots
+from seqmix.lab.study.summary import best_first, summarise
+from seqmix.lab.study.tables import markdown
 from seqmix.registry import SeqmixError
 
 pytest.importorskip("altair")

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from studies import AWKWARD, figure, recall, text
 
-from seqmix.experiments.figures import page, theme
-from seqmix.experiments.figures.figure import Axis
-from seqmix.experiments.report import write_report
-from seqmix.experiments.results import Results
+from seqmix.lab.figures import page, theme
+from seqmix.lab.figures.figure import Axis
+from seqmix.lab.study.report import write_report
+from seqmix.lab.study.results import Results
 
 playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install playwright")
 pytest.importorskip("altair")

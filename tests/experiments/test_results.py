@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from seqmix import SeqmixError
-from seqmix.commands.study_progress import Forecast
-from seqmix.experiments.collect import collect, is_finished, run_result, setup
-from seqmix.experiments.results import (
+from seqmix.cli.study_progress import Forecast
+from seqmix.lab.study.collect import collect, is_finished, run_result, setup
+from seqmix.lab.study.results import (
     Difference,
     EntryResult,
     Results,
@@ -22,10 +22,10 @@ from seqmix.experiments.results import (
     where,
     write,
 )
-from seqmix.experiments.scaling import scaling_lines
-from seqmix.experiments.study_figures import Plots
-from seqmix.experiments.summary import best_first, choose_rates, statistic, summarise, t_quantile
-from seqmix.experiments.tables import markdown, write_tables
+from seqmix.lab.study.scaling import scaling_lines
+from seqmix.lab.study.study_figures import Plots
+from seqmix.lab.study.summary import best_first, choose_rates, statistic, summarise, t_quantile
+from seqmix.lab.study.tables import markdown, write_tables
 from seqmix.registry.yaml import write as to_yaml
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -8,11 +8,11 @@ from types import SimpleNamespace
 import pytest
 
 from seqmix import SeqmixError, load_config
-from seqmix.experiments.plan import plan
-from seqmix.experiments.results import Results, read_results, write
-from seqmix.experiments.retnet_paper import claims
-from seqmix.experiments.retnet_paper.verdict import OPPOSITE, SAME, UNMEASURED, direction, judge
-from seqmix.experiments.study import load_study
+from seqmix.lab.paper import claims
+from seqmix.lab.paper.verdict import OPPOSITE, SAME, UNMEASURED, direction, judge
+from seqmix.lab.study.plan import plan
+from seqmix.lab.study.results import Results, read_results, write
+from seqmix.lab.study.study import load_study
 
 ROOT = Path(__file__).resolve().parents[2]
 SAVED = claims.FOLDER / "results"

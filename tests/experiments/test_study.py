@@ -6,11 +6,11 @@ import pytest
 from hypothesis import settings
 
 from seqmix import SeqmixError, load_config
-from seqmix.experiments import plan as module
-from seqmix.experiments.match import cost_of
-from seqmix.experiments.plan import plan
-from seqmix.experiments.study import EQUAL_TRAINING_FIELDS, STUDIES, find_study, load_study, shipped
-from seqmix.experiments.units import number
+from seqmix.lab.study import plan as module
+from seqmix.lab.study.match import cost_of
+from seqmix.lab.study.plan import plan
+from seqmix.lab.study.study import EQUAL_TRAINING_FIELDS, STUDIES, find_study, load_study, shipped
+from seqmix.lab.units import number
 
 NIGHTLY = settings().max_examples >= 1000
 ALONE = "base: retnet-tiny\n"

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from seqmix.experiments.plan import plan
-from seqmix.experiments.results import EvaluationPoint, RunResult
-from seqmix.experiments.study import load_study
-from seqmix.experiments.suite import budget, scores, tasks
-from seqmix.experiments.suite.tasks import Candidate, Change, Extent, SuiteSettings, load_settings, write_studies
-from seqmix.experiments.summary import statistic
+from seqmix.lab.study.plan import plan
+from seqmix.lab.study.results import EvaluationPoint, RunResult
+from seqmix.lab.study.study import load_study
+from seqmix.lab.study.summary import statistic
+from seqmix.lab.suite import budget, scores, tasks
+from seqmix.lab.suite.tasks import Candidate, Change, Extent, SuiteSettings, load_settings, write_studies
 from seqmix.mixers import MIXERS
 from seqmix.registry import SeqmixError
 from seqmix.training import load_config
@@ -134,7 +134,7 @@ def test_a_budget_leaves_out_tasks_then_tuning_then_seeds_then_steps():
 
 @pytest.fixture
 def tiny(monkeypatch):
-    monkeypatch.setattr("seqmix.commands.suite.load_settings", lambda size: TINY)
+    monkeypatch.setattr("seqmix.cli.commands.suite.load_settings", lambda size: TINY)
 
 
 @pytest.mark.slow
@@ -207,7 +207,7 @@ def test_a_row_stands_beside_the_leaderboard_whose_mixers_are_not_measured_again
     published = tmp_path / "published"
     scores.write_scores(known, published)
     (published / scores.SCORES_FILE).rename(published / "small-parameters.json")
-    for module in ("seqmix.commands.suite", "seqmix.experiments.suite.scores"):
+    for module in ("seqmix.cli.commands.suite", "seqmix.lab.suite.scores"):
         monkeypatch.setattr(f"{module}.PUBLISHED", published)
 
     def runs(*options):

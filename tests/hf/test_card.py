@@ -39,7 +39,7 @@ def run(seqmix):
 
 
 def load(*, trust: bool) -> subprocess.CompletedProcess:
-    """Load the folder in a process that does not import seqmix.hf itself."""
+    """Load the folder in a process that does not import seqmix.interop.hf itself."""
     code = LOAD.format(trust=trust)
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
 
@@ -47,7 +47,7 @@ def load(*, trust: bool) -> subprocess.CompletedProcess:
 def test_the_card_says_what_is_missing(seqmix, run):
     assert seqmix("export", run, "--to", "hf", "out").status == 0
     card = Path("out/README.md").read_text()
-    assert "import seqmix.hf  # registers" in card
+    assert "import seqmix.interop.hf  # registers" in card
     assert "with these mixers: retention." in card
     assert "does not recognize" in load(trust=False).stderr
 

@@ -15,8 +15,8 @@ if find_spec("transformers") is None:
 import transformers
 
 from seqmix import Sampling, SeqmixError
-from seqmix.hf import SeqmixCache, SeqmixForCausalLM
-from seqmix.hf.cache import CACHE_NAME, CAN_CROP
+from seqmix.interop.hf import SeqmixCache, SeqmixForCausalLM
+from seqmix.interop.hf.cache import CACHE_NAME, CAN_CROP
 from seqmix.models import generate_tokens
 from seqmix.training.presets import single_kind_presets
 

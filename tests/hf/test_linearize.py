@@ -7,7 +7,7 @@ transformers = pytest.importorskip("transformers")
 import torch  # noqa: E402
 
 from seqmix import load_run  # noqa: E402
-from seqmix.linearize import Linearization, Plan  # noqa: E402
+from seqmix.lab.linearize import Linearization, Plan  # noqa: E402
 
 SIZES = {
     "vocab_size": 257,
@@ -22,7 +22,7 @@ STAGE = {"tokens": 64, "learning_rate": 1e-3}
 
 @pytest.mark.parametrize("name", ["Llama", "Qwen3"])
 def test_a_model_of_transformers_goes_through_all_stages(name, tmp_path, text, monkeypatch):
-    monkeypatch.setattr("seqmix.linearize.measure.DECODED", 3)
+    monkeypatch.setattr("seqmix.lab.linearize.measure.DECODED", 3)
     torch.manual_seed(0)
     more = {"head_dim": 8} if name == "Qwen3" else {}
     theirs = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**SIZES, **more)).eval()

@@ -17,8 +17,8 @@ if find_spec("transformers") is None:
 
 import transformers
 
-from seqmix.hf import replace_mixers
-from seqmix.hf.cache import CACHE_NAME
+from seqmix.interop.hf import replace_mixers
+from seqmix.interop.hf.cache import CACHE_NAME
 
 D_MODEL, H, G, K = 32, 4, 2, 8
 FIELDS = {

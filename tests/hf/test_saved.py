@@ -14,7 +14,7 @@ if find_spec("transformers") is None:
 import transformers
 
 from seqmix import ModelConfig, Sampling, SeqmixError, generate_text, load_config, load_run, train
-from seqmix.hf import SeqmixConfig, SeqmixForCausalLM, SeqmixModel, hf_tokenizer
+from seqmix.interop.hf import SeqmixConfig, SeqmixForCausalLM, SeqmixModel, hf_tokenizer
 from seqmix.models import ByteTokenizer, SubwordTokenizer, train_bpe
 
 TEXT = [("a", b"the cat sat on the mat, and the hat too: \xc3\xa9\xe2\x82\xac\n" * 20)]

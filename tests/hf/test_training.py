@@ -12,7 +12,7 @@ if None in map(find_spec, ("transformers", "accelerate")):
 
 import transformers
 
-from seqmix.hf import SeqmixForCausalLM, hf_tokenizer
+from seqmix.interop.hf import SeqmixForCausalLM, hf_tokenizer
 
 
 def gradients(model, loss):

@@ -15,7 +15,7 @@ if find_spec("transformers") is None:
 import transformers
 
 from seqmix import SeqmixError
-from seqmix.hf import SeqmixConfig, SeqmixForCausalLM, SeqmixModel
+from seqmix.interop.hf import SeqmixConfig, SeqmixForCausalLM, SeqmixModel
 
 CODE = """
 open("ran", "w").close()

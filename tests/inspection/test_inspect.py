@@ -10,11 +10,11 @@ import torch
 from runs import run_of
 
 from seqmix import MIXERS, build_model, load_config
-from seqmix.experiments.figures.figure import by_legend
-from seqmix.inspection import look
-from seqmix.inspection.pictures import picture
-from seqmix.inspection.report import MAX_HEADS, reach_figures, render, rows_of, state_figures
-from seqmix.inspection.views import ROWS, effective_rank, spread
+from seqmix.lab.figures.figure import by_legend
+from seqmix.lab.inspect import look
+from seqmix.lab.inspect.pictures import picture
+from seqmix.lab.inspect.report import MAX_HEADS, reach_figures, render, rows_of, state_figures
+from seqmix.lab.inspect.views import ROWS, effective_rank, spread
 
 TOKENS = torch.randint(256, (1, 12), generator=torch.Generator().manual_seed(0))
 

@@ -9,9 +9,9 @@ import torch
 from runs import refusal, run_of
 
 from seqmix import SeqmixError, load_run
-from seqmix.linearize import Linearization, Plan, load_plan
-from seqmix.linearize.measure import gap_closed
-from seqmix.linearize.transfer import regroup_heads, transfer
+from seqmix.lab.linearize import Linearization, Plan, load_plan
+from seqmix.lab.linearize.measure import gap_closed
+from seqmix.lab.linearize.transfer import regroup_heads, transfer
 from seqmix.mixers.attention import AttentionConfig
 from seqmix.mixers.gated_delta_net import GatedDeltaNetConfig
 from seqmix.mixers.mamba import MambaConfig
@@ -28,7 +28,7 @@ STAGES = {"mixer_output": SHORT, "hidden": SHORT, "logits": {**SHORT, "train": "
 
 @pytest.fixture(autouse=True)
 def _little_is_timed(monkeypatch):
-    monkeypatch.setattr("seqmix.linearize.measure.DECODED", 3)
+    monkeypatch.setattr("seqmix.lab.linearize.measure.DECODED", 3)
 
 
 @pytest.fixture

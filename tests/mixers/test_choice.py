@@ -8,11 +8,11 @@ import torch
 from seqmix import build_model, load_config
 from seqmix.mixers import Paradigm
 from seqmix.mixers.attention import AttentionConfig
+from seqmix.mixers.base.traits import ContractError
 from seqmix.mixers.dsa import DsaConfig
 from seqmix.mixers.latent_attention import LatentAttentionConfig
 from seqmix.mixers.latent_dsa import LatentDsaConfig
 from seqmix.mixers.moba import MobaConfig
-from seqmix.mixers.traits import ContractError
 
 every_paradigm = pytest.mark.parametrize("paradigm", list(Paradigm))
 D_MODEL, T = 24, 21

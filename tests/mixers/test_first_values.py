@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from seqmix import MIXERS, ContractError
 from seqmix.mixers.attention import AttentionConfig
-from seqmix.mixers.contract import SequenceMixer
+from seqmix.mixers.base.contract import SequenceMixer
 from seqmix.mixers.delta_product import DeltaProductConfig
 from seqmix.mixers.mlstm import MLSTMConfig
 from seqmix.mixers.retention import RetentionConfig

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from seqmix.mixers import MIXERS
-from seqmix.mixers.influence import head_weights, reach_of, weights_of
+from seqmix.mixers.base.influence import head_weights, reach_of, weights_of
 from seqmix.mixers.parts import FixedDecay, TimeStepDecay
 from seqmix.mixers.retention import RetentionConfig
 from seqmix.ops.runtime.recording import recorded

@@ -7,8 +7,8 @@ import torch
 from formulas import assert_follows, rms, turned
 
 from seqmix.mixers import Paradigm
+from seqmix.mixers.base.state import nbytes
 from seqmix.mixers.latent_attention import LatentAttention, LatentAttentionConfig
-from seqmix.mixers.state import nbytes
 from seqmix.ops.attention import GrowingCache, RingCache
 from seqmix.registry import SeqmixError
 from seqmix.testing.counting import count_flops

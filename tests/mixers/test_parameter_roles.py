@@ -10,7 +10,7 @@ from torch import nn
 
 from seqmix.blocks import FFNS, NORMS
 from seqmix.mixers import MIXERS, ContractError
-from seqmix.mixers.roles import Role, RowBlock, roles_of
+from seqmix.mixers.base.roles import Role, RowBlock, roles_of
 from seqmix.models import build_meta
 from seqmix.testing.mixer.options import alternatives, changed
 from seqmix.training import PRESETS, TrainingConfig, load_config

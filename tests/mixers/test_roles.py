@@ -10,8 +10,8 @@ from feature_cases import mixers_with, require_property
 from mutants.specimen import Specimen, SpecimenConfig
 from torch import Tensor
 
-from seqmix.mixers.contract import SequenceMixer
-from seqmix.mixers.state import to_dict
+from seqmix.mixers.base.contract import SequenceMixer
+from seqmix.mixers.base.state import to_dict
 from seqmix.mixers.ttt import TTT
 from seqmix.testing.compare import EXACT, CheckFailure, require
 from seqmix.testing.mixer.case import Draw

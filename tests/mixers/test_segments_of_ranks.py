@@ -12,8 +12,8 @@ from feature_cases import mixers_with, require_property
 from mutants.specimen import Specimen, SpecimenConfig
 from torch import Tensor
 
-from seqmix.mixers.contract import SequenceMixer
-from seqmix.mixers.state import clone
+from seqmix.mixers.base.contract import SequenceMixer
+from seqmix.mixers.base.state import clone
 from seqmix.ops.runtime.context_parallel import ContextParallel
 from seqmix.testing.compare import CheckFailure, require
 from seqmix.testing.mixer.case import FIXED, Draw

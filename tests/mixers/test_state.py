@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from seqmix.mixers import ContractError
-from seqmix.mixers.state import clone, concatenate, from_dict, nbytes, to_dict
+from seqmix.mixers.base.state import clone, concatenate, from_dict, nbytes, to_dict
 
 
 class Matrix(NamedTuple):

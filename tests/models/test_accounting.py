@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from seqmix import MIXERS, SequenceMixer, account, build_model, load_config
+from seqmix.mixers.base.state import nbytes, to_dict
 from seqmix.mixers.parts import ShortConvolution
-from seqmix.mixers.state import nbytes, to_dict
 from seqmix.testing.counting import count_flops
 
 LENGTH = 24

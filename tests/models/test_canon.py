@@ -13,8 +13,8 @@ from pydantic import ValidationError
 
 from seqmix import ContractError, ModelConfig, Paradigm, SeqmixError, build_model
 from seqmix.blocks.canon import CanonState
-from seqmix.mixers.roles import Role, roles_of
-from seqmix.mixers.state import nbytes, select
+from seqmix.mixers.base.roles import Role, roles_of
+from seqmix.mixers.base.state import nbytes, select
 from seqmix.models import Decoder, Speculation, account, compile_blocks, generate_tokens, prefill
 from seqmix.models.prompt_cache import cache_tokens
 from seqmix.models.sampling import Sampling

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 import seqmix.models.decoding as module
 from seqmix import Paradigm, build_model, load_config
-from seqmix.mixers.state import clone, to_dict
+from seqmix.mixers.base.state import clone, to_dict
 from seqmix.models import CompileError, Decoder, Sampling, compile_blocks, generate_tokens, prefill, stream_text
 from seqmix.models.builder import build_meta
 from seqmix.models.decoding import compiled_after

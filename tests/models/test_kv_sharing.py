@@ -11,13 +11,13 @@ from pydantic import ValidationError
 
 from seqmix import ContractError, ModelConfig, Paradigm, SeqmixError, build_model, generate_text
 from seqmix.blocks.ffn.swiglu import SwigluConfig
-from seqmix.convert.conversion import architecture_of
-from seqmix.inspection.views import look
-from seqmix.linearize.plan import student_of
+from seqmix.interop.convert.conversion import architecture_of
+from seqmix.lab.inspect.views import look
+from seqmix.lab.linearize.plan import student_of
 from seqmix.mixers.attention import AttentionConfig
+from seqmix.mixers.base.roles import roles_of
+from seqmix.mixers.base.state import detach, nbytes, select
 from seqmix.mixers.parts import ReaderState
-from seqmix.mixers.roles import roles_of
-from seqmix.mixers.state import detach, nbytes, select
 from seqmix.models import Decoder, Speculation, account, compile_blocks, generate_tokens, prefill
 from seqmix.models.prompt_cache import cache_tokens
 from seqmix.models.sampling import Sampling

@@ -7,7 +7,7 @@ from dispatched import Watched
 from torch.testing import assert_close
 
 from seqmix import ContractError, ModelConfig, Paradigm, SeqmixError, Traits, build_model
-from seqmix.mixers.state import to_dict
+from seqmix.mixers.base.state import to_dict
 from seqmix.models import compile_blocks
 from seqmix.models.language_model import MATMULS
 from seqmix.models.prefill import prefill

@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from seqmix import ModelConfig, Paradigm, account, build_model
-from seqmix.mixers.roles import roles_of
+from seqmix.mixers.base.roles import roles_of
 
 NORM = {"kind": "rmsnorm"}
 FFN = {"kind": "mlp", "expansion": 2.0}

@@ -9,7 +9,7 @@ from nightly import NIGHTLY
 from torch.testing import assert_close
 
 from seqmix import ContractError, ModelConfig, Paradigm, Sampling, SeqmixError, account, build_model, load_config
-from seqmix.mixers.roles import Role, roles_of
+from seqmix.mixers.base.roles import Role, roles_of
 from seqmix.models import Speculation, compile_blocks, generate_tokens
 from seqmix.models.decoding import Decoder
 from seqmix.testing.counting import count_flops
@@ -225,7 +225,7 @@ def test_prompts_of_different_lengths_and_guesses_give_the_text_of_whole_passes(
 
 @pytest.mark.skipif(find_spec("transformers") is None, reason="needs pip install transformers")
 def test_transformers_pad_and_cache_them_too():
-    from seqmix.hf import SeqmixForCausalLM
+    from seqmix.interop.hf import SeqmixForCausalLM
 
     model = build("attention", "retention", embeddings=EMBEDDINGS)
     wrapped = SeqmixForCausalLM.wrap(model)

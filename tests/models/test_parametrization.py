@@ -5,8 +5,8 @@ import torch
 from runs import refusal
 
 from seqmix import build_model
-from seqmix.experiments.coordinates import coordinates
-from seqmix.mixers.roles import Role, roles_of
+from seqmix.lab.coordinates import coordinates
+from seqmix.mixers.base.roles import Role, roles_of
 from seqmix.models import build_meta
 from seqmix.models.parametrization import fan_in_ratio
 from seqmix.training import load_config

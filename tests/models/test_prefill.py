@@ -8,7 +8,7 @@ from torch._dynamo.utils import counters
 from torch.testing import assert_close
 
 from seqmix import MIXERS, SeqmixError
-from seqmix.mixers.state import to_dict
+from seqmix.mixers.base.state import to_dict
 from seqmix.models import prefill
 
 module = sys.modules[prefill.__module__]

@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from seqmix import Sampling, SeqmixError, generate_text
-from seqmix.mixers.state import clone, nbytes, to_dict
+from seqmix.mixers.base.state import clone, nbytes, to_dict
 from seqmix.models import PromptCache, cache_text, cache_tokens, generate_tokens, stream_text
 
 GREEDY = Sampling(temperature=0)

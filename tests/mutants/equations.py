@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from seqmix import Paradigm
-from seqmix.mixers.state import detach
+from seqmix.mixers.base.state import detach
 from seqmix.ops.runtime.packing import Documents
 
 from .registry import mutant

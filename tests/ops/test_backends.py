@@ -238,7 +238,9 @@ def test_a_backend_computes_what_it_has_and_the_reference_the_rest():
 
 def test_a_model_resolves_its_backends_when_it_is_built(monkeypatch):
     asked = []
-    monkeypatch.setattr("seqmix.mixers.contract.choose", lambda op, backend, probe: asked.append((op, probe)) or {})
+    monkeypatch.setattr(
+        "seqmix.mixers.base.contract.choose", lambda op, backend, probe: asked.append((op, probe)) or {}
+    )
     model = build_model(load_config("hybrid-tiny").model, activations=torch.bfloat16)
     assert model.backends == {"ret": "reference", "attn": "sdpa"}
     assert {op for op, _ in asked} == {"decay", "softmax"}

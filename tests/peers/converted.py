@@ -1,4 +1,4 @@
-"""Models of other libraries, tiny and random, beside what `seqmix.convert` makes of them, and of that again."""
+"""Models of other libraries, tiny and random, beside what `seqmix.interop.convert` makes of them, and of that again."""
 
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from seqmix.convert import export_to, import_from
+from seqmix.interop.convert import export_to, import_from
 from seqmix.mixers import Paradigm
 from seqmix.training import load_run
 

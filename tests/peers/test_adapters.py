@@ -6,7 +6,7 @@ from importlib.util import find_spec
 import pytest
 
 from seqmix import SeqmixError
-from seqmix.commands.check import mixers_of
+from seqmix.cli.commands.check import mixers_of
 from seqmix.testing import check_mixer
 from seqmix.testing.adapters.hf import HFConfig
 from seqmix.testing.adapters.torchscale import TorchscaleConfig

@@ -45,4 +45,4 @@ def test_the_page_is_what_the_packages_do():
         if f"| {each.package} {release} |" not in page:
             pytest.skip(f"the page has another release than {each.package} {release}")
     ((file, text),) = SCRIPT["files"]().items()
-    assert undated(file.read_text(encoding="utf-8")) == undated(text), "run: python docs/conformance_matrix.py"
+    assert undated(file.read_text(encoding="utf-8")) == undated(text), "run: python research/conformance_matrix.py"

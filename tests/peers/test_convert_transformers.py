@@ -11,7 +11,7 @@ import pytest
 import torch
 from peers.converted import VOCAB, compare, computing_in, moved
 
-from seqmix.convert.fields import IGNORED_FIELDS
+from seqmix.interop.convert.fields import IGNORED_FIELDS
 
 # not importorskip: it would also skip where transformers is installed and its import fails
 if find_spec("transformers") is None:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from fla_oracles import agree, loaded, needs_fla
 from transformer_models import mixer_weights
 
-from seqmix.convert.kimi_linear import KimiLinear
+from seqmix.interop.convert.kimi_linear import KimiLinear
 from seqmix.mixers import MIXERS, Paradigm
 from seqmix.mixers.comba import CombaConfig
 from seqmix.mixers.delta_product import DeltaProductConfig

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from fla_oracles import agree, loaded, needs_fla, with_gradients
 from transformer_models import mixer_weights
 
-from seqmix.convert.hybrids import Qwen3Next
+from seqmix.interop.convert.hybrids import Qwen3Next
 from seqmix.mixers import Paradigm
 from seqmix.mixers.gated_delta_net import GatedDeltaNetConfig
 from seqmix.ops.delta import delta

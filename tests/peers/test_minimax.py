@@ -11,7 +11,7 @@ import torch
 from torch.testing import assert_close
 from transformer_models import mixer_weights
 
-from seqmix.convert.hybrids import MiniMax
+from seqmix.interop.convert.hybrids import MiniMax
 from seqmix.mixers import Paradigm
 from seqmix.mixers.lightning import LightningConfig
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.testing import assert_close
 from transformer_models import mixer_weights
 
-from seqmix.convert.torchscale import TorchscaleRetNet
+from seqmix.interop.convert.torchscale import TorchscaleRetNet
 from seqmix.mixers import Paradigm
 from seqmix.mixers.parts.rotary import frequencies
 from seqmix.mixers.retention import RetentionConfig, row_scale

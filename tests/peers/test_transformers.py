@@ -10,7 +10,7 @@ import torch
 from torch.testing import assert_close
 from transformer_models import LENGTH, VOCAB, agree, compare_logits, converted, mixer_weights
 
-from seqmix.convert.llama import attention
+from seqmix.interop.convert.llama import attention
 from seqmix.mixers import Paradigm
 from seqmix.mixers.attention import AttentionConfig
 from seqmix.mixers.parts.rotary import frequencies, rotation

@@ -8,7 +8,7 @@ import torch
 from formulas import exactly
 from transformer_models import mixer_weights
 
-from seqmix.convert.mamba import Mamba
+from seqmix.interop.convert.mamba import Mamba
 from seqmix.mixers.mamba import MambaConfig as Config
 from seqmix.ops.scan import SCAN_PARADIGMS
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformer_models import LENGTH, VOCAB, agree, compare_logits, converted, mixer_weights
 
-from seqmix.convert.mamba import Mamba2
+from seqmix.interop.convert.mamba import Mamba2
 from seqmix.mixers import Paradigm
 from seqmix.mixers.mamba2 import Mamba2Config as Config
 

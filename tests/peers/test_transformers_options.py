@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformer_models import LENGTH, agree, mixer_weights
 
-from seqmix.convert.hybrids import Qwen3Next
-from seqmix.convert.llama import attention
+from seqmix.interop.convert.hybrids import Qwen3Next
+from seqmix.interop.convert.llama import attention
 from seqmix.mixers import Paradigm
 from seqmix.mixers.attention import AttentionConfig
 

@@ -4,10 +4,10 @@ import pytest
 from runs import refusal, run_of
 
 from seqmix import load_config
-from seqmix.deploy.export import PACKAGES
+from seqmix.interop.onnx.export import PACKAGES
+from seqmix.lab.playground import write_playground
+from seqmix.lab.playground.tokenizers import require_page_tokenizer
 from seqmix.models.subword import SubwordTokenizer
-from seqmix.playground import write_playground
-from seqmix.playground.tokenizers import require_page_tokenizer
 
 SMALL = [
     "model.d_model=16",
@@ -67,7 +67,7 @@ def test_a_mixer_without_an_export_is_refused(packages, tmp_path, monkeypatch):
     block = "{mixer: {kind: loop_mixer:LoopConfig, n_heads: 2}, ffn: {kind: mlp}, norm: {kind: layernorm}}"
     data = f"data={{paths: [{tmp_path / 'text.txt'}], split: tail, sequence_length: 16}}"
     run_of(load_config("retnet-tiny", [*SMALL, data, f"model.blocks.ret={block}"]), tmp_path / "looped")
-    monkeypatch.setattr("seqmix.playground.folder.export_onnx", None)  # nothing is exported before the refusal
+    monkeypatch.setattr("seqmix.lab.playground.folder.export_onnx", None)  # nothing is exported before the refusal
     message = refusal(lambda: write_playground([tmp_path / "looped"], tmp_path / "out"))
     assert "looped: " in message
     assert "loop" in message

@@ -9,11 +9,11 @@ import pytest
 from runs import run_of
 
 from seqmix import generate_text, load_config, load_run
-from seqmix.experiments.figures import theme
-from seqmix.inspection import look as inspect
-from seqmix.mixers.state import nbytes
+from seqmix.lab.figures import theme
+from seqmix.lab.inspect import look as inspect
+from seqmix.lab.playground import write_playground
+from seqmix.mixers.base.state import nbytes
 from seqmix.models import Sampling
-from seqmix.playground import write_playground
 
 for package in ("onnx", "onnxruntime", "onnxscript"):
     pytest.importorskip(package, reason="not installed: pip install 'seqmix[onnx]'")

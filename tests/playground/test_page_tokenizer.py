@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-import seqmix.playground
+import seqmix.lab.playground
 from seqmix.models import ByteTokenizer
 from seqmix.models.subword import train_bpe
 
-SCRIPT = Path(seqmix.playground.__file__).parent / "page" / "tokenizer.js"
+SCRIPT = Path(seqmix.lab.playground.__file__).parent / "page" / "tokenizer.js"
 LEARNED = (
     "def add(x, y):\n    return x + y  # the sum\n\nI'll say: don't — they've gone, 1,234 times.\nnaïve Straße\n" * 3
 )

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from seqmix import ContractError, SeqmixError
-from seqmix.commands.check import mixers_of
+from seqmix.cli.commands.check import mixers_of
 from seqmix.testing import Status, adapt, check_mixer
 from seqmix.testing.adapters.op import adapt_op
 

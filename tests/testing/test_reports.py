@@ -12,8 +12,8 @@ import torch
 from pydantic import Field
 
 from seqmix import Paradigm
+from seqmix.mixers.base.traits import ContractError
 from seqmix.mixers.retention import Retention, RetentionConfig
-from seqmix.mixers.traits import ContractError
 from seqmix.registry import Config
 from seqmix.testing import CHECKS, Case, CheckFailure, Status, check_mixer, reproduce
 

@@ -16,9 +16,9 @@ from torch import nn
 
 from seqmix import MIXERS, Paradigm
 from seqmix.mixers.attention import AttentionConfig
+from seqmix.mixers.base.traits import ContractError
 from seqmix.mixers.linear_attention import LinearAttentionConfig
 from seqmix.mixers.retention import Retention, RetentionConfig
-from seqmix.mixers.traits import ContractError
 from seqmix.registry import SeqmixError
 from seqmix.testing import (
     CHECKS,

@@ -31,5 +31,5 @@ def processes():
     if "forkserver" not in multiprocessing.get_all_start_methods():
         pytest.skip("needs processes that fork")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["seqmix.cli", "seqmix.commands.progress", "torch._dynamo"])
+    context.set_forkserver_preload(["seqmix.cli.app", "seqmix.cli.progress", "torch._dynamo"])
     return context

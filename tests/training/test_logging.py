@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from runs import contents, metrics, refusal, require_same_run, run_of, stopped
 
-from seqmix.experiments.plan import plan
-from seqmix.experiments.runner import Observer, make_runs
-from seqmix.experiments.study import load_study
+from seqmix.lab.study.plan import plan
+from seqmix.lab.study.runner import Observer, make_runs
+from seqmix.lab.study.study import load_study
 from seqmix.training import TrainingConfig, read_status
 from seqmix.training.monitoring.events import Stepped
 from seqmix.training.monitoring.loggers import WANDB_ID

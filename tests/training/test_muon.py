@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from seqmix.mixers.roles import ParameterRole, Role, RowBlock
+from seqmix.mixers.base.roles import ParameterRole, Role, RowBlock
 from seqmix.training.muon import Muon, normalized, orthogonalized
 
 ROWS, COLUMNS = 8, 12

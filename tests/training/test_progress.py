@@ -9,7 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from seqmix.commands.progress import SECONDS_BETWEEN_LINES, Steps, StopRequest, _describe_evaluation, run_with_progress
+from seqmix.cli.progress import SECONDS_BETWEEN_LINES, Steps, StopRequest, _describe_evaluation, run_with_progress
 from seqmix.training.monitoring.events import Evaluated, Started, Stepped, StoppedEarly
 
 
@@ -66,7 +66,7 @@ def test_one_repeated_token_is_compared_with_nothing():
 
 def test_without_a_terminal_lines_come_now_and_then_and_at_the_end(config_of, monkeypatch):
     clock, printed = [0.0], io.StringIO()  # steps take four seconds each
-    monkeypatch.setattr("seqmix.commands.progress.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("seqmix.cli.progress.time.monotonic", lambda: clock[0])
     shown = Steps(Console(file=printed, width=200), config_of("training.steps=20", "training.log_every=1").training)
     for step in range(1, 21):
         clock[0] += 4
@@ -124,13 +124,13 @@ def test_on_a_terminal_steps_are_a_bar(shown, monkeypatch):
 def test_a_compiling_step_is_announced(shown, monkeypatch, compiled):
     source = SimpleNamespace(name="text", summary="short", tokenizer=None)
     begun = Started(source, 9, torch.device("cpu"), torch.float32, 0)
-    monkeypatch.setattr("seqmix.commands.progress.train", lambda *args, **options: iter([begun]))
+    monkeypatch.setattr("seqmix.cli.progress.train", lambda *args, **options: iter([begun]))
     assert ("in the first step" in shown(f"training.compile={compiled}")) == (compiled == "true")
 
 
 def test_a_run_that_stopped_early_has_ended(shown, monkeypatch):
     end = StoppedEarly(4, best_step=2, best_loss=1.25)
-    monkeypatch.setattr("seqmix.commands.progress.train", lambda *args, **options: iter([end]))
+    monkeypatch.setattr("seqmix.cli.progress.train", lambda *args, **options: iter([end]))
     out = shown()
     assert re.search(r"step 4: .*step 2.* 1\.2500 nats/token", out)
     assert "seqmix generate" in out

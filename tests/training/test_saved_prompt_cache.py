@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from seqmix import build_model, load_config
-from seqmix.mixers.state import to_dict
+from seqmix.mixers.base.state import to_dict
 from seqmix.models import cache_text
 from seqmix.training import CheckpointError, load_prompt_cache, save_prompt_cache
 
@@ -103,7 +103,7 @@ def test_text_goes_on_in_another_process_and_a_prefix_is_read_once(generate):
     first = generate("--prompt", "the ", "--max-new-tokens", "12", *GREEDY, "--save-state", "a.state")
     assert first.status == 0
     assert re.search(r"a\.state .* 17 tokens", first.err)
-    command = [sys.executable, "-c", "from seqmix.cli import main; main()", "generate", "run", "--state", "a.state"]
+    command = [sys.executable, "-c", "from seqmix.cli.app import main; main()", "generate", "run", "--state", "a.state"]
     second = subprocess.run([*command, "--max-new-tokens", "18", *GREEDY], capture_output=True, text=True, check=True)
     assert first.out.removesuffix("\n") + second.stdout == expected
     # a prefix

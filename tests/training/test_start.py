@@ -94,7 +94,7 @@ def test_model_and_tokenizer_may_be_those_of_a_folder(folder, tmp_path, source):
     if source == "hf" and find_spec("transformers") is None:
         pytest.skip("needs pip install transformers")
     if source == "hf":
-        from seqmix.hf import export_hf
+        from seqmix.interop.hf import export_hf
 
         file = tmp_path / "hf"
         export_hf(folder / "words", file)
@@ -116,7 +116,7 @@ def test_model_and_tokenizer_may_be_those_of_a_folder(folder, tmp_path, source):
 
 def test_one_flipped_bit_in_a_folder_of_hugging_face_is_refused(folder, tmp_path):
     pytest.importorskip("transformers")
-    from seqmix.hf import export_hf
+    from seqmix.interop.hf import export_hf
 
     export_hf(folder / "words", tmp_path / "hf")
     file = tmp_path / "hf" / "model.safetensors"

@@ -17,7 +17,7 @@ from mutations import mutated_json
 from runs import checkpoint_bytes, metrics, run_of, stopped, wait_for_steps
 
 from seqmix import DataError, SeqmixError, train
-from seqmix.commands.status import status as show_status
+from seqmix.cli.commands.status import status as show_status
 from seqmix.registry import format_duration, parse_duration
 from seqmix.training import read_status
 from seqmix.training.monitoring.events import OutOfTime, Stepped
@@ -91,7 +91,7 @@ def test_an_error_whose_message_cannot_be_shown_is_recorded(config_of, tmp_path,
 
 
 def test_a_run_that_was_killed_is_recognised_and_resumes(config_of, seqmix, tmp_path):
-    command = [sys.executable, "-c", "from seqmix.cli import main; main()", "train", "retnet-tiny", *SMALL]
+    command = [sys.executable, "-c", "from seqmix.cli.app import main; main()", "train", "retnet-tiny", *SMALL]
     command += ["data.paths=[text.txt]", "training.steps=1000000", "--out", "run"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:

@@ -11,7 +11,7 @@ import torch
 from runs import DROPOUT
 from torch.testing import assert_close
 
-from seqmix.mixers.state import to_dict
+from seqmix.mixers.base.state import to_dict
 from seqmix.models import IGNORED
 from seqmix.training.distributed.process_groups import ProcessGroups
 from seqmix.training.nonfinite import NotFiniteError, Place

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...mixers import ContractError
-from ...mixers.state import from_dict, map_state, to_dict
+from ...mixers.base.state import from_dict, map_state, to_dict
 from ...models import LanguageModel, PromptCache
 from ...models.prompt_cache import RECENT as RECENT_TOKENS
 from ..tensor_files import CHECKSUM_KEY, CheckpointError, checksum, read_tensors, write_tensors

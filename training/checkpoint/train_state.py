@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...mixers.contract import IMPLEMENTATION_FIELDS
-from ...mixers.state import from_dict, map_state, to_dict
+from ...mixers.base.contract import IMPLEMENTATION_FIELDS
+from ...mixers.base.state import from_dict, map_state, to_dict
 from ...models import TOKENIZER_FILE, LanguageModel, ModelConfig, ModelState, Tokenizer
 from ...registry import unimported
 from ..distributed.process_groups import ALONE, ProcessGroups

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from ...mixers import SequenceMixer
-from ...mixers.context_parallel import require_sequential
-from ...mixers.state import to_dict
+from ...mixers.base.context_parallel import require_sequential
+from ...mixers.base.state import to_dict
 from ...models import ModelConfig, account, build_meta
 from ...models.loss import LOGITS_AT_ONCE
 from ...ops.runtime.context_parallel import ContextParallel

@@ -1,0 +1,133 @@
+"""The report of a study: one page with the answer to its question, the results, and the way to reproduce them."""
+
+from pathlib import Path
+from typing import Any
+
+from ...registry import write_file
+from ..figures import page
+from ..units import number, quantity
+from .answer import answer, format_statistic, has_accuracy, variant_text
+from .differences import compare_configs, format_value
+from .results import Machine, Results, SummaryRow
+from .study import shipped
+from .study_figures import Plots
+from .summary import best_first, with_timed_speeds
+from .tables import (
+    Columns,
+    cautions,
+    difference_tables,
+    fill_columns,
+    format_speed,
+    speed_note,
+    state_size,
+    uncertainty,
+)
+
+REPORT_FILE = "report.html"
+
+
+def write_report(results: Results, folder: Path) -> Path:
+    """Write the report of a study to `folder`/report.html: one self-contained file that needs no network.
+
+    Raises:
+        SeqmixError: the packages for figures are not installed, or the file cannot be written.
+    """
+    return write_file(render(results), folder / REPORT_FILE)
+
+
+def render(results: Results) -> str:
+    """Return the report of a study as HTML."""
+    plots = Plots(results)
+    same, different = compare_configs({entry.name: entry.config for entry in results.entries})
+    names = [entry.name for entry in results.entries]
+    counts = (
+        f"{len(names)} entr{'y' if len(names) == 1 else 'ies'}, {len(results.runs)} run{'s' * (len(results.runs) != 1)}"
+    )
+    machine = _machine(results.machine)
+    sections = [
+        ("Results", plots.outcomes()),
+        ("Training", plots.curves()),
+        ("Speed and memory", plots.speed()),
+    ]
+    return page.render(
+        [figure for _, figures in sections for figure in figures],
+        template=Path(__file__).with_name("report.html"),
+        title=results.question or results.name,
+        results=results,
+        entry_styles=plots.styles,
+        facts=" · ".join(
+            filter(None, [results.name if results.question else "", counts, results.created[:10], *machine])
+        ),
+        setup=results.setup,
+        first_variant=variant_text(results.first_variant),
+        answer=answer(results),
+        differences=[
+            (variant_text(variant), heads, rows)
+            for variant, heads, rows in difference_tables(results.differences, results.about)
+        ],
+        cautions=list(cautions(results)),
+        unfinished=[run for run in results.runs if run.status != "finished"],
+        sections=sections,
+        summary=_summary(results, plots),
+        notes=_notes(results),
+        skipped=[row for row in (*results.speed.train, *results.speed.decode) if row.skipped],
+        paper=[(row.label, row.entry, f"{row.theirs:g}", _format_like(row.ours, row.theirs)) for row in results.paper],
+        matched=[(entry.name, entry.matched) for entry in results.entries if entry.matched],
+        different=[
+            (field, *(format_value(values.get(name, "")) for name in names)) for field, values in different.items()
+        ],
+        same="\n".join(f"{field}: {format_value(value)}" for field, value in same.items()),
+        number=number,
+        quantity=quantity,
+        again={
+            "seeds": ", ".join(map(str, sorted({run.seed for run in results.runs}))),
+            "learning rates": ", ".join(map(number, results.learning_rates)),
+            "results collected": results.created,
+            "machine": ", ".join(filter(None, machine)),
+            "commit": results.machine.commit,
+        },
+        command="seqmix plot STUDY",
+        study=results.name if results.name in shipped() else f"{results.name}.yaml",
+    )
+
+
+def _summary(results: Results, plots: Plots) -> tuple[list[str], list[tuple[Any, ...]]]:
+    columns: Columns[SummaryRow] = [
+        ("entry", lambda row: row.entry),
+        ("rank", lambda row: "" if row.rank is None else f"{row.rank}"),
+        ("variant", lambda row: variant_text(row.variant)),
+        ("accuracy", lambda row: format_statistic(row.accuracy, as_percent=True)),
+        ("validation loss", lambda row: format_statistic(row.validation_loss)),
+        ("seeds", lambda row: f"{row.seeds}"),
+        ("learning rate", lambda row: number(row.learning_rate) + (f", {row.at_edge} tried" if row.at_edge else "")),
+        ("parameters", lambda row: f"{results.entry_of(row).parameters:,}"),
+        ("forward matmul FLOPs/token", lambda row: number(results.entry_of(row).flops_per_token)),
+        ("state", lambda row: state_size(results.entry_of(row))),
+        ("tokens/s", format_speed),
+    ]
+    return fill_columns(best_first(with_timed_speeds(plots.results)), columns)
+
+
+def _notes(results: Results) -> str:
+    """Return the notes below the summary table."""
+    several = any(row.variant != results.first_variant for row in results.summary)
+    notes = ["Best first within each variant." if several else "Best first.", *uncertainty(results)]
+    tokens = "answer token" if has_accuracy(results) else "token"
+    notes.append(f"Losses are in nats per {tokens}; the state is that of one sequence.")
+    return " ".join(filter(None, [*notes, speed_note(results)]))
+
+
+# ---- numbers in words
+
+
+def _format_like(value: float | None, other: float) -> str:
+    """Format a number with as many decimals as another one, at least two; empty for None."""
+    return "" if value is None else f"{value:.{max(2, len(f'{other:g}'.partition('.')[2]))}f}"
+
+
+def _machine(machine: Machine) -> list[str]:
+    """Return texts on the machine of a study and on the versions of seqmix and torch, as far as they are known."""
+    threads = f"{machine.threads} thread{'s' * (machine.threads > 1)}" if machine.threads else ""
+    products = f"{machine.precision} products" if machine.precision else ""
+    versions = [f"{name} {version}" for name in ("seqmix", "torch", "python") if (version := getattr(machine, name))]
+    return [", ".join(filter(None, [machine.processor, machine.device, threads, products])), *versions]
