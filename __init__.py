@@ -7,6 +7,8 @@ mixers, feed-forward networks and norms into a language model.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .moved import find_moved_modules
+
 if TYPE_CHECKING:
     from .mixers import MIXERS, Call, ContractError, MixerConfig, Paradigm, SequenceMixer, Traits
     from .models import LanguageModel, ModelConfig, Sampling, account, build_model, generate_text, stream_text
@@ -41,6 +43,9 @@ __all__ = [
 
 _PACKAGES = ("registry", "mixers", "models", "training")
 """Packages that define the names above, lowest layer first: importing one imports only those below it."""
+
+
+find_moved_modules()
 
 
 def __getattr__(name: str) -> Any:

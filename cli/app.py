@@ -104,7 +104,7 @@ def import_command(name: str) -> TyperCommand:
 def print_versions(requested: bool) -> None:
     """Print the versions and exit, if requested. Torch's version is read from its metadata, as importing it is slow."""
     if requested:
-        version = import_module(str(__package__)).__version__
+        version = import_module(str(__package__).partition(".")[0]).__version__
         torch = metadata.version("torch")
         typer.echo(f"seqmix {version} (torch {torch}, Python {platform.python_version()})")
         raise typer.Exit

@@ -89,12 +89,12 @@ def schema_of(command: str) -> dict[str, Any]:
     Raises:
         SeqmixError: there is no such command.
     """
-    files = [file.stem for file in Path(__file__).parent.glob("*.py")]
     word = command.replace("-", "_")
-    function = _function_of(word) if word in files else None
-    if function is None:
-        names = [name.replace("_", "-") for name in files if _function_of(name) is not None]
-        raise SeqmixError(f"there is no command {command!r}{choices_hint(command, sorted(names), 'commands')}")
+    words = sorted(path.stem for path in (Path(__file__).parent / "commands").glob("[!_]*.py"))
+    if word not in words:
+        names = [name.replace("_", "-") for name in words]
+        raise SeqmixError(f"there is no command {command!r}{choices_hint(command, names, 'commands')}")
+    function = getattr(import_module(f".commands.{word}", __package__), word)
     types = list(_result_types(signature(function).return_annotation))
     if not types:  # the command has no result besides its exit status
         types = [dict]
@@ -111,12 +111,6 @@ def schema_of(command: str) -> dict[str, Any]:
         "anyOf": items.get("anyOf", [items]),
         "$defs": schema.get("$defs", {}),
     }
-
-
-def _function_of(module: str) -> Callable[..., Any] | None:
-    """Return the function of the command in a module of this folder; None if the module is not a command's."""
-    function = getattr(import_module(f".{module}", __package__), module, None)
-    return function if isfunction(function) else None
 
 
 def _result_types(annotation: Any) -> Iterator[type]:

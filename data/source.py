@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..models import IGNORED, Tokenizer
 from ..registry import Config, Registry, SeqmixError
-from ..registry.moved import former_names
+from ..registry.deprecated import former_names
 
 
 class Batch(NamedTuple):

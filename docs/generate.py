@@ -15,7 +15,7 @@ import torch
 
 from seqmix import MIXERS, account, load_config
 from seqmix.blocks import FFNS, NORMS, RESIDUALS, BlockConfig
-from seqmix.cli.app import app as cli
+from seqmix.cli import app as cli
 from seqmix.cli.results import schema_of
 from seqmix.data import DATA, DatasetConfig, WeightedSourceConfig
 from seqmix.lab.linearize.plan import Keep, Plan, Stage, Stages, Swap

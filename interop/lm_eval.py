@@ -1,6 +1,6 @@
 """Model class for lm-eval's harness: importing this module registers the model `seqmix` with lm-eval.
 
-    python -m seqmix.interop.lm_eval run --model seqmix --model_args run=runs/retnet-tiny --tasks NAME --include_path DIR
+    python -m seqmix.interop.lm_eval run --model seqmix --model_args run=runs/retnet-tiny --tasks NAME
 
 runs lm-eval's own command. It needs `pip install lm_eval`.
 """

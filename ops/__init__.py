@@ -12,7 +12,3 @@ cell         recurrences that are not linear in the state: sLSTM, M2RNN
 ttt          test-time training: memories that are trained on the tokens
 kernels      other backends (Triton, fla, FlexAttention, xformers), and how `auto` selects one
 """
-
-from ..registry.moved import find_moved_modules
-
-find_moved_modules()

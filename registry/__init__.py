@@ -4,6 +4,7 @@ This package does not import torch.
 """
 
 from .config import Config
+from .deprecated import former_names
 from .duration import Duration, format_duration, parse_duration
 from .errors import (
     ConfigError,
@@ -31,7 +32,6 @@ from .files import (
     write_files,
 )
 from .loading import dump, load, validated
-from .moved import former_names
 from .plug_ins import explain_plug_in, place_of, require_signatures, where_raised
 from .providers import import_named, import_object, require_trusted, unimported
 from .registry import Registry

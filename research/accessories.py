@@ -15,9 +15,10 @@ from seqmix.lab.study.results import ABSENT, Results, Statistic, SummaryRow, rea
 from seqmix.lab.study.summary import difference
 from seqmix.lab.study.tables import notes
 from seqmix.registry import SeqmixError, write_file
+from seqmix.research import DOCS
 from seqmix.research.language_results import REFERENCE, Measured, Size, read_measured, size_of
 
-TARGET = Path(__file__).with_name("explanation") / "equal-accessories.md"
+TARGET = DOCS / "explanation" / "equal-accessories.md"
 OPTION = "equal.short_conv"
 VALUES = {"without": None, "with": 4}
 """Values of the varied option, by the word for them in the table."""

@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 
 from seqmix.lab.pages import fill, table
 from seqmix.registry import write_file
+from seqmix.research import DOCS
 from seqmix.testing.vectors.families import FAMILIES
 from seqmix.testing.vectors.write import write_vectors
 
-PAGE = Path(__file__).with_name("explanation") / "conformance-matrix.md"
+PAGE = DOCS / "explanation" / "conformance-matrix.md"
 ADAPTERS = Path(__file__).parents[1] / "examples" / "vectors"
 
 RECURRENCES = {

@@ -17,8 +17,9 @@ import torch
 from seqmix.interop.convert import ARCHITECTURES
 from seqmix.lab.pages import fill, table
 from seqmix.registry import write_file
+from seqmix.research import DOCS
 
-PAGE = Path(__file__).with_name("how-to") / "convert.md"
+PAGE = DOCS / "how-to" / "convert.md"
 MODULES = ("test_convert_transformers", "test_convert_fla", "test_convert_torchscale")
 
 

@@ -4,17 +4,16 @@ Each tiny preset trains with muP at three widths, ten steps for each of three se
 in the size of an activation.
 """
 
-from pathlib import Path
-
 import torch
 
 from seqmix import load_config
 from seqmix.lab.coordinates import Coordinate, coordinates
 from seqmix.lab.pages import fill, table
 from seqmix.registry import write_file
+from seqmix.research import DOCS
 from seqmix.training.presets import single_kind_presets
 
-TARGET = Path(__file__).with_name("how-to") / "training.md"
+TARGET = DOCS / "how-to" / "training.md"
 WIDTHS = (64, 128, 256)
 SEEDS = 3
 CHANGES = (

@@ -17,9 +17,10 @@ from seqmix.lab.study.results import RunResult, Statistic, SummaryRow, read_resu
 from seqmix.lab.study.summary import beyond_noise, difference, summarise
 from seqmix.lab.units import quantity
 from seqmix.registry import SeqmixError, write_file
+from seqmix.research import DOCS
 from seqmix.research.language_results import REFERENCE, Measured, Size, add, read_measured, runs_at
 
-TARGET = Path(__file__).with_name("explanation") / "language.md"
+TARGET = DOCS / "explanation" / "language.md"
 RESULTS = TARGET.with_suffix(".json")
 PICTURES = TARGET.with_suffix("")
 LENGTHS = 360, 120
@@ -40,7 +41,7 @@ STATE_TICKS = tuple(2.0**power for power in range(10, 25, 2))
 TIME_TICKS = 2e-3, 4e-3, 8e-3, 16e-3, 32e-3
 """Ticks of decode times in seconds."""
 
-family: Callable[[str], str] = runpy.run_path(str(Path(__file__).with_name("mixers.py")))["family"]
+family: Callable[[str], str] = runpy.run_path(str(DOCS / "mixers.py"))["family"]
 """Function that returns the name of a mixer's family from its kind, as in the reference of mixers."""
 
 

@@ -14,9 +14,10 @@ from seqmix.lab.suite.entries import load_entries
 from seqmix.lab.suite.scores import PUBLISHED, Scores, merge, read_scores
 from seqmix.lab.suite.tasks import load_settings
 from seqmix.registry import SeqmixError, write_file
+from seqmix.research import DOCS
 from seqmix.research import leaderboard_tables as leaderboard
 
-TARGET = Path(__file__).with_suffix(".md")
+TARGET = DOCS / "leaderboard.md"
 RESULTS = PUBLISHED / "small-parameters.json"
 
 

@@ -33,10 +33,11 @@ from seqmix.lab.paper.verdict import (
 from seqmix.lab.study.results import Results, read_results
 from seqmix.lab.study.study_figures import Plots
 from seqmix.registry import write_file
+from seqmix.research import DOCS
 
 SAVED_RESULTS = FOLDER / "results"
 """Folder of the saved results."""
-PAGES = Path(__file__).with_name("explanation")
+PAGES = DOCS / "explanation"
 TARGET, PICTURES = PAGES / "paper.md", PAGES / "paper"
 BATCHES = {1: "one sequence", 8: "eight sequences"}
 """Batch sizes of Figure 6, and their names."""

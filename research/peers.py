@@ -24,8 +24,9 @@ from seqmix.lab.pages import fill, table
 from seqmix.ops.decay import decay
 from seqmix.ops.delta import delta
 from seqmix.registry import write_file
+from seqmix.research import DOCS
 
-TARGET = Path(__file__).with_name("explanation") / "performance.md"
+TARGET = DOCS / "explanation" / "performance.md"
 D, T, ROUNDS = 256, 1024, 3
 Pair = tuple[Callable[[], Tensor], Callable[[], Tensor]]
 

@@ -20,11 +20,12 @@ from seqmix.lab.pages import fill, table
 from seqmix.lab.precision.measure import TOLERANCE, FormatResult, rank_correlation, state_precision
 from seqmix.lab.precision.state_format import StateFormat
 from seqmix.registry import write_file
+from seqmix.research import DOCS
 from seqmix.training import load_run
 from seqmix.training.length_eval import open_text
 from seqmix.training.presets import mixer_kind, single_kind_presets
 
-TARGET = Path(__file__).with_name("explanation") / "state-precision.md"
+TARGET = DOCS / "explanation" / "state-precision.md"
 RESULTS = TARGET.with_suffix(".json")
 """Measurements by table, then by the name of the mixer."""
 KEPT = (

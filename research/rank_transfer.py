@@ -11,11 +11,12 @@ from seqmix.lab.figures.writer import adaptive
 from seqmix.lab.pages import fill
 from seqmix.lab.suite.scores import read_scores
 from seqmix.registry import SeqmixError, write_file
+from seqmix.research import DOCS
 from seqmix.research.published_ranks import page
 from seqmix.research.published_ranks.grids import entries_of, load_grids
 from seqmix.research.published_ranks.predictions import load_predictions
 
-TARGET = Path(__file__).with_name("explanation") / "rank-transfer.md"
+TARGET = DOCS / "explanation" / "rank-transfer.md"
 PICTURE = "rho.svg"
 DEFAULT = "small-parameters"
 """Scores from which the results of the page are computed."""

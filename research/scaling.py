@@ -11,11 +11,12 @@ from seqmix import load_config
 from seqmix.lab.pages import fill, table
 from seqmix.models.builder import build_meta
 from seqmix.registry import write_file
+from seqmix.research import DOCS
 from seqmix.training.distributed.layouts import Planner, received
 from seqmix.training.presets import mixer_kind, single_kind_presets
 
-CONTEXT = Path(__file__).with_name("how-to") / "multi-gpu.md"
-ESTIMATES = Path(__file__).with_name("appendix") / "estimates.md"
+CONTEXT = DOCS / "how-to" / "multi-gpu.md"
+ESTIMATES = DOCS / "appendix" / "estimates.md"
 PRESET = "retnet-6.7b"
 """Preset of the large model."""
 LENGTH = 2048

@@ -20,8 +20,9 @@ from seqmix.models import Decoder, Speculation, prefill
 from seqmix.models.sampling import Sampler
 from seqmix.models.speculation import Speculator
 from seqmix.registry import write_file
+from seqmix.research import DOCS
 
-TARGET = Path(__file__).with_name("how-to") / "generation.md"
+TARGET = DOCS / "how-to" / "generation.md"
 FILES = ("argparse.py", "tarfile.py", "inspect.py")
 PROMPT, NEW = 8000, 400
 PRESETS = ("retnet-tiny", "attention-tiny", "gated-delta-net-tiny", "mamba2-tiny")

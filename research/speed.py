@@ -9,8 +9,9 @@ from pathlib import Path
 from seqmix.lab.bench.report import from_json
 from seqmix.lab.pages import fill, table
 from seqmix.registry import write_file
+from seqmix.research import DOCS
 
-TARGET = Path(__file__).with_name("explanation") / "performance.md"
+TARGET = DOCS / "explanation" / "performance.md"
 SUFFIX = "-reference"
 EXPECTED = "one file that `seqmix bench mixers --cpu-time --json FILE` has written"
 

@@ -5,7 +5,6 @@ from one of them at equal seeds, which says what helped and how sure that is.
 """
 
 import sys
-from pathlib import Path
 
 from seqmix.lab.pages import fill, table
 from seqmix.lab.study.answer import format_statistic, has_accuracy, score, variant_text
@@ -13,8 +12,9 @@ from seqmix.lab.study.results import Results, Statistic, SummaryRow, read_result
 from seqmix.lab.study.summary import best_first, beyond_noise, difference
 from seqmix.lab.study.tables import notes
 from seqmix.registry import SeqmixError, write_file
+from seqmix.research import DOCS
 
-HERE = Path(__file__).parent
+HERE = DOCS
 PAGES = {"depth": ("explanation/depth.md", "plain"), "choice": ("explanation/choice.md", "full")}
 """Page, and the entry with which the others are compared, by name of the study."""
 

@@ -4,13 +4,13 @@ The argument is the folder of the study `width-transfer`, after `seqmix compare 
 """
 
 import sys
-from pathlib import Path
 
 from seqmix.lab.pages import fill, table
 from seqmix.lab.study.results import Results, read_results
 from seqmix.registry import write_file
+from seqmix.research import DOCS
 
-TARGET = Path(__file__).with_name("how-to") / "training.md"
+TARGET = DOCS / "how-to" / "training.md"
 NAMES = {"standard": "standard", "mup": "muP"}
 Losses = dict[float, float]
 """Validation losses of the tuning runs of a model, by learning rate."""

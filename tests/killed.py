@@ -21,7 +21,7 @@ from runs import contents
 from safetensors import SafetensorError, safe_open
 
 from seqmix import load_config, train
-from seqmix.cli.app import app as cli
+from seqmix.cli import app as cli
 from seqmix.interop.convert import export_to
 from seqmix.models import train_bpe
 

@@ -16,8 +16,8 @@ from runs import metrics, wait_for_steps
 
 import seqmix as library
 from seqmix import MIXERS, load_config, train
+from seqmix.cli import app as cli
 from seqmix.cli.app import COMMANDS, import_command
-from seqmix.cli.app import app as cli
 from seqmix.lab.study.study import STUDIES
 from seqmix.registry.yaml import parse
 from seqmix.training import PRESETS

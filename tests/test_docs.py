@@ -19,7 +19,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from seqmix import MIXERS, account, load_config
-from seqmix.cli.app import app as cli
+from seqmix.cli import app as cli
 from seqmix.lab.study.study import STUDIES
 from seqmix.training import PRESETS
 

@@ -14,7 +14,8 @@ import pytest
 from conftest import SMALL
 
 from seqmix import load_config, train
-from seqmix.cli.app import console, main
+from seqmix.cli import console
+from seqmix.cli.app import main
 from seqmix.cli.commands import generate
 from seqmix.training.monitoring.measurements import read_measurements
 

@@ -16,8 +16,10 @@ import seqmix
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 SETUPTOOLS = PROJECT["tool"]["setuptools"]
-NOT_LIBRARY = {"tests", "docs", "examples", "build", "dist", "runs", "studies", "site"}
+NOT_LIBRARY = {"tests", "docs", "examples", "research", "build", "dist", "runs", "studies", "site"}
 """Folders of the root without modules of the library."""
+PROGRAMS = {"setup"}
+"""Files of the root that are no modules of the library."""
 
 
 def module_name(path: Path) -> str:
@@ -36,7 +38,8 @@ def library_files() -> list[Path]:
         and not folder.name.startswith(".")
         and not (folder / "pyvenv.cfg").exists()
     ]
-    return sorted([*ROOT.glob("*.py"), *(file for folder in folders for file in folder.rglob("*.py"))])
+    modules = [file for file in ROOT.glob("*.py") if file.stem not in PROGRAMS]
+    return sorted([*modules, *(file for folder in folders for file in folder.rglob("*.py"))])
 
 
 MODULES = {module_name(path): path for path in library_files()}
@@ -65,8 +68,17 @@ def within(module: str, package: str) -> bool:
     return module == package or module.startswith(f"{package}.")
 
 
+LISTED = """
+import json, setuptools
+setuptools.setup = lambda packages: print(json.dumps(packages))
+import setup
+"""
+"""Program that prints the packages that setup.py lists."""
+
+
 def test_every_folder_is_a_package_in_the_wheel():
-    assert sorted(SETUPTOOLS["packages"]) == sorted(PACKAGES)
+    done = subprocess.run([sys.executable, "-c", LISTED], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert sorted(json.loads(done.stdout)) == sorted(PACKAGES)
     assert SETUPTOOLS["package-dir"] == {"seqmix": "."}
     for name, file in MODULES.items():
         assert file.with_name("__init__.py").exists(), f"{name} lies in a folder that is not a package"
@@ -161,7 +173,7 @@ MAY_IMPORT = {
     **{f"seqmix.interop.onnx.{name}": {"onnx"} for name in ("graph", "loops")},
     "seqmix.interop.onnx.session": {"onnxruntime"},
     "seqmix.interop.onnx.quantize": {"onnx", "onnxruntime"},
-    "seqmix.testing.pytest_plugin": {"pytest"},
+    "seqmix.cli.pytest_plugin": {"pytest"},
     "seqmix.lab.figures.charts": {"altair"},
     "seqmix.lab.figures.libraries": {"vl_convert"},
     "seqmix.lab.figures.page": {"jinja2"},
@@ -184,7 +196,7 @@ LATE = [
     "pandas",
 ]
 
-AS_NEEDED = ["cli", "commands", "deploy", "experiments", "benchmarks", "hf", "testing"]
+AS_NEEDED = ["cli", "lab", "interop", "testing"]
 """Packages that a program which imports the library may not need."""
 
 

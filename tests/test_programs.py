@@ -8,7 +8,7 @@ import pytest
 from conftest import SMALL
 
 from seqmix import __version__
-from seqmix.cli.app import app as cli
+from seqmix.cli import app as cli
 from seqmix.cli.results import _finite
 
 TEXT = "data.paths=[text.txt]"

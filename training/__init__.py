@@ -1,7 +1,6 @@
 """Training, on one process or many: optimizer, training loop, checkpoints."""
 
 from ..configs import PRESETS
-from ..registry.moved import find_moved_modules
 from .checkpoint.files import CheckpointError, Choice
 from .checkpoint.saved_prompt_cache import load_prompt_cache, save_prompt_cache
 from .checkpoint.saved_run import export_run, load_run, read_config
@@ -28,5 +27,3 @@ __all__ = [
     "save_prompt_cache",
     "train",
 ]
-
-find_moved_modules()

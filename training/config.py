@@ -42,7 +42,7 @@ class TrainingConfig(Config):
 
     start_from: str | None = Field(default=None, min_length=1)
     """Path of weights to start from, instead of random ones: a run directory (`seqmix convert` writes one too), a file
-    of `seqmix export`, or a folder of `seqmix.interop.hf`. You may then leave out `model`, and the tokenizer of a text: both
+    of `seqmix export`, or a folder for Hugging Face. You may then leave out `model`, and the tokenizer of a text: both
     come from that path."""
     steps: int = Field(gt=0, le=2**31)
     """Optimizer steps."""

@@ -1,6 +1,6 @@
 """Starting a run from existing weights (training.start_from): their model, tokenizer and tensors.
 
-The source is a run directory (`seqmix convert` writes one too), a file of `seqmix export`, or a folder of `seqmix.interop.hf`.
+The source is a run directory (`seqmix convert` writes one too), a file of `seqmix export`, or a Hugging Face folder.
 """
 
 import hashlib
@@ -75,7 +75,7 @@ def start_from(folder: Path, model: LanguageModel, tokenizer: Tokenizer | None) 
     Other fields of the model may differ; the returned note lists them.
 
     Args:
-        folder: the source of the weights: a run directory, an exported file, or a folder of `seqmix.interop.hf`.
+        folder: the source of the weights: a run directory, an exported file, or a folder for Hugging Face.
         model: the model to fill.
         tokenizer: the tokenizer of the training data; None if its tokens are not text.
 

@@ -57,7 +57,7 @@ def export(
         bool,
         typer.Option(
             "--remote-code",
-            help="With --to hf: also write modeling code, so that trust_remote_code=True replaces `import seqmix.interop.hf`.",
+            help="With --to hf: also write modeling code, which trust_remote_code=True loads without the import.",
         ),
     ] = False,
     weights: Weights = None,

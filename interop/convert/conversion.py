@@ -6,7 +6,7 @@ from typing import Any
 
 from ...models import TOKENIZER_FILE, build_meta
 from ...registry import DataError, SeqmixError, nearest_hint, read_bytes, require_name
-from ...registry.moved import former_parameters
+from ...registry.deprecated import former_parameters
 from ...training import Choice
 from ...training.checkpoint.saved_run import read_weights
 from . import files, fla, hybrids, jamba, kimi_linear, llama, mamba, recurrent_gemma, rwkv, torchscale

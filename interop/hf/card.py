@@ -37,7 +37,7 @@ IMPORT = """import seqmix.interop.hf  # registers the model type
 model = AutoModelForCausalLM.from_pretrained("{name}")"""
 IMPORT_HINT = """If transformers does not recognize the model type `seqmix`, `import seqmix.interop.hf` is missing."""
 TRUST = """model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)"""
-TRUST_HINT = """`trust_remote_code=True` runs `modeling_seqmix.py`, which imports seqmix. `import seqmix.interop.hf` does the same."""
+TRUST_HINT = """`trust_remote_code=True` runs `modeling_seqmix.py`, which imports seqmix."""
 TRAINING = """
 ## Training
 

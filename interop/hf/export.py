@@ -7,7 +7,7 @@ from warnings import warn
 from safetensors import SafetensorError
 
 from ...registry import is_vacant, replacing_folder, write_files
-from ...registry.moved import former_parameters
+from ...registry.deprecated import former_parameters
 from ...training import Choice, load_run, read_config
 from ...training.checkpoint.files import CheckpointError
 from ...training.checkpoint.saved_run import load_checkpoint
@@ -29,7 +29,7 @@ def export_hf(
     trust: bool = False,
     remote_code: bool = False,
 ) -> None:
-    """Write the trained model of a run for `AutoModelForCausalLM.from_pretrained`, which needs `import seqmix.interop.hf`.
+    """Write the trained model of a run for `AutoModelForCausalLM.from_pretrained` after `import seqmix.interop.hf`.
 
     The folder has a model card that says so, and how a run directory's model was trained.
 

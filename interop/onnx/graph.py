@@ -6,9 +6,8 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
 from onnx import ModelProto
+from torch import Tensor, nn
 
 from ...mixers.base.state import to_dict
 from ...models import LanguageModel

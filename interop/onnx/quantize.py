@@ -5,13 +5,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import onnx
 import torch
 import torch.nn.functional as F
+from onnx import ModelProto
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
-
-import onnx
-from onnx import ModelProto
 
 from ...data import Batch
 from ...data.kinds.text import Text

@@ -1,7 +1,8 @@
 """Measurements of every layer of a model on one text: weights, reach, decays, gates, states, gradients.
 
-The same code measures all kinds of mixers. Weights come from the ops that a mixer calls (`mixers/base/influence.py`), or are
-gradients with respect to the mixer's inputs. States are the tensors of its state; gates are those of `GatedNorm`.
+The same code measures all kinds of mixers. Weights come from the ops that a mixer calls
+(`mixers/base/influence.py`), or are gradients with respect to
+the mixer's inputs. States are the tensors of its state; gates are those of `GatedNorm`.
 """
 
 import math

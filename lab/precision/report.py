@@ -10,7 +10,7 @@ from ..figures.figure import Axis, Figure, Point, Series, drawable
 from ..units import quantity
 from .measure import TOLERANCE, FormatResult, Precision
 
-TEMPLATE = Path(__file__).with_name("precision.html")
+TEMPLATE = Path(__file__).with_name("report.html")
 COLUMNS = (
     "tokens", "state stored as", "size", "loss", "nats lost", "accuracy", "same prediction", "state error",
     "predicted", "bound", "rank correlation",

@@ -4,13 +4,8 @@ study, entries, plan        the YAML file; configurations of its entries; its ru
 match, equal                models of equal cost; options that are equal in all mixers
 attribution, answer         what else differs between entries; the answer, and what it can be attributed to
 runner, worker, lock        processes of runs: start, stop, resume; the process of one run; the lock of a study's folder
-measurements, collect, summary, results   measurements of runs; statistics over seeds; values and results.json
-precision, precision_report, state_format   loss of a model whose state has fewer bits; its report; number formats
+collect, summary, results   measurements of runs; statistics over seeds; values and results.json
 speed, scaling              speed of the entries, measured by the benchmarks; power law of the loss over model size
-report, study_figures, differences, tables, units   report.html: its parts, figures and tables; differences of models
-run_figures, benchmark_figures   figures of runs, for `seqmix plot`; figures of a benchmark
-figures/                    figures as values, and their drawing as HTML, SVG, PNG and PDF
-pages                       Markdown pages with generated regions
-studies/, retnet_paper/     studies shipped with the package; the claims of the RetNet paper
-suite/                      tasks that separate mixers, each a study
+report, study_figures, differences, tables   report.html: its parts, figures and tables; differences of models
+run_figures                 figures of runs, for `seqmix plot`
 """

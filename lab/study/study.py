@@ -27,7 +27,7 @@ from ...registry.errors import shown
 from .differences import leaves
 from .match import Match
 
-STUDIES = Path(__file__).with_name("studies")
+STUDIES = Path(__file__).parents[1] / "studies"
 """The folder of the studies that come with the package."""
 EQUAL_TRAINING_FIELDS = (
     "steps",

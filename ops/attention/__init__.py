@@ -1,6 +1,6 @@
 """Softmax attention and its KV caches."""
 
-from ...registry.moved import former_names
+from ...registry.deprecated import former_names
 from .api import Backend, SoftmaxOptions, softmax_attention, softmax_flops
 from .kv_cache import (
     Cache,

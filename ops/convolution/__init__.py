@@ -1,6 +1,6 @@
 """Causal convolutions, short and long."""
 
-from ...registry.moved import former_names
+from ...registry.deprecated import former_names
 from .long import long_convolution
 from .short import Activation, ConvolutionOutput, shift_tokens, short_convolution
 

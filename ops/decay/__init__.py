@@ -1,6 +1,6 @@
 """The decay family: linear attention, retention, Mamba-2, gated linear attention."""
 
-from ...registry.moved import former_names
+from ...registry.deprecated import former_names
 from .api import DECAY, Backend, decay, decay_flops, decay_reading_values
 
 __all__ = ["DECAY", "Backend", "decay", "decay_flops", "decay_reading_values"]

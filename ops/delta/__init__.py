@@ -1,6 +1,6 @@
 """The delta family: DeltaNet, Gated DeltaNet, Kimi Delta Attention and DeltaProduct."""
 
-from ...registry.moved import former_names
+from ...registry.deprecated import former_names
 from .api import DELTA, delta, delta_flops, delta_product, unit_norm
 
 __all__ = ["DELTA", "delta", "delta_flops", "delta_product", "unit_norm"]

@@ -1,6 +1,6 @@
 """The delta rule with separate keys for reading and writing: Gated DeltaNet-2 and RWKV-7."""
 
-from ...registry.moved import former_names
+from ...registry.deprecated import former_names
 from .api import DPLR, dplr
 
 __all__ = ["DPLR", "dplr"]

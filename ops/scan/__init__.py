@@ -1,6 +1,6 @@
 """Recurrences whose state is a vector, element by element: h_t = a_t h_{t-1} + b_t."""
 
-from ...registry.moved import former_names
+from ...registry.deprecated import former_names
 from .api import (
     SCAN_PARADIGMS,
     Backend,

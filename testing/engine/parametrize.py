@@ -14,7 +14,7 @@ from .outcome import Outcomes, Status, chosen_names, known_names
 
 @dataclass
 class CommandLine:
-    """Options from pytest's own command line (testing/pytest_plugin.py); they override those of the tests."""
+    """Options from pytest's own command line (cli/pytest_plugin.py); they override those of the tests."""
 
     examples: int | None = None
     stress: bool = False

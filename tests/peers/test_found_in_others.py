@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from seqmix.cli.app import app as cli
+from seqmix.cli import app as cli
 from seqmix.testing.vectors.write import write_vectors
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,7 +11,7 @@ import pytest
 from seqmix.testing.engine import parametrize
 
 pytest_plugins = ["pytester"]
-PLUGIN = "seqmix.testing.pytest_plugin"
+PLUGIN = "seqmix.cli.pytest_plugin"
 TESTS = """
 from seqmix.mixers.retention import RetentionConfig
 from seqmix.testing import parametrize_checks

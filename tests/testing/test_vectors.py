@@ -15,7 +15,7 @@ import pytest
 import torch
 from mutations import mutated_json
 
-from seqmix.cli.app import app as cli
+from seqmix.cli import app as cli
 from seqmix.testing.vectors import runner
 from seqmix.testing.vectors.cases import VARIANTS, vector_cases
 from seqmix.testing.vectors.families import FAMILIES

@@ -26,7 +26,7 @@ from ...registry import (
     require_trusted,
     write_file,
 )
-from ...registry.moved import former_parameters
+from ...registry.deprecated import former_parameters
 from ...registry.providers import named_paths
 from ...registry.sources import read
 from ..config import RunConfig

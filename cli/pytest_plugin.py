@@ -27,8 +27,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """Set `COMMAND_LINE.stress`, which the decorators of seqmix.testing read while tests are collected."""
     names, asks_for_stress = config.getoption("seqmix_check") or [], bool(config.getoption("seqmix_stress"))
     if asks_for_stress or names:
-        from . import CHECKS
-        from .engine.parametrize import COMMAND_LINE
+        from ..testing import CHECKS
+        from ..testing.engine.parametrize import COMMAND_LINE
 
         names_stress_check = any(CHECKS[name].stress for name in names if name in CHECKS)
         COMMAND_LINE.stress = names_stress_check or asks_for_stress
@@ -39,8 +39,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if "seqmix.testing" not in sys.modules:  # no test uses the conformance kit
         return
     from ..registry import SeqmixError, require_name
-    from .check import CHECKS, KERNEL_CHECKS
-    from .engine.parametrize import COMMAND_LINE, BoundCheck
+    from ..testing.check import CHECKS, KERNEL_CHECKS
+    from ..testing.engine.parametrize import COMMAND_LINE, BoundCheck
 
     names, examples = set(config.getoption("seqmix_check") or ()), config.getoption("seqmix_examples")
     try:

@@ -1,0 +1,6 @@
+"""The `seqmix` program: app.py has the table of commands, commands/ one file per command.
+
+options, console, output, progress, results   shared by commands: options, notes, errors and escapes, bars, --json
+check_output, evaluation_tables, study_progress   what `check`, `evaluate` and the studies print
+pytest_plugin   options of pytest; not in testing/, since pytest imports it in projects that do not need torch
+"""
