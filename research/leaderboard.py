@@ -1,7 +1,7 @@
 """Write the tables of docs/leaderboard.md: `python research/leaderboard.py [FOLDER...]`.
 
 Scores of the suite in each FOLDER, as `seqmix suite --out FOLDER` leaves them, are added to the published ones in
-experiments/suite/results first; without a folder, the page is written from these. `--commands` prints the commands of
+lab/suite/results first; without a folder, the page is written from these. `--commands` prints the commands of
 the suite that measure what is missing, one for each task.
 """
 

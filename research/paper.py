@@ -1,6 +1,6 @@
 """Write the tables and pictures of docs/explanation/paper.md from saved results: `python research/paper.py [STUDIES]`.
 
-The results are in experiments/retnet_paper/results, one file per claim. With STUDIES, the folder that `seqmix paper`
+The results are in lab/paper/results, one file per claim. With STUDIES, the folder that `seqmix paper`
 wrote to, the results of all claims that it has are saved there first, without curves and details of the machine.
 """
 

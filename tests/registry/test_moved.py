@@ -17,7 +17,7 @@ from seqmix.training.checkpoint.files import CheckpointError
 
 FORMER = {
     "seqmix.convert": "import_from",
-    "seqmix.experiments.suite": "tasks",
+    "seqmix.experiments.units": "quantity",
     "seqmix.hf": "replace_mixers",
     "seqmix.mixers.contract": "SequenceMixer",
     "seqmix.ops.autograd": "Op",
