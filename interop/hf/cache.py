@@ -67,9 +67,10 @@ class StateLayer(CacheLayerMixin):
         """Return the number of tokens so far, including padding."""
         return self.length
 
-    def get_mask_sizes(self, query: int | Tensor) -> tuple[int, int]:
+    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
         """Return the number of keys including the query tokens, and their offset 0; masks of other layers need both."""
-        return self.length + (query if isinstance(query, int) else len(query)), 0
+        new = query_length if isinstance(query_length, int) else len(query_length)
+        return self.length + new, 0
 
     def get_max_length(self) -> int:
         return -1
@@ -87,7 +88,8 @@ class StateLayer(CacheLayerMixin):
         if self.state is not None:
             self.state = select(self.state, indices)
 
-    reorder_cache = batch_select_indices
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
 
     def activate_past_recording(self) -> None:
         """Keep what `crop` needs, from the next call on; every further call is expected to be followed by a `crop`."""
@@ -155,7 +157,7 @@ def mix_cached(
     run: Callable[..., Any],
     x: Tensor,
     mixers: Sequence[SequenceMixer[Any] | Block],
-    layers: Sequence[StateLayer],
+    layers: Sequence[Any],
     rows: RowLayout,
 ) -> Tensor:
     """Mix a batch, starting from the states in a cache, and store the states after the batch in the cache.

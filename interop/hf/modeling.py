@@ -1,7 +1,7 @@
 """Hugging Face model classes around a `LanguageModel`: training, and `generate` with a cache of states."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ class SeqmixPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _is_stateful = not CAN_CROP
-    _no_split_modules: ClassVar = ["Block"]
+    _no_split_modules = ["Block"]  # noqa: RUF012  transformers declares it without ClassVar
 
     def __init__(self, config: SeqmixConfig, model: LanguageModel | None = None, *, trust: bool = False) -> None:
         super().__init__(config)
@@ -62,7 +62,8 @@ class SeqmixPreTrainedModel(PreTrainedModel):
         if trust_remote_code:
             kwargs["trust"] = True  # transformers passes unknown arguments to the constructor
         kwargs["ignore_mismatched_sizes"] = True  # rejected below with the names of the tensors
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model, info = loaded
         for problem in ("missing", "unexpected", "mismatched"):
             if names := sorted(map(str, info[f"{problem}_keys"])):
                 raise SeqmixError(
@@ -123,9 +124,9 @@ class SeqmixPreTrainedModel(PreTrainedModel):
             )
         model = self.model
         layers = list(self.model.blocks)
-        x = model.embed(tokens) if embeddings is None else model.dropout(embeddings)
+        x = model.dropout(embeddings) if tokens is None else model.embed(tokens)
         continues_cache = cache is not None and cache.get_seq_length() > 0
-        rows = layout_of(x.shape[:2], attention_mask, options, continues_cache=continues_cache)
+        rows = layout_of((x.shape[0], x.shape[1]), attention_mask, options, continues_cache=continues_cache)
         if (use_cache := options.get("use_cache")) is None:
             use_cache = self.config.use_cache and not self.training and rows.cu_seqlens is None
             use_cache = use_cache and all(layer.traits.has_state for layer in layers)
@@ -151,7 +152,8 @@ class SeqmixModel(SeqmixPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """Return the hidden states [B T D] of tokens [B T]; arguments are those of `SeqmixForCausalLM.forward`."""
         x, _, after = self._hidden(input_ids, attention_mask, options)
-        return BaseModelOutputWithPast(last_hidden_state=self.model.norm(x), **{CACHE_NAME: after})
+        cache: dict[str, Any] = {CACHE_NAME: after}
+        return BaseModelOutputWithPast(last_hidden_state=self.model.norm(x), **cache)
 
 
 class SeqmixForCausalLM(SeqmixPreTrainedModel, GenerationMixin):
@@ -203,7 +205,8 @@ class SeqmixForCausalLM(SeqmixPreTrainedModel, GenerationMixin):
             if rows.mask is not None:  # nothing predicts the first token of a row
                 labels = labels.masked_fill(~(rows.mask & rows.mask.roll(1, dims=1)), IGNORED)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **options)
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE_NAME: after})
+        cache: dict[str, Any] = {CACHE_NAME: after}
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, **cache)
         return output.to_tuple() if options.get("return_dict", self.config.return_dict) is False else output
 
     def init_continuous_batching(self, *_: Any, **__: Any) -> Any:
@@ -217,8 +220,13 @@ class SeqmixForCausalLM(SeqmixPreTrainedModel, GenerationMixin):
     def _supports_default_dynamic_cache(cls) -> bool:
         return False
 
-    def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], _: Any, __: int, max_cache_length: int
+    def _prepare_cache_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]  it does not return a bool
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,  # noqa: ARG002
+        batch_size: int,  # noqa: ARG002
+        max_cache_length: int,
     ) -> None:
         if (implementation := generation_config.cache_implementation) is not None:
             raise SeqmixError(

@@ -30,7 +30,7 @@ class Llama(Peer):
             num_hidden_layers=c.n_layers,
             num_attention_heads=heads,
             max_position_embeddings=2**20,
-            attn_implementation="sdpa",
+            attn_implementation="sdpa",  # pyright: ignore[reportCallIssue]  an argument of every configuration
         )
         model = LlamaForCausalLM(self.config)
         # transformers 5.24 renamed the argument
