@@ -272,8 +272,10 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
         )
         try:
             result = mix_sequentially(self, x, call) if sequential else self.mix(x, call)
-        except RuntimeError as error:
-            if (width := expected_width(error, x)) is None:
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            if state is not None and (misfit := self._misfit(state)):
+                raise ContractError(f"{self.kind} expects a state of its own: {misfit}") from error
+            if not isinstance(error, RuntimeError) or (width := expected_width(error, x)) is None:
                 raise
             raise ContractError(f"{self.kind} expects x of width {width}, got {x.shape[2]}") from error
         if not compiling:  # in compiled code the checks would add guards to the graph
@@ -619,6 +621,16 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
                 f"{self.kind}: cu_seqlens requires batch size 1 and integer boundaries of shape [N+1], "
                 f"got batch size {x.shape[0]} and boundaries of shape {list(cu_seqlens.shape)}, {cu_seqlens.dtype}"
             )
+
+    def _misfit(self, state: S) -> str:
+        """Return what differs between the tensors of a state and those of this mixer's; an empty text if they fit."""
+        own, given = ({name: list(x.shape[1:]) for name, x in to_dict(s).items()} for s in (self.init_state(1), state))
+        if own.keys() != given.keys():
+            return f"one with {', '.join(own)}, got one with {', '.join(given)}"
+        differing = next((name for name in own if own[name] != given[name]), None)
+        if differing is None or self.traits.state == "growing":
+            return ""
+        return f"{differing} of shape {own[differing]} per row, got {given[differing]}"
 
     def _documents(self, x: Tensor, cu_seqlens: Tensor | None) -> Documents | None:
         length = x.shape[1]

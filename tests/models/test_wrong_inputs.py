@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import seqmix.models.loss as loss_module
-from seqmix import SeqmixError, build_model, generate_text, load_config
+from seqmix import MIXERS, ContractError, SeqmixError, build_model, generate_text, load_config
 from seqmix.ops.decay import decay
 from seqmix.training.presets import single_kind_presets
 
@@ -74,6 +74,15 @@ def test_mixer_names_both_widths_of_an_input_of_the_wrong_width(preset):
     with pytest.raises(SeqmixError, match=r"expect(s|ed) x ") as refused:
         mixer(torch.zeros(1, 4, 24))
     assert all(str(width) in str(refused.value) for width in (24, config.d_model))
+
+
+@pytest.mark.parametrize(("kind", "other"), [("gla", "attention"), ("gla", "retention"), ("attention", "delta_net")])
+def test_mixer_refuses_the_state_of_another_kind_with_other_tensors(kind, other):
+    mixer, stranger = (MIXERS.resolve(name)(n_heads=2).build(16, layer_idx=0, n_layers=1) for name in (kind, other))
+    x = torch.randn(1, 3, 16)
+    _, state = stranger(x, return_state=True)
+    with pytest.raises(ContractError, match=rf"^{kind} expects a state of its own: .* got "):
+        mixer(x, state)
 
 
 def test_checks_of_arguments_leave_one_graph(model):
