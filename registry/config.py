@@ -2,9 +2,9 @@
 
 import warnings
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, dataclass_transform
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from .errors import ConfigError, choices_hint
@@ -12,15 +12,16 @@ from .explain import explain_fields
 from .plug_ins import require_signatures
 
 
+@dataclass_transform(kw_only_default=True, field_specifiers=(Field,))  # as pydantic declares its own metaclass
 class _ConfigType(type(BaseModel)):
     """Metaclass of `Config`: turns errors of values that Python code passes into sentences.
 
     Values of files pass through `Config.model_validate`, which keeps pydantic's errors: `load` adds their lines.
     """
 
-    def __call__(cls, **fields):  # without annotations, type checkers keep to the fields
+    def __call__(cls: Any, **fields: Any):
         try:
-            # not super().__call__: a warning about a deprecated name counts the calls between it and the program's line
+            # not super().__call__: the warning about a deprecated name counts the calls up to the program's line
             return cls.__pydantic_validator__.validate_python(fields)
         except ValidationError as error:
             raise ConfigError(explain_fields(error, fields, cls.__name__)) from error
