@@ -272,7 +272,7 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
         )
         try:
             result = mix_sequentially(self, x, call) if sequential else self.mix(x, call)
-        except (AttributeError, IndexError, RuntimeError, SeqmixError, TypeError, ValueError) as error:
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
             if state is not None and (misfit := self._misfit(state)):
                 raise ContractError(f"{self.kind} expects a state of its own: {misfit}") from error
             if not isinstance(error, RuntimeError) or (width := expected_width(error, x)) is None:
