@@ -191,9 +191,10 @@ def test_a_distribution_ships_a_mixer_as_the_page_says(folder):
 def test_what_is_generated_is_up_to_date(name):
     if name == "api":
         pytest.importorskip("griffe", reason="needs pip install griffelib")
-    files = runpy.run_path(str(ROOT / "docs" / f"{name}.py"))["files"]()
+    (program,) = (path for folder in ("docs", "research") if (path := ROOT / folder / f"{name}.py").exists())
+    files = runpy.run_path(str(program))["files"]()
     for file, text in files.items():
-        assert file.read_text(encoding="utf-8") == text, f"run: python docs/{name}.py"
+        assert file.read_text(encoding="utf-8") == text, f"run: python {program.relative_to(ROOT)}"
     pictures = {file for file in files if file.suffix == ".svg"}
     assert pictures == {file for folder in {file.parent for file in pictures} for file in folder.iterdir()}
 

@@ -275,7 +275,8 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
             if state is not None and (misfit := self._misfit(state)):
                 raise ContractError(f"{self.kind} expects a state of its own: {misfit}") from error
-            if not isinstance(error, RuntimeError) or (width := expected_width(error, x)) is None:
+            width = expected_width(error, x) if isinstance(error, RuntimeError) else None
+            if not any(width in parameter.shape for parameter in self.parameters()):  # no operation of a parameter
                 raise
             raise ContractError(f"{self.kind} expects x of width {width}, got {x.shape[2]}") from error
         if not compiling:  # in compiled code the checks would add guards to the graph
@@ -568,33 +569,35 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
             raise ContractError(f"{self.kind} takes no shared_kv: call accept_shared_kv() first")
 
     def _require_result(self, result: Any, x: Tensor, return_kv: bool) -> None:
-        names = ["output", "state"]
-        names += ["values"] if self.traits.value_residual else []
-        names += ["keys and values"] if return_kv else []
-        self._require_tuple("mix", result, names)
+        length = 2 + self.traits.value_residual + return_kv
+        if not isinstance(result, tuple) or len(result) != length:
+            names = ["output", "state"]
+            names += ["values"] if self.traits.value_residual else []
+            names += ["keys and values"] if return_kv else []
+            raise self._wrong_result("mix", names, result)
         y = result[0]
         if not isinstance(y, Tensor):
-            raise self._wrong_result("mix", "a tensor as output", f"a {type(y).__name__}")
+            raise self._wrong("mix", "a tensor as output", f"a {type(y).__name__}")
         if y.shape != x.shape:
-            raise self._wrong_result("mix", f"an output of the shape of x, {list(x.shape)}", str(list(y.shape)))
+            raise self._wrong("mix", f"an output of the shape of x, {list(x.shape)}", str(list(y.shape)))
 
-    def _require_tuple(self, method: str, result: Any, names: Sequence[str]) -> None:
-        """Raise ContractError if the result of one of the mixer's methods is not a tuple of what is named."""
-        if not isinstance(result, tuple) or len(result) != len(names):
-            length = f" of {len(result)}" if isinstance(result, (tuple, list)) else ""
-            name = "Tensor" if isinstance(result, Tensor) else type(result).__name__  # not FakeTensor
-            raise self._wrong_result(method, f"({', '.join(names)})", f"a {name}{length}")
+    def _wrong_result(self, method: str, names: Sequence[str], result: Any) -> ContractError:
+        """Return the error of a method whose result is not a tuple of what is named."""
+        length = f" of {len(result)}" if isinstance(result, (tuple, list)) else ""
+        name = "Tensor" if isinstance(result, Tensor) else type(result).__name__  # not FakeTensor
+        return self._wrong(method, f"({', '.join(names)})", f"a {name}{length}")
 
-    def _wrong_result(self, method: str, expected: str, actual: str) -> ContractError:
+    def _wrong(self, method: str, expected: str, actual: str) -> ContractError:
         place = place_of(getattr(self, method))
         return ContractError(f"{self.kind}: {method} must return {expected}, got {actual}: see {place}")
 
     def _require_shapes(self, x: Tensor, state: tuple[Any, ...] | None, cu_seqlens: Tensor | None) -> None:
-        require_tensor("x", x, "a tensor of shape [B, T >= 1, d_model]")
+        if not isinstance(x, Tensor):
+            require_tensor("x", x, "a tensor of shape [B, T >= 1, d_model]")
         if x.ndim != 3 or x.shape[1] < 1:
             remedy = ": add a batch dimension with x[None]" if x.ndim == 2 else ""
             raise ContractError(f"{self.kind} expects x of shape [B, T >= 1, d_model], got {list(x.shape)}{remedy}")
-        if not x.is_floating_point() or (x.dtype != self.dtype and not torch.is_autocast_enabled(x.device.type)):
+        if x.dtype != self.dtype and not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
             raise ContractError(
                 f"{self.kind} expects x of dtype {self.dtype}, that of its parameters, got {x.dtype}: "
                 "convert one of them, or use torch.autocast"
@@ -602,16 +605,17 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
         if cu_seqlens is not None:
             require_tensor("cu_seqlens", cu_seqlens, "an integer tensor of boundaries [N+1]")
         rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        if state is not None and not isinstance(state, tuple):
+        first: Any = state
+        while isinstance(first, tuple) and first:  # states may be nested
+            first = first[0]
+        if isinstance(first, Tensor):
+            if first is not state and (state_rows := first.shape[0]) != rows:
+                raise ContractError(f"{self.kind} expects a state of {rows} rows, one per sequence, got {state_rows}")
+        elif state is not None and not isinstance(state, tuple):
             raise ContractError(
                 f"{self.kind} expects the state that an earlier call or init_state returned, got a "
                 f"{type(state).__name__}"
             )
-        first: Any = state
-        while isinstance(first, tuple) and first:  # states may be nested
-            first = first[0]
-        if isinstance(first, Tensor) and (state_rows := first.shape[0]) != rows:
-            raise ContractError(f"{self.kind} expects a state of {rows} rows, one per sequence, got {state_rows}")
         if cu_seqlens is None:
             return
         if not self.traits.packing:
@@ -624,6 +628,8 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
 
     def _misfit(self, state: S) -> str:
         """Return what differs between the tensors of a state and those of this mixer's; an empty text if they fit."""
+        if isinstance(state, Tensor):
+            return "a tuple of tensors, got a tensor"
         own, given = ({name: list(x.shape[1:]) for name, x in to_dict(s).items()} for s in (self.init_state(1), state))
         if own.keys() != given.keys():
             return f"one with {', '.join(own)}, got one with {', '.join(given)}"

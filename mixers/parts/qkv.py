@@ -199,8 +199,10 @@ class QKVMixer(OutsideValues[MatrixState], MatrixStateMixer):
     def mix(self, x: Float[Tensor, "B T D"], call: Call) -> MixResult[MatrixState]:
         h = self.project(x, call)
         result = self.recur(x, h, call.enter("memory"))
-        self._require_tuple("recur", result, ("output", "state"))
-        o, memory = result
+        try:
+            o, memory = result if isinstance(result, tuple) else ()
+        except ValueError:
+            raise self._wrong_result("recur", ("output", "state"), result) from None
         y = self.out_proj(self.gated_norm(o, h.gate).to(h.dtype).flatten(2))
         after = self.state_after(x, memory, h.recent, call)
         return self.with_own_values(y, after, h.own_values) if self.traits.value_residual else (y, after)

@@ -70,7 +70,8 @@ def decay(
     Raises:
         SeqmixError: if shapes or dtypes do not fit, or an option is invalid.
     """
-    require_decay(log_decay, call)
+    if call is None:
+        require_decay(log_decay)
     call = Call.resolve(call, q.shape[1], options, op="decay", paradigm=Paradigm.CHUNKWISE)
     return recur(DECAY, q, k, v, call, log_decay=log_decay, scale=scale, wide_output=wide_output)
 
@@ -102,7 +103,8 @@ def decay_reading_values(
     Raises:
         SeqmixError: if shapes or dtypes do not fit, or an option is invalid.
     """
-    require_decay(log_decay, call)
+    if call is None:
+        require_decay(log_decay)
     call = Call.resolve(call, q.shape[1], options, op="decay", paradigm=Paradigm.CHUNKWISE)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if call.paradigm is Paradigm.CHUNKWISE:

@@ -70,7 +70,8 @@ def delta(
     Raises:
         SeqmixError: if shapes or dtypes do not fit, or an option is invalid.
     """
-    require_decay(log_decay, call)
+    if call is None:
+        require_decay(log_decay)
     call = Call.resolve(call, q.shape[1], options, op="delta", paradigm=Paradigm.CHUNKWISE, chunk_size=CHUNK_SIZE)
     require_paradigm(call.paradigm)
     return recur(DELTA, q, k, v, call, beta=beta, log_decay=log_decay, scale=scale)
@@ -106,7 +107,8 @@ def delta_product(
     Raises:
         SeqmixError: if shapes or dtypes do not fit, or an option is invalid.
     """
-    require_decay(log_decay, call)
+    if call is None:
+        require_decay(log_decay)
     call = Call.resolve(call, q.shape[1], options, op="delta", paradigm=Paradigm.CHUNKWISE, chunk_size=CHUNK_SIZE)
     batch, length, heads = q.shape[:3]
     steps = k.shape[1] // length

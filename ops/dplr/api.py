@@ -64,7 +64,8 @@ def dplr(
     Raises:
         SeqmixError: if shapes or dtypes do not fit, or an option is invalid.
     """
-    require_decay(log_decay, call)
+    if call is None:
+        require_decay(log_decay)
     call = Call.resolve(call, q.shape[1], options, op="dplr", paradigm=Paradigm.CHUNKWISE, chunk_size=CHUNK_SIZE)
     require_paradigm(call.paradigm)
     return recur(DPLR, q, k, v, call, a=a, b=b, log_decay=log_decay, scale=scale)

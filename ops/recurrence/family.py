@@ -327,13 +327,13 @@ def require_recurrence(x: Recurrence) -> None:
     require_chunk_size(x.chunk_size)
 
 
-def require_decay(log_decay: Tensor | None, call: Call | None) -> None:
-    """Raise a SeqmixError for a positive log-decay in a direct call of an op (`call` is None).
+def require_decay(log_decay: Tensor | None) -> None:
+    """Raise a SeqmixError for a positive log-decay in a direct call of an op.
 
     Values are read only on a CPU and where nothing records the call: elsewhere reading would wait for the device, or
     break a compiled graph. Calls of mixers, whose log-decays are never positive, do not pay for it.
     """
-    if log_decay is None or call is not None or log_decay.device.type != "cpu" or is_recorded(log_decay):
+    if log_decay is None or log_decay.device.type != "cpu" or is_recorded(log_decay):
         return
     if bool((log_decay > 0).any()):
         raise SeqmixError(

@@ -21,7 +21,7 @@ def require_tensor(name: str, value: Any, expected: str) -> None:
 
 
 def expected_width(error: RuntimeError, x: Tensor) -> int | None:
-    """Return the width that parameters expect of x, from torch's error about it; None for any other error."""
+    """Return the width that an operation expected of x, from torch's error about it; None for any other error."""
     for pattern in _MISMATCHES:
         match = re.search(pattern, str(error))
         if match and (width := str(x.shape[-1])) in match.groups():

@@ -298,6 +298,9 @@ def has_tangent(*tensors: Tensor | None) -> bool:
     )
 
 
+_dispatch_of = attrgetter("__torch_dispatch__")
+
+
 def is_recorded(*tensors: Tensor | None) -> bool:
     """True if operations on these tensors may be recorded instead of computed, so that values must not be read.
 
@@ -308,5 +311,7 @@ def is_recorded(*tensors: Tensor | None) -> bool:
         return True
     if is_in_torch_dispatch_mode() or torch._C._are_functorch_transforms_active() or has_torch_function(tensors):
         return True
-    dispatch_of = attrgetter("__torch_dispatch__")
-    return any(dispatch_of(type(x)) is not dispatch_of(Tensor) for x in tensors if x is not None)
+    for x in tensors:  # noqa: SIM110  a generator costs a call per tensor, in every step of decoding
+        if x is not None and _dispatch_of(type(x)) is not _dispatch_of(Tensor):
+            return True
+    return False

@@ -72,7 +72,8 @@ def scan(
         SeqmixError: shapes or dtypes do not match; the paradigm does not exist, or is the parallel one; an input has a
             tangent (forward-mode differentiation is supported for a single recurrent token only).
     """
-    require_decay(log_decay, call)
+    if call is None:
+        require_decay(log_decay)
     call = Call.resolve(call, x.shape[1], options, op="scan", paradigm=Paradigm.CHUNKWISE, chunk_size=64)
     _require_same_shape(x, log_decay, call)
     if _is_step(x, call):
@@ -104,7 +105,8 @@ def log_scan(
     Raises:
         SeqmixError: for the same reasons as `scan`.
     """
-    require_decay(log_decay, call)
+    if call is None:
+        require_decay(log_decay)
     call = Call.resolve(call, x.shape[1], options, op="log_scan", paradigm=Paradigm.CHUNKWISE, chunk_size=64)
     _require_same_shape(x, log_decay, call)
     if _is_step(x, call):
@@ -191,7 +193,8 @@ def diagonal_scan(
     Raises:
         SeqmixError: for the same reasons as `scan`.
     """
-    require_decay(log_decay, call)
+    if call is None:
+        require_decay(log_decay)
     call = Call.resolve(call, x.shape[1], options, op="diagonal_scan", paradigm=Paradigm.CHUNKWISE, chunk_size=16)
     shapes = [list(tensor.shape) for tensor in (x, log_decay, angle, weight)]
     if x.ndim != 3 or x.shape[1] < 1 or shapes[1:] != _diagonal_shapes(x, log_decay):

@@ -232,7 +232,7 @@ ONE = {"sources": [A | {"weight": 1}]}
         ({"sources": [A]}, "weight"),
         ({"sources": [A | {"weight": 0}]}, "weight"),
         ({"sources": [{"weight": 1}]}, "needs paths or a dataset"),
-        ({"sources": []}, "at least 1"),
+        ({"sources": []}, "sources: expected a length >= 1"),
         ({"validation": {}}, "needs paths or a dataset"),
         ({"validation": A | {"weight": 1}}, "weight"),
         ({"validation": A, "split": "tail"}, "leave out data.split"),

@@ -343,7 +343,7 @@ def test_a_run_measures_accuracy_and_its_model_has_no_text(tmp_path):
     evaluated = [event for event in events if isinstance(event, Evaluated)]
     assert [(event.step, event.final) for event in evaluated] == [(3, False), (6, True)]
     for event, line in zip(evaluated, (line for line in lines if "validation_loss" in line), strict=True):
-        measured = {"accuracy": event.accuracy, "accuracy_by": event.accuracy_by}
+        measured = {"validation_tokens": event.tokens, "accuracy": event.accuracy, "accuracy_by": event.accuracy_by}
         assert line == {"step": event.step, "validation_loss": event.loss, "final": event.final, **measured}
         assert list(line["accuracy_by"]["pairs"]) == ["2", "4"]
         two, four = line["accuracy_by"]["pairs"].values()

@@ -32,7 +32,7 @@ STEP = {"attention": 0.2, "retention": 0.2, "gla": 0.1, "mamba2": 0.6}
 
 @pytest.fixture(scope="module")
 def page():
-    return runpy.run_path(str(ROOT / "docs" / "language.py"))
+    return runpy.run_path(str(ROOT / "research" / "language.py"))
 
 
 def loss(entry, steps, seed):

@@ -114,7 +114,7 @@ def heat():
 
 
 def test_results_of_several_folders_add_up(tmp_path, monkeypatch):
-    page = runpy.run_path(str(ROOT / "docs" / "leaderboard.py"))
+    page = runpy.run_path(str(ROOT / "research" / "leaderboard.py"))
     add = page["add"]
     monkeypatch.setitem(add.__globals__, "RESULTS", tmp_path / "published.json")
     for task in ("recall", "parity"):

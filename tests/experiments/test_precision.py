@@ -298,7 +298,7 @@ def trained(tmp_path_factory):
 
 
 def test_the_page_marks_what_a_standard_error_may_change():
-    page = runpy.run_path(str(Path(__file__).resolve().parents[2] / "docs" / "precision.py"))
+    page = runpy.run_path(str(Path(__file__).resolve().parents[2] / "research" / "precision.py"))
     int8 = {"format": "int8", "rounding": "nearest", "bits": 8, "length": 256, "lost": 0.002, "lost_error": 0.001}
     int4 = int8 | {"format": "int4", "bits": 4, "lost_error": 0.004}
     exact = [{"length": 256, "loss": 2.0}]

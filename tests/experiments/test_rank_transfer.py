@@ -279,7 +279,7 @@ def test_what_is_missing_is_said_and_wrong_rows_are_refused():
 
 @pytest.mark.slow
 def test_the_script_fills_the_page_from_scores(tmp_path):
-    script = runpy.run_path(str(ROOT / "docs" / "rank_transfer.py"))
+    script = runpy.run_path(str(ROOT / "research" / "rank_transfer.py"))
     target = tmp_path / "rank-transfer.md"
     target.write_text((ROOT / "docs" / "explanation" / "rank-transfer.md").read_text())
     script["files"].__globals__["TARGET"] = target

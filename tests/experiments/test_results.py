@@ -364,7 +364,7 @@ def test_a_page_without_the_region_is_refused(tmp_path):
 
 
 def test_the_table_of_transfer_has_the_price_of_the_narrow_model_s_rate():
-    page = runpy.run_path(str(ROOT / "docs" / "transfer.py"))
+    page = runpy.run_path(str(ROOT / "research" / "transfer.py"))
     losses = {
         ("standard", 64): (1.5, 1.2),
         ("mup", 64): (1.5, 1.2),
@@ -385,7 +385,7 @@ def test_the_table_of_transfer_has_the_price_of_the_narrow_model_s_rate():
 
 
 def test_a_mixer_without_the_option_has_no_result_with_it():
-    page = runpy.run_path(str(ROOT / "docs" / "accessories.py"))
+    page = runpy.run_path(str(ROOT / "research" / "accessories.py"))
     runs = [
         run(entry, 1.0, accuracy=accuracy, variant={"equal.short_conv": value})
         for entry, pair in (("a", (0.5, 0.5)), ("b", (0.1, 0.2)))
@@ -400,7 +400,7 @@ def test_a_mixer_without_the_option_has_no_result_with_it():
 
 
 def test_losses_with_a_convolution_are_in_bits_and_compared_at_equal_seeds():
-    page = runpy.run_path(str(ROOT / "docs" / "accessories.py"))
+    page = runpy.run_path(str(ROOT / "research" / "accessories.py"))
     losses = {
         ("a", None): (1.0, 2.0),
         ("a", 4): (0.5, 1.0),
@@ -425,7 +425,7 @@ def test_losses_with_a_convolution_are_in_bits_and_compared_at_equal_seeds():
 
 
 def test_a_study_without_the_varied_convolution_is_refused(tmp_path):
-    page = runpy.run_path(str(ROOT / "docs" / "accessories.py"))
+    page = runpy.run_path(str(ROOT / "research" / "accessories.py"))
     (tmp_path / "results.json").write_text(results([run("a", 1.0)]).model_dump_json())
     with pytest.raises(SeqmixError, match=r"expected finished runs of a study that varies equal\.short_conv, got "):
         page["read_study"](str(tmp_path))

@@ -35,7 +35,7 @@ def planned(claim: str, scale: claims.Scale):
 
 @pytest.fixture
 def page() -> SimpleNamespace:
-    return SimpleNamespace(**runpy.run_path(str(ROOT / "docs" / "paper.py")))
+    return SimpleNamespace(**runpy.run_path(str(ROOT / "research" / "paper.py")))
 
 
 # ---- studies

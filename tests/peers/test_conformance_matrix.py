@@ -10,7 +10,7 @@ from nightly import NIGHTLY
 from seqmix.testing.vectors.cases import vector_cases
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = runpy.run_path(str(ROOT / "docs" / "conformance_matrix.py"))
+SCRIPT = runpy.run_path(str(ROOT / "research" / "conformance_matrix.py"))
 
 
 def undated(text):

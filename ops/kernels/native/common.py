@@ -37,7 +37,10 @@ def is_untracked(*tensors: Tensor | None) -> bool:
     """
     if is_recorded(*tensors) or needs_grad(*tensors) or has_tangent(*tensors):
         return False
-    return not any(x.is_neg() for x in tensors if x is not None)
+    for x in tensors:  # noqa: SIM110  a generator costs a call per tensor, in every step of decoding
+        if x is not None and x.is_neg():
+            return False
+    return True
 
 
 CHUNK = 32
