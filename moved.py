@@ -1,4 +1,4 @@
-"""Modules with a new name: the old name works for one more minor version, with a warning."""
+"""Former names of modules: each works for one more minor version, with a warning."""
 
 import importlib
 import sys
@@ -41,6 +41,7 @@ UNTIL_0_5: Mapping[str, str] = {
     "seqmix.experiments.precision_report": "seqmix.lab.precision.report",
     "seqmix.experiments.retnet_paper": "seqmix.lab.paper",
     "seqmix.experiments.state_format": "seqmix.lab.precision.state_format",
+    "seqmix.experiments.studies": "seqmix.lab.studies",
     "seqmix.experiments.suite": "seqmix.lab.suite",
     "seqmix.experiments.units": "seqmix.lab.units",
     "seqmix.harness": "seqmix.interop.lm_eval",

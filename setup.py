@@ -1,4 +1,4 @@
-"""The list of packages: the repository root is the package seqmix, and its folders are the subpackages."""
+"""The list of packages: the repository root is the package seqmix, and its folders are its subpackages."""
 
 from setuptools import find_packages, setup
 

@@ -2,5 +2,5 @@
 
 options, console, output, progress, results   shared by commands: options, notes, errors and escapes, bars, --json
 check_output, evaluation_tables, study_progress   what `check`, `evaluate` and the studies print
-pytest_plugin   options of pytest; not in testing/, since pytest imports it in projects that do not need torch
+pytest_plugin   options of pytest; here because testing/ would import torch into every pytest run
 """

@@ -2,8 +2,8 @@
 
 `--kernels` also compiles every configuration of the Triton kernels, which takes minutes; use it after a change of
 ops/kernels/triton. `--peers` also compares every converted model with the original library's model; use it after a
-change of convert/, with transformers, torchscale and fla installed. It also tests other libraries on the conformance
-vectors; docs/explanation/conformance-matrix.md says what to install.
+change of interop/convert/, with transformers, torchscale and fla installed. It also tests other libraries on the
+conformance vectors; docs/explanation/conformance-matrix.md says what to install.
 """
 
 import subprocess

@@ -3,5 +3,5 @@
 convert/  weights of other libraries' models, both ways
 hf/       Hugging Face transformers
 onnx/     ONNX files, and what runs them
-lm_eval   the model class of lm-eval's harness
+lm_eval   the model class for lm-evaluation-harness
 """

@@ -1,4 +1,4 @@
-"""Everything that trains, measures or looks into models to answer a question; one folder per command.
+"""Everything that trains, measures or looks into models to answer a question; most commands have a folder.
 
 study/      `seqmix compare`: models trained under identical conditions; studies/ has those that come with the package
 suite/      `seqmix suite`: tasks that separate mixers, each a study
@@ -9,5 +9,7 @@ inspect/    `seqmix inspect`: what a trained model does with a text
 precision/  `seqmix precision`: the loss of a model whose state has fewer bits
 playground/ `seqmix playground`: a page that runs trained models in a browser
 figures/    figures as values, and their drawing as HTML, SVG, PNG and PDF
-coordinates, pages, units   the coordinate check of muP; Markdown pages with generated regions; numbers with units
+coordinates `seqmix coordinates`: the coordinate check of muP
+pages       Markdown pages with generated regions
+units       numbers with units
 """

@@ -3,7 +3,7 @@
     int8    w = c_n q            q from -127 to 127, a scale c for every output n
     int4    w = c_ng q + o_ng    q from 0 to 15, a scale c and an offset o for every output and group g of 32 inputs
 
-The roles of parameters (`mixers.roles`) decide: linear layers of mixers, feed-forward networks and experts are
+The roles of parameters (`mixers.base.roles`) decide: linear layers of mixers, feed-forward networks and experts are
 quantised, with the gates that are rows of the same matrix, and the readout. Gates with a matrix of their own, rates,
 convolutions, norms, vectors, embeddings and small matrices stay as they are. A readout that is tied to the embedding
 gets codes of its own: a token looks up one row of the embedding, but reads the whole readout.

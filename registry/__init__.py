@@ -32,7 +32,7 @@ from .files import (
     write_files,
 )
 from .loading import dump, load, validated
-from .plug_ins import explain_plug_in, place_of, require_signatures, where_raised
+from .plug_in_errors import explain_plug_in, place_of, require_signatures, where_raised
 from .providers import import_named, import_object, require_trusted, unimported
 from .registry import Registry
 from .schema import json_schema

@@ -9,7 +9,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from .errors import ConfigError, choices_hint
 from .explain import explain_fields
-from .plug_ins import require_signatures
+from .plug_in_errors import require_signatures
 
 
 @dataclass_transform(kw_only_default=True, field_specifiers=(Field,))  # as pydantic declares its own metaclass

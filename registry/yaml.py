@@ -65,7 +65,8 @@ def write(value: Any, *, in_one_line: bool = False) -> str:
     dumper.sort_base_mapping_type_on_output = False  # pyright: ignore[reportAttributeAccessIssue]
     dumper.brace_single_entry_mapping_in_flow_sequence = True
     dumper.default_flow_style = in_one_line
-    dumper.width = math.inf if in_one_line else 100  # pyright: ignore[reportAttributeAccessIssue]
+    # ruamel would fold a quoted string at an escape, and read a space more
+    dumper.width = math.inf  # pyright: ignore[reportAttributeAccessIssue]
     stream = StringIO()
     dumper.dump(value, stream)
     return stream.getvalue()

@@ -1,7 +1,7 @@
 """Programs and analysis that make the documentation's pages of results. Tested, but not part of the installed package.
 
-Each program names its page: `python research/leaderboard.py` writes docs/leaderboard.md. `python docs/regenerate.py`
-runs those that need no new measurement.
+Each program names its page, and the other modules are theirs: `python research/leaderboard.py` writes
+docs/leaderboard.md. `python docs/regenerate.py` runs those that need no new measurement.
 """
 
 from pathlib import Path

@@ -1,6 +1,6 @@
 """Speed of a study's entries: training steps at several lengths and decoding after several contexts, interleaved.
 
-The measurements are those of seqmix/benchmarks, with each entry's model as an implementation.
+The measurements are those of lab/bench, with each entry's model as an implementation.
 """
 
 import json

@@ -630,13 +630,17 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
         """Return what differs between the tensors of a state and those of this mixer's; an empty text if they fit."""
         if isinstance(state, Tensor):
             return "a tuple of tensors, got a tensor"
-        own, given = ({name: list(x.shape[1:]) for name, x in to_dict(s).items()} for s in (self.init_state(1), state))
-        if own.keys() != given.keys():
-            return f"one with {', '.join(own)}, got one with {', '.join(given)}"
-        differing = next((name for name in own if own[name] != given[name]), None)
-        if differing is None or self.traits.state == "growing":
-            return ""
-        return f"{differing} of shape {own[differing]} per row, got {given[differing]}"
+        given, *forms = (
+            {name: list(leaf.shape[1:]) for name, leaf in to_dict(each).items()}
+            for each in (state, self.init_state(1), self.init_state(1, max_length=1))
+        )
+        if all(form.keys() != given.keys() for form in forms):
+            return f"one with {', '.join(forms[0])}, got one with {', '.join(given)}"
+        for name, shape in given.items():
+            expected, *others = [form[name] for form in forms if name in form]
+            if shape != expected and expected in others:  # else the shape depends on the capacity
+                return f"{name} of shape {expected} per row, got {shape}"
+        return ""
 
     def _documents(self, x: Tensor, cu_seqlens: Tensor | None) -> Documents | None:
         length = x.shape[1]

@@ -18,7 +18,7 @@ from seqmix.training.checkpoint.files import CheckpointError
 FORMER = {
     "seqmix.convert": "import_from",
     "seqmix.experiments.units": "quantity",
-    "seqmix.hf": "replace_mixers",
+    "seqmix.linearize": "Plan",
     "seqmix.mixers.contract": "SequenceMixer",
     "seqmix.ops.autograd": "Op",
     "seqmix.ops.call": "Call",

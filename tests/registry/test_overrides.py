@@ -1,7 +1,7 @@
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from seqmix.registry import ConfigError
@@ -87,5 +87,6 @@ def test_a_change_that_cannot_be_made_is_named(change, words):
 
 
 @given(st.recursive(st.integers() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)))
+@example([["0" * 80, "\x1f\x1f0 0"]])
 def test_any_value_can_be_set(value):
     assert changed(f"new={write(value)}")["new"] == value
