@@ -54,6 +54,6 @@ def rows() -> list[tuple[str, ...]]:
 
 
 if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).parents[1] / "tests")  # in place of docs/, whose peers.py hides tests/peers
+    sys.path[0] = str(Path(__file__).parents[1] / "tests")  # in place of research/, whose peers.py hides tests/peers
     heads = ["`--as`", "library and class", "mixers", "float32", "float64"]
     write_file(fill(PAGE, {"converters": table(heads, rows())}), PAGE)

@@ -198,7 +198,7 @@ class QKVMixer(OutsideValues[MatrixState], MatrixStateMixer):
 
     def mix(self, x: Float[Tensor, "B T D"], call: Call) -> MixResult[MatrixState]:
         h = self.project(x, call)
-        result = self.recur(x, h, call.enter("memory"))
+        result: Any = self.recur(x, h, call.enter("memory"))  # a plug-in's may be anything
         try:
             o, memory = result if isinstance(result, tuple) else ()
         except ValueError:
