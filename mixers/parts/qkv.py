@@ -198,9 +198,10 @@ class QKVMixer(OutsideValues[MatrixState], MatrixStateMixer):
 
     def mix(self, x: Float[Tensor, "B T D"], call: Call) -> MixResult[MatrixState]:
         h = self.project(x, call)
-        result: Any = self.recur(x, h, call.enter("memory"))  # a plug-in's may be anything
+        result = self.recur(x, h, call.enter("memory"))
+        pair: Any = result if isinstance(result, tuple) else ()  # a tensor of two rows could be unpacked too
         try:
-            o, memory = result if isinstance(result, tuple) else ()
+            o, memory = pair
         except ValueError:
             raise self._wrong_result("recur", ("output", "state"), result) from None
         y = self.out_proj(self.gated_norm(o, h.gate).to(h.dtype).flatten(2))
