@@ -304,8 +304,8 @@ def test_one_process_that_is_asked_to_stop_stops_all_with_one_checkpoint(two, te
 @pytest.mark.parametrize(
     ("broken", "changes", "kind", "named"),
     [
-        (0, (), "DataError", "nowhere.txt"),
-        (1, (), "DataError", "nowhere.txt"),
+        (0, (), "MissingDataError", "nowhere.txt"),
+        (1, (), "MissingDataError", "nowhere.txt"),
         (-1, ("training.learning_rate=1e30", "training.warmup_steps=0"), "DivergenceError", "first in the "),
     ],
 )
