@@ -69,7 +69,7 @@ OPS = {**MATRIX_OPS, **CELLS, **SCANS, short_convolution: {"x": "BTC", "weight":
 
 
 def misaligned(x: Tensor) -> Tensor:
-    """The same numbers at an odd address."""
+    """Copy a tensor to an address that is no multiple of its element size."""
     return torch.frombuffer(bytearray(1 + x.nbytes), dtype=x.dtype, offset=1).view_as(x).copy_(x)
 
 
