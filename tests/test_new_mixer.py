@@ -32,9 +32,9 @@ SUITE = [
     "tests/testing/test_conformance.py",
     "tests/test_presets.py",
     "tests/test_package.py",
-    "tests/test_cli.py",
+    "tests/cli/test_cli.py",
     "tests/training/test_single_kind_presets.py",
-    "tests/experiments/test_match.py",
+    "tests/lab/study/test_match.py",
 ]
 """Where a new mixer joins tests by discovery, or would fail one that has a list of mixers or presets."""
 CHECKS = "leaky_average and (paradigms_agree or pieces_equal_the_whole or documents_are_sequences)"

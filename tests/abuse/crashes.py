@@ -9,7 +9,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
-import killed
+import killed_commands
 from abuse.lock import PROCESSES
 from abuse.tally import Case
 
@@ -26,12 +26,12 @@ NEEDS = {"export-hf": "transformers", "inspect": "altair"}
 
 def crashes(folder: Path, drawn: random.Random) -> Iterator[Case]:
     """Each kill is a case."""
-    base = killed.made_base(folder / "base")
-    for name, (arguments, new) in (killed.COMMANDS | REPLACING).items():
+    base = killed_commands.made_base(folder / "base")
+    for name, (arguments, new) in (killed_commands.COMMANDS | REPLACING).items():
         if name not in NEEDS or find_spec(NEEDS[name]) is not None:
             where, replaced = folder / name, name in REPLACING
-            given = (f"{base}", f"{where}", arguments, new, replaced, killed.KINDS)
-            process = PROCESSES.Process(target=killed.attempt, args=given)
+            given = (f"{base}", f"{where}", arguments, new, replaced, killed_commands.KINDS)
+            process = PROCESSES.Process(target=killed_commands.attempt, args=given)
             process.start()
             process.join()
             assert process.exitcode == 0, f"{name}: {process.exitcode}"

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-import ranks as on_ranks
+import rank_processes as on_ranks
 import torch
 from abuse.tally import Case
-from ranks import Ranks
+from rank_processes import Ranks
 
 from seqmix import load_run
 

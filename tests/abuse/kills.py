@@ -14,13 +14,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import ranks as on_ranks
+import rank_processes as on_ranks
 import torch
-import workers
+import worker_processes
 from abuse.lock import PROCESSES
 from abuse.tally import Case
-from runs import metrics, steps_of, wait_for_steps
 from safetensors.torch import load_file
+from small_runs import metrics, steps_of, wait_for_steps
 
 from seqmix import load_run
 from seqmix.training.checkpoint.files import checkpoints, find, step_of
@@ -147,7 +147,9 @@ def _start(run: Path, size: int, changes: list[str]) -> list[Any]:
     attempt = log / f"{len(list(log.glob('*')))}-{size}"
     attempt.mkdir(parents=True)
     commands = [(str(attempt / str(rank)), rank, size, port, "train", *arguments) for rank in range(size)]
-    started = [PROCESSES.Process(target=workers.command_of_rank_that_notes_rows, args=each) for each in commands]
+    started = [
+        PROCESSES.Process(target=worker_processes.command_of_rank_that_notes_rows, args=each) for each in commands
+    ]
     for process in started:
         process.start()
     return started

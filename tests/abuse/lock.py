@@ -18,7 +18,7 @@ from multiprocessing.process import BaseProcess as Process
 from pathlib import Path
 from unittest.mock import patch
 
-import workers
+import worker_processes
 from abuse.commands import SMALL
 from abuse.tally import Case
 
@@ -85,7 +85,7 @@ def _command(folder: Path, *arguments: str) -> None:
     """In a process of its own, whose errors are in a file."""
     os.chdir(folder)
     os.dup2(os.open(f"{os.getpid()}.txt", os.O_WRONLY | os.O_CREAT), 2)
-    workers.command(*arguments)
+    worker_processes.command(*arguments)
 
 
 def _errors(folder: Path, process: Process) -> str:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from runs import refusal, trainer_of
-from streams import training_batch
+from small_runs import refusal, trainer_of
+from token_streams import training_batch
 from torch.testing import assert_close
 
 from seqmix import ConfigError, build_model

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from runs import refusal
-from streams import evaluation_batches, training_batch
+from small_runs import refusal
+from token_streams import evaluation_batches, training_batch
 
 from seqmix.data import Corpus, TextConfig, read_corpus
 from seqmix.models import IGNORED

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from runs import refusal
+from small_runs import refusal
 
 from seqmix.data import Corpus, DocumentsConfig, TextConfig, read_corpus, read_documents
 from seqmix.data.corpus_config import SourceConfig, WeightedSourceConfig

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from runs import refusal, trainer_of
+from small_runs import refusal, trainer_of
 
 from seqmix.data import TextConfig, formats, read_corpus, read_documents
 

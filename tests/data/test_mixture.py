@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from runs import refusal, require_same_run, run_of, stopped
+from small_runs import refusal, require_same_run, run_of, stopped
 
 from seqmix.data import TextConfig, read_corpus
 from seqmix.data.files import Document

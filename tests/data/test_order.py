@@ -7,8 +7,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from runs import refusal
-from streams import text_of, training_batch
+from small_runs import refusal
+from token_streams import text_of, training_batch
 
 from seqmix.data.order import contiguous_starts, permuted
 

@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from runs import run_of
+from small_runs import run_of
 
 from seqmix import load_config
 from seqmix.data.kinds.text import TextConfig

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import refusal
+from small_runs import refusal
 
 from seqmix.data import TextConfig, dataset_stream
 

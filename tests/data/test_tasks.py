@@ -8,7 +8,7 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import torch
-from runs import refusal, run_of, trainer_of
+from small_runs import refusal, run_of, trainer_of
 
 from seqmix import ConfigError, generate_text, load_config, load_run
 from seqmix.data import DATA, Corpus

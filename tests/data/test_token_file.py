@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from runs import refusal
 from safetensors.numpy import load_file
-from streams import evaluation_batches, training_batch
+from small_runs import refusal
+from token_streams import evaluation_batches, training_batch
 
 from seqmix import SeqmixError
 from seqmix.data import Stream, TextConfig, TokenFile, read_corpus, write_token_file

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from runs import checkpoint_bytes, small_disk
+from small_runs import checkpoint_bytes, small_disk
 
 from seqmix import Sampling, generate_text, load_run
 from seqmix.data import TokenFile

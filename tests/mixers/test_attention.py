@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from formulas import assert_follows
+from mixer_formulas import assert_follows
 
 from seqmix.mixers.attention import Attention, AttentionConfig
 from seqmix.ops.attention import GrowingCache, RingCache

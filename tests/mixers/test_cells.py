@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from formulas import D_MODEL, assert_follows, convolved, exactly, tokens
+from mixer_formulas import D_MODEL, assert_follows, convolved, exactly, tokens
 
 from seqmix import ContractError
 from seqmix.mixers import MIXERS

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from formulas import D_MODEL, exactly, tokens
+from mixer_formulas import D_MODEL, exactly, tokens
 
 from seqmix.mixers.channel_mix import ChannelMixConfig
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from formulas import assert_follows, build, exactly, tokens, written_out
+from mixer_formulas import assert_follows, build, exactly, tokens, written_out
 
 from seqmix.mixers import comba
 from seqmix.ops.decay import decay

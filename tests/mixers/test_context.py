@@ -4,7 +4,7 @@ import multiprocessing
 from pathlib import Path
 
 import pytest
-from ranks import Ranks
+from rank_processes import Ranks
 
 from seqmix import MIXERS
 
@@ -57,9 +57,9 @@ MIXERS_OF_ALL_OPS = (
     ("hyena", {"short_conv": 4}),
     ("seqmix_mingru:MinGRUConfig", {}),  # knows nothing of context parallelism
     # states of any dtype, and a learned beginning
-    ("unusual:S4DConfig", {}),
-    ("unusual:TorchGRUConfig", {}),
-    ("unusual:LearnedStartConfig", {}),
+    ("unusual_mixers:S4DConfig", {}),
+    ("unusual_mixers:TorchGRUConfig", {}),
+    ("unusual_mixers:LearnedStartConfig", {}),
 )
 IDS = [" ".join((kind, *(f"{k}={v}" for k, v in fields.items()))) for kind, fields in MIXERS_OF_ALL_OPS]
 

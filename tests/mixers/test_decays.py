@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from formulas import D_MODEL, build, tokens
+from mixer_formulas import D_MODEL, build, tokens
 
 from seqmix.mixers import MIXERS
 from seqmix.ops.runtime.recording import recorded

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from formulas import assert_follows, build, tokens, written_out
+from mixer_formulas import assert_follows, build, tokens, written_out
 
 from seqmix.mixers import MIXERS
 from seqmix.mixers.parts import GatedNorm, QKVConfig

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from formulas import build, exactly, tokens
+from mixer_formulas import build, exactly, tokens
 
 every_paradigm = pytest.mark.parametrize("paradigm", ["parallel", "recurrent", "chunkwise"])
 PLAIN = {"head_norm": "none", "short_conv": None}

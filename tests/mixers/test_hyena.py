@@ -7,7 +7,7 @@ from typing import Literal
 import pytest
 import torch
 import torch._dynamo.testing
-from formulas import assert_follows, convolved, exactly
+from mixer_formulas import assert_follows, convolved, exactly
 
 from seqmix import Paradigm
 from seqmix.mixers.hyena import AllocatedHyenaState, GrowingHyenaState, Hyena, HyenaConfig

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from formulas import assert_follows, rms, turned
+from mixer_formulas import assert_follows, rms, turned
 
 from seqmix.mixers import Paradigm
 from seqmix.mixers.base.state import nbytes

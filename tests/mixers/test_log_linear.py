@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from formulas import exactly
+from mixer_formulas import exactly
 
 from seqmix import ContractError
 from seqmix.mixers.log_linear import LogLinearConfig

@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from dispatched import Watched
-from formulas import D_MODEL, assert_follows, convolved, rms, tokens
+from mixer_formulas import D_MODEL, assert_follows, convolved, rms, tokens
+from recorded_operations import Watched
 from torch.testing import assert_close
 
 from seqmix.mixers import Paradigm

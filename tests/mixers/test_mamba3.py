@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from formulas import D_MODEL, assert_follows, exactly, rms, tokens
+from mixer_formulas import D_MODEL, assert_follows, exactly, rms, tokens
 
 from seqmix.mixers import ContractError, Paradigm
 from seqmix.mixers.mamba3 import Mamba3Config

@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
-from formulas import exactly, tokens
+from mixer_formulas import exactly, tokens
 
 from seqmix.mixers.mesa_net import MesaNetConfig
 from seqmix.ops import ridge as ridge_ops

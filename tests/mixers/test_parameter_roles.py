@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from runs import refusal
+from small_runs import refusal
 from torch import nn
 
 from seqmix.blocks import FFNS, NORMS

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from formulas import D_MODEL, assert_follows, exactly, tokens
+from mixer_formulas import D_MODEL, assert_follows, exactly, tokens
 
 from seqmix.mixers.path_attention import PathAttentionConfig
 from seqmix.ops.attention import softmax_attention

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from formulas import build, exactly, tokens
+from mixer_formulas import build, exactly, tokens
 
 from seqmix.mixers import MIXERS
 from seqmix.mixers.parts import Call

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from formulas import build, exactly, tokens
+from mixer_formulas import build, exactly, tokens
 from torch.testing import assert_close
 
 from seqmix.mixers.retention import row_scale

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from formulas import D_MODEL, assert_follows, exactly, tokens
+from mixer_formulas import D_MODEL, assert_follows, exactly, tokens
 
 from seqmix.mixers.rwkv6 import RWKV6Config
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from formulas import D_MODEL, assert_follows, tokens
+from mixer_formulas import D_MODEL, assert_follows, tokens
 from rwkv7_formula import rwkv7_written_out
 
 from seqmix.mixers.rwkv7 import RWKV7Config

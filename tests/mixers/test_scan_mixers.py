@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from formulas import D_MODEL, assert_follows, convolved, tokens
+from mixer_formulas import D_MODEL, assert_follows, convolved, tokens
 
 from seqmix.mixers import MIXERS
 from seqmix.mixers.parts.scan_state import ScanConfig

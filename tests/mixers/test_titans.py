@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
-from formulas import D_MODEL, convolved, exactly, rms, tokens
+from mixer_formulas import D_MODEL, convolved, exactly, rms, tokens
 
 from seqmix.mixers.titans import LinearMemory, TitansConfig
 from seqmix.ops.delta import delta

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from formulas import D_MODEL, exactly, tokens, turned
+from mixer_formulas import D_MODEL, exactly, tokens, turned
 
 from seqmix.mixers.ttt import LinearMemory, TTTConfig
 from seqmix.ops.decay import decay

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from dispatched import Watched
+from recorded_operations import Watched
 from torch import nn
 
 from seqmix import ContractError, SeqmixError, account, build_model, load_config

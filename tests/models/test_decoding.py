@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from dispatched import Watched
+from recorded_operations import Watched
 from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
 from torch.testing import assert_close

@@ -6,8 +6,8 @@ import shutil
 import pytest
 import torch
 from hypothesis import settings
-from runs import require_same_run, run_of
 from safetensors.torch import load_file
+from small_runs import require_same_run, run_of
 from torch.testing import assert_close
 
 from seqmix import MIXERS, Paradigm, Sampling, load_config, load_run

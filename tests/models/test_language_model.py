@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from dispatched import Watched
+from recorded_operations import Watched
 from torch.testing import assert_close
 
 from seqmix import ContractError, ModelConfig, Paradigm, SeqmixError, Traits, build_model

@@ -6,9 +6,9 @@ from copy import deepcopy
 import pytest
 import torch
 import torch.nn.functional as F
-from dispatched import Watched
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from recorded_operations import Watched
 from torch import nn
 from torch.autograd import forward_ad
 from torch.testing import assert_close

@@ -243,7 +243,7 @@ def test_transformers_pad_and_cache_them_too():
 @pytest.mark.skipif(find_spec("onnx") is None, reason="needs pip install 'seqmix[onnx]'")
 @pytest.mark.parametrize("names", [["attention", "retention"], pytest.param(["rwkv7"], marks=NIGHTLY)], ids="-".join)
 def test_the_graph_of_a_model_with_both(names):
-    from deployed import check_segments, exported
+    from onnx_models import check_segments, exported
 
     model = build(*names, spread=0, embeddings=EMBEDDINGS).float()
     check_segments(exported(model), model)

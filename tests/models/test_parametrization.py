@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from runs import refusal
+from small_runs import refusal
 
 from seqmix import build_model
 from seqmix.lab.coordinates import coordinates

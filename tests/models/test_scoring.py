@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from runs import refusal
+from small_runs import refusal
 
 from seqmix.models import scoring
 from seqmix.models.scoring import Scorer

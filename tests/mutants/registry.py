@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from pydantic import create_model
-from unusual import Unusual
+from unusual_mixers import Unusual
 
 from seqmix import MixerConfig, SequenceMixer
 from seqmix.ops.runtime.kernel import Kernel, reference

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import torch
-from unusual import Memory, NegativeDecays
+from unusual_mixers import Memory, NegativeDecays
 
 from .registry import mutant
 from .specimen import Cache, Cached, CachedConfig, Specimen, SpecimenConfig, SpecimenState

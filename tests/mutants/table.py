@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 if __name__ == "__main__":  # the folder above is on the path of tests alone
-    sys.path.insert(0, str(Path(__file__).parents[1]))
+    sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "helpers")]
 
 from mutants import (  # noqa: F401  importing them registers the mutants
     declarations,

@@ -6,8 +6,8 @@ from unittest import mock
 
 import pytest
 import torch
-from dispatched import Watched
-from recurrences import CPU, INPUTS, case_of, differentiate, run
+from recorded_operations import Watched
+from recurrence_calls import CPU, INPUTS, case_of, differentiate, run
 from torch.testing import assert_close
 
 from seqmix.ops.decay import decay, decay_flops

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from recurrences import CPU, case_of, run
+from recurrence_calls import CPU, case_of, run
 from torch.testing import assert_close
 
 from seqmix.ops.delta import delta, delta_flops, unit_norm

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from recurrences import CPU, case_of, differentiate, run
+from recurrence_calls import CPU, case_of, differentiate, run
 from torch.testing import assert_close
 
 from seqmix.ops.delta import delta_flops, delta_product

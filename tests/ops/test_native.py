@@ -29,7 +29,7 @@ needs_compiler = pytest.mark.skipif(build.failure("scan") is not None, reason="t
 
 @needs_compiler
 def test_unusual_scalars_sizes_and_memory_have_the_results_of_the_reference():
-    program = Path(__file__).parents[1] / "native_calls.py"
+    program = Path(__file__).parents[1] / "helpers" / "native_calls.py"
     done = subprocess.run([sys.executable, program], capture_output=True, text=True, check=False)
     *_, last = done.stdout.splitlines() or [""]
     assert done.returncode == 0, f"{last}: {done.stderr}"

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from dispatched import Watched
+from recorded_operations import Watched
 from torch.testing import assert_close
 
 from seqmix.ops.decay import decay_reading_values

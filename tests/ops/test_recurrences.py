@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from recurrences import CPU, OPS, case_of, differentiate, run
+from recurrence_calls import CPU, OPS, case_of, differentiate, run
 from torch.testing import assert_close
 
 from seqmix.ops.runtime.kernel import reference

@@ -14,9 +14,9 @@ from unittest import mock
 
 import pytest
 import torch
-from dispatched import Watched
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from recorded_operations import Watched
 from torch.testing import assert_close
 
 from seqmix.ops.attention import softmax_attention

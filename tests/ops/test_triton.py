@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from recurrences import CPU, INPUTS, case_of, differentiate
+from recurrence_calls import CPU, INPUTS, case_of, differentiate
 from torch._inductor.utils import run_and_get_code
 
 from seqmix import build_model

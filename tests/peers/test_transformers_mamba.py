@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from formulas import exactly
+from mixer_formulas import exactly
 from transformer_models import mixer_weights
 
 from seqmix.interop.convert.mamba import Mamba

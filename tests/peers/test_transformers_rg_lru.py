@@ -5,7 +5,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from formulas import exactly
+from mixer_formulas import exactly
 
 from seqmix.mixers.rg_lru import RGLRUConfig
 from seqmix.ops.scan import SCAN_PARADIGMS

@@ -4,7 +4,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from formulas import exactly
+from mixer_formulas import exactly
 
 from seqmix.mixers.rwkv4 import RWKV4Config
 from seqmix.ops.scan import SCAN_PARADIGMS

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from formulas import exactly
+from mixer_formulas import exactly
 
 from seqmix.mixers import Paradigm
 from seqmix.mixers.mlstm import MLSTMConfig

@@ -4,7 +4,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from formulas import exactly
+from mixer_formulas import exactly
 
 from seqmix.mixers.slstm import SLSTMConfig
 

@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from runs import contents, refusal, small_disk
+from small_runs import contents, refusal, small_disk
 
 from seqmix import SeqmixError
 from seqmix.registry import is_vacant, replacing, replacing_folder, write_file, write_files

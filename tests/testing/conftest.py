@@ -3,7 +3,7 @@
 from functools import partial
 
 import pytest
-from forgetful import ForgetfulConfig
+from forgetful_mixer import ForgetfulConfig
 
 from seqmix.mixers.retention import Retention, RetentionConfig
 from seqmix.testing import Status, check_mixer, parametrize_checks

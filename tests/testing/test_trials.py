@@ -5,7 +5,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch import nn
-from unusual import Mesa
+from unusual_mixers import Mesa
 
 from seqmix.mixers.retention import RetentionConfig
 from seqmix.testing import Case, Status, adapt, check_mixer, memory_limit, reproduce

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from hypothesis import settings
-from unusual import UNUSUAL, Counted, LogSpaceGRU, NoState, TorchGRU, Unusual
+from unusual_mixers import UNUSUAL, Counted, LogSpaceGRU, NoState, TorchGRU, Unusual
 
 from seqmix import ContractError
 from seqmix.testing import CHECKS, Case, CheckFailure, check_mixer, reproduce

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from mutations import mutated_json
+from json_mutations import mutated_json
 
 from seqmix.cli import app as cli
 from seqmix.testing.vectors import runner

@@ -23,9 +23,9 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import ranks
-from dispatched import Live
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
+import rank_processes
+from recorded_operations import Live
 
 from seqmix import load_config, train
 from seqmix.training.config import DistributedConfig
@@ -64,7 +64,7 @@ def measure(folder: Path, asked: list[str]) -> dict[str, float]:
     changes += [f"training.evaluate_every={EVERY}", "training.evaluation_batches=1", "training.keep_best=false"]
     changes += ["training.final_evaluation_batches=1"]
     changes += ["training.keep_checkpoints=1", "training.warmup_steps=1", "training.activation_checkpointing=true"]
-    same, built, shards, whole = ranks.started_here(changes, preset)
+    same, built, shards, whole = rank_processes.started_here(changes, preset)
     found = {"rank": rank, "same": same, "whole": whole, "shards": shards, "built": built}
     at_most, ended, step = [0], threading.Event(), Trainer.train_step
     times: dict[str, list[float]] = {name: [] for name in TIMES}

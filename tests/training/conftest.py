@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from runs import run_of
+from small_runs import run_of
 
 from seqmix import RunConfig
 

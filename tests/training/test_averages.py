@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import contents, refusal, require_same_run, run_of, small_disk, stopped
 from safetensors.torch import load_file
+from small_runs import contents, refusal, require_same_run, run_of, small_disk, stopped
 
 from seqmix import build_model, load_run, train
 from seqmix.training import export_run

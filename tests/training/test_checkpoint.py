@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from abuse.shards import seal
-from runs import contents, refusal, require_same_run, run_of
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from small_runs import contents, refusal, require_same_run, run_of
 
 import seqmix
 from seqmix import build_model, load_run, train

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from runs import losses, run_of
 from safetensors.torch import load_file
+from small_runs import losses, run_of
 from torch._dynamo.utils import counters
 
 from seqmix import train

@@ -12,13 +12,13 @@ import time
 from pathlib import Path
 
 import pytest
-import ranks as on_ranks
+import rank_processes as on_ranks
 import torch
-import workers
+import worker_processes
 from hypothesis import settings
 from nightly import NIGHTLY
-from ranks import Ranks
-from runs import steps_of, wait_for_steps
+from rank_processes import Ranks
+from small_runs import steps_of, wait_for_steps
 from torch.testing import assert_close
 
 from seqmix import load_config, load_run
@@ -382,7 +382,7 @@ def start(processes, *arguments, size=2):
     """The command as several processes, as torchrun starts them."""
     port = free_port()
     command = [(rank, size, port, *map(str, arguments)) for rank in range(size)]
-    started = [processes.Process(target=workers.command_of_rank, args=args) for args in command]
+    started = [processes.Process(target=worker_processes.command_of_rank, args=args) for args in command]
     for process in started:
         process.start()
     return started

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import refusal, run_of, stopped
+from small_runs import refusal, run_of, stopped
 
 from seqmix import train
 from seqmix.models import is_out_of_memory

@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
-import workers
+import worker_processes
 from nightly import NIGHTLY
-from runs import checkpoint_bytes, require_same_run, steps_of, wait_for_steps
+from small_runs import checkpoint_bytes, require_same_run, steps_of, wait_for_steps
 
 from seqmix.training.checkpoint.files import checkpoints, verify
 
@@ -39,7 +39,7 @@ def text(tmp_path_factory) -> Path:
 def start(processes, text):
     """Start or resume a run; with a target of `workers` and its arguments, by that."""
 
-    def call(run: Path, *before, preset=PRESET, target=workers.command):
+    def call(run: Path, *before, preset=PRESET, target=worker_processes.command):
         resumed = (run / "config.yaml").exists()
         arguments = ("--resume", run) if resumed else (*preset, f"data.paths=[{text}]", "--out", run)
         process = processes.Process(target=target, args=(*before, "train", *map(str, arguments)))
@@ -110,7 +110,7 @@ MOMENTS = (
 def test_a_run_killed_in_its_checkpoints_is_the_uninterrupted_one(start, uninterrupted, tmp_path):
     run = tmp_path / "run"
     for moment in MOMENTS:
-        process = start(run, *moment, target=workers.command_killed_in)
+        process = start(run, *moment, target=worker_processes.command_killed_in)
         process.join(60)
         assert process.exitcode == -signal.SIGKILL, moment
         assert steps_of(run) < STEPS

@@ -6,7 +6,7 @@ The moments at which it flushes and renames; tests/abuse/crashes.py has all.
 import json
 from pathlib import Path
 
-import killed
+import killed_commands
 import pytest
 import torch
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
-    return killed.made_base(tmp_path_factory.mktemp("killed") / "base")
+    return killed_commands.made_base(tmp_path_factory.mktemp("killed") / "base")
 
 
 @pytest.fixture
@@ -38,13 +38,13 @@ def require_held(processes, tmp_path):
     return call
 
 
-@pytest.mark.parametrize("command", killed.COMMANDS)
+@pytest.mark.parametrize("command", killed_commands.COMMANDS)
 def test_a_killed_command_has_written_all_or_nothing_and_may_be_begun_again(require_held, base, tmp_path, command):
     if command == "export-hf":
         pytest.importorskip("transformers")
-    arguments, new = killed.COMMANDS[command]
+    arguments, new = killed_commands.COMMANDS[command]
     kinds = ("rename",) if command == "convert" else ("fsync", "rename")  # it writes as average does
-    require_held(2, killed.attempt, base, arguments, new, False, kinds)
+    require_held(2, killed_commands.attempt, base, arguments, new, False, kinds)
     if command in ("average", "convert"):
         again = next((tmp_path / "tried").glob("[0-9]*/new"))
         ours, theirs = (load_run(folder).state_dict() for folder in (tmp_path / "tried/whole/new", again))
@@ -52,4 +52,4 @@ def test_a_killed_command_has_written_all_or_nothing_and_may_be_begun_again(requ
 
 
 def test_a_training_killed_while_it_starts_is_resumed_or_begun_again(require_held, base):
-    require_held(6, killed.attempt_start, base)
+    require_held(6, killed_commands.attempt_start, base)

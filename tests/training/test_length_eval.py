@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import run_of
+from small_runs import run_of
 from torch.testing import assert_close
 
 from seqmix import Paradigm, build_model

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from runs import refusal, require_same_run, run_of, stopped
+from small_runs import refusal, require_same_run, run_of, stopped
 from torch.testing import assert_close
 
 from seqmix import SeqmixError

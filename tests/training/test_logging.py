@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from runs import contents, metrics, refusal, require_same_run, run_of, stopped
+from small_runs import contents, metrics, refusal, require_same_run, run_of, stopped
 
 from seqmix.lab.study.plan import plan
 from seqmix.lab.study.runner import Observer, make_runs

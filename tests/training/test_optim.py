@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from runs import metrics, refusal, require_same_run, run_of, stopped
+from small_runs import metrics, refusal, require_same_run, run_of, stopped
 
 from seqmix import build_model
 from seqmix.training import TrainingConfig

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from runs import refusal, run_of
+from small_runs import refusal, run_of
 
 from seqmix import load_run
 from seqmix.training.checkpoint.provenance import git_commit

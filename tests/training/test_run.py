@@ -7,8 +7,8 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from runs import DROPOUT, checkpoint_bytes, contents, metrics, refusal, require_same_run, run_of, stopped
 from safetensors.torch import load_file
+from small_runs import DROPOUT, checkpoint_bytes, contents, metrics, refusal, require_same_run, run_of, stopped
 
 import seqmix
 from seqmix import RunConfig, SeqmixError, account, build_model, load_run, train

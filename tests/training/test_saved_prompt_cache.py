@@ -7,9 +7,9 @@ import sys
 
 import pytest
 import torch
-from runs import refusal
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from small_runs import refusal
 
 from seqmix import build_model, load_config
 from seqmix.mixers.base.state import to_dict

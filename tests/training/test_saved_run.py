@@ -9,9 +9,9 @@ from hashlib import sha256
 import pytest
 import torch
 from abuse.shards import seal
-from runs import refusal, run_of
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from small_runs import refusal, run_of
 
 from seqmix import ConfigError, build_model, load_run
 from seqmix.models import ByteTokenizer, train_bpe

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from runs import metrics, refusal, require_same_run, run_of, stopped, trainer_of
+from small_runs import metrics, refusal, require_same_run, run_of, stopped, trainer_of
 
 from seqmix.training.checkpoint.errors import TrainingError
 from seqmix.training.monitoring.events import Noted, Stepped

@@ -5,7 +5,7 @@ import shutil
 from importlib.util import find_spec
 
 import pytest
-from runs import checkpoint_bytes, refusal, run_of, stopped
+from small_runs import checkpoint_bytes, refusal, run_of, stopped
 from torch.testing import assert_close
 
 from seqmix import SeqmixError, load_run

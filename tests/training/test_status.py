@@ -13,8 +13,8 @@ from functools import partial
 import pytest
 from abuse.tally import Case, fault_of
 from conftest import SMALL
-from mutations import mutated_json
-from runs import checkpoint_bytes, metrics, run_of, stopped, wait_for_steps
+from json_mutations import mutated_json
+from small_runs import checkpoint_bytes, metrics, run_of, stopped, wait_for_steps
 
 from seqmix import DataError, SeqmixError, train
 from seqmix.cli.commands.status import status as show_status

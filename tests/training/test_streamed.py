@@ -4,8 +4,8 @@ import json
 import signal
 
 import pytest
-import workers
-from runs import require_same_run, run_of, stopped, wait_for_steps
+import worker_processes
+from small_runs import require_same_run, run_of, stopped, wait_for_steps
 
 from seqmix.data import sequences
 from seqmix.training import trainer
@@ -72,7 +72,7 @@ def test_a_run_on_a_mixture_of_streams_is_killed_and_resumed_to_the_bit(processe
     def start(name):
         run = tmp_path / name
         arguments = ("--resume", run) if run.exists() else ("retnet-tiny", *small, *changes, "--out", run)
-        process = processes.Process(target=workers.command, args=("train", *map(str, arguments)))
+        process = processes.Process(target=worker_processes.command, args=("train", *map(str, arguments)))
         process.start()
         return process
 

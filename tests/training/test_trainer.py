@@ -6,9 +6,9 @@ from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
-import runs
+import small_runs
 import torch
-from runs import DROPOUT
+from small_runs import DROPOUT
 from torch.testing import assert_close
 
 from seqmix.mixers.base.state import to_dict
@@ -23,7 +23,7 @@ CARRY = ("training.carry_state=true", FROZEN)
 
 @pytest.fixture
 def trainer_of(config_of):
-    return lambda *overrides: runs.trainer_of(config_of(*overrides))
+    return lambda *overrides: small_runs.trainer_of(config_of(*overrides))
 
 
 def test_the_loss_is_the_mean_over_the_targets_that_count(trainer_of, tmp_path):

@@ -13,7 +13,7 @@ from seqmix.mixers.base.state import to_dict
 from seqmix.registry import ConfigError
 from seqmix.training.presets import single_kind_presets
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 WANTED = {
     "wandb": "how-to/logging/",
     "KV cache": "reference/mixers/",

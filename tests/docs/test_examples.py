@@ -15,7 +15,7 @@ import pytest
 
 from seqmix.testing import check_mixer
 
-SOURCE = Path(__file__).parents[1] / "examples" / "plugin" / "seqmix_mingru" / "__init__.py"
+SOURCE = Path(__file__).parents[2] / "examples" / "plugin" / "seqmix_mingru" / "__init__.py"
 MODULE = "mingru_of_the_test"
 
 SLIPS = {
@@ -56,7 +56,7 @@ def test_a_slip_in_one_line_is_found_on_three_tokens_or_fewer(mingru, slip):
     assert failure.case.length <= 3
 
 
-PAGE = Path(__file__).parents[1] / "docs" / "how-to" / "own-mixer.md"
+PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "own-mixer.md"
 
 
 def test_the_report_on_the_page_is_what_its_example_prints(tmp_path, monkeypatch, capsys):
@@ -81,7 +81,7 @@ def test_the_report_on_the_page_is_what_its_example_prints(tmp_path, monkeypatch
     )
 
 
-NOTEBOOK = Path(__file__).parents[1] / "examples" / "tour.ipynb"
+NOTEBOOK = Path(__file__).parents[2] / "examples" / "tour.ipynb"
 
 
 @pytest.mark.slow
@@ -98,7 +98,7 @@ def test_the_cells_of_the_notebook_run(tmp_path, monkeypatch):
             exec(compile("".join(cell["source"]), cell["id"], "exec"), namespace)
 
 
-LOOP = Path(__file__).parents[1] / "examples" / "agent_loop.py"
+LOOP = Path(__file__).parents[2] / "examples" / "agent_loop.py"
 
 
 @pytest.mark.slow

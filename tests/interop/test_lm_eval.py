@@ -10,12 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from runs import refusal, run_of
+from small_runs import refusal, run_of
 
 from seqmix import Sampling, build_model, generate_text, load_config
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}  # read when the libraries are imported
-TASKS = Path(__file__).parent / "data" / "lm_eval"
+TASKS = Path(__file__).parents[1] / "data" / "lm_eval"
 NAMES = ("tiny_choice", "tiny_rolling", "tiny_generation")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import run_of
+from small_runs import run_of
 
 from seqmix import MIXERS, SeqmixError, build_model, load_config
 from seqmix.data import Batch

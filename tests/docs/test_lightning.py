@@ -10,7 +10,7 @@ import seqmix
 from seqmix.training.optimizer import build_optimizer
 from seqmix.training.schedule import learning_rate
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "how-to" / "training-loop.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "how-to" / "training-loop.md"
 
 
 def test_lightnings_loop_trains_a_model(config_of, tmp_path, monkeypatch):

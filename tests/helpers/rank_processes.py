@@ -201,7 +201,7 @@ def step_received(overrides: list[str]) -> tuple[int, float]:
 
 def step_memory(overrides: list[str]) -> tuple[int, float]:
     """What this rank holds at most in a step, and what `seqmix plan` says."""
-    from dispatched import Live
+    from recorded_operations import Live
 
     from seqmix.training.distributed.sharding import local_tensor
 
@@ -275,7 +275,7 @@ def keys_held(length: int) -> tuple[float, float, float]:
 
     In units of the keys and values of a row of `length` tokens, which are so wide that all else is little.
     """
-    from dispatched import Live
+    from recorded_operations import Live
     from torch.autograd.graph import saved_tensors_hooks
 
     from seqmix.mixers import Call, Paradigm
@@ -451,7 +451,7 @@ def started_here(overrides: list[str], preset: str = "") -> tuple[bool, int, int
     """Build a model sharded over all ranks: whether its values are to the bit those of one process; the bytes that this
     rank held at most, those of its shards, and those of the whole model.
     """
-    from dispatched import Allocated
+    from recorded_operations import Allocated
 
     from seqmix import build_model, load_config
     from seqmix.training.distributed.process_groups import join_processes

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import refusal, run_of
+from small_runs import refusal, run_of
 
 from seqmix import SeqmixError, load_run
 from seqmix.lab.linearize import Linearization, Plan, load_plan

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import metrics, wait_for_steps
+from small_runs import metrics, wait_for_steps
 
 import seqmix as library
 from seqmix import MIXERS, load_config, train

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from studies import AWKWARD, figure, recall, text
+from study_results import AWKWARD, figure, recall, text
 
 from seqmix.lab.figures import page, theme
 from seqmix.lab.figures.figure import Axis

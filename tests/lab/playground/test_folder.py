@@ -1,7 +1,7 @@
 """Refusals of `seqmix playground`, by name and before it writes anything."""
 
 import pytest
-from runs import refusal, run_of
+from small_runs import refusal, run_of
 
 from seqmix import load_config
 from seqmix.interop.onnx.export import PACKAGES

@@ -7,7 +7,7 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-from studies import AWKWARD, X, Y, figure
+from study_results import AWKWARD, X, Y, figure
 
 from seqmix.lab.figures import theme
 from seqmix.lab.figures.figure import (

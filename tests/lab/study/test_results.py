@@ -28,7 +28,7 @@ from seqmix.lab.study.summary import best_first, choose_rates, statistic, summar
 from seqmix.lab.study.tables import markdown, write_tables
 from seqmix.registry.yaml import write as to_yaml
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def run(entry, loss, *, seed=0, rate=1e-3, accuracy=None, variant=None, tunes=False):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import run_of
+from small_runs import run_of
 
 from seqmix import generate_text, load_config, load_run
 from seqmix.lab.figures import theme

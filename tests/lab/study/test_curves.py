@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from studies import few, recall
+from study_results import few, recall
 
 from seqmix.cli.commands.plot import names_of
 from seqmix.lab.figures import libraries

@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 import pytest
-from studies import STUDIES, few, recall, text, varied
+from study_results import STUDIES, few, recall, text, varied
 
 from seqmix.lab.study.answer import answer, comparisons, format_statistic
 from seqmix.lab.study.report import REPORT_FILE, render, write_report

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from deployed import NEEDED, VOCABULARY, check_segments, exported, graph_of, model_of
 from nightly import NIGHTLY
-from runs import refusal
+from onnx_models import NEEDED, VOCABULARY, check_segments, exported, graph_of, model_of
+from small_runs import refusal
 
 from seqmix import MIXERS, build_model, load_config
 from seqmix.mixers.base.influence import weights_of
@@ -21,7 +21,7 @@ from seqmix.interop.onnx.export import UNTRANSLATED, require_exportable
 from seqmix.interop.onnx.session import OnnxModel
 from seqmix.interop.onnx.states import layout_of
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "how-to" / "onnx.md"
+PAGE = Path(__file__).resolve().parents[3] / "docs" / "how-to" / "onnx.md"
 OPERATORS = {"LinearAttention", "Scan", "Conv", "Softmax"}
 """Operators that combine tokens."""
 OPTIONS = [

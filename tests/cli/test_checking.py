@@ -22,7 +22,7 @@ SMALLEST = "case = Case(start='initial')\n"
 @pytest.fixture
 def forgetful(seqmix):
     """Check a wrong mixer."""
-    Path("forgetful.py").write_text(Path(__file__).with_name("forgetful.py").read_text())
+    Path("forgetful.py").write_text((Path(__file__).parents[1] / "helpers" / "forgetful_mixer.py").read_text())
     return lambda *options: seqmix("check", "forgetful:ForgetfulConfig", "--only", "paradigms_agree", *options)
 
 

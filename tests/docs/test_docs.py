@@ -23,7 +23,7 @@ from seqmix.cli import app as cli
 from seqmix.lab.study.study import STUDIES
 from seqmix.training import PRESETS
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 TINY = [

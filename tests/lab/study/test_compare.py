@@ -13,8 +13,8 @@ import signal
 from pathlib import Path
 
 import pytest
-import workers
-from runs import wait_for_steps
+import worker_processes
+from small_runs import wait_for_steps
 
 from seqmix.lab.figures.libraries import PlotsMissingError
 from seqmix.lab.study import lock, runner
@@ -84,7 +84,7 @@ def start(folder: Path, *arguments: str):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["seqmix.cli.app", "seqmix.cli.commands.compare", "torch._dynamo"])
     output = folder / "printed.txt"
-    process = context.Process(target=workers.command_in, args=(str(folder), str(output), *arguments))
+    process = context.Process(target=worker_processes.command_in, args=(str(folder), str(output), *arguments))
     process.start()
     return process, output
 

@@ -17,8 +17,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from runs import contents
 from safetensors import SafetensorError, safe_open
+from small_runs import contents
 
 from seqmix import load_config, train
 from seqmix.cli import app as cli

@@ -11,10 +11,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from abuse.tally import Case, fault_of
-from deployed import NEEDED, check_segments, exported, graph_of, model_of
-from mutations import mutated_json
+from json_mutations import mutated_json
 from nightly import NIGHTLY
-from runs import refusal
+from onnx_models import NEEDED, check_segments, exported, graph_of, model_of
+from small_runs import refusal
 
 from seqmix import LanguageModel, load_config, load_run
 
