@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from mixer_formulas import D_MODEL, convolved, exactly, rms, tokens
 
-from seqmix.mixers.titans import LinearMemory, TitansConfig
+from seqmix.mixers.parts.fast_weights import LinearMemory
+from seqmix.mixers.titans import TitansConfig
 from seqmix.ops.delta import delta
 from seqmix.ops.runtime.call import Call
 from seqmix.ops.ttt import FastLayer, MomentumLayer, Norm, titans, ttt

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from mixer_formulas import D_MODEL, exactly, tokens, turned
 
-from seqmix.mixers.ttt import LinearMemory, TTTConfig
+from seqmix.mixers.parts.fast_weights import LinearMemory
+from seqmix.mixers.ttt import TTTConfig
 from seqmix.ops.decay import decay
 from seqmix.ops.delta import delta
 from seqmix.ops.runtime.call import Call

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 if __name__ == "__main__":  # the folder above is on the path of tests alone
-    sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "helpers")]
+    sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
+    sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from mutants import (  # noqa: F401  importing them registers the mutants
     declarations,
