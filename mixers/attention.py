@@ -19,7 +19,7 @@
 
 xPos is Eq. 17 of arXiv 2212.10554 with gamma = 0.4 and a base of 512 tokens, as in the authors' code; ALiBi is arXiv
 2108.12409, FoX arXiv 2503.02130, XSA arXiv 2603.09078, Primer arXiv 2109.08668. For other numbers of heads, the slopes
-of ALiBi are those of its authors' code (parts/distances.py). With `exclusive: full`, the first token of a sequence
+of ALiBi are those of its authors' code (`alibi_slopes`). With `exclusive: full`, the first token of a sequence
 gives 0, since it sees its own value alone. The state is a KV cache. Cached keys are rotated, without the factor of
 xPos; with a forget gate, the cache also has the gate of each token. With values from outside (a value residual, value
 embeddings), the values that are cached, and that `exclusive` removes, are those after the mixture. There are no biases
@@ -62,7 +62,6 @@ from .parts import (
     rotated,
 )
 from .parts.cached import CachedState, GroupedQueryConfig, with_recent
-from .parts.distances import alibi_slopes, xpos_log_decay
 from .parts.gates import gate_decay
 from .parts.outside_values import OutsideValues, ValueResidualOption
 from .parts.projections import projections_of
@@ -71,6 +70,10 @@ from .parts.widths import rotary_dim
 
 TINY = 1e-30
 """Least squared length of a value by which `exclusive` divides."""
+XPOS_GAMMA = 0.4
+"""Offset gamma in zeta_j = (j / (K/2) + gamma) / (1 + gamma)."""
+XPOS_BASE = 512
+"""Distance in tokens at which a product has shrunk by the factor zeta."""
 
 
 class AttentionConfig(GroupedQueryConfig):
@@ -408,3 +411,21 @@ def _head_dim(config: AttentionConfig, d_model: int) -> int:
     into = "evenly" if unit == 1 else f"into heads of even width, as {config.positions} rotates pairs of dimensions"
     advice = f"set n_heads = {nearest}, or set head_dim" if nearest else "set head_dim"
     raise ContractError(f"{config.n_heads} heads do not divide d_model = {d_model} {into}: {advice}")
+
+
+def xpos_log_decay(head_dim: int, device: torch.device) -> Float[Tensor, " K"]:
+    """Return the natural log of xPos's factor per token of distance, float64, for interleaved pairs."""
+    pair = torch.arange(head_dim // 2, device=device, dtype=torch.float64)
+    zeta = (pair / (head_dim // 2) + XPOS_GAMMA) / (1 + XPOS_GAMMA)
+    return (zeta.log() / XPOS_BASE).repeat_interleave(2)
+
+
+def alibi_slopes(n_heads: int, device: torch.device) -> Float[Tensor, " H"]:
+    """Return the ALiBi slope of each head, subtracted from a score per token of distance (arXiv 2108.12409), float64.
+
+    The slopes are 2^(-8 h / H) for h = 1 .. H if H is a power of 2. Otherwise, as in the authors' code, with P the next
+    lower power of 2, the first P heads have the slopes of P heads, and the others have every second slope of 2 P heads.
+    """
+    power = 2 ** (n_heads.bit_length() - 1)
+    head = torch.arange(n_heads, device=device, dtype=torch.float64)
+    return 2 ** -torch.where(head < power, 8 * (head + 1) / power, 8 * (head - power + 0.5) / power)

@@ -4,6 +4,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping
 from functools import wraps
+from importlib import import_module
 from typing import Any, TypeVar
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -14,14 +15,15 @@ def former_names(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
 
     Args:
         module: the module's `__name__`.
-        names: former names, each with its present name in the same module.
+        names: former names, each with its present name in the same module, or with the full name in another.
     """
 
     def find(name: str) -> Any:
         if name not in names:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
         warnings.warn(f"{module}.{name} is now {names[name]}", DeprecationWarning, stacklevel=2)
-        return getattr(sys.modules[module], names[name])
+        present_module, _, present = names[name].rpartition(".")
+        return getattr(import_module(present_module) if present_module else sys.modules[module], present)
 
     return find
 

@@ -3,8 +3,8 @@
 from ...ops.recurrence.family import RecurrenceOutput
 from ...ops.runtime.call import Call
 from ...ops.runtime.paradigm import Paradigm
+from ...registry.deprecated import former_names
 from .cached import CachedMixer, ReaderState
-from .decay_rates import FixedDecay
 from .gates import Gate, GatedNorm, HeadNorm, LowRank
 from .matrix_state import MatrixState, MatrixStateConfig, MatrixStateMixer, ShortConv
 from .qk_norm import QKNorm
@@ -18,7 +18,6 @@ __all__ = [
     "QKV",
     "CachedMixer",
     "Call",
-    "FixedDecay",
     "Gate",
     "GatedNorm",
     "HeadNorm",
@@ -43,3 +42,5 @@ __all__ = [
     "nearest_of",
     "rotated",
 ]
+
+__getattr__ = former_names(__name__, {"FixedDecay": "seqmix.mixers.retention.FixedDecay"})

@@ -5,8 +5,8 @@ import torch
 
 from seqmix.mixers import MIXERS
 from seqmix.mixers.base.influence import head_weights, reach_of, weights_of
-from seqmix.mixers.parts import FixedDecay, TimeStepDecay
-from seqmix.mixers.retention import RetentionConfig
+from seqmix.mixers.parts import TimeStepDecay
+from seqmix.mixers.retention import FixedDecay, RetentionConfig
 from seqmix.ops.runtime.recording import recorded
 
 LENGTH = 12

@@ -20,6 +20,7 @@ FORMER = {
     "seqmix.experiments.units": "quantity",
     "seqmix.linearize": "Plan",
     "seqmix.mixers.contract": "SequenceMixer",
+    "seqmix.mixers.parts.decay_rates": "FixedDecay",
     "seqmix.ops.autograd": "Op",
     "seqmix.ops.call": "Call",
     "seqmix.ops.packing": "Documents",
@@ -105,3 +106,9 @@ def test_a_former_parameter_is_the_present_one():
         load("run", tel=print)
     with pytest.warns(DeprecationWarning, match="is now on_note="), pytest.raises(CheckpointError):
         load_run("no/run", tell=print)
+
+
+def test_former_part_warns_and_is_found_in_its_mixer():
+    parts = importlib.import_module("seqmix.mixers.parts")
+    with pytest.warns(DeprecationWarning, match=r"FixedDecay is now seqmix\.mixers\.retention\.FixedDecay"):
+        assert parts.FixedDecay is importlib.import_module("seqmix.mixers.retention").FixedDecay

@@ -16,8 +16,7 @@ from ....blocks.ffn.mlp import MlpConfig
 from ....blocks.norm.layernorm import LayerNormConfig
 from ....mixers import Paradigm
 from ....mixers.parts import rotated
-from ....mixers.parts.decay_rates import scheduled
-from ....mixers.retention import RetentionConfig, normalizers
+from ....mixers.retention import RetentionConfig, normalizers, scheduled
 from ....models import IGNORED, LanguageModel, ModelConfig, linear_cross_entropy
 from ....models.linear import use_fast_linear
 from ....ops.decay import decay
