@@ -1,4 +1,4 @@
-"""The residual block: Eq. 9 of the RetNet paper written out."""
+"""The residual block matches Eq. 9 of the RetNet paper; norm placement, dropout and layer scale."""
 
 from typing import Any
 
@@ -48,7 +48,7 @@ class Constant(nn.Module):
         return (y, *self.more) if self.more else y
 
 
-def test_both_branches_read_a_normed_copy_and_add_to_the_stream():
+def test_both_branches_read_normalised_input_and_add_to_stream():
     block, x = build(), tokens()
     mixed, _ = block.mixer(layernorm(x, block.mixer_norm.weight))
     after_mixer = x + mixed
@@ -59,7 +59,7 @@ def test_both_branches_read_a_normed_copy_and_add_to_the_stream():
     assert block.mixer_norm.weight is not block.ffn_norm.weight
 
 
-def test_norms_may_be_at_the_output_of_branches_or_on_the_stream():
+def test_norms_may_be_placed_on_branch_output_or_stream():
     block, x = build(norm_placement="output"), tokens()
     after = x + layernorm(block.mixer(x)[0], block.mixer_norm.weight)
     assert_close(block(x)[0], after + layernorm(block.ffn(after), block.ffn_norm.weight), rtol=1e-9, atol=1e-9)
@@ -69,7 +69,7 @@ def test_norms_may_be_at_the_output_of_branches_or_on_the_stream():
     assert_close(block(x)[0], after + block.ffn(after), rtol=1e-9, atol=1e-9)
 
 
-def test_a_block_without_ffn_only_mixes():
+def test_block_without_ffn_only_mixes():
     block, x = build(ffn=None), tokens()
     mixed, _ = block.mixer(layernorm(x, block.mixer_norm.weight))
     assert_close(block(x)[0], x + mixed, rtol=1e-9, atol=1e-9)
@@ -79,13 +79,13 @@ def test_a_block_without_ffn_only_mixes():
 
 
 @pytest.mark.parametrize("fields", [{}, *({"ffn": None, "dropout": p} for p in (-0.1, 1.0, float("nan")))], ids=str)
-def test_an_ffn_is_given_or_null_and_dropout_a_probability(fields):
+def test_missing_ffn_or_invalid_dropout_raises(fields):
     with pytest.raises(ConfigError, match="dropout" if fields else "ffn"):
         BlockConfig(mixer=MIXER, norm=LAYERNORM, **fields)
 
 
 @pytest.mark.parametrize("branch", ["mixer", "ffn"])
-def test_dropout_thins_the_output_of_each_branch_in_training(branch):
+def test_dropout_applies_to_each_branch_output_only_in_training(branch):
     assert torch.equal(build(dropout=0.5)(tokens())[0], build()(tokens())[0])  # in evaluation
     block = build(dropout=0.25).train()
     block.mixer = Constant(float(branch == "mixer"), None)
@@ -96,19 +96,19 @@ def test_dropout_thins_the_output_of_each_branch_in_training(branch):
     assert y.count_nonzero().item() / y.numel() == pytest.approx(0.75, abs=0.03)
 
 
-def test_dropout_never_touches_the_stream_itself():
+def test_dropout_leaves_residual_stream_unchanged():
     block, x = build(dropout=0.9, ffn=None).train(), tokens()
     block.mixer = Constant(0.0, None)
     assert torch.equal(block(x)[0], x)
 
 
-def test_a_mixer_learns_its_parents_sizes_when_it_is_built():
+def test_mixer_receives_width_and_layer_index_when_built():
     config = BlockConfig(mixer={"kind": "lightning", "n_heads": 2}, ffn=None, norm=LAYERNORM)
     mixer: Any = Block(config, 12, layer_idx=3, n_layers=7).mixer
     assert (mixer.in_proj.in_features, mixer.layer_idx, mixer.n_layers) == (12, 3, 7)
 
 
-def test_sandwich_norms_are_before_and_after_each_branch():
+def test_sandwich_norms_apply_before_and_after_each_branch():
     block, x = build(norm_placement="both"), tokens()
     mixed = block.mixer(layernorm(x, block.mixer_norm.weight))[0]
     after = x + layernorm(mixed, block.mixer_output_norm.weight)
@@ -116,7 +116,7 @@ def test_sandwich_norms_are_before_and_after_each_branch():
     assert_close(block(x)[0], after + layernorm(out, block.ffn_output_norm.weight), rtol=1e-9, atol=1e-9)
 
 
-def test_a_parallel_block_is_one_branch_with_one_norm():
+def test_parallel_block_applies_one_norm_to_both_branches():
     block, x = build(parallel=True), tokens()
     normed = layernorm(x, block.mixer_norm.weight)
     assert_close(block(x)[0], x + block.mixer(normed)[0] + block.ffn(normed), rtol=1e-9, atol=1e-9)
@@ -125,7 +125,7 @@ def test_a_parallel_block_is_one_branch_with_one_norm():
         build(parallel=True, ffn=None)
 
 
-def test_layer_scale_multiplies_each_channel_of_a_branch():
+def test_layer_scale_multiplies_each_channel_of_both_branches():
     block, x = build(layer_scale=0.1, residual_scale=2.0), tokens()
     after = x + 2 * block.mixer_scale * block.mixer(layernorm(x, block.mixer_norm.weight))[0]
     expected = after + 2 * block.ffn_scale * block.ffn(layernorm(after, block.ffn_norm.weight))

@@ -1,4 +1,4 @@
-"""Feed-forward networks: the formulas written out, and the hidden width."""
+"""Feed-forward networks match their formulas and have the expected hidden width."""
 
 import math
 
@@ -29,7 +29,7 @@ def tokens():
 @pytest.mark.parametrize("config", [MlpConfig, SwigluConfig])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_network_is_its_formula(config, activation, bias):
+def test_ffn_matches_formula_and_flop_count(config, activation, bias):
     ffn, x = config(expansion=2.5, activation=activation, bias=bias).build(D_MODEL).double(), tokens()
     assert ffn.up_proj.weight.shape == (15, D_MODEL)
 
@@ -44,7 +44,7 @@ def test_a_network_is_its_formula(config, activation, bias):
     assert ffn.flops(5) == counter.get_total_flops() > 0
 
 
-def test_a_swiglu_of_8_3_has_as_many_parameters_as_an_mlp_of_4():
+def test_swiglu_8_3_and_mlp_4_have_equal_parameter_counts():
     mlp, swiglu = MlpConfig(expansion=4.0), SwigluConfig(expansion=8 / 3)
     assert (mlp.activation, swiglu.activation) == ("gelu", "silu")
     counts = [sum(p.numel() for p in config.build(384).parameters()) for config in (mlp, swiglu)]
@@ -62,14 +62,14 @@ def test_a_swiglu_of_8_3_has_as_many_parameters_as_an_mlp_of_4():
         (1.0, 3, 8, 8),
     ],
 )
-def test_the_hidden_width_is_rounded_and_then_raised_to_a_multiple(expansion, d_model, multiple_of, width):
+def test_hidden_width_is_rounded_then_raised_to_multiple(expansion, d_model, multiple_of, width):
     config = MlpConfig(expansion=expansion, multiple_of=multiple_of)
     assert config.hidden_width(d_model) == width
     assert config.build(d_model).up_proj.out_features == width
 
 
 @pytest.mark.parametrize("config", [MlpConfig(expansion=4.0), SwigluConfig(expansion=4.0)])
-def test_linear_layers_start_as_torch_starts_them(config):
+def test_linear_layers_start_within_torch_default_bound(config):
     ffn = config.build(64)
     torch.manual_seed(0)
     ffn.reset_parameters()
@@ -87,6 +87,6 @@ def test_linear_layers_start_as_torch_starts_them(config):
         ({"activation": "tanh"}, "'gelu', 'gelu_tanh', 'silu', 'relu' or 'relu2'"),
     ],
 )
-def test_wrong_fields_are_refused(fields, words):
+def test_invalid_fields_raise(fields, words):
     with pytest.raises(ConfigError, match=words):
         MlpConfig(**{"expansion": 2.0} | fields)

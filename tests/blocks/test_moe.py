@@ -1,4 +1,4 @@
-"""A mixture of experts: the definition, its gradients, balance, one graph, and checkpoints."""
+"""Mixture of experts: definition, gradients, balancing, compilation and checkpoints."""
 
 import pytest
 import torch
@@ -53,7 +53,7 @@ def written_out(moe, x):
     ],
     ids=str,
 )
-def test_it_is_the_definition_and_so_are_its_gradients(fields):
+def test_output_and_gradients_match_definition(fields):
     moe = built(**fields)
     x = torch.randn(2, 7, 12, dtype=torch.float64, requires_grad=True)
     leaves = [x, *moe.parameters()]
@@ -65,7 +65,7 @@ def test_it_is_the_definition_and_so_are_its_gradients(fields):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_low_precision_is_near(dtype):
+def test_low_precision_is_close_to_float64(dtype):
     # aligned widths, so that bfloat16 takes torch's grouped product
     moe, exact = built(dtype, width=16), built(width=16)
     exact.load_state_dict({name: tensor.double() for name, tensor in moe.state_dict().items()})
@@ -81,7 +81,7 @@ def test_low_precision_is_near(dtype):
         assert error < (1e-5 if dtype == torch.float32 else 3e-2)
 
 
-def test_a_token_depends_on_itself_alone():
+def test_each_token_depends_only_on_itself():
     moe = built()
     x = torch.randn(1, 40, 12, dtype=torch.float64)
     together = moe(x)
@@ -89,7 +89,7 @@ def test_a_token_depends_on_itself_alone():
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-13)
 
 
-def test_balance_moves_the_bias_of_overloaded_experts_down():
+def test_balancing_lowers_bias_of_overloaded_experts():
     moe = built(top_k=1, balance_rate=0.01).train()
     moe.bias.zero_()
     moe(torch.randn(4, 50, 12, dtype=torch.float64)).sum().backward()
@@ -103,8 +103,8 @@ def test_balance_moves_the_bias_of_overloaded_experts_down():
     assert not moe.load.any()  # evaluation counts nothing
 
 
-def test_balance_evens_the_load():
-    """Tokens that all prefer the same experts."""
+def test_repeated_balancing_evens_the_load():
+    """All tokens prefer the same experts at first."""
     moe = built(torch.float32, width=16, n_experts=8, top_k=2, balance_rate=0.02).train()
     moe.bias.zero_()
     x = torch.randn(8, 64, 16) + 2
@@ -116,13 +116,13 @@ def test_balance_evens_the_load():
     assert violations[-1] < 0.4 * violations[0]
 
 
-def test_more_experts_per_token_than_there_are_is_refused():
+def test_more_experts_per_token_than_experts_raises():
     with pytest.raises(ValueError, match="top_k must be at most n_experts = 5, got 6"):
         built(top_k=6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_it_is_one_graph_whatever_the_load(dtype):
+def test_experts_compile_to_one_graph_for_any_load(dtype):
     moe = built(dtype, width=16)
     compiled = torch.compile(moe, fullgraph=True, backend="aot_eager")
     for seed in range(3):
@@ -148,13 +148,13 @@ def run(tmp_path, *changes):
     )
 
 
-def test_training_logs_the_load_and_a_checkpoint_has_the_bias(tmp_path):
+def test_training_logs_load_violation_and_checkpoint_keeps_bias(tmp_path):
     steps = [event for event in train(run(tmp_path), tmp_path / "run") if isinstance(event, Stepped)]
     assert all(event.expert_violation is not None and event.expert_violation >= 0 for event in steps)
     assert "expert_violation" in (tmp_path / "run" / "metrics.jsonl").read_text()
     assert all(block.ffn.bias.any() for block in load_run(tmp_path / "run").blocks)
 
 
-def test_initialisation_by_one_deviation_reaches_experts(tmp_path):
+def test_normal_init_applies_to_experts(tmp_path):
     model = build_model(run(tmp_path, "model.init={kind: normal, std: 0.5}").model)
     assert model.blocks[0].ffn.up_proj.weight.std().item() == pytest.approx(0.5, rel=0.05)

@@ -1,4 +1,4 @@
-"""Norms of the residual stream: the formulas written out."""
+"""Norms of the residual stream match their formulas."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def randomised(norm):
 
 @pytest.mark.parametrize("eps", [1e-5, 0.5, 0.0])
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_layernorm_is_its_formula(eps, bias):
+def test_layernorm_matches_formula(eps, bias):
     norm, x = randomised(LayerNormConfig(eps=eps, bias=bias).build(D_MODEL)), tokens()
     variance = (x - x.mean(-1, keepdim=True)).square().mean(-1, keepdim=True)
     expected = (x - x.mean(-1, keepdim=True)) / (variance + eps).sqrt() * norm.weight
@@ -33,13 +33,13 @@ def test_a_layernorm_is_its_formula(eps, bias):
 
 
 @pytest.mark.parametrize("eps", [1e-6, 0.5, 0.0])
-def test_an_rmsnorm_is_its_formula(eps):
+def test_rmsnorm_matches_formula(eps):
     norm, x = randomised(RmsNormConfig(eps=eps).build(D_MODEL)), tokens()
     expected = x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * norm.weight
     assert_close(norm(x), expected, rtol=1e-9, atol=1e-9)
 
 
-def test_a_zero_centered_rmsnorm_has_a_factor_of_1_plus_its_weight():
+def test_zero_centered_rmsnorm_multiplies_by_one_plus_weight():
     norm, x = randomised(RmsNormConfig(zero_centered=True).build(D_MODEL)), tokens()
     expected = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * (1 + norm.weight)
     assert_close(norm(x), expected, rtol=1e-9, atol=1e-9)
@@ -55,7 +55,7 @@ def test_a_zero_centered_rmsnorm_has_a_factor_of_1_plus_its_weight():
         (RmsNormConfig(), 1e-6, ["weight"]),
     ],
 )
-def test_a_norm_starts_as_the_plain_formula(config, eps, names):
+def test_norm_starts_with_unit_weight_and_zero_bias(config, eps, names):
     assert config.eps == eps
     norm = randomised(config.build(D_MODEL))
     norm.reset_parameters()

@@ -1,4 +1,4 @@
-"""Residual connections: which of them are the plain one at the start, and what all of them keep of a model."""
+"""Residual connections: formulas, behaviour at initialisation, costs, and the plug-in check."""
 
 from functools import partial
 from typing import Any
@@ -61,7 +61,7 @@ def gradients(model) -> dict[str, torch.Tensor]:
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-def test_the_plain_connection_is_the_default_and_has_no_parameters():
+def test_plain_connection_is_default_without_parameters():
     assert config_of(PLAIN).residual == load_config("retnet-tiny").model.residual
     model = build(PLAIN)
     assert not any("residual" in name for name in model.state_dict())
@@ -74,7 +74,7 @@ def test_the_plain_connection_is_the_default_and_has_no_parameters():
 
 
 @kinds
-def test_a_model_starts_as_with_plain_connections(residual):
+def test_model_starts_like_plain_connections(residual):
     plain, model = build(PLAIN), build(residual)
     model.load_state_dict(plain.state_dict(), strict=False)
     expected = plain(tokens()).logits
@@ -84,7 +84,7 @@ def test_a_model_starts_as_with_plain_connections(residual):
 
 
 @kinds
-def test_no_part_of_a_connection_is_frozen_at_the_start(residual):
+def test_connection_parameters_receive_gradients_within_four_steps(residual):
     model = build(residual)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     moved: dict[str, bool] = {}
@@ -99,12 +99,12 @@ def test_no_part_of_a_connection_is_frozen_at_the_start(residual):
 
 @kinds
 @pytest.mark.parametrize("kind", ["retention", "attention"])
-def test_every_kind_passes_the_check_for_plug_ins(residual, kind):
+def test_every_kind_passes_plugin_check(residual, kind):
     check_residual(build(residual, mixer={"kind": kind, "n_heads": 2}))
 
 
 @kinds
-def test_the_past_alone_decides(residual):
+def test_later_tokens_do_not_change_earlier_logits(residual):
     model = build(residual, spread=0.3)
     changed = tokens().clone()
     changed[:, 4:] += 1
@@ -114,7 +114,7 @@ def test_the_past_alone_decides(residual):
 @pytest.mark.slow
 @kinds
 @pytest.mark.parametrize("shared", [False, pytest.param(True, marks=NIGHTLY)])
-def test_a_compiled_model_is_the_model(residual, shared, monkeypatch):
+def test_compiled_model_matches_eager_model(residual, shared, monkeypatch):
     if shared and not RESIDUALS.resolve(residual["kind"]).fits_shared_blocks:
         pytest.skip("weights for each layer")
     model = build(residual, spread=0.3, shared=shared)
@@ -128,7 +128,7 @@ def test_a_compiled_model_is_the_model(residual, shared, monkeypatch):
 
 
 @kinds
-def test_parameters_and_operations_are_counted(residual):
+def test_parameters_and_flops_are_counted(residual):
     model = build(residual)
     cost, plain = account(model.config, length=16), account(config_of(PLAIN), length=16)
     assert cost.parameters == sum(parameter.numel() for parameter in model.parameters())
@@ -147,7 +147,7 @@ def test_parameters_and_operations_are_counted(residual):
 
 
 @kinds
-def test_activations_are_those_that_a_real_model_saves(residual):
+def test_activation_estimate_matches_what_model_saves(residual):
     model = build(residual)
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     storages: dict[int, int] = {}
@@ -192,7 +192,7 @@ def sources_of(count: int) -> tuple[torch.Tensor, ...]:
     return tuple(torch.randn(2, 5, D, generator=generator, dtype=torch.float64) for _ in range(count))
 
 
-def test_attention_residuals_choose_by_the_normed_source():
+def test_attention_residual_weights_depend_on_normalised_sources():
     connection = AttentionResidualConfig(eps=0.0).build(D, index=3, place=1, layer=1).double()
     torch.nn.init.normal_(connection.choice.weight)
     sources = sources_of(4)
@@ -205,7 +205,7 @@ def test_attention_residuals_choose_by_the_normed_source():
 
 
 @given(size=st.integers(1, 5), n_branches=st.integers(0, 7))
-def test_blocks_of_branches_are_sums_of_their_outputs(size, n_branches):
+def test_block_sources_are_sums_of_branch_outputs(size, n_branches):
     config = AttentionResidualConfig(block_size=size)
     outputs = sources_of(n_branches + 1)
     ends, connection = (
@@ -229,7 +229,7 @@ def hyper(n: int = 4, **fields: Any):
 
 
 @given(n=st.integers(2, 5), seed=st.integers(0, 100))
-def test_equal_streams_are_the_plain_connection_for_any_doubly_stochastic_mixture(n, seed):
+def test_equal_streams_match_plain_connection_for_doubly_stochastic_mixtures(n, seed):
     connection = hyper(n, manifold=True)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -255,7 +255,7 @@ def test_sinkhorn_gives_doubly_stochastic_matrices(n, seed, size):
 
 
 @pytest.mark.parametrize("manifold", [False, True])
-def test_permuted_streams_give_permuted_streams(manifold):
+def test_permuting_input_streams_permutes_output_streams(manifold):
     n = 4
     connection, permuted = (hyper(n, manifold=manifold) for _ in range(2))
     generator = torch.Generator().manual_seed(5)
@@ -276,12 +276,12 @@ def test_permuted_streams_give_permuted_streams(manifold):
     assert_close(permuted(x[..., order, :], torch.sin), connection(x, torch.sin)[..., order, :])
 
 
-def test_the_stream_placement_of_norms_is_refused_where_it_has_no_meaning():
+def test_stream_norm_placement_with_hyper_connections_raises():
     with pytest.raises(Exception, match="norm_placement = stream needs the residual connection plain, got hyper"):
         config_of(KINDS["hyper"], norm_placement="stream")
 
 
-def test_a_plug_in_is_one_file(tmp_path, monkeypatch):
+def test_plugin_connection_needs_only_one_file(tmp_path, monkeypatch):
     (tmp_path / "halves.py").write_text(
         "from typing import Literal\n"
         "from seqmix.blocks import Residual, ResidualConfig\n\n"
@@ -306,7 +306,7 @@ def test_a_plug_in_is_one_file(tmp_path, monkeypatch):
     assert torch.equal(model.run_blocks(x)[0], expected)
 
 
-def test_the_registry_lists_the_kinds():
+def test_registry_lists_residual_kinds():
     assert RESIDUALS.kinds() == ["attention", "hyper", "mudd", "plain", "scalars"]
     assert issubclass(RESIDUALS.resolve("hyper"), ResidualConfig)
     with pytest.raises(SeqmixError, match="hyper"):
@@ -317,7 +317,7 @@ OPTIONS = [{"parallel": True}, {"norm_placement": "both"}, {"layer_scale": 0.5}]
 
 
 @pytest.mark.parametrize("block", OPTIONS, ids=lambda block: next(iter(block)))
-def test_options_of_blocks_go_with_every_connection(block):
+def test_block_options_work_with_every_connection(block):
     for residual in KINDS.values():
         plain, model = build(PLAIN, **block), build(residual, **block)
         model.load_state_dict(plain.state_dict(), strict=False)
@@ -359,7 +359,7 @@ class Wrong(Residual):
         ("stream + self.gain.square() * branch(stream)", None),
     ],
 )
-def test_the_check_for_plug_ins_finds_what_is_wrong(body, message, tmp_path, monkeypatch):
+def test_plugin_check_reports_faults(body, message, tmp_path, monkeypatch):
     name = f"wrong_{abs(hash(body))}"
     (tmp_path / f"{name}.py").write_text(CHECKED.replace("BODY", body))
     monkeypatch.syspath_prepend(tmp_path)
@@ -396,8 +396,8 @@ def agrees(model, expected: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 6])
-def test_attention_residuals_are_the_paper_s_formula(size):
-    """Eq. 2 and 5 of arXiv 2603.15031: blocks of `size` branches; the sum of the open block is the last source."""
+def test_attention_residuals_match_paper_formula(size):
+    """Eq. 2 and 5 of arXiv 2603.15031 for blocks of `size` branches; the sum of the open block is the last source."""
     model = build({"kind": "attention", "eps": 0.0, "block_size": size}, spread=0.5)
 
     def attend(w, sources):
@@ -425,8 +425,8 @@ def sinkhorn_knopp(matrix: torch.Tensor, iterations: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("manifold", [False, True])
-def test_hyper_connections_are_the_papers_formulas(manifold):
-    """Eq. 5 to 9 of arXiv 2409.19606, and Eq. 7 to 9 of 2512.24880, stream by stream and token by token."""
+def test_hyper_connections_match_paper_formulas(manifold):
+    """Eq. 5 to 9 of arXiv 2409.19606 and Eq. 7 to 9 of 2512.24880, computed stream by stream."""
     n = 3
     model = build({"kind": "hyper", "n_streams": n, "manifold": manifold, "eps": 1e-3}, spread=0.3)
     streams = [model.embedding.weight[tokens()]] * n
@@ -454,8 +454,8 @@ def test_hyper_connections_are_the_papers_formulas(manifold):
     agrees(model, model.norm(sum(streams) / n) @ model.head.weight.T)
 
 
-def test_dynamic_dense_connections_are_the_paper_s_formula():
-    """Eq. 4 to 6 of arXiv 2502.12170 with the way R alone: sums before every layer but the first, and at the end."""
+def test_dynamic_dense_connections_match_paper_formula():
+    """Eq. 4 to 6 of arXiv 2502.12170, only for way R: sums before every layer except the first, and at the end."""
     model = build({"kind": "mudd", "eps": 0.0}, spread=0.5)
 
     def mixed(part, outputs):
@@ -473,18 +473,18 @@ def test_dynamic_dense_connections_are_the_paper_s_formula():
     agrees(model, model.norm(mixed(model.residual.dense, outputs)) @ model.head.weight.T)
 
 
-def test_kinds_with_weights_for_each_layer_refuse_shared_blocks():
+def test_mudd_with_shared_blocks_raises():
     with pytest.raises(Exception, match="mudd has weights for each layer, got shared = true in block layer"):
         config_of(KINDS["mudd"], shared=True)
 
 
-def test_one_stream_is_refused():
+def test_hyper_connection_with_one_stream_raises():
     with pytest.raises(Exception, match="n_streams"):
         config_of({"kind": "hyper", "n_streams": 1})
 
 
-def test_the_mixtures_of_a_model_keep_norms_through_all_depth():
-    """Their product over all branches, of every token, has columns that sum to 1, and the norm 1 at most."""
+def test_product_of_mixtures_over_depth_keeps_norm_at_most_one():
+    """For every token, the columns of the product over all branches sum to 1, and its norm is at most 1."""
     model = build({"kind": "hyper", "manifold": True, "iterations": 200}, spread=0.5)
     product = torch.eye(4, dtype=torch.float64).expand(2, 7, 4, 4)
     stream = model.residual.start(model.embed(tokens()))

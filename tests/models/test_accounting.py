@@ -1,4 +1,4 @@
-"""What a model costs: against models that are really built, run and measured."""
+"""Estimated model costs match models that are built, run and measured."""
 
 from dataclasses import fields
 from weakref import WeakSet
@@ -19,7 +19,7 @@ def count(module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def test_parameters_are_those_of_a_built_model(config_of, each_mixer):
+def test_parameter_counts_match_built_model(config_of, each_mixer):
     config = config_of(*each_mixer)
     cost, model = account(config, length=LENGTH), build_model(config)
     assert cost.parameters == count(model)
@@ -34,7 +34,7 @@ def test_parameters_are_those_of_a_built_model(config_of, each_mixer):
     assert [layer.block for layer in cost.layers] == list(config.layers)
 
 
-def test_a_tied_matrix_counts_once(config_of):
+def test_tied_matrix_counts_once(config_of):
     tied, free = (account(config_of("retention", tie_embeddings=tie), length=LENGTH) for tie in (True, False))
     matrix = 257 * 16
     assert tied.embedding_parameters == matrix
@@ -44,7 +44,7 @@ def test_a_tied_matrix_counts_once(config_of):
     assert tied.flops_per_token == free.flops_per_token
 
 
-def test_a_block_may_have_no_ffn_and_any_dtype(config_of):
+def test_accounting_supports_block_without_ffn_in_any_dtype(config_of):
     blocks = {"a": config_of("retention").blocks["block0"].model_copy(update={"ffn": None})}
     for dtype in DTYPES:
         cost = account(config_of("retention", blocks=blocks, pattern=None), length=LENGTH, dtype=dtype)
@@ -57,7 +57,7 @@ def test_a_block_may_have_no_ffn_and_any_dtype(config_of):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mixer", [*MIXERS.kinds(), "windowed attention", "xpos attention"])
-def test_operations_are_those_that_torch_counts(config_of, mixer):
+def test_flops_match_torch_flop_counter(config_of, mixer):
     config = config_of(mixer)
     model = of_references(build_model(config))
     for length in (32, 64):  # which divide the operations of these models
@@ -70,7 +70,7 @@ def test_operations_are_those_that_torch_counts(config_of, mixer):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_state_is_as_large_as_a_real_one(config_of, each_mixer, dtype):
+def test_state_size_matches_real_state(config_of, each_mixer, dtype):
     config = config_of(*each_mixer)
     cost, model = account(config, length=LENGTH, dtype=dtype), build_model(config, dtype=dtype)
     with torch.no_grad():
@@ -112,7 +112,7 @@ def saved_bytes(block, length, d_model, dtype) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "dropout"), [(torch.float32, 0.1), (torch.float64, 0.0), (torch.bfloat16, 0.1)])
 @pytest.mark.parametrize("mixer", MIXERS.kinds())
-def test_activations_are_what_autograd_saves(config_of, mixer, dtype, dropout):
+def test_activation_bytes_match_what_autograd_saves(config_of, mixer, dtype, dropout):
     config = config_of(mixer, d_model=64)
     block = config.blocks["block0"].model_copy(update={"dropout": dropout})
     config = config_of(mixer, d_model=64, blocks={"block0": block})
@@ -121,7 +121,7 @@ def test_activations_are_what_autograd_saves(config_of, mixer, dtype, dropout):
     assert estimate == pytest.approx(measured, rel=0.01)
 
 
-def test_the_activations_of_a_model_are_those_of_its_layers_and_the_head(config_of):
+def test_model_activations_are_sum_of_layers_and_head(config_of):
     cost = account(config_of("retention", "linear_attention", n_layers=5), length=LENGTH)
     head = LENGTH * 257 * 4 * 2 + LENGTH * 16 * 4 * 2  # logits and their gradient; input and output of the norm
     assert cost.activation_bytes == sum(layer.activation_bytes for layer in cost.layers) + head
@@ -132,7 +132,7 @@ def test_the_activations_of_a_model_are_those_of_its_layers_and_the_head(config_
     ("name", "billions"),
     [("retnet-1.3b", 1.208), ("retnet-2.7b", 2.517), ("retnet-6.7b", 6.442), ("transformer-1.3b", 1.208)],
 )
-def test_the_paper_s_models_are_counted_without_being_built(monkeypatch, name, billions):
+def test_paper_models_are_counted_without_building_them(monkeypatch, name, billions):
     monkeypatch.setattr(torch.nn.Module, "to_empty", None)
     config = load_config(name).model
     cost = account(config, length=256)

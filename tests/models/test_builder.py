@@ -1,4 +1,4 @@
-"""The builder: nothing is allocated before it must be, everything is initialised, and only from the seed."""
+"""Building models: allocation on meta, initialisation from the seed, and errors."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def same(a: nn.Module, b: nn.Module) -> bool:
     return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
 
 
-def test_building_on_meta_makes_no_tensor_elsewhere(config_of, each_mixer):
+def test_build_meta_allocates_only_meta_tensors(config_of, each_mixer):
     with Watched() as watched:
         model = build_meta(config_of(*each_mixer))
     assert {x.device.type for _, results in watched.seen for x in results} == {"meta"}
@@ -30,7 +30,7 @@ def test_building_on_meta_makes_no_tensor_elsewhere(config_of, each_mixer):
     assert shapes(model) == shapes(build_model(config_of(*each_mixer)))
 
 
-def test_the_parameters_are_a_function_of_the_seed(config_of, each_mixer):
+def test_parameters_depend_only_on_seed(config_of, each_mixer):
     config = config_of(*each_mixer)
     torch.manual_seed(1)
     before = torch.get_rng_state()
@@ -43,20 +43,20 @@ def test_the_parameters_are_a_function_of_the_seed(config_of, each_mixer):
     assert not torch.equal(*(max(mixer.parameters(), key=torch.numel) for mixer in (one.mixer, other.mixer)))
 
 
-def test_a_parameter_that_nobody_initialises_is_named(config_of, monkeypatch):
+def test_uninitialised_parameter_is_named_in_error(config_of, monkeypatch):
     monkeypatch.setattr(Attention, "reset_parameters", lambda mixer: None)
     with pytest.raises(ContractError, match=r"blocks\.1\.mixer\.in_proj\.weight .*reset_parameters"):
         build_model(config_of("retention", "attention"))
 
 
-def test_a_configuration_of_another_thing_is_refused():
+def test_building_from_wrong_config_type_raises():
     for given in ("retnet-tiny", load_config("retnet-tiny")):
         with pytest.raises(SeqmixError, match=r"expects a ModelConfig, got a (str|RunConfig): pass load_config"):
             build_model(given)
 
 
 @pytest.mark.parametrize("build", [build_meta, build_model, account])
-def test_heads_that_do_not_divide_name_the_block_and_the_nearest(config_of, build):
+def test_indivisible_head_count_error_names_block_and_alternatives(config_of, build):
     block = {"mixer": {"kind": "retention", "n_heads": 3}, "ffn": None, "norm": {"kind": "layernorm"}}
     with pytest.raises(SeqmixError, match=r"mine.*3 heads.*n_heads = 2 or 4"):
         build(config_of("retention", blocks={"mine": block}, pattern=None))
@@ -70,7 +70,7 @@ def test_heads_that_do_not_divide_name_the_block_and_the_nearest(config_of, buil
         (RuntimeError("no such device"), False),
     ],
 )
-def test_out_of_memory_names_the_sizes_and_other_errors_stay(config_of, monkeypatch, error, out_of_memory):
+def test_out_of_memory_error_names_sizes_and_other_errors_pass_through(config_of, monkeypatch, error, out_of_memory):
     def fail(self, *, device):
         raise error
 
@@ -82,7 +82,7 @@ def test_out_of_memory_names_the_sizes_and_other_errors_stay(config_of, monkeypa
         build_model(config, dtype=torch.float64)
 
 
-def test_tied_embeddings_are_one_tensor(config_of):
+def test_tied_embeddings_share_one_tensor(config_of):
     for build in (build_meta, build_model):
         model = build(config_of("retention", tie_embeddings=True))
         assert model.head.weight is model.embedding.weight
@@ -94,14 +94,14 @@ def test_tied_embeddings_are_one_tensor(config_of):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_embedding_and_output_projection_start_as_the_paper_s(config_of, tied):
+def test_embedding_and_output_projection_start_with_paper_scale(config_of, tied):
     model = build_model(config_of("retention", d_model=64, vocab_size=2000, tie_embeddings=tied))
     for matrix in (model.embedding.weight, model.head.weight):
         assert matrix.std().item() == pytest.approx(64**-0.5, rel=0.02)
         assert matrix.mean().item() == pytest.approx(0, abs=0.002)
 
 
-def test_normal_init_is_one_law_for_all_matrices(config_of):
+def test_normal_init_draws_all_matrices_with_same_std(config_of):
     model = build_model(config_of("learnable retention", d_model=64, init={"kind": "normal", "std": 0.3}))
     matrices = {name: p for name, p in parameters(model).items() if p.ndim == 2}
     assert len(matrices) == 2 + 2 * 4

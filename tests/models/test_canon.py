@@ -1,4 +1,4 @@
-"""Canon layers of blocks: the formula written out, in every use of a model."""
+"""Canon layers of blocks match their explicit formula in every use of a model."""
 
 import math
 from itertools import pairwise
@@ -109,13 +109,13 @@ each_case = pytest.mark.parametrize(("canon", "mixers", "options"), CASES.values
 
 @each_case
 @pytest.mark.parametrize("paradigm", list(Paradigm))
-def test_a_model_is_its_layers_written_out(canon, mixers, options, paradigm):
+def test_model_matches_explicit_formula(canon, mixers, options, paradigm):
     model, x = model_of(canon, *mixers, **options), tokens()
     exactly(model(x, paradigm=paradigm).logits, by_hand(model, x))
 
 
 @each_case
-def test_gradients_are_those_of_the_formula_with_recomputed_activations_too(canon, mixers, options):
+def test_gradients_match_formula_with_and_without_checkpointing(canon, mixers, options):
     model, x = model_of(canon, *mixers, **options), tokens()
     above = torch.randn(2, 11, 257, dtype=torch.float64)
     expected = torch.autograd.grad(by_hand(model, x), list(model.parameters()), above)
@@ -125,7 +125,7 @@ def test_gradients_are_those_of_the_formula_with_recomputed_activations_too(cano
 
 
 @each_case
-def test_filters_of_zero_are_the_identity_and_the_last_tap_a_factor(canon, mixers, options):
+def test_zero_filters_are_identity_and_last_tap_scales_projections(canon, mixers, options):
     model, x = model_of(canon, *mixers, **options), tokens()
     plain = model_of((), *mixers, **options)
     plain.load_state_dict({name: p for name, p in model.state_dict().items() if ".canon." not in name})
@@ -152,7 +152,7 @@ def test_filters_of_zero_are_the_identity_and_the_last_tap_a_factor(canon, mixer
 
 
 @pytest.mark.parametrize("place", ["a", "c", "d"])
-def test_reach_is_three_tokens(place):
+def test_canon_layer_reaches_back_three_tokens(place):
     model = model_of((place,), "own")  # attention of a token to itself
     x = model.embed(tokens(9, 1)).detach().requires_grad_()
     y, _ = model.run_blocks(x)
@@ -170,7 +170,7 @@ def test_reach_is_three_tokens(place):
     options=st.sampled_from([{}, {"donate_state": True}]),
     grad=st.booleans(),
 )
-def test_pieces_are_the_whole(case, lengths, paradigms, max_length, options, grad):
+def test_segments_match_formula_on_whole_sequence(case, lengths, paradigms, max_length, options, grad):
     canon, mixers, fields = CASES[case]
     model, x = model_of(canon, *mixers, **fields), tokens(sum(lengths))
     state = model.init_state(2, max_length=max_length)
@@ -184,7 +184,7 @@ def test_pieces_are_the_whole(case, lengths, paradigms, max_length, options, gra
 
 
 @each_case
-def test_packed_documents_are_themselves_alone(canon, mixers, options):
+def test_packed_documents_match_separate_documents(canon, mixers, options):
     model, x = model_of(canon, *mixers, **options), tokens(14, 1)
     boundaries = torch.tensor([0, 5, 5, 6, 14])
     documents = [x[:, start:stop] for start, stop in pairwise(boundaries.tolist())]
@@ -214,7 +214,7 @@ def test_prefill_decoding_and_speculation_agree(case):
         assert torch.stack(list(steps), dim=1).tolist() == expected
 
 
-def test_a_prompt_cache_continues():
+def test_prompt_cache_continuations_match_full_pass():
     model, x = model_of(("a", "c", "d"), "attention", "retention"), tokens(9, 1)[0]
     cache = cache_tokens(model, [x[:6]])
     for _ in range(2):  # continuations do not change it
@@ -223,7 +223,7 @@ def test_a_prompt_cache_continues():
         exactly(logits, torch.cat([by_hand(model, x[None, :n])[:, -1] for n in (9, 8)]))
 
 
-def test_filters_are_convolutions_and_states_are_counted():
+def test_filters_have_convolution_role_and_are_counted_in_costs():
     config = config_of(("a", "c", "d"), "attention", "retention")
     plain = config_of((), "attention", "retention")
     model = build_model(config)
@@ -242,7 +242,7 @@ def test_filters_are_convolutions_and_states_are_counted():
     assert weight.std() > 0.2
 
 
-def test_streams_have_canon_layers_too():
+def test_canon_layers_work_with_hyper_connections():
     model, x = model_of(("a", "c"), "retention", residual={"kind": "hyper", "n_streams": 2}), tokens()
     whole = model(x, return_state=True)
     first = model(x[:, :4], return_state=True)
@@ -252,7 +252,7 @@ def test_streams_have_canon_layers_too():
 
 @NIGHTLY
 @pytest.mark.slow
-def test_compiled_blocks_and_compiled_decoding():
+def test_compiled_blocks_and_decoding_match_eager():
     model, x = model_of(("a", "c", "d"), "attention", dtype=torch.float32), tokens()
     expected = model(x).logits
     _, state = prefill(model, list(x), max_length=20)
@@ -273,17 +273,17 @@ def test_compiled_blocks_and_compiled_decoding():
         (("d",), {"ffn": {"kind": "moe", "expansion": 1.0, "n_experts": 2, "top_k": 1}}, "mlp or swiglu, got moe"),
     ],
 )
-def test_what_has_no_place_is_refused(canon, blocks, named):
+def test_invalid_canon_places_raise(canon, blocks, named):
     with pytest.raises((SeqmixError, ValidationError), match=named):
         build_model(config_of(canon, "retention", blocks=blocks))
 
 
-def test_experts_may_have_one_before_them():
+def test_canon_layer_may_precede_experts():
     blocks = {"ffn": {"kind": "moe", "expansion": 1.0, "n_experts": 2, "top_k": 1}}
     assert build_model(config_of(("c",), "retention", blocks=blocks))(tokens()).logits.isfinite().all()
 
 
-def test_a_state_of_another_model_is_refused():
+def test_state_from_model_without_canon_raises():
     other = model_of((), "retention")(tokens(), return_state=True).state
     with pytest.raises(ContractError, match=r"expects a CanonState, got a .*State"):
         model_of(("a",), "retention")(tokens(), other)

@@ -1,4 +1,4 @@
-"""Blocks compiled kind by kind: one graph per kind and use, and models that do not count against each other."""
+"""Compiled blocks: one graph per mixer kind and use, independent between models."""
 
 from copy import deepcopy
 
@@ -54,7 +54,7 @@ def run(model, batch_size=2, length=8):
 
 
 @pytest.mark.slow
-def test_nine_kinds_in_one_process_make_three_graphs_each(model_of):
+def test_nine_mixer_kinds_compile_three_graphs_each(model_of):
     model = model_of(*KINDS)
     expected = run(model)
     assert compile_blocks(model) == 9
@@ -66,7 +66,7 @@ def test_nine_kinds_in_one_process_make_three_graphs_each(model_of):
 
 
 @pytest.mark.slow
-def test_models_do_not_count_against_each_other(model_of):
+def test_second_model_does_not_recompile_the_first(model_of):
     first, second = model_of("retention"), model_of("retention")
     for model in (first, second):
         compile_blocks(model)
@@ -77,7 +77,7 @@ def test_models_do_not_count_against_each_other(model_of):
     assert graphs() == made == 6
 
 
-def test_names_and_hooks_stay(model_of):
+def test_compiling_keeps_parameter_names_and_hooks(model_of):
     model = model_of("retention", "attention")
     names, calls = list(model.state_dict()), []
     model.blocks[0].register_forward_hook(lambda *_: calls.append(1))
@@ -87,8 +87,8 @@ def test_names_and_hooks_stay(model_of):
     assert calls == [1]
 
 
-def test_a_copy_computes_with_its_own_parameters(model_of):
-    """Compiled code that was copied along would still hold the first model's blocks."""
+def test_copy_of_compiled_model_uses_its_own_parameters(model_of):
+    """Copied compiled code would still use the original model's blocks."""
     model = model_of("retention")
     compile_blocks(model)
     copy = deepcopy(model)
@@ -100,7 +100,7 @@ def test_a_copy_computes_with_its_own_parameters(model_of):
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_the_product_of_one_row_is_a_sum_that_a_compiler_fuses(monkeypatch, bias):
+def test_one_row_products_become_sums_before_inductor(monkeypatch, bias):
     given = []
 
     def inductor(graph, inputs):

@@ -1,4 +1,4 @@
-"""The configuration of a model: named blocks and the pattern that tiles them."""
+"""Model configurations: named blocks and the pattern that tiles them over the layers."""
 
 import pytest
 
@@ -14,14 +14,14 @@ from seqmix import ConfigError
         (("a", "b"), 2, ("a", "b")),
     ],
 )
-def test_the_pattern_is_tiled_over_the_layers(config_of, pattern, n_layers, layers):
+def test_pattern_is_tiled_over_layers(config_of, pattern, n_layers, layers):
     block = config_of("retention").blocks["block0"]
     config = config_of("retention", blocks={"a": block, "b": block}, pattern=pattern, n_layers=n_layers)
     assert config.pattern == tuple(pattern)
     assert config.layers == layers
 
 
-def test_one_block_needs_no_pattern(config_of):
+def test_single_block_needs_no_pattern(config_of):
     assert config_of("retention", pattern=None, n_layers=3).layers == ("block0",) * 3
 
 
@@ -35,7 +35,7 @@ def test_one_block_needs_no_pattern(config_of):
     ],
     ids=str,
 )
-def test_a_wrong_field_is_named(config_of, fields, words):
+def test_invalid_field_is_named_in_error(config_of, fields, words):
     with pytest.raises(ConfigError) as raised:
         config_of("retention", "attention", **fields)
     for word in (next(iter(fields)), *words.split()):

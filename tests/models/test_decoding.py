@@ -1,4 +1,4 @@
-"""Decoding token by token: compiled, in static buffers and captured, it gives what eager steps give."""
+"""Decoding in compiled steps, static buffers and captured graphs matches eager steps."""
 
 import sys
 from collections import Counter
@@ -43,7 +43,7 @@ def places(state):
 
 
 @pytest.mark.usefixtures("plainly_compiled")
-def test_compiled_steps_are_the_models_and_one_graph(model_of):
+def test_compiled_steps_match_model_with_one_graph(model_of):
     model = model_of("retention", "attention")
     _, state = prefill(model, PROMPTS, max_length=20)
     expected = eager(model, clone(state))
@@ -58,7 +58,7 @@ def test_compiled_steps_are_the_models_and_one_graph(model_of):
 
 
 @pytest.mark.usefixtures("plainly_compiled")
-def test_compiled_steps_write_their_state_in_its_place(model_of):
+def test_compiled_steps_update_state_in_place(model_of):
     model = model_of("retention", "gla", "delta_net")
     _, state = prefill(model, PROMPTS, max_length=20)
     expected, memories = eager(model, clone(state)), [layer.memory.data_ptr() for layer in state]
@@ -68,7 +68,7 @@ def test_compiled_steps_write_their_state_in_its_place(model_of):
 
 
 @pytest.mark.slow
-def test_a_compiled_step_makes_no_second_state(model_of):
+def test_compiled_step_allocates_no_second_state(model_of):
     model = model_of("retention")
     decoder = Decoder(model, model.init_state(2), compiled=True)
     _, (code,) = run_and_get_code(decoder.step, STEPS[0])
@@ -79,7 +79,7 @@ def test_a_compiled_step_makes_no_second_state(model_of):
 
 @torch.no_grad()
 @pytest.mark.usefixtures("plainly_compiled")
-def test_blocks_that_a_decoder_has_compiled_write_no_others_state(model_of):
+def test_blocks_compiled_by_decoder_do_not_write_callers_state(model_of):
     model = model_of("retention", "delta_net")
     compile_blocks(model)
     Decoder(model, model.init_state(2)).step(STEPS[0])
@@ -90,7 +90,7 @@ def test_blocks_that_a_decoder_has_compiled_write_no_others_state(model_of):
 
 
 @pytest.mark.usefixtures("plainly_compiled")
-def test_prefill_does_not_use_the_graphs_of_training(model_of):
+def test_prefill_does_not_use_training_graphs(model_of):
     model = model_of("retention")
     compile_blocks(model)
     for length in (3, 5, 8):
@@ -150,7 +150,7 @@ def captured(monkeypatch):
     return decoder_of
 
 
-def test_a_held_step_is_the_models_in_static_buffers(model_of, each_mixer, captured):
+def test_captured_step_matches_model_with_static_buffers(model_of, each_mixer, captured):
     model = model_of(*each_mixer)
     _, state = prefill(model, PROMPTS, max_length=20)
     expected = eager(model, clone(state))
@@ -165,7 +165,7 @@ def test_a_held_step_is_the_models_in_static_buffers(model_of, each_mixer, captu
     assert FakeGraph.made == 1
 
 
-def test_a_capture_copies_no_state_but_what_shares_memory(model_of):
+def test_capture_copies_only_state_that_shares_memory(model_of):
     model = model_of("retention", "gla")
     _, state = prefill(model, PROMPTS, max_length=20)
     assert places(module.StaticStep(module.decode_step, STEPS[0], state).state) == places(state)
@@ -176,7 +176,7 @@ def test_a_capture_copies_no_state_but_what_shares_memory(model_of):
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, len(STEPS)])
-def test_a_capture_needs_no_more_room_than_its_steps(model_of, captured, steps):
+def test_capture_needs_no_more_cache_room_than_its_steps(model_of, captured, steps):
     model = model_of("attention", "hyena", "retention")
     _, state = prefill(model, PROMPTS, max_length=3 + steps)  # full after the steps, of the longer prompt
     expected = eager(model, clone(state), steps)
@@ -185,7 +185,7 @@ def test_a_capture_needs_no_more_room_than_its_steps(model_of, captured, steps):
     assert FakeGraph.made == (steps > 1)
 
 
-def test_a_step_may_write_its_state_in_place_and_a_call_of_the_model_may_not(model_of, captured, monkeypatch):
+def test_only_captured_steps_may_write_state_in_place(model_of, captured, monkeypatch):
     allowed = []
 
     kernel = reference("decay", Paradigm.RECURRENT)
@@ -206,7 +206,7 @@ def test_a_step_may_write_its_state_in_place_and_a_call_of_the_model_may_not(mod
 
 
 @pytest.mark.parametrize(("mixer", "operations"), [("retention", 54), ("attention", 73)])
-def test_what_positions_and_constants_decide_is_formed_once_a_step(model_of, mixer, operations):
+def test_position_dependent_values_are_computed_once_per_step(model_of, mixer, operations):
     def seen(layers):
         model = model_of(mixer, n_layers=layers)
         _, state = prefill(model, PROMPTS, max_length=9)
@@ -221,7 +221,7 @@ def test_what_positions_and_constants_decide_is_formed_once_a_step(model_of, mix
     assert seen(1)["cos"]
 
 
-def test_what_constants_decide_is_formed_once_for_all_steps(model_of):
+def test_constants_are_computed_once_for_all_steps(model_of):
     model = model_of("retention")
     _, state = prefill(model, PROMPTS, max_length=9)
     decoder, formed, of_positions = Decoder(model, state), [], {"aten.cos.default"}
@@ -233,7 +233,7 @@ def test_what_constants_decide_is_formed_once_for_all_steps(model_of):
 
 
 @pytest.mark.parametrize(("mixer", "part"), [("hyena", "filters"), ("h3", "diagonal"), ("lightning", "log_decay")])
-def test_what_parameters_alone_decide_is_formed_once_for_all_steps(model_of, monkeypatch, mixer, part):
+def test_values_derived_from_parameters_are_computed_once_per_decoder(model_of, monkeypatch, mixer, part):
     model, formed = model_of(mixer, n_layers=2), []
     kind = type(model.blocks[0].mixer)
     form = getattr(kind, part)
@@ -249,7 +249,7 @@ def test_what_parameters_alone_decide_is_formed_once_for_all_steps(model_of, mon
     assert_close(decoded(Decoder(model, clone(state))), eager(model, state))
 
 
-def test_a_layer_of_a_step_is_a_limited_number_of_calls(model_of):
+def test_decode_step_makes_limited_number_of_calls_per_layer(model_of):
     def calls(layers):
         model = model_of("retention", n_layers=layers)
         _, state = prefill(model, PROMPTS, max_length=9)
@@ -265,7 +265,7 @@ def test_a_layer_of_a_step_is_a_limited_number_of_calls(model_of):
     assert calls(4) - calls(2) <= 2 * 390
 
 
-def test_a_growing_state_is_not_captured(model_of, captured):
+def test_growing_state_is_not_captured(model_of, captured):
     model = model_of("attention")
     _, state = prefill(model, PROMPTS)  # no max_length: caches grow
     expected = eager(model, clone(state))
@@ -283,7 +283,7 @@ def early(monkeypatch):
 
 @pytest.mark.parametrize(("tokens", "pays"), [(7, False), (8, True)])
 @pytest.mark.usefixtures("plainly_compiled", "early")
-def test_it_is_compiled_where_it_pays_once_tokens_have_come(model_of, tokens, pays):
+def test_generation_compiles_after_first_tokens_only_if_worthwhile(model_of, tokens, pays):
     model = model_of("retention", "attention")
     greedy = Sampling(temperature=0)
     expected = torch.stack(
@@ -298,7 +298,7 @@ def test_it_is_compiled_where_it_pays_once_tokens_have_come(model_of, tokens, pa
     assert graphs == [0, 0] + [pays] * (tokens - 2)
 
 
-def test_a_model_with_more_weights_is_compiled_for_fewer_tokens_of_one_text():
+def test_larger_model_is_compiled_for_fewer_tokens_of_single_text():
     small, large = (
         build_model(load_config("retnet-tiny", ["model.n_layers=1", f"model.blocks.ret.ffn.expansion={factor}"]).model)
         for factor in (2, 64)
@@ -309,12 +309,12 @@ def test_a_model_with_more_weights_is_compiled_for_fewer_tokens_of_one_text():
     assert compiled_after(large, 2, tokens) is None  # products of two rows are as fast in eager steps
 
 
-def test_nothing_is_compiled_by_default_on_other_devices_than_a_cpu():
+def test_nothing_is_compiled_by_default_off_the_cpu():
     assert compiled_after(build_meta(load_config("retnet-tiny").model), 1, 10**9) is None
 
 
 @pytest.mark.usefixtures("plainly_compiled", "early")
-def test_it_is_not_compiled_where_a_stop_string_may_end_it(model_of):
+def test_generation_with_stop_string_is_not_compiled(model_of):
     pieces = list(stream_text(model_of("retention"), ["ab"], max_new_tokens=8, stop=["\0" * 9]))
     assert pieces
     assert counters["stats"]["unique_graphs"] == 0
@@ -334,7 +334,7 @@ def no_compiler(monkeypatch):
 
 
 @pytest.mark.usefixtures("no_compiler", "early")
-def test_without_a_compiler_tokens_are_generated_uncompiled(model_of):
+def test_generation_without_compiler_falls_back_to_eager_with_warning(model_of):
     model, greedy = model_of("retention", "attention"), Sampling(temperature=0)
     expected = list(generate_tokens(model, PROMPTS, max_new_tokens=8, sampling=greedy, compiled=False))
     with pytest.warns(UserWarning, match="no working C"):

@@ -1,4 +1,4 @@
-"""Generation: prefill and decode choose what a full forward pass over the same text would; sampling; streaming."""
+"""Generation: prefill and decoding match a full forward pass; sampling; streaming."""
 
 import itertools
 import math
@@ -30,7 +30,7 @@ def generated(model, given, count=6, sampling=GREEDY, **options):
     return torch.stack(list(generate_tokens(model, given, max_new_tokens=count, sampling=sampling, **options)), dim=1)
 
 
-def test_prefill_gives_the_logits_and_state_after_every_prompt(model_of, each_mixer):
+def test_prefill_returns_logits_and_state_after_every_prompt(model_of, each_mixer):
     model = model_of(*each_mixer)
     logits, state = prefill(model, prompts(), max_length=20)
     assert not any(leaf.requires_grad for leaf in tree_leaves((logits, state)))
@@ -42,7 +42,7 @@ def test_prefill_gives_the_logits_and_state_after_every_prompt(model_of, each_mi
         assert_close(following[i], whole[len(prompt) :], rtol=1e-9, atol=1e-9)
 
 
-def test_prefill_is_chunkwise_and_decoding_recurrent(model_of):
+def test_prefill_runs_chunkwise_and_decoding_recurrent(model_of):
     model, calls = model_of("retention", "attention"), []
     model.register_forward_pre_hook(
         lambda module, args, kwargs: calls.append((args[0].shape, kwargs["paradigm"])), with_kwargs=True
@@ -72,13 +72,13 @@ def restrict(model, **traits):
     ],
     ids=str,
 )
-def test_a_mixer_that_declares_less_generates_the_same(model_of, mixer, traits):
+def test_mixer_with_fewer_declared_traits_generates_same_tokens(model_of, mixer, traits):
     expected = generated(model_of(mixer), prompts())
     assert torch.equal(generated(restrict(model_of(mixer), **traits), prompts()), expected)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_no_more_tokens_are_computed_than_asked_for(model_of, count):
+def test_model_is_called_once_per_requested_token(model_of, count):
     model, calls = model_of("retention").train(), []
     model.register_forward_hook(lambda *_: calls.append(1))
     assert len(list(generate_tokens(model, prompts(), max_new_tokens=count, sampling=GREEDY))) == count
@@ -87,18 +87,18 @@ def test_no_more_tokens_are_computed_than_asked_for(model_of, count):
 
 
 @pytest.mark.parametrize("count", [0, -1])
-def test_no_tokens_at_all_are_refused(model_of, count):
+def test_invalid_max_new_tokens_raises(model_of, count):
     with pytest.raises(SeqmixError, match=f"max_new_tokens .* {count}"):
         generated(model_of("retention"), prompts(), count=count)
 
 
 @pytest.mark.parametrize("given", [[], [torch.tensor([], dtype=torch.int64)], [torch.tensor([1]), torch.tensor([])]])
-def test_a_prompt_without_tokens_is_refused(model_of, given):
+def test_prompt_without_tokens_raises(model_of, given):
     with pytest.raises(SeqmixError, match="prompt"):
         generated(model_of("retention"), given)
 
 
-def test_tokens_above_the_vocabulary_are_never_chosen(model_of):
+def test_tokens_above_vocab_size_are_never_chosen(model_of):
     model = model_of("retention")
     assert generated(model, prompts(), count=30).max() >= 10
     assert generated(model, prompts(), count=30, vocab_size=10).max() < 10
@@ -120,7 +120,7 @@ def drawn(logits, sampling, count=4000, seed=0):
     return Counter(chosen.tolist())
 
 
-def test_temperature_0_takes_the_most_probable():
+def test_temperature_0_takes_most_probable_token():
     logits = torch.tensor([[0.0, 3.0, 1.0], [5.0, 4.0, 4.9]])
     assert sample(logits, GREEDY).tolist() == [1, 0]
     for temperature in (1e-3, 1e6):  # the extremes still choose
@@ -147,11 +147,11 @@ FOUR = (0.2, 0.3, 0.1, 0.4)
     ],
     ids=str,
 )
-def test_top_k_and_top_p_leave_the_most_probable(probabilities, fields, support):
+def test_top_k_and_top_p_keep_most_probable_tokens(probabilities, fields, support):
     assert set(drawn(logits_of(*probabilities), Sampling(**fields))) == support
 
 
-def test_rows_have_their_own_nucleus_and_one_that_is_reached_exactly_takes_no_more():
+def test_top_p_applies_per_row_and_stops_when_reached_exactly():
     assert len(drawn(torch.zeros(1, 4), Sampling(top_p=0.5))) == 2
     logits = torch.cat([logits_of(0.9, 0.04, 0.03, 0.03), logits_of(0.02, 0.32, 0.33, 0.33)]).repeat(2000, 1)
     chosen = sample(logits, Sampling(top_p=0.9), torch.Generator().manual_seed(0))
@@ -160,7 +160,7 @@ def test_rows_have_their_own_nucleus_and_one_that_is_reached_exactly_takes_no_mo
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_tokens_come_as_often_as_their_probabilities_say(temperature):
+def test_token_frequencies_match_probabilities(temperature):
     shares, count = torch.tensor([0.5, 0.3, 0.15, 0.05]), 20_000
     expected = shares ** (1 / temperature) / (shares ** (1 / temperature)).sum()
     found = drawn(logits_of(*shares.tolist()), Sampling(temperature=temperature), count)
@@ -169,7 +169,7 @@ def test_tokens_come_as_often_as_their_probabilities_say(temperature):
         assert found[token] / count == pytest.approx(share, abs=4 * deviation)
 
 
-def test_tokens_are_a_function_of_the_seed(model_of):
+def test_sampled_tokens_depend_only_on_seed(model_of):
     model = model_of("retention")
     torch.manual_seed(1)
     first = generated(model, prompts(), sampling=Sampling(seed=7))
@@ -189,7 +189,7 @@ def test_tokens_are_a_function_of_the_seed(model_of):
         ("top_p", [0.0, 1.1, math.nan], "0 1"),
     ],
 )
-def test_a_value_out_of_its_range_is_named_with_the_range(field, values, words):
+def test_out_of_range_sampling_value_is_named_with_its_range(field, values, words):
     for value in values:
         with pytest.raises(SeqmixError) as raised:
             Sampling(**{field: value})
@@ -238,12 +238,12 @@ def streamed(*prompts: str, **options) -> list[list[str]]:
         ("aEN", ["END"], ["a", "", "", "EN"]),
     ],
 )
-def test_text_is_streamed_as_soon_as_it_is_certain(script, text, stop, pieces):
+def test_text_is_streamed_as_soon_as_possible(script, text, stop, pieces):
     script(text)
     assert streamed(stop=stop) == [pieces]
 
 
-def test_generation_ends_when_all_texts_have(script):
+def test_generation_ends_when_all_texts_have_ended(script):
     steps = script("one END and more", "longer END and more")
     assert ["".join(parts) for parts in streamed("x", "y", stop=["END"])] == ["one ", "longer "]
     assert len(steps) == len("longer END")
@@ -266,7 +266,7 @@ def first_stop(text: str, stop: list[str]) -> str:
 @example("ab", ["b", "ab"])  # both are there with the same byte: before the first of them
 @example("ba€b", ["€b", "é"])
 @example("aab\n\nb", ["\n\n", ""])
-def test_streaming_with_stop_strings_is_cutting_the_whole_text(text, stop):
+def test_streamed_text_with_stop_strings_matches_cut_whole_text(text, stop):
     piecewise = seqmix.models.generate._Text(ByteTokenizer().decoder(), tuple(stop))
     pieces = [piecewise.add(byte) for byte in text.encode()]
     expected = first_stop(text, stop)
@@ -275,7 +275,7 @@ def test_streaming_with_stop_strings_is_cutting_the_whole_text(text, stop):
     assert "".join(pieces) + piecewise.add(None) == expected
 
 
-def test_whole_texts_are_the_pieces_joined(model_of):
+def test_generated_texts_equal_joined_stream_pieces(model_of):
     model = model_of("retention", "attention")
     options = {"max_new_tokens": 20, "sampling": Sampling(seed=3)}
     pieces = list(stream_text(model, ["ab", "Wörter"], **options))
@@ -294,19 +294,19 @@ def test_whole_texts_are_the_pieces_joined(model_of):
         (["def "], {"stop": "END"}, "stop ['END']"),
     ],
 )
-def test_texts_that_cannot_be_continued_are_refused(model_of, texts, options, words):
+def test_invalid_prompts_or_stop_strings_raise(model_of, texts, options, words):
     with pytest.raises(SeqmixError) as raised:
         generate_text(model_of("retention"), texts, **options)
     assert all(word in str(raised.value) for word in words.split(" ", 1))
 
 
-def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(model_of):
+def test_vocabulary_smaller_than_tokenizer_raises(model_of):
     with pytest.raises(SeqmixError, match=r"257.*100"):
         generate_text(model_of("retention", vocab_size=100), ["a"])
 
 
 @pytest.mark.parametrize("temperature", [0, 1])
-def test_a_model_that_has_diverged_is_refused(model_of, temperature):
+def test_model_with_nan_logits_raises(model_of, temperature):
     model = model_of("retention")
     model.embedding.weight.data[256] = math.nan
     with pytest.raises(SeqmixError, match="finite"):

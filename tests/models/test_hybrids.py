@@ -1,4 +1,4 @@
-"""Two built-in mixers make a model that trains, resumes to the bit, and decodes: any two in the nightly profile."""
+"""Hybrids of two built-in mixers train, resume bitwise and decode; the nightly profile covers all pairs."""
 
 import json
 import shutil
@@ -37,7 +37,7 @@ def block(kind):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("pair", PAIRS, ids="+".join)
-def test_two_mixers_train_resume_and_decode(pair, text, tmp_path):
+def test_hybrid_of_two_mixers_trains_resumes_and_decodes(pair, text, tmp_path):
     blocks = json.dumps({f"block{i}": block(kind) for i, kind in enumerate(pair)})
     overrides = (*SMALL, f"data.paths=[{text}]", f"model.blocks={blocks}", "model.pattern=[block0, block1]")
     config = load_config("retnet-tiny", overrides)

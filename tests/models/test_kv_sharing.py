@@ -1,4 +1,4 @@
-"""Layers that read the keys and values of an earlier layer: the formula written out, in every use of a model."""
+"""Layers that read keys and values of an earlier layer match the explicit formula in every use of a model."""
 
 import math
 from itertools import pairwise
@@ -118,7 +118,7 @@ def all_of(model, paradigm):
 each_case = pytest.mark.parametrize(("pattern", "sharing"), CASES.values(), ids=CASES)
 
 
-def test_sources_are_the_last_earlier_layer_of_the_block_or_the_first_of_the_group():
+def test_kv_sources_follow_sharing_scheme():
     assert config_of(*CASES["gemma"]).kv_sources == (None, None, 0, 1)
     assert config_of(*CASES["yoco"]).kv_sources == (None, None, 1, 1)
     assert config_of(*CASES["cla"]).kv_sources == (None, None, 0, 1, None)
@@ -128,13 +128,13 @@ def test_sources_are_the_last_earlier_layer_of_the_block_or_the_first_of_the_gro
 
 @each_case
 @pytest.mark.parametrize("paradigm", list(Paradigm))
-def test_a_model_is_its_layers_written_out(pattern, sharing, paradigm):
+def test_model_matches_explicit_formula(pattern, sharing, paradigm):
     model, x = model_of(pattern, sharing), tokens()
     exactly(model(x, paradigm=all_of(model, paradigm)).logits, by_hand(model, x))
 
 
 @each_case
-def test_gradients_are_those_of_the_formula_with_recomputed_activations_too(pattern, sharing):
+def test_gradients_match_formula_with_and_without_checkpointing(pattern, sharing):
     model, x = model_of(pattern, sharing), tokens()
     above = torch.randn(2, 11, 257, dtype=torch.float64)
     expected = torch.autograd.grad(by_hand(model, x), list(model.parameters()), above)
@@ -152,7 +152,7 @@ def test_gradients_are_those_of_the_formula_with_recomputed_activations_too(patt
     options=st.sampled_from([{}, {"donate_state": True}]),
     grad=st.booleans(),
 )
-def test_pieces_are_the_whole_however_the_cache_is_kept(case, lengths, paradigms, max_length, options, grad):
+def test_segments_match_whole_sequence_for_any_cache_layout(case, lengths, paradigms, max_length, options, grad):
     model, x = model_of(*CASES[case]), tokens(sum(lengths))
     whole = by_hand(model, x)
     state = model.init_state(2, max_length=max_length)
@@ -167,7 +167,7 @@ def test_pieces_are_the_whole_however_the_cache_is_kept(case, lengths, paradigms
 
 @each_case
 @pytest.mark.parametrize("paradigm", list(Paradigm))
-def test_packed_documents_are_themselves_alone(pattern, sharing, paradigm):
+def test_packed_documents_match_separate_documents(pattern, sharing, paradigm):
     model, x = model_of(pattern, sharing), tokens(14, 1)
     boundaries = [0, 5, 5, 6, 14]
     documents = [x[:, start:stop] for start, stop in pairwise(boundaries)]
@@ -178,7 +178,7 @@ def test_packed_documents_are_themselves_alone(pattern, sharing, paradigm):
 
 
 @each_case
-def test_gradients_reach_the_state_before_the_segment(pattern, sharing):
+def test_gradients_flow_through_previous_state(pattern, sharing):
     model, x = model_of(pattern, sharing), tokens()
     parameters = list(model.parameters())
     above = torch.randn(2, 6, 257, dtype=torch.float64)
@@ -189,7 +189,7 @@ def test_gradients_reach_the_state_before_the_segment(pattern, sharing):
 
 
 @each_case
-def test_a_layer_that_reads_has_no_keys_and_counts_no_bytes_twice(pattern, sharing):
+def test_reader_layer_has_no_keys_and_counts_no_state_twice(pattern, sharing):
     config = config_of(pattern, sharing)
     plain = config.model_copy(update={"kv_sharing": None})
     shared, own = (account(each, length=32) for each in (config, plain))
@@ -216,7 +216,7 @@ def test_a_layer_that_reads_has_no_keys_and_counts_no_bytes_twice(pattern, shari
 @pytest.mark.parametrize("positions", ["rope", "none"])
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("qk_norm", ["none", "rms", "rms_all_heads"])
-def test_a_reader_with_the_weights_of_its_source_is_the_layer_itself(window, positions, qk_norm):
+def test_reader_with_source_weights_matches_its_source(window, positions, qk_norm):
     fields = {"window": window, "positions": positions, "qk_norm": qk_norm, "differential": True, "gate": "sigmoid"}
     config = AttentionConfig(**ATTENTION | fields | {"exclusive": "full", "sinks": True})
     source, reader = (config.build(16, layer_idx=i, n_layers=2).double() for i in range(2))
@@ -239,7 +239,7 @@ def test_a_reader_with_the_weights_of_its_source_is_the_layer_itself(window, pos
         assert torch.equal(states[0].length, states[1].length)
 
 
-def test_going_back_is_never_having_read():
+def test_rollback_matches_state_without_removed_tokens():
     model, x = model_of(*CASES["gemma"]), tokens()
     before = model(x[:, :4], return_state=True).state
     back = torch.tensor([2, 3])
@@ -263,7 +263,7 @@ def test_going_back_is_never_having_read():
         model.blocks[2].mixer.rollback(middle, before[2], after[2], 5)
 
 
-def test_resized_and_detached_states_go_on():
+def test_resized_and_detached_states_continue():
     model, x = model_of(*CASES["gemma"]), tokens()
     state = model.resize_state(detach(model(x[:, :7], return_state=True).state), 20)
     assert isinstance(state[2], ReaderState)
@@ -291,7 +291,7 @@ def test_prefill_decoding_and_speculation_agree(pattern, sharing):
         assert torch.stack(list(steps), dim=1).tolist() == expected
 
 
-def test_a_prompt_cache_continues():
+def test_prompt_cache_continuations_match_full_pass():
     model, x = model_of(*CASES["gemma"]), tokens(9, 1)[0]
     cache = cache_tokens(model, [x[:6]])
     for _ in range(2):  # continuations do not change it
@@ -300,7 +300,7 @@ def test_a_prompt_cache_continues():
         exactly(logits, torch.cat([by_hand(model, x[None, :n])[:, -1] for n in (9, 8)]))
 
 
-def test_autocast_reads_what_the_source_returns():
+def test_autocast_output_stays_close_to_formula():
     model, x = model_of(*CASES["gemma"], dtype=torch.float32), tokens()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         whole = model(x, return_state=True)
@@ -311,7 +311,7 @@ def test_autocast_reads_what_the_source_returns():
 
 
 @pytest.mark.slow
-def test_compiled_blocks_and_compiled_decoding():
+def test_compiled_blocks_and_decoding_match_eager():
     model, x = model_of(*CASES["gemma"], dtype=torch.float32), tokens()
     expected = model(x).logits
     _, state = prefill(model, list(x), max_length=20)
@@ -324,7 +324,7 @@ def test_compiled_blocks_and_compiled_decoding():
     torch.testing.assert_close(model(x).logits, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_weights_and_states_of_every_layer_are_shown():
+def test_look_shows_maps_of_all_layers_and_states_of_sources():
     model = model_of(*CASES["gemma"])
     views = look(model, tokens(9, 1))
     assert [len(view.reach) for view in views] == [4] * 4
@@ -332,7 +332,7 @@ def test_weights_and_states_of_every_layer_are_shown():
     torch.testing.assert_close(views[2].maps.sum(-1), torch.ones_like(views[2].maps[..., 0]))
 
 
-def test_mixers_that_depend_on_each_other_are_not_swapped_or_written_for_others():
+def test_swapping_or_converting_sharing_mixers_raises():
     config = config_of(("full", "full"), {"kind": "last", "layers": 1})
     with pytest.raises(SeqmixError, match="kv_sharing cannot be swapped"):
         student_of(config, {0: AttentionConfig(n_heads=2)})
@@ -341,7 +341,7 @@ def test_mixers_that_depend_on_each_other_are_not_swapped_or_written_for_others(
         architecture_of("llama").fields(config.model_copy(update={"blocks": blocks}))
 
 
-def test_widths_scale_as_muP_says_in_layers_that_read():
+def test_mup_scales_widths_of_reader_layers():
     scaled = config_of(("full", "full"), {"kind": "last", "layers": 1}).model_dump()
     scaled |= {"parametrization": {"kind": "mup", "base_width": 8}, "d_model": 16}
     model = build_model(ModelConfig.model_validate(scaled))
@@ -349,7 +349,7 @@ def test_widths_scale_as_muP_says_in_layers_that_read():
     assert [block.mixer.score_factor for block in model.blocks] == [0.5**0.5] * 2
 
 
-def test_text_is_generated():
+def test_model_generates_text():
     assert len(generate_text(model_of(*CASES["yoco"], dtype=torch.float32), ["ab", "c"], max_new_tokens=5)) == 2
 
 
@@ -366,25 +366,25 @@ def test_text_is_generated():
         (("full", "full"), {"kind": "first", "layers": 1}, {}, "kind"),
     ],
 )
-def test_what_cannot_be_shared_is_refused(pattern, sharing, fields, named):
+def test_invalid_sharing_settings_raise(pattern, sharing, fields, named):
     with pytest.raises((SeqmixError, ValidationError), match=named):
         config_of(pattern, sharing, **fields)
 
 
-def test_layers_that_share_all_parameters_are_refused():
+def test_sharing_with_shared_blocks_raises():
     config = config_of(("full", "full"), None).model_dump()
     config["blocks"]["full"]["shared"] = True
     with pytest.raises(ValidationError, match="shared = true with block full"):
         ModelConfig.model_validate(config | {"kv_sharing": {"kind": "last", "layers": 1}})
 
 
-def test_layers_that_read_take_no_value_embeddings():
+def test_value_embeddings_in_reader_layers_raise():
     config = config_of(("full", "full"), {"kind": "last", "layers": 1}).model_dump()
     with pytest.raises(ValidationError, match="layer 1, which by kv_sharing has no values"):
         ModelConfig.model_validate(config | {"value_embeddings": {"every": 1, "gate_channels": 4}})
 
 
-def test_what_is_not_declared_is_refused():
+def test_shared_kv_without_declaration_raises():
     alone = AttentionConfig(n_heads=2).build(16, layer_idx=0, n_layers=1)
     x = torch.randn(1, 3, 16)
     _, _, kv = alone(x, return_kv=True)

@@ -1,4 +1,4 @@
-"""A whole model: its layers, their paradigms, and what it computes on demand."""
+"""The whole language model: its layers, their paradigms, and optional computations."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def same_state(actual, expected):
         exactly(leaf, to_dict(expected)[name])
 
 
-def test_the_logits_are_the_layers_between_embedding_and_head(model_of):
+def test_logits_match_layer_by_layer_computation(model_of):
     model, x = model_of(*HYBRID, n_layers=5), tokens()
     assert [block.mixer.kind for block in model.blocks] == [*HYBRID, *HYBRID[:2]]
     hidden = F.embedding(x, model.embedding.weight)
@@ -40,7 +40,7 @@ def test_the_logits_are_the_layers_between_embedding_and_head(model_of):
     exactly(model(x).logits, model.norm(hidden) @ model.head.weight.T)
 
 
-def test_embeddings_are_scaled_and_normed_and_logits_capped(model_of):
+def test_embeddings_are_scaled_and_normalised_and_logits_softcapped(model_of):
     model, x = model_of("retention"), tokens(batch_size=2)
     fields = {"embedding_scale": 3.0, "logit_softcap": 0.7, "embedding_norm": {"kind": "layernorm", "bias": True}}
     changed = build_model(ModelConfig.model_validate(model.config.model_dump() | fields)).double()
@@ -62,7 +62,7 @@ def test_embeddings_are_scaled_and_normed_and_logits_capped(model_of):
     exactly(changed(x, targets=targets, select=selected).logits, logits.flatten(0, 1)[selected])
 
 
-def test_each_layer_has_its_own_paradigm(model_of):
+def test_each_layer_runs_its_own_paradigm(model_of):
     model, seen = model_of("retention", "attention"), []
     for block in model.blocks:
         block.mixer.register_forward_pre_hook(
@@ -74,7 +74,7 @@ def test_each_layer_has_its_own_paradigm(model_of):
     assert seen == [Paradigm.RECURRENT, Paradigm.CHUNKWISE, Paradigm.PARALLEL, Paradigm.PARALLEL, None, None]
 
 
-def test_the_first_declared_paradigm_is_preferred(model_of):
+def test_first_declared_paradigm_is_preferred(model_of):
     model = model_of("retention", "attention", n_layers=3)
     model.blocks[1].mixer.traits = PARALLEL_ONLY
     assert model.prefer(Paradigm.CHUNKWISE, Paradigm.RECURRENT) == (
@@ -84,8 +84,8 @@ def test_the_first_declared_paradigm_is_preferred(model_of):
     )
 
 
-def test_a_paradigm_that_takes_no_state_is_used_for_prompts_alone(model_of, monkeypatch):
-    """And what cannot be compiled is refused before anything is."""
+def test_stateless_paradigm_is_used_only_for_initial_prompt(model_of, monkeypatch):
+    """Compiling such a model raises."""
     model, x = model_of("unusual:NoStateConfig"), tokens()
     wanted = model(x).logits
     used = []
@@ -99,7 +99,7 @@ def test_a_paradigm_that_takes_no_state_is_used_for_prompts_alone(model_of, monk
         compile_blocks(model)
 
 
-def test_a_state_or_paradigms_of_another_number_of_layers_are_refused(model_of):
+def test_state_or_paradigms_with_wrong_layer_count_raise(model_of):
     model = model_of("retention", "attention")
     with pytest.raises(ContractError, match=r"paradigm .*2 layers, got 3"):
         model(tokens(), paradigm=(Paradigm.PARALLEL,) * 3)
@@ -108,12 +108,12 @@ def test_a_state_or_paradigms_of_another_number_of_layers_are_refused(model_of):
 
 
 @pytest.mark.parametrize("token", [-1, 257])
-def test_a_token_that_is_not_in_the_vocabulary_is_refused(model_of, token):
+def test_token_outside_vocabulary_raises(model_of, token):
     with pytest.raises(SeqmixError, match=rf"from 0 to 256, got {min(token, 3)} to {max(token, 3)}"):
         model_of("retention")(torch.tensor([[3, token]]))
 
 
-def test_only_the_selected_logits_are_computed(model_of):
+def test_only_selected_logits_are_computed(model_of):
     model, x = model_of("retention"), tokens(batch_size=2)
     rows = torch.tensor([LENGTH + 3, 0, 5])
     widths = []
@@ -123,7 +123,7 @@ def test_only_the_selected_logits_are_computed(model_of):
     same_state(model(x, return_state=True, select=rows).state, model(x, return_state=True).state)
 
 
-def test_dropout_thins_the_embedding_in_training_alone(model_of):
+def test_dropout_applies_to_embedding_only_in_training(model_of):
     model, plain, x = model_of("retention", dropout=0.5), model_of("retention"), tokens(64, batch_size=8)
     assert torch.equal(model(x).logits, plain(x).logits)
     seen = []
@@ -153,7 +153,7 @@ def of_a_step(model, *, seed=0):
     return loss.detach(), {name: p.grad for name, p in model.named_parameters()}, size
 
 
-def test_activation_checkpointing_may_keep_the_results_of_linear_layers(model_of):
+def test_checkpointing_matmuls_skips_recomputing_linear_layers(model_of):
     model = model_of("retention", "attention", n_layers=2).train()
     loss, gradients, _ = of_a_step(model)
     products = []
@@ -170,7 +170,7 @@ def test_activation_checkpointing_may_keep_the_results_of_linear_layers(model_of
 
 
 @pytest.mark.parametrize(("kinds", "compiled"), [(HYBRID, False), (("retention",), True)])
-def test_activation_checkpointing_saves_the_inputs_of_blocks_and_changes_nothing(model_of, kinds, compiled):
+def test_checkpointing_saves_only_block_inputs_and_keeps_gradients(model_of, kinds, compiled):
     model = model_of(*kinds, n_layers=6, dropout=0.1).train()
     for block in model.blocks:
         block.dropout.p = 0.1

@@ -1,4 +1,4 @@
-"""Linear layers by oneDNN and by the native kernel: the results and gradients of torch's own."""
+"""Linear layers by oneDNN and the native kernel match torch's results and gradients."""
 
 import pickle
 from copy import deepcopy
@@ -61,7 +61,7 @@ LAYOUTS = {
     layouts=st.tuples(st.sampled_from(sorted(LAYOUTS)), st.sampled_from(sorted(LAYOUTS))),
     bias=st.booleans(),
 )
-def test_results_and_gradients_are_those_of_torch(rows, width, outputs, layouts, bias):
+def test_results_and_gradients_match_torch(rows, width, outputs, layouts, bias):
     x, weight = random(*rows, width), random(outputs, width, seed=1)
     added = random(outputs, seed=2) if bias else None
     given = [tensor for tensor in (x, weight, added) if tensor is not None]
@@ -78,13 +78,13 @@ def test_results_and_gradients_are_those_of_torch(rows, width, outputs, layouts,
     assert results[0][0].is_contiguous()
 
 
-def test_the_op_passes_opcheck():
+def test_onednn_linear_passes_opcheck():
     for x in (random(2, 5, 8), random(5, 8), random(8, 5).detach().T):
         torch.library.opcheck(onednn_linear, (x, random(3, 8, seed=1)))
 
 
 @pytest.mark.parametrize("shape", [(5, 8), (8,)])
-def test_gradients_have_gradients(shape):
+def test_second_order_gradients_match_torch(shape):
     x, weight = random(*shape), random(3, 8, seed=1)
     results = []
     for function in (linear, F.linear):
@@ -102,7 +102,7 @@ def by_both(monkeypatch, function):
     return results
 
 
-def test_functions_transform_as_those_by_both(monkeypatch):
+def test_function_transforms_match_torch(monkeypatch):
     x, weight = random(5, 8, requires_grad=False), random(3, 8, seed=1, requires_grad=False)
 
     def loss(weight, x):
@@ -119,7 +119,7 @@ def test_functions_transform_as_those_by_both(monkeypatch):
 
 
 @pytest.mark.parametrize("create_graph", [False, True])
-def test_a_tangent_after_a_layer_reaches_its_gradient(monkeypatch, create_graph):
+def test_forward_mode_tangent_of_later_layer_reaches_gradient(monkeypatch, create_graph):
     x, first, last = random(5, 8, requires_grad=False), random(6, 8, seed=1), random(3, 6, seed=2)
 
     def gradient():
@@ -132,7 +132,7 @@ def test_a_tangent_after_a_layer_reaches_its_gradient(monkeypatch, create_graph)
     assert_close(*by_both(monkeypatch, gradient))
 
 
-def test_operands_may_overlap():
+def test_operands_may_have_overlapping_memory():
     rows = torch.arange(12.0).unfold(0, 8, 2)
     weight = random(3, 8, requires_grad=False)
     assert_close(onednn_linear(weight, rows), weight @ rows.T)
@@ -142,14 +142,14 @@ def test_operands_may_overlap():
 
 
 @pytest.mark.parametrize("in_dims", [(0, None), (1, None), (None, 0), (0, 2)])
-def test_batches_of_calls_are_one(in_dims):
+def test_vmap_matches_torch(in_dims):
     x = random(*((4, 5, 8), (5, 4, 8), (5, 8))[in_dims[0] if in_dims[0] is not None else 2], requires_grad=False)
     weight = random(*{None: (3, 8), 0: (4, 3, 8), 2: (3, 8, 4)}[in_dims[1]], seed=1, requires_grad=False)
     ours, theirs = (torch.vmap(function, in_dims)(x, weight) for function in (onednn_linear, F.linear))
     assert_close(ours, theirs)
 
 
-def test_operations_are_counted():
+def test_flop_counter_counts_forward_and_backward():
     use_fast_linear(nn.Linear(8, 3))  # as any model that has such layers
     counts = []
     for function in (linear, F.linear):
@@ -167,7 +167,7 @@ class Quantised(torch.Tensor):
         return "its own" if func is F.linear else super().__torch_function__(func, types, args, kwargs or {})
 
 
-def test_what_is_not_for_onednn_stays_with_torch(monkeypatch):
+def test_unsupported_operands_fall_back_from_onednn(monkeypatch):
     monkeypatch.setattr(module, "MIN_MULTIPLICATIONS", 5 * 8 * 3)
     x, weight = random(5, 8), random(3, 8, seed=1)
     assert asked(lambda: linear(x, weight)) == 1
@@ -185,7 +185,7 @@ def test_what_is_not_for_onednn_stays_with_torch(monkeypatch):
         assert_close(forward_ad.unpack_dual(output).tangent, torch.ones_like(x) @ weight.T)
 
 
-def test_a_switch_of_torch_turns_it_off(monkeypatch):
+def test_disabling_mkldnn_in_torch_disables_onednn_products(monkeypatch):
     asked_of = []
 
     def product(*args):
@@ -201,7 +201,7 @@ def test_a_switch_of_torch_turns_it_off(monkeypatch):
     assert len(asked_of) == 1
 
 
-def test_models_have_the_fastest_layers_and_stay_what_they_are(config_of):
+def test_built_models_use_fast_linear_and_can_be_copied_and_pickled(config_of):
     built, tokens = build_model(config_of("retention", "mamba2")), torch.arange(12).view(2, 6)
     layers = [layer for layer in built.modules() if isinstance(layer, nn.Linear)]
     assert len(layers) > 4
@@ -213,7 +213,7 @@ def test_models_have_the_fastest_layers_and_stay_what_they_are(config_of):
         assert [type(m) for m in copy.modules()] == [type(m) for m in built.modules()]
 
 
-def test_one_graph_serves_every_number_of_tokens():
+def test_one_dynamic_graph_serves_every_token_count():
     layer = nn.Sequential(Linear(8, 6), nn.SiLU(), Linear(6, 4, bias=False))
     graphs = []
 
@@ -257,7 +257,7 @@ def native(monkeypatch):
     bias=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )
-def test_few_rows_are_multiplied_natively(native, rows, width, outputs, layout, bias, dtype):
+def test_products_of_few_rows_use_native_kernel(native, rows, width, outputs, layout, bias, dtype):
     x = LAYOUTS[layout](random(*rows, width, dtype=dtype, requires_grad=False))
     weight = random(outputs, width, seed=1, dtype=dtype, requires_grad=False)
     added = random(outputs, seed=2, dtype=dtype, requires_grad=False) if bias else None
@@ -270,7 +270,7 @@ def test_few_rows_are_multiplied_natively(native, rows, width, outputs, layout, 
     assert (y - exact).norm() <= {torch.float32: 1e-6, torch.bfloat16: 6e-3}[dtype] * (1 + exact.norm())
 
 
-def test_what_the_native_kernel_cannot_follow_stays_with_torch(native, monkeypatch):
+def test_unsupported_products_bypass_native_kernel(native, monkeypatch):
     x, weight = random(2, 8, requires_grad=False), random(3, 8, seed=1, requires_grad=False)
     linear(x, weight)
     assert len(native) == 1
@@ -292,7 +292,7 @@ def test_what_the_native_kernel_cannot_follow_stays_with_torch(native, monkeypat
 
 @pytest.mark.slow
 @pytest.mark.skipif(build.failure("linear") is not None, reason="native kernels need a compiler")
-def test_products_of_a_few_rows_take_the_native_kernel_in_a_compiled_call(monkeypatch):
+def test_compiled_call_uses_native_kernel_for_few_rows(monkeypatch):
     monkeypatch.setattr(module, "USE_ONEDNN", False)
     model = build_model(load_config("retnet-tiny", ["model.n_layers=1", "model.d_model=256"]).model).eval()
     tokens = torch.arange(8)[None]

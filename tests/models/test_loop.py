@@ -1,4 +1,4 @@
-"""Loops: iterations of shared blocks against the same layers written out."""
+"""Loops over shared blocks match the same layers written out."""
 
 from typing import Any
 
@@ -44,7 +44,7 @@ def gradients(model):
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-def test_iterations_are_the_layers_written_out():
+def test_iterations_match_explicit_layers():
     model = build(LOOP)
     x = start = model.embedding.weight[tokens()]
     for layer, block in enumerate(model.blocks):
@@ -57,14 +57,14 @@ def test_iterations_are_the_layers_written_out():
     assert_close(model(tokens()).logits, model.norm(x) @ model.head.weight.T)
 
 
-def test_a_loop_at_its_start_is_the_shared_blocks_alone():
+def test_loop_at_initialisation_matches_plain_shared_blocks():
     plain, model = build(None), build({"embedding": True, "injection": 0.0}, spread=0)
     model.load_state_dict(plain.state_dict(), strict=False)
     assert torch.equal(model(tokens()).logits, plain(tokens()).logits)
     assert all(gradient.any() for gradient in gradients(model).values())
 
 
-def test_every_iteration_has_its_own_state():
+def test_every_iteration_keeps_its_own_state():
     model = build(LOOP)
     whole = model(tokens()).logits
     state, logits = None, []
@@ -81,7 +81,7 @@ def test_every_iteration_has_its_own_state():
 
 
 @pytest.mark.parametrize("saved", [True, "matmuls"])
-def test_checkpointing_changes_nothing(saved):
+def test_checkpointing_keeps_gradients_bitwise_equal(saved):
     model = build(LOOP)
     expected = gradients(model)
     model.activation_checkpointing = saved
@@ -103,6 +103,6 @@ def test_parameters_are_counted_and_have_roles():
         (PATTERN, {"residual": {"kind": "hyper"}}, "loop needs the residual connection plain, got hyper"),
     ],
 )
-def test_what_is_no_loop_is_refused(pattern, fields, message):
+def test_invalid_loop_settings_raise(pattern, fields, message):
     with pytest.raises(ValueError, match=message):
         config_of(LOOP, pattern, **fields)

@@ -1,4 +1,4 @@
-"""The loss of a large vocabulary: exact, in parts, and with gradients that are the whole's."""
+"""The loss over a large vocabulary, computed in parts, matches its definition."""
 
 import pytest
 import torch
@@ -46,7 +46,7 @@ def with_gradients(loss, hidden, weight):
 
 @pytest.mark.usefixtures("in_parts")
 @pytest.mark.parametrize("softcap", [None, 2.0])
-def test_parts_are_the_whole(softcap):
+def test_loss_and_gradients_in_parts_match_definition(softcap):
     hidden, weight, targets = data()
     for actual, expected in zip(
         with_gradients(linear_cross_entropy(hidden, weight, targets, softcap=softcap) / 3, hidden, weight),
@@ -57,7 +57,7 @@ def test_parts_are_the_whole(softcap):
 
 
 @pytest.mark.usefixtures("in_parts")
-def test_all_logits_are_never_in_memory():
+def test_full_logits_are_never_in_memory():
     hidden, weight, targets = data(torch.float32)
 
     def largest_of(loss):
@@ -72,8 +72,8 @@ def test_all_logits_are_never_in_memory():
 
 @pytest.mark.usefixtures("in_parts")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_low_precision_product_has_a_float32_loss(dtype):
-    """A sum of thousands of nats has three digits in bfloat16."""
+def test_low_precision_products_give_float32_loss_and_gradients(dtype):
+    """In bfloat16, a sum of thousands of nats would keep only three digits."""
     hidden, weight, targets = data(torch.float32)
     with torch.autocast("cpu", dtype=dtype):
         loss = linear_cross_entropy(hidden, weight, targets)
@@ -89,7 +89,7 @@ def test_a_low_precision_product_has_a_float32_loss(dtype):
 
 @pytest.mark.usefixtures("in_parts")
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
-def test_the_gradients_of_parts_are_added_up_in_float32(weights):
+def test_weight_gradients_of_parts_accumulate_in_float32(weights):
     hidden, weight, targets = data(torch.float32)
     weight = weight.detach().to(weights).requires_grad_()
     parts = list(zip(hidden.split(7), targets.split(7), strict=True))
@@ -101,7 +101,7 @@ def test_the_gradients_of_parts_are_added_up_in_float32(weights):
 
 
 @pytest.mark.usefixtures("in_parts")
-def test_the_losses_of_tokens_add_up():
+def test_token_losses_sum_to_total_loss():
     hidden, weight, targets = data()
     losses = linear_cross_entropy(hidden, weight, targets, "none")
     assert losses.shape == targets.shape
@@ -120,7 +120,7 @@ def asked():
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_a_models_loss_and_predictions_are_those_of_its_logits(model_of, asked, reduction):
+def test_model_loss_and_predictions_match_its_logits(model_of, asked, reduction):
     model, (x, targets) = model_of("retention", "attention"), asked
     boundaries = torch.tensor([0, 5, 13])
     for rows, options in ((slice(None), {}), (slice(0, 1), {"cu_seqlens": boundaries, "paradigm": "parallel"})):
@@ -136,7 +136,7 @@ def test_a_models_loss_and_predictions_are_those_of_its_logits(model_of, asked, 
     assert_close(predicted.loss, model(x, targets=targets, reduction=reduction).loss)
 
 
-def test_one_call_gives_loss_logits_and_state(model_of, asked):
+def test_one_call_returns_loss_logits_and_state(model_of, asked):
     model, (x, targets) = model_of("retention", "attention"), asked
     whole = model(x, targets=targets, reduction="none").loss
     first = model(x[:, :5], targets=targets[:, :5], reduction="none", return_state=True, select=torch.tensor([2, 7]))
@@ -145,7 +145,7 @@ def test_one_call_gives_loss_logits_and_state(model_of, asked):
     assert_close(first.logits, model(x).logits[[0, 1], [2, 2]])
 
 
-def test_another_reduction_is_refused(model_of, asked):
+def test_invalid_reduction_or_target_shape_raises(model_of, asked):
     model, (x, targets) = model_of("retention"), asked
     with pytest.raises(SeqmixError, match=r"'sum'.*'none'.*'mean'.*'avg'"):
         model(x, targets=targets, reduction="avg")
@@ -155,7 +155,7 @@ def test_another_reduction_is_refused(model_of, asked):
         linear_cross_entropy(*data(), "mean")
 
 
-def test_a_mean_over_nothing_is_zero(model_of, asked):
+def test_mean_loss_without_targets_is_zero(model_of, asked):
     model, (x, targets) = model_of("retention"), asked
     output = model(x, targets=targets.fill_(IGNORED), return_predictions=True)
     assert output.loss == 0

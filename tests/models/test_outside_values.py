@@ -1,4 +1,4 @@
-"""Values from outside in models: value residuals and value embeddings, written out, in every use of a model."""
+"""Value residuals and value embeddings match their explicit formula in every use of a model."""
 
 from importlib.util import find_spec
 from typing import Any
@@ -75,7 +75,7 @@ def attend(mixer, x, first, token):
     return mixer.out_proj(torch.einsum("bhnm,bmhv->bnhv", weights, v).flatten(2)), own
 
 
-def test_attention_with_both_is_the_formula():
+def test_attention_with_value_residual_and_embeddings_matches_formula():
     model = build("attention", embeddings=EMBEDDINGS)
     hidden, first = model.embedding.weight[tokens()], None
     for layer, block in enumerate(model.blocks):
@@ -88,7 +88,7 @@ def test_attention_with_both_is_the_formula():
     assert [block.mixer.takes_token_values for block in model.blocks] == [False, True, False, True]
 
 
-def test_every_kind_of_mixer_has_first_values_of_its_own():
+def test_first_layer_of_each_mixer_kind_takes_no_first_values():
     model = build("attention", "retention")
     assert [block.mixer.takes_first_values for block in model.blocks] == [False, False, True, True]
     widths = [block.mixer.value_width for block in model.blocks]
@@ -97,7 +97,7 @@ def test_every_kind_of_mixer_has_first_values_of_its_own():
 
 
 @every_mixer
-def test_gates_of_zero_are_the_plain_model(names):
+def test_zero_scaled_value_embeddings_change_nothing(names):
     plain = build(*names, spread=0)
     model = build(*names, spread=0, embeddings={"scale": 0.0})
     named = dict(model.named_parameters())
@@ -107,7 +107,7 @@ def test_gates_of_zero_are_the_plain_model(names):
 
 
 @every_mixer
-def test_tokens_one_by_one_and_documents_are_the_whole(names):
+def test_stepwise_and_packed_passes_match_whole_passes(names):
     model = build(*names, embeddings=EMBEDDINGS)
     whole = model(tokens()).logits
     output = model(tokens()[:, :4], return_state=True)
@@ -124,7 +124,7 @@ def test_tokens_one_by_one_and_documents_are_the_whole(names):
 
 
 @every_mixer
-def test_a_state_goes_back(names):
+def test_rollback_restores_earlier_state(names):
     model = build(*names, embeddings=EMBEDDINGS)
     x = model.embed(tokens())
     x, *tables = x.split([D, *(table.embedding_dim for table in model.value_embeddings.values())], -1)
@@ -144,7 +144,7 @@ def test_a_state_goes_back(names):
 
 
 @pytest.mark.parametrize("saved", [True, "matmuls"])
-def test_checkpointing_changes_nothing(saved):
+def test_checkpointing_keeps_gradients_bitwise_equal(saved):
     model = build("attention", "retention", embeddings=EMBEDDINGS)
     expected = gradients(model)
     assert all(gradient.any() for gradient in expected.values())
@@ -153,7 +153,7 @@ def test_checkpointing_changes_nothing(saved):
 
 
 @every_mixer
-def test_parameters_operations_and_roles_are_counted(names):
+def test_accounting_and_roles_cover_value_embeddings(names):
     with_them, plain = (build(*names, spread=0, embeddings=each) for each in (EMBEDDINGS, None))
     costs = [account(model.config, length=16) for model in (with_them, plain)]
     tables = sum(table.weight.numel() for table in with_them.value_embeddings.values())
@@ -173,7 +173,7 @@ def test_parameters_operations_and_roles_are_counted(names):
     assert roles.get("blocks.3.mixer.first_mix.weight", Role.VECTOR) is Role.VECTOR
 
 
-def test_activations_are_those_that_a_real_model_saves():
+def test_activation_estimate_matches_what_model_saves():
     config = config_of("attention", embeddings={"every": 1}, value_residual=False)
     cost = account(config, length=16, dtype=torch.float64)
     model = build_model(config, dtype=torch.float64)
@@ -195,7 +195,7 @@ def test_activations_are_those_that_a_real_model_saves():
 
 
 @pytest.mark.slow
-def test_compiled_blocks_and_steps_are_the_model():
+def test_compiled_blocks_and_steps_match_eager_model():
     model = build("attention", "retention", embeddings=EMBEDDINGS)
     expected, gradient = model(tokens()).logits, gradients(model)
     with torch.no_grad():
@@ -213,7 +213,7 @@ def text_of(model, **options) -> torch.Tensor:
 
 
 @every_mixer
-def test_prompts_of_different_lengths_and_guesses_give_the_text_of_whole_passes(names):
+def test_batched_and_speculative_generation_match_full_passes(names):
     model = build(*names, embeddings=EMBEDDINGS)
     text = text_of(model, vocab_size=VOCABULARY)
     for prompt, row in zip([tokens(5, 1)[0], tokens(8, 1)[0]], text, strict=True):
@@ -224,7 +224,7 @@ def test_prompts_of_different_lengths_and_guesses_give_the_text_of_whole_passes(
 
 
 @pytest.mark.skipif(find_spec("transformers") is None, reason="needs pip install transformers")
-def test_transformers_pad_and_cache_them_too():
+def test_transformers_wrapper_supports_padding_and_caching():
     from seqmix.interop.hf import SeqmixForCausalLM
 
     model = build("attention", "retention", embeddings=EMBEDDINGS)
@@ -242,14 +242,14 @@ def test_transformers_pad_and_cache_them_too():
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("onnx") is None, reason="needs pip install 'seqmix[onnx]'")
 @pytest.mark.parametrize("names", [["attention", "retention"], pytest.param(["rwkv7"], marks=NIGHTLY)], ids="-".join)
-def test_the_graph_of_a_model_with_both(names):
+def test_onnx_export_matches_model_with_value_residual_and_embeddings(names):
     from onnx_models import check_segments, exported
 
     model = build(*names, spread=0, embeddings=EMBEDDINGS).float()
     check_segments(exported(model), model)
 
 
-def test_layers_of_a_shared_block_all_have_them_or_none():
+def test_shared_block_needs_value_embeddings_in_all_layers():
     model = build("attention", shared=True, embeddings={"every": 1})
     assert len(model.value_embeddings) == 4
     assert model.blocks[0] is model.blocks[3]
@@ -266,12 +266,12 @@ def test_layers_of_a_shared_block_all_have_them_or_none():
         ("model.value_embeddings.gate_channels=500", "gate_channels must be at most d_model = 128, got 500"),
     ],
 )
-def test_what_does_not_fit_is_refused(override, message):
+def test_invalid_value_embedding_settings_raise(override, message):
     with pytest.raises(SeqmixError, match=message):
         build_model(load_config("mamba-tiny", ["model.value_embeddings={}", override]).model)
 
 
-def test_values_of_two_widths_are_refused():
+def test_unsupported_value_residual_layouts_raise():
     blocks = {
         str(n): {"mixer": MIXERS["attention"] | {"n_kv_heads": n}, "ffn": None, "norm": {"kind": "rmsnorm"}}
         for n in (1, 2)

@@ -1,4 +1,4 @@
-"""muP and CompleteP: initial values, learning rates and scores over widths, and the coordinate check."""
+"""muP and CompleteP: initial values, learning rates and scores across widths, and the coordinate check."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def config_of(*changes, preset="retnet-tiny"):
     return load_config(preset, [*SMALL, *changes])
 
 
-def test_the_base_model_is_that_of_the_standard_parametrization():
+def test_mup_at_base_width_matches_standard_parametrization():
     plain, mup = (build_model(config_of("model.d_model=64", *changes).model) for changes in ((), (MUP,)))
     for (name, one), (_, other) in zip(plain.named_parameters(), mup.named_parameters(), strict=True):
         assert torch.equal(one, other), name
@@ -31,7 +31,7 @@ def test_the_base_model_is_that_of_the_standard_parametrization():
 
 
 @pytest.mark.parametrize("init", ["{kind: paper}", "{kind: normal, std: 0.1}"])
-def test_initial_values_and_learning_rates_follow_the_width(init):
+def test_initial_values_and_learning_rates_scale_with_width(init):
     config = config_of("model.d_model=256", f"model.init={init}", MUP)
     model = build_model(config.model)
     std = 0.1 if "normal" in init else 64**-0.5
@@ -59,7 +59,7 @@ def test_initial_values_and_learning_rates_follow_the_width(init):
     assert muon["blocks.0.ffn.up_proj.weight"].multiplier == pytest.approx(0.5)
 
 
-def test_initial_maps_of_every_mixer_fall_with_their_fan_in():
+def test_initial_matrices_of_every_mixer_shrink_with_fan_in():
     # constants of TTT and Titans, and Xavier's rule from fixed ranks (RWKV-7, latent attention), did not
     wrong = []
     for preset in single_kind_presets():
@@ -78,7 +78,7 @@ def test_initial_maps_of_every_mixer_fall_with_their_fan_in():
     assert wrong == []
 
 
-def test_scores_are_divided_by_the_width_of_a_head():
+def test_attention_scores_scale_with_inverse_head_width():
     for kind in ("attention", "latent_attention"):
         mixer = f"model.blocks.ret.mixer={{kind: {kind}, n_heads: 2}}"
         wide, plain = (
@@ -90,7 +90,7 @@ def test_scores_are_divided_by_the_width_of_a_head():
         assert base.score_scale == base.score_width**-0.5
 
 
-def test_branches_of_deep_models_are_scaled():
+def test_completep_scales_residual_branches_with_depth():
     complete = "model.parametrization={kind: completep, base_width: 64, base_depth: 2}"
     deep, shared = (
         build_meta(config_of("model.d_model=64", "model.n_layers=8", complete, *changes).model)
@@ -100,14 +100,14 @@ def test_branches_of_deep_models_are_scaled():
     assert build_meta(config_of("model.d_model=64", complete).model).blocks[0].residual_scale == 1
 
 
-def test_what_muP_cannot_scale_is_refused():
+def test_settings_that_mup_cannot_scale_raise():
     assert "needs tie_embeddings = false" in refusal(lambda: config_of(MUP, "model.tie_embeddings=true"))
     narrow = config_of("model.parametrization={kind: mup, base_width: 3}")
     assert "base_width: the model cannot be built with d_model = 3: " in refusal(lambda: build_meta(narrow.model))
 
 
-def test_activations_grow_with_the_width_without_muP_and_not_with_it():
-    """Learning rates as in the coordinate checks of the paper: large enough to matter within a few steps."""
+def test_activations_grow_with_width_only_without_mup():
+    """The learning rate follows the paper's coordinate checks: large enough to matter within a few steps."""
     for changes, verdicts in (((), {"grows"}), ((MUP,), {"flat"})):
         result = coordinates(config_of(*changes, "training.learning_rate=0.003"), (64, 192), steps=6, batch_size=2)
         found = {one.verdict for one in result if one.part in ("mixer (ret)", "ffn (ret)", "stream")}

@@ -1,4 +1,4 @@
-"""Prefill: in segments, and compiled, it is what it is in one pass."""
+"""Segmented and compiled prefill matches prefill in one pass."""
 
 import sys
 
@@ -24,7 +24,7 @@ def states(state):
 
 @pytest.mark.parametrize("kind", CONSTANT)
 @pytest.mark.parametrize("prompts", [PROMPTS, PROMPTS[:1]], ids=["many", "one"])
-def test_segments_are_the_whole(model_of, monkeypatch, kind, prompts):
+def test_segmented_prefill_matches_one_pass(model_of, monkeypatch, kind, prompts):
     model, lengths = model_of(kind), []
     logits, state = prefill(model, prompts, max_length=20)
     monkeypatch.setattr(module, "SEGMENT", 5)
@@ -40,7 +40,7 @@ def test_segments_are_the_whole(model_of, monkeypatch, kind, prompts):
 
 
 @pytest.mark.parametrize("kinds", [("attention",), ("retention", "hyena")])
-def test_a_growing_state_is_prefilled_in_one_pass(model_of, monkeypatch, kinds):
+def test_growing_state_is_prefilled_in_one_pass(model_of, monkeypatch, kinds):
     model, lengths = model_of(*kinds), []
     model.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
     monkeypatch.setattr(module, "SEGMENT", 5)
@@ -49,7 +49,7 @@ def test_a_growing_state_is_prefilled_in_one_pass(model_of, monkeypatch, kinds):
 
 
 @pytest.mark.usefixtures("plainly_compiled")
-def test_prompts_of_all_lengths_are_one_graph(model_of):
+def test_prompts_of_all_lengths_share_one_graph(model_of):
     model = model_of("retention", n_layers=1)
     for length in (9, 30, 64, 17):
         prompt = torch.randint(0, 257, (length,), generator=torch.Generator().manual_seed(0))
@@ -62,6 +62,6 @@ def test_prompts_of_all_lengths_are_one_graph(model_of):
     assert not counters["graph_break"]
 
 
-def test_a_growing_state_is_not_compiled_for_all_lengths(model_of):
+def test_compiled_prefill_of_growing_state_raises(model_of):
     with pytest.raises(SeqmixError, match="prefill"):
         prefill(model_of("attention"), PROMPTS, compiled=True)

@@ -1,4 +1,4 @@
-"""The prompt cache is a value: any number of continuations start from it, as if prefilled in one pass."""
+"""Prompt caches: continuations match generation in one pass and never change the cache."""
 
 import gc
 
@@ -20,7 +20,7 @@ def generated(model, prompts, count, **options):
     )
 
 
-def test_generation_continues_as_in_one_pass(model_of, each_mixer):
+def test_continued_generation_matches_one_pass(model_of, each_mixer):
     model, caches = model_of(*each_mixer), []
     whole = generated(model, PROMPTS, 12)
     first = generated(model, PROMPTS, 5, on_end=caches.append)
@@ -34,7 +34,7 @@ def test_generation_continues_as_in_one_pass(model_of, each_mixer):
     assert torch.equal(generated(model, [], 7, after=cache), second)
 
 
-def test_a_prefix_serves_many_continuations(model_of, each_mixer):
+def test_one_prefix_serves_many_continuations(model_of, each_mixer):
     model = model_of(*each_mixer)
     more = [torch.tensor([1, 2, 3]), torch.tensor([4]), torch.tensor([], dtype=torch.int64)]
     prefix = cache_tokens(model, PROMPTS[2:])
@@ -46,7 +46,7 @@ def test_a_prefix_serves_many_continuations(model_of, each_mixer):
     assert torch.equal(generated(model, [torch.tensor([2, 3])], 6, after=further), expected[:1])
 
 
-def test_each_text_continues_with_its_own_prompt_or_all_with_one(model_of):
+def test_texts_continue_with_separate_prompts_or_one_shared_prompt(model_of):
     model = model_of("retention", "attention", "hyena")
     cache, more = cache_tokens(model, PROMPTS), [torch.tensor([7]), torch.tensor([8, 9]), torch.tensor([1])]
     expected = [generated(model, [torch.cat(parts)], 4) for parts in zip(PROMPTS, more, strict=True)]
@@ -61,7 +61,7 @@ def test_each_text_continues_with_its_own_prompt_or_all_with_one(model_of):
         cache.select([3])
 
 
-def test_shorter_texts_continue_without_the_longest(model_of, each_mixer):
+def test_selected_shorter_texts_continue_without_longest(model_of, each_mixer):
     model = model_of(*each_mixer)
     texts = cache_tokens(model, PROMPTS)
     # as in a file, whose rows are as long as the longest
@@ -71,7 +71,7 @@ def test_shorter_texts_continue_without_the_longest(model_of, each_mixer):
         assert torch.equal(generated(model, [], 3, after=saved.select(chosen)), expected)
 
 
-def test_a_state_without_spare_room_is_as_large_as_its_prefix(model_of):
+def test_state_can_be_resized_down_to_its_prefix(model_of):
     model, caches = model_of("attention", "hyena"), []
     next(iter(generate_tokens(model, PROMPTS, max_new_tokens=200, sampling=GREEDY, on_end=caches.append)))
     (cache,) = caches  # the generator was closed
@@ -84,7 +84,7 @@ def test_a_state_without_spare_room_is_as_large_as_its_prefix(model_of):
         cache.resized_state(model, 8)
 
 
-def test_a_failed_step_gives_no_cache(model_of):
+def test_failed_step_yields_no_cache(model_of):
     model, caches = model_of("retention"), []
     tokens = generate_tokens(model, PROMPTS, max_new_tokens=5, sampling=GREEDY, on_end=caches.append)
     next(tokens)
@@ -95,12 +95,12 @@ def test_a_failed_step_gives_no_cache(model_of):
 
 
 @pytest.mark.parametrize("prompts", [[torch.tensor([1])], []])
-def test_a_cache_needs_a_prompt_of_two_tokens(model_of, prompts):
+def test_cache_without_prompt_of_two_tokens_raises(model_of, prompts):
     with pytest.raises(SeqmixError, match="prompt"):
         cache_tokens(model_of("retention"), prompts)
 
 
-def test_a_text_continues_as_in_one_pass(model_of):
+def test_continued_text_matches_one_pass(model_of):
     model, caches = model_of("retention", "attention"), []
     options = {"sampling": GREEDY, "compiled": False}
     whole = generate_text(model, ["ab", "Wörter"], max_new_tokens=20, **options)
@@ -116,8 +116,8 @@ def test_a_text_continues_as_in_one_pass(model_of):
     assert generate_text(model, ["c", "é"], max_new_tokens=9, after=prefix, **options) == expected
 
 
-def test_a_character_may_be_split(model_of):
-    """The model writes "€" again and again, and is stopped after its first byte."""
+def test_character_may_be_split_across_continuation(model_of):
+    """The model repeats "€" and is stopped after the first byte of one."""
     model, caches = model_of("retention"), []
     after = {0xE2: 0x82, 0x82: 0xAC, 0xAC: 0xE2}
     wanted = torch.zeros(257, 257, dtype=torch.float64)
@@ -131,7 +131,7 @@ def test_a_character_may_be_split(model_of):
     assert generate_text(model, [], max_new_tokens=5, after=caches[0], **options) == ["€€"]
 
 
-def test_a_stop_string_is_part_of_the_cache(model_of):
+def test_cache_includes_stop_string(model_of):
     model, caches = model_of("retention"), []
     (whole,) = generate_text(model, ["ab"], max_new_tokens=12, sampling=GREEDY)
     stop = whole[3]
@@ -142,7 +142,7 @@ def test_a_stop_string_is_part_of_the_cache(model_of):
 
 
 @pytest.mark.slow
-def test_a_long_text_keeps_no_token_but_the_last(model_of, monkeypatch):
+def test_long_generation_does_not_accumulate_token_tensors(model_of, monkeypatch):
     model = model_of("retention")
     whole, gathered, alive = [], [], []
     generated(model, PROMPTS, 25, on_end=whole.append)

@@ -1,4 +1,4 @@
-"""Weights of 8 and 4 bits: products, models of every mixer, exported files, and what is refused."""
+"""Weights of 8 and 4 bits: products, models with every mixer, exported files and errors."""
 
 import json
 import re
@@ -50,7 +50,7 @@ def quantized(weights, width, outputs, *, bias=False, seed=0):
     bias=st.booleans(),
     scale=st.sampled_from([1e-20, 1.0, 1e20]),
 )
-def test_products_are_those_of_the_decoded_weights(weights, rows, width, outputs, bias, scale):
+def test_products_match_decoded_weights(weights, rows, width, outputs, bias, scale):
     layer, _ = quantized(weights, width, outputs, bias=bias)
     x = scale * torch.randn(rows, width)
     with torch.no_grad():
@@ -62,7 +62,7 @@ def test_products_are_those_of_the_decoded_weights(weights, rows, width, outputs
 @pytest.mark.skipif(build.failure("quantized") is not None, reason="no C++ compiler")
 @pytest.mark.parametrize("weights", FORMATS)
 @pytest.mark.parametrize("width", [70, 2500])
-def test_a_row_has_the_same_product_in_every_batch(weights, width):
+def test_product_of_row_does_not_depend_on_batch(weights, width):
     layer, _ = quantized(weights, width, 75, bias=True)
     x = torch.randn(31, width)
     whole = layer(x)
@@ -71,7 +71,7 @@ def test_a_row_has_the_same_product_in_every_batch(weights, width):
 
 
 @pytest.mark.parametrize("weights", FORMATS)
-def test_threads_do_not_change_a_product(weights):
+def test_thread_count_does_not_change_product(weights):
     layer, _ = quantized(weights, 512, 1025)
     x = torch.randn(3, 512)
     threads = torch.get_num_threads()
@@ -88,7 +88,7 @@ def test_threads_do_not_change_a_product(weights):
 @pytest.mark.parametrize("weights", FORMATS)
 @settings(deadline=None, max_examples=20)
 @given(width=st.integers(1, 100), outputs=st.integers(1, 40), constant=st.booleans())
-def test_decoded_weights_are_within_half_a_step(weights, width, outputs, constant):
+def test_decoded_weights_are_within_half_a_quantization_step(weights, width, outputs, constant):
     layer, plain = quantized(weights, width, outputs)
     if constant:
         with torch.no_grad():
@@ -101,7 +101,7 @@ def test_decoded_weights_are_within_half_a_step(weights, width, outputs, constan
 
 @pytest.mark.parametrize("weights", FORMATS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-def test_other_dtypes(weights, dtype):
+def test_layer_converted_to_other_dtype_keeps_scales_and_results(weights, dtype):
     layer, _ = quantized(weights, 64, 48, bias=True)
     scales = layer.scales.clone()
     expected = layer(x := torch.randn(3, 64))
@@ -114,7 +114,7 @@ def test_other_dtypes(weights, dtype):
 
 @pytest.mark.parametrize("weights", FORMATS)
 @pytest.mark.parametrize("strange", [torch.inf, -torch.inf, torch.nan])
-def test_values_that_are_not_finite_stay_in_their_row(weights, strange):
+def test_nonfinite_inputs_affect_only_their_row(weights, strange):
     layer, _ = quantized(weights, 64, 48)
     x = torch.randn(3, 64)
     x[1, 5] = strange
@@ -124,7 +124,7 @@ def test_values_that_are_not_finite_stay_in_their_row(weights, strange):
 
 
 @pytest.mark.parametrize("weights", FORMATS)
-def test_an_outlier_costs_half_a_step_of_16_bits_per_input(weights):
+def test_input_outlier_error_is_at_most_half_a_16_bit_step(weights):
     layer, _ = quantized(weights, 512, 64)
     x = torch.randn(4, 512)
     x[:, 5] = 1000
@@ -134,14 +134,14 @@ def test_an_outlier_costs_half_a_step_of_16_bits_per_input(weights):
 
 
 @pytest.mark.parametrize("weights", FORMATS)
-def test_the_largest_sums_do_not_overflow(weights):
+def test_largest_sums_do_not_overflow(weights):
     layer = WEIGHTS[weights](torch.ones(3, 9000))
     layer.encode(torch.ones(3, 9000))
     assert_close(layer(torch.ones(9, 9000)), torch.full((9, 3), 9000.0), rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("weights", FORMATS)
-def test_without_native_kernels(weights, monkeypatch):
+def test_results_match_without_native_kernels(weights, monkeypatch):
     layer, _ = quantized(weights, 100, 48, bias=True)
     x = torch.randn(2, 100)
     native = layer(x)
@@ -150,7 +150,7 @@ def test_without_native_kernels(weights, monkeypatch):
 
 
 @pytest.mark.parametrize("weights", FORMATS)
-def test_gradients_of_inputs(weights):
+def test_input_gradients_match_decoded_weights(weights):
     layer, _ = quantized(weights, 64, 48)
     x = torch.randn(3, 64, requires_grad=True)
     layer(x).sum().backward()
@@ -176,7 +176,7 @@ def test_every_mixer_decodes_with_quantised_weights(preset):
 
 
 @pytest.mark.parametrize("weights", FORMATS)
-def test_paradigms_agree(weights, config_of):
+def test_paradigms_agree_with_quantised_weights(weights, config_of):
     model = build_model(config_of("retention", "gated_delta_net", "attention", d_model=128), seed=1)
     quantize_model(model, weights, on_note=lambda _: None)
     tokens = torch.randint(257, (2, 50))
@@ -186,7 +186,7 @@ def test_paradigms_agree(weights, config_of):
         assert_close(other, whole, rtol=0, atol=2e-3)
 
 
-def test_roles_decide_what_is_quantised(config_of):
+def test_parameter_roles_decide_which_layers_are_quantised(config_of):
     model = build_model(config_of("gla", "rwkv7", d_model=128, tie_embeddings=True), seed=1)
     embedding = model.embedding.weight.clone()
     notes = []
@@ -201,7 +201,7 @@ def test_roles_decide_what_is_quantised(config_of):
 
 
 @pytest.mark.parametrize("weights", FORMATS)
-def test_experts(weights):
+def test_quantised_experts_match_decoded_weights(weights):
     experts = "model.blocks.ret.ffn={kind: moe, n_experts: 6, top_k: 2, expansion: 1.0}"
     model = build_model(load_config("retnet-tiny", [experts, "model.n_layers=2"]).model, seed=1).eval()
     small = quantize_model(deepcopy(model), weights, on_note=lambda _: None)
@@ -216,7 +216,7 @@ def test_experts(weights):
     assert "blocks.0.ffn.gate_proj.matrix.codes" in small.state_dict()
 
 
-def test_other_matrices_are_named():
+def test_note_names_matrices_that_cannot_be_quantised():
     model = build_model(load_config("retnet-tiny", ["model.n_layers=2"]).model)
 
     class Adapted(nn.Linear):
@@ -237,7 +237,7 @@ def run(tmp_path, text):
 
 
 @pytest.mark.parametrize("weights", FORMATS)
-def test_exported_file(run, tmp_path, weights):
+def test_exported_file_loads_same_quantised_model(run, tmp_path, weights):
     notes = []
     model = load_run(run, weights=weights, on_note=notes.append)
     assert f"seqmix evaluate {run} --weights {weights}" in notes[0]
@@ -272,7 +272,7 @@ SCALES = "blocks.0.mixer.in_proj.scales"
         (lambda _, metadata: metadata.update({"seqmix.weights": "int4"}), "belongs to another model"),
     ],
 )
-def test_damaged_files(run, tmp_path, change, sentence):
+def test_damaged_exported_file_raises(run, tmp_path, change, sentence):
     file = tmp_path / "small.safetensors"
     export_run(run, file, weights="int8", on_note=lambda _: None)
     tensors = load_file(file)
@@ -287,7 +287,7 @@ def test_damaged_files(run, tmp_path, change, sentence):
     assert str(file) in str(error.value)
 
 
-def test_refusals(run):
+def test_unsupported_uses_of_quantised_weights_raise(run):
     with pytest.raises(SeqmixError, match=r'no weight format .int9.; did you mean "int8"'):
         load_run(run, weights="int9")
     model = load_run(run, weights="int8", on_note=lambda _: None)
@@ -306,7 +306,7 @@ def test_refusals(run):
         quantize_model(model, "int8")
 
 
-def test_commands(seqmix, run):
+def test_commands_export_generate_and_evaluate_with_int8_weights(seqmix, run):
     done = seqmix("export", run, "--weights", "int8", "--out", "small.safetensors")
     assert done.status == 0
     assert "small.safetensors has the int8 weights of step 0" in done.out
@@ -327,7 +327,7 @@ def test_commands(seqmix, run):
     assert len(losses["int8"]["contexts"]) == 1
 
 
-def test_commands_refuse(refused, run):
+def test_commands_reject_invalid_weight_formats(refused, run):
     for command in (["generate", "--prompt", "a"], ["evaluate"], ["export", "--out", "x.safetensors"]):
         sentence = refused(command[0], str(run), *command[1:], "--weights", "int16")
         assert "no weight format 'int16'" in sentence

@@ -1,4 +1,4 @@
-"""Scores are those of whole sequences, however little of them is processed."""
+"""Scores of shared contexts and segmented texts match one pass over each sequence."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def alone(model, context, continuation):
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_continuations_are_scored_as_in_one_pass(model_of, each_mixer):
+def test_continuation_scores_match_one_pass(model_of, each_mixer):
     model = model_of(*each_mixer)
     best = model(torch.tensor([CONTEXTS[0]])).logits[0, -1].argmax().item()
     pairs = [*PAIRS, (CONTEXTS[0], [best])]
@@ -35,7 +35,7 @@ def test_continuations_are_scored_as_in_one_pass(model_of, each_mixer):
     assert score.greedy
 
 
-def test_a_shared_context_is_processed_once(model_of):
+def test_shared_context_is_processed_once(model_of):
     model = model_of("retention", "attention")
     scorer = Scorer(model)
     scorer.continuations(PAIRS)
@@ -45,7 +45,7 @@ def test_a_shared_context_is_processed_once(model_of):
 
 
 @torch.no_grad()
-def test_a_text_of_any_length_is_scored_in_segments(model_of, each_mixer, monkeypatch):
+def test_texts_of_any_length_are_scored_in_segments(model_of, each_mixer, monkeypatch):
     model = model_of(*each_mixer)
     texts = [torch.randint(50, (length,), generator=torch.Generator().manual_seed(length)) for length in (3, 40, 17, 2)]
     monkeypatch.setattr(scoring, "SEGMENT", 24)
@@ -61,7 +61,7 @@ def test_a_text_of_any_length_is_scored_in_segments(model_of, each_mixer, monkey
         assert score.log_likelihood == pytest.approx(-loss, rel=1e-5)
 
 
-def test_what_cannot_be_scored_is_refused(model_of):
+def test_empty_continuation_or_zero_batch_size_raises(model_of):
     model = model_of("retention")
     assert "at least one token each" in refusal(lambda: Scorer(model).continuations([([1], [])]))
     assert "at least 1, got 0" in refusal(lambda: Scorer(model, batch_size=0))

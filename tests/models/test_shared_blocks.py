@@ -15,7 +15,7 @@ def hybrid(config_of, **block):
     return config.model_copy(update={"blocks": blocks})
 
 
-def test_layers_of_a_shared_block_are_one_module_with_a_state_each(config_of):
+def test_layers_share_one_module_but_keep_separate_states(config_of):
     shared, apart = (build_model(hybrid(config_of, shared=on), dtype=torch.float64) for on in (True, False))
     assert shared.blocks[1] is shared.blocks[3]
     assert shared.blocks[0] is not shared.blocks[2]
@@ -37,7 +37,7 @@ def test_layers_of_a_shared_block_are_one_module_with_a_state_each(config_of):
         torch.testing.assert_close(parameter.grad, both)
 
 
-def test_a_shared_block_counts_once(config_of):
+def test_shared_block_parameters_count_once(config_of):
     config = hybrid(config_of, shared=True)
     cost, model = account(config, length=16), build_model(config)
     assert cost.parameters == sum(parameter.numel() for parameter in model.parameters())
@@ -47,7 +47,7 @@ def test_a_shared_block_counts_once(config_of):
 
 
 @pytest.mark.slow
-def test_a_shared_block_is_compiled_once(config_of):
+def test_shared_block_is_compiled_once(config_of):
     model = build_model(hybrid(config_of, shared=True))
     tokens = torch.randint(0, 257, (2, 9))
     expected = model(tokens).logits
@@ -55,7 +55,7 @@ def test_a_shared_block_is_compiled_once(config_of):
     torch.testing.assert_close(model(tokens).logits, expected)
 
 
-def test_a_run_with_shared_blocks_is_loaded_as_it_was_trained(config_of, tmp_path):
+def test_run_with_shared_blocks_loads_and_retrains_identically(config_of, tmp_path):
     (tmp_path / "text.txt").write_text("a little text, again and again. " * 40)
     training = {"steps": 2, "warmup_steps": 1, "batch_size": 2, "evaluate_every": 2, "learning_rate": 1e-3}
     data = {"kind": "text", "paths": [str(tmp_path / "text.txt")], "sequence_length": 16}
@@ -69,7 +69,7 @@ def test_a_run_with_shared_blocks_is_loaded_as_it_was_trained(config_of, tmp_pat
 
 
 @pytest.mark.parametrize("scale", [0.25, 2.0])
-def test_the_residual_scale_multiplies_both_branches(config_of, scale):
+def test_residual_scale_multiplies_both_branches(config_of, scale):
     model = build_model(config_of("retention", n_layers=1), dtype=torch.float64)
     (block,) = model.blocks
     x = torch.randn(2, 5, 16, dtype=torch.float64)

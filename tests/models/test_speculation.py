@@ -1,4 +1,4 @@
-"""Speculative decoding gives the text of plain decoding, whatever is drafted."""
+"""Speculative decoding gives the same text as plain decoding for any draft."""
 
 import json
 import math
@@ -66,7 +66,7 @@ class Oracle(Draft):
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-def test_every_mixer_gives_the_text_of_plain_decoding(model_of, each_mixer, sampling):
+def test_speculative_text_matches_plain_decoding_for_every_mixer(model_of, each_mixer, sampling):
     model = model_of(*each_mixer)
     texts = prompts(9, 21, 2)
     expected = generated(model, texts, sampling, count=16)
@@ -86,7 +86,7 @@ def test_every_mixer_gives_the_text_of_plain_decoding(model_of, each_mixer, samp
         for name in single_kind_presets()
     ],
 )
-def test_fifty_prompts_in_float32_give_the_text_of_plain_decoding(preset):
+def test_speculative_float32_text_matches_plain_decoding_for_fifty_prompts(preset):
     model = build_model(load_config(preset).model).eval()
     texts = prompts(*range(8, 58))
     expected = generated(model, texts, GREEDY, count=40)
@@ -95,7 +95,7 @@ def test_fifty_prompts_in_float32_give_the_text_of_plain_decoding(preset):
     assert 0.3 * speculation.drafted < speculation.accepted < speculation.drafted
 
 
-def test_a_row_of_a_batch_is_sampled_as_alone(model_of):
+def test_row_in_batch_is_sampled_as_if_alone(model_of):
     model = model_of("retention")
     texts = prompts(9, 21, 2)
     together = generated(model, texts, SAMPLED)
@@ -105,7 +105,7 @@ def test_a_row_of_a_batch_is_sampled_as_alone(model_of):
 
 
 @pytest.mark.parametrize("right", [True, False])
-def test_calls_follow_from_how_many_guesses_are_right(model_of, right):
+def test_number_of_calls_depends_on_correct_guesses(model_of, right):
     model = model_of("gated_delta_net")
     expected = generated(model, prompts(9), GREEDY, count=25)
     speculation = Speculation(Oracle(expected.tolist(), right), block=8)
@@ -116,7 +116,7 @@ def test_calls_follow_from_how_many_guesses_are_right(model_of, right):
     assert speculation.accepted == (21 if right else 0)
 
 
-def test_a_text_that_ends_early_leaves_the_others_alone(model_of):
+def test_texts_with_right_and_wrong_guesses_match_plain_decoding(model_of):
     model = model_of("attention", "mamba2")
     texts = prompts(9, 9)
     expected = generated(model, texts, GREEDY, count=25)
@@ -128,7 +128,7 @@ def test_a_text_that_ends_early_leaves_the_others_alone(model_of):
 
 
 @pytest.mark.parametrize("stop_after", [1, 7, 24])
-def test_the_cache_at_the_end_continues_the_text(model_of, stop_after):
+def test_final_cache_continues_the_text(model_of, stop_after):
     model = model_of("retention", "attention")
     texts = prompts(9, 21)
     whole = generated(model, texts, GREEDY, count=30)
@@ -150,7 +150,7 @@ def test_the_cache_at_the_end_continues_the_text(model_of, stop_after):
 
 
 @pytest.mark.usefixtures("plainly_compiled")
-def test_the_call_that_verifies_compiles_to_one_graph(model_of):
+def test_verification_call_compiles_to_one_graph(model_of):
     model = model_of("retention", "attention")
     texts = prompts(9, 21)
     expected = generated(model, texts, GREEDY)
@@ -159,7 +159,7 @@ def test_the_call_that_verifies_compiles_to_one_graph(model_of):
 
 
 @pytest.mark.usefixtures("plainly_compiled")
-def test_float32_models_with_native_kernels_compile_too():
+def test_float32_model_with_native_kernels_compiles():
     model = build_model(load_config("retnet-tiny", ["model.n_layers=1"]).model).eval()
     texts = prompts(9, 21)
     _, state = prefill(model, texts, max_length=64)
@@ -167,7 +167,7 @@ def test_float32_models_with_native_kernels_compile_too():
     generated(model, texts, GREEDY, Speculation(), count=4, compiled=True)
 
 
-def test_tokens_are_sampled_with_their_probabilities():
+def test_sampled_token_frequencies_match_probabilities():
     shares, count = torch.tensor([0.5, 0.3, 0.15, 0.05]), 20_000
     sampler = Sampler(Sampling(seed=1), 1, torch.device("cpu"))
     logits = shares.log()[None]
@@ -180,7 +180,7 @@ def test_tokens_are_sampled_with_their_probabilities():
         assert found[token] / count == pytest.approx(share, abs=4 * math.sqrt(share * (1 - share) / count))
 
 
-def test_a_position_is_sampled_again_with_the_same_numbers():
+def test_resampling_a_position_gives_the_same_token():
     sampler = Sampler(Sampling(seed=1), 2, torch.device("cpu"))
     logits = torch.zeros(2, 1000)
     places = [(0, 3), (1, 0)]
@@ -191,7 +191,7 @@ def test_a_position_is_sampled_again_with_the_same_numbers():
     assert first[0] != first[1]
 
 
-def test_bad_settings_are_refused(model_of):
+def test_invalid_speculation_settings_raise(model_of):
     with pytest.raises(SeqmixError, match="block must be at least 2"):
         Speculation(block=1)
     with pytest.raises(SeqmixError, match='did you mean "ngram"'):
@@ -201,7 +201,7 @@ def test_bad_settings_are_refused(model_of):
         generate_text(model_of("retention"), ["ab"], max_new_tokens=3, speculation=Speculation(other))
 
 
-def test_a_draft_model_with_other_tokens_is_refused(model_of, tmp_path):
+def test_draft_model_with_different_tokenizer_raises(model_of, tmp_path):
     model, draft = model_of("retention", vocab_size=270), model_of("retention", vocab_size=270)
     model.tokenizer = train_bpe([("a", b"the cat sat on the mat" * 20)], 270, tmp_path / "a.json")
     draft.tokenizer = train_bpe([("b", b"some other words, over and over" * 20)], 270, tmp_path / "b.json")

@@ -1,4 +1,4 @@
-"""Text as bytes, and as subwords."""
+"""Tokenizers for bytes and subwords."""
 
 import sys
 
@@ -11,7 +11,7 @@ from seqmix import SeqmixError, build_model, generate_text, load_config
 from seqmix.models import ByteTokenizer, load_tokenizer, train_bpe
 
 
-def test_bytes_are_opened_by_the_begin_token():
+def test_byte_encoding_starts_with_begin_token():
     bytes_ = load_tokenizer("bytes")
     assert isinstance(bytes_, ByteTokenizer)
     assert (bytes_.vocab_size, bytes_.begin) == (257, 256)
@@ -24,7 +24,7 @@ def test_bytes_are_opened_by_the_begin_token():
 
 
 @given(st.text())
-def test_decoding_gives_the_text_back_byte_by_byte(text):
+def test_byte_decoding_restores_text(text):
     decoder = ByteTokenizer().decoder()
     pieces = [decoder(token) for token in ByteTokenizer().encode(text).tolist()[1:]]
     assert "".join(pieces) + decoder(None) == text
@@ -33,7 +33,7 @@ def test_decoding_gives_the_text_back_byte_by_byte(text):
 @pytest.mark.parametrize(
     ("given", "text"), [(b"a\xffb", "a\ufffdb"), (b"\xe2\x82", "\ufffd"), (b"\xe2\x82a", "\ufffda")]
 )
-def test_invalid_bytes_are_replaced(given, text):
+def test_byte_decoder_replaces_invalid_bytes(given, text):
     decoder = ByteTokenizer().decoder()
     assert "".join(decoder(b) for b in given) + decoder(None) == text
 
@@ -60,7 +60,7 @@ def decoded(tokenizer, tokens) -> str:
     return "".join([decoder(token) for token in tokens] + [decoder(None)])
 
 
-def test_a_trained_vocabulary_has_the_size_asked_for(subwords, tmp_path):
+def test_trained_vocabulary_has_requested_size(subwords, tmp_path):
     assert (subwords.vocab_size, subwords.begin) == (300, 299)
     tokens = subwords.encode(TEXTS[0])
     assert tokens[0] == 299
@@ -76,11 +76,11 @@ def test_a_trained_vocabulary_has_the_size_asked_for(subwords, tmp_path):
 # the fixture is of the module
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=st.text())
-def test_subwords_give_any_text_back_token_by_token(subwords, text):
+def test_subword_decoding_restores_any_text(subwords, text):
     assert decoded(subwords, subwords.encode(text).tolist()[1:]) == text
 
 
-def test_a_begin_token_of_the_vocabularys_own_does_not_bound_what_is_generated(subwords, tmp_path):
+def test_begin_token_inside_vocabulary_does_not_limit_generation(subwords, tmp_path):
     subwords.save(tmp_path)
     own = load_tokenizer(tmp_path / "tokenizer.json", "a")
     assert (subwords.text_tokens, own.text_tokens, own.vocab_size) == (299, 299, 299)
@@ -92,7 +92,7 @@ def test_a_begin_token_of_the_vocabularys_own_does_not_bound_what_is_generated(s
     assert max(own.encode(text).tolist()) > own.begin
 
 
-def test_characters_come_whole(subwords):
+def test_decoder_emits_whole_characters(subwords):
     decoder = subwords.decoder()
     pieces = [decoder(token) for token in subwords.encode("🧪é").tolist()[1:]]
     assert [piece for piece in pieces if piece] == ["🧪", "é"]
@@ -100,7 +100,7 @@ def test_characters_come_whole(subwords):
     assert decoder(None) == ""
 
 
-def test_the_first_bytes_of_a_character_are_replaced_at_the_end(subwords):
+def test_incomplete_character_is_replaced_at_end(subwords):
     first, second, *_ = subwords.encode("🧪").tolist()[1:]
     assert decoded(subwords, [first, second]).strip("\ufffd") == ""
     assert "\ufffd" in decoded(subwords, [first, second])
@@ -113,7 +113,7 @@ def test_documents_are_encoded_in_order(subwords):
     assert {tokens.dtype.name for tokens in encoded} == {"uint16"}
 
 
-def test_a_copy_is_the_same_tokenizer(subwords, tmp_path):
+def test_saved_tokenizer_loads_with_same_identity(subwords, tmp_path):
     subwords.save(tmp_path)
     copy = load_tokenizer(tmp_path / "tokenizer.json")
     assert copy.identity == load_tokenizer(tmp_path).identity == subwords.identity
@@ -121,7 +121,7 @@ def test_a_copy_is_the_same_tokenizer(subwords, tmp_path):
     ByteTokenizer().save(tmp_path / "nowhere")
 
 
-def test_a_vocabulary_with_holes_and_special_tokens_is_read(tmp_path):
+def test_vocabulary_with_gaps_and_special_tokens_loads(tmp_path):
     library = pytest.importorskip("tokenizers")
     made = library.Tokenizer(library.models.WordLevel({"a": 0, "b": 7, "[UNK]": 3}, unk_token="[UNK]"))
     made.pre_tokenizer = library.pre_tokenizers.Whitespace()
@@ -143,7 +143,7 @@ def test_a_vocabulary_with_holes_and_special_tokens_is_read(tmp_path):
         ("other.json", "tokenizer.json"),
     ],
 )
-def test_a_file_that_is_not_a_tokenizer_is_named(tmp_path, name, words):
+def test_invalid_tokenizer_file_is_named_in_one_line_error(tmp_path, name, words):
     pytest.importorskip("tokenizers")
     (tmp_path / "other.json").write_text('{"version": 1}')
     with pytest.raises(SeqmixError) as raised:
@@ -152,19 +152,19 @@ def test_a_file_that_is_not_a_tokenizer_is_named(tmp_path, name, words):
     assert "\n" not in str(raised.value)
 
 
-def test_a_document_that_is_not_utf8_is_named(subwords):
+def test_document_that_is_not_utf8_is_named_in_error(subwords):
     with pytest.raises(SeqmixError, match=r"a\.bin .*0xff at 2.*`bytes`"):
         list(subwords.encode_documents([("b.txt", b"ok"), ("a.bin", b"ab\xff")]))
 
 
-def test_a_vocabulary_holds_all_bytes(tmp_path):
+def test_vocabulary_too_small_for_all_bytes_raises(tmp_path):
     pytest.importorskip("tokenizers")
     with pytest.raises(SeqmixError, match=r"257 .*256"):
         train_bpe([("a", b"a")], 256, tmp_path / "a.json")
     assert train_bpe([("a", b"a")], 257, tmp_path / "a.json").vocab_size == 257
 
 
-def test_without_the_library_the_error_names_the_package(monkeypatch, tmp_path):
+def test_missing_tokenizers_package_is_named_in_error(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(SeqmixError, match="pip install tokenizers"):
         load_tokenizer(tmp_path / "tokenizer.json")

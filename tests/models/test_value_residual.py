@@ -1,4 +1,4 @@
-"""Values of the first layer that later layers mix into their own: RWKV-7's, written out, in every use of a model."""
+"""The value residuals of RWKV-7 match their explicit formula in every use of a model."""
 
 import pytest
 import torch
@@ -61,14 +61,14 @@ PATTERNS = {
 
 @pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
 @pytest.mark.parametrize("paradigm", sorted(RWKV7Config(n_heads=2).traits.paradigms))
-def test_a_model_is_its_layers_written_out(pattern, paradigm):
+def test_model_matches_explicit_formula(pattern, paradigm):
     model, x = model_of(*pattern), tokens()
     takes = [block.mixer.takes_first_values for block in model.blocks if block.mixer.kind == "rwkv7"]
     assert takes == [False, *([True] * (len(takes) - 1))]
     exactly(model(x, paradigm=paradigm).logits, by_hand(model, x))
 
 
-def test_gradients_are_those_of_the_formula_with_recomputed_activations_too():
+def test_gradients_match_formula_with_and_without_checkpointing():
     model, x = model_of("rwkv", "other", "rwkv", "rwkv"), tokens()
     above = torch.randn(2, 9, 257, dtype=torch.float64)
     expected = torch.autograd.grad(by_hand(model, x), list(model.parameters()), above)
@@ -77,7 +77,7 @@ def test_gradients_are_those_of_the_formula_with_recomputed_activations_too():
         exactly(torch.autograd.grad(model(x).logits, list(model.parameters()), above), expected)
 
 
-def test_decoding_goes_on_where_prefill_ended():
+def test_decoding_continues_from_prefill():
     model, x = model_of("other", "rwkv", "rwkv"), tokens()
     whole = by_hand(model, x)
     output = model(x[:, :4], return_state=True)
@@ -87,21 +87,21 @@ def test_decoding_goes_on_where_prefill_ended():
         exactly(output.logits[:, 0], whole[:, t])
 
 
-def test_documents_have_first_values_of_their_own():
+def test_packed_documents_use_separate_first_values():
     model, x = model_of("rwkv", "rwkv", "rwkv"), tokens(9, 1)
     packed = model(x, cu_seqlens=torch.tensor([0, 4, 4, 9])).logits
     exactly(packed, torch.cat((by_hand(model, x[:, :4]), by_hand(model, x[:, 4:])), dim=1))
 
 
 @pytest.mark.slow
-def test_compiled_blocks_pass_them_on():
+def test_compiled_blocks_pass_on_first_values():
     model, x = model_of("rwkv", "rwkv", "rwkv"), tokens()
     expected = by_hand(model, x)
     compile_blocks(model)
     exactly(model(x).logits, expected)
 
 
-def test_layers_of_a_shared_block_have_those_of_an_earlier_one():
+def test_shared_block_takes_or_provides_first_values():
     model, x = model_of("last", "rwkv", "rwkv", shared=True), tokens()
     assert model.blocks[1] is model.blocks[2]
     assert model.blocks[2].mixer.takes_first_values
@@ -111,7 +111,7 @@ def test_layers_of_a_shared_block_have_those_of_an_earlier_one():
     exactly(model(x).logits, by_hand(model, x))
 
 
-def test_what_is_not_declared_is_refused():
+def test_first_values_without_declaration_raise():
     alone = RWKV7Config(n_heads=2).build(12, layer_idx=1, n_layers=2)
     x = torch.randn(1, 3, 12)
     with pytest.raises(ContractError, match="accept_first_values"):

@@ -1,4 +1,4 @@
-"""Wrong inputs of a model and of its mixers: each is one sentence with what was expected and the remedy."""
+"""Wrong inputs to models and mixers raise one-line errors that say what was expected."""
 
 import numpy as np
 import pytest
@@ -42,7 +42,7 @@ WRONG_CALLS = {
 
 
 @pytest.mark.parametrize("case", WRONG_CALLS)
-def test_wrong_input_is_refused_in_one_sentence(case, model):
+def test_wrong_input_raises_one_line_error(case, model):
     call, sentence = WRONG_CALLS[case]
     with pytest.raises(SeqmixError, match=sentence) as refused:
         call(model)
@@ -52,7 +52,7 @@ def test_wrong_input_is_refused_in_one_sentence(case, model):
 @pytest.mark.parametrize("predictions", [False, True])
 @pytest.mark.parametrize("in_parts", [False, True])
 @pytest.mark.parametrize(("targets", "range_of_them"), [(TOKENS + 300, "300 to 307"), (TOKENS - 3, "-3 to 4")])
-def test_target_outside_the_vocabulary_is_named(targets, range_of_them, in_parts, predictions, model, monkeypatch):
+def test_target_outside_vocabulary_is_named_in_error(targets, range_of_them, in_parts, predictions, model, monkeypatch):
     if in_parts:
         monkeypatch.setattr(loss_module, "LOGITS_AT_ONCE", {"cpu": 3 * 257})
     targets = targets.clone()
@@ -61,14 +61,14 @@ def test_target_outside_the_vocabulary_is_named(targets, range_of_them, in_parts
         model(TOKENS, targets=targets, return_predictions=predictions)
 
 
-def test_boundaries_in_a_list_are_refused_by_an_op():
+def test_op_rejects_boundaries_given_as_list():
     x = torch.zeros(1, 8, 1, 2)
     with pytest.raises(SeqmixError, match=r"cu_seqlens must be an integer tensor .* got a list"):
         decay(x, x, x, cu_seqlens=[0, 8])
 
 
 @pytest.mark.parametrize("preset", single_kind_presets())
-def test_mixer_names_both_widths_of_an_input_of_the_wrong_width(preset):
+def test_wrong_input_width_error_names_both_widths(preset):
     config = load_config(preset).model
     mixer = config.blocks[config.layers[0]].mixer.build(config.d_model, layer_idx=0, n_layers=2)
     with pytest.raises(SeqmixError, match=r"expect(s|ed) x ") as refused:
@@ -77,7 +77,7 @@ def test_mixer_names_both_widths_of_an_input_of_the_wrong_width(preset):
 
 
 @pytest.mark.parametrize(("kind", "other"), [("gla", "attention"), ("gla", "retention"), ("attention", "delta_net")])
-def test_mixer_refuses_the_state_of_another_kind_with_other_tensors(kind, other):
+def test_mixer_rejects_state_of_another_kind(kind, other):
     mixer, stranger = (MIXERS.resolve(name)(n_heads=2).build(16, layer_idx=0, n_layers=1) for name in (kind, other))
     x = torch.randn(1, 3, 16)
     _, state = stranger(x, return_state=True)
@@ -85,7 +85,7 @@ def test_mixer_refuses_the_state_of_another_kind_with_other_tensors(kind, other)
         mixer(x, state)
 
 
-def test_checks_of_arguments_leave_one_graph(model):
+def test_argument_checks_cause_no_graph_break(model):
     torch.compiler.reset()
     compiled = torch.compile(lambda tokens: model(tokens, targets=tokens).loss, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(TOKENS), model(TOKENS, targets=TOKENS).loss)
