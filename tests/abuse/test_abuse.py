@@ -1,4 +1,4 @@
-"""A sample of every group of hostile input holds; all of it with --hypothesis-profile nightly (see tally.py)."""
+"""A sample of every group of hostile input, or all of it with --hypothesis-profile nightly (see tally.py)."""
 
 import random
 
@@ -13,11 +13,11 @@ from seqmix import SeqmixError
 pytestmark = pytest.mark.slow
 
 SAMPLE = 8
-"""Cases of a group that are tried in every run."""
+"""Number of cases tried per group in every run."""
 
 
 @pytest.mark.parametrize("group", [pytest.param(name, marks=NIGHTLY if name in SLOW else ()) for name in GROUPS])
-def test_a_sample_holds(group, tmp_path):
+def test_sampled_abuse_cases_have_no_faults(group, tmp_path):
     cases = list(GROUPS[group](tmp_path, random.Random(0)))
     if settings().max_examples < 1000:
         cases = random.Random(group).sample(cases, min(SAMPLE, len(cases)))
@@ -28,7 +28,7 @@ def test_a_sample_holds(group, tmp_path):
     assert not tally.faults
 
 
-def test_what_is_not_a_sentence_is_a_fault():
+def test_fault_of_reports_wrong_outcomes():
     def fail(error: BaseException) -> None:
         raise error
 

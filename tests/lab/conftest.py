@@ -25,7 +25,7 @@ def small():
 
 @pytest.fixture
 def written(tmp_path):
-    """Write a study's file and read it: the small one with some lines more."""
+    """Write the file of the small study with extra lines and return it."""
 
     def call(more="", *, study=STUDY):
         file = tmp_path / "small.yaml"
@@ -37,7 +37,7 @@ def written(tmp_path):
 
 @pytest.fixture
 def planned(written):
-    """The runs of the small study with some lines more."""
+    """Plan the small study with extra lines."""
 
     def call(more="", *, study=STUDY):
         file = written(more, study=study)

@@ -1,4 +1,4 @@
-"""What is measured of a model's layers, against closed forms; and the page."""
+"""Measurements of a model's layers, compared with closed forms, and the page that shows them."""
 
 import base64
 import re
@@ -26,7 +26,7 @@ def model_of(mixer: str, *changes: str):
 
 
 @pytest.mark.parametrize("gamma", [0.5, 0.8])
-def test_a_retention_head_reaches_as_far_as_its_decay(gamma):
+def test_retention_head_reach_follows_its_decay(gamma):
     model = model_of(
         f"{{kind: retention, n_heads: 2, decay: constant, gamma: {gamma}, rotation: none, row_norm: false}}"
     )
@@ -46,7 +46,7 @@ def test_a_retention_head_reaches_as_far_as_its_decay(gamma):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", sorted(MIXERS.built_in()))
-def test_every_mixer_has_all_views(kind):
+def test_every_mixer_has_maps_states_and_gradient_norms(kind):
     config = MIXERS.built_in()[kind]
     fields = ", ".join(f"{name}: {value}" for name, value in config.example_fields().items())
     views = look(model_of(f"{{kind: {kind}, {fields}}}"), TOKENS)
@@ -64,7 +64,7 @@ def test_every_mixer_has_all_views(kind):
     assert MIXERS.built_in()[kind].example().traits.has_state
 
 
-def test_a_mixer_of_a_plug_in_is_measured_by_gradients(monkeypatch):
+def test_plugin_mixer_is_measured_by_gradients(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "examples" / "plugin"))
     views = look(model_of("{kind: seqmix_mingru:MinGRUConfig}"), TOKENS)
     assert [view.of_heads for view in views] == [False, False]
@@ -72,7 +72,7 @@ def test_a_mixer_of_a_plug_in_is_measured_by_gradients(monkeypatch):
     assert not views[0].maps.triu(1).any()
 
 
-def test_gates_and_decays_that_are_saturated_are_counted():
+def test_saturated_gates_and_decays_are_counted():
     model = model_of("{kind: gated_retention, n_heads: 2}")
     with torch.no_grad():
         mixer = model.blocks[0].mixer
@@ -89,7 +89,7 @@ def test_gates_and_decays_that_are_saturated_are_counted():
     assert second.layer == 1
 
 
-def test_gradient_norms_are_those_of_a_backward_pass():
+def test_gradient_norms_match_a_backward_pass():
     model = model_of("{kind: gla, n_heads: 2}")
     views = look(model, TOKENS)
     model(TOKENS[:, :-1], targets=TOKENS[:, 1:]).loss.backward()
@@ -98,7 +98,7 @@ def test_gradient_norms_are_those_of_a_backward_pass():
         assert view.gradient_norm == pytest.approx(norm)
 
 
-def test_the_effective_rank():
+def test_effective_rank_of_identity_constant_and_zero_matrices():
     assert effective_rank(torch.eye(5)[None]) == pytest.approx(5)
     assert effective_rank(torch.ones(1, 4, 4)) == pytest.approx(1, abs=1e-6)
     assert effective_rank(torch.zeros(2, 3, 3)) == 0
@@ -109,7 +109,7 @@ def test_indices_are_spread_evenly():
     assert spread(100, 4) == [24, 49, 74, 99]
 
 
-def test_a_picture_is_a_png_of_opacities():
+def test_picture_encodes_weights_as_png_opacity():
     address = picture(torch.tensor([[1.0, 0.0], [0.25, 1.0]]))
     png = base64.b64decode(address.partition(",")[2])
     assert png.startswith(b"\x89PNG\r\n\x1a\n")
@@ -117,7 +117,7 @@ def test_a_picture_is_a_png_of_opacities():
     assert list(data) == [0, 0, 255, 0, 0, 0, 0, 128, 0, 255]
 
 
-def test_the_command_writes_a_page_and_numbers(seqmix, config_of, tmp_path):
+def test_command_writes_page_figure_and_json(seqmix, config_of, tmp_path):
     pytest.importorskip("altair")
     run_of(config_of("training.steps=1"), tmp_path / "run")
     done = seqmix("inspect", tmp_path / "run", "--text", "text.txt", "--tokens", "20", "--json", "i.json")
@@ -136,7 +136,7 @@ def test_the_command_writes_a_page_and_numbers(seqmix, config_of, tmp_path):
     assert "</html>" in (tmp_path / "new.html").read_text()
 
 
-def test_a_page_of_a_mixer_without_gradients_or_heads_is_whole():
+def test_page_renders_for_mixer_without_attention_maps():
     pytest.importorskip("altair")
     views = look(model_of("{kind: mamba}"), TOKENS)
     views[0].maps, views[0].reach, views[0].reach_90 = None, [], []
@@ -146,7 +146,7 @@ def test_a_page_of_a_mixer_without_gradients_or_heads_is_whole():
     assert (ROWS, MAX_HEADS) == (64, 16)
 
 
-def test_every_head_of_every_layer_is_in_the_figure_of_reaches():
+def test_reach_figure_shows_every_head_of_every_layer():
     views = look(model_of("{kind: retention, n_heads: 12}", "model.n_layers=3"), TOKENS)
     within, reach = reach_figures(views)
     drawn = [(row["x"], row["y"]) for row in reach.rows() if row.get("marker")]
@@ -156,13 +156,13 @@ def test_every_head_of_every_layer_is_in_the_figure_of_reaches():
     assert len(by_legend([within, reach, *state_figures(views)])) == 1
 
 
-def test_a_page_says_how_many_maps_it_leaves_out():
+def test_page_says_how_many_maps_are_omitted():
     pytest.importorskip("altair")
     views = look(model_of("{kind: retention, n_heads: 24, rotation: none}"), TOKENS)
     assert render(views, "a run", "facts").count("The first 16 of 24 heads.") == 2
 
 
-def test_what_cannot_be_read_is_refused(refused, config_of, tmp_path):
+def test_unreadable_text_and_bad_output_paths_are_rejected(refused, config_of, tmp_path):
     pytest.importorskip("altair")
     run_of(config_of("training.steps=1"), tmp_path / "run")
     assert "none.txt cannot be read" in refused("inspect", tmp_path / "run", "--text", "none.txt", status=3)

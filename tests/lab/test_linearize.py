@@ -1,4 +1,4 @@
-"""Linearizing: what is taken over, the stages, stops, and the comparison with the teacher."""
+"""Linearizing: transferred weights, training stages, resuming, and the comparison with the teacher."""
 
 import json
 from itertools import pairwise
@@ -59,7 +59,7 @@ def logits_of(run: Path) -> torch.Tensor:
         return load_run(run)(tokens).logits
 
 
-def test_without_swaps_the_result_is_the_teacher_to_the_bit(teacher, tmp_path):
+def test_result_without_swaps_is_bitwise_equal_to_teacher(teacher, tmp_path):
     _, found = linearized(teacher, plan_of(), tmp_path / "out")
     assert torch.equal(logits_of(teacher), logits_of(tmp_path / "out"))
     assert found.student == found.prepared.teacher
@@ -68,7 +68,7 @@ def test_without_swaps_the_result_is_the_teacher_to_the_bit(teacher, tmp_path):
     assert found.gap_closed is None
 
 
-def test_a_mixer_of_the_same_kind_takes_over_everything(teacher, tmp_path):
+def test_swap_with_same_mixer_kind_copies_all_weights(teacher, tmp_path):
     same = {"layers": [1], "mixer": {"kind": "attention", "n_heads": 4}}
     _, found = linearized(teacher, plan_of(same), tmp_path / "out")
     assert torch.equal(logits_of(teacher), logits_of(tmp_path / "out"))
@@ -76,7 +76,7 @@ def test_a_mixer_of_the_same_kind_takes_over_everything(teacher, tmp_path):
     assert taken.initial == ()
 
 
-def test_all_stages_teach_and_the_result_is_an_ordinary_run(teacher, tmp_path, seqmix):
+def test_all_stages_train_and_write_an_ordinary_run(teacher, tmp_path, seqmix):
     swap = {"layers": [0], "mixer": GDN}, {"layers": [2], "mixer": GLA}
     out = tmp_path / "out"
     work, found = linearized(teacher, plan_of(*swap, stages=STAGES), out)
@@ -103,7 +103,7 @@ def test_all_stages_teach_and_the_result_is_an_ordinary_run(teacher, tmp_path, s
     assert seqmix("evaluate", out, "--length", "16").status == 0
 
 
-def test_the_first_stage_brings_outputs_closer_to_the_teacher(teacher, tmp_path):
+def test_mixer_output_stage_brings_outputs_closer_to_teacher(teacher, tmp_path):
     stages = {"mixer_output": {"tokens": 40 * 64, "learning_rate": 1e-2}}
     work = Linearization(teacher, plan_of({"layers": [1], "mixer": GLA}, stages=stages), tmp_path / "out", device="cpu")
     work.prepare()
@@ -112,7 +112,7 @@ def test_the_first_stage_brings_outputs_closer_to_the_teacher(teacher, tmp_path)
     assert work.finish().student.divergence < work.prepared.start.divergence
 
 
-def test_a_stopped_stage_continues_to_the_same_bits(teacher, tmp_path):
+def test_stopped_stage_resumes_with_bitwise_equal_result(teacher, tmp_path):
     plan = plan_of({"layers": [1], "mixer": GDN}, stages={"hidden": SHORT, "logits": {**SHORT, "tokens": 256}})
     linearized(teacher, plan, tmp_path / "whole")
     work = Linearization(teacher, plan, tmp_path / "parts", device="cpu")
@@ -127,7 +127,7 @@ def test_a_stopped_stage_continues_to_the_same_bits(teacher, tmp_path):
     assert all(torch.equal(parts[0][name], parts[1][name]) for name in parts[0])
 
 
-def test_the_best_layers_are_kept(teacher, tmp_path):
+def test_keep_best_keeps_the_costliest_attention_layers(teacher, tmp_path):
     plan = plan_of({"mixer": RetentionConfig(n_heads=2).model_dump()}, keep={"best": 2})
     work, found = linearized(teacher, plan, tmp_path / "out")
     prepared = found.prepared
@@ -137,7 +137,7 @@ def test_the_best_layers_are_kept(teacher, tmp_path):
     assert [block.mixer.kind for block in load_run(tmp_path / "out").blocks].count("attention") == 2
 
 
-def test_projections_are_taken_over_by_head():
+def test_projections_are_transferred_by_head():
     old = AttentionConfig(n_heads=4, n_kv_heads=2).build(32, layer_idx=0, n_layers=1)
     new = GatedDeltaNetConfig(n_heads=4).build(32, layer_idx=0, n_layers=1)  # values twice as wide
     done = transfer(old, new, ["q", "k", "v", "o"])
@@ -150,7 +150,7 @@ def test_projections_are_taken_over_by_head():
     assert transfer(old, MambaConfig().build(32, layer_idx=0, n_layers=1), ["q", "k", "v", "o"]) == {}
 
 
-def test_heads_are_joined_and_split():
+def test_regroup_heads_joins_and_splits_heads():
     weight = torch.arange(24.0).view(4, 2, 3)
     torch.testing.assert_close(regroup_heads(weight, 2), weight.view(2, 4, 3))
     torch.testing.assert_close(regroup_heads(weight, 8), weight.view(8, 1, 3))
@@ -158,12 +158,12 @@ def test_heads_are_joined_and_split():
     assert regroup_heads(weight, 3) is None
 
 
-def test_the_gap_is_a_share():
+def test_gap_closed_is_a_fraction_of_the_initial_gap():
     assert gap_closed(4.0, 2.5, 2.0) == 0.75
     assert gap_closed(2.0, 2.0, 2.0) is None
 
 
-def test_what_cannot_be_is_refused(teacher, tmp_path, monkeypatch):
+def test_impossible_plans_raise(teacher, tmp_path, monkeypatch):
     def begun(*swap, **fields):
         return Linearization(teacher, plan_of(*swap, **fields), tmp_path / "out", device="cpu")
 
@@ -184,7 +184,7 @@ def test_what_cannot_be_is_refused(teacher, tmp_path, monkeypatch):
     assert "without torchrun" in refusal(lambda: Linearization(teacher, plan_of(), tmp_path / "two", device="cpu"))
 
 
-def test_hidden_states_are_compared_only_with_a_plain_residual_stream(config_of, tmp_path):
+def test_hidden_stage_requires_plain_residual_connections(config_of, tmp_path):
     small = ("model.n_layers=2", "training.steps=1", "training.final_evaluation_batches=1")
     teacher = tmp_path / "teacher"
     run_of(config_of(*small, "model.residual={kind: attention}", preset="attention-tiny"), teacher)
@@ -196,7 +196,7 @@ def test_hidden_states_are_compared_only_with_a_plain_residual_stream(config_of,
     assert load_run(tmp_path / "out").config.residual.kind == "attention"
 
 
-def test_a_plan_that_does_not_fit_may_be_mended(teacher, tmp_path, refused, seqmix):
+def test_invalid_plan_can_be_corrected_before_the_first_stage(teacher, tmp_path, refused, seqmix):
     file, out = tmp_path / "plan.yaml", tmp_path / "out"
     file.write_text("swap: [{layers: [1], mixer: {kind: gla, n_heads: 3}}]\n")
     assert "n_heads = " in refused("linearize", teacher, file, "--out", out)
@@ -212,7 +212,7 @@ def test_a_plan_that_does_not_fit_may_be_mended(teacher, tmp_path, refused, seqm
     assert file.read_text().startswith("swap: [{")
 
 
-def test_the_command_shows_the_plan_and_the_comparison(teacher, tmp_path, seqmix):
+def test_command_shows_plan_and_comparison(teacher, tmp_path, seqmix):
     file = tmp_path / "plan.yaml"
     file.write_text(
         "swap: [{layers: [1], mixer: {kind: gla, n_heads: 2}}]\ncalibration_tokens: 64\n"

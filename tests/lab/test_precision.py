@@ -1,4 +1,4 @@
-"""States in fewer bits: rounding, what a model loses, and the prediction beside the errors."""
+"""Recurrent states in fewer bits: rounding, the loss it adds to a model, and predicted errors."""
 
 import json
 import math
@@ -29,7 +29,7 @@ def numbers(*shape: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("scales", ["channel", "head"])
 @pytest.mark.parametrize("name", INTEGERS)
-def test_integers_are_off_by_half_a_step_at_most(name, scales):
+def test_integer_rounding_error_is_at_most_half_a_step(name, scales):
     x = numbers(3, 2, 5, 9)
     dims = -1 if scales == "channel" else (-2, -1)
     step = x.abs().amax(dims, keepdim=True) / (127 if name == "int8" else 7)
@@ -41,7 +41,7 @@ def test_integers_are_off_by_half_a_step_at_most(name, scales):
 @pytest.mark.parametrize("scales", ["channel", "head"])
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize("name", FORMATS)
-def test_what_is_rounded_stays_when_it_is_rounded_again(name, rounding, scales):
+def test_rounding_is_idempotent(name, rounding, scales):
     each = StateFormat(name, rounding, scales)
     for x in (
         numbers(64, 2, 3, 9),
@@ -60,7 +60,7 @@ def test_what_is_rounded_stays_when_it_is_rounded_again(name, rounding, scales):
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "float16", *INTEGERS])
-def test_stochastic_rounding_is_right_on_average(name):
+def test_stochastic_rounding_is_unbiased(name):
     x = torch.tensor([1.0, 0.3, -0.7123, 1e-3, 3e-6, 0.0, -1e-7])
     draws = StateFormat(name, "stochastic").round(x.expand(20_000, -1), torch.Generator().manual_seed(0)).double()
     error = (draws.mean(0) - x.double()).abs()
@@ -70,7 +70,7 @@ def test_stochastic_rounding_is_right_on_average(name):
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "float16"])
-def test_floating_point_numbers_are_those_of_torch(name):
+def test_floating_point_rounding_matches_torch(name):
     x = numbers(1000)
     assert torch.equal(StateFormat(name).round(x), x.to(getattr(torch, name)).float())
     neighbours = StateFormat(name, "stochastic").round(x)
@@ -98,12 +98,12 @@ def test_zeros_infinities_and_nan_survive(name, rounding):
         (("int8", "nearest", "row"), "channel, head"),
     ],
 )
-def test_a_format_that_does_not_exist_is_refused(fields, message):
+def test_unknown_format_options_raise(fields, message):
     with pytest.raises(SeqmixError, match=message):
         StateFormat(*fields)
 
 
-def test_scales_and_stored_errors_are_part_of_the_size():
+def test_stored_size_includes_scales_and_compensation():
     shape = torch.Size((1, 2, 16, 32))
     assert StateFormat("bfloat16").stored_bits(shape) == 1024 * 16
     assert StateFormat("int8").stored_bits(shape) == 1024 * 8 + 32 * 32
@@ -137,7 +137,7 @@ def retention(**fields: object) -> str:
 
 
 @pytest.mark.parametrize("kind", sorted(MIXERS.built_in()))
-def test_every_mixer_can_be_measured(kind):
+def test_precision_of_every_mixer_can_be_measured(kind):
     fields = ", ".join(f"{name}: {value}" for name, value in MIXERS.built_in()[kind].example_fields().items())
     model = model_of(f"{{kind: {kind}, {fields}}}")
     batch = text(32)
@@ -161,14 +161,14 @@ def test_every_mixer_can_be_measured(kind):
     assert all(len(each.errors) == len(each.predicted) == len(each.bound) for each in result.tensors)
 
 
-def test_a_state_in_its_own_format_loses_nothing():
+def test_float32_state_format_loses_nothing():
     (result,) = measure(retention(), 32, StateFormat("float32")).results
     assert abs(result.lost) < 1e-6
     assert result.agreement == 1.0
     assert result.state_error < 1e-6
 
 
-def test_bfloat16_sums_without_decay_stop_where_theory_says():
+def test_bfloat16_sums_without_decay_stall_where_theory_predicts():
     # the same token over and over: numbers of the state are n w, and n w + w rounds to n w from n = 256 to 512 on
     tokens = torch.full((1, 769), 7)
     formats = StateFormat("bfloat16"), StateFormat("bfloat16", "stochastic"), StateFormat("bfloat16", "compensated")
@@ -184,14 +184,14 @@ def test_bfloat16_sums_without_decay_stop_where_theory_says():
 
 
 @pytest.mark.parametrize("gamma", [0.8, 0.95])
-def test_the_prediction_is_that_of_the_decay(gamma):
+def test_predicted_error_follows_the_decay(gamma):
     result = measure(retention(decay="constant", gamma=gamma), 128, StateFormat("int8"), changes=["model.n_layers=1"])
     (each,) = result.results
     assert each.bound / each.predicted == pytest.approx(math.sqrt((1 + gamma) / (1 - gamma)), rel=0.15)
     assert each.state_error == pytest.approx(each.predicted, rel=0.25)
 
 
-def test_rounding_less_often_errs_less():
+def test_rounding_less_often_reduces_the_error():
     errors = [
         measure(retention(decay="constant", gamma=0.98), 64, StateFormat("int8"), every=n).results[0] for n in (1, 8)
     ]
@@ -199,14 +199,14 @@ def test_rounding_less_often_errs_less():
     assert errors[1].predicted < 0.6 * errors[0].predicted
 
 
-def test_a_state_that_is_never_rounded_is_exact():
+def test_unrounded_state_is_exact():
     (result,) = measure(retention(), 16, StateFormat("int4"), every=17).results
     assert abs(result.lost) < 1e-6
     assert (result.state_error < 1e-6, result.predicted, result.bound) == (True, 0.0, 0.0)
 
 
 @torch.no_grad()
-def test_a_state_out_of_range_is_a_loss_that_is_not_finite():
+def test_state_overflow_gives_non_finite_loss():
     model = model_of(retention())
     for parameter in model.blocks[0].mixer.parameters():
         parameter.mul_(1e3)
@@ -218,7 +218,7 @@ def test_a_state_out_of_range_is_a_loss_that_is_not_finite():
 
 
 @pytest.mark.parametrize("window", ["null", "8"])
-def test_entries_of_a_cache_are_rounded_once(window):
+def test_cache_entries_are_rounded_once(window):
     attention = f"{{kind: attention, n_heads: 2, window: {window}}}"
     result = measure(attention, 96, StateFormat("int8"), changes=["model.n_layers=1"])
     keys, values = result.tensors
@@ -230,7 +230,7 @@ def test_entries_of_a_cache_are_rounded_once(window):
     assert carried.results[0].state_error == pytest.approx(result.results[0].state_error)
 
 
-def test_tensors_can_be_kept_exact():
+def test_keep_exact_excludes_named_tensors_from_rounding():
     model = model_of("{kind: mamba3, head_dim: 24}")
     options = {"formats": [StateFormat("int4")], "lengths": [32]}
     rounded, kept = (state_precision(model, text(32), **options, keep_exact=names) for names in ((), ("angle",)))
@@ -242,7 +242,7 @@ def test_tensors_can_be_kept_exact():
         state_precision(model, text(32), **options, keep_exact=["angle", "memory", "recent"])
 
 
-def test_stochastic_rounding_is_a_function_of_the_seed():
+def test_stochastic_rounding_is_reproducible_by_seed():
     same, again, other = (
         measure(retention(), 16, StateFormat("int4", "stochastic"), seed=seed).results[0].loss for seed in (0, 0, 1)
     )
@@ -262,12 +262,12 @@ def test_stochastic_rounding_is_a_function_of_the_seed():
         ([*range(8), math.inf], [*range(8), -1], 1.0),
     ],
 )
-def test_rank_correlation(x, y, expected):
+def test_rank_correlation_matches_known_values(x, y, expected):
     pair = (torch.tensor(list(values), dtype=torch.float64) for values in (x, y))
     assert rank_correlation(*pair) == pytest.approx(expected, nan_ok=True)
 
 
-def test_the_fewest_bits_answer():
+def test_answer_names_the_smallest_format_below_the_loss_limit():
     result = measure(retention(), 16, StateFormat("bfloat16"), StateFormat("int8"), StateFormat("int8", "stochastic"))
 
     def with_losses(*lost: float) -> Precision:
@@ -284,7 +284,7 @@ def test_the_fewest_bits_answer():
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A run of a few steps on a text."""
+    """A run trained for a few steps on a text."""
     folder = tmp_path_factory.mktemp("precision")
     (folder / "text.txt").write_text("the text of a small run, over and over again. " * 60)
     config = load_config(
@@ -297,7 +297,7 @@ def trained(tmp_path_factory):
     return folder / "run"
 
 
-def test_the_page_marks_what_a_standard_error_may_change():
+def test_page_marks_cells_within_one_standard_error():
     page = runpy.run_path(str(Path(__file__).resolve().parents[2] / "research" / "precision.py"))
     int8 = {"format": "int8", "rounding": "nearest", "bits": 8, "length": 256, "lost": 0.002, "lost_error": 0.001}
     int4 = int8 | {"format": "int4", "bits": 4, "lost_error": 0.004}
@@ -312,7 +312,7 @@ def test_the_page_marks_what_a_standard_error_may_change():
     assert lines[-1] == "2 of 8 cells are marked with ≈."
 
 
-def test_the_command_answers_and_writes_a_page(seqmix, trained):
+def test_command_prints_answer_and_writes_page(seqmix, trained):
     done = seqmix("precision", trained, "--rounding", "nearest,compensated", "--json", "result.json")
     assert done.status == 0, done.err
     assert done.out.startswith("Fewest bits per number with less than 0.01 nats per token lost: ")
@@ -338,7 +338,7 @@ def test_the_command_answers_and_writes_a_page(seqmix, trained):
         (["--out", "a.html", "--json", "a.html"], "different names"),
     ],
 )
-def test_wrong_options_are_one_sentence(seqmix, trained, options, message):
+def test_invalid_options_are_rejected_before_writing(seqmix, trained, options, message):
     done = seqmix("precision", trained, *options)
     assert done.status == 2
     assert message in " ".join(done.err.split())

@@ -1,4 +1,4 @@
-"""The paper's claims: the studies are what it describes, and what is kept of them is what its page says."""
+"""Claims of the RetNet paper: their studies match its descriptions, and saved results match the page."""
 
 import json
 import runpy
@@ -41,7 +41,7 @@ def page() -> SimpleNamespace:
 # ---- studies
 
 
-def test_claims_are_listed_and_planned_without_training(seqmix, refused):
+def test_list_and_dry_run_do_not_train(seqmix, refused):
     listed = json.loads(seqmix("paper", "--list", "--json", "-").out)["claims"]
     assert listed.keys() == set(claims.CLAIMS)
     assert all(question.endswith("?") for question in listed.values())
@@ -57,7 +57,7 @@ def test_claims_are_listed_and_planned_without_training(seqmix, refused):
     assert 'did you mean "table6"' in refused("paper", "tabel6", "--dry-run")
 
 
-def test_every_claim_is_a_study_at_both_scales_or_about_the_runs_of_one():
+def test_every_claim_has_studies_at_both_scales_or_reuses_runs():
     names = {file.stem for file in claims.FOLDER.glob("*.yaml")} - {"base"}
     assert names == set(claims.STUDIES) == {file.stem for file in (claims.FOLDER / "gpu").glob("*.yaml")}
     assert set(claims.CLAIMS) == {*claims.STUDIES, *claims.OF_RUNS}
@@ -65,7 +65,7 @@ def test_every_claim_is_a_study_at_both_scales_or_about_the_runs_of_one():
 
 @pytest.mark.parametrize("scale", ["cpu", "gpu"])
 @pytest.mark.parametrize("claim", claims.STUDIES)
-def test_a_study_is_one_that_can_be_made(claim, scale):
+def test_every_study_loads_and_cpu_studies_can_be_planned(claim, scale):
     file = claims.file_of(claim, scale)
     study = load_study(file)
     assert study.name == claims.folder_of(claim, scale, Path()).name
@@ -75,7 +75,7 @@ def test_a_study_is_one_that_can_be_made(claim, scale):
         assert {entry.config.data.sequence_length for entry in plan(study, file).entries} == {256}
 
 
-def test_the_ablations_are_those_of_the_presets():
+def test_ablations_match_the_presets():
     presets = {
         "retnet": "",
         "no-gate": "-no-gate",
@@ -88,7 +88,7 @@ def test_the_ablations_are_those_of_the_presets():
     assert entries == {name: load_config(f"retnet-200m{preset}").model for name, preset in presets.items()}
 
 
-def test_the_sizes_are_those_of_the_presets():
+def test_model_sizes_match_the_presets():
     entries = {entry.name: entry.config.model for entry in planned("figure5", "gpu").entries}
     for name in ("retnet-1.3b", "retnet-2.7b", "retnet-6.7b", "transformer-1.3b"):
         assert entries[name] == load_config(name).model
@@ -102,7 +102,7 @@ def test_the_sizes_are_those_of_the_presets():
 
 
 @pytest.mark.slow
-def test_a_claim_is_measured_and_kept(tmp_path, monkeypatch, page):
+def test_claims_are_measured_and_saved(tmp_path, monkeypatch, page):
     monkeypatch.chdir(tmp_path)
     Path("text.txt").write_text("a text to be read, and more of it. " * 60)
     Path("figure5.yaml").write_text(TINY)
@@ -130,12 +130,12 @@ def test_a_claim_is_measured_and_kept(tmp_path, monkeypatch, page):
         assert not page.part(claim, tmp_path / "kept")[0].startswith("Not measured")
 
 
-def test_an_unknown_claim_is_one_sentence():
+def test_unknown_claim_raises_with_suggestion():
     with pytest.raises(SeqmixError, match=r"^there is no claim 'tabel6'; did you mean \"table6\"\? Claims: table6, "):
         claims.prove("tabel6", scale="cpu", jobs=None, out=Path(), on_note=print)
 
 
-def test_seeds_that_disagree_and_what_was_not_measured_are_said(tmp_path, page):
+def test_page_reports_disagreeing_seeds_and_unmeasured_claims(tmp_path, page):
     (tmp_path / "table6.json").write_bytes((SAVED / "table6.json").read_bytes())
     said = page.part("table6", tmp_path)
     study = json.loads((tmp_path / "table6.json").read_text())
@@ -157,7 +157,7 @@ def values_of(claim: str):
     return read_results(file) if claim in claims.STUDIES else json.loads(file.read_text())
 
 
-def test_directions_are_those_of_all_seeds():
+def test_direction_requires_agreement_of_all_seeds():
     assert direction(+0.1, [0.2, 0.01]) == direction(-0.1, [-3.0]) == SAME
     assert direction(+0.1, [-0.2, -0.01]) == OPPOSITE
     assert direction(+0.1, [-0.2, 0.01]) == "seeds disagree"
@@ -175,7 +175,7 @@ def test_every_claim_has_a_verdict(claim):
     assert [row.name for row in compared if row.direction != SAME and row.name not in verdict.summary] == []
 
 
-def test_the_verdict_has_the_numbers_of_the_paper_and_of_the_study():
+def test_verdict_shows_numbers_from_paper_and_study():
     rows = {row.name: row for row in judge("table6", values_of("table6")).rows}
     losses = {(run.entry, run.seed): run.validation_loss for run in values_of("table6").runs}
     row = rows["no GroupNorm"]
@@ -187,7 +187,7 @@ def test_the_verdict_has_the_numbers_of_the_paper_and_of_the_study():
     assert (memory.ours, memory.direction) == ("0.79", OPPOSITE)
 
 
-def test_the_paper_s_own_sizes_are_compared_by_the_names_of_their_entries():
+def test_paper_sizes_are_compared_by_entry_name():
     results = values_of("figure5").model_dump(mode="json")
     names = {64: "1.3b", 128: "2.7b", 192: "6.7b"}
     for run in results["runs"]:
@@ -197,7 +197,7 @@ def test_the_paper_s_own_sizes_are_compared_by_the_names_of_their_entries():
     assert judge("figure5", renamed).rows == judge("figure5", values_of("figure5")).rows
 
 
-def test_the_command_ends_with_the_verdict_and_writes_where_the_user_is(seqmix, tmp_path, monkeypatch):
+def test_command_prints_verdict_and_writes_to_working_directory(seqmix, tmp_path, monkeypatch):
     def study(planned, folder, *, jobs, observer):
         write(values_of(planned.name.removeprefix("retnet-")), folder)
         return values_of(planned.name.removeprefix("retnet-")), SimpleNamespace(stopped=False, failed=[])

@@ -1,4 +1,4 @@
-"""The suite: its tasks can be trained on as they stand, budgets, rows that are merged, the command with a plug-in."""
+"""The suite: its tasks, candidates, budgets and scores, and the command with a plug-in."""
 
 import re
 from pathlib import Path
@@ -41,12 +41,12 @@ TINY = SuiteSettings.model_validate(
         },
     }
 )
-"""Two tasks of a second each."""
+"""Two tasks that take a second each."""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", ["small", "paper"])
-def test_all_tasks_can_be_trained_on_at_equal_parameters(size, tmp_path):
+def test_all_tasks_plan_training_at_equal_parameters(size, tmp_path):
     settings = load_settings(size)
     for task in settings.tasks.values():
         config = tasks.base_of(settings, task, Extent())
@@ -67,7 +67,7 @@ def test_all_tasks_can_be_trained_on_at_equal_parameters(size, tmp_path):
     assert plan(load_study(file), file).runs == planned[1].plan.runs
 
 
-def test_states_are_made_equal_and_what_cannot_be_is_left_out(tmp_path):
+def test_states_are_matched_and_unmatchable_mixers_are_omitted(tmp_path):
     settings = load_settings("small")
     chosen = settings.chosen(["recall"])
     given = [*map(Candidate.of, ("attention", "delta_net")), Candidate.of("wide={kind: attention, window: 7}")]
@@ -82,7 +82,7 @@ def test_states_are_made_equal_and_what_cannot_be_is_left_out(tmp_path):
         write_studies(tmp_path, settings, chosen, [nothing], "parameters", Extent())
 
 
-def test_a_candidate_is_a_kind_a_mapping_a_plug_in_or_the_blocks_of_a_file(tmp_path, monkeypatch):
+def test_candidate_accepts_kind_mapping_plugin_or_config_blocks(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("suited.py").write_text(MINE)
     monkeypatch.syspath_prepend(tmp_path)
@@ -106,7 +106,7 @@ def test_a_candidate_is_a_kind_a_mapping_a_plug_in_or_the_blocks_of_a_file(tmp_p
             Candidate.of(wrong)
 
 
-def test_a_budget_leaves_out_tasks_then_tuning_then_seeds_then_steps():
+def test_budget_drops_tasks_then_tuning_then_seeds_then_steps():
     times = {name: {"a": 105.0, "b": 105.0} for name in ("one", "two", "three")}
     rates = dict.fromkeys(times, 3)
     task = 2 * (3 + 2) * 105.0  # entries, tuning runs and seeds
@@ -139,7 +139,7 @@ def tiny(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("tiny")
-def test_a_plug_in_gets_its_row_beside_retention_and_attention(seqmix, refused):
+def test_plugin_is_listed_beside_retention_and_attention(seqmix, refused):
     Path("suited.py").write_text(MINE)
     assert "second" in seqmix("suite", "--list").out
     dry = seqmix("suite", "suited:MineConfig", "--dry-run")
@@ -198,7 +198,7 @@ def test_a_plug_in_gets_its_row_beside_retention_and_attention(seqmix, refused):
 
 
 @pytest.mark.usefixtures("tiny")
-def test_a_row_stands_beside_the_leaderboard_whose_mixers_are_not_measured_again(seqmix, tmp_path, monkeypatch):
+def test_published_rows_are_reused_only_under_equal_conditions(seqmix, tmp_path, monkeypatch):
     given = [Candidate.of("attention"), Candidate.of("retention")]
     planned = write_studies(tmp_path, TINY, TINY.chosen(["first"]), given, "parameters", Extent())
     known = scores.new_scores("small", "parameters", "", (), planned)
@@ -235,7 +235,7 @@ def _rows_are_merged(one, both):
     assert [bool(row[-1]) for row in rows] == [True, False, True]
 
 
-def test_a_score_knows_its_accuracy_after_half_of_the_steps():
+def test_halfway_accuracy_comes_from_evaluation_at_half_the_steps():
     def run(seed, **accuracy):
         points = (
             EvaluationPoint(step=int(step[1:]), tokens=1, flops=1.0, seconds=1.0, validation_loss=1.0, accuracy=value)
@@ -264,7 +264,7 @@ def row_of(entry, *values, accessories=None):
     )
 
 
-def test_ties_with_the_best_are_marked_and_accessories_stand_beside_the_scores(tmp_path):
+def test_score_table_marks_ties_and_lists_accessories(tmp_path):
     planned = write_studies(
         tmp_path, TINY, TINY.chosen(["first"]), [Candidate.of("gla"), Candidate.of("delta_net")], "parameters",
         Extent(), equal={"gate": "none"}, subject="delta_net",
@@ -313,7 +313,7 @@ def test_ties_with_the_best_are_marked_and_accessories_stand_beside_the_scores(t
     assert "*" not in page.replace("**", "").replace("blocks.*", "")
 
 
-def test_a_task_with_variations_is_one_column_of_their_mean(tmp_path):
+def test_task_variations_share_one_column_with_their_mean(tmp_path):
     changes = {"long": {"data": {"sequence_length": 32}}, "few": {"data": {"training_examples": 8}}}
     first = TINY.tasks["first"].model_copy(
         update={"changes": {k: Change.model_validate(v) for k, v in changes.items()}}
@@ -337,7 +337,7 @@ def test_a_task_with_variations_is_one_column_of_their_mean(tmp_path):
     assert scores.score_table(found)[1][:-1] == []
 
 
-def test_published_rows_are_of_the_present_settings(tmp_path):
+def test_published_rows_match_current_settings(tmp_path):
     (file,) = scores.PUBLISHED.glob("*.json")
     published = scores.read_scores(Path(file.stem))
     settings, extent = load_settings(published.size), Extent()

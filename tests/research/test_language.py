@@ -1,4 +1,4 @@
-"""Language at equal parameters: the studies, results that are merged and read at equal time, and the page."""
+"""Language modeling at equal parameters: the studies, merged results, comparisons at equal time, and the page."""
 
 import json
 import math
@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SIZES = "steps of 8 sequences of 256 tokens"
 SETUP = f"data: text · optimizer: adamw · training: 120 {SIZES} / 360 {SIZES}"
 STEP = {"attention": 0.2, "retention": 0.2, "gla": 0.1, "mamba2": 0.6}
-"""Seconds of a training step: a power law, one beyond the longest run, and one below the shortest."""
+"""Seconds per training step: within the measured lengths, beyond the longest run, and below the shortest."""
 
 
 @pytest.fixture(scope="module")
@@ -95,12 +95,12 @@ def results(entries, seeds, *, timed=True, setup=SETUP, parameters=1_000_000, ra
     )
 
 
-def test_the_studies_have_every_mixer_once():
+def test_language_studies_include_every_mixer_once():
     names = [name for study in ("language", "language-slow") for name in load_study(STUDIES / f"{study}.yaml").names]
     assert sorted(names) == sorted([*MIXERS.built_in(), "attention"])  # attention is in both, to compare times with
 
 
-def test_a_study_is_what_the_page_says(page):
+def test_5m_study_matches_the_page(page):
     file = STUDIES / "language-5m.yaml"
     planned = plan(load_study(file), file)
     assert {run.config.training.steps for run in planned.runs} == set(page["LENGTHS"])
@@ -112,7 +112,7 @@ def test_a_study_is_what_the_page_says(page):
     assert tuple(map(str, planned.study.speed.decode.contexts)) == page["CONTEXTS"]
 
 
-def test_calls_add_seeds_entries_and_times(tmp_path):
+def test_add_merges_seeds_entries_and_times(tmp_path):
     write(results(["attention", "retention"], [0, 1], timed=False), tmp_path / "first")
     write(results(["attention", "gla"], [1, 2]), tmp_path / "second")
     measured = Measured()
@@ -144,20 +144,20 @@ def test_calls_add_seeds_entries_and_times(tmp_path):
         ({"path": "model.d_model"}, "expected a study that varies training.steps and nothing else, got language"),
     ],
 )
-def test_runs_of_other_conditions_are_refused(changes, message):
+def test_runs_under_other_conditions_are_rejected(changes, message):
     measured = add(Measured(), results(["attention", "gla"], [0]))
     entries = ["retention"] if "parameters" in changes else ["attention"]
     with pytest.raises(SeqmixError, match=message):
         add(measured, results(entries, [1], **changes))
 
 
-def test_the_number_of_steps_is_no_condition():
+def test_results_with_fewer_lengths_can_be_added():
     measured = add(Measured(), results(["attention"], [0]))
     shorter = SETUP.replace(f" / 360 {SIZES}", "")
     assert add(measured, results(["attention"], [1], setup=shorter)).sizes.keys() == {"1M"}
 
 
-def test_a_power_law_joins_the_lengths():
+def test_losses_between_lengths_are_interpolated_by_power_law():
     losses = {steps: {"0": 1.0 + 5 * steps**-0.3} for steps in (100, 200, 400)}
     runs = {str(steps): Trained(learning_rate=1e-3, losses=each) for steps, each in losses.items()}
     model = Model(mixer="gla", short_conv="none", parameters=1, runs=runs)
@@ -171,7 +171,7 @@ def test_a_power_law_joins_the_lengths():
     assert run.validation_loss == pytest.approx(losses[200]["0"] / math.log(2))
 
 
-def test_the_page_is_written_from_results(page):
+def test_page_is_written_from_results(page):
     measured = add(Measured(), results(list(STEP), [0, 1, 2]))
     files = page["files"](measured)
     text = files.pop(page["TARGET"])
@@ -194,7 +194,7 @@ def test_the_page_is_written_from_results(page):
     assert "0 of the verdicts against it would change." in time
 
 
-def test_families_and_costs_are_judged_as_planned(page):
+def test_family_and_cost_findings_follow_the_planned_rules(page):
     (size,) = add(Measured(), results(list(STEP), [0, 1, 2])).sizes.values()
     compared = page["Comparison"](runs_at(size.models, dict.fromkeys(size.models, 360)))
     assert page["family_findings"](compared, size) == (
@@ -209,21 +209,21 @@ def test_families_and_costs_are_judged_as_planned(page):
     assert page["costs"](size)[0].startswith("Better, beyond noise, than every mixer with a smaller state: ")
 
 
-def test_one_seed_says_nothing(page):
+def test_single_seed_allows_no_conclusion(page):
     (size,) = add(Measured(), results(list(STEP), [0])).sizes.values()
     lines = page["equal_tokens"](size)
     assert lines[0] == "Some entries have no interval yet, so nothing can be said."
     assert not any("±" in line for line in lines)
 
 
-def test_before_the_timing_there_is_no_figure_of_costs(page):
+def test_untimed_results_have_no_cost_figure(page):
     files = page["files"](add(Measured(), results(list(STEP), [0, 1], timed=False)))
     assert [file.name for file in files] == ["language.md", "1m.svg"]
     assert "1m-costs" not in files[page["TARGET"]]
     assert "The times are to be measured" in files[page["TARGET"]]
 
 
-def test_a_failed_run_is_named_until_it_finishes(page):
+def test_failed_run_is_listed_until_it_finishes(page):
     good = results(["attention", "gla"], [0])
     *rest, last = good.runs
     broken = last.model_copy(update={"status": "failed", "error": "the loss is not finite", "validation_loss": None})
@@ -233,18 +233,18 @@ def test_a_failed_run_is_named_until_it_finishes(page):
     assert "failed" not in page["files"](add(measured, good))[page["TARGET"]].partition("## Results")[2]
 
 
-def test_a_study_without_a_finished_run_adds_nothing():
+def test_study_without_finished_runs_adds_nothing():
     measured = add(Measured(), results(["attention"], [0]))
     empty = results(["attention"], [1]).model_copy(update={"runs": (), "summary": (), "speed": SpeedResult()})
     assert add(measured, empty) == measured
 
 
-def test_without_results_the_page_says_so(page):
+def test_page_says_when_there_are_no_results(page):
     (text,) = page["files"](Measured()).values()
     assert "<!-- language: begin -->\n\nIt is to be measured.\n\n<!-- language: end -->" in text
 
 
-def test_a_file_of_something_else_is_refused(tmp_path):
+def test_unrelated_results_file_is_rejected(tmp_path):
     file = tmp_path / "language.json"
     file.write_text(json.dumps({"rows": []}))
     with pytest.raises(SeqmixError, match=r"language\.json does not hold results of language studies"):

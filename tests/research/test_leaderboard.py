@@ -1,4 +1,4 @@
-"""The leaderboard: its entries can be measured by its commands, and its tables show each entry where it belongs."""
+"""The leaderboard: its commands measure its entries, and its tables list each entry in the right place."""
 
 import re
 import runpy
@@ -51,7 +51,7 @@ def scores_of(*tasks):
     )
 
 
-def test_every_built_in_mixer_is_an_entry_that_the_commands_measure():
+def test_commands_measure_every_built_in_mixer():
     entries = load_entries()
     assert {entry.kind for entry in entries.values()} == set(MIXERS.built_in()) - {"parallel_hybrid"}
     family = runpy.run_path(str(ROOT / "docs" / "mixers.py"))["family"]
@@ -68,7 +68,7 @@ def test_every_built_in_mixer_is_an_entry_that_the_commands_measure():
     assert "gated_delta_net" in shlex.split(recall)
 
 
-def test_an_entry_is_in_the_table_of_its_convolution_or_in_both():
+def test_entries_are_listed_by_short_convolution_or_in_both_tables():
     text = "\n".join(leaderboard.lines(scores_of("recall"), load_entries()))
     without, _, more = text.partition("### Without a short convolution")[2].partition("### With a short convolution")
     of_both = more.partition("### Tasks")[0]
@@ -76,7 +76,7 @@ def test_an_entry_is_in_the_table_of_its_convolution_or_in_both():
     assert found == [["attention", "gla"], ["attention", "gla-conv"]]
 
 
-def test_a_convolution_changes_what_its_two_entries_differ_by_at_equal_seeds():
+def test_convolution_effect_is_paired_by_seed():
     scores = scores_of("recall")
     rows = (
         *ROWS,
@@ -98,7 +98,7 @@ def test_a_convolution_changes_what_its_two_entries_differ_by_at_equal_seeds():
     assert "| `gla` | **+79.0 ± 9.0** | +0.0 ± 0.0 | **+39.5 ± 4.5** |" in lines
 
 
-def test_the_heatmap_colours_what_is_above_guessing():
+def test_heatmap_colours_scores_above_guessing():
     head, rows = (part.splitlines() for part in "\n".join(heat()).split("<tbody>"))
     assert re.findall("<th>(.*?)</th>", head[1]) == ["entry", "family", "state", "recall", "parity"]
     assert [re.findall("<td[^>]*>(.*?)</td>", row)[0] for row in rows[1:4]] == ["attention", "gla-conv", "gla"]
@@ -113,7 +113,7 @@ def heat():
     return leaderboard.heatmap(scores_of("recall", "parity"), load_entries())
 
 
-def test_results_of_several_folders_add_up(tmp_path, monkeypatch):
+def test_results_of_several_folders_are_merged(tmp_path, monkeypatch):
     page = runpy.run_path(str(ROOT / "research" / "leaderboard.py"))
     add = page["add"]
     monkeypatch.setitem(add.__globals__, "RESULTS", tmp_path / "published.json")

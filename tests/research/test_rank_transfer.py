@@ -1,4 +1,4 @@
-"""Rank transfer: published grids as data, comparisons with them, and the page of made-up scores."""
+"""Rank transfer: published grids as data, comparisons with them, and the page for made-up scores."""
 
 import math
 import runpy
@@ -21,7 +21,7 @@ from seqmix.research.published_ranks.predictions import load_predictions
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_groups_are_means_of_z_scores_over_entries_with_all_tasks():
+def test_groups_average_z_scores_of_entries_with_all_tasks():
     one = Predictor("one", ("a", "b", "c"), np.array([[[0.0, 1, 2]]]))
     other = Predictor("other", ("c", "a", "d"), np.array([[[10.0, 30, 99]]]))
     flat = Predictor("flat", ("a", "b", "c"), np.array([[[5.0, 5, 5]]]))
@@ -40,7 +40,7 @@ def test_groups_are_means_of_z_scores_over_entries_with_all_tasks():
     )
 
 
-def test_grids_name_mixers_tasks_and_sources_that_exist():
+def test_grids_refer_to_existing_mixers_and_tasks():
     entries, grids, settings = entries_of(load_grids()), load_grids(), load_settings("small")
     for name, entry in entries.items():
         assert entry.kind in MIXERS.kinds(), name
@@ -66,7 +66,7 @@ def test_values_are_oriented_and_averaged():
     assert grid.own_entries() == {"delta_net", "delta_net-plain"}
 
 
-def test_columns_need_four_entries_and_papers_own_models_can_be_left_out():
+def test_columns_need_four_entries_and_can_exclude_own_models():
     grids = {"grid": load_grids()["gated_delta_net-1.3b"]}
     names = ["mamba2", "retention", "hgrn2", "gated_delta_net", "gsa"]
 
@@ -111,7 +111,7 @@ models:
         ("published: 2024-01", "published: yesterday", "published"),
     ],
 )
-def test_wrong_grids_are_refused_by_one_sentence(tmp_path, old, new, sentence):
+def test_invalid_grids_raise_errors_naming_the_file(tmp_path, old, new, sentence):
     file = tmp_path / "made-up.yaml"
     write_file(GRID, file)
     assert isinstance(load_grid(file, entries_of(load_grids())), Grid)
@@ -169,7 +169,7 @@ def table_of(lines, title):
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows[2:]]
 
 
-def test_results_find_what_is_there_and_nothing_else():
+def test_results_find_real_correlations_but_not_chance_ones():
     recall, predictions = quality("recall"), load_predictions()
     recalling, tracking = predictions.groups["recall tasks"], predictions.groups["tracking tasks"]
     rng = np.random.default_rng(3)
@@ -205,7 +205,7 @@ def test_results_find_what_is_there_and_nothing_else():
     assert f"3 seeds, {len(noise)} entries." in lines[0]
 
 
-def test_half_of_the_training_has_a_table_of_its_own():
+def test_halfway_scores_get_their_own_table():
     tracking = quality("tracking")
 
     def late(task, entry, seed):  # nobody knows anything at half
@@ -229,7 +229,7 @@ def test_half_of_the_training_has_a_table_of_its_own():
     assert float(pooled["parity"][7].split()[0]) > 0.7
 
 
-def test_few_random_rankings_have_an_interval_without_0():
+def test_few_random_rankings_have_intervals_excluding_zero():
     # papers share their mixers: resampling papers gave such intervals to 31 of 100 random rankings
     grids = load_grids()
     names = list(entries_of(grids))
@@ -243,7 +243,7 @@ def test_few_random_rankings_have_an_interval_without_0():
     assert outside <= 12
 
 
-def test_the_order_of_rows_changes_no_interval():
+def test_row_order_does_not_change_intervals():
     # published intervals moved when rows of entries without a published table were added
     scores = made_up(lambda task, entry, seed: len(entry) / 30 + seed / 50)
     tasks = {name: task.model_copy(update={"rows": task.rows[::-1]}) for name, task in scores.tasks.items()}
@@ -252,7 +252,7 @@ def test_the_order_of_rows_changes_no_interval():
     assert page.results(scores.model_copy(update={"tasks": tasks}), *known, draws=50)[0] == lines
 
 
-def test_differences_below_a_percent_do_not_rank():
+def test_differences_below_one_percent_count_as_ties():
     scores = made_up(lambda task, entry, seed: 0.9962 + len(entry) / 1e4 if entry != "mamba" else 0.9)
     tasks = analysis.task_predictors(scores, entries_of(load_grids()))
     groups = analysis.group_predictors(tasks, load_predictions().groups)
@@ -260,7 +260,7 @@ def test_differences_below_a_percent_do_not_rank():
         assert sorted(set(ranks.midranks(each.values))) == [1, 1 + len(each.entries) / 2], each.name
 
 
-def test_what_is_missing_is_said_and_wrong_rows_are_refused():
+def test_missing_results_are_reported_and_wrong_rows_raise():
     scores = made_up(lambda task, entry, seed: len(entry) / 30, seeds=1)
     kept = {name: task for name, task in scores.tasks.items() if name in ("recall", "compression")}
     rows = tuple(row for row in kept["recall"].rows if row.entry != "mamba")
@@ -278,7 +278,7 @@ def test_what_is_missing_is_said_and_wrong_rows_are_refused():
 
 
 @pytest.mark.slow
-def test_the_script_fills_the_page_from_scores(tmp_path):
+def test_script_fills_the_page_from_scores(tmp_path):
     script = runpy.run_path(str(ROOT / "research" / "rank_transfer.py"))
     target = tmp_path / "rank-transfer.md"
     target.write_text((ROOT / "docs" / "explanation" / "rank-transfer.md").read_text())

@@ -1,4 +1,4 @@
-"""Statistics of ranks, against values computed by hand and published tables."""
+"""Rank statistics, compared with hand-computed values and published tables."""
 
 import math
 
@@ -14,7 +14,7 @@ def test_equal_values_share_the_mean_of_their_ranks():
     assert ranks.midranks([[7, 7, 7], [3, 2, 1]]).tolist() == [[2, 2, 2], [3, 2, 1]]
 
 
-def test_rho_is_that_of_hand_computation():
+def test_rho_matches_hand_computation():
     # without ties, 1 - 6 sum(d^2) / (n (n^2 - 1)): d = 1, 1, 0, 0, 0
     assert ranks.spearman([1, 2, 3, 4, 5], [2, 1, 3, 4, 5]) == pytest.approx(1 - 6 * 2 / (5 * 24))
     # mid-ranks 1, 2.5, 2.5, 4 against 1, 3, 2, 4: 4.5 / sqrt(4.5 * 5)
@@ -24,11 +24,11 @@ def test_rho_is_that_of_hand_computation():
 
 
 @pytest.mark.parametrize(("n", "rho"), [(5, 0.900), (6, 0.829), (7, 0.714), (8, 0.643), (10, 0.564)])
-def test_critical_values_are_those_of_published_tables(n, rho):
+def test_critical_values_match_published_tables(n, rho):
     assert ranks.critical_rho(n) == pytest.approx(rho, abs=0.013 if n > ranks.EXACT else 0.001)
 
 
-def test_three_entries_can_never_be_told_from_chance():
+def test_three_entries_are_too_few_for_significance():
     assert ranks.critical_rho(3) is None
     assert ranks.detectable_rho(3) is None
     assert ranks.critical_rho(4) == pytest.approx(1)
@@ -43,13 +43,13 @@ def test_p_values_count_permutations():
     assert ranks.permutation_p(range(12), range(12), draws=99) == pytest.approx(1 / 100)
 
 
-def test_more_entries_find_weaker_correlations():
+def test_more_entries_detect_weaker_correlations():
     found = [ranks.detectable_rho(n) for n in (5, 7, 10)]
     assert found == sorted(found, reverse=True)
     assert 0.7 < found[-1] < 0.8
 
 
-def test_p_values_are_corrected_by_holm():
+def test_holm_correction_matches_known_values():
     assert ranks.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert ranks.holm([0.5, 0.9]) == [1, 1]
 
@@ -58,7 +58,7 @@ def column(paper, values, index=None):
     return Column(paper, np.arange(len(values)) if index is None else np.array(index), np.array(values, dtype=float))
 
 
-def test_papers_are_pooled_by_their_numbers_of_entries():
+def test_papers_are_pooled_with_weights_by_entry_count():
     x = np.arange(5.0)
     four, five = column("a", [1, 2, 3, 4]), column("b", [5, 4, 3, 2, 1])
     assert ranks.pooled(x, [four, five]) == pytest.approx((3 * 1 - 4 * 1) / 7)
@@ -69,7 +69,7 @@ def test_papers_are_pooled_by_their_numbers_of_entries():
     assert ranks.pooled(np.array([1.0, 1, 1, 2, 3]), [column("c", [1, 2, 3], [0, 1, 2])]) == 0
 
 
-def test_counts_are_as_good_as_repeated_entries():
+def test_counts_are_equivalent_to_repeated_entries():
     rng = np.random.default_rng(0)
     x, y, counts = rng.integers(3, size=8), rng.normal(size=8), rng.integers(4, size=8)
     assert ranks.spearman(x, y, counts) == pytest.approx(ranks.spearman(np.repeat(x, counts), np.repeat(y, counts)))
@@ -92,14 +92,14 @@ def test_pooled_intervals_resample_mixers_and_seeds():
     assert ranks.pooled_interval(np.array([[x[0], -x[0]]]), agreeing) == (-1, 1)
 
 
-def test_a_difference_has_the_same_mixers_in_each_draw():
+def test_differences_resample_the_same_mixers():
     x = np.arange(9.0)
     columns = [column("a", range(9)), column("b", [1, 0, 2, 3, 4, 6, 5, 7, 8])]
     assert ranks.pooled_interval(x[None, None], columns, minus=x) == (0, 0)
     assert ranks.pooled_interval(x[None, None], columns[:1], minus=-x) == (2, 2)
 
 
-def test_intervals_of_a_column_contain_its_rho():
+def test_rho_interval_of_a_column_contains_its_rho():
     rng = np.random.default_rng(1)
     by_seed = np.arange(8) + rng.normal(size=(3, 8))
     published = column("a", range(8))
@@ -108,7 +108,7 @@ def test_intervals_of_a_column_contain_its_rho():
     assert ranks.rho_interval(np.ones((1, 2, 4)), column("a", range(4))) is None
 
 
-def test_means_over_seeds_tie_below_a_percent_in_any_order():
+def test_seed_means_within_one_percent_tie_in_any_order():
     seeds = np.array([[0.27, 0.31, 0.2], [0.31, 0.04, 0.2], [0.04, 0.27, 0.23]])
     assert len(set(seeds.mean(0))) == 3  # sums of floats depend on the order
     assert ranks.combined(seeds[None]).tolist() == [0, 0, 0]
@@ -118,7 +118,7 @@ def test_means_over_seeds_tie_below_a_percent_in_any_order():
     assert ranks.midranks([0.1 + 0.2, 0.3]).tolist() == [1.5, 1.5]
 
 
-def test_entries_of_no_column_do_not_lower_p_values():
+def test_entries_absent_from_all_columns_do_not_lower_p_values():
     # one entry has all right, all others are equal: it is the best of six in 1 of 6 shuffles, whoever else is there
     columns = [column("a", range(6)), column("b", range(6))]
     for others in (0, 30):

@@ -1,4 +1,4 @@
-"""A small model, and rates that take no time."""
+"""Settings for benchmarks of a small model, with rates that take no time to measure."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The framework costs nothing: a model from YAML runs the operations of the same layers written out by hand."""
+"""The framework adds no operations: a model from YAML runs the same ones as its layers written by hand."""
 
 import pytest
 import torch
@@ -82,13 +82,13 @@ def prefilling(peer):
 
 
 @pytest.mark.parametrize("what", [training, decoding, prefilling])
-def test_the_operations_are_the_same(what, both):
+def test_model_runs_same_operations_as_handwritten_layers(what, both):
     ours, by_hand = (traced(what(peer)) for peer in both())
     assert ours == by_hand
     assert len(ours) > 100
 
 
-def test_the_operations_are_the_same_where_layers_are_computed_anew(both):
+def test_operations_match_with_activation_checkpointing(both):
     plain = traced(training(both()[0]))
     ours, by_hand = (traced(training(peer)) for peer in both(activation_checkpointing=True))
     assert ours == by_hand
@@ -96,7 +96,7 @@ def test_the_operations_are_the_same_where_layers_are_computed_anew(both):
 
 
 @pytest.mark.parametrize("decay", ["{decay: log_uniform}", "{decay: constant, gamma: 0.9}"])
-def test_the_operations_are_the_same_for_every_schedule(decay, both):
+def test_operations_match_for_every_decay_schedule(decay, both):
     small = ["model.d_model=32", "model.n_layers=1", "model.blocks.ret.mixer={n_heads: 2}"]
     config = load_config("retnet-tiny", [*small, f"model.blocks.ret.mixer={decay}"]).model
     ours, by_hand = (traced(training(peer)) for peer in both(config))
@@ -105,7 +105,7 @@ def test_the_operations_are_the_same_for_every_schedule(decay, both):
 
 @pytest.mark.parametrize("what", [training, decoding, prefilling])
 @pytest.mark.parametrize("part", ["mixer", "ffn", "mixer_norm"])
-def test_one_more_operation_is_seen(what, part, both):
+def test_extra_operation_is_detected(what, part, both):
     ours, by_hand = both()
     module = getattr(ours.module.blocks[1], part)
     forward = module.forward
@@ -114,7 +114,7 @@ def test_one_more_operation_is_seen(what, part, both):
     assert traced(what(ours)) != traced(what(by_hand))
 
 
-def test_the_results_are_the_same(both):
+def test_results_match_handwritten_layers(both):
     ours, by_hand = both()
     tokens = torch.randint(7, (2, 40))
     assert_close(ours.logits(tokens), by_hand.logits(tokens), rtol=0, atol=0)
@@ -147,5 +147,5 @@ def test_the_results_are_the_same(both):
         "model.norm={kind: rmsnorm}",
     ],
 )
-def test_other_models_are_refused(change):
+def test_unsupported_models_give_a_reason(change):
     assert unsupported_reason(load_config("retnet-tiny", [change]).model) is not None

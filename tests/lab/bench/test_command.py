@@ -1,4 +1,4 @@
-"""The command: it writes what it measured, and refuses bad input before it measures anything."""
+"""The bench command writes its measurements and rejects bad input before it measures anything."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def refused_at_once(refused, monkeypatch):
 
 
 @pytest.mark.parametrize("what", ["op", "train", "decode", "prefill"])
-def test_a_benchmark_runs_and_is_written(what, bench, tmp_path):
+def test_benchmark_runs_and_writes_json_and_markdown(what, bench, tmp_path):
     done = bench(what, *SMALL, "--length", "32", "--tokens", "64", "--json", "out.json", "--markdown", "out.md")
     assert done.status == 0, done.err
     assert "interleaved" in done.out
@@ -53,7 +53,7 @@ def test_mixers_are_compared_with_retention_and_with_their_reference(bench, tmp_
     assert rows[1]["parameters"] == rows[2]["parameters"]
 
 
-def test_mixers_have_their_kinds_as_names_and_a_plug_in_takes_part(bench, tmp_path, monkeypatch):
+def test_mixers_are_named_by_kind_and_plugins_can_be_measured(bench, tmp_path, monkeypatch):
     (tmp_path / "own_mixer.py").write_text(
         "from typing import Literal\nfrom seqmix.mixers.retention import RetentionConfig\n"
         "class OwnConfig(RetentionConfig):\n    kind: Literal['own_mixer:OwnConfig'] = 'own_mixer:OwnConfig'\n"
@@ -67,14 +67,14 @@ def test_mixers_have_their_kinds_as_names_and_a_plug_in_takes_part(bench, tmp_pa
     assert "--only linear is deprecated, use linear_attention" in done.err
 
 
-def test_dropout_is_left_out_for_all():
+def test_models_are_measured_without_dropout():
     model = model_to_measure("retnet-200m", [])
     assert model.dropout == 0
     assert {block.dropout for block in model.blocks.values()} == {0}
     assert model_to_measure(None, []).d_model == 512
 
 
-def test_compiled_variants_take_part_when_asked_for(bench, tmp_path, monkeypatch):
+def test_compile_option_adds_compiled_variants(bench, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: None)
     monkeypatch.setattr("seqmix.lab.bench.peers.ours.compile_blocks", lambda model: 1)
     options = "--length", "32", "--tokens", "32", "--compile", "--activation-checkpointing", "--json", "out.json"
@@ -106,11 +106,11 @@ def test_compiled_variants_take_part_when_asked_for(bench, tmp_path, monkeypatch
         (("op", *SMALL, "--plot", "plot.docx"), "--plot plot.docx: the name must end in one of ."),
     ],
 )
-def test_bad_input_is_one_sentence_before_anything_is_measured(arguments, sentence, refused_at_once):
+def test_bad_input_is_rejected_before_measuring(arguments, sentence, refused_at_once):
     assert sentence in refused_at_once(*arguments, status=3 if "cannot be written" in sentence else 2)
 
 
-def test_a_file_that_must_not_be_written_is_told_at_once(refused_at_once, monkeypatch):
+def test_unwritable_output_file_is_rejected_at_once(refused_at_once, monkeypatch):
     # whoever runs the tests may be allowed everything
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     assert refused_at_once("op", *SMALL, "--json", "a.json", status=3) == "a.json cannot be written: permission denied"

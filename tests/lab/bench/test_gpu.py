@@ -1,4 +1,4 @@
-"""The command for a GPU: its plan, what it skips, and what it writes; no part is really run."""
+"""The bench-gpu command: its plan, skipped parts and output files; no part is actually measured."""
 
 import json
 import re
@@ -47,7 +47,7 @@ def silent(text):
 
 
 def stub(part, file, *, seconds=None):
-    """What a process would leave."""
+    """Write the report that a process would write."""
     if part.name in ("wrong", "crashing"):
         return "killed by signal 9: it printed nothing"
     if part.measures:
@@ -58,7 +58,7 @@ def stub(part, file, *, seconds=None):
 # ---- the plan
 
 
-def test_the_plan_has_every_mixer_every_benchmark_and_the_papers_sizes():
+def test_plan_covers_all_mixers_benchmarks_and_paper_sizes():
     parts = list(plan(80 * GIB))
     assert list(dict.fromkeys(part.group for part in parts)) == list(GROUPS)
     heads = [part.command for part in parts if part.group == "headline"]
@@ -84,7 +84,7 @@ def test_the_plan_has_every_mixer_every_benchmark_and_the_papers_sizes():
     assert "8192" in decode
 
 
-def test_the_largest_batch_leaves_room_for_the_weights():
+def test_largest_batch_leaves_room_for_the_weights():
     batch = {
         part.name: int(part.command[part.command.index("--batch") + 1])
         for part in plan(80 * GIB)
@@ -95,7 +95,7 @@ def test_the_largest_batch_leaves_room_for_the_weights():
     assert batch["llama"] == 16
 
 
-def test_a_rehearsal_has_a_part_of_every_kind(monkeypatch):
+def test_rehearsal_covers_every_group(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     parts = list(plan(80 * GIB, rehearsal=True))
     assert list(dict.fromkeys(part.group for part in parts)) == list(GROUPS)
@@ -103,7 +103,7 @@ def test_a_rehearsal_has_a_part_of_every_kind(monkeypatch):
     assert "seqmix" in {part.name for part in parts if part.skipped is None and part.group == "paper-decode"}
 
 
-def test_what_does_not_fit_is_not_started():
+def test_parts_too_large_for_gpu_memory_are_skipped():
     skipped = {(part.group, part.name): part.skipped for part in plan(16 * GIB)}
     assert skipped["paper-train", "seqmix"].startswith("parameters alone take ")
     assert skipped["paper-train", "seqmix"].endswith(" GiB, but the GPU has 16 GiB")
@@ -111,7 +111,7 @@ def test_what_does_not_fit_is_not_started():
     assert {(part.group, part.name): part.skipped for part in plan(80 * GIB)}["paper-train", "seqmix"] is None
 
 
-def test_the_commands_of_the_plan_are_understood(refused):
+def test_planned_commands_are_valid(refused):
     # all but the device is checked first
     for part in plan(80 * GIB):
         if part.measures and not torch.cuda.is_available():
@@ -121,7 +121,7 @@ def test_the_commands_of_the_plan_are_understood(refused):
 # ---- parts
 
 
-def test_a_part_that_fails_loses_nothing_else(parts, tmp_path):
+def test_failed_part_does_not_affect_other_results(parts, tmp_path):
     outcomes = measure(parts, tmp_path, silent, stub)
     assert [outcome.problem is None for outcome in outcomes] == [True, False, True, False, True, False]
     assert [outcome.part.name for outcome in outcomes if outcome.failed] == ["wrong", "crashing"]
@@ -140,7 +140,7 @@ def test_a_part_that_fails_loses_nothing_else(parts, tmp_path):
     assert " 1.50 |" in text
 
 
-def test_figures_are_written_behind_each_part(parts, tmp_path):
+def test_results_are_written_after_each_part(parts, tmp_path):
     def runner(part, file, *, seconds):
         if part.name == "llama":
             raise KeyboardInterrupt
@@ -151,7 +151,7 @@ def test_figures_are_written_behind_each_part(parts, tmp_path):
     assert len(json.loads((tmp_path / "gpu.json").read_text())["parts"]) == 4
 
 
-def test_a_budget_is_kept_and_what_it_leaves_out_is_said(parts, tmp_path, monkeypatch):
+def test_budget_limits_time_and_reports_skipped_parts(parts, tmp_path, monkeypatch):
     clock, given = iter(range(0, 1000, 10)), []
     monkeypatch.setattr(gpu.time, "perf_counter", lambda: float(next(clock)))
 
@@ -165,7 +165,7 @@ def test_a_budget_is_kept_and_what_it_leaves_out_is_said(parts, tmp_path, monkey
     assert outcomes[5].problem == "fla is not installed"
 
 
-def test_one_archive_has_all_there_is_after_each_part(parts, tmp_path):
+def test_archive_contains_all_results_after_each_part(parts, tmp_path):
     def runner(part, file, *, seconds):
         if part.name == "llama":
             raise KeyboardInterrupt
@@ -180,7 +180,7 @@ def test_one_archive_has_all_there_is_after_each_part(parts, tmp_path):
     assert len(written["parts"]) == 4
 
 
-def test_what_was_measured_is_not_measured_again(parts, tmp_path):
+def test_rerun_repeats_only_failed_parts(parts, tmp_path):
     measure(parts, tmp_path, silent, stub)
     again = []
 
@@ -193,7 +193,7 @@ def test_what_was_measured_is_not_measured_again(parts, tmp_path):
     assert [outcome.report is None for outcome in outcomes] == [True, True, False, True, False, True]
 
 
-def test_reports_of_several_processes_are_one_with_ratios_of_medians():
+def test_combined_report_has_ratios_of_medians():
     one = combine([report("seqmix", 20.0, 40.0), report("llama", 30.0, 100.0)])
     assert [(row.length, row.name, row.ratio.median) for row in one.rows] == [
         (8192, "seqmix", 1.0),
@@ -210,7 +210,7 @@ def fake_program(monkeypatch, code):
     return Part(group="op", name="op", command=("bench", "op"))
 
 
-def test_a_process_is_given_where_to_write(monkeypatch, tmp_path):
+def test_process_receives_its_output_path(monkeypatch, tmp_path):
     part = fake_program(monkeypatch, "import sys; open(sys.argv[-1], 'w').write(' '.join(sys.argv[1:-1])); print(7)")
     assert run_process(part, tmp_path / "op.json", seconds=60) is None
     assert (tmp_path / "op.json").read_text() == "bench op --json"
@@ -225,7 +225,7 @@ def test_a_process_is_given_where_to_write(monkeypatch, tmp_path):
         ("import time; time.sleep(60)", "stopped at its time limit of 1 s"),
     ],
 )
-def test_a_process_that_ends_badly_says_how(code, problem, monkeypatch, tmp_path):
+def test_failed_process_reports_how_it_ended(code, problem, monkeypatch, tmp_path):
     part = fake_program(monkeypatch, code)
     assert run_process(part, tmp_path / "op.json", seconds=1) == problem
 
@@ -234,11 +234,11 @@ def test_a_process_that_ends_badly_says_how(code, problem, monkeypatch, tmp_path
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_refuses(refused, tmp_path):
+def test_command_fails_without_a_gpu(refused, tmp_path):
     assert "GPU" in refused("bench-gpu", "--out", "gpu")
     assert not (tmp_path / "gpu").exists()
 
 
-def test_parts_that_do_not_exist_are_refused(refused):
+def test_unknown_parts_are_rejected(refused):
     said = refused("bench-gpu", "--out", "gpu", "--only", "papertrain")
     assert re.search("there is no part 'papertrain'; .*did you mean \"paper-train\"", said)

@@ -1,4 +1,4 @@
-"""What a timed call does, and what it finds before it."""
+"""What a timed call runs, and how it is prepared."""
 
 from dataclasses import replace
 
@@ -17,7 +17,7 @@ def implementation(benchmark, name):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_op_has_bfloat16_inputs_beside_float32(settings, dtype):
+def test_op_benchmark_adds_bfloat16_variant_to_float32(settings, dtype):
     names = {c.name: c for c in OpBenchmark(settings(dtype=dtype)).parts()["forward + backward"]}
     assert ("chunkwise-bfloat16" in names) == (dtype == torch.float32)
     if dtype == torch.float32:
@@ -28,7 +28,7 @@ def test_the_op_has_bfloat16_inputs_beside_float32(settings, dtype):
         assert seen == [(torch.float32,) * 3, (torch.bfloat16,) * 3]
 
 
-def test_decoding_is_timed_behind_its_own_tokens(settings, monkeypatch):
+def test_decoding_warms_up_on_the_timed_steps(settings, monkeypatch):
     steps, step = [], Seqmix.step
 
     def counted(self, tokens, state):
@@ -44,7 +44,7 @@ def test_decoding_is_timed_behind_its_own_tokens(settings, monkeypatch):
     assert steps[STEPS:] == steps[:STEPS]
 
 
-def test_a_training_step_on_a_cpu_is_timed_behind_one_of_its_own(settings, monkeypatch):
+def test_cpu_training_step_is_timed_after_a_warmup_step(settings, monkeypatch):
     losses, loss = [], Seqmix.loss
     monkeypatch.setattr(Seqmix, "loss", lambda self, *tokens: losses.append(1) or loss(self, *tokens))
     call = implementation(TrainBenchmark(settings()), "seqmix").prepared_call(32).call
@@ -54,7 +54,7 @@ def test_a_training_step_on_a_cpu_is_timed_behind_one_of_its_own(settings, monke
     assert len(losses) == 2
 
 
-def test_the_memory_of_what_is_prepared_is_not_the_calls(settings, monkeypatch):
+def test_peak_memory_excludes_preparation(settings, monkeypatch):
     held, inside = [], []
 
     def watched(call, device):

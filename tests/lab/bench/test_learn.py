@@ -1,4 +1,4 @@
-"""The benchmark of learning: small models of equal budget, and what they reach."""
+"""The learning benchmark: small models trained on equal budgets."""
 
 import json
 import re
@@ -13,7 +13,7 @@ CHANGES = ("data.paths=[text.txt]", "training.steps=8")
 
 
 @pytest.mark.slow
-def test_all_learn_the_text(seqmix):
+def test_all_models_learn_the_text(seqmix):
     done = seqmix("bench", "learn", *CHANGES, "--json", "out.json")
     assert done.status == 0, done.err
     rows = json.loads(Path("out.json").read_text())["rows"]
@@ -26,7 +26,7 @@ def test_all_learn_the_text(seqmix):
     assert re.search("nats/token", done.out)
 
 
-def test_a_model_of_ours_learns_as_seqmix_train_does(seqmix):
+def test_benchmark_training_matches_seqmix_train(seqmix):
     found = Learning("retention", CHANGES)
     for _ in range(2):
         found.train_next_steps()
@@ -48,5 +48,5 @@ def test_a_model_of_ours_learns_as_seqmix_train_does(seqmix):
         (["data.paths=[no.txt]"], "the corpus no.txt does not exist"),
     ],
 )
-def test_what_cannot_be_learned_is_one_sentence(refused, arguments, sentence):
+def test_invalid_learning_benchmarks_are_rejected(refused, arguments, sentence):
     assert re.search(sentence, refused("bench", "learn", *arguments, status=3 if "no.txt" in sentence else 2))

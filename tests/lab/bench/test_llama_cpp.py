@@ -1,4 +1,4 @@
-"""llama.cpp as a peer: as large as ours, and generating what it is timed for."""
+"""llama.cpp as a peer: it has a model of equal size and generates the tokens it is timed for."""
 
 import pytest
 
@@ -8,14 +8,14 @@ from seqmix.lab.bench.models import DecodeBenchmark, model_to_measure
 from seqmix.lab.bench.peers import Size
 
 
-def test_what_it_cannot_measure_is_said(settings):
+def test_batches_are_unavailable_and_all_formats_are_listed(settings):
     assert "one sequence" in LlamaCpp(settings(batch=2), Size(model_to_measure()), "F32", 4).unavailable_reason()
     names = [each.name for each in DecodeBenchmark(settings()).implementations()]
     assert set(FORMATS.values()) <= set(names)
 
 
 @pytest.mark.parametrize("weights", FORMATS)
-def test_it_decodes(settings, weights):
+def test_llama_cpp_decodes_with_a_model_of_similar_size(settings, weights):
     size = Size(model_to_measure(None, ["model.d_model=128", "model.n_layers=2"]))
     llama = LlamaCpp(settings(), size, weights, 4)
     try:

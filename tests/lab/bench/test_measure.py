@@ -1,4 +1,4 @@
-"""Turns, ratios, products and the suite: nothing here depends on how fast anything is."""
+"""Interleaving, ratios, matmul counts and benchmark runs; no test depends on actual speed."""
 
 import time
 from collections import Counter
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 # ---- turns and ratios
 
 
-def test_calls_take_turns_and_are_prepared_outside_the_time():
+def test_calls_are_interleaved_and_preparation_is_not_timed():
     now, log = [0.0], []
 
     def call(name, seconds, units=1):
@@ -45,25 +45,25 @@ def test_calls_take_turns_and_are_prepared_outside_the_time():
     assert log[:4] == ["prepare a", "a", "prepare b", "b"]
 
 
-def test_everyone_begins_a_round():
+def test_first_turn_rotates_between_calls():
     assert [round[0] for round in turns("abc", 6)] == list("abcabc")
     assert all(sorted(round) == list("abc") for round in turns("abc", 6))
 
 
-def test_a_ratio_is_formed_in_each_round():
+def test_ratio_is_computed_within_each_round():
     # the machine is ten times slower in the last round; the ratio does not know
     assert ratio([2.0, 4.0, 30.0], [1.0, 2.0, 10.0]) == Spread(2.0, 2.0, 3.0)
     with pytest.raises(ValueError, match="longer"):
         ratio([1.0], [1.0, 2.0])
 
 
-def test_the_device_is_waited_for_before_and_behind_each_call():
+def test_device_is_synchronized_before_and_after_each_call():
     log = []
     time_interleaved({"a": TimedCall(lambda: log.append("run"))}, repeat=2, synchronize=lambda: log.append("wait"))
     assert log == ["wait", "run", "wait"] * 2
 
 
-def test_a_short_call_is_done_several_times_over():
+def test_short_calls_are_repeated():
     log = []
     call = TimedCall(lambda: log.append("run"), units=2)
     longer = lengthen(call, seconds=1e-3)  # of a unit
@@ -81,7 +81,7 @@ def flops(products):
     return sum(product.flops * count for product, count in products.items())
 
 
-def test_products_are_counted_forward_and_backward():
+def test_matmul_flops_are_counted_forward_and_backward():
     x, w = torch.randn(3, 5, 8, requires_grad=True), torch.randn(7, 8, requires_grad=True)
     assert flops(record_products(lambda: F.linear(x, w))) == 2 * 15 * 8 * 7
     assert flops(record_products(lambda: F.linear(x, w).sum().backward())) == 3 * 2 * 15 * 8 * 7
@@ -89,7 +89,7 @@ def test_products_are_counted_forward_and_backward():
     assert flops(record_products(lambda: torch.addmm(w, w @ w.T, w))) == 2 * 7 * 8 * 7 + 2 * 7 * 7 * 8
 
 
-def test_products_inside_an_op_are_counted():
+def test_matmuls_inside_an_op_are_counted():
     q, k, v = torch.randn(1, 64, 2, 8), torch.randn(1, 64, 2, 8), torch.randn(1, 64, 2, 12)
     log_decay = torch.tensor([-0.1, -0.2])
     counted = flops(record_products(lambda: decay(q, k, v, log_decay, paradigm=Paradigm.CHUNKWISE, chunk_size=16)))
@@ -98,7 +98,7 @@ def test_products_inside_an_op_are_counted():
 
 
 @pytest.mark.parametrize(("causal", "squares"), [(False, 1.0), (True, 0.5 * 1025 / 1024)])
-def test_attention_is_counted_by_its_scores(causal, squares):
+def test_attention_flops_follow_the_number_of_scores(causal, squares):
     q, k, v = (torch.randn(2, 3, 1024, 16, requires_grad=True) for _ in range(3))
     forward = 2 * 2 * (2 * 3 * 1024 * 1024 * 16) * squares
 
@@ -109,14 +109,14 @@ def test_attention_is_counted_by_its_scores(causal, squares):
     assert flops(record_products(lambda: attend().sum().backward())) == pytest.approx(3.5 * forward)
 
 
-def test_large_products_are_timed_in_pieces_of_the_same_work():
+def test_large_matmuls_are_split_without_changing_flops():
     products = Counter({Product(1, 3 * MAX_SIDE, 64, 4, torch.float32): 2, Product(300, 512, 8, 512, torch.float32): 1})
     pieces = split_products(products)
     assert flops(pieces) == pytest.approx(flops(products))
     assert all(max(p.m, p.k, p.n) <= MAX_SIDE and p.batch * p.m * p.n <= MAX_ELEMENTS for p in pieces)
 
 
-def test_a_product_is_timed_as_it_is():
+def test_timed_matmul_call_runs_no_other_product():
     product = Product(2, 3, 4, 5, torch.float32)
     (call,) = calls_of([product], CPU).values()
     counted = record_products(call.run)
@@ -125,7 +125,7 @@ def test_a_product_is_timed_as_it_is():
     assert call.units == 100
 
 
-def test_no_share_is_told_of_what_cannot_be_seen():
+def test_opaque_custom_op_makes_flop_count_unknown():
     @torch.library.custom_op("seqmix::opaque_for_a_test", mutates_args=())
     def opaque(x: torch.Tensor) -> torch.Tensor:
         return x * 2
@@ -136,7 +136,7 @@ def test_no_share_is_told_of_what_cannot_be_seen():
 # ---- memory
 
 
-def test_peak_memory_is_beyond_what_was_held():
+def test_peak_memory_covers_memory_allocated_by_the_call():
     made, peak = with_peak_memory(lambda: torch.ones(2**24), CPU)
     assert len(made) == 2**24
     if peak is None:
@@ -173,7 +173,7 @@ class FakeBenchmark(benchmark.Benchmark):
         return {"fake": list(self.implementations)}
 
 
-def test_a_failure_of_one_is_a_row_and_the_others_are_measured(settings):
+def test_failed_implementation_is_reported_and_others_are_measured(settings):
     implementations = (
         Fake("good"),
         Fake("absent", reason="it is not installed"),
@@ -195,7 +195,7 @@ def test_a_failure_of_one_is_a_row_and_the_others_are_measured(settings):
     assert good.tokens_per_second > 0
 
 
-def test_what_was_measured_before_a_stop_is_kept(settings):
+def test_interrupted_run_keeps_finished_measurements(settings):
     stopped = Fake("stopped", error=KeyboardInterrupt())
     report = run(FakeBenchmark(settings(lengths=(32, 64)), stopped))
     assert [row.length for row in report.rows] == [32]
@@ -204,7 +204,7 @@ def test_what_was_measured_before_a_stop_is_kept(settings):
         run(FakeBenchmark(settings(lengths=(64,)), stopped))
 
 
-def test_what_takes_too_long_is_foretold_from_shorter_lengths(settings):
+def test_slow_calls_are_predicted_from_shorter_lengths(settings):
     forecast = Forecast(2, settings(limit=10.0))
     assert forecast.probes("a", 16_384) == [256, 1024, 4096]
     forecast.add("a", 1024, 0.5, 2.0**20)
@@ -217,19 +217,19 @@ def test_what_takes_too_long_is_foretold_from_shorter_lengths(settings):
     forecast.require("unknown", 16_384, rows=1)
 
 
-def test_what_does_not_fit_is_foretold(settings):
+def test_out_of_memory_is_predicted(settings):
     forecast = Forecast(2, settings(limit=1e9))
     forecast.add("a", 1024, 1e-6, 2.0**30)
     with pytest.raises(Skip, match=r"would need about [\d,]+ GiB, but only [\d,]+ GiB are free"):
         forecast.require("a", 2**20, rows=1)
 
 
-def test_only_names_that_take_part(settings):
+def test_only_option_selects_implementations(settings):
     benchmark = FakeBenchmark(settings(only=("b",)), Fake("a"), Fake("b"))
     assert [row.name for row in run(benchmark).rows] == ["b"]
 
 
-def test_the_op_and_a_model_have_shares_ratios_and_sizes(settings):
+def test_op_and_model_rows_report_shares_and_sizes(settings):
     report = run(OpBenchmark(settings(only=("chunkwise", "eager"))))
     assert {row.what for row in report.rows} == {"forward", "forward + backward"}
     assert all(row.share.median > 0 and row.floor > 0 for row in report.rows)
@@ -240,7 +240,7 @@ def test_the_op_and_a_model_have_shares_ratios_and_sizes(settings):
     assert all(row.skipped is None and row.parameters > 0 and row.share.median > 0 for row in prefill.rows)
 
 
-def test_a_copy_rate_makes_the_floor_of_what_moves_bytes(settings):
+def test_moved_bytes_give_a_time_floor_and_share(settings):
     class Mover(Fake):
         def prepared_call(self, length):
             return PreparedCall(call=TimedCall(lambda: None), tokens=1, moved_bytes=1000)
@@ -250,7 +250,7 @@ def test_a_copy_rate_makes_the_floor_of_what_moves_bytes(settings):
     assert row.share is not None
 
 
-def test_lengths_take_turns_where_that_is_asked_for(settings):
+def test_interleave_lengths_option_alternates_lengths(settings):
     order = []
 
     class Logged(Fake):
@@ -270,7 +270,7 @@ def test_lengths_take_turns_where_that_is_asked_for(settings):
     assert {place for place, row in together.items() if row.ratio == Spread(1.0, 1.0, 1.0)} == {("a", 32), ("b", 32)}
 
 
-def test_the_clock_is_the_processors_where_that_is_asked_for(settings, monkeypatch):
+def test_cpu_time_option_uses_process_clock(settings, monkeypatch):
     clocks = []
 
     def watched(*arguments, clock=None, **options):
@@ -283,12 +283,12 @@ def test_the_clock_is_the_processors_where_that_is_asked_for(settings, monkeypat
     assert [clock for clock in clocks if clock] == [time.process_time, time.perf_counter]
 
 
-def test_without_rates_nothing_else_is_timed(settings):
+def test_disabled_rates_leave_machine_rates_and_shares_out(settings):
     report = run(PrefillBenchmark(settings(only=("seqmix",), measures_rates=False)))
     assert "product_flops_per_second" not in report.machine
     assert [(row.share, row.skipped) for row in report.rows] == [(None, None)]
 
 
-def test_when_the_time_is_up_no_further_round_begins():
+def test_expired_time_stops_after_the_minimum_rounds():
     rounds = time_interleaved({"a": TimedCall(lambda: None), "b": TimedCall(lambda: None)}, repeat=50, end=0.0)
     assert {name: len(samples) for name, samples in rounds.items()} == {"a": MIN_ROUNDS, "b": MIN_ROUNDS}

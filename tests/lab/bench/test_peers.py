@@ -1,4 +1,4 @@
-"""Peers: as large as ours, and doing what they are timed for."""
+"""Peers have models of equal size and compute what they are timed for."""
 
 import pytest
 import torch
@@ -29,20 +29,20 @@ def names(kinds):
 
 
 @pytest.mark.parametrize("kind", ON_CPU, ids=names(ON_CPU))
-def test_sizes_are_equal_in_parameters(kind):
+def test_peers_have_equal_parameter_counts(kind):
     config = model_to_measure(None, ["model.d_model=128", "model.n_layers=2"])
     assert built(kind, config).parameters == pytest.approx(Size(config).parameters, rel=0.01)
 
 
 @pytest.mark.parametrize("preset", ["retnet-200m", "retnet-1.3b", "hybrid-tiny", "attention-tiny"])
-def test_sizes_are_equal_for_every_model_of_ours(preset):
+def test_gpt_peer_matches_parameters_of_each_preset(preset):
     config = load_config(preset).model
     assert built(GptSdpa, config, META).parameters == pytest.approx(Size(config).parameters, rel=0.01)
 
 
 @pytest.mark.parametrize("kind", DECODING, ids=names(DECODING))
 @torch.no_grad()
-def test_a_step_goes_on_from_what_was_read_or_from_a_random_state_that_is_renewed(kind, model, monkeypatch):
+def test_step_after_reading_a_prompt_matches_full_forward(kind, model, monkeypatch):
     monkeypatch.setattr(quantization, "MIN_WEIGHTS", 1)
     peer = built(kind, model)
     peer.module.eval()
@@ -63,7 +63,7 @@ def test_a_step_goes_on_from_what_was_read_or_from_a_random_state_that_is_renewe
     assert peer.moved_bytes(state) < moved if issubclass(kind, Int8) else peer.moved_bytes(state) == moved
 
 
-def test_of_a_hybrid_the_cache_is_read_and_the_rest_is_written_too():
+def test_hybrid_step_counts_cache_reads_and_state_writes():
     peer = Seqmix(Size(load_config("hybrid-tiny").model), CPU, torch.float32)
     state = peer.state_after(100, 1, 3)
     held = sum(x.nbytes for x in peer.tensors(state))
@@ -71,7 +71,7 @@ def test_of_a_hybrid_the_cache_is_read_and_the_rest_is_written_too():
     assert weights + held < peer.moved_bytes(state) < weights + 2 * held
 
 
-def test_attention_written_out_is_the_fused_one(model):
+def test_eager_attention_matches_fused_attention(model):
     torch.manual_seed(0)
     eager, fused = (kind(Size(model), CPU, torch.float32) for kind in (GptEager, GptSdpa))
     eager.module.load_state_dict(fused.module.state_dict())
@@ -79,14 +79,14 @@ def test_attention_written_out_is_the_fused_one(model):
     assert_close(eager.logits(tokens), fused.logits(tokens))
 
 
-def test_modes_of_torchscale_are_its_modes(model):
+def test_torchscale_chunkwise_peer_enables_chunkwise_mode(model):
     chunkwise = built(TorchscaleChunkwise, model)
     assert chunkwise.module.chunkwise_recurrent
     assert chunkwise.logits(torch.ones(1, 9, dtype=torch.int64)).shape == (1, 9, model.vocab_size)
 
 
 @pytest.mark.parametrize("kind", [Seqmix, GptSdpa], ids=["seqmix", "gpt-sdpa"])
-def test_layers_computed_anew_give_the_same_gradients(kind, model):
+def test_recomputed_activations_give_the_same_gradients(kind, model):
     torch.manual_seed(0)
     plain = kind(Size(model), CPU, torch.float32)
     anew = kind(Size(model), CPU, torch.float32)
@@ -100,7 +100,7 @@ def test_layers_computed_anew_give_the_same_gradients(kind, model):
         assert_close(mine.grad, theirs.grad)
 
 
-def test_what_is_not_there_says_how_to_get_it():
+def test_unavailable_peer_explains_why():
     assert install_hint("torch", "torch") is None
     assert install_hint("nowhere.models", "nowhere-models") == (
         "nowhere-models is not installed: pip install nowhere-models"

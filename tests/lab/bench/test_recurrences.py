@@ -1,4 +1,4 @@
-"""The recurrences that are timed: the loop and the chunkwise form are one function."""
+"""The timed recurrences: the loop and the chunkwise form compute the same function."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from seqmix.lab.bench.recurrences import CASES
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_loop_is_the_chunkwise_op(name):
+def test_loop_matches_chunkwise_op_in_float64(name):
     case, generator = CASES[name], torch.Generator().manual_seed(0)
     inputs = case.inputs(lambda *shape: torch.randn(2, 70, *shape, generator=generator, dtype=torch.float64))
     leaves = [x.requires_grad_() for x in inputs.values()]

@@ -1,4 +1,4 @@
-"""What a report is shown as and written to."""
+"""Benchmark reports as JSON, Markdown, terminal tables and figures."""
 
 import io
 import json
@@ -55,14 +55,14 @@ def shown(report, width):
     return to.getvalue()
 
 
-def test_json_is_read_again(report):
+def test_json_report_round_trips(report):
     assert from_json(to_json(report)) == report
     first = json.loads(to_json(report))["rows"][0]
     assert first["tokens_per_second"] == pytest.approx(2048 / 0.020)
     assert first["seconds"] == {"median": 0.02, "low": 0.01, "high": 0.04}
 
 
-def test_markdown_is_a_table_with_what_was_skipped_and_why(report):
+def test_markdown_table_lists_skipped_rows_with_reasons(report):
     lines = markdown(report).splitlines()
     assert lines[0] == (
         "A training step. a processor, 2 threads, torch 2.13, float32; medians of 5, interleaved. "
@@ -82,7 +82,7 @@ def test_markdown_is_a_table_with_what_was_skipped_and_why(report):
     assert "state MiB" not in table[0]
 
 
-def test_a_narrow_terminal_is_spared_columns_and_never_cut(report):
+def test_narrow_terminal_drops_columns_instead_of_truncating(report):
     wide, narrow = shown(report, 160), shown(report, 60)
     assert "parameters" in wide
     assert "parameters" not in narrow
@@ -93,21 +93,21 @@ def test_a_narrow_terminal_is_spared_columns_and_never_cut(report):
         assert "its kernels run on a GPU only" in text
 
 
-def test_several_parts_are_told_apart(report):
+def test_multiple_parts_get_their_own_labels_and_figures(report):
     rows = [*report.rows, row("seqmix", 512, 20.0, what="forward + backward")]
     both = Report(**(vars(report) | {"rows": rows}))
     assert "| what | T | implementation |" in markdown(both)
     assert [figure.name for figure in figures_of(both)] == ["train", "train-forward-backward", "memory"]
 
 
-def test_nothing_but_skipped_rows_is_a_report(report):
+def test_report_works_with_only_skipped_rows(report):
     nothing = Report(**(vars(report) | {"rows": [x for x in report.rows if x.skipped], "machine": MACHINE}))
     assert "skipped" in shown(nothing, 100)
     assert from_json(to_json(nothing)) == nothing
     assert figures_of(nothing) == []
 
 
-def test_time_and_memory_are_drawn_over_the_length(report):
+def test_time_and_memory_are_plotted_over_length(report):
     rows = [*report.rows, row("seqmix-compiled", 512, 5.0)]
     time, memory = figures_of(Report(**(vars(report) | {"rows": rows})))
     assert (time.name, memory.name) == ("train", "memory")
@@ -119,7 +119,7 @@ def test_time_and_memory_are_drawn_over_the_length(report):
     assert [point.y for point in memory.series[0].points] == [3 * 2**20] * 2
 
 
-def test_implementations_and_their_compiled_variants_all_look_different(report):
+def test_implementations_and_compiled_variants_have_distinct_styles(report):
     names = [f"library {i}{end}" for i in range(10) for end in ("", "-compiled")]
     rows = [row(name, 512, 20.0, peak_bytes=0) for name in names]
     time, memory = figures_of(Report(**(vars(report) | {"rows": rows})))

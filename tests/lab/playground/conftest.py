@@ -1,4 +1,4 @@
-"""A browser without a network, and pages that must neither complain nor ask for anything outside their folder."""
+"""A browser without a network; pages may log nothing and request nothing outside their folder."""
 
 import shutil
 from collections.abc import Iterator

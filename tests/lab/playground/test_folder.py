@@ -1,4 +1,4 @@
-"""Refusals of `seqmix playground`, by name and before it writes anything."""
+"""`seqmix playground` rejects bad input by name before it writes anything."""
 
 import pytest
 from small_runs import refusal, run_of
@@ -22,7 +22,7 @@ def packages():
         pytest.importorskip(package, reason="pip install 'seqmix[onnx]'")
 
 
-def test_an_existing_folder_is_not_overwritten(tmp_path):
+def test_existing_folder_is_not_overwritten(tmp_path):
     (tmp_path / "file.txt").touch()
     message = refusal(lambda: write_playground([tmp_path / "nothing"], tmp_path))
     assert str(tmp_path) in message
@@ -30,12 +30,12 @@ def test_an_existing_folder_is_not_overwritten(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["file.txt"]
 
 
-def test_a_run_named_twice_is_refused(packages, tmp_path):
+def test_duplicate_run_is_rejected(packages, tmp_path):
     runs = [tmp_path / "run", tmp_path / "other" / ".." / "run"]
     assert "named twice" in refusal(lambda: write_playground(runs, tmp_path / "out"))
 
 
-def test_a_run_on_a_task_is_refused(packages, tmp_path):
+def test_run_trained_on_a_task_is_rejected_before_export(packages, tmp_path):
     run_of(load_config("mqar-tiny", [*SMALL]), tmp_path / "recall")
     begun: list[bool] = []
     message = refusal(
@@ -60,7 +60,7 @@ class LoopConfig(LinearAttentionConfig):
 """
 
 
-def test_a_mixer_without_an_export_is_refused(packages, tmp_path, monkeypatch):
+def test_mixer_without_onnx_export_is_rejected(packages, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "text.txt").write_text("some text to learn\n" * 40)
     (tmp_path / "loop_mixer.py").write_text(LOOP)
@@ -74,7 +74,7 @@ def test_a_mixer_without_an_export_is_refused(packages, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-def test_other_tokenizers_are_refused():
+def test_unsupported_tokenizers_are_rejected():
     tokenizers = pytest.importorskip("tokenizers")
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
     spaced = tokenizers.Tokenizer(tokenizers.models.BPE())

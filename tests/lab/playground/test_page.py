@@ -90,7 +90,7 @@ def part(page: Any, run: str, name: str) -> Any:
     return page.locator(f"[data-run={run}] [data-part={name}]")
 
 
-def test_greedy_text_is_that_of_torch(look, folder, runs):
+def test_greedy_text_matches_torch(look, folder, runs):
     page = look(folder)
     page.check("[name=shown][value=all]")
     start(page)
@@ -112,7 +112,7 @@ def test_greedy_text_is_that_of_torch(look, folder, runs):
 TINTS = "pane => [...pane.children].map(span => parseInt(span.style.getPropertyValue('--tint') || 0))"
 
 
-def test_the_tint_is_the_attention_of_the_last_token(look, folder, runs):
+def test_text_tint_shows_attention_of_the_last_token(look, folder, runs):
     page = look(folder)
     page.check("[name=shown][value=all]")
     start(page)
@@ -126,7 +126,7 @@ def test_the_tint_is_the_attention_of_the_last_token(look, folder, runs):
         assert part(page, name, "text").evaluate(TINTS) == pytest.approx(expected, abs=0.6)
 
 
-def test_the_colours_of_attention_are_explained_below_the_text(look, folder):
+def test_attention_colours_are_explained_below_the_text(look, folder):
     page = look(folder)
     figures = page.locator("[data-run=hybrid] figure")
     assert not any(figure.is_visible() for figure in figures.all())  # there is nothing to show yet
@@ -142,7 +142,7 @@ def test_the_colours_of_attention_are_explained_below_the_text(look, folder):
         assert "Attention has no rows" in part(page, "hybrid", name).inner_text()
 
 
-def test_numbers_stand_beside_the_columns(look, folder):
+def test_labels_are_drawn_next_to_the_columns(look, folder):
     page = look(folder)
     start(page, count=3)
     finish(page)
@@ -154,7 +154,7 @@ def test_numbers_stand_beside_the_columns(look, folder):
     assert part(page, "hybrid", "changes").locator("canvas").evaluate(right) < 92 + 12 * columns + 46
 
 
-def test_the_selected_token_has_its_probabilities(look, folder, runs):
+def test_selected_token_shows_its_probabilities(look, folder, runs):
     page = look(folder)
     start(page)
     finish(page)
@@ -181,7 +181,7 @@ def test_the_selected_token_has_its_probabilities(look, folder, runs):
     assert not any(pane.evaluate(TINTS))
 
 
-def test_half_lives_are_those_of_the_decays(look, folder, runs):
+def test_half_lives_match_the_decays(look, folder, runs):
     page = look(folder)
     start(page)
     finish(page)
@@ -198,7 +198,7 @@ def test_half_lives_are_those_of_the_decays(look, folder, runs):
     assert part(page, "hybrid", "selected").inner_text().startswith(f"Token {len(PROMPT) + COUNT} of ")
 
 
-def test_escape_stops(look, folder):
+def test_escape_stops_generation(look, folder):
     page = look(folder)
     start(page, count=1000)
     page.wait_for_function("document.querySelectorAll('[data-run=hybrid] [data-part=text] span').length > 20")
@@ -230,7 +230,7 @@ def test_swapping_models_keeps_the_prompt(look, folder):
     assert text_of(page, "hybrid") == text
 
 
-def test_a_seed_gives_the_same_text_again(look, folder):
+def test_same_seed_reproduces_the_text(look, folder):
     page = look(folder)
     texts = []
     for seed in ("1", "1", "2"):
@@ -241,7 +241,7 @@ def test_a_seed_gives_the_same_text_again(look, folder):
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_keys_alone_are_enough(look, folder):
+def test_page_is_usable_by_keyboard_alone(look, folder):
     page = look(folder, reduced_motion="reduce")
     order = []
     for _ in range(7):
@@ -262,7 +262,7 @@ def test_keys_alone_are_enough(look, folder):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_phone_shows_everything(look, folder, scheme):
+def test_page_fits_a_phone_screen(look, folder, scheme):
     page = look(folder, 360, scheme)
     page.check("[name=shown][value=all]")
     start(page, prompt="x" * 60)
@@ -279,7 +279,7 @@ def test_a_phone_shows_everything(look, folder, scheme):
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == wanted
 
 
-def test_a_missing_file_is_named(look, folder, tmp_path):
+def test_missing_model_file_is_named(look, folder, tmp_path):
     import shutil
 
     broken = shutil.copytree(folder, tmp_path / "broken")
@@ -292,6 +292,6 @@ def test_a_missing_file_is_named(look, folder, tmp_path):
     assert "models/0.js is missing" in page.inner_text("#status")
 
 
-def test_the_licence_comes_with_the_runtime(folder):
+def test_runtime_includes_its_licence(folder):
     assert "MIT License" in (folder / "runtime" / "LICENSE").read_text()
     assert (folder / "runtime" / "ThirdPartyNotices.txt").stat().st_size > 100_000

@@ -1,4 +1,4 @@
-"""The page's tokenizers encode and decode like those of Python."""
+"""The page's tokenizers encode and decode like the Python tokenizers."""
 
 from pathlib import Path
 
@@ -41,12 +41,12 @@ def tokenizers(browser):
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_bytes_are_those_of_python(tokenizers, text):
+def test_byte_tokenizer_matches_python(tokenizers, text):
     python = ByteTokenizer()
     assert tokenizers({"tokenizer": "bytes"}, text) == [python.encode(text)[1:].tolist(), text]
 
 
-def test_byte_pairs_are_those_of_python(tokenizers, tmp_path):
+def test_bpe_tokenizer_matches_python(tokenizers, tmp_path):
     pytest.importorskip("tokenizers")
     import json
 

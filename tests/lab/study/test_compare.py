@@ -1,6 +1,6 @@
-"""`seqmix compare` as it is used: real runs in processes of their own, resumed after a kill, and what is written.
+"""`seqmix compare` end to end: real runs in separate processes, resumed after a kill, and the files it writes.
 
-The parent is killed by SIGKILL, which no handler sees: its runs have to see for themselves that it is gone.
+The parent is killed by SIGKILL, which no handler can catch, so its runs must notice by themselves that it is gone.
 """
 
 import csv
@@ -49,7 +49,7 @@ PAPER = "paper: [{label: Perplexity, entry: retention, theirs: 26.05}]\n"
 
 
 class Quiet(Observer):
-    """Shown to nobody, and remembered."""
+    """An observer that shows nothing and records what it is told."""
 
     def __init__(self):
         self.notes, self.begun, self.problems = [], [], {}
@@ -64,7 +64,7 @@ class Quiet(Observer):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, small):
-    """A study that nothing happens to, with an entry that fails: its folder, and what was printed."""
+    """An uninterrupted study with one failing entry: its folder, exit status and printed output."""
     folder = tmp_path_factory.mktemp("made")
     (folder / "text.txt").write_text("the text of a small run, over and over again. " * 60)
     (folder / "small.yaml").write_text(small + BROKEN + SPEED + PAPER)
@@ -74,7 +74,7 @@ def made(tmp_path_factory, small):
 
 
 def command(folder: Path, *arguments: str) -> tuple[int, str]:
-    """Run the command in a process of its own; its status and what it printed."""
+    """Run the command in a separate process and return its status and output."""
     process, output = start(folder, *arguments)
     process.join(300)
     return process.exitcode, output.read_text()
@@ -95,11 +95,11 @@ def losses(run: Path) -> list[tuple]:
 
 
 def sessions(run: Path) -> list[int]:
-    """The steps at which a run was begun and gone on with."""
+    """The steps at which a run was started and resumed."""
     return [json.loads(line)["step"] for line in (run / "sessions.jsonl").read_text().splitlines()]
 
 
-def test_results(made):
+def test_results_record_entries_matches_and_run_status(made):
     root, status, printed = made
     assert status == 1
     assert "1 of 3 runs failed" in printed
@@ -197,7 +197,7 @@ def test_rates_are_tuned_before_the_seeds_are_trained(made, tmp_path, small):
     assert [run.learning_rate for run in read_results(folder).runs if not run.tunes] == [2e-3]
 
 
-def test_without_what_draws_figures_a_study_has_its_results(made, tmp_path, monkeypatch):
+def test_results_are_written_without_plotting_libraries(made, tmp_path, monkeypatch):
     def missing(*arguments):
         raise PlotsMissingError
 
@@ -209,7 +209,7 @@ def test_without_what_draws_figures_a_study_has_its_results(made, tmp_path, monk
     assert {file.name for file in tmp_path.iterdir()} == {"results.json", "runs.csv", "summary.csv", "summary.md"}
 
 
-def test_finished_runs_are_not_made_again(made, monkeypatch):
+def test_finished_runs_are_not_repeated(made, monkeypatch):
     folder, *_ = made
     before = {file: file.stat().st_mtime_ns for file in (folder / "studies").rglob("*.safetensors")}
     assert before
@@ -232,7 +232,7 @@ def test_finished_runs_are_not_made_again(made, monkeypatch):
         ("checkpoints/*/model.safetensors", "has no intact checkpoint"),
     ],
 )
-def test_a_run_that_cannot_be_gone_on_with_is_laid_aside(made, tmp_path, monkeypatch, damaged, why):
+def test_unresumable_run_is_moved_aside(made, tmp_path, monkeypatch, damaged, why):
     monkeypatch.chdir(made[0])
     monkeypatch.syspath_prepend(made[0])  # where loud.py is
     study = load_study(Path("small.yaml"))
@@ -253,7 +253,7 @@ def test_a_run_that_cannot_be_gone_on_with_is_laid_aside(made, tmp_path, monkeyp
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="needs signals")
-def test_a_study_that_is_stopped_and_killed_ends_as_the_undisturbed_one(made, tmp_path, small):
+def test_stopped_and_killed_study_resumes_to_the_same_results(made, tmp_path, small):
     (tmp_path / "text.txt").write_text((made[0] / "text.txt").read_text())
     (tmp_path / "small.yaml").write_text(small)
     moments, folder = random.Random(0), tmp_path / "studies" / "small"
@@ -282,7 +282,7 @@ def test_a_study_that_is_stopped_and_killed_ends_as_the_undisturbed_one(made, tm
         assert began == 0 < went_on
 
 
-def test_a_study_is_made_by_one_process(tmp_path):
+def test_study_folder_is_locked_to_one_process(tmp_path):
     says = f"another process .*{os.getpid()}.* is running"
     with hold_lock(tmp_path, print), pytest.raises(StudyError, match=says), hold_lock(tmp_path, print):
         pass
@@ -290,7 +290,7 @@ def test_a_study_is_made_by_one_process(tmp_path):
         pass
 
 
-def test_runs_of_a_dead_process_are_waited_for(tmp_path, monkeypatch):
+def test_lock_waits_for_runs_of_a_dead_process(tmp_path, monkeypatch):
     import fcntl
 
     monkeypatch.setattr(lock, "PATIENCE", 0.1)
@@ -309,7 +309,7 @@ def test_runs_of_a_dead_process_are_waited_for(tmp_path, monkeypatch):
         pass
 
 
-def test_bad_input_is_one_sentence(seqmix, refused, small):
+def test_missing_study_and_unwritable_output_are_rejected(seqmix, refused, small):
     assert refused("compare").startswith("compare needs a STUDY")
     assert "recall" in seqmix("compare", "--list").out
     Path("file").write_text("")
@@ -318,14 +318,14 @@ def test_bad_input_is_one_sentence(seqmix, refused, small):
     assert taken.startswith("a study cannot be written to file")
 
 
-def test_a_study_is_running_while_its_folder_is_locked(tmp_path):
+def test_status_is_running_while_folder_is_locked(tmp_path):
     with hold_lock(tmp_path, print):
         StatusWriter(tmp_path, 3, lists_failures=True).begin(0)
         assert read_status(tmp_path).state == "running"
     assert read_status(tmp_path).state == "killed"
 
 
-def test_a_time_budget_stops_a_study_which_says_so(seqmix, small):
+def test_time_budget_stops_study_and_reports_it(seqmix, small):
     Path("small.yaml").write_text(small)
     done = seqmix("compare", "small.yaml", "--out", "study", "--budget", "0.000001", "--json", "-")
     result = json.loads(done.out)

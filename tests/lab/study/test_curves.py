@@ -1,4 +1,4 @@
-"""`seqmix plot`: runs that go on, were killed, or are none, and studies."""
+"""`seqmix plot` with running, killed and invalid runs, and with studies."""
 
 import json
 import re
@@ -40,12 +40,12 @@ def write_run(folder: Path, lines: list[dict] = LINES, *, torn: str = "", config
 
 
 def drawn(run: Path) -> dict[str, list[list[tuple[float, float]]]]:
-    """Points of every series, by figure."""
+    """The points of every series, by figure."""
     figures = figures_of([read_curves(run, "run")])
     return {figure.name: [[(p.x, p.y) for p in one.points] for one in figure.series] for figure in figures}
 
 
-def test_everything_that_was_measured_is_drawn(tmp_path):
+def test_all_measured_quantities_are_drawn(tmp_path):
     found = drawn(write_run(tmp_path / "run"))
     assert list(found) == ["loss", "loss-time", "accuracy", "learning-rate", "gradient-norm", "throughput", "memory"]
     assert found["loss"] == [[(1000, 4.9), (2000, 4.8), (4000, 4.6)], [(2000, 4.5), (4000, 4.0)]]
@@ -56,24 +56,24 @@ def test_everything_that_was_measured_is_drawn(tmp_path):
 
 
 @pytest.mark.parametrize("torn", ['{"step": 5, "loss": 4.', "\x00\x00\x00", '"a word"\n', '{"step": "5"}\n', "[]\n"])
-def test_a_line_cut_short_is_left_out(tmp_path, torn):
+def test_truncated_metrics_line_is_skipped(tmp_path, torn):
     assert drawn(write_run(tmp_path / "run", torn=torn))["loss"][0] == [(1000, 4.9), (2000, 4.8), (4000, 4.6)]
 
 
-def test_a_value_that_is_not_finite_is_left_out(tmp_path):
+def test_non_finite_values_are_skipped(tmp_path):
     found = drawn(write_run(tmp_path / "run", [*LINES, step(5, loss=float("nan"), gradient_norm=float("inf"))]))
     assert found["loss"][0][-1] == (4000, 4.6)
     assert found["throughput"][0][-1] == (5000, 5000.0)
 
 
 @pytest.mark.parametrize("config", [None, "a"])
-def test_without_a_whole_configuration_curves_lie_over_steps(tmp_path, config):
+def test_curves_use_steps_when_config_is_missing_or_broken(tmp_path, config):
     found = drawn(write_run(tmp_path / "run", config=config))
     assert found["loss"][0] == [(1, 4.9), (2, 4.8), (4, 4.6)]
     assert "loss-time" not in found
 
 
-def test_names_tell_runs_apart():
+def test_run_names_are_distinct():
     assert names_of([Path("a/x"), Path("b/y")]) == ["x", "y"]
     assert names_of([Path("a/x"), Path("b/x")]) == ["a/x", "b/x"]
     assert names_of([Path("a/x/r"), Path("b/x/r"), Path("c")])[:2] == ["a/x/r", "b/x/r"]
@@ -84,7 +84,7 @@ def test_names_tell_runs_apart():
 
 @pytest.fixture
 def folders(tmp_path):
-    """Runs of every kind, and a study."""
+    """Folders of valid and invalid runs, and of a study."""
     write_run(tmp_path / "one")
     write_run(tmp_path / "two<b>")
     write_run(tmp_path / "begun", [], torn='{"st')
@@ -95,7 +95,7 @@ def folders(tmp_path):
     return tmp_path
 
 
-def test_runs_are_drawn_over_each_other(seqmix, folders):
+def test_multiple_runs_share_figures(seqmix, folders):
     pytest.importorskip("altair")
     done = seqmix("plot", "one", "two<b>")
     assert (done.status, done.err) == (0, "")
@@ -105,7 +105,7 @@ def test_runs_are_drawn_over_each_other(seqmix, folders):
     assert "two<b>" not in text.partition("<script")[0]
 
 
-def test_one_figure_is_drawn_for_a_paper(seqmix, folders):
+def test_single_figure_can_be_saved_as_svg_or_pdf(seqmix, folders):
     pytest.importorskip("altair")
     assert seqmix("plot", "one", "--figure", "loss", "--out", "new/folder/one.svg").status == 0
     text = Path("new/folder/one.svg").read_text()
@@ -117,7 +117,7 @@ def test_one_figure_is_drawn_for_a_paper(seqmix, folders):
     assert Path("state.pdf").read_bytes().startswith(b"%PDF")
 
 
-def test_a_study_s_report_is_written_again(seqmix, folders):
+def test_plot_rewrites_the_report_of_a_study(seqmix, folders):
     pytest.importorskip("altair")
     write(Results.model_validate(few()), folders / "few")
     assert seqmix("plot", "few").status == 0
@@ -125,7 +125,7 @@ def test_a_study_s_report_is_written_again(seqmix, folders):
 
 
 @pytest.mark.parametrize("missing", ["vl_convert", "altair"])
-def test_what_draws_must_be_installed(refused, folders, monkeypatch, missing):
+def test_missing_plotting_library_gives_install_command(refused, folders, monkeypatch, missing):
     monkeypatch.delitem(__import__("sys").modules, "seqmix.lab.figures.charts", raising=False)
     monkeypatch.delattr("seqmix.lab.figures.charts", raising=False)
     monkeypatch.setitem(__import__("sys").modules, missing, None)
@@ -137,7 +137,7 @@ def test_what_draws_must_be_installed(refused, folders, monkeypatch, missing):
 @pytest.mark.parametrize(
     ("option", "limit", "file"), [("-v", 8 * 2**20, "a.svg"), ("-v", 8 * 2**20, "a.html"), ("-d", 2**19, "a.pdf")]
 )
-def test_a_limit_of_memory_that_figures_exceed_is_one_sentence(folders, tmp_path, option, limit, file):
+def test_memory_limit_too_low_for_plotting_reports_one_line(folders, tmp_path, option, limit, file):
     pytest.importorskip("altair")
     # an empty cache: a page's JavaScript is bundled
     command = f"ulimit {option} {limit}; XDG_CACHE_HOME={tmp_path / 'empty'} exec {sys.executable} -m seqmix plot one"
@@ -167,7 +167,7 @@ def test_a_limit_of_memory_that_figures_exceed_is_one_sentence(folders, tmp_path
         (3, ["one", "--figure", "loss", "--out", "folder.html"], ["folder.html", "directory"]),
     ],
 )
-def test_what_cannot_be_drawn_is_one_sentence(refused, folders, status, arguments, named):
+def test_undrawable_input_is_rejected(refused, folders, status, arguments, named):
     pytest.importorskip("altair")
     said = refused("plot", *arguments, status=status)
     assert [word for word in named if word not in said] == []

@@ -1,4 +1,4 @@
-"""Figures as values, their colours, and what Altair and vl-convert make of them."""
+"""Figures as values, their colours, and how Altair and vl-convert draw them."""
 
 import math
 import re
@@ -33,7 +33,7 @@ from seqmix.lab.units import number, quantity
         (9999, "9,999"), (10_000, "10k"), (204_800, "205k"), (999_600, "1M"), (1.5e6, "1.5M"), (7.2e15, "7.2P"),
     ],
 )  # fmt: skip
-def test_a_number_is_short(value, text):
+def test_numbers_are_formatted_briefly(value, text):
     assert number(value) == text
 
 
@@ -51,7 +51,7 @@ def test_a_number_is_short(value, text):
         (Axis("slice", names=["easy", "hard"]), [], ()),
     ],
 )
-def test_an_axis_may_be_logarithmic_where_its_values_allow_it(axis, values, kinds):
+def test_axis_offers_log_scale_when_values_allow(axis, values, kinds):
     assert resolve(axis, values).kinds == kinds
 
 
@@ -66,12 +66,12 @@ def test_an_axis_may_be_logarithmic_where_its_values_allow_it(axis, values, kind
         (Axis("tokens"), [1, 2], "tokens"),
     ],
 )
-def test_the_unit_suits_the_values(axis, values, label):
+def test_axis_unit_is_chosen_from_the_values(axis, values, label):
     assert resolve(axis, values).label == label
     assert quantity(3e9, "bytes") == "2.79 GiB"
 
 
-def test_points_that_are_not_finite_are_left_out():
+def test_non_finite_points_are_dropped():
     first, third = Point(1, 4.0, 3.0, 5.0), Point(3, 6.0, 5.0, 7.0)
     one = Series("a", [first, Point(2, math.nan, 0.0, 0.0), third, Point(math.inf, 7.0, 0.0, 0.0)])
     nothing = Series("b", [Point(1, math.nan)])
@@ -80,7 +80,7 @@ def test_points_that_are_not_finite_are_left_out():
     assert drawable([Figure("f", "t", "c", X, Y, [nothing])]) == []
 
 
-def test_a_thinned_line_keeps_its_extremes():
+def test_thinned_line_keeps_its_extremes():
     values = [float(i % 7) for i in range(10_000)]
     values[4321], values[8765] = 99.0, -99.0
     kept = list(thin(values, 240))
@@ -90,7 +90,7 @@ def test_a_thinned_line_keeps_its_extremes():
     assert list(thin(values[:200], 240)) == list(range(200))
 
 
-def test_rows_are_in_the_units_of_the_axes():
+def test_rows_use_axis_units():
     rows = figure([1, 2], [0.5, 0.25], [0.4, 0.2], [0.6, 0.3], y=ACCURACY).rows()
     assert [(row["x"], row["y"], row["low"], row["high"]) for row in rows] == [
         (1, 50, 40, pytest.approx(60)),
@@ -98,14 +98,14 @@ def test_rows_are_in_the_units_of_the_axes():
     ]
 
 
-def test_a_scatter_has_all_its_points():
+def test_scatter_plot_keeps_all_points():
     heads = figure([layer for layer in range(50) for _ in range(16)], range(800), joined=False)
     assert len([row for row in heads.rows() if row.get("marker")]) == 800
     slices = figure(list("abcdefghijklmnopq"), range(17), x=Axis("x", names="abcdefghijklmnopq"))
     assert all(row["marker"] for row in slices.rows())
 
 
-def test_a_single_point_is_seen_where_others_have_a_line_or_a_band():
+def test_single_point_series_gets_a_marker_or_error_bar():
     measured = Series("run", [Point(1, 4.9)], faint=True)
     (row,) = Figure("f", "t", "c", X, Y, [measured], smooth=True).rows()
     assert row["faint"]
@@ -116,7 +116,7 @@ def test_a_single_point_is_seen_where_others_have_a_line_or_a_band():
     assert not any("dodge" in row for row in long)
 
 
-def test_bars_at_names_are_shifted_only_if_they_share_one():
+def test_error_bars_shift_only_when_they_share_a_category():
     names = Axis("", names=["a", "b"])
     apart = Figure("f", "t", "c", names, Y, [Series(name, [Point(name, 2, 1, 3)]) for name in "ab"], joined=False)
     assert {row["dodge"] for row in apart.rows()} == {0}
@@ -124,12 +124,12 @@ def test_bars_at_names_are_shifted_only_if_they_share_one():
     assert len({row["dodge"] for row in both.rows()}) == 2
 
 
-def test_a_spread_that_is_not_finite_has_no_bar():
+def test_non_finite_spread_has_no_error_bar():
     (row,) = figure([1], [2], [1], [math.inf]).rows()
     assert "low" not in row
 
 
-def test_many_error_bars_stay_beside_their_x():
+def test_many_error_bars_stay_close_to_their_x():
     bars = [Point(1, 2, 1, 3), Point(2, 2, 1, 3)]
     many = Figure("f", "t", "c", X, Y, [Series(f"{i}", bars, i) for i in range(26)])
     shifts = [row["dodge"] for row in many.rows()]
@@ -139,7 +139,7 @@ def test_many_error_bars_stay_beside_their_x():
     assert {row["dodge"] for row in scatter.rows()} == {0}
 
 
-def test_error_bars_do_not_hide_each_other():
+def test_error_bars_of_different_series_do_not_overlap():
     series = [Series(name, [Point(1, 2, 1, 3), Point(2, 2, 1, 3)]) for name in "abc"]
     bars = Figure("f", "t", "c", X, Y, series)
     assert not bars.banded
@@ -149,13 +149,13 @@ def test_error_bars_do_not_hide_each_other():
     assert not [row for row in curves.rows() if "dodge" in row]
 
 
-def test_a_legend_has_each_name_once():
+def test_legend_lists_each_name_once():
     points = [Point(1, 1)]
     series = [Series("b", points, style=1), Series("a", points), Series("b", points, style=1, faint=True)]
     assert list(legend([Figure("f", "t", "c", X, Y, series)] * 2).items()) == [("a", 0), ("b", 1)]
 
 
-def test_figures_have_a_common_legend_as_far_as_names_and_styles_agree():
+def test_figures_with_consistent_styles_share_a_legend():
     def one(**styles):
         return Figure("f", "t", "c", X, Y, [Series(name, [Point(1, 1)], style) for name, style in styles.items()])
 
@@ -171,7 +171,7 @@ def test_figures_have_a_common_legend_as_far_as_names_and_styles_agree():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("awkward", AWKWARD, ids=lambda one: one.name)
-def test_a_spec_is_vega_lite(awkward):
+def test_chart_specs_are_valid_vega_lite(awkward):
     alt = pytest.importorskip("altair")
     from seqmix.lab.figures import charts
 
@@ -181,7 +181,7 @@ def test_a_spec_is_vega_lite(awkward):
 
 
 @pytest.mark.parametrize(("width", "count"), [(3.25, 1), (6.75, 2), (6.75, 3)])
-def test_a_drawing_has_the_width_of_its_column(tmp_path, width, count):
+def test_drawing_fits_its_column_width(tmp_path, width, count):
     pytest.importorskip("altair")
     file = tmp_path / "figure.svg"
     draw(AWKWARD[7 : 7 + count], file, width=width)
@@ -205,7 +205,7 @@ def colors_of(svg: str, role: str) -> list[str]:
     return re.findall(r'fill="(#\w+)"', "".join(marks))
 
 
-def test_all_heads_of_three_layers_are_drawn_at_whole_layers(tmp_path):
+def test_layer_axis_has_integer_ticks_and_all_heads_are_drawn(tmp_path):
     pytest.importorskip("altair")
     layers = [Series(f"layer {i}", [Point(i, 1.5 * head) for head in range(16)], i) for i in range(3)]
     for count, ticks in ((1, ["0"]), (2, ["0", "1"]), (3, ["0", "1", "2"])):
@@ -216,13 +216,13 @@ def test_all_heads_of_three_layers_are_drawn_at_whole_layers(tmp_path):
         assert "clip-path" not in svg
 
 
-def test_an_axis_has_no_tick_beyond_what_can_be(tmp_path):
+def test_accuracy_axis_has_no_ticks_above_100_percent(tmp_path):
     pytest.importorskip("altair")
     draw([figure([1, 2], [0.02, 1.0], y=ACCURACY)], tmp_path / "f.svg")
     assert texts_of((tmp_path / "f.svg").read_text(), "axis-label") == ["1", "2", "0", "20", "40", "60", "80", "100"]
 
 
-def test_each_legend_has_the_colours_of_its_figures(tmp_path):
+def test_each_legend_matches_the_colours_of_its_figures(tmp_path):
     pytest.importorskip("altair")
     points = [Point(1, 1), Point(2, 2)]
     first = Figure("f", "first", "c", X, Y, [Series("a", points, 0), Series("b", points, 1)])
@@ -237,7 +237,7 @@ def test_each_legend_has_the_colours_of_its_figures(tmp_path):
     assert sorted(drawn) == sorted([blue] * 4 + [orange] * 6 + [green] * 2)
 
 
-def test_a_legend_is_whole_and_as_wide_as_its_column(tmp_path):
+def test_long_legend_is_complete_and_fits_column_width(tmp_path):
     pytest.importorskip("altair")
     long = [f"a name that somebody has written without a thought of figures, number {i}" for i in range(32)]
     draw(
@@ -249,7 +249,7 @@ def test_a_legend_is_whole_and_as_wide_as_its_column(tmp_path):
     assert [f"number {i}" for i in range(32) if f"number {i}<" not in svg] == []
 
 
-def test_names_of_categories_are_whole(tmp_path):
+def test_category_names_are_not_truncated(tmp_path):
     pytest.importorskip("altair")
     names = [f"a rather long name of a slice, number {i}" for i in range(5)]
     draw([figure(names, range(5), x=Axis("slice", names=names))], tmp_path / "f.svg")
@@ -257,7 +257,7 @@ def test_names_of_categories_are_whole(tmp_path):
 
 
 @pytest.mark.parametrize(("ending", "begins"), [("png", b"\x89PNG"), ("pdf", b"%PDF")])
-def test_a_drawing_may_be_a_picture(tmp_path, ending, begins):
+def test_drawing_can_be_saved_as_png_or_pdf(tmp_path, ending, begins):
     pytest.importorskip("altair")
     draw([AWKWARD[6]], tmp_path / f"a.{ending}")
     content = (tmp_path / f"a.{ending}").read_bytes()
@@ -266,7 +266,7 @@ def test_a_drawing_may_be_a_picture(tmp_path, ending, begins):
         assert re.search(rb"/MediaBox \[0 0 23[345]", content)
 
 
-def test_a_drawing_for_a_page_is_light_and_dark():
+def test_page_drawing_supports_light_and_dark_schemes():
     pytest.importorskip("altair")
     text = adaptive([AWKWARD[6]], 4.0)
     assert theme.LIGHT["paper"] in text
@@ -307,7 +307,7 @@ def lab(light: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_everything_stands_out_from_the_page(scheme):
+def test_colours_have_enough_contrast_with_the_page(scheme):
     names, lines = SCHEMES[scheme]
     for ground in (names["paper"], names["panel"]):
         assert contrast(names["ink"], ground) > 7
@@ -317,7 +317,7 @@ def test_everything_stands_out_from_the_page(scheme):
 
 @pytest.mark.parametrize("sight", SIGHT)
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_lines_are_told_apart(scheme, sight):
+def test_line_colours_are_distinguishable(scheme, sight):
     seen = [lab(np.array(SIGHT[sight]) @ linear(color)) for color in SCHEMES[scheme][1]]
     assert min(np.linalg.norm(a - b) for a, b in combinations(seen, 2)) > 14
     assert len({(theme.color(i), theme.shape(i)) for i in range(64)}) == 64  # points

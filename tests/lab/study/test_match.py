@@ -1,4 +1,4 @@
-"""Models of equal cost: every mixer, every metric, fields of both types, and what cannot be reached."""
+"""Models matched to equal cost: every mixer and metric, integer and real knobs, and unreachable costs."""
 
 import pytest
 
@@ -14,7 +14,7 @@ def matched(model, metric, wanted, knob, **options):
     return solve(model, Match(knob=knob, **{metric: wanted}, **options), wanted, length=LENGTH)
 
 
-def test_there_is_a_preset_of_every_mixer():
+def test_every_mixer_has_a_preset():
     kinds = {kind for kind in MIXERS.kinds() if MIXERS.origin(kind).startswith("seqmix.")}
     assert kinds == {mixer_kind(config) for config in PRESETS.values()}
 
@@ -24,7 +24,7 @@ def test_there_is_a_preset_of_every_mixer():
     ("preset", "metric", "factor"),
     [*((preset, "parameters", 1.4) for preset in sorted(PRESETS)), ("retnet-tiny", "flops", 0.9)],
 )
-def test_every_mixer_is_matched_by_its_network(preset, metric, factor):
+def test_every_preset_can_be_matched_by_a_width(preset, metric, factor):
     model = PRESETS[preset].model
     wanted = round(factor * cost_of(model, metric, LENGTH))
     block = model.blocks[model.layers[0]]
@@ -44,14 +44,14 @@ def test_every_mixer_is_matched_by_its_network(preset, metric, factor):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", sorted(PRESETS))
-def test_every_mixer_is_matched_by_the_state(preset):
+def test_every_preset_matches_state_size_by_layers(preset):
     model = PRESETS[preset].model
     # layers are the one field that moves every state alike
     wanted = 3 * cost_of(model, "state", LENGTH)
     assert matched(model, "state", wanted, "n_layers").value == 3 * model.n_layers
 
 
-def test_whole_numbers_are_the_nearest_that_make_a_model():
+def test_integer_knob_finds_the_nearest_valid_model():
     heads = ["model.d_model=132", "model.blocks.ret.mixer.n_heads=3"]
     model = load_config("retnet-tiny", heads).model
     # by trying all: three heads of even width divide d_model
@@ -69,19 +69,19 @@ def test_whole_numbers_are_the_nearest_that_make_a_model():
     assert isinstance(found.value, int)
 
 
-def test_a_field_that_makes_the_state_smaller_is_turned_too():
+def test_match_handles_knob_that_shrinks_the_state():
     model = load_config("retnet-tiny").model
     now = cost_of(model, "state", LENGTH)  # d_model^2 / n_heads a layer
     assert matched(model, "state", now / 4, "blocks.ret.mixer.n_heads").value == 8
 
 
-def test_a_value_that_is_already_right_stays():
+def test_matching_value_is_left_unchanged():
     model = load_config("retnet-tiny").model
     now = cost_of(model, "parameters", LENGTH)
     assert matched(model, "parameters", now, "blocks.ret.ffn.expansion").model == model
 
 
-def test_what_cannot_be_reached_says_how_near_it_came():
+def test_unreachable_cost_reports_nearest_value():
     model = load_config("retnet-tiny").model
     with pytest.raises(MatchError) as error:
         matched(model, "parameters", 500_000, "n_layers")
@@ -101,7 +101,7 @@ def test_what_cannot_be_reached_says_how_near_it_came():
         ("d_model.x", ("d_model",)),
     ],
 )
-def test_a_knob_that_is_none(knob, said):
+def test_invalid_knob_raises(knob, said):
     with pytest.raises(MatchError) as error:
         matched(load_config("retnet-tiny").model, "parameters", 1_000_000, knob)
     assert str(error.value).startswith(f"knob {knob}: ")
@@ -116,6 +116,6 @@ def test_a_knob_that_is_none(knob, said):
         ({"knob": "n_layers", "flops": 0}, "match expects flops above 0, got 0"),
     ],
 )
-def test_a_match_is_of_one_cost(fields, said):
+def test_match_requires_exactly_one_positive_cost(fields, said):
     with pytest.raises(ValueError, match=said):
         Match(**fields)

@@ -1,4 +1,4 @@
-"""What a report says: its answer, its order, what failed, and the numbers of results.json, whatever names are."""
+"""Report contents: the answer, order, failures, numbers from results.json, and escaped names."""
 
 import json
 import re
@@ -52,7 +52,7 @@ def body(page: str) -> str:
 
 
 def table(page: str, label: str) -> list[list[str]]:
-    """The cells of a table, without what is drawn in them."""
+    """The text of a table's cells, without drawings."""
     found = re.findall(rf'aria-label="{label}.*?</table>', page, re.S)[0]
     plain = re.sub(r"<span.*?</span>", "", found)
     rows = re.findall(r"<tr>(.*?)</tr>", plain, re.S)
@@ -64,7 +64,7 @@ def headings(page: str) -> list[str]:
 
 
 @pytest.mark.parametrize("study", STUDIES)
-def test_a_report_is_one_file(study):
+def test_report_is_a_self_contained_file(study):
     shown = body(page(study))
     assert not re.search(r"<iframe|<img|@import|url\(|\bsrc=|https?://", shown)
     assert re.findall(r'href="(.*?)"', page(study).partition("<body>")[0]) == ["data:,"]
@@ -73,7 +73,7 @@ def test_a_report_is_one_file(study):
     assert set(re.findall(r'data-figure="(.*?)"', shown)) == set(specs(page(study)))
 
 
-def test_the_answer_is_about_the_subject():
+def test_answer_describes_the_subject():
     assert "<h1>Which mixer recalls the most pairs of key and value?</h1>" in page("recall")
     assert said(recall()) == (
         "retention reaches an accuracy of 81.7 ± 0.7 % (mean and 95 % t interval of 3 seeds); attention, gated "
@@ -87,7 +87,7 @@ def test_the_answer_is_about_the_subject():
     assert [row[0] for row in table(page("text"), "Results of all")[1:]] == ["retention", "attention", "Mamba-2"]
 
 
-def test_the_answer_says_what_may_be_chance():
+def test_answer_names_differences_that_may_be_chance():
     study = recall()
     noise = {0: -0.03, 1: 0.01, 2: 0.02}
     for run in study["runs"]:
@@ -102,7 +102,7 @@ def test_the_answer_says_what_may_be_chance():
     )
 
 
-def test_comparisons_have_the_numbers_and_verdicts_of_the_answer():
+def test_comparisons_match_numbers_and_verdicts_of_the_answer():
     study = recall()
     noise = {0: -0.03, 1: 0.01, 2: 0.02}
     for run in study["runs"]:
@@ -123,7 +123,7 @@ def test_comparisons_have_the_numbers_and_verdicts_of_the_answer():
     assert tied.margin > abs(tied.mean)
 
 
-def test_lower_losses_are_better_and_variants_are_compared_each_for_itself():
+def test_lower_loss_wins_and_each_variant_is_compared_separately():
     losses = comparisons(results(text()))
     assert [(each.entry, each.measure, each.verdict) for each in losses] == [
         ("attention", "validation_loss", "worse"), ("Mamba-2", "validation_loss", "worse"),
@@ -144,7 +144,7 @@ def difference(entry: str, also: dict[str, str], compared: str = "the mixer") ->
     return {"entry": entry, "compared": [compared], "also": list(also), "values": also}
 
 
-def test_what_else_differs_stands_beside_the_answer():
+def test_other_differences_are_shown_with_the_answer():
     study = text()
     same = {"differences": [difference("attention", {}), difference("Mamba-2", {})]}
     assert " The entries differ only in the mixer. " in said(study | same)
@@ -164,7 +164,7 @@ def test_what_else_differs_stands_beside_the_answer():
     assert "The entries differ from retention also in some of gate and short_conv, so what" in said(study | two)
 
 
-def test_accessories_come_before_options_of_the_mixers():
+def test_accessories_are_listed_before_mixer_options():
     also = {"mixer.norm_eps": "1", "gate": "none"}
     two = [difference("attention", {"mixer.norm_affine": "true"}), difference("Mamba-2", also)]
     study = text() | {"differences": two}
@@ -174,7 +174,7 @@ def test_accessories_come_before_options_of_the_mixers():
     ]  # fmt: skip
 
 
-def test_the_answer_says_if_no_learning_rate_was_tuned():
+def test_answer_says_when_learning_rates_were_not_tuned():
     untuned = "The learning rate was not tuned for each entry, so another one may change the order."
     assert said(text()).endswith(untuned)
     assert said(varied()).count(untuned) == 1
@@ -184,7 +184,7 @@ def test_the_answer_says_if_no_learning_rate_was_tuned():
     assert untuned not in said(text() | {"differences": rates})
 
 
-def test_without_a_run_that_counts_the_answer_says_what_has_finished():
+def test_answer_reports_progress_when_only_tuning_runs_finished():
     study = recall()
     study |= {"runs": [run for run in study["runs"] if run["tunes"]], "summary": []}
     assert said(study) == (
@@ -194,7 +194,7 @@ def test_without_a_run_that_counts_the_answer_says_what_has_finished():
     assert names == ["loss-by-learning-rate"]
 
 
-def test_variants_are_compared_each_for_itself():
+def test_each_variant_has_its_own_answer_and_loss_figure():
     told = said(varied())
     assert re.findall(r"At pairs (\d+): attention reaches", told) == ["8", "16", "32", "64"]
     names = [figure.name for figure in plots(varied()).all()]
@@ -206,7 +206,7 @@ def captions(study: dict[str, Any]) -> dict[str, str]:
     return {figure.name: figure.caption for figure in plots(study).all()}
 
 
-def test_captions_say_what_is_drawn():
+def test_captions_describe_their_figures():
     one, several = captions(recall()), captions(varied())
     assert "by pairs; larger values are to the right." in one["accuracy-by-pairs"]
     assert "Bars are 95 % t intervals over seeds, cut at 0 and 100 %." in one["accuracy-by-state"]
@@ -226,7 +226,7 @@ def test_captions_say_what_is_drawn():
     assert f"{best}: pairs 8 (attention), pairs 64 (retention)." in captions(study)["accuracy-by-pairs"]
 
 
-def test_captions_say_what_a_point_is_a_mean_of():
+def test_captions_say_what_each_point_averages():
     one = captions(recall())
     assert one["accuracy-by-pairs"].startswith("Share of answer tokens predicted correctly")
     assert one["loss"].startswith(
@@ -243,7 +243,7 @@ def test_captions_say_what_a_point_is_a_mean_of():
     assert captions(study)["loss"].startswith("Loss of training batches; the mean over seeds")
 
 
-def test_an_entry_without_the_varied_option_is_named():
+def test_caption_names_entries_without_the_varied_option():
     study = recall()
     runs = [run | {"variant": {"equal.short_conv": width}} for run in study["runs"] for width in (None, 4)]
     lacks = difference("attention", {"short_conv": "no option"}) | {"variant": {"equal.short_conv": 4}}
@@ -254,14 +254,14 @@ def test_an_entry_without_the_varied_option_is_named():
     )
 
 
-def test_learning_rates_are_shown_by_the_loss_that_chose_them():
+def test_learning_rate_figure_shows_tuning_losses():
     study = recall()
     (figure,) = (figure for figure in plots(study).all() if figure.name == "loss-by-learning-rate")
     tuning = {(run["entry"], run["learning_rate"]): run["validation_loss"] for run in study["runs"] if run["tunes"]}
     assert {(each.name, point.x): point.y for each in figure.series for point in each.points} == tuning
 
 
-def test_every_variant_has_a_figure_of_its_learning_rates():
+def test_every_variant_has_a_learning_rate_figure():
     study = recall()
     runs = [run | {"variant": {"equal.short_conv": width}} for run in study["runs"] for width in (None, 4)]
     study |= {"runs": runs, "summary": summary(runs)}
@@ -269,7 +269,7 @@ def test_every_variant_has_a_figure_of_its_learning_rates():
     assert titles == [f"Validation loss by learning rate: short conv {value}" for value in ("null", "4")]
 
 
-def test_losses_of_tasks_are_those_of_answers():
+def test_task_losses_are_labelled_per_answer_token():
     def labels(study):
         return {figure.y.label for figure in plots(study).all() if "loss" in figure.y.label}
 
@@ -279,14 +279,14 @@ def test_losses_of_tasks_are_those_of_answers():
     assert "Losses are in nats per token" in page("text")
 
 
-def test_flops_are_called_those_of_matrix_products():
+def test_flops_are_labelled_as_matmul_flops():
     assert "forward matmul FLOPs/token" in table(page("text"), "Results of all")[0]
     (figure,) = (figure for figure in plots(text()).all() if figure.name == "loss-flops")
     assert figure.x.label == "training matmul FLOPs"
     assert "three times those of the forward passes" in figure.caption
 
 
-def test_only_what_there_are_data_for_is_drawn():
+def test_only_figures_with_data_are_drawn():
     assert [figure.name for figure in plots(recall()).all()] == [
         "accuracy-by-pairs", "accuracy-by-state", "loss-by-learning-rate", "loss", "loss-flops", "accuracy",
     ]  # fmt: skip
@@ -300,7 +300,7 @@ def test_only_what_there_are_data_for_is_drawn():
     ]  # fmt: skip
 
 
-def test_loss_over_time_is_of_runs_that_had_the_machine_alone():
+def test_loss_over_time_is_drawn_only_for_runs_made_alone():
     study = recall()
     for run in study["runs"]:
         run["alone"] = True
@@ -309,7 +309,7 @@ def test_loss_over_time_is_of_runs_that_had_the_machine_alone():
     assert "loss-time" not in [figure.name for figure in plots(study).curves()]
 
 
-def test_the_training_length_is_marked():
+def test_training_length_is_marked():
     study = text()
     for run in study["runs"]:
         run["sequence_length"] = 512
@@ -317,7 +317,7 @@ def test_the_training_length_is_marked():
     assert marked == {name: {512.0: "trained"} for name in ("loss-by-length", "train-speed", "train-memory")}
 
 
-def test_the_page_has_the_numbers_of_results_json(tmp_path):
+def test_page_shows_the_numbers_of_results_json(tmp_path):
     study = text()
     for row in study["speed"]["train"]:
         row["tokens_per_second_range"] = [0.9 * row["tokens_per_second"], 1.1 * row["tokens_per_second"]]
@@ -357,11 +357,11 @@ def test_the_page_has_the_numbers_of_results_json(tmp_path):
     assert re.search(r"tokens/s: .*16,384 tokens.*2,048 tokens.*1 thread.*5 interleaved", made)
 
 
-def test_without_a_timed_speed_the_table_says_whose_it_is():
+def test_table_names_source_of_untimed_speed():
     assert re.search("tokens/s: .*own logged steps.*may have shared", page("recall"))
 
 
-def test_a_band_is_that_of_the_seeds():
+def test_bands_span_seeds_and_need_more_than_one():
     one = recall()
     bands = [row for figure in plots(one).curves() for row in figure.rows() if "low" in row]
     assert all(row["low"] <= row["y"] + 1e-9 and row["y"] <= row["high"] + 1e-9 for row in bands)
@@ -370,7 +370,7 @@ def test_a_band_is_that_of_the_seeds():
     assert not [row for figure in plots(one).curves() for row in figure.rows() if "low" in row]
 
 
-def test_curves_are_those_of_the_best_learning_rate():
+def test_curves_use_runs_at_the_best_learning_rate():
     study = recall()
     for run in study["runs"]:
         if run["learning_rate"] == 3e-4:
@@ -378,7 +378,7 @@ def test_curves_are_those_of_the_best_learning_rate():
     assert max(row["y"] for figure in plots(study).curves() for row in figure.rows() if "loss" in figure.name) < 777
 
 
-def test_runs_that_are_evaluated_once_have_curves_of_training():
+def test_runs_evaluated_once_show_training_loss_curves():
     study = text()
     for run in study["runs"]:
         run["evaluations"] = run["evaluations"][-1:]
@@ -386,7 +386,7 @@ def test_runs_that_are_evaluated_once_have_curves_of_training():
     assert (loss.name, loss.y.label) == ("loss", "training loss (nats per token)")
 
 
-def test_failures_stand_there_with_their_reasons():
+def test_failed_runs_are_listed_with_reasons():
     assert "2 of 3 runs have not finished; reasons are under Unfinished runs." in page("few")
     assert headings(page("few"))[2:4] == ["What was held equal", "Unfinished runs"]
     assert "the loss is not finite at step 31" in page("few")
@@ -398,7 +398,7 @@ def test_failures_stand_there_with_their_reasons():
     assert specs(nothing) == {}
 
 
-def test_what_was_equal_is_shown_with_what_was_not():
+def test_page_shows_equal_and_different_settings():
     assert "With the same seed, all entries see the same batches in the same order." in page("text")
     assert [
         "attention",
@@ -422,7 +422,7 @@ def test_data_and_training_are_named():
     assert line in render(results(recall() | {"setup": line})).partition("</header>")[0]
 
 
-def test_what_is_of_the_first_variant_is_labelled():
+def test_details_of_the_first_variant_are_labelled():
     study = varied()
     study["entries"][0]["matched"] = "parameters 10 by d_model = 2"
     made = render(results(study))
@@ -434,7 +434,7 @@ def test_what_is_of_the_first_variant_is_labelled():
     assert "Matched where data.pairs is 8:" in markdown(results(study))
 
 
-def test_what_was_not_timed_and_a_rate_at_the_edge_are_said():
+def test_skipped_timings_and_edge_learning_rates_are_reported():
     study = text()
     study["speed"]["train"].append({"entry": "attention", "length": 65536, "skipped": "it takes 3 minutes a step"})
     study["summary"][0]["at_edge"] = "highest"
@@ -444,7 +444,7 @@ def test_what_was_not_timed_and_a_rate_at_the_edge_are_said():
     assert "retention: the best learning rate, 0.001, is the highest that was tried" in made.partition("</header>")[0]
 
 
-def test_a_difference_in_precision_is_said_on_the_page():
+def test_page_warns_when_precisions_differ():
     study = recall()
     for run in study["runs"]:
         run["precision"] = "bfloat16" if run["entry"] == "Mamba-2" else "float32"
@@ -453,7 +453,7 @@ def test_a_difference_in_precision_is_said_on_the_page():
     assert sentence in markdown(results(study))
 
 
-def test_names_are_text_whatever_they_are():
+def test_html_in_names_is_escaped():
     name = "<script>alert('x')</script> & \"co\""
     source = json.dumps(few()).replace("Mamba-2", json.dumps(name)[1:-1]).replace("retention", "</svg><b>r")
     study = json.loads(source)
@@ -467,7 +467,7 @@ def test_names_are_text_whatever_they_are():
     assert {row["series"] for row in specs(made)["loss"]["spec"]["datasets"]["loss"]} == {"</svg><b>r"}
 
 
-def test_the_file_is_replaced_whole(tmp_path):
+def test_existing_report_is_replaced(tmp_path):
     (tmp_path / REPORT_FILE).write_text("old")
     assert write_report(results(few()), tmp_path) == tmp_path / REPORT_FILE
     assert (tmp_path / REPORT_FILE).read_text() == page("few")
@@ -488,5 +488,5 @@ def test_the_file_is_replaced_whole(tmp_path):
         (Statistic(mean=0.5, margin=0.0), True, "50.0 ± 0.0 %"),
     ],
 )
-def test_a_mean_is_shown_with_its_margin(value, share, shown):
+def test_mean_is_formatted_with_its_margin(value, share, shown):
     assert format_statistic(value, as_percent=share).replace("\N{NO-BREAK SPACE}", " ") == shown

@@ -1,4 +1,4 @@
-"""What a browser makes of a report: its figures, its switches, wide and narrow, light and dark, and on paper."""
+"""Reports in a browser: figures and controls, wide and narrow, light and dark, and in print."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def look(browser):
-    """Open a file, drawn whole; it may say nothing on the console, and ask for nothing but itself."""
+    """Open a file and wait until it is drawn; it may log nothing and request nothing but itself."""
     opened = []
 
     def call(file: Path, width: int = 1280, scheme: str = "light") -> Any:
@@ -62,23 +62,23 @@ def rgb(color: str) -> str:
 
 
 def strokes(seen: Any, figure: str) -> list[str]:
-    """The colours of a figure's lines, as they are seen."""
+    """The displayed colours of a figure's lines."""
     lines = f"#{figure} .mark-line.role-mark path"
     return seen.eval_on_selector_all(lines, "all => all.map(e => getComputedStyle(e).stroke)")
 
 
 def labels(seen: Any, figure: str) -> list[str]:
-    """The texts beside a figure's axes."""
+    """The labels of a figure's axes."""
     return seen.eval_on_selector_all(f"#{figure} .role-axis-label text", "all => all.map(e => e.textContent)")
 
 
 def changes(seen: Any, figure: str, before: list[str]) -> None:
-    """Wait until the texts beside a figure's axes are others."""
+    """Wait until the labels of a figure's axes change."""
     texts = f"[...document.querySelectorAll('#{figure} .role-axis-label text')].map(e => e.textContent)"
     seen.wait_for_function(f"before => {texts}.join() != before.join()", arg=before)
 
 
-def test_series_axes_and_smoothing_are_switched_and_values_read(look, report):
+def test_controls_toggle_series_axes_and_smoothing(look, report):
     seen = look(report)
     blue, orange, green = map(rgb, theme.LIGHT_LINES[:3])
     assert strokes(seen, "loss") == [blue, orange, green]
@@ -135,7 +135,7 @@ def test_series_axes_and_smoothing_are_switched_and_values_read(look, report):
     changes(seen, "loss", shown)
 
 
-def test_a_phone_has_it_whole_and_dark(look, report):
+def test_report_fits_a_phone_and_follows_colour_scheme(look, report):
     seen = look(report, 390, "dark")
     outside = """() => [...document.querySelectorAll("h1, h2, h3, p, figcaption, summary, li, figure, .scroll, svg")]
       .filter(e => e.checkVisibility() && e.getBoundingClientRect().right > innerWidth + 0.5)
@@ -152,7 +152,7 @@ def test_a_phone_has_it_whole_and_dark(look, report):
     assert strokes(seen, "loss") == list(map(rgb, theme.LIGHT_LINES[:3]))
 
 
-def test_awkward_values_are_drawn_as_well(look, tmp_path):
+def test_awkward_values_are_drawn(look, tmp_path):
     powers = [2**i for i in range(7, 21)]
     t, seconds = Axis("t", ticks=powers), Axis("time", unit="seconds")
     figures = [
@@ -171,7 +171,7 @@ def test_awkward_values_are_drawn_as_well(look, tmp_path):
         assert all(250 < size <= 390 for size in sizes)
 
 
-def test_a_study_of_a_task_is_drawn(look, tmp_path):
+def test_all_figures_of_a_task_study_are_drawn(look, tmp_path):
     results = Results.model_validate(json.loads(json.dumps(recall())))
     seen = look(write_report(results, tmp_path))
     figures = seen.locator("figure").count()

@@ -1,4 +1,4 @@
-"""Results as values: over seeds, the best learning rate, files that are none, tables, and the page of mixers."""
+"""Results: statistics over seeds, the best learning rate, invalid files, tables, and generated pages."""
 
 import csv
 import json
@@ -65,7 +65,7 @@ def results(runs, rates=()):
     return Results(name="x", created="", entries=entries, runs=tuple(runs), summary=tuple(summarise(runs, rates)))
 
 
-def test_the_best_rate_is_that_of_the_mean_over_tuning_seeds():
+def test_best_learning_rate_minimizes_mean_tuning_loss():
     runs = [
         *(run("a", loss, seed=seed, rate=1e-3, tunes=True) for seed, loss in enumerate((2.0, 2.2))),
         *(run("a", loss, seed=seed, rate=3e-3, tunes=True) for seed, loss in enumerate((1.0, 2.8))),
@@ -76,7 +76,7 @@ def test_the_best_rate_is_that_of_the_mean_over_tuning_seeds():
     assert choose_rates(runs[:2] + runs[4:]) == {"a": 1e-3}
 
 
-def test_a_rate_at_which_seeds_fail_is_not_taken():
+def test_learning_rate_with_failed_seeds_is_not_chosen():
     runs = [run("a", 2.0), run("a", 2.0, seed=1), run("a", 1.0, rate=1e-2), run("a", None, rate=1e-2, seed=1)]
     tuning = [each.model_copy(update={"tunes": True}) for each in runs]
     assert choose_rates(tuning) == {"a": 1e-3}
@@ -87,7 +87,7 @@ def test_a_rate_at_which_seeds_fail_is_not_taken():
     assert not summarise(tuning)
 
 
-def test_a_rate_at_an_edge_of_the_grid_is_known():
+def test_best_rate_at_grid_edge_is_flagged():
     assert [summarise([run("a", 1.0, rate=rate)], (1e-3, 3e-3, 1e-2))[0].at_edge for rate in (1e-3, 3e-3, 1e-2)] == [
         "lowest",
         None,
@@ -96,7 +96,7 @@ def test_a_rate_at_an_edge_of_the_grid_is_known():
 
 
 @pytest.mark.parametrize(("degrees", "t"), [(1, 12.7062047), (2, 4.3026527), (3, 3.1824463), (30, 2.0422725)])
-def test_intervals_are_those_of_students_t(degrees, t):
+def test_intervals_use_students_t(degrees, t):
     assert t_quantile(degrees) == pytest.approx(t, abs=1e-7)  # of printed tables
     values = [1.0 + 0.1 * i for i in range(degrees + 1)]
     found = statistic(values)
@@ -117,7 +117,7 @@ def test_entries_within_noise_share_a_rank():
     assert {row.entry: row.rank for row in summarise(better)} == {"b": 1, "a": 2}
 
 
-def test_what_ranks_and_intervals_mean_is_said():
+def test_summary_explains_ranks_and_intervals():
     several = markdown(results([run(entry, loss, seed=s) for entry, loss in (("a", 1.0), ("b", 2.0)) for s in (0, 1)]))
     assert "95 % t interval over seeds" in several
     assert "rank: 1 + the number of entries that are significantly better" in several
@@ -129,7 +129,7 @@ def test_what_ranks_and_intervals_mean_is_said():
     assert "rank |" not in one
 
 
-def test_an_interval_beyond_what_is_possible_is_explained():
+def test_interval_beyond_possible_values_is_explained():
     def page(*accuracies):
         return markdown(
             results([run(entry, 1.0, seed=s, accuracy=a) for entry in "ab" for s, a in enumerate(accuracies)])
@@ -140,7 +140,7 @@ def test_an_interval_beyond_what_is_possible_is_explained():
     assert note not in page(0.5, 0.51)
 
 
-def test_edges_are_grouped_by_variant():
+def test_grid_edge_notes_are_grouped_by_variant():
     runs = [run(e, 1.0, variant={"equal.short_conv": v}) for v in (None, 4) for e in "abc" if (e, v) != ("c", None)]
     assert (
         "a and b where equal.short_conv is null; a, b and c where equal.short_conv is 4: the best learning rate, "
@@ -148,7 +148,7 @@ def test_edges_are_grouped_by_variant():
     )
 
 
-def test_the_note_on_speeds_says_what_the_bracketed_numbers_are():
+def test_speed_note_explains_numbers_in_brackets():
     runs = [
         run("a", 1.0, seed=seed).model_copy(update={"tokens_per_second": speed, "tokens_per_second_range": quartiles})
         for seed, (speed, quartiles) in enumerate(((100.0, (50.0, 110.0)), (200.0, (190.0, 300.0))))
@@ -160,7 +160,7 @@ def test_the_note_on_speeds_says_what_the_bracketed_numbers_are():
     assert "one after another, not interleaved; other programs may have slowed some more than others" in alone
 
 
-def test_values_of_variants_are_yaml():
+def test_variant_values_are_shown_as_yaml():
     variants = ({"equal.short_conv": None}, {"equal.short_conv": {"kind": "standard"}})
     page = markdown(results([run(entry, 1.0, variant=variant) for variant in variants for entry in "ab"]))
     assert "At short conv null: a reaches" in page
@@ -170,7 +170,7 @@ def test_values_of_variants_are_yaml():
     assert "None" not in page
 
 
-def test_variants_and_accuracies_have_their_own_rows():
+def test_each_variant_has_its_own_summary_row():
     variants = ({"data.sequence_length": 8}, {"data.sequence_length": 16})
     runs = [
         run(entry, 1.0, seed=seed, accuracy=accuracy, variant=variant)
@@ -184,7 +184,7 @@ def test_variants_and_accuracies_have_their_own_rows():
     assert rows[0].accuracy_by["pairs"]["8"].spread == 0.0
 
 
-def test_scores_of_tasks_are_columns(tmp_path):
+def test_task_scores_get_their_own_columns(tmp_path):
     runs = [
         run("a", 1.0, seed=seed).model_copy(update={"scores": {"piqa": {"acc": accuracy}}})
         for seed, accuracy in enumerate((0.5, 0.7))
@@ -199,14 +199,14 @@ def test_scores_of_tasks_are_columns(tmp_path):
     assert float(first["scores.piqa.acc"]) == pytest.approx(0.6)
 
 
-def test_the_best_comes_first():
+def test_best_entry_comes_first():
     runs = [run("a", 1.0, accuracy=0.2), run("b", 2.0, accuracy=0.9), run("c", 0.5, accuracy=0.2)]
     assert [row.entry for row in best_first(results(runs))] == ["b", "c", "a"]
     page = markdown(results(runs))
     assert page.index("| b |") < page.index("| c |") < page.index("| a |")
 
 
-def test_a_row_has_the_cost_of_its_variant_and_the_speed_of_its_runs():
+def test_row_shows_cost_of_its_variant_and_speed_of_its_runs():
     runs = [
         run("a", loss, seed=seed, rate=rate, variant={"model.d_model": width}).model_copy(
             update={
@@ -229,7 +229,7 @@ def test_a_row_has_the_cost_of_its_variant_and_the_speed_of_its_runs():
     assert state is None or {point.x for point in state.series[0].points} == {16384.0}
 
 
-def test_data_optimizer_rate_schedule_and_length_are_named(planned):
+def test_setup_names_data_optimizer_rate_schedule_and_length(planned):
     assert setup(planned("")) == (
         "data: text (paths [text.txt], tokenizer bytes, validation_fraction 0.1, test_fraction 0.0) · "
         "optimizer: adamw · learning rate: 0.01 (not tuned) · schedule: linear (warmup_steps 1) · "
@@ -248,7 +248,7 @@ def test_data_optimizer_rate_schedule_and_length_are_named(planned):
 
 
 @pytest.mark.parametrize(("loss", "ours"), [(1.0, math.e), (1e5, None)])
-def test_a_perplexity_that_no_number_holds_is_none(planned, tmp_path, loss, ours):
+def test_overflowing_perplexity_is_none(planned, tmp_path, loss, ours):
     made = planned("paper: [{label: perplexity, entry: retention, theirs: 26.0}]\n")
     run = made.runs[0]
     folder = tmp_path / "runs" / run.name
@@ -264,7 +264,7 @@ def test_a_perplexity_that_no_number_holds_is_none(planned, tmp_path, loss, ours
     assert read_results(tmp_path) == found
 
 
-def test_a_stalled_step_does_not_count_for_the_steps_around_it(planned, tmp_path):
+def test_stalled_step_does_not_inflate_time_of_other_steps(planned, tmp_path):
     run = planned().runs[0]
     (tmp_path / "config.yaml").write_text(to_yaml(run.config.model_dump(mode="json")))
     speeds = {30: 320.0, 60: 0.1, 90: 320.0, 120: 320.0}  # of one step each: 32 tokens
@@ -275,7 +275,7 @@ def test_a_stalled_step_does_not_count_for_the_steps_around_it(planned, tmp_path
     assert [point.seconds for point in found.history] == [3.0, 6.0, 9.0, 12.0]
 
 
-def test_an_extended_run_has_the_result_of_its_last_step(planned, tmp_path):
+def test_extended_run_reports_its_last_step(planned, tmp_path):
     run = planned().runs[0]
     steps = run.config.training.steps
     (tmp_path / "config.yaml").write_text(to_yaml(run.config.model_dump(mode="json")))
@@ -298,7 +298,7 @@ DAMAGED = (
 )
 
 
-def test_a_damaged_measurement_is_none(planned, tmp_path):
+def test_damaged_measurements_are_ignored(planned, tmp_path):
     made = planned(study="base: retnet-tiny\nmodel: {n_layers: 1}\nmixers: [retention]\ntraining: {batch_size: 1}\n")
     (tmp_path / "config.yaml").write_text(to_yaml(made.runs[0].config.model_dump(mode="json")))
     for damage in DAMAGED:
@@ -307,7 +307,7 @@ def test_a_damaged_measurement_is_none(planned, tmp_path):
         assert (found.status, found.seconds, [point.step for point in found.history]) == ("missing", 1.0, [2]), damage
 
 
-def test_results_are_read_as_they_were_written(tmp_path):
+def test_results_round_trip_through_files(tmp_path):
     found = results([run("a", 1.0, accuracy=0.5), run("b", None)], (1e-3, 3e-3))
     assert write(found, tmp_path) == tmp_path / "results.json"
     assert read_results(tmp_path) == read_results(tmp_path / "results.json") == found
@@ -328,7 +328,7 @@ def test_results_are_read_as_they_were_written(tmp_path):
         (json.dumps({"format": 2}), "does not hold the results of a study: "),
     ],
 )
-def test_a_file_that_is_no_results(tmp_path, text, said):
+def test_invalid_results_file_raises(tmp_path, text, said):
     file = tmp_path / "results.json"
     if text is not None:
         file.write_text(text)
@@ -337,14 +337,14 @@ def test_a_file_that_is_no_results(tmp_path, text, said):
     assert str(error.value).startswith(f"{file} {said}")
 
 
-def test_a_figure_of_nobody_is_refused():
+def test_run_of_unknown_entry_is_rejected():
     found = results([run("a", 1.0)]).model_dump(mode="json")
     found["runs"][0]["entry"] = "b"
     with pytest.raises(ValueError, match=r"'b'.*entries: a"):
         Results.model_validate(found)
 
 
-def test_time_left_is_of_what_is_left():
+def test_time_left_counts_only_remaining_work():
     now = [0.0]
     forecast = Forecast({"a": 100.0, "b": 300.0}, clock=lambda: now[0])
     assert forecast.seconds_left is None
@@ -355,7 +355,7 @@ def test_time_left_is_of_what_is_left():
     assert forecast.seconds_left == pytest.approx(300 / 50 * 10)
 
 
-def test_a_page_without_the_region_is_refused(tmp_path):
+def test_page_without_the_region_is_rejected(tmp_path):
     page = runpy.run_path(str(ROOT / "docs" / "mixers.py"))
     file = tmp_path / "page.md"
     file.write_text("x")
@@ -363,7 +363,7 @@ def test_a_page_without_the_region_is_refused(tmp_path):
         page["fill"](file, {"costs": ["a"]})
 
 
-def test_the_table_of_transfer_has_the_price_of_the_narrow_model_s_rate():
+def test_transfer_table_shows_cost_of_using_the_narrow_models_rate():
     page = runpy.run_path(str(ROOT / "research" / "transfer.py"))
     losses = {
         ("standard", 64): (1.5, 1.2),
@@ -384,7 +384,7 @@ def test_the_table_of_transfer_has_the_price_of_the_narrow_model_s_rate():
     ]
 
 
-def test_a_mixer_without_the_option_has_no_result_with_it():
+def test_mixer_without_the_option_shows_no_option():
     page = runpy.run_path(str(ROOT / "research" / "accessories.py"))
     runs = [
         run(entry, 1.0, accuracy=accuracy, variant={"equal.short_conv": value})
@@ -399,7 +399,7 @@ def test_a_mixer_without_the_option_has_no_result_with_it():
     ]
 
 
-def test_losses_with_a_convolution_are_in_bits_and_compared_at_equal_seeds():
+def test_convolution_losses_are_in_bits_and_paired_by_seed():
     page = runpy.run_path(str(ROOT / "research" / "accessories.py"))
     losses = {
         ("a", None): (1.0, 2.0),
@@ -424,7 +424,7 @@ def test_losses_with_a_convolution_are_in_bits_and_compared_at_equal_seeds():
         page["against"](measured, others.model_copy(update={"conditions": "other"}))
 
 
-def test_a_study_without_the_varied_convolution_is_refused(tmp_path):
+def test_study_that_does_not_vary_convolution_is_rejected(tmp_path):
     page = runpy.run_path(str(ROOT / "research" / "accessories.py"))
     (tmp_path / "results.json").write_text(results([run("a", 1.0)]).model_dump_json())
     with pytest.raises(SeqmixError, match=r"expected finished runs of a study that varies equal\.short_conv, got "):
@@ -442,7 +442,7 @@ def sized(entry, size, loss, **how):
 
 
 def study(exponent=0.1, noise=(0.0, 0.0), **how):
-    """Two seeds at each size, on a power law but for the noise of each seed, which takes turns in sign."""
+    """Two seeds at each size on a power law, plus noise of each seed with alternating sign."""
     return [
         sized("a", size, 5 * size**-exponent * math.exp(noise[seed] * (-1) ** i), seed=seed, **how)
         for i, size in enumerate(SIZES)
@@ -450,14 +450,14 @@ def study(exponent=0.1, noise=(0.0, 0.0), **how):
     ]
 
 
-def test_a_power_law_is_found():
+def test_scaling_line_recovers_a_power_law():
     (line,) = scaling_lines(results(study()))
     assert (line.exponent, line.error) == pytest.approx((0.1, 0), abs=1e-12)
     assert line.loss(10**7) == pytest.approx(5 * 1e7**-0.1)
     assert (line.sizes, line.runs) == (SIZES, 6)
 
 
-def test_its_uncertainty_is_that_of_least_squares():
+def test_scaling_exponent_error_matches_least_squares():
     runs = study(noise=(0.01, -0.03))
     (line,) = scaling_lines(results(runs))
     x, y = (np.log([getattr(run, name) for run in runs]) for name in ("parameters", "validation_loss"))
@@ -467,7 +467,7 @@ def test_its_uncertainty_is_that_of_least_squares():
     assert line.error > 1e-3
 
 
-def test_what_is_no_line_of_sizes_has_none():
+def test_no_scaling_line_without_enough_comparable_sizes():
     assert not list(scaling_lines(results(study()[:4])))  # two sizes
     assert not list(scaling_lines(results([run(f"a{i}", 2.0) for i in range(3)])))  # sizes not known
     lengths = [sized("a", size, 2.0, variant={"d": size, "length": n}) for size in SIZES for n in (8, 16)]
@@ -475,13 +475,13 @@ def test_what_is_no_line_of_sizes_has_none():
     assert not list(scaling_lines(results([sized("a", size, 2.0, accuracy=0.5) for size in SIZES])))
 
 
-def test_runs_are_those_of_the_best_rate():
+def test_scaling_line_ignores_tuning_and_failed_runs():
     others = [sized("a", size, 9.0, rate=1.0, tunes=True) for size in SIZES] + [sized("a", 10**6, None)]
     (line,) = scaling_lines(results([*study(), *others]))
     assert (line.exponent, line.runs) == (pytest.approx(0.1), 6)
 
 
-def test_it_is_drawn_and_said():
+def test_scaling_line_is_drawn_and_described():
     found = results([*study(noise=(0.01, 0.0)), *(sized("b", size, 3.0) for size in SIZES[:2])])
     assert "a: the loss falls as parameters^-0.0" in markdown(found)
     assert "b: the loss" not in markdown(found)

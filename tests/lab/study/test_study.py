@@ -1,4 +1,4 @@
-"""Studies on paper: entries, variants and names of runs; what is the same for all; and what is refused."""
+"""Planned studies: entries, variants and run names, notes on fairness, and rejected input."""
 
 import re
 
@@ -17,7 +17,7 @@ ALONE = "base: retnet-tiny\n"
 UNMATCHED = "base: retnet-tiny\nmodel: {n_layers: 1}\n"
 
 
-def test_entries_are_the_base_with_other_models(planned):
+def test_entries_change_the_base_config(planned):
     found = planned(
         """
 entries:
@@ -40,7 +40,7 @@ entries:
         assert abs(cost_of(by_name[name].model, "parameters", 16) / retention - 1) < 0.01
 
 
-def test_a_match_is_to_a_model_as_it_is_matched(planned):
+def test_match_uses_cost_of_matched_target_and_rejects_cycles(planned):
     match = "{flops: attention, knob: blocks.*.ffn.expansion}"
     _, attention, thin = planned(f"entries: {{thin: {{match: {match}}}}}\n").entries
     assert attention.config.model.blocks["ret"].ffn.expansion == 4.0
@@ -53,7 +53,7 @@ entries:
 """)
 
 
-def test_an_entry_without_a_match_is_as_it_is_written(planned):
+def test_null_match_leaves_entry_unchanged(planned):
     changed = "set: {model.blocks.ret.mixer.gate: none}"
     more = f"entries: {{free: {{{changed}, match: null}}, bound: {{{changed}}}}}\n"
     retention, _, free, bound = planned(more).entries
@@ -62,7 +62,7 @@ def test_an_entry_without_a_match_is_as_it_is_written(planned):
     assert bound.matched is not None
 
 
-def test_names_of_runs(planned):
+def test_run_names_are_unique_and_tuning_comes_first(planned):
     more = "seeds: [0, 1]\ntune: {learning_rate: [1e-3, 3e-3]}\nvary: {data.sequence_length: [8, 16]}\n"
     found = planned(more)
     runs = found.runs
@@ -77,12 +77,12 @@ def test_names_of_runs(planned):
     assert (last.config.seed, last.config.data.sequence_length) == (1, 16)
 
 
-def test_a_run_is_that_of_the_same_configuration_by_itself(planned):
+def test_planned_run_has_the_config_of_its_base(planned):
     planned_run, *_ = planned(study="base: retnet-tiny\nmixers: [retention]\n").runs
     assert planned_run.config == load_config("retnet-tiny")
 
 
-def test_runs_wait_for_the_rate_of_their_entry_and_variant(planned):
+def test_runs_wait_for_tuned_rate_of_their_entry(planned):
     found = planned("seeds: [0, 1]\ntune: {learning_rate: [1e-3, 3e-3], seeds: [7, 8]}\n")
     assert {run.config.seed for run in found.runs if run.tunes} == {7, 8}
     assert all(run.awaits_learning_rate for run in found.runs if not run.tunes)
@@ -96,7 +96,7 @@ def test_runs_wait_for_the_rate_of_their_entry_and_variant(planned):
     assert sum(run.flops for run in chosen) == sum(run.flops for run in found.runs)
 
 
-def test_a_run_costs_what_its_variant_does(planned):
+def test_run_cost_follows_its_variant(planned):
     found = planned("vary: {model.d_model: [16, 32], data.sequence_length: [8, 16]}\n")
     for run in found.runs:
         model, length = run.config.model, run.config.data.sequence_length
@@ -108,18 +108,18 @@ def test_a_run_costs_what_its_variant_does(planned):
     )
 
 
-def test_models_that_cannot_be_built_are_refused_before_anything_is_trained(planned):
+def test_unbuildable_models_are_rejected_before_training(planned):
     with pytest.raises(SeqmixError, match=r"small\.yaml: a where model\.d_model is 18: .* width 9"):
         planned("vary: {model.d_model: [16, 18]}\nentries: {a: {match: null}}\n", study=UNMATCHED)
 
 
-def test_rates_that_differ_have_runs_of_different_names(planned):
+def test_runs_with_different_rates_have_different_names(planned):
     runs = planned("tune: {learning_rate: [0.0012345671, 0.0012345672]}\n").runs
     assert runs[0].name == "retention-lr0.0012345671-seed1"
     assert len(runs) == 6
 
 
-def test_learning_rates_of_older_versions_are_tuned(planned):
+def test_deprecated_learning_rates_key_still_works(planned):
     with pytest.warns(
         FutureWarning, match=r"learning_rates is deprecated, use tune: \{learning_rate: \[0.001, 0.003\]\}"
     ):
@@ -129,7 +129,7 @@ def test_learning_rates_of_older_versions_are_tuned(planned):
     assert (run.config.training.learning_rate, run.awaits_learning_rate) == (3e-3, False)
 
 
-def test_what_is_the_same_is_said(planned):
+def test_fairness_notes_state_equal_and_unequal_conditions(planned):
     found = planned("tune: {learning_rate: [1e-3, 3e-3]}\nseeds: [0, 1]\n")
     assert found.fairness == (
         "With the same seed, all entries see the same batches in the same order: 120 steps of 2 sequences of 16 "
@@ -145,14 +145,14 @@ def test_what_is_the_same_is_said(planned):
     )
 
 
-def test_rates_are_tuned_in_each_variant_and_over_several_seeds(planned):
+def test_fairness_note_names_tuning_variants_and_seeds(planned):
     more = "tune: {learning_rate: [1e-3, 3e-3], seeds: [7, 8]}\nvary: {data.sequence_length: [8, 16]}\n"
     (sentence,) = (each for each in planned(more).fairness if "rate is tuned" in each)
     assert sentence.startswith("Each entry's learning rate is tuned in each variant: 0.001, 0.003 with seeds 7, 8; ")
     assert "the best has the lowest mean final validation loss." in sentence
 
 
-def test_flops_that_differ_are_said_not_to_be_equal(planned):
+def test_fairness_note_reports_unequal_flops(planned):
     more = "mixers: [retention, delta_net]\n"
     found = planned(more, study="base: retnet-tiny\nmodel: {n_layers: 1}\n")
     costs = [entry.cost.flops_per_token for entry in found.entries]
@@ -167,7 +167,7 @@ def test_flops_that_differ_are_said_not_to_be_equal(planned):
     assert " over entries and variants (within a variant at most " in sentence
 
 
-def test_states_of_all_variants_are_said_not_to_be_equal(planned):
+def test_fairness_note_reports_unequal_states_over_variants(planned):
     (sentence,) = (each for each in planned("vary: {model.d_model: [16, 32]}\n").fairness if "state" in each)
     assert sentence.startswith("Not equal: the state of one sequence at the training length has 1.01 KiB to 4.01 KiB")
     assert sentence.endswith(" over entries and variants.")
@@ -186,7 +186,7 @@ def test_states_of_all_variants_are_said_not_to_be_equal(planned):
         ),
     ],
 )
-def test_a_learning_rate_that_was_not_tuned_is_said(planned, study, sentence):
+def test_fairness_note_reports_untuned_learning_rates(planned, study, sentence):
     assert (
         planned(study, study="base: retnet-tiny\nmodel: {n_layers: 1}\nmixers: [retention]\n").fairness[-1] == sentence
     )
@@ -195,7 +195,7 @@ def test_a_learning_rate_that_was_not_tuned_is_said(planned, study, sentence):
 # ---- options that are equal, and what else differs
 
 
-def test_an_option_is_equal_in_all_mixers_that_have_it(planned):
+def test_equal_sets_option_in_all_mixers_that_have_it(planned):
     found = planned(
         "equal: {short_conv: null, gate: none}\nentries:\n"
         "  two: {extends: parallel-hybrid-tiny, model: {d_model: 128, n_layers: 1}, match: null}\n"
@@ -224,7 +224,7 @@ def test_an_option_is_equal_in_all_mixers_that_have_it(planned):
     )
 
 
-def test_an_option_may_vary(planned):
+def test_equal_option_can_vary(planned):
     found = planned("mixers: [retention, rwkv7]\nvary: {equal.short_conv: [null, 4]}\n", study=ALONE)
     assert found.fairness[0].endswith("variants differ in equal.short_conv.")  # rwkv7 has no such option
     by_name = {run.name: run.config.model.blocks["ret"].mixer for run in found.runs}
@@ -239,7 +239,7 @@ def differences(found):
     return {each.entry: (each.compared, set(each.also)) for each in found.differences}
 
 
-def test_mixers_are_compared_and_their_accessories_are_what_else_differs(planned):
+def test_accessories_are_listed_as_other_differences_of_mixers(planned):
     found = planned("mixers: [retention, gla, delta_net]\n", study=ALONE + "model: {n_layers: 1}\n")
     shared = {"mixer.expand_v", "mixer.norm_affine"}  # options of both mixers, with different values
     assert differences(found) == {
@@ -261,7 +261,7 @@ def test_mixers_are_compared_and_their_accessories_are_what_else_differs(planned
     }  # fmt: skip
 
 
-def test_accessories_that_a_mixer_always_has_are_named(planned):
+def test_built_in_accessories_are_listed(planned):
     found = planned("mixers: [retention, mamba2, attention]\n", study=ALONE + "model: {n_layers: 1}\n")
     values = {each.entry: each.values for each in found.differences}
     assert values["mamba2"]["gate"] == "swish (built in)"
@@ -277,7 +277,7 @@ def test_accessories_that_a_mixer_always_has_are_named(planned):
     }  # fmt: skip
 
 
-def test_silu_without_a_convolution_is_a_difference(planned):
+def test_silu_without_convolution_counts_as_a_difference(planned):
     found = planned(
         "mixers: [retention, delta_net]\nequal: {short_conv: null}\n", study=ALONE + "model: {n_layers: 1}\n"
     )
@@ -289,7 +289,7 @@ def test_silu_without_a_convolution_is_a_difference(planned):
     assert differences(of_one)["conv"] == (("short_conv",), set())
 
 
-def test_entries_of_one_mixer_are_compared_by_what_they_set(planned):
+def test_entries_with_the_same_mixer_differ_in_the_fields_they_set(planned):
     found = planned(
         "entries:\n  open: {set: {model.blocks.ret.mixer.gate: none}}\n  warm: {training: {warmup_steps: 7}}\n"
         "  wide: {match: null, extends: retnet-tiny}\n  both: {model: {dropout: 0.1}, set: {training.ema: 0.9}}\n",
@@ -304,7 +304,7 @@ def test_entries_of_one_mixer_are_compared_by_what_they_set(planned):
     }
 
 
-def test_a_kind_stands_for_the_options_that_only_it_has(planned):
+def test_different_kind_hides_options_only_the_other_kind_has(planned):
     found = planned(
         "entries:\n  streams: {model: {residual: {kind: hyper, n_streams: 2}}}\n"
         "  scaled: {model: {residual: {kind: scalars}, dropout: 0.1}}\n",
@@ -317,7 +317,7 @@ def test_a_kind_stands_for_the_options_that_only_it_has(planned):
     }
 
 
-def test_the_mixer_is_not_compared_alone_if_the_rest_of_the_model_differs_too(planned):
+def test_other_model_differences_are_listed_beside_the_mixer(planned):
     entry = (
         "{set: {model.blocks.ret.mixer: {kind: gla, n_heads: 4}, training.weight_decay: 0.0}, "
         "model: {blocks: {ret: {ffn: {kind: swiglu, expansion: 2.0}}}}}"
@@ -330,7 +330,7 @@ def test_the_mixer_is_not_compared_alone_if_the_rest_of_the_model_differs_too(pl
 
 
 @pytest.mark.parametrize("place", ["seed", "data", "vocab_size", *EQUAL_TRAINING_FIELDS])
-def test_what_would_not_be_fair_is_seen(planned, place):
+def test_entries_with_unequal_conditions_cannot_be_compared(planned, place):
     one, other = planned().entries
     config = other.config
     training = config.training.model_copy(update={place: object()})
@@ -345,7 +345,7 @@ def test_what_would_not_be_fair_is_seen(planned, place):
     module.require_fair([one, other], {})
 
 
-def test_the_line_that_removes_differences_of_accessories_does_so(planned, small):
+def test_suggested_equal_line_removes_accessory_differences(planned, small):
     study = small.replace("mixers: [retention, attention]", "mixers: [retention, attention, gated_delta_net]")
     study = study.replace("match: {parameters: retention, knob: blocks.*.ffn.expansion}\n", "")
     before = planned(study=study)
@@ -359,7 +359,7 @@ def test_the_line_that_removes_differences_of_accessories_does_so(planned, small
     assert not any("To remove" in each for each in after.fairness)
 
 
-def test_patience_is_refused(planned, small):
+def test_patience_is_rejected(planned, small):
     with pytest.raises(
         SeqmixError, match=r"small\.yaml:\d+: training\.patience: expected null, got 2: entries would stop"
     ):
@@ -491,7 +491,7 @@ def test_patience_is_refused(planned, small):
         (ALONE + "mixers: [retention]\nvary: {data.paths: [[a/b], [a_b]]}\n", "retention-pathsa_b-seed0"),
     ],
 )
-def test_errors(written, study, said):
+def test_invalid_studies_raise(written, study, said):
     file = written(study=study)
     with pytest.raises(SeqmixError) as error:
         plan(load_study(file), file)
@@ -500,7 +500,7 @@ def test_errors(written, study, said):
     assert str(error.value).endswith(end.lstrip(", ") if end else "")
 
 
-def test_a_study_is_found(written, tmp_path):
+def test_study_is_found_by_path_or_name(written, tmp_path):
     assert find_study(str(written())) == tmp_path / "small.yaml"
     for name in shipped():
         assert find_study(name) == STUDIES / f"{name}.yaml"
@@ -511,7 +511,7 @@ def test_a_study_is_found(written, tmp_path):
 
 
 @pytest.mark.parametrize("name", [name for name in shipped() if name.startswith("recipe-")])
-def test_a_recipe_is_tuned_on_text_that_its_preset_does_not_validate_on(name):
+def test_recipe_tuning_holds_out_its_presets_validation_text(name):
     file = find_study(name)
     study = load_study(file)
     preset = load_config(study.base)
@@ -524,20 +524,20 @@ def test_a_recipe_is_tuned_on_text_that_its_preset_does_not_validate_on(name):
 # short-convolution has the entries of short-convolution-text
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in shipped() if NIGHTLY or name != "short-convolution-text"])
-def test_shipped_studies_can_be_made(name):
+def test_shipped_studies_can_be_planned(name):
     found = plan(load_study(STUDIES / f"{name}.yaml"), STUDIES / f"{name}.yaml")
     assert found.study.question
     assert found.runs
 
 
-def test_extends_takes_the_model_and_leaves_the_vocabulary(planned):
+def test_extends_takes_model_but_keeps_vocabulary(planned):
     (entry,) = planned(study="base: retnet-tiny\nmodel: {vocab_size: 300}\nentries: {a: {extends: gla-tiny}}\n").entries
     assert entry.config.model.vocab_size == 300
     assert entry.config.model.blocks.keys() == load_config("gla-tiny").model.blocks.keys()
     assert entry.config.training == load_config("retnet-tiny").training
 
 
-def test_a_study_has_the_name_of_its_file_whatever_bytes_that_is(tmp_path):
+def test_non_utf8_file_name_gives_a_printable_study_name(tmp_path):
     file = tmp_path / "caf\udce9.yaml"
     file.write_text(f"{UNMATCHED}mixers: [retention]\n")
     assert load_study(file).name == "caf\ufffd"
