@@ -118,7 +118,7 @@ def test_carried_state_and_manifest_are_saved_without_pickle(config_of, tmp_path
 
 
 def test_carried_state_with_wrong_shapes_or_dtypes_is_refused(config_of, tmp_path):
-    """The checksum is recomputed after each change, so only the checks of shape and dtype can refuse it."""
+    """The checksum is recomputed after each change, so only the checks of the tensors can refuse it."""
     run = tmp_path / "run"
     run_of(config_of("training.carry_state=true", "data.sequence_length=8"), run)
     folder, model = latest(run), build_model(config_of().model)

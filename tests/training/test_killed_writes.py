@@ -1,6 +1,6 @@
 """A command killed while it writes a folder or file leaves it complete or absent, and can be run again.
 
-Only some moments of flushes and renames are tried here; tests/abuse/crashes.py tries all.
+It is killed when it flushes or renames a file; tests/abuse/crashes.py tries all other moments too.
 """
 
 import json
