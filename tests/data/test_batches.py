@@ -1,4 +1,4 @@
-"""Packing: neither state nor loss crosses a document boundary, and shapes do not depend on where boundaries are."""
+"""Packing: neither state nor loss crosses document boundaries, and shapes do not depend on where they lie."""
 
 from dataclasses import replace
 from itertools import pairwise
@@ -55,7 +55,7 @@ def gradients(model, loss) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("preset", ["retnet-tiny", "attention-tiny", "linear-tiny", "hybrid-tiny"])
 @pytest.mark.parametrize("order", ["random_windows", "epochs"])
-def test_packed_training_is_training_on_separate_documents(packed_config, preset, order):
+def test_packed_training_matches_training_on_separate_documents(packed_config, preset, order):
     pattern = ["model.pattern=[ret, attn]"] if preset == "hybrid-tiny" else []
     config = packed_config(f"data.order={order}", *pattern, preset=preset)
     model = build_model(config.model, dtype=torch.float64)
@@ -72,7 +72,7 @@ def test_packed_training_is_training_on_separate_documents(packed_config, preset
 
 
 @pytest.mark.parametrize("split", ["by_file", "tail"])  # tails are much shorter documents than those of training
-def test_a_run_s_step_and_evaluation_are_packed(packed_config, split):
+def test_training_step_and_evaluation_use_packing(packed_config, split):
     trainer = trainer_of(packed_config("training.grad_accum_steps=2", f"data.split={split}"))
 
     def mean(batches) -> float:
@@ -89,7 +89,7 @@ def test_a_run_s_step_and_evaluation_are_packed(packed_config, split):
 
 
 @pytest.mark.parametrize("order", ["random_windows", "epochs"])
-def test_a_run_has_the_order_that_is_asked_for(packed_config, order):
+def test_training_step_uses_the_configured_order(packed_config, order):
     trainer, seen = trainer_of(packed_config(f"data.order={order}", "data.packing=false")), []
     trainer.model.embedding.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     trainer.train_step(1)
@@ -103,7 +103,7 @@ streams = st.lists(st.integers(1, 12), min_size=1, max_size=30).map(
 
 
 @given(streams, st.integers(1, 10))
-def test_the_bound_is_the_most_documents_of_any_sequence(stream, length):
+def test_most_documents_bounds_the_documents_in_any_sequence(stream, length):
     starts = range(max(len(stream) - length, 0) + 1)
     most = max(1 + int((stream[start + 1 : start + length] == BEGIN).sum()) for start in starts)
     bound = most_documents(stream, length, BEGIN)
@@ -119,7 +119,7 @@ def test_the_bound_is_the_most_documents_of_any_sequence(stream, length):
 
 
 @given(streams, st.integers(1, 10), st.integers(1, 4), st.integers(0, 100))
-def test_boundaries_are_the_sequences_and_the_begin_tokens(stream, length, rows, step):
+def test_cu_seqlens_mark_sequence_starts_and_begin_tokens(stream, length, rows, step):
     if len(stream) <= length:
         return
     batch = training_batch(stream, length, rows, seed=0, step=step)
@@ -133,14 +133,14 @@ def test_boundaries_are_the_sequences_and_the_begin_tokens(stream, length, rows,
     assert torch.equal(packed.targets, batch.targets.view(1, -1))
 
 
-def test_more_documents_than_the_bound_are_never_left_out():
+def test_pack_raises_when_documents_exceed_the_bound():
     batch = Batch(torch.tensor([[BEGIN, 1, BEGIN, 2]]), torch.tensor([[1, IGNORED, 2, 3]]))
     assert pack(batch, 2, BEGIN).cu_seqlens.tolist() == [0, 2, 4]
     with pytest.raises(RuntimeError, match="more documents"):
         pack(batch, 1, BEGIN)
 
 
-def test_a_mixer_that_does_not_declare_packing_is_refused(packed_config, monkeypatch):
+def test_mixer_without_packing_support_is_refused(packed_config, monkeypatch):
     kind = type(packed_config().model.blocks["ret"].mixer)
     traits = kind.traits.fget
     monkeypatch.setattr(kind, "traits", property(lambda mixer: replace(traits(mixer), packing=False)))

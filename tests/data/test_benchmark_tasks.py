@@ -1,6 +1,6 @@
-"""Tasks of published benchmarks: every label of a thousand examples, against programs that share nothing with theirs.
+"""Tasks of published benchmarks: independent programs check every label of a thousand examples.
 
-Each program returns all labels of an example, so that a label too few is found as well as a wrong one.
+Each program returns all labels of an example, so missing labels are found as well as wrong ones.
 """
 
 import re
@@ -168,7 +168,7 @@ def thousand(kind: str, fields: dict) -> list[tuple[list[int], Labels]]:
 @pytest.mark.parametrize(
     ("kind", "fields", "program"), CASES, ids=lambda value: value if isinstance(value, str) else ""
 )
-def test_every_label_of_a_thousand_examples_is_right(kind, fields, program):
+def test_labels_of_a_thousand_examples_match_an_independent_program(kind, fields, program):
     for tokens, labels in thousand(kind, fields):
         assert program(tokens) == labels
 
@@ -176,7 +176,7 @@ def test_every_label_of_a_thousand_examples_is_right(kind, fields, program):
 @pytest.mark.parametrize(("group", "size", "commutes"), [
     ("S3", 6, False), ("S5", 120, False), ("A5", 60, False), ("A4xZ5", 60, False), ("Z60", 60, True),
 ])  # fmt: skip
-def test_word_problems_are_those_of_their_groups(group, size, commutes):
+def test_permutation_labels_follow_the_group_multiplication(group, size, commutes):
     config = DATA.resolve("permutation")(group=group, sequence_length=20)
     assert config.n_tokens == size
     examples = thousand("permutation", {"group": group, "sequence_length": 20})
@@ -208,7 +208,7 @@ def order(table: dict[tuple[int, int], int], a: int) -> int:
     return 0 if power else count
 
 
-def test_memorized_facts_are_one_to_one_and_the_same_in_every_split():
+def test_memorized_facts_are_one_to_one_and_shared_across_splits():
     facts: dict[int, set[int]] = {}
     for tokens, labels in thousand("memorization", {}):
         assert tokens[1::2] == [255] * 16
@@ -226,7 +226,7 @@ def test_memorized_facts_are_one_to_one_and_the_same_in_every_split():
     )
 
 
-def test_recall_of_mad_has_the_shares_that_it_says():
+def test_mad_recall_tasks_have_the_documented_token_shares():
     plain, noisy = (np.array([t for t, _ in thousand("in_context_recall", {"noise_tokens": n})]) for n in (0, 16))
     assert (plain[:, 0::2].max(), plain[:, 1::2].min(), plain.max()) == (7, 8, 15)
     assert np.bincount(plain[:, 0], minlength=8).min() > 80
@@ -244,7 +244,7 @@ def test_recall_of_mad_has_the_shares_that_it_says():
 
 
 @pytest.mark.parametrize("kind", ["in_context_recall", "fuzzy_recall"])
-def test_training_of_mad_predicts_every_token_and_evaluation_the_answers(kind):
+def test_mad_trains_on_every_token_and_evaluates_only_answers(kind):
     config = DATA.resolve(kind)(train_on="every_token")
     inputs, targets = Task(config).training_batch(0, 8, seed=0)
     assert (targets[:, :-1] == inputs[:, 1:]).all()
@@ -252,14 +252,14 @@ def test_training_of_mad_predicts_every_token_and_evaluation_the_answers(kind):
     assert 0 < (examples.batch.targets != IGNORED).float().mean() < 0.6
 
 
-def test_sequences_to_compress_end_with_a_token_of_their_own():
+def test_compression_sequences_end_with_a_reserved_token():
     tokens = np.array([tokens for tokens, _ in thousand("compression", {})])
     assert (tokens[:, -1] == 15).all()
     assert np.bincount(tokens[:, :-1].ravel(), minlength=16)[:15].std() < 90
     assert tokens[:, :-1].max() == 14
 
 
-def test_a_training_set_is_read_again_in_another_order():
+def test_training_set_batches_are_reordered_between_epochs():
     task = Task(DATA.resolve("parity")(training_examples=35))
     epochs = [[task.training_batch(3 * e + i, 10, seed=1).inputs.numpy().tobytes() for i in range(3)] for e in range(4)]
     assert len({batch for epoch in epochs for batch in epoch}) == len(set(epochs[0])) == 3
@@ -267,7 +267,7 @@ def test_a_training_set_is_read_again_in_another_order():
     assert task.training_batch(0, 10, seed=2).inputs.numpy().tobytes() not in epochs[0]
 
 
-def test_blanks_of_mad_stand_before_any_symbol_as_often():
+def test_mad_blanks_are_spread_evenly_between_symbols():
     inputs = np.array([tokens for tokens, _ in thousand("selective_copying", dict(CASES[3][1]))])
     places = np.nonzero(inputs[:, :239])[1].reshape(1000, 16)
     gaps = np.diff(places, axis=1, prepend=-1) - 1
@@ -285,12 +285,12 @@ def test_blanks_of_mad_stand_before_any_symbol_as_often():
     ],
     ids=str,
 )
-def test_an_impossible_task_is_refused(kind, fields, named):
+def test_impossible_task_config_is_refused(kind, fields, named):
     with pytest.raises(ValueError, match=named):
         DATA.resolve(kind)(**fields)
 
 
-def test_a_sequence_is_decompressed_from_its_last_vector_alone():
+def test_compression_model_decodes_from_the_last_vector_only():
     settings = load_settings("small")
     config = base_of(settings, settings.tasks["compression"], Extent(steps=0.01))
     model, tokens = build_model(config.model), Task(config.data).training_batch(0, 2, seed=0).inputs

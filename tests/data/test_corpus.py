@@ -1,4 +1,4 @@
-"""Text as tokens: what is read, the validation split, and the batches cut from it."""
+"""Text as tokens: which files are read, how the validation split is chosen, and how batches are cut."""
 
 import math
 from pathlib import Path
@@ -58,7 +58,7 @@ def test_by_file_holds_out_whole_files(folder):
         assert (corpus.split, corpus.documents) == (split, len(files))
 
 
-def test_the_split_of_a_file_depends_on_its_name_alone(folder):
+def test_split_of_a_file_depends_only_on_its_name(folder):
     inner = folder / "inner"
     inner.mkdir()
     for file in folder.glob("*.txt"):
@@ -72,7 +72,7 @@ def test_the_split_of_a_file_depends_on_its_name_alone(folder):
     assert held_out(folder / "elsewhere") - {0xFF} == {number for number in before if number % 2}
 
 
-def test_the_tail_of_every_file_is_held_out(tmp_path):
+def test_tail_split_holds_out_the_end_of_every_file(tmp_path):
     (tmp_path / "0").write_bytes(bytes(range(100)))
     (tmp_path / "1").write_bytes(bytes(range(100, 150)))
     corpus = read(tmp_path / "0", tmp_path / "1", split="tail", validation_fraction=0.2)
@@ -86,7 +86,7 @@ def test_the_tail_of_every_file_is_held_out(tmp_path):
 
 
 @pytest.mark.parametrize("split", ["by_file", "by_document", "tail"])
-def test_the_test_split_is_a_later_validation_split(folder, split):
+def test_test_fraction_reserves_the_validation_split_of_a_final_run(folder, split):
     tuning = read(folder, split=split, test_fraction=0.3, validation_fraction=0.2)
     final = read(folder, split=split, validation_fraction=0.3)
     both = read(folder, split=split, validation_fraction=0.5)
@@ -109,7 +109,7 @@ def test_the_test_split_is_a_later_validation_split(folder, split):
     ],
     ids=str,
 )
-def test_which_files_are_read(folder, file, paths, fields, alone):
+def test_paths_and_glob_select_the_files_to_read(folder, file, paths, fields, alone):
     (folder / file).parent.mkdir(exist_ok=True)
     (folder / file).write_bytes(b"\xff" * 30)
     (folder / "empty.txt").write_bytes(b"")  # is not a document
@@ -120,7 +120,7 @@ def test_which_files_are_read(folder, file, paths, fields, alone):
     assert corpus.name == ", ".join(str(folder / path) for path in paths)
 
 
-def test_a_path_may_start_at_home_and_without_paths_the_text_is_python_s_own_source(folder, monkeypatch):
+def test_paths_expand_home_and_default_to_the_python_sources(folder, monkeypatch):
     monkeypatch.setenv("HOME", str(folder))
     assert files_in(read("~/file07.txt", validation_fraction=0.3).train) == {7}
     corpus = read_corpus(TextConfig())
@@ -132,7 +132,7 @@ def test_a_path_may_start_at_home_and_without_paths_the_text_is_python_s_own_sou
     assert text.count(b"import ") > 100
 
 
-def test_a_source_without_text_is_named(folder, monkeypatch):
+def test_source_without_text_is_named(folder, monkeypatch):
     assert str(folder / "no") in error(folder / "no")
     assert "data.glob" in error(folder / "*.txt")
     assert "~nobody-of-this-name/text" in error("~nobody-of-this-name/text")
@@ -149,7 +149,7 @@ def test_a_source_without_text_is_named(folder, monkeypatch):
     assert error(folder, glob="*.txt").endswith(f"{folder / 'file00.txt'} cannot be read: Permission denied")
 
 
-def test_a_split_shorter_than_a_sequence_is_refused(tmp_path, folder):
+def test_split_shorter_than_a_sequence_is_refused(tmp_path, folder):
     text = tmp_path / "text"
     text.write_bytes(b"a" * 160)  # 80 and 80, and a begin token each
     assert read(text, validation_fraction=0.5, sequence_length=80)
@@ -166,7 +166,7 @@ def test_a_split_shorter_than_a_sequence_is_refused(tmp_path, folder):
 STREAM = np.array([BEGIN, *range(50), BEGIN, *range(100, 150), BEGIN, *range(200, 250)], dtype=np.uint16)
 
 
-def test_a_batch_is_cut_from_the_stream_with_the_next_token_as_target():
+def test_batch_targets_are_the_next_tokens_without_begin_tokens():
     batch = training_batch(STREAM, 8, 5000, seed=0, step=0)
     assert batch.inputs.shape == batch.targets.shape == (5000, 8)
     assert batch.inputs.dtype is batch.targets.dtype is torch.int64
@@ -204,7 +204,7 @@ def test_evaluation_covers_the_stream_once(batch_size, extra):
 
 
 @pytest.mark.parametrize("limit", [1, 2, 3])
-def test_a_limited_evaluation_is_spread_evenly_from_end_to_end(limit):
+def test_limited_evaluation_is_spread_evenly_over_the_stream(limit):
     batches = evaluation_batches(np.arange(100 * 8 + 1, dtype=np.uint16), 8, 4, limit)
     assert len(batches) == limit
     starts = torch.cat([batch.inputs[:, 0] for batch in batches]) // 8
@@ -222,18 +222,18 @@ def test_a_limited_evaluation_is_spread_evenly_from_end_to_end(limit):
         ([7, 7, 7], 0),
     ],
 )
-def test_the_unigram_entropy_is_that_of_the_validation_split(validation, expected):
+def test_unigram_entropy_is_computed_on_the_validation_split(validation, expected):
     corpus = Corpus("text", 1, "tail", np.array([], dtype=np.uint16), np.array(validation, dtype=np.uint16))
     assert corpus.unigram_entropy == pytest.approx(expected)
 
 
-def test_the_unigram_entropy_leaves_out_a_begin_token_among_the_others():
+def test_unigram_entropy_excludes_the_begin_token():
     tokens = np.array([1, *[0] * 4, 1, *[2] * 4], dtype=np.uint16)
     corpus = Corpus("text", 1, "tail", tokens, tokens, SimpleNamespace(begin=1))
     assert corpus.unigram_entropy == pytest.approx(math.log(2))
 
 
-def test_one_document_is_counted_in_the_singular(tmp_path):
+def test_summary_uses_the_singular_for_one_document(tmp_path):
     (tmp_path / "text.txt").write_text("a text of one document. " * 40)
     source = TextConfig(paths=(str(tmp_path / "text.txt"),), sequence_length=8).open(vocab_size=257)
     assert source.summary.startswith("1 document, ")

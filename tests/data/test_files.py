@@ -1,4 +1,4 @@
-"""Where documents come from: JSON lines and datasets; and splits that cannot leak."""
+"""Documents from JSON lines and datasets, and splits that do not leak."""
 
 import json
 import re
@@ -40,7 +40,7 @@ def lines(path, *rows):
     return path
 
 
-def test_every_line_is_a_document(tmp_path):
+def test_every_json_line_is_a_document(tmp_path):
     file = lines(tmp_path / "b.jsonl", {"text": "one"}, {"id": 7, "text": "zw€i\n"}, {"text": ""}, {"text": "three"})
     assert texts(file) == texts(tmp_path) == [b"one", "zw€i\n".encode(), b"three"]
     # other files are text, empty lines and a missing last newline are nothing
@@ -68,7 +68,7 @@ def test_every_line_is_a_document(tmp_path):
     ],
     ids=lambda value: value[:12],
 )
-def test_a_broken_line_is_named_with_file_and_line(tmp_path, line, named):
+def test_invalid_json_line_error_names_file_and_line(tmp_path, line, named):
     file = tmp_path / "a.jsonl"
     file.write_bytes(b'{"text": "a"}\n\n' + line.encode(errors="surrogateescape") + b'\n{"text": "c"}\n')
     assert re.match(f"{file}:3: .*{named}", error(tmp_path))
@@ -102,7 +102,7 @@ ROWS = [{"text": "one", "id": 1}, {"text": "", "id": 2}, {"text": "two", "id": 3
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_every_row_is_a_document(library, streaming):
+def test_every_dataset_row_is_a_document(library, streaming):
     stand_in = library(ROWS)
     asked = {"path": "wiki", "name": "small", "split": "test", "streaming": streaming}
     assert texts(dataset=asked) == [b"one", b"two", b"three"]
@@ -110,7 +110,7 @@ def test_every_row_is_a_document(library, streaming):
     assert texts(dataset=asked | {"documents": 3}) == [b"one", b"two"]
 
 
-def test_a_saved_dataset_is_read_from_its_folder(library, tmp_path):
+def test_saved_dataset_is_read_from_its_folder(library, tmp_path):
     library([{"text": "whole"}])
     for file in ("state.json", "dataset_info.json"):
         (tmp_path / file).touch()
@@ -123,7 +123,7 @@ def test_a_saved_dataset_is_read_from_its_folder(library, tmp_path):
     )
 
 
-def test_what_a_dataset_cannot_give_is_named(library, monkeypatch):
+def test_dataset_errors_name_the_cause(library, monkeypatch):
     def refuse(*arguments, **options):
         raise FileNotFoundError("Couldn't find it\non the hub")
 
@@ -135,7 +135,7 @@ def test_what_a_dataset_cannot_give_is_named(library, monkeypatch):
     assert "pip install datasets" in error(dataset={"path": "w"})
 
 
-def test_the_library_s_own_datasets_are_read(tmp_path):
+def test_datasets_written_by_the_real_library_are_read(tmp_path):
     datasets = pytest.importorskip("datasets")
     rows = datasets.Dataset.from_list([{"body": text} for text in ("one", "zw€i", "three")])
     rows.save_to_disk(str(tmp_path / "one"))
@@ -159,7 +159,7 @@ def test_the_library_s_own_datasets_are_read(tmp_path):
     [{"paths": ("a",)}, {"text_field": None}, {"split": "by_file"}, {"glob": "*.md"}, {"encoding": "ascii"}],
     ids=str,
 )
-def test_a_dataset_that_does_not_fit_the_rest_is_refused(fields):
+def test_dataset_with_conflicting_fields_is_refused(fields):
     with pytest.raises(ValueError, match=next(iter(fields))):
         TextConfig(dataset={"path": "w"}, **fields)
 
@@ -189,7 +189,7 @@ def test_copies_of_a_document_share_a_split(copies):
     assert set(documents_of(corpus.train)) & set(documents_of(corpus.validation))
 
 
-def test_the_split_of_a_document_is_a_function_of_its_text(copies, tmp_path):
+def test_split_of_a_document_depends_only_on_its_text(copies, tmp_path):
     held = set(documents_of(read(copies, split="by_document").validation))
     other = tmp_path / "other"
     other.mkdir()
@@ -200,7 +200,7 @@ def test_the_split_of_a_document_is_a_function_of_its_text(copies, tmp_path):
     assert again - {b"a new document"} == {text for text in held if int(text.split()[1]) % 2 == 0}
 
 
-def test_auto_is_by_document_where_a_file_holds_several(copies, library, tmp_path):
+def test_auto_split_is_by_document_for_files_of_several_documents(copies, library, tmp_path):
     assert read(copies).split == read(copies / "0.jsonl").split == "by_document"
     assert read(copies, text_field=None, validation_fraction=0.5).split == "by_file"
     library([{"text": f"document {n}"} for n in range(30)])
@@ -212,7 +212,7 @@ def test_auto_is_by_document_where_a_file_holds_several(copies, library, tmp_pat
     assert (documents_of(corpus.train), documents_of(corpus.validation)) == ([b"0123456"], [b"789"])
 
 
-def test_a_missing_field_names_the_setting_of_its_source(tmp_path):
+def test_missing_field_error_names_the_setting_of_its_source(tmp_path):
     file = lines(tmp_path / "a.jsonl", {"txt": "b"})
     for kind, more, named in (
         (WeightedSourceConfig, {"weight": 1.0}, "text_field of this entry of data.sources"),

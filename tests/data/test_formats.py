@@ -1,4 +1,4 @@
-"""Files as users have them: compressed, Parquet and Arrow; and what is not text is refused by name."""
+"""File formats: compressed, Parquet and Arrow files are read, and files that are not text are refused."""
 
 import bz2
 import gzip
@@ -57,7 +57,7 @@ def error(path: Path, content: bytes | None = None, **fields) -> str:
 
 
 @pytest.mark.parametrize("suffix", COMPRESSORS)
-def test_compressed_text_and_lines_are_read_and_damage_is_named(tmp_path, suffix):
+def test_compressed_files_are_read_and_damaged_ones_refused(tmp_path, suffix):
     compress = COMPRESSORS[suffix]()
     text = tmp_path / f"a.txt{suffix}"
     text.write_bytes(compress(LINES))
@@ -77,7 +77,7 @@ def test_compressed_text_and_lines_are_read_and_damage_is_named(tmp_path, suffix
     assert re.search("damaged|truncated|not UTF-8", error(text, whole[:200] + middle + whole[260:]))
 
 
-def test_what_expands_without_end_is_refused_in_little_memory(tmp_path, monkeypatch):
+def test_decompression_bomb_is_refused_in_little_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(formats, "EXPANSION_LIMIT_FROM", 2**22)
     bomb = gzip.compress(b"a" * 2**25)
     tracemalloc.start()
@@ -89,7 +89,7 @@ def test_what_expands_without_end_is_refused_in_little_memory(tmp_path, monkeypa
     tracemalloc.stop()
 
 
-def test_lines_are_read_as_a_stream(tmp_path):
+def test_compressed_json_lines_are_streamed_in_little_memory(tmp_path):
     file = tmp_path / "a.jsonl.gz"
     row = json.dumps({"text": "".join(map(chr, np.random.default_rng(0).integers(97, 123, 2**12)))}).encode() + b"\n"
     with gzip.open(file, "wb", compresslevel=1) as opened:
@@ -102,7 +102,7 @@ def test_lines_are_read_as_a_stream(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".arrow", "-stream.arrow"])
-def test_rows_of_a_table_are_documents(tmp_path, suffix):
+def test_table_rows_are_read_as_documents(tmp_path, suffix):
     arrow = pytest.importorskip("pyarrow")
     table = arrow.table({"id": [1, 2, 3], "body": TEXTS, "number": [1, 2, None]})
     file = tmp_path / f"a{suffix}"
@@ -123,7 +123,7 @@ def test_rows_of_a_table_are_documents(tmp_path, suffix):
     assert "must not be compressed again" in error(tmp_path / "a.parquet.gz", gzip.compress(whole))
 
 
-def test_a_missing_library_is_named(tmp_path, monkeypatch):
+def test_missing_library_error_names_the_package_to_install(tmp_path, monkeypatch):
     for name in ("pyarrow", "pyarrow.parquet", "compression.zstd", "backports.zstd"):
         monkeypatch.setitem(sys.modules, name, None)
     for suffix, name in ((".parquet", "pyarrow"), (".arrow", "pyarrow"), (".zst", "backports.zstd")):
@@ -149,7 +149,7 @@ RANDOM = np.random.default_rng(0).bytes(4000)
     ],
     ids=lambda value: str(value[:8]),
 )
-def test_what_is_not_text_is_refused_by_name(tmp_path, content, named):
+def test_non_text_file_is_refused_with_the_reason(tmp_path, content, named):
     (tmp_path / "folder").mkdir()
     file = tmp_path / "folder" / "a.txt"
     message = error(file, content)
@@ -184,7 +184,7 @@ def test_utf8_with_control_characters_is_refused_with_the_remedies(tmp_path, con
     assert texts(tmp_path / "a.txt", encoding="bytes") == [content]
 
 
-def test_text_with_few_odd_bytes_is_text_as_it_is(tmp_path):
+def test_text_with_a_few_odd_bytes_is_read_unchanged(tmp_path):
     file = tmp_path / "a.py"
     for content in (
         b'name = "caf\xe9"\n',
@@ -198,7 +198,7 @@ def test_text_with_few_odd_bytes_is_text_as_it_is(tmp_path):
         assert texts(file) == ([content] if content else [])
 
 
-def test_another_encoding_is_stated(tmp_path):
+def test_configured_encoding_is_used_to_decode_text(tmp_path):
     file, rows = tmp_path / "a.txt", tmp_path / "a.jsonl.gz"
     for encoding in ("latin-1", "utf-16", "UTF8"):
         file.write_bytes("Straße".encode(encoding))
@@ -214,7 +214,7 @@ def test_another_encoding_is_stated(tmp_path):
             TextConfig(encoding=wrong)
 
 
-def test_runs_train_on_each_format(config_of, tmp_path):
+def test_training_loss_is_identical_for_each_format(config_of, tmp_path):
     words = np.random.default_rng(0).choice(["red", "green", "blue", "and", "or"], 600)
     text = " ".join(words).encode()
     (tmp_path / "random.txt").write_bytes(RANDOM)

@@ -1,4 +1,4 @@
-"""Mixtures of sources by weight, and a validation split of its own."""
+"""Weighted mixtures of sources, and separate validation data."""
 
 import json
 import re
@@ -53,7 +53,7 @@ def sources_of(inputs: torch.Tensor) -> list[int]:
 
 @pytest.mark.parametrize("order", ["random_windows", "epochs"])
 @pytest.mark.parametrize("weights", [WEIGHTS, (5, 3, 2)])
-def test_sequences_are_of_one_source_each_in_the_shares_of_the_weights(sources, order, weights):
+def test_each_sequence_has_one_source_and_shares_follow_the_weights(sources, order, weights):
     text = mixed(sources, weights, order=order).open(257)
     counts = np.zeros(3)
     for step in range(200):
@@ -75,7 +75,7 @@ def test_sequences_are_of_one_source_each_in_the_shares_of_the_weights(sources, 
 @example([0.5, 0.3, 0.2], 1, 2**36)
 @example([1.0, 1e-9], 1, 2**36)
 @example([1.7e308, 1.7e308, 5e-324], 1, 0)
-def test_every_cycle_has_each_source_within_one_sequence_of_its_share(some_weights, repeats, cycle):
+def test_every_cycle_is_within_one_sequence_of_each_share(some_weights, repeats, cycle):
     weights = some_weights * repeats
     total = sum(map(Fraction, weights))
     expected = [float(CYCLE * Fraction(weight) / total) for weight in some_weights] * repeats
@@ -84,7 +84,7 @@ def test_every_cycle_has_each_source_within_one_sequence_of_its_share(some_weigh
 
 
 @pytest.mark.parametrize("weights", [[1.0] * 10_000, [1.0, 1e-4, 3e-5], [1.0] * 96, [300.0] + [1.0] * 200])
-def test_the_share_of_a_source_is_exact_over_many_cycles(weights):
+def test_source_shares_do_not_drift_over_many_cycles(weights):
     step = 10**6
     sources, numbers = mixture(weights, 16 * CYCLE, seed=5, step=step)
     assert set(sources.tolist()) == set(range(len(weights)))
@@ -94,7 +94,7 @@ def test_the_share_of_a_source_is_exact_over_many_cycles(weights):
     assert np.abs(numbers[firsts] - expected).max() < 16
 
 
-def test_the_order_of_few_sources_is_fixed():
+def test_order_of_few_sources_is_stable_across_versions():
     # that of all versions: a resumed run would read some sequences twice, and others never
     found = [mixture(weights, 12, seed=3, step=1000) for weights in ((0.5, 0.3, 0.2), (1, 1, 1), (9, 1))]
     assert [sources.tolist() for sources, _ in found] == [
@@ -113,7 +113,7 @@ def test_the_order_of_few_sources_is_fixed():
 
 @pytest.mark.parametrize("weights", [WEIGHTS, (1.0, 1e-3, 1e-4)])
 @pytest.mark.parametrize("batch_size", [1, 7, 4096])
-def test_every_source_is_numbered_without_a_gap_whatever_the_batches(weights, batch_size):
+def test_source_numbering_has_no_gaps_for_any_batch_size(weights, batch_size):
     steps = -(-10_000 // batch_size)
     pairs = [mixture(weights, batch_size, seed=3, step=step) for step in range(steps)]
     sources, numbers = (np.concatenate(parts)[:10_000] for parts in zip(*pairs, strict=True))
@@ -126,12 +126,12 @@ def test_every_source_is_numbered_without_a_gap_whatever_the_batches(weights, ba
 @pytest.mark.parametrize(
     ("weights", "earlier", "same"), [(WEIGHTS, "25e21d90976e", True), ((1, 1, 1e-4), "1125c3d44baf", False)]
 )
-def test_digest_differs_from_that_of_earlier_versions_if_the_order_does(sources, weights, earlier, same):
+def test_digest_changes_only_when_the_order_differs_from_earlier_versions(sources, weights, earlier, same):
     # a run that an earlier version wrote then gets a note when it is resumed
     assert (mixed(sources, weights).open(257).digest[:12] == earlier) == same
 
 
-def test_epochs_of_a_source_read_each_of_its_sequences_once(sources):
+def test_each_epoch_of_a_source_reads_every_sequence_once(sources):
     text = mixed(sources, order="epochs").open(257)
     size = text.corpus.sizes[1]
     samples = -(-(size - 1) // 16)
@@ -142,7 +142,7 @@ def test_epochs_of_a_source_read_each_of_its_sequences_once(sources):
 
 
 @pytest.mark.parametrize("order", ["random_windows", "epochs"])
-def test_a_step_is_a_function_of_the_seed_for_any_number_of_processes(sources, order):
+def test_step_depends_on_the_seed_and_not_on_process_count(sources, order):
     text = mixed(sources, order=order).open(257)
     for step in (0, 3, 700):
         whole = text.training_batch(step, 12, seed=1)
@@ -153,7 +153,7 @@ def test_a_step_is_a_function_of_the_seed_for_any_number_of_processes(sources, o
     assert not torch.equal(text.training_batch(0, 12, seed=2).inputs, text.training_batch(0, 12, seed=1).inputs)
 
 
-def test_the_validation_split_is_that_of_all_sources_and_documents_keep_boundaries(sources):
+def test_validation_covers_all_sources_and_documents_keep_their_boundaries(sources):
     text = mixed(sources, packing=True).open(257)
     found = bytes(text.corpus.validation[:][text.corpus.validation[:] < 256].astype(np.uint8))
     assert {(byte - 97) // 8 for byte in found} == {0, 1, 2}
@@ -167,7 +167,7 @@ def test_the_validation_split_is_that_of_all_sources_and_documents_keep_boundari
     assert {int(at) for at in packed.cu_seqlens} >= set(range(0, 128, 16))
 
 
-def test_token_files_and_texts_are_mixed(sources, tmp_path):
+def test_token_files_and_texts_can_be_mixed(sources, tmp_path):
     mapped = tmp_path / "a.tokens"
     tokenizer = ByteTokenizer()
     write_token_file(mapped, tokenized([Document("", "", sources[0].read_bytes())], tokenizer), tokenizer)
@@ -177,7 +177,7 @@ def test_token_files_and_texts_are_mixed(sources, tmp_path):
     assert torch.equal(text.training_batch(4, 8, seed=0).inputs, other.training_batch(4, 8, seed=0).inputs)
 
 
-def test_one_source_is_the_text_itself(sources):
+def test_mixture_of_one_source_equals_the_plain_text(sources):
     alone = TextConfig(paths=(str(sources[0]),), sequence_length=16).open(257)
     text = mixed(sources[:1], [3.0], validation_fraction=0.1).open(257)
     for step in range(3):
@@ -185,7 +185,7 @@ def test_one_source_is_the_text_itself(sources):
     assert alone.digest == text.digest
 
 
-def test_a_run_on_a_mixture_is_resumed_to_the_bit(config_of, sources, tmp_path):
+def test_stopped_run_on_a_mixture_resumes_bitwise(config_of, sources, tmp_path):
     parts = ", ".join(
         f"{{paths: ['{file}'], weight: {weight}, text_field: body}}"
         for file, weight in zip(sources, WEIGHTS, strict=True)
@@ -199,7 +199,7 @@ def test_a_run_on_a_mixture_is_resumed_to_the_bit(config_of, sources, tmp_path):
     require_same_run(tmp_path / "run", tmp_path / "whole")
 
 
-def test_the_validation_split_may_be_other_documents(sources, tmp_path):
+def test_validation_split_can_come_from_other_documents(sources, tmp_path):
     held = tmp_path / "held"
     held.mkdir()
     (held / "1.md").write_text("first " * 9)
@@ -243,12 +243,12 @@ ONE = {"sources": [A | {"weight": 1}]}
     ],
     ids=str,
 )
-def test_fields_that_do_not_fit_are_refused(fields, named):
+def test_conflicting_mixture_fields_are_refused(fields, named):
     with pytest.raises(ValueError, match=named):
         TextConfig(**fields)
 
 
-def test_a_mixture_is_not_carried(config_of, sources):
+def test_carried_state_with_a_mixture_is_refused(config_of, sources):
     parts = f"data.sources=[{{paths: ['{sources[0]}'], weight: 1}}]"
     config = config_of("data.paths=null", parts, "training.carry_state=true")
     assert "leave out data.sources" in refusal(config.open_data)
@@ -257,7 +257,7 @@ def test_a_mixture_is_not_carried(config_of, sources):
 @pytest.mark.parametrize(
     ("how", "split"), [("epochs", "tail"), ("epochs", "by_document"), ("carried", "by_document"), ("mapped", "tail")]
 )
-def test_a_token_of_a_batch_is_found_in_its_document(sources, tmp_path, how, split):
+def test_batch_token_is_traced_to_its_document(sources, tmp_path, how, split):
     begin, size = ByteTokenizer().begin, 6
     lines = [json.loads(line)["body"] for line in sources[1].read_text().splitlines()]
     texts = {f"{sources[1]}:{number}, ": line for number, line in enumerate(lines, 1)}

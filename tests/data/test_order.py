@@ -1,4 +1,4 @@
-"""The order of samples: a function of the step for any number of ranks; by epochs, and contiguous."""
+"""The order of samples, by epochs and contiguous: it depends on the step but not on the number of ranks."""
 
 from collections import Counter
 
@@ -27,7 +27,7 @@ def samples(steps, **options) -> list[bytes]:
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 17, 34, 40])
-def test_every_sample_is_taken_once_an_epoch(batch_size):
+def test_every_sample_is_taken_once_per_epoch(batch_size):
     # a batch may hold the end of an epoch and the start of the next
     taken = samples(range(34), batch_size=batch_size)
     epochs = [Counter(taken[at : at + SAMPLES]) for at in range(0, 34 * batch_size, SAMPLES)]
@@ -36,13 +36,13 @@ def test_every_sample_is_taken_once_an_epoch(batch_size):
     assert (len(epochs[0]), set(epochs[0].values())) == (SAMPLES, {1})
 
 
-def test_windows_are_a_function_of_seed_and_step():
+def test_windows_depend_only_on_seed_and_step():
     drawn = [training_batch(STREAM, 8, 16, seed=seed, step=step).inputs for seed, step in SEEDS_AND_STEPS]
     assert torch.equal(drawn[0], drawn[1])
     assert not any(torch.equal(drawn[0], other) for other in drawn[2:])
 
 
-def test_every_epoch_and_every_seed_has_its_own_order():
+def test_each_epoch_and_seed_has_a_different_order():
     orders = [tuple(samples([n], batch_size=SAMPLES, seed=seed)) for n in range(4) for seed in (0, 1)]
     assert len(set(orders)) == 8
     assert tuple(sorted(orders[0])) not in orders
@@ -51,7 +51,7 @@ def test_every_epoch_and_every_seed_has_its_own_order():
 
 @pytest.mark.parametrize("order", ["epochs", "random_windows"])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 6, 12])
-def test_the_samples_of_a_step_do_not_depend_on_the_number_of_ranks(order, world_size):
+def test_samples_of_a_step_do_not_depend_on_world_size(order, world_size):
     for step in (0, 2, 3, 100):
         options = {"seed": 7, "step": step, "order": order}
         parts = [
@@ -66,12 +66,12 @@ def test_the_samples_of_a_step_do_not_depend_on_the_number_of_ranks(order, world
 
 
 @given(st.integers(1, 3000), st.integers(0, 2**31 - 1), st.integers(0, 2**40))
-def test_an_order_is_a_permutation(n, seed, epoch):
+def test_permuted_indices_form_a_permutation(n, seed, epoch):
     found = permuted(np.arange(n), np.full(n, epoch), n, seed)
     assert np.array_equal(np.sort(found), np.arange(n))
 
 
-def test_samples_are_far_apart_and_evenly_spread():
+def test_permuted_samples_are_uncorrelated_and_evenly_spread():
     n = 100_000
     found = permuted(np.arange(n), np.zeros(n, dtype=np.int64), n, 0)
     assert abs(np.corrcoef(np.arange(n), found)[0, 1]) < 0.02
@@ -80,7 +80,7 @@ def test_samples_are_far_apart_and_evenly_spread():
     assert counts.min() > 400  # of 500
 
 
-def test_the_order_is_fixed_and_costs_the_same_in_a_text_of_any_size():
+def test_order_is_fixed_and_works_for_huge_texts():
     # no other numpy, machine or year may have another one: a resumed run would see samples twice
     assert permuted(np.arange(10), np.full(10, 3), 10, 42).tolist() == [6, 1, 4, 7, 0, 5, 3, 8, 2, 9]
     n = 2**50
@@ -90,7 +90,7 @@ def test_the_order_is_fixed_and_costs_the_same_in_a_text_of_any_size():
 
 
 @pytest.mark.parametrize(("n_tokens", "length", "batch_size"), [(1000, 16, 4), (81, 16, 4), (80, 16, 4), (33, 16, 1)])
-def test_contiguous_rows_continue_and_every_token_is_there(n_tokens, length, batch_size):
+def test_contiguous_rows_continue_across_steps_and_cover_the_text(n_tokens, length, batch_size):
     steps = [contiguous_starts(n_tokens, length, batch_size, seed=0, step=step) for step in range(200)]
     text = text_of(np.zeros(n_tokens, dtype=np.uint16), length).contiguous(batch_size)
     firsts = [step for step in range(200) if not text.goes_on(step, batch_size, seed=0)]
@@ -108,7 +108,7 @@ def test_contiguous_rows_continue_and_every_token_is_there(n_tokens, length, bat
     assert (np.diff(np.sort(read)) == length).all()
 
 
-def test_contiguous_readings_begin_in_other_places_which_are_a_function_of_the_seed():
+def test_contiguous_readings_start_at_seeded_offsets():
     def begins(seed):
         per_reading = (1000 - 16) // (16 * 4)
         return [contiguous_starts(1000, 16, 4, seed=seed, step=k * per_reading)[0] for k in range(20)]
@@ -118,7 +118,7 @@ def test_contiguous_readings_begin_in_other_places_which_are_a_function_of_the_s
     assert len(set(begins(0))) > 10
 
 
-def test_a_text_too_short_for_contiguous_rows_is_refused():
+def test_text_too_short_for_contiguous_rows_is_refused():
     for action in (
         lambda: contiguous_starts(79, 16, 4, seed=0, step=0),
         lambda: text_of(np.zeros(79, dtype=np.uint16), 16).contiguous(4),

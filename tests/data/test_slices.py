@@ -1,4 +1,4 @@
-"""Slices of a text's loss: positions, and recall hits as a plain program finds them."""
+"""Loss slices of a text: positions and recall hits, checked against a plain program."""
 
 import json
 import math
@@ -30,7 +30,7 @@ def plain_hits(row: list[int], counts: Counter, n: int, most: int, documents: li
 
 @pytest.mark.parametrize(("n", "most"), [(2, 120), (4, 4)])
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_thousand_sequences_have_the_recall_hits_that_a_plain_program_finds(n, most, packed):
+def test_recall_hits_of_a_thousand_sequences_match_a_plain_program(n, most, packed):
     rng = np.random.default_rng(n)
     train, rows = rng.integers(5, size=3000), rng.integers(5, size=(1000, 33))
     counts = Counter(tuple(train[i : i + n].tolist()) for i in range(3001 - n))
@@ -47,14 +47,14 @@ def test_a_thousand_sequences_have_the_recall_hits_that_a_plain_program_finds(n,
     assert found["position"].indices[7].tolist() == [0] * 4 + [1] * 4 + [2] * 8 + [3] * 16
 
 
-def test_bins_of_positions_double_up_to_the_length():
+def test_position_bins_double_up_to_the_length():
     assert bins(1000, 64) == [(0, 16), (16, 32), (32, 64), (64, 128), (128, 256), (256, 512), (512, 1000)]
     text = TextConfig(sequence_length=8, slices=SlicesConfig()).open(257)
     short = next(iter(text.evaluation_batches(2, 1, 1)))
     assert text.loss_slices(short.batch)["recall"].indices.tolist() == [[0], [0]]
 
 
-def test_an_evaluation_measures_every_slice_and_the_whole_is_their_mean(tmp_path):
+def test_evaluation_measures_every_slice_consistently_with_the_total(tmp_path):
     changes = ["model.d_model=16", "model.n_layers=1", "data.sequence_length=32", "data.slices={ngram: 3, most: 100}"]
     training = "{steps: 1, batch_size: 4, warmup_steps: 0, evaluation_batches: 2, final_evaluation_batches: 2}"
     lengths = "training.evaluation_lengths=[64,128]"
@@ -69,7 +69,7 @@ def test_an_evaluation_measures_every_slice_and_the_whole_is_their_mean(tmp_path
     assert mean == pytest.approx(line["validation_loss_by_length"]["128"], rel=1e-3)
 
 
-def test_a_score_adds_up_losses_by_slice_and_leaves_out_what_has_no_target():
+def test_score_accumulates_losses_by_slice_and_skips_ignored_targets():
     text = TextConfig(sequence_length=4, slices=SlicesConfig()).open(257)
     targets = torch.tensor([[1, 2, IGNORED, 4], [IGNORED] * 4])
     parts, losses = (

@@ -1,4 +1,4 @@
-"""Datasets streamed as tokens: every row once in a pass, shuffled by seed, and resumed at their place to the bit."""
+"""Streamed datasets: every row is read once per pass, shuffled by seed, and resuming is bitwise exact."""
 
 import json
 from importlib import import_module
@@ -64,7 +64,7 @@ def documents(batches) -> list[str]:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("buffer", [1, 8, 1000])
-def test_every_row_is_read_once_in_a_pass_in_an_order_of_the_seed(folders, kind, buffer):
+def test_every_row_is_read_once_per_pass_in_seeded_order(folders, kind, buffer):
     expected = [row["text"] for row in rows(0, N)]
 
     def passes(seed):
@@ -94,7 +94,7 @@ def test_sequences_follow_each_other_and_targets_are_the_next_tokens(folders):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_place_is_gone_on_from_without_reading_what_was_before(folders, kind, monkeypatch):
+def test_stream_resumes_at_its_place_without_rereading_earlier_rows(folders, kind, monkeypatch):
     whole = text_of(folders, kind)
     steps = [whole.training_batch(step, 4, seed=3) for step in range(30)]
     # every row that is read, beyond those of the block
@@ -126,7 +126,7 @@ def test_a_place_is_gone_on_from_without_reading_what_was_before(folders, kind, 
         assert torch.equal(again.training_batch(0, 4, seed=3).inputs, steps[0].inputs)  # back, too
 
 
-def test_processes_share_a_step(folders):
+def test_processes_divide_the_rows_of_a_step(folders):
     whole = text_of(folders)
     ranks = [text_of(folders) for _ in range(4)]
     for step in range(4):
@@ -137,7 +137,7 @@ def test_processes_share_a_step(folders):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_to_skip_and_their_number(folders, kind):
+def test_skip_and_documents_limit_the_rows_read(folders, kind):
     text = text_of(folders, kind, skip=19, documents=15, shuffle_buffer=4)
     batches = [text.training_batch(step, 4, seed=0) for step in range(8)]
     assert {int(document[:3]) for document in documents(batches)} == set(range(19, 34))
@@ -150,7 +150,7 @@ def test_rows_to_skip_and_their_number(folders, kind):
         assert torch.equal(again.training_batch(step, 4, seed=0).inputs, batches[step].inputs)
 
 
-def test_the_first_rows_may_be_the_validation_split(folders):
+def test_first_rows_can_serve_as_the_validation_split(folders):
     text = TextConfig(
         dataset=folders["saved"] | {"streaming": True, "skip": 40},
         validation={"dataset": folders["lines"] | {"streaming": True, "documents": 40}},
@@ -171,7 +171,7 @@ def test_packing_has_room_for_the_shortest_documents(folders, tmp_path):
         assert len(set(packed.cu_seqlens.tolist())) >= 4 * 8 + 1
 
 
-def test_what_cannot_be_streamed_is_named(folders, tmp_path):
+def test_streaming_errors_name_the_cause(folders, tmp_path):
     fields = {"sequence_length": 16, "text_field": "body", "validation": {"paths": [str(tmp_path / "held.txt")]}}
     text = TextConfig(dataset=folders["lines"] | {"streaming": True, "skip": 20}, **fields).open(257)
     assert "row 20: there is no field 'body'; fields: text" in refusal(lambda: text.training_batch(0, 8, seed=0))

@@ -1,4 +1,4 @@
-"""Tasks: what they generate, that their answers are right, and that no two splits see the same examples."""
+"""Tasks: generated examples, correct answers, and splits that share no examples."""
 
 import json
 import math
@@ -89,12 +89,12 @@ def fields(request):
 every = pytest.mark.parametrize("kind", TASKS)
 
 
-def test_every_task_is_tried():
+def test_every_task_has_a_harder_variant_in_these_tests():
     assert set(HARDER) == set(TASKS)
 
 
 @every
-def test_every_answer_is_what_a_plain_program_finds(opened, kind, fields):
+def test_every_answer_matches_the_task_solver(opened, kind, fields):
     task = opened(kind, **fields[kind])
     batches = [task.training_batch(step, 12, seed=0) for step in range(2)]
     batches += [batch for batch, _ in task.evaluation_batches(12, 2)]
@@ -106,7 +106,7 @@ def test_every_answer_is_what_a_plain_program_finds(opened, kind, fields):
 
 
 @every
-def test_tokens_are_those_of_the_vocabulary(opened, kind, fields):
+def test_tokens_are_within_the_vocabulary(opened, kind, fields):
     task = opened(kind, **fields[kind])
     inputs, targets = task.training_batch(0, 64, seed=0)
     assert inputs.shape == targets.shape == (64, task.config.sequence_length)
@@ -119,7 +119,7 @@ def test_tokens_are_those_of_the_vocabulary(opened, kind, fields):
 
 
 @every
-def test_a_batch_is_a_function_of_seed_and_step_for_any_number_of_ranks(opened, kind):
+def test_batch_depends_on_seed_and_step_but_not_world_size(opened, kind):
     task = opened(kind)
     first = task.training_batch(3, 12, seed=7)
     for step, seed in ((4, 7), (3, 8)):
@@ -131,7 +131,7 @@ def test_a_batch_is_a_function_of_seed_and_step_for_any_number_of_ranks(opened, 
 
 
 @every
-def test_examples_of_an_evaluation_are_not_those_of_training(opened, kind):
+def test_evaluation_examples_do_not_overlap_training_examples(opened, kind):
     task = opened(kind)
     learned = {row.tobytes() for step in range(20) for row in task.training_batch(step, 32, seed=0).inputs.numpy()}
     held_out = {row.tobytes() for batch, _ in task.evaluation_batches(32, 8) for row in batch.inputs.numpy()}
@@ -161,7 +161,7 @@ def test_rows_cycle_through_the_difficulties(opened, kind, fields, monkeypatch):
 
 
 @every
-def test_an_evaluation_has_as_many_examples_of_each_difficulty(opened, kind, fields):
+def test_evaluation_has_equally_many_examples_of_each_difficulty(opened, kind, fields):
     task = opened(kind, **fields[kind])
     wanted = task.config.evaluate_at or task.config.difficulties
     counts = dict.fromkeys(map(str, wanted), 0)
@@ -173,7 +173,7 @@ def test_an_evaluation_has_as_many_examples_of_each_difficulty(opened, kind, fie
 
 
 @every
-def test_an_evaluation_is_the_same_in_batches_of_any_size(opened, kind):
+def test_evaluation_examples_do_not_depend_on_batch_size(opened, kind):
     task = opened(kind, **HARDER[kind])
 
     def rows(size: int, limit: int) -> list[bytes]:
@@ -184,7 +184,7 @@ def test_an_evaluation_is_the_same_in_batches_of_any_size(opened, kind):
     assert set(rows(16, 1)) <= set(rows(16, 4))
 
 
-def test_a_whole_evaluation_has_the_examples_that_are_configured(opened):
+def test_full_evaluation_has_the_configured_number_of_examples(opened):
     task = opened("parity", evaluation_examples=2 * BLOCK + 5)
     for limit in (None, 100):
         batches = (batch for batch, _ in task.evaluation_batches(50, limit))
@@ -195,7 +195,7 @@ def test_a_whole_evaluation_has_the_examples_that_are_configured(opened):
     assert shapes == {"8": (8, 16), "64": (2, 64)}
 
 
-def test_mqar_is_that_of_the_paper():
+def test_mqar_examples_follow_the_paper():
     config = MqarConfig(sequence_length=64, pairs=(8,), vocab_size=64, noise=False)
     inputs, targets = Task(config).training_batch(0, 500, seed=0)
     keys, values = inputs[:, 0:16:2], inputs[:, 1:16:2]
@@ -223,7 +223,7 @@ def test_mqar_is_that_of_the_paper():
     assert set(inputs[:, 8:][targets[:, 8:] == IGNORED].unique().tolist()) == set(range(64))
 
 
-def test_symbols_stand_where_the_papers_put_them(opened):
+def test_symbols_are_placed_as_in_the_papers(opened):
     inputs, _ = opened("selective_copying", symbols=(4,)).training_batch(0, 500, seed=0)
     shares = ((inputs != 0) & (inputs != 15)).float().mean(0)[:60]
     assert 0 < shares.min() <= shares.max() < 0.15  # 4 of 60
@@ -242,7 +242,7 @@ def test_permutations_compose_from_right_to_left(opened):
     assert config.solve([2, 1]) == {0: 2, 1: 4}
 
 
-def test_a_passkey_lies_where_its_depth_says_in_the_text_of_its_split(opened):
+def test_passkey_is_at_its_depth_in_text_of_its_split(opened):
     task = opened("passkey", sequence_length=300, depths=(0, 50, 100))
     inputs, targets = task.training_batch(0, 3, seed=0)
     texts = [bytes(min(token, 255) for token in row) for row in inputs.tolist()]
@@ -287,7 +287,7 @@ def test_a_passkey_lies_where_its_depth_says_in_the_text_of_its_split(opened):
     ],
     ids=str,
 )
-def test_an_impossible_task_is_refused(kind, fields, named):
+def test_impossible_task_config_is_refused(kind, fields, named):
     with pytest.raises(ConfigError, match=named):
         DATA.resolve(kind)(**fields)
 
@@ -304,11 +304,11 @@ def test_an_impossible_task_is_refused(kind, fields, named):
     ],
     ids=str,
 )
-def test_a_run_that_cannot_have_a_task_is_refused(change, named):
+def test_settings_incompatible_with_a_task_are_refused(change, named):
     assert re.search(named, refusal(lambda: load_config("mqar-tiny", [change]), ConfigError))
 
 
-def test_another_kind_replaces_what_a_text_has(tmp_path):
+def test_another_data_kind_replaces_inherited_text_fields(tmp_path):
     without = read_mapping("retnet-tiny", PRESETS)
     del without["data"]
     (tmp_path / "root.yaml").write_text(json.dumps(without))
@@ -336,7 +336,7 @@ SMALL = (
 )
 
 
-def test_a_run_measures_accuracy_and_its_model_has_no_text(tmp_path):
+def test_task_run_measures_accuracy_and_has_no_tokenizer(tmp_path):
     config, run = load_config("mqar-tiny", SMALL), tmp_path / "run"
     events = run_of(config, run)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -353,7 +353,7 @@ def test_a_run_measures_accuracy_and_its_model_has_no_text(tmp_path):
     assert "text" in refusal(lambda: generate_text(model, ["def "]))
 
 
-def test_a_score_counts_every_answer_by_the_difficulty_of_its_row():
+def test_score_counts_answers_by_the_difficulty_of_their_row():
     x = IGNORED
     targets = torch.tensor([[x, 3, 4], [5, x, x], [x, x, x]])
     slices = {"pairs": ["2", "4", "4"], "depth": ["0", "0", "9"]}
@@ -369,7 +369,7 @@ def test_a_score_counts_every_answer_by_the_difficulty_of_its_row():
     assert found.accuracy_by == {"pairs": {"2": 0.5, "4": 0.5}, "depth": {"0": 2 / 3, "9": 0.0}}
 
 
-def test_accuracy_is_that_of_the_most_probable_token():
+def test_accuracy_counts_the_most_probable_token():
     config = load_config("mqar-tiny", [*SMALL, "seed=1"])
     trainer = trainer_of(config)
     found = trainer.evaluate(final=True)
@@ -388,7 +388,7 @@ def test_accuracy_is_that_of_the_most_probable_token():
     assert found.loss == pytest.approx(np.mean(losses_of_answers), rel=1e-5)
 
 
-def test_the_command_shows_accuracy_of_a_task_alone(seqmix, config_of, tmp_path):
+def test_train_command_shows_accuracy_only_for_tasks(seqmix, config_of, tmp_path):
     done = seqmix("train", "mqar-tiny", *SMALL, "--out", "run")
     assert done.status == 0
     assert re.search("mqar: .*2, 4 .*2, 4", done.out)

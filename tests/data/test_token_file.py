@@ -1,4 +1,4 @@
-"""Token files: what is written is what is mapped, and what is damaged is refused."""
+"""Token files: mapped tokens match the written ones, and damaged files are refused."""
 
 import json
 from pathlib import Path
@@ -70,7 +70,7 @@ def file(folder):
 
 
 @pytest.mark.parametrize("tokenizer", [BYTES, WideTokenizer()], ids=["uint16", "uint32"])
-def test_a_token_file_is_a_safetensors_file_of_the_tokens(tmp_path, tokenizer):
+def test_token_file_is_a_safetensors_file_with_the_tokens(tmp_path, tokenizer):
     file = write(tmp_path / "a.tokens", b"one", b"two!", tokenizer=tokenizer)
     shift = 0 if tokenizer.begin == BEGIN else 2**16
     expected = [tokenizer.begin, *(byte + shift for byte in b"one"), tokenizer.begin, *(b + shift for b in b"two!")]
@@ -85,7 +85,7 @@ def test_a_token_file_is_a_safetensors_file_of_the_tokens(tmp_path, tokenizer):
     assert dtypes == {"tokens": tokens, "ends": "int64", "digests": "uint64", "checks": "uint32"}
 
 
-def test_a_file_of_many_blocks_comes_back(tmp_path):
+def test_file_of_many_blocks_round_trips(tmp_path):
     texts = [np.random.default_rng(n).integers(0, 256, size=BLOCK * n // 3).astype(np.uint8).tobytes() for n in (2, 5)]
     file = write(tmp_path / "a.tokens", *texts)
     expected = np.concatenate([[BEGIN, *text] for text in texts])
@@ -95,7 +95,7 @@ def test_a_file_of_many_blocks_comes_back(tmp_path):
         assert np.array_equal(again.read(start, stop), expected[start:stop])
 
 
-def test_documents_are_written_as_they_come(tmp_path):
+def test_documents_are_written_while_they_are_read(tmp_path):
     def documents():
         yield from (Document("", "", b"x" * 100) for _ in range(2000))
         # what was tokenized is on disk before the last document is asked for
@@ -104,7 +104,7 @@ def test_documents_are_written_as_they_come(tmp_path):
     assert len(write_token_file(tmp_path / "a.tokens", tokenized(documents(), BYTES), BYTES).ends) == 2000
 
 
-def test_a_failed_write_leaves_no_file(tmp_path):
+def test_failed_write_leaves_no_file(tmp_path):
     def documents():
         yield Document("", "", b"x")
         raise ZeroDivisionError
@@ -123,7 +123,7 @@ def corpora(folder, file, **fields):
 
 
 @pytest.mark.parametrize("split", ["by_document", "tail"])
-def test_a_mapped_corpus_is_the_one_in_memory(folder, file, split):
+def test_mapped_corpus_matches_the_one_in_memory(folder, file, split):
     text, mapped = corpora(folder, file, split=split)
     assert isinstance(mapped.train, Stream)
     assert mapped.train[:].tolist() == text.train.tolist()
@@ -137,12 +137,12 @@ def test_a_mapped_corpus_is_the_one_in_memory(folder, file, split):
     assert all((a.inputs == b.inputs).all() for a, b in zip(*batches, strict=True))
 
 
-def test_auto_splits_a_mapped_corpus_by_document_and_text_is_not_mixed_in(folder, file):
+def test_mapped_corpus_is_split_by_document_and_rejects_text_files(folder, file):
     assert [corpus.split for corpus in corpora(folder, file)] == ["by_file", "by_document"]
     assert str(file) in refusal(lambda: read_corpus(TextConfig(paths=(str(folder), str(file)))))
 
 
-def test_several_files_are_one_corpus(tmp_path):
+def test_several_token_files_form_one_corpus(tmp_path):
     for number in range(12):
         write(tmp_path / f"{number}.tokens", *(bytes([number * 3 + n]) * 20 for n in range(3)))
     options = {"sequence_length": 8, "split": "by_file", "validation_fraction": 0.4}
@@ -156,7 +156,7 @@ def test_several_files_are_one_corpus(tmp_path):
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.data())
-def test_a_slice_of_a_stream_is_that_of_its_tokens(lengths, data):
+def test_stream_slice_matches_the_slice_of_its_tokens(lengths, data):
     tokens, ends = np.arange(100, 100 + sum(lengths), dtype=np.uint16), np.cumsum(lengths)
 
     class InMemory:
@@ -177,7 +177,7 @@ def test_a_slice_of_a_stream_is_that_of_its_tokens(lengths, data):
     assert stream.starts.tolist() == [at for at, token in enumerate(whole) if token == 7]
 
 
-def test_any_damaged_byte_and_any_other_length_is_seen(file):
+def test_damaged_bytes_and_wrong_lengths_are_detected(file):
     content = file.read_bytes()
     for length in (0, 7, 100, HEADER, HEADER + 1, -1):
         file.write_bytes(content[:length])
@@ -202,7 +202,7 @@ def test_any_damaged_byte_and_any_other_length_is_seen(file):
         file.read(BLOCK - 1, BLOCK + 1)
 
 
-def test_other_files_are_not_token_files(tmp_path):
+def test_other_files_are_refused_as_token_files(tmp_path):
     path = tmp_path / "a.tokens"
     path.write_text("some text, which is longer than a header's length")
     error(path)
@@ -226,7 +226,7 @@ def test_other_files_are_not_token_files(tmp_path):
         (b'"I64", "shape": [', b'"U64", "shape": [', "ends must be one-dimensional I64, got U64 ["),
     ],
 )
-def test_a_header_of_something_else_is_refused(tmp_path, written, instead, named):
+def test_token_file_with_a_wrong_header_is_refused(tmp_path, written, instead, named):
     path = tmp_path / "a.tokens"
     write(path, b"a" * 100)
     content = path.read_bytes()
@@ -247,14 +247,14 @@ class Opened(ByteTokenizer):
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_a_text_of_begin_tokens_alone_is_refused(tmp_path, packing):
+def test_text_of_only_begin_tokens_is_refused(tmp_path, packing):
     write(tmp_path / "a.tokens", *([b"a text"] * 40), tokenizer=Opened(1))
     config = TextConfig(paths=(str(tmp_path / "a.tokens"),), sequence_length=4, packing=packing, split="tail")
     with pytest.raises(SeqmixError, match=r"has no text: all its tokens \(\d+\) are the begin token 256; use a text"):
         config.open(257)
 
 
-def test_begin_tokens_inside_documents_are_refused_where_they_would_be_packed(tmp_path):
+def test_begin_tokens_inside_documents_are_refused_only_when_packing(tmp_path):
     write(tmp_path / "a.tokens", *([b"the text of a document"] * 40), tokenizer=Opened(3))
     fields = {"paths": (str(tmp_path / "a.tokens"),), "sequence_length": 12, "split": "tail"}
     text = TextConfig(**fields, packing=True).open(257)

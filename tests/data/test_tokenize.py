@@ -1,4 +1,4 @@
-"""`seqmix tokenize`, and runs on what it wrote."""
+"""`seqmix tokenize`, and runs on the files it writes."""
 
 import json
 import re
@@ -36,7 +36,7 @@ def bpe(seqmix):
     return done
 
 
-def test_a_token_file_is_written_and_how_to_train_on_it_shown(seqmix):
+def test_tokenize_writes_a_file_and_shows_the_training_options(seqmix):
     done = seqmix("tokenize", "text.txt", "--out", "text.tokens")
     assert (done.status, done.err) == (0, "")
     size = len(Path("text.txt").read_bytes())
@@ -45,7 +45,7 @@ def test_a_token_file_is_written_and_how_to_train_on_it_shown(seqmix):
     assert not Path("text.json").exists()
 
 
-def test_sources_are_paths_datasets_and_fields_of_data(seqmix, monkeypatch):
+def test_tokenize_accepts_paths_datasets_and_data_fields(seqmix, monkeypatch):
     class Library:
         @staticmethod
         def load_dataset(path, name, *, split, streaming):
@@ -64,14 +64,14 @@ def test_sources_are_paths_datasets_and_fields_of_data(seqmix, monkeypatch):
     assert file.ends.tolist() == [5, 10]
 
 
-def test_a_vocabulary_is_learned_beside_the_file_and_used_again(seqmix, bpe):
+def test_learned_vocabulary_is_saved_next_to_the_file_and_reusable(seqmix, bpe):
     assert json.loads(Path("text.json").read_text())["model"]["type"] == "BPE"
     assert re.search(r"data\.tokenizer=text\.json model\.vocab_size=\d+", bpe.out)
     assert seqmix("tokenize", "text.txt", "--out", "again.tokens", "--tokenizer", "text.json").status == 0
     assert Path("again.tokens").read_bytes() == Path("text.tokens").read_bytes()
 
 
-def test_every_field_is_honoured(seqmix, bpe):
+def test_tokenize_honours_data_fields(seqmix, bpe):
     Path("a=b.txt").write_bytes("Straße".encode("latin-1"))
     file = tokenize(seqmix, "a=b.txt", "encoding=latin-1", out="first.tokens")
     assert bytes(file.read(1, 8).astype("uint8")) == "Straße".encode()
@@ -113,7 +113,7 @@ def test_every_field_is_honoured(seqmix, bpe):
     ],
     ids=str,
 )
-def test_what_cannot_be_tokenized_is_named(refused, arguments, named):
+def test_invalid_tokenize_arguments_are_named_and_write_nothing(refused, arguments, named):
     pytest.importorskip("tokenizers")
     for name in ("taken.tokens", "empty.tokens"):
         Path(name).touch()
@@ -126,7 +126,7 @@ def test_what_cannot_be_tokenized_is_named(refused, arguments, named):
     assert Path("text.json").read_text() == "mine"
 
 
-def test_a_run_has_its_own_vocabulary_and_generates_with_it(seqmix, bpe):
+def test_run_copies_its_vocabulary_and_generates_with_it(seqmix, bpe):
     done = seqmix("train", "retnet-tiny", *SMALL, *BPE, "--out", "run")
     assert (done.status, done.err) == (0, "")
     assert re.search(r"step 4: .* \d\.\d+ nats/token, \d+\.\d+ bits/byte", done.out)
@@ -150,7 +150,7 @@ def test_a_run_has_its_own_vocabulary_and_generates_with_it(seqmix, bpe):
 
 
 @pytest.mark.parametrize("command", [("train",), ("train", "--dry-run")], ids=" ".join)
-def test_a_model_of_another_vocabulary_is_refused(refused, bpe, command):
+def test_model_with_another_vocabulary_size_is_refused(refused, bpe, command):
     message = refused(*command, "retnet-tiny", *SMALL, *BPE, "model.vocab_size=279")
     assert re.search(r"text\.json .*model\.vocab_size .*280, .*got 279", message)
     message = refused("train", "retnet-tiny", *SMALL, "data.paths=[text.tokens]", "model.vocab_size=280")
@@ -158,7 +158,7 @@ def test_a_model_of_another_vocabulary_is_refused(refused, bpe, command):
     assert not Path("runs").exists()
 
 
-def test_a_full_disk_leaves_neither_a_vocabulary_nor_tokens(seqmix, tmp_path):
+def test_full_disk_leaves_neither_vocabulary_nor_token_file(seqmix, tmp_path):
     numbers = np.random.default_rng(0).integers(10**9, size=20_000)
     Path("numbers.txt").write_text(" ".join(map(str, numbers)))
     arguments = ("tokenize", "numbers.txt", "--train-bpe", "300", "--out", "new.tokens")
@@ -171,7 +171,7 @@ def test_a_full_disk_leaves_neither_a_vocabulary_nor_tokens(seqmix, tmp_path):
     assert Path("new.json").stat().st_size < 40_000 < Path("new.tokens").stat().st_size
 
 
-def test_a_vocabulary_of_somebody_is_not_taken_for_one_that_was_left(refused, tmp_path):
+def test_existing_vocabulary_file_is_not_overwritten(refused, tmp_path):
     Path("new.json").write_text("mine")
     arguments = ("tokenize", "text.txt", "--train-bpe", "270", "--out", "new.tokens")
     assert "new.json exists already" in refused(*arguments)

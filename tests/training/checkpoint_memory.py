@@ -1,15 +1,15 @@
-"""Measure main memory and step times of a run of several processes while it writes checkpoints.
+"""Measure main memory and step times of a multi-process run while it writes checkpoints.
 
     torchrun --nproc-per-node 4 tests/training/checkpoint_memory.py FOLDER [PRESET [CHANGE ...]]
 
-trains retnet-200m on bytes (202M parameters), a sequence of 1,024 in each process, and prints for every process what it
-holds at most, in MiB: while the model is built, in a step (its shards of the parameters, and all that the step
-allocates), and while a checkpoint is written (more than before). Then what holds of all:
+trains retnet-200m on bytes (202M parameters), one sequence of 1,024 per process, and prints the peak memory of every
+process in MiB: while the model is built, in a step (its parameter shards and everything the step allocates), and while
+a checkpoint is written (the increase). Then it checks for all processes:
 
-- the weights that they start with are those of one process, to the bit;
-- none ever has as much as the model's parameters take;
-- none needs more for a checkpoint than its shards (parameters and two moments) and 1 GiB;
-- steps, while a checkpoint is written, are at most a tenth slower: where cores are free. Medians.
+- their initial weights are bitwise those of a single process;
+- none ever holds as much memory as all parameters of the model take;
+- none needs more for a checkpoint than its shards (parameters and two moments) plus 1 GiB;
+- the median step is at most a tenth slower while a checkpoint is written, if cores are free.
 """
 
 import ctypes

@@ -1,4 +1,4 @@
-"""Runs that several tests compare with, trained once; and processes that start with everything imported."""
+"""Reference runs, trained once and shared by tests, and processes that start with all imports done."""
 
 import multiprocessing
 from collections.abc import Callable

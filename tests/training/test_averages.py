@@ -1,4 +1,4 @@
-"""Averages of weights: the moving average of a run, and the mean of its last checkpoints."""
+"""Averages of weights: the moving average of a run and the mean of its last checkpoints."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ def weights(run: Path, step: int, part: str = "model") -> dict[str, torch.Tensor
     return load_file(run / f"checkpoints/step-{step:06d}/{part}.safetensors")
 
 
-def test_the_moving_average_follows_the_parameters(config_of, tmp_path):
+def test_moving_average_follows_the_parameters(config_of, tmp_path):
     config = config_of(*EMA)
     run = tmp_path / "run"
     run_of(config, run)
@@ -47,7 +47,7 @@ def test_the_moving_average_follows_the_parameters(config_of, tmp_path):
     assert all(torch.equal(exported[name], value) for name, value in loaded.items())
 
 
-def test_commands_take_the_moving_average(config_of, tmp_path, seqmix):
+def test_evaluate_and_generate_accept_ema_weights(config_of, tmp_path, seqmix):
     run_of(config_of("training.ema=0.4", "training.steps=2"), tmp_path / "run")
     run_of(config_of("training.steps=2"), tmp_path / "plain")
     losses = []
@@ -61,7 +61,7 @@ def test_commands_take_the_moving_average(config_of, tmp_path, seqmix):
     assert "without training.ema" in refusal(lambda: load_run(tmp_path / "plain", ema=True))
 
 
-def test_the_last_checkpoints_are_averaged(config_of, tmp_path, seqmix):
+def test_average_command_averages_the_last_checkpoints(config_of, tmp_path, seqmix):
     run_of(config_of("training.checkpoint_every=1", "training.keep_checkpoints=3"), tmp_path / "run")
     done = seqmix("average", tmp_path / "run", "--checkpoints", "3", "--to", tmp_path / "mean")
     assert "has weights but no optimizer state" in seqmix("train", "--resume", tmp_path / "mean").err
@@ -77,7 +77,7 @@ def test_the_last_checkpoints_are_averaged(config_of, tmp_path, seqmix):
         )
 
 
-def test_a_run_whose_weights_are_missing_is_refused_by_every_command(config_of, tmp_path, seqmix, refused):
+def test_every_command_refuses_a_run_without_weights(config_of, tmp_path, seqmix, refused):
     run_of(config_of("training.checkpoint_every=1"), tmp_path / "run")
     assert seqmix("average", "run", "--to", "mean").status == 0
     assert refused("average", "run", "--to", "mean") == "mean already holds a run: choose another --to DIR"
@@ -102,7 +102,7 @@ def test_a_run_whose_weights_are_missing_is_refused_by_every_command(config_of, 
     assert not (tmp_path / "new").exists()
 
 
-def test_a_short_run_says_that_its_warm_up_is_shortened(config_of, tmp_path):
+def test_run_shorter_than_its_warmup_notes_the_shortened_warmup(config_of, tmp_path):
     events = run_of(config_of("training.steps=3", "training.warmup_steps=50"), tmp_path / "run")
     (note,) = (event.text for event in events if isinstance(event, Noted))
     assert note == "training.warmup_steps = 50 is shortened to 3, since training.steps is 3"
@@ -110,7 +110,7 @@ def test_a_short_run_says_that_its_warm_up_is_shortened(config_of, tmp_path):
     assert rates == pytest.approx([1e-3, 2e-3, 3e-3])
 
 
-def test_the_device_of_training_is_chosen(config_of, tmp_path, seqmix):
+def test_training_device_can_be_chosen(config_of, tmp_path, seqmix):
     config = config_of("training.steps=2")
     (started, *_) = run_of(config, tmp_path / "run", device="cpu")
     assert started.device == torch.device("cpu")
@@ -119,7 +119,7 @@ def test_the_device_of_training_is_chosen(config_of, tmp_path, seqmix):
     assert "'cuda:77' cannot be used" in done.err
 
 
-def test_a_checkpoint_that_is_deleted_while_it_is_averaged_is_replaced_by_the_next(config_of, tmp_path, monkeypatch):
+def test_averaging_falls_back_when_a_checkpoint_is_deleted_meanwhile(config_of, tmp_path, monkeypatch):
     run_of(config_of("training.checkpoint_every=1", "training.keep_checkpoints=9"), tmp_path / "run")
     verify, seen = checkpoint.verify, []
 
@@ -134,7 +134,7 @@ def test_a_checkpoint_that_is_deleted_while_it_is_averaged_is_replaced_by_the_ne
     assert average_run(tmp_path / "run", tmp_path / "mean", checkpoints=2) == [3, 4]
 
 
-def test_arguments_of_another_kind_are_named(config_of, tmp_path):
+def test_wrong_config_types_are_named_in_the_error(config_of, tmp_path):
     assert "RunConfig" in refusal(lambda: list(train("retnet-tiny", tmp_path / "run")))
     config = config_of()
     assert "config.training" in refusal(lambda: build_optimizer(build_model(config.model), config))
@@ -150,7 +150,7 @@ def test_arguments_of_another_kind_are_named(config_of, tmp_path):
         (0.1, "true", 1, {"threads": 9}),
     ],
 )
-def test_another_layout_whose_dropout_is_another_is_noted(
+def test_resume_notes_a_layout_change_that_alters_dropout(
     config_of, tmp_path, monkeypatch, dropout, shared, notes, changed
 ):
     config = config_of(f"model.blocks.ret.dropout={dropout}", f"model.blocks.ret.shared={shared}")
@@ -162,7 +162,7 @@ def test_another_layout_whose_dropout_is_another_is_noted(
     assert ("dropout" in found[-1]) == (notes == 2)
 
 
-def test_a_full_disk_leaves_no_configuration_of_a_run(config_of, tmp_path):
+def test_full_disk_leaves_no_config_in_a_new_run(config_of, tmp_path):
     config = config_of()
     with small_disk(100):
         message = refusal(lambda: claim(tmp_path / "run", config, ""))

@@ -1,4 +1,4 @@
-"""Checkpoints: complete or absent, verified, and refused where they are another model's."""
+"""Checkpoints: complete or absent, verified, and refused if they belong to another model."""
 
 import json
 import shutil
@@ -62,7 +62,7 @@ def made(config_of):
 
 
 @pytest.mark.parametrize(("kind", "moments"), [("adamw", 3), ("muon", 1), ("frozen", 3)])
-def test_a_checkpoint_comes_back_to_the_bit(config_of, tmp_path, kind, moments):
+def test_checkpoint_round_trip_is_bitwise_exact(config_of, tmp_path, kind, moments):
     config = config_of(*([] if kind == "frozen" else [f"training.optimizer={kind}"]))
     model, optimizer = made_of(config, steps=3, frozen=kind == "frozen")
     folder = saved(tmp_path, 7, model, optimizer)
@@ -88,7 +88,7 @@ def test_a_checkpoint_comes_back_to_the_bit(config_of, tmp_path, kind, moments):
             assert its.state[theirs][key].dtype is value.dtype
 
 
-def test_a_parameter_without_moments_is_told_from_those_whose_names_end_like_its_own(config_of, tmp_path):
+def test_moments_are_not_confused_between_names_with_the_same_suffix(config_of, tmp_path):
     config = config_of("training.optimizer=torch.optim:Adam", preset="gla-tiny")
     model, optimizer = made_of(config)
     model(torch.tensor([[1, 2, 3]])).logits.square().mean().backward()
@@ -102,7 +102,7 @@ def test_a_parameter_without_moments_is_told_from_those_whose_names_end_like_its
     assert torch.equal(state["exp_avg"], optimizer.state[model.blocks[0].mixer.norm.weight]["exp_avg"])
 
 
-def test_a_carried_state_and_what_computed_it_are_saved_without_pickle(config_of, tmp_path):
+def test_carried_state_and_manifest_are_saved_without_pickle(config_of, tmp_path):
     run = tmp_path / "run"
     run_of(config_of("training.carry_state=true"), run)
     suffixes = {file.suffix for file in run.rglob("*") if file.is_file()}
@@ -117,8 +117,8 @@ def test_a_carried_state_and_what_computed_it_are_saved_without_pickle(config_of
     assert " 2." in refused(lambda: load_state(latest(run), deeper, 4))
 
 
-def test_a_carried_state_has_the_shapes_and_types_of_the_models(config_of, tmp_path):
-    """A checksum says nothing of who wrote it: whoever swaps tensors seals the checkpoint again."""
+def test_carried_state_with_wrong_shapes_or_dtypes_is_refused(config_of, tmp_path):
+    """The checksum is recomputed after each change, so only the checks of the tensors can refuse it."""
     run = tmp_path / "run"
     run_of(config_of("training.carry_state=true", "data.sequence_length=8"), run)
     folder, model = latest(run), build_model(config_of().model)
@@ -148,7 +148,7 @@ def test_a_carried_state_has_the_shapes_and_types_of_the_models(config_of, tmp_p
     assert load_state(folder, model, 4)[0].memory.dtype is torch.float64
 
 
-def test_the_metadata_of_a_checkpoint_imports_nothing(config_of, tmp_path, monkeypatch):
+def test_checkpoint_metadata_imports_no_module(config_of, tmp_path, monkeypatch):
     run_of(config_of(), run := tmp_path / "run")
     folder, model = latest(run), build_model(config_of().model)
     fields = json.loads(config_of().model.model_dump_json())
@@ -166,7 +166,7 @@ def test_the_metadata_of_a_checkpoint_imports_nothing(config_of, tmp_path, monke
 
 
 @pytest.mark.slow
-def test_torch_s_distributed_checkpoint_reads_it(config_of, tmp_path):
+def test_torch_distributed_checkpoint_reads_a_saved_checkpoint(config_of, tmp_path):
     import torch.distributed.checkpoint as dcp
 
     trained = made_of(config_of(), steps=3)
@@ -177,7 +177,7 @@ def test_torch_s_distributed_checkpoint_reads_it(config_of, tmp_path):
     assert all(torch.equal(wanted[name], tensor) for name, tensor in expected.items())
 
 
-def test_checkpoints_are_the_numbered_folders_in_order(made, tmp_path):
+def test_checkpoints_lists_numbered_folders_in_step_order(made, tmp_path):
     for step in (999_999, 1_000_001, 5):
         saved(tmp_path, step, *made)
     (tmp_path / "checkpoints" / "step-best").mkdir()
@@ -190,7 +190,7 @@ def test_checkpoints_are_the_numbered_folders_in_order(made, tmp_path):
     assert not load_file(saved(tmp_path, 5, *made) / FILES[0])["embedding.weight"].any()
 
 
-def test_the_newest_and_the_best_are_retained(made, tmp_path):
+def test_newest_and_best_checkpoints_are_kept(made, tmp_path):
     for step, loss in enumerate((3.0, 1.0, 2.0, 1.0, None), start=1):
         saved(tmp_path, step, *made, metrics={} if loss is None else {"validation_loss": loss})
     checkpoint.delete_others(tmp_path, 5, keep=2, keep_best=True)
@@ -205,7 +205,7 @@ def test_the_newest_and_the_best_are_retained(made, tmp_path):
 
 
 @pytest.mark.parametrize("failing", [1, 2])
-def test_a_failed_write_leaves_the_previous_checkpoint(config_of, tmp_path, whole, monkeypatch, failing):
+def test_failed_write_keeps_the_previous_checkpoint(config_of, tmp_path, whole, monkeypatch, failing):
     config, run, calls = config_of(), tmp_path / "run", []
 
     def crash(tensors, file, metadata=None):
@@ -228,7 +228,7 @@ def test_a_failed_write_leaves_the_previous_checkpoint(config_of, tmp_path, whol
     require_same_run(run, whole(config))
 
 
-def test_a_checkpoint_appears_with_all_its_files_on_the_disk(made, tmp_path, monkeypatch):
+def test_checkpoint_is_named_only_after_its_files_are_flushed(made, tmp_path, monkeypatch):
     seen, written = [], []
 
     def watch(path):
@@ -246,7 +246,7 @@ def test_a_checkpoint_appears_with_all_its_files_on_the_disk(made, tmp_path, mon
     assert folder.stat().st_ino in written  # renamed, not copied
 
 
-def test_old_ones_are_deleted_once_the_new_one_is_there(made, tmp_path, monkeypatch):
+def test_old_checkpoint_is_deleted_only_after_the_new_one_exists(made, tmp_path, monkeypatch):
     saved(tmp_path, 1, *made)
     present, rmtree = [], shutil.rmtree
 
@@ -269,7 +269,7 @@ def test_old_ones_are_deleted_once_the_new_one_is_there(made, tmp_path, monkeypa
     assert names(tmp_path) == ["step-000002"]
 
 
-def test_steps_go_on_while_a_checkpoint_is_written_and_one_is_written_at_a_time(made, tmp_path, monkeypatch):
+def test_checkpoints_are_written_in_the_background_one_at_a_time(made, tmp_path, monkeypatch):
     slow_disk = threading.Event()
 
     def wait(*arguments):
@@ -289,14 +289,14 @@ def test_steps_go_on_while_a_checkpoint_is_written_and_one_is_written_at_a_time(
     assert torch.equal(load_file(first / FILES[0])["embedding.weight"], expected)
 
 
-def test_a_run_ends_with_its_checkpoints_on_the_disk(config_of, tmp_path):
+def test_closing_a_run_finishes_its_pending_checkpoint(config_of, tmp_path):
     events = train(config_of(), tmp_path / "run")
     assert next(event for event in events if type(event).__name__ == "Saved").step == 2
     events.close()
     assert names(tmp_path / "run") == ["step-000002"]
 
 
-def test_another_error_comes_before_that_of_writing(tmp_path, made, monkeypatch):
+def test_other_errors_take_precedence_over_write_errors(tmp_path, made, monkeypatch):
     def crash(*arguments):
         raise OSError("no disk")
 
@@ -326,7 +326,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("file", ["manifest.json", *FILES])
-def test_a_damaged_checkpoint_names_its_file(made, tmp_path, file):
+def test_damaged_checkpoint_error_names_the_file(made, tmp_path, file):
     path = saved(tmp_path, 1, *made, metrics={"validation_loss": 2.5}) / file
     data = path.read_bytes()
     for damage in DAMAGE.values():
@@ -343,7 +343,7 @@ def test_a_damaged_checkpoint_names_its_file(made, tmp_path, file):
     assert str(moved / "manifest.json") in refused(lambda: verify(moved))
 
 
-def test_where_all_are_damaged_the_error_names_the_newest(config_of, tmp_path):
+def test_error_names_the_newest_checkpoint_when_all_are_damaged(config_of, tmp_path):
     run = tmp_path / "run"
     run_of(config_of(), run)
     for folder in checkpoints(run):
@@ -354,7 +354,7 @@ def test_where_all_are_damaged_the_error_names_the_newest(config_of, tmp_path):
     assert contents(run) == before
 
 
-def test_the_next_best_is_taken_where_the_best_is_damaged(made, tmp_path):
+def test_next_best_checkpoint_is_used_when_the_best_is_damaged(made, tmp_path):
     for step, loss in enumerate((3.0, 1.0, 2.0, 4.0), start=1):
         saved(tmp_path, step, *made, metrics={"validation_loss": loss})
     assert find(tmp_path, "best").manifest.step == 2
@@ -386,7 +386,7 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("other", FOREIGN)
-def test_a_foreign_checkpoint_is_refused_and_changes_nothing(config_of, tmp_path, other):
+def test_checkpoint_of_another_model_is_refused_and_changes_nothing(config_of, tmp_path, other):
     overrides, named = FOREIGN[other]
     folder = saved(tmp_path, 1, *made_of(config_of(*overrides)))
     model, optimizer = made_of(config_of())
@@ -404,7 +404,7 @@ def test_a_foreign_checkpoint_is_refused_and_changes_nothing(config_of, tmp_path
 @pytest.mark.parametrize(
     ("make", "what"), [(None, "does not exist"), (Path.mkdir, r"config\.yaml"), (Path.touch, "is a file")]
 )
-def test_a_folder_that_is_not_a_run_is_refused(tmp_path, make, what):
+def test_folder_that_is_not_a_run_is_refused(tmp_path, make, what):
     if make:
         make(tmp_path / "run")
     with pytest.raises(CheckpointError, match=f"{tmp_path / 'run'} .*{what}"):

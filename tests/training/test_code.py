@@ -1,4 +1,4 @@
-"""Runs that carry their plug-ins: copies of the source, trust, and what differs."""
+"""Runs that store copies of their plugins: when a copy is imported, trusted, or found to differ."""
 
 import sys
 from pathlib import Path
@@ -65,19 +65,19 @@ def generate(seqmix, run, *options):
     return seqmix("generate", run, "--prompt", "the ", "--max-new-tokens", "8", *options)
 
 
-def test_a_run_has_copies_of_its_plug_in_and_of_what_that_imports(elsewhere):
+def test_run_stores_copies_of_its_plugin_and_its_imports(elsewhere):
     assert read_code(Path("run")) == {"average_here.py": MIXER.encode(), "helper.py": b"SCALE = -0.5\n"}
     sums = Path("run", CODE, "SHA256SUMS").read_text().splitlines()
     assert [line.split("  ")[1] for line in sums] == ["average_here.py", "helper.py"]
     assert len(sums[0].split("  ")[0]) == 64
 
 
-def test_where_the_plug_in_is_the_same_nothing_changes(elsewhere, seqmix):
+def test_unchanged_plugin_is_imported_without_trust(elsewhere, seqmix):
     elsewhere(".")
     assert generate(seqmix, "run").err == "note: run imports the module average_here\n"
 
 
-def test_elsewhere_the_copy_is_imported_only_with_trust(elsewhere, seqmix, refused):
+def test_plugin_copy_is_imported_only_with_trust(elsewhere, seqmix, refused):
     here = generate(seqmix, "run")
     run = elsewhere()
     message = refused("generate", run, "--prompt", "a")
@@ -94,7 +94,7 @@ def test_elsewhere_the_copy_is_imported_only_with_trust(elsewhere, seqmix, refus
     assert read_code(Path("mean")) == read_code(run)
 
 
-def test_a_plug_in_that_was_changed_is_noticed(elsewhere, seqmix):
+def test_changed_plugin_is_noted(elsewhere, seqmix):
     before = generate(seqmix, "run").out
     Path("helper.py").write_text("SCALE = -5.0\n")
     elsewhere(".")
@@ -105,7 +105,7 @@ def test_a_plug_in_that_was_changed_is_noticed(elsewhere, seqmix):
     assert generate(seqmix, "run", "--trust").out == before
 
 
-def test_an_export_carries_the_plug_in_too(elsewhere, seqmix, refused):
+def test_export_includes_the_plugin(elsewhere, seqmix, refused):
     here = generate(seqmix, "run").out
     assert seqmix("export", "run", "--out", "run.safetensors").status == 0
     elsewhere()
@@ -113,7 +113,7 @@ def test_an_export_carries_the_plug_in_too(elsewhere, seqmix, refused):
     assert generate(seqmix, "../run.safetensors", "--trust").out == here
 
 
-def test_two_copies_that_differ_do_not_mix(elsewhere, seqmix, refused):
+def test_differing_plugin_copies_cannot_be_loaded_together(elsewhere, seqmix, refused):
     Path("helper.py").write_text("SCALE = -5.0\n")
     forget()
     assert seqmix("train", "retnet-tiny", *SMALL, TEXT, BLOCK, "--out", "second").status == 0
@@ -123,14 +123,14 @@ def test_two_copies_that_differ_do_not_mix(elsewhere, seqmix, refused):
     assert "load the two in separate processes" in done.err
 
 
-def test_a_study_does_not_reuse_runs_of_other_code(elsewhere):
+def test_has_same_code_detects_a_changed_plugin_import(elsewhere):
     config = load_config("run/config.yaml")
     assert has_same_code(Path("run"), config)
     Path("helper.py").write_text("SCALE = -5.0\n")
     assert not has_same_code(Path("run"), config)
 
 
-def test_names_that_leave_the_folder_are_not_read(tmp_path):
+def test_code_paths_outside_the_folder_are_not_read(tmp_path):
     (tmp_path / CODE).mkdir()
     (tmp_path / "secret.py").write_text("")
     (tmp_path / CODE / "SHA256SUMS").write_text("0  ../secret.py\n0  /etc/passwd\n")
@@ -138,7 +138,7 @@ def test_names_that_leave_the_folder_are_not_read(tmp_path):
 
 
 @pytest.mark.parametrize("way", ["inside", "link to the folder", "links to the files", "PYTHONPATH"])
-def test_the_copies_of_a_run_are_not_imported_from_the_disk(way, elsewhere, refused, tmp_path, monkeypatch):
+def test_plugin_copies_on_sys_path_are_not_imported_without_trust(way, elsewhere, refused, tmp_path, monkeypatch):
     run = elsewhere()
     here = {"inside": run / CODE, "link to the folder": tmp_path / "link"}.get(way, tmp_path / "other")
     (tmp_path / "link").symlink_to(run / CODE)
@@ -156,7 +156,7 @@ def test_the_copies_of_a_run_are_not_imported_from_the_disk(way, elsewhere, refu
 
 @pytest.mark.parametrize("trust", [[], ["--trust"]])
 @pytest.mark.parametrize("name", ["stranger", "run.code.stranger", "run.stranger"])
-def test_files_of_a_run_that_are_no_copies_are_never_imported(name, trust, elsewhere, seqmix, tmp_path, monkeypatch):
+def test_unlisted_files_in_a_run_are_never_imported(name, trust, elsewhere, seqmix, tmp_path, monkeypatch):
     run = elsewhere()
     for folder in (run, run / CODE):
         (folder / "stranger.py").write_text("open('executed', 'w').close()\n" + MIXER)

@@ -1,4 +1,4 @@
-"""`training.compile`: one graph each for training and evaluation per kind of block, compiled once."""
+"""`training.compile`: each kind of block compiles one graph for training and one for evaluation."""
 
 import pytest
 import torch
@@ -12,8 +12,8 @@ from seqmix.training.monitoring.events import Compiled, Evaluated, Stepped
 
 
 @pytest.mark.slow
-def test_a_compiled_hybrid_trains_with_two_graphs_by_kind_and_never_more(config_of, tmp_path, monkeypatch):
-    """The last batch of the evaluation is short, and steps and evaluations go on: nothing is recompiled."""
+def test_compiled_hybrid_uses_two_graphs_per_block_kind(config_of, tmp_path, monkeypatch):
+    """Nothing is recompiled later, although the last evaluation batch is short."""
     torch._dynamo.reset()
     counters.clear()
     # the compiler's front end alone: test_distributed.py trains with inductor

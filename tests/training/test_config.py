@@ -1,4 +1,4 @@
-"""The configuration of a run."""
+"""The configuration of training and data."""
 
 import pytest
 
@@ -22,7 +22,7 @@ TRAINING = {"steps": 100, "batch_size": 4, "learning_rate": 1e-3}
     ],
     ids=str,
 )
-def test_invalid_training_is_refused(fields, named):
+def test_invalid_training_config_is_refused(fields, named):
     with pytest.raises(ConfigError, match=named):
         TrainingConfig(**TRAINING | fields)
 
@@ -45,19 +45,19 @@ def test_phases_longer_than_the_run_are_shortened(fields, phases, said):
 
 
 @pytest.mark.parametrize("name", ["steps", "batch_size"])
-def test_a_number_that_no_machine_can_count_to_is_refused_with_its_place(tmp_path, name):
+def test_too_large_number_is_refused_with_file_and_line(tmp_path, name):
     (tmp_path / "run.yaml").write_text(f"extends: retnet-tiny\ntraining:\n  {name}: {10**23}\n")
     with pytest.raises(ConfigError, match=rf"run\.yaml:3: training\.{name}: expected a number <= .*, got {10**23}"):
         load_config(str(tmp_path / "run.yaml"))
 
 
 @pytest.mark.parametrize("fields", [{"paths": "a"}, {"glob": "/etc/*"}], ids=str)
-def test_invalid_data_is_refused(fields):
+def test_invalid_data_config_is_refused(fields):
     with pytest.raises(ConfigError, match=next(iter(fields))):
         TextConfig(**fields)
 
 
-def test_the_vocabulary_holds_all_bytes():
+def test_vocab_size_too_small_for_all_bytes_is_refused():
     with pytest.raises(ConfigError, match=r"257.*model\.vocab_size .*256"):
         load_config("retnet-tiny", ["model.vocab_size=256"])
     assert load_config("retnet-tiny", ["model.vocab_size=300"]).model.vocab_size == 300

@@ -1,4 +1,4 @@
-"""Damaged configurations, data and runs: each is refused with an error, or trains; nothing ends in a traceback.
+"""Damaged configurations, data and runs: each is refused with an error or works; none ends in a traceback.
 
 Ten times the cases, 1,900: pytest tests/training/test_damaged.py --hypothesis-profile nightly
 """
@@ -212,7 +212,7 @@ def train_two_steps(file: Path) -> None:
 
 @cases(0.6)
 @given(data=st.data())
-def test_a_damaged_configuration(data, wholes, folder):
+def test_damaged_config_is_refused_or_trains(data, wholes, folder):
     file = folder() / "run.yaml"
     file.write_bytes(data.draw(damaged_configs(wholes)))
     refused(lambda: train_two_steps(file))
@@ -267,7 +267,7 @@ def damage_data(here: Path, sources: Path, draw: st.DrawFn) -> list[str]:
 
 @cases(0.6)
 @given(data=st.data())
-def test_damaged_data(data, sources, folder):
+def test_damaged_data_is_refused_or_trains(data, sources, folder):
     here = folder()
     config = load_config("retnet-tiny", [*SMALL, *damage_data(here, sources, data.draw)])
     refused(lambda: list(train(config, here / "run")))
@@ -340,13 +340,13 @@ def damage_run(run: Path, good: Path, runs: dict[str, Path], draw: st.DrawFn) ->
 
 @cases(0.3)
 @given(data=st.data())
-def test_a_damaged_run(data, runs, folder):
+def test_damaged_run_is_refused_or_resumed(data, runs, folder):
     _require_refused_or_resumed(data, runs, folder, "half")
 
 
 @cases(0.1)
 @given(data=st.data())
-def test_a_damaged_run_of_several_processes(data, runs, folder):
+def test_damaged_multi_process_run_is_refused_or_resumed(data, runs, folder):
     _require_refused_or_resumed(data, runs, folder, "sharded")
 
 
@@ -365,7 +365,7 @@ def _require_refused_or_resumed(data, runs, folder, kind):
 
 @cases(0.3)
 @given(data=st.data())
-def test_a_damaged_file_of_weights(data, runs, folder):
+def test_damaged_weights_file_is_refused_or_generates(data, runs, folder):
     file = folder() / "a.safetensors"
     export_run(runs["whole"], file)
     file.write_bytes(data.draw(damaged_bytes(file.read_bytes())))

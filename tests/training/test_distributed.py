@@ -1,4 +1,4 @@
-"""A run on several processes is the run of one: losses, gradients, samples, evaluations, checkpoints."""
+"""A run on several processes matches a run on one: losses, gradients, samples, evaluations and checkpoints."""
 
 import json
 import os
@@ -126,7 +126,7 @@ def require_same_checkpoint(one, other, **tolerance):
     ],
     ids=str,
 )
-def test_two_processes_train_as_one(two, text, documents, tmp_path, layout, changes):
+def test_two_processes_train_like_one(two, text, documents, tmp_path, layout, changes):
     read = documents if PACKED in changes else text
     changes = [*([] if changes == MQAR else [f"data.paths=[{read}]"]), *DROPOUT, *changes]
     # alone it is not compiled: inductor computes the same
@@ -139,7 +139,7 @@ def test_two_processes_train_as_one(two, text, documents, tmp_path, layout, chan
 
 @pytest.mark.parametrize("once", ["false", "true"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_step_receives_what_is_planned(two, once, dtype):
+def test_step_receives_about_the_planned_bytes(two, once, dtype):
     asked = [f"distributed.gather_once={once}", f"distributed.gather_dtype={dtype}", "training.grad_accum_steps=2"]
     for counted, planned in two("step_received", [*asked, f"training.precision={dtype}"]):
         # shards are padded to whole rows
@@ -158,14 +158,14 @@ def test_a_step_receives_what_is_planned(two, once, dtype):
     ],
     ids=str,
 )
-def test_a_step_holds_what_is_planned(size, changes, four):
+def test_step_memory_matches_the_plan(size, changes, four):
     wide = ["model.d_model=128", "model.n_layers=4", "model.vocab_size=2048", "data.sequence_length=128"]
     asked = [*wide, "training.precision=float32", *changes]
     for counted, planned in [on_ranks.step_memory(asked)] if size == 1 else four("step_memory", asked):
         assert 0.75 * planned < counted < 1.1 * planned
 
 
-def test_parameters_gathered_in_bfloat16_are_rounded(two, text, tmp_path):
+def test_gathering_parameters_in_bfloat16_changes_the_loss_slightly(two, text, tmp_path):
     changes = [f"data.paths=[{text}]", "training.precision=bfloat16"]
     alone = on_ranks.train_here(changes, str(tmp_path / "alone"))
     together = two("train_here", [*changes, "distributed.gather_dtype=bfloat16"], str(tmp_path / "run"))
@@ -179,14 +179,14 @@ def test_parameters_gathered_in_bfloat16_are_rounded(two, text, tmp_path):
 @pytest.mark.parametrize(
     "layout", [("data=2", "shard=2"), ("data=2", "context_parallel=2"), ("shard=2", "context_parallel=2")], ids=str
 )
-def test_four_processes_train_as_one(four, text, documents, tmp_path, layout, packed):
+def test_four_processes_train_like_one(four, text, documents, tmp_path, layout, packed):
     changes = [f"data.paths=[{documents if packed else text}]", *DROPOUT, *packed]
     alone = on_ranks.train_here(changes, str(tmp_path / "alone"))
     together = four("train_here", [*changes, *(f"distributed.{part}" for part in layout)], str(tmp_path / "run"))
     require_same(together, alone, 2 if "context_parallel=2" in layout else 4)
 
 
-def test_attention_on_four_processes_keeps_a_quarter_of_keys_and_values(four):
+def test_attention_on_four_processes_keeps_a_quarter_of_the_keys(four):
     for kept, forward, backward in four("keys_held", 256):
         assert 0.25 < kept < 0.26
         # two more blocks at once, and outputs; in backward what is owed for blocks too
@@ -200,7 +200,7 @@ def test_attention_on_four_processes_keeps_a_quarter_of_keys_and_values(four):
 
 @pytest.mark.parametrize("kind", [(), CARRIED], ids=["", "carried"])
 @pytest.mark.parametrize("first", [1, 2])
-def test_a_run_is_resumed_on_another_number_of_processes_and_back(two, text, tmp_path, kind, first):
+def test_run_resumes_on_another_number_of_processes_and_back(two, text, tmp_path, kind, first):
     changes, run = [f"data.paths=[{text}]", *kind], str(tmp_path / "run")
 
     def trained(processes, **named):
@@ -222,7 +222,7 @@ def test_a_run_is_resumed_on_another_number_of_processes_and_back(two, text, tmp
 
 @pytest.mark.slow
 @NIGHTLY
-def test_a_run_of_four_processes_goes_on_on_one_and_on_two(two, four, text, tmp_path):
+def test_four_process_run_resumes_on_one_and_then_two(two, four, text, tmp_path):
     changes, run = [f"data.paths=[{text}]", *CARRIED], str(tmp_path / "run")
     uninterrupted = on_ranks.train_here(changes, str(tmp_path / "uninterrupted"))
     parts = [
@@ -237,7 +237,7 @@ def test_a_run_of_four_processes_goes_on_on_one_and_on_two(two, four, text, tmp_
     require_same_checkpoint(tmp_path / "run", tmp_path / "uninterrupted", rtol=1e-2, atol=1e-3)
 
 
-def test_two_processes_start_from_weights_as_one(two, text, tmp_path):
+def test_two_processes_start_from_weights_like_one(two, text, tmp_path):
     paths, first = f"data.paths=[{text}]", tmp_path / "first"
     on_ranks.train_here([paths, "seed=3"], str(first))
     changes = [paths, f"training.start_from={first}", "training.steps=2"]
@@ -252,14 +252,14 @@ def test_two_processes_start_from_weights_as_one(two, text, tmp_path):
     [(), ("model.init={kind: normal, std: 0.02}",), ("model.tie_embeddings=true", "distributed.data=2")],
     ids=str,
 )
-def test_no_process_holds_the_model_that_all_start_with(two, changes):
+def test_no_process_holds_the_whole_initial_model(two, changes):
     for same, held, shards, whole in two("started_here", ["model.n_layers=8", *changes]):
         assert same
         assert shards < 0.6 * whole or "distributed.data=2" in changes
         assert held < shards + 0.4 * whole
 
 
-def test_shards_are_read_by_one_process_and_a_damaged_one_is_named(two, text, tmp_path):
+def test_one_process_reads_shards_and_names_a_damaged_one(two, text, tmp_path):
     changes, run = (
         [f"data.paths=[{text}]", "training.checkpoint_every=2", "training.steps=4", "training.keep_best=false"],
         tmp_path / "run",
@@ -281,7 +281,7 @@ def test_shards_are_read_by_one_process_and_a_damaged_one_is_named(two, text, tm
     assert_close(dict(load_run(run).named_parameters()), ours, rtol=0, atol=0)
 
 
-def test_a_full_disk_of_one_process_ends_all_without_half_a_checkpoint(two, text, tmp_path):
+def test_full_disk_in_one_process_stops_all_without_partial_checkpoint(two, text, tmp_path):
     changes, run = [f"data.paths=[{text}]", "training.checkpoint_every=2"], tmp_path / "run"
     errors = [each["error"] for each in two("train_here", changes, str(run), full=1)]
     assert errors[0][0] == "CheckpointError"
@@ -291,7 +291,7 @@ def test_a_full_disk_of_one_process_ends_all_without_half_a_checkpoint(two, text
     assert not list((run / "checkpoints").iterdir())
 
 
-def test_one_process_that_is_asked_to_stop_stops_all_with_one_checkpoint(two, text, tmp_path):
+def test_stop_request_in_one_process_stops_all_with_one_checkpoint(two, text, tmp_path):
     found = two("train_here", [f"data.paths=[{text}]"], str(tmp_path / "run"), until=2)
     assert [(len(each["loss"]), each["saved"]) for each in found] == [(2, [2])] * 2
     (folder,) = checkpoints(tmp_path / "run")
@@ -309,7 +309,7 @@ def test_one_process_that_is_asked_to_stop_stops_all_with_one_checkpoint(two, te
         (-1, ("training.learning_rate=1e30", "training.warmup_steps=0"), "DivergenceError", "first in the "),
     ],
 )
-def test_an_error_of_one_process_ends_all(two, text, tmp_path, broken, changes, kind, named):
+def test_error_in_one_process_stops_all(two, text, tmp_path, broken, changes, kind, named):
     found = two("train_here", [f"data.paths=[{text}]", *changes], str(tmp_path / "run"), broken=broken)
     at = max(broken, 0)
     (raised, said), (elsewhere, repeated) = found[at]["error"], found[1 - at]["error"]
@@ -320,7 +320,7 @@ def test_an_error_of_one_process_ends_all(two, text, tmp_path, broken, changes, 
     assert (tmp_path / "run").exists() == bool(changes)
 
 
-def test_a_token_of_one_process_that_is_not_finite_is_named_by_all(two, text):
+def test_nonfinite_token_in_one_process_is_named_by_all(two, text):
     found, again = two("not_finite", str(text), 3)
     assert found == again
     for said, where in zip(found, ("batch up to token 3", "evaluation from token 3 on"), strict=True):
@@ -338,7 +338,7 @@ def test_a_token_of_one_process_that_is_not_finite_is_named_by_all(two, text):
     ],
     ids=["hung", "killed"],
 )
-def test_processes_that_do_not_hear_of_each_other_name_the_step(two, text, tmp_path, library, said):
+def test_lost_process_error_names_the_step(two, text, tmp_path, library, said):
     found = two("train_here", [f"data.paths=[{text}]"], str(tmp_path / "run"), lost=(3, library))
     assert all(each["error"][0] == "LostProcessError" for each in found)
     assert all(each["error"][1].startswith(f"step 3: {said} another process") for each in found)
@@ -346,7 +346,7 @@ def test_processes_that_do_not_hear_of_each_other_name_the_step(two, text, tmp_p
     assert (status.state, status.reason) == ("failed", found[0]["error"][1])
 
 
-def test_a_process_waits_no_longer_than_it_is_given(two):
+def test_process_stops_waiting_after_the_timeout(two):
     ended, _ = two("waits", 1)
     assert ended.startswith("timed out waiting for another process")
 
@@ -359,13 +359,13 @@ def test_a_process_waits_no_longer_than_it_is_given(two):
         (["training.batch_size=6", "training.grad_accum_steps=2"], ["to be a multiple of 4 ", "got 6"]),
     ],
 )
-def test_a_layout_that_does_not_fit_is_refused(two, text, tmp_path, changes, named):
+def test_invalid_layout_is_refused_on_two_processes(two, text, tmp_path, changes, named):
     found = two("train_here", [f"data.paths=[{text}]", *changes], str(tmp_path / "run"))
     assert all(part in found[0]["error"][1] for part in named)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_layout_that_does_not_fit_is_refused_in_one_process(refused, tmp_path):
+def test_invalid_layout_is_refused_in_one_process(refused, tmp_path):
     with pytest.raises(SeqmixError, match=r"1 x any x 2 .*--nproc-per-node 2"):
         join_processes(DistributedConfig(context_parallel=2)).__enter__()
     # segments of a carried state are of one length
@@ -401,7 +401,7 @@ def free_port() -> int:
 
 
 @pytest.mark.parametrize("lost", [1, pytest.param(0, marks=pytest.mark.slow)])
-def test_a_process_that_loses_another_ends_with_a_status_of_its_own(processes, text, tmp_path, lost):
+def test_process_that_loses_its_peer_exits_with_lost_process_status(processes, text, tmp_path, lost):
     changes = ("hybrid-tiny", *on_ranks.SMALL, f"data.paths=[{text}]", "training.steps=100000")
     started = start(processes, "train", *changes, "--out", tmp_path / "run")
     wait_for_steps(tmp_path / "run", 2, lambda: all(process.is_alive() for process in started))
@@ -426,8 +426,8 @@ def test_a_process_that_loses_another_ends_with_a_status_of_its_own(processes, t
     ],
     ids=["2", "4", "compiled"],
 )
-def test_processes_killed_again_and_again_end_as_if_nothing_had_been(processes, text, tmp_path, size, more):
-    """Three times; 20 times with --hypothesis-profile nightly."""
+def test_repeatedly_killed_processes_resume_to_the_uninterrupted_result(processes, text, tmp_path, size, more):
+    """Kills them three times, or 20 times with --hypothesis-profile nightly."""
     changes = ("hybrid-tiny", *on_ranks.SMALL, f"data.paths=[{text}]", "training.checkpoint_every=3", *more)
     changes = (*changes, "training.steps=20", "model.dropout=0.1", *CARRIED, "distributed.context_parallel=2")
     uninterrupted, run, moments = tmp_path / "uninterrupted", tmp_path / "run", random.Random(0)
@@ -476,7 +476,7 @@ def steps_saved(run):
 
 @pytest.mark.slow
 @NIGHTLY
-def test_a_lost_process_is_reported_and_torchrun_restarts_from_the_newest_checkpoint(torchrun, tmp_path):
+def test_torchrun_restarts_from_the_newest_checkpoint_after_losing_a_process(torchrun, tmp_path):
     whole, run = tmp_path / "whole", tmp_path / "run"
     assert torchrun(whole).wait(120) == 0
     process = torchrun(run, "--max-restarts", "1")
@@ -491,7 +491,7 @@ def test_a_lost_process_is_reported_and_torchrun_restarts_from_the_newest_checkp
 
 @pytest.mark.slow
 @NIGHTLY
-def test_processes_whose_torchrun_was_killed_end_with_a_checkpoint(torchrun, tmp_path):
+def test_processes_save_a_checkpoint_when_torchrun_is_killed(torchrun, tmp_path):
     run = tmp_path / "run"
     process = torchrun(run, to=100_000)
     wait_for_steps(run, 8, lambda: process.poll() is None)
@@ -506,7 +506,7 @@ def test_processes_whose_torchrun_was_killed_end_with_a_checkpoint(torchrun, tmp
 
 @pytest.mark.slow
 @NIGHTLY
-def test_sigterm_to_all_more_than_once_makes_one_checkpoint(torchrun, tmp_path):
+def test_repeated_sigterm_to_all_processes_stops_with_a_checkpoint(torchrun, tmp_path):
     run = tmp_path / "run"
     process = torchrun(run, to=100_000)
     wait_for_steps(run, 8, lambda: process.poll() is None)
@@ -519,7 +519,7 @@ def test_sigterm_to_all_more_than_once_makes_one_checkpoint(torchrun, tmp_path):
 
 
 @pytest.mark.slow
-def test_torchrun_starts_it(text, tmp_path):
+def test_torchrun_starts_a_two_process_run(text, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
     command += ["--master-port", str(free_port()), "-m", "seqmix", "train", "hybrid-tiny", *on_ranks.SMALL]
 

@@ -1,4 +1,4 @@
-"""Errors of the machine in the middle of a run name what to do, and the run goes on from its newest checkpoint."""
+"""System errors during a run name a remedy, and the run can resume from its newest checkpoint."""
 
 import re
 import resource
@@ -39,7 +39,7 @@ def failing(config, run: Path, at: type, step: int, break_it) -> str:
     ("error", "asked", "saved"),
     [(CPU, "8.0 GiB", "false"), (CUDA, "2.50 GiB", "false"), (NUMPY, "8.00 TiB", "false"), (MemoryError(), "", "true")],
 )
-def test_a_lack_of_memory_names_what_takes_less_and_the_newest_checkpoint(
+def test_out_of_memory_error_names_remedies_and_the_newest_checkpoint(
     config_of, tmp_path, monkeypatch, error, asked, saved
 ):
     def fail(self: Trainer, step: int) -> None:
@@ -57,7 +57,7 @@ def test_a_lack_of_memory_names_what_takes_less_and_the_newest_checkpoint(
     assert run_of(config, run, resume=True)[-1] == Saved(6, checkpoints(run)[-1])
 
 
-def test_a_step_that_really_takes_too_much_memory(config_of, tmp_path):
+def test_real_out_of_memory_step_is_reported(config_of, tmp_path):
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     before = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (used + 2**29, before[1]))
@@ -68,12 +68,12 @@ def test_a_step_that_really_takes_too_much_memory(config_of, tmp_path):
         resource.setrlimit(resource.RLIMIT_AS, before)
 
 
-def test_other_errors_of_the_machine_are_not_taken_for_a_lack_of_memory():
+def test_unrelated_errors_are_not_treated_as_out_of_memory():
     assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
     assert not is_out_of_memory(ValueError("out of memory"))
 
 
-def test_a_compiler_that_fails_is_named_and_the_run_goes_on_without_it(config_of, tmp_path, monkeypatch):
+def test_failing_compiler_is_named_and_the_run_resumes_without_it(config_of, tmp_path, monkeypatch):
     def compiled(model):
         def fail(graph, inputs):
             raise RuntimeError("no working C++ compiler")
@@ -97,7 +97,7 @@ def test_a_compiler_that_fails_is_named_and_the_run_goes_on_without_it(config_of
     assert run_of(read_config(run), run, resume=True)[-1] == Saved(6, checkpoints(run)[-1])
 
 
-def test_a_full_disk_is_named_and_the_run_goes_on(config_of, tmp_path):
+def test_run_resumes_after_a_full_disk_error(config_of, tmp_path):
     config, run = config_of(), tmp_path / "run"
 
     def fill() -> None:
@@ -111,7 +111,7 @@ def test_a_full_disk_is_named_and_the_run_goes_on(config_of, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "sessions.jsonl"])
-def test_a_file_that_cannot_be_written_is_named(config_of, tmp_path, name):
+def test_unwritable_file_is_named(config_of, tmp_path, name):
     config, run = config_of(), tmp_path / "run"
     stopped(config, run, 1)
     (run / name).unlink()

@@ -1,6 +1,6 @@
-"""Killed at any moment, a run is resumed and ends as if nothing had been: the same bits.
+"""A run killed at any moment resumes and ends bitwise identical to an uninterrupted one.
 
-The training is the real command in processes of its own, killed by SIGKILL, which no handler sees.
+Each run is the real command in a separate process, killed by SIGKILL, which no handler can catch.
 """
 
 import random
@@ -87,7 +87,7 @@ def require_uninterrupted(run: Path, other: Path) -> None:
         pytest.param(20, COMPILED, id="compiled", marks=[pytest.mark.slow, NIGHTLY]),
     ],
 )
-def test_a_run_killed_again_and_again_is_the_uninterrupted_one(start, uninterrupted, tmp_path, kills, preset):
+def test_repeatedly_killed_run_matches_the_uninterrupted_one(start, uninterrupted, tmp_path, kills, preset):
     run, moments = tmp_path / "run", random.Random(kills)
     for target in sorted(moments.randrange(STEPS - 10) for _ in range(kills)):
         process = start(run, preset=preset)
@@ -107,7 +107,7 @@ MOMENTS = (
 )
 
 
-def test_a_run_killed_in_its_checkpoints_is_the_uninterrupted_one(start, uninterrupted, tmp_path):
+def test_run_killed_while_checkpointing_matches_the_uninterrupted_one(start, uninterrupted, tmp_path):
     run = tmp_path / "run"
     for moment in MOMENTS:
         process = start(run, *moment, target=worker_processes.command_killed_in)

@@ -1,6 +1,6 @@
-"""Killed at any moment, a command that writes a folder or a file leaves it whole or absent, and may be begun again.
+"""A command killed while it writes a folder or file leaves it complete or absent, and can be run again.
 
-The moments at which it flushes and renames; tests/abuse/crashes.py has all.
+It is killed when it flushes or renames a file; tests/abuse/crashes.py tries all other moments too.
 """
 
 import json
@@ -39,7 +39,7 @@ def require_held(processes, tmp_path):
 
 
 @pytest.mark.parametrize("command", killed_commands.COMMANDS)
-def test_a_killed_command_has_written_all_or_nothing_and_may_be_begun_again(require_held, base, tmp_path, command):
+def test_killed_command_leaves_complete_output_or_none_and_can_rerun(require_held, base, tmp_path, command):
     if command == "export-hf":
         pytest.importorskip("transformers")
     arguments, new = killed_commands.COMMANDS[command]
@@ -51,5 +51,5 @@ def test_a_killed_command_has_written_all_or_nothing_and_may_be_begun_again(requ
         assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
-def test_a_training_killed_while_it_starts_is_resumed_or_begun_again(require_held, base):
+def test_training_killed_during_startup_can_be_resumed_or_restarted(require_held, base):
     require_held(6, killed_commands.attempt_start, base)

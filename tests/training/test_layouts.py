@@ -1,4 +1,4 @@
-"""What a step takes on many GPUs: sums that can be done by hand, and the order of layouts."""
+"""The cost of a step on many GPUs, checked against formulas, and the order of layouts."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ def config():
     return load_config("retnet-1.3b", ["training.activation_checkpointing=true"])
 
 
-def test_a_layout_is_the_sums_of_its_formulas(config):
+def test_layout_costs_match_their_formulas(config):
     found = Planner(config, "h100").layout(data=2, shard=4, context_parallel=2, sequences=4)
     model, batch, length = config.model, config.training.batch_size, config.data.sequence_length
     cost, narrow = account(model, length=length), account(model, length=length, dtype=torch.bfloat16)
@@ -53,7 +53,7 @@ def test_gathering_once_trades_memory_for_traffic(config):
     assert kept.memory - again.memory == pytest.approx(8 * (cost.parameters - largest))
 
 
-def test_layouts_fit_first_and_then_are_fast(config):
+def test_layouts_that_fit_come_first_sorted_by_time(config):
     layouts = Planner(config, "a100").layouts(16)
     assert [layout.fits for layout in layouts] == sorted((layout.fits for layout in layouts), reverse=True)
     times = [layout.seconds[1] for layout in layouts if layout.fits]
@@ -68,7 +68,7 @@ def test_layouts_fit_first_and_then_are_fast(config):
 
 
 @pytest.mark.slow
-def test_what_does_not_fit_is_last_and_said(config, seqmix, refused):
+def test_plan_reports_when_no_layout_fits(config, seqmix, refused):
     assert not any(layout.fits for layout in Planner(load_config("retnet-6.7b"), "h100").layouts(1))
     shown = seqmix("plan", "retnet-6.7b", "--gpus", "1")
     assert shown.status == 0
@@ -88,6 +88,6 @@ def test_what_does_not_fit_is_last_and_said(config, seqmix, refused):
         Planner(config).layouts(7)
 
 
-def test_a_growing_state_is_received_by_its_length():
+def test_received_bytes_of_attention_grow_with_length():
     attention = load_config("attention-tiny").model
     assert received(attention, 2**14, ranks=2) == 4 * received(attention, 2**12, ranks=2)

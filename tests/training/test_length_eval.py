@@ -1,4 +1,4 @@
-"""A run at other lengths: the loss of the same text, position by position, is what its logits say."""
+"""Evaluation of a run at other lengths: losses by position match the logits on the same text."""
 
 import json
 import re
@@ -35,7 +35,7 @@ def losses_of(model, batch):
     return F.cross_entropy(logits.transpose(1, 2), batch.targets, ignore_index=IGNORED, reduction="none")
 
 
-def test_the_losses_are_those_of_the_logits_by_position(opened):
+def test_losses_by_position_match_the_logits(opened):
     model, text = opened()
     (found,) = by_length(model, text, [64], paradigms=lambda _: list(Paradigm), tokens=128)
     (example,) = text.evaluation_batches(64, 1, 64)
@@ -53,7 +53,7 @@ def test_the_losses_are_those_of_the_logits_by_position(opened):
     assert common_paradigms(opened(preset="hyena-tiny")[0]) == (Paradigm.PARALLEL, Paradigm.RECURRENT)
 
 
-def test_a_paradigm_that_computes_something_else_is_seen(opened, monkeypatch):
+def test_differing_paradigm_is_detected(opened, monkeypatch):
     model, text = opened("model.pattern=[ret]")
     kind = type(model.blocks[0].mixer)
     mix = kind.mix
@@ -79,7 +79,7 @@ def test_all_lengths_read_the_same_text(opened):
     assert torch.equal(texts[24].view(-1, 48), texts[64].view(-1, 64)[:, :48])
 
 
-def test_a_context_is_the_end_of_the_same_sequences(opened):
+def test_shorter_contexts_score_the_end_of_the_same_sequences(opened):
     model, text = opened()
     (example,) = text.evaluation_batches(64, 1, 64)
     asked = (example.batch.targets[:, -8:] != IGNORED).sum()
@@ -104,7 +104,7 @@ def evaluate(seqmix, config_of, tmp_path):
     return lambda *arguments, run="run": seqmix("evaluate", run, *arguments)
 
 
-def test_a_run_is_evaluated(evaluate):
+def test_evaluate_command_reports_lengths_contexts_and_paradigms(evaluate):
     done = evaluate("--tokens", "256", "--json", "found.json", "--context", "16", "--length", "64")
     assert (done.status, done.err) == (0, "")
     assert all(paradigm in done.out for paradigm in Paradigm)
@@ -116,7 +116,7 @@ def test_a_run_is_evaluated(evaluate):
     assert " 0.188 x" in evaluate("--tokens", "64", "--paradigm", "chunkwise", "--length", "3").out
 
 
-def test_by_default_the_loss_of_training_s_final_evaluation_is_measured(evaluate):
+def test_default_evaluation_reproduces_the_final_validation_loss_of_training(evaluate):
     done = evaluate("--tokens", "64", "--paradigm", "chunkwise", "--json", "found.json")
     (final,) = (line for line in read_measurements(Path("run")) if line.get("final"))
     measured = json.loads(Path("found.json").read_text())["runs"]["run"]["final"]
@@ -129,7 +129,7 @@ def test_by_default_the_loss_of_training_s_final_evaluation_is_measured(evaluate
     assert "training's final evaluation" not in evaluate("--tokens", "64", "--length", "16").out
 
 
-def test_a_loss_has_the_standard_error_over_sequences(opened):
+def test_loss_error_is_the_standard_error_over_sequences(opened):
     model, text = opened()
     training = TrainingConfig(learning_rate=1e-3, steps=1, batch_size=3, final_evaluation_batches=2)
     measured = as_in_training(model, text, training)
@@ -142,7 +142,7 @@ def test_a_loss_has_the_standard_error_over_sequences(opened):
     assert only_one.error is None
 
 
-def test_by_default_it_is_as_long_as_the_text_allows(evaluate, seqmix):
+def test_default_lengths_are_limited_by_the_text(evaluate, seqmix):
     done = evaluate("--tokens", "64", "--paradigm", "chunkwise")
     assert done.status == 0
     assert " 16 x" in done.out
@@ -155,7 +155,7 @@ def test_by_default_it_is_as_long_as_the_text_allows(evaluate, seqmix):
     assert re.search("note: text.txt .* 8, 16 and 32", done.err)
 
 
-def test_what_cannot_be_evaluated_is_named(evaluate):
+def test_invalid_evaluate_arguments_report_one_line(evaluate):
     for arguments, named, status in (
         (["--length", "999999"], "999,999 .*1,000,000", 2),
         (["--paradigm", "recurent"], "'recurent'.*chunkwise, parallel", 2),

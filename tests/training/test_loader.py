@@ -1,4 +1,4 @@
-"""Batches that a thread reads one step ahead are those that are read when they are asked for, errors too."""
+"""A thread that reads one step ahead yields the same batches and errors as reading on request."""
 
 import threading
 
@@ -34,7 +34,7 @@ class Numbers:
         return self.place
 
 
-def test_one_step_is_read_ahead_and_its_place_is_that_of_the_step(config_of):
+def test_loader_reads_one_step_ahead_but_reports_the_current_place(config_of):
     source = Numbers()
     loader = Loader(config_of("training.steps=4", "training.warmup_steps=1"), source, CPU, reads_ahead=True)
     assert loader.state_dict() is None
@@ -48,14 +48,14 @@ def test_one_step_is_read_ahead_and_its_place_is_that_of_the_step(config_of):
     assert max(source.read) == 3  # nothing after the last step
 
 
-def test_on_a_cpu_nothing_is_read_ahead(config_of):
+def test_nothing_is_read_ahead_on_cpu(config_of):
     source = Numbers()
     loader = Loader(config_of(), source, CPU)
     loader.batch(0)
     assert (source.read, loader.state_dict(), source.threads) == ([0], {"after": 0}, {"MainThread"})
 
 
-def test_an_error_of_the_next_step_comes_when_it_is_asked_for(config_of):
+def test_read_ahead_error_is_raised_when_its_step_is_requested(config_of):
     loader = Loader(config_of("training.steps=4", "training.warmup_steps=1"), Numbers(broken=2), CPU, reads_ahead=True)
     loader.batch(0)
     loader.batch(1)
@@ -64,7 +64,7 @@ def test_an_error_of_the_next_step_comes_when_it_is_asked_for(config_of):
 
 
 @pytest.mark.parametrize("changes", [("data.order=epochs",), ("training.carry_state=true",), ("data.packing=true",)])
-def test_a_run_that_reads_ahead_is_stopped_and_resumed_to_the_bit(config_of, tmp_path, monkeypatch, changes):
+def test_stopped_run_that_reads_ahead_resumes_bitwise(config_of, tmp_path, monkeypatch, changes):
     config = config_of(*changes, "training.steps=6", "training.checkpoint_every=3")
     run_of(config, tmp_path / "whole")
     monkeypatch.setattr(trainer, "Loader", lambda *arguments: Loader(*arguments, reads_ahead=True))
@@ -74,7 +74,7 @@ def test_a_run_that_reads_ahead_is_stopped_and_resumed_to_the_bit(config_of, tmp
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_batches_are_pinned_where_a_gpu_copies_them(config_of):
+def test_batches_for_a_gpu_are_pinned(config_of):
     loader = Loader(config_of(), source := Numbers(), torch.device("cuda", 0))
     batch, _ = loader._read(0)
     assert batch.inputs.is_pinned()

@@ -1,4 +1,4 @@
-"""Where metrics are written."""
+"""Loggers: TensorBoard, W&B and user-defined ones."""
 
 import struct
 import sys
@@ -17,7 +17,7 @@ from seqmix.training.monitoring.events import Stepped
 from seqmix.training.monitoring.loggers import WANDB_ID
 
 
-def test_without_tensorboard_nothing_of_it_is_imported(config_of, tmp_path, monkeypatch):
+def test_training_works_without_tensorboard_installed(config_of, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
     assert run_of(config_of("training.steps=2"), tmp_path / "run")
@@ -27,7 +27,7 @@ def test_without_tensorboard_nothing_of_it_is_imported(config_of, tmp_path, monk
     assert not (tmp_path / "other").exists()
 
 
-def test_tensorboard_has_the_same_numbers(config_of, tmp_path):
+def test_tensorboard_scalars_match_the_metrics_file(config_of, tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -58,7 +58,7 @@ class Lines:
 """
 
 
-def test_a_class_of_the_users_own_logs(config_of, tmp_path, monkeypatch):
+def test_user_defined_logger_receives_steps_and_evaluations(config_of, tmp_path, monkeypatch):
     (tmp_path / "own_logger.py").write_text(LOGGER)
     monkeypatch.syspath_prepend(tmp_path)
     config = config_of("training.loggers=[own_logger:Lines]", "training.evaluate_every=4", "training.steps=4")
@@ -76,7 +76,7 @@ def test_a_class_of_the_users_own_logs(config_of, tmp_path, monkeypatch):
     assert 'did you mean "wandb"' in refusal(lambda: config_of("training.loggers=[wandbb]"))
 
 
-def test_a_logger_that_refuses_leaves_no_run(config_of, tmp_path, monkeypatch):
+def test_logger_that_fails_to_start_leaves_no_run(config_of, tmp_path, monkeypatch):
     refusing = "class Made:\n    def __init__(self): raise ValueError('no\\nway')\n"
     refusing += "class Begun(__import__('own_logger').Lines):\n    def begin(self, *_): raise KeyError('a key')\n"
     (tmp_path / "own_logger.py").write_text(LOGGER)
@@ -134,7 +134,7 @@ class Both(Record, Close):
         ("Both", "ConnectionError: no network", ["begin", "1", "close"]),
     ],
 )
-def test_a_run_goes_on_with_one_warning_if_a_logger_fails(config_of, tmp_path, monkeypatch, kind, reason, logged):
+def test_run_continues_with_one_warning_when_a_logger_fails(config_of, tmp_path, monkeypatch, kind, reason, logged):
     (tmp_path / "own_logger.py").write_text(LOGGER)
     (tmp_path / "failing_logger.py").write_text(FAILING)
     monkeypatch.syspath_prepend(tmp_path)
@@ -148,7 +148,7 @@ def test_a_run_goes_on_with_one_warning_if_a_logger_fails(config_of, tmp_path, m
     assert [line.split()[0] for line in (tmp_path / "run" / "lines.txt").read_text().splitlines()] == logged
 
 
-def test_the_former_switch_is_a_logger():
+def test_deprecated_tensorboard_option_adds_the_logger():
     needed = {"steps": 1, "batch_size": 1, "learning_rate": 1.0}
     with pytest.warns(FutureWarning, match="tensorboard is deprecated, use loggers"):
         assert TrainingConfig.model_validate(needed | {"tensorboard": True}).loggers == ("tensorboard",)
@@ -167,7 +167,7 @@ def wandb(monkeypatch):
     wandb.teardown()
 
 
-def test_what_wandb_refuses_is_a_sentence_with_the_way_on(wandb, config_of, tmp_path, monkeypatch):
+def test_wandb_start_failure_is_reported_with_a_remedy(wandb, config_of, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "ofline")
     message = refusal(lambda: run_of(config_of("training.loggers=[wandb]"), tmp_path / "run"))
     assert message.startswith("W&B cannot start: ")
@@ -208,7 +208,7 @@ def offline(run: Path) -> list[tuple[str, str, str, dict[int, set[str]]]]:
     return found
 
 
-def test_a_resumed_run_continues_its_wandb_run(config_of, tmp_path, monkeypatch, wandb):
+def test_resumed_run_continues_its_wandb_run(config_of, tmp_path, monkeypatch, wandb):
     monkeypatch.setenv("WANDB_RUN_GROUP", "a study")
     config = config_of("training.loggers=[wandb]", "training.steps=4", "training.checkpoint_every=4")
     stopped(config, tmp_path / "run", 2, Stepped)
@@ -230,7 +230,7 @@ training: {steps: 2, batch_size: 2, loggers: [wandb]}
 """
 
 
-def test_the_runs_of_a_study_are_a_group(text, tmp_path, monkeypatch):
+def test_runs_of_a_study_share_a_wandb_group(text, tmp_path, monkeypatch):
     class Started(Exception):  # noqa: N818
         pass
 

@@ -1,4 +1,4 @@
-"""Freed memory stays with the process."""
+"""Freed memory stays with the process and is reused."""
 
 import platform
 import subprocess
@@ -29,7 +29,7 @@ print(faults())
 
 @pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc, whose setting it is")
-def test_freed_memory_comes_back_without_page_faults():
+def test_kept_freed_memory_is_reused_with_fewer_page_faults():
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
     without, returned, kept = map(int, done.stdout.split())
     # huge pages may make few of many

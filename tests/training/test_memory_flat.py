@@ -1,10 +1,10 @@
-"""Memory that does not grow with the steps of a run.
+"""Memory does not grow with the steps of a run.
 
     STEPS=2000 pytest -s tests/training/test_memory_flat.py
 
-A tiny RetNet is trained by the loop of the command, with an evaluation every ten steps and a checkpoint every hundred.
-After a tenth of the steps nothing may grow: a line through the measurements from there on may rise by `ALLOWED`, and
-exactly as many tensors are alive after every evaluation. COMPILE=1 compiles blocks.
+The command's training loop trains a tiny RetNet, with an evaluation every 10 steps and a checkpoint every 100.
+After the first tenth of the steps, a line fitted to the measurements may rise by at most `ALLOWED`, and the number of
+live tensors must be the same after every evaluation. COMPILE=1 compiles blocks.
 """
 
 import gc
@@ -50,7 +50,7 @@ def measured(folder: Path) -> Iterator[tuple[int, int, int]]:
         gc.unfreeze()
 
 
-def test_nothing_comes_to_stay(tmp_path):
+def test_memory_and_live_tensors_do_not_grow_with_steps(tmp_path):
     found = list(measured(tmp_path))
     for step, size, tensors in found[:: max(len(found) // 10, 1)]:
         print(f"step {step:,}: {size / 2**20:.1f} MiB; {tensors:,}")

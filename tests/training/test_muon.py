@@ -1,4 +1,4 @@
-"""Muon: blocks of rows, heads, gates, and the rows of NorMuon."""
+"""Muon: row blocks, heads and gates, and the row normalization of NorMuon."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def trained(blocks, steps, **options) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("normalize_rows", [False, True])
-def test_each_block_is_a_matrix_of_its_own(normalize_rows):
+def test_each_row_block_is_updated_as_a_separate_matrix(normalize_rows):
     steps = gradients(3)
     blocks = [RowBlock("q", 3), RowBlock("k", 3), RowBlock("v", 2)]
     together = trained(blocks, steps, normalize_rows=normalize_rows)
@@ -39,7 +39,7 @@ def test_each_block_is_a_matrix_of_its_own(normalize_rows):
     torch.testing.assert_close(trained([RowBlock("all", ROWS)], steps), trained([], steps))
 
 
-def test_the_order_of_heads_permutes_the_update():
+def test_reordering_heads_reorders_the_update():
     steps = gradients(3)
     order = [2, 0, 3, 1]
 
@@ -52,7 +52,7 @@ def test_the_order_of_heads_permutes_the_update():
     assert (by_head - trained(heads, steps)).abs().max() > 0.01
 
 
-def test_rows_of_gates_are_updated_by_adamw():
+def test_gate_rows_are_updated_by_adamw():
     steps = gradients(4)
     blocks = [RowBlock("q", 5), RowBlock("beta", 3, Role.GATE)]
     gates = nn.Parameter(torch.zeros(3, COLUMNS))

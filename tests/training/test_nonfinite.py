@@ -1,4 +1,4 @@
-"""What is named where numbers stop being finite."""
+"""The module, tokens or gradient named when values stop being finite."""
 
 import math
 
@@ -17,7 +17,7 @@ def heads():
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_a_parameter_of_its_own_that_is_at_fault_is_named(heads, compiled):
+def test_nonfinite_bias_is_named_with_its_module(heads, compiled):
     heads[1].bias.data[0] = math.inf
     call = torch.compile(heads, backend="eager", fullgraph=True) if compiled else heads
     call(ONES)
@@ -38,7 +38,7 @@ class Leaking(nn.Module):
         return self.last(self.first(x) + 0 * self.first(x).mean(1, keepdim=True))
 
 
-def test_the_tokens_are_named_unless_it_is_all_of_them():
+def test_first_module_locates_nonfinite_tokens():
     model, x = Leaking(), torch.ones(2, 5, 2)
     x[1, 3:] = math.nan
     assert not model(x)[1].isfinite().any()
@@ -51,7 +51,7 @@ def test_the_tokens_are_named_unless_it_is_all_of_them():
     assert first_module(model, lambda: (model(each) for each in (torch.ones_like(x), bad))).tokens.all()
 
 
-def test_hooks_are_removed_also_where_the_call_fails(heads):
+def test_hooks_are_removed_even_when_the_call_fails(heads):
     assert first_module(heads, lambda: [heads(ONES)]) is None
     assert not torch.nn.modules.module._global_forward_hooks
     with pytest.raises(RuntimeError):
@@ -59,7 +59,7 @@ def test_hooks_are_removed_also_where_the_call_fails(heads):
     assert not torch.nn.modules.module._global_forward_hooks
 
 
-def test_the_gradient_that_backward_reaches_first_is_named(heads):
+def test_first_nonfinite_gradient_in_backward_order_is_named(heads):
     heads(ONES).sum().backward()
     assert first_gradient(heads.named_parameters()) is None
     heads[0].weight.grad[0, 0] = math.nan

@@ -1,4 +1,4 @@
-"""The optimizer's groups, and the learning rate at the corners of its schedules."""
+"""The optimizer's parameter groups, and the learning rate at the key steps of each schedule."""
 
 import math
 from itertools import pairwise
@@ -28,14 +28,14 @@ def settings(**fields) -> TrainingConfig:
 )
 @pytest.mark.parametrize("preset", ["retnet-tiny", "hybrid-tiny"])
 @pytest.mark.parametrize("kind", ["adamw", "muon", "normuon"])
-def test_every_parameter_is_in_one_group_and_matrices_decay(config_of, preset, overrides, kind):
+def test_every_parameter_is_in_one_group_and_only_matrices_decay(config_of, preset, overrides, kind):
     model = build_model(config_of(*overrides, "model.n_layers=4", preset=preset).model)
     optimizer = build_optimizer(model, settings(optimizer=kind, weight_decay=0.3))
     decay = [(id(p), group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]]
     assert sorted(decay) == sorted((id(p), 0.3 if p.ndim >= 2 else 0.0) for p in model.parameters())
 
 
-def test_muon_has_the_matrices_of_blocks_and_adamw_the_rest(config_of):
+def test_muon_updates_block_matrices_and_adamw_the_rest(config_of):
     model = build_model(config_of(LEARNABLE).model)
     optimizer = build_optimizer(model, settings(optimizer="muon", weight_decay=0.3, muon_momentum=0.8))
     adamw, of_matrices = optimizer.optimizers
@@ -59,8 +59,8 @@ def test_muon_has_the_matrices_of_blocks_and_adamw_the_rest(config_of):
 
 
 @pytest.mark.parametrize("shape", [(64, 16), (16, 64), (32, 32)])
-def test_a_muon_step_is_as_long_as_one_of_adamw(shape):
-    """An update has a root mean square of 0.2 learning rates, whatever the matrix's shape."""
+def test_muon_step_has_the_expected_rms_for_any_shape(shape):
+    """The root mean square of an update is 0.2 times the learning rate for any matrix shape."""
     model = torch.nn.Module()
     model.blocks = torch.nn.ModuleList([torch.nn.Linear(shape[1], shape[0], bias=False)])
     model.head = torch.nn.Linear(2, 2)
@@ -72,8 +72,8 @@ def test_a_muon_step_is_as_long_as_one_of_adamw(shape):
     assert (matrix - before).square().mean().sqrt().item() == pytest.approx(0.2 * 0.5, rel=0.3)
 
 
-def test_moments_from_the_start_change_no_step():
-    """Moments that are there before the first step are those that it would have made."""
+def test_preallocated_moments_do_not_change_the_steps():
+    """An optimizer whose moments exist before the first step takes the same steps as a plain AdamW."""
     rows = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
     stepped = []
     for make in (
@@ -97,7 +97,7 @@ def rates(**fields) -> list[float]:
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant", "wsd"])
-def test_the_warm_up_rises_to_the_peak_from_its_first_part(schedule):
+def test_warmup_rises_linearly_to_the_peak(schedule):
     decay = {"decay_steps": 1} if schedule == "wsd" else {}
     for warmup in (10, 99 if decay else 100):  # which may be the whole run
         values = rates(schedule=schedule, warmup_steps=warmup, **decay)
@@ -115,7 +115,7 @@ def test_the_warm_up_rises_to_the_peak_from_its_first_part(schedule):
     [("linear", 0.75, 0.5), ("cosine", (1 + math.sqrt(0.5)) / 2, 0.5), ("constant", 1.0, 1.0)],
 )
 @pytest.mark.parametrize("ratio", [0.0, 0.1, 1.0])
-def test_the_decay_ends_at_the_final_ratio_and_is_never_at_0_before(schedule, quarter, half, ratio):
+def test_decay_ends_at_the_final_ratio_and_stays_positive_before(schedule, quarter, half, ratio):
     fields = {"schedule": schedule, "warmup_steps": 20, "final_lr_ratio": ratio}
     values, last = rates(**fields), 1.0 if schedule == "constant" else ratio
     assert values[40] == pytest.approx(0.5 * (last + (1 - last) * quarter))
@@ -126,7 +126,7 @@ def test_the_decay_ends_at_the_final_ratio_and_is_never_at_0_before(schedule, qu
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.1])
-def test_warm_up_stable_decay(ratio):
+def test_warmup_stable_decay_schedule_has_a_plateau(ratio):
     fields = {"schedule": "wsd", "warmup_steps": 10, "decay_steps": 20, "final_lr_ratio": ratio}
     values = rates(**fields)
     assert values[10:81] == [0.5] * 71
@@ -176,7 +176,7 @@ def own(tmp_path, monkeypatch):
     ],
     ids=["own", "torch"],
 )
-def test_an_optimizer_and_a_schedule_given_by_path_resume(config_of, tmp_path, optimizer):
+def test_custom_optimizer_and_schedule_resume_bitwise(config_of, tmp_path, optimizer):
     config = config_of("training.schedule=own_optimizer:half", "training.checkpoint_every=6", *optimizer)
     run_of(config, tmp_path / "whole")
     stopped(config, tmp_path / "run", 2, Stepped)
@@ -187,7 +187,7 @@ def test_an_optimizer_and_a_schedule_given_by_path_resume(config_of, tmp_path, o
 
 
 @pytest.mark.usefixtures("own")
-def test_an_optimizer_that_cannot_be_made_is_refused(config_of):
+def test_unknown_or_invalid_optimizer_is_refused(config_of):
     model = build_model(config_of().model)
     for name, reason in (("own_optimizer:Sing", 'did you mean "Sign"'), ("own_optimizer:Sign", "momentum")):
         assert reason in refusal(lambda name=name: build_optimizer(model, settings(optimizer=name)))

@@ -1,4 +1,4 @@
-"""Peak FLOP/s of GPUs, by the names that their driver gives."""
+"""Peak FLOP/s of GPUs, looked up by the name the driver reports."""
 
 import pytest
 import torch
@@ -15,12 +15,12 @@ DEVICES = {
 
 
 @pytest.mark.parametrize("name", DEVICES)
-def test_a_device_is_known_by_its_name(name):
+def test_peak_flops_are_looked_up_by_device_name(name):
     expected = DEVICES[name]
     assert peak_of(name, torch.bfloat16) == (None if expected is None else expected * 1e12)
 
 
-def test_float32_is_without_tensor_cores_and_a_cpu_has_no_peak():
+def test_float32_peak_is_lower_and_cpu_has_none():
     assert peak_of("NVIDIA H100 80GB HBM3", torch.float32) == 67e12
     assert all(float32 < bfloat16 for bfloat16, float32 in PEAKS.values())
     assert peak_flops(torch.device("cpu"), torch.float32) is None

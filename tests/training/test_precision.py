@@ -1,4 +1,4 @@
-"""The dtype of a run: what `auto` means on a device, and that a run that goes on elsewhere says what has changed."""
+"""The dtype of a run: how `auto` is resolved on a device, and that a resumed run reports a change."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ from seqmix.training.precision import precision_of
         ("bfloat16", False, torch.bfloat16),
     ],
 )
-def test_auto_depends_on_the_device_alone(config_of, monkeypatch, given, able, dtype):
+def test_precision_depends_on_setting_and_bfloat16_support(config_of, monkeypatch, given, able, dtype):
     training = config_of(f"training.precision={given}").training
     monkeypatch.setattr(products, "HAS_BFLOAT16", able)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: able)
@@ -28,7 +28,7 @@ def test_auto_depends_on_the_device_alone(config_of, monkeypatch, given, able, d
         assert precision_of(training, torch.device(device)) is dtype
 
 
-def test_a_run_says_its_dtype_and_whether_it_has_changed(seqmix, monkeypatch):
+def test_run_reports_its_dtype_and_a_changed_dtype_on_resume(seqmix, monkeypatch):
     overrides = (*SMALL, "data.paths=[text.txt]", "--device", "cpu")
     monkeypatch.setattr(products, "HAS_BFLOAT16", True)
     done = seqmix("train", "retnet-tiny", *overrides, "--out", "run")

@@ -1,4 +1,4 @@
-"""A run on the terminal: how it is stopped, and what it prints."""
+"""A run on the terminal: how to stop it, and what it prints."""
 
 import io
 import re
@@ -17,7 +17,7 @@ def handlers() -> list:
     return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
 
 
-def test_the_first_signal_is_a_request_and_the_second_acts_by_default():
+def test_first_signal_requests_a_stop_and_second_acts_by_default():
     # SIGINT interrupts, however this process was started
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -52,19 +52,19 @@ BYTES = SimpleNamespace(bytes_per_token=1.0, unigram_entropy=2.0)
     ],
     ids=str,
 )
-def test_an_evaluation_is_in_nats_and_bits_beside_the_byte_frequencies(fields, shown):
+def test_evaluation_line_shows_nats_bits_and_the_unigram_baseline(fields, shown):
     line = _describe_evaluation(Evaluated(100, **{"final": False, "tokens": 4096} | fields), BYTES)
     assert all(part in line for part in shown)
 
 
-def test_one_repeated_token_is_compared_with_nothing():
+def test_evaluation_line_handles_zero_unigram_entropy():
     line = _describe_evaluation(
         Evaluated(1, 0.5, True, tokens=8), SimpleNamespace(bytes_per_token=1.0, unigram_entropy=0.0)
     )
     assert line.endswith("frequencies alone: 0.0000 nats/byte, 0.0000 bits/byte")
 
 
-def test_without_a_terminal_lines_come_now_and_then_and_at_the_end(config_of, monkeypatch):
+def test_steps_are_printed_periodically_without_a_terminal(config_of, monkeypatch):
     clock, printed = [0.0], io.StringIO()  # steps take four seconds each
     monkeypatch.setattr("seqmix.cli.progress.time.monotonic", lambda: clock[0])
     shown = Steps(Console(file=printed, width=200), config_of("training.steps=20", "training.log_every=1").training)
@@ -90,7 +90,7 @@ def shown(config_of, tmp_path, capsys, monkeypatch):
     return run
 
 
-def test_a_run_shows_its_model_its_text_its_steps_and_how_to_try_it(shown, tmp_path):
+def test_run_shows_its_model_text_steps_and_generate_command(shown, tmp_path):
     out = shown()
     assert re.search(r"^([\d,]+) parameters on (cpu|cuda), torch\.", out)
     assert re.search(rf"{tmp_path / 'text.txt'}: 1 .*2,701 .*301 .*tail", out)
@@ -102,7 +102,7 @@ def test_a_run_shows_its_model_its_text_its_steps_and_how_to_try_it(shown, tmp_p
     assert "━" not in out
 
 
-def test_a_stopped_run_shows_how_to_resume(shown, tmp_path, monkeypatch):
+def test_stopped_run_shows_how_to_resume(shown, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(StopRequest, "was_made", lambda self: True)
         out = shown()
@@ -113,7 +113,7 @@ def test_a_stopped_run_shows_how_to_resume(shown, tmp_path, monkeypatch):
     assert "seqmix generate" in again
 
 
-def test_on_a_terminal_steps_are_a_bar(shown, monkeypatch):
+def test_terminal_shows_a_progress_bar(shown, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     out = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", shown())
     assert "━" in out
@@ -121,14 +121,14 @@ def test_on_a_terminal_steps_are_a_bar(shown, monkeypatch):
 
 
 @pytest.mark.parametrize("compiled", ["true", "false"])
-def test_a_compiling_step_is_announced(shown, monkeypatch, compiled):
+def test_compiling_step_is_announced(shown, monkeypatch, compiled):
     source = SimpleNamespace(name="text", summary="short", tokenizer=None)
     begun = Started(source, 9, torch.device("cpu"), torch.float32, 0)
     monkeypatch.setattr("seqmix.cli.progress.train", lambda *args, **options: iter([begun]))
     assert ("in the first step" in shown(f"training.compile={compiled}")) == (compiled == "true")
 
 
-def test_a_run_that_stopped_early_has_ended(shown, monkeypatch):
+def test_early_stopping_is_shown_with_the_generate_command(shown, monkeypatch):
     end = StoppedEarly(4, best_step=2, best_loss=1.25)
     monkeypatch.setattr("seqmix.cli.progress.train", lambda *args, **options: iter([end]))
     out = shown()

@@ -1,4 +1,4 @@
-"""What a run records of the machine that computed it."""
+"""What a run records about its code: the Git commit and the plugins."""
 
 import json
 import subprocess
@@ -11,7 +11,7 @@ from seqmix import load_run
 from seqmix.training.checkpoint.provenance import git_commit
 
 
-def test_the_commit_is_that_of_the_working_directory(tmp_path, monkeypatch):
+def test_git_commit_reads_the_working_directory(tmp_path, monkeypatch):
     def git(*arguments):
         names = ("-c", "user.name=a", "-c", "user.email=a@b.example", "-c", "commit.gpgsign=false")
         return subprocess.run(["git", *names, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True)
@@ -35,7 +35,7 @@ def test_the_commit_is_that_of_the_working_directory(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["evil", "a=b"])
-def test_the_commit_runs_nothing_that_the_repository_names(tmp_path, monkeypatch, name):
+def test_git_commit_runs_no_program_configured_by_the_repository(tmp_path, monkeypatch, name):
     def git(*arguments):
         names = ("-c", "user.name=a", "-c", "user.email=a@b.example", "-c", "commit.gpgsign=false")
         return subprocess.run(["git", *names, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True)
@@ -68,7 +68,7 @@ class OwnConfig(RetentionConfig):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("installed", [True, False])
-def test_a_run_names_the_plug_in_that_is_missing(config_of, tmp_path, monkeypatch, installed):
+def test_run_names_its_missing_plugin(config_of, tmp_path, monkeypatch, installed):
     module = "own_plug_in" if installed else "own_file"  # the distribution of a module is found once
     (tmp_path / f"{module}.py").write_text(PLUG_IN)
     if installed:

@@ -1,4 +1,4 @@
-"""The course of a run: the same seed is the same run, however often it was stopped."""
+"""The course of a run: the same seed gives the same run, no matter how often it is stopped."""
 
 import json
 import math
@@ -30,7 +30,7 @@ def steps(kind: type, events: list) -> list[int]:
     return [event.step for event in of(kind, events)]
 
 
-def test_a_run_is_a_sequence_of_events_and_metrics(config_of, tmp_path, monkeypatch):
+def test_run_yields_the_expected_events_and_metrics(config_of, tmp_path, monkeypatch):
     # a clock that ticks once a reading: a step is one tick long, whatever else happens between steps
     ticks = iter(range(10**6))
     monkeypatch.setattr("seqmix.training.run.time.perf_counter", lambda: float(next(ticks)))
@@ -59,7 +59,7 @@ def test_a_run_is_a_sequence_of_events_and_metrics(config_of, tmp_path, monkeypa
     assert read_config(tmp_path / "run") == config
 
 
-def test_a_run_learns_and_its_model_is_read_back(config_of, tmp_path):
+def test_run_learns_and_its_model_can_be_loaded(config_of, tmp_path):
     # whose last step is logged, evaluated and saved wherever it falls
     every = (f"training.{name}=40" for name in ("log_every", "evaluate_every", "checkpoint_every"))
     config = config_of("training.steps=60", "training.learning_rate=1.0e-2", *every)
@@ -76,7 +76,7 @@ def test_a_run_learns_and_its_model_is_read_back(config_of, tmp_path):
     assert all(torch.equal(weights[name], p) for name, p in model.named_parameters())
 
 
-def test_the_same_seed_is_the_same_run(config_of, tmp_path, whole):
+def test_same_seed_reproduces_the_run(config_of, tmp_path, whole):
     torch.manual_seed(99)
     run_of(config_of(*DROPOUT), tmp_path / "run")
     require_same_run(tmp_path / "run", whole(config_of(*DROPOUT)))
@@ -97,7 +97,7 @@ HYBRID = ("model.n_layers=4", "model.pattern=[ret, attn]", "model.blocks.attn.mi
     ],
     ids=["hybrid", "hybrid carried", "carried"],
 )
-def test_a_run_stopped_again_and_again_is_the_uninterrupted_one(config_of, tmp_path, whole, preset, changes):
+def test_repeatedly_stopped_run_matches_the_uninterrupted_one(config_of, tmp_path, whole, preset, changes):
     config, run = config_of(*DROPOUT, *changes, preset=preset), tmp_path / "run"
     for step in (1, 2, 3, 5, 6):
         stopped(config, run, step, Stepped if step % 2 or CARRY[0] in changes else Evaluated, resume=step > 1)
@@ -110,7 +110,7 @@ TORN = ("", '{"step": 5, "lo', "not one of ours\n", "[5]\n", '{"loss": 1}\n', "\
 
 
 @pytest.mark.parametrize(("at", "resumed", "torn"), [(1, 0, ""), *((5, 4, torn) for torn in TORN)])
-def test_an_abandoned_run_continues_from_its_last_checkpoint(config_of, tmp_path, whole, at, resumed, torn):
+def test_abandoned_run_continues_from_its_last_checkpoint(config_of, tmp_path, whole, at, resumed, torn):
     config = config_of(*DROPOUT)
     for event in train(config, tmp_path / "run"):
         if isinstance(event, Stepped) and event.step == at:
@@ -122,7 +122,7 @@ def test_an_abandoned_run_continues_from_its_last_checkpoint(config_of, tmp_path
     require_same_run(tmp_path / "run", whole(config))
 
 
-def test_a_finished_run_has_nothing_left_to_do(config_of, tmp_path):
+def test_resuming_a_finished_run_changes_nothing(config_of, tmp_path):
     events = stopped(config_of(), tmp_path / "run", 6, Evaluated)
     assert steps(Saved, events) == [2, 4, 6]  # a stop at the last step saves once
     before = metrics(tmp_path / "run"), checkpoint_bytes(tmp_path / "run")
@@ -132,7 +132,7 @@ def test_a_finished_run_has_nothing_left_to_do(config_of, tmp_path):
 
 
 @pytest.mark.parametrize("what", ["a run", "a folder", "a file"])
-def test_what_is_there_is_left_alone(config_of, tmp_path, what):
+def test_existing_files_at_the_run_path_are_left_alone(config_of, tmp_path, what):
     run = tmp_path / "run"
     if what == "a run":
         run_of(config_of("training.steps=2"), run)
@@ -148,7 +148,7 @@ def test_what_is_there_is_left_alone(config_of, tmp_path, what):
     assert contents(tmp_path) == before
 
 
-def test_of_two_runs_that_start_at_once_one_gets_the_folder(config_of, tmp_path, monkeypatch):
+def test_run_folder_created_meanwhile_is_not_overwritten(config_of, tmp_path, monkeypatch):
     opened = TextConfig.open
 
     def slow(data, vocab_size, run):
@@ -161,7 +161,7 @@ def test_of_two_runs_that_start_at_once_one_gets_the_folder(config_of, tmp_path,
     assert contents(tmp_path / "run") == {"config.yaml": b"the other's"}
 
 
-def test_a_run_is_trained_by_one_at_a_time(config_of, tmp_path):
+def test_run_cannot_be_trained_twice_at_once(config_of, tmp_path):
     run = tmp_path / "run"
     run.mkdir()  # an empty folder may be there
     first = train(config_of(), run)
@@ -187,7 +187,7 @@ def test_a_run_is_trained_by_one_at_a_time(config_of, tmp_path):
         ("training={carry_state: true, batch_size: 200, steps: 1, warmup_steps: 0}", "200 .*3216.*2701"),
     ],
 )
-def test_a_run_that_cannot_start_leaves_no_folder(config_of, tmp_path, override, named):
+def test_run_that_cannot_start_leaves_no_folder(config_of, tmp_path, override, named):
     assert re.search(named, refusal(lambda: run_of(config_of(override), tmp_path / "run")))
     assert not (tmp_path / "run").exists()
 
@@ -200,13 +200,13 @@ def test_a_run_that_cannot_start_leaves_no_folder(config_of, tmp_path, override,
         ("data.order=epochs", "retnet-tiny", r"data\.order"),
     ],
 )
-def test_what_a_carried_state_is_not_for_is_refused(config_of, change, preset, named):
+def test_carry_state_with_incompatible_settings_is_refused(config_of, change, preset, named):
     with pytest.raises(SeqmixError, match=named):
         config_of("training.carry_state=true", change, preset=preset)
 
 
 @pytest.mark.parametrize(("every", "evaluated", "seen"), [(1, 100, 4), (1, 1, 4), (3, 100, 5), (100, 100, 5)])
-def test_a_loss_that_is_not_finite_stops_the_run(config_of, tmp_path, monkeypatch, every, evaluated, seen):
+def test_nonfinite_loss_stops_the_run(config_of, tmp_path, monkeypatch, every, evaluated, seen):
     # the fourth step ruins the parameters
     monkeypatch.setattr("seqmix.training.trainer.learning_rate", lambda step, config: 1e30 if step == 3 else 1e-3)
     config = config_of(
@@ -223,7 +223,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(config_of, tmp_path, monkeypatc
         assert all(tensor.isfinite().all() for tensor in load_file(folder / "model.safetensors").values())
 
 
-def test_a_parameter_that_an_evaluation_does_not_read_is_not_saved_ruined(config_of, tmp_path, monkeypatch):
+def test_nan_parameters_are_not_saved_even_if_evaluation_misses_them(config_of, tmp_path, monkeypatch):
     evaluate = Trainer.evaluate
 
     def unread(trainer, **options):
@@ -238,7 +238,7 @@ def test_a_parameter_that_an_evaluation_does_not_read_is_not_saved_ruined(config
     assert not checkpoints(tmp_path / "run")
 
 
-def test_a_validation_loss_that_is_not_finite_stops_the_run(config_of, tmp_path):
+def test_nonfinite_validation_loss_stops_the_run(config_of, tmp_path):
     config = config_of()
     model = build_model(config.model)
     trainer = Trainer(config, config.open_data(), model, build_optimizer(model, config.training))
@@ -248,7 +248,7 @@ def test_a_validation_loss_that_is_not_finite_stops_the_run(config_of, tmp_path)
     assert not checkpoints(tmp_path)
 
 
-def test_further_lengths_are_evaluated_too(config_of, tmp_path, whole):
+def test_additional_lengths_are_evaluated(config_of, tmp_path, whole):
     final = "training.final_evaluation_batches=3"
     events = run_of(config_of("training.evaluation_lengths=[8, 64]", final), tmp_path / "run")
     evaluated = of(Evaluated, events)
@@ -278,7 +278,7 @@ def losses_are(monkeypatch):
 EARLY = ("training.patience=2", "training.evaluate_every=1", "training.checkpoint_every=100", "training.steps=9")
 
 
-def test_a_run_that_does_not_improve_stops(config_of, tmp_path, losses_are):
+def test_run_without_improvement_stops_early(config_of, tmp_path, losses_are):
     losses_are(4, 3, 3.5, 2, 2, 2.5)
     events = run_of(config_of(*EARLY), tmp_path / "run")
     assert events[-1] == StoppedEarly(6, best_step=4, best_loss=2)
@@ -301,7 +301,7 @@ def notes(config: RunConfig, run) -> list[str]:
     return [event.text for event in of(Noted, run_of(config, run, resume=True))]
 
 
-def test_a_resumed_run_notes_what_else_computed_it(config_of, tmp_path):
+def test_resumed_run_notes_a_changed_thread_count(config_of, tmp_path):
     stopped(config_of(), tmp_path / "run", 1)
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 1)
@@ -318,7 +318,7 @@ def test_a_resumed_run_notes_what_else_computed_it(config_of, tmp_path):
         assert all(session[name] for name in ("time", "python", "processor", "cores", "system"))
 
 
-def test_a_damaged_checkpoint_is_named_and_the_previous_one_is_used(config_of, tmp_path, whole):
+def test_resume_skips_and_names_a_damaged_checkpoint(config_of, tmp_path, whole):
     config, run = config_of(*DROPOUT), tmp_path / "run"
     run_of(config_of(*DROPOUT, "training.keep_checkpoints=3"), run)
     damaged = checkpoints(run)[-1] / "optimizer.safetensors"
@@ -330,7 +330,7 @@ def test_a_damaged_checkpoint_is_named_and_the_previous_one_is_used(config_of, t
     require_same_run(run, whole(config))
 
 
-def test_how_a_mixer_is_computed_may_change_and_is_noted_and_what_it_computes_may_not(config_of, tmp_path):
+def test_resume_notes_execution_changes_but_refuses_other_mixer_changes(config_of, tmp_path):
     run, mixer = tmp_path / "run", "model.blocks.ret.mixer"
     stopped(config_of(), run, 1)
     other = config_of(f"{mixer}.gate=none", f"{mixer}.chunk_size=32")
@@ -344,7 +344,7 @@ def test_how_a_mixer_is_computed_may_change_and_is_noted_and_what_it_computes_ma
 
 
 @pytest.mark.parametrize("change", ["longer", "as long", "the same again", "split otherwise", "of an older version"])
-def test_a_text_that_has_changed_is_noted(config_of, tmp_path, text, change):
+def test_resume_notes_a_changed_text(config_of, tmp_path, text, change):
     stopped(config_of(), tmp_path / "run", 1)
     content, changes = text.read_text(), ()
     if change == "as long":

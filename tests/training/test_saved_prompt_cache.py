@@ -1,4 +1,4 @@
-"""A prompt cache on disk: complete or absent, of one model, and good in another process."""
+"""A prompt cache on disk: complete or absent, tied to one model, and usable in another process."""
 
 import os
 import re
@@ -45,7 +45,7 @@ def rewrite(file, change) -> None:
     save_file(tensors, file, metadata)
 
 
-def test_a_cache_comes_back_to_the_bit(model, file):
+def test_cache_round_trip_is_bitwise_exact(model, file):
     cache, loaded = cache_text(model, ["the text", "another"]), load_prompt_cache(file, model)
     assert torch.equal(loaded.recent, cache.recent)
     assert torch.equal(loaded.lengths, cache.lengths)
@@ -54,14 +54,14 @@ def test_a_cache_comes_back_to_the_bit(model, file):
     assert all(torch.equal(leaf, expected[name]) for name, leaf in to_dict(loaded.state).items())
 
 
-def test_another_model_is_refused(file):
+def test_cache_of_another_model_is_refused(file):
     config = load_config("hybrid-tiny", SMALL).model
     option = load_config("hybrid-tiny", [*SMALL, "model.blocks.attn.mixer.rope_base=5e4"]).model
     for other in (build_model(config, seed=1), build_model(config, dtype=torch.float64), build_model(option)):
         assert "another model" in refused(file, other)
 
 
-def test_a_damaged_missing_or_other_file_is_refused(model, file, tmp_path):
+def test_damaged_missing_or_unrelated_cache_file_is_refused(model, file, tmp_path):
     assert "missing" in refused(tmp_path / "missing", model)
     content = file.read_bytes()
     for at in (0, 7, len(content) // 2, len(content) - 1):
@@ -79,7 +79,7 @@ def test_a_damaged_missing_or_other_file_is_refused(model, file, tmp_path):
     assert re.search(r"\b2\b.*\b1\b", refused(file, model))
 
 
-def test_a_file_that_cannot_be_written_is_named(model, tmp_path):
+def test_unwritable_cache_file_is_named(model, tmp_path):
     with pytest.raises(CheckpointError, match=r"nowhere/a\.state"):
         save_prompt_cache(cache_text(model, ["a"]), model, tmp_path / "nowhere" / "a.state")
     assert not list(tmp_path.iterdir())
@@ -98,7 +98,7 @@ def generate(seqmix):
 
 
 @pytest.mark.slow
-def test_text_goes_on_in_another_process_and_a_prefix_is_read_once(generate):
+def test_saved_state_continues_in_another_process_and_serves_as_prefix(generate):
     expected = generate("--prompt", "the ", "--max-new-tokens", "30", *GREEDY).out
     first = generate("--prompt", "the ", "--max-new-tokens", "12", *GREEDY, "--save-state", "a.state")
     assert first.status == 0
@@ -116,7 +116,7 @@ def test_text_goes_on_in_another_process_and_a_prefix_is_read_once(generate):
     assert (on.status, " 11 tokens" in on.err) == (0, True)
 
 
-def test_what_cannot_be_done_is_named_before_anything_is_generated(generate, monkeypatch):
+def test_invalid_state_options_are_reported_before_generation(generate, monkeypatch):
     cases = [
         (2, [], "--prompt.*--state"),
         (3, ["--state", "missing"], "missing"),
@@ -137,7 +137,7 @@ def test_what_cannot_be_done_is_named_before_anything_is_generated(generate, mon
         assert done.err.count("\n") == 1
 
 
-def test_speculation_changes_no_text_and_says_what_it_guessed(generate):
+def test_speculation_changes_no_text_and_reports_its_statistics(generate):
     for options in (GREEDY, ("--temperature", "0.9", "--seed", "3")):
         prompts = ("--prompt", "the text of the text of ", "--prompt", "a", "--max-new-tokens", "40", *options)
         expected = generate(*prompts).out

@@ -1,4 +1,4 @@
-"""A run read back, and its weights in one file."""
+"""Loading a saved run, and exporting its weights to one file."""
 
 import json
 import random
@@ -48,7 +48,7 @@ def refused(action) -> str:
     return refusal(action, CheckpointError)
 
 
-def test_any_checkpoint_is_read(run):
+def test_load_run_reads_any_checkpoint(run):
     for folder, choice in zip(checkpoints(run), (2, 4, 6), strict=True):
         assert same(weights(load_run(run, choice=choice)), load_file(folder / "model.safetensors"))
     assert same(weights(load_run(run)), weights(load_run(run, choice=6)))
@@ -57,7 +57,7 @@ def test_any_checkpoint_is_read(run):
     assert 'did you mean "best"' in refused(lambda: load_run(run, choice="bset"))
 
 
-def test_damaged_parameters_are_named_and_the_previous_ones_read_and_damaged_moments_do_not_matter(run):
+def test_load_run_skips_damaged_parameters_and_ignores_missing_moments(run):
     (checkpoints(run)[-1] / "optimizer.safetensors").unlink()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -72,8 +72,8 @@ def test_damaged_parameters_are_named_and_the_previous_ones_read_and_damaged_mom
 
 
 @pytest.mark.parametrize("function", ["verify", "read_chunks"])
-def test_a_checkpoint_that_is_deleted_while_it_is_read_is_replaced_by_the_next(run, monkeypatch, function):
-    """As a run that trains deletes it: between the list and the checksums, or between these and the weights."""
+def test_load_run_falls_back_when_a_checkpoint_is_deleted_meanwhile(run, monkeypatch, function):
+    """As a training run may delete it: before its checksums are verified, or before its weights are read."""
     module = checkpoint if function == "verify" else train_state
     whole, newest, waiting = getattr(module, function), checkpoints(run)[-1], [True]
 
@@ -90,7 +90,7 @@ def test_a_checkpoint_that_is_deleted_while_it_is_read_is_replaced_by_the_next(r
     assert re.search("checkpoint of step 6; it has .* 2, 4$", refused(lambda: load_run(run, choice=6)))
 
 
-def test_a_file_has_weights_and_configuration(run, tmp_path):
+def test_exported_file_contains_weights_and_config(run, tmp_path):
     file = tmp_path / "folder" / "model.safetensors"
     assert export_run(run, file, choice=4) == 4
     metadata = metadata_of(file)
@@ -103,7 +103,7 @@ def test_a_file_has_weights_and_configuration(run, tmp_path):
     assert [path.name for path in file.parent.iterdir()] == [file.name]
 
 
-def test_a_vocabulary_goes_with_the_weights(run, tmp_path, monkeypatch):
+def test_exported_file_contains_the_vocabulary(run, tmp_path, monkeypatch):
     class Vocabulary(ByteTokenizer):
         def __init__(self, vocabulary: bytes, name: str, begin: None) -> None:
             del name, begin
@@ -118,14 +118,14 @@ def test_a_vocabulary_goes_with_the_weights(run, tmp_path, monkeypatch):
     assert load_run(tmp_path / "model.safetensors").tokenizer.vocabulary.decode() == '{"of": "the run, ä"}'
 
 
-def test_a_file_that_is_there_or_cannot_be_written_is_named(run, tmp_path):
+def test_export_to_existing_or_unwritable_path_is_refused(run, tmp_path):
     (tmp_path / "mine").write_text("mine")
     for file in (tmp_path / "mine", tmp_path / "mine" / "model.safetensors"):
         assert refused(lambda file=file: export_run(run, file)).startswith(f"{file} ")
     assert (tmp_path / "mine").read_text() == "mine"
 
 
-def test_only_the_model_must_be_of_this_version(run, tmp_path):
+def test_export_with_unknown_training_fields_loads(run, tmp_path):
     file = tmp_path / "model.safetensors"
     export_run(run, file)
     tensors, config = load_file(file), read_config(run).model_dump_json()
@@ -149,13 +149,13 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("kind", FOREIGN)
-def test_a_file_of_something_else_is_named(config_of, tmp_path, kind):
+def test_file_that_is_not_an_export_is_named(config_of, tmp_path, kind):
     file = tmp_path / "model.safetensors"
     FOREIGN[kind](file, weights(build_model(config_of().model)))
     assert refused(lambda: load_run(file)).startswith(f"{file} ")
 
 
-def test_a_file_imports_nothing_unless_it_is_trusted(run, tmp_path, monkeypatch):
+def test_export_imports_a_module_only_with_trust(run, tmp_path, monkeypatch):
     export_run(run, file := tmp_path / "model.safetensors")
     tensors, config = load_file(file), json.loads(read_config(run).model_dump_json())
     config["model"]["blocks"]["ret"]["mixer"]["kind"] = "strangers_module:Config"
@@ -170,7 +170,7 @@ def test_a_file_imports_nothing_unless_it_is_trusted(run, tmp_path, monkeypatch)
     assert same(weights(load_run(file, trust=True)), tensors)
 
 
-def test_weights_of_another_type_are_said(run, tmp_path):
+def test_loading_weights_of_another_dtype_is_noted(run, tmp_path):
     file = tmp_path / "a.safetensors"
     export_run(run, file)
     metadata = metadata_of(file)
@@ -185,7 +185,7 @@ def test_weights_of_another_type_are_said(run, tmp_path):
     assert "float32" in notes[0]
 
 
-def test_a_tokenizer_other_than_that_of_the_training_is_refused(config_of, text, tmp_path):
+def test_changed_tokenizer_is_refused(config_of, text, tmp_path):
     documents = [("a text", text.read_bytes())]
     train_bpe(documents, 300, own := tmp_path / "own.json")
     run_of(config_of(f"data.tokenizer={own}", "model.vocab_size=300"), run := tmp_path / "run")
@@ -217,7 +217,7 @@ def test_a_tokenizer_other_than_that_of_the_training_is_refused(config_of, text,
     assert load_run(run).tokenizer.vocabulary == other
 
 
-def test_one_flipped_bit_in_an_export_is_refused(run, tmp_path):
+def test_export_with_one_flipped_bit_is_refused(run, tmp_path):
     export_run(run, file := tmp_path / "a.safetensors")
     whole = file.read_bytes()
     begin = 8 + int.from_bytes(whole[:8], "little")
@@ -229,7 +229,7 @@ def test_one_flipped_bit_in_an_export_is_refused(run, tmp_path):
     assert "its checksum does not match" in refused(lambda: load_run(file))
 
 
-def test_an_export_without_a_checksum_is_read(run, tmp_path):
+def test_export_without_a_checksum_loads(run, tmp_path):
     export_run(run, file := tmp_path / "a.safetensors")
     metadata = metadata_of(file)
     del metadata[CHECKSUM_KEY]

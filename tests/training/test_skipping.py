@@ -1,4 +1,4 @@
-"""Steps that are skipped: counted, without a trace in the parameters, and the same after a stop."""
+"""Skipped steps: they are counted, leave the parameters unchanged, and are the same after a resume."""
 
 import math
 
@@ -33,7 +33,7 @@ def parameters(trainer):
 
 
 @pytest.mark.parametrize("option", ["training.skip_nonfinite=true", "training.max_grad_norm_spike=5.0"])
-def test_a_skipped_step_changes_nothing_and_the_next_one_does(config_of, option, monkeypatch):
+def test_skipped_step_changes_no_parameter_but_the_next_one_does(config_of, option, monkeypatch):
     monkeypatch.setattr("seqmix.training.skipping.MIN_NORMS", 2)
     trainer = trainer_of(config_of(option))
     trainer.objective = Failing(math.nan if "nonfinite" in option else 100.0)
@@ -46,7 +46,7 @@ def test_a_skipped_step_changes_nothing_and_the_next_one_does(config_of, option,
     assert trainer.skipping.skipped == 1
 
 
-def test_the_run_says_so_and_counts(config_of, tmp_path):
+def test_run_notes_and_counts_skipped_steps(config_of, tmp_path):
     config = config_of("training.skip_nonfinite=true", "training.log_every=1")
     events = run_of(config, tmp_path / "run", objective=Failing(math.nan))
     (said,) = (event for event in events if isinstance(event, Noted))
@@ -60,7 +60,7 @@ def test_the_run_says_so_and_counts(config_of, tmp_path):
     assert "the loss is nan" in said
 
 
-def test_steps_that_are_never_finite_end_the_run(config_of, monkeypatch):
+def test_too_many_nonfinite_steps_in_a_row_raise(config_of, monkeypatch):
     monkeypatch.setattr("seqmix.training.skipping.MAX_NONFINITE_IN_A_ROW", 2)
     trainer = trainer_of(config_of("training.skip_nonfinite=true"))
     trainer.objective = Failing(math.nan)
@@ -73,7 +73,7 @@ def test_steps_that_are_never_finite_end_the_run(config_of, monkeypatch):
         trainer.train_step(6)
 
 
-def test_a_stopped_run_remembers_what_is_usual(config_of, tmp_path, monkeypatch):
+def test_resumed_run_remembers_recent_gradient_norms(config_of, tmp_path, monkeypatch):
     monkeypatch.setattr("seqmix.training.skipping.MIN_NORMS", 4)
     config = config_of("training.max_grad_norm_spike=5.0")
     events = run_of(config, tmp_path / "whole", objective=Failing(100.0, at=4))
@@ -84,7 +84,7 @@ def test_a_stopped_run_remembers_what_is_usual(config_of, tmp_path, monkeypatch)
     require_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
-def test_a_spike_is_beyond_a_multiple_of_the_median(config_of):
+def test_spike_is_a_norm_above_a_multiple_of_the_median(config_of):
     skipping = Skipping(config_of("training.max_grad_norm_spike=3.0").training)
     for norm in (1.0, 100.0, *[1.0] * (MIN_NORMS - 2)):
         assert skipping.reason(norm) is None  # too few to be unusual

@@ -1,4 +1,4 @@
-"""A run that starts from weights that exist, of a run, an export or a folder of Hugging Face."""
+"""A run that starts from existing weights: of a run, an export or a Hugging Face folder."""
 
 import json
 import shutil
@@ -59,7 +59,7 @@ def require_same_parameters(run, other, **options):
     assert_close(parameters(run, **options), parameters(other), rtol=0, atol=1e-9)
 
 
-def test_training_goes_on_from_the_weights_of_a_run_and_so_does_their_average(folder, tmp_path):
+def test_training_starts_from_the_weights_of_a_run_including_ema(folder, tmp_path):
     config_ = config(folder, f"training.start_from={folder}/bytes", *STILL, "seed=5")
     events = run_of(config_, tmp_path / "run")
     (note,) = [event.text for event in events if isinstance(event, Noted)]
@@ -71,7 +71,7 @@ def test_training_goes_on_from_the_weights_of_a_run_and_so_does_their_average(fo
     assert len(session["start_from"]["sha256"]) == 64
 
 
-def test_a_resumed_run_does_not_read_them_again_unless_it_has_no_checkpoint(folder, tmp_path):
+def test_resume_rereads_start_weights_only_without_a_checkpoint(folder, tmp_path):
     shutil.copytree(folder / "bytes", tmp_path / "first")
     config_ = config(folder, f"training.start_from={tmp_path}/first")
     run_of(config_, tmp_path / "whole")
@@ -89,7 +89,7 @@ def test_a_resumed_run_does_not_read_them_again_unless_it_has_no_checkpoint(fold
 
 
 @pytest.mark.parametrize("source", ["bytes", "words.safetensors", "hf"])
-def test_model_and_tokenizer_may_be_those_of_a_folder(folder, tmp_path, source):
+def test_model_and_tokenizer_can_come_from_the_source(folder, tmp_path, source):
     file = folder / source
     if source == "hf" and find_spec("transformers") is None:
         pytest.skip("needs pip install transformers")
@@ -114,7 +114,7 @@ def test_model_and_tokenizer_may_be_those_of_a_folder(folder, tmp_path, source):
         run_of(config(folder, *named), tmp_path / "named")
 
 
-def test_one_flipped_bit_in_a_folder_of_hugging_face_is_refused(folder, tmp_path):
+def test_hugging_face_folder_with_one_flipped_bit_is_refused(folder, tmp_path):
     pytest.importorskip("transformers")
     from seqmix.interop.hf import export_hf
 
@@ -126,7 +126,7 @@ def test_one_flipped_bit_in_a_folder_of_hugging_face_is_refused(folder, tmp_path
     assert f"{file} is damaged: its checksum does not match" in message
 
 
-def test_fields_that_differ_are_noted(folder, tmp_path):
+def test_differing_model_fields_are_noted(folder, tmp_path):
     changes = (f"training.start_from={folder}/bytes", "model.blocks.ret.norm.eps=0.01", "model.dropout=0.1")
     events = run_of(config(folder, *changes), tmp_path / "run")
     (note,) = [event.text for event in events if isinstance(event, Noted)]
@@ -148,7 +148,7 @@ def test_fields_that_differ_are_noted(folder, tmp_path):
         ("named", (), "would import code that it names: strange"),
     ],
 )
-def test_another_model_or_tokenizer_is_refused_before_anything_is_written(folder, tmp_path, source, changes, words):
+def test_mismatched_model_or_tokenizer_is_refused_before_writing(folder, tmp_path, source, changes, words):
     for name, fields in (("theirs", {"model_type": "llama"}), ("named", {"model": {"kind": "strange:Config"}})):
         (folder / name).mkdir(exist_ok=True)
         (folder / name / "config.json").write_text(json.dumps(fields))

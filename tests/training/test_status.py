@@ -1,4 +1,4 @@
-"""status.json of runs: how they ended, time budgets, and runs that were killed."""
+"""The status.json of a run: how it ended, time budgets, and killed runs."""
 
 import io
 import json
@@ -23,7 +23,7 @@ from seqmix.training import read_status
 from seqmix.training.monitoring.events import OutOfTime, Stepped
 
 
-def test_a_finished_run_says_so(config_of, tmp_path):
+def test_finished_run_has_status_finished(config_of, tmp_path):
     run_of(config_of(), tmp_path / "run")
     status = read_status(tmp_path / "run")
     assert (status.state, status.step, status.steps, status.pid) == ("finished", 6, 6, None)
@@ -32,7 +32,7 @@ def test_a_finished_run_says_so(config_of, tmp_path):
     assert json.loads((tmp_path / "run" / "status.json").read_text())["reason"] == "all steps are made"
 
 
-def test_while_it_trains_a_run_is_running_in_this_process(config_of, tmp_path):
+def test_training_run_has_status_running_with_this_pid(config_of, tmp_path):
     events = train(config_of(), tmp_path / "run")
     next(event for event in events if isinstance(event, Stepped))
     status = read_status(tmp_path / "run")
@@ -41,19 +41,19 @@ def test_while_it_trains_a_run_is_running_in_this_process(config_of, tmp_path):
     assert read_status(tmp_path / "run").state == "interrupted"
 
 
-def test_a_stop_request_is_an_interruption(config_of, tmp_path):
+def test_stop_request_has_status_interrupted(config_of, tmp_path):
     stopped(config_of(), tmp_path / "run", 3)
     assert (read_status(tmp_path / "run").state, read_status(tmp_path / "run").step) == ("interrupted", 3)
 
 
-def test_early_stopping_finishes(config_of, tmp_path):
+def test_early_stopping_has_status_finished(config_of, tmp_path):
     run_of(config_of("training.patience=1", "training.learning_rate=1.0e-12", "training.steps=12"), tmp_path / "run")
     status = read_status(tmp_path / "run")
     assert status.state == "finished"
     assert "stopped early" in status.reason
 
 
-def test_a_run_that_diverges_says_where(config_of, tmp_path):
+def test_diverged_run_records_the_error_as_reason(config_of, tmp_path):
     with pytest.raises(SeqmixError) as raised:
         run_of(config_of("training.learning_rate=1.0e+30", "training.warmup_steps=0"), tmp_path / "run")
     assert raised.value.exit_status == 4
@@ -61,7 +61,7 @@ def test_a_run_that_diverges_says_where(config_of, tmp_path):
     assert (status.state, status.reason) == ("diverged", str(raised.value))
 
 
-def test_a_failure_in_the_loop_is_recorded(config_of, tmp_path):
+def test_failure_in_the_loop_is_recorded(config_of, tmp_path):
     events = train(config_of(), tmp_path / "run")
     next(events)
     with pytest.raises(RuntimeError):
@@ -80,7 +80,7 @@ class UnprintableError(Exception):
 
 
 @pytest.mark.parametrize("error", [UnprintableError(), SystemExit(UnprintableError()), SeqmixError(UnprintableError())])
-def test_an_error_whose_message_cannot_be_shown_is_recorded(config_of, tmp_path, error):
+def test_error_with_unprintable_message_is_recorded(config_of, tmp_path, error):
     events = train(config_of(), tmp_path / "run")
     next(events)
     with pytest.raises(type(error)):
@@ -90,7 +90,7 @@ def test_an_error_whose_message_cannot_be_shown_is_recorded(config_of, tmp_path,
     assert "message cannot be shown" in status.reason
 
 
-def test_a_run_that_was_killed_is_recognised_and_resumes(config_of, seqmix, tmp_path):
+def test_killed_run_is_recognised_and_resumes(config_of, seqmix, tmp_path):
     command = [sys.executable, "-c", "from seqmix.cli.app import main; main()", "train", "retnet-tiny", *SMALL]
     command += ["data.paths=[text.txt]", "training.steps=1000000", "--out", "run"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
@@ -107,7 +107,7 @@ def test_a_run_that_was_killed_is_recognised_and_resumes(config_of, seqmix, tmp_
     assert read_status("run").state == "stopped"
 
 
-def test_a_run_whose_lock_nobody_holds_is_not_running_whatever_its_process_is(config_of, tmp_path):
+def test_unlocked_run_is_not_running_even_if_its_process_lives(config_of, tmp_path):
     events = train(config_of(), tmp_path / "run")
     next(event for event in events if isinstance(event, Stepped))
     shutil.copytree(tmp_path / "run", tmp_path / "copy")  # as a killed run leaves it; the process is alive
@@ -120,7 +120,7 @@ def test_a_run_whose_lock_nobody_holds_is_not_running_whatever_its_process_is(co
 
 
 @pytest.mark.parametrize("has_locks", [True, False])
-def test_a_run_that_has_died_and_was_not_reaped_is_not_running(config_of, tmp_path, monkeypatch, has_locks):
+def test_unreaped_process_is_reported_killed_only_if_locks_exist(config_of, tmp_path, monkeypatch, has_locks):
     run_of(config_of("training.steps=1"), tmp_path / "run")
     file = tmp_path / "run" / "status.json"
     process = subprocess.Popen([sys.executable, "-c", ""])
@@ -134,7 +134,7 @@ def test_a_run_that_has_died_and_was_not_reaped_is_not_running(config_of, tmp_pa
     assert read_status(tmp_path / "run").state == "killed"
 
 
-def test_a_time_budget_ends_a_run_which_resumes_to_the_bit(config_of, tmp_path):
+def test_run_stopped_by_its_time_budget_resumes_bitwise(config_of, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run_of(config_of(), whole)
     events = run_of(config_of("training.max_time=0.001"), parts)
@@ -147,7 +147,7 @@ def test_a_time_budget_ends_a_run_which_resumes_to_the_bit(config_of, tmp_path):
     assert checkpoint_bytes(parts) == checkpoint_bytes(whole)
 
 
-def test_a_missing_or_damaged_status_is_refused(tmp_path):
+def test_missing_or_damaged_status_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"no status\.json"):
         read_status(tmp_path)
     for text in ("{", "[]", "{}"):
@@ -156,7 +156,7 @@ def test_a_missing_or_damaged_status_is_refused(tmp_path):
             read_status(tmp_path)
 
 
-def test_a_damaged_status_names_the_field(config_of, tmp_path):
+def test_damaged_status_error_names_the_field(config_of, tmp_path):
     run_of(config_of(), tmp_path / "run")
     file = tmp_path / "run" / "status.json"
     good = json.loads(file.read_text())
@@ -168,8 +168,8 @@ def test_a_damaged_status_names_the_field(config_of, tmp_path):
     assert read_status(tmp_path / "run").step == 6
 
 
-def test_any_status_is_shown_or_refused_in_one_sentence(config_of, tmp_path, monkeypatch):
-    """Seeded; nothing that controls a terminal."""
+def test_mutated_status_is_shown_or_refused_in_one_line(config_of, tmp_path, monkeypatch):
+    """The mutations are seeded; the output contains no terminal control characters."""
 
     class Screen(io.StringIO):
         def isatty(self):
@@ -190,7 +190,7 @@ def test_any_status_is_shown_or_refused_in_one_sentence(config_of, tmp_path, mon
     assert [(case.name, fault) for case in cases if (fault := fault_of(case))] == []
 
 
-def test_durations():
+def test_durations_are_parsed_and_formatted():
     texts = ("90s", "30m", "1h30m", "0.5h", "90", 90, 2.5)
     assert [parse_duration(text) for text in texts] == [90, 1800, 5400, 1800, 90, 90, 2.5]
     assert [format_duration(seconds) for seconds in (90, 1800, 5400, 2.5)] == ["1m30s", "30m", "1h30m", "2.5s"]

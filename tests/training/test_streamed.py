@@ -1,4 +1,4 @@
-"""Runs on a mixture of streamed datasets and a text: stopped or killed, they go on to the bit."""
+"""Runs on a mixture of streamed datasets and a text: stopped or killed, they resume bitwise."""
 
 import json
 import signal
@@ -37,7 +37,7 @@ def changes(tmp_path) -> tuple[str, ...]:
 
 
 @pytest.mark.parametrize("ahead", [False, True], ids=["", "read ahead"])
-def test_a_run_on_a_mixture_of_streams_is_resumed_to_the_bit(config_of, changes, tmp_path, monkeypatch, ahead):
+def test_stopped_run_on_mixed_streams_resumes_bitwise(config_of, changes, tmp_path, monkeypatch, ahead):
     config = config_of(*changes, "training.checkpoint_every=3")
     run_of(config, tmp_path / "whole")
     monkeypatch.setattr(trainer, "Loader", lambda *arguments: Loader(*arguments, reads_ahead=ahead))
@@ -57,7 +57,7 @@ def test_a_run_on_a_mixture_of_streams_is_resumed_to_the_bit(config_of, changes,
     require_same_run(tmp_path / "run", tmp_path / "whole")
 
 
-def test_streams_and_texts_have_the_shares_of_their_weights(config_of, changes):
+def test_mixed_streams_and_text_follow_their_weights(config_of, changes):
     text = config_of(*changes).open_data()
     inputs = [text.training_batch(step, 8, seed=0).inputs for step in range(500)]
     of_text = sum(int(((batch >= 48) & (batch < 58)).any(1).logical_not().sum()) for batch in inputs)
@@ -65,7 +65,7 @@ def test_streams_and_texts_have_the_shares_of_their_weights(config_of, changes):
 
 
 @pytest.mark.slow
-def test_a_run_on_a_mixture_of_streams_is_killed_and_resumed_to_the_bit(processes, changes, tmp_path):
+def test_killed_run_on_mixed_streams_resumes_bitwise(processes, changes, tmp_path):
     small = ("model.d_model=16", "model.n_layers=2", "data.sequence_length=16", "training.warmup_steps=5")
     small += ("training.batch_size=4", "training.checkpoint_every=2", "training.log_every=1")
 

@@ -1,4 +1,4 @@
-"""Tensors written in any chunks are read in any other."""
+"""Tensor files written in one partition into chunks can be read in any other."""
 
 import json
 from itertools import pairwise
@@ -22,7 +22,7 @@ CUTS = st.lists(st.integers(0, 7), max_size=3)
 
 
 @given(written=CUTS, read=CUTS, width=st.sampled_from([(), (1,), (3,), (2, 2)]))
-def test_any_chunks_are_read_from_any_other(tmp_path_factory, written, read, width):
+def test_chunks_can_be_read_in_any_other_partition(tmp_path_factory, written, read, width):
     folder, x = tmp_path_factory.mktemp("chunks"), torch.randn(7, *width)
     files = [folder / f"{number}.safetensors" for number in range(len(written) + 1)]
     for file, chunk in zip(files, rows(x, written), strict=True):
@@ -48,7 +48,7 @@ def halves(tmp_path):
     return files
 
 
-def test_a_part_that_is_missing_is_refused_before_any_copy(halves):
+def test_missing_part_is_refused_before_any_copy(halves):
     ours = torch.zeros(6, 2)
     with pytest.raises(CheckpointError, match=r"x-2-of-2.* parts of x that do not make up the whole"):
         fill(halves[1:], {"x": Chunk.whole(ours)})
@@ -62,14 +62,14 @@ def test_a_part_that_is_missing_is_refused_before_any_copy(halves):
     "begins",
     ["", "[]", "1", "{}x", '{"y": 1}', *(json.dumps({"x": {"saved_offsets": x}}) for x in (1, [0], [-1, 0], "ab"))],
 )
-def test_places_that_make_no_sense_are_refused(halves, begins):
+def test_invalid_chunk_positions_are_refused(halves, begins):
     save_file(load_file(halves[1]), halves[1], {"DCP_SHARDING_INFO": begins})
     with pytest.raises(CheckpointError, match=r"x-2-of-2.safetensors is damaged|do not make up the whole"):
         read_tensors(halves)
 
 
 @pytest.mark.slow
-def test_torch_s_distributed_checkpoint_reads_chunks(halves):
+def test_torch_distributed_checkpoint_reads_chunks(halves):
     import torch.distributed.checkpoint as dcp
 
     found = {"x": torch.zeros(6, 2)}

@@ -1,4 +1,4 @@
-"""One training step and one evaluation: loss, gradients, state, precision."""
+"""One training step and one evaluation: loss, gradients, state and precision."""
 
 import math
 from functools import partial
@@ -26,7 +26,7 @@ def trainer_of(config_of):
     return lambda *overrides: small_runs.trainer_of(config_of(*overrides))
 
 
-def test_the_loss_is_the_mean_over_the_targets_that_count(trainer_of, tmp_path):
+def test_training_loss_is_the_mean_over_unmasked_targets(trainer_of, tmp_path):
     (tmp_path / "texts").mkdir()
     for number in range(40):  # short documents, by which every sequence has a boundary
         (tmp_path / "texts" / f"{number}").write_text("a short text, nothing more. " * 2)
@@ -40,7 +40,7 @@ def test_the_loss_is_the_mean_over_the_targets_that_count(trainer_of, tmp_path):
     assert trainer.train_step(0).loss == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_the_validation_loss_is_the_mean_over_every_byte_of_the_split(trainer_of):
+def test_validation_loss_is_the_mean_over_the_split(trainer_of):
     trainer, graphs = trainer_of("model.blocks.ret.dropout=0.5"), []
     tokens = torch.from_numpy(trainer.source.corpus.validation.astype("int64"))
     rows = (len(tokens) - 1) // 16
@@ -55,7 +55,7 @@ def test_the_validation_loss_is_the_mean_over_every_byte_of_the_split(trainer_of
     assert not any(graphs)
 
 
-def test_an_evaluation_reads_as_many_tokens_at_any_length_and_more_only_at_the_end(trainer_of):
+def test_evaluation_keeps_its_token_count_across_lengths(trainer_of):
     trainer, shapes = trainer_of("training.evaluation_batches=2", "training.final_evaluation_batches=3"), []
     trainer.model.embedding.register_forward_hook(lambda module, args, out: shapes.append(tuple(out.shape[:2])))
     for options in ({}, {"final": True}, {"length": 8}, {"length": 64}):
@@ -64,7 +64,7 @@ def test_an_evaluation_reads_as_many_tokens_at_any_length_and_more_only_at_the_e
 
 
 @pytest.mark.parametrize("parts", [2, 4, 8])
-def test_micro_batches_are_the_batch(trainer_of, parts):
+def test_micro_batches_match_the_whole_batch(trainer_of, parts):
     def after_a_step(parts):
         trainer, calls = trainer_of("training.batch_size=8", f"training.grad_accum_steps={parts}"), []
         evaluated = [trainer.evaluate(final=final).loss for final in (False, True)]
@@ -84,7 +84,7 @@ def test_micro_batches_are_the_batch(trainer_of, parts):
 
 
 @pytest.mark.parametrize("packing", [(), ("data.packing=true",)], ids=["", "packed"])
-def test_micro_batches_weigh_by_their_number_of_targets_and_drop_the_same(trainer_of, tmp_path, packing):
+def test_micro_batches_are_weighted_by_targets_and_share_dropout(trainer_of, tmp_path, packing):
     # one part holds begin tokens and the other none: a mean of the parts' means would differ
     (tmp_path / "one").write_text("abcdefgh" * 40)
     for number in range(60):
@@ -101,8 +101,8 @@ def test_micro_batches_weigh_by_their_number_of_targets_and_drop_the_same(traine
     assert loss(4) == pytest.approx(loss(1), rel=1e-6)
 
 
-def test_an_auxiliary_loss_is_minimised_per_token_and_not_reported(trainer_of):
-    """The indexer of DSA learns from its mixer's own loss; the loss of a step is still the cross-entropy."""
+def test_auxiliary_loss_is_trained_per_token_but_not_reported(trainer_of):
+    """The DSA indexer learns from its mixer's auxiliary loss; the reported loss is still the cross-entropy."""
     dsa = "model.blocks.ret.mixer={kind: dsa, n_heads: 2, topk: 4, index_heads: 2, index_dim: 4}"
     options = (dsa, "training.clip_norm=null")
     trainer, in_parts = trainer_of(*options), trainer_of(*options, "training.grad_accum_steps=4")
@@ -122,14 +122,14 @@ def test_an_auxiliary_loss_is_minimised_per_token_and_not_reported(trainer_of):
         assert not torch.equal(weight, before)
 
 
-def test_after_a_step_dropout_draws_again(trainer_of):
+def test_dropout_masks_differ_between_calls_after_a_step(trainer_of):
     trainer = trainer_of("model.dropout=0.5")
     trainer.train_step(0)
     one, other = (trainer.model.dropout.train()(torch.ones(2, 4, 8)) for _ in range(2))
     assert not torch.equal(one, other)
 
 
-def test_dropout_is_a_function_of_the_step(trainer_of):
+def test_dropout_mask_depends_on_the_step(trainer_of):
     # only dropout and data differ between steps, and the data are made the same
     trainer, masks = trainer_of("model.dropout=0.5", FROZEN), []
     trainer.model.blocks[0].register_forward_pre_hook(lambda module, args: masks.append(args[0] == 0))
@@ -139,7 +139,7 @@ def test_dropout_is_a_function_of_the_step(trainer_of):
     assert not torch.equal(masks[0], masks[1])
 
 
-def test_a_step_has_the_learning_rate_of_the_schedule(trainer_of):
+def test_step_uses_the_scheduled_learning_rate(trainer_of):
     trainer = trainer_of("training.schedule=linear", "training.final_lr_ratio=0.1")
     rates = []
     for step in range(6):
@@ -150,7 +150,7 @@ def test_a_step_has_the_learning_rate_of_the_schedule(trainer_of):
 
 
 @pytest.mark.parametrize(("limit", "clipped"), [("1.0e-3", True), ("null", False), ("1.0e+6", False)])
-def test_the_gradient_is_clipped_to_its_norm(trainer_of, limit, clipped):
+def test_gradient_is_clipped_to_the_norm_limit(trainer_of, limit, clipped):
     trainer = trainer_of(f"training.clip_norm={limit}")
     before = [p.clone() for p in trainer.model.parameters()]
     _, norm, rate, *_ = trainer.train_step(0)
@@ -162,7 +162,7 @@ def test_the_gradient_is_clipped_to_its_norm(trainer_of, limit, clipped):
 @pytest.mark.parametrize(
     ("precision", "dtype"), [("bfloat16", torch.bfloat16), ("float32", torch.float32), ("auto", torch.float32)]
 )
-def test_bfloat16_is_autocast_where_asked_for(trainer_of, monkeypatch, precision, dtype):
+def test_autocast_follows_the_precision_setting(trainer_of, monkeypatch, precision, dtype):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     trainer, seen = trainer_of(f"training.precision={precision}"), []
     assert trainer.precision is dtype
@@ -176,8 +176,8 @@ def test_bfloat16_is_autocast_where_asked_for(trainer_of, monkeypatch, precision
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_carried_state_is_that_of_the_preceding_text(trainer_of, accumulate):
-    """The loss of a step is that of reading the lane from its start: the steps before change nothing."""
+def test_carried_state_continues_from_the_preceding_text(trainer_of, accumulate):
+    """The loss of a step equals the loss of reading its lane from the start, as parameters are frozen."""
     trainer = trainer_of(*CARRY, f"training.grad_accum_steps={accumulate}")
     batches = [trainer.batch(step) for step in range(4)]
     for one, two in pairwise(batches):
@@ -193,14 +193,14 @@ def test_a_carried_state_is_that_of_the_preceding_text(trainer_of, accumulate):
     assert trainer_of(*CARRY).train_step(3).loss != pytest.approx(loss, rel=1e-4)
 
 
-def test_the_state_is_reset_when_the_text_starts_again(trainer_of):
+def test_carried_state_is_reset_when_the_text_restarts(trainer_of):
     trainer, per_reading = trainer_of(*CARRY, "training.batch_size=16"), (2701 - 16) // (16 * 16)
     losses = [trainer.train_step(step).loss for step in range(per_reading + 1)]
     fresh = trainer_of(*CARRY, "training.batch_size=16")
     assert losses[-1] == pytest.approx(fresh.train_step(per_reading).loss, rel=1e-6)
 
 
-def test_a_gradient_that_is_not_finite_changes_no_parameter(trainer_of):
+def test_nonfinite_gradient_changes_no_parameter(trainer_of):
     trainer = trainer_of()
     trainer.model.head.weight.register_hook(lambda gradient: gradient * math.nan)
     before = [p.clone() for p in trainer.model.parameters()]
@@ -209,7 +209,7 @@ def test_a_gradient_that_is_not_finite_changes_no_parameter(trainer_of):
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
 
 
-def test_a_loss_that_is_not_finite_names_its_module(trainer_of):
+def test_nonfinite_loss_names_its_module(trainer_of):
     trainer = trainer_of(*DROPOUT, "training.grad_accum_steps=2")
     trainer.model.blocks[1].mixer.out_proj.weight.data[3, 3] = math.inf
     with pytest.raises(NotFiniteError, match=r"nan.* blocks\.1\.mixer\.out_proj, .*weight"):
@@ -252,7 +252,7 @@ def require_document(error, file, letter, where):
 
 
 @pytest.mark.parametrize("changes", WAYS)
-def test_a_loss_that_is_not_finite_names_the_document(lettered, letters, changes):
+def test_nonfinite_loss_names_the_document(lettered, letters, changes):
     trainer = lettered(*changes)
     letter, row, at, _ = in_one(trainer.batch(0).inputs, letters)
     trainer.model.embedding.weight.data[ord(letter)] = math.nan
@@ -265,7 +265,7 @@ def test_a_loss_that_is_not_finite_names_the_document(lettered, letters, changes
 
 
 @pytest.mark.parametrize("changes", WAYS)
-def test_a_gradient_that_is_not_finite_names_the_document(lettered, letters, changes):
+def test_nonfinite_gradient_names_the_document(lettered, letters, changes):
     trainer = lettered(*changes)
     letter, row, _, at = in_one(trainer.batch(0).inputs, letters)  # backward goes from the last token to the first
 
@@ -282,7 +282,7 @@ def test_a_gradient_that_is_not_finite_names_the_document(lettered, letters, cha
 
 
 @pytest.mark.parametrize("changes", WAYS)
-def test_a_validation_loss_that_is_not_finite_names_the_document(lettered, letters, changes):
+def test_nonfinite_validation_loss_names_the_document(lettered, letters, changes):
     trainer = lettered("data.validation_fraction=0.4", *changes)
     rows = trainer.rows // trainer.config.training.grad_accum_steps
     batches = trainer.source.evaluation_batches(rows, 8 // rows)
@@ -294,7 +294,7 @@ def test_a_validation_loss_that_is_not_finite_names_the_document(lettered, lette
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_the_sequence_is_that_of_the_whole_batch_on_every_process(trainer_of, packed):
+def test_nonfinite_report_numbers_sequences_within_the_whole_batch(trainer_of, packed):
     trainer = trainer_of("training.batch_size=8", "training.grad_accum_steps=2", "data.sequence_length=16")
     trainer.source = SimpleNamespace(origin=lambda *place: f"{place[3:]}")
     for rank in range(4):
