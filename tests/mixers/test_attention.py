@@ -1,4 +1,4 @@
-"""The attention layer against its formulas written out, and its state."""
+"""The attention layer against its written-out formula, and its state."""
 
 import math
 
@@ -104,7 +104,7 @@ def written_out(mixer: Attention, x):
 @pytest.mark.parametrize("positions", ["rope", "xpos", "none"])
 @pytest.mark.parametrize("fields", [{}, {"n_kv_heads": None}, {"n_kv_heads": 1}, {"head_dim": 10, "rope_base": 100.0}])
 @pytest.mark.parametrize("window", [None, 4])
-def test_output_and_gradients_are_the_formula(positions, fields, window):
+def test_output_and_gradients_match_written_out_formula(positions, fields, window):
     mixer = build(positions=positions, window=window, **fields)
     assert_follows(mixer, lambda mixer, x: (written_out(mixer, x),), tokens(11))
 
@@ -138,7 +138,7 @@ OPTIONS = [
 
 @pytest.mark.parametrize("fields", OPTIONS, ids=lambda fields: "-".join(map(str, fields)))
 @pytest.mark.parametrize("window", [None, 4])
-def test_with_its_options_too(window, fields):
+def test_options_match_written_out_formula(window, fields):
     mixer = build(window=window, **fields)
     norms = mixer.qk_norm or torch.nn.Module()
     for parameter in (mixer.sinks, mixer.forget_bias, mixer.exclusion, *norms.parameters()):
@@ -171,7 +171,7 @@ def test_learned_exclusion_starts_as_attention():
 
 
 @pytest.mark.parametrize("n_kv_heads", [1, 2, 4])
-def test_equal_queries_of_a_pair_give_the_rest_of_the_share(n_kv_heads):
+def test_differential_attention_with_equal_query_pairs_scales_plain_attention(n_kv_heads):
     x = tokens(9)
     mixer, plain = build(differential=True, n_kv_heads=n_kv_heads), build(n_kv_heads=n_kv_heads)
     rows = mixer.in_proj.weight.detach().split(list(mixer.widths.values()))
@@ -188,7 +188,7 @@ def test_equal_queries_of_a_pair_give_the_rest_of_the_share(n_kv_heads):
     torch.testing.assert_close(mixed[0], expected.flatten(2), rtol=1e-12, atol=1e-12)
 
 
-def test_projections_of_differential_attention_are_one_per_output_head():
+def test_differential_attention_has_one_projection_per_output_head():
     mixer = build(differential=True)
     shapes = {role: view.shape[:2] for role, view in mixer.projections.items()}
     assert shapes == {"q": (4, 6), "k": (2, 6), "v": (2, 6), "o": (4, 6)}
@@ -209,19 +209,19 @@ def test_projections_of_differential_attention_are_one_per_output_head():
         ({"window": 1, "exclusive": "full"}, "exclusive = full .* window >= 2"),
     ],
 )
-def test_options_that_do_not_go_together_are_refused(fields, named):
+def test_incompatible_options_raise(fields, named):
     with pytest.raises(SeqmixError, match=named):
         build(**fields)
 
 
 @pytest.mark.parametrize("fields", [{"forget_gate": True}, {"positions": "alibi"}, {"softcap": 1.0}, {"sinks": True}])
-def test_a_backend_without_an_option_is_refused_when_the_model_is_built(fields):
+def test_resolving_a_backend_that_lacks_an_option_raises(fields):
     mixer = build(backend="flex", dtype=torch.float32, **fields)
     with pytest.raises(SeqmixError, match="flex does not support"):
         mixer.resolve_backend(torch.float32)
 
 
-def test_gates_are_float32_in_a_cache_of_16_bits():
+def test_forget_gates_stay_float32_in_bfloat16_cache():
     mixer = build(forget_gate=True, dtype=torch.bfloat16)
     for state in (mixer.init_state(3), mixer(tokens(7, 3, torch.bfloat16), return_state=True)[1]):
         assert state.cache.keys.dtype == torch.bfloat16
@@ -239,7 +239,7 @@ def test_gates_are_float32_in_a_cache_of_16_bits():
         (5, 3, RingCache, 3),
     ],
 )
-def test_the_state_is_as_declared(window, max_length, kind, capacity):
+def test_state_has_declared_type_shape_and_dtype(window, max_length, kind, capacity):
     mixer = build(window=window, dtype=torch.bfloat16)
     state = mixer.init_state(3, max_length=max_length)
     assert type(state) is kind
@@ -254,7 +254,7 @@ def test_the_state_is_as_declared(window, max_length, kind, capacity):
             mixer(tokens(10, batch_size=3, dtype=torch.bfloat16), state, return_state=True)
 
 
-def test_a_gain_of_one_is_no_gain():
+def test_gain_of_one_changes_nothing():
     plain, gained = build(qk_norm="rms"), build(qk_norm="rms", qk_gain=1.0)
     gained.load_state_dict({**plain.state_dict(), "qk_gain": gained.qk_gain.detach()})
     assert torch.equal(gained.qk_gain, torch.ones(4, dtype=torch.float64))

@@ -1,4 +1,4 @@
-"""What the base class refuses and fills in; the conformance kit tests the contract itself, for every mixer."""
+"""What the base class rejects and fills in. The conformance kit tests the contract itself, for every mixer."""
 
 from dataclasses import replace
 from typing import Literal
@@ -24,13 +24,13 @@ def mixer(config):
     return config.build(D_MODEL, layer_idx=0, n_layers=1)
 
 
-def test_packing_that_is_not_declared_is_refused(mixer, monkeypatch):
+def test_packing_without_the_trait_raises(mixer, monkeypatch):
     monkeypatch.setattr(mixer, "traits", replace(mixer.traits, packing=False))
     with pytest.raises(ContractError, match=f"{mixer.kind}.* packing.*cu_seqlens"):
         mixer(torch.randn(1, 4, D_MODEL), cu_seqlens=torch.tensor([0, 4]))
 
 
-def test_a_step_is_one_token(mixer):
+def test_step_with_more_than_one_token_raises(mixer):
     with pytest.raises(ContractError, match="2"):
         mixer.step(torch.randn(1, 2, D_MODEL), mixer.init_state(1))
 
@@ -45,7 +45,7 @@ def test_a_step_is_one_token(mixer):
     ],
     ids=str,
 )
-def test_document_boundaries_that_do_not_fit_are_refused(mixer, batch_size, cu_seqlens, words):
+def test_invalid_document_boundaries_raise(mixer, batch_size, cu_seqlens, words):
     for paradigm in mixer.traits.paradigms:
         with pytest.raises(ContractError, match=words):
             mixer(torch.randn(batch_size, 4, D_MODEL), paradigm=paradigm, cu_seqlens=cu_seqlens)
@@ -82,7 +82,7 @@ def traits(**changes):
         ({"compiles": "no"}, "'no'"),
     ],
 )
-def test_wrong_traits_are_refused(changes, words):
+def test_invalid_traits_raise(changes, words):
     named = traits(paradigms=frozenset({"parallel", "recurrent"}))
     assert all(type(paradigm) is Paradigm for paradigm in named.paradigms)
     with pytest.raises(ContractError, match=f"Traits.{next(iter(changes))} .*{words}"):
@@ -93,7 +93,7 @@ def test_wrong_traits_are_refused(changes, words):
     ("broken", "words"),
     [(lambda self: self.nope, "AttributeError.*nope"), (lambda self: {"packing": True}, "Traits.*{'packing': True}")],
 )
-def test_broken_traits_are_an_error_of_the_configuration(broken, words):
+def test_broken_traits_property_raises_config_error(broken, words):
     config = type("BrokenConfig", (OneWayConfig,), {"traits": property(broken), "__module__": __name__})
     with pytest.raises(ConfigError, match=f"one_way: traits .*{words}"):
         config()
@@ -109,7 +109,7 @@ def test_broken_traits_are_an_error_of_the_configuration(broken, words):
         (lambda y, state: (y[..., :6], state), r"\[2, 4, 12\].*\[2, 4, 6\]"),
     ],
 )
-def test_a_result_that_is_not_output_and_state_is_refused(mixer, monkeypatch, wrong, words):
+def test_mix_with_malformed_result_raises(mixer, monkeypatch, wrong, words):
     # two rows: a tensor of two could be taken for a pair
     inner = mixer.mix
     monkeypatch.setattr(mixer, "mix", lambda *arguments: wrong(*inner(*arguments)))
@@ -133,7 +133,7 @@ class Plain(SequenceMixer):
         return 0
 
 
-def test_without_parameters_buffers_have_the_device_and_dtype():
+def test_device_and_dtype_come_from_buffers_without_parameters():
     mixer, x = Plain(OneWayConfig()), torch.randn(2, 3, 4)
     with pytest.raises(ContractError, match=r"one_way.*register_buffer"):
         mixer(x)
@@ -146,7 +146,7 @@ def test_without_parameters_buffers_have_the_device_and_dtype():
     assert mixer.float().to_empty(device="cpu")(x)[0] is x
 
 
-def test_a_state_is_returned_where_it_is_wanted_alone(mixer, monkeypatch):
+def test_state_is_returned_only_on_request(mixer, monkeypatch):
     x, inner = torch.randn(1, 4, D_MODEL), mixer.mix
     assert mixer(x)[1] is None
     assert mixer(x, return_state=True)[1] is not None
@@ -155,7 +155,7 @@ def test_a_state_is_returned_where_it_is_wanted_alone(mixer, monkeypatch):
     assert mixer(x)[1] is None
 
 
-def test_the_paradigm_is_the_configured_one_or_the_calls(config, monkeypatch):
+def test_paradigm_argument_overrides_configured_paradigm(config, monkeypatch):
     for paradigm in config.traits.paradigms:
         mixer = config.model_copy(update={"paradigm": paradigm}).build(D_MODEL, layer_idx=0, n_layers=1)
         seen, inner = [], mixer.mix
@@ -175,7 +175,7 @@ class ExampleConfig(OneWayConfig):
     heads: int = Field(default=3, examples=[1])
 
 
-def test_an_example_fills_in_what_is_required_alone():
+def test_example_fills_in_only_required_fields():
     assert ExampleConfig.example_fields() == {"width": 4, "depth": 1}
     assert ExampleConfig.example() == ExampleConfig(width=4, depth=1, heads=3)
 
@@ -185,6 +185,6 @@ class NamelessConfig(OneWayConfig):
     name: str
 
 
-def test_a_field_without_an_example_is_named():
+def test_required_field_without_example_is_named_in_error():
     with pytest.raises(ContractError, match=r"NamelessConfig.* name .*name="):
         NamelessConfig.example()

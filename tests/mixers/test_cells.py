@@ -1,4 +1,4 @@
-"""The sequential cells, sLSTM and M2RNN: their papers' equations token by token, and special cases."""
+"""The sequential cells sLSTM and M2RNN against their papers' equations, token by token, and in special cases."""
 
 import pytest
 import torch
@@ -98,12 +98,12 @@ CASES = [
 
 
 @pytest.mark.parametrize(("kind", "fields"), CASES)
-def test_output_state_and_gradients_are_the_formulas(kind, fields):
+def test_output_state_and_gradients_match_written_out_formulas(kind, fields):
     assert_follows(build(kind, **fields), FORMULAS[kind], tokens(11))
 
 
 @pytest.mark.parametrize("exponential", [False, True])
-def test_slstm_without_recurrent_weights_is_a_scan(exponential):
+def test_slstm_without_recurrent_weights_matches_a_scan(exponential):
     gates = randn(2, 9, H, 4 * D)
     i, f, z, o = gates.split(D, -1)
     log_f = f.clamp(max=0) if exponential else F.logsigmoid(f)  # scans take decays up to 1
@@ -117,7 +117,7 @@ def test_slstm_without_recurrent_weights_is_a_scan(exponential):
     exactly(weight, final)
 
 
-def test_m2rnn_of_small_values_is_a_linear_recurrence():
+def test_m2rnn_with_small_values_matches_a_linear_recurrence():
     q, k, v = randn(2, 9, H, K), randn(2, 9, H, K, seed=1), 1e-5 * randn(2, 9, H, V, seed=2)
     log_decay = -randn(2, 9, H, seed=3).abs()
     k_of_decay = -torch.expm1(log_decay)[..., None] * k
@@ -129,7 +129,7 @@ def test_m2rnn_of_small_values_is_a_linear_recurrence():
         exactly(state / 1e-5, final / 1e-5, 1e-7)
 
 
-def test_m2rnn_of_a_closed_gate_keeps_its_state():
+def test_m2rnn_with_closed_gate_keeps_its_state():
     q, k, v = randn(2, 5, H, K), randn(2, 5, H, K), randn(2, 5, H, V)
     before = randn(2, H, K, V)
     options = {"initial_state": before, "output_final_state": True}
@@ -138,7 +138,7 @@ def test_m2rnn_of_a_closed_gate_keeps_its_state():
 
 
 @pytest.mark.parametrize("backend", ["reference", "native"])
-def test_a_row_at_its_start_is_not_changed_by_one_that_continues(backend):
+def test_slstm_fresh_row_is_unaffected_by_continuing_row_in_batch(backend):
     # the input gate of the fresh row is so small that nothing is left of it beside the forget gate of a state of 0
     gates = randn(1, 4, H, 4 * D).float()
     gates[..., :D] -= 300
@@ -153,7 +153,7 @@ def test_a_row_at_its_start_is_not_changed_by_one_that_continues(backend):
 
 
 @pytest.mark.parametrize("kind", ["slstm", "m2rnn"])
-def test_other_paradigms_are_refused(kind):
+def test_paradigms_other_than_recurrent_raise(kind):
     mixer = build(kind)
     with pytest.raises(ContractError, match=f"{kind} has no paradigm 'parallel'; it declares recurrent"):
         mixer(tokens(3), paradigm="parallel")
@@ -161,7 +161,7 @@ def test_other_paradigms_are_refused(kind):
         MIXERS.resolve(kind)(**({"n_heads": 1} if kind == "slstm" else {}), paradigm="chunkwise")
 
 
-def test_arguments_that_do_not_fit_are_refused():
+def test_mismatched_arguments_raise():
     gates, recurrent = torch.zeros(2, 3, H, 4 * D), torch.zeros(H, D, 4 * D)
     with pytest.raises(SeqmixError, match=r"slstm expects gates \[B T H 4D\] .*got \[2, 3, 2, 11\]"):
         slstm(gates[..., :-1], recurrent)
@@ -182,7 +182,7 @@ def test_arguments_that_do_not_fit_are_refused():
 
 @pytest.mark.slow
 def test_slstm_learns_parity_and_mlstm_does_not():
-    """One layer of width 32 reads 32 bits; accuracy is that of the parities of the second half of 64."""
+    """One layer of width 32 reads 32 bits; accuracy is measured on the parities of the second half of 64 bits."""
     accuracies = {}
     for kind in ("slstm", "mlstm"):
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""RWKV's channel mixing against its equations, gated and not, whole and in pieces."""
+"""RWKV's channel mixing against its equations, with and without a gate, split into two segments."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from seqmix.mixers.channel_mix import ChannelMixConfig
 
 
 @pytest.mark.parametrize("gate", [True, False])
-def test_output_state_and_gradients_are_the_formulas(gate):
+def test_output_state_and_gradients_match_written_out_formulas(gate):
     torch.manual_seed(0)
     mixer = ChannelMixConfig(expansion=1.5, gate=gate).build(D_MODEL, layer_idx=1, n_layers=3).double()
     torch.nn.init.uniform_(mixer.shift)

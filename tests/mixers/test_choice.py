@@ -1,4 +1,4 @@
-"""Mixers that choose keys: the same function as softmax attention where nothing is left out, and DSA's own loss."""
+"""Mixers that select keys: they match softmax attention when they select all keys. Also DSA's indexer loss."""
 
 import math
 
@@ -39,8 +39,8 @@ def tokens(length=T):
     ],
     ids=["moba", "dsa", "latent_dsa"],
 )
-def test_it_is_attention_where_nothing_is_left_out(config, of, paradigm):
-    """With attention's parameters by name: the two can be exchanged in a trained model."""
+def test_sparse_attention_matches_softmax_attention_when_all_keys_are_selected(config, of, paradigm):
+    """Parameters have the same names as in attention, so the two can be swapped in a trained model."""
     mixer, attention = build(config), build(of)
     missing = attention.load_state_dict(mixer.state_dict(), strict=False).missing_keys
     assert not missing
@@ -48,7 +48,7 @@ def test_it_is_attention_where_nothing_is_left_out(config, of, paradigm):
     torch.testing.assert_close(mixer(x, paradigm=paradigm)[0], attention(x)[0], rtol=1e-10, atol=1e-10)
 
 
-def test_fields_that_do_not_fit_are_refused():
+def test_incompatible_fields_raise():
     with pytest.raises(ValueError, match="n_kv_heads must divide n_heads = 4, got 3: choose one of"):
         MobaConfig(n_heads=4, n_kv_heads=3)
     with pytest.raises(ValueError, match="latent_dsa chooses among all tokens, got a window"):
@@ -77,7 +77,7 @@ def loss_by_hand(mixer, x):
 
 
 @every_paradigm
-def test_the_loss_of_the_indexer_is_its_papers(paradigm):
+def test_indexer_loss_and_gradients_match_the_paper(paradigm):
     mixer = build(DsaConfig(n_heads=2, positions="none", **DSA))
     x = tokens()
     expected = loss_by_hand(mixer, x)
@@ -97,7 +97,7 @@ def test_the_loss_of_the_indexer_is_its_papers(paradigm):
 
 @every_paradigm
 @pytest.mark.parametrize("config", [DsaConfig(**HEADS, **DSA), LatentDsaConfig(n_heads=3, q_lora_rank=7, **DSA)])
-def test_the_indexer_learns_from_its_loss_alone_and_nothing_else_does(config, paradigm):
+def test_indexer_loss_trains_only_the_indexer(config, paradigm):
     mixer = build(config)
     x = tokens().requires_grad_()
     losses = []
@@ -116,7 +116,7 @@ def small_model():
 
 
 @pytest.mark.parametrize("checkpointing", [True, "matmuls"])
-def test_activation_checkpointing_keeps_the_loss_of_the_indexer(checkpointing):
+def test_activation_checkpointing_keeps_gradients_of_the_indexer_loss(checkpointing):
     inputs = torch.randint(257, (2, 100), generator=torch.Generator().manual_seed(0))
     gradients = []
     for setting in (False, checkpointing):

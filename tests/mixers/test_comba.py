@@ -1,4 +1,4 @@
-"""Comba's feedback: what it is without it, and with gates that close."""
+"""Comba with no feedback, with full feedback, and with very strong decays."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def recorded(mixer, x, paradigm, monkeypatch):
 
 
 @every_paradigm
-def test_without_feedback_it_is_the_decay_family(paradigm, monkeypatch):
+def test_comba_without_feedback_matches_the_decay_op(paradigm, monkeypatch):
     mixer = build("comba", output_feedback=None)
     torch.nn.init.constant_(mixer.feedback, -torch.inf)
     q, k, v, log_decay, *result = recorded(mixer, tokens(11), paradigm, monkeypatch)
@@ -33,7 +33,7 @@ def test_without_feedback_it_is_the_decay_family(paradigm, monkeypatch):
 
 
 @every_paradigm
-def test_with_whole_feedback_and_no_decay_it_is_the_delta_rule(paradigm, monkeypatch):
+def test_comba_with_full_feedback_and_no_decay_matches_the_delta_rule(paradigm, monkeypatch):
     mixer, x = build("comba", output_feedback=None), tokens(11)
     torch.nn.init.constant_(mixer.feedback, torch.inf)
     torch.nn.init.constant_(mixer.decay.A_log, -torch.inf)
@@ -44,7 +44,7 @@ def test_with_whole_feedback_and_no_decay_it_is_the_delta_rule(paradigm, monkeyp
 
 
 @pytest.mark.parametrize("rate", [30.0, 1e4])
-def test_a_closed_gate_keeps_the_feedback(rate):
+def test_strong_decays_match_written_out_formulas(rate):
     mixer = build("comba", expand_v=1.0)
     with torch.no_grad():
         mixer.decay.A_log[::2] = torch.tensor(rate).log()  # decays of e^-20 and less, and others

@@ -1,4 +1,4 @@
-"""Context parallelism: several processes compute what one does (outputs, states, gradients), and what they send."""
+"""Context parallelism: several processes compute the same outputs, states and gradients as one; and what they send."""
 
 import multiprocessing
 from pathlib import Path
@@ -75,7 +75,7 @@ def ranks():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "fields"), MIXERS_OF_ALL_OPS, ids=IDS)
-def test_a_sequence_over_several_ranks_is_that_of_one(ranks, kind, fields):
+def test_sequence_split_over_ranks_matches_one_rank(ranks, kind, fields):
     config = MIXERS.resolve(kind)(**fields)
     first, *others = sorted(config.traits.paradigms, key=lambda p: p is not config.paradigm)
     cases = [{"paradigm": first.value, **case} for case in CASES]
@@ -94,7 +94,7 @@ def test_a_sequence_over_several_ranks_is_that_of_one(ranks, kind, fields):
         ("attention", {"n_heads": 2, "window": 4}),
     ],
 )
-def test_the_sequential_fallback_serves_any_mixer(ranks, kind, fields):
+def test_sequential_fallback_matches_one_rank(ranks, kind, fields):
     cases = [{"paradigm": "recurrent", **case} for case in CASES]
     if kind == "attention":
         cases = cases[:3]
@@ -102,12 +102,12 @@ def test_the_sequential_fallback_serves_any_mixer(ranks, kind, fields):
 
 
 @pytest.mark.parametrize(("kind", "fields"), [("hyena", {}), ("path_attention", {"n_heads": 2})])
-def test_a_growing_state_has_no_fallback(ranks, kind, fields):
+def test_growing_state_has_no_sequential_fallback(ranks, kind, fields):
     with pytest.raises(AssertionError, match=rf"{kind}.*context_parallel"):
         ranks("mixer_as_one", kind, fields, [{"paradigm": "recurrent", **CASES[0]}], in_turn=True)
 
 
-def test_wrong_document_boundaries_are_refused(ranks):
+def test_wrong_document_boundaries_raise(ranks):
     case = {"paradigm": "chunkwise", "batch": 1, "length": 5, "cu_seqlens": [0, 5]}
     with pytest.raises(AssertionError, match=r"cu_seqlens.*15"):
         ranks("mixer_as_one", "retention", {"n_heads": 2}, [case], whole=False)
@@ -115,25 +115,25 @@ def test_wrong_document_boundaries_are_refused(ranks):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", ["hybrid-tiny", "mamba2-tiny", "rwkv7-tiny"])
-def test_a_model_over_several_ranks_is_the_model_of_one(ranks, preset):
+def test_model_split_over_ranks_matches_one_rank(ranks, preset):
     ranks("model_as_one", preset)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("window", [None, 4])
-def test_layers_that_read_the_keys_of_another_over_several_ranks(ranks, window):
+def test_shared_keys_and_values_split_over_ranks_match_one_rank(ranks, window):
     mixer = f"model.blocks.attn.mixer.window={'null' if window is None else window}"
     ranks("model_as_one", "attention-tiny", mixer, "model.kv_sharing={kind: groups, size: 2}")
 
 
 @pytest.mark.slow
-def test_canon_layers_over_several_ranks(ranks):
+def test_canon_layers_split_over_ranks_match_one_rank(ranks):
     ranks("model_as_one", "retnet-tiny", "model.blocks.ret.canon=[a, c, d]")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "fields"), MIXERS_OF_ALL_OPS[:-1], ids=IDS[:-1])
-def test_communication_for_a_constant_state_does_not_grow_with_the_sequence(ranks, kind, fields):
+def test_communication_grows_with_length_only_for_growing_states(ranks, kind, fields):
     # what each rank receives in forward and backward for one layer with d_model 16
     short, long = (ranks("bytes_received", kind, fields, length) for length in (16, 64))
     attends = kind in ("attention", "latent_attention")
@@ -147,5 +147,5 @@ def test_communication_for_a_constant_state_does_not_grow_with_the_sequence(rank
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["retention", "delta_net", "attention"])
-def test_a_mixer_under_context_parallelism_is_one_graph(ranks, kind):
+def test_mixer_under_context_parallelism_compiles_to_one_graph(ranks, kind):
     ranks("compiled", kind, dict(MIXERS_OF_ALL_OPS)[kind])

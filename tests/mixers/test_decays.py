@@ -1,4 +1,4 @@
-"""Decays that tokens choose, and low precision over many tokens."""
+"""Token-dependent decays, and low precision over many tokens."""
 
 import sys
 
@@ -27,7 +27,7 @@ def log_decay(monkeypatch):
 
 @pytest.mark.parametrize("kind", ["gla", "gated_retention"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_chosen_decays_are_wide_and_reach_zero(kind, dtype, log_decay):
+def test_token_dependent_decays_are_at_least_float32_and_can_erase(kind, dtype, log_decay):
     mixer, x = build(kind, dtype), tokens(3, 5, dtype)
     with torch.autocast("cpu", torch.bfloat16):
         narrowed = log_decay(mixer, x)
@@ -39,7 +39,7 @@ def test_chosen_decays_are_wide_and_reach_zero(kind, dtype, log_decay):
 
 @pytest.mark.parametrize("kind", ["linear_attention", "mlstm"])
 @pytest.mark.parametrize(("dtype", "given"), [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)])
-def test_of_a_quotient_the_op_has_narrow_inputs_and_a_wide_output(kind, dtype, given):
+def test_quotient_mixers_request_float32_output_from_low_precision_inputs(kind, dtype, given):
     mixer, x = build(kind, torch.float32), tokens(3, 5, torch.float32)
     with torch.autocast("cpu", dtype), recorded() as calls:
         mixer(x)
@@ -49,7 +49,7 @@ def test_of_a_quotient_the_op_has_narrow_inputs_and_a_wide_output(kind, dtype, g
     assert (probe.dtype, probe.wide_output) == (given, True)
 
 
-def test_decays_of_gla_start_near_those_of_a_gate_half_open(log_decay):
+def test_gla_decays_start_at_a_half_open_gate(log_decay):
     mixer = MIXERS.resolve("gla")(n_heads=2).build(D_MODEL, layer_idx=0, n_layers=1)
     assert (log_decay(mixer, torch.zeros(1, 1, D_MODEL)).exp() - 0.5 ** (1 / 16)).abs().max() < 1e-6
     assert mixer.decay_proj.down.weight.shape == (16, D_MODEL)
@@ -71,7 +71,7 @@ LONG = [
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("kind", "length", "tolerance", "fields"), LONG, ids=[case[0] for case in LONG])
-def test_low_precision_stays_near_over_many_tokens(kind, length, tolerance, fields, dtype):
+def test_low_precision_error_stays_small_over_many_tokens(kind, length, tolerance, fields, dtype):
     mixer, x = build(kind, d_model=96, **fields), tokens(length, 1, d_model=96)
     if kind in ("linear_attention", "lightning"):  # at their own start
         mixer.float().reset_parameters()

@@ -1,4 +1,4 @@
-"""Fields that mixers refuse: the error names the field, and what would do."""
+"""Fields that mixers reject: the error names the field and suggests what to set."""
 
 import pytest
 
@@ -101,7 +101,7 @@ def assert_names(text, words):
 @pytest.mark.parametrize(
     ("kind", "fields", "words"), [(kind, *case) for kind, cases in WRONG.items() for case in cases], ids=str
 )
-def test_a_wrong_field_is_named(kind, fields, words):
+def test_invalid_field_is_named_in_error(kind, fields, words):
     given = {} if kind in ("mamba2", "hyena") else N_HEADS
     with pytest.raises(ConfigError) as raised:
         MIXERS.resolve(kind)(**given | fields)
@@ -109,17 +109,17 @@ def test_a_wrong_field_is_named(kind, fields, words):
 
 
 @pytest.mark.parametrize(("kind", "fields", "words"), UNFIT, ids=str)
-def test_widths_that_do_not_fit_name_the_nearest_that_would(kind, fields, words):
+def test_invalid_widths_raise_with_a_nearby_valid_value(kind, fields, words):
     with pytest.raises(ContractError) as raised:
         MIXERS.resolve(kind)(**fields).build(D_MODEL, layer_idx=0, n_layers=1)
     assert_names(str(raised.value), words)
 
 
 @pytest.mark.parametrize("expand", [0.6666666667, 0.8333333333, 0.1666666667])
-def test_a_width_that_an_error_names_is_taken(expand):
+def test_width_suggested_by_error_is_accepted(expand):
     MIXERS.resolve("gla")(n_heads=2, expand_k=expand).build(D_MODEL, layer_idx=0, n_layers=1)
 
 
-def test_widths_are_whole_up_to_rounding():
+def test_widths_tolerate_floating_point_rounding():
     mixer = MIXERS.resolve("linear_attention")(n_heads=3, expand_v=0.1).build(30, layer_idx=0, n_layers=1)
     assert mixer.out_proj.in_features == 3  # 0.1 * 30 is 3.0000000000000004

@@ -1,4 +1,4 @@
-"""Values from outside, which layers mix into their own: an input beside the tokens, and an output."""
+"""First values: external values that layers take beside the tokens and mix into their own, and also return."""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -135,12 +135,12 @@ OPTIONAL = [
 
 
 @pytest.mark.parametrize("config", OPTIONAL, ids=lambda config: config.kind)
-def test_values_from_outside_are_read_with_their_tokens(config):
+def test_external_values_are_read_with_their_tokens(config):
     require_property(first_values_are_read_with_their_tokens, config, DRAW, has_values, examples=6)
 
 
 @pytest.mark.parametrize("kind", BUILT_IN)
-def test_the_option_is_the_trait(kind):
+def test_value_residual_option_sets_the_trait(kind):
     config = MIXERS.resolve(kind)
     if "value_residual" in config.model_fields:
         on, off = (config(**config.example_fields(), value_residual=each) for each in (True, False))
@@ -194,7 +194,7 @@ class ResidualConfig(SpecimenConfig):
         return replace(super().traits, value_residual=True)
 
 
-def test_what_is_wrong_is_caught():
+def test_detached_first_values_fail_the_check():
     require_property(first_values_are_read_with_their_tokens, ResidualConfig(), DRAW, has_values, examples=4)
     wrong = type("WrongConfig", (ResidualConfig,), {"layer": DetachesFirstValues, "__module__": __name__})()
     with pytest.raises(CheckFailure, match="gradient"):

@@ -1,4 +1,4 @@
-"""Mixers with queries, keys and values per head are their papers' equations, in every option."""
+"""Mixers with queries, keys and values per head match their papers' equations with every option."""
 
 import pytest
 import torch
@@ -131,19 +131,19 @@ ELSEWHERE = {
 """What has tests of its own, as the mixers of the scan family have."""
 
 
-def test_every_kind_of_the_family_has_cases():
+def test_every_built_in_mixer_of_the_family_has_cases():
     scans = {kind for kind, config in BUILT_IN.items() if issubclass(config, ScanConfig)}
     assert set(OWN) == set(KINDS) == set(BUILT_IN) - ELSEWHERE - scans
 
 
 @pytest.mark.parametrize(("kind", "fields"), list(cases()))
-def test_output_state_and_gradients_are_the_formulas(kind, fields):
+def test_output_state_and_gradients_match_written_out_formulas(kind, fields):
     assert_follows(build(kind, **fields), written_out, tokens(20 if kind in ("gla", "hgrn2") else 11))
 
 
 @pytest.mark.parametrize("update", ["exact", "implicit"])
 @pytest.mark.parametrize("paradigm", ["recurrent", "chunkwise"])
-def test_long_keys_replace_values_and_no_more(update, paradigm):
+def test_delta_net_state_stays_bounded_with_long_keys(update, paradigm):
     mixer = build("delta_net", update=update, dtype=torch.float32)
     x = tokens(40).float()
     with torch.no_grad():
@@ -165,7 +165,7 @@ VARIED = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_shared_options_are_described_and_varied_by_the_conformance_kit(kind):
+def test_shared_options_are_described_and_varied_by_the_kit(kind):
     config = BUILT_IN[kind].example()
     varied = alternatives(config)
     for name, values in VARIED.items():
@@ -184,7 +184,7 @@ def test_shared_options_are_described_and_varied_by_the_conformance_kit(kind):
 
 @pytest.mark.parametrize("norm", ["rms", "group"])
 @pytest.mark.parametrize("gate", ["swish", "sigmoid"])
-def test_a_gated_norm_stays_in_the_range_of_float16(norm, gate):
+def test_gated_norm_stays_in_float16_range(norm, gate):
     x, given = torch.randn(2, 1, 64).sign().half() * 6e4
     layer = GatedNorm(64, norm, gate, affine=True, eps=1e-6)  # its parameter is wide, as under autocast
     y = layer(x, given / 10000)

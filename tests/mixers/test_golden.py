@@ -1,6 +1,6 @@
-"""RetNet as its authors' code computes it (torchscale 0.3.0, float64, eps 0): one layer, and a model.
+"""RetNet against golden values from its authors' code (torchscale 0.3.0, float64, eps 0): one layer, and a model.
 
-Its norms cast to float32 inside, so agreement to 1e-5 is agreement.
+Its norms cast to float32 internally, so the tolerance is 1e-5.
 """
 
 from pathlib import Path
@@ -69,7 +69,7 @@ def model():
     return built
 
 
-def test_the_file_is_what_it_says():
+def test_golden_file_has_the_expected_source_and_dtypes():
     with safe_open(FILE, "pt") as file:
         assert file.metadata()["source"] == "torchscale 0.3.0, float64, eps 0"
     assert {x.dtype for x in GOLDEN.values()} == {torch.float64, torch.int64}
@@ -77,7 +77,7 @@ def test_the_file_is_what_it_says():
 
 
 @pytest.mark.parametrize("paradigm", PARADIGMS)
-def test_a_layers_output_and_gradient_are_theirs(paradigm):
+def test_layer_output_and_gradient_match_golden_values(paradigm):
     x = GOLDEN["layer.x"].clone().requires_grad_()
     y, _ = layer()(x, paradigm=paradigm)
     y.backward(GOLDEN["layer.dy"])
@@ -87,12 +87,12 @@ def test_a_layers_output_and_gradient_are_theirs(paradigm):
 
 @pytest.mark.parametrize("paradigm", PARADIGMS)
 @torch.no_grad()
-def test_a_models_logits_are_theirs(paradigm):
+def test_model_logits_match_golden_values(paradigm):
     agree(model()(GOLDEN["tokens"], paradigm=paradigm).logits, GOLDEN["logits"])
 
 
 @torch.no_grad()
-def test_decoding_after_a_prompt_gives_their_logits():
+def test_decoding_after_a_prompt_matches_golden_logits():
     ours, state, logits = model(), None, []
     pieces = [(slice(0, 21), Paradigm.CHUNKWISE), (slice(21, 40), Paradigm.PARALLEL)]
     for piece, paradigm in [*pieces, *((slice(t, t + 1), Paradigm.RECURRENT) for t in range(40, 48))]:
@@ -113,12 +113,12 @@ def test_decoding_after_a_prompt_gives_their_logits():
     ids=str,
 )
 @torch.no_grad()
-def test_another_variant_does_not_agree(change):
+def test_changed_option_does_not_match_golden_output(change):
     y, _ = layer(**change)(GOLDEN["layer.x"])
     with pytest.raises(AssertionError, match="not close"):
         agree(y, GOLDEN["layer.y"])
 
 
 @torch.no_grad()
-def test_the_row_normaliser_cancels():
+def test_row_normaliser_does_not_change_the_output():
     agree(layer(row_norm=False)(GOLDEN["layer.x"])[0], GOLDEN["layer.y"])

@@ -1,4 +1,4 @@
-"""Gated slot attention: what slots are."""
+"""Gated slot attention: special cases of its slots and gates."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ PLAIN = {"head_norm": "none", "short_conv": None}
 
 
 @every_paradigm
-def test_one_slot_is_a_moving_average_of_values(paradigm):
+def test_single_slot_is_a_moving_average_of_values(paradigm):
     mixer, x = build("gsa", n_slots=1, **PLAIN), tokens(11)
     y, state = mixer(x, paradigm=paradigm, return_state=True)
     _, _, v, forget = mixer.in_proj(x).split([*mixer.widths.values()], dim=-1)
@@ -23,7 +23,7 @@ def test_one_slot_is_a_moving_average_of_values(paradigm):
 
 
 @every_paradigm
-def test_the_order_of_slots_is_irrelevant(paradigm):
+def test_slot_order_does_not_change_the_output(paradigm):
     mixer, x, order = build("gsa", n_slots=4), tokens(11), torch.tensor([2, 0, 3, 1])
     y, state = mixer(x, paradigm=paradigm, return_state=True)
     rows = mixer.in_proj.weight.data[-12:].view(3, 4, -1)
@@ -33,7 +33,7 @@ def test_the_order_of_slots_is_irrelevant(paradigm):
 
 
 @every_paradigm
-def test_an_open_gate_writes_nothing(paradigm):
+def test_open_forget_gate_writes_nothing(paradigm):
     mixer, x = build("gsa"), tokens(11).abs()
     with torch.no_grad():
         mixer.in_proj.weight[-mixer.widths["forget"] :] = 1e3

@@ -1,4 +1,4 @@
-"""The Hyena layer against its formulas written out; and a mixer of a single paradigm, in the kit and in a model."""
+"""The Hyena layer against its written-out formulas, and a mixer with a single paradigm in the kit."""
 
 import math
 from dataclasses import replace
@@ -69,13 +69,13 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_output_and_gradients_are_the_formulas(name):
+def test_output_and_gradients_match_written_out_formulas(name):
     # longer than the filters are laid out for
     assert_follows(build(**OPTIONS[name]), lambda mixer, x: (written_out(mixer, x),), tokens(11))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_the_state_is_as_declared(dtype):
+def test_state_has_declared_type_shape_and_dtype(dtype):
     mixer = build(dtype, order=3, short_conv=4)
     wide = torch.promote_types(dtype, torch.float32)
     for max_length, kind, room in ((None, GrowingHyenaState, 0), (7, AllocatedHyenaState, 7)):
@@ -91,7 +91,7 @@ def test_the_state_is_as_declared(dtype):
 
 
 @pytest.mark.parametrize("paradigm", PARADIGMS)
-def test_more_tokens_than_the_state_has_room_for_are_computed_without_a_final_state(paradigm):
+def test_tokens_beyond_state_capacity_work_without_a_final_state(paradigm):
     mixer, x = build(), tokens(9)
     with torch.no_grad():
         whole = written_out(mixer, x)
@@ -104,7 +104,7 @@ def test_more_tokens_than_the_state_has_room_for_are_computed_without_a_final_st
         exactly(y.view(2, 6, D_MODEL), whole[:, 3:])
 
 
-def test_lengths_compile_once():
+def test_different_lengths_compile_once():
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("eager")  # the op's own test has both paradigms
     mixer = build()
@@ -128,6 +128,6 @@ class ParallelOnlyConfig(HyenaConfig):
         return replace(super().traits, paradigms=frozenset({Paradigm.PARALLEL}))
 
 
-def test_a_mixer_of_one_paradigm_passes_the_kit():
+def test_parallel_only_mixer_passes_the_kit():
     report = check_mixer(ParallelOnlyConfig(**SMALL), examples=2, compiles=False)
     assert report.passed, report.failures[0].reason

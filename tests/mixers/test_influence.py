@@ -1,4 +1,4 @@
-"""Weights with which outputs read tokens, by gradients: they rebuild an op's output, and have its decays' reach."""
+"""Weights with which outputs read tokens, from gradients: they rebuild an op's output and reflect its decays' reach."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def built(kind, d_model=24, **fields):
 @pytest.mark.parametrize(
     "kind", ["attention", "retention", "gla", "gated_delta_net", "delta_product", "mamba2", "rwkv7"]
 )
-def test_weights_times_values_are_the_output_of_the_op(kind):
+def test_weights_times_values_rebuild_the_op_output(kind):
     mixer, x = built(kind), x_of().requires_grad_()
     with recorded() as calls:
         mixer(x)
@@ -43,7 +43,7 @@ def test_weights_times_values_are_the_output_of_the_op(kind):
         torch.testing.assert_close(weights.sum(-1), torch.ones(2, heads, LENGTH, dtype=torch.float64))
 
 
-def test_heads_that_share_values_are_told_apart():
+def test_query_heads_sharing_values_have_separate_weights():
     mixer, x = built("attention", n_heads=4, n_kv_heads=2), x_of()
     weights, exact = weights_of(mixer, x, [LENGTH - 1])
     assert exact
@@ -59,7 +59,7 @@ def constant_retention(gamma, heads=2):
 
 
 @pytest.mark.parametrize("gamma", [0.5, 0.9])
-def test_the_reach_of_retention_is_that_of_its_decay(gamma):
+def test_reach_of_retention_matches_its_decay(gamma):
     x = torch.ones(1, 400, 24, dtype=torch.float64)
     weights, exact = weights_of(constant_retention(gamma), x, [399])
     assert exact
@@ -75,7 +75,7 @@ DECAYS = {
 
 
 @pytest.mark.parametrize("decays", DECAYS.values(), ids=DECAYS)
-def test_decays_are_set_to_a_reach(decays):
+def test_set_reach_sets_decays_to_the_given_reach(decays):
     tokens = torch.tensor([2.0, 20.0, 200.0])
     assert decays.set_reach(tokens)
     if isinstance(decays, FixedDecay):
@@ -87,7 +87,7 @@ def test_decays_are_set_to_a_reach(decays):
 
 
 @pytest.mark.parametrize("kind", ["gla", "retention", "gated_delta_net"])
-def test_a_mixer_sets_its_decays_to_a_reach(kind):
+def test_mixer_set_reach_sets_decays_per_head(kind):
     learned = {"learnable_decay": True} if kind == "retention" else {}
     mixer = built(kind, n_heads=2, **learned)
     assert mixer.set_reach(torch.tensor([3.0, 30.0], dtype=torch.float64))
@@ -110,7 +110,7 @@ def test_projections_are_views_by_role_and_head(kind):
     assert found["v"].shape[1] == found["o"].shape[1]
 
 
-def test_nothing_is_recorded_outside():
+def test_calls_are_recorded_only_inside_the_context():
     mixer, x = built("gla"), x_of()
     with recorded() as outer:
         with recorded() as inner:

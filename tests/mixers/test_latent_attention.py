@@ -1,4 +1,4 @@
-"""Latent attention against its paper's equations, its state, and what decoding costs."""
+"""Latent attention against its paper's equations, its state, and the cost of decoding."""
 
 import math
 
@@ -58,7 +58,7 @@ def written_out(mixer: LatentAttention, x):
     "fields",
     [{}, SIZES, SIZES | {"q_lora_rank": 4, "norm_eps": 0.1}, {"n_heads": 1, "rope_base": 100.0}, {"positions": "none"}],
 )
-def test_output_and_gradients_are_the_papers_in_every_paradigm(fields, window):
+def test_output_and_gradients_match_the_paper_in_every_paradigm(fields, window):
     mixer = build(window=window, **fields)
     assert_follows(mixer, lambda mixer, x: (written_out(mixer, x),), tokens(11))
 
@@ -67,7 +67,7 @@ def test_output_and_gradients_are_the_papers_in_every_paradigm(fields, window):
     ("window", "max_length", "kind", "capacity"),
     [(None, None, GrowingCache, 0), (None, 9, RingCache, 9), (5, 9, RingCache, 5)],
 )
-def test_the_state_is_a_latent_and_one_rotary_key_a_token(window, max_length, kind, capacity):
+def test_state_holds_one_latent_and_one_rotary_key_per_token(window, max_length, kind, capacity):
     mixer = build(window=window, dtype=torch.bfloat16, **SIZES)
     state = mixer.init_state(3, max_length=max_length)
     assert type(state) is kind
@@ -79,7 +79,7 @@ def test_the_state_is_a_latent_and_one_rotary_key_a_token(window, max_length, ki
         assert nbytes(after) == after.keys.numel() * 2 + 3 * 8  # and the length
 
 
-def test_widths_that_are_not_given_are_the_papers():
+def test_default_widths_follow_the_paper():
     mixer = build(n_heads=2)
     assert (mixer.key_dim, mixer.value_dim, mixer.rotary_dim, mixer.rank) == (12, 12, 6, 48)
     with pytest.raises(SeqmixError, match="4 or 6"):
@@ -87,7 +87,7 @@ def test_widths_that_are_not_given_are_the_papers():
     assert build(n_heads=5, qk_nope_head_dim=3).key_dim == 3
 
 
-def test_a_decoding_step_makes_no_keys_of_the_cache():
+def test_decoding_step_does_not_expand_cached_latents_to_keys():
     mixer = build(**SIZES)
 
     def step(paradigm, context):
@@ -101,7 +101,7 @@ def test_a_decoding_step_makes_no_keys_of_the_cache():
     assert step(Paradigm.PARALLEL, 200) - step(Paradigm.PARALLEL, 100) > 200 * mixer.kv_up.weight.numel()
 
 
-def test_a_decoding_step_does_not_copy_the_latents_for_each_head():
+def test_decoding_step_does_not_copy_latents_per_head():
     mixer = build(dtype=torch.float32, n_heads=3, kv_lora_rank=64)
     state, x = mixer.init_state(1, max_length=4096), tokens(1, 1, torch.float32)
     sizes = []

@@ -1,4 +1,4 @@
-"""Log-linear attention: what it is token by token, how its states join, and what bounds its length."""
+"""Log-linear attention: its token-by-token definition, how its states join, and its length limit."""
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ def run(arguments, paradigm, state=None, position=None, chunk_size=8):
 
 @every_paradigm
 @pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 31, 32, 33])
-def test_output_and_gradients_are_those_of_the_fenwick_tree(paradigm, length):
+def test_output_and_gradients_match_the_fenwick_tree(paradigm, length):
     leaves = [x.requires_grad_() for x in inputs(length)]
     expected, _ = written_out(*leaves)
     upstream = torch.randn_like(expected)
@@ -57,7 +57,7 @@ def test_output_and_gradients_are_those_of_the_fenwick_tree(paradigm, length):
     exactly(*(torch.autograd.grad(y, leaves, upstream, **options) for y in (output, expected)))
 
 
-def test_a_state_per_bit_of_the_position_is_live():
+def test_one_state_is_live_per_set_bit_of_the_position():
     arguments = inputs()
     _, states = written_out(*arguments)
     for t in range(T):
@@ -73,7 +73,7 @@ def test_a_state_per_bit_of_the_position_is_live():
 
 
 @every_paradigm
-def test_a_text_may_be_cut_at_every_position(paradigm):
+def test_sequence_split_at_any_position_matches_the_whole(paradigm):
     arguments = inputs()
     whole, final = run(arguments, paradigm)
     for cut in range(1, T):
@@ -85,7 +85,7 @@ def test_a_text_may_be_cut_at_every_position(paradigm):
 
 
 @every_paradigm
-def test_with_factors_of_one_it_is_linear_attention_with_decays(paradigm):
+def test_unit_factors_match_linear_attention_with_decays(paradigm):
     q, k, v, a, scales = inputs()
     output, states = run([q, k, v, a, torch.ones_like(scales)], paradigm)
     expected = decay(q, k, v, a, scale=1.0, output_final_state=True)
@@ -93,14 +93,14 @@ def test_with_factors_of_one_it_is_linear_attention_with_decays(paradigm):
 
 
 @every_paradigm
-def test_level_zero_is_the_token_itself(paradigm):
+def test_level_zero_reads_only_the_current_token(paradigm):
     q, k, v, a, scales = inputs()
     scales[..., 1:] = 0
     output, _ = run([q, k, v, a, scales], paradigm)
     exactly(output, scales[..., :1] * (q * k).sum(-1, keepdim=True) * v)
 
 
-def test_the_layer_is_mamba2_if_all_factors_are_equal():
+def test_layer_with_equal_factors_matches_mamba2():
     fields = {"head_dim": 6, "d_state": 5, "chunk_size": 8, "norm_eps": 0}
     mixer = LogLinearConfig(**fields).build(12, layer_idx=0, n_layers=1).double()
     plain = Mamba2Config(**fields).build(12, layer_idx=0, n_layers=1).double()
@@ -114,7 +114,7 @@ def test_the_layer_is_mamba2_if_all_factors_are_equal():
     exactly(mixer(x)[0], plain(x)[0])
 
 
-def test_factors_depend_on_the_token_and_the_level():
+def test_layer_with_varied_level_rates_matches_written_out_formula():
     mixer = LogLinearConfig(head_dim=6, d_state=5).build(12, layer_idx=0, n_layers=1).double()
     torch.nn.init.normal_(mixer.level_rate)
     x = torch.randn(2, 20, 12, dtype=torch.float64)
@@ -133,7 +133,7 @@ def test_factors_depend_on_the_token_and_the_level():
 
 @pytest.mark.parametrize("paradigm", [Paradigm.RECURRENT, Paradigm.CHUNKWISE])
 @torch.no_grad()
-def test_a_text_that_is_too_long_for_its_levels_is_refused(paradigm):
+def test_sequence_too_long_for_its_levels_raises(paradigm):
     mixer = LogLinearConfig(head_dim=6, d_state=5, levels=12).build(12, layer_idx=0, n_layers=1)
     state = mixer.init_state(2)._replace(position=torch.tensor([5, 2047]))
     x = torch.randn(2, 2, 12)
@@ -145,7 +145,7 @@ def test_a_text_that_is_too_long_for_its_levels_is_refused(paradigm):
 
 
 @pytest.mark.parametrize("continued", [False, True])
-def test_documents_of_unknown_boundaries_are_one_segment(continued):
+def test_documents_match_with_and_without_known_boundaries(continued):
     arguments = [x[:1] for x in inputs()]
     state = torch.randn(4, H, L, K, V, dtype=torch.float64) if continued else None
     position = torch.tensor([3, 0, 8, 1]) if continued else None
@@ -154,5 +154,5 @@ def test_documents_of_unknown_boundaries_are_one_segment(continued):
     exactly(tuple(log_linear(*arguments, position, unknown)), tuple(log_linear(*arguments, position, call)))
 
 
-def test_the_rates_of_levels_start_at_one():
+def test_level_rates_start_at_one():
     assert (LogLinearConfig(head_dim=6, d_state=5).build(12, layer_idx=0, n_layers=1).level_rate == 1).all()

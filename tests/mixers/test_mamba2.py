@@ -1,4 +1,4 @@
-"""The Mamba-2 layer against its recurrence written out, and its options."""
+"""The Mamba-2 layer against its written-out recurrence, and its options."""
 
 import math
 
@@ -66,19 +66,19 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_output_state_and_gradients_are_the_formulas(name):
+def test_output_state_and_gradients_match_written_out_formulas(name):
     assert_follows(build(**OPTIONS[name]), written_out, tokens(11))
 
 
 @pytest.mark.parametrize("n_groups", [1, 2])
-def test_no_tensor_has_for_every_head_what_a_group_shares(n_groups):
+def test_group_tensors_are_not_expanded_to_heads(n_groups):
     mixer = build(torch.float32, 64, head_dim=4, d_state=32, n_groups=n_groups, chunk_size=64)
     with Watched() as watched:
         mixer(tokens(256, 1, torch.float32, d_model=64))[0].sum().backward()
     assert watched.largest < 256 * mixer.n_heads * 32
 
 
-def test_an_upper_limit_may_be_infinite():
+def test_time_step_upper_limit_may_be_infinite():
     x = tokens(11)
     mixer = build(time_step_limit=(0.3, math.inf))
     assert mixer.decay(torch.full((1, 1, 4), -100.0, dtype=torch.float64))[0].eq(0.3).all()
@@ -89,7 +89,7 @@ def test_an_upper_limit_may_be_infinite():
 
 @every_paradigm
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_decays_without_a_limit_are_finite(paradigm, dtype):
+def test_very_strong_decays_give_finite_outputs_and_gradients(paradigm, dtype):
     # steps of about 1,000 at rates of e^6: a log-decay of -4e5 per token, and exp of it is 0
     mixer = build(dtype)
     with torch.no_grad():
@@ -105,7 +105,7 @@ def test_decays_without_a_limit_are_finite(paradigm, dtype):
 
 
 @every_paradigm
-def test_steps_and_decays_are_wide_in_16_bits(paradigm):
+def test_bfloat16_model_computes_steps_and_decays_precisely(paradigm):
     mixer, x = build(d_model=96, head_dim=48, chunk_size=64).bfloat16(), tokens(600, 1, torch.bfloat16, d_model=96)
     with torch.no_grad():
         mixer.decay.dt_bias.fill_(-7.0)  # steps of about 1e-3

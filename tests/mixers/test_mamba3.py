@@ -1,4 +1,4 @@
-"""The Mamba-3 layer against its recurrence written out token by token and head by head, and its options."""
+"""The Mamba-3 layer against its recurrence written out by token and head, and its options."""
 
 import math
 
@@ -74,12 +74,12 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_output_state_and_gradients_are_the_formulas(name):
+def test_output_state_and_gradients_match_written_out_formulas(name):
     assert_follows(build(**OPTIONS[name]), written_out, tokens(11))
 
 
 @pytest.mark.parametrize("paradigm", list(Paradigm))
-def test_angles_go_on_with_the_state_and_start_again_with_a_document(paradigm):
+def test_angles_continue_from_the_state_and_restart_per_document(paradigm):
     mixer, x = build(), tokens(12, 1)
     whole, final = mixer(x, return_state=True)
     _, state = mixer(x[:, :5], paradigm=paradigm, return_state=True)
@@ -91,7 +91,7 @@ def test_angles_go_on_with_the_state_and_start_again_with_a_document(paradigm):
     exactly(tuple(leaf[2:] for leaf in states), tuple(last))
 
 
-def test_angles_are_as_exact_after_many_tokens():
+def test_angles_stay_exact_over_many_tokens():
     mixer, x = build(torch.float32), tokens(3000, 1, torch.float32)
     with torch.no_grad():
         mixer.in_proj.weight[-mixer.pairs :] = 0.5
@@ -102,6 +102,6 @@ def test_angles_are_as_exact_after_many_tokens():
     exactly(state.angle, angle, 1e-6)  # in float32 they part by 1e-3
 
 
-def test_pairs_are_needed_to_turn():
+def test_state_too_small_to_rotate_a_pair_raises():
     with pytest.raises(ContractError, match="partial_rotary_factor"):
         build(d_state=3)

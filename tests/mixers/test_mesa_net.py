@@ -1,4 +1,4 @@
-"""MesaNet's regression at every token: what a ridge regression is, and what conjugate gradients make of it."""
+"""MesaNet's regression at every token: against a ridge regression, and its solution by conjugate gradients."""
 
 from itertools import pairwise
 
@@ -35,7 +35,7 @@ def mesa(q, k, v, beta, log_decay, ridge, iterations=ENOUGH, paradigm=Paradigm.C
 
 
 @every_paradigm
-def test_it_is_a_weighted_ridge_regression(paradigm):
+def test_mesa_output_matches_weighted_ridge_regression(paradigm):
     q, k, v, beta, log_decay, ridge = inputs()
     o = mesa(q, k, v, beta, log_decay, ridge, paradigm=paradigm)
     for b, t, h in ((0, 0, 0), (0, 11, 1), (1, T - 1, 0)):
@@ -47,13 +47,13 @@ def test_it_is_a_weighted_ridge_regression(paradigm):
         exactly(o[b, t, h], q[b, t, h] @ torch.linalg.lstsq(keys, values).solution)
 
 
-def test_with_a_large_ridge_it_is_linear_attention():
+def test_large_ridge_matches_linear_attention():
     q, k, v, beta, log_decay, ridge = inputs()
     attention = decay(q, beta[..., None] * k, v, log_decay, scale=1.0).output
     exactly(1e7 * mesa(q, k, v, beta, log_decay, torch.full_like(ridge, 1e7)), attention, 1e-5)
 
 
-def test_residuals_fall_until_they_are_rounding_errors():
+def test_residuals_fall_to_rounding_error():
     q, k, _, beta, log_decay, ridge = inputs()
     call = Call.of(Paradigm.CHUNKWISE, T, chunk_size=7)
     largest = []
@@ -66,7 +66,7 @@ def test_residuals_fall_until_they_are_rounding_errors():
 
 
 @every_paradigm
-def test_without_decay_the_order_of_tokens_is_irrelevant(paradigm):
+def test_token_order_does_not_matter_without_decay(paradigm):
     q, k, v, beta, log_decay, ridge = inputs()
     order = torch.cat((torch.randperm(T - 1), torch.tensor([T - 1])))
     whole = mesa(q, k, v, beta, 0 * log_decay, ridge, paradigm=paradigm)
@@ -76,7 +76,7 @@ def test_without_decay_the_order_of_tokens_is_irrelevant(paradigm):
 
 @every_paradigm
 @pytest.mark.parametrize("iterations", [1, ENOUGH, 10 * ENOUGH])
-def test_equal_keys_and_zero_queries_are_finite(paradigm, iterations):
+def test_equal_keys_and_zero_queries_give_finite_results(paradigm, iterations):
     q, k, v, beta, log_decay, ridge = inputs(torch.float32)
     k, q = k[:, :1].expand_as(k), q * (torch.arange(T) % 3 > 0)[:, None, None]
     leaves = [x.requires_grad_() for x in (q, k.clone(), v, beta, 0 * log_decay, ridge)]
@@ -87,14 +87,14 @@ def test_equal_keys_and_zero_queries_are_finite(paradigm, iterations):
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e30])
-def test_right_sides_of_any_size_are_solved(size):
+def test_solver_handles_right_hand_sides_of_any_scale(size):
     q, k, _, beta, log_decay, ridge = inputs(torch.float32)
     call = Call.of(Paradigm.CHUNKWISE, T)
     x, scaled = (ridge_solve(y, k, beta, log_decay, ridge, ENOUGH, call) for y in (q, size * q))
     torch.testing.assert_close(scaled / size, x, rtol=1e-4, atol=1e-5)
 
 
-def test_iterations_that_have_not_converged_are_the_same_in_every_paradigm_and_declared():
+def test_unconverged_iterations_agree_across_paradigms_and_are_declared():
     mixer = MesaNetConfig(n_heads=2, iterations=2, chunk_size=7).build(12, layer_idx=0, n_layers=1).double()
     converged = MesaNetConfig(n_heads=2, chunk_size=7).build(12, layer_idx=0, n_layers=1).double()
     converged.load_state_dict(mixer.state_dict())
@@ -108,7 +108,7 @@ def test_iterations_that_have_not_converged_are_the_same_in_every_paradigm_and_d
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-14)])
 @pytest.mark.parametrize("kept", [0.0, 0.5, 0.99, 1.0])
-def test_solved_systems_stop_with_all_digits_and_alone(dtype, tolerance, kept, monkeypatch):
+def test_solver_stops_early_at_full_precision_independently_per_row(dtype, tolerance, kept, monkeypatch):
     torch.manual_seed(0)
     q, k = F.normalize(torch.randn(2, B, 70, H, 64, dtype=dtype), dim=-1)
     beta, log_decay = torch.rand(B, 70, H, dtype=dtype), torch.full((B, 70, H), kept, dtype=dtype).log()

@@ -1,4 +1,4 @@
-"""NaN and infinity in one packed document: in which mixers and paradigms the other documents do not change."""
+"""NaN and infinity in one packed document: which mixers and paradigms leave the other documents unchanged."""
 
 import itertools
 import math
@@ -46,7 +46,7 @@ def from_nothing(mixer):
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "paradigm"), CASES, ids=str)
 @pytest.mark.parametrize("continued", [False, True], ids=["from nothing", "from states"])
-def test_what_is_not_finite_stays_in_its_document(kind, paradigm, continued):
+def test_nonfinite_values_stay_in_their_document_unless_listed(kind, paradigm, continued):
     torch.manual_seed(0)
     mixer = MIXERS.resolve(kind).example().build(D_MODEL, layer_idx=0, n_layers=2).eval()
     if continued and paradigm is Paradigm.PARALLEL and not mixer.traits.parallel_from_state:
@@ -76,5 +76,5 @@ def test_what_is_not_finite_stays_in_its_document(kind, paradigm, continued):
     assert not spread or any(spread)
 
 
-def test_exceptions_are_of_mixers_that_exist():
+def test_listed_exceptions_are_existing_cases():
     assert SPREADS.keys() <= set(CASES)

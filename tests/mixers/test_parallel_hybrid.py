@@ -1,4 +1,4 @@
-"""Mixers side by side: a sum of mixers, each with its own state; what does not go together is refused."""
+"""Mixers side by side: a sum of mixers, each with its own state. Incompatible combinations raise."""
 
 import pickle
 
@@ -14,7 +14,7 @@ HYENA = {"kind": "hyena"}
 DELTA = {"kind": "delta_net", "n_heads": 2}
 
 
-def test_it_is_the_sum_of_its_mixers():
+def test_output_is_the_scaled_sum_of_its_mixers():
     config = ParallelHybridConfig(mixers=[RETENTION, ATTENTION, DELTA], scales=[1.0, 0.5, 2.0])
     mixer = config.build(16, layer_idx=0, n_layers=1).double()
     x = torch.randn(2, 7, 16, dtype=torch.float64)
@@ -27,7 +27,7 @@ def test_it_is_the_sum_of_its_mixers():
     assert isinstance(pickle.loads(pickle.dumps(state)), type(state))
 
 
-def test_it_declares_what_all_declare():
+def test_traits_combine_those_of_its_mixers():
     traits = ParallelHybridConfig(mixers=[RETENTION, ATTENTION]).traits
     assert (traits.paradigms, traits.state) == (frozenset(Paradigm), "growing")
     traits = ParallelHybridConfig(mixers=[DELTA, {**ATTENTION, "window": 4}]).traits
@@ -44,17 +44,17 @@ def test_it_declares_what_all_declare():
     ],
     ids=str,
 )
-def test_what_does_not_go_together_is_refused(fields, message):
+def test_invalid_or_incompatible_mixers_raise(fields, message):
     with pytest.raises(SeqmixError, match=message):
         ParallelHybridConfig(**fields)
 
 
-def test_the_mixer_that_does_not_fit_is_named():
+def test_error_names_the_mixer_that_does_not_fit():
     config = ParallelHybridConfig(mixers=[RETENTION, {**ATTENTION, "n_heads": 3}])
     with pytest.raises(ContractError, match=r"mixers\.1: 3 heads do not divide"):
         config.build(16, layer_idx=0, n_layers=1)
 
 
-def test_yaml_nests_mixers():
+def test_yaml_config_nests_mixers():
     mixer = load_config("parallel-hybrid-tiny").model.blocks["both"].mixer
     assert [part.kind for part in mixer.mixers] == ["attention", "mamba2"]

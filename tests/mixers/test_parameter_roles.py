@@ -1,4 +1,4 @@
-"""Roles of parameters: what each mixer declares, what training makes of it, and errors of declarations."""
+"""Roles of parameters: what each mixer declares, how training uses it, and errors in declarations."""
 
 import contextlib
 import re
@@ -35,7 +35,7 @@ def mixer_of(config):
 
 
 @pytest.mark.parametrize("kind", sorted(MIXERS.built_in()))
-def test_rates_gates_biases_and_norms_are_not_decayed(kind):
+def test_rates_gates_biases_and_norms_get_no_weight_decay(kind):
     example = MIXERS.resolve(kind).example()
     others = [changed(example, {name: value}) for name, values in alternatives(example).items() for value in values]
     for config in (example, *filter(None, others)):
@@ -69,7 +69,7 @@ def test_ffns_and_norms_have_roles():
 
 @pytest.mark.parametrize("kind", ["adamw", "muon", "normuon"])
 @pytest.mark.parametrize("preset", ["mamba-tiny", "kda-tiny", "h3-tiny"])
-def test_a_step_without_gradients_leaves_rates_as_they_were(preset, kind):
+def test_step_with_zero_gradients_changes_only_decayed_roles(preset, kind):
     torch.manual_seed(0)
     model = load_config(preset).model
     mixer = model.blocks[model.layers[0]].mixer.build(64, layer_idx=0, n_layers=2)
@@ -96,7 +96,7 @@ class Own(nn.Module):
             self.parameter_roles = roles["declared"]
 
 
-def test_a_declaration_that_is_missing_or_wrong_is_refused():
+def test_missing_or_wrong_role_declaration_raises():
     assert "parameter_roles = {'table': ...} in Own" in refusal(lambda: roles_of(Own()))
     assert 'did you mean "table"' in refusal(lambda: roles_of(Own(declared={"tabel": Role.RATE})))
     assert 'did you mean "rate"' in refusal(lambda: roles_of(Own(declared={"table": "rates"})))
@@ -104,7 +104,7 @@ def test_a_declaration_that_is_missing_or_wrong_is_refused():
     assert "blocks with 6 rows in total for maps.weight, got 5" in refusal(lambda: roles_of(Own(declared=two)))
 
 
-def test_a_declaration_wins_over_that_of_a_part():
+def test_role_declaration_overrides_that_of_a_submodule():
     declared = {"table": "rate", "maps.weight": [RowBlock("q", 3), RowBlock("gate", 3, Role.GATE)]}
     roles = roles_of(nn.ModuleDict({"own": Own(declared=declared)}))
     assert [(name, role.role) for name, role in roles.items()] == [

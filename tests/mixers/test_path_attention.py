@@ -1,4 +1,4 @@
-"""PaTH attention against its definition, token by token, and its limits: attention, and the generalized delta rule."""
+"""PaTH attention against its token-by-token definition, and special cases: attention and generalized delta rule."""
 
 import pytest
 import torch
@@ -58,7 +58,7 @@ def written_out(mixer, x):
     [{}, {"forget_gate": True, "n_kv_heads": 1}, {"path_rank": None, "short_conv": None}, {"n_heads": 1}],
     ids=str,
 )
-def test_output_and_gradients_are_the_formulas(fields):
+def test_output_and_gradients_match_written_out_formulas(fields):
     assert_follows(build(**fields), written_out, tokens(11))
 
 
@@ -72,7 +72,7 @@ def inputs(length, groups=2):
 
 @every_paradigm
 @pytest.mark.parametrize("groups", [1, 2])
-def test_without_transformations_it_is_attention_without_positions(paradigm, groups):
+def test_zero_beta_matches_attention_without_positions(paradigm, groups):
     q, k, v, w, beta, log_forget = inputs(11, groups)
     for gates in (None, log_forget):
         options = {"paradigm": paradigm, "log_forget": gates, "output_final_state": True, "chunk_size": 4}
@@ -80,7 +80,7 @@ def test_without_transformations_it_is_attention_without_positions(paradigm, gro
 
 
 @every_paradigm
-def test_scores_are_those_of_the_generalized_delta_rule(paradigm):
+def test_scores_match_the_generalized_delta_rule(paradigm):
     q, k, v, w, beta, _ = inputs(11)
     one_hot = torch.eye(11, dtype=torch.float64)[None, :, None].expand(2, 11, 2, 11)
     scores, state = dplr(q, k, one_hot, w, -beta[..., None] * w, paradigm="recurrent", output_final_state=True)
@@ -93,7 +93,7 @@ def test_scores_are_those_of_the_generalized_delta_rule(paradigm):
 
 @every_paradigm
 @pytest.mark.parametrize("max_length", [None, 20])
-def test_an_earlier_state_is_not_rewritten(paradigm, max_length):
+def test_earlier_state_is_not_modified(paradigm, max_length):
     mixer, x = build(forget_gate=True), tokens(11)
     with torch.no_grad():
         _, before = mixer(x[:, :6], mixer.init_state(2, max_length=max_length), return_state=True)
@@ -109,7 +109,7 @@ def test_an_earlier_state_is_not_rewritten(paradigm, max_length):
 
 @every_paradigm
 @pytest.mark.parametrize("cached", [False, True])
-def test_documents_with_boundaries_on_the_device_are_computed_alike(paradigm, cached):
+def test_documents_match_with_and_without_known_boundaries(paradigm, cached):
     q, k, v, w, beta, log_forget = (y[:1] for y in inputs(11))
     state = None
     if cached:
@@ -126,7 +126,7 @@ def test_documents_with_boundaries_on_the_device_are_computed_alike(paradigm, ca
     exactly(*results)
 
 
-def test_what_does_not_fit_is_refused():
+def test_mismatched_arguments_raise():
     q, k, v, w, beta, _ = inputs(3)
     with pytest.raises(ValueError, match=r"expected w of the shape of k, \[2, 3, 2, 5\], and beta of \[2, 3, 2\], got"):
         path_attention(q, k, v, w[:, :2], beta)

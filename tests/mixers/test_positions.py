@@ -1,4 +1,4 @@
-"""Angles and rotations, dense and packed."""
+"""Angles and rotations of positions."""
 
 import math
 from fractions import Fraction
@@ -18,7 +18,7 @@ def exactly(actual, expected, tolerance=1e-12):
 
 
 @pytest.mark.parametrize("position", [0, 1, 12345, 1_000_000, 2**31 + 5])
-def test_angles_are_exact_far_out(position):
+def test_angles_are_exact_at_large_positions(position):
     theta = frequencies(4, "rope", 10000.0, CPU)
     by = rotation(torch.tensor([[position]]), theta, torch.float64)
     # the angle is a rational number, and float64 rounds it once
@@ -70,7 +70,7 @@ def test_rotation_turns_interleaved_pairs(layout, compiled, dtype):
     exactly(leaf.grad.double(), turned(upstream.double(), -positions, theta), tolerance)
 
 
-def test_rotation_takes_the_gradient_of_a_sum():  # whose strides are 0
+def test_rotation_accepts_zero_stride_gradient_of_a_sum():  # whose strides are 0
     x = torch.randn(1, 3, 2, 4, dtype=torch.float64, requires_grad=True)
     positions, theta = torch.arange(3)[None], frequencies(4, "rope", 10000.0, CPU)
     rotate(x, rotation(positions, theta, x.dtype)).sum().backward()

@@ -1,4 +1,4 @@
-"""Preconditioned delta rules: what the factors of keys are, and that they are the delta rule where they are 1."""
+"""Preconditioned delta rules: the factors of keys, and the plain delta rule when they are 1."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ every_kind = pytest.mark.parametrize("kind", ["gated_delta_net", "kda"])
 
 @every_kind
 @pytest.mark.parametrize("paradigm", ["recurrent", "chunkwise"])
-def test_factors_of_one_are_the_mixer_without(kind, paradigm):
+def test_factors_of_one_match_the_mixer_without_preconditioner(kind, paradigm):
     plain, preconditioned = build(kind), build(kind, precondition=1.0)
     ours = preconditioned.state_dict()
     rows = plain.in_proj.weight.shape[0]  # those of the curvature follow
@@ -25,7 +25,7 @@ def test_factors_of_one_are_the_mixer_without(kind, paradigm):
 
 
 @every_kind
-def test_dimensions_with_many_writes_are_written_less(kind):
+def test_frequently_written_dimensions_get_smaller_factors(kind):
     scaled = build(kind, precondition=1.5).preconditioner
     k = torch.tensor([3.0, 1.0, 0.1, 0.0]).double().expand(1, 40, 3, 4)
     with torch.no_grad():
@@ -42,6 +42,6 @@ def test_dimensions_with_many_writes_are_written_less(kind):
 @pytest.mark.parametrize(
     ("fields", "remedy"), [({"allow_neg_eigval": True}, "allow_neg_eigval = false"), ({"rotation": "rope"}, "rotation")]
 )
-def test_what_has_no_bound_is_refused(kind, fields, remedy):
+def test_incompatible_options_raise(kind, fields, remedy):
     with pytest.raises(ValueError, match=remedy):
         MIXERS.resolve(kind)(n_heads=2, precondition=1.5, **fields)

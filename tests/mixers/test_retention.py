@@ -12,7 +12,7 @@ from seqmix.mixers.retention import row_scale
 CPU = torch.device("cpu")
 
 
-def test_the_papers_decays():
+def test_decays_match_the_paper():
     # §3.1: what the paper's runs had with 8 heads
     decays = build("retention", d_model=16, n_heads=8, decay="log_uniform").decay(CPU).exp()
     paper = [0.96875, 0.97897, 0.98585, 0.99048, 0.99359, 0.99569, 0.99710, 0.99805]
@@ -24,7 +24,7 @@ def test_the_papers_decays():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_slowest_decay_is_not_rounded_to_one(dtype):
+def test_slowest_decay_is_not_rounded_to_one(dtype):
     mixer = build("retention", dtype, d_model=42, n_heads=21)
     assert mixer.decay(CPU).dtype == torch.float64
     assert_close(mixer.decay(CPU)[-1].item(), -(2.0**-25) - 2.0**-51, rtol=1e-12, atol=0)
@@ -39,7 +39,7 @@ def test_the_slowest_decay_is_not_rounded_to_one(dtype):
 
 @pytest.mark.parametrize("fields", [{}, {"decay": "log_uniform"}, {"decay": "constant", "gamma": 0.9}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_learnable_decay_starts_at_its_schedule_and_learns(fields, dtype):
+def test_learnable_decay_starts_at_its_schedule_and_gets_gradients(fields, dtype):
     mixer = build("retention", torch.float32, n_heads=6, learnable_decay=True, **fields).to(dtype)
     mixer.reset_parameters()
     fixed = build("retention", torch.float64, n_heads=6, **fields).decay(CPU)
@@ -56,7 +56,7 @@ def test_a_learnable_decay_starts_at_its_schedule_and_learns(fields, dtype):
 
 
 @pytest.mark.parametrize("positions", [[0, 1, 2, 3, 4, 5], [0, 7, 100, 1000]])
-def test_the_row_normaliser_is_one_over_the_root_of_the_sum(positions):
+def test_row_normaliser_is_inverse_square_root_of_the_decay_sum(positions):
     log_decay = torch.log1p(-(2.0 ** -torch.tensor([1.0, 5.0, 12.0, 25.0, 40.0], dtype=torch.float64)))
     sums = [[sum(math.exp(a * i) for i in range(n + 1)) for a in log_decay.tolist()] for n in positions]
     expected = torch.tensor(sums, dtype=torch.float64).rsqrt()
@@ -65,7 +65,7 @@ def test_the_row_normaliser_is_one_over_the_root_of_the_sum(positions):
     exactly(row_scale(torch.tensor([positions]), None).flatten(), expected, 1e-15)
 
 
-def test_the_row_normaliser_far_out_is_its_limit():
+def test_row_normaliser_reaches_its_limit_at_large_positions():
     log_decay = torch.log1p(-(2.0 ** -torch.tensor([5.0, 12.0], dtype=torch.float64)))
     scale = row_scale(torch.tensor([[10**9]]), log_decay).flatten()
     exactly(scale, (2.0 ** -torch.tensor([5.0, 12.0], dtype=torch.float64)).sqrt(), 1e-12)

@@ -1,4 +1,4 @@
-"""What `seqmix linearize` takes over: `projections` by role and head, and `set_reach`."""
+"""What `seqmix linearize` relies on: `projections` by role and head, and `set_reach`."""
 
 import math
 from collections.abc import Iterable
@@ -157,7 +157,7 @@ def test_projections_have_their_roles(config):
 
 
 @mixers_with(sets_reach)
-def test_memory_reaches_as_far_as_is_set(config):
+def test_set_reach_sets_how_far_memory_reaches(config):
     require_property(memory_reaches_as_far_as_is_set, config, DECAYS, sets_reach, examples=3)
 
 
@@ -183,7 +183,7 @@ class SetsTheDecayForItsLogit(Specimen):
     ],
     ids=["roles", "reach"],
 )
-def test_what_is_wrong_is_caught(layer, test, draw, named):
+def test_wrong_layer_fails_the_check(layer, test, draw, named):
     config = type("WrongConfig", (SpecimenConfig,), {"layer": layer, "__module__": __name__})()
     with pytest.raises(CheckFailure, match=named):
         require_property(test, config, draw, lambda mixer: True)

@@ -1,4 +1,4 @@
-"""Going back: what the kit's check `a_state_goes_back` leaves out."""
+"""Rollback: what the kit's check `a_state_goes_back` leaves out."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def segments(*lengths, rows=2):
 @pytest.mark.parametrize(
     "config", [RetentionConfig(n_heads=2), AttentionConfig(n_heads=2)], ids=["constant", "growing"]
 )
-def test_one_number_of_tokens_compiles_to_one_graph(config):
+def test_rollback_with_constant_count_compiles_to_one_graph(config):
     mixer = built(config)
     first, middle = segments(5, 7)
     with torch.no_grad():
@@ -35,7 +35,7 @@ def test_one_number_of_tokens_compiles_to_one_graph(config):
         assert_close(mixer(following, back)[0], mixer(following, expected)[0])
 
 
-def test_gradients_reach_the_state_before_and_the_tokens():
+def test_rollback_gradients_reach_only_the_kept_tokens():
     mixer = built(RetentionConfig(n_heads=2))
     first, middle = segments(5, 7)
     middle.requires_grad_()
@@ -48,7 +48,7 @@ def test_gradients_reach_the_state_before_and_the_tokens():
 
 
 @pytest.mark.parametrize("tokens", [8, -1, torch.tensor([1, 2, 3]), torch.tensor([1, 8])], ids=str)
-def test_a_number_of_tokens_that_does_not_fit_is_refused(tokens):
+def test_invalid_rollback_token_count_raises(tokens):
     for config in (RetentionConfig(n_heads=2), AttentionConfig(n_heads=2)):
         mixer = built(config)
         (segment,) = segments(7)

@@ -49,13 +49,13 @@ def written_out(mixer, x):
 
 
 @pytest.mark.parametrize("fields", [{}, {"n_heads": 1, "mix_rank": 1}, {"norm_eps": 0.1, "decay_rank": 5}])
-def test_output_state_and_gradients_are_the_formulas(fields):
+def test_output_state_and_gradients_match_written_out_formulas(fields):
     assert_follows(build(**fields), written_out, tokens(11))
 
 
 @pytest.mark.parametrize("paradigm", ["parallel", "recurrent", "chunkwise"])
 @pytest.mark.parametrize("boundaries", [[0, 4, 4, 11], [0, 0, 1, 11]])
-def test_the_last_token_of_each_document_is_in_its_state(paradigm, boundaries):
+def test_packed_documents_with_initial_states_match_separate_documents(paradigm, boundaries):
     mixer, x = build(), tokens(11, 1)
     state = mixer.init_state(3)
     state = state._replace(memory=torch.randn_like(state.memory), recent=torch.randn_like(state.recent))
@@ -69,7 +69,7 @@ def test_the_last_token_of_each_document_is_in_its_state(paradigm, boundaries):
         exactly(tuple(leaf[n : n + 1] for leaf in after), tuple(alone))
 
 
-def test_a_gate_that_closes_keeps_the_token_itself():
+def test_closed_gate_state_matches_written_out_formulas():
     mixer, x = build(), tokens(11)
     with torch.no_grad():
         mixer.decay_proj.up.bias.fill_(1000.0)
@@ -78,7 +78,7 @@ def test_a_gate_that_closes_keeps_the_token_itself():
     torch.testing.assert_close(state.memory, written_out(mixer, x)[1])
 
 
-def test_it_starts_as_the_authors():
+def test_initial_parameters_match_the_authors_code():
     first, last = (RWKV6Config(n_heads=2).build(128, layer_idx=layer, n_layers=4) for layer in (0, 3))
     channel = torch.arange(128) / 128
     torch.testing.assert_close(first.token_mix.weight[1], 1 - channel)

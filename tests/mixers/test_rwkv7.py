@@ -26,11 +26,11 @@ def layer(mixer, x):
 @pytest.mark.parametrize(
     "fields", [{}, {"n_heads": 1, "chunk_size": 7}, {"norm_eps": 0.1, "rank": 1, "gate_rank": 3, "key_eps": 0.5}]
 )
-def test_output_state_and_gradients_are_the_formulas(fields):
+def test_output_state_and_gradients_match_written_out_formulas(fields):
     assert_follows(build(**fields), layer, tokens(11))
 
 
-def test_it_starts_as_the_authors():
+def test_initial_parameters_match_the_authors_code():
     first, last = (RWKV7Config(n_heads=2).build(128, layer_idx=layer, n_layers=4) for layer in (0, 3))
     assert (first.convolution.weight[:, 0] == 1).all()  # channel 0 has the token before alone
     torch.testing.assert_close(first.convolution.weight[0], 1 - (torch.arange(128) / 128) ** 0.2)

@@ -1,4 +1,4 @@
-"""Mixers of the scan family against their papers' equations, token by token in plain operations, in every option."""
+"""Mixers of the scan family against their papers' equations, token by token in plain operations, with every option."""
 
 import math
 
@@ -110,17 +110,17 @@ OPTIONS = {
 CASES = [pytest.param(kind, fields, id=f"{kind} {fields}") for kind, of in OPTIONS.items() for fields in of]
 
 
-def test_every_kind_of_the_family_has_cases():
+def test_every_scan_mixer_has_cases():
     kinds = {kind for kind, config in MIXERS.built_in().items() if issubclass(config, ScanConfig)}
     assert set(OPTIONS) == set(SMALL) == kinds
 
 
 @pytest.mark.parametrize(("kind", "fields"), CASES)
-def test_output_state_and_gradients_are_the_formulas(kind, fields):
+def test_output_state_and_gradients_match_written_out_formulas(kind, fields):
     assert_follows(build(kind, **fields), globals()[kind], tokens(11))
 
 
-def test_closed_gates_of_rg_lru_have_finite_gradients():
+def test_closed_rg_lru_gates_have_finite_gradients():
     # a = 1, and the square root of 0
     mixer, x = build("rg_lru", torch.float32), tokens(9, dtype=torch.float32).requires_grad_()
     torch.nn.init.constant_(mixer.gate_bias, -200.0)

@@ -1,4 +1,4 @@
-"""Context parallelism of the mixers that have their own, over ranks that are threads and gather in one graph."""
+"""Context parallelism of mixers that implement it themselves, over ranks simulated by threads in one graph."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -120,7 +120,7 @@ def splits(mixer):
 
 @pytest.mark.slow
 @mixers_with(splits)
-def test_segments_of_ranks_are_the_whole(config):
+def test_segments_split_over_ranks_match_the_whole_sequence(config):
     require_property(segments_of_ranks_are_the_whole, config, DRAW, splits, examples=4)
 
 
@@ -139,13 +139,13 @@ class ReadsTwoRanksBack(Specimen):
         return group.part(y), after
 
 
-def test_what_is_wrong_is_caught():
+def test_mixer_reading_two_ranks_back_fails_the_check():
     wrong = type("WrongConfig", (SpecimenConfig,), {"layer": ReadsTwoRanksBack, "__module__": __name__})()
     with pytest.raises(CheckFailure, match="ranks of"):
         require_property(segments_of_ranks_are_the_whole, wrong, DRAW, splits)
 
 
-def test_what_a_rank_has_sent_may_be_written():
+def test_gathered_tensor_may_be_overwritten_after_sending():
     ranks, x = [torch.nn.Module() for _ in range(3)], torch.arange(12.0).view(1, 6, 2)
     call = lambda rank: lambda x, _: (rank.cp_group.gather(sent := x.clone()).sum(0), sent.zero_())  # noqa: E731
     y, _ = _over_ranks(ranks, call, 0)(x, None)

@@ -1,4 +1,4 @@
-"""How parameters start: as in each paper's code."""
+"""Initial parameters follow each paper's code."""
 
 import math
 
@@ -25,7 +25,7 @@ def build(kind, d_model, *, n_layers=1, **fields):
         ("delta_net", 2**-2.5, 0.5, {"gate": "swish"}),
     ],
 )
-def test_projections_are_xavier_uniform_each_by_its_own_shape(kind, gain, gain_out, fields):
+def test_each_projection_is_xavier_uniform_for_its_shape(kind, gain, gain_out, fields):
     mixer = build(kind, 240, n_heads=4, **fields)
     widths = [*mixer.widths.values()] if isinstance(mixer.widths, dict) else mixer.widths
     assert sum(widths) == mixer.in_proj.out_features
@@ -39,7 +39,7 @@ def test_projections_are_xavier_uniform_each_by_its_own_shape(kind, gain, gain_o
         assert 0.49 < mixer.convolution.weight.abs().max() <= 0.5
 
 
-def test_decays_of_gated_delta_net_start_as_the_authors():
+def test_gated_delta_net_decays_start_as_in_the_authors_code():
     mixer = build("gated_delta_net", 512, n_heads=512)
     rates, steps = mixer.decay.A_log.exp(), F.softplus(mixer.decay.dt_bias)
     assert 0 < rates.min() < 0.2
@@ -51,7 +51,7 @@ def test_decays_of_gated_delta_net_start_as_the_authors():
     assert (mixer.norm.weight == 1).all()
 
 
-def test_mamba2_starts_as_the_authors():
+def test_mamba2_parameters_start_as_in_the_authors_code():
     ranges = {"a_range": (2.0, 5.0), "time_step_range": (1e-4, 10.0)}
     mixer = build("mamba2", 400, n_layers=4, head_dim=1, d_state=16, **ranges)
     steps, rates = mixer.decay(torch.zeros(1, 1, mixer.n_heads))[0][0, 0], mixer.decay.A_log.exp()
@@ -65,7 +65,7 @@ def test_mamba2_starts_as_the_authors():
     assert mixer.norm_weight.eq(1).all()
 
 
-def test_mamba3_starts_as_the_authors():
+def test_mamba3_parameters_start_as_in_the_authors_code():
     mixer = build("mamba3", 400, n_layers=4, head_dim=1, d_state=16)
     steps = F.softplus(mixer.dt_bias)
     assert_close(torch.stack((steps.min(), steps.max())), torch.tensor([1e-3, 0.1]), rtol=5e-2, atol=0)
@@ -73,7 +73,7 @@ def test_mamba3_starts_as_the_authors():
     assert_close(mixer.out_proj.weight.abs().max().item(), 800**-0.5 / 2, rtol=1e-2, atol=0)
 
 
-def test_hyena_starts_as_the_authors():
+def test_hyena_parameters_start_as_in_the_authors_code():
     mixer = build("hyena", 64, sine_frequency=14.0)
     for layer in (mixer.in_proj, mixer.out_proj, *mixer.filter_layers, mixer.filter_out):
         bound = layer.in_features**-0.5

@@ -1,4 +1,4 @@
-"""What can be done with any state: one layer's, or a model's nest of them."""
+"""Operations on any state: one layer's, or the nested states of a model."""
 
 from typing import NamedTuple
 
@@ -53,7 +53,7 @@ def test_leaves_are_named_by_their_path():
     assert to_dict(()) == {}
 
 
-def test_a_state_comes_back_from_its_leaves(tmp_path):
+def test_state_round_trips_through_its_leaves(tmp_path):
     state = model_state()
     same(from_dict(model_state(start=100), to_dict(state)), state)
     # in any order, and from the disk
@@ -71,7 +71,7 @@ def test_a_state_comes_back_from_its_leaves(tmp_path):
         ((), ["x"], "none.* x"),
     ],
 )
-def test_other_leaves_are_refused(like, names, words):
+def test_mismatched_leaves_raise(like, names, words):
     with pytest.raises(ContractError, match=words):
         from_dict(like, {name: torch.zeros(1) for name in names})
 
@@ -85,7 +85,7 @@ def test_other_leaves_are_refused(like, names, words):
         ([model_state(), model_state()[:2]], "tuple of 2.*tuple of 3"),
     ],
 )
-def test_states_that_do_not_fit_are_not_concatenated(states, words):
+def test_concatenating_incompatible_states_raises(states, words):
     with pytest.raises(ContractError, match=words):
         concatenate(states)
 
@@ -96,7 +96,7 @@ def test_gradients_pass_through_cloning():
     assert_close(memory.grad, torch.ones(3, 2))
 
 
-def test_bytes_are_those_of_all_leaves():
+def test_nbytes_counts_all_leaves():
     rows, float32, int64 = 3, 4, 8
     assert nbytes(model_state()) == 2 * rows * (2 * float32 + int64) + rows * float32
     assert nbytes(()) == 0

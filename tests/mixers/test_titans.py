@@ -1,4 +1,4 @@
-"""Titans' memory: its definition by autograd, token by token, and what it equals in special cases."""
+"""Titans' memory against its token-by-token definition by autograd, and what it equals in special cases."""
 
 from itertools import pairwise
 
@@ -81,7 +81,7 @@ def definition(mixer, x):
 @pytest.mark.parametrize(
     "fields", [{"mini_batch": 1, "gate": "sigmoid"}, {"mini_batch": 4}, {"mini_batch": 16, "short_conv": None}]
 )
-def test_output_state_and_gradients_are_the_definitions(inner, fields):
+def test_output_state_and_gradients_match_the_definition(inner, fields):
     mixer, x = build(inner=inner, **fields), tokens(10).requires_grad_()
     leaves = [x, *mixer.parameters()]
     expected = definition(mixer, x)
@@ -96,7 +96,7 @@ def test_output_state_and_gradients_are_the_definitions(inner, fields):
 
 @pytest.mark.parametrize("mini_batch", [1, 16])
 @pytest.mark.parametrize("momentum", [-20.0, -1.0, 1.0, 20.0])
-def test_a_run_of_the_same_token_does_not_blow_up_a_linear_memory(mini_batch, momentum):
+def test_repeated_token_does_not_blow_up_linear_memory(mini_batch, momentum):
     torch.manual_seed(0)
     mixer = TitansConfig(n_heads=3, mini_batch=mini_batch, short_conv=None).build(D_MODEL, layer_idx=0, n_layers=1)
     with torch.no_grad():
@@ -111,7 +111,7 @@ def test_a_run_of_the_same_token_does_not_blow_up_a_linear_memory(mini_batch, mo
 
 @every_inner
 @pytest.mark.parametrize("cut", range(1, 11))
-def test_a_text_may_be_cut_inside_a_mini_batch(inner, cut):
+def test_sequence_split_inside_a_mini_batch_matches_the_whole(inner, cut):
     mixer, x = build(inner=inner), tokens(11)
     whole, final = mixer(x, return_state=True)
     first, state = mixer(x[:, :cut], return_state=True)
@@ -124,7 +124,7 @@ def test_a_text_may_be_cut_inside_a_mini_batch(inner, cut):
     assert (other - second).abs().max() > 1e-3
 
 
-def test_rows_may_be_at_different_places():
+def test_rows_may_be_at_different_positions():
     mixer, x = build(short_conv=None), tokens(10)
     states = [mixer(x[:1, :n], return_state=True)[1] for n in (7, 2)]
     layer = MomentumLayer(*(torch.cat(leaf) for leaf in zip(*(state.memory[0] for state in states), strict=True)))
@@ -142,7 +142,7 @@ def test_rows_may_be_at_different_places():
 
 
 @every_inner
-def test_every_document_starts_a_mini_batch_and_a_momentum(inner):
+def test_each_document_starts_a_new_mini_batch_and_momentum(inner):
     mixer, x = build(inner=inner), tokens(11, batch_size=1)
     y, state = mixer(x, cu_seqlens=torch.tensor([0, 3, 3, 11]), return_state=True)
     exactly(y, torch.cat((mixer(x[:, :3])[0], mixer(x[:, 3:])[0]), 1))
@@ -175,7 +175,7 @@ def resting(layers):
 
 
 @every_paradigm
-def test_batches_of_one_token_without_momentum_and_forgetting_are_the_delta_rule(paradigm):
+def test_single_token_batches_without_momentum_or_forgetting_match_delta_rule(paradigm):
     q, k, v, (rate, momentum, forget), (layer,) = inputs()
     y, layers = read(q, k, v, (rate, 0 * momentum, 0 * forget), [layer], 1, paradigm)
     o, state = delta(q, k, v, 2 * rate, scale=1.0, initial_state=layer.weight, output_final_state=True)
@@ -186,7 +186,7 @@ def test_batches_of_one_token_without_momentum_and_forgetting_are_the_delta_rule
 @every_paradigm
 @pytest.mark.parametrize("widths", [(D, D), (D, 7, D)])
 @pytest.mark.parametrize("normed", [True, False])
-def test_without_momentum_and_forgetting_it_is_test_time_training(paradigm, widths, normed):
+def test_titans_without_momentum_or_forgetting_matches_ttt(paradigm, widths, normed):
     q, k, v, (rate, momentum, forget), layers = inputs(widths, bias=1)
     norm = Norm(
         torch.linspace(0.5, 1.5, H * D).double().view(H, D), torch.linspace(-1, 1, H * D).double().view(H, D), 1e-6
@@ -206,7 +206,7 @@ def test_without_momentum_and_forgetting_it_is_test_time_training(paradigm, widt
 
 
 @every_paradigm
-def test_without_learning_the_memory_stays_or_fades(paradigm):
+def test_memory_without_learning_stays_constant_or_fades(paradigm):
     q, k, v, (rate, momentum, forget), layers = inputs()
     layers = resting(layers)
     y, after = read(q, k, v, (0 * rate, momentum, 0 * forget), layers, 4, paradigm)
@@ -217,7 +217,7 @@ def test_without_learning_the_memory_stays_or_fades(paradigm):
 
 
 @every_paradigm
-def test_with_full_momentum_one_step_is_repeated(paradigm):
+def test_full_momentum_repeats_the_first_step(paradigm):
     q, k, v, (rate, momentum, forget), layers = inputs()
     rate = torch.cat((rate[:, :1], 0 * rate[:, 1:]), 1)
     _, after = read(q, k, v, (rate, momentum**0, 0 * forget), resting(layers), 4, paradigm)
@@ -225,7 +225,7 @@ def test_with_full_momentum_one_step_is_repeated(paradigm):
 
 
 @pytest.mark.parametrize("widths", [(D, D), (D, 7, D)])
-def test_gates_may_be_closed_and_open(widths):
+def test_closed_and_open_gates_agree_across_paradigms(widths):
     q, k, v, (rate, momentum, forget), layers = inputs(widths, bias=len(widths) - 2)
     momentum, forget = ((3 * x).floor() / 2 for x in (momentum, forget))  # 0, 1/2 or 1
     assert all({0.0, 1.0} <= set(x.flatten().tolist()) for x in (momentum, forget))
@@ -237,7 +237,7 @@ def test_gates_may_be_closed_and_open(widths):
     exactly(gradients[0], gradients[1])
 
 
-def test_arguments_that_do_not_fit_are_refused():
+def test_mismatched_arguments_raise():
     q, k, v, gates, layers = inputs()
     with pytest.raises(SeqmixError, match="titans has the paradigms chunkwise and recurrent, got parallel"):
         read(q, k, v, gates, layers, 4, "parallel")

@@ -1,4 +1,4 @@
-"""Test-time training: its definition by autograd, token by token, and what it equals in special cases."""
+"""Test-time training against its token-by-token definition by autograd, and what it equals in special cases."""
 
 import pytest
 import torch
@@ -74,7 +74,7 @@ def definition(mixer, x):
 
 @every_inner
 @pytest.mark.parametrize("mini_batch", [1, 4, 16])
-def test_output_state_and_gradients_are_the_definitions(inner, mini_batch):
+def test_output_state_and_gradients_match_the_definition(inner, mini_batch):
     mixer, x = build(inner=inner, mini_batch=mini_batch), tokens(10).requires_grad_()
     leaves = [x, *mixer.parameters()]
     expected = definition(mixer, x)
@@ -91,7 +91,7 @@ def test_output_state_and_gradients_are_the_definitions(inner, mini_batch):
 
 @every_inner
 @pytest.mark.parametrize("cut", range(1, 11))
-def test_a_text_may_be_cut_inside_a_mini_batch(inner, cut):
+def test_sequence_split_inside_a_mini_batch_matches_the_whole(inner, cut):
     mixer, x = build(inner=inner), tokens(11)
     whole, final = mixer(x, return_state=True)
     first, state = mixer(x[:, :cut], return_state=True)
@@ -100,7 +100,7 @@ def test_a_text_may_be_cut_inside_a_mini_batch(inner, cut):
     torch.testing.assert_close(state, final)
 
 
-def test_rows_may_be_at_different_places():
+def test_rows_may_be_at_different_positions():
     mixer, x = build(), tokens(10)
     states = [mixer(x[:1, :n], return_state=True)[1] for n in (7, 2)]
     layer = FastLayer(*(torch.cat(leaf) for leaf in zip(*(state.memory[0] for state in states), strict=True)))
@@ -117,7 +117,7 @@ def test_rows_may_be_at_different_places():
         assert after.position.tolist() == [17, 12]
 
 
-def test_every_document_starts_a_mini_batch():
+def test_each_document_starts_a_new_mini_batch():
     mixer, x = build(), tokens(11, batch_size=1)
     y, state = mixer(x, cu_seqlens=torch.tensor([0, 3, 3, 11]), return_state=True)
     exactly(y, torch.cat((mixer(x[:, :3])[0], mixer(x[:, 3:])[0]), 1))
@@ -150,7 +150,7 @@ def read(x, factor, paradigm, norm=None):
 
 
 @every_paradigm
-def test_batches_of_one_token_without_norm_are_the_delta_rule(paradigm):
+def test_single_token_batches_without_norm_match_delta_rule(paradigm):
     q, k, v, rate, layer = inputs()
     y, layers = read(inputs(), torch.ones(1).double(), paradigm)
     initial = torch.cat((layer.weight, layer.bias), 2)
@@ -160,7 +160,7 @@ def test_batches_of_one_token_without_norm_are_the_delta_rule(paradigm):
 
 
 @every_paradigm
-def test_one_batch_without_norm_is_linear_attention_about_the_start(paradigm):
+def test_one_batch_without_norm_matches_linear_attention_around_initial_weights(paradigm):
     q, k, v, rate, layer = inputs()
     factor = 1 / torch.arange(1, T + 6, dtype=torch.float64)
     y, _ = read(inputs(), factor, paradigm)
@@ -171,7 +171,7 @@ def test_one_batch_without_norm_is_linear_attention_about_the_start(paradigm):
 
 
 @every_paradigm
-def test_without_learning_the_memory_stays_as_it_was(paradigm):
+def test_memory_without_learning_is_unchanged(paradigm):
     q, k, v, rate, layer = inputs()
     weight, bias = torch.randn(2, H, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     norm = Norm(weight, bias, 1e-6)
@@ -181,7 +181,7 @@ def test_without_learning_the_memory_stays_as_it_was(paradigm):
     assert torch.equal(layers[0].weight, layer.weight)
 
 
-def test_arguments_that_do_not_fit_are_refused():
+def test_mismatched_arguments_raise():
     with pytest.raises(SeqmixError, match="ttt has the paradigms chunkwise and recurrent, got parallel"):
         read(inputs(), torch.ones(4).double(), "parallel")
     q, k, v, rate, layer = inputs()

@@ -1,4 +1,4 @@
-"""Layers of other libraries through their adapters: what agrees, and what the kit finds in the releases of today."""
+"""Layers of other libraries through their adapters: what agrees, and what the kit finds in current releases."""
 
 import sys
 from importlib.util import find_spec
@@ -38,7 +38,7 @@ def failing(config, checks, examples=8):
     "path",
     [MAMBA2 + "Mamba2Mixer", LLAMA + "LlamaAttention", LLAMA + "LlamaModel", DELTA_NET + ":Qwen3NextGatedDeltaNet"],
 )
-def test_classes_of_transformers_decode_as_they_train(path):
+def test_transformers_layers_decode_as_they_train(path):
     assert failing(HFConfig(path=path, use="decoding"), [*DECODING, "a_state_survives_the_disk"]) == set()
     assert failing(HFConfig(path=path), ["the_future_changes_nothing", "gradients_are_derivatives"]) == set()
 
@@ -60,7 +60,7 @@ def test_classes_of_transformers_decode_as_they_train(path):
         (LLAMA + "LlamaAttention", {"mask": False, "use": "decoding"}, DECODING[1]),
     ],
 )
-def test_what_is_found_in_transformers(path, fields, check):
+def test_kit_finds_known_failures_in_transformers(path, fields, check):
     from transformers import __version__
 
     if not __version__.startswith("5.24"):
@@ -69,12 +69,12 @@ def test_what_is_found_in_transformers(path, fields, check):
 
 
 @transformers
-def test_documents_of_a_model_are_kept_apart():
+def test_llama_model_keeps_packed_documents_apart():
     assert failing(HFConfig(path=LLAMA + "LlamaModel", use="packed"), ["documents_are_sequences"]) == set()
 
 
 @torchscale
-def test_chunks_of_torchscale_are_another_map():
+def test_torchscale_chunks_compute_a_different_function():
     checks = [*DECODING[:3], "position_matters_only_where_declared"]
     # after tokens of zeros the eps of its norm counts, and the scale of a state from pieces is another
     zeros = {"pieces_equal_the_whole"}
@@ -86,7 +86,7 @@ def test_chunks_of_torchscale_are_another_map():
 
 
 @transformers
-def test_the_command_names_a_class_and_its_configuration(tmp_path):
+def test_hf_argument_selects_a_class_and_its_configuration(tmp_path):
     (tmp_path / "config.yaml").write_text("hidden_size: 32\ntime_step_limit: [0.1, 0.8]\n")
     configs, vary = mixers_of(f"hf:{MAMBA2}Mamba2Mixer", [], str(tmp_path / "config.yaml"))
     assert [(config.use, config.fixed_d_model, vary) for config in configs] == [
@@ -110,7 +110,7 @@ def test_the_command_names_a_class_and_its_configuration(tmp_path):
         ("hf:torch.nn:Linear", "", "has no argument `config`"),
     ],
 )
-def test_a_wrong_name_or_field_is_one_sentence(source, fields, words):
+def test_wrong_name_or_field_reports_one_line_error(source, fields, words):
     with pytest.raises(SeqmixError, match=words) as found:
         mixers_of(source, [], fields)
     assert "\n" not in str(found.value)

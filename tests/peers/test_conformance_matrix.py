@@ -1,4 +1,4 @@
-"""The conformance matrix is what the installed packages do."""
+"""The conformance matrix matches what the installed packages do."""
 
 import re
 import runpy
@@ -17,13 +17,13 @@ def undated(text):
     return re.sub(r"Made on [\d-]+", "Made on", text)
 
 
-def test_every_adapter_exists():
+def test_every_adapter_is_defined_in_its_file():
     for each in SCRIPT["IMPLEMENTATIONS"]:
         file, _, name = each.adapter.partition(":")
         assert re.search(rf"^(.*, )?{name}\b.* = ", (ROOT / "examples" / "vectors" / file).read_text(), re.MULTILINE)
 
 
-def test_the_page_names_the_properties_without_a_column():
+def test_page_names_properties_without_a_column():
     page = SCRIPT["PAGE"].read_text(encoding="utf-8")
     without = {
         case.property
@@ -36,7 +36,7 @@ def test_the_page_names_the_properties_without_a_column():
 
 @pytest.mark.slow
 @NIGHTLY
-def test_the_page_is_what_the_packages_do():
+def test_page_matches_installed_packages():
     if missing := SCRIPT["missing_packages"]():
         pytest.skip(f"needs {', '.join(missing)}")
     page = SCRIPT["PAGE"].read_text(encoding="utf-8")

@@ -1,5 +1,5 @@
-"""Models of fla (flash-linear-attention 0.6.0), converted: names and shapes are those of its modules, and logits those
-of its plain recurrences between the layers written out, as its own kernels need a GPU.
+"""Converted models of fla (flash-linear-attention 0.6.0): names and shapes are those of its modules. Its kernels need a
+GPU, so the logits come from its plain recurrences between written-out layers.
 """
 
 import json
@@ -227,7 +227,7 @@ def measured(case, dtype, folder):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("case", CASES)
-def test_logits_are_equal_in_every_paradigm_and_the_way_back_is_exact(case, dtype, tmp_path):
+def test_logits_match_in_every_paradigm_and_export_restores_the_weights(case, dtype, tmp_path):
     result, config = measured(case, dtype, tmp_path)
     assert max(result.worst.values()) < (1e-4 if dtype == torch.float32 else 1e-9)
     assert result.changed == []

@@ -1,4 +1,4 @@
-"""RetNet of torchscale (0.3.0), converted. Its rotations and norms compute in float32 unless asked for more."""
+"""Converted RetNet models of torchscale (0.3.0). Its rotations and norms compute in float32 unless asked for more."""
 
 import json
 from importlib.util import find_spec
@@ -52,7 +52,7 @@ def measured(case, dtype, folder):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("case", CASES)
-def test_logits_are_equal_in_every_paradigm_and_the_way_back_is_exact(case, dtype, tmp_path):
+def test_logits_match_in_every_paradigm_and_export_restores_the_weights(case, dtype, tmp_path):
     (result, args), (_, bound) = measured(case, dtype, tmp_path), CASES[case]
     assert max(result.worst.values()) < (1e-4 if dtype == torch.float32 else bound)
     assert result.changed == []

@@ -1,4 +1,4 @@
-"""Models of transformers (5.24), converted: equal logits in every paradigm, and back bit for bit."""
+"""Converted models of transformers (5.24): equal logits in every paradigm, and a bitwise equal export."""
 
 import json
 import sys
@@ -141,7 +141,7 @@ def measured(case, dtype, folder):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("case", CASES)
-def test_logits_are_equal_in_every_paradigm_and_the_way_back_is_exact(case, dtype, tmp_path):
+def test_logits_match_in_every_paradigm_and_export_restores_the_weights(case, dtype, tmp_path):
     result, config = measured(case, dtype, tmp_path)
     # the slopes of MiniMax divide by L - 1 + 1e-5 there
     exact = 5e-5 if case == "minimax" else 1e-9
@@ -154,7 +154,7 @@ def test_logits_are_equal_in_every_paradigm_and_the_way_back_is_exact(case, dtyp
     assert function_of({name: again.get(name) for name in wanted}) == function_of(wanted)
 
 
-def test_a_convolution_saved_in_equal_parts_comes_back_in_those_of_queries_keys_and_values(tmp_path):
+def test_convolution_saved_in_equal_parts_is_exported_with_uneven_widths(tmp_path):
     theirs = model_of(WIDE_VALUES, torch.float32)
     result, _ = measured(WIDE_VALUES, torch.float32, tmp_path)
     assert len(result.changed) == 3  # transformers wrote three thirds

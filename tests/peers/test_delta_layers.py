@@ -1,6 +1,6 @@
-"""The KDA layer against transformers' Kimi Linear; Comba, preconditioned delta rules, Gated DeltaNet-2, DeltaProduct,
-RWKV-6, RWKV-7 and GSA around flash-linear-attention's recurrences, which stand between our projections and a norm
-written out.
+"""The KDA layer against Kimi Linear in transformers. Comba, preconditioned delta rules, Gated DeltaNet-2, DeltaProduct,
+RWKV-6, RWKV-7 and GSA against flash-linear-attention's recurrences, placed between our projections and a written-out
+norm.
 """
 
 from importlib.util import find_spec
@@ -30,7 +30,7 @@ every_paradigm = pytest.mark.parametrize("paradigm", [Paradigm.RECURRENT, Paradi
 
 @needs_transformers
 @every_paradigm
-def test_the_layer_is_that_of_kimi_linear(paradigm, monkeypatch):
+def test_kda_layer_matches_kimi_linear(paradigm, monkeypatch):
     from transformers import KimiLinearConfig
     from transformers.models.kimi_linear import modeling_kimi_linear as kimi
 
@@ -67,7 +67,7 @@ def test_the_layer_is_that_of_kimi_linear(paradigm, monkeypatch):
 
 
 @needs_transformers
-def test_bounded_decays_are_those_of_glm():
+def test_bounded_decays_match_glm():
     glm = pytest.importorskip("transformers.models.glm5_next.modeling_glm5_next")
     torch.manual_seed(0)
     sizes = SimpleNamespace(linear_head_dim=16, linear_num_heads=2, hidden_size=32, linear_lower_bound=-5.0)
@@ -118,7 +118,7 @@ def agree_in_pieces(config, paradigm, around):
 
 @needs_fla
 @every_paradigm
-def test_gated_delta_net2_is_theirs(paradigm):
+def test_gated_delta_net2_matches_fla_reference(paradigm):
     recurrence = loaded("gdn2").naive_recurrent_gdn2
 
     def around(mixer):
@@ -136,7 +136,7 @@ def test_gated_delta_net2_is_theirs(paradigm):
 
 @needs_fla
 @every_paradigm
-def test_comba_is_theirs_in_chunks(paradigm):
+def test_comba_matches_fla_chunk_reference(paradigm):
     recurrence = loaded("comba").naive_chunk_comba  # their recurrent reference reads the decayed state
 
     def around(mixer):
@@ -157,7 +157,7 @@ def test_comba_is_theirs_in_chunks(paradigm):
 @needs_fla
 @every_paradigm
 @pytest.mark.parametrize("kind", ["gated_delta_net", "kda"])
-def test_preconditioned_delta_rules_are_theirs(kind, paradigm):
+def test_preconditioned_delta_rules_match_fla_reference(kind, paradigm):
     gated = kind == "gated_delta_net"
     name = "precond_gated_delta_rule" if gated else "precond_kda"
     recurrence = getattr(loaded(name), f"naive_recurrent_{name}")
@@ -188,7 +188,7 @@ def test_preconditioned_delta_rules_are_theirs(kind, paradigm):
 
 @needs_fla
 @every_paradigm
-def test_delta_product_is_theirs(paradigm):
+def test_delta_product_matches_fla_reference(paradigm):
     recurrence, n = loaded("gated_delta_product").naive_recurrent_gated_delta_product, 3
 
     def around(mixer):
@@ -207,7 +207,7 @@ def test_delta_product_is_theirs(paradigm):
 
 @needs_fla
 @every_paradigm
-def test_rwkv7_is_theirs(paradigm):
+def test_rwkv7_matches_fla_reference(paradigm):
     recurrence = loaded("generalized_delta_rule/dplr").dplr_recurrence
 
     def around(mixer):
@@ -233,7 +233,7 @@ def test_rwkv7_is_theirs(paradigm):
 
 @needs_fla
 @pytest.mark.parametrize("paradigm", list(Paradigm))
-def test_rwkv6_is_theirs(paradigm):
+def test_rwkv6_matches_fla_reference(paradigm):
     recurrence = loaded("rwkv6", "recurrent_naive").naive_recurrent_rwkv6
 
     def around(mixer):
@@ -256,7 +256,7 @@ def test_rwkv6_is_theirs(paradigm):
 
 @needs_fla
 @pytest.mark.parametrize("paradigm", list(Paradigm))
-def test_gsa_is_theirs(paradigm):
+def test_gsa_matches_fla_reference(paradigm):
     recurrence = loaded("gsa").naive_recurrent_gsa
 
     def around(mixer):

@@ -84,7 +84,7 @@ def ours(paradigm, has_state=True, **options):
 
 @pytest.mark.parametrize("oracle", ORACLES)
 @every_paradigm
-def test_outputs_states_and_gradients_are_theirs(oracle, paradigm):
+def test_outputs_states_and_gradients_match_fla_references(oracle, paradigm):
     shape, has_state = ORACLES[oracle]
     results, gradients = with_gradients(ours(paradigm, has_state), inputs(shape))
     their_results, their_gradients = with_gradients(theirs(oracle), inputs(shape))
@@ -97,7 +97,7 @@ def test_outputs_states_and_gradients_are_theirs(oracle, paradigm):
 
 @pytest.mark.parametrize("oracle", ["recurrent_simple_gla", "recurrent_gla", "recurrent_linear_attn"])
 @every_paradigm
-def test_packed_documents_are_theirs_one_by_one(oracle, paradigm):
+def test_packed_documents_match_fla_reference_run_per_document(oracle, paradigm):
     boundaries = [0, 5, 6, 6, 40, T]
     *segment, _ = inputs(ORACLES[oracle][0], batch=1)
     states = torch.randn(5, H, K, V, generator=torch.Generator().manual_seed(2))
@@ -108,7 +108,7 @@ def test_packed_documents_are_theirs_one_by_one(oracle, paradigm):
 
 
 @every_paradigm
-def test_a_decay_of_zero_resets_the_state_as_in_their_recurrence(paradigm):
+def test_zero_decay_resets_the_state_as_in_fla_recurrence(paradigm):
     q, k, v, a, state = inputs("token")
     a[:, [0, 20, 21]] = -math.inf
     functions = ours(paradigm), theirs("recurrent_simple_gla")
@@ -120,7 +120,7 @@ def test_a_decay_of_zero_resets_the_state_as_in_their_recurrence(paradigm):
 
 @every_paradigm
 @torch.no_grad()
-def test_linear_attention_with_its_denominator_is_theirs(paradigm):
+def test_linear_attention_with_denominator_matches_fla_references(paradigm):
     config = LinearAttentionConfig(n_heads=H, eps=1e-10)  # their eps
     torch.manual_seed(0)
     layer = config.build(H * K, layer_idx=0, n_layers=1).double()
@@ -203,7 +203,7 @@ def standing_in(monkeypatch):
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("shape", ["none", "head", "token", "key"])
-def test_the_backend_calls_their_functions_with_our_conventions(shape, packed, standing_in):
+def test_backend_calls_fla_with_our_conventions(shape, packed, standing_in):
     *segment, state = inputs(shape, batch=1 if packed else B)
     options = {"scale": 0.3, "output_final_state": True}
     if packed:  # int32, and an empty document
@@ -223,7 +223,7 @@ def test_the_backend_calls_their_functions_with_our_conventions(shape, packed, s
 
 
 @torch.no_grad()
-def test_the_backend_takes_resets_which_their_chunks_do_not(standing_in, monkeypatch):
+def test_backend_supports_resets_that_fla_chunks_do_not(standing_in, monkeypatch):
     def chunked(*args, **options):
         return chunk_simple_gla(*args, **options, reference="chunk")
 
@@ -235,7 +235,7 @@ def test_the_backend_takes_resets_which_their_chunks_do_not(standing_in, monkeyp
     assert_close(list(found), list(expected), rtol=1e-3, atol=1e-3, check_dtype=False)
 
 
-def test_boundaries_that_are_written_in_place_are_seen(standing_in, monkeypatch):
+def test_backend_passes_a_fresh_copy_of_boundaries(standing_in, monkeypatch):
     seen = []
 
     def function(*args, cu_seqlens, **options):
@@ -271,7 +271,7 @@ class Theirs(torch.autograd.Function):
             return *torch.autograd.grad([x for x, _ in given], leaves, [d for _, d in given]), None
 
 
-def test_the_backend_compiles_into_one_graph_with_gradients(standing_in, monkeypatch):
+def test_backend_compiles_to_one_graph_with_gradients(standing_in, monkeypatch):
     def function(q, k, v, g, *, initial_state, **options):
         return Theirs.apply(q, k, v, g, initial_state, options)
 
@@ -305,7 +305,7 @@ def test_the_backend_compiles_into_one_graph_with_gradients(standing_in, monkeyp
     assert set(results.values()) == {"SUCCESS"}
 
 
-def test_the_backend_says_what_it_does_not_take(monkeypatch):
+def test_backend_reports_what_it_does_not_support(monkeypatch):
     fla = find("decay", Paradigm.CHUNKWISE, "fla")
     probe = Probe(device=torch.device("cuda"), dtype=torch.bfloat16, key_width=256, value_width=512, log_decay="H")
 

@@ -1,5 +1,5 @@
 """The delta family against flash-linear-attention's plain references, and the Gated DeltaNet layer against
-transformers' Qwen3-Next.
+Qwen3-Next in transformers.
 """
 
 import math
@@ -74,7 +74,7 @@ def ours(paradigm, *arguments, **options):
 @needs_fla
 @pytest.mark.parametrize("oracle", ORACLES)
 @every_paradigm
-def test_outputs_states_and_gradients_are_theirs(oracle, paradigm):
+def test_outputs_states_and_gradients_match_fla_references(oracle, paradigm):
     arguments = inputs(ORACLES[oracle])
     has_state = "recurr" in oracle or "gated" in oracle
     has_final = oracle != "delta_rule_parallel"
@@ -94,7 +94,7 @@ def test_outputs_states_and_gradients_are_theirs(oracle, paradigm):
 @needs_fla
 @every_paradigm
 @pytest.mark.parametrize("oracle", ["delta_rule_recurrence", "naive_recurrent_gated_delta_rule"])
-def test_packed_documents_are_theirs_one_by_one(oracle, paradigm):
+def test_packed_documents_match_fla_reference_run_per_document(oracle, paradigm):
     boundaries = [0, 5, 6, 40, T]
     *segment, _ = inputs(ORACLES[oracle], batch=1)
     states = torch.randn(4, H, K, V, generator=torch.Generator().manual_seed(2))
@@ -106,7 +106,7 @@ def test_packed_documents_are_theirs_one_by_one(oracle, paradigm):
 
 @needs_fla
 @every_paradigm
-def test_a_decay_of_zero_resets_the_state_as_in_their_recurrence_and_not_in_their_chunks(paradigm):
+def test_zero_decay_resets_the_state_as_in_fla_recurrence_but_not_chunks(paradigm):
     *segment, a, state = inputs(True)
     a[:, [0, 20, 21]] = -math.inf
     output, final = ours(paradigm, *segment, a, state)
@@ -117,7 +117,7 @@ def test_a_decay_of_zero_resets_the_state_as_in_their_recurrence_and_not_in_thei
 
 @needs_transformers
 @every_paradigm
-def test_the_layer_is_that_of_qwen3_next(paradigm, monkeypatch):
+def test_gated_delta_net_layer_matches_qwen3_next(paradigm, monkeypatch):
     from transformers import Qwen3NextConfig
     from transformers.models.qwen3_next import modeling_qwen3_next as qwen3_next
 

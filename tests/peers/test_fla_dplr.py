@@ -1,4 +1,4 @@
-"""The delta family with a decay per key dimension, with keys of its own for reading, and with several steps per token
+"""The delta family with a decay per key dimension, with separate keys for reading, or with several steps per token,
 against flash-linear-attention's plain references.
 """
 
@@ -81,7 +81,7 @@ def inputs(kind):
 
 @pytest.mark.parametrize("oracle", ORACLES)
 @pytest.mark.parametrize("paradigm", [Paradigm.RECURRENT, Paradigm.CHUNKWISE])
-def test_outputs_states_and_gradients_are_theirs(oracle, paradigm):
+def test_outputs_states_and_gradients_match_fla_references(oracle, paradigm):
     file, kind = ORACLES[oracle]
     options = {"paradigm": paradigm, "chunk_size": CHUNK, "output_final_state": True}
     arguments = inputs(kind)

@@ -1,6 +1,6 @@
-"""GLA, HGRN2, gated retention and lightning attention around flash-linear-attention's recurrences.
+"""GLA, HGRN2, gated retention and lightning attention against flash-linear-attention's recurrences.
 
-fla-core has no layers: their recurrence stands between our projections and a norm written out.
+fla-core has no layers, so its recurrences are placed between our projections and a written-out norm.
 """
 
 import sys
@@ -52,7 +52,7 @@ def agree_in_pieces(ours, paradigm, x, theirs):
 
 
 @every_paradigm
-def test_gla_is_theirs(paradigm):
+def test_gla_matches_fla_reference(paradigm):
     ours, x = layer(GLAConfig(n_heads=N_HEADS, gate_logit_normalizer=2.0, chunk_size=16))
     recurrence = loaded("gla").naive_recurrent_gla
 
@@ -67,7 +67,7 @@ def test_gla_is_theirs(paradigm):
 
 
 @every_paradigm
-def test_hgrn2_is_theirs_with_keys_that_decays_leave(paradigm):
+def test_hgrn2_matches_fla_reference_with_keys_from_decays(paradigm):
     ours, x = layer(HGRN2Config(n_heads=N_HEADS, chunk_size=16), layer_idx=1, n_layers=3)
     recurrence = loaded("gla").naive_recurrent_gla
 
@@ -82,7 +82,7 @@ def test_hgrn2_is_theirs_with_keys_that_decays_leave(paradigm):
 
 
 @every_paradigm
-def test_gated_retention_is_their_simple_gla(paradigm):
+def test_gated_retention_matches_fla_simple_gla(paradigm):
     config = GatedRetentionConfig(n_heads=N_HEADS, gate_logit_normalizer=2.0, rotation="none", chunk_size=16)
     ours, x = layer(config)
     recurrence = loaded("simple_gla").naive_recurrent_simple_gla
@@ -97,7 +97,7 @@ def test_gated_retention_is_their_simple_gla(paradigm):
 
 @every_paradigm
 @pytest.mark.parametrize("layer_idx", [0, 3])
-def test_lightning_with_transnormers_decays_is_theirs(paradigm, layer_idx, monkeypatch):
+def test_lightning_with_transnormer_decays_matches_fla_reference(paradigm, layer_idx, monkeypatch):
     recurrence = loaded("simple_gla").naive_recurrent_simple_gla
 
     def chunk_simple_gla(q, k, v, scale, g_gamma, initial_state, output_final_state, **options):

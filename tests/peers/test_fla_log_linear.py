@@ -13,7 +13,7 @@ B, T, G, H, K, V, L = 2, 40, 2, 4, 8, 6, 8
 
 @needs_fla
 @pytest.mark.parametrize("paradigm", list(Paradigm))
-def test_output_and_gradients_are_theirs(paradigm):
+def test_output_and_gradients_match_fla_reference(paradigm):
     torch.manual_seed(0)
     q, k = torch.randn(2, B, T, G, K)
     arguments = [q, k, torch.randn(B, T, H, V), -torch.rand(B, T, H), torch.rand(B, T, H, L)]

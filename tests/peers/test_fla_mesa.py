@@ -33,14 +33,14 @@ def ours(q, k, v, g, lamb, beta, gram, values, paradigm, iterations):
 
 
 @pytest.mark.parametrize("paradigm", list(Paradigm))
-def test_the_solution_is_theirs(paradigm):
+def test_solution_matches_fla_exact_reference(paradigm):
     arguments = inputs()
     agree(ours(*arguments, paradigm, K + 4), loaded("mesa_net").naive_mesa_net_exact(*arguments))
 
 
 @pytest.mark.parametrize("paradigm", list(Paradigm))
 @pytest.mark.parametrize("iterations", [2, 30])
-def test_so_are_conjugate_gradients_that_have_and_have_not_converged(paradigm, iterations):
+def test_conjugate_gradients_match_fla_reference(paradigm, iterations):
     q, k, v, g, lamb, beta, *state = inputs()
     expected = loaded("mesa_net").naive_mesa_net_CG(q, k, v, g, lamb, beta, 16, iterations, *state)
     # theirs adds 1e-5 to the denominators of its steps

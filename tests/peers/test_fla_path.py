@@ -14,7 +14,7 @@ B, T, H, K = 2, 50, 2, 8
 @needs_fla
 @pytest.mark.parametrize("paradigm", list(Paradigm))
 @pytest.mark.parametrize(("groups", "gated"), [(2, False), (1, False), (2, True)])
-def test_outputs_and_gradients_are_theirs(paradigm, groups, gated):
+def test_outputs_and_gradients_match_fla_reference(paradigm, groups, gated):
     generator = torch.Generator().manual_seed(0)
     q, k, v, w = torch.randn(4, B, T, H, K, generator=generator)
     beta = 2 * torch.rand(B, T, H, generator=generator)

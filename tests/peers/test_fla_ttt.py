@@ -12,7 +12,7 @@ BATCH = 4
 
 
 @pytest.mark.parametrize("length", [16, 20])
-def test_output_and_state_are_theirs(length):
+def test_output_and_state_match_fla_reference(length):
     torch.manual_seed(0)
     b, h, d = 2, 3, 8
     q, k, v = torch.randn(3, b, length, h, d)

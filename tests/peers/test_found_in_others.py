@@ -1,4 +1,4 @@
-"""The bugs of docs/explanation/found-in-others.md: the page's lines show each, and the kit or the vectors find it."""
+"""The bugs of docs/explanation/found-in-others.md: the page's code shows each, and the kit or the vectors find it."""
 
 import re
 import subprocess
@@ -17,7 +17,7 @@ ROWS = re.findall(r"^\| \[([\w-]+)\]\(#[\w-]+\) \| ([\d.]+) \|", PAGE, re.MULTIL
 SECTIONS = {name: text for name, _, text in (part.partition("\n") for part in PAGE.split("\n## ")[1:])}
 
 
-def test_every_row_has_its_section():
+def test_every_row_has_a_section():
     assert len(ROWS) >= 7
     assert {name for name, _ in ROWS} == SECTIONS.keys()
 
@@ -33,7 +33,7 @@ def require_release(package, release):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("package", "release"), dict.fromkeys(ROWS))
-def test_the_lines_show_it(package, release):
+def test_code_blocks_of_the_page_show_the_bug(package, release):
     require_release(package, release)
     blocks = re.findall(r"```py\n(.*?)```", SECTIONS[package], re.DOTALL)
     assert blocks
@@ -45,13 +45,13 @@ CHECKED = [row for row in dict.fromkeys(ROWS) if "seqmix check" in SECTIONS[row[
 VECTORS = [row for row in dict.fromkeys(ROWS) if "runner.py" in SECTIONS[row[0]]]
 
 
-def test_every_section_has_a_command():
+def test_every_row_has_a_check_or_vector_command():
     assert {*CHECKED, *VECTORS} == {*ROWS}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("package", "release"), CHECKED)
-def test_the_kit_refuses_it(package, release, monkeypatch, capsys):
+def test_conformance_kit_finds_the_bug(package, release, monkeypatch, capsys):
     require_release(package, release)
     ((arguments, name),) = re.findall(r"^seqmix check (\S+ --only (\w+))$", SECTIONS[package], re.MULTILINE)
     monkeypatch.chdir(ROOT / "examples")
@@ -65,7 +65,7 @@ def test_the_kit_refuses_it(package, release, monkeypatch, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("package", "release"), VECTORS)
-def test_the_vectors_find_it(package, release, tmp_path):
+def test_test_vectors_find_the_bug(package, release, tmp_path):
     require_release(package, release)
     ((adapter, families),) = re.findall(
         r"^python vectors/runner.py (\S+) --families (.+)$", SECTIONS[package], re.MULTILINE

@@ -1,6 +1,6 @@
 """Lightning attention against the layer of MiniMax-01 in transformers (5.24), at every depth of a model.
 
-Their norm computes in float32, and their slopes divide by L - 1 + 1e-5, which moves a decay by 1e-5: agreement is to
+Its norm computes in float32, and its slopes divide by L - 1 + 1e-5, which moves a decay by 1e-5: the tolerance is
 5e-5.
 """
 
@@ -55,7 +55,7 @@ def layers(layer_idx, n_layers):
 
 @pytest.mark.parametrize("paradigm", list(Paradigm))
 @pytest.mark.parametrize(("layer_idx", "n_layers"), [*((i, N_LAYERS) for i in range(N_LAYERS)), (0, 1)])
-def test_outputs_states_and_gradients_are_theirs(layer_idx, n_layers, paradigm):
+def test_outputs_states_and_gradients_match_minimax_layer(layer_idx, n_layers, paradigm):
     theirs, weights, ours, mapped = layers(layer_idx, n_layers)
     x = torch.randn(2, 30, D_MODEL, dtype=torch.float64, requires_grad=True)
     expected, memory = theirs(x, None, None)

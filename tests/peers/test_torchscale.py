@@ -1,6 +1,6 @@
-"""Retention against its authors' code (torchscale 0.3.0): a layer in each of their modes, and where the modes differ.
+"""Retention against its authors' code (torchscale 0.3.0): a layer in each of its modes, and where the modes differ.
 
-Their rotations and decays are rounded to float32, and so is the head norm: 1e-5 is agreement.
+Its rotations, decays and head norm are rounded to float32, so the tolerance is 1e-5.
 """
 
 from importlib.util import find_spec
@@ -84,7 +84,7 @@ def agree(actual, expected):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("paradigm", PARADIGMS)
-def test_output_gradient_and_state_are_those_of_their_modes(torchscale, paradigm, mode):
+def test_output_gradient_and_state_match_torchscale_modes(torchscale, paradigm, mode):
     pair = Pair(torchscale)
     ours = pair.with_gradient(lambda x: pair.ours(x, paradigm=paradigm)[0])
     agree(ours, pair.with_gradient(lambda x: pair.their_mode(mode, x)))
@@ -96,14 +96,14 @@ def test_output_gradient_and_state_are_those_of_their_modes(torchscale, paradigm
 
 @pytest.mark.parametrize("paradigm", PARADIGMS)
 @torch.no_grad()
-def test_packed_documents_are_theirs_one_by_one(torchscale, paradigm):
+def test_packed_documents_match_torchscale_run_per_document(torchscale, paradigm):
     pair = Pair(torchscale, normed=False)  # the norm would hide a position that is off
     y, _ = pair.ours(pair.x[:1], paradigm=paradigm, cu_seqlens=torch.tensor([0, 20, LENGTH]))
     documents = pair.x[:1].split([20, LENGTH - 20], dim=1)
     agree(y, torch.cat([pair.their_mode("recurrent", x) for x in documents], dim=1))
 
 
-def test_rotation_and_row_normaliser_are_theirs(torchscale):
+def test_rotation_and_row_normaliser_match_torchscale(torchscale):
     pair = Pair(torchscale)
     (sin, _), mask = pair.rel_pos(LENGTH)
     n = torch.arange(LENGTH)
@@ -114,7 +114,7 @@ def test_rotation_and_row_normaliser_are_theirs(torchscale):
 
 
 @pytest.mark.parametrize("paradigm", PARADIGMS)
-def test_without_the_head_norm_only_their_recurrent_mode_is_ours(torchscale, paradigm):
+def test_without_head_norm_only_torchscale_recurrent_mode_matches(torchscale, paradigm):
     # their parallel mode also divides by max(|sum of scores|, 1), which no recurrence can form; their chunks also
     # count a row's decays from the start of its chunk
     pair = Pair(torchscale, normed=False)
@@ -126,7 +126,7 @@ def test_without_the_head_norm_only_their_recurrent_mode_is_ours(torchscale, par
 
 
 @torch.no_grad()
-def test_with_an_eps_their_chunks_differ_and_ours_do_not(torchscale):
+def test_nonzero_eps_changes_torchscale_chunks_but_not_ours(torchscale):
     # at their initial weights a head's mean square is near eps, and their chunks scale it before the norm
     pair = Pair(torchscale, eps=1e-6, gain=1.0)
     theirs = {mode: pair.their_mode(mode, pair.x) for mode in MODES}
@@ -137,7 +137,7 @@ def test_with_an_eps_their_chunks_differ_and_ours_do_not(torchscale):
         agree(pair.ours(pair.x, paradigm=paradigm)[0], theirs["parallel"])
 
 
-def test_from_the_21st_head_on_theirs_do_not_decay(torchscale):
+def test_torchscale_heads_beyond_the_20th_do_not_decay(torchscale):
     # 1 - 2^-25 is 1 in float32
     pair = Pair(torchscale, n_heads=32)
     agree(pair.ours.decay(CPU), pair.rel_pos.decay)

@@ -1,6 +1,6 @@
-"""Attention against transformers' (5.24): Llama's layer with its cache, and whole models of Llama and Mistral.
+"""Attention against transformers (5.24): Llama's layer, and whole models of Llama and Mistral with a cache.
 
-Their rotations, and their norms, compute in float32 whatever the dtype: 1e-5 is agreement.
+Their rotations and norms compute in float32 whatever the dtype, so the tolerance is 1e-5.
 """
 
 from importlib.util import find_spec
@@ -64,7 +64,7 @@ def models(window):
 
 @pytest.mark.parametrize("paradigm", PARADIGMS)
 @pytest.mark.parametrize("n_kv_heads", [1, 2, N_HEADS])
-def test_a_layers_output_and_gradient_are_llamas(n_kv_heads, paradigm):
+def test_layer_output_and_gradient_match_llama(n_kv_heads, paradigm):
     theirs, ours = layers(n_kv_heads)
     x, dy = torch.randn(2, 2, LENGTH, D_MODEL, dtype=torch.float64)
     results = []
@@ -79,14 +79,14 @@ def test_a_layers_output_and_gradient_are_llamas(n_kv_heads, paradigm):
 @pytest.mark.parametrize("window", [None, WINDOW], ids=["llama", "mistral"])
 @pytest.mark.parametrize("paradigm", PARADIGMS)
 @torch.no_grad()
-def test_a_models_logits_are_theirs_at_once_packed_and_in_pieces(paradigm, window):
+def test_model_logits_match_transformers_whole_packed_and_split(paradigm, window):
     theirs, ours = models(window)
     compare_logits(ours, theirs, {"past_key_values": DynamicCache(config=theirs.config)}, paradigm)
 
 
 @pytest.mark.parametrize("window", [WINDOW - 1, WINDOW + 1])
 @torch.no_grad()
-def test_a_window_one_off_is_not_mistrals(window):
+def test_window_off_by_one_does_not_match_mistral(window):
     # a window counts the query's own key in both
     (_, ours), (theirs, _) = models(window), models(WINDOW)
     tokens = torch.randint(VOCAB, (2, LENGTH))
@@ -94,7 +94,7 @@ def test_a_window_one_off_is_not_mistrals(window):
         agree(ours(tokens).logits, theirs(tokens).logits)
 
 
-def test_far_out_their_angles_have_lost_their_digits():
+def test_transformers_angles_lose_precision_at_large_positions():
     # position * theta in float32; ours are formed in float64
     positions = torch.tensor([[100, 10**6]])
     theta = frequencies(D_MODEL // N_HEADS, "rope", 10000.0, positions.device)

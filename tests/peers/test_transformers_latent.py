@@ -1,6 +1,6 @@
-"""Latent attention against transformers' (5.24) of DeepSeek-V3, with its cache.
+"""Latent attention against DeepSeek-V3 in transformers (5.24), with its cache.
 
-Their norms, rotation and softmax compute in float32 whatever the dtype: 1e-5 is agreement.
+Its norms, rotation and softmax compute in float32 whatever the dtype, so the tolerance is 1e-5.
 """
 
 from importlib.util import find_spec
@@ -56,7 +56,7 @@ def layers(q_lora_rank):
 
 @pytest.mark.parametrize("paradigm", list(Paradigm))
 @pytest.mark.parametrize("q_lora_rank", [None, 7])
-def test_output_gradient_and_pieces_are_deepseeks(q_lora_rank, paradigm):
+def test_output_gradient_and_split_decoding_match_deepseek_v3(q_lora_rank, paradigm):
     theirs, ours, config = layers(q_lora_rank)
     x, dy = torch.randn(2, 2, LENGTH, D_MODEL, dtype=torch.float64)
     places, later = torch.arange(LENGTH), torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)

@@ -1,4 +1,4 @@
-"""Mamba against transformers' (5.24), on its path in plain torch, which is asked to compute in float64 throughout."""
+"""Mamba against transformers (5.24), on its plain torch path, set to compute in float64 throughout."""
 
 from importlib.util import find_spec
 from types import SimpleNamespace
@@ -48,7 +48,7 @@ def layers():
 
 
 @every_paradigm
-def test_output_and_gradients_are_theirs(layers, paradigm):
+def test_output_and_gradients_match_transformers(layers, paradigm):
     theirs, _, ours = layers
     x, dy = torch.randn(2, 2, LENGTH, D_MODEL, dtype=torch.float64)
     our_leaves, their_leaves = {"x": x.clone().requires_grad_()}, {"x": x.clone().requires_grad_()}
@@ -65,7 +65,7 @@ def test_output_and_gradients_are_theirs(layers, paradigm):
 
 @every_paradigm
 @torch.no_grad()
-def test_a_prompt_and_steps_are_theirs_with_the_cache(layers, paradigm):
+def test_prompt_and_decoding_steps_match_transformers_with_cache(layers, paradigm):
     theirs, config, ours = layers
     x, cache = torch.randn(2, LENGTH, D_MODEL, dtype=torch.float64), DynamicCache(config=config)
     y, state = ours(x[:, :20], paradigm=paradigm, return_state=True)

@@ -1,6 +1,6 @@
-"""Mamba-2 against transformers' (5.24): its layer with its cache, and whole models, on its path in plain torch.
+"""Mamba-2 against transformers (5.24): its layer with its cache, and whole models, on its plain torch path.
 
-That path computes steps, the recurrence and the norms in float32 whatever the dtype: 1e-5 is agreement.
+That path computes steps, the recurrence and the norms in float32 whatever the dtype, so the tolerance is 1e-5.
 """
 
 from importlib.util import find_spec
@@ -73,7 +73,7 @@ def layers(n_groups, limit=None):
 @GROUPS
 @every_paradigm
 @pytest.mark.parametrize("limit", [None, (0.1, 0.8)])
-def test_a_layers_output_and_gradients_are_theirs(n_groups, limit, paradigm):
+def test_layer_output_and_gradients_match_transformers(n_groups, limit, paradigm):
     theirs, _, ours = layers(n_groups, limit)
     x, dy = torch.randn(2, 2, LENGTH, D_MODEL, dtype=torch.float64)
     our_leaves, their_leaves = ({"x": x.clone().requires_grad_()} for _ in range(2))
@@ -92,7 +92,7 @@ def test_a_layers_output_and_gradients_are_theirs(n_groups, limit, paradigm):
 @GROUPS
 @every_paradigm
 @torch.no_grad()
-def test_a_layer_decodes_after_a_prompt_as_theirs_with_its_cache(n_groups, paradigm):
+def test_layer_decoding_after_a_prompt_matches_transformers_with_cache(n_groups, paradigm):
     theirs, config, ours = layers(n_groups)
     x = torch.randn(2, LENGTH, D_MODEL, dtype=torch.float64)
     cache = DynamicCache(config=config)
@@ -106,7 +106,7 @@ def test_a_layer_decodes_after_a_prompt_as_theirs_with_its_cache(n_groups, parad
 
 
 @torch.no_grad()
-def test_their_decoding_ignores_the_limits_of_the_step_size():
+def test_transformers_decoding_ignores_time_step_limits():
     theirs, config, ours = layers(1, (0.1, 0.8))
     x, cache = torch.randn(2, LENGTH, D_MODEL, dtype=torch.float64), DynamicCache(config=config)
     whole = theirs(x)
@@ -117,7 +117,7 @@ def test_their_decoding_ignores_the_limits_of_the_step_size():
 
 @every_paradigm
 @torch.no_grad()
-def test_a_models_logits_are_theirs_at_once_packed_and_in_pieces(paradigm):
+def test_model_logits_match_transformers_whole_packed_and_split(paradigm):
     torch.manual_seed(0)
     theirs = moved(Mamba2ForCausalLM(their_config(2, residual_in_fp32=False)).double())
     ours = converted("mamba2", theirs, chunk_size=5)

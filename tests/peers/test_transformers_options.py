@@ -1,6 +1,6 @@
-"""Options of attention against the layers of transformers (5.24) that have them: Qwen3, Qwen3-Next, Gemma 2, gpt-oss.
+"""Attention options against the layers of transformers (5.24) that have them: Qwen3, Qwen3-Next, Gemma 2, gpt-oss.
 
-Their rotations, norms and, but for gpt-oss, their softmax compute in float32 whatever the dtype: 1e-5 is agreement.
+Their rotations, norms and, except in gpt-oss, softmax compute in float32 whatever the dtype: the tolerance is 1e-5.
 """
 
 from importlib.util import find_spec
@@ -96,7 +96,7 @@ def layers(kind):
 
 @pytest.mark.parametrize("paradigm", list(Paradigm))
 @pytest.mark.parametrize("kind", KINDS)
-def test_output_gradient_and_pieces_are_theirs(kind, paradigm):
+def test_whole_and_split_outputs_and_gradients_match_transformers(kind, paradigm):
     theirs, ours = layers(kind)
     x, dy = torch.randn(2, 2, LENGTH, D_MODEL, dtype=torch.float64)
 

@@ -1,4 +1,4 @@
-"""RG-LRU against transformers' recurrent block (5.24): whole sequences, gradients, and a prompt with its cache."""
+"""RG-LRU against the recurrent block of transformers (5.24): outputs, gradients, and decoding with its cache."""
 
 from functools import partial
 from importlib.util import find_spec
@@ -54,7 +54,7 @@ def whole(theirs, x):
 
 
 @every_paradigm
-def test_output_and_gradients_are_theirs(layers, paradigm):
+def test_output_and_gradients_match_transformers(layers, paradigm):
     theirs, ours = layers
     x, dy = torch.randn(2, 2, LENGTH, D_MODEL, dtype=torch.float64)
     mine, other = x.clone().requires_grad_(), x.clone().requires_grad_()
@@ -73,7 +73,7 @@ def test_output_and_gradients_are_theirs(layers, paradigm):
 
 @every_paradigm
 @torch.no_grad()
-def test_a_prompt_and_steps_are_theirs_with_the_cache(layers, paradigm):
+def test_prompt_and_decoding_steps_match_transformers_with_cache(layers, paradigm):
     theirs, ours = layers
     x = torch.randn(2, LENGTH, D_MODEL, dtype=torch.float64)
     exactly(ours(x, paradigm=paradigm)[0], whole(theirs, x))
@@ -88,7 +88,7 @@ def test_a_prompt_and_steps_are_theirs_with_the_cache(layers, paradigm):
 
 @every_paradigm
 @torch.no_grad()
-def test_packed_documents_are_theirs_that_begin_again_at_position_0(layers, paradigm):
+def test_packed_documents_match_transformers_run_per_document(layers, paradigm):
     theirs, ours = layers
     x = torch.randn(2, LENGTH, D_MODEL, dtype=torch.float64)
     packed, _ = ours(x.reshape(1, -1, D_MODEL), paradigm=paradigm, cu_seqlens=torch.tensor([0, LENGTH, 2 * LENGTH]))

@@ -1,4 +1,4 @@
-"""RWKV-4's time mixing against transformers' (5.24), whose loop is asked to compute in float64 throughout."""
+"""RWKV-4's time mixing against transformers (5.24), whose loop is set to compute in float64 throughout."""
 
 from importlib.util import find_spec
 
@@ -41,7 +41,7 @@ def layers(monkeypatch):
 
 
 @every_paradigm
-def test_output_and_gradients_are_theirs(layers, paradigm):
+def test_output_and_gradients_match_transformers(layers, paradigm):
     theirs, ours = layers
     x, dy = torch.randn(2, 2, LENGTH, D_MODEL, dtype=torch.float64)
     mine, other = x.clone().requires_grad_(), x.clone().requires_grad_()
@@ -55,7 +55,7 @@ def test_output_and_gradients_are_theirs(layers, paradigm):
 
 @every_paradigm
 @torch.no_grad()
-def test_a_prompt_and_steps_are_theirs_with_the_state(layers, paradigm):
+def test_decoding_steps_after_a_prompt_match_transformers(layers, paradigm):
     theirs, ours = layers
     x = torch.randn(1, LENGTH, D_MODEL, dtype=torch.float64)  # their step mixes the rows of a batch
     # of one layer: the tokens before channel and time mixing, numerator, denominator, maximum
@@ -75,7 +75,7 @@ def test_a_prompt_and_steps_are_theirs_with_the_state(layers, paradigm):
 @every_paradigm
 @pytest.mark.parametrize("strength", [1.0, 300.0])
 @torch.no_grad()
-def test_weights_beyond_exp_are_theirs(layers, paradigm, strength):
+def test_large_key_weights_match_transformers(layers, paradigm, strength):
     theirs, ours = layers
     ours.k_proj.weight.mul_(strength)
     theirs.key.weight.mul_(strength)

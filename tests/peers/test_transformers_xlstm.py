@@ -1,6 +1,6 @@
-"""mLSTM against transformers' layer of xLSTM 7B (5.24), in plain torch and float64.
+"""mLSTM against the xLSTM 7B layer of transformers (5.24), in plain torch and float64.
 
-Its denominator adds `eps` to what its own maximum scales, which is set to 0: that sum is another one for every maximum.
+Its denominator adds `eps` after scaling by its own maximum, so the sum depends on that maximum: `eps` is set to 0.
 """
 
 from importlib.util import find_spec
@@ -50,7 +50,7 @@ def layers(monkeypatch):
 
 
 @every_paradigm
-def test_output_and_gradients_are_theirs(layers, paradigm):
+def test_output_and_gradients_match_transformers(layers, paradigm):
     theirs, ours = layers
     x, dy = torch.randn(2, 2, LENGTH, D_MODEL, dtype=torch.float64)
     mine, other = x.clone().requires_grad_(), x.clone().requires_grad_()
@@ -69,7 +69,7 @@ def test_output_and_gradients_are_theirs(layers, paradigm):
 
 @every_paradigm
 @torch.no_grad()
-def test_a_prompt_and_steps_are_theirs_with_the_state(layers, paradigm):
+def test_prompt_and_decoding_steps_match_transformers(layers, paradigm):
     theirs, ours = layers
     x = torch.randn(2, LENGTH, D_MODEL, dtype=torch.float64)
     y, own = ours(x[:, :20], paradigm=paradigm, return_state=True)

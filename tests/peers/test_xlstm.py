@@ -1,4 +1,4 @@
-"""sLSTM against the layer of the authors' package xlstm (2.0.6), in plain torch and float64."""
+"""sLSTM against the layer of its authors' package xlstm (2.0.6), in plain torch and float64."""
 
 from importlib.util import find_spec
 
@@ -49,7 +49,7 @@ def layers():
     return theirs, ours
 
 
-def test_output_and_gradient_are_theirs(layers):
+def test_output_and_input_gradient_match_xlstm_package(layers):
     theirs, ours = layers
     x, dy = torch.randn(2, 2, LENGTH, D_MODEL, dtype=torch.float64)
     mine, other = x.clone().requires_grad_(), x.clone().requires_grad_()
@@ -59,7 +59,7 @@ def test_output_and_gradient_are_theirs(layers):
 
 
 @torch.no_grad()
-def test_steps_are_theirs(layers):
+def test_decoding_steps_match_xlstm_package(layers):
     theirs, ours = layers
     x = torch.randn(2, LENGTH, D_MODEL, dtype=torch.float64)
     state, their_state = ours.init_state(2), {}
