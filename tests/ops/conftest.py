@@ -1,4 +1,4 @@
-"""What tests of compiled ops share."""
+"""Fixtures shared by the tests of compiled ops."""
 
 import pytest
 import torch

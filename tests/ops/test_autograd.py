@@ -1,4 +1,4 @@
-"""How an op enters torch, seen at toys: schemas, fakes, gradients that are wanted, and what is refused."""
+"""Registration of ops with torch, tested on toy ops: schemas, fake kernels, needed gradients and errors."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -102,7 +102,7 @@ CALLS = list(product((True, False), (True, False), (None, [], [1, 2])))
 
 
 @pytest.mark.parametrize(("weight", "bias", "cuts"), CALLS)
-def test_outputs_and_gradients_are_those_of_torchs_operations(weight, bias, cuts):
+def test_outputs_and_gradients_match_plain_torch(weight, bias, cuts):
     call = toy(weight=weight, bias=bias, cuts=cuts)
     y, total, saved = OP(call)
     assert saved.shape == call.x.shape
@@ -110,7 +110,7 @@ def test_outputs_and_gradients_are_those_of_torchs_operations(weight, bias, cuts
     exactly(gradients((y, total), call), gradients(plain(call), call))
 
 
-def test_it_knows_whether_a_backward_pass_may_follow():
+def test_tensors_are_saved_only_if_backward_may_follow():
     assert [OP(toy(grad=grad))[2].numel() for grad in ((), ("x",), ("bias",))] == [0, 24, 24]
     with torch.no_grad():
         assert OP(toy())[2].numel() == 0
@@ -119,7 +119,7 @@ def test_it_knows_whether_a_backward_pass_may_follow():
 
 
 @pytest.mark.parametrize("grad", [("x",), ("weight",), ("bias", "x")], ids=str)
-def test_a_gradient_that_is_not_wanted_is_not_returned(grad):
+def test_unneeded_gradients_are_not_returned(grad):
     call = toy(grad=grad)
     y, _, _ = OP(call)
     y.sum().backward()
@@ -133,7 +133,7 @@ def test_a_gradient_that_is_not_wanted_is_not_returned(grad):
     assert [x.numel() for x in found] == [24, 0, 0]
 
 
-def test_gradients_are_zero_where_missing_and_have_the_layout_of_the_input():
+def test_missing_gradients_are_zero_and_all_are_contiguous():
     call = toy(negative=True, dtype=torch.float32)
     found = gradients(OP(call)[:2], call)
     for gradient, leaf in zip(found, call[:3], strict=True):
@@ -142,7 +142,7 @@ def test_gradients_are_zero_where_missing_and_have_the_layout_of_the_input():
     exactly(found[2], torch.zeros(4))
 
 
-def test_an_output_on_which_nothing_depends_has_no_gradient():
+def test_unused_output_receives_no_gradient():
     call = toy()
     _, total, _ = OP(call)
     total.sum().backward()
@@ -154,7 +154,7 @@ def test_an_output_on_which_nothing_depends_has_no_gradient():
     assert len(SEEN) == before
 
 
-def test_second_derivatives_are_refused():
+def test_second_derivatives_raise():
     call = toy()
     (gradient,) = torch.autograd.grad(OP(call)[0].square().sum(), call.x, create_graph=True)
     with pytest.raises(SeqmixError, match=r"test_toy.*second") as error:
@@ -176,7 +176,7 @@ TWICE = Op(
 )
 
 
-def test_one_input_and_one_output_are_not_tuples_to_torch():
+def test_op_with_one_input_and_one_output_passes_opcheck_and_gradcheck():
     x = torch.randn(3, dtype=torch.float64, requires_grad=True)
     (y,) = TWICE(Single(x))
     exactly(torch.autograd.grad(y.sum(), x), (torch.full_like(x, 2),))
@@ -205,7 +205,7 @@ ADD = Op(
 )
 
 
-def test_an_input_may_be_written_in_place():
+def test_op_may_update_an_input_in_place():
     x, state = torch.randn(3), torch.ones(3)
     where, version = state.data_ptr(), state._version
     (y,) = ADD(Step(x, state))
@@ -214,7 +214,7 @@ def test_an_input_may_be_written_in_place():
     passes(torch.ops.seqmix.test_add, (x, state))
 
 
-def test_a_compiler_sees_that_it_is_written():
+def test_compiled_op_updates_its_input_in_place():
     def steps(x, state):
         return [ADD(Step(x, state))[0] for _ in range(2)], 3 * state
 
@@ -224,7 +224,7 @@ def test_a_compiler_sees_that_it_is_written():
     exactly(*states)
 
 
-def test_it_runs_with_the_device_of_its_tensors_as_the_current_one(monkeypatch):
+def test_op_runs_with_the_device_of_its_tensors_as_current(monkeypatch):
     entered = []
 
     class Guard(nullcontext):

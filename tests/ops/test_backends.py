@@ -1,4 +1,4 @@
-"""Backends: which one a name means, and when `auto` leaves the reference."""
+"""Backend selection: what each name resolves to, and when `auto` chooses something other than the reference."""
 
 import logging
 from dataclasses import replace
@@ -42,7 +42,7 @@ def trial(monkeypatch):
 
 
 @pytest.mark.skipif(build.failure("recurrence") is not None, reason="there is no C++ compiler")
-def test_auto_is_native_on_a_cpu_where_that_is_faster():
+def test_auto_chooses_native_on_cpu_where_it_is_faster():
     fixed = dict.fromkeys(Paradigm, "reference") | {Paradigm.RECURRENT: "native"}
     assert choose("decay", "auto", PROBE) == fixed
     assert choose("decay", "auto", replace(PROBE, log_decay="B T H")) == fixed | {Paradigm.CHUNKWISE: "native"}
@@ -51,7 +51,7 @@ def test_auto_is_native_on_a_cpu_where_that_is_faster():
 
 @needs_triton
 @pytest.mark.parametrize("log_decay", ["H", "B T H K"])
-def test_auto_is_what_passes_its_trial_and_is_logged_once(trial, caplog, log_decay):
+def test_auto_chooses_the_kernel_that_passes_its_trial_and_logs_it_once(trial, caplog, log_decay):
     probe = replace(ON_GPU, log_decay=log_decay)
     caplog.set_level(logging.INFO, logger="seqmix")
     trial(None)
@@ -65,7 +65,7 @@ def test_auto_is_what_passes_its_trial_and_is_logged_once(trial, caplog, log_dec
 
 @needs_triton
 @pytest.mark.parametrize("backend", ["auto", "triton"])
-def test_what_one_kernel_does_not_take_another_may(trial, caplog, backend):
+def test_unsupported_kernel_falls_back_while_other_paradigms_keep_triton(trial, caplog, backend):
     trial(None)
     found = choose("decay", backend, replace(ON_GPU, value_width=513))
     assert found == dict.fromkeys(Paradigm, "reference") | {Paradigm.RECURRENT: "triton"}
@@ -76,7 +76,7 @@ def test_what_one_kernel_does_not_take_another_may(trial, caplog, backend):
 
 
 @needs_triton
-def test_auto_warns_once_per_process_that_its_kernels_are_not_measured(trial, caplog):
+def test_auto_warns_once_that_its_kernels_are_unmeasured(trial, caplog):
     trial(None)
     for op, log_decay in (("decay", "H"), ("decay", "B T H"), ("delta", "B T H")):
         assert "triton" in choose(op, "auto", replace(ON_GPU, log_decay=log_decay)).values()
@@ -86,7 +86,7 @@ def test_auto_warns_once_per_process_that_its_kernels_are_not_measured(trial, ca
 
 
 @needs_triton
-def test_kernels_that_are_named_or_not_of_seqmix_come_without_a_warning(trial, caplog, monkeypatch):
+def test_explicit_or_third_party_kernels_do_not_warn(trial, caplog, monkeypatch):
     trial(None)
     choose("decay", "triton", ON_GPU)
     chunkwise = {Paradigm.CHUNKWISE: ("fla",)}
@@ -96,7 +96,7 @@ def test_kernels_that_are_named_or_not_of_seqmix_come_without_a_warning(trial, c
     assert caplog.messages == []
 
 
-def test_auto_is_the_reference_where_a_trial_fails_and_says_why(trial, caplog):
+def test_auto_falls_back_to_reference_and_warns_when_trials_fail(trial, caplog):
     trial("it was wrong")
     assert choose("decay", "auto", ON_GPU) == dict.fromkeys(Paradigm, "reference")
     assert len(caplog.messages) == 2
@@ -106,7 +106,7 @@ def test_auto_is_the_reference_where_a_trial_fails_and_says_why(trial, caplog):
 
 @pytest.mark.parametrize("log_decay", [None, "H", "B T H", "B T H K"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_trial_passes_what_is_right(log_decay, dtype):
+def test_trial_accepts_a_correct_kernel(log_decay, dtype):
     assert disagreement(CHUNKWISE, replace(PROBE, log_decay=log_decay, dtype=dtype)) is None
 
 
@@ -139,13 +139,13 @@ def broken(x):
         (broken, ["RuntimeError: no code for this device"]),
     ],
 )
-def test_a_trial_finds_what_is_wrong(function, named):
+def test_trial_rejects_a_wrong_kernel_and_names_the_difference(function, named):
     found = disagreement(replace(CHUNKWISE, function=function), PROBE)
     assert all(word in found for word in ("decay/chunkwise/reference", *named))
     assert "\n" not in found
 
 
-def test_a_trial_calls_as_a_layer_of_retention_does():
+def test_trial_covers_learned_and_fixed_decays():
     calls = []
     seen = replace(CHUNKWISE, function=lambda x: calls.append(x) or CHUNKWISE.function(x))
     assert disagreement(seen, PROBE) is None
@@ -162,7 +162,7 @@ def test_a_trial_calls_as_a_layer_of_retention_does():
     assert "failed in a trial" in disagreement(wrong, PROBE)
 
 
-def test_a_trial_of_the_delta_rule_has_its_tensors():
+def test_delta_trial_uses_unit_keys_and_checks_the_gradient_of_beta():
     kernel, calls, probe = reference("delta", Paradigm.CHUNKWISE), [], replace(PROBE, log_decay="B T H")
     seen = replace(kernel, function=lambda x: calls.append(x) or kernel.function(x))
     assert disagreement(seen, probe) is None
@@ -174,7 +174,7 @@ def test_a_trial_of_the_delta_rule_has_its_tensors():
 
 @needs_triton
 @pytest.mark.parametrize("log_decay", ["B T H", "B T H K"])
-def test_auto_tries_the_delta_rules_kernel(trial, log_decay):
+def test_auto_chooses_triton_for_delta_within_its_key_widths(trial, log_decay):
     trial(None)
     probe = replace(ON_GPU, dtype=torch.bfloat16, key_width=128, value_width=128, log_decay=log_decay)
     found = choose("delta", "auto", probe)
@@ -185,7 +185,7 @@ def test_auto_tries_the_delta_rules_kernel(trial, log_decay):
 
 
 @pytest.mark.parametrize("wrong", ["kernel", "reference"])
-def test_a_device_that_is_lost_in_a_trial_is_a_sentence(wrong, monkeypatch):
+def test_device_lost_during_a_trial_raises_a_clear_error(wrong, monkeypatch):
     monkeypatch.setattr(module, "_device_works", lambda device: False)
     if wrong == "reference":
         monkeypatch.setattr(module, "reference", lambda *_: replace(CHUNKWISE, function=broken))
@@ -195,13 +195,13 @@ def test_a_device_that_is_lost_in_a_trial_is_a_sentence(wrong, monkeypatch):
 
 
 @needs_triton
-def test_a_named_backend_has_its_trial_on_a_gpu(trial):
+def test_explicit_backend_that_fails_its_gpu_trial_raises(trial):
     trial("it was wrong")
     with pytest.raises(SeqmixError, match="backend triton cannot run: it was wrong"):
         choose("decay", "triton", ON_GPU)
 
 
-def test_auto_tries_the_next_backend(monkeypatch):
+def test_auto_tries_the_next_backend_when_a_trial_fails(monkeypatch):
     triton, fla = (replace(CHUNKWISE, backend=name) for name in ("triton", "fla"))
     monkeypatch.setattr(module, "find", lambda op, paradigm, name: fla if name == "fla" else triton)
     monkeypatch.setattr(module, "disagreement", lambda kernel, probe: None if kernel is fla else "it was wrong")
@@ -209,7 +209,7 @@ def test_auto_tries_the_next_backend(monkeypatch):
     assert (found[Paradigm.CHUNKWISE], found[Paradigm.RECURRENT]) == ("fla", "reference")
 
 
-def test_a_trial_of_a_step_is_one_token():
+def test_trial_of_a_recurrent_kernel_uses_one_token():
     step, read = reference("decay", Paradigm.RECURRENT), []
     counted = replace(step, function=lambda x: read.append(x.q.shape[1]) or step.function(x))
     assert disagreement(counted, PROBE) is None
@@ -218,7 +218,7 @@ def test_a_trial_of_a_step_is_one_token():
     assert "output" in disagreement(doubles, PROBE)
 
 
-def test_a_named_backend_that_cannot_run_is_refused_with_its_reasons():
+def test_explicit_backend_that_cannot_run_raises_with_reasons():
     with pytest.raises(SeqmixError, match=r"fla .*bfloat16, float16.* float32.*CUDA"):
         choose("decay", "fla", PROBE)
     with pytest.raises(SeqmixError, match=r"decay .*'flex'.* auto, "):
@@ -228,7 +228,7 @@ def test_a_named_backend_that_cannot_run_is_refused_with_its_reasons():
         build_model(config.model)
 
 
-def test_a_backend_computes_what_it_has_and_the_reference_the_rest():
+def test_reference_computes_paradigms_a_backend_lacks():
     x = torch.zeros(1)
     assert chosen("softmax", Paradigm.PARALLEL, "auto", x) is reference("softmax", Paradigm.PARALLEL)
     flex = find("softmax", Paradigm.PARALLEL, "flex")
@@ -236,7 +236,7 @@ def test_a_backend_computes_what_it_has_and_the_reference_the_rest():
     assert chosen("softmax", Paradigm.RECURRENT, "flex", x) is reference("softmax", Paradigm.RECURRENT)
 
 
-def test_a_model_resolves_its_backends_when_it_is_built(monkeypatch):
+def test_model_resolves_backends_when_built(monkeypatch):
     asked = []
     monkeypatch.setattr(
         "seqmix.mixers.base.contract.choose", lambda op, backend, probe: asked.append((op, probe)) or {}
@@ -248,7 +248,7 @@ def test_a_model_resolves_its_backends_when_it_is_built(monkeypatch):
 
 
 @torch.no_grad()
-def test_the_layer_calls_the_backend_that_was_resolved(monkeypatch):
+def test_layer_calls_its_resolved_backend(monkeypatch):
     plain = build_model(load_config("attention-tiny").model).eval()
     model = build_model(load_config("attention-tiny", ["model.blocks.attn.mixer.backend=flex"]).model).eval()
     tokens = torch.arange(20)[None]
@@ -260,7 +260,7 @@ def test_the_layer_calls_the_backend_that_was_resolved(monkeypatch):
     assert len(called) == 4
 
 
-def test_only_backends_of_the_op_are_named():
+def test_unknown_backend_error_lists_only_backends_of_the_op():
     with pytest.raises(SeqmixError) as refused:
         choose("delta", "triton_tf32x3", PROBE)
     assert str(refused.value) == (

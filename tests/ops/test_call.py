@@ -1,4 +1,4 @@
-"""The one value that describes a call: made once, and boundaries are read once."""
+"""`Call`, the value that describes a call of an op: construction, validation and reading of boundaries."""
 
 import re
 from itertools import accumulate
@@ -34,14 +34,14 @@ class State(NamedTuple):
 STATE = State(torch.zeros(5, 2), torch.tensor([0, 7, 1, 2, 9]))
 
 
-def test_the_former_name_of_resolve_warns():
+def test_deprecated_name_of_resolve_warns():
     call = Call(Paradigm.PARALLEL)
     with pytest.warns(DeprecationWarning, match=r"Call\.given is now Call\.resolve"):
         assert Call.given(call, 3, {}, op="decay", paradigm=Paradigm.CHUNKWISE) is call
     assert Call.resolve(None, 3, {}, op="decay", paradigm=Paradigm.CHUNKWISE) == Call(Paradigm.CHUNKWISE)
 
 
-def test_a_call_is_made_in_the_words_of_fla():
+def test_call_of_accepts_fla_argument_names():
     call = Call.of("recurrent", LENGTH, STATE, True, BOUNDARIES, chunk_size=7, backend="triton")
     assert (call.paradigm, call.state, call.return_state) == (Paradigm.RECURRENT, STATE, True)
     assert (call.chunk_size, call.backend, call.cp_group) == (7, "triton", None)
@@ -53,12 +53,12 @@ def test_a_call_is_made_in_the_words_of_fla():
 
 
 @pytest.mark.parametrize("boundaries", [[0, 5], [1, 6], [0, 4, 2, 6], [0, 7], [0], []], ids=str)
-def test_boundaries_that_do_not_rise_to_the_length_are_refused(boundaries):
+def test_invalid_boundaries_raise(boundaries):
     with pytest.raises(SeqmixError, match=rf"cu_seqlens .* 6, .*{re.escape(str(boundaries))}"):
         Call.of("parallel", 6, cu_seqlens=torch.tensor(boundaries, dtype=torch.int64))
 
 
-def test_to_enter_is_to_read_one_leaf():
+def test_enter_replaces_the_state_with_one_of_its_leaves():
     call = Call.of("parallel", LENGTH, STATE, True, BOUNDARIES)
     entered = call.enter("memory")
     assert entered.state is STATE.memory
@@ -72,7 +72,7 @@ def test_to_enter_is_to_read_one_leaf():
 
 
 @pytest.mark.parametrize("kind", BUILT_IN)
-def test_the_boundaries_of_a_packed_row_are_read_once_a_call(kind, monkeypatch):
+def test_packed_boundaries_are_read_once_per_call(kind, monkeypatch):
     mixer = MIXERS.resolve(kind).example().build(12, layer_idx=0, n_layers=1)
     listed, tolist = [], torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: listed.append(tensor) or tolist(tensor))
@@ -101,7 +101,7 @@ BACKENDS = {
 
 
 @pytest.mark.parametrize("op", BACKENDS, ids=lambda op: op.__name__)
-def test_misspelt_backend_is_refused_with_those_of_the_op(op):
+def test_misspelt_backend_raises_and_lists_the_ops_backends(op):
     arguments, backends = BACKENDS[op]
     for backend in (name for name in backends.split(", ") if name not in ("fla", "xformers") and "triton" not in name):
         op(*arguments, backend=backend)
@@ -127,7 +127,7 @@ POSITIVE = {
 
 
 @pytest.mark.parametrize("op", POSITIVE)
-def test_positive_log_decay_of_a_direct_call_is_refused(op):
+def test_positive_log_decay_raises_in_a_direct_call(op):
     run = POSITIVE[op]
     log_decay = torch.zeros(1, 3, 2, 4)
     log_decay[..., 1] = -torch.inf
@@ -137,7 +137,7 @@ def test_positive_log_decay_of_a_direct_call_is_refused(op):
         run(log_decay)
 
 
-def test_log_decays_are_not_read_where_a_call_is_recorded(counter):
+def test_log_decays_are_not_read_while_tracing(counter):
     log_decay = torch.ones(2)
 
     def run(log_decay):

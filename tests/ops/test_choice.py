@@ -1,4 +1,4 @@
-"""Attention to chosen keys: exact scores, the choice, and what each kind of choice promises."""
+"""Attention to chosen keys (MoBA, NSA, DSA): exact scores, the choice of keys, and properties of each method."""
 
 import math
 from itertools import pairwise
@@ -47,7 +47,7 @@ def moba_by_hand(q, k, v, topk, block=L):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("width", [1, 6, 64, 200])
-def test_scores_are_the_same_bits_in_every_shape(width, dtype):
+def test_scores_are_bitwise_equal_for_every_shape_and_order(width, dtype):
     generator = torch.Generator().manual_seed(0)
     q, k = (torch.randn(3, n, width, generator=generator).to(dtype) for n in (33, 41))
     scores = exact_products(q, k)
@@ -61,7 +61,7 @@ def test_scores_are_the_same_bits_in_every_shape(width, dtype):
     assert (error <= 2e-6 * (q.double().norm(dim=-1)[..., None] * k.double().norm(dim=-1)[:, None])).all()
 
 
-def test_of_equal_scores_the_lower_index_wins():
+def test_lower_index_wins_among_equal_scores():
     scores = torch.tensor([[2.0, -0.0, 5.0, 0.0, 5.0, -1.0, -torch.inf, 5.0]])
     allowed = torch.tensor([[True, True, True, True, True, True, True, False]])
     index, exists = choose(scores, allowed, 8)
@@ -70,7 +70,7 @@ def test_of_equal_scores_the_lower_index_wins():
     assert choose(scores, allowed, 2)[0].tolist() == [[2, 4]]
 
 
-def test_padding_changes_no_bit_of_a_sum_or_a_softmax():
+def test_padding_leaves_sum_and_softmax_bitwise_unchanged():
     x = torch.randn(7, 61, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     visible = torch.ones_like(x, dtype=torch.bool)
     assert torch.equal(tree_sum(x.T, dim=0), tree_sum(x))
@@ -85,14 +85,14 @@ def test_padding_changes_no_bit_of_a_sum_or_a_softmax():
 
 @every_paradigm
 @pytest.mark.parametrize("topk", [1, 2, 3, 9])
-def test_moba_is_its_papers_equations(topk, paradigm):
+def test_moba_matches_the_equations_of_its_paper(topk, paradigm):
     q, k, v = inputs(23)
     output, _ = block_attention(q, k, v, block_size=L, topk=topk, paradigm=paradigm, chunk_size=5)
     exactly(output, moba_by_hand(q, k, v, topk))
 
 
 @every_paradigm
-def test_all_blocks_are_softmax_attention(paradigm):
+def test_choosing_all_blocks_matches_softmax_attention(paradigm):
     q, k, v = inputs(23)
     options = {"paradigm": paradigm, "chunk_size": 7}
     expected, _ = softmax_attention(q, k, v)
@@ -103,7 +103,7 @@ def test_all_blocks_are_softmax_attention(paradigm):
 
 
 @every_paradigm
-def test_one_block_is_the_own_block(paradigm):
+def test_topk_of_one_chooses_only_the_querys_own_block(paradigm):
     q, k, v = inputs(22)
     weights, _ = block_attention(q, k, v, block_size=L, topk=1, paradigm=paradigm, chunk_size=5)
     token = torch.arange(22)
@@ -112,7 +112,7 @@ def test_one_block_is_the_own_block(paradigm):
 
 
 @every_paradigm
-def test_more_blocks_are_a_superset(paradigm):
+def test_larger_topk_chooses_a_superset_of_blocks(paradigm):
     q, k, v = inputs(40, seed=3)
     chosen = [
         block_attention(q, k, v, block_size=L, topk=topk, paradigm=paradigm, chunk_size=16)[0] > 0
@@ -124,7 +124,7 @@ def test_more_blocks_are_a_superset(paradigm):
 
 
 @every_paradigm
-def test_keys_that_are_not_chosen_have_no_gradient(paradigm):
+def test_keys_not_chosen_receive_no_gradient(paradigm):
     q, k, v = (x.requires_grad_() for x in inputs(30, batch=1, kv_heads=H))
     output, _ = block_attention(q, k, v, block_size=L, topk=2, paradigm=paradigm, chunk_size=30)
     chosen = output[0, 29] > 0  # by head
@@ -134,7 +134,7 @@ def test_keys_that_are_not_chosen_have_no_gradient(paradigm):
 
 
 @every_paradigm
-def test_later_tokens_change_nothing(paradigm):
+def test_later_tokens_do_not_change_earlier_outputs(paradigm):
     q, k, v = inputs(30)
     options = {"block_size": L, "topk": 2, "paradigm": paradigm, "chunk_size": 8}
     before, _ = block_attention(q, k, v, **options)
@@ -144,7 +144,7 @@ def test_later_tokens_change_nothing(paradigm):
 
 
 @every_paradigm
-def test_blocks_begin_with_a_document(paradigm):
+def test_blocks_start_at_document_boundaries(paradigm):
     q, k, v = inputs(37, batch=1)
     boundaries = [0, 3, 3, 16, 37]  # none of the starts is a multiple of L
     options = {"block_size": L, "topk": 2, "paradigm": paradigm, "chunk_size": 8}
@@ -156,7 +156,7 @@ def test_blocks_begin_with_a_document(paradigm):
 
 
 @every_paradigm
-def test_blocks_are_counted_from_the_first_token_even_if_the_cache_lacks_it(paradigm):
+def test_blocks_are_counted_from_the_first_token_even_if_not_cached(paradigm):
     q, k, v = inputs(21)
     state = empty_cache(GrowingCache, 2, 0, (G, K, 21), q)._replace(length=torch.tensor([6, 9]))
     options = {"block_size": L, "topk": 1, "paradigm": paradigm, "chunk_size": 5}
@@ -169,8 +169,8 @@ def test_blocks_are_counted_from_the_first_token_even_if_the_cache_lacks_it(para
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_every_way_through_a_text_chooses_the_same(dtype):
-    """Blocks of equal tokens are ties, which one rounding would break differently in different paradigms."""
+def test_every_paradigm_and_segmentation_chooses_the_same_keys(dtype):
+    """Blocks of equal tokens tie; a single rounding error would break the ties differently in each paradigm."""
     generator = torch.Generator().manual_seed(5)
     q, k, v = inputs(48, batch=1, dtype=dtype)
     k = k[:, torch.randint(3, (12,), generator=generator).repeat_interleave(L)]  # 12 blocks, of three kinds
@@ -189,7 +189,7 @@ def test_every_way_through_a_text_chooses_the_same(dtype):
             assert torch.equal(torch.cat(outputs, dim=1) > 0, chosen)
 
 
-def test_wrong_numbers_are_refused():
+def test_topk_of_zero_raises():
     with pytest.raises(SeqmixError, match="topk must be at least 1, got 0"):
         block_attention(*inputs(5), block_size=L, topk=0)
 
@@ -232,7 +232,7 @@ def branch(number, q):
 
 @every_paradigm
 @pytest.mark.parametrize("topk", [1, 2, 4, 9])
-def test_nsa_is_its_papers_equations(topk, paradigm):
+def test_nsa_matches_the_equations_of_its_paper(topk, paradigm):
     q, k, v = inputs(27)
     gates = torch.rand(*q.shape[:3], 3, generator=torch.Generator().manual_seed(1)).double()
     expected = nsa_by_hand(q, k, v, gates, topk, 5)
@@ -240,7 +240,7 @@ def test_nsa_is_its_papers_equations(topk, paradigm):
 
 
 @every_paradigm
-def test_a_branch_of_nsa_alone_is_what_it_says(paradigm):
+def test_single_nsa_branch_matches_its_formula(paradigm):
     q, k, v = inputs(26)
     exactly(nsa(q, k, v, branch(2, q), paradigm=paradigm), softmax_attention(q, k, v, window=5)[0])
     # all blocks are chosen
@@ -252,7 +252,7 @@ def test_a_branch_of_nsa_alone_is_what_it_says(paradigm):
 
 
 @every_paradigm
-def test_heads_of_a_group_share_the_choice_of_nsa(paradigm):
+def test_nsa_heads_of_a_group_share_chosen_tokens(paradigm):
     q, k, v = inputs(40)
     chosen = nsa(q, k, v, branch(1, q), paradigm=paradigm).unflatten(2, (G, H // G)) > 0
     assert torch.equal(chosen[:, :, :, 0], chosen[:, :, :, 1])
@@ -265,7 +265,7 @@ def test_heads_of_a_group_share_the_choice_of_nsa(paradigm):
 
 
 @every_paradigm
-def test_more_blocks_of_nsa_are_a_superset(paradigm):
+def test_larger_topk_of_nsa_chooses_a_superset_of_blocks(paradigm):
     q, k, v = inputs(40, seed=3)
     options = {"paradigm": paradigm}
     chosen = [nsa(q, k, v, branch(1, q), topk=topk, **options) > 0 for topk in range(1, 11)]
@@ -274,7 +274,7 @@ def test_more_blocks_of_nsa_are_a_superset(paradigm):
 
 
 @every_paradigm
-def test_nsa_begins_with_a_document_and_sees_no_later_token(paradigm):
+def test_nsa_restarts_at_each_document_and_sees_no_later_token(paradigm):
     q, k, v = inputs(37, batch=1)
     gates = torch.full((1, 37, H, 3), 0.5, dtype=q.dtype)
     boundaries = [0, 3, 3, 16, 37]
@@ -313,14 +313,14 @@ def dsa_by_hand(q, k, v, index, topk):
 
 @every_paradigm
 @pytest.mark.parametrize("topk", [1, 5, 40])
-def test_dsa_is_its_papers_equations(topk, paradigm):
+def test_dsa_matches_the_equations_of_its_paper(topk, paradigm):
     q, k, v = inputs(29)
     index = index_of(29)
     exactly(dsa(q, k, v, index, topk=topk, paradigm=paradigm), dsa_by_hand(q, k, v, index, topk))
 
 
 @every_paradigm
-def test_dsa_with_all_tokens_is_softmax_attention(paradigm):
+def test_dsa_with_all_tokens_matches_softmax_attention(paradigm):
     q, k, v = inputs(29)
     expected, _ = softmax_attention(q, k, v)
     exactly(dsa(q, k, v, index_of(29), topk=29, paradigm=paradigm), expected)
@@ -328,7 +328,7 @@ def test_dsa_with_all_tokens_is_softmax_attention(paradigm):
 
 
 @every_paradigm
-def test_scaled_and_permuted_index_heads_choose_alike(paradigm):
+def test_scaling_or_permuting_index_heads_keeps_the_choice(paradigm):
     q, k, v = inputs(29)
     index = index_of(29)
     expected = dsa(q, k, v, index, paradigm=paradigm)
@@ -344,7 +344,7 @@ def test_scaled_and_permuted_index_heads_choose_alike(paradigm):
 
 
 @every_paradigm
-def test_chosen_tokens_nest(paradigm):
+def test_larger_topk_of_dsa_chooses_a_superset_of_tokens(paradigm):
     q, k, v = inputs(29)
     chosen = [dsa(q, k, v, index_of(29), topk=topk, paradigm=paradigm) > 0 for topk in (1, 2, 7, 8, 29)]
     assert torch.equal(chosen[0].sum(-1), torch.ones(2, 29, H, dtype=torch.int64))
@@ -353,8 +353,8 @@ def test_chosen_tokens_nest(paradigm):
 
 
 @every_paradigm
-def test_blocks_of_one_token_choose_tokens(paradigm):
-    """MoBA with blocks of one, and an indexer with the attention's own query and key, choose by the same products."""
+def test_moba_with_one_token_blocks_agrees_with_dsa(paradigm):
+    """MoBA with blocks of one token and DSA indexed by the attention's own queries and keys rank the same products."""
     q, k, v = (x[:, :, :1] for x in inputs(29))
     index = Index(torch.cat((q, -q), dim=2), k[:, :, 0], torch.tensor([1.0, -1.0]).double().expand(2, 29, 2))
     by_index = dsa(q, k, v, index, topk=4, paradigm=paradigm) > 0
@@ -367,9 +367,9 @@ def test_blocks_of_one_token_choose_tokens(paradigm):
 
 @pytest.mark.slow
 @needs_fla
-def test_nsa_and_dsa_are_flas():
-    """Without ties, whose order theirs leave open: more blocks than the forced ones, and so many index heads that relu
-    leaves a number."""
+def test_nsa_and_dsa_match_fla():
+    """The inputs avoid ties, whose order fla does not define: more blocks than the forced ones, and enough index heads
+    that relu leaves a nonzero score."""
     theirs = loaded("nsa")
     q, k, v = inputs(70, dtype=torch.float32)
     options = {"block_size": L, "scale": K**-0.5}

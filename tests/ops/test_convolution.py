@@ -1,4 +1,4 @@
-"""Causal convolutions against their definition, in Python lists, from every state, packed or not."""
+"""Causal convolutions against a definition in plain Python, with and without a state, packed or not."""
 
 import itertools
 from functools import partial
@@ -70,7 +70,7 @@ def gradients(results, leaves):
 
 @pytest.mark.parametrize("kernel_size", [1, 2, 4])
 @every_layout
-def test_short_is_the_definition(kernel_size, lengths, packed):
+def test_short_convolution_matches_its_definition(kernel_size, lengths, packed):
     x, weight, state, boundaries = tensors(lengths, packed, kernel_size, kernel_size - 1)
     bias, options = randn(D, requires_grad=True), {"cu_seqlens": boundaries}
     results = short_convolution(x, weight, bias, initial_state=state, output_final_state=True, **options)
@@ -86,7 +86,7 @@ def test_short_is_the_definition(kernel_size, lengths, packed):
 @pytest.mark.parametrize("past", [0, 1, 6])
 @pytest.mark.parametrize("reach", [1, 4, 9, 20])
 @every_layout
-def test_long_is_the_definition(paradigm, grows, past, reach, lengths, packed):
+def test_long_convolution_matches_its_definition(paradigm, grows, past, reach, lengths, packed):
     x, filters, state, boundaries = tensors(lengths, packed, reach, past)
     call = partial(long_convolution, x, filters, paradigm=paradigm, cu_seqlens=boundaries)
     results = call(initial_state=state, output_final_state=True, grows=grows)
@@ -97,7 +97,7 @@ def test_long_is_the_definition(paradigm, grows, past, reach, lengths, packed):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_short_sums_are_wide(dtype):
+def test_short_convolution_accumulates_in_higher_precision(dtype):
     x, weight, state, _ = tensors([50, 50], False, 4, 3, dtype)
     large = torch.full_like(x, 50000.0), torch.tensor([[1.0, 1.0, -1.0, -0.5]], dtype=dtype).expand(D, -1)
     for arguments in ((x, weight, randn(D).to(dtype)), large):
@@ -112,7 +112,7 @@ def test_short_sums_are_wide(dtype):
 
 @both
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_long_sums_are_wide_and_dtypes_are_kept(paradigm, dtype):
+def test_long_convolution_accumulates_in_higher_precision_and_keeps_dtypes(paradigm, dtype):
     x, filters, state = randn(2, 50, D).to(dtype), randn(D, 60), randn(2, 9, D).float()
     for length in (1, 50):
         results = long_convolution(
@@ -136,7 +136,7 @@ LONG = [
 @pytest.mark.slow
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("convolution", [short_convolution, *LONG])
-def test_it_compiles_once(packed, convolution, counter):
+def test_convolution_compiles_once_for_all_lengths(packed, convolution, counter):
     function = partial(convolution, output_final_state=True)
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=counter)
     for length in (9, 5, 17):
@@ -148,7 +148,7 @@ def test_it_compiles_once(packed, convolution, counter):
     assert counter.frame_count == 1
 
 
-def test_long_op_is_well_formed():
+def test_long_convolution_op_passes_opcheck():
     x, filters = randn(1, 7, D, requires_grad=True), randn(D, 6, requires_grad=True)
     packed = torch.tensor([0, 2, 2, 7])
     for cu_seqlens, known, past in ((None, None, 1), (packed, None, None), (packed, packed.tolist(), 3)):
@@ -158,7 +158,7 @@ def test_long_op_is_well_formed():
             torch.library.opcheck(torch.ops.seqmix.long_convolution.default, arguments)
 
 
-def test_sizes_are_fast():
+def test_fast_size_rounds_up_to_an_efficient_fft_size():
     assert [_fast_size(n) for n in (1, 2, 7, 9, 17, 4095, 4097)] == [1, 2, 8, 9, 18, 4096, 4608]
 
 
@@ -175,14 +175,14 @@ def test_sizes_are_fast():
         ({"x": randn(1, 3, D), "cu_seqlens": torch.tensor([0, 2])}, "cu_seqlens .* 3, .*tokens"),
     ],
 )
-def test_what_does_not_fit_is_refused(short, change, named):
+def test_mismatched_arguments_raise(short, change, named):
     given = {"x": randn(2, 3, D), "filters": randn(D, 4)} | change
     x, filters = given.pop("x"), given.pop("filters")
     with pytest.raises(SeqmixError, match=named):
         short_convolution(x, filters, **given) if short else long_convolution(x, filters, paradigm="parallel", **given)
 
 
-def test_what_only_one_of_them_has_is_refused():
+def test_invalid_bias_or_paradigm_raises():
     with pytest.raises(SeqmixError, match=r"bias .*\[5\].* \[1\]"):
         short_convolution(randn(2, 3, D), randn(D, 4), randn(1))
     with pytest.raises(SeqmixError, match=r"parallel .*recurrent.* chunkwise"):
@@ -191,7 +191,7 @@ def test_what_only_one_of_them_has_is_refused():
 
 @both
 @pytest.mark.parametrize("length", [1, 3])
-def test_long_refuses_tangents_but_of_one_token_in_the_recurrent_paradigm(paradigm, length):
+def test_long_convolution_has_forward_mode_only_for_a_recurrent_token(paradigm, length):
     x, filters = randn(2, length, D), randn(D, 4)
     tangent = partial(torch.func.jvp, lambda x: long_convolution(x, filters, paradigm=paradigm).output, (x,), (x,))
     if length == 1 and paradigm is Paradigm.RECURRENT:

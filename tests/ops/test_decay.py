@@ -1,4 +1,4 @@
-"""The decay family beside its kernel checks (test_kernels.py): groups of chunks, resets, numerics, compilers."""
+"""The decay family beyond its kernel checks (test_kernels.py): groups of chunks, resets, numerics, compilation."""
 
 from dataclasses import replace
 from functools import partial
@@ -41,14 +41,14 @@ def relative_error(actual, expected):
 @pytest.mark.slow
 @pytest.mark.parametrize("elements", [1, 400])
 @pytest.mark.parametrize("op", ["decay", "delta", "dplr"])
-def test_tokens_one_by_one_and_several_at_once_are_the_definition(op, elements):
+def test_recurrent_kernel_matches_definition_for_any_token_grouping(op, elements):
     checks = ["outputs_are_the_definitions", "gradients_are_the_definitions"]
     with mock.patch.object(recurrent, "CACHED_ELEMENTS", elements):
         assert check_kernel(reference(op, Paradigm.RECURRENT), checks=checks, examples=20).passed
 
 
 @pytest.mark.parametrize("sizes", [(0, 5, 2, 3, 4), (2, 5, 2, 0, 4), (2, 5, 2, 3, 0)])
-def test_a_batch_or_a_head_of_nothing_has_a_state_of_nothing(sizes):
+def test_empty_batch_or_head_gives_an_empty_state(sizes):
     batch, length, heads, key, value = sizes
     q, v = torch.ones(batch, length, heads, key), torch.ones(batch, length, heads, value)
     found = decay(q, q, v, scale=1.0, output_final_state=True, paradigm="recurrent")
@@ -58,8 +58,8 @@ def test_a_batch_or_a_head_of_nothing_has_a_state_of_nothing(sizes):
 
 @pytest.mark.parametrize("shape", [(2,), (1, 70, 2), (1, 70, 2, 3)], ids=str)
 @every_paradigm
-def test_states_that_grow_grow_alike_in_every_paradigm(paradigm, shape):
-    """A mixer's call, unlike a direct one, does not look at log-decays."""
+def test_positive_log_decays_give_equal_states_in_every_paradigm(paradigm, shape):
+    """Unlike a direct call, a call from a mixer does not check the log-decays."""
     q, k, v = torch.randn(3, 1, 70, 2, 3, dtype=torch.float64)
     log_decay = 0.3 * torch.rand(shape, dtype=torch.float64)
     state = torch.zeros(1, 2, 3, 3, dtype=torch.float64)
@@ -73,7 +73,7 @@ def test_states_that_grow_grow_alike_in_every_paradigm(paradigm, shape):
     exactly(found.output, torch.stack(expected, 1))
 
 
-def test_the_gradient_of_a_reset_is_zero_where_products_overflow():
+def test_reset_has_zero_gradient_where_products_overflow():
     q, v = torch.full((1, 4, 1, 2), 1e12), torch.full((1, 4, 1, 2), 1e15)
     log_decay = torch.tensor([[[0.0], [0.0], [-torch.inf], [0.0]]], requires_grad=True)
     found = decay(q, q, v, log_decay, scale=1.0, output_final_state=True, paradigm="recurrent")
@@ -83,7 +83,7 @@ def test_the_gradient_of_a_reset_is_zero_where_products_overflow():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("elements", [1, 100, 400])
-def test_chunks_one_by_one_and_in_groups_are_the_definition(elements):
+def test_chunkwise_kernel_matches_definition_for_any_chunk_grouping(elements):
     checks = ["outputs_are_the_definitions", "gradients_are_the_definitions"]
     with mock.patch.object(chunks, "CACHED_ELEMENTS", elements):
         report = check_kernel(reference("decay", Paradigm.CHUNKWISE), checks=checks, examples=60)
@@ -93,8 +93,8 @@ def test_chunks_one_by_one_and_in_groups_are_the_definition(elements):
 @pytest.mark.parametrize(
     ("elements", "least", "most"), [(chunks.CACHED_ELEMENTS, 9000, 13_000), (chunks.UNCACHED_ELEMENTS, 0, 500)]
 )
-def test_a_gpu_is_given_more_at_once(elements, least, most, monkeypatch):
-    """A layer of GLA, of 8 rows of 4,096 tokens: on a CPU chunk by chunk, elsewhere in a few hundred launches."""
+def test_larger_chunk_groups_need_fewer_launches(elements, least, most, monkeypatch):
+    """A GLA layer with 8 rows of 4,096 tokens runs chunk by chunk on a CPU and in a few hundred launches elsewhere."""
     layer = torch.empty(8, 4096, 4, 128, device="meta")
     assert chunks.max_chunks(layer, 128, 384) == 32
     assert chunks.max_chunks(layer[:, :300], 128, 384) == 2
@@ -126,7 +126,7 @@ def test_a_gpu_is_given_more_at_once(elements, least, most, monkeypatch):
 @every_paradigm
 @pytest.mark.parametrize("length", [1, 40])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_wide_output_and_its_gradient_have_the_range_and_digits_of_float32(paradigm, dtype, length):
+def test_wide_output_and_gradients_have_float32_range_and_precision(paradigm, dtype, length):
     q, k, v = (torch.full((1, length, 1, 8), size, dtype=dtype, requires_grad=True) for size in (200.0, 2.0, 100.0))
     options = {"paradigm": paradigm, "scale": 1.0, "chunk_size": 16, "wide_output": True}
     # what is left of its sum has more digits than 16 bits have
@@ -143,7 +143,7 @@ def test_a_wide_output_and_its_gradient_have_the_range_and_digits_of_float32(par
         assert_close(gradient, exact.to(dtype), rtol=torch.finfo(dtype).eps, atol=torch.finfo(dtype).tiny)
 
 
-def test_products_in_bfloat16_are_the_definition():
+def test_bfloat16_products_match_the_definition():
     checks = ["outputs_are_the_definitions", "gradients_are_the_definitions", "a_cut_changes_nothing"]
     with mock.patch.multiple(products, HAS_BFLOAT16=True, MIN_MULTIPLICATIONS=0):
         report = check_kernel(reference("decay", Paradigm.CHUNKWISE), checks=checks, examples=30)
@@ -161,7 +161,7 @@ def test_products_in_bfloat16_are_the_definition():
         (False, torch.bfloat16, "H", 64, False),
     ],
 )
-def test_products_are_in_bfloat16_where_that_is_faster(able, dtype, log_decay, length, rounds):
+def test_bfloat16_products_are_used_only_where_faster(able, dtype, log_decay, length, rounds):
     case = case_of(log_decay, [length], key_width=48, value_width=48, chunk_size=64, strength=0.05, dtype=dtype)
     inputs = case.inputs(CPU)
     with mock.patch.object(products, "HAS_BFLOAT16", able):
@@ -175,7 +175,7 @@ def test_products_are_in_bfloat16_where_that_is_faster(able, dtype, log_decay, l
 
 @pytest.mark.parametrize("log_decay", DECAYS[1:])
 @every_paradigm
-def test_a_reset_at_every_token_is_the_definition_and_finite(paradigm, log_decay):
+def test_reset_at_every_token_matches_the_definition(paradigm, log_decay):
     for has_state in (False, True):
         case = case_of(log_decay, [9, 9], resets=tuple(range(9)), initial_state=has_state)
         case = replace(case, grad=tuple(name for name in case.grad if has_state or name != "state"))
@@ -183,7 +183,7 @@ def test_a_reset_at_every_token_is_the_definition_and_finite(paradigm, log_decay
 
 
 @pytest.mark.parametrize(("paradigm", "length"), [(Paradigm.PARALLEL, 5), (Paradigm.RECURRENT, 1)])
-def test_what_is_plain_torch_has_a_forward_mode(paradigm, length):
+def test_forward_mode_matches_the_definition(paradigm, length):
     case = case_of("H", [length])
     inputs = case.inputs(CPU)
     for name, x in inputs.items():
@@ -200,7 +200,7 @@ def test_what_is_plain_torch_has_a_forward_mode(paradigm, length):
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.float16, 6e-4), (torch.bfloat16, 5e-3)])
 @pytest.mark.parametrize("log_decay", DECAYS)
 @every_paradigm
-def test_low_precision_stays_near_float64_and_states_are_wide(paradigm, log_decay, dtype, tolerance):
+def test_low_precision_stays_near_float64_with_float32_states(paradigm, log_decay, dtype, tolerance):
     case = case_of(log_decay, [96], key_width=16, value_width=24, strength=0.05, chunk_size=40, dtype=dtype)
     actual, exact = (differentiate(case, p, wide=w) for p, w in ((paradigm, False), (Paradigm.RECURRENT, True)))
     assert (actual["output"].dtype, actual["final state"].dtype) == (dtype, torch.float32)
@@ -217,7 +217,7 @@ def test_low_precision_stays_near_float64_and_states_are_wide(paradigm, log_deca
 
 @pytest.mark.parametrize("log_decay", DECAYS[1:])
 @pytest.mark.parametrize(("paradigm", "length"), [*((p, 1024) for p in OPS), (Paradigm.PARALLEL, 512)])
-def test_decays_that_underflow_are_finite_and_right(paradigm, length, log_decay):
+def test_underflowing_decays_give_finite_correct_results(paradigm, length, log_decay):
     sizes = {"n_heads": 1, "key_width": 2, "strength": 3.0, "chunk_size": 128, "dtype": torch.float32}
     case = case_of(log_decay, [length], **sizes)
     inputs = case.inputs(CPU)
@@ -233,8 +233,8 @@ def test_decays_that_underflow_are_finite_and_right(paradigm, length, log_decay)
 @pytest.mark.parametrize("strength", [0.05, 5.0, 20.0])
 @pytest.mark.parametrize("log_decay", DECAYS[2:])
 @every_paradigm
-def test_gradients_of_strong_decays_are_exact_for_their_size(paradigm, log_decay, strength):
-    """They are tiny, but an optimizer that divides by their size sees nothing else."""
+def test_gradients_of_strong_decays_have_small_relative_error(paradigm, log_decay, strength):
+    """The gradients are tiny, but an optimizer that divides by their size still depends on their accuracy."""
     case = case_of(log_decay, [128], key_width=16, value_width=24, chunk_size=48, dtype=torch.float32)
     inputs = case.inputs(CPU)
     inputs["log_decay"] = -strength * (0.9 + 0.2 * torch.sigmoid(inputs["log_decay"]))
@@ -249,7 +249,7 @@ def test_gradients_of_strong_decays_are_exact_for_their_size(paradigm, log_decay
 @pytest.mark.parametrize(("length", "chunk_size"), [(1, 4), (4, 4), (11, 4), (12, 4), (3, 8)])
 @pytest.mark.parametrize("context", [0, 5])
 @every_paradigm
-def test_flops_are_what_a_counter_counts(paradigm, context, length, chunk_size):
+def test_declared_flops_match_counted_flops(paradigm, context, length, chunk_size):
     sizes = {"n_heads": 3, "key_width": 4, "value_width": 6, "initial_state": bool(context), "final_state": False}
     case = case_of("H", [length], chunk_size=chunk_size, **sizes)
     counted = count_flops(lambda: run(case, paradigm, case.inputs(CPU)))
@@ -262,7 +262,7 @@ def test_flops_are_what_a_counter_counts(paradigm, context, length, chunk_size):
 @pytest.mark.parametrize("log_decay", DECAYS)
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("paradigm", OPS)
-def test_states_for_a_backward_pass_are_saved_only_if_there_is_one_and_are_linear(paradigm, packed, log_decay):
+def test_states_saved_for_backward_grow_linearly_and_only_if_needed(paradigm, packed, log_decay):
     for names, grad_mode, saved in [((), True, False), (INPUTS, False, False), (["state"], True, True)]:
         sizes = []
         for length in (256, 512, 768):
@@ -299,14 +299,14 @@ STATE, BOUNDARIES = torch.zeros(1, 2, 4, 3), torch.tensor([0, 2, 6])
         ((Q, K, V), {"paradigm": "chunckwise"}, "chunckwise.*chunkwise"),
     ],
 )
-def test_what_does_not_fit_is_refused(tensors, options, named):
+def test_mismatched_arguments_raise(tensors, options, named):
     with pytest.raises(SeqmixError, match=named) as error:
         decay(*tensors, **options)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("boundaries", [[0, 4], [1, 6], [0, 4, 3, 6]])
-def test_wrong_boundaries_are_refused_in_compiled_code_too(boundaries):
+def test_invalid_boundaries_raise_in_compiled_code(boundaries):
     torch._dynamo.reset()
     q, k, v = torch.randn(3, 1, 6, 2, 4)
     function = torch.compile(decay, backend="aot_eager", fullgraph=True)
@@ -316,8 +316,8 @@ def test_wrong_boundaries_are_refused_in_compiled_code_too(boundaries):
 
 @pytest.mark.parametrize("widths", [(1, 6), (4, 6), (4, 1), (1, 1)])
 @pytest.mark.parametrize("heads", [1, 2])
-def test_a_step_keeps_the_strides_of_the_state(heads, widths):
-    """A compiled step takes another layout for another input, even of an axis of one."""
+def test_step_keeps_the_strides_of_the_state(heads, widths):
+    """`torch.compile` treats a different stride as a different input, even along an axis of size one."""
     q, k, v = (torch.randn(2, 1, heads, width) for width in (widths[0], *widths))
     state = torch.randn(2, heads, *widths)
     for log_decay in (None, torch.full((heads,), -0.1), torch.full((2, 1, heads), -0.1)):

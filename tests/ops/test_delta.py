@@ -1,4 +1,4 @@
-"""The delta family beside its kernel checks (test_kernels.py): what it means, its numerics, compilers, refusals."""
+"""The delta family beyond its kernel checks (test_kernels.py): numerics, unit-norm keys and errors."""
 
 from functools import partial
 
@@ -21,7 +21,7 @@ exactly = partial(assert_close, rtol=1e-9, atol=1e-9)
 
 @every_paradigm
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_keys_of_one_direction_are_well_behaved(paradigm, dtype):
+def test_identical_keys_stay_accurate(paradigm, dtype):
     # the hardest triangular system: every key the same, and every transition a reflection
     case = case_of(None, [1000, 1000], key_width=4, chunk_size=64, dtype=dtype)
     inputs = case.inputs(CPU) | {"beta": torch.full((2, 1000, 2), 2.0)}
@@ -32,7 +32,7 @@ def test_keys_of_one_direction_are_well_behaved(paradigm, dtype):
         assert error <= (1e-4 if dtype == torch.float32 or actual.dtype == torch.float32 else 3e-3)
 
 
-def test_keys_are_made_of_norm_one_and_zeros_stay_zeros():
+def test_unit_norm_normalises_keys_and_keeps_zeros():
     x = torch.randn(2, 3, 8, dtype=torch.float64)
     exactly(unit_norm(x), x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt())
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
@@ -58,7 +58,7 @@ Q, K, V, B = torch.randn(2, 6, 2, 4), torch.randn(2, 6, 2, 4), torch.randn(2, 6,
         ((Q, K, V, B), {"chunk_size": 0}, "chunk_size .* 0"),
     ],
 )
-def test_what_does_not_fit_is_refused(tensors, options, named):
+def test_mismatched_arguments_raise(tensors, options, named):
     with pytest.raises(SeqmixError, match=named):
         delta(*tensors, **options)
     with pytest.raises(SeqmixError, match="parallel"):

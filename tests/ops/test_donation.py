@@ -1,4 +1,4 @@
-"""A donated state is written where it lies, by every family's step; any other is left alone."""
+"""Every family's step updates a donated state in place and leaves any other state unchanged."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ STEPS = {
 
 @torch.no_grad()
 @pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
-def test_a_step_writes_a_donated_state_in_its_place(step):
+def test_step_updates_a_donated_state_in_place(step):
     state = torch.randn(3, 2, 4, 5)
     before, options = state.clone(), {"paradigm": "recurrent", "output_final_state": True}
     expected = step(initial_state=state, **options)
@@ -41,7 +41,7 @@ def test_a_step_writes_a_donated_state_in_its_place(step):
 
 @torch.no_grad()
 @pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
-def test_compiled_it_does_where_that_is_permitted_to_graphs(step):
+def test_compiled_step_updates_the_state_in_place_only_if_donated(step):
     def decoded(state, donate_state=False):
         return step(initial_state=state, paradigm="recurrent", output_final_state=True, donate_state=donate_state)
 

@@ -1,4 +1,4 @@
-"""The delta family's general form beside its kernel checks (test_kernels.py): b, products of steps, flops, refusals."""
+"""The general form of the delta family beyond its kernel checks (test_kernels.py): b, delta products, flops, errors."""
 
 from functools import partial
 from itertools import pairwise
@@ -25,7 +25,7 @@ exactly = partial(assert_close, rtol=1e-9, atol=1e-9)
 @every_paradigm
 @every_decay
 @pytest.mark.parametrize("lengths", [[30, 30], [9, 0, 1, 20], [1, 1]], ids=str)
-def test_no_b_is_minus_k(paradigm, log_decay, lengths):
+def test_omitted_b_defaults_to_minus_k(paradigm, log_decay, lengths):
     case = case_of(log_decay, lengths, kind=DplrCase, packed=len(lengths) > 2, strength=0.3, resets=(5,))
     given = {name: x for name, x in case.inputs(CPU).items() if name != "b"}
 
@@ -53,7 +53,7 @@ def householder_loop(n, q, k, v, beta, log_decay, state, scale):
 @every_paradigm
 @every_decay
 @pytest.mark.parametrize("n", [1, 2, 3])
-def test_a_product_is_that_many_steps_per_token(paradigm, log_decay, n):
+def test_delta_product_matches_a_loop_of_n_steps_per_token(paradigm, log_decay, n):
     case = case_of(log_decay, [10, 10], kind=DeltaCase, strength=0.3, rate=2.0)
     inputs = case.inputs(CPU)
     steps = case_of(None, [10 * n, 10 * n], kind=DeltaCase, rate=2.0, seed=1).inputs(CPU)
@@ -75,7 +75,7 @@ def test_a_product_is_that_many_steps_per_token(paradigm, log_decay, n):
 
 @every_paradigm
 @every_decay
-def test_a_product_of_packed_documents_is_theirs_one_by_one(paradigm, log_decay):
+def test_packed_delta_product_matches_each_document_alone(paradigm, log_decay):
     boundaries, n = [0, 3, 3, 10], 2
     inputs = case_of(log_decay, [10], kind=DeltaCase, strength=0.3).inputs(CPU)
     steps = case_of(None, [10 * n], kind=DeltaCase, seed=1).inputs(CPU)
@@ -100,7 +100,7 @@ def test_a_product_of_packed_documents_is_theirs_one_by_one(paradigm, log_decay)
 @pytest.mark.parametrize("context", [0, 5])
 @pytest.mark.parametrize(("length", "chunk_size"), [(13, 5), (12, 4), (3, 8), (1, 4)])
 @every_decay
-def test_flops_are_what_a_counter_counts(kind, context, length, chunk_size, log_decay):
+def test_declared_flops_match_counted_flops(kind, context, length, chunk_size, log_decay):
     case = case_of(log_decay, [length], kind=kind, key_width=4, value_width=6, initial_state=context > 0)
     case = type(case)(**vars(case) | {"chunk_size": chunk_size, "grad": (), "final_state": False})
     counted = count_flops(lambda: run(case, Paradigm.CHUNKWISE, case.inputs(CPU)))
@@ -121,7 +121,7 @@ X, V = torch.randn(2, 6, 2, 4), torch.randn(2, 6, 2, 3)
         ((X, X, V, X), {"paradigm": "parallel"}, "parallel .* chunkwise, recurrent"),
     ],
 )
-def test_what_does_not_fit_is_refused(tensors, options, named):
+def test_mismatched_arguments_raise(tensors, options, named):
     with pytest.raises(SeqmixError, match=named):
         dplr(*tensors, **options)
     with pytest.raises(SeqmixError, match=r"whole number of steps .* 3 keys for 6 tokens"):

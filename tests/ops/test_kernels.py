@@ -1,4 +1,4 @@
-"""Every declared kernel against its contract, wherever it can run; declarations and reports."""
+"""Every declared kernel that can run here against its contract; kernel declarations and failure reports."""
 
 import importlib
 import os
@@ -61,7 +61,7 @@ TRITON = replace(
 )
 
 
-def test_a_kernel_that_cannot_run_here_is_skipped_with_its_own_reason(monkeypatch):
+def test_kernel_that_cannot_run_here_is_skipped_with_its_reason(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     called = []
     kernel = replace(TRITON, function=called.append)
@@ -74,7 +74,7 @@ def test_a_kernel_that_cannot_run_here_is_skipped_with_its_own_reason(monkeypatc
         mark.args[1][0].values[0]()
 
 
-def test_a_kernel_is_checked_in_what_it_takes(monkeypatch):
+def test_kernel_is_checked_only_on_supported_inputs(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     dtypes = set()
 
@@ -95,7 +95,7 @@ def test_a_kernel_is_checked_in_what_it_takes(monkeypatch):
     assert "decay/chunkwise/stand-in" in drift.reason
 
 
-def test_a_kernel_is_declared_once_and_found(monkeypatch):
+def test_kernel_is_declared_once_and_can_be_found(monkeypatch):
     monkeypatch.setattr("seqmix.ops.runtime.kernel.KERNELS", dict(KERNELS))
     assert declare(TRITON) is TRITON
     assert find("decay", Paradigm.CHUNKWISE, "stand-in") is TRITON
@@ -105,7 +105,7 @@ def test_a_kernel_is_declared_once_and_found(monkeypatch):
         find("decay", Paradigm.CHUNKWISE, "referense")
 
 
-def test_references_refuse_what_they_would_round():
+def test_references_raise_on_integer_or_mixed_dtypes():
     q = torch.ones(1, 2, 1, 1, dtype=torch.int64)
     for function in (decay, softmax_attention):
         with pytest.raises(SeqmixError, match=r"float64, .* int64, int64"):
@@ -115,7 +115,7 @@ def test_references_refuse_what_they_would_round():
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.__name__)
-def test_a_layout_changes_where_numbers_are_and_not_what_they_are(family):
+def test_layouts_change_strides_but_not_values(family):
     sizes = {"lengths": (3, 3), "n_heads": 2, "key_width": 4, "value_width": 5, "log_decay": family.decays[-1]}
     sizes |= {"n_kv_heads": 2} if hasattr(family, "n_kv_heads") else {}
     contiguous = family(**sizes).inputs(CPU)
@@ -132,7 +132,7 @@ def test_a_layout_changes_where_numbers_are_and_not_what_they_are(family):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kernel", "most"), [(REFERENCE, 98), (find("softmax", Paradigm.PARALLEL, "sdpa"), 83)])
-def test_fixed_cases_run_after_those_drawn_and_fewer_with_few_examples(kernel, most, monkeypatch):
+def test_fixed_cases_run_after_drawn_cases_and_scale_with_examples(kernel, most, monkeypatch):
     cases = []
     for name in ("gradients_are_the_definitions", "a_cut_changes_nothing"):
         only_kept = replace(KERNEL_CHECKS[name], test=lambda trial: cases.append(trial.case), share=1.0)
@@ -158,7 +158,7 @@ PLAIN = ["decay/parallel/reference", "short_convolution/parallel/reference"]
 
 
 @pytest.mark.parametrize("kernel", REFERENCES, ids=lambda kernel: str(kernel.key))
-def test_second_derivatives_are_computed_or_refused_in_one_sentence(kernel):
+def test_second_derivatives_are_correct_or_raise_a_one_line_error(kernel):
     family = FAMILIES[kernel.op]
     names = ("q", "k", "v") if issubclass(family, DecayCase | SoftmaxCase) else family.names
     case = family(lengths=(6,), key_width=4, value_width=4, chunk_size=4, grad=names, log_decay=family.decays[0])
@@ -185,7 +185,7 @@ def off_by_a_step(x):
 WRONG = replace(REFERENCE, backend="off_by_a_step", function=off_by_a_step, reference=False)
 
 
-def test_a_failure_names_the_place_and_how_to_reproduce_it(monkeypatch):
+def test_failure_names_the_place_and_how_to_reproduce_it(monkeypatch):
     monkeypatch.setitem(KERNELS, WRONG.key, WRONG)
     (outcome,) = check_kernel(WRONG, checks=["outputs_are_the_definitions"]).outcomes
     assert outcome.status is Status.FAILED
@@ -200,8 +200,8 @@ def test_a_failure_names_the_place_and_how_to_reproduce_it(monkeypatch):
 
 
 @pytest.mark.parametrize(("error", "seen"), [(4e-7, False), (1e-6, True)])
-def test_small_states_of_the_delta_rule_lose_a_few_of_the_smallest_numbers_alone(error, seen):
-    """In float16, what a token writes is a multiple of 6e-8."""
+def test_small_float16_delta_states_may_differ_only_by_tiny_rounding(error, seen):
+    """In float16, every value that a token writes is a multiple of 6e-8."""
 
     def off(x):
         output, state = kernel.function(x)
@@ -238,7 +238,7 @@ kernels += [replace(made, function=lambda x: wrong(x))]
 """
 
 
-def test_a_sink_leaves_roundings_to_gates_that_nothing_goes_through():
+def test_small_gate_errors_fail_the_check_despite_sinks():
     kernel = find("softmax", Paradigm.PARALLEL, "sdpa")
     scores = ("log_forget", "slopes", "softcap", "sinks")
     sizes = {"lengths": (3,), "n_heads": 3, "n_kv_heads": 3, "value_width": 2, "forgetting": 9.0, "seed": 22195}
@@ -268,7 +268,7 @@ class Off(torch.autograd.Function):
 @pytest.mark.parametrize(
     ("which", "made"), [("made", "from own import made as kernel"), (0, 'kernel = Kernel(op="decay"')]
 )
-def test_lines_find_or_make_a_kernel_that_is_not_declared(tmp_path, monkeypatch, which, made):
+def test_reproduction_script_finds_or_builds_an_undeclared_kernel(tmp_path, monkeypatch, which, made):
     (tmp_path / "own.py").write_text(OWN)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "own", raising=False)
@@ -283,7 +283,7 @@ def test_lines_find_or_make_a_kernel_that_is_not_declared(tmp_path, monkeypatch,
     assert "kernel = ...  # the kernel that was checked: <lambda> cannot be imported" in outcome.reason
 
 
-def test_what_does_not_exist_is_refused():
+def test_unknown_check_or_op_raises():
     with pytest.raises(SeqmixError, match=r"'outputs_are_the_definition'.*outputs_are_the_definitions"):
         check_kernel(REFERENCE, checks=["outputs_are_the_definition"])
     with pytest.raises(SeqmixError, match=r"hyena.*decay"):

@@ -1,4 +1,4 @@
-"""What should be computed once is computed once: seen in the code that inductor writes for a CPU."""
+"""Materialized values are computed once, as shown by the CPU code that inductor generates."""
 
 import re
 
@@ -29,7 +29,7 @@ def loops_around(source: str, call: str) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("form", "loops"), [(materialize, 1), (lambda x, dim: x, 2)], ids=["materialized", "as it is"])
-def test_a_decay_is_not_recomputed_for_every_entry_of_a_state(form, loops):
+def test_decay_is_recomputed_per_state_entry_only_without_materialize(form, loops):
     torch._dynamo.reset()
 
     def step(state):
@@ -42,6 +42,6 @@ def test_a_decay_is_not_recomputed_for_every_entry_of_a_state(form, loops):
     assert loops_around(kernels, "log1p") == loops
 
 
-def test_outside_a_compiler_it_is_the_tensor_itself():
+def test_materialize_returns_the_same_tensor_in_eager_mode():
     x = torch.rand(4)
     assert materialize(x, 0) is x

@@ -1,4 +1,4 @@
-"""A memo computes a function once for the same arguments, until the next pass; constants stay."""
+"""A memo computes a function once per pass for the same arguments, and keeps constants across passes."""
 
 import torch
 from torch.testing import assert_close
@@ -6,7 +6,7 @@ from torch.testing import assert_close
 from seqmix.ops.runtime.memo import Memo, once
 
 
-def test_the_same_tensor_or_the_same_positions_are_computed_once_and_others_again():
+def test_memo_computes_once_for_equal_positions_or_the_same_tensor():
     calls = []
 
     def scaled(x, factor):
@@ -29,7 +29,7 @@ def test_the_same_tensor_or_the_same_positions_are_computed_once_and_others_agai
     assert len(calls) == 9
 
 
-def test_constants_stay_for_the_next_pass():
+def test_constants_are_kept_for_the_next_pass():
     memo, calls = Memo(), []
 
     def constant(size):
@@ -42,6 +42,6 @@ def test_constants_stay_for_the_next_pass():
 
 
 @torch.no_grad()
-def test_a_transform_sees_every_operation():
+def test_memo_works_under_vmap():
     memo, positions = Memo(), torch.tensor([[1], [1], [4]])
     assert_close(torch.vmap(lambda x: once(memo, torch.square, x))(positions), positions.square())

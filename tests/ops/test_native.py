@@ -1,7 +1,6 @@
-"""The native kernels of a CPU: which are chosen, and that neither threads nor neighbours change them.
+"""Native CPU kernels: which are chosen, and that results depend neither on thread count nor on other rows.
 
-That they compute their ops is tested with all kernels, in test_kernels.py; their libraries, in
-test_native_libraries.py.
+test_kernels.py tests their results, with those of all kernels; test_native_libraries.py tests their libraries.
 """
 
 import itertools
@@ -28,7 +27,7 @@ needs_compiler = pytest.mark.skipif(build.failure("scan") is not None, reason="t
 
 
 @needs_compiler
-def test_unusual_scalars_sizes_and_memory_have_the_results_of_the_reference():
+def test_unusual_scalars_sizes_and_memory_match_the_reference():
     program = Path(__file__).parents[1] / "helpers" / "native_calls.py"
     done = subprocess.run([sys.executable, program], capture_output=True, text=True, check=False)
     *_, last = done.stdout.splitlines() or [""]
@@ -43,7 +42,7 @@ def test_loading_a_library_leaves_the_floating_point_environment_alone():
 
 
 @needs_compiler
-def test_a_layer_that_is_moved_or_converted_leaves_its_native_kernels():
+def test_unsupported_dtype_or_device_falls_back_to_the_reference():
     find("scan", Paradigm.CHUNKWISE, "native")
     use = partial(chosen, "scan", Paradigm.CHUNKWISE, "native")
     assert use(torch.zeros(1)).backend == use(torch.zeros(1, dtype=torch.bfloat16)).backend == "native"
@@ -117,7 +116,7 @@ every_op = pytest.mark.parametrize(
 
 @needs_compiler
 @every_op
-def test_the_number_of_threads_changes_no_bit(name):
+def test_thread_count_leaves_results_bitwise_unchanged(name):
     function, inputs, state = op_of(name, 3, 150)
     states = torch.randn(3, *state)
     threads, results = torch.get_num_threads(), []
@@ -133,7 +132,7 @@ def test_the_number_of_threads_changes_no_bit(name):
 
 @needs_compiler
 @every_op
-def test_a_row_and_a_packed_document_are_computed_as_alone(name):
+def test_row_and_packed_document_match_each_computed_alone(name):
     function, inputs, state = op_of(name, 3, 100)
     states = torch.randn(3, *state)
     per_token = [i for i, x in enumerate(inputs) if x.shape[:2] == (3, 100)]

@@ -1,4 +1,4 @@
-"""The libraries of native kernels: how they are compiled and cached, which are loaded, and how they are called."""
+"""Libraries of native kernels: how they are compiled, cached, loaded and called."""
 
 import logging
 import os
@@ -86,7 +86,7 @@ def native(caplog):
         ("BROKEN", "cannot compile scan.cpp: error: no such instruction; set CXX to another compiler"),
     ],
 )
-def test_without_a_working_compiler_the_reference_runs_and_says_so_once(
+def test_reference_runs_with_one_warning_without_a_working_compiler(
     variable, reason, fresh, monkeypatch, tmp_path, caplog
 ):
     monkeypatch.setattr(logging.getLogger("seqmix"), "propagate", True)
@@ -113,7 +113,7 @@ def test_without_a_working_compiler_the_reference_runs_and_says_so_once(
     assert torch.equal(model(tokens).logits, plain(tokens).logits)
 
 
-def test_the_environment_turns_native_kernels_off_without_a_warning(fresh, monkeypatch, caplog):
+def test_environment_variable_disables_native_kernels_without_warning(fresh, monkeypatch, caplog):
     monkeypatch.setenv("SEQMIX_NATIVE", "0")
     monkeypatch.setenv("CXX", "nowhere")
     assert set(choose("scan", "auto", PROBE).values()) == {"reference"}
@@ -121,7 +121,7 @@ def test_the_environment_turns_native_kernels_off_without_a_warning(fresh, monke
 
 
 @needs_compiler
-def test_a_damaged_library_is_compiled_again(fresh, tiny, tmp_path):
+def test_damaged_library_is_recompiled(fresh, tiny, tmp_path):
     build.library(tiny)
     (file,) = (tmp_path / "cache").glob("*.so")
     whole = file.read_bytes()
@@ -135,7 +135,7 @@ def test_a_damaged_library_is_compiled_again(fresh, tiny, tmp_path):
 
 
 @needs_compiler
-def test_another_source_compiler_or_flag_is_another_library(fresh, tiny, monkeypatch, tmp_path):
+def test_new_source_compiler_or_flag_builds_a_new_library(fresh, tiny, monkeypatch, tmp_path):
     def files():
         fresh()
         build.library(tiny)
@@ -151,7 +151,7 @@ def test_another_source_compiler_or_flag_is_another_library(fresh, tiny, monkeyp
 
 
 @needs_compiler
-def test_a_cache_that_cannot_be_written_is_replaced_by_a_temporary_folder(tiny, monkeypatch, tmp_path):
+def test_unwritable_cache_is_replaced_by_a_temporary_folder(tiny, monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("SEQMIX_CACHE_DIR", str(tmp_path / "file" / "cache"))
     assert build.failure(tiny) is None
@@ -159,7 +159,7 @@ def test_a_cache_that_cannot_be_written_is_replaced_by_a_temporary_folder(tiny, 
 
 
 @needs_compiler
-def test_a_compiler_without_openmp_makes_kernels_of_one_thread(fresh, monkeypatch, tmp_path):
+def test_kernels_work_with_a_compiler_without_openmp(fresh, monkeypatch, tmp_path):
     command = " ".join(compiler.compiler())
     refuses = f'for word in "$@"; do [ "$word" = -fopenmp ] && exit 1; done; exec {command} "$@"'
     monkeypatch.setenv("CXX", script(tmp_path / "plain", refuses))
@@ -170,7 +170,7 @@ def test_a_compiler_without_openmp_makes_kernels_of_one_thread(fresh, monkeypatc
 
 @needs_compiler
 @pytest.mark.slow
-def test_processes_that_start_together_share_an_empty_cache(tmp_path):
+def test_concurrent_processes_can_fill_one_empty_cache(tmp_path):
     code = "from seqmix.ops.kernels.native import build; assert build.failure('scan') is None"
     environment = os.environ | {"SEQMIX_CACHE_DIR": str(tmp_path)}
     started = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(3)]
@@ -192,7 +192,7 @@ def planted(fresh, tiny, tmp_path):
 
 
 @needs_compiler
-def test_a_library_that_nobody_else_can_write_is_loaded(tiny, planted, tmp_path, said):
+def test_library_writable_only_by_its_owner_is_loaded(tiny, planted, tmp_path, said):
     build.library(tiny)
     assert (tmp_path / "loaded").exists()
     assert not said()
@@ -213,7 +213,7 @@ by_others = pytest.mark.parametrize(
 @needs_compiler
 @by_others
 @pytest.mark.parametrize("name", ["cache", "."])
-def test_a_folder_that_others_can_write_is_not_used(tiny, planted, name, mode, user, group, tmp_path, said):
+def test_cache_folder_writable_by_others_is_not_used(tiny, planted, name, mode, user, group, tmp_path, said):
     folder = tmp_path / name
     os.chown(folder, user, group)
     folder.chmod(mode)
@@ -228,7 +228,7 @@ def test_a_folder_that_others_can_write_is_not_used(tiny, planted, name, mode, u
 
 @needs_compiler
 @by_others
-def test_a_library_that_others_can_write_is_compiled_again(tiny, planted, mode, user, group, tmp_path, said):
+def test_library_writable_by_others_is_recompiled(tiny, planted, mode, user, group, tmp_path, said):
     os.chown(planted, user, group)
     planted.chmod(mode)
     build.library(tiny)
@@ -238,7 +238,7 @@ def test_a_library_that_others_can_write_is_compiled_again(tiny, planted, mode, 
 
 
 @needs_compiler
-def test_a_folder_of_the_users_own_group_is_used(tiny, planted, tmp_path, said):
+def test_cache_folder_writable_by_a_private_group_is_used(tiny, planted, tmp_path, said):
     if not library_cache._is_private_group(os.getegid()):
         pytest.skip("this user shares a group")
     (tmp_path / "cache").chmod(0o775)
@@ -248,7 +248,7 @@ def test_a_folder_of_the_users_own_group_is_used(tiny, planted, tmp_path, said):
 
 
 @needs_compiler
-def test_a_new_cache_is_private_even_if_new_files_are_shared(tiny, tmp_path, said):
+def test_new_cache_is_private_despite_a_permissive_umask(tiny, tmp_path, said):
     before = os.umask(0)
     try:
         build.library(tiny)
@@ -262,7 +262,7 @@ def test_a_new_cache_is_private_even_if_new_files_are_shared(tiny, tmp_path, sai
 @needs_compiler
 @pytest.mark.parametrize("suffix", [".so", ".sha256"])
 @pytest.mark.parametrize("kind", ["pipe", "endless link", "link", "bytes"])
-def test_what_is_no_file_of_a_library_is_compiled_again(tiny, planted, kind, suffix, tmp_path):
+def test_invalid_or_linked_library_files_are_recompiled(tiny, planted, kind, suffix, tmp_path):
     file = planted.with_suffix(suffix)
     copy = file.rename(tmp_path / f"copy{suffix}")
     if kind == "pipe":
@@ -277,7 +277,7 @@ def test_what_is_no_file_of_a_library_is_compiled_again(tiny, planted, kind, suf
 
 
 @needs_compiler
-def test_build_folders_of_killed_processes_are_removed_after_an_hour(tiny, tmp_path):
+def test_build_folders_older_than_an_hour_are_removed(tiny, tmp_path):
     cache = tmp_path / "cache"
     elsewhere = tmp_path / "elsewhere"
     for folder in (old := cache / ".seqmix-build-old", cache / ".seqmix-build-new", cache / "other", elsewhere):
@@ -293,13 +293,13 @@ def test_build_folders_of_killed_processes_are_removed_after_an_hour(tiny, tmp_p
     assert (elsewhere / "library.o").exists()
 
 
-def test_a_compiler_may_complain_in_any_encoding(tiny, monkeypatch, tmp_path):
+def test_compiler_error_in_any_encoding_is_reported(tiny, monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", script(tmp_path / "broken", "printf 'error: \\377 expected' >&2; exit 1"))
     with pytest.raises(SeqmixError, match=r"cannot compile tiny.cpp: error: . expected; set CXX"):
         build.library(tiny)
 
 
-def test_a_compiler_that_hangs_is_announced_and_stopped_once(tiny, monkeypatch, tmp_path, said):
+def test_hanging_compiler_is_announced_and_stopped_once(tiny, monkeypatch, tmp_path, said):
     monkeypatch.setattr(compiler, "NOTICE_SECONDS", 0.1)
     monkeypatch.setattr(compiler, "MAX_SECONDS", 0.5)
     os.mkfifo(pipe := tmp_path / "pipe")
@@ -324,7 +324,7 @@ def test_a_compiler_that_hangs_is_announced_and_stopped_once(tiny, monkeypatch, 
 @pytest.mark.parametrize(
     ("n", "y"), [(2, 2), (True, True), (np.int64(2), np.float32(0.5)), (torch.tensor(2), torch.tensor(0.5)), (2, 0.5)]
 )
-def test_a_function_takes_every_kind_of_number(tiny, n, y):
+def test_native_function_accepts_every_kind_of_number(tiny, n, y):
     to = torch.zeros(3)
     functions.call(tiny, "put", to, n, y, None)
     assert to.tolist() == [int(n), float(y), 1]
@@ -342,6 +342,6 @@ def test_a_function_takes_every_kind_of_number(tiny, n, y):
         ((1, 1, 2.0, None), "expects a tensor or None for `float\\* to`, got int"),
     ],
 )
-def test_a_function_refuses_other_arguments(tiny, arguments, reason):
+def test_native_function_raises_on_invalid_arguments(tiny, arguments, reason):
     with pytest.raises(SeqmixError, match=f"put of tiny.cpp {reason}"):
         functions.call(tiny, "put", *arguments)

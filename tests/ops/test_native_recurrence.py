@@ -1,6 +1,6 @@
-"""The native kernels of matrix states: neither threads, neighbours nor the division of heads change a bit of a result.
+"""Native kernels with matrix states: results are bitwise independent of threads, other rows and the split of heads.
 
-That they compute their ops is tested with all kernels, in test_kernels.py.
+test_kernels.py tests their results, with those of all kernels.
 """
 
 import itertools
@@ -69,7 +69,7 @@ def step(function, token, state, *, donated=False, **options):
 
 @every_read
 @pytest.mark.parametrize(("batch", "heads"), [(3, 2), (1, 1)])
-def test_the_number_of_threads_changes_no_bit(name, batch, heads):
+def test_thread_count_leaves_results_bitwise_unchanged(name, batch, heads):
     function, inputs, state = op_of(name, batch, 150, heads)
     states = torch.randn(batch, *state)
     threads, results = torch.get_num_threads(), []
@@ -84,7 +84,7 @@ def test_the_number_of_threads_changes_no_bit(name, batch, heads):
 
 
 @every_read
-def test_a_row_and_a_packed_document_are_computed_as_alone(name):
+def test_row_and_packed_document_match_each_computed_alone(name):
     function, inputs, state = op_of(name, 3, 100)
     states = torch.randn(3, *state)
     whole = run(function, inputs, states)
@@ -102,7 +102,7 @@ def test_a_row_and_a_packed_document_are_computed_as_alone(name):
 
 
 @every_op
-def test_what_is_not_a_number_stays_in_its_row_and_head(name):
+def test_nan_stays_in_its_row_and_head(name):
     function, inputs, state = op_of(name, 2, 70)
     inputs["v"][0, 3, 0, 5] = torch.nan
     output, final, *_ = run(function, inputs, torch.zeros(2, *state))
@@ -115,7 +115,7 @@ def test_what_is_not_a_number_stays_in_its_row_and_head(name):
 
 @pytest.mark.parametrize("name", ["dplr", "dplr with b"])
 @pytest.mark.parametrize("length", [70, 1])
-def test_keys_that_read_may_be_wider_than_queries(name, length):
+def test_native_kernels_accept_float32_a_and_b_with_bfloat16_queries(name, length):
     function, inputs, state = op_of(name, 2, length)
     narrow = {key: x.bfloat16() if key in "qkv" else x for key, x in inputs.items()}  # a and b stay float32
     states = torch.randn(2, *state)
@@ -128,7 +128,7 @@ def test_keys_that_read_may_be_wider_than_queries(name, length):
         torch.testing.assert_close(x.float(), y.float(), rtol=2e-2, atol=2e-2)
 
 
-def test_steps_of_a_token_are_tokens():
+def test_native_delta_product_matches_the_reference():
     _, inputs, state = op_of("delta", 2, 60)
     inputs |= {"q": inputs["q"][:, ::2], "log_decay": inputs["log_decay"][:, ::2]}
     states = torch.randn(2, *state)
@@ -174,13 +174,13 @@ def test_slow_decays_do_not_drift(name, kind, backend):
         ("retnet", "native (recurrent)"),
     ],
 )
-def test_models_on_a_cpu_use_it_where_it_is_faster(preset, backend):
+def test_models_on_a_cpu_use_native_kernels_where_faster(preset, backend):
     model = build_model(load_config(f"{preset}-tiny", ["model.n_layers=1"]).model)
     assert list(model.backends.values()) == [backend]
 
 
-def test_a_layer_trains_compiled_and_checkpointed():
-    """One graph, with the results of eager mode."""
+def test_native_op_trains_compiled_and_checkpointed():
+    """Compilation gives one graph and the same results as eager mode."""
     function, inputs, state = op_of("delta", 1, 70)
 
     def loss(states, **tensors):
@@ -201,7 +201,7 @@ def test_a_layer_trains_compiled_and_checkpointed():
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 5e-3)])
 @pytest.mark.parametrize(("heads", "keys", "values"), [(1, 5, 3), (2, 16, 64), (3, 13, 77)])
 @every_read
-def test_a_single_token_is_decoded_as_by_the_reference(name, heads, keys, values, dtype, tolerance, donated):
+def test_native_single_token_step_matches_the_reference(name, heads, keys, values, dtype, tolerance, donated):
     function, inputs, state = op_of(name, 3, 1, heads, keys, values)
     inputs = {name: x if name == "log_decay" else x.to(dtype) for name, x in inputs.items()}
     before = torch.randn(3, *state)

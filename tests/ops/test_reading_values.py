@@ -1,4 +1,4 @@
-"""The decay family with queries that read the state along its values, against its definition token by token."""
+"""`decay_reading_values`, whose queries read the state along its values, against a token-by-token definition."""
 
 import itertools
 from functools import partial
@@ -65,7 +65,7 @@ def call(q, k, v, log_decay, states, lengths, packed, **options):
 @pytest.mark.parametrize("strength", [0.0, 1.0, 50.0])
 @pytest.mark.parametrize(("lengths", "packed"), [([9, 9], False), ([4, 0, 6, 1], True), ([70], False)], ids=str)
 @pytest.mark.parametrize("paradigm", PARADIGMS)
-def test_it_is_the_definition(paradigm, lengths, packed, strength, resets):
+def test_output_state_and_gradients_match_the_definition(paradigm, lengths, packed, strength, resets):
     tensors = inputs_of(lengths, strength=strength, resets=resets, packed=packed)
     options = {"lengths": lengths, "packed": packed}
     found = differentiate(
@@ -80,7 +80,7 @@ def test_it_is_the_definition(paradigm, lengths, packed, strength, resets):
 @pytest.mark.parametrize("widths", [(64, 64), (33, 18), (5, 7)], ids=str)
 @pytest.mark.parametrize(("lengths", "packed"), [([130, 130], False), ([63, 0, 65, 1], True)], ids=str)
 @pytest.mark.parametrize("backend", ["reference", native])
-def test_low_precision_is_near_the_definition(backend, lengths, packed, widths, strength, dtype, tolerance):
+def test_low_precision_stays_near_the_definition(backend, lengths, packed, widths, strength, dtype, tolerance):
     *qkv, log_decay, states = inputs_of(lengths, 2, *widths, strength=strength, resets=(20,), packed=packed)
     narrow = [*(x.to(dtype) for x in qkv), log_decay.float(), states.float()]
     options = {"lengths": lengths, "packed": packed}
@@ -94,7 +94,7 @@ def test_low_precision_is_near_the_definition(backend, lengths, packed, widths, 
 @pytest.mark.parametrize("only", range(5))
 @pytest.mark.parametrize("of", [0, 1])
 @pytest.mark.parametrize("backend", ["reference", native])
-def test_each_gradient_alone_and_of_each_result_alone(backend, of, only):
+def test_each_gradient_of_each_result_is_correct_alone(backend, of, only):
     dtype = torch.float64 if backend == "reference" else torch.float32
     tensors = [x.to(dtype) for x in inputs_of([11, 11])]
     options = {"lengths": [11, 11], "packed": False}
@@ -112,7 +112,7 @@ def test_each_gradient_alone_and_of_each_result_alone(backend, of, only):
 
 
 @pytest.mark.parametrize("backend", ["reference", native])
-def test_no_state_is_the_state_of_zeros(backend):
+def test_omitted_state_equals_a_state_of_zeros(backend):
     q, k, v, log_decay, states = (x.float() for x in inputs_of([70, 70]))
     found = decay_reading_values(q, k, v, log_decay, backend=backend, chunk_size=16)
     assert found.final_state is None
@@ -124,7 +124,7 @@ def test_no_state_is_the_state_of_zeros(backend):
 
 
 @pytest.mark.parametrize("backend", ["triton", "fla"])
-def test_backends_without_it_run_the_reference(backend):
+def test_backends_without_a_kernel_run_the_reference(backend):
     q, k, v, log_decay, _ = inputs_of([9, 9])
     with Watched() as watched:
         decay_reading_values(q, k, v, log_decay, backend=backend)
@@ -134,14 +134,14 @@ def test_backends_without_it_run_the_reference(backend):
 @pytest.mark.slow
 @pytest.mark.parametrize("length", [1, 9, 64])
 @pytest.mark.parametrize("paradigm", PARADIGMS)
-def test_one_graph_of_a_compiler(paradigm, length):
+def test_compiles_into_one_graph_with_gradients(paradigm, length):
     torch._dynamo.reset()
     tensors, options = inputs_of([length, length]), {"lengths": [length, length], "packed": False, "paradigm": paradigm}
     compiled = torch.compile(partial(call, **options), fullgraph=True, backend="aot_eager")
     exactly(differentiate(compiled, tensors), differentiate(partial(call, **options), tensors))
 
 
-def test_time_and_memory_are_linear_in_tokens():
+def test_flops_are_linear_in_tokens():
     costs = []
     for length in (256, 512, 768):
         q, k, v, log_decay, _ = inputs_of([length])
@@ -150,7 +150,7 @@ def test_time_and_memory_are_linear_in_tokens():
 
 
 @pytest.mark.parametrize("paradigm", PARADIGMS)
-def test_what_does_not_fit_is_refused(paradigm):
+def test_mismatched_arguments_raise(paradigm):
     q, k, v, log_decay, states = inputs_of([9, 9])
     for tensors in ((q[..., :2], k, v, log_decay), (q, k[:, :, :1], v, log_decay), (q, k, v, log_decay[..., :3])):
         with pytest.raises(SeqmixError, match="expected") as error:

@@ -1,4 +1,4 @@
-"""What the decay family, the delta family and its general form share beside their kernel checks (test_kernels.py)."""
+"""Shared tests of the decay, delta and DPLR families beyond their kernel checks (test_kernels.py)."""
 
 import math
 from dataclasses import replace
@@ -39,7 +39,7 @@ def op_of(family):
 @pytest.mark.slow
 @calls(None, "H", "B T H", "B T H K")
 @pytest.mark.parametrize("lengths", [[130, 130], [63, 0, 70]], ids=str)
-def test_more_tokens_than_a_block_of_saved_states(family, paradigm, log_decay, lengths):
+def test_gradients_match_definition_beyond_one_block_of_saved_states(family, paradigm, log_decay, lengths):
     sizes = {"strength": 0.1} if family == "decay" else {"n_heads": 1}
     case = make(family, log_decay, lengths, chunk_size=48, **sizes)
     reproduce_kernel("gradients_are_the_definitions", reference(family, paradigm), case)
@@ -48,8 +48,8 @@ def test_more_tokens_than_a_block_of_saved_states(family, paradigm, log_decay, l
 @pytest.mark.parametrize("family", PARADIGMS)
 @pytest.mark.parametrize(("paradigm", "length"), [(Paradigm.CHUNKWISE, 4), (Paradigm.RECURRENT, 64)])
 @pytest.mark.parametrize("carried", [False, True])
-def test_many_short_documents_save_no_more_states_than_one_long(family, paradigm, length, carried):
-    """Of B = 1, H = 1, K = 4 and V = 6: elements that are saved for backward."""
+def test_short_documents_save_no_more_states_than_one_long_document(family, paradigm, length, carried):
+    """Counts the elements saved for backward with B = 1, H = 1, K = 4 and V = 6."""
 
     def saved(lengths):
         case = make(
@@ -66,9 +66,9 @@ def test_many_short_documents_save_no_more_states_than_one_long(family, paradigm
 
 
 @every
-def test_a_worked_example(family, paradigm):
-    """gamma = 1/2, from a state of 4; the delta rule with beta = 1/2 writes half of its error, as b = -1/2 does where
-    half of the value is written."""
+def test_worked_example_matches_hand_computed_values(family, paradigm):
+    """gamma = 1/2, and the state starts at 4. The delta rule with beta = 1/2 writes half of its error; DPLR does so
+    with b = -k/2 and half of each value."""
     steps = {
         "decay": ([1, 1, 2], [1, 2, 1], [1, 1, 3], [3, 3.5, 9.5], 4.75),  # 4/2 + 1, 3/2 + 2, 3.5/2 + 3
         "delta": ([1, 2], [1, 1], [3, 1], [2.5, 2.25], 1.125),  # 4/2 + (3 - 2)/2, 2.5/2 + (1 - 1.25)/2
@@ -86,7 +86,7 @@ def test_a_worked_example(family, paradigm):
 
 @calls("B T H", "B T H K")
 @pytest.mark.parametrize("reset", [0, 3, 4, 15, 16, 19])
-def test_nothing_is_left_of_what_is_before_a_reset(family, paradigm, log_decay, reset):
+def test_reset_erases_all_influence_of_earlier_tokens(family, paradigm, log_decay, reset):
     case = make(family, log_decay, [20, 20], resets=(reset,), chunk_size=20 if reset > 8 else 4)
     inputs = {name: x.requires_grad_() for name, x in case.inputs(CPU).items()}
     output, state = run(case, paradigm, inputs)
@@ -118,7 +118,7 @@ def test_compiles_into_one_graph_with_gradients(family, paradigm, log_decay, len
 
 @pytest.mark.slow
 @every
-def test_neither_data_nor_sizes_recompile(family, paradigm, counter):
+def test_new_data_and_sizes_do_not_recompile(family, paradigm, counter):
     compiled = torch.compile(op_of(family), fullgraph=True, backend=counter)
 
     def compare(function, lengths, seed=0):

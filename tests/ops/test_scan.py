@@ -1,4 +1,4 @@
-"""Scans against their recurrences, token by token and document by document in float64."""
+"""Scans against their recurrences, computed token by token and document by document in float64."""
 
 import itertools
 from functools import partial
@@ -90,7 +90,7 @@ def by_definition(op, tensors, lengths, packed):
 @every_paradigm
 @every_layout
 @pytest.mark.parametrize("chunk_size", [1, 3, 8, 64])
-def test_output_state_and_gradients_are_the_definition(op, paradigm, lengths, packed, chunk_size):
+def test_output_state_and_gradients_match_the_definition(op, paradigm, lengths, packed, chunk_size):
     given, boundaries = tensors(op, lengths, packed)
     *rest, state = given
     call = partial(op, *rest, paradigm=paradigm, chunk_size=chunk_size, cu_seqlens=boundaries)
@@ -112,7 +112,7 @@ def _gradients(results, leaves, above, kept):
 
 
 @every_paradigm
-def test_a_state_has_any_shape_and_inputs_any_strides(paradigm):
+def test_scan_accepts_any_state_shape_and_input_strides(paradigm):
     x, log_decay = randn(2, 3, 11, 4).permute(0, 2, 3, 1), -torch.rand(11, 2, 4, 3, dtype=torch.float64).transpose(0, 1)
     found = scan(x, log_decay, paradigm=paradigm, chunk_size=4, output_final_state=True)
     flat = scan(x.flatten(2), log_decay.flatten(2), chunk_size=4, output_final_state=True)
@@ -123,7 +123,7 @@ def test_a_state_has_any_shape_and_inputs_any_strides(paradigm):
 @every_op
 @every_paradigm
 @pytest.mark.parametrize("strength", [1e-6, 30.0, 1e4])
-def test_decays_that_underflow_or_hardly_decay_are_exact_in_float32(op, paradigm, strength):
+def test_very_strong_or_weak_decays_are_accurate_in_float32(op, paradigm, strength):
     # the sums over a block are far below what exp keeps, or almost 0
     given, _ = tensors(op, [96], False, strength=strength)
     given = [x.detach().float().requires_grad_() for x in given]
@@ -140,7 +140,7 @@ def test_decays_that_underflow_or_hardly_decay_are_exact_in_float32(op, paradigm
 
 
 @every_op
-def test_states_and_sums_are_wide_in_16_bits(op):
+def test_bfloat16_scans_keep_wide_states_and_sums(op):
     given, _ = tensors(op, [400], False, strength=0.01, reset=0, dtype=torch.bfloat16)
     *rest, state = given
     found = op(*rest, initial_state=state.float(), output_final_state=True)
@@ -153,7 +153,7 @@ def test_states_and_sums_are_wide_in_16_bits(op):
 
 @every_op
 @pytest.mark.parametrize("packed", [False, True])
-def test_it_is_one_node_for_a_compiler(op, packed, counter):
+def test_scan_compiles_into_one_graph(op, packed, counter):
     given, boundaries = tensors(op, [4, 9] if packed else [13, 13], packed)
     *rest, state = (x.detach() for x in given)
 
@@ -167,7 +167,7 @@ def test_it_is_one_node_for_a_compiler(op, packed, counter):
 
 @every_op
 @pytest.mark.parametrize("packed", [False, True])
-def test_its_op_passes_opcheck(op, packed):
+def test_scan_op_passes_opcheck(op, packed):
     given, boundaries = tensors(op, [4, 9] if packed else [13, 13], packed)
     numbers = None if boundaries is None else boundaries.tolist()
     arguments = (*given, boundaries, numbers, 4, True, False, True)
@@ -175,7 +175,7 @@ def test_its_op_passes_opcheck(op, packed):
 
 
 @pytest.mark.parametrize("op", [scan, selective_scan, diagonal_scan])
-def test_memory_for_the_backward_pass_is_a_state_per_block(op):
+def test_scan_saves_one_state_per_block_for_backward(op):
     given, _ = tensors(op, [640], False)
     saved = []
 
@@ -190,7 +190,7 @@ def test_memory_for_the_backward_pass_is_a_state_per_block(op):
     assert sum(x.numel() for x in others) == 640 // 16 * given[-1].numel()
 
 
-def test_wrong_input_is_refused():
+def test_invalid_arguments_raise():
     x, a = randn(2, 4, C), -torch.ones(2, 4, C, dtype=torch.float64)
     for wrong in (a[:, :3], a[..., :1]):
         with pytest.raises(SeqmixError, match=r"\[2, 4, 5\]"):
@@ -214,7 +214,7 @@ def test_wrong_input_is_refused():
 
 
 @every_op
-def test_a_step_is_differentiable_forward_and_the_same(op):
+def test_recurrent_step_matches_chunkwise_and_has_forward_mode(op):
     given, _ = tensors(op, [1, 1], False)
     *rest, state = (x.detach() for x in given)
     call = partial(op, initial_state=state, output_final_state=True)

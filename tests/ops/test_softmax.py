@@ -1,4 +1,4 @@
-"""Softmax attention beside its kernel checks (test_kernels.py): caches in place, ranges, precision, compilers."""
+"""Softmax attention beyond its kernel checks (test_kernels.py): in-place caches, range, precision, compilation."""
 
 import math
 from functools import partial
@@ -38,7 +38,7 @@ def ring(capacity, batch_size=2, read=0, dtype=torch.float64):
 
 @every_paradigm
 @pytest.mark.parametrize("length", [1, 3])
-def test_without_grad_a_ring_is_written_in_place(paradigm, length):
+def test_ring_cache_is_updated_in_place_without_grad(paradigm, length):
     state = ring(8)
     with torch.no_grad():
         _, final_state = softmax_attention(
@@ -51,7 +51,7 @@ def test_without_grad_a_ring_is_written_in_place(paradigm, length):
 
 @pytest.mark.parametrize("packed", [False, True])
 @every_paradigm
-def test_a_ring_without_window_never_overflows(paradigm, packed):
+def test_ring_overflow_raises_unless_the_window_fits(paradigm, packed):
     reads = torch.tensor([7, 4] if packed else [4])
     boundaries = torch.tensor([0, 1, 4]) if packed else None
     state = ring(7, batch_size=len(reads))._replace(length=reads)
@@ -75,18 +75,18 @@ def test_a_ring_without_window_never_overflows(paradigm, packed):
         ({"v": torch.zeros(2, 5, 2, 4).double()}, r"\[2, 6, 4, 4\], \[2, 6, 2, 4\], \[2, 5, 2, 4\]"),
     ],
 )
-def test_what_does_not_fit_is_refused(change, named):
+def test_mismatched_arguments_raise(change, named):
     with pytest.raises(SeqmixError, match=named):
         softmax_attention(**dict(zip("qkv", make(), strict=True)) | change)
 
 
-def test_a_ring_without_slots_is_refused():
+def test_ring_without_slots_raises():
     with pytest.raises(SeqmixError, match="1 token"):
         ring(0)
 
 
 @pytest.mark.parametrize("paradigm", [Paradigm.PARALLEL, Paradigm.RECURRENT])
-def test_a_decay_whose_factors_leave_the_dtype_is_refused(paradigm):
+def test_decay_that_overflows_the_dtype_raises(paradigm):
     with pytest.raises(RuntimeError, match="chunk_size"):
         softmax_attention(*make(length=400, dtype=torch.float32), log_decay=torch.full((4,), -0.5), paradigm=paradigm)
 
@@ -96,7 +96,7 @@ def exact(inputs, **options):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_chunks_keep_the_factors_of_a_decay_in_range(packed):
+def test_chunking_keeps_decay_factors_in_range(packed):
     inputs, cache = make(batch_size=1, length=400, dtype=torch.float32), ring(410, 1 + packed, 7, torch.float32)
     # the second document's cache lies far before the first block
     boundaries = torch.tensor([0, 380, 400]) if packed else None
@@ -107,7 +107,7 @@ def test_chunks_keep_the_factors_of_a_decay_in_range(packed):
 
 
 @every_paradigm
-def test_the_strongest_decay_allowed_is_accurate(paradigm):
+def test_strongest_allowed_decay_is_accurate(paradigm):
     inputs = make(length=64, dtype=torch.float16)
     log_decay = torch.full((4,), -0.99 * math.log(torch.finfo(torch.float16).max) / 64)
     output, _ = softmax_attention(*inputs, log_decay=log_decay, paradigm=paradigm)
@@ -115,7 +115,7 @@ def test_the_strongest_decay_allowed_is_accurate(paradigm):
 
 
 @pytest.mark.parametrize("chunk_size", [4, 64])
-def test_a_cache_of_a_million_keys_with_a_decay_is_finite(chunk_size):
+def test_decayed_cache_of_a_million_keys_gives_finite_output(chunk_size):
     past = torch.randn(1, 1_000_000, 1, 2)
     state = GrowingCache(past, past, torch.tensor([999_990]))
     log_decay = torch.tensor([-1.2528, -0.1]) / 512
@@ -129,7 +129,7 @@ def test_a_cache_of_a_million_keys_with_a_decay_is_finite(chunk_size):
 
 @every_paradigm
 @pytest.mark.parametrize("decayed", [False, True])
-def test_a_cache_keeps_its_dtype(paradigm, decayed):
+def test_cache_keeps_its_dtype(paradigm, decayed):
     q, k, v = make(length=4, dtype=torch.bfloat16)
     log_decay = torch.linspace(-0.05, 0, 4) if decayed else None
     for state in (ring(9, dtype=torch.float32), GrowingCache(*ring(3, dtype=torch.float32))):
@@ -140,7 +140,7 @@ def test_a_cache_keeps_its_dtype(paradigm, decayed):
         assert final_state.keys.dtype == final_state.values.dtype == torch.float32
 
 
-def test_memory_of_the_chunkwise_backward_is_linear():
+def test_chunkwise_backward_memory_is_linear():
     def saved_bytes(length):
         q, k, v = make(batch_size=1, length=length, requires_grad=True)
         seen = {}
@@ -161,7 +161,7 @@ def test_memory_of_the_chunkwise_backward_is_linear():
 @every_paradigm
 @pytest.mark.parametrize(("window", "context"), [(None, 0), (None, 5), (4, 0), (4, 9), (1, 3), (30, 40)])
 @pytest.mark.parametrize("length", [1, 11])
-def test_flops_are_what_a_counter_counts(paradigm, window, context, length):
+def test_declared_flops_match_counted_flops(paradigm, window, context, length):
     q, k, v = make(batch_size=1, length=length)
     state = None
     if context:
@@ -175,7 +175,7 @@ def test_flops_are_what_a_counter_counts(paradigm, window, context, length):
 
 @every_paradigm
 @pytest.mark.parametrize("context", [0, 5])
-def test_packed_documents_cost_the_sum_of_theirs(paradigm, context):
+def test_flops_of_packed_documents_equal_their_sum(paradigm, context):
     lengths = (5, 0, 3, 8)
     state = GrowingCache(*ring(context, batch_size=4, read=context)) if context else None
     options = {"cu_seqlens": torch.tensor([0, 5, 5, 8, 16]), "initial_state": state, "chunk_size": 3}
@@ -208,7 +208,7 @@ def test_compiles_into_one_graph_with_gradients(paradigm, case):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["fresh", "growing", "packed"])
 @pytest.mark.parametrize("paradigm", [Paradigm.PARALLEL, Paradigm.RECURRENT])
-def test_lengths_share_a_graph(paradigm, case, counter):
+def test_different_lengths_share_a_graph(paradigm, case, counter):
     compiled = torch.compile(softmax_attention, fullgraph=True, backend=counter)
     for length in (33, 40, 43):
         q, k, v = make(batch_size=1, length=length)
@@ -222,7 +222,7 @@ def test_lengths_share_a_graph(paradigm, case, counter):
     assert counter.frame_count == 2
 
 
-def test_a_full_ring_is_refused_in_compiled_code_too(counter):
+def test_full_ring_raises_in_compiled_code(counter):
     step = partial(softmax_attention, output_final_state=True, paradigm="recurrent")
     compiled, state, token = torch.compile(step, fullgraph=True, backend=counter), ring(2), make(length=1)
     with torch.no_grad():

@@ -1,7 +1,7 @@
-"""Softmax attention by FlexAttention and by xformers: the masks they are given, and the whole kernels where those run.
+"""Softmax attention with FlexAttention and xformers: the masks passed to them, and the full kernels where they run.
 
-xformers' kernels need a GPU. Elsewhere dense attention by its own masks stands in for them, so that all of the way to
-them and back is tested.
+The kernels of xformers need a GPU. Without one, dense attention with the masks of xformers replaces them, so that the
+code around them is still tested.
 """
 
 import sys
@@ -91,7 +91,7 @@ def seen(offer, length, window):
 
 @given(segments(st.integers(1, 9) | st.integers(100, 300)))
 @settings(max_examples=60, deadline=None)
-def test_blocks_cover_what_is_seen_and_the_function_is_the_mask(drawn):
+def test_flex_block_mask_and_mask_function_match_the_dense_mask(drawn):
     options, window = drawn
     segment, given_ = inputs(**options, width=1)
     offer, length = offered(segment, given_), segment[0].shape[1]
@@ -111,7 +111,7 @@ def test_blocks_cover_what_is_seen_and_the_function_is_the_mask(drawn):
 
 
 @pytest.mark.parametrize("window", [None, 1, 100, 128, 129, 300])
-def test_blocks_without_a_cache_are_those_that_torch_finds_pair_by_pair(window):
+def test_block_mask_without_a_cache_matches_create_block_mask(window):
     from torch.nn.attention.flex_attention import create_block_mask
 
     (_, k, v), _ = inputs([700], width=1)
@@ -123,7 +123,7 @@ def test_blocks_without_a_cache_are_those_that_torch_finds_pair_by_pair(window):
         assert_close(getattr(ours, name), getattr(theirs, name))
 
 
-def test_no_mask_is_as_large_as_all_pairs():
+def test_block_mask_never_allocates_all_pairs():
     lengths = [1500, 0, 2596]
     offer = offered(*inputs(lengths, packed=True, reads=[9, 40, 0], capacity=40, width=1))
     with Watched() as watched:
@@ -158,7 +158,7 @@ def test_flex_traces_into_one_graph(call):
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_the_compiled_kernel_visits_all_it_should():
+def test_compiled_flex_kernel_matches_softmax_attention():
     torch.compiler.reset()
     arguments, options = inputs([300], width=16)
     compiled = torch.compile(by_flex, fullgraph=True)
@@ -173,7 +173,7 @@ def reasons(kernel, named, **asked):
     return named in reason
 
 
-def test_flex_says_what_it_does_not_take():
+def test_flex_explains_unsupported_inputs():
     flex = find("softmax", Paradigm.PARALLEL, "flex")
     for taken in ({}, {"needs_grad": True, "window": True, "packed": True}, {"device": CPU, "key_width": 1}):
         assert flex.unsupported(replace(PROBE, **taken)) == []
@@ -186,14 +186,14 @@ def test_flex_says_what_it_does_not_take():
         by_flex(*arguments, **options)
 
 
-def test_a_higher_order_op_skips_opcheck():
+def test_higher_order_op_skips_opcheck():
     flex = find("softmax", Paradigm.PARALLEL, "flex")
     (outcome,) = check_kernel(flex, checks=["dispatched_ops_pass_opcheck"]).outcomes
     assert outcome.status is Status.SKIPPED
     assert "higher-order" in outcome.reason
 
 
-def test_only_what_a_query_can_see_is_gathered():
+def test_only_keys_visible_to_a_query_are_gathered():
     found = softmax_xformers.plan(2, 1, [9, 2], None, capacity=9, window=4)
     assert found.keys == [4, 3]
     assert found.packed
@@ -255,7 +255,7 @@ def standing_in(monkeypatch):
 
 
 @needs_xformers
-def test_the_whole_kernel_but_for_xformers_own_is_the_definition(standing_in):
+def test_xformers_wrapper_passes_kernel_checks_with_dense_attention(standing_in):
     checks = ["outputs_are_the_definitions", "gradients_are_the_definitions", "a_cut_changes_nothing"]
     checks += ["inputs_are_left_alone", "what_is_not_taken_is_refused", "tangents_are_right_or_refused"]
     checks += ["dispatched_ops_pass_opcheck"]
@@ -282,7 +282,7 @@ def test_xformers_compiles_into_one_graph_with_gradients(call, standing_in):
         assert_close(found, expected, rtol=0, atol=3e-5 * expected.abs().max().clamp(min=1).item())
 
 
-def test_what_xformers_cannot_load_is_copied():
+def test_tensors_xformers_cannot_load_are_copied():
     readable = softmax_xformers._aligned
     x = torch.zeros(2, 3, 4, 8)
     for given_ in (x, x[:, 1:], x[:, :, :1].expand(-1, -1, 4, -1)):
@@ -293,7 +293,7 @@ def test_what_xformers_cannot_load_is_copied():
         assert readable(given_) is not given_
 
 
-def test_xformers_says_what_it_does_not_take(monkeypatch):
+def test_xformers_explains_unsupported_inputs(monkeypatch):
     xformers, low = find("softmax", Paradigm.PARALLEL, "xformers"), {"window": True, "needs_grad": True}
     monkeypatch.setattr(softmax_xformers, "fmha", lambda: None)
     single = {"dtype": torch.float32, "key_width": 20}
@@ -346,13 +346,13 @@ def packages(tmp_path, monkeypatch):
         ("raise OSError('libc10_cuda.so: cannot open')", ATTENTION, "xformers.ops.fmha"),
     ],
 )
-def test_attention_is_imported_from_the_package_that_has_it(packages, mslk, xformers, imported):
+def test_attention_is_imported_from_whichever_package_has_it(packages, mslk, xformers, imported):
     packages(**{"mslk.attention.fmha": mslk, "xformers.ops.fmha": xformers})
     assert softmax_xformers.fmha().__name__ == imported
     assert choose("softmax", "xformers", PROBE)[Paradigm.PARALLEL] == "xformers"
 
 
-def test_an_xformers_without_attention_is_refused_with_the_remedy(packages):
+def test_xformers_without_attention_raises_with_a_remedy(packages):
     packages(**{"mslk": "", "xformers.ops.fmha": "# imports from mslk, and passes over an error"})
     with pytest.raises(SeqmixError) as refused:
         choose("softmax", "xformers", PROBE)
@@ -361,14 +361,14 @@ def test_an_xformers_without_attention_is_refused_with_the_remedy(packages):
     assert "\n" not in str(refused.value)
 
 
-def test_the_search_for_attention_is_a_constant_of_compiled_code(packages, counter):
+def test_search_for_attention_is_constant_in_compiled_code(packages, counter):
     packages(**{"mslk": "", "xformers.ops.fmha": ""})
     compiled = torch.compile(lambda x: x + len(softmax_xformers.limits(PROBE)), fullgraph=True, backend=counter)
     assert compiled(torch.zeros(1)) == 1
 
 
 @needs_xformers
-def test_the_limits_are_those_of_xformers_kernels():
+def test_limits_match_those_of_xformers_kernels():
     fmha = softmax_xformers.fmha()
     attn_bias, cutlass, flash = (import_module(f"{fmha.__name__}.{name}") for name in ("attn_bias", "cutlass", "flash"))
     bottom, blocks = "FromBottomRight", "BlockDiagonalCausal"

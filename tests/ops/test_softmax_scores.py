@@ -1,4 +1,4 @@
-"""What changes the scores of softmax attention, against its definition query by query: gates, slopes, cap, sinks."""
+"""Score modifications of softmax attention (gates, slopes, softcap, sinks) against a query-by-query definition."""
 
 import itertools
 import math
@@ -75,7 +75,7 @@ def part(given, start, stop):
 @pytest.mark.parametrize("names", SOME, ids="-".join)
 @pytest.mark.parametrize("window", [None, 4])
 @every_paradigm
-def test_at_once_and_in_pieces_it_is_the_definition_with_its_gradients(paradigm, window, names):
+def test_whole_and_segmented_outputs_match_the_definition(paradigm, window, names):
     given = chosen(*segment(9), names)
     expected = with_grads(definition(given, window), given)
     options = {"window": window, "paradigm": paradigm, "chunk_size": 2}
@@ -92,7 +92,7 @@ def test_at_once_and_in_pieces_it_is_the_definition_with_its_gradients(paradigm,
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("kind", ["growing", "ring"])
 @every_paradigm
-def test_documents_and_rows_with_different_pasts_are_alone(paradigm, kind, window, names):
+def test_documents_and_rows_with_different_pasts_are_independent(paradigm, kind, window, names):
     # three documents, then more of each of them packed, then two tokens more in a batch of three rows
     lengths, more, options = (4, 0, 6), (1, 3, 0), {"window": window, "paradigm": paradigm, "chunk_size": 2}
     alone = [chosen(*segment(a + b + 2, 1), names) for a, b in zip(lengths, more, strict=True)]
@@ -131,7 +131,7 @@ def test_documents_and_rows_with_different_pasts_are_alone(paradigm, kind, windo
 
 
 @every_paradigm
-def test_boundaries_that_only_the_device_knows_change_nothing(paradigm):
+def test_boundaries_known_only_on_device_give_equal_results(paradigm):
     given = chosen(*segment(9, 1), NAMES)
     options = {"state": None, "return_state": True, "chunk_size": 2, "backend": "sdpa"}
     call = Call(paradigm, **options)._replace(
@@ -148,7 +148,7 @@ def test_boundaries_that_only_the_device_knows_change_nothing(paradigm):
 
 @every_paradigm
 @pytest.mark.parametrize("strength", [1e-4, 1e-2, 1.0])
-def test_after_100_000_gates_their_sums_have_all_their_digits(paradigm, strength):
+def test_gate_sums_keep_full_precision_after_100_000_tokens(paradigm, strength):
     # of many tokens' gates, float32 has at best 7 digits; a weight is to be as exact as that of a few tokens
     generator, length = torch.Generator().manual_seed(0), 100_000
     gates = -strength * torch.rand(1, length, 1, generator=generator)
@@ -166,7 +166,7 @@ def test_after_100_000_gates_their_sums_have_all_their_digits(paradigm, strength
     assert_close(found.double(), expected, rtol=3e-6, atol=3e-6)
 
 
-def test_token_by_token_gates_are_as_exact_as_at_once():
+def test_gates_stay_accurate_when_decoding_token_by_token():
     # log f = -1e-4: a sum that each token rounds is off by half its last digit each time, and always in one direction
     length = 3000
     generator = torch.Generator().manual_seed(0)
@@ -182,7 +182,7 @@ def test_token_by_token_gates_are_as_exact_as_at_once():
 
 
 @pytest.mark.parametrize("capacity", [3, 5, 12])
-def test_a_cache_that_moves_keeps_its_gates(capacity):
+def test_resized_cache_keeps_its_gates(capacity):
     given = chosen(*segment(7), ("log_forget",))
     _, state = softmax_attention(**part(given, 0, 5), window=3, output_final_state=True)
     expected, _ = softmax_attention(**part(given, 5, 7), window=3, initial_state=state)
@@ -209,7 +209,7 @@ def test_gates_and_caps_are_not_rounded_to_16_bits(names, dtype):
 
 
 @pytest.mark.parametrize("names", [("log_forget",), ("slopes",)], ids="-".join)
-def test_torchs_sdpa_gets_no_bias_wider_than_its_queries(names, monkeypatch):
+def test_sdpa_bias_is_never_wider_than_the_queries(names, monkeypatch):
     # on a GPU it raises, or reads a float32 bias as if it were of 16 bits
     masks = []
 
@@ -227,7 +227,7 @@ def test_torchs_sdpa_gets_no_bias_wider_than_its_queries(names, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("paradigm", "case"), list(zip(PARADIGMS, ["growing", "ring", "packed"], strict=True)))
-def test_it_compiles_into_one_graph(paradigm, case):
+def test_attention_with_score_options_compiles_into_one_graph(paradigm, case):
     given = chosen(*segment(6, 1), NAMES)
     heads = empty_cache(RingCache, 1 + (case == "packed"), 9, (G, K, V), torch.empty(0).double(), H)
     options = {
@@ -242,7 +242,7 @@ def test_it_compiles_into_one_graph(paradigm, case):
     exactly(*(with_grads(y, given) for y, _ in results))
 
 
-def test_memory_of_the_chunkwise_backward_is_linear():
+def test_chunkwise_backward_memory_is_linear():
     def saved_bytes(length):
         given, seen = chosen(*segment(length, 1), NAMES), {}
 
@@ -259,7 +259,7 @@ def test_memory_of_the_chunkwise_backward_is_linear():
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("backend", ["flex", "xformers"])
-def test_backends_without_it_refuse_it_by_name(backend, name):
+def test_backends_raise_naming_the_score_option_they_lack(backend, name):
     given = {key: x.float() if torch.is_tensor(x) else x for key, x in chosen(*segment(4), (name,)).items()}
     with torch.no_grad(), pytest.raises(SeqmixError, match=f"{backend} does not support {name}"):
         softmax_attention(**given, backend=backend)
@@ -294,7 +294,7 @@ def test_backends_without_it_refuse_it_by_name(backend, name):
         ),
     ],
 )
-def test_what_does_not_fit_is_refused(change, named):
+def test_mismatched_arguments_raise(change, named):
     with pytest.raises(SeqmixError, match=named):
         softmax_attention(**chosen(*segment(6), ()) | change)
 
@@ -302,7 +302,7 @@ def test_what_does_not_fit_is_refused(change, named):
 @needs_fla
 @pytest.mark.parametrize("window", [None, 5])
 @every_paradigm
-def test_with_gates_it_is_flas_forgetting_attention(paradigm, window):
+def test_gated_attention_matches_fla_forgetting_attention(paradigm, window):
     assert INSTALLED
     tensors, _ = segment(30)
     arguments = [x.float() for x in tensors.values()]

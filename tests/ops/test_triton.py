@@ -1,7 +1,7 @@
-"""The Triton kernels of the decay and the delta family: on a GPU where there is one, else in Triton's interpreter.
+"""Triton kernels of the decay and delta families, on a GPU if there is one and otherwise in Triton's interpreter.
 
-The interpreter has to be chosen before triton is first imported, so there the tests run in a process of their own,
-which `test_in_the_interpreter` starts. It computes some hundred programs a second: sizes are small, and examples few.
+The interpreter must be selected before triton is first imported, so `test_triton_tests_pass_in_the_interpreter` runs
+these tests in a separate process. It runs about a hundred programs per second, so sizes are small and examples few.
 """
 
 import itertools
@@ -56,13 +56,15 @@ def call_of(q, k, v, log_decay, state, scale=None):
     return Recurrence(q, k, v, log_decay, None, state, None, None, scale, chunk_size=128, output_final_state=True)
 
 
-runs = pytest.mark.skipif(not (NATIVE or INTERPRETS), reason="in the interpreter's process: test_in_the_interpreter")
+runs = pytest.mark.skipif(
+    not (NATIVE or INTERPRETS), reason="in the interpreter's process: test_triton_tests_pass_in_the_interpreter"
+)
 on_a_gpu = pytest.mark.skipif(not NATIVE, reason="needs a GPU")
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(NATIVE or INTERPRETS, reason="here the tests run themselves")
-def test_in_the_interpreter(request):
+def test_triton_tests_pass_in_the_interpreter(request):
     pytest.importorskip("triton")
     profile = request.config.getoption("--hypothesis-profile")
     options = ["-q", "-p", "no:cacheprovider", *(["--hypothesis-profile", profile] if profile else [])]
@@ -103,7 +105,7 @@ KEYS = "B T H K"
 @pytest.mark.parametrize(
     ("case", "decay"), [*itertools.product(CASES, DECAYS), *((case, KEYS) for case in ("several tiles", "documents"))]
 )
-def test_output_state_and_gradients_are_those_of_the_recurrence(case, decay):
+def test_output_state_and_gradients_match_the_recurrence(case, decay):
     compare(decay, **CASES[case])
 
 
@@ -116,7 +118,7 @@ def test_output_state_and_gradients_are_those_of_the_recurrence(case, decay):
         (DecayCase, "B T H", False, True),
     ],
 )
-def test_only_the_states_between_chunks_of_documents_are_kept(kind, decay, before, after):
+def test_packed_documents_match_the_recurrence_with_optional_states(kind, decay, before, after):
     fields = {"kind": kind, "initial_state": before, "final_state": after}
     fields |= {"rate": 2.0} if kind is DeltaCase else {}
     fields["grad"] = (*"qkv", *kind.extras, "log_decay", *(["state"] if before else []))
@@ -126,8 +128,8 @@ def test_only_the_states_between_chunks_of_documents_are_kept(kind, decay, befor
 @runs
 @pytest.mark.parametrize("decay", [None, "B T H", KEYS])
 @pytest.mark.parametrize("length", [1, 37])
-def test_wide_outputs(decay, length):
-    """Sums of float16 above its range; products have the operands' roundings, gradients from above too."""
+def test_wide_outputs_hold_sums_beyond_the_range_of_float16(decay, length):
+    """Sums of float16 exceed its range; products and incoming gradients are rounded like the operands."""
     fields = {"key_width": 20, "value_width": 33, "chunk_size": 16, "dtype": torch.float16, "wide_output": True}
     compare(decay, [length], tolerance=1e-3, **fields)
     q, k, v = (torch.full((1, length, 1, 16), x, dtype=torch.float16, device=DEVICE) for x in (200.0, 2.0, 100.0))
@@ -146,7 +148,7 @@ def test_heads_of_a_group_share_queries_and_keys(decay, n_heads):
 
 
 @runs
-def test_the_last_tile_of_keys_that_decay_by_themselves_is_a_part():
+def test_partial_last_tile_of_per_key_decays_matches_the_recurrence():
     compare(KEYS, [18], key_width=48, chunk_size=16)
 
 
@@ -158,20 +160,20 @@ def test_the_last_tile_of_keys_that_decay_by_themselves_is_a_part():
         *((case, KEYS) for case in ("several tiles", "documents")),
     ],
 )
-def test_those_of_the_delta_rule_are(case, decay):
+def test_delta_output_state_and_gradients_match_the_recurrence(case, decay):
     sizes = CASES[case] | {"key_width": min(CASES[case].get("key_width", 16), 48)}
     compare(decay, kind=DeltaCase, rate=2.0, **sizes)
 
 
 @runs
-def test_keys_of_one_direction_are_solved():
-    """Every transition is a reflection: powers of the system would leave float32."""
+def test_identical_keys_match_the_recurrence():
+    """Every transition is a reflection, so powers of the system would overflow float32."""
     compare(None, [64], kind=DeltaCase, rate=0.0, tolerance=2e-5, beta=2.0)
 
 
 @runs
-def test_pairs_of_keys_are_not_rounded_before_they_are_solved():
-    """In float16 that would be 5.6e-3: roundings of a system add up."""
+def test_key_products_are_not_rounded_before_the_solve():
+    """Rounding to float16 would give an error of 5.6e-3, because rounding errors of a system add up."""
     options = {"rate": 0.0, "strength": 0.01, "dtype": torch.float16, "tolerance": 3.8e-3}
     compare(KEYS, [64], kind=DeltaCase, beta=1.9, spread=0.5, **options)
 
@@ -182,7 +184,7 @@ def test_pairs_of_keys_are_not_rounded_before_they_are_solved():
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 6e-3), (torch.float16, 1e-3)])
 @pytest.mark.parametrize("chunk_size", [64, 128])
 @pytest.mark.parametrize("kind", [DecayCase, DeltaCase])
-def test_widths_of_a_gpu(widths, decay, dtype, tolerance, chunk_size, kind):
+def test_gpu_head_widths_match_the_recurrence(widths, decay, dtype, tolerance, chunk_size, kind):
     if kind is DeltaCase and widths[0] > (64 if dtype == torch.float32 else 128 if decay == KEYS else 256):
         pytest.skip("refused")
     sizes = {"kind": kind} | {
@@ -199,7 +201,7 @@ def test_widths_of_a_gpu(widths, decay, dtype, tolerance, chunk_size, kind):
 @on_a_gpu
 @pytest.mark.parametrize("widths", [(64, 64), (100, 100), (256, 512)])
 @pytest.mark.parametrize("decay", DECAYS)
-def test_products_of_tf32_in_three_on_a_gpu(widths, decay):
+def test_tf32x3_products_match_the_recurrence_on_a_gpu(widths, decay):
     sizes = {"key_width": widths[0], "value_width": widths[1], "tolerance": 2e-6, "backend": "triton_tf32x3"}
     compare(decay, [300, 300], n_heads=2, **sizes)
     compare(decay, [130, 0, 1, 200], packed=True, **sizes)
@@ -231,7 +233,7 @@ nightly = pytest.mark.skipif(settings().max_examples < 1000, reason="takes a min
         *(pytest.param("tf32x3", decay, marks=nightly) for decay in ("fixed", "B T H")),
     ],
 )
-def test_the_tiles_of_a_gpu_in_the_interpreter(widths, lengths, decay, bits, monkeypatch):
+def test_gpu_tiles_match_the_recurrence_in_the_interpreter(widths, lengths, decay, bits, monkeypatch):
     # a few large tiles take the interpreter less time than many small ones
     table = configurations(32, *widths, tf32x3=True) if bits == "tf32x3" else configurations(bits, *widths)
     monkeypatch.setattr(triton_launch, "INTERPRETED", table)
@@ -245,7 +247,7 @@ def test_the_tiles_of_a_gpu_in_the_interpreter(widths, lengths, decay, bits, mon
     ("bits", "decay"),
     [(16, KEYS), *(pytest.param(*x, marks=nightly) for x in ((16, "B T H"), (32, "B T H"), (32, KEYS)))],
 )
-def test_those_of_the_delta_rule_in_the_interpreter(bits, decay, monkeypatch):
+def test_delta_gpu_tiles_match_the_recurrence_in_the_interpreter(bits, decay, monkeypatch):
     monkeypatch.setattr(triton_launch, "INTERPRETED", configurations(bits, 64, 64))
     monkeypatch.setattr(delta_triton, "is_interpreted", lambda: False)
     compare(decay, [129], kind=DeltaCase, rate=2.0, key_width=64, value_width=64)
@@ -288,8 +290,8 @@ def compare(decay, lengths, *, tolerance=2e-6, beta=None, spread=0.0, backend="t
         (5.0, torch.float16, 2e-3, KEYS),
     ],
 )
-def test_gradients_of_strong_decays_are_exact_for_their_size(strength, dtype, tolerance, decay):
-    """They are tiny, but an optimizer that divides by their size sees nothing else."""
+def test_gradients_of_strong_decays_have_small_relative_error(strength, dtype, tolerance, decay):
+    """The gradients are tiny, but an optimizer that divides by their size still depends on their accuracy."""
     # numbers above 0: what no sign takes away is there to be seen, token by token
     q, k, v, a, state = (x.abs() for x in tokens(decay, length=20, widths=(16, 20), heads=1))
     q, k, v, a = q.to(dtype), k.to(dtype), v.to(dtype), -strength * (0.9 + 0.2 * a)
@@ -306,7 +308,7 @@ def test_gradients_of_strong_decays_are_exact_for_their_size(strength, dtype, to
 
 @runs
 @pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=on_a_gpu)])
-def test_states_of_16_bits_are_added_up_in_32(dtype):
+def test_states_of_16_bit_inputs_accumulate_in_float32(dtype):
     # without a decay, and with a scale that is a power of two, nothing is rounded before it is added
     q, k, v = (1 + torch.randn(1, 8 * 16, 1, 16).to(DEVICE, dtype) for _ in range(3))
     initial = torch.randn(1, 1, 16, 16, device=DEVICE).requires_grad_()
@@ -322,7 +324,7 @@ def test_states_of_16_bits_are_added_up_in_32(dtype):
 
 @runs
 @pytest.mark.parametrize("keys", [(), (16,)])
-def test_resets_leak_nothing(keys):
+def test_resets_block_earlier_tokens_and_keep_gradients_finite(keys):
     q, k, v = (torch.randn(1, 40, 1, 16, device=DEVICE) for _ in range(3))
     a, resets = torch.full((1, 40, 1, *keys), -0.1, device=DEVICE), [0, 5, 16, 39]
     a[:, resets] = -math.inf
@@ -337,7 +339,7 @@ def test_resets_leak_nothing(keys):
 
 @runs
 @pytest.mark.parametrize("keys", [(), (16,)])
-def test_a_decay_that_is_not_a_number_is_seen(keys):
+def test_nan_decay_propagates_to_later_outputs(keys):
     q, k, v = (torch.ones(1, 4, 1, 16, device=DEVICE) for _ in range(3))
     a = torch.full((1, 4, 1, *keys), -1.0, device=DEVICE)
     a[0, 2].view(-1)[-1] = math.nan
@@ -347,7 +349,7 @@ def test_a_decay_that_is_not_a_number_is_seen(keys):
 
 
 @on_a_gpu
-def test_more_elements_than_int32_counts():
+def test_tensors_with_more_elements_than_int32_give_correct_results():
     q, k = (torch.randn(1, 2**17, 4, 64, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
     v = torch.randn(1, 2**17, 40, 512, device=DEVICE, dtype=torch.bfloat16)
     q, k = (x.repeat(1, 1, 10, 1) for x in (q, k))
@@ -376,7 +378,7 @@ def tokens(decay, length=64, widths=(20, 40), heads=2, batch=2):
 @torch.no_grad()
 @pytest.mark.parametrize("decay", DECAYS)
 @pytest.mark.parametrize("initial", [True, False])
-def test_the_recurrent_kernel_leaves_a_state_alone_unless_it_is_consumed(decay, initial):
+def test_recurrent_kernel_keeps_the_state_unless_donated(decay, initial):
     *inputs, state = tokens(decay, length=1)
     options = {"initial_state": state if initial else None, "output_final_state": True}
     expected, before = decay_recurrent(*inputs, **options), state.clone()
@@ -394,7 +396,7 @@ def test_the_recurrent_kernel_leaves_a_state_alone_unless_it_is_consumed(decay, 
 
 
 @runs
-def test_the_recurrent_kernel_leaves_gradients_and_more_tokens_to_the_reference(monkeypatch):
+def test_recurrent_kernel_leaves_gradients_and_longer_inputs_to_the_reference(monkeypatch):
     monkeypatch.setattr(decay_triton, "STEP_OP", None)
     for length, wanted in ((2, False), (1, True)):
         q, k, v, a, state = tokens("B T H", length=length)
@@ -409,7 +411,7 @@ def test_the_recurrent_kernel_leaves_gradients_and_more_tokens_to_the_reference(
 
 @runs
 @pytest.mark.parametrize("kind", [DeltaNetConfig, GatedDeltaNetConfig, KDAConfig])
-def test_layers_of_the_delta_rule_train_by_the_kernel(kind):
+def test_delta_layers_train_with_the_triton_kernel(kind):
     layers = [kind(n_heads=2, backend=name).build(32, layer_idx=0, n_layers=1).to(DEVICE) for name in BACKENDS]
     x, found = torch.randn(2, 20, 32, device=DEVICE), []
     for layer in layers:
@@ -424,8 +426,8 @@ def test_layers_of_the_delta_rule_train_by_the_kernel(kind):
 
 @runs
 @pytest.mark.parametrize("kind", ["retention", "linear_attention", "mamba2", "gla"])
-def test_layers_decode_by_the_step(kind, monkeypatch):
-    """Prefill, then tokens one by one from a state in its place: what the references give."""
+def test_layers_decode_with_the_step_kernel(kind, monkeypatch):
+    """Prefill, then decoding token by token with an in-place state, matches the references."""
 
     def model_of(backend):
         heads = {"head_dim": 32} if kind == "mamba2" else {"n_heads": 2}
@@ -448,7 +450,7 @@ def test_layers_decode_by_the_step(kind, monkeypatch):
 
 @runs
 @pytest.mark.parametrize(("function", "length"), [(decay_chunkwise_triton, 5), (decay_recurrent_triton, 1)])
-def test_it_compiles_into_one_graph(function, length):
+def test_triton_kernel_compiles_into_one_graph(function, length):
     q, k, v, a, state = tokens("H", length=length)
     options = {"initial_state": state, "output_final_state": True}
     compiled = torch.compile(function, backend="eager", fullgraph=True)
@@ -461,13 +463,13 @@ def test_it_compiles_into_one_graph(function, length):
 
 
 @runs
-def test_a_step_passes_opcheck():
+def test_step_passes_opcheck():
     q, k, v, a, state = tokens("H", length=1, widths=(16, 32))
     torch.library.opcheck(torch.ops.seqmix.decay_step_triton.default, call_of(q, k, v, a, state, 0.3))
 
 
 @runs
-def test_what_a_step_cannot_do_is_refused():
+def test_unsupported_step_inputs_raise():
     q, k, v, a, state = tokens("H", length=2)
     one = [x[:, :1] for x in (q, k, v)]
     for segment, before, named in (
@@ -484,7 +486,7 @@ def test_what_a_step_cannot_do_is_refused():
 @runs
 @nightly
 @torch.no_grad()
-def test_a_compiled_step_copies_no_donated_state():
+def test_compiled_step_does_not_copy_a_donated_state():
     q, k, v, a = (x.to(DEVICE) for x in (*torch.randn(2, 2, 1, 2, 16), torch.randn(2, 1, 2, 16), -torch.rand(2)))
     given, copied = torch.randn(2, 2, 2, 16, 16, device=DEVICE)
     options = {"initial_state": given, "output_final_state": True}
@@ -504,7 +506,7 @@ def test_a_compiled_step_copies_no_donated_state():
 
 
 @on_a_gpu
-def test_a_step_can_be_captured():
+def test_step_can_be_captured_in_a_cuda_graph():
     q, k, v, a, state = tokens("H")
     eager, static = state.clone(), [x[:, :1].clone() for x in (q, k, v)]
     decay_step_triton(call_of(*static, a, state.clone()))  # compiled before the capture
@@ -535,7 +537,7 @@ def native(monkeypatch):
 
 
 @pytest.mark.skipif(INTERPRETS, reason="takes a process of its own: once is enough")
-def test_it_is_found_without_triton_which_is_not_imported():
+def test_kernel_is_found_without_importing_triton():
     program = """
 import sys
 sys.modules["triton"] = None  # as if it were not there
@@ -559,7 +561,7 @@ print(*find("decay", "chunkwise", "triton").unsupported(probe))
         ({"value_width": 513}, "16 and 513"),
     ],
 )
-def test_reasons(native, asked, named):
+def test_unsupported_inputs_are_reported_with_reasons(native, asked, named):
     for dtype, log_decay in itertools.product((torch.bfloat16, torch.float16, torch.float32), DECAYS):
         widest = {"key_width": 256, "value_width": 512, "needs_grad": True}
         assert not KERNEL.unsupported(replace(PROBE, dtype=dtype, log_decay=log_decay, **widest))
@@ -580,7 +582,7 @@ def test_reasons(native, asked, named):
     assert "interpreter" in KERNEL.unsupported(replace(PROBE, dtype=torch.bfloat16))[0]
 
 
-def test_chunk_size_picks_the_chunk():
+def test_chunk_size_selects_the_configuration():
     table = configurations(16, 256, 512)
     assert [choose_configuration(table, size).chunk for size in (1, 63, 64, 100, 128, 1000)] == [
         64,
@@ -606,7 +608,7 @@ def test_chunk_size_picks_the_chunk():
         (False, True, [0, 1, 0, 0], [0, 1, 2, 3]),
     ],
 )
-def test_the_table_of_chunks(starts, ends, entering, leaving):
+def test_chunk_table_lists_chunks_and_their_states(starts, ends, entering, leaving):
     boundaries = torch.tensor([0, 0, 5, 5, 9, 10, 10], dtype=torch.int32)
     firsts, table = chunk_table(boundaries, 10, 4, starts=starts, ends=ends)
     assert firsts.tolist() == [0, 0, 2, 2, 3, 4, 4]
@@ -618,7 +620,7 @@ def test_the_table_of_chunks(starts, ends, entering, leaving):
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=8), st.integers(1, 4))
-def test_states_between_chunks_have_places_of_their_own(lengths, chunk):
+def test_each_state_between_chunks_has_its_own_slot(lengths, chunk):
     length = sum(lengths)
     boundaries = torch.tensor([0, *lengths]).cumsum(0)
     firsts, table = chunk_table(boundaries, length, chunk, starts=False, ends=False)
@@ -631,7 +633,7 @@ def test_states_between_chunks_have_places_of_their_own(lengths, chunk):
     assert len(places) < max(capacity(length, chunk, None), 1)
 
 
-def test_offsets_inside_a_chunk_fit_32_bits():
+def test_tensors_are_copied_only_if_chunk_offsets_exceed_32_bits():
     far = torch.empty_strided((1, 4, 1, 16), (1, 2**28, 16, 1), device="meta")
     assert addressable(far, 4) is far
     farther = torch.empty_strided((1, 8, 1, 16), (1, 2**28, 16, 1), device="meta")

@@ -1,12 +1,12 @@
-"""The Triton kernels, compiled for Hopper (sm_90) on any machine: what each configuration needs.
+"""Triton kernels compiled for Hopper (sm_90) on any machine: the resources that each configuration needs.
 
-Triton has its own assembler, so a configuration that spills registers, exceeds a block's shared memory or misses the
-tensor cores is seen without a GPU. What is compiled are the launches of real calls: the calls are made on the CPU, and
-what they would launch is recorded.
+Triton has its own assembler, so it detects without a GPU when a configuration spills registers, exceeds a block's
+shared memory or misses the tensor cores. The tests compile the launches of real calls, which are made on the CPU while
+their launches are recorded.
 
-The tests compile the paper's head; this file as a program compiles the whole table, which takes minutes, and prints
-what everything needs. Without words, it writes the table of docs/appendix/measurements.md if all fits, and of which
-files that is: a test fails until it was run after a change of one.
+The tests compile the head size of the paper. Run as a program, this file compiles the whole table, which takes minutes,
+and prints the resources of every kernel. Without arguments, it also writes the table of docs/appendix/measurements.md
+if everything fits, with a stamp of the source files; a test fails if one of these files changed since the last run.
 
     python tests/ops/test_triton_compile.py [WORDS OF A NAME]
 """
@@ -280,7 +280,7 @@ def faults(launches: list[Recorded]) -> list[str]:
     ("dtype", "chunk", "decay"),
     [(torch.bfloat16, 128, "B T H"), (torch.float32, 32, "H"), (torch.float32, 64, "B T H")],
 )
-def test_the_papers_head_fits(dtype, chunk, decay):
+def test_paper_head_size_compiles_without_faults(dtype, chunk, decay):
     configuration, *_ = configurations(8 * dtype.itemsize, 256, 512, tf32x3=chunk == 64)
     assert configuration.chunk == chunk
     assert faults(chunkwise(configuration, dtype, (256, 512), decay)) == []
@@ -289,7 +289,7 @@ def test_the_papers_head_fits(dtype, chunk, decay):
 @pytest.mark.parametrize(
     ("dtype", "widths"), [(torch.bfloat16, (128, 256)), pytest.param(torch.float32, (64, 64), marks=pytest.mark.slow)]
 )
-def test_keys_that_decay_by_themselves_fit(dtype, widths):
+def test_per_key_decay_kernels_compile_without_faults(dtype, widths):
     launches = chunkwise(configurations(8 * dtype.itemsize, *widths)[-1], dtype, widths, "B T H K")
     found = [x for x in launches if x.function.__name__ in KEYS | {"state_scan"}]
     # backward launches what forward does, and more
@@ -304,7 +304,7 @@ def test_keys_that_decay_by_themselves_fit(dtype, widths):
         pytest.param(torch.bfloat16, (256, 512), marks=pytest.mark.slow),
     ],
 )
-def test_the_delta_rule_fits(dtype, widths):
+def test_delta_kernels_compile_without_faults(dtype, widths):
     launches = chunkwise(configurations(8 * dtype.itemsize, *widths)[-1], dtype, widths, "B T H", beta=True)
     # the bands are those of other tests, and backward launches what forward does, and more
     found = [x for x in launches[4:] if x.function.__name__ in {"solve", "delta_scan"}]
@@ -319,7 +319,7 @@ def test_the_delta_rule_fits(dtype, widths):
         *(pytest.param(dtype, (64, 64), marks=pytest.mark.slow) for dtype in (torch.bfloat16, torch.float32)),
     ],
 )
-def test_the_delta_rule_with_keys_that_decay_by_themselves_fits(dtype, widths):
+def test_delta_kernels_with_per_key_decays_compile_without_faults(dtype, widths):
     launches = chunkwise(configurations(8 * dtype.itemsize, *widths)[-1], dtype, widths, "B T H K", beta=True)
     forward = ["key_decay", "key_pairs", "key_pairs", "solve", "delta_scan"]
     assert [x.function.__name__ for x in launches] == [
@@ -334,7 +334,7 @@ def test_the_delta_rule_with_keys_that_decay_by_themselves_fits(dtype, widths):
     assert faults([decay, pairs, solve, scan, reverse, strict]) == []
 
 
-def test_the_bands_of_the_delta_rule_fit():
+def test_delta_band_kernels_compile_without_faults():
     (configuration,) = configurations(16, 128, 128)[1:]
     launches = chunkwise(configuration, torch.bfloat16, (128, 128), "B T H", beta=True)
     bands = [x for x in launches if x.function.__name__ in {"band_backward", "decay_gradient"}]
@@ -345,7 +345,7 @@ def test_the_bands_of_the_delta_rule_fit():
 
 
 @pytest.mark.slow
-def test_heads_that_share_queries_and_keys_fit():
+def test_kernels_for_shared_queries_and_keys_compile_without_faults():
     configuration, *_ = configurations(16, 128, 64)
     *_, scan, band, gradient = chunkwise(configuration, torch.bfloat16, (128, 64), "B T H", shared=3)
     assert {x.arguments["shared"] for x in (scan, band, gradient)} == {3}
@@ -353,7 +353,7 @@ def test_heads_that_share_queries_and_keys_fit():
     assert faults([scan, band, gradient]) == []
 
 
-def test_a_wide_output_fits():
+def test_wide_output_kernel_compiles_without_faults():
     configuration, *_ = configurations(16, 128, 128)
     launches = chunkwise(configuration, torch.bfloat16, (128, 128), None, learned=False, wide_output=True)
     (band,) = [x for x in launches if x.function.__name__ == "band_forward"]
@@ -363,12 +363,12 @@ def test_a_wide_output_fits():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_step_fits(dtype):
+def test_step_kernel_compiles_without_faults(dtype):
     assert faults(step(dtype, (256, 512), "B T H K")) == []
 
 
 @pytest.mark.parametrize(("tf32x3", "precision"), [(False, "ieee"), (True, "tf32x3")])
-def test_products_of_float32_are_as_asked_for(tf32x3, precision):
+def test_float32_products_use_the_requested_precision(tf32x3, precision):
     (configuration,) = configurations(32, 64, 64, tf32x3=tf32x3)
     # a backward band takes a compiler long, and a scan has the same product
     scan, *_ = chunkwise(configuration, torch.float32, (64, 64), "H")
@@ -380,7 +380,7 @@ def test_products_of_float32_are_as_asked_for(tf32x3, precision):
     assert wrong == [f"has products of float32 that are tf32 and not {precision}"]
 
 
-def test_the_launches_are_those_of_the_ops():
+def test_recorded_launches_match_the_kernels_of_each_op():
     bands, learned = {"band_forward", "band_backward"}, {"band_forward", "band_backward", "decay_gradient"}
     for decay, names in {None: bands, "H": learned, "B T H": learned | {"clocks"}, "B T H K": KEYS}.items():
         (configuration,) = configurations(32, 64, 64)
@@ -389,7 +389,7 @@ def test_the_launches_are_those_of_the_ops():
     assert [recorded.function.__name__ for recorded in step(torch.float32, (64, 64), None)] == ["step"]
 
 
-def test_what_does_not_fit_is_seen():
+def test_oversized_configurations_are_reported_as_faults():
     (row, *_), dtype = configurations(16, 256, 512), torch.bfloat16
     scan = row._replace(scan=Launch((64, 128), 8, 6))
     found = faults([x for x in chunkwise(scan, dtype, (256, 512), None) if x.function.__name__ == "state_scan"][:1])
@@ -406,7 +406,7 @@ def test_what_does_not_fit_is_seen():
     assert "band_forward spills" in found[0]
 
 
-def test_the_whole_table_was_compiled_of_these_kernels():
+def test_measurements_table_was_compiled_from_these_kernels():
     assert stamp() in PAGE.read_text(encoding="utf-8"), "run: python tests/ops/test_triton_compile.py"
 
 
@@ -418,8 +418,8 @@ def moved(launches: list[Recorded], tokens: int) -> int:
 
 
 @pytest.mark.parametrize(("widths", "chunk", "bytes_moved"), [((256, 512), 128, 21_504), ((128, 128), 128, 5_120)])
-def test_training_moves_no_more_than_two_kernels_each_way_need(widths, chunk, bytes_moved):
-    """Forward 6 (K + V) + 4 K V / C, backward 10 K + 8 V + 6 K V / C, with states of 16 bits that forward keeps."""
+def test_training_moves_the_expected_number_of_bytes(widths, chunk, bytes_moved):
+    """Forward moves 6 (K + V) + 4 K V / C and backward 10 K + 8 V + 6 K V / C bytes; forward saves 16-bit states."""
     key, value = widths
     configuration = next(row for row in configurations(16, *widths) if row.chunk == chunk)
     launches = chunkwise(configuration, torch.bfloat16, widths, "H", learned=False, packed=False)

@@ -1,4 +1,4 @@
-"""Wrong mixers, and what the tests of the kit do with them."""
+"""Wrong mixers and helpers shared by the tests of the conformance kit."""
 
 from functools import partial
 

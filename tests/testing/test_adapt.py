@@ -1,4 +1,4 @@
-"""Any module can be checked: what it has is tested, what it has not is skipped by name, and a wrong one is caught."""
+"""`adapt` makes any module checkable: its features are tested, missing ones skipped with a reason, errors caught."""
 
 from typing import NamedTuple
 
@@ -48,7 +48,7 @@ def ends(config, **options):
     return {status: {o.check.name for o in report.outcomes if o.status is status} for status in Status}
 
 
-def test_a_module_without_a_state_is_checked_in_what_it_has():
+def test_stateless_module_runs_only_the_checks_that_apply():
     found = ends(adapt(Convolution))
     assert found[Status.FAILED] == set()
     assert {"the_future_changes_nothing", "rows_are_independent", "gradients_are_derivatives"} <= found[Status.PASSED]
@@ -59,7 +59,7 @@ def test_a_module_without_a_state_is_checked_in_what_it_has():
     assert not {name for name in found[Status.PASSED] if "state" in name or name.startswith("every_option")}
 
 
-def test_every_skip_names_its_reason():
+def test_every_skip_gives_a_reason():
     outcomes = check_mixer(adapt(Convolution(8), d_model=8), examples=1, compiles=False).outcomes
     reasons = {outcome.check.name: outcome.reason for outcome in outcomes if outcome.status is Status.SKIPPED}
     assert reasons["steps_equal_the_whole"] == "traits.state is none"
@@ -70,7 +70,7 @@ def test_every_skip_names_its_reason():
     assert all(reasons.values())
 
 
-def test_a_module_with_a_state_is_decoded():
+def test_module_with_a_state_passes_the_decoding_checks():
     found = ends(gru())
     # in 16 bits it rounds what it remembers at every token
     assert found[Status.FAILED] == {"dtypes_are_kept"}
@@ -91,7 +91,7 @@ def forgets(gru, x, state, *_):
     ],
     ids=lambda value: value if isinstance(value, str) else value.kind,
 )
-def test_a_wrong_module_is_caught(config, name):
+def test_wrong_module_fails_its_check(config, name):
     (outcome,) = check_mixer(config, checks=[name], examples=20, shrink=False).outcomes
     assert outcome.status is Status.FAILED
     assert f"config = adapt({config.kind}, ...)" in outcome.script
@@ -106,14 +106,14 @@ def decayed(q, k, v, g, initial_state=None, output_final_state=False):
     return torch.stack(o, dim=1), s
 
 
-def test_a_function_is_checked_between_projections():
+def test_adapted_op_is_checked_between_projections():
     names = ["paradigms_agree", "pieces_equal_the_whole", "gradients_are_derivatives", "the_future_changes_nothing"]
     assert check_mixer(adapt_op(decayed, gates={"g": F.logsigmoid}, state=True), checks=names, examples=4).passed
     bidirectional = adapt_op(lambda q, k, v: (q @ k.mT).softmax(-1) @ v, kind="heads")  # over heads, not tokens
     assert check_mixer(bidirectional, checks=["the_future_changes_nothing"], examples=4).passed
 
 
-def test_rounding_inside_is_not_held_against_a_module():
+def test_internal_rounding_does_not_fail_a_module():
     class InFloat32(Convolution):
         def forward(self, x):
             return super().forward(x).float().tanh().to(x.dtype)
@@ -133,12 +133,12 @@ def test_rounding_inside_is_not_held_against_a_module():
         (lambda: adapt(Convolution).build(8, layer_idx=0, n_layers=1).init_state(2), "no state"),
     ],
 )
-def test_what_does_not_fit_is_refused(make, words):
+def test_invalid_adaptations_raise(make, words):
     with pytest.raises(SeqmixError, match=words):
         make()
 
 
-def test_the_command_takes_modules_and_adapted_ones(tmp_path, monkeypatch):
+def test_command_accepts_modules_and_adapted_configs(tmp_path, monkeypatch):
     (tmp_path / "strangers.py").write_text(
         "from torch import nn\nfrom seqmix.testing import adapt\n"
         "class Layer(nn.Linear):\n    def __init__(self, d):\n        super().__init__(d, d)\n"

@@ -1,4 +1,4 @@
-"""What the kit reports of a wrong mixer."""
+"""Reports of the conformance kit about wrong mixers."""
 
 import importlib
 import re
@@ -22,7 +22,7 @@ def snippet_of(outcome):
     return "\n".join(outcome.script)
 
 
-def test_a_failure_names_what_differs_and_the_smallest_case_and_reproduces_it(forgetful, failure):
+def test_failure_report_shows_difference_smallest_case_and_reproduction(forgetful, failure):
     counts = []
     outcome = failure(forgetful, "paradigms_agree", on_case=lambda check, count: counts.append((check.name, count)))
     assert outcome.case == Case(start="initial")
@@ -57,12 +57,12 @@ def test_a_failure_names_what_differs_and_the_smallest_case_and_reproduces_it(fo
     ],
     ids=["the first step", "heads of a state"],
 )
-def test_a_difference_names_its_place(forgetful, check, case, place):
+def test_difference_names_its_location(forgetful, check, case, place):
     with pytest.raises(CheckFailure, match=place):
         reproduce(check, forgetful, case)
 
 
-def test_a_case_shrinks_to_the_fewest_tokens_on_which_it_fails(mixing, failure):
+def test_case_shrinks_to_the_fewest_failing_tokens(mixing, failure):
     def leaks_from_the_third_token_on(inner, x, call):
         y, after = inner(x, call)
         return (y + x[:, 2:3].sum() if x.shape[1] >= 3 else y), after
@@ -104,7 +104,7 @@ class Late(Retention):
     ],
     ids=["another output", "an error"],
 )
-def test_a_case_that_always_runs_is_reduced_and_its_lines_run(tmp_path, monkeypatch, failure, wrong, found, raised):
+def test_fixed_case_is_shrunk_and_its_script_reproduces_it(tmp_path, monkeypatch, failure, wrong, found, raised):
     (tmp_path / "late.py").write_text(WRONG_FROM_100_TOKENS_ON.replace("WRONG", wrong))
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "late", raising=False)
@@ -117,7 +117,7 @@ def test_a_case_that_always_runs_is_reduced_and_its_lines_run(tmp_path, monkeypa
     assert re.search(rf"^\S*{raised}", done.stderr, re.MULTILINE)
 
 
-def test_an_error_of_the_mixer_is_reported_with_its_line(mixing, failure):
+def test_mixer_error_is_reported_with_its_line(mixing, failure):
     def broken(inner, x, call):
         if x.shape[1] > 4:
             raise KeyError("no such weight")
@@ -127,7 +127,7 @@ def test_an_error_of_the_mixer_is_reported_with_its_line(mixing, failure):
     assert re.search(r"KeyError: 'no such weight' \(.*test_reports.py:\d+, in broken\)", outcome.reason)
 
 
-def test_output_and_state_without_any_gradient_are_a_failure(mixing, failure):
+def test_detached_output_and_state_fail_the_gradient_check(mixing, failure):
     def detached(inner, *given):
         y, after = inner(*given)
         return y.detach(), None if after is None else type(after)(*(leaf.detach() for leaf in after))
@@ -135,7 +135,7 @@ def test_output_and_state_without_any_gradient_are_a_failure(mixing, failure):
     assert "in_proj.weight" in failure(mixing(detached), "gradients_are_derivatives", shrink=False).reason
 
 
-def test_a_result_that_depends_on_earlier_calls_is_reported_as_such(mixing, failure):
+def test_dependence_on_earlier_calls_is_reported(mixing, failure):
     def flaky(inner, x, call):
         calls.append(1)
         y, after = inner(x, call)
@@ -180,7 +180,7 @@ class ReversingConfig(RetentionConfig):
     ],
     ids=["an option", "a nested field"],
 )
-def test_a_snippet_imports_what_it_names(monkeypatch, failure, config, imported):
+def test_snippet_imports_the_names_it_uses(monkeypatch, failure, config, imported):
     monkeypatch.setitem(sys.modules, __name__, sys.modules[ReversingConfig.__module__])
     snippet = snippet_of(failure(config, "the_future_changes_nothing", examples=300))
     assert set(re.findall(rf"from {__name__} import (\w+)", snippet)) == imported
@@ -188,7 +188,7 @@ def test_a_snippet_imports_what_it_names(monkeypatch, failure, config, imported)
         exec(snippet, {})
 
 
-def test_a_snippet_has_all_arguments_and_imports_the_script_that_runs(forgetful, monkeypatch, failure):
+def test_snippet_has_all_arguments_and_imports_from_the_running_script(forgetful, monkeypatch, failure):
     monkeypatch.setattr(type(forgetful), "__module__", "__main__")
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
     monkeypatch.setattr(sys.modules["__main__"], "__file__", "/folder/my_script.py", raising=False)
@@ -216,7 +216,7 @@ SLIPS = {
 
 
 @pytest.mark.parametrize("slip", SLIPS)
-def test_what_is_wrong_with_every_call_is_one_error(mixing, bound, slip):
+def test_mistake_in_every_call_raises_one_error(mixing, bound, slip):
     wrong, named = SLIPS[slip]
     config = mixing(wrong)
     with pytest.raises(ContractError, match=f"^retention: .*{named}"):
@@ -241,12 +241,12 @@ def raises(error):
     ],
     ids=["an error", "an error at every width", "not a mixer"],
 )
-def test_what_cannot_be_built_is_one_error(built, build, named):
+def test_mixer_that_cannot_be_built_raises_one_error(built, build, named):
     with pytest.raises(ContractError, match=f"^retention.*{named}"):
         check_mixer(built(build))
 
 
-def test_a_build_that_raises_with_other_options_is_a_failure(built, failure):
+def test_build_that_raises_for_other_options_fails_the_check(built, failure):
     def build(self, d_model, *, layer_idx, n_layers):
         return {"swish": Retention(self, d_model)}[self.gate]
 
@@ -255,7 +255,7 @@ def test_a_build_that_raises_with_other_options_is_a_failure(built, failure):
     assert outcome.case.options["gate"] != "swish"
 
 
-def test_an_expected_failure_is_not_one_and_one_that_passes_is(forgetful, failure):
+def test_expected_failure_passes_but_unexpected_success_fails(forgetful, failure):
     expected = {"paradigms_agree": "it ignores its state"}
     report = check_mixer(forgetful, checks=["paradigms_agree"], expected_failures=expected)
     (outcome,) = report.outcomes

@@ -1,4 +1,4 @@
-"""What the kit is asked for, what it skips and draws, and its checks as pytest cases."""
+"""Selection of checks and options, skipped checks, drawn cases, and checks as pytest cases."""
 
 import gc
 import importlib
@@ -55,7 +55,7 @@ class OneWayConfig(RetentionConfig):
 ONE_WAY = OneWayConfig(n_heads=2)
 
 
-def test_a_skip_names_the_trait():
+def test_skip_reason_names_the_trait():
     report = check_mixer(ONE_WAY, compiles=False, examples=1, vary=False)
     skipped = {o.check.name: o.reason for o in report.outcomes if o.status is Status.SKIPPED}
     assert skipped["paradigms_agree"] == "traits.paradigms has chunkwise alone"
@@ -89,12 +89,12 @@ def test_a_skip_names_the_trait():
     ],
     ids=str,
 )
-def test_a_wrong_argument_is_one_error_that_names_it(options, named):
+def test_invalid_argument_raises_an_error_naming_it(options, named):
     with pytest.raises(SeqmixError, match=named):
         check_mixer(**{"config": RETENTION, **options})
 
 
-def test_a_width_is_found(built):
+def test_valid_model_width_is_found_automatically(built):
     def build(self, d_model, *, layer_idx, n_layers):
         assert d_model % 16 == 0
         return Retention(self, d_model)
@@ -103,13 +103,13 @@ def test_a_width_is_found(built):
         assert check_mixer(config, checks=["dtypes_are_kept"], examples=1).d_model == 16
 
 
-def test_one_paradigm_alone_is_compared_with_the_reference(forgetful, failure):
+def test_single_paradigm_is_compared_with_the_reference(forgetful, failure):
     for paradigm in (Paradigm.CHUNKWISE, Paradigm.RECURRENT):
         failure(forgetful, "paradigms_agree", paradigms=(paradigm,), shrink=False)
     failure(forgetful, "pieces_equal_the_whole", paradigms=(Paradigm.RECURRENT,), shrink=False)
 
 
-def test_a_paradigm_that_is_not_asked_for_is_not_tested(mixing, failure):
+def test_paradigms_not_requested_are_not_tested(mixing, failure):
     def shifted(inner, x, call):
         y, after = inner(x, call)
         return y + (call.paradigm is Paradigm.CHUNKWISE), after
@@ -122,7 +122,7 @@ def test_a_paradigm_that_is_not_asked_for_is_not_tested(mixing, failure):
     failure(config, "pieces_equal_the_whole", paradigms=(Paradigm.CHUNKWISE,), shrink=False)
 
 
-def test_a_mixer_that_is_built_alone_is_initialised(built, failure):
+def test_uninitialised_parameter_fails_the_initialisation_check(built, failure):
     def build(self, d_model, *, layer_idx, n_layers):
         mixer = Retention(self, d_model)
         mixer.out_proj.weight = nn.Parameter(torch.empty_like(mixer.out_proj.weight))
@@ -150,8 +150,8 @@ def cases():
     del CHECKS["_records_its_cases"]
 
 
-def test_cases_are_a_function_of_the_seed_not_of_what_is_imported(cases, tmp_path, monkeypatch):
-    """Hypothesis takes numbers from the source of modules that happen to be there."""
+def test_cases_depend_on_the_seed_and_not_on_imported_modules(cases, tmp_path, monkeypatch):
+    """Hypothesis draws numbers from the source of imported modules."""
     first = [cases(seed, examples=60) for seed in range(4)]
     assert {len(found) for found in first} == {60}
     # no example is wasted on what was seen
@@ -166,7 +166,7 @@ def test_cases_are_a_function_of_the_seed_not_of_what_is_imported(cases, tmp_pat
     assert [cases(seed, examples=60) for seed in range(4)] == first
 
 
-def test_a_check_needs_a_property_and_a_name_of_its_own():
+def test_check_needs_a_docstring_and_a_unique_name():
     def nameless(trial):
         pass
 
@@ -183,7 +183,7 @@ def ids(mark):
     return [case.id for case in mark.mark.args[1]]
 
 
-def test_pytest_gets_a_case_for_every_configuration_and_check():
+def test_pytest_gets_one_case_per_configuration_and_check():
     configs = [RetentionConfig(n_heads=1), RETENTION, AttentionConfig(n_heads=2)]
     found = ids(parametrize_checks(configs, examples=1, vary=False))
     default = [name for name, check in CHECKS.items() if not check.stress]
@@ -197,7 +197,7 @@ def test_pytest_gets_a_case_for_every_configuration_and_check():
     assert {name.partition("-")[2] for name in of_kernels} == {"results_are_deterministic"}
 
 
-def test_pytest_reports_how_a_check_ended(forgetful, bound):
+def test_pytest_reports_the_outcome_of_a_check(forgetful, bound):
     bound(RETENTION, "paradigms_agree")()
     with pytest.raises(pytest.fail.Exception, match="chunkwise against recurrent"):
         bound(forgetful, "paradigms_agree")()
@@ -226,18 +226,18 @@ def test_pytest_reports_how_a_check_ended(forgetful, bound):
         ),
     ],
 )
-def test_a_wrong_selection_is_one_error_that_names_it(function, arguments, named):
+def test_invalid_selection_raises_an_error_naming_it(function, arguments, named):
     with pytest.raises(SeqmixError, match=named):
         function(**arguments)
 
 
 @pytest.mark.parametrize("given", [{"checks": []}, {"expected_failures": {}}], ids=str)
-def test_a_bound_check_selects_nothing(bound, given):
+def test_bound_check_rejects_selection_arguments(bound, given):
     with pytest.raises(SeqmixError, match=next(iter(given))):
         bound(RETENTION, "paradigms_agree")(**given)
 
 
-def test_a_suite_draws_the_same_cases_in_every_run(bound, monkeypatch):
+def test_suite_draws_the_same_cases_in_every_run(bound, monkeypatch):
     def record(**options):
         seen.update(options)
         return Outcomes(outcomes=[CheckOutcome(CHECKS["paradigms_agree"], Status.PASSED)])
@@ -269,12 +269,12 @@ class ListedConfig(RetentionConfig):
 
 
 @pytest.mark.parametrize("config", [TiledConfig(n_heads=2), ListedConfig(n_heads=2)], ids=lambda config: config.kind)
-def test_chunk_sizes_are_those_that_the_configuration_takes(config):
+def test_only_chunk_sizes_the_configuration_accepts_are_drawn(config):
     assert chunk_sizes(config) == [64, 32]
     passes(config, "paradigms_agree", "chunk_size_changes_nothing", examples=3)
 
 
-def test_chunk_sizes_that_building_refuses_are_not_drawn(built):
+def test_chunk_sizes_that_fail_to_build_are_not_drawn(built):
     def build(self, d_model, *, layer_idx, n_layers):
         if self.chunk_size % 64:
             raise ContractError("chunks are whole tiles")
@@ -288,7 +288,7 @@ class OneOfThreeConfig(RetentionConfig):
     paradigm: Literal[Paradigm.PARALLEL] = Paradigm.PARALLEL
 
 
-def test_a_declared_paradigm_that_the_configuration_refuses_is_a_failure(failure):
+def test_declared_paradigm_that_the_configuration_rejects_fails(failure):
     reason = failure(OneOfThreeConfig(n_heads=2), "configurations_round_trip").reason
     assert "paradigm=chunkwise" in reason.splitlines()[0]
 
@@ -298,7 +298,7 @@ class RefusedConfig(RetentionConfig):
     width: int = Field(default=2, examples=["no", 3])
 
 
-def test_an_example_that_its_field_refuses_is_an_error():
+def test_field_example_that_fails_validation_raises():
     with pytest.raises(ContractError, match=r"RefusedConfig: .*width .*'no'"):
         check_mixer(RefusedConfig(n_heads=2))
 
@@ -309,7 +309,7 @@ class LearnedConfig(RetentionConfig):
     positions: int = Field(default=1024, gt=0)
 
 
-def test_options_are_the_values_that_annotations_and_examples_name():
+def test_options_come_from_annotations_and_examples():
     found = alternatives(RETENTION)
     wanted = {"n_heads": [1, 3], "decay": ["log_uniform", "constant", "none"], "gamma": [0.8], "row_norm": [False]}
     assert {name: found[name] for name in wanted} == wanted
@@ -323,8 +323,8 @@ def test_options_are_the_values_that_annotations_and_examples_name():
 
 
 @pytest.mark.parametrize("kind", [kind for kind in MIXERS.kinds() if MIXERS.origin(kind).startswith("seqmix.")])
-def test_all_options_of_the_built_in_mixers_are_varied(kind):
-    """A number without examples would stay as it is."""
+def test_all_options_of_built_in_mixers_are_varied(kind):
+    """A numeric option without examples would never be varied."""
     config = MIXERS.resolve(kind).example()
     continuous = {"rope_base", "rotation_base", "norm_eps", "key_eps", "eps", "dropout"}
     of_the_start = {"a_range", "time_step_range", "decay_range", "decay_shift", "sine_frequency"}
@@ -352,13 +352,13 @@ class DeepConfig(RetentionConfig):
     ],
     ids=source,
 )
-def test_what_is_written_is_python_that_makes_it(value):
+def test_source_evaluates_back_to_the_value(value):
     assert eval(source(value), globals()) == value
 
 
 @pytest.mark.parametrize("name", ["modes_change_nothing", "a_state_survives_the_disk", "paradigms_agree"])
-def test_nothing_of_a_check_waits_for_the_garbage_collector(name, monkeypatch):
-    """In a process of many objects it comes rarely: a suite over all mixers kept 10 GiB."""
+def test_checks_free_mixers_without_garbage_collection(name, monkeypatch):
+    """The collector runs rarely in a process with many objects: a suite over all mixers kept 10 GiB."""
     made, build = weakref.WeakSet(), RetentionConfig.build
     monkeypatch.setattr(RetentionConfig, "build", lambda *a, **k: [mixer := build(*a, **k), made.add(mixer)][0])
     gc.disable()
@@ -369,8 +369,8 @@ def test_nothing_of_a_check_waits_for_the_garbage_collector(name, monkeypatch):
     assert not made
 
 
-def test_options_that_a_check_does_not_ask_for_are_not_searched(monkeypatch):
-    """`build` may be slow, and of one mixer hundreds of combinations are possible."""
+def test_options_a_check_does_not_need_are_not_searched(monkeypatch):
+    """`build` may be slow, and a mixer can have hundreds of option combinations."""
     built, build = [], RetentionConfig.build
     monkeypatch.setattr(RetentionConfig, "build", lambda *a, **k: [build(*a, **k), built.append(None)][0])
     check_mixer(RetentionConfig(n_heads=2), checks=["a_state_is_tensors_batch_first"], examples=2)

@@ -1,4 +1,4 @@
-"""What a check does with a mixer: layouts, parameters, states, memory, and what is said of causes and warnings."""
+"""How a check runs a mixer: layouts, parameters, states, memory limits, and reporting of causes and notes."""
 
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ from seqmix.testing.mixer.trial import Trial
 
 
 @pytest.mark.parametrize("layout", [strided, time_first])
-def test_a_gradient_arrives_as_it_was_laid_out(layout):
+def test_gradient_arrives_with_the_requested_layout(layout):
     linear, strides = nn.Linear(4, 4), []
     y = linear(torch.ones(2, 3, 4))
     y.register_hook(lambda gradient: strides.append(gradient.stride()))
@@ -25,7 +25,7 @@ def test_a_gradient_arrives_as_it_was_laid_out(layout):
     assert strides != [torch.ones(2, 3, 4).stride()]
 
 
-def test_a_module_that_keeps_a_list_of_its_parameters_learns_without_dropout():
+def test_gru_receives_all_parameter_gradients_in_training_use():
     gru = adapt(lambda d: nn.GRU(d, d, batch_first=True), call=lambda gru, x, *_: (gru(x)[0], None), kind="GRU")
     trial = Trial(Subject(gru), Case(lengths=(3,), use="training"))
     y, _ = trial.mixer_in_use(trial.tokens())
@@ -37,8 +37,8 @@ class Memory(NamedTuple):
     h: torch.Tensor
 
 
-def test_states_are_those_that_tokens_lead_to():
-    """A symmetric matrix stays one, in every start and along every derivative."""
+def test_moved_mesa_state_stays_symmetric_positive_definite():
+    """A symmetric matrix stays symmetric in a moved start state and along its derivatives."""
     trial = Trial(Subject(Mesa.config_class()), Case(lengths=(3,), start="moved", seed=3))
     gram = trial.state().gram
     torch.testing.assert_close(gram, gram.mT)
@@ -60,7 +60,7 @@ class Pairs(nn.Linear):
         return super().forward(pairs @ x)
 
 
-def test_a_case_that_needs_too_much_memory_is_left_out_and_said(monkeypatch):
+def test_case_that_needs_too_much_memory_is_skipped_with_a_reason(monkeypatch):
     # memory that earlier tests have freed stays in the process, and would be used without asking
     numbers = 2**26
     monkeypatch.setattr(memory_limit, "MAX_BYTES", 4 * numbers)
@@ -70,7 +70,7 @@ def test_a_case_that_needs_too_much_memory_is_left_out_and_said(monkeypatch):
     assert "needs more than" in outcome.reason
 
 
-def test_a_cache_in_autocasts_dtype_is_a_warning():
+def test_cache_in_the_autocast_dtype_passes_with_a_note():
     def call(linear, x, state, *_):
         keys = linear(x)
         keys = keys if state is None else torch.cat((state.h.to(keys.dtype), keys), dim=1)
@@ -91,7 +91,7 @@ def test_a_cache_in_autocasts_dtype_is_a_warning():
     assert any("expected the state's h in torch.float32, got torch.bfloat16" in note for note in outcome.notes)
 
 
-def test_one_cause_is_reported_once(mixing):
+def test_failures_with_one_cause_are_reported_once(mixing):
     def broken(inner, x, call):
         if x.shape[1] > 4:
             raise KeyError("no such weight")
@@ -106,7 +106,7 @@ def test_one_cause_is_reported_once(mixing):
     assert cause_of("a: off by 1.5e-3 in 3 of 4") == cause_of("a: off by 2 in 1 of 9") != cause_of("b: off by 2")
 
 
-def test_every_option_is_tried_once_however_few_examples_are_asked_for():
+def test_every_option_is_tried_even_with_few_examples():
     config = RetentionConfig(n_heads=2)
     (outcome,) = check_mixer(config, checks=["position_matters_only_where_declared"], examples=1).outcomes
     assert outcome.examples > len(Subject(config).single_options)

@@ -1,4 +1,4 @@
-"""The kit refuses no right mixer, however unlike the built-in ones; and what a trait excludes is refused by name."""
+"""The kit accepts correct mixers that differ from the built-in ones, and errors name the trait that excludes a use."""
 
 import pytest
 import torch
@@ -17,18 +17,18 @@ ASKED = [name for name in CHECKS if NIGHTLY or name not in SLOW]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", UNUSUAL, ids=lambda config: config.kind)
-def test_no_check_refuses_a_right_mixer(config):
+def test_correct_unusual_mixer_passes_all_checks(config):
     report = check_mixer(config, checks=ASKED, examples=40 if NIGHTLY else 4, compiles=NIGHTLY)
     assert {outcome.check.name: outcome.reason for outcome in report.failures} == {}
 
 
-def test_logarithms_may_be_rounded_at_every_token():
-    """A state of logarithms is one unit of roundoff further off after each of 2,049 tokens."""
+def test_log_space_state_may_round_at_every_token():
+    """A log-space state accumulates one unit of roundoff per token over 2,049 tokens."""
     case = Case(lengths=(2049,), dtype=torch.float32, start="initial", seed=1)
     reproduce("long_segments_do_not_drift", LogSpaceGRU.config_class(), case)
 
 
-def test_a_state_is_refused_where_the_parallel_paradigm_takes_none():
+def test_state_raises_where_the_parallel_paradigm_takes_none():
     mixer = NoState.config_class().build(12, layer_idx=0, n_layers=1)
     x = torch.ones(2, 3, 12)
     _, state = mixer(x, paradigm="parallel", return_state=True)
@@ -39,13 +39,13 @@ def test_a_state_is_refused_where_the_parallel_paradigm_takes_none():
         mixer(x, paradigm="parallel")
 
 
-def test_what_cannot_be_compiled_is_refused_by_name():
+def test_compiling_an_uncompilable_mixer_raises_with_its_name():
     mixer = TorchGRU.config_class().build(12, layer_idx=0, n_layers=1)
     with pytest.raises(Exception, match=r"torchgru cannot be compiled \(traits.compiles is False\)"):
         torch.compile(mixer, fullgraph=True, backend="eager")(torch.ones(2, 3, 12))
 
 
-def test_a_position_is_found_whatever_its_name(failure):
+def test_dependence_on_position_is_detected(failure):
     class Counts(Unusual, right=False):
         def init_state(self, batch_size, *, max_length=None):
             return Counted(self.zeros(batch_size, self.width), self.zeros(batch_size, dtype=torch.int64))
@@ -69,7 +69,7 @@ def test_complex_numbers_are_compared_within_the_tolerance():
         found.tensor("the state", z + 1e-3, z)
 
 
-def test_what_is_not_finite_is_said_where_the_tolerance_is_not_either():
+def test_non_finite_values_are_reported_even_with_a_nan_tolerance():
     x = torch.full((2,), torch.nan)
     not_finite = pytest.raises(CheckFailure, match=r"not finite on either side .* in 2 of 2 elements")
     with not_finite, Differences("steps", 1e-9, {"the state": torch.nan}) as found:

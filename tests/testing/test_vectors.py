@@ -1,4 +1,4 @@
-"""Conformance vectors: they are right, they find wrong implementations, and their runner needs nothing of seqmix."""
+"""Conformance vectors: they are correct, they detect wrong implementations, and their runner does not need seqmix."""
 
 import json
 import os
@@ -64,7 +64,7 @@ def require_right(vector, ops, backends):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_ops_give_the_expected_results(family, ops):
+def test_ops_match_the_vectors(family, ops):
     for vector in vector_cases((family,)):
         if vector.property != "long":
             require_right(vector, ops, BACKENDS)
@@ -72,20 +72,20 @@ def test_the_ops_give_the_expected_results(family, ops):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_ops_give_the_expected_results_for_long_texts_and_token_by_token(family, ops):
+def test_ops_match_the_vectors_on_long_inputs_and_token_by_token(family, ops):
     for vector in vector_cases((family,)):
         backends = BACKENDS if vector.property == "long" else ()
         require_right(vector, ops, (*backends, ("recurrent", "float32")))
 
 
-def test_every_case_has_an_id_of_its_own_and_a_reason():
+def test_every_case_has_a_unique_id_and_a_reason():
     cases = list(vector_cases())
     assert len({case.id for case in cases}) == len(cases) > 200
     assert {case.family for case in cases} == FAMILIES.keys() == VARIANTS.keys()
     assert all(case.reason.endswith(".") for case in cases)
 
 
-def test_inputs_are_the_same_numbers_in_every_dtype():
+def test_inputs_are_exact_in_bfloat16():
     for vector in vector_cases(("delta",)):
         if vector.property == "odd widths":
             _, parts = evaluate(vector)
@@ -94,7 +94,7 @@ def test_inputs_are_the_same_numbers_in_every_dtype():
                 assert torch.equal(x.bfloat16().float(), x)
 
 
-def test_the_index_follows_its_schema(folder):
+def test_index_follows_its_schema(folder):
     jsonschema = pytest.importorskip("jsonschema")
     index, schema = (json.loads((folder / name).read_text()) for name in ("index.json", "index.schema.json"))
     jsonschema.Draft202012Validator.check_schema(schema)
@@ -105,7 +105,7 @@ def test_the_index_follows_its_schema(folder):
         jsonschema.validate(index | {"format": 2}, schema)
 
 
-def test_the_same_version_writes_the_same_bytes(folder, tmp_path):
+def test_writing_the_vectors_twice_gives_identical_files(folder, tmp_path):
     write_vectors(tmp_path / "again", SMALL)
     assert {file.name for file in folder.iterdir()} == {file.name for file in (tmp_path / "again").iterdir()}
     for file in folder.iterdir():
@@ -135,7 +135,7 @@ def run_runner(folder, text, *options, name=""):
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder.parent)
 
 
-def test_the_runner_needs_neither_seqmix_nor_torch(folder):
+def test_runner_needs_neither_seqmix_nor_torch(folder):
     results = folder.parent / "results.json"
     ended = run_runner(folder, IMPLEMENTATION, "--json", str(results))
     assert ended.returncode == 0, ended.stdout + ended.stderr
@@ -147,7 +147,7 @@ def test_the_runner_needs_neither_seqmix_nor_torch(folder):
     assert not any(status == runner.FAILED for _, status in counts)
 
 
-def test_the_runner_shows_what_is_wrong_and_why_the_case_exists(folder):
+def test_runner_shows_the_failure_and_why_the_case_exists(folder):
     ended = run_runner(folder, IMPLEMENTATION.replace("decay[:, t] * h", "h"))
     assert ended.returncode == 1
     assert "FAILED scan/reset (log-decay -inf)" in ended.stdout
@@ -155,7 +155,7 @@ def test_the_runner_shows_what_is_wrong_and_why_the_case_exists(folder):
     assert "allowed 2.0e-05" in ended.stdout
 
 
-def test_the_runner_says_what_it_cannot_read(folder):
+def test_runner_reports_unusable_arguments(folder):
     assert "has a function for none of the families scan" in run_runner(folder, "def skan(): pass").stderr
     assert "expected families among scan" in run_runner(folder, IMPLEMENTATION, "--families", "skan").stderr
     missing = subprocess.run(
@@ -168,7 +168,7 @@ def returning(text):
     return f"import numpy as np\n\n\ndef scan(inputs, attributes, cotangents):\n    return {text}\n"
 
 
-def test_an_implementation_that_exits_has_failed(folder):
+def test_implementation_that_exits_is_reported_as_failed(folder):
     ended = run_runner(folder, "import sys\n\n\ndef scan(*_):\n    sys.exit(0)\n")
     assert ended.returncode == 1
     assert "FAILED scan/" in ended.stdout
@@ -189,7 +189,7 @@ def test_an_implementation_that_exits_has_failed(folder):
     ],
     ids=["array", "none", "out", "gradients", "gradient", "text", "error"],
 )
-def test_results_that_cannot_be_read_are_failures(folder, text, message):
+def test_unreadable_results_are_failures(folder, text, message):
     ended = run_runner(folder, returning(text))
     assert ended.returncode == 1
     assert not ended.stderr
@@ -201,7 +201,7 @@ def test_gradients_of_absent_inputs_are_allowed(folder):
     assert "FAILED" not in run_runner(folder, IMPLEMENTATION.replace('"state": h', more)).stdout
 
 
-def test_the_runner_prints_why_nothing_passed(folder):
+def test_runner_prints_why_nothing_passed(folder):
     ended = run_runner(folder, "def scan(*_):\n    raise NotImplementedError('no scans on Tuesdays')")
     assert ended.returncode == 1
     assert "not offered: no scans on Tuesdays (" in ended.stdout
@@ -216,7 +216,7 @@ def sentence(ended):
     return line
 
 
-def test_the_runner_names_the_objects_that_have_families(folder):
+def test_runner_suggests_objects_that_implement_families(folder):
     text = (
         IMPLEMENTATION.replace("def scan", "def _scan")
         + "import numpy\nclass Ops: scan = staticmethod(_scan)\nright = Ops()\nleft = Ops()"
@@ -227,7 +227,7 @@ def test_the_runner_names_the_objects_that_have_families(folder):
     assert run_runner(folder, text, name=":left").returncode == 0
 
 
-def test_a_file_that_does_not_run_is_one_sentence(folder):
+def test_file_that_fails_to_import_reports_one_line(folder):
     assert sentence(run_runner(folder, "import nothere.at_all")).endswith("mine.py needs the package nothere")
     assert sentence(run_runner(folder, "x = 1\ny = z")).endswith(
         "mine.py cannot be imported: NameError: name 'z' is not defined (line 2)"
@@ -235,7 +235,7 @@ def test_a_file_that_does_not_run_is_one_sentence(folder):
 
 
 @pytest.mark.parametrize("name", ["index.json", "scan.safetensors"])
-def test_damaged_vectors_are_one_sentence(folder, tmp_path, name):
+def test_damaged_vectors_report_one_line(folder, tmp_path, name):
     for file in folder.iterdir():
         content = file.read_bytes()
         (tmp_path / file.name).write_bytes(content[: len(content) // 2] if file.name == name else content)
@@ -245,7 +245,7 @@ def test_damaged_vectors_are_one_sentence(folder, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["index.json", "scan.safetensors"])
-def test_a_pipe_among_the_vectors_is_not_waited_for(folder, tmp_path, name):
+def test_runner_does_not_wait_for_a_pipe_among_the_vectors(folder, tmp_path, name):
     for file in folder.iterdir():
         if file.name == name:
             os.mkfifo(tmp_path / name)
@@ -254,13 +254,13 @@ def test_a_pipe_among_the_vectors_is_not_waited_for(folder, tmp_path, name):
     assert str(tmp_path) in sentence(run_runner(folder, IMPLEMENTATION, "--vectors", str(tmp_path)))
 
 
-def test_a_report_that_cannot_be_written_is_one_sentence(folder):
+def test_unwritable_report_file_reports_one_line(folder):
     message = sentence(run_runner(folder, IMPLEMENTATION, "--json", "nowhere/a.json"))
     assert message == "nowhere/a.json cannot be written: No such file or directory"
 
 
-def test_any_index_gives_results_or_one_sentence(folder, tmp_path, monkeypatch, capsys):
-    """Seeded; one sentence at most, and nothing that controls a terminal."""
+def test_mutated_index_gives_results_or_a_one_line_error(folder, tmp_path, monkeypatch, capsys):
+    """Mutations are seeded; output is printable, so it holds no control characters for a terminal."""
     index = json.loads((folder / "index.json").read_text())
     index["cases"] = index["cases"][:3]
     (tmp_path / "scan.safetensors").write_bytes((folder / "scan.safetensors").read_bytes())
@@ -284,7 +284,7 @@ def test_any_index_gives_results_or_one_sentence(folder, tmp_path, monkeypatch, 
 @pytest.mark.parametrize(
     "families", [["scan,short_convolution"], ["scan", "short_convolution,"]], ids=["commas", "both"]
 )
-def test_the_runner_takes_families_by_commas_or_spaces(folder, families):
+def test_runner_accepts_families_separated_by_commas_or_spaces(folder, families):
     results = folder.parent / "results.json"
     run_runner(folder, IMPLEMENTATION, "--json", str(results), "--families", *families)
     assert {result["family"] for result in json.loads(results.read_text())} == set(SMALL)
@@ -325,7 +325,7 @@ def by_differences(inputs, attributes, cotangents):
     ],
     ids=["right", "start", "final", "documents", "16 bits"],
 )
-def test_a_wrong_scan_fails_where_it_is_wrong(folder, wrong, properties):
+def test_wrong_scan_fails_the_expected_properties(folder, wrong, properties):
     implementation = SimpleNamespace(scan=lambda *call: exact_scan(*call, **wrong))
     found = failures(runner.run(implementation, folder, families=["scan"])).keys()
     assert found >= properties
@@ -333,7 +333,7 @@ def test_a_wrong_scan_fails_where_it_is_wrong(folder, wrong, properties):
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_a_scan_by_differences_of_sums_fails_at_resets(folder):
+def test_scan_by_cumulative_differences_fails_at_resets(folder):
     cases = [pair for pair in runner.load_vectors(folder, ["scan"]) if pair[0]["property"] != "long"]
     results = [
         (which, status)
@@ -351,7 +351,7 @@ def run_command(monkeypatch, *arguments):
     return ended.value.code
 
 
-def test_the_command_refuses_before_it_computes(tmp_path, monkeypatch, capsys):
+def test_command_rejects_bad_arguments_before_computing(tmp_path, monkeypatch, capsys):
     assert run_command(monkeypatch, tmp_path / "v", "--families", "scan,lag_scan") == 2
     error = capsys.readouterr().err
     assert "there is no family 'lag_scan'; did you mean \"log_scan\"?" in error
@@ -364,7 +364,7 @@ def test_the_command_refuses_before_it_computes(tmp_path, monkeypatch, capsys):
     assert "expected a new or empty folder" in capsys.readouterr().err
 
 
-def test_the_command_writes_some_families(tmp_path, monkeypatch, capsys):
+def test_command_writes_the_selected_families(tmp_path, monkeypatch, capsys):
     assert run_command(monkeypatch, tmp_path / "v", "--families", "short_convolution,") == 0
     assert "11 cases" in capsys.readouterr().out
     assert {file.name for file in (tmp_path / "v").iterdir()} == {
@@ -375,7 +375,7 @@ def test_the_command_writes_some_families(tmp_path, monkeypatch, capsys):
     }
 
 
-def test_the_implementation_of_the_page_passes(folder):
+def test_documented_implementation_passes(folder):
     page = (ROOT / "docs" / "reference" / "vectors.md").read_text()
     (text,) = re.findall(r"```python\n# my_scan.py\n(.*?)```", page, re.DOTALL)
     ended = run_runner(folder, text)
