@@ -8,6 +8,7 @@ import torch
 import typer
 
 from ..registry import DataError, SeqmixError, nearest_hint, parse_duration
+from .console import note
 
 Overrides = Annotated[
     list[str] | None,
@@ -18,6 +19,11 @@ Overrides = Annotated[
     ),
 ]
 Run = Annotated[Path, typer.Argument(help="A run directory, written by `seqmix train`.", metavar="RUN")]
+Out = Annotated[
+    Path | None, typer.Argument(help="Output, instead of --out; must not exist.", metavar="[OUT]", show_default=False)
+]
+FormerTo = Annotated[Path | None, typer.Option("--to", hidden=True)]
+"""Former name of --out in commands whose output has one format; to be removed in 0.5."""
 Checkpoint = Annotated[
     str, typer.Option(help="Checkpoint: newest, best (by validation loss), or a step.", metavar="newest|best|STEP")
 ]
@@ -95,3 +101,23 @@ def require_writable(*files: Path | None) -> None:
             raise DataError(f"{file} cannot be written: it is a folder")
         if not os.access(file if file.exists() else folder, os.W_OK):
             raise DataError(f"{file} cannot be written: permission denied")
+
+
+def output_path(command: str, *places: Path | None, former: Path | None = None) -> Path | None:
+    """Return the output of a command, which is given as OUT or as --out; None if it is not given.
+
+    Args:
+        command: name of the command, for messages.
+        places: values of OUT and --out.
+        former: value of --to, the former name of --out, which is used with a note.
+
+    Raises:
+        SeqmixError: the output is given more than once.
+    """
+    if former is not None:
+        note(f"{command} --to is now --out: the old name works until 0.5")
+    named = [place for place in (*places, former) if place is not None]
+    if len(named) > 1:
+        given = " and ".join(map(str, named))
+        raise SeqmixError(f"{command} expects one output, got {given}: give OUT or --out, not both")
+    return named[0] if named else None

@@ -136,13 +136,13 @@ class JsonCommand(TyperCommand):
 
 
 def _require_usable(file: Path, options: Mapping[str, Any]) -> None:
-    """Raise SeqmixError if a file cannot be written, or is the value of another option too."""
+    """Raise SeqmixError if a file cannot be written, or is the value of another argument too."""
     if file == STANDARD_OUTPUT:
         return
     require_writable(file)
-    for name, value in options.items():
+    for value in options.values():
         if isinstance(value, Path) and value.absolute() == file.absolute():
-            raise SeqmixError(f"--{name.replace('_', '-')} and --json are both {file}: give them different names")
+            raise SeqmixError(f"--json and another argument are both {file}: give them different names")
 
 
 @contextmanager

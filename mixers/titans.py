@@ -36,16 +36,18 @@ from torch import Tensor, nn
 
 from ..ops.delta import unit_norm
 from ..ops.ttt import MomentumLayer, Norm, titans, titans_flops
+from .base.contract import MixerConfig
 from .base.roles import Role
+from .base.traits import Traits
 from .parts import Call, GatedNorm, Paradigm, ShortConv
-from .parts.fast_weights import FastWeightConfig, FastWeightMixer, FastWeightState
+from .parts.fast_weights import FastWeightMixer, FastWeightState, fast_weight_traits
 from .parts.qkv import Heads, OutputGate
 
 FIRST_BIASES = (0.0, 0.0, -5.0)
 """Biases of rate, momentum and forget gate at initialisation: sigmoids of 0.5, 0.5 and 0.007."""
 
 
-class TitansConfig(FastWeightConfig):
+class TitansConfig(MixerConfig):
     """Titans' memory: the state is a small network, trained with momentum and a forget gate while it reads."""
 
     kind: Literal["titans"] = "titans"
@@ -63,6 +65,11 @@ class TitansConfig(FastWeightConfig):
     """Constant added to the mean square in the output norm, and to the variance in the layer norm of the `mlp`."""
     paradigm: Paradigm = Field(default=Paradigm.CHUNKWISE, strict=False)
     """Paradigm of training and evaluation."""
+
+    @property
+    def traits(self) -> Traits:
+        """Traits of mixers with fast weights."""
+        return fast_weight_traits(self.mini_batch)
 
     def build(self, d_model: int, *, layer_idx: int, n_layers: int) -> "Titans":
         return Titans(self, d_model)

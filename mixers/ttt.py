@@ -27,14 +27,15 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..ops.ttt import FastLayer, Norm, ttt, ttt_flops
+from .base.contract import MixerConfig
 from .base.roles import Role
-from .base.traits import ContractError
+from .base.traits import ContractError, Traits
 from .parts import Call, Paradigm, ShortConv, rotated
-from .parts.fast_weights import FastWeightConfig, FastWeightMixer, FastWeightState
+from .parts.fast_weights import FastWeightMixer, FastWeightState, fast_weight_traits
 from .parts.qkv import Heads
 
 
-class TTTConfig(FastWeightConfig):
+class TTTConfig(MixerConfig):
     """Test-time training: the state is a small network, trained on keys and values while it reads them."""
 
     kind: Literal["ttt"] = "ttt"
@@ -52,6 +53,11 @@ class TTTConfig(FastWeightConfig):
     """Constant added to the variance in both layer norms."""
     paradigm: Paradigm = Field(default=Paradigm.CHUNKWISE, strict=False)
     """Paradigm of training and evaluation."""
+
+    @property
+    def traits(self) -> Traits:
+        """Traits of mixers with fast weights."""
+        return fast_weight_traits(self.mini_batch)
 
     def build(self, d_model: int, *, layer_idx: int, n_layers: int) -> "TTT":
         return TTT(self, d_model)

@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
+from ...registry import SeqmixError
 from ...training.checkpoint.averaging import average_run
-from ..options import Run, Trust
+from ..options import FormerTo, Out, Run, Trust, output_path
 from ..output import visible
 
 
@@ -23,18 +24,23 @@ class AverageResult:
 
 def average(
     run: Run,
-    to: Annotated[Path, typer.Option(help="New run directory to write.", metavar="DIR")],
+    place: Out = None,
+    out: Annotated[Path | None, typer.Option(help="New run directory to write; must not exist.", metavar="DIR")] = None,
     checkpoints: Annotated[
         int, typer.Option(help="Number of last checkpoints to average, at most training.keep_checkpoints.", min=2)
     ] = 2,
     trust: Trust = False,
+    to: FormerTo = None,
 ) -> AverageResult:
     """Average the weights of a run's last checkpoints, and write them as a new run directory.
 
     Other commands read it like any other run directory, but it cannot be resumed.
 
-    [bold]seqmix average runs/retnet-tiny --checkpoints 2 --to runs/averaged[/bold]
+    [bold]seqmix average runs/retnet-tiny runs/averaged --checkpoints 2[/bold]
     """
-    steps = average_run(run, to, checkpoints=checkpoints, trust=trust)
-    typer.echo(visible(f"{to} has the mean of the weights after steps {', '.join(f'{step:,}' for step in steps)}"))
-    return AverageResult(str(to), list(steps))
+    target = output_path("average", place, out, former=to)
+    if target is None:
+        raise SeqmixError("average needs an output: --out DIR")
+    steps = average_run(run, target, checkpoints=checkpoints, trust=trust)
+    typer.echo(visible(f"{target} has the mean of the weights after steps {', '.join(f'{step:,}' for step in steps)}"))
+    return AverageResult(str(target), list(steps))

@@ -10,7 +10,7 @@ import typer
 from ...registry import SeqmixError, nearest_hint
 from ...training import export_run
 from ..console import note
-from ..options import Checkpoint, Ema, Run, Trust, Weights, checkpoint_choice
+from ..options import Checkpoint, Ema, Out, Run, Trust, Weights, checkpoint_choice, output_path
 from ..output import visible
 
 FORMATS = ("safetensors", "hf", "onnx")
@@ -36,9 +36,7 @@ class ExportResult:
 
 def export(
     run: Run,
-    place: Annotated[
-        Path | None, typer.Argument(help="Output, instead of --out.", metavar="[OUT]", show_default=False)
-    ] = None,
+    place: Out = None,
     to: Annotated[
         str,
         typer.Option(
@@ -84,10 +82,10 @@ def export(
     """
     if to not in FORMATS:
         raise SeqmixError(f"expected --to {' or '.join(FORMATS)}, got {to!r}{nearest_hint(to, FORMATS)}")
-    target = place if out is None else out
-    if target is None or (place is not None and out is not None):
+    target = output_path("export", place, out)
+    if target is None:
         what = {"safetensors": "FILE.safetensors", "hf": "DIR", "onnx": "FILE.onnx"}[to]
-        raise SeqmixError(f"export --to {to} needs exactly one output: --out {what}")
+        raise SeqmixError(f"export --to {to} needs an output: --out {what}")
     if to == "safetensors" and target.suffix == ".onnx":
         raise SeqmixError(f"{target} is the name of an ONNX file: add --to onnx")
     if opset is not None and to != "onnx":

@@ -125,7 +125,7 @@ def write_run(
     Raises:
         SeqmixError: the directory exists already or cannot be written, or the model does not fit its tokenizer.
     """
-    require_vacant(out, "--to")
+    require_vacant(out)
     data = {} if vocabulary is None else {"tokenizer": str(out / TOKENIZER_FILE), "begin_token": begin}
     training = {"steps": 1000, "batch_size": 8, "learning_rate": 1e-4}
     fields = {"model": model.model_dump(), "data": {"kind": "text", **data}, "training": training}
@@ -143,7 +143,7 @@ def write_folder(out: Path, config: Mapping[str, Any], tensors: Mapping[str, Ten
     Raises:
         SeqmixError: the folder exists already or cannot be written.
     """
-    require_vacant(out, "--to")
+    require_vacant(out)
     with replacing_folder(out) as partial:
         write_file(json.dumps(config, indent=2, default=str) + "\n", partial / CONFIGS[0])
         if vocabulary is not None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ...ops.runtime.call import Call
 from ...ops.runtime.paradigm import Paradigm
 from ...ops.ttt import TTT_PARADIGMS, FastLayer, MomentumLayer
-from ..base.contract import MixerConfig, SequenceMixer
+from ..base.contract import SequenceMixer
 from ..base.roles import Role, RowBlock
 from ..base.traits import Traits
 from .projections import projections_of
@@ -27,21 +27,15 @@ from .short_convolution import ShortConvolution
 from .widths import head_width
 
 
-class FastWeightConfig(MixerConfig):
-    """Configuration of a mixer with fast weights; a subclass has the fields of `FastWeightMixer`, with its defaults."""
-
-    mini_batch: int
-
-    @property
-    def traits(self) -> Traits:
-        """Traits: primal and dual form, and a constant state whose mini-batches depend on the position."""
-        return Traits(
-            paradigms=TTT_PARADIGMS,
-            state="constant",
-            packing=True,
-            # with mini-batches of one token there are no places in them
-            shift_invariant=self.mini_batch == 1,
-        )
+def fast_weight_traits(mini_batch: int) -> Traits:
+    """Return the traits: primal and dual form, and a constant state whose mini-batches depend on the position."""
+    return Traits(
+        paradigms=TTT_PARADIGMS,
+        state="constant",
+        packing=True,
+        # with mini-batches of one token there are no places in them
+        shift_invariant=mini_batch == 1,
+    )
 
 
 class LinearMemory(NamedTuple):

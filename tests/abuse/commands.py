@@ -38,7 +38,7 @@ def commands() -> dict[str, list[str]]:
         "plot": ["plot", "run", "--out", "new.html"],
         "plot-png": ["plot", "run", "--figure", "loss", "--out", "new.png"],
         "export": ["export", "run", "--out", "new.safetensors"],
-        "average": ["average", "run", "--to", "new"],
+        "average": ["average", "run", "new"],
         "compare": ["compare", "study.yaml", "--out", "new"],
         "bench": ["bench", "train", *TINY, "--only", "seqmix", "--json", "new.json", "--markdown", "new.md"],
         "convert": ["convert", "theirs", "--tokenizer", "bytes", "--to", "new"],

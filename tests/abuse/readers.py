@@ -27,7 +27,7 @@ READS = {
     "generate": ["generate", "run", "--prompt", "a", "--max-new-tokens", "2", "--no-compile"],
     "evaluate": ["evaluate", "run", "--length", "16", "--tokens", "16"],
     "export": ["export", "run", "--out", "{new}.safetensors"],
-    "average": ["average", "run", "--to", "{new}"],
+    "average": ["average", "run", "{new}"],
     "plot": ["plot", "run", "--out", "{new}.html"],
     "inspect": ["inspect", "run", "--text", "text.txt", "--out", "{new}.html"],
     "start": ["train", "retnet-tiny", *SMALL, "training.start_from=run", "--out", "{new}"],

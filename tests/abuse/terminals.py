@@ -122,7 +122,7 @@ CASES: dict[str, Callable[[Path], list[str]]] = {
     "a run that is exported": lambda w: ["export", _moved(w, "run", EVIL), "--out", f"{EVIL}.safetensors"],
     "a run that is drawn": lambda w: ["plot", _moved(w, "run", EVIL), "--out", f"{EVIL}.html"],
     "a run that is judged": lambda w: ["evaluate", _moved(w, "run", EVIL), "--length", "16", "--tokens", "16"],
-    "a run that is averaged": lambda w: ["average", _moved(w, "run", EVIL), "--to", f"{EVIL}2"],
+    "a run that is averaged": lambda w: ["average", _moved(w, "run", EVIL), f"{EVIL}2"],
     "a run that is looked into": lambda w: [
         "inspect", _moved(w, "llama", EVIL), "--text", "text.txt", "--out", "a.html"
     ],

@@ -28,7 +28,7 @@ TEXT = "data.paths=[text.txt]"
         (3, ("train", "--resume", "nothere"), "nothere is not a run directory"),
         (3, ("generate", "nothere"), "nothere is not a run directory: it does not exist"),
         (3, ("evaluate", "nothere"), "nothere is not a run directory"),
-        (3, ("average", "nothere", "--to", "new"), "nothere is not a run directory"),
+        (3, ("average", "nothere", "new"), "nothere is not a run directory"),
         (3, ("plot", "nothere"), "nothere"),
         (5, ("train", "retnet-tiny", *SMALL, TEXT, "model.d_model=1048576"), "out of memory"),
     ],
@@ -66,7 +66,7 @@ def test_a_result_goes_to_standard_output_and_all_else_to_standard_error(seqmix)
     (text,) = result_of(done)["texts"]
     assert (text["prompt"], bool(text["continuation"])) == ("the ", True)
     assert done.err.startswith("the " + text["continuation"])
-    assert seqmix("average", "run", "--to", "mean", "--json", "mean.json").status == 0
+    assert seqmix("average", "run", "mean", "--json", "mean.json").status == 0
     assert json.loads(Path("mean.json").read_text())["steps"] == [4, 6]
 
 
@@ -116,7 +116,7 @@ def test_the_place_and_nearest_match_of_an_error_are_fields(seqmix, text, overri
 
 def test_the_name_of_an_onnx_file_needs_its_format(seqmix, refused):
     assert "run.onnx is the name of an ONNX file: add --to onnx" in refused("export", "run", "run.onnx")
-    assert "--to onnx needs exactly one output: --out FILE.onnx" in refused("export", "run", "--to", "onnx")
+    assert "--to onnx needs an output: --out FILE.onnx" in refused("export", "run", "--to", "onnx")
     Path("run.onnx").touch()
     message = refused("inspect", "run.onnx", "--text", "a", status=3)
     assert "run.onnx is an ONNX file, which only `seqmix generate` runs" in message
@@ -129,11 +129,11 @@ def test_a_number_that_is_not_finite_is_null():
 def test_the_option_needs_a_file_that_can_be_written(refused):
     assert "write --json -" in refused("show", "retnet-tiny", "--json")
     assert "there is no folder" in refused("show", "retnet-tiny", "--json", "no/such.json", status=3)
-    same = refused("average", "nothere", "--to", "new", "--json", "new")
-    assert same == "--to and --json are both new: give them different names"
+    same = refused("average", "nothere", "new", "--json", "new")
+    assert same == "--json and another argument are both new: give them different names"
 
 
-@pytest.mark.parametrize("arguments", [("mixers",), ("show", "retnet-tiny"), ("average", "run", "--to", "mean")])
+@pytest.mark.parametrize("arguments", [("mixers",), ("show", "retnet-tiny"), ("average", "run", "mean")])
 def test_a_result_has_the_fields_of_its_schema(seqmix, arguments):
     seqmix("train", "retnet-tiny", *SMALL, TEXT, "--out", "run")
     result = result_of(seqmix(*arguments, "--json", "-"))

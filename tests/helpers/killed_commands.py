@@ -37,9 +37,9 @@ SMALL = (
     "rope}, ffn: {kind: swiglu, expansion: 2.0}, norm: {kind: rmsnorm}}}}",  # a model that transformers has too
 )
 COMMANDS = {
-    "average": (["average", "run", "--to", "new"], ["new"]),
-    "convert": (["convert", "theirs", "--to", "new"], ["new"]),
-    "convert-as": (["convert", "run", "--as", "llama", "--to", "new"], ["new"]),
+    "average": (["average", "run", "new"], ["new"]),
+    "convert": (["convert", "theirs", "new"], ["new"]),
+    "convert-as": (["convert", "run", "new", "--as", "llama"], ["new"]),
     "export": (["export", "run", "--out", "new.safetensors"], ["new.safetensors"]),
     "export-hf": (["export", "run", "--to", "hf", "new"], ["new"]),
     "tokenize": (["tokenize", "text.txt", "--train-bpe", "270", "--out", "new.tokens"], ["new.tokens", "new.json"]),

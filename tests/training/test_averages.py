@@ -63,7 +63,7 @@ def test_evaluate_and_generate_accept_ema_weights(config_of, tmp_path, seqmix):
 
 def test_average_command_averages_the_last_checkpoints(config_of, tmp_path, seqmix):
     run_of(config_of("training.checkpoint_every=1", "training.keep_checkpoints=3"), tmp_path / "run")
-    done = seqmix("average", tmp_path / "run", "--checkpoints", "3", "--to", tmp_path / "mean")
+    done = seqmix("average", tmp_path / "run", "--checkpoints", "3", "--out", tmp_path / "mean")
     assert "has weights but no optimizer state" in seqmix("train", "--resume", tmp_path / "mean").err
     assert "steps 4, 5, 6" in done.out
     model = dict(load_run(tmp_path / "mean").named_parameters())
@@ -79,8 +79,8 @@ def test_average_command_averages_the_last_checkpoints(config_of, tmp_path, seqm
 
 def test_every_command_refuses_a_run_without_weights(config_of, tmp_path, seqmix, refused):
     run_of(config_of("training.checkpoint_every=1"), tmp_path / "run")
-    assert seqmix("average", "run", "--to", "mean").status == 0
-    assert refused("average", "run", "--to", "mean") == "mean already holds a run: choose another --to DIR"
+    assert seqmix("average", "run", "mean").status == 0
+    assert refused("average", "run", "mean") == "mean already holds a run: choose another --out DIR"
     shutil.rmtree("mean/checkpoints")
     before = contents(tmp_path / "mean")
     refusals = {
@@ -89,10 +89,10 @@ def test_every_command_refuses_a_run_without_weights(config_of, tmp_path, seqmix
             ("generate", "mean", "--prompt", "a"),
             ("evaluate", "mean", "--length", "16"),
             ("export", "mean", "--out", "new.safetensors"),
-            ("convert", "mean", "--as", "llama", "--to", "new"),
+            ("convert", "mean", "new", "--as", "llama"),
             ("train", "retnet-tiny", "training.start_from=mean", "--out", "new"),
         ),
-        "mean has (0)": (("average", "mean", "--to", "new"),),
+        "mean has (0)": (("average", "mean", "new"),),
     }
     for reason, commands in refusals.items():
         for command in commands:
@@ -168,3 +168,14 @@ def test_full_disk_leaves_no_config_in_a_new_run(config_of, tmp_path):
         message = refusal(lambda: claim(tmp_path / "run", config, ""))
     assert "cannot be written" in message
     assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_average_accepts_former_option_to_and_refuses_two_outputs(config_of, tmp_path, seqmix, refused):
+    run_of(config_of("training.checkpoint_every=1"), tmp_path / "run")
+    assert "average needs an output: --out DIR" in refused("average", "run")
+    message = refused("average", "run", "one", "--out", "two")
+    assert message == "average expects one output, got one and two: give OUT or --out, not both"
+    assert not Path("one").exists()
+    done = seqmix("average", "run", "--to", "mean")
+    assert "average --to is now --out" in done.err
+    assert load_run(tmp_path / "mean")

@@ -89,7 +89,7 @@ def test_plugin_copy_is_imported_only_with_trust(elsewhere, seqmix, refused):
     assert (done.status, done.out) == (0, here.out)
     assert digest in done.err
     assert sys.modules["helper"].__file__ == f"{run}/code/helper.py"
-    for command in (("evaluate", run, "--length", "16"), ("average", run, "--to", "mean"), ("train", "--resume", run)):
+    for command in (("evaluate", run, "--length", "16"), ("average", run, "mean"), ("train", "--resume", run)):
         assert seqmix(*command, "--trust").status == 0
     assert read_code(Path("mean")) == read_code(run)
 

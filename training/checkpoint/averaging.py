@@ -36,7 +36,7 @@ def average_run(run: Path, out: Path, *, checkpoints: int, trust: bool = False) 
             f"expected --checkpoints to be at least 2, and not more than {run} has ({len(available)}), got "
             f"{checkpoints}: raise training.keep_checkpoints to keep more of them"
         )
-    require_vacant(out, "--to")
+    require_vacant(out)
     newest = available[-checkpoints:]
     try:
         steps = [checkpoint.verify(folder, (train_state.MODEL,)).step for folder in newest]

@@ -23,7 +23,7 @@ def require_free(run: Path) -> None:
         TrainingError: the directory is in use, or cannot be a run directory.
     """
     try:
-        require_vacant(run, "--out", {LOCK_FILE})
+        require_vacant(run, {LOCK_FILE})
     except TrainingError:
         if (run / CONFIG_FILE).exists():
             raise TrainingError(
@@ -32,12 +32,11 @@ def require_free(run: Path) -> None:
         raise
 
 
-def require_vacant(folder: Path, option: str, besides: Collection[str] = ()) -> None:
+def require_vacant(folder: Path, besides: Collection[str] = ()) -> None:
     """Check that a folder is missing or empty, readable, and has a name that safetensors can open.
 
     Args:
         folder: the folder.
-        option: the command's option that names the folder, for the message.
         besides: names of files that may be in the folder.
 
     Raises:
@@ -53,7 +52,7 @@ def require_vacant(folder: Path, option: str, besides: Collection[str] = ()) -> 
         raise RunFileError(f"a run cannot be written to {folder}: {error.strerror}") from error
     if not vacant:
         problem = "already holds a run" if (folder / CONFIG_FILE).exists() else "exists and is not an empty directory"
-        raise TrainingError(f"{folder} {problem}: choose another {option} DIR")
+        raise TrainingError(f"{folder} {problem}: choose another --out DIR")
 
 
 @contextmanager

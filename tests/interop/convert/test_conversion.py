@@ -177,12 +177,12 @@ def test_the_command_prints_the_plan_and_writes(theirs, tmp_path, capsys, monkey
     plan = capsys.readouterr().out
     assert "blocks.{0,1}.mixer.in_proj.weight" in plan
     assert "(h pair k) d -> (h k pair) d (pair = 2, k = 2)" in plan
-    command([str(theirs), "--to", str(tmp_path / "ours")], standalone_mode=False)
+    command([str(theirs), str(tmp_path / "ours")], standalone_mode=False)
     assert "has 17 tensors" in capsys.readouterr().out
     for arguments, words in (
-        ([theirs], "needs --to DIR"),
-        ([tmp_path / "ours", "--to", tmp_path / "x"], "choose the architecture to write with --as"),
-        ([tmp_path / "ours", "--to", tmp_path / "x", "--as", "lama"], 'did you mean "llama"'),
+        ([theirs], "needs an output: --out DIR"),
+        ([tmp_path / "ours", "--out", tmp_path / "x"], "choose the architecture to write with --as"),
+        ([tmp_path / "ours", "--out", tmp_path / "x", "--as", "lama"], 'did you mean "llama"'),
     ):
         with pytest.raises(SeqmixError, match=words):
             command([str(a) for a in arguments], standalone_mode=False)

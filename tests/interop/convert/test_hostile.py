@@ -68,7 +68,7 @@ def test_the_command_names_file_key_and_value(key, refused, tmp_path):
     value, sentence = FAULTS[key]
     fields = {name: x for name, x in whole("llama").items() if not name.startswith("rope")}
     (folder / "config.json").write_text(json.dumps(fields | {key: value}))
-    message = refused("convert", folder, "--to", "ours")
+    message = refused("convert", folder, "--out", "ours")
     assert message.startswith(f"{folder}/{sentence}"), message
     assert not (tmp_path / "ours").exists()
 
@@ -93,7 +93,7 @@ def test_a_model_of_far_more_parameters_than_the_weights_have_bytes_is_refused_b
 def test_a_tokenizer_json_that_is_none_is_refused_by_the_command(number, refused, tmp_path):
     make(folder := tmp_path / "theirs", "llama")
     (folder / "tokenizer.json").write_text(json.dumps(TREES[number]))
-    message = refused("convert", folder, "--to", "ours", status=3)
+    message = refused("convert", folder, "--out", "ours", status=3)
     assert message.startswith(f"the tokenizer {folder}/tokenizer.json is not a tokenizer.json: ")
     assert not (tmp_path / "ours").exists()
 
@@ -104,7 +104,7 @@ def test_a_tokenizer_json_that_links_to_something_else_is_refused(target, refuse
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer.json").symlink_to(target)
     is_file = (folder / target).is_file()  # else there is no tokenizer, and an option is missing
-    message = refused("convert", folder, "--to", "ours", status=3 if is_file else 2)
+    message = refused("convert", folder, "--out", "ours", status=3 if is_file else 2)
     assert "tokenizer" in message
     assert str(folder) in message
     assert not (tmp_path / "ours").exists()

@@ -172,4 +172,4 @@ def test_a_run_is_exported_and_streams_the_same_text(config_of, seqmix, refused,
     assert generate_text(load_run("run"), ["the mixer "], max_new_tokens=20, sampling=sampling) == ["".join(streamer)]
     assert refused("export", "run", "--to", "hf", "out", status=3).startswith("out exists and is not an empty folder")
     assert refused("export", "run", "--to", "hff", "new").endswith("got 'hff'; did you mean \"hf\"?")
-    assert refused("export", "run", "--to", "hf").startswith("export --to hf needs exactly one output")
+    assert refused("export", "run", "--to", "hf").startswith("export --to hf needs an output: --out DIR")
