@@ -1,4 +1,4 @@
-"""The package as a whole: what is shipped, what imports what, and what an import brings with it."""
+"""The package as a whole: what is shipped, which module imports what, and what importing it loads."""
 
 import ast
 import importlib
@@ -76,7 +76,7 @@ import setup
 """Program that prints the packages that setup.py lists."""
 
 
-def test_every_folder_is_a_package_in_the_wheel():
+def test_wheel_contains_every_package():
     done = subprocess.run([sys.executable, "-c", LISTED], cwd=ROOT, capture_output=True, text=True, check=True)
     assert sorted(json.loads(done.stdout)) == sorted(PACKAGES)
     assert SETUPTOOLS["package-dir"] == {"seqmix": "."}
@@ -84,7 +84,7 @@ def test_every_folder_is_a_package_in_the_wheel():
         assert file.with_name("__init__.py").exists(), f"{name} lies in a folder that is not a package"
 
 
-def test_every_other_file_of_a_package_is_in_the_wheel():
+def test_wheel_contains_every_non_python_file():
     shipped = {
         file
         for package, patterns in SETUPTOOLS["package-data"].items()
@@ -99,7 +99,7 @@ def test_every_other_file_of_a_package_is_in_the_wheel():
     assert len(list((ROOT / "configs").glob("*.yaml"))) >= 14
 
 
-def test_the_places_of_the_version_agree():
+def test_version_is_the_same_everywhere():
     citation = YAML(typ="safe").load(ROOT / "CITATION.cff")
     assert SETUPTOOLS["dynamic"]["version"] == {"attr": "seqmix.__version__"}
     assert seqmix.__version__ == str(citation["version"])
@@ -119,7 +119,7 @@ PUBLIC = """
 """
 
 
-def test_the_public_names_are_frozen():
+def test_public_names_match_the_frozen_list():
     assert seqmix.__all__ == PUBLIC.split()
 
 
@@ -133,7 +133,7 @@ def test_every_public_name_exists(package):
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))
-def test_the_library_imports_itself_relatively_and_unpickles_nothing(module):
+def test_modules_use_relative_imports_and_never_unpickle(module):
     for node in ast.walk(TREES[module]):
         found = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom) and not node.level:
@@ -147,7 +147,7 @@ def test_the_library_imports_itself_relatively_and_unpickles_nothing(module):
 
 
 @pytest.mark.parametrize("module", sorted(name for name in MODULES if within(name, "seqmix.ops")))
-def test_an_op_uses_no_module(module):
+def test_ops_do_not_use_nn_modules(module):
     for imported, line in imports(module):
         allowed = ("torch.nn.functional", "torch.nn.attention")
         assert not within(imported, "torch.nn") or imported.startswith(allowed), f"{module}:{line} imports {imported}"
@@ -224,11 +224,11 @@ def probe() -> tuple[list[str], str]:
     return json.loads(result), printed + done.stderr
 
 
-def test_an_import_prints_nothing(probe):
+def test_importing_the_library_prints_nothing(probe):
     assert probe[1] == ""
 
 
-def test_an_import_needs_no_optional_library_no_mixer_and_no_package_that_was_not_asked_for(probe):
+def test_importing_the_library_loads_no_optional_modules(probe):
     new, _ = probe
     optional = {"xformers", "hypothesis", "datasets", "tokenizers", "pytest"}.union(*MAY_IMPORT.values())
     for name in (*optional, *LATE, "typer", *(f"seqmix.{package}" for package in AS_NEEDED)):
@@ -239,7 +239,7 @@ def test_an_import_needs_no_optional_library_no_mixer_and_no_package_that_was_no
     assert not set(built_in) & set(new)
 
 
-def test_required_libraries_are_declared():
+def test_modules_import_only_declared_libraries():
     allowed = {IMPORTED_AS.get(name, name) for name in REQUIRED} | {"pydantic_core"}
     for name in MODULES:
         here = allowed | MAY_IMPORT.get(name, set()) | ({"pytest"} if within(name, "seqmix.testing") else set())
@@ -249,12 +249,12 @@ def test_required_libraries_are_declared():
 
 
 @pytest.mark.parametrize("module", MAY_IMPORT)
-def test_a_module_that_may_import_an_optional_library_does(module):
+def test_modules_allowed_an_optional_library_import_it(module):
     imported = {name.partition(".")[0] for name, _ in imports(module)}
     assert MAY_IMPORT[module] <= imported
 
 
-def test_no_test_compares_with_allclose():
+def test_no_test_uses_torch_allclose():
     # it broadcasts, takes any dtype, and says nothing where it fails: torch.testing.assert_close
     call = "torch.allclose" + "("
     guilty = [file.name for file in (ROOT / "tests").rglob("*.py") if call in file.read_text(encoding="utf-8")]

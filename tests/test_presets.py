@@ -1,4 +1,4 @@
-"""Every preset: it loads, it is unchanged, it can be built, and the small ones learn.
+"""Every preset loads, is unchanged and can be built, and the small ones learn.
 
 What a preset says is read in its file; what it leaves out are defaults. tests/data/defaults.txt has the defaults of
 every configuration, and the parameters and the training FLOPs of every preset: `python tests/test_presets.py` rewrites
@@ -63,13 +63,13 @@ def shrunk(name: str):
     return load_config(name, ["model.d_model=320", f"model.n_layers={layers}", "model.vocab_size=257"]).model
 
 
-def test_the_presets_are_unchanged():
+def test_presets_match_the_golden_file():
     assert {"retnet-tiny", "attention-tiny", "linear-tiny", "hybrid-tiny"} <= set(TINY)
     assert described() == GOLDEN.read_text(encoding="utf-8"), "if that is intended: python tests/test_presets.py"
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_preset_loads_by_name_by_file_and_as_a_dump(name, tmp_path):
+def test_preset_loads_by_name_from_file_and_from_dump(name, tmp_path):
     config, file = load_config(name), PRESETS / f"{name}.yaml"
     assert load_config(file) == config
     (tmp_path / "run.yaml").write_text(dump(config), encoding="utf-8")
@@ -78,7 +78,7 @@ def test_a_preset_loads_by_name_by_file_and_as_a_dump(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_preset_is_built_on_meta_and_counted(name):
+def test_preset_cost_matches_its_meta_model(name):
     config = load_config(name).model
     model, cost = build_meta(config), account(config, length=64)
     assert cost.parameters == sum(parameter.numel() for parameter in model.parameters())
@@ -87,7 +87,7 @@ def test_a_preset_is_built_on_meta_and_counted(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_every_parameter_of_a_preset_s_blocks_has_a_gradient(name):
+def test_every_block_parameter_of_a_preset_gets_a_gradient(name):
     config = shrunk(name)
     assert set(config.layers) == set(load_config(name).model.layers)
     model = build_model(config)
@@ -102,7 +102,7 @@ def test_every_parameter_of_a_preset_s_blocks_has_a_gradient(name):
     assert not [key for key in idle if not silent.fullmatch(key)]
 
 
-def test_the_tiny_presets_are_equally_large_and_differ_only_in_the_model():
+def test_tiny_presets_have_similar_sizes_and_share_training_and_data():
     sizes = {name: account(load_config(name).model, length=64).parameters for name in TINY}
     assert max(sizes.values()) <= 1.02 * min(sizes.values()), sizes
     base = load_config("retnet-tiny")
@@ -110,7 +110,7 @@ def test_the_tiny_presets_are_equally_large_and_differ_only_in_the_model():
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_a_tiny_preset_trains(name, tmp_path):
+def test_tiny_preset_trains(name, tmp_path):
     # of many different tokens, so that the untrained loss is a mean of many random logits
     (tmp_path / "text.txt").write_text("".join(map(chr, range(32, 127))) * 14)
     small = ["training.steps=2", "training.warmup_steps=1", "training.batch_size=2", "data.sequence_length=24"]

@@ -1,4 +1,4 @@
-"""Errors in a plug-in's code: every command says in one sentence where they are and what was expected."""
+"""Errors in a plug-in's code: every command reports in one line where they are and what was expected."""
 
 import json
 import re
@@ -111,7 +111,7 @@ def broken(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("case", BROKEN)
 @pytest.mark.parametrize("command", ["show", "check"])
-def test_a_broken_plug_in_is_one_sentence_with_its_place_in_json_too(seqmix, broken, command, case):
+def test_broken_plug_in_reports_one_line_error_and_json_location(seqmix, broken, command, case):
     path, words = broken(case)
     arguments = [path] if command == "check" else ["retnet-tiny", *model_of(path)]
     done = seqmix(command, *arguments, "--json", "-")
@@ -123,7 +123,7 @@ def test_a_broken_plug_in_is_one_sentence_with_its_place_in_json_too(seqmix, bro
 
 
 @pytest.mark.parametrize("case", ["build without keywords", "recur of a tensor", "recur that raises"])
-def test_training_a_broken_plug_in_ends_with_one_sentence(seqmix, broken, case):
+def test_training_a_broken_plug_in_reports_one_line_error(seqmix, broken, case):
     path, words = broken(case)
     Path("text.txt").write_text("a text to train on. " * 100)
     small = ["data.paths=[text.txt]", "data.sequence_length=16", "training.steps=1"]
@@ -133,7 +133,7 @@ def test_training_a_broken_plug_in_ends_with_one_sentence(seqmix, broken, case):
     assert re.search(f"^error: .*{words}", line)
 
 
-def test_a_benchmark_of_a_plug_in_that_cannot_be_built_is_one_sentence(refused, broken):
+def test_benchmark_of_an_unbuildable_plug_in_reports_one_line_error(refused, broken):
     path, words = broken("build without keywords")
     assert re.search(words, refused("bench", "train", "retnet-tiny", *model_of(path), "--length", "16"))
 
@@ -142,7 +142,7 @@ def model_of(path: str) -> list[str]:
     return [f"model.blocks.ret.mixer={{kind: {path}}}", "model.d_model=16", "model.n_layers=1"]
 
 
-def test_a_method_with_the_wrong_parameters_is_an_error_of_the_class_statement():
+def test_class_statement_raises_if_method_parameters_are_wrong():
     with pytest.raises(ConfigError, match=r"Short\.init_state .* \(self, batch_size, \*, max_length=None\), got"):
 
         class Short(SequenceMixer):
@@ -150,7 +150,7 @@ def test_a_method_with_the_wrong_parameters_is_an_error_of_the_class_statement()
                 return ()
 
 
-def test_a_method_may_take_its_parameters_by_other_names_and_more_of_them():
+def test_methods_may_rename_and_add_parameters():
     class Other(SequenceMixer):
         def mix(self, inputs, call, scale=1.0):
             return inputs * scale, None

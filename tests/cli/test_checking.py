@@ -1,4 +1,4 @@
-"""The check command: what can be checked, what it prints, and its exit status."""
+"""The check command: what it accepts, what it prints, and its exit status."""
 
 import json
 import re
@@ -40,7 +40,7 @@ def test_check_prints_one_line_per_check_and_a_table(seqmix):
 
 
 @pytest.mark.slow
-def test_the_contract_runs_by_default_quick_leaves_out_what_is_slow_and_stress_adds_the_rest(seqmix):
+def test_quick_skips_slow_checks_and_stress_adds_more(seqmix):
     contract = {name: check for name, check in CHECKS.items() if not check.stress}
     slow = [name for name, check in contract.items() if check.compiles]
     slow += [name for name, check in contract.items() if check.long]
@@ -61,8 +61,8 @@ def test_the_contract_runs_by_default_quick_leaves_out_what_is_slow_and_stress_a
         assert (without in done.out) == (options == ["--quick"])
 
 
-def test_an_option_that_is_wrong_is_refused_by_quick(seqmix):
-    """A value that is not the default's is tried once, however few examples there are."""
+def test_quick_finds_a_fault_in_a_non_default_option(seqmix):
+    """Each non-default value is tried once, even with few examples."""
     Path("inherits.py").write_text(INHERITS)
     done = seqmix("check", "inherits:InheritsConfig", "--quick", "--only", "position_matters_only_where_declared")
     assert done.status == 1
@@ -98,7 +98,7 @@ class Inherits(Retention):
 """
 
 
-def test_a_failure_is_status_1_with_the_smallest_case(forgetful):
+def test_failure_exits_with_status_1_and_the_smallest_case(forgetful):
     done = forgetful("--only", "dtypes_are_kept")
     assert (done.status, done.err) == (1, "")
     assert "  ✗ paradigms_agree" in done.out
@@ -112,7 +112,7 @@ def test_a_failure_is_status_1_with_the_smallest_case(forgetful):
     assert re.search(r"(\d+) cases?", done.out)[1] == re.search(r"(\d+) cases?", first)[1]
 
 
-def test_results_are_files_for_other_programs(forgetful, monkeypatch):
+def test_results_are_written_as_json_and_junit_files(forgetful, monkeypatch):
     def raising(*_):
         raise RuntimeError("\x1b[1m<no state> &")
 
@@ -152,20 +152,20 @@ def test_results_are_files_for_other_programs(forgetful, monkeypatch):
     assert not list(Path().glob("*partial*"))
 
 
-def test_tolerances_and_expected_failures_are_those_of_the_kit(forgetful):
+def test_tolerances_and_expected_failures_are_passed_on(forgetful):
     assert forgetful("--expected-failure", "paradigms_agree=it ignores its state").status == 0
     done = forgetful("--tolerance", "bfloat16=1e-9", "--tolerance", "float32=0.1")
     assert "tolerances={torch.bfloat16: 1e-09, torch.float32: 0.1})\n" in done.out
 
 
-def test_a_paradigm_that_is_right_passes_alone(seqmix, forgetful):
+def test_correct_paradigm_passes_when_checked_alone(seqmix, forgetful):
     Path("swapped.py").write_text(Path("forgetful.py").read_text().replace("RECURRENT", "PARALLEL"))
     check = ("check", "swapped:ForgetfulConfig", "--only", "paradigms_agree", "--no-shrink")
     assert seqmix(*check, "--paradigm", "chunkwise").status == 0
     assert seqmix(*check, "--paradigm", "parallel").status == 1
 
 
-def test_the_seed_and_the_number_of_examples_are_those_of_the_kit(forgetful, monkeypatch):
+def test_seed_and_number_of_examples_are_passed_on(forgetful, monkeypatch):
     def recording(config, **options):
         asked.append((options["seed"], options["examples"]))
         return check_mixer(config, **options)
@@ -177,7 +177,7 @@ def test_the_seed_and_the_number_of_examples_are_those_of_the_kit(forgetful, mon
     assert asked == [(3, 7), (0, 10)]
 
 
-def test_a_terminal_shows_the_case_that_runs(seqmix, monkeypatch):
+def test_terminal_shows_the_running_case(seqmix, monkeypatch):
     shown = []
     monkeypatch.setattr("rich.console.Console.is_terminal", True)
     monkeypatch.setattr("rich.status.Status.update", lambda self, text: shown.append(text))
@@ -201,7 +201,7 @@ def test_a_terminal_shows_the_case_that_runs(seqmix, monkeypatch):
     ],
     ids=["kind with changes", "dotted path", "file of a mixer", "file with changes", "file of a run", "preset"],
 )
-def test_check_takes_whatever_names_a_mixer(seqmix, source, changes, headings):
+def test_check_accepts_kinds_paths_files_and_presets(seqmix, source, changes, headings):
     Path("mixer.yaml").write_text("kind: linear_attention\nn_heads: 3\neps: 0.1\n")
     Path("run.yaml").write_text(
         "extends: retnet-tiny\nmodel: {blocks: {ret: {mixer: {kind: attention, n_heads: 2}}}}\n"
@@ -312,7 +312,7 @@ class BuildConfig(StrangeConfig):
 
 @pytest.mark.parametrize("case", BAD_CHECKS)
 @pytest.mark.usefixtures("forgetful")
-def test_what_cannot_be_checked_is_one_line(refused, case):
+def test_invalid_check_request_reports_one_line_error(refused, case):
     Path("strange.py").write_text(STRANGE)
     Path("leaves.py").write_text("import sys\n\nsys.exit(3)\n")
     Path("makes.py").write_text("def layer(d_model):\n    pass\n")
@@ -323,7 +323,7 @@ def test_what_cannot_be_checked_is_one_line(refused, case):
     assert re.search(named, refused("check", *arguments, status=3 if case == "a folder as a file" else 2))
 
 
-def test_a_kernel_is_checked_by_its_name(seqmix, monkeypatch):
+def test_kernel_can_be_checked_by_name(seqmix, monkeypatch):
     done = seqmix("check", STEP, "--only", "outputs_are_the_definitions", "--examples", "2")
     assert (done.status, done.err) == (0, "")
     assert re.fullmatch(r"  ✓ outputs_are_the_definitions +\d+ cases +\d+\.\d s\n", done.out)

@@ -1,4 +1,4 @@
-"""The command: what it does, and that bad input is one sentence and status 2."""
+"""The command line: what each command does; bad input gives a one-line error and status 2."""
 
 import contextlib
 import json
@@ -66,7 +66,7 @@ def run(seqmix, trained) -> Path:
     return Path("runs/small")
 
 
-def test_train_writes_a_run(seqmix):
+def test_train_writes_a_run_directory(seqmix):
     done = seqmix("train", "retnet-tiny", *SMALL)
     assert (done.status, done.err) == (0, "")
     assert "step 4: validation" in done.out
@@ -78,7 +78,7 @@ def test_train_writes_a_run(seqmix):
     assert [folder.name for folder in checkpoints(run)] == ["step-000002", "step-000004"]
 
 
-def test_a_dry_run_shows_the_model_and_does_not_train(seqmix):
+def test_dry_run_shows_the_model_without_training(seqmix):
     done = seqmix("train", "retnet-tiny", *SMALL, "--dry-run")
     assert (done.status, done.err) == (0, "")
     assert "parameters" in done.out
@@ -86,7 +86,7 @@ def test_a_dry_run_shows_the_model_and_does_not_train(seqmix):
     assert done.out == seqmix("show", "retnet-tiny", *SMALL).out
 
 
-def test_a_mixer_of_the_folder_is_trained_and_generates(seqmix):
+def test_mixer_from_the_working_directory_trains_and_generates(seqmix):
     Path("mine.py").write_text(PARALLEL_ONLY)
     override = f"model.blocks.ret={BLOCK % 'mine:SlowConfig'}"
     assert seqmix("train", "retnet-tiny", *SMALL, override, "--out", "run").status == 0
@@ -97,8 +97,8 @@ def test_a_mixer_of_the_folder_is_trained_and_generates(seqmix):
     assert seqmix("generate", "run", "--prompt", "a").err == "note: run imports the module mine\n"
 
 
-def test_ctrl_c_stops_with_a_checkpoint_and_the_run_is_resumed(seqmix):
-    """In its own process, which has the signal handlers."""
+def test_ctrl_c_saves_a_checkpoint_and_the_run_can_resume(seqmix):
+    """Runs in a separate process, because the command installs signal handlers."""
     command = [sys.executable, "-c", "from seqmix.cli.app import main; main()", "train", "retnet-tiny", *SMALL]
     command += ["training.steps=1000000", "training.checkpoint_every=1000000", "training.log_every=1"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -117,7 +117,7 @@ def test_ctrl_c_stops_with_a_checkpoint_and_the_run_is_resumed(seqmix):
     assert int(folder.name.removeprefix("step-")) == steps[-1] == len(steps)
 
 
-def test_generated_text_is_a_function_of_the_seed(seqmix, run):
+def test_generated_text_is_determined_by_the_seed(seqmix, run):
     def text(*options):
         return seqmix("generate", str(run), "--prompt", "the ", "--max-new-tokens", "30", *options).out
 
@@ -129,7 +129,7 @@ def test_generated_text_is_a_function_of_the_seed(seqmix, run):
         assert text(*only_the_best, "--seed", "1") == text("--temperature", "0")
 
 
-def test_text_is_generated_with_rounded_weights(seqmix, run, monkeypatch):
+def test_dtype_option_sets_the_weight_dtype_for_generation(seqmix, run, monkeypatch):
     dtypes = []
     monkeypatch.setattr(
         "seqmix.cli.commands.generate.stream_text",
@@ -154,20 +154,20 @@ def test_text_is_streamed_piece_by_piece(seqmix, run, monkeypatch):
     assert pieces[0][0].startswith("the ")
 
 
-def test_a_prompt_may_be_bytes_that_are_not_text(seqmix, run):
+def test_prompt_with_invalid_utf8_is_accepted(seqmix, run):
     done = seqmix("generate", str(run), "--prompt", b"a\xff".decode(errors="surrogateescape"), "--max-new-tokens", "3")
     assert (done.status, done.err) == (0, "")
     assert done.out.startswith("a\ufffd")
 
 
-def test_a_stop_text_ends_the_text(seqmix, run):
+def test_stop_string_ends_the_generated_text(seqmix, run):
     whole = seqmix("generate", str(run), "--prompt", "the ", "--max-new-tokens", "40", "--temperature", "0").out
     stop = whole[10:12]
     done = seqmix("generate", str(run), "--prompt", "the ", "--temperature", "0", "--stop", stop)
     assert done.out == "the " + whole.removeprefix("the ").partition(stop)[0] + "\n"
 
 
-def test_a_damaged_checkpoint_is_named_and_the_previous_one_generates(seqmix, run):
+def test_damaged_checkpoint_is_reported_and_the_previous_one_is_used(seqmix, run):
     file = checkpoints(run)[-1] / "model.safetensors"
     file.write_bytes(b"")
     done = seqmix("generate", str(run), "--prompt", "the ", "--max-new-tokens", "5")
@@ -176,7 +176,7 @@ def test_a_damaged_checkpoint_is_named_and_the_previous_one_generates(seqmix, ru
     assert done.out.startswith("the ")
 
 
-def test_an_exported_file_and_any_name_of_the_checkpoint_generate_the_same(seqmix, run):
+def test_exported_file_and_checkpoint_names_generate_the_same_text(seqmix, run):
     done = seqmix("export", str(run), "--out", "model.safetensors")
     assert (done.status, done.err) == (0, "")
     assert re.search(r"model\.safetensors.* 4\n", done.out)
@@ -194,7 +194,7 @@ def test_an_exported_file_and_any_name_of_the_checkpoint_generate_the_same(seqmi
         (RuntimeError("CUDA out of memory.\nmore"), "CUDA out of memory."),
     ],
 )
-def test_running_out_of_memory_is_one_sentence_and_any_other_bug_is_not_hidden(refused, monkeypatch, error, reason):
+def test_out_of_memory_reports_one_line_error_and_bugs_propagate(refused, monkeypatch, error, reason):
     def load(*args):
         raise error
 
@@ -208,11 +208,11 @@ def test_running_out_of_memory_is_one_sentence_and_any_other_bug_is_not_hidden(r
 @pytest.mark.parametrize(
     "command", ["generate --prompt a", "evaluate", "export --out a", "train --resume", "plot", "compare", "check"]
 )
-def test_a_name_that_is_too_long_for_a_file_is_one_sentence(refused, command):
+def test_overlong_file_name_reports_one_line_error(refused, command):
     assert re.match(r"a{300}.* name too long", refused(*command.split(), "a" * 300, status=3))
 
 
-def test_show_has_a_row_for_equal_layers(seqmix):
+def test_show_groups_equal_layers_into_one_row(seqmix):
     done = seqmix("show", "hybrid-tiny")
     assert (done.status, done.err) == (0, "")
     for row in (r"^ *0-2 +ret +retention ", r"^ *3 +attn +attention ", r"^ *all ", r"[\d,]+ parameters"):
@@ -228,14 +228,14 @@ def test_show_fits_eighty_columns(seqmix, monkeypatch):
 
 
 @pytest.mark.parametrize("columns", ["0", "many", "-5"])
-def test_an_invalid_number_of_columns_is_ignored(seqmix, monkeypatch, columns):
+def test_invalid_columns_variable_is_ignored(seqmix, monkeypatch, columns):
     monkeypatch.delenv("COLUMNS")
     whole = seqmix("show", "retnet-tiny").out
     monkeypatch.setenv("COLUMNS", columns)
     assert seqmix("show", "retnet-tiny").out == whole != ""
 
 
-def test_show_json_is_the_account_at_the_length_of_the_configuration_or_another(seqmix):
+def test_show_json_reports_cost_at_the_requested_length(seqmix):
     for arguments, length in (["--length", "100"], 100), ([], 256), (["data.sequence_length=64"], 64):
         done = seqmix("show", "hybrid-tiny", "--json", "-", *arguments)
         cost = json.loads(done.out)
@@ -246,7 +246,7 @@ def test_show_json_is_the_account_at_the_length_of_the_configuration_or_another(
     assert cost["parameters"] > sum(layer["parameters"] for layer in cost["layers"])
 
 
-def test_mixers_lists_every_kind_and_what_it_declares(seqmix):
+def test_mixers_lists_every_kind_with_its_paradigms(seqmix):
     done = seqmix("mixers")
     assert (done.status, done.err) == (0, "")
     for kind in MIXERS.kinds():
@@ -258,7 +258,7 @@ def test_mixers_lists_every_kind_and_what_it_declares(seqmix):
 
 
 @pytest.mark.parametrize(("options", "folder"), [((), PRESETS), (("--study",), STUDIES)], ids=["run", "study"])
-def test_schema_is_json_that_fits_the_shipped_files(seqmix, options, folder):
+def test_schema_covers_the_keys_of_shipped_files(seqmix, options, folder):
     done = seqmix("schema", *options)
     schema = json.loads(done.out)
     assert (done.status, done.err) == (0, "")
@@ -271,7 +271,7 @@ def test_schema_is_json_that_fits_the_shipped_files(seqmix, options, folder):
         assert {"extends", "model", "training", "set", "match"} == set(schema["$defs"]["Entry"]["properties"])
 
 
-def test_version_and_help_and_a_wrong_command_import_no_torch():
+def test_version_help_and_unknown_command_do_not_import_torch():
     program = """
 import sys
 from seqmix.cli.app import main
@@ -288,7 +288,7 @@ print("MODULES", *sys.modules)
     assert not {"torch", "numpy", "yaml", "seqmix.registry"} & set(done.stdout.partition("MODULES")[2].split())
 
 
-def test_version_is_of_seqmix_torch_and_python(seqmix):
+def test_version_shows_seqmix_torch_and_python(seqmix):
     python = ".".join(map(str, sys.version_info[:3]))
     done = seqmix("--version")
     assert (done.status, done.err) == (0, "")
@@ -296,7 +296,7 @@ def test_version_is_of_seqmix_torch_and_python(seqmix):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_help_that_begins_with_its_line_in_the_table(seqmix, command):
+def test_help_of_every_command_starts_with_its_summary(seqmix, command):
     done = seqmix(command, "--help")
     assert (done.status, done.err) == (0, "")
     assert f"seqmix {command}" in done.out
@@ -304,7 +304,7 @@ def test_every_command_has_help_that_begins_with_its_line_in_the_table(seqmix, c
     assert import_command(command).help.partition("\n")[0] == COMMANDS[command]
 
 
-def test_help_wraps_lines_only_at_the_width_of_the_terminal(seqmix, monkeypatch):
+def test_help_wraps_only_at_the_terminal_width(seqmix, monkeypatch):
     monkeypatch.setenv("COLUMNS", "400")
     paragraph = import_command("train").help.split("\n\n")[1]
     assert paragraph in seqmix("train", "--help").out
@@ -314,7 +314,7 @@ RET = "model.blocks.ret"
 
 
 @pytest.mark.parametrize("command", ["train", "show"])
-def test_a_bad_configuration_is_one_sentence(refused, command):
+def test_invalid_config_reports_one_line_error(refused, command):
     Path("mine.py").write_text(PARALLEL_ONLY)
     block = BLOCK % "mine:SlowConfig, paradigm: chunkwise"
     assert re.search("slow .*'chunkwise'.* parallel", refused(command, "retnet-tiny", f"{RET}={block}"))
@@ -322,18 +322,18 @@ def test_a_bad_configuration_is_one_sentence(refused, command):
 
 
 @pytest.mark.parametrize("out", ["/proc/nowhere/run", "text.txt/run"])
-def test_a_folder_that_cannot_be_made_is_one_sentence(refused, out):
+def test_uncreatable_output_folder_reports_one_line_error(refused, out):
     sentence = refused("train", "retnet-tiny", *SMALL, "--out", out, status=3)
     assert re.search(f"{out}.*(No such file|Not a directory)", sentence)
 
 
-def test_a_folder_that_no_weights_can_be_read_from_is_one_sentence(refused):
+def test_undecodable_folder_name_reports_one_line_error(refused):
     assert "'caf\\udce9'" in refused("train", "retnet-tiny", *SMALL, "--out", "caf\udce9")
     assert not Path("caf\udce9").exists()
 
 
 @pytest.mark.parametrize("extra", [["retnet-tiny"], ["--out", "elsewhere"], ["--dry-run"], ["retnet-tiny", "seed=1"]])
-def test_resume_takes_nothing_else(refused, run, extra):
+def test_resume_rejects_other_arguments(refused, run, extra):
     assert f"{run}/config.yaml" in refused("train", "--resume", str(run), *extra)
     assert re.search("CONFIG .*--resume", refused("train"))
 
@@ -341,7 +341,7 @@ def test_resume_takes_nothing_else(refused, run, extra):
 @pytest.mark.parametrize(
     ("given", "words"), [("bset", "'bset'.*\"best\""), ("-1", "'-1'"), ("3", "runs/small .*3.* 2, 4")]
 )
-def test_a_checkpoint_that_does_not_exist_is_one_sentence(refused, run, given, words):
+def test_unknown_checkpoint_reports_one_line_error(refused, run, given, words):
     status = 3 if given == "3" else 2  # a checkpoint that is missing, or a wrong option
     assert re.search(words, refused("export", str(run), "--out", "out", "--checkpoint", given, status=status))
 
@@ -357,7 +357,7 @@ def test_a_checkpoint_that_does_not_exist_is_one_sentence(refused, run, given, w
     ],
     ids=" ".join,
 )
-def test_a_command_line_that_is_not_valid_shows_the_usage(seqmix, arguments):
+def test_invalid_command_line_shows_the_usage(seqmix, arguments):
     done = seqmix(*arguments)
     assert done.status == 2
     assert "Usage: seqmix" in done.err
@@ -379,7 +379,7 @@ def plug_in(tmp_path, monkeypatch):
     return install
 
 
-def test_a_broken_plug_in_is_reported_and_breaks_nothing_else(seqmix, refused, plug_in):
+def test_broken_plug_in_is_reported_without_breaking_other_kinds(seqmix, refused, plug_in):
     plug_in("plug_b", "slow", "import no_such_library")
     done = seqmix("mixers")
     assert done.status == 0
@@ -415,7 +415,7 @@ class SlowConfig(MinGRUConfig):
     ],
     ids=["exits", "raises later", "takes a name"],
 )
-def test_a_plug_in_ends_no_command_that_does_not_need_it(seqmix, plug_in, kind, text, reason):
+def test_faulty_plug_in_does_not_end_unrelated_commands(seqmix, plug_in, kind, text, reason):
     plug_in("plug_c", kind, text)
     done = seqmix("mixers")
     assert done.status == 0
@@ -424,7 +424,7 @@ def test_a_plug_in_ends_no_command_that_does_not_need_it(seqmix, plug_in, kind, 
     assert seqmix("show", "retnet-tiny").status == 0
 
 
-def test_the_installed_command_does_the_same(tmp_path):
+def test_installed_command_reports_one_line_error(tmp_path):
     program = Path(sys.executable).with_name("seqmix")
     command = [str(program)] if program.exists() else [sys.executable, "-m", "seqmix"]
     done = subprocess.run([*command, "show", "retnet-tny"], capture_output=True, text=True, check=False, cwd=tmp_path)
@@ -433,7 +433,7 @@ def test_the_installed_command_does_the_same(tmp_path):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs signals")
-def test_a_second_ctrl_c_at_exit_is_silent():
+def test_second_ctrl_c_at_exit_is_silent():
     # registered first, so called last, as torch's own handlers
     late = "import atexit, os, signal; atexit.register(os.kill, os.getpid(), signal.SIGINT)"
     # a shell's background jobs ignore SIGINT
@@ -443,7 +443,7 @@ def test_a_second_ctrl_c_at_exit_is_silent():
     assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
 
 
-def test_a_ctrl_c_while_the_command_is_imported_is_silent():
+def test_ctrl_c_while_importing_the_command_is_silent():
     code = (
         "import signal, sys\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
@@ -459,7 +459,7 @@ def test_a_ctrl_c_while_the_command_is_imported_is_silent():
     assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
 
 
-def test_what_a_library_makes_of_ctrl_c_is_no_error(monkeypatch, capsys):
+def test_ctrl_c_turned_into_another_exception_exits_silently(monkeypatch, capsys):
     class Group:
         def add_command(self, *_, **__):
             pass

@@ -1,4 +1,4 @@
-"""What becomes of a command whose output is not read, or cannot be written; what a terminal is shown."""
+"""Commands whose output is closed or cannot be written, and what a terminal shows."""
 
 import contextlib
 import json
@@ -45,7 +45,7 @@ def command(tmp_path, monkeypatch):
     return call
 
 
-def test_output_that_nobody_reads_does_not_cost_the_work(command, capsys):
+def test_closed_output_pipe_does_not_lose_the_work(command, capsys):
     assert command("closed", "generate", "run", "--prompt", "a", "--save-state", "state", "--max-new-tokens", "9") == 0
     assert command("closed", "evaluate", "run", "--length", "16", "--tokens", "64", "--json", "found.json") == 0
     assert command("closed", "train", "retnet-tiny", *SMALL, "data.paths=[text.txt]", "--out", "other") == 0
@@ -56,7 +56,7 @@ def test_output_that_nobody_reads_does_not_cost_the_work(command, capsys):
     assert "error" not in capsys.readouterr().err
 
 
-def test_a_full_disk_is_one_sentence_after_the_work(command, capsys):
+def test_full_disk_reports_one_line_error(command, capsys):
     for arguments in (("show", "retnet-tiny"), ("generate", "run", "--prompt", "a"), ("mixers",)):
         assert command("/dev/full", *arguments) == 3
         assert capsys.readouterr().err == "error: standard output cannot be written: No space left on device\n"
@@ -71,7 +71,7 @@ class _Screen(StringIO):
 
 
 @pytest.mark.parametrize(("stream", "escaped"), [(_Screen, True), (StringIO, False)])
-def test_control_characters_are_shown_on_a_terminal_and_left_alone_in_a_file(monkeypatch, stream, escaped):
+def test_control_characters_are_escaped_only_on_a_terminal(monkeypatch, stream, escaped):
     streams = {name: stream() for name in ("stdout", "stderr")}
     for name, made in streams.items():
         monkeypatch.setattr(sys, name, made)
@@ -105,7 +105,7 @@ main()
 @pytest.mark.parametrize(
     ("module", "name"), [("importlib", "import_module"), ("seqmix.training", "load_config")], ids=["import", "command"]
 )
-def test_an_interrupt_while_libraries_are_imported_or_a_second_one_shows_no_traceback(module, name):
+def test_repeated_interrupt_shows_no_traceback(module, name):
     program = INTERRUPTED.format(module=module, name=name, arguments=["show", "retnet-tiny"])
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
@@ -119,14 +119,14 @@ def test_an_interrupt_while_libraries_are_imported_or_a_second_one_shows_no_trac
         ({"WORLD_SIZE": "2", "RANK": "0"}, r"the 2 processes \(WORLD_SIZE\).*MASTER_ADDR"),
     ],
 )
-def test_an_environment_that_is_not_torchrun_s_is_one_sentence(refused, monkeypatch, environment, words):
+def test_invalid_torchrun_environment_reports_one_line_error(refused, monkeypatch, environment, words):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert re.search(words, refused("train", "retnet-tiny", *SMALL, "data.paths=[text.txt]"))
 
 
 @pytest.mark.slow
-def test_files_of_the_working_directory_stand_in_for_no_library(tmp_path):
+def test_files_in_the_working_directory_do_not_shadow_libraries(tmp_path):
     for name in ("typer", "einops", "triton"):
         (tmp_path / f"{name}.py").write_text(f"raise SystemExit('{name} of this folder')")
     command = [sys.executable, "-m", "seqmix", "show", "retnet-tiny"]
@@ -145,7 +145,7 @@ def test_files_of_the_working_directory_stand_in_for_no_library(tmp_path):
     ],
     ids=["pipe", "device", "tokenizer", "nested", "long"],
 )
-def test_a_configuration_that_would_hang_or_fill_the_screen_is_one_sentence(refused, document, words):
+def test_hostile_config_reports_a_short_error(refused, document, words):
     os.mkfifo("pipe.yaml")
     Path("hostile.yaml").write_text(document)
     message = refused("train", "hostile.yaml", "--dry-run", status=3 if "tokenizer" in document else 2)
@@ -154,6 +154,6 @@ def test_a_configuration_that_would_hang_or_fill_the_screen_is_one_sentence(refu
 
 
 @pytest.mark.parametrize("line", ["[" * 10**5 + "]" * 10**5, "{}"])
-def test_a_line_of_measurements_that_is_nested_too_deeply_is_left_out(tmp_path, line):
+def test_too_deeply_nested_metrics_line_is_skipped(tmp_path, line):
     (tmp_path / "metrics.jsonl").write_text(line + '\n{"step": 1}\n')
     assert read_measurements(tmp_path) == [{"step": 1}]

@@ -1,4 +1,4 @@
-"""Commands as programs drive them: exit statuses by cause, results as JSON, and no questions."""
+"""Commands driven by other programs: an exit status per cause, results as JSON, and no prompts."""
 
 import json
 import re
@@ -33,11 +33,11 @@ TEXT = "data.paths=[text.txt]"
         (5, ("train", "retnet-tiny", *SMALL, TEXT, "model.d_model=1048576"), "out of memory"),
     ],
 )
-def test_the_exit_status_says_the_cause(refused, status, arguments, sentence):
+def test_exit_status_depends_on_the_cause(refused, status, arguments, sentence):
     assert sentence in refused(*arguments, status=status)
 
 
-def test_divergence_has_its_own_status(seqmix):
+def test_divergence_has_its_own_exit_status(seqmix):
     done = seqmix("train", "retnet-tiny", *SMALL, TEXT, "training.learning_rate=1.0e+30", "training.warmup_steps=0")
     assert (done.status, done.err.count("\n")) == (4, 1)
     assert "try a lower training.learning_rate" in done.err
@@ -48,13 +48,13 @@ def result_of(done) -> dict:
     return json.loads(done.out)
 
 
-def test_every_command_has_the_same_option_for_its_result():
+def test_every_command_has_a_json_option():
     for name in cli.COMMANDS:
         (option,) = (each for each in cli.import_command(name).params if "--json" in each.opts)
         assert (option.metavar, option.required) == ("FILE", False), name
 
 
-def test_a_result_goes_to_standard_output_and_all_else_to_standard_error(seqmix):
+def test_json_result_goes_to_stdout_and_the_rest_to_stderr(seqmix):
     done = seqmix("train", "retnet-tiny", *SMALL, TEXT, "--out", "run", "--json", "-")
     result = result_of(done)
     assert (done.status, result["command"], result["exit_status"]) == (0, "train", 0)
@@ -71,14 +71,14 @@ def test_a_result_goes_to_standard_output_and_all_else_to_standard_error(seqmix)
 
 
 @pytest.mark.parametrize("arguments", [("mixers",), ("show", "retnet-tiny", "--parameters"), ("compare", "--list")])
-def test_short_commands_answer_in_json(seqmix, arguments):
+def test_short_commands_print_json_results(seqmix, arguments):
     done = seqmix(*arguments, "--json", "-")
     result = result_of(done)
     assert (done.status, result["command"]) == (0, arguments[0])
     assert next(value for name, value in result.items() if name not in ("seqmix", "command", "exit_status"))
 
 
-def test_an_error_is_a_result_too(seqmix):
+def test_errors_are_also_reported_as_json(seqmix):
     done = seqmix("evaluate", "nothere", "--json", "-")
     result = result_of(done)
     assert (done.status, result["exit_status"]) == (3, 3)
@@ -105,7 +105,7 @@ def test_an_error_is_a_result_too(seqmix):
         ("extends: retnet-tiny\ndata:\n  paths: [no.txt]\n", SMALL, ("a.yaml", 3, "data.paths", None)),
     ],
 )
-def test_the_place_and_nearest_match_of_an_error_are_fields(seqmix, text, override, parts):
+def test_json_error_has_fields_for_location_and_suggestion(seqmix, text, override, parts):
     Path("a.yaml").write_text(text)
     result = result_of(seqmix("train", "a.yaml", *override, "--json", "-"))
     problem = result["problems"][0]
@@ -114,7 +114,7 @@ def test_the_place_and_nearest_match_of_an_error_are_fields(seqmix, text, overri
     assert "a.yaml:" not in problem["sentence"]
 
 
-def test_the_name_of_an_onnx_file_needs_its_format(seqmix, refused):
+def test_onnx_file_name_requires_the_onnx_format(seqmix, refused):
     assert "run.onnx is the name of an ONNX file: add --to onnx" in refused("export", "run", "run.onnx")
     assert "--to onnx needs an output: --out FILE.onnx" in refused("export", "run", "--to", "onnx")
     Path("run.onnx").touch()
@@ -122,11 +122,11 @@ def test_the_name_of_an_onnx_file_needs_its_format(seqmix, refused):
     assert "run.onnx is an ONNX file, which only `seqmix generate` runs" in message
 
 
-def test_a_number_that_is_not_finite_is_null():
+def test_non_finite_numbers_become_null():
     assert _finite({"a": [float("nan"), 1.0], "b": float("-inf")}) == {"a": [None, 1.0], "b": None}
 
 
-def test_the_option_needs_a_file_that_can_be_written(refused):
+def test_json_option_rejects_an_unusable_file(refused):
     assert "write --json -" in refused("show", "retnet-tiny", "--json")
     assert "there is no folder" in refused("show", "retnet-tiny", "--json", "no/such.json", status=3)
     same = refused("average", "nothere", "new", "--json", "new")
@@ -134,7 +134,7 @@ def test_the_option_needs_a_file_that_can_be_written(refused):
 
 
 @pytest.mark.parametrize("arguments", [("mixers",), ("show", "retnet-tiny"), ("average", "run", "mean")])
-def test_a_result_has_the_fields_of_its_schema(seqmix, arguments):
+def test_json_result_has_the_fields_of_its_schema(seqmix, arguments):
     seqmix("train", "retnet-tiny", *SMALL, TEXT, "--out", "run")
     result = result_of(seqmix(*arguments, "--json", "-"))
     schema = result_of(seqmix("schema", "--result", arguments[0], "--json", "-"))["schema"]
@@ -142,7 +142,7 @@ def test_a_result_has_the_fields_of_its_schema(seqmix, arguments):
     assert result.keys() in [{"seqmix", "command", "exit_status", *fields} for fields in objects]
 
 
-def test_only_commands_are_proposed_for_a_schema(refused):
+def test_schema_suggests_only_command_names(refused):
     assert 'did you mean "compare"?' in refused("schema", "--result", "consol-compare")
     for name in ("consol", "option", "study_progres"):
         assert not set(re.findall(r"[a-z_-]+", refused("schema", "--result", name).split("did you")[-1])) & {
@@ -150,7 +150,7 @@ def test_only_commands_are_proposed_for_a_schema(refused):
         }  # fmt: skip
 
 
-def test_the_status_of_a_run_is_shown(seqmix, refused):
+def test_status_reports_the_state_of_a_run(seqmix, refused):
     seqmix("train", "retnet-tiny", *SMALL, TEXT, "--out", "run", "--budget", "0.001")
     done = seqmix("status", "run", "--json", "-")
     status = result_of(done)["folders"]["run"]

@@ -1,4 +1,4 @@
-"""The options of pytest that a project with seqmix installed has."""
+"""The pytest options that seqmix adds to a project."""
 
 import re
 import subprocess
@@ -36,7 +36,7 @@ def run(pytester, monkeypatch):
     return lambda *options: pytester.runpytest_inprocess("-p", PLUGIN, "-rP", *options)
 
 
-def test_a_check_is_selected_and_its_examples_are_given(run):
+def test_options_select_checks_and_set_the_number_of_examples(run):
     names = ("rows_are_independent", "dtypes_are_kept")
     done = run("--seqmix-examples", "40", *(word for name in names for word in ("--seqmix-check", name)))
     outcomes = done.parseoutcomes()
@@ -47,7 +47,7 @@ def test_a_check_is_selected_and_its_examples_are_given(run):
     assert int(examples["rows_are_independent"]) > 3
 
 
-def test_checks_of_stress_are_added_or_named(run):
+def test_stress_checks_run_when_enabled_or_named(run):
     default, stress = (run("--collect-only", "-q", *options).stdout.str() for options in ((), ("--seqmix-stress",)))
     assert "surroundings_change_nothing" not in default
     assert "surroundings_change_nothing" in stress
@@ -61,21 +61,21 @@ def test_checks_of_stress_are_added_or_named(run):
         (("--seqmix-examples", "0"), "--seqmix-examples .*>= 1.* 0"),
     ],
 )
-def test_a_wrong_option_is_one_error_that_names_it(run, options, named):
+def test_wrong_option_reports_a_usage_error_that_names_it(run, options, named):
     done = run(*options)
     assert done.ret == pytest.ExitCode.USAGE_ERROR
     assert re.search(f"^ERROR: .*{named}", done.stderr.str(), re.MULTILINE)
 
 
 @pytest.mark.slow
-def test_a_wrong_option_is_one_error_under_xdist(run):
+def test_wrong_option_reports_a_usage_error_under_xdist(run):
     done = run("-p", "xdist", "-n", "1", "--seqmix-check", "row_are_independent")
     assert done.ret == pytest.ExitCode.USAGE_ERROR
     assert re.search("^ERROR: .*'row_are_independent'.*\"rows_are_independent\"", done.stderr.str(), re.MULTILINE)
     assert "INTERNALERROR" not in done.stdout.str() + done.stderr.str()
 
 
-def test_the_plug_in_is_declared_and_imports_nothing_heavy():
+def test_pytest_plugin_is_declared_and_imports_no_heavy_library():
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     assert project["entry-points"]["pytest11"] == {"seqmix": PLUGIN}
     code = f"import sys, {PLUGIN}; print([name for name in ('torch', 'hypothesis', 'pydantic') if name in sys.modules])"

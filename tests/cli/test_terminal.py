@@ -1,4 +1,4 @@
-"""Console output: a file is as wide as its tables, a terminal keeps its width."""
+"""Console output: tables written to a file are not wrapped, and a terminal keeps its width."""
 
 from io import StringIO
 
@@ -17,7 +17,7 @@ def table():
     return made
 
 
-def test_tables_in_a_file_are_not_folded(table, monkeypatch, capsys):
+def test_tables_written_to_a_file_are_not_wrapped(table, monkeypatch, capsys):
     monkeypatch.delenv("COLUMNS", raising=False)
     console = terminal()
     console.print(table)
@@ -29,18 +29,18 @@ def test_tables_in_a_file_are_not_folded(table, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(("columns", "whole"), [("60", False), ("180", True)])
-def test_columns_are_those_of_the_environment(table, monkeypatch, capsys, columns, whole):
+def test_columns_variable_sets_the_width(table, monkeypatch, capsys, columns, whole):
     monkeypatch.setenv("COLUMNS", columns)
     terminal().print(table)
     assert ("gated_delta_net-lr0.002-seed1" in capsys.readouterr().out) == whole
 
 
-def test_names_are_not_markup(capsys):
+def test_brackets_in_names_are_not_treated_as_markup(capsys):
     terminal().print("runs/[bold]x[/bold]")
     assert "runs/[bold]x[/bold]" in capsys.readouterr().out
 
 
-def test_a_terminal_is_not_widened(monkeypatch):
+def test_terminal_keeps_its_width(monkeypatch):
     class Screen(StringIO):
         def isatty(self):
             return True

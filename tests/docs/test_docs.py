@@ -1,4 +1,4 @@
-"""The documentation is run: its Python, its commands (with tiny models), and its claims about files and presets.
+"""The documentation runs: its Python, its commands (with tiny models), and its claims about files and presets.
 
 Rules of the fenced blocks: a page's Python blocks share one namespace; a block whose first line is `# name.ext` is a
 file; `console` blocks show a command and its output, in which `...` stands for anything.
@@ -133,7 +133,7 @@ def paged(page):
 
 
 @pytest.mark.parametrize("page", map(paged, PAGES), ids=names(PAGES))
-def test_a_page_does_what_it_says(page, folder):
+def test_code_and_commands_of_a_page_run(page, folder):
     if missing := [name for name in NEEDS.get(page.name, ()) if find_spec(name) is None]:
         pytest.skip(f"needs pip install {' '.join(missing)}")
     namespace: dict[str, object] = {"__name__": "documentation"}
@@ -155,7 +155,7 @@ def test_a_page_does_what_it_says(page, folder):
                 done.add(command)
 
 
-def test_a_distribution_ships_a_mixer_as_the_page_says(folder):
+def test_packaging_example_on_the_page_ships_a_mixer(folder):
     page = ROOT / "docs" / "how-to" / "own-mixer.md"
     files = {block.file: block.text for block in blocks_of(page) if block.file}
     (folder / "convolution.py").write_text(files["convolution.py"])
@@ -188,7 +188,7 @@ def test_a_distribution_ships_a_mixer_as_the_page_says(folder):
         "tasks",
     ],
 )
-def test_what_is_generated_is_up_to_date(name):
+def test_generated_files_are_up_to_date(name):
     if name == "api":
         pytest.importorskip("griffe", reason="needs pip install griffelib")
     (program,) = (path for folder in ("docs", "research") if (path := ROOT / folder / f"{name}.py").exists())
@@ -205,7 +205,7 @@ def rows(text: str, head: str) -> list[list[str]]:
     return [[cell.strip().strip("`") for cell in row.strip("|").split("|")] for row in table]
 
 
-def test_the_reference_lists_the_presets_and_their_sizes():
+def test_reference_lists_all_presets_with_their_sizes():
     page = ROOT / "docs" / "reference" / "presets.md"
     listed = {row[0]: row[1:4] for row in rows(page.read_text(), "| preset |")}
     found = {}
@@ -221,7 +221,7 @@ def anchors(page: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("page", [*PAGES, CONTRIBUTING], ids=names([*PAGES, CONTRIBUTING]))
-def test_links_and_named_files_exist(page):
+def test_links_and_mentioned_files_exist(page):
     for target in re.findall(r"\]\((?!https?://)([^)\s]+)\)", page.read_text()):
         path, _, anchor = target.partition("#")
         file = page.parent / path if path else page
@@ -234,7 +234,7 @@ def test_links_and_named_files_exist(page):
         assert name in made or name.startswith((".vscode", "runs/", "RUN/")) or (ROOT / name).exists(), name
 
 
-def test_the_layout_names_every_folder():
+def test_layout_in_contributing_names_every_package():
     (text,) = (block.text for block in blocks_of(CONTRIBUTING) if block.language == "text")
     folders = set(re.findall(r"^(\w+)/", text, re.MULTILINE))
     assert all((ROOT / name).is_dir() for name in folders)

@@ -1,6 +1,5 @@
-"""The example plug-in, without installing it: nothing in the library knows it, and a slip in it is found. The notebook.
-
-And the report on the page about adding a mixer, which is what its example prints.
+"""The examples: the plug-in (without installing it), the report on the page about adding a mixer, the notebook and the
+agent loop.
 """
 
 import importlib
@@ -42,14 +41,14 @@ def mingru(tmp_path, monkeypatch):
     sys.modules.pop(MODULE, None)
 
 
-def test_it_keeps_the_contract(mingru):
+def test_example_mixer_passes_the_contract(mingru):
     assert len(SOURCE.read_text().splitlines()) < 120
     report = check_mixer(mingru(), examples=20, compiles=False)
     assert report.passed, report.failures[0].reason
 
 
 @pytest.mark.parametrize("slip", SLIPS)
-def test_a_slip_in_one_line_is_found_on_three_tokens_or_fewer(mingru, slip):
+def test_bug_in_one_line_is_found_with_at_most_three_tokens(mingru, slip):
     *lines, name = SLIPS[slip]
     config = mingru(*lines)
     (failure,) = check_mixer(config, checks=[name]).failures
@@ -59,7 +58,7 @@ def test_a_slip_in_one_line_is_found_on_three_tokens_or_fewer(mingru, slip):
 PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "own-mixer.md"
 
 
-def test_the_report_on_the_page_is_what_its_example_prints(tmp_path, monkeypatch, capsys):
+def test_report_on_the_page_matches_the_example_output(tmp_path, monkeypatch, capsys):
     text = PAGE.read_text()
     (source,) = re.findall(r"^```python\n(# convolution.py\n.*?)^```$", text, re.M | re.S)
     ((example, shown),) = re.findall(
@@ -85,7 +84,7 @@ NOTEBOOK = Path(__file__).parents[2] / "examples" / "tour.ipynb"
 
 
 @pytest.mark.slow
-def test_the_cells_of_the_notebook_run(tmp_path, monkeypatch):
+def test_notebook_cells_run(tmp_path, monkeypatch):
     notebook = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
     assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
     assert len({cell["id"] for cell in notebook["cells"]}) == len(notebook["cells"])
@@ -102,7 +101,7 @@ LOOP = Path(__file__).parents[2] / "examples" / "agent_loop.py"
 
 
 @pytest.mark.slow
-def test_a_search_decides_without_supervision(tmp_path):
+def test_agent_loop_runs_unattended_and_records_decisions(tmp_path):
     (tmp_path / "text.txt").write_text("a text that is learned, line after line\n" * 2000)
     command = [sys.executable, LOOP, "--minutes", "1", "--steps", "3", "--seeds", "2", "--text", "text.txt"]
     done = subprocess.run(command, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
@@ -116,7 +115,7 @@ def test_a_search_decides_without_supervision(tmp_path):
     assert (tmp_path / "search" / "study" / "status.json").is_file()
 
 
-def test_a_search_keeps_what_is_better_beyond_noise_only():
+def test_agent_loop_keeps_only_significant_improvements():
     loop = runpy.run_path(str(LOOP))
     best, new = loop["Proposal"]("best", {"kind": "retention"}), loop["Proposal"]("new", {"kind": "gla"})
 

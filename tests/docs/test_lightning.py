@@ -1,4 +1,4 @@
-"""The documentation's example of Lightning trains as the plain loop does."""
+"""The documentation's Lightning example trains like the plain loop."""
 
 import re
 from pathlib import Path
@@ -13,7 +13,7 @@ from seqmix.training.schedule import learning_rate
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "how-to" / "training-loop.md"
 
 
-def test_lightnings_loop_trains_a_model(config_of, tmp_path, monkeypatch):
+def test_lightning_example_trains_like_the_plain_loop(config_of, tmp_path, monkeypatch):
     pytest.importorskip("lightning")
     monkeypatch.chdir(tmp_path)
     config = config_of()

@@ -1,4 +1,4 @@
-"""The site builds without a warning, its search finds what readers look for, and its formulas are MathML and true."""
+"""The site builds without warnings, its search finds common topics, and its formulas are MathML and correct."""
 
 import contextlib
 import json
@@ -38,7 +38,7 @@ def site(tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("words", "page"), WANTED.items(), ids=WANTED)
-def test_the_search_finds(site, words, page):
+def test_site_search_finds_the_expected_page(site, words, page):
     documents = json.loads((site / "search" / "search_index.json").read_text())["docs"]
     pattern = re.compile(rf"\b{words}\b", re.IGNORECASE)
     found = {document["location"].partition("#")[0] for document in documents if pattern.search(text_of(document))}
@@ -49,7 +49,7 @@ def text_of(document: dict[str, str]) -> str:
     return unescape(re.sub(r"<[^>]+>", " ", f"{document['title']} {document['text']}"))
 
 
-def test_formulas_are_mathml(site):
+def test_formulas_are_rendered_as_mathml(site):
     pages = [file.read_text() for file in site.rglob("*.html")]
     assert sum(page.count('display="block"') for page in pages) > 10
     for page in pages:
@@ -57,7 +57,7 @@ def test_formulas_are_mathml(site):
         assert not re.search(r"\\begin\{|<m[iot]>(?:\\\w+|&amp;)</m[iot]>", page)
 
 
-def test_language_models_get_a_list_of_all_pages(site):
+def test_llms_txt_lists_all_pages(site):
     lines = (site / "llms.txt").read_text().splitlines()
     pages = [line for line in lines if line.startswith("- ")]
     assert len(pages) == len(list((ROOT / "docs").rglob("*.md")))
@@ -70,7 +70,7 @@ def test_language_models_get_a_list_of_all_pages(site):
 
 
 @pytest.mark.parametrize("preset", single_kind_presets().values(), ids=single_kind_presets())
-def test_the_formula_of_a_state_is_its_size(preset):
+def test_state_size_formula_matches_the_actual_state(preset):
     page = runpy.run_path(str(ROOT / "docs" / "mixers.py"))
     model = preset.model
     config = model.blocks[model.layers[0]].mixer

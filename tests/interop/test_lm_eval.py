@@ -1,4 +1,4 @@
-"""lm-eval's harness on seqmix models: three local tasks (choices, rolling likelihood, generation), without network."""
+"""The lm-eval harness on seqmix models: three local tasks (choices, rolling likelihood, generation), offline."""
 
 import json
 import os
@@ -49,7 +49,7 @@ def log_likelihood(model, context: str, continuation: str) -> float:
     return -model(tokens[None, :-1], targets=targets, reduction="sum").loss.item()
 
 
-def test_scores_are_those_of_plain_passes(harness, model):
+def test_scores_match_plain_forward_passes(harness, model):
     found = harness.evaluate_tasks(model, NAMES, include_path=".", batch_size=3)
     chosen, by_length = [], []
     for doc in documents("choice"):
@@ -64,7 +64,7 @@ def test_scores_are_those_of_plain_passes(harness, model):
     assert found["tasks"]["tiny_rolling"]["byte_perplexity"] == pytest.approx(2.718281828459045**nats, rel=1e-9)
 
 
-def test_scores_are_those_of_the_hugging_face_wrapper(harness, model):
+def test_scores_match_the_hugging_face_wrapper(harness, model):
     pytest.importorskip("accelerate")
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -92,7 +92,7 @@ def test_scores_are_those_of_the_hugging_face_wrapper(harness, model):
                     assert said == (expected if isinstance(said, str) else pytest.approx(expected, rel=1e-9))
 
 
-def test_generations_end_before_stop_strings(harness, model):
+def test_generations_end_before_a_stop_string(harness, model):
     lm = harness.SeqmixLM(model=model, batch_size=2)
     prompts = [doc["prompt"] for doc in documents("generation")]
     options = {"max_new_tokens": 8, "sampling": Sampling(temperature=0)}
@@ -106,7 +106,7 @@ def test_generations_end_before_stop_strings(harness, model):
     assert "num_beams" in refusal(lambda: lm.generate_until(requests))
 
 
-def test_choices_share_their_context(harness, model):
+def test_choices_share_the_forward_pass_of_their_context(harness, model):
     found = harness.evaluate_tasks(model, ["tiny_choice"], include_path=".")
     # bytes, after a begin token; the last one of a choice need not be processed, and the space before it must
     shared = sum(1 + len(doc["question"]) + len("".join(doc["choices"])) for doc in documents("choice"))
@@ -115,7 +115,7 @@ def test_choices_share_their_context(harness, model):
     assert shared < 0.6 * sum(plain)
 
 
-def test_the_command_scores_runs_side_by_side(harness, seqmix, config_of, tmp_path):
+def test_evaluate_command_scores_runs_side_by_side(harness, seqmix, config_of, tmp_path):
     for name, seed in (("one", 0), ("two", 1)):
         run_of(config_of("training.steps=2", f"seed={seed}"), tmp_path / name)
     tasks = ("--tasks", "tiny_choice,tiny_rolling", "--include-path", ".", "--json", "scores.json", "--save")
@@ -130,7 +130,7 @@ def test_the_command_scores_runs_side_by_side(harness, seqmix, config_of, tmp_pa
     assert line.split() == ["tiny_rolling", "byte_perplexity", *perplexities]
 
 
-def test_an_unknown_task_is_refused(harness, model, monkeypatch):
+def test_unknown_task_raises_with_a_suggestion(harness, model, monkeypatch):
     from lm_eval.tasks import TaskManager
 
     monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda include_path, **_: TaskManager(None, include_path, False))
@@ -139,7 +139,7 @@ def test_an_unknown_task_is_refused(harness, model, monkeypatch):
     assert message.endswith('; did you mean "tiny_choice"?')
 
 
-def test_missing_data_and_a_missing_folder_are_named(harness, model):
+def test_missing_task_data_or_folder_is_named(harness, model):
     Path("choice.jsonl").unlink()
     assert "the data of tiny_choice cannot be read" in refusal(
         lambda: harness.evaluate_tasks(model, ["tiny_choice"], include_path=".")
@@ -148,7 +148,7 @@ def test_missing_data_and_a_missing_folder_are_named(harness, model):
     assert message == "expected --include-path to be a folder, got tsaks"
 
 
-def test_the_model_is_registered_with_lm_evals_own_command(harness, config_of, tmp_path, monkeypatch, capsys):
+def test_model_works_with_the_lm_eval_command(harness, config_of, tmp_path, monkeypatch, capsys):
     run_of(config_of("training.steps=2"), tmp_path / "one")
     from lm_eval.__main__ import cli_evaluate
     from lm_eval.tasks import TaskManager
@@ -171,7 +171,7 @@ def test_the_model_is_registered_with_lm_evals_own_command(harness, config_of, t
         ("run=nowhere", "nowhere is not a run directory: it does not exist"),
     ],
 )
-def test_a_wrong_argument_of_lm_evals_own_command_is_a_sentence(harness, monkeypatch, capsys, model_args, words):
+def test_wrong_lm_eval_model_argument_reports_a_readable_error(harness, monkeypatch, capsys, model_args, words):
     from lm_eval.tasks import TaskManager
 
     arguments = ["--model", "seqmix", "--model_args", model_args, "--tasks", "tiny_choice", "--include_path", "."]
@@ -183,7 +183,7 @@ def test_a_wrong_argument_of_lm_evals_own_command_is_a_sentence(harness, monkeyp
     assert words in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_without_lm_eval_one_sentence_says_what_to_install(seqmix, config_of, tmp_path, monkeypatch):
+def test_missing_lm_eval_error_says_what_to_install(seqmix, config_of, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
     monkeypatch.delitem(sys.modules, "seqmix.interop.lm_eval", raising=False)
     run_of(config_of("training.steps=2"), tmp_path / "one")

@@ -40,19 +40,19 @@ def problems(cls: type[Config], **values: Any) -> dict[tuple[int | str, ...], st
         ({}, ["Inner: missing key 'n_heads'"]),
     ],
 )
-def test_wrong_values_from_python_are_refused_in_one_sentence(fields, words):
+def test_invalid_python_values_raise_a_one_line_error(fields, words):
     with pytest.raises(ConfigError) as refused:
         Inner(**fields)
     assert all(word in str(refused.value) for word in words)
     assert not any(word in str(refused.value) for word in ("\n", "pydantic", "validation error", "input_value"))
 
 
-def test_a_configuration_is_frozen():
+def test_config_is_frozen():
     with pytest.raises(ValidationError):
         Inner(n_heads=1).n_heads = 2  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def test_docstrings_of_fields_are_their_descriptions():
+def test_field_docstrings_become_descriptions():
     assert Inner.model_fields["n_heads"].description == "Heads."
 
 
@@ -69,12 +69,12 @@ def test_lists_become_tuples_at_any_depth(field):
     assert "[" not in repr(Outer(**field))
 
 
-def test_lists_in_json_become_tuples_and_their_items_are_not_converted():
+def test_json_lists_become_tuples_without_converting_items():
     assert Outer.model_validate_json('{"sizes": [1, 2], "mode": "fast"}') == Outer(sizes=(1, 2))
     assert list(problems(Outer, sizes=["1"])) == [("sizes", 0)]
 
 
-def test_an_alias_is_a_known_key():
+def test_field_alias_is_accepted_as_key():
     class Aliased(Config):
         size: int = Field(alias="width")
 

@@ -59,7 +59,7 @@ def read(text: str, *overrides: str) -> tuple[Run, list[tuple[str, int, str]]]:
     return run, [(warning.filename, warning.lineno, str(warning.message)) for warning in caught]
 
 
-def test_the_deprecated_name_is_read_in_a_file_and_on_the_command_line_with_a_warning_that_has_the_line():
+def test_deprecated_name_is_accepted_with_a_warning_that_has_its_line():
     run, warned = read("training:\n  steps: 3\n  accumulate: 2\n", "training.accumulate=5")
     assert run.training.grad_accum_steps == 5
     assert [warning[:2] for warning in warned] == [("run.yaml", 3), ("command line", 1)]
@@ -69,7 +69,7 @@ def test_the_deprecated_name_is_read_in_a_file_and_on_the_command_line_with_a_wa
 @pytest.mark.parametrize("below", ["accumulate", "grad_accum_steps"])
 @pytest.mark.parametrize("above", ["accumulate", "grad_accum_steps"])
 @pytest.mark.parametrize("last", ["accumulate", "grad_accum_steps"])
-def test_the_last_value_wins_under_either_name(below, above, last):
+def test_last_value_wins_under_either_name(below, above, last):
     Path("base.yaml").write_text(f"training: {{{below}: 4}}")
     text = f"extends: base.yaml\ntraining:\n  {above}: 3"
     assert read(text)[0].training.grad_accum_steps == 3
@@ -77,7 +77,7 @@ def test_the_last_value_wins_under_either_name(below, above, last):
     assert (run.training.grad_accum_steps, len(warned)) == (2, [below, above, last].count("accumulate"))
 
 
-def test_a_name_is_deprecated_only_for_the_kind_that_declares_it():
+def test_name_is_deprecated_only_for_the_kind_that_declares_it():
     text = "mixers: {a: {kind: plain, heads: 2}, b: {kind: other, heads: 3}}"
     run, warned = read(text, "mixers.a.heads=4", "mixers.b.heads=5")
     assert run.mixers == {"a": Plain(n_heads=4), "b": Other(heads=5)}
@@ -86,7 +86,7 @@ def test_a_name_is_deprecated_only_for_the_kind_that_declares_it():
     assert (run.last, warned) == (Other(heads=3), [])
 
 
-def test_the_default_kind_may_have_deprecated_names():
+def test_default_kind_can_have_deprecated_names():
     run, warned = read("mixers: {a: {heads: 2}}\nlast:\n  heads: 3", "last.heads=4")
     assert (run.mixers, run.last) == ({"a": Plain(n_heads=2)}, Plain(n_heads=4))
     assert [warning[:2] for warning in warned] == [("run.yaml", 1), ("run.yaml", 3), ("command line", 1)]
@@ -103,7 +103,7 @@ def test_the_default_kind_may_have_deprecated_names():
         ("training: {accumulat: 2}", "allowed: steps, grad_accum_steps, rates"),
     ],
 )
-def test_a_wrong_value_both_names_and_a_typo_are_errors(text, error):
+def test_wrong_value_both_names_or_a_typo_raises(text, error):
     with pytest.raises(ConfigError, match=error):
         read(text)
 
@@ -121,13 +121,13 @@ def test_a_subclass_inherits_deprecated_names_and_adds_its_own():
     assert "hours" not in Training.deprecated_names
 
 
-def test_a_saved_configuration_has_only_the_current_name():
+def test_dumped_config_contains_only_the_current_name():
     run, _ = read("training: {accumulate: 2}")
     assert "accumulate" not in dump(run)
     assert read(dump(run)) == (run, [])
 
 
-def test_a_program_is_warned_in_its_own_line():
+def test_deprecation_warning_points_at_the_calling_line():
     values: dict[str, Any] = {"accumulate": 2}
     with pytest.warns(FutureWarning, match=r"accumulate.*grad_accum_steps") as caught:
         assert Training(**values).grad_accum_steps == 2
@@ -138,7 +138,7 @@ def test_a_program_is_warned_in_its_own_line():
         Training(**values, grad_accum_steps=2)
 
 
-def test_a_warning_is_shown_once(recwarn):
+def test_deprecation_warning_is_shown_once(recwarn):
     warnings.simplefilter("default")
     Path("run.yaml").write_text("training: {accumulate: 2}")
     for _ in range(3):

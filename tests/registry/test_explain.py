@@ -108,7 +108,7 @@ def sentence(text: str) -> str:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_an_error_names_the_key_what_it_needs_and_what_was_given(case):
+def test_error_names_the_key_expected_and_given_value(case):
     text, key, *words = case
     place, _, problem = sentence(text).partition(f"{key}: " if key else " ")
     assert place == "x.yaml:1:" + (" " if key else "")
@@ -116,6 +116,6 @@ def test_an_error_names_the_key_what_it_needs_and_what_was_given(case):
     assert all(word in problem for word in words), problem
 
 
-def test_an_item_of_a_list_has_its_own_line_and_a_long_value_is_cut():
+def test_list_item_error_has_its_own_line_and_truncates_values():
     assert sentence("words:\n- a\n- 1").startswith("x.yaml:3: words[1]: ")
     assert len(sentence(f"count: {'x' * 500}")) < 150

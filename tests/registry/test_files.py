@@ -1,4 +1,4 @@
-"""Files appear when they are whole, under no other name, and as everybody's permissions are."""
+"""Files and folders appear only when complete, leave nothing behind, and follow the umask."""
 
 import os
 import signal
@@ -20,7 +20,7 @@ def write_half(file):
         raise OSError("no room")
 
 
-def test_a_file_is_replaced_when_it_is_whole(tmp_path):
+def test_file_is_replaced_only_after_a_complete_write(tmp_path):
     file = tmp_path / "new" / "file"
     write_file("first", file)
     with pytest.raises(OSError, match="no room"):
@@ -30,7 +30,7 @@ def test_a_file_is_replaced_when_it_is_whole(tmp_path):
     assert (file.read_text(), len(os.listdir(file.parent))) == ("second", 1)
 
 
-def test_a_link_in_the_way_is_not_followed(tmp_path):
+def test_symlink_at_the_temporary_name_is_not_followed(tmp_path):
     (tmp_path / "other").write_text("mine")
     (tmp_path / ".file.partial").symlink_to("other")
     write_file("text", tmp_path / "file")
@@ -38,7 +38,7 @@ def test_a_link_in_the_way_is_not_followed(tmp_path):
     assert not (tmp_path / "file").is_symlink()
 
 
-def test_what_cannot_be_written_is_a_sentence(tmp_path):
+def test_unwritable_path_raises_a_readable_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(SeqmixError, match="file is not a folder"):
         write_file("text", tmp_path / "file" / "below")
@@ -49,7 +49,7 @@ def test_what_cannot_be_written_is_a_sentence(tmp_path):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs pipes")
-def test_a_pipe_or_a_device_is_written_where_it_is(tmp_path):
+def test_pipe_is_written_in_place(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
     try:
@@ -60,7 +60,7 @@ def test_a_pipe_or_a_device_is_written_where_it_is(tmp_path):
     assert [stat.S_ISFIFO(file.stat().st_mode) for file in tmp_path.iterdir()] == [True]
 
 
-def test_permissions_are_those_of_the_umask(tmp_path):
+def test_file_permissions_follow_the_umask(tmp_path):
     before = os.umask(0o027)
     try:
         write_file("text", tmp_path / "text")
@@ -70,7 +70,7 @@ def test_permissions_are_those_of_the_umask(tmp_path):
     assert {stat.S_IMODE(file.stat().st_mode) for file in tmp_path.iterdir()} == {0o640}
 
 
-def test_files_that_belong_together_appear_together(tmp_path):
+def test_write_files_writes_all_files_or_none(tmp_path):
     with small_disk(100):
         message = refusal(lambda: write_files({tmp_path / "page": "short", tmp_path / "data": "long" * 100}))
     assert "data cannot be written" in message
@@ -92,7 +92,7 @@ def whole_folder(folder, text="whole"):
 
 
 @pytest.mark.parametrize("there", [False, True])
-def test_a_folder_appears_when_it_is_whole_and_what_was_left_of_one_is_removed(tmp_path, there):
+def test_folder_appears_only_when_complete_and_replaces_leftovers(tmp_path, there):
     folder = tmp_path / "new"
     if there:
         folder.mkdir()
@@ -109,7 +109,7 @@ def test_a_folder_appears_when_it_is_whole_and_what_was_left_of_one_is_removed(t
     assert contents(tmp_path) == {"new/below/file": b"whole"}
 
 
-def test_a_folder_that_cannot_be_replaced_is_named(tmp_path, monkeypatch):
+def test_error_names_the_folder_that_cannot_be_replaced(tmp_path, monkeypatch):
     folder = tmp_path / "new"
     with replacing_folder(folder) as partial:
         (partial / "file").write_text("the first one's")
@@ -129,7 +129,7 @@ def test_a_folder_that_cannot_be_replaced_is_named(tmp_path, monkeypatch):
 @pytest.mark.skipif(os.name == "nt", reason="needs processes that fork")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("write", [replacing, replacing_folder])
-def test_a_signal_that_ends_the_process_deletes_what_is_unfinished(tmp_path, write, number):
+def test_fatal_signal_removes_unfinished_files(tmp_path, write, number):
     if not (child := os.fork()):
         try:
             signal.signal(number, signal.SIG_DFL)

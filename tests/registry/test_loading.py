@@ -93,7 +93,7 @@ def error(presets: Path, text: str, *overrides: str) -> str:
     return str(raised.value)
 
 
-def test_a_preset_is_loaded_by_name_or_as_a_path(presets):
+def test_preset_loads_by_name_or_path(presets):
     blocks = {"ret": Retention(n_heads=4, decay="constant")}
     expected = Run(rate=1e-4, model=Model(d_model=64, blocks=blocks, pattern=("ret", "ret")))
     Path("tiny").mkdir()  # a folder does not hide the preset of its name
@@ -103,7 +103,7 @@ def test_a_preset_is_loaded_by_name_or_as_a_path(presets):
 
 
 @pytest.mark.parametrize("name", ["mine.yml", "here/mine", "mine"])
-def test_a_file_is_loaded_by_its_suffix_its_separator_or_because_it_exists(presets, name):
+def test_file_is_recognized_by_suffix_separator_or_existence(presets, name):
     Path("here").mkdir()
     Path(name).write_text("\ufeffmodel: {d_model: 8}")  # a byte order mark is ignored
     assert load(Run, name, presets=presets).model.d_model == 8
@@ -128,7 +128,7 @@ SOURCES = [
         ("loop.yaml", ["loop.yaml cannot be read: "]),
     ],
 )
-def test_a_source_that_cannot_be_read_is_named(presets, source, words):
+def test_unreadable_source_raises_and_is_named(presets, source, words):
     Path("bytes.yaml").write_bytes(b"name: a\nname: \xff")
     Path("loop.yaml").symlink_to("loop.yaml")
     with pytest.raises(ConfigError) as raised:
@@ -137,7 +137,7 @@ def test_a_source_that_cannot_be_read_is_named(presets, source, words):
     assert "\n" not in str(raised.value)
 
 
-def test_a_file_that_another_names_is_not_quoted_if_it_is_no_mapping(presets):
+def test_error_does_not_quote_a_file_that_is_not_a_mapping(presets):
     Path("secret").write_text("root:x:0:0\ndaemon:x:1:1\n")
     for source in ("run.yaml", "secret"):
         Path("run.yaml").write_text("extends: ./secret")
@@ -146,7 +146,7 @@ def test_a_file_that_another_names_is_not_quoted_if_it_is_no_mapping(presets):
         assert str(raised.value) == "secret:1: expected a mapping of keys to values, got text"
 
 
-def test_a_file_outside_the_working_directory_is_named_by_its_whole_path(presets, monkeypatch):
+def test_error_outside_the_working_directory_shows_the_full_path(presets, monkeypatch):
     (presets / "tiny.yaml").write_text("{}")
     monkeypatch.chdir("/")
     with pytest.raises(ConfigError) as raised:
@@ -155,7 +155,7 @@ def test_a_file_outside_the_working_directory_is_named_by_its_whole_path(presets
     assert raised.value.__cause__ is not None  # for a debugger
 
 
-def test_files_extend_presets_and_files_relative_to_themselves(presets):
+def test_extends_accepts_presets_and_relative_files(presets):
     config = run(presets, "extends: large\nmodel: {n_layers: 4}")
     assert (config.model.n_layers, config.model.d_model, config.rate) == (4, 512, 1e-4)
     Path("sub").mkdir()
@@ -166,7 +166,7 @@ def test_files_extend_presets_and_files_relative_to_themselves(presets):
     assert load(Run, "tiny.yaml", presets=presets).name == "mine"
 
 
-def test_overrides_are_applied_last_and_in_order(presets):
+def test_overrides_are_applied_last_in_the_given_order(presets):
     config = run(presets, "extends: tiny\nrate: 1", "rate=2", "model.n_layers=8", "model.n_layers=9")
     assert (config.rate, config.model.n_layers, config.model.d_model) == (2, 9, 64)
     config = run(presets, "extends: tiny\nmodel: {blocks: {ret: {kind: attention}}}")
@@ -221,7 +221,7 @@ RET = "extends: tiny\nmodel:\n  blocks:\n    ret:"
         ),
     ],
 )
-def test_an_error_names_the_place_the_key_and_the_value(presets, text, overrides, place, words):
+def test_error_names_the_location_key_and_value(presets, text, overrides, place, words):
     Path("b.yaml").write_text("# b\nextends: ./run.yaml")
     (presets / "bad.yaml").write_text(TINY.replace("64", "eight"))
     found = error(presets, text, *overrides)
@@ -230,7 +230,7 @@ def test_an_error_names_the_place_the_key_and_the_value(presets, text, overrides
     assert all(word.replace("large, tiny", "bad, large, tiny") in found for word in words)
 
 
-def test_a_conflict_of_fields_may_be_of_the_command_line(presets):
+def test_field_conflict_error_names_file_and_command_line(presets):
     Path("run.yaml").write_text("name: run\nsquare:\n  side: 2\n  area: 4\n")
     assert load(Tiled, "run.yaml", ["name=other"], presets=presets).square.area == 4
     with pytest.raises(ConfigError, match=r"^run\.yaml:2, .*command line: square: 9 is not 2 \* 2$"):
@@ -240,7 +240,7 @@ def test_a_conflict_of_fields_may_be_of_the_command_line(presets):
         load(Tiled, "run.yaml", ["name=other"], presets=presets)
 
 
-def test_there_is_a_line_for_each_of_five_errors_and_a_count_of_the_others(presets):
+def test_error_lists_five_problems_and_counts_the_rest(presets):
     lines = error(presets, "name: 1\nrate: x\nmodel: {}").split("\n")
     assert [line.split(" ")[:2] for line in lines] == [
         [f"run.yaml:{i}:", f"{k}:"] for i, k in enumerate(("name", "rate", "model"), 1)
@@ -264,13 +264,13 @@ runs = st.builds(Run, name=st.text(), rate=st.floats(allow_nan=False, allow_infi
 
 @settings(deadline=None)  # it writes files
 @given(runs)
-def test_a_dump_loads_as_an_equal_configuration(tmp_path_factory, config):
+def test_dumped_config_loads_back_equal(tmp_path_factory, config):
     file = tmp_path_factory.mktemp("dump") / "run.yaml"
     file.write_text(dump(config), encoding="utf-8")
     assert load(Run, file, presets=file.parent) == config
 
 
-def test_a_dump_is_whole_and_in_the_order_of_the_fields(presets):
+def test_dump_contains_all_fields_in_declared_order(presets):
     assert dump(load(Run, "tiny", presets=presets)) == (
         "name: run\nrate: 0.0001\nmodel:\n  d_model: 64\n  n_layers: 2\n  blocks:\n    ret:\n      kind: retention\n"
         "      scale: 1.0\n      n_heads: 4\n      decay: constant\n  pattern: [ret, ret]\n"

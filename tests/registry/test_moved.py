@@ -1,4 +1,4 @@
-"""Former names of modules and functions give the present ones, with a warning that names them."""
+"""Old names of modules and functions still work, with a warning that gives the new name."""
 
 import importlib
 import sys
@@ -52,7 +52,7 @@ def _fresh():
 
 
 @pytest.mark.parametrize(("former", "name"), FORMER.items())
-def test_a_former_module_gives_the_present_one(former, name):
+def test_old_module_name_warns_and_exposes_the_new_module(former, name):
     with pytest.warns(DeprecationWarning, match=f"{former} is now {MODULES[former]}"):
         module = importlib.import_module(former)
     assert getattr(module, name) is getattr(importlib.import_module(MODULES[former]), name)
@@ -61,12 +61,12 @@ def test_a_former_module_gives_the_present_one(former, name):
 
 
 @pytest.mark.parametrize("former", MODULES)
-def test_every_present_module_exists(former):
+def test_every_new_module_name_exists(former):
     assert find_spec(MODULES[former])
 
 
 @pytest.mark.parametrize(("module", "names"), FUNCTIONS.items())
-def test_a_former_function_is_the_present_one(module, names):
+def test_old_function_name_warns_and_returns_the_new_one(module, names):
     found = importlib.import_module(module)
     for former, present in names.items():
         with pytest.warns(DeprecationWarning, match=f"{former} is now {present}"):
@@ -79,7 +79,7 @@ def test_a_former_function_is_the_present_one(module, names):
     ("owner", "former", "present"),
     [(LanguageModel, "reset_rest", "apply_model_init"), (Trial, "kept", "without_growing_state")],
 )
-def test_a_former_method_calls_the_present_one(owner, former, present):
+def test_old_method_name_warns_and_calls_the_new_method(owner, former, present):
     found = Mock(spec=owner)
     with pytest.warns(DeprecationWarning, match=rf"{owner.__name__}\.{former} is now {owner.__name__}\.{present}$"):
         getattr(owner, former)(found, "argument")
@@ -87,14 +87,14 @@ def test_a_former_method_calls_the_present_one(owner, former, present):
 
 
 @pytest.mark.parametrize(("former", "present"), [("matrix", "state_shape"), ("wide", "wide_dtype")])
-def test_a_former_property_is_the_present_one(former, present):
+def test_old_property_name_warns_and_returns_the_new_property(former, present):
     found = Mock(spec=Recurrence)
     with pytest.warns(DeprecationWarning, match=rf"Recurrence\.{former} is now Recurrence\.{present}$"):
         value = getattr(Recurrence, former).fget(found)
     assert value is getattr(found, present)
 
 
-def test_a_former_parameter_is_the_present_one():
+def test_old_parameter_name_warns_and_sets_the_new_parameter():
     @former_parameters(tell="on_note")
     def load(run, on_note=None):
         return run, on_note

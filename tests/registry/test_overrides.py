@@ -52,11 +52,11 @@ def changed(*changes: str) -> Any:
         (["model.pattern=[c]"], {"rate": 0.1, "model": MODEL | {"pattern": ["c"]}}),
     ],
 )
-def test_an_override_changes_what_it_names_and_nothing_else(changes, expected):
+def test_override_changes_only_the_named_value(changes, expected):
     assert changed(*changes) == expected
 
 
-def test_a_new_tree_has_the_value_of_the_command_line_in_the_mapping_of_the_file():
+def test_override_returns_a_new_tree_with_command_line_origin():
     tree = base()
     new = override(tree, "model.d_model=8")
     assert tree.plain() == {"rate": 0.1, "model": MODEL}
@@ -79,7 +79,7 @@ def test_a_new_tree_has_the_value_of_the_command_line_in_the_mapping_of_the_file
         ("name=*.py", ["name: ", "'*.py'", "'name=\"*.py\"'"]),
     ],
 )
-def test_a_change_that_cannot_be_made_is_named(change, words):
+def test_invalid_override_raises_and_names_the_key(change, words):
     with pytest.raises(ConfigError) as raised:
         override(base(), change)
     assert str(raised.value).startswith(f"command line: {words[0]}")

@@ -21,7 +21,7 @@ def holder(family):
     return create_model("Holder", __base__=Config, shape=(Annotated[family.base, family.registry], ...))
 
 
-def test_a_plug_in_is_a_kind_that_is_imported_when_it_is_used(family, holder):
+def test_plug_in_is_imported_only_when_used(family, holder):
     module = add(family, "star")
     family.registry.resolve("circle")
     assert module not in sys.modules
@@ -47,9 +47,7 @@ def test_a_plug_in_is_a_kind_that_is_imported_when_it_is_used(family, holder):
         ("from json import JSONDecoder as starConfig", "json.decoder:JSONDecoder"),
     ],
 )
-def test_a_broken_plug_in_is_reported_with_its_module_and_reason_and_breaks_nothing_else(
-    family, holder, tmp_path, text, reason
-):
+def test_broken_plug_in_is_reported_and_leaves_other_kinds_usable(family, holder, tmp_path, text, reason):
     module = add(family, "star", text)
     add(family, "moon")
     assert family.registry.kinds() == ["circle", "moon", "square"]
@@ -64,26 +62,26 @@ def test_a_broken_plug_in_is_reported_with_its_module_and_reason_and_breaks_noth
         load(holder, tmp_path / "run.yaml", presets=tmp_path)
 
 
-def test_the_layer_in_place_of_its_configuration_is_told_apart(family):
+def test_naming_the_layer_instead_of_its_config_suggests_the_config(family):
     module = add(family, "star", family.shape("star").replace("starConfig", "Star") + "\nclass starConfig:\n    pass\n")
     with pytest.raises(ConfigError, match=f"got {module}:starConfig; did you mean {module}:Star\\?"):
         family.registry.resolve("star")
 
 
-def test_ctrl_c_while_a_plug_in_is_imported_ends_the_program(family):
+def test_keyboard_interrupt_while_importing_a_plug_in_propagates(family):
     add(family, "star", "raise KeyboardInterrupt")
     for ask in (family.registry.broken, family.registry.kinds, lambda: family.registry.resolve("star")):
         with pytest.raises(KeyboardInterrupt):
             ask()
 
 
-def test_a_plug_in_whose_class_declares_another_kind_is_broken(family):
+def test_plug_in_whose_class_declares_another_kind_is_broken(family):
     module = family.module("moons", family.shape("moon"))
     family.plug_in("star", f"{module}:moonConfig")
     assert all(word in family.registry.broken()["star"] for word in (f"{module}:moonConfig", "'moon'"))
 
 
-def test_two_plug_ins_of_one_name_are_an_error_that_names_both(family):
+def test_two_plug_ins_with_one_name_raise_and_name_both(family):
     first, second = family.module("one", family.shape("star")), family.module("two", family.shape("star"))
     family.plug_in("star", f"{first}:starConfig")
     family.plug_in("star", f"{second}:starConfig")
@@ -94,7 +92,7 @@ def test_two_plug_ins_of_one_name_are_an_error_that_names_both(family):
     assert family.registry.broken() == {"star": str(raised.value)}
 
 
-def test_a_plug_in_of_a_kind_that_is_built_in_changes_nothing_but_a_warning(family, holder):
+def test_plug_in_with_a_built_in_kind_only_warns(family, holder):
     built_in = family.registry.resolve("circle")
     module = add(family, "circle")
     both = rf"'circle' .*{family.package}\.circle .*{module}.* {module}:circleConfig"
@@ -113,14 +111,14 @@ def test_a_plug_in_of_a_kind_that_is_built_in_changes_nothing_but_a_warning(fami
     assert shape.model_dump()["shape"]["kind"] == f"{module}:circleConfig"
 
 
-def test_a_plug_in_of_a_kind_that_is_registered_is_an_error_that_names_both(family):
+def test_registering_the_kind_of_a_plug_in_raises_and_names_both(family):
     module = add(family, "star")
     other = family.module("other", family.shape("star"))
     with pytest.raises(ConfigError, match=f"'star' .*{module} .*{other}"):
         family.registry.register(family.registry.resolve(f"{other}:starConfig"))
 
 
-def test_one_plug_in_may_be_found_twice_and_registered(family):
+def test_same_plug_in_can_be_found_twice_and_registered(family):
     module = add(family, "star")
     family.plug_in("star", f"{module}:starConfig")
     assert family.registry.origin("star") == module

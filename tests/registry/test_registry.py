@@ -28,7 +28,7 @@ def star(family) -> str:
     return f"{family.module('stars', family.shape('star'))}:starConfig"
 
 
-def test_files_that_name_their_kind_are_kinds_and_only_the_one_asked_for_is_imported(family):
+def test_kinds_are_listed_without_importing_their_modules(family):
     assert family.registry.kinds() == ["circle", "square"]
     assert f"{family.package}.circle" not in sys.modules
     assert family.registry.resolve("circle").__name__ == "circleConfig"
@@ -36,26 +36,26 @@ def test_files_that_name_their_kind_are_kinds_and_only_the_one_asked_for_is_impo
     assert family.registry.origin("circle") == f"{family.package}.circle"
 
 
-def test_built_in_kinds_are_those_of_the_files(family):
+def test_built_in_kinds_exclude_registered_classes(family):
     family.registry.register(toy(family))
     found = family.registry.built_in()
     assert {kind: cls.__name__ for kind, cls in found.items()} == {"circle": "circleConfig", "square": "squareConfig"}
 
 
-def test_a_file_that_is_added_later_joins_and_may_have_other_classes(family):
+def test_file_added_later_becomes_a_kind(family):
     assert "star" not in family.registry.kinds()
     helper = f"from {family.package}.base import ShapeConfig\n\nclass Rounded(ShapeConfig):\n    radius: float = 0.0\n"
     (family.folder / family.package / "star.py").write_text(helper + family.shape("star"))
     assert family.registry.resolve("star")(size=2).area() == 4
 
 
-def test_a_file_without_the_class_it_names_is_an_error(family):
+def test_file_without_the_named_class_raises(family):
     (family.folder / family.package / "star.py").write_text('x = """kind: Literal["star"]"""')
     with pytest.raises(ConfigError, match=r'star .*base:ShapeConfig .*kind: Literal\["star"\]'):
         family.registry.resolve("star")
 
 
-def test_a_registered_class_is_a_kind_and_is_replaced_when_it_is_defined_again(family):
+def test_redefining_a_registered_class_replaces_it(family):
     mine = family.registry.register(toy(family))
     assert family.registry.register(mine) is mine
     assert family.registry.origin("mine") == "toy_module"
@@ -65,7 +65,7 @@ def test_a_registered_class_is_a_kind_and_is_replaced_when_it_is_defined_again(f
     assert Registry("shape", family.base, package=family.package).kinds() == ["circle", "square"]
 
 
-def test_a_second_class_of_a_kind_is_refused_and_both_are_named(family):
+def test_registering_a_taken_kind_raises_and_names_both_classes(family):
     family.registry.register(toy(family))
     with pytest.raises(ConfigError, match=r"'mine' .*toy_module:Toy .*other_module:Toy"):
         family.registry.register(toy(family, module="other_module"))
@@ -74,7 +74,7 @@ def test_a_second_class_of_a_kind_is_refused_and_both_are_named(family):
     assert family.registry.resolve("circle").__name__ == "circleConfig"
 
 
-def test_only_concrete_classes_of_the_family_with_a_kind_are_registered(family):
+def test_registering_an_unsuitable_class_raises(family):
     class Other(Config):
         kind: Literal["other"] = "other"
 
@@ -90,7 +90,7 @@ def test_only_concrete_classes_of_the_family_with_a_kind_are_registered(family):
             family.registry.register(refused)
 
 
-def test_a_mapping_becomes_the_class_of_its_kind_and_an_instance_is_taken_unchanged(family):
+def test_field_accepts_a_mapping_with_kind_or_an_instance(family):
     Holder = holder(family)
     read = Holder(shape=CIRCLE, other=None, many=[{"kind": "square", "size": 1}])
     assert type(read.shape) is family.registry.resolve("circle")
@@ -111,7 +111,7 @@ def test_a_mapping_becomes_the_class_of_its_kind_and_an_instance_is_taken_unchan
         ({"shape": CIRCLE, "many": [CIRCLE | {"colour": "red"}]}, ("many", 0, "colour"), ["'colour'", '"color"?']),
     ],
 )
-def test_an_error_has_its_place(family, data, place, words):
+def test_validation_error_has_the_location_of_the_fault(family, data, place, words):
     with pytest.raises(ValidationError) as raised:
         holder(family).model_validate(data)
     (error,) = raised.value.errors()
@@ -119,7 +119,7 @@ def test_an_error_has_its_place(family, data, place, words):
     assert all(word in error["msg"] for word in words)
 
 
-def test_a_field_is_dumped_with_the_fields_of_its_own_class_and_always_its_kind(family):
+def test_dump_includes_subclass_fields_and_always_the_kind(family):
     read = holder(family)(shape=CIRCLE, many=[{"kind": "square", "size": 1}])
     for mode in ("python", "json"):
         dumped = read.model_dump(mode=mode)
@@ -128,7 +128,7 @@ def test_a_field_is_dumped_with_the_fields_of_its_own_class_and_always_its_kind(
     assert type(read).model_validate_json(read.model_dump_json()) == read
 
 
-def test_the_context_of_validation_reaches_the_kinds(family):
+def test_validation_context_reaches_nested_kinds(family):
     seen = []
     base = toy(family)
 
@@ -143,7 +143,7 @@ def test_the_context_of_validation_reaches_the_kinds(family):
     assert seen == ["here"]
 
 
-def test_a_dotted_path_is_a_kind_and_is_dumped_as_a_path(family, star, tmp_path):
+def test_dotted_path_works_as_kind_and_is_dumped_as_path(family, star, tmp_path):
     assert family.registry.resolve(star).__name__ == "starConfig"
     assert family.registry.origin(star) == star.partition(":")[0]
     config = holder(family)(shape={"kind": star, "size": 3})
@@ -154,12 +154,12 @@ def test_a_dotted_path_is_a_kind_and_is_dumped_as_a_path(family, star, tmp_path)
     assert load(type(config), tmp_path / "run.yaml", presets=tmp_path) == config
 
 
-def test_a_dotted_path_may_name_a_nested_class(family):
+def test_dotted_path_can_name_a_nested_class(family):
     module = family.module("nested", f"{family.shape('star')}\n\nclass Outer:\n    Inner = starConfig\n")
     assert family.registry.resolve(f"{module}:Outer.Inner").__name__ == "starConfig"
 
 
-def test_a_path_is_dumped_as_a_kind_only_if_the_kind_names_the_same_class(family):
+def test_path_is_dumped_as_kind_only_for_the_same_class(family):
     for path, dumped in (
         (f"{family.module('mine', family.shape('circle'))}:circleConfig", None),
         (f"{family.package}.circle:circleConfig", "circle"),
@@ -180,7 +180,7 @@ def test_a_path_is_dumped_as_a_kind_only_if_the_kind_names_the_same_class(family
         ("..up:Config", "TypeError"),
     ],
 )
-def test_a_path_to_something_else_is_refused_with_the_reason(family, path, reason):
+def test_invalid_dotted_path_raises_with_the_reason(family, path, reason):
     with pytest.raises(ConfigError) as raised:
         family.registry.resolve(path)
     assert str(raised.value).startswith(f"shape kind {path!r} ")

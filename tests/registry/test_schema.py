@@ -53,7 +53,7 @@ def kinds_of(union: dict[str, Any]) -> dict[str, str]:
     return union["discriminator"]["mapping"]
 
 
-def test_a_field_is_a_union_of_its_kinds_a_dotted_path_or_a_difference_without_kind(schema):
+def test_field_schema_allows_kinds_dotted_paths_and_partial_mappings(schema):
     shape, init = schema["properties"]["shape"], schema["properties"]["init"]
     kinds, null = schema["properties"]["other"]["anyOf"]
     assert shape["discriminator"]["propertyName"] == "kind"
@@ -67,7 +67,7 @@ def test_a_field_is_a_union_of_its_kinds_a_dotted_path_or_a_difference_without_k
     assert without_kind in init["oneOf"]
 
 
-def test_plug_ins_are_in_the_schema_unless_they_are_broken(family):
+def test_schema_includes_plug_ins_unless_broken(family):
     module = family.module("stars", family.shape("star"))
     family.plug_in("star", f"{module}:starConfig")
     family.plug_in("moon", "no_such_module:Moon")
@@ -75,7 +75,7 @@ def test_plug_ins_are_in_the_schema_unless_they_are_broken(family):
     assert kinds_of(json_schema(Run)["properties"]["shape"]).keys() == {"circle", "square", "star"}
 
 
-def test_nothing_is_required_but_a_kind_and_only_known_keys_are_allowed(schema):
+def test_schema_requires_only_kind_and_forbids_unknown_keys(schema):
     circle, normal = schema["$defs"]["circleConfig"], schema["$defs"]["Normal"]
     assert "required" not in schema
     assert circle["required"] == normal["required"] == ["kind"]
@@ -85,7 +85,7 @@ def test_nothing_is_required_but_a_kind_and_only_known_keys_are_allowed(schema):
     assert "extends" not in circle["properties"]
 
 
-def test_kinds_that_contain_kinds_are_described_read_and_written():
+def test_recursive_kinds_have_a_schema_and_round_trip():
     schema = json_schema(Tree)
     inner = kinds_of(schema["$defs"]["Branch"]["properties"]["inner"]["items"])
     assert inner == {"branch": "#/$defs/Branch", "leaf": "#/$defs/Leaf"}
@@ -93,7 +93,7 @@ def test_kinds_that_contain_kinds_are_described_read_and_written():
     assert Tree.model_validate(data).model_dump() == data
 
 
-def test_a_mapping_without_kind_has_the_keys_of_the_default(family):
+def test_mapping_without_kind_gets_the_keys_of_the_default_kind(family):
     registry = Registry("shape", family.base, package=family.package, default_kind="square")
     schema = json_schema(create_model("Run", __base__=Config, shape=(Annotated[family.base, registry], ...)))
     *_, without = schema["properties"]["shape"]["oneOf"]

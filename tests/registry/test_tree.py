@@ -26,7 +26,7 @@ def merged(base: Any, difference: Any) -> Any:
 
 
 @given(mappings, mappings, values)
-def test_laws_of_merging(base, difference, value):
+def test_merge_is_idempotent_and_has_an_identity(base, difference, value):
     assert tree(value).plain() == value
     assert merged(base, {}) == merged({}, base) == merged(base, base) == base
     once = merged(base, difference)
@@ -37,7 +37,7 @@ def test_laws_of_merging(base, difference, value):
         assert merged(base, value) == value
 
 
-def test_a_merged_value_has_the_origin_that_set_it_and_a_mapping_that_of_the_last_change():
+def test_merged_values_keep_the_origin_that_set_them():
     node = tree({"a": 1, "b": 2}).merge(tree({"b": 3}, THERE))
     assert [str(node.find([key])[1].origin) for key in "ab"] == ["here:1", "there:2"]
     assert node.origin == THERE

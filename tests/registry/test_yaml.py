@@ -44,7 +44,7 @@ def read(text: str) -> Any:
         (['"8"', "!!str 8"], "8"),
     ],
 )
-def test_scalars_are_those_of_yaml_1_2(texts, value):
+def test_scalars_follow_yaml_1_2(texts, value):
     for text in texts:
         found = read(f"a: {text}")["a"]
         assert (found, type(found)) == (value, type(value))
@@ -52,7 +52,7 @@ def test_scalars_are_those_of_yaml_1_2(texts, value):
 
 
 @pytest.mark.parametrize("text", ["yes", "off", "y", "N", "No", "tRue", "1e", "e5", "=", ".", "2024-01-01", "12:30:00"])
-def test_what_yaml_1_1_converts_is_a_string(text):
+def test_values_converted_only_by_yaml_1_1_stay_strings(text):
     assert read(f"a: {text}") == {"a": text}
 
 
@@ -66,11 +66,11 @@ def test_what_yaml_1_1_converts_is_a_string(text):
         ("a: &x {k: 1}\nb: &y {k: 2, <<: *x}\nc: *y", {"a": {"k": 1}, "b": {"k": 2}, "c": {"k": 2}}),
     ],
 )
-def test_keys_are_strings_and_aliases_and_merge_keys_are_expanded(text, value):
+def test_keys_become_strings_and_aliases_and_merges_expand(text, value):
     assert read(text) == value
 
 
-def test_a_value_has_the_line_of_its_key_and_an_alias_that_of_its_use():
+def test_origin_is_the_line_of_the_key_or_alias_use():
     node = parse("a:\n  b: &x\n\n    - 1\n    - 2\nc: *x", "x.yaml")
     assert node is not None
     places = {path: str(node.find(path)[1].origin) for path in [(), ("a",), ("a", "b"), ("a", "b", 1), ("c",)]}
@@ -105,32 +105,32 @@ def test_a_value_has_the_line_of_its_key_and_an_alias_that_of_its_use():
         ("\n".join(NESTED), 14, "100,000"),
     ],
 )
-def test_broken_text_is_refused_in_one_line_with_its_place(text, where, what):
+def test_invalid_yaml_raises_a_one_line_error_with_location(text, where, what):
     with pytest.raises(ConfigError) as raised:
         parse(text, "x.yaml")
     assert re.match(f"x.yaml:{where}: .*{what}" if where else f"x.yaml: .*{what}", str(raised.value))
     assert len(str(raised.value).splitlines()) == 1
 
 
-def test_a_few_aliases_of_aliases_are_read():
+def test_moderately_nested_aliases_are_accepted():
     assert len(read("\n".join(NESTED[:10]))["a9"]) == 2
 
 
 @given(values)
 @example({"\x85": "a\u2028b", "two\nlines": " a\tb \n"})
 @example([math.inf, 1e300, 1e-6, "1e-6", "no", "null", "", "<<", "=", "0o7"])
-def test_what_is_written_is_read_as_the_same_value(value):
+def test_written_yaml_reads_back_equal(value):
     assert read(write(value)) == value
 
 
 @given(st.text(alphabet="0123456789.eE+-xo_:~<ntruefalsNI yo"))
-def test_a_string_that_looks_like_something_else_stays_a_string(text):
+def test_string_that_looks_like_another_type_stays_a_string(text):
     assert read(write({"a": text})) == {"a": text}
 
 
 @given(st.text() | st.text(alphabet="ab&*<>:{}[],-?!|#%@'\" \n"))
 @example("&a {? *a : b}")
-def test_any_text_is_read_or_refused_in_one_line(text):
+def test_any_text_parses_or_raises_a_one_line_error(text):
     problem = ""
     try:
         parse(text, "x.yaml")
@@ -139,7 +139,7 @@ def test_any_text_is_read_or_refused_in_one_line(text):
     assert "\n" not in problem
 
 
-def test_values_are_written_in_order_short_lists_in_one_line_and_numbers_as_yaml_1_1_needs_them():
+def test_yaml_output_keeps_order_short_lists_and_portable_floats():
     assert write({"b": 1, "a": 2}) == "b: 1\na: 2\n"
     assert write({"pattern": ["a", "b"]}) == "pattern: [a, b]\n"
     assert write([1e-06, 1e17, 0.5]) == "[1.0e-06, 1.0e+17, 0.5]\n"

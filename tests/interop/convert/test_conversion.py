@@ -1,4 +1,4 @@
-"""Conversion without the other library: what is refused, by name, and that a converted model generates."""
+"""Conversion without the other library: unsupported fields are rejected by name, and a converted model generates."""
 
 import json
 
@@ -17,7 +17,7 @@ FIELDS = {"model_type": "llama", "hidden_size": 16, "num_hidden_layers": 2, "voc
 FIELDS |= {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 24, "eos_token_id": 7}
 
 
-def test_the_layers_of_qwen3_next_may_be_said_by_an_interval():
+def test_qwen3_next_layers_can_be_given_by_an_interval():
     sizes = ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim", "conv_kernel_dim")
     fields = {"model_type": "qwen3_next", "head_dim": 8, "full_attention_interval": 2, "num_experts": 0}
     config = ARCHITECTURES["qwen3-next"].config(FIELDS | fields | {f"linear_{name}": 4 for name in sizes}, "here")
@@ -30,7 +30,7 @@ def test_the_layers_of_qwen3_next_may_be_said_by_an_interval():
     "fields",
     [{"rope_theta": 500}, {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}, "rope_theta": 1.0}],
 )
-def test_the_base_of_angles_is_read_where_any_version_writes_it(fields):
+def test_rope_base_is_read_from_old_and_new_fields(fields):
     llama = ARCHITECTURES["llama"]
     config = llama.config(FIELDS | fields, "here")
     assert config.blocks["layer"].mixer.rope_base == 500
@@ -55,7 +55,7 @@ def change(folder, **fields):
     (folder / "config.json").write_text(json.dumps({**FIELDS, **fields}))
 
 
-def test_a_converted_model_generates_with_its_tokenizer_and_goes_back(theirs, tmp_path):
+def test_converted_model_generates_and_exports_back(theirs, tmp_path):
     tokenizer = json.loads((theirs / "tokenizer.json").read_text())
     tokenizer["added_tokens"] = [{"id": 7, "content": "(", "special": True} | dict.fromkeys(FLAGS, False)]
     (theirs / "tokenizer.json").write_text(json.dumps(tokenizer))
@@ -70,7 +70,7 @@ def test_a_converted_model_generates_with_its_tokenizer_and_goes_back(theirs, tm
     assert (tmp_path / "back/tokenizer.json").read_bytes() == (theirs / "tokenizer.json").read_bytes()
 
 
-def test_weights_may_be_in_several_files_and_tied_ones_twice(theirs, tmp_path):
+def test_sharded_weights_and_duplicate_tied_weights_are_accepted(theirs, tmp_path):
     change(theirs, tie_word_embeddings=True)
     weights = load_file(theirs / "model.safetensors")
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
@@ -102,7 +102,7 @@ FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
         ({"tie_word_embeddings": True}, "a tensor without a counterpart in seqmix: lm_head.weight"),
     ],
 )
-def test_what_has_no_counterpart_is_refused_by_name(theirs, tmp_path, fields, words):
+def test_unsupported_fields_are_rejected_by_name(theirs, tmp_path, fields, words):
     change(theirs, **fields)
     with pytest.raises(SeqmixError, match=words) as found:
         import_from(theirs, tmp_path / "ours")
@@ -110,7 +110,7 @@ def test_what_has_no_counterpart_is_refused_by_name(theirs, tmp_path, fields, wo
     assert not (tmp_path / "ours").exists()
 
 
-def test_pickles_and_other_folders_are_refused(theirs, tmp_path):
+def test_pickled_or_missing_weights_are_rejected(theirs, tmp_path):
     (theirs / "model.safetensors").rename(theirs / "pytorch_model.bin")
     with pytest.raises(SeqmixError, match=r"is a pickle, which may run any code.*save_file"):
         import_from(theirs, tmp_path / "ours")
@@ -128,7 +128,7 @@ ATTENTION = {"kind": "attention", "n_heads": 4}
 FFN, NORM = {"kind": "swiglu", "expansion": 2.0, "multiple_of": 5}, {"kind": "rmsnorm"}
 
 
-def test_tokens_that_are_not_bytes_need_a_tokenizer(theirs, tmp_path):
+def test_vocabulary_smaller_than_bytes_needs_a_tokenizer(theirs, tmp_path):
     change(theirs, vocab_size=100)
     weights = load_file(theirs / "model.safetensors")
     for name in ("lm_head.weight", "model.embed_tokens.weight"):
@@ -151,7 +151,7 @@ def test_tokens_that_are_not_bytes_need_a_tokenizer(theirs, tmp_path):
         ({}, None),
     ],
 )
-def test_a_model_that_the_other_library_has_not_is_refused_by_field(block, words):
+def test_export_rejects_unsupported_block_fields_by_name(block, words):
     block = {"mixer": ATTENTION, "ffn": FFN, "norm": NORM} | block
     model = ModelConfig(d_model=16, n_layers=2, vocab_size=300, blocks={"a": block}, norm=NORM)
     if words is None:
@@ -161,7 +161,7 @@ def test_a_model_that_the_other_library_has_not_is_refused_by_field(block, words
         ARCHITECTURES["llama"].fields(model)
 
 
-def test_residual_connections_that_the_other_library_has_not_are_refused():
+def test_export_rejects_unsupported_residual_connections():
     block = {"mixer": ATTENTION, "ffn": FFN, "norm": NORM}
     model = ModelConfig(
         d_model=16, n_layers=2, vocab_size=300, blocks={"a": block}, norm=NORM, residual={"kind": "hyper"}
@@ -170,7 +170,7 @@ def test_residual_connections_that_the_other_library_has_not_are_refused():
         ARCHITECTURES["llama"].fields(model)
 
 
-def test_the_command_prints_the_plan_and_writes(theirs, tmp_path, capsys, monkeypatch):
+def test_convert_command_prints_the_plan_and_writes_the_model(theirs, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")  # xdist sets 80
     command = import_command("convert")
     command([str(theirs), "--dry-run"], standalone_mode=False)
@@ -188,7 +188,7 @@ def test_the_command_prints_the_plan_and_writes(theirs, tmp_path, capsys, monkey
             command([str(a) for a in arguments], standalone_mode=False)
 
 
-def test_a_layout_goes_both_ways_and_one_source_may_serve_several():
+def test_layout_rules_convert_in_both_directions():
     parts = part("fused", 4, 3, pattern="(h two) d -> two d h", index=1, two=2), part("b", 3, 2)
     rules = [
         Rule("x", (6, 2), parts),
@@ -210,7 +210,7 @@ def test_a_layout_goes_both_ways_and_one_source_may_serve_several():
         to_theirs(rules[:1], ours)
 
 
-def test_whether_fla_fuses_its_norms_matters_only_where_a_tensor_is_renamed():
+def test_fuse_norm_only_changes_tensor_names():
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "vocab_size": 300, "num_heads": 2, "head_dim": 8}
     plain = ARCHITECTURES["gated-deltanet"].config({**sizes, "fuse_norm": False}, "here")
     assert plain == ARCHITECTURES["gated-deltanet"].config({**sizes, "fuse_norm": True}, "here")

@@ -1,4 +1,4 @@
-"""A stranger's config.json and tokenizer.json: any value of any field is refused in a sentence, or used."""
+"""Untrusted config.json and tokenizer.json files: every field value is used or rejected with a clear error."""
 
 import json
 import random
@@ -22,7 +22,7 @@ COMPUTED = {"scaling", "positions", "networks", "embedding_scale", "embedding_no
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_any_value_of_any_field_is_refused_in_a_sentence_or_used(name):
+def test_any_field_value_is_used_or_rejected_with_a_clear_error(name):
     _laid_out(name, whole(name))
     cases = list(changed(name))
     if settings().max_examples < 1000:
@@ -38,7 +38,7 @@ def _laid_out(name, fields):
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_every_field_that_a_converter_computes_with_has_a_type(name):
+def test_every_field_used_in_computation_has_a_type(name):
     architecture = ARCHITECTURES[name]
     tables = [architecture.common, *(table for kinds in architecture.kinds.values() for table in kinds.values())]
     fields = {field: spec for table in tables for field, spec in table.fields.items()}
@@ -63,7 +63,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("key", FAULTS)
-def test_the_command_names_file_key_and_value(key, refused, tmp_path):
+def test_convert_error_names_the_file_key_and_value(key, refused, tmp_path):
     make(folder := tmp_path / "theirs", "llama")
     value, sentence = FAULTS[key]
     fields = {name: x for name, x in whole("llama").items() if not name.startswith("rope")}
@@ -73,14 +73,14 @@ def test_the_command_names_file_key_and_value(key, refused, tmp_path):
     assert not (tmp_path / "ours").exists()
 
 
-def test_a_field_that_is_null_is_missing():
+def test_null_field_counts_as_missing():
     assert validate_types({"hidden_size": None, "attn": None, "other": 1}, "here") == {"other": 1}
     assert validate_types({"factor": 2.0, "beta": "x"}, "here", Rotation) == {"factor": 2.0, "beta": "x"}
     fields = whole("rwkv7")
     assert RWKV7().config(fields | {"hidden_ratio": None}, "here") == RWKV7().config(fields, "here")
 
 
-def test_a_model_of_far_more_parameters_than_the_weights_have_bytes_is_refused_before_it_is_laid_out(tmp_path):
+def test_config_with_far_too_many_parameters_is_rejected(tmp_path):
     make(folder := tmp_path / "theirs", "qwen3-next")
     (folder / "config.json").write_text(json.dumps(whole("qwen3-next") | {"head_dim": 2**20}))
     with pytest.raises(
@@ -90,7 +90,7 @@ def test_a_model_of_far_more_parameters_than_the_weights_have_bytes_is_refused_b
 
 
 @pytest.mark.parametrize("number", range(len(TREES)))
-def test_a_tokenizer_json_that_is_none_is_refused_by_the_command(number, refused, tmp_path):
+def test_convert_rejects_an_invalid_tokenizer_json(number, refused, tmp_path):
     make(folder := tmp_path / "theirs", "llama")
     (folder / "tokenizer.json").write_text(json.dumps(TREES[number]))
     message = refused("convert", folder, "--out", "ours", status=3)
@@ -99,7 +99,7 @@ def test_a_tokenizer_json_that_is_none_is_refused_by_the_command(number, refused
 
 
 @pytest.mark.parametrize("target", ["config.json", "model.safetensors", "nowhere", "/dev/zero", "."])
-def test_a_tokenizer_json_that_links_to_something_else_is_refused(target, refused, tmp_path):
+def test_convert_rejects_a_tokenizer_symlink_to_a_non_tokenizer(target, refused, tmp_path):
     make(folder := tmp_path / "theirs", "llama")
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer.json").symlink_to(target)
@@ -110,8 +110,8 @@ def test_a_tokenizer_json_that_links_to_something_else_is_refused(target, refuse
     assert not (tmp_path / "ours").exists()
 
 
-def test_a_tokenizer_json_that_links_to_a_tokenizer_is_read(tmp_path):
-    """The cache of Hugging Face has nothing but links."""
+def test_tokenizer_symlink_to_a_tokenizer_is_read(tmp_path):
+    """The Hugging Face cache contains only symlinks."""
     make(folder := tmp_path / "theirs", "llama")
     (folder / "tokenizer.json").rename(tmp_path / "blob")
     (folder / "tokenizer.json").symlink_to("../blob")

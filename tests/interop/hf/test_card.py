@@ -1,4 +1,4 @@
-"""The folder of an export: a card that says how to load it, and modeling code for trust_remote_code=True."""
+"""Exported folders: a model card that says how to load them, and modeling code for trust_remote_code=True."""
 
 import json
 import subprocess
@@ -44,7 +44,7 @@ def load(*, trust: bool) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
 
 
-def test_the_card_says_what_is_missing(seqmix, run):
+def test_model_card_names_the_required_import(seqmix, run):
     assert seqmix("export", run, "--to", "hf", "out").status == 0
     card = Path("out/README.md").read_text()
     assert "import seqmix.interop.hf  # registers" in card
@@ -52,7 +52,7 @@ def test_the_card_says_what_is_missing(seqmix, run):
     assert "does not recognize" in load(trust=False).stderr
 
 
-def test_the_card_says_how_the_model_was_trained(seqmix, run):
+def test_model_card_describes_the_training(seqmix, run):
     assert seqmix("export", run, "--to", "hf", "out").status == 0
     card = Path("out/README.md").read_text()
     assert "| data | text.txt |" in card
@@ -61,7 +61,7 @@ def test_the_card_says_how_the_model_was_trained(seqmix, run):
     assert f"| validation loss | {measured['validation_loss']:.4f} nats per token |" in card
 
 
-def test_a_loss_of_other_weights_is_left_out(seqmix):
+def test_model_card_of_ema_weights_omits_the_validation_loss(seqmix):
     assert seqmix("train", "retnet-tiny", *TINY, "training.ema=0.5", "--out", "run").status == 0
     assert seqmix("export", "run", "--to", "hf", "out", "--ema").status == 0
     card = Path("out/README.md").read_text()
@@ -69,13 +69,13 @@ def test_a_loss_of_other_weights_is_left_out(seqmix):
     assert "validation loss" not in card
 
 
-def test_a_file_says_nothing_of_training(seqmix, run):
+def test_model_card_of_an_exported_file_omits_the_training(seqmix, run):
     assert seqmix("export", run, "--out", "model.safetensors").status == 0
     assert seqmix("export", "model.safetensors", "--to", "hf", "out").status == 0
     assert "Training" not in Path("out/README.md").read_text()
 
 
-def test_modeling_code_replaces_the_import(seqmix, run, monkeypatch, tmp_path):
+def test_remote_code_export_loads_without_importing_seqmix_hf(seqmix, run, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     assert seqmix("export", run, "--to", "hf", "out", "--remote-code").status == 0
     assert "trust_remote_code=True" in Path("out/README.md").read_text()
@@ -87,7 +87,7 @@ def test_modeling_code_replaces_the_import(seqmix, run, monkeypatch, tmp_path):
     assert Path("again/modeling_seqmix.py").is_file()
 
 
-def test_it_is_refused_where_it_would_not_load(seqmix, run, refused):
+def test_remote_code_export_is_rejected_if_it_would_not_load(seqmix, run, refused):
     assert "--remote-code needs --to hf" in refused("export", run, "--out", "x.safetensors", "--remote-code")
     Path("mine_hf.py").write_text(MINE)
     block = "model.blocks.ret.mixer={kind: mine_hf:MineConfig, n_heads: 2}"

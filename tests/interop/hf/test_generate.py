@@ -1,4 +1,4 @@
-"""`generate` of Hugging Face writes what ours does, in batches with padding too, and refuses what states cannot do."""
+"""Hugging Face `generate` matches ours, also with padding, and rejects what recurrent states do not support."""
 
 import copy
 from dataclasses import replace
@@ -31,7 +31,7 @@ def greedy(model, prompts, new=NEW):
 
 
 @pytest.mark.parametrize("preset", [*EIGHT, "hybrid", "zamba2"])
-def test_greedy_generation_of_a_ragged_batch_is_ours(preset):
+def test_greedy_generation_of_a_padded_batch_matches_ours(preset):
     model, (prompts, tokens, mask) = tiny(f"{preset}-tiny"), ragged()
     found = SeqmixForCausalLM.wrap(model).generate(tokens, attention_mask=mask, max_new_tokens=NEW, do_sample=False)
     assert torch.equal(found[:, : tokens.shape[1]], tokens)
@@ -51,7 +51,7 @@ def stepwise(model, tokens, mask, first):
 @pytest.mark.parametrize("packing", [True, False], ids=["packed", "row by row"])
 @pytest.mark.parametrize("preset", sorted(single_kind_presets()))
 @torch.no_grad()
-def test_a_padded_row_has_the_logits_of_the_row_alone(preset, packing):
+def test_padded_row_has_the_same_logits_as_the_row_alone(preset, packing):
     model, (prompts, tokens, mask) = tiny(preset, "model.n_layers=2"), ragged((5, 12, 1))
     for block in model.blocks:
         block.mixer.traits = replace(block.mixer.traits, packing=block.mixer.traits.packing and packing)
@@ -80,7 +80,7 @@ def beam_search(model, prompt, beams, new):
 
 @pytest.mark.parametrize("preset", ["retnet-tiny", "attention-tiny", "hyena-tiny"])
 @torch.no_grad()
-def test_beams_are_those_of_a_search_without_a_cache(preset):
+def test_beam_search_matches_a_search_without_cache(preset):
     # sharper than at initialisation, so that the beams cross
     model, (prompts, tokens, mask) = tiny(preset, "model.n_layers=2"), ragged()
     model.head.weight.mul_(2)
@@ -92,7 +92,7 @@ def test_beams_are_those_of_a_search_without_a_cache(preset):
 
 
 @pytest.mark.parametrize("preset", ["gla-tiny", "hybrid-tiny"])
-def test_sampling_with_a_cache_is_sampling_without(preset):
+def test_sampling_is_the_same_with_and_without_cache(preset):
     wrapped, (_, tokens, mask) = SeqmixForCausalLM.wrap(tiny(preset)), ragged()
     options = {"attention_mask": mask, "max_new_tokens": NEW, "do_sample": True, "top_k": 20, "num_return_sequences": 2}
     found = []
@@ -104,7 +104,7 @@ def test_sampling_with_a_cache_is_sampling_without(preset):
 
 
 @pytest.mark.parametrize("preset", ["retnet-tiny", "hybrid-tiny"])
-def test_a_cache_continues_a_text_twice(preset):
+def test_copied_cache_continues_a_text_like_the_original(preset):
     wrapped, (_, tokens, mask) = SeqmixForCausalLM.wrap(tiny(preset)), ragged()
     options = {"do_sample": False, "return_dict_in_generate": True}
     first = wrapped.generate(tokens, attention_mask=mask, max_new_tokens=4, **options)
@@ -117,7 +117,7 @@ def test_a_cache_continues_a_text_twice(preset):
         assert torch.equal(found, wrapped.generate(first.sequences, **more))
 
 
-def test_text_is_streamed_as_ours():
+def test_streamed_tokens_match_ours():
     model = tiny("retnet-tiny")
     pieces = []
 
@@ -133,7 +133,7 @@ def test_text_is_streamed_as_ours():
     assert pieces == [prompt.tolist(), *([token] for token in greedy(model, [prompt])[0].tolist()), None]
 
 
-def test_the_two_names_of_the_cache_and_logits_to_keep():
+def test_forward_supports_both_cache_names_and_logits_to_keep():
     wrapped, (prompts, _, _) = SeqmixForCausalLM.wrap(tiny("retnet-tiny")), ragged()
     whole = wrapped(prompts[1][None], use_cache=False)
     assert whole[CACHE_NAME] is None if CACHE_NAME in whole else True
@@ -183,7 +183,7 @@ REFUSED = {
 @pytest.mark.skipif(not CAN_CROP, reason="this transformers does not announce that it removes tokens")
 @pytest.mark.parametrize("preset", ["retnet-tiny", "sliding-window-tiny", "hybrid-tiny"])
 @pytest.mark.parametrize("length", [5, 300])  # a prompt longer than what is recorded
-def test_assisted_decoding_gives_the_same_text(preset, length):
+def test_assisted_decoding_generates_the_same_text(preset, length):
     model = SeqmixForCausalLM.wrap(tiny(preset).double())
     assistant = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(0)
@@ -198,12 +198,12 @@ def test_assisted_decoding_gives_the_same_text(preset, length):
 
 
 @pytest.mark.skipif(CAN_CROP, reason="this transformers announces that it removes tokens")
-def test_assisted_decoding_needs_a_newer_transformers():
+def test_assisted_decoding_raises_on_an_older_transformers():
     with pytest.raises(ValueError, match="not supported with stateful models"):
         generating(prompt_lookup_num_tokens=2)(SeqmixForCausalLM.wrap(tiny("retnet-tiny")))
 
 
-def test_a_cache_goes_back_no_further_than_it_recorded():
+def test_cache_cannot_be_cropped_beyond_its_recording():
     model = SeqmixForCausalLM.wrap(tiny("retnet-tiny"))
     cache = model(torch.zeros(1, 5, dtype=torch.int64))[CACHE_NAME]
     for layer in cache.layers:
@@ -220,7 +220,7 @@ def test_a_cache_goes_back_no_further_than_it_recorded():
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_does_not_work_is_refused_by_one_sentence(case):
+def test_unsupported_calls_raise_with_the_reason(case):
     act, sentence = REFUSED[case]
     with pytest.raises(ValueError, match=sentence):
         act(SeqmixForCausalLM.wrap(tiny("retnet-tiny")))

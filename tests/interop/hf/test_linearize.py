@@ -1,4 +1,4 @@
-"""A tiny random Llama and a Qwen3 with other mixers, through all stages."""
+"""A tiny random Llama and a tiny Qwen3 go through all stages of linearization."""
 
 import pytest
 
@@ -21,7 +21,7 @@ STAGE = {"tokens": 64, "learning_rate": 1e-3}
 
 
 @pytest.mark.parametrize("name", ["Llama", "Qwen3"])
-def test_a_model_of_transformers_goes_through_all_stages(name, tmp_path, text, monkeypatch):
+def test_transformers_model_goes_through_all_linearization_stages(name, tmp_path, text, monkeypatch):
     monkeypatch.setattr("seqmix.lab.linearize.measure.DECODED", 3)
     torch.manual_seed(0)
     more = {"head_dim": 8} if name == "Qwen3" else {}

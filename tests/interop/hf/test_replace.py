@@ -1,4 +1,4 @@
-"""Our mixers in models of Hugging Face: generation with a cache and with padding, and attention with their weights."""
+"""Our mixers in Hugging Face models: generation with cache and padding, and attention with copied weights."""
 
 from importlib.util import find_spec
 
@@ -54,7 +54,7 @@ def decoder(family, seed=0):
 @pytest.mark.parametrize("layers", [None, [0, 2], [3]], ids=["all", "0 and 2", "the last"])
 @pytest.mark.parametrize("mixer", [GLA, {"kind": "attention", "n_heads": 2}], ids=["gla", "attention"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_generation_with_a_cache_and_padding_is_that_without(family, mixer, layers):
+def test_generation_is_the_same_with_and_without_cache_and_padding(family, mixer, layers):
     model, (prompts, tokens, mask) = replace_mixers(decoder(family), mixer, layers), ragged()
     options = {"max_new_tokens": NEW, "do_sample": False}
     found = model.generate(tokens, attention_mask=mask, **options)
@@ -65,7 +65,7 @@ def test_generation_with_a_cache_and_padding_is_that_without(family, mixer, laye
 
 
 @torch.no_grad()
-def test_beams_reorder_the_states():
+def test_beam_search_is_the_same_with_and_without_cache():
     model, (_, tokens, mask) = replace_mixers(decoder("qwen3"), GLA, [1, 2]), ragged()
     options = {"attention_mask": mask, "max_new_tokens": NEW, "do_sample": False, "num_beams": 3}
     found = model.generate(tokens, **options)
@@ -74,7 +74,7 @@ def test_beams_reorder_the_states():
 
 
 @torch.no_grad()
-def test_a_changed_model_is_saved_and_loaded_into_one_that_is_changed_again(tmp_path):
+def test_saved_weights_load_into_a_model_with_the_same_replacement(tmp_path):
     model, (_, tokens, mask) = replace_mixers(decoder("llama"), GLA, [1]), ragged()
     model.save_pretrained(tmp_path)
     again = replace_mixers(decoder("llama", seed=1), GLA, [1])
@@ -99,7 +99,7 @@ def weights_of(theirs):
     ("family", "fields"), [("llama", {}), ("mistral", {"window": 4}), ("qwen3", {"qk_norm": "rms"})]
 )
 @torch.no_grad()
-def test_our_attention_with_their_weights_is_their_layer(family, fields):
+def test_attention_with_copied_weights_matches_transformers(family, fields):
     model, changed = decoder(family), decoder(family)
     attention = {"kind": "attention", "n_heads": H, "n_kv_heads": G, "head_dim": K, **fields}
     replace_mixers(changed, attention, [1, 3])
@@ -120,7 +120,7 @@ def test_our_attention_with_their_weights_is_their_layer(family, fields):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_gradients_reach_mixers_and_skip_padding(checkpointing):
+def test_gradients_reach_replaced_mixers_and_ignore_padding(checkpointing):
     model, (prompts, tokens, mask) = replace_mixers(decoder("llama").train(), GLA, [0, 2]), ragged()
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -160,13 +160,13 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_replaced_is_refused(case):
+def test_invalid_replacement_raises(case):
     act, sentence = REFUSED[case]
     with pytest.raises(SeqmixError, match=sentence):
         act(decoder("llama"))
 
 
-def test_what_states_cannot_do_is_refused():
+def test_operations_unsupported_by_states_raise():
     model, tokens = decoder("llama"), torch.zeros(1, 3, dtype=torch.int64)
     before = model(tokens)[CACHE_NAME]
     replace_mixers(model, GLAConfig(**GLA))

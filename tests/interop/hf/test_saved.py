@@ -1,4 +1,4 @@
-"""What is saved for Hugging Face is loaded bit for bit: weights, configuration and tokenizer, by the Auto classes."""
+"""Models saved for Hugging Face load unchanged with the Auto classes: weights, configuration and tokenizer."""
 
 import json
 from importlib.util import find_spec
@@ -25,7 +25,7 @@ PRESETS = {"retnet-tiny": (), "hybrid-tiny": ("model.tie_embeddings=true",), "za
 
 @pytest.mark.parametrize("preset", PRESETS)
 @torch.no_grad()
-def test_a_saved_model_is_loaded_bit_for_bit(preset, tmp_path):
+def test_saved_model_loads_bitwise_equal(preset, tmp_path):
     wrapped = SeqmixForCausalLM.wrap(tiny(preset, *PRESETS[preset], dtype=torch.float32))
     wrapped.save_pretrained(tmp_path)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -51,7 +51,7 @@ def test_a_saved_model_is_loaded_bit_for_bit(preset, tmp_path):
     assert len(list(loaded.parameters())) == len(list(wrapped.parameters()))
 
 
-def test_buffers_that_are_not_saved_are_as_at_the_beginning(tmp_path):
+def test_unsaved_buffers_are_initialized_on_load(tmp_path):
     wrapped = SeqmixForCausalLM.wrap(tiny("gla-tiny", MOE, dtype=torch.float32))
     wrapped.save_pretrained(tmp_path)
     loaded = SeqmixForCausalLM.from_pretrained(tmp_path)
@@ -61,7 +61,7 @@ def test_buffers_that_are_not_saved_are_as_at_the_beginning(tmp_path):
         assert torch.equal(buffers[name], buffer), name
 
 
-def test_a_model_is_built_from_its_configuration_by_torchs_seed():
+def test_model_built_from_config_depends_on_the_torch_seed():
     config = SeqmixConfig(load_config("retnet-tiny", ["model.d_model=64"]).model)
     models = []
     for seed in (0, 0, 1):
@@ -72,7 +72,7 @@ def test_a_model_is_built_from_its_configuration_by_torchs_seed():
     assert not torch.equal(first, other)
 
 
-def test_the_precision_of_a_loaded_model_is_chosen(tmp_path):
+def test_dtype_argument_sets_the_precision_of_a_loaded_model(tmp_path):
     wrapped = SeqmixForCausalLM.wrap(tiny("retnet-tiny", dtype=torch.float32))
     wrapped.save_pretrained(tmp_path)
     loaded = SeqmixForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
@@ -80,7 +80,7 @@ def test_the_precision_of_a_loaded_model_is_chosen(tmp_path):
     assert loaded.generate(torch.tensor([[PAD, 1, 2]]), max_new_tokens=2).shape == (1, 5)
 
 
-def test_the_configuration_holds_ours_and_refuses_another(tmp_path):
+def test_hf_config_round_trips_ours_and_rejects_conflicts(tmp_path):
     config = SeqmixConfig(load_config("hybrid-tiny").model, bos_token_id=PAD)
     config.save_pretrained(tmp_path)
     loaded = transformers.AutoConfig.from_pretrained(tmp_path)
@@ -99,7 +99,7 @@ def test_the_configuration_holds_ours_and_refuses_another(tmp_path):
             transformers.AutoConfig.from_pretrained(tmp_path)
 
 
-def test_a_missing_or_an_unknown_tensor_is_an_error_by_name(tmp_path):
+def test_missing_or_unknown_tensor_raises_by_name(tmp_path):
     SeqmixForCausalLM.wrap(tiny("retnet-tiny", dtype=torch.float32)).save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     whole = load_file(file)
@@ -129,7 +129,7 @@ def tokenizer(request, tmp_path):
 TEXTS = ["the hat", "", " é€\x00\n\n", "🙂 zwölf", "a" * 300]
 
 
-def test_a_tokenizer_has_our_tokens(tokenizer, tmp_path):
+def test_hf_tokenizer_produces_our_tokens(tokenizer, tmp_path):
     hf_tokenizer(tokenizer).save_pretrained(tmp_path / "hf")
     SeqmixConfig(load_config("retnet-tiny").model).save_pretrained(tmp_path / "hf")
     loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
@@ -145,7 +145,7 @@ def test_a_tokenizer_has_our_tokens(tokenizer, tmp_path):
     assert batch.input_ids[0][batch.attention_mask[0] == 1].tolist() == tokenizer.encode(TEXTS[0]).tolist()
 
 
-def test_a_vocabulary_with_gaps_keeps_its_numbers():
+def test_vocabulary_with_gaps_keeps_its_token_ids():
     words = {"a": 0, "b": 7}
     file = {"version": "1.0", "added_tokens": [], "model": {"type": "WordLevel", "vocab": words, "unk_token": "a"}}
     file |= dict.fromkeys(("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder"))
@@ -153,7 +153,7 @@ def test_a_vocabulary_with_gaps_keeps_its_numbers():
 
 
 @pytest.mark.parametrize("unit", ["bytes", "subwords", "own begin"])
-def test_a_run_is_exported_and_streams_the_same_text(config_of, seqmix, refused, tmp_path, unit):
+def test_exported_run_streams_the_same_text(config_of, seqmix, refused, tmp_path, unit):
     changes = []
     if unit != "bytes":
         train_bpe(TEXT, 280, tmp_path / "tokenizer.json")

@@ -1,4 +1,4 @@
-"""Training by Hugging Face: the loss, gradients with recomputed activations, packed documents, and `Trainer`."""
+"""Training with Hugging Face: the loss, gradient checkpointing, packed documents, and `Trainer`."""
 
 from importlib.util import find_spec
 
@@ -22,7 +22,7 @@ def gradients(model, loss):
 
 
 @pytest.mark.parametrize("preset", ["retnet-tiny", "hybrid-tiny", "mamba-tiny"])
-def test_a_loss_of_padded_rows_is_that_of_the_rows_alone(preset):
+def test_loss_of_padded_rows_matches_unpadded_rows(preset):
     wrapped, (prompts, tokens, mask) = SeqmixForCausalLM.wrap(tiny(preset).train()), ragged()
     loss = wrapped(tokens, attention_mask=mask, labels=tokens).loss
     sums = [
@@ -45,7 +45,7 @@ def test_a_loss_of_padded_rows_is_that_of_the_rows_alone(preset):
 
 
 @pytest.mark.parametrize("named", ["position_ids", "cu_seq_lens_q"])
-def test_packed_documents_do_not_see_each_other(named):
+def test_packed_documents_do_not_affect_each_other(named):
     wrapped, (prompts, _, _) = SeqmixForCausalLM.wrap(tiny("hybrid-tiny").train()), ragged()
     flatten = transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=named == "cu_seq_lens_q")
     batch = flatten([{"input_ids": prompt.tolist(), "labels": prompt.tolist()} for prompt in prompts])
@@ -56,7 +56,7 @@ def test_packed_documents_do_not_see_each_other(named):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_trainer_takes_two_steps_and_goes_on_from_its_checkpoint(tmp_path, checkpointing):
+def test_trainer_takes_two_steps_and_resumes_from_its_checkpoint(tmp_path, checkpointing):
     texts = ["the cat sat", "on the mat, and the hat too", "a", "the mat"] * 2
 
     def trainer(steps, **options):

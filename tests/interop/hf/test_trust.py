@@ -1,4 +1,4 @@
-"""What config.json names is imported with trust_remote_code=True, or if the program has imported it, and else never."""
+"""Code named in config.json is imported only with trust_remote_code=True, or if it is already imported."""
 
 import json
 import sys
@@ -52,7 +52,7 @@ def test_nothing_is_imported_without_trust(folder, cls, trust):
 
 
 @pytest.mark.parametrize("cls", CLASSES)
-def test_it_is_imported_with_trust(folder, cls):
+def test_code_named_in_config_is_imported_with_trust(folder, cls):
     model = cls.from_pretrained(folder, trust_remote_code=True)
     assert Path("ran").exists()
     assert model.model.config.blocks["ret"].mixer.__module__ == "seqmix.mixers.retention"
@@ -62,7 +62,7 @@ def test_it_is_imported_with_trust(folder, cls):
     assert not Path("ran").exists()
 
 
-def test_a_configuration_is_read_and_written_without_its_code(folder):
+def test_config_is_read_and_saved_without_its_code(folder):
     for config in (transformers.AutoConfig.from_pretrained(folder), SeqmixConfig.from_pretrained(folder)):
         assert (config.hidden_size, config.num_hidden_layers, config.vocab_size) == (64, 4, 257)
         with pytest.raises(SeqmixError, match="strangers_hf:Config"):
@@ -76,7 +76,7 @@ def test_a_configuration_is_read_and_written_without_its_code(folder):
 
 @pytest.mark.parametrize("value", ["x", {}, [], -1, 2**63, 1e308, None, [["x"]]])
 @pytest.mark.parametrize("path", ["model", "model.d_model", "model.blocks", "model.blocks.ret.mixer", "model.pattern"])
-def test_with_trust_a_hostile_value_is_a_sentence(folder, path, value):
+def test_hostile_value_raises_a_seqmix_error_with_trust(folder, path, value):
     def put(fields):
         *keys, last = path.split(".")
         for key in keys:
@@ -103,14 +103,14 @@ FIELDS |= {
 
 
 @pytest.mark.parametrize("name", FIELDS)
-def test_fields_of_transformers_have_their_types(folder, name):
+def test_wrong_types_in_transformers_fields_raise(folder, name):
     value, words = FIELDS[name]
     change(lambda fields: fields.update({name: value}))
     with pytest.raises(SeqmixError, match=words):
         SeqmixConfig.from_pretrained(folder)
 
 
-def test_tensors_of_another_shape_are_refused_by_name(folder):
+def test_tensors_with_a_wrong_shape_are_rejected_by_name(folder):
     change(lambda fields: fields["model"]["blocks"]["ret"]["ffn"].update(expansion=0.5))
     change(lambda fields: fields["model"]["blocks"]["ret"]["mixer"].update(kind="retention"))
     with pytest.raises(SeqmixError, match=r"the weights do not fit the model of config.json: mismatched tensors .*ffn"):

@@ -1,4 +1,4 @@
-"""`seqmix export --to onnx` and `seqmix generate FILE.onnx`: the same text as the run, and what is refused."""
+"""`seqmix export --to onnx` and `seqmix generate FILE.onnx` give the same text as the run and reject invalid files."""
 
 import hashlib
 import json
@@ -47,7 +47,7 @@ HYBRID = [
 
 
 @pytest.mark.parametrize("layers", [RETENTION, pytest.param(HYBRID, marks=pytest.mark.slow)], ids=len)
-def test_a_file_computes_and_generates_what_its_run_does(layers, seqmix):
+def test_onnx_file_computes_and_generates_like_its_run(layers, seqmix):
     assert seqmix("train", "hybrid-tiny", *TINY, *layers, "--out", "run").status == 0
     done = seqmix("export", "run", "--to", "onnx", "run.onnx")
     assert done.status == 0, done.err
@@ -75,7 +75,7 @@ def test_a_file_computes_and_generates_what_its_run_does(layers, seqmix):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("weights", ["int8", pytest.param("int4", marks=NIGHTLY)])
-def test_quantised_files_are_smaller_and_their_loss_is_measured(weights, seqmix, tmp_path):
+def test_quantized_files_are_smaller_and_report_their_loss(weights, seqmix, tmp_path):
     config = [*TINY[:2], "model.d_model=64", "model.n_layers=2", "model.pattern=[ret, attn]"]
     assert seqmix("train", "hybrid-tiny", *config, "--out", "run").status == 0
     assert seqmix("export", "run", "--to", "onnx", "float.onnx").status == 0
@@ -88,7 +88,7 @@ def test_quantised_files_are_smaller_and_their_loss_is_measured(weights, seqmix,
 
 
 @pytest.mark.slow
-def test_a_file_has_its_subword_tokenizer(tmp_path):
+def test_onnx_file_contains_its_subword_tokenizer(tmp_path):
     bpe = train_bpe([("a", b"the cat sat on the mat, and the hat too\n" * 20)], 300, tmp_path / "tokenizer.json")
     assert bpe.vocabulary is not None
     for begin in (None, "a"):
@@ -100,7 +100,7 @@ def test_a_file_has_its_subword_tokenizer(tmp_path):
         assert loaded.encode("the hat").tolist() == tokenizer.encode("the hat").tolist()
 
 
-def test_what_cannot_be_exported_is_refused_by_name(tmp_path, monkeypatch):
+def test_invalid_export_requests_raise_with_the_reason(tmp_path, monkeypatch):
     place = tmp_path / "x.onnx"
     assert "did you mean" in refusal(lambda: export_onnx(tmp_path, place, opset="contrb"))
     assert "int8" in refusal(lambda: export_onnx(tmp_path, place, weights="int9"))
@@ -116,7 +116,7 @@ def test_what_cannot_be_exported_is_refused_by_name(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_files_of_others_are_refused(tmp_path):
+def test_foreign_onnx_files_are_rejected(tmp_path):
     file = tmp_path / "x.onnx"
     assert "cannot be read" in refusal(lambda: OnnxModel.load(file))
     file.write_bytes(b"not a graph")
@@ -133,7 +133,7 @@ def test_files_of_others_are_refused(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_graph_that_computes_something_else_is_refused():
+def test_graph_with_different_logits_is_rejected():
     model = model_of("retention")
     graph = exported(model)
     require_equal(graph, model)
@@ -154,7 +154,7 @@ def generate(file):
     return list(stream_text(OnnxModel.load(file), ["the cat"], max_new_tokens=3))
 
 
-def test_one_flipped_bit_in_a_file_is_refused(content, tmp_path):
+def test_file_with_a_flipped_bit_is_rejected(content, tmp_path):
     file = tmp_path / "a.onnx"
     whole = seal(content)
     file.write_bytes(whole)
@@ -165,7 +165,7 @@ def test_one_flipped_bit_in_a_file_is_refused(content, tmp_path):
         assert "is damaged: its checksum does not match" in refusal(lambda: OnnxModel.load(file))
 
 
-def test_a_file_without_a_checksum_is_read(content, tmp_path):
+def test_file_without_a_checksum_is_accepted(content, tmp_path):
     (tmp_path / "a.onnx").write_bytes(content)
     sealed = tmp_path / "b.onnx"
     sealed.write_bytes(seal(content))
@@ -174,7 +174,7 @@ def test_a_file_without_a_checksum_is_read(content, tmp_path):
     assert properties["seqmix.sha256"] == hashlib.sha256(content).hexdigest()
 
 
-def test_any_metadata_is_used_or_refused_in_one_sentence(content, tmp_path):
+def test_any_metadata_is_used_or_rejected_with_a_clear_error(content, tmp_path):
     graph = onnx.load_from_string(content)
     (entry,) = graph.metadata_props
     metadata = json.loads(entry.value) | {"config": {}, "tokenizer": "bytes", "begin_token": 256}
@@ -188,7 +188,7 @@ def test_any_metadata_is_used_or_refused_in_one_sentence(content, tmp_path):
     assert [(case.name, fault) for case in cases if (fault := fault_of(case))] == []
 
 
-def test_a_graph_reads_no_other_file(tmp_path, monkeypatch):
+def test_graph_cannot_read_other_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("secret.bin").write_bytes(bytes(16))
     value = helper.make_tensor_value_info("x", TensorProto.FLOAT, [4])

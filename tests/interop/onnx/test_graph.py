@@ -55,7 +55,7 @@ SMALL_PRESETS = [
         if kind not in UNTRANSLATED
     ],
 )
-def test_the_graph_of_every_mixer(kind):
+def test_exported_graph_matches_every_mixer(kind):
     layers = 2 if kind == "rwkv7" else 1  # its second layer mixes in values of the first
     model = model_of(*[kind] * layers)
     graph = graph_of(model)
@@ -65,7 +65,7 @@ def test_the_graph_of_every_mixer(kind):
 
 
 @pytest.mark.parametrize("kind", UNTRANSLATED)
-def test_mixers_without_a_translation_are_refused(kind):
+def test_mixers_without_a_translation_are_rejected(kind):
     expected = f"{kind} cannot be exported to ONNX: {UNTRANSLATED[kind]}"
     assert expected in refusal(lambda: require_exportable(model_of(kind)))
 
@@ -76,14 +76,14 @@ def test_mixers_without_a_translation_are_refused(kind):
     SAMPLED,
     ids=lambda options: " ".join(map(str, options.values())),
 )
-def test_the_graph_of_options(options):
+def test_exported_graph_matches_mixer_options(options):
     model = model_of(options)
     check_segments(exported(model), model)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("window", [None, 4])
-def test_layers_that_read_the_keys_of_another(window):
+def test_exported_graph_matches_shared_key_value_layers(window):
     attention = {"kind": "attention", "n_heads": 2, "window": window, "differential": True}
     block = {"mixer": attention, "ffn": None, "norm": {"kind": "rmsnorm"}}
     shared = {"blocks": {"b": block}, "pattern": ["b"], "kv_sharing": {"kind": "last", "layers": 1}}
@@ -93,7 +93,7 @@ def test_layers_that_read_the_keys_of_another(window):
 
 
 @pytest.mark.slow
-def test_canon_layers():
+def test_exported_graph_matches_canon_layers():
     block = {"mixer": {"kind": "attention", "n_heads": 2}, "norm": {"kind": "rmsnorm"}, "canon": ["a", "c", "d"]}
     block |= {"ffn": {"kind": "swiglu", "expansion": 1.0}}
     model = model_of("attention", blocks={"b": block}, pattern=["b"])
@@ -103,7 +103,7 @@ def test_canon_layers():
 @pytest.mark.slow
 @NIGHTLY
 @pytest.mark.parametrize("preset", SMALL_PRESETS)
-def test_the_graph_of_every_preset(preset):
+def test_exported_graph_matches_every_preset(preset):
     config = MODELS[preset]
     layers = min(len(config.pattern or "b"), config.n_layers)
     model = build_model(config.model_copy(update={"n_layers": layers}), seed=0).eval()
@@ -111,7 +111,7 @@ def test_the_graph_of_every_preset(preset):
 
 
 @pytest.mark.slow
-def test_the_operator_of_the_standard():
+def test_exported_graph_matches_with_opset_27():
     model = model_of("gla", "gated_delta_net")
     graph = graph_of(model, opset="27")
     assert {entry.domain: entry.version for entry in graph.opset_import} == {"": 27}
@@ -119,7 +119,7 @@ def test_the_operator_of_the_standard():
 
 
 @pytest.mark.slow
-def test_views_are_decays_write_strengths_and_attention_weights():
+def test_views_contain_decays_write_strengths_and_attention_weights():
     model = model_of("retention", "attention", "gated_delta_net")
     graph = exported(model, views=True)
     check_segments(graph, model)
@@ -143,7 +143,7 @@ def test_views_are_decays_write_strengths_and_attention_weights():
     torch.testing.assert_close(torch.from_numpy(views["view.1.attention"]), weights, rtol=1e-4, atol=1e-5)
 
 
-def test_initial_states_are_numbers_or_rows():
+def test_initial_states_are_stored_as_scalars_or_rows():
     leaves = layout_of(model_of("rwkv4")).leaves
     assert leaves["0.recent"].initial.shape == ()
     mean, weight = leaves["0.memory"].initial  # averages, and logarithms of weights
@@ -151,7 +151,7 @@ def test_initial_states_are_numbers_or_rows():
     assert weight.isneginf().all()
 
 
-def test_initial_states_with_different_rows_are_refused(monkeypatch):
+def test_initial_states_that_differ_across_the_batch_are_rejected(monkeypatch):
     model = model_of("min_gru")
     mixer = model.blocks[0].mixer
     start = mixer.init_state(2)
@@ -161,7 +161,7 @@ def test_initial_states_with_different_rows_are_refused(monkeypatch):
 
 
 @pytest.mark.slow
-def test_gates_far_from_zero():
+def test_exported_graph_matches_with_extreme_gates():
     # the logarithm of a sigmoid of -200 is -200, not the logarithm of 0
     model = model_of("gla")
     with torch.no_grad():
@@ -172,7 +172,7 @@ def test_gates_far_from_zero():
 
 
 @pytest.mark.slow
-def test_a_mixer_that_cannot_be_traced_is_refused_by_name(monkeypatch):
+def test_untraceable_mixer_is_rejected_by_name(monkeypatch):
     model = model_of("min_gru")
     mixer = model.blocks[0].mixer
     mix = mixer.mix

@@ -1,4 +1,4 @@
-"""`seqmix export --to onnx` and `seqmix playground` without the packages of ONNX: one sentence with the remedy."""
+"""`seqmix export --to onnx` and `seqmix playground` without the ONNX packages: a one-line error with the fix."""
 
 import subprocess
 import sys
@@ -26,7 +26,7 @@ main()
 @pytest.mark.parametrize(
     "arguments", [("export", "run", "--to", "onnx", "run.onnx"), ("playground", "run", "--out", "p")]
 )
-def test_the_missing_packages_are_named(arguments, tmp_path):
+def test_missing_onnx_packages_are_named_in_a_one_line_error(arguments, tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", BLOCKED, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False
     )
