@@ -29,9 +29,9 @@ from .config import RunConfig, TrainingConfig
 from .distributed.process_groups import ProcessGroups, explain_lost_process, join_processes
 from .distributed.sharding import assign, reshard, sharder
 from .monitoring.events import Compiled, Evaluated, Event, Noted, OutOfTime, Saved, Started, Stepped, StoppedEarly
-from .monitoring.logging import MetricsWriter
 from .monitoring.memory import peak_memory
 from .monitoring.metrics import Measured
+from .monitoring.metrics_file import MetricsWriter
 from .monitoring.peak_flops import peak_flops
 from .nonfinite import NotFiniteError
 from .objective import Objective

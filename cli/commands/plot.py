@@ -14,7 +14,7 @@ from ...lab.study.results import RESULTS_FILE, read_results
 from ...lab.study.run_figures import figures_of, read_curves
 from ...lab.study.study_figures import Plots
 from ...registry import DataError, SeqmixError, require_name
-from ...training.monitoring.logging import METRICS_FILE
+from ...training.monitoring.metrics_file import METRICS_FILE
 from ..output import visible
 
 

@@ -27,7 +27,7 @@ from ...training.checkpoint.saved_run import add_run, write_run
 from ...training.checkpoint.train_state import parameters_of
 from ...training.distributed.process_groups import require_alone
 from ...training.monitoring.events import Event
-from ...training.monitoring.logging import METRICS_FILE
+from ...training.monitoring.metrics_file import METRICS_FILE
 from .measure import Decoding, Measurement, gap_closed, measure, time_decoding
 from .objectives import OBJECTIVES
 from .plan import Plan, StageName, mixers_of, run_config, student_of

@@ -9,8 +9,8 @@ from typing import Any
 from ...registry import ConfigError, DataError, nearest_hint, read_mapping
 from ...training import PRESETS
 from ...training.checkpoint.run_dir import CONFIG_FILE
-from ...training.monitoring.logging import METRICS_FILE
 from ...training.monitoring.measurements import Measurement, add_time, read_measurements
+from ...training.monitoring.metrics_file import METRICS_FILE
 from ..figures.figure import ACCURACY, LOSS, Axis, Figure, Point, Series, drawable
 
 

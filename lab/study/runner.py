@@ -28,7 +28,7 @@ from ...registry import format_duration
 from ...training.checkpoint.files import CheckpointError, checkpoints, find
 from ...training.checkpoint.status import StatusWriter
 from ...training.interrupt import StopRequest
-from ...training.monitoring.logging import METRICS_FILE
+from ...training.monitoring.metrics_file import METRICS_FILE
 from ..figures.libraries import PlotsMissingError
 from . import lock, results, speed
 from .collect import JOBS_FILE, RUNS, collect, is_finished, is_same, tuned

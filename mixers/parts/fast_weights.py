@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ...ops.runtime.call import Call
 from ...ops.runtime.paradigm import Paradigm
-from ...ops.ttt import TTT_PARADIGMS, FastLayer, MomentumLayer
+from ...ops.ttt import TTT_PARADIGMS
 from ..base.contract import SequenceMixer
 from ..base.roles import Role, RowBlock
 from ..base.traits import Traits
@@ -39,16 +39,16 @@ def fast_weight_traits(mini_batch: int) -> Traits:
 
 
 class LinearMemory(NamedTuple):
-    """Network in the state of `inner: linear`."""
+    """Network in the state of `inner: linear`: a `FastLayer`, or a `MomentumLayer`."""
 
-    output: FastLayer | MomentumLayer
+    output: Any
 
 
 class MLPMemory(NamedTuple):
-    """Network in the state of `inner: mlp`."""
+    """Network in the state of `inner: mlp`, with the same layers."""
 
-    hidden: FastLayer | MomentumLayer
-    output: FastLayer | MomentumLayer
+    hidden: Any
+    output: Any
 
 
 class FastWeightState(NamedTuple):
@@ -77,8 +77,8 @@ class FastWeightMixer(SequenceMixer[FastWeightState]):
 
     silu_without_conv: ClassVar[bool] = False
     """True if q, k and v go through a silu where there is no short convolution, which has its own."""
-    norm: nn.Module
-    """Norm of the output."""
+    norm: Any
+    """Norm of the output, a module."""
     initial_weights: nn.ParameterList
     """Weights of the network before the first token, one matrix per layer and head."""
 
