@@ -28,7 +28,7 @@ def test_sampled_abuse_cases_have_no_faults(group, tmp_path):
     assert not tally.faults
 
 
-def test_fault_of_reports_wrong_outcomes():
+def test_fault_of_accepts_only_short_seqmix_errors_as_refusals():
     def fail(error: BaseException) -> None:
         raise error
 

@@ -61,7 +61,7 @@ def test_quick_skips_slow_checks_and_stress_adds_more(seqmix):
         assert (without in done.out) == (options == ["--quick"])
 
 
-def test_quick_finds_a_fault_in_a_non_default_option(seqmix):
+def test_quick_option_still_finds_a_fault_in_a_non_default_field(seqmix):
     """Each non-default value is tried once, even with few examples."""
     Path("inherits.py").write_text(INHERITS)
     done = seqmix("check", "inherits:InheritsConfig", "--quick", "--only", "position_matters_only_where_declared")
@@ -152,7 +152,7 @@ def test_results_are_written_as_json_and_junit_files(forgetful, monkeypatch):
     assert not list(Path().glob("*partial*"))
 
 
-def test_tolerances_and_expected_failures_are_passed_on(forgetful):
+def test_tolerance_and_expected_failure_options_take_effect(forgetful):
     assert forgetful("--expected-failure", "paradigms_agree=it ignores its state").status == 0
     done = forgetful("--tolerance", "bfloat16=1e-9", "--tolerance", "float32=0.1")
     assert "tolerances={torch.bfloat16: 1e-09, torch.float32: 0.1})\n" in done.out

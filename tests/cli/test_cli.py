@@ -304,7 +304,7 @@ def test_help_of_every_command_starts_with_its_summary(seqmix, command):
     assert import_command(command).help.partition("\n")[0] == COMMANDS[command]
 
 
-def test_help_wraps_only_at_the_terminal_width(seqmix, monkeypatch):
+def test_help_paragraph_stays_on_one_line_in_a_wide_terminal(seqmix, monkeypatch):
     monkeypatch.setenv("COLUMNS", "400")
     paragraph = import_command("train").help.split("\n\n")[1]
     assert paragraph in seqmix("train", "--help").out

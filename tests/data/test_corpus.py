@@ -42,7 +42,7 @@ def held_out(*paths, fraction: float = 0.3) -> set[int]:
     return files_in(read(*paths, split="by_file", validation_fraction=fraction).validation)
 
 
-def test_by_file_holds_out_whole_files(folder):
+def test_by_file_split_holds_out_whole_files(folder):
     corpus = read(folder, split="by_file", validation_fraction=0.3)
     held, learned = files_in(corpus.validation), files_in(corpus.train)
     assert held | learned == set(range(40))
@@ -132,7 +132,7 @@ def test_paths_expand_home_and_default_to_the_python_sources(folder, monkeypatch
     assert text.count(b"import ") > 100
 
 
-def test_source_without_text_is_named(folder, monkeypatch):
+def test_error_names_a_source_without_text(folder, monkeypatch):
     assert str(folder / "no") in error(folder / "no")
     assert "data.glob" in error(folder / "*.txt")
     assert "~nobody-of-this-name/text" in error("~nobody-of-this-name/text")

@@ -75,7 +75,7 @@ def test_each_sequence_has_one_source_and_shares_follow_the_weights(sources, ord
 @example([0.5, 0.3, 0.2], 1, 2**36)
 @example([1.0, 1e-9], 1, 2**36)
 @example([1.7e308, 1.7e308, 5e-324], 1, 0)
-def test_every_cycle_is_within_one_sequence_of_each_share(some_weights, repeats, cycle):
+def test_source_counts_in_a_cycle_differ_from_their_shares_by_at_most_one_sequence(some_weights, repeats, cycle):
     weights = some_weights * repeats
     total = sum(map(Fraction, weights))
     expected = [float(CYCLE * Fraction(weight) / total) for weight in some_weights] * repeats

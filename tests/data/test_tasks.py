@@ -89,7 +89,7 @@ def fields(request):
 every = pytest.mark.parametrize("kind", TASKS)
 
 
-def test_every_task_has_a_harder_variant_in_these_tests():
+def test_harder_variants_cover_every_task():
     assert set(HARDER) == set(TASKS)
 
 
@@ -242,7 +242,7 @@ def test_permutations_compose_from_right_to_left(opened):
     assert config.solve([2, 1]) == {0: 2, 1: 4}
 
 
-def test_passkey_is_at_its_depth_in_text_of_its_split(opened):
+def test_passkey_is_at_the_configured_depth_and_filler_text_comes_from_its_split(opened):
     task = opened("passkey", sequence_length=300, depths=(0, 50, 100))
     inputs, targets = task.training_batch(0, 3, seed=0)
     texts = [bytes(min(token, 255) for token in row) for row in inputs.tolist()]
@@ -308,7 +308,7 @@ def test_settings_incompatible_with_a_task_are_refused(change, named):
     assert re.search(named, refusal(lambda: load_config("mqar-tiny", [change]), ConfigError))
 
 
-def test_another_data_kind_replaces_inherited_text_fields(tmp_path):
+def test_changing_the_data_kind_drops_inherited_text_fields(tmp_path):
     without = read_mapping("retnet-tiny", PRESETS)
     del without["data"]
     (tmp_path / "root.yaml").write_text(json.dumps(without))

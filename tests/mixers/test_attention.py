@@ -163,7 +163,7 @@ def test_exclusive_outputs_are_orthogonal_to_the_tokens_own_values():
     assert mixed[0][:, 1:].abs().max() > 0.1
 
 
-def test_learned_exclusion_starts_as_attention():
+def test_learned_exclusion_has_no_effect_at_initialisation():
     x = tokens(9)
     mixer, plain = build(exclusive="learned"), build()
     plain.load_state_dict({name: value for name, value in mixer.state_dict().items() if name != "exclusion"})
@@ -254,7 +254,7 @@ def test_state_has_declared_type_shape_and_dtype(window, max_length, kind, capac
             mixer(tokens(10, batch_size=3, dtype=torch.bfloat16), state, return_state=True)
 
 
-def test_gain_of_one_changes_nothing():
+def test_qk_gain_of_one_leaves_attention_unchanged():
     plain, gained = build(qk_norm="rms"), build(qk_norm="rms", qk_gain=1.0)
     gained.load_state_dict({**plain.state_dict(), "qk_gain": gained.qk_gain.detach()})
     assert torch.equal(gained.qk_gain, torch.ones(4, dtype=torch.float64))

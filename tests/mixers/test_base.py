@@ -24,7 +24,7 @@ def mixer(config):
     return config.build(D_MODEL, layer_idx=0, n_layers=1)
 
 
-def test_packing_without_the_trait_raises(mixer, monkeypatch):
+def test_packed_input_to_a_mixer_without_the_packing_trait_raises(mixer, monkeypatch):
     monkeypatch.setattr(mixer, "traits", replace(mixer.traits, packing=False))
     with pytest.raises(ContractError, match=f"{mixer.kind}.* packing.*cu_seqlens"):
         mixer(torch.randn(1, 4, D_MODEL), cu_seqlens=torch.tensor([0, 4]))

@@ -46,7 +46,7 @@ def from_nothing(mixer):
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "paradigm"), CASES, ids=str)
 @pytest.mark.parametrize("continued", [False, True], ids=["from nothing", "from states"])
-def test_nonfinite_values_stay_in_their_document_unless_listed(kind, paradigm, continued):
+def test_nonfinite_values_stay_in_their_document_except_in_listed_cases(kind, paradigm, continued):
     torch.manual_seed(0)
     mixer = MIXERS.resolve(kind).example().build(D_MODEL, layer_idx=0, n_layers=2).eval()
     if continued and paradigm is Paradigm.PARALLEL and not mixer.traits.parallel_from_state:
@@ -76,5 +76,5 @@ def test_nonfinite_values_stay_in_their_document_unless_listed(kind, paradigm, c
     assert not spread or any(spread)
 
 
-def test_listed_exceptions_are_existing_cases():
+def test_every_listed_exception_names_an_existing_case():
     assert SPREADS.keys() <= set(CASES)

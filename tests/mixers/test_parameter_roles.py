@@ -58,7 +58,7 @@ def test_every_parameter_of_a_model_has_a_role(preset):
     assert roles.get("head.weight", roles["embedding.weight"]).role in (Role.READOUT, Role.EMBEDDING)
 
 
-def test_ffns_and_norms_have_roles():
+def test_parameters_of_every_built_in_ffn_and_norm_have_roles():
     for registry in (FFNS, NORMS):
         for kind in registry.built_in():
             fields = {"expansion": 2.0, "n_experts": 2, "top_k": 1, "shared_expansion": 1.0}

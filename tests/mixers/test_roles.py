@@ -152,7 +152,7 @@ def sets_reach(mixer):
 
 @pytest.mark.slow
 @mixers_with(has_projections)
-def test_projections_have_their_roles(config):
+def test_declared_query_key_and_value_projections_act_as_such(config):
     require_property(projections_have_their_roles, config, ROLES, has_projections, examples=4)
 
 
@@ -183,7 +183,7 @@ class SetsTheDecayForItsLogit(Specimen):
     ],
     ids=["roles", "reach"],
 )
-def test_wrong_layer_fails_the_check(layer, test, draw, named):
+def test_layer_with_wrong_roles_or_reach_fails_the_check(layer, test, draw, named):
     config = type("WrongConfig", (SpecimenConfig,), {"layer": layer, "__module__": __name__})()
     with pytest.raises(CheckFailure, match=named):
         require_property(test, config, draw, lambda mixer: True)

@@ -176,7 +176,7 @@ def test_capture_copies_only_state_that_shares_memory(model_of):
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, len(STEPS)])
-def test_capture_needs_no_more_cache_room_than_its_steps(model_of, captured, steps):
+def test_capture_works_when_the_cache_has_room_only_for_the_steps(model_of, captured, steps):
     model = model_of("attention", "hyena", "retention")
     _, state = prefill(model, PROMPTS, max_length=3 + steps)  # full after the steps, of the longer prompt
     expected = eager(model, clone(state), steps)
@@ -298,7 +298,7 @@ def test_generation_compiles_after_first_tokens_only_if_worthwhile(model_of, tok
     assert graphs == [0, 0] + [pays] * (tokens - 2)
 
 
-def test_larger_model_is_compiled_for_fewer_tokens_of_single_text():
+def test_larger_model_is_compiled_after_fewer_tokens_and_only_for_a_single_text():
     small, large = (
         build_model(load_config("retnet-tiny", ["model.n_layers=1", f"model.blocks.ret.ffn.expansion={factor}"]).model)
         for factor in (2, 64)
@@ -309,7 +309,7 @@ def test_larger_model_is_compiled_for_fewer_tokens_of_single_text():
     assert compiled_after(large, 2, tokens) is None  # products of two rows are as fast in eager steps
 
 
-def test_nothing_is_compiled_by_default_off_the_cpu():
+def test_steps_are_compiled_by_default_only_on_cpu():
     assert compiled_after(build_meta(load_config("retnet-tiny").model), 1, 10**9) is None
 
 

@@ -266,7 +266,7 @@ def first_stop(text: str, stop: list[str]) -> str:
 @example("ab", ["b", "ab"])  # both are there with the same byte: before the first of them
 @example("ba€b", ["€b", "é"])
 @example("aab\n\nb", ["\n\n", ""])
-def test_streamed_text_with_stop_strings_matches_cut_whole_text(text, stop):
+def test_streamed_text_equals_the_whole_text_cut_at_the_first_stop_string(text, stop):
     piecewise = seqmix.models.generate._Text(ByteTokenizer().decoder(), tuple(stop))
     pieces = [piecewise.add(byte) for byte in text.encode()]
     expected = first_stop(text, stop)

@@ -189,7 +189,7 @@ def test_gradients_flow_through_previous_state(pattern, sharing):
 
 
 @each_case
-def test_reader_layer_has_no_keys_and_counts_no_state_twice(pattern, sharing):
+def test_reader_layer_has_no_key_weights_and_adds_no_state_bytes(pattern, sharing):
     config = config_of(pattern, sharing)
     plain = config.model_copy(update={"kv_sharing": None})
     shared, own = (account(each, length=32) for each in (config, plain))
@@ -263,7 +263,7 @@ def test_rollback_matches_state_without_removed_tokens():
         model.blocks[2].mixer.rollback(middle, before[2], after[2], 5)
 
 
-def test_resized_and_detached_states_continue():
+def test_decoding_continues_from_a_resized_and_detached_state():
     model, x = model_of(*CASES["gemma"]), tokens()
     state = model.resize_state(detach(model(x[:, :7], return_state=True).state), 20)
     assert isinstance(state[2], ReaderState)

@@ -46,7 +46,7 @@ def with_gradients(loss, hidden, weight):
 
 @pytest.mark.usefixtures("in_parts")
 @pytest.mark.parametrize("softcap", [None, 2.0])
-def test_loss_and_gradients_in_parts_match_definition(softcap):
+def test_loss_computed_in_parts_matches_definition_with_gradients(softcap):
     hidden, weight, targets = data()
     for actual, expected in zip(
         with_gradients(linear_cross_entropy(hidden, weight, targets, softcap=softcap) / 3, hidden, weight),

@@ -46,7 +46,7 @@ def test_one_prefix_serves_many_continuations(model_of, each_mixer):
     assert torch.equal(generated(model, [torch.tensor([2, 3])], 6, after=further), expected[:1])
 
 
-def test_texts_continue_with_separate_prompts_or_one_shared_prompt(model_of):
+def test_cached_texts_can_be_continued_with_one_prompt_each_or_a_shared_prompt(model_of):
     model = model_of("retention", "attention", "hyena")
     cache, more = cache_tokens(model, PROMPTS), [torch.tensor([7]), torch.tensor([8, 9]), torch.tensor([1])]
     expected = [generated(model, [torch.cat(parts)], 4) for parts in zip(PROMPTS, more, strict=True)]
@@ -61,7 +61,7 @@ def test_texts_continue_with_separate_prompts_or_one_shared_prompt(model_of):
         cache.select([3])
 
 
-def test_selected_shorter_texts_continue_without_longest(model_of, each_mixer):
+def test_texts_selected_from_a_cache_continue_when_the_longest_is_left_out(model_of, each_mixer):
     model = model_of(*each_mixer)
     texts = cache_tokens(model, PROMPTS)
     # as in a file, whose rows are as long as the longest
@@ -95,7 +95,7 @@ def test_failed_step_yields_no_cache(model_of):
 
 
 @pytest.mark.parametrize("prompts", [[torch.tensor([1])], []])
-def test_cache_without_prompt_of_two_tokens_raises(model_of, prompts):
+def test_caching_prompts_shorter_than_two_tokens_raises(model_of, prompts):
     with pytest.raises(SeqmixError, match="prompt"):
         cache_tokens(model_of("retention"), prompts)
 

@@ -50,7 +50,7 @@ def quantized(weights, width, outputs, *, bias=False, seed=0):
     bias=st.booleans(),
     scale=st.sampled_from([1e-20, 1.0, 1e20]),
 )
-def test_products_match_decoded_weights(weights, rows, width, outputs, bias, scale):
+def test_quantised_products_match_products_with_decoded_weights(weights, rows, width, outputs, bias, scale):
     layer, _ = quantized(weights, width, outputs, bias=bias)
     x = scale * torch.randn(rows, width)
     with torch.no_grad():

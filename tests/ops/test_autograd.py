@@ -224,7 +224,7 @@ def test_compiled_op_updates_its_input_in_place():
     exactly(*states)
 
 
-def test_op_runs_with_the_device_of_its_tensors_as_current(monkeypatch):
+def test_op_makes_the_device_of_its_tensors_current_while_it_runs(monkeypatch):
     entered = []
 
     class Guard(nullcontext):

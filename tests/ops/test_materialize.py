@@ -29,7 +29,7 @@ def loops_around(source: str, call: str) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("form", "loops"), [(materialize, 1), (lambda x, dim: x, 2)], ids=["materialized", "as it is"])
-def test_decay_is_recomputed_per_state_entry_only_without_materialize(form, loops):
+def test_materialize_prevents_recomputing_the_decay_for_every_state_entry(form, loops):
     torch._dynamo.reset()
 
     def step(state):

@@ -134,7 +134,7 @@ def test_backends_without_a_kernel_run_the_reference(backend):
 @pytest.mark.slow
 @pytest.mark.parametrize("length", [1, 9, 64])
 @pytest.mark.parametrize("paradigm", PARADIGMS)
-def test_compiles_into_one_graph_with_gradients(paradigm, length):
+def test_op_compiles_into_one_graph_with_equal_gradients(paradigm, length):
     torch._dynamo.reset()
     tensors, options = inputs_of([length, length]), {"lengths": [length, length], "packed": False, "paradigm": paradigm}
     compiled = torch.compile(partial(call, **options), fullgraph=True, backend="aot_eager")

@@ -100,7 +100,7 @@ def test_reset_erases_all_influence_of_earlier_tokens(family, paradigm, log_deca
 
 @pytest.mark.parametrize("length", [1, 9])
 @calls(None, "H", "B T H", "B T H K")
-def test_autocast_changes_nothing(family, paradigm, log_decay, length):
+def test_results_and_gradients_are_the_same_under_autocast(family, paradigm, log_decay, length):
     case = make(family, log_decay, [length], dtype=torch.float32)
     autocast = torch.autocast("cpu", torch.bfloat16)(op_of(family))
     assert_close(differentiate(case, paradigm, function=autocast), differentiate(case, paradigm), rtol=0, atol=0)
@@ -109,7 +109,7 @@ def test_autocast_changes_nothing(family, paradigm, log_decay, length):
 @pytest.mark.slow
 @pytest.mark.parametrize("lengths", [[9, 9], [4, 0, 5]], ids=str)
 @calls("H", "B T H K", "B T H")
-def test_compiles_into_one_graph_with_gradients(family, paradigm, log_decay, lengths):
+def test_recurrence_compiles_into_one_graph_with_equal_gradients(family, paradigm, log_decay, lengths):
     torch._dynamo.reset()
     case = make(family, log_decay, lengths)
     compiled = torch.compile(op_of(family), fullgraph=True, backend="aot_eager")

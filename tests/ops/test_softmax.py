@@ -187,7 +187,7 @@ def test_flops_of_packed_documents_equal_their_sum(paradigm, context):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["growing", "window", "packed"])
 @every_paradigm
-def test_compiles_into_one_graph_with_gradients(paradigm, case):
+def test_softmax_attention_compiles_into_one_graph_with_equal_gradients(paradigm, case):
     q, k, v = make(batch_size=1 if case == "packed" else 2, length=6, requires_grad=True)
     options = {"output_final_state": True, "chunk_size": 4, "log_decay": torch.linspace(-0.1, 0, 4).double()}
     options |= {

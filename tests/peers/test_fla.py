@@ -223,7 +223,7 @@ def test_backend_calls_fla_with_our_conventions(shape, packed, standing_in):
 
 
 @torch.no_grad()
-def test_backend_supports_resets_that_fla_chunks_do_not(standing_in, monkeypatch):
+def test_backend_handles_resets_that_fla_chunk_kernels_get_wrong(standing_in, monkeypatch):
     def chunked(*args, **options):
         return chunk_simple_gla(*args, **options, reference="chunk")
 
@@ -235,7 +235,7 @@ def test_backend_supports_resets_that_fla_chunks_do_not(standing_in, monkeypatch
     assert_close(list(found), list(expected), rtol=1e-3, atol=1e-3, check_dtype=False)
 
 
-def test_backend_passes_a_fresh_copy_of_boundaries(standing_in, monkeypatch):
+def test_fla_receives_a_new_copy_of_the_boundaries_on_each_call(standing_in, monkeypatch):
     seen = []
 
     def function(*args, cu_seqlens, **options):

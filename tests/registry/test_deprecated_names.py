@@ -69,7 +69,7 @@ def test_deprecated_name_is_accepted_with_a_warning_that_has_its_line():
 @pytest.mark.parametrize("below", ["accumulate", "grad_accum_steps"])
 @pytest.mark.parametrize("above", ["accumulate", "grad_accum_steps"])
 @pytest.mark.parametrize("last", ["accumulate", "grad_accum_steps"])
-def test_last_value_wins_under_either_name(below, above, last):
+def test_last_value_wins_whether_the_old_or_new_name_is_used(below, above, last):
     Path("base.yaml").write_text(f"training: {{{below}: 4}}")
     text = f"extends: base.yaml\ntraining:\n  {above}: 3"
     assert read(text)[0].training.grad_accum_steps == 3

@@ -108,7 +108,7 @@ def test_old_parameter_name_warns_and_sets_the_new_parameter():
         load_run("no/run", tell=print)
 
 
-def test_former_part_warns_and_is_found_in_its_mixer():
+def test_class_moved_from_parts_to_its_mixer_is_found_with_a_warning():
     parts = importlib.import_module("seqmix.mixers.parts")
     with pytest.warns(DeprecationWarning, match=r"FixedDecay is now seqmix\.mixers\.retention\.FixedDecay"):
         assert parts.FixedDecay is importlib.import_module("seqmix.mixers.retention").FixedDecay

@@ -92,7 +92,7 @@ def test_two_plug_ins_with_one_name_raise_and_name_both(family):
     assert family.registry.broken() == {"star": str(raised.value)}
 
 
-def test_plug_in_with_a_built_in_kind_only_warns(family, holder):
+def test_plug_in_named_like_a_built_in_kind_is_ignored_with_a_warning(family, holder):
     built_in = family.registry.resolve("circle")
     module = add(family, "circle")
     both = rf"'circle' .*{family.package}\.circle .*{module}.* {module}:circleConfig"
@@ -118,7 +118,7 @@ def test_registering_the_kind_of_a_plug_in_raises_and_names_both(family):
         family.registry.register(family.registry.resolve(f"{other}:starConfig"))
 
 
-def test_same_plug_in_can_be_found_twice_and_registered(family):
+def test_plug_in_found_twice_is_accepted_and_can_be_registered_again(family):
     module = add(family, "star")
     family.plug_in("star", f"{module}:starConfig")
     assert family.registry.origin("star") == module

@@ -100,7 +100,7 @@ def test_language_studies_include_every_mixer_once():
     assert sorted(names) == sorted([*MIXERS.built_in(), "attention"])  # attention is in both, to compare times with
 
 
-def test_5m_study_matches_the_page(page):
+def test_5m_study_has_the_sizes_and_lengths_stated_on_the_page(page):
     file = STUDIES / "language-5m.yaml"
     planned = plan(load_study(file), file)
     assert {run.config.training.steps for run in planned.runs} == set(page["LENGTHS"])

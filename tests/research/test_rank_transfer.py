@@ -169,7 +169,7 @@ def table_of(lines, title):
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows[2:]]
 
 
-def test_results_find_real_correlations_but_not_chance_ones():
+def test_analysis_detects_true_correlations_but_not_chance_ones():
     recall, predictions = quality("recall"), load_predictions()
     recalling, tracking = predictions.groups["recall tasks"], predictions.groups["tracking tasks"]
     rng = np.random.default_rng(3)

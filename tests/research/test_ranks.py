@@ -34,7 +34,7 @@ def test_three_entries_are_too_few_for_significance():
     assert ranks.critical_rho(4) == pytest.approx(1)
 
 
-def test_p_values_count_permutations():
+def test_p_value_is_the_fraction_of_permutations_at_least_as_correlated():
     # one of the 24 orders of four entries is as good as the best, four are as good as one exchange of neighbours
     assert ranks.permutation_p([1, 2, 3, 4], [1, 2, 3, 4]) == pytest.approx(1 / 24)
     assert ranks.permutation_p([1, 2, 4, 3], [1, 2, 3, 4]) == pytest.approx(4 / 24)

@@ -106,7 +106,7 @@ def decayed(q, k, v, g, initial_state=None, output_final_state=False):
     return torch.stack(o, dim=1), s
 
 
-def test_adapted_op_is_checked_between_projections():
+def test_adapted_op_is_wrapped_in_projections_and_checked():
     names = ["paradigms_agree", "pieces_equal_the_whole", "gradients_are_derivatives", "the_future_changes_nothing"]
     assert check_mixer(adapt_op(decayed, gates={"g": F.logsigmoid}, state=True), checks=names, examples=4).passed
     bidirectional = adapt_op(lambda q, k, v: (q @ k.mT).softmax(-1) @ v, kind="heads")  # over heads, not tokens

@@ -352,7 +352,7 @@ class DeepConfig(RetentionConfig):
     ],
     ids=source,
 )
-def test_source_evaluates_back_to_the_value(value):
+def test_evaluating_source_of_a_value_gives_an_equal_value(value):
     assert eval(source(value), globals()) == value
 
 

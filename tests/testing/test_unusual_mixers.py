@@ -28,7 +28,7 @@ def test_log_space_state_may_round_at_every_token():
     reproduce("long_segments_do_not_drift", LogSpaceGRU.config_class(), case)
 
 
-def test_state_raises_where_the_parallel_paradigm_takes_none():
+def test_passing_a_state_to_a_stateless_parallel_paradigm_raises():
     mixer = NoState.config_class().build(12, layer_idx=0, n_layers=1)
     x = torch.ones(2, 3, 12)
     _, state = mixer(x, paradigm="parallel", return_state=True)

@@ -77,7 +77,7 @@ def test_average_command_averages_the_last_checkpoints(config_of, tmp_path, seqm
         )
 
 
-def test_every_command_refuses_a_run_without_weights(config_of, tmp_path, seqmix, refused):
+def test_commands_that_need_weights_refuse_a_run_without_checkpoints(config_of, tmp_path, seqmix, refused):
     run_of(config_of("training.checkpoint_every=1"), tmp_path / "run")
     assert seqmix("average", "run", "mean").status == 0
     assert refused("average", "run", "mean") == "mean already holds a run: choose another --out DIR"
@@ -170,7 +170,7 @@ def test_full_disk_leaves_no_config_in_a_new_run(config_of, tmp_path):
     assert list((tmp_path / "run").iterdir()) == []
 
 
-def test_average_accepts_former_option_to_and_refuses_two_outputs(config_of, tmp_path, seqmix, refused):
+def test_average_accepts_the_deprecated_to_option_but_not_two_outputs(config_of, tmp_path, seqmix, refused):
     run_of(config_of("training.checkpoint_every=1"), tmp_path / "run")
     assert "average needs an output: --out DIR" in refused("average", "run")
     message = refused("average", "run", "one", "--out", "two")

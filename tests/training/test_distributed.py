@@ -320,7 +320,7 @@ def test_error_in_one_process_stops_all(two, text, tmp_path, broken, changes, ki
     assert (tmp_path / "run").exists() == bool(changes)
 
 
-def test_nonfinite_token_in_one_process_is_named_by_all(two, text):
+def test_all_processes_name_a_token_that_is_nonfinite_in_one(two, text):
     found, again = two("not_finite", str(text), 3)
     assert found == again
     for said, where in zip(found, ("batch up to token 3", "evaluation from token 3 on"), strict=True):

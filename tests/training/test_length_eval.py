@@ -53,7 +53,7 @@ def test_losses_by_position_match_the_logits(opened):
     assert common_paradigms(opened(preset="hyena-tiny")[0]) == (Paradigm.PARALLEL, Paradigm.RECURRENT)
 
 
-def test_differing_paradigm_is_detected(opened, monkeypatch):
+def test_paradigm_with_a_different_loss_is_detected(opened, monkeypatch):
     model, text = opened("model.pattern=[ret]")
     kind = type(model.blocks[0].mixer)
     mix = kind.mix

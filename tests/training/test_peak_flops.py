@@ -20,7 +20,7 @@ def test_peak_flops_are_looked_up_by_device_name(name):
     assert peak_of(name, torch.bfloat16) == (None if expected is None else expected * 1e12)
 
 
-def test_float32_peak_is_lower_and_cpu_has_none():
+def test_float32_peak_is_below_bfloat16_peak_and_cpu_peak_is_unknown():
     assert peak_of("NVIDIA H100 80GB HBM3", torch.float32) == 67e12
     assert all(float32 < bfloat16 for bfloat16, float32 in PEAKS.values())
     assert peak_flops(torch.device("cpu"), torch.float32) is None

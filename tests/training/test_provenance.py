@@ -11,7 +11,7 @@ from seqmix import load_run
 from seqmix.training.checkpoint.provenance import git_commit
 
 
-def test_git_commit_reads_the_working_directory(tmp_path, monkeypatch):
+def test_git_commit_returns_head_and_marks_uncommitted_changes(tmp_path, monkeypatch):
     def git(*arguments):
         names = ("-c", "user.name=a", "-c", "user.email=a@b.example", "-c", "commit.gpgsign=false")
         return subprocess.run(["git", *names, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True)

@@ -32,7 +32,7 @@ def test_finished_run_has_status_finished(config_of, tmp_path):
     assert json.loads((tmp_path / "run" / "status.json").read_text())["reason"] == "all steps are made"
 
 
-def test_training_run_has_status_running_with_this_pid(config_of, tmp_path):
+def test_run_in_progress_has_status_running_and_the_pid_of_its_process(config_of, tmp_path):
     events = train(config_of(), tmp_path / "run")
     next(event for event in events if isinstance(event, Stepped))
     status = read_status(tmp_path / "run")
@@ -41,12 +41,12 @@ def test_training_run_has_status_running_with_this_pid(config_of, tmp_path):
     assert read_status(tmp_path / "run").state == "interrupted"
 
 
-def test_stop_request_has_status_interrupted(config_of, tmp_path):
+def test_run_stopped_on_request_has_status_interrupted(config_of, tmp_path):
     stopped(config_of(), tmp_path / "run", 3)
     assert (read_status(tmp_path / "run").state, read_status(tmp_path / "run").step) == ("interrupted", 3)
 
 
-def test_early_stopping_has_status_finished(config_of, tmp_path):
+def test_run_that_stops_early_has_status_finished(config_of, tmp_path):
     run_of(config_of("training.patience=1", "training.learning_rate=1.0e-12", "training.steps=12"), tmp_path / "run")
     status = read_status(tmp_path / "run")
     assert status.state == "finished"

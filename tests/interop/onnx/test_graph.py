@@ -83,7 +83,7 @@ def test_exported_graph_matches_mixer_options(options):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("window", [None, 4])
-def test_exported_graph_matches_shared_key_value_layers(window):
+def test_exported_graph_matches_model_with_shared_keys_and_values(window):
     attention = {"kind": "attention", "n_heads": 2, "window": window, "differential": True}
     block = {"mixer": attention, "ffn": None, "norm": {"kind": "rmsnorm"}}
     shared = {"blocks": {"b": block}, "pattern": ["b"], "kv_sharing": {"kind": "last", "layers": 1}}

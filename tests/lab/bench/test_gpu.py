@@ -95,7 +95,7 @@ def test_largest_batch_leaves_room_for_the_weights():
     assert batch["llama"] == 16
 
 
-def test_rehearsal_covers_every_group(monkeypatch):
+def test_rehearsal_without_a_gpu_plans_parts_of_every_group(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     parts = list(plan(80 * GIB, rehearsal=True))
     assert list(dict.fromkeys(part.group for part in parts)) == list(GROUPS)

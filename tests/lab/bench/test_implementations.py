@@ -28,7 +28,7 @@ def test_op_benchmark_adds_bfloat16_variant_to_float32(settings, dtype):
         assert seen == [(torch.float32,) * 3, (torch.bfloat16,) * 3]
 
 
-def test_decoding_warms_up_on_the_timed_steps(settings, monkeypatch):
+def test_decoding_warmup_runs_the_same_steps_as_the_timed_call(settings, monkeypatch):
     steps, step = [], Seqmix.step
 
     def counted(self, tokens, state):

@@ -8,7 +8,7 @@ from seqmix.lab.bench.models import DecodeBenchmark, model_to_measure
 from seqmix.lab.bench.peers import Size
 
 
-def test_batches_are_unavailable_and_all_formats_are_listed(settings):
+def test_llama_cpp_is_unavailable_for_batches_and_lists_all_formats(settings):
     assert "one sequence" in LlamaCpp(settings(batch=2), Size(model_to_measure()), "F32", 4).unavailable_reason()
     names = [each.name for each in DecodeBenchmark(settings()).implementations()]
     assert set(FORMATS.values()) <= set(names)

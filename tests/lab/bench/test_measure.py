@@ -224,7 +224,7 @@ def test_out_of_memory_is_predicted(settings):
         forecast.require("a", 2**20, rows=1)
 
 
-def test_only_option_selects_implementations(settings):
+def test_implementations_are_selected_by_the_only_option(settings):
     benchmark = FakeBenchmark(settings(only=("b",)), Fake("a"), Fake("b"))
     assert [row.name for row in run(benchmark).rows] == ["b"]
 
@@ -240,7 +240,7 @@ def test_op_and_model_rows_report_shares_and_sizes(settings):
     assert all(row.skipped is None and row.parameters > 0 and row.share.median > 0 for row in prefill.rows)
 
 
-def test_moved_bytes_give_a_time_floor_and_share(settings):
+def test_row_with_moved_bytes_has_a_time_floor_and_share(settings):
     class Mover(Fake):
         def prepared_call(self, length):
             return PreparedCall(call=TimedCall(lambda: None), tokens=1, moved_bytes=1000)
@@ -283,12 +283,12 @@ def test_cpu_time_option_uses_process_clock(settings, monkeypatch):
     assert [clock for clock in clocks if clock] == [time.process_time, time.perf_counter]
 
 
-def test_disabled_rates_leave_machine_rates_and_shares_out(settings):
+def test_report_omits_machine_rates_and_shares_when_disabled(settings):
     report = run(PrefillBenchmark(settings(only=("seqmix",), measures_rates=False)))
     assert "product_flops_per_second" not in report.machine
     assert [(row.share, row.skipped) for row in report.rows] == [(None, None)]
 
 
-def test_expired_time_stops_after_the_minimum_rounds():
+def test_timing_stops_after_the_minimum_rounds_when_time_is_up():
     rounds = time_interleaved({"a": TimedCall(lambda: None), "b": TimedCall(lambda: None)}, repeat=50, end=0.0)
     assert {name: len(samples) for name, samples in rounds.items()} == {"a": MIN_ROUNDS, "b": MIN_ROUNDS}

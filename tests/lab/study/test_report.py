@@ -309,7 +309,7 @@ def test_loss_over_time_is_drawn_only_for_runs_made_alone():
     assert "loss-time" not in [figure.name for figure in plots(study).curves()]
 
 
-def test_training_length_is_marked():
+def test_training_length_is_marked_on_the_length_axis():
     study = text()
     for run in study["runs"]:
         run["sequence_length"] = 512
@@ -410,7 +410,7 @@ def test_page_shows_equal_and_different_settings():
     assert ["In-domain perplexity", "retention", "26.05", "4.95"] in table(page("text"), "The paper")
 
 
-def test_order_time_and_date_are_explained():
+def test_report_explains_row_order_and_training_time_and_gives_the_date():
     assert "Best first within each variant. " in page("varied")
     assert "Best first. " in page("recall")
     assert "Training time: tokens over the median speed of the run's logged steps, without evaluations." in page("text")

@@ -152,7 +152,7 @@ def test_report_fits_a_phone_and_follows_colour_scheme(look, report):
     assert strokes(seen, "loss") == list(map(rgb, theme.LIGHT_LINES[:3]))
 
 
-def test_awkward_values_are_drawn(look, tmp_path):
+def test_figures_with_awkward_values_are_drawn_without_overflowing_the_page(look, tmp_path):
     powers = [2**i for i in range(7, 21)]
     t, seconds = Axis("t", ticks=powers), Axis("time", unit="seconds")
     figures = [

@@ -355,7 +355,7 @@ def test_time_left_counts_only_remaining_work():
     assert forecast.seconds_left == pytest.approx(300 / 50 * 10)
 
 
-def test_page_without_the_region_is_rejected(tmp_path):
+def test_filling_a_page_without_region_markers_raises(tmp_path):
     page = runpy.run_path(str(ROOT / "docs" / "mixers.py"))
     file = tmp_path / "page.md"
     file.write_text("x")
@@ -384,7 +384,7 @@ def test_transfer_table_shows_cost_of_using_the_narrow_models_rate():
     ]
 
 
-def test_mixer_without_the_option_shows_no_option():
+def test_table_says_no_option_for_a_mixer_without_convolution():
     page = runpy.run_path(str(ROOT / "research" / "accessories.py"))
     runs = [
         run(entry, 1.0, accuracy=accuracy, variant={"equal.short_conv": value})

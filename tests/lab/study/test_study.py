@@ -17,7 +17,7 @@ ALONE = "base: retnet-tiny\n"
 UNMATCHED = "base: retnet-tiny\nmodel: {n_layers: 1}\n"
 
 
-def test_entries_change_the_base_config(planned):
+def test_entry_fields_override_the_base_config(planned):
     found = planned(
         """
 entries:
@@ -304,7 +304,7 @@ def test_entries_with_the_same_mixer_differ_in_the_fields_they_set(planned):
     }
 
 
-def test_different_kind_hides_options_only_the_other_kind_has(planned):
+def test_options_that_only_the_other_kind_has_are_not_listed_as_differences(planned):
     found = planned(
         "entries:\n  streams: {model: {residual: {kind: hyper, n_streams: 2}}}\n"
         "  scaled: {model: {residual: {kind: scalars}, dropout: 0.1}}\n",
@@ -359,7 +359,7 @@ def test_suggested_equal_line_removes_accessory_differences(planned, small):
     assert not any("To remove" in each for each in after.fairness)
 
 
-def test_patience_is_rejected(planned, small):
+def test_study_with_early_stopping_is_rejected(planned, small):
     with pytest.raises(
         SeqmixError, match=r"small\.yaml:\d+: training\.patience: expected null, got 2: entries would stop"
     ):
@@ -511,7 +511,7 @@ def test_study_is_found_by_path_or_name(written, tmp_path):
 
 
 @pytest.mark.parametrize("name", [name for name in shipped() if name.startswith("recipe-")])
-def test_recipe_tuning_holds_out_its_presets_validation_text(name):
+def test_recipe_studies_hold_out_the_validation_text_of_their_preset(name):
     file = find_study(name)
     study = load_study(file)
     preset = load_config(study.base)
@@ -530,7 +530,7 @@ def test_shipped_studies_can_be_planned(name):
     assert found.runs
 
 
-def test_extends_takes_model_but_keeps_vocabulary(planned):
+def test_entry_that_extends_a_preset_keeps_the_vocabulary_size_of_the_study(planned):
     (entry,) = planned(study="base: retnet-tiny\nmodel: {vocab_size: 300}\nentries: {a: {extends: gla-tiny}}\n").entries
     assert entry.config.model.vocab_size == 300
     assert entry.config.model.blocks.keys() == load_config("gla-tiny").model.blocks.keys()
