@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ...registry import read_bytes
-from .logging import METRICS_FILE
+from .metrics_file import METRICS_FILE
 
 Measurement = dict[str, Any]
 """Values of one line: the step, and the measurements at that step."""
