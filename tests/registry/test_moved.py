@@ -19,6 +19,7 @@ FORMER = {
     "seqmix.convert": "import_from",
     "seqmix.experiments.units": "quantity",
     "seqmix.linearize": "Plan",
+    "seqmix.linearize.course": "Linearization",
     "seqmix.mixers.contract": "SequenceMixer",
     "seqmix.mixers.parts.decay_rates": "FixedDecay",
     "seqmix.ops.autograd": "Op",
