@@ -48,6 +48,7 @@ UNTIL_0_5: Mapping[str, str] = {
     "seqmix.hf": "seqmix.interop.hf",
     "seqmix.inspection": "seqmix.lab.inspect",
     "seqmix.linearize": "seqmix.lab.linearize",
+    "seqmix.linearize.course": "seqmix.lab.linearize.linearization",
     "seqmix.mixers.context_parallel": "seqmix.mixers.base.context_parallel",
     "seqmix.mixers.contract": "seqmix.mixers.base.contract",
     "seqmix.mixers.influence": "seqmix.mixers.base.influence",

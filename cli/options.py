@@ -118,6 +118,6 @@ def output_path(command: str, *places: Path | None, former: Path | None = None) 
         note(f"{command} --to is now --out: the old name works until 0.5")
     named = [place for place in (*places, former) if place is not None]
     if len(named) > 1:
-        given = " and ".join(map(str, named))
-        raise SeqmixError(f"{command} expects one output, got {given}: give OUT or --out, not both")
+        outputs = " and ".join(map(str, named))
+        raise SeqmixError(f"{command} expects one output, got {outputs}: give OUT or --out, not both")
     return named[0] if named else None

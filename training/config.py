@@ -229,11 +229,11 @@ class RunConfig(Config):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
-        carried = self.training.carry_state
+        carry_state = self.training.carry_state
         data = self.data
         processes = self.distributed.context_parallel
         packed = isinstance(data, TextConfig) and data.packing
-        if carried and data.sequence_length % processes:
+        if carry_state and data.sequence_length % processes:
             raise ValueError(
                 f"training.carry_state needs segments of equal length, but distributed.context_parallel = {processes} "
                 f"does not divide data.sequence_length = {data.sequence_length}: choose a multiple of {processes}"
@@ -249,7 +249,7 @@ class RunConfig(Config):
                 f"data.kind {data.kind} needs model.readout = {data.readout}, got {self.model.readout}: set it to "
                 f"{data.readout}"
             )
-        if carried and not data.is_text:
+        if carry_state and not data.is_text:
             raise ValueError(
                 f"training.carry_state needs data.kind text, got {data.kind}: set training.carry_state to false"
             )
@@ -257,19 +257,19 @@ class RunConfig(Config):
             raise ValueError(
                 f"training.evaluation_lengths needs data.kind text, got {data.kind}: leave out evaluation_lengths"
             )
-        if carried and packed:
+        if carry_state and packed:
             raise ValueError(
                 "training.carry_state carries the state across document boundaries, but data.packing resets it there: "
                 "set one of them to false"
             )
-        if carried and isinstance(data, TextConfig) and data.order == "epochs":
+        if carry_state and isinstance(data, TextConfig) and data.order == "epochs":
             raise ValueError(
                 "training.carry_state reads the text in its original order, but data.order is epochs: leave out "
                 "data.order, or set training.carry_state to false"
             )
         for name in dict.fromkeys(self.model.layers):
             mixer = self.model.blocks[name].mixer
-            if carried and mixer.traits.state == "growing":
+            if carry_state and mixer.traits.state == "growing":
                 raise ValueError(
                     f"training.carry_state needs mixers whose state has a constant size; the state of "
                     f"model.blocks.{name}.mixer ({mixer.kind}) grows with the text: set training.carry_state to false, "

@@ -1,4 +1,4 @@
-"""The course of a run, as a generator of events: start or resume, steps, evaluations, checkpoints, stop.
+"""The training loop, as a generator of events: start or resume, steps, evaluations, checkpoints, stop.
 
 All processes make their collective calls in the same order; only the main one writes files.
 """
@@ -17,6 +17,7 @@ from torch import nn
 from ..data import Source
 from ..models import TOKENIZER_FILE, LanguageModel, build_meta, build_model, flops_per_token
 from ..registry import format_duration
+from ..registry.deprecated import former_names
 from .checkpoint import files as checkpoint
 from .checkpoint import train_state
 from .checkpoint.code import code_of, read_code, write_code
@@ -78,15 +79,15 @@ def train(
         if objective is not None:
             objective.prepare(model)
         optimizer = build_optimizer(model, config.training)
-        course = Course(Trainer(config, source, model, optimizer, groups, objective), run, began)
+        loop = TrainingLoop(Trainer(config, source, model, optimizer, groups, objective), run, began)
         device = model.device
-        precision = course.trainer.precision
+        precision = loop.trainer.precision
         start = 0
         notes = [*config.training.shortening_notes, *([] if origin is None else [origin.note])]
         with groups.raise_together():
             if saved is not None:
                 start = saved.manifest.step
-                notes = [*notes, *saved.notes, *course.restore(saved)]
+                notes = [*notes, *saved.notes, *loop.restore(saved)]
             elif not resume and groups.is_main:
                 kernels = "".join(f", {name}: {backend}" for name, backend in model.backends.items())
                 starting.enter_context(
@@ -98,12 +99,12 @@ def train(
             if groups.is_main and source.tokenizer is not None and not (run / TOKENIZER_FILE).exists():
                 source.tokenizer.save(run)  # also on resume, if the run was killed before this line
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), ExitStack() as stack:
-            stack.enter_context(course.status.recording())
+            stack.enter_context(loop.status.recording())
             stack.enter_context(explain_lost_process(groups.rank))
             stack.enter_context(explain_errors(run, config.training))
             with groups.raise_together():
                 if groups.is_main:
-                    course.metrics_writer.begin(start)
+                    loop.metrics_writer.begin(start)
                     checkpoint.delete_unfinished(run)
                     if (code := code_of(config)) != read_code(run):
                         write_code(run, code)
@@ -117,16 +118,16 @@ def train(
                         start_from=None if origin is None else origin.provenance,
                     )
             starting.close()  # from here on, the run can be resumed
-            course.status.begin(start)
-            stack.callback(course.metrics_writer.close)
-            stack.enter_context(course.writer)
+            loop.status.begin(start)
+            stack.callback(loop.metrics_writer.close)
+            stack.enter_context(loop.writer)
             yield Started(source, sum(p.numel() for p in model.parameters()), device, precision, start, groups.size)
             for text in notes:
                 yield Noted(start, text)
-            yield from course.steps(start, stop)
+            yield from loop.steps(start, stop)
 
 
-class Course:
+class TrainingLoop:
     """Loop over the steps of a run, with its evaluations and checkpoints.
 
     Args:
@@ -506,3 +507,6 @@ def _resume_notes(
             f"{source.name} differs from the training data up to step {manifest.step}: the run continues on other data"
         )
     return notes
+
+
+__getattr__ = former_names(__name__, {"Course": "TrainingLoop"})

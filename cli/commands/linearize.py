@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from ...lab.linearize import load_plan
-from ...lab.linearize.course import Linearization, Prepared, Result, table
+from ...lab.linearize.linearization import Linearization, Prepared, Result, table
 from ...models import account
 from ...training.interrupt import StopRequest
 from ..console import plain_table, terminal

@@ -33,9 +33,9 @@ def status(
 
     [bold]seqmix status runs[/bold]
     """
-    found = {str(run): read_status(run) for folder in folders for run in _runs_of(folder)}
+    statuses = {str(run): read_status(run) for folder in folders for run in _runs_of(folder)}
     rows = []
-    for folder, each in found.items():
+    for folder, each in statuses.items():
         unit = "steps" if each.failed is None else "runs"
         losses = (each.loss, each.validation_loss)
         numbers = ("" if loss is None else f"{loss:.4f}" for loss in losses)
@@ -44,7 +44,7 @@ def status(
         )
     headers = ("folder", "state", "done", "loss", "validation", "updated", "reason")
     terminal().print(plain_table(*headers, rows=rows, overflow="fold"))
-    return StatusResult(found)
+    return StatusResult(statuses)
 
 
 def _runs_of(folder: Path) -> list[Path]:

@@ -19,6 +19,7 @@ FORMER = {
     "seqmix.convert": "import_from",
     "seqmix.experiments.units": "quantity",
     "seqmix.linearize": "Plan",
+    "seqmix.linearize.course": "Linearization",
     "seqmix.mixers.contract": "SequenceMixer",
     "seqmix.mixers.parts.decay_rates": "FixedDecay",
     "seqmix.ops.autograd": "Op",
@@ -38,6 +39,7 @@ FUNCTIONS = {
     "seqmix.ops.scan": {"scan_recurrence": "scan", "selective_recurrence": "selective_scan"},
     "seqmix.ops.convolution": {"convolve_short": "short_convolution", "convolve_long": "long_convolution"},
     "seqmix.ops.attention": {"softmax": "softmax_attention", "moved": "resize_cache", "stored_as": "cast_cache"},
+    "seqmix.training.run": {"Course": "TrainingLoop"},
 }
 
 

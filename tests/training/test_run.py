@@ -1,4 +1,4 @@
-"""The course of a run: the same seed gives the same run, no matter how often it is stopped."""
+"""The training loop: the same seed gives the same run, no matter how often it is stopped."""
 
 import json
 import math
@@ -18,7 +18,7 @@ from seqmix.training.checkpoint.files import checkpoints, read_manifest, step_of
 from seqmix.training.monitoring.events import Evaluated, Noted, Saved, Started, Stepped, StoppedEarly
 from seqmix.training.monitoring.metrics import Measured
 from seqmix.training.optimizer import build_optimizer
-from seqmix.training.run import Course
+from seqmix.training.run import TrainingLoop
 from seqmix.training.trainer import Trainer
 
 
@@ -244,7 +244,7 @@ def test_nonfinite_validation_loss_stops_the_run(config_of, tmp_path):
     trainer = Trainer(config, config.open_data(), model, build_optimizer(model, config.training))
     model.norm.register_forward_hook(lambda norm, args, out: out if model.training else out * math.nan)
     with pytest.raises(TrainingError, match=r"^step 2: .*validation.* nan"):
-        list(Course(trainer, tmp_path).steps(0, lambda: False))
+        list(TrainingLoop(trainer, tmp_path).steps(0, lambda: False))
     assert not checkpoints(tmp_path)
 
 

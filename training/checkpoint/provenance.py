@@ -143,7 +143,7 @@ def git_commit(folder: Path) -> str | None:
 
     The repository may be untrusted, so no program that its configuration names is run.
     """
-    quiet = {"GIT_OPTIONAL_LOCKS": "0", "GIT_NO_LAZY_FETCH": "1", "GIT_ALLOW_PROTOCOL": "none"}
+    restrictions = {"GIT_OPTIONAL_LOCKS": "0", "GIT_NO_LAZY_FETCH": "1", "GIT_ALLOW_PROTOCOL": "none"}
 
     def git(*arguments: str, disabled: Sequence[str] = ()) -> str:
         # set in the environment, as names may contain an equals sign: `-c a=b.clean=` would set `a`
@@ -152,7 +152,7 @@ def git_commit(folder: Path) -> str | None:
         for number, (name, value) in enumerate(settings.items()):
             variables |= {f"GIT_CONFIG_KEY_{number}": name, f"GIT_CONFIG_VALUE_{number}": value}
         command = ["git", "-C", str(folder), *arguments]
-        environment = os.environ | quiet | variables
+        environment = os.environ | restrictions | variables
         result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10, env=environment)
         return result.stdout.strip()
 

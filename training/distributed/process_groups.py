@@ -200,7 +200,7 @@ def explain_lost_process(rank: int) -> Iterator[None]:
         reason = str(error)
         if not isinstance(error, dist.DistError) and "gloo" not in reason:
             raise
-        step = "".join(getattr(error, "__notes__", ()))  # "step 5: ", added by `Course.steps`
+        step = "".join(getattr(error, "__notes__", ()))  # "step 5: ", added by `TrainingLoop.steps`
         problem = "timed out waiting for" if "timed out" in reason.lower() else "lost the connection to"
         peer = re.search(r"peer \[(.+?)\]:\d+", reason)
         address = f" on {peer[1]}" if peer else ""
