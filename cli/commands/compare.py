@@ -12,12 +12,13 @@ from rich.console import Console
 from ...lab.figures.libraries import PlotsMissingError, charts_module, engine
 from ...lab.study.answer import Comparison, answer, comparisons
 from ...lab.study.collect import entry_result
+from ...lab.study.columns import state_size, summary_table
 from ...lab.study.plan import Plan, plan
 from ...lab.study.report import REPORT_FILE
 from ...lab.study.results import RESULTS_FILE, Difference, EntryResult, Results, SummaryRow, where
 from ...lab.study.runner import run_study
 from ...lab.study.study import STUDIES, find_study, load_study, shipped
-from ...lab.study.tables import difference_tables, notes, speed_note, state_size, summary_table
+from ...lab.study.tables import difference_tables, notes, speed_note
 from ...registry import SeqmixError
 from ..console import note, plain_table, terminal
 from ..options import Jobs, seconds_of

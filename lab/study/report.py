@@ -1,27 +1,17 @@
 """The report of a study: one page with the answer to its question, the results, and the way to reproduce them."""
 
 from pathlib import Path
-from typing import Any
 
 from ...registry import write_file
 from ..figures import page
 from ..units import number, quantity
-from .answer import answer, format_statistic, has_accuracy, variant_text
+from .answer import answer, has_accuracy, variant_text
+from .columns import summary_table
 from .differences import compare_configs, format_value
-from .results import Machine, Results, SummaryRow
+from .results import Machine, Results
 from .study import shipped
 from .study_figures import Plots
-from .summary import best_first, with_timed_speeds
-from .tables import (
-    Columns,
-    cautions,
-    difference_tables,
-    fill_columns,
-    format_speed,
-    speed_note,
-    state_size,
-    uncertainty,
-)
+from .tables import cautions, difference_tables, speed_note, uncertainty
 
 REPORT_FILE = "report.html"
 
@@ -68,7 +58,7 @@ def render(results: Results) -> str:
         cautions=list(cautions(results)),
         unfinished=[run for run in results.runs if run.status != "finished"],
         sections=sections,
-        summary=_summary(results, plots),
+        summary=summary_table(results, "report"),
         notes=_notes(results),
         skipped=[row for row in (*results.speed.train, *results.speed.decode) if row.skipped],
         paper=[(row.label, row.entry, f"{row.theirs:g}", _format_like(row.ours, row.theirs)) for row in results.paper],
@@ -89,23 +79,6 @@ def render(results: Results) -> str:
         command="seqmix plot STUDY",
         study=results.name if results.name in shipped() else f"{results.name}.yaml",
     )
-
-
-def _summary(results: Results, plots: Plots) -> tuple[list[str], list[tuple[Any, ...]]]:
-    columns: Columns[SummaryRow] = [
-        ("entry", lambda row: row.entry),
-        ("rank", lambda row: "" if row.rank is None else f"{row.rank}"),
-        ("variant", lambda row: variant_text(row.variant)),
-        ("accuracy", lambda row: format_statistic(row.accuracy, as_percent=True)),
-        ("validation loss", lambda row: format_statistic(row.validation_loss)),
-        ("seeds", lambda row: f"{row.seeds}"),
-        ("learning rate", lambda row: number(row.learning_rate) + (f", {row.at_edge} tried" if row.at_edge else "")),
-        ("parameters", lambda row: f"{results.entry_of(row).parameters:,}"),
-        ("forward matmul FLOPs/token", lambda row: number(results.entry_of(row).flops_per_token)),
-        ("state", lambda row: state_size(results.entry_of(row))),
-        ("tokens/s", format_speed),
-    ]
-    return fill_columns(best_first(with_timed_speeds(plots.results)), columns)
 
 
 def _notes(results: Results) -> str:

@@ -1,19 +1,24 @@
 """Tables of a study's results for the terminal, for a page (summary.md) and for other programs (CSV)."""
 
 import csv
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from io import StringIO
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any
 
 from ...registry import write_file
+from ...registry.deprecated import former_names
 from ..pages import table
-from ..units import number, quantity
 from .answer import accessories_first, answer, names
-from .differences import format_value, leaves
-from .results import Difference, EntryResult, Results, RunResult, Statistic, SummaryRow, where
+from .columns import summary_table
+from .differences import leaves
+from .results import Difference, Results, RunResult, SummaryRow, where
 from .scaling import scaling_lines
-from .summary import best_first, timed_length, with_timed_speeds
+from .summary import timed_length, with_timed_speeds
+
+__getattr__ = former_names(
+    __name__, {name: f"seqmix.lab.study.columns.{name}" for name in ("format_speed", "state_size")}
+)
 
 
 def notes(results: Results) -> Iterator[str]:
@@ -99,18 +104,6 @@ def difference_tables(
     return [({}, *tables[0][1:])] if tables and same else tables
 
 
-Row = TypeVar("Row")
-Columns: TypeAlias = Sequence[tuple[str, Callable[[Row], Any]]]
-"""Columns of a table: the head, and a function that returns the cell of a row."""
-
-
-def fill_columns(rows: Sequence[Row], columns: Columns[Row]) -> tuple[list[str], list[tuple[Any, ...]]]:
-    """Return the heads and rows of a table; columns whose cells are all empty are left out."""
-    all_columns = [(head, [cell(row) for row in rows]) for head, cell in columns]
-    used = [(head, cells) for head, cells in all_columns if any(cells)]
-    return [head for head, _ in used], list(zip(*(cells for _, cells in used), strict=True))
-
-
 def speed_note(results: Results) -> str | None:
     """Return a sentence on what the speeds of the summary measure; None without speeds."""
     if all(row.tokens_per_second is None for row in with_timed_speeds(results).summary):
@@ -131,57 +124,6 @@ def speed_note(results: Results) -> str | None:
         "tokens/s: the median over runs of each run's median over its own logged steps; in brackets, the lowest lower "
         f"and the highest upper quartile of these runs; {sharing}."
     )
-
-
-def format_speed(row: SummaryRow) -> str:
-    """Return the speed of a row with its range as text; empty without a speed."""
-    if row.tokens_per_second is None:
-        return ""
-    spread = row.tokens_per_second_range
-    return number(row.tokens_per_second) + (f" [{number(spread[0])}, {number(spread[1])}]" if spread else "")
-
-
-def summary_table(results: Results) -> tuple[list[str], list[tuple[str, ...]]]:
-    """Return the heads and rows of the summary table."""
-    results = with_timed_speeds(results)
-    varied = dict.fromkeys(path for row in results.summary for path in row.variant)
-    several_rates = len(results.learning_rates) > 1
-    scores = dict.fromkeys(
-        (task, metric) for row in results.summary for task in row.scores for metric in row.scores[task]
-    )
-    columns: Columns[SummaryRow] = [
-        ("entry", lambda row: row.entry),
-        *((path.rpartition(".")[2], lambda row, path=path: format_value(row.variant.get(path, ""))) for path in varied),
-        ("rank", lambda row: "" if row.rank is None else str(row.rank)),
-        ("accuracy", lambda row: _accuracy(row.accuracy)),
-        ("validation loss", lambda row: _loss(row.validation_loss)),
-        *((" ".join(at), lambda row, at=at: _score(row, *at)) for at in scores),
-        ("seeds", lambda row: str(row.seeds)),
-        ("learning rate", lambda row: f"{row.learning_rate:g}" if several_rates else ""),
-        ("parameters", lambda row: f"{results.entry_of(row).parameters:,}"),
-        ("state", lambda row: state_size(results.entry_of(row))),
-        ("tokens/s", format_speed),
-    ]
-    return fill_columns(best_first(results), columns)
-
-
-def state_size(entry: EntryResult) -> str:
-    """Return the size of an entry's state as text; "grows" is appended if it grows with the sequence."""
-    return quantity(entry.state_bytes, "bytes") + (", grows" if entry.state_grows else "")
-
-
-def _accuracy(value: Statistic | None) -> str:
-    margin = "" if value is None or value.margin is None else f" ± {100 * value.margin:.1f}"
-    return "" if value is None else f"{100 * value.mean:.1f}{margin} %"
-
-
-def _score(row: SummaryRow, task: str, metric: str) -> str:
-    value = row.scores.get(task, {}).get(metric)
-    return "" if value is None else _loss(value)
-
-
-def _loss(value: Statistic) -> str:
-    return f"{value.mean:.4f}" + ("" if value.margin is None else f" ± {value.margin:.4f}")
 
 
 def markdown(results: Results) -> str:
