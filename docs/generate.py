@@ -120,7 +120,8 @@ def _commands() -> list[str]:
         ]
         argument_names = [str(p.metavar or p.name.upper()) for p in arguments]
         usage = " ".join(["seqmix", name, *argument_names, *required_options])
-        rows = [_parameter_row(parameter, types) for parameter in command.params if parameter.name in types]
+        shown = [p for p in command.params if p.name in types and not getattr(p, "hidden", False)]
+        rows = [_parameter_row(parameter, types) for parameter in shown]
         has_optional = len(rows) > len(arguments) + len(required_options)
         lines += [f"## seqmix {name}", "", "\n\n".join(map(_strip_markup, prose)), ""]
         lines += ["```text", f"{usage} [OPTIONS]" if has_optional else usage, "```", ""]
