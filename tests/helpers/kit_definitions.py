@@ -1,14 +1,25 @@
 """The kit's definitions of recurrences, token by token, for formulas of mixers that contain one."""
 
+import torch
+
 from seqmix.testing.kernel.families import FAMILIES
 
 
-def defined(op, *, scale=1.0, **inputs):
-    """Output and final state of a matrix recurrence from an empty state, [B T H V] and [B H K V], by its definition."""
+def defined(op, *, scale=1.0, predict=None, **inputs):
+    """Output and final state of a matrix recurrence from an empty state, [B T H V] and [B H K V], by its definition.
+
+    `predict` is that of `DeltaCase.delta_rule`, for tokens that read a state otherwise than the op.
+    """
     batch, length, n_heads, key_width = inputs["k"].shape
     sizes = {"n_heads": n_heads, "key_width": key_width, "value_width": inputs["v"].shape[-1]}
     case = FAMILIES[op](lengths=(length,) * batch, scale=scale, final_state=True, **sizes)
-    return tuple(case.define(inputs).values())
+    return tuple((case.delta_rule(inputs, predict) if predict else case.define(inputs)).values())
+
+
+def undecayed(_, key, decay, state):
+    """What a key reads from the state before its decay, and that state."""
+    del decay
+    return torch.einsum("bhk,bhkv->bhv", key, state), state
 
 
 def defined_scan(op, *, d_state=1, **inputs):
