@@ -1,7 +1,7 @@
-"""RWKV-7's equations, token by token in plain operations."""
+"""RWKV-7's equations in plain operations, with the kit's definition of their recurrence."""
 
-import torch
 import torch.nn.functional as F
+from kit_definitions import defined, undecayed
 
 
 def rwkv7_written_out(mixer, x, first=None):
@@ -11,27 +11,21 @@ def rwkv7_written_out(mixer, x, first=None):
     low_w, low_a, low_g = mixer.decay_proj, mixer.rate_proj, mixer.gate_proj
     r, k, v = (y @ weight.T for y, weight in zip((xr, xk, xv), mixer.in_proj.weight.chunk(3), strict=True))
     w = (xw @ low_w.down.weight.T).tanh() @ low_w.up.weight.T + low_w.up.bias
-    w = (-0.6065306597126334 / (1 + (-w).exp())).exp()
+    log_w = -0.6065306597126334 / (1 + (-w).exp())
     eta = (xa @ low_a.down.weight.T @ low_a.up.weight.T + low_a.up.bias).sigmoid()
     own = v
     if getattr(mixer, "value_proj", None) is not None:
         low = mixer.value_proj
         share = 1 / (1 + (-(xv @ low.down.weight.T @ low.up.weight.T + low.up.bias)).exp())
         v = (1 - share) * v + share * first
-    r, k, v, w, eta = (y.unflatten(-1, (heads, -1)) for y in (r, k, v, w, eta))
+    r, k, v, log_w, eta = (y.unflatten(-1, (heads, -1)) for y in (r, k, v, log_w, eta))
     kappa = k * mixer.removed
     kappa = kappa / (kappa.square().sum(-1, keepdim=True) + mixer.config.key_eps).sqrt()
     k = k * (1 + (eta - 1) * mixer.replaced)
-    state, outputs = x.new_zeros(len(x), heads, k.shape[-1], k.shape[-1]), []
-    for t in range(x.shape[1]):
-        removed = torch.einsum("bhk,bhkv->bhv", kappa[:, t], state)  # of the state that has not decayed
-        state = w[:, t, ..., None] * state - (eta * kappa)[:, t, ..., None] * removed[:, :, None]
-        state = state + k[:, t, ..., None] * v[:, t, :, None]
-        o = torch.einsum("bhk,bhkv->bhv", r[:, t], state)
-        o = o - o.mean(-1, keepdim=True)
-        o = o / (o.square().mean(-1, keepdim=True) + mixer.config.norm_eps * k.shape[-1]).sqrt()
-        o = o * mixer.norm.weight + mixer.norm.bias
-        outputs.append(o + (mixer.norm.bonus * r[:, t] * k[:, t]).sum(-1, keepdim=True) * v[:, t])
+    o, state = defined("dplr", q=r, k=k, v=v, a=kappa, b=-eta * kappa, log_decay=log_w, predict=undecayed)
+    o = o - o.mean(-1, keepdim=True)
+    o = o / (o.square().mean(-1, keepdim=True) + mixer.config.norm_eps * k.shape[-1]).sqrt()
+    o = o * mixer.norm.weight + mixer.norm.bias + (mixer.norm.bonus * r * k).sum(-1, keepdim=True) * v
     gate = (xg @ low_g.down.weight.T).sigmoid() @ low_g.up.weight.T
-    y = (torch.stack(outputs, 1).flatten(2) * gate) @ mixer.out_proj.weight.T
+    y = (o.flatten(2) * gate) @ mixer.out_proj.weight.T
     return y, state, own

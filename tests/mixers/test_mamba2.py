@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from kit_definitions import defined
 from mixer_formulas import D_MODEL, assert_follows, convolved, rms, tokens
 from recorded_operations import Watched
 from torch.testing import assert_close
@@ -26,8 +27,8 @@ def build(dtype=torch.float64, d_model=D_MODEL, **fields):
 
 
 def written_out(mixer, x):
-    """Output and state after each token, from nothing, token by token and head by head."""
-    config, (batch, length, _) = mixer.config, x.shape
+    """Output and final state from an empty state."""
+    config = mixer.config
     values, keys = mixer.n_heads * config.head_dim, config.n_groups * config.d_state
     z, u, b, c, dt = (x @ mixer.in_proj.weight.T).split([values, values, keys, keys, mixer.n_heads], -1)
     mixed = torch.cat((u, b, c), -1)
@@ -37,21 +38,15 @@ def written_out(mixer, x):
     dt = (1 + (dt + mixer.decay.dt_bias).exp()).log()
     if config.time_step_limit is not None:
         dt = dt.clamp(*config.time_step_limit)
-    heads, states = [], []
-    for h in range(mixer.n_heads):
-        group = h // (mixer.n_heads // config.n_groups)
-        v = u[..., h * config.head_dim : (h + 1) * config.head_dim]
-        key, query = (part[..., group * config.d_state : (group + 1) * config.d_state] for part in (b, c))
-        state, outputs = x.new_zeros(batch, config.d_state, config.head_dim), []
-        for t in range(length):
-            step = dt[:, t, h, None, None]
-            state = (-step * mixer.decay.A_log[h].exp()).exp() * state + key[:, t, :, None] * step * v[:, t, None]
-            outputs.append((query[:, t, :, None] * state).sum(1) + mixer.D[h] * v[:, t])
-        heads.append(torch.stack(outputs, 1))
-        states.append(state)
-    gated = (torch.cat(heads, -1) * z * z.sigmoid()).unflatten(-1, (config.n_groups, -1))
+    group = mixer.n_heads // config.n_groups
+    v = u.unflatten(-1, (mixer.n_heads, -1))
+    key, query = (part.unflatten(-1, (config.n_groups, -1)).repeat_interleave(group, 2) for part in (b, c))
+    log_decay = -dt * mixer.decay.A_log.exp()
+    y, state = defined("decay", q=query, k=key * dt[..., None], v=v, log_decay=log_decay)
+    y = y + mixer.D[:, None] * v
+    gated = (y.flatten(2) * z * z.sigmoid()).unflatten(-1, (config.n_groups, -1))
     y = (rms(gated, config.norm_eps).flatten(2) * mixer.norm_weight) @ mixer.out_proj.weight.T
-    return y, torch.stack(states, 1)
+    return y, state
 
 
 OPTIONS = {

@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from kit_definitions import defined
 from mixer_formulas import D_MODEL, assert_follows, exactly, tokens
 
 from seqmix.mixers.rwkv6 import RWKV6Config
@@ -36,12 +37,10 @@ def written_out(mixer, x):
     r, k, v, g = (y.unflatten(-1, (heads, width)) for y in (r @ wr.T, k @ wk.T, v @ wv.T, g @ wg.T))
     low = mixer.decay_proj
     w = ((xw @ low.down.weight.T).tanh() @ low.up.weight.T + low.up.bias).unflatten(-1, (heads, width))
-    w, state, outputs = (-w.exp()).exp(), x.new_zeros(len(x), heads, width, width), []
-    for t in range(x.shape[1]):
-        written = k[:, t, :, :, None] * v[:, t, :, None]
-        outputs.append((r[:, t, :, None] @ (state + mixer.bonus[..., None] * written))[:, :, 0])
-        state = w[:, t, :, :, None] * state + written
-    o = torch.stack(outputs, 1)
+    following = torch.cat((r[:, 1:], torch.zeros_like(r[:, :1])), dim=1)  # a token reads the state before it
+    read, state = defined("decay", q=following, k=k, v=v, log_decay=-w.exp())
+    o = torch.cat((torch.zeros_like(read[:, :1]), read[:, :-1]), dim=1)
+    o = o + (r * mixer.bonus * k).sum(-1, keepdim=True) * v
     o = o - o.mean(-1, keepdim=True)
     o = o / (o.square().mean(-1, keepdim=True) + width * mixer.config.norm_eps).sqrt()
     o = (o * mixer.norm.weight + mixer.norm.bias) * g * g.sigmoid()

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from kit_definitions import defined_scan
 from mixer_formulas import D_MODEL, assert_follows, convolved, tokens
 
 from seqmix.mixers import MIXERS
@@ -25,20 +26,19 @@ def rg_lru(mixer, x):
     config, width = mixer.config, mixer.width
     u, gate = (x @ mixer.in_proj.weight.T + mixer.in_proj.bias).split(width, -1)
     u = convolved(u, mixer.convolution.weight) + mixer.convolution.bias
-    h, outputs, size = x.new_zeros(len(x), width), [], width // config.n_heads
-    for t in range(x.shape[1]):
-        r, i = [], []
-        for head in range(config.n_heads):
-            own = u[:, t, head * size : (head + 1) * size]
-            logits = own @ mixer.gate_weight[head] + mixer.gate_bias[head]
-            r.append(1 / (1 + (-logits[:, :size]).exp()))
-            i.append(1 / (1 + (-logits[:, size:]).exp()))
-        a = (-8 * (1 + mixer.rate.exp()).log() * torch.cat(r, -1)).exp()
-        kept = 1.0 if config.unit_start and t == 0 else (1 - a**2).sqrt()
-        h = a * h + kept * torch.cat(i, -1) * u[:, t]
-        outputs.append(h)
+    r, i, size = [], [], width // config.n_heads
+    for head in range(config.n_heads):
+        own = u[..., head * size : (head + 1) * size]
+        logits = own @ mixer.gate_weight[head] + mixer.gate_bias[head]
+        r.append(1 / (1 + (-logits[..., :size]).exp()))
+        i.append(1 / (1 + (-logits[..., size:]).exp()))
+    log_a = -8 * (1 + mixer.rate.exp()).log() * torch.cat(r, -1)
+    kept = (1 - log_a.exp() ** 2).sqrt()
+    if config.unit_start:
+        kept = torch.cat((torch.ones_like(kept[:, :1]), kept[:, 1:]), 1)
+    outputs, h = defined_scan("scan", x=kept * torch.cat(i, -1) * u, log_decay=log_a)
     gelu = 0.5 * gate * (1 + (math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)).tanh())
-    return (torch.stack(outputs, 1) * gelu) @ mixer.out_proj.weight.T + mixer.out_proj.bias, h
+    return (outputs * gelu) @ mixer.out_proj.weight.T + mixer.out_proj.bias, h
 
 
 def mamba(mixer, x):
@@ -48,12 +48,9 @@ def mamba(mixer, x):
     u = u * u.sigmoid()
     dt, b, c = (u @ mixer.x_proj.weight.T).split([mixer.dt_proj.in_features, n, n], -1)
     step = (1 + (dt @ mixer.dt_proj.weight.T + mixer.dt_proj.bias).exp()).log()
-    h, outputs = x.new_zeros(len(x), n, width), []
-    for t in range(x.shape[1]):
-        kept = (-step[:, t, None] * mixer.A_log.exp()).exp()
-        h = kept * h + b[:, t, :, None] * (step[:, t] * u[:, t])[:, None]
-        outputs.append((c[:, t, :, None] * h).sum(1) + mixer.D * u[:, t])
-    return (torch.stack(outputs, 1) * z * z.sigmoid()) @ mixer.out_proj.weight.T, h
+    rate = -mixer.A_log.exp()
+    outputs, h = defined_scan("selective_scan", x=step * u, step=step, rate=rate, k=b, q=c, d_state=n)
+    return ((outputs + mixer.D * u) * z * z.sigmoid()) @ mixer.out_proj.weight.T, h
 
 
 def min_gru(mixer, x):
@@ -61,14 +58,11 @@ def min_gru(mixer, x):
     if config.short_conv:
         x = convolved(x, mixer.convolution.weight) + mixer.convolution.bias
     w_z, w_h = mixer.in_proj.weight.chunk(2)
-    h, outputs = x.new_zeros(len(x), len(w_z)), []
-    for t in range(x.shape[1]):
-        z, v = 1 / (1 + (-x[:, t] @ w_z.T).exp()), x[:, t] @ w_h.T
-        if config.candidate == "positive":
-            v = v.clamp(min=0) + 1 / (1 + (-v.clamp(max=0)).exp())
-        h = (1 - z) * h + z * v
-        outputs.append(h)
-    return torch.stack(outputs, 1) @ mixer.out_proj.weight.T, h
+    z, v = 1 / (1 + (-x @ w_z.T).exp()), x @ w_h.T
+    if config.candidate == "positive":
+        v = v.clamp(min=0) + 1 / (1 + (-v.clamp(max=0)).exp())
+    outputs, h = defined_scan("scan", x=z * v, log_decay=(1 - z).log())
+    return outputs @ mixer.out_proj.weight.T, h
 
 
 def rwkv4(mixer, x):
@@ -91,12 +85,9 @@ def h3(mixer, x):
     u = convolved(k, mixer.convolution.weight) * v
     step, a = mixer.log_step.exp(), torch.complex(-mixer.A_log.exp(), mixer.A_imag)
     b, c = ((step * a).exp() - 1) / a, torch.view_as_complex(mixer.C)
-    h, outputs = torch.zeros(len(x), *a.shape, dtype=a.dtype), []
-    for t in range(x.shape[1]):
-        # the discrete input weights stand at the output
-        h = (step * a).exp() * h + u[:, t, None]
-        outputs.append(q[:, t] * (2 * (c * b * h).sum(1).real + mixer.D * u[:, t]))
-    return torch.stack(outputs, 1) @ mixer.out_proj.weight.T, torch.view_as_real(h)
+    turn, weight = step * a, torch.view_as_real(2 * c * b)  # the discrete input weights stand at the output
+    outputs, h = defined_scan("diagonal_scan", x=u, log_decay=turn.real, angle=turn.imag, weight=weight, d_state=len(a))
+    return (q * (outputs + mixer.D * u)) @ mixer.out_proj.weight.T, h
 
 
 SMALL = {"h3": {"d_state": 6}, "rwkv4": {}, "min_gru": {}, "rg_lru": {"n_heads": 3}, "mamba": {"d_state": 4}}
