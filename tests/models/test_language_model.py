@@ -86,7 +86,7 @@ def test_first_declared_paradigm_is_preferred(model_of):
 
 def test_stateless_paradigm_is_used_only_for_initial_prompt(model_of, monkeypatch):
     """Compiling such a model raises."""
-    model, x = model_of("unusual:NoStateConfig"), tokens()
+    model, x = model_of("unusual_mixers:NoStateConfig"), tokens()
     wanted = model(x).logits
     used = []
     forward = type(model).forward
