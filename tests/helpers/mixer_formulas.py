@@ -1,9 +1,13 @@
-"""Mixers with queries, keys and values per head, token by token from their papers' equations, in plain operations."""
+"""Mixers with queries, keys and values per head from their papers' equations, in plain operations.
+
+The recurrences are the kit's definitions, token by token; projections, gates and norms are written out here.
+"""
 
 import math
 
 import torch
 import torch.nn.functional as F
+from kit_definitions import defined, defined_scan, states, undecayed
 from torch.testing import assert_close
 
 from seqmix.mixers import MIXERS
@@ -91,44 +95,43 @@ def lightning_lambdas(schedule, n_heads, layer, n_layers):
     return [math.exp(-((2 ** (-8 / n_heads)) ** (h + 1)) * (1 - depth + 1e-5)) for h in range(n_heads)]
 
 
-def decays(mixer, x, projected):
-    """What is left of the state at each token, [B T H K] or what broadcasts to it."""
+def log_decays(mixer, x, projected):
+    """Logarithms of the state's decays at each token, [B T H K] or what broadcasts to it."""
     config = mixer.config
     if config.kind == "retention" and config.learnable_decay:
-        return mixer.decay.logit.sigmoid()[:, None]
+        return mixer.decay.logit.sigmoid().log()[:, None]
     if config.kind == "retention":
-        return x.new_tensor(retention_gammas(config))[:, None]
+        return x.new_tensor(retention_gammas(config)).log()[:, None]
     if config.kind == "lightning":
-        return x.new_tensor(lightning_lambdas(config.schedule, config.n_heads, mixer.layer_idx, mixer.n_layers))[
-            :, None
-        ]
+        lambdas = lightning_lambdas(config.schedule, config.n_heads, mixer.layer_idx, mixer.n_layers)
+        return x.new_tensor(lambdas).log()[:, None]
     if config.kind == "gated_retention":
-        return (projected["gamma"].sigmoid() ** (1 / config.gate_logit_normalizer))[..., None]
+        return (projected["gamma"].sigmoid().log() / config.gate_logit_normalizer)[..., None]
     if config.kind == "gla":
         up = mixer.decay_proj.up
         logits = x @ mixer.decay_proj.down.weight.T @ up.weight.T + up.bias
-        return (1 / (1 + (-logits).exp())).unflatten(-1, (config.n_heads, -1)) ** (1 / config.gate_logit_normalizer)
+        return -(1 + (-logits).exp()).log().unflatten(-1, (config.n_heads, -1)) / config.gate_logit_normalizer
     if config.kind == "hgrn2":
         forget, bound = 1 / (1 + (-projected["k"]).exp()), mixer.forget.bound.sigmoid().flatten()
-        return (bound + (1 - bound) * forget).unflatten(-1, (config.n_heads, -1))
+        return (bound + (1 - bound) * forget).log().unflatten(-1, (config.n_heads, -1))
     if config.kind in ("kda", "gated_delta_net2"):
         low = mixer.decay_proj
         logits = (x @ low.down.weight.T @ low.up.weight.T).unflatten(-1, (config.n_heads, -1))
         rate, logits = mixer.decay.A_log.exp()[:, None], logits + mixer.decay.dt_bias
         if config.decay_lower_bound is not None:
-            return (config.decay_lower_bound / (1 + (-rate * logits).exp())).exp()
-        return (-rate * torch.log1p(logits.exp())).exp()
+            return config.decay_lower_bound / (1 + (-rate * logits).exp())
+        return -rate * torch.log1p(logits.exp())
     if config.kind == "mesa_net":
-        return (projected["decay"] + mixer.gate_bias[1]).sigmoid()[..., None]
+        return (projected["decay"] + mixer.gate_bias[1]).sigmoid().log()[..., None]
     if config.kind == "gsa":  # of each slot
-        forget = 1 / (1 + (-projected["forget"]).exp())
-        return forget.unflatten(-1, (config.n_heads, -1)) ** (1 / config.gate_logit_normalizer)
+        log_forget = -(1 + (-projected["forget"]).exp()).log()
+        return log_forget.unflatten(-1, (config.n_heads, -1)) / config.gate_logit_normalizer
     if config.kind == "mlstm":
-        return (1 / (1 + (-capped(mixer, projected["f"] + mixer.gate_bias[1])).exp()))[..., None]
+        return -(1 + (-capped(mixer, projected["f"] + mixer.gate_bias[1])).exp()).log()[..., None]
     if config.kind in ("gated_delta_net", "comba") or getattr(config, "forget_gate", False):
         step = torch.log1p((projected["dt"] + mixer.decay.dt_bias).exp())
-        return (-mixer.decay.A_log.exp() * step).exp()[..., None]
-    return x.new_ones(())
+        return (-mixer.decay.A_log.exp() * step)[..., None]
+    return x.new_zeros(())
 
 
 def capped(mixer, y):
@@ -181,10 +184,9 @@ def written_out(mixer, x):
     v = v[0] if v else projected["v"]
     shared = getattr(config, "n_qk_heads", None) or heads
     steps, group = getattr(config, "n_steps", 1), heads // shared
-    q, read = q.unflatten(-1, (shared, -1)), x.new_ones(heads, 1, 1)
+    q = q.unflatten(-1, (shared, -1))
     if config.kind == "comba":
         share = mixer.feedback.sigmoid()[:, None]
-        read = share.repeat_interleave(group, 0)[..., None]
         if mixer.output_feedback is not None:
             q = q - mixer.output_feedback[:, None] * share * projected["k"].unflatten(-1, (shared, -1))
     q = features(mixer, q).repeat_interleave(group, 2)
@@ -192,11 +194,11 @@ def written_out(mixer, x):
     vs = [part.unflatten(-1, (heads, -1)) for part in v.chunk(steps, dim=-1)]
     ks = [features(mixer, k).repeat_interleave(group, 2) for k in ks]
     k, v = ks[0], vs[0]
-    a = decays(mixer, x, projected)
-    a = a if config.kind == "gsa" else a.expand(*k.shape)
+    log_a = log_decays(mixer, x, projected)
+    log_a = log_a if config.kind == "gsa" else log_a.expand(*k.shape)
     if config.kind == "hgrn2":
-        q, k = q * q.sigmoid(), 1 - a
-    total, i = x.new_zeros(len(x), heads), None
+        q, k = q * q.sigmoid(), 1 - log_a.exp()
+    i = None
     if config.kind == "mesa_net":
         v = torch.cat((k, v), -1)
     if config.kind == "mlstm":
@@ -210,48 +212,47 @@ def written_out(mixer, x):
     factors = preconditioned(mixer, projected, k, group) if getattr(config, "precondition", None) else None
     divided = getattr(config, "denominator", False)
     scale = 1.0 if divided or config.kind == "lightning" else mixer.key_dim**-0.5
-    state, weights, outputs = x.new_zeros(len(x), heads, a.shape[-1], v.shape[-1]), x.new_zeros(()), []
-    for t in range(x.shape[1]):
-        key, value, before, state = k[:, t, ..., None], v[:, t, :, None], state, a[:, t, ..., None] * state
-        if config.kind == "comba":
-            state = state + beta[:, t, :, None, None] * key * (value - read * (key.mT @ before))
-        elif config.kind == "mesa_net":
-            state = state + (projected["beta"] + mixer.gate_bias[0])[:, t, :, None, None].sigmoid() * key * value
-        elif config.kind == "gsa":
-            forget = a[:, t, ..., None]
-            weights, state = forget * weights + (1 - forget) * key.mT, state + (1 - forget) * value
-        elif "beta" in projected:
-            for k, v, rate in zip(ks, vs, beta[:, t].chunk(steps, dim=-1), strict=True):
-                key, value, b = k[:, t, ..., None], v[:, t, :, None], rate[..., None, None]
-                if factors is not None:
-                    b = b * factors[:, t, ..., None]
-                state = state - b * key @ (key.mT @ state) + b * key * value
-        elif "erase" in projected:
-            written = projected["write"].sigmoid().unflatten(-1, (heads, -1))[:, t, :, None] * value
-            erased = most * projected["erase"].sigmoid().unflatten(-1, (heads, -1))[:, t, ..., None] * key
-            state = state - key @ (erased.mT @ state) + key * written
-        else:
-            state = state + key * value
-        reads, memory = q[:, t, :, None], state
-        if config.kind == "mesa_net":
-            gram, memory = state.split([mixer.key_dim, v.shape[-1] - mixer.key_dim], dim=-1)
-            ridge = (config.min_ridge + torch.log1p(mixer.ridge.exp())).diag_embed()
-            reads, scale = torch.linalg.solve(gram + ridge, q[:, t])[:, :, None], 1.0
-        elif config.kind == "gsa":
-            scores, scale = (reads @ weights.mT).exp(), 1.0
-            reads = scores / scores.sum(-1, keepdim=True)
-        o = (reads @ memory)[:, :, 0] * scale
-        if i is not None:
-            weights, total = a[:, t] * weights + k[:, t], a[:, t, :, 0] * total + i[:, t]
-            o = o / (scale * (q[:, t] * weights).sum(-1, keepdim=True)).abs().clamp(min=1)
-        if divided:
-            weights = weights + k[:, t]
-            o = o / ((q[:, t] * weights).sum(-1, keepdim=True) + config.eps)
-        elif getattr(config, "row_norm", False):  # the sum of the decays so far
-            weights = a[:, t, :, :1] * weights + 1
-            o = o / weights.sqrt()
-        outputs.append(o)
-    o = torch.stack(outputs, 1)
+    if config.kind == "comba":
+        read = share.repeat_interleave(group, 0)
+
+        def predict(*token):
+            predicted, state = undecayed(*token)
+            return -read * predicted, state
+
+        o, state = defined("delta", q=q, k=k, v=v, beta=beta, log_decay=log_a, scale=scale, predict=predict)
+    elif config.kind == "mesa_net":
+        k = (projected["beta"] + mixer.gate_bias[0]).sigmoid()[..., None] * k
+        ridge = (config.min_ridge + torch.log1p(mixer.ridge.exp())).diag_embed()
+        gram = states("decay", k=k, v=v[..., : mixer.key_dim], log_decay=log_a)
+        o, state = defined("decay", q=torch.linalg.solve(gram + ridge, q), k=k, v=v, log_decay=log_a)
+        o = o[..., mixer.key_dim :]
+    elif config.kind == "gsa":
+        slots = states("decay", k=1 - log_a.exp(), v=k, log_decay=log_a)
+        scores = (slots @ q[..., None])[..., 0].exp()
+        reads = scores / scores.sum(-1, keepdim=True)
+        o, state = defined("decay", q=reads, k=1 - log_a.exp(), v=v, log_decay=log_a)
+    elif "beta" in projected and steps > 1:
+        ks, vs, beta = (torch.stack([*y], 2).flatten(1, 2) for y in (ks, vs, beta.chunk(steps, dim=-1)))
+        o, state = defined("delta_product", q=q, k=ks, v=vs, beta=beta, log_decay=log_a[..., 0], scale=scale)
+    elif factors is not None:
+        writes = beta[..., None] * factors * k
+        o, state = defined("dplr", q=q, k=writes, v=v, a=k, b=-writes, log_decay=log_a, scale=scale)
+    elif "beta" in projected:
+        o, state = defined("delta", q=q, k=k, v=v, beta=beta, log_decay=log_a, scale=scale)
+    elif "erase" in projected:
+        written = projected["write"].sigmoid().unflatten(-1, (heads, -1)) * v
+        erased = most * projected["erase"].sigmoid().unflatten(-1, (heads, -1)) * k
+        o, state = defined("dplr", q=q, k=k, v=written, a=erased, b=-k, log_decay=log_a, scale=scale)
+    else:
+        o, state = defined("decay", q=q, k=k, v=v, log_decay=log_a, scale=scale)
+    if divided or i is not None:  # a normaliser, which is a state with values of 1
+        size, weights = defined("decay", q=q, k=k, v=torch.ones_like(v[..., :1]), log_decay=log_a, scale=scale)
+        o = o / (size + config.eps if divided else size.abs().clamp(min=1))
+        state = torch.cat((state, weights), -1)
+    elif getattr(config, "row_norm", False):  # the sum of the decays so far
+        o = o / defined_scan("scan", x=torch.ones_like(log_a[..., 0]), log_decay=log_a[..., 0])[0][..., None].sqrt()
+    if i is not None:
+        state = state / defined_scan("scan", x=i, log_decay=log_a[..., 0])[1][..., None, None]
     o = o * o.sigmoid() if config.kind == "gsa" else o
     o = o.flatten(2) if config.kind in ("lightning", "hgrn2", "gsa") else o  # its norm is over all heads together
     if config.head_norm == "group":
@@ -264,6 +265,4 @@ def written_out(mixer, x):
         gate = projected["gate"] if low is None else x @ low.down.weight.T @ low.up.weight.T
         gate = gate if low is None or low.up.bias is None else gate + low.up.bias
         o = o * gate.sigmoid() * (gate if config.gate == "swish" else 1)
-    if divided or i is not None:
-        state = torch.cat((state, weights[..., None]), -1)
-    return o @ mixer.out_proj.weight.T, state if i is None else state / total[..., None, None]
+    return o @ mixer.out_proj.weight.T, state
