@@ -21,6 +21,7 @@ import typer
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 from pydantic_core import to_jsonable_python
 from typer.core import TyperCommand
+from typer.models import ArgumentInfo
 
 from ..registry import SeqmixError, choices_hint, write_file
 from ..registry.errors import Problem, problems
@@ -67,7 +68,7 @@ def with_json(command: str, function: Callable[..., Any]) -> Callable[..., None]
     @wraps(function)
     def call(*, json_file: Path | None = None, **options: Any) -> None:
         if json_file is not None:
-            _require_usable(json_file, options)
+            _require_usable(json_file, options, before.parameters)
         with _reporting_errors(command, json_file):
             result = function(**options)
             status = 0
@@ -135,14 +136,24 @@ class JsonCommand(TyperCommand):
         return super().parse_args(ctx, args)
 
 
-def _require_usable(file: Path, options: Mapping[str, Any]) -> None:
-    """Raise SeqmixError if a file cannot be written, or is the value of another argument too."""
+def _require_usable(file: Path, options: Mapping[str, Any], parameters: Mapping[str, Parameter]) -> None:
+    """Raise SeqmixError if a file cannot be written, or is the value of another of the command's `parameters` too."""
     if file == STANDARD_OUTPUT:
         return
     require_writable(file)
-    for value in options.values():
+    for name, value in options.items():
         if isinstance(value, Path) and value.absolute() == file.absolute():
-            raise SeqmixError(f"--json and another argument are both {file}: give them different names")
+            label = _label(parameters[name])
+            raise SeqmixError(f"{label} and --json are both {file}: give them different names")
+
+
+def _label(parameter: Parameter) -> str:
+    """Return how a user writes a parameter of a command: the word of an argument, or the first name of an option."""
+    (info, *_) = getattr(parameter.annotation, "__metadata__", (None,))
+    if isinstance(info, ArgumentInfo):
+        return (info.metavar or parameter.name).strip("[]")
+    names = getattr(info, "param_decls", None) or [f"--{parameter.name.replace('_', '-')}"]
+    return names[0]
 
 
 @contextmanager

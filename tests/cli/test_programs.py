@@ -130,7 +130,7 @@ def test_json_option_rejects_an_unusable_file(refused):
     assert "write --json -" in refused("show", "retnet-tiny", "--json")
     assert "there is no folder" in refused("show", "retnet-tiny", "--json", "no/such.json", status=3)
     same = refused("average", "nothere", "new", "--json", "new")
-    assert same == "--json and another argument are both new: give them different names"
+    assert same == "OUT and --json are both new: give them different names"
 
 
 @pytest.mark.parametrize("arguments", [("mixers",), ("show", "retnet-tiny"), ("average", "run", "mean")])

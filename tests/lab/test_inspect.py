@@ -167,5 +167,5 @@ def test_unreadable_text_and_bad_output_paths_are_rejected(refused, config_of, t
     run_of(config_of("training.steps=1"), tmp_path / "run")
     assert "none.txt cannot be read" in refused("inspect", tmp_path / "run", "--text", "none.txt", status=3)
     both = refused("inspect", tmp_path / "run", "--text", "text.txt", "--out", "x.html", "--json", "x.html")
-    assert both == "--json and another argument are both x.html: give them different names"
+    assert both == "--out and --json are both x.html: give them different names"
     assert "must end in one of" in refused("inspect", tmp_path / "run", "--text", "text.txt", "--out", "x.doc")
