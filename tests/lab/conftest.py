@@ -1,4 +1,8 @@
-"""Small studies."""
+"""Small studies, and a browser."""
+
+import shutil
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -44,3 +48,16 @@ def planned(written):
         return plan(load_study(file), file)
 
     return call
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """A headless browser; the test is skipped without playwright or a browser."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install playwright")
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if program is None:
+        pytest.skip("no browser: install chromium")
+    with playwright.sync_playwright() as driver:
+        opened = driver.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield opened
+        opened.close()

@@ -1,4 +1,4 @@
-"""What a timed call runs, and how it is prepared."""
+"""Implementations that are timed: the call, its warm-up and its preparation."""
 
 from dataclasses import replace
 

@@ -49,7 +49,7 @@ PAPER = "paper: [{label: Perplexity, entry: retention, theirs: 26.05}]\n"
 
 
 class Quiet(Observer):
-    """An observer that shows nothing and records what it is told."""
+    """Observer of a study that displays nothing and records notes, starts and problems."""
 
     def __init__(self):
         self.notes, self.begun, self.problems = [], [], {}

@@ -1,8 +1,6 @@
 """Reports in a browser: figures and controls, wide and narrow, light and dark, and in print."""
 
 import json
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +12,7 @@ from seqmix.lab.figures.figure import Axis
 from seqmix.lab.study.report import write_report
 from seqmix.lab.study.results import Results
 
-playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install playwright")
 pytest.importorskip("altair")
-PROGRAM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(PROGRAM is None, reason="no browser: install chromium")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as driver:
-        opened = driver.chromium.launch(executable_path=PROGRAM, args=["--no-sandbox"])
-        yield opened
-        opened.close()
 
 
 @pytest.fixture
