@@ -17,7 +17,6 @@ from torch import nn
 from ..data import Source
 from ..models import TOKENIZER_FILE, LanguageModel, build_meta, build_model, flops_per_token
 from ..registry import format_duration
-from ..registry.deprecated import former_names
 from .checkpoint import files as checkpoint
 from .checkpoint import train_state
 from .checkpoint.code import code_of, read_code, write_code
@@ -507,6 +506,3 @@ def _resume_notes(
             f"{source.name} differs from the training data up to step {manifest.step}: the run continues on other data"
         )
     return notes
-
-
-__getattr__ = former_names(__name__, {"Course": "TrainingLoop"})

@@ -11,7 +11,7 @@ from .results import EntryResult, Results, Statistic, SummaryRow
 from .summary import best_first, with_timed_speeds
 
 Place: TypeAlias = Literal["report", "table"]
-"""Where a summary is shown: in report.html, or as the table of the terminal and of summary.md."""
+"""Place that shows a summary: report.html, or the table of the terminal and of summary.md."""
 
 
 @dataclass(frozen=True)

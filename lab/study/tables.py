@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from ...registry import write_file
-from ...registry.deprecated import former_names
 from ..pages import table
 from .answer import accessories_first, answer, names
 from .columns import summary_table
@@ -15,10 +14,6 @@ from .differences import leaves
 from .results import Difference, Results, RunResult, SummaryRow, where
 from .scaling import scaling_lines
 from .summary import timed_length, with_timed_speeds
-
-__getattr__ = former_names(
-    __name__, {name: f"seqmix.lab.study.columns.{name}" for name in ("format_speed", "state_size")}
-)
 
 
 def notes(results: Results) -> Iterator[str]:

@@ -1,4 +1,7 @@
-"""What the base class rejects and fills in. The conformance kit tests the contract itself, for every mixer."""
+"""Calls that the base class rejects, and arguments that it fills in.
+
+The conformance kit tests the contract itself, for every mixer.
+"""
 
 from dataclasses import replace
 from typing import Literal

@@ -1,4 +1,4 @@
-"""What `seqmix linearize` relies on: `projections` by role and head, and `set_reach`."""
+"""Basis of `seqmix linearize`: `projections` by role and head, and `set_reach`."""
 
 import math
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""Files and folders appear only when complete, leave nothing behind, and follow the umask."""
+"""Files and folders are written atomically, without temporary files left over, and follow the umask."""
 
 import os
 import signal

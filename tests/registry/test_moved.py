@@ -39,7 +39,6 @@ FUNCTIONS = {
     "seqmix.ops.scan": {"scan_recurrence": "scan", "selective_recurrence": "selective_scan"},
     "seqmix.ops.convolution": {"convolve_short": "short_convolution", "convolve_long": "long_convolution"},
     "seqmix.ops.attention": {"softmax": "softmax_attention", "moved": "resize_cache", "stored_as": "cast_cache"},
-    "seqmix.training.run": {"Course": "TrainingLoop"},
 }
 
 

@@ -1,4 +1,4 @@
-"""How a check runs a mixer: layouts, parameters, states, memory limits, and reporting of causes and notes."""
+"""Trials, in which a check runs a mixer: layouts, parameters, states, memory limits, reports of causes and notes."""
 
 from typing import NamedTuple
 

@@ -1,4 +1,4 @@
-"""What a run records about its code: the Git commit and the plugins."""
+"""Records of a run's code: the Git commit and the plugins."""
 
 import json
 import subprocess

@@ -73,7 +73,7 @@ def test_load_run_skips_damaged_parameters_and_ignores_missing_moments(run):
 
 @pytest.mark.parametrize("function", ["verify", "read_chunks"])
 def test_load_run_falls_back_when_a_checkpoint_is_deleted_meanwhile(run, monkeypatch, function):
-    """As a training run may delete it: before its checksums are verified, or before its weights are read."""
+    """Delete a checkpoint before its checksums are verified, or before its weights are read, as a training run may."""
     module = checkpoint if function == "verify" else train_state
     whole, newest, waiting = getattr(module, function), checkpoints(run)[-1], [True]
 
