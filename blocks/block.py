@@ -6,23 +6,22 @@ x ──┬── norm ── mixer ── dropout ──(+)──┬── norm
 The picture shows plain residual connections; `residual/` has others.
 """
 
-from functools import partial
 from typing import Annotated, Any, Literal, Self
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from ..mixers import MIXERS, ContractError, MixerConfig, Paradigm, Traits
+from ..mixers import MIXERS, ContractError, MixerConfig, Traits
 from ..mixers.base.contract import build_mixer
-from ..ops.runtime.memo import Memo
+from ..mixers.base.layer_call import PLAIN_CALL, LayerCall, MixResult
 from ..registry import Config
 from .canon import Canon, CanonCall, Place
 from .dropout import Dropout
 from .ffn import FFNS, FfnConfig
 from .norm import NORMS, Norm, NormConfig
-from .residual import Branch, Residual, ResidualConfig, Stream
+from .residual import Residual, ResidualConfig, Stream
 from .residual.plain import PlainConfig
 
 
@@ -118,6 +117,7 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout) if config.shared else Dropout(config.dropout)
         self.residual_scale = config.residual_scale
         self.norm_placement = config.norm_placement
+        self._norms_inputs = config.norm_placement in ("input", "both")
 
     def _canon_widths(self, config: BlockConfig, d_model: int) -> dict[Place, int]:
         """Return the number of channels of each Canon layer."""
@@ -180,101 +180,72 @@ class Block(nn.Module):
         # compiled code is bound to this object, so copies must not have it
         return {name: value for name, value in super().__getstate__().items() if name != "forward"}
 
-    def forward(
-        self,
-        stream: Stream,
-        state: tuple[Any, ...] | None = None,
-        first_values: Float[Tensor, "B T C"] | None = None,
-        token_values: Float[Tensor, "B T C"] | None = None,
-        *,
-        paradigm: Paradigm | None = None,
-        cu_seqlens: Int[Tensor, "N+1"] | None = None,
-        return_state: bool = False,
-        return_values: bool = False,
-        shared_kv: Any = None,
-        return_kv: bool = False,
-        donate_state: bool = False,
-        return_loss: bool = False,
-        memo: Memo | None = None,
-    ) -> tuple[Any, ...]:
+    def forward(self, stream: Stream, call: LayerCall = PLAIN_CALL) -> MixResult[Any]:
         """Apply the layer to a segment of the residual stream: [B T D] with plain connections.
 
-        The other arguments are those of `SequenceMixer.forward`, and so are the results, with the stream in place of y.
-        With `return_loss`, the last result is the mixer's auxiliary loss, summed over the tokens.
+        Returns:
+            The result of the mixer, with the stream in place of its output. With Canon layers, the state is a
+            `CanonState`, as that of the call.
         """
-        options: dict[str, Any] = {}
-        if return_values or first_values is not None:
-            options["first_values"] = first_values
-            options["return_values"] = return_values
-        if token_values is not None:
-            options["token_values"] = token_values
-        if shared_kv is not None:
-            options["shared_kv"] = shared_kv
-        if return_kv:
-            options["return_kv"] = True
-        if donate_state:
-            options["donate_state"] = True
-        if memo is not None:
-            options["memo"] = memo
-        losses: list[Tensor] = []
-        if return_loss:
-            options["losses"] = losses
-        results: list[Any] = []
+        canon = None if self.canon is None else CanonCall(self.canon, call, self.mixer.cp_group)
+        if canon is not None:
+            call = canon.mixer_call
+        ffn_norm = self.ffn_norm
 
-        ffn, norm = self.ffn, self.ffn_norm  # nn.Module looks up parts by a function call
-        before: Any = state
-        canon = None
-        if self.canon is not None:
-            canon = CanonCall(self.canon, state, cu_seqlens, return_state, self.mixer.cp_group)
-            before = None if before is None else before.mixer
+        if self.norm_placement == "stream":
+            stream = self.mixer_norm(stream)
+        if (residual := self.mixer_residual) is None:
+            mixed = self._mix(stream, call, canon)
+            stream = stream + mixed.y
+        else:
+            mixed = None
 
-        def mix(x: Tensor) -> Tensor:
-            mixed = x if canon is None else canon("a", x)
-            y, *others = self.mixer(
-                mixed, before, paradigm=paradigm, cu_seqlens=cu_seqlens, return_state=return_state, **options
-            )
-            results.extend(others)
-            return y if feed is None or norm is not None else y + feed(x)
+            def mix(x: Tensor) -> Tensor:
+                nonlocal mixed
+                mixed = self._mix(x, call, canon)
+                return mixed.y
 
-        def feed_convolved(x: Tensor) -> Tensor:
-            assert canon is not None
-            assert ffn is not None
-            x = canon("c", x)
-            return ffn(x, partial(canon, "d")) if "d" in canon.layers else ffn(x)
+            stream = residual(stream, mix)
+            assert mixed is not None
 
-        feed = ffn if canon is None or ffn is None else feed_convolved
+        if ffn_norm is not None:
+            if self.norm_placement == "stream":
+                stream = ffn_norm(stream)
+            if (residual := self.ffn_residual) is None:
+                stream = stream + self._feed(stream, canon)
+            else:
+                stream = residual(stream, lambda x: self._feed(x, canon))
 
-        stream = self._add_branch(
-            stream, mix, self.mixer_norm, self.mixer_output_norm, self.mixer_scale, self.mixer_residual
-        )
-        if feed is not None and norm is not None:
-            stream = self._add_branch(stream, feed, norm, self.ffn_output_norm, self.ffn_scale, self.ffn_residual)
-        if canon is not None and return_state:
-            results[0] = canon.state_after(results[0])
-        return (stream, *results, *losses)
+        state = mixed.state if canon is None or not call.return_state else canon.state_after(mixed.state)
+        return MixResult(stream, state, mixed.values, mixed.kv, mixed.loss)
 
-    def _add_branch(
-        self,
-        stream: Stream,
-        function: Branch,
-        norm: Norm,
-        output_norm: Norm | None,
-        scale: Tensor | None,
-        residual: Residual | None,
-    ) -> Stream:
-        """Return the residual stream after the branch of a mixer or of a feed-forward network."""
-        placement = self.norm_placement
-        if placement == "stream":
-            stream = norm(stream)
-        elif placement == "output":
-            output_norm = norm
+    def _mix(self, x: Float[Tensor, "B T D"], call: LayerCall, canon: CanonCall | None) -> MixResult[Any]:
+        """Return the result of the mixer's branch, with what it adds to the stream in place of the mixer's output.
 
-        def branch(x: Tensor) -> Tensor:
-            y = function(norm(x) if placement in ("input", "both") else x)
-            y = y if output_norm is None else output_norm(y)
-            y = y if scale is None else scale.to(y.dtype) * y
-            dropout = self.dropout
-            y = dropout(y) if dropout.p else y
-            return y if self.residual_scale == 1 else self.residual_scale * y
+        In a parallel block, the branch has the feed-forward network too.
+        """
+        norm = self.mixer_norm  # nn.Module looks up parts by a function call
+        x = norm(x) if self._norms_inputs else x
+        mixed = self.mixer(x if canon is None else canon("a", x), call=call)
+        y = mixed.y
+        if (ffn := self.ffn) is not None and self.ffn_norm is None:
+            y = y + (ffn(x) if canon is None else canon.feed(ffn, x))
+        output_norm = norm if self.norm_placement == "output" else self.mixer_output_norm
+        return MixResult(self._scaled(y, output_norm, self.mixer_scale), *mixed[1:])
 
-        return stream + branch(stream) if residual is None else residual(stream, branch)
+    def _feed(self, x: Float[Tensor, "B T D"], canon: CanonCall | None) -> Float[Tensor, "B T D"]:
+        """Return what the feed-forward network's branch adds to the stream."""
+        norm, ffn = self.ffn_norm, self.ffn
+        assert norm is not None
+        assert ffn is not None
+        x = norm(x) if self._norms_inputs else x
+        y = ffn(x) if canon is None else canon.feed(ffn, x)
+        return self._scaled(y, norm if self.norm_placement == "output" else self.ffn_output_norm, self.ffn_scale)
+
+    def _scaled(self, y: Tensor, output_norm: Norm | None, scale: Tensor | None) -> Tensor:
+        """Return the output of a branch, normed, scaled and with dropout, as configured."""
+        y = y if output_norm is None else output_norm(y)
+        y = y if scale is None else scale.to(y.dtype) * y
+        dropout = self.dropout
+        y = dropout(y) if dropout.p else y
+        return y if self.residual_scale == 1 else self.residual_scale * y

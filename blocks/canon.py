@@ -12,12 +12,14 @@ identity. The last three inputs of each layer are state.
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..mixers import ContractError
+from ..mixers.base.layer_call import LayerCall
 from ..mixers.parts import Call, Paradigm, ShortConvolution
 from ..ops.runtime.context_parallel import ContextParallel
 from ..ops.runtime.packing import Documents
@@ -69,15 +71,12 @@ class CanonCall:
 
     Args:
         canon: the layers.
-        state: state of the block before the segment; None if no tokens came before.
-        cu_seqlens: boundaries of packed documents.
-        return_state: True if the state after the segment is wanted.
+        call: the call of the block.
         cp_group: processes that share the sequence.
     """
 
-    def __init__(
-        self, canon: Canon, state: Any, cu_seqlens: Tensor | None, return_state: bool, cp_group: ContextParallel | None
-    ) -> None:
+    def __init__(self, canon: Canon, call: LayerCall, cp_group: ContextParallel | None) -> None:
+        state = call.state
         if state is not None and not isinstance(state, CanonState):
             raise ContractError(
                 f"a block with canon expects a CanonState, got a {type(state).__name__}: use the state of this model"
@@ -85,9 +84,13 @@ class CanonCall:
         self.layers = canon.convolutions
         self._before = {} if state is None else dict(zip(self.layers, state.canon, strict=True))
         self._after: dict[str, Tensor] = {}
-        self._cu_seqlens = cu_seqlens
-        self._return_state = return_state
+        self._call = call
         self._cp_group = cp_group
+
+    @property
+    def mixer_call(self) -> LayerCall:
+        """Call of the block's mixer, with the mixer's part of the state."""
+        return self._call if self._call.state is None else self._call._replace(state=self._call.state.mixer)
 
     def __call__(self, place: Place, x: Float[Tensor, "B T C"]) -> Float[Tensor, "B T C"]:
         """Return x plus its convolution, or x if the block has no layer at this place."""
@@ -96,12 +99,19 @@ class CanonCall:
         length = x.shape[1]
         cp = self._cp_group
         start, total = (0, length) if cp is None else (cp.start(length), cp.size * length)
-        documents = None if self._cu_seqlens is None else Documents.of(self._cu_seqlens, length, start, total)
-        call = Call(Paradigm.PARALLEL, self._before.get(place), documents, return_state=self._return_state, cp_group=cp)
+        cu_seqlens = self._call.cu_seqlens
+        documents = None if cu_seqlens is None else Documents.of(cu_seqlens, length, start, total)
+        before, return_state = self._before.get(place), self._call.return_state
+        call = Call(Paradigm.PARALLEL, before, documents, return_state=return_state, cp_group=cp)
         y, after = self.layers[place](x, call)
         if after is not None:
             self._after[place] = after
         return x + y
+
+    def feed(self, ffn: Any, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+        """Return the feed-forward network of x, with the Canon layers before it and on its hidden layer."""
+        x = self("c", x)
+        return ffn(x, partial(self, "d")) if "d" in self.layers else ffn(x)
 
     def state_after(self, mixer_state: Any) -> CanonState:
         """Return the state of the block after the segment."""

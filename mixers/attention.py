@@ -47,7 +47,7 @@ from ..ops.attention import Backend, SharedKV, SoftmaxOptions, softmax_attention
 from ..ops.runtime.call import Call
 from ..ops.runtime.kernel import Probe
 from ..ops.runtime.paradigm import Paradigm
-from .base.contract import MixResult
+from .base.layer_call import MixResult
 from .base.roles import Role, RowBlock
 from .base.traits import ContractError, Traits
 from .parts import (
@@ -291,9 +291,8 @@ class Attention(OutsideValues[CachedState], CachedMixer):
             output = self._without_own_value(output, kv.v)
         gate = extras["gate"].unflatten(-1, (self.n_heads, -1)) if "gate" in extras else None
         y = self.out_proj(self.gate(output, gate).to(output.dtype).flatten(2))
-        if own is not None and self.traits.value_residual:
-            return self.with_own_values(y, final_state, own[1])
-        return (y, final_state, kv) if call.return_kv else (y, final_state)
+        values = own[1].flatten(2) if own is not None and self.traits.value_residual else None
+        return MixResult(y, final_state, values, kv if call.return_kv else None)
 
     def _project(
         self, x: Float[Tensor, "B T D"], call: Call

@@ -20,12 +20,10 @@ indexer's queries come from x, not from the latent of the queries. No Hadamard t
 turn neighbouring dimensions, as everywhere here; DeepSeek's indexer turns halves.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
-from jaxtyping import Float
 from torch import Tensor
 
-from ..ops.attention import Cache
 from ..ops.choice import choice_flops, index_attention
 from ..ops.runtime.call import Call
 from ..ops.runtime.paradigm import Paradigm
@@ -58,7 +56,7 @@ class Dsa(ChoiceMixer):
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, others: dict[str, Tensor], x: Tensor, call: Call
-    ) -> tuple[Float[Tensor, "B T H V"], Cache | None]:
+    ) -> tuple[Any, ...]:
         index = self.indexer(x, self.positions(x, call), call)
         return index_attention(q, k, v, index, call, topk=self.config.topk, scale=self.score_scale)
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from ..ops.decay import decay, decay_reading_values
 from ..ops.runtime.kernel import Probe
 from ..ops.runtime.paradigm import Paradigm
-from .base.contract import MixResult
+from .base.layer_call import MixResult
 from .parts import QKV, Call, QKVConfig, QKVMixer, RecurrenceOutput, head_width
 from .parts.gates import gate_decay
 from .parts.qkv import Affine, OutputGate
@@ -83,8 +83,7 @@ class GSA(QKVMixer):
         scores, keys = decay_reading_values(h.q, writes.to(h.k.dtype), h.k, log_forget, call.enter("keys"), scale=1.0)
         extras = {"scores": scores, "writes": writes, "log_forget": log_forget}
         o, memory = self.recur(x, h._replace(more=extras), call.enter("memory"))
-        y = self.out_proj(self.gated_norm(o, h.gate).to(h.dtype).flatten(2))
-        after = self.state_after(x, memory, h.recent, call)
+        y, after = self.project_out(x, h, o, memory, call)
         state = None if after is None or keys is None else GSAState(keys, *after)
         return self.with_own_values(y, state, h.own_values)
 

@@ -18,11 +18,13 @@ from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from ..ops.attention import Cache, cast_cache
+from ..ops.attention import cast_cache
 from ..ops.choice import choice_flops, index_attention
 from ..ops.runtime.call import Call
 from ..ops.runtime.paradigm import Paradigm
+from .base.layer_call import MixResult
 from .latent_attention import LatentAttention, LatentAttentionConfig
+from .parts.cached import CachedState
 from .parts.indexer import IndexedConfig, Indexer
 
 
@@ -66,17 +68,18 @@ class LatentDsa(LatentAttention):
     def cache_sizes(self) -> tuple[int, int, int]:
         return 1, self.rank + self.rotary_dim + self.config.index_dim, 0
 
-    def mix(self, x: Float[Tensor, "B T D"], call: Call) -> tuple[Float[Tensor, "B T D"], Cache | None]:
+    def mix(self, x: Float[Tensor, "B T D"], call: Call) -> MixResult[CachedState]:
         q, latents = self._project(x, call)
         queries, to_values = self._absorb(q)
         index = self.indexer(x, call.positions(x, None if call.state is None else call.state.length), call)
         sizes = {"topk": self.config.topk, "value_dims": self.rank}
-        output, final_state = index_attention(
+        output, final_state, *loss = index_attention(
             queries, latents, latents[..., :0], index, call, **sizes, scale=self.score_scale
         )
         if final_state is not None:
             final_state = cast_cache(final_state, self.dtype)  # under autocast, a new cache has a narrower dtype
-        return self.out_proj(torch.einsum("bthr,hvr->bthv", output, to_values).flatten(2)), final_state
+        y = self.out_proj(torch.einsum("bthr,hvr->bthv", output, to_values).flatten(2))
+        return MixResult(y, final_state, loss=loss[0] if loss else None)
 
     def flops(self, length: int, paradigm: Paradigm, context: int = 0) -> int:
         options = {"chunk_size": self.config.chunk_size, "context": context, "topk": self.config.topk}

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ..ops.decay import decay
 from ..ops.scan import LOG_STATE, SCAN_PARADIGMS, log_scan
-from .base.contract import MixResult
+from .base.layer_call import MixResult
 from .base.roles import Role
 from .parts import QKV, Call, Paradigm, QKVConfig, QKVMixer, RecurrenceOutput
 from .parts.gates import GatedNorm
@@ -105,8 +105,7 @@ class MLSTM(QKVMixer):
         log_odds = (token_shift(weights, weight[:, None], call)[0] + log_forget - i).to(self.state_dtype)
         extras = {"log_odds": log_odds, "weights": weights}
         o, memory = self.recur(x, h._replace(more=extras), call.enter("memory"))
-        y = self.out_proj(self.gated_norm(o, h.gate).to(h.dtype).flatten(2))
-        after = self.state_after(x, memory, h.recent, call)
+        y, after = self.project_out(x, h, o, memory, call)
         after = None if after is None or weight_after is None else MLSTMState(after[0], weight_after, *after[1:])
         return self.with_own_values(y, after, h.own_values)
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..ops.delta import unit_norm
 from ..ops.dplr import DPLR, dplr
-from .base.contract import MixResult
+from .base.layer_call import MixResult
 from .base.roles import Role, RowBlock
 from .base.traits import Traits
 from .delta_net import DeltaChunk
@@ -121,7 +121,7 @@ class RWKV7(OutsideValues[MatrixState], MatrixStateMixer):
         k = (k * (1 + (rate - 1) * self.replaced.to(wide))).to(r.dtype)
         o, memory = dplr(r, k, v, -kappa * (-log_decay).exp(), rate * kappa, log_decay, call.enter("memory"), scale=1.0)
         y = self.out_proj(self.norm(o, r, k, v).flatten(2) * self.gate_proj(xg))
-        return y, self.state_after(x, memory, recent, call), own_values
+        return MixResult(y, self.state_after(x, memory, recent, call), own_values)
 
     def flops(self, length: int, paradigm: Paradigm, context: int = 0) -> int:
         return super().flops(length, paradigm, context) + self.outside_flops * length

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..blocks import Block
 from ..blocks.residual import Stream
+from ..mixers.base.layer_call import LayerCall
 from ..mixers.base.state import nbytes, to_dict
 from ..ops.attention import SharedKV
 from .builder import build_meta
@@ -251,26 +252,26 @@ def _saved_bytes(block: Block, stream: _Stream, x: Tensor, is_donor: bool) -> tu
         for takes in (mixer.takes_first_values, mixer.takes_token_values)
     )
     excluded.add(id(first_values))  # the first layer saves its own values
-    options: dict[str, Any] = {"return_kv": True} if is_donor else {}
+    call = LayerCall(first_values=first_values, token_values=token_values, return_kv=is_donor)
     if mixer.takes_shared_kv:
         sizes: Any = mixer
         heads, *widths = sizes.cache_sizes
         k, v = (x.new_empty(*x.shape[:2], heads, width, requires_grad=True) for width in widths)
         excluded |= {id(k), id(v)}  # the layer that has them saves them
-        options["shared_kv"] = SharedKV(k, v, None, None)
+        call = call._replace(shared_kv=SharedKV(k, v, None, None))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda holder: holder.tensor), _Matmuls() as matmuls:
-        out, _, *others = functional_call(block, tensors, (stream.value, None, first_values, token_values), options)
+        output = functional_call(block, tensors, (stream.value, call))
     # a view keeps the whole storage alive, and several views of it count once
     storages = dict(_storage(holder.tensor) for holder in holders)
     inputs = stream.storages | ({} if token_values is None else dict([_storage(token_values)]))
-    kept = dict(_storage(x) for x in others[-1][:2]) if is_donor else {}  # keys and values, for later layers
+    kept = dict(_storage(x) for x in output.kv[:2]) if is_donor else {}  # keys and values, for later layers
     result = {
         "activation_bytes": sum(storages[at] for at in storages.keys() - stream.saved),
         "input_bytes": sum(inputs[at] for at in inputs.keys() - stream.inputs) + sum(kept.values()),
         "matmul_bytes": matmuls.total,
     }
     # an address tells storages apart only while they exist, so those that have left the stream are forgotten
-    after = _Stream(out, frozenset(), frozenset())
+    after = _Stream(output.y, frozenset(), frozenset())
     live = after.storages.keys()
     saved = (storages.keys() | stream.saved) & live
     return result, after._replace(saved=frozenset(saved), inputs=frozenset((inputs.keys() | stream.inputs) & live))

@@ -14,7 +14,9 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from ..blocks import Block, Dropout
 from ..blocks.ffn.moe import ExpertLinear
+from ..blocks.residual import Stream
 from ..mixers import ContractError, Paradigm
+from ..mixers.base.layer_call import LayerCall, MixResult
 from ..mixers.base.roles import Role, Roles, roles_of
 from ..ops.kernels.selection import describe_backends
 from ..ops.runtime.arguments import require_tensor
@@ -339,42 +341,35 @@ class LanguageModel(nn.Module):
         token_values = dict(zip(self.config.value_layers, tables, strict=True))
         stream = self.residual.start(x)
         iterations = self.config.iterations
+        checkpoints = self.activation_checkpointing and torch.is_grad_enabled()
         layers = zip(self.blocks, states, paradigms, self.kv_sources, strict=True)
         for layer, (block, before, layer_paradigm, kv_source) in enumerate(layers):
             if self.loop is not None and layer in iterations:
                 stream = self.loop(stream, x, iterations.index(layer))
-            call = partial(
-                block,
-                paradigm=layer_paradigm,
-                cu_seqlens=cu_seqlens,
-                return_state=return_state,
-                donate_state=donate_state,
+            mixer = block.mixer  # reading a submodule is a function call: do it once
+            call = LayerCall(
+                before,
+                layer_paradigm,
+                cu_seqlens,
+                return_state,
+                donate_state,
+                first_values=first_values[mixer.kind] if mixer.takes_first_values else None,
+                token_values=token_values.get(layer),
+                shared_kv=None if kv_source is None else shared_kv[kv_source],
+                return_values=mixer.traits.value_residual and mixer.kind not in first_values,
+                return_kv=layer in self.kv_donors,
+                return_loss=losses is not None and mixer.traits.auxiliary_loss,
                 memo=memo,
             )
-            mixer = block.mixer  # reading a submodule is a function call: do it once
-            returns_values = mixer.traits.value_residual and mixer.kind not in first_values
-            if returns_values:
-                call = partial(call, return_values=True)
-            if kv_source is not None:
-                call = partial(call, shared_kv=shared_kv[kv_source])
-            if layer in self.kv_donors:
-                call = partial(call, return_kv=True)
-            return_loss = losses is not None and mixer.traits.auxiliary_loss
-            if return_loss:
-                call = partial(call, return_loss=True)
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                # no early stop under context parallelism: every rank has to run all the communication of a block
-                options = {"context_fn": _keep_matmuls} if self.activation_checkpointing == "matmuls" else {}
-                call = partial(checkpoint, call, use_reentrant=False, early_stop=self.cp_group is None, **options)
-            first = first_values[mixer.kind] if mixer.takes_first_values else None
-            stream, final, *others = call(stream, before, first, token_values.get(layer) if token_values else None)
-            if losses is not None and return_loss:
-                losses.append(others.pop())
-            if layer in self.kv_donors:
-                shared_kv[layer] = others.pop()
-            if returns_values:
-                first_values[mixer.kind] = others.pop()
-            after.append(final)
+            result = self._checkpointed(block, stream, call) if checkpoints else block(stream, call)
+            stream = result.y
+            if call.return_values:
+                first_values[mixer.kind] = result.values
+            if call.return_kv:
+                shared_kv[layer] = result.kv
+            if losses is not None and call.return_loss:
+                losses.append(result.loss)
+            after.append(result.state)
         x = self.residual(stream)
         if self.readout is not None:
             if state is not None or return_state or cu_seqlens is not None or self.cp_group is not None:
@@ -383,6 +378,12 @@ class LanguageModel(nn.Module):
                 )
             x = self.readout(x)
         return x, tuple(after) if return_state else None
+
+    def _checkpointed(self, block: Block, stream: Stream, call: LayerCall) -> MixResult[Any]:
+        """Return the result of a block whose activations the backward pass computes again."""
+        options = {"context_fn": _keep_matmuls} if self.activation_checkpointing == "matmuls" else {}
+        # no early stop under context parallelism: every rank has to run all the communication of a block
+        return checkpoint(block, stream, call, use_reentrant=False, early_stop=self.cp_group is None, **options)
 
     def _loss(
         self, x: Float[Tensor, "B T D"], targets: Tensor, reduction: Reduction, return_predictions: bool

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from ...mixers import Paradigm, SequenceMixer
 from ...mixers.base.influence import ModuleCall, reach_of, record_calls, weights_of
+from ...mixers.base.layer_call import LayerCall
 from ...mixers.base.state import is_inexact, to_dict
 from ...mixers.parts import GatedNorm
 from ...models import LanguageModel
@@ -105,7 +106,7 @@ def _measure_layer(number: int, mixer: SequenceMixer, call: ModuleCall) -> Layer
     queries = spread(length, ROWS)
     view = LayerView(number, mixer.kind, queries)
     if mixer.traits.differentiable:
-        weights, view.of_heads = weights_of(mixer, x, queries, **call.options)
+        weights, view.of_heads = weights_of(mixer, x, queries, call.outside)
         size = weights[0].abs().double()
         view.maps = (size / size.sum(-1, keepdim=True).clamp(min=1e-30)).cpu()
         view.reach = reach_of(weights, queries).tolist()
@@ -114,7 +115,7 @@ def _measure_layer(number: int, mixer: SequenceMixer, call: ModuleCall) -> Layer
     norms = [module for module in mixer.modules() if isinstance(module, GatedNorm) and module.gate != "none"]
     handles = [norm.register_forward_hook(lambda module, args, output: gates.append(args[1])) for norm in norms]  # noqa: ARG005
     with torch.no_grad(), recorded() as op_calls:
-        mixer(x, **call.options)
+        mixer(x, call=call.outside)
     for handle in handles:
         handle.remove()
     if sigmoids := [gate.float().sigmoid() for gate in gates if gate is not None]:
@@ -148,10 +149,14 @@ def _measure_states(mixer: SequenceMixer, call: ModuleCall, view: LayerView) -> 
     states = dict[str, StateView]()
     view.points = [n + 1 for n in spread(call.x.shape[1], POINTS)]
     for point in view.points:
-        options = {name: value[:, before:point] for name, value in call.options.items()}
+        first, tokens = (
+            None if values is None else values[:, before:point]
+            for values in (call.outside.first_values, call.outside.token_values)
+        )
         segment = call.x[:, before:point]
         # one paradigm for all segments, even for the first one without a state, so that rounding is the same in all
-        _, state = mixer(segment, state, paradigm=paradigm, return_state=True, **options)
+        asked = LayerCall(state, paradigm, return_state=True, first_values=first, token_values=tokens)
+        state = mixer(segment, call=asked).state
         before = point
         for name, leaf in to_dict(state).items() if state is not None else ():
             if not is_inexact(leaf) or not leaf.numel():

@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ...data import Packed
 from ...mixers.base.influence import record_calls
+from ...mixers.base.layer_call import LayerCall
 from ...models import IGNORED, LanguageModel, ModelOutput, ModelState
 from ...models.loss import tokens_at_once
 from ...registry import SeqmixError
@@ -62,10 +63,11 @@ class MixerOutput(Text):
                     "swap that layer too"
                 )
             residual = mixer.traits.value_residual
-            y, _, *values = mixer(x, cu_seqlens=batch.cu_seqlens, first_values=first, return_values=residual)
-            if values:
-                first_values.setdefault(mixer.kind, values[0])
-            loss = loss + relative_error(y, teacher_output, batch.targets)
+            call = LayerCall(cu_seqlens=batch.cu_seqlens, first_values=first, return_values=residual)
+            result = mixer(x, call=call)
+            if residual:
+                first_values.setdefault(mixer.kind, result.values)
+            loss = loss + relative_error(result.y, teacher_output, batch.targets)
         return ModelOutput(None, loss)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ...data import Source
 from ...mixers import SequenceMixer
 from ...mixers.base.influence import reach_of, record_calls, weights_of
+from ...mixers.base.layer_call import LayerCall
 from ...models import LanguageModel
 from ...ops.runtime.recording import recorded
 
@@ -101,7 +102,7 @@ def calibrate(
             if new.takes_first_values:  # they come from an earlier layer, which is not trained yet
                 continue
             if step == 1 and new.kind != old.kind:
-                done[layer] += _set_reach(old, new, x[:4], {name: values[:4] for name, values in outside.items()})
+                done[layer] += _set_reach(old, new, x[:4], _rows(outside, 4))
             if (linear := _output_projection(new)) is not None and new.kind != old.kind:
                 with torch.no_grad(), record_calls({0: linear}) as linear_calls:
                     new(x)
@@ -117,7 +118,15 @@ def calibrate(
     return done
 
 
-def _set_reach(old: SequenceMixer, new: SequenceMixer, x: Tensor, outside: Mapping[str, Tensor]) -> list[str]:
+def _rows(call: LayerCall, number: int) -> LayerCall:
+    """Return the values from outside of the first rows."""
+    first, token = call.first_values, call.token_values
+    return call._replace(
+        first_values=None if first is None else first[:number], token_values=None if token is None else token[:number]
+    )
+
+
+def _set_reach(old: SequenceMixer, new: SequenceMixer, x: Tensor, outside: LayerCall) -> list[str]:
     """Set the decays of the new mixer so that its heads reach as far back as those of the old one.
 
     `outside` has the values from outside that the old mixer takes.
@@ -131,7 +140,7 @@ def _set_reach(old: SequenceMixer, new: SequenceMixer, x: Tensor, outside: Mappi
         new(x)
     if not calls:
         return []
-    reach = reach_of(weights_of(old, x, queries, **outside)[0], queries)
+    reach = reach_of(weights_of(old, x, queries, outside)[0], queries)
     heads = calls[-1].output.shape[2]
     log_reach = reach.clamp(min=0.1).log()[:, None, None]
     regrouped = regroup_heads(log_reach, heads)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...ops.runtime.call import Call
 from ...ops.runtime.context_parallel import ContextParallel
+from .layer_call import MixResult
 from .state import from_dict, map_state, to_dict
 from .traits import ContractError, Traits
 
@@ -31,12 +32,11 @@ class Mixer(Protocol):
         ...
 
 
-def mix_sequentially(mixer: Mixer, x: Tensor, call: Call) -> tuple[Any, ...]:
+def mix_sequentially(mixer: Mixer, x: Tensor, call: Call) -> MixResult[Any]:
     """Call `mix` on this rank's segment, starting from the final state of the ranks before it.
 
     Returns:
-        The output of this rank's tokens, the final state of the whole row (None unless requested), and the values for
-        later layers, if `mix` returns any.
+        The result of `mix` for this rank's tokens, with the final state of the whole row (None unless requested).
 
     Raises:
         ContractError: the state grows, so that ranks would have states of different shapes; or `mix` returns no state.
@@ -55,13 +55,13 @@ def mix_sequentially(mixer: Mixer, x: Tensor, call: Call) -> tuple[Any, ...]:
         templates = [cp.last_row(leaf, documents) for leaf in leaves.values()]
         received = zip(leaves.items(), _Receive.apply(anchor, cp, *templates), strict=True)
         before = from_dict(before, {name: cp.after(row, leaf, documents, length) for (name, leaf), row in received})
-    y, after, *values = mixer.mix(x, local_call._replace(state=before))
+    y, after, *others = mixer.mix(x, local_call._replace(state=before))
     if after is None:
         raise ContractError(f"{mixer.kind}: mix must return a state when call.return_state is True, got None")
     if cp.rank < cp.size - 1:
         y = _Send.apply(y, anchor, cp, *(cp.last_row(leaf, documents) for leaf in to_dict(after).values()))
     final = map_state(lambda leaf: cp.final(leaf, documents, length), after) if call.return_state else None
-    return (y, final, *values)
+    return MixResult(y, final, *others)
 
 
 def require_sequential(traits: Traits, kind: str) -> None:

@@ -1,9 +1,9 @@
 """The mixer contract: base classes of configurations and modules, and the registry of all mixers."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from types import MappingProxyType
-from typing import Any, ClassVar, Generic, Self, TypeAlias, cast, final
+from typing import Any, ClassVar, Generic, Self, cast, final
 
 import torch
 from jaxtyping import Float, Int
@@ -15,11 +15,11 @@ from ...ops.runtime.arguments import expected_width, require_tensor
 from ...ops.runtime.call import CHUNK_SIZE, Call
 from ...ops.runtime.context_parallel import ContextParallel
 from ...ops.runtime.kernel import Probe
-from ...ops.runtime.memo import Memo
 from ...ops.runtime.packing import Documents
 from ...ops.runtime.paradigm import Paradigm
 from ...registry import Config, Registry, SeqmixError, place_of, require_signatures
 from .context_parallel import mix_sequentially
+from .layer_call import LayerCall, MixResult, unknown_option
 from .roles import Roles
 from .rollback import kept_tokens, read_again
 from .state import S, from_dict, to_dict
@@ -124,15 +124,6 @@ MIXERS = Registry("mixer", MixerConfig, package="seqmix.mixers", entry_points="s
 """Registry of all mixers: the files of this folder, plug-ins (entry points `seqmix.mixers`), and registered classes."""
 
 
-MixResult: TypeAlias = (
-    tuple[Float[Tensor, "B T D"], S | None]
-    | tuple[Float[Tensor, "B T D"], S | None, Any]
-    | tuple[Float[Tensor, "B T D"], S | None, Any, Any]
-)
-"""Result of a mixer: output [B T D] and final state or None; then, for later layers, the values [B T C] (with a value
-residual), and keys and values (if the call wants them)."""
-
-
 class SequenceMixer(nn.Module, ABC, Generic[S]):
     """A causal map (x, state) -> (y, state') over a segment of any length T >= 1.
 
@@ -196,98 +187,86 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
         x: Float[Tensor, "B T D"],
         state: S | None = None,
         *,
-        paradigm: Paradigm | None = None,
+        paradigm: Paradigm | str | None = None,
         cu_seqlens: Int[Tensor, "N+1"] | None = None,
         return_state: bool = False,
-        first_values: Float[Tensor, "B T C"] | None = None,
-        token_values: Float[Tensor, "B T C"] | None = None,
-        return_values: bool = False,
-        shared_kv: Any = None,
-        return_kv: bool = False,
-        donate_state: bool = False,
-        losses: list[Tensor] | None = None,
-        memo: Memo | None = None,
-    ) -> MixResult[S]:
+        call: LayerCall | None = None,
+        **unknown: object,
+    ) -> tuple[Float[Tensor, "B T D"], S | None] | MixResult[S]:
         """Mix one segment.
 
         Args:
-            x: the segment, [B T D], T >= 1. With a `cp_group` it is this rank's segment; all other arguments are those
-                of the whole row.
-            state: the state before the segment, B rows (N rows with `cu_seqlens`); None if no tokens came before.
-            paradigm: the algorithm; the configured default when None. It is never guessed from T.
-            cu_seqlens: boundaries of N documents packed into one row (B = 1): document n is tokens
-                cu_seqlens[n] to cu_seqlens[n+1] - 1. Empty documents are allowed.
+            x: the segment, [B T D], T >= 1. With a `cp_group` it is this rank's segment.
+            state: the state before the segment; this and the next three are the fields of `LayerCall` of that name.
+            paradigm: the algorithm; the configured default when None.
+            cu_seqlens: boundaries of packed documents.
             return_state: True to return the final state.
-            first_values: values of the model's first layer of this kind, for the same tokens (value residual).
-            token_values: vectors of the tokens that are added to the values (value embeddings).
-            return_values: True to return this mixer's values, for later layers.
-            shared_kv: keys and values that an earlier layer returned for the same tokens, with the same states.
-            return_kv: True to return this mixer's keys and values, for later layers.
-            donate_state: True if the next state may be written over `state`, which the caller does not need again;
-                ignored under grad.
-            losses: list to which a mixer with the trait `auxiliary_loss` appends that loss, summed over the tokens;
-                None if it is not wanted.
-            memo: cache of results that are equal in several layers, such as rotation angles; only for eager calls
-                without gradients.
+            call: everything that a model asks of a layer, in place of the four arguments above.
+            unknown: refused, with what to pass instead.
 
         Returns:
-            The output [B T D] and the final state (None unless requested), then the values [B T C] and the keys and
-            values for later layers, if requested.
+            The output [B T D] and the final state (None unless requested); with `call`, all that it asks for.
 
         Raises:
             ContractError: the call needs something that the mixer does not declare: the paradigm, a state (at all, or
                 in this paradigm), packing or compiling. Or dtypes or shapes do not fit, or the mixer's own `mix`
                 returns anything but an output of the shape of x and a state (and values, if it declares them).
+            SeqmixError: an argument is unknown.
         """
-        paradigm = self.paradigm if paradigm is None else paradigm
-        require_paradigm(paradigm, self.traits, self.kind)
+        if unknown:
+            raise unknown_option(self.kind, next(iter(unknown)))
+        asked = LayerCall(state, paradigm, cu_seqlens, return_state) if call is None else call
+        if call is not None and (state is not None or paradigm or cu_seqlens is not None or return_state):
+            raise ContractError(f"{self.kind} expects state, paradigm, cu_seqlens and return_state as fields of `call`")
+        chosen = self.paradigm if asked.paradigm is None else asked.paradigm
+        require_paradigm(chosen, self.traits, self.kind)
         if compiling := torch.compiler.is_compiling():
             require_compiles(self.traits, self.kind)
-        paradigm = paradigm if isinstance(paradigm, Paradigm) else Paradigm(paradigm)  # from its name
-        self._require_shapes(x, state, cu_seqlens)
+        chosen = chosen if isinstance(chosen, Paradigm) else Paradigm(chosen)  # from its name
+        self._require_shapes(x, asked.state, asked.cu_seqlens)
         sequential = self.cp_group is not None and not self.supports_context_parallel
-        if state is not None or sequential:  # each rank starts from the state of the rank before it
-            require_initial_state(paradigm, self.traits, self.kind)
-        elif return_state:
+        if asked.state is not None or sequential:  # each rank starts from the state of the rank before it
+            require_initial_state(chosen, self.traits, self.kind)
+        elif asked.return_state:
             require_state(self.traits, self.kind)
-        self._require_values(x, first_values, token_values, return_values)
-        if return_kv or self.takes_shared_kv or shared_kv is not None:
-            self._require_kv(shared_kv, return_kv)
-        documents = None if cu_seqlens is None else self._documents(x, cu_seqlens)
-        call = Call(
-            paradigm,
-            state,
-            documents,
-            return_state,
+        self._require_values(x, asked)
+        if asked.return_kv or self.takes_shared_kv or asked.shared_kv is not None:
+            self._require_kv(asked)
+        op_call = Call(
+            chosen,
+            asked.state,
+            None if asked.cu_seqlens is None else self._documents(x, asked.cu_seqlens),
+            asked.return_state,
             self.chunk_size,
-            self.backend_of(paradigm),
+            self.backend_of(chosen),
             self.cp_group,
-            first_values,
-            token_values,
-            shared_kv,
-            return_kv,
-            donate_state and not torch.is_grad_enabled(),
-            losses,
-            memo,
+            asked.first_values,
+            asked.token_values,
+            asked.shared_kv,
+            asked.return_kv,
+            asked.return_loss,
+            asked.donate_state and not torch.is_grad_enabled(),
+            asked.memo,
         )
         try:
-            result = mix_sequentially(self, x, call) if sequential else self.mix(x, call)
+            result = mix_sequentially(self, x, op_call) if sequential else self.mix(x, op_call)
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
-            if state is not None and (misfit := self._misfit(state)):
+            if asked.state is not None and (misfit := self._misfit(asked.state)):
                 raise ContractError(f"{self.kind} expects a state of its own: {misfit}") from error
             width = expected_width(error, x) if isinstance(error, RuntimeError) else None
             if not any(width in parameter.shape for parameter in self.parameters()):  # no operation of a parameter
                 raise
             raise ContractError(f"{self.kind} expects x of width {width}, got {x.shape[2]}") from error
         if not compiling:  # in compiled code the checks would add guards to the graph
-            self._require_result(result, x, return_kv)
+            self._require_result(result, x, asked)
         y, final_state, *others = result
-        final_state = final_state if return_state else None
-        if return_values and return_kv:
-            return (y, final_state, *others)
-        if return_values or return_kv:
-            return y, final_state, others[0 if return_values else -1]
-        return y, final_state
+        final_state = final_state if asked.return_state else None
+        if call is None:
+            return y, final_state
+        if not others:
+            return MixResult(y, final_state)
+        values, kv, loss = others
+        return MixResult(y, final_state, values if asked.return_values else None, kv, loss)
 
     @final
     def step(self, x: Float[Tensor, "B 1 D"], state: S) -> tuple[Float[Tensor, "B 1 D"], S]:
@@ -298,12 +277,12 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
         return y, state_after
 
     @abstractmethod
-    def mix(self, x: Float[Tensor, "B T D"], call: Call) -> MixResult[S]:
+    def mix(self, x: Float[Tensor, "B T D"], call: Call) -> tuple[Float[Tensor, "B T D"], S | None] | MixResult[S]:
         """Compute the output and final state of a segment; `forward` has resolved and checked the arguments.
 
-        The final state may be None unless `call.return_state` is set. A mixer with the trait `value_residual` returns
-        its values, [B T C], as a third entry. A mixer with the trait `kv_sharing` returns its keys and values as a last
-        entry if `call.return_kv` is set.
+        The final state may be None unless `call.return_state` is set. A mixer with more to return uses `MixResult`:
+        with the trait `value_residual` always its `values`, with `kv_sharing` its keys and values (`kv`) if
+        `call.return_kv` is set, with `auxiliary_loss` its `loss` if `call.return_loss` is set.
         """
 
     def accept_first_values(self) -> None:
@@ -539,15 +518,15 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
             'register one, for example self.register_buffer("one", torch.ones(1))'
         )
 
-    def _require_values(
-        self, x: Tensor, first_values: Tensor | None, token_values: Tensor | None, return_values: bool
-    ) -> None:
-        if return_values and not self.traits.value_residual:
+    def _require_values(self, x: Tensor, asked: LayerCall) -> None:
+        if asked.return_values and not self.traits.value_residual:
             raise ContractError(f"{self.kind} has no values (traits.value_residual is False): leave out return_values")
-        if self.takes_first_values or first_values is not None:
-            self._require_outside("first_values", first_values, self.takes_first_values, "the first layer returns", x)
-        if self.takes_token_values or token_values is not None:
-            self._require_outside("token_values", token_values, self.takes_token_values, "an embedding has", x)
+        takes = self.takes_first_values
+        if takes or asked.first_values is not None:
+            self._require_outside("first_values", asked.first_values, takes, "the first layer returns", x)
+        takes = self.takes_token_values
+        if takes or asked.token_values is not None:
+            self._require_outside("token_values", asked.token_values, takes, "an embedding has", x)
 
     def _require_outside(self, name: str, values: Tensor | None, takes: bool, source: str, x: Tensor) -> None:
         if values is None:
@@ -558,34 +537,37 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
         if list(values.shape) != expected:
             raise ContractError(f"{self.kind} expects {name} of shape {expected}, got {list(values.shape)}")
 
-    def _require_kv(self, shared_kv: Any, return_kv: bool) -> None:
-        if return_kv and not self.traits.kv_sharing:
+    def _require_kv(self, asked: LayerCall) -> None:
+        if asked.return_kv and not self.traits.kv_sharing:
             raise ContractError(f"{self.kind} cannot share keys and values (traits.kv_sharing is False)")
-        if return_kv and self.takes_shared_kv:
+        if asked.return_kv and self.takes_shared_kv:
             raise ContractError(f"{self.kind} has no keys and values of its own: take them from the layer that has")
-        if self.takes_shared_kv != (shared_kv is not None):
+        if self.takes_shared_kv != (asked.shared_kv is not None):
             if self.takes_shared_kv:
                 raise ContractError(f"{self.kind} needs shared_kv: pass what the earlier layer returns with return_kv")
             raise ContractError(f"{self.kind} takes no shared_kv: call accept_shared_kv() first")
 
-    def _require_result(self, result: Any, x: Tensor, return_kv: bool) -> None:
-        length = 2 + self.traits.value_residual + return_kv
-        if not isinstance(result, tuple) or len(result) != length:
-            names = ["output", "state"]
-            names += ["values"] if self.traits.value_residual else []
-            names += ["keys and values"] if return_kv else []
-            raise self._wrong_result("mix", names, result)
+    def _require_result(self, result: Any, x: Tensor, asked: LayerCall) -> None:
+        """Raise ContractError unless `mix` has returned all that the traits promise, and an output of x's shape."""
+        named = isinstance(result, MixResult)
+        if not named and not (isinstance(result, tuple) and len(result) == 2):
+            raise self._wrong_result("mix", "(output, state) or a MixResult", result)
         y = result[0]
         if not isinstance(y, Tensor):
             raise self._wrong("mix", "a tensor as output", f"a {type(y).__name__}")
         if y.shape != x.shape:
             raise self._wrong("mix", f"an output of the shape of x, {list(x.shape)}", str(list(y.shape)))
+        if not (self.traits.value_residual or asked.return_kv):
+            return
+        for trait, field in ((self.traits.value_residual, "values"), (asked.return_kv, "kv")):
+            if trait and (not named or getattr(result, field) is None):
+                raise self._wrong("mix", f"MixResult(..., {field}=...), which its traits promise", f"no {field}")
 
-    def _wrong_result(self, method: str, names: Sequence[str], result: Any) -> ContractError:
-        """Return the error of a method whose result is not a tuple of what is named."""
+    def _wrong_result(self, method: str, expected: str, result: Any) -> ContractError:
+        """Return the error of a method whose result is not the tuple that is expected."""
         length = f" of {len(result)}" if isinstance(result, (tuple, list)) else ""
         name = "Tensor" if isinstance(result, Tensor) else type(result).__name__  # not FakeTensor
-        return self._wrong(method, f"({', '.join(names)})", f"a {name}{length}")
+        return self._wrong(method, expected, f"a {name}{length}")
 
     def _wrong(self, method: str, expected: str, actual: str) -> ContractError:
         place = place_of(getattr(self, method))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ...ops.runtime.recording import OpCall, recorded
 from .contract import SequenceMixer
+from .layer_call import PLAIN_CALL, LayerCall
 
 
 class ModuleCall(NamedTuple):
@@ -23,8 +24,8 @@ class ModuleCall(NamedTuple):
     """First argument of the call."""
     output: Tensor
     """First output of the call."""
-    options: dict[str, Any]
-    """Keyword arguments that a mixer needs to repeat the call: values from outside, and keys, if they were passed."""
+    outside: LayerCall
+    """What a mixer needs to repeat the call: values from outside, and keys, if they were passed."""
 
 
 @contextmanager
@@ -34,9 +35,11 @@ def record_calls(modules: Mapping[int, nn.Module]) -> Iterator[dict[int, ModuleC
 
     def hook(number: int) -> Any:
         def store(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:  # noqa: ARG001
-            outside = ("first_values", "token_values", "shared_kv")
-            options = {name: kwargs[name] for name in outside if kwargs.get(name) is not None}
-            calls[number] = ModuleCall(args[0], output[0] if isinstance(output, tuple) else output, options)
+            asked = kwargs.get("call") or PLAIN_CALL
+            outside = LayerCall(
+                first_values=asked.first_values, token_values=asked.token_values, shared_kv=asked.shared_kv
+            )
+            calls[number] = ModuleCall(args[0], output[0] if isinstance(output, tuple) else output, outside)
 
         return store
 
@@ -49,7 +52,7 @@ def record_calls(modules: Mapping[int, nn.Module]) -> Iterator[dict[int, ModuleC
 
 
 def weights_of(
-    mixer: SequenceMixer, x: Float[Tensor, "B T D"], queries: Sequence[int], **options: Any
+    mixer: SequenceMixer, x: Float[Tensor, "B T D"], queries: Sequence[int], call: LayerCall
 ) -> tuple[Float[Tensor, "B H Q T"], bool]:
     """Return the weights of all tokens in the outputs at the tokens `queries`; then True if they are weights per head.
 
@@ -60,13 +63,13 @@ def weights_of(
         mixer: the mixer, whose parameters need no gradients.
         x: the segment.
         queries: indices, from 0, of the Q tokens whose outputs are examined.
-        options: further keyword arguments of the mixer.
+        call: values from outside, and keys, if the mixer takes them.
     """
     x = x.detach().requires_grad_()
-    if (kv := options.get("shared_kv")) is not None:  # weights are gradients of the values
-        options["shared_kv"] = kv._replace(v=kv.v.detach().requires_grad_())
+    if (kv := call.shared_kv) is not None:  # weights are gradients of the values
+        call = call._replace(shared_kv=kv._replace(v=kv.v.detach().requires_grad_()))
     with torch.enable_grad(), recorded() as calls:
-        y = mixer(x, **options)[0]
+        y = mixer(x, call=call).y
     per_call = [weights for call in calls if (weights := head_weights(call, x.shape[1], queries)) is not None]
     if per_call:
         return torch.cat(per_call, dim=1), True

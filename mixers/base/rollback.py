@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...ops.runtime.paradigm import Paradigm
+from .layer_call import LayerCall
 from .state import concatenate, select
 from .traits import ContractError
 
@@ -47,7 +48,7 @@ def read_again(
         return mixer.init_state(len(kept)) if before is None else before
 
     def state_after(x: Tensor, before: Any, values: Mapping[str, Tensor], boundaries: Tensor | None = None) -> Any:
-        return mixer(x, before, paradigm=paradigm, cu_seqlens=boundaries, return_state=True, **values)[1]
+        return mixer(x, call=LayerCall(before, paradigm, boundaries, return_state=True, **values)).state
 
     passed = {name: each for name, each in values.items() if each is not None}
     if cu_seqlens is None and len(set(kept)) == 1:  # one length for all rows: shapes do not depend on data

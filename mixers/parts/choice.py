@@ -7,12 +7,13 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from ...ops.attention import Cache, cast_cache
+from ...ops.attention import cast_cache
 from ...ops.runtime.call import Call
 from ...ops.runtime.paradigm import Paradigm
+from ..base.layer_call import MixResult
 from ..base.roles import Role, RowBlock
 from ..base.traits import ContractError, Traits
-from .cached import CachedMixer, GroupedQueryConfig
+from .cached import CachedMixer, CachedState, GroupedQueryConfig
 from .gates import Gate, GatedNorm
 from .projections import projections_of
 from .qk_norm import QKNorm
@@ -99,11 +100,14 @@ class ChoiceMixer(CachedMixer):
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, others: dict[str, Tensor], x: Tensor, call: Call
-    ) -> tuple[Float[Tensor, "B T H V"], Cache | None]:
-        """Return the output by head and the final cache, from the projections of the input x."""
+    ) -> tuple[Any, ...]:
+        """Return the output by head [B T H V] and the final cache, then the loss if there is one and the call asks.
+
+        `others` are the further projections of the input x.
+        """
         raise NotImplementedError
 
-    def mix(self, x: Float[Tensor, "B T D"], call: Call) -> tuple[Float[Tensor, "B T D"], Cache | None]:
+    def mix(self, x: Float[Tensor, "B T D"], call: Call) -> MixResult[CachedState]:
         parts = self.in_proj(x).split([block.rows for block in self.row_blocks], dim=-1)
         named = {block.name: part for block, part in zip(self.row_blocks, parts, strict=True)}
         q, k, v = (named.pop(name).unflatten(-1, (-1, self.head_dim)) for name in ("q", "k", "v"))
@@ -113,10 +117,11 @@ class ChoiceMixer(CachedMixer):
             qk = rotated(qk, self.positions(x, call), "rope", self.config.rope_base, memo=call.memo)
         q, k = qk.split([self.n_heads, self.n_kv_heads], dim=2)
         gate = named.pop("gate").unflatten(-1, (self.n_heads, -1)) if "gate" in named else None
-        output, final_state = self.attend(q, k, v, named, x, call)
+        output, final_state, *loss = self.attend(q, k, v, named, x, call)
         if final_state is not None:
             final_state = cast_cache(final_state, self.dtype)  # under autocast, a new cache has a narrower dtype
-        return self.out_proj(self.gate(output, gate).to(output.dtype).flatten(2)), final_state
+        y = self.out_proj(self.gate(output, gate).to(output.dtype).flatten(2))
+        return MixResult(y, final_state, loss=loss[0] if loss else None)
 
     def positions(self, x: Tensor, call: Call) -> Tensor:
         """Return the positions of the tokens of x."""

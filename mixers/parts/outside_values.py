@@ -16,7 +16,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ...ops.runtime.call import Call
-from ..base.contract import MixerConfig, MixResult, SequenceMixer
+from ..base.contract import MixerConfig, SequenceMixer
+from ..base.layer_call import MixResult
 from ..base.roles import Role, Roles
 from ..base.state import S
 
@@ -65,7 +66,7 @@ class OutsideValues(SequenceMixer[S]):
 
     def with_own_values(self, y: Float[Tensor, "B T D"], state: Any, own: Float[Tensor, "B T G V"]) -> MixResult[Any]:
         """Return the result of `mix`: output and state, and with a value residual the mixer's own values."""
-        return (y, state, own.flatten(2)) if self.traits.value_residual else (y, state)
+        return MixResult(y, state, own.flatten(2) if self.traits.value_residual else None)
 
     @property
     def outside_flops(self) -> int:

@@ -20,7 +20,7 @@ from ...ops.dplr import DPLR, dplr
 from ...ops.recurrence.family import RecurrenceOutput
 from ...ops.runtime.call import Call
 from ...ops.scan import scan
-from ..base.contract import MixResult
+from ..base.layer_call import MixResult
 from ..base.roles import Role, Roles
 from .qkv import QKV, QKVMixer
 from .time_step import TimeStepDecay
@@ -111,8 +111,7 @@ class PreconditionedMixer(QKVMixer):
         factors, curvature = self.preconditioner(h.k[:, :, ::heads_per_key], rate, dt, call.enter("curvature"))
         h = h._replace(more=h.more | {"factors": factors.repeat_interleave(heads_per_key, dim=2)})
         o, memory = self.recur(x, h, call.enter("memory"))
-        y = self.out_proj(self.gated_norm(o, h.gate).to(h.dtype).flatten(2))
-        after = self.state_after(x, memory, h.recent, call)
+        y, after = self.project_out(x, h, o, memory, call)
         if after is not None and curvature is not None:
             after = PreconditionedState(after.memory, curvature, after.recent, after.position)
         return self.with_own_values(y, cast("Any", after), h.own_values)

@@ -22,7 +22,7 @@ from ...ops.delta import unit_norm
 from ...ops.recurrence.family import RecurrenceOutput
 from ...ops.runtime.call import Call
 from ...ops.runtime.paradigm import Paradigm
-from ..base.contract import MixResult
+from ..base.layer_call import MixResult
 from ..base.roles import Role, RowBlock
 from ..base.traits import ContractError, Traits
 from .gates import Gate, GatedNorm, HeadNorm
@@ -203,10 +203,17 @@ class QKVMixer(OutsideValues[MatrixState], MatrixStateMixer):
         try:
             o, memory = pair
         except ValueError:
-            raise self._wrong_result("recur", ("output", "state"), result) from None
+            raise self._wrong_result("recur", "(output, state)", result) from None
+        y, after = self.project_out(x, h, o, memory, call)
+        return self.with_own_values(y, after, h.own_values)
+
+    def project_out(
+        self, x: Float[Tensor, "B T D"], h: QKV, o: Float[Tensor, "B T H V"], memory: Tensor | None, call: Call
+    ) -> tuple[Float[Tensor, "B T D"], MatrixState | None]:
+        """Compute everything after the recurrence: norm, gate and output projection; then the state (None unless
+        requested)."""
         y = self.out_proj(self.gated_norm(o, h.gate).to(h.dtype).flatten(2))
-        after = self.state_after(x, memory, h.recent, call)
-        return self.with_own_values(y, after, h.own_values) if self.traits.value_residual else (y, after)
+        return y, self.state_after(x, memory, h.recent, call)
 
     def flops(self, length: int, paradigm: Paradigm, context: int = 0) -> int:
         return super().flops(length, paradigm, context) + self.outside_flops * length

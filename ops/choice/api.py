@@ -116,11 +116,11 @@ def index_attention(
     scale: float | None = None,
     value_dims: int | None = None,
     **options: Unpack[CallOptions],
-) -> tuple[Float[Tensor, "B T H V"], Cache | None]:
+) -> tuple[Float[Tensor, "B T H V"], Cache | None] | tuple[Float[Tensor, "B T H V"], Cache | None, Float[Tensor, ""]]:
     """Attend to the tokens that an indexer chooses, the same for all heads (DSA); parallel by default.
 
     The state is a KV cache of one head: its keys are those of all heads and the index key, side by side, its values
-    those of all heads. If `call.losses` is a list, the loss of the indexer, summed over tokens, is appended to it.
+    those of all heads.
 
     Args:
         q: queries.
@@ -132,6 +132,10 @@ def index_attention(
         scale: number that query-key products are multiplied by; 1/sqrt(K) by default.
         value_dims: number of leading key dimensions that are the values; None if v has them.
         options: `CallOptions`.
+
+    Returns:
+        The output [B T H V] and the cache (None unless requested); with `call.return_loss`, then the loss of the
+        indexer, summed over the tokens.
     """
     call = _resolve(call, q, options)
     _require_positive(topk=topk)
@@ -140,11 +144,11 @@ def index_attention(
     stored = StoredKeys(k.shape[2], k.shape[3], value_dims)
     keys = torch.cat((k.flatten(2), index.k), dim=-1)[:, :, None]
     x = x._replace(k=keys, v=v.flatten(2)[:, :, None], cache=call.state)
-    rule = partial(index_rule, stored=stored, topk=topk, with_loss=call.losses is not None)
+    rule = partial(index_rule, stored=stored, topk=topk, with_loss=call.return_loss)
     results, final_state = attend_by_choice(x, (index.q, index.weights), rule, call.paradigm, 1)
-    if call.losses is not None:
-        call.losses.append(results[1].sum())
     record("softmax", v, None, results[0])
+    if call.return_loss:
+        return results[0], final_state, results[1].sum()
     return results[0], final_state
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...registry import SeqmixError, choices_hint
 from .context_parallel import ContextParallel
 from .kernel import require_backend
-from .memo import Memo, once
+from .memo import Memo
 from .packing import Documents, advance, token_positions
 from .paradigm import Paradigm
 
@@ -68,10 +68,10 @@ class Call(NamedTuple):
     """Keys and values of an earlier layer, for the same tokens; None in layers that have their own."""
     return_kv: bool = False
     """True to return the keys and values, for later layers."""
+    return_loss: bool = False
+    """True to return the auxiliary loss of a mixer or op that has one, summed over the tokens."""
     donated: bool = False
     """True if the next state may overwrite `state`, which its owner no longer needs; always False under grad."""
-    losses: list[Tensor] | None = None
-    """List to which an op appends an auxiliary loss, summed over the tokens; None if the caller wants none."""
     memo: Memo | None = None
     """Cache of results that the layers of a model have in common, see `once`; None disables sharing."""
 
@@ -152,7 +152,7 @@ class Call(NamedTuple):
 
     def once(self, function: Callable[..., R], *args: Any) -> R:
         """Return function(*args), computed once for all layers and steps that share this call's memo (`Memo.once`)."""
-        return once(self.memo, function, *args)
+        return function(*args) if self.memo is None else self.memo.once(function, *args)
 
     @property
     def cu_seqlens(self) -> Int[Tensor, "N+1"] | None:

@@ -43,7 +43,8 @@ class Memo:
                 CPU (every layer's state has its own tensor for the same position). Other arguments are compared by
                 value.
         """
-        if torch._C._are_functorch_transforms_active():  # values of functorch's tensors cannot be read
+        # a compiler finds common results by itself; values of functorch's tensors cannot be read
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return function(*args)
         key = (function, *[_identity(x) if isinstance(x, Tensor) else x for x in args])
         if (known := self._results.get(key)) is None:
@@ -55,10 +56,8 @@ class Memo:
 
 
 def once(memo: Memo | None, function: Callable[..., R], *args: Any) -> R:
-    """Return function(*args), from the memo if there is one; compiled code finds common results without a memo."""
-    if memo is None or torch.compiler.is_compiling():
-        return function(*args)
-    return memo.once(function, *args)
+    """Return function(*args), from the memo if there is one."""
+    return function(*args) if memo is None else memo.once(function, *args)
 
 
 def _identity(x: Tensor) -> Hashable:

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from ...mixers.base.layer_call import LayerCall
 from ...ops.runtime.paradigm import Paradigm
 from ..check import check, differentiable
 from ..compare import require
@@ -23,9 +24,9 @@ def every_parameter_learns(trial: Trial) -> None:
     parameters = learnable(trial.mixer)
 
     def nonzero_gradients(x: Tensor, paradigm: Paradigm) -> dict[str, bool]:
-        losses: list[Tensor] = []
-        y, _ = trial.mixer(x, paradigm=paradigm, **({"losses": losses} if trial.mixer.traits.auxiliary_loss else {}))
-        results = {"y": y} | {f"loss {n}": loss for n, loss in enumerate(losses)}
+        return_loss = trial.mixer.traits.auxiliary_loss
+        result = trial.mixer(x, call=LayerCall(paradigm=paradigm, return_loss=return_loss))
+        results = {"y": result.y} | ({"loss": result.loss} if return_loss else {})
         computed = gradients(results, {name: trial.like(result) for name, result in results.items()}, parameters)
         for name, gradient in computed.items():
             require(gradient.isfinite().all(), f"{paradigm}: the gradient of {name} is not finite")

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ...mixers.base.contract import SequenceMixer
+from ...mixers.base.layer_call import LayerCall
+from ...mixers.base.state import clone
 from ...ops.runtime.memo import Memo
 from ...ops.runtime.paradigm import Paradigm
 from ..check import check
@@ -59,7 +61,10 @@ def surroundings_change_nothing(trial: Trial) -> None:
         with torch.no_grad():
             for place in ("first", "second"):
                 what = f"{paradigm}, the {place} of two equal layers that share positions against one alone"
-                trial.compare(what, trial.mix(x, state, paradigm=paradigm, memo=memo), alone, 0)
+                before = None if state is None else clone(state)
+                call = LayerCall(before, paradigm, return_state=trial.mixer.traits.has_state, memo=memo)
+                result = trial.mixer(x, call=call)
+                trial.compare(what, (result.y, result.state), alone, 0)
         _compare_deterministic_algorithms(trial, paradigm, x)
         with _Interleaved((), mix) as counted:
             mix()
