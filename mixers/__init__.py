@@ -7,7 +7,20 @@ the components that several mixers share.
 from ..ops.runtime.call import Call
 from ..ops.runtime.paradigm import Paradigm
 from .base.contract import MIXERS, MixerConfig, SequenceMixer
+from .base.layer_call import LayerCall, MixResult
 from .base.roles import Role, RowBlock
 from .base.traits import ContractError, Traits
 
-__all__ = ["MIXERS", "Call", "ContractError", "MixerConfig", "Paradigm", "Role", "RowBlock", "SequenceMixer", "Traits"]
+__all__ = [
+    "MIXERS",
+    "Call",
+    "ContractError",
+    "LayerCall",
+    "MixResult",
+    "MixerConfig",
+    "Paradigm",
+    "Role",
+    "RowBlock",
+    "SequenceMixer",
+    "Traits",
+]

@@ -35,7 +35,7 @@ class Traits:
     kv_sharing: bool = False
     """True if the mixer can pass its keys and values to later layers, and can read those of an earlier layer."""
     auxiliary_loss: bool = False
-    """True if some parameters learn from a loss of the mixer's own, not from the output (`forward(losses=...)`)."""
+    """True if some parameters learn from a loss of the mixer's own, not from the output (`LayerCall.return_loss`)."""
     differentiable: bool = True
     """True if gradients are supported; False for a module that writes its cache in place."""
 

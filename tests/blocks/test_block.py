@@ -8,6 +8,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from seqmix.blocks import Block, BlockConfig
+from seqmix.mixers import MixResult
 from seqmix.registry import ConfigError
 
 D_MODEL = 8
@@ -37,15 +38,15 @@ def layernorm(x, weight):
 
 
 class Constant(nn.Module):
-    """Stands in for a mixer, which returns a pair, or for a feed-forward network."""
+    """Stands in for a mixer, which is called with a call, or for a feed-forward network."""
 
-    def __init__(self, value: float, *more: None) -> None:
+    def __init__(self, value: float) -> None:
         super().__init__()
-        self.value, self.more = value, more
+        self.value = value
 
-    def forward(self, x, *_, **options):
+    def forward(self, x, call=None):
         y = torch.full_like(x, self.value)
-        return (y, *self.more) if self.more else y
+        return y if call is None else MixResult(y, None)
 
 
 def test_both_branches_read_normalised_input_and_add_to_stream():
@@ -53,7 +54,7 @@ def test_both_branches_read_normalised_input_and_add_to_stream():
     mixed, _ = block.mixer(layernorm(x, block.mixer_norm.weight))
     after_mixer = x + mixed
     expected = after_mixer + block.ffn(layernorm(after_mixer, block.ffn_norm.weight))
-    y, state = block(x)
+    y, state, *_ = block(x)
     assert_close(y, expected, rtol=1e-9, atol=1e-9)
     assert state is None
     assert block.mixer_norm.weight is not block.ffn_norm.weight
@@ -88,17 +89,17 @@ def test_missing_ffn_or_invalid_dropout_raises(fields):
 def test_dropout_applies_to_each_branch_output_only_in_training(branch):
     assert torch.equal(build(dropout=0.5)(tokens())[0], build()(tokens())[0])  # in evaluation
     block = build(dropout=0.25).train()
-    block.mixer = Constant(float(branch == "mixer"), None)
+    block.mixer = Constant(float(branch == "mixer"))
     block.ffn = Constant(1.0) if branch == "ffn" else None
     torch.manual_seed(0)
-    y, _ = block(torch.zeros(8, 64, D_MODEL, dtype=torch.float64))
+    y, *_ = block(torch.zeros(8, 64, D_MODEL, dtype=torch.float64))
     assert set(y.unique().tolist()) == {0.0, 1 / 0.75}
     assert y.count_nonzero().item() / y.numel() == pytest.approx(0.75, abs=0.03)
 
 
 def test_dropout_leaves_residual_stream_unchanged():
     block, x = build(dropout=0.9, ffn=None).train(), tokens()
-    block.mixer = Constant(0.0, None)
+    block.mixer = Constant(0.0)
     assert torch.equal(block(x)[0], x)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from seqmix import build_model, load_config
-from seqmix.mixers import Paradigm
+from seqmix.mixers import LayerCall, Paradigm
 from seqmix.mixers.attention import AttentionConfig
 from seqmix.mixers.base.traits import ContractError
 from seqmix.mixers.dsa import DsaConfig
@@ -83,16 +83,15 @@ def test_indexer_loss_and_gradients_match_the_paper(paradigm):
     expected = loss_by_hand(mixer, x)
     learned = list(mixer.indexer.parameters())
     gradients = torch.autograd.grad(expected, learned)
-    whole, pieces = [], []
-    mixer(x, paradigm=paradigm, losses=whole)
-    _, state = mixer(x[:, :9], paradigm=paradigm, losses=pieces, return_state=True)
-    mixer(x[:, 9:], state, paradigm=paradigm, losses=pieces)
-    packed = []
+    call = LayerCall(paradigm=paradigm, return_loss=True)
+    whole = mixer(x, call=call).loss
+    first = mixer(x[:, :9], call=call._replace(return_state=True))
+    pieces = first.loss + mixer(x[:, 9:], call=call._replace(state=first.state)).loss
     boundaries = torch.tensor([0, T, 2 * T])
-    mixer(x.flatten(0, 1)[None], paradigm=paradigm, losses=packed, cu_seqlens=boundaries)
-    for losses in (whole, pieces, packed):
-        torch.testing.assert_close(sum(losses), expected)
-        torch.testing.assert_close(torch.autograd.grad(sum(losses), learned), gradients)
+    packed = mixer(x.flatten(0, 1)[None], call=call._replace(cu_seqlens=boundaries)).loss
+    for loss in (whole, pieces, packed):
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(torch.autograd.grad(loss, learned), gradients)
 
 
 @every_paradigm
@@ -100,11 +99,10 @@ def test_indexer_loss_and_gradients_match_the_paper(paradigm):
 def test_indexer_loss_trains_only_the_indexer(config, paradigm):
     mixer = build(config)
     x = tokens().requires_grad_()
-    losses = []
-    y, _ = mixer(x, paradigm=paradigm, losses=losses)
+    result = mixer(x, call=LayerCall(paradigm=paradigm, return_loss=True))
     names, parameters = zip(("x", x), *mixer.named_parameters(), strict=True)
-    of_output = torch.autograd.grad(y.square().sum(), parameters, retain_graph=True, allow_unused=True)
-    of_loss = torch.autograd.grad(sum(losses), parameters, allow_unused=True)
+    of_output = torch.autograd.grad(result.y.square().sum(), parameters, retain_graph=True, allow_unused=True)
+    of_loss = torch.autograd.grad(result.loss, parameters, allow_unused=True)
     for name, first, second in zip(names, of_output, of_loss, strict=True):
         of_indexer = name.startswith("indexer.")
         assert (first is not None and bool(first.any())) != of_indexer, name

@@ -13,6 +13,7 @@ from mutants.specimen import Specimen, SpecimenConfig
 from torch import Tensor, nn
 
 from seqmix import MIXERS, ContractError
+from seqmix.mixers import LayerCall, MixResult
 from seqmix.mixers.attention import AttentionConfig
 from seqmix.mixers.base.contract import SequenceMixer
 from seqmix.mixers.delta_product import DeltaProductConfig
@@ -50,9 +51,9 @@ def _under_autocast(trial: Trial, x: Tensor) -> None:
 
     def run(on: bool) -> Tensor:
         with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16, enabled=on):
-            *_, values = layers[0](x, return_values=True)
+            values = layers[0](x, call=LayerCall(return_values=True)).values
             token = values.sin() if layers[1].takes_token_values else None
-            return layers[1](x, first_values=values, token_values=token)[0]
+            return layers[1](x, call=LayerCall(first_values=values, token_values=token)).y
 
     what = "under autocast, with values that the first layer gives there"
     require_near("the output", what, run(True), run(False), 2 * trial.subject.tolerances[torch.bfloat16])
@@ -82,8 +83,9 @@ def with_values(mixer: SequenceMixer, x: Tensor, state: Any, **options: Any) -> 
         d_model = d_model // (1 + count) if mixer.value_width is None else d_model - count * mixer.value_width
     x, *outside = x.split([d_model, *[mixer.value_width or d_model] * count], dim=-1)
     names = (name for name, takes in zip(("first_values", "token_values"), takes_of(mixer), strict=True) if takes)
-    y, after, values = mixer(x, state, **dict(zip(names, outside, strict=True)), return_values=True, **options)
-    return torch.cat((y, values), dim=-1), after
+    call = LayerCall(state, **dict(zip(names, outside, strict=True)), return_values=True, **options)
+    result = mixer(x, call=call)
+    return torch.cat((result.y, result.values), dim=-1), result.state
 
 
 def takes_of(mixer: SequenceMixer) -> tuple[bool, bool]:
@@ -164,7 +166,7 @@ class Residual(Specimen):
     def mix(self, x, call):
         self.first = self.given(call)
         y, after = super().mix(x, call)
-        return y, after, super().heads(x)[1].transpose(1, 2).flatten(2)
+        return MixResult(y, after, super().heads(x)[1].transpose(1, 2).flatten(2))
 
     def given(self, call):
         return call.first_values

@@ -5,6 +5,7 @@ import torch
 
 from seqmix.mixers import MIXERS
 from seqmix.mixers.base.influence import head_weights, reach_of, weights_of
+from seqmix.mixers.base.layer_call import PLAIN_CALL
 from seqmix.mixers.parts import TimeStepDecay
 from seqmix.mixers.retention import FixedDecay, RetentionConfig
 from seqmix.ops.runtime.recording import recorded
@@ -45,7 +46,7 @@ def test_weights_times_values_rebuild_the_op_output(kind):
 
 def test_query_heads_sharing_values_have_separate_weights():
     mixer, x = built("attention", n_heads=4, n_kv_heads=2), x_of()
-    weights, exact = weights_of(mixer, x, [LENGTH - 1])
+    weights, exact = weights_of(mixer, x, [LENGTH - 1], PLAIN_CALL)
     assert exact
     assert weights.shape == (2, 4, 1, LENGTH)
     assert (weights[:, 0] - weights[:, 1]).abs().max() > 1e-3
@@ -61,7 +62,7 @@ def constant_retention(gamma, heads=2):
 @pytest.mark.parametrize("gamma", [0.5, 0.9])
 def test_reach_of_retention_matches_its_decay(gamma):
     x = torch.ones(1, 400, 24, dtype=torch.float64)
-    weights, exact = weights_of(constant_retention(gamma), x, [399])
+    weights, exact = weights_of(constant_retention(gamma), x, [399], PLAIN_CALL)
     assert exact
     torch.testing.assert_close(reach_of(weights, [399]), torch.full((2,), gamma / (1 - gamma), dtype=torch.float64))
 

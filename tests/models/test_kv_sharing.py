@@ -14,6 +14,7 @@ from seqmix.blocks.ffn.swiglu import SwigluConfig
 from seqmix.interop.convert.conversion import architecture_of
 from seqmix.lab.inspect.views import look
 from seqmix.lab.linearize.plan import student_of
+from seqmix.mixers import LayerCall
 from seqmix.mixers.attention import AttentionConfig
 from seqmix.mixers.base.roles import roles_of
 from seqmix.mixers.base.state import detach, nbytes, select
@@ -233,8 +234,8 @@ def test_reader_with_source_weights_matches_its_source(window, positions, qk_nor
     x = torch.randn(2, 9, 16, dtype=torch.float64)
     states = [None, None]
     for part in x.split([4, 1, 1, 3], dim=1):
-        y, states[0], kv = source(part, states[0], return_state=True, return_kv=True)
-        z, states[1] = reader(part, states[1], return_state=True, shared_kv=kv)
+        y, states[0], _, kv, _ = source(part, call=LayerCall(states[0], return_state=True, return_kv=True))
+        z, states[1], *_ = reader(part, call=LayerCall(states[1], return_state=True, shared_kv=kv))
         exactly(z, y)
         assert torch.equal(states[0].length, states[1].length)
 
@@ -249,10 +250,9 @@ def test_rollback_matches_state_without_removed_tokens():
         shared = {}
         for i, (block, state) in enumerate(zip(model.blocks, before, strict=True)):
             source = model.kv_sources[i]
-            options = {"shared_kv": shared[source]} if source is not None else {}
-            options |= {"return_kv": True} if i in model.kv_donors else {}
-            y, final, *others = block.mixer(block.mixer_norm(middle), state, return_state=True, **options)
-            shared[i] = others[-1] if others else None
+            kv = None if source is None else shared[source]
+            call = LayerCall(state, return_state=True, shared_kv=kv, return_kv=i in model.kv_donors)
+            y, final, _, shared[i], _ = block.mixer(block.mixer_norm(middle), call=call)
             after.append(block.mixer.rollback(block.mixer_norm(middle), state, final, back))
             middle = middle + y
     for row, kept in enumerate([6, 5]):
@@ -387,17 +387,17 @@ def test_value_embeddings_in_reader_layers_raise():
 def test_shared_kv_without_declaration_raises():
     alone = AttentionConfig(n_heads=2).build(16, layer_idx=0, n_layers=1)
     x = torch.randn(1, 3, 16)
-    _, _, kv = alone(x, return_kv=True)
+    kv = alone(x, call=LayerCall(return_kv=True)).kv
     with pytest.raises(ContractError, match="accept_shared_kv"):
-        alone(x, shared_kv=kv)
+        alone(x, call=LayerCall(shared_kv=kv))
     alone.accept_shared_kv()
     with pytest.raises(ContractError, match="needs shared_kv"):
         alone(x)
     with pytest.raises(ContractError, match="of its own"):
-        alone(x, shared_kv=kv, return_kv=True)
+        alone(x, call=LayerCall(shared_kv=kv, return_kv=True))
     other = model_of(("other",), None).blocks[0].mixer
     with pytest.raises(ContractError, match="kv_sharing"):
-        other(x.double(), return_kv=True)
+        other(x.double(), call=LayerCall(return_kv=True))
     with pytest.raises(ContractError, match="kv_sharing"):
         other.accept_shared_kv()
     with pytest.raises(ContractError, match="kv_sharing"):

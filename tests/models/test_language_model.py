@@ -36,7 +36,7 @@ def test_logits_match_layer_by_layer_computation(model_of):
     assert [block.mixer.kind for block in model.blocks] == [*HYBRID, *HYBRID[:2]]
     hidden = F.embedding(x, model.embedding.weight)
     for block in model.blocks:
-        hidden, _ = block(hidden)
+        hidden = block(hidden).y
     exactly(model(x).logits, model.norm(hidden) @ model.head.weight.T)
 
 
@@ -51,7 +51,7 @@ def test_embeddings_are_scaled_and_normalised_and_logits_softcapped(model_of):
     norm = changed.embedding_norm
     hidden = F.layer_norm(3 * F.embedding(x, model.embedding.weight), norm.weight.shape, norm.weight, norm.bias, 1e-5)
     for block in model.blocks:
-        hidden, _ = block(hidden)
+        hidden = block(hidden).y
     logits = 0.7 * ((model.norm(hidden) @ model.head.weight.T) / 0.7).tanh()
     exactly(changed(x).logits, logits)
     targets = torch.roll(x, -1, 1)
@@ -66,7 +66,7 @@ def test_each_layer_runs_its_own_paradigm(model_of):
     model, seen = model_of("retention", "attention"), []
     for block in model.blocks:
         block.mixer.register_forward_pre_hook(
-            lambda module, args, kwargs: seen.append(kwargs["paradigm"]), with_kwargs=True
+            lambda module, args, kwargs: seen.append(kwargs["call"].paradigm), with_kwargs=True
         )
     mixed = model(tokens(), paradigm=(Paradigm.RECURRENT, Paradigm.CHUNKWISE)).logits
     exactly(mixed, model(tokens(), paradigm=Paradigm.PARALLEL).logits)

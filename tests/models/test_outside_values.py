@@ -9,6 +9,7 @@ from nightly import NIGHTLY
 from torch.testing import assert_close
 
 from seqmix import ContractError, ModelConfig, Paradigm, Sampling, SeqmixError, account, build_model, load_config
+from seqmix.mixers import LayerCall
 from seqmix.mixers.base.roles import Role, roles_of
 from seqmix.models import Speculation, compile_blocks, generate_tokens
 from seqmix.models.decoding import Decoder
@@ -130,16 +131,21 @@ def test_rollback_restores_earlier_state(names):
     x, *tables = x.split([D, *(table.embedding_dim for table in model.value_embeddings.values())], -1)
     mixer = model.blocks[-1].mixer
     values = {"token_values": tables[-1], "first_values": tables[-1].cos()}
-    before = mixer(x[:, :3], return_state=True, **{name: each[:, :3] for name, each in values.items()})[1]
+
+    def state_after(start, end, state=None):
+        segment = {name: each[:, start:end] for name, each in values.items()}
+        return mixer(x[:, start:end], call=LayerCall(state, return_state=True, **segment)).state
+
+    before = state_after(0, 3)
     segment = {name: each[:, 3:] for name, each in values.items()}
-    after = mixer(x[:, 3:], before, return_state=True, **segment)[1]
+    after = state_after(3, 9, before)
     one = mixer.rollback(x[:, 3:], before, after, 4, **segment)
-    after = mixer(x[:, 3:], before, return_state=True, **segment)[1]  # a cache that has gone back is not valid any more
+    after = state_after(3, 9, before)  # a cache that has gone back is not valid any more
     back = mixer.rollback(x[:, 3:], before, after, torch.tensor([2, 5]), **segment)
     for row, end, state in ((0, 7, back), (1, 4, back), (0, 5, one), (1, 5, one)):
-        expected = mixer(x[:, :end], return_state=True, **{name: each[:, :end] for name, each in values.items()})[1]
         following = {name: each[:, :1] for name, each in values.items()}
-        ours, theirs = (mixer(x[:, :1], each, paradigm="recurrent", **following)[0] for each in (state, expected))
+        calls = (LayerCall(each, "recurrent", **following) for each in (state, state_after(0, end)))
+        ours, theirs = (mixer(x[:, :1], call=call).y for call in calls)
         assert_close(ours[row], theirs[row], rtol=1e-9, atol=1e-9)
 
 
@@ -189,7 +195,7 @@ def test_activation_estimate_matches_what_model_saves():
     values = [torch.randn(1, 16, 8, dtype=torch.float64, requires_grad=True) for _ in model.blocks]
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         for block, token in zip(model.blocks, values, strict=True):
-            x, _ = block(x, None, None, token)
+            x = block(x, LayerCall(token_values=token)).y
     assert sum(layer.activation_bytes for layer in cost.layers) == sum(storages.values())
     assert all(layer.input_bytes == 8 * 16 * (D + 8) for layer in cost.layers)
 

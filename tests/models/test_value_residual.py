@@ -5,6 +5,7 @@ import torch
 from rwkv7_formula import rwkv7_written_out
 
 from seqmix import ContractError, Paradigm, build_model, load_config
+from seqmix.mixers import LayerCall
 from seqmix.mixers.rwkv7 import RWKV7Config
 from seqmix.models import compile_blocks
 
@@ -115,14 +116,14 @@ def test_first_values_without_declaration_raise():
     alone = RWKV7Config(n_heads=2).build(12, layer_idx=1, n_layers=2)
     x = torch.randn(1, 3, 12)
     with pytest.raises(ContractError, match="accept_first_values"):
-        alone(x, first_values=x)
+        alone(x, call=LayerCall(first_values=x))
     alone.accept_first_values()
     with pytest.raises(ContractError, match="first_values"):
         alone(x)
     with pytest.raises(ContractError, match=r"\[1, 3, 12\].*\[1, 2, 12\]"):
-        alone(x, first_values=x[:, 1:])
+        alone(x, call=LayerCall(first_values=x[:, 1:]))
     other = model_of("other").blocks[0].mixer
     with pytest.raises(ContractError, match="value_residual"):
-        other(x.double(), return_values=True)
+        other(x.double(), call=LayerCall(return_values=True))
     with pytest.raises(ContractError, match="value_residual"):
         other.accept_first_values()

@@ -12,6 +12,7 @@ from small_runs import refusal
 
 from seqmix import MIXERS, build_model, load_config
 from seqmix.mixers.base.influence import weights_of
+from seqmix.mixers.base.layer_call import PLAIN_CALL
 from seqmix.training import PRESETS
 
 if not all(map(find_spec, NEEDED)):
@@ -139,7 +140,7 @@ def test_views_contain_decays_write_strengths_and_attention_weights():
     model.blocks[1].mixer.register_forward_pre_hook(lambda _, args: calls.append(args[0]))
     with torch.no_grad():
         model(tokens)
-    weights, _ = weights_of(model.blocks[1].mixer, calls[0], range(3, 8))
+    weights, _ = weights_of(model.blocks[1].mixer, calls[0], range(3, 8), PLAIN_CALL)
     torch.testing.assert_close(torch.from_numpy(views["view.1.attention"]), weights, rtol=1e-4, atol=1e-5)
 
 
