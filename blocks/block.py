@@ -118,6 +118,7 @@ class Block(nn.Module):
         self.residual_scale = config.residual_scale
         self.norm_placement = config.norm_placement
         self._norms_inputs = config.norm_placement in ("input", "both")
+        self._one_branch = not has_two
 
     def _canon_widths(self, config: BlockConfig, d_model: int) -> dict[Place, int]:
         """Return the number of channels of each Canon layer."""
@@ -190,27 +191,26 @@ class Block(nn.Module):
         canon = None if self.canon is None else CanonCall(self.canon, call, self.mixer.cp_group)
         if canon is not None:
             call = canon.mixer_call
-        ffn_norm = self.ffn_norm
 
         if self.norm_placement == "stream":
             stream = self.mixer_norm(stream)
         if (residual := self.mixer_residual) is None:
-            mixed = self._mix(stream, call, canon)
-            stream = stream + mixed.y
+            added, mixed = self._mix(stream, call, canon)
+            stream = stream + added
         else:
             mixed = None
 
             def mix(x: Tensor) -> Tensor:
                 nonlocal mixed
-                mixed = self._mix(x, call, canon)
-                return mixed.y
+                added, mixed = self._mix(x, call, canon)
+                return added
 
             stream = residual(stream, mix)
             assert mixed is not None
 
-        if ffn_norm is not None:
-            if self.norm_placement == "stream":
-                stream = ffn_norm(stream)
+        if not self._one_branch:
+            if self.norm_placement == "stream" and self.ffn_norm is not None:
+                stream = self.ffn_norm(stream)
             if (residual := self.ffn_residual) is None:
                 stream = stream + self._feed(stream, canon)
             else:
@@ -219,8 +219,10 @@ class Block(nn.Module):
         state = mixed.state if canon is None or not call.return_state else canon.state_after(mixed.state)
         return MixResult(stream, state, mixed.values, mixed.kv, mixed.loss)
 
-    def _mix(self, x: Float[Tensor, "B T D"], call: LayerCall, canon: CanonCall | None) -> MixResult[Any]:
-        """Return the result of the mixer's branch, with what it adds to the stream in place of the mixer's output.
+    def _mix(
+        self, x: Float[Tensor, "B T D"], call: LayerCall, canon: CanonCall | None
+    ) -> tuple[Float[Tensor, "B T D"], MixResult[Any]]:
+        """Return what the mixer's branch adds to the stream, and the result of the mixer.
 
         In a parallel block, the branch has the feed-forward network too.
         """
@@ -228,10 +230,10 @@ class Block(nn.Module):
         x = norm(x) if self._norms_inputs else x
         mixed = self.mixer(x if canon is None else canon("a", x), call=call)
         y = mixed.y
-        if (ffn := self.ffn) is not None and self.ffn_norm is None:
+        if self._one_branch and (ffn := self.ffn) is not None:
             y = y + (ffn(x) if canon is None else canon.feed(ffn, x))
         output_norm = norm if self.norm_placement == "output" else self.mixer_output_norm
-        return MixResult(self._scaled(y, output_norm, self.mixer_scale), *mixed[1:])
+        return self._scaled(y, output_norm, self.mixer_scale), mixed
 
     def _feed(self, x: Float[Tensor, "B T D"], canon: CanonCall | None) -> Float[Tensor, "B T D"]:
         """Return what the feed-forward network's branch adds to the stream."""

@@ -507,8 +507,9 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
         parts: list[nn.Module | None] = [self]
         while parts:  # called for every token, and parameters() would take several times as long
             if (module := parts.pop()) is not None:
-                if (parameter := next((p for p in module._parameters.values() if p is not None), None)) is not None:
-                    return parameter
+                for parameter in module._parameters.values():
+                    if parameter is not None:
+                        return parameter
                 parts += reversed(module._modules.values())
         for buffer in self.buffers():
             if buffer.is_floating_point():  # integers are indices or positions

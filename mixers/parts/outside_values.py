@@ -66,7 +66,7 @@ class OutsideValues(SequenceMixer[S]):
 
     def with_own_values(self, y: Float[Tensor, "B T D"], state: Any, own: Float[Tensor, "B T G V"]) -> MixResult[Any]:
         """Return the result of `mix`: output and state, and with a value residual the mixer's own values."""
-        return MixResult(y, state, own.flatten(2) if self.traits.value_residual else None)
+        return MixResult(y, state, own.flatten(2)) if self.traits.value_residual else MixResult(y, state)
 
     @property
     def outside_flops(self) -> int:

@@ -196,7 +196,9 @@ class QKVMixer(OutsideValues[MatrixState], MatrixStateMixer):
         if self.config.qk_norm == "l2":
             self.norm.eps *= (base.key_dim / self.key_dim) ** 2
 
-    def mix(self, x: Float[Tensor, "B T D"], call: Call) -> MixResult[MatrixState]:
+    def mix(
+        self, x: Float[Tensor, "B T D"], call: Call
+    ) -> tuple[Float[Tensor, "B T D"], MatrixState | None] | MixResult[MatrixState]:
         h = self.project(x, call)
         result = self.recur(x, h, call.enter("memory"))
         pair: Any = result if isinstance(result, tuple) else ()  # a tensor of two rows could be unpacked too
@@ -205,7 +207,7 @@ class QKVMixer(OutsideValues[MatrixState], MatrixStateMixer):
         except ValueError:
             raise self._wrong_result("recur", "(output, state)", result) from None
         y, after = self.project_out(x, h, o, memory, call)
-        return self.with_own_values(y, after, h.own_values)
+        return self.with_own_values(y, after, h.own_values) if self.traits.value_residual else (y, after)
 
     def project_out(
         self, x: Float[Tensor, "B T D"], h: QKV, o: Float[Tensor, "B T H V"], memory: Tensor | None, call: Call

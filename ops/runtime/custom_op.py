@@ -17,7 +17,7 @@ from typing import Any, Generic, NamedTuple, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
+from torch.autograd import forward_ad
 from torch.overrides import has_torch_function
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
@@ -293,9 +293,10 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 
 def has_tangent(*tensors: Tensor | None) -> bool:
     """True if a tensor has a forward-mode tangent; always False in compiled code, which cannot see it."""
-    return not torch.compiler.is_compiling() and any(
-        x is not None and unpack_dual(x).tangent is not None for x in tensors
-    )
+    # outside forward mode, which has a level, no tensor has one: decoding feels every call
+    if getattr(forward_ad, "_current_level", 0) < 0 or torch.compiler.is_compiling():
+        return False
+    return any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
 _dispatch_of = attrgetter("__torch_dispatch__")
