@@ -24,9 +24,11 @@ from ..ops.runtime.call import Call
 from ..ops.runtime.kernel import Probe
 from ..ops.runtime.paradigm import Paradigm
 from .base.contract import MixerConfig
+from .base.layer_call import Mixed
 from .base.roles import RowBlock
 from .base.traits import Traits
 from .parts import CachedMixer, GatedNorm, divided, rotated
+from .parts.cached import CachedState
 from .parts.gates import fan_in_gain
 
 
@@ -139,7 +141,7 @@ class LatentAttention(CachedMixer):
     def cache_sizes(self) -> tuple[int, int, int]:
         return 1, self.rank + self.rotary_dim, 0
 
-    def mix(self, x: Float[Tensor, "B T D"], call: Call) -> tuple[Float[Tensor, "B T D"], Cache | None]:
+    def mix(self, x: Float[Tensor, "B T D"], call: Call) -> Mixed[CachedState]:
         q, latents = self._project(x, call)
         # with context parallelism, processes exchange latents, which are smaller than keys and values
         absorbed = call.paradigm is Paradigm.RECURRENT or call.cp_group is not None

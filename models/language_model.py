@@ -333,7 +333,7 @@ class LanguageModel(nn.Module):
                     f"{name} must have one entry for each of the {len(self.blocks)} layers, got {len(entries)}"
                 )
         after = []
-        first_values: dict[str, Tensor] = {}
+        first_values: dict[str, Any] = {}
         shared_kv: dict[int, Any] = {}
         can_memoize = not torch.compiler.is_compiling() and not torch.is_grad_enabled()
         memo = (Memo() if memo is None else memo).next_pass() if can_memoize else None
@@ -368,7 +368,7 @@ class LanguageModel(nn.Module):
             if call.return_kv:
                 shared_kv[layer] = result.kv
             if losses is not None and call.return_loss:
-                losses.append(result.loss)
+                losses.append(cast("Tensor", result.loss))
             after.append(result.state)
         x = self.residual(stream)
         if self.readout is not None:
@@ -381,7 +381,7 @@ class LanguageModel(nn.Module):
 
     def _checkpointed(self, block: Block, stream: Stream, call: LayerCall) -> MixResult[Any]:
         """Return the result of a block whose activations the backward pass computes again."""
-        options = {"context_fn": _keep_matmuls} if self.activation_checkpointing == "matmuls" else {}
+        options: dict[str, Any] = {"context_fn": _keep_matmuls} if self.activation_checkpointing == "matmuls" else {}
         # no early stop under context parallelism: every rank has to run all the communication of a block
         return checkpoint(block, stream, call, use_reentrant=False, early_stop=self.cp_group is None, **options)
 

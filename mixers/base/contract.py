@@ -19,7 +19,7 @@ from ...ops.runtime.packing import Documents
 from ...ops.runtime.paradigm import Paradigm
 from ...registry import Config, Registry, SeqmixError, place_of, require_signatures
 from .context_parallel import mix_sequentially
-from .layer_call import LayerCall, MixResult, unknown_option
+from .layer_call import LayerCall, Mixed, MixResult, unknown_option
 from .roles import Roles
 from .rollback import kept_tokens, read_again
 from .state import S, from_dict, to_dict
@@ -187,12 +187,12 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
         x: Float[Tensor, "B T D"],
         state: S | None = None,
         *,
-        paradigm: Paradigm | str | None = None,
+        paradigm: Paradigm | None = None,
         cu_seqlens: Int[Tensor, "N+1"] | None = None,
         return_state: bool = False,
         call: LayerCall | None = None,
         **unknown: object,
-    ) -> tuple[Float[Tensor, "B T D"], S | None] | MixResult[S]:
+    ) -> Mixed[S]:
         """Mix one segment.
 
         Args:
@@ -277,7 +277,7 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
         return y, state_after
 
     @abstractmethod
-    def mix(self, x: Float[Tensor, "B T D"], call: Call) -> tuple[Float[Tensor, "B T D"], S | None] | MixResult[S]:
+    def mix(self, x: Float[Tensor, "B T D"], call: Call) -> Mixed[S]:
         """Compute the output and final state of a segment; `forward` has resolved and checked the arguments.
 
         The final state may be None unless `call.return_state` is set. A mixer with more to return uses `MixResult`:
@@ -558,10 +558,15 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
             raise self._wrong("mix", "a tensor as output", f"a {type(y).__name__}")
         if y.shape != x.shape:
             raise self._wrong("mix", f"an output of the shape of x, {list(x.shape)}", str(list(y.shape)))
-        if not (self.traits.value_residual or asked.return_kv):
+        if not (asked.return_values or asked.return_kv or asked.return_loss):
             return
-        for trait, field in ((self.traits.value_residual, "values"), (asked.return_kv, "kv")):
-            if trait and (not named or getattr(result, field) is None):
+        promised = {
+            "values": asked.return_values,
+            "kv": asked.return_kv,
+            "loss": asked.return_loss and self.traits.auxiliary_loss,
+        }
+        for field, is_promised in promised.items():
+            if is_promised and (not named or getattr(result, field) is None):
                 raise self._wrong("mix", f"MixResult(..., {field}=...), which its traits promise", f"no {field}")
 
     def _wrong_result(self, method: str, expected: str, result: Any) -> ContractError:

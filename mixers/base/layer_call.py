@@ -1,6 +1,6 @@
 """What goes into a layer and what comes out: one value down from model to block to mixer, and one value back."""
 
-from typing import Any, Generic, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeAlias
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -19,7 +19,7 @@ class LayerCall(NamedTuple):
 
     state: Any = None
     """State before the segment, B rows (N rows with `cu_seqlens`); None if no tokens came before."""
-    paradigm: Paradigm | str | None = None
+    paradigm: Paradigm | None = None
     """The algorithm; the mixer's configured one when None. It is never guessed from T."""
     cu_seqlens: Int[Tensor, "N+1"] | None = None
     """Boundaries of N documents packed into one row (B = 1): document n is tokens cu_seqlens[n] to cu_seqlens[n+1] - 1.
@@ -50,7 +50,7 @@ PLAIN_CALL = LayerCall()
 
 
 class MixResult(NamedTuple, Generic[S]):
-    """Result of a layer. `SequenceMixer.mix` may return a plain (y, state) if it has nothing else."""
+    """Result of a layer."""
 
     y: Float[Tensor, "B T D"]
     """Output of the mixer; that of a block is the residual stream, which may be no tensor."""
@@ -62,6 +62,10 @@ class MixResult(NamedTuple, Generic[S]):
     """Keys and values, for later layers; None unless requested."""
     loss: Float[Tensor, ""] | None = None
     """Auxiliary loss, summed over the tokens; None unless requested, or if the mixer has none."""
+
+
+Mixed: TypeAlias = tuple[Float[Tensor, "B T D"], S | None] | MixResult[S]
+"""What `SequenceMixer.mix` may return: (y, state), or more."""
 
 
 def unknown_option(kind: str, name: str) -> SeqmixError:

@@ -48,7 +48,9 @@ def read_again(
         return mixer.init_state(len(kept)) if before is None else before
 
     def state_after(x: Tensor, before: Any, values: Mapping[str, Tensor], boundaries: Tensor | None = None) -> Any:
-        return mixer(x, call=LayerCall(before, paradigm, boundaries, return_state=True, **values)).state
+        first, token = values.get("first_values"), values.get("token_values")
+        call = LayerCall(before, paradigm, boundaries, return_state=True, first_values=first, token_values=token)
+        return mixer(x, call=call).state
 
     passed = {name: each for name, each in values.items() if each is not None}
     if cu_seqlens is None and len(set(kept)) == 1:  # one length for all rows: shapes do not depend on data

@@ -20,7 +20,7 @@ from ...ops.dplr import DPLR, dplr
 from ...ops.recurrence.family import RecurrenceOutput
 from ...ops.runtime.call import Call
 from ...ops.scan import scan
-from ..base.layer_call import MixResult
+from ..base.layer_call import Mixed
 from ..base.roles import Role, Roles
 from .qkv import QKV, QKVMixer
 from .time_step import TimeStepDecay
@@ -102,7 +102,7 @@ class PreconditionedMixer(QKVMixer):
         if bound is not None:
             self.family = DPLR
 
-    def mix(self, x: Float[Tensor, "B T D"], call: Call) -> MixResult[Any]:
+    def mix(self, x: Float[Tensor, "B T D"], call: Call) -> Mixed[Any]:
         if self.preconditioner is None:
             return super().mix(x, call)
         h = self.project(x, call)

@@ -22,7 +22,7 @@ from ...ops.delta import unit_norm
 from ...ops.recurrence.family import RecurrenceOutput
 from ...ops.runtime.call import Call
 from ...ops.runtime.paradigm import Paradigm
-from ..base.layer_call import MixResult
+from ..base.layer_call import Mixed
 from ..base.roles import Role, RowBlock
 from ..base.traits import ContractError, Traits
 from .gates import Gate, GatedNorm, HeadNorm
@@ -196,9 +196,7 @@ class QKVMixer(OutsideValues[MatrixState], MatrixStateMixer):
         if self.config.qk_norm == "l2":
             self.norm.eps *= (base.key_dim / self.key_dim) ** 2
 
-    def mix(
-        self, x: Float[Tensor, "B T D"], call: Call
-    ) -> tuple[Float[Tensor, "B T D"], MatrixState | None] | MixResult[MatrixState]:
+    def mix(self, x: Float[Tensor, "B T D"], call: Call) -> Mixed[MatrixState]:
         h = self.project(x, call)
         result = self.recur(x, h, call.enter("memory"))
         pair: Any = result if isinstance(result, tuple) else ()  # a tensor of two rows could be unpacked too
