@@ -47,7 +47,7 @@ from ..ops.attention import Backend, SharedKV, SoftmaxOptions, softmax_attention
 from ..ops.runtime.call import Call
 from ..ops.runtime.kernel import Probe
 from ..ops.runtime.paradigm import Paradigm
-from .base.layer_call import MixResult
+from .base.layer_call import Mixed, MixResult
 from .base.roles import Role, RowBlock
 from .base.traits import ContractError, Traits
 from .parts import (
@@ -263,7 +263,7 @@ class Attention(OutsideValues[CachedState], CachedMixer):
                 nn.init.zeros_(parameter)
         nn.init.xavier_uniform_(self.out_proj.weight)
 
-    def mix(self, x: Float[Tensor, "B T D"], call: Call) -> MixResult[CachedState]:
+    def mix(self, x: Float[Tensor, "B T D"], call: Call) -> Mixed[CachedState]:
         q, own, extras, recent = self._project(x, call)
         if self.convolution is not None:
             call = call.enter("cache")
@@ -292,6 +292,8 @@ class Attention(OutsideValues[CachedState], CachedMixer):
         gate = extras["gate"].unflatten(-1, (self.n_heads, -1)) if "gate" in extras else None
         y = self.out_proj(self.gate(output, gate).to(output.dtype).flatten(2))
         values = own[1].flatten(2) if own is not None and self.traits.value_residual else None
+        if values is None and not call.return_kv:
+            return y, final_state
         return MixResult(y, final_state, values, kv if call.return_kv else None)
 
     def _project(

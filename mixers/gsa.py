@@ -25,7 +25,7 @@ from torch import Tensor
 from ..ops.decay import decay, decay_reading_values
 from ..ops.runtime.kernel import Probe
 from ..ops.runtime.paradigm import Paradigm
-from .base.layer_call import MixResult
+from .base.layer_call import Mixed
 from .parts import QKV, Call, QKVConfig, QKVMixer, RecurrenceOutput, head_width
 from .parts.gates import gate_decay
 from .parts.qkv import Affine, OutputGate
@@ -76,7 +76,7 @@ class GSA(QKVMixer):
 
     def mix(  # pyright: ignore[reportIncompatibleMethodOverride] another state type
         self, x: Float[Tensor, "B T D"], call: Call
-    ) -> MixResult[GSAState]:
+    ) -> Mixed[GSAState]:
         h = self.project(x, call)
         log_forget = gate_decay(h.more["forget"].unflatten(-1, (self.n_heads, -1)), self.config.gate_logit_normalizer)
         writes = -log_forget.expm1()

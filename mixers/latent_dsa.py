@@ -22,7 +22,7 @@ from ..ops.attention import cast_cache
 from ..ops.choice import choice_flops, index_attention
 from ..ops.runtime.call import Call
 from ..ops.runtime.paradigm import Paradigm
-from .base.layer_call import MixResult
+from .base.layer_call import Mixed, MixResult
 from .latent_attention import LatentAttention, LatentAttentionConfig
 from .parts.cached import CachedState
 from .parts.indexer import IndexedConfig, Indexer
@@ -68,7 +68,7 @@ class LatentDsa(LatentAttention):
     def cache_sizes(self) -> tuple[int, int, int]:
         return 1, self.rank + self.rotary_dim + self.config.index_dim, 0
 
-    def mix(self, x: Float[Tensor, "B T D"], call: Call) -> MixResult[CachedState]:
+    def mix(self, x: Float[Tensor, "B T D"], call: Call) -> Mixed[CachedState]:
         q, latents = self._project(x, call)
         queries, to_values = self._absorb(q)
         index = self.indexer(x, call.positions(x, None if call.state is None else call.state.length), call)
@@ -79,7 +79,7 @@ class LatentDsa(LatentAttention):
         if final_state is not None:
             final_state = cast_cache(final_state, self.dtype)  # under autocast, a new cache has a narrower dtype
         y = self.out_proj(torch.einsum("bthr,hvr->bthv", output, to_values).flatten(2))
-        return MixResult(y, final_state, loss=loss[0] if loss else None)
+        return MixResult(y, final_state, loss=loss[0]) if loss else (y, final_state)
 
     def flops(self, length: int, paradigm: Paradigm, context: int = 0) -> int:
         options = {"chunk_size": self.config.chunk_size, "context": context, "topk": self.config.topk}

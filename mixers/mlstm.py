@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ..ops.decay import decay
 from ..ops.scan import LOG_STATE, SCAN_PARADIGMS, log_scan
-from .base.layer_call import MixResult
+from .base.layer_call import Mixed
 from .base.roles import Role
 from .parts import QKV, Call, Paradigm, QKVConfig, QKVMixer, RecurrenceOutput
 from .parts.gates import GatedNorm
@@ -94,7 +94,7 @@ class MLSTM(QKVMixer):
 
     def mix(  # pyright: ignore[reportIncompatibleMethodOverride] another state type
         self, x: Float[Tensor, "B T D"], call: Call
-    ) -> MixResult[MLSTMState]:
+    ) -> Mixed[MLSTMState]:
         h = self.project(x, call)
         weight = self.init_state(call.rows(x.shape[0])).weight if call.state is None else call.state.weight
         # every paradigm of the scan gives the same result

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ...ops.attention import cast_cache
 from ...ops.runtime.call import Call
 from ...ops.runtime.paradigm import Paradigm
-from ..base.layer_call import MixResult
+from ..base.layer_call import Mixed, MixResult
 from ..base.roles import Role, RowBlock
 from ..base.traits import ContractError, Traits
 from .cached import CachedMixer, CachedState, GroupedQueryConfig
@@ -107,7 +107,7 @@ class ChoiceMixer(CachedMixer):
         """
         raise NotImplementedError
 
-    def mix(self, x: Float[Tensor, "B T D"], call: Call) -> MixResult[CachedState]:
+    def mix(self, x: Float[Tensor, "B T D"], call: Call) -> Mixed[CachedState]:
         parts = self.in_proj(x).split([block.rows for block in self.row_blocks], dim=-1)
         named = {block.name: part for block, part in zip(self.row_blocks, parts, strict=True)}
         q, k, v = (named.pop(name).unflatten(-1, (-1, self.head_dim)) for name in ("q", "k", "v"))
@@ -121,7 +121,7 @@ class ChoiceMixer(CachedMixer):
         if final_state is not None:
             final_state = cast_cache(final_state, self.dtype)  # under autocast, a new cache has a narrower dtype
         y = self.out_proj(self.gate(output, gate).to(output.dtype).flatten(2))
-        return MixResult(y, final_state, loss=loss[0] if loss else None)
+        return MixResult(y, final_state, loss=loss[0]) if loss else (y, final_state)
 
     def positions(self, x: Tensor, call: Call) -> Tensor:
         """Return the positions of the tokens of x."""

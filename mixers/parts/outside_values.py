@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ...ops.runtime.call import Call
 from ..base.contract import MixerConfig, SequenceMixer
-from ..base.layer_call import MixResult
+from ..base.layer_call import Mixed, MixResult
 from ..base.roles import Role, Roles
 from ..base.state import S
 
@@ -64,9 +64,9 @@ class OutsideValues(SequenceMixer[S]):
             v = self.first_mix(v, call.first_values)
         return v if self.token_gate is None else self.token_gate(v, call.token_values, x)
 
-    def with_own_values(self, y: Float[Tensor, "B T D"], state: Any, own: Float[Tensor, "B T G V"]) -> MixResult[Any]:
+    def with_own_values(self, y: Float[Tensor, "B T D"], state: Any, own: Float[Tensor, "B T G V"]) -> Mixed[Any]:
         """Return the result of `mix`: output and state, and with a value residual the mixer's own values."""
-        return MixResult(y, state, own.flatten(2)) if self.traits.value_residual else MixResult(y, state)
+        return MixResult(y, state, own.flatten(2)) if self.traits.value_residual else (y, state)
 
     @property
     def outside_flops(self) -> int:

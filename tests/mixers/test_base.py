@@ -11,8 +11,9 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from seqmix.mixers import MIXERS, ContractError, MixerConfig, Paradigm, SequenceMixer, Traits
-from seqmix.registry import ConfigError
+from seqmix.mixers import MIXERS, ContractError, LayerCall, MixerConfig, Paradigm, SequenceMixer, Traits
+from seqmix.mixers.base.state import to_dict
+from seqmix.registry import ConfigError, SeqmixError
 
 D_MODEL = 12
 
@@ -107,7 +108,7 @@ def test_broken_traits_property_raises_config_error(broken, words):
     [
         (lambda y, state: None, "NoneType"),
         (lambda y, state: y, "Tensor"),
-        (lambda y, state: (y, state, None), "tuple of 3"),
+        (lambda y, state: (y, state, None), r"\(output, state\) or a MixResult, got a tuple of 3"),
         (lambda y, state: (None, state), "NoneType"),
         (lambda y, state: (y[..., :6], state), r"\[2, 4, 12\].*\[2, 4, 6\]"),
     ],
@@ -191,3 +192,31 @@ class NamelessConfig(OneWayConfig):
 def test_required_field_without_example_is_named_in_error():
     with pytest.raises(ContractError, match=r"NamelessConfig.* name .*name="):
         NamelessConfig.example()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"memo": None}, r"field of LayerCall, pass call=LayerCall\(memo="),
+        ({"losses": []}, r"LayerCall\(return_loss=True\)"),
+        ({"paradigme": "parallel"}, 'did you mean "paradigm"'),
+    ],
+    ids=["field", "losses", "misspelt"],
+)
+def test_unknown_argument_of_a_mixer_raises_with_what_to_pass(mixer, options, words):
+    with pytest.raises(SeqmixError, match=words):
+        mixer(torch.randn(1, 4, D_MODEL), **options)
+
+
+def test_arguments_beside_a_layer_call_raise(mixer):
+    with pytest.raises(ContractError, match="fields of `call`"):
+        mixer(torch.randn(1, 4, D_MODEL), paradigm=Paradigm.PARALLEL, call=LayerCall(return_state=True))
+
+
+def test_layer_call_gives_the_same_as_arguments(mixer):
+    x = torch.randn(1, 4, D_MODEL)
+    y, state = mixer(x, return_state=True)
+    result = mixer(x, call=LayerCall(return_state=True))
+    assert torch.equal(result.y, y)
+    assert all(torch.equal(a, b) for a, b in zip(to_dict(result.state).values(), to_dict(state).values(), strict=True))
+    assert result[2:] == (None, None, None)
