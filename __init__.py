@@ -7,7 +7,7 @@ mixers, feed-forward networks and norms into a language model.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .moved import find_moved_modules
+from .former_modules import find_former_modules
 
 if TYPE_CHECKING:
     from .mixers import MIXERS, Call, ContractError, MixerConfig, Paradigm, SequenceMixer, Traits
@@ -45,7 +45,7 @@ _PACKAGES = ("registry", "mixers", "models", "training")
 """Packages that define the names above, lowest layer first: importing one imports only those below it."""
 
 
-find_moved_modules()
+find_former_modules()
 
 
 def __getattr__(name: str) -> Any:

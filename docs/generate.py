@@ -20,7 +20,7 @@ from seqmix.cli.results import schema_of
 from seqmix.data import DATA, DatasetConfig, WeightedSourceConfig
 from seqmix.lab.linearize.plan import Keep, Plan, Stage, Stages, Swap
 from seqmix.lab.pages import fill, table
-from seqmix.lab.study.match import Match
+from seqmix.lab.study.equal_cost import Match
 from seqmix.lab.study.study import DecodeSpeed, Entry, PaperFigure, Speed, Study, TrainSpeed, Tune
 from seqmix.models.config import ModelConfig, NormalInit, PaperInit
 from seqmix.ops.runtime.kernel import KERNELS

@@ -24,14 +24,14 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from ..ops.choice import choice_flops, index_attention
 from ..ops.runtime.call import Call
 from ..ops.runtime.paradigm import Paradigm
-from .parts.choice import ChoiceConfig, ChoiceMixer
+from ..ops.sparse_attention import index_attention, sparse_flops
 from .parts.indexer import IndexedConfig, Indexer
+from .parts.sparse_attention import SparseAttentionConfig, SparseAttentionMixer
 
 
-class DsaConfig(IndexedConfig, ChoiceConfig):
+class DsaConfig(IndexedConfig, SparseAttentionConfig):
     """DeepSeek sparse attention: softmax attention to the tokens that an indexer chooses."""
 
     kind: Literal["dsa"] = "dsa"
@@ -40,7 +40,7 @@ class DsaConfig(IndexedConfig, ChoiceConfig):
         return Dsa(self, d_model)
 
 
-class Dsa(ChoiceMixer):
+class Dsa(SparseAttentionMixer):
     """Layer configured by `DsaConfig`."""
 
     def __init__(self, config: DsaConfig, d_model: int) -> None:
@@ -67,7 +67,7 @@ class Dsa(ChoiceMixer):
 
     def flops(self, length: int, paradigm: Paradigm, context: int = 0) -> int:
         options = {"chunk_size": self.config.chunk_size, "context": context, "topk": self.config.topk}
-        heads = choice_flops(paradigm, length, block_size=1, per_pair=2 * self.head_dim, per_block=0, **options)
-        index = choice_flops(paradigm, length, block_size=1, per_pair=0, per_block=self.config.index_dim, **options)
+        heads = sparse_flops(paradigm, length, block_size=1, per_pair=2 * self.head_dim, per_block=0, **options)
+        index = sparse_flops(paradigm, length, block_size=1, per_pair=0, per_block=self.config.index_dim, **options)
         weights = self.projection_weights + self.indexer.proj.weight.numel()
         return 2 * length * weights + self.n_heads * heads + self.config.index_heads * index

@@ -19,9 +19,9 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from ..ops.attention import cast_cache
-from ..ops.choice import choice_flops, index_attention
 from ..ops.runtime.call import Call
 from ..ops.runtime.paradigm import Paradigm
+from ..ops.sparse_attention import index_attention, sparse_flops
 from .base.layer_call import Mixed, MixResult
 from .latent_attention import LatentAttention, LatentAttentionConfig
 from .parts.cached import CachedState
@@ -84,8 +84,8 @@ class LatentDsa(LatentAttention):
     def flops(self, length: int, paradigm: Paradigm, context: int = 0) -> int:
         options = {"chunk_size": self.config.chunk_size, "context": context, "topk": self.config.topk}
         per_pair = 2 * self.rank + self.rotary_dim
-        heads = choice_flops(paradigm, length, block_size=1, per_pair=per_pair, per_block=0, **options)
-        index = choice_flops(paradigm, length, block_size=1, per_pair=0, per_block=self.config.index_dim, **options)
+        heads = sparse_flops(paradigm, length, block_size=1, per_pair=per_pair, per_block=0, **options)
+        index = sparse_flops(paradigm, length, block_size=1, per_pair=0, per_block=self.config.index_dim, **options)
         layers = [self.in_proj, self.out_proj, self.kv_up, self.indexer.proj, self.q_up]
         weights = sum(layer.weight.numel() for layer in layers if layer is not None)
         return 2 * length * weights + self.n_heads * heads + self.config.index_heads * index

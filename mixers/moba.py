@@ -13,7 +13,8 @@ The parallel paradigm computes all scores and masks them. The other two read the
 also sums up the cached keys of all blocks, since their means are not stored.
 
 Differences from the authors' code: their kernel runs full attention for topk = 1, and their decoding reads all keys;
-here all paradigms compute the same function. Scores are compared in fixed point of 23 bits or more (ops/choice).
+here all paradigms compute the same function. Scores are compared in fixed point of 23 bits or more, see
+ops/sparse_attention.
 """
 
 from typing import Literal
@@ -23,13 +24,13 @@ from pydantic import Field
 from torch import Tensor
 
 from ..ops.attention import Cache
-from ..ops.choice import block_attention, choice_flops
 from ..ops.runtime.call import Call
 from ..ops.runtime.paradigm import Paradigm
-from .parts.choice import ChoiceConfig, ChoiceMixer
+from ..ops.sparse_attention import block_attention, sparse_flops
+from .parts.sparse_attention import SparseAttentionConfig, SparseAttentionMixer
 
 
-class MobaConfig(ChoiceConfig):
+class MobaConfig(SparseAttentionConfig):
     """Mixture of block attention: softmax attention to the own block and to the best earlier blocks."""
 
     small = {"block_size": 2, "topk": 2}  # noqa: RUF012
@@ -43,7 +44,7 @@ class MobaConfig(ChoiceConfig):
         return Moba(self, d_model)
 
 
-class Moba(ChoiceMixer):
+class Moba(SparseAttentionMixer):
     """Layer configured by `MobaConfig`."""
 
     def __init__(self, config: MobaConfig, d_model: int) -> None:
@@ -57,7 +58,7 @@ class Moba(ChoiceMixer):
         return block_attention(q, k, v, call, **sizes, scale=self.score_scale)
 
     def flops(self, length: int, paradigm: Paradigm, context: int = 0) -> int:
-        return 2 * length * self.projection_weights + self.n_heads * choice_flops(
+        return 2 * length * self.projection_weights + self.n_heads * sparse_flops(
             paradigm,
             length,
             block_size=self.config.block_size,

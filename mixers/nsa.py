@@ -30,16 +30,16 @@ from pydantic import Field
 from torch import Tensor
 
 from ..ops.attention import Cache
-from ..ops.choice import choice_flops, native_sparse_attention
 from ..ops.runtime.call import Call
 from ..ops.runtime.paradigm import Paradigm
-from .parts.choice import ChoiceConfig, ChoiceMixer
+from ..ops.sparse_attention import native_sparse_attention, sparse_flops
+from .parts.sparse_attention import SparseAttentionConfig, SparseAttentionMixer
 
 BRANCHES = 3
 """Branches of the attention: pooled blocks, chosen blocks, window."""
 
 
-class NsaConfig(ChoiceConfig):
+class NsaConfig(SparseAttentionConfig):
     """Native sparse attention: the gated sum of attention to pooled blocks, to the best blocks and to a window."""
 
     small = {"block_size": 2, "topk": 3, "window": 2}  # noqa: RUF012
@@ -55,7 +55,7 @@ class NsaConfig(ChoiceConfig):
         return Nsa(self, d_model)
 
 
-class Nsa(ChoiceMixer):
+class Nsa(SparseAttentionMixer):
     """Layer configured by `NsaConfig`."""
 
     def __init__(self, config: NsaConfig, d_model: int) -> None:
@@ -70,7 +70,7 @@ class Nsa(ChoiceMixer):
         return native_sparse_attention(q, k, v, gates, call, **sizes, scale=self.score_scale)
 
     def flops(self, length: int, paradigm: Paradigm, context: int = 0) -> int:
-        return 2 * length * self.projection_weights + self.n_heads * choice_flops(
+        return 2 * length * self.projection_weights + self.n_heads * sparse_flops(
             paradigm,
             length,
             block_size=self.config.block_size,

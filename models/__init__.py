@@ -5,7 +5,7 @@ from .builder import build_meta, build_model, is_out_of_memory
 from .compiling import CompileError, compile_blocks, compiler_failure
 from .config import ModelConfig
 from .decoding import Decoder
-from .drafts import Draft, ModelDraft, NgramDraft
+from .drafting import Draft, ModelDraft, NgramDraft
 from .generate import cache_text, generate_text, generate_tokens, stream_text
 from .language_model import Checkpointing, LanguageModel, ModelOutput, ModelState
 from .loss import IGNORED, linear_cross_entropy

@@ -24,7 +24,7 @@ from ..mixers.base.state import to_dict, where
 from ..ops.runtime.memo import Memo
 from ..registry import SeqmixError, nearest_hint
 from .compiling import compiled_for, rows_as_sums
-from .drafts import Draft, ModelDraft, NgramDraft
+from .drafting import Draft, ModelDraft, NgramDraft
 from .language_model import LanguageModel, ModelState
 from .sampling import Sampler
 from .subword import have_same_tokens

@@ -6,10 +6,10 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from .change import change
 from .config import Config
 from .errors import ConfigError, shown
 from .explain import explain
+from .merge import merged
 from .sources import read
 from .tree import COMMAND_LINE, Node, Origin
 from .yaml import parse, write
@@ -100,7 +100,7 @@ def override(tree: Node, assignment: str, cls: type[Config] = Config) -> Node:
         if (first := text.lstrip()[:1]) in "*&!%@`":  # YAML indicators at the start of a scalar
             reason += f"; quote text that begins with {first}, also for the shell: '{path}=\"{text}\"'"
         raise ConfigError(f"{COMMAND_LINE}: {path}: the value {text!r} is not YAML: {reason}") from error
-    return change(tree, _difference(tree, keys, 0, value), cls)
+    return merged(tree, _difference(tree, keys, 0, value), cls)
 
 
 def _difference(base: Node | None, keys: Sequence[str], depth: int, value: Node) -> Node:

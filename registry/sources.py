@@ -4,10 +4,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from .change import change
 from .config import Config
 from .errors import ConfigError, choices_hint, nearest_hint, shown
 from .files import read_bytes
+from .merge import merged
 from .tree import Node, Origin
 from .yaml import parse
 
@@ -52,12 +52,12 @@ def _read(
         for key, node in (difference.entries or {}).items():
             if key not in cls.model_fields and (hint := nearest_hint(key, [EXTENDS])):
                 raise ConfigError(f"{node.origin}: unknown key {key!r}{hint}")
-        return change(None, difference, cls)
+        return merged(None, difference, cls)
     here = f"{extends.origin}: {EXTENDS}: "
     if not isinstance(extends.value, str):
         raise ConfigError(f"{here}expected the name of a preset or a file, got {shown(extends.plain())}")
     base = _locate(extends.value, path.parent, presets, here)
-    return change(_read(base, presets, (*chain, path), here, cls), difference, cls)
+    return merged(_read(base, presets, (*chain, path), here, cls), difference, cls)
 
 
 def _locate(name: str, folder: Path, presets: Path, named_at: str) -> Path:

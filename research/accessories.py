@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from seqmix.lab.pages import fill, table
-from seqmix.lab.study.answer import answer, format_statistic, has_accuracy
+from seqmix.lab.study.conclusion import conclusion, format_statistic, has_accuracy
 from seqmix.lab.study.results import ABSENT, Results, Statistic, SummaryRow, read_results
 from seqmix.lab.study.summary import difference
 from seqmix.lab.study.tables import notes
@@ -51,7 +51,7 @@ def recall(results: Results) -> list[str]:
     return [
         *table(heads, cells),
         "",
-        answer(results),
+        conclusion(results),
         "",
         *(f"- {sentence}" for sentence in notes(results) if not sentence.startswith("tokens/s")),
     ]

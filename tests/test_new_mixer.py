@@ -34,7 +34,7 @@ SUITE = [
     "tests/test_package.py",
     "tests/cli/test_cli.py",
     "tests/training/test_single_kind_presets.py",
-    "tests/lab/study/test_match.py",
+    "tests/lab/study/test_equal_cost.py",
 ]
 """Where a new mixer joins tests by discovery, or would fail one that has a list of mixers or presets."""
 CHECKS = "leaky_average and (paradigms_agree or pieces_equal_the_whole or documents_are_sequences)"

@@ -61,7 +61,7 @@ class AttentionResidualConfig(ResidualConfig):
         return 1 + -(-n_branches // self.block_size)
 
 
-class Choice(nn.Module):
+class WeightedSources(nn.Module):
     """Weighted mean of sources, sum_j p_j s_j with p = softmax_j(w . RMSNorm(s_j))."""
 
     parameter_roles: ClassVar[Roles] = {"weight": Role.GATE}
@@ -99,7 +99,7 @@ class AttentionResidual(Residual):
 
     def __init__(self, config: AttentionResidualConfig, d_model: int) -> None:
         super().__init__()
-        self.choice = Choice(d_model, config.eps)
+        self.choice = WeightedSources(d_model, config.eps)
         self.config = config
 
     def reset_parameters(self) -> None:
@@ -124,7 +124,7 @@ class AttentionEnds(ResidualEnds):
 
     def __init__(self, config: AttentionResidualConfig, d_model: int) -> None:
         super().__init__()
-        self.choice = Choice(d_model, config.eps)
+        self.choice = WeightedSources(d_model, config.eps)
         self.config = config
 
     def reset_parameters(self) -> None:

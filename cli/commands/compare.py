@@ -10,12 +10,12 @@ import typer
 from rich.console import Console
 
 from ...lab.figures.libraries import PlotsMissingError, charts_module, engine
-from ...lab.study.answer import Comparison, answer, comparisons
-from ...lab.study.collect import entry_result
 from ...lab.study.columns import state_size, summary_table
+from ...lab.study.conclusion import Comparison, comparisons, conclusion
 from ...lab.study.plan import Plan, plan
 from ...lab.study.report import REPORT_FILE
 from ...lab.study.results import RESULTS_FILE, Difference, EntryResult, Results, SummaryRow, where
+from ...lab.study.run_results import entry_result
 from ...lab.study.runner import run_study
 from ...lab.study.study import STUDIES, find_study, load_study, shipped
 from ...lab.study.tables import difference_tables, notes, speed_note
@@ -137,7 +137,7 @@ def compare(
         runs=len(planned.runs),
         failed=outcome.failed,
         subject=results.about,
-        answer=answer(results),
+        answer=conclusion(results),
         comparisons=comparisons(results),
         summary=list(results.summary),
         speed=speed_note(results),
@@ -180,7 +180,7 @@ def show(results: Results, console: Console) -> None:
     headers, rows = summary_table(results)
     if rows:
         console.print(plain_table(*headers, rows=rows, overflow="fold"))
-    console.print(answer(results), soft_wrap=True)
+    console.print(conclusion(results), soft_wrap=True)
     _show_differences(results.differences, results.about, console)
     for sentence in (*results.fairness, *notes(results)):
         console.print(sentence, soft_wrap=True)

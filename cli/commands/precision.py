@@ -10,7 +10,7 @@ import typer
 from ...data import Batch
 from ...lab.figures.writer import content_of, require_drawable
 from ...lab.precision.measure import Precision, state_precision
-from ...lab.precision.report import COLUMNS, FIGURES, answer, figures_of, notes, render, rows_of
+from ...lab.precision.report import COLUMNS, FIGURES, conclusion, figures_of, notes, render, rows_of
 from ...lab.precision.state_format import FORMATS, ROUNDINGS, Scales, StateFormat
 from ...models import IGNORED
 from ...registry import SeqmixError, choices_hint, require_name, write_files
@@ -105,11 +105,11 @@ def precision(
             on_token=lambda n: status.update(f"{n:,} of {total:,} tokens") if n % 16 == 0 else None,
         )
     console = terminal()
-    console.print(answer(result))
+    console.print(conclusion(result))
     console.print(plain_table(*COLUMNS, rows=rows_of(result), justify="right"))
     console.print(notes(result))
     figures = select_figures(figures_of(result), figure or [])
-    text = answer(result)
+    text = conclusion(result)
     if figure or out.suffix.lower() != ".html":
         contents: dict[Path, str | bytes] = {out: content_of(figures, out.suffix, title=str(run), text=text)}
     else:

@@ -14,7 +14,7 @@ from ...models import LanguageModel
 from ...registry import SeqmixError
 from .loops import inline_loops
 from .lowering import CONTRIB, Lowering
-from .quiet import quiet
+from .silence import silenced
 from .states import StateLayout, recurrent_paradigms
 from .views import View, recorded_views
 
@@ -69,7 +69,7 @@ def build_graph(
         SeqmixError: a layer cannot be exported.
     """
     try:
-        with torch.no_grad(), _reference_kernels(model), quiet():
+        with torch.no_grad(), _reference_kernels(model), silenced():
             translated = _translate(model, layout, views)
     except SeqmixError:
         raise

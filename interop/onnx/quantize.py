@@ -16,8 +16,8 @@ from ...data import Batch
 from ...data.kinds.text import Text
 from ...models import IGNORED
 from ...training.length_eval import BATCH_TOKENS
-from .quiet import quiet
 from .session import OnnxModel
+from .silence import silenced
 
 BLOCK = 32
 """Number of inputs that share a scale and an offset in int4 weights."""
@@ -40,10 +40,10 @@ def quantize(graph: ModelProto, weights: str) -> ModelProto:
         quantizer: Any = MatMulNBitsQuantizer(
             graph, bits=4, block_size=BLOCK, is_symmetric=False, accuracy_level=4, nodes_to_exclude=others
         )
-        with quiet():
+        with silenced():
             quantizer.process()
         return quantizer.model.model
-    with tempfile.TemporaryDirectory() as folder, quiet():
+    with tempfile.TemporaryDirectory() as folder, silenced():
         file = Path(folder) / "quantized.onnx"
         quantize_dynamic(
             graph,

@@ -13,10 +13,10 @@ from ...mixers import Paradigm
 from ...registry import require_name, write_file
 from ...training import load_run
 from ...training.length_eval import by_context, by_length, open_text
-from ..study.collect import RUNS
 from ..study.plan import Plan, PlannedRun, plan
 from ..study.report import REPORT_FILE
 from ..study.results import RESULTS_FILE
+from ..study.run_results import RUNS
 from ..study.runner import Observer, run_study
 from ..study.study import load_study
 from ..study.worker import STOPPED

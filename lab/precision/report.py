@@ -21,7 +21,7 @@ MAX_HEADS = 64
 """Maximum number of heads or channels of a tensor that are drawn, spread evenly."""
 
 
-def answer(result: Precision) -> str:
+def conclusion(result: Precision) -> str:
     """Return one sentence: the fewest bits that lose less than `TOLERANCE`, at each length."""
     parts = []
     for name, exact in groupby(result.exact, key=lambda each: _fitting(result, each.length)):
@@ -141,7 +141,7 @@ def render(result: Precision, title: str, figures: Sequence[Figure]) -> str:
         template=TEMPLATE,
         title=title,
         facts=f"{', '.join(result.mixers)}; {result.sequences} sequences of {result.exact[-1].length:,} tokens",
-        answer=answer(result),
+        answer=conclusion(result),
         heads=COLUMNS,
         rows=rows_of(result),
         notes=notes(result),

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 from ..units import number, quantity
-from .answer import format_statistic, variant_text
-from .differences import format_value
+from .conclusion import format_statistic, variant_text
+from .config_differences import format_value
 from .results import EntryResult, Results, Statistic, SummaryRow
 from .summary import best_first, with_timed_speeds
 

@@ -12,12 +12,12 @@ from typing import Any
 
 from ...mixers import MIXERS
 from ...registry import ConfigError, SeqmixError, choices_hint, validated
-from ...registry.change import change
+from ...registry.merge import merged
 from ...registry.sources import read
 from ...registry.tree import Node, Origin
 from ...training import PRESETS, RunConfig
-from .equal import Exempt, mixers_of, set_options
-from .match import Cost, Match, Matched, cost_of, solve, whole_cost
+from .equal_cost import Cost, Match, Matched, cost_of, solve, whole_cost
+from .equal_options import Exempt, mixers_of, set_options
 from .results import where
 from .study import STUDIES, Entry, Study, StudyError, kind_of
 
@@ -115,7 +115,7 @@ class VariantEntries:
                     tree, path, Node.of(value, self.source.node(self.study.vary[path], "vary", path).origin)
                 )
         # the last change names the study's file as the origin of errors that concern the whole configuration
-        tree = change(tree, Node.of({"seed": self.study.seeds[0]}, Origin(str(self.file))), RunConfig)
+        tree = merged(tree, Node.of({"seed": self.study.seeds[0]}, Origin(str(self.file))), RunConfig)
         config = validated(RunConfig, tree)
         model, self.exempt[name] = set_options(config.model, self.study.options(self.variant))
         return config.model_copy(update={"model": model})
@@ -126,7 +126,7 @@ class VariantEntries:
             return tree
         for key in reversed(path.split(".")):
             value = Node({key: value}, value.origin)
-        return change(tree, value, RunConfig)
+        return merged(tree, value, RunConfig)
 
     def _with_model_of(self, source: str, tree: Node, name: str) -> Node:
         """Replace the model of a tree by another configuration's model, but keep the tree's vocabulary size."""

@@ -15,12 +15,12 @@ from typing import Any
 from ...registry import SeqmixError
 from ...training import RunConfig
 from ..units import number, quantity
-from .answer import names
-from .attribution import compare, equal_options, field_of
-from .differences import format_value
+from .conclusion import names
+from .config_differences import format_value
+from .confounders import compare, equal_options, field_of
 from .entries import PlannedEntry, Source, Variant, VariantEntries, require_options
-from .equal import equal_sentences
-from .match import Cost, Matched
+from .equal_cost import Cost, Matched
+from .equal_options import equal_sentences
 from .results import Difference, where
 from .study import EQUAL_TRAINING_FIELDS, Study, StudyError, kind_of
 

@@ -5,9 +5,9 @@ from pathlib import Path
 from ...registry import write_file
 from ..figures import page
 from ..units import number, quantity
-from .answer import answer, has_accuracy, variant_text
 from .columns import summary_table
-from .differences import compare_configs, format_value
+from .conclusion import conclusion, has_accuracy, variant_text
+from .config_differences import compare_configs, format_value
 from .results import Machine, Results
 from .study import shipped
 from .study_figures import Plots
@@ -50,7 +50,7 @@ def render(results: Results) -> str:
         ),
         setup=results.setup,
         first_variant=variant_text(results.first_variant),
-        answer=answer(results),
+        answer=conclusion(results),
         differences=[
             (variant_text(variant), heads, rows)
             for variant, heads, rows in difference_tables(results.differences, results.about)

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from ...registry import Config, DataError, read_bytes, write_file
-from .differences import format_value
+from .config_differences import format_value
 
 RESULTS_FILE = "results.json"
 FORMAT = 1

@@ -31,10 +31,10 @@ from ...training.interrupt import StopRequest
 from ...training.monitoring.metrics_file import METRICS_FILE
 from ..figures.libraries import PlotsMissingError
 from . import lock, results, speed
-from .collect import JOBS_FILE, RUNS, collect, is_finished, is_same, tuned
 from .plan import Plan, PlannedRun
 from .report import REPORT_FILE, write_report
 from .results import Results, SpeedResult
+from .run_results import JOBS_FILE, RUNS, collect_results, is_finished, is_same, tuned
 from .study import StudyFileError
 from .tables import write_tables
 from .worker import FINISHED, STOPPED
@@ -147,7 +147,7 @@ def _reason(outcome: StudyOutcome, total: int, budget: float | None) -> str:
 
 
 def _write(plan: Plan, folder: Path, failed: Mapping[str, str], timed: SpeedResult | None = None) -> Results:
-    collected = collect(plan, folder, failed=failed, speed=timed)
+    collected = collect_results(plan, folder, failed=failed, speed=timed)
     results.write(collected, folder)
     write_tables(collected, folder)
     try:

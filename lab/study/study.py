@@ -24,8 +24,8 @@ from pydantic import AfterValidator, Field, ValidationInfo, field_validator, mod
 from ...registry import Config, DataError, SeqmixError, choices_hint, load, nearest_hint
 from ...registry.config import deprecation
 from ...registry.errors import shown
-from .differences import leaves
-from .match import Match
+from .config_differences import leaves
+from .equal_cost import Match
 
 STUDIES = Path(__file__).parents[1] / "studies"
 """The folder of the studies that come with the package."""

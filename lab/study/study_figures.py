@@ -11,9 +11,9 @@ from typing import Any
 
 from ..bench.figures import NOISE
 from ..figures.figure import ACCURACY, Axis, Figure, Point, Series, drawable
-from .answer import has_accuracy, key_text, names, variant_text
-from .answer import score as score_of
-from .differences import format_value
+from .conclusion import has_accuracy, key_text, names, variant_text
+from .conclusion import score as score_of
+from .config_differences import format_value
 from .results import ABSENT, Results, RunResult, Statistic, SummaryRow
 from .scaling import scaling_lines
 from .summary import statistic

@@ -8,9 +8,9 @@ from typing import Any
 
 from ...registry import write_file
 from ..pages import table
-from .answer import accessories_first, answer, names
 from .columns import summary_table
-from .differences import leaves
+from .conclusion import accessories_first, conclusion, names
+from .config_differences import leaves
 from .results import Difference, Results, RunResult, SummaryRow, where
 from .scaling import scaling_lines
 from .summary import timed_length, with_timed_speeds
@@ -127,7 +127,7 @@ def markdown(results: Results) -> str:
     lines += [results.question, ""] if results.question else []
     lines += [results.setup, ""] if results.setup else []
     lines += [*table(*summary_table(results)), ""] if results.summary else []
-    lines += [answer(results), ""]
+    lines += [conclusion(results), ""]
     for variant, heads, rows in difference_tables(results.differences, results.about):
         lines += [f"What else differs{where(variant)}:", "", *table(heads, rows), ""]
     lines += [f"- {sentence}" for sentence in (*results.fairness, *notes(results))]

@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError
 from ...registry import Config, DataError, SeqmixError, nearest_hint, read_bytes, write_file
 from ...registry.yaml import write as to_yaml
 from ..pages import table
-from ..study.attribution import ACCESSORIES, describe
+from ..study.confounders import ACCESSORIES, describe
 from ..study.report import REPORT_FILE
 from ..study.results import AccuracyBy, Machine, Results, RunResult, Statistic
 from ..study.summary import beyond_noise, statistic

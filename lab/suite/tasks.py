@@ -14,7 +14,7 @@ from ...registry.yaml import parse
 from ...registry.yaml import write as to_yaml
 from ...training import PRESETS, RunConfig, load_config
 from ..study.entries import require_options
-from ..study.match import cost_of
+from ..study.equal_cost import cost_of
 from ..study.plan import Plan, plan
 from ..study.study import NAME_PATTERN, Name, OnceEach, Rate, Seed, StudyError, load_study
 

@@ -7,9 +7,9 @@ from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
-from ...ops.choice import Index
 from ...ops.runtime.call import Call
 from ...ops.runtime.paradigm import Paradigm
+from ...ops.sparse_attention import Index
 from ..base.contract import MixerConfig
 from ..base.roles import Role, RowBlock
 from ..base.traits import Traits

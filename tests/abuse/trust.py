@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 
 from seqmix import build_model, load_config, load_run, train
 from seqmix.interop.convert import import_from
-from seqmix.lab.study.collect import is_same
+from seqmix.lab.study.run_results import is_same
 from seqmix.lab.study.study import load_study
 from seqmix.training import export_run, load_prompt_cache
 from seqmix.training.checkpoint.files import checkpoints

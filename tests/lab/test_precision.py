@@ -12,7 +12,7 @@ from small_runs import run_of
 from seqmix import MIXERS, SeqmixError, build_model, load_config
 from seqmix.data import Batch
 from seqmix.lab.precision.measure import FormatResult, Precision, rank_correlation, state_precision
-from seqmix.lab.precision.report import answer, rows_of
+from seqmix.lab.precision.report import conclusion, rows_of
 from seqmix.lab.precision.state_format import FORMATS, ROUNDINGS, StateFormat
 
 INTEGERS = ["int8", "int4"]
@@ -213,7 +213,7 @@ def test_state_overflow_gives_non_finite_loss():
     result = state_precision(model, text(16), [StateFormat("float16"), StateFormat("bfloat16")], [16])
     assert math.isnan(result.results[0].lost)
     assert math.isfinite(result.results[1].lost)
-    assert "16 (bfloat16)" in answer(result)
+    assert "16 (bfloat16)" in conclusion(result)
     assert rows_of(result)[1][4] == "not finite"
 
 
@@ -275,10 +275,10 @@ def test_answer_names_the_smallest_format_below_the_loss_limit():
         return Precision(**vars(result) | {"results": changed})
 
     head = "Fewest bits per number with less than 0.01 nats per token lost: "
-    assert answer(with_losses(0.0, 0.009, 0.0)) == f"{head}8 (int8) at 16 tokens."
-    assert answer(with_losses(0.0, 0.01, 0.002)) == f"{head}8 (int8, stochastic) at 16 tokens."
-    assert answer(with_losses(0.001, 0.02, math.nan)) == f"{head}16 (bfloat16) at 16 tokens."
-    assert answer(with_losses(0.5, 0.5, 0.5)) == f"{head}32 (every other format loses more) at 16 tokens."
+    assert conclusion(with_losses(0.0, 0.009, 0.0)) == f"{head}8 (int8) at 16 tokens."
+    assert conclusion(with_losses(0.0, 0.01, 0.002)) == f"{head}8 (int8, stochastic) at 16 tokens."
+    assert conclusion(with_losses(0.001, 0.02, math.nan)) == f"{head}16 (bfloat16) at 16 tokens."
+    assert conclusion(with_losses(0.5, 0.5, 0.5)) == f"{head}32 (every other format loses more) at 16 tokens."
     assert [row[1] for row in rows_of(result)] == ["exact", "bfloat16", "int8", "int8, stochastic"]
 
 

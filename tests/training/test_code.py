@@ -7,7 +7,7 @@ import pytest
 from conftest import SMALL
 
 from seqmix import load_config
-from seqmix.registry import carried
+from seqmix.registry import plug_in_sources
 from seqmix.training.checkpoint.code import CODE, has_same_code, read_code
 
 MIXER = """
@@ -38,7 +38,7 @@ BLOCK = "model.blocks.ret.mixer={kind: average_here:AverageConfig, n_heads: 2}"
 @pytest.fixture
 def elsewhere(seqmix, monkeypatch, tmp_path):
     """A run of a mixer in a file, and a function that forgets its modules and goes to another folder."""
-    monkeypatch.setattr(carried, "_LOADER", carried._CarriedLoader())
+    monkeypatch.setattr(plug_in_sources, "_LOADER", plug_in_sources._CarriedLoader())
     monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
     Path("average_here.py").write_text(MIXER)
     Path("helper.py").write_text("SCALE = -0.5\n")
@@ -81,7 +81,7 @@ def test_plugin_copy_is_imported_only_with_trust(elsewhere, seqmix, refused):
     here = generate(seqmix, "run")
     run = elsewhere()
     message = refused("generate", run, "--prompt", "a")
-    digest = carried.sha256(MIXER.encode())
+    digest = plug_in_sources.sha256(MIXER.encode())
     assert f"{run}/code/average_here.py (sha256 {digest})" in message
     assert "--trust" in message
     assert "average_here" not in sys.modules
@@ -149,7 +149,7 @@ def test_plugin_copies_on_sys_path_are_not_imported_without_trust(way, elsewhere
         monkeypatch.syspath_prepend(run / CODE)
     monkeypatch.chdir(here)
     message = refused("generate", run, "--prompt", "a")
-    assert f"{run}/code/average_here.py (sha256 {carried.sha256(MIXER.encode())})" in message
+    assert f"{run}/code/average_here.py (sha256 {plug_in_sources.sha256(MIXER.encode())})" in message
     assert "--trust" in message
     assert "average_here" not in sys.modules
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from ...registry import ConfigError, carried, read_bytes, write_files
+from ...registry import ConfigError, plug_in_sources, read_bytes, write_files
 from ..config import RunConfig
 from .provenance import plug_ins_of
 
@@ -23,7 +23,7 @@ def code_of(config: RunConfig) -> dict[str, bytes]:
     files: dict[str, bytes] = {}
     for module, source in plug_ins_of(config).items():
         if "==" not in source and module != "__main__":
-            files |= carried.collect(module)
+            files |= plug_in_sources.source_files(module)
     return files
 
 
@@ -34,7 +34,7 @@ def write_code(run: Path, files: Mapping[str, bytes]) -> None:
         SeqmixError: a file cannot be written.
     """
     if files:
-        sums = "".join(f"{carried.sha256(text)}  {name}\n" for name, text in sorted(files.items()))
+        sums = "".join(f"{plug_in_sources.sha256(text)}  {name}\n" for name, text in sorted(files.items()))
         write_files(
             {**{run / CODE / name: text for name, text in files.items()}, run / CODE / CHECKSUMS: sums.encode()}
         )
@@ -90,20 +90,20 @@ def prepare_code(
         ConfigError: a module is found nowhere else, and the copies are not trusted; or another run's copy, which
             differs, is imported already.
     """
-    needed = carried.closure(files, (module.partition(".")[0] for module in modules))
-    if not (differing := carried.differing(needed)):
+    needed = plug_in_sources.closure(files, (module.partition(".")[0] for module in modules))
+    if not (differing := plug_in_sources.differing(needed)):
         return
-    shown = ", ".join(f"{place}/{name} (sha256 {carried.sha256(text)})" for name, text in needed.items())
+    shown = ", ".join(f"{place}/{name} (sha256 {plug_in_sources.sha256(text)})" for name, text in needed.items())
     if trust and (absent := [top for top in differing if top not in sys.modules]):
         on_note(f"importing {shown}")
-        carried.carry(needed, absent, place)
+        plug_in_sources.carry(needed, absent, place)
         differing = [top for top in differing if top not in absent]
-    if foreign := [top for top in differing if carried.is_carried(top)]:
+    if foreign := [top for top in differing if plug_in_sources.is_carried(top)]:
         raise ConfigError(
             f"{place} has another source of the module {foreign[0]} than a run that this process has loaded: load the "
             "two in separate processes"
         )
-    missing = [top for top in differing if not carried.exists_here(top)]
+    missing = [top for top in differing if not plug_in_sources.exists_here(top)]
     if missing:
         raise ConfigError(
             f"the module {missing[0]} cannot be found here, but the run carries {shown}: read it, then import it with "

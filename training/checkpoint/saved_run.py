@@ -17,10 +17,10 @@ from ...models.quantization import WEIGHTS, prepare_quantized, quantize_model, r
 from ...models.subword import EXPORTED_TOKENIZER
 from ...registry import (
     ConfigError,
-    carried,
     dump,
     load,
     nearest_hint,
+    plug_in_sources,
     replacing_folder,
     require_name,
     require_trusted,
@@ -74,7 +74,7 @@ def read_config(
         ConfigError: the configuration is no longer valid.
     """
     require_run(run)
-    carried.forbid(run)
+    plug_in_sources.forbid(run)
     prepare_code(read_code(run), _named_modules(run), str(run / CODE), trust=trust, on_note=on_note)
     try:
         for module in modules_of(run):

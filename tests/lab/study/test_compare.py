@@ -18,10 +18,10 @@ from small_runs import wait_for_steps
 
 from seqmix.lab.figures.libraries import PlotsMissingError
 from seqmix.lab.study import lock, runner
-from seqmix.lab.study.collect import is_finished
 from seqmix.lab.study.lock import hold_lock
 from seqmix.lab.study.plan import plan
 from seqmix.lab.study.results import read_results
+from seqmix.lab.study.run_results import is_finished
 from seqmix.lab.study.runner import Observer, make_runs
 from seqmix.lab.study.study import StudyError, load_study
 from seqmix.lab.study.summary import timed_length

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from study_results import STUDIES, few, recall, text, varied
 
-from seqmix.lab.study.answer import answer, comparisons, format_statistic
+from seqmix.lab.study.conclusion import comparisons, conclusion, format_statistic
 from seqmix.lab.study.report import REPORT_FILE, render, write_report
 from seqmix.lab.study.results import Results, RunResult, Statistic, read_results, write
 from seqmix.lab.study.study_figures import Plots
@@ -35,7 +35,7 @@ def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def said(study: dict[str, Any]) -> str:
-    return answer(results(study)).replace("\N{NO-BREAK SPACE}", " ")
+    return conclusion(results(study)).replace("\N{NO-BREAK SPACE}", " ")
 
 
 @cache

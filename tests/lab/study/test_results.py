@@ -11,7 +11,6 @@ import pytest
 
 from seqmix import SeqmixError
 from seqmix.cli.study_progress import Forecast
-from seqmix.lab.study.collect import collect, is_finished, run_result, setup
 from seqmix.lab.study.results import (
     Difference,
     EntryResult,
@@ -22,6 +21,7 @@ from seqmix.lab.study.results import (
     where,
     write,
 )
+from seqmix.lab.study.run_results import collect_results, is_finished, run_result, setup
 from seqmix.lab.study.scaling import scaling_lines
 from seqmix.lab.study.study_figures import Plots
 from seqmix.lab.study.summary import best_first, choose_rates, statistic, summarise, t_quantile
@@ -256,7 +256,7 @@ def test_overflowing_perplexity_is_none(planned, tmp_path, loss, ours):
     (folder / "config.yaml").write_text(to_yaml(run.config.model_dump(mode="json")))
     (folder / "metrics.jsonl").write_text(json.dumps({"step": 120, "validation_loss": loss, "final": True}) + "\n")
     (folder / "scores.json").write_text(json.dumps({"piqa": {"acc": 0.5, "acc_stderr": 0.1}}))
-    found = collect(made, tmp_path, failed={})
+    found = collect_results(made, tmp_path, failed={})
     assert found.runs[0].scores == {"piqa": {"acc": 0.5}}
     assert found.runs[0].validation_loss == loss
     assert found.paper[0].ours == ours

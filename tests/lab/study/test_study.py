@@ -7,7 +7,7 @@ from hypothesis import settings
 
 from seqmix import SeqmixError, load_config
 from seqmix.lab.study import plan as module
-from seqmix.lab.study.match import cost_of
+from seqmix.lab.study.equal_cost import cost_of
 from seqmix.lab.study.plan import plan
 from seqmix.lab.study.study import EQUAL_TRAINING_FIELDS, STUDIES, find_study, load_study, shipped
 from seqmix.lab.units import number

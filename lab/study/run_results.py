@@ -19,7 +19,7 @@ from ...training.checkpoint.provenance import SESSIONS_FILE
 from ...training.checkpoint.run_dir import SCORES_FILE
 from ...training.checkpoint.saved_run import modules_of
 from ...training.monitoring.measurements import Measurement, read_measurements
-from .differences import format_value
+from .config_differences import format_value
 from .plan import Plan, PlannedEntry, PlannedRun
 from .results import EntryResult, EvaluationPoint, Machine, PaperRow, Point, Results, RunResult, SpeedResult, SummaryRow
 from .study import PaperFigure
@@ -35,7 +35,9 @@ LARGEST_EXPONENT = 700.0
 """Largest loss (nats per token) whose perplexity exp(loss) fits into a float; models that diverged may exceed it."""
 
 
-def collect(plan: Plan, folder: Path, *, failed: Mapping[str, str], speed: SpeedResult | None = None) -> Results:
+def collect_results(
+    plan: Plan, folder: Path, *, failed: Mapping[str, str], speed: SpeedResult | None = None
+) -> Results:
     """Collect the results of a study from its folder; `failed` maps names of failed runs to reasons."""
     plan = tuned(plan, folder, failed)
     at_once = _runs_at_once(folder / JOBS_FILE)

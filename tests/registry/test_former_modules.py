@@ -8,8 +8,8 @@ from unittest.mock import Mock
 import pytest
 
 from seqmix import load_run
+from seqmix.former_modules import MODULES
 from seqmix.models import LanguageModel
-from seqmix.moved import MODULES
 from seqmix.ops.recurrence import Recurrence
 from seqmix.registry.deprecated import former_parameters
 from seqmix.testing import Trial

@@ -9,8 +9,8 @@ from fla_oracles import agree, loaded, needs_fla
 
 from seqmix.mixers import Paradigm
 from seqmix.ops.attention import GrowingCache, empty_cache, softmax_attention
-from seqmix.ops.choice import Index, block_attention, index_attention, native_sparse_attention
-from seqmix.ops.choice.scores import choose, exact_products, exact_softmax, tree_sum
+from seqmix.ops.sparse_attention import Index, block_attention, index_attention, native_sparse_attention
+from seqmix.ops.sparse_attention.scores import choose, exact_products, exact_softmax, tree_sum
 from seqmix.registry import SeqmixError
 
 every_paradigm = pytest.mark.parametrize("paradigm", list(Paradigm))

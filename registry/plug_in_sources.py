@@ -23,7 +23,7 @@ Sources = Mapping[str, bytes]
 """Contents of source files, by name."""
 
 
-def collect(module: str) -> dict[str, bytes]:
+def source_files(module: str) -> dict[str, bytes]:
     """Return the source files of a top-level module, and of the modules beside it that it imports.
 
     It is empty for a module without source files, and for more than `MAX_BYTES`.

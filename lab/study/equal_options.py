@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from ...mixers import MixerConfig
 from ...models import ModelConfig
 from ...registry.explain import explain_fields
-from .differences import format_value
+from .config_differences import format_value
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,7 @@ UNTIL_0_5: Mapping[str, str] = {
     "seqmix.mixers.context_parallel": "seqmix.mixers.base.context_parallel",
     "seqmix.mixers.contract": "seqmix.mixers.base.contract",
     "seqmix.mixers.influence": "seqmix.mixers.base.influence",
+    "seqmix.mixers.parts.choice": "seqmix.mixers.parts.sparse_attention",
     "seqmix.mixers.parts.decay_rates": "seqmix.mixers.retention",
     "seqmix.mixers.parts.distances": "seqmix.mixers.attention",
     "seqmix.mixers.parts.value_residual": "seqmix.mixers.rwkv7",
@@ -59,6 +60,8 @@ UNTIL_0_5: Mapping[str, str] = {
     "seqmix.mixers.rollback": "seqmix.mixers.base.rollback",
     "seqmix.mixers.state": "seqmix.mixers.base.state",
     "seqmix.mixers.traits": "seqmix.mixers.base.traits",
+    "seqmix.models.drafts": "seqmix.models.drafting",
+    "seqmix.ops.choice": "seqmix.ops.sparse_attention",
     "seqmix.playground": "seqmix.lab.playground",
     "seqmix.pytest_plugin": "seqmix.cli.pytest_plugin",
 }
@@ -107,7 +110,7 @@ def _warn_of(name: str) -> str:
     return present
 
 
-def find_moved_modules() -> None:
+def find_former_modules() -> None:
     """Install the import hook, so that Python finds the modules of `MODULES` under their former names."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())

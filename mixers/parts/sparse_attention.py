@@ -21,7 +21,7 @@ from .rotary import rotated
 from .widths import divided
 
 
-class ChoiceConfig(GroupedQueryConfig):
+class SparseAttentionConfig(GroupedQueryConfig):
     """Fields of all attentions over chosen keys; those that `attention` has too mean the same."""
 
     head_dim: int | None = Field(default=None, gt=0, examples=[8])
@@ -54,7 +54,7 @@ class ChoiceConfig(GroupedQueryConfig):
         return Traits(paradigms=frozenset(Paradigm), state="growing", packing=True, shift_invariant=False)
 
 
-class ChoiceMixer(CachedMixer):
+class SparseAttentionMixer(CachedMixer):
     """Queries, keys and values by head, an attention over chosen keys (`attend`), output gate and projection.
 
     Args:
@@ -65,7 +65,7 @@ class ChoiceMixer(CachedMixer):
 
     supports_context_parallel = False
 
-    def __init__(self, config: ChoiceConfig, d_model: int, **others: int) -> None:
+    def __init__(self, config: SparseAttentionConfig, d_model: int, **others: int) -> None:
         super().__init__(config)
         self.n_heads = config.n_heads
         self.n_kv_heads = config.n_kv_heads or config.n_heads

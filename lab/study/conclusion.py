@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-from .differences import format_value
+from .config_differences import format_value
 from .results import Results, Statistic, SummaryRow
 from .summary import best_first, beyond_noise, difference
 
@@ -42,7 +42,7 @@ def comparisons(results: Results) -> list[Comparison]:
     ]
 
 
-def answer(results: Results) -> str:
+def conclusion(results: Results) -> str:
     """Return the answer, beginning with the study's subject; one answer for each variant."""
     if not results.summary:
         tuning = [run for run in results.runs if run.tunes]

@@ -1,4 +1,4 @@
-"""Attribution of a difference between two entries of a study: the thing compared, and all else that differs.
+"""Confounders of a comparison of two entries of a study: all that differs beside the thing compared.
 
 An entry is compared with the study's subject. If the kinds of their mixers differ, the study compares the mixer: its
 kind, with the options that only its own equations have. Otherwise it compares the fields that one of the two entries
@@ -18,8 +18,8 @@ from ...mixers.base.contract import IMPLEMENTATION_FIELDS
 from ...models import ModelConfig
 from ...registry import Config
 from ...training import RunConfig
-from .differences import format_value, leaves
-from .equal import mixers_of, set_options
+from .config_differences import format_value, leaves
+from .equal_options import mixers_of, set_options
 from .results import ABSENT, Difference
 
 ACCESSORIES = ("short_conv", "qk_norm", "gate", "head_norm", "positions")

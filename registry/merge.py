@@ -15,7 +15,7 @@ _warned: dict[str, dict[Any, Any]] = {}
 shown once."""
 
 
-def change(base: Node | None, document: Node, cls: type[Config]) -> Node:
+def merged(base: Node | None, document: Node, cls: type[Config]) -> Node:
     """Merge a YAML document into the base configuration that it changes; return the result. `cls` is the class of both.
 
     A deprecated field name sets the current field, and a warning names its line. A mapping without a `kind` gets the

@@ -28,7 +28,7 @@ from ..runtime.paradigm import Paradigm
 from ..runtime.recording import record
 from .blocks import choose_own_and_best, native_sparse_rule
 from .layout import n_blocks
-from .segments import attend_by_choice
+from .segments import attend_to_chosen
 from .tokens import Index, StoredKeys, index_rule
 
 
@@ -59,7 +59,7 @@ def block_attention(
     x = _inputs(q, k, v, call, scale)
     _require_positive(block_size=block_size, topk=topk)
     rule = partial(choose_own_and_best, block_size=block_size, topk=topk)
-    (output,), final_state = attend_by_choice(x, (), rule, call.paradigm, block_size)
+    (output,), final_state = attend_to_chosen(x, (), rule, call.paradigm, block_size)
     record("softmax", v, None, output)
     return output, final_state
 
@@ -100,7 +100,7 @@ def native_sparse_attention(
     if gates.shape != (*q.shape[:3], 3):
         raise SeqmixError(f"gates must have the shape {[*q.shape[:3], 3]}, got {list(gates.shape)}")
     rule = partial(native_sparse_rule, block_size=block_size, topk=topk, window=window)
-    (output,), final_state = attend_by_choice(x, (gates,), rule, call.paradigm, block_size)
+    (output,), final_state = attend_to_chosen(x, (gates,), rule, call.paradigm, block_size)
     record("softmax", v, None, output)
     return output, final_state
 
@@ -145,14 +145,14 @@ def index_attention(
     keys = torch.cat((k.flatten(2), index.k), dim=-1)[:, :, None]
     x = x._replace(k=keys, v=v.flatten(2)[:, :, None], cache=call.state)
     rule = partial(index_rule, stored=stored, topk=topk, with_loss=call.return_loss)
-    results, final_state = attend_by_choice(x, (index.q, index.weights), rule, call.paradigm, 1)
+    results, final_state = attend_to_chosen(x, (index.q, index.weights), rule, call.paradigm, 1)
     record("softmax", v, None, results[0])
     if call.return_loss:
         return results[0], final_state, results[1].sum()
     return results[0], final_state
 
 
-def choice_flops(
+def sparse_flops(
     paradigm: Paradigm,
     length: int,
     *,

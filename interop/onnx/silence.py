@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def silenced() -> Iterator[None]:
     """Context without warnings and log messages below errors: an exporter's are no concern of a user."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)

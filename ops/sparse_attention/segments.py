@@ -28,7 +28,7 @@ Prepare = Callable[[AttentionInputs, KeyValues, Layout], Rule]
 """Function from the keys of a segment to the rule, so that blocks are pooled once for all queries."""
 
 
-def attend_by_choice(
+def attend_to_chosen(
     x: AttentionInputs, of_queries: Sequence[Tensor], prepare: Prepare, paradigm: Paradigm, block_size: int
 ) -> tuple[tuple[Tensor, ...], Cache | None]:
     """Apply a rule to a segment; return its outputs and the final cache.

@@ -3,7 +3,7 @@
 import pytest
 
 from seqmix import MIXERS, SeqmixError, load_config
-from seqmix.lab.study.match import Match, MatchError, cost_of, solve
+from seqmix.lab.study.equal_cost import Match, MatchError, cost_of, solve
 from seqmix.training.presets import mixer_kind, single_kind_presets
 
 PRESETS = single_kind_presets()
