@@ -30,3 +30,33 @@ def quantity(value: float | None, unit: str) -> str:
         return ""
     name, size = choose_unit(unit, value)
     return f"{value / size:.3g} {name}" if value / size < 1000 else f"{value / size:,.0f} {name}"
+
+
+def three_digits(value: float) -> str:
+    """Format a number of at least 0 with about three significant digits: 0.123, 1.23, 12.3, 1,234."""
+    digits = 3 if value < 1 else 2 if value < 10 else 1 if value < 100 else 0
+    return f"{value:,.{digits}f}"
+
+
+def plus_minus(value: float, margin: float | None, digits: int, *, as_percent: bool = False) -> str:
+    """Format a value with the margin of its interval, in percent if `as_percent`: 84.0 ± 6.4 %."""
+    scale, unit = (100, " %") if as_percent else (1, "")
+    return f"{scale * value:.{digits}f}" + ("" if margin is None else f" ± {scale * margin:.{digits}f}") + unit
+
+
+def si(value: float) -> str:
+    """Format a number with a decimal prefix, to which a unit is appended: "1.2 M"."""
+    for prefix in ("", "k", "M", "G", "T", "P", "E"):
+        if abs(value) < 1000:
+            return f"{value:.3g} {prefix}"
+        value /= 1000
+    return f"{value:.3g} Z"
+
+
+def si_bytes(value: float) -> str:
+    """Format a number of bytes with a binary prefix: "1.2 MiB"."""
+    for prefix in ("", "Ki", "Mi", "Gi"):
+        if abs(value) < 1024:
+            return f"{value:.4g} {prefix}B"
+        value /= 1024
+    return f"{value:.4g} TiB"

@@ -19,12 +19,12 @@ from ...lab.study.run_results import entry_result
 from ...lab.study.runner import run_study
 from ...lab.study.study import STUDIES, find_study, load_study, shipped
 from ...lab.study.tables import difference_tables, notes, speed_note
+from ...lab.units import si
 from ...registry import SeqmixError
 from ..console import note, plain_table, terminal
 from ..options import Jobs, seconds_of
 from ..results import Ended
 from ..study_progress import StudyProgress
-from .show import si
 
 MANY = 300
 """Number of runs above which a note says that planning takes a while."""

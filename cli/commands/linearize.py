@@ -10,13 +10,13 @@ from rich.console import Console
 
 from ...lab.linearize import load_plan
 from ...lab.linearize.linearization import Linearization, Prepared, Result, table
+from ...lab.units import si_bytes
 from ...models import account
 from ...training.interrupt import StopRequest
 from ..console import plain_table, terminal
 from ..options import DeviceOrGpu, require_device
 from ..progress import follow
 from ..results import Ended
-from .show import si_bytes
 
 
 @dataclass(frozen=True)

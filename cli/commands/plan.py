@@ -6,12 +6,12 @@ from typing import Annotated
 
 import typer
 
+from ...lab.units import si_bytes
 from ...registry import require_name
 from ...training import load_config
 from ...training.distributed.layouts import GPUS, GPUS_PER_MACHINE, PEAK_FRACTION, Layout, Planner
 from ..console import plain_table, terminal
 from ..options import Overrides
-from .show import si_bytes
 
 MAX_LAYOUTS = 8
 """Maximum number of layouts in the table."""

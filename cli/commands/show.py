@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ...lab.units import si, si_bytes
 from ...mixers.base.roles import ParameterRole
 from ...models import LayerCost, ModelCost, account
 from ...models.builder import build_meta
@@ -141,21 +142,3 @@ def _cells(cost: LayerCost | ModelCost) -> tuple[str, ...]:
     parameters = f"{cost.parameters:,}"
     flops = f"{si(cost.flops_per_token)}FLOP"
     return parameters, flops, si_bytes(cost.state_bytes), si_bytes(cost.activation_bytes)
-
-
-def si(number: float) -> str:
-    """Format a number with a decimal prefix: "1.2 M"."""
-    for prefix in ("", "k", "M", "G", "T", "P", "E"):
-        if abs(number) < 1000:
-            return f"{number:.3g} {prefix}"
-        number /= 1000
-    return f"{number:.3g} Z"
-
-
-def si_bytes(number: float) -> str:
-    """Format a number of bytes with a binary prefix: "1.2 MiB"."""
-    for prefix in ("", "Ki", "Mi", "Gi"):
-        if abs(number) < 1024:
-            return f"{number:.4g} {prefix}B"
-        number /= 1024
-    return f"{number:.4g} TiB"

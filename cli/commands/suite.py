@@ -31,6 +31,7 @@ from ...lab.suite.scores import (
     write_scores,
 )
 from ...lab.suite.tasks import Candidate, Extent, Metric, PlannedTask, Size, load_settings, write_studies
+from ...lab.units import si
 from ...mixers import MIXERS
 from ...registry import Config, SeqmixError, load, write_file
 from ...registry.loading import dump
@@ -39,7 +40,6 @@ from ..console import plain_table, terminal
 from ..options import Jobs, seconds_of
 from ..results import Ended
 from ..study_progress import StudyProgress
-from .show import si
 
 REFERENCES = ("attention", "retention")
 """Mixers that are measured for comparison."""

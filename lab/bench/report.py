@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from ..units import three_digits
 from .benchmark import Report, Row
 from .measure import Spread
 
@@ -120,9 +121,7 @@ def _range(spread: Spread | None, scale: float = 1.0, digits: int | None = None)
 
 def _text(number: float, digits: int | None) -> str:
     """Format a number, by default with about three significant digits."""
-    if digits is None:
-        digits = 3 if number < 1 else 2 if number < 10 else 1 if number < 100 else 0
-    return f"{number:,.{digits}f}"
+    return three_digits(number) if digits is None else f"{number:,.{digits}f}"
 
 
 def _mib(size: int | None) -> str:

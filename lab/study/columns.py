@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-from ..units import number, quantity
+from ..units import number, plus_minus, quantity
 from .conclusion import format_statistic, variant_text
 from .config_differences import format_value
 from .results import EntryResult, Results, Statistic, SummaryRow
@@ -130,8 +130,7 @@ def format_speed(row: SummaryRow) -> str:
 
 
 def _percent(value: Statistic) -> str:
-    margin = "" if value.margin is None else f" ± {100 * value.margin:.1f}"
-    return f"{100 * value.mean:.1f}{margin} %"
+    return plus_minus(value.mean, value.margin, 1, as_percent=True)
 
 
 def _short_percent(value: Statistic) -> str:
@@ -139,7 +138,7 @@ def _short_percent(value: Statistic) -> str:
 
 
 def _decimals(value: Statistic) -> str:
-    return f"{value.mean:.4f}" + ("" if value.margin is None else f" ± {value.margin:.4f}")
+    return plus_minus(value.mean, value.margin, 4)
 
 
 def _rate(row: SummaryRow) -> str:

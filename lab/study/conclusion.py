@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
+from ..units import plus_minus
 from .config_differences import format_value
 from .results import Results, Statistic, SummaryRow
 from .summary import best_first, beyond_noise, difference
@@ -195,7 +196,6 @@ def format_statistic(value: Statistic | None, *, as_percent: bool = False) -> st
     """Format a mean and its margin, in percent if `as_percent`; empty for None."""
     if value is None:
         return ""
-    scale, unit, digits = (100, " %", 1) if as_percent else (1, "", 3 if abs(value.mean) < 10 else 2)
-    margin = "" if value.margin is None else f" ± {value.margin * scale:.{digits}f}"
+    digits = 1 if as_percent else 3 if abs(value.mean) < 10 else 2
     # no-break spaces keep a number on one line
-    return f"{value.mean * scale:.{digits}f}{margin}{unit}".replace(" ", "\N{NO-BREAK SPACE}")
+    return plus_minus(value.mean, value.margin, digits, as_percent=as_percent).replace(" ", "\N{NO-BREAK SPACE}")
