@@ -54,7 +54,7 @@ USED_IN = {
 """Released models that use each mixer; mixers that are missing here are only known from papers."""
 
 FAMILIES = {
-    "choice": "sparse attention",
+    "sparse_attention": "sparse attention",
     "attention": "softmax attention",
     "decay": "linear attention and decays",
     "fenwick": "linear attention and decays",

@@ -13,8 +13,8 @@ The parallel paradigm computes all scores and masks them. The other two read the
 also sums up the cached keys of all blocks, since their means are not stored.
 
 Differences from the authors' code: their kernel runs full attention for topk = 1, and their decoding reads all keys;
-here all paradigms compute the same function. Scores are compared in fixed point of 23 bits or more, see
-ops/sparse_attention.
+here all paradigms compute the same function. Scores are compared in fixed point of 23 bits or more
+(ops/sparse_attention).
 """
 
 from typing import Literal

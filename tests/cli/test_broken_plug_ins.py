@@ -89,7 +89,7 @@ BROKEN = {
     "mix of a tensor": (
         BUILDS,
         f"{RECURS}\n    def mix(self, x, call): return super().mix(x, call)[0]",
-        r"mine: mix must return \(output, state\), got a Tensor.*Mine\.mix .*{file}:21",
+        r"mine: mix must return \(output, state\) or a MixResult, got a Tensor.*Mine\.mix .*{file}:21",
     ),
 }
 """By what is wrong: a plug-in's `build` (line 16), its methods (from line 20), and the parts of the error."""
