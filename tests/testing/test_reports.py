@@ -168,7 +168,7 @@ class ReversingConfig(RetentionConfig):
         mixer = Retention(self, d_model)
         inner = mixer.mix
         if Mode.BACKWARDS in (self.mode, self.part.mode):
-            mixer.mix = lambda x, call: (inner(x, call)[0].flip(1), *inner(x, call)[1:])
+            mixer.mix = lambda x, call: MixResult(inner(x, call)[0].flip(1), *inner(x, call)[1:])
         return mixer
 
 
