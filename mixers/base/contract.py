@@ -550,8 +550,7 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
 
     def _require_result(self, result: Any, x: Tensor, asked: LayerCall) -> None:
         """Raise ContractError unless `mix` has returned all that the traits promise, and an output of x's shape."""
-        named = isinstance(result, MixResult)
-        if not named and not (isinstance(result, tuple) and len(result) == 2):
+        if not isinstance(result, tuple) or len(result) not in (2, len(MixResult._fields)):
             raise self._wrong_result("mix", "(output, state) or a MixResult", result)
         y = result[0]
         if not isinstance(y, Tensor):
@@ -566,7 +565,7 @@ class SequenceMixer(nn.Module, ABC, Generic[S]):
             "loss": asked.return_loss and self.traits.auxiliary_loss,
         }
         for field, is_promised in promised.items():
-            if is_promised and (not named or getattr(result, field) is None):
+            if is_promised and (len(result) == 2 or getattr(MixResult(*result), field) is None):
                 raise self._wrong("mix", f"MixResult(..., {field}=...), which its traits promise", f"no {field}")
 
     def _wrong_result(self, method: str, expected: str, result: Any) -> ContractError:

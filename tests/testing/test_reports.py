@@ -12,6 +12,7 @@ import torch
 from pydantic import Field
 
 from seqmix import Paradigm
+from seqmix.mixers import MixResult
 from seqmix.mixers.base.traits import ContractError
 from seqmix.mixers.retention import Retention, RetentionConfig
 from seqmix.registry import Config
