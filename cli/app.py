@@ -88,7 +88,7 @@ def _handle_unraisable(unraisable: Any) -> None:
 
 def import_command(name: str) -> TyperCommand:
     """Import a command; its options are the parameters of its function and --json, and its help is the docstring."""
-    from .results import JsonCommand, with_json
+    from .json_output import JsonCommand, with_json
 
     word = name.replace("-", "_")
     function = getattr(import_module(f".commands.{word}", __package__), word)

@@ -3,10 +3,10 @@
 from .corpus import Corpus, read_corpus
 from .corpus_config import DatasetConfig, DocumentsConfig, WeightedSourceConfig
 from .files import read_documents
-from .kinds.text import TextConfig
 from .packing import most_documents, pack
 from .source import DATA, Batch, DataConfig, Examples, Packed, Source
 from .task import Difficulties, Task, TaskConfig
+from .tasks.text import TextConfig
 from .token_file import TokenFile, write_token_file
 from .token_store import Stream, tokenized
 

@@ -216,8 +216,8 @@ class DataConfig(Config, ABC):
         return None
 
 
-DATA = Registry("data", DataConfig, package="seqmix.data.kinds", entry_points="seqmix.data", default_kind="text")
-"""All kinds of data: the modules of `data/kinds`, plug-ins (entry points `seqmix.data`), and those that a program
+DATA = Registry("data", DataConfig, package="seqmix.data.tasks", entry_points="seqmix.data", default_kind="text")
+"""All kinds of data: the modules of `data/tasks`, plug-ins (entry points `seqmix.data`), and those that a program
 registers."""
 
 

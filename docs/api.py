@@ -7,7 +7,7 @@ from pathlib import Path
 
 import griffe
 
-from seqmix.lab.pages import fill, table
+from seqmix.lab.markdown import fill, table
 from seqmix.registry import write_file
 
 TARGET = Path(__file__).with_name("reference") / "api.md"

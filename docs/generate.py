@@ -16,10 +16,10 @@ import torch
 from seqmix import MIXERS, account, load_config
 from seqmix.blocks import FFNS, NORMS, RESIDUALS, BlockConfig
 from seqmix.cli import app as cli
-from seqmix.cli.results import schema_of
+from seqmix.cli.json_output import schema_of
 from seqmix.data import DATA, DatasetConfig, WeightedSourceConfig
 from seqmix.lab.linearize.plan import Keep, Plan, Stage, Stages, Swap
-from seqmix.lab.pages import fill, table
+from seqmix.lab.markdown import fill, table
 from seqmix.lab.study.equal_cost import Match
 from seqmix.lab.study.study import DecodeSpeed, Entry, PaperFigure, Speed, Study, TrainSpeed, Tune
 from seqmix.models.config import ModelConfig, NormalInit, PaperInit

@@ -16,7 +16,7 @@ import torch
 from ruamel.yaml import YAML
 
 from seqmix import MIXERS, Paradigm, RunConfig
-from seqmix.lab.pages import fill, table
+from seqmix.lab.markdown import fill, table
 from seqmix.mixers import MixerConfig
 from seqmix.mixers.base.state import nbytes
 from seqmix.models.builder import build_meta

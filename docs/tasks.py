@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from seqmix.data import DATA, Corpus, Task, TaskConfig
-from seqmix.lab.pages import fill
+from seqmix.lab.markdown import fill
 from seqmix.models import IGNORED
 from seqmix.registry import write_file
 

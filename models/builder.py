@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from ..mixers import ContractError
 from ..registry import OutOfMemoryError, SeqmixError
 from .config import ModelConfig
+from .cpu_linear import use_fast_linear
 from .language_model import LanguageModel
-from .linear import use_fast_linear
 
 
 def build_meta(config: ModelConfig) -> LanguageModel:

@@ -9,7 +9,7 @@ from ..blocks import NORMS, RESIDUALS, BlockConfig, NormConfig, ResidualConfig
 from ..blocks.residual.plain import PlainConfig
 from ..registry import Config, choices_hint
 from .kv_sharing import KVSharing, kv_sources
-from .loop import Loop
+from .looped_layers import Loop
 from .parametrization import CompleteP, Parametrization, Standard
 from .value_embeddings import ValueEmbeddings
 

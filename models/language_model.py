@@ -24,8 +24,8 @@ from ..ops.runtime.context_parallel import ContextParallel
 from ..ops.runtime.memo import Memo
 from ..registry import SeqmixError, nearest_hint
 from .config import ModelConfig, NormalInit
-from .linear import onednn_linear
-from .loop import LoopStart
+from .cpu_linear import onednn_linear
+from .looped_layers import LoopStart
 from .loss import IGNORED, Reduction, capped, linear_cross_entropy, linear_predictions
 from .parametrization import Shape, initial_std, shapes_of
 from .readout import LastVector

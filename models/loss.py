@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..registry import SeqmixError
-from .linear import linear
+from .cpu_linear import linear
 
 IGNORED = -100
 """Target that excludes a token from the loss."""

@@ -25,8 +25,8 @@ from ..ops.grouped_linear import grouped_linear
 from ..ops.kernels.native.quantized import GROUP, can_multiply, is_supported, multiply_int4, multiply_int8
 from ..ops.runtime.custom_op import needs_grad, register
 from ..registry import SeqmixError, require_name
+from .cpu_linear import Linear
 from .language_model import LanguageModel
-from .linear import Linear
 
 MIN_WEIGHTS = 2**14
 """Minimum number of weights of a quantised matrix: products with smaller ones take longer than with floats."""

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-from seqmix.lab.pages import fill, table
+from seqmix.lab.markdown import fill, table
 from seqmix.lab.study.conclusion import conclusion, format_statistic, has_accuracy
 from seqmix.lab.study.results import ABSENT, Results, Statistic, SummaryRow, read_results
 from seqmix.lab.study.summary import difference

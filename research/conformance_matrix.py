@@ -15,7 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
-from seqmix.lab.pages import fill, table
+from seqmix.lab.markdown import fill, table
 from seqmix.registry import write_file
 from seqmix.research import DOCS
 from seqmix.testing.vectors.families import FAMILIES

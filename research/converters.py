@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from seqmix.interop.convert import ARCHITECTURES
-from seqmix.lab.pages import fill, table
+from seqmix.lab.markdown import fill, table
 from seqmix.registry import write_file
 from seqmix.research import DOCS
 

@@ -8,7 +8,7 @@ import torch
 
 from seqmix import load_config
 from seqmix.lab.coordinates import Coordinate, coordinates
-from seqmix.lab.pages import fill, table
+from seqmix.lab.markdown import fill, table
 from seqmix.registry import write_file
 from seqmix.research import DOCS
 from seqmix.training.presets import single_kind_presets

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from seqmix.lab.figures.figure import Axis, Figure, Point, Series, drawable
 from seqmix.lab.figures.writer import adaptive
-from seqmix.lab.pages import fill, table
+from seqmix.lab.markdown import fill, table
 from seqmix.lab.study.results import RunResult, Statistic, SummaryRow, read_results
 from seqmix.lab.study.summary import beyond_noise, difference, summarise
 from seqmix.lab.units import quantity

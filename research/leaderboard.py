@@ -9,8 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from seqmix.lab.pages import fill
-from seqmix.lab.suite.entries import load_entries
+from seqmix.lab.markdown import fill
+from seqmix.lab.suite.leaderboard import load_entries
 from seqmix.lab.suite.scores import PUBLISHED, Scores, merge, read_scores
 from seqmix.lab.suite.tasks import load_settings
 from seqmix.registry import SeqmixError, write_file

@@ -5,10 +5,10 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from statistics import mean
 
-from ..lab.pages import table
+from ..lab.markdown import table
 from ..lab.study.results import ABSENT
 from ..lab.study.summary import beyond_noise
-from ..lab.suite.entries import Entry, arguments
+from ..lab.suite.leaderboard import LeaderboardEntry, arguments
 from ..lab.suite.scores import TIE, ScoreRow, Scores, condition_lines, paired_difference, score_lines, uncertainty
 from ..lab.suite.tasks import load_settings
 from ..lab.units import quantity
@@ -30,7 +30,7 @@ HEATMAP = (
 )
 
 
-def commands(entries: Mapping[str, Entry], scores: Scores | None) -> list[str]:
+def commands(entries: Mapping[str, LeaderboardEntry], scores: Scores | None) -> list[str]:
     """Return the commands of `seqmix suite` that measure what is missing in `scores`, one for each task."""
     lines = []
     for task in load_settings("small").default_tasks:
@@ -42,7 +42,7 @@ def commands(entries: Mapping[str, Entry], scores: Scores | None) -> list[str]:
     return lines
 
 
-def lines(scores: Scores, entries: Mapping[str, Entry]) -> list[str]:
+def lines(scores: Scores, entries: Mapping[str, LeaderboardEntry]) -> list[str]:
     """Return the lines of the page: heatmap, two tables and their differences, conditions."""
     parts = {
         "Without a short convolution": [_without(scores), "Entries without the option are in both tables."],
@@ -104,7 +104,7 @@ def _change(column: Mapping[str, Mapping[str, float]], with_it: str, without: st
     return f"**{text}**" if abs(apart.mean) >= TIE and beyond_noise(apart) else text
 
 
-def heatmap(scores: Scores, entries: Mapping[str, Entry]) -> list[str]:
+def heatmap(scores: Scores, entries: Mapping[str, LeaderboardEntry]) -> list[str]:
     """Return the scores as a table in HTML: a row for each entry, coloured from guessing (0) to all right (1).
 
     Entries with the most tasks come first, and of these the best mean. A browser sorts the table by any column

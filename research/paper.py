@@ -15,7 +15,7 @@ from typing import Any
 
 from seqmix.lab.figures.figure import Axis, Figure, Point, Series
 from seqmix.lab.figures.writer import adaptive
-from seqmix.lab.pages import fill, table
+from seqmix.lab.markdown import fill, table
 from seqmix.lab.paper.claims import CLAIMS, FOLDER, OF_RUNS, values_of
 from seqmix.lab.paper.verdict import (
     FIGURE_5,

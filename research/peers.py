@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seqmix import MIXERS, Paradigm
-from seqmix.lab.pages import fill, table
+from seqmix.lab.markdown import fill, table
 from seqmix.ops.decay import decay
 from seqmix.ops.delta import delta
 from seqmix.registry import write_file

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from seqmix import RunConfig, load_config, train
-from seqmix.lab.pages import fill, table
+from seqmix.lab.markdown import fill, table
 from seqmix.lab.precision.measure import TOLERANCE, FormatResult, rank_correlation, state_precision
 from seqmix.lab.precision.state_format import StateFormat
 from seqmix.registry import write_file

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from seqmix.lab.figures.figure import drawable
 from seqmix.lab.figures.writer import adaptive
-from seqmix.lab.pages import fill
+from seqmix.lab.markdown import fill
 from seqmix.lab.suite.scores import read_scores
 from seqmix.registry import SeqmixError, write_file
 from seqmix.research import DOCS

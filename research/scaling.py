@@ -8,7 +8,7 @@ import math
 from pathlib import Path
 
 from seqmix import load_config
-from seqmix.lab.pages import fill, table
+from seqmix.lab.markdown import fill, table
 from seqmix.models.builder import build_meta
 from seqmix.registry import write_file
 from seqmix.research import DOCS

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from seqmix import LanguageModel, Sampling, build_model, load_config
-from seqmix.lab.pages import fill, table
+from seqmix.lab.markdown import fill, table
 from seqmix.models import Decoder, Speculation, prefill
 from seqmix.models.sampling import Sampler
 from seqmix.models.speculation import Speculator

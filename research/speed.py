@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from seqmix.lab.bench.report import from_json
-from seqmix.lab.pages import fill, table
+from seqmix.lab.markdown import fill, table
 from seqmix.registry import write_file
 from seqmix.research import DOCS
 

@@ -6,7 +6,7 @@ from one of them at equal seeds, which says what helped and how sure that is.
 
 import sys
 
-from seqmix.lab.pages import fill, table
+from seqmix.lab.markdown import fill, table
 from seqmix.lab.study.conclusion import format_statistic, has_accuracy, score, variant_text
 from seqmix.lab.study.results import Results, Statistic, SummaryRow, read_results
 from seqmix.lab.study.summary import best_first, beyond_noise, difference

@@ -7,7 +7,7 @@ from .checkpoint.saved_run import export_run, load_run, read_config
 from .checkpoint.status import Status, read_status
 from .config import DistributedConfig, RunConfig, TrainingConfig
 from .run import TrainingError, train
-from .start import load_config
+from .warm_start import load_config
 
 __all__ = [
     "PRESETS",

@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
-from ..data.kinds.text import TextConfig
 from ..data.source import DATA, DataConfig, Source
+from ..data.tasks.text import TextConfig
 from ..models import Checkpointing, ModelConfig
 from ..registry import Config, Duration, nearest_hint
 from ..registry.config import deprecation

@@ -14,8 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..data import Batch
-from ..data.kinds.text import Text
-from ..data.slices import bins
+from ..data.loss_slices import bins
+from ..data.tasks.text import Text
 from ..mixers import Paradigm
 from ..models import IGNORED, LanguageModel
 from ..registry import SeqmixError

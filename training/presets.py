@@ -2,7 +2,7 @@
 
 from ..configs import PRESETS
 from .config import RunConfig
-from .start import load_config
+from .warm_start import load_config
 
 
 def single_kind_presets() -> dict[str, RunConfig]:

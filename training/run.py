@@ -37,8 +37,8 @@ from .nonfinite import NotFiniteError
 from .objective import Objective
 from .optimizer import build_optimizer
 from .precision import precision_of
-from .start import WeightsOrigin, start_from
 from .trainer import StepResult, Trainer
+from .warm_start import WeightsOrigin, start_from
 
 
 def train(

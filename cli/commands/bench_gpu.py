@@ -12,8 +12,8 @@ import typer
 from ...lab.bench.gpu import measure
 from ...lab.bench.gpu_plan import GROUPS, plan
 from ...registry import SeqmixError, require_name
+from ..json_output import Ended
 from ..options import seconds_of
-from ..results import Ended
 
 
 @dataclass(frozen=True)

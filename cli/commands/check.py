@@ -31,8 +31,8 @@ from ...registry import (
 )
 from ..check_output import CheckResult, Tested, as_junit, result_of
 from ..console import plain_table, terminal
+from ..json_output import Ended
 from ..options import require_writable
-from ..results import Ended
 
 if TYPE_CHECKING:
     from ...testing import Check, CheckOutcome

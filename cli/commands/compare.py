@@ -22,8 +22,8 @@ from ...lab.study.tables import difference_tables, notes, speed_note
 from ...lab.units import si
 from ...registry import SeqmixError
 from ..console import note, plain_table, terminal
+from ..json_output import Ended
 from ..options import Jobs, seconds_of
-from ..results import Ended
 from ..study_progress import StudyProgress
 
 MANY = 300

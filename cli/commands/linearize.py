@@ -14,9 +14,9 @@ from ...lab.units import si_bytes
 from ...models import account
 from ...training.interrupt import StopRequest
 from ..console import plain_table, terminal
+from ..json_output import Ended
 from ..options import DeviceOrGpu, require_device
 from ..progress import follow
-from ..results import Ended
 
 
 @dataclass(frozen=True)

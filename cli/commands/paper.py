@@ -10,8 +10,8 @@ from ...lab.paper.claims import CLAIMS, LEARNED, TIMED, Scale, plan_claim, prove
 from ...lab.paper.verdict import Verdict
 from ...registry import SeqmixError
 from ..console import plain_table, terminal
+from ..json_output import Ended
 from ..options import Jobs
-from ..results import Ended
 from .compare import StudyPlan, show_plan
 
 GROUPS = {"learned": LEARNED, "timed": TIMED, "all": CLAIMS}

@@ -9,7 +9,7 @@ import typer
 from ...lab.study.study import Study
 from ...registry import SeqmixError, json_schema
 from ...training import RunConfig
-from ..results import schema_of
+from ..json_output import schema_of
 
 
 @dataclass(frozen=True)

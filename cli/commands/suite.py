@@ -37,8 +37,8 @@ from ...registry import Config, SeqmixError, load, write_file
 from ...registry.loading import dump
 from ...registry.yaml import parse
 from ..console import plain_table, terminal
+from ..json_output import Ended
 from ..options import Jobs, seconds_of
-from ..results import Ended
 from ..study_progress import StudyProgress
 
 REFERENCES = ("attention", "retention")

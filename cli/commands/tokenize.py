@@ -12,7 +12,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from ...configs import PRESETS
 from ...data.corpus_config import DocumentsConfig
 from ...data.files import TOKENS, Document, read_documents
-from ...data.kinds.text import TextConfig
+from ...data.tasks.text import TextConfig
 from ...data.token_file import write_token_file
 from ...data.token_store import tokenized
 from ...models import ByteTokenizer, load_tokenizer

@@ -16,9 +16,9 @@ from ...training.checkpoint.files import checkpoints
 from ...training.checkpoint.run_dir import CONFIG_FILE
 from ...training.monitoring.memory import keep_freed_memory
 from ..console import note
+from ..json_output import Ended
 from ..options import DeviceOrGpu, Overrides, Trust, require_device, seconds_of
 from ..progress import run_with_progress
-from ..results import Ended
 from .show import print_cost
 
 

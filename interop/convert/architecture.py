@@ -10,7 +10,7 @@ from ...models import LanguageModel, ModelConfig
 from ...registry import SeqmixError, validated
 from .fields import Table, flatten_config, require_known, require_same, unflatten_fields, unsupported_value
 from .layout import Part, Rule, part
-from .theirs import validate_types
+from .source_config import validate_types
 
 
 class Joined(NamedTuple):

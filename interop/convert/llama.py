@@ -9,7 +9,7 @@ from ...blocks import Block
 from .architecture import Architecture, Layout
 from .fields import Table, choice, same, unsupported_value, width
 from .layout import Part, part
-from .theirs import Rotation, validate_types
+from .source_config import Rotation, validate_types
 
 BASE = Table(
     {"norm.kind": "rmsnorm"},

@@ -9,7 +9,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from ...models import IGNORED, LanguageModel
-from ...models.linear import use_fast_linear
+from ...models.cpu_linear import use_fast_linear
 from ...registry import SeqmixError
 from .cache import CACHE_NAME, CAN_CROP, SeqmixCache, mix_cached
 from .configuration import SeqmixConfig

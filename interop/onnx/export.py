@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-from ...data.kinds.text import Text
+from ...data.tasks.text import Text
 from ...mixers import SequenceMixer
 from ...models import LanguageModel
 from ...models.quantization import weights_of

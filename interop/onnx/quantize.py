@@ -13,7 +13,7 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
 from ...data import Batch
-from ...data.kinds.text import Text
+from ...data.tasks.text import Text
 from ...models import IGNORED
 from ...training.length_eval import BATCH_TOKENS
 from .session import OnnxModel

@@ -17,8 +17,8 @@ import torch
 from ...models import ModelConfig
 from ...registry import format_duration, require_name
 from .machine import Rates, available_memory, describe, synchronizer, with_peak_memory
-from .measure import Spread, TimedCall, lengthen, ratio, time_interleaved
 from .products import Product, calls_of, record_products, split_products
+from .timing import Spread, TimedCall, lengthen, ratio, time_interleaved
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,8 +21,8 @@ import torch
 from ...registry import format_duration, replacing, write_file
 from .benchmark import Report, Row
 from .gpu_plan import GROUPS, Part
-from .measure import Spread
 from .report import fields_of, from_json, markdown
+from .timing import Spread
 
 PROGRAM = (sys.executable, "-c", "from seqmix.cli.app import main; main()")
 MIN_PART_SECONDS = 15.0

@@ -19,8 +19,8 @@ from ...training.optimizer import build_optimizer, set_learning_rate
 from ...training.schedule import learning_rate
 from .benchmark import Report, Row, chosen_names
 from .machine import describe
-from .measure import Spread, TimedCall, ratio, time_interleaved
 from .peers.gpt import GptBlock
+from .timing import Spread, TimedCall, ratio, time_interleaved
 
 BUDGET = (
     "data={split: tail, sequence_length: 64}",

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from .benchmark import Implementation, PreparedCall, Settings, Skip
-from .measure import TimedCall
 from .peers import Size
 from .peers.peer import install_hint
+from .timing import TimedCall
 
 FORMATS = {"F32": "llama.cpp-f32", "Q8_0": "llama.cpp-q8_0", "Q4_0": "llama.cpp-q4_0"}
 """Names of the implementations, by the format of the weights."""

@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from ...models.linear import USE_ONEDNN, onednn_linear
-from .measure import TimedCall
+from ...models.cpu_linear import USE_ONEDNN, onednn_linear
+from .timing import TimedCall
 
 T = TypeVar("T")
 STATUS = Path("/proc/self/status")

@@ -12,8 +12,8 @@ from ...training import load_config
 from ...training.monitoring.memory import keep_freed_memory, return_freed_memory
 from .benchmark import Benchmark, Implementation, PreparedCall
 from .llama_cpp import FORMATS, LlamaCpp
-from .measure import TimedCall
 from .peers import PEERS, Peer, Size
+from .timing import TimedCall
 
 MODEL = ("model.d_model=512", "model.n_layers=6", "model.blocks.ret.mixer={n_heads: 4, chunk_size: 128}")
 """Changes to retnet-tiny that make the default model, about 20M parameters."""

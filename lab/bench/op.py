@@ -14,10 +14,10 @@ from ...ops.decay import decay
 from ...ops.runtime.kernel import Probe, find
 from ...registry import SeqmixError
 from .benchmark import Benchmark, Implementation, PreparedCall, Settings, Skip
-from .measure import TimedCall
 from .peers.gpt import eager_attention
 from .peers.peer import GPU_ONLY, Size, install_hint
 from .peers.torchscale import CHUNK, torchscale
+from .timing import TimedCall
 
 
 class Shapes(NamedTuple):

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch._library.custom_ops import OPDEFS  # torch has no public access to the function behind a custom op
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ...models.linear import onednn_linear
+from ...models.cpu_linear import onednn_linear
 from ...ops.runtime.custom_op import BODIES
-from .measure import TimedCall, repeat_call
+from .timing import TimedCall, repeat_call
 
 MAX_SIDE = 4096
 """Maximum number of rows, columns or inner elements of a timed product. Of a longer one, a piece is timed, and its time
@@ -38,7 +38,7 @@ class Product(NamedTuple):
     n: int
     dtype: torch.dtype
     column_major: tuple[bool, bool] | None = None
-    """True for each operand in column-major layout, in a oneDNN product (models/linear.py); None in torch's."""
+    """True for each operand in column-major layout, in a oneDNN product (models/cpu_linear.py); None in torch's."""
 
     @property
     def flops(self) -> int:

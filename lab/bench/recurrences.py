@@ -13,7 +13,7 @@ from ...ops.delta import delta
 from ...ops.dplr import dplr
 from ...ops.scan import scan, selective_scan
 from .benchmark import Benchmark, Implementation, PreparedCall, Settings
-from .measure import TimedCall
+from .timing import TimedCall
 
 HEADS = 4
 KEYS = 64

@@ -9,7 +9,7 @@ from pydantic import TypeAdapter
 
 from ..units import three_digits
 from .benchmark import Report, Row
-from .measure import Spread
+from .timing import Spread
 
 COLUMNS: dict[str, Callable[[Row], str]] = {
     "ms": lambda row: _number(row.seconds, 1e3),

@@ -18,11 +18,11 @@ from ..units import number, quantity
 from .conclusion import names
 from .config_differences import format_value
 from .confounders import compare, equal_options, field_of
-from .entries import PlannedEntry, Source, Variant, VariantEntries, require_options
 from .equal_cost import Cost, Matched
 from .equal_options import equal_sentences
 from .results import Difference, where
 from .study import EQUAL_TRAINING_FIELDS, Study, StudyError, kind_of
+from .study_entries import PlannedEntry, Source, Variant, VariantEntries, require_options
 
 MAX_RUNS = 10_000
 """Maximum number of runs of a study; planning builds a configuration for each."""

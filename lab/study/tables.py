@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...registry import write_file
-from ..pages import table
+from ..markdown import table
 from .columns import summary_table
 from .conclusion import accessories_first, conclusion, names
 from .config_differences import leaves

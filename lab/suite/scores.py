@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError
 
 from ...registry import Config, DataError, SeqmixError, nearest_hint, read_bytes, write_file
 from ...registry.yaml import write as to_yaml
-from ..pages import table
+from ..markdown import table
 from ..study.confounders import ACCESSORIES, describe
 from ..study.report import REPORT_FILE
 from ..study.results import AccuracyBy, Machine, Results, RunResult, Statistic

@@ -13,10 +13,10 @@ from ...registry import Config, SeqmixError, choices_hint, dump, load, require_n
 from ...registry.yaml import parse
 from ...registry.yaml import write as to_yaml
 from ...training import PRESETS, RunConfig, load_config
-from ..study.entries import require_options
 from ..study.equal_cost import cost_of
 from ..study.plan import Plan, plan
 from ..study.study import NAME_PATTERN, Name, OnceEach, Rate, Seed, StudyError, load_study
+from ..study.study_entries import require_options
 
 FOLDER = Path(__file__).parent
 BASE_FILE = "base.yaml"

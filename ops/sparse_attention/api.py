@@ -1,4 +1,4 @@
-"""Choice of keys: softmax attention of each query over the blocks or tokens that score best.
+"""Selection of keys: softmax attention of each query over the blocks or tokens that score best.
 
 Notation: B batch, T tokens, H query heads, G key heads, K key width, V value width, M slots of cache and segment, P
 blocks of L tokens, R choosers (query heads, key heads, or one for all heads), n keys that a query reads.
@@ -26,9 +26,9 @@ from ..attention.kv_cache import Cache
 from ..runtime.call import Call, CallOptions
 from ..runtime.paradigm import Paradigm
 from ..runtime.recording import record
-from .blocks import choose_own_and_best, native_sparse_rule
+from .blocks import native_sparse_rule, select_own_and_topk
 from .layout import n_blocks
-from .segments import attend_to_chosen
+from .segments import attend_to_selected
 from .tokens import Index, StoredKeys, index_rule
 
 
@@ -58,8 +58,8 @@ def block_attention(
     call = _resolve(call, q, options)
     x = _inputs(q, k, v, call, scale)
     _require_positive(block_size=block_size, topk=topk)
-    rule = partial(choose_own_and_best, block_size=block_size, topk=topk)
-    (output,), final_state = attend_to_chosen(x, (), rule, call.paradigm, block_size)
+    rule = partial(select_own_and_topk, block_size=block_size, topk=topk)
+    (output,), final_state = attend_to_selected(x, (), rule, call.paradigm, block_size)
     record("softmax", v, None, output)
     return output, final_state
 
@@ -79,7 +79,7 @@ def native_sparse_attention(
 ) -> tuple[Float[Tensor, "B T H V"], Cache | None]:
     """Return the gated sum of attention to pooled blocks, to the best blocks and to recent tokens (NSA).
 
-    Query heads that share a key head share their choice. Parallel by default.
+    Query heads that share a key head share their selection. Parallel by default.
 
     Args:
         q: queries.
@@ -100,7 +100,7 @@ def native_sparse_attention(
     if gates.shape != (*q.shape[:3], 3):
         raise SeqmixError(f"gates must have the shape {[*q.shape[:3], 3]}, got {list(gates.shape)}")
     rule = partial(native_sparse_rule, block_size=block_size, topk=topk, window=window)
-    (output,), final_state = attend_to_chosen(x, (gates,), rule, call.paradigm, block_size)
+    (output,), final_state = attend_to_selected(x, (gates,), rule, call.paradigm, block_size)
     record("softmax", v, None, output)
     return output, final_state
 
@@ -145,7 +145,7 @@ def index_attention(
     keys = torch.cat((k.flatten(2), index.k), dim=-1)[:, :, None]
     x = x._replace(k=keys, v=v.flatten(2)[:, :, None], cache=call.state)
     rule = partial(index_rule, stored=stored, topk=topk, with_loss=call.return_loss)
-    results, final_state = attend_to_chosen(x, (index.q, index.weights), rule, call.paradigm, 1)
+    results, final_state = attend_to_selected(x, (index.q, index.weights), rule, call.paradigm, 1)
     record("softmax", v, None, results[0])
     if call.return_loss:
         return results[0], final_state, results[1].sum()
@@ -191,7 +191,7 @@ def sparse_flops(
 
 def _resolve(call: Call | None, q: Tensor, options: CallOptions) -> Call:
     """Return the mixer's call, or that of an op that is called directly."""
-    return Call.resolve(call, q.shape[1], options, op="choice", paradigm=Paradigm.PARALLEL)
+    return Call.resolve(call, q.shape[1], options, op="sparse_attention", paradigm=Paradigm.PARALLEL)
 
 
 def _inputs(q: Tensor, k: Tensor, v: Tensor, call: Call, scale: float | None) -> AttentionInputs:

@@ -27,7 +27,7 @@ class Keys(NamedTuple):
         return cls(kv.keys, kv.values, x.scale)
 
 
-class Choice(NamedTuple):
+class Selection(NamedTuple):
     """Keys chosen for each query by each of R choosers; a chooser's choice is shared by H / R query heads."""
 
     ranks: Int[Tensor, "B R T n"]
@@ -36,54 +36,56 @@ class Choice(NamedTuple):
     """True where the entry exists: ranks elsewhere are meaningless."""
 
 
-def block_choice(
+def block_selection(
     blocks: Int[Tensor, "B R T k"], exists: Bool[Tensor, "B R T k"], layout: Layout, block_size: int
-) -> Choice:
+) -> Selection:
     """Return the keys of chosen blocks up to each query's own key."""
     batch_size = blocks.shape[0]
     clamped = blocks.clamp(0, layout.starts.shape[1] - 1)
     starts = layout.starts.expand(batch_size, -1).gather(1, clamped.flatten(1)).view(blocks.shape)
     ranks = starts[..., None] + torch.arange(block_size, device=blocks.device)
     in_document = (ranks >= layout.first[:, None, :, None, None]) & (ranks <= layout.own[:, None, :, None, None])
-    return Choice(ranks.flatten(-2), (exists[..., None] & in_document).flatten(-2))
+    return Selection(ranks.flatten(-2), (exists[..., None] & in_document).flatten(-2))
 
 
-def window_choice(layout: Layout, window: int, batch_size: int) -> Choice:
+def window_selection(layout: Layout, window: int, batch_size: int) -> Selection:
     """Return the last `window` keys of each query, its own included."""
     ranks = layout.own[..., None] - torch.arange(window, device=layout.own.device)
     ranks = ranks[:, None].expand(batch_size, -1, -1, -1)
-    return Choice(ranks, ranks >= layout.first[:, None, :, None])
+    return Selection(ranks, ranks >= layout.first[:, None, :, None])
 
 
-def attend_dense(q: Float[Tensor, "B T H K"], choice: Choice, source: Keys, layout: Layout) -> Float[Tensor, "B T H V"]:
+def attend_dense(
+    q: Float[Tensor, "B T H K"], selection: Selection, source: Keys, layout: Layout
+) -> Float[Tensor, "B T H V"]:
     """Compute all scores and mask those of keys that were not chosen: the definition."""
     slots = source.keys.shape[1]
-    chosen = layout.slots(choice.ranks.clamp(0, slots - 1))
+    chosen = layout.slots(selection.ranks.clamp(0, slots - 1))
     mask = chosen.new_zeros(*chosen.shape[:-1], slots + 1, dtype=torch.bool)
-    mask.scatter_(-1, torch.where(choice.visible, chosen, slots), True)
+    mask.scatter_(-1, torch.where(selection.visible, chosen, slots), True)
     mask = mask[..., :slots].repeat_interleave(q.shape[2] // mask.shape[1], dim=1)
     x = AttentionInputs(q, q, q, source.scale, None, None, False, 1)
     return attend_by_scores(x, q, source.keys, source.values, mask, None)
 
 
 def attend_gathered(
-    q: Float[Tensor, "B T H K"], choice: Choice, source: Keys, layout: Layout
+    q: Float[Tensor, "B T H K"], selection: Selection, source: Keys, layout: Layout
 ) -> Float[Tensor, "B T H V"]:
     """Gather the chosen keys and values of each query, and compute their scores alone."""
-    weights, index = chosen_weights(q, choice, source, layout)
+    weights, index = selected_weights(q, selection, source, layout)
     with no_autocast(q.device):
         output = weights @ _gather(source.values, index).to(weights.dtype)
     return output.permute(0, 2, 1, 3, 4).flatten(2, 3).to(q.dtype)
 
 
-def chosen_weights(
-    q: Float[Tensor, "B T H K"], choice: Choice, source: Keys, layout: Layout
+def selected_weights(
+    q: Float[Tensor, "B T H K"], selection: Selection, source: Keys, layout: Layout
 ) -> tuple[Float[Tensor, "B R T H/R n"], Int[Tensor, "B R T n"]]:
     """Return the softmax weights of the chosen keys, float32 or wider, and their indices in `source`, flattened."""
     batch_size, slots, groups, _ = source.keys.shape
     ranks, visible = choice
     if ranks.shape[1] < groups:  # one choice for several key heads
-        ranks, visible = (x.repeat_interleave(groups // x.shape[1], dim=1) for x in choice)
+        ranks, visible = (x.repeat_interleave(groups // x.shape[1], dim=1) for x in selection)
     choosers = ranks.shape[1]
     group = torch.arange(choosers, device=q.device) * groups // choosers
     row = torch.arange(batch_size, device=q.device)

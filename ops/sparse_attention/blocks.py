@@ -10,13 +10,13 @@ from ..attention.inputs import AttentionInputs
 from ..attention.kv_cache import KeyValues
 from ..attention.scores import group_heads, matmul, ungroup_heads
 from ..recurrence.token_loop import no_autocast
-from .attend import Keys, block_choice, window_choice
+from .attend import Keys, block_selection, window_selection
 from .layout import Layout, between, block_means
-from .scores import choose, exact_products, exact_softmax, tree_sum
+from .scores import exact_products, exact_softmax, select_topk, tree_sum
 from .segments import Attend, Rule
 
 
-def choose_own_and_best(x: AttentionInputs, kv: KeyValues, layout: Layout, block_size: int, topk: int) -> Rule:
+def select_own_and_topk(x: AttentionInputs, kv: KeyValues, layout: Layout, block_size: int, topk: int) -> Rule:
     """Return the rule of MoBA: each head attends to its own block and to the topk - 1 best complete ones before it."""
     source = Keys.of(x, kv)
     means = block_means(_wide(kv.keys.detach()), layout, block_size) if topk > 1 else None
@@ -28,9 +28,9 @@ def choose_own_and_best(x: AttentionInputs, kv: KeyValues, layout: Layout, block
         number = layout.starts.shape[1]
         if means is not None:
             earlier = between(layout, layout.own_block)
-            best, best_exist = choose(_products(q, means[:, :number]), earlier, min(topk, number) - 1)
+            best, best_exist = select_topk(_products(q, means[:, :number]), earlier, min(topk, number) - 1)
             blocks, exists = torch.cat((blocks, best), dim=-1), torch.cat((exists, best_exist), dim=-1)
-        return (attend(q, block_choice(blocks, exists, layout, block_size), source, layout),)
+        return (attend(q, block_selection(blocks, exists, layout, block_size), source, layout),)
 
     return attend_to_best
 
@@ -56,11 +56,11 @@ def native_sparse_rule(
         keys, values = (y[:, :number] for y in means)
         complete = between(layout, layout.complete)
         weights = exact_softmax(_products(q, keys.detach()) * x.scale, complete)
-        # by key head; `choose` takes sums that are equal in float32 for equal, such as those below 1e-45
+        # by key head; `select_topk` takes sums that are equal in float32 for equal, such as those below 1e-45
         shared = tree_sum(weights.unflatten(1, (keys.shape[2], -1)), dim=2)
-        best, exist = choose(*_with_forced(shared, complete, layout), min(topk, number))
-        chosen = block_choice(best, exist, layout, block_size)
-        recent = window_choice(layout, min(window, kv.keys.shape[1]), q.shape[0])
+        best, exist = select_topk(*_with_forced(shared, complete, layout), min(topk, number))
+        chosen = block_selection(best, exist, layout, block_size)
+        recent = window_selection(layout, min(window, kv.keys.shape[1]), q.shape[0])
         of_means, of_best, of_recent = gates[..., None].unbind(-2)
         output = of_means * _attend_to_means(q, keys, values, complete, x.scale)
         output = output + of_best * attend(q, chosen, source, layout)

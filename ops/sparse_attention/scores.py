@@ -1,4 +1,4 @@
-"""Scores of a choice, and the choice by them: the same bits in every paradigm, however a text is cut.
+"""Scores of keys, and the selection by them: the same bits in every paradigm, however a text is cut.
 
 A choice is discontinuous: one rounding may change it, and with it the output. A matrix product rounds in an order that
 depends on the shapes, so its numbers differ between a whole text and its pieces. Here nothing depends on an order:
@@ -65,7 +65,7 @@ def exact_softmax(scores: Float[Tensor, "*batch P"], visible: Bool[Tensor, "*bat
 
 
 @torch.no_grad()
-def choose(
+def select_topk(
     scores: Float[Tensor, "*batch T P"], allowed: Bool[Tensor, "*batch T P"], number: int
 ) -> tuple[Int[Tensor, "*batch T n"], Bool[Tensor, "*batch T n"]]:
     """Return the indices of the `number` highest scores that are allowed, best first, and which of them exist.

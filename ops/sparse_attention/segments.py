@@ -10,14 +10,14 @@ from torch.utils.checkpoint import checkpoint
 from ..attention.inputs import AttentionInputs
 from ..attention.kv_cache import Cache, KeyValues
 from ..runtime.paradigm import Paradigm
-from .attend import Choice, Keys, attend_dense, attend_gathered
+from .attend import Keys, Selection, attend_dense, attend_gathered
 from .layout import Layout, is_aligned, layout_of, n_blocks
 
 
 class Attend(Protocol):
-    """Function that computes the softmax attention over a choice: `attend_dense` or `attend_gathered`."""
+    """Function that computes the softmax attention over a selection: `attend_dense` or `attend_gathered`."""
 
-    def __call__(self, q: Tensor, choice: Choice, source: Keys, layout: Layout) -> Tensor:
+    def __call__(self, q: Tensor, selection: Selection, source: Keys, layout: Layout) -> Tensor:
         """Return the output [B T H V]."""
         ...
 
@@ -28,7 +28,7 @@ Prepare = Callable[[AttentionInputs, KeyValues, Layout], Rule]
 """Function from the keys of a segment to the rule, so that blocks are pooled once for all queries."""
 
 
-def attend_to_chosen(
+def attend_to_selected(
     x: AttentionInputs, of_queries: Sequence[Tensor], prepare: Prepare, paradigm: Paradigm, block_size: int
 ) -> tuple[tuple[Tensor, ...], Cache | None]:
     """Apply a rule to a segment; return its outputs and the final cache.

@@ -1,4 +1,4 @@
-"""Choice of tokens by an indexer: DeepSeek Sparse Attention (notation of api.py; I index heads, D index width).
+"""Selection of tokens by an indexer: DeepSeek Sparse Attention (notation of api.py; I index heads, D index width).
 
     I_ts = sum_i w_ti relu(q^I_ti . k^I_s)              one index key per token, shared by the index heads
     S_t  = the topk best s <= t by I_ts
@@ -17,9 +17,9 @@ from torch import Tensor
 from ..attention.inputs import AttentionInputs
 from ..attention.kv_cache import KeyValues
 from ..recurrence.token_loop import no_autocast
-from .attend import Choice, Keys, block_choice, chosen_weights
+from .attend import Keys, Selection, block_selection, selected_weights
 from .layout import Layout, between
-from .scores import choose, exact_products
+from .scores import exact_products, select_topk
 from .segments import Attend, Rule
 
 
@@ -67,12 +67,12 @@ def index_rule(
         number = min(layout.starts.shape[1], index_keys.shape[1])
         scores = index_scores(index_q, index_keys[:, :number], weights)
         earlier = between(layout, layout.complete)[..., :number]
-        best, exist = choose(scores[:, None], earlier, min(topk, number))
-        choice = block_choice(best, exist, layout, 1)
-        output = attend(q, choice, source, layout)
+        best, exist = select_topk(scores[:, None], earlier, min(topk, number))
+        selection = block_selection(best, exist, layout, 1)
+        output = attend(q, selection, source, layout)
         if not with_loss:
             return (output,)
-        return output, _index_loss(Index(index_q, index_keys, weights), q, choice, source, layout)
+        return output, _index_loss(Index(index_q, index_keys, weights), q, selection, source, layout)
 
     return attend_to_best
 
@@ -88,11 +88,11 @@ def index_scores(
     return scores
 
 
-def _index_loss(index: Index, q: Tensor, choice: Choice, source: Keys, layout: Layout) -> Float[Tensor, "B T"]:
+def _index_loss(index: Index, q: Tensor, selection: Selection, source: Keys, layout: Layout) -> Float[Tensor, "B T"]:
     """Return the divergence of the indexer's distribution over the chosen tokens from that of the attention."""
     with torch.no_grad():
-        target = chosen_weights(q, choice, source, layout)[0].mean((1, 3))
-    ranks, visible = (y[:, 0] for y in choice)
+        target = selected_weights(q, selection, source, layout)[0].mean((1, 3))
+    ranks, visible = (y[:, 0] for y in selection)
     rows = torch.arange(len(ranks), device=q.device)[:, None, None]
     keys = index.k[rows, ranks.clamp(0, index.k.shape[1] - 1)].to(target.dtype)
     with no_autocast(q.device):

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ...lab.suite.entries import Entry
+from ...lab.suite.leaderboard import LeaderboardEntry
 from ...lab.suite.scores import ScoreRow, Scores
 from ...registry import SeqmixError
 from . import ranks
@@ -55,8 +55,10 @@ class Pooled(NamedTuple):
     entries: int
 
 
-def task_predictors(scores: Scores, entries: Mapping[str, Entry], *, halfway: bool = False) -> dict[str, Predictor]:
-    """Return a predictor for each task of the suite, with those entries of entries.yaml that have a score.
+def task_predictors(
+    scores: Scores, entries: Mapping[str, LeaderboardEntry], *, halfway: bool = False
+) -> dict[str, Predictor]:
+    """Return a predictor for each task of the suite, with those entries of leaderboard.yaml that have a score.
 
     Scores are rounded to whole percents: smaller differences, as between mixers that have all right, are noise. With
     `halfway`, they are the accuracies after half of the training, of those entries that have them.
@@ -71,8 +73,8 @@ def task_predictors(scores: Scores, entries: Mapping[str, Entry], *, halfway: bo
         for row in rows:
             if row.mixers != (entries[row.entry].kind,):
                 raise SeqmixError(
-                    f"{name}: expected the mixer {entries[row.entry].kind} in the row {row.entry}, as in entries.yaml, "
-                    f"got {', '.join(row.mixers)}: rename the row"
+                    f"{name}: expected the mixer {entries[row.entry].kind} in the row {row.entry}, as in "
+                    f"leaderboard.yaml, got {', '.join(row.mixers)}: rename the row"
                 )
         if rows and task.task.varies is None:
             predictors[name] = Predictor(
@@ -109,7 +111,7 @@ def group_predictors(tasks: Mapping[str, Predictor], groups: Mapping[str, Sequen
     return predictors
 
 
-def date_predictor(entries: Mapping[str, Entry], names: Sequence[str]) -> Predictor:
+def date_predictor(entries: Mapping[str, LeaderboardEntry], names: Sequence[str]) -> Predictor:
     """Return the predictor that ranks newer mixers higher."""
     return Predictor(DATE, tuple(names), np.array([[[entries[name].date for name in names]]]))
 
@@ -153,7 +155,10 @@ def pool(predictor: Predictor, published: Sequence[Published], draws: int = rank
 
 
 def minus_date(
-    predictor: Predictor, published: Sequence[Published], entries: Mapping[str, Entry], draws: int = ranks.DRAWS
+    predictor: Predictor,
+    published: Sequence[Published],
+    entries: Mapping[str, LeaderboardEntry],
+    draws: int = ranks.DRAWS,
 ) -> tuple[float, Interval] | None:
     """Return by how much a predictor's pooled rho exceeds that of the date, with its interval; None without columns."""
     if not published:
@@ -234,7 +239,7 @@ def judge(
     predictions: Predictions,
     groups: Mapping[str, Predictor],
     grids: Mapping[str, Grid],
-    entries: Mapping[str, Entry],
+    entries: Mapping[str, LeaderboardEntry],
     draws: int = ranks.DRAWS,
 ) -> list[Verdict]:
     """Judge all predictions."""

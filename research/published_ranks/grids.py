@@ -1,7 +1,7 @@
 """Published comparisons of mixers as data: grids/NAME.yaml, with the entries that stand for their models.
 
 A grid holds numbers that were read in a publication, for models that were trained under the same conditions. Each model
-is represented by an entry of the suite (suite/entries.yaml): a mixer of the library with options.
+is represented by an entry of the suite (suite/leaderboard.yaml): a mixer of the library with options.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from ...lab.suite.entries import ENTRIES, Arxiv, Entry, load_entries
+from ...lab.suite.leaderboard import LEADERBOARD, Arxiv, LeaderboardEntry, load_entries
 from ...registry import Config, SeqmixError, choices_hint, load
 
 FOLDER = Path(__file__).parent
@@ -114,7 +114,7 @@ class Grid(Config):
         return {model.entry for model in self.models.values() if model.own}
 
 
-def load_grid(file: Path, entries: Mapping[str, Entry]) -> Grid:
+def load_grid(file: Path, entries: Mapping[str, LeaderboardEntry]) -> Grid:
     """Load one grid.
 
     Raises:
@@ -124,7 +124,7 @@ def load_grid(file: Path, entries: Mapping[str, Entry]) -> Grid:
     for name, model in grid.models.items():
         if model.entry not in entries:
             hint = choices_hint(model.entry, entries, "entries")
-            raise SeqmixError(f"{file}: models.{name}.entry: {ENTRIES} has no {model.entry!r}{hint}")
+            raise SeqmixError(f"{file}: models.{name}.entry: {LEADERBOARD} has no {model.entry!r}{hint}")
     return grid
 
 
@@ -136,7 +136,7 @@ def load_grids() -> Mapping[str, Grid]:
     return dict(sorted(grids.items(), key=lambda item: (item[1].published, item[0])))
 
 
-def entries_of(grids: Mapping[str, Grid]) -> dict[str, Entry]:
+def entries_of(grids: Mapping[str, Grid]) -> dict[str, LeaderboardEntry]:
     """Return the entries that stand for models of the grids."""
     named = {model.entry for grid in grids.values() for model in grid.models.values()}
     return {name: entry for name, entry in load_entries().items() if name in named}

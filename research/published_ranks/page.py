@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
 from ...lab.figures.figure import Axis, Figure, Point, Series
-from ...lab.pages import table
-from ...lab.suite.entries import Entry
+from ...lab.markdown import table
+from ...lab.suite.leaderboard import LeaderboardEntry
 from ...lab.suite.scores import Scores
 from . import ranks
 from .analysis import (
@@ -74,7 +74,7 @@ def grid_lines(grids: Mapping[str, Grid]) -> list[str]:
     ]
 
 
-def power_lines(grids: Mapping[str, Grid], entries: Mapping[str, Entry], tests: int) -> list[str]:
+def power_lines(grids: Mapping[str, Grid], entries: Mapping[str, LeaderboardEntry], tests: int) -> list[str]:
     """Return the tables of what can be distinguished from chance, and how well the grids agree with each other.
 
     `tests` is the number of tested predictions, for which p-values are corrected.
@@ -133,7 +133,7 @@ def prediction_lines(predictions: Predictions) -> list[str]:
 def results(
     scores: Scores,
     grids: Mapping[str, Grid],
-    entries: Mapping[str, Entry],
+    entries: Mapping[str, LeaderboardEntry],
     predictions: Predictions,
     draws: int = ranks.DRAWS,
 ) -> tuple[list[str], Figure]:
@@ -183,7 +183,7 @@ def _figure(pools: Pools) -> Figure:
     return Figure("transfer", "Agreement with published rankings", caption, x, y, series, joined=False)
 
 
-def _conditions(scores: Scores, names: Sequence[str], entries: Mapping[str, Entry]) -> str:
+def _conditions(scores: Scores, names: Sequence[str], entries: Mapping[str, LeaderboardEntry]) -> str:
     """Return a sentence on the scores: size, matching, seeds, entries, and options that were made equal."""
     conditions = [task.conditions for task in scores.tasks.values()]
     seeds = sorted({len(each.seeds) for each in conditions})
@@ -277,7 +277,7 @@ def _halfway(tasks: Mapping[str, Predictor], names: Sequence[str], grids: Mappin
 
 
 def _families(
-    predictors: Mapping[str, Predictor], grids: Mapping[str, Grid], entries: Mapping[str, Entry], draws: int
+    predictors: Mapping[str, Predictor], grids: Mapping[str, Grid], entries: Mapping[str, LeaderboardEntry], draws: int
 ) -> list[str]:
     families = list(dict.fromkeys(entries[e].family for p in predictors.values() for e in p.entries))
     rows = []
@@ -294,7 +294,7 @@ def _families(
 def _dates(
     predictors: Mapping[str, Predictor],
     grids: Mapping[str, Grid],
-    entries: Mapping[str, Entry],
+    entries: Mapping[str, LeaderboardEntry],
     predictions: Predictions,
     draws: int,
 ) -> list[str]:

@@ -9,7 +9,7 @@ from conftest import SMALL
 
 from seqmix import __version__
 from seqmix.cli import app as cli
-from seqmix.cli.results import _finite
+from seqmix.cli.json_output import _finite
 
 TEXT = "data.paths=[text.txt]"
 

@@ -12,8 +12,8 @@ from small_runs import refusal, run_of, trainer_of
 
 from seqmix import ConfigError, generate_text, load_config, load_run
 from seqmix.data import DATA, Corpus
-from seqmix.data.kinds.mqar import MqarConfig
 from seqmix.data.task import BLOCK, EVALUATION, TRAINING, Task, TaskConfig
+from seqmix.data.tasks.mqar import MqarConfig
 from seqmix.models import IGNORED
 from seqmix.registry import read_mapping
 from seqmix.training import PRESETS

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from seqmix.models.linear import linear
+from seqmix.models.cpu_linear import linear
 from seqmix.models.quantization import Int4Linear, Int8Linear
 from seqmix.ops.cell import m2rnn, slstm
 from seqmix.ops.convolution import short_convolution

@@ -1,7 +1,7 @@
 """Batches cut from a stream of tokens, as a text of them gives them."""
 
 from seqmix.data import Batch, Corpus
-from seqmix.data.kinds.text import Text, TextConfig
+from seqmix.data.tasks.text import Text, TextConfig
 
 
 def text_of(tokens, length: int, **fields) -> Text:

@@ -10,7 +10,7 @@ from fla_oracles import agree, loaded, needs_fla
 from seqmix.mixers import Paradigm
 from seqmix.ops.attention import GrowingCache, empty_cache, softmax_attention
 from seqmix.ops.sparse_attention import Index, block_attention, index_attention, native_sparse_attention
-from seqmix.ops.sparse_attention.scores import choose, exact_products, exact_softmax, tree_sum
+from seqmix.ops.sparse_attention.scores import exact_products, exact_softmax, select_topk, tree_sum
 from seqmix.registry import SeqmixError
 
 every_paradigm = pytest.mark.parametrize("paradigm", list(Paradigm))
@@ -64,10 +64,10 @@ def test_scores_are_bitwise_equal_for_every_shape_and_order(width, dtype):
 def test_lower_index_wins_among_equal_scores():
     scores = torch.tensor([[2.0, -0.0, 5.0, 0.0, 5.0, -1.0, -torch.inf, 5.0]])
     allowed = torch.tensor([[True, True, True, True, True, True, True, False]])
-    index, exists = choose(scores, allowed, 8)
+    index, exists = select_topk(scores, allowed, 8)
     assert index[0, :7].tolist() == [2, 4, 0, 1, 3, 5, 6]
     assert exists.tolist() == [[True] * 7 + [False]]
-    assert choose(scores, allowed, 2)[0].tolist() == [[2, 4]]
+    assert select_topk(scores, allowed, 2)[0].tolist() == [[2, 4]]
 
 
 def test_padding_leaves_sum_and_softmax_bitwise_unchanged():

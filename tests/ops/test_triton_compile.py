@@ -30,7 +30,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from seqmix.lab.pages import fill, table
+from seqmix.lab.markdown import fill, table
 from seqmix.ops.decay import decay as decay_op
 from seqmix.ops.delta import delta
 from seqmix.ops.kernels.triton.decay import launch as triton_launch

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from seqmix.lab.study.summary import statistic
-from seqmix.lab.suite.entries import load_entries
+from seqmix.lab.suite.leaderboard import load_entries
 from seqmix.lab.suite.scores import Conditions, ScoreRow, Scores, TaskScores, write_scores
 from seqmix.lab.suite.tasks import Candidate, load_settings
 from seqmix.mixers import MIXERS

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from seqmix.lab.pages import fill
+from seqmix.lab.markdown import fill
 from seqmix.lab.study.summary import statistic
 from seqmix.lab.suite.scores import Conditions, ScoreRow, Scores, TaskScores
 from seqmix.lab.suite.tasks import load_settings
@@ -103,7 +103,7 @@ models:
 @pytest.mark.parametrize(
     ("old", "new", "sentence"),
     [
-        ("entry: retention", "entry: retnetion", "entries.yaml has no 'retnetion'; did you mean \"retention\"?"),
+        ("entry: retention", "entry: retnetion", "leaderboard.yaml has no 'retnetion'; did you mean \"retention\"?"),
         ("entry: retention", "entry: attention", "expected each entry once, got 'attention' for 2 models"),
         ("values: {loss: 2.0}", "values: {los: 2.0}", "expected one of the measures loss, got 'los'"),
         ("better: lower", "better: low", "better"),

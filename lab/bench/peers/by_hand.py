@@ -18,7 +18,7 @@ from ....mixers import Paradigm
 from ....mixers.parts import rotated
 from ....mixers.retention import RetentionConfig, normalizers, scheduled
 from ....models import IGNORED, LanguageModel, ModelConfig, linear_cross_entropy
-from ....models.linear import use_fast_linear
+from ....models.cpu_linear import use_fast_linear
 from ....ops.decay import decay
 from ....ops.runtime.call import Call
 from ....ops.runtime.memo import Memo, once

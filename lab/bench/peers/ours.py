@@ -10,8 +10,8 @@ from ....mixers.base.state import to_dict
 from ....mixers.parts import ShortConvolution
 from ....models import build_meta, build_model, compile_blocks
 from ....models.compiling import rows_as_sums
+from ....models.cpu_linear import Linear
 from ....models.decoding import Decoder
-from ....models.linear import Linear
 from ....models.prefill import compiled_prefill
 from ....models.quantization import prepare_quantized, quantize_model, weights_of
 from ....ops.kernels.selection import AUTO_ON_CPU, fallback_of

@@ -12,7 +12,7 @@ from hypothesis import settings
 from seqmix import SeqmixError
 from seqmix.interop.convert import ARCHITECTURES, import_from
 from seqmix.interop.convert.rwkv import RWKV7
-from seqmix.interop.convert.theirs import Rotation, Theirs, validate_types
+from seqmix.interop.convert.source_config import Rotation, Theirs, validate_types
 from seqmix.models import build_meta
 
 SAMPLE = 60

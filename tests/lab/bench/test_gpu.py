@@ -14,8 +14,8 @@ from seqmix.lab.bench import gpu
 from seqmix.lab.bench.benchmark import Report, Row
 from seqmix.lab.bench.gpu import combine, measure, run_process
 from seqmix.lab.bench.gpu_plan import GROUPS, Part, plan
-from seqmix.lab.bench.measure import Spread
 from seqmix.lab.bench.report import to_json
+from seqmix.lab.bench.timing import Spread
 from seqmix.ops.runtime.kernel import all_kernels
 
 GIB = 2**30

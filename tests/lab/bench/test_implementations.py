@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from seqmix.lab.bench import benchmark
-from seqmix.lab.bench.measure import TimedCall
 from seqmix.lab.bench.models import STEPS, DecodeBenchmark, TrainBenchmark
 from seqmix.lab.bench.op import OpBenchmark
 from seqmix.lab.bench.peers import Seqmix
+from seqmix.lab.bench.timing import TimedCall
 
 
 def implementation(benchmark, name):

@@ -9,8 +9,8 @@ from rich.console import Console
 from seqmix.cli.commands.bench import show
 from seqmix.lab.bench.benchmark import Report, Row
 from seqmix.lab.bench.figures import figures_of
-from seqmix.lab.bench.measure import Spread
 from seqmix.lab.bench.report import from_json, markdown, to_json
+from seqmix.lab.bench.timing import Spread
 from seqmix.lab.figures import theme
 
 MACHINE = {

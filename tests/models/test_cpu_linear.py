@@ -16,9 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from seqmix import load_config
 from seqmix.models import build_model
-from seqmix.models import linear as module
+from seqmix.models import cpu_linear as module
 from seqmix.models.compiling import compiled_for, rows_as_sums
-from seqmix.models.linear import Linear, linear, onednn_linear, use_fast_linear
+from seqmix.models.cpu_linear import Linear, linear, onednn_linear, use_fast_linear
 from seqmix.models.speculation import verify
 from seqmix.ops.kernels.native import build
 from seqmix.ops.kernels.native import linear as kernel

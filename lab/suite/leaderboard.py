@@ -1,4 +1,4 @@
-"""Entries of the leaderboard and of rank transfer: mixers of the library with options, from entries.yaml."""
+"""Entries of the leaderboard and of rank transfer: mixers of the library with options, from leaderboard.yaml."""
 
 from collections.abc import Mapping
 from functools import cache
@@ -11,7 +11,7 @@ from ...registry import Config, load
 from ...registry.yaml import write as to_yaml
 
 FOLDER = Path(__file__).parent
-ENTRIES = "entries.yaml"
+LEADERBOARD = "leaderboard.yaml"
 Arxiv = Annotated[str, Field(pattern=r"^\d{4}\.\d{5}$")]
 """arXiv number."""
 Family = Literal[
@@ -26,7 +26,7 @@ Family = Literal[
 ]
 
 
-class Entry(Config):
+class LeaderboardEntry(Config):
     """Mixer of the library with options; it also stands for models of papers."""
 
     mixer: dict[str, Any]
@@ -47,19 +47,19 @@ class Entry(Config):
         return float(self.arxiv.partition(".")[0])
 
 
-class Entries(Config):
+class Leaderboard(Config):
     """Entries by the names that the suite's tables have for them."""
 
-    entries: dict[str, Entry] = Field(min_length=1)
+    entries: dict[str, LeaderboardEntry] = Field(min_length=1)
 
 
 @cache
-def load_entries() -> Mapping[str, Entry]:
+def load_entries() -> Mapping[str, LeaderboardEntry]:
     """Load the entries by name."""
-    return load(Entries, FOLDER / ENTRIES, presets=FOLDER).entries
+    return load(Leaderboard, FOLDER / LEADERBOARD, presets=FOLDER).entries
 
 
-def arguments(entries: Mapping[str, Entry]) -> list[str]:
+def arguments(entries: Mapping[str, LeaderboardEntry]) -> list[str]:
     """Return the entries as arguments of `seqmix suite`: the kind, or NAME={kind: MIXER, ...}."""
     return [
         name if entry.mixer == {"kind": name} else f"{name}={to_yaml(entry.mixer, in_one_line=True).strip()}"

@@ -10,9 +10,9 @@ import torch
 from small_runs import run_of
 
 from seqmix import load_config
-from seqmix.data.kinds.text import TextConfig
-from seqmix.data.slices import Slices, SlicesConfig, bins
+from seqmix.data.loss_slices import Slices, SlicesConfig, bins
 from seqmix.data.source import Batch
+from seqmix.data.tasks.text import TextConfig
 from seqmix.models import IGNORED
 from seqmix.training.monitoring.metrics import Score
 

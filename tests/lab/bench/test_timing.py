@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from seqmix.lab.bench import benchmark
 from seqmix.lab.bench.benchmark import Forecast, Implementation, PreparedCall, Skip, run
 from seqmix.lab.bench.machine import available_memory, with_peak_memory
-from seqmix.lab.bench.measure import MIN_ROUNDS, Spread, TimedCall, lengthen, ratio, time_interleaved, turns
 from seqmix.lab.bench.models import PrefillBenchmark
 from seqmix.lab.bench.op import OpBenchmark
 from seqmix.lab.bench.products import MAX_ELEMENTS, MAX_SIDE, Product, calls_of, record_products, split_products
+from seqmix.lab.bench.timing import MIN_ROUNDS, Spread, TimedCall, lengthen, ratio, time_interleaved, turns
 from seqmix.ops.decay import decay
 from seqmix.ops.decay.api import decay_flops
 from seqmix.ops.runtime.paradigm import Paradigm

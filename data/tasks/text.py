@@ -12,10 +12,10 @@ from ...registry import SeqmixError
 from ..corpus import Corpus, read_corpus
 from ..corpus_config import CorpusConfig
 from ..files import source_name
+from ..loss_slices import COUNTED_TOKENS, Slices, SlicesConfig
 from ..order import contiguous_starts, lane_windows, mixture
 from ..packing import most_documents, pack
 from ..sequences import PADDING, Cut, Streamed, Tokens, windows
-from ..slices import COUNTED_TOKENS, Slices, SlicesConfig
 from ..source import Batch, Examples, LossPartition, Packed, Source, share
 
 
