@@ -72,7 +72,7 @@ def replace_mixers(
         decoder.layers[index].self_attn = MixerAsAttention(replacement, index).train(attention.training)
     if not any(hook is _pass_rows for hook in decoder._forward_pre_hooks.values()):
         decoder.register_forward_pre_hook(_pass_rows, with_kwargs=True)
-    model._is_stateful = True  # makes transformers reject assisted decoding
+    vars(model)["_is_stateful"] = True  # makes transformers reject assisted decoding
     return model
 
 

@@ -83,7 +83,7 @@ def selected_weights(
 ) -> tuple[Float[Tensor, "B R T H/R n"], Int[Tensor, "B R T n"]]:
     """Return the softmax weights of the chosen keys, float32 or wider, and their indices in `source`, flattened."""
     batch_size, slots, groups, _ = source.keys.shape
-    ranks, visible = choice
+    ranks, visible = selection
     if ranks.shape[1] < groups:  # one choice for several key heads
         ranks, visible = (x.repeat_interleave(groups // x.shape[1], dim=1) for x in selection)
     choosers = ranks.shape[1]
