@@ -91,7 +91,7 @@ class StateLayer(CacheLayerMixin):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
 
-    def activate_past_recording(self) -> None:
+    def activate_past_recording(self, **_: Any) -> None:
         """Keep what `crop` needs, from the next call on; every further call is expected to be followed by a `crop`."""
         self.record_past = True
 

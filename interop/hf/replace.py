@@ -72,7 +72,8 @@ def replace_mixers(
         decoder.layers[index].self_attn = MixerAsAttention(replacement, index).train(attention.training)
     if not any(hook is _pass_rows for hook in decoder._forward_pre_hooks.values()):
         decoder.register_forward_pre_hook(_pass_rows, with_kwargs=True)
-    vars(model)["_is_stateful"] = True  # makes transformers reject assisted decoding
+    # makes transformers before 5.25 reject assisted decoding; later ones ask the cache
+    vars(model)["_is_stateful"] = True
     return model
 
 

@@ -78,7 +78,7 @@ class HFConfig(AdaptedConfig):
 
     def module(self, d_model: int) -> nn.Module:  # noqa: ARG002
         cls, config = _class(self.path), self._config()
-        parameters = inspect.signature(cls).parameters
+        parameters = inspect.signature(_written_init(cls)).parameters
         layer = cls(config, **({"layer_idx": self.layer_idx} if "layer_idx" in parameters else {}))
         if isinstance(layer, _module_globals(layer).get("PreTrainedModel", ())):  # a model: it gets embedded tokens
             layer.get_input_embeddings().requires_grad_(False)
@@ -346,9 +346,18 @@ def _module_globals(layer: nn.Module) -> dict[str, Any]:
 
 def _config_class(cls: type) -> Any:
     """Return the class of a module's configuration, from the type hint of its `config` argument."""
-    hint = get_type_hints(cls.__init__).get("config")
+    hint = get_type_hints(_written_init(cls)).get("config")
     if not isinstance(hint, type):
         raise ContractError(
             f"{cls.__name__} has no argument `config` that is a configuration of transformers: use seqmix.testing.adapt"
         )
     return hint
+
+
+def _written_init(cls: type) -> Any:
+    """Return `__init__` as the class's author wrote it: decorators of the `kernels` package put a function of
+    `*args, **kwargs` in its place and keep it as `orig_init`."""
+    init = cls.__init__
+    while inspect.isfunction(init) and "orig_init" in (nonlocals := inspect.getclosurevars(init).nonlocals):
+        init = nonlocals["orig_init"]
+    return init

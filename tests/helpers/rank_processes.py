@@ -126,7 +126,7 @@ def _everything(mixer, call, x, state, counted) -> dict[str, torch.Tensor]:
 
     mixer.zero_grad()
     x, before = _leaf(x), None if state is None else map_state(_leaf, state)
-    y, after = call(x, before)
+    y, after, *_ = call(x, before)
     # weights that are the same for a token whoever has it
     first = 0 if counted == 1 else context().start(x.shape[1])
     token = torch.arange(first, first + x.shape[1])[:, None] + torch.arange(16)
