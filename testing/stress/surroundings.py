@@ -62,7 +62,8 @@ def surroundings_change_nothing(trial: Trial) -> None:
             for place in ("first", "second"):
                 what = f"{paradigm}, the {place} of two equal layers that share positions against one alone"
                 before = None if state is None else clone(state)
-                call = LayerCall(before, paradigm, return_state=trial.mixer.traits.has_state, memo=memo)
+                used = paradigm if state is None else trial.after(paradigm)
+                call = LayerCall(before, used, return_state=trial.mixer.traits.has_state, memo=memo)
                 result = trial.mixer(x, call=call)
                 trial.compare(what, (result.y, result.state), alone, 0)
         _compare_deterministic_algorithms(trial, paradigm, x)
