@@ -2,8 +2,8 @@
 
 Every step is a seqmix command with `--json -`, in a folder of its own. Replace `propose` by your own source of ideas,
 such as a language model. A proposal is kept only if its validation loss is better than that of the best mixer so far
-beyond the noise of the seeds; both are trained on the same batches, with equally many parameters. The folder has the
-table of all decisions (table.md, table.json), the study with every run, and its report.
+by an interval that does not contain 0; both are trained on the same batches, with equally many parameters. The folder
+has the table of all decisions (table.md, table.json), the study with every run, and its report.
 """
 
 import argparse
@@ -126,11 +126,11 @@ def compare(folder: Path, best: Proposal, new: Proposal, seeds: int, budget: flo
 
 
 def decide(result: dict[str, Any], best: Proposal, new: Proposal) -> Decision:
-    """Keep a mixer if the ranks say that it is better beyond noise."""
+    """Keep a mixer if the best one so far is worse than it, by the interval of their difference."""
     if "error" in result:
         return Decision(new.name, f"dropped: {result['error']}", against=best.name)
     rows = {row["entry"]: row for row in result["summary"]}
-    decision = Decision(new.name, "dropped: not better beyond noise", against=best.name)
+    decision = Decision(new.name, "dropped: not shown to be better", against=best.name)
     if row := rows.get(new.name):
         decision.loss, decision.margin = (row["validation_loss"][key] for key in ("mean", "margin"))
     if row := rows.get(best.name):
@@ -139,7 +139,7 @@ def decide(result: dict[str, Any], best: Proposal, new: Proposal) -> Decision:
         decision.decision = "undecided: the time was up"
     elif failed := result["failed"]:
         decision.decision = f"dropped: {next(iter(failed.values()))}"
-    elif (rows[new.name]["rank"] or 1) < (rows[best.name]["rank"] or 1):
+    elif any(each["entry"] == best.name and each["verdict"] == "worse" for each in result["comparisons"]):
         decision.decision = "kept"
     return decision
 

@@ -4,15 +4,18 @@ FOLDER is that of the study `recall-accessories` or `text-accessories`, after `s
 kept in docs/explanation/equal-accessories.json; without a folder, the tables of text are regenerated from that file.
 """
 
+import math
 import runpy
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 from seqmix.lab.markdown import fill, table
+from seqmix.lab.statistics.comparison import compare_pairs
+from seqmix.lab.study.columns import rank_text
+from seqmix.lab.study.comparisons import LOSS_FLOOR
 from seqmix.lab.study.conclusion import conclusion, format_statistic, has_accuracy
-from seqmix.lab.study.results import ABSENT, Results, Statistic, SummaryRow, read_results
-from seqmix.lab.study.summary import difference
+from seqmix.lab.study.results import ABSENT, Results, SummaryRow, read_results
 from seqmix.lab.study.tables import notes
 from seqmix.registry import SeqmixError, write_file
 from seqmix.research import DOCS
@@ -64,7 +67,11 @@ def _accuracy(row: SummaryRow | None) -> float:
 def _cells(row: SummaryRow | None) -> list[str]:
     if row is None:
         return [ABSENT, "", ""]
-    return [format_statistic(row.accuracy, as_percent=True), f"{row.rank or ''}", f"{row.learning_rate:g}"]
+    return [
+        format_statistic(row.accuracy, as_percent=True),
+        "" if row.ranks is None else rank_text(row.ranks),
+        f"{row.learning_rate:g}",
+    ]
 
 
 def read_study(folder: str) -> Results:
@@ -91,17 +98,19 @@ def read_text(results: Results) -> Measured:
 def text(measured: Measured) -> list[str]:
     """Return the table of losses in bits per byte without and with a short convolution, best first with one.
 
-    Differences are at equal seeds: a mixer minus attention, and what the convolution changes in a mixer.
+    Beside them stand a mixer minus attention, and what the convolution changes in a mixer.
     """
     compared = {word: LANGUAGE.at_length(size, STEPS) for word, size in measured.sizes.items()}
+    scores = {f"{name} {word}": each.scores[name] for word, each in compared.items() for name in each.scores}
+    pairs = {name: (f"{name} with", f"{name} without") for name in compared["with"].best_first()}
+    changes = compare_pairs(scores, list(pairs.values()), higher_is_better=False, floor=LOSS_FLOOR / math.log(2))
     rows = []
-    for name in sorted(compared["with"].rows, key=lambda name: compared["with"].rows[name].validation_loss.mean):
+    for name, pair in pairs.items():
         cells = [f"`{name}`"]
         for word, each in compared.items():
             rate = measured.sizes[word].models[name].runs[str(STEPS)].learning_rate
-            cells += [format_statistic(each.rows[name].validation_loss), _signed(each.difference(name)), f"{rate:g}"]
-        ours = {word: [run for run in each.runs if run.entry == name] for word, each in compared.items()}
-        rows.append([*cells, _signed(difference(ours["with"], ours["without"], "validation_loss"))])
+            cells += [each.mean_text(name), LANGUAGE.change_text(each.found.differences.get(name)), f"{rate:g}"]
+        rows.append([*cells, LANGUAGE.change_text(changes.get(pair))])
     heads = [head for word in VALUES for head in (f"{word}, bits per byte:", f"minus {REFERENCE}:", "learning rate:")]
     return table(["mixer", *heads, "with minus without:"], rows)
 
@@ -118,19 +127,14 @@ def against(measured: Measured, size: Size) -> list[str]:
     models = size.models | {REFERENCE: attention.models[REFERENCE]}
     compared = LANGUAGE.at_length(size.model_copy(update={"models": models}), STEPS)
     rows = []
-    for name in sorted(compared.rows, key=lambda name: compared.rows[name].validation_loss.mean):
+    for name in compared.best_first():
         if name != REFERENCE:
             convolution = models[name].short_conv.replace("null", "none")
-            rows.append(
-                [f"`{name}`", LANGUAGE.family(models[name].mixer), convolution, _signed(compared.difference(name))]
-            )
+            change = LANGUAGE.change_text(compared.found.differences.get(name))
+            rows.append([f"`{name}`", LANGUAGE.family(models[name].mixer), convolution, change])
     reference = f"{REFERENCE} with a convolution"
     heads = ["mixer", "family", "convolution:", f"minus {reference}:"]
     return [compared.verdict(reference=reference), "", *table(heads, rows)]
-
-
-def _signed(value: Statistic | None) -> str:
-    return "" if value is None else f"{'+' if value.mean > 0 else ''}{format_statistic(value)}"
 
 
 def files() -> dict[Path, str]:

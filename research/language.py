@@ -13,12 +13,14 @@ from pathlib import Path
 from seqmix.lab.figures.figure import Axis, Figure, Point, Series, drawable
 from seqmix.lab.figures.writer import adaptive
 from seqmix.lab.markdown import fill, table
-from seqmix.lab.study.results import RunResult, Statistic, SummaryRow, read_results
-from seqmix.lab.study.summary import beyond_noise, difference, summarise
-from seqmix.lab.units import quantity
+from seqmix.lab.statistics.comparison import Difference, Verdict, compare_scores
+from seqmix.lab.study.columns import rank_text
+from seqmix.lab.study.comparisons import LOSS_FLOOR
+from seqmix.lab.study.results import read_results
+from seqmix.lab.units import plus_minus, quantity
 from seqmix.registry import SeqmixError, write_file
 from seqmix.research import DOCS
-from seqmix.research.language_results import REFERENCE, Measured, Size, add, read_measured, runs_at
+from seqmix.research.language_results import REFERENCE, Measured, Size, add, losses_after, read_measured
 
 TARGET = DOCS / "explanation" / "language.md"
 RESULTS = TARGET.with_suffix(".json")
@@ -35,7 +37,9 @@ FLOOR = 0.5
 """Loss in nats per byte that a second reading at equal time supposes power laws to approach."""
 UNMEASURED = "It is to be measured."
 LOSS = Axis("bits per byte", log=False)
-INTERVALS = "Mean and 95 % t interval over seeds of the loss at 256 tokens"
+MARGIN = 0.05
+"""Difference in bits per byte up to which two mixers count as equivalent."""
+INTERVALS = "Mean and 95 % interval of the loss at 256 tokens, the standard deviation pooled over mixers"
 STATE_TICKS = tuple(2.0**power for power in range(10, 25, 2))
 """Ticks of state sizes in bytes."""
 TIME_TICKS = 2e-3, 4e-3, 8e-3, 16e-3, 32e-3
@@ -77,73 +81,91 @@ def section(name: str, size: Size) -> Iterator[str]:
     yield f"Conditions: {size.conditions}. Computed with {'; '.join(machines)}."
 
 
-class Comparison:
-    """Statistics of runs that are compared with each other: means, ranks, and differences from the reference."""
+class Compared:
+    """Losses in bits per byte, compared with each other and with those of the reference."""
 
-    def __init__(self, runs: list[RunResult]) -> None:
-        self.runs = runs
-        self.rows: dict[str, SummaryRow] = {row.entry: row for row in summarise(runs)}
+    def __init__(self, scores: Mapping[str, list[float]]) -> None:
+        self.scores = scores
+        self.found = compare_scores(
+            scores, subject=REFERENCE, higher_is_better=False, floor=LOSS_FLOOR / math.log(2), margin=MARGIN
+        )
 
-    def difference(self, entry: str, other: str = REFERENCE) -> Statistic | None:
-        """Return an entry's loss minus another's, at equal seeds; None for an entry and itself."""
-        ours, theirs = ([run for run in self.runs if run.entry == name] for name in (entry, other))
-        return None if entry == other else difference(ours, theirs, "validation_loss")
+    def best_first(self) -> list[str]:
+        """Return the entries, that with the lowest mean first."""
+        return sorted(self.found.means, key=self.found.means.__getitem__)
 
-    @property
-    def has_intervals(self) -> bool:
-        """True if all entries have an interval, so that they can be ranked."""
-        return all(row.rank is not None for row in self.rows.values())
+    def interval(self, entry: str) -> tuple[float, float]:
+        """Return the ends of the interval of an entry's mean, which are the mean without an interval."""
+        mean, margin = self.found.means[entry], self.found.margins.get(entry, 0.0)
+        return mean - margin, mean + margin
+
+    def mean_text(self, entry: str) -> str:
+        """Return an entry's mean and the margin of its interval as text."""
+        return plus_minus(self.found.means[entry], self.found.margins.get(entry), 3)
 
     def cells(self, entry: str) -> list[str]:
         """Return an entry's loss, rank, and difference from the reference as text."""
-        row = self.rows.get(entry)
-        if row is None:
+        if entry not in self.found.means:
             return ["", "", ""]
-        return [_text(row.validation_loss), f"{row.rank or ''}", _text(self.difference(entry), signed=True)]
+        ranks = self.found.ranks.get(entry)
+        difference = change_text(self.found.differences.get(entry))
+        return [self.mean_text(entry), "" if ranks is None else rank_text(ranks), difference]
 
     def verdict(self, kind: str = "entry", reference: str = REFERENCE) -> str:
         """Return the sentences that the intervals allow; the words say what is compared, and with what."""
-        best = min(self.rows.values(), key=lambda row: row.validation_loss.mean, default=None)
-        if best is None or not self.has_intervals:
-            return "Some entries have no interval yet, so nothing can be said."
-        first = [f"`{entry}`" for entry, row in self.rows.items() if row.rank == 1]
-        differences = [value for entry in self.rows if (value := self.difference(entry)) is not None]
-        better, worse = (sum(_sign(value) == sign for value in differences) for sign in (-1, 1))
-        counts = f"{better} are better, {worse} worse and {len(differences) - better - worse} tied"
-        against = f" Against {reference}, {counts}." if differences else ""
-        return f"No {kind} is better than {', '.join(first)} beyond noise (uncorrected).{against}"
+        found = self.found
+        if not found.ranks or found.variance is None:
+            return "There is one seed, so there is no interval: differences may be chance."
+        first = [f"`{entry}`" for entry in self.best_first() if found.ranks[entry][0] == 1]
+        counts: dict[Verdict, int] = dict.fromkeys(("better", "worse", "equivalent", "not separated"), 0)
+        for each in found.differences.values():
+            counts[each.verdict] += 1
+        within = f"{counts['equivalent']} equivalent within {MARGIN:g} bits"
+        against = (
+            f" Against {reference}, {counts['better']} are better, {counts['worse']} worse, {within} and "
+            f"{counts['not separated']} not separated."
+        )
+        best = f"No {kind} is better than {', '.join(first)}, by simultaneous intervals of all pairs."
+        return f"{best}{against if found.differences else ''} {found.variance.sentence('bits')}"
 
 
-def at_length(size: Size, steps: int) -> Comparison:
+def change_text(value: Difference | None) -> str:
+    """Return a difference and half the width of its interval as text."""
+    return (
+        "" if value is None else f"{'+' if value.mean > 0 else ''}{plus_minus(value.mean, value.high - value.mean, 3)}"
+    )
+
+
+def at_length(size: Size, steps: int) -> Compared:
     """Return the comparison of the runs of a number of steps."""
-    return Comparison(runs_at(size.models, dict.fromkeys(size.models, steps)))
+    return Compared(losses_after(size.models, dict.fromkeys(size.models, steps)))
 
 
-def family_findings(compared: Comparison, size: Size) -> str:
-    """Return a sentence on the families of which three members, and half of them, differ on one side beyond noise."""
-    members: dict[str, list[int]] = {}
-    for entry in compared.rows:
-        if (value := compared.difference(entry)) is not None:
-            members.setdefault(family(size.models[entry].mixer), []).append(_sign(value))
+def family_findings(compared: Compared, size: Size) -> str:
+    """Return a sentence on the families of which three members, and half of them, are separated on one side."""
+    members: dict[str, list[Verdict]] = {}
+    for entry, value in compared.found.differences.items():
+        members.setdefault(family(size.models[entry].mixer), []).append(value.verdict)
+    sides: tuple[Verdict, Verdict] = ("better", "worse")
     found = [
-        f"{name} ({signs.count(sign)} of {len(signs)} {word})"
-        for name, signs in sorted(members.items())
-        for sign, word in ((-1, "better"), (1, "worse"))
-        if signs.count(sign) >= max(3, len(signs) / 2)
+        f"{name} ({verdicts.count(side)} of {len(verdicts)} {side})"
+        for name, verdicts in sorted(members.items())
+        for side in sides
+        if verdicts.count(side) >= max(3, len(verdicts) / 2)
     ]
     return f"Families that differ from {REFERENCE}, by the rule above: {', '.join(found) or 'none'}."
 
 
-def worth_naming(compared: Comparison, costs: Mapping[str, float]) -> list[str]:
-    """Return the entries that are better, beyond noise, than every entry of a lower cost, cheapest first."""
-    ordered = sorted(costs.keys() & compared.rows.keys(), key=lambda entry: (costs[entry], entry))
-
-    def better(entry: str, other: str) -> bool:
-        value = compared.difference(entry, other)
-        return value is not None and _sign(value) < 0
-
+def worth_naming(compared: Compared, costs: Mapping[str, float]) -> list[str]:
+    """Return the entries that are better than every cheaper entry, by intervals of all pairs, cheapest first."""
+    pairs = compared.found.pairs
+    ordered = sorted(costs.keys() & compared.found.ranks.keys(), key=lambda entry: (costs[entry], entry))
     cheaper = {entry: [other for other in ordered if costs[other] < costs[entry]] for entry in ordered}
-    return [entry for entry in ordered if cheaper[entry] and all(better(entry, other) for other in cheaper[entry])]
+    return [
+        entry
+        for entry in ordered
+        if cheaper[entry] and all(pairs[entry, other].verdict == "better" for other in cheaper[entry])
+    ]
 
 
 def equal_tokens(size: Size) -> list[str]:
@@ -162,7 +184,7 @@ def equal_tokens(size: Size) -> list[str]:
             row += [*compared[steps].cells(name), f"{trained.learning_rate:g}" if trained else ""]
         rows.append(row)
     longest = compared[LENGTHS[0]]
-    families = ["", family_findings(longest, size)] if longest.has_intervals else []
+    families = ["", family_findings(longest, size)] if longest.found.differences else []
     return [longest.verdict(), *families, "", *table(heads, rows), *_missing_seeds(size)]
 
 
@@ -172,7 +194,7 @@ def equal_time(size: Size) -> list[str]:
     steps = {name: TIME / costs.relative for name, costs in timed.items()}
     if not steps:
         return ["The times are to be measured: a study times its entries after its last run."]
-    compared = Comparison(runs_at(size.models, steps))
+    compared = Compared(losses_after(size.models, steps))
     rows = []
     for name in _order({0: compared}, size):
         model = size.models[name]
@@ -190,37 +212,31 @@ def equal_time(size: Size) -> list[str]:
     for each in rounds:
         each[REFERENCE] = TIME  # its time is the unit
     readings = {
-        f"With a floor of {FLOOR} nats in the power laws": [Comparison(runs_at(size.models, steps, FLOOR))],
-        "With a mixer's fastest or slowest round": [Comparison(runs_at(size.models, each)) for each in rounds],
+        f"With a floor of {FLOOR} nats in the power laws": [Compared(losses_after(size.models, steps, FLOOR))],
+        "With a mixer's fastest or slowest round": [Compared(losses_after(size.models, each)) for each in rounds],
     }
     for condition, others in readings.items():
         lines += ["", *_sensitivity(condition, compared, others)]
     return lines
 
 
-def _sensitivity(condition: str, compared: Comparison, others: list[Comparison]) -> list[str]:
+def _sensitivity(condition: str, compared: Compared, others: list[Compared]) -> list[str]:
     """Return a sentence on what other readings at equal time would change; an entry may be a bound in some of them."""
     losses = [0.0]
     differences = [0.0]
     changed = set()
-    for other in others:
-        for name in other.rows.keys() & compared.rows.keys():
-            ours, theirs = (each.rows[name].validation_loss.mean for each in (compared, other))
-            losses.append(abs(ours - theirs))
-            before, after = (each.difference(name) for each in (compared, other))
-            if before is not None and after is not None:
-                differences.append(abs(before.mean - after.mean))
-                changed |= {name} if _sign(before) != _sign(after) else set()
+    before = compared.found
+    for after in (other.found for other in others):
+        losses += [abs(before.means[name] - after.means[name]) for name in before.means.keys() & after.means.keys()]
+        for name in before.differences.keys() & after.differences.keys():
+            ours, theirs = before.differences[name], after.differences[name]
+            differences.append(abs(ours.mean - theirs.mean))
+            changed |= {name} if ours.verdict != theirs.verdict else set()
     which = f" (of {', '.join(f'`{name}`' for name in sorted(changed))})" if changed else ""
     return [
         f"{condition}, no loss changes by more than {max(losses):.3f} and no difference from {REFERENCE} by more than "
         f"{max(differences):.3f}; {len(changed)} of the verdicts against it would change{which}."
     ]
-
-
-def _sign(value: Statistic) -> int:
-    """Return -1, 0 or 1: better than the reference, tied with it, or worse."""
-    return 0 if not beyond_noise(value) else -1 if value.mean < 0 else 1
 
 
 def costs(size: Size) -> list[str]:
@@ -240,7 +256,7 @@ def costs(size: Size) -> list[str]:
 def _worth_their_cost(size: Size) -> list[str]:
     """Return a paragraph on the entries that are better than all cheaper ones; no lines without intervals."""
     compared = at_length(size, LENGTHS[0])
-    if not compared.has_intervals:
+    if not compared.found.ranks:
         return []
     parts = []
     for cost, field in (("smaller state", "state_bytes"), ("shorter decode time", "decode_seconds")):
@@ -248,7 +264,7 @@ def _worth_their_cost(size: Size) -> list[str]:
         names = ", ".join(f"`{entry}`" for entry in entries) or "none"
         parts.append(f"every mixer with a {cost}: {names}")
     after = f"{int(CONTEXTS[-1]):,} tokens"
-    return [f"Better, beyond noise, than {'; than '.join(parts)}. Costs are those after {after}.", ""]
+    return [f"Better, by intervals of all pairs, than {'; than '.join(parts)}. Costs are those after {after}.", ""]
 
 
 def _longest_context(size: Size, field: str) -> dict[str, float]:
@@ -259,11 +275,9 @@ def _longest_context(size: Size, field: str) -> dict[str, float]:
 
 def losses(size: Size) -> Figure:
     """Return the figure of every entry's loss at equal tokens, best first, by family."""
-    rows = at_length(size, LENGTHS[0]).rows
-    order = sorted(rows, key=lambda name: rows[name].validation_loss.mean)
-    names = {name: name for name in order}
+    names = {name: name for name in at_length(size, LENGTHS[0]).best_first()}
     caption = f"{INTERVALS}; lower is better."
-    return Figure("losses", "Loss", caption, Axis("", names=order), LOSS, _series(size, names), joined=False)
+    return Figure("losses", "Loss", caption, Axis("", names=list(names)), LOSS, _series(size, names), joined=False)
 
 
 def costs_figures(size: Size) -> list[Figure]:
@@ -284,27 +298,23 @@ def costs_figures(size: Size) -> list[Figure]:
 
 def _series(size: Size, places: Mapping[str, float] | Mapping[str, str]) -> list[Series]:
     """Return the points of loss and interval at equal tokens, by family; an entry without a place has none."""
-    rows = at_length(size, LENGTHS[0]).rows
+    compared = at_length(size, LENGTHS[0])
     families = sorted({family(model.mixer) for model in size.models.values()})
     points: dict[str, list[Point]] = {name: [] for name in families}
-    for entry, row in rows.items():
+    for entry, mean in compared.found.means.items():
         if entry in places:
-            mean, margin = row.validation_loss.mean, row.validation_loss.margin
-            ends = (mean, mean) if margin is None else (mean - margin, mean + margin)
-            points[family(size.models[entry].mixer)].append(Point(places[entry], mean, *ends))
+            points[family(size.models[entry].mixer)].append(Point(places[entry], mean, *compared.interval(entry)))
     return [Series(name, sorted(points[name]), style) for style, name in enumerate(families) if points[name]]
 
 
-def _order(compared: Mapping[int, Comparison], size: Size) -> list[str]:
+def _order(compared: Mapping[int, Compared], size: Size) -> list[str]:
     """Return the entries by the first loss that they have, best first."""
 
     def key(name: str) -> tuple[int, float]:
-        found = [
-            (place, each.rows[name].validation_loss.mean)
-            for place, each in enumerate(compared.values())
-            if name in each.rows
+        means = [
+            (place, each.found.means[name]) for place, each in enumerate(compared.values()) if name in each.found.means
         ]
-        return found[0] if found else (len(compared), 0.0)
+        return means[0] if means else (len(compared), 0.0)
 
     return sorted(size.models, key=key)
 
@@ -318,12 +328,6 @@ def _missing_seeds(size: Size) -> list[str]:
     }
     few = [name for name, count in counts.items() if count < max(counts.values())]
     return ["", f"Fewer seeds than the others: {', '.join(few)}."] if few else []
-
-
-def _text(value: Statistic | None, *, signed: bool = False) -> str:
-    if value is None:
-        return ""
-    return f"{value.mean:{'+' if signed else ''}.3f}" + ("" if value.margin is None else f" ± {value.margin:.3f}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 
 from pydantic import Field, ValidationError
 
-from ..lab.study.results import Machine, Results, RunResult
+from ..lab.study.results import Machine, Results
 from ..registry import Config, DataError, SeqmixError, read_bytes
 
 STEPS = "training.steps"
@@ -249,21 +249,13 @@ def _merged(entry: str, old: Model, new: Model) -> Model:
     return new.model_copy(update={"runs": runs, "costs": new.costs or old.costs})
 
 
-def runs_at(models: Mapping[str, Model], steps: Mapping[str, float], floor: float = 0.0) -> list[RunResult]:
-    """Return a run per entry and seed after each entry's number of steps, in bits per token; bounds are left out.
+def losses_after(models: Mapping[str, Model], steps: Mapping[str, float], floor: float = 0.0) -> dict[str, list[float]]:
+    """Return the losses of the entries' seeds, in bits per token, after each entry's number of steps.
 
-    The functions of `summary` give their means, intervals, ranks and differences.
+    Entries of which there are only bounds are left out.
     """
-    return [
-        RunResult(
-            name=f"{entry}-seed{seed}",
-            entry=entry,
-            seed=int(seed),
-            learning_rate=0.0,
-            status="finished",
-            validation_loss=loss / math.log(2),
-        )
+    return {
+        entry: [loss / math.log(2) for loss in reading.losses.values()]
         for entry, model in models.items()
         if entry in steps and (reading := model.losses_at(steps[entry], floor)) is not None and reading.bound is None
-        for seed, loss in reading.losses.items()
-    ]
+    }

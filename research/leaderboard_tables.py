@@ -6,10 +6,13 @@ from html import escape
 from statistics import mean
 
 from ..lab.markdown import table
+from ..lab.statistics.comparison import compare_pairs
+from ..lab.statistics.learned import LEARNED, is_split
+from ..lab.study.comparisons import ACCURACY_FLOOR
 from ..lab.study.results import ABSENT
-from ..lab.study.summary import beyond_noise
 from ..lab.suite.leaderboard import LeaderboardEntry, arguments
-from ..lab.suite.scores import TIE, ScoreRow, Scores, condition_lines, paired_difference, score_lines, uncertainty
+from ..lab.suite.score_page import Column, above_chance, column, condition_lines, score_lines, uncertainty
+from ..lab.suite.scores import ScoreRow, Scores
 from ..lab.suite.tasks import load_settings
 from ..lab.units import quantity
 
@@ -20,13 +23,16 @@ PAIRS = {"-conv": ("-conv", ""), "-plain": ("", "-plain")}
 """Endings of an entry that differs from another by its short convolution: those of the two, with and without it."""
 
 CHANGES = (
-    "Points of accuracy with the convolution minus without it: mean of the differences at equal seeds, and half the "
-    "width of their 95 % t interval. Bold: at least 1 point, with an interval that does not contain 0 (not corrected "
-    "for the number of differences). The learning rate is tuned in both."
+    "Points of accuracy with the convolution minus without it, with simultaneous 95 % intervals (Bonferroni's, over "
+    "the differences of a column; the standard deviation of a seed's score is estimated from all its entries). "
+    "Bold: the interval does not contain 0. Where seeds are split, two counts stand in place of an interval: the "
+    f"seeds that learned the task ({100 * LEARNED:g} % of the answers) with and without it. The learning rate is tuned "
+    "in both."
 )
 HEATMAP = (
-    "The heatmap is ordered by mean, which is no ranking: only the tables have stars. It shows the size of the state "
-    "of one sequence after the training length of the first task. A click on a head sorts."
+    "The heatmap has the order of the mean over tasks of the share of what is above guessing, which is no ranking: "
+    "only the tables have stars. It shows the size of the state of one sequence after the training length of the first "
+    "task. A click on a head sorts."
 )
 
 
@@ -77,31 +83,40 @@ def _only(scores: Scores, holds: Callable[[str], bool]) -> Scores:
 
 def changes(scores: Scores) -> list[str]:
     """Return a table of what a short convolution changes in each mixer that is measured with and without it."""
-    by_task = {name: {row.entry: row.scores for row in task.rows} for name, task in scores.tasks.items()}
-    entries = dict.fromkeys(entry for column in by_task.values() for entry in column)
-    whole = [entry for entry in entries if all(entry in column for column in by_task.values())]
-    by_task["mean"] = {entry: _mean([column[entry] for column in by_task.values()]) for entry in whole}
-    cells: dict[str, list[str]] = {}
-    for entry in entries:
-        for ending, (with_it, without) in PAIRS.items():
-            if entry.endswith(ending):
-                base = entry.removesuffix(ending)
-                cells[base] = [_change(column, base + with_it, base + without) for column in by_task.values()]
-    return table(["mixer", *(f"{name}:" for name in by_task)], [[f"`{name}`", *cells[name]] for name in sorted(cells)])
+    entries = {row.entry for task in scores.tasks.values() for row in task.rows}
+    pairs = {
+        entry.removesuffix(ending): (entry.removesuffix(ending) + with_it, entry.removesuffix(ending) + without)
+        for ending, (with_it, without) in PAIRS.items()
+        for entry in entries
+        if entry.endswith(ending)
+    }
+    cells: dict[str, list[str]] = {name: [] for name in pairs}
+    for task in scores.tasks.values():
+        known = {row.entry: list(row.scores.values()) for row in task.rows if row.scores}
+        for name, text in _changes(known, pairs).items():
+            cells[name].append(text)
+    return table(
+        ["mixer", *(f"{name}:" for name in scores.tasks)], [[f"`{name}`", *cells[name]] for name in sorted(cells)]
+    )
 
 
-def _mean(columns: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Return the mean over tasks at each seed that all of them have."""
-    return {seed: mean(each[seed] for each in columns) for seed in columns[0] if all(seed in each for each in columns)}
-
-
-def _change(column: Mapping[str, Mapping[str, float]], with_it: str, without: str) -> str:
-    """Return the difference of two entries' scores in points; empty without a common seed."""
-    apart = paired_difference(column.get(with_it, {}), column.get(without, {}))
-    if apart is None:
-        return ""
-    text = f"{100 * apart.mean:+.1f}" + ("" if apart.margin is None else f" ± {100 * apart.margin:.1f}")
-    return f"**{text}**" if abs(apart.mean) >= TIE and beyond_noise(apart) else text
+def _changes(scores: Mapping[str, Sequence[float]], pairs: Mapping[str, tuple[str, str]]) -> dict[str, str]:
+    """Return the difference of each pair of entries on one task as text; empty where one of them has no score."""
+    both = {name: pair for name, pair in pairs.items() if all(entry in scores for entry in pair)}
+    found = compare_pairs(scores, list(both.values()), higher_is_better=True, floor=ACCURACY_FLOOR)
+    split = is_split(scores)
+    texts = dict.fromkeys(pairs, "")
+    for name, pair in both.items():
+        with_it, without = (scores[entry] for entry in pair)
+        text = f"{100 * (mean(with_it) - mean(without)):+.1f}"
+        if split:
+            counts = (f"{sum(score >= LEARNED for score in each)} of {len(each)}" for each in (with_it, without))
+            text += f" ({', '.join(counts)})"
+        elif pair in found:
+            text += f" ± {100 * (found[pair].high - found[pair].mean):.1f}"
+            text = text if found[pair].verdict == "not separated" else f"**{text}**"
+        texts[name] = text
+    return texts
 
 
 def heatmap(scores: Scores, entries: Mapping[str, LeaderboardEntry]) -> list[str]:
@@ -117,27 +132,30 @@ def heatmap(scores: Scores, entries: Mapping[str, LeaderboardEntry]) -> list[str
     heads = ["entry", "family", "state", *(name.replace("_", " ") for name in scores.tasks)]
     head = "".join(f"<th>{each}</th>" for each in heads)
     result = ['<table class="heatmap">', f"<thead><tr>{head}</tr></thead>", "<tbody>"]
-    for entry, by_task in sorted(rows.items(), key=_place):
-        one = next(iter(by_task.values()))
+    columns = {name: column(scores, name) for name in scores.tasks}
+    chances = [task.task.chance for task in scores.tasks.values()]
+
+    def place(entry: str) -> tuple[int, float]:
+        known = rows[entry]
+        means = [known[name].score.mean if name in known else None for name in columns]
+        return -len(known), -above_chance(means, chances)
+
+    for entry in sorted(rows, key=place):
+        one = next(iter(rows[entry].values()))
         family = entries[entry].family if entry in entries else ""
         state = quantity(one.state_bytes, "bytes") + (", grows" if one.state_grows else "")
         cells = [f"<td>{escape(entry)}</td><td>{family}</td>", f'<td data-value="{one.state_bytes}">{state}</td>']
-        cells += [_cell(by_task.get(name), task.task.chance) for name, task in scores.tasks.items()]
+        cells += [_cell(columns[name], entry, task.task.chance) for name, task in scores.tasks.items()]
         result.append(f"<tr>{''.join(cells)}</tr>")
     return [*result, "</tbody>", "</table>"]
 
 
-def _place(item: tuple[str, Mapping[str, ScoreRow]]) -> tuple[int, float]:
-    """Return the key of a row's place; means over different tasks cannot be compared."""
-    scores = [row.score.mean for row in item[1].values()]
-    return -len(scores), -mean(scores)
-
-
-def _cell(row: ScoreRow | None, chance: float) -> str:
+def _cell(of: Column, entry: str, chance: float) -> str:
     """Return a score's cell, coloured by the share of what is above guessing."""
-    if row is None:
+    if entry not in of.means:
         return '<td data-value="-1"></td>'
-    score = row.score.mean
+    score = of.means[entry]
     share = max(0.0, (score - chance) / (1 - chance))
-    margin = "" if row.score.margin is None else f" <small>± {100 * row.score.margin:.0f}</small>"
-    return f'<td data-value="{score:.4f}" style="--share:{share:.2f}">{100 * score:.0f}{margin}</td>'
+    certainty = of.certainty(entry, decimals=0)
+    small = f" <small>{certainty}</small>" if certainty else ""
+    return f'<td data-value="{score:.4f}" style="--share:{share:.2f}">{100 * score:.0f}{small}</td>'

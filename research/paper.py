@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import mean
+from statistics import fmean
 from typing import Any
 
 from seqmix.lab.figures.figure import Axis, Figure, Point, Series
@@ -23,10 +23,11 @@ from seqmix.lab.paper.verdict import (
     TABLE_5,
     TABLE_6,
     TABLE_8,
+    UNMEASURED,
     compare_losses,
-    differences,
+    compare_sizes,
+    interval,
     judge,
-    signed,
     sizes_of,
     weights_of,
 )
@@ -121,24 +122,25 @@ def _perplexities(
     for one in compare_losses(results, perplexities):
         name = [NAMES[one.entry]] if changes is None else [NAMES[one.entry], changes[one.entry]]
         paper = "" if one.paper is None else f"{one.paper:+.3f}"
-        cells = [one.perplexity or "", paper, f"{one.loss:.4f}", signed(one.ours), one.direction]
+        cells = [one.perplexity or "", paper, f"{one.loss:.4f}", interval(one.ours), one.direction]
         rows.append((*name, *cells))
     first = ["model"] if changes is None else ["row", "change"]
-    return table([*first, "paper", "Δ", "ours", "Δ of each seed", "direction"], rows)
+    return table([*first, "paper", "Δ", "ours", "Δ (95 % interval)", "direction"], rows)
 
 
 def figure5(results: Results) -> list[str]:
     """Return the tables of RetNet and the Transformer by model size."""
     paper_rows = [(size, ours, theirs, f"{math.log(ours / theirs):+.3f}") for size, (ours, theirs) in FIGURE_5.items()]
+    compared = compare_sizes(results)
     rows = []
-    for size, losses in sizes_of(results).items():
-        means = [f"{mean(by_seed.values()):.4f}" for by_seed in losses]
-        rows.append((size, *means, signed(differences(*losses))))
+    for size, both in sizes_of(results).items():
+        means = [f"{fmean(losses):.4f}" if losses else UNMEASURED for losses in both]
+        rows.append((size, *means, interval(compared.get(size))))
     heads = ["RetNet:", "Transformer:"]
     return [
         *table(["paper, read off its plot", *heads, "RetNet - Transformer, nats:"], paper_rows),
         "",
-        *table(["ours, `d_model`", *heads, "RetNet - Transformer, each seed:"], rows),
+        *table(["ours, `d_model`", *heads, "RetNet - Transformer (95 % interval):"], rows),
     ]
 
 

@@ -11,7 +11,8 @@ from rich.console import Console
 
 from ...lab.figures.libraries import PlotsMissingError, charts_module, engine
 from ...lab.study.columns import state_size, summary_table
-from ...lab.study.conclusion import Comparison, comparisons, conclusion
+from ...lab.study.comparisons import EntryComparison, comparisons
+from ...lab.study.conclusion import conclusion
 from ...lab.study.plan import Plan, plan
 from ...lab.study.report import REPORT_FILE
 from ...lab.study.results import RESULTS_FILE, Difference, EntryResult, Results, SummaryRow, where
@@ -48,8 +49,8 @@ class CompareResult:
     """Entry that the question is about."""
     answer: str
     """The answer to the study's question, in words."""
-    comparisons: list[Comparison]
-    """Measured difference of each entry from the subject, with its interval and verdict: the numbers of `answer`."""
+    comparisons: list[EntryComparison]
+    """Difference of each entry from the subject, with its simultaneous interval and verdict, as in `answer`."""
     summary: list[SummaryRow]
     """Statistics over seeds of each entry: mean, spread and the margin of the 95 % interval."""
     speed: str | None

@@ -14,21 +14,18 @@ from rich.console import Console
 from ...lab.study.plan import PlannedRun
 from ...lab.study.runner import default_jobs, run_study
 from ...lab.suite.budget import fit, left_out, time_runs
+from ...lab.suite.score_page import ORDER, accessory_table, score_table, uncertainty, write_scores
 from ...lab.suite.scores import (
     PAGE_FILE,
     PUBLISHED,
     SCORES_FILE,
     Scores,
     TaskScores,
-    accessory_table,
     comparable,
     merge,
     new_scores,
     read_scores,
-    score_table,
     task_scores,
-    uncertainty,
-    write_scores,
 )
 from ...lab.suite.tasks import Candidate, Extent, Metric, PlannedTask, Size, load_settings, write_studies
 from ...lab.units import si
@@ -262,7 +259,7 @@ def suite(
     if rows:
         console.print("what else differs between the mixers:")
         console.print(plain_table(*headers, rows=rows, overflow="fold"))
-    for sentence in (uncertainty(merged), *merged.notes, *_describe_missing_scores(merged.tasks)):
+    for sentence in (ORDER, uncertainty(merged), *merged.notes, *_describe_missing_scores(merged.tasks)):
         console.print(sentence, soft_wrap=True)
     console.print(f"{folder} has {PAGE_FILE}, {SCORES_FILE} and a folder with the report of each task")
     if failed:

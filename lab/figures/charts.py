@@ -13,7 +13,7 @@ import altair as alt
 from altair.utils.schemapi import debug_mode
 
 from . import theme
-from .figure import Axis, Figure, Scale, by_legend, legend
+from .figure import Axis, Figure, Forest, Scale, by_legend, legend
 
 NUMBER = (
     "datum.value == 0 ? '0' : abs(datum.value) >= 1e4 ? format(datum.value, '.4~s') : "
@@ -24,6 +24,8 @@ HEIGHT = 0.62
 """Height of a plot divided by its width."""
 PAGE_PLOT = 260, 210
 """Width and height in pixels for which the texts of a plot on a page are laid out; it is as wide as its container."""
+ROW = 3.4
+"""Height of a row of a forest plot divided by the size of the font."""
 LETTER = 0.5
 """Mean width of a letter divided by the size of its font."""
 LONGEST_NAME = 180
@@ -66,6 +68,8 @@ def chart(
         font: the size of the labels' font, in the units of the size.
         interactive: True for a chart with a pointer and zoom.
     """
+    if isinstance(figure, Forest):
+        return forest(figure, names, size=size, font=font, interactive=interactive)
     axis_scales = figure.scales()
     rows = figure.rows()
     base = alt.Chart()
@@ -105,12 +109,53 @@ def chart(
     return whole
 
 
+def forest(
+    figure: Forest, names: Mapping[str, int], *, size: tuple[float, float], font: float, interactive: bool
+) -> alt.LayerChart:
+    """Return the chart of a forest plot; arguments are those of `chart`."""
+    scale = figure.scales()["y"]
+    base = alt.Chart()
+    layers: list[alt.Chart | alt.LayerChart] = []
+    if figure.margin is not None:
+        edge = figure.margin / scale.divisor
+        band = alt.Chart(alt.InlineData([{"low": -edge, "high": edge}])).mark_rect(opacity=0.12, clip=True)
+        layers.append(band.encode(x="low:Q", x2="high:Q", color=alt.value("var(--muted)")))
+    zero = alt.Chart(alt.InlineData([{"zero": 0}])).mark_rule(strokeDash=[3, 3])
+    layers.append(zero.encode(x="zero:Q", color=alt.value("var(--muted)")))
+    layers.append(base.mark_rule(strokeWidth=1.4).transform_filter("isValid(datum.low)").encode(x="low:Q", x2="high:Q"))
+    shape = _by_style("shape", names, [theme.shape(style) for style in names.values()])
+    tooltip = [alt.Tooltip("x:N", title="entry"), alt.Tooltip("words:N", title="verdict")]
+    dots = base.mark_point(filled=True, opacity=1, size=40)
+    layers.append(dots.encode(shape=shape, **({"tooltip": tooltip} if interactive else {})))
+    # the words stand above the interval, at the left end of the row, where they fit on a narrow page too
+    text = base.mark_text(align="left", baseline="bottom", dy=-0.45 * font, fontSize=font, clip=False)
+    layers.append(text.encode(x=alt.value(3), text="words:N", color=alt.value("var(--text)")))
+    colors = _by_style("color", names, [theme.color(style) for style in names.values()], None)
+    room = alt.Scale(nice=False, padding=8, zero=True)
+    x = alt.X(
+        "y:Q", title=_lines(scale.label, size[0] / font), scale=room, axis=alt.Axis(labelExpr=NUMBER, tickCount=5)
+    )
+    y = alt.Y("x:O", title=None, sort=list(figure.x.names), axis=alt.Axis(labelLimit=LONGEST_NAME, ticks=False))
+    whole = alt.LayerChart(data=alt.NamedData(figure.name), layer=layers).encode(x=x, y=y, color=colors)
+    if interactive:
+        shown = alt.param("shown", value=list(names))
+        whole = whole.add_params(shown).transform_filter("indexof(shown, datum.series) >= 0")
+    return whole
+
+
+def height_of(figure: Figure, height: float, font: float) -> float:
+    """Return the height of a figure's plot: that of the others, or as many rows as a forest plot has."""
+    return ROW * font * len(figure.x.names) if isinstance(figure, Forest) else height
+
+
 def page_spec(figure: Figure) -> dict[str, Any]:
     """Return the Vega-Lite spec of a figure on a page, as wide as its container."""
     font = 11.5
     with debug_mode(False):  # no validation, which would check the same parts repeatedly; tests validate whole specs
         whole = chart(figure, legend([figure]), size=PAGE_PLOT, font=font, interactive=True).properties(
-            width="container", height=PAGE_PLOT[1], description=f"{figure.title}. {figure.caption}"
+            width="container",
+            height=height_of(figure, PAGE_PLOT[1], font),
+            description=f"{figure.title}. {figure.caption}",
         )
         spec = whole.to_dict(validate=False)
     fit = {"type": "fit-x", "contains": "padding"}
@@ -133,7 +178,7 @@ def paper_spec(figures: Sequence[Figure], width: float, columns: int) -> dict[st
             for figure in group:
                 title: dict[str, Any] = {"title": _lines(figure.title, width / font)} if len(figures) > 1 else {}
                 one = chart(figure, names, size=(width, height), font=font)
-                charts.append(one.properties(width=width, height=height, **title))
+                charts.append(one.properties(width=width, height=height_of(figure, height, font), **title))
             blocks.append(charts[0] if len(figures) == 1 else alt.concat(*charts, columns=columns))
         whole = blocks[0] if len(blocks) == 1 else alt.vconcat(*blocks).resolve_scale(**INDEPENDENT)
         spec = whole.to_dict(validate=False)
@@ -144,7 +189,12 @@ def paper_spec(figures: Sequence[Figure], width: float, columns: int) -> dict[st
 
 
 def _with_rows(spec: dict[str, Any], figures: Sequence[Figure]) -> dict[str, Any]:
-    return spec | {"datasets": spec.get("datasets", {}) | {figure.name: figure.rows() for figure in figures}}
+    return spec | {"datasets": spec.get("datasets", {}) | {figure.name: _rows(figure) for figure in figures}}
+
+
+def _rows(figure: Figure) -> list[dict[str, Any]]:
+    rows = figure.rows()
+    return [row | {"words": figure.words.get(row["x"], "")} for row in rows] if isinstance(figure, Forest) else rows
 
 
 def _axis(kind: Any, field: str, axis: Axis, scale: Scale, first: dict[str, Any] | None, room: float) -> Any:

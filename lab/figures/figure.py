@@ -135,6 +135,17 @@ class Figure:
         return rows
 
 
+@dataclass(frozen=True)
+class Forest(Figure):
+    """A forest plot: one row for each name of the x axis, with a point and its interval along the y axis, and words.
+
+    The names stand on the left and values run to the right; a line marks no difference.
+    """
+
+    words: Mapping[str, str] = field(default_factory=dict)  # words beside each point, by name
+    margin: float | None = None  # differences up to this size do not matter: their range is shaded
+
+
 def resolve(axis: Axis, values: Sequence[float]) -> Scale:
     """Return the scale of an axis for its values, which must be finite; `values` is empty for categories."""
     if axis.names or not values:

@@ -2,14 +2,16 @@
 
 Models and data here are far smaller than the paper's, so only directions can agree: the sign of a difference of losses,
 and whether a ratio is above 1. Losses are in nats per token; the paper's perplexities are compared by their logarithms.
+A difference of losses has a direction only if its simultaneous 95 % interval excludes 0.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import mean
 from typing import Any
 
+from ..statistics.comparison import Difference, compare_contrasts, compare_scores
+from ..study.comparisons import LOSS_FLOOR
 from ..study.results import Results
 
 TABLE_5 = {"retnet": 26.05, "rwkv": 30.92, "h3": 29.97, "hyena": 32.08, "linear-transformer": 40.24}
@@ -52,7 +54,9 @@ ROUNDING = {"float32": 1e-3, "float64": 1e-10}
 
 SAME = "same"
 OPPOSITE = "opposite"
+NOT_SEPARATED = "not separated"
 UNMEASURED = "not measured"
+NO_INTERVAL = "one seed, so no interval"
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ class Row:
     paper: str
     ours: str
     direction: str = ""
-    """Result of `direction`; empty if the paper has no such figure."""
+    """Result of `direction` or `direction_of`; empty if the paper has no such figure."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +83,9 @@ class Verdict:
         """The number of rows with the paper's direction, and the other rows, in a sentence."""
         compared = [row for row in self.rows if row.direction]
         others = [f"{row.name} ({row.direction})" for row in compared if row.direction != SAME]
-        count = f"{len(compared) - len(others)} of {len(compared)} rows"
-        exceptions = f", but not for: {'; '.join(others)}" if others else ""
+        same = len(compared) - len(others)
+        count = f"{same or 'none'} of {len(compared)} rows"
+        exceptions = f"{', but not for' if same else ''}: {'; '.join(others)}" if others else ""
         return f"The direction is the paper's in {count}{exceptions}."
 
 
@@ -89,21 +94,31 @@ def judge(claim: str, values: Any) -> Verdict:
     return JUDGES[claim](values)
 
 
-def direction(paper: float, ours: Sequence[float], of: str = "seeds") -> str:
-    """Compare the sign of the paper's difference with the signs of ours.
+def direction(paper: float, ours: Difference | None) -> str:
+    """Compare the sign of the paper's difference with that of ours, which has a simultaneous 95 % interval.
+
+    Returns:
+        "same" or "opposite" if our interval excludes 0, otherwise "not separated"; "one seed, so no interval" for None.
+    """
+    if ours is None:
+        return NO_INTERVAL
+    return NOT_SEPARATED if ours.low <= 0 <= ours.high else direction_of(paper, [ours.mean])
+
+
+def direction_of(paper: float, ours: Sequence[float]) -> str:
+    """Compare the sign of the paper's difference with the signs of several of ours, which have no interval.
 
     Args:
         paper: the paper's difference.
-        ours: our differences; NaN for one that was not measured.
-        of: what our differences belong to, in the plural, for "seeds disagree".
+        ours: our differences, one for each size of the model; NaN for one that was not measured.
 
     Returns:
-        "same", "opposite", "seeds disagree", or "not measured".
+        "same", "opposite", "sizes disagree", or "not measured".
     """
     agree = [value * paper > 0 for value in ours if math.isfinite(value)]
     if not agree:
         return UNMEASURED
-    return SAME if all(agree) else f"{of} disagree" if any(agree) else OPPOSITE
+    return SAME if all(agree) else "sizes disagree" if any(agree) else OPPOSITE
 
 
 # ---- claims about quality
@@ -120,8 +135,8 @@ class Losses:
     """The paper's difference to RetNet in nats; None for RetNet itself, and where the paper has no figure."""
     loss: float
     """Our loss, mean of the seeds."""
-    ours: Sequence[float]
-    """Our difference to RetNet with each seed; empty for RetNet itself."""
+    ours: Difference | None
+    """Our difference to RetNet; None for RetNet itself, and with one seed."""
 
     @property
     def direction(self) -> str:
@@ -130,33 +145,31 @@ class Losses:
 
 
 def compare_losses(results: Results, perplexities: Mapping[str, float]) -> list[Losses]:
-    """Compare all entries of a study with its entry `retnet`, at equal seeds."""
-    base = losses_of(results, "retnet")
+    """Compare all entries of a study with its entry `retnet`, with simultaneous intervals by Dunnett."""
+    scores = {entry.name: losses_of(results, entry.name) for entry in results.entries}
+    found = compare_scores(scores, subject="retnet", higher_is_better=False, floor=LOSS_FLOOR)
     compared = []
-    for entry in [entry.name for entry in results.entries]:
-        losses = losses_of(results, entry)
+    for entry in scores:
         perplexity = perplexities.get(entry)
-        is_base = entry == "retnet"
-        paper = None if is_base or perplexity is None else math.log(perplexity / perplexities["retnet"])
-        ours = [] if is_base else differences(losses, base)
-        compared.append(Losses(entry, perplexity, paper, mean(losses.values()) if losses else math.nan, ours))
+        paper = None
+        if entry != "retnet" and perplexity is not None:
+            paper = math.log(perplexity / perplexities["retnet"])
+        loss = found.means.get(entry, math.nan)
+        compared.append(Losses(entry, perplexity, paper, loss, found.differences.get(entry)))
     return compared
 
 
-def losses_of(results: Results, entry: str, variant: Mapping[str, Any] | None = None) -> dict[int, float]:
-    """Return the final validation losses of an entry by seed, in one variant or in all."""
+def losses_of(results: Results, entry: str, variant: Mapping[str, Any] | None = None) -> list[float]:
+    """Return the final validation losses of an entry, one for each seed, in one variant or in all."""
     runs = [run for run in results.runs if run.entry == entry and variant in (None, run.variant)]
-    return {run.seed: run.validation_loss for run in runs if run.validation_loss is not None}
+    return [run.validation_loss for run in runs if run.validation_loss is not None]
 
 
-def differences(losses: Mapping[int, float], base: Mapping[int, float]) -> list[float]:
-    """Return losses minus those of the same seed in `base`."""
-    return [losses[seed] - base[seed] for seed in sorted(losses.keys() & base.keys())]
-
-
-def signed(values: Sequence[float]) -> str:
-    """Format differences with their signs."""
-    return ", ".join(f"{value:+.4f}" for value in values)
+def interval(difference: Difference | None) -> str:
+    """Format a difference and its interval; empty for None."""
+    if difference is None:
+        return ""
+    return f"{difference.mean:+.4f} ({difference.low:+.4f} to {difference.high:+.4f})"
 
 
 def _judge_losses(results: Results, perplexities: Mapping[str, float]) -> Verdict:
@@ -164,13 +177,13 @@ def _judge_losses(results: Results, perplexities: Mapping[str, float]) -> Verdic
     for one in compare_losses(results, perplexities):
         if one.entry != "retnet":
             paper = "" if one.paper is None else f"{one.perplexity:g} ({one.paper:+.3f})"
-            rows.append(Row(NAMES[one.entry], paper, signed(one.ours), one.direction))
+            rows.append(Row(NAMES[one.entry], paper, interval(one.ours), one.direction))
     base = f"against RetNet ({perplexities['retnet']:g} in the paper)"
-    return Verdict((base, "paper: perplexity (difference, nats)", "here: difference in nats, each seed"), rows)
+    return Verdict((base, "paper: perplexity (difference, nats)", "here: difference in nats (95 % interval)"), rows)
 
 
-def sizes_of(results: Results) -> dict[str, tuple[dict[int, float], dict[int, float]]]:
-    """Return the losses by seed of RetNet and of the Transformer, for each size of Figure 5 in ascending order.
+def sizes_of(results: Results) -> dict[str, tuple[list[float], list[float]]]:
+    """Return the losses of RetNet and of the Transformer with each seed, by size of Figure 5 in ascending order.
 
     A size is the end of an entry's name (`retnet-1.3b`), or the varied d_model.
     """
@@ -183,28 +196,45 @@ def sizes_of(results: Results) -> dict[str, tuple[dict[int, float], dict[int, fl
     losses = {}
     for size, models in sizes.items():
         by_kind = {entry.partition("-")[0]: losses_of(results, entry, variant) for entry, variant in models}
-        losses[size] = by_kind.get("retnet", {}), by_kind.get("transformer", {})
+        losses[size] = by_kind.get("retnet", []), by_kind.get("transformer", [])
     return losses
+
+
+CHANGE = "change from the smallest to the largest size"
+
+
+def compare_sizes(results: Results) -> dict[str, Difference]:
+    """Return RetNet's loss minus the Transformer's for each size that has both, and `CHANGE`.
+
+    The intervals of all of these are simultaneous, by Bonferroni's correction, from one model of all sizes' losses.
+    """
+    sizes = {size: losses for size, losses in sizes_of(results).items() if all(losses)}
+    scores = {}
+    for size, (retnet, transformer) in sizes.items():
+        scores |= {f"retnet {size}": retnet, f"transformer {size}": transformer}
+    contrasts = {size: {f"retnet {size}": 1.0, f"transformer {size}": -1.0} for size in sizes}
+    if len(sizes) > 1:
+        smallest, *_, largest = contrasts.values()
+        contrasts[CHANGE] = largest | {name: -weight for name, weight in smallest.items()}
+    return compare_contrasts(scores, contrasts, higher_is_better=False, floor=LOSS_FLOOR)
 
 
 def _judge_figure5(results: Results) -> Verdict:
     paper = {size: math.log(retnet / transformer) for size, (retnet, transformer) in FIGURE_5.items()}
-    ours = {}
-    for size, (retnet, transformer) in sizes_of(results).items():
-        ours[size] = {seed: retnet[seed] - transformer[seed] for seed in sorted(retnet.keys() & transformer.keys())}
+    smallest, *_, largest = paper
+    ours = compare_sizes(results)
+    sizes = list(sizes_of(results))
+    claims = [
+        ("difference at the smallest size", paper[smallest], f" ({smallest})", sizes[0]),
+        ("difference at the largest size", paper[largest], f" ({largest})", sizes[-1]),
+        (CHANGE, paper[largest] - paper[smallest], "", CHANGE),
+    ]
     rows = []
-    for word, place in (("smallest", 0), ("largest", -1)):
-        size, figure = list(paper.items())[place]
-        by_seed = list(ours.values())[place]
-        values = list(by_seed.values())
-        name = f"difference at the {word} size"
-        rows.append(Row(name, f"{figure:+.3f} ({size})", signed(values), direction(figure, values)))
-    first, *_, last = paper.values()
-    smallest, *_, largest = ours.values()
-    change = differences(largest, smallest)
-    name = "change from the smallest to the largest size"
-    rows.append(Row(name, f"{last - first:+.3f}", signed(change), direction(last - first, change)))
-    return Verdict(("RetNet - Transformer", "paper, read off its plot: nats", "here: nats, each seed"), rows)
+    for name, figure, where, key in claims:
+        difference = ours.get(key)
+        rows.append(Row(name, f"{figure:+.3f}{where}", interval(difference), direction(figure, difference)))
+    heads = ("RetNet - Transformer", "paper, read off its plot: nats", "here: nats (95 % interval)")
+    return Verdict(heads, rows)
 
 
 def _judge_table8(values: Mapping[str, Any]) -> Verdict:
@@ -216,12 +246,16 @@ def _judge_table8(values: Mapping[str, Any]) -> Verdict:
         paper = math.log(figures[-1] / figures[0])
         ours = [losses[-1] - losses[0] for losses in by_kind[kind]]
         name = f"{NAMES[kind]}: from a quarter to all of the context"
-        rows.append(Row(name, f"{paper:+.3f}", signed(ours), direction(paper, ours, "sizes")))
+        rows.append(Row(name, f"{paper:+.3f}", _signed(ours), direction_of(paper, ours)))
     paper = math.log(TABLE_8["retnet"][-1] / TABLE_8["transformer"][-1])
     ours = [one[-1] - other[-1] for one, other in zip(by_kind["retnet"], by_kind["transformer"], strict=True)]
     name = "RetNet - Transformer, with all of the context"
-    rows.append(Row(name, f"{paper:+.3f}", signed(ours), direction(paper, ours, "sizes")))
-    return Verdict(("change of the loss", "paper: nats", "here: nats, each size"), rows)
+    rows.append(Row(name, f"{paper:+.3f}", _signed(ours), direction_of(paper, ours)))
+    return Verdict(("change of the loss", "paper: nats", "here: nats, each size, without an interval"), rows)
+
+
+def _signed(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:+.4f}" for value in values)
 
 
 def _judge_paradigms(values: Mapping[str, Any]) -> Verdict:
@@ -255,7 +289,7 @@ def _judge_table4(results: Results) -> Verdict:
     words = {"speed": "times the speed", "memory": "times less memory"}
     rows = []
     for name, (low, high) in TABLE_4.items():
-        verdict = direction(math.log(high), [math.log(ours[name])])
+        verdict = direction_of(math.log(high), [math.log(ours[name])])
         rows.append(Row(words[name], f"{low:.2f} to {high:.2f}", _factor(ours[name]), verdict))
     return Verdict(("RetNet's advantage in training", "paper: 8,192 tokens", f"here: {length:,} tokens"), rows)
 
@@ -271,7 +305,7 @@ def _judge_figure6(results: Results) -> Verdict:
     words = {"memory": "times less memory", "latency": "times less latency", "throughput": "times the throughput"}
     rows = []
     for name, factor in FIGURE_6.items():
-        verdict = direction(math.log(factor), [math.log(ours[name])])
+        verdict = direction_of(math.log(factor), [math.log(ours[name])])
         rows.append(Row(words[name], f"{factor:.1f}", _factor(ours[name]), verdict))
     return Verdict(("RetNet's advantage in decoding", "paper: 8,192 tokens", f"here: {context:,} tokens"), rows)
 

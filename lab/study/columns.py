@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 from ..units import number, plus_minus, quantity
+from .comparisons import comparisons
 from .conclusion import format_statistic, variant_text
 from .config_differences import format_value
 from .results import EntryResult, Results, Statistic, SummaryRow
@@ -12,6 +13,10 @@ from .summary import best_first, with_timed_speeds
 
 Place: TypeAlias = Literal["report", "table"]
 """Place that shows a summary: report.html, or the table of the terminal and of summary.md."""
+
+
+MAX_STEPS = 5
+"""Maximum number of seeds of which each one's steps to learn are listed."""
 
 
 @dataclass(frozen=True)
@@ -48,15 +53,19 @@ def summary_table(results: Results, place: Place = "table") -> tuple[list[str], 
 
 def summary_columns(results: Results) -> list[Column]:
     """Return all columns of the summary, in order."""
+    words = {(each.entry, str(each.variant)): each.words for each in comparisons(results)}
     return [
         Column("entry", lambda _, row: row.entry),
         *_variant_columns(results),
-        Column("rank", lambda _, row: row.rank),
+        Column("rank", lambda _, row: row.ranks, rank_text),
         Column("variant", lambda _, row: variant_text(row.variant), shown=_in_report),
+        Column("learned", lambda _, row: None if row.learned is None else row, _learned),
+        Column("steps to learn", lambda _, row: row.learning_steps or None, _steps),
         Column("accuracy", lambda _, row: row.accuracy, _percent, _short_percent),
+        Column(f"against {results.about}", lambda _, row: words.get((row.entry, str(row.variant)))),
         Column("validation loss", lambda _, row: row.validation_loss, _decimals, format_statistic),
         *_score_columns(results),
-        Column("seeds", lambda _, row: row.seeds),
+        Column("seeds", lambda _, row: row, _seeds),
         Column("learning rate", lambda _, row: row, _rate, _rate_and_edge, shown=_in_report_or_several_rates),
         Column("parameters", lambda results, row: results.entry_of(row).parameters, "{:,}".format),
         Column(
@@ -114,6 +123,27 @@ def _in_report_or_several_rates(results: Results, place: Place) -> bool:
 
 
 # ---- how a cell is written
+
+
+def rank_text(ranks: tuple[int, int]) -> str:
+    """Return the lowest and the highest rank that an entry can have as text."""
+    low, high = ranks
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def _seeds(row: SummaryRow) -> str:
+    return f"{row.seeds}" + (f", {row.failed} failed" if row.failed else "")
+
+
+def _learned(row: SummaryRow) -> str:
+    low, high = row.learned_interval or (0.0, 1.0)
+    return f"{row.learned} of {row.seeds} [{100 * low:.0f} %, {100 * high:.0f} %]"
+
+
+def _steps(steps: tuple[int | None, ...]) -> str:
+    """Return the steps that learning took, ascending, a dash for a seed that did not learn; of many, the extremes."""
+    texts = ["\N{EN DASH}" if step is None else f"{step:,}" for step in steps]
+    return ", ".join(texts) if len(texts) <= MAX_STEPS else f"{texts[0]} to {texts[-1]}"
 
 
 def state_size(entry: EntryResult) -> str:

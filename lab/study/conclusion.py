@@ -1,46 +1,18 @@
 """The answer to a study's question in sentences: where its subject stands, and what that can be attributed to."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 from ..units import plus_minus
+from .comparisons import VariantComparison, compare_variant, distinct
 from .config_differences import format_value
 from .results import Results, Statistic, SummaryRow
-from .summary import best_first, beyond_noise, difference
+from .summary import best_first
 
 MAX_VARIANTS = 4
 """Maximum number of variants that each get an answer; of more variants, only the first and the last get one."""
-Verdict: TypeAlias = Literal["better", "worse", "not distinguishable"]
-"""Relation of an entry to the subject; not distinguishable if the interval of their difference contains 0."""
 MAX_NAMES = 5
 """Maximum number of names in a list; for the others, only their number is given."""
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Score of an entry compared with that of the subject, in one variant."""
-
-    entry: str
-    variant: dict[str, Any]
-    measure: Literal["accuracy", "validation_loss"]
-    """Score by which the study compares entries."""
-    difference: Statistic | None
-    """Mean of the entry's score minus the subject's at equal seeds, with its interval; None without a common seed."""
-    verdict: Verdict | None
-    """Verdict on the entry, as in the answer; None without an interval."""
-
-
-def comparisons(results: Results) -> list[Comparison]:
-    """Compare every other entry of each variant with the subject, best first."""
-    rows = [row for row in best_first(results) if score(results, row) is not None]
-    return [
-        _compare(results, subject, row)
-        for subject in rows
-        if subject.entry == results.about
-        for row in rows
-        if row.variant == subject.variant and row is not subject
-    ]
 
 
 def conclusion(results: Results) -> str:
@@ -53,8 +25,7 @@ def conclusion(results: Results) -> str:
                 "nothing to compare yet."
             )
         return "No run has finished, so there is nothing to compare."
-    variants: list[dict[str, Any]] = []
-    variants += (row.variant for row in results.summary if row.variant not in variants)
+    variants = distinct(row.variant for row in results.summary)
     if len(variants) > MAX_VARIANTS:
         variants = [variants[0], variants[-1]]
     standings = [" ".join(_standing(results, variant)) for variant in variants]
@@ -103,41 +74,53 @@ def _standing(results: Results, variant: Mapping[str, Any]) -> Iterator[str]:
     others = [row for row in rows if row is not subject]
     measure = "an accuracy" if as_percent else "a validation loss"
     text = f"{subject.entry} reaches {measure} of {format_statistic(score(results, subject), as_percent=as_percent)}"
-    seeds = min(row.seeds for row in (subject, *others))
+    if subject.learned is not None:
+        text = f"{subject.learned} of {subject.seeds} seeds of {subject.entry} learn the task"
     if not others:
         yield f"{text}."
-    elif seeds < 2:
+        return
+    compared = compare_variant(results, variant)
+    if not compared.differences:
         best = format_statistic(score(results, others[0]), as_percent=as_percent)
         yield f"{text}; the best of the others is {others[0].entry} with {best}."
-    else:
-        tied: Verdict = "not distinguishable"
-        verdicts: dict[Verdict, list[str]] = {"better": [], tied: [], "worse": []}
-        for row in others:
-            verdicts[_compare(results, subject, row).verdict or tied].append(row.entry)
-        parts = [
-            f"{names(entries)} {'is' if len(entries) == 1 else 'are'} {verdict}"
-            + (f" from it with {seeds} seeds" if verdict == tied else "")
-            for verdict, entries in verdicts.items()
-            if entries
+        if max(row.seeds for row in rows) < 2:
+            yield "With only one seed there is no interval, so differences may be chance."
+        for row in rows:
+            if row.failed:
+                yield f"{row.entry} is not compared: {row.failed} of {row.failed + row.seeds} seeds failed."
+        return
+    about = f"mean and 95 % interval of {subject.seeds} seeds"
+    yield f"{text}." if subject.learned is not None else f"{text} ({about})."
+    verdicts: dict[str, list[str]] = {"better": [], "equivalent": [], "not separated": [], "worse": []}
+    for row in others:
+        if row.entry in compared.differences:
+            verdicts[compared.differences[row.entry].verdict].append(row.entry)
+    if len(compared.differences) <= MAX_NAMES:
+        each = [
+            f"{entry} is {compared.words(entry, results.about, results.margin)}"
+            for of in verdicts.values()
+            for entry in of
         ]
-        yield f"{text} (mean and 95 % t interval of {subject.seeds} seeds); {', '.join(parts)}."
-        if rows[0] is not subject:
-            best = format_statistic(score(results, rows[0]), as_percent=as_percent)
-            yield f"The best mean is that of {rows[0].entry}: {best}."
-    if seeds < 2:
-        yield "With only one seed there is no interval, so differences may be chance."
+        yield f"Against it, {'; '.join(each)}."
+    else:
+        counts = [_counted(kind, entries, compared, results) for kind, entries in verdicts.items() if entries]
+        yield f"Against it, {'; '.join(counts)}."
+    for row in others:
+        if row.failed:
+            yield f"{row.entry} is {compared.words(row.entry, results.about, results.margin)}."
 
 
-def _compare(results: Results, subject: SummaryRow, other: SummaryRow) -> Comparison:
-    """Compare another entry with the subject at equal seeds."""
-    measure = "accuracy" if has_accuracy(results) else "validation_loss"
-    gap = difference(results.runs_of(other), results.runs_of(subject), measure)
-    verdict: Verdict | None = None
-    if gap is not None and gap.margin is not None:
-        verdict = "not distinguishable"
-        if beyond_noise(gap):
-            verdict = "better" if (gap.mean > 0) == has_accuracy(results) else "worse"
-    return Comparison(other.entry, other.variant, measure, gap, verdict)
+def _counted(kind: str, entries: Sequence[str], compared: VariantComparison, results: Results) -> str:
+    """Return the entries of one verdict as text, with the one that differs most."""
+    verb = "is" if len(entries) == 1 else "are"
+    text = f"{names(entries)} {verb} {kind}"
+    if kind == "equivalent":
+        return f"{text} within {compared.amount(results.margin or 0.0)}"
+    if kind == "not separated" or compared.measure == "learned":
+        return text
+    largest = max(entries, key=lambda entry: abs(compared.differences[entry].mean))
+    amount = compared.amount(compared.differences[largest].mean)
+    return f"{text} by up to {amount} ({largest})" if len(entries) > 1 else f"{text} by {amount}"
 
 
 def _attribution(results: Results, variant: Mapping[str, Any]) -> Iterator[str]:

@@ -34,13 +34,14 @@ def render(results: Results) -> str:
         f"{len(names)} entr{'y' if len(names) == 1 else 'ies'}, {len(results.runs)} run{'s' * (len(results.runs) != 1)}"
     )
     machine = _machine(results.machine)
+    differences = plots.differences()
     sections = [
         ("Results", plots.outcomes()),
         ("Training", plots.curves()),
         ("Speed and memory", plots.speed()),
     ]
     return page.render(
-        [figure for _, figures in sections for figure in figures],
+        [*differences, *(figure for _, figures in sections for figure in figures)],
         template=Path(__file__).with_name("report.html"),
         title=results.question or results.name,
         results=results,
@@ -51,6 +52,7 @@ def render(results: Results) -> str:
         setup=results.setup,
         first_variant=variant_text(results.first_variant),
         answer=conclusion(results),
+        forests=differences,
         differences=[
             (variant_text(variant), heads, rows)
             for variant, heads, rows in difference_tables(results.differences, results.about)

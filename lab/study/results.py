@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from ...registry import Config, DataError, read_bytes, write_file
+from ..statistics.learned import LEARNED
 from .config_differences import format_value
 
 RESULTS_FILE = "results.json"
@@ -168,7 +169,8 @@ class Statistic(Config):
     spread: float | None = None
     """Sample standard deviation; None for a single seed."""
     margin: float | None = None
-    """Half the width of the 95 % t interval of the mean; None for a single seed."""
+    """Half the width of the 95 % interval of the mean, whose standard deviation is estimated from all entries; None if
+    no entry has two seeds, and where seeds either learn a task or do not."""
 
 
 class SummaryRow(Config):
@@ -176,13 +178,22 @@ class SummaryRow(Config):
 
     entry: str
     variant: dict[str, Any] = Field(default_factory=dict)
-    rank: Count | None = None
-    """One more than the number of entries of the variant that are better beyond noise; None for a single seed."""
+    ranks: tuple[Count, Count] | None = None
+    """Lowest and highest rank that the entry can have in the variant, by simultaneous intervals of all pairs; None
+    without intervals, and for an entry of which a seed failed."""
     learning_rate: float
     at_edge: Literal["lowest", "highest"] | None = None
     """End of the learning rates' grid at which the best rate lies, if any: a rate beyond it may be better."""
     seeds: Count
     """Number of seeds with a finished run."""
+    failed: Count = 0
+    """Number of seeds whose run failed."""
+    learned: Count | None = None
+    """Number of seeds that learned the task; None if seeds are not split into those that did and those that did not."""
+    learned_interval: Range | None = None
+    """Jeffreys' 95 % interval of the probability that a seed learns the task."""
+    learning_steps: tuple[Count | None, ...] = ()
+    """Steps after which each seed had learned the task, ascending, None for those that did not; empty if not split."""
     parameters: Count | None = None
     """Number of parameters in this variant."""
     flops_per_token: float | None = None
@@ -276,6 +287,10 @@ class Results(Config):
     """Sentences on what was the same for all entries and what was not."""
     subject: str | None = None
     """Entry that the question is about; None for the first entry."""
+    margin: float | None = None
+    """Size up to which a difference of scores does not matter: a share for accuracies, nats per token for losses."""
+    learned: float = LEARNED
+    """Accuracy from which a seed has learned a task."""
     differences: tuple[Difference, ...] = ()
     """Differences of each entry from the subject, in every variant."""
     entries: tuple[EntryResult, ...]

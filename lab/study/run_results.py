@@ -46,7 +46,8 @@ def collect_results(
         for run in plan.runs
     ]
     tune = plan.study.tune
-    summary = summarise(runs, () if tune is None else tune.learning_rate)
+    learned = plan.study.learned
+    summary = summarise(runs, () if tune is None else tune.learning_rate, learned)
     results = Results(
         name=plan.name,
         question=plan.study.question,
@@ -55,6 +56,8 @@ def collect_results(
         setup=setup(plan),
         fairness=plan.fairness,
         subject=plan.subject,
+        margin=plan.study.margin,
+        learned=learned,
         differences=plan.differences,
         entries=tuple(entry_result(entry) for entry in plan.entries),
         runs=tuple(runs),

@@ -6,6 +6,7 @@ mixers: [retention, attention]          # entries that differ only in their mixe
 entries:                                # entries with other changes
   hybrid: {extends: hybrid-tiny}
 subject: retention                      # the entry that the report's first sentence is about
+margin: 0.05                            # a difference up to this size does not matter
 match: {parameters: retention, knob: blocks.*.ffn.expansion}
 equal: {short_conv: 4}                  # options set to the same value in all mixers
 tune: {learning_rate: [1.0e-3, 3.0e-3]}
@@ -24,6 +25,7 @@ from pydantic import AfterValidator, Field, ValidationInfo, field_validator, mod
 from ...registry import Config, DataError, SeqmixError, choices_hint, load, nearest_hint
 from ...registry.config import deprecation
 from ...registry.errors import shown
+from ..statistics.learned import LEARNED
 from .config_differences import leaves
 from .equal_cost import Match
 
@@ -186,6 +188,11 @@ class Study(Config):
     """Entries by name, as changes to the base."""
     subject: str | None = None
     """Entry that the question is about, with which the report begins; null for the first entry."""
+    margin: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Size up to which a difference of scores does not matter, a share for accuracies and nats per token for losses:
+    entries within it are equivalent; null if no equivalence is to be tested."""
+    learned: float = Field(default=LEARNED, gt=0, le=1)
+    """Accuracy from which a seed has learned a task, for tasks that some seeds learn and others do not."""
     match: Match | None = None
     """Matching of all entries to equal cost; null for none."""
     equal: dict[str, Any] = Field(default_factory=dict)

@@ -10,7 +10,8 @@ from statistics import fmean
 from typing import Any
 
 from ..bench.figures import NOISE
-from ..figures.figure import ACCURACY, Axis, Figure, Point, Series, drawable
+from ..figures.figure import ACCURACY, Axis, Figure, Forest, Point, Series, drawable
+from .comparisons import comparisons
 from .conclusion import has_accuracy, key_text, names, variant_text
 from .conclusion import score as score_of
 from .config_differences import format_value
@@ -30,6 +31,7 @@ RATE = Axis("tokens per second", from_zero=True, log=False)
 STATE = Axis("state", unit="bytes")
 MEMORY = Axis("peak memory", unit="bytes", from_zero=True, log=False, noise=NOISE)
 TIME = Axis("time per token", unit="seconds", from_zero=True, log=False)
+LEARNED_SHARE = Axis("share of seeds that learned", unit="share", log=False)
 COSTS = {
     "train-speed": ("Training speed", "tokens_per_second", RATE, "Higher is faster."),
     "train-memory": ("Memory of training", "memory_bytes", MEMORY, "Peak of a step beyond parameters and optimizer."),
@@ -77,9 +79,15 @@ class Plots:
 
     def all(self) -> list[Figure]:
         """Return every figure, results first."""
-        return [*self.outcomes(), *self.curves(), *self.speed()]
+        return [*self.differences(), *self.outcomes(), *self.curves(), *self.speed()]
 
     # ---- figures, section by section
+
+    def differences(self) -> list[Figure]:
+        """Return the forest plots of the entries' differences from the subject, one for each variant."""
+        if self.variants[MAX_VARIANTS:]:
+            return []
+        return drawable(self._differences(i, variant) for i, variant in enumerate(self.variants, 1))
 
     def curves(self) -> list[Figure]:
         """Return the figures of training: curves over tokens, computation and time."""
@@ -104,7 +112,7 @@ class Plots:
         slices = dict.fromkeys(name for row in self.results.summary for name in row.validation_loss_by)
         figures = [*map(self._difficulty, difficulties), *map(self._slices, slices)]
         sizes = [self._lengths(), *self._variants(), *self._scaling()]
-        return drawable([*figures, *sizes, *self._states(), *self._learning_rates()])
+        return drawable([self._seeds(), *figures, *sizes, *self._states(), *self._learning_rates()])
 
     def speed(self) -> list[Figure]:
         """Return the figures of speed and memory of training and decoding."""
@@ -112,6 +120,47 @@ class Plots:
         return drawable(self._cost(name, rows[name.partition("-")[0]], *COSTS[name]) for name in COSTS)
 
     # ---- one figure each
+
+    def _differences(self, number: int, variant: Mapping[str, Any]) -> Forest:
+        compared = [each for each in comparisons(self.results) if each.variant == variant and each.low is not None]
+        of_losses = any(each.measure == "validation_loss" for each in compared)
+        compared.sort(key=lambda each: each.difference if of_losses else -each.difference)
+        subject = self.results.about
+        points = {
+            each.entry: [Point(each.entry, each.difference, each.low or 0.0, each.high or 0.0)] for each in compared
+        }
+        measure = {"accuracy": ACCURACY, "learned": LEARNED_SHARE}.get(compared[0].measure if compared else "")
+        label = f"{(measure or self.validation_axis).label} minus that of {subject}"
+        axis = Axis(label, unit=measure.unit if measure else "", log=False)
+        caption = f"Best first; bars are simultaneous 95 % intervals, and the broken line is {subject}."
+        margin = None if any(each.measure == "learned" for each in compared) else self.results.margin
+        if margin is not None:
+            caption += " Differences in the shaded range do not matter, as the study declares."
+        several = len(self.variants) > 1
+        title = f"Difference from {subject}" + (f": {variant_text(variant)}" if several else "")
+        return Forest(
+            f"differences-{number}" if several else "differences",
+            title,
+            caption,
+            Axis("entry", names=list(points)),
+            axis,
+            self._series(points),
+            joined=False,
+            words={each.entry: each.words for each in compared},
+            margin=margin,
+        )
+
+    def _seeds(self) -> Figure:
+        """Return the accuracy of every seed, where seeds either learn a task or do not."""
+        rows = self._of_best_variant(row for row in self.results.summary if row.learned is not None)
+        points = {
+            row.entry: [Point(row.entry, run.accuracy) for run in self.results.runs_of(row) if run.accuracy is not None]
+            for row in rows
+        }
+        caption = f"One point a seed. A seed has learned the task at {100 * self.results.learned:g} % and above."
+        caption += self._best_variant_note(rows)
+        axis = Axis("entry", names=list(points))
+        return Figure("seeds", "Accuracy of each seed", caption, axis, ACCURACY, self._series(points), joined=False)
 
     def _curve(
         self, name: str, title: str, over: str, measure: str, variant: Mapping[str, Any] | None = None
@@ -284,7 +333,7 @@ class Plots:
         series = self._series({entry: _points(of_entry, x, y) for entry, of_entry in values.items()})
         name = re.sub("[ _]", "-", title.removeprefix("validation "))
         if any(point.low < point.high for each in series for point in each.points):
-            caption += " Bars are 95 % t intervals over seeds"
+            caption += " Bars are 95 % intervals of means over seeds"
             caption += ", cut at 0 and 100 %." if y is ACCURACY else "."
         return Figure(name, title[:1].upper() + title[1:], caption, x, y, series)
 

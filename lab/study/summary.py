@@ -1,20 +1,21 @@
 """Statistics over seeds: means, intervals, ranks, and each entry's best learning rate.
 
-An interval is the 95 % t interval of a mean over seeds. Two entries are compared by their differences at equal seeds,
-in which the effect of a seed on both cancels. They differ beyond noise if the t interval of the mean difference does
-not contain 0; otherwise they are tied. Comparisons are not corrected for their number.
+The standard deviation behind an interval is estimated from all entries of a variant together (`lab.statistics`).
 """
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from statistics import mean, median, stdev
-from typing import Literal
+from typing import Any, Literal, TypeAlias
 
+from ..statistics.comparison import compare_scores
+from ..statistics.learned import LEARNED, LearnedComparison, is_split, learning_steps
+from .comparisons import ACCURACY_FLOOR, LOSS_FLOOR, VariantComparison, compare_runs, distinct
 from .results import COSTS, Results, RunResult, Statistic, SummaryRow, where
 
-CONFIDENCE = 0.95
-"""Coverage of intervals."""
+MEASURED = ("validation_loss", "accuracy", "accuracy_by", "validation_loss_by", "validation_loss_by_length", "scores")
+"""Fields of a run that are measured, of which the summary has statistics."""
+Path: TypeAlias = tuple[str, ...]
+"""Field of a run and keys in it, such as ("accuracy_by", "pairs", "8")."""
 
 
 def choose_rates(runs: Sequence[RunResult]) -> dict[str, float]:
@@ -46,46 +47,73 @@ def _best_rate(by_rate: Mapping[float, Sequence[RunResult]]) -> float | None:
     return min(complete, key=lambda rate: mean(values_of(by_rate[rate], "validation_loss")), default=None)
 
 
-def summarise(runs: Sequence[RunResult], rates: Sequence[float] = ()) -> list[SummaryRow]:
+def summarise(runs: Sequence[RunResult], rates: Sequence[float] = (), learned: float = LEARNED) -> list[SummaryRow]:
     """Return one row per entry and variant, with ranks within each variant.
 
-    `rates` is the grid of learning rates; `SummaryRow.at_edge` says if the row's rate is an end of the grid.
+    Args:
+        runs: the runs of a study; those that tune are left out.
+        rates: the grid of learning rates; `SummaryRow.at_edge` says if the row's rate is an end of the grid.
+        learned: the accuracy from which a seed has learned a task.
     """
-    groups: dict[str, list[RunResult]] = {}
-    for run in runs:
-        if not run.tunes and run.status == "finished" and run.validation_loss is not None:
-            groups.setdefault(f"{run.entry} {sorted(run.variant.items())}", []).append(run)
-    with_accuracy = any(run.accuracy is not None for group in groups.values() for run in group)
     rows = []
-    for group in groups.values():
-        rivals = [other for other in groups.values() if other[0].variant == group[0].variant and other is not group]
-        differences = [difference(other, group, "accuracy" if with_accuracy else "validation_loss") for other in rivals]
-        better = sum(beyond_noise(each) and (each.mean > 0) == with_accuracy for each in differences if each)
-        ranked = rivals and all(each is not None and each.margin is not None for each in differences)
-        rows.append(_row(group, rates).model_copy(update={"rank": 1 + better if ranked else None}))
-    return rows
+    for variant in distinct(run.variant for run in runs):
+        of_variant = [run for run in runs if run.variant == variant and not run.tunes]
+        entries: dict[str, list[RunResult]] = {}
+        for run in of_variant:
+            if run.status == "finished" and run.validation_loss is not None:
+                entries.setdefault(run.entry, []).append(run)
+        measured = statistics_of(entries, learned)
+        compared = compare_runs(of_variant, learned=learned)
+        rows += [_row(of, rates, measured[name], compared, learned) for name, of in entries.items()]
+    order = {each: i for i, each in enumerate(dict.fromkeys((run.entry, str(run.variant)) for run in runs))}
+    return sorted(rows, key=lambda row: order[row.entry, str(row.variant)])
 
 
-def difference(one: Sequence[RunResult], other: Sequence[RunResult], field: str) -> Statistic | None:
-    """Return the difference of a measured value at equal seeds, `one` minus `other`; None without a common seed."""
-    ours, theirs = (
-        {run.seed: value for run in runs if (value := getattr(run, field)) is not None} for runs in (one, other)
-    )
-    differences = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
-    return statistic(differences) if differences else None
+def statistics_of(entries: Mapping[str, Sequence[RunResult]], learned: float = LEARNED) -> dict[str, dict[str, Any]]:
+    """Return the statistics of each entry's measured values, by field, nested as the fields are.
+
+    The interval of a mean uses the runs of all entries. There is none for an accuracy whose seeds are split.
+    """
+    by_path: dict[Path, dict[str, list[float]]] = {}
+    for name, runs in entries.items():
+        for run in runs:
+            for path, value in _paths({field: getattr(run, field) for field in MEASURED}):
+                by_path.setdefault(path, {}).setdefault(name, []).append(value)
+    found: dict[str, dict[str, Any]] = {name: {} for name in entries}
+    for path, scores in by_path.items():
+        of_accuracy = path[0].startswith("accuracy")
+        margins: Mapping[str, float] = {}
+        if not (of_accuracy and is_split(scores, learned)):
+            floor = ACCURACY_FLOOR if of_accuracy else LOSS_FLOOR
+            margins = compare_scores(scores, higher_is_better=of_accuracy, floor=floor).margins
+        for name, values in scores.items():
+            place = found[name]
+            for key in path[:-1]:
+                place = place.setdefault(key, {})
+            place[path[-1]] = statistic(values).model_copy(update={"margin": margins.get(name)})
+    return found
 
 
-def beyond_noise(value: Statistic) -> bool:
-    """True if the interval of a mean does not contain 0; False without an interval."""
-    return value.margin is not None and abs(value.mean) > value.margin
+def _paths(values: Mapping[str, Any], above: Path = ()) -> Iterator[tuple[Path, float]]:
+    """Yield the numbers in nested mappings, each with its path."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _paths(value, (*above, key))
+        elif value is not None:
+            yield (*above, key), value
 
 
 def best_first(results: Results) -> list[SummaryRow]:
-    """Return the summary's rows by variant, and within a variant by accuracy, then by validation loss."""
+    """Return the summary's rows by variant, and within a variant by accuracy, then by validation loss.
+
+    Where seeds are split, entries come in the order of the seeds that learned. Entries of which seeds failed come last.
+    """
     order = list(dict.fromkeys(str(row.variant) for row in results.summary))
 
-    def key(row: SummaryRow) -> tuple[int, float, float]:
-        return order.index(str(row.variant)), -(row.accuracy.mean if row.accuracy else 0.0), row.validation_loss.mean
+    def key(row: SummaryRow) -> tuple[int, bool, float, float, float]:
+        share = row.learned / row.seeds if row.learned is not None else 0.0
+        accuracy = row.accuracy.mean if row.accuracy else 0.0
+        return order.index(str(row.variant)), row.failed > 0, -share, -accuracy, row.validation_loss.mean
 
     return sorted(results.summary, key=key)
 
@@ -130,63 +158,42 @@ def _edge(rate: float, rates: Sequence[float]) -> Literal["lowest", "highest"] |
     return "lowest" if rate == min(rates) else "highest" if rate == max(rates) else None
 
 
-def _row(runs: Sequence[RunResult], rates: Sequence[float]) -> SummaryRow:
+def _row(
+    runs: Sequence[RunResult],
+    rates: Sequence[float],
+    measured: Mapping[str, Any],
+    compared: VariantComparison,
+    learned: float,
+) -> SummaryRow:
+    entry = runs[0].entry
     ranges = [run.tokens_per_second_range for run in runs if run.tokens_per_second_range is not None]
     speeds = values_of(runs, "tokens_per_second")
-    accuracies = values_of(runs, "accuracy")
+    split: dict[str, Any] = {}
+    if isinstance(compared.found, LearnedComparison):
+        count = compared.found.counts[entry]
+        steps = [learning_steps([(e.step, e.accuracy or 0.0) for e in run.evaluations], learned) for run in runs]
+        # the steps of runs that learned, then those that did not
+        split = {
+            "learned": count.learned,
+            "learned_interval": (count.low, count.high),
+            "learning_steps": tuple(sorted(steps, key=lambda step: (step is None, step or 0))),
+        }
     return SummaryRow(
-        entry=runs[0].entry,
+        entry=entry,
         variant=runs[0].variant,
+        ranks=compared.ranks.get(entry),
         learning_rate=runs[0].learning_rate or 0.0,
         at_edge=_edge(runs[0].learning_rate or 0.0, rates),
         seeds=len(runs),
+        failed=compared.failed.get(entry, 0),
+        **split,
         **{cost: getattr(runs[0], cost) for cost in COSTS},
         tokens_per_second=median(speeds) if speeds else None,
         tokens_per_second_range=(min(ranges)[0], max(high for _, high in ranges)) if ranges else None,
-        validation_loss=statistic(values_of(runs, "validation_loss")),
-        accuracy=statistic(accuracies) if accuracies else None,
-        accuracy_by=_by_axis([run.accuracy_by for run in runs]),
-        validation_loss_by=_by_axis([run.validation_loss_by for run in runs]),
-        validation_loss_by_length=_by_key([run.validation_loss_by_length for run in runs]),
-        scores={task: _by_key([run.scores.get(task, {}) for run in runs]) for task in runs[0].scores},
+        **measured,
     )
 
 
-def _by_axis(axes: Sequence[dict[str, dict[str, float]]]) -> dict[str, dict[str, Statistic]]:
-    return {name: _by_key([by.get(name, {}) for by in axes]) for name in axes[0]}
-
-
-def _by_key(slices: Sequence[dict[str, float]]) -> dict[str, Statistic]:
-    return {key: statistic([values[key] for values in slices if key in values]) for key in slices[0]}
-
-
 def statistic(values: Sequence[float]) -> Statistic:
-    """Return mean, sample standard deviation and t interval of at least one value."""
-    if len(values) < 2:
-        return Statistic(mean=mean(values))
-    spread = stdev(values)
-    margin = t_quantile(len(values) - 1) * spread / math.sqrt(len(values))
-    return Statistic(mean=mean(values), spread=spread, margin=margin)
-
-
-@cache
-def t_quantile(degrees: int) -> float:
-    """Return the number t with P(|T| < t) = `CONFIDENCE` for Student's t distribution, to 12 digits."""
-    low, high = 0.0, 100.0
-    while high - low > 1e-13 * high:
-        middle = (low + high) / 2
-        low, high = (middle, high) if _probability(middle, degrees) < CONFIDENCE else (low, middle)
-    return high
-
-
-def _probability(t: float, degrees: int) -> float:
-    """Return P(|T| < t) by the finite series for whole degrees of freedom (Abramowitz and Stegun, 26.7.3-4)."""
-    angle = math.atan2(t, math.sqrt(degrees))
-    odd = degrees % 2
-    term = total = math.cos(angle) if odd else 1.0
-    for k in range(2 + odd, degrees - 1, 2):
-        term *= (k - 1) / k * math.cos(angle) ** 2
-        total += term
-    if not odd:
-        return math.sin(angle) * total
-    return 2 / math.pi * (angle + (math.sin(angle) * total if degrees > 1 else 0.0))
+    """Return the mean and the sample standard deviation of at least one value, without an interval."""
+    return Statistic(mean=mean(values), spread=stdev(values) if len(values) > 1 else None)

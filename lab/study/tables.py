@@ -1,19 +1,28 @@
 """Tables of a study's results for the terminal, for a page (summary.md) and for other programs (CSV)."""
 
 import csv
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from ...registry import write_file
 from ..markdown import table
+from ..statistics.learned import LearnedComparison, compare_steps
+from ..statistics.variance import format_p
 from .columns import summary_table
-from .conclusion import accessories_first, conclusion, names
+from .comparisons import compare_variant, distinct
+from .conclusion import MAX_VARIANTS, accessories_first, conclusion, names, variant_text
 from .config_differences import leaves
 from .results import Difference, Results, RunResult, SummaryRow, where
 from .scaling import scaling_lines
 from .summary import timed_length, with_timed_speeds
+
+FAMILIES = {
+    False: "by Dunnett's method",
+    True: "of shares of seeds by exact intervals and Bonferroni's correction",
+}
+"""Method of a family of comparisons, by whether it compares shares of seeds that learned."""
 
 
 def notes(results: Results) -> Iterator[str]:
@@ -33,32 +42,67 @@ def notes(results: Results) -> Iterator[str]:
 
 
 def uncertainty(results: Results) -> Iterator[str]:
-    """Yield sentences on what intervals and ranks mean in these results."""
+    """Yield sentences on what intervals, ranks and verdicts mean in these results, and on what they rest."""
     if not results.summary:
         return
-    if any(row.seeds > 1 for row in results.summary):
-        yield "± is half the width of the 95 % t interval over seeds, which are all evaluated on the same data."
-    if any(map(_beyond_what_is_possible, results.summary)):
+    if all(row.seeds < 2 for row in results.summary):
+        yield "There is one seed, so there is no interval and no rank: differences may be chance."
+        return
+    variants = distinct(row.variant for row in results.summary)
+    compared = [(variant, compare_variant(results, variant)) for variant in variants]
+    for variant, each in compared if len(compared) <= MAX_VARIANTS else ():
+        if each.note:
+            yield f"{f'At {variant_text(variant)}: ' if variant else ''}{each.note}"
+    split = any(row.learned is not None for row in results.summary)
+    if any(row.validation_loss.margin is not None for row in results.summary):
         yield (
-            "An interval that reaches beyond possible values (a loss below 0, an accuracy above 100 %) is not to "
-            "be read literally: t intervals assume normally distributed results."
+            "± is half the width of a mean's 95 % t interval with that standard deviation; all seeds are evaluated on "
+            "the same data."
         )
-    if any(row.seeds < 2 for row in results.summary):
-        one = "There is one seed" if all(row.seeds < 2 for row in results.summary) else "Some entries have one seed"
-        yield f"{one}, so there is no interval and no rank: differences may be chance."
-    if any(row.rank is not None for row in results.summary):
+    if split:
         yield (
-            "rank: 1 + the number of entries that are significantly better (the 95 % t interval of the difference at "
-            "equal seeds does not contain 0; not corrected for the number of comparisons). Entries of different rank "
-            "may be tied too, and one with a wide interval can have a lower rank number than one with a better mean."
+            f"learned: seeds that reach {100 * results.learned:g} % of their answers; in brackets, Jeffreys' 95 % "
+            "interval of the probability that a seed does. Scores that split so have no mean with an interval."
+        )
+    for variant in variants if len(variants) <= MAX_VARIANTS else ():
+        yield from _steps_compared(results, variant)
+    if any(each.differences for _, each in compared):
+        kinds = {isinstance(each.found, LearnedComparison) for _, each in compared}
+        yield (
+            f"against {results.about}: differences with simultaneous 95 % intervals, "
+            f"{' or '.join(text for kind, text in FAMILIES.items() if kind in kinds)}; not separated: the interval "
+            "contains 0, which does not show that there is no difference."
+        )
+        if results.margin is not None and False in kinds:
+            yield (
+                f"equivalent within {compared[0][1].amount(results.margin)}: two one-sided t tests at 5 % each, not "
+                "corrected for the number of entries."
+            )
+    if any(row.ranks is not None for row in results.summary):
+        yield (
+            "rank: the places that an entry can have, from 1 + the number of entries that are better than it to the "
+            "number of all without those that are worse, by simultaneous 95 % intervals of all pairs."
+        )
+    if any(row.failed for row in results.summary):
+        yield (
+            "An entry of which seeds failed has neither a rank nor a verdict and stands last: seeds that diverge are "
+            "not missing by chance."
         )
 
 
-def _beyond_what_is_possible(row: SummaryRow) -> bool:
-    loss, accuracy = row.validation_loss, row.accuracy
-    if (loss.margin or 0) > loss.mean:
-        return True
-    return accuracy is not None and (accuracy.margin or 0) > min(accuracy.mean, 1 - accuracy.mean)
+def _steps_compared(results: Results, variant: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a sentence on how the steps that learning took differ from the subject's, where seeds are split."""
+    rows = {row.entry: row for row in results.summary if row.variant == variant and row.learning_steps}
+    last = max((e.step for row in rows.values() for run in results.runs_of(row) for e in run.evaluations), default=0)
+    if results.about not in rows or len(rows) < 2:
+        return
+    p_values = compare_steps({name: row.learning_steps for name, row in rows.items()}, last, results.about)
+    found = ", ".join(f"{name} {format_p(p)}" for name, p in p_values.items())
+    yield (
+        f"{f'At {variant_text(variant)}: ' if variant else ''}steps to learn against those of {results.about}, by "
+        f"log-rank tests with Bonferroni's correction, where a seed that did not learn would have taken longer than "
+        f"its run: {found}."
+    )
 
 
 def cautions(results: Results) -> Iterator[str]:
@@ -86,8 +130,7 @@ def difference_tables(
     The subject's row comes first. If the tables of all variants are the same, only one is returned, with an empty
     variant.
     """
-    variants: list[dict[str, Any]] = []
-    variants += (each.variant for each in differences if each.variant not in variants)
+    variants = distinct(each.variant for each in differences)
     tables = []
     for variant in variants:
         of_variant = [each for each in differences if each.variant == variant]

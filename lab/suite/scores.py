@@ -1,31 +1,24 @@
 """Scores of the suite: a row per task and mixer, merging with the rows of other calls, and tables."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import mean
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from pydantic import Field, ValidationError
 
-from ...registry import Config, DataError, SeqmixError, nearest_hint, read_bytes, write_file
+from ...registry import Config, DataError, SeqmixError, nearest_hint, read_bytes
 from ...registry.yaml import write as to_yaml
-from ..markdown import table
 from ..study.confounders import ACCESSORIES, describe
-from ..study.report import REPORT_FILE
 from ..study.results import AccuracyBy, Machine, Results, RunResult, Statistic
-from ..study.summary import beyond_noise, statistic
+from ..study.summary import statistic
 from .tasks import Metric, PlannedTask, Size, SuiteTask
 
 SCORES_FILE = "suite.json"
 PAGE_FILE = "suite.md"
 PUBLISHED = Path(__file__).with_name("results")
 """Folder of the scores behind docs/leaderboard.md: a file for each size and kind of matching."""
-TIE = 0.01
-"""Difference of accuracies below which two scores are tied, however sure it is: seeds that all have nearly all right
-differ by single answers, with an interval of width 0."""
-UNKNOWN = 0.1
-"""Half the width of the interval of a difference from which a tie says little: the seeds have all or nothing."""
 
 
 class ScoreRow(Config):
@@ -235,168 +228,3 @@ def read_scores(path: Path) -> Scores:
         ) from None
     except ValidationError as error:
         raise DataError(f"{file} does not hold scores of the suite: {error.errors()[0]['msg']}") from None
-
-
-def score_table(scores: Scores) -> tuple[list[str], list[tuple[str, ...]]]:
-    """Return heads and rows of the score table: accuracies in percent, best mean first, chance level last.
-
-    A task with variations is one column, the mean over all of them; an entry needs a score in each. The mean over tasks
-    is given for entries with a score in every task. A star marks the best of a column and those tied with it, a
-    question mark those that may be tied.
-    """
-    tasks = {name: task for name, task in scores.tasks.items() if task.rows and task.task.varies is None}
-    columns: dict[str, dict[str, _Cell]] = {}
-    for name in tasks:
-        parts = [task for key, task in scores.tasks.items() if name in (key, task.task.varies)]
-        for row in tasks[name].rows:
-            cells = [
-                _Cell(other.score, other.scores) for part in parts for other in part.rows if other.entry == row.entry
-            ]
-            if len(cells) == len(parts):
-                columns.setdefault(name, {})[row.entry] = _average(cells)
-    entries = dict.fromkeys(entry for column in columns.values() for entry in column)
-    whole = {
-        entry: _average([column[entry] for column in columns.values()])
-        for entry in entries
-        if all(entry in columns.get(name, {}) for name in tasks)
-    }
-    ranked = sorted(entries, key=lambda entry: -(whole[entry].score.mean if entry in whole else 0.0))
-    texts = [_marked(column) for column in (*(columns.get(name, {}) for name in tasks), whole)]
-    rows = [(entry, *(text.get(entry, "") for text in texts)) for entry in ranked]
-    chances = [task.task.chance for task in tasks.values()]
-    guessing = ("(guessing)", *map(_percent, chances), _percent(mean(chances) if chances else None))
-    return ["entry", *tasks, "mean"], [*rows, guessing]
-
-
-class _Cell(NamedTuple):
-    """A score, and that of each seed as far as it is known."""
-
-    score: Statistic
-    by_seed: Mapping[str, float]
-
-
-def _average(cells: Sequence[_Cell]) -> _Cell:
-    """Return the mean of scores; if all have the same seeds, also the mean of each seed, which gives an interval."""
-    seeds = cells[0].by_seed
-    if not seeds or any(cell.by_seed.keys() != seeds.keys() for cell in cells):
-        return _Cell(Statistic(mean=mean(cell.score.mean for cell in cells)), {})
-    by_seed = {seed: mean(cell.by_seed[seed] for cell in cells) for seed in seeds}
-    return _Cell(statistic(list(by_seed.values())), by_seed)
-
-
-def _marked(column: Mapping[str, _Cell]) -> dict[str, str]:
-    """Return the texts of a column, with a mark at the best score and at those tied with it."""
-    best = max(column.values(), key=lambda cell: cell.score.mean, default=None)
-    ranked = all(len(cell.by_seed) > 1 for cell in column.values()) and len(column) > 1
-    return {
-        entry: _percent(cell.score) + (_mark(best, cell) if best is not None and ranked else "")
-        for entry, cell in column.items()
-    }
-
-
-def _mark(best: _Cell, other: _Cell) -> str:
-    """Return the mark of a score that is tied with the best, of one that may be, and of one that is not."""
-    apart = paired_difference(best.by_seed, other.by_seed)
-    if apart is None or apart.margin is None:
-        return ""
-    if abs(apart.mean) >= TIE and beyond_noise(apart):
-        return ""
-    margin = best.score.margin if other is best else apart.margin
-    return " *" if margin is None or margin <= UNKNOWN else " ?"
-
-
-def paired_difference(one: Mapping[str, float], other: Mapping[str, float]) -> Statistic | None:
-    """Return the mean of one minus other at equal seeds, with its interval; None without a common seed."""
-    differences = [value - other[seed] for seed, value in one.items() if seed in other]
-    return statistic(differences) if differences else None
-
-
-def _percent(value: Statistic | float | None) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, Statistic):
-        return _percent(value.mean) + ("" if value.margin is None else f" ± {100 * value.margin:.1f}")
-    return f"{100 * value:.1f}"
-
-
-def accessory_table(scores: Scores) -> tuple[list[str], list[tuple[str, ...]]]:
-    """Return heads and rows of a table of the mixers' accessories; no rows if all have the same ones."""
-    known = {row.entry: row.accessories for task in scores.tasks.values() for row in task.rows if row.accessories}
-    differing = [name for name in ACCESSORIES if len({each.get(name) for each in known.values()}) > 1]
-    if not differing:
-        return [], []
-    return ["entry", *differing], [
-        (entry, *(each.get(name, "") for name in differing)) for entry, each in known.items()
-    ]
-
-
-def uncertainty(scores: Scores) -> str:
-    """Return a sentence on what intervals and stars mean."""
-    if any(row.score.margin is not None for task in scores.tasks.values() for row in task.rows):
-        return (
-            "± is half the width of the 95 % t interval over seeds. A star marks the best of a column and those tied "
-            f"with it: their differences from it at equal seeds are below {100 * TIE:g} point, or have a 95 % t "
-            f"interval that contains 0. With a question mark, this interval, or that of the best itself, is wider than "
-            f"{200 * UNKNOWN:g} points."
-        )
-    return "There is one seed, so there are no intervals and no ranking: differences may be chance."
-
-
-def markdown(scores: Scores) -> list[str]:
-    """Return the lines of a page: the table, the tasks, the parts left out, and the commands to reproduce it."""
-    lines = [*score_lines(scores), ""]
-    lines += [f"Accuracy in percent; equal {scores.match}; best mean first. {uncertainty(scores)}", ""]
-    heads, rows = accessory_table(scores)
-    if rows:
-        lines += ["The mixers also differ in their accessories, so no score is that of a mixer's equations alone:", ""]
-        lines += [*table(heads, rows), ""]
-    return [*lines, *condition_lines(scores)]
-
-
-def score_lines(scores: Scores) -> list[str]:
-    """Return the lines of the score table."""
-    head, rows = score_table(scores)
-    return table([head[0], *(f"{name}:" for name in head[1:])], rows)
-
-
-def condition_lines(scores: Scores, *, reports: bool = True) -> list[str]:
-    """Return the lines of the tasks with their conditions, the parts left out, and what computed them.
-
-    Args:
-        scores: the scores to describe.
-        reports: True to link the reports of the tasks' studies, which must lie beside the page, and to show the
-            commands that made them.
-    """
-    lines: list[str] = []
-    for name, task in scores.tasks.items():
-        at = f", at {' and '.join(task.task.score_at)}" if task.task.score_at else ""
-        link = f"[**{name}**]({name}/{REPORT_FILE})" if reports else f"**{name}**"
-        conditions = task.conditions
-        seeds = ", ".join(f"{seed:g}" for seed in conditions.seeds)
-        rates = ", ".join(f"{rate:g}" for rate in conditions.learning_rates)
-        tuned = f"learning rate {rates}"
-        if conditions.tuning_seeds:
-            tuned = f"learning rate tuned ({rates}; seeds {', '.join(map(str, conditions.tuning_seeds))})"
-        equal = f"; equal in all mixers: {conditions.equal}" if conditions.equal else ""
-        lines.append(
-            f"- {link}: {task.task.measures}{at} ({task.task.source}). Seeds {seeds}; {tuned}; "
-            f"{conditions.matched}{equal}."
-        )
-        lines += [f"  Differs from the published settings: {task.task.differs}."] if task.task.differs else []
-        for entry, why in task.left_out.items():
-            lines.append(f"  No score: {why if why.startswith(entry) else f'{entry}: {why}'}.")
-    lines += ["", *scores.notes, ""] if scores.notes else [""]
-    machines = dict.fromkeys(
-        f"seqmix {row.machine.seqmix}{f' ({row.machine.commit[:7]})' if row.machine.commit else ''}, "
-        f"torch {row.machine.torch}, {row.machine.processor}"
-        for task in scores.tasks.values()
-        for row in task.rows
-    )
-    computed = f"Computed with {'; '.join(machines)}, {scores.created[:10]}"
-    return [*lines, *([f"{computed}:", "", "```text", *scores.commands, "```"] if reports else [f"{computed}."])]
-
-
-def write_scores(scores: Scores, folder: Path) -> None:
-    """Write suite.json and suite.md into a folder."""
-    write_file(scores.model_dump_json(indent=1) + "\n", folder / SCORES_FILE)
-    write_file("\n".join([f"# The suite, {scores.size} settings", "", *markdown(scores)]) + "\n", folder / PAGE_FILE)

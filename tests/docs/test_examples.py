@@ -119,16 +119,15 @@ def test_agent_loop_keeps_only_significant_improvements():
     loop = runpy.run_path(str(LOOP))
     best, new = loop["Proposal"]("best", {"kind": "retention"}), loop["Proposal"]("new", {"kind": "gla"})
 
-    def decide(ranks, state="finished"):
+    def decide(verdict, state="finished"):
         losses = {"best": 2.0, "new": 1.9}
-        rows = [
-            {"entry": name, "rank": rank, "validation_loss": {"mean": losses[name], "margin": 0.01}}
-            for name, rank in zip(("best", "new"), ranks, strict=True)
-        ]
-        return loop["decide"]({"state": state, "failed": {}, "summary": rows}, best, new).decision
+        rows = [{"entry": name, "validation_loss": {"mean": loss, "margin": 0.01}} for name, loss in losses.items()]
+        compared = [{"entry": "best", "verdict": verdict}]
+        result = {"state": state, "failed": {}, "summary": rows, "comparisons": compared}
+        return loop["decide"](result, best, new).decision
 
-    assert decide((2, 1)) == "kept"
-    assert decide((1, 1)).startswith("dropped")
-    assert decide((1, 2)).startswith("dropped")
-    assert decide((None, None)).startswith("dropped")
-    assert decide((2, 1), state="stopped").startswith("undecided")
+    assert decide("worse") == "kept"
+    assert decide("not separated").startswith("dropped")
+    assert decide("better").startswith("dropped")
+    assert decide(None).startswith("dropped")
+    assert decide("worse", state="stopped").startswith("undecided")

@@ -1,15 +1,19 @@
 """Claims of the RetNet paper: their studies match its descriptions, and saved results match the page."""
 
 import json
+import re
 import runpy
 from pathlib import Path
+from statistics import fmean, variance
 from types import SimpleNamespace
 
 import pytest
 
 from seqmix import SeqmixError, load_config
 from seqmix.lab.paper import claims
-from seqmix.lab.paper.verdict import OPPOSITE, SAME, UNMEASURED, direction, judge
+from seqmix.lab.paper.verdict import OPPOSITE, SAME, UNMEASURED, direction, direction_of, judge
+from seqmix.lab.statistics.comparison import Difference
+from seqmix.lab.statistics.multiplicity import dunnett
 from seqmix.lab.study.plan import plan
 from seqmix.lab.study.results import Results, read_results, write
 from seqmix.lab.study.study import load_study
@@ -135,15 +139,17 @@ def test_unknown_claim_raises_with_suggestion():
         claims.prove("tabel6", scale="cpu", jobs=None, out=Path(), on_note=print)
 
 
-def test_page_reports_disagreeing_seeds_and_unmeasured_claims(tmp_path, page):
+def test_page_says_which_directions_are_not_separated_and_which_claims_not_measured(tmp_path, page):
     (tmp_path / "table6.json").write_bytes((SAVED / "table6.json").read_bytes())
     said = page.part("table6", tmp_path)
+    assert sum(line.count("not separated") for line in said) == 2  # GroupNorm's row, and the verdict on all
     study = json.loads((tmp_path / "table6.json").read_text())
-    (run,) = (run for run in study["runs"] if (run["entry"], run["seed"]) == ("no-decay", 0))
-    run["validation_loss"] = 0.0
+    for run in study["runs"]:
+        if run["entry"] == "no-group-norm":
+            run["validation_loss"] -= 1
     (tmp_path / "table6.json").write_text(json.dumps(study))
     changed = [line for line in page.part("table6", tmp_path) if line not in said]
-    assert [line.count("seeds disagree") for line in changed] == [1, 1]  # its row, and the verdict on all
+    assert [line.count("opposite") for line in changed] == [1, 1]
     for claim in sorted(page.PARTS.keys() - {"table6"}):
         (line,) = page.part(claim, tmp_path)
         assert line.startswith(f"Not measured yet: `seqmix paper {claim}")
@@ -157,12 +163,21 @@ def values_of(claim: str):
     return read_results(file) if claim in claims.STUDIES else json.loads(file.read_text())
 
 
-def test_direction_requires_agreement_of_all_seeds():
-    assert direction(+0.1, [0.2, 0.01]) == direction(-0.1, [-3.0]) == SAME
-    assert direction(+0.1, [-0.2, -0.01]) == OPPOSITE
-    assert direction(+0.1, [-0.2, 0.01]) == "seeds disagree"
-    assert direction(+0.1, [0.2, -0.01], "sizes") == "sizes disagree"
-    assert direction(+0.1, []) == direction(+0.1, [float("nan")]) == UNMEASURED
+def test_direction_requires_an_interval_without_zero():
+    def ours(low, high):
+        return Difference((low + high) / 2, low, high, "not separated")
+
+    assert direction(+0.1, ours(0.01, 0.2)) == direction(-0.1, ours(-0.2, -0.01)) == SAME
+    assert direction(+0.1, ours(-0.2, -0.01)) == OPPOSITE
+    assert direction(+0.1, ours(-0.01, 0.2)) == "not separated"
+    assert direction(+0.1, None) == "one seed, so no interval"
+
+
+def test_direction_of_several_sizes_requires_that_all_agree():
+    assert direction_of(+0.1, [0.2, 0.01]) == direction_of(-0.1, [-3.0]) == SAME
+    assert direction_of(+0.1, [-0.2, -0.01]) == OPPOSITE
+    assert direction_of(+0.1, [-0.2, 0.01]) == "sizes disagree"
+    assert direction_of(+0.1, []) == direction_of(+0.1, [float("nan")]) == UNMEASURED
 
 
 @pytest.mark.parametrize("claim", claims.CLAIMS)
@@ -170,18 +185,25 @@ def test_every_claim_has_a_verdict(claim):
     verdict = judge(claim, values_of(claim))
     compared = [row for row in verdict.rows if row.direction]
     assert all(row.paper and row.ours for row in compared)
-    count = sum(row.direction == SAME for row in compared)
+    count = sum(row.direction == SAME for row in compared) or "none"
     assert f" {count} of {len(compared)} rows" in verdict.summary
     assert [row.name for row in compared if row.direction != SAME and row.name not in verdict.summary] == []
 
 
 def test_verdict_shows_numbers_from_paper_and_study():
     rows = {row.name: row for row in judge("table6", values_of("table6")).rows}
-    losses = {(run.entry, run.seed): run.validation_loss for run in values_of("table6").runs}
+    entries: dict[str, list[float]] = {}
+    for run in values_of("table6").runs:
+        entries.setdefault(run.entry, []).append(run.validation_loss)
     row = rows["no GroupNorm"]
     assert row.paper == "27.54 (+0.056)"
-    assert row.ours == ", ".join(f"{losses['no-group-norm', i] - losses['retnet', i]:+.4f}" for i in (0, 1))
-    assert row.direction == OPPOSITE
+    mean, low, high = map(float, re.findall(r"[-+]\d\.\d+", row.ours))
+    assert mean == pytest.approx(fmean(entries["no-group-norm"]) - fmean(entries["retnet"]), abs=1e-4)
+    # one standard deviation of all six entries of two seeds, and Dunnett's correction for five comparisons
+    deviation = fmean(variance(losses) for losses in entries.values()) ** 0.5
+    half = dunnett([0.5**0.5] * 5, 6) * deviation
+    assert (low, high) == pytest.approx((mean - half, mean + half), abs=2e-4)
+    assert row.direction == "not separated"
     speed, memory = judge("table4", values_of("table4")).rows
     assert (speed.paper, speed.ours, speed.direction) == ("1.08 to 1.15", "2.10", SAME)
     assert (memory.ours, memory.direction) == ("0.79", OPPOSITE)
@@ -209,8 +231,9 @@ def test_command_prints_verdict_and_writes_to_working_directory(seqmix, tmp_path
     assert done.status == 0
     *table, summary = done.out.strip().splitlines()
     (group_norm,) = (line for line in table if "GroupNorm" in line)
-    assert group_norm.split() == ["no", "GroupNorm", "27.54", "(+0.056)", "-0.0878,", "-0.0431", "opposite"]
-    assert summary == "The direction is the paper's in 4 of 5 rows, but not for: no GroupNorm (opposite)."
+    words = ["no", "GroupNorm", "27.54", "(+0.056)", "-0.0655", "(-0.1544", "to", "+0.0235)", "not", "separated"]
+    assert group_norm.split() == words
+    assert summary == "The direction is the paper's in 4 of 5 rows, but not for: no GroupNorm (not separated)."
     assert seqmix("paper", "table5", "--out", "elsewhere").status == 0
     assert {file.relative_to(tmp_path) for file in tmp_path.rglob("results.json")} == {
         Path("studies/retnet-table6/results.json"),

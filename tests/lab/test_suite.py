@@ -9,7 +9,7 @@ from seqmix.lab.study.plan import plan
 from seqmix.lab.study.results import EvaluationPoint, RunResult
 from seqmix.lab.study.study import load_study
 from seqmix.lab.study.summary import statistic
-from seqmix.lab.suite import budget, scores, tasks
+from seqmix.lab.suite import budget, score_page, scores, tasks
 from seqmix.lab.suite.tasks import Candidate, Change, Extent, SuiteSettings, load_settings, write_studies
 from seqmix.mixers import MIXERS
 from seqmix.registry import SeqmixError
@@ -205,7 +205,7 @@ def test_published_rows_are_reused_only_under_equal_conditions(seqmix, tmp_path,
     rows = (row_of("attention", 1.0, 1.0), row_of("retention", 0.5, 0.6))
     known.tasks["first"] = known.tasks["first"].model_copy(update={"rows": rows})
     published = tmp_path / "published"
-    scores.write_scores(known, published)
+    score_page.write_scores(known, published)
     (published / scores.SCORES_FILE).rename(published / "small-parameters.json")
     for module in ("seqmix.cli.commands.suite", "seqmix.lab.suite.scores"):
         monkeypatch.setattr(f"{module}.PUBLISHED", published)
@@ -220,8 +220,8 @@ def test_published_rows_are_reused_only_under_equal_conditions(seqmix, tmp_path,
 
 
 def _rows_are_merged(one, both):
-    head, rows = scores.score_table(scores.merge(one, both))
-    assert head == ["entry", "first", "mean"]
+    head, rows = score_page.score_table(scores.merge(one, both))
+    assert head == ["entry", "first"]
     assert {row[0] for row in rows} == {"retention", "MineConfig", "(guessing)"}
     first = both.tasks["first"]
     other = first.model_copy(update={"conditions": first.conditions.model_copy(update={"seeds": (7,)})})
@@ -229,9 +229,11 @@ def _rows_are_merged(one, both):
         scores.merge(one, both.model_copy(update={"tasks": {"first": other}}))
     with pytest.raises(SeqmixError, match="paper"):
         scores.merge(one, both.model_copy(update={"size": "paper"}))
-    # an entry without a figure in every task has no mean
-    gap = both.model_copy(update={"tasks": both.tasks | {"more": first.model_copy(update={"rows": first.rows[:1]})}})
-    _, rows = scores.score_table(gap)
+    # an entry without a figure in every task comes last
+    last = min(first.rows, key=lambda row: row.score.mean)
+    gap = both.model_copy(update={"tasks": both.tasks | {"more": first.model_copy(update={"rows": (last,)})}})
+    _, rows = score_page.score_table(gap)
+    assert rows[0][0] == last.entry
     assert [bool(row[-1]) for row in rows] == [True, False, True]
 
 
@@ -293,22 +295,21 @@ def test_score_table_marks_ties_and_lists_accessories(tmp_path):
     found = scores.new_scores("small", "parameters", "", (), planned)
     rows = (
         row_of("best", 0.9, 0.95, 0.97, accessories={"short_conv": "4"}),
-        row_of("tied", 0.89, 0.96, 0.96, accessories={"short_conv": "none"}),
-        row_of("one answer less", 0.892, 0.942, 0.962, accessories={"short_conv": "none"}),
-        row_of("perhaps", 0.88, 0.3, 0.97, accessories={"short_conv": "none"}),
+        row_of("near", 0.89, 0.96, 0.96, accessories={"short_conv": "none"}),
         row_of("worse", 0.5, 0.55, 0.56, accessories={"short_conv": "none"}),
+        row_of("other", 0.4, 0.41, 0.42, accessories={"short_conv": "none"}),
     )
     found.tasks["first"] = found.tasks["first"].model_copy(update={"rows": rows})
-    _, cells = scores.score_table(found)
-    assert [row[0] for row in cells if row[-1].endswith("*")] == ["best", "tied", "one answer less"]
-    assert [row[0] for row in cells if row[-1].endswith("?")] == ["perhaps"]
-    page = "\n".join(scores.markdown(found))
-    assert "95 % t interval over seeds" in page
+    _, cells = score_page.score_table(found)
+    assert [row[0] for row in cells if row[-1].endswith("*")] == ["best", "near"]
+    assert not any(row[-1].endswith("?") for row in cells)
+    page = "\n".join(score_page.markdown(found))
+    assert "± is half the width of a mean's 95 % interval" in page
     assert "| worse | none |" in page
     assert "learning rate tuned (0.001, 0.01; seeds 2)" in page
     single = found.tasks["first"].model_copy(update={"rows": (row_of("a", 0.5), row_of("b", 0.9))})
     found.tasks["first"] = single
-    page = "\n".join(scores.markdown(found))
+    page = "\n".join(score_page.markdown(found))
     assert "There is one seed, so there are no intervals and no ranking" in page
     assert "*" not in page.replace("**", "").replace("blocks.*", "")
 
@@ -328,13 +329,35 @@ def test_task_variations_share_one_column_with_their_mean(tmp_path):
     for (name, task), mean in zip(found.tasks.items(), (0.5, 0.7, 0.9), strict=True):
         found.tasks[name] = task.model_copy(update={"rows": (row_of("a", mean - 0.1, mean + 0.1),)})
     # the mean of each seed is 0.6 and 0.8, and t is 12.706
-    assert scores.score_table(found) == (
-        ["entry", "first", "mean"],
-        [("a", "70.0 ± 127.1", "70.0 ± 127.1"), ("(guessing)", "50.0", "50.0")],
+    assert score_page.score_table(found) == (
+        ["entry", "first"],
+        [("a", "70.0 ± 127.1"), ("(guessing)", "50.0")],
     )
     # one without a figure: none of the task
     found.tasks["first+few"] = found.tasks["first+few"].model_copy(update={"rows": ()})
-    assert scores.score_table(found)[1][:-1] == []
+    assert score_page.score_table(found)[1][:-1] == []
+
+
+def test_marks_say_who_is_not_separated_from_the_best(tmp_path):
+    planned = write_studies(tmp_path, TINY, TINY.chosen(["first"]), [Candidate.of("gla")], "parameters", Extent())
+
+    def cells(*rows):
+        found = scores.new_scores("small", "parameters", "", (), planned)
+        found.tasks["first"] = found.tasks["first"].model_copy(update={"rows": rows})
+        return dict(score_page.score_table(found)[1])
+
+    # an entry of which little is known may be the best, but gets no star for that
+    rough = cells(row_of("wide", 0.6, 0.35, 0.85), row_of("sure", 0.67, 0.68, 0.66), row_of("low", 0.1, 0.11, 0.12))
+    assert rough["sure"].endswith("*")
+    assert rough["wide"].endswith("?")
+    assert not rough["low"].endswith(("*", "?"))
+    assert not any(cell.endswith(("*", "?")) for cell in cells(row_of("a", 0.5, 0.51), row_of("b", 0.5, 0.52)).values())
+    # where seeds learn or do not, the column counts them
+    split = cells(
+        *(row_of(name, *([high] * 5)) for name, high in (("yes", 0.999), ("no", 0.1))),
+        row_of("half", *[0.1] * 2, *[0.99] * 3),
+    )
+    assert (split["yes"], split["no"], split["half"]) == ("99.9 (5 of 5) *", "10.0 (0 of 5)", "63.4 (3 of 5) *")
 
 
 def test_published_rows_match_current_settings(tmp_path):

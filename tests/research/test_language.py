@@ -21,7 +21,7 @@ from seqmix.lab.study.results import (
 )
 from seqmix.lab.study.study import STUDIES, load_study
 from seqmix.lab.study.summary import summarise
-from seqmix.research.language_results import Measured, Model, Trained, add, read_measured, runs_at
+from seqmix.research.language_results import Measured, Model, Trained, add, losses_after, read_measured
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = "steps of 8 sequences of 256 tokens"
@@ -167,8 +167,8 @@ def test_losses_between_lengths_are_interpolated_by_power_law():
     assert model.losses_at(50) == (losses[100], "at least")
     assert model.losses_at(500) == (losses[400], "at most")
     assert model.model_copy(update={"runs": {}}).losses_at(150) is None
-    (run,) = runs_at({"gla": model}, {"gla": 200})
-    assert run.validation_loss == pytest.approx(losses[200]["0"] / math.log(2))
+    assert losses_after({"gla": model}, {"gla": 200})["gla"] == pytest.approx([losses[200]["0"] / math.log(2)])
+    assert losses_after({"gla": model}, {"gla": 500}) == {}  # only a bound
 
 
 def test_page_is_written_from_results(page):
@@ -180,8 +180,9 @@ def test_page_is_written_from_results(page):
     (losses,) = (svg for picture, svg in files.items() if picture.name == "1m.svg")
     assert [losses.index(f">{name}<") for name in STEP] == sorted(losses.index(f">{name}<") for name in STEP)
     tokens, time, _ = text.split("## Results")[1].split("### ")[1:]
-    assert "No entry is better than `attention` beyond noise (uncorrected)." in tokens
-    assert "Against attention, 0 are better, 3 worse and 0 tied." in tokens
+    assert "No entry is better than `attention`, by simultaneous intervals of all pairs." in tokens
+    assert "Against attention, 0 are better, 3 worse, 0 equivalent within 0.05 bits and 0 not separated." in tokens
+    assert "bits, pooled over 4 entries (8 degrees of freedom" in tokens
     bits = f"{loss('gla', 360, 1) / math.log(2):.3f} ± "
     assert bits in next(line for line in tokens.splitlines() if line.startswith("| `gla`"))
     by_name = {line.split("`")[1]: line for line in time.splitlines() if line.startswith("| `")}
@@ -196,23 +197,23 @@ def test_page_is_written_from_results(page):
 
 def test_family_and_cost_findings_follow_the_planned_rules(page):
     (size,) = add(Measured(), results(list(STEP), [0, 1, 2])).sizes.values()
-    compared = page["Comparison"](runs_at(size.models, dict.fromkeys(size.models, 360)))
+    compared = page["at_length"](size, 360)
     assert page["family_findings"](compared, size) == (
         "Families that differ from attention, by the rule above: linear attention and decays (3 of 3 worse)."
     )
     without = size.model_copy(update={"models": {name: size.models[name] for name in ("attention", "gla", "mamba2")}})
-    fewer = page["Comparison"](runs_at(without.models, dict.fromkeys(without.models, 360)))
+    fewer = page["at_length"](without, 360)
     assert page["family_findings"](fewer, without).endswith(": none.")  # two members are no family
     cheap = {"mamba2": 1, "gla": 2, "attention": 3, "retention": 3}  # from the worst to the best
     assert page["worth_naming"](compared, cheap) == ["gla", "attention", "retention"]
     assert page["worth_naming"](compared, {name: -cost for name, cost in cheap.items()}) == []
-    assert page["costs"](size)[0].startswith("Better, beyond noise, than every mixer with a smaller state: ")
+    assert page["costs"](size)[0].startswith("Better, by intervals of all pairs, than every mixer with a")
 
 
 def test_single_seed_allows_no_conclusion(page):
     (size,) = add(Measured(), results(list(STEP), [0])).sizes.values()
     lines = page["equal_tokens"](size)
-    assert lines[0] == "Some entries have no interval yet, so nothing can be said."
+    assert lines[0] == "There is one seed, so there is no interval: differences may be chance."
     assert not any("±" in line for line in lines)
 
 

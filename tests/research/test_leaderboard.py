@@ -4,12 +4,15 @@ import re
 import runpy
 import shlex
 from pathlib import Path
+from statistics import fmean, variance
 
 import pytest
 
+from seqmix.lab.statistics.multiplicity import t_quantile
 from seqmix.lab.study.summary import statistic
 from seqmix.lab.suite.leaderboard import load_entries
-from seqmix.lab.suite.scores import Conditions, ScoreRow, Scores, TaskScores, write_scores
+from seqmix.lab.suite.score_page import write_scores
+from seqmix.lab.suite.scores import Conditions, ScoreRow, Scores, TaskScores
 from seqmix.lab.suite.tasks import Candidate, load_settings
 from seqmix.mixers import MIXERS
 from seqmix.research import leaderboard_tables as leaderboard
@@ -76,26 +79,28 @@ def test_entries_are_listed_by_short_convolution_or_in_both_tables():
     assert found == [["attention", "gla"], ["attention", "gla-conv"]]
 
 
-def test_convolution_effect_is_paired_by_seed():
-    scores = scores_of("recall")
+def test_convolution_effect_has_a_simultaneous_interval():
     rows = (
-        *ROWS,
-        row_of("kda", "4", 0.99, 0.3, 0.6),
-        row_of("kda-plain", "null", 0.2, 0.21, 0.22),
-        row_of("mamba2", "4", 0.509, 0.509, 0.509),
-        row_of("mamba2-plain", "null", 0.5, 0.5, 0.5),
-        row_of("comba-plain", "null", 0.5, 0.5, 0.5),
+        row_of("gla", "null", 0.1, 0.2, 0.15),
+        row_of("gla-conv", "4", 0.8, 0.85, 0.75),
+        row_of("mamba2", "4", 0.5, 0.5, 0.65),
+        row_of("mamba2-plain", "null", 0.5, 0.5, 0.6),
+        row_of("comba-plain", "null", 0.5, 0.51, 0.56),
     )
-    recall = scores.tasks["recall"].model_copy(update={"rows": rows})
-    lines = leaderboard.changes(scores.model_copy(update={"tasks": {"recall": recall}}))
-    found = dict(re.findall(r"\| `(\w+)` \| (.*) \|", "\n".join(lines)))
-    # beyond noise; within it; of width 0, but less than a point; without its other entry
-    expected = {"gla": "**+79.0 ± 9.0**", "kda": "+42.0 ± 87.4", "mamba2": "+0.9 ± 0.0", "comba": ""}
-    assert found == {name: f"{each} | {each}" for name, each in expected.items()}
-    # the mean over tasks at each seed; in another task, nothing changes
-    parity = recall.model_copy(update={"rows": tuple(row_of(row.entry, "4", 0.5, 0.5, 0.5) for row in rows)})
-    lines = leaderboard.changes(scores.model_copy(update={"tasks": {"recall": recall, "parity": parity}}))
-    assert "| `gla` | **+79.0 ± 9.0** | +0.0 ± 0.0 | **+39.5 ± 4.5** |" in lines
+
+    def changes(*rows):
+        scores = scores_of("recall")
+        recall = scores.tasks["recall"].model_copy(update={"rows": rows})
+        lines = leaderboard.changes(scores.model_copy(update={"tasks": {"recall": recall}}))
+        return dict(re.findall(r"\| `(\w+)` \| (.*) \|", "\n".join(lines)))
+
+    # one standard deviation of all five entries, and Bonferroni's correction for two differences
+    deviation = fmean(variance(row.scores.values()) for row in rows) ** 0.5
+    half = 100 * t_quantile(10, 1 - 0.025 / 2) * deviation * (2 / 3) ** 0.5
+    assert changes(*rows) == {"gla": f"**+65.0 ± {half:.1f}**", "mamba2": f"+1.7 ± {half:.1f}", "comba": ""}
+    # where one entry's seeds are split, all are counted
+    split = changes(*rows, row_of("kda", "4", 0.99, 0.3, 0.6), row_of("kda-plain", "null", 0.2, 0.21, 0.22))
+    assert (split["kda"], split["gla"]) == ("+42.0 (1 of 3, 0 of 3)", "+65.0 (0 of 3, 0 of 3)")
 
 
 def test_heatmap_colours_scores_above_guessing():

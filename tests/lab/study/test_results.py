@@ -11,6 +11,7 @@ import pytest
 
 from seqmix import SeqmixError
 from seqmix.cli.study_progress import Forecast
+from seqmix.lab.statistics.multiplicity import t_quantile
 from seqmix.lab.study.results import (
     Difference,
     EntryResult,
@@ -24,7 +25,7 @@ from seqmix.lab.study.results import (
 from seqmix.lab.study.run_results import collect_results, is_finished, run_result, setup
 from seqmix.lab.study.scaling import scaling_lines
 from seqmix.lab.study.study_figures import Plots
-from seqmix.lab.study.summary import best_first, choose_rates, statistic, summarise, t_quantile
+from seqmix.lab.study.summary import best_first, choose_rates, statistic, summarise
 from seqmix.lab.study.tables import markdown, write_tables
 from seqmix.registry.yaml import write as to_yaml
 
@@ -95,49 +96,48 @@ def test_best_rate_at_grid_edge_is_flagged():
     ]
 
 
-@pytest.mark.parametrize(("degrees", "t"), [(1, 12.7062047), (2, 4.3026527), (3, 3.1824463), (30, 2.0422725)])
-def test_intervals_use_students_t(degrees, t):
-    assert t_quantile(degrees) == pytest.approx(t, abs=1e-7)  # of printed tables
-    values = [1.0 + 0.1 * i for i in range(degrees + 1)]
-    found = statistic(values)
-    assert found.margin == pytest.approx(t * np.std(values, ddof=1) / len(values) ** 0.5)
+def seeds(entry, *losses):
+    return [run(entry, loss, seed=seed) for seed, loss in enumerate(losses)]
+
+
+def test_intervals_of_means_use_the_seeds_of_all_entries():
+    rows = summarise([*seeds("a", 1.0, 1.2, 1.1), *seeds("b", 2.0, 2.1, 2.3)])
+    deviation = np.mean([np.var([1.0, 1.2, 1.1], ddof=1), np.var([2.0, 2.1, 2.3], ddof=1)]) ** 0.5
+    margin = t_quantile(4) * deviation / 3**0.5
+    assert [row.validation_loss.margin for row in rows] == pytest.approx([margin, margin])
+    assert rows[0].validation_loss.spread == pytest.approx(0.1)
     assert statistic([1.0]) == Statistic(mean=1.0)
 
 
-def test_entries_within_noise_share_a_rank():
-    def seeds(entry, *losses):
-        return [run(entry, loss, seed=seed) for seed, loss in enumerate(losses)]
-
-    # b is worse than a by the same in every seed, so the seeds' own differences are no noise; c is not
-    rows = summarise([*seeds("a", 1.0, 2.0, 3.0), *seeds("b", 1.1, 2.1, 3.11), *seeds("c", 1.4, 1.9, 3.1)])
-    assert {row.entry: row.rank for row in rows} == {"a": 1, "b": 2, "c": 1}
-    assert {row.rank for row in summarise([*seeds("a", 1.0), *seeds("b", 2.0)])} == {None}
-    assert {row.rank for row in summarise(seeds("a", 1.0, 2.0))} == {None}
+def test_entry_has_all_ranks_that_intervals_allow():
+    rows = summarise([*seeds("a", 1.0, 1.1, 1.2), *seeds("b", 1.1, 1.2, 1.3), *seeds("c", 2.1, 2.0, 2.2)])
+    assert {row.entry: row.ranks for row in rows} == {"a": (1, 2), "b": (1, 2), "c": (3, 3)}
+    assert {row.ranks for row in summarise([*seeds("a", 1.0), *seeds("b", 2.0)])} == {None}
+    assert {row.ranks for row in summarise(seeds("a", 1.0, 2.0))} == {None}
     better = [run(entry, 1.0, seed=seed, accuracy=acc) for entry, acc in (("a", 0.5), ("b", 0.7)) for seed in (0, 1)]
-    assert {row.entry: row.rank for row in summarise(better)} == {"b": 1, "a": 2}
+    assert {row.entry: row.ranks for row in summarise(better)} == {"b": (1, 1), "a": (2, 2)}
 
 
 def test_summary_explains_ranks_and_intervals():
     several = markdown(results([run(entry, loss, seed=s) for entry, loss in (("a", 1.0), ("b", 2.0)) for s in (0, 1)]))
-    assert "95 % t interval over seeds" in several
-    assert "rank: 1 + the number of entries that are significantly better" in several
-    assert "Entries of different rank may be tied too" in several
-    assert "one with a wide interval can have a lower rank number than one with a better mean." in several
-    assert "over seeds, which are all evaluated on the same data." in several
+    assert "A seed's score has a standard deviation of 0.0001 nats, pooled over 2 entries (2 degrees" in several
+    assert "rank: the places that an entry can have" in several
+    assert "against a: differences with simultaneous 95 % intervals, by Dunnett's method; not separated:" in several
+    assert "all seeds are evaluated on the same data." in several
     one = markdown(results([run("a", 1.0), run("b", 2.0)]))
     assert "There is one seed, so there is no interval and no rank: differences may be chance." in one
     assert "rank |" not in one
 
 
-def test_interval_beyond_possible_values_is_explained():
-    def page(*accuracies):
-        return markdown(
-            results([run(entry, 1.0, seed=s, accuracy=a) for entry in "ab" for s, a in enumerate(accuracies)])
-        )
-
-    note = "An interval that reaches beyond possible values (a loss below 0, an accuracy above 100 %)"
-    assert note in page(0.5, 0.99)
-    assert note not in page(0.5, 0.51)
+def test_entry_of_which_seeds_failed_has_no_rank_and_stands_last():
+    found = results([*seeds("a", 0.5, None, None), *seeds("b", 1.0, 1.1, 1.2), *seeds("c", 2.0, 2.1, 2.2)])
+    rows = {row.entry: row for row in found.summary}
+    assert (rows["a"].ranks, rows["a"].seeds, rows["a"].failed) == (None, 1, 2)
+    assert (rows["b"].ranks, rows["c"].ranks) == ((1, 1), (2, 2))
+    assert [row.entry for row in best_first(found)] == ["b", "c", "a"]
+    page = markdown(found)
+    assert "not compared: 2 of 3 seeds of a failed" in page
+    assert "An entry of which seeds failed has neither a rank nor a verdict and stands last" in page
 
 
 def test_grid_edge_notes_are_grouped_by_variant():
@@ -223,8 +223,8 @@ def test_row_shows_cost_of_its_variant_and_speed_of_its_runs():
     slow = slow.model_copy(update={"tokens_per_second": 1.0})
     found = results([*runs, slow])
     page = markdown(found)
-    assert "| 8 | 2.0000 ± 0.0000 | 3 | 0.001 | 800 | 8 KiB | 7,002 |" in page
-    assert "| 16 | 1.0000 ± 0.0000 | 3 | 0.001 | 1,600 | 16 KiB | 510 |" in page
+    assert "| 8 | 2.0000 ± 0.0002 | 3 | 0.001 | 800 | 8 KiB | 7,002 |" in page
+    assert "| 16 | 1.0000 ± 0.0002 | 3 | 0.001 | 1,600 | 16 KiB | 510 |" in page
     (state,) = [figure for figure in Plots(found).outcomes() if figure.name.endswith("state")] or [None]
     assert state is None or {point.x for point in state.series[0].points} == {16384.0}
 
@@ -315,7 +315,10 @@ def test_results_round_trip_through_files(tmp_path):
     assert "accuracy.pairs.4" in (tmp_path / "summary.csv").read_text()
     page = markdown(found)
     assert "| a | 50.0 % | 1.0000 | 1 | 1,000 | 4 KiB | 1,000 |" in page
-    assert "| 50.0 ± 0.0 % |" in markdown(results([run("a", 1.0, seed=seed, accuracy=0.5) for seed in (0, 1)]))
+    # seeds that agree exactly still vary as much as accuracies are measured: half a point
+    margin = 100 * t_quantile(1) * 0.005 / 2**0.5
+    same = markdown(results([run("a", 1.0, seed=seed, accuracy=0.5) for seed in (0, 1)]))
+    assert f"| 50.0 ± {margin:.1f} % |" in same
     assert "- b-0.001-0-None failed: it broke" in page
     assert "the best learning rate, 0.001, is the lowest that was tried" in page
 
@@ -399,7 +402,7 @@ def test_table_says_no_option_for_a_mixer_without_convolution():
     ]
 
 
-def test_convolution_losses_are_in_bits_and_paired_by_seed():
+def test_convolution_losses_are_in_bits_with_simultaneous_intervals():
     page = runpy.run_path(str(ROOT / "research" / "accessories.py"))
     losses = {
         ("a", None): (1.0, 2.0),
@@ -415,11 +418,12 @@ def test_convolution_losses_are_in_bits_and_paired_by_seed():
     measured = page["read_text"](results(runs))
     lines = page["text"](measured)[2:]
     assert [line.replace("\N{NO-BREAK SPACE}", " ").replace(" ± ", "±").split(" | ") for line in lines] == [
-        ["| `a`", "1.500±6.353", "-1.000±0.000", "0.001", "0.750±3.177", "-0.500±0.000", "0.001", "-0.750±3.177 |"],
-        ["| `attention`", "2.500±6.353", "", "0.001", "1.250±3.177", "", "0.001", "-1.250±3.177 |"],
+        ["| `a`", "1.500±2.151", "-1.000±3.042", "0.001", "0.750±1.076", "-0.500±1.521", "0.001", "-0.750±1.954 |"],
+        ["| `attention`", "2.500±2.151", "", "0.001", "1.250±1.076", "", "0.001", "-1.250±1.954 |"],
     ]
     others = measured.sizes["without"]  # 1 and 2 bits against attention's 1 and 1.5 with a convolution
-    assert page["against"](measured, others)[-1].replace("\N{NO-BREAK SPACE}", " ").endswith("| +0.250 ± 3.177 |")
+    pooled = ((0.5 + 0.125) / 2) ** 0.5
+    assert page["against"](measured, others)[-1].endswith(f"| +0.250 ± {t_quantile(2) * pooled:.3f} |")
     with pytest.raises(SeqmixError, match="expected results under the conditions other; got"):
         page["against"](measured, others.model_copy(update={"conditions": "other"}))
 
