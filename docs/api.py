@@ -17,7 +17,7 @@ SOURCES = Path(__file__).parents[1] / ".typing"
 
 SECTIONS: dict[str, tuple[str, ...]] = {
     "Configurations and runs": (
-        "training.start.load_config",
+        "training.warm_start.load_config",
         "training.run.train",
         "training.checkpoint.saved_run.load_run",
         "training.checkpoint.saved_run.export_run",
