@@ -126,7 +126,8 @@ def forest(
     shape = _by_style("shape", names, [theme.shape(style) for style in names.values()])
     tooltip = [alt.Tooltip("x:N", title="entry"), alt.Tooltip("words:N", title="verdict")]
     dots = base.mark_point(filled=True, opacity=1, size=40)
-    layers.append(dots.encode(shape=shape, **({"tooltip": tooltip} if interactive else {})))
+    dots = dots.encode(shape=shape)
+    layers.append(dots.encode(tooltip=tooltip) if interactive else dots)
     # the words stand above the interval, at the left end of the row, where they fit on a narrow page too
     text = base.mark_text(align="left", baseline="bottom", dy=-0.45 * font, fontSize=font, clip=False)
     layers.append(text.encode(x=alt.value(3), text="words:N", color=alt.value("var(--text)")))

@@ -34,7 +34,7 @@ def dunnett(loadings: Sequence[float], degrees: float) -> float:
 @cache
 def _dunnett(loadings: tuple[float, ...], degrees: float) -> float:
     import numpy as np
-    from scipy.optimize import brentq
+    from scipy.optimize import root_scalar
     from scipy.special import chdtri, ndtr
 
     nodes, weights = np.polynomial.legendre.leggauss(NODES)
@@ -55,7 +55,7 @@ def _dunnett(loadings: tuple[float, ...], degrees: float) -> float:
     bonferroni = t_quantile(degrees, 1 - (1 - CONFIDENCE) / 2 / len(loadings))
     if len(loadings) == 1:
         return single
-    return float(brentq(excess, 0.9 * single, 1.1 * bonferroni, xtol=1e-6))
+    return root_scalar(excess, bracket=(0.9 * single, 1.1 * bonferroni), xtol=1e-6).root
 
 
 @cache

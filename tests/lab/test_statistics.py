@@ -25,12 +25,15 @@ from seqmix.lab.study.comparisons import compare_accuracies
 
 ENTRIES, SEEDS = 8, 3
 NAMES = tuple("abcdefgh")
+EQUAL = np.ones(ENTRIES)
 DEVIATIONS = {
-    "equal": np.ones(ENTRIES),
-    "up to three times as large": np.geomspace(1, 3, ENTRIES),
-    "up to ten times as large": np.geomspace(1, 10, ENTRIES),
+    "equal": (EQUAL, 0.06, 0.06),
+    "up to three times as large": (np.geomspace(1, 3, ENTRIES), 0.06, 0.09),
+    "up to ten times as large": (np.geomspace(1, 10, ENTRIES), 0.06, 0.08),
+    "one six times as large": (np.array([*EQUAL[1:], 6.0]), 0.09, 0.1),
 }
-"""Standard deviations of the entries' scores in simulations."""
+"""Standard deviations of the entries' scores in simulations, with the shares of families that may find something wrong:
+among the differences from the subject, and among all pairs."""
 
 
 def compare(scores, *, subject=None, higher=False, floor=1e-4, margin=None, incomplete=()):
@@ -207,19 +210,20 @@ def simulated(deviations, repeats, *, means=0.0, seed=0):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("deviations", DEVIATIONS)
-def test_intervals_of_normal_scores_cover_as_often_as_they_say(deviations):
-    """Coverage of intervals of means; of all differences at once; and wrong findings where all entries are equal."""
+@pytest.mark.parametrize("spread", DEVIATIONS)
+def test_intervals_of_normal_scores_cover_as_often_as_they_say(spread):
+    """Coverage of intervals of means; wrong findings, where all entries are equal, among differences and all pairs."""
+    deviations, most, most_pairs = DEVIATIONS[spread]
     repeats = 2000
     covered, wrong, wrong_pairs = [], 0, 0
-    for scores in simulated(DEVIATIONS[deviations], repeats):
+    for scores in simulated(deviations, repeats):
         found = compare(scores, subject="a")
         covered += [abs(found.means[name]) <= margin for name, margin in found.margins.items()]
         wrong += any(each.verdict != "not separated" for each in found.differences.values())
         wrong_pairs += any(each.verdict != "not separated" for each in found.pairs.values())
     assert 0.93 <= fmean(covered) <= 0.97
-    assert wrong / repeats <= 0.06
-    assert wrong_pairs / repeats <= 0.07
+    assert wrong / repeats <= most
+    assert wrong_pairs / repeats <= most_pairs
 
 
 @pytest.mark.slow
@@ -228,7 +232,7 @@ def test_difference_of_four_standard_deviations_is_found_in_four_of_five_cases()
     repeats = 400
     power = [
         each.verdict == "better"
-        for scores in simulated(DEVIATIONS["equal"], repeats, means=means)
+        for scores in simulated(EQUAL, repeats, means=means)
         for each in compare(scores, subject="a").differences.values()
     ]
     assert fmean(power) >= 0.8
