@@ -35,7 +35,12 @@ INDEPENDENT: dict[str, Any] = {"color": "independent", "shape": "independent", "
 
 
 def scales(figure: Figure) -> dict[str, dict[str, dict[str, Any]]]:
-    """Return the possible Vega-Lite scales by axis and kind (linear, log); the first kind is the initial one."""
+    """Return the possible Vega-Lite scales by axis and kind (linear, log); the first kind is the initial one.
+
+    A forest plot has none to choose from: it shows differences, from none at all.
+    """
+    if isinstance(figure, Forest):
+        return {"x": {}, "y": {}}
 
     def scale(axis: Axis, kind: str) -> dict[str, Any]:
         # room around the values, so that no marker is cut; not a domain of round numbers, which could end at a value
@@ -114,34 +119,31 @@ def forest(
 ) -> alt.LayerChart:
     """Return the chart of a forest plot; arguments are those of `chart`."""
     scale = figure.scales()["y"]
-    base = alt.Chart()
+    axis = alt.Axis(labelExpr=NUMBER, tickCount=5)
+    x = alt.X("y:Q", title=_lines(scale.label, size[0] / font), scale=alt.Scale(nice=False, padding=8), axis=axis)
+    y = alt.Y("x:O", title=None, sort=list(figure.x.names), axis=alt.Axis(labelLimit=LONGEST_NAME, ticks=False))
+    colors = _by_style("color", names, [theme.color(style) for style in names.values()], None)
+    shape = _by_style("shape", names, [theme.shape(style) for style in names.values()])
+    # the line of no difference and the margin have data of their own, and pass through all rows
     layers: list[alt.Chart | alt.LayerChart] = []
     if figure.margin is not None:
         edge = figure.margin / scale.divisor
         band = alt.Chart(alt.InlineData([{"low": -edge, "high": edge}])).mark_rect(opacity=0.12, clip=True)
         layers.append(band.encode(x="low:Q", x2="high:Q", color=alt.value("var(--muted)")))
-    zero = alt.Chart(alt.InlineData([{"zero": 0}])).mark_rule(strokeDash=[3, 3])
+    zero = alt.Chart(alt.InlineData([{"zero": 0}])).mark_rule(strokeDash=[3, 3], opacity=0.6)
     layers.append(zero.encode(x="zero:Q", color=alt.value("var(--muted)")))
-    layers.append(base.mark_rule(strokeWidth=1.4).transform_filter("isValid(datum.low)").encode(x="low:Q", x2="high:Q"))
-    shape = _by_style("shape", names, [theme.shape(style) for style in names.values()])
+    base = alt.Chart(alt.NamedData(figure.name)).encode(y=y, color=colors)
+    if interactive:
+        base = base.transform_filter("indexof(shown, datum.series) >= 0")
+    layers.append(base.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=1.4).encode(x="low:Q", x2="high:Q"))
+    dots = base.mark_point(filled=True, opacity=1, size=40).encode(x=x, shape=shape)
     tooltip = [alt.Tooltip("x:N", title="entry"), alt.Tooltip("words:N", title="verdict")]
-    dots = base.mark_point(filled=True, opacity=1, size=40)
-    dots = dots.encode(shape=shape)
     layers.append(dots.encode(tooltip=tooltip) if interactive else dots)
     # the words stand above the interval, at the left end of the row, where they fit on a narrow page too
     text = base.mark_text(align="left", baseline="bottom", dy=-0.45 * font, fontSize=font, clip=False)
-    layers.append(text.encode(x=alt.value(3), text="words:N", color=alt.value("var(--text)")))
-    colors = _by_style("color", names, [theme.color(style) for style in names.values()], None)
-    room = alt.Scale(nice=False, padding=8, zero=True)
-    x = alt.X(
-        "y:Q", title=_lines(scale.label, size[0] / font), scale=room, axis=alt.Axis(labelExpr=NUMBER, tickCount=5)
-    )
-    y = alt.Y("x:O", title=None, sort=list(figure.x.names), axis=alt.Axis(labelLimit=LONGEST_NAME, ticks=False))
-    whole = alt.LayerChart(data=alt.NamedData(figure.name), layer=layers).encode(x=x, y=y, color=colors)
-    if interactive:
-        shown = alt.param("shown", value=list(names))
-        whole = whole.add_params(shown).transform_filter("indexof(shown, datum.series) >= 0")
-    return whole
+    layers.append(text.encode(x=alt.value(3), text="words:N", color=alt.value("var(--ink)")))
+    whole = alt.LayerChart(data=alt.NamedData(figure.name), layer=layers)
+    return whole.add_params(alt.param("shown", value=list(names))) if interactive else whole
 
 
 def height_of(figure: Figure, height: float, font: float) -> float:

@@ -9,6 +9,7 @@ from study_results import AWKWARD, figure, recall, text
 
 from seqmix.lab.figures import page, theme
 from seqmix.lab.figures.figure import Axis
+from seqmix.lab.study.comparisons import comparisons
 from seqmix.lab.study.report import write_report
 from seqmix.lab.study.results import Results
 
@@ -57,6 +58,21 @@ def strokes(seen: Any, figure: str) -> list[str]:
 def labels(seen: Any, figure: str) -> list[str]:
     """The labels of a figure's axes."""
     return seen.eval_on_selector_all(f"#{figure} .role-axis-label text", "all => all.map(e => e.textContent)")
+
+
+def test_differences_stand_in_rows_with_their_verdicts_in_words(look, tmp_path):
+    results = Results.model_validate(json.loads(json.dumps(recall())))
+    seen = look(write_report(results, tmp_path), 390)
+    compared = comparisons(results)
+    names = [label for label in labels(seen, "differences") if not label.lstrip("−").isdigit()]
+    assert sorted(names) == sorted(each.entry for each in compared)
+    words = seen.locator("#differences .mark-text text")
+    assert sorted(words.all_text_contents()) == sorted(each.words for each in compared)
+    fills = seen.eval_on_selector_all("#differences .mark-text text", "all => all.map(e => getComputedStyle(e).fill)")
+    assert set(fills) == {rgb(theme.colors()["ink"])}
+    zero = seen.locator("#differences .mark-rule line[stroke-dasharray]")
+    assert zero.count() == 1  # one line through all rows
+    assert zero.bounding_box()["height"] > 0.9 * seen.locator("#differences .background").first.bounding_box()["height"]
 
 
 def changes(seen: Any, figure: str, before: list[str]) -> None:
@@ -162,6 +178,6 @@ def test_all_figures_of_a_task_study_are_drawn(look, tmp_path):
     results = Results.model_validate(json.loads(json.dumps(recall())))
     seen = look(write_report(results, tmp_path))
     figures = seen.locator("figure").count()
-    assert figures == seen.locator("figure svg").count() == 6
+    assert figures == seen.locator("figure svg").count() == 7
     tops = seen.eval_on_selector_all("figure .chart", "all => all.map(e => e.getBoundingClientRect().top)")
-    assert len({round(top) for top in tops[:3]}) == 1
+    assert len({round(top) for top in tops[1:4]}) == 1  # below the forest plot, side by side
