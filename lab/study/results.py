@@ -4,6 +4,7 @@ The values of a run are computed from the `metrics.jsonl` in its folder. FLOPs o
 the forward passes' matrix products. Seconds are those of training steps: tokens over the median of the logged speeds.
 """
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -347,7 +348,7 @@ def read_results(path: str | Path) -> Results:
     path = Path(path)
     file = path / RESULTS_FILE if path.is_dir() else path
     try:
-        return Results.model_validate_json(read_bytes(file))
+        return _of_this_version(read_bytes(file))
     except OSError as error:
         expected = f"expected a study's folder or its {RESULTS_FILE}"
         raise ResultsError(f"{file} cannot be read: {error.strerror}; {expected}") from None
@@ -357,6 +358,22 @@ def read_results(path: str | Path) -> Results:
         raise ResultsError(
             f"{file} does not hold the results of a study: {f'{place}: ' if place else ''}{detail['msg']}"
         ) from None
+
+
+def _of_this_version(text: bytes) -> Results:
+    """Validate results; a summary of seqmix 0.4 or before, which had a rank by each entry's own seeds, is made anew."""
+    try:
+        content = json.loads(text)
+    except ValueError:
+        return Results.model_validate_json(text)  # raises what is wrong with it
+    rows = content.get("summary") if isinstance(content, dict) else None
+    if not (isinstance(rows, list) and any(isinstance(row, dict) and "rank" in row for row in rows)):
+        return Results.model_validate_json(text)
+    from .summary import summarise
+
+    results = Results.model_validate_json(json.dumps(content | {"summary": []}))
+    rates = sorted({run.learning_rate for run in results.runs if run.tunes and run.learning_rate is not None})
+    return results.model_copy(update={"summary": tuple(summarise(results.runs, rates, results.learned))})
 
 
 def write(results: Results, folder: Path) -> Path:

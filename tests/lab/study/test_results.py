@@ -307,6 +307,18 @@ def test_damaged_measurements_are_ignored(planned, tmp_path):
         assert (found.status, found.seconds, [point.step for point in found.history]) == ("missing", 1.0, [2]), damage
 
 
+def test_results_of_version_0_4_are_read_with_a_summary_made_anew(tmp_path):
+    rates = 1e-3, 3e-3
+    tuning = [run("a", loss, rate=rate, tunes=True) for loss, rate in ((1.0, 1e-3), (2.0, 3e-3))]
+    found = results([*tuning, *seeds("a", 1.0, 1.2, 1.1), *seeds("b", 2.0, 2.1, 2.3)], rates)
+    content = json.loads(write(found, tmp_path).read_text())
+    for row in content["summary"]:
+        del row["ranks"]
+        row |= {"rank": 1, "validation_loss": {"mean": 1.0, "margin": 118.0}}
+    (tmp_path / "results.json").write_text(json.dumps(content))
+    assert read_results(tmp_path) == found
+
+
 def test_results_round_trip_through_files(tmp_path):
     found = results([run("a", 1.0, accuracy=0.5), run("b", None)], (1e-3, 3e-3))
     assert write(found, tmp_path) == tmp_path / "results.json"
