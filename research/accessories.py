@@ -15,7 +15,8 @@ from seqmix.lab.statistics.comparison import compare_pairs
 from seqmix.lab.study.columns import rank_text
 from seqmix.lab.study.comparisons import LOSS_FLOOR
 from seqmix.lab.study.conclusion import conclusion, format_statistic, has_accuracy
-from seqmix.lab.study.results import ABSENT, Results, SummaryRow, read_results
+from seqmix.lab.study.results import ABSENT, Results, SummaryRow
+from seqmix.lab.study.results_file import read_results
 from seqmix.lab.study.tables import notes
 from seqmix.registry import SeqmixError, write_file
 from seqmix.research import DOCS

@@ -16,7 +16,7 @@ from seqmix.lab.markdown import fill, table
 from seqmix.lab.statistics.comparison import Difference, Verdict, compare_scores
 from seqmix.lab.study.columns import rank_text
 from seqmix.lab.study.comparisons import LOSS_FLOOR
-from seqmix.lab.study.results import read_results
+from seqmix.lab.study.results_file import read_results
 from seqmix.lab.units import plus_minus, quantity
 from seqmix.registry import SeqmixError, write_file
 from seqmix.research import DOCS

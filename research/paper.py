@@ -31,7 +31,8 @@ from seqmix.lab.paper.verdict import (
     sizes_of,
     weights_of,
 )
-from seqmix.lab.study.results import Results, read_results
+from seqmix.lab.study.results import Results
+from seqmix.lab.study.results_file import read_results
 from seqmix.lab.study.study_figures import Plots
 from seqmix.registry import write_file
 from seqmix.research import DOCS

@@ -9,7 +9,8 @@ import sys
 from seqmix.lab.markdown import fill, table
 from seqmix.lab.study.comparisons import compare_variant, distinct
 from seqmix.lab.study.conclusion import format_statistic, has_accuracy, score, variant_text
-from seqmix.lab.study.results import Results, read_results
+from seqmix.lab.study.results import Results
+from seqmix.lab.study.results_file import read_results
 from seqmix.lab.study.summary import best_first
 from seqmix.lab.study.tables import notes
 from seqmix.registry import SeqmixError, write_file

@@ -6,7 +6,8 @@ The argument is the folder of the study `width-transfer`, after `seqmix compare 
 import sys
 
 from seqmix.lab.markdown import fill, table
-from seqmix.lab.study.results import Results, read_results
+from seqmix.lab.study.results import Results
+from seqmix.lab.study.results_file import read_results
 from seqmix.registry import write_file
 from seqmix.research import DOCS
 

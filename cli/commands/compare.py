@@ -15,7 +15,8 @@ from ...lab.study.comparisons import EntryComparison, comparisons
 from ...lab.study.conclusion import conclusion
 from ...lab.study.plan import Plan, plan
 from ...lab.study.report import REPORT_FILE
-from ...lab.study.results import RESULTS_FILE, Difference, EntryResult, Results, SummaryRow, where
+from ...lab.study.results import Difference, EntryResult, Results, SummaryRow, where
+from ...lab.study.results_file import RESULTS_FILE
 from ...lab.study.run_results import entry_result
 from ...lab.study.runner import run_study
 from ...lab.study.study import STUDIES, find_study, load_study, shipped

@@ -10,7 +10,7 @@ import typer
 from ...lab.figures.figure import Figure
 from ...lab.figures.writer import COLUMN, draw, require_drawable
 from ...lab.study.report import write_report
-from ...lab.study.results import RESULTS_FILE, read_results
+from ...lab.study.results_file import RESULTS_FILE, read_results
 from ...lab.study.run_figures import figures_of, read_curves
 from ...lab.study.study_figures import Plots
 from ...registry import DataError, SeqmixError, require_name

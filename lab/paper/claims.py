@@ -15,7 +15,7 @@ from ...training import load_run
 from ...training.length_eval import by_context, by_length, open_text
 from ..study.plan import Plan, PlannedRun, plan
 from ..study.report import REPORT_FILE
-from ..study.results import RESULTS_FILE
+from ..study.results_file import RESULTS_FILE
 from ..study.run_results import RUNS
 from ..study.runner import Observer, run_study
 from ..study.study import load_study

@@ -1,21 +1,18 @@
-"""Results of a study, as values and as results.json.
+"""Results of a study, as values.
 
 The values of a run are computed from the `metrics.jsonl` in its folder. FLOPs of training are three times the FLOPs of
 the forward passes' matrix products. Seconds are those of training steps: tokens over the median of the logged speeds.
 """
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from ...registry import Config, DataError, read_bytes, write_file
+from ...registry import Config
 from ..statistics.learned import LEARNED
 from .config_differences import format_value
 
-RESULTS_FILE = "results.json"
 FORMAT = 1
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
@@ -28,10 +25,6 @@ AccuracyBy = dict[str, dict[str, float]]
 """Accuracy by name and value of a difficulty, such as {"pairs": {"8": 0.9}}."""
 Range = tuple[float, float]
 """Lower and upper end of a range: the lowest and the highest measurement, or the two quartiles."""
-
-
-class ResultsError(DataError):
-    """A file does not hold the results of a study."""
 
 
 def where(variant: Mapping[str, Any]) -> str:
@@ -337,45 +330,3 @@ class Results(Config):
             if row.entry not in names:
                 raise ValueError(f"unknown entry {row.entry!r}; entries: {', '.join(sorted(names))}")
         return self
-
-
-def read_results(path: str | Path) -> Results:
-    """Read results from a results.json, or from a study's folder.
-
-    Raises:
-        ResultsError: the file does not exist or does not hold results.
-    """
-    path = Path(path)
-    file = path / RESULTS_FILE if path.is_dir() else path
-    try:
-        return _of_this_version(read_bytes(file))
-    except OSError as error:
-        expected = f"expected a study's folder or its {RESULTS_FILE}"
-        raise ResultsError(f"{file} cannot be read: {error.strerror}; {expected}") from None
-    except ValidationError as error:
-        detail = error.errors(include_url=False)[0]
-        place = "".join(f"{key}." for key in detail["loc"])[:-1]
-        raise ResultsError(
-            f"{file} does not hold the results of a study: {f'{place}: ' if place else ''}{detail['msg']}"
-        ) from None
-
-
-def _of_this_version(text: bytes) -> Results:
-    """Validate results; a summary of seqmix 0.4 or before, which had a rank by each entry's own seeds, is made anew."""
-    try:
-        content = json.loads(text)
-    except ValueError:
-        return Results.model_validate_json(text)  # raises what is wrong with it
-    rows = content.get("summary") if isinstance(content, dict) else None
-    if not (isinstance(rows, list) and any(isinstance(row, dict) and "rank" in row for row in rows)):
-        return Results.model_validate_json(text)
-    from .summary import summarise
-
-    results = Results.model_validate_json(json.dumps(content | {"summary": []}))
-    rates = sorted({run.learning_rate for run in results.runs if run.tunes and run.learning_rate is not None})
-    return results.model_copy(update={"summary": tuple(summarise(results.runs, rates, results.learned))})
-
-
-def write(results: Results, folder: Path) -> Path:
-    """Write results.json; an existing file is replaced atomically."""
-    return write_file(results.model_dump_json(indent=1) + "\n", folder / RESULTS_FILE)

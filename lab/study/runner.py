@@ -30,7 +30,7 @@ from ...training.checkpoint.status import StatusWriter
 from ...training.interrupt import StopRequest
 from ...training.monitoring.metrics_file import METRICS_FILE
 from ..figures.libraries import PlotsMissingError
-from . import lock, results, speed
+from . import lock, results_file, speed
 from .plan import Plan, PlannedRun
 from .report import REPORT_FILE, write_report
 from .results import Results, SpeedResult
@@ -148,7 +148,7 @@ def _reason(outcome: StudyOutcome, total: int, budget: float | None) -> str:
 
 def _write(plan: Plan, folder: Path, failed: Mapping[str, str], timed: SpeedResult | None = None) -> Results:
     collected = collect_results(plan, folder, failed=failed, speed=timed)
-    results.write(collected, folder)
+    results_file.write(collected, folder)
     write_tables(collected, folder)
     try:
         write_report(collected, folder)

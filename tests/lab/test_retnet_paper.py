@@ -15,7 +15,8 @@ from seqmix.lab.paper.verdict import OPPOSITE, SAME, UNMEASURED, direction, dire
 from seqmix.lab.statistics.comparison import Difference
 from seqmix.lab.statistics.multiplicity import dunnett
 from seqmix.lab.study.plan import plan
-from seqmix.lab.study.results import Results, read_results, write
+from seqmix.lab.study.results import Results
+from seqmix.lab.study.results_file import read_results, write
 from seqmix.lab.study.study import load_study
 
 ROOT = Path(__file__).resolve().parents[2]

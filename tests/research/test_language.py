@@ -9,16 +9,8 @@ import pytest
 
 from seqmix import MIXERS, SeqmixError
 from seqmix.lab.study.plan import plan
-from seqmix.lab.study.results import (
-    DecodeSpeedRow,
-    EntryResult,
-    Results,
-    RunResult,
-    SpeedResult,
-    TrainSpeedRow,
-    read_results,
-    write,
-)
+from seqmix.lab.study.results import DecodeSpeedRow, EntryResult, Results, RunResult, SpeedResult, TrainSpeedRow
+from seqmix.lab.study.results_file import read_results, write
 from seqmix.lab.study.study import STUDIES, load_study
 from seqmix.lab.study.summary import summarise
 from seqmix.research.language_results import Measured, Model, Trained, add, losses_after, read_measured

@@ -20,7 +20,7 @@ from seqmix.lab.figures.libraries import PlotsMissingError
 from seqmix.lab.study import lock, runner
 from seqmix.lab.study.lock import hold_lock
 from seqmix.lab.study.plan import plan
-from seqmix.lab.study.results import read_results
+from seqmix.lab.study.results_file import read_results
 from seqmix.lab.study.run_results import is_finished
 from seqmix.lab.study.runner import Observer, make_runs
 from seqmix.lab.study.study import StudyError, load_study
@@ -158,7 +158,7 @@ def test_result_has_the_difference_of_each_entry_from_the_subject(made):
     (attention,) = result["comparisons"]
     assert (result["subject"], attention["entry"]) == ("retention", "attention")
     assert attention["measure"] == "validation_loss"
-    assert attention["difference"]["mean"] == pytest.approx(loss["attention"] - loss["retention"])
+    assert attention["difference"] == pytest.approx(loss["attention"] - loss["retention"])
     assert attention["verdict"] is None  # one seed
 
 

@@ -11,7 +11,8 @@ from study_results import few, recall
 
 from seqmix.cli.commands.plot import names_of
 from seqmix.lab.figures import libraries
-from seqmix.lab.study.results import Results, write
+from seqmix.lab.study.results import Results
+from seqmix.lab.study.results_file import write
 from seqmix.lab.study.run_figures import figures_of, read_curves
 
 

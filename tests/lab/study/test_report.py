@@ -14,7 +14,8 @@ from study_results import STUDIES, few, recall, text, varied
 from seqmix.lab.study.comparisons import comparisons
 from seqmix.lab.study.conclusion import conclusion, format_statistic
 from seqmix.lab.study.report import REPORT_FILE, render, write_report
-from seqmix.lab.study.results import Results, RunResult, Statistic, read_results, write
+from seqmix.lab.study.results import Results, RunResult, Statistic
+from seqmix.lab.study.results_file import read_results, write
 from seqmix.lab.study.study_figures import Plots
 from seqmix.lab.study.summary import best_first, summarise
 from seqmix.lab.study.tables import markdown

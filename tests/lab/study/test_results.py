@@ -12,16 +12,8 @@ import pytest
 from seqmix import SeqmixError
 from seqmix.cli.study_progress import Forecast
 from seqmix.lab.statistics.multiplicity import t_quantile
-from seqmix.lab.study.results import (
-    Difference,
-    EntryResult,
-    Results,
-    RunResult,
-    Statistic,
-    read_results,
-    where,
-    write,
-)
+from seqmix.lab.study.results import Difference, EntryResult, Results, RunResult, Statistic, where
+from seqmix.lab.study.results_file import read_results, write
 from seqmix.lab.study.run_results import collect_results, is_finished, run_result, setup
 from seqmix.lab.study.scaling import scaling_lines
 from seqmix.lab.study.study_figures import Plots
