@@ -44,6 +44,7 @@ UNTIL_0_5: Mapping[str, str] = {
     "seqmix.experiments.precision": "seqmix.lab.precision.measure",
     "seqmix.experiments.precision_report": "seqmix.lab.precision.report",
     "seqmix.experiments.retnet_paper": "seqmix.lab.paper",
+    "seqmix.experiments.results": "seqmix.lab.study.results_file",
     "seqmix.experiments.state_format": "seqmix.lab.precision.state_format",
     "seqmix.experiments.studies": "seqmix.lab.studies",
     "seqmix.experiments.suite": "seqmix.lab.suite",
