@@ -108,8 +108,8 @@ def test_new_mixer_needs_only_one_file_and_one_preset(copy):
     # the suite has it, and passes
     found = passed(python(copy, "-m", "pytest", "-q", "-rp", "-p", "no:cacheprovider", *SUITE, "-k", WHICH))
     assert {
-        "test_conformance[cpu-leaky_average-paradigms_agree]",
-        "test_conformance[cpu-leaky_average-documents_are_sequences]",
+        "test_every_mixer_passes_the_check[cpu-leaky_average-paradigms_agree]",
+        "test_every_mixer_passes_the_check[cpu-leaky_average-documents_are_sequences]",
         "test_tiny_preset_trains[leaky-average-tiny]",
         "test_tiny_presets_have_similar_sizes_and_share_training_and_data",
         "test_every_mixer_has_a_preset",

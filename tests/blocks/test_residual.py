@@ -175,7 +175,7 @@ def test_every_parameter_has_a_role(residual):
     assert all((role is Role.GATE) == name.endswith(gates) for name, role in roles.items())
 
 
-def test_scalars_scale_and_inject_once_per_layer():
+def test_scalar_residuals_scale_the_stream_and_add_the_embedding_once_per_layer():
     model = build({"kind": "scalars", "stream": 1.1, "embedding": 0.2})
     x = model.embed(tokens())
     x0 = x / x.square().mean(-1, keepdim=True).add(1e-6).sqrt()

@@ -89,7 +89,7 @@ def fields(request):
 every = pytest.mark.parametrize("kind", TASKS)
 
 
-def test_harder_variants_cover_every_task():
+def test_every_task_has_a_harder_variant():
     assert set(HARDER) == set(TASKS)
 
 

@@ -132,7 +132,7 @@ def paged(page):
     return pytest.param(page, marks=() if page.name == "README.md" else pytest.mark.slow)
 
 
-@pytest.mark.parametrize("page", map(paged, PAGES), ids=names(PAGES))
+@pytest.mark.parametrize("page", [paged(page) for page in PAGES], ids=names(PAGES))
 def test_code_and_commands_of_a_page_run(page, folder):
     if missing := [name for name in NEEDS.get(page.name, ()) if find_spec(name) is None]:
         pytest.skip(f"needs pip install {' '.join(missing)}")

@@ -45,7 +45,7 @@ DISTINCT = list({kernel.function: kernel for kernel in reversed(KERNELS.values()
 # an eighth of the cases that `seqmix check` draws, beside the fixed ones; all of them nightly
 @pytest.mark.conformance
 @parametrize_kernels(DISTINCT, examples=settings().max_examples // 8)
-def test_kernels(check, device):
+def test_every_kernel_passes_the_check(check, device):
     check(device=device)
 
 

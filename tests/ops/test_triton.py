@@ -83,7 +83,7 @@ def test_triton_tests_pass_in_the_interpreter(request):
 @runs
 @pytest.mark.conformance
 @parametrize_kernels([KERNEL, STEP_KERNEL, delta_triton.KERNEL, *([TF32X3_KERNEL] if NATIVE else [])])
-def test_kernel(check):
+def test_triton_kernel_passes_the_check(check):
     check(device=DEVICE, examples=settings().max_examples // (1 if NATIVE else 50))
 
 

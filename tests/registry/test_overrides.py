@@ -88,5 +88,5 @@ def test_invalid_override_raises_and_names_the_key(change, words):
 
 @given(st.recursive(st.integers() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)))
 @example([["0" * 80, "\x1f\x1f0 0"]])
-def test_any_value_can_be_set(value):
+def test_an_override_sets_any_yaml_value(value):
     assert changed(f"new={write(value)}")["new"] == value

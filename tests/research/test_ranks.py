@@ -92,7 +92,7 @@ def test_pooled_intervals_resample_mixers_and_seeds():
     assert ranks.pooled_interval(np.array([[x[0], -x[0]]]), agreeing) == (-1, 1)
 
 
-def test_differences_resample_the_same_mixers():
+def test_two_correlations_are_compared_on_the_same_resampled_mixers():
     x = np.arange(9.0)
     columns = [column("a", range(9)), column("b", [1, 0, 2, 3, 4, 6, 5, 7, 8])]
     assert ranks.pooled_interval(x[None, None], columns, minus=x) == (0, 0)

@@ -40,7 +40,7 @@ CASES = cases(BUILT_IN) if NIGHTLY else [*cases(FAMILIES), *cases(OTHERS, OWN), 
 
 
 @pytest.mark.parametrize("check", CASES)
-def test_conformance(check, device):
+def test_every_mixer_passes_the_check(check, device):
     check(device=device)
 
 
