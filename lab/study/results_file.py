@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from ...registry import DataError, read_bytes, write_file
 from .results import Results
-from .summary import summarise
+from .summary import summarise, with_timed_speeds
 
 RESULTS_FILE = "results.json"
 
@@ -25,7 +25,7 @@ def read_results(path: str | Path) -> Results:
     path = Path(path)
     file = path / RESULTS_FILE if path.is_dir() else path
     try:
-        return _of_this_version(read_bytes(file))
+        return _parse(read_bytes(file))
     except OSError as error:
         expected = f"expected a study's folder or its {RESULTS_FILE}"
         raise ResultsError(f"{file} cannot be read: {error.strerror}; {expected}") from None
@@ -37,18 +37,22 @@ def read_results(path: str | Path) -> Results:
         ) from None
 
 
-def _of_this_version(text: bytes) -> Results:
-    """Validate results; a summary of seqmix 0.4 or before, which had a rank by each entry's own seeds, is made anew."""
+def _parse(text: bytes) -> Results:
+    """Return the results in a file's text.
+
+    Files of seqmix 0.4 and before have a rank in the summary, by each entry's own seeds: their summary is computed again
+    from the runs.
+    """
     try:
-        content = json.loads(text)
-    except ValueError:
-        return Results.model_validate_json(text)  # raises what is wrong with it
-    rows = content.get("summary") if isinstance(content, dict) else None
-    if not (isinstance(rows, list) and any(isinstance(row, dict) and "rank" in row for row in rows)):
         return Results.model_validate_json(text)
-    results = Results.model_validate_json(json.dumps(content | {"summary": []}))
+    except ValidationError as error:
+        unknown = [detail["loc"] for detail in error.errors(include_url=False) if detail["type"] == "extra_forbidden"]
+        if not any(place[0] == "summary" and place[-1] == "rank" for place in unknown):
+            raise
+    results = Results.model_validate_json(json.dumps(json.loads(text) | {"summary": []}))
     rates = sorted({run.learning_rate for run in results.runs if run.tunes and run.learning_rate is not None})
-    return results.model_copy(update={"summary": tuple(summarise(results.runs, rates, results.learned))})
+    rows = summarise(results.runs, rates, results.learned)
+    return with_timed_speeds(results.model_copy(update={"summary": tuple(rows)}))
 
 
 def write(results: Results, folder: Path) -> Path:

@@ -12,12 +12,21 @@ import pytest
 from seqmix import SeqmixError
 from seqmix.cli.study_progress import Forecast
 from seqmix.lab.statistics.multiplicity import t_quantile
-from seqmix.lab.study.results import Difference, EntryResult, Results, RunResult, Statistic, where
+from seqmix.lab.study.results import (
+    Difference,
+    EntryResult,
+    Results,
+    RunResult,
+    SpeedResult,
+    Statistic,
+    TrainSpeedRow,
+    where,
+)
 from seqmix.lab.study.results_file import read_results, write
 from seqmix.lab.study.run_results import collect_results, is_finished, run_result, setup
 from seqmix.lab.study.scaling import scaling_lines
 from seqmix.lab.study.study_figures import Plots
-from seqmix.lab.study.summary import best_first, choose_rates, statistic, summarise
+from seqmix.lab.study.summary import best_first, choose_rates, statistic, summarise, with_timed_speeds
 from seqmix.lab.study.tables import markdown, write_tables
 from seqmix.registry.yaml import write as to_yaml
 
@@ -299,10 +308,13 @@ def test_damaged_measurements_are_ignored(planned, tmp_path):
         assert (found.status, found.seconds, [point.step for point in found.history]) == ("missing", 1.0, [2]), damage
 
 
-def test_results_of_version_0_4_are_read_with_a_summary_made_anew(tmp_path):
+def test_the_summary_of_results_of_version_0_4_is_computed_again_from_the_runs(tmp_path):
     rates = 1e-3, 3e-3
     tuning = [run("a", loss, rate=rate, tunes=True) for loss, rate in ((1.0, 1e-3), (2.0, 3e-3))]
     found = results([*tuning, *seeds("a", 1.0, 1.2, 1.1), *seeds("b", 2.0, 2.1, 2.3)], rates)
+    train = tuple(TrainSpeedRow(entry=entry, length=16, tokens_per_second=7e3) for entry in "ab")
+    found = with_timed_speeds(found.model_copy(update={"speed": SpeedResult(train=train)}))
+    assert [row.tokens_per_second for row in found.summary] == [7e3, 7e3]
     content = json.loads(write(found, tmp_path).read_text())
     for row in content["summary"]:
         del row["ranks"]
@@ -332,6 +344,7 @@ def test_results_round_trip_through_files(tmp_path):
     [
         (None, "cannot be read: No such file or directory; expected a study's folder or its results.json"),
         ("{", "does not hold the results of a study: Invalid JSON"),
+        ("[" * 100_000, "does not hold the results of a study: Invalid JSON"),
         (json.dumps({"format": 2}), "does not hold the results of a study: "),
     ],
 )
