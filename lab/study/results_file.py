@@ -40,14 +40,14 @@ def read_results(path: str | Path) -> Results:
 def _parse(text: bytes) -> Results:
     """Return the results in a file's text.
 
-    Files of seqmix 0.4 and before have a rank in the summary, by each entry's own seeds: their summary is computed again
-    from the runs.
+    Files of seqmix 0.4 and before have a rank in the summary, by each entry's own seeds: their summary is computed
+    again from the runs.
     """
     try:
         return Results.model_validate_json(text)
     except ValidationError as error:
-        unknown = [detail["loc"] for detail in error.errors(include_url=False) if detail["type"] == "extra_forbidden"]
-        if not any(place[0] == "summary" and place[-1] == "rank" for place in unknown):
+        places = [detail["loc"] for detail in error.errors(include_url=False)]
+        if not any(place[:1] == ("summary",) and place[-1] == "rank" for place in places):
             raise
     results = Results.model_validate_json(json.dumps(json.loads(text) | {"summary": []}))
     rates = sorted({run.learning_rate for run in results.runs if run.tunes and run.learning_rate is not None})
